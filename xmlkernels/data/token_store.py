@@ -1,0 +1,299 @@
+"""Ragged token ids in one memory-mapped file.
+
+The file, little-endian throughout::
+
+    bytes 0-7      magic b"XMKTOKEN"
+    bytes 8-15     uint32 format version, uint32 length of the JSON text
+    bytes 16-1023  JSON header, padded with spaces
+    then           int64 offsets [rows + 1], counted in tokens
+    then           tokens, uint16 where the vocabulary has fewer than 65,536 entries, else uint32
+
+Only real tokens are stored: no padding, no attention mask (upstream's int64 maps take 16 bytes for every position).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+import numpy as np
+
+from xmlkernels.errors import InputError
+
+MAGIC = b"XMKTOKEN"
+FORMAT_VERSION = 1
+HEADER_BYTES = 1024
+PADDED_ROWS_AT_ONCE = 65_536
+
+
+@dataclass(frozen=True)
+class TokenHeader:
+    """What a token file says of itself. `tokens` counts all rows together, `max_length` is the cut per row."""
+
+    rows: int
+    tokens: int
+    dtype: str
+    vocab_size: int
+    tokenizer_hash: str
+    max_length: int
+    pad_id: int
+
+    @property
+    def file_bytes(self) -> int:
+        """Size in bytes that a whole file with this header has."""
+        return HEADER_BYTES + 8 * (self.rows + 1) + self.tokens * np.dtype(self.dtype).itemsize
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 where every id fits, else uint32."""
+    return np.dtype("<u2" if vocab_size < 65_536 else "<u4")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+class TokenWriter:
+    """Writes a token file row by row; it appears under its name only when all rows are there.
+
+    Args:
+        path: the file to make (replaced when it stands already).
+        rows: number of rows that will be appended.
+        vocab_size: ids are checked to lie in [0, vocab_size).
+        tokenizer_hash, max_length, pad_id: copied into the header.
+
+    Use as a context manager. Leaving it with an exception removes what was written.
+    """
+
+    def __init__(
+        self, path: str | Path, rows: int, *, vocab_size: int, tokenizer_hash: str, max_length: int, pad_id: int
+    ) -> None:
+        self.path, self.rows = Path(path), rows
+        self._dtype = token_dtype(vocab_size)
+        self._header = TokenHeader(rows, 0, self._dtype.str, vocab_size, tokenizer_hash, max_length, pad_id)
+        self._offsets = np.zeros(rows + 1, np.dtype("<i8"))
+        self._done = 0
+
+    def __enter__(self) -> Self:
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._file: IO[bytes] = open(self._temporary, "wb")  # noqa: SIM115 (closed in __exit__)
+        self._file.seek(HEADER_BYTES + self._offsets.nbytes)
+        return self
+
+    def append(self, tokens: Sequence[np.ndarray]) -> None:
+        """Add one row per array of integer ids. ValueError for an id outside the vocabulary or a row too many."""
+        if not tokens:
+            return
+        self.append_flat(np.concatenate(tokens), np.fromiter((len(row) for row in tokens), np.int64, len(tokens)))
+
+    def append_flat(self, flat: np.ndarray, lengths: np.ndarray) -> None:
+        """Add `len(lengths)` rows whose ids lie one behind the other in `flat`."""
+        if self._done + len(lengths) > self.rows:
+            raise ValueError(f"{self.path}: more rows than the {self.rows} announced")
+        if flat.size and (flat.min() < 0 or flat.max() >= self._header.vocab_size):
+            bad = int(flat.min()) if flat.min() < 0 else int(flat.max())
+            raise ValueError(f"{self.path}: token id {bad} outside a vocabulary of {self._header.vocab_size}")
+        stop = self._done + len(lengths)
+        self._offsets[self._done + 1 : stop + 1] = self._offsets[self._done] + np.cumsum(lengths)
+        self._done = stop
+        self._file.write(flat.astype(self._dtype).tobytes())
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        if self._done != self.rows:
+            raise ValueError(f"{self.path}: {self._done} rows written of the {self.rows} announced")
+        text = json.dumps(asdict(self._header) | {"tokens": int(self._offsets[-1])}).encode()
+        head = MAGIC + np.array([FORMAT_VERSION, len(text)], "<u4").tobytes() + text
+        if len(head) > HEADER_BYTES:
+            raise ValueError(f"{self.path}: header of {len(head)} bytes, room for {HEADER_BYTES}")
+        self._file.seek(0)
+        self._file.write(head.ljust(HEADER_BYTES))
+        self._file.write(self._offsets.tobytes())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        os.replace(self._temporary, self.path)
+        sync_folder(self.path.parent)
+
+
+class TokenStore:
+    """Read-only rows of token ids; nothing is read from disk before it is asked for.
+
+    `store[i]` is row i as a uint16 or uint32 view of the map; `lengths` int32 [rows]; `offsets` int64 [rows + 1].
+    Pickling carries the path, so a process that receives a store maps the same file again.
+    """
+
+    def __init__(self, path: Path, header: TokenHeader) -> None:
+        self.path, self.header = path, header
+        raw = np.memmap(path, np.uint8, mode="r")
+        split = HEADER_BYTES + 8 * (header.rows + 1)
+        self.offsets: np.ndarray = raw[HEADER_BYTES:split].view("<i8")
+        self.tokens: np.ndarray = raw[split:].view(header.dtype)
+
+    @classmethod
+    def open(cls, path: str | Path) -> TokenStore:
+        """Map a token file.
+
+        Raises:
+            InputError: the file is missing, is no token file, has another format version or was cut short.
+        """
+        path = Path(path)
+        header = _read_header(path)
+        size = path.stat().st_size
+        if size != header.file_bytes:
+            raise InputError(
+                str(path), f"{header.file_bytes} bytes, as its header says", f"{size} bytes", "copy or prepare it again"
+            )
+        store = cls(path, header)
+        lengths = np.diff(store.offsets)
+        if store.offsets[0] != 0 or store.offsets[-1] != header.tokens or (lengths.size and lengths.min() < 0):
+            raise InputError(
+                str(path), "row offsets that rise from 0 to the number of tokens", "others", "prepare it again"
+            )
+        return store
+
+    def __len__(self) -> int:
+        return self.header.rows
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        row = int(row)
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"row {row} of a token file with {len(self)} rows")
+        row %= len(self)
+        return self.tokens[self.offsets[row] : self.offsets[row + 1]]
+
+    def __reduce__(self) -> tuple[Callable[[Path], TokenStore], tuple[Path]]:
+        return TokenStore.open, (self.path,)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens per row, int32 [rows]."""
+        return np.diff(self.offsets).astype(np.int32)
+
+    def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of `rows`, one row behind the other, and the length of each: (ids [sum of n], n int64 [rows])."""
+        starts = self.offsets[rows]
+        lengths = self.offsets[rows + 1] - starts
+        return self.tokens[ragged_positions(starts, lengths)], lengths
+
+
+def ragged_positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Concatenation of the ranges starts[i] … starts[i] + lengths[i] − 1, int64."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - lengths), lengths)
+
+
+def _read_header(path: Path) -> TokenHeader:
+    if not path.is_file():
+        raise InputError(str(path), "a token file", "no such file", "run train/prepare.py to make it")
+    with open(path, "rb") as file:
+        head = file.read(HEADER_BYTES)
+    if head[:8] != MAGIC:
+        raise InputError(str(path), f"a token file, which starts with {MAGIC!r}", repr(head[:8]), "prepare it again")
+    if len(head) < HEADER_BYTES:
+        raise InputError(str(path), f"a header of {HEADER_BYTES} bytes", f"{len(head)} bytes", "copy it again")
+    version, length = (int(value) for value in np.frombuffer(head, "<u4", 2, 8))
+    if version != FORMAT_VERSION:
+        raise InputError(str(path), f"format version {FORMAT_VERSION}", f"version {version}", "prepare it again")
+    try:
+        values = json.loads(head[16 : 16 + length])
+        header = TokenHeader(**{field.name: values[field.name] for field in fields(TokenHeader)})
+        known = header.dtype == token_dtype(header.vocab_size).str
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(str(path), "a JSON header of known keys", repr(error), "prepare it again") from error
+    if not known or min(header.rows, header.tokens) < 0:
+        raise InputError(str(path), "a consistent header", str(values), "prepare it again")
+    return header
+
+
+def read_padded_map(path: str | Path, width: int) -> np.ndarray:
+    """Map one of upstream's raw int64 files (`*_input_ids.dat`, `*_attention_mask.dat`) as int64 [rows, width].
+
+    Raises:
+        InputError: the file is missing or empty, or its size is no whole number of rows.
+    """
+    path = Path(path)
+    if width < 1:
+        raise InputError("max_length", "at least 1", str(width), "give the length the maps were made with")
+    size = path.stat().st_size if path.is_file() else 0
+    if size == 0 or size % (8 * width):
+        raise InputError(
+            str(path),
+            f"a positive multiple of {8 * width} bytes (int64, {width} to a row)",
+            f"{size} bytes" if path.is_file() else "no such file",
+            "give the max length the maps were made with",
+        )
+    return np.memmap(path, np.dtype("<i8"), mode="r").reshape(-1, width)
+
+
+def from_padded_map(
+    path: str | Path,
+    input_ids: np.ndarray,
+    attention_mask: np.ndarray,
+    *,
+    vocab_size: int,
+    tokenizer_hash: str,
+    pad_id: int,
+    rows: np.ndarray | None = None,
+    name: str = "token map",
+) -> TokenStore:
+    """Rewrite upstream's padded maps as a token file, in pieces.
+
+    Args:
+        path: the token file to write.
+        input_ids, attention_mask: integers [rows, width]; the mask is 1 on a row's tokens and 0 behind them.
+        rows: row numbers to take, in this order (default: all).
+        name: what messages call the maps.
+
+    Raises:
+        InputError: shapes differ, a mask is no run of ones followed by zeros (the sign of maps read with a wrong
+            width, which upstream would train on in silence), or an id lies outside the vocabulary.
+    """
+    if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape:
+        got = f"{input_ids.shape} and {attention_mask.shape}"
+        raise InputError(name, "ids and mask of one shape [rows, width]", got, "give the two files of one run")
+    rows = np.arange(len(input_ids)) if rows is None else rows
+    width = input_ids.shape[1]
+    with TokenWriter(
+        path, len(rows), vocab_size=vocab_size, tokenizer_hash=tokenizer_hash, max_length=width, pad_id=pad_id
+    ) as writer:
+        for start in range(0, len(rows), PADDED_ROWS_AT_ONCE):
+            part = rows[start : start + PADDED_ROWS_AT_ONCE]
+            ids, mask = np.asarray(input_ids[part]), np.asarray(attention_mask[part])
+            lengths = mask.astype(bool).sum(axis=1)
+            real = np.arange(width) < lengths[:, None]
+            wrong = np.flatnonzero((mask != real).any(axis=1) | (lengths == 0))
+            if wrong.size:
+                raise InputError(
+                    f"{name}, row {part[wrong[0]]}",
+                    "an attention mask of ones followed by zeros",
+                    np.array2string(mask[wrong[0]], threshold=12, max_line_width=200),
+                    f"check that the maps were made with max length {width}",
+                )
+            flat = ids[real]
+            outside = np.flatnonzero((flat < 0) | (flat >= vocab_size))
+            if outside.size:
+                raise InputError(
+                    f"{name}, row {part[np.searchsorted(np.cumsum(lengths), outside[0], side='right')]}",
+                    f"token ids below {vocab_size}, the size of the tokenizer's vocabulary",
+                    str(flat[outside[0]]),
+                    "give the tokenizer the maps were made with",
+                )
+            writer.append_flat(flat, lengths)
+    return TokenStore.open(path)

@@ -1,0 +1,168 @@
+"""Tokenizers: the only module that loads one. The file format of what they make is `token_store`'s."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xmlkernels.data.token_store import TokenHeader, TokenStore, TokenWriter, from_padded_map, read_padded_map
+from xmlkernels.errors import InputError
+
+__all__ = [
+    "TokenHeader",
+    "TokenStore",
+    "TokenWriter",
+    "Tokenizer",
+    "from_padded_map",
+    "load_tokenizer",
+    "read_padded_map",
+    "tokenize_to_file",
+]
+
+PROBE = ["", "Ünïcode  and\tspaces", "Mixed CASE, punctuation: a-b_c.d/e!", "数字 12345 ½", "[CLS] <s> </s> [SEP] <unk>"]
+Progress = Callable[[int, int], None]
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer, reduced to what training needs; its own special tokens, whatever the model.
+
+    Attributes:
+        pad_id: the pad token's id, 0 where the tokenizer has none (padding is masked, so the id does not matter).
+        vocab_size: one more than the largest id.
+        model_max_length: the longest sequence the tokenizer's own settings allow, None where they set no bound.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self._by_length: dict[int, Any] = {}
+        self.pad_id = 0 if inner.pad_token_id is None else int(inner.pad_token_id)
+        self.vocab_size = max(len(inner), 1 + max(inner.get_vocab().values(), default=-1))
+        limit = int(min(inner.model_max_length, 2**62))
+        self.model_max_length = limit if limit < 1_000_000 else None
+
+    def encode_batch(self, texts: Sequence[str], max_length: int) -> list[np.ndarray]:
+        """Ids of each text with the tokenizer's special tokens, at most `max_length` of them, int32.
+
+        An empty text gives the special tokens alone. A tokenizer that adds none would give a row of no token, which
+        has no mean: that row is one end-of-text (else begin, unknown, pad) token.
+
+        Raises:
+            InputError: `max_length` leaves no room for a token of the text.
+        """
+        least = self._inner.num_special_tokens_to_add() + 1
+        if max_length < least:
+            raise InputError(
+                "max_length",
+                f"at least {least} (special tokens and one of the text)",
+                str(max_length),
+                "choose a longer one",
+            )
+        rows = [np.array(ids, np.int32) for ids in self._encode(texts, max_length)]
+        return [row if row.size else self._stand_in for row in rows]
+
+    def _encode(self, texts: Sequence[str], max_length: int) -> Iterator[list[int]]:
+        if not self._inner.is_fast:
+            yield from self._inner(list(texts), truncation=True, max_length=max_length)["input_ids"]
+            return
+        backend = self._by_length.get(max_length)
+        if backend is None:
+            backend = self._by_length[max_length] = self._truncating(max_length)
+        for encoding in backend.encode_batch_fast(list(texts)):
+            yield encoding.ids
+
+    def _truncating(self, max_length: int) -> Any:
+        """A copy for one length: truncation is state of the tokenizer, and two threads may ask for two lengths."""
+        import tokenizers
+
+        backend = tokenizers.Tokenizer.from_str(self._inner.backend_tokenizer.to_str())
+        backend.no_padding()
+        backend.enable_truncation(max_length, direction=self._inner.truncation_side)
+        backend.encode_special_tokens = self._inner.split_special_tokens
+        return backend
+
+    @cached_property
+    def _stand_in(self) -> np.ndarray:
+        inner = self._inner
+        known = (inner.eos_token_id, inner.bos_token_id, inner.unk_token_id, self.pad_id)
+        return np.array([next(token for token in known if token is not None)], np.int32)
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of everything that decides the ids: the serialized tokenizer (its saved truncation and padding left
+        out, they are not used), special tokens and truncation side."""
+        inner = self._inner
+        content: Any
+        if inner.is_fast:
+            content = json.loads(inner.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+        else:
+            # Settings of a tokenizer written in Python do not survive saving word for word; what they do does.
+            content = [type(inner).__name__, inner.get_vocab(), [ids.tolist() for ids in self.encode_batch(PROBE, 64)]]
+        special = {key: str(value) for key, value in inner.special_tokens_map.items()}
+        extra = [special, self.pad_id, inner.truncation_side, inner.split_special_tokens]
+        return hashlib.sha256(json.dumps([content, extra], sort_keys=True).encode()).hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer's files; `load_tokenizer(folder)` gives the same ids and the same hash."""
+        self._inner.save_pretrained(str(folder))
+
+
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """A tokenizer by hub name or from a local folder.
+
+    Raises:
+        InputError: no such folder or name, or no tokenizer files in it.
+    """
+    from transformers import AutoTokenizer
+
+    name = str(name_or_path)
+    looks_local = isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    path = Path(name).expanduser()
+    if looks_local and not path.is_dir():
+        raise InputError(f"tokenizer {name}", "a folder with tokenizer files", "no such folder", "check the path")
+    try:
+        return Tokenizer(AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name))
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(" .:") or type(error).__name__
+        if path.is_dir() and not any(path.glob("tokenizer*")) and not any(path.glob("vocab*")):
+            reason = "a folder that holds no tokenizer.json and no vocabulary"
+        raise InputError(
+            f"tokenizer {name}",
+            "a folder with tokenizer files or a model name of the Hugging Face hub",
+            reason,
+            "check the name, or download the model first and give its folder",
+        ) from error
+
+
+def tokenize_to_file(
+    texts: Sequence[str],
+    path: str | Path,
+    tokenizer: Tokenizer,
+    max_length: int,
+    *,
+    chunk: int = 8192,
+    progress: Progress | None = None,
+) -> TokenStore:
+    """Tokenize `texts` into a token file, `chunk` texts at a time by the tokenizer's own threads.
+
+    Never more than one chunk's tokens are in memory. `progress(done, all)` is called after each chunk.
+    """
+    with TokenWriter(
+        path,
+        len(texts),
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_hash=tokenizer.hash,
+        max_length=max_length,
+        pad_id=tokenizer.pad_id,
+    ) as writer:
+        for start in range(0, len(texts), chunk):
+            part = texts[start : start + chunk]
+            writer.append(tokenizer.encode_batch(part, max_length))
+            if progress is not None:
+                progress(start + len(part), len(texts))
+    return TokenStore.open(path)

@@ -1,0 +1,101 @@
+"""Registers ops with torch, and the checks that they share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xmlkernels import native
+from xmlkernels.errors import InputError
+
+_library = torch.library.Library("xmlkernels", "DEF")
+missing: str | None = native.load()
+"""Why the native library is not loaded; None when it is."""
+
+TABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Defines one op: its schema, the reference as default kernel, and the shapes of its results."""
+    name = schema.split("(", 1)[0]
+    _library.define(schema)
+
+    def default(*args: Any, **kwargs: Any) -> Any:
+        device = next(a for a in args if isinstance(a, Tensor)).device.type
+        reason = missing if device == "cpu" and missing else f"no kernel of `{name}` is built for {device}"
+        native.warn_reference(device, reason)
+        return reference(*args, **kwargs)
+
+    _library.impl(name, default, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"xmlkernels::{name}", fake, lib=_library)
+
+
+def describe(t: Tensor) -> str:
+    return f"{t.dtype} {list(t.shape)} on {t.device}"
+
+
+def expect(good: bool, where: str, expected: str, got: str, mend: str) -> None:
+    if not good:
+        raise InputError(where, expected, got, mend)
+
+
+def check_tensor(
+    op: str, name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...], device: torch.device
+) -> None:
+    """One argument's dtype, shape (None: any size), layout and device."""
+    fits = t.dtype in dtypes and t.dim() == len(shape) and all(s in (None, d) for s, d in zip(shape, t.shape, strict=True))
+    wanted = " or ".join(str(d) for d in dtypes)
+    sizes = "[" + ", ".join("any" if s is None else str(s) for s in shape) + "]"
+    expect(
+        fits and t.device == device,
+        f"{op}: argument {name}", f"{wanted} {sizes} on {device}", describe(t), "convert, reshape or move it",
+    )  # fmt: skip
+    expect(
+        t.is_contiguous(),
+        f"{op}: argument {name}", "a contiguous tensor", f"strides {t.stride()} for shape {list(t.shape)}",
+        "call .contiguous() on it (a table must be stored contiguously)",
+    )  # fmt: skip
+
+
+def check_table(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+    """The label table, its input and bias, as every head op takes them."""
+    if "float8" in str(weight.dtype):
+        raise InputError(
+            f"{op}: argument weight", "a torch.float32, torch.bfloat16 or torch.float16 table", describe(weight),
+            "convert it: 8-bit tables have no kernel in this version",
+        )  # fmt: skip
+    check_tensor(op, "weight", weight, TABLE_DTYPES, (None, None), weight.device)
+    check_tensor(op, "x", x, TABLE_DTYPES, (None, weight.shape[1]), weight.device)
+    if bias is not None:
+        check_tensor(op, "bias", bias, (torch.float32,), (weight.shape[0],), weight.device)
+    expect(
+        -1 <= rows <= weight.shape[0],
+        f"{op}: argument rows", f"-1 (all) or a number from 0 to {weight.shape[0]}, the rows of weight", str(rows),
+        "pass the number of real labels",
+    )  # fmt: skip
+
+
+def check_positives(op: str, x: Tensor, pos_row: Tensor, pos_sample: Tensor, pos_value: Tensor | None) -> None:
+    """Positives as (row, sample) pairs, sorted by row then sample, unique."""
+    check_tensor(op, "pos_row", pos_row, (torch.int64,), (None,), x.device)
+    check_tensor(op, "pos_sample", pos_sample, (torch.int32,), (pos_row.shape[0],), x.device)
+    if pos_value is not None:
+        check_tensor(op, "pos_value", pos_value, (torch.float32,), (pos_row.shape[0],), x.device)
+    if x.device.type != "cpu" or pos_row.numel() == 0:
+        return  # elsewhere reading the values would wait for the device; there the collator's word is taken
+    low, high = (int(v) for v in torch.aminmax(pos_sample))
+    expect(
+        low >= 0 and high < x.shape[0] and int(pos_row[0]) >= 0,
+        f"{op}: arguments pos_row and pos_sample", f"rows from 0 and samples from 0 to {x.shape[0] - 1}",
+        f"first row {int(pos_row[0])}, samples from {low} to {high}", "number samples within the batch and rows within weight",
+    )  # fmt: skip
+    later = (pos_row[1:] > pos_row[:-1]) | ((pos_row[1:] == pos_row[:-1]) & (pos_sample[1:] > pos_sample[:-1]))
+    if not bool(later.all()):
+        at = int((~later).nonzero()[0]) + 1
+        raise InputError(
+            f"{op}: arguments pos_row and pos_sample", "unique pairs sorted by row, then sample",
+            f"({int(pos_row[at])}, {int(pos_sample[at])}) after ({int(pos_row[at - 1])}, {int(pos_sample[at - 1])}) at {at}",
+            "sort the pairs and drop duplicates in the collator",
+        )  # fmt: skip

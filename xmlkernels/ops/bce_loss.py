@@ -1,0 +1,88 @@
+"""`bce_loss`: binary cross-entropy over all labels, differentiable, without the logits matrix."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xmlkernels.ops._registry import check_positives, check_table, define
+from xmlkernels.reference.bce_loss import bce_loss as reference
+from xmlkernels.reference.bce_loss import bce_loss_backward as backward_reference
+
+
+def bce_loss(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_row: Tensor,
+    pos_sample: Tensor,
+    pos_value: Tensor | None = None,
+    *,
+    rows: int = -1,
+) -> Tensor:
+    """Binary cross-entropy summed over samples and all labels, in the tiles of `bce_step_`: no `B x L` logits.
+
+    For validation loss, frozen tables and optimizers of one's own. Differentiable in x, weight and bias; the dense weight
+    gradient is formed only when weight requires it. The backward scores the tiles once more.
+
+    Args:
+        x: [B, D] fp32, bf16 or fp16. A non-finite value makes the loss NaN.
+        weight: [n, D] label table, fp32, bf16 or fp16.
+        bias: fp32 [n] or None.
+        pos_row, pos_sample, pos_value, rows: as in `bce_step_`.
+
+    Returns:
+        fp32 [1]: the sum of softplus(z) - y z with z = x Wᵀ + bias.
+
+    Raises:
+        InputError: an argument's dtype, shape, device or layout does not fit, or positives are not sorted.
+    """
+    check_table("bce_loss", x, weight, bias, rows)
+    check_positives("bce_loss", x, pos_row, pos_sample, pos_value)
+    return torch.ops.xmlkernels.bce_loss(x, weight, bias, pos_row, pos_sample, pos_value, rows=rows)
+
+
+def _fake(x: Tensor, *_: object, **__: object) -> Tensor:
+    return x.new_empty(1, dtype=torch.float32)
+
+
+def _backward_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pos_row: Tensor, pos_sample: Tensor,
+    pos_value: Tensor | None = None, *, need_dweight: bool = False, need_dbias: bool = False, **_: object,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dweight = weight.new_empty(weight.shape if need_dweight else (0,), dtype=torch.float32)
+    dbias = weight.new_empty(weight.shape[0] if need_dbias else 0, dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.float32), dweight, dbias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.rows = keyword_only_inputs["rows"]
+
+
+def _backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, pos_row, pos_sample, pos_value = ctx.saved_tensors
+    _, need_dweight, need_dbias, *_ = ctx.needs_input_grad
+    dx, dweight, dbias = torch.ops.xmlkernels.bce_loss_backward(
+        x, weight, bias, pos_row, pos_sample, pos_value, rows=ctx.rows,
+        need_dweight=need_dweight, need_dbias=need_dbias,
+    )  # fmt: skip
+    return (
+        (dx * dloss).to(x.dtype),
+        (dweight * dloss).to(weight.dtype) if need_dweight else None,
+        dbias * dloss if need_dbias else None,
+        None,
+        None,
+        None,
+    )
+
+
+_OPTIONS = "Tensor x, Tensor weight, Tensor? bias, Tensor pos_row, Tensor pos_sample, Tensor? pos_value=None, *, int rows=-1"
+define(f"bce_loss({_OPTIONS}) -> Tensor", reference, _fake)
+define(
+    f"bce_loss_backward({_OPTIONS}, bool need_dweight=False, bool need_dbias=False) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias)",
+    backward_reference,
+    _backward_fake,
+)
+torch.library.register_autograd("xmlkernels::bce_loss", _backward, setup_context=_setup_context)

@@ -1,0 +1,117 @@
+"""`bce_step_`: one training step of the full label table."""
+
+import torch
+from torch import Tensor
+
+from xmlkernels.ops._registry import (
+    STATE_DTYPES,
+    check_positives,
+    check_table,
+    check_tensor,
+    define,
+    expect,
+)
+from xmlkernels.reference.bce_step import bce_step_ as reference
+
+HYPER = ("lr", "decay", "momentum", "beta2", "epsilon", "scale", "dx_scale")
+
+
+def bce_step_(
+    weight: Tensor,
+    x: Tensor,
+    pos_row: Tensor,
+    pos_sample: Tensor,
+    hyper: Tensor,
+    counter: Tensor,
+    *,
+    pos_value: Tensor | None = None,
+    bias: Tensor | None = None,
+    momentum: Tensor | None = None,
+    second: Tensor | None = None,
+    kahan: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    row_offset: int = 0,
+    rows: int = -1,
+    decoupled: bool = False,
+    need_loss: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Scores all labels, forms the gradient of the summed binary cross-entropy and updates the table, tile by tile.
+
+    With z = x Wᵀ + bias and G = scale (σ(z) - y): dx = dx_scale G W, from the rows as they were before the step, and each
+    row is updated in place with its gradient Gᵀ x. Neither the `B x L` logits nor the `L x D` gradient is ever held.
+    Not differentiable: pass dx to `embedding.backward(dx)`. Source: Renee (MLSys 2023), section 4; the tiles are ours.
+
+    Args:
+        weight: [n, D] label table, fp32, bf16 or fp16; updated. Below fp32, stores round stochastically without bias;
+            every store saturates at the format's largest finite value.
+        x: [B, D] embeddings, fp32, bf16 or fp16. A non-finite value anywhere leaves every tensor as it was, and dx and
+            loss become NaN. On bf16 tables the products take x rounded to bf16.
+        pos_row: int64 [P], table rows of the positives, ascending; rows from `rows` on are fill and are ignored.
+        pos_sample: int32 [P], their samples; pairs sorted by (row, sample), unique.
+        hyper: fp32 [7]: lr, decay, momentum (or beta1), beta2, epsilon, scale, dx_scale, on the table's device.
+        counter: int64 [2]: seed and step (from 0), on the table's device. The random words depend on these, the global
+            row and the column alone.
+        pos_value: fp32 [P], target of each pair; 1 when not given.
+        bias: fp32 [n], updated by plain SGD with the same lr, without decay.
+        momentum: [n, D] fp32, bf16 or fp16, updated. Alone: SGD momentum (dampening 0). With `second`: Adam's first moment.
+        second: [n, D], Adam's second moment, updated; needs `momentum`.
+        kahan: [n, D] of the table's dtype (below fp32), updated: holds what rounding left over; stores then round to nearest.
+        row_scale: reserved for 8-bit tables.
+        row_offset: global row of weight[0], for a table that is one shard of a larger one.
+        rows: number of real rows; those beyond are padding, never scored or trained. -1: all.
+        decoupled: decay shrinks the weights (w -= lr decay w) instead of entering the gradient (L2).
+        need_loss: also return the loss.
+
+    Returns:
+        dx: fp32 [B, D].
+        loss: fp32 [1], scale times the sum over samples and labels of softplus(z) - y z; [0] when not asked.
+
+    Raises:
+        InputError: an argument's dtype, shape, device or layout does not fit, or positives are not sorted.
+    """
+    op = "bce_step_"
+    check_table(op, x, weight, bias, rows)
+    check_positives(op, x, pos_row, pos_sample, pos_value)
+    check_tensor(op, "hyper", hyper, (torch.float32,), (len(HYPER),), weight.device)
+    check_tensor(op, "counter", counter, (torch.int64,), (2,), weight.device)
+    shape = (weight.shape[0], weight.shape[1])
+    for name, state in (("momentum", momentum), ("second", second)):
+        if state is not None:
+            check_tensor(op, name, state, STATE_DTYPES, shape, weight.device)
+    if kahan is not None:
+        check_tensor(op, "kahan", kahan, (weight.dtype,), shape, weight.device)
+        expect(
+            weight.dtype != torch.float32, f"{op}: argument kahan", "a table below fp32", "an fp32 table",
+            "leave kahan out: fp32 needs no compensation",
+        )  # fmt: skip
+    expect(
+        second is None or momentum is not None, f"{op}: argument second", "momentum beside it (Adam has both moments)",
+        "momentum=None", "pass momentum too",
+    )  # fmt: skip
+    expect(
+        row_scale is None, f"{op}: argument row_scale", f"None for a {weight.dtype} table", "a tensor",
+        "leave it out: only 8-bit tables have row scales",
+    )  # fmt: skip
+    expect(row_offset >= 0, f"{op}: argument row_offset", "0 or more", str(row_offset), "pass the global row of weight[0]")
+    options = {"pos_value": pos_value, "bias": bias, "momentum": momentum, "second": second, "kahan": kahan}
+    return torch.ops.xmlkernels.bce_step_(
+        weight, x, pos_row, pos_sample, hyper, counter, **options,
+        row_offset=row_offset, rows=rows, decoupled=decoupled, need_loss=need_loss,
+    )  # fmt: skip
+
+
+def _fake(
+    weight: Tensor, x: Tensor, pos_row: Tensor, pos_sample: Tensor, hyper: Tensor, counter: Tensor,
+    *, need_loss: bool = False, **_: object,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return x.new_empty(x.shape, dtype=torch.float32), x.new_empty(int(need_loss), dtype=torch.float32)
+
+
+define(
+    "bce_step_(Tensor(a!) weight, Tensor x, Tensor pos_row, Tensor pos_sample, Tensor hyper, Tensor counter, *, "
+    "Tensor? pos_value=None, Tensor(b!)? bias=None, Tensor(c!)? momentum=None, Tensor(d!)? second=None, "
+    "Tensor(e!)? kahan=None, Tensor(f!)? row_scale=None, int row_offset=0, int rows=-1, bool decoupled=False, "
+    "bool need_loss=False) -> (Tensor dx, Tensor loss)",
+    reference,
+    _fake,
+)

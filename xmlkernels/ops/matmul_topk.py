@@ -1,0 +1,57 @@
+"""`matmul_topk`: the best labels of each sample, exactly, without the score matrix."""
+
+import torch
+from torch import Tensor
+
+from xmlkernels.ops._registry import check_table, check_tensor, define, expect
+from xmlkernels.reference.matmul_topk import matmul_topk as reference
+
+
+def matmul_topk(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    *,
+    exclude: Tensor | None = None,
+    row_offset: int = 0,
+    rows: int = -1,
+) -> tuple[Tensor, Tensor]:
+    """Exact top-k of x Wᵀ + bias over all labels; `B x L` is never held.
+
+    Args:
+        x: [B, D] fp32, bf16 or fp16. On bf16 tables the product takes x rounded to bf16.
+        weight: [n, D] label table, fp32, bf16 or fp16.
+        bias: fp32 [n] or None.
+        k: results per sample, 1 or more; may exceed the number of rows.
+        exclude: int64 [B, E], global rows never returned for that sample; -1 pads.
+        row_offset: global row of weight[0].
+        rows: number of real rows; those beyond are padding, never returned. -1: all.
+
+    Returns:
+        values: fp32 [B, k], descending.
+        rows: int64 [B, k], global rows (row_offset added); equal scores stand in ascending order of row. Places that no
+            row can fill hold -inf and -1; a NaN score is never returned.
+
+    Raises:
+        InputError: an argument's dtype, shape, device or layout does not fit.
+    """
+    op = "matmul_topk"
+    check_table(op, x, weight, bias, rows)
+    expect(k >= 1, f"{op}: argument k", "1 or more", str(k), "ask for at least one label")
+    expect(row_offset >= 0, f"{op}: argument row_offset", "0 or more", str(row_offset), "pass the global row of weight[0]")
+    if exclude is not None:
+        check_tensor(op, "exclude", exclude, (torch.int64,), (x.shape[0], None), x.device)
+    return torch.ops.xmlkernels.matmul_topk(x, weight, bias, k, exclude=exclude, row_offset=row_offset, rows=rows)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, **_: object) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[0], k), dtype=torch.float32), x.new_empty((x.shape[0], k), dtype=torch.int64)
+
+
+define(
+    "matmul_topk(Tensor x, Tensor weight, Tensor? bias, int k, *, Tensor? exclude=None, int row_offset=0, int rows=-1) "
+    "-> (Tensor values, Tensor rows)",
+    reference,
+    _fake,
+)

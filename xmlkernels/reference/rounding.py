@@ -1,0 +1,78 @@
+"""Counter-based random words and unbiased rounding, shared by the references of all ops that update in place.
+
+Generator: Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with key (seed, step)
+and counter (row low, row high, column group, stream). One 128-bit draw serves eight neighbouring columns.
+"""
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+WEIGHT, MOMENTUM, SECOND = 0, 1, 2  # streams
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Four 32-bit words (in int64 tensors) for each counter; operands broadcast."""
+    k0, k1 = (k & MASK for k in key)
+    c0, c1, c2, c3 = (c & MASK for c in counter)
+    for _ in range(10):
+        # The int64 product wraps, but its 64 bits are those of the unsigned one.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = ((p1 >> 32) & MASK) ^ c1 ^ k0, p1 & MASK, ((p0 >> 32) & MASK) ^ c3 ^ k1, p0 & MASK
+        k0, k1 = (k0 + _WEYL[0]) & MASK, (k1 + _WEYL[1]) & MASK
+    return c0, c1, c2, c3
+
+
+def random16(counter: Tensor, rows: Tensor, columns: int, stream: int) -> Tensor:
+    """16 random bits for each weight of some rows.
+
+    Args:
+        counter: int64 [2], seed and step.
+        rows: int64 [N], global rows.
+        columns: D.
+        stream: WEIGHT, MOMENTUM or SECOND.
+
+    Returns:
+        int64 [N, D], values in [0, 65536): column c takes half c % 2 of word (c % 8) // 2 of draw c // 8.
+    """
+    seed, step = counter[0], counter[1]
+    group = torch.arange((columns + 7) // 8, device=rows.device)[None, :]
+    row = rows[:, None]
+    words = philox((seed, step), (row, row >> 32, group, torch.full_like(group, stream)))
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack(halves, dim=-1).reshape(rows.shape[0], -1)[:, :columns]
+
+
+def round_stochastic(value: Tensor, r16: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounds finite fp32 values to bf16 or fp16 so that the mean over all 65,536 values of `r16` is the value itself
+    (to 2^-16 of a unit, subnormals included). Saturates at the format's largest finite value."""
+    bits = value.contiguous().view(torch.int32).to(torch.int64) & MASK
+    sign, magnitude = bits & 0x80000000, bits & 0x7FFFFFFF
+    if dtype == torch.bfloat16:
+        half = ((magnitude + r16) >> 16).clamp(max=0x7F7F)
+    elif dtype == torch.float16:
+        exponent = magnitude >> 23
+        # Below 2^-14 the unit of fp16 stays 2^-24, so more bits of the fp32 mantissa fall away.
+        drop = torch.where(exponent >= 113, 13, (126 - exponent).clamp(max=31))
+        mantissa = torch.where(exponent > 0, (magnitude & 0x7FFFFF) | 0x800000, 0)
+        units = (mantissa + ((r16 << 16) >> (32 - drop))) >> drop
+        half = torch.where(exponent >= 113, ((exponent - 113) << 10) + units, units).clamp(max=0x7BFF)
+    else:
+        raise ValueError(f"no stochastic rounding to {dtype}")
+    signed = half | (sign >> 16)
+    return torch.where(signed >= 0x8000, signed - 0x10000, signed).to(torch.int16).view(dtype)
+
+
+def store(value: Tensor, dtype: torch.dtype, counter: Tensor, rows: Tensor, stream: int) -> Tensor:
+    """`value` [N, D] in a table's own format: rounded without bias below fp32, saturated at the largest finite value."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return round_stochastic(value, random16(counter, rows, value.shape[1], stream), dtype)
+    return saturate(value, dtype)
+
+
+def saturate(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` rounded to nearest in `dtype`, infinities replaced by the largest finite value."""
+    limit = torch.finfo(dtype).max
+    return value.clamp(-limit, limit).to(dtype)
