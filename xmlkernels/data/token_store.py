@@ -14,16 +14,16 @@ Only real tokens are stored: no padding, no attention mask (upstream's int64 map
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import Self
 
 import numpy as np
 
+from xmlkernels.data.files import replacing
 from xmlkernels.errors import InputError
 
 MAGIC = b"XMKTOKEN"
@@ -55,13 +55,6 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size < 65_536 else "<u4")
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
 class TokenWriter:
     """Writes a token file row by row; it appears under its name only when all rows are there.
 
@@ -84,8 +77,8 @@ class TokenWriter:
         self._done = 0
 
     def __enter__(self) -> Self:
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        self._file: IO[bytes] = open(self._temporary, "wb")  # noqa: SIM115 (closed in __exit__)
+        self._replacing = replacing(self.path)
+        self._file = self._replacing.__enter__()
         self._file.seek(HEADER_BYTES + self._offsets.nbytes)
         return self
 
@@ -107,15 +100,18 @@ class TokenWriter:
         self._done = stop
         self._file.write(flat.astype(self._dtype).tobytes())
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is not None:
+            self._replacing.__exit__(kind, error, at)
+            return
         try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
+            self._write_header()
+        except ValueError as failure:
+            self._replacing.__exit__(ValueError, failure, None)
+            raise
+        self._replacing.__exit__(None, None, None)
 
-    def _finish(self) -> None:
+    def _write_header(self) -> None:
         if self._done != self.rows:
             raise ValueError(f"{self.path}: {self._done} rows written of the {self.rows} announced")
         text = json.dumps(asdict(self._header) | {"tokens": int(self._offsets[-1])}).encode()
@@ -125,10 +121,6 @@ class TokenWriter:
         self._file.seek(0)
         self._file.write(head.ljust(HEADER_BYTES))
         self._file.write(self._offsets.tobytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        os.replace(self._temporary, self.path)
-        sync_folder(self.path.parent)
 
 
 class TokenStore:
@@ -140,7 +132,7 @@ class TokenStore:
 
     def __init__(self, path: Path, header: TokenHeader) -> None:
         self.path, self.header = path, header
-        raw = np.memmap(path, np.uint8, mode="r")
+        raw = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
         split = HEADER_BYTES + 8 * (header.rows + 1)
         self.offsets: np.ndarray = raw[HEADER_BYTES:split].view("<i8")
         self.tokens: np.ndarray = raw[split:].view(header.dtype)
@@ -162,9 +154,7 @@ class TokenStore:
         store = cls(path, header)
         lengths = np.diff(store.offsets)
         if store.offsets[0] != 0 or store.offsets[-1] != header.tokens or (lengths.size and lengths.min() < 0):
-            raise InputError(
-                str(path), "row offsets that rise from 0 to the number of tokens", "others", "prepare it again"
-            )
+            raise InputError(str(path), "row offsets that rise from 0 to the number of tokens", "others", "prepare it again")
         return store
 
     def __len__(self) -> int:
@@ -220,26 +210,6 @@ def _read_header(path: Path) -> TokenHeader:
     if not known or min(header.rows, header.tokens) < 0:
         raise InputError(str(path), "a consistent header", str(values), "prepare it again")
     return header
-
-
-def read_padded_map(path: str | Path, width: int) -> np.ndarray:
-    """Map one of upstream's raw int64 files (`*_input_ids.dat`, `*_attention_mask.dat`) as int64 [rows, width].
-
-    Raises:
-        InputError: the file is missing or empty, or its size is no whole number of rows.
-    """
-    path = Path(path)
-    if width < 1:
-        raise InputError("max_length", "at least 1", str(width), "give the length the maps were made with")
-    size = path.stat().st_size if path.is_file() else 0
-    if size == 0 or size % (8 * width):
-        raise InputError(
-            str(path),
-            f"a positive multiple of {8 * width} bytes (int64, {width} to a row)",
-            f"{size} bytes" if path.is_file() else "no such file",
-            "give the max length the maps were made with",
-        )
-    return np.memmap(path, np.dtype("<i8"), mode="r").reshape(-1, width)
 
 
 def from_padded_map(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from xmlkernels.data.token_store import TokenHeader, TokenStore, TokenWriter, from_padded_map, read_padded_map
+from xmlkernels.data.token_store import TokenHeader, TokenStore, TokenWriter, from_padded_map
 from xmlkernels.errors import InputError
 
 __all__ = [
@@ -21,11 +21,10 @@ __all__ = [
     "Tokenizer",
     "from_padded_map",
     "load_tokenizer",
-    "read_padded_map",
     "tokenize_to_file",
 ]
 
-PROBE = ["", "Ünïcode  and\tspaces", "Mixed CASE, punctuation: a-b_c.d/e!", "数字 12345 ½", "[CLS] <s> </s> [SEP] <unk>"]
+PROBE = ["", "Ünïcode  and\tspaces", "Mixed CASE: a-b_c.d/e!", "数字 12345 ½", "[CLS] <s> </s> [SEP] <unk>"]
 Progress = Callable[[int, int], None]
 
 
@@ -53,7 +52,7 @@ class Tokenizer:
         has no mean: that row is one end-of-text (else begin, unknown, pad) token.
 
         Raises:
-            InputError: `max_length` leaves no room for a token of the text.
+            InputError: `max_length` leaves no room for a token of the text, or a text is no string.
         """
         least = self._inner.num_special_tokens_to_add() + 1
         if max_length < least:
@@ -73,7 +72,11 @@ class Tokenizer:
         backend = self._by_length.get(max_length)
         if backend is None:
             backend = self._by_length[max_length] = self._truncating(max_length)
-        for encoding in backend.encode_batch_fast(list(texts)):
+        try:
+            encodings = backend.encode_batch_fast(list(texts))
+        except TypeError:
+            encodings = backend.encode_batch_fast([_writable(text) for text in texts])
+        for encoding in encodings:
             yield encoding.ids
 
     def _truncating(self, max_length: int) -> Any:
@@ -110,6 +113,13 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files; `load_tokenizer(folder)` gives the same ids and the same hash."""
         self._inner.save_pretrained(str(folder))
+
+
+def _writable(text: str) -> str:
+    """The text with "?" for lone surrogates, which JSON escapes can bring in and UTF-8 cannot hold."""
+    if not isinstance(text, str):
+        raise InputError("text", "a string", f"{text!r} ({type(text).__name__})", "convert it first")
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:

@@ -77,8 +77,10 @@ def check_table(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, rows: i
     )  # fmt: skip
 
 
-def check_positives(op: str, x: Tensor, pos_row: Tensor, pos_sample: Tensor, pos_value: Tensor | None) -> None:
-    """Positives as (row, sample) pairs, sorted by row then sample, unique."""
+def check_positives(
+    op: str, x: Tensor, pos_row: Tensor, pos_sample: Tensor, pos_value: Tensor | None, rows: int
+) -> None:
+    """Positives as (row, sample) pairs, sorted by row then sample, unique; rows from `rows` on are fill at the end."""
     check_tensor(op, "pos_row", pos_row, (torch.int64,), (None,), x.device)
     check_tensor(op, "pos_sample", pos_sample, (torch.int32,), (pos_row.shape[0],), x.device)
     if pos_value is not None:
@@ -89,9 +91,11 @@ def check_positives(op: str, x: Tensor, pos_row: Tensor, pos_sample: Tensor, pos
     expect(
         low >= 0 and high < x.shape[0] and int(pos_row[0]) >= 0,
         f"{op}: arguments pos_row and pos_sample", f"rows from 0 and samples from 0 to {x.shape[0] - 1}",
-        f"first row {int(pos_row[0])}, samples from {low} to {high}", "number samples within the batch and rows within weight",
+        f"first row {int(pos_row[0])}, samples from {low} to {high}",
+        "number samples within the batch and rows within weight",
     )  # fmt: skip
-    later = (pos_row[1:] > pos_row[:-1]) | ((pos_row[1:] == pos_row[:-1]) & (pos_sample[1:] > pos_sample[:-1]))
+    same = (pos_row[1:] == pos_row[:-1]) & ((pos_sample[1:] > pos_sample[:-1]) | (pos_row[1:] >= rows))
+    later = (pos_row[1:] > pos_row[:-1]) | same
     if not bool(later.all()):
         at = int((~later).nonzero()[0]) + 1
         raise InputError(

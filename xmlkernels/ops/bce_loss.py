@@ -38,7 +38,7 @@ def bce_loss(
         InputError: an argument's dtype, shape, device or layout does not fit, or positives are not sorted.
     """
     check_table("bce_loss", x, weight, bias, rows)
-    check_positives("bce_loss", x, pos_row, pos_sample, pos_value)
+    check_positives("bce_loss", x, pos_row, pos_sample, pos_value, weight.shape[0] if rows < 0 else rows)
     return torch.ops.xmlkernels.bce_loss(x, weight, bias, pos_row, pos_sample, pos_value, rows=rows)
 
 

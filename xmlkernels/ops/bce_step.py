@@ -71,7 +71,7 @@ def bce_step_(
     """
     op = "bce_step_"
     check_table(op, x, weight, bias, rows)
-    check_positives(op, x, pos_row, pos_sample, pos_value)
+    check_positives(op, x, pos_row, pos_sample, pos_value, weight.shape[0] if rows < 0 else rows)
     check_tensor(op, "hyper", hyper, (torch.float32,), (len(HYPER),), weight.device)
     check_tensor(op, "counter", counter, (torch.int64,), (2,), weight.device)
     shape = (weight.shape[0], weight.shape[1])

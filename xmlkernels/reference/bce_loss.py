@@ -47,7 +47,7 @@ def bce_loss(
     """See `xmlkernels.ops.bce_loss`."""
     n = weight.shape[0] if rows < 0 else rows
     z, y, _, _ = logits_and_targets(x, weight, bias, pos_row, pos_sample, pos_value, n)
-    return bce_sum(z, y)
+    return torch.where(torch.isfinite(x).all(), bce_sum(z, y), torch.nan)
 
 
 def bce_loss_backward(

@@ -42,7 +42,7 @@ def random16(counter: Tensor, rows: Tensor, columns: int, stream: int) -> Tensor
     row = rows[:, None]
     words = philox((seed, step), (row, row >> 32, group, torch.full_like(group, stream)))
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    return torch.stack(halves, dim=-1).reshape(rows.shape[0], -1)[:, :columns]
+    return torch.stack(halves, dim=-1).flatten(1)[:, :columns]
 
 
 def round_stochastic(value: Tensor, r16: Tensor, dtype: torch.dtype) -> Tensor:
@@ -54,10 +54,11 @@ def round_stochastic(value: Tensor, r16: Tensor, dtype: torch.dtype) -> Tensor:
         half = ((magnitude + r16) >> 16).clamp(max=0x7F7F)
     elif dtype == torch.float16:
         exponent = magnitude >> 23
-        # Below 2^-14 the unit of fp16 stays 2^-24, so more bits of the fp32 mantissa fall away.
-        drop = torch.where(exponent >= 113, 13, (126 - exponent).clamp(max=31))
+        # Below 2^-14 the unit of fp16 stays 2^-24, so more bits of the fp32 mantissa fall away; from 40 on, all count for
+        # less than 2^-16 of a unit.
+        drop = torch.where(exponent >= 113, 13, (126 - exponent).clamp(max=40))
         mantissa = torch.where(exponent > 0, (magnitude & 0x7FFFFF) | 0x800000, 0)
-        units = (mantissa + ((r16 << 16) >> (32 - drop))) >> drop
+        units = (mantissa + ((r16 << 24) >> (40 - drop))) >> drop
         half = torch.where(exponent >= 113, ((exponent - 113) << 10) + units, units).clamp(max=0x7BFF)
     else:
         raise ValueError(f"no stochastic rounding to {dtype}")

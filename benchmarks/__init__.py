@@ -1,0 +1,1 @@
+"""Timings of the ops against their peers: `python benchmarks/run.py --op OP --device cpu`."""

@@ -1,0 +1,100 @@
+"""Draws committed rows: the share of the torch.mm rate that each implementation reaches, by op and shape.
+
+python benchmarks/plot.py benchmarks/results/<machine>.csv [--out CHART.png] [--dirty]
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.cases import ceiling_dtype
+from benchmarks.run import check_results
+from xmlkernels.errors import InputError
+
+Place = tuple[str, str]
+
+
+def read_rows(path: Path, dirty: bool) -> list[dict[str, str]]:
+    """Rows of a results file, in file order; those of an edited tree only if asked for.
+
+    Raises:
+        InputError: the file is missing, has other columns, or holds no row to draw.
+    """
+    if not path.exists():
+        raise InputError(str(path), "a file that benchmarks/run.py wrote", "no file", "run a benchmark first")
+    check_results(path)
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if dirty or not row["commit"].endswith("-dirty")]
+    if not rows:
+        raise InputError(
+            str(path), "a row of a clean commit", "none", "commit and run the benchmark again, or pass --dirty"
+        )  # fmt: skip
+    return rows
+
+
+def shares(rows: Sequence[dict[str, str]]) -> dict[Place, dict[str, float]]:
+    """Share of the mm rate by (op, shape), then by implementation; a later run of a shape replaces an earlier one.
+
+    A row is divided by the ceiling of its own turn alone: the rows of one op, shape, device and date.
+    """
+    latest = {(row["op"], row["shape"]): (row["date"], row["device"]) for row in rows}
+    turn = [row for row in rows if latest[row["op"], row["shape"]] == (row["date"], row["device"])]
+    ceilings = {(row["op"], row["shape"], row["dtype"]): float(row["tflops"]) for row in turn if row["impl"] == "mm"}
+    found: dict[Place, dict[str, float]] = {}
+    for row in turn:
+        top = ceilings.get((row["op"], row["shape"], ceiling_dtype(row["dtype"], row["device"])))
+        if row["impl"] != "mm" and top:
+            name = f"{row['impl']} {row['phase']} {row['dtype']}"
+            found.setdefault((row["op"], row["shape"]), {})[name] = float(row["tflops"]) / top
+    return found
+
+
+def draw(rows: Sequence[dict[str, str]], out: Path) -> None:
+    """Writes the chart as PNG: one panel per op and shape, bars in file order, the ceiling as a line at 1."""
+    from matplotlib.figure import Figure
+
+    found = shares(rows)
+    if not found:
+        raise InputError("rows", "rows of an implementation with a ceiling beside them", "none", "run the benchmark again")
+    heights = [len(bars) for bars in found.values()]
+    figure = Figure(figsize=(8, 0.25 * sum(heights) + 0.8 * len(found) + 0.6), layout="constrained")
+    panels = figure.subplots(len(found), 1, squeeze=False, height_ratios=heights, sharex=True)[:, 0]
+    for panel, ((op, shape), bars) in zip(panels, found.items(), strict=True):
+        colours = ["tab:blue" if name.startswith("xmlkernels") else "tab:grey" for name in bars]
+        drawn = panel.barh(list(bars), list(bars.values()), color=colours)
+        panel.bar_label(drawn, fmt="%.2f", padding=2, fontsize=7)
+        panel.axvline(1, color="black", linewidth=0.8, linestyle="--")
+        panel.invert_yaxis()
+        panel.tick_params(labelsize=7)
+        panel.set_title(f"{op} {shape}", fontsize=9, loc="left")
+    panels[-1].set_xlabel("share of the torch.mm rate of the same format, timed in turns")
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    figure.suptitle(f"{rows[-1]['machine']} · torch {rows[-1]['torch']} · {commits}", fontsize=9)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(out.name + ".part")
+    figure.savefig(part, dpi=150, format="png")
+    part.replace(out)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks/plot.py", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("results", type=Path, help="a CSV that benchmarks/run.py wrote")
+    parser.add_argument("--out", type=Path, help="PNG to write; without it, beside the CSV")
+    parser.add_argument("--dirty", action="store_true", help="draw rows of edited trees too")
+    options = parser.parse_args(arguments)
+    out = options.out or options.results.with_suffix(".png")
+    try:
+        draw(read_rows(options.results, options.dirty), out)
+    except InputError as error:
+        print(f"benchmarks/plot.py: {error}", file=sys.stderr)
+        return 2
+    print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+// Torch's view of the CPU kernels, on the stable ABI. Arguments arrive checked by xmlkernels/ops; what would corrupt
+// memory is checked once more, since the dispatcher can be called without them.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+
+#include "kernels.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+
+void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* ctx) {
+  torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(begin, end, ctx); });
+}
+int threads() { return int(torch::stable::get_num_threads()); }
+constexpr xk::Host kHost{&parallel_for, &threads};
+
+void check(const Tensor& t, const char* name, ScalarType dtype) {
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == dtype, "argument ", name,
+                  ": expected a contiguous CPU tensor of the documented dtype");
+}
+void check_size(const Tensor& t, const char* name, int64_t numel) {
+  STD_TORCH_CHECK(t.numel() == numel, "argument ", name, ": expected ", numel, " elements, got ", t.numel());
+}
+
+xk::DType dtype_of(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), "argument ", name, ": expected a contiguous CPU tensor");
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return xk::DType::f32;
+    case ScalarType::BFloat16: return xk::DType::bf16;
+    case ScalarType::Half: return xk::DType::f16;
+    default: STD_TORCH_CHECK(false, "argument ", name, ": expected float32, bfloat16 or float16");
+  }
+  return xk::DType::f32;
+}
+
+xk::Batch batch_of(const Tensor& x, const Tensor& weight) {
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) && x.size(1) > 0,
+                  "arguments x and weight: expected [B, D] and [n, D] with D >= 1");
+  return {x.const_data_ptr(), dtype_of(x, "x"), x.size(0), x.size(1)};
+}
+
+xk::Table table_of(const Tensor& weight, const Maybe& bias, int64_t rows) {
+  const int64_t n = weight.size(0);
+  STD_TORCH_CHECK(rows >= -1 && rows <= n, "argument rows: expected -1 to ", n, ", got ", rows);
+  if (bias) check(*bias, "bias", ScalarType::Float), check_size(*bias, "bias", n);
+  return {weight.const_data_ptr(), dtype_of(weight, "weight"), rows < 0 ? n : rows,
+          bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr};
+}
+
+// Samples index a buffer, and rows are searched by bisection.
+xk::Positives positives_of(const Tensor& row, const Tensor& sample, const Maybe& value, int64_t batch, int64_t rows) {
+  check(row, "pos_row", ScalarType::Long);
+  check(sample, "pos_sample", ScalarType::Int);
+  check_size(sample, "pos_sample", row.numel());
+  if (value) check(*value, "pos_value", ScalarType::Float), check_size(*value, "pos_value", row.numel());
+  const xk::Positives p{static_cast<const int64_t*>(row.const_data_ptr()),
+                        static_cast<const int32_t*>(sample.const_data_ptr()),
+                        value ? static_cast<const float*>(value->const_data_ptr()) : nullptr, row.numel()};
+  for (int64_t i = 0; i < p.count; ++i) {
+    STD_TORCH_CHECK(p.row[i] >= (i ? p.row[i - 1] : 0), "argument pos_row: expected ascending rows, got ", p.row[i],
+                    " at ", i);
+    STD_TORCH_CHECK(p.row[i] >= rows || (p.sample[i] >= 0 && p.sample[i] < batch),
+                    "argument pos_sample: expected 0 to ", batch - 1, ", got ", p.sample[i], " at ", i);
+  }
+  return p;
+}
+
+xk::State state_of(const Maybe& state, const char* name, const Tensor& weight) {
+  if (!state) return {nullptr, xk::DType::f32};
+  const xk::DType dtype = dtype_of(*state, name);
+  check_size(*state, name, weight.numel());
+  return {state->mutable_data_ptr(), dtype};
+}
+
+Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype = ScalarType::Float) {
+  return torch::stable::empty(size, dtype);
+}
+
+std::tuple<Tensor, Tensor> bce_step_(Tensor weight, Tensor x, Tensor pos_row, Tensor pos_sample, Tensor hyper,
+                                     Tensor counter, Maybe pos_value, Maybe bias, Maybe momentum, Maybe second,
+                                     Maybe kahan, Maybe row_scale, int64_t row_offset, int64_t rows, bool decoupled,
+                                     bool need_loss) {
+  check(hyper, "hyper", ScalarType::Float);
+  check(counter, "counter", ScalarType::Long);
+  check_size(hyper, "hyper", 7);
+  check_size(counter, "counter", 2);
+  STD_TORCH_CHECK(!row_scale, "argument row_scale: expected None, 8-bit tables have no kernel here");
+  STD_TORCH_CHECK(momentum || !second, "argument second: expected momentum beside it");
+  xk::BceStep a{};
+  a.batch = batch_of(x, weight);
+  a.table = table_of(weight, bias, rows);
+  a.positives = positives_of(pos_row, pos_sample, pos_value, a.batch.size, a.table.rows);
+  a.hyper = static_cast<const float*>(hyper.const_data_ptr());
+  a.counter = static_cast<const int64_t*>(counter.const_data_ptr());
+  a.momentum = state_of(momentum, "momentum", weight);
+  a.second = state_of(second, "second", weight);
+  a.kahan = state_of(kahan, "kahan", weight);
+  STD_TORCH_CHECK(!kahan || (a.kahan.dtype == a.table.dtype && a.table.dtype != xk::DType::f32),
+                  "argument kahan: expected the table's dtype, below float32");
+  a.row_offset = row_offset;
+  a.decoupled = decoupled;
+  Tensor dx = empty({x.size(0), x.size(1)}), loss = empty({need_loss ? 1 : 0});
+  a.dx = static_cast<float*>(dx.mutable_data_ptr());
+  a.loss = need_loss ? static_cast<float*>(loss.mutable_data_ptr()) : nullptr;
+  xk::bce_step(a, kHost);
+  return {dx, loss};
+}
+
+Tensor bce_loss(Tensor x, Tensor weight, Maybe bias, Tensor pos_row, Tensor pos_sample, Maybe pos_value, int64_t rows) {
+  xk::BceLoss a{};
+  a.batch = batch_of(x, weight);
+  a.table = table_of(weight, bias, rows);
+  a.positives = positives_of(pos_row, pos_sample, pos_value, a.batch.size, a.table.rows);
+  Tensor loss = empty({1});
+  a.loss = static_cast<float*>(loss.mutable_data_ptr());
+  xk::bce_loss(a, kHost);
+  return loss;
+}
+
+std::tuple<Tensor, Tensor, Tensor> bce_loss_backward(Tensor x, Tensor weight, Maybe bias, Tensor pos_row,
+                                                     Tensor pos_sample, Maybe pos_value, int64_t rows,
+                                                     bool need_dweight, bool need_dbias) {
+  xk::BceLossBackward a{};
+  a.batch = batch_of(x, weight);
+  a.table = table_of(weight, bias, rows);
+  a.positives = positives_of(pos_row, pos_sample, pos_value, a.batch.size, a.table.rows);
+  const int64_t n = weight.size(0), d = weight.size(1);
+  Tensor dx = empty({x.size(0), d}), dweight = need_dweight ? empty({n, d}) : empty({0}),
+         dbias = empty({need_dbias ? n : 0});
+  // Padding rows have no gradient; the kernel writes the real ones.
+  if (need_dweight && a.table.rows < n) torch::stable::zero_(dweight);
+  if (need_dbias && a.table.rows < n) torch::stable::zero_(dbias);
+  a.dx = static_cast<float*>(dx.mutable_data_ptr());
+  a.dweight = need_dweight ? static_cast<float*>(dweight.mutable_data_ptr()) : nullptr;
+  a.dbias = need_dbias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr;
+  xk::bce_loss_backward(a, kHost);
+  return {dx, dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor> matmul_topk(Tensor x, Tensor weight, Maybe bias, int64_t k, Maybe exclude,
+                                       int64_t row_offset, int64_t rows) {
+  STD_TORCH_CHECK(k >= 1, "argument k: expected 1 or more, got ", k);
+  xk::MatmulTopk a{};
+  a.batch = batch_of(x, weight);
+  a.table = table_of(weight, bias, rows);
+  a.k = k;
+  a.row_offset = row_offset;
+  if (exclude) {
+    check(*exclude, "exclude", ScalarType::Long);
+    STD_TORCH_CHECK(exclude->dim() == 2 && exclude->size(0) == a.batch.size, "argument exclude: expected [B, E]");
+    a.exclude = static_cast<const int64_t*>(exclude->const_data_ptr());
+    a.exclude_width = exclude->size(1);
+  }
+  Tensor values = empty({a.batch.size, k}), best = empty({a.batch.size, k}, ScalarType::Long);
+  a.values = static_cast<float*>(values.mutable_data_ptr());
+  a.rows = static_cast<int64_t*>(best.mutable_data_ptr());
+  xk::matmul_topk(a, kHost);
+  return {values, best};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(xmlkernels, CPU, m) {
+  m.impl("bce_step_", TORCH_BOX(&bce_step_));
+  m.impl("bce_loss", TORCH_BOX(&bce_loss));
+  m.impl("bce_loss_backward", TORCH_BOX(&bce_loss_backward));
+  m.impl("matmul_topk", TORCH_BOX(&matmul_topk));
+}

@@ -1,0 +1,199 @@
+// The update of a table row from its gradient: SGD, SGD with momentum, Adam; L2 or decoupled decay; fp32, or
+// bf16 and fp16 rounded stochastically or with Kahan compensation. One call treats kChunk columns in registers.
+//
+//   w = weight (+ kahan)                          g += decay w             (not decoupled)
+//   SGD:       d = g
+//   momentum:  m = mu m + g, d = m
+//   Adam:      m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, d = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+//   new = w (1 - lr decay when decoupled) - lr d
+//   weight = stochastic(new), or with Kahan: weight = nearest(new), kahan = nearest(new - weight)
+// The step uses m and v as computed; only what is kept is rounded. t = step + 1.
+#pragma once
+
+#include <cmath>
+
+#include "philox.h"
+
+namespace xk::XK_NS {
+
+enum class Rule { sgd, momentum, adam };
+
+constexpr int kChunkVecs = kChunk / kLanes;
+struct Chunk {
+  vf v[kChunkVecs];
+};
+
+struct Update {
+  Rule rule;
+  State weight, momentum, second, kahan;
+  int64_t width, row_offset;
+  float lr, l2, keep, beta1, beta2, eps, correct1, correct2;
+  PhiloxKey key;
+  PhiloxColumns at{0};
+
+  Update(const BceStep& a)
+      : rule(a.second.data ? Rule::adam : a.momentum.data ? Rule::momentum : Rule::sgd),
+        weight{const_cast<void*>(a.table.weight), a.table.dtype}, momentum(a.momentum), second(a.second),
+        kahan(a.kahan), width(a.batch.width), row_offset(a.row_offset),
+        lr(a.hyper[0]), l2(a.decoupled ? 0 : a.hyper[1]),
+        // Plain SGD's L2 term is linear, so it joins the factor on the weight.
+        keep(a.decoupled || rule == Rule::sgd ? 1 - a.hyper[0] * a.hyper[1] : 1),
+        beta1(a.hyper[2]), beta2(a.hyper[3]), eps(a.hyper[4]),
+        correct1(float(1 - std::pow(double(beta1), double(a.counter[1] + 1)))),
+        correct2(float(1 - std::pow(double(beta2), double(a.counter[1] + 1)))),
+        key(a.counter[0], a.counter[1]) {}
+
+  void columns(int64_t c) { at = PhiloxColumns(c); }
+  void row(int64_t row, int64_t column, int64_t count, const float* gradient);
+};
+
+// kChunk values of a state: in place, or through a copy where fewer columns are left, since whole vectors would
+// touch the next row.
+struct Slot {
+  alignas(64) unsigned char copy[kChunk * 4];
+  unsigned char* place;
+  int64_t bytes;
+
+  void* open(const State& s, int64_t index, int64_t count) {
+    place = static_cast<unsigned char*>(s.data) + index * dtype_size(s.dtype);
+    bytes = count * dtype_size(s.dtype);
+    if (count == kChunk) return place;
+    std::memset(copy, 0, sizeof copy);
+    std::memcpy(copy, place, size_t(bytes));
+    return copy;
+  }
+  void close(int64_t count) {
+    if (count != kChunk) std::memcpy(place, copy, size_t(bytes));
+  }
+};
+
+template <DType kType>
+XK_INLINE void load_chunk(Chunk& c, const void* p) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kChunkVecs; ++i) c.v[i] = load_as_f32(p, kType, i * kLanes);
+}
+
+XK_INLINE void load_chunk(Chunk& c, const void* p, DType dtype) {
+  if (dtype == DType::f32)
+    load_chunk<DType::f32>(c, p);
+  else if (dtype == DType::bf16)
+    load_chunk<DType::bf16>(c, p);
+  else
+    load_chunk<DType::f16>(c, p);
+}
+
+template <DType kType>
+XK_INLINE void store_chunk(const Update& u, const Chunk& c, void* p, uint64_t row, Stream stream) {
+  if constexpr (kType == DType::f32) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kChunkVecs; ++i) store(static_cast<float*>(p) + i * kLanes, vclamp(c.v[i], FLT_MAX));
+  } else {
+    alignas(64) uint16_t random[kChunk];
+    draw(u.key, u.at, row, stream, random);
+#pragma GCC unroll 8
+    for (int i = 0; i < kChunkVecs; i += 2) {
+      uint16_t* const out = static_cast<uint16_t*>(p) + i * kLanes;
+      const vu r0 = load_u16(random + i * kLanes), r1 = load_u16(random + (i + 1) * kLanes);
+      if constexpr (kType == DType::bf16) {
+        store_high_halves(out, round_bf16(c.v[i], r0), round_bf16(c.v[i + 1], r1));
+      } else {
+        store_u16(out, round_f16(c.v[i], r0));
+        store_u16(out + kLanes, round_f16(c.v[i + 1], r1));
+      }
+    }
+  }
+}
+
+static inline void store_state(const Update& u, const Chunk& c, void* p, DType dtype, uint64_t row, Stream stream) {
+  if (dtype == DType::f32)
+    store_chunk<DType::f32>(u, c, p, row, stream);
+  else if (dtype == DType::bf16)
+    store_chunk<DType::bf16>(u, c, p, row, stream);
+  else
+    store_chunk<DType::f16>(u, c, p, row, stream);
+}
+
+// Rounds to nearest, keeps what the rounding left over.
+template <DType kType>
+XK_INLINE void store_compensated(const Chunk& c, void* weight, void* kahan) {
+  constexpr float limit = kType == DType::bf16 ? kMaxBf16 : kMaxF16;
+#pragma GCC unroll 8
+  for (int i = 0; i < kChunkVecs; ++i) {
+    const vf v = vclamp(c.v[i], limit);
+    const vu w = kType == DType::bf16 ? f32_to_bf16(v) : f32_to_f16(v);
+    const vf rest = vclamp(c.v[i] - (kType == DType::bf16 ? bf16_to_f32(w) : f16_to_f32(w)), limit);
+    store_u16(static_cast<uint16_t*>(weight) + i * kLanes, w);
+    store_u16(static_cast<uint16_t*>(kahan) + i * kLanes, kType == DType::bf16 ? f32_to_bf16(rest) : f32_to_f16(rest));
+  }
+}
+
+template <DType kType, Rule kRule, bool kKahan>
+static void update_chunk(const Update& u, int64_t row, int64_t column, int64_t count, const float* gradient) {
+  const int64_t index = row * u.width + column;
+  const uint64_t global = uint64_t(row + u.row_offset);
+  Slot weight, momentum, second, kahan;
+  void* const w_at = weight.open(u.weight, index, count);
+  Chunk w, m;
+  load_chunk<kType>(w, w_at);
+  if constexpr (kKahan) {
+    Chunk c;
+    load_chunk<kType>(c, kahan.open(u.kahan, index, count));
+    for (int i = 0; i < kChunkVecs; ++i) w.v[i] = w.v[i] + c.v[i];
+  }
+  if constexpr (kRule == Rule::sgd) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kChunkVecs; ++i) w.v[i] = w.v[i] * u.keep - u.lr * load<vf>(gradient + i * kLanes);
+  } else {
+    void* const m_at = momentum.open(u.momentum, index, count);
+    load_chunk(m, m_at, u.momentum.dtype);
+    if constexpr (kRule == Rule::momentum) {
+      for (int i = 0; i < kChunkVecs; ++i) {
+        m.v[i] = u.beta1 * m.v[i] + (load<vf>(gradient + i * kLanes) + u.l2 * w.v[i]);
+        w.v[i] = w.v[i] * u.keep - u.lr * m.v[i];
+      }
+    } else {
+      Chunk v;
+      void* const v_at = second.open(u.second, index, count);
+      load_chunk(v, v_at, u.second.dtype);
+      for (int i = 0; i < kChunkVecs; ++i) {
+        const vf g = load<vf>(gradient + i * kLanes) + u.l2 * w.v[i];
+        m.v[i] = u.beta1 * m.v[i] + (1 - u.beta1) * g;
+        v.v[i] = u.beta2 * v.v[i] + (1 - u.beta2) * g * g;
+        w.v[i] = w.v[i] * u.keep - u.lr * (m.v[i] / u.correct1) / (vsqrt(v.v[i] / u.correct2) + u.eps);
+      }
+      store_state(u, v, v_at, u.second.dtype, global, kStreamSecond);
+      second.close(count);
+    }
+    store_state(u, m, m_at, u.momentum.dtype, global, kStreamMomentum);
+    momentum.close(count);
+  }
+  if constexpr (kKahan) {
+    store_compensated<kType>(w, w_at, count == kChunk ? kahan.place : kahan.copy);
+    kahan.close(count);
+  } else {
+    store_chunk<kType>(u, w, w_at, global, kStreamWeight);
+  }
+  weight.close(count);
+}
+
+template <DType kType>
+XK_INLINE void update_chunk(const Update& u, int64_t row, int64_t column, int64_t count, const float* gradient) {
+  if constexpr (kType != DType::f32) {
+    if (u.kahan.data) {
+      if (u.rule == Rule::sgd) return update_chunk<kType, Rule::sgd, true>(u, row, column, count, gradient);
+      if (u.rule == Rule::momentum) return update_chunk<kType, Rule::momentum, true>(u, row, column, count, gradient);
+      return update_chunk<kType, Rule::adam, true>(u, row, column, count, gradient);
+    }
+  }
+  if (u.rule == Rule::sgd) return update_chunk<kType, Rule::sgd, false>(u, row, column, count, gradient);
+  if (u.rule == Rule::momentum) return update_chunk<kType, Rule::momentum, false>(u, row, column, count, gradient);
+  return update_chunk<kType, Rule::adam, false>(u, row, column, count, gradient);
+}
+
+inline void Update::row(int64_t row, int64_t column, int64_t count, const float* gradient) {
+  if (weight.dtype == DType::f32) return update_chunk<DType::f32>(*this, row, column, count, gradient);
+  if (weight.dtype == DType::bf16) return update_chunk<DType::bf16>(*this, row, column, count, gradient);
+  return update_chunk<DType::f16>(*this, row, column, count, gradient);
+}
+
+}  // namespace xk::XK_NS

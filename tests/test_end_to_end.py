@@ -1,0 +1,159 @@
+"""The model's step: against plain autograd, by micro-batches, and when something is not finite."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from xmlkernels import InputError
+from xmlkernels.data.loader import Batch
+from xmlkernels.models.end_to_end import EndToEnd, Training
+from xmlkernels.nn.encoder import Encoder
+from xmlkernels.nn.full_head import FullHead
+
+LABELS = 23
+VOCABULARY = 60
+
+
+def make_batch(size: int, seed: int = 0, labels: int = LABELS) -> Batch:
+    """Random documents of differing lengths; every document has one to three labels."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 12, (size,), generator=g)
+    mask = (torch.arange(int(lengths.max()))[None] < lengths[:, None]).long()
+    ids = torch.randint(5, VOCABULARY, mask.shape, generator=g) * mask
+    pairs = sorted({(int(torch.randint(0, labels, (1,), generator=g)), s) for s in range(size) for _ in range(3)})
+    rows = torch.tensor([r for r, _ in pairs])
+    samples = torch.tensor([s for _, s in pairs], dtype=torch.int32)
+    return Batch(ids, mask, rows, samples, torch.arange(size), labels)
+
+
+def make_model(*, dropout: float = 0.0, **training: float) -> EndToEnd:
+    """A tiny model; in evaluation mode without dropout, so that two ways of computing one step can be compared."""
+    settings = {"encoder_lr": 1e-3, "head_lr": 0.05, "encoder_decay": 0.01, "warmup": 0, "total": 100, **training}
+    encoder = Encoder.tiny(VOCABULARY, dropout=dropout, seed=1)
+    head = FullHead(LABELS, encoder.width, momentum=0.9, seed=2)
+    return EndToEnd(encoder, head, Training(**settings)).train(dropout > 0)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp_min(1e-12))
+
+
+def test_step_equals_plain_autograd() -> None:
+    """Three steps beside one module trained by loss.backward(): same loss, same table, same encoder."""
+    model = make_model()
+    twin_encoder = copy.deepcopy(model.encoder)
+    twin_head = nn.Linear(model.encoder.width, LABELS, bias=False)
+    twin_head.weight.data.copy_(model.head.weight)
+    sgd = torch.optim.SGD(twin_head.parameters(), lr=0.05, momentum=0.9)
+    matrices = {id(m.weight) for m in twin_encoder.modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    groups = [
+        {"params": [p for p in twin_encoder.parameters() if id(p) in matrices], "weight_decay": 0.01},
+        {"params": [p for p in twin_encoder.parameters() if id(p) not in matrices], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=1e-3, eps=1e-6)
+    from xmlkernels.optim import warmup_cosine
+
+    for number in range(3):
+        batch = make_batch(7, seed=number)
+        loss = model.step(batch, need_loss=True)
+        factor = warmup_cosine(number, 0, 100)
+        sgd.param_groups[0]["lr"] = 0.05 * factor
+        for group in adamw.param_groups:
+            group["lr"] = 1e-3 * factor
+        target = torch.zeros(7, LABELS)
+        target[batch.pos_sample.long(), batch.pos_row] = 1
+        z = twin_head(twin_encoder(batch.input_ids, batch.attention_mask))
+        expected = nn.functional.binary_cross_entropy_with_logits(z, target, reduction="sum")
+        sgd.zero_grad(), adamw.zero_grad()
+        expected.backward()
+        sgd.step(), adamw.step()
+        torch.testing.assert_close(loss[0], expected, rtol=1e-5, atol=1e-4)
+    assert relative(model.head.weight, twin_head.weight.data) < 1e-5
+    for (name, ours), theirs in zip(model.encoder.named_parameters(), twin_encoder.parameters(), strict=True):
+        assert relative(ours, theirs) < 1e-4, name
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 20])
+def test_micro_batches_equal_the_whole_batch(size: int) -> None:
+    """Gradient caching gives the whole batch's update within 1e-5 relative (the issue's bound), for pieces that divide the
+    batch and pieces that do not."""
+    whole, parts = make_model(), make_model(micro_batch=size)
+    before = {k: v.clone() for k, v in whole.state_dict().items()}
+    batch = make_batch(16)
+    a, b = whole.step(batch, need_loss=True), parts.step(batch, need_loss=True)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+    assert relative(parts.head.weight - before["head.weight"], whole.head.weight - before["head.weight"]) < 1e-5
+    got = torch.cat([p.grad.flatten() for p in parts.encoder.parameters() if p.grad is not None])
+    expected = torch.cat([p.grad.flatten() for p in whole.encoder.parameters() if p.grad is not None])
+    assert relative(got, expected) < 1e-5
+
+
+def test_both_passes_of_a_micro_batch_drop_the_same_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(dropout=0.5, micro_batch=4)
+    seen: list[torch.Tensor] = []
+    model.encoder.register_forward_hook(lambda _m, _a, out: seen.append(out.detach().clone()))
+    model.step(make_batch(12))
+    assert len(seen) == 6
+    for first, second in zip(seen[:3], seen[3:], strict=True):
+        assert torch.equal(first, second)
+        assert (first == 0).any()  # dropout was on, so equality is no accident
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_a_non_finite_embedding_skips_both_updates_and_is_counted() -> None:
+    model = make_model()
+    model.step(make_batch(5))
+    with torch.no_grad():
+        next(model.encoder.parameters())[7, 0] = torch.inf
+    batch = make_batch(5, seed=1)
+    batch.input_ids[2, 0] = 7
+    before = {k: v.clone() for k, v in model.tensors().items()}
+    model.step(batch)
+    changed = {k for k, v in model.tensors().items() if not torch.equal(v.nan_to_num(), before[k].nan_to_num())}
+    assert changed == {"skipped_steps", "head.counter"}
+    assert int(model.skipped_steps) == 1 and int(model.skipped_encoder_steps) == 0
+
+
+def test_an_overflow_in_the_encoders_backward_skips_the_encoder_alone() -> None:
+    model = make_model()
+    parameter = next(p for p in model.encoder.parameters() if p.requires_grad)
+    parameter.register_hook(lambda grad: torch.full_like(grad, torch.inf))
+    before = {k: v.clone() for k, v in model.tensors().items()}
+    model.step(make_batch(5))
+    after = model.tensors()
+    assert not torch.equal(after["head.weight"], before["head.weight"])
+    assert all(torch.equal(after[k], before[k]) for k in before if k.startswith("encoder."))
+    assert int(model.skipped_steps) == 0 and int(model.skipped_encoder_steps) == 1
+
+
+def test_the_loss_falls() -> None:
+    model, batch = make_model(head_lr=0.02), make_batch(16)
+    losses = [float(model.step(batch, need_loss=True)) for _ in range(40)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_tensors_restore_a_model_bit_for_bit() -> None:
+    model = make_model()
+    for number in range(3):
+        model.step(make_batch(6, seed=number))
+    twin = make_model()
+    twin.load_tensors({k: v.clone() for k, v in model.tensors().items()})
+    for number in range(3, 5):
+        model.step(make_batch(6, seed=number))
+        twin.step(make_batch(6, seed=number))
+    ours, theirs = model.tensors(), twin.tensors()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_tensors_of_another_model_are_refused() -> None:
+    tensors = make_model().tensors()
+    tensors["head.weight"] = tensors["head.weight"][:5]
+    with pytest.raises(InputError, match="other shape \\['head.weight'\\]"):
+        make_model().load_tensors(tensors)
+    tensors = make_model().tensors()
+    del tensors["head.momentum"]
+    with pytest.raises(InputError, match="missing \\['head.momentum'\\]"):
+        make_model().load_tensors(tensors)

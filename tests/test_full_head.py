@@ -1,0 +1,98 @@
+"""The full head: its table, its options, and that a step does what autograd and torch's optimizers would do."""
+
+import pytest
+import torch
+from torch import nn
+
+from xmlkernels import InputError
+from xmlkernels.nn.full_head import FullHead, default_table_dtype
+
+
+def positives(pairs: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    pairs = sorted(pairs)
+    return torch.tensor([r for r, _ in pairs]), torch.tensor([s for _, s in pairs], dtype=torch.int32)
+
+
+def test_initial_table_is_normal_and_depends_on_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    first = FullHead(5000, 96, seed=3).weight
+    torch.manual_seed(2)
+    again, other = FullHead(5000, 96, seed=3).weight, FullHead(5000, 96, seed=4).weight
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert abs(float(first.std()) - 0.02) < 2e-4
+    assert abs(float(first.mean())) < 2e-4
+
+
+@pytest.mark.parametrize(("optimizer", "decoupled"), [("sgd", False), ("adam", False), ("adam", True)])
+def test_steps_follow_torch(optimizer: str, decoupled: bool) -> None:
+    """Ten fp32 steps beside nn.Linear, BCEWithLogits(sum) and torch's own optimizer."""
+    labels, width, batch, lr, decay = 37, 12, 6, 0.05, 0.1
+    head = FullHead(labels, width, optimizer=optimizer, momentum=0.9, decay=decay, decoupled=decoupled, seed=1)
+    twin = nn.Linear(width, labels, bias=False)
+    twin.weight.data.copy_(head.weight)
+    make = {
+        ("sgd", False): lambda p: torch.optim.SGD(p, lr=lr, momentum=0.9, weight_decay=decay),
+        ("adam", False): lambda p: torch.optim.Adam(p, lr=lr, weight_decay=decay),
+        ("adam", True): lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=decay),
+    }[optimizer, decoupled]
+    torch_optimizer = make(twin.parameters())
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        x = torch.randn(batch, width, generator=generator)
+        target = (torch.rand(batch, labels, generator=generator) < 0.1).float()
+        row, sample = positives([(int(r), int(s)) for s, r in target.nonzero()])
+        dx, loss = head.step(x, row, sample, lr=lr, need_loss=True)
+        leaf = x.clone().requires_grad_()
+        expected = nn.functional.binary_cross_entropy_with_logits(twin(leaf), target, reduction="sum")
+        torch_optimizer.zero_grad()
+        expected.backward()
+        torch_optimizer.step()
+        torch.testing.assert_close(loss[0], expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(dx, leaf.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head.weight, twin.weight.data, rtol=1e-4, atol=1e-5)
+
+
+def test_the_counter_moves_so_that_rounding_differs_between_steps() -> None:
+    head = FullHead(64, 8, dtype="bf16", seed=5)
+    row, sample = positives([(3, 0)])
+    x = torch.full((1, 8), 0.01)
+    start = head.weight.clone()
+    moved = []
+    for _ in range(2):
+        head.weight.copy_(start)
+        head.step(x, row, sample, lr=0.01, need_loss=False)
+        moved.append(head.weight.clone())
+    assert int(head.counter[1]) == 2
+    assert not torch.equal(moved[0], moved[1])
+
+
+def test_state_is_kept_only_where_the_optimizer_needs_it() -> None:
+    assert FullHead(4, 4, momentum=0.0).momentum is None
+    assert FullHead(4, 4, momentum=0.9).second is None
+    adam = FullHead(4, 4, optimizer="adam", state_dtype="bf16")
+    assert adam.momentum is not None and adam.second is not None and adam.second.dtype == torch.bfloat16
+    assert FullHead(4, 4, kahan=True).kahan is None  # fp32 leaves nothing over
+    assert not any(p.requires_grad for p in FullHead(4, 4, bias=True).parameters())
+
+
+def test_topk_ranks_by_logit() -> None:
+    head = FullHead(5, 2, std=0)
+    head.weight.copy_(torch.tensor([[1.0, 0], [3, 0], [2, 0], [0, 1], [-1, 0]]))
+    values, rows = head.topk(torch.tensor([[1.0, 0.5]]), 3)
+    assert rows.tolist() == [[1, 2, 0]]
+    assert values.tolist() == [[3.0, 2.0, 1.0]]
+    _, rows = head.topk(torch.tensor([[1.0, 0.5]]), 2, torch.tensor([[1]]))
+    assert rows.tolist() == [[2, 0]]
+
+
+def test_default_dtype_follows_the_device() -> None:
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert default_table_dtype(torch.device("cpu")) == ("bf16" if native else "fp32")
+    assert default_table_dtype(torch.device("cuda")) == "bf16"
+
+
+@pytest.mark.parametrize(("key", "value"), [("dtype", "fp8"), ("state_dtype", "int8"), ("optimizer", "lamb")])
+def test_unknown_options_are_named(key: str, value: str) -> None:
+    with pytest.raises(InputError, match=f"label table: {key}: expected .*{value}"):
+        FullHead(4, 4, **{key: value})

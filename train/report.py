@@ -1,0 +1,79 @@
+"""What the commands say to a person: progress lines, tables, and one sentence for a mistake."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from xmlkernels import InputError
+
+# Fixed width where the output goes to a file or a CI log, so that tables do not wrap at 80 columns.
+_console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def say(text: str) -> None:
+    """One line, at once."""
+    _console.print(text, markup=False, soft_wrap=True)
+    sys.stdout.flush()
+
+
+def command(main: Callable[[], Any]) -> None:
+    """Runs a command; a user's mistake ends it with one sentence on stderr and exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; a run goes on from its last checkpoint by --resume True", file=sys.stderr)
+        sys.exit(130)
+
+
+def metrics_table(title: str, rows: dict[str, dict[str, float]], kinds: tuple[str, ...] = ("P", "nDCG", "PSP", "R")) -> Table:
+    """Percentages at 1, 3 and 5; one row for each named set of metrics."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("percent")
+    names = [f"{kind}@{k}" for kind in kinds for k in (1, 3, 5)]
+    for name in names:
+        table.add_column(name, justify="right")
+    for label, metrics in rows.items():
+        table.add_row(label, *(f"{metrics[name]:.2f}" if name in metrics else "–" for name in names))
+    return table
+
+
+def print_metrics(report: dict[str, Any], output: Path) -> None:
+    """The metrics of a finished run, by split and by label frequency."""
+    a, b = report["propensity"]
+    title = f"{report['dataset']} (hash {report['dataset_hash'][:12]}), propensity constants A={a}, B={b}"
+    rows = {name: report[name] for name in ("validation", "test") if name in report}
+    if rows:
+        _console.print(metrics_table(title, rows))
+    if "deciles" in report:
+        print_deciles(report["deciles"])
+    seconds = report["seconds"]
+    say(
+        f"{report['steps']:,} steps, train {seconds['train']:.0f} s, evaluate {seconds['evaluate']:.0f} s, "
+        f"peak memory {report['peak_rss_mb']:.0f} MB; written to {output}/"
+    )
+
+
+def print_deciles(deciles: list[dict[str, Any]]) -> None:
+    """Recall by label frequency: labels sorted by training frequency, ten groups of equal size, rarest first."""
+    table = Table(title="by label frequency in train (ten groups of equally many labels)", title_justify="left")
+    for name in deciles[0]:
+        table.add_column(name, justify="right")
+    for row in deciles:
+        table.add_row(
+            *(
+                f"{value:.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+                for value in row.values()
+            )
+        )
+    _console.print(table)
+
+
+def print_comparison(title: str, rows: dict[str, dict[str, float]]) -> None:
+    _console.print(metrics_table(title, rows))

@@ -1,0 +1,242 @@
+"""Raw files → a dataset folder, made once for each content of the inputs.
+
+The folder is built beside its place and renamed, so it is there whole or not at all. Its key is a hash of the content
+of every input, of the tokenizer and of the settings; a name alone never decides that a folder can be used again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from xmlkernels.data import dataset, token_store
+from xmlkernels.data.build import Tell, choose_rows, write_labels, write_splits
+from xmlkernels.data.dataset import MANIFEST, Dataset, building, read_manifest, write_manifest
+from xmlkernels.data.formats import LabelFormat
+from xmlkernels.data.lf_json import is_lf_json
+from xmlkernels.data.sources import Fields, Files, Reading, Source, docstrings_digest, map_files, read_docstrings, read_files
+from xmlkernels.data.tokens import Tokenizer, load_tokenizer
+from xmlkernels.errors import InputError
+
+# A and B of Jain et al. 2016, as the published results use them; never guessed from a name.
+PROPENSITIES = {"default": (0.55, 1.5), "amazon": (0.6, 2.6), "wikipedia": (0.5, 0.4)}
+# Bump when the same inputs would give another folder.
+RECIPE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Make a dataset folder from raw files or from the built-in corpus."""
+
+    output: Path
+    """Folder to make."""
+    tokenizer: str
+    """Hugging Face name, or a local folder."""
+    max_length: int = 128
+    """Tokens kept of each text, special tokens included."""
+    source: Source = "text"
+    """text: a text a line beside a label file; lf: JSON lines with texts and targets; attentionxml: raw texts with
+    /SEP/ and label strings; docstrings: the built-in corpus, which needs no files."""
+    name: str | None = None
+    """Name of the dataset; the output folder's by default."""
+    train_text: Path | None = None
+    """Training texts, plain or .gz (lf: the JSON lines)."""
+    train_labels: Path | None = None
+    """Training labels: sparse text, old bag of words, label lines, .npz or JSON lines."""
+    train_filter: Path | None = None
+    """Pairs `row label` never to be predicted."""
+    validation_text: Path | None = None
+    """Validation texts; see also validation-share."""
+    validation_labels: Path | None = None
+    """Validation labels."""
+    validation_filter: Path | None = None
+    """Pairs `row label` of the validation split."""
+    test_text: Path | None = None
+    """Test texts."""
+    test_labels: Path | None = None
+    """Test labels."""
+    test_filter: Path | None = None
+    """Pairs `row label` of the test split."""
+    label_text: Path | None = None
+    """Label texts, one a line (lf: lbl.json): names, and the virtual documents of label-text augmentation."""
+    label_names: Path | None = None
+    """Label names, one a line, where they are not the label texts."""
+    token_maps: Path | None = None
+    """Folder of upstream's {trn_doc,tst_doc,lbl}_{input_ids,attention_mask}.dat to take instead of texts."""
+    label_format: LabelFormat | None = None
+    """Format of the label files, where it cannot be seen."""
+    fields: Fields = "all"
+    """lf and attentionxml: which part of a text to use."""
+    num_labels: int | None = None
+    """Number of labels, where neither a header nor label texts tell it."""
+    merge_duplicates: bool = False
+    """Count a label once that a row names twice; otherwise that is an error."""
+    documents: int | None = None
+    """docstrings: take a deterministic part of about this many documents."""
+    validation_share: float = 0.0
+    """Share of the training documents, drawn by seed, that becomes the validation split."""
+    seed: int = 0
+    """Draws the validation share."""
+    unlabelled: Literal["keep", "drop-train", "drop"] = "keep"
+    """Documents without a label: keep them, drop them from training (and its validation share), or drop them all."""
+    propensity: Literal["default", "amazon", "wikipedia"] = "default"
+    """PSP constants A and B: 0.55 and 1.5, 0.6 and 2.6, 0.5 and 0.4."""
+    propensity_a: float | None = None
+    """A, instead of the preset's."""
+    propensity_b: float | None = None
+    """B, instead of the preset's."""
+    keep_texts: bool = False
+    """Keep the texts in the folder, to show them beside predictions."""
+    overwrite: bool = False
+    """Replace a dataset folder made from other inputs or damaged."""
+
+    @property
+    def files(self) -> dict[str, Files]:
+        """The raw files of each split that has any."""
+        every = {
+            "train": Files(self.train_text, self.train_labels, self.train_filter),
+            "val": Files(self.validation_text, self.validation_labels, self.validation_filter),
+            "test": Files(self.test_text, self.test_labels, self.test_filter),
+        }
+        return {name: files for name, files in every.items() if files != Files()}
+
+    @property
+    def reading(self) -> Reading:
+        """How the files are read."""
+        return Reading(**{field.name: getattr(self, field.name) for field in fields(Reading)})
+
+    @property
+    def dataset_name(self) -> str:
+        """The name given, or the output folder's."""
+        return self.name or self.output.resolve().name
+
+    @property
+    def constants(self) -> tuple[float, float]:
+        """(A, B) of the inverse propensities."""
+        a, b = PROPENSITIES[self.propensity]
+        given = self.propensity_a, self.propensity_b
+        return (a if given[0] is None else given[0], b if given[1] is None else given[1])
+
+
+def prepare(config: PrepareConfig, tell: Tell = lambda line: None) -> Dataset:
+    """Make the dataset folder, or open the one that already holds just this.
+
+    Args:
+        tell: receives a line now and then: what is read, counts, progress.
+
+    Raises:
+        InputError: a setting or file that cannot be used, or `output` holds something else. Nothing is then left
+            behind, and an older dataset stays.
+    """
+    check(config)
+    tokenizer = load_tokenizer(config.tokenizer)
+    if tokenizer.model_max_length is not None and config.max_length > tokenizer.model_max_length:
+        tell(f"max_length {config.max_length} is beyond the {tokenizer.model_max_length} tokens the tokenizer is made for")
+    key = cache_key(config, tokenizer)
+    standing = _standing(config, key)
+    if standing is not None:
+        tell(f"{config.output}: made from the same inputs before, used again")
+        return standing
+    built_in = config.source == "docstrings"
+    raw = read_docstrings(config.documents) if built_in else read_files(config.reading, config.files)
+    if built_in:
+        tell(f"built-in corpus {raw.facts['corpus_hash'][:16]} of {len(raw.facts['corpus_versions'])} packages")
+    drop = {"keep": (), "drop-train": ("train",), "drop": ("train", "val", "test")}[config.unlabelled]
+    choose_rows(raw, drop=drop, validation_share=config.validation_share, seed=config.seed)
+    with building(config.output, replace=config.overwrite) as folder:
+        counts = write_splits(raw, tokenizer, config.max_length, folder, keep_texts=config.keep_texts, tell=tell)
+        write_labels(raw, tokenizer, config.max_length, folder, tell=tell)
+        tokenizer.save(folder / "tokenizer")
+        write_manifest(
+            folder,
+            name=config.dataset_name,
+            key=key,
+            num_labels=raw.num_labels,
+            propensity=config.constants,
+            tokenizer={"name": config.tokenizer, "hash": tokenizer.hash, "max_length": config.max_length},
+            splits=counts,
+            source={"kind": config.source, "seed": config.seed, "unlabelled": config.unlabelled, **raw.facts},
+        )
+    return Dataset.open(config.output)
+
+
+def _standing(config: PrepareConfig, key: str) -> Dataset | None:
+    """The dataset that stands at `output`, if it is the one asked for; None if the place is free or may be cleared."""
+    output = config.output
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    if not (output / MANIFEST).is_file():
+        # Never cleared, whatever the flags: these are somebody's files.
+        got = "other files" if output.is_dir() else "a file"
+        raise InputError(str(output), "a free place or a dataset folder", got, "choose another output")
+    try:
+        found = read_manifest(output)["key"]
+        if found == key:
+            return Dataset.open(output, verify=config.overwrite)
+    except InputError as error:
+        if not config.overwrite:
+            raise InputError(error.where, error.expected, error.got, "make it again with --overwrite") from error
+        return None
+    if not config.overwrite:
+        raise InputError(
+            str(output), "a dataset made from these inputs and settings", "one made from others",
+            "choose another output, or replace it with --overwrite",
+        )  # fmt: skip
+    return None
+
+
+def check(config: PrepareConfig) -> None:
+    """Raises InputError for settings that contradict each other, before any file is read."""
+    texts = [files.text for files in config.files.values()]
+    rules = [
+        (config.max_length >= 1, "max_length", "at least 1", config.max_length, "choose a longer one"),
+        (0 <= config.validation_share < 1, "validation_share", "from 0 to below 1", config.validation_share, "mend it"),
+        (0 <= config.seed < 2**64, "seed", "an integer from 0 to 2**64 - 1", config.seed, "choose another"),
+        (not config.validation_share or ("val" not in config.files and config.source != "docstrings"), "validation_share",
+         "0 beside a validation split", config.validation_share, "give one of the two"),
+        (min(config.constants) > 0, "propensity", "positive A and B", config.constants, "mend them"),
+        (config.num_labels is None or config.num_labels > 0, "num_labels", "at least 1", config.num_labels, "mend it"),
+        (config.documents is None or config.documents > 0, "documents", "at least 1", config.documents, "mend it"),
+        (config.documents is None or config.source == "docstrings", "documents", "--source docstrings",
+         config.source, "leave it out"),
+        ((config.source == "docstrings") != ("train" in config.files), "source", "training files, or docstrings without",
+         config.source, "give --train-text and --train-labels, or --source docstrings alone"),
+        (config.source != "text" or not any(path and is_lf_json(path) for path in texts), "source", "lf for JSON lines",
+         config.source, "give --source lf"),
+        (config.token_maps is None or config.source == "text", "token_maps", "--source text", config.source, "leave it out"),
+        (config.token_maps is not None or config.source == "docstrings" or None not in texts, "texts",
+         "a text file for each split", "none", "give --train-text, --validation-text and --test-text as needed"),
+        (config.source != "lf" or not any(files.labels for files in config.files.values()), "labels",
+         "none beside JSON lines, which hold their targets", "a label file", "leave it out"),
+        (not config.keep_texts or config.token_maps is None or None not in texts, "keep_texts", "text files", "none",
+         "give the texts beside the token maps"),
+    ]  # fmt: skip
+    for good, where, expected, got, mend in rules:
+        if not good:
+            raise InputError(where, expected, str(got), mend)
+
+
+def cache_key(config: PrepareConfig, tokenizer: Tokenizer) -> str:
+    """sha256 over the content of every input file, the tokenizer and the settings that shape the folder."""
+    settings = asdict(config)
+    for name in ("output", "overwrite", "tokenizer", "propensity", "propensity_a", "propensity_b", "token_maps"):
+        del settings[name]
+    inputs = {name: _digest(value) for name, value in settings.items() if isinstance(value, Path)}
+    if config.token_maps is not None:
+        inputs |= {path.name: _digest(path) for path in map_files(config.token_maps, list(config.files))}
+    if config.source == "docstrings":
+        inputs["corpus"] = docstrings_digest()
+    settings |= {"name": config.dataset_name, "constants": config.constants} | inputs
+    versions = [RECIPE_VERSION, dataset.FORMAT_VERSION, token_store.FORMAT_VERSION]
+    settings |= {"tokenizer": tokenizer.hash, "versions": versions}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    if not path.is_file():
+        raise InputError(str(path), "a file", "a folder" if path.is_dir() else "no such file", "check the path")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,210 @@
+"""Texts, one a line, and AttentionXML's string labels."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy.sparse import csr_matrix
+
+from xmlkernels.data.files import DataWarning, PathLike, at_line, empty_file, open_bytes, quote, replacing
+from xmlkernels.errors import InputError
+
+SEPARATOR = "/SEP/"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Utf8Repairs:
+    """Replaces what is not Unicode text by U+FFFD, counts the lines it did so in and tells it once per file."""
+
+    def __init__(self, path: PathLike) -> None:
+        self.path, self.lines, self.first, self._last = os.fspath(path), 0, 0, 0
+
+    def mend(self, text: str, line: int) -> str:
+        """Text that was decoded with surrogateescape → clean text, one U+FFFD for each broken sequence."""
+        if text.isascii() or not _SURROGATE.search(text):
+            return text
+        self._count(line)
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+    def mend_escapes(self, text: str, line: int) -> str:
+        """Text from JSON, where an escape such as \\ud800 may have made half a character."""
+        if text.isascii() or not _SURROGATE.search(text):
+            return text
+        self._count(line)
+        return _SURROGATE.sub("\ufffd", text)
+
+    def _count(self, line: int) -> None:
+        self.lines += line != self._last
+        self.first, self._last = self.first or line, line
+
+    def tell(self) -> None:
+        if self.lines:
+            warnings.warn(
+                f"{at_line(self.path, self.first)}: not UTF-8; broken characters replaced by U+FFFD in {self.lines} "
+                f"line{'s' if self.lines > 1 else ''} of this file (the first is line {self.first})",
+                DataWarning,
+                stacklevel=3,
+            )
+
+
+def numbered_lines(path: PathLike, repairs: Utf8Repairs) -> Iterator[tuple[int, str]]:
+    """(line number from 1, text without line end), streamed; plain or .gz.
+
+    Lines end with \\n, \\r\\n or \\r and nothing else: U+2028, \\x0b, \\x0c, \\x85 stay inside a text, where Python's
+    splitlines would break it in two and shift every row behind it.
+    """
+    with open_bytes(path) as file:
+        if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise InputError(at_line(path, 1), "UTF-8 text", "UTF-16", "convert it with `iconv -f utf-16 -t utf-8`")
+        with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=None) as lines:
+            number = 0
+            for number, line in enumerate(lines, 1):
+                yield number, repairs.mend(line.removesuffix("\n"), number)
+            if number == 0:
+                raise empty_file(path)
+
+
+def iter_lines(path: PathLike) -> Iterator[str]:
+    """Stream a file of one text a line (`trn_X.txt`, `Y.txt`), plain or .gz, in constant memory.
+
+    UTF-8, with or without a byte order mark. Lines end with \\n, \\r\\n or \\r only. An empty line is an empty text:
+    row numbers always agree with the label file. Broken UTF-8 is replaced by U+FFFD and told once, as a DataWarning
+    that names the first line and the number of lines.
+
+    Raises:
+        InputError: missing or empty file, UTF-16, a gzip stream cut short or damaged.
+    """
+    repairs = Utf8Repairs(path)
+    try:
+        for _, line in numbered_lines(path, repairs):
+            yield line
+    finally:
+        repairs.tell()
+
+
+def read_lines(path: PathLike) -> list[str]:
+    """The texts of `iter_lines` as a list."""
+    return list(iter_lines(path))
+
+
+def write_lines(path: PathLike, texts: Sequence[str]) -> None:
+    """Write one text a line (label names, a label mapping); the file appears whole or not at all.
+
+    Raises:
+        InputError: a text holds a line break (the rows behind it would shift), or the folder cannot be written.
+    """
+    for row, text in enumerate(texts):
+        if "\n" in text or "\r" in text:
+            raise InputError(f"text {row} for {os.fspath(path)}", "one line", quote(text), "replace its line breaks")
+    with replacing(path) as file:
+        file.writelines((text + "\n").encode("utf-8") for text in texts)
+
+
+def split_title(text: str) -> tuple[str, str]:
+    """Title and body of an AttentionXML raw text `title /SEP/ body`; without a separator all is body."""
+    title, separator, body = text.partition(SEPARATOR)
+    return (title.strip(), body.strip()) if separator else ("", text.strip())
+
+
+def read_raw_texts(path: PathLike, *, part: Literal["all", "title", "body"] = "all", joiner: str = " ") -> list[str]:
+    """Read `train_raw_texts.txt` of the AttentionXML sets: one text a line, `/SEP/` between title and body.
+
+    Args:
+        path: plain or .gz; as `iter_lines`.
+        part: what to keep. "title" of a text without separator is empty.
+        joiner: what stands for the separator in "all", such as " " or the tokenizer's separator token.
+
+    Raises:
+        InputError: as `iter_lines`.
+    """
+    if part not in ("all", "title", "body"):
+        raise InputError("part", "all, title or body", repr(part), "choose one of them")
+    if part != "all":
+        return [split_title(text)[part == "body"] for text in iter_lines(path)]
+    return [joiner.join(filter(None, split_title(text))) for text in iter_lines(path)]
+
+
+def read_label_strings(path: PathLike, *, duplicates: Literal["error", "merge"] = "error") -> list[list[str]]:
+    """Read `train_labels.txt` of the AttentionXML sets: label names divided by spaces or tabs, a row a line.
+
+    Args:
+        path: plain or .gz; as `iter_lines`. A blank line has no labels.
+        duplicates: whether a label that stands twice in a row is an error or counts once.
+
+    Returns:
+        the names of each row, in the order of the file.
+
+    Raises:
+        InputError: names file and line.
+    """
+    if duplicates not in ("error", "merge"):
+        raise InputError("duplicates", "error or merge", repr(duplicates), "choose one of them")
+    rows = []
+    for number, line in enumerate(iter_lines(path), 1):
+        names = [name for name in line.replace("\t", " ").split(" ") if name]
+        unique = list(dict.fromkeys(names))
+        if len(unique) != len(names) and duplicates == "error":
+            twice = next(name for name in unique if names.count(name) > 1)
+            mend = 'leave one out, or pass duplicates="merge"'
+            raise InputError(at_line(path, number), "every label once in a row", f"{quote(twice)} twice", mend)
+        rows.append(unique)
+    return rows
+
+
+@dataclass(frozen=True)
+class EncodedLabels:
+    """String labels as matrices over one mapping: label id = position in `names`."""
+
+    names: list[str]  # sorted by code point: the same labels give the same ids everywhere; store with write_lines
+    splits: list[csr_matrix]  # CSR float32 [rows, len(names)] of ones: train first, then the others as given
+    unseen: int  # distinct labels that train lacks
+
+
+def encode_label_strings(
+    train: Sequence[Sequence[str]], *others: Sequence[Sequence[str]], unseen: Literal["keep", "drop"] = "keep"
+) -> EncodedLabels:
+    """Number string labels of train, test, … with one mapping.
+
+    Args:
+        train: label names of each training row.
+        others: the same for further splits.
+        unseen: labels that train lacks. "keep": they have ids, so that recall and nDCG count what no model can find
+            (as the published AttentionXML sets do); "drop": they go from the other splits. Either way a DataWarning
+            tells how many there are.
+
+    Returns:
+        mapping and matrices; names twice in a row count once.
+
+    Raises:
+        InputError: `unseen` is neither.
+    """
+    if unseen not in ("keep", "drop"):
+        raise InputError("unseen", "keep or drop", repr(unseen), "choose one of them")
+    known = {name for row in train for name in row}
+    new = {name for rows in others for row in rows for name in row} - known
+    if new:
+        count = sum(name in new for rows in others for row in rows for name in row)
+        what = "kept, though no training document has them" if unseen == "keep" else "dropped"
+        warnings.warn(
+            f"{len(new)} labels (in {count} places) do not occur in the training rows, the first {quote(min(new))}; {what}",
+            DataWarning,
+            stacklevel=2,
+        )
+    names = sorted(known | new if unseen == "keep" else known)
+    ids = {name: number for number, name in enumerate(names)}
+    return EncodedLabels(names, [_encode(rows, ids) for rows in (train, *others)], len(new))
+
+
+def _encode(rows: Sequence[Sequence[str]], ids: dict[str, int]) -> csr_matrix:
+    encoded = [sorted({ids[name] for name in row if name in ids}) for row in rows]
+    indptr = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum([len(row) for row in encoded], out=indptr[1:])
+    indices = np.array([label for row in encoded for label in row], dtype=np.int64)
+    return csr_matrix((np.ones(len(indices), dtype=np.float32), indices, indptr), shape=(len(rows), len(ids)))

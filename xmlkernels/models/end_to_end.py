@@ -1,0 +1,190 @@
+"""The end-to-end model: encoder and full label table, trained together in one step (Renee, MLSys 2023)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from xmlkernels.checkpoint import load_optimizer_tensors, optimizer_tensors
+from xmlkernels.data.loader import Batch
+from xmlkernels.errors import InputError
+from xmlkernels.nn.encoder import Encoder
+from xmlkernels.nn.full_head import FullHead
+from xmlkernels.optim import LossScaler, clip_gradients, encoder_optimizer, set_learning_rate, warmup_cosine
+
+
+@dataclass(frozen=True)
+class Training:
+    """How both parts are trained.
+
+    Attributes:
+        encoder_lr, head_lr: peak learning rates. The loss is a sum over the batch, so head_lr belongs to a batch size.
+        encoder_decay: AdamW's, on matrices alone.
+        warmup, total: steps of the linear warm-up, and of the whole run; the cosine ends at `total`.
+        clip: largest norm of the encoder's gradient; 0 is off.
+        micro_batch: documents per encoder pass (gradient caching); 0 passes the whole batch at once.
+    """
+
+    encoder_lr: float
+    head_lr: float
+    encoder_decay: float
+    warmup: int
+    total: int
+    clip: float = 0.0
+    micro_batch: int = 0
+
+
+class EndToEnd(nn.Module):
+    """Encoder, label table, and the step that trains both.
+
+    A step is embedding → head step (gradient of the embedding, table updated in place) → `embedding.backward` →
+    AdamW. A non-finite embedding skips both updates, decided before the table is touched; a gradient that overflows in the
+    encoder's own backward (fp16 autocast) skips the encoder's alone. Both are counted on the device, without a host sync.
+    """
+
+    def __init__(self, encoder: Encoder, head: FullHead, training: Training | None = None) -> None:
+        super().__init__()
+        self.encoder, self.head, self.training_settings = encoder, head, training
+        self.steps = 0
+        self.register_buffer("skipped_steps", torch.zeros(1))
+        self.register_buffer("skipped_encoder_steps", torch.zeros(1))
+        if training is not None:
+            self.optimizer = encoder_optimizer(encoder, training.encoder_lr, training.encoder_decay)
+            device = next(encoder.parameters()).device
+            self.scaler = LossScaler(device, enabled=encoder.autocast == torch.float16)
+
+    def step(self, batch: Batch, *, need_loss: bool = False) -> Tensor:
+        """Trains on one batch.
+
+        Returns:
+            The loss [1], summed over documents and labels, or [0] when not asked.
+        """
+        settings = self.training_settings
+        assert settings is not None, "this model was built without training settings"
+        factor = warmup_cosine(self.steps, settings.warmup, settings.total)
+        set_learning_rate(self.optimizer, settings.encoder_lr, factor)
+        self.optimizer.zero_grad(set_to_none=True)
+
+        parts = self._micro_batches(batch)
+        states: list[Tensor] = []
+        if len(parts) == 1:
+            embedding = self.encoder(batch.input_ids, batch.attention_mask)
+            x = embedding.detach()
+        else:
+            x = self._embed_without_graph(parts, states)
+        overflow = (~torch.isfinite(x).all()).float().reshape(1)
+        dx, loss = self.head.step(
+            x, batch.pos_row, batch.pos_sample, lr=settings.head_lr * factor, dx_scale=self.scaler.scale, need_loss=need_loss
+        )
+        if len(parts) == 1:
+            embedding.backward(dx)
+        else:
+            self._backward_parts(parts, states, dx)
+        self._encoder_step(overflow)
+        self.steps += 1
+        return loss
+
+    def _encoder_step(self, overflow: Tensor) -> None:
+        settings = self.training_settings
+        assert settings is not None
+        self.skipped_steps += overflow
+        found = self.scaler.found_inf(self.encoder.parameters())
+        self.skipped_encoder_steps += found * (1 - overflow)
+        found = torch.maximum(found, overflow)
+        self.scaler.unscale(self.encoder.parameters())
+        if settings.clip > 0:
+            clip_gradients(self.encoder.parameters(), settings.clip)
+        self.scaler.step(self.optimizer, found)
+        self.scaler.update(found)
+
+    def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        size = self.training_settings.micro_batch if self.training_settings else 0
+        if size <= 0 or size >= batch.input_ids.shape[0]:
+            return [(batch.input_ids, batch.attention_mask)]
+        parts = zip(batch.input_ids.split(size), batch.attention_mask.split(size), strict=True)
+        return list(parts)
+
+    @torch.no_grad()
+    def _embed_without_graph(self, parts: list[tuple[Tensor, Tensor]], states: list[Tensor]) -> Tensor:
+        """First pass of gradient caching (Gao et al., 2021): embeddings alone; `states` takes the generator's state before
+        each part, so that the second pass drops the same units."""
+        out = []
+        for ids, mask in parts:
+            states.append(_generator_state(ids.device))
+            out.append(self.encoder(ids, mask))
+        return torch.cat(out)
+
+    def _backward_parts(self, parts: list[tuple[Tensor, Tensor]], states: list[Tensor], dx: Tensor) -> None:
+        start = 0
+        for (ids, mask), state in zip(parts, states, strict=True):
+            with _generator_at(ids.device, state):
+                embedding = self.encoder(ids, mask)
+            embedding.backward(dx[start : start + len(ids)])
+            start += len(ids)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that must survive a stop, by name: weights, optimizer states, counters, loss scale."""
+        out = {name: value.detach() for name, value in self.state_dict().items()}
+        if self.training_settings is not None:
+            out |= {f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer, self.encoder.named_parameters()).items()}
+            out |= {f"scaler.{name}": value for name, value in self.scaler.tensors().items()}
+        return out
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Puts back what `tensors` gave; for prediction, the optimizer's share is left out.
+
+        Raises:
+            InputError: a name is missing or left over, or a shape differs.
+        """
+        optimizer = _without_prefix(tensors, "optimizer.")
+        scaler = _without_prefix(tensors, "scaler.")
+        rest = {k: v for k, v in tensors.items() if not k.startswith(("optimizer.", "scaler."))}
+        if self.training_settings is None:
+            rest = {k: v for k, v in rest.items() if k not in ("head.momentum", "head.second", "head.kahan")}
+        own = self.state_dict()
+        missing, extra = sorted(own.keys() - rest.keys()), sorted(rest.keys() - own.keys())
+        wrong = [k for k in own.keys() & rest.keys() if own[k].shape != rest[k].shape or own[k].dtype != rest[k].dtype]
+        if missing or extra or wrong:
+            raise InputError(
+                "checkpoint",
+                "the tensors of this model",
+                f"missing {missing[:3]}, left over {extra[:3]}, other shape {wrong[:3]}",
+                "use the checkpoint's own configuration",
+            )  # fmt: skip
+        self.load_state_dict(rest)
+        self.steps = int(self.head.counter[1])
+        if self.training_settings is not None:
+            load_optimizer_tensors(self.optimizer, self.encoder.named_parameters(), optimizer)
+            self.scaler.load_tensors(scaler)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits fp32 [B, k] and labels int64 [B, k] of the k best labels of each document, best first."""
+        return self.head.topk(self.encoder(batch.input_ids, batch.attention_mask), k, exclude)
+
+    @torch.no_grad()
+    def loss(self, batch: Batch) -> Tensor:
+        """Summed loss [1] of a batch, without training."""
+        return self.head.loss(self.encoder(batch.input_ids, batch.attention_mask), batch.pos_row, batch.pos_sample)
+
+
+def _generator_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+@contextmanager
+def _generator_at(device: torch.device, state: Tensor) -> Iterator[None]:
+    """Draws from `state` inside, and goes on after it from where the generator stood."""
+    before = _generator_state(device)
+    put = (lambda s: torch.cuda.set_rng_state(s, device)) if device.type == "cuda" else torch.set_rng_state
+    put(state)
+    try:
+        yield
+    finally:
+        put(before)

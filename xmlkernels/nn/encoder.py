@@ -1,0 +1,300 @@
+"""A text encoder: any Hugging Face transformer, pooled to one fp32 vector per document.
+
+Source: Renee (Jain et al., MLSys 2023, §3): encoder, masked mean of the last hidden state, optional bottleneck without
+bias, dropout last. This is the only module that loads transformers models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+
+from xmlkernels.errors import InputError
+from xmlkernels.nn.dropout import Dropout, training_attention
+from xmlkernels.nn.ngame import few, load_ngame
+
+__all__ = ["Encoder", "default_autocast", "load_ngame"]
+
+_ATTENTION = "xmlkernels"  # the name under which transformers finds `training_attention`
+_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def default_autocast(device: torch.device | str) -> torch.dtype | None:
+    """The half precision that pays on `device`, or None for fp32.
+
+    CPU: bf16 where the CPU has AVX512-BF16 or AMX-BF16 instructions (elsewhere it is emulated and slower than fp32).
+    CUDA: bf16 from compute capability 8.0 on, below it fp16 (which wants a loss scaler).
+    """
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if kind == "cpu":
+        found = torch.cpu.get_capabilities()
+        return torch.bfloat16 if found.get("avx512_bf16") or found.get("amx_bf16") else None
+    return None
+
+
+class Encoder(nn.Module):
+    """Tokens → one fp32 vector per document.
+
+    Args:
+        model: a transformers encoder whose output has `last_hidden_state` [B, T, H].
+        pooling: "mean" = mean over real tokens, in fp32; "cls" = the first real token of each row. With left padding
+            "cls" takes the first token after the padding; models with absolute positions counted from the left edge
+            (BERT, DistilBERT) still see shifted positions there, so pad those on the right.
+        bottleneck: width of a bias-free fp32 linear layer after pooling, drawn from U(−1/√H, 1/√H); 0 = none.
+        dropout: probability of dropout on the finished embedding.
+        autocast: torch.bfloat16, torch.float16, or None for fp32; see `default_autocast`.
+        compile: run the transformer through torch.compile with dynamic shapes (needs a C++ compiler or CUDA; state
+            dicts keep their keys). On a CPU the stock path measured here was faster than the compiled one.
+
+    Raises:
+        InputError: the model cannot serve as an encoder, or an option is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        pooling: str = "mean",
+        bottleneck: int = 0,
+        dropout: float = 0.0,
+        autocast: torch.dtype | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_options(pooling, bottleneck, dropout, autocast)
+        self.hidden = _checked_width(model)
+        self.model = model
+        self.pooling = pooling
+        self.autocast = autocast
+        self.compiled = compile
+        self.width = bottleneck or self.hidden
+        self.max_length = _longest(model)
+        self.bottleneck: nn.Linear | None = None
+        if bottleneck:
+            self.bottleneck = nn.Linear(self.hidden, bottleneck, bias=False)
+            nn.init.uniform_(self.bottleneck.weight, -(self.hidden**-0.5), self.hidden**-0.5)
+        self.dropout = nn.Dropout(dropout)
+        if compile:
+            model.compile(dynamic=True)  # in place: a wrapped module would put `_orig_mod.` into every key
+        else:
+            _use_training_path(model)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | PathLike[str], **options: Any) -> Encoder:
+        """Load a hub name or a local folder; weights become fp32. `options` as for `Encoder`.
+
+        Raises:
+            InputError: nothing loadable there, an encoder-decoder, or weights that the file does not hold.
+        """
+        from transformers import AutoConfig, AutoModel
+
+        where = f"encoder {str(name_or_path)!r}"
+        with _quiet(), _told(where):
+            config = AutoConfig.from_pretrained(name_or_path)
+            extra = _loading_options(config, where)
+            model, report = AutoModel.from_pretrained(
+                name_or_path, config=config, dtype=torch.float32, output_loading_info=True, **extra
+            )
+        missing = sorted(k for k in report["missing_keys"] if not k.startswith("pooler."))
+        if missing:
+            # transformers would train on from random numbers after a log line.
+            raise InputError(where, "a weight for every parameter", f"none for {few(missing)}", "use a complete checkpoint")
+        return cls(model, **options)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Encoder:
+        """Rebuild the encoder that `encoder_config()` describes, with random weights: load a state dict into it.
+
+        Raises:
+            InputError: the dict does not describe an encoder known to the installed transformers.
+        """
+        from transformers import AutoConfig, AutoModel
+
+        where = "encoder configuration"
+        options = dict(config)
+        try:
+            inner = dict(options.pop("model"))
+            kind = inner.pop("model_type")
+        except (KeyError, TypeError) as error:
+            raise InputError(where, "a `model` with a `model_type`", f"{error}", "pass encoder_config()") from error
+        name = options.pop("autocast", None)
+        if name is not None and name not in _AUTOCAST:
+            raise InputError(where, f"autocast null or one of {sorted(_AUTOCAST)}", repr(name), "correct it")
+        with _quiet(), _told(where):
+            hf_config = type(AutoConfig.for_model(kind)).from_dict(inner)
+            extra = _loading_options(hf_config, where)
+            model = AutoModel.from_config(hf_config, dtype=torch.float32, **extra)
+        try:
+            return cls(model, autocast=_AUTOCAST.get(name), **options)
+        except TypeError as error:
+            raise InputError(where, "the options of Encoder", str(error), "pass encoder_config()") from error
+
+    @classmethod
+    def tiny(cls, vocab_size: int, width: int = 32, layers: int = 2, seed: int = 0, **options: Any) -> Encoder:
+        """A random BERT of 4 heads for tests; the same `seed` gives the same weights. Nothing is downloaded."""
+        from transformers import BertConfig, BertModel
+
+        config = BertConfig(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            intermediate_size=4 * width,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            with _quiet(), _told("tiny encoder"):
+                model = BertModel._from_config(config, add_pooling_layer=False, attn_implementation="sdpa")
+            return cls(model, **options)
+
+    def encoder_config(self) -> dict[str, Any]:
+        """JSON-ready description for `from_config`: architecture and options, no weights and no paths."""
+        model = json.loads(self.model.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
+        model.pop("_name_or_path", None)
+        names = {dtype: name for name, dtype in _AUTOCAST.items()}
+        return {
+            "model": model,
+            "pooling": self.pooling,
+            "bottleneck": 0 if self.bottleneck is None else self.width,
+            "dropout": self.dropout.p,
+            "autocast": None if self.autocast is None else names[self.autocast],
+            "compile": self.compiled,
+        }
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """int64 [B, T] ids and a mask of 1 = real token, 0 = padding → fp32 [B, D], contiguous.
+
+        Raises:
+            InputError: T is beyond the model's positions.
+        """
+        if self.max_length is not None and input_ids.shape[1] > self.max_length:
+            raise InputError(
+                "input_ids",
+                f"at most {self.max_length} tokens, the positions of this encoder",
+                f"{input_ids.shape[1]}",
+                "prepare the data with a smaller maximum length",
+            )
+        device = input_ids.device.type
+        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
+            hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        with torch.autocast(device, enabled=False):
+            pooled = self._pool(hidden.float(), attention_mask)
+            if self.bottleneck is not None:
+                pooled = self.bottleneck(pooled)
+            return self.dropout(pooled).contiguous()
+
+    def _pool(self, hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        if self.pooling == "cls":
+            first = attention_mask.argmax(dim=1)  # of equal values argmax names the first
+            return hidden[torch.arange(hidden.shape[0], device=hidden.device), first]
+        mask = attention_mask.unsqueeze(-1).float()
+        return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1e-9)
+
+
+def _check_options(pooling: str, bottleneck: int, dropout: float, autocast: torch.dtype | None) -> None:
+    if pooling not in ("mean", "cls"):
+        raise InputError("pooling", "'mean' or 'cls'", repr(pooling), "choose one of the two")
+    if bottleneck < 0:
+        raise InputError("bottleneck", "a width ≥ 0 (0 = none)", str(bottleneck), "correct it")
+    if not 0.0 <= dropout < 1.0:
+        raise InputError("dropout", "a probability in [0, 1)", str(dropout), "correct it")
+    if autocast is not None and autocast not in _AUTOCAST.values():
+        raise InputError("autocast", "torch.bfloat16, torch.float16 or None", str(autocast), "choose one of them")
+
+
+def _loading_options(config: Any, where: str) -> dict[str, Any]:
+    from transformers import MODEL_MAPPING
+
+    if getattr(config, "is_encoder_decoder", False):
+        mend = "choose an encoder alone, as BERT, RoBERTa, DistilBERT or MiniLM"
+        raise InputError(where, "an encoder", f"the encoder-decoder {config.model_type!r}", mend)
+    found = MODEL_MAPPING[type(config)]
+    classes: tuple[Any, ...] = found if isinstance(found, tuple) else (found,)
+    options: dict[str, Any] = {"attn_implementation": "sdpa" if all(c._supports_sdpa for c in classes) else "eager"}
+    if all("add_pooling_layer" in inspect.signature(c).parameters for c in classes):
+        options["add_pooling_layer"] = False
+    return options
+
+
+@torch.no_grad()
+def _checked_width(model: nn.Module) -> int:
+    """Width of the last hidden state, found by two tokens, so that an unusable model is told before training."""
+    config: Any = model.config
+    where = f"model {config.model_type!r}"
+    mend = "choose a text encoder, as BERT, RoBERTa, DistilBERT or MiniLM"
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(where, "an encoder", "an encoder-decoder", mend)
+    missing = {"input_ids", "attention_mask"} - set(inspect.signature(model.forward).parameters)
+    if missing:
+        raise InputError(where, "a text model that takes input_ids and attention_mask", f"no {sorted(missing)}", mend)
+    training = model.training
+    device = next(model.parameters()).device
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    output = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
+    model.train(training)
+    hidden = getattr(output, "last_hidden_state", None)
+    if hidden is None or hidden.shape[:2] != ids.shape:
+        raise InputError(where, "an output `last_hidden_state` of shape [B, T, H]", f"{type(output).__name__}", mend)
+    return int(hidden.shape[2])
+
+
+def _longest(model: nn.Module) -> int | None:
+    """Tokens that learned absolute positions allow, or None without them; RoBERTa starts after its padding index."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
+
+
+def _use_training_path(model: nn.Module) -> None:
+    """Exchange modules of exactly torch's Dropout, and SDPA where transformers lets it be exchanged, in place."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Dropout:
+                setattr(parent, name, Dropout(child.p).train(child.training))
+    inner: Any = model
+    if inner.config._attn_implementation == "sdpa" and inner._can_set_attn_implementation():
+        AttentionInterface.register(_ATTENTION, training_attention(sdpa_attention_forward))
+        AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+        inner.set_attn_implementation(_ATTENTION)
+
+
+@contextlib.contextmanager
+def _told(where: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        mend = "check the name or path; a hub name needs network or a filled cache"
+        raise InputError(where, "a model that transformers can load", reason, mend) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and load reports; what matters of them is raised here as an InputError."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,138 @@
+"""The full head: one table row per label, all of them scored and trained at every step."""
+
+import torch
+from torch import Tensor, nn
+
+from xmlkernels.errors import InputError
+from xmlkernels.ops import bce_loss, bce_step_, matmul_topk
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_INIT_BLOCK = 1 << 22  # values drawn at a time: a table below fp32 never stands in memory as fp32
+
+
+def default_table_dtype(device: torch.device) -> str:
+    """bf16 where the device multiplies it natively (CUDA; a CPU with AVX512-BF16 or AMX), else fp32."""
+    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "fp32"
+
+
+class FullHead(nn.Module):
+    """Label table, its optimizer's state, and the step that trains both in place (Renee, MLSys 2023, sections 3 and 4).
+
+    Nothing here requires a gradient or stands in a torch optimizer: `step` is the whole of its training.
+
+    Attributes:
+        config: what prediction needs to build it again: FullHead(**config, std=0).
+
+    Args:
+        labels: L.
+        width: D, of the embedding.
+        dtype: of the table; "fp32", "bf16" or "fp16".
+        bias: one fp32 bias per label (off in Renee).
+        optimizer: "sgd" (Renee) or "adam".
+        momentum: SGD momentum; 0 keeps no state. Adam's beta1 is `betas[0]`.
+        betas, epsilon: Adam's.
+        state_dtype: of the optimizer's state; below fp32 it rounds stochastically.
+        decay: weight decay of the table; L2 in the gradient, or decoupled.
+        kahan: keep what rounding leaves over (tables below fp32).
+        std: standard deviation of the initial N(0, std²); 0 for a table that is filled from a checkpoint.
+        seed: of the initial table and of the stochastic rounding.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    momentum: Tensor | None
+    second: Tensor | None
+    kahan: Tensor | None
+    hyper: Tensor
+    counter: Tensor
+
+    def __init__(
+        self,
+        labels: int,
+        width: int,
+        *,
+        dtype: str = "fp32",
+        bias: bool = False,
+        optimizer: str = "sgd",
+        momentum: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        epsilon: float = 1e-8,
+        state_dtype: str = "fp32",
+        decay: float = 0.0,
+        decoupled: bool = False,
+        kahan: bool = False,
+        std: float = 0.02,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("dtype", dtype), ("state_dtype", state_dtype)):
+            if value not in DTYPES:
+                raise InputError(f"label table: {name}", "fp32, bf16 or fp16", repr(value), "choose one of the three")
+        if optimizer not in ("sgd", "adam"):
+            raise InputError("label table: optimizer", "sgd or adam", repr(optimizer), "choose one of the two")
+        adam = optimizer == "adam"
+        shape = (labels, width)
+        self.decoupled = decoupled
+        self.config = {"labels": labels, "width": width, "dtype": dtype, "bias": bias}
+        self.register_buffer("weight", _normal(shape, std, seed, DTYPES[dtype]))
+        self.register_buffer("bias", torch.zeros(labels) if bias else None)
+        state = DTYPES[state_dtype]
+        self.register_buffer("momentum", torch.zeros(shape, dtype=state) if adam or momentum > 0 else None)
+        self.register_buffer("second", torch.zeros(shape, dtype=state) if adam else None)
+        self.register_buffer("kahan", torch.zeros(shape, dtype=DTYPES[dtype]) if kahan and dtype != "fp32" else None)
+        first = betas[0] if adam else momentum
+        self.register_buffer("hyper", torch.tensor([0.0, decay, first, betas[1], epsilon, 1.0, 1.0]), persistent=False)
+        self.register_buffer("counter", torch.tensor([seed, 0]))
+
+    @property
+    def labels(self) -> int:
+        return self.weight.shape[0]
+
+    @torch.no_grad()
+    def step(
+        self, x: Tensor, pos_row: Tensor, pos_sample: Tensor, *, lr: float, dx_scale: Tensor | float = 1.0, need_loss: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Trains the table on one batch.
+
+        Args:
+            x: [B, D] embeddings; a non-finite value leaves the table as it was.
+            pos_row, pos_sample: the positives, as `bce_step_` takes them.
+            lr: learning rate of this step; the loss is a sum, so it belongs to a batch size.
+            dx_scale: multiplies the returned gradient alone (a loss scaler's scale).
+            need_loss: whether to return the loss.
+
+        Returns:
+            dx: fp32 [B, D], the gradient of the summed loss.
+            loss: fp32 [1], summed over samples and labels, or [0].
+        """
+        self.hyper[0] = lr
+        self.hyper[6] = dx_scale
+        out = bce_step_(
+            self.weight, x, pos_row, pos_sample, self.hyper, self.counter, bias=self.bias, momentum=self.momentum,
+            second=self.second, kahan=self.kahan, decoupled=self.decoupled, need_loss=need_loss,
+        )  # fmt: skip
+        self.counter[1] += 1
+        return out
+
+    def loss(self, x: Tensor, pos_row: Tensor, pos_sample: Tensor) -> Tensor:
+        """Summed loss [1] without training; differentiable in x."""
+        return bce_loss(x, self.weight, self.bias, pos_row, pos_sample)
+
+    @torch.no_grad()
+    def topk(self, x: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits fp32 [B, k] and labels int64 [B, k] of the k best labels, best first; see `matmul_topk`."""
+        return matmul_topk(x, self.weight, self.bias, k, exclude=exclude)
+
+
+def _normal(shape: tuple[int, int], std: float, seed: int, dtype: torch.dtype) -> Tensor:
+    # A generator of its own: the table must not depend on what was drawn before it.
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.zeros(shape, dtype=dtype)
+    if std == 0:
+        return table
+    block = max(1, _INIT_BLOCK // max(1, shape[1]))
+    for start in range(0, shape[0], block):
+        part = table[start : start + block]
+        part.copy_(torch.randn(part.shape, generator=generator) * std)
+    return table

@@ -1,0 +1,155 @@
+"""Prediction: a checkpoint and texts in, labels and scores out.
+
+from xmlkernels.predict import Predictor
+predictor = Predictor.load("runs/demo/checkpoint")
+for labels in predictor.predict(["open a file and read its lines"], k=5):
+    print([(label.name, round(label.probability, 3)) for label in labels])
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from torch import Tensor
+
+from xmlkernels.checkpoint import CheckpointFolder
+from xmlkernels.data.dataset import Split
+from xmlkernels.data.loader import Batch, Batches, text_batches
+from xmlkernels.data.tokens import Tokenizer, load_tokenizer
+from xmlkernels.models.end_to_end import EndToEnd
+from xmlkernels.nn.encoder import Encoder
+from xmlkernels.nn.full_head import FullHead
+
+_AHEAD = 16  # batches of texts read ahead, so that texts of like length share a batch
+
+
+@dataclass(frozen=True)
+class Label:
+    """One predicted label: its number, its name (the number where names are unknown) and its logit."""
+
+    id: int
+    name: str
+    score: float
+
+    @property
+    def probability(self) -> float:
+        """σ(score): what the model was trained to give, not calibrated on held-out data."""
+        return 1 / (1 + math.exp(-self.score)) if self.score > -700 else 0.0
+
+
+class Predictor:
+    """A trained model with its tokenizer and label names.
+
+    Attributes:
+        model: the model, in evaluation mode.
+        label_names: L names, or None.
+        max_length: tokens per text.
+    """
+
+    def __init__(self, model: EndToEnd, tokenizer: Tokenizer, max_length: int, label_names: list[str] | None = None) -> None:
+        self.model, self.tokenizer, self.max_length, self.label_names = model.eval(), tokenizer, max_length, label_names
+
+    @classmethod
+    def load(cls, folder: str | Path, *, which: str = "best", device: str | torch.device = "cpu") -> "Predictor":
+        """From the `checkpoint` folder of a run.
+
+        Args:
+            folder: a run's `checkpoint` folder, or the run's output folder.
+            which: "best" or "last".
+
+        Raises:
+            InputError: no such checkpoint, or one that is damaged.
+        """
+        path = Path(folder)
+        path = path / "checkpoint" if (path / "checkpoint").is_dir() else path
+        tensors, state = CheckpointFolder(path).load(which)
+        model = EndToEnd(Encoder.from_config(state["encoder"]), FullHead(**state["head"], std=0))
+        model.load_tensors(tensors)
+        names = path / "label_names.txt"
+        label_names = names.read_text("utf-8").split("\n")[:-1] if names.exists() else None
+        return cls(model.to(device), load_tokenizer(path / "tokenizer"), state["max_length"], label_names)
+
+    def predict(self, texts: Iterable[str], k: int = 10, *, batch_size: int = 64) -> Iterator[list[Label]]:
+        """The k best labels of each text, best first, in the order of the texts; `texts` is read as it is used."""
+        for values, rows in self._in_order(texts, k, batch_size):
+            yield [
+                Label(row, self.label_names[row] if self.label_names else str(row), value)
+                for value, row in zip(values.tolist(), rows.tolist(), strict=True)
+                if row >= 0
+            ]
+
+    def predict_arrays(self, texts: Iterable[str], k: int = 10, *, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
+        """Logits fp32 [N, k] and labels int64 [N, k] of N texts; -inf and -1 where there are fewer than k labels."""
+        pairs = list(self._in_order(texts, k, batch_size))
+        if not pairs:
+            return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
+        return np.stack([v for v, _ in pairs]), np.stack([r for _, r in pairs])
+
+    def _in_order(self, texts: Iterable[str], k: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        device = self.model.head.weight.device
+        waiting: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        following = 0
+        for batch in text_batches(texts, self.tokenizer, self.max_length, batch_size, bucket_window=_AHEAD):
+            values, rows = (t.cpu().numpy() for t in self.model.predict(batch.to(device), k))
+            waiting.update(zip(batch.index.tolist(), zip(values, rows, strict=True), strict=True))
+            while following in waiting:
+                yield waiting.pop(following)
+                following += 1
+
+
+def predict_split(model: EndToEnd, split: Split, k: int, *, batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    """The k best labels of every document of a split, filter pairs left out before the cut.
+
+    Returns:
+        Logits fp32 [N, k] and labels int64 [N, k]; -inf and -1 where there are fewer than k labels.
+    """
+    device = model.head.weight.device
+    count = split.labels.shape[0]
+    values, rows = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
+    pairs = split.filter_pairs[np.lexsort((split.filter_pairs[:, 1], split.filter_pairs[:, 0]))]
+    was_training = model.training
+    model.eval()
+    for batch in Batches(split, batch_size, shuffle=False).epoch(0):
+        exclude = _excluded(batch, pairs)
+        got = model.predict(batch.to(device), k, None if exclude is None else exclude.to(device))
+        values[batch.index], rows[batch.index] = (t.cpu().numpy() for t in got)
+    model.train(was_training)
+    return values, rows
+
+
+def mean_loss(model: EndToEnd, split: Split, *, batch_size: int = 256) -> float:
+    """Binary cross-entropy of a split: summed over all labels, averaged over documents."""
+    device = model.head.weight.device
+    was_training = model.training
+    model.eval()
+    total = sum(float(model.loss(batch.to(device))) for batch in Batches(split, batch_size, shuffle=False).epoch(0))
+    model.train(was_training)
+    return total / max(1, split.labels.shape[0])
+
+
+def _excluded(batch: Batch, pairs: np.ndarray) -> Tensor | None:
+    """Filter pairs of a batch's documents as int64 [B, E], -1 pads; None when there are none."""
+    index = batch.index.numpy()
+    first, last = np.searchsorted(pairs[:, 0], index), np.searchsorted(pairs[:, 0], index, "right")
+    widest = int((last - first).max(initial=0))
+    if widest == 0:
+        return None
+    place = first[:, None] + np.arange(widest)
+    inside = place < last[:, None]
+    return torch.from_numpy(np.where(inside, pairs[np.where(inside, place, 0), 1], -1))
+
+
+def score_matrix(values: np.ndarray, rows: np.ndarray, labels: int) -> csr_matrix:
+    """Predictions as CSR [N, L] of logits; labels stand in ascending order within a row.
+
+    A logit may be 0 or negative and is stored all the same: what is not stored was not predicted.
+    """
+    kept = rows >= 0
+    indptr = np.concatenate([[0], np.cumsum(kept.sum(1))])
+    matrix = csr_matrix((values[kept], rows[kept], indptr), shape=(len(rows), labels))
+    matrix.sort_indices()
+    return matrix
