@@ -37,7 +37,7 @@ def make_model(*, dropout: float = 0.0, **training: float) -> EndToEnd:
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm().clamp_min(1e-12))
+    return float((a - b).detach().norm() / b.norm().clamp_min(1e-12))
 
 
 def test_step_equals_plain_autograd() -> None:
@@ -72,7 +72,8 @@ def test_step_equals_plain_autograd() -> None:
         torch.testing.assert_close(loss[0], expected, rtol=1e-5, atol=1e-4)
     assert relative(model.head.weight, twin_head.weight.data) < 1e-5
     for (name, ours), theirs in zip(model.encoder.named_parameters(), twin_encoder.parameters(), strict=True):
-        assert relative(ours, theirs) < 1e-4, name
+        # A key's bias shifts all scores of a query alike: its gradient is rounding noise, which Adam blows up.
+        assert name.endswith("key.bias") or relative(ours, theirs) < 1e-4, name
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 20])
@@ -112,7 +113,7 @@ def test_a_non_finite_embedding_skips_both_updates_and_is_counted() -> None:
     before = {k: v.clone() for k, v in model.tensors().items()}
     model.step(batch)
     changed = {k for k, v in model.tensors().items() if not torch.equal(v.nan_to_num(), before[k].nan_to_num())}
-    assert changed == {"skipped_steps", "head.counter"}
+    assert changed == {"skipped_steps", "head.counter", "scaler.growth_tracker"}
     assert int(model.skipped_steps) == 1 and int(model.skipped_encoder_steps) == 0
 
 

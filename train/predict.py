@@ -14,7 +14,7 @@ from report import command
 
 from xmlkernels import InputError
 from xmlkernels.data.files import replacing
-from xmlkernels.data.formats import read_texts, write_npz
+from xmlkernels.data.formats import iter_lines, write_npz
 from xmlkernels.predict import Predictor, score_matrix
 
 
@@ -48,10 +48,10 @@ def texts_of(options: Options) -> Iterator[str]:
     elif options.input == "-":
         yield from (line.rstrip("\r\n") for line in sys.stdin)
     elif options.input.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):
-        for number, line in enumerate(read_texts(options.input), 1):
+        for number, line in enumerate(iter_lines(options.input), 1):
             yield text_of(line, f"{options.input}:{number}")
     else:
-        yield from read_texts(options.input)
+        yield from iter_lines(options.input)
 
 
 def text_of(line: str, where: str) -> str:

@@ -17,7 +17,10 @@ RECIPES: dict[str, tuple[str, Config]] = {
     ),
     "eurlex57k-titles": (
         "EURLEX57K from titles alone, all-MiniLM-L6-v2, two cores; prepare the dataset folder first.",
-        replace(_BASE, dataset="cache/eurlex57k-titles", output="runs/eurlex57k-titles", epochs=8, batch=32),
+        replace(
+            _BASE, dataset="cache/eurlex57k-titles", output="runs/eurlex57k-titles", label_text=True, epochs=6, batch=32,
+            encoder_lr=3e-4, table_lr=0.02, dropout=0.2, table="fp32", table_decay=1e-5, warmup=300,
+        ),
     ),
     "tiny": (
         "A small random encoder on a small part of the built-in corpus: seconds, to see that everything works.",

@@ -28,7 +28,7 @@ def command(main: Callable[[], Any]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; a run goes on from its last checkpoint by --resume True", file=sys.stderr)
+        print("interrupted; a run goes on from its last checkpoint by --resume", file=sys.stderr)
         sys.exit(130)
 
 

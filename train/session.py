@@ -32,7 +32,7 @@ from xmlkernels.nn.full_head import FullHead, default_table_dtype
 from xmlkernels.predict import predict_split, score_matrix
 
 SHOWN = {"val": "validation"}
-MAY_CHANGE = ("resume", "overwrite", "output", "cache", "log_every", "save_every")
+MAY_CHANGE = ("resume", "overwrite", "output", "cache", "log_every", "save_every", "threads")
 
 
 def minilm_folder() -> str:
@@ -126,7 +126,7 @@ class Session:
         label_tokens = self.dataset.label_tokens if config.label_text else None
         if config.label_text and label_tokens is None:
             raise InputError(
-                "--label-text True",
+                "--label-text",
                 "a dataset with label texts",
                 f"{self.dataset.folder} without",
                 "prepare it with --label-text",
@@ -160,7 +160,7 @@ class Session:
         if there.exists() and not self.config.overwrite:
             raise InputError(
                 f"--output {self.output}", "a new folder", "a folder that holds a run",
-                "go on with it by --resume True, replace it by --overwrite True, or name another",
+                "go on with it by --resume, replace it by --overwrite, or name another",
             )  # fmt: skip
         if there.exists():
             for name in ("checkpoint", "config.json", "log.jsonl", "metrics.json", "predictions.npz"):
@@ -178,19 +178,19 @@ class Session:
         for key in now:
             if key not in MAY_CHANGE and before.get(key) != now[key]:
                 raise InputError(
-                    f"--resume True: {key}",
+                    f"--resume: {key}",
                     f"{before.get(key)!r}, as the run began",
                     repr(now[key]),
                     "resume with the same settings",
                 )
-        if not self.checkpoints.has("last"):
+        if not self.checkpoints.exists("last"):
             say("no checkpoint was written yet; starting from the beginning")
             (self.output / "log.jsonl").write_text("")
             return
         tensors, state = self.checkpoints.load("last")
         if state["dataset"] != self.dataset.content_hash:
             raise InputError(
-                "--resume True",
+                "--resume",
                 f"dataset hash {state['dataset'][:12]}",
                 self.dataset.content_hash[:12],
                 "resume on the data it began with",
@@ -230,7 +230,7 @@ class Session:
 
     def load_best(self) -> None:
         """The best checkpoint by validation, where there is one; without a validation split the last step stands."""
-        if self.checkpoints.has("best"):
+        if self.checkpoints.exists("best"):
             tensors, _ = self.checkpoints.load("best")
             self.model.load_tensors(tensors)
 

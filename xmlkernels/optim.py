@@ -61,13 +61,13 @@ def step_unless(optimizer: torch.optim.Optimizer, found_inf: torch.Tensor) -> No
 
     Args:
         optimizer: if fused, the decision is taken inside its kernel; otherwise `found_inf` is read on the host.
-        found_inf: fp32 [1], 0 or 1.
+        found_inf: fp32, one element, 0 or 1.
     """
     if not all(group.get("fused") for group in optimizer.param_groups):
         if not found_inf.item():
             optimizer.step()
         return
-    optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+    optimizer.found_inf = found_inf.reshape(())  # type: ignore[attr-defined]
     try:
         optimizer.step()
     finally:
@@ -168,9 +168,7 @@ class LossScaler:
     def update(self, found_inf: torch.Tensor) -> None:
         """Adjust the scale after a step whose flag was `found_inf` (fp32 [1])."""
         self.skipped += found_inf.to(torch.int64)
-        torch._amp_update_scale_(
-            self.scale, self.growth_tracker, found_inf, self.growth, self.backoff, self.interval
-        )
+        torch._amp_update_scale_(self.scale, self.growth_tracker, found_inf, self.growth, self.backoff, self.interval)
         self.scale.clamp_(1.0, 2.0**24)
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -21,12 +21,14 @@ struct Plan {
   Plan(const Batch& x, const Table& t, int64_t elem)
       : batch(x.size), width(x.width), rows(t.rows),
         batch_pad(round_up(batch, kLanes)), width_pad(round_up(width, kLanes)), z_row(batch_pad + kLanes) {
-    const int64_t row_bytes = 2 * width * elem + batch * (elem == 4 ? 4 : 8), step = 2 * kRows;
-    tile = max64(4, min64(16, kTileBytes / row_bytes / step)) * step;
     const int64_t partial = max64(1, batch * width_pad * 4);
     segments = max64(kMinSegments, min64(kMaxSegments, kPartialBytes / partial));
     segment_rows = round_up(max64(kMinSegmentRows, ceil_div(rows, segments)), 2);
     segments = ceil_div(rows, segment_rows);
+    // As large as the cache allows, and then all of one size: a short last tile costs a pass over dX all the same.
+    const int64_t row_bytes = 2 * width * elem + batch * (elem == 4 ? 4 : 8), step = 2 * kRows;
+    tile = max64(4, min64(16, kTileBytes / row_bytes / step)) * step;
+    tile = round_up(ceil_div(segment_rows, ceil_div(segment_rows, tile)), step);
   }
 };
 

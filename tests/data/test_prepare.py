@@ -221,6 +221,8 @@ def test_upstream_token_maps(config: PrepareConfig, tokenizer: Tokenizer, tmp_pa
     ids = np.fromfile(tmp_path / "tiny-5" / "trn_doc_input_ids.dat", np.int64)
     ids[5] = 7
     ids.tofile(tmp_path / "tiny-5" / "trn_doc_input_ids.dat")
+    with pytest.raises(InputError, match="made from others"):
+        prepare(config)
     with pytest.raises(InputError, match="train split: expected rows that start with 2.*got 7"):
         prepare(replace(config, output=tmp_path / "z"))
 
@@ -351,6 +353,20 @@ def test_nothing_half_written(config: PrepareConfig, monkeypatch: pytest.MonkeyP
     assert [path.name for path in config.output.parent.iterdir()] == (["small"] if standing else [])
     if standing:
         assert Dataset.open(config.output, verify=True).max_length == 5
+
+
+def test_folder_of_another_process(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What appeared at the place while this run was building stays."""
+
+    def appear(self: Tokenizer, folder: Path) -> None:
+        config.output.mkdir()
+        (config.output / "manifest.json").write_text("theirs")
+
+    monkeypatch.setattr(Tokenizer, "save", appear)
+    with pytest.raises(InputError, match="a folder made meanwhile"):
+        prepare(config)
+    assert (config.output / "manifest.json").read_text() == "theirs"
+    assert [path.name for path in config.output.parent.iterdir()] == ["small"]
 
 
 def test_files_that_do_not_belong_together(config: PrepareConfig, tmp_path: Path) -> None:

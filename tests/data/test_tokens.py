@@ -192,15 +192,13 @@ def test_saved_padding_and_truncation_are_not_used(tmp_path: Path, tokenizer: To
 
 
 def test_tokenizer_written_in_python(tmp_path: Path) -> None:
-    from transformers import CanineTokenizer
+    from transformers import ByT5Tokenizer
 
-    slow = Tokenizer(CanineTokenizer())
+    slow = Tokenizer(ByT5Tokenizer())
     assert not slow._inner.is_fast
-    assert [row.tolist() for row in slow.encode_batch(["ab", "", "a" * 9], 4)] == [
-        [0xE000, 97, 98, 0xE001], [0xE000, 0xE001], [0xE000, 97, 97, 0xE001],
-    ]  # fmt: skip
+    assert [row.tolist() for row in slow.encode_batch(["ab", "", "a" * 9], 4)] == [[100, 101, 1], [1], [100] * 3 + [1]]
     slow.save(tmp_path)
-    assert Tokenizer(CanineTokenizer.from_pretrained(tmp_path)).hash == slow.hash
+    assert Tokenizer(ByT5Tokenizer.from_pretrained(tmp_path)).hash == slow.hash
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./none", "no such model"])

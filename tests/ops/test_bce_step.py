@@ -369,9 +369,9 @@ def test_the_step_trains(device: str) -> None:
     """Steps on a problem that can be learned bring the loss down in every format alike."""
     losses = {}
     for dtype in DTYPES:
-        step = random_step(64, 200, 32, dtype, share=0.01, hyper=make_hyper(0.1)).to(device)
+        step = random_step(32, 300, 64, dtype, hyper=make_hyper(0.1)).to(device)
         run = [step.run()]
-        for number in range(60):
+        for number in range(30):
             step = step.replace(weight=run[-1]["weight"], counter=make_counter(step=number).to(device))
             run.append(step.run())
         losses[dtype] = [float(r["loss"]) for r in run]

@@ -81,8 +81,12 @@ def _places(matrix: csr_matrix) -> tuple[np.ndarray, np.ndarray]:
 
 def _largest(matrix: csr_matrix, k: int) -> csr_matrix:
     """The k largest entries of each row, descending; equal entries: the lower column first."""
-    matrix.sort_indices()  # lexsort is stable, so the lower column stays first
-    point, place = _places(matrix)
-    order = np.lexsort((-matrix.data, point))[place < k]
-    ends = np.concatenate([[0], np.minimum(np.diff(matrix.indptr), k).cumsum()])
+    kept: list[np.ndarray] = []
+    for start, end in zip(matrix.indptr[:-1], matrix.indptr[1:], strict=True):
+        data = matrix.data[start:end]
+        # A common word makes a row nearly dense: the threshold first, then a sort of the few above it and at it.
+        above = np.arange(len(data)) if len(data) <= k else np.flatnonzero(data >= np.partition(data, -k)[-k])
+        kept.append(start + above[np.lexsort((matrix.indices[start + above], -data[above]))[:k]])
+    order = np.concatenate([np.zeros(0, np.int64), *kept])
+    ends = np.cumsum([0, *map(len, kept)])
     return csr_matrix((matrix.data[order], matrix.indices[order], ends), shape=matrix.shape)

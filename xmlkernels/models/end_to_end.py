@@ -12,7 +12,7 @@ from xmlkernels.data.loader import Batch
 from xmlkernels.errors import InputError
 from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
-from xmlkernels.optim import LossScaler, clip_gradients, encoder_optimizer, set_learning_rate, warmup_cosine
+from xmlkernels.optim import LossScaler, clip_gradients, encoder_optimizer, set_learning_rate, step_unless, warmup_cosine
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class EndToEnd(nn.Module):
     encoder's own backward (fp16 autocast) skips the encoder's alone. Both are counted on the device, without a host sync.
     """
 
+    skipped_steps: Tensor
+    skipped_encoder_steps: Tensor
+
     def __init__(self, encoder: Encoder, head: FullHead, training: Training | None = None) -> None:
         super().__init__()
         self.encoder, self.head, self.training_settings = encoder, head, training
@@ -53,7 +56,9 @@ class EndToEnd(nn.Module):
         if training is not None:
             self.optimizer = encoder_optimizer(encoder, training.encoder_lr, training.encoder_decay)
             device = next(encoder.parameters()).device
-            self.scaler = LossScaler(device, enabled=encoder.autocast == torch.float16)
+            # Only fp16 needs a scale; elsewhere it stays 1 and the scaler is the check for non-finite gradients.
+            half = encoder.autocast == torch.float16
+            self.scaler = LossScaler(device) if half else LossScaler(device, init_scale=1.0, growth=1.0, backoff=1.0)
 
     def step(self, batch: Batch, *, need_loss: bool = False) -> Tensor:
         """Trains on one batch.
@@ -64,7 +69,7 @@ class EndToEnd(nn.Module):
         settings = self.training_settings
         assert settings is not None, "this model was built without training settings"
         factor = warmup_cosine(self.steps, settings.warmup, settings.total)
-        set_learning_rate(self.optimizer, settings.encoder_lr, factor)
+        set_learning_rate(self.optimizer, [settings.encoder_lr] * len(self.optimizer.param_groups), factor)
         self.optimizer.zero_grad(set_to_none=True)
 
         parts = self._micro_batches(batch)
@@ -76,7 +81,7 @@ class EndToEnd(nn.Module):
             x = self._embed_without_graph(parts, states)
         overflow = (~torch.isfinite(x).all()).float().reshape(1)
         dx, loss = self.head.step(
-            x, batch.pos_row, batch.pos_sample, lr=settings.head_lr * factor, dx_scale=self.scaler.scale, need_loss=need_loss
+            x, batch.pos_row, batch.pos_sample, lr=settings.head_lr * factor, dx_scale=self.scaler.scale[0], need_loss=need_loss
         )
         if len(parts) == 1:
             embedding.backward(dx)
@@ -89,14 +94,13 @@ class EndToEnd(nn.Module):
     def _encoder_step(self, overflow: Tensor) -> None:
         settings = self.training_settings
         assert settings is not None
+        found = self.scaler.unscale_(self.encoder.parameters())
+        found = found * (1 - overflow)  # a non-finite embedding is no fault of the loss scale
         self.skipped_steps += overflow
-        found = self.scaler.found_inf(self.encoder.parameters())
-        self.skipped_encoder_steps += found * (1 - overflow)
-        found = torch.maximum(found, overflow)
-        self.scaler.unscale(self.encoder.parameters())
+        self.skipped_encoder_steps += found
         if settings.clip > 0:
             clip_gradients(self.encoder.parameters(), settings.clip)
-        self.scaler.step(self.optimizer, found)
+        step_unless(self.optimizer, torch.maximum(found, overflow))
         self.scaler.update(found)
 
     def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:

@@ -92,7 +92,8 @@ def training_attention(stock: Callable[..., tuple[torch.Tensor, Any]]) -> Callab
         causal = getattr(module, "is_causal", True) if causal is None else causal
         if (
             query.device.type != "cpu"
-            or not torch.is_grad_enabled()
+            # A training pass without a graph (the first of gradient caching) must draw as the one with it does.
+            or not (torch.is_grad_enabled() or module.training)
             or query.shape[1] != key.shape[1]
             or (causal and attention_mask is None)
             or (attention_mask is not None and attention_mask.dtype != torch.bool)

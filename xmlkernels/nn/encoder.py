@@ -159,7 +159,8 @@ class Encoder(nn.Module):
     def encoder_config(self) -> dict[str, Any]:
         """JSON-ready description for `from_config`: architecture and options, no weights and no paths."""
         model = json.loads(self.model.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
-        model.pop("_name_or_path", None)
+        for key in ("_name_or_path", "dtype"):  # a path of this machine; weights are fp32 whatever the file held
+            model.pop(key, None)
         names = {dtype: name for name, dtype in _AUTOCAST.items()}
         return {
             "model": model,

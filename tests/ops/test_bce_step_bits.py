@@ -1,0 +1,374 @@
+"""`bce_step_`: what is stored. Bits equal to the reference's where fp32 results are equal, rounding without bias, and
+independence of threads, shards and tiles."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from common import (
+    DEVICES,
+    DTYPES,
+    LOW,
+    Step,
+    assert_same_bits,
+    dyadic_step,
+    make_counter,
+    make_hyper,
+    name_of,
+    needs_kernels,
+    random_step,
+    unit,
+)
+
+from xmlkernels.reference.bce_step import bce_step_ as reference
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+SIZES = [(1, 1, 1), (5, 300, 7), (33, 1025, 64), (64, 3001, 100), (257, 1100, 130)]
+
+
+def multiples(n: int, d: int, exponent: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
+    """Random 6-bit multiples of 2^exponent."""
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randint(-63, 64, (n, d), generator=g) * 2.0**exponent).to(dtype)
+
+
+def check_bits(step: Step, device: str, *, but: tuple[str, ...] = ()) -> None:
+    step = step.to(device)
+    got, expected = step.run(), step.reference()
+    assert_same_bits(got, expected, but=("loss", *but))
+    torch.testing.assert_close(got["loss"], expected["loss"], rtol=2e-6, atol=0)
+
+
+# 7. Equal fp32 results must give equal stored bits: every sum of a dyadic step is exact in any order.
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("size", SIZES, ids=name_of)
+def test_sgd_bits(size: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
+    step = dyadic_step(*size, dtype)
+    check_bits(step, device)
+    n = size[1]
+    # an inexact result must be among them, or rounding is not tested
+    if dtype in LOW and n > 1:
+        exact = step.exact()["weight"]
+        assert (exact.to(dtype).double() != exact).float().mean() > 0.3
+    l2 = make_hyper(2.0**-8, 2.0**-4, scale=0.5, dx_scale=4.0)
+    check_bits(step.replace(hyper=l2, bias=torch.zeros(n)), device)
+    check_bits(step.replace(hyper=l2, decoupled=True), device)
+    g = torch.Generator().manual_seed(3)
+    quarters = torch.randint(-2, 5, step.tensors["pos_row"].shape, generator=g) / 4
+    check_bits(step.replace(pos_value=quarters), device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("state", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_momentum_bits(dtype: torch.dtype, state: torch.dtype, device: str) -> None:
+    for b, n, d in ((5, 300, 7), (65, 1025, 100)):
+        hyper = make_hyper(2.0**-8, 2.0**-4, 0.5, scale=0.5, dx_scale=4.0)
+        step = dyadic_step(b, n, d, dtype, hyper=hyper).replace(momentum=multiples(n, d, -5, state))
+        check_bits(step, device)
+        check_bits(step.replace(decoupled=True), device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("state", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_adam_bits(dtype: torch.dtype, state: torch.dtype, device: str) -> None:
+    """First step from zero states: m / (1 - b1) = g, v / (1 - b2) = g², the step is lr times the sign of g."""
+    for b, n, d in ((5, 300, 7), (65, 1025, 100)):  # odd batches: no gradient is zero, so eps may be
+        hyper = make_hyper(2.0**-8, 2.0**-4, 0.5, 0.75, 0.0, scale=1.0)
+        step = dyadic_step(b, n, d, dtype, hyper=hyper, decoupled=True).replace(
+            momentum=torch.zeros(n, d, dtype=state), second=torch.zeros(n, d, dtype=state), counter=make_counter(step=0)
+        )
+        check_bits(step, device)
+        exact = step.exact()
+        assert (exact["second"] > 0).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("state", LOW, ids=name_of)
+def test_adam_state_bits(state: torch.dtype, device: str) -> None:
+    """From states that are not zero: both moments are exact in fp32, the weight is within a unit."""
+    b, n, d = 5, 1025, 100
+    hyper = make_hyper(2.0**-8, 0.0, 0.5, 0.75, 2.0**-10, scale=1.0)
+    step = dyadic_step(b, n, d, BF16, x_bits=3, hyper=hyper).replace(
+        momentum=multiples(n, d, -9, state), second=multiples(n, d, -6, state, seed=2).abs()
+    )
+    step = step.to(device)
+    got, expected, exact = step.run(), step.reference(), step.exact()
+    assert_same_bits({k: got[k] for k in ("momentum", "second", "dx")}, expected)
+    for name in ("momentum", "second"):
+        assert (exact[name].to(state).double() != exact[name]).float().mean() > 0.2
+    assert ((got["weight"].double() - exact["weight"]).abs() <= 1.001 * unit(exact["weight"], BF16)).all()
+    assert (got["weight"] == expected["weight"]).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", LOW, ids=name_of)
+def test_kahan_bits(dtype: torch.dtype, device: str) -> None:
+    for b, n, d in ((5, 300, 7), (65, 1025, 100)):
+        step = dyadic_step(b, n, d, dtype).replace(kahan=multiples(n, d, -14, dtype))
+        check_bits(step, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("exponent", [-22, -24, -30, -36, -44])
+def test_fp16_subnormal_bits(exponent: int, device: str) -> None:
+    """Weights and updates around and far below the smallest fp16 number, 2^-24."""
+    step = dyadic_step(33, 700, 24, F16, exponent=max(exponent, -24), lr=2.0 ** (exponent - 4))
+    if exponent < -24:
+        step = step.replace(weight=torch.zeros(700, 24, dtype=F16))
+    check_bits(step, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bf16_subnormal_bits(device: str) -> None:
+    """Subnormal weights keep their bits' meaning where the product of lr and gradient is normal in fp32."""
+    step = dyadic_step(33, 700, 24, BF16, lr=2.0**-124).replace(weight=multiples(700, 24, -133, BF16))
+    step = step.replace(x=step.tensors["x"][:, :1].repeat(1, 24))
+    weight = step.tensors["weight"]
+    weight[:, 1::2] = -weight[:, 0::2]
+    check_bits(step, device, but=("dx",))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", LOW, ids=name_of)
+def test_row_offset_beyond_2_32_reaches_the_generator(dtype: torch.dtype, device: str) -> None:
+    base = dyadic_step(33, 700, 24, dtype)
+    stored = []
+    for offset in (0, 5, 2**32 - 300, 2**32 + 5, 2**40 + 5):
+        step = base.replace(row_offset=offset)
+        check_bits(step, device)
+        stored.append(step.to(device).run()["weight"])
+    for i, one in enumerate(stored):
+        for other in stored[:i]:
+            assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_counter_takes_the_low_words(device: str) -> None:
+    base = dyadic_step(33, 700, 24, BF16)
+    for seed, number in ((0, 0), (2**31 + 7, 1), (-1, 2**31), (2**62 + 3, 2**33 + 1)):
+        check_bits(base.replace(counter=make_counter(seed, number)), device)
+
+
+# 6. Threads, repeats, shards.
+MIXES = {
+    "fp32": (F32, {"momentum": F32}, {}),
+    "bf16": (BF16, {"momentum": BF16, "bias": F32}, {"decoupled": True}),
+    "bf16 adam": (BF16, {"momentum": BF16, "second": BF16}, {}),
+    "fp16 kahan": (F16, {"kahan": F16}, {}),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("mix", MIXES)
+def test_threads_and_repeats_change_nothing(mix: str, threads: None) -> None:
+    dtype, states, options = MIXES[mix]
+    hyper = make_hyper(0.02, 0.01, 0.9, 0.999, 1e-8)
+    for b, n, d in ((100, 4999, 100), (7, 20011, 17)):
+        step = random_step(b, n, d, dtype, states=states, hyper=hyper, **options)
+        torch.set_num_threads(1)
+        first = step.run()
+        for count in (1, 2, 2, 2, 4, 3):
+            torch.set_num_threads(count)
+            assert_same_bits(step.run(), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mix", MIXES)
+def test_repeats_change_nothing_on_the_card(mix: str) -> None:
+    dtype, states, options = MIXES[mix]
+    hyper = make_hyper(0.02, 0.01, 0.9, 0.999, 1e-8)
+    step = random_step(100, 20011, 100, dtype, states=states, hyper=hyper, **options).to("cuda")
+    first = step.run()
+    for _ in range(10):
+        assert_same_bits(step.run(), first)
+
+
+def shard(step: Step, begin: int, end: int) -> Step:
+    t = step.tensors
+    mine = (t["pos_row"] >= begin) & (t["pos_row"] < end)
+    part = {k: t[k][begin:end] for k in ("weight", "momentum", "second", "kahan", "bias") if k in t}
+    part |= {"pos_row": t["pos_row"][mine] - begin, "pos_sample": t["pos_sample"][mine]}
+    return step.replace(**part, row_offset=step.options.get("row_offset", 0) + begin)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("cut", [1, 1237, 2048])
+def test_two_shards_are_the_whole(cut: int, mix: str, device: str) -> None:
+    dtype, states, options = MIXES[mix]
+    n = 3001
+    step = random_step(65, n, 40, dtype, states=states, hyper=make_hyper(0.02, 0.01, 0.9, 0.999, 1e-3), **options)
+    step = step.replace(row_offset=2**33).to(device)
+    whole, parts = step.run(), [shard(step, 0, cut).run(), shard(step, cut, n).run()]
+    before = step.tensors["weight"].double().abs()
+    for name in step.tensors.keys() & {"weight", "momentum", "second", "kahan"}:
+        joined = torch.cat([p[name] for p in parts])
+        size = torch.maximum(before, whole[name].double().abs()) if name == "weight" else whole[name]
+        allowed = unit(size, whole[name].dtype) if name != "kahan" else unit(before, dtype)
+        assert ((joined.double() - whole[name].double()).abs() <= allowed).all(), name
+        assert name == "kahan" or (joined == whole[name]).float().mean() > 0.98, name
+    for name in ("dx", "loss"):
+        torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_two_shards_are_the_whole_to_the_bit_where_sums_are_exact(dtype: torch.dtype, device: str) -> None:
+    step = dyadic_step(65, 3001, 40, dtype, row_offset=2**32 - 1000).to(device)
+    whole = step.run()
+    for cut in (1, 999, 1500, 3000):
+        a, b = shard(step, 0, cut).run(), shard(step, cut, 3001).run()
+        joined = {"weight": torch.cat([a["weight"], b["weight"]]), "dx": a["dx"] + b["dx"]}
+        assert_same_bits(joined, whole)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_the_rest_of_the_batch_width_and_table_changes_no_row(dtype: torch.dtype, device: str) -> None:
+    """A row's stored bits depend on its own sums alone: not on D's tail, B's tail or where its tile begins."""
+    step = dyadic_step(70, 1500, 72, dtype).to(device)
+    t, whole = step.tensors, step.run()
+    narrow = {k: t[k][:, :50].contiguous() for k in ("weight", "x")}
+    assert_same_bits({"weight": step.replace(**narrow).run()["weight"]}, {"weight": whole["weight"][:, :50]})
+    x = torch.cat([t["x"], torch.zeros(13, 72, dtype=dtype, device=device)])
+    assert_same_bits({"weight": step.replace(x=x).run()["weight"]}, whole)
+
+
+# 7. Rounding without bias through the op.
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("units", [0.3, 0.01], ids=["0.3 units", "0.01 units"])
+@pytest.mark.parametrize("w", [0.0, 1e-4, 0.0117, 0.5, 2.0**-20])
+@pytest.mark.parametrize("dtype", LOW, ids=name_of)
+def test_the_mean_of_many_small_updates_is_the_update(dtype: torch.dtype, w: float, units: float, device: str) -> None:
+    """x = ±1 in turn over equal weights: z = 0 and the gradient is ±1/2, so each weight should move by ∓lr / 2."""
+    n, d, repeats = 2048, 16, 12
+    start = float(torch.tensor(w).to(dtype))
+    step_size = 1e-5 if w == 0 and dtype == BF16 else float(unit(torch.tensor(start), dtype)) * units
+    x = torch.tensor([[1.0, -1.0] * (d // 2)])
+    base = Step(
+        {"weight": torch.full((n, d), start, dtype=dtype), "x": x.to(dtype), "hyper": make_hyper(2 * step_size),
+         "pos_row": torch.empty(0, dtype=torch.int64), "pos_sample": torch.empty(0, dtype=torch.int32)}
+    )  # fmt: skip
+    sums = torch.zeros(2, dtype=torch.float64)
+    for number in range(repeats):
+        weight = base.replace(counter=make_counter(7, number)).to(device).run()["weight"].double().cpu()
+        sums += torch.stack([weight[:, 0::2].sum(), weight[:, 1::2].sum()])
+    count = repeats * n * d // 2
+    for mean, sign in zip(sums / count, (-1, 1), strict=True):
+        target = start + sign * step_size
+        spacing = float(unit(torch.tensor(target), dtype))
+        part = target / spacing % 1
+        sigma = spacing * (part * (1 - part) / count) ** 0.5
+        assert abs(float(mean) - target) <= 5 * sigma + 2.0**-16 * spacing, (float(mean) - target) / max(sigma, 1e-300)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", LOW, ids=name_of)
+def test_small_steps_add_up_where_nearest_would_stand_still(dtype: torch.dtype, device: str) -> None:
+    """200 steps of decay by 2^-14 each; half a unit is 2^-9 or 2^-12 of a weight. An empty batch: nothing else moves it."""
+    n, d, steps = 512, 16, 200
+    empty = random_step(0, n, d, dtype, hyper=make_hyper(2.0**-4, 2.0**-10), decoupled=True).tensors
+    weight = torch.full((n, d), 0.75, dtype=dtype)
+    step = Step(empty | {"weight": weight}, {"decoupled": True}).to(device)
+    for number in range(steps):
+        step = step.replace(weight=step.run()["weight"], counter=make_counter(9, number).to(device))
+    spacing = float(unit(torch.tensor(0.75), dtype))
+    target = 0.75 * (1 - 2.0**-14) ** steps
+    # each step adds the variance of one rounding, at most p (1 - p) of a unit with p = 0.75 * 2^-14 / unit
+    p = 0.75 * 2.0**-14 / spacing
+    sigma = spacing * (steps * p * (1 - p) / (n * d)) ** 0.5
+    assert abs(float(step.tensors["weight"].double().mean()) - target) < 5 * sigma
+    assert 0.75 - target > 20 * sigma
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("state", LOW, ids=name_of)
+def test_low_precision_moments_follow_a_slow_decay(state: torch.dtype, device: str) -> None:
+    """b2 = 0.999 changes v by 1e-3 a step, under half a bf16 unit: rounded to nearest it would never move."""
+    n, d, steps = 256, 16, 200
+    step = random_step(0, n, d, F32, hyper=make_hyper(0.0, 0.0, 0.999, 0.999, 1e-8))
+    states = {k: torch.full((n, d), 1.5, dtype=state) for k in ("momentum", "second")}
+    step = step.replace(**states).to(device)
+    for number in range(steps):
+        got = step.run()
+        step = step.replace(momentum=got["momentum"], second=got["second"], counter=make_counter(4, number).to(device))
+    target = 1.5 * 0.999**steps
+    for name in states:
+        mean = float(step.tensors[name].double().mean())
+        # spread of a single walk: about sqrt(200 p (1 - p)) units of 2^-7 with p = 0.2
+        assert mean == pytest.approx(target, abs=5 * 2.0**-7 * (steps * 0.16 / (n * d)) ** 0.5)
+    assert not torch.equal(step.tensors["momentum"], step.tensors["second"]), "streams share their words"
+
+
+# Every instruction set that the library is compiled for gives the same bits.
+CHILD = """
+import os, sys, torch
+sys.path.insert(0, sys.argv[1])
+import test_bce_step_bits as t
+for dtype in t.DTYPES:
+    for size in t.SIZES[1:]:
+        t.test_sgd_bits(size, dtype, "cpu")
+    t.test_momentum_bits(dtype, torch.bfloat16, "cpu")
+    t.test_adam_bits(dtype, torch.float16, "cpu")
+for dtype in t.LOW:
+    t.test_kahan_bits(dtype, "cpu")
+t.test_fp16_subnormal_bits(-24, "cpu")
+t.test_fp16_subnormal_bits(-36, "cpu")
+import test_bce_step, test_bce_loss, test_matmul_topk
+for dtype in t.DTYPES:
+    for shape in ((5, 129, 7), (65, 1100, 100), (0, 33, 7)):
+        test_bce_step.check_against_exact(test_bce_step.make("bias", shape, dtype))
+        test_bce_step.check_against_exact(test_bce_step.make("adam bf16", shape, dtype))
+    test_bce_loss.test_no_worse_than_torch((65, 1100, 100), dtype, "cpu")
+    test_matmul_topk.test_ties_take_the_lower_row(dtype, "cpu")
+    test_matmul_topk.test_no_worse_than_torch((65, 2051, 100), dtype, "cpu")
+print("equal")
+"""
+
+
+def instruction_sets() -> list[str]:
+    """Those that this machine can run, told by the kernel's features in /proc/cpuinfo."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ["portable"]
+    have = ["portable"] + ["avx2"] * ("avx2" in flags) + ["avx512"] * ("avx512vl" in flags)
+    return have + ["avx512_bf16"] * ("avx512_bf16" in flags)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", instruction_sets())
+def test_every_instruction_set(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CHILD, str(Path(__file__).parent)], capture_output=True, text=True,
+        env=os.environ | {"XMLKERNELS_CPU": name, "XMLKERNELS_REQUIRE_NATIVE": "1"}, timeout=300,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.endswith("equal\n"), done.stderr[-3000:]
+
+
+def test_the_reference_is_the_definition_of_the_bits() -> None:
+    """One weight, stored by hand: 0.5 - 2^-8 * (1/2 * 1/16) with the draw of (seed 11, step 3, row 0, group 0, stream 0)."""
+    from xmlkernels.reference.rounding import philox
+
+    word = int(philox((torch.tensor(11), torch.tensor(3)), (torch.tensor(0),) * 4)[0])
+    weight, x = torch.zeros(1, 1, dtype=BF16), torch.full((1, 1), 1 / 16, dtype=BF16)
+    none = torch.empty(0, dtype=torch.int64)
+    reference(weight, x, none, none.int(), make_hyper(2.0**-8 * 1.25), make_counter())
+    value = -(2.0**-13) * 1.25  # bits 0xB920 0000: representable, so no draw may move it
+    assert float(weight) == value
+    weight = torch.full((1, 1), 0.5, dtype=BF16)
+    reference(weight, torch.zeros(1, 1, dtype=BF16), none, none.int(), make_hyper(2.0**-8, 1.0), make_counter(), decoupled=True)
+    # 0.5 (1 - 2^-8) = 0x3EFF0000: representable again. With decay 1.25 it is 0x3EFEC000: up where the draw is >= 0x4000.
+    assert float(weight) == 0.498046875
+    weight = torch.full((1, 1), 0.5, dtype=BF16)
+    zero = torch.zeros(1, 1, dtype=BF16)
+    reference(weight, zero, none, none.int(), make_hyper(2.0**-8, 1.25), make_counter(), decoupled=True)
+    up = (word & 0xFFFF) >= 0x4000
+    assert int(weight.view(torch.int16)) == (0x3EFF if up else 0x3EFE)
