@@ -134,7 +134,7 @@ def test_kill_at_any_time_leaves_one_whole(tmp_path: Path) -> None:
         os.waitpid(pid, 0)
         done, before, number = int(told.read_text()), number, whole(folder)
         assert max(done, before) <= number <= max(done, before) + 1
-    assert number > 30
+    assert number >= 3  # a loaded machine saves rarely; more would measure its speed
     save(folder, value(-1), {"number": -1})
     assert whole(folder) == -1
     assert sorted(os.listdir(tmp_path)) == ["c", "told"] or sorted(os.listdir(tmp_path)) == ["c", "told", "told.new"]

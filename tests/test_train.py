@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.sparse
+import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
@@ -101,7 +102,7 @@ def test_a_run_writes_all_it_promises(finished: Path) -> None:
 def test_predictions_file_agrees_with_the_metrics(finished: Path, dataset: Path) -> None:
     scores = scipy.sparse.load_npz(finished / "predictions.npz").toarray()
     target = scipy.sparse.load_npz(dataset / "test" / "labels.npz").toarray()
-    hit = target[np.arange(len(target)), scores.argmax(1)].mean() * 100
+    hit = float(target[np.arange(len(target)), scores.argmax(1)].astype(np.float64).mean() * 100)
     assert hit == pytest.approx(json.loads((finished / "metrics.json").read_text())["test"]["P@1"], abs=1e-6)
 
 
@@ -136,7 +137,7 @@ def load_all(folder: Path, which: str) -> dict[str, np.ndarray]:
     from xmlkernels.checkpoint import CheckpointFolder
 
     tensors, _ = CheckpointFolder(folder).load(which)
-    return {k: v.contiguous().view(-1).numpy().view(np.uint8).copy() for k, v in tensors.items()}
+    return {k: v.flatten().view(torch.uint8).numpy().copy() for k, v in tensors.items()}
 
 
 def test_checkpoints_are_safetensors(finished: Path) -> None:

@@ -254,7 +254,7 @@ def huge_table(rows: int, width: int, edge: int) -> Tensor:
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
     size, piece = rows * width * 2, 1 << 21
     assert size % piece == 0 and edge % piece == 0
-    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     start = ctypes.addressof(ctypes.c_char.from_buffer(area))
     file = os.memfd_create("table")
     os.ftruncate(file, piece)

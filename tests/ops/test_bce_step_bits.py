@@ -1,11 +1,6 @@
 """`bce_step_`: what is stored. Bits equal to the reference's where fp32 results are equal, rounding without bias, and
 independence of threads, shards and tiles."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from common import (
@@ -95,7 +90,7 @@ def test_adam_state_bits(state: torch.dtype, device: str) -> None:
     b, n, d = 5, 1025, 100
     hyper = make_hyper(2.0**-8, 0.0, 0.5, 0.75, 2.0**-10, scale=1.0)
     step = dyadic_step(b, n, d, BF16, x_bits=3, hyper=hyper).replace(
-        momentum=multiples(n, d, -9, state), second=multiples(n, d, -6, state, seed=2).abs()
+        momentum=multiples(n, d, -13, state), second=multiples(n, d, -12, state, seed=2).abs()
     )
     step = step.to(device)
     got, expected, exact = step.run(), step.reference(), step.exact()
@@ -304,53 +299,6 @@ def test_low_precision_moments_follow_a_slow_decay(state: torch.dtype, device: s
         # spread of a single walk: about sqrt(200 p (1 - p)) units of 2^-7 with p = 0.2
         assert mean == pytest.approx(target, abs=5 * 2.0**-7 * (steps * 0.16 / (n * d)) ** 0.5)
     assert not torch.equal(step.tensors["momentum"], step.tensors["second"]), "streams share their words"
-
-
-# Every instruction set that the library is compiled for gives the same bits.
-CHILD = """
-import os, sys, torch
-sys.path.insert(0, sys.argv[1])
-import test_bce_step_bits as t
-for dtype in t.DTYPES:
-    for size in t.SIZES[1:]:
-        t.test_sgd_bits(size, dtype, "cpu")
-    t.test_momentum_bits(dtype, torch.bfloat16, "cpu")
-    t.test_adam_bits(dtype, torch.float16, "cpu")
-for dtype in t.LOW:
-    t.test_kahan_bits(dtype, "cpu")
-t.test_fp16_subnormal_bits(-24, "cpu")
-t.test_fp16_subnormal_bits(-36, "cpu")
-import test_bce_step, test_bce_loss, test_matmul_topk
-for dtype in t.DTYPES:
-    for shape in ((5, 129, 7), (65, 1100, 100), (0, 33, 7)):
-        test_bce_step.check_against_exact(test_bce_step.make("bias", shape, dtype))
-        test_bce_step.check_against_exact(test_bce_step.make("adam bf16", shape, dtype))
-    test_bce_loss.test_no_worse_than_torch((65, 1100, 100), dtype, "cpu")
-    test_matmul_topk.test_ties_take_the_lower_row(dtype, "cpu")
-    test_matmul_topk.test_no_worse_than_torch((65, 2051, 100), dtype, "cpu")
-print("equal")
-"""
-
-
-def instruction_sets() -> list[str]:
-    """Those that this machine can run, told by the kernel's features in /proc/cpuinfo."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ["portable"]
-    have = ["portable"] + ["avx2"] * ("avx2" in flags) + ["avx512"] * ("avx512vl" in flags)
-    return have + ["avx512_bf16"] * ("avx512_bf16" in flags)
-
-
-@needs_kernels
-@pytest.mark.parametrize("name", instruction_sets())
-def test_every_instruction_set(name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CHILD, str(Path(__file__).parent)], capture_output=True, text=True,
-        env=os.environ | {"XMLKERNELS_CPU": name, "XMLKERNELS_REQUIRE_NATIVE": "1"}, timeout=300,
-        cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    assert done.returncode == 0 and done.stdout.endswith("equal\n"), done.stderr[-3000:]
 
 
 def test_the_reference_is_the_definition_of_the_bits() -> None:

@@ -121,7 +121,6 @@ def test_topk_and_loss_beyond_2_31_numbers(huge: torch.Tensor) -> None:
 
 
 @needs_kernels
-@pytest.mark.slow
 def test_step_beyond_2_31_numbers(huge: torch.Tensor) -> None:
     """Rows are independent, so the rows at both ends must come out as a small table of them alone."""
     base = random_step(2, 2 * KEPT, WIDTH, BF16, hyper=make_hyper(0.05, 0.01))

@@ -273,5 +273,5 @@ def test_shards_merge_to_the_whole(device: str) -> None:
         for a, b in ((0, 20), (20, 1700), (1700, 3001))
     ]
     joined, their = torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1)
-    order = torch.sort(joined, 1, descending=True, stable=True).indices[:, :50]  # parts stand in order of row
+    order = torch.sort(joined, dim=1, descending=True, stable=True).indices[:, :50]  # parts stand in order of row
     assert torch.equal(joined.gather(1, order), values) and torch.equal(their.gather(1, order), rows)

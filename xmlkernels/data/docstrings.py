@@ -16,6 +16,7 @@ come with every wheel and stay.
 """
 
 import ast
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -30,11 +31,10 @@ import sysconfig
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -60,17 +60,16 @@ _SKIPPED_IN_STDLIB = {"test", "tests", "idle_test"}
 _OPERATORS = (ast.expr_context, ast.boolop, ast.operator, ast.unaryop, ast.cmpop)
 _LEAVES = {ast.Name, ast.Constant}.union(*(kind.__subclasses__() for kind in _OPERATORS))
 
-_Function = tuple[str, tuple[str, ...]]  # text, names called
-_Parsed = tuple[str, list[_Function] | None]  # file as package/path; None where it cannot be parsed
+_File = tuple[str, str]  # package/path, path on disk
+_Parsed = tuple[str, list[tuple[str, tuple[str, ...]]] | None]  # package/path, text and names called; None: cannot be parsed
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The corpus, by split ("train", "val", "test"): L labels, N documents of a split.
+    """By split ("train", "val", "test"); L labels, N documents of a split.
 
     Attributes:
-        texts: split → N texts. labels: split → CSR float32 [N, L].
-        label_names: L names, sorted.
+        texts: split → N texts. labels: split → CSR float32 [N, L]. label_names: L names, sorted.
         hash: sha256 of texts, labels and split; another version of a package is another corpus.
         versions: package → version. report: what was counted on the way.
     """
@@ -98,10 +97,9 @@ def build_corpus(documents: int | None = None, *, packages: Iterable[str] = PACK
     Raises:
         InputError: a package that is not there or has no Python source, or more documents asked for than there are.
     """
-    if documents is not None and documents < 1:
-        raise InputError("documents", "a whole number from 1, or None for all", str(documents), "ask for at least one")
-    if workers is not None and workers < 1:
-        raise InputError("workers", "a whole number from 1, or None", str(workers), "ask for at least one")
+    for argument, value in (("documents", documents), ("workers", workers)):
+        if value is not None and value < 1:
+            raise InputError(argument, "a whole number from 1, or None", str(value), "ask for at least one")
     names = sorted(set(packages))
     if not names:
         raise InputError("packages", "at least one package", "none", f"leave it out, or name for example {STDLIB!r}")
@@ -115,8 +113,8 @@ def build_corpus(documents: int | None = None, *, packages: Iterable[str] = PACK
     return _assemble(parsed, {name: _version(name) for name in names})
 
 
-def _files(package: str) -> list[tuple[str, str]]:
-    """(package/path, path on disk) of each source file of a package."""
+def _files(package: str) -> list[_File]:
+    """The source files of a package."""
     roots = [sysconfig.get_paths()["stdlib"]] if package == STDLIB else _package_folders(package)
     skipped = _SKIPPED | (_SKIPPED_IN_STDLIB if package == STDLIB else set())
     found = []
@@ -135,10 +133,9 @@ def _files(package: str) -> list[tuple[str, str]]:
 
 
 def _package_folders(package: str) -> list[str]:
-    try:
+    spec = None
+    with suppress(ImportError, ValueError):
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    except (ImportError, ValueError):
-        spec = None
     # A folder without __init__.py of the same name in the working folder is no such package.
     return list(spec.submodule_search_locations or ()) if spec is not None and spec.origin is not None else []
 
@@ -153,7 +150,7 @@ def _version(package: str) -> str:
 
 
 def _fraction(key: str) -> float:
-    """A number in [0, 1) that depends on the key alone, on every machine."""
+    """A number in [0, 1), the same on every machine."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
 
 
@@ -167,21 +164,20 @@ def _cores() -> int:
 
 
 @contextmanager
-def _parser(workers: int) -> Iterator[Callable[[Sequence[tuple[str, str]]], list[_Parsed]]]:
+def _parser(workers: int) -> Iterator[Callable[[Sequence[_File]], list[_Parsed]]]:
     if workers == 1:
         yield lambda files: [_parse(file) for file in files]
         return
-    # Spawned: a fork of a process in which torch or numba run threads may hang.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    # Spawned: a fork of a process in which torch or numba run threads may hang. Syntax trees hold no cycles to collect.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=gc.disable) as pool:
         try:
             yield lambda files: list(pool.map(_parse, files, chunksize=16))
         except BrokenProcessPool as error:
-            raise RuntimeError(
-                "a process that parses files died; put the call under `if __name__ == '__main__':`, or pass workers=1"
-            ) from error
+            mend = "put the call under `if __name__ == '__main__':`, or pass workers=1"
+            raise RuntimeError(f"a process that parses files died; {mend}") from error
 
 
-def _parse(file: tuple[str, str]) -> _Parsed:
+def _parse(file: _File) -> _Parsed:
     """A file's functions with a docstring, in the order of the file."""
     name, path = file
     try:
@@ -230,9 +226,7 @@ def _first_paragraph(docstring: str) -> str:
     return " ".join(paragraph.encode("utf-8", "replace").decode().split())
 
 
-def _part(
-    files: list[tuple[str, str]], documents: int, parse: Callable[[Sequence[tuple[str, str]]], list[_Parsed]]
-) -> list[_Parsed]:
+def _part(files: list[_File], documents: int, parse: Callable[[Sequence[_File]], list[_Parsed]]) -> list[_Parsed]:
     """The first files, by folder hash, that give the documents asked for; parses no more than it needs."""
     files = sorted(files, key=lambda file: (_fraction("part\0" + file[0].rpartition("/")[0]), file))
     parsed: list[_Parsed] = []
@@ -260,7 +254,7 @@ def _merge(parsed: Sequence[_Parsed]) -> dict[str, set[str]]:
 
 
 def _select(merged: dict[str, set[str]]) -> tuple[dict[str, set[str]], set[str], Counter[str]]:
-    """Documents with the labels they keep, the labels, and how many documents call each name."""
+    """Documents with their labels, the labels, and how many documents call each name."""
     count = Counter(name for calls in merged.values() for name in calls)
     kept = {name for name, number in count.items() if 2 <= number <= len(merged) / 10}
     documents = {text: calls & kept for text, calls in merged.items()}
@@ -288,21 +282,19 @@ def _assemble(parsed: Sequence[_Parsed], versions: dict[str, str]) -> Corpus:
             digest.update(json.dumps([split, text, sorted(documents[text])]).encode() + b"\n")
     with_docstring = sum(len(functions or ()) for _, functions in parsed)
     report = {
-        "files": len(parsed),
-        "unparsable files": sum(functions is None for _, functions in parsed),
+        "files": len(parsed), "unparsable files": sum(functions is None for _, functions in parsed),
         "functions with a docstring": with_docstring,
         "merged into another of the same text": with_docstring - len(merged),
         "texts from more than one split, in train": sum(len(sides[text]) > 1 for text in documents),
         "names of one document, no labels": sum(n == 1 for n in count.values()),
         "names of more than a tenth of the documents, no labels": sum(n > len(merged) / 10 for n in count.values()),
         "documents without a label, left out": len(merged) - len(documents),
-        "documents": len(documents),
-        "labels": len(names),
-    } | {split: len(texts[split]) for split in SPLITS}
+        "documents": len(documents), "labels": len(names),
+    } | {split: len(texts[split]) for split in SPLITS}  # fmt: skip
     return Corpus(texts, labels, names, digest.hexdigest(), versions, report)
 
 
 def _matrix(rows: list[list[int]], width: int) -> csr_matrix:
-    ends = np.fromiter(accumulate(map(len, rows), initial=0), np.int64, len(rows) + 1)
-    columns = np.fromiter((label for row in rows for label in row), np.int64, int(ends[-1]))
+    ends = np.cumsum([0, *map(len, rows)])
+    columns = np.fromiter(chain.from_iterable(rows), np.int64, int(ends[-1]))
     return csr_matrix((np.ones(len(columns), np.float32), columns, ends), shape=(len(rows), width))

@@ -73,9 +73,7 @@ class Encoder(nn.Module):
         _check_options(pooling, bottleneck, dropout, autocast)
         self.hidden = _checked_width(model)
         self.model = model
-        self.pooling = pooling
-        self.autocast = autocast
-        self.compiled = compile
+        self.pooling, self.autocast, self.compiled = pooling, autocast, compile
         self.width = bottleneck or self.hidden
         self.max_length = _longest(model)
         self.bottleneck: nn.Linear | None = None

@@ -1,0 +1,111 @@
+"""The CPU kernels are compiled once per instruction set: all that this processor can run give the reference's bits."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from common import DTYPES, LOW, bits, dyadic_step, make_counter, make_hyper, needs_kernels
+
+from xmlkernels import ops
+from xmlkernels.reference import bce_loss as reference_loss
+from xmlkernels.reference import bce_step as reference_step
+from xmlkernels.reference import matmul_topk as reference_topk
+
+HERE = Path(__file__).parent
+STREAMS = make_hyper(2.0**-8, 2.0**-4, 0.5, 0.75, 0.0, scale=1.0)
+
+
+def digest(tensors: list[torch.Tensor]) -> str:
+    return hashlib.sha256(b"".join(bits(t).numpy().tobytes() for t in tensors)).hexdigest()
+
+
+def results(step: Callable[..., Any], backward: Callable[..., Any], topk: Callable[..., Any]) -> dict[str, str]:
+    """One digest for each of some calls whose sums are exact in any order."""
+    out = {}
+    for dtype in DTYPES:
+        for b, n, d in ((5, 300, 7), (33, 700, 40), (100, 521, 130)):
+            case = dyadic_step(b, n, d, dtype, need_loss=False)
+            got = case.run(step)
+            out[f"sgd {dtype} {b}"] = digest([got["weight"], got["dx"]])
+            t = case.tensors
+            args = (t["x"], t["weight"], torch.zeros(n), t["pos_row"], t["pos_sample"])
+            out[f"backward {dtype} {b}"] = digest(list(backward(*args, need_dweight=True, need_dbias=True)))
+            whole = t["x"].float().mul(16).to(dtype)
+            out[f"topk {dtype} {b}"] = digest(list(topk(whole, t["weight"].float().mul(64).to(dtype), None, 40)))
+        state = {k: torch.zeros(700, 24, dtype=LOW[dtype == LOW[0]]) for k in ("momentum", "second")}
+        case = dyadic_step(33, 700, 24, dtype, hyper=STREAMS, decoupled=True)
+        for name, given in (("momentum", {"momentum": state["momentum"]}), ("adam", state)):
+            got = case.replace(**given, counter=make_counter(step=0)).run(step)
+            out[f"{name} {dtype}"] = digest([got[k] for k in ("weight", "dx", *given)])
+    for dtype in LOW:
+        got = dyadic_step(33, 700, 24, dtype).replace(kahan=torch.zeros(700, 24, dtype=dtype)).run(step)
+        out[f"kahan {dtype}"] = digest([got[k] for k in ("weight", "dx", "kahan")])
+    for exponent in (-24, -36):
+        case = dyadic_step(33, 700, 24, torch.float16, exponent=-24, lr=2.0 ** (exponent - 4))
+        out[f"subnormal {exponent}"] = digest([case.run(step)["weight"]])
+    return out
+
+
+# Results that are not exact are held to the same bound as everywhere, in a process of that instruction set.
+CHILD = """
+import json, sys, torch
+sys.path.insert(0, sys.argv[1])
+import test_bce_loss, test_bce_step, test_instruction_sets as t
+from xmlkernels import ops
+for dtype in t.DTYPES:
+    for shape in ((5, 129, 7), (65, 500, 100), (0, 33, 7)):
+        test_bce_step.check_against_exact(test_bce_step.make("adam bf16", shape, dtype))
+    test_bce_loss.test_no_worse_than_torch((65, 500, 100), dtype, "cpu")
+native = torch.ops.xmlkernels
+print(json.dumps(t.results(ops.bce_step_, native.bce_loss_backward, ops.matmul_topk)))
+"""
+
+
+def run_child(name: str, code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(HERE)], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"XMLKERNELS_CPU": name, "XMLKERNELS_REQUIRE_NATIVE": "1"}, cwd=HERE.parents[1],
+    )  # fmt: skip
+
+
+def refusal() -> str:
+    """What the library says of an instruction set that does not exist; empty when it is not loaded."""
+    if ops.missing is not None:
+        return ""
+    code = "import torch; from xmlkernels import ops; ops.matmul_topk(torch.ones(1, 1), torch.ones(1, 1), None, 1)"
+    return run_child("none", code).stderr.strip().splitlines()[-1]
+
+
+def instruction_sets() -> list[str]:
+    found = re.search(r"expected ([\w ]+) on this processor", refusal())
+    return found[1].split(" or ") if found else ["portable"]
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, str]:
+    return results(reference_step.bce_step_, reference_loss.bce_loss_backward, reference_topk.matmul_topk)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", instruction_sets())
+def test_every_instruction_set(name: str, expected: dict[str, str]) -> None:
+    import json
+
+    done = run_child(name, CHILD)
+    assert done.returncode == 0, done.stderr[-3000:]
+    got = json.loads(done.stdout)
+    assert [k for k in expected if got[k] != expected[k]] == []
+
+
+@needs_kernels
+def test_an_unknown_instruction_set_is_told() -> None:
+    said = refusal()
+    assert "environment variable XMLKERNELS_CPU: expected" in said and "got 'none'; unset it to use the fastest" in said
+    assert "portable" in instruction_sets()
