@@ -187,9 +187,7 @@ def test_nothing_positive_gives_zero():
 
 
 def test_top_rows_from_csr_breaks_ties_by_label():
-    scores = csr_matrix(
-        (np.array([0.5, 0.5, -1.0, 0.0, 0.5, 2.0], np.float32), [4, 1, 0, 3, 2, 2], [0, 5, 5, 6]), shape=(3, 5)
-    )
+    scores = csr_matrix((np.array([0.5, 0.5, -1.0, 0.0, 0.5, 2.0], np.float32), [4, 1, 0, 3, 2, 2], [0, 5, 5, 6]), shape=(3, 5))
     values, rows = metrics.top_rows_from_csr(scores, 4)
     # a stored 0 is a candidate, a stored negative score ranks last but before labels that are absent
     np.testing.assert_array_equal(rows, [[1, 2, 4, 3], [-1, -1, -1, -1], [2, -1, -1, -1]])
@@ -261,6 +259,7 @@ def test_filtering_equals_ranking_without_the_pairs(seed):
         (lambda: metrics.top_rows_from_csr(csr_matrix([[0.0, np.nan]]), 1), "point 0, label 1.*NaN"),
         (lambda: metrics.top_rows_from_csr(TRUE, 0), "whole number from 1"),
         (lambda: metrics.drop_filtered(TOP, TOP[:, :2] * 1.0, np.zeros((0, 2), int), 1), "integer and a float"),
+        (lambda: metrics.drop_filtered(TOP * 1.0, TOP, np.zeros((0, 2), int), 1), "pass the rows first"),
         (lambda: metrics.drop_filtered(TOP, TOP * 1.0, np.array([[3, 0]]), 1), "points from 0 to 2"),
         (lambda: metrics.drop_filtered(TOP, TOP * 1.0, np.array([[0, -1]]), 1), "label numbers from 0"),
         (lambda: metrics.candidates_needed(1, np.array([1, 2, 3])), r"\[n, 2\]"),

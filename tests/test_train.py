@@ -113,7 +113,9 @@ def test_a_killed_run_resumes_bit_for_bit(dataset: Path, finished: Path, tmp_pat
     arguments = settings(dataset, output, "--save-every", "4")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     target = int(moment * 30) + int.from_bytes(os.urandom(1)) % 4
-    process = subprocess.Popen([sys.executable, str(ROOT / "train" / "run.py"), *arguments], env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train" / "run.py"), *arguments], env=environment, stdout=subprocess.DEVNULL
+    )
     log, deadline = output / "log.jsonl", time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if log.exists() and f'"step": {target - target % 2},' in log.read_text():

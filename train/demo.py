@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from config import Config
 from recipes import RECIPES
 from report import command, print_comparison, say
 from run import train
 from session import commit, open_dataset
+from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.knn import KNNBaseline
 from xmlkernels.metrics import evaluate, inverse_propensity
-
-from xmlkernels.data.dataset import Dataset
 from xmlkernels.predict import Predictor
 
 QUERIES = (

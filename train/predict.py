@@ -10,8 +10,8 @@ from typing import IO
 
 import numpy as np
 import torch
-from report import command
 
+from report import command
 from xmlkernels import InputError
 from xmlkernels.data.files import replacing
 from xmlkernels.data.formats import iter_lines, write_npz

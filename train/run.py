@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import torch
+
 from config import Config
 from recipes import RECIPES
 from report import command

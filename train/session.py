@@ -13,21 +13,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from config import Config
 from report import print_metrics, say
-from torch import Tensor
-from xmlkernels.checkpoint import CheckpointFolder, rng_state, set_rng_state
-from xmlkernels.data.prepare import PrepareConfig, prepare
-from xmlkernels.metrics import decile_table, evaluate, inverse_propensity
-from xmlkernels.nn.encoder import Encoder, default_autocast, load_ngame
-
 from xmlkernels import InputError, __version__
+from xmlkernels.checkpoint import CheckpointFolder, rng_state, set_rng_state
 from xmlkernels.data.dataset import Dataset, Split
 from xmlkernels.data.files import replacing
 from xmlkernels.data.loader import Batch, Batches
 from xmlkernels.data.matrices import write_npz
+from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.data.tokens import load_tokenizer
+from xmlkernels.metrics import decile_table, evaluate, inverse_propensity
 from xmlkernels.models.end_to_end import EndToEnd, Training
+from xmlkernels.nn.encoder import Encoder, default_autocast, load_ngame
 from xmlkernels.nn.full_head import FullHead, default_table_dtype
 from xmlkernels.predict import predict_split, score_matrix
 

@@ -97,7 +97,8 @@ def drop_filtered(
             prediction because too few candidates were kept (keep `candidates_needed`).
     """
     _check_k(k)
-    if top_rows.ndim != 2 or top_rows.dtype.kind not in "iu" or top_rows.shape != top_values.shape:
+    numbers = top_rows.dtype.kind in "iu" and top_values.dtype.kind == "f"
+    if not numbers or top_rows.ndim != 2 or top_rows.shape != top_values.shape:
         got = f"{top_rows.dtype} {top_rows.shape} and {top_values.dtype} {top_values.shape}"
         raise InputError("top_rows and top_values", "an integer and a float array [N, K]", got, "pass the rows first")
     pairs = _check_pairs(filter_pairs)
@@ -130,9 +131,7 @@ def drop_filtered(
     return rows, values
 
 
-def _without(
-    rows: np.ndarray, values: np.ndarray, point: np.ndarray, label: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _without(rows: np.ndarray, values: np.ndarray, point: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The candidates [n, K] without the pairs (point, label), moved up; -1 and -inf behind them."""
     pair, place = np.nonzero(rows[point] == label[:, None])
     removed = np.zeros(rows.shape, bool)

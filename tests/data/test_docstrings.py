@@ -91,7 +91,6 @@ def labelled(corpus) -> dict[str, tuple[str, set[str]]]:
     }
 
 
-
 def filler(count: int) -> str:
     return "".join(f'def f{i}():\n    """Filler {i}."""\n\n' for i in range(count))
 

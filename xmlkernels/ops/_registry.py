@@ -77,9 +77,7 @@ def check_table(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, rows: i
     )  # fmt: skip
 
 
-def check_positives(
-    op: str, x: Tensor, pos_row: Tensor, pos_sample: Tensor, pos_value: Tensor | None, rows: int
-) -> None:
+def check_positives(op: str, x: Tensor, pos_row: Tensor, pos_sample: Tensor, pos_value: Tensor | None, rows: int) -> None:
     """Positives as (row, sample) pairs, sorted by row then sample, unique; rows from `rows` on are fill at the end."""
     check_tensor(op, "pos_row", pos_row, (torch.int64,), (None,), x.device)
     check_tensor(op, "pos_sample", pos_sample, (torch.int32,), (pos_row.shape[0],), x.device)
