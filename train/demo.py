@@ -36,7 +36,7 @@ def main() -> None:
     baseline = nearest_neighbours(dataset)
     print_comparison(
         f"test split of the built-in corpus, hash {dataset.content_hash[:12]}",
-        {"end-to-end, all-MiniLM-L6-v2": report["test"], "TF-IDF, 30 nearest neighbours": baseline},
+        {"end-to-end, all-MiniLM-L6-v2": report["test"], "TF-IDF nearest neighbours": baseline},
     )
     answer(Predictor.load(config.output))
     say(f'\nAsk it more: .venv/bin/python train/predict.py --checkpoint {config.output} --text "…"')

@@ -61,8 +61,11 @@ static void run_pass(const Pass& pass, const Host& host, const Sink& make) {
               p.z_row, false);
       loss += tile_gradient<T>(p, pass.table, pass.positives, first, count, pass.scale, sums, space,
                                [&](int64_t row, double g) { sink.bias(row, g); });
-      const char* next = static_cast<const char*>(pass.table.weight) + (first + count) * row_bytes;
-      Prefetch prefetch{next, next + min64(p.tile, p.rows - first - count) * row_bytes};
+      Prefetch prefetch;
+      const int64_t next = first + count;
+      prefetch.add(static_cast<const char*>(pass.table.weight) + next * row_bytes,
+                   min64(p.tile, p.rows - next) * row_bytes);
+      sink.prefetch(first, count, prefetch);
       tile_dx<T>(p, rows, count, space, partials.data + segment * partial, first != segment * p.segment_rows,
                  &prefetch);
       if (pass.gradients) tile_dw<T>(p, x, first, count, space, sink);

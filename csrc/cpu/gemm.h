@@ -119,12 +119,29 @@ XK_INLINE void run_micro(const Product<T>& p, int64_t rows, int64_t columns) {
   kMicro<T>[rows - 1][ceil_div(columns, kLanes) - 1](p);
 }
 
-// Something to fetch into the cache while a product computes: the next tile of the table comes from memory.
+// What to fetch into the cache while a product computes: the rows and states that the next products will touch.
 struct Prefetch {
-  const char* next = nullptr;
-  const char* end = nullptr;
+  struct {
+    const char *next, *end;
+  } range[4];
+  int count = 0;
+
+  void add(const void* p, int64_t bytes) {
+    if (bytes <= 0) return;
+    range[count].next = static_cast<const char*>(p);
+    range[count++].end = static_cast<const char*>(p) + bytes;
+  }
+  int64_t lines() const {
+    int64_t n = 0;
+    for (int i = 0; i < count; ++i) n += (range[i].end - range[i].next) / kCacheLine + 1;
+    return n;
+  }
   void some(int64_t lines) {
-    for (; lines > 0 && next < end; --lines, next += kCacheLine) __builtin_prefetch(next, 0, 2);
+    for (; lines > 0 && count > 0; --lines) {
+      auto& r = range[count - 1];
+      __builtin_prefetch(r.next, 0, 2);
+      if ((r.next += kCacheLine) >= r.end) --count;
+    }
   }
 };
 
@@ -135,7 +152,7 @@ static void gemm(int64_t m, int64_t n, int64_t k, const typename T::elem* a, int
                  Prefetch* prefetch = nullptr) {
   const int64_t steps = k / T::kPair;
   const int64_t calls = max64(1, ceil_div(n, kPanel) * ceil_div(m, kRows) * max64(1, ceil_div(steps, T::kBlock)));
-  const int64_t lines = prefetch ? ceil_div((prefetch->end - prefetch->next) / kCacheLine + 1, calls) : 0;
+  const int64_t lines = prefetch ? ceil_div(prefetch->lines(), calls) : 0;
   for (int64_t j = 0; j < n; j += kPanel, b += panel_size) {
     for (int64_t s = 0; s == 0 || s < steps; s += T::kBlock) {
       const int64_t todo = min64(steps - s, T::kBlock);

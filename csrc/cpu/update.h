@@ -12,6 +12,7 @@
 
 #include <cmath>
 
+#include "gemm.h"
 #include "philox.h"
 
 namespace xk::XK_NS {
@@ -27,7 +28,8 @@ struct Update {
   Rule rule;
   State weight, momentum, second, kahan;
   int64_t width, row_offset;
-  float lr, l2, keep, beta1, beta2, eps, correct1, correct2;
+  float lr, l2, keep, beta1, beta2, eps;
+  float adam_lr, inverse2;  // lr / (1 - b1^t), 1 / (1 - b2^t)
   PhiloxKey key;
   PhiloxColumns at{0};
 
@@ -39,10 +41,18 @@ struct Update {
         // Plain SGD's L2 term is linear, so it joins the factor on the weight.
         keep(a.decoupled || rule == Rule::sgd ? 1 - a.hyper[0] * a.hyper[1] : 1),
         beta1(a.hyper[2]), beta2(a.hyper[3]), eps(a.hyper[4]),
-        correct1(float(1 - std::pow(double(beta1), double(a.counter[1] + 1)))),
-        correct2(float(1 - std::pow(double(beta2), double(a.counter[1] + 1)))),
+        adam_lr(float(lr / (1 - std::pow(double(beta1), double(a.counter[1] + 1))))),
+        inverse2(float(1 / (1 - std::pow(double(beta2), double(a.counter[1] + 1))))),
         key(a.counter[0], a.counter[1]) {}
 
+  // The states of rows whose update comes next.
+  void prefetch(int64_t row, int64_t count, Prefetch& p) const {
+    for (const State* s : {&momentum, &second, &kahan})
+      if (s->data) {
+        const int64_t bytes = width * dtype_size(s->dtype);
+        p.add(static_cast<const char*>(s->data) + row * bytes, count * bytes);
+      }
+  }
   void columns(int64_t c) { at = PhiloxColumns(c); }
   void row(int64_t row, int64_t column, int64_t count, const float* gradient);
 };
@@ -159,7 +169,7 @@ static void update_chunk(const Update& u, int64_t row, int64_t column, int64_t c
         const vf g = load<vf>(gradient + i * kLanes) + u.l2 * w.v[i];
         m.v[i] = u.beta1 * m.v[i] + (1 - u.beta1) * g;
         v.v[i] = u.beta2 * v.v[i] + (1 - u.beta2) * g * g;
-        w.v[i] = w.v[i] * u.keep - u.lr * (m.v[i] / u.correct1) / (vsqrt(v.v[i] / u.correct2) + u.eps);
+        w.v[i] = w.v[i] * u.keep - u.adam_lr * m.v[i] / (vsqrt(v.v[i] * u.inverse2) + u.eps);
       }
       store_state(u, v, v_at, u.second.dtype, global, kStreamSecond);
       second.close(count);
