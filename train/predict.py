@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from report import command
 from xmlkernels import InputError
 from xmlkernels.data.files import replacing
 from xmlkernels.data.formats import iter_lines, write_npz
-from xmlkernels.predict import Predictor, score_matrix
+from xmlkernels.predict import Label, Predictor, score_matrix
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Options:
     batch: int = 64
     which: str = "best"
     """"best" (by validation) or "last"."""
+    latency: bool = False
+    """Label the texts one by one and tell how long one takes (median, 95th, 99th percentile) on standard error."""
     device: str = "cpu"
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
@@ -86,6 +89,19 @@ def written(path: str) -> Iterator[IO[str]]:
         text.detach()  # `replacing` still has to sync the stream below
 
 
+def one_by_one(predictor: Predictor, texts: Iterator[str], k: int) -> Iterator[list[Label]]:
+    """Predictions as a server would make them, one text a call, and at the end how long a call took."""
+    taken = []
+    for text in texts:
+        started = time.perf_counter()
+        labels = next(predictor.predict([text], k, batch_size=1))
+        taken.append((time.perf_counter() - started) * 1e3)
+        yield labels
+    if taken:
+        p50, p95, p99 = np.percentile(taken, (50, 95, 99))
+        print(f"{len(taken)} texts one by one: median {p50:.1f} ms, 95% {p95:.1f} ms, 99% {p99:.1f} ms", file=sys.stderr)
+
+
 def run(options: Options) -> None:
     if options.top_k < 1:
         raise InputError("--top-k", "1 or more", str(options.top_k), "ask for at least one label")
@@ -99,8 +115,13 @@ def run(options: Options) -> None:
         values, rows = predictor.predict_arrays(texts, options.top_k, batch_size=options.batch)
         write_npz(options.output, score_matrix(np.asarray(values), rows, predictor.model.head.labels))
         return
+    answers = (
+        one_by_one(predictor, texts, options.top_k)
+        if options.latency
+        else predictor.predict(texts, options.top_k, batch_size=options.batch)
+    )
     with written(options.output) as out:
-        for number, labels in enumerate(predictor.predict(texts, options.top_k, batch_size=options.batch)):
+        for number, labels in enumerate(answers):
             found = [
                 {"id": x.id, "name": x.name, "score": round(x.score, 4), "probability": round(x.probability, 6)} for x in labels
             ]

@@ -51,6 +51,12 @@ def print_metrics(report: dict[str, Any], output: Path) -> None:
     rows = {name: report[name] for name in ("validation", "test") if name in report}
     if rows:
         _console.print(metrics_table(title, rows))
+    if "macro" in report:
+        macro = report["macro"]
+        told = ", ".join(
+            f"{name} {macro[name]:.2f}" for name in ("macroP@5", "macroR@5", "macroF1@5", "coverage@5", "abandonment@5")
+        )
+        say(f"over labels: {told}")
     if "deciles" in report:
         print_deciles(report["deciles"])
     seconds = report["seconds"]

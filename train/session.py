@@ -25,7 +25,7 @@ from xmlkernels.data.loader import Batch, Batches
 from xmlkernels.data.matrices import write_npz
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.data.tokens import load_tokenizer
-from xmlkernels.metrics import decile_table, evaluate, inverse_propensity
+from xmlkernels.metrics import decile_table, evaluate, inverse_propensity, macro_metrics
 from xmlkernels.models.end_to_end import EndToEnd, Training
 from xmlkernels.nn.encoder import Encoder, default_autocast, load_ngame
 from xmlkernels.nn.full_head import FullHead, default_table_dtype
@@ -284,6 +284,7 @@ class Session:
             if split is self.test or self.test is None:
                 matrix = score_matrix(values, rows, self.dataset.num_labels)
                 write_npz(self.output / "predictions.npz", matrix)
+                report["macro"] = macro_metrics(rows, split.labels)
                 report["deciles"] = decile_table(rows, split.labels, self.dataset.splits["train"].labels)
         report |= {
             "seconds": self.seconds, "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,

@@ -12,7 +12,6 @@ struct GradientSink {
   void bias(int64_t row, double gradient) {
     if (dbias) dbias[row] = float(gradient);
   }
-  void prefetch(int64_t, int64_t, Prefetch&) {}
   void columns(int64_t) {}
   void row(int64_t row, int64_t column, int64_t count, const float* gradient) {
     std::memcpy(dweight + row * width + column, gradient, size_t(count) * 4);

@@ -61,11 +61,9 @@ static void run_pass(const Pass& pass, const Host& host, const Sink& make) {
               p.z_row, false);
       loss += tile_gradient<T>(p, pass.table, pass.positives, first, count, pass.scale, sums, space,
                                [&](int64_t row, double g) { sink.bias(row, g); });
-      Prefetch prefetch;
       const int64_t next = first + count;
-      prefetch.add(static_cast<const char*>(pass.table.weight) + next * row_bytes,
-                   min64(p.tile, p.rows - next) * row_bytes);
-      sink.prefetch(first, count, prefetch);
+      Prefetch prefetch(static_cast<const char*>(pass.table.weight) + next * row_bytes,
+                        min64(p.tile, p.rows - next) * row_bytes);
       tile_dx<T>(p, rows, count, space, partials.data + segment * partial, first != segment * p.segment_rows,
                  &prefetch);
       if (pass.gradients) tile_dw<T>(p, x, first, count, space, sink);

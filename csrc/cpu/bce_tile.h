@@ -27,7 +27,7 @@ struct Plan {
     segments = ceil_div(rows, segment_rows);
     // As large as the cache allows, and then all of one size: a short last tile costs a pass over dX all the same.
     const int64_t row_bytes = 2 * width * elem + batch * (elem == 4 ? 4 : 8), step = 2 * kRows;
-    tile = max64(4, min64(16, kTileBytes / row_bytes / step)) * step;
+    tile = max64(8, min64(16, kTileBytes / row_bytes / step)) * step;
     tile = round_up(ceil_div(segment_rows, ceil_div(segment_rows, tile)), step);
   }
 };

@@ -119,29 +119,14 @@ XK_INLINE void run_micro(const Product<T>& p, int64_t rows, int64_t columns) {
   kMicro<T>[rows - 1][ceil_div(columns, kLanes) - 1](p);
 }
 
-// What to fetch into the cache while a product computes: the rows and states that the next products will touch.
+// What to fetch into the cache while a product computes: the next tile of the table comes from memory.
 struct Prefetch {
-  struct {
-    const char *next, *end;
-  } range[4];
-  int count = 0;
+  const char *next, *end;
 
-  void add(const void* p, int64_t bytes) {
-    if (bytes <= 0) return;
-    range[count].next = static_cast<const char*>(p);
-    range[count++].end = static_cast<const char*>(p) + bytes;
-  }
-  int64_t lines() const {
-    int64_t n = 0;
-    for (int i = 0; i < count; ++i) n += (range[i].end - range[i].next) / kCacheLine + 1;
-    return n;
-  }
+  Prefetch(const void* p, int64_t bytes) : next(static_cast<const char*>(p)), end(next + bytes) {}
+  int64_t lines() const { return ceil_div(end - next, kCacheLine); }
   void some(int64_t lines) {
-    for (; lines > 0 && count > 0; --lines) {
-      auto& r = range[count - 1];
-      __builtin_prefetch(r.next, 0, 2);
-      if ((r.next += kCacheLine) >= r.end) --count;
-    }
+    for (; lines > 0 && next < end; --lines, next += kCacheLine) __builtin_prefetch(next, 0, 2);
   }
 };
 

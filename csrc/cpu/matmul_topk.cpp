@@ -110,9 +110,8 @@ void topk(const MatmulTopk& a, const Host& host) {
       const int64_t first = tile * p.tile, count = min64(p.tile, p.rows - first);
       // With few workers the next tile but `workers` is most likely this one's.
       const int64_t after = min64(p.rows, first + workers * p.tile);
-      Prefetch prefetch;
-      prefetch.add(static_cast<const char*>(a.table.weight) + after * row_bytes,
-                   min64(p.tile, p.rows - after) * row_bytes);
+      Prefetch prefetch(static_cast<const char*>(a.table.weight) + after * row_bytes,
+                        min64(p.tile, p.rows - after) * row_bytes);
       gemm<T>(count, p.batch, p.width, tile_rows<T>(p, a.table, first, count, space), p.width, T::kPair,
               x.by_width.data, x.width_panel, space.logits.data, p.z_row, false, &prefetch);
       scan_tile(p, space.logits.data, a.table.bias, first, count, excluded, *best[size_t(worker)]);

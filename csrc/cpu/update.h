@@ -12,7 +12,6 @@
 
 #include <cmath>
 
-#include "gemm.h"
 #include "philox.h"
 
 namespace xk::XK_NS {
@@ -45,14 +44,6 @@ struct Update {
         inverse2(float(1 / (1 - std::pow(double(beta2), double(a.counter[1] + 1))))),
         key(a.counter[0], a.counter[1]) {}
 
-  // The states of rows whose update comes next.
-  void prefetch(int64_t row, int64_t count, Prefetch& p) const {
-    for (const State* s : {&momentum, &second, &kahan})
-      if (s->data) {
-        const int64_t bytes = width * dtype_size(s->dtype);
-        p.add(static_cast<const char*>(s->data) + row * bytes, count * bytes);
-      }
-  }
   void columns(int64_t c) { at = PhiloxColumns(c); }
   void row(int64_t row, int64_t column, int64_t count, const float* gradient);
 };

@@ -214,6 +214,9 @@ def assert_no_worse(
 ) -> None:
     """|got - exact| <= 2 |low - exact| + a format epsilon, in RMS and in the maximum over the tensor.
 
+    The epsilon is one unit of the largest value (of the RMS value, in RMS). For fp32 it is four in the maximum: there both
+    errors are rounding noise alone, and the largest of a few thousand draws differs by chance between two summation orders.
+
     rounded: the low-precision format in which `got` is stored with stochastic rounding: a unit more in the maximum, half
     a unit in RMS.
     """
@@ -226,7 +229,7 @@ def assert_no_worse(
     if rounded in LOW:
         units = unit(exact, rounded)
         extra, extra_rms = units.max(), 0.5 * rms(units)
-    most = 2 * theirs.abs().max() + eps * exact.abs().max() + extra
+    most = 2 * theirs.abs().max() + (4 if dtype == torch.float32 else 1) * eps * exact.abs().max() + extra
     assert mine.abs().max() <= most, f"{what}: largest error {mine.abs().max():.3e}, allowed {most:.3e}"
     most = 2 * rms(theirs) + eps * rms(exact) + extra_rms
     assert rms(mine) <= most, f"{what}: RMS error {rms(mine):.3e}, allowed {most:.3e}"

@@ -201,12 +201,12 @@ def test_fill_entries_are_ignored(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_a_non_finite_x_makes_the_loss_nan(dtype: torch.dtype, bad: float, device: str) -> None:
-    for n in (0, 1, 900):
-        for place in ((0, 0), (69, 22)):
-            step = random_step(70, n, 23, dtype, share=0.01).to(device)
-            step.tensors["x"][place] = bad
-            assert run(step, needs=())["loss"].isnan().all(), (n, place)
+@pytest.mark.parametrize("n", [0, 1, 900])
+def test_a_non_finite_x_makes_the_loss_nan(n: int, dtype: torch.dtype, bad: float, device: str) -> None:
+    for place in ((0, 0), (69, 22)):
+        step = random_step(70, n, 23, dtype, share=0.01).to(device)
+        step.tensors["x"][place] = bad
+        assert run(step, needs=())["loss"].isnan().all(), place
 
 
 @pytest.mark.parametrize("device", DEVICES)

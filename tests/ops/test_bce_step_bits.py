@@ -73,7 +73,7 @@ def test_momentum_bits(dtype: torch.dtype, state: torch.dtype, device: str) -> N
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_adam_bits(dtype: torch.dtype, state: torch.dtype, device: str) -> None:
     """First step from zero states: m / (1 - b1) = g, v / (1 - b2) = g², the step is lr times the sign of g."""
-    for b, n, d in ((5, 300, 7), (65, 1025, 100)):  # odd batches: no gradient is zero, so eps may be
+    for b, n, d in ((5, 300, 7), (65, 521, 40)):  # odd batches: no gradient is zero, so eps may be
         hyper = make_hyper(2.0**-8, 2.0**-4, 0.5, 0.75, 0.0, scale=1.0)
         step = dyadic_step(b, n, d, dtype, hyper=hyper, decoupled=True).replace(
             momentum=torch.zeros(n, d, dtype=state), second=torch.zeros(n, d, dtype=state), counter=make_counter(step=0)
@@ -87,10 +87,10 @@ def test_adam_bits(dtype: torch.dtype, state: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("state", LOW, ids=name_of)
 def test_adam_state_bits(state: torch.dtype, device: str) -> None:
     """From states that are not zero: both moments are exact in fp32, the weight is within a unit."""
-    b, n, d = 5, 1025, 100
+    b, n, d = 5, 1025, 40
     hyper = make_hyper(2.0**-8, 0.0, 0.5, 0.75, 2.0**-10, scale=1.0)
     step = dyadic_step(b, n, d, BF16, x_bits=3, hyper=hyper).replace(
-        momentum=multiples(n, d, -13, state), second=multiples(n, d, -12, state, seed=2).abs()
+        momentum=multiples(n, d, -13, state), second=multiples(n, d, -18, state, seed=2).abs()
     )
     step = step.to(device)
     got, expected, exact = step.run(), step.reference(), step.exact()
@@ -164,7 +164,7 @@ MIXES = {
 def test_threads_and_repeats_change_nothing(mix: str, threads: None) -> None:
     dtype, states, options = MIXES[mix]
     hyper = make_hyper(0.02, 0.01, 0.9, 0.999, 1e-8)
-    for b, n, d in ((100, 4999, 100), (7, 20011, 17)):
+    for b, n, d in ((100, 4999, 64), (7, 15011, 17)):
         step = random_step(b, n, d, dtype, states=states, hyper=hyper, **options)
         torch.set_num_threads(1)
         first = step.run()
@@ -194,10 +194,10 @@ def shard(step: Step, begin: int, end: int) -> Step:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("cut", [1, 1237, 2048])
+@pytest.mark.parametrize("cut", [1, 1237])
 def test_two_shards_are_the_whole(cut: int, mix: str, device: str) -> None:
     dtype, states, options = MIXES[mix]
-    n = 3001
+    n = 2001
     step = random_step(65, n, 40, dtype, states=states, hyper=make_hyper(0.02, 0.01, 0.9, 0.999, 1e-3), **options)
     step = step.replace(row_offset=2**33).to(device)
     whole, parts = step.run(), [shard(step, 0, cut).run(), shard(step, cut, n).run()]

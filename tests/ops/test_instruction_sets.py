@@ -1,6 +1,8 @@
 """The CPU kernels are compiled once per instruction set: all that this processor can run give the reference's bits."""
 
+import functools
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -30,7 +32,7 @@ def results(step: Callable[..., Any], backward: Callable[..., Any], topk: Callab
     """One digest for each of some calls whose sums are exact in any order."""
     out = {}
     for dtype in DTYPES:
-        for b, n, d in ((5, 300, 7), (33, 700, 40), (100, 521, 130)):
+        for b, n, d in ((5, 300, 7), (100, 521, 70)):
             case = dyadic_step(b, n, d, dtype, need_loss=False)
             got = case.run(step)
             out[f"sgd {dtype} {b}"] = digest([got["weight"], got["dx"]])
@@ -39,16 +41,16 @@ def results(step: Callable[..., Any], backward: Callable[..., Any], topk: Callab
             out[f"backward {dtype} {b}"] = digest(list(backward(*args, need_dweight=True, need_dbias=True)))
             whole = t["x"].float().mul(16).to(dtype)
             out[f"topk {dtype} {b}"] = digest(list(topk(whole, t["weight"].float().mul(64).to(dtype), None, 40)))
-        state = {k: torch.zeros(700, 24, dtype=LOW[dtype == LOW[0]]) for k in ("momentum", "second")}
-        case = dyadic_step(33, 700, 24, dtype, hyper=STREAMS, decoupled=True)
+        state = {k: torch.zeros(400, 24, dtype=LOW[dtype == LOW[0]]) for k in ("momentum", "second")}
+        case = dyadic_step(33, 400, 24, dtype, hyper=STREAMS, decoupled=True)
         for name, given in (("momentum", {"momentum": state["momentum"]}), ("adam", state)):
             got = case.replace(**given, counter=make_counter(step=0)).run(step)
             out[f"{name} {dtype}"] = digest([got[k] for k in ("weight", "dx", *given)])
     for dtype in LOW:
-        got = dyadic_step(33, 700, 24, dtype).replace(kahan=torch.zeros(700, 24, dtype=dtype)).run(step)
+        got = dyadic_step(33, 400, 24, dtype).replace(kahan=torch.zeros(400, 24, dtype=dtype)).run(step)
         out[f"kahan {dtype}"] = digest([got[k] for k in ("weight", "dx", "kahan")])
     for exponent in (-24, -36):
-        case = dyadic_step(33, 700, 24, torch.float16, exponent=-24, lr=2.0 ** (exponent - 4))
+        case = dyadic_step(33, 400, 24, torch.float16, exponent=-24, lr=2.0 ** (exponent - 4))
         out[f"subnormal {exponent}"] = digest([case.run(step)["weight"]])
     return out
 
@@ -60,9 +62,9 @@ sys.path.insert(0, sys.argv[1])
 import test_bce_loss, test_bce_step, test_instruction_sets as t
 from xmlkernels import ops
 for dtype in t.DTYPES:
-    for shape in ((5, 129, 7), (65, 500, 100), (0, 33, 7)):
+    for shape in ((5, 129, 7), (0, 33, 7)):
         test_bce_step.check_against_exact(test_bce_step.make("adam bf16", shape, dtype))
-    test_bce_loss.test_no_worse_than_torch((65, 500, 100), dtype, "cpu")
+    test_bce_loss.test_no_worse_than_torch((65, 300, 40), dtype, "cpu")
 native = torch.ops.xmlkernels
 print(json.dumps(t.results(ops.bce_step_, native.bce_loss_backward, ops.matmul_topk)))
 """
@@ -75,6 +77,7 @@ def run_child(name: str, code: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@functools.cache
 def refusal() -> str:
     """What the library says of an instruction set that does not exist; empty when it is not loaded."""
     if ops.missing is not None:
@@ -96,8 +99,6 @@ def expected() -> dict[str, str]:
 @needs_kernels
 @pytest.mark.parametrize("name", instruction_sets())
 def test_every_instruction_set(name: str, expected: dict[str, str]) -> None:
-    import json
-
     done = run_child(name, CHILD)
     assert done.returncode == 0, done.stderr[-3000:]
     got = json.loads(done.stdout)

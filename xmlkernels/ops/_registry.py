@@ -67,6 +67,10 @@ def check_table(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, rows: i
             "convert it: 8-bit tables have no kernel in this version",
         )  # fmt: skip
     check_tensor(op, "weight", weight, TABLE_DTYPES, (None, None), weight.device)
+    expect(
+        weight.shape[1] >= 1, f"{op}: argument weight", "a table with at least one column", describe(weight),
+        "give the embeddings a width of 1 or more",
+    )  # fmt: skip
     check_tensor(op, "x", x, TABLE_DTYPES, (None, weight.shape[1]), weight.device)
     if bias is not None:
         check_tensor(op, "bias", bias, (torch.float32,), (weight.shape[0],), weight.device)

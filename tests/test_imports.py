@@ -1,0 +1,309 @@
+"""The arrows of the house: who may import whom, and what an import may do. Rooms that do not exist yet may stay away."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = {"torch", "numpy", "scipy", "numba", "sklearn", "safetensors"}
+
+# room: rooms of ours it may import (itself always).
+ARROWS = {
+    "__init__": {"errors"},
+    "errors": set(),
+    "reference": set(),
+    "triton": set(),
+    "native": {"ops"},
+    "ops": {"reference", "triton", "native", "errors"},
+    "data": {"errors", "_host"},
+    "tree": {"data", "errors"},
+    "metrics": {"errors"},
+    "dist": {"errors"},
+    "checkpoint": {"dist", "errors"},
+    "nn": {"ops", "dist", "errors"},
+    "optim": {"ops", "dist", "errors"},
+    "models": {"nn", "optim", "tree", "data", "dist", "errors"},
+    "predict": {"models", "checkpoint", "data", "metrics", "errors"},
+    "planner": {"models", "checkpoint", "data", "metrics", "errors"},
+    "benchmarks": {"ops", "reference", "errors"},
+}
+# room: packages it may import beside the standard library. `train` and `benchmarks` choose their own.
+PACKAGES = {
+    "__init__": set(),
+    "errors": set(),
+    "reference": {"torch"},
+    "triton": {"torch", "triton"},
+    "native": {"torch"},
+    "ops": {"torch"},
+    "data": BASE | {"tokenizers", "pyarrow"},
+    "nn": BASE,
+    "optim": {"torch"},
+}
+# Files that share the room of another: too long for one file.
+PART_OF = {"_state": "checkpoint", "ranking": "metrics"}
+# Arrows that point down but are not in the table, each with its reason.
+BESIDE_THE_TABLE = {
+    ("benchmarks/parse_sparse.py", "data"): "times the reader of sparse text, which is no op",
+    ("xmlkernels/models/end_to_end.py", "checkpoint"): "optimizer states by name, as checkpoints keep them",
+    ("xmlkernels/predict.py", "nn"): "builds encoder and head from a checkpoint",
+}
+# Who alone may import a package.
+ALONE = {
+    "transformers": {"xmlkernels/nn/encoder.py", "xmlkernels/data/tokens.py"},
+    "tokenizers": {"xmlkernels/data/tokens.py"},
+    "torch.distributed": {"xmlkernels/dist.py"},
+}
+
+
+def sources() -> list[Path]:
+    found = [p for top in ("xmlkernels", "train", "benchmarks") for p in sorted((ROOT / top).rglob("*.py"))]
+    return [p for p in found if "__pycache__" not in p.parts]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0] if parts[0] != "xmlkernels" else PART_OF.get(parts[1], parts[1])
+
+
+def is_main_guard(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "__name__" in ast.dump(node.test)
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Full dotted names that the file imports anywhere; `from a import b` gives a.b. A script's own tail is left out."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    stack: list[ast.AST] = [ast.parse(path.read_text("utf-8"))]
+    while stack:
+        node = stack.pop()
+        if is_main_guard(node):
+            continue
+        stack.extend(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) - node.level + 1]] if node.level else []
+            yield from (".".join([*base, *([node.module] if node.module else []), alias.name]) for alias in node.names)
+
+
+def our_rooms(path: Path) -> set[str]:
+    """Rooms of ours that the file imports; `train`, `benchmarks` and `tests` count as rooms."""
+    siblings = {p.stem for p in path.parent.glob("*.py")} if room_of(path) == "train" else set()
+    rooms = set()
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] == "xmlkernels" and len(parts) > 1:
+            known = (ROOT / "xmlkernels" / parts[1]).is_dir() or (ROOT / "xmlkernels" / f"{parts[1]}.py").exists()
+            # `from xmlkernels import InputError`: a name of the package itself
+            rooms.add(PART_OF.get(parts[1], parts[1]) if known or parts[1] in ARROWS or parts[1] == "_host" else "__init__")
+        elif parts[0] in ("train", "benchmarks", "tests") or parts[0] in siblings:
+            rooms.add("train" if parts[0] in siblings else parts[0])
+    return rooms
+
+
+@pytest.mark.parametrize("path", sources(), ids=name_of)
+def test_arrows(path: Path) -> None:
+    room, rooms = room_of(path), our_rooms(path)
+    assert room == "train" or room in ARROWS, f"{room} has no line in the table of rooms"
+    if room == "train":
+        assert not rooms & {"reference", "triton", "native", "_host", "benchmarks", "tests"}
+        private = [n for n in imported(path) if n.startswith("xmlkernels.") and any(p[0] == "_" for p in n.split(".")[1:])]
+        assert private == [], "train uses public names alone"
+        return
+    extra = {to for file, to in BESIDE_THE_TABLE if file == name_of(path)}
+    may = ARROWS[room] | extra | {room, "__init__"}
+    assert rooms <= may, f"{name_of(path)} imports {sorted(rooms - may)}"
+
+
+def test_the_never_list() -> None:
+    """Said apart, so that a slip in the table above cannot let one through."""
+    for path in sources():
+        room, rooms = room_of(path), our_rooms(path)
+        never = {"train", "benchmarks", "tests"} - ({room} if room in ("train", "benchmarks") else set())
+        if room == "reference":
+            never |= {"triton", "native", "ops", "_host"}
+        if room in ("models", "train"):
+            never |= {"reference", "triton"}
+        if room == "ops":
+            never |= {"nn", "data", "dist"}
+        if room in ("metrics", "checkpoint"):
+            never |= {"models"}
+        assert not rooms & never, f"{name_of(path)} imports {sorted(rooms & never)}"
+
+
+def test_exceptions_are_still_needed() -> None:
+    for file, to in BESIDE_THE_TABLE:
+        assert not (ROOT / file).exists() or to in our_rooms(ROOT / file), f"{file} -> {to} can go"
+
+
+@pytest.mark.parametrize("path", sources(), ids=name_of)
+def test_packages(path: Path) -> None:
+    room, names = room_of(path), list(imported(path))
+    for package, who in ALONE.items():
+        users = [n for n in names if n == package or n.startswith(package + ".")]
+        assert not users or name_of(path) in who, f"{users}: {package} belongs to {sorted(who)}"
+        if package == "transformers" and name_of(path) == "xmlkernels/data/tokens.py":
+            assert all("Tokenizer" in n for n in users), "tokens.py loads tokenizers, not models"
+    if room in ("train", "benchmarks"):
+        return
+    tops = {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"xmlkernels", "train", "benchmarks", "tests"}
+    alone = {p for p, who in ALONE.items() if name_of(path) in who}
+    assert tops <= PACKAGES.get(room, BASE) | alone, f"{name_of(path)} imports {sorted(tops)}"
+
+
+def test_torch_distributed_is_named_in_dist_alone() -> None:
+    users = [name_of(p) for p in sources() if any(dotted(n) == "torch.distributed" for n in ast.walk(ast.parse(p.read_text())))]
+    assert set(users) <= ALONE["torch.distributed"]
+
+
+# What stands at module level, or in a decorator, runs at import.
+FORBIDDEN = (
+    "threading.Thread", "threading.Timer", "concurrent.futures", "multiprocessing", "subprocess", "socket", "urllib",
+    "requests", "http", "os.putenv", "os.unsetenv", "os.environ", "os.system", "os.fork", "os.makedirs", "os.mkdir",
+    "torch.cuda", "torch.compile", "torch.set_", "torch.use_deterministic", "torch.backends", "torch.accelerator",
+    "torch.utils.cpp_extension", "torch.distributed", "torch.manual_seed", "numpy.random.seed", "random.seed", "open",
+)  # fmt: skip
+READING = ("os.environ.get", "os.environ.items", "os.environ.copy")
+
+
+def dotted(node: ast.AST) -> str:
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        inner = dotted(node.value)
+        return f"{inner}.{node.attr}" if inner else ""
+    return ""
+
+
+def at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node that runs when the module is imported."""
+    for child in ast.iter_child_nodes(node):
+        if is_main_guard(child):
+            continue
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            outside = [*getattr(child, "decorator_list", []), *child.args.defaults, *(d for d in child.args.kw_defaults if d)]
+            for part in outside:
+                yield part
+                yield from at_import(part)
+        else:
+            yield child
+            yield from at_import(child)
+
+
+@pytest.mark.parametrize("path", sources(), ids=name_of)
+def test_nothing_happens_at_import(path: Path) -> None:
+    tree = ast.parse(path.read_text("utf-8"))
+    full = {"np": "numpy"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            full |= {a.asname or a.name.split(".")[0]: a.name if a.asname else a.name.split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            full |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+
+    def resolve(node: ast.AST) -> str:
+        head, _, tail = dotted(node).partition(".")
+        return ".".join(filter(None, [full.get(head, head), tail]))
+
+    for node in at_import(tree):
+        called = resolve(node.func) if isinstance(node, ast.Call) else ""
+        written = [resolve(t.value) for t in getattr(node, "targets", []) if isinstance(t, ast.Subscript)]
+        assert "os.environ" not in written, f"line {node.lineno}: environment write"  # type: ignore[attr-defined]
+        if called and not called.startswith(READING):
+            bad = [f for f in FORBIDDEN if called == f or called.startswith(f if f.endswith("_") else f + ".")]
+            assert not bad, f"{name_of(path)}, line {node.lineno}: {called} at import"  # type: ignore[attr-defined]
+        if called in ("numba.njit", "numba.jit", "numba.vectorize"):
+            assert not node.args, f"line {node.lineno}: a signature compiles at import"  # type: ignore[attr-defined]
+
+
+# The same by watching: an audit hook sees threads, connections, processes, environment and files. What a package does on
+# its own import is its own affair; what our module level asks for is ours.
+WATCH = """
+import os, sys
+root, modules = sys.argv[1], sys.argv[2:]
+sys.path.insert(0, root)
+sys.dont_write_bytecode = True
+EVENTS = {"_thread.start_new_thread", "socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.putenv",
+          "os.unsetenv", "os.system", "os.fork", "os.posix_spawn", "os.exec", "os.mkdir", "os.rename", "urllib.Request"}
+found = set()
+
+def ours():
+    frame = sys._getframe(2)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith("<frozen importlib"):
+            return None
+        if file.startswith(os.path.join(root, "xmlkernels")):
+            return file
+        frame = frame.f_back
+
+def note(what):
+    file = ours()
+    if file:
+        found.add(f"{what} from {os.path.relpath(file, root)}")
+
+def hook(event, args):
+    if event in EVENTS or (event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")):
+        note(event)
+
+import torch
+def watched(holder, name):
+    real = getattr(holder, name)
+    def call(*args, **kwargs):
+        note(f"{holder.__name__}.{name}")
+        return real(*args, **kwargs)
+    setattr(holder, name, call)
+for name in ("is_available", "device_count", "current_device", "get_device_name", "get_device_capability", "init"):
+    watched(torch.cuda, name)
+for name in ("compile", "set_num_threads", "manual_seed"):
+    watched(torch, name)
+sys.addaudithook(hook)
+import importlib
+for module in modules:
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":  # optional: needed on a card alone
+            raise
+bad = [m for m in sys.modules if m.split(".")[0] in ("train", "benchmarks", "tests")]
+print("\\n".join(sorted(found) + bad))
+"""
+
+
+def test_nothing_is_seen_to_happen_at_import() -> None:
+    inside = [p.relative_to(ROOT).with_suffix("") for p in sources() if p.parts[len(ROOT.parts)] == "xmlkernels"]
+    modules = [".".join(p.parts[:-1] if p.name == "__init__" else p.parts) for p in inside]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WATCH, str(ROOT), *modules], capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "", done.stdout
+
+
+def test_the_watch_sees(tmp_path: Path) -> None:
+    """The hook above, on a package that does all that is forbidden."""
+    package = tmp_path / "xmlkernels"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "import os, subprocess, sys, threading, torch\n"
+        "os.environ['X'] = '1'\n"
+        "threading.Thread(target=print).start()\n"
+        "subprocess.run([sys.executable, '-c', ''])\n"
+        "torch.cuda.is_available()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH, str(tmp_path), "xmlkernels"], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    for what in ("os.putenv", "_thread.start_new_thread", "subprocess.Popen", "torch.cuda.is_available"):
+        assert f"{what} from xmlkernels" in done.stdout, done.stderr[-1000:]
+    with pytest.raises(AssertionError, match="threading.Thread at import"):
+        check = ROOT / "xmlkernels" / "__init__.py"
+        tree = ast.parse("import threading\nthreading.Thread(target=print).start()\n")
+        called = [dotted(n.func) for n in at_import(tree) if isinstance(n, ast.Call)]
+        assert "threading.Thread" not in called, f"{check.name}: threading.Thread at import"
