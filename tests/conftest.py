@@ -2,6 +2,10 @@
 
 import os
 
+# Threads that wait by spinning make the suite several times slower on a machine that also does other things. Read once,
+# when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 

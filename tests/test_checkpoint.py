@@ -382,3 +382,12 @@ def test_optimizer_state_is_strict() -> None:
     assert all(torch.equal(v, before[k]) for k, v in optimizer_tensors(optimizer, module.named_parameters()).items())
     with pytest.raises(InputError, match="a name for every parameter"):
         optimizer_tensors(optimizer, list(module.named_parameters())[:1])
+
+
+def test_a_choice_of_tensors(tmp_path: Path) -> None:
+    """Only what is asked for comes back, also where two names share one tensor."""
+    weight = torch.arange(6.0)
+    save(tmp_path / "c", {"a.weight": weight, "b.weight": weight, "optimizer.a": torch.ones(3)}, {"step": 4})
+    tensors, state = load(tmp_path / "c", lambda name: name == "b.weight")
+    assert list(tensors) == ["b.weight"] and torch.equal(tensors["b.weight"], weight) and state == {"step": 4}
+    assert load(tmp_path / "c")[0].keys() == {"a.weight", "b.weight", "optimizer.a"}

@@ -69,7 +69,7 @@ def test_step_equals_plain_autograd() -> None:
         sgd.zero_grad(), adamw.zero_grad()
         expected.backward()
         sgd.step(), adamw.step()
-        torch.testing.assert_close(loss[0], expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(loss[0], expected.detach(), rtol=1e-5, atol=1e-4)
     assert relative(model.head.weight, twin_head.weight.data) < 1e-5
     for (name, ours), theirs in zip(model.encoder.named_parameters(), twin_encoder.parameters(), strict=True):
         # A key's bias shifts all scores of a query alike: its gradient is rounding noise, which Adam blows up.
@@ -152,9 +152,43 @@ def test_tensors_restore_a_model_bit_for_bit() -> None:
 def test_tensors_of_another_model_are_refused() -> None:
     tensors = make_model().tensors()
     tensors["head.weight"] = tensors["head.weight"][:5]
-    with pytest.raises(InputError, match="other shape \\['head.weight'\\]"):
+    with pytest.raises(InputError, match=r"head.weight: expected torch.float32 \[23, 32\], got torch.float32 \[5, 32\]"):
+        make_model().load_tensors(tensors)
+    tensors = make_model().tensors()
+    tensors["head.weight"] = tensors["head.weight"].bfloat16()
+    with pytest.raises(InputError, match=r"got torch.bfloat16 .*--table"):
         make_model().load_tensors(tensors)
     tensors = make_model().tensors()
     del tensors["head.momentum"]
     with pytest.raises(InputError, match="missing \\['head.momentum'\\]"):
         make_model().load_tensors(tensors)
+
+
+def test_moving_a_model_moves_everything_that_a_step_reads() -> None:
+    model = make_model().to("meta")
+    moved = [*model.state_dict().values(), *model.scaler.tensors().values()]
+    assert {t.device.type for t in moved} == {"meta"}
+    assert model.head.hyper.device.type == "meta"
+
+
+def test_fp16_autocast_overflow_skips_the_encoder_and_lowers_the_scale() -> None:
+    """A real overflow: gradients scaled by 2^24 leave fp16's range in the encoder's backward; the table still moves."""
+    encoder = Encoder.tiny(VOCABULARY, seed=1, autocast=torch.float16)
+    head = FullHead(LABELS, encoder.width, seed=2)
+    settings = Training(encoder_lr=1e-3, head_lr=0.05, encoder_decay=0.01, warmup=0, total=100)
+    model = EndToEnd(encoder, head, settings).eval()
+    model.scaler.scale.fill_(2.0**24)
+    before = {k: v.clone() for k, v in model.tensors().items()}
+    model.step(make_batch(8))
+    after = model.tensors()
+    assert not torch.equal(after["head.weight"], before["head.weight"])
+    assert all(torch.equal(after[k], before[k]) for k in before if k.startswith("encoder."))
+    assert int(model.skipped_encoder_steps) == 1 and int(model.skipped_steps) == 0
+    assert float(model.scaler.scale) == 2.0**23
+    for number in range(12):
+        model.step(make_batch(8, seed=number))
+    assert int(model.skipped_encoder_steps) < 13, "the scale never came down to where steps are taken"
+    assert not torch.equal(
+        model.tensors()["encoder.model.embeddings.word_embeddings.weight"],
+        before["encoder.model.embeddings.word_embeddings.weight"],
+    )

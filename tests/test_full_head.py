@@ -86,10 +86,10 @@ def test_topk_ranks_by_logit() -> None:
     assert rows.tolist() == [[2, 0]]
 
 
-def test_default_dtype_follows_the_device() -> None:
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    assert default_table_dtype(torch.device("cpu")) == ("bf16" if native else "fp32")
-    assert default_table_dtype(torch.device("cuda")) == "bf16"
+def test_default_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, dtype in (({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+        assert default_table_dtype(torch.device("cpu")) == dtype
 
 
 @pytest.mark.parametrize(("key", "value"), [("dtype", "fp8"), ("state_dtype", "int8"), ("optimizer", "lamb")])

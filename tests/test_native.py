@@ -24,7 +24,7 @@ with warnings.catch_warnings(record=True) as caught:
         values, rows = ops.matmul_topk(x, w.bfloat16(), None, 2)
         loss = ops.bce_loss(x.requires_grad_(), w, None, row, sample)
         loss.backward()
-        dx, _ = ops.bce_step_(w, x.detach(), row, sample, torch.tensor([0.1, 0, 0, 0, 0, 1, 1]), torch.tensor([0, 0]))
+        dx, _ = ops.bce_step_(w.clone(), x.detach(), row, sample, torch.tensor([0.1, 0, 0, 0, 0, 1, 1]), torch.tensor([0, 0]))
 assert before == 0, "a warning before the first call"
 assert values.tolist() == [[3, 3], [3, 3]] and rows.tolist() == [[0, 1], [0, 1]]
 assert abs(float(loss) - 21.3) < 0.3 and dx.shape == (2, 3)

@@ -1,217 +1,290 @@
-"""The commands, as a user runs them: train, stop, resume, predict, and what they say to a mistake."""
+"""A run from start to end: what it writes, how it stops and goes on, what it refuses to overwrite."""
 
 import json
 import os
+import random
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import scipy.sparse
 import torch
 from safetensors.torch import load_file
+from train_runs import LABELS, ROOT, TRAIN_DOCUMENTS, Config, make_dataset, run, session, threads_kept, tiny, weights
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "data"))
-from tiny_tokenizer import make_tokenizer  # noqa: E402
+from xmlkernels import InputError
+from xmlkernels.checkpoint import CheckpointFolder
+from xmlkernels.predict import Predictor
 
-TRAIN_DOCUMENTS, LABELS = 160, 30
-
-
-def texts_and_labels(documents: int, seed: int) -> tuple[list[str], list[list[int]]]:
-    """Documents whose words give their labels away: label l goes with the words w3l, w3l+1, w3l+2."""
-    random = np.random.default_rng(seed)
-    texts, labels = [], []
-    for _ in range(documents):
-        own = sorted(random.choice(LABELS, 2, replace=False).tolist())
-        words = [f"w{3 * label + int(random.integers(3))}" for label in own for _ in range(3)]
-        texts.append(" ".join(words[: int(random.integers(4, 7))]))
-        labels.append(own)
-    return texts, labels
-
-
-def write_part(folder: Path, part: str, documents: int, seed: int) -> None:
-    texts, labels = texts_and_labels(documents, seed)
-    (folder / f"{part}_X.txt").write_text("".join(f"{t}\n" for t in texts))
-    lines = [f"{documents} {LABELS}", *(" ".join(f"{label}:1" for label in own) for own in labels)]
-    (folder / f"{part}_X_Y.txt").write_text("".join(f"{line}\n" for line in lines))
-
-
-def call(script: str, *arguments: str, good: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train" / script), *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
-    assert (done.returncode == 0) == good, done.stdout + done.stderr
-    return done
+STEPS = 3 * (TRAIN_DOCUMENTS // 16)
+TIMING = ("documents_per_second", "seconds")
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("raw")
-    for number, (part, documents) in enumerate((("trn", TRAIN_DOCUMENTS), ("val", 40), ("tst", 50))):
-        write_part(folder, part, documents, number)
-    (folder / "Y.txt").write_text("".join(f"w{3 * label}\n" for label in range(LABELS)))
-    tokenizer = make_tokenizer(folder / "tokenizer")
-    out = folder / "dataset"
-    call(
-        "prepare.py",
-        *(f"--train-text {folder}/trn_X.txt --train-labels {folder}/trn_X_Y.txt").split(),
-        *(f"--validation-text {folder}/val_X.txt --validation-labels {folder}/val_X_Y.txt").split(),
-        *(f"--test-text {folder}/tst_X.txt --test-labels {folder}/tst_X_Y.txt --label-text {folder}/Y.txt").split(),
-        *(f"--tokenizer {tokenizer} --max-length 16 --output {out}").split(),
-    )
-    return out
-
-
-def settings(dataset: Path, output: Path, *more: str) -> list[str]:
-    fixed = f"tiny --dataset {dataset} --output {output} --batch 16 --epochs 3 --log-every 2 --threads 1 --dropout 0.1"
-    return [*fixed.split(), *more]
+    return make_dataset(tmp_path_factory.mktemp("raw"))
 
 
 @pytest.fixture(scope="module")
 def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "whole"
-    call("run.py", *settings(dataset, output, "--save-every", "4"))
+    run(tiny(dataset, output))
     return output
+
+
+def metrics_of(output: Path) -> dict[str, Any]:
+    return json.loads((output / "metrics.json").read_text())
+
+
+def log_of(output: Path) -> list[dict[str, Any]]:
+    """The log without what a clock says; NaN would be no JSON."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(name)
+
+    lines = [json.loads(line, parse_constant=refuse) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
+
+
+def assert_same_run(ours: Path, theirs: Path, told: str = "") -> None:
+    for which in ("last", "best"):
+        assert weights(ours, which) == weights(theirs, which), f"{which}; {told}"
+    assert log_of(ours) == log_of(theirs), told
+    assert (ours / "predictions.npz").read_bytes() == (theirs / "predictions.npz").read_bytes(), told
+    for key in ("validation", "test", "best", "steps"):
+        assert metrics_of(ours)[key] == metrics_of(theirs)[key], told
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at_save(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """The run ends, without a word, just before its save of this number."""
+    save, count = session.Session.save, iter(range(1, 1000))
+
+    def counted(self: session.Session, *, best: bool = False) -> None:
+        if next(count) == number:
+            raise Stopped
+        save(self, best=best)
+
+    monkeypatch.setattr(session.Session, "save", counted)
+
+
+def stopped_run(config: Config, at_save: int) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        stop_at_save(patch, at_save)
+        run(config)
 
 
 def test_a_run_writes_all_it_promises(finished: Path) -> None:
     config = json.loads((finished / "config.json").read_text())
-    assert config["batch"] == 16 and config["encoder"] == "tiny"
-    metrics = json.loads((finished / "metrics.json").read_text())
+    assert config["batch"] == 16 and config["encoder"] == "tiny" and len(config) == len(fields(Config))
+    metrics = metrics_of(finished)
     for split in ("validation", "test"):
         for kind in ("P", "nDCG", "PSP", "PSnDCG", "R"):
             assert all(0 <= metrics[split][f"{kind}@{k}"] <= 100 for k in range(1, 6))
-    assert metrics["steps"] == 3 * (TRAIN_DOCUMENTS // 16)
+        assert metrics[split]["loss"] > 0
+    assert metrics["steps"] == STEPS and metrics["skipped_steps"] == 0
     assert metrics["seconds"]["train"] > 0 and metrics["seconds"]["evaluate"] > 0
-    assert metrics["peak_rss_mb"] > 50 and metrics["commit"]
-    predictions = scipy.sparse.load_npz(finished / "predictions.npz")
-    assert predictions.shape == (50, LABELS)
-    lines = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if line.get("loss") is not None]
+    assert metrics["peak_rss_mb"] > 50 and metrics["commit"] and "commits" not in metrics
+    now = metrics["environment"]
+    assert now["torch"] == torch.__version__ and now["threads"] == 1 and now["device"] == "cpu"
+    assert now["autocast"] == "fp32" and now["table"] in ("fp32", "bf16") and now["state"] == "fp32"
+    lines = log_of(finished)
+    losses = [line["loss"] for line in lines if "split" not in line and line["loss"] is not None]
     assert losses[-1] < losses[0]
-    assert [line["split"] for line in lines if "split" in line].count("test") == 1  # looked at once, at the end
+    evaluations = [line for line in lines if "split" in line]
+    assert [line["split"] for line in evaluations].count("test") == 1  # looked at once, at the end
+    assert [line["epoch"] for line in evaluations[:3]] == [1, 2, 3]
+    assert all(line["dataset"] == metrics["dataset_hash"] and line["loss"] > 0 for line in evaluations)
+    files = list((finished / "checkpoint").rglob("*.safetensors"))
+    assert len(files) == 2 and all(load_file(f) for f in files)
 
 
 def test_predictions_file_agrees_with_the_metrics(finished: Path, dataset: Path) -> None:
     scores = scipy.sparse.load_npz(finished / "predictions.npz").toarray()
     target = scipy.sparse.load_npz(dataset / "test" / "labels.npz").toarray()
-    hit = float(target[np.arange(len(target)), scores.argmax(1)].astype(np.float64).mean() * 100)
-    assert hit == pytest.approx(json.loads((finished / "metrics.json").read_text())["test"]["P@1"], abs=1e-6)
+    assert scores.shape == (50, LABELS)
+    hit = float(target[range(len(target)), scores.argmax(1)].astype(float).mean() * 100)
+    assert hit == pytest.approx(metrics_of(finished)["test"]["P@1"], abs=1e-6)
 
 
-@pytest.mark.parametrize("moment", [0.35, 0.7])
-def test_a_killed_run_resumes_bit_for_bit(dataset: Path, finished: Path, tmp_path: Path, moment: float) -> None:
-    """SIGKILL at a random step, then --resume: weights, optimizer states, metrics as in the run nobody stopped."""
-    output = tmp_path / "killed"
-    arguments = settings(dataset, output, "--save-every", "4")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    target = int(moment * 30) + int.from_bytes(os.urandom(1)) % 4
+@pytest.mark.parametrize("part", [0.2, 0.7])
+def test_a_killed_run_resumes_bit_for_bit(dataset: Path, finished: Path, tmp_path: Path, part: float) -> None:
+    """SIGKILL at a random moment, saves included (there is one after each step), then on as if nothing had been."""
+    seed = int(os.environ.get("XMLKERNELS_KILL_SEED", secrets.randbits(32)))
+    told, chance, output = f"XMLKERNELS_KILL_SEED={seed}", random.Random(seed), tmp_path / "killed"
+    config = tiny(dataset, output, save_every=1)
+    flags = [
+        f"--{f.name.replace('_', '-')}={getattr(config, f.name)}" for f in fields(Config)
+        if f.name in ("dataset", "output", "batch", "epochs", "log_every", "threads", "dropout", "save_every")
+    ]  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train" / "run.py"), *arguments], env=environment, stdout=subprocess.DEVNULL
+        [sys.executable, str(ROOT / "train" / "run.py"), "tiny", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
+    wanted = f'"step": {2 * int(STEPS * part / 2) + 2 * chance.randrange(3)},'
     log, deadline = output / "log.jsonl", time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if log.exists() and f'"step": {target - target % 2},' in log.read_text():
-            break
-        time.sleep(0.005)
+    while time.monotonic() < deadline and process.poll() is None and not (log.exists() and wanted in log.read_text()):
+        time.sleep(0.002)
+    time.sleep(chance.uniform(0, 0.05))
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (output / "metrics.json").exists(), "the run was over before it could be killed"
-    told = call("run.py", *arguments, "--resume").stdout
-    assert "resumed at step" in told
-    for which in ("last", "best"):
-        ours = load_all(output / "checkpoint", which)
-        theirs = load_all(finished / "checkpoint", which)
-        assert ours.keys() == theirs.keys()
-        assert all(np.array_equal(ours[k], theirs[k]) for k in ours), which
-    ours, theirs = (json.loads((f / "metrics.json").read_text()) for f in (output, finished))
-    assert ours["test"] == theirs["test"] and ours["best"] == theirs["best"]
+    _, complaint = process.communicate()
+    assert process.returncode == -signal.SIGKILL, (told, complaint.decode())
+    assert not (output / "metrics.json").exists(), f"over before it could be killed; {told}"
+    run(tiny(dataset, output, save_every=4, resume=True))
+    assert_same_run(output, finished, told)
 
 
-def load_all(folder: Path, which: str) -> dict[str, np.ndarray]:
-    from xmlkernels.checkpoint import CheckpointFolder
-
-    tensors, _ = CheckpointFolder(folder).load(which)
-    return {k: v.flatten().view(torch.uint8).numpy().copy() for k, v in tensors.items()}
-
-
-def test_checkpoints_are_safetensors(finished: Path) -> None:
-    files = list((finished / "checkpoint").rglob("*.safetensors"))
-    assert files and all(load_file(f) for f in files)
-
-
-def test_label_texts_and_micro_batches_train_too(dataset: Path, tmp_path: Path) -> None:
-    output = tmp_path / "augmented"
-    options = ("--label-text", "--micro-batch", "5", "--epochs", "1", "--table", "bf16", "--momentum", "0")
-    call("run.py", *settings(dataset, output, *options))
-    metrics = json.loads((output / "metrics.json").read_text())
-    assert metrics["steps"] == -(-(TRAIN_DOCUMENTS + LABELS) // 16)
+def test_a_rich_run_resumes_bit_for_bit(dataset: Path, tmp_path: Path) -> None:
+    """Label texts, micro-batches, a stochastically rounded table and state: all of it is in the checkpoint."""
+    options: dict[str, Any] = {
+        "label_text": True, "micro_batch": 5, "table": "bf16", "state": "bf16", "epochs": 2, "save_every": 3, "loss_every": 1,
+    }  # fmt: skip
+    run(tiny(dataset, tmp_path / "whole", **options))
+    assert metrics_of(tmp_path / "whole")["steps"] == 2 * -(-(TRAIN_DOCUMENTS + LABELS) // 16)
+    stopped_run(tiny(dataset, tmp_path / "parts", **options), 6)
+    run(tiny(dataset, tmp_path / "parts", **options, resume=True))
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_predict_from_text_files_and_standard_input(finished: Path, tmp_path: Path) -> None:
-    source, lines = tmp_path / "in.txt", ["w0 w1 w2", "w30 w31", ""]
-    source.write_text("".join(f"{line}\n" for line in lines))
-    out = tmp_path / "out.jsonl"
-    call("predict.py", "--checkpoint", str(finished), "--input", str(source), "--top-k", "4", "--output", str(out))
-    found = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [len(x["labels"]) for x in found] == [4, 4, 4]
-    for x in found:
-        scores = [label["score"] for label in x["labels"]]
-        assert scores == sorted(scores, reverse=True)
-    assert found[0]["labels"][0]["name"].startswith("w")
-    one = json.loads(call("predict.py", "--checkpoint", str(finished), "--text", lines[0], "--top-k", "4").stdout)
-    assert [x["id"] for x in one["labels"]] == [x["id"] for x in found[0]["labels"]]
-    matrix = tmp_path / "out.npz"
-    call("predict.py", "--checkpoint", str(finished), "--input", str(source), "--output", str(matrix), "--top-k", "4")
-    scores = scipy.sparse.load_npz(matrix)
-    assert scores.shape == (3, LABELS) and scores.getnnz(1).tolist() == [4, 4, 4]
+def test_a_stop_between_last_and_best_is_mended(
+    dataset: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`last` says that it is the best, but `best` was not linked to it: resuming does it."""
+    link = CheckpointFolder.save_best
+
+    def stop(self: CheckpointFolder) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(CheckpointFolder, "save_best", stop)
+    with pytest.raises(Stopped):
+        run(tiny(dataset, tmp_path))
+    assert not CheckpointFolder(tmp_path / "checkpoint").exists("best")
+    monkeypatch.setattr(CheckpointFolder, "save_best", link)
+    with threads_kept():
+        session.Session(tiny(dataset, tmp_path, resume=True))
+    assert weights(tmp_path, "best") == weights(tmp_path, "last")
+    run(tiny(dataset, tmp_path, resume=True))
+    assert_same_run(tmp_path, finished)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["tiny", "--epoch", "3"], "--epochs"),
-        (["tiney"], "tiny"),
-        (["tiny", "--dataset", "nowhere"], "nowhere"),
-    ],
-)
-def test_mistakes_of_run_are_told(arguments: list[str], expected: str, tmp_path: Path) -> None:
-    output = ["--output", str(tmp_path / "out")] if len(arguments) > 1 else []
-    done = call("run.py", *arguments, *output, good=False)
-    assert done.returncode == 2
-    assert expected in done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
+def test_counters_are_those_of_the_run_not_of_its_best_step(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first epoch is made the best; one step after it is skipped."""
+    real = session.Session.improved
+    monkeypatch.setattr(session.Session, "improved", lambda self, metrics: self.epoch == 1 and real(self, metrics))
+    calls = []
+
+    def once_infinite(self: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
+        calls.append(self.training)
+        return output * float("inf") if sum(calls) == 15 and self.training else None
+
+    build = session.build_model
+
+    def hooked(*arguments: Any) -> Any:
+        model = build(*arguments)
+        model.encoder.register_forward_hook(once_infinite)
+        return model
+
+    monkeypatch.setattr(session, "build_model", hooked)
+    metrics = run(tiny(dataset, tmp_path))
+    assert metrics["steps"] == STEPS and metrics["skipped_steps"] == 1
+    assert (metrics["best"]["epoch"], metrics["best"]["step"]) == (1, STEPS // 3)
+    _, state = CheckpointFolder(tmp_path / "checkpoint").load("best")
+    assert state["steps"] == STEPS // 3
+    log_of(tmp_path)  # strict JSON, whatever the loss of that step was
 
 
-def test_a_finished_run_is_not_overwritten(finished: Path, dataset: Path) -> None:
+@pytest.mark.parametrize("splits", [("train", "test"), ("train",)])
+def test_without_validation_the_last_step_is_the_best(
+    splits: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = run(tiny(make_dataset(tmp_path / "raw", splits=splits), tmp_path / "run"))
+    assert report["steps"] == report["best"]["step"] == STEPS and "validation" not in report
+    assert "no validation split: the last step is kept" in " ".join(capsys.readouterr().out.split())
+    assert weights(tmp_path / "run", "best") == weights(tmp_path / "run", "last")
+    assert (tmp_path / "run" / "predictions.npz").exists() == ("test" in splits) == ("test" in report)
+    assert len(next(Predictor.load(tmp_path / "run").predict(["w0 w1"], 3))) == 3
+
+
+# ---- folders, resuming, overwriting ----
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_any_work(
+    finished: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = (finished / "metrics.json").read_bytes()
-    done = call("run.py", *settings(dataset, finished), good=False)
-    assert "--overwrite" in done.stderr
+    monkeypatch.setattr(session, "open_dataset", lambda config: pytest.fail("the data were opened"))
+    with pytest.raises(InputError, match="--overwrite"):
+        run(tiny(dataset, finished))
+    with pytest.raises(InputError, match="seed: expected 0"):
+        run(tiny(dataset, finished, seed=9, resume=True))
     assert (finished / "metrics.json").read_bytes() == before
 
 
-def test_resume_with_other_settings_is_refused(finished: Path, dataset: Path) -> None:
-    done = call("run.py", *settings(dataset, finished, "--save-every", "4", "--seed", "9", "--resume"), good=False)
-    assert "seed: expected 0" in done.stderr
+def test_overwrite_leaves_nothing_of_the_old_run(dataset: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    stopped_run(tiny(dataset, tmp_path / "run", seed=5, overwrite=True), 1)
+    left = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert left == ["checkpoint", "config.json", "log.jsonl"]
+    assert not list((tmp_path / "run" / "checkpoint").rglob("*.safetensors"))
+    report = run(tiny(dataset, tmp_path / "run", seed=5, resume=True))
+    assert report["steps"] == STEPS and log_of(tmp_path / "run")[0]["step"] == 2
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--text", "a", "--input", "-"], "either --text or --input"),
-        ([], "either --text or --input"),
-        (["--text", "a", "--top-k", "0"], "--top-k"),
-        (["--text", "a", "--output", "x.csv"], ".jsonl or .npz"),
-    ],
-)
-def test_mistakes_of_predict_are_told(arguments: list[str], expected: str, finished: Path) -> None:
-    done = call("predict.py", "--checkpoint", str(finished), *arguments, good=False)
-    assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
+def test_resume_without_a_run_says_so_and_begins(
+    dataset: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tiny(dataset, tmp_path / "new", resume=True))
+    assert "holds no run; starting from the beginning" in capsys.readouterr().out
+    assert_same_run(tmp_path / "new", finished)
+
+
+@pytest.mark.parametrize("left", ["longer", "none", "cut"])
+def test_the_log_after_a_stop(left: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stopped_run(tiny(dataset, tmp_path), 2)  # the checkpoint is of step 4, the log has 8 steps
+    log = tmp_path / "log.jsonl"
+    content = log.read_bytes()
+    if left == "none":
+        log.unlink()
+    elif left == "cut":
+        log.write_bytes(content[: content.index(b"\n") + 9])
+    run(tiny(dataset, tmp_path, epochs=3, resume=True))
+    steps = [line["step"] for line in log_of(tmp_path) if "split" not in line]
+    first = {"longer": 2, "none": 6, "cut": 2}[left]
+    assert steps == [step for step in range(first, STEPS + 1, 2) if not (left == "cut" and step == 4)]
+    assert ("lost lines" in capsys.readouterr().out) == (left != "longer")
+
+
+def test_what_changed_before_a_resume_is_told_and_recorded(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(session, "commit", lambda: "aaa")
+    stopped_run(tiny(dataset, tmp_path), 2)
+    monkeypatch.setattr(session, "commit", lambda: "bbb")
+    report = run(tiny(dataset, tmp_path, threads=2, resume=True))
+    assert "threads 2 instead of 1; the run goes on, but not bit for bit" in capsys.readouterr().out
+    assert report["commit"] == "aaa" and report["commits"] == ["aaa", "bbb"]
+
+
+def test_losses_that_are_not_finite_stay_out_of_the_mean(dataset: Path, tmp_path: Path) -> None:
+    with threads_kept():
+        state = session.Session(tiny(dataset, tmp_path))
+    infinite, four = torch.tensor([float("inf")]), torch.tensor([4.0])
+    for pending in ([(infinite, 2), (four, 2)], [(infinite, 2)]):
+        state.pending = pending
+        state.log_progress()
+    assert [line["loss"] for line in log_of(tmp_path)] == [2.0, None]
+
+
+def test_a_config_file_of_the_run_is_complete(finished: Path, dataset: Path) -> None:
+    assert json.loads((finished / "config.json").read_text()) == asdict(tiny(dataset, finished))

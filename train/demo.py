@@ -1,21 +1,27 @@
 """What `make demo` runs: train on part of the built-in corpus, compare with a nearest-neighbour baseline, answer queries.
 
-The task: which functions will the function that does this need to call?
+The task: which functions will the function that does this need to call? What stands from an earlier call is used again.
 """
 
-import json
+import os
+import sys
 import time
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from build import open_dataset
 from config import Config
+from facts import commit
+from output import MAY_CHANGE, read_json, write_json
 from recipes import RECIPES
 from report import command, print_comparison, say
 from run import train
-from session import commit, open_dataset
+from xmlkernels import InputError
+from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.knn import KNNBaseline
 from xmlkernels.metrics import evaluate, inverse_propensity
@@ -31,36 +37,83 @@ QUERIES = (
 def main() -> None:
     _, config = RECIPES["demo"]
     say("Which functions does a function call? Texts: first paragraphs of docstrings of Python packages; labels: the calls.")
-    report = standing(config) or train(config)
     dataset = open_dataset(config)
-    baseline = nearest_neighbours(dataset)
+    report, stands = trained(config, dataset)
+    baseline = nearest_neighbours(dataset, Path(config.output) / "baseline.json", stands=stands)
     print_comparison(
         f"test split of the built-in corpus, hash {dataset.content_hash[:12]}",
         {"end-to-end, all-MiniLM-L6-v2": report["test"], "TF-IDF nearest neighbours": baseline},
     )
     answer(Predictor.load(config.output))
-    say(f'\nAsk it more: .venv/bin/python train/predict.py --checkpoint {config.output} --text "…"')
+    say(f'\nAsk it more: {python()} train/predict.py --checkpoint {config.output} --text "…"')
 
 
-def standing(config: Config) -> dict[str, Any] | None:
-    """The report of a finished run of this configuration and commit, if there is one."""
+def trained(config: Config, dataset: Dataset) -> tuple[dict[str, Any], bool]:
+    """The report of a run of this configuration, data and code, and whether it stood already.
+
+    A finished one is used again, an unfinished one goes on, anything else is replaced.
+    """
     folder = Path(config.output)
-    if not (folder / "metrics.json").exists():
-        return None
-    report: dict[str, Any] = json.loads((folder / "metrics.json").read_text("utf-8"))
-    same = json.loads((folder / "config.json").read_text("utf-8")) == asdict(config) and report["commit"] == commit()
-    if same:
-        say(f"{folder}/ holds this run already: nothing to train (remove it to train again)")
-    return report if same else None
+    if not (folder / "config.json").exists():
+        return train(replace(config, overwrite=True)), False
+    try:
+        before = read_json(folder / "config.json")
+        if not same_settings(before, config):
+            say(f"{folder}/ holds a run of other settings: training again")
+        elif (folder / "metrics.json").exists():
+            report = read_json(folder / "metrics.json")
+            if same_code(report.get("commit"), commit()) and report.get("dataset_hash") == dataset.content_hash:
+                say(f"{folder}/ holds this run already: nothing to train (remove it to train again)")
+                return report, True
+            say(f"{folder}/ holds a run of other code or data: training again")
+        elif can_go_on(folder, dataset):
+            say(f"{folder}/ holds this run unfinished: going on with it")
+            return train(replace(config, resume=True)), False
+        else:
+            say(f"{folder}/ holds an unfinished run of other code or data: training again")
+    except InputError as error:
+        say(f"{folder}/ cannot be used again ({error}): training again")
+    return train(replace(config, overwrite=True)), False
 
 
-def nearest_neighbours(dataset: Dataset) -> dict[str, float]:
-    """Metrics of the baseline on the same documents."""
+def same_settings(before: Mapping[str, Any], config: Config) -> bool:
+    """Whether config.json says what this configuration does, in all that shapes the result."""
+    now = asdict(config)
+    return before.keys() == now.keys() and all(before[key] == now[key] for key in now if key not in MAY_CHANGE)
+
+
+def same_code(before: str | None, now: str) -> bool:
+    """Changed files have no name: what is called -dirty twice need not be the same twice."""
+    return before == now and not now.endswith("-dirty")
+
+
+def can_go_on(folder: Path, dataset: Dataset) -> bool:
+    """Whether the last checkpoint of an unfinished run, if it got so far, is of this commit and data."""
+    checkpoints = CheckpointFolder(folder / "checkpoint")
+    if not checkpoints.exists("last"):
+        return True
+    _, state = checkpoints.load("last", keep=lambda name: False)
+    return bool(state["dataset"] == dataset.content_hash and state.get("commits", [None])[-1] == commit())
+
+
+def nearest_neighbours(dataset: Dataset, kept: Path, *, stands: bool) -> dict[str, float]:
+    """Metrics of the baseline on the same documents: measured beside the training, and kept with its run.
+
+    Args:
+        stands: the run was not trained now, so its baseline may be used again if it is of the same data.
+    """
+    if stands and kept.exists():
+        found = read_json(kept)
+        if found.get("dataset_hash") == dataset.content_hash:
+            say(f"TF-IDF baseline: measured beside this run ({found['seconds']:.0f} s), on the same documents")
+            return dict(found["metrics"])
     started = time.perf_counter()
     fit, test = dataset.splits["train"], dataset.splits["test"]
     _, rows = KNNBaseline(fit.texts, fit.labels).predict(test.texts, 5)
     metrics = evaluate(np.asarray(rows), test.labels, inverse_propensity(fit.labels, *dataset.propensity))
-    say(f"TF-IDF baseline: {time.perf_counter() - started:.0f} s")
+    seconds = time.perf_counter() - started
+    write_json(kept, {"dataset_hash": dataset.content_hash, "seconds": seconds, "metrics": metrics})
+    say(f"TF-IDF baseline: measured now ({seconds:.0f} s), on the same documents")
     return metrics
 
 
@@ -70,5 +123,11 @@ def answer(predictor: Predictor) -> None:
         say("   " + "   ".join(f"{label.name} {label.probability:.2f}" for label in labels))
 
 
+def python() -> str:
+    """The interpreter as one would type it here."""
+    inside = os.path.relpath(sys.executable)
+    return sys.executable if inside.startswith("..") else inside
+
+
 if __name__ == "__main__":
-    command(main)
+    command(main, interrupted="interrupted; the next `make demo` goes on from the last checkpoint")

@@ -7,6 +7,7 @@ serves; rankings then differ from the exact ones of train/predict.py, because th
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,8 +28,8 @@ class Options:
     """Folder to write into; made when it is not there."""
     normalize: bool = True
     """Unit length for every row; --no-normalize keeps the trained lengths."""
-    which: str = "best"
-    """"best" (by validation) or "last"."""
+    which: Literal["best", "last"] | None = None
+    """The best checkpoint by validation, or the last one; by default the best, or the last while there is no best yet."""
 
 
 def export(options: Options) -> None:

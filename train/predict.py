@@ -4,18 +4,20 @@ import io
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Literal
 
 import numpy as np
 import torch
 
+from config import resolved_device
 from report import command
 from xmlkernels import InputError
 from xmlkernels.data.files import replacing
-from xmlkernels.data.formats import iter_lines, write_npz
+from xmlkernels.data.formats import DataWarning, iter_lines, write_npz
 from xmlkernels.predict import Label, Predictor, score_matrix
 
 
@@ -23,38 +25,56 @@ from xmlkernels.predict import Label, Predictor, score_matrix
 class Options:
     checkpoint: str
     """A run's output folder, or the checkpoint folder in it."""
-    text: str = ""
-    """One text to label."""
-    input: str = ""
+    text: str | None = None
+    """One text to label; it may be empty."""
+    input: str | None = None
     """A .txt file (one text a line), a .jsonl file (a string, or an object with "text" or "title" and "content", a line),
-    or - for lines from standard input."""
+    or - for lines from standard input, each answered before the next is read."""
     output: str = ""
     """.jsonl: one line a text; .npz: a scipy CSR matrix of logits [texts, labels]. Printed when not given."""
     top_k: int = 10
-    batch: int = 64
-    which: str = "best"
-    """"best" (by validation) or "last"."""
+    """Labels per text."""
+    batch: int | None = None
+    """Texts per pass: 64, or 1 for standard input; a larger one is faster there and answers later."""
+    which: Literal["best", "last"] | None = None
+    """The best checkpoint by validation, or the last one; by default the best, or the last while there is no best yet."""
     latency: bool = False
-    """Label the texts one by one and tell how long one takes (median, 95th, 99th percentile) on standard error."""
+    """Label the texts one by one and tell how long one takes (median, 95th, 99th percentile) on standard error, after one
+    call that is not counted."""
     device: str = "cpu"
+    """cpu, cuda, cuda:1, or auto."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
 
 
 def texts_of(options: Options) -> Iterator[str]:
     """The texts to label, read as they are used."""
-    if bool(options.text) == bool(options.input):
-        got = "both" if options.text else "neither"
-        raise InputError("arguments", "either --text or --input", got, 'give --text "…" or --input FILE')
-    if options.text:
+    if options.text is not None:
         yield options.text
     elif options.input == "-":
-        yield from (line.rstrip("\r\n") for line in sys.stdin)
-    elif options.input.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):
-        for number, line in enumerate(iter_lines(options.input), 1):
+        yield from lines_of(sys.stdin.buffer)
+    elif str(options.input).endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):
+        for number, line in enumerate(iter_lines(str(options.input)), 1):
             yield text_of(line, f"{options.input}:{number}")
     else:
-        yield from iter_lines(options.input)
+        yield from iter_lines(str(options.input))
+
+
+def lines_of(stream: IO[bytes]) -> Iterator[str]:
+    """Lines as soon as they are there; broken UTF-8 becomes U+FFFD, is counted and told once, at the end."""
+    broken = first = 0
+    try:
+        for number, line in enumerate(iter(stream.readline, b""), 1):
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError:
+                text = line.decode("utf-8", errors="replace")
+                broken, first = broken + 1, first or number
+            yield text.rstrip("\r\n")
+    finally:
+        if broken:
+            lines = "1 line" if broken == 1 else f"{broken} lines"
+            warnings.warn(f"standard input: broken UTF-8 replaced in {lines} (first: line {first})", DataWarning, 2)
 
 
 def text_of(line: str, where: str) -> str:
@@ -93,8 +113,10 @@ def one_by_one(predictor: Predictor, texts: Iterator[str], k: int) -> Iterator[l
     """Predictions as a server would make them, one text a call, and at the end how long a call took."""
     taken = []
     for text in texts:
+        if not taken:
+            next(predictor.predict([text], k, batch_size=1, window=1, prefetch=0))  # the first call allocates and loads
         started = time.perf_counter()
-        labels = next(predictor.predict([text], k, batch_size=1))
+        labels = next(predictor.predict([text], k, batch_size=1, window=1, prefetch=0))
         taken.append((time.perf_counter() - started) * 1e3)
         yield labels
     if taken:
@@ -102,26 +124,45 @@ def one_by_one(predictor: Predictor, texts: Iterator[str], k: int) -> Iterator[l
         print(f"{len(taken)} texts one by one: median {p50:.1f} ms, 95% {p95:.1f} ms, 99% {p99:.1f} ms", file=sys.stderr)
 
 
-def run(options: Options) -> None:
+def check(options: Options) -> None:
+    """Refuses options that cannot be used, before the model is loaded."""
+    if (options.text is None) == (options.input is None):
+        got = "neither" if options.text is None else "both"
+        raise InputError("arguments", "either --text or --input", got, 'give --text "…" or --input FILE')
     if options.top_k < 1:
         raise InputError("--top-k", "1 or more", str(options.top_k), "ask for at least one label")
+    if options.batch is not None and options.batch < 1:
+        raise InputError("--batch", "1 or more", str(options.batch), "leave it out")
+    if options.threads < 0:
+        raise InputError("--threads", "0 or more", str(options.threads), "leave it out")
     if options.output and not options.output.endswith((".jsonl", ".npz")):
         raise InputError("--output", "a name that ends in .jsonl or .npz", options.output, "rename it")
+    if options.latency and options.output.endswith(".npz"):
+        raise InputError("--latency", "answers one by one", "--output .npz, which takes all at once", "write .jsonl")
+
+
+def answers_of(options: Options, predictor: Predictor) -> Iterator[list[Label]]:
+    texts = texts_of(options)
+    if options.latency:
+        return one_by_one(predictor, texts, options.top_k)
+    if options.input == "-":
+        # No thread: one that waits for a terminal would hold up the end.
+        return predictor.predict(texts, options.top_k, batch_size=options.batch or 1, window=1, prefetch=0)
+    return predictor.predict(texts, options.top_k, batch_size=options.batch or 64)
+
+
+def run(options: Options) -> None:
+    check(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    predictor = Predictor.load(options.checkpoint, which=options.which, device=options.device)
-    texts = texts_of(options)
+    device = resolved_device(options.device)
+    predictor = Predictor.load(options.checkpoint, which=options.which, device=device)
     if options.output.endswith(".npz"):
-        values, rows = predictor.predict_arrays(texts, options.top_k, batch_size=options.batch)
-        write_npz(options.output, score_matrix(np.asarray(values), rows, predictor.model.head.labels))
+        values, rows = predictor.predict_arrays(texts_of(options), options.top_k, batch_size=options.batch or 64)
+        write_npz(options.output, score_matrix(values, rows, predictor.model.head.labels))
         return
-    answers = (
-        one_by_one(predictor, texts, options.top_k)
-        if options.latency
-        else predictor.predict(texts, options.top_k, batch_size=options.batch)
-    )
     with written(options.output) as out:
-        for number, labels in enumerate(answers):
+        for number, labels in enumerate(answers_of(options, predictor)):
             found = [
                 {"id": x.id, "name": x.name, "score": round(x.score, 4), "probability": round(x.probability, 6)} for x in labels
             ]
@@ -129,7 +170,8 @@ def run(options: Options) -> None:
                 out.write(json.dumps({"text": number, "labels": found}, ensure_ascii=False) + "\n")
             else:
                 out.write("\n".join(f"{x['probability']:8.4f}  {x['name']}" for x in found) + "\n\n")
-            out.flush()
+            if not options.output:
+                out.flush()
 
 
 def main() -> None:

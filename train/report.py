@@ -1,6 +1,8 @@
 """What the commands say to a person: progress lines, tables, and one sentence for a mistake."""
 
+import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from xmlkernels import InputError
+from xmlkernels.data.files import DataWarning
+
+SKIPPED = ("skipped_steps", "skipped_encoder_steps")
 
 # Fixed width where the output goes to a file or a CI log, so that tables do not wrap at 80 columns.
 _console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -20,16 +25,38 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def command(main: Callable[[], Any]) -> None:
-    """Runs a command; a user's mistake ends it with one sentence on stderr and exit status 2."""
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; a run goes on from its last checkpoint by --resume", file=sys.stderr)
-        sys.exit(130)
+def command(main: Callable[[], Any], *, interrupted: str = "interrupted") -> None:
+    """Runs a command; a user's mistake ends it with one sentence on stderr and exit status 2.
+
+    Warnings of this project are for the owner of the data: they are shown as `note: …`, without a line of source.
+
+    Args:
+        interrupted: what Ctrl-C is answered with.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DataWarning)
+        warnings.showwarning = _show_warning
+        try:
+            main()
+            sys.stdout.flush()
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print(interrupted, file=sys.stderr)
+            sys.exit(130)
+        except BrokenPipeError:
+            # The reader (`| head`) has what it wanted; without this the interpreter's last flush would complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + 13)
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: object = None, line: str | None = None
+) -> None:
+    plain = category.__module__.partition(".")[0] == "xmlkernels"
+    text = f"note: {message}" if plain else warnings.formatwarning(message, category, filename, lineno, line).rstrip()
+    print(text, file=sys.stderr, flush=True)
 
 
 def metrics_table(title: str, rows: dict[str, dict[str, float]], kinds: tuple[str, ...] = ("P", "nDCG", "PSP", "R")) -> Table:
@@ -64,6 +91,8 @@ def print_metrics(report: dict[str, Any], output: Path) -> None:
         f"{report['steps']:,} steps, train {seconds['train']:.0f} s, evaluate {seconds['evaluate']:.0f} s, "
         f"peak memory {report['peak_rss_mb']:.0f} MB; written to {output}/"
     )
+    if told := ", ".join(f"{report[name]:,} {name.replace('_', ' ')}" for name in SKIPPED if report[name]):
+        say(f"note: {told}, where something was not finite")
 
 
 def print_deciles(deciles: list[dict[str, Any]]) -> None:

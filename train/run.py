@@ -3,12 +3,12 @@
 Writes into its output folder: config.json, log.jsonl, metrics.json, predictions.npz and checkpoint/.
 """
 
-import time
+import sys
 from typing import Any
 
 import torch
 
-from config import Config
+from config import Config, check
 from recipes import RECIPES
 from report import command
 from session import Session
@@ -16,35 +16,38 @@ from session import Session
 
 def train(config: Config) -> dict[str, Any]:
     """Runs one configuration from data to metrics; returns what metrics.json holds."""
+    check(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     run = Session(config)
     model = run.model.train()
+    run.clock.start("train")  # evaluation and checkpoints count apart; waiting for data counts here
     while run.epoch < config.epochs:
         for batch in run.batches.epoch(run.epoch, start=run.position):
-            started = time.perf_counter()
             need_loss = config.loss_every > 0 and model.steps % config.loss_every == 0
             loss = model.step(batch.to(run.device, non_blocking=True), need_loss=need_loss)
             run.position += 1
-            run.seconds["train"] += time.perf_counter() - started
             run.collect(loss, batch)
             if model.steps % config.log_every == 0:
                 run.log_progress()  # the only place in the loop that waits for the device
             if config.save_every and model.steps % config.save_every == 0:
-                run.save_last()
+                run.save()
         run.epoch, run.position = run.epoch + 1, 0
+        best = False
         if run.validation is not None and (run.epoch % config.evaluate_every == 0 or run.epoch == config.epochs):
             metrics, _, _ = run.evaluate(run.validation, k=5)
-            run.keep_if_best(metrics)
-        run.save_last()
+            best = run.improved(metrics)
+        run.save(best=best)
     return run.finish()
 
 
 def main() -> None:
     from tyro.extras import overridable_config_cli
 
-    train(overridable_config_cli(RECIPES, prog="train/run.py", description=__doc__))
+    config = overridable_config_cli(RECIPES, prog="train/run.py", description=__doc__)
+    check(config, given={word[2:].split("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")})
+    train(config)
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, interrupted="interrupted; the run goes on from its last checkpoint by --resume")

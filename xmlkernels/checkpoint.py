@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,13 @@ def save(folder: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], st
         raise
 
 
-def load(folder: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load(
+    folder: str | os.PathLike[str], keep: Callable[[str], bool] = lambda name: True
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read a checkpoint: (tensors on the CPU, state), with names, shapes and dtypes compared with its manifest.
+
+    Args:
+        keep: which tensors to read, by name: prediction needs no optimizer state.
 
     Raises:
         InputError: no checkpoint there, another format version, a file missing, cut short or foreign.
@@ -72,7 +77,7 @@ def load(folder: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[
             found = target
         before = _stat(found / STATE)
         try:
-            result = _read(found, target)
+            result = _read(found, target, keep)
         except InputError:
             if _stat(target / STATE) in (before, None) and _stat(found / STATE) == before:
                 raise
@@ -128,9 +133,11 @@ class CheckpointFolder:
             _recover(target)
             raise
 
-    def load(self, which: str = "last") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def load(
+        self, which: str = "last", keep: Callable[[str], bool] = lambda name: True
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """`load` the "last" or the "best" one."""
-        return load(self._path(which))
+        return load(self._path(which), keep)
 
     def exists(self, which: str = "last") -> bool:
         """Whether there is one to load (whole or not)."""
@@ -213,7 +220,7 @@ def _unshared(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tens
     return stored, alias
 
 
-def _read(found: Path, target: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _read(found: Path, target: Path, keep: Callable[[str], bool]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     head = _head(found, target)
@@ -222,7 +229,9 @@ def _read(found: Path, target: Path) -> tuple[dict[str, torch.Tensor], dict[str,
     try:
         with safe_open(found / TENSORS, framework="pt") as file:
             identity = (file.metadata() or {}).get("identity")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = set(file.keys())
+            kept = {head["alias"].get(name, name) for name in (*names, *head["alias"]) if keep(name)}
+            tensors = {name: file.get_tensor(name) for name in sorted(kept & names)}
     except FileNotFoundError as error:
         raise InputError(where, "the tensors of the checkpoint", "no such file", mend) from error
     except (SafetensorError, OSError) as error:
@@ -231,12 +240,12 @@ def _read(found: Path, target: Path) -> tuple[dict[str, torch.Tensor], dict[str,
     if identity != head["identity"] or _stat(found / TENSORS) != before:
         raise InputError(where, f"tensors that belong to {STATE}", "those of another checkpoint", mend)
     got = {name: {"shape": list(t.shape), "dtype": _dtype(t)} for name, t in tensors.items()}
-    if got != head["tensors"]:
-        wrong = sorted(n for n in got.keys() | head["tensors"].keys() if got.get(n) != head["tensors"].get(n))
-        expected = f"{wrong[0]} as {head['tensors'].get(wrong[0])}"
-        raise InputError(where, expected, f"{got.get(wrong[0])}; {len(wrong)} differ", mend)
-    tensors |= {name: tensors[same] for name, same in head["alias"].items()}
-    return tensors, decode(head["state"])
+    expected = {name: facts for name, facts in head["tensors"].items() if name in kept or name not in names}
+    if got != expected:
+        wrong = sorted(n for n in got.keys() | expected.keys() if got.get(n) != expected.get(n))
+        raise InputError(where, f"{wrong[0]} as {expected.get(wrong[0])}", f"{got.get(wrong[0])}; {len(wrong)} differ", mend)
+    tensors |= {name: tensors[same] for name, same in head["alias"].items() if keep(name)}
+    return {name: t for name, t in tensors.items() if keep(name)}, decode(head["state"])
 
 
 def _head(found: Path, target: Path) -> dict[str, Any]:

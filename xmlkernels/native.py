@@ -41,12 +41,12 @@ def load() -> str | None:
 
 
 def warn_reference(device: str, reason: str) -> None:
-    """Tells once per device type that an op runs on its slow reference."""
+    """Tells once per device type that an op runs on its slow reference, which holds the whole `B x L` matrix."""
     if device not in _warned:
         _warned.add(device)
+        mend = "`pip install --no-build-isolation .` builds kernels" if device == "cpu" else "kernels exist for the CPU alone"
         warnings.warn(
-            f"xmlkernels: ops on {device} run on their slow reference: {reason}. Results are the same; for speed, "
-            "build the native library with `pip install --no-build-isolation .`",
+            f"xmlkernels: ops on {device} run on their slow reference: {reason}. It holds all logits in memory; {mend}",
             RuntimeWarning,
             stacklevel=3,
         )

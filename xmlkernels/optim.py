@@ -6,7 +6,7 @@ Sources: AdamW (Loshchilov & Hutter, ICLR 2019); dynamic loss scaling (Micikevic
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -170,6 +170,11 @@ class LossScaler:
         self.skipped += found_inf.to(torch.int64)
         torch._amp_update_scale_(self.scale, self.growth_tracker, found_inf, self.growth, self.backoff, self.interval)
         self.scale.clamp_(1.0, 2.0**24)
+
+    def move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply a module's `_apply` function (a move to a device) to the state; dtypes stay."""
+        for name, tensor in self.tensors().items():
+            setattr(self, name, fn(tensor).to(tensor.dtype))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """State for a checkpoint; the tensors themselves, not copies."""

@@ -7,6 +7,7 @@ for labels in predictor.predict(["open a file and read its lines"], k=5):
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,11 @@ from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
 
 _AHEAD = 16  # batches of texts read ahead, so that texts of like length share a batch
+_TRAINING_ONLY = ("optimizer.", "scaler.", "head.momentum", "head.second", "head.kahan")
+
+
+class CheckpointWarning(UserWarning):
+    """Another checkpoint is used than one would expect."""
 
 
 @dataclass(frozen=True)
@@ -54,28 +60,42 @@ class Predictor:
         self.model, self.tokenizer, self.max_length, self.label_names = model.eval(), tokenizer, max_length, label_names
 
     @classmethod
-    def load(cls, folder: str | Path, *, which: str = "best", device: str | torch.device = "cpu") -> "Predictor":
+    def load(cls, folder: str | Path, *, which: str | None = None, device: str | torch.device = "cpu") -> "Predictor":
         """From the `checkpoint` folder of a run.
 
         Args:
             folder: a run's `checkpoint` folder, or the run's output folder.
-            which: "best" or "last".
+            which: "best" or "last". When not given it is the best one or, while a run has none yet, the last one, with a
+                CheckpointWarning.
 
         Raises:
             InputError: no such checkpoint, or one that is damaged.
         """
         path = Path(folder)
         path = path / "checkpoint" if (path / "checkpoint").is_dir() else path
-        tensors, state = CheckpointFolder(path).load(which)
+        checkpoints = CheckpointFolder(path)
+        if which is None:
+            which = "best" if checkpoints.exists("best") or not checkpoints.exists("last") else "last"
+            if which == "last":
+                warnings.warn(f"{path} holds no best checkpoint yet; the last one is used", CheckpointWarning, stacklevel=2)
+        tensors, state = checkpoints.load(which, keep=lambda name: not name.startswith(_TRAINING_ONLY))
         model = EndToEnd(Encoder.from_config(state["encoder"]), FullHead(**state["head"], std=0))
         model.load_tensors(tensors)
         names = path / "label_names.txt"
         label_names = names.read_text("utf-8").split("\n")[:-1] if names.exists() else None
         return cls(model.to(device), load_tokenizer(path / "tokenizer"), state["max_length"], label_names)
 
-    def predict(self, texts: Iterable[str], k: int = 10, *, batch_size: int = 64) -> Iterator[list[Label]]:
-        """The k best labels of each text, best first, in the order of the texts; `texts` is read as it is used."""
-        for values, rows in self._in_order(texts, k, batch_size):
+    def predict(
+        self, texts: Iterable[str], k: int = 10, *, batch_size: int = 64, window: int = _AHEAD, prefetch: int = 2
+    ) -> Iterator[list[Label]]:
+        """The k best labels of each text, best first, in the order of the texts; `texts` is read as it is used.
+
+        Args:
+            window: batches of texts read before the first answer, so that texts of like length share a batch; with 1 and
+                `batch_size` 1 each text is answered before the next one is read.
+            prefetch: batches tokenised ahead by a background thread; 0 does without the thread.
+        """
+        for values, rows in self._in_order(texts, k, batch_size, window, prefetch):
             yield [
                 Label(row, self.label_names[row] if self.label_names else str(row), value)
                 for value, row in zip(values.tolist(), rows.tolist(), strict=True)
@@ -84,16 +104,19 @@ class Predictor:
 
     def predict_arrays(self, texts: Iterable[str], k: int = 10, *, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
         """Logits fp32 [N, k] and labels int64 [N, k] of N texts; -inf and -1 where there are fewer than k labels."""
-        pairs = list(self._in_order(texts, k, batch_size))
+        pairs = list(self._in_order(texts, k, batch_size, _AHEAD, 2))
         if not pairs:
             return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
         return np.stack([v for v, _ in pairs]), np.stack([r for _, r in pairs])
 
-    def _in_order(self, texts: Iterable[str], k: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _in_order(
+        self, texts: Iterable[str], k: int, batch_size: int, window: int, prefetch: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         device = self.model.head.weight.device
         waiting: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         following = 0
-        for batch in text_batches(texts, self.tokenizer, self.max_length, batch_size, bucket_window=_AHEAD):
+        batches = text_batches(texts, self.tokenizer, self.max_length, batch_size, bucket_window=window, prefetch=prefetch)
+        for batch in batches:
             values, rows = (t.cpu().numpy() for t in self.model.predict(batch.to(device), k))
             waiting.update(zip(batch.index.tolist(), zip(values, rows, strict=True), strict=True))
             while following in waiting:
@@ -107,18 +130,34 @@ def predict_split(model: EndToEnd, split: Split, k: int, *, batch_size: int = 25
     Returns:
         Logits fp32 [N, k] and labels int64 [N, k]; -inf and -1 where there are fewer than k labels.
     """
+    values, rows, _ = _walk(model, split, k, batch_size, need_loss=False)
+    return values, rows
+
+
+def predict_and_loss(model: EndToEnd, split: Split, k: int, *, batch_size: int = 256) -> tuple[np.ndarray, np.ndarray, float]:
+    """What `predict_split` and `mean_loss` give, for one pass of the encoder."""
+    return _walk(model, split, k, batch_size, need_loss=True)
+
+
+@torch.no_grad()
+def _walk(model: EndToEnd, split: Split, k: int, batch_size: int, *, need_loss: bool) -> tuple[np.ndarray, np.ndarray, float]:
     device = model.head.weight.device
     count = split.labels.shape[0]
     values, rows = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
     pairs = split.filter_pairs[np.lexsort((split.filter_pairs[:, 1], split.filter_pairs[:, 0]))]
+    total = 0.0
     was_training = model.training
     model.eval()
     for batch in Batches(split, batch_size, shuffle=False).epoch(0):
         exclude = _excluded(batch, pairs)
-        got = model.predict(batch.to(device), k, None if exclude is None else exclude.to(device))
+        there = batch.to(device)
+        x = model.encoder(there.input_ids, there.attention_mask)
+        got = model.head.topk(x, k, None if exclude is None else exclude.to(device))
         values[batch.index], rows[batch.index] = (t.cpu().numpy() for t in got)
+        if need_loss:
+            total += float(model.head.loss(x, there.pos_row, there.pos_sample))
     model.train(was_training)
-    return values, rows
+    return values, rows, total / max(1, count)
 
 
 def mean_loss(model: EndToEnd, split: Split, *, batch_size: int = 256) -> float:

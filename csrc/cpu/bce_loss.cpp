@@ -1,4 +1,6 @@
 // bce_loss and its backward: the tiles of bce_step without the update.
+#include <limits>
+
 #include "bce_pass.h"
 
 namespace xk::XK_NS {
@@ -46,6 +48,10 @@ void loss_pass(const BceLoss& a, const Host& host) {
 }  // namespace
 
 void bce_loss(const BceLoss& a, const Host& host) {
+  if (!all_finite(a.batch)) {  // promised even where the infinities would cancel or no row is scored
+    *a.loss = std::numeric_limits<float>::quiet_NaN();
+    return;
+  }
 #if XK_ISA == 2
   if (a.table.dtype == DType::bf16) return loss_pass<BF16>(a, host);
 #endif

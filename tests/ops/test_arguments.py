@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from common import assert_same_bits, make_counter, make_hyper, random_step
 from torch import Tensor
 
+from common import assert_same_bits, make_counter, make_hyper, random_step
 from xmlkernels.errors import InputError
 from xmlkernels.ops import bce_loss, bce_step_, matmul_topk
 
@@ -22,7 +22,8 @@ def ints(*values: int, dtype: torch.dtype = LONG) -> Tensor:
 def good() -> dict[str, Any]:
     step = random_step(B, N, D, torch.float32)
     t = step.tensors
-    return {k: t[k] for k in ("weight", "x", "hyper", "counter")} | {"pos_row": ints(1, 1, 4), "pos_sample": ints(0, 3, 2, dtype=INT)}
+    positives = {"pos_row": ints(1, 1, 4), "pos_sample": ints(0, 3, 2, dtype=INT)}
+    return {k: t[k] for k in ("weight", "x", "hyper", "counter")} | positives
 
 
 TABLE = [
@@ -30,11 +31,13 @@ TABLE = [
      "torch.float64 [6, 3] on cpu", "convert, reshape or move it"),
     ("weight", {"weight": torch.zeros(N)}, "torch.float32 or torch.bfloat16 or torch.float16 [any, any] on cpu",
      "torch.float32 [6] on cpu", "convert, reshape or move it"),
-    ("weight", {"weight": torch.zeros(D, N).T}, "a contiguous tensor", "strides (1, 6) for shape [6, 3]", "call .contiguous() on it"),
+    ("weight", {"weight": torch.zeros(D, N).T},
+     "a contiguous tensor", "strides (1, 6) for shape [6, 3]", "call .contiguous() on it"),
     ("weight", {"weight": torch.zeros(N, D).to(torch.float8_e4m3fn)}, "a torch.float32, torch.bfloat16 or torch.float16 table",
      "torch.float8_e4m3fn [6, 3] on cpu", "convert it: 8-bit tables have no kernel in this version"),
     ("x", {"x": torch.zeros(B, D + 1)}, "[any, 3] on cpu", "torch.float32 [4, 4] on cpu", "convert, reshape or move it"),
-    ("x", {"x": torch.zeros(B, D, dtype=F64)}, "torch.float32 or torch.bfloat16 or torch.float16", "torch.float64 [4, 3] on cpu",
+    ("x", {"x": torch.zeros(B, D, dtype=F64)},
+     "torch.float32 or torch.bfloat16 or torch.float16", "torch.float64 [4, 3] on cpu",
      "convert, reshape or move it"),
     ("x", {"x": torch.zeros(D, B).T}, "a contiguous tensor", "strides (1, 4) for shape [4, 3]", "call .contiguous()"),
     ("x", {"x": torch.zeros(D)}, "[any, 3]", "torch.float32 [3] on cpu", "reshape"),
@@ -51,11 +54,15 @@ POSITIVES = [
     ("pos_sample", {"pos_sample": ints(0, 3, dtype=INT)}, "torch.int32 [3] on cpu", "torch.int32 [2] on cpu", "reshape"),
     ("pos_value", {"pos_value": torch.ones(3, dtype=F64)}, "torch.float32 [3] on cpu", "torch.float64 [3] on cpu", "convert"),
     ("pos_value", {"pos_value": torch.ones(2)}, "torch.float32 [3] on cpu", "torch.float32 [2] on cpu", "reshape"),
-    ("pos_sample", {"pos_sample": ints(0, B, 2, dtype=INT)}, "samples from 0 to 3", "samples from 0 to 4", "number samples within the batch"),
-    ("pos_sample", {"pos_sample": ints(-1, 3, 2, dtype=INT)}, "samples from 0 to 3", "samples from -1 to 3", "number samples within the batch"),
+    ("pos_sample", {"pos_sample": ints(0, B, 2, dtype=INT)},
+     "samples from 0 to 3", "samples from 0 to 4", "number samples within the batch"),
+    ("pos_sample", {"pos_sample": ints(-1, 3, 2, dtype=INT)},
+     "samples from 0 to 3", "samples from -1 to 3", "number samples within the batch"),
     ("pos_row", {"pos_row": ints(-1, 1, 4)}, "rows from 0", "first row -1", "rows within weight"),
-    ("pos_row", {"pos_row": ints(1, 4, 2)}, "unique pairs sorted by row, then sample", "(2, 2) after (4, 3) at 2", "sort the pairs"),
-    ("pos_sample", {"pos_sample": ints(3, 0, 2, dtype=INT)}, "unique pairs sorted by row, then sample", "(1, 0) after (1, 3) at 1",
+    ("pos_row", {"pos_row": ints(1, 4, 2)},
+     "unique pairs sorted by row, then sample", "(2, 2) after (4, 3) at 2", "sort the pairs"),
+    ("pos_sample", {"pos_sample": ints(3, 0, 2, dtype=INT)},
+     "unique pairs sorted by row, then sample", "(1, 0) after (1, 3) at 1",
      "sort the pairs and drop duplicates"),
     ("pos_sample", {"pos_sample": ints(3, 3, 2, dtype=INT)}, "unique pairs", "(1, 3) after (1, 3) at 1", "drop duplicates"),
 ]  # fmt: skip
@@ -67,7 +74,8 @@ STEP = [
     ("momentum", {"momentum": torch.zeros(N, D + 1)}, "[6, 3] on cpu", "torch.float32 [6, 4] on cpu", "reshape"),
     ("momentum", {"momentum": torch.zeros(N, D, dtype=F64)}, "torch.float32 or torch.bfloat16 or torch.float16 [6, 3]",
      "torch.float64 [6, 3] on cpu", "convert"),
-    ("second", {"momentum": torch.zeros(N, D), "second": torch.zeros(N, 1)}, "[6, 3] on cpu", "torch.float32 [6, 1] on cpu", "reshape"),
+    ("second", {"momentum": torch.zeros(N, D), "second": torch.zeros(N, 1)},
+     "[6, 3] on cpu", "torch.float32 [6, 1] on cpu", "reshape"),
     ("second", {"second": torch.zeros(N, D)}, "momentum beside it", "momentum=None", "pass momentum too"),
     ("kahan", {"kahan": torch.zeros(N, D)}, "a table below fp32", "an fp32 table", "leave kahan out"),
     ("kahan", {"weight": torch.zeros(N, D, dtype=BF16), "kahan": torch.zeros(N, D, dtype=F16)}, "torch.bfloat16 [6, 3] on cpu",
@@ -78,8 +86,10 @@ STEP = [
 TOPK = [
     ("k", {"k": 0}, "1 or more", "0", "ask for at least one label"),
     ("row_offset", {"row_offset": -3}, "0 or more", "-3", "pass the global row"),
-    ("exclude", {"exclude": torch.zeros(B, 2, dtype=INT)}, "torch.int64 [4, any] on cpu", "torch.int32 [4, 2] on cpu", "convert"),
-    ("exclude", {"exclude": torch.zeros(B + 1, 2, dtype=LONG)}, "torch.int64 [4, any] on cpu", "torch.int64 [5, 2] on cpu", "reshape"),
+    ("exclude", {"exclude": torch.zeros(B, 2, dtype=INT)},
+     "torch.int64 [4, any] on cpu", "torch.int32 [4, 2] on cpu", "convert"),
+    ("exclude", {"exclude": torch.zeros(B + 1, 2, dtype=LONG)},
+     "torch.int64 [4, any] on cpu", "torch.int64 [5, 2] on cpu", "reshape"),
 ]  # fmt: skip
 
 

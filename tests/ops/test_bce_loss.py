@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from common import (
     DEVICES,
     DTYPES,
@@ -20,14 +22,13 @@ from common import (
     random_step,
     torch_step,
 )
-from torch import Tensor
-
 from xmlkernels.ops import bce_loss, bce_step_
 from xmlkernels.reference.bce_loss import bce_loss as reference
 from xmlkernels.reference.bce_loss import bce_loss_backward as reference_backward
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 LEAVES = ("x", "weight", "bias")
+SUBSETS = [c for n in range(4) for c in itertools.combinations(LEAVES, n)]
 
 
 def run(step: Step, *, needs: tuple[str, ...] = LEAVES, upstream: float = 1.0) -> dict[str, Tensor]:
@@ -125,7 +126,7 @@ def test_x_of_another_format(dtype: torch.dtype, x_dtype: torch.dtype, device: s
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("needs", [c for n in range(4) for c in itertools.combinations(LEAVES, n)], ids=lambda n: "+".join(n) or "none")
+@pytest.mark.parametrize("needs", SUBSETS, ids=lambda n: "+".join(n) or "none")
 def test_only_what_is_asked_for(needs: tuple[str, ...], device: str) -> None:
     step = random_step(9, 700, 24, F32, states={"bias": F32}).to(device)
     got, wide = run(step, needs=needs, upstream=-0.5), exact(step, -0.5)
@@ -146,7 +147,8 @@ def test_finite_differences(device: str) -> None:
         ahead, behind = (
             run(step.replace(**{name: step.tensors[name] + s * h * way}), needs=())["loss"].double() for s in (1, -1)
         )
-        assert float((ahead - behind) / (2 * h)) == pytest.approx(float((slopes[name] * way).double().sum()), rel=5e-3, abs=0.02)
+        slope = float((slopes[name] * way).double().sum())
+        assert float((ahead - behind) / (2 * h)) == pytest.approx(slope, rel=5e-3, abs=0.02)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -192,7 +194,8 @@ def test_padding_is_not_scored(dtype: torch.dtype, rows: int, device: str) -> No
 @pytest.mark.parametrize("device", DEVICES)
 def test_fill_entries_are_ignored(device: str) -> None:
     step = random_step(9, 900, 16, F32, values=True).to(device)
-    fill = {"pos_row": torch.full((40,), 900), "pos_sample": torch.zeros(40, dtype=torch.int32), "pos_value": torch.full((40,), math.nan)}
+    fill = {"pos_row": torch.full((40,), 900), "pos_sample": torch.zeros(40, dtype=torch.int32)}
+    fill["pos_value"] = torch.full((40,), math.nan)
     filled = step.replace(**{k: torch.cat([step.tensors[k], v.to(device)]) for k, v in fill.items()})
     assert_same_bits(run(filled, needs=("x", "weight")), run(step, needs=("x", "weight")))
 
@@ -240,9 +243,7 @@ def test_shards_add_up(device: str) -> None:
     parts = []
     for begin, end in ((0, 1237), (1237, 3001)):
         mine = (t["pos_row"] >= begin) & (t["pos_row"] < end)
-        part = step.replace(
-            weight=t["weight"][begin:end], pos_row=t["pos_row"][mine] - begin, pos_sample=t["pos_sample"][mine]
-        )
+        part = step.replace(weight=t["weight"][begin:end], pos_row=t["pos_row"][mine] - begin, pos_sample=t["pos_sample"][mine])
         parts.append(run(part, needs=("x", "weight")))
     torch.testing.assert_close(parts[0]["x"] + parts[1]["x"], whole["x"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(parts[0]["loss"] + parts[1]["loss"], whole["loss"], rtol=1e-6, atol=0)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from common import DTYPES, LOW, bits, dyadic_step, make_counter, make_hyper, needs_kernels
 
+from common import DTYPES, LOW, bits, dyadic_step, make_counter, make_hyper, needs_kernels
 from xmlkernels import ops
 from xmlkernels.reference import bce_loss as reference_loss
 from xmlkernels.reference import bce_step as reference_step
@@ -97,7 +97,7 @@ def expected() -> dict[str, str]:
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", instruction_sets())
+@pytest.mark.parametrize("name", instruction_sets()[1:])  # the first is in use: all other tests are its own
 def test_every_instruction_set(name: str, expected: dict[str, str]) -> None:
     done = run_child(name, CHILD)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -109,4 +109,4 @@ def test_every_instruction_set(name: str, expected: dict[str, str]) -> None:
 def test_an_unknown_instruction_set_is_told() -> None:
     said = refusal()
     assert "environment variable XMLKERNELS_CPU: expected" in said and "got 'none'; unset it to use the fastest" in said
-    assert "portable" in instruction_sets()
+    assert instruction_sets()[-1] == "portable"

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from common import DEVICES, DTYPES, assert_no_worse, name_of, needs_kernels
 from torch import Tensor
 
+from common import DEVICES, DTYPES, assert_no_worse, name_of, needs_kernels
 from xmlkernels.ops import matmul_topk
 from xmlkernels.reference.matmul_topk import matmul_topk as reference
 

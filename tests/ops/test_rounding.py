@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from common import DEVICES, LOW, bits, name_of, unit
 
+from common import DEVICES, LOW, bits, name_of, unit
 from xmlkernels.reference.rounding import (
     MOMENTUM,
     SECOND,

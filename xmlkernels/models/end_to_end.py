@@ -1,6 +1,6 @@
 """The end-to-end model: encoder and full label table, trained together in one step (Renee, MLSys 2023)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -55,10 +55,17 @@ class EndToEnd(nn.Module):
         self.register_buffer("skipped_encoder_steps", torch.zeros(1))
         if training is not None:
             self.optimizer = encoder_optimizer(encoder, training.encoder_lr, training.encoder_decay)
-            device = next(encoder.parameters()).device
+            device = head.weight.device
             # Only fp16 needs a scale; elsewhere it stays 1 and the scaler is the check for non-finite gradients.
             half = encoder.autocast == torch.float16
             self.scaler = LossScaler(device) if half else LossScaler(device, init_scale=1.0, growth=1.0, backoff=1.0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EndToEnd":
+        # `.to(device)` must take the loss scaler along; it is no module, because its tensors are no part of the model.
+        super()._apply(fn, recurse)
+        if self.training_settings is not None:
+            self.scaler.move(fn)
+        return self
 
     def step(self, batch: Batch, *, need_loss: bool = False) -> Tensor:
         """Trains on one batch.
@@ -149,14 +156,18 @@ class EndToEnd(nn.Module):
             rest = {k: v for k, v in rest.items() if k not in ("head.momentum", "head.second", "head.kahan")}
         own = self.state_dict()
         missing, extra = sorted(own.keys() - rest.keys()), sorted(rest.keys() - own.keys())
-        wrong = [k for k in own.keys() & rest.keys() if own[k].shape != rest[k].shape or own[k].dtype != rest[k].dtype]
-        if missing or extra or wrong:
+        if missing or extra:
             raise InputError(
-                "checkpoint",
-                "the tensors of this model",
-                f"missing {missing[:3]}, left over {extra[:3]}, other shape {wrong[:3]}",
+                "checkpoint", "the tensors of this model", f"missing {missing[:3]}, left over {extra[:3]}",
                 "use the checkpoint's own configuration",
             )  # fmt: skip
+        for name, mine in own.items():
+            there = rest[name]
+            if mine.shape != there.shape or mine.dtype != there.dtype:
+                raise InputError(
+                    f"checkpoint: {name}", f"{mine.dtype} {list(mine.shape)}", f"{there.dtype} {list(there.shape)}",
+                    "use the checkpoint's own configuration (table formats are chosen by --table and --state)",
+                )  # fmt: skip
         self.load_state_dict(rest)
         self.steps = int(self.head.counter[1])
         if self.training_settings is not None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from xmlkernels.errors import InputError
+from xmlkernels.nn.encoder import default_autocast
 from xmlkernels.ops import bce_loss, bce_step_, matmul_topk
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -11,9 +12,8 @@ _INIT_BLOCK = 1 << 22  # values drawn at a time: a table below fp32 never stands
 
 
 def default_table_dtype(device: torch.device) -> str:
-    """bf16 where the device multiplies it natively (CUDA; a CPU with AVX512-BF16 or AMX), else fp32."""
-    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if native else "fp32"
+    """bf16 where the device multiplies it natively (what `default_autocast` finds for the encoder), else fp32."""
+    return "bf16" if default_autocast(device) == torch.bfloat16 else "fp32"
 
 
 class FullHead(nn.Module):

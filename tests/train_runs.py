@@ -1,0 +1,88 @@
+"""What the tests of the commands share: a small dataset whose words give its labels away, and runs in this process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+for folder in (ROOT / "train", ROOT / "tests" / "data"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+import session  # noqa: E402
+from config import Config  # noqa: E402
+from recipes import RECIPES  # noqa: E402
+from run import train  # noqa: E402
+from tiny_tokenizer import make_tokenizer  # noqa: E402
+
+from xmlkernels.checkpoint import CheckpointFolder  # noqa: E402
+from xmlkernels.data.prepare import PrepareConfig, prepare  # noqa: E402
+
+__all__ = [
+    "LABELS", "ROOT", "TRAIN_DOCUMENTS", "Config", "make_dataset", "run", "session", "threads_kept", "tiny", "weights",
+]  # fmt: skip
+TRAIN_DOCUMENTS, LABELS = 160, 30
+PARTS = {"train": ("trn", TRAIN_DOCUMENTS), "validation": ("val", 40), "test": ("tst", 50)}
+
+
+def write_part(folder: Path, part: str, documents: int, seed: int, unlabelled: int = 0) -> None:
+    """Label l goes with the words w3l, w3l+1, w3l+2; the first `unlabelled` documents have none."""
+    random = np.random.default_rng(seed)
+    texts, lines = [], [f"{documents} {LABELS}"]
+    for number in range(documents):
+        own = sorted(random.choice(LABELS, 2, replace=False).tolist())
+        words = [f"w{3 * label + int(random.integers(3))}" for label in own for _ in range(3)]
+        texts.append(" ".join(words[: int(random.integers(4, 7))]))
+        lines.append(" ".join(f"{label}:1" for label in own) if number >= unlabelled else "")
+    (folder / f"{part}_X.txt").write_text("".join(f"{text}\n" for text in texts))
+    (folder / f"{part}_X_Y.txt").write_text("".join(f"{line}\n" for line in lines))
+
+
+def make_dataset(folder: Path, *, splits: tuple[str, ...] = tuple(PARTS), unlabelled: int = 0, **more: Any) -> Path:
+    """A dataset folder of the given splits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, Any] = {}
+    for number, name in enumerate(splits):
+        part, documents = PARTS[name]
+        write_part(folder, part, documents, number, unlabelled)
+        files |= {f"{name}_text": folder / f"{part}_X.txt", f"{name}_labels": folder / f"{part}_X_Y.txt"}
+    (folder / "Y.txt").write_text("".join(f"w{3 * label}\n" for label in range(LABELS)))
+    tokenizer = make_tokenizer(folder / "tokenizer")
+    settings = {"max_length": 16, "label_text": folder / "Y.txt", **files, **more}
+    prepare(PrepareConfig(output=folder / "dataset", tokenizer=str(tokenizer), **settings))
+    return folder / "dataset"
+
+
+def tiny(dataset: Path, output: Path, **changes: Any) -> Config:
+    """A run of 3 epochs and 30 steps on one thread."""
+    settings = {"batch": 16, "epochs": 3, "log_every": 2, "threads": 1, "dropout": 0.1, "save_every": 4} | changes
+    return replace(RECIPES["tiny"][1], dataset=str(dataset), output=str(output), **settings)
+
+
+@contextmanager
+def threads_kept() -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """`train` in this process, which keeps its thread count."""
+    with threads_kept():
+        return train(config)
+
+
+def weights(folder: Path, which: str) -> dict[str, bytes]:
+    """Every tensor of a run's checkpoint, as bytes."""
+    tensors, _ = CheckpointFolder(folder / "checkpoint").load(which)
+    return {name: value.contiguous().flatten().view(torch.uint8).numpy().tobytes() for name, value in tensors.items()}

@@ -1,0 +1,91 @@
+"""What a run says about itself: commit, versions, devices, formats, and where its time went."""
+
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import torch
+
+from build import dtype_name
+from xmlkernels import __version__
+from xmlkernels.models.end_to_end import EndToEnd
+from xmlkernels.ops import missing
+
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "safetensors")
+
+
+class Clock:
+    """Wall clock of a run by what it was spent on; every moment after `start` belongs to exactly one part.
+
+    Attributes:
+        spent: seconds of each part up to its last change; `seconds()` is up to now.
+    """
+
+    def __init__(self) -> None:
+        self.spent = {"train": 0.0, "evaluate": 0.0, "save": 0.0}
+        self._part: str | None = None
+        self._since = 0.0
+
+    def start(self, part: str | None) -> str | None:
+        """From now on time belongs to `part` (None: to nothing); returns the part before."""
+        before, now = self._part, time.perf_counter()
+        if before is not None:
+            self.spent[before] += now - self._since
+        self._part, self._since = part, now
+        return before
+
+    @contextmanager
+    def on(self, part: str) -> Iterator[None]:
+        """`part` inside the block, and what it was before after it."""
+        before = self.start(part)
+        try:
+            yield
+        finally:
+            self.start(before)
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each part, up to now."""
+        self.start(self._part)
+        return dict(self.spent)
+
+
+def commit() -> str:
+    """The commit of the source tree, with -dirty for changed files; the version where there is no repository."""
+    try:
+        out = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return f"version {__version__}"
+    return out.stdout.strip()
+
+
+def environment(model: EndToEnd) -> dict[str, Any]:
+    """Everything beside settings and data that the bits of a result depend on, as flat JSON."""
+    versions = {"python": python_version(), "xmlkernels": __version__}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # a torch built from source may have no metadata
+            versions[name] = "unknown"
+    head = model.head
+    state = head.momentum if head.momentum is not None else head.second
+    return versions | {
+        "device": str(head.weight.device),
+        "threads": torch.get_num_threads(),
+        "native": missing is None,
+        "autocast": dtype_name(model.encoder.autocast),
+        "table": dtype_name(head.weight.dtype),
+        "state": None if state is None else dtype_name(state.dtype),
+    }
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What is not as it was, for one line; empty when all is the same."""
+    return ", ".join(f"{key} {now[key]} instead of {before[key]}" for key in now if key in before and before[key] != now[key])

@@ -1,0 +1,139 @@
+"""A run's output folder: who may write into it, its settings, its log."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from config import Config
+from report import say
+from xmlkernels import InputError
+from xmlkernels.checkpoint import CheckpointFolder
+from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.files import replacing
+from xmlkernels.data.tokens import load_tokenizer
+
+# In the order in which they are cleared: while config.json stands, the folder is known as a run that is not finished.
+RUN_FILES = ("metrics.json", "predictions.npz", "log.jsonl", "checkpoint", "config.json")
+MAY_CHANGE = ("resume", "overwrite", "output", "cache", "log_every", "save_every", "threads")
+
+
+class RunFolder:
+    """config.json, log.jsonl, metrics.json, predictions.npz and checkpoint/ of one run.
+
+    Attributes:
+        path: the folder.
+        checkpoints: the last and the best checkpoint in it.
+
+    Raises:
+        InputError: the folder holds what this configuration may not touch. Nothing is written before `begin`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.path = config, Path(config.output)
+        self.checkpoints = CheckpointFolder(self.path / "checkpoint")
+        self.log_file, self._settings = self.path / "log.jsonl", self.path / "config.json"
+        held = [name for name in RUN_FILES if (self.path / name).exists()]
+        if config.resume and self._settings.exists():
+            self._compare(read_json(self._settings))
+        elif held and not config.overwrite:
+            raise InputError(
+                f"--output {self.path}", "a new folder", f"a folder that holds a run ({held[-1]})",
+                "go on with it by --resume, replace it by --overwrite, or name another",
+            )  # fmt: skip
+        elif config.resume:
+            say(f"--resume: {self.path}/ holds no run; starting from the beginning")
+
+    def _compare(self, before: Mapping[str, Any]) -> None:
+        now = asdict(self.config)
+        for key in now:
+            if key not in MAY_CHANGE and before.get(key) != now[key]:
+                raise InputError(
+                    f"--resume: {key}",
+                    f"{before.get(key)!r}, as the run began",
+                    repr(now[key]),
+                    "resume with the same settings",
+                )
+
+    @property
+    def resumable(self) -> bool:
+        """Whether there is a checkpoint to go on from, and the configuration asks for that."""
+        if not self.config.resume or not self._settings.exists():
+            return False
+        if not self.checkpoints.exists("last"):
+            say("--resume: no checkpoint was written yet; starting from the beginning")
+            return False
+        return True
+
+    def begin(self, dataset: Dataset) -> None:
+        """A run from its first step: what an earlier one left goes, settings, tokenizer and label names are written."""
+        for name in RUN_FILES[:-1]:
+            path = self.path / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        inner = self.path / "checkpoint"
+        inner.mkdir(parents=True)
+        write_text(self._settings, json.dumps(asdict(self.config), indent=1) + "\n")
+        load_tokenizer(dataset.tokenizer_folder).save(inner / "tokenizer")
+        if dataset.label_names is not None:
+            write_text(inner / "label_names.txt", "".join(f"{name}\n" for name in dataset.label_names))
+        self.log_file.touch()
+
+    # ---- log ----
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Appends one line of strict JSON."""
+        with open(self.log_file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(strict(line), allow_nan=False) + "\n")
+
+    def sync_log(self) -> int:
+        """Puts the log on the disk; returns its bytes. A checkpoint must never know of lines that a power cut takes."""
+        with open(self.log_file, "ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
+
+    def rewind_log(self, size: int) -> None:
+        """Back to the log as the checkpoint knew it; lines after it will be written again."""
+        with open(self.log_file, "a+b") as file:
+            found = file.seek(0, os.SEEK_END)
+            if found >= size:
+                file.truncate(size)
+                return
+            file.seek(0)
+            whole = file.read().rfind(b"\n") + 1
+            file.truncate(whole)
+        say(f"note: {self.log_file} lost lines: {size:,} bytes were written up to the checkpoint, {found:,} are there")
+
+
+def strict(value: Any) -> Any:
+    """The same for JSON, which knows no NaN and no infinity: null stands for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: strict(item) for key, item in value.items()}
+    return [strict(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. InputError where the file holds none."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(str(path), "JSON", str(error), "replace the run with --overwrite") from error
+    if not isinstance(value, dict):
+        raise InputError(str(path), "a JSON object", type(value).__name__, "replace the run with --overwrite")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """A file that is there whole or not at all."""
+    write_text(path, json.dumps(strict(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file that is there whole or not at all."""
+    with replacing(path) as file:
+        file.write(text.encode())
