@@ -53,6 +53,6 @@ def test_required_native_code_fails_the_build(tmp_path: Path, setting: dict[str,
 
 
 def test_setup_imports_no_torch() -> None:
-    code = "import sys; sys.argv = ['setup.py', '--version']; import runpy; runpy.run_path('setup.py'); print('torch' in sys.modules)"
+    code = "import runpy, sys; sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py'); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False", done.stderr

@@ -18,16 +18,16 @@ for folder in (ROOT / "train", ROOT / "tests" / "data"):
         sys.path.insert(0, str(folder))
 
 import session  # noqa: E402
-from config import Config  # noqa: E402
+from config import Config, check  # noqa: E402
 from recipes import RECIPES  # noqa: E402
 from run import train  # noqa: E402
 from tiny_tokenizer import make_tokenizer  # noqa: E402
-
 from xmlkernels.checkpoint import CheckpointFolder  # noqa: E402
 from xmlkernels.data.prepare import PrepareConfig, prepare  # noqa: E402
 
 __all__ = [
-    "LABELS", "ROOT", "TRAIN_DOCUMENTS", "Config", "make_dataset", "run", "session", "threads_kept", "tiny", "weights",
+    "LABELS", "RECIPES", "ROOT", "TRAIN_DOCUMENTS", "Config", "check", "make_dataset", "run", "session", "threads_kept",
+    "tiny", "weights",
 ]  # fmt: skip
 TRAIN_DOCUMENTS, LABELS = 160, 30
 PARTS = {"train": ("trn", TRAIN_DOCUMENTS), "validation": ("val", 40), "test": ("tst", 50)}

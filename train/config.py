@@ -148,8 +148,9 @@ def check(config: Config, given: Collection[str] = ()) -> None:
         if not good:
             raise InputError(f"--{name.replace('_', '-')}", expected, repr(getattr(config, name)), mend)
     if config.best_by not in BEST_BY:
-        near = difflib.get_close_matches(config.best_by, BEST_BY, 1, 0.3)
-        mend = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(BEST_BY)}"
+        known = {name.lower(): name for name in BEST_BY}
+        near = difflib.get_close_matches(config.best_by.lower(), known, 1, 0.3)
+        mend = f"did you mean {known[near[0]]}?" if near else f"choose one of {', '.join(BEST_BY)}"
         raise InputError("--best-by", "a metric", repr(config.best_by), mend)
     table = resolved_table(config, resolved_device(config.device))
     for idle, flag, needs, got in _without_effect(config, table, given):

@@ -8,10 +8,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Literal
+from typing import IO, Annotated, Any, Literal
 
 import numpy as np
 import torch
+from tyro.constructors import PrimitiveConstructorSpec
 
 from config import resolved_device
 from report import command
@@ -21,11 +22,21 @@ from xmlkernels.data.formats import DataWarning, iter_lines, write_npz
 from xmlkernels.predict import Label, Predictor, score_matrix
 
 
+# tyro would take the text "None" for no text.
+VERBATIM: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="TEXT",
+    instance_from_str=lambda words: words[0],
+    is_instance=lambda value: value is None or isinstance(value, str),
+    str_from_instance=lambda value: [] if value is None else [value],
+)
+
+
 @dataclass(frozen=True)
 class Options:
     checkpoint: str
     """A run's output folder, or the checkpoint folder in it."""
-    text: str | None = None
+    text: Annotated[str | None, VERBATIM] = None
     """One text to label; it may be empty."""
     input: str | None = None
     """A .txt file (one text a line), a .jsonl file (a string, or an object with "text" or "title" and "content", a line),

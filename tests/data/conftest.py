@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_tokenizer import make_tokenizer
 
+from tiny_tokenizer import make_tokenizer
 from xmlkernels.data.tokens import Tokenizer, load_tokenizer
 
 

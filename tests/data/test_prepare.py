@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix, save_npz
-from tiny_tokenizer import make_tokenizer
 
+from tiny_tokenizer import make_tokenizer
 from xmlkernels.data import docstrings
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.formats import DataWarning

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_tokenizer import WORDS, make_tokenizer
 
+from tiny_tokenizer import WORDS, make_tokenizer
 from xmlkernels.data.formats import open_token_maps
 from xmlkernels.data.tokens import (
     Tokenizer,
