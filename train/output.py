@@ -75,8 +75,9 @@ class RunFolder:
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         inner = self.path / "checkpoint"
-        inner.mkdir(parents=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         write_text(self._settings, json.dumps(asdict(self.config), indent=1) + "\n")
+        inner.mkdir()
         load_tokenizer(dataset.tokenizer_folder).save(inner / "tokenizer")
         if dataset.label_names is not None:
             write_text(inner / "label_names.txt", "".join(f"{name}\n" for name in dataset.label_names))

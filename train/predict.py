@@ -21,7 +21,6 @@ from xmlkernels.data.files import replacing
 from xmlkernels.data.formats import DataWarning, iter_lines, write_npz
 from xmlkernels.predict import Label, Predictor, score_matrix
 
-
 # tyro would take the text "None" for no text.
 VERBATIM: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
     nargs=1,

@@ -122,7 +122,8 @@ XK_INLINE void store_compensated(const Chunk& c, void* weight, void* kahan) {
   for (int i = 0; i < kChunkVecs; ++i) {
     const vf v = vclamp(c.v[i], limit);
     const vu w = kType == DType::bf16 ? f32_to_bf16(v) : f32_to_f16(v);
-    const vf rest = vclamp(c.v[i] - (kType == DType::bf16 ? bf16_to_f32(w) : f16_to_f32(w)), limit);
+    // From the clamped value: what saturation cut off must not come back in the next step.
+    const vf rest = v - (kType == DType::bf16 ? bf16_to_f32(w) : f16_to_f32(w));
     store_u16(static_cast<uint16_t*>(weight) + i * kLanes, w);
     store_u16(static_cast<uint16_t*>(kahan) + i * kLanes, kType == DType::bf16 ? f32_to_bf16(rest) : f32_to_f16(rest));
   }

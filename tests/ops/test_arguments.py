@@ -137,3 +137,18 @@ def test_a_table_without_columns_is_refused_by_name(op: str) -> None:
     changed = {"weight": torch.zeros(N, 0), "x": torch.zeros(B, 0), "k": 2}
     with pytest.raises(InputError, match=f"{op}: argument weight"):
         call(op, {k: v for k, v in (good() | changed).items() if k != "k" or op == "matmul_topk"})
+
+
+def test_a_table_in_autograd_is_refused() -> None:
+    arguments = good()
+    arguments["weight"].requires_grad_()
+    with pytest.raises(InputError, match="argument weight: expected a tensor that requires no gradient"):
+        bce_step_(**arguments)
+
+
+def test_the_step_leaves_autograd_alone() -> None:
+    """dx is handed to `embedding.backward`; it must not look differentiable itself."""
+    arguments = good()
+    arguments["x"].requires_grad_()
+    dx, _ = bce_step_(**arguments)
+    assert not dx.requires_grad

@@ -119,3 +119,16 @@ def test_kahan_follows_the_exact_path(dtype: torch.dtype, device: str) -> None:
     allowed = 30 * 0.5 * float(unit(rest, dtype)) + 0.01 * float(moved.max())
     assert (sums[0] - sums[1]).abs().max() <= allowed
     assert got.tensors["kahan"].abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=name_of)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_kahan_forgets_what_saturation_cut_off(dtype: torch.dtype, sign: float) -> None:
+    """A weight at the format's end that is pushed outward stays there, with nothing left over to come back later."""
+    weight = torch.full((1, 8), sign * torch.finfo(dtype).max, dtype=dtype)
+    before, rest = weight.clone(), torch.zeros_like(weight)
+    none = torch.zeros(0, dtype=torch.int64)
+    # A decay of -1 at a rate of 1 doubles the weight.
+    bce_step_(weight, torch.zeros(1, 8), none, none.int(), make_hyper(1.0, -1.0), make_counter(), kahan=rest)
+    assert torch.equal(weight, before)
+    assert float(rest.abs().max()) == 0

@@ -93,9 +93,13 @@ def bce_step_(
         "leave it out: only 8-bit tables have row scales",
     )  # fmt: skip
     expect(row_offset >= 0, f"{op}: argument row_offset", "0 or more", str(row_offset), "pass the global row of weight[0]")
+    expect(
+        not weight.requires_grad, f"{op}: argument weight", "a tensor that requires no gradient", "one that does",
+        "keep the table out of autograd (a buffer, not an nn.Parameter): the step is its whole training",
+    )  # fmt: skip
     options = {"pos_value": pos_value, "bias": bias, "momentum": momentum, "second": second, "kahan": kahan}
     return torch.ops.xmlkernels.bce_step_(
-        weight, x, pos_row, pos_sample, hyper, counter, **options,
+        weight, x.detach(), pos_row, pos_sample, hyper, counter, **options,
         row_offset=row_offset, rows=rows, decoupled=decoupled, need_loss=need_loss,
     )  # fmt: skip
 

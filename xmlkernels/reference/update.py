@@ -59,6 +59,8 @@ def update_rows(
         new = shrunk - lr * grad
     if kahan is None:
         return [(weight, store(new, weight.dtype, counter, rows, WEIGHT)), *out]
-    rounded = saturate(new, weight.dtype)
+    limit = torch.finfo(weight.dtype).max
+    new = new.clamp(-limit, limit)  # what saturation cuts off must not come back in the next step
+    rounded = new.to(weight.dtype)
     rest = saturate(new - rounded.to(new.dtype), kahan.dtype)
     return [(weight, rounded), (kahan, rest), *out]
