@@ -263,6 +263,8 @@ def test_lines_are_answered_one_by_one_and_a_closed_pipe_ends_it_quietly(finishe
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+    watchdog = threading.Timer(60, process.kill)  # an answer that never comes must not stop the suite
+    watchdog.start()
     for number in range(2):
         process.stdin.write(b"w0 w1\n")
         process.stdin.flush()
@@ -272,4 +274,5 @@ def test_lines_are_answered_one_by_one_and_a_closed_pipe_ends_it_quietly(finishe
     process.stdin.close()
     complaint = process.stderr.read().decode()
     process.stderr.close()
+    watchdog.cancel()
     assert process.wait(60) == 128 + 13 and complaint == ""
