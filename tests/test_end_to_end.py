@@ -37,7 +37,8 @@ def make_model(*, dropout: float = 0.0, **training: float) -> EndToEnd:
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).detach().norm() / b.norm().clamp_min(1e-12))
+    a, b = a.detach(), b.detach()
+    return float((a - b).norm() / b.norm().clamp_min(1e-12))
 
 
 def test_step_equals_plain_autograd() -> None:

@@ -234,7 +234,7 @@ def _read(found: Path, target: Path, keep: Callable[[str], bool]) -> tuple[dict[
             tensors = {name: file.get_tensor(name) for name in sorted(kept & names)}
     except FileNotFoundError as error:
         raise InputError(where, "the tensors of the checkpoint", "no such file", mend) from error
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # torch, mapping the values, raises RuntimeError
         raise InputError(where, "a whole safetensors file", str(error), mend) from error
     # safetensors opens the file by name twice, for the header and for the values, and may meet two files.
     if identity != head["identity"] or _stat(found / TENSORS) != before:
