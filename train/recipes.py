@@ -9,11 +9,14 @@ _BASE = Config()
 RECIPES: dict[str, tuple[str, Config]] = {
     "demo": (
         "Part of the built-in corpus, all-MiniLM-L6-v2, a few minutes on two cores (what `make demo` runs).",
-        replace(_BASE, documents=8000, output="runs/demo", epochs=4, batch=32, max_length=48, save_every=0),
+        replace(
+            _BASE, documents=8000, output="runs/demo", label_text=True, epochs=4, batch=32, max_length=48, save_every=0,
+            table_lr=0.05, dropout=0.3, warmup=60, log_every=100,
+        ),
     ),
     "docstrings": (
         "The whole built-in corpus, all-MiniLM-L6-v2.",
-        replace(_BASE, output="runs/docstrings", epochs=8, batch=32, max_length=64),
+        replace(_BASE, output="runs/docstrings", label_text=True, epochs=8, batch=32, max_length=64, table_lr=0.05, dropout=0.3),
     ),
     "eurlex57k-titles": (
         "EURLEX57K from titles alone, all-MiniLM-L6-v2, two cores; prepare the dataset folder first.",
