@@ -16,7 +16,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
     ),
     "docstrings": (
         "The whole built-in corpus, all-MiniLM-L6-v2.",
-        replace(_BASE, output="runs/docstrings", label_text=True, epochs=8, batch=32, max_length=64, table_lr=0.05, dropout=0.3),
+        replace(_BASE, output="runs/docstrings", label_text=True, epochs=8, batch=32, table_lr=0.05, dropout=0.3),
     ),
     "eurlex57k-titles": (
         "EURLEX57K from titles alone, all-MiniLM-L6-v2, two cores; prepare the dataset folder first.",
