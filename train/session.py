@@ -173,6 +173,7 @@ class Session:
         tensors, _ = checkpoints.load("best")
         self.model.load_tensors(tensors)
         self.epoch = int(self.best["epoch"])
+        say(f"the best checkpoint by validation {self.config.best_by} is epoch {self.epoch}'s: measured once more, in full")
         return self.best
 
     def finish(self) -> dict[str, Any]:

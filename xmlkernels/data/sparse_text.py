@@ -42,7 +42,7 @@ def _parser() -> Parser:
         if os.environ.get("XMLKERNELS_REQUIRE_NATIVE") == "1":
             raise
         warnings.warn(
-            f"the native parser of sparse text is not built ({error}); the Python one reads the same, some thirty times slower",
+            f"the native parser of sparse text is not built ({error}); the Python one reads the same, much more slowly",
             DataWarning,
             stacklevel=4,
         )

@@ -1,11 +1,12 @@
 """Dropout and attention for training a transformer on a CPU.
 
-Two stock pieces waste a fifth of a training step there. `bernoulli_` draws one 53-bit number per element in one thread
+Two stock pieces are slow there. `bernoulli_` draws one 53-bit number per element in one thread
 (only Intel CPUs get a parallel path), and `scaled_dot_product_attention` with dropout leaves its fused kernel for a
 path of small passes, while without dropout its fused backward is slower still at the lengths of titles. Here an element
 costs 16 random bits, compared in parallel, and attention is two batched products around a softmax.
 
-On other devices, and in evaluation, the stock implementations run.
+On other devices, and in evaluation, the stock implementations run: torch offers no dispatcher op to hang this on, so the
+choice by device stands here.
 """
 
 from __future__ import annotations
