@@ -1,45 +1,14 @@
 // Torch's view of the CPU kernels, on the stable ABI. Arguments arrive checked by xmlkernels/ops; what would corrupt
 // memory is checked once more, since the dispatcher can be called without them.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <optional>
-#include <tuple>
-
-#include "kernels.h"
+#include "bindings.h"
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
 
 void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* ctx) {
   torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(begin, end, ctx); });
 }
 int threads() { return int(torch::stable::get_num_threads()); }
 constexpr xk::Host kHost{&parallel_for, &threads};
-
-void check(const Tensor& t, const char* name, ScalarType dtype) {
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == dtype, "argument ", name,
-                  ": expected a contiguous CPU tensor of the documented dtype");
-}
-void check_size(const Tensor& t, const char* name, int64_t numel) {
-  STD_TORCH_CHECK(t.numel() == numel, "argument ", name, ": expected ", numel, " elements, got ", t.numel());
-}
-
-xk::DType dtype_of(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), "argument ", name, ": expected a contiguous CPU tensor");
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return xk::DType::f32;
-    case ScalarType::BFloat16: return xk::DType::bf16;
-    case ScalarType::Half: return xk::DType::f16;
-    default: STD_TORCH_CHECK(false, "argument ", name, ": expected float32, bfloat16 or float16");
-  }
-  return xk::DType::f32;
-}
 
 xk::Batch batch_of(const Tensor& x, const Tensor& weight) {
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) && x.size(1) > 0,
@@ -71,17 +40,6 @@ xk::Positives positives_of(const Tensor& row, const Tensor& sample, const Maybe&
                     "argument pos_sample: expected 0 to ", batch - 1, ", got ", p.sample[i], " at ", i);
   }
   return p;
-}
-
-xk::State state_of(const Maybe& state, const char* name, const Tensor& weight) {
-  if (!state) return {nullptr, xk::DType::f32};
-  const xk::DType dtype = dtype_of(*state, name);
-  check_size(*state, name, weight.numel());
-  return {state->mutable_data_ptr(), dtype};
-}
-
-Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype = ScalarType::Float) {
-  return torch::stable::empty(size, dtype);
 }
 
 std::tuple<Tensor, Tensor> bce_step_(Tensor weight, Tensor x, Tensor pos_row, Tensor pos_sample, Tensor hyper,

@@ -9,17 +9,28 @@
 
 #include "../kernels.h"
 
-#define XK_DECLARE(ns)                                         \
-  namespace xk::ns {                                           \
-  void bce_step(const BceStep&, const Host&);                  \
-  void bce_loss(const BceLoss&, const Host&);                  \
-  void bce_loss_backward(const BceLossBackward&, const Host&); \
-  void matmul_topk(const MatmulTopk&, const Host&);            \
-  }
-XK_DECLARE(isa0)
-XK_DECLARE(isa1)
-XK_DECLARE(isa2)
-XK_DECLARE(isa3)
+// Every kernel and the type of its arguments: the only list of them here.
+#define XK_EACH_KERNEL(X, ns)              \
+  X(ns, bce_step, BceStep)                 \
+  X(ns, bce_loss, BceLoss)                 \
+  X(ns, bce_loss_backward, BceLossBackward) \
+  X(ns, matmul_topk, MatmulTopk)
+
+#define XK_FUNCTION(ns, kernel, Args) void kernel(const Args&, const Host&);
+#define XK_POINTER(ns, kernel, Args) void (*kernel)(const Args&, const Host&);
+#define XK_ADDRESS(ns, kernel, Args) &ns::kernel,
+namespace xk::isa0 {
+XK_EACH_KERNEL(XK_FUNCTION, isa0)
+}
+namespace xk::isa1 {
+XK_EACH_KERNEL(XK_FUNCTION, isa1)
+}
+namespace xk::isa2 {
+XK_EACH_KERNEL(XK_FUNCTION, isa2)
+}
+namespace xk::isa3 {
+XK_EACH_KERNEL(XK_FUNCTION, isa3)
+}
 
 namespace xk {
 namespace {
@@ -27,13 +38,10 @@ namespace {
 struct Kernels {
   const char* name;
   bool usable;
-  void (*bce_step)(const BceStep&, const Host&);
-  void (*bce_loss)(const BceLoss&, const Host&);
-  void (*bce_loss_backward)(const BceLossBackward&, const Host&);
-  void (*matmul_topk)(const MatmulTopk&, const Host&);
+  XK_EACH_KERNEL(XK_POINTER, -)
 };
 #define XK_KERNELS(name, usable, ns) \
-  Kernels { name, usable, &ns::bce_step, &ns::bce_loss, &ns::bce_loss_backward, &ns::matmul_topk }
+  Kernels { name, usable, XK_EACH_KERNEL(XK_ADDRESS, ns) }
 
 Kernels choose() {
 #if defined(XK_HAS_ISA_1) || defined(XK_HAS_ISA_2) || defined(XK_HAS_ISA_3)
@@ -73,10 +81,9 @@ const Kernels& kernels() {
 
 }  // namespace
 
-void bce_step(const BceStep& args, const Host& host) { kernels().bce_step(args, host); }
-void bce_loss(const BceLoss& args, const Host& host) { kernels().bce_loss(args, host); }
-void bce_loss_backward(const BceLossBackward& args, const Host& host) { kernels().bce_loss_backward(args, host); }
-void matmul_topk(const MatmulTopk& args, const Host& host) { kernels().matmul_topk(args, host); }
+#define XK_CALL(ns, kernel, Args) \
+  void kernel(const Args& args, const Host& host) { kernels().kernel(args, host); }
+XK_EACH_KERNEL(XK_CALL, -)
 const char* instruction_set() { return kernels().name; }
 
 }  // namespace xk
