@@ -76,7 +76,7 @@ XK_INLINE void store_draws(vu w0, vu w1, vu w2, vu w3, uint16_t* out) {
 struct PhiloxColumns {
   vu hi, lo;
   explicit PhiloxColumns(int64_t column, int per_draw = 8) {
-    vu group;
+    vu group{};
     for (int i = 0; i < kLanes; ++i) group[i] = uint32_t(column / per_draw) + uint32_t((kLanes / 4) * (i % 4) + i / 4);
     mul_hi_lo(group, kMul1, hi, lo);
   }

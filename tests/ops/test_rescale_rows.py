@@ -1,10 +1,12 @@
 """`rescale_rows_`: rows of an e4m3 table that outgrow half their range."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
-from common import DEVICES, assert_same_bits, bits, decoded, make_counter, needs_kernels, to_fp8, unit
+from common import DEVICES, assert_same_bits, bits, decoded, huge_table, make_counter, needs_kernels, to_fp8, unit
 from xmlkernels.errors import InputError
 from xmlkernels.ops import rescale_rows_
 from xmlkernels.reference.rescale_rows import rescale_rows_ as reference
@@ -114,7 +116,26 @@ def test_opcheck(device: str) -> None:
     assert torch.equal(t["counter"], before)
 
 
+@needs_kernels
+def test_the_native_library_serves_the_op() -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("xmlkernels::rescale_rows_", "CPU")
+
+
 # 6.
+@needs_kernels
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="maps one piece of memory many times, as Linux can")
+def test_addresses_beyond_2_31() -> None:
+    """2^32 numbers, of which the last rows alone change; those between would be the same memory again and again."""
+    table = huge_table(2**21, 1024, 1 << 21).view(E4M3)
+    row_scale = torch.tensor([[S, 0.0]]).repeat(2**21, 1)
+    small = random_table(64, 2048)
+    table[-64:], row_scale[-64:] = small["weight"], small["row_scale"]
+    count = rescale_rows_(table, row_scale, small["counter"])
+    expected = run(small, row_offset=2**21 - 64)
+    assert_same_bits(expected, expected | {"weight": table[-64:], "row_scale": row_scale[-64:], "count": count})
+    assert not bits(table[:64]).any() and 0 < int(count) < 64
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_largest_scale_is_kept(device: str) -> None:
     weight = torch.full((2, 3), 448.0).to(E4M3).to(device)
