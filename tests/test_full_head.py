@@ -77,28 +77,27 @@ def test_state_is_kept_only_where_the_optimizer_needs_it() -> None:
 
 
 def test_an_fp8_table_learns_what_an_fp32_table_learns() -> None:
-    """The same 60 steps; rows outgrow their first range of 1.75 on the way, and are counted."""
-    labels, width, batch = 40, 16, 8
-    heads = {dtype: FullHead(labels, width, dtype=dtype, momentum=0.5, seed=1) for dtype in ("fp32", "fp8")}
+    """The same 100 steps; rows outgrow their first range of 1.75 on the way, and are counted."""
+    labels, width, batch = 40, 16, 16
+    heads = {dtype: FullHead(labels, width, dtype=dtype, seed=1) for dtype in ("fp32", "fp8")}
     assert heads["fp8"].weight.dtype == torch.float8_e4m3fn and heads["fp8"].kahan is None
     torch.testing.assert_close(heads["fp8"].rows(0, labels), heads["fp32"].rows(0, labels), rtol=2.0**-4, atol=2.0**-18)
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(labels, width, generator=generator)
     losses: dict[str, list[float]] = {dtype: [] for dtype in heads}
-    for _ in range(60):
+    for _ in range(100):
         label = torch.randint(labels, (batch,), generator=generator)
         x = centres[label] + 0.1 * torch.randn(batch, width, generator=generator)
         row, sample = positives([(int(r), s) for s, r in enumerate(label)])
         for dtype, head in heads.items():
-            losses[dtype].append(float(head.step(x, row, sample, lr=0.2, need_loss=True)[1]))
-            assert float(head.loss(x, row, sample)) < losses[dtype][-1]
-    assert sum(losses["fp8"][-10:]) < 1.1 * sum(losses["fp32"][-10:]) < 0.3 * sum(losses["fp8"][:3])
+            losses[dtype].append(float(head.step(x, row, sample, lr=0.02, need_loss=True)[1]))
+    assert sum(losses["fp8"][-10:]) < 1.1 * sum(losses["fp32"][-10:]) < 0.6 * sum(losses["fp8"][:10])
     head = heads["fp8"]
     assert head.row_scale is not None and head.rescaled is not None and int(head.rescaled) > 0
     assert (head.row_scale[:, 0] >= 2.0**-8).all() and (head.row_scale[:, 0] > 2.0**-8).any()
     for head in heads.values():
         values, rows = head.topk(centres, 1)
-        assert (rows[:, 0] == torch.arange(labels)).float().mean() > 0.6
+        assert (rows[:, 0] == torch.arange(labels)).float().mean() > 0.8
         torch.testing.assert_close(values[:, 0], (centres * head.rows(0, labels)[rows[:, 0]]).sum(1), rtol=0.02, atol=0.02)
 
 

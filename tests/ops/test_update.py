@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common import assert_same_bits, make_counter, make_hyper
+from common import assert_same_bits, decoded, make_counter, make_hyper, to_fp8
 from xmlkernels.reference.update import update_rows, update_rows_at_
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -172,3 +172,16 @@ def test_pieces_are_not_written() -> None:
     assert [id(old) for old, _ in writes] == [id(t[k]) for k in ("weight", "momentum", "second")]
     assert all(new.dtype == old.dtype for old, new in writes)
     assert_same_bits(before, t)
+
+
+def test_8_bit_rows_keep_their_scale_and_largest_value() -> None:
+    """Away from rounding (a step of a whole unit) the new codes are exact; the maximum only grows; other rows stay."""
+    weight, row_scale = to_fp8(torch.tensor([[1.0, -0.5], [0.25, 0.125], [1, 1]]), 2.0**-8)
+    row_scale[1, 1] = 0.75
+    grad, rows = torch.tensor([[1.0, 0], [0, -0.5]]), torch.tensor([0, 1])
+    update_rows_at_(weight, rows, grad, make_hyper(0.25), make_counter(), TRUE, row_scale=row_scale)
+    assert decoded(weight, row_scale).tolist() == [[0.75, -0.5], [0.25, 0.25], [1, 1]]
+    assert row_scale.tolist() == [[2.0**-8, 1], [2.0**-8, 0.75], [2.0**-8, 1]]
+    update_rows_at_(weight, rows, -8 * grad, make_hyper(0.25), make_counter(), TRUE, row_scale=row_scale)
+    assert decoded(weight, row_scale).tolist() == [[1.75, -0.5], [0.25, -0.75], [1, 1]]  # 2.75 saturates
+    assert row_scale[:, 1].tolist() == [1.75, 0.75, 1]
