@@ -16,7 +16,8 @@ xk::Batch batch_of(const Tensor& x, const Tensor& weight) {
   return {x.const_data_ptr(), dtype_of(x, "x"), x.size(0), x.size(1)};
 }
 
-xk::Table table_of(const Tensor& weight, const Maybe& bias, int64_t rows, const Maybe& row_scale) {
+xk::Table table_of(const Tensor& weight, const Maybe& bias, int64_t rows,
+                   const Maybe& row_scale = std::nullopt) {
   const int64_t n = weight.size(0);
   STD_TORCH_CHECK(rows >= -1 && rows <= n, "argument rows: expected -1 to ", n, ", got ", rows);
   if (bias) check(*bias, "bias", ScalarType::Float), check_size(*bias, "bias", n);
