@@ -178,7 +178,7 @@ def test_shards_draw_by_global_row(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_exact_sums_give_the_bits_of_the_reference(device: str) -> None:
     """Scales from 2^-11 to 2^-8: subnormals, normals, and rows that saturate."""
-    for shape, exponent in (((33, 700, 24), -6), ((17, 521, 70), -18)):
+    for shape, exponent in (((33, 700, 24), -6), ((17, 521, 150), -18)):
         base = dyadic_step(*shape, F32, exponent=exponent, lr=2.0 ** (exponent - 2), x_dtype=BF16, need_loss=False)
         step = fp8_step(base, 2.0 ** -(torch.arange(shape[1]) % 4 + 8).float()).to(device)
         assert_same_bits(step.run(), step.reference(), but=("loss",))
