@@ -12,8 +12,8 @@ def rescale_rows_(weight: Tensor, row_scale: Tensor, counter: Tensor, row_offset
 
     A row with scale s holds values up to 448 s. Where row_scale[row, 1] > 224 s, s doubles as often as needed (at most to
     2^100), the row is rounded stochastically to the coarser grid (random stream 3), so without bias, and column 1 becomes
-    the true maximum of the new row. Other rows are not touched. Call it between steps, every few hundred: a step changes a
-    weight by little, and half the range is left when a row is noticed. Not differentiable.
+    the true maximum of the new row. Other rows are not touched: of them the kernel reads row_scale alone, so a call after
+    every step costs little; half the range is left when a row is noticed, so a call now and then may do. Not differentiable.
 
     Args:
         weight: e4m3 [n, D] table, updated.
