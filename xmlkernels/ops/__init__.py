@@ -3,6 +3,7 @@
 from xmlkernels.ops._registry import missing
 from xmlkernels.ops.bce_loss import bce_loss
 from xmlkernels.ops.bce_step import bce_step_
+from xmlkernels.ops.cluster_step import cluster_step_
 from xmlkernels.ops.matmul_topk import matmul_topk
 
-__all__ = ["bce_loss", "bce_step_", "matmul_topk", "missing"]
+__all__ = ["bce_loss", "bce_step_", "cluster_step_", "matmul_topk", "missing"]
