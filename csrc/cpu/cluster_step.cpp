@@ -60,7 +60,8 @@ double small_gradient(const ClusterCall<T>& c, const Group& g, int64_t first, in
 
 // Rows first..first+count of a cluster with few rows or few samples.
 template <class T>
-double small_part(const ClusterCall<T>& c, const Group& g, int64_t first, int64_t count, ClusterSpace<T>& space, float* partial) {
+double small_part(const ClusterCall<T>& c, const Group& g, int64_t first, int64_t count, ClusterSpace<T>& space,
+                  float* partial) {
   const int64_t width = c.plan.width, pad = c.plan.width_pad, s = g.samples;
   for (int64_t j = 0; j < s; ++j) {
     const int64_t at = c.groups.sample.data[g.pair + j] * pad;
@@ -108,7 +109,8 @@ void large_update(const ClusterCall<T>& c, const Plan& p, int64_t first, int64_t
 
 // Rows first..first+count of a cluster with many rows and samples: the tiles of bce_step on its samples.
 template <class T>
-double large_part(const ClusterCall<T>& c, const Group& g, int64_t first, int64_t count, ClusterSpace<T>& space, float* partial) {
+double large_part(const ClusterCall<T>& c, const Group& g, int64_t first, int64_t count, ClusterSpace<T>& space,
+                  float* partial) {
   const int32_t* const sample = c.groups.sample.data + g.pair;
   Plan p = c.plan;
   p.batch = g.samples;
@@ -130,7 +132,8 @@ double large_part(const ClusterCall<T>& c, const Group& g, int64_t first, int64_
     loss += tile_gradient<T>(p, c.table, c.positives, at, n, c.a.state.hyper[5], c.sums, tile,
                              [&](int64_t row, double gradient) { move_bias(c, row, gradient); });
     const int64_t next = at + n;
-    Prefetch prefetch(static_cast<const char*>(c.table.weight) + next * row_bytes, min64(p.tile, end - next) * row_bytes);
+    Prefetch prefetch(static_cast<const char*>(c.table.weight) + next * row_bytes,
+                      min64(p.tile, end - next) * row_bytes);
     tile_dx<T>(p, rows, n, tile, space.dx.data, at != first, &prefetch);
     large_update(c, p, at, n, space);
   }
@@ -168,8 +171,10 @@ double segment(const ClusterCall<T>& c, int64_t begin, int64_t end, ClusterSpace
       continue;
     }
     space.ahead = ClusterAhead();
-    if (i + 1 < c.groups.count && g.place + g.rows < end && !is_large(group[i + 1]))
-      space.ahead = ClusterAhead(c.a.state, group[i + 1].first, min64(c.small_rows, group[i + 1].rows), ceil_div(count, kSmallM));
+    if (i + 1 < c.groups.count && g.place + g.rows < end && !is_large(group[i + 1])) {
+      const Group& next = group[i + 1];
+      space.ahead = ClusterAhead(c.a.state, next.first, min64(c.small_rows, next.rows), ceil_div(count, kSmallM));
+    }
     loss += small_part(c, g, g.first + skip, count, space, partial);
   }
   return loss;

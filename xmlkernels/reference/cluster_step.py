@@ -6,7 +6,7 @@ from torch.nn.functional import softplus
 
 from xmlkernels.reference.bce_loss import logits_and_targets
 from xmlkernels.reference.rounding import saturate
-from xmlkernels.reference.update import update_rows
+from xmlkernels.reference.update import update_rows_at_
 
 
 def candidates(clusters: Tensor, row_ptr: Tensor, cluster_rows: int, n: int) -> tuple[Tensor, Tensor]:
@@ -61,15 +61,12 @@ def cluster_step_(
     if need_loss:
         loss = torch.where(finite, scale * torch.where(mask, softplus(z) - y * z, 0).sum().reshape(1), nan)
 
-    def view(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t[:n]
-
-    ids = torch.arange(n, device=weight.device) + row_offset
-    states = (view(momentum), view(second), view(kahan))
-    writes = update_rows(weight[:n], g.T @ e, hyper, counter, ids, *states, decoupled)
     if bias is not None:
-        writes.append((bias[:n], saturate(bias[:n] - hyper[0] * g.sum(0), bias.dtype)))
-    for target, value in writes:
-        written = finite & (touched if target.dim() == 1 else touched[:, None])
-        target.copy_(torch.where(written, value, target))
+        moved = saturate(bias[:n] - hyper[0] * g.sum(0), bias.dtype)
+        bias[:n] = torch.where(finite & touched, moved, bias[:n])
+    ids = torch.where(touched, torch.arange(n, device=weight.device), weight.shape[0])
+    update_rows_at_(
+        weight, ids, g.T @ e, hyper, counter, finite, momentum=momentum, second=second, kahan=kahan, row_offset=row_offset,
+        decoupled=decoupled,
+    )  # fmt: skip
     return dx, scores, loss
