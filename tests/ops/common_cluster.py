@@ -77,7 +77,7 @@ def make_clusters(b: int, sizes: Sequence[int], k: int, seed: int = 0, lead: int
     row_ptr = torch.tensor([lead, *sizes]).cumsum(0)
     clusters = torch.full((b, k), -1)
     for sample in range(b):
-        count = min(k, len(sizes)) if sample % 3 else int(torch.randint(min(k, len(sizes)) + 1, (), generator=g))
+        count = min(k, len(sizes)) if sample % 3 != 2 else int(torch.randint(min(k, len(sizes)) + 1, (), generator=g))
         places = torch.randperm(k, generator=g)[:count]
         clusters[sample, places] = torch.randperm(len(sizes), generator=g)[:count]
     return {"clusters": clusters, "row_ptr": row_ptr}
