@@ -74,7 +74,10 @@ double small_part(const ClusterCall<T>& c, const Group& g, int64_t first, int64_
     for (int64_t i = 0; i < rows; ++i) {
       if (space.widened) {
         float* const row = space.wide.data + i * pad;
-        widen(c.table.weight, c.table.dtype, (first + i) * width, width, row);
+        if (c.table.dtype == DType::f8)
+          decode_rows<F32>(c.table, first + i, 1, width, row);
+        else
+          widen(c.table.weight, c.table.dtype, (first + i) * width, width, row);
         for (int64_t d = width; d < pad; ++d) row[d] = 0;
         space.row.data[i] = row;
       } else {
@@ -220,7 +223,7 @@ void cluster_step(const ClusterStep& a, const Host& host) {
   }
   fill(a.scores, scores, -std::numeric_limits<float>::infinity());
 #if XK_ISA == 2
-  if (a.state.dtype == DType::bf16) return run<BF16>(a, host);
+  if (products_in_bf16(a.state.dtype)) return run<BF16>(a, host);
 #endif
   run<F32>(a, host);
 }

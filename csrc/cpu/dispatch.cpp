@@ -14,8 +14,9 @@
   X(ns, bce_step, BceStep)                 \
   X(ns, bce_loss, BceLoss)                 \
   X(ns, bce_loss_backward, BceLossBackward) \
-  X(ns, cluster_step, ClusterStep)         \
-  X(ns, matmul_topk, MatmulTopk)
+  X(ns, cluster_step, ClusterStep)          \
+  X(ns, matmul_topk, MatmulTopk)            \
+  X(ns, rescale_rows, RescaleRows)
 
 #define XK_FUNCTION(ns, kernel, Args) void kernel(const Args&, const Host&);
 #define XK_POINTER(ns, kernel, Args) void (*kernel)(const Args&, const Host&);

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
-from common import STATES, Step, assert_no_worse, dense_targets, dyadic_step, random_step, torch_update
+from common import STATES, Step, assert_no_worse, decoded, dense_targets, dyadic_step, random_step, torch_update
 from xmlkernels import ops
 from xmlkernels.reference import cluster_step as reference_step
 
@@ -35,14 +35,17 @@ class ClusterStep(Step):
         """dx, scores, loss and every tensor after the step. wide: all floating-point arguments but hyper in float64."""
         t = {k: v.clone() for k, v in self.tensors.items()}
         if wide:
+            if "row_scale" in t:
+                t["weight"] = decoded(t["weight"], t.pop("row_scale"))
             t = {k: v.double() if v.is_floating_point() and k != "hyper" else v for k, v in t.items()}
-        given = {k: t[k] for k in ("pos_value", *STATES) if k in t}
+        given = {k: t[k] for k in ("pos_value", "row_scale", *STATES) if k in t}
         options = {k: v for k, v in self.options.items() if k != "cluster_rows"}
         dx, scores, loss = op(
             t["weight"], t["x"], t["clusters"], t["row_ptr"], self.options["cluster_rows"], t["pos_row"], t["pos_sample"],
             t["hyper"], t["counter"], **given, **options,
         )  # fmt: skip
-        return {"dx": dx, "scores": scores, "loss": loss, "weight": t["weight"], **{k: t[k] for k in STATES if k in t}}
+        states = {k: t[k] for k in ("row_scale", *STATES) if k in t}
+        return {"dx": dx, "scores": scores, "loss": loss, "weight": t["weight"], **states}
 
     def exact(self) -> dict[str, Tensor]:
         return self.run(reference_step.cluster_step_, wide=True)

@@ -5,5 +5,6 @@ from xmlkernels.ops.bce_loss import bce_loss
 from xmlkernels.ops.bce_step import bce_step_
 from xmlkernels.ops.cluster_step import cluster_step_
 from xmlkernels.ops.matmul_topk import matmul_topk
+from xmlkernels.ops.rescale_rows import rescale_rows_
 
-__all__ = ["bce_loss", "bce_step_", "cluster_step_", "matmul_topk", "missing"]
+__all__ = ["bce_loss", "bce_step_", "cluster_step_", "matmul_topk", "missing", "rescale_rows_"]

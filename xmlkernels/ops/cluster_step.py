@@ -48,9 +48,9 @@ def cluster_step_(
     `embedding.backward(dx)`. Source: the shortlists of CascadeXML (NeurIPS 2022), section 3; the fusion by cluster is ours.
 
     Args:
-        weight: [n, D] label table, fp32, bf16 or fp16; updated as `bce_step_` does.
+        weight: [n, D] label table, fp32, bf16, fp16 or fp8 e4m3 (with row_scale); updated as `bce_step_` does.
         x: [B, D] embeddings, fp32, bf16 or fp16. A non-finite value anywhere leaves every tensor as it was, and dx, loss and
-            all scores become NaN. On bf16 tables the products take x rounded to bf16.
+            all scores become NaN. On bf16 and e4m3 tables the products may take x rounded to bf16.
         clusters: int64 [B, K], the clusters of each sample; -1 pads; a cluster stands at most once in a row. Level 0 of a
             cascade is K = 1: one cluster of all rows.
         row_ptr: int64 [C + 1], ascending: cluster c owns the rows row_ptr[c] : row_ptr[c + 1].
@@ -67,8 +67,9 @@ def cluster_step_(
         momentum: [n, D] fp32, bf16 or fp16, updated. Alone: SGD momentum (dampening 0). With `second`: Adam's first moment.
         second: [n, D], Adam's second moment, or [n], one for each row, from the mean of the squared gradient over D; updated;
             needs `momentum`.
-        kahan: [n, D] of the table's dtype (below fp32), updated: holds what rounding left over; stores then round to nearest.
-        row_scale: reserved for 8-bit tables.
+        kahan: [n, D] of the table's dtype (bf16 or fp16), updated: holds what rounding left over; stores then round to nearest.
+        row_scale: fp32 [n, 2], for e4m3 tables alone, as `bce_step_` takes it: column 0 the row's scale, a power of two;
+            column 1 the largest |value| stored so far, updated.
         row_offset: global row of weight[0], for a table that is one shard of a larger one.
         rows: number of real rows; those beyond are padding, never scored or trained. -1: all.
         decoupled: decay shrinks the weights (w -= lr decay w) instead of entering the gradient (L2); candidates' rows alone.
@@ -85,22 +86,19 @@ def cluster_step_(
             clusters or row_ptr do not fit the table.
     """
     op = "cluster_step_"
-    check_table(op, x, weight, bias, rows)
+    check_table(op, x, weight, bias, rows, row_scale, scaled=True)
     check_clusters(op, x, weight, clusters, row_ptr, cluster_rows)
     check_positives(op, x, pos_row, pos_sample, pos_value, weight.shape[0] if rows < 0 else rows)
     check_tensor(op, "hyper", hyper, (torch.float32,), (len(HYPER),), weight.device)
     check_tensor(op, "counter", counter, (torch.int64,), (2,), weight.device)
     check_states(op, weight, momentum, second, kahan)
-    expect(
-        row_scale is None, f"{op}: argument row_scale", f"None for a {weight.dtype} table", "a tensor",
-        "leave it out: only 8-bit tables have row scales",
-    )  # fmt: skip
     expect(row_offset >= 0, f"{op}: argument row_offset", "0 or more", str(row_offset), "pass the global row of weight[0]")
     expect(
         not weight.requires_grad, f"{op}: argument weight", "a tensor that requires no gradient", "one that does",
         "keep the table out of autograd (a buffer, not an nn.Parameter): the step is its whole training",
     )  # fmt: skip
     options = {"pos_value": pos_value, "bias": bias, "momentum": momentum, "second": second, "kahan": kahan}
+    options["row_scale"] = row_scale
     return torch.ops.xmlkernels.cluster_step_(
         weight, x.detach(), clusters, row_ptr, cluster_rows, pos_row, pos_sample, hyper, counter, **options,
         row_offset=row_offset, rows=rows, decoupled=decoupled, need_loss=need_loss,
@@ -119,6 +117,10 @@ def check_states(op: str, weight: Tensor, momentum: Tensor | None, second: Tenso
             "pass momentum too",
         )  # fmt: skip
     if kahan is not None:
+        expect(
+            "float8" not in str(weight.dtype), f"{op}: argument kahan", "None for an 8-bit table", "a tensor",
+            "leave it out: e4m3 stores round stochastically, without bias; take a bf16 table for compensation",
+        )  # fmt: skip
         check_tensor(op, "kahan", kahan, (weight.dtype,), (n, d), weight.device)
         expect(
             weight.dtype != torch.float32, f"{op}: argument kahan", "a table below fp32", "an fp32 table",

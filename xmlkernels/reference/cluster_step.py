@@ -48,7 +48,7 @@ def cluster_step_(
     n = weight.shape[0] if rows < 0 else rows
     mask, row = candidates(clusters, row_ptr, cluster_rows, n)
     touched = mask.any(0)
-    z, y, w, e = logits_and_targets(x, weight, bias, pos_row, pos_sample, pos_value, n)
+    z, y, w, e = logits_and_targets(x, weight, bias, pos_row, pos_sample, pos_value, n, row_scale)
     scale, dx_scale = hyper[5].to(w.dtype), hyper[6].to(w.dtype)
     finite = torch.isfinite(x).all()
     nan = torch.full((), torch.nan, dtype=w.dtype, device=w.device)
@@ -66,7 +66,7 @@ def cluster_step_(
         bias[:n] = torch.where(finite & touched, moved, bias[:n])
     ids = torch.where(touched, torch.arange(n, device=weight.device), weight.shape[0])
     update_rows_at_(
-        weight, ids, g.T @ e, hyper, counter, finite, momentum=momentum, second=second, kahan=kahan, row_offset=row_offset,
-        decoupled=decoupled,
+        weight, ids, g.T @ e, hyper, counter, finite, momentum=momentum, second=second, kahan=kahan, row_scale=row_scale,
+        row_offset=row_offset, decoupled=decoupled,
     )  # fmt: skip
     return dx, scores, loss
