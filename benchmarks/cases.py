@@ -234,8 +234,15 @@ def matmul_topk_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
     return cases
 
 
+def _cluster_step_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
+    from benchmarks.cases_cluster import cluster_step_cases  # imported late: it takes Case from here
+
+    return cluster_step_cases(shape, device, compiled)
+
+
 BUILDERS: dict[str, Callable[[Shape, str, bool], list[Case]]] = {
     "bce_step": bce_step_cases,
+    "cluster_step": _cluster_step_cases,
     "matmul_topk": matmul_topk_cases,
 }
 

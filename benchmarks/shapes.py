@@ -27,6 +27,13 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
         Shape("B64-L131k-D768", 64, 131_072, 768),
         Shape("B64-L1M-D64", 64, 1_000_000, 64),  # shows that memory does not grow with L
     ),
+    "cluster_step": (  # K clusters of S / K rows for each sample
+        Shape("B64-L1k-level0", 64, 1_024, 384, S=1_024, K=1),  # one cluster of all rows
+        Shape("B64-L8k-S1024", 64, 8_192, 384, S=1_024, K=128),  # the second level: most rows have several samples
+        Shape("B64-L131k-S1024", 64, 131_072, 384, S=1_024, K=128),
+        Shape("B64-L670k-S4400", 64, 670_000, 384, S=4_400, K=400),
+        Shape("B64-L670k-S4400-D768", 64, 670_000, 768, S=4_400, K=400),
+    ),
     "matmul_topk": (
         Shape("B32-L4k", 32, 4_271, 384, K=10),
         Shape("B64-L131k", 64, 131_072, 384, K=100),

@@ -94,6 +94,27 @@ struct BceLossBackward {
   float* dbias;    // [rows] or null
 };
 
+// The shortlist: cluster c owns the rows row_ptr[c]..row_ptr[c + 1].
+struct Clusters {
+  const int64_t* chosen;  // [B, K] clusters, -1 pads
+  int64_t per_sample;     // K
+  const int64_t* row_ptr;  // [count + 1] ascending
+  int64_t count;
+  int64_t most;  // M, at least the largest number of rows in a cluster
+};
+
+struct ClusterStep {
+  Batch batch;
+  RowState state;
+  int64_t rows;  // the real ones; the rest is padding
+  float* bias;   // [n] updated, or null
+  Positives positives;
+  Clusters clusters;
+  float* dx;      // [B, D]
+  float* scores;  // [B, K, M]
+  float* loss;    // [1] or null
+};
+
 // Rows whose largest |value| lies beyond half their range get a larger scale.
 struct RescaleRows {
   void* weight;  // [n, D] f8
@@ -119,6 +140,7 @@ struct MatmulTopk {
 void bce_step(const BceStep& args, const Host& host);
 void bce_loss(const BceLoss& args, const Host& host);
 void bce_loss_backward(const BceLossBackward& args, const Host& host);
+void cluster_step(const ClusterStep& args, const Host& host);
 void matmul_topk(const MatmulTopk& args, const Host& host);
 void rescale_rows(const RescaleRows& args, const Host& host);
 

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import cases, plot, run, shapes, timing
+from benchmarks import cases, cases_cluster, plot, run, shapes, timing
 from xmlkernels import ops
 from xmlkernels.errors import InputError
 
@@ -98,6 +98,9 @@ def test_closed_forms() -> None:
     assert cases.bce_work(shape, 2) == (19_327_352_832, 2 * 2 * 50_331_648 + 8 * 64 * 384 + 12 * 320)
     assert cases.bce_work(shape, 4, 4)[1] - cases.bce_work(shape, 4)[1] == 2 * 4 * 50_331_648
     assert cases.topk_work(shape, 4) == (6_442_450_944, 4 * 50_331_648 + 4 * 64 * 384 + 12 * 64 * 100)
+    level = shapes.Shape("", 64, 131_072, 384, S=1024, K=128)  # 64 draws of 128 of 16,384 clusters touch 51,729 rows
+    moved = 51_729 * 384 * (2 + 4) * 4 + 4 * 65_536 + 8 * 64 * (128 + 384)
+    assert cases_cluster.cluster_work(level, 4, 4) == (6 * 65_536 * 384, moved)
     mm = cases.ceiling("bf16", "cpu")
     assert (mm.flops, mm.bytes) == (2 * 2048**3, 3 * 2 * 2048**2)
     assert [cases.ceiling_dtype(d, "cpu") for d in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp32"]
@@ -151,6 +154,25 @@ def test_searches_agree() -> None:
     for impl in ("xmlkernels", "eager"):
         assert torch.equal(found[impl][1], rows)
         torch.testing.assert_close(found[impl][0], values)
+
+
+@pytest.mark.parametrize("phase", ["sgd", "adam"])
+@pytest.mark.parametrize("k", [1, 4])
+def test_cluster_peers_do_the_same(phase: str, k: int) -> None:
+    """After two steps, so that the moments count."""
+    shape, after = shapes.Shape("tiny", 4, 60, 16, S=60 if k == 1 else 20, K=k), {}
+    for case in cases.build("cluster_step", shape, "cpu"):
+        if (case.phase, case.dtype) == (phase, "fp32"):
+            held = case.inputs()
+            step = case.start(held)
+            step()
+            after[case.impl] = torch.as_tensor(step()).detach().clone(), held.weight.detach().clone()
+    assert set(after) == {"xmlkernels", "reference", "eager"} | ({"bce_step"} if k == 1 and phase == "sgd" else set())
+    found, weight = after["xmlkernels"]
+    assert not torch.equal(weight, cases_cluster.make_level(shape, "fp32", "cpu").weight)
+    for peer, peer_weight in after.values():
+        torch.testing.assert_close(peer, found)
+        torch.testing.assert_close(peer_weight, weight, rtol=1e-4, atol=1e-6)
 
 
 def test_cases_have_keys_of_their_own_and_references_stay_small() -> None:

@@ -185,7 +185,7 @@ def torch_step(step: Step) -> dict[str, Tensor]:
     Products accumulate in fp32 and the optimizer computes in fp32, as torch's own fused kernels do.
     """
     t, dtype = step.tensors, step.tensors["weight"].dtype
-    lr, decay, beta1, beta2, eps, scale, dx_scale = (float(h) for h in t["hyper"])
+    lr, scale, dx_scale = (float(t["hyper"][i]) for i in (0, 5, 6))
     w, x = t["weight"].float(), t["x"].to(dtype).float()
     if "kahan" in t:
         w = (w + t["kahan"].float()).to(dtype).float()
@@ -196,9 +196,17 @@ def torch_step(step: Step) -> dict[str, Tensor]:
     out["loss"] = scale * bce(z, y.to(dtype), reduction="none").float().sum().reshape(1)
     if "bias" in t:
         out["bias"] = t["bias"] - lr * g.to(dtype).float().sum(0)
+    return out | torch_update(t, (g.T @ x).to(dtype).float(), step.options.get("decoupled", False))
+
+
+def torch_update(t: dict[str, Tensor], grad: Tensor, decoupled: bool) -> dict[str, Tensor]:
+    """The table and its states after torch's own optimizer took `grad` [n, D] in fp32, rounded to nearest."""
+    lr, decay, beta1, beta2, eps = (float(h) for h in t["hyper"][:5])
+    dtype = t["weight"].dtype
+    w = (t["weight"].float() + t["kahan"].float()).to(dtype).float() if "kahan" in t else t["weight"].float()
     p = torch.nn.Parameter(w.clone())
-    p.grad = (g.T @ x).to(dtype).float()
-    decoupled = step.options.get("decoupled", False)
+    p.grad = grad
+    out: dict[str, Tensor] = {}
     optimizer: torch.optim.Optimizer
     if "second" in t:
         kind = torch.optim.AdamW if decoupled else torch.optim.Adam

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from common import DEVICES, DTYPES, Step, assert_same_bits, huge_table, make_hyper, name_of, needs_kernels, random_step
+from common import DEVICES, DTYPES, Step, assert_same_bits, huge_table, make_hyper, name_of, needs_kernels, random_step, to_fp8
+from common_cluster import random_cluster_step
 from xmlkernels import ops
 
 F32, BF16 = torch.float32, torch.bfloat16
 ADAM = make_hyper(0.01, 0.1, 0.9, 0.999, 1e-8)
-NAMES = ("bce_step_", "bce_loss", "bce_loss_backward", "matmul_topk")
+NAMES = ("bce_step_", "bce_loss", "bce_loss_backward", "matmul_topk", "cluster_step_")
 ELSEWHERE = {"rescale_rows_"}  # test_rescale_rows.py
 
 
@@ -37,6 +38,16 @@ def cases() -> list[tuple[str, str, tuple[Any, ...], dict[str, Any]]]:
             pos = (t["pos_row"], t["pos_sample"])
             out.append(("bce_loss", f"grad {grad}", (x, w, None, *pos), {}))
             out.append(("bce_loss", f"grad {grad} all", (x, w, bias, *pos, t["pos_value"]), {"rows": 60}))
+        t |= random_cluster_step(5, [9, 0, 30, 26], 3, 9, dtype, share=0.1, values=True).tensors
+        call = (t["weight"], t["x"], t["clusters"], t["row_ptr"], 30, t["pos_row"], t["pos_sample"], t["hyper"], t["counter"])
+        out.append(("cluster_step_", "plain", call, {}))
+        every = {"row_offset": 2**33, "rows": 60, "decoupled": True, "need_loss": True}
+        out.append(("cluster_step_", "all", call, {k: t[k] for k in states} | every | {"second": torch.ones(70)}))
+        if dtype != F32:
+            out.append(("cluster_step_", "kahan", call, {"kahan": torch.zeros_like(t["weight"]), "need_loss": True}))
+        else:
+            weight, row_scale = to_fp8(t["weight"], 2.0**-8)
+            out.append(("cluster_step_", "fp8", (weight, *call[1:]), {"row_scale": row_scale}))
         pos = (t["pos_row"], t["pos_sample"])
         out.append(("bce_loss_backward", "plain", (t["x"], t["weight"], None, *pos), {}))
         every = {"rows": 60, "need_dweight": True, "need_dbias": True}
@@ -83,6 +94,9 @@ def test_shapes_beyond_2_31_on_meta() -> None:
     dx, loss = ops.bce_step_(weight, x, row, sample, hyper, counter, need_loss=True)
     assert (dx.shape, dx.dtype, loss.shape) == ((b, d), F32, (1,))
     assert ops.bce_loss(x, weight, None, row, sample).shape == (1,)
+    clusters, row_ptr = (torch.empty(*size, dtype=torch.int64, device="meta") for size in ((b, 400), (2**25,)))
+    dx, scores, loss = ops.cluster_step_(weight, x, clusters, row_ptr, 11, row, sample, hyper, counter, need_loss=True)
+    assert (dx.shape, scores.shape, scores.dtype, loss.shape) == ((b, d), (b, 400, 11), F32, (1,))
     values, rows = ops.matmul_topk(x, weight, None, 100)
     assert (values.shape, values.dtype, rows.dtype) == ((b, 100), F32, torch.int64)
 
@@ -150,6 +164,9 @@ def step(w, x, r, s): ops.bce_step_(w, x, r, s, hyper, counter, need_loss=True)
 def loss(w, x, r, s): ops.bce_loss(x, w, None, r, s)
 def backward(w, x, r, s): ops.bce_loss(x.clone().requires_grad_(), w, None, r, s).backward()
 def topk(w, x, r, s): ops.matmul_topk(x, w, None, 100)
+def cluster(w, x, r, s):
+    chosen = torch.arange(300).repeat(B, 1) * 7 % (len(w) // 10)
+    ops.cluster_step_(w, x, chosen, torch.arange(0, len(w) + 1, 10), 10, r, s, hyper, counter)
 
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 def now(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
@@ -159,7 +176,7 @@ sample = (row % B).to(torch.int32)
 ballast, grown = [], {}
 for dtype in torch.float32, torch.bfloat16:
     w, x = torch.randn(L, D).to(dtype), torch.randn(B, D).to(dtype)
-    for call in step, loss, backward, topk:
+    for call in step, loss, backward, topk, cluster:
         call(w[:3000].clone(), x, row[:3], sample[:3])  # threads stand before the count begins
         # Whatever was needed for a moment before: fill up to that peak, so that any growth shows.
         while peak() - now() > 1: ballast.append(torch.ones(1 << 18))
@@ -177,7 +194,7 @@ def test_memory_beyond_the_table_stays_small() -> None:
     done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     grown = json.loads(done.stdout)
-    assert len(grown) == 8
+    assert len(grown) == 10
     assert {k: v for k, v in grown.items() if v > 64} == {}
     print(grown)
 
