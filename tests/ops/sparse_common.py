@@ -198,3 +198,37 @@ def torch_step(step: RowStep) -> dict[str, Tensor]:
     for name in state:
         out[name] = next(after[k] for k in names[name] if k in after).to(t[name].dtype)
     return out
+
+
+def multiples(shape: tuple[int, ...], exponent: int, dtype: torch.dtype, g: torch.Generator) -> Tensor:
+    """Random 6-bit multiples of 2^exponent."""
+    return (torch.randint(-63, 64, shape, generator=g) * 2.0**exponent).to(dtype)
+
+
+def dyadic_rows(
+    rule: str, shape: tuple[int, int, int], dtype: torch.dtype, *, state: torch.dtype | None = None, exponent: int = -6,
+    lr: float = 2.0**-8, row_wise: bool = False, seed: int = 0, **options: Any,
+) -> RowStep:  # fmt: skip
+    """A sparse update whose fp32 results are exact, so that bits can be compared.
+
+    Gradients are odd, with up to 12 bits (4 and one magnitude a row where row_wise). Second moments begin at 0: then
+    sqrt(v) is the gradient's magnitude, epsilon may be 0, and Adagrad's and Adam's first steps are lr times its sign.
+    """
+    g = torch.Generator().manual_seed(seed)
+    count, n, d = shape
+    size = torch.randint(0, 8 if row_wise else 2048, (count, 1 if row_wise else d), generator=g) * 2 + 1
+    sign = torch.randint(0, 2, (count, d), generator=g) * 2 - 1
+    tensors = {
+        "param": multiples((n, d), exponent, dtype, g), "rows": some_rows(count, n, seed), "grad": size * sign / 1024,
+        "hyper": make_hyper(lr, 2.0**-4, 0.5, 0.75, 0.0, scale=0.5),
+        "counter": make_counter(step=0 if rule == "adam" else 3),
+    }  # fmt: skip
+    if "momentum" in RULES[rule]:
+        tensors["momentum"] = multiples((n, d), -5, state or dtype, g)
+        if rule == "adam":
+            tensors["momentum"][tensors["rows"]] = 0
+    if "second" in RULES[rule]:
+        tensors["second"] = torch.rand((n,) if row_wise else (n, d), generator=g).to(state or dtype)
+        tensors["second"][tensors["rows"]] = 0
+        options = {"decoupled": True} | options
+    return RowStep(rule, tensors, options)

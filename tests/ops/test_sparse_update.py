@@ -181,7 +181,7 @@ def test_reference_late_decay_is_decay_at_every_step() -> None:
     for number, (rows, grad) in enumerate(moves):
         dense *= 1 - lr * decay
         dense[rows] -= lr * grad
-        total = torch.tensor([(number + 1) * math.log1p(-lr * decay)]).double()
+        total = torch.tensor([(number + 1) * math.log1p(-lr * decay)], dtype=torch.float64)
         step = follow(step.replace(decay_sum=total), [(rows, grad)])
     torch.testing.assert_close(step.tensors["param"], dense, rtol=1e-12, atol=1e-12)
 
