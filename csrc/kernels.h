@@ -46,6 +46,24 @@ struct State {
   DType dtype;
 };
 
+// A table whose rows are updated one at a time and whole, with all that belongs to a row. Absent parts are null. The
+// states name the rule: none SGD, momentum SGD with momentum, second Adagrad, both Adam.
+struct RowState {
+  void* weight;  // [n, D]
+  DType dtype;
+  int64_t width;
+  State momentum, second, kahan;
+  bool row_wise;            // second is [n]: from the mean over D of the squared gradient
+  int64_t* row_step;        // [n] updates that the row has had, or null: the counter's step corrects the bias
+  float* row_decay;         // [n] the share of decay_sum that the row has had, or null
+  const float* decay_sum;   // [1] sum of log1p(-lr decay) over all steps, this one included
+  float* row_scale;         // [n, 2] scale and largest |weight| of each row of an 8-bit table, else null
+  const float* hyper;       // as in BceStep
+  const int64_t* counter;
+  int64_t row_offset;
+  bool decoupled;
+};
+
 struct BceStep {
   Batch batch;
   Table table;  // weight and bias are updated in place
