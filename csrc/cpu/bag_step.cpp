@@ -113,9 +113,10 @@ void bag_step(const BagStep& a, const Host& host) {
     while (at < share_end) {
       const int64_t row = sorted[at].row, begin = at;
       while (at < count && sorted[at].row == row) ++at;
-      if (at < share_end) prefetch(sorted[at].row);
       sum_row(a, sorted + begin, sorted + at, gradients[worker]);
-      update.row(row, gradients[worker]);
+      update.row(row, gradients[worker], [&](int64_t c) {
+        if (at < share_end) prefetch(sorted[at].row, c);
+      });
     }
   });
 }

@@ -6,30 +6,39 @@
 
 namespace xk::XK_NS {
 
-// Rows of a table that lie anywhere in memory: no hardware sees the next one coming, so it is asked for while the row
-// before it is computed.
+// Rows of a table that lie anywhere in memory: no hardware sees the next one coming, so it is asked for while a row
+// before it is computed, chunk by chunk: all at once would fill the few places for lines on their way and stall the rest.
 class RowPrefetch {
  public:
   explicit RowPrefetch(const RowState& s) {
-    const auto add = [&](const void* data, int64_t bytes) {
-      if (data) base_[count_] = static_cast<const char*>(data), bytes_[count_++] = bytes;
+    const auto add = [&](const void* data, int64_t elem, int64_t width) {
+      if (data) arrays_[count_++] = {static_cast<const char*>(data), elem * width, elem * min64(width, kChunk)};
     };
-    add(s.weight, s.width * dtype_size(s.dtype));
-    add(s.momentum.data, s.width * dtype_size(s.momentum.dtype));
-    add(s.second.data, (s.row_wise ? 1 : s.width) * dtype_size(s.second.dtype));
-    add(s.kahan.data, s.width * dtype_size(s.kahan.dtype));
+    add(s.weight, dtype_size(s.dtype), s.width);
+    add(s.momentum.data, dtype_size(s.momentum.dtype), s.width);
+    add(s.second.data, dtype_size(s.second.dtype), s.row_wise ? 1 : s.width);
+    add(s.kahan.data, dtype_size(s.kahan.dtype), s.width);
+    add(s.row_step, sizeof(int64_t), 1);
+    add(s.row_decay, sizeof(float), 1);
   }
-  void operator()(int64_t row) const {
+
+  // Chunk `c` of the columns of a row.
+  void operator()(int64_t row, int64_t c) const {
     for (int i = 0; i < count_; ++i) {
-      const char* const at = base_[i] + row * bytes_[i];
-      for (int64_t b = 0; b < bytes_[i]; b += kCacheLine) __builtin_prefetch(at + b, 1);
-      __builtin_prefetch(at + bytes_[i] - 1, 1);  // a row need not begin on a line
+      const Array& a = arrays_[i];
+      const int64_t end = min64(a.row, (c + 1) * a.chunk);
+      for (int64_t b = c * a.chunk; b < end; b += kCacheLine) __builtin_prefetch(a.data + row * a.row + b, 1);
+      // A row need not begin on a line.
+      if (end == a.row && c * a.chunk < end) __builtin_prefetch(a.data + row * a.row + end - 1, 1);
     }
   }
 
  private:
-  const char* base_[4];
-  int64_t bytes_[4];
+  struct Array {
+    const char* data;
+    int64_t row, chunk;  // bytes
+  };
+  Array arrays_[6];
   int count_ = 0;
 };
 
