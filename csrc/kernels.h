@@ -136,6 +136,28 @@ struct MatmulTopk {
   int64_t* rows;  // [B, K]
 };
 
+// The rule follows from the states that are given (see RowState).
+struct SparseUpdate {
+  RowState state;
+  int64_t n;            // rows of the table
+  const int64_t* rows;  // [N] unique, ascending; those of n or more are fill at the end
+  int64_t count;        // N
+  const void* grad;     // [N, D]
+  DType grad_dtype;
+};
+
+struct BagStep {
+  RowState state;
+  int64_t n;            // rows of the table
+  const void* grad;     // [B, D]
+  DType grad_dtype;
+  int64_t bags;         // B
+  const int64_t* token;  // [T] rows; those outside 0..n are fill
+  int64_t count;         // T
+  const int64_t* offset;  // [B + 1] ascending, within 0..T
+  const float* token_weight;  // [T] or null: all 1
+};
+
 // Each chooses the best instruction set of this processor. Throws std::bad_alloc before anything is written.
 void bce_step(const BceStep& args, const Host& host);
 void bce_loss(const BceLoss& args, const Host& host);
@@ -143,6 +165,8 @@ void bce_loss_backward(const BceLossBackward& args, const Host& host);
 void cluster_step(const ClusterStep& args, const Host& host);
 void matmul_topk(const MatmulTopk& args, const Host& host);
 void rescale_rows(const RescaleRows& args, const Host& host);
+void sparse_update(const SparseUpdate& args, const Host& host);
+void bag_step(const BagStep& args, const Host& host);
 
 // Name of the instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable".
 const char* instruction_set();

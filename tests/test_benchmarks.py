@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import cases, cases_cluster, plot, run, shapes, timing
+from benchmarks import cases, cases_cluster, cases_sparse, plot, run, shapes, timing
 from xmlkernels import ops
 from xmlkernels.errors import InputError
 
@@ -101,6 +101,9 @@ def test_closed_forms() -> None:
     level = shapes.Shape("", 64, 131_072, 384, S=1024, K=128)  # 64 draws of 128 of 16,384 clusters touch 51,729 rows
     moved = 51_729 * 384 * (2 + 4) * 4 + 4 * 65_536 + 8 * 64 * (128 + 384)
     assert cases_cluster.cluster_work(level, 4, 4) == (6 * 65_536 * 384, moved)
+    few = shapes.Shape("x", 1, 670_000, 384, S=100_000)
+    assert cases_sparse.sparse_work(few, "adam", 2) == (14 * 38_400_000, 2 * 3 * 2 * 38_400_000 + 4 * 38_400_000 + 800_000)
+    assert cases_sparse.sparse_work(few, "sgd", 4) == (2 * 38_400_000, 3 * 4 * 38_400_000 + 800_000)
     mm = cases.ceiling("bf16", "cpu")
     assert (mm.flops, mm.bytes) == (2 * 2048**3, 3 * 2 * 2048**2)
     assert [cases.ceiling_dtype(d, "cpu") for d in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp32"]
@@ -173,6 +176,22 @@ def test_cluster_peers_do_the_same(phase: str, k: int) -> None:
     for peer, peer_weight in after.values():
         torch.testing.assert_close(peer, found)
         torch.testing.assert_close(peer_weight, weight, rtol=1e-4, atol=1e-6)
+
+
+def test_sparse_updates_agree() -> None:
+    """Each rule's second step, so that its states count. SparseAdam's epsilon lies elsewhere: 1e-8 beside gradients of 1."""
+    shape = shapes.Shape("few", 1, 300, 16, S=40)
+    before, after = cases_sparse.make_touched(shape, "fp32", "cpu"), {}
+    for case in cases.build("sparse_update", shape, "cpu"):
+        if case.dtype == "fp32":
+            step = case.start(case.inputs())
+            step()
+            after[case.impl, case.phase] = torch.as_tensor(step()).detach()
+    assert {impl for impl, _ in after} == {"xmlkernels", "reference", "torch"} and len(after) == 9
+    for (impl, rule), param in after.items():
+        torch.testing.assert_close(param, after["reference", rule], rtol=1e-5, atol=1e-8, msg=f"{impl} {rule}")
+        moved = (param != before.param).any(1).nonzero()[:, 0]
+        assert torch.equal(moved, before.rows)
 
 
 def test_cases_have_keys_of_their_own_and_references_stay_small() -> None:

@@ -67,6 +67,12 @@ struct RowUpdate {
 
   // gradient: fp32, scaled, readable up to width rounded up to kChunk; what it holds beyond the width does not matter.
   void row(int64_t row, const float* gradient) const {
+    this->row(row, gradient, [](int64_t) {});
+  }
+
+  // before_chunk(c) is called before each chunk of columns: the place to ask for what comes next, a little at a time.
+  template <class F>
+  void row(int64_t row, const float* gradient, F before_chunk) const {
     Update u = base;
     if (state.row_decay) {
       u.keep = float(std::exp(double(*state.decay_sum) - double(state.row_decay[row])));
@@ -81,6 +87,7 @@ struct RowUpdate {
     }
     if (state.row_wise) row_wise(u, row, gradient);
     for (int64_t c = 0; c * kChunk < u.width; ++c) {
+      before_chunk(c);
       u.at = columns.data[c];
       if (u.row_scale) u.at32 = columns32.data[c];
       u.row(row, c * kChunk, min64(kChunk, u.width - c * kChunk), gradient + c * kChunk);

@@ -1,10 +1,15 @@
 """The public ops. Torch's dispatcher chooses the kernel: native where one is loaded for the device, else the reference."""
 
 from xmlkernels.ops._registry import missing
+from xmlkernels.ops.bag_step import bag_step_
 from xmlkernels.ops.bce_loss import bce_loss
 from xmlkernels.ops.bce_step import bce_step_
 from xmlkernels.ops.cluster_step import cluster_step_
 from xmlkernels.ops.matmul_topk import matmul_topk
 from xmlkernels.ops.rescale_rows import rescale_rows_
+from xmlkernels.ops.sparse_update import sparse_adagrad_, sparse_adam_, sparse_sgd_
 
-__all__ = ["bce_loss", "bce_step_", "cluster_step_", "matmul_topk", "missing", "rescale_rows_"]
+__all__ = [
+    "bag_step_", "bce_loss", "bce_step_", "cluster_step_", "matmul_topk", "missing", "rescale_rows_", "sparse_adagrad_",
+    "sparse_adam_", "sparse_sgd_",
+]  # fmt: skip

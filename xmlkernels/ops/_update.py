@@ -1,0 +1,87 @@
+"""Checks shared by the ops that update touched rows in place."""
+
+import torch
+from torch import Tensor
+
+from xmlkernels.ops._registry import STATE_DTYPES, TABLE_DTYPES, check_tensor, describe, expect
+
+
+def check_updated_table(
+    op: str,
+    name: str,
+    weight: Tensor,
+    hyper: Tensor,
+    counter: Tensor,
+    *,
+    momentum: Tensor | None = None,
+    second: Tensor | None = None,
+    kahan: Tensor | None = None,
+    row_step: Tensor | None = None,
+    row_decay: Tensor | None = None,
+    decay_sum: Tensor | None = None,
+    row_offset: int = 0,
+    decoupled: bool = False,
+) -> None:
+    """The table `name` [n, D], what is updated beside it, and the two tensors that steer the step."""
+    device, where = weight.device, f"{op}: argument "
+    check_tensor(op, name, weight, TABLE_DTYPES, (None, None), device)
+    n, d = weight.shape
+    expect(d >= 1, where + name, "a table with at least one column", describe(weight), "give it a width of 1 or more")
+    expect(
+        not weight.requires_grad, where + name, "a tensor that requires no gradient", "one that does",
+        "pass .detach() of a parameter: the op writes to it outside autograd",
+    )  # fmt: skip
+    check_tensor(op, "hyper", hyper, (torch.float32,), (7,), device)
+    check_tensor(op, "counter", counter, (torch.int64,), (2,), device)
+    if momentum is not None:
+        check_tensor(op, "momentum", momentum, STATE_DTYPES, (n, d), device)
+    if second is not None:
+        expect(
+            second.dim() in (1, 2), where + "second", f"shape [{n}, {d}], or [{n}] for one value per row", describe(second),
+            "reshape it",
+        )  # fmt: skip
+        check_tensor(op, "second", second, STATE_DTYPES, (n, d)[: second.dim()], device)
+    if kahan is not None:
+        check_tensor(op, "kahan", kahan, (weight.dtype,), (n, d), device)
+        expect(
+            weight.dtype != torch.float32, where + "kahan", "a table below fp32", "an fp32 table",
+            "leave kahan out: fp32 needs no compensation",
+        )  # fmt: skip
+    if row_step is not None:
+        check_tensor(op, "row_step", row_step, (torch.int64,), (n,), device)
+        expect(
+            momentum is not None and second is not None, where + "row_step", "momentum and second beside it (it serves Adam)",
+            "momentum=None" if momentum is None else "second=None", "leave it out: no other rule corrects a bias",
+        )  # fmt: skip
+    expect(
+        (row_decay is None) == (decay_sum is None), f"{op}: arguments row_decay and decay_sum", "both or neither",
+        "row_decay alone" if decay_sum is None else "decay_sum alone", "pass both for the exact decay applied late",
+    )  # fmt: skip
+    if row_decay is not None and decay_sum is not None:
+        check_tensor(op, "row_decay", row_decay, (torch.float32,), (n,), device)
+        check_tensor(op, "decay_sum", decay_sum, (torch.float32,), (1,), device)
+        expect(
+            decoupled, where + "row_decay", "decoupled=True beside it", "decoupled=False",
+            "pass decoupled=True: a decay inside the gradient cannot be applied late",
+        )  # fmt: skip
+    expect(row_offset >= 0, where + "row_offset", "0 or more", str(row_offset), f"pass the global row of {name}[0]")
+
+
+def check_touched_rows(op: str, rows: Tensor, grad: Tensor, param: Tensor) -> None:
+    """rows [N] and grad [N, D]; real rows ascending and unique, fill (n or more) at the end."""
+    check_tensor(op, "rows", rows, (torch.int64,), (None,), param.device)
+    check_tensor(op, "grad", grad, STATE_DTYPES, (rows.shape[0], param.shape[1]), param.device)
+    if param.device.type != "cpu" or rows.numel() == 0:
+        return  # elsewhere reading the values would wait for the device
+    expect(
+        int(rows[0]) >= 0, f"{op}: argument rows", f"rows from 0 to {param.shape[0] - 1}, and {param.shape[0]} or more as fill",
+        f"{int(rows[0])} at 0", "number rows within param",
+    )  # fmt: skip
+    later = (rows[1:] > rows[:-1]) | ((rows[1:] == rows[:-1]) & (rows[1:] >= param.shape[0]))
+    if not bool(later.all()):
+        at = int((~later).nonzero()[0]) + 1
+        expect(
+            False, f"{op}: argument rows", "unique rows in ascending order",
+            f"{int(rows[at])} after {int(rows[at - 1])} at {at}",
+            "sort them and add up the gradients of equal rows (a coalesced sparse gradient has both done)",
+        )  # fmt: skip

@@ -1,0 +1,162 @@
+"""`sparse_sgd_`, `sparse_adagrad_`, `sparse_adam_`: an optimizer step on the touched rows of a table alone.
+
+Common to the three:
+
+    param: [n, D] fp32, bf16 or fp16; updated. Below fp32, stores round stochastically without bias; every store saturates
+        at the format's largest finite value. A row that is not in `rows`, and its state, is neither read nor written.
+    rows: int64 [N], unique, ascending. Entries of n or more are fill, at the end, and are ignored with their gradient.
+    grad: [N, D] fp32, bf16 or fp16. A non-finite value in a real row leaves every tensor as it was.
+    hyper: fp32 [7]: lr, decay, momentum (or beta1), beta2, epsilon, scale, dx_scale (unused here), on the table's device.
+        scale multiplies grad, before everything else. epsilon is to be above 0 for Adagrad and Adam: with 0, a gradient
+        of 0 on a second moment of 0 gives NaN, as in torch.
+    counter: int64 [2]: seed and step (from 0), on the table's device. The random words depend on these, the global row
+        and the column alone.
+    kahan: [n, D] of param's dtype (below fp32), updated: holds what rounding left over; stores then round to nearest.
+    row_decay, decay_sum: fp32 [n] (updated) and fp32 [1], together, with decoupled=True: the exact decay applied late.
+        decay_sum is the sum of log1p(-lr decay) over all steps up to and including this one, kept by the caller; a row is
+        multiplied by exp(decay_sum - row_decay[row]) in place of 1 - lr decay, and row_decay[row] becomes decay_sum.
+    row_offset: global row of param[0], for a table that is one shard of a larger one.
+    decoupled: decay shrinks the weights (w *= 1 - lr decay) instead of entering the gradient (g += decay w).
+"""
+
+import torch
+from torch import Tensor
+
+from xmlkernels.ops._registry import define
+from xmlkernels.ops._update import check_touched_rows, check_updated_table
+from xmlkernels.reference import sparse_update as reference
+
+
+def sparse_sgd_(
+    param: Tensor,
+    momentum: Tensor | None,
+    rows: Tensor,
+    grad: Tensor,
+    hyper: Tensor,
+    counter: Tensor,
+    *,
+    kahan: Tensor | None = None,
+    row_decay: Tensor | None = None,
+    decay_sum: Tensor | None = None,
+    row_offset: int = 0,
+    decoupled: bool = False,
+) -> None:
+    """SGD on N rows of a table: m = momentum m + g, w -= lr m; without momentum w -= lr g.
+
+    Args:
+        param, rows, grad, hyper, counter, kahan, row_decay, decay_sum, row_offset, decoupled: see the top of this module.
+        momentum: [n, D] fp32, bf16 or fp16, updated (dampening 0, no Nesterov), or None for plain SGD.
+
+    Raises:
+        InputError: an argument's dtype, shape, device or layout does not fit, or rows are not ascending.
+    """
+    options = {"kahan": kahan, "row_decay": row_decay, "decay_sum": decay_sum}
+    op = "sparse_sgd_"
+    check_updated_table(
+        op, "param", param, hyper, counter, momentum=momentum, **options, row_offset=row_offset, decoupled=decoupled
+    )
+    check_touched_rows(op, rows, grad, param)
+    torch.ops.xmlkernels.sparse_sgd_(
+        param, momentum, rows, grad.detach(), hyper, counter, **options, row_offset=row_offset, decoupled=decoupled
+    )
+
+
+def sparse_adagrad_(
+    param: Tensor,
+    second: Tensor,
+    rows: Tensor,
+    grad: Tensor,
+    hyper: Tensor,
+    counter: Tensor,
+    *,
+    kahan: Tensor | None = None,
+    row_decay: Tensor | None = None,
+    decay_sum: Tensor | None = None,
+    row_offset: int = 0,
+    decoupled: bool = False,
+) -> None:
+    """Adagrad (Duchi, Hazan, Singer, JMLR 2011) on N rows of a table: v += g², w -= lr g / (sqrt(v) + epsilon).
+
+    Args:
+        param, rows, grad, hyper, counter, kahan, row_decay, decay_sum, row_offset, decoupled: see the top of this module.
+        second: v, fp32, bf16 or fp16, updated: [n, D], or [n] for one value per row, fed by the mean of g² over the row.
+
+    Raises:
+        InputError: an argument's dtype, shape, device or layout does not fit, or rows are not ascending.
+    """
+    options = {"kahan": kahan, "row_decay": row_decay, "decay_sum": decay_sum}
+    op = "sparse_adagrad_"
+    check_updated_table(
+        op, "param", param, hyper, counter, second=second, **options, row_offset=row_offset, decoupled=decoupled
+    )
+    check_touched_rows(op, rows, grad, param)
+    torch.ops.xmlkernels.sparse_adagrad_(
+        param, second, rows, grad.detach(), hyper, counter, **options, row_offset=row_offset, decoupled=decoupled
+    )
+
+
+def sparse_adam_(
+    param: Tensor,
+    momentum: Tensor,
+    second: Tensor,
+    rows: Tensor,
+    grad: Tensor,
+    hyper: Tensor,
+    counter: Tensor,
+    *,
+    kahan: Tensor | None = None,
+    row_step: Tensor | None = None,
+    row_decay: Tensor | None = None,
+    decay_sum: Tensor | None = None,
+    row_offset: int = 0,
+    decoupled: bool = False,
+) -> None:
+    """Adam (Kingma, Ba, ICLR 2015) on N rows of a table; the moments of other rows stand still ("lazy" Adam).
+
+    m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g²,
+    w -= lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon),
+    where t is counter's step + 1, or the row's own count with `row_step`.
+
+    Args:
+        param, rows, grad, hyper, counter, kahan, row_decay, decay_sum, row_offset, decoupled: see the top of this module.
+        momentum: m [n, D] fp32, bf16 or fp16, updated.
+        second: v, fp32, bf16 or fp16, updated: [n, D], or [n] for one value per row, fed by the mean of g² over the row.
+        row_step: int64 [n], each row's number of updates so far; raised by 1 here, and then the row's t.
+
+    Raises:
+        InputError: an argument's dtype, shape, device or layout does not fit, or rows are not ascending.
+    """
+    options = {"kahan": kahan, "row_step": row_step, "row_decay": row_decay, "decay_sum": decay_sum}
+    op = "sparse_adam_"
+    check_updated_table(
+        op, "param", param, hyper, counter, momentum=momentum, second=second, **options,
+        row_offset=row_offset, decoupled=decoupled,
+    )  # fmt: skip
+    check_touched_rows(op, rows, grad, param)
+    torch.ops.xmlkernels.sparse_adam_(
+        param, momentum, second, rows, grad.detach(), hyper, counter, **options, row_offset=row_offset, decoupled=decoupled
+    )
+
+
+def _fake(*_: object, **__: object) -> None:
+    return None
+
+
+_STEP = "Tensor rows, Tensor grad, Tensor hyper, Tensor counter, *, "
+_DECAY = "Tensor? decay_sum=None, int row_offset=0, bool decoupled=False) -> ()"
+define(
+    f"sparse_sgd_(Tensor(a!) param, Tensor(b!)? momentum, {_STEP}Tensor(c!)? kahan=None, Tensor(d!)? row_decay=None, {_DECAY}",
+    reference.sparse_sgd_,
+    _fake,
+)
+define(
+    f"sparse_adagrad_(Tensor(a!) param, Tensor(b!) second, {_STEP}Tensor(c!)? kahan=None, Tensor(d!)? row_decay=None, {_DECAY}",
+    reference.sparse_adagrad_,
+    _fake,
+)
+define(
+    f"sparse_adam_(Tensor(a!) param, Tensor(b!) momentum, Tensor(c!) second, {_STEP}Tensor(d!)? kahan=None, "
+    f"Tensor(e!)? row_step=None, Tensor(f!)? row_decay=None, {_DECAY}",
+    reference.sparse_adam_,
+    _fake,
+)
