@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,7 +65,8 @@ def test_opcheck(case: tuple[str, str, tuple[Any, ...], dict[str, Any]], device:
 
 def test_every_op_has_a_case() -> None:
     assert {c[0] for c in cases()} == set(NAMES)
-    assert {n for n in ops.__all__ if n != "missing"} == {n for n in NAMES if not n.endswith("backward")}
+    elsewhere = {n for n in ops.__all__ if Path(__file__).with_name(f"test_{n}_layout.py").exists()}
+    assert {n for n in ops.__all__ if n != "missing"} - elsewhere == {n for n in NAMES if not n.endswith("backward")}
 
 
 @needs_kernels

@@ -15,9 +15,14 @@ def shortlist_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tens
 
     Each gathered row is read once and never stored: no `B x S x D` copy. Differentiable in x, weight and bias; the table's
     gradient is a coalesced sparse COO tensor that holds each row named by the shortlists once, as `torch.optim.SparseAdam`
-    takes it. The backward is an op of its own, `torch.ops.xmlkernels.shortlist_backward(dlogits, x, weight, index, *,
-    need_dx=True, need_dweight=True, need_dbias=False) -> (dx, rows, grad, dbias)`, for the row-sparse optimizers: dx fp32
-    [B, D], rows int64 [U] unique and ascending, grad fp32 [U, D], dbias fp32 [U]; what is not asked for is empty.
+    takes it. (Where `.backward()` stores it in `.grad`, torch drops the mark of being coalesced, but not the order;
+    `torch.autograd.grad` keeps both.)
+
+    The backward is an op of its own, for the row-sparse optimizers:
+    `torch.ops.xmlkernels.shortlist_backward(dlogits, x, weight, index, *, need_dx=True, need_dweight=True, need_dbias=False)
+    -> (dx, rows, grad, dbias)`, with dlogits fp32 [B, S], dx fp32 [B, D], rows int64 [U] unique and ascending, grad fp32
+    [U, D], dbias fp32 [U]; what is not asked for is empty.
+
     Source: the shortlisted heads of XR-Transformer and CascadeXML (NeurIPS 2021, 2022); the kernel is ours.
 
     Args:
@@ -81,7 +86,8 @@ def _backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
     )
 
     def sparse(values: Tensor, like: Tensor, shape: torch.Size) -> Tensor:
-        return torch.sparse_coo_tensor(rows[None], values.to(like.dtype), shape, is_coalesced=True)
+        # The op's rows are unique and within the table: to check them again would read them all, or wait for the device.
+        return torch.sparse_coo_tensor(rows[None], values.to(like.dtype), shape, is_coalesced=True, check_invariants=False)
 
     return (
         dx.to(x.dtype) if need_dx else None,
