@@ -47,6 +47,10 @@ def make_exact(b: int, s: int, n: int, d: int, dtype: torch.dtype, *, shared: bo
     return t
 
 
+def moved(t: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    return {k: v.to(device) for k, v in t.items()}
+
+
 def forward(t: dict[str, Tensor]) -> Tensor:
     return ops.shortlist_matmul(t["x"], t["weight"], t.get("bias"), t["index"])
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from common import DEVICES, DTYPES, huge_table, name_of, needs_kernels
-from shortlists import BOTH, backward, everything, exact_results, forward, make
+from shortlists import BOTH, backward, everything, exact_results, make
 from test_instruction_sets import instruction_sets, run_child
 from xmlkernels import ops
 from xmlkernels.errors import InputError
@@ -52,18 +52,6 @@ def test_opcheck_of_the_backward(dtype: torch.dtype, needs: dict[str, bool], sha
 @pytest.mark.parametrize("op", NAMES)
 def test_the_native_library_serves_the_op(op: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"xmlkernels::{op}", "CPU")
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_the_gradient_is_coalesced_and_backward_keeps_its_order(device: str) -> None:
-    t = {k: v.to(device) for k, v in make(6, 40, 90, 8, BF16).items()}
-    weight, bias = t["weight"].requires_grad_(), t["bias"].requires_grad_()
-    total = torch.where(t["index"] >= 0, forward(t), 0).sum()
-    for found in torch.autograd.grad(total, (weight, bias), retain_graph=True):
-        assert found.layout == torch.sparse_coo and found.is_coalesced()
-        assert torch.equal(found.indices()[0], t["index"][t["index"] >= 0].unique())
-    total.backward()
-    assert (weight.grad._indices()[0].diff() > 0).all() and weight.grad._values().dtype == BF16
 
 
 def test_shapes_beyond_2_31_on_meta() -> None:
