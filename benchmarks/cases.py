@@ -234,9 +234,16 @@ def matmul_topk_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
     return cases
 
 
+def _shortlist_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
+    from benchmarks.cases_shortlist import shortlist_cases  # imported late: it takes Case from here
+
+    return shortlist_cases(shape, device, compiled)
+
+
 BUILDERS: dict[str, Callable[[Shape, str, bool], list[Case]]] = {
     "bce_step": bce_step_cases,
     "matmul_topk": matmul_topk_cases,
+    "shortlist_matmul": _shortlist_cases,
 }
 
 

@@ -33,6 +33,10 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
         Shape("B1-L670k", 1, 670_000, 384, K=10),  # one query: bound by reading the table
         Shape("B256-L670k", 256, 670_000, 384, K=100),
     ),
+    "shortlist_matmul": (
+        Shape("B64-S1024-L131k", 64, 131_072, 384, S=1024),
+        Shape("B64-S4096-L670k", 64, 670_000, 384, S=4096),
+    ),
 }
 
 

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import cases, plot, run, shapes, timing
+from benchmarks import cases, cases_shortlist, plot, run, shapes, timing
 from xmlkernels import ops
 from xmlkernels.errors import InputError
 
@@ -97,6 +97,9 @@ def test_closed_forms() -> None:
     shape = shapes.Shape("x", 64, 131_072, 384, K=100)
     assert cases.bce_work(shape, 2) == (19_327_352_832, 2 * 2 * 50_331_648 + 8 * 64 * 384 + 12 * 320)
     assert cases.bce_work(shape, 4, 4)[1] - cases.bce_work(shape, 4)[1] == 2 * 4 * 50_331_648
+    lists = shapes.Shape("", 64, 131_072, 384, S=1024)  # 65,536 draws name 51,574 rows
+    moved = 65_536 * 384 * 4 + 51_574 * 384 * (2 + 4) * 4 + 12 * 65_536 + 8 * 64 * 384
+    assert cases_shortlist.shortlist_work(lists, "step", 4, 4) == (6 * 65_536 * 384, moved)
     assert cases.topk_work(shape, 4) == (6_442_450_944, 4 * 50_331_648 + 4 * 64 * 384 + 12 * 64 * 100)
     mm = cases.ceiling("bf16", "cpu")
     assert (mm.flops, mm.bytes) == (2 * 2048**3, 3 * 2 * 2048**2)
@@ -151,6 +154,24 @@ def test_searches_agree() -> None:
     for impl in ("xmlkernels", "eager"):
         assert torch.equal(found[impl][1], rows)
         torch.testing.assert_close(found[impl][0], values)
+
+
+@pytest.mark.parametrize("phase", ["forward", "shared", "step"])
+def test_shortlist_peers_do_the_same(phase: str) -> None:
+    if phase == "step" and not hasattr(ops, "sparse_adam_"):
+        pytest.skip("this version has no sparse_adam_")
+    shape, after = shapes.Shape("tiny", 4, 300, 16, S=20), {}
+    for case in cases.build("shortlist_matmul", shape, "cpu"):
+        if (case.phase, case.dtype) == (phase, "fp32"):
+            held = case.inputs()
+            step = case.start(held)
+            step()
+            after[case.impl] = torch.as_tensor(step()).detach().clone(), held.weight.detach().clone()
+    assert set(after) == {"xmlkernels", "eager"}
+    found, weight = after["xmlkernels"]
+    for peer, peer_weight in after.values():
+        torch.testing.assert_close(peer, found)
+        torch.testing.assert_close(peer_weight, weight, rtol=1e-4, atol=1e-6)
 
 
 def test_cases_have_keys_of_their_own_and_references_stay_small() -> None:
