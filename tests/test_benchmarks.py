@@ -97,8 +97,8 @@ def test_closed_forms() -> None:
     shape = shapes.Shape("x", 64, 131_072, 384, K=100)
     assert cases.bce_work(shape, 2) == (19_327_352_832, 2 * 2 * 50_331_648 + 8 * 64 * 384 + 12 * 320)
     assert cases.bce_work(shape, 4, 4)[1] - cases.bce_work(shape, 4)[1] == 2 * 4 * 50_331_648
-    lists = shapes.Shape("", 64, 131_072, 384, S=1024)  # 65,536 draws name 51,574 rows
-    moved = 65_536 * 384 * 4 + 51_574 * 384 * (2 + 4) * 4 + 12 * 65_536 + 8 * 64 * 384
+    lists = shapes.Shape("", 64, 131_072, 384, S=1024)  # 65,536 draws name 51,573 rows
+    moved = 65_536 * 384 * 4 + 51_573 * 384 * (2 + 4) * 4 + 12 * 65_536 + 8 * 64 * 384
     assert cases_shortlist.shortlist_work(lists, "step", 4, 4) == (6 * 65_536 * 384, moved)
     assert cases.topk_work(shape, 4) == (6_442_450_944, 4 * 50_331_648 + 4 * 64 * 384 + 12 * 64 * 100)
     mm = cases.ceiling("bf16", "cpu")
