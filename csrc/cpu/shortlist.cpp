@@ -6,6 +6,10 @@
 
 #include <limits>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace xk::XK_NS {
 
 namespace {
@@ -128,6 +132,19 @@ struct Grouping {
   }
 };
 
+// Asks for pages of 2 MB where an array is large: touching it for the first time in pages of 4 KB costs as much as
+// filling it. A wish that the system may refuse.
+void ask_for_large_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t kPage = 2 << 20;
+  const int64_t begin = round_up(reinterpret_cast<int64_t>(data), kPage);
+  const int64_t end = (reinterpret_cast<int64_t>(data) + bytes) / kPage * kPage;
+  if (end - begin >= 4 * kPage) madvise(reinterpret_cast<void*>(begin), size_t(end - begin), MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 // grad[u] = sum over the entries of row u of dlogits * x[sample], in ascending order.
 void gradient_row(const ShortlistBackward& a, const PaddedBatch& x, int64_t u) {
   const int64_t end = a.start[u + 1], width = a.batch.width;
@@ -196,6 +213,7 @@ void shortlist_rows(const ShortlistBackward& a, const Host& host) {
   if (a.list.shared) return shared_backward(a, host);
   if (!a.rows) return;
   const PaddedBatch x(a.batch);
+  if (a.grad) ask_for_large_pages(a.grad, *a.unique * a.batch.width * 4);
   for_each_item(host, ceil_div(*a.unique, kUniqueRows), [&](int64_t item, int64_t) {
     for (int64_t u = item * kUniqueRows; u < min64(*a.unique, (item + 1) * kUniqueRows); ++u) {
       a.rows[u] = a.list.index[a.place[a.start[u]]];

@@ -38,46 +38,57 @@ XK_INLINE float fold(vf v) {
 #endif
 }
 
-// Columns d.. of a row; zeros from `width` on, where the memory belongs to the next row.
+// The last `count` columns of a row, at `row`, and zeros: the memory after them belongs to the next row.
 template <DType kRow>
-XK_INLINE vf row_vector(const char* row, int64_t d, int64_t width) {
-  if (d + kLanes <= width) return load_as_f32(row, kRow, d);
+XK_INLINE vf last_columns(const char* row, int64_t count) {
   alignas(64) char rest[kLanes * 4] = {};
-  const int64_t size = dtype_size(kRow);
-  std::memcpy(rest, row + d * size, size_t((width - d) * size));
+  std::memcpy(rest, row, size_t(count * dtype_size(kRow)));
   return load_as_f32(rest, kRow, 0);
 }
 
 // out[n] = x · row n. `next` are the rows to fetch meanwhile.
 template <DType kRow, int N>
 XK_INLINE void dot_rows(const float* x, const char* const* rows, const char* const* next, int64_t width, float* out) {
+  constexpr int64_t kSize = kRow == DType::f32 ? 4 : 2;
   vf sum[N] = {};
-  for (int64_t d = 0; d < width; d += kLanes) {
+  int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) {
     const vf e = load<vf>(x + d);
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
-      __builtin_prefetch(next[n] + d * dtype_size(kRow), 0, 2);
-      sum[n] = e * row_vector<kRow>(rows[n], d, width) + sum[n];
+      __builtin_prefetch(next[n] + d * kSize, 0, 2);
+      sum[n] = e * load_as_f32(rows[n], kRow, d) + sum[n];
     }
+  }
+  if (d < width) {
+    const vf e = load<vf>(x + d);
+    for (int n = 0; n < N; ++n) sum[n] = e * last_columns<kRow>(rows[n] + d * kSize, width - d) + sum[n];
   }
   for (int n = 0; n < N; ++n) out[n] = fold(sum[n]);
 }
 
-// out [width] (+)= sum over n of g[n] * row n, in ascending order of n.
+// out [width] (+)= sum over n of g[n] * row n, in ascending order of n. `next` are the rows to fetch meanwhile, or null.
 template <DType kRow, int N>
 XK_INLINE void add_rows(const float* g, const char* const* rows, const char* const* next, int64_t width, bool fresh,
                         float* out) {
-  for (int64_t d = 0; d < width; d += kLanes) {
-    const int64_t columns = min64(kLanes, width - d);
+  constexpr int64_t kSize = kRow == DType::f32 ? 4 : 2;
+  int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) {
     vf sum{};
-    if (!fresh) std::memcpy(&sum, out + d, columns == kLanes ? sizeof sum : size_t(columns) * 4);
+    if (!fresh) sum = load<vf>(out + d);
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
-      if (next) __builtin_prefetch(next[n] + d * dtype_size(kRow), 0, 2);
-      sum = g[n] * row_vector<kRow>(rows[n], d, width) + sum;
+      if (next) __builtin_prefetch(next[n] + d * kSize, 0, 2);
+      sum = g[n] * load_as_f32(rows[n], kRow, d) + sum;
     }
-    std::memcpy(out + d, &sum, columns == kLanes ? sizeof sum : size_t(columns) * 4);
+    store(out + d, sum);
   }
+  if (d == width) return;
+  const size_t bytes = size_t(width - d) * 4;
+  vf sum{};
+  if (!fresh) std::memcpy(&sum, out + d, bytes);
+  for (int n = 0; n < N; ++n) sum = g[n] * last_columns<kRow>(rows[n] + d * kSize, width - d) + sum;
+  std::memcpy(out + d, &sum, bytes);
 }
 
 // Calls f.template operator()<DType>() for the table's format.
