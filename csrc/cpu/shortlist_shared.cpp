@@ -10,6 +10,14 @@ namespace xk::XK_NS {
 
 namespace {
 
+// Sizes for a table of the gathered rows alone.
+template <class T>
+Plan plan_of(const Batch& x, int64_t rows) {
+  Table gathered{};
+  gathered.rows = rows;
+  return Plan(x, gathered, sizeof(typename T::elem));
+}
+
 // Table rows index[first..first+count] in the product's format, in the tile's room. row(i) < 0: a row of zeros.
 template <class T, class F>
 const typename T::elem* gather(const Plan& p, const Table& table, int64_t count, TileSpace<T>& space, F row) {
@@ -40,7 +48,7 @@ std::unique_ptr<std::unique_ptr<TileSpace<T>>[]> tile_spaces(const Plan& p, int6
 
 template <class T>
 void forward(const ShortlistMatmul& a, const Host& host) {
-  const Plan p(a.batch, Table{nullptr, T::kDType, a.list.size, nullptr}, sizeof(typename T::elem));
+  const Plan p = plan_of<T>(a.batch, a.list.size);
   const PackedBatch<T> x(a.batch, false, host);
   const int64_t tiles = ceil_div(p.rows, p.tile);
   const auto spaces = tile_spaces<T>(p, worker_count(host, tiles));
@@ -107,7 +115,7 @@ struct RowSink {
 
 template <class T>
 void backward(const ShortlistBackward& a, const Host& host) {
-  const Plan p(a.batch, Table{nullptr, T::kDType, *a.unique, nullptr}, sizeof(typename T::elem));
+  const Plan p = plan_of<T>(a.batch, *a.unique);
   const PackedBatch<T> x(a.batch, a.grad != nullptr, host);
   const Transposed g(a.dlogits, p.batch, a.list.size, p.batch_pad, host);
   const auto spaces = tile_spaces<T>(p, worker_count(host, p.segments));

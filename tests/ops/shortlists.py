@@ -11,10 +11,10 @@ from xmlkernels import ops
 
 F32 = torch.float32
 # B, S, n, D: single, empty batch, empty list, empty table, ragged with many duplicates, several blocks of entries in one
-# sample, wide batch, many unique rows in every tile and segment.
+# sample and many segments of a shared list, wide batch, more rows than one sorting pass tells apart.
 SHAPES = [
-    (1, 1, 1, 1), (0, 5, 9, 4), (3, 0, 9, 4), (3, 4, 0, 4), (5, 7, 20, 7), (2, 601, 90, 33), (130, 33, 700, 17),
-    (33, 270, 1300, 100),
+    (1, 1, 1, 1), (0, 5, 9, 4), (3, 0, 9, 4), (3, 4, 0, 4), (5, 7, 20, 7), (2, 1301, 1900, 33), (130, 33, 700, 17),
+    (33, 270, 5000, 100),
 ]  # fmt: skip
 BOTH = [False, True]  # whether the batch shares one shortlist
 

@@ -117,7 +117,7 @@ def test_x_of_another_format(dtype: torch.dtype, x_dtype: torch.dtype, shared: b
 @shared_or_not
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_bits_where_every_sum_is_exact(dtype: torch.dtype, shared: bool, device: str) -> None:
-    for shape in ((1, 1, 1, 1), (5, 40, 30, 7), (67, 300, 400, 70)):
+    for shape in ((1, 1, 1, 1), (5, 40, 30, 7), (67, 300, 400, 70), (9, 900, 2300, 40)):
         t = make_exact(*shape, dtype, shared=shared)
         args = (t["x"], t["weight"], t["bias"], t["index"])
         expected = reference_backward(t["dlogits"], args[0], args[1], args[3], need_dbias=True)

@@ -166,7 +166,7 @@ MESSAGES = [
     ("weight", torch.zeros(D, N).T, "a contiguous tensor", "strides (1, 6) for shape [6, 3]", "call .contiguous() on it"),
     ("weight", torch.zeros(N, 0), "a table with at least one column", "torch.float32 [6, 0]", "a width of 1 or more"),
     ("weight", torch.zeros(N, D).to(torch.float8_e4m3fn), f"a {FLOATS.replace(' or', ',', 1)} table",
-     "torch.float8_e4m3fn [6, 3] on cpu", "convert it: 8-bit tables have no kernel"),
+     "torch.float8_e4m3fn [6, 3] on cpu", "convert it"),
     ("x", torch.zeros(B, D + 1), "[any, 3] on cpu", "torch.float32 [4, 4] on cpu", "convert, reshape or move it"),
     ("x", torch.zeros(B, D).double(), FLOATS, "torch.float64 [4, 3] on cpu", "convert"),
     ("x", torch.zeros(D, B).T, "a contiguous tensor", "strides (1, 4) for shape [4, 3]", "call .contiguous()"),
