@@ -38,6 +38,7 @@ lint: build $(INSTALLED_DEV)
 bench: build $(INSTALLED_DEV)
 	$(PY) benchmarks/run.py --op bce_step --device cpu
 	$(PY) benchmarks/run.py --op matmul_topk --device cpu
+	$(PY) benchmarks/run.py --op shortlist_matmul --device cpu
 
 build: $(STAMP)
 

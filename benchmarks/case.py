@@ -9,6 +9,7 @@ import torch
 from benchmarks.timing import Step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LR = 1e-4
 REFERENCE_ELEMENTS = 1 << 23
 """Above, the references' whole matrices would not fit common memories."""
 

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.case import DTYPES, REFERENCE_ELEMENTS, Case
+from benchmarks.case import DTYPES, LR, REFERENCE_ELEMENTS, Case
+from benchmarks.cases_cluster import cluster_step_cases
+from benchmarks.cases_shortlist import shortlist_cases
 from benchmarks.cases_sparse import sparse_update_cases
 from benchmarks.shapes import Shape
 from benchmarks.timing import Step
@@ -38,7 +40,7 @@ OPS = {
 }
 """The public functions of `xmlkernels.ops` that each benchmark times."""
 
-LR, MOMENTUM, POSITIVES = 1e-4, 0.9, 5
+MOMENTUM, POSITIVES = 0.9, 5
 
 
 @dataclass
@@ -209,16 +211,11 @@ def matmul_topk_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
     return cases
 
 
-def _cluster_step_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
-    from benchmarks.cases_cluster import cluster_step_cases  # imported late: it takes Case from here
-
-    return cluster_step_cases(shape, device, compiled)
-
-
 BUILDERS: dict[str, Callable[[Shape, str, bool], list[Case]]] = {
     "bce_step": bce_step_cases,
-    "cluster_step": _cluster_step_cases,
+    "cluster_step": cluster_step_cases,
     "matmul_topk": matmul_topk_cases,
+    "shortlist_matmul": shortlist_cases,
     "sparse_update": sparse_update_cases,
 }
 

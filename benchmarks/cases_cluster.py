@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
-from benchmarks.cases import DTYPES, LR, Case
+from benchmarks.case import DTYPES, LR, Case
 from benchmarks.shapes import Shape
 from benchmarks.timing import Step
 from xmlkernels import ops

@@ -215,7 +215,9 @@ def line(
     rate = case.flops / mid / 1e9
     mm = cases.ceiling(cases.ceiling_dtype(case.dtype, device), device)
     mm_rate = mm.flops / median[mm.key] / 1e9
-    eager = next((ms for (impl, _, _), ms in median.items() if impl == "eager"), None)
+    peers = [(phase, ms) for (impl, phase, _), ms in median.items() if impl == "eager"]
+    # The eager version of the same phase, where there is one.
+    eager = next((ms for phase, ms in peers if phase == case.phase), peers[0][1] if peers else None)
     ratio = "" if eager is None or case.impl == "mm" else f", {eager / mid:.2f}x eager"
     return (
         f"  {case.impl:<10} {case.phase:<8} {case.dtype}  {mid:9.3f} ms (min {min(times):.3f}, max {max(times):.3f}, "

@@ -45,6 +45,10 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
         Shape("N2k-L16k", 1, 16_384, 384, S=2_048),
         Shape("N100k-L670k", 1, 670_000, 384, S=100_000),
     ),
+    "shortlist_matmul": (
+        Shape("B64-S1024-L131k", 64, 131_072, 384, S=1024),
+        Shape("B64-S4096-L670k", 64, 670_000, 384, S=4096),
+    ),
 }
 
 

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import cases, cases_cluster, cases_sparse, plot, run, shapes, timing
+from benchmarks import cases, cases_cluster, cases_shortlist, cases_sparse, plot, run, shapes, timing
 from xmlkernels import ops
 from xmlkernels.errors import InputError
 
@@ -97,6 +97,9 @@ def test_closed_forms() -> None:
     shape = shapes.Shape("x", 64, 131_072, 384, K=100)
     assert cases.bce_work(shape, 2) == (19_327_352_832, 2 * 2 * 50_331_648 + 8 * 64 * 384 + 12 * 320)
     assert cases.bce_work(shape, 4, 4)[1] - cases.bce_work(shape, 4)[1] == 2 * 4 * 50_331_648
+    lists = shapes.Shape("", 64, 131_072, 384, S=1024)  # 65,536 draws name 51,573 rows
+    moved = 65_536 * 384 * 4 + 51_573 * 384 * (2 + 4) * 4 + 12 * 65_536 + 8 * 64 * 384
+    assert cases_shortlist.shortlist_work(lists, "step", 4, 4) == (6 * 65_536 * 384, moved)
     assert cases.topk_work(shape, 4) == (6_442_450_944, 4 * 50_331_648 + 4 * 64 * 384 + 12 * 64 * 100)
     level = shapes.Shape("", 64, 131_072, 384, S=1024, K=128)  # 64 draws of 128 of 16,384 clusters touch 51,729 rows
     moved = 51_729 * 384 * (2 + 4) * 4 + 4 * 65_536 + 8 * 64 * (128 + 384)
@@ -192,6 +195,22 @@ def test_sparse_updates_agree() -> None:
         torch.testing.assert_close(param, after["reference", rule], rtol=1e-5, atol=1e-8, msg=f"{impl} {rule}")
         moved = (param != before.param).any(1).nonzero()[:, 0]
         assert torch.equal(moved, before.rows)
+
+
+@pytest.mark.parametrize("phase", ["forward", "shared", "step"])
+def test_shortlist_peers_do_the_same(phase: str) -> None:
+    shape, after = shapes.Shape("tiny", 4, 300, 16, S=20), {}
+    for case in cases.build("shortlist_matmul", shape, "cpu"):
+        if (case.phase, case.dtype) == (phase, "fp32"):
+            held = case.inputs()
+            step = case.start(held)
+            step()
+            after[case.impl] = torch.as_tensor(step()).detach().clone(), held.weight.detach().clone()
+    assert set(after) == {"xmlkernels", "eager"}
+    found, weight = after["xmlkernels"]
+    for peer, peer_weight in after.values():
+        torch.testing.assert_close(peer, found)
+        torch.testing.assert_close(peer_weight, weight, rtol=1e-4, atol=1e-6)
 
 
 def test_cases_have_keys_of_their_own_and_references_stay_small() -> None:

@@ -10,14 +10,17 @@
 #include "../kernels.h"
 
 // Every kernel and the type of its arguments: the only list of them here.
-#define XK_EACH_KERNEL(X, ns)              \
-  X(ns, bce_step, BceStep)                 \
-  X(ns, bce_loss, BceLoss)                 \
+#define XK_EACH_KERNEL(X, ns)               \
+  X(ns, bce_step, BceStep)                  \
+  X(ns, bce_loss, BceLoss)                  \
   X(ns, bce_loss_backward, BceLossBackward) \
-  X(ns, cluster_step, ClusterStep)         \
-  X(ns, matmul_topk, MatmulTopk)           \
-  X(ns, rescale_rows, RescaleRows)         \
-  X(ns, sparse_update, SparseUpdate)       \
+  X(ns, cluster_step, ClusterStep)          \
+  X(ns, matmul_topk, MatmulTopk)            \
+  X(ns, rescale_rows, RescaleRows)          \
+  X(ns, shortlist_matmul, ShortlistMatmul)  \
+  X(ns, shortlist_group, ShortlistBackward) \
+  X(ns, shortlist_rows, ShortlistBackward)  \
+  X(ns, sparse_update, SparseUpdate)        \
   X(ns, bag_step, BagStep)
 
 #define XK_FUNCTION(ns, kernel, Args) void kernel(const Args&, const Host&);
