@@ -1,0 +1,133 @@
+"""The floor of each row from the ceilings of its own run, the figures to reach, and the table that says both.
+
+Floor of a row: the longer of two times, its useful bytes over the copy rate and its useful operations over the torch.mm rate
+of its format (e4m3: that of bf16, the format of its products). Both closed forms are in `benchmarks/cases.py`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+Row = Mapping[str, object]
+CEILING = "ceiling"
+GRAPH = "+graph"
+"""Ends the phase of a row whose calls were replayed from one captured CUDA graph."""
+PRODUCTS = {"fp8": "bf16"}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure to reach at one shape.
+
+    Attributes:
+        op, shape, phase, dtype: the row of this package.
+        floor: the largest multiple of its floor.
+        peers: by implementation, how many times faster than its fastest row this one is to be.
+        peak_mb: the largest memory beyond the table and the batch.
+    """
+
+    op: str
+    shape: str
+    phase: str
+    dtype: str
+    floor: float
+    peers: Mapping[str, float] = field(default_factory=dict)
+    peak_mb: float | None = None
+
+
+GOALS = (
+    Goal("bce_step", "B128-L2.8M-D768", "sgd", "bf16", 1.7, {"elmo": 2, "renee": 5}, 256),
+    Goal("bce_step", "B512-L1.3M-D768", "sgd", "bf16", 1.8, {}, 256),
+    Goal("bce_step", "B128-L8.6M-D768", "sgd", "fp8", 2.0, {}, 256),
+    Goal("matmul_topk", "B512-L2.8M-D768", "topk", "bf16", 1.6, {"eager": 3}),
+)
+
+
+def number(row: Row, column: str) -> float:
+    return float(str(row[column]))
+
+
+def plain(phase: object) -> str:
+    """The phase without the mark of a graph."""
+    return str(phase).removesuffix(GRAPH)
+
+
+@dataclass
+class Ceilings:
+    """gbps: bytes read and written by a large copy; tflops: torch.mm by format."""
+
+    gbps: float | None = None
+    tflops: dict[str, float] = field(default_factory=dict)
+
+    def add(self, row: Row) -> None:
+        if row["impl"] == "copy":
+            self.gbps = number(row, "gbps")
+        else:
+            self.tflops[str(row["dtype"])] = number(row, "tflops")
+
+    def times_floor(self, row: Row) -> float | None:
+        """The row's median over its floor; None where a ceiling was not measured."""
+        name = str(row["dtype"])
+        rate = self.tflops.get(PRODUCTS.get(name, name))
+        if self.gbps is None or rate is None:
+            return None
+        return 1 / max(number(row, "gbps") / self.gbps, number(row, "tflops") / rate)
+
+
+def own_row(rows: Sequence[Row], op: object, shape: object) -> Row | None:
+    """The row of this package that peers are held against: the goal's where the shape has one, else its fastest."""
+    own = [row for row in rows if (row["op"], row["shape"], row["impl"]) == (op, shape, "xmlkernels")]
+    goal = next((g for g in GOALS if (g.op, g.shape) == (op, shape)), None)
+    aimed = [row for row in own if goal and (plain(row["phase"]), row["dtype"]) == (goal.phase, goal.dtype)]
+    return min(aimed or own, key=lambda row: number(row, "ms_p50"), default=None)
+
+
+def table(rows: Sequence[Row], ceilings: Ceilings, model: Mapping[tuple[str, ...], float]) -> list[str]:
+    """One line for each row, widths fitted.
+
+    Args:
+        rows: of one run, ceilings left out.
+        ceilings: of the same run.
+        model: modelled multiple of the floor by (op, shape, phase, dtype): counted from loads and stores, never measured.
+    """
+    names, times = ("op", "shape", "impl", "phase", "dtype"), ("ms_p50", "ms_p20", "ms_p80")
+    lines = [[*names, "ms p50", "p20", "p80", "peak MB", "x floor", "ours faster", "model x floor"]]
+    for row in rows:
+        own, over = own_row(rows, row["op"], row["shape"]), ceilings.times_floor(row)
+        faster = "-" if own is None or row["impl"] == "xmlkernels" else f"{number(row, 'ms_p50') / number(own, 'ms_p50'):.2f}x"
+        key = (str(row["op"]), str(row["shape"]), plain(row["phase"]), str(row["dtype"]))
+        modelled = model.get(key) if row["impl"] == "xmlkernels" else None
+        lines.append([
+            *(str(row[name]) for name in names), *(f"{number(row, name):.3f}" for name in times),
+            "-" if row["peak_mb"] in (None, "") else f"{number(row, 'peak_mb'):.1f}",
+            "-" if over is None else f"{over:.2f}", faster, "-" if modelled is None else f"{modelled:.2f}",
+        ])  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def verdicts(rows: Sequence[Row], ceilings: Ceilings) -> list[str]:
+    """One line for each figure to reach: reached, missed, or not measured."""
+    lines = []
+
+    def judge(what: str, found: float | None, limit: float, at_least: bool = False) -> None:
+        if found is None:
+            lines.append(f"{what}: not measured")
+        else:
+            reached = found >= limit if at_least else found <= limit
+            lines.append(f"{what}: {found:.2f}, {'reached' if reached else 'MISSED'}")
+
+    for goal in GOALS:
+        where = f"{goal.op} {goal.shape} {goal.phase} {goal.dtype}"
+        own = own_row(rows, goal.op, goal.shape)
+        if own is not None and (plain(own["phase"]), own["dtype"]) != (goal.phase, goal.dtype):
+            own = None
+        judge(f"{where}, at most {goal.floor} x floor", None if own is None else ceilings.times_floor(own), goal.floor)
+        for impl, least in goal.peers.items():
+            here = [r for r in rows if (r["op"], r["shape"], r["impl"]) == (goal.op, goal.shape, impl)]
+            best = min((number(r, "ms_p50") for r in here), default=None)
+            ratio = None if best is None or own is None else best / number(own, "ms_p50")
+            judge(f"{where}, at least {least} x faster than {impl}", ratio, least, at_least=True)
+        if goal.peak_mb is not None:
+            peak = None if own is None or own["peak_mb"] in (None, "") else number(own, "peak_mb")
+            judge(f"{where}, at most {goal.peak_mb} MB beyond the table", peak, goal.peak_mb)
+    return lines

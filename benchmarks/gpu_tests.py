@@ -1,0 +1,179 @@
+"""Which ops may be timed on a card: `pytest -m gpu` and compute-sanitizer, op by op, and what they found.
+
+Each op's test files run in a process of their own, all at once: a kernel that breaks its context fails its own op's tests
+alone, and Triton compiles on many cores.
+"""
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks import cases, children
+from xmlkernels import ops as package_ops
+
+SHARED = "shared"
+"""Name of the group of test files that belong to no single op."""
+_VERDICT = re.compile(r"^(\S+?\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
+_SANITIZER = ("memcheck", "racecheck")
+
+
+@dataclass
+class Verdict:
+    """What one op's tests did: test ids that failed; counts; a reason beyond the tests why it is not green."""
+
+    passed: int = 0
+    skipped: int = 0
+    failed: list[str] = field(default_factory=list)
+    reason: str | None = None
+
+    @property
+    def green(self) -> bool:
+        return self.passed > 0 and not self.failed and self.reason is None
+
+    def __str__(self) -> str:
+        told = f"{self.passed} passed, {len(self.failed)} failed, {self.skipped} skipped"
+        if self.reason:
+            return f"{told}; {self.reason}"
+        return told if self.passed or self.failed else f"{told}; no test of it ran on the card, which proves nothing"
+
+
+def stems(op: str) -> tuple[str, ...]:
+    """How the names of an op's test files may begin, behind `test_`."""
+    return (op, *(name.rstrip("_") for name in cases.OPS.get(op, ())))
+
+
+def with_untimed(ops: Sequence[str]) -> list[str]:
+    """The ops to time, then the public functions that no benchmark times: their failures are their own."""
+    timed = {stem for op in cases.OPS for stem in stems(op)}
+    public = [name.rstrip("_") for name in package_ops.__all__ if callable(getattr(package_ops, name))]
+    return [*ops, *(name for name in public if name not in timed)]
+
+
+def owner(name: str, ops: Sequence[str]) -> str:
+    """The op that a file or test name tells of, else `SHARED`; of several that fit, the longest."""
+    fits = [(len(stem), op) for op in ops for stem in stems(op) if stem in name]
+    return max(fits)[1] if fits else SHARED
+
+
+def files_by_op(root: Path, ops: Sequence[str]) -> dict[str, list[Path]]:
+    """Test files with tests for a card, by op. Outside tests/ops a file counts where it names the marker."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted((root / "tests").rglob("test_*.py")):
+        room = path.relative_to(root / "tests").parts[0]
+        if room in ("interpreter", "compile"):
+            continue  # theirs are processes without a card
+        if room == "ops" or "mark.gpu" in path.read_text("utf-8"):
+            found.setdefault(owner(path.stem, ops), []).append(path)
+    return found
+
+
+def commands(root: Path, groups: dict[str, list[Path]]) -> dict[str, list[str]]:
+    """One pytest for each group, and one sanitizer of each kind for each op that has CUDA C++ of its own."""
+    told = {group: _pytest(files) for group, files in groups.items()}
+    tool = shutil.which("compute-sanitizer")
+    for group in sanitized(root, groups) if tool else ():
+        for kind in _SANITIZER:
+            # The driver's own probing calls fail by design under torch; what counts is what kernels touch.
+            begin = [str(tool), "--tool", kind, "--report-api-errors", "no", "--error-exitcode", "9"]
+            told[f"{group} {kind}"] = begin + _pytest(groups[group])
+    return told
+
+
+def sanitized(root: Path, groups: dict[str, list[Path]]) -> list[str]:
+    sources = [path.stem for path in (root / "csrc" / "cuda").glob("*.cu")]
+    return [group for group in groups if any(owner(stem, [g for g in groups if g != SHARED]) == group for stem in sources)]
+
+
+def _pytest(files: list[Path]) -> list[str]:
+    # -o addopts: the project's own would turn -v off, and the line of each test is what a run cut short leaves behind.
+    options = ["-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers"]
+    return children.python("-m", "pytest", *options, *map(str, files))
+
+
+def read(outcome: children.Outcome, limit_s: float) -> Verdict:
+    """One group's verdict from pytest's lines."""
+    verdict = Verdict()
+    for line in outcome.lines:
+        if match := _VERDICT.match(line):
+            test, word = match.groups()
+            if word in ("FAILED", "ERROR"):
+                verdict.failed.append(test)
+            elif word == "PASSED":
+                verdict.passed += 1
+            elif word == "SKIPPED":
+                verdict.skipped += 1
+    if outcome.status is None:
+        verdict.reason = f"the tests did not end within {limit_s:.0f} s"
+    elif outcome.status not in (0, 1, 5):  # 1: tests failed; 5: none collected
+        verdict.reason = f"pytest ended with status {outcome.status}: {outcome.last}"
+    elif outcome.status == 1 and not verdict.failed:
+        verdict.reason = f"pytest failed before its tests: {outcome.last}"
+    return verdict
+
+
+def run_all(root: Path, ops: Sequence[str], limit_s: float, say: Callable[[str], None]) -> dict[str, Verdict]:
+    """Runs everything at once and tells it.
+
+    Args:
+        root: the project.
+        ops: that may be timed.
+        limit_s: seconds of wall clock for all of it.
+        say: told a line at a time.
+
+    Returns:
+        A verdict for each op, also for those that no benchmark times. A failure in a shared file counts against the op that
+        its name tells of, else against all; a sanitizer that finds an error, against its op; one that does not end says so
+        and decides nothing.
+    """
+    begin, ops = time.monotonic(), with_untimed(ops)
+    groups = files_by_op(root, ops)
+    outcomes = children.run_together(commands(root, groups), limit_s)
+    verdicts = {op: read(outcomes[op], limit_s) if op in outcomes else Verdict() for op in ops}
+    if SHARED in outcomes:
+        shared = read(outcomes[SHARED], limit_s)
+        say(f"  tests shared by the ops: {shared if shared.passed or shared.failed or shared.reason else 'none for a card'}")
+        for test in shared.failed:
+            guilty = owner(test.partition("::")[2], ops)
+            for op in ops if guilty == SHARED else (guilty,):
+                verdicts[op].failed.append(test)
+        if shared.reason:
+            for op in ops:
+                verdicts[op].reason = verdicts[op].reason or f"shared tests: {shared.reason}"
+    say_sanitizer(root, groups, outcomes, verdicts, limit_s, say)
+    for op, verdict in verdicts.items():
+        say(f"  {op}: {verdict}{'' if verdict.green else ' -> not timed'}")
+        for test in verdict.failed[:10]:
+            say(f"    failed: {test}")
+        if verdict.failed and op in outcomes:
+            for line in [line for line in outcomes[op].lines if line.startswith("E  ")][:10]:
+                say(f"    {line}")
+    say(f"  {time.monotonic() - begin:.0f} s in all")
+    return verdicts
+
+
+def say_sanitizer(
+    root: Path, groups: dict[str, list[Path]], outcomes: dict[str, children.Outcome], verdicts: dict[str, Verdict],
+    limit_s: float, say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Tells what compute-sanitizer found, and counts it against the op."""
+    wanted = sanitized(root, groups)
+    if not wanted:
+        say("  compute-sanitizer: no op has CUDA C++ of its own")
+    elif not any(f"{group} {kind}" in outcomes for group in wanted for kind in _SANITIZER):
+        say("  compute-sanitizer: not on this machine, so the CUDA ops ran without it")
+    for name, outcome in outcomes.items():
+        op, _, kind = name.partition(" ")
+        if not kind:
+            continue
+        if outcome.status is None:
+            say(f"  compute-sanitizer {kind}, {op}: not finished within {limit_s:.0f} s, so it says nothing")
+        elif outcome.status == 9:
+            errors = [line for line in outcome.lines if line.startswith("=========")]
+            say(f"  compute-sanitizer {kind}, {op}: ERRORS: {' '.join(errors[:2]) or outcome.last}")
+            verdicts[op].reason = f"compute-sanitizer {kind} found errors"
+        else:
+            found = "no error" if outcome.status in (0, 1) else f"it did not run: {outcome.last}"
+            say(f"  compute-sanitizer {kind}, {op}: {found}")
