@@ -273,7 +273,8 @@ def stages(report: Report) -> int:
     for op, shape in plan(green, report.card.memory):
         measure(report, op, shape)
     finish(report)
-    return int(any(not verdict.green for op, verdict in verdicts.items() if op in ops) or len(report.rows) == 0 or not green)
+    measured = any(row["op"] != floors.CEILING for row in report.rows)
+    return 0 if measured and green == ops else 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -284,6 +285,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", help="the tree's commit, for the rows, where the tree has no git folder")
     options = parser.parse_args(arguments)
     try:
+        if not 0 < options.minutes < float("inf"):
+            raise InputError("--minutes", "a number above 0", str(options.minutes), "leave it out for 8.6")
         card = find_card()
         check_out(options.out)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -128,7 +128,7 @@ def run_all(root: Path, ops: Sequence[str], limit_s: float, say: Callable[[str],
         its name tells of, else against all; a sanitizer that finds an error, against its op; one that does not end says so
         and decides nothing.
     """
-    begin, ops = time.monotonic(), with_untimed(ops)
+    begin, timed, ops = time.monotonic(), ops, with_untimed(ops)
     groups = files_by_op(root, ops)
     outcomes = children.run_together(commands(root, groups), limit_s)
     verdicts = {op: read(outcomes[op], limit_s) if op in outcomes else Verdict() for op in ops}
@@ -144,7 +144,9 @@ def run_all(root: Path, ops: Sequence[str], limit_s: float, say: Callable[[str],
                 verdicts[op].reason = verdicts[op].reason or f"shared tests: {shared.reason}"
     say_sanitizer(root, groups, outcomes, verdicts, limit_s, say)
     for op, verdict in verdicts.items():
-        say(f"  {op}: {verdict}{'' if verdict.green else ' -> not timed'}")
+        if op not in timed and op not in outcomes and not verdict.failed:
+            continue
+        say(f"  {op}: {verdict}{' -> not timed' if op in timed and not verdict.green else ''}")
         for test in verdict.failed[:10]:
             say(f"    failed: {test}")
         if verdict.failed and op in outcomes:
