@@ -9,14 +9,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 ROOT = Path(__file__).resolve().parents[1]
 _TAIL = 40
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def run(command: Sequence[str], limit_s: float, on_line: Callable[[str], None] |
     return Outcome(status, tuple(lines), "\n".join(tail))
 
 
-def run_together(commands: Mapping[str, Sequence[str]], limit_s: float) -> dict[str, Outcome]:
+def run_together(commands: Mapping[Name, Sequence[str]], limit_s: float) -> dict[Name, Outcome]:
     """Runs several commands at once, each under the same limit; results by the given names, in the given order."""
     if not commands:
         return {}

@@ -1,13 +1,13 @@
 """Which ops may be timed on a card: `pytest -m gpu` and compute-sanitizer, op by op, and what they found.
 
-Each op's test files run in a process of their own, all at once: a kernel that breaks its context fails its own op's tests
-alone, and Triton compiles on many cores.
+Each test file runs in a process of its own, all at once: a kernel that breaks its context fails its own file's tests alone,
+and Triton compiles on many cores.
 """
 
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,8 @@ SHARED = "shared"
 """Name of the group of test files that belong to no single op."""
 _VERDICT = re.compile(r"^(\S+?\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 _SANITIZER = ("memcheck", "racecheck")
+Key = tuple[str, str]
+"""The group, and the name of the test file or of the sanitizer's tool."""
 
 
 @dataclass
@@ -70,15 +72,15 @@ def files_by_op(root: Path, ops: Sequence[str]) -> dict[str, list[Path]]:
     return found
 
 
-def commands(root: Path, groups: dict[str, list[Path]]) -> dict[str, list[str]]:
-    """One pytest for each group, and one sanitizer of each kind for each op that has CUDA C++ of its own."""
-    told = {group: _pytest(files) for group, files in groups.items()}
+def commands(root: Path, groups: dict[str, list[Path]]) -> dict[Key, list[str]]:
+    """One pytest for each file, and one sanitizer of each kind for each op that has CUDA C++ of its own."""
+    told = {(group, path.name): _pytest([path]) for group, files in groups.items() for path in files}
     tool = shutil.which("compute-sanitizer")
     for group in sanitized(root, groups) if tool else ():
         for kind in _SANITIZER:
             # The driver's own probing calls fail by design under torch; what counts is what kernels touch.
             begin = [str(tool), "--tool", kind, "--report-api-errors", "no", "--error-exitcode", "9"]
-            told[f"{group} {kind}"] = begin + _pytest(groups[group])
+            told[group, kind] = begin + _pytest(groups[group])
     return told
 
 
@@ -93,24 +95,23 @@ def _pytest(files: list[Path]) -> list[str]:
     return children.python("-m", "pytest", *options, *map(str, files))
 
 
-def read(outcome: children.Outcome, limit_s: float) -> Verdict:
-    """One group's verdict from pytest's lines."""
+def read(outcomes: Mapping[Key, children.Outcome], group: str, limit_s: float) -> Verdict:
+    """One group's verdict from the lines of pytest over its files."""
     verdict = Verdict()
-    for line in outcome.lines:
-        if match := _VERDICT.match(line):
-            test, word = match.groups()
-            if word in ("FAILED", "ERROR"):
-                verdict.failed.append(test)
-            elif word == "PASSED":
-                verdict.passed += 1
-            elif word == "SKIPPED":
-                verdict.skipped += 1
-    if outcome.status is None:
-        verdict.reason = f"the tests did not end within {limit_s:.0f} s"
-    elif outcome.status not in (0, 1, 5):  # 1: tests failed; 5: none collected
-        verdict.reason = f"pytest ended with status {outcome.status}: {outcome.last}"
-    elif outcome.status == 1 and not verdict.failed:
-        verdict.reason = f"pytest failed before its tests: {outcome.last}"
+    for (name, what), outcome in outcomes.items():
+        if name != group or what in _SANITIZER:
+            continue
+        words = [match.groups() for match in map(_VERDICT.match, outcome.lines) if match]
+        failed = [test for test, word in words if word in ("FAILED", "ERROR")]
+        verdict.failed += failed
+        verdict.passed += sum(word == "PASSED" for _, word in words)
+        verdict.skipped += sum(word == "SKIPPED" for _, word in words)
+        if outcome.status is None:
+            verdict.reason = f"{what} did not end within {limit_s:.0f} s"
+        elif outcome.status not in (0, 1, 5):  # 1: tests failed; 5: none collected
+            verdict.reason = f"{what} ended with status {outcome.status}: {outcome.last}"
+        elif outcome.status == 1 and not failed:
+            verdict.reason = f"{what} failed before its tests: {outcome.last}"
     return verdict
 
 
@@ -131,9 +132,9 @@ def run_all(root: Path, ops: Sequence[str], limit_s: float, say: Callable[[str],
     begin, timed, ops = time.monotonic(), ops, with_untimed(ops)
     groups = files_by_op(root, ops)
     outcomes = children.run_together(commands(root, groups), limit_s)
-    verdicts = {op: read(outcomes[op], limit_s) if op in outcomes else Verdict() for op in ops}
-    if SHARED in outcomes:
-        shared = read(outcomes[SHARED], limit_s)
+    verdicts = {op: read(outcomes, op, limit_s) for op in ops}
+    if SHARED in groups:
+        shared = read(outcomes, SHARED, limit_s)
         say(f"  tests shared by the ops: {shared if shared.passed or shared.failed or shared.reason else 'none for a card'}")
         for test in shared.failed:
             guilty = owner(test.partition("::")[2], ops)
@@ -144,31 +145,30 @@ def run_all(root: Path, ops: Sequence[str], limit_s: float, say: Callable[[str],
                 verdicts[op].reason = verdicts[op].reason or f"shared tests: {shared.reason}"
     say_sanitizer(root, groups, outcomes, verdicts, limit_s, say)
     for op, verdict in verdicts.items():
-        if op not in timed and op not in outcomes and not verdict.failed:
+        if op not in timed and op not in groups and not verdict.failed:
             continue
         say(f"  {op}: {verdict}{' -> not timed' if op in timed and not verdict.green else ''}")
         for test in verdict.failed[:10]:
             say(f"    failed: {test}")
-        if verdict.failed and op in outcomes:
-            for line in [line for line in outcomes[op].lines if line.startswith("E  ")][:10]:
-                say(f"    {line}")
+        lines = [line for (name, _), outcome in outcomes.items() if name == op for line in outcome.lines]
+        for line in [line for line in lines if line.startswith("E  ")][:10]:
+            say(f"    {line}")
     say(f"  {time.monotonic() - begin:.0f} s in all")
     return verdicts
 
 
 def say_sanitizer(
-    root: Path, groups: dict[str, list[Path]], outcomes: dict[str, children.Outcome], verdicts: dict[str, Verdict],
+    root: Path, groups: dict[str, list[Path]], outcomes: Mapping[Key, children.Outcome], verdicts: dict[str, Verdict],
     limit_s: float, say: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Tells what compute-sanitizer found, and counts it against the op."""
     wanted = sanitized(root, groups)
     if not wanted:
         say("  compute-sanitizer: no op has CUDA C++ of its own")
-    elif not any(f"{group} {kind}" in outcomes for group in wanted for kind in _SANITIZER):
+    elif not any(kind in _SANITIZER for _, kind in outcomes):
         say("  compute-sanitizer: not on this machine, so the CUDA ops ran without it")
-    for name, outcome in outcomes.items():
-        op, _, kind = name.partition(" ")
-        if not kind:
+    for (op, kind), outcome in outcomes.items():
+        if kind not in _SANITIZER:
             continue
         if outcome.status is None:
             say(f"  compute-sanitizer {kind}, {op}: not finished within {limit_s:.0f} s, so it says nothing")

@@ -100,6 +100,7 @@ def test_a_whole_run(machine: Machine, tmp_path: Path, capsys: pytest.CaptureFix
     told = capsys.readouterr().out
     assert [r["impl"] for r in stored(tmp_path)] == ["copy", "mm", "mm", "xmlkernels", "elmo", "eager"]
     assert (tmp_path / "fake-card.png").read_bytes().startswith(b"\x89PNG")
+    assert told.index("tests on the card") < told.index("ceilings") < told.index(SHAPE.name)
     for text in (
         "cluster_step is not timed: no kernel", "copy bf16: 3000 GB/s", "xmlkernels sgd bf16: 4.000 ms",
         "once more at the end: 4.1 ms", "at most 1.7 x floor: 1.39, reached", "2 x faster than elmo: 2.00, reached",
@@ -235,6 +236,12 @@ def test_shapes_that_do_not_fit_give_way_to_small_ones(
     assert "bce_step B128-L8.6M-D768 is left out: its table does not fit 6 GiB" in capsys.readouterr().out
     monkeypatch.setitem(shapes.SHAPES, "cluster_step", (SHAPE,))
     assert gpu_report.plan(["cluster_step"], 1 << 30) == [("cluster_step", SHAPE)]  # no shapes of a card: those of the CPU
+
+
+def test_one_op_alone(machine: Machine, tmp_path: Path) -> None:
+    assert gpu_report.main(["--out", str(tmp_path), "--op", "matmul_topk"]) == 1  # the script's only op is another
+    assert not any("--shape" in command for command in machine.commands)
+    assert gpu_report.main(["--out", str(tmp_path), "--minutes", "-1"]) == 2
 
 
 def test_the_model_is_shown_beside_the_row_it_models() -> None:

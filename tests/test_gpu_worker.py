@@ -194,15 +194,22 @@ def test_files_belong_to_the_op_that_their_name_tells(tmp_path: Path) -> None:
 
 def test_verdicts() -> None:
     lines = ("tests/a.py::test_x[a b-cuda] PASSED [ 50%]", "tests/a.py::test_y FAILED [ 90%]", "t/a.py::test_z SKIPPED (no)")
-    found = gpu_tests.read(children.Outcome(1, lines, ""), 9)
+
+    def read(status: int | None, lines: tuple[str, ...], errors: str = "") -> gpu_tests.Verdict:
+        other = {("b", "t.py"): children.Outcome(1, ("tests/b.py::test_b FAILED",), "")}
+        return gpu_tests.read(other | {("a", "a.py"): children.Outcome(status, lines, errors)}, "a", 9)
+
+    found = read(1, lines)
     assert (found.passed, found.skipped, found.failed, found.green) == (1, 1, ["tests/a.py::test_y"], False)
-    assert gpu_tests.read(children.Outcome(0, lines[:1], ""), 9).green
-    cut = gpu_tests.read(children.Outcome(None, lines[:1], ""), 9)
-    assert not cut.green and "did not end within 9 s" in str(cut)
-    assert not gpu_tests.read(children.Outcome(0, lines[2:], ""), 9).green  # skipped tests prove nothing
-    assert "which proves nothing" in str(gpu_tests.read(children.Outcome(5, (), ""), 9))
-    assert "failed before its tests: boom" in str(gpu_tests.read(children.Outcome(1, (), "boom"), 9))
-    assert "status -11" in str(gpu_tests.read(children.Outcome(-11, lines[:1], ""), 9))
+    assert read(0, lines[:1]).green
+    cut = read(None, lines[:1])
+    assert not cut.green and "a.py did not end within 9 s" in str(cut)
+    assert not read(0, lines[2:]).green  # skipped tests prove nothing
+    assert "which proves nothing" in str(read(5, ()))
+    assert "failed before its tests: boom" in str(read(1, (), "boom"))
+    assert "status -11" in str(read(-11, lines[:1]))
+    both = {("a", f"{i}.py"): children.Outcome(0, lines[:1], "") for i in range(2)}
+    assert gpu_tests.read(both | {("a", "memcheck"): children.Outcome(9, lines, "")}, "a", 9).passed == 2
 
 
 MARK = "import pytest\npytestmark = pytest.mark.gpu\n"
@@ -241,7 +248,7 @@ def test_a_missing_sanitizer_is_told(tmp_path: Path) -> None:
     groups: dict[str, list[Path]] = {"sparse_update": []}
     gpu_tests.say_sanitizer(tmp_path, groups, {}, {}, 9, said.append)
     assert said == ["  compute-sanitizer: not on this machine, so the CUDA ops ran without it"]
-    cut = {"sparse_update racecheck": children.Outcome(None, (), "")}
+    cut = {("sparse_update", "racecheck"): children.Outcome(None, (), "")}
     gpu_tests.say_sanitizer(tmp_path, groups, cut, {}, 9, said.append)
     assert said[1:] == ["  compute-sanitizer racecheck, sparse_update: not finished within 9 s, so it says nothing"]
     gpu_tests.say_sanitizer(tmp_path, {"bce_step": []}, {}, {}, 9, said.append)

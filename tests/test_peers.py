@@ -81,6 +81,22 @@ def test_the_peer_kernel_does_the_same() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_peer_kernel_compiles(capability: int) -> None:
+    compiler = pytest.importorskip("triton.compiler")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("the interpreter does not compile")
+    from triton.backends.compiler import GPUTarget
+
+    from benchmarks import peers_triton
+
+    signature = {"weight": "*bf16", "grad": "*bf16", "counter": "*i64", "lr": "fp32", "size": "i32", "chunk": "i32"}
+    source = compiler.ASTSource(
+        fn=peers_triton._sgd, signature=signature | {"BLOCK": "constexpr"}, constexprs={"BLOCK": peers_triton._BLOCK}
+    )  # fmt: skip
+    assert compiler.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+
+
 def test_topk_in_the_format_of_the_table() -> None:
     head = cases.make_head(TINY, "bf16", "cpu")
     values, rows = peers.topk_step(head, k=7)()  # type: ignore[misc]
