@@ -73,12 +73,26 @@ class Ceilings:
         return 1 / max(number(row, "gbps") / self.gbps, number(row, "tflops") / rate)
 
 
-def own_row(rows: Sequence[Row], op: object, shape: object) -> Row | None:
-    """The row of this package that peers are held against: the goal's where the shape has one, else its fastest."""
-    own = [row for row in rows if (row["op"], row["shape"], row["impl"]) == (op, shape, "xmlkernels")]
-    goal = next((g for g in GOALS if (g.op, g.shape) == (op, shape)), None)
-    aimed = [row for row in own if goal and (plain(row["phase"]), row["dtype"]) == (goal.phase, goal.dtype)]
-    return min(aimed or own, key=lambda row: number(row, "ms_p50"), default=None)
+def goal_row(rows: Sequence[Row], goal: Goal) -> Row | None:
+    """This package's row that a figure to reach speaks of."""
+    aim = (goal.op, goal.shape, "xmlkernels", goal.phase, goal.dtype)
+    return next((r for r in rows if (r["op"], r["shape"], r["impl"], plain(r["phase"]), r["dtype"]) == aim), None)
+
+
+def own_row(rows: Sequence[Row], peer: Row) -> Row | None:
+    """The row of this package that a peer's is held against: that of a figure to reach which names the peer, else the fastest
+    of the same phase and format, of the same phase, of the shape."""
+    for goal in GOALS:
+        named = (goal.op, goal.shape) == (peer["op"], peer["shape"]) and peer["impl"] in goal.peers
+        if named and (found := goal_row(rows, goal)) is not None:
+            return found
+
+    def unlike(row: Row) -> tuple[bool, bool, float]:
+        other = plain(row["phase"]) != plain(peer["phase"])
+        return other, other or row["dtype"] != peer["dtype"], number(row, "ms_p50")
+
+    own = [row for row in rows if (row["op"], row["shape"], row["impl"]) == (peer["op"], peer["shape"], "xmlkernels")]
+    return min(own, key=unlike, default=None)
 
 
 def table(rows: Sequence[Row], ceilings: Ceilings, model: Mapping[tuple[str, ...], float]) -> list[str]:
@@ -92,7 +106,7 @@ def table(rows: Sequence[Row], ceilings: Ceilings, model: Mapping[tuple[str, ...
     names, times = ("op", "shape", "impl", "phase", "dtype"), ("ms_p50", "ms_p20", "ms_p80")
     lines = [[*names, "ms p50", "p20", "p80", "peak MB", "x floor", "ours faster", "model x floor"]]
     for row in rows:
-        own, over = own_row(rows, row["op"], row["shape"]), ceilings.times_floor(row)
+        own, over = own_row(rows, row), ceilings.times_floor(row)
         faster = "-" if own is None or row["impl"] == "xmlkernels" else f"{number(row, 'ms_p50') / number(own, 'ms_p50'):.2f}x"
         key = (str(row["op"]), str(row["shape"]), plain(row["phase"]), str(row["dtype"]))
         modelled = model.get(key) if row["impl"] == "xmlkernels" else None
@@ -118,9 +132,7 @@ def verdicts(rows: Sequence[Row], ceilings: Ceilings) -> list[str]:
 
     for goal in GOALS:
         where = f"{goal.op} {goal.shape} {goal.phase} {goal.dtype}"
-        own = own_row(rows, goal.op, goal.shape)
-        if own is not None and (plain(own["phase"]), own["dtype"]) != (goal.phase, goal.dtype):
-            own = None
+        own = goal_row(rows, goal)
         judge(f"{where}, at most {goal.floor} x floor", None if own is None else ceilings.times_floor(own), goal.floor)
         for impl, least in goal.peers.items():
             here = [r for r in rows if (r["op"], r["shape"], r["impl"]) == (goal.op, goal.shape, impl)]

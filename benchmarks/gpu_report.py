@@ -13,7 +13,6 @@ import datetime
 import importlib.util
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks import cases, children, floors, gpu_tests, gpu_worker, run, shapes, timing
+from benchmarks import card, cases, children, floors, gpu_tests, gpu_worker, run, shapes
 from xmlkernels.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,19 +33,10 @@ LEAST_S = 12.0  # below, a worker would hardly have started
 
 
 @dataclass
-class Card:
-    """machine: its name in file names; memory: bytes; device: as torch names it."""
-
-    machine: str
-    memory: int
-    device: str = "cuda"
-
-
-@dataclass
 class Report:
     """What the stages share and find. `deadline` is in seconds of `time.monotonic`."""
 
-    card: Card
+    card: card.Card
     out: Path
     deadline: float
     date: str
@@ -70,25 +60,6 @@ class Report:
 
 def say(text: str) -> None:
     print(text, flush=True)
-
-
-def find_card() -> Card:
-    """Raises InputError where torch finds no CUDA device."""
-    if not torch.cuda.is_available():
-        raise InputError(
-            "gpu_report", "a CUDA device", f"none that torch {torch.__version__} finds", "run it on a machine with one"
-        )  # fmt: skip
-    return Card(timing.machine_name("cuda"), torch.cuda.get_device_properties(0).total_memory)
-
-
-def check_out(out: Path) -> None:
-    """Raises InputError unless files can be written into `out`, which is made if need be: before minutes are spent."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise InputError("--out", "a folder that can be written", f"{out} ({error.strerror})", "give another folder") from None
 
 
 def build(report: Report) -> None:
@@ -133,30 +104,6 @@ def parsed(line: str) -> dict[str, object]:
     except ValueError:
         return {}
     return message if isinstance(message, dict) else {}
-
-
-def fits(op: str, shape: shapes.Shape, memory: int) -> bool:
-    """Whether at least the narrowest table of a full-label op fits; 1 GiB is left to the context and the batch."""
-    narrowest = min((1 if goal.dtype == "fp8" else 2 for goal in floors.GOALS if goal.shape == shape.name), default=2)
-    return shape.L * shape.D * narrowest + (1 << 30) <= memory
-
-
-def plan(ops: Sequence[str], memory: int) -> list[tuple[str, shapes.Shape]]:
-    """What to measure, in order: every op's first shape, then every op's second; small ones for those that do not fit."""
-    lists: list[list[tuple[str, shapes.Shape]]] = []
-    for op in ops:
-        large = shapes.GPU_SHAPES.get(op)
-        if large is None:
-            lists.append([(op, shape) for shape in shapes.for_card(op)])
-            continue
-        good = [shape for shape in large if fits(op, shape, memory)]
-        for shape in large:
-            if shape not in good:
-                say(f"  {op} {shape.name} is left out: its table does not fit {memory / 2**30:.0f} GiB")
-        small = shapes.SMALL_GPU_SHAPES.get(op, ()) if len(good) < len(large) else ()
-        lists.append([(op, shape) for shape in (*good, *small)])
-    longest = max(map(len, lists), default=0)
-    return [found[i] for i in range(longest) for found in lists if i < len(found)]
 
 
 @dataclass
@@ -271,7 +218,7 @@ def stages(report: Report) -> int:
     green = [op for op in ops if verdicts[op].green]
     say("ceilings")
     measure_ceilings(report)
-    for op, shape in plan(green, report.card.memory):
+    for op, shape in card.plan(green, report.card.memory, say):
         measure(report, op, shape)
     finish(report)
     measured = any(row["op"] != floors.CEILING for row in report.rows)
@@ -289,12 +236,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not 0 < options.minutes < float("inf"):
             raise InputError("--minutes", "a number above 0", str(options.minutes), "leave it out for 8.6")
-        card = find_card()
-        check_out(options.out)
+        found = card.find()
+        card.check_out(options.out)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        report = Report(card, options.out, begin + 60 * options.minutes, now, options.commit, options.op)
+        report = Report(found, options.out, begin + 60 * options.minutes, now, options.commit, options.op)
         run.check_results(report.path)
-        say(f"{card.machine}, {card.memory / 2**30:.0f} GiB, torch {torch.__version__}, {options.minutes} minutes")
+        say(f"{found.machine}, {found.memory / 2**30:.0f} GiB, torch {torch.__version__}, {options.minutes} minutes")
         return stages(report)
     except InputError as error:
         print(f"benchmarks/gpu_report.py: {error}", file=sys.stderr)

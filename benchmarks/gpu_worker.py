@@ -156,7 +156,8 @@ def measure_all(todo: Sequence[cases.Case], shape: shapes.Shape, about: run.Row,
     measured: list[tuple[cases.Case, bool]] = []
     tell(todo=[name_of(case) for case in todo])
     for case in todo:
-        graph = device == "cuda" and case.impl not in cases_gpu.SYNCING and name_of(case) not in plain
+        syncs = (str(about["op"]), case.impl, case.phase) in cases_gpu.SYNCING
+        graph = device == "cuda" and not syncs and name_of(case) not in plain
         tell(begin=name_of(case))
         status = attempt(case, lambda c=case, g=graph: tell(row=make_row(about, c, shape, *measure(c, clock, g), g)))
         if status:

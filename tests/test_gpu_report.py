@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import cases_gpu, floors, gpu_report, gpu_worker, plot, run, shapes
+from benchmarks import card, cases_gpu, floors, gpu_report, gpu_worker, plot, run, shapes
 from benchmarks.children import Outcome
 from benchmarks.gpu_tests import Verdict
 
@@ -74,7 +74,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     found = Machine()
     monkeypatch.setattr(gpu_report.children, "run", found.run)
     monkeypatch.setattr(gpu_report, "time", SimpleNamespace(monotonic=found.monotonic))
-    monkeypatch.setattr(gpu_report, "find_card", lambda: gpu_report.Card("fake-card", 80 << 30))
+    monkeypatch.setattr(card, "find", lambda: card.Card("fake-card", 80 << 30))
     monkeypatch.setattr(gpu_report.gpu_tests, "run_all", lambda *_: {"bce_step": Verdict(passed=3), "bce_loss": Verdict()})
     monkeypatch.setitem(shapes.GPU_SHAPES, "bce_step", (SHAPE,))
     return found
@@ -134,6 +134,13 @@ def test_the_floors_are_those_of_the_published_table() -> None:
     assert found.times_floor(row("xmlkernels/sgd/fp16", 1.0)) is None  # no torch.mm of that format was measured
 
 
+def test_a_peer_is_held_against_the_row_that_does_the_same() -> None:
+    own = [row(OWN, 4.0), row("xmlkernels/momentum/bf16", 6.0), row("xmlkernels/momentum/fp32", 9.0)]
+    held = {key: floors.own_row(own, row(key, 20.0)) for key in (ELMO, EAGER, "renee/momentum/fp16")}
+    assert held == {ELMO: own[0], EAGER: own[2], "renee/momentum/fp16": own[0]}  # a figure to reach names elmo and renee
+    assert floors.own_row(own[:1], row(EAGER, 20.0)) is own[0] and floors.own_row([], row(EAGER, 20.0)) is None
+
+
 def test_a_missed_figure_is_told() -> None:
     found = floors.Ceilings(3000, {"bf16": 800})
     lines = floors.verdicts([row(OWN, 9.0) | {"peak_mb": 700}, row("renee/momentum/fp16", 28.0)], found)
@@ -142,7 +149,7 @@ def test_a_missed_figure_is_told() -> None:
 
 
 def test_without_a_card_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(gpu_report.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(card.torch.cuda, "is_available", lambda: False)
     assert gpu_report.main([]) == 2
     told = capsys.readouterr()
     assert told.out == "" and told.err.count("\n") == 1 and "expected a CUDA device, got none" in told.err
@@ -223,19 +230,19 @@ def test_the_deadline_keeps_what_was_measured(machine: Machine, tmp_path: Path, 
     assert machine.now <= 3 * 60
 
 
-def test_shapes_that_do_not_fit_give_way_to_small_ones(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    everything = gpu_report.plan(["bce_step", "matmul_topk"], 80 << 30)
+def test_shapes_that_do_not_fit_give_way_to_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    everything = card.plan(["bce_step", "matmul_topk"], 80 << 30, told.append)
     assert [(op, s.name) for op, s in everything] == [
         ("bce_step", "B128-L2.8M-D768"), ("matmul_topk", "B512-L2.8M-D768"), ("bce_step", "B512-L1.3M-D768"),
         ("bce_step", "B128-L8.6M-D768"),
     ]  # fmt: skip
-    some = [s.name for op, s in gpu_report.plan(["bce_step"], 6 << 30)]
+    some = [s.name for op, s in card.plan(["bce_step"], 6 << 30, told.append)]
     assert some == ["B128-L2.8M-D768", "B512-L1.3M-D768", "B128-L131k-D768", "B512-L131k-D768"]
-    assert "bce_step B128-L8.6M-D768 is left out: its table does not fit 6 GiB" in capsys.readouterr().out
+    assert told == ["  bce_step B128-L8.6M-D768 is left out: its table does not fit 6 GiB"]
     monkeypatch.setitem(shapes.SHAPES, "cluster_step", (SHAPE,))
-    assert gpu_report.plan(["cluster_step"], 1 << 30) == [("cluster_step", SHAPE)]  # no shapes of a card: those of the CPU
+    # An op without shapes of a card has those of the CPU.
+    assert card.plan(["cluster_step"], 1 << 30, told.append) == [("cluster_step", SHAPE)]
 
 
 def test_one_op_alone(machine: Machine, tmp_path: Path) -> None:

@@ -116,6 +116,7 @@ def test_a_step_that_cannot_be_captured_is_told(monkeypatch: pytest.MonkeyPatch,
         gpu_worker.measure(fake("elmo"), gpu_worker.timing.Clock("cpu"), graph=True)
     monkeypatch.setattr(gpu_worker, "measure", lambda case, clock, graph: asked.append(case.impl) or ([1.0], None))
     monkeypatch.setattr(gpu_worker.timing, "Clock", lambda device: None)
+    monkeypatch.setattr(cases_gpu, "SYNCING", {("bce_step", "SparseAdam", "sgd")})
     about = run.setting("bce_step", "cpu") | {"date": "", "device": "cuda"}
     monkeypatch.setattr(gpu_worker, "free", lambda device: None)
     assert gpu_worker.measure_all([fake("elmo"), fake("SparseAdam"), fake("renee")], TINY, about, ["renee/sgd/bf16"]) == 0
