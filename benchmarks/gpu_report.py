@@ -73,7 +73,9 @@ def build(report: Report) -> None:
     else:
         for line in outcome.errors.splitlines():
             say(f"  {line}")
-    say(f"  {children.run(children.python('-m', 'xmlkernels.native'), max(report.left(60), 1)).last}")
+    loaded = children.run(children.python("-m", "xmlkernels.native"), report.left(60))
+    for line in loaded.lines or (f"the package cannot be loaded: {loaded.last}",):
+        say(f"  {line}")
 
 
 def worker(report: Report, *arguments: str) -> list[str]:

@@ -55,8 +55,11 @@ def with_untimed(ops: Sequence[str]) -> list[str]:
 
 
 def owner(name: str, ops: Sequence[str]) -> str:
-    """The op that a file or test name tells of, else `SHARED`; of several that fit, the longest."""
+    """The op that a file or test name tells of, else `SHARED`; of several that fit, the longest. An op's first word tells it
+    too where it is no other's: `test_sparse_layout` is of sparse_update."""
     fits = [(len(stem), op) for op in ops for stem in stems(op) if stem in name]
+    words = [op.split("_")[0] for op in ops]
+    fits = fits or [(0, op) for op, word in zip(ops, words, strict=True) if words.count(word) == 1 and word in name.split("_")]
     return max(fits)[1] if fits else SHARED
 
 

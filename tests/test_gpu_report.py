@@ -46,7 +46,7 @@ class Machine:
         self.limits: list[float] = []
         self.measuring: list[tuple[int | None, list[dict[str, object]]]] = []
         self.answers: dict[str, tuple[int | None, list[str], str]] = {
-            "setup.py": (0, [], ""), "xmlkernels.native": (0, ["xmlkernels: native library: loaded"], ""),
+            "setup.py": (0, [], ""), "xmlkernels.native": (0, ["native library: loaded", "CUDA library: loaded"], ""),
             "--ops": (0, ['{"op": "bce_step", "why": null}', '{"op": "cluster_step", "why": "no kernel"}'], ""),
             "--ceilings": (0, [json.dumps({"row": r}) for r in CEILINGS], ""),
         }  # fmt: skip
@@ -102,7 +102,8 @@ def test_a_whole_run(machine: Machine, tmp_path: Path, capsys: pytest.CaptureFix
     assert (tmp_path / "fake-card.png").read_bytes().startswith(b"\x89PNG")
     assert told.index("tests on the card") < told.index("ceilings") < told.index(SHAPE.name)
     for text in (
-        "cluster_step is not timed: no kernel", "copy bf16: 3000 GB/s", "xmlkernels sgd bf16: 4.000 ms",
+        "native library: loaded", "CUDA library: loaded", "cluster_step is not timed: no kernel", "copy bf16: 3000 GB/s",
+        "xmlkernels sgd bf16: 4.000 ms",
         "once more at the end: 4.1 ms", "at most 1.7 x floor: 1.39, reached", "2 x faster than elmo: 2.00, reached",
         "5 x faster than renee: not measured", "at most 256 MB beyond the table: 120.00, reached",
         "B512-L2.8M-D768 topk bf16, at most 1.6 x floor: not measured",

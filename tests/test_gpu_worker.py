@@ -180,16 +180,18 @@ def test_nothing_but_torch_numpy_and_scipy_is_needed() -> None:
 
 
 def test_files_belong_to_the_op_that_their_name_tells(tmp_path: Path) -> None:
-    for name in ("ops/test_bce_step_bits.py", "ops/test_sparse_adam.py", "ops/test_layout.py", "compile/test_bce_step.py"):
+    ops = ("test_bce_step_bits.py", "test_sparse_adam.py", "test_sparse_layout.py", "test_layout.py")
+    for name in (*(f"ops/{name}" for name in ops), "compile/test_bce_step.py"):
         (tmp_path / "tests" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "tests" / name).touch()
     (tmp_path / "tests" / "test_train.py").touch()
     (tmp_path / "tests" / "test_full_head.py").write_text("@pytest.mark.gpu\n")
     found = gpu_tests.files_by_op(tmp_path, ["bce_step", "sparse_update"])
     assert {op: [path.name for path in paths] for op, paths in found.items()} == {
-        "bce_step": ["test_bce_step_bits.py"], "sparse_update": ["test_sparse_adam.py"],
+        "bce_step": ["test_bce_step_bits.py"], "sparse_update": ["test_sparse_adam.py", "test_sparse_layout.py"],
         "shared": ["test_layout.py", "test_full_head.py"],
     }  # fmt: skip
+    assert gpu_tests.owner("test_bce_edges", ["bce_step", "bce_loss"]) == "shared"
     assert "bce_loss" in gpu_tests.with_untimed(["bce_step"]) and "bce_step" not in gpu_tests.with_untimed([])
 
 
