@@ -10,11 +10,12 @@ measured; 1 an op's tests are not green, or no row could be measured; 2 no CUDA 
 
 import argparse
 import datetime
+import importlib
 import importlib.util
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -185,21 +186,13 @@ def ops_to_time(report: Report) -> list[str]:
     return found
 
 
-def modelled() -> Mapping[tuple[str, ...], float]:
-    """Modelled multiples of the floor by (op, shape, phase, dtype), from benchmarks/model.py where the tree has it."""
-    if importlib.util.find_spec("benchmarks.model") is None:
-        return {}
-    from benchmarks import model  # type: ignore[attr-defined]
-
-    return model.times_floor()
-
-
 def finish(report: Report) -> None:
     """The table, the figures to reach, and the chart."""
     measured = [row for row in report.rows if row["op"] != floors.CEILING]
     say("\nresults; x floor: median over the floor of this run's ceilings; +graph: replayed from one captured CUDA graph;")
-    say("model: counted from loads and stores, never measured")
-    for line in (*floors.table(measured, report.ceilings, modelled()), "", *floors.verdicts(measured, report.ceilings)):
+    say("model x floor: by the bytes that the kernel's schedule moves (benchmarks/model.py): a model, never measured")
+    model = importlib.import_module("benchmarks.model") if importlib.util.find_spec("benchmarks.model") else None
+    for line in (*floors.table(measured, report.ceilings, model), "", *floors.verdicts(measured, report.ceilings)):
         say(line)
     say(f"rows in {report.path}")
     if importlib.util.find_spec("matplotlib") is None:

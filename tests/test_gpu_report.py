@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -253,8 +253,20 @@ def test_one_op_alone(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_the_model_is_shown_beside_the_row_it_models() -> None:
-    lines = floors.table([row(OWN, 4.0), row(ELMO, 9.0)], floors.Ceilings(), {("bce_step", SHAPE.name, "sgd", "bf16"): 1.5})
-    assert lines[1].split()[-3:] == ["-", "-", "1.50"] and lines[2].split()[-2:] == ["2.25x", "-"]
+    asked = []
+
+    def bce_step_bytes(*sizes: int, **options: int) -> dict[str, int]:
+        asked.append((sizes, options))
+        return {"memory": 3 * SHAPE.L * SHAPE.D * 2, "cache": 0}  # half as much again as must be
+
+    model = ModuleType("model")
+    model.bce_step_bytes = bce_step_bytes  # type: ignore[attr-defined]
+    rows = [row(OWN, 4.0), row(ELMO, 9.0), row("xmlkernels/momentum/fp32", 9.0)]
+    lines = floors.table(rows, floors.Ceilings(3000, {"bf16": 800}), model)
+    assert lines[1].split()[-3:] == ["1.39", "-", "1.50"] and lines[2].split()[-2:] == ["2.25x", "-"]
+    assert asked[0] == ((128, SHAPE.L, 768), {"element": 2, "state_element": 2, "states": 0, "loss": False})
+    assert asked[1][1]["states"] == 1 and asked[1][1]["element"] == 4 and lines[3].split()[-1] == "-"  # no fp32 ceiling
+    assert floors.table(rows, floors.Ceilings(3000, {"bf16": 800}), None)[1].split()[-1] == "-"
 
 
 def test_without_matplotlib_no_chart(
