@@ -111,7 +111,7 @@ def own_row(rows: Sequence[Row], peer: Row) -> Row | None:
 
 
 def modelled_bytes(row: Row, model: ModuleType | None) -> int | None:
-    """Bytes between memory and L2 by the schedule of this package's kernel, as `benchmarks/model.py` counts them, where it does."""
+    """Bytes between memory and L2 by the schedule of this package's kernel, where `benchmarks/model.py` counts them."""
     if model is None or row["impl"] != "xmlkernels" or row["op"] != "bce_step":
         return None
     element = {"fp32": 4, "fp8": 1}.get(str(row["dtype"]), 2)

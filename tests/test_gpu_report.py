@@ -25,6 +25,7 @@ def row(key: str, ms: float, *, op: str = "bce_step", shape: shapes.Shape = SHAP
     found = dict.fromkeys(run.COLUMNS) | {"op": op, "impl": impl, "phase": phase or plain, "dtype": dtype, "shape": shape.name}
     case = next(c for c in cases_gpu.build(op, shape, "cuda") if c.key == (impl, plain, dtype))
     found |= {"date": "now", "commit": "abc", "machine": "fake-card", "device": "cuda", "torch": "2", "peak_mb": 120.0}
+    found |= {letter: getattr(shape, letter) for letter in "BLDSK"}
     found |= {"ms_p20": ms, "ms_p50": ms, "ms_p80": ms, "gbps": case.bytes / ms / 1e6, "tflops": case.flops / ms / 1e9}
     return found
 
