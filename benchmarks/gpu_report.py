@@ -118,16 +118,16 @@ class Progress:
     begun: str | None = None
 
 
-def measure(report: Report, op: str, shape: shapes.Shape) -> None:
-    """One op at one shape; a worker that dies is started again without the case that ended it."""
+def measure(report: Report, op: str, shape: shapes.Shape, rest: bool) -> None:
+    """One op at one shape, one of its two rounds; a worker that dies is started again without the case that ended it."""
     progress = Progress()
-    say(f"{op} {shape.name} (B {shape.B}, L {shape.L:,}, D {shape.D})")
+    say(f"{op} {shape.name} (B {shape.B}, L {shape.L:,}, D {shape.D}){', the rest' if rest else ''}")
     while progress.only is None or progress.only:
         limit = report.left()
         if limit < LEAST_S:
             say(f"  the time is up: not measured: {', '.join(progress.only) if progress.only else 'any case of it'}")
             return
-        arguments = ["--op", op, "--shape", shape.name]
+        arguments = ["--op", op, "--shape", shape.name, *(["--rest"] if rest else [])]
         for flag, names in (("--only", progress.only or []), ("--plain", progress.plain)):
             arguments += [word for name in names for word in (flag, name)]
         outcome = children.run(worker(report, *arguments), limit, lambda line: read(report, progress, line))
@@ -213,8 +213,10 @@ def stages(report: Report) -> int:
     green = [op for op in ops if verdicts[op].green]
     say("ceilings")
     measure_ceilings(report)
-    for op, shape in card.plan(green, report.card.memory, say):
-        measure(report, op, shape)
+    wanted = card.plan(green, report.card.memory, say)
+    for rest in (False, True):  # what has a figure to reach, and its peers, of every shape before the rest of any
+        for op, shape in wanted:
+            measure(report, op, shape, rest)
     finish(report)
     measured = any(row["op"] != floors.CEILING for row in report.rows)
     return 0 if measured and green == ops else 1

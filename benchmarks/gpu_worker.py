@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_worker.py --ops
     python benchmarks/gpu_worker.py --ceilings
-    python benchmarks/gpu_worker.py --op bce_step --shape B128-L2.8M-D768 [--only KEY …] [--plain KEY …]
+    python benchmarks/gpu_worker.py --op bce_step --shape B128-L2.8M-D768 [--rest] [--only KEY …] [--plain KEY …]
 
 It writes one JSON object a line, as things happen: {"op": NAME, "why": REASON or null}, {"todo": [KEY, …]},
 {"begin": KEY}, {"row": …}, {"left_out": KEY, "why": …}, {"capture_failed": KEY, "why": …}, {"again": KEY, "ms": …}. A kernel
@@ -138,15 +138,20 @@ def ceilings(device: str, about: run.Row) -> None:
         free(device)
 
 
-def first_wanted(todo: Sequence[cases.Case], op: str, shape: str) -> list[cases.Case]:
-    """The case with a figure to reach first, then the peers, then the rest: a run cut short has what matters."""
+def in_turn(todo: Sequence[cases.Case], op: str, shape: str, rest: bool) -> list[cases.Case]:
+    """The cases of one of two rounds, so that a run cut short has what matters of every shape.
+
+    First round: the case with a figure to reach (every own case, where the shape has no figure), then the peers, the one
+    that must be compiled last. Second: all others.
+    """
     goal = {(g.phase, g.dtype) for g in floors.GOALS if (g.op, g.shape) == (op, shape)}
 
     def rank(case: cases.Case) -> int:
-        own = case.impl == "xmlkernels"
-        return 0 if own and (case.phase, case.dtype) in goal else 2 if own or case.impl == "reference" else 1
+        if case.impl == "xmlkernels":
+            return 0 if not goal or (case.phase, case.dtype) in goal else 3
+        return {"compile": 2, "reference": 3}.get(case.impl, 1)
 
-    return sorted(todo, key=rank)
+    return sorted((case for case in todo if (rank(case) == 3) == rest), key=rank)
 
 
 def measure_all(todo: Sequence[cases.Case], shape: shapes.Shape, about: run.Row, plain: Sequence[str]) -> int:
@@ -208,6 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", choices=list(cases.OPS))
     parser.add_argument("--shape")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--rest", action="store_true", help="the cases of the second round")
     parser.add_argument("--only", action="append", help="impl/phase/dtype; without it, every case")
     parser.add_argument("--plain", action="append", default=[], help="impl/phase/dtype never captured in a graph")
     parser.add_argument("--date", default="", help="of the whole run, for the rows")
@@ -223,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ceilings(options.device, about)
         return 0
     shape = next(s for s in shapes.for_card(options.op) if s.name == options.shape)
-    todo = first_wanted(cases_gpu.build(options.op, shape, options.device), options.op, shape.name)
+    todo = in_turn(cases_gpu.build(options.op, shape, options.device), options.op, shape.name, options.rest)
     return measure_all([c for c in todo if options.only is None or name_of(c) in options.only], shape, about, options.plain)
 
 

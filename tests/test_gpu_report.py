@@ -58,13 +58,13 @@ class Machine:
     def run(self, command: Sequence[str], limit_s: float, on_line: Callable[[str], None] | None = None) -> Outcome:
         self.commands.append(list(command))
         self.limits.append(limit_s)
-        self.now += min(self.seconds, limit_s)
         asked = next((name for name in self.answers if name in command), None)
         if asked is not None:
             status, lines, errors = self.answers[asked]
         else:
-            status, messages = self.measuring.pop(0)
+            status, messages = self.measuring.pop(0) if "--rest" not in command else (0, [{"todo": []}])
             lines, errors = ["a library's warning", *map(json.dumps, messages)], "Segmentation fault"
+        self.now += limit_s if status is None else min(self.seconds, limit_s)
         for line in lines if on_line else ():
             on_line(line)  # type: ignore[misc]
         return Outcome(status, tuple(lines), errors)
@@ -117,7 +117,8 @@ def test_a_whole_run(machine: Machine, tmp_path: Path, capsys: pytest.CaptureFix
     ]  # fmt: skip
     assert own.split()[5:] == ["4.000", "4.000", "4.000", "120.0", "1.39", "-", "-"]
     assert eager.split()[3] == "momentum+graph" and eager.split()[-2:] == ["10.00x", "-"]
-    worker = machine.commands[-1]
+    worker, rest = machine.commands[-2:]
+    assert rest[-3:-1] == ["--rest", "--commit"] and "--rest" not in worker
     assert worker[worker.index("--commit") + 1] == "feedbeef" and worker[worker.index("--shape") + 1] == SHAPE.name
 
 
@@ -209,7 +210,7 @@ def test_a_worker_that_dies_is_started_again_without_its_case(
     assert f"{ELMO} ended the process with status -11: Segmentation fault" in told
     assert f"{EAGER} cannot be captured in a graph (a sync)" in told and "left out: RuntimeError: launch failed" in told
     asked = [[c[i + 1] for i, word in enumerate(c) if word == "--only"] for c in machine.commands if "--op" in c]
-    assert asked == [[], everything[2:], everything[2:]] and machine.commands[-1].count("--plain") == 1
+    assert asked == [[], everything[2:], everything[2:], []] and machine.commands[-2].count("--plain") == 1
     assert [r["impl"] for r in stored(tmp_path)][3:] == ["xmlkernels", "eager"]
 
 

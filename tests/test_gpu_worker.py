@@ -48,22 +48,25 @@ def test_rows_of_a_worker(capsys: pytest.CaptureFixture[str]) -> None:
     arguments += ["--op", "bce_step", "--shape", "tiny", "--device", "cpu", "--date", "now", "--commit", "abc"]
     assert gpu_worker.main(arguments) == 0
     found = told(capsys)
-    assert found[0] == {"todo": [only[2], only[1], only[0]]}  # this shape has no figure to reach: peers first
+    assert found[0] == {"todo": [only[0], only[2], only[1]]}  # this shape has no figure to reach: all own cases first
     rows = [message["row"] for message in found if "row" in message]
-    assert [r["impl"] for r in rows] == ["renee", "elmo", "xmlkernels"]  # type: ignore[index]
+    assert [r["impl"] for r in rows] == ["xmlkernels", "renee", "elmo"]  # type: ignore[index]
     for row in rows:
         assert isinstance(row, dict) and list(row) == list(run.COLUMNS)
         assert (row["date"], row["commit"], row["B"], row["L"], row["K"]) == ("now", "abc", 4, 300, 7)
         assert row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"] and row["peak_mb"] is None and "+graph" not in row["phase"]
-    assert found[-1]["again"] == only[2] and float(str(found[-1]["ms"])) > 0
+    assert found[-1]["again"] == only[0] and float(str(found[-1]["ms"])) > 0
 
 
-def test_the_figure_to_reach_comes_first() -> None:
-    shape = shapes.GPU_SHAPES["bce_step"][0].name, "B128-L8.6M-D768"
-    todo = cases_gpu.build("bce_step", TINY, "cpu", compiled=False)
-    assert gpu_worker.first_wanted(todo, "bce_step", shape[1])[0].key == ("xmlkernels", "sgd", "fp8")
-    last = [case.impl for case in gpu_worker.first_wanted(todo, "bce_step", shape[1])][-3:]
-    assert set(last) <= {"xmlkernels", "reference"}
+def test_what_has_a_figure_to_reach_and_its_peers_come_in_the_first_round() -> None:
+    todo = cases_gpu.build("bce_step", TINY, "cpu")
+    first = gpu_worker.in_turn(todo, "bce_step", "B128-L8.6M-D768", rest=False)
+    rest = gpu_worker.in_turn(todo, "bce_step", "B128-L8.6M-D768", rest=True)
+    assert first[0].key == ("xmlkernels", "sgd", "fp8") and first[-1].impl == "compile" and len(first) + len(rest) == len(todo)
+    assert {case.impl for case in first[1:]} == {"eager", "compile", "renee", "elmo"}
+    assert {case.impl for case in rest} == {"xmlkernels", "reference"}
+    aimless = gpu_worker.in_turn(todo, "bce_step", "another", rest=True)
+    assert {case.impl for case in aimless} == {"reference"}
 
 
 def test_ceilings(capsys: pytest.CaptureFixture[str]) -> None:
