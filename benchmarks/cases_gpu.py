@@ -13,7 +13,9 @@ from benchmarks.timing import Step
 from xmlkernels import ops
 
 FP8, SCALE = torch.float8_e4m3fn, 2.0**-8
-SYNCING = frozenset({("shortlist_matmul", "xmlkernels", "step"), ("shortlist_matmul", "eager", "step")})
+SYNCING = frozenset({
+    ("shortlist_matmul", "xmlkernels", "step"), ("shortlist_matmul", "eager", "step"), ("cluster_step", "eager", "adam"),
+})  # fmt: skip
 """(op, implementation, phase) whose step reads a size on the host: the number of distinct rows, or torch's own sum of a sparse
 gradient. They are never captured in a graph."""
 _ROWS = 1 << 19

@@ -39,6 +39,7 @@ GOALS = (
     Goal("bce_step", "B128-L2.8M-D768", "sgd", "bf16", 1.7, {"elmo": 2, "renee": 5}, 256),
     Goal("bce_step", "B512-L1.3M-D768", "sgd", "bf16", 1.8, {}, 256),
     Goal("bce_step", "B128-L8.6M-D768", "sgd", "fp8", 2.0, {}, 256),
+    Goal("cluster_step", "B64-K400-L670k-D768", "adam", "bf16", 1.8, {"eager": 5}),
     Goal("sparse_update", "N100k-L670k-D768", "adam", "bf16", 1.25, {"torch": 4}),
     Goal("matmul_topk", "B512-L2.8M-D768", "topk", "bf16", 1.6, {"eager": 3}),
 )

@@ -1,4 +1,4 @@
-"""The peers' methods, written anew from their descriptions, that `benchmarks/cases.py` does not hold.
+"""The peers' methods, written anew from their descriptions, that no file of cases for both devices holds.
 
 Each function takes what a caller holds anyway and returns the call to time. Where a peer waits for the device in the middle
 of its step, the wait that its method does not need is left out, in its favour; what then differs is said at the function.
@@ -97,53 +97,5 @@ def softmax_step(head: Head, *, impl: str) -> Step:
         loss().backward()
         assert x.grad is not None
         return x.grad
-
-    return step
-
-
-def sparse_adam_step(table: Tensor, rows: Tensor, grad: Tensor, *, lr: float = LR) -> Step:
-    """`torch.optim.SparseAdam` on the gradient that an embedding's backward leaves.
-
-    Args:
-        table: fp32 [n, D]; becomes the parameter.
-        rows: int64 [N].
-        grad: fp32 [N, D].
-        lr: learning rate; betas and epsilon are torch's own.
-    """
-    parameter = nn.Parameter(table)
-    optimizer = torch.optim.SparseAdam([parameter], lr=lr)
-
-    def step() -> Tensor:
-        # As autograd hands it over: not marked as coalesced, so the optimizer sorts and sums first.
-        parameter.grad = torch.sparse_coo_tensor(rows[None], grad, parameter.shape, check_invariants=False)
-        optimizer.step()
-        return parameter.detach()
-
-    return step
-
-
-def sparse_shortlist_step(table: Tensor, x: Tensor, index: Tensor, target: Tensor, *, lr: float = LR) -> Step:
-    """torch's sparse path of a shortlist: gather, bmm, BCE, backward with dx, SparseAdam.
-
-    Args:
-        table: fp32 [n, D]; becomes the embedding's weight.
-        x: fp32 [B, D].
-        index: int64 [B, S], -1 pads: scored as row 0 with weight 0, since an embedding needs a row.
-        target: fp32 [B, S].
-        lr: learning rate; betas and epsilon are torch's own.
-    """
-    embedding = nn.Embedding(*table.shape, sparse=True, _weight=table)
-    optimizer = torch.optim.SparseAdam(embedding.parameters(), lr=lr)
-    leaf = x.clone().requires_grad_()
-    places, real = index.clamp(min=0), (index >= 0).float()
-
-    def step() -> Tensor:
-        leaf.grad = None
-        optimizer.zero_grad(set_to_none=True)
-        logits = torch.bmm(embedding(places), leaf[:, :, None])[:, :, 0]
-        nn.functional.binary_cross_entropy_with_logits(logits, target, weight=real, reduction="sum").backward()
-        optimizer.step()
-        assert leaf.grad is not None
-        return leaf.grad
 
     return step

@@ -43,6 +43,7 @@ GPU_SHAPES: dict[str, tuple[Shape, ...]] = {
         Shape("B128-L8.6M-D768", 128, 8_623_847, 768),  # LF-Paper2Keywords: fp8 fits where fp32 with its states does not
     ),
     "matmul_topk": (Shape("B512-L2.8M-D768", 512, 2_812_281, 768, K=100),),
+    "cluster_step": (Shape("B64-K400-L670k-D768", 64, 670_091, 768, S=4400, K=400),),  # clusters of 11 rows
     "sparse_update": (Shape("N100k-L670k-D768", 1, 670_091, 768, S=100_000),),
     "shortlist_matmul": (Shape("B64-S4400-L670k-D768", 64, 670_091, 768, S=4400),),  # CascadeXML's lists for Amazon-670K
 }

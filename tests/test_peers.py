@@ -105,39 +105,6 @@ def test_topk_in_the_format_of_the_table() -> None:
     torch.testing.assert_close(values.float(), expected, rtol=0.02, atol=2e-3)
 
 
-def test_sparse_adam_moves_the_rows_it_is_given() -> None:
-    table = torch.randn(50, 8)
-    before, rows, grad = table.clone(), torch.tensor([3, 7, 20]), torch.randn(3, 8)
-    step = peers.sparse_adam_step(table, rows, grad, lr=0.01)
-    m, v, expected = torch.zeros(3, 8), torch.zeros(3, 8), before[rows].clone()
-    for t in (1, 2):
-        after = step()
-        m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
-        expected -= 0.01 * (1 - 0.999**t) ** 0.5 / (1 - 0.9**t) * m / (v.sqrt() + 1e-8)
-    assert isinstance(after, Tensor)
-    torch.testing.assert_close(after[rows], expected)
-    rest = torch.ones(50, dtype=torch.bool).index_fill(0, rows, False)
-    assert torch.equal(after[rest], before[rest])
-
-
-def test_sparse_shortlist_is_the_dense_step_on_its_candidates() -> None:
-    table, x = torch.randn(40, 8), torch.randn(5, 8)
-    index = torch.stack([torch.randperm(30)[:6] + 5 for _ in range(5)])
-    index[2, 4:] = -1
-    target = (torch.rand(5, 6) < 0.3).float()
-    before, dense, leaf = table.clone(), table.clone().requires_grad_(), x.clone().requires_grad_()
-    logits = (leaf @ dense.T).gather(1, index.clamp(min=0))
-    real = index >= 0
-    torch.nn.functional.binary_cross_entropy_with_logits(logits[real], target[real], reduction="sum").backward()
-    assert dense.grad is not None
-    dx = peers.sparse_shortlist_step(table, x, index, target, lr=0.01)()
-    torch.testing.assert_close(dx, leaf.grad)
-    touched = torch.zeros(40, dtype=torch.bool).index_fill(0, index[real], True)
-    # The first step of Adam is lr times the sign of the gradient wherever that is far above epsilon.
-    torch.testing.assert_close(table[touched], before[touched] - 0.01 * dense.grad[touched].sign(), rtol=1e-3, atol=1e-4)
-    assert torch.equal(table[~touched], before[~touched])
-
-
 @pytest.mark.parametrize("impl", peers.SOFTMAX)
 def test_peers_of_another_loss_join_where_installed_and_say_so(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
