@@ -41,7 +41,9 @@ class Outcome:
         return told[-1] if told else "it said nothing"
 
 
-def run(command: Sequence[str], limit_s: float, on_line: Callable[[str], None] | None = None) -> Outcome:
+def run(
+    command: Sequence[str], limit_s: float, on_line: Callable[[str], None] | None = None, threads: int | None = None
+) -> Outcome:
     """Runs a command in the project's folder, handing on each line of its standard output as it is written.
 
     Past the limit the command is killed with all that it started, and what it wrote until then is kept.
@@ -50,10 +52,14 @@ def run(command: Sequence[str], limit_s: float, on_line: Callable[[str], None] |
         command: the program and its arguments.
         limit_s: seconds of wall clock.
         on_line: called with each line, in this thread.
+        threads: of its arithmetic on the CPU; its own choice when not given.
     """
     ends = time.monotonic() + limit_s
     lines: list[str] = []
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": _with_root(os.environ.get("PYTHONPATH"))}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True
@@ -80,21 +86,19 @@ def run(command: Sequence[str], limit_s: float, on_line: Callable[[str], None] |
 
 
 def run_together(commands: Mapping[Name, Sequence[str]], limit_s: float) -> dict[Name, Outcome]:
-    """Runs several commands at once, each under the same limit; results by the given names, in the given order."""
+    """Runs several commands at once, each under the same limit and on its share of the processors; results by the given
+    names, in the given order."""
     if not commands:
         return {}
+    threads = max(1, (os.cpu_count() or 1) // len(commands))
     with ThreadPoolExecutor(len(commands)) as pool:
-        started = {name: pool.submit(run, command, limit_s) for name, command in commands.items()}
+        started = {name: pool.submit(run, command, limit_s, None, threads) for name, command in commands.items()}
         return {name: future.result() for name, future in started.items()}
 
 
 def python(*arguments: str) -> list[str]:
     """The command that runs this same Python."""
     return [sys.executable, *arguments]
-
-
-def _with_root(path: str | None) -> str:
-    return os.pathsep.join(filter(None, [str(ROOT), path]))
 
 
 def _read(stream: IO[str], waiting: "queue.Queue[str | None]") -> None:

@@ -47,11 +47,11 @@ def stems(op: str) -> tuple[str, ...]:
     return (op, *(name.rstrip("_") for name in cases.OPS.get(op, ())))
 
 
-def with_untimed(ops: Sequence[str]) -> list[str]:
-    """The ops to time, then the public functions that no benchmark times: their failures are their own."""
+def untimed() -> list[str]:
+    """The public functions that no benchmark times: their failures are their own."""
     timed = {stem for op in cases.OPS for stem in stems(op)}
     public = [name.rstrip("_") for name in package_ops.__all__ if callable(getattr(package_ops, name))]
-    return [*ops, *(name for name in public if name not in timed)]
+    return [name for name in public if name not in timed]
 
 
 def owner(name: str, ops: Sequence[str]) -> str:
@@ -132,17 +132,19 @@ def run_all(root: Path, ops: Sequence[str], limit_s: float, say: Callable[[str],
         its name tells of, else against all; a sanitizer that finds an error, against its op; one that does not end says so
         and decides nothing.
     """
-    begin, timed, ops = time.monotonic(), ops, with_untimed(ops)
-    groups = files_by_op(root, ops)
+    begin, timed, ops = time.monotonic(), ops, [*ops, *untimed()]
+    everything = files_by_op(root, [*cases.OPS, *untimed()])  # of all, lest the files of an op left out count as shared
+    groups = {group: files for group, files in everything.items() if group in ops or group == SHARED}
     outcomes = children.run_together(commands(root, groups), limit_s)
     verdicts = {op: read(outcomes, op, limit_s) for op in ops}
     if SHARED in groups:
         shared = read(outcomes, SHARED, limit_s)
         say(f"  tests shared by the ops: {shared if shared.passed or shared.failed or shared.reason else 'none for a card'}")
         for test in shared.failed:
-            guilty = owner(test.partition("::")[2], ops)
+            guilty = owner(test.partition("::")[2], [*cases.OPS, *untimed()])
             for op in ops if guilty == SHARED else (guilty,):
-                verdicts[op].failed.append(test)
+                if op in verdicts:
+                    verdicts[op].failed.append(test)
         if shared.reason:
             for op in ops:
                 verdicts[op].reason = verdicts[op].reason or f"shared tests: {shared.reason}"

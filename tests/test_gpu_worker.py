@@ -149,10 +149,11 @@ def test_a_child_is_read_as_it_writes_and_ended_with_all_it_started() -> None:
 
 
 def test_children_together() -> None:
-    commands = {"a": children.python("-c", "print(1)"), "b": children.python("-c", "import sys; sys.exit(3)")}
+    code = "import os; print(int(os.environ['OMP_NUM_THREADS']) >= 1)"
+    commands = {"a": children.python("-c", code), "b": children.python("-c", "import sys; sys.exit(3)")}
     found = children.run_together(commands, 60)
     assert [(name, outcome.status) for name, outcome in found.items()] == [("a", 0), ("b", 3)]
-    assert found["a"].last == "1" and found["b"].last == "it said nothing" and children.run_together({}, 1) == {}
+    assert found["a"].last == "True" and found["b"].last == "it said nothing" and children.run_together({}, 1) == {}
 
 
 REFUSE = """
@@ -195,7 +196,7 @@ def test_files_belong_to_the_op_that_their_name_tells(tmp_path: Path) -> None:
         "shared": ["test_layout.py", "test_full_head.py"],
     }  # fmt: skip
     assert gpu_tests.owner("test_bce_edges", ["bce_step", "bce_loss"]) == "shared"
-    assert "bce_loss" in gpu_tests.with_untimed(["bce_step"]) and "bce_step" not in gpu_tests.with_untimed([])
+    assert "bce_loss" in gpu_tests.untimed() and not {"bce_step", "sparse_adam", "missing"} & set(gpu_tests.untimed())
 
 
 def test_verdicts() -> None:
@@ -229,6 +230,7 @@ def test_a_run_of_the_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "pyproject.toml": '[tool.pytest.ini_options]\naddopts = "-q"\nmarkers = ["gpu: x"]\n',
         "csrc/cuda/sparse_update.cu": "", "tests/ops/test_sparse_update.py": MARK + "def test_a():\n    pass\n" + failing,
         "tests/ops/test_bce_step.py": MARK + "def test_c():\n    pass\n", "bin/compute-sanitizer": SANITIZER,
+        "tests/ops/test_matmul_topk.py": MARK + failing,  # of an op that is not to be timed now: it is not run
         "tests/ops/test_layout.py": MARK + "def test_topk_d():\n    pass\ndef test_cluster_step_e():\n    assert False\n",
     }.items():  # fmt: skip
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
