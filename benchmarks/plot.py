@@ -104,17 +104,18 @@ def roofline(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     if slope is None or not top or not points:
         raise InputError("rows", "rows of an op with the ceilings of their run", "none", "run benchmarks/gpu_report.py again")
     places = [1e3 * float(row["tflops"]) / float(row["gbps"]) for row in points]  # operations for each byte
-    left, right = min(places) / 2, max(*places, max(top.values()) / slope) * 2
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    ridges = [level / slope for level in top.values()]
+    left, right = min(places + ridges) / 2, max(places + ridges) * 3
+    figure = Figure(figsize=(11, 8), layout="constrained")
     panel = figure.subplots()
     for dtype, level in top.items():
         panel.plot([left, level / slope, right], [left * slope, level, level], color="black", linewidth=0.8)
-        panel.text(right, level, f" mm {dtype}", fontsize=7, va="center")
+        panel.text(right, level, f"mm {dtype}", fontsize=7, ha="right", va="bottom")
     for row, place in zip(points, places, strict=True):
         own = row["impl"] == "xmlkernels"
         panel.plot([place], [float(row["tflops"])], "o" if own else "x", color="tab:blue" if own else "tab:grey", markersize=4)
         name = f"{row['op']} {row['shape']} {row['impl']} {row['phase']} {row['dtype']}"
-        panel.annotate(name, (place, float(row["tflops"])), xytext=(3, 2), textcoords="offset points", fontsize=4)
+        panel.annotate(name, (place, float(row["tflops"])), xytext=(4, 2), textcoords="offset points", fontsize=5)
     panel.set(xscale="log", yscale="log", xlabel="useful FLOP for each useful byte", ylabel="useful TFLOP/s")
     save(figure, rows, out)
 

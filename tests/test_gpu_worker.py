@@ -168,7 +168,9 @@ class Refuse(MetaPathFinder):
 sys.meta_path.insert(0, Refuse())
 import xmlkernels, xmlkernels.ops
 from benchmarks import gpu_report, gpu_tests, plot, run, shapes
-from benchmarks import gpu_worker
+from benchmarks import cases, cases_gpu, gpu_worker
+for op in cases.BUILDERS:
+    cases_gpu.build(op, shapes.for_card(op)[0], "cuda")
 shapes.GPU_SHAPES["matmul_topk"] = (shapes.Shape("tiny", 4, 300, 16, K=7),)
 gpu_worker.ROUNDS, gpu_worker.BUDGET_S = 1, 0
 sys.exit(gpu_worker.main(["--op", "matmul_topk", "--shape", "tiny", "--device", "cpu"]))
