@@ -3,9 +3,10 @@
     python3 benchmarks/gpu_report.py [--out DIR] [--op OP …] [--minutes 8.6] [--commit HASH]
 
 Needs torch, numpy, scipy, triton and pytest; to build, setuptools, cmake, ninja, pybind11, a C++ compiler and, for the CUDA
-C++ ops, nvcc; no network. It installs nothing: the libraries are built into this tree. Rows go to DIR/<card>.csv as they are measured, so that a run cut short keeps them,
-and a roofline to DIR/<card>.png. Only ops whose tests pass on the card are timed. Exit status: 0 all that was begun was
-measured; 1 an op's tests are not green, or no row could be measured; 2 no CUDA device, or an input that cannot be used.
+C++ ops, nvcc; no network. It installs nothing: the libraries are built into this tree. Rows go to DIR/<card>.csv as they are
+measured, so that a run cut short keeps them, and a roofline to DIR/<card>.png. Only ops whose tests pass on the card are timed.
+Exit status: 0 rows were measured and every op that was to be timed was green; 1 an op's tests are not green, or no row could
+be measured; 2 no CUDA device, or an input that cannot be used.
 """
 
 import argparse
