@@ -1,6 +1,7 @@
 # make demo   installs, builds, trains on the built-in corpus, predicts
 # make test   installs, builds, lints, type-checks, tests
 # make bench  the op benchmarks on the CPU
+# make gpu-report  tests and times every op on this machine's NVIDIA card, with the calling python3 and its torch; OUT=folder
 # SYSTEM=1 make …  uses the calling python3 and its own torch; nothing is installed, the library is built in place.
 
 PYTHON ?= python3
@@ -23,7 +24,7 @@ endif
 NATIVE_SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 STAMP := build/.built$(SYSTEM)
 
-.PHONY: demo test bench lint build clean
+.PHONY: demo test bench gpu-report lint build clean
 
 demo: build
 	$(PY) train/demo.py
@@ -39,6 +40,10 @@ bench: build $(INSTALLED_DEV)
 	$(PY) benchmarks/run.py --op bce_step --device cpu
 	$(PY) benchmarks/run.py --op matmul_topk --device cpu
 	$(PY) benchmarks/run.py --op shortlist_matmul --device cpu
+
+# Builds in place and installs nothing: a machine with a card brings its own torch.
+gpu-report:
+	$(PYTHON) benchmarks/gpu_report.py $(if $(OUT),--out "$(OUT)")
 
 build: $(STAMP)
 

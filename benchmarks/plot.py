@@ -1,4 +1,5 @@
-"""Draws committed rows: the share of the torch.mm rate that each implementation reaches, by op and shape.
+"""Draws committed rows: the share of the torch.mm rate that each implementation reaches, by op and shape; of a card's rows
+(those of benchmarks/gpu_report.py) the roofline of the latest run.
 
 python benchmarks/plot.py benchmarks/results/<machine>.csv [--out CHART.png] [--dirty]
 """
@@ -6,12 +7,14 @@ python benchmarks/plot.py benchmarks/results/<machine>.csv [--out CHART.png] [--
 import argparse
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cases import ceiling_dtype
+from benchmarks.floors import CEILING
 from benchmarks.run import check_results
 from xmlkernels.errors import InputError
 
@@ -72,12 +75,54 @@ def draw(rows: Sequence[dict[str, str]], out: Path) -> None:
         panel.tick_params(labelsize=7)
         panel.set_title(f"{op} {shape}", fontsize=9, loc="left")
     panels[-1].set_xlabel("share of the torch.mm rate of the same format, timed in turns")
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    save(figure, rows, out)
+
+
+def save(figure: Any, rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """Names machine, torch and commits above the chart and writes it whole or not at all."""
+    commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in rows))
     figure.suptitle(f"{rows[-1]['machine']} · torch {rows[-1]['torch']} · {commits}", fontsize=9)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
     figure.savefig(part, dpi=150, format="png")
     part.replace(out)
+
+
+def roofline(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """Writes the roofline of one run as PNG: useful operations for each useful byte across, their rate up.
+
+    Args:
+        rows: of one run of benchmarks/gpu_report.py, its ceilings among them: the copy rate is the slope, the torch.mm rate
+            of each format a level line. Points above a line are another format's.
+        out: the file to write.
+    """
+    from matplotlib.figure import Figure
+
+    top = {str(row["dtype"]): float(row["tflops"]) for row in rows if row["op"] == CEILING and row["impl"] == "mm"}
+    slope = next((float(row["gbps"]) / 1e3 for row in rows if row["op"] == CEILING and row["impl"] == "copy"), None)
+    points = [row for row in rows if row["op"] != CEILING and float(row["tflops"]) > 0 and float(row["gbps"]) > 0]
+    if slope is None or not top or not points:
+        raise InputError("rows", "rows of an op with the ceilings of their run", "none", "run benchmarks/gpu_report.py again")
+    places = [1e3 * float(row["tflops"]) / float(row["gbps"]) for row in points]  # operations for each byte
+    ridges = [level / slope for level in top.values()]
+    left, right = min(places + ridges) / 2, max(places + ridges) * 3
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    panel = figure.subplots()
+    for dtype, level in top.items():
+        panel.plot([left, level / slope, right], [left * slope, level, level], color="black", linewidth=0.8)
+        panel.text(right, level, f"mm {dtype}", fontsize=7, ha="right", va="bottom")
+    for row, place in zip(points, places, strict=True):
+        own = row["impl"] == "xmlkernels"
+        panel.plot([place], [float(row["tflops"])], "o" if own else "x", color="tab:blue" if own else "tab:grey", markersize=4)
+        name = f"{row['op']} {row['shape']} {row['impl']} {row['phase']} {row['dtype']}"
+        panel.annotate(name, (place, float(row["tflops"])), xytext=(4, 2), textcoords="offset points", fontsize=5)
+    panel.set(xscale="log", yscale="log", xlabel="useful FLOP for each useful byte", ylabel="useful TFLOP/s")
+    save(figure, rows, out)
+
+
+def latest(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows of the last run: those of the last row's date."""
+    return [row for row in rows if row["date"] == rows[-1]["date"]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,7 +133,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     out = options.out or options.results.with_suffix(".png")
     try:
-        draw(read_rows(options.results, options.dirty), out)
+        rows = read_rows(options.results, options.dirty)
+        if any(row["op"] == CEILING for row in rows):
+            roofline(latest(rows), out)
+        else:
+            draw(rows, out)
     except InputError as error:
         print(f"benchmarks/plot.py: {error}", file=sys.stderr)
         return 2

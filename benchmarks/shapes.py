@@ -52,6 +52,30 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
 }
 
 
+GPU_SHAPES: dict[str, tuple[Shape, ...]] = {
+    "bce_step": (
+        Shape("B128-L2.8M-D768", 128, 2_812_281, 768),  # the labels of Amazon-3M
+        Shape("B512-L1.3M-D768", 512, 1_305_265, 768),  # LF-AmazonTitles-1.3M: bound by arithmetic
+        Shape("B128-L8.6M-D768", 128, 8_623_847, 768),  # LF-Paper2Keywords: fp8 fits where fp32 with its states does not
+    ),
+    "matmul_topk": (Shape("B512-L2.8M-D768", 512, 2_812_281, 768, K=100),),
+    "cluster_step": (Shape("B64-K400-L670k-D768", 64, 670_091, 768, S=4400, K=400),),  # clusters of 11 rows
+    "sparse_update": (Shape("N100k-L670k-D768", 1, 670_091, 768, S=100_000),),
+    "shortlist_matmul": (Shape("B64-S4400-L670k-D768", 64, 670_091, 768, S=4400),),  # CascadeXML's lists for Amazon-670K
+}
+"""The shapes of a large card, in the order in which they are measured: those with a figure to reach first."""
+SMALL_GPU_SHAPES: dict[str, tuple[Shape, ...]] = {
+    "bce_step": (Shape("B128-L131k-D768", 128, 131_072, 768), Shape("B512-L131k-D768", 512, 131_072, 768)),
+    "matmul_topk": (Shape("B512-L131k-D768", 512, 131_072, 768, K=100),),
+}
+"""In place of the shapes above on a card that they do not fit."""
+
+
+def for_card(op: str) -> tuple[Shape, ...]:
+    """Every shape that a card may be asked for: its own, the small ones, and for an op without either those of the CPU."""
+    return (*GPU_SHAPES.get(op, ()), *SMALL_GPU_SHAPES.get(op, ())) or SHAPES.get(op, ())
+
+
 def pick(op: str, name: str | None) -> tuple[Shape, ...]:
     """All shapes of an op, or the one that is named.
 

@@ -1,0 +1,114 @@
+"""Commands in processes of their own, each under a time limit. Knows nothing of what they do."""
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TypeVar
+
+ROOT = Path(__file__).resolve().parents[1]
+_TAIL = 40
+Name = TypeVar("Name", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended.
+
+    Attributes:
+        status: exit status, negative for a signal; None where the time limit ended it.
+        lines: everything it wrote to its standard output.
+        errors: the last lines of its standard error.
+    """
+
+    status: int | None
+    lines: tuple[str, ...]
+    errors: str
+
+    @property
+    def last(self) -> str:
+        """The last line that says anything, standard error first: what a person looks for."""
+        told = [line.strip() for line in (*self.lines, *self.errors.splitlines()) if line.strip()]
+        return told[-1] if told else "it said nothing"
+
+
+def run(
+    command: Sequence[str], limit_s: float, on_line: Callable[[str], None] | None = None, threads: int | None = None
+) -> Outcome:
+    """Runs a command in the project's folder, handing on each line of its standard output as it is written.
+
+    Past the limit the command is killed with all that it started, and what it wrote until then is kept.
+
+    Args:
+        command: the program and its arguments.
+        limit_s: seconds of wall clock.
+        on_line: called with each line, in this thread.
+        threads: of its arithmetic on the CPU; its own choice when not given.
+    """
+    ends = time.monotonic() + limit_s
+    lines: list[str] = []
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True
+        )
+        waiting: queue.Queue[str | None] = queue.Queue()
+        assert process.stdout is not None
+        reader = threading.Thread(target=_read, args=(process.stdout, waiting), daemon=True)
+        reader.start()
+        status: int | None = None
+        try:
+            while (line := waiting.get(timeout=max(0.0, ends - time.monotonic()))) is not None:
+                lines.append(line)
+                if on_line is not None:
+                    on_line(line)
+            status = process.wait(timeout=max(0.1, ends - time.monotonic()))
+        except (queue.Empty, subprocess.TimeoutExpired):
+            status = None
+        finally:
+            # Its own session, so what it started (pytest's children, a sanitizer's target) goes with it and nothing else does.
+            _kill(process)
+        errors.seek(0)
+        tail = errors.read().decode(errors="replace").splitlines()[-_TAIL:]
+    return Outcome(status, tuple(lines), "\n".join(tail))
+
+
+def run_together(commands: Mapping[Name, Sequence[str]], limit_s: float) -> dict[Name, Outcome]:
+    """Runs several commands at once, each under the same limit and on its share of the processors; results by the given
+    names, in the given order."""
+    if not commands:
+        return {}
+    threads = max(1, (os.cpu_count() or 1) // len(commands))
+    with ThreadPoolExecutor(len(commands)) as pool:
+        started = {name: pool.submit(run, command, limit_s, None, threads) for name, command in commands.items()}
+        return {name: future.result() for name, future in started.items()}
+
+
+def python(*arguments: str) -> list[str]:
+    """The command that runs this same Python."""
+    return [sys.executable, *arguments]
+
+
+def _read(stream: IO[str], waiting: "queue.Queue[str | None]") -> None:
+    with stream:
+        for line in stream:
+            waiting.put(line.rstrip("\n"))
+    waiting.put(None)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # all of it has ended
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,172 @@
+"""The floor of each row from the ceilings of its own run, the figures to reach, and the table that says both.
+
+Floor of a row: the longer of two times, its useful bytes over the copy rate and its useful operations over the torch.mm rate
+of its format (e4m3: that of bf16, the format of its products). Both closed forms are in `benchmarks/cases.py`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+
+Row = Mapping[str, object]
+CEILING = "ceiling"
+GRAPH = "+graph"
+"""Ends the phase of a row whose calls were replayed from one captured CUDA graph."""
+PRODUCTS = {"fp8": "bf16"}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure to reach at one shape.
+
+    Attributes:
+        op, shape, phase, dtype: the row of this package.
+        floor: the largest multiple of its floor.
+        peers: by implementation, how many times faster than its fastest row this one is to be.
+        peak_mb: the largest memory beyond the table and the batch.
+    """
+
+    op: str
+    shape: str
+    phase: str
+    dtype: str
+    floor: float
+    peers: Mapping[str, float] = field(default_factory=dict)
+    peak_mb: float | None = None
+
+
+GOALS = (
+    Goal("bce_step", "B128-L2.8M-D768", "sgd", "bf16", 1.7, {"elmo": 2, "renee": 5}, 256),
+    Goal("bce_step", "B512-L1.3M-D768", "sgd", "bf16", 1.8, {}, 256),
+    Goal("bce_step", "B128-L8.6M-D768", "sgd", "fp8", 2.0, {}, 256),
+    Goal("cluster_step", "B64-K400-L670k-D768", "adam", "bf16", 1.8, {"eager": 5}),
+    Goal("sparse_update", "N100k-L670k-D768", "adam", "bf16", 1.25, {"torch": 4}),
+    Goal("matmul_topk", "B512-L2.8M-D768", "topk", "bf16", 1.6, {"eager": 3}),
+)
+
+
+def number(row: Row, column: str) -> float:
+    return float(str(row[column]))
+
+
+def plain(phase: object) -> str:
+    """The phase without the mark of a graph."""
+    return str(phase).removesuffix(GRAPH)
+
+
+@dataclass
+class Ceilings:
+    """gbps: bytes read and written by a large copy; tflops: torch.mm by format."""
+
+    gbps: float | None = None
+    tflops: dict[str, float] = field(default_factory=dict)
+
+    def add(self, row: Row) -> None:
+        if row["impl"] == "copy":
+            self.gbps = number(row, "gbps")
+        else:
+            self.tflops[str(row["dtype"])] = number(row, "tflops")
+
+    def times_floor(self, row: Row) -> float | None:
+        """The row's median over its floor; None where a ceiling was not measured."""
+        shares = self.shares(row)
+        return None if shares is None else 1 / max(shares)
+
+    def shares(self, row: Row) -> tuple[float, float] | None:
+        """What the row reaches of the copy rate and of the torch.mm rate."""
+        name = str(row["dtype"])
+        rate = self.tflops.get(PRODUCTS.get(name, name))
+        if self.gbps is None or rate is None:
+            return None
+        return number(row, "gbps") / self.gbps, number(row, "tflops") / rate
+
+    def modelled(self, row: Row, memory: int | None) -> float | None:
+        """The floor of a step that moves `memory` bytes, over the row's own floor; None where either is not known."""
+        shares = self.shares(row)
+        if shares is None or memory is None:
+            return None
+        useful = number(row, "gbps") * number(row, "ms_p50") * 1e6
+        return max(shares[0] * memory / useful, shares[1]) / max(shares)
+
+
+def goal_row(rows: Sequence[Row], goal: Goal) -> Row | None:
+    """This package's row that a figure to reach speaks of."""
+    aim = (goal.op, goal.shape, "xmlkernels", goal.phase, goal.dtype)
+    return next((r for r in rows if (r["op"], r["shape"], r["impl"], plain(r["phase"]), r["dtype"]) == aim), None)
+
+
+def own_row(rows: Sequence[Row], peer: Row) -> Row | None:
+    """The row of this package that a peer's is held against: that of a figure to reach which names the peer, else the fastest
+    of the same phase and format, of the same phase, of the shape."""
+    for goal in GOALS:
+        named = (goal.op, goal.shape) == (peer["op"], peer["shape"]) and peer["impl"] in goal.peers
+        if named and (found := goal_row(rows, goal)) is not None:
+            return found
+
+    def unlike(row: Row) -> tuple[bool, bool, float]:
+        other = plain(row["phase"]) != plain(peer["phase"])
+        return other, other or row["dtype"] != peer["dtype"], number(row, "ms_p50")
+
+    own = [row for row in rows if (row["op"], row["shape"], row["impl"]) == (peer["op"], peer["shape"], "xmlkernels")]
+    return min(own, key=unlike, default=None)
+
+
+def modelled_bytes(row: Row, model: ModuleType | None) -> int | None:
+    """Bytes between memory and L2 by the schedule of this package's kernel, where `benchmarks/model.py` counts them."""
+    if model is None or row["impl"] != "xmlkernels" or row["op"] != "bce_step":
+        return None
+    element = {"fp32": 4, "fp8": 1}.get(str(row["dtype"]), 2)
+    phase, sizes = plain(row["phase"]), [int(number(row, letter)) for letter in "BLD"]
+    options = {"element": element, "state_element": element, "states": int(phase == "momentum"), "loss": phase == "loss"}
+    return model.bce_step_bytes(*sizes, **options)["memory"]
+
+
+def table(rows: Sequence[Row], ceilings: Ceilings, model: ModuleType | None) -> list[str]:
+    """One line for each row, widths fitted.
+
+    Args:
+        rows: of one run, ceilings left out.
+        ceilings: of the same run.
+        model: the module that counts what this package's kernels must move, where the tree has one.
+    """
+    names, times = ("op", "shape", "impl", "phase", "dtype"), ("ms_p50", "ms_p20", "ms_p80")
+    lines = [[*names, "ms p50", "p20", "p80", "peak MB", "x floor", "ours faster", "model x floor"]]
+    for row in rows:
+        own, over = own_row(rows, row), ceilings.times_floor(row)
+        faster = "-" if own is None or row["impl"] == "xmlkernels" else f"{number(row, 'ms_p50') / number(own, 'ms_p50'):.2f}x"
+        modelled = ceilings.modelled(row, modelled_bytes(row, model))
+        lines.append([
+            *(str(row[name]) for name in names), *(f"{number(row, name):.3f}" for name in times),
+            "-" if row["peak_mb"] in (None, "") else f"{number(row, 'peak_mb'):.1f}",
+            "-" if over is None else f"{over:.2f}", faster, "-" if modelled is None else f"{modelled:.2f}",
+        ])  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def verdicts(rows: Sequence[Row], ceilings: Ceilings) -> list[str]:
+    """One line for each figure to reach: reached, missed, or not measured."""
+    lines = []
+
+    def judge(what: str, found: float | None, limit: float, at_least: bool = False) -> None:
+        if found is None:
+            lines.append(f"{what}: not measured")
+        else:
+            reached = found >= limit if at_least else found <= limit
+            lines.append(f"{what}: {found:.2f}, {'reached' if reached else 'MISSED'}")
+
+    for goal in GOALS:
+        where = f"{goal.op} {goal.shape} {goal.phase} {goal.dtype}"
+        own = goal_row(rows, goal)
+        judge(f"{where}, at most {goal.floor} x floor", None if own is None else ceilings.times_floor(own), goal.floor)
+        for impl, least in goal.peers.items():
+            here = [r for r in rows if (r["op"], r["shape"], r["impl"]) == (goal.op, goal.shape, impl)]
+            # The peer's own form of the same step where it has one: its other phases are other work.
+            same = [r for r in here if plain(r["phase"]) == goal.phase] or here
+            best = min((number(r, "ms_p50") for r in same), default=None)
+            ratio = None if best is None or own is None else best / number(own, "ms_p50")
+            judge(f"{where}, at least {least} x faster than {impl}", ratio, least, at_least=True)
+        if goal.peak_mb is not None:
+            peak = None if own is None or own["peak_mb"] in (None, "") else number(own, "peak_mb")
+            judge(f"{where}, at most {goal.peak_mb} MB beyond the table", peak, goal.peak_mb)
+    return lines
