@@ -4,6 +4,7 @@ A tile is 8 to 16 thousand labels whose rows and gradient stay in a card's L2 be
 stored unscaled in the table's format: sigma - y is formed in fp32 first, so that a fitted positive is not rounded to 0.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,6 +41,7 @@ class Plan:
 
 def make_plan(batch: int, width: int, dtype: torch.dtype) -> Plan:
     """Block sizes for a table of a format; all fit the 99 KB of shared memory that the smallest cards have."""
+    # 128 x 64 logits: with 128 x 128, logits and targets together do not fit the registers of eight warps.
     wide = dtype == torch.float32
     side, step = (64, 32) if wide else (128, 64)
     block_b, block_d = common.power_of_2(batch, 16, side), common.power_of_2(width, 16, side)
@@ -47,7 +49,7 @@ def make_plan(batch: int, width: int, dtype: torch.dtype) -> Plan:
     tile = 1 << max(10, min(16, (TILE_BYTES // row_bytes).bit_length() - 1))
     blocks = triton.cdiv(max(batch, 1), block_b) * triton.cdiv(width, block_d)
     segments = max(1, min(PROGRAMS // blocks, tile // (2 * step)))
-    return Plan(tile, block_b, side, block_d, step, segments, warps=4 if block_b < 128 and not wide else 8)
+    return Plan(tile, block_b, 64, block_d, step, segments)
 
 
 @triton.jit
@@ -165,6 +167,33 @@ def add_dx(
 
 
 @triton.jit
+def row_gradient(
+    x, gradient, local, column, real, batch, tile, D,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, EMULATED: tl.constexpr,
+):  # fmt: skip
+    """Gᵀ x [BLOCK_L, BLOCK_D] for rows `local` of the tile and some columns, summed over the batch."""
+    k = tl.arange(0, STEP)
+    g_at = gradient + (local[:, None] + k[None, :] * tile)
+    x_at = x + (k[:, None] * D + column[None, :])
+    grad = tl.zeros([BLOCK_L, BLOCK_D], dtype=tl.float32)
+    for b in range(0, batch, STEP):
+        here = b + k < batch
+        left = tl.load(g_at + tl.cast(b, tl.int64) * tile, mask=real[:, None] & here[None, :], other=0.0)
+        right = tl.load(x_at + tl.cast(b, tl.int64) * D, mask=here[:, None] & (column < D)[None, :], other=0.0)
+        grad = common.dot(left, right, grad, EMULATED)
+    return grad
+
+
+@triton.jit
+def bias_gradient(column_sum, local, mask, tile, b_blocks, BLOCK_L: tl.constexpr):
+    """Column sums of the gradient over the whole batch, in the order of its blocks."""
+    total = tl.zeros([BLOCK_L], dtype=tl.float32)
+    for i in range(0, b_blocks):
+        total += tl.load(column_sum + i * tile + local, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
 def sum_dx(partial, dx, hyper, flag, count, segments, G_SCALE: tl.constexpr, BLOCK: tl.constexpr):
     """dx = dx_scale scale (sum of the segments, in order); NaN where the batch is not finite."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -198,8 +227,10 @@ class Tiles:
 
     def __init__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, pos_row: Tensor, pos_sample: Tensor,
-        pos_value: Tensor | None, rows: int, plan: Plan | None,
+        pos_value: Tensor | None, row_scale: Tensor | None, rows: int, plan: Plan | None,
     ) -> None:  # fmt: skip
+        if row_scale is not None:
+            raise NotImplementedError("xmlkernels: 8-bit tables have no GPU kernel yet; convert the table to bf16")
         self.batch, self.width = x.shape
         self.rows = weight.shape[0] if rows < 0 else rows
         self.plan = (plan or make_plan(self.batch, self.width, weight.dtype)).with_tile(self.rows)
@@ -211,23 +242,25 @@ class Tiles:
         self.b_blocks = triton.cdiv(self.batch, self.plan.block_b)
         self.d_blocks = triton.cdiv(self.width, self.plan.block_d)
         self.blocks = triton.cdiv(self.rows, self.plan.block_l)
-        self.starts = self._empty(self.blocks + 1, dtype=torch.int64)
+        self.starts = self.empty(self.blocks + 1, dtype=torch.int64)
         grid = (triton.cdiv(self.blocks + 1, 128),)
-        find_starts[grid](pos_row, self.starts, pos_row.shape[0], self.rows, self.blocks, self.plan.block_l, 128, **common.LAUNCH)
+        find_starts[grid](
+            pos_row, self.starts, pos_row.shape[0], self.rows, self.blocks, self.plan.block_l, 128, **common.LAUNCH
+        )
 
-    def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.weight.device)
 
     def buffers(self, *, gradient: bool, dx: bool, column_sum: bool, loss: bool) -> None:
         """Allocates what the asked results need; zeros where sums begin."""
         p = self.plan
-        self.gradient = self._empty(self.batch, p.tile, dtype=self.weight.dtype) if gradient else None
-        self.column_sum = self._empty(self.b_blocks, p.tile) if column_sum else None
-        self.loss = self._empty(self.b_blocks, self.blocks) if loss else None
+        self.gradient = self.empty(self.batch, p.tile, dtype=self.weight.dtype) if gradient else None
+        self.column_sum = self.empty(self.b_blocks, p.tile) if column_sum else None
+        self.loss = self.empty(self.b_blocks, self.blocks) if loss else None
         segments = p.segments if self.rows else 0
-        self.partial = self._empty(segments, self.batch, self.width).zero_() if dx else None
+        self.partial = self.empty(segments, self.batch, self.width).zero_() if dx else None
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         """First rows of the tiles."""
         return iter(range(0, self.rows, self.plan.tile))
 
@@ -236,6 +269,8 @@ class Tiles:
 
     def make_gradient(self, first: int) -> None:
         p = self.plan
+        if not self.batch:
+            return
         gradient_tile[(self.tile_blocks(first) * self.b_blocks,)](
             self.x, self.weight, self.bias, self.starts, *self.positives, self.gradient, self.column_sum, self.loss,
             self.batch, self.rows, first, p.tile, self.width, self.g_scale, p.block_b, p.block_l, p.step, self.emulated,
@@ -244,6 +279,8 @@ class Tiles:
 
     def add_dx(self, first: int) -> None:
         p = self.plan
+        if not self.batch:
+            return
         segment_rows = triton.cdiv(triton.cdiv(p.tile, p.segments), p.step) * p.step
         add_dx[(self.b_blocks * self.d_blocks, p.segments)](
             self.gradient, self.weight, self.partial, self.batch, self.rows, first, p.tile, self.width, segment_rows,
@@ -252,13 +289,13 @@ class Tiles:
 
     def dx_result(self, hyper: Tensor | None) -> Tensor:
         assert self.partial is not None
-        dx = self._empty(self.batch, self.width)
+        dx = self.empty(self.batch, self.width)
         grid = (triton.cdiv(max(dx.numel(), 1), 1024),)
         sum_dx[grid](self.partial, dx, hyper, self.flag, dx.numel(), self.partial.shape[0], self.g_scale, 1024, **common.LAUNCH)
         return dx
 
     def loss_result(self, hyper: Tensor | None) -> Tensor:
         assert self.loss is not None
-        loss = self._empty(1)
+        loss = self.empty(1)
         sum_loss[(1,)](self.loss, loss, hyper, self.flag, self.loss.numel(), 1024, **common.LAUNCH)
         return loss
