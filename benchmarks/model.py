@@ -27,7 +27,7 @@ def bce_step_accesses(
     """Elements that one `bce_step_` loads and stores, by tensor; `states` counts momentum, second and kahan.
 
     The search for each block's first positive is left out: it depends on the data, and is at most
-    (L / block_l + 2) log2(positives + 1) loads of pos_row.
+    (ceil(L / block_l) + 1) (floor(log2(positives)) + 1) loads of pos_row.
     """
     of_b, of_l, of_d, tiles = _up(B, blocks.block_b), _up(L, blocks.block_l), _up(D, blocks.block_d), _up(L, blocks.tile)
     partial = blocks.segments * B * D

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compiled import ARCHES, LARGE, SMALL, Compiled, compile_kernel
-from xmlkernels.triton import bce_loss, bce_step, bce_tile
+from xmlkernels.triton import bce_loss, bce_step, bce_tile, positives
 from xmlkernels.triton.bce_tile import GRADIENT_SCALE, make_plan
 
 pytestmark = pytest.mark.compile
@@ -91,7 +91,7 @@ def test_the_small_kernels(arch: str) -> None:
     for kernel, arguments, constants in (
         (bce_tile.sum_dx, sums, {"G_SCALE": 1.0, "BLOCK": 1024}),
         (bce_tile.sum_loss, losses, {"BLOCK": 1024}),
-        (bce_tile.find_starts, starts, {"BLOCK_L": 64, "BLOCK": 128}),
+        (positives.find_starts, starts, {"BLOCK_L": 64, "BLOCK": 128}),
     ):
         got = compile_kernel(kernel, arch, arguments, constants)
         assert (got.stack, got.local) == (0, 0) and got.shared <= SMALL

@@ -179,7 +179,7 @@ def test_accesses_are_the_model(extra: bool, monkeypatch: pytest.MonkeyPatch) ->
         assert (traffic.loads[name], traffic.stores[name]) == model.get(name, (0, 0)), name
     for name in ("momentum", "second", "kahan"):
         assert traffic.loads[name] == traffic.stores[name] == model["state"][0] // 3, name
-    most = (n // p.block_l + 2) * math.ceil(math.log2(count + 1))
+    most = (math.ceil(n / p.block_l) + 1) * count.bit_length()
     assert 0 <= traffic.loads["pos_row"] - model["pos_row"][0] <= most and traffic.stores["pos_row"] == 0
 
 

@@ -45,7 +45,7 @@ def update_tile(
         tl.store(second + at, stored, mask=mask)
         # Roots and quotients as IEEE rounds them: the usual ones are approximations on a card.
         root = tl.sqrt_rn(tl.div_rn(v, tl.load(correction + 1) + tl.zeros_like(v))) + eps
-        new = shrunk - tl.div_rn(lr * tl.div_rn(m, tl.load(correction) + tl.zeros_like(m)), root)
+        new = shrunk - lr * tl.div_rn(tl.div_rn(m, tl.load(correction) + tl.zeros_like(m)), root)
     elif momentum is not None:
         m = beta1 * common.widen(tl.load(momentum + at, mask=mask, other=0.0)) + grad
         kind = momentum.dtype.element_ty
