@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from compiled import ARCHES, LARGE, SMALL, Compiled, compile_kernel
+from compiled import ARCHES, E4M3_ARCHES, LARGE, SMALL, Compiled, compile_kernel
 from xmlkernels.triton import bce_loss, bce_step, bce_tile, positives
 from xmlkernels.triton.bce_tile import GRADIENT_SCALE, make_plan
 
@@ -45,7 +45,16 @@ def test_gradient_tile(arch: str, table: tuple[int, torch.dtype], values: torch.
     if values and table[1] == F16:
         pytest.skip("compiled for bf16")
     dtype = table[1]
-    tensors = {"x": dtype, "weight": dtype, "bias": F32, "starts": I64, "pos_row": I64, "pos_sample": I32, "pos_value": values}
+    tensors = {
+        "x": dtype,
+        "weight": dtype,
+        "bias": F32,
+        "row_scale": None,
+        "starts": I64,
+        "pos_row": I64,
+        "pos_sample": I32,
+        "pos_value": values,
+    }
     tensors |= {"gradient": dtype, "column_sum": F32, "loss": F32}
     check(build(bce_tile.gradient_tile, arch, table, tensors | SIZES), arch, table)
 
@@ -70,7 +79,16 @@ def test_update_rows(arch: str, table: tuple[int, torch.dtype], states: str) -> 
     given = dict.fromkeys(("momentum", "second", "kahan")) | STATES[states]
     if dtype == F32:
         given |= {"kahan": None} | {k: F32 for k, v in given.items() if v and k != "kahan"}
-    tensors = {"x": dtype, "gradient": dtype, "column_sum": F32, "weight": dtype, "bias": F32, **given, "hyper": F32}
+    tensors = {
+        "x": dtype,
+        "gradient": dtype,
+        "column_sum": F32,
+        "weight": dtype,
+        "bias": F32,
+        **given,
+        "row_scale": None,
+        "hyper": F32,
+    }
     tensors |= {"counter": I64, "correction": F32 if given["second"] else None, "flag": I32}
     sizes = SIZES | {"row_offset": "i64", "b_blocks": "i32"}
     check(build(bce_step.update_rows, arch, table, tensors | sizes, DECOUPLED=True), arch, table)
@@ -83,6 +101,27 @@ def test_store_gradient(arch: str, table: tuple[int, torch.dtype]) -> None:
     check(build(bce_loss.store_gradient, arch, table, tensors | SIZES | {"b_blocks": "i32"}), arch, table)
 
 
+@pytest.mark.parametrize("part", ["gradient", "dx", "update", "update adam"])
+@pytest.mark.parametrize("arch", E4M3_ARCHES)
+def test_e4m3_tables(arch: str, part: str) -> None:
+    """The table as uint8; its products run in bf16."""
+    table, weight = (128, BF16), torch.uint8
+    if part == "gradient":
+        tensors = {"x": BF16, "weight": weight, "bias": F32, "row_scale": F32, "starts": I64, "pos_row": I64, "pos_sample": I32}
+        tensors |= {"pos_value": None, "gradient": BF16, "column_sum": F32, "loss": F32}
+        got = build(bce_tile.gradient_tile, arch, table, tensors | SIZES)
+    elif part == "dx":
+        tensors = {"gradient": BF16, "weight": weight, "partial": F32, "segment_rows": "i32"}
+        got = build(bce_tile.add_dx, arch, table, tensors | SIZES)
+    else:
+        state = BF16 if part == "update adam" else None
+        tensors = {"x": BF16, "gradient": BF16, "column_sum": F32, "weight": weight, "bias": F32, "momentum": state}
+        tensors |= {"second": state, "kahan": None, "row_scale": F32, "hyper": F32, "counter": I64, "flag": I32}
+        tensors |= {"correction": F32 if state else None, "row_offset": "i64", "b_blocks": "i32"}
+        got = build(bce_step.update_rows, arch, table, tensors | SIZES, DECOUPLED=True)
+    check(got, arch, table)
+
+
 @pytest.mark.parametrize("arch", ARCHES)
 def test_the_small_kernels(arch: str) -> None:
     sums = {"partial": F32, "dx": F32, "hyper": F32, "flag": I32, "count": "i32", "segments": "i32"}
@@ -91,7 +130,7 @@ def test_the_small_kernels(arch: str) -> None:
     for kernel, arguments, constants in (
         (bce_tile.sum_dx, sums, {"G_SCALE": 1.0, "BLOCK": 1024}),
         (bce_tile.sum_loss, losses, {"BLOCK": 1024}),
-        (positives.find_starts, starts, {"BLOCK_L": 64, "BLOCK": 128}),
+        (positives.find_starts, starts, {"BLOCK_L": 64, "BLOCK": 512}),
     ):
         got = compile_kernel(kernel, arch, arguments, constants)
         assert (got.stack, got.local) == (0, 0) and got.shared <= SMALL

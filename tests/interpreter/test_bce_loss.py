@@ -60,9 +60,3 @@ def test_a_non_finite_x_makes_all_nan() -> None:
     assert bce_loss(*arguments(step), plan=PLAN).isnan().all()
     for result in bce_loss_backward(*arguments(step), need_dweight=True, need_dbias=True, plan=PLAN):
         assert result.isnan().all()
-
-
-def test_eight_bit_tables_are_refused() -> None:
-    step = random_step(2, 16, 16, torch.float32)
-    with pytest.raises(NotImplementedError, match="8-bit"):
-        bce_loss(*arguments(step), torch.ones(16, 2))

@@ -15,7 +15,7 @@ from xmlkernels.triton.update import bias_corrections, update_tile
 
 @triton.jit
 def update_rows(
-    x, gradient, column_sum, weight, bias, momentum, second, kahan, hyper, counter, correction, flag,
+    x, gradient, column_sum, weight, bias, momentum, second, kahan, row_scale, hyper, counter, correction, flag,
     batch, rows, first, tile, D, row_offset, b_blocks, G_SCALE: tl.constexpr, BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr, STEP: tl.constexpr, DECOUPLED: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
@@ -36,12 +36,20 @@ def update_rows(
         step = tl.load(hyper) * (scale * bias_gradient(column_sum, local, mask, tile, b_blocks, BLOCK_L))
         value = tl.load(bias + begin + lane, mask=mask, other=0.0) - step
         tl.store(bias + begin + lane, common.round_nearest(value, tl.float32, EMULATED), mask=mask)
+    grad *= (1.0 / G_SCALE) * scale
+    if row_scale is not None:
+        scale_at = row_scale + 2 * (begin + lane)
+        unit = tl.load(scale_at, mask=real, other=1.0)
+        grad *= tl.div_rn(tl.full([BLOCK_L], 1.0, tl.float32), unit)[:, None]  # taken into G for the sake of dX
+    else:
+        scale_at = None
     base = begin * D
     mask = real[:, None] & (column < D)[None, :] & good
     update_tile(
         weight + base, momentum if momentum is None else momentum + base, second if second is None else second + base,
-        kahan if kahan is None else kahan + base, hyper, counter, correction, lane[:, None] * D + column[None, :], mask,
-        grad * (1.0 / G_SCALE) * scale, row_offset + begin + lane, d_block * BLOCK_D, BLOCK_D, DECOUPLED, EMULATED,
+        kahan if kahan is None else kahan + base, scale_at, hyper, counter, correction,
+        lane[:, None] * D + column[None, :], mask, real & good, grad, row_offset + begin + lane, d_block * BLOCK_D,
+        BLOCK_D, DECOUPLED, EMULATED,
     )  # fmt: skip
 
 
@@ -60,9 +68,9 @@ def bce_step_(
         tiles.make_gradient(first)
         tiles.add_dx(first)
         update_rows[(tiles.tile_blocks(first) * tiles.d_blocks,)](
-            tiles.x, tiles.gradient, tiles.column_sum, weight, bias, momentum, second, kahan, hyper, counter, correction,
-            tiles.flag, tiles.batch, tiles.rows, first, p.tile, tiles.width, row_offset, tiles.b_blocks, tiles.g_scale,
-            p.block_l, p.block_d, p.step, decoupled, tiles.emulated,
+            tiles.x, tiles.gradient, tiles.column_sum, tiles.weight, bias, momentum, second, kahan, row_scale, hyper,
+            counter, correction, tiles.flag, tiles.batch, tiles.rows, first, p.tile, tiles.width, row_offset,
+            tiles.b_blocks, tiles.g_scale, p.block_l, p.block_d, p.step, decoupled, tiles.emulated,
             num_warps=p.warps, num_stages=p.stages, **common.LAUNCH,
         )  # fmt: skip
     dx = tiles.dx_result(hyper)

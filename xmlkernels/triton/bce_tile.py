@@ -46,7 +46,7 @@ def make_plan(batch: int, width: int, dtype: torch.dtype) -> Plan:
     wide = dtype == torch.float32
     side, step = (64, 32) if wide else (128, 64)
     block_b, block_d = common.power_of_2(batch, 16, side), common.power_of_2(width, 16, side)
-    row_bytes = (width + batch) * (4 if wide else 2)
+    row_bytes = width * dtype.itemsize + batch * (4 if wide else 2)
     tile = 1 << max(10, min(16, (TILE_BYTES // row_bytes).bit_length() - 1))
     blocks = triton.cdiv(max(batch, 1), block_b) * triton.cdiv(width, block_d)
     segments = max(1, min(PROGRAMS // blocks, tile // (2 * step)))
@@ -55,13 +55,14 @@ def make_plan(batch: int, width: int, dtype: torch.dtype) -> Plan:
 
 @triton.jit
 def gradient_tile(
-    x, weight, bias, starts, pos_row, pos_sample, pos_value, gradient, column_sum, loss, batch, rows, first, tile, D,
+    x, weight, bias, row_scale, starts, pos_row, pos_sample, pos_value, gradient, column_sum, loss,
+    batch, rows, first, tile, D,
     G_SCALE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_L: tl.constexpr, STEP: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     """sigma(x W^T + bias) - y for a tile of labels; what is None is not asked for.
 
-    gradient [batch, tile]; column_sum fp32 [b-blocks, tile], sums over the samples of a block; loss fp32
-    [b-blocks, l-blocks of the table], sums over a block.
+    gradient [batch, tile]; of an e4m3 table it holds the rows' scales too, so that dX needs none. column_sum fp32
+    [b-blocks, tile], sums over the samples of a block; loss fp32 [b-blocks, l-blocks of the table], sums over a block.
     """
     b_blocks = tl.cdiv(batch, BLOCK_B)
     b_block = tl.program_id(0) % b_blocks  # neighbours in time share the rows
@@ -76,14 +77,17 @@ def gradient_tile(
     z = tl.zeros([BLOCK_B, BLOCK_L], dtype=tl.float32)
     for d in range(0, D, STEP):
         left = tl.load(x_at + d, mask=(sample < batch)[:, None] & (d + k < D)[None, :], other=0.0)
-        right = tl.load(w_at + d, mask=real[None, :] & (d + k < D)[:, None], other=0.0)
-        z = common.dot(left, right, z, EMULATED)
+        right = tl.load(w_at + d, mask=real[None, :] & (d + k < D)[:, None], other=0)
+        z = common.dot(left, common.operand(right, x.dtype.element_ty, EMULATED), z, EMULATED)
+    if row_scale is not None:
+        unit = tl.load(row_scale + 2 * (begin + lane), mask=real, other=1.0)
+        z *= unit[None, :]
     if bias is not None:
         z += tl.load(bias + begin + lane, mask=real, other=0.0)[None, :]
     block = begin // BLOCK_L
     y = targets(
         pos_row, pos_sample, pos_value, tl.load(starts + block), tl.load(starts + block + 1), begin, b_block * BLOCK_B,
-        BLOCK_B, BLOCK_L, weight.dtype.element_ty, EMULATED,
+        BLOCK_B, BLOCK_L, x.dtype.element_ty, EMULATED,
     )  # fmt: skip
     inside = (sample < batch)[:, None] & real[None, :]
     sigma, tail = common.sigmoid_and_tail(z)
@@ -95,6 +99,8 @@ def gradient_tile(
     if column_sum is not None:
         tl.store(column_sum + b_block * tile + l_block * BLOCK_L + lane, tl.sum(g, 0), mask=real)
     if gradient is not None:
+        if row_scale is not None:
+            g *= unit[None, :]
         base = gradient + tl.cast(b_block * BLOCK_B, tl.int64) * tile + l_block * BLOCK_L
         at = tl.arange(0, BLOCK_B)[:, None] * tile + lane[None, :]
         tl.store(base + at, common.round_nearest(g * G_SCALE, gradient.dtype.element_ty, EMULATED), mask=inside)
@@ -121,8 +127,8 @@ def add_dx(
     total = tl.load(at, mask=inside, other=0.0)
     for r in range(begin, end, STEP):
         left = tl.load(g_at + r, mask=(sample < batch)[:, None] & (r + k < end)[None, :], other=0.0)
-        right = tl.load(w_at + tl.cast(r, tl.int64) * D, mask=(r + k < end)[:, None] & (column < D)[None, :], other=0.0)
-        total = common.dot(left, right, total, EMULATED)
+        right = tl.load(w_at + tl.cast(r, tl.int64) * D, mask=(r + k < end)[:, None] & (column < D)[None, :], other=0)
+        total = common.dot(left, common.operand(right, gradient.dtype.element_ty, EMULATED), total, EMULATED)
     tl.store(at, total, mask=inside)
 
 
@@ -189,15 +195,15 @@ class Tiles:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, pos_row: Tensor, pos_sample: Tensor,
         pos_value: Tensor | None, row_scale: Tensor | None, rows: int, plan: Plan | None,
     ) -> None:  # fmt: skip
-        if row_scale is not None:
-            raise NotImplementedError("xmlkernels: 8-bit tables have no GPU kernel yet; convert the table to bf16")
         self.batch, self.width = x.shape
         self.rows = weight.shape[0] if rows < 0 else rows
         self.plan = (plan or make_plan(self.batch, self.width, weight.dtype)).with_tile(self.rows)
-        self.x, self.flag = common.prepare_batch(x, weight.dtype)
-        self.weight, self.bias = weight, bias
+        # e4m3 is exact in bf16: there its products run, the rows' scales applied outside.
+        self.kind = torch.bfloat16 if row_scale is not None else weight.dtype
+        self.x, self.flag = common.prepare_batch(x, self.kind)
+        self.weight, self.bias, self.row_scale = common.table_bits(weight), bias, row_scale
         self.positives = (pos_row, pos_sample, pos_value)
-        self.g_scale = GRADIENT_SCALE[weight.dtype]
+        self.g_scale = GRADIENT_SCALE[self.kind]
         self.emulated = common.emulated()
         self.b_blocks = triton.cdiv(self.batch, self.plan.block_b)
         self.d_blocks = triton.cdiv(self.width, self.plan.block_d)
@@ -214,7 +220,7 @@ class Tiles:
     def buffers(self, *, gradient: bool, dx: bool, column_sum: bool, loss: bool) -> None:
         """Allocates what the asked results need; zeros where sums begin."""
         p = self.plan
-        self.gradient = self.empty(self.batch, p.tile, dtype=self.weight.dtype) if gradient else None
+        self.gradient = self.empty(self.batch, p.tile, dtype=self.kind) if gradient else None
         self.column_sum = self.empty(self.b_blocks, p.tile) if column_sum else None
         self.loss = self.empty(self.b_blocks, self.blocks) if loss else None
         segments = p.segments if self.rows else 0
@@ -232,9 +238,9 @@ class Tiles:
         if not self.batch:
             return
         gradient_tile[(self.tile_blocks(first) * self.b_blocks,)](
-            self.x, self.weight, self.bias, self.starts, *self.positives, self.gradient, self.column_sum, self.loss,
-            self.batch, self.rows, first, p.tile, self.width, self.g_scale, p.block_b, p.block_l, p.step, self.emulated,
-            num_warps=p.warps, num_stages=p.stages, **common.LAUNCH,
+            self.x, self.weight, self.bias, self.row_scale, self.starts, *self.positives, self.gradient, self.column_sum,
+            self.loss, self.batch, self.rows, first, p.tile, self.width, self.g_scale, p.block_b, p.block_l, p.step,
+            self.emulated, num_warps=p.warps, num_stages=p.stages, **common.LAUNCH,
         )  # fmt: skip
 
     def add_dx(self, first: int) -> None:
