@@ -44,7 +44,7 @@ def make_plan(batch: int, width: int, dtype: torch.dtype) -> Plan:
     """Block sizes for a table of a format; all fit the 99 KB of shared memory that the smallest cards have."""
     # 128 x 64 logits: with 128 x 128, logits and targets together do not fit the registers of eight warps.
     wide = dtype == torch.float32
-    side, step = (64, 32) if wide else (128, 64)
+    side, step = 64 if wide else 128, 64 if dtype.itemsize == 2 else 32  # e4m3 is converted in registers: shorter steps
     block_b, block_d = common.power_of_2(batch, 16, side), common.power_of_2(width, 16, side)
     row_bytes = width * dtype.itemsize + batch * (4 if wide else 2)
     tile = 1 << max(10, min(16, (TILE_BYTES // row_bytes).bit_length() - 1))
