@@ -111,3 +111,13 @@ def test_the_module_prints_one_line(without_library: Path) -> None:
     assert done.stdout == "xmlkernels: native library: not loaded, the package was built without native code\n"
     if ops.missing is None:
         assert python(["-m", "xmlkernels.native"]).stdout == "xmlkernels: native library: loaded\n"
+
+
+@pytest.mark.parametrize("op", ["bce_step_", "bce_loss", "bce_loss_backward"])
+def test_gpu_kernels_are_registered_and_not_imported(op: str) -> None:
+    """The dispatcher knows them; Triton is imported by the first call with CUDA tensors alone."""
+    import torch
+
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"xmlkernels::{op}", "CUDA")
+    ran = python(["-c", "import sys; from xmlkernels import ops; print('xmlkernels.triton' in sys.modules)"])
+    assert ran.stdout.strip() == "False", ran.stderr

@@ -1,0 +1,83 @@
+"""The update of table rows as a device function: SGD, SGD with momentum, Adam; see `xmlkernels.reference.update`."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xmlkernels.triton import common
+
+
+def bias_corrections(hyper: Tensor, counter: Tensor) -> Tensor:
+    """Adam's 1 - beta^t for both moments, fp32 [2], without a host sync; in float64 as the reference does."""
+    return (1 - hyper[2:4].double() ** (counter[1] + 1).double()).float()
+
+
+@triton.jit
+def update_tile(
+    weight, momentum, second, kahan, row_scale, hyper, counter, correction, at, mask, row_mask, grad, rows, first_column,
+    COLUMNS: tl.constexpr, DECOUPLED: tl.constexpr, EMULATED: tl.constexpr,
+):  # fmt: skip
+    """Updates a tile of table rows in place from its gradient.
+
+    weight, momentum, second, kahan: pointers to which the offsets `at` [R, COLUMNS] are added; absent ones are None.
+    grad: fp32 [R, COLUMNS], already scaled. rows: int64 [R], global; first_column: a multiple of 8.
+    row_scale: pointers [R] to the rows' scales (e4m3 tables, without kahan); behind each stands the largest |value| stored.
+    correction: fp32 [2] of `bias_corrections`; read with `second` alone. Nothing is read or written where mask is
+    false, nor at row_scale where row_mask is.
+    """
+    seed, step = tl.load(counter), tl.load(counter + 1)
+    lr, decay, beta1 = tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2)
+    if row_scale is not None:
+        unit = tl.load(row_scale, mask=row_mask, other=1.0)[:, None]
+        w = common.decode_e4m3(tl.load(weight + at, mask=mask, other=0)) * unit
+    else:
+        w = common.widen(tl.load(weight + at, mask=mask, other=0.0))
+    if kahan is not None:
+        w += common.widen(tl.load(kahan + at, mask=mask, other=0.0))
+    if DECOUPLED:
+        shrunk = w * (1.0 - lr * decay)
+    else:
+        shrunk = w
+        grad += decay * w
+    if second is not None:
+        beta2, eps = tl.load(hyper + 3), tl.load(hyper + 4)
+        m = beta1 * common.widen(tl.load(momentum + at, mask=mask, other=0.0)) + (1.0 - beta1) * grad
+        v = beta2 * common.widen(tl.load(second + at, mask=mask, other=0.0)) + (1.0 - beta2) * grad * grad
+        kind = momentum.dtype.element_ty
+        stored = common.to_stored(m, seed, step, rows, first_column, COLUMNS, common.MOMENTUM, kind)
+        tl.store(momentum + at, stored, mask=mask)
+        kind = second.dtype.element_ty
+        stored = common.to_stored(v, seed, step, rows, first_column, COLUMNS, common.SECOND, kind)
+        tl.store(second + at, stored, mask=mask)
+        # Roots and quotients as IEEE rounds them: the usual ones are approximations on a card.
+        root = tl.sqrt_rn(tl.div_rn(v, tl.load(correction + 1) + tl.zeros_like(v))) + eps
+        new = shrunk - lr * tl.div_rn(tl.div_rn(m, tl.load(correction) + tl.zeros_like(m)), root)
+    elif momentum is not None:
+        m = beta1 * common.widen(tl.load(momentum + at, mask=mask, other=0.0)) + grad
+        kind = momentum.dtype.element_ty
+        stored = common.to_stored(m, seed, step, rows, first_column, COLUMNS, common.MOMENTUM, kind)
+        tl.store(momentum + at, stored, mask=mask)
+        new = shrunk - lr * m
+    else:
+        new = shrunk - lr * grad
+    if row_scale is not None:
+        # The scale is a power of two: its inverse, and products with either, are exact.
+        r32 = common.random32(seed, step, rows, first_column, COLUMNS, common.WEIGHT)
+        code = common.encode_e4m3(new * tl.div_rn(tl.full(unit.shape, 1.0, tl.float32), unit), r32)
+        tl.store(weight + at, code, mask=mask)
+        size = tl.max(tl.where(mask, tl.abs(common.decode_e4m3(code)), 0.0), 1)
+        size *= tl.load(row_scale, mask=row_mask, other=1.0)
+        # A row's columns are several programs': the maximum is the same in any order.
+        grows = row_mask & (size > tl.load(row_scale + 1, mask=row_mask, other=0.0))
+        tl.atomic_max(row_scale + 1, size, mask=grows, sem="relaxed")
+    elif kahan is not None:
+        limit = common.largest(weight.dtype.element_ty)
+        new = tl.minimum(tl.maximum(new, -limit), limit)  # what saturation cuts off must not come back in the next step
+        rounded = common.round_nearest(new, weight.dtype.element_ty, EMULATED)
+        rest = common.round_nearest(new - common.widen(rounded), kahan.dtype.element_ty, EMULATED)
+        tl.store(kahan + at, rest, mask=mask)
+        tl.store(weight + at, rounded, mask=mask)
+    else:
+        kind = weight.dtype.element_ty
+        stored = common.to_stored(new, seed, step, rows, first_column, COLUMNS, common.WEIGHT, kind)
+        tl.store(weight + at, stored, mask=mask)
