@@ -63,6 +63,24 @@ def test_exact_sums_give_the_bits_of_the_reference(shape: str, device: str) -> N
         assert (bits(got["weight"]) != bits(step.tensors["weight"])).any()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device: str) -> None:
+    """All but the schema's own test, which compares by torch.allclose: that has no e4m3. It is made up for below."""
+    t = make("small").to(device).tensors
+    t["row_scale"][:, 1] = 0  # so that the step raises it
+    args = ("weight", "x", "clusters", "row_ptr", "pos_row", "pos_sample", "hyper", "counter")
+    states = {k: t[k] for k in ("bias", "momentum", "second", "row_scale")}
+    call = [t[k] for k in args]
+    call.insert(4, 9)
+    function, before = torch.ops.xmlkernels.cluster_step_.default, {k: v.clone() for k, v in t.items()}
+    some = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(function, tuple(call), states, test_utils=some)
+    assert_same_bits(before, t)  # opcheck works on copies
+    function(*call, **states)
+    changed = {k for k in t if not torch.equal(bits(before[k]), bits(t[k]))}
+    assert changed == {"weight", *states}
+
+
 @needs_kernels
 def test_threads_change_nothing(threads: None) -> None:
     step = make("level 0")

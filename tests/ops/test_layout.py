@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from common import DEVICES, DTYPES, Step, assert_same_bits, huge_table, make_hyper, name_of, needs_kernels, random_step, to_fp8
+from common import DEVICES, DTYPES, Step, assert_same_bits, huge_table, make_hyper, name_of, needs_kernels, random_step
 from common_cluster import random_cluster_step
 from xmlkernels import ops
 
@@ -48,9 +48,6 @@ def cases() -> list[tuple[str, str, tuple[Any, ...], dict[str, Any]]]:
         out.append(("cluster_step_", "all", call, {k: t[k] for k in states} | every | {"second": torch.ones(70)}))
         if dtype != F32:
             out.append(("cluster_step_", "kahan", call, {"kahan": torch.zeros_like(t["weight"]), "need_loss": True}))
-        else:
-            weight, row_scale = to_fp8(t["weight"], 2.0**-8)
-            out.append(("cluster_step_", "fp8", (weight, *call[1:]), {"row_scale": row_scale}))
         pos = (t["pos_row"], t["pos_sample"])
         out.append(("bce_loss_backward", "plain", (t["x"], t["weight"], None, *pos), {}))
         every = {"rows": 60, "need_dweight": True, "need_dbias": True}
