@@ -46,6 +46,24 @@ struct State {
   DType dtype;
 };
 
+// A table whose rows are updated one at a time and whole, with all that belongs to a row. Absent parts are null. The
+// states name the rule: none SGD, momentum SGD with momentum, second Adagrad, both Adam.
+struct RowState {
+  void* weight;  // [n, D]
+  DType dtype;
+  int64_t width;
+  State momentum, second, kahan;
+  bool row_wise;            // second is [n]: from the mean over D of the squared gradient
+  int64_t* row_step;        // [n] updates that the row has had, or null: the counter's step corrects the bias
+  float* row_decay;         // [n] the share of decay_sum that the row has had, or null
+  const float* decay_sum;   // [1] sum of log1p(-lr decay) over all steps, this one included
+  float* row_scale;         // [n, 2] scale and largest |weight| of each row of an 8-bit table, else null
+  const float* hyper;       // as in BceStep
+  const int64_t* counter;
+  int64_t row_offset;
+  bool decoupled;
+};
+
 struct BceStep {
   Batch batch;
   Table table;  // weight and bias are updated in place
@@ -86,11 +104,35 @@ struct MatmulTopk {
   int64_t* rows;  // [B, K]
 };
 
+// The rule follows from the states that are given (see RowState).
+struct SparseUpdate {
+  RowState state;
+  int64_t n;            // rows of the table
+  const int64_t* rows;  // [N] unique, ascending; those of n or more are fill at the end
+  int64_t count;        // N
+  const void* grad;     // [N, D]
+  DType grad_dtype;
+};
+
+struct BagStep {
+  RowState state;
+  int64_t n;            // rows of the table
+  const void* grad;     // [B, D]
+  DType grad_dtype;
+  int64_t bags;         // B
+  const int64_t* token;  // [T] rows; those outside 0..n are fill
+  int64_t count;         // T
+  const int64_t* offset;  // [B + 1] ascending, within 0..T
+  const float* token_weight;  // [T] or null: all 1
+};
+
 // Each chooses the best instruction set of this processor. Throws std::bad_alloc before anything is written.
 void bce_step(const BceStep& args, const Host& host);
 void bce_loss(const BceLoss& args, const Host& host);
 void bce_loss_backward(const BceLossBackward& args, const Host& host);
 void matmul_topk(const MatmulTopk& args, const Host& host);
+void sparse_update(const SparseUpdate& args, const Host& host);
+void bag_step(const BagStep& args, const Host& host);
 
 // Name of the instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable".
 const char* instruction_set();

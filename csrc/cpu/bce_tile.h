@@ -1,6 +1,7 @@
 // What the three BCE kernels share: sizes, packed batch, and one tile of labels from logits to gradient.
 #pragma once
 
+#include "finite.h"
 #include "gemm.h"
 
 namespace xk::XK_NS {
@@ -32,19 +33,7 @@ struct Plan {
   }
 };
 
-inline bool all_finite(const Batch& x) {
-  const int64_t count = x.size * x.width;
-  uint32_t bad = 0;
-  if (x.dtype == DType::f32) {
-    const auto* p = static_cast<const uint32_t*>(x.x);
-    for (int64_t i = 0; i < count; ++i) bad |= uint32_t((p[i] & 0x7f800000u) == 0x7f800000u);
-  } else {
-    const auto* p = static_cast<const uint16_t*>(x.x);
-    const uint16_t exponent = x.dtype == DType::bf16 ? 0x7f80 : 0x7c00;
-    for (int64_t i = 0; i < count; ++i) bad |= uint32_t((p[i] & exponent) == exponent);
-  }
-  return bad == 0;
-}
+inline bool all_finite(const Batch& x) { return all_finite(x.x, x.dtype, 0, x.size * x.width); }
 
 // The batch as the two products over labels need it: `by_width` runs over d (logits), `by_batch` over b (dW).
 template <class T>

@@ -81,6 +81,7 @@ def check_touched_rows(op: str, rows: Tensor, grad: Tensor, param: Tensor) -> No
     if not bool(later.all()):
         at = int((~later).nonzero()[0]) + 1
         expect(
-            False, f"{op}: argument rows", "unique rows in ascending order", f"{int(rows[at])} after {int(rows[at - 1])} at {at}",
+            False, f"{op}: argument rows", "unique rows in ascending order",
+            f"{int(rows[at])} after {int(rows[at - 1])} at {at}",
             "sort them and add up the gradients of equal rows (a coalesced sparse gradient has both done)",
         )  # fmt: skip

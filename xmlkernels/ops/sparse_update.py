@@ -112,8 +112,8 @@ def sparse_adam_(
 ) -> None:
     """Adam (Kingma, Ba, ICLR 2015) on N rows of a table; the moments of other rows stand still ("lazy" Adam).
 
-    m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g², w -= lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon),
-    where t is counter's step + 1, or the row's own count with `row_step`.
+    m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g²,
+    w -= lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon), where t is counter's step + 1, or the row's own count with `row_step`.
 
     Args:
         param, rows, grad, hyper, counter, kahan, row_decay, decay_sum, row_offset, decoupled: see the top of this module.
