@@ -87,7 +87,7 @@ __device__ __forceinline__ Values sum_run(const BagStep& a, const Runs& runs, in
 
 // One group of lanes per occurrence; the one at the head of a run goes on with it.
 template <bool kMomentum, bool kSecond, bool kVector>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kBlocks - 1)
     bag_kernel(BagStep a, Runs runs, int lanes, uint32_t* long_start, int64_t* long_row, Coefficients* coefficients) {
   __shared__ Coefficients c;
   share(c, coefficients);

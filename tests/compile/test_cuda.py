@@ -1,0 +1,91 @@
+"""The CUDA sources compile for every architecture without spilling, and link with torch's headers. Nothing runs here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nvcc import ROOT, SOURCES, TORCH, compiled, find_nvcc, folder, need_nvcc, resources, run
+
+pytestmark = pytest.mark.compile
+ARCHES = ("sm_80", "sm_90a")
+# Kernels of ours in each source; CUB's are counted apart.
+OURS = {
+    "sparse_update": {"prepare_kernel": 1, "check_kernel": 2, "update_kernel": 8},
+    "bag_step": {"key_kernel": 1, "bag_kernel": 8, "sum_kernel": 2},
+    "sort": {},
+}
+
+
+def test_every_source_is_here_and_in_the_build() -> None:
+    assert {s.stem for s in SOURCES} == set(OURS)
+    listed = (ROOT / "CMakeLists.txt").read_text()
+    for source in SOURCES:
+        assert f"csrc/cuda/{source.name}" in listed
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
+def test_no_kernel_spills(source: Path, arch: str) -> None:
+    found = resources(compiled(source, arch))
+    for name, count in OURS[source.stem].items():
+        assert sum(name in kernel for kernel in found) == count, sorted(found)
+    assert found
+    for kernel, needs in found.items():
+        assert (needs["STACK"], needs["LOCAL"]) == (0, 0), f"{kernel}: {needs}"
+        assert needs["SHARED"] <= 48 << 10, f"{kernel}: {needs}"  # static shared memory ends here
+
+
+@pytest.mark.parametrize("arch", ["sm_90a"])
+def test_the_row_kernels_leave_room_for_loads_in_flight(arch: str) -> None:
+    """At most 96 registers: 5 blocks of 128 threads on a multiprocessor of 65,536, as the launch bounds ask."""
+    found = resources(compiled(ROOT / "csrc" / "cuda" / "sparse_update.cu", arch))
+    assert max(needs["REG"] for kernel, needs in found.items() if "update_kernel" in kernel) <= 96
+
+
+def test_the_library_links() -> None:
+    """bindings_cuda.cpp compiles against torch's stable ABI, and all that it calls of ours is there."""
+    nvcc = need_nvcc()
+    bindings, library = folder() / "bindings_cuda.o", folder() / "_cuda.so"
+    stable = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA", "-DXK_CUDA"]
+    include = ["-isystem", str(TORCH / "include"), f"-I{ROOT / 'csrc'}"]
+    source = str(ROOT / "csrc" / "bindings_cuda.cpp")
+    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror"]
+    run(["c++", *flags, *stable, *include, "-c", source, "-o", str(bindings)])
+    objects = [str(compiled(s, "sm_90a")) for s in SOURCES]
+    run(
+        [
+            nvcc,
+            "-shared",
+            "-arch=sm_90a",
+            str(bindings),
+            *objects,
+            f"-L{TORCH / 'lib'}",
+            "-ltorch_cpu",
+            "-lc10",
+            "-o",
+            str(library),
+        ]
+    )
+    undefined = run(["nm", "-D", "--undefined-only", "--demangle", str(library)])
+    assert "aoti_torch_get_current_cuda_stream" in undefined
+    assert "xk::" not in undefined
+    assert "at::" not in undefined and "c10::" not in undefined, "only the stable ABI may be used"
+
+
+def test_without_nvcc_it_skips_and_says_so(tmp_path: Path) -> None:
+    """In a process whose search finds nothing: skipped, or failed where nvcc is required."""
+    assert find_nvcc() is None or Path(find_nvcc() or "").exists()
+    code = (
+        "import nvcc, pytest, sys\n"
+        "nvcc.find_nvcc = lambda: None\n"
+        "try:\n    nvcc.need_nvcc()\n"
+        "except BaseException as e:\n    print(type(e).__name__, e)\n"
+    )
+
+    for variable, kind in (("0", "Skipped"), ("1", "Failed")):
+        environment = os.environ | {"XMLKERNELS_REQUIRE_NVCC": variable, "PYTHONPATH": str(Path(__file__).parent)}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+        assert done.stdout.startswith(kind) and "no nvcc" in done.stdout, done.stderr
