@@ -2,7 +2,7 @@
 #pragma once
 
 #include "finite.h"
-#include "update.h"
+#include "row_update.h"
 
 namespace xk::XK_NS {
 

@@ -211,12 +211,14 @@ def dyadic_rows(
 ) -> RowStep:  # fmt: skip
     """A sparse update whose fp32 results are exact, so that bits can be compared.
 
-    Gradients are odd, with up to 12 bits (4 and one magnitude a row where row_wise). Second moments begin at 0: then
+    Gradients are odd, with up to 12 bits (where row_wise powers of two, one a row). Second moments begin at 0: then
     sqrt(v) is the gradient's magnitude, epsilon may be 0, and Adagrad's and Adam's first steps are lr times its sign.
     """
     g = torch.Generator().manual_seed(seed)
     count, n, d = shape
-    size = torch.randint(0, 8 if row_wise else 2048, (count, 1 if row_wise else d), generator=g) * 2 + 1
+    size = torch.randint(0, 2048, (count, d), generator=g) * 2 + 1
+    if row_wise:
+        size = 2 ** torch.randint(0, 12, (count, 1), generator=g)
     sign = torch.randint(0, 2, (count, d), generator=g) * 2 - 1
     tensors = {
         "param": multiples((n, d), exponent, dtype, g), "rows": some_rows(count, n, seed), "grad": size * sign / 1024,

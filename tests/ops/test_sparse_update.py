@@ -208,10 +208,11 @@ def test_no_worse_than_torch(rule: str, dtype: torch.dtype, shape: tuple[int, in
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "decoupled": {"decoupled": True}, "fp32 states": {"state": F32}, "bf16 states": {"state": BF16}, "fp16 states": {"state": F16},
-    "row-wise": {"row_wise": True}, "row-wise bf16": {"row_wise": True, "state": BF16}, "steps of the rows": {"row_step": True},
-    "late decay": {"lazy": True}, "kahan": {"kahan": True}, "all": {"row_wise": True, "row_step": True, "lazy": True},
-    "grad bf16": {"grad": BF16}, "grad fp16": {"grad": F16}, "fill": {"fill": 5},
+    "decoupled": {"decoupled": True}, "fp32 states": {"state": F32}, "bf16 states": {"state": BF16},
+    "fp16 states": {"state": F16}, "row-wise": {"row_wise": True}, "row-wise bf16": {"row_wise": True, "state": BF16},
+    "steps of the rows": {"row_step": True}, "late decay": {"lazy": True}, "kahan": {"kahan": True},
+    "all": {"row_wise": True, "row_step": True, "lazy": True}, "grad bf16": {"grad": BF16}, "grad fp16": {"grad": F16},
+    "fill": {"fill": 5},
 }  # fmt: skip
 
 

@@ -7,7 +7,8 @@ Common to the three:
     rows: int64 [N], unique, ascending. Entries of n or more are fill, at the end, and are ignored with their gradient.
     grad: [N, D] fp32, bf16 or fp16. A non-finite value in a real row leaves every tensor as it was.
     hyper: fp32 [7]: lr, decay, momentum (or beta1), beta2, epsilon, scale, dx_scale (unused here), on the table's device.
-        scale multiplies grad, before everything else.
+        scale multiplies grad, before everything else. epsilon is to be above 0 for Adagrad and Adam: with 0, a gradient
+        of 0 on a second moment of 0 gives NaN, as in torch.
     counter: int64 [2]: seed and step (from 0), on the table's device. The random words depend on these, the global row
         and the column alone.
     kahan: [n, D] of param's dtype (below fp32), updated: holds what rounding left over; stores then round to nearest.
@@ -113,7 +114,8 @@ def sparse_adam_(
     """Adam (Kingma, Ba, ICLR 2015) on N rows of a table; the moments of other rows stand still ("lazy" Adam).
 
     m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g²,
-    w -= lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon), where t is counter's step + 1, or the row's own count with `row_step`.
+    w -= lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon),
+    where t is counter's step + 1, or the row's own count with `row_step`.
 
     Args:
         param, rows, grad, hyper, counter, kahan, row_decay, decay_sum, row_offset, decoupled: see the top of this module.
