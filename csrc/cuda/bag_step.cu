@@ -3,6 +3,7 @@
 // Occurrences are sorted by row, so that a row's occurrences are one run. A group of lanes owns a short run: it adds up
 // the gradients of the bags in order and updates the row from registers. A long run is added up by many groups first
 // (block-wise, in an order that depends on its length alone) and then updated like any row of sparse_update.
+#include "bag_runs.cuh"
 #include "sort.cuh"
 #include "stages.cuh"
 
@@ -41,48 +42,14 @@ struct Layout {
   }
 };
 
-// The occurrences in order of their row.
-struct Runs {
-  const uint32_t* row;  // [T]; fill has the row n
-  const uint2* value;   // [T] bag, and the bits of the weight
-  int64_t count;        // T
-};
-
 // Key (row, or n for fill) and value (bag, weight) of each occurrence; raises not_finite for a weight that is not finite.
 __global__ void __launch_bounds__(kThreads) key_kernel(BagStep a, uint32_t* keys, uint2* values, Coefficients* c) {
   const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (j >= a.count) return;
-  const int64_t row = a.token[j];
-  int64_t low = 0, high = a.bags;  // the first bag that ends behind j
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (a.offset[middle + 1] > j)
-      high = middle;
-    else
-      low = middle + 1;
-  }
-  const bool real = uint64_t(row) < uint64_t(a.n) && low < a.bags && j >= a.offset[0];
-  const uint32_t weight = a.token_weight ? __float_as_uint(a.token_weight[j]) : 0x3f800000u;
-  if ((weight & 0x7f800000u) == 0x7f800000u) c->not_finite = 1;  // whoever writes it writes the same
-  keys[j] = uint32_t(real ? row : a.n);
-  values[j] = make_uint2(uint32_t(low), weight);
-}
-
-// Adds up `count` columns over the occurrences first, first + step, ... below end.
-template <bool kVector>
-__device__ __forceinline__ Values sum_run(const BagStep& a, const Runs& runs, int64_t first, int64_t end, int step,
-                                          int64_t column, int count) {
-  Values sum{};
-#pragma unroll 4
-  for (int64_t p = first; p < end; p += step) {
-    const uint2 value = runs.value[p];
-    const Raw raw = load_raw<kVector, false>(a.grad, a.grad_dtype, int64_t(value.x) * a.state.width + column, count);
-    const Values g = widen(raw, a.grad_dtype);
-    const float weight = __uint_as_float(value.y);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) sum.v[i] += weight * g.v[i];
-  }
-  return sum;
+  const Occurrence o = occurrence(a, j);
+  if (not_finite(o.value.y, 0x7f800000u)) c->not_finite = 1;  // whoever writes it writes the same
+  keys[j] = o.row;
+  values[j] = o.value;
 }
 
 // One group of lanes per occurrence; the one at the head of a run goes on with it.

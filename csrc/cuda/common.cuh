@@ -186,6 +186,17 @@ XK_FN Values widen(const Raw& raw, DType dtype) {
   return out;
 }
 
+// Whether a pattern is infinite or NaN, by the format's exponent bits.
+XK_FN bool not_finite(uint32_t bits, uint32_t exponent) { return (bits & exponent) == exponent; }
+XK_FN bool not_finite(const Raw& raw, DType dtype) {
+  const uint32_t exponent = dtype == DType::f32 ? 0x7f800000u : dtype == DType::bf16 ? 0x7f80u : 0x7c00u;
+  bool bad = false;
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i)
+    bad |= not_finite(raw.w[i], exponent) || (dtype != DType::f32 && not_finite(raw.w[i] >> 16, exponent));
+  return bad;
+}
+
 // Below fp32 each value takes its 16 bits of the draw.
 XK_FN Raw round_stochastic(const Values& x, DType dtype, const Words& draw) {
   Raw raw{};

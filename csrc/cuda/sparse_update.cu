@@ -13,16 +13,10 @@ __global__ void __launch_bounds__(kThreads) check_kernel(const int64_t* rows, in
                                                          DType dtype, int64_t width, int lanes, Coefficients* c) {
   const int64_t entry = int64_t(blockIdx.x) * (kThreads / lanes) + threadIdx.x / lanes;
   if (entry >= count || (rows && uint64_t(rows[entry]) >= uint64_t(n))) return;
-  const uint32_t exponent = dtype == DType::f32 ? 0x7f800000u : dtype == DType::bf16 ? 0x7f80u : 0x7c00u;
   bool bad = false;
   for (int64_t column = int64_t(threadIdx.x % lanes) * kChunk; column < width; column += int64_t(lanes) * kChunk) {
     const int left = width - column < kChunk ? int(width - column) : kChunk;
-    const Raw raw = load_raw<kVector, false>(grad, dtype, entry * width + column, left);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      bad |= (raw.w[i] & exponent) == exponent;
-      if (dtype != DType::f32) bad |= ((raw.w[i] >> 16) & exponent) == exponent;
-    }
+    bad |= not_finite(load_raw<kVector, false>(grad, dtype, entry * width + column, left), dtype);
   }
   if (bad) c->not_finite = 1;  // whoever writes it writes the same
 }

@@ -14,8 +14,9 @@ import triton
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-FLAGS = ["-std=c++20", "-O3", f"-I{ROOT / 'csrc'}"]
+FLAGS = ["-std=c++20", f"-I{ROOT / 'csrc'}"]  # device code is optimized without being asked; host code need not be
 TORCH = Path(torch.__file__).parent
+LINKED = "sm_90a"  # for this one the host's part is compiled too, so that the objects link
 
 
 def find_nvcc() -> str | None:
@@ -52,10 +53,11 @@ def run(command: list[str]) -> str:
 
 @functools.cache
 def compiled(source: Path, arch: str) -> Path:
-    """The object file of one source for one architecture; a warning is an error."""
+    """One source compiled for one architecture: an object file for LINKED, else device code alone. A warning is an error."""
+    host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-c"]
     target = folder() / f"{source.stem}.{arch}.o"
-    options = [f"-arch={arch}", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Werror", "all-warnings"]
-    run([need_nvcc(), *FLAGS, *options, "-c", str(source), "-o", str(target)])
+    kind = host if arch == LINKED else ["-cubin"]
+    run([need_nvcc(), *FLAGS, f"-arch={arch}", "-Werror", "all-warnings", *kind, str(source), "-o", str(target)])
     return target
 
 
