@@ -7,6 +7,7 @@ work; s is the bytes of a table element, m of a momentum element (0 without mome
 |---|---|---|
 | bce_step | 6 B L D: logits, dX and dW | 2 L D (s + m), table and momentum read and written once; 8 B D, x and dx; 12 P |
 | matmul_topk | 2 B L D | s L D, the table; 4 B D, x; 12 B K, values and rows |
+| sparse_update | 2, 7 or 14 N D: SGD, Adagrad, Adam | 2 N D (s + m), the rows and their states; 4 N D, gradient; 8 N |
 | mm (the ceiling) | 2 n³ | 3 s n² |
 """
 
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.case import DTYPES, REFERENCE_ELEMENTS, Case
+from benchmarks.cases_sparse import sparse_update_cases
 from benchmarks.shapes import Shape
 from benchmarks.timing import Step
 from xmlkernels import ops
@@ -25,7 +28,6 @@ from xmlkernels.errors import InputError
 from xmlkernels.reference.bce_step import bce_step_ as bce_step_reference
 from xmlkernels.reference.matmul_topk import matmul_topk as matmul_topk_reference
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CEILING_SIZE = {"cpu": 2048, "cuda": 8192}  # a GPU would finish 2048³ before its clocks rise
 OPS = {
     "bce_step": ("bce_step_",),
@@ -37,33 +39,6 @@ OPS = {
 """The public functions of `xmlkernels.ops` that each benchmark times."""
 
 LR, MOMENTUM, POSITIVES = 1e-4, 0.9, 5
-_REFERENCE_ELEMENTS = 1 << 23  # above, the references' whole matrices would not fit common memories
-
-
-@dataclass(frozen=True)
-class Case:
-    """One implementation of one shape.
-
-    Attributes:
-        impl: xmlkernels, reference, eager, compile, mm (the ceiling) or a peer's name.
-        phase: what a call does.
-        dtype: fp32, bf16 or fp16: the table's format, or that of a peer's products.
-        flops, bytes: closed forms of one call.
-        inputs: makes what a caller holds anyway: the table and the batch. Cases of one table format have the same one.
-        start: makes the implementation's own state and returns the call to time; its memory counts into peak_mb.
-    """
-
-    impl: str
-    phase: str
-    dtype: str
-    flops: int
-    bytes: int
-    inputs: Callable[[], Any]
-    start: Callable[[Any], Step]
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        return self.impl, self.phase, self.dtype
 
 
 @dataclass
@@ -195,7 +170,7 @@ def bce_step_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
         add("xmlkernels", "sgd", name, name, 0, own)
         add("xmlkernels", "momentum", name, name, dtype.itemsize, partial(own, momentum=True))
         add("xmlkernels", "loss", name, name, 0, partial(own, need_loss=True))
-        if shape.L * shape.D <= _REFERENCE_ELEMENTS:
+        if shape.L * shape.D <= REFERENCE_ELEMENTS:
             add("reference", "sgd", name, name, 0, partial(own, op=bce_step_reference))
     add("eager", "momentum", "fp32", "fp32", 4, partial(eager_step, compiled=False))
     if compiled:
@@ -227,7 +202,7 @@ def matmul_topk_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
 
     for name in inputs:
         add("xmlkernels", "topk", name, partial(_own_topk, op=ops.matmul_topk, k=k))
-        if shape.L * shape.D <= _REFERENCE_ELEMENTS:
+        if shape.L * shape.D <= REFERENCE_ELEMENTS:
             add("reference", "topk", name, partial(_own_topk, op=matmul_topk_reference, k=k))
     add("eager", "topk", "fp32", partial(_eager_topk, k=k))
     add("matmul", "product", "fp32", _matmul)
@@ -237,6 +212,7 @@ def matmul_topk_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
 BUILDERS: dict[str, Callable[[Shape, str, bool], list[Case]]] = {
     "bce_step": bce_step_cases,
     "matmul_topk": matmul_topk_cases,
+    "sparse_update": sparse_update_cases,
 }
 
 

@@ -1,4 +1,5 @@
-"""The shapes that are measured, by op. Letters: B batch, L labels, D width, S shortlist, K top-k."""
+"""The shapes that are measured, by op. Letters: B batch, L labels, D width, S shortlist (`sparse_update`: N, the touched
+rows, of a table of L; it has no batch and says B = 1), K top-k."""
 
 import difflib
 from dataclasses import dataclass
@@ -32,6 +33,10 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
         Shape("B64-L131k", 64, 131_072, 384, K=100),
         Shape("B1-L670k", 1, 670_000, 384, K=10),  # one query: bound by reading the table
         Shape("B256-L670k", 256, 670_000, 384, K=100),
+    ),
+    "sparse_update": (
+        Shape("N2k-L16k", 1, 16_384, 384, S=2_048),
+        Shape("N100k-L670k", 1, 670_000, 384, S=100_000),
     ),
 }
 

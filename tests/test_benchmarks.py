@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import cases, plot, run, shapes, timing
+from benchmarks import cases, cases_sparse, plot, run, shapes, timing
 from xmlkernels import ops
 from xmlkernels.errors import InputError
 
@@ -98,6 +98,9 @@ def test_closed_forms() -> None:
     assert cases.bce_work(shape, 2) == (19_327_352_832, 2 * 2 * 50_331_648 + 8 * 64 * 384 + 12 * 320)
     assert cases.bce_work(shape, 4, 4)[1] - cases.bce_work(shape, 4)[1] == 2 * 4 * 50_331_648
     assert cases.topk_work(shape, 4) == (6_442_450_944, 4 * 50_331_648 + 4 * 64 * 384 + 12 * 64 * 100)
+    few = shapes.Shape("x", 1, 670_000, 384, S=100_000)
+    assert cases_sparse.sparse_work(few, "adam", 2) == (14 * 38_400_000, 2 * 3 * 2 * 38_400_000 + 4 * 38_400_000 + 800_000)
+    assert cases_sparse.sparse_work(few, "sgd", 4) == (2 * 38_400_000, 3 * 4 * 38_400_000 + 800_000)
     mm = cases.ceiling("bf16", "cpu")
     assert (mm.flops, mm.bytes) == (2 * 2048**3, 3 * 2 * 2048**2)
     assert [cases.ceiling_dtype(d, "cpu") for d in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp32"]
@@ -151,6 +154,22 @@ def test_searches_agree() -> None:
     for impl in ("xmlkernels", "eager"):
         assert torch.equal(found[impl][1], rows)
         torch.testing.assert_close(found[impl][0], values)
+
+
+def test_sparse_updates_agree() -> None:
+    """Each rule's second step, so that its states count. SparseAdam's epsilon lies elsewhere: 1e-8 beside gradients of 1."""
+    shape = shapes.Shape("few", 1, 300, 16, S=40)
+    before, after = cases_sparse.make_touched(shape, "fp32", "cpu"), {}
+    for case in cases.build("sparse_update", shape, "cpu"):
+        if case.dtype == "fp32":
+            step = case.start(case.inputs())
+            step()
+            after[case.impl, case.phase] = torch.as_tensor(step()).detach()
+    assert {impl for impl, _ in after} == {"xmlkernels", "reference", "torch"} and len(after) == 9
+    for (impl, rule), param in after.items():
+        torch.testing.assert_close(param, after["reference", rule], rtol=1e-5, atol=1e-8, msg=f"{impl} {rule}")
+        moved = (param != before.param).any(1).nonzero()[:, 0]
+        assert torch.equal(moved, before.rows)
 
 
 def test_cases_have_keys_of_their_own_and_references_stay_small() -> None:

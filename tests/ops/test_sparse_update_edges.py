@@ -69,6 +69,8 @@ def test_nothing_becomes_non_finite_at_the_edges(rule: str, dtype: torch.dtype, 
             got = step.run()
             for name, value in got.items():
                 assert value.isfinite().all(), f"{name} in step {number}"
+            if got["param"].float().abs().max() > 65504:
+                break  # beyond the promise; fp16 cannot come here
             step = step.replace(**got)
 
 

@@ -1,0 +1,101 @@
+"""The cases of `sparse_update`: an optimizer step on N touched rows of a table [L, D]; see cases.py for the closed forms."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.case import DTYPES, REFERENCE_ELEMENTS, Case
+from benchmarks.shapes import Shape
+from benchmarks.timing import Step
+from xmlkernels import ops
+from xmlkernels.reference import sparse_update as reference
+
+LR = 1e-4
+RULES = {"sgd": (0, 2), "adagrad": (1, 7), "adam": (2, 14)}
+"""Of each rule the number of states, each of the table's format and size, and the operations per number."""
+
+
+@dataclass
+class Touched:
+    """param [L, D]; rows int64 [N], ascending, spread over the table; grad fp32 [N, D]."""
+
+    param: Tensor
+    rows: Tensor
+    grad: Tensor
+
+
+def touched_rows(shape: Shape) -> int:
+    return min(shape.S or 1, shape.L)
+
+
+def sparse_work(shape: Shape, rule: str, s: int) -> tuple[int, int]:
+    """FLOP and bytes of one step; s is the bytes of an element of the table and of its states."""
+    states, each = RULES[rule]
+    numbers = touched_rows(shape) * shape.D
+    return each * numbers, 2 * numbers * s * (1 + states) + 4 * numbers + 8 * touched_rows(shape)
+
+
+def make_touched(shape: Shape, dtype: str, device: str) -> Touched:
+    """The same numbers in every format and process."""
+    g = torch.Generator(device).manual_seed(0)
+    param = torch.empty(shape.L, shape.D, dtype=DTYPES[dtype], device=device).normal_(0, 0.02, generator=g)
+    g, count = torch.Generator().manual_seed(1), touched_rows(shape)
+    rows = torch.randperm(shape.L, generator=g)[:count].sort().values
+    grad = torch.randn(count, shape.D, generator=g)
+    return Touched(param, rows.to(device), grad.to(device))
+
+
+def own_step(held: Touched, *, rule: str, room: ModuleType) -> Step:
+    """`sparse_sgd_`, `sparse_adagrad_` or `sparse_adam_`, or the reference, with states of the table's format."""
+    device, op = held.param.device, getattr(room, f"sparse_{rule}_")
+    hyper = torch.tensor([LR, 0, 0.9, 0.999, 1e-8, 1, 1], device=device)
+    counter = torch.tensor([1, 0], device=device)
+    states: list[Tensor | None] = [torch.zeros_like(held.param) for _ in range(RULES[rule][0])]
+    if rule == "sgd":
+        states = [None]  # no momentum
+
+    def step() -> Tensor:
+        op(held.param, *states, held.rows, held.grad, hyper, counter)
+        counter[1] += 1
+        return held.param
+
+    return step
+
+
+def torch_step(held: Touched, *, make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Step:
+    """What a user writes: a coalesced sparse gradient, as `nn.Embedding(sparse=True)` gives, and an optimizer of torch."""
+    param = torch.nn.Parameter(held.param)
+    optimizer = make([param])
+
+    def step() -> Tensor:
+        sparse: Any = torch.sparse_coo_tensor(held.rows[None], held.grad, param.shape, check_invariants=False)
+        param.grad = sparse._coalesced_(True)  # rows are unique and sorted already
+        optimizer.step()
+        return held.param
+
+    return step
+
+
+def sparse_update_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
+    """`compiled` changes nothing: torch compiles no optimizer on sparse gradients."""
+    cases = []
+    inputs = {name: partial(make_touched, shape, name, device) for name in ("fp32", "bf16")}
+
+    def add(impl: str, rule: str, dtype: str, start: Callable[[Touched], Step]) -> None:
+        cases.append(Case(impl, rule, dtype, *sparse_work(shape, rule, DTYPES[dtype].itemsize), inputs[dtype], start))
+
+    for name in inputs:
+        for rule in RULES:
+            add("xmlkernels", rule, name, partial(own_step, rule=rule, room=ops))
+            if shape.L * shape.D <= REFERENCE_ELEMENTS:
+                add("reference", rule, name, partial(own_step, rule=rule, room=reference))
+    sgd, adam = partial(torch.optim.SGD, lr=LR), partial(torch.optim.SparseAdam, lr=LR)
+    add("torch", "sgd", "fp32", partial(torch_step, make=sgd))
+    add("torch", "adagrad", "fp32", partial(torch_step, make=partial(torch.optim.Adagrad, lr=LR, eps=1e-8)))
+    add("torch", "adam", "fp32", partial(torch_step, make=adam))
+    return cases
