@@ -154,18 +154,18 @@ void bag_step(const BagStep& a, void* workspace, void* stream) {
 
   prepare(a.state, c, s);
   check_finite(nullptr, a.bags, a.n, a.grad, a.grad_dtype, a.state.width, c, s);
-  key_kernel<<<uint32_t(ceil_div(a.count, kThreads)), kThreads, 0, s>>>(a, keys, values, c);
+  XK_LAUNCH(key_kernel, uint32_t(ceil_div(a.count, kThreads)), kThreads, s)(a, keys, values, c);
   check_launch("bag_step keys");
   sort_pairs(keys, sorted_keys, values, sorted_values, a.count, bits_of_key(a.n), base + at.scratch, at.scratch_bytes, s);
   for_rule(a.state, vector, [&](auto momentum, auto second, auto in_chunks) {
-    bag_kernel<momentum, second, in_chunks>
-        <<<blocks_for(a.count, lanes), kThreads, 0, s>>>(a, runs, lanes, long_start, long_row, c);
+    const auto kernel = bag_kernel<momentum, second, in_chunks>;
+    XK_LAUNCH(kernel, blocks_for(a.count, lanes), kThreads, s)(a, runs, lanes, long_start, long_row, c);
   });
   check_launch("bag_step rows");
   if (at.long_runs == 0) return;
   const int64_t items = at.long_runs * ceil_div(a.state.width, kSumColumns);
   const auto sum = vector ? sum_kernel<true> : sum_kernel<false>;
-  sum<<<uint32_t(items < kSumBlocks ? items : kSumBlocks), kSumThreads, 0, s>>>(a, runs, long_start, long_grad, c);
+  XK_LAUNCH(sum, uint32_t(items < kSumBlocks ? items : kSumBlocks), kSumThreads, s)(a, runs, long_start, long_grad, c);
   check_launch("bag_step long rows");
   update_rows({a.state, a.n, long_row, at.long_runs, long_grad, DType::f32}, &c->long_runs, c, s);
 }

@@ -210,7 +210,6 @@ XK_FN void store_row_values(const RowState& s, const Coefficients& c, int64_t ro
   if (s.row_decay) s.row_decay[row] = c.decay_sum;
 }
 
-#ifdef __CUDACC__
 // One row by a group of `lanes` lanes (a power of two, neighbours in a warp). gradient(column, count) is the lane's part
 // of the row's gradient; it may be asked for twice.
 template <bool kMomentum, bool kSecond, bool kVector, class Gradient>
@@ -237,7 +236,6 @@ __device__ __forceinline__ void update_row(const RowState& s, const Coefficients
   __syncwarp(group);  // every lane has read the row's own values
   if (lane == 0) store_row_values(s, c, row, v_row);
 }
-#endif
 
 // Whether every array of the table, and `other`, can be taken in chunks of 16 bytes.
 inline bool in_vectors(const RowState& s, const void* other) {

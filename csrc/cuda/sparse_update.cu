@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 }  // namespace
 
 void prepare(const RowState& state, Coefficients* c, cudaStream_t stream) {
-  prepare_kernel<<<1, 1, 0, stream>>>(state, c);
+  XK_LAUNCH(prepare_kernel, 1, 1, stream)(state, c);
   check_launch("prepare");
 }
 
@@ -53,7 +53,7 @@ void check_finite(const int64_t* rows, int64_t count, int64_t n, const void* gra
   const int lanes = lanes_for(width);
   const bool vector = width % kChunk == 0 && reinterpret_cast<uintptr_t>(grad) % 16 == 0;
   const auto kernel = vector ? check_kernel<true> : check_kernel<false>;
-  kernel<<<blocks_for(count, lanes), kThreads, 0, stream>>>(rows, count, n, grad, dtype, width, lanes, c);
+  XK_LAUNCH(kernel, blocks_for(count, lanes), kThreads, stream)(rows, count, n, grad, dtype, width, lanes, c);
   check_launch("check_finite");
 }
 
@@ -61,8 +61,8 @@ void update_rows(const SparseUpdate& a, const uint32_t* limit, const Coefficient
   if (a.count == 0) return;
   const int lanes = lanes_for(a.state.width);
   for_rule(a.state, in_vectors(a.state, a.grad), [&](auto momentum, auto second, auto vector) {
-    update_kernel<momentum, second, vector>
-        <<<blocks_for(a.count, lanes), kThreads, 0, stream>>>(a, limit, lanes, c);
+    const auto kernel = update_kernel<momentum, second, vector>;
+    XK_LAUNCH(kernel, blocks_for(a.count, lanes), kThreads, stream)(a, limit, lanes, c);
   });
   check_launch("update_rows");
 }
