@@ -1,4 +1,4 @@
-"""Calls the host code of cuda_arithmetic.cu on CPU tensors."""
+"""Calls the host code of cuda_arithmetic.cpp on CPU tensors."""
 
 import ctypes
 import functools
@@ -15,10 +15,10 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    source, target = Path(__file__).with_suffix(".cu"), folder() / "cuda_arithmetic.so"
+    source, target = Path(__file__).with_suffix(".cpp"), folder() / "cuda_arithmetic.so"
     # As torch computes on the CPU: every product and sum rounded by itself.
-    host = "-fPIC,-ffp-contract=off"
-    run([need_nvcc(), *FLAGS, "-arch=sm_80", "-shared", "-Xcompiler", host, str(source), "-o", str(target)])
+    host = "-O1,-fPIC,-ffp-contract=off,-Wall,-Wno-unknown-pragmas,-Werror"
+    run([need_nvcc(), "-x", "c++", *FLAGS, "-shared", "-Xcompiler", host, str(source), "-o", str(target)])
     return ctypes.CDLL(str(target))
 
 
@@ -41,8 +41,8 @@ def call(name: str, *arguments: Tensor | int) -> None:
     getattr(library(), name)(*(ctypes.c_void_p(address(a)) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in arguments))
 
 
-def run_on_host(step: RowStep) -> dict[str, Tensor]:
-    """Every tensor that the step updates, after the CUDA kernel's arithmetic has run as host code."""
+def run_on_host(step: RowStep, *, reverse: bool = False) -> dict[str, Tensor]:
+    """Every tensor that the step updates, after the CUDA kernels have run as host code. reverse: the other order of threads and blocks."""
     t = {k: v.clone() for k, v in step.tensors.items()}
     bag, second = "token" in t, t.get("second")
     dtypes = [DTYPES[t[k].dtype] if k in t else 0 for k in ("param", "momentum", "second", "grad")]
@@ -50,6 +50,7 @@ def run_on_host(step: RowStep) -> dict[str, Tensor]:
     n = numbers(
         *dtypes, t["param"].shape[1], row_wise, options.get("row_offset", 0), options.get("decoupled", False),
         t["param"].shape[0], (t["token"] if bag else t["rows"]).shape[0], t["grad"].shape[0] if bag else 0,
+        reverse,
     )  # fmt: skip
     p = pointers(
         t["param"], t.get("momentum"), second, t.get("kahan"), t.get("row_step"), t.get("row_decay"), t.get("decay_sum"),
