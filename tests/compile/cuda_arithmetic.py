@@ -41,9 +41,11 @@ def call(name: str, *arguments: Tensor | int) -> None:
     getattr(library(), name)(*(ctypes.c_void_p(address(a)) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in arguments))
 
 
-def run_on_host(step: RowStep, *, reverse: bool = False) -> dict[str, Tensor]:
-    """Every tensor that the step updates, after the CUDA kernels have run as host code. reverse: the other order of threads and blocks."""
-    t = {k: v.clone() for k, v in step.tensors.items()}
+def run_on_host(step: RowStep, *, reverse: bool = False, copy: bool = True) -> dict[str, Tensor]:
+    """Every tensor that the step updates, after the CUDA kernels have run as host code.
+
+    reverse: the other order of threads and blocks. copy: False to write to the step's own tensors."""
+    t = {k: v.clone() if copy else v for k, v in step.tensors.items()}
     bag, second = "token" in t, t.get("second")
     dtypes = [DTYPES[t[k].dtype] if k in t else 0 for k in ("param", "momentum", "second", "grad")]
     row_wise, options = second is not None and second.dim() == 1, step.options

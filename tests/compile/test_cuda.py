@@ -1,5 +1,8 @@
 """The CUDA sources compile for every architecture without spilling, and link with torch's headers. Nothing runs here."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +62,24 @@ def test_the_library_links() -> None:
     assert "aoti_torch_get_current_cuda_stream" in undefined
     assert "xk::" not in undefined
     assert "at::" not in undefined and "c10::" not in undefined, "only the stable ABI may be used"
+    # What a CPU-only torch lacks stands in, so that the library loads: it registers its four ops, under schemas that exist.
+    stand_in = folder() / "stand_in.c"
+    stand_in.write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }\n")
+    run(["cc", "-shared", "-fPIC", str(stand_in), "-o", str(stand_in.with_suffix(".so"))])
+    code = (
+        "import ctypes, sys, torch\n"
+        "from xmlkernels import ops\n"
+        "has = lambda: [torch._C._dispatch_has_kernel_for_dispatch_key('xmlkernels::' + n, 'CUDA') for n in sys.argv[3:]]\n"
+        "before = has()\n"
+        "if torch.version.cuda is None: ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)\n"
+        "torch.ops.load_library(sys.argv[2])\n"
+        "print(before, has())\n"
+    )
+    names = ["sparse_sgd_", "sparse_adagrad_", "sparse_adam_", "bag_step_"]
+    environment = os.environ | {"XMLKERNELS_CUDA": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, str(stand_in.with_suffix(".so")), str(library), *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.stdout.strip() == f"{[False] * 4} {[True] * 4}", done.stderr
 
 
 @pytest.mark.parametrize("required", ["0", "1"])

@@ -1,10 +1,10 @@
-"""The arithmetic of the CUDA kernels, compiled by nvcc as host code, against the references: bit for bit where fp32
-results are exact, within a unit elsewhere. It needs nvcc and no card."""
+"""The CUDA kernels compiled as host code and run on an emulated card (emulated_card.h), against the references: bit for
+bit where fp32 results are exact, within a unit elsewhere. It needs the CUDA toolkit and no card."""
 
 import pytest
 import torch
 
-from common import DTYPES, LOW, assert_same_bits, bits, make_counter, name_of, unit
+from common import DTYPES, LOW, assert_same_bits, bits, huge_table, make_counter, name_of, unit
 from cuda_arithmetic import DTYPES as CODES
 from cuda_arithmetic import call, run_on_host
 from nvcc import need_nvcc
@@ -151,6 +151,46 @@ def test_bags_are_close(rule: str, weights: bool) -> None:
             check_close(random_bags(rule, shape, dtype, weights=weights))
     if "second" in RULES[rule]:
         check_close(random_bags(rule, (9, 200, 40, 64), BF16, weights=weights, row_wise=True))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_long_runs(rule: str) -> None:
+    """Rows with more than 128 occurrences go through the other kernels; so do not those with 128."""
+    step = random_bags(rule, (40, 1500, 6, 100), BF16)
+    assert (torch.bincount(step.tensors["token"].clamp(min=0)) > 128).sum() >= 2
+    check_close(step)
+    step = random_bags(rule, (40, 2 * 128 + 1 + 7, 3, 20), F32, fill=0, weights=False)
+    step.tensors["token"][:] = torch.tensor([0] * 128 + [2] * 129 + [1] * 7)[
+        torch.randperm(264, generator=torch.Generator().manual_seed(2))
+    ]
+    step.tensors["offset"][-1] = 264
+    check_close(step)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_order_of_threads_and_blocks_changes_nothing(rule: str) -> None:
+    for step in (
+        random_rows(rule, (130, 2000, 70), BF16, row_wise="second" in RULES[rule]),
+        random_rows(rule, (130, 2000, 520), F16, lazy=True),
+        random_bags(rule, (40, 1500, 60, 36), BF16, row_wise="second" in RULES[rule]),
+    ):
+        assert_same_bits(run_on_host(step), run_on_host(step, reverse=True))
+
+
+def test_addresses_beyond_2_31() -> None:
+    """The last row of a table of more than 2^31 values, most of which is one piece of memory mapped again and again."""
+    n, d = 2**27 + 2**16, 16
+    table = huge_table(n, d, 1 << 21)
+    step = dyadic_rows("sgd", (2, 2, d), BF16)
+    rows = torch.tensor([0, n - 1])
+    table[rows] = step.tensors["param"]
+    run_on_host(step.replace(param=table, rows=rows), copy=False)
+    for entry, row in enumerate((0, n - 1)):
+        t = step.tensors
+        alone = {"param": t["param"][entry : entry + 1], "grad": t["grad"][entry : entry + 1], "rows": torch.tensor([0])}
+        expected = step.replace(**alone, row_offset=row).run(reference=True)["param"]
+        assert torch.equal(bits(table[row : row + 1]), bits(expected)), row
+    assert not table[1:1000].any() and not table[-1000:-1].any()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
