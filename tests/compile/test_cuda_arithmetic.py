@@ -160,7 +160,8 @@ def test_long_runs(rule: str) -> None:
     assert (torch.bincount(step.tensors["token"].clamp(min=0)) > 128).sum() >= 2
     check_close(step)
     step = random_bags(rule, (40, 2 * 128 + 1 + 7, 3, 20), F32, fill=0, weights=False)
-    step.tensors["token"][:] = torch.tensor([0] * 128 + [2] * 129 + [1] * 7)[
+    order = torch.randperm(264, generator=torch.Generator().manual_seed(2))
+    step.tensors["token"][:] = torch.tensor([0] * 128 + [2] * 129 + [1] * 7)[order]
         torch.randperm(264, generator=torch.Generator().manual_seed(2))
     ]
     step.tensors["offset"][-1] = 264
