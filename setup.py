@@ -3,10 +3,16 @@
 Nothing imports torch at module level: its headers are found in the target environment, and without them (or without a
 compiler, or with XMLKERNELS_NATIVE=0) the package is built as pure Python, which says so in one line.
 XMLKERNELS_REQUIRE_NATIVE=1 turns that into a failed build.
+
+The CUDA kernels are a library of their own, built after the others where nvcc and a torch with CUDA are found; without
+nvcc the build says so in one line and goes on. XMLKERNELS_CUDA=0 leaves them out, 1 demands them (and builds them against
+a CPU-only torch too, where they compile but cannot be loaded). XMLKERNELS_CUDA_ARCHS="80;90a" names the architectures;
+without it those of the cards found, or the common ones.
 """
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +47,39 @@ def missing_piece() -> str | None:
     return None
 
 
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    places = [os.environ.get("CUDACXX"), f"{home}/bin/nvcc", "/usr/local/cuda/bin/nvcc", "nvcc"]
+    return next((found for place in places if place and (found := find_tool(place))), None)
+
+
+def missing_cuda_piece(torch_root: Path) -> str | None:
+    """The reason why the CUDA kernels cannot or shall not be built, or None."""
+    wanted = os.environ.get("XMLKERNELS_CUDA")
+    if wanted == "0":
+        return "XMLKERNELS_CUDA=0"
+    if wanted != "1" and not (torch_root / "lib" / "libtorch_cuda.so").exists():
+        return "this torch has no CUDA"
+    if find_nvcc() is None:
+        return "no nvcc (looked at CUDACXX, CUDA_HOME, /usr/local/cuda and PATH)"
+    return None
+
+
+def cuda_archs() -> str:
+    """CMake's list of architectures: as asked, else those of the cards here, else the common ones."""
+    asked = os.environ.get("XMLKERNELS_CUDA_ARCHS")
+    if asked:
+        return asked
+    smi = shutil.which("nvidia-smi")
+    if smi is not None:
+        query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, timeout=60)
+        cards = sorted(set(re.findall(r"^(\d+)\.(\d)$", done.stdout, re.MULTILINE)))
+        if done.returncode == 0 and cards:
+            return ";".join(f"{major}{minor}{'a' if major == '9' else ''}-real" for major, minor in cards)
+    return "80-real;86-real;89;90a-real"  # newer cards take the 89 through their driver's compiler
+
+
 class CMakeBuild(build_ext):
     """Builds every native library in one CMake run, straight into the package folder."""
 
@@ -48,7 +87,8 @@ class CMakeBuild(build_ext):
         reason = missing_piece()
         if reason is None:
             try:
-                self.build_with_cmake()
+                self.build_with_cmake("cmake")
+                self.build_cuda()
                 return
             except subprocess.CalledProcessError as error:
                 reason = f"the build failed with exit status {error.returncode}, see above"
@@ -57,16 +97,34 @@ class CMakeBuild(build_ext):
         print(f"xmlkernels: built as pure Python, every op runs on its slow reference: {reason}", file=sys.stderr)
         self.extensions = []
 
-    def build_with_cmake(self) -> None:
+    def build_cuda(self) -> None:
+        torch = importlib.util.find_spec("torch")
+        assert torch is not None and torch.origin is not None
+        reason = missing_cuda_piece(Path(torch.origin).parent)
+        demanded = os.environ.get("XMLKERNELS_CUDA") == "1"
+        if reason is None:
+            try:
+                options = [f"-DXMLKERNELS_CUDA_ARCHS={cuda_archs()}", f"-DCMAKE_CUDA_COMPILER={find_nvcc()}"]
+                self.build_with_cmake("cmake_cuda", *options)
+                return
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+                reason = f"the build failed, see above ({type(error).__name__})"
+                demanded |= os.environ.get("XMLKERNELS_REQUIRE_NATIVE") == "1"
+        if demanded:
+            raise SystemExit(f"xmlkernels: CUDA kernels are required but {reason}; XMLKERNELS_CUDA=0 leaves them out")
+        if reason not in ("XMLKERNELS_CUDA=0", "this torch has no CUDA"):
+            print(f"xmlkernels: built without CUDA kernels: {reason}", file=sys.stderr)
+
+    def build_with_cmake(self, folder: str, *more: str) -> None:
         package = ROOT if self.inplace else Path(self.build_lib).resolve()
-        work = Path(self.build_temp).resolve() / "cmake"
+        work = Path(self.build_temp).resolve() / folder
         work.mkdir(parents=True, exist_ok=True)
         cmake, torch = find_tool("cmake"), importlib.util.find_spec("torch")
         assert cmake is not None and torch is not None and torch.origin is not None
         configure = [
             cmake, "-S", str(ROOT), "-B", str(work), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
             "-DCMAKE_BUILD_TYPE=Release", f"-DTORCH_ROOT={Path(torch.origin).parent}",
-            f"-DPython_EXECUTABLE={sys.executable}", f"-DXMLKERNELS_PACKAGE={package / 'xmlkernels'}",
+            f"-DPython_EXECUTABLE={sys.executable}", f"-DXMLKERNELS_PACKAGE={package / 'xmlkernels'}", *more,
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(work), *(["--verbose"] if self.verbose > 1 else [])], check=True)

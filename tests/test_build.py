@@ -56,3 +56,47 @@ def test_setup_imports_no_torch() -> None:
     code = "import runpy, sys; sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py'); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
+def settings(**environment: str) -> list[str]:
+    """What setup.py makes of the environment: why no CUDA kernels, and for which architectures."""
+    code = (
+        "import runpy, sys, pathlib, os\n"
+        "sys.argv = ['setup.py', '--version']\n"
+        "s = runpy.run_path('setup.py')\n"
+        "print(s['missing_cuda_piece'](pathlib.Path(os.environ['TORCH'])))\n"
+        "print(s['cuda_archs']())\n"
+    )
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("XMLKERNELS_", "CUDA"))}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=clean | environment)
+    return done.stdout.splitlines()[-2:]
+
+
+def tool(folder: Path, name: str, text: str = "exit 0") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_which_cuda_kernels_are_built(tmp_path: Path) -> None:
+    library = tmp_path / "cuda_torch" / "lib" / "libtorch_cuda.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    with_cuda, without = str(tmp_path / "cuda_torch"), str(tmp_path)
+    nvcc = str(tool(tmp_path / "toolkit" / "bin", "nvcc"))
+    assert settings(TORCH=without, CUDACXX=nvcc)[0] == "this torch has no CUDA"
+    assert settings(TORCH=without, CUDACXX=nvcc, XMLKERNELS_CUDA="1")[0] == "None"
+    assert settings(TORCH=with_cuda, CUDACXX=nvcc)[0] == "None"
+    assert settings(TORCH=with_cuda, CUDA_HOME=str(tmp_path / "toolkit"))[0] == "None"
+    assert settings(TORCH=with_cuda, CUDACXX=nvcc, XMLKERNELS_CUDA="0")[0] == "XMLKERNELS_CUDA=0"
+
+
+def test_the_architectures_are_those_of_the_cards(tmp_path: Path) -> None:
+    smi = tool(tmp_path, "nvidia-smi", "printf '9.0\\n8.9\\n9.0\\n'").parent
+    path = f"{smi}{os.pathsep}{os.environ.get('PATH', '')}"
+    assert settings(TORCH=str(tmp_path), PATH=path)[1] == "89-real;90a-real"
+    assert settings(TORCH=str(tmp_path), PATH=path, XMLKERNELS_CUDA_ARCHS="80;90a")[1] == "80;90a"
+    tool(tmp_path, "nvidia-smi", "echo no devices were found; exit 9")
+    assert settings(TORCH=str(tmp_path), PATH=path)[1] == "80-real;86-real;89;90a-real"

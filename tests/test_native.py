@@ -121,3 +121,40 @@ def test_gpu_kernels_are_registered_and_not_imported(op: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"xmlkernels::{op}", "CUDA")
     ran = python(["-c", "import sys; from xmlkernels import ops; print('xmlkernels.triton' in sys.modules)"])
     assert ran.stdout.strip() == "False", ran.stderr
+
+
+# A torch with CUDA, as far as the loader sees: whether there is a card plays no part.
+CUDA_TORCH = "import torch; torch.version.cuda = '13.0'; from xmlkernels import native, ops; print(native.missing_cuda)"
+
+
+def test_a_torch_without_cuda_asks_for_no_cuda_library(with_broken_library: Path) -> None:
+    shutil.copy(with_broken_library / "xmlkernels" / "_cpu.so", with_broken_library / "xmlkernels" / "_cuda.so")
+    code = "import torch; torch.version.cuda = None; from xmlkernels import native, ops; print(native.missing_cuda)"
+    done = python(["-c", code], with_broken_library, XMLKERNELS_CUDA="1")
+    assert done.returncode == 0 and "has no CUDA" in done.stdout, done.stderr
+
+
+def test_the_reason_why_the_cuda_library_is_missing(without_library: Path, with_broken_library: Path) -> None:
+    done = python(["-c", CUDA_TORCH], without_library)
+    assert done.stdout == "the package was built without CUDA kernels (nvcc builds them)\n", done.stderr
+    shutil.copy(with_broken_library / "xmlkernels" / "_cpu.so", with_broken_library / "xmlkernels" / "_cuda.so")
+    done = python(["-c", CUDA_TORCH], with_broken_library)
+    assert "_cuda.so does not load under torch" in done.stdout, done.stderr
+    assert python(["-c", CUDA_TORCH], with_broken_library, XMLKERNELS_CUDA="0").stdout == "XMLKERNELS_CUDA=0\n"
+
+
+def test_demanded_cuda_kernels_that_are_missing_are_an_import_error(without_library: Path) -> None:
+    done = python(["-c", CUDA_TORCH], without_library, XMLKERNELS_CUDA="1")
+    assert done.returncode == 1 and "ImportError: xmlkernels: CUDA kernels are required, but the package" in done.stderr
+
+
+@pytest.mark.skipif(ops.missing is not None, reason=f"CPU kernels are not loaded: {ops.missing}")
+def test_native_code_required_reaches_a_cuda_library_that_is_there(tmp_path: Path) -> None:
+    """Not built is allowed (a machine may have no nvcc); built and unusable is not."""
+    shutil.copytree(PACKAGE, tmp_path / "xmlkernels", ignore=shutil.ignore_patterns("_cuda.so", "__pycache__"))
+    done = python(["-c", CUDA_TORCH], tmp_path, XMLKERNELS_REQUIRE_NATIVE="1")
+    assert done.returncode == 0 and "built without CUDA kernels" in done.stdout, done.stderr
+    (tmp_path / "xmlkernels" / "_cuda.so").write_bytes(b"not a library")
+    done = python(["-c", CUDA_TORCH], tmp_path, XMLKERNELS_REQUIRE_NATIVE="1")
+    assert done.returncode == 1 and "CUDA kernels are required, but _cuda.so does not load" in done.stderr
+    assert python(["-c", CUDA_TORCH], tmp_path, XMLKERNELS_REQUIRE_NATIVE="1", XMLKERNELS_CUDA="0").returncode == 0

@@ -1,6 +1,6 @@
-"""Finds and loads the native library, and says so when it is not there.
+"""Finds and loads the native libraries, and says so when one is not there.
 
-`python -m xmlkernels.native` prints what was found, in one line.
+`python -m xmlkernels.native` prints what was found, in one line; with a torch that has CUDA, in two.
 """
 
 import os
@@ -10,42 +10,73 @@ from pathlib import Path
 import torch
 
 _LIBRARY = Path(__file__).with_name("_cpu.so")
+_CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 _warned: set[str] = set()
+missing_cuda: str | None = "not asked for yet"
+"""Why the CUDA library is not loaded; None when it is. Set by `load`."""
 
 
 def load() -> str | None:
-    """Loads the CPU kernels into torch's dispatcher.
+    """Loads the CPU kernels into torch's dispatcher, and the CUDA ones where torch has CUDA.
 
     Returns:
-        None when they are loaded, else the reason why not.
+        None when the CPU kernels are loaded, else the reason why not; `missing_cuda` has that of the CUDA kernels.
 
     Raises:
-        ImportError: when XMLKERNELS_REQUIRE_NATIVE=1 and they cannot be loaded.
+        ImportError: when XMLKERNELS_REQUIRE_NATIVE=1 and the CPU kernels cannot be loaded, or the CUDA kernels are built
+            but cannot be loaded; when XMLKERNELS_CUDA=1 and torch has CUDA and they are not there at all.
     """
-    reason = None
-    if os.environ.get("XMLKERNELS_NATIVE") == "0":
-        reason = "XMLKERNELS_NATIVE=0"
-    elif not _LIBRARY.exists():
-        reason = "the package was built without native code"
-    else:
-        try:
-            torch.ops.load_library(str(_LIBRARY))
-        except OSError as error:
-            reason = f"{_LIBRARY.name} does not load under torch {torch.__version__}: {error}"
-    if reason is not None and os.environ.get("XMLKERNELS_REQUIRE_NATIVE") == "1":
+    global missing_cuda
+    reason = _load(_LIBRARY)
+    required = os.environ.get("XMLKERNELS_REQUIRE_NATIVE") == "1"
+    if reason is not None and required:
         raise ImportError(
             f"xmlkernels: XMLKERNELS_REQUIRE_NATIVE=1, but {reason}; build it with "
             "`pip install --no-build-isolation .` where a C++ compiler and torch are installed"
         )
+    missing_cuda = _missing_cuda()
+    demanded = os.environ.get("XMLKERNELS_CUDA") == "1" and torch.version.cuda is not None
+    if missing_cuda is not None and (demanded or (required and _cuda_can_load())):
+        raise ImportError(
+            f"xmlkernels: CUDA kernels are required, but {missing_cuda}; build them with "
+            "`XMLKERNELS_CUDA=1 pip install --no-build-isolation .` where nvcc is installed, or set XMLKERNELS_CUDA=0"
+        )
     return reason
+
+
+def _load(library: Path) -> str | None:
+    if os.environ.get("XMLKERNELS_NATIVE") == "0":
+        return "XMLKERNELS_NATIVE=0"
+    if not library.exists():
+        return "the package was built without native code"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"{library.name} does not load under torch {torch.__version__}: {error}"
+    return None
+
+
+def _cuda_can_load() -> bool:
+    """Whether the CUDA library is there and is meant for this torch: a CPU-only torch lacks what it is linked with."""
+    return torch.version.cuda is not None and _CUDA_LIBRARY.exists() and os.environ.get("XMLKERNELS_CUDA") != "0"
+
+
+def _missing_cuda() -> str | None:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    if os.environ.get("XMLKERNELS_CUDA") == "0":
+        return "XMLKERNELS_CUDA=0"
+    if not _CUDA_LIBRARY.exists():
+        return "the package was built without CUDA kernels (nvcc builds them)"
+    return _load(_CUDA_LIBRARY)
 
 
 def warn_reference(device: str, reason: str) -> None:
     """Tells once per device type that an op runs on its slow reference, which holds the whole `B x L` matrix."""
     if device not in _warned:
         _warned.add(device)
-        built = "`pip install --no-build-isolation .` builds kernels"
-        mend = built if device == "cpu" else f"not every op has a kernel for {device} yet"
+        builds = "`pip install --no-build-isolation .` builds kernels"
+        mend = {"cpu": builds, "cuda": f"{builds} where nvcc is installed"}.get(device, "kernels exist for CPU and CUDA alone")
         warnings.warn(
             f"xmlkernels: ops on {device} run on their slow reference: {reason}. It holds all logits in memory; {mend}",
             RuntimeWarning,
@@ -58,3 +89,8 @@ if __name__ == "__main__":
     from xmlkernels.ops import missing
 
     print(f"xmlkernels: native library: {'loaded' if missing is None else 'not loaded, ' + missing}")
+    if torch.version.cuda is not None:
+        # The module that `ops` imported: this one, run as a script, is a copy of it.
+        from xmlkernels.native import missing_cuda as reason
+
+        print(f"xmlkernels: CUDA library: {'loaded' if reason is None else 'not loaded, ' + reason}")

@@ -9,4 +9,4 @@ import pytest
 if os.environ.get("TRITON_INTERPRET") == "1":
     raise pytest.UsageError("tests/compile cannot run in Triton's interpreter: unset TRITON_INTERPRET")
 pytest.importorskip("triton", reason="Triton is not installed: `pip install -r requirements-dev.txt`")
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "ops")]  # problems are those of the op tests

@@ -28,7 +28,7 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
 
     def default(*args: Any, **kwargs: Any) -> Any:
         device = next(a for a in args if isinstance(a, Tensor)).device.type
-        reason = missing if device == "cpu" and missing else f"no kernel of `{name}` is built for {device}"
+        reason = {"cpu": missing, "cuda": native.missing_cuda}.get(device) or f"no kernel of `{name}` is built for {device}"
         native.warn_reference(device, reason)
         return reference(*args, **kwargs)
 
