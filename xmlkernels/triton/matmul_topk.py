@@ -52,17 +52,29 @@ def _score_tiles(
     if HAS_BIAS:
         z += tl.load(bias + label, mask=real_label, other=0.0)[:, None]
     best = tl.load(threshold + sample, mask=real_sample, other=float("inf"))
-    keep = (z > best[None, :]) & real_label[:, None] & real_sample[None, :]  # false for NaN, and for -inf always
-    count = tl.sum(keep.to(tl.int32), axis=0)
-    if tl.max(count, axis=0) > 0:
-        first = tl.atomic_add(used + sample, count, mask=real_sample & (count > 0), sem="relaxed")
-        place = first[None, :] + tl.cumsum(keep.to(tl.int32), axis=0) - 1
-        z = tl.where(z == 0.0, 0.0, z)  # zeros of both signs tie
-        bits = z.to(tl.int32, bitcast=True)
-        order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
-        key = (order << 32) | (0xFFFFFFFF - label)[:, None]
-        tl.store(keys + sample[None, :].to(tl.int64) * capacity + place, key, mask=keep)
+    keep = (z > best[None, :]) & real_label[:, None]  # false for NaN, and for -inf always
+    if tl.max(tl.max(keep.to(tl.int32), axis=0), axis=0) > 0:
+        # 16 columns at a time, or keys and addresses spill registers. The columns c, c + 8, c + 16.. of a product lie in
+        # one thread, so that this selection moves nothing.
+        pieces = tl.reshape(tl.where(keep, z, -float("inf")), (BL, BB // 16, 16))
+        row_part = (0xFFFFFFFF - label)[:, None]
+        for piece in range(0, BB // 16):
+            mine = tl.arange(0, BB // 16)[None, :, None] == piece
+            part = tl.max(tl.where(mine, pieces, -float("inf")), axis=1)
+            passed = part > -float("inf")
+            if tl.max(tl.max(passed.to(tl.int32), axis=0), axis=0) > 0:
+                its_sample = (pid % sample_tiles) * BB + piece * 16 + tl.arange(0, 16)
+                _append(used, keys, part, row_part, its_sample, passed, capacity)
 
+
+@triton.jit
+def _append(used, keys, score, row_part, sample, keep, capacity):
+    """Adds the kept scores [rows, samples] to the lists of their samples."""
+    one = keep.to(tl.int32)
+    place = tl.atomic_add(used + (one * 0 + sample[None, :]), one, mask=keep, sem="relaxed")
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # zeros of both signs tie
+    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+    tl.store(keys + sample[None, :].to(tl.int64) * capacity + place, (order << 32) | row_part, mask=keep)
 
 @triton.jit
 def _count_from(keys, used, bound, BLOCK: tl.constexpr):
