@@ -30,6 +30,8 @@ demo: build
 
 test: build lint $(INSTALLED_DEV)
 	$(PY) -m pytest
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter
+	$(PY) -m pytest tests/compile
 
 lint: build $(INSTALLED_DEV)
 	$(PY) -m ruff check .

@@ -1,0 +1,235 @@
+"""What all Triton kernels share: random words, rounding by bits, the sigmoid, and the check of the batch.
+
+The generator and the rounding are those of `xmlkernels.reference.rounding`, bit for bit. Every conversion below fp32 is
+made of integer operations where the interpreter's own is wrong (fp32 -> bf16 and e4m3) and of the hardware's elsewhere.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WEIGHT: tl.constexpr = tl.constexpr(0)
+MOMENTUM: tl.constexpr = tl.constexpr(1)
+SECOND: tl.constexpr = tl.constexpr(2)
+RESCALE: tl.constexpr = tl.constexpr(3)
+
+# Contraction to fused multiply-adds is asked for by name: Triton's default changes in 3.10.
+LAUNCH = {"enable_fp_fusion": True}
+
+
+def emulated() -> bool:
+    """Whether kernels run in Triton's interpreter, whose bf16 products and conversions need help."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def power_of_2(n: int, low: int, high: int) -> int:
+    """The smallest power of two >= n, within low and high: the side of a block that need not be larger than n."""
+    return min(max(triton.next_power_of_2(max(n, 1)), low), high)
+
+
+@triton.jit
+def philox(k0, k1, c0, c1, c2, c3):
+    """Philox-4x32-10: four uint32 words for key (k0, k1) and counter (c0, c1, c2, c3); uint32 operands, which broadcast."""
+    for _ in tl.static_range(10):
+        high0 = tl.umulhi(c0, 0xD2511F53)
+        high1 = tl.umulhi(c2, 0xCD9E8D57)
+        low0 = c0 * 0xD2511F53
+        low1 = c2 * 0xCD9E8D57
+        c0 = high1 ^ c1 ^ k0
+        c1 = low1
+        c2 = high0 ^ c3 ^ k1
+        c3 = low0
+        k0 = k0 + 0x9E3779B9
+        k1 = k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def row_words(seed, step, rows, first_group, GROUPS: tl.constexpr, STREAM: tl.constexpr):
+    """The draws of some rows: four uint32 [R, GROUPS] words for column groups first_group and following.
+
+    seed, step: int64 scalars. rows: int64 [R], global.
+    """
+    group = (first_group + tl.arange(0, GROUPS)).to(tl.uint32)[None, :]
+    # Full tensors from the start: the high products of a broadcast operand would be of another shape.
+    zero = tl.zeros([rows.shape[0], GROUPS], dtype=tl.uint32)
+    low = rows.to(tl.uint32)[:, None] + zero
+    high = (rows >> 32).to(tl.uint32)[:, None] + zero
+    return philox(seed.to(tl.uint32), step.to(tl.uint32), low, high, group + zero, zero + STREAM)
+
+
+@triton.jit
+def random16(seed, step, rows, first_column, COLUMNS: tl.constexpr, STREAM: tl.constexpr):
+    """16 random bits per weight, as int32 [R, COLUMNS]; first_column and COLUMNS are multiples of 8.
+
+    One draw serves 8 columns: column c takes half c % 2 (low first) of word (c % 8) // 2 of draw c // 8.
+    """
+    w0, w1, w2, w3 = row_words(seed, step, rows, first_column // 8, COLUMNS // 8, STREAM)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # last axes: high and low bit of the word's number
+    halves = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(halves, [rows.shape[0], COLUMNS]).to(tl.int32)
+
+
+@triton.jit
+def random32(seed, step, rows, first_column, COLUMNS: tl.constexpr, STREAM: tl.constexpr):
+    """32 random bits per weight (e4m3 tables), as uint32 [R, COLUMNS]; first_column and COLUMNS are multiples of 4.
+
+    One draw serves 4 columns: column c takes word c % 4 of draw c // 4.
+    """
+    w0, w1, w2, w3 = row_words(seed, step, rows, first_column // 4, COLUMNS // 4, STREAM)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    return tl.reshape(words, [rows.shape[0], COLUMNS])
+
+
+@triton.jit
+def round_stochastic(value, r16, DTYPE: tl.constexpr):
+    """fp32 to bf16 or fp16 with 16 random bits (int32); without bias, subnormals included; saturates."""
+    tl.static_assert(DTYPE == tl.bfloat16 or DTYPE == tl.float16)
+    bits = value.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    if DTYPE == tl.bfloat16:
+        half = tl.minimum((magnitude + r16.to(tl.uint32)) >> 16, 0x7F7F).to(tl.int32)
+    else:
+        exponent = (magnitude >> 23).to(tl.int32)
+        # Units of 2^-13 of the result's last place. Below 2^-14 that place stays 2^-24, so that more bits fall away; from
+        # 27 on they count for less than 2^-16 of it.
+        shift = tl.where(exponent >= 113, 0, tl.minimum(113 - exponent, 27))
+        mantissa = tl.where(exponent > 0, (magnitude & 0x7FFFFF) | 0x800000, 0).to(tl.int32)
+        units = (((mantissa << 3) >> shift) + r16) >> 16
+        half = tl.minimum(tl.where(exponent >= 113, ((exponent - 113) << 10) + units, units), 0x7BFF)
+    half = half | ((bits >> 16) & 0x8000).to(tl.int32)
+    return half.to(tl.int16).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def encode_e4m3(value, r32):
+    """fp32 to the bits of e4m3 (uint8) with 32 random bits (uint32); without bias, subnormals included; saturates at 448."""
+    bits = value.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    exponent = (magnitude >> 23).to(tl.int32)
+    # The last place of the result is worth 2^drop in units of the fp32 mantissa; it stays 2^-9 below 2^-6.
+    drop = 20 + tl.where(exponent >= 121, 0, tl.minimum(121 - exponent, 36))
+    mantissa = tl.where(exponent > 0, (magnitude & 0x7FFFFF) | 0x800000, 0).to(tl.uint32)
+    left = tl.maximum(32 - drop, 0).to(tl.uint32)
+    right = tl.maximum(drop - 32, 0).to(tl.uint32)
+    rest = (mantissa << left) >> right  # what falls away, as a fraction of 2^32
+    units = tl.where(drop < 32, mantissa >> tl.minimum(drop, 31).to(tl.uint32), 0).to(tl.int32)
+    units += (rest + r32 < rest).to(tl.int32)  # the carry
+    code = tl.minimum(tl.where(exponent >= 121, ((exponent - 121) << 3) + units, units), 0x7E)
+    return (code | ((bits >> 24) & 0x80).to(tl.int32)).to(tl.uint8)
+
+
+@triton.jit
+def decode_e4m3(code):
+    """The bits of e4m3 (uint8) to fp32, exactly."""
+    c = code.to(tl.int32)
+    exponent = (c >> 3) & 15
+    normal = ((exponent + 120) << 23) | ((c & 7) << 20)
+    small = ((c & 7).to(tl.float32) * 0.001953125).to(tl.int32, bitcast=True)
+    # The sign as a bit: negation is 0 - x, which loses it at 0.
+    return (tl.where(exponent > 0, normal, small) | ((c & 0x80) << 24)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def widen(value):
+    """bf16, fp16 or fp32 to fp32, exactly (the interpreter's own conversion loses subnormals of bf16)."""
+    if value.dtype == tl.bfloat16:
+        out = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        out = value.to(tl.float32)
+    return out
+
+
+@triton.jit
+def largest(DTYPE: tl.constexpr):
+    """The largest finite number of a format."""
+    if DTYPE == tl.bfloat16:
+        return 3.3895313892515355e38
+    elif DTYPE == tl.float16:
+        return 65504.0
+    else:
+        return 3.4028234663852886e38
+
+
+@triton.jit
+def round_nearest(value, DTYPE: tl.constexpr, EMULATED: tl.constexpr):
+    """fp32 to bf16, fp16 or fp32, to nearest (ties to even), saturating."""
+    limit = largest(DTYPE)
+    value = tl.minimum(tl.maximum(value, -limit), limit)
+    if DTYPE == tl.bfloat16 and EMULATED:
+        bits = value.to(tl.uint32, bitcast=True)
+        out = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        out = value.to(DTYPE)
+    return out
+
+
+@triton.jit
+def to_stored(
+    value, seed, step, rows, first_column, COLUMNS: tl.constexpr, STREAM: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """fp32 [R, COLUMNS] in a table's own format: rounded without bias below fp32, saturated. rows: int64 [R], global."""
+    if DTYPE == tl.float32:
+        out = tl.minimum(tl.maximum(value, -largest(tl.float32)), largest(tl.float32))
+    else:
+        out = round_stochastic(value, random16(seed, step, rows, first_column, COLUMNS, STREAM), DTYPE)
+    return out
+
+
+@triton.jit
+def dot(a, b, acc, EMULATED: tl.constexpr):
+    """acc + a b in fp32. fp32 operands are multiplied as fp32, not tf32; the interpreter multiplies bf16 as fp32."""
+    if EMULATED and a.dtype == tl.bfloat16:
+        acc = tl.dot(widen(a), widen(b), acc, input_precision="ieee")
+    elif a.dtype == tl.float32:
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc)
+    return acc
+
+
+@triton.jit
+def sigmoid_and_tail(z):
+    """(sigmoid(z), exp(-|z|)): exact at 0, no overflow anywhere."""
+    tail = tl.exp(-tl.abs(z))
+    return tl.where(z >= 0, 1.0, tail) / (1.0 + tail), tail
+
+
+@triton.jit
+def softplus(z, tail):
+    """log(1 + exp(z)) with tail = exp(-|z|); relative precision where it is small, too."""
+    one = 1.0 + tail
+    # log(1 + t) = log(u) t / (u - 1) for u = 1 + t as rounded: the rounding error of u cancels.
+    log = tl.where(one == 1.0, tail, tl.log(one) * (tail / tl.where(one == 1.0, 1.0, one - 1.0)))
+    return tl.maximum(z, 0.0) + log
+
+
+@triton.jit
+def _prepare_batch(x, out, flag, count, COPY: tl.constexpr, EMULATED: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = widen(tl.load(x + at, mask=at < count, other=0.0))
+    finite = (value.to(tl.uint32, bitcast=True) & 0x7F800000) != 0x7F800000
+    # Programs that store all store the same value.
+    tl.store(flag, 1, mask=tl.min(finite.to(tl.int32), 0) == 0)
+    if COPY:
+        tl.store(out + at, round_nearest(value, out.dtype.element_ty, EMULATED), mask=at < count)
+
+
+def prepare_batch(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The batch in a product's format, and whether it may be used; no host sync.
+
+    Args:
+        x: [B, D] fp32, bf16 or fp16, contiguous.
+        dtype: the format of the result; x is rounded to nearest and saturated. Where formats agree x itself is returned.
+
+    Returns:
+        x: [B, D] of `dtype`.
+        flag: int32 [1], 0 when every value of x is finite, else 1; kernels read it on the device.
+    """
+    flag = torch.zeros(1, dtype=torch.int32, device=x.device)
+    out = x if x.dtype == dtype else torch.empty(x.shape, dtype=dtype, device=x.device)
+    if x.numel():
+        grid = (triton.cdiv(x.numel(), 1024),)
+        _prepare_batch[grid](x, out, flag, x.numel(), COPY=out is not x, EMULATED=emulated(), BLOCK=1024, **LAUNCH)
+    return out, flag
