@@ -124,6 +124,63 @@ std::tuple<Tensor, Tensor> matmul_topk(Tensor x, Tensor weight, Maybe bias, int6
   return {values, best};
 }
 
+// Entries are addresses.
+xk::Shortlist shortlist_of(const Tensor& index, int64_t batch, int64_t n) {
+  check(index, "index", ScalarType::Long);
+  const bool shared = index.dim() == 1;
+  STD_TORCH_CHECK(shared || (index.dim() == 2 && index.size(0) == batch), "argument index: expected [B, S] or [S]");
+  const xk::Shortlist list{static_cast<const int64_t*>(index.const_data_ptr()), index.size(shared ? 0 : 1), shared,
+                           batch ? index.numel() : 0};
+  int64_t low = -1, high = -1;
+  for (int64_t i = 0; i < list.entries; ++i) {
+    low = list.index[i] < low ? list.index[i] : low;
+    high = list.index[i] > high ? list.index[i] : high;
+  }
+  STD_TORCH_CHECK(low == -1 && high < n, "argument index: expected rows from 0 to ", n - 1, " or -1, got ",
+                  low < -1 ? low : high);
+  return list;
+}
+
+Tensor shortlist_matmul(Tensor x, Tensor weight, Maybe bias, Tensor index) {
+  xk::ShortlistMatmul a{};
+  a.batch = batch_of(x, weight);
+  a.table = table_of(weight, bias, -1);
+  a.list = shortlist_of(index, a.batch.size, a.table.rows);
+  Tensor logits = empty({a.batch.size, a.list.size});
+  a.logits = static_cast<float*>(logits.mutable_data_ptr());
+  xk::shortlist_matmul(a, kHost);
+  return logits;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> shortlist_backward(Tensor dlogits, Tensor x, Tensor weight, Tensor index,
+                                                              bool need_dx, bool need_dweight, bool need_dbias) {
+  xk::ShortlistBackward a{};
+  a.batch = batch_of(x, weight);
+  a.table = table_of(weight, Maybe(), -1);
+  a.list = shortlist_of(index, a.batch.size, a.table.rows);
+  check(dlogits, "dlogits", ScalarType::Float);
+  check_size(dlogits, "dlogits", a.batch.size * a.list.size);
+  a.dlogits = static_cast<const float*>(dlogits.const_data_ptr());
+  const int64_t d = a.batch.width;
+  Tensor dx = need_dx ? empty({a.batch.size, d}) : empty({0});
+  a.dx = need_dx ? static_cast<float*>(dx.mutable_data_ptr()) : nullptr;
+  const bool need_rows = need_dweight || need_dbias, group = need_rows || a.list.shared;
+  Tensor place = empty({group ? a.list.entries : 0}, ScalarType::Long),
+         start = empty({group ? a.list.entries + 1 : 0}, ScalarType::Long);
+  int64_t unique = 0;
+  a.place = group ? static_cast<int64_t*>(place.mutable_data_ptr()) : nullptr;
+  a.start = static_cast<int64_t*>(start.mutable_data_ptr());
+  a.unique = &unique;
+  xk::shortlist_group(a, kHost);
+  const int64_t u = need_rows ? unique : 0;
+  Tensor rows = empty({u}, ScalarType::Long), grad = empty({need_dweight ? u : 0, d}), dbias = empty({need_dbias ? u : 0});
+  a.rows = need_rows ? static_cast<int64_t*>(rows.mutable_data_ptr()) : nullptr;
+  a.grad = need_dweight ? static_cast<float*>(grad.mutable_data_ptr()) : nullptr;
+  a.dbias = need_dbias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr;
+  xk::shortlist_rows(a, kHost);
+  return {dx, rows, grad, dbias};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(xmlkernels, CPU, m) {
@@ -131,4 +188,6 @@ STABLE_TORCH_LIBRARY_IMPL(xmlkernels, CPU, m) {
   m.impl("bce_loss", TORCH_BOX(&bce_loss));
   m.impl("bce_loss_backward", TORCH_BOX(&bce_loss_backward));
   m.impl("matmul_topk", TORCH_BOX(&matmul_topk));
+  m.impl("shortlist_matmul", TORCH_BOX(&shortlist_matmul));
+  m.impl("shortlist_backward", TORCH_BOX(&shortlist_backward));
 }

@@ -1,6 +1,6 @@
 // The kernels as plain functions on pointers, sizes and dtypes. No torch here: the bindings translate.
 //
-// Letters: B batch, n table rows, D width, K top-k, E excluded rows per sample, P positives.
+// Letters: B batch, n table rows, D width, K top-k, E excluded rows per sample, P positives, S shortlist, U its rows.
 #pragma once
 
 #include <cstdint>
@@ -86,11 +86,45 @@ struct MatmulTopk {
   int64_t* rows;  // [B, K]
 };
 
+// Table rows to score: index [B, S], or [S] where one shortlist serves the whole batch. -1 pads; others lie in the table.
+struct Shortlist {
+  const int64_t* index;
+  int64_t size;  // S
+  bool shared;
+  int64_t entries;  // B * S, or S; 0 where there is no sample
+};
+
+struct ShortlistMatmul {
+  Batch batch;
+  Table table;
+  Shortlist list;
+  float* logits;  // [B, S]
+};
+
+// Two kernels share it, because the caller can make room for the U rows only when they are counted: shortlist_group
+// fills place, start and unique (and dx of lists per sample), shortlist_rows the rest.
+struct ShortlistBackward {
+  Batch batch;
+  Table table;
+  Shortlist list;
+  const float* dlogits;  // [B, S]
+  float* dx;             // [B, D] or null
+  int64_t* place;        // [entries] real entries of index sorted by (row, entry), or null: rows are not asked for
+  int64_t* start;        // [entries + 1] those of unique row u lie from start[u] to start[u + 1]
+  int64_t* unique;       // [1] U
+  int64_t* rows;         // [U]
+  float* grad;           // [U, D] or null
+  float* dbias;          // [U] or null
+};
+
 // Each chooses the best instruction set of this processor. Throws std::bad_alloc before anything is written.
 void bce_step(const BceStep& args, const Host& host);
 void bce_loss(const BceLoss& args, const Host& host);
 void bce_loss_backward(const BceLossBackward& args, const Host& host);
 void matmul_topk(const MatmulTopk& args, const Host& host);
+void shortlist_matmul(const ShortlistMatmul& args, const Host& host);
+void shortlist_group(const ShortlistBackward& args, const Host& host);
+void shortlist_rows(const ShortlistBackward& args, const Host& host);
 
 // Name of the instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable".
 const char* instruction_set();

@@ -14,7 +14,10 @@
   X(ns, bce_step, BceStep)                 \
   X(ns, bce_loss, BceLoss)                 \
   X(ns, bce_loss_backward, BceLossBackward) \
-  X(ns, matmul_topk, MatmulTopk)
+  X(ns, matmul_topk, MatmulTopk)           \
+  X(ns, shortlist_matmul, ShortlistMatmul) \
+  X(ns, shortlist_group, ShortlistBackward) \
+  X(ns, shortlist_rows, ShortlistBackward)
 
 #define XK_FUNCTION(ns, kernel, Args) void kernel(const Args&, const Host&);
 #define XK_POINTER(ns, kernel, Args) void (*kernel)(const Args&, const Host&);

@@ -1,0 +1,101 @@
+"""`shortlist_matmul`: logits of some labels for each sample, differentiable, without the gathered rows."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xmlkernels.ops._registry import check_table, check_tensor, define, expect
+from xmlkernels.reference.shortlist_matmul import shortlist_backward as backward_reference
+from xmlkernels.reference.shortlist_matmul import shortlist_matmul as reference
+
+
+def shortlist_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
+    """Scores a shortlist of table rows for each sample: z[b, s] = x[b] · W[index[b, s]] + bias[index[b, s]].
+
+    Each gathered row is read once and never stored: no `B x S x D` copy. Differentiable in x, weight and bias; the table's
+    gradient is a coalesced sparse COO tensor that holds each row named by the shortlists once, as `torch.optim.SparseAdam`
+    takes it. The backward is an op of its own, `torch.ops.xmlkernels.shortlist_backward(dlogits, x, weight, index, *,
+    need_dx=True, need_dweight=True, need_dbias=False) -> (dx, rows, grad, dbias)`, for the row-sparse optimizers: dx fp32
+    [B, D], rows int64 [U] unique and ascending, grad fp32 [U, D], dbias fp32 [U]; what is not asked for is empty.
+    Source: the shortlisted heads of XR-Transformer and CascadeXML (NeurIPS 2021, 2022); the kernel is ours.
+
+    Args:
+        x: [B, D] fp32, bf16 or fp16. On bf16 tables a product may take x, and in the backward the gradient of the
+            logits, rounded to bf16; sums are fp32.
+        weight: [n, D] label table, fp32, bf16 or fp16.
+        bias: fp32 [n] or None.
+        index: int64 [B, S] table rows of each sample, or [S], one shortlist for the whole batch. -1 pads. A row may stand
+            in a shortlist more than once.
+
+    Returns:
+        fp32 [B, S] logits; -inf at pads. Mask the pads before a loss: the backward ignores the gradient that they get,
+        but -inf itself makes most losses infinite or NaN.
+
+    Raises:
+        InputError: an argument's dtype, shape, device or layout does not fit, or, on the CPU, an entry of index lies
+            outside the table (elsewhere the collator's word is taken).
+    """
+    op = "shortlist_matmul"
+    check_table(op, x, weight, bias, -1)
+    sizes = (index.shape[0],) if index.dim() == 1 else (x.shape[0], None)
+    check_tensor(op, "index", index, (torch.int64,), sizes, weight.device)
+    if index.device.type == "cpu" and index.numel() > 0:
+        low, high = (int(v) for v in torch.aminmax(index))
+        expect(
+            low >= -1 and high < weight.shape[0],
+            f"{op}: argument index", f"rows from 0 to {weight.shape[0] - 1}, or -1 for a pad",
+            f"entries from {low} to {high}", "number the rows within weight and pad with -1",
+        )  # fmt: skip
+    return torch.ops.xmlkernels.shortlist_matmul(x, weight, bias, index)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], index.shape[-1]), dtype=torch.float32)
+
+
+def _backward_fake(
+    dlogits: Tensor, x: Tensor, weight: Tensor, index: Tensor,
+    *, need_dx: bool = True, need_dweight: bool = True, need_dbias: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    unique = torch.library.get_ctx().new_dynamic_size() if need_dweight or need_dbias else 0
+    return (
+        x.new_empty(x.shape if need_dx else (0,), dtype=torch.float32),
+        index.new_empty(unique),
+        x.new_empty((unique if need_dweight else 0, x.shape[1]), dtype=torch.float32),
+        x.new_empty(unique if need_dbias else 0, dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, index = inputs
+    ctx.save_for_backward(x, weight, index)
+    ctx.bias_shape = None if bias is None else bias.shape
+
+
+def _backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, index = ctx.saved_tensors
+    need_dx, need_dweight, need_dbias, _ = ctx.needs_input_grad
+    dx, rows, grad, dbias = torch.ops.xmlkernels.shortlist_backward(
+        dlogits.contiguous(), x, weight, index, need_dx=need_dx, need_dweight=need_dweight, need_dbias=need_dbias
+    )
+
+    def sparse(values: Tensor, like: Tensor, shape: torch.Size) -> Tensor:
+        return torch.sparse_coo_tensor(rows[None], values.to(like.dtype), shape, is_coalesced=True)
+
+    return (
+        dx.to(x.dtype) if need_dx else None,
+        sparse(grad, weight, weight.shape) if need_dweight else None,
+        sparse(dbias, dbias, ctx.bias_shape) if need_dbias else None,
+        None,
+    )
+
+
+define("shortlist_matmul(Tensor x, Tensor weight, Tensor? bias, Tensor index) -> Tensor", reference, _fake)
+define(
+    "shortlist_backward(Tensor dlogits, Tensor x, Tensor weight, Tensor index, *, bool need_dx=True, "
+    "bool need_dweight=True, bool need_dbias=False) -> (Tensor dx, Tensor rows, Tensor grad, Tensor dbias)",
+    backward_reference,
+    _backward_fake,
+)
+torch.library.register_autograd("xmlkernels::shortlist_matmul", _backward, setup_context=_setup_context)

@@ -1,0 +1,59 @@
+"""Reference of `shortlist_matmul` and its backward: the gathered `B x S x D` rows at once, in fp32 (or fp64)."""
+
+import torch
+from torch import Tensor
+
+
+def gathered_rows(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows [B, S, D] with zeros at pads, places of real entries [B, S], index [B, S] and x, in the working precision."""
+    work = torch.promote_types(weight.dtype, torch.float32)
+    wide = index.expand(x.shape[0], index.shape[-1])
+    real = wide >= 0
+    rows = torch.zeros(*wide.shape, weight.shape[1], dtype=work, device=weight.device)
+    rows[real] = weight[wide[real]].to(work)
+    return rows, real, wide, x.to(work)
+
+
+def shortlist_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
+    """See `xmlkernels.ops.shortlist_matmul`."""
+    rows, real, wide, e = gathered_rows(x, weight, index)
+    z = torch.einsum("bd,bsd->bs", e, rows)
+    if bias is not None:
+        z[real] += bias[wide[real]].to(z.dtype)
+    return torch.where(real, z, -torch.inf)
+
+
+def shortlist_backward(
+    dlogits: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    *,
+    need_dx: bool = True,
+    need_dweight: bool = True,
+    need_dbias: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `shortlist_matmul`.
+
+    Args:
+        dlogits: [B, S], gradient of the logits; what it holds at pads is ignored, NaN included.
+        x, weight, index: as in the forward.
+
+    Returns:
+        dx: [B, D] in the working precision; [0] when not asked.
+        rows: int64 [U], the table rows that a sample names, each once, ascending; [0] when neither of the next is asked.
+        grad: [U, D], gradient of those rows; [0, D] when not asked.
+        dbias: [U], gradient of their bias; [0] when not asked.
+    """
+    table, real, wide, e = gathered_rows(x, weight, index)
+    g = torch.where(real, dlogits.to(e.dtype), 0)
+    dx = torch.einsum("bs,bsd->bd", g, table) if need_dx else e.new_empty(0)
+    rows, grad, dbias = index.new_empty(0), e.new_empty(0, weight.shape[1]), e.new_empty(0)
+    if need_dweight or need_dbias:
+        rows, place = torch.unique(wide[real], return_inverse=True)
+    if need_dweight:
+        shares = g[real][:, None] * e[real.nonzero()[:, 0]]
+        grad = e.new_zeros(len(rows), weight.shape[1]).index_add(0, place, shares)
+    if need_dbias:
+        dbias = e.new_zeros(len(rows)).index_add(0, place, g[real])
+    return dx, rows, grad, dbias
