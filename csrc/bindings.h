@@ -50,6 +50,51 @@ inline xk::State state_of(const Maybe& state, const char* name, const Tensor& we
   return {state->mutable_data_ptr(), dtype};
 }
 
+// Everything that belongs to the rows of a table; momentum, second and kahan as large as the table, or second [n].
+inline xk::RowState row_state_of(const Tensor& weight, const Maybe& momentum, const Maybe& second, const Maybe& kahan,
+                                 const Maybe& row_step, const Maybe& row_decay, const Maybe& decay_sum,
+                                 const Maybe& row_scale, const Tensor& hyper, const Tensor& counter,
+                                 int64_t row_offset, bool decoupled) {
+  STD_TORCH_CHECK(weight.dim() == 2, "argument weight: expected [n, D]");
+  const int64_t n = weight.size(0);
+  check(hyper, "hyper", ScalarType::Float), check_size(hyper, "hyper", 7);
+  check(counter, "counter", ScalarType::Long), check_size(counter, "counter", 2);
+  xk::RowState s{};
+  s.dtype = dtype_of(weight, "weight");
+  s.weight = weight.mutable_data_ptr();
+  s.width = weight.size(1);
+  s.momentum = state_of(momentum, "momentum", weight);
+  s.row_wise = second && second->dim() == 1;
+  if (s.row_wise) {
+    check_size(*second, "second", n);
+    const xk::DType dtype = dtype_of(*second, "second");
+    s.second = {second->mutable_data_ptr(), dtype};
+  } else {
+    s.second = state_of(second, "second", weight);
+  }
+  s.kahan = state_of(kahan, "kahan", weight);
+  STD_TORCH_CHECK(!kahan || (s.kahan.dtype == s.dtype && s.dtype != xk::DType::f32),
+                  "argument kahan: expected the table's dtype, below float32");
+  if (row_step) {
+    check(*row_step, "row_step", ScalarType::Long), check_size(*row_step, "row_step", n);
+    s.row_step = static_cast<int64_t*>(row_step->mutable_data_ptr());
+  }
+  STD_TORCH_CHECK(row_decay.has_value() == decay_sum.has_value() && (!row_decay || decoupled),
+                  "argument row_decay: expected decay_sum beside it, and decoupled decay");
+  if (row_decay) {
+    check(*row_decay, "row_decay", ScalarType::Float), check_size(*row_decay, "row_decay", n);
+    check(*decay_sum, "decay_sum", ScalarType::Float), check_size(*decay_sum, "decay_sum", 1);
+    s.row_decay = static_cast<float*>(row_decay->mutable_data_ptr());
+    s.decay_sum = static_cast<const float*>(decay_sum->const_data_ptr());
+  }
+  STD_TORCH_CHECK(!row_scale, "argument row_scale: expected None, 8-bit tables have no kernel here");
+  s.hyper = static_cast<const float*>(hyper.const_data_ptr());
+  s.counter = static_cast<const int64_t*>(counter.const_data_ptr());
+  s.row_offset = row_offset;
+  s.decoupled = decoupled;
+  return s;
+}
+
 inline Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype = ScalarType::Float) {
   return torch::stable::empty(size, dtype);
 }

@@ -103,6 +103,48 @@ std::tuple<Tensor, Tensor, Tensor> bce_loss_backward(Tensor x, Tensor weight, Ma
   return {dx, dweight, dbias};
 }
 
+// Clusters choose rows, so both are held to the table.
+xk::Clusters clusters_of(const Tensor& clusters, const Tensor& row_ptr, int64_t most, int64_t batch, int64_t n) {
+  check(clusters, "clusters", ScalarType::Long);
+  check(row_ptr, "row_ptr", ScalarType::Long);
+  STD_TORCH_CHECK(clusters.dim() == 2 && clusters.size(0) == batch, "argument clusters: expected [B, K]");
+  STD_TORCH_CHECK(row_ptr.dim() == 1 && row_ptr.size(0) >= 1, "argument row_ptr: expected [C + 1]");
+  const xk::Clusters c{static_cast<const int64_t*>(clusters.const_data_ptr()), clusters.size(1),
+                       static_cast<const int64_t*>(row_ptr.const_data_ptr()), row_ptr.size(0) - 1, most};
+  for (int64_t i = 0; i <= c.count; ++i) {
+    const int64_t before = i ? c.row_ptr[i - 1] : 0;
+    STD_TORCH_CHECK(c.row_ptr[i] >= before && c.row_ptr[i] <= n && (!i || c.row_ptr[i] - before <= most),
+                    "argument row_ptr: expected ascending rows up to ", n, ", at most ", most, " apart, got ",
+                    c.row_ptr[i], " at ", i);
+  }
+  for (int64_t i = 0; i < clusters.numel(); ++i)
+    STD_TORCH_CHECK(c.chosen[i] >= -1 && c.chosen[i] < c.count, "argument clusters: expected -1 to ", c.count - 1,
+                    ", got ", c.chosen[i], " at ", i);
+  return c;
+}
+
+std::tuple<Tensor, Tensor, Tensor> cluster_step_(Tensor weight, Tensor x, Tensor clusters, Tensor row_ptr,
+                                                 int64_t cluster_rows, Tensor pos_row, Tensor pos_sample, Tensor hyper,
+                                                 Tensor counter, Maybe pos_value, Maybe bias, Maybe momentum,
+                                                 Maybe second, Maybe kahan, Maybe row_scale, int64_t row_offset,
+                                                 int64_t rows, bool decoupled, bool need_loss) {
+  STD_TORCH_CHECK(momentum || !second, "argument second: expected momentum beside it");
+  xk::ClusterStep a{};
+  a.batch = batch_of(x, weight);
+  a.state = row_state_of(weight, momentum, second, kahan, {}, {}, {}, row_scale, hyper, counter, row_offset, decoupled);
+  a.rows = table_of(weight, bias, rows).rows;
+  a.bias = bias ? static_cast<float*>(bias->mutable_data_ptr()) : nullptr;
+  a.positives = positives_of(pos_row, pos_sample, pos_value, a.batch.size, a.rows);
+  a.clusters = clusters_of(clusters, row_ptr, cluster_rows, a.batch.size, weight.size(0));
+  Tensor dx = empty({x.size(0), x.size(1)}), loss = empty({need_loss ? 1 : 0}),
+         scores = empty({a.batch.size, a.clusters.per_sample, cluster_rows});
+  a.dx = static_cast<float*>(dx.mutable_data_ptr());
+  a.scores = static_cast<float*>(scores.mutable_data_ptr());
+  a.loss = need_loss ? static_cast<float*>(loss.mutable_data_ptr()) : nullptr;
+  xk::cluster_step(a, kHost);
+  return {dx, scores, loss};
+}
+
 std::tuple<Tensor, Tensor> matmul_topk(Tensor x, Tensor weight, Maybe bias, int64_t k, Maybe exclude,
                                        int64_t row_offset, int64_t rows) {
   STD_TORCH_CHECK(k >= 1, "argument k: expected 1 or more, got ", k);
@@ -187,6 +229,7 @@ STABLE_TORCH_LIBRARY_IMPL(xmlkernels, CPU, m) {
   m.impl("bce_step_", TORCH_BOX(&bce_step_));
   m.impl("bce_loss", TORCH_BOX(&bce_loss));
   m.impl("bce_loss_backward", TORCH_BOX(&bce_loss_backward));
+  m.impl("cluster_step_", TORCH_BOX(&cluster_step_));
   m.impl("matmul_topk", TORCH_BOX(&matmul_topk));
   m.impl("shortlist_matmul", TORCH_BOX(&shortlist_matmul));
   m.impl("shortlist_backward", TORCH_BOX(&shortlist_backward));

@@ -46,6 +46,24 @@ struct State {
   DType dtype;
 };
 
+// A table whose rows are updated one at a time and whole, with all that belongs to a row. Absent parts are null. The
+// states name the rule: none SGD, momentum SGD with momentum, second Adagrad, both Adam.
+struct RowState {
+  void* weight;  // [n, D]
+  DType dtype;
+  int64_t width;
+  State momentum, second, kahan;
+  bool row_wise;            // second is [n]: from the mean over D of the squared gradient
+  int64_t* row_step;        // [n] updates that the row has had, or null: the counter's step corrects the bias
+  float* row_decay;         // [n] the share of decay_sum that the row has had, or null
+  const float* decay_sum;   // [1] sum of log1p(-lr decay) over all steps, this one included
+  float* row_scale;         // [n, 2] scale and largest |weight| of each row of an 8-bit table, else null
+  const float* hyper;       // as in BceStep
+  const int64_t* counter;
+  int64_t row_offset;
+  bool decoupled;
+};
+
 struct BceStep {
   Batch batch;
   Table table;  // weight and bias are updated in place
@@ -73,6 +91,27 @@ struct BceLossBackward {
   float* dx;       // [B, D]
   float* dweight;  // [rows, D] or null
   float* dbias;    // [rows] or null
+};
+
+// The shortlist: cluster c owns the rows row_ptr[c]..row_ptr[c + 1].
+struct Clusters {
+  const int64_t* chosen;  // [B, K] clusters, -1 pads
+  int64_t per_sample;     // K
+  const int64_t* row_ptr;  // [count + 1] ascending
+  int64_t count;
+  int64_t most;  // M, at least the largest number of rows in a cluster
+};
+
+struct ClusterStep {
+  Batch batch;
+  RowState state;
+  int64_t rows;  // the real ones; the rest is padding
+  float* bias;   // [n] updated, or null
+  Positives positives;
+  Clusters clusters;
+  float* dx;      // [B, D]
+  float* scores;  // [B, K, M]
+  float* loss;    // [1] or null
 };
 
 struct MatmulTopk {
@@ -121,6 +160,7 @@ struct ShortlistBackward {
 void bce_step(const BceStep& args, const Host& host);
 void bce_loss(const BceLoss& args, const Host& host);
 void bce_loss_backward(const BceLossBackward& args, const Host& host);
+void cluster_step(const ClusterStep& args, const Host& host);
 void matmul_topk(const MatmulTopk& args, const Host& host);
 void shortlist_matmul(const ShortlistMatmul& args, const Host& host);
 void shortlist_group(const ShortlistBackward& args, const Host& host);

@@ -8,10 +8,25 @@ namespace xk::XK_NS {
 
 namespace {
 
+RowState rows_of(const BceStep& a) {
+  RowState s{};
+  s.weight = const_cast<void*>(a.table.weight);
+  s.dtype = a.table.dtype;
+  s.width = a.batch.width;
+  s.momentum = a.momentum;
+  s.second = a.second;
+  s.kahan = a.kahan;
+  s.hyper = a.hyper;
+  s.counter = a.counter;
+  s.row_offset = a.row_offset;
+  s.decoupled = a.decoupled;
+  return s;
+}
+
 struct StepSink : Update {
   float* bias_data;
 
-  StepSink(const BceStep& a) : Update(a), bias_data(const_cast<float*>(a.table.bias)) {}
+  StepSink(const BceStep& a) : Update(rows_of(a)), bias_data(const_cast<float*>(a.table.bias)) {}
   void bias(int64_t row, double gradient) {
     if (!bias_data) return;
     const float b = float(bias_data[row] - double(lr) * gradient);

@@ -209,9 +209,9 @@ static void tile_dx(const Plan& p, const typename T::elem* rows, int64_t count, 
 }
 
 // dW of a tile, kChunk columns of kRows rows at a time: sink.columns(c) before each run of columns, then
-// sink.row(row, c, count, gradient), where gradient has kChunk fp32 values.
-template <class T, class Sink>
-static void tile_dw(const Plan& p, const PackedBatch<T>& x, int64_t first, int64_t count, TileSpace<T>& space,
+// sink.row(row, c, count, gradient), where gradient has kChunk fp32 values. x: PackedBatch, or what has its by_batch.
+template <class T, class Packed, class Sink>
+static void tile_dw(const Plan& p, const Packed& x, int64_t first, int64_t count, TileSpace<T>& space,
                     Sink& sink) {
   Product<T> product{ceil_div(p.batch, T::kPair), false, nullptr, p.z_row, T::kPair, nullptr, nullptr, kChunk, false};
   for (int64_t c = 0; c < p.width; c += kChunk) {

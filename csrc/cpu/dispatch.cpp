@@ -14,6 +14,7 @@
   X(ns, bce_step, BceStep)                 \
   X(ns, bce_loss, BceLoss)                 \
   X(ns, bce_loss_backward, BceLossBackward) \
+  X(ns, cluster_step, ClusterStep)         \
   X(ns, matmul_topk, MatmulTopk)           \
   X(ns, shortlist_matmul, ShortlistMatmul) \
   X(ns, shortlist_group, ShortlistBackward) \

@@ -1,13 +1,17 @@
-// The update of a table row from its gradient: SGD, SGD with momentum, Adam; L2 or decoupled decay; fp32, or
-// bf16 and fp16 rounded stochastically or with Kahan compensation. One call treats kChunk columns in registers.
+// The update of a table row from its gradient: SGD, SGD with momentum, Adagrad, Adam; L2 or decoupled decay; fp32, or
+// bf16 and fp16 rounded stochastically or with Kahan compensation. `Update` treats kChunk columns in registers, for the
+// tiles of bce_step; row_update.h a whole row, with what belongs to the row as one.
 //
 //   w = weight (+ kahan)                          g += decay w             (not decoupled)
 //   SGD:       d = g
 //   momentum:  m = mu m + g, d = m
+//   Adagrad:   v = v + g^2, d = g / (sqrt(v) + eps)
 //   Adam:      m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, d = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 //   new = w (1 - lr decay when decoupled) - lr d
 //   weight = stochastic(new), or with Kahan: weight = nearest(new), kahan = nearest(new - weight)
-// The step uses m and v as computed; only what is kept is rounded. t = step + 1.
+// The step uses m and v as computed; only what is kept is rounded. t = step + 1, or the row's own count of updates.
+// A row-wise v takes the mean of g^2 over the row. Lazy decay replaces 1 - lr decay by exp(decay_sum - row_decay): both
+// in row_update.h.
 #pragma once
 
 #include <cmath>
@@ -16,33 +20,41 @@
 
 namespace xk::XK_NS {
 
-enum class Rule { sgd, momentum, adam };
+// adam_row: Adam with a row-wise v, which is known before the first column. Row-wise Adagrad is then plain SGD.
+enum class Rule { sgd, momentum, adagrad, adam, adam_row };
 
 constexpr int kChunkVecs = kChunk / kLanes;
 struct Chunk {
   vf v[kChunkVecs];
 };
 
+inline Rule rule_of(const RowState& s) {
+  if (!s.second.data) return s.momentum.data ? Rule::momentum : Rule::sgd;
+  if (s.row_wise) return s.momentum.data ? Rule::adam_row : Rule::sgd;
+  return s.momentum.data ? Rule::adam : Rule::adagrad;
+}
+
 struct Update {
   Rule rule;
   State weight, momentum, second, kahan;
   int64_t width, row_offset;
-  float lr, l2, keep, beta1, beta2, eps;
-  float adam_lr, inverse2;  // lr / (1 - b1^t), 1 / (1 - b2^t)
+  float lr, l2, beta1, beta2, eps;
+  // new = keep * w - rate * d: the corrections of Adam's bias and a row-wise denominator are in the rate.
+  float keep, rate, inverse2;  // inverse2 = 1 / (1 - b2^t)
   PhiloxKey key;
   PhiloxColumns at{0};
 
-  Update(const BceStep& a)
-      : rule(a.second.data ? Rule::adam : a.momentum.data ? Rule::momentum : Rule::sgd),
-        weight{const_cast<void*>(a.table.weight), a.table.dtype}, momentum(a.momentum), second(a.second),
-        kahan(a.kahan), width(a.batch.width), row_offset(a.row_offset),
-        lr(a.hyper[0]), l2(a.decoupled ? 0 : a.hyper[1]),
+  explicit Update(const RowState& s)
+      : rule(rule_of(s)), weight{s.weight, s.dtype}, momentum(s.momentum), second(s.second), kahan(s.kahan),
+        width(s.width), row_offset(s.row_offset), lr(s.hyper[0]), l2(s.decoupled ? 0 : s.hyper[1]),
+        beta1(s.hyper[2]), beta2(s.hyper[3]), eps(s.hyper[4]),
         // Plain SGD's L2 term is linear, so it joins the factor on the weight.
-        keep(a.decoupled || rule == Rule::sgd ? 1 - a.hyper[0] * a.hyper[1] : 1),
-        beta1(a.hyper[2]), beta2(a.hyper[3]), eps(a.hyper[4]),
-        adam_lr(float(lr / (1 - std::pow(double(beta1), double(a.counter[1] + 1))))),
-        inverse2(float(1 / (1 - std::pow(double(beta2), double(a.counter[1] + 1))))),
-        key(a.counter[0], a.counter[1]) {}
+        keep(s.decoupled || rule == Rule::sgd ? 1 - s.hyper[0] * s.hyper[1] : 1), rate(lr), inverse2(1),
+        key(s.counter[0], s.counter[1]) {
+    if (rule != Rule::adam && rule != Rule::adam_row) return;
+    rate = float(lr / (1 - std::pow(double(beta1), double(s.counter[1] + 1))));
+    inverse2 = float(1 / (1 - std::pow(double(beta2), double(s.counter[1] + 1))));
+  }
 
   void columns(int64_t c) { at = PhiloxColumns(c); }
   void row(int64_t row, int64_t column, int64_t count, const float* gradient);
@@ -144,14 +156,30 @@ static void update_chunk(const Update& u, int64_t row, int64_t column, int64_t c
   }
   if constexpr (kRule == Rule::sgd) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kChunkVecs; ++i) w.v[i] = w.v[i] * u.keep - u.lr * load<vf>(gradient + i * kLanes);
+    for (int i = 0; i < kChunkVecs; ++i) w.v[i] = w.v[i] * u.keep - u.rate * load<vf>(gradient + i * kLanes);
+  } else if constexpr (kRule == Rule::adagrad) {
+    Chunk v;
+    void* const v_at = second.open(u.second, index, count);
+    load_chunk(v, v_at, u.second.dtype);
+    for (int i = 0; i < kChunkVecs; ++i) {
+      const vf g = load<vf>(gradient + i * kLanes) + u.l2 * w.v[i];
+      v.v[i] = v.v[i] + g * g;
+      w.v[i] = w.v[i] * u.keep - u.rate * g / (vsqrt(v.v[i]) + u.eps);
+    }
+    store_state(u, v, v_at, u.second.dtype, global, kStreamSecond);
+    second.close(count);
   } else {
     void* const m_at = momentum.open(u.momentum, index, count);
     load_chunk(m, m_at, u.momentum.dtype);
     if constexpr (kRule == Rule::momentum) {
       for (int i = 0; i < kChunkVecs; ++i) {
         m.v[i] = u.beta1 * m.v[i] + (load<vf>(gradient + i * kLanes) + u.l2 * w.v[i]);
-        w.v[i] = w.v[i] * u.keep - u.lr * m.v[i];
+        w.v[i] = w.v[i] * u.keep - u.rate * m.v[i];
+      }
+    } else if constexpr (kRule == Rule::adam_row) {
+      for (int i = 0; i < kChunkVecs; ++i) {
+        m.v[i] = u.beta1 * m.v[i] + (1 - u.beta1) * (load<vf>(gradient + i * kLanes) + u.l2 * w.v[i]);
+        w.v[i] = w.v[i] * u.keep - u.rate * m.v[i];
       }
     } else {
       Chunk v;
@@ -161,7 +189,7 @@ static void update_chunk(const Update& u, int64_t row, int64_t column, int64_t c
         const vf g = load<vf>(gradient + i * kLanes) + u.l2 * w.v[i];
         m.v[i] = u.beta1 * m.v[i] + (1 - u.beta1) * g;
         v.v[i] = u.beta2 * v.v[i] + (1 - u.beta2) * g * g;
-        w.v[i] = w.v[i] * u.keep - u.adam_lr * m.v[i] / (vsqrt(v.v[i] * u.inverse2) + u.eps);
+        w.v[i] = w.v[i] * u.keep - u.rate * m.v[i] / (vsqrt(v.v[i] * u.inverse2) + u.eps);
       }
       store_state(u, v, v_at, u.second.dtype, global, kStreamSecond);
       second.close(count);
@@ -178,18 +206,23 @@ static void update_chunk(const Update& u, int64_t row, int64_t column, int64_t c
   weight.close(count);
 }
 
+template <DType kType, bool kKahan>
+XK_INLINE void update_chunk(const Update& u, int64_t row, int64_t column, int64_t count, const float* gradient) {
+  switch (u.rule) {
+    case Rule::sgd: return update_chunk<kType, Rule::sgd, kKahan>(u, row, column, count, gradient);
+    case Rule::momentum: return update_chunk<kType, Rule::momentum, kKahan>(u, row, column, count, gradient);
+    case Rule::adagrad: return update_chunk<kType, Rule::adagrad, kKahan>(u, row, column, count, gradient);
+    case Rule::adam: return update_chunk<kType, Rule::adam, kKahan>(u, row, column, count, gradient);
+    case Rule::adam_row: return update_chunk<kType, Rule::adam_row, kKahan>(u, row, column, count, gradient);
+  }
+}
+
 template <DType kType>
 XK_INLINE void update_chunk(const Update& u, int64_t row, int64_t column, int64_t count, const float* gradient) {
   if constexpr (kType != DType::f32) {
-    if (u.kahan.data) {
-      if (u.rule == Rule::sgd) return update_chunk<kType, Rule::sgd, true>(u, row, column, count, gradient);
-      if (u.rule == Rule::momentum) return update_chunk<kType, Rule::momentum, true>(u, row, column, count, gradient);
-      return update_chunk<kType, Rule::adam, true>(u, row, column, count, gradient);
-    }
+    if (u.kahan.data) return update_chunk<kType, true>(u, row, column, count, gradient);
   }
-  if (u.rule == Rule::sgd) return update_chunk<kType, Rule::sgd, false>(u, row, column, count, gradient);
-  if (u.rule == Rule::momentum) return update_chunk<kType, Rule::momentum, false>(u, row, column, count, gradient);
-  return update_chunk<kType, Rule::adam, false>(u, row, column, count, gradient);
+  update_chunk<kType, false>(u, row, column, count, gradient);
 }
 
 inline void Update::row(int64_t row, int64_t column, int64_t count, const float* gradient) {

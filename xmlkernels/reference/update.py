@@ -1,9 +1,11 @@
-"""The update that every in-place op applies to table rows: SGD, SGD with momentum, or Adam."""
+"""The update that every in-place op applies to table rows: SGD, SGD with momentum, Adagrad, or Adam."""
 
 import torch
 from torch import Tensor
 
 from xmlkernels.reference.rounding import MOMENTUM, SECOND, WEIGHT, saturate, store
+
+Writes = list[tuple[Tensor, Tensor]]
 
 
 def update_rows(
@@ -16,7 +18,11 @@ def update_rows(
     second: Tensor | None,
     kahan: Tensor | None,
     decoupled: bool,
-) -> list[tuple[Tensor, Tensor]]:
+    *,
+    row_step: Tensor | None = None,
+    row_decay: Tensor | None = None,
+    decay_sum: Tensor | None = None,
+) -> Writes:
     """New values of table rows, without writing them.
 
     Args:
@@ -26,41 +32,102 @@ def update_rows(
         counter: int64 [2] seed, step (counted from 0).
         rows: int64 [N], their global numbers: they choose the random words.
         momentum: [N, D]; alone it is SGD's momentum (dampening 0, no Nesterov); with `second` it is Adam's first moment.
-        second: [N, D], Adam's second moment.
+        second: [N, D], or row-wise [N] (from the mean over D of the squared gradient): Adam's second moment; alone,
+            Adagrad's sum of squares.
         kahan: [N, D], what rounding left over; given, the store rounds to nearest and keeps the rest.
         decoupled: decay shrinks the weight (AdamW) instead of entering the gradient (L2).
+        row_step: int64 [N], updates that each row has had; in place of the counter's step in the bias correction.
+        row_decay, decay_sum: [N] and [1], sums of log1p(-lr decay) that the row has had and should have: the row is shrunk
+            by exp of the difference in place of 1 - lr decay. With `decoupled` only.
 
     Returns:
-        Pairs (tensor, new value) for each of weight, momentum, second, kahan that is given.
+        Pairs (tensor, new value) for each of weight, momentum, second, kahan, row_step, row_decay that is given.
     """
     lr, decay, beta1, beta2, eps = hyper[:5].to(grad.dtype).unbind()
     w = weight.to(grad.dtype)
     if kahan is not None:
         w = w + kahan.to(grad.dtype)
-    out = []
-    shrunk = w * (1 - lr * decay) if decoupled else w
+    out: Writes = []
+    keep = 1 - lr * decay
+    if row_decay is not None and decay_sum is not None:
+        keep = (decay_sum.double() - row_decay.double()).exp().to(grad.dtype)[:, None]
+        out += [(row_decay, decay_sum.to(row_decay.dtype).expand_as(row_decay))]
+    steps = counter[1] + 1 if row_step is None else (row_step + 1)[:, None]
+    if row_step is not None:
+        out += [(row_step, row_step + 1)]
+    shrunk = w * keep if decoupled else w
     if not decoupled:
         grad = grad + decay * w
-    if second is not None:
-        assert momentum is not None  # checked by the ops
-        m = beta1 * momentum.to(grad.dtype) + (1 - beta1) * grad
-        v = beta2 * second.to(grad.dtype) + (1 - beta2) * grad * grad
-        t = (counter[1] + 1).to(torch.float64)
-        c1 = (1 - beta1.to(torch.float64) ** t).to(grad.dtype)
-        c2 = (1 - beta2.to(torch.float64) ** t).to(grad.dtype)
-        new = shrunk - lr * (m / c1) / ((v / c2).sqrt() + eps)
-        out += [(momentum, store(m, momentum.dtype, counter, rows, MOMENTUM))]
-        out += [(second, store(v, second.dtype, counter, rows, SECOND))]
-    elif momentum is not None:
-        m = beta1 * momentum.to(grad.dtype) + grad
-        new = shrunk - lr * m
-        out += [(momentum, store(m, momentum.dtype, counter, rows, MOMENTUM))]
-    else:
-        new = shrunk - lr * grad
+    direction, states = _direction(grad, beta1, beta2, eps, steps, momentum, second)
+    for state, value, stream in states:
+        # A row-wise state draws like column 0 of the row.
+        wide = value[:, None] if value.dim() == 1 else value
+        out += [(state, store(wide, state.dtype, counter, rows, stream).reshape(state.shape))]
+    new = shrunk - lr * direction
     if kahan is None:
         return [(weight, store(new, weight.dtype, counter, rows, WEIGHT)), *out]
+    return [*_compensated(new, weight, kahan), *out]
+
+
+def _compensated(new: Tensor, weight: Tensor, kahan: Tensor) -> Writes:
     limit = torch.finfo(weight.dtype).max
     new = new.clamp(-limit, limit)  # what saturation cuts off must not come back in the next step
     rounded = new.to(weight.dtype)
-    rest = saturate(new - rounded.to(new.dtype), kahan.dtype)
-    return [(weight, rounded), (kahan, rest), *out]
+    return [(weight, rounded), (kahan, saturate(new - rounded.to(new.dtype), kahan.dtype))]
+
+
+def _direction(
+    grad: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor, steps: Tensor, momentum: Tensor | None, second: Tensor | None
+) -> tuple[Tensor, list[tuple[Tensor, Tensor, int]]]:
+    """What lr multiplies [N, D], and each state with its new value and random stream."""
+    m, v, states = grad, None, []
+    if momentum is not None:
+        m = beta1 * momentum.to(grad.dtype) + (grad if second is None else (1 - beta1) * grad)
+        states += [(momentum, m, MOMENTUM)]
+    if second is None:
+        return m, states
+    square = grad * grad if second.dim() == 2 else (grad * grad).mean(1)
+    if momentum is None:
+        v = second.to(grad.dtype) + square
+        c1 = c2 = torch.ones_like(beta1)
+    else:
+        v = beta2 * second.to(grad.dtype) + (1 - beta2) * square
+        c1, c2 = ((1 - beta.double() ** steps.double()).to(grad.dtype) for beta in (beta1, beta2))
+    states += [(second, v, SECOND)]
+    wide = v if v.dim() == 2 else v[:, None]
+    return m / c1 / ((wide / c2).sqrt() + eps), states
+
+
+def update_rows_at_(
+    weight: Tensor,
+    rows: Tensor,
+    grad: Tensor,
+    hyper: Tensor,
+    counter: Tensor,
+    apply: Tensor,
+    *,
+    momentum: Tensor | None = None,
+    second: Tensor | None = None,
+    kahan: Tensor | None = None,
+    row_step: Tensor | None = None,
+    row_decay: Tensor | None = None,
+    decay_sum: Tensor | None = None,
+    row_offset: int = 0,
+    decoupled: bool = False,
+) -> None:
+    """Updates rows `rows` (int64 [N], unique; those from n on are fill) of a table [n, D] with their gradient [N, D].
+
+    The states are whole, as long as the table. `apply`, bool []: False leaves every tensor as it was.
+    """
+    real = rows < weight.shape[0]
+    rows, grad = rows[real], grad[real]
+    whole = (weight, momentum, second, kahan, row_step, row_decay)
+    w, m, v, k, t, r = (None if s is None else s[rows] for s in whole)
+    assert w is not None
+    writes = update_rows(
+        w, grad, hyper, counter, rows + row_offset, m, v, k, decoupled, row_step=t, row_decay=r, decay_sum=decay_sum
+    )
+    value = {id(old): new for old, new in writes}
+    for state, old in zip(whole, (w, m, v, k, t, r), strict=True):
+        if state is not None and old is not None:
+            state[rows] = torch.where(apply, value[id(old)], old)
