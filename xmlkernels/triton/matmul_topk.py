@@ -12,10 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xmlkernels.triton import common
+
 LIST_BYTES = 200 << 20  # all lists together; with the final sort's copies the workspace stays within 256 MB
 FIRST_CHUNK = 4096  # labels before there is a threshold: all of them enter the lists
 BATCH = 1024  # samples at a time; from a few hundred on the product is bound by arithmetic, not by reading the table
-TILE_LABELS, TILE_SAMPLES, TILE_WIDTH = 128, 128, 64
+# Labels, samples and columns of a tile, and its warps; products of fp32 hold twice the bytes and run on no tensor core.
+TILE, TILE_FP32 = (128, 128, 64, 8), (64, 64, 32, 4)
 CUT_BLOCK = 1024
 EMPTY = tl.constexpr(-(2**63))  # below the key of every score, -inf included
 HIGHEST = tl.constexpr(2**63 - 1)
@@ -25,7 +28,7 @@ HIGHEST = tl.constexpr(2**63 - 1)
 def _score_tiles(
     x, weight, bias, threshold, used, keys,
     begin, end, batch, capacity, D: tl.constexpr,
-    HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr, BL: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EMULATED: tl.constexpr, BL: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Scores [BL labels, BB samples] of one tile; keys above the sample's threshold go to its list.
 
@@ -46,9 +49,7 @@ def _score_tiles(
         left = column < D - start
         w = tl.load(w_at + start, mask=real_label[:, None] & left[None, :], other=0.0)
         e = tl.load(x_at + start, mask=real_sample[None, :] & left[:, None], other=0.0)
-        if UPCAST:
-            w, e = w.to(tl.float32), e.to(tl.float32)
-        z = tl.dot(w.to(e.dtype), e, z, input_precision="ieee")
+        z = common.dot(w if w.dtype == e.dtype else common.widen(w), e, z, EMULATED)
     if HAS_BIAS:
         z += tl.load(bias + label, mask=real_label, other=0.0)[:, None]
     best = tl.load(threshold + sample, mask=real_sample, other=float("inf"))
@@ -75,6 +76,7 @@ def _append(used, keys, score, row_part, sample, keep, capacity):
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # zeros of both signs tie
     order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
     tl.store(keys + sample[None, :].to(tl.int64) * capacity + place, (order << 32) | row_part, mask=keep)
+
 
 @triton.jit
 def _count_from(keys, used, bound, BLOCK: tl.constexpr):
@@ -216,22 +218,19 @@ def _best_keys(
     batch, capacity = x.shape[0], keys.shape[1]
     threshold = torch.full((batch,), -torch.inf, device=x.device)
     used = torch.zeros(batch, dtype=torch.int32, device=x.device)
-    block = min(TILE_SAMPLES, max(16, triton.next_power_of_2(batch)))
+    labels, most, width, warps = TILE_FP32 if x.dtype == torch.float32 else TILE
+    block = common.power_of_2(batch, 16, most)
     for begin, end in chunks:
-        tiles = triton.cdiv(end - begin, TILE_LABELS) * triton.cdiv(batch, block)
+        tiles = triton.cdiv(end - begin, labels) * triton.cdiv(batch, block)
         _score_tiles[(tiles,)](
-            x, weight, bias, threshold, used, keys, begin, end, batch, capacity, weight.shape[1],
-            HAS_BIAS=bias is not None, UPCAST=_interpreted(x), BL=TILE_LABELS, BB=block, BD=TILE_WIDTH,
-            num_warps=8, num_stages=3,
+            x, weight, bias, threshold, used, keys, begin, end, batch, capacity, D=weight.shape[1],
+            HAS_BIAS=bias is not None, EMULATED=common.emulated(), BL=labels, BB=block, BD=width,
+            num_warps=warps, num_stages=3, **common.LAUNCH,
         )  # fmt: skip
         last = end == chunks[-1][1]
         _cut_lists[(batch,)](
             exclude, threshold, used, keys, k, 0 if exclude is None else exclude.shape[1], row_offset, capacity,
-            -k - 1 if last else slack, LAST=last, HAS_EXCLUDE=exclude is not None, BLOCK=CUT_BLOCK, num_warps=4,
+            -k - 1 if last else slack, LAST=last, HAS_EXCLUDE=exclude is not None, BLOCK=CUT_BLOCK,
+            num_warps=4, **common.LAUNCH,
         )  # fmt: skip
     return keys[:batch, :k]
-
-
-def _interpreted(x: Tensor) -> bool:
-    """The interpreter's own product of bf16 operands is wrong; on a card the operands stay as they are."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
