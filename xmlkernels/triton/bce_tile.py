@@ -1,0 +1,264 @@
+"""What the full-label ops share: one tile of labels from logits to gradient, and its share of dX.
+
+A tile is 8 to 16 thousand labels whose rows and gradient stay in a card's L2 between three products. Its gradient is
+stored unscaled in the table's format: sigma - y is formed in fp32 first, so that a fitted positive is not rounded to 0.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xmlkernels.triton import common
+
+TILE_BYTES = 32 << 20  # rows and gradient of a tile together, of the 40 to 50 MB of L2
+PROGRAMS = 128  # programs of the dX product; a constant, so that bits do not depend on the card
+# fp16 has no small numbers: what it stores of sigma - y is 2^8 times as large, and saturates at |y| = 255.
+GRADIENT_SCALE = {torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 256.0}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Block sizes, powers of two >= 16. Bits of dX depend on them in the last place, bits of rows do not but through
+    fp32 sums over D and B."""
+
+    tile: int  # labels of a tile, a multiple of block_l
+    block_b: int
+    block_l: int
+    block_d: int
+    step: int  # how far one product of the tensor cores reaches along the summed dimension
+    segments: int  # parts of a tile whose shares of dX are kept apart
+    warps: int = 8
+    stages: int = 3
+
+    def with_tile(self, rows: int) -> "Plan":
+        """The same for a table smaller than a tile."""
+        return replace(self, tile=min(self.tile, triton.cdiv(max(rows, 1), self.block_l) * self.block_l))
+
+
+def make_plan(batch: int, width: int, dtype: torch.dtype) -> Plan:
+    """Block sizes for a table of a format; all fit the 99 KB of shared memory that the smallest cards have."""
+    wide = dtype == torch.float32
+    side, step = (64, 32) if wide else (128, 64)
+    block_b, block_d = common.power_of_2(batch, 16, side), common.power_of_2(width, 16, side)
+    row_bytes = (width + batch) * (4 if wide else 2)
+    tile = 1 << max(10, min(16, (TILE_BYTES // row_bytes).bit_length() - 1))
+    blocks = triton.cdiv(max(batch, 1), block_b) * triton.cdiv(width, block_d)
+    segments = max(1, min(PROGRAMS // blocks, tile // (2 * step)))
+    return Plan(tile, block_b, side, block_d, step, segments, warps=4 if block_b < 128 and not wide else 8)
+
+
+@triton.jit
+def find_starts(pos_row, starts, count, rows, blocks, BLOCK_L: tl.constexpr, BLOCK: tl.constexpr):
+    """First positive of each block of labels, by bisection; one more entry ends the last block."""
+    block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    edge = tl.minimum(block.to(tl.int64) * BLOCK_L, rows)
+    low = tl.zeros([BLOCK], dtype=tl.int64)
+    high = low + count
+    length = tl.cast(count, tl.int64)
+    while length > 0:
+        middle = (low + high) // 2
+        search = low < high
+        less = tl.load(pos_row + middle, mask=search, other=0) < edge
+        low = tl.where(search & less, middle + 1, low)
+        high = tl.where(search & (less == 0), middle, high)
+        length = length // 2
+    tl.store(starts + block, low, mask=block <= blocks)
+
+
+@triton.jit
+def targets(
+    pos_row, pos_sample, pos_value, begin, end, first, sample_block,
+    BLOCK_B: tl.constexpr, BLOCK_L: tl.constexpr, KIND: tl.constexpr, EMULATED: tl.constexpr,
+):  # fmt: skip
+    """Targets [BLOCK_B, BLOCK_L] of a block from its positives: products of indicator matrices, 16 positives at a time."""
+    y = tl.zeros([BLOCK_B, BLOCK_L], dtype=tl.float32)
+    kind: tl.constexpr = tl.float32 if EMULATED else KIND  # the interpreter makes no bf16 of a truth value
+    for p in range(begin, end, 16):
+        at = p + tl.arange(0, 16)
+        inside = at < end
+        lane = (tl.load(pos_row + at, mask=inside, other=-1) - first).to(tl.int32)
+        sample = tl.load(pos_sample + at, mask=inside, other=-1) - sample_block
+        of_sample = tl.arange(0, BLOCK_B)[:, None] == sample[None, :]
+        of_row = (lane[:, None] == tl.arange(0, BLOCK_L)[None, :]) & inside[:, None]
+        if pos_value is not None:
+            value = tl.load(pos_value + at, mask=inside, other=0.0)
+            y = common.dot(of_sample.to(tl.float32), tl.where(of_row, value[:, None], 0.0), y, EMULATED)
+        else:
+            y = common.dot(of_sample.to(kind), of_row.to(kind), y, EMULATED)
+    return y
+
+
+@triton.jit
+def gradient_tile(
+    x, weight, bias, starts, pos_row, pos_sample, pos_value, gradient, column_sum, loss, batch, rows, first, tile, D,
+    G_SCALE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_L: tl.constexpr, STEP: tl.constexpr, EMULATED: tl.constexpr,
+):  # fmt: skip
+    """sigma(x W^T + bias) - y for a tile of labels; what is None is not asked for.
+
+    gradient [batch, tile]; column_sum fp32 [b-blocks, tile], sums over the samples of a block; loss fp32
+    [b-blocks, l-blocks of the table], sums over a block.
+    """
+    b_blocks = tl.cdiv(batch, BLOCK_B)
+    b_block = tl.program_id(0) % b_blocks  # neighbours in time share the rows
+    l_block = tl.program_id(0) // b_blocks
+    begin = tl.cast(first, tl.int64) + l_block * BLOCK_L
+    sample = b_block * BLOCK_B + tl.arange(0, BLOCK_B)
+    lane = tl.arange(0, BLOCK_L)
+    real, k = begin + lane < rows, tl.arange(0, STEP)
+    # 64-bit bases, 32-bit offsets within a block: offsets are kept per element, and registers are few.
+    x_at = x + tl.cast(b_block * BLOCK_B, tl.int64) * D + (tl.arange(0, BLOCK_B)[:, None] * D + k[None, :])
+    w_at = weight + begin * D + (lane[None, :] * D + k[:, None])
+    z = tl.zeros([BLOCK_B, BLOCK_L], dtype=tl.float32)
+    for d in range(0, D, STEP):
+        left = tl.load(x_at + d, mask=(sample < batch)[:, None] & (d + k < D)[None, :], other=0.0)
+        right = tl.load(w_at + d, mask=real[None, :] & (d + k < D)[:, None], other=0.0)
+        z = common.dot(left, right, z, EMULATED)
+    if bias is not None:
+        z += tl.load(bias + begin + lane, mask=real, other=0.0)[None, :]
+    block = begin // BLOCK_L
+    y = targets(
+        pos_row, pos_sample, pos_value, tl.load(starts + block), tl.load(starts + block + 1), begin, b_block * BLOCK_B,
+        BLOCK_B, BLOCK_L, weight.dtype.element_ty, EMULATED,
+    )  # fmt: skip
+    inside = (sample < batch)[:, None] & real[None, :]
+    sigma, tail = common.sigmoid_and_tail(z)
+    if loss is not None:
+        part = tl.where(inside, common.softplus(z, tail) - y * z, 0.0)
+        at = b_block.to(tl.int64) * tl.cdiv(rows, BLOCK_L) + block
+        tl.store(loss + at, tl.sum(tl.sum(part, 1), 0))
+    g = tl.where(inside, sigma - y, 0.0)
+    if column_sum is not None:
+        tl.store(column_sum + b_block * tile + l_block * BLOCK_L + lane, tl.sum(g, 0), mask=real)
+    if gradient is not None:
+        base = gradient + tl.cast(b_block * BLOCK_B, tl.int64) * tile + l_block * BLOCK_L
+        at = tl.arange(0, BLOCK_B)[:, None] * tile + lane[None, :]
+        tl.store(base + at, common.round_nearest(g * G_SCALE, gradient.dtype.element_ty, EMULATED), mask=inside)
+
+
+@triton.jit
+def add_dx(
+    gradient, weight, partial, batch, rows, first, tile, D, segment_rows,
+    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, EMULATED: tl.constexpr,
+):  # fmt: skip
+    """partial[segment] += G W over the segment's labels of this tile; partial fp32 [segments, batch, D]."""
+    b_blocks = tl.cdiv(batch, BLOCK_B)
+    block, segment = tl.program_id(0), tl.program_id(1)
+    sample = (block % b_blocks) * BLOCK_B + tl.arange(0, BLOCK_B)
+    column = (block // b_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    k = tl.arange(0, STEP)
+    begin = segment * segment_rows
+    end = tl.minimum(tl.minimum(begin + segment_rows, tile), rows - first).to(tl.int32)
+    sample_block, lane = (block % b_blocks) * BLOCK_B, tl.arange(0, BLOCK_B)
+    g_at = gradient + tl.cast(sample_block, tl.int64) * tile + (lane[:, None] * tile + k[None, :])
+    w_at = weight + tl.cast(first, tl.int64) * D + (k[:, None] * D + column[None, :])
+    at = partial + (tl.cast(segment, tl.int64) * batch + sample_block) * D + (lane[:, None] * D + column[None, :])
+    inside = (sample < batch)[:, None] & (column < D)[None, :]
+    total = tl.load(at, mask=inside, other=0.0)
+    for r in range(begin, end, STEP):
+        left = tl.load(g_at + r, mask=(sample < batch)[:, None] & (r + k < end)[None, :], other=0.0)
+        right = tl.load(w_at + tl.cast(r, tl.int64) * D, mask=(r + k < end)[:, None] & (column < D)[None, :], other=0.0)
+        total = common.dot(left, right, total, EMULATED)
+    tl.store(at, total, mask=inside)
+
+
+@triton.jit
+def sum_dx(partial, dx, hyper, flag, count, segments, G_SCALE: tl.constexpr, BLOCK: tl.constexpr):
+    """dx = dx_scale scale (sum of the segments, in order); NaN where the batch is not finite."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for s in range(0, segments):
+        total += tl.load(partial + tl.cast(s, tl.int64) * count + at, mask=at < count, other=0.0)
+    total *= 1.0 / G_SCALE
+    if hyper is not None:
+        total = tl.load(hyper + 6) * (tl.load(hyper + 5) * total)
+    tl.store(dx + at, tl.where(tl.load(flag) == 0, total, float("nan")), mask=at < count)
+
+
+@triton.jit
+def sum_loss(part, loss, hyper, flag, count, BLOCK: tl.constexpr):
+    """loss = scale (sum of all blocks, in order) by one program; NaN where the batch is not finite."""
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for i in range(0, count, BLOCK):
+        at = i + tl.arange(0, BLOCK)
+        total += tl.load(part + at, mask=at < count, other=0.0)
+    value = tl.sum(total, 0)
+    if hyper is not None:
+        value *= tl.load(hyper + 5)
+    tl.store(loss, tl.where(tl.load(flag) == 0, value, float("nan")))
+
+
+class Tiles:
+    """The work of one call over the tiles of a table: buffers, and the launches that the ops share.
+
+    All launches of a call are fixed by shapes: nothing is read on the host, so a CUDA graph can hold them.
+    """
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, pos_row: Tensor, pos_sample: Tensor,
+        pos_value: Tensor | None, rows: int, plan: Plan | None,
+    ) -> None:  # fmt: skip
+        self.batch, self.width = x.shape
+        self.rows = weight.shape[0] if rows < 0 else rows
+        self.plan = (plan or make_plan(self.batch, self.width, weight.dtype)).with_tile(self.rows)
+        self.x, self.flag = common.prepare_batch(x, weight.dtype)
+        self.weight, self.bias = weight, bias
+        self.positives = (pos_row, pos_sample, pos_value)
+        self.g_scale = GRADIENT_SCALE[weight.dtype]
+        self.emulated = common.emulated()
+        self.b_blocks = triton.cdiv(self.batch, self.plan.block_b)
+        self.d_blocks = triton.cdiv(self.width, self.plan.block_d)
+        self.blocks = triton.cdiv(self.rows, self.plan.block_l)
+        self.starts = self._empty(self.blocks + 1, dtype=torch.int64)
+        grid = (triton.cdiv(self.blocks + 1, 128),)
+        find_starts[grid](pos_row, self.starts, pos_row.shape[0], self.rows, self.blocks, self.plan.block_l, 128, **common.LAUNCH)
+
+    def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.weight.device)
+
+    def buffers(self, *, gradient: bool, dx: bool, column_sum: bool, loss: bool) -> None:
+        """Allocates what the asked results need; zeros where sums begin."""
+        p = self.plan
+        self.gradient = self._empty(self.batch, p.tile, dtype=self.weight.dtype) if gradient else None
+        self.column_sum = self._empty(self.b_blocks, p.tile) if column_sum else None
+        self.loss = self._empty(self.b_blocks, self.blocks) if loss else None
+        segments = p.segments if self.rows else 0
+        self.partial = self._empty(segments, self.batch, self.width).zero_() if dx else None
+
+    def __iter__(self):
+        """First rows of the tiles."""
+        return iter(range(0, self.rows, self.plan.tile))
+
+    def tile_blocks(self, first: int) -> int:
+        return triton.cdiv(min(self.plan.tile, self.rows - first), self.plan.block_l)
+
+    def make_gradient(self, first: int) -> None:
+        p = self.plan
+        gradient_tile[(self.tile_blocks(first) * self.b_blocks,)](
+            self.x, self.weight, self.bias, self.starts, *self.positives, self.gradient, self.column_sum, self.loss,
+            self.batch, self.rows, first, p.tile, self.width, self.g_scale, p.block_b, p.block_l, p.step, self.emulated,
+            num_warps=p.warps, num_stages=p.stages, **common.LAUNCH,
+        )  # fmt: skip
+
+    def add_dx(self, first: int) -> None:
+        p = self.plan
+        segment_rows = triton.cdiv(triton.cdiv(p.tile, p.segments), p.step) * p.step
+        add_dx[(self.b_blocks * self.d_blocks, p.segments)](
+            self.gradient, self.weight, self.partial, self.batch, self.rows, first, p.tile, self.width, segment_rows,
+            p.block_b, p.block_d, p.step, self.emulated, num_warps=p.warps, num_stages=p.stages, **common.LAUNCH,
+        )  # fmt: skip
+
+    def dx_result(self, hyper: Tensor | None) -> Tensor:
+        assert self.partial is not None
+        dx = self._empty(self.batch, self.width)
+        grid = (triton.cdiv(max(dx.numel(), 1), 1024),)
+        sum_dx[grid](self.partial, dx, hyper, self.flag, dx.numel(), self.partial.shape[0], self.g_scale, 1024, **common.LAUNCH)
+        return dx
+
+    def loss_result(self, hyper: Tensor | None) -> Tensor:
+        assert self.loss is not None
+        loss = self._empty(1)
+        sum_loss[(1,)](self.loss, loss, hyper, self.flag, self.loss.numel(), 1024, **common.LAUNCH)
+        return loss

@@ -1,0 +1,67 @@
+"""The update of table rows as a device function: SGD, SGD with momentum, Adam; see `xmlkernels.reference.update`."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xmlkernels.triton import common
+
+
+def bias_corrections(hyper: Tensor, counter: Tensor) -> Tensor:
+    """Adam's 1 - beta^t for both moments, fp32 [2], without a host sync; in float64 as the reference does."""
+    return (1 - hyper[2:4].double() ** (counter[1] + 1).double()).float()
+
+
+@triton.jit
+def update_tile(
+    weight, momentum, second, kahan, hyper, counter, correction, at, mask, grad, rows, first_column,
+    COLUMNS: tl.constexpr, DECOUPLED: tl.constexpr, EMULATED: tl.constexpr,
+):  # fmt: skip
+    """Updates a tile of table rows in place from its gradient.
+
+    weight, momentum, second, kahan: pointers to which the offsets `at` [R, COLUMNS] are added; absent ones are None.
+    grad: fp32 [R, COLUMNS], already scaled. rows: int64 [R], global; first_column: a multiple of 8.
+    correction: fp32 [2] of `bias_corrections`; read with `second` alone. Nothing is read or written where mask is false.
+    """
+    seed, step = tl.load(counter), tl.load(counter + 1)
+    lr, decay, beta1 = tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2)
+    w = common.widen(tl.load(weight + at, mask=mask, other=0.0))
+    if kahan is not None:
+        w += common.widen(tl.load(kahan + at, mask=mask, other=0.0))
+    if DECOUPLED:
+        shrunk = w * (1.0 - lr * decay)
+    else:
+        shrunk = w
+        grad += decay * w
+    if second is not None:
+        beta2, eps = tl.load(hyper + 3), tl.load(hyper + 4)
+        m = beta1 * common.widen(tl.load(momentum + at, mask=mask, other=0.0)) + (1.0 - beta1) * grad
+        v = beta2 * common.widen(tl.load(second + at, mask=mask, other=0.0)) + (1.0 - beta2) * grad * grad
+        kind = momentum.dtype.element_ty
+        stored = common.to_stored(m, seed, step, rows, first_column, COLUMNS, common.MOMENTUM, kind)
+        tl.store(momentum + at, stored, mask=mask)
+        kind = second.dtype.element_ty
+        stored = common.to_stored(v, seed, step, rows, first_column, COLUMNS, common.SECOND, kind)
+        tl.store(second + at, stored, mask=mask)
+        # Roots and quotients as IEEE rounds them: the usual ones are approximations on a card.
+        root = tl.sqrt_rn(tl.div_rn(v, tl.load(correction + 1) + tl.zeros_like(v))) + eps
+        new = shrunk - tl.div_rn(lr * tl.div_rn(m, tl.load(correction) + tl.zeros_like(m)), root)
+    elif momentum is not None:
+        m = beta1 * common.widen(tl.load(momentum + at, mask=mask, other=0.0)) + grad
+        kind = momentum.dtype.element_ty
+        stored = common.to_stored(m, seed, step, rows, first_column, COLUMNS, common.MOMENTUM, kind)
+        tl.store(momentum + at, stored, mask=mask)
+        new = shrunk - lr * m
+    else:
+        new = shrunk - lr * grad
+    if kahan is not None:
+        limit = common.largest(weight.dtype.element_ty)
+        new = tl.minimum(tl.maximum(new, -limit), limit)  # what saturation cuts off must not come back in the next step
+        rounded = common.round_nearest(new, weight.dtype.element_ty, EMULATED)
+        rest = common.round_nearest(new - common.widen(rounded), kahan.dtype.element_ty, EMULATED)
+        tl.store(kahan + at, rest, mask=mask)
+        tl.store(weight + at, rounded, mask=mask)
+    else:
+        kind = weight.dtype.element_ty
+        stored = common.to_stored(new, seed, step, rows, first_column, COLUMNS, common.WEIGHT, kind)
+        tl.store(weight + at, stored, mask=mask)
