@@ -16,8 +16,9 @@ from xmlkernels.triton import common
 from xmlkernels.triton.update import bias_corrections, update_tile
 
 PART_BYTES = 192 << 20  # shares of dx held at a time; beyond that, columns and then tiles of rows are taken in turn
-MOST_ROWS, MOST_PAIRS = 64, 64  # sides of a tile, at most
-COLUMNS = 64
+# Rows, pairs and columns of a tile, at most. Gradients of fp16 tables are multiplied in fp32, too: fp16 has no room for
+# small ones.
+MOST, MOST_FP32 = (64, 32, 64), (32, 16, 32)
 SUMMANDS = 8  # shares of dx that are loaded together
 
 
@@ -221,20 +222,21 @@ def _groups(clusters: Tensor, row_ptr: Tensor, n: int, tiles: int, side: int) ->
     return order, group, torch.where(there[:, None], edge, 0)
 
 
-def _sides(batch: int, chosen: int, count: int, cluster_rows: int) -> tuple[int, int]:
-    """Rows and pairs of a tile, from the shapes alone: the pairs that a cluster has on average, or twice that."""
-    pairs = min(batch, triton.cdiv(batch * chosen, max(count, 1)))
-    return common.power_of_2(cluster_rows, 16, MOST_ROWS), common.power_of_2(pairs, 16, MOST_PAIRS)
+def _sides(batch: int, chosen: int, count: int, cluster_rows: int, low: bool) -> tuple[int, int, int]:
+    """Rows, pairs and columns of a tile, from the shapes alone: as many pairs as a cluster has on average."""
+    rows, pairs, columns = MOST if low else MOST_FP32
+    average = min(batch, triton.cdiv(batch * chosen, max(count, 1)))
+    return common.power_of_2(cluster_rows, 16, rows), common.power_of_2(average, 16, pairs), columns
 
 
-def pieces(pairs: int, tiles: int, width: int) -> list[tuple[int, int, int, int]]:
-    """Tiles [first, first + number) and columns [first, last) whose shares of dx are held at a time, in order."""
-    most = max(1, PART_BYTES // (4 * pairs * COLUMNS))  # tiles times blocks of columns
-    blocks = triton.cdiv(width, COLUMNS)
-    columns = COLUMNS * min(blocks, most)
+def pieces(pairs: int, tiles: int, width: int, block: int) -> list[tuple[int, int, int, int]]:
+    """Tiles (first, number) and columns (first, last) whose shares of dx are held at a time, in order."""
+    most = max(1, PART_BYTES // (4 * pairs * block))  # tiles times blocks of columns
+    blocks = triton.cdiv(width, block)
+    columns = block * min(blocks, most)
     number = max(1, min(tiles, most // blocks))
     return [
-        (tile, min(number, tiles - tile), column, min(column + columns, blocks * COLUMNS))
+        (tile, min(number, tiles - tile), column, min(column + columns, blocks * block))
         for tile in range(0, tiles, number)
         for column in range(0, width, columns)
     ]
@@ -265,7 +267,7 @@ def cluster_step_(
     """See `xmlkernels.ops.cluster_step_`. Waits for nothing on the device; can be captured in a CUDA graph.
 
     Beyond its results it holds the gradients of the logits, as large as the scores, and at most 192 MB of shares of dx
-    (one block of columns where 4 B K * 64 bytes is more).
+    (more only where one block of columns of all pairs is more: beyond 750,000 of them).
     """
     batch, chosen, width, count = x.shape[0], clusters.shape[1], x.shape[1], row_ptr.shape[0] - 1
     n = weight.shape[0] if rows < 0 else rows
@@ -276,7 +278,8 @@ def cluster_step_(
     scores = (nan - torch.inf).expand(batch, chosen, cluster_rows).contiguous()
     if min(batch, chosen, cluster_rows, count) == 0:
         return dx, scores, nan if need_loss else nan.new_empty(0)
-    row_side, pair_side = _sides(batch, chosen, count, cluster_rows)
+    low = weight.dtype == torch.bfloat16
+    row_side, pair_side, block = _sides(batch, chosen, count, cluster_rows, low)
     tiles = triton.cdiv(cluster_rows, row_side)
     order, group, edge = _groups(clusters, row_ptr, n, tiles, row_side)
     groups = edge.shape[0]
@@ -286,7 +289,7 @@ def cluster_step_(
     row_wise = second is not None and second.dim() == 1
     moment = torch.empty(groups * tiles * row_side if row_wise else 0, dtype=torch.float32, device=x.device)
     correction = bias_corrections(hyper, counter) if second is not None else hyper
-    todo = pieces(batch * chosen, tiles, width)
+    todo = pieces(batch * chosen, tiles, width, block)
     _, number, _, columns = todo[0]
     parts = torch.empty(batch * chosen * number * columns, dtype=torch.float32, device=x.device)
     for tile, number, first, last in todo:
@@ -294,11 +297,11 @@ def cluster_step_(
             weight, x, bias, momentum, second, kahan, moment, scores, gradient, parts, losses, flag, order, group, edge,
             pos_edge, pos_row, pos_sample, pos_value, hyper, counter, correction, row_offset, cluster_rows, chosen, tiles,
             tile, number, first, last, D=width, ROW_WISE=row_wise, SCORE=first == 0, NEED_LOSS=need_loss,
-            DECOUPLED=decoupled, LOW=weight.dtype == torch.bfloat16, EMULATED=common.emulated(),
-            BR=row_side, BP=pair_side, BD=COLUMNS, **common.LAUNCH,
+            DECOUPLED=decoupled, LOW=low, EMULATED=common.emulated(),
+            BR=row_side, BP=pair_side, BD=block, num_warps=8 if row_side == 64 else 4, **common.LAUNCH,
         )  # fmt: skip
-        _sum_parts[(batch * triton.cdiv(last - first, COLUMNS),)](
+        _sum_parts[(batch * triton.cdiv(last - first, block),)](
             parts, clusters, row_ptr, hyper, flag, dx, chosen, n, tile, number, first, last,
-            D=width, FIRST=tile == 0, BR=row_side, BS=SUMMANDS, BD=COLUMNS, **common.LAUNCH,
+            D=width, FIRST=tile == 0, BR=row_side, BS=SUMMANDS, BD=block, **common.LAUNCH,
         )  # fmt: skip
     return dx, scores, hyper[5] * losses.sum().reshape(1) + nan if need_loss else losses.new_empty(0)

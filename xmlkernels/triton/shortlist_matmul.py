@@ -160,22 +160,20 @@ def _rows_shared(
     most = tl.max(count, axis=0)
     total = tl.zeros((BS, BD), dtype=tl.float32)
     total_g = tl.zeros((BS, BB), dtype=tl.float32)
-    for first in range(0, batch, BB):
-        sample = (first + tl.arange(0, BB)).to(tl.int64)
-        is_sample = sample < batch
-        g = tl.zeros((BS, BB), dtype=tl.float32)
-        for j in range(0, most):
-            entry = tl.load(order + begin + j, mask=j < count, other=0)
-            g += tl.load(
-                dlogits + sample[None, :] * size + entry[:, None], mask=is_sample[None, :] & (j < count)[:, None], other=0.0
-            )
-        total_g += g
-        if NEED_GRAD:
-            e = tl.load(x + sample[:, None] * D + column[None, :], mask=is_sample[:, None] & left[None, :], other=0.0)
-            if LOW:
-                total = common.dot(common.round_nearest(g, e.dtype, EMULATED), e, total, EMULATED)
-            else:
-                total = common.dot(g, common.widen(e), total, EMULATED)
+    for j in range(0, most):
+        entry = tl.load(order + begin + j, mask=j < count, other=0)
+        for first in range(0, batch, BB):
+            sample = (first + tl.arange(0, BB)).to(tl.int64)
+            is_sample = sample < batch
+            g_at = dlogits + sample[None, :] * size + entry[:, None]
+            g = tl.load(g_at, mask=is_sample[None, :] & (j < count)[:, None], other=0.0)
+            total_g += g
+            if NEED_GRAD:
+                e = tl.load(x + sample[:, None] * D + column[None, :], mask=is_sample[:, None] & left[None, :], other=0.0)
+                if LOW:
+                    total = common.dot(common.round_nearest(g, e.dtype, EMULATED), e, total, EMULATED)
+                else:
+                    total = common.dot(g, common.widen(e), total, EMULATED)
     if NEED_GRAD:
         tl.store(grad + row[:, None] * D + column[None, :], total, mask=is_row[:, None] & left[None, :])
     if NEED_DBIAS:
