@@ -44,7 +44,8 @@ def warn_reference(device: str, reason: str) -> None:
     """Tells once per device type that an op runs on its slow reference, which holds the whole `B x L` matrix."""
     if device not in _warned:
         _warned.add(device)
-        mend = "`pip install --no-build-isolation .` builds kernels" if device == "cpu" else "kernels exist for the CPU alone"
+        built = "`pip install --no-build-isolation .` builds kernels"
+        mend = built if device == "cpu" else f"not every op has a kernel for {device} yet"
         warnings.warn(
             f"xmlkernels: ops on {device} run on their slow reference: {reason}. It holds all logits in memory; {mend}",
             RuntimeWarning,

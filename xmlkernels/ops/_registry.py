@@ -1,5 +1,6 @@
 """Registers ops with torch, and the checks that they share."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,21 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
 
     _library.impl(name, default, "CompositeExplicitAutograd")
     torch.library.register_fake(f"xmlkernels::{name}", fake, lib=_library)
+
+
+def register_cuda(name: str, module: str) -> None:
+    """The CUDA kernel of an op: the function of that name in a module that is imported on the first call."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError as error:
+            if error.name != "triton":
+                raise
+            raise ModuleNotFoundError(f"{name}: its GPU kernel needs triton: `pip install triton`", name="triton") from error
+        return function(*args, **kwargs)
+
+    _library.impl(name, kernel, "CUDA")
 
 
 def describe(t: Tensor) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xmlkernels.ops._registry import check_positives, check_table, define
+from xmlkernels.ops._registry import check_positives, check_table, define, register_cuda
 from xmlkernels.reference.bce_loss import bce_loss as reference
 from xmlkernels.reference.bce_loss import bce_loss_backward as backward_reference
 
@@ -86,3 +86,5 @@ define(
     _backward_fake,
 )
 torch.library.register_autograd("xmlkernels::bce_loss", _backward, setup_context=_setup_context)
+for _name in ("bce_loss", "bce_loss_backward"):
+    register_cuda(_name, "xmlkernels.triton.bce_loss")

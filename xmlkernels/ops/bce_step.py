@@ -10,6 +10,7 @@ from xmlkernels.ops._registry import (
     check_tensor,
     define,
     expect,
+    register_cuda,
 )
 from xmlkernels.reference.bce_step import bce_step_ as reference
 
@@ -119,3 +120,4 @@ define(
     reference,
     _fake,
 )
+register_cuda("bce_step_", "xmlkernels.triton.bce_step")

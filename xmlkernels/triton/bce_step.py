@@ -9,13 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 from xmlkernels.triton import common
-from xmlkernels.triton.bce_tile import Plan, Tiles
+from xmlkernels.triton.bce_tile import Plan, Tiles, bias_gradient, row_gradient
 from xmlkernels.triton.update import bias_corrections, update_tile
 
 
 @triton.jit
 def update_rows(
-    x, gradient, column_sum, weight, bias, momentum, second, kahan, hyper, counter, correction, flag,
+    x, gradient, column_sum, weight, bias, momentum, second, kahan, row_scale, hyper, counter, correction, flag,
     batch, rows, first, tile, D, row_offset, b_blocks, G_SCALE: tl.constexpr, BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr, STEP: tl.constexpr, DECOUPLED: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
@@ -24,33 +24,32 @@ def update_rows(
     d_block = tl.program_id(0) % d_blocks
     l_block = tl.program_id(0) // d_blocks
     begin = tl.cast(first, tl.int64) + l_block * BLOCK_L
-    lane, k = tl.arange(0, BLOCK_L), tl.arange(0, STEP)
+    lane = tl.arange(0, BLOCK_L)
     local = l_block * BLOCK_L + lane
     column = d_block * BLOCK_D + tl.arange(0, BLOCK_D)
     real = begin + lane < rows
-    g_at = gradient + local[:, None] + k[None, :] * tile
-    x_at = x + k[:, None] * D + column[None, :]
-    grad = tl.zeros([BLOCK_L, BLOCK_D], dtype=tl.float32)
-    for b in range(0, batch, STEP):
-        here = b + k < batch
-        left = tl.load(g_at + tl.cast(b, tl.int64) * tile, mask=real[:, None] & here[None, :], other=0.0)
-        right = tl.load(x_at + tl.cast(b, tl.int64) * D, mask=here[:, None] & (column < D)[None, :], other=0.0)
-        grad = common.dot(left, right, grad, EMULATED)
+    grad = row_gradient(x, gradient, local, column, real, batch, tile, D, BLOCK_L, BLOCK_D, STEP, EMULATED)
     scale = tl.load(hyper + 5)
     good = tl.load(flag) == 0
     if bias is not None:
         mask = real & good & (d_block == 0)
-        total = tl.zeros([BLOCK_L], dtype=tl.float32)
-        for i in range(0, b_blocks):
-            total += tl.load(column_sum + i * tile + local, mask=mask, other=0.0)
-        value = tl.load(bias + begin + lane, mask=mask, other=0.0) - tl.load(hyper) * (scale * total)
+        step = tl.load(hyper) * (scale * bias_gradient(column_sum, local, mask, tile, b_blocks, BLOCK_L))
+        value = tl.load(bias + begin + lane, mask=mask, other=0.0) - step
         tl.store(bias + begin + lane, common.round_nearest(value, tl.float32, EMULATED), mask=mask)
+    grad *= (1.0 / G_SCALE) * scale
+    if row_scale is not None:
+        scale_at = row_scale + 2 * (begin + lane)
+        unit = tl.load(scale_at, mask=real, other=1.0)
+        grad *= tl.div_rn(tl.full([BLOCK_L], 1.0, tl.float32), unit)[:, None]  # taken into G for the sake of dX
+    else:
+        scale_at = None
     base = begin * D
     mask = real[:, None] & (column < D)[None, :] & good
     update_tile(
         weight + base, momentum if momentum is None else momentum + base, second if second is None else second + base,
-        kahan if kahan is None else kahan + base, hyper, counter, correction, lane[:, None] * D + column[None, :], mask,
-        grad * (1.0 / G_SCALE) * scale, row_offset + begin + lane, d_block * BLOCK_D, BLOCK_D, DECOUPLED, EMULATED,
+        kahan if kahan is None else kahan + base, scale_at, hyper, counter, correction,
+        lane[:, None] * D + column[None, :], mask, real & good, grad, row_offset + begin + lane, d_block * BLOCK_D,
+        BLOCK_D, DECOUPLED, EMULATED,
     )  # fmt: skip
 
 
@@ -61,20 +60,17 @@ def bce_step_(
     row_offset: int = 0, rows: int = -1, decoupled: bool = False, need_loss: bool = False, plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `xmlkernels.ops.bce_step_`. plan: other block sizes than `make_plan` chooses."""
-    if row_scale is not None:
-        raise NotImplementedError("bce_step_: 8-bit tables have no GPU kernel yet; convert the table to bf16")
-    tiles = Tiles(x, weight, bias, pos_row, pos_sample, pos_value, rows, plan)
+    tiles = Tiles(x, weight, bias, pos_row, pos_sample, pos_value, row_scale, rows, plan)
     tiles.buffers(gradient=True, dx=True, column_sum=bias is not None, loss=need_loss)
     correction = bias_corrections(hyper, counter) if second is not None else None
     p = tiles.plan
     for first in tiles:
-        if tiles.batch:
-            tiles.make_gradient(first)
-            tiles.add_dx(first)
+        tiles.make_gradient(first)
+        tiles.add_dx(first)
         update_rows[(tiles.tile_blocks(first) * tiles.d_blocks,)](
-            tiles.x, tiles.gradient, tiles.column_sum, weight, bias, momentum, second, kahan, hyper, counter, correction,
-            tiles.flag, tiles.batch, tiles.rows, first, p.tile, tiles.width, row_offset, tiles.b_blocks, tiles.g_scale,
-            p.block_l, p.block_d, p.step, decoupled, tiles.emulated,
+            tiles.x, tiles.gradient, tiles.column_sum, tiles.weight, bias, momentum, second, kahan, row_scale, hyper,
+            counter, correction, tiles.flag, tiles.batch, tiles.rows, first, p.tile, tiles.width, row_offset,
+            tiles.b_blocks, tiles.g_scale, p.block_l, p.block_d, p.step, decoupled, tiles.emulated,
             num_warps=p.warps, num_stages=p.stages, **common.LAUNCH,
         )  # fmt: skip
     dx = tiles.dx_result(hyper)

@@ -4,6 +4,7 @@ A tile is 8 to 16 thousand labels whose rows and gradient stay in a card's L2 be
 stored unscaled in the table's format: sigma - y is formed in fp32 first, so that a fitted positive is not rounded to 0.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xmlkernels.triton import common
+from xmlkernels.triton.positives import find_starts, targets
 
 TILE_BYTES = 32 << 20  # rows and gradient of a tile together, of the 40 to 50 MB of L2
 PROGRAMS = 128  # programs of the dX product; a constant, so that bits do not depend on the card
@@ -40,66 +42,27 @@ class Plan:
 
 def make_plan(batch: int, width: int, dtype: torch.dtype) -> Plan:
     """Block sizes for a table of a format; all fit the 99 KB of shared memory that the smallest cards have."""
+    # 128 x 64 logits: with 128 x 128, logits and targets together do not fit the registers of eight warps.
     wide = dtype == torch.float32
     side, step = (64, 32) if wide else (128, 64)
     block_b, block_d = common.power_of_2(batch, 16, side), common.power_of_2(width, 16, side)
-    row_bytes = (width + batch) * (4 if wide else 2)
+    row_bytes = width * dtype.itemsize + batch * (4 if wide else 2)
     tile = 1 << max(10, min(16, (TILE_BYTES // row_bytes).bit_length() - 1))
     blocks = triton.cdiv(max(batch, 1), block_b) * triton.cdiv(width, block_d)
     segments = max(1, min(PROGRAMS // blocks, tile // (2 * step)))
-    return Plan(tile, block_b, side, block_d, step, segments, warps=4 if block_b < 128 and not wide else 8)
-
-
-@triton.jit
-def find_starts(pos_row, starts, count, rows, blocks, BLOCK_L: tl.constexpr, BLOCK: tl.constexpr):
-    """First positive of each block of labels, by bisection; one more entry ends the last block."""
-    block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    edge = tl.minimum(block.to(tl.int64) * BLOCK_L, rows)
-    low = tl.zeros([BLOCK], dtype=tl.int64)
-    high = low + count
-    length = tl.cast(count, tl.int64)
-    while length > 0:
-        middle = (low + high) // 2
-        search = low < high
-        less = tl.load(pos_row + middle, mask=search, other=0) < edge
-        low = tl.where(search & less, middle + 1, low)
-        high = tl.where(search & (less == 0), middle, high)
-        length = length // 2
-    tl.store(starts + block, low, mask=block <= blocks)
-
-
-@triton.jit
-def targets(
-    pos_row, pos_sample, pos_value, begin, end, first, sample_block,
-    BLOCK_B: tl.constexpr, BLOCK_L: tl.constexpr, KIND: tl.constexpr, EMULATED: tl.constexpr,
-):  # fmt: skip
-    """Targets [BLOCK_B, BLOCK_L] of a block from its positives: products of indicator matrices, 16 positives at a time."""
-    y = tl.zeros([BLOCK_B, BLOCK_L], dtype=tl.float32)
-    kind: tl.constexpr = tl.float32 if EMULATED else KIND  # the interpreter makes no bf16 of a truth value
-    for p in range(begin, end, 16):
-        at = p + tl.arange(0, 16)
-        inside = at < end
-        lane = (tl.load(pos_row + at, mask=inside, other=-1) - first).to(tl.int32)
-        sample = tl.load(pos_sample + at, mask=inside, other=-1) - sample_block
-        of_sample = tl.arange(0, BLOCK_B)[:, None] == sample[None, :]
-        of_row = (lane[:, None] == tl.arange(0, BLOCK_L)[None, :]) & inside[:, None]
-        if pos_value is not None:
-            value = tl.load(pos_value + at, mask=inside, other=0.0)
-            y = common.dot(of_sample.to(tl.float32), tl.where(of_row, value[:, None], 0.0), y, EMULATED)
-        else:
-            y = common.dot(of_sample.to(kind), of_row.to(kind), y, EMULATED)
-    return y
+    return Plan(tile, block_b, 64, block_d, step, segments, stages=2 if wide else 3)
 
 
 @triton.jit
 def gradient_tile(
-    x, weight, bias, starts, pos_row, pos_sample, pos_value, gradient, column_sum, loss, batch, rows, first, tile, D,
+    x, weight, bias, row_scale, starts, pos_row, pos_sample, pos_value, gradient, column_sum, loss,
+    batch, rows, first, tile, D,
     G_SCALE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_L: tl.constexpr, STEP: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     """sigma(x W^T + bias) - y for a tile of labels; what is None is not asked for.
 
-    gradient [batch, tile]; column_sum fp32 [b-blocks, tile], sums over the samples of a block; loss fp32
-    [b-blocks, l-blocks of the table], sums over a block.
+    gradient [batch, tile]; of an e4m3 table it holds the rows' scales too, so that dX needs none. column_sum fp32
+    [b-blocks, tile], sums over the samples of a block; loss fp32 [b-blocks, l-blocks of the table], sums over a block.
     """
     b_blocks = tl.cdiv(batch, BLOCK_B)
     b_block = tl.program_id(0) % b_blocks  # neighbours in time share the rows
@@ -114,14 +77,17 @@ def gradient_tile(
     z = tl.zeros([BLOCK_B, BLOCK_L], dtype=tl.float32)
     for d in range(0, D, STEP):
         left = tl.load(x_at + d, mask=(sample < batch)[:, None] & (d + k < D)[None, :], other=0.0)
-        right = tl.load(w_at + d, mask=real[None, :] & (d + k < D)[:, None], other=0.0)
-        z = common.dot(left, right, z, EMULATED)
+        right = tl.load(w_at + d, mask=real[None, :] & (d + k < D)[:, None], other=0)
+        z = common.dot(left, common.operand(right, x.dtype.element_ty, EMULATED), z, EMULATED)
+    if row_scale is not None:
+        unit = tl.load(row_scale + 2 * (begin + lane), mask=real, other=1.0)
+        z *= unit[None, :]
     if bias is not None:
         z += tl.load(bias + begin + lane, mask=real, other=0.0)[None, :]
     block = begin // BLOCK_L
     y = targets(
         pos_row, pos_sample, pos_value, tl.load(starts + block), tl.load(starts + block + 1), begin, b_block * BLOCK_B,
-        BLOCK_B, BLOCK_L, weight.dtype.element_ty, EMULATED,
+        BLOCK_B, BLOCK_L, x.dtype.element_ty, EMULATED,
     )  # fmt: skip
     inside = (sample < batch)[:, None] & real[None, :]
     sigma, tail = common.sigmoid_and_tail(z)
@@ -133,6 +99,8 @@ def gradient_tile(
     if column_sum is not None:
         tl.store(column_sum + b_block * tile + l_block * BLOCK_L + lane, tl.sum(g, 0), mask=real)
     if gradient is not None:
+        if row_scale is not None:
+            g *= unit[None, :]
         base = gradient + tl.cast(b_block * BLOCK_B, tl.int64) * tile + l_block * BLOCK_L
         at = tl.arange(0, BLOCK_B)[:, None] * tile + lane[None, :]
         tl.store(base + at, common.round_nearest(g * G_SCALE, gradient.dtype.element_ty, EMULATED), mask=inside)
@@ -159,9 +127,36 @@ def add_dx(
     total = tl.load(at, mask=inside, other=0.0)
     for r in range(begin, end, STEP):
         left = tl.load(g_at + r, mask=(sample < batch)[:, None] & (r + k < end)[None, :], other=0.0)
-        right = tl.load(w_at + tl.cast(r, tl.int64) * D, mask=(r + k < end)[:, None] & (column < D)[None, :], other=0.0)
-        total = common.dot(left, right, total, EMULATED)
+        right = tl.load(w_at + tl.cast(r, tl.int64) * D, mask=(r + k < end)[:, None] & (column < D)[None, :], other=0)
+        total = common.dot(left, common.operand(right, gradient.dtype.element_ty, EMULATED), total, EMULATED)
     tl.store(at, total, mask=inside)
+
+
+@triton.jit
+def row_gradient(
+    x, gradient, local, column, real, batch, tile, D,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, EMULATED: tl.constexpr,
+):  # fmt: skip
+    """Gᵀ x [BLOCK_L, BLOCK_D] for rows `local` of the tile and some columns, summed over the batch."""
+    k = tl.arange(0, STEP)
+    g_at = gradient + (local[:, None] + k[None, :] * tile)
+    x_at = x + (k[:, None] * D + column[None, :])
+    grad = tl.zeros([BLOCK_L, BLOCK_D], dtype=tl.float32)
+    for b in range(0, batch, STEP):
+        here = b + k < batch
+        left = tl.load(g_at + tl.cast(b, tl.int64) * tile, mask=real[:, None] & here[None, :], other=0.0)
+        right = tl.load(x_at + tl.cast(b, tl.int64) * D, mask=here[:, None] & (column < D)[None, :], other=0.0)
+        grad = common.dot(left, right, grad, EMULATED)
+    return grad
+
+
+@triton.jit
+def bias_gradient(column_sum, local, mask, tile, b_blocks, BLOCK_L: tl.constexpr):
+    """Column sums of the gradient over the whole batch, in the order of its blocks."""
+    total = tl.zeros([BLOCK_L], dtype=tl.float32)
+    for i in range(0, b_blocks):
+        total += tl.load(column_sum + i * tile + local, mask=mask, other=0.0)
+    return total
 
 
 @triton.jit
@@ -198,36 +193,40 @@ class Tiles:
 
     def __init__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, pos_row: Tensor, pos_sample: Tensor,
-        pos_value: Tensor | None, rows: int, plan: Plan | None,
+        pos_value: Tensor | None, row_scale: Tensor | None, rows: int, plan: Plan | None,
     ) -> None:  # fmt: skip
         self.batch, self.width = x.shape
         self.rows = weight.shape[0] if rows < 0 else rows
         self.plan = (plan or make_plan(self.batch, self.width, weight.dtype)).with_tile(self.rows)
-        self.x, self.flag = common.prepare_batch(x, weight.dtype)
-        self.weight, self.bias = weight, bias
+        # e4m3 is exact in bf16: there its products run, the rows' scales applied outside.
+        self.kind = torch.bfloat16 if row_scale is not None else weight.dtype
+        self.x, self.flag = common.prepare_batch(x, self.kind)
+        self.weight, self.bias, self.row_scale = common.table_bits(weight), bias, row_scale
         self.positives = (pos_row, pos_sample, pos_value)
-        self.g_scale = GRADIENT_SCALE[weight.dtype]
+        self.g_scale = GRADIENT_SCALE[self.kind]
         self.emulated = common.emulated()
         self.b_blocks = triton.cdiv(self.batch, self.plan.block_b)
         self.d_blocks = triton.cdiv(self.width, self.plan.block_d)
         self.blocks = triton.cdiv(self.rows, self.plan.block_l)
-        self.starts = self._empty(self.blocks + 1, dtype=torch.int64)
+        self.starts = self.empty(self.blocks + 1, dtype=torch.int64)
         grid = (triton.cdiv(self.blocks + 1, 128),)
-        find_starts[grid](pos_row, self.starts, pos_row.shape[0], self.rows, self.blocks, self.plan.block_l, 128, **common.LAUNCH)
+        find_starts[grid](
+            pos_row, self.starts, pos_row.shape[0], self.rows, self.blocks, self.plan.block_l, 128, **common.LAUNCH
+        )
 
-    def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.weight.device)
 
     def buffers(self, *, gradient: bool, dx: bool, column_sum: bool, loss: bool) -> None:
         """Allocates what the asked results need; zeros where sums begin."""
         p = self.plan
-        self.gradient = self._empty(self.batch, p.tile, dtype=self.weight.dtype) if gradient else None
-        self.column_sum = self._empty(self.b_blocks, p.tile) if column_sum else None
-        self.loss = self._empty(self.b_blocks, self.blocks) if loss else None
+        self.gradient = self.empty(self.batch, p.tile, dtype=self.kind) if gradient else None
+        self.column_sum = self.empty(self.b_blocks, p.tile) if column_sum else None
+        self.loss = self.empty(self.b_blocks, self.blocks) if loss else None
         segments = p.segments if self.rows else 0
-        self.partial = self._empty(segments, self.batch, self.width).zero_() if dx else None
+        self.partial = self.empty(segments, self.batch, self.width).zero_() if dx else None
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         """First rows of the tiles."""
         return iter(range(0, self.rows, self.plan.tile))
 
@@ -236,14 +235,18 @@ class Tiles:
 
     def make_gradient(self, first: int) -> None:
         p = self.plan
+        if not self.batch:
+            return
         gradient_tile[(self.tile_blocks(first) * self.b_blocks,)](
-            self.x, self.weight, self.bias, self.starts, *self.positives, self.gradient, self.column_sum, self.loss,
-            self.batch, self.rows, first, p.tile, self.width, self.g_scale, p.block_b, p.block_l, p.step, self.emulated,
-            num_warps=p.warps, num_stages=p.stages, **common.LAUNCH,
+            self.x, self.weight, self.bias, self.row_scale, self.starts, *self.positives, self.gradient, self.column_sum,
+            self.loss, self.batch, self.rows, first, p.tile, self.width, self.g_scale, p.block_b, p.block_l, p.step,
+            self.emulated, num_warps=p.warps, num_stages=p.stages, **common.LAUNCH,
         )  # fmt: skip
 
     def add_dx(self, first: int) -> None:
         p = self.plan
+        if not self.batch:
+            return
         segment_rows = triton.cdiv(triton.cdiv(p.tile, p.segments), p.step) * p.step
         add_dx[(self.b_blocks * self.d_blocks, p.segments)](
             self.gradient, self.weight, self.partial, self.batch, self.rows, first, p.tile, self.width, segment_rows,
@@ -252,13 +255,13 @@ class Tiles:
 
     def dx_result(self, hyper: Tensor | None) -> Tensor:
         assert self.partial is not None
-        dx = self._empty(self.batch, self.width)
+        dx = self.empty(self.batch, self.width)
         grid = (triton.cdiv(max(dx.numel(), 1), 1024),)
         sum_dx[grid](self.partial, dx, hyper, self.flag, dx.numel(), self.partial.shape[0], self.g_scale, 1024, **common.LAUNCH)
         return dx
 
     def loss_result(self, hyper: Tensor | None) -> Tensor:
         assert self.loss is not None
-        loss = self._empty(1)
+        loss = self.empty(1)
         sum_loss[(1,)](self.loss, loss, hyper, self.flag, self.loss.numel(), 1024, **common.LAUNCH)
         return loss

@@ -174,8 +174,8 @@ def _step_tiles(
                 LOW, EMULATED, BR, BP, BD,
             )  # fmt: skip
             update_tile(
-                weight, momentum, second, kahan, hyper, counter, correction, at, mask, grad, row + row_offset, start,
-                BD, DECOUPLED, EMULATED, row_moment if ROW_WISE else None,
+                weight, momentum, second, kahan, None, hyper, counter, correction, at, mask, is_row, grad, row + row_offset,
+                start, BD, DECOUPLED, EMULATED, row_moment if ROW_WISE else None,
             )  # fmt: skip
 
 

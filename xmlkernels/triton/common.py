@@ -23,6 +23,15 @@ def emulated() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def table_bits(weight: Tensor) -> Tensor:
+    """The table as kernels take it: e4m3 as its bits, other formats as they are."""
+    if weight.dtype != torch.float8_e4m3fn:
+        return weight
+    if not emulated() and torch.cuda.get_device_capability(weight.device) < (8, 9):
+        raise NotImplementedError("xmlkernels: Triton has e4m3 tables from sm_89 on only; use a bf16 table on this card")
+    return weight.view(torch.uint8)
+
+
 def power_of_2(n: int, low: int, high: int) -> int:
     """The smallest power of two >= n, within low and high: the side of a block that need not be larger than n."""
     return min(max(triton.next_power_of_2(max(n, 1)), low), high)
@@ -129,6 +138,19 @@ def decode_e4m3(code):
     small = ((c & 7).to(tl.float32) * 0.001953125).to(tl.int32, bitcast=True)
     # The sign as a bit: negation is 0 - x, which loses it at 0.
     return (tl.where(exponent > 0, normal, small) | ((c & 0x80) << 24)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def operand(value, KIND: tl.constexpr, EMULATED: tl.constexpr):
+    """A loaded piece of a table as operand of a product: e4m3 (uint8 bits) as KIND, exactly; the others as they are."""
+    if value.dtype == tl.uint8:
+        if EMULATED:
+            out = round_nearest(decode_e4m3(value), KIND, True)
+        else:
+            out = value.to(tl.float8e4nv, bitcast=True).to(KIND)
+    else:
+        out = value
+    return out
 
 
 @triton.jit

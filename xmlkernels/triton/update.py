@@ -14,20 +14,25 @@ def bias_corrections(hyper: Tensor, counter: Tensor) -> Tensor:
 
 @triton.jit
 def update_tile(
-    weight, momentum, second, kahan, hyper, counter, correction, at, mask, grad, rows, first_column,
+    weight, momentum, second, kahan, row_scale, hyper, counter, correction, at, mask, row_mask, grad, rows, first_column,
     COLUMNS: tl.constexpr, DECOUPLED: tl.constexpr, EMULATED: tl.constexpr, row_moment=None,
 ):  # fmt: skip
     """Updates a tile of table rows in place from its gradient.
 
     weight, momentum, second, kahan: pointers to which the offsets `at` [R, COLUMNS] are added; absent ones are None.
     grad: fp32 [R, COLUMNS], already scaled. rows: int64 [R], global; first_column: a multiple of 8.
+    row_scale: pointers [R] to the rows' scales (e4m3 tables, without kahan); behind each stands the largest |value| stored.
     correction: fp32 [2] of `bias_corrections`; read with `second` alone. row_moment: fp32 [R], the rows' second moments after
     this step, where `second` has one for each row: the caller has formed and stored them. Nothing is read or written where
-    mask is false.
+    mask is false, nor at row_scale where row_mask is.
     """
     seed, step = tl.load(counter), tl.load(counter + 1)
     lr, decay, beta1 = tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2)
-    w = common.widen(tl.load(weight + at, mask=mask, other=0.0))
+    if row_scale is not None:
+        unit = tl.load(row_scale, mask=row_mask, other=1.0)[:, None]
+        w = common.decode_e4m3(tl.load(weight + at, mask=mask, other=0)) * unit
+    else:
+        w = common.widen(tl.load(weight + at, mask=mask, other=0.0))
     if kahan is not None:
         w += common.widen(tl.load(kahan + at, mask=mask, other=0.0))
     if DECOUPLED:
@@ -49,7 +54,7 @@ def update_tile(
         tl.store(momentum + at, stored, mask=mask)
         # Roots and quotients as IEEE rounds them: the usual ones are approximations on a card.
         root = tl.sqrt_rn(tl.div_rn(v, tl.load(correction + 1) + tl.zeros_like(v))) + eps
-        new = shrunk - tl.div_rn(lr * tl.div_rn(m, tl.load(correction) + tl.zeros_like(m)), root)
+        new = shrunk - lr * tl.div_rn(tl.div_rn(m, tl.load(correction) + tl.zeros_like(m)), root)
     elif momentum is not None:
         m = beta1 * common.widen(tl.load(momentum + at, mask=mask, other=0.0)) + grad
         kind = momentum.dtype.element_ty
@@ -58,7 +63,17 @@ def update_tile(
         new = shrunk - lr * m
     else:
         new = shrunk - lr * grad
-    if kahan is not None:
+    if row_scale is not None:
+        # The scale is a power of two: its inverse, and products with either, are exact.
+        r32 = common.random32(seed, step, rows, first_column, COLUMNS, common.WEIGHT)
+        code = common.encode_e4m3(new * tl.div_rn(tl.full(unit.shape, 1.0, tl.float32), unit), r32)
+        tl.store(weight + at, code, mask=mask)
+        size = tl.max(tl.where(mask, tl.abs(common.decode_e4m3(code)), 0.0), 1)
+        size *= tl.load(row_scale, mask=row_mask, other=1.0)
+        # A row's columns are several programs': the maximum is the same in any order.
+        grows = row_mask & (size > tl.load(row_scale + 1, mask=row_mask, other=0.0))
+        tl.atomic_max(row_scale + 1, size, mask=grows, sem="relaxed")
+    elif kahan is not None:
         limit = common.largest(weight.dtype.element_ty)
         new = tl.minimum(tl.maximum(new, -limit), limit)  # what saturation cuts off must not come back in the next step
         rounded = common.round_nearest(new, weight.dtype.element_ty, EMULATED)
