@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common import DTYPES, Step, assert_no_worse, assert_same_bits, dyadic_step, make_hyper, name_of, random_step
+from counting import counted
 from xmlkernels.reference.cluster_step import cluster_step_ as reference
 from xmlkernels.triton import cluster_step as kernel
 
@@ -138,3 +139,23 @@ def test_pieces_cover_all_within_the_workspace(pairs: int, tiles: int, width: in
     assert sorted(cells) == [(t, c) for t in range(tiles) for c in range(0, width, block)]
     assert all(4 * pairs * number * (b - a) <= kernel.PART_BYTES for _, number, a, b in todo)
     assert todo[0][3] - todo[0][2] == max(b - a for _, _, a, b in todo) and todo[0][1] == max(t[1] for t in todo)
+
+
+def test_accesses_are_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of an active cluster is read for every block of its pairs (scores) and twice for its update, and written once."""
+    step, clusters = random_step(B, N, D, torch.float32, states={"momentum": torch.float32}), chosen()
+    t = {k: v.clone() for k, v in step.tensors.items()}
+    named = {k: t[k] for k in ("weight", "x", "momentum")}
+    with counted(monkeypatch, named) as traffic:
+        kernel.cluster_step_(
+            t["weight"], t["x"], clusters, ROW_PTR, M, t["pos_row"], t["pos_sample"], t["hyper"], t["counter"],
+            momentum=t["momentum"],
+        )  # fmt: skip
+    sizes, pairs = ROW_PTR.diff(), torch.bincount(clusters[clusters >= 0], minlength=6)
+    rows = int(sizes[pairs > 0].sum())
+    assert pairs.max() > 16 and sizes.max() > 32  # two blocks of pairs, three tiles of rows
+    scored = int((torch.ceil(pairs / 16) * sizes).sum())
+    assert traffic.loads["weight"] == (scored + 2 * rows) * D and traffic.stores["weight"] == rows * D
+    assert traffic.loads["momentum"] == traffic.stores["momentum"] == rows * D
+    used = int((pairs * torch.ceil(sizes / 16)).sum())  # a pair's x, by each tile of rows: scores and gradient
+    assert traffic.loads["x"] == 2 * used * D + B * D  # and once for the finite check

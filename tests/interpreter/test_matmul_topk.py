@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common import DTYPES, assert_no_worse, name_of
+from counting import counted
 from xmlkernels.reference.matmul_topk import matmul_topk as reference
 from xmlkernels.triton import matmul_topk as kernel
 
@@ -114,3 +115,15 @@ def test_workspace(monkeypatch: pytest.MonkeyPatch, b: int, n: int, k: int) -> N
     assert 1 <= samples <= min(b, kernel.BATCH)
     # The lists, and keys, indices and buffers of the sort of the first k places.
     assert 8 * samples * (capacity + 5 * k) <= 256 << 20
+
+
+def test_accesses_are_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block of samples reads the table once, each block of labels the batch once."""
+    b, n, d, k = 19, 70, 20, 4
+    x, weight, bias = whole_numbers(b, n, d, torch.float32)
+    with counted(monkeypatch, {"x": x, "weight": weight, "bias": bias}) as traffic:
+        kernel.matmul_topk(x, weight, bias, k)
+    sample_tiles, label_tiles = math.ceil(b / 16), sum(math.ceil((end - begin) / 16) for begin, end in kernel.plan(b, n, k)[3])
+    assert traffic.loads["weight"] == sample_tiles * n * d and traffic.loads["x"] == label_tiles * b * d
+    assert traffic.loads["bias"] == sample_tiles * n
+    assert traffic.stores["weight"] == traffic.stores["x"] == traffic.stores["bias"] == 0

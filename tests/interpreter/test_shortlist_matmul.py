@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from common import DTYPES, assert_no_worse, name_of
+from counting import counted
 from xmlkernels.reference import shortlist_matmul as reference
 from xmlkernels.triton import shortlist_matmul as kernel
 
@@ -101,3 +102,19 @@ def test_an_empty_batch_names_no_row() -> None:
     assert kernel.shortlist_matmul(x, weight, None, index).shape == (0, 2)
     dx, rows, grad, _ = kernel.shortlist_backward(torch.empty(0, 2), x, weight, index)
     assert dx.shape == (0, 5) and rows.shape == (0,) and grad.shape == (0, 5)
+
+
+@SHARED
+def test_accesses_are_the_closed_form(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and dx read a named row once for each block of samples (of columns, in dx, its share), pads nothing."""
+    x, weight, bias, index, dlogits = problem(torch.float32, shared, True)
+    of_b, of_s, real = math.ceil(B[shared] / 16) if shared else 1, math.ceil(S / 16), int((index >= 0).sum())
+    with counted(monkeypatch, {"x": x, "weight": weight}) as traffic:
+        kernel.shortlist_matmul(x, weight, bias, index)
+    assert traffic.loads["weight"] == of_b * real * D and traffic.loads["x"] == of_s * B[shared] * D
+    with counted(monkeypatch, {"x": x, "weight": weight, "dlogits": dlogits}) as traffic:
+        kernel.shortlist_backward(dlogits, x, weight, index, need_dweight=False)
+    pairs = int((index >= 0).expand(B[shared], S).sum())
+    assert traffic.loads["weight"] == of_b * real * D and traffic.loads["x"] == 0
+    assert traffic.loads["dlogits"] == math.ceil(D / 16) * pairs
+    assert not traffic.stores["weight"] and not traffic.stores["x"] and not traffic.stores["dlogits"]

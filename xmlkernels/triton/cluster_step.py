@@ -243,27 +243,11 @@ def pieces(pairs: int, tiles: int, width: int, block: int) -> list[tuple[int, in
 
 
 def cluster_step_(
-    weight: Tensor,
-    x: Tensor,
-    clusters: Tensor,
-    row_ptr: Tensor,
-    cluster_rows: int,
-    pos_row: Tensor,
-    pos_sample: Tensor,
-    hyper: Tensor,
-    counter: Tensor,
-    *,
-    pos_value: Tensor | None = None,
-    bias: Tensor | None = None,
-    momentum: Tensor | None = None,
-    second: Tensor | None = None,
-    kahan: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    row_offset: int = 0,
-    rows: int = -1,
-    decoupled: bool = False,
-    need_loss: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    weight: Tensor, x: Tensor, clusters: Tensor, row_ptr: Tensor, cluster_rows: int, pos_row: Tensor, pos_sample: Tensor,
+    hyper: Tensor, counter: Tensor, *, pos_value: Tensor | None = None, bias: Tensor | None = None,
+    momentum: Tensor | None = None, second: Tensor | None = None, kahan: Tensor | None = None,
+    row_scale: Tensor | None = None, row_offset: int = 0, rows: int = -1, decoupled: bool = False, need_loss: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `xmlkernels.ops.cluster_step_`. Waits for nothing on the device; can be captured in a CUDA graph.
 
     Beyond its results it holds the gradients of the logits, as large as the scores, and at most 192 MB of shares of dx

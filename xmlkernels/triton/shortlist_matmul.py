@@ -271,17 +271,9 @@ def _occurrences(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _row_gradients(
-    dlogits: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    index: Tensor,
-    order: Tensor,
-    start: Tensor,
-    grad: Tensor,
-    dbias: Tensor,
-    need_grad: bool,
-    need_dbias: bool,
-) -> None:
+    dlogits: Tensor, x: Tensor, weight: Tensor, index: Tensor, order: Tensor, start: Tensor, grad: Tensor, dbias: Tensor,
+    need_grad: bool, need_dbias: bool,
+) -> None:  # fmt: skip
     batch, size, width, unique = x.shape[0], index.shape[-1], x.shape[1], start.shape[0] - 1
     need = {"NEED_GRAD": need_grad, "NEED_DBIAS": need_dbias}
     if index.dim() == 2:
