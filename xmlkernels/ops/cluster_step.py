@@ -12,6 +12,7 @@ from xmlkernels.ops._registry import (
     define,
     describe,
     expect,
+    register_cuda,
 )
 from xmlkernels.ops.bce_step import HYPER
 from xmlkernels.reference.cluster_step import cluster_step_ as reference
@@ -186,3 +187,4 @@ define(
     reference,
     _fake,
 )
+register_cuda("cluster_step_", "xmlkernels.triton.cluster_step")

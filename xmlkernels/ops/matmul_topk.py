@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from xmlkernels.ops._registry import check_table, check_tensor, define, expect
+from xmlkernels.ops._registry import check_table, check_tensor, define, expect, register_cuda
 from xmlkernels.reference.matmul_topk import matmul_topk as reference
 
 
@@ -59,3 +59,4 @@ define(
     reference,
     _fake,
 )
+register_cuda("matmul_topk", "xmlkernels.triton.matmul_topk")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xmlkernels.ops._registry import check_table, check_tensor, define, expect
+from xmlkernels.ops._registry import check_table, check_tensor, define, expect, register_cuda
 from xmlkernels.reference.shortlist_matmul import shortlist_backward as backward_reference
 from xmlkernels.reference.shortlist_matmul import shortlist_matmul as reference
 
@@ -105,3 +105,5 @@ define(
     _backward_fake,
 )
 torch.library.register_autograd("xmlkernels::shortlist_matmul", _backward, setup_context=_setup_context)
+register_cuda("shortlist_matmul", "xmlkernels.triton.shortlist_matmul")
+register_cuda("shortlist_backward", "xmlkernels.triton.shortlist_matmul")

@@ -15,15 +15,16 @@ def bias_corrections(hyper: Tensor, counter: Tensor) -> Tensor:
 @triton.jit
 def update_tile(
     weight, momentum, second, kahan, row_scale, hyper, counter, correction, at, mask, row_mask, grad, rows, first_column,
-    COLUMNS: tl.constexpr, DECOUPLED: tl.constexpr, EMULATED: tl.constexpr,
+    COLUMNS: tl.constexpr, DECOUPLED: tl.constexpr, EMULATED: tl.constexpr, row_moment=None,
 ):  # fmt: skip
     """Updates a tile of table rows in place from its gradient.
 
     weight, momentum, second, kahan: pointers to which the offsets `at` [R, COLUMNS] are added; absent ones are None.
     grad: fp32 [R, COLUMNS], already scaled. rows: int64 [R], global; first_column: a multiple of 8.
     row_scale: pointers [R] to the rows' scales (e4m3 tables, without kahan); behind each stands the largest |value| stored.
-    correction: fp32 [2] of `bias_corrections`; read with `second` alone. Nothing is read or written where mask is
-    false, nor at row_scale where row_mask is.
+    correction: fp32 [2] of `bias_corrections`; read with `second` alone. row_moment: fp32 [R], the rows' second moments after
+    this step, where `second` has one for each row: the caller has formed and stored them. Nothing is read or written where
+    mask is false, nor at row_scale where row_mask is.
     """
     seed, step = tl.load(counter), tl.load(counter + 1)
     lr, decay, beta1 = tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2)
@@ -42,13 +43,15 @@ def update_tile(
     if second is not None:
         beta2, eps = tl.load(hyper + 3), tl.load(hyper + 4)
         m = beta1 * common.widen(tl.load(momentum + at, mask=mask, other=0.0)) + (1.0 - beta1) * grad
-        v = beta2 * common.widen(tl.load(second + at, mask=mask, other=0.0)) + (1.0 - beta2) * grad * grad
+        if row_moment is None:
+            v = beta2 * common.widen(tl.load(second + at, mask=mask, other=0.0)) + (1.0 - beta2) * grad * grad
+            stored = common.to_stored(v, seed, step, rows, first_column, COLUMNS, common.SECOND, second.dtype.element_ty)
+            tl.store(second + at, stored, mask=mask)
+        else:
+            v = row_moment[:, None] + tl.zeros_like(m)
         kind = momentum.dtype.element_ty
         stored = common.to_stored(m, seed, step, rows, first_column, COLUMNS, common.MOMENTUM, kind)
         tl.store(momentum + at, stored, mask=mask)
-        kind = second.dtype.element_ty
-        stored = common.to_stored(v, seed, step, rows, first_column, COLUMNS, common.SECOND, kind)
-        tl.store(second + at, stored, mask=mask)
         # Roots and quotients as IEEE rounds them: the usual ones are approximations on a card.
         root = tl.sqrt_rn(tl.div_rn(v, tl.load(correction + 1) + tl.zeros_like(v))) + eps
         new = shrunk - lr * tl.div_rn(tl.div_rn(m, tl.load(correction) + tl.zeros_like(m)), root)

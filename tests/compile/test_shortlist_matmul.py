@@ -1,0 +1,49 @@
+"""The kernels of `shortlist_matmul` compile for cards that are not here, without spilling; dense products on tensor cores."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from compiled import ARCHES, SMALL, Compiled, compile_kernel
+from xmlkernels.triton import shortlist_matmul as kernel
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:]),
+    pytest.mark.parametrize("arch", ARCHES),
+]
+F32, I64 = torch.float32, torch.int64
+NEED = {"D": 768, "NEED_GRAD": True, "NEED_DBIAS": True}
+
+
+def built(fn: Any, arch: str, dtype: torch.dtype, constants: dict[str, Any], warps: int = 4) -> Compiled:
+    kinds = {name: F32 for name in ("bias", "logits", "dlogits", "dx", "parts", "grad", "dbias")}
+    kinds |= {"x": dtype, "weight": dtype, "index": I64, "order": I64, "start": I64}
+    kinds |= {name: "i32" for name in ("batch", "size", "part_size", "unique")}
+    kinds = {name: kinds[name] for name in fn.arg_names if name in kinds}
+    got = compile_kernel(fn, arch, kinds, constants, divisible=tuple(n for n in kinds if n == "size"), num_warps=warps)
+    assert (got.stack, got.local) == (0, 0) and got.shared <= SMALL
+    return got
+
+
+def test_lists(arch: str, dtype: torch.dtype) -> None:
+    entries, columns = kernel.LIST_TILE
+    built(kernel._score_lists, arch, dtype, {"D": 768, "HAS_BIAS": True, "BS": entries, "BD": columns})
+    built(kernel._dx_lists, arch, dtype, {"D": 768, "BS": entries, "BD": columns})
+    built(kernel._rows_lists, arch, dtype, {**NEED, "BO": kernel.OCCURRENCES, "BD": columns})
+
+
+def test_shared(arch: str, dtype: torch.dtype) -> None:
+    def tile(fp32: bool) -> tuple[dict[str, Any], int]:
+        entries, samples, columns, warps = kernel.SHARED_TILE_FP32 if fp32 else kernel.SHARED_TILE
+        return {"EMULATED": False, "BS": entries, "BB": samples, "BD": columns}, warps
+
+    constants, warps = tile(dtype == F32)
+    got = built(kernel._score_shared, arch, dtype, {"D": 768, "HAS_BIAS": True, **constants}, warps)
+    assert got.mma == (dtype != F32) and got.wgmma == (dtype != F32 and arch == "sm_90a")
+    low = dtype == torch.bfloat16  # gradients of fp16 tables stay fp32: fp16 has no room for small ones
+    constants, warps = tile(not low)
+    for fn, more in ((kernel._dx_shared, {"D": 768}), (kernel._rows_shared, NEED)):
+        got = built(fn, arch, dtype, {**more, "LOW": low, **constants}, warps)
+        assert got.mma == low and got.wgmma == (low and arch == "sm_90a")

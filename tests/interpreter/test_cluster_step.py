@@ -1,0 +1,161 @@
+"""`cluster_step_` in Triton: the reference's step over many tiles of rows, pairs and columns, and nothing else touched."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from common import DTYPES, Step, assert_no_worse, assert_same_bits, dyadic_step, make_hyper, name_of, random_step
+from counting import counted
+from xmlkernels.reference.cluster_step import cluster_step_ as reference
+from xmlkernels.triton import cluster_step as kernel
+
+NAMES = ("weight", "bias", "momentum", "second", "kahan")
+# Clusters of 0, 1 and several rows; the largest spans three tiles. Cluster 4 is selected by nobody, cluster 5 by everybody.
+ROW_PTR = torch.tensor([0, 1, 1, 36, 40, 47, 58])
+B, N, D, M = 18, 60, 21, 35
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("MOST", "MOST_FP32"):
+        monkeypatch.setattr(kernel, name, (16, 16, 16))
+    yield
+
+
+def run(op: Any, step: Step, clusters: Tensor, row_ptr: Tensor, most: int, *, wide: bool = False) -> dict[str, Tensor]:
+    """dx, scores, loss and every tensor after a step on copies."""
+    t = {k: v.clone() for k, v in step.tensors.items()}
+    if wide:
+        t = {k: v.double() if v.is_floating_point() and k != "hyper" else v for k, v in t.items()}
+    given = {k: t[k] for k in ("pos_value", *NAMES[1:]) if k in t}
+    first = (t["weight"], t["x"], clusters, row_ptr, most, t["pos_row"], t["pos_sample"], t["hyper"], t["counter"])
+    dx, scores, loss = op(*first, **given, **step.options)
+    return {"dx": dx, "scores": scores, "loss": loss, **{k: t[k] for k in NAMES if k in t}}
+
+
+def chosen(b: int = B) -> Tensor:
+    """Three clusters a sample: the last, one or two of the others in any order, pads."""
+    g = torch.Generator().manual_seed(0)
+    clusters = torch.stack([torch.randperm(4, generator=g)[:3] for _ in range(b)])
+    clusters[::3, 1] = -1
+    clusters[:, 2] = 5
+    return clusters
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_bits_where_every_sum_is_exact(dtype: torch.dtype) -> None:
+    """Random words included: global rows beyond 2^32. Rows that nobody selects, and padding rows, hold NaN and keep it."""
+    step = dyadic_step(B, N, D, dtype, row_offset=2**33, rows=57)
+    step.tensors["bias"] = torch.zeros(N)
+    step.tensors["weight"][40:47] = step.tensors["weight"][57:] = math.nan
+    want, got = (run(op, step, chosen(), ROW_PTR, M) for op in (reference, kernel.cluster_step_))
+    assert want["loss"] > 0 and (want["scores"] == -math.inf).any()
+    assert_same_bits({**got, "dx": got["dx"] + 0.0}, {**want, "dx": want["dx"] + 0.0}, but=("scores",))
+    assert torch.equal(got["scores"], want["scores"])
+
+
+STATES: dict[str, tuple[torch.dtype, dict[str, torch.dtype], dict[str, Any]]] = {
+    "fp32-adam": (torch.float32, {"bias": torch.float32, "momentum": torch.float32, "second": torch.float32}, {}),
+    "fp32-row-adam": (torch.float32, {"momentum": torch.float32, "second": torch.float32}, {"row": True}),
+    "fp16-row-adam-decoupled": (
+        torch.float16,
+        {"momentum": torch.float32, "second": torch.float32},
+        {"row": True, "decoupled": True},
+    ),
+    "fp16-momentum-kahan": (torch.float16, {"momentum": torch.float16, "kahan": torch.float16}, {}),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_no_worse_than_the_reference_in_fp32(name: str) -> None:
+    """Against float64; the same bits again on a second run."""
+    dtype, states, options = STATES[name]
+    options = dict(options)
+    row_wise = options.pop("row", False)
+    hyper = make_hyper(0.01, 0.1, 0.9, 0.99, 1e-6, 0.5, 2.0)
+    step = random_step(B, N, D, dtype, share=0.1, states=states, hyper=hyper, values=True, **options)
+    if row_wise:
+        step.tensors["second"] = step.tensors["second"].float().mean(1).contiguous()
+    args = (step, chosen(), ROW_PTR, M)
+    got, again = run(kernel.cluster_step_, *args), run(kernel.cluster_step_, *args)
+    assert_same_bits(got, again)
+    low, exact = run(reference, *args), run(reference, *args, wide=True)
+    real = exact["scores"] > -math.inf
+    assert torch.equal(got.pop("scores") > -math.inf, real)
+    for key, value in got.items():
+        kind = value.dtype if key in NAMES else dtype
+        rounded = kind if key in ("weight", "momentum") and "kahan" not in states else None
+        assert_no_worse(value, low[key].to(kind), exact[key], kind, what=key, rounded=rounded)
+        if key in NAMES and value.dim() == 2:
+            assert torch.equal(value[40:47], step.tensors[key][40:47]), f"{key}: a row that nobody selects was written"
+
+
+def test_level_zero_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cluster of all rows; shares of dx for one tile and one block of columns at a time, row-wise moments kept."""
+    step = dyadic_step(B, N, D, torch.float32)
+    clusters, row_ptr = torch.zeros(B, 1, dtype=torch.int64), torch.tensor([0, N])
+    for name, shape in (("momentum", (N, D)), ("second", (N,))):
+        step.tensors[name] = torch.zeros(shape)
+    step.tensors["hyper"] = make_hyper(2.0**-8, 0.0, 0.5, 0.5, 1e-3, 0.5, 4.0)
+    want = run(reference, step, clusters, row_ptr, N + 3)
+    whole = run(kernel.cluster_step_, step, clusters, row_ptr, N + 3)
+    assert torch.equal(whole["dx"], want["dx"]) and torch.equal(whole["momentum"], want["momentum"])
+    torch.testing.assert_close(whole["weight"], want["weight"], rtol=1e-6, atol=1e-7)
+    monkeypatch.setattr(kernel, "PART_BYTES", 1)
+    assert len(kernel.pieces(B, 4, D, 16)) == 8
+    assert_same_bits(run(kernel.cluster_step_, step, clusters, row_ptr, N + 3), whole)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_batch_that_is_not_finite_touches_nothing(value: float) -> None:
+    step = random_step(3, N, 5, torch.float32, states={"bias": torch.float32, "momentum": torch.float32})
+    step.tensors["x"][2, 4] = value
+    got = run(kernel.cluster_step_, step, chosen(3), ROW_PTR, M)
+    assert all(got[name].isnan().all() for name in ("dx", "scores", "loss"))
+    assert_same_bits({k: got[k] for k in ("weight", "bias", "momentum")}, step.tensors)
+
+
+@pytest.mark.parametrize("b, k, clusters", [(0, 2, 3), (2, 0, 3), (2, 2, 0), (2, 2, 3)], ids=str)
+def test_empty(b: int, k: int, clusters: int) -> None:
+    """No sample, no choice, no cluster, only pads."""
+    step = random_step(b, 6, 5, torch.float32, share=0.0)
+    row_ptr = torch.tensor([0, 2, 4, 6][: clusters + 1])
+    args = (step, torch.full((b, k), -1), row_ptr, 2)
+    got = run(kernel.cluster_step_, *args)
+    assert torch.equal(got["weight"], step.tensors["weight"]) and got["loss"].tolist() == [0]
+    assert torch.equal(got["dx"], torch.zeros(b, 5)) and torch.equal(got["scores"], torch.full((b, k, 2), -math.inf))
+
+
+@pytest.mark.parametrize(
+    "pairs, tiles, width, block", [(64 * 400, 1, 768, 64), (512, 256, 768, 64), (512, 2000, 768, 32), (7, 3, 5, 16)]
+)
+def test_pieces_cover_all_within_the_workspace(pairs: int, tiles: int, width: int, block: int) -> None:
+    todo = kernel.pieces(pairs, tiles, width, block)
+    cells = [(t, c) for first, number, a, b in todo for t in range(first, first + number) for c in range(a, b, block)]
+    assert sorted(cells) == [(t, c) for t in range(tiles) for c in range(0, width, block)]
+    assert all(4 * pairs * number * (b - a) <= kernel.PART_BYTES for _, number, a, b in todo)
+    assert todo[0][3] - todo[0][2] == max(b - a for _, _, a, b in todo) and todo[0][1] == max(t[1] for t in todo)
+
+
+def test_accesses_are_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of an active cluster is read for every block of its pairs (scores) and twice for its update, and written once."""
+    step, clusters = random_step(B, N, D, torch.float32, states={"momentum": torch.float32}), chosen()
+    t = {k: v.clone() for k, v in step.tensors.items()}
+    named = {k: t[k] for k in ("weight", "x", "momentum")}
+    with counted(monkeypatch, named) as traffic:
+        kernel.cluster_step_(
+            t["weight"], t["x"], clusters, ROW_PTR, M, t["pos_row"], t["pos_sample"], t["hyper"], t["counter"],
+            momentum=t["momentum"],
+        )  # fmt: skip
+    sizes, pairs = ROW_PTR.diff(), torch.bincount(clusters[clusters >= 0], minlength=6)
+    rows = int(sizes[pairs > 0].sum())
+    assert pairs.max() > 16 and sizes.max() > 32  # two blocks of pairs, three tiles of rows
+    scored = int((torch.ceil(pairs / 16) * sizes).sum())
+    assert traffic.loads["weight"] == (scored + 2 * rows) * D and traffic.stores["weight"] == rows * D
+    assert traffic.loads["momentum"] == traffic.stores["momentum"] == rows * D
+    used = int((pairs * torch.ceil(sizes / 16)).sum())  # a pair's x, by each tile of rows: scores and gradient
+    assert traffic.loads["x"] == 2 * used * D + B * D  # and once for the finite check

@@ -1,0 +1,129 @@
+"""`matmul_topk` in Triton: equal to the reference, value by value and row by row, over many tiles, chunks and cuts."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from common import DTYPES, assert_no_worse, name_of
+from counting import counted
+from xmlkernels.reference.matmul_topk import matmul_topk as reference
+from xmlkernels.triton import matmul_topk as kernel
+
+INF = math.inf
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tables of a few dozen rows then span several chunks, and lists are cut in several blocks."""
+    monkeypatch.setattr(kernel, "FIRST_CHUNK", 16)
+    monkeypatch.setattr(kernel, "TILE", (16, 16, 16, 4))
+    monkeypatch.setattr(kernel, "TILE_FP32", (16, 16, 16, 4))
+    monkeypatch.setattr(kernel, "CUT_BLOCK", 64)
+    yield
+
+
+def whole_numbers(b: int, n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """x, weight, bias of small whole numbers: every score is exact in any order, and ties abound."""
+    g = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(-2, 3, (size, d), generator=g).to(dtype) for size in (b, n))
+    return x, weight, torch.randint(-2, 3, (n,), generator=g).float()
+
+
+def check_equal(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    values, rows = kernel.matmul_topk(*args, **options)
+    expected_values, expected_rows = reference(*args, **options)
+    assert values.dtype == torch.float32 and rows.dtype == torch.int64
+    assert torch.equal(rows, expected_rows) and torch.equal(values, expected_values)
+    return values, rows
+
+
+@pytest.mark.parametrize("k", [1, 7, 130])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_equals_the_reference(dtype: torch.dtype, k: int) -> None:
+    """Bias, exclusions (twice, of other shards, of padding), padding rows that would win, rows beyond 2^32, fewer than k."""
+    x, weight, bias = whole_numbers(19, 110, 20, dtype)
+    bias[101:] = math.nan
+    weight[105:] = INF
+    offset = 2**33
+    best = reference(x, weight, bias, 6, row_offset=offset, rows=101)[1]
+    other = torch.tensor([[-1, offset - 1, offset + 101, 5]]).expand(19, 4)
+    exclude = torch.cat([best[:, :2], other, best[:, 1:2], best[:, 4:5]], 1).contiguous()
+    values, rows = check_equal(x, weight, bias, k, exclude=exclude, row_offset=offset, rows=101)
+    assert k < 130 or ((rows[:, 98:] == -1).all() and (values[:, 98:] == -INF).all())
+
+
+@pytest.mark.parametrize("x_dtype, dtype", [(torch.float32, torch.float16), (torch.bfloat16, torch.float16)], ids=name_of)
+def test_formats_of_x_and_table_mix(x_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    x, weight, bias = whole_numbers(3, 40, 7, torch.float32)
+    check_equal(x.to(x_dtype), weight.to(dtype), bias, 5)
+
+
+def test_scores_that_rise_fall_and_tie() -> None:
+    """The worst orders for a running threshold: every row is a new best, none but the first k is, all are equal."""
+    weight = torch.arange(1500.0).reshape(-1, 1)
+    check_equal(torch.tensor([[1.0], [-1.0], [0.0], [-0.0]]), weight, None, 5)
+
+
+def test_what_is_not_finite() -> None:
+    """NaN is never returned; +inf is a score like others; a row at -inf is a place that no row fills."""
+    x, weight, bias = whole_numbers(17, 60, 9, torch.float32)
+    weight[3::7, 4], bias[5::11], x[16, 2] = math.nan, math.nan, math.nan
+    bias[[4, 51]], bias[[7, 40]] = INF, -INF
+    values, rows = check_equal(x, weight, bias, 60)
+    assert not values.isnan().any() and (rows[16] == -1).all() and (rows[:16, 1] == 51).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name_of)
+def test_no_worse_than_torch(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(17, 37, generator=g).to(dtype), torch.randn(50, 37, generator=g).to(dtype)
+    values, rows = kernel.matmul_topk(x, weight, None, 9)
+    again = kernel.matmul_topk(x, weight, None, 9)
+    assert torch.equal(values, again[0]) and torch.equal(rows, again[1])
+    z = x.double() @ weight.double().T
+    low = (x.float() @ weight.float().T).to(dtype)
+    mine, best = z.gather(1, rows), z.topk(9).values
+    assert_no_worse(values, low.double().gather(1, rows), mine, dtype, what="scores")
+    assert (best - mine <= 2 * (values.double() - mine).abs().max() + 1e-6 * best.abs().max()).all()
+
+
+@pytest.mark.parametrize("b, n", [(0, 9), (3, 0), (3, 1)])
+def test_empty(b: int, n: int) -> None:
+    check_equal(torch.ones(b, 4), torch.ones(n, 4), None, 3, exclude=torch.empty(b, 0, dtype=torch.int64))
+
+
+def test_batches_that_do_not_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "BATCH", 16)
+    x, weight, bias = whole_numbers(35, 40, 5, torch.float32)
+    check_equal(x, weight, bias, 4, exclude=torch.arange(70).reshape(35, 2))
+
+
+@pytest.mark.parametrize(
+    "b, n, k", [(512, 2_800_000, 100), (1, 10**8, 1), (4096, 670_000, 1000), (3, 70, 5), (1024, 10**6, 10**6)]
+)
+def test_workspace(monkeypatch: pytest.MonkeyPatch, b: int, n: int, k: int) -> None:
+    """Chunks cover the table once; a chunk fits beside a list that was not cut; lists and sort stay within 256 MB."""
+    monkeypatch.undo()
+    samples, slack, capacity, chunks = kernel.plan(b, n, k)
+    assert chunks[0][0] == 0 and chunks[-1][1] == n
+    assert all(a[1] == b[0] for a, b in zip(chunks[:-1], chunks[1:], strict=True))
+    assert max(end - begin for begin, end in chunks) + k + slack <= capacity
+    assert 1 <= samples <= min(b, kernel.BATCH)
+    # The lists, and keys, indices and buffers of the sort of the first k places.
+    assert 8 * samples * (capacity + 5 * k) <= 256 << 20
+
+
+def test_accesses_are_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block of samples reads the table once, each block of labels the batch once."""
+    b, n, d, k = 19, 70, 20, 4
+    x, weight, bias = whole_numbers(b, n, d, torch.float32)
+    with counted(monkeypatch, {"x": x, "weight": weight, "bias": bias}) as traffic:
+        kernel.matmul_topk(x, weight, bias, k)
+    sample_tiles, label_tiles = math.ceil(b / 16), sum(math.ceil((end - begin) / 16) for begin, end in kernel.plan(b, n, k)[3])
+    assert traffic.loads["weight"] == sample_tiles * n * d and traffic.loads["x"] == label_tiles * b * d
+    assert traffic.loads["bias"] == sample_tiles * n
+    assert traffic.stores["weight"] == traffic.stores["x"] == traffic.stores["bias"] == 0

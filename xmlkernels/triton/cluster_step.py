@@ -1,0 +1,291 @@
+"""`cluster_step_` on the GPU: one program for each tile of rows of each cluster that some sample selects.
+
+Pairs (sample, cluster) are sorted by cluster on the device. A program scores its rows for all their samples, keeps the
+gradient of the logits in a workspace, and then goes over the columns: the rows' share of dx, the rows' own gradient, the
+update, the store. A row comes from memory once (the second look finds it in the cache of the same multiprocessor) and has
+one owner. The shares of dx lie apart for each (sample, cluster, tile) and are summed afterwards in the order of a sample's
+clusters, so that every sum has the same order in every run, without atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xmlkernels.triton import common
+from xmlkernels.triton.update import bias_corrections, update_tile
+
+PART_BYTES = 192 << 20  # shares of dx held at a time; beyond that, columns and then tiles of rows are taken in turn
+# Rows, pairs and columns of a tile, at most. Gradients of fp16 tables are multiplied in fp32, too: fp16 has no room for
+# small ones.
+MOST, MOST_FP32 = (64, 32, 64), (32, 16, 32)
+SUMMANDS = 8  # shares of dx that are loaded together
+
+
+@triton.jit
+def _score(
+    weight, x, bias, scores, gradient, order, pos_row, pos_sample, pos_value, scale,
+    row, is_row, place, first_pair, last_pair, first_pos, last_pos, chosen, cluster_rows, D: tl.constexpr,
+    NEED_LOSS: tl.constexpr, EMULATED: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Scores and gradients of a tile of rows for all its pairs; returns the sums of the gradient [BR] and of the loss.
+
+    place: int32 [BR], number of each row in its cluster; chosen: clusters per sample.
+    """
+    column = tl.arange(0, BD)
+    total_g = tl.zeros((BR,), dtype=tl.float32)
+    loss = tl.zeros((BR,), dtype=tl.float32)
+    for first in range(first_pair, last_pair, BP):
+        at = first + tl.arange(0, BP)
+        is_pair = at < last_pair
+        pair = tl.load(order + at, mask=is_pair, other=0)
+        sample = pair // chosen
+        z = tl.zeros((BR, BP), dtype=tl.float32)
+        for start in range(0, D, BD):
+            left = column < D - start
+            w = tl.load(weight + row[:, None] * D + start + column[None, :], mask=is_row[:, None] & left[None, :], other=0.0)
+            x_at = x + sample[None, :] * D + start + column[:, None]
+            e = tl.load(x_at, mask=is_pair[None, :] & left[:, None], other=0.0)
+            z = common.dot(w if w.dtype == e.dtype else common.widen(w), e, z, EMULATED)
+        if bias is not None:
+            z += tl.load(bias + row, mask=is_row, other=0.0)[:, None]
+        y = tl.zeros((BR, BP), dtype=tl.float32)
+        for p in range(first_pos, last_pos):
+            value = 1.0
+            if pos_value is not None:
+                value = tl.load(pos_value + p)
+            hit = (row == tl.load(pos_row + p))[:, None] & (sample == tl.load(pos_sample + p))[None, :]
+            y = tl.where(hit, value, y)
+        real = is_row[:, None] & is_pair[None, :]
+        tl.store(scores + pair[None, :] * cluster_rows + place[:, None], z, mask=real)
+        sigma, tail = common.sigmoid_and_tail(z)
+        g = tl.where(real, scale * (sigma - y), 0.0)
+        tl.store(gradient + at[None, :] * cluster_rows + place[:, None], g, mask=real)
+        total_g += tl.sum(g, axis=1)
+        if NEED_LOSS:
+            loss += tl.sum(tl.where(real, common.softplus(z, tail) - y * z, 0.0), axis=1)
+    return total_g, tl.sum(loss, axis=0)
+
+
+@triton.jit
+def _products(
+    x, gradient, order, parts, w, column, is_row, place, first_pair, last_pair, chosen, cluster_rows, part_at,
+    part_stride, D: tl.constexpr,
+    WRITE: tl.constexpr, LOW: tl.constexpr, EMULATED: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Gradient [BR, BD] of a tile of rows and columns. WRITE: also stores the tile's shares of dx."""
+    grad = tl.zeros((BR, BD), dtype=tl.float32)
+    left = column < D
+    for first in range(first_pair, last_pair, BP):
+        at = first + tl.arange(0, BP)
+        is_pair = at < last_pair
+        pair = tl.load(order + at, mask=is_pair, other=0)
+        real = is_row[:, None] & is_pair[None, :]
+        g = tl.load(gradient + at[None, :] * cluster_rows + place[:, None], mask=real, other=0.0)
+        e = tl.load(x + (pair // chosen)[:, None] * D + column[None, :], mask=is_pair[:, None] & left[None, :], other=0.0)
+        if LOW:
+            g = common.round_nearest(g, e.dtype, EMULATED)
+        else:
+            e = common.widen(e)
+        grad = common.dot(g, e, grad, EMULATED)
+        if WRITE:
+            share = common.dot(tl.trans(g), w, tl.zeros((BP, BD), dtype=tl.float32), EMULATED)
+            share_at = parts + pair[:, None] * part_stride + (part_at + tl.arange(0, BD))[None, :]
+            tl.store(share_at, share, mask=is_pair[:, None] & left[None, :])
+    return grad
+
+
+@triton.jit
+def _step_tiles(
+    weight, x, bias, momentum, second, kahan, moment, scores, gradient, parts, losses, flag, order, group, edge, pos_edge,
+    pos_row, pos_sample, pos_value, hyper, counter, correction, row_offset, cluster_rows, chosen, tiles,
+    first_tile, part_tiles, first_column, last_column, D: tl.constexpr,
+    ROW_WISE: tl.constexpr, SCORE: tl.constexpr, NEED_LOSS: tl.constexpr, DECOUPLED: tl.constexpr, LOW: tl.constexpr,
+    EMULATED: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows of one group of pairs (those of one cluster): scores (SCORE), then columns first..last updated.
+
+    group int64 [G + 1]: where each group's pairs begin in `order`. edge int64 [G, tiles + 1]: its tiles' rows; pos_edge the
+    same: where their positives begin. parts fp32 [pairs, part_tiles, last_column - first_column]. moment fp32 [G, tiles, BR].
+    """
+    g = (tl.program_id(0) // part_tiles).to(tl.int64)
+    part = tl.program_id(0) % part_tiles
+    tile = first_tile + part
+    cell = g * (tiles + 1) + tile
+    begin, end = tl.load(edge + cell), tl.load(edge + cell + 1)
+    if (begin < end) & (tl.load(flag) == 0):
+        row = begin + tl.arange(0, BR)
+        is_row = row < end
+        place = tile * BR + tl.arange(0, BR)
+        first_pair, last_pair = tl.load(group + g), tl.load(group + g + 1)
+        lr, decay = tl.load(hyper), tl.load(hyper + 1)
+        width = last_column - first_column
+        if SCORE:
+            total_g, loss = _score(
+                weight, x, bias, scores, gradient, order, pos_row, pos_sample, pos_value, tl.load(hyper + 5),
+                row, is_row, place, first_pair, last_pair, tl.load(pos_edge + cell), tl.load(pos_edge + cell + 1), chosen,
+                cluster_rows, D, NEED_LOSS, EMULATED, BR, BP, BD,
+            )  # fmt: skip
+            if NEED_LOSS:
+                tl.store(losses + g * tiles + tile, loss)
+            if bias is not None:
+                moved = tl.load(bias + row, mask=is_row, other=0.0) - lr * total_g
+                tl.store(bias + row, common.round_nearest(moved, tl.float32, EMULATED), mask=is_row)
+            tl.debug_barrier()  # the gradients that all threads wrote are read by all
+        row_moment = tl.zeros((BR,), dtype=tl.float32)
+        if ROW_WISE:
+            moment_at = moment + (g * tiles + tile) * BR + tl.arange(0, BR)
+            if SCORE:
+                for start in range(0, D, BD):
+                    column = start + tl.arange(0, BD)
+                    at = row[:, None] * D + column[None, :]
+                    mask = is_row[:, None] & (column < D)[None, :]
+                    grad = _products(
+                        x, gradient, order, parts, None, column, is_row, place, first_pair, last_pair, chosen, cluster_rows,
+                        0, 0, D, False, LOW, EMULATED, BR, BP, BD,
+                    )  # fmt: skip
+                    if not DECOUPLED:
+                        full = common.widen(tl.load(weight + at, mask=mask, other=0.0))
+                        if kahan is not None:
+                            full += common.widen(tl.load(kahan + at, mask=mask, other=0.0))
+                        grad += decay * full
+                    row_moment += tl.sum(tl.where(mask, grad * grad, 0.0), axis=1)
+                beta2 = tl.load(hyper + 3)
+                old = common.widen(tl.load(second + row, mask=is_row, other=0.0))
+                row_moment = beta2 * old + (1.0 - beta2) * (row_moment / D)
+                # A row has one value, in column 0 of the draw.
+                wide = row_moment[:, None] + tl.zeros((BR, 8), dtype=tl.float32)
+                stored = common.to_stored(
+                    wide, tl.load(counter), tl.load(counter + 1), row + row_offset, 0, 8, common.SECOND, second.dtype.element_ty
+                )
+                eighth = tl.arange(0, 8)[None, :]
+                tl.store(second + row[:, None] + eighth, stored, mask=is_row[:, None] & (eighth == 0))
+                tl.store(moment_at, row_moment)
+            else:
+                row_moment = tl.load(moment_at)
+        for start in range(first_column, last_column, BD):
+            column = start + tl.arange(0, BD)
+            at = row[:, None] * D + column[None, :]
+            mask = is_row[:, None] & (column < D)[None, :]
+            w = tl.load(weight + at, mask=mask, other=0.0)
+            grad = _products(
+                x, gradient, order, parts, w if LOW else common.widen(w), column, is_row, place, first_pair, last_pair, chosen,
+                cluster_rows, part * width + start - first_column, part_tiles * width, D, True,
+                LOW, EMULATED, BR, BP, BD,
+            )  # fmt: skip
+            update_tile(
+                weight, momentum, second, kahan, None, hyper, counter, correction, at, mask, is_row, grad, row + row_offset,
+                start, BD, DECOUPLED, EMULATED, row_moment if ROW_WISE else None,
+            )  # fmt: skip
+
+
+@triton.jit
+def _sum_parts(
+    parts, clusters, row_ptr, hyper, flag, dx, chosen, rows, first_tile, part_tiles, first_column, last_column,
+    D: tl.constexpr, FIRST: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Adds the shares of one sample and BD columns to dx, in the order of its clusters and their tiles."""
+    width = last_column - first_column
+    blocks = tl.cdiv(width, BD)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    offset = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
+    left = first_column + offset < D
+    total = tl.zeros((BS, BD), dtype=tl.float32)
+    for first in range(0, chosen * part_tiles, BS):
+        at = first + tl.arange(0, BS)
+        inside = at < chosen * part_tiles
+        pair = sample * chosen + at // part_tiles
+        cluster = tl.load(clusters + pair, mask=inside, other=-1)
+        begin = tl.load(row_ptr + cluster, mask=cluster >= 0, other=0)
+        end = tl.minimum(tl.load(row_ptr + cluster + 1, mask=cluster >= 0, other=0), rows)
+        written = begin + (first_tile + at % part_tiles).to(tl.int64) * BR < end  # the last tiles of a small cluster are not
+        share_at = (pair * part_tiles + at % part_tiles)[:, None] * width + offset[None, :]
+        total += tl.load(parts + share_at, mask=written[:, None] & left[None, :], other=0.0)
+    out = tl.load(hyper + 6) * tl.sum(total, axis=0)
+    dx_at = dx + sample * D + first_column + offset
+    if not FIRST:
+        out += tl.load(dx_at, mask=left, other=0.0)
+    tl.store(dx_at, tl.where(tl.load(flag) == 0, out, float("nan")), mask=left)
+
+
+def _groups(clusters: Tensor, row_ptr: Tensor, n: int, tiles: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs in the order of their clusters [P], where each group of one cluster begins [G + 1], and the rows at the edges of
+    its tiles [G, tiles + 1]. G is the most groups that there can be; groups that are not there have no rows."""
+    ids, order = torch.sort(clusters.reshape(-1), stable=True)
+    most = min(ids.shape[0], row_ptr.shape[0])  # every cluster, and the pads
+    number = torch.cat([ids.new_zeros(1), (ids[1:] != ids[:-1]).cumsum(0)])
+    group = torch.searchsorted(number, torch.arange(most + 1, device=ids.device))
+    cluster = ids[group[:-1].clamp(max=ids.shape[0] - 1)]
+    there = (group[:-1] < group[1:]) & (cluster >= 0)
+    begin, end = (row_ptr[cluster.clamp(min=0) + i].clamp(max=n)[:, None] for i in (0, 1))
+    edge = torch.minimum(begin + side * torch.arange(tiles + 1, device=ids.device), end)
+    return order, group, torch.where(there[:, None], edge, 0)
+
+
+def _sides(batch: int, chosen: int, count: int, cluster_rows: int, low: bool) -> tuple[int, int, int]:
+    """Rows, pairs and columns of a tile, from the shapes alone: as many pairs as a cluster has on average."""
+    rows, pairs, columns = MOST if low else MOST_FP32
+    average = min(batch, triton.cdiv(batch * chosen, max(count, 1)))
+    return common.power_of_2(cluster_rows, 16, rows), common.power_of_2(average, 16, pairs), columns
+
+
+def pieces(pairs: int, tiles: int, width: int, block: int) -> list[tuple[int, int, int, int]]:
+    """Tiles (first, number) and columns (first, last) whose shares of dx are held at a time, in order."""
+    most = max(1, PART_BYTES // (4 * pairs * block))  # tiles times blocks of columns
+    blocks = triton.cdiv(width, block)
+    columns = block * min(blocks, most)
+    number = max(1, min(tiles, most // blocks))
+    return [
+        (tile, min(number, tiles - tile), column, min(column + columns, blocks * block))
+        for tile in range(0, tiles, number)
+        for column in range(0, width, columns)
+    ]
+
+
+def cluster_step_(
+    weight: Tensor, x: Tensor, clusters: Tensor, row_ptr: Tensor, cluster_rows: int, pos_row: Tensor, pos_sample: Tensor,
+    hyper: Tensor, counter: Tensor, *, pos_value: Tensor | None = None, bias: Tensor | None = None,
+    momentum: Tensor | None = None, second: Tensor | None = None, kahan: Tensor | None = None,
+    row_scale: Tensor | None = None, row_offset: int = 0, rows: int = -1, decoupled: bool = False, need_loss: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `xmlkernels.ops.cluster_step_`. Waits for nothing on the device; can be captured in a CUDA graph.
+
+    Beyond its results it holds the gradients of the logits, as large as the scores, and at most 192 MB of shares of dx
+    (more only where one block of columns of all pairs is more: beyond 750,000 of them).
+    """
+    batch, chosen, width, count = x.shape[0], clusters.shape[1], x.shape[1], row_ptr.shape[0] - 1
+    n = weight.shape[0] if rows < 0 else rows
+    same = weight.dtype == torch.bfloat16 or x.dtype == weight.dtype
+    x, flag = common.prepare_batch(x, weight.dtype if same else torch.float32)
+    nan = torch.where(flag == 0, 0.0, torch.nan)
+    dx = nan.expand(batch, width).contiguous()
+    scores = (nan - torch.inf).expand(batch, chosen, cluster_rows).contiguous()
+    if min(batch, chosen, cluster_rows, count) == 0:
+        return dx, scores, nan if need_loss else nan.new_empty(0)
+    low = weight.dtype == torch.bfloat16
+    row_side, pair_side, block = _sides(batch, chosen, count, cluster_rows, low)
+    tiles = triton.cdiv(cluster_rows, row_side)
+    order, group, edge = _groups(clusters, row_ptr, n, tiles, row_side)
+    groups = edge.shape[0]
+    pos_edge = torch.searchsorted(pos_row, edge)
+    gradient = torch.empty(batch * chosen, cluster_rows, dtype=torch.float32, device=x.device)
+    losses = torch.zeros(groups * tiles if need_loss else 1, dtype=torch.float32, device=x.device)
+    row_wise = second is not None and second.dim() == 1
+    moment = torch.empty(groups * tiles * row_side if row_wise else 0, dtype=torch.float32, device=x.device)
+    correction = bias_corrections(hyper, counter) if second is not None else hyper
+    todo = pieces(batch * chosen, tiles, width, block)
+    _, number, _, columns = todo[0]
+    parts = torch.empty(batch * chosen * number * columns, dtype=torch.float32, device=x.device)
+    for tile, number, first, last in todo:
+        _step_tiles[(groups * number,)](
+            weight, x, bias, momentum, second, kahan, moment, scores, gradient, parts, losses, flag, order, group, edge,
+            pos_edge, pos_row, pos_sample, pos_value, hyper, counter, correction, row_offset, cluster_rows, chosen, tiles,
+            tile, number, first, last, D=width, ROW_WISE=row_wise, SCORE=first == 0, NEED_LOSS=need_loss,
+            DECOUPLED=decoupled, LOW=low, EMULATED=common.emulated(),
+            BR=row_side, BP=pair_side, BD=block, num_warps=8 if row_side == 64 else 4, **common.LAUNCH,
+        )  # fmt: skip
+        _sum_parts[(batch * triton.cdiv(last - first, block),)](
+            parts, clusters, row_ptr, hyper, flag, dx, chosen, n, tile, number, first, last,
+            D=width, FIRST=tile == 0, BR=row_side, BS=SUMMANDS, BD=block, **common.LAUNCH,
+        )  # fmt: skip
+    return dx, scores, hyper[5] * losses.sum().reshape(1) + nan if need_loss else losses.new_empty(0)
