@@ -78,7 +78,8 @@ struct ClusterCall {
   explicit ClusterCall(const ClusterStep& args)
       : a(args), groups(a.clusters, a.batch.size, a.rows, a.positives),
         plan(a.batch, Table{a.state.weight, a.state.dtype, groups.rows, nullptr, nullptr}, sizeof(typename T::elem)),
-        table{a.state.weight, a.state.dtype, a.rows, a.bias, a.state.row_scale}, positives(groups.positives()), update(a.state),
+        table{a.state.weight, a.state.dtype, a.rows, a.bias, a.state.row_scale}, positives(groups.positives()),
+        update(a.state),
         sums(a.loss || a.bias), small_rows(max64(8, min64(kLargeRows, kSmallBytes / (plan.width_pad * 4)))),
         x(plan.batch * plan.width_pad), packable(plan.batch * plan.width) {
     for (int64_t i = 0; i < groups.count; ++i) {
