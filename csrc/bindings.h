@@ -43,6 +43,16 @@ inline xk::DType dtype_of(const Tensor& t, const char* name) {
   return xk::DType::f32;
 }
 
+// A table's dtype; row_scale [n, 2] belongs to 8-bit tables alone.
+inline xk::DType table_dtype_of(const Tensor& weight, const Maybe& row_scale) {
+  const bool small = weight.scalar_type() == ScalarType::Float8_e4m3fn;
+  STD_TORCH_CHECK(small == row_scale.has_value(), "argument row_scale: expected one beside an 8-bit weight, else None");
+  if (!small) return dtype_of(weight, "weight");
+  check(weight, "weight", ScalarType::Float8_e4m3fn);
+  check(*row_scale, "row_scale", ScalarType::Float), check_size(*row_scale, "row_scale", 2 * weight.size(0));
+  return xk::DType::f8;
+}
+
 inline xk::State state_of(const Maybe& state, const char* name, const Tensor& weight) {
   if (!state) return {nullptr, xk::DType::f32};
   const xk::DType dtype = dtype_of(*state, name);
@@ -60,7 +70,8 @@ inline xk::RowState row_state_of(const Tensor& weight, const Maybe& momentum, co
   check(hyper, "hyper", ScalarType::Float), check_size(hyper, "hyper", 7);
   check(counter, "counter", ScalarType::Long), check_size(counter, "counter", 2);
   xk::RowState s{};
-  s.dtype = dtype_of(weight, "weight");
+  s.dtype = table_dtype_of(weight, row_scale);
+  s.row_scale = row_scale ? static_cast<float*>(row_scale->mutable_data_ptr()) : nullptr;
   s.weight = weight.mutable_data_ptr();
   s.width = weight.size(1);
   s.momentum = state_of(momentum, "momentum", weight);
@@ -74,7 +85,7 @@ inline xk::RowState row_state_of(const Tensor& weight, const Maybe& momentum, co
   }
   s.kahan = state_of(kahan, "kahan", weight);
   STD_TORCH_CHECK(!kahan || (s.kahan.dtype == s.dtype && s.dtype != xk::DType::f32),
-                  "argument kahan: expected the table's dtype, below float32");
+                  "argument kahan: expected the table's dtype, bfloat16 or float16");
   if (row_step) {
     check(*row_step, "row_step", ScalarType::Long), check_size(*row_step, "row_step", n);
     s.row_step = static_cast<int64_t*>(row_step->mutable_data_ptr());
@@ -87,7 +98,6 @@ inline xk::RowState row_state_of(const Tensor& weight, const Maybe& momentum, co
     s.row_decay = static_cast<float*>(row_decay->mutable_data_ptr());
     s.decay_sum = static_cast<const float*>(decay_sum->const_data_ptr());
   }
-  STD_TORCH_CHECK(!row_scale, "argument row_scale: expected None, 8-bit tables have no kernel here");
   s.hyper = static_cast<const float*>(hyper.const_data_ptr());
   s.counter = static_cast<const int64_t*>(counter.const_data_ptr());
   s.row_offset = row_offset;

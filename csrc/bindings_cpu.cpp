@@ -16,12 +16,14 @@ xk::Batch batch_of(const Tensor& x, const Tensor& weight) {
   return {x.const_data_ptr(), dtype_of(x, "x"), x.size(0), x.size(1)};
 }
 
-xk::Table table_of(const Tensor& weight, const Maybe& bias, int64_t rows) {
+xk::Table table_of(const Tensor& weight, const Maybe& bias, int64_t rows, const Maybe& row_scale) {
   const int64_t n = weight.size(0);
   STD_TORCH_CHECK(rows >= -1 && rows <= n, "argument rows: expected -1 to ", n, ", got ", rows);
   if (bias) check(*bias, "bias", ScalarType::Float), check_size(*bias, "bias", n);
-  return {weight.const_data_ptr(), dtype_of(weight, "weight"), rows < 0 ? n : rows,
-          bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr};
+  const xk::DType dtype = table_dtype_of(weight, row_scale);
+  return {weight.const_data_ptr(), dtype, rows < 0 ? n : rows,
+          bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
+          row_scale ? static_cast<const float*>(row_scale->const_data_ptr()) : nullptr};
 }
 
 // Samples index a buffer, and rows are searched by bisection.
@@ -50,11 +52,10 @@ std::tuple<Tensor, Tensor> bce_step_(Tensor weight, Tensor x, Tensor pos_row, Te
   check(counter, "counter", ScalarType::Long);
   check_size(hyper, "hyper", 7);
   check_size(counter, "counter", 2);
-  STD_TORCH_CHECK(!row_scale, "argument row_scale: expected None, 8-bit tables have no kernel here");
   STD_TORCH_CHECK(momentum || !second, "argument second: expected momentum beside it");
   xk::BceStep a{};
   a.batch = batch_of(x, weight);
-  a.table = table_of(weight, bias, rows);
+  a.table = table_of(weight, bias, rows, row_scale);
   a.positives = positives_of(pos_row, pos_sample, pos_value, a.batch.size, a.table.rows);
   a.hyper = static_cast<const float*>(hyper.const_data_ptr());
   a.counter = static_cast<const int64_t*>(counter.const_data_ptr());
@@ -62,7 +63,7 @@ std::tuple<Tensor, Tensor> bce_step_(Tensor weight, Tensor x, Tensor pos_row, Te
   a.second = state_of(second, "second", weight);
   a.kahan = state_of(kahan, "kahan", weight);
   STD_TORCH_CHECK(!kahan || (a.kahan.dtype == a.table.dtype && a.table.dtype != xk::DType::f32),
-                  "argument kahan: expected the table's dtype, below float32");
+                  "argument kahan: expected the table's dtype, bfloat16 or float16");
   a.row_offset = row_offset;
   a.decoupled = decoupled;
   Tensor dx = empty({x.size(0), x.size(1)}), loss = empty({need_loss ? 1 : 0});
@@ -72,10 +73,11 @@ std::tuple<Tensor, Tensor> bce_step_(Tensor weight, Tensor x, Tensor pos_row, Te
   return {dx, loss};
 }
 
-Tensor bce_loss(Tensor x, Tensor weight, Maybe bias, Tensor pos_row, Tensor pos_sample, Maybe pos_value, int64_t rows) {
+Tensor bce_loss(Tensor x, Tensor weight, Maybe bias, Tensor pos_row, Tensor pos_sample, Maybe pos_value,
+                Maybe row_scale, int64_t rows) {
   xk::BceLoss a{};
   a.batch = batch_of(x, weight);
-  a.table = table_of(weight, bias, rows);
+  a.table = table_of(weight, bias, rows, row_scale);
   a.positives = positives_of(pos_row, pos_sample, pos_value, a.batch.size, a.table.rows);
   Tensor loss = empty({1});
   a.loss = static_cast<float*>(loss.mutable_data_ptr());
@@ -84,11 +86,11 @@ Tensor bce_loss(Tensor x, Tensor weight, Maybe bias, Tensor pos_row, Tensor pos_
 }
 
 std::tuple<Tensor, Tensor, Tensor> bce_loss_backward(Tensor x, Tensor weight, Maybe bias, Tensor pos_row,
-                                                     Tensor pos_sample, Maybe pos_value, int64_t rows,
-                                                     bool need_dweight, bool need_dbias) {
+                                                     Tensor pos_sample, Maybe pos_value, Maybe row_scale,
+                                                     int64_t rows, bool need_dweight, bool need_dbias) {
   xk::BceLossBackward a{};
   a.batch = batch_of(x, weight);
-  a.table = table_of(weight, bias, rows);
+  a.table = table_of(weight, bias, rows, row_scale);
   a.positives = positives_of(pos_row, pos_sample, pos_value, a.batch.size, a.table.rows);
   const int64_t n = weight.size(0), d = weight.size(1);
   Tensor dx = empty({x.size(0), d}), dweight = need_dweight ? empty({n, d}) : empty({0}),
@@ -104,11 +106,11 @@ std::tuple<Tensor, Tensor, Tensor> bce_loss_backward(Tensor x, Tensor weight, Ma
 }
 
 std::tuple<Tensor, Tensor> matmul_topk(Tensor x, Tensor weight, Maybe bias, int64_t k, Maybe exclude,
-                                       int64_t row_offset, int64_t rows) {
+                                       Maybe row_scale, int64_t row_offset, int64_t rows) {
   STD_TORCH_CHECK(k >= 1, "argument k: expected 1 or more, got ", k);
   xk::MatmulTopk a{};
   a.batch = batch_of(x, weight);
-  a.table = table_of(weight, bias, rows);
+  a.table = table_of(weight, bias, rows, row_scale);
   a.k = k;
   a.row_offset = row_offset;
   if (exclude) {
@@ -122,6 +124,24 @@ std::tuple<Tensor, Tensor> matmul_topk(Tensor x, Tensor weight, Maybe bias, int6
   a.rows = static_cast<int64_t*>(best.mutable_data_ptr());
   xk::matmul_topk(a, kHost);
   return {values, best};
+}
+
+Tensor rescale_rows_(Tensor weight, Tensor row_scale, Tensor counter, int64_t row_offset) {
+  STD_TORCH_CHECK(weight.dim() == 2, "argument weight: expected [n, D]");
+  table_dtype_of(weight, row_scale);
+  check(weight, "weight", ScalarType::Float8_e4m3fn);
+  check(counter, "counter", ScalarType::Long), check_size(counter, "counter", 2);
+  Tensor count = empty({1}, ScalarType::Long);
+  xk::RescaleRows a{};
+  a.weight = weight.mutable_data_ptr();
+  a.rows = weight.size(0);
+  a.width = weight.size(1);
+  a.row_scale = static_cast<float*>(row_scale.mutable_data_ptr());
+  a.counter = static_cast<const int64_t*>(counter.const_data_ptr());
+  a.row_offset = row_offset;
+  a.count = static_cast<int64_t*>(count.mutable_data_ptr());
+  xk::rescale_rows(a, kHost);
+  return count;
 }
 
 // The three sparse updates are one kernel: the rule follows from the states.
@@ -197,6 +217,7 @@ STABLE_TORCH_LIBRARY_IMPL(xmlkernels, CPU, m) {
   m.impl("bce_loss", TORCH_BOX(&bce_loss));
   m.impl("bce_loss_backward", TORCH_BOX(&bce_loss_backward));
   m.impl("matmul_topk", TORCH_BOX(&matmul_topk));
+  m.impl("rescale_rows_", TORCH_BOX(&rescale_rows_));
   m.impl("sparse_sgd_", TORCH_BOX(&sparse_sgd_));
   m.impl("sparse_adagrad_", TORCH_BOX(&sparse_adagrad_));
   m.impl("sparse_adam_", TORCH_BOX(&sparse_adam_));

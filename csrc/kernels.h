@@ -7,7 +7,7 @@
 
 namespace xk {
 
-enum class DType : int32_t { f32, bf16, f16 };
+enum class DType : int32_t { f32, bf16, f16, f8 };  // f8: e4m3, no infinities; tables alone
 
 // What a kernel may ask of the process it runs in.
 struct Host {
@@ -30,6 +30,7 @@ struct Table {
   DType dtype;
   int64_t rows;
   const float* bias;
+  const float* row_scale;  // [n, 2] for f8, else null: the row's power-of-two scale, and its largest |value| so far
 };
 
 // Pairs (table row, sample) sorted by (row, sample), unique; rows at or beyond Table::rows are fill.
@@ -93,6 +94,16 @@ struct BceLossBackward {
   float* dbias;    // [rows] or null
 };
 
+// Rows whose largest |value| lies beyond half their range get a larger scale.
+struct RescaleRows {
+  void* weight;  // [n, D] f8
+  int64_t rows, width;
+  float* row_scale;  // [n, 2]
+  const int64_t* counter;
+  int64_t row_offset;
+  int64_t* count;  // [1]
+};
+
 struct MatmulTopk {
   Batch batch;
   Table table;
@@ -131,6 +142,7 @@ void bce_step(const BceStep& args, const Host& host);
 void bce_loss(const BceLoss& args, const Host& host);
 void bce_loss_backward(const BceLossBackward& args, const Host& host);
 void matmul_topk(const MatmulTopk& args, const Host& host);
+void rescale_rows(const RescaleRows& args, const Host& host);
 void sparse_update(const SparseUpdate& args, const Host& host);
 void bag_step(const BagStep& args, const Host& host);
 

@@ -76,6 +76,37 @@ def test_state_is_kept_only_where_the_optimizer_needs_it() -> None:
     assert not any(p.requires_grad for p in FullHead(4, 4, bias=True).parameters())
 
 
+def test_an_fp8_table_learns_what_an_fp32_table_learns() -> None:
+    """The same 60 steps; rows outgrow their first range of 1.75 on the way, and are counted."""
+    labels, width, batch = 40, 16, 8
+    heads = {dtype: FullHead(labels, width, dtype=dtype, momentum=0.5, seed=1) for dtype in ("fp32", "fp8")}
+    assert heads["fp8"].weight.dtype == torch.float8_e4m3fn and heads["fp8"].kahan is None
+    torch.testing.assert_close(heads["fp8"].rows(0, labels), heads["fp32"].rows(0, labels), rtol=2.0**-4, atol=2.0**-18)
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(labels, width, generator=generator)
+    losses: dict[str, list[float]] = {dtype: [] for dtype in heads}
+    for _ in range(60):
+        label = torch.randint(labels, (batch,), generator=generator)
+        x = centres[label] + 0.1 * torch.randn(batch, width, generator=generator)
+        row, sample = positives([(int(r), s) for s, r in enumerate(label)])
+        for dtype, head in heads.items():
+            losses[dtype].append(float(head.step(x, row, sample, lr=0.2, need_loss=True)[1]))
+            assert float(head.loss(x, row, sample)) < losses[dtype][-1]
+    assert sum(losses["fp8"][-10:]) < 1.1 * sum(losses["fp32"][-10:]) < 0.3 * sum(losses["fp8"][:3])
+    head = heads["fp8"]
+    assert head.row_scale is not None and head.rescaled is not None and int(head.rescaled) > 0
+    assert (head.row_scale[:, 0] >= 2.0**-8).all() and (head.row_scale[:, 0] > 2.0**-8).any()
+    for head in heads.values():
+        values, rows = head.topk(centres, 1)
+        assert (rows[:, 0] == torch.arange(labels)).float().mean() > 0.6
+        torch.testing.assert_close(values[:, 0], (centres * head.rows(0, labels)[rows[:, 0]]).sum(1), rtol=0.02, atol=0.02)
+
+
+def test_an_fp8_table_has_no_kahan() -> None:
+    with pytest.raises(InputError, match="label table: kahan: expected False for fp8"):
+        FullHead(4, 4, dtype="fp8", kahan=True)
+
+
 def test_topk_ranks_by_logit() -> None:
     head = FullHead(5, 2, std=0)
     head.weight.copy_(torch.tensor([[1.0, 0], [3, 0], [2, 0], [0, 1], [-1, 0]]))
@@ -92,7 +123,9 @@ def test_default_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch) ->
         assert default_table_dtype(torch.device("cpu")) == dtype
 
 
-@pytest.mark.parametrize(("key", "value"), [("dtype", "fp8"), ("state_dtype", "int8"), ("optimizer", "lamb")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("dtype", "fp4"), ("state_dtype", "fp8"), ("state_dtype", "int8"), ("optimizer", "lamb")]
+)
 def test_unknown_options_are_named(key: str, value: str) -> None:
     with pytest.raises(InputError, match=f"label table: {key}: expected .*{value}"):
         FullHead(4, 4, **{key: value})

@@ -143,10 +143,11 @@ def test_a_killed_run_resumes_bit_for_bit(dataset: Path, finished: Path, tmp_pat
     assert_same_run(output, finished, told)
 
 
-def test_a_rich_run_resumes_bit_for_bit(dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("table", ["bf16", "fp8"])
+def test_a_rich_run_resumes_bit_for_bit(table: str, dataset: Path, tmp_path: Path) -> None:
     """Label texts, micro-batches, a stochastically rounded table and state: all of it is in the checkpoint."""
     options: dict[str, Any] = {
-        "label_text": True, "micro_batch": 5, "table": "bf16", "state": "bf16", "epochs": 2, "save_every": 5, "loss_every": 1,
+        "label_text": True, "micro_batch": 5, "table": table, "state": "bf16", "epochs": 2, "save_every": 5, "loss_every": 1,
     }  # fmt: skip
     run(tiny(dataset, tmp_path / "whole", **options))
     assert metrics_of(tmp_path / "whole")["steps"] == 2 * -(-(TRAIN_DOCUMENTS + LABELS) // 16)

@@ -20,6 +20,7 @@ from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import DataWarning
 from xmlkernels.nn.encoder import Encoder
+from xmlkernels.predict import Predictor
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,9 @@ def test_every_recipe_is_sound(name: str) -> None:
         ({"device": "tpu"}, "--device: expected a device"),
         ({"device": "cuda:99"}, "--device: expected a device of this machine"),
         ({"device": "meta"}, "--device: expected cpu or cuda"),
-        ({"table": "fp64"}, "--table: expected one of auto, fp32, bf16, fp16"),
+        ({"table": "fp64"}, "--table: expected one of auto, fp32, bf16, fp16, fp8"),
         ({"output": ""}, "--output: expected a name"),
+        ({"kahan": True, "table": "fp8"}, "--kahan: expected a table in bf16 or fp16, got --table fp8"),
         ({"kahan": True, "table": "fp32"}, "--kahan: expected a table below fp32"),
         ({"momentum": 0.0, "state": "bf16"}, "--state: expected an optimizer that keeps a state"),
         ({"decoupled": True, "table_decay": 0.0}, "--decoupled: expected a table decay"),
@@ -150,6 +152,17 @@ def test_a_half_precision_table(dataset: Path, tmp_path: Path) -> None:
     assert tensors["head.weight"].dtype == torch.float16 and state["head"]["dtype"] == "fp16"
     assert "head.momentum" not in tensors and tensors["head.kahan"].any()
     assert report["environment"]["table"] == "fp16" and report["environment"]["state"] is None
+
+
+def test_an_8_bit_table(dataset: Path, tmp_path: Path) -> None:
+    """Trained, saved, and loaded for prediction."""
+    report = run(tiny(dataset, tmp_path, table="fp8", state="bf16", epochs=2))
+    assert report["environment"]["table"] == "fp8"
+    tensors, state = CheckpointFolder(tmp_path / "checkpoint").load("last")
+    assert tensors["head.weight"].dtype == torch.float8_e4m3fn and state["head"]["dtype"] == "fp8"
+    assert (tensors["head.row_scale"][:, 1] > 0).all()
+    head = Predictor.load(tmp_path, which="last").model.head
+    assert torch.equal(head.rows(0, head.labels), tensors["head.weight"].float() * tensors["head.row_scale"][:, :1])
 
 
 def test_the_encoder_starts_from_a_given_state(dataset: Path, tmp_path: Path) -> None:

@@ -104,5 +104,5 @@ def _encoder(config: Config, dataset: Dataset, device: torch.device) -> Encoder:
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:
-    """fp32, bf16 or fp16; None is autocast switched off."""
-    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype or torch.float32, "fp32")
+    """fp32, bf16, fp16 or fp8; None is autocast switched off."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}.get(dtype or torch.float32, "fp32")

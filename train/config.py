@@ -51,8 +51,9 @@ class Config:
     """What the keys of `init_state` begin with before the encoder's own names; other keys are left alone."""
 
     # ---- label table ----
-    table: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Number format of the label table; auto: bf16 where the device multiplies it natively, else fp32."""
+    table: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
+    """Number format of the label table; auto: bf16 where the device multiplies it natively, else fp32. fp8 is e4m3 with a
+    power-of-two scale per row."""
     bias: bool = False
     """One fp32 bias per label; off in Renee. A table with one cannot serve a maximum-inner-product index."""
     table_optimizer: Literal["sgd", "adam"] = "sgd"
@@ -64,7 +65,7 @@ class Config:
     decoupled: bool = False
     """Weight decay shrinks the table instead of entering its gradient."""
     kahan: bool = False
-    """Kahan compensation for tables below fp32, instead of stochastic rounding."""
+    """Kahan compensation for bf16 and fp16 tables, instead of stochastic rounding."""
 
     # ---- training ----
     epochs: int = 10
@@ -188,6 +189,7 @@ def _without_effect(config: Config, table: str, given: Collection[str]) -> Itera
     """(would do nothing, flag, what it needs, what stands there)."""
     no_state = config.table_optimizer == "sgd" and config.momentum == 0
     yield config.kahan and table == "fp32", "--kahan", "a table below fp32", f"--table {config.table}, which is fp32 here"
+    yield config.kahan and table == "fp8", "--kahan", "a table in bf16 or fp16", "--table fp8, which rounds stochastically"
     yield no_state and config.state != "fp32", "--state", "an optimizer that keeps a state", "SGD without momentum"
     yield "momentum" in given and config.table_optimizer == "adam", "--momentum", "--table-optimizer sgd", "adam"
     yield config.decoupled and config.table_decay == 0, "--decoupled", "a table decay", "--table-decay 0"

@@ -48,7 +48,7 @@ def export(options: Options) -> None:
         shape = tuple(head.weight.shape)
         np.lib.format.write_array_header_2_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         for start in range(0, shape[0], _ROWS):
-            rows = head.weight[start : start + _ROWS].float()
+            rows = head.rows(start, start + _ROWS)
             file.write((torch.nn.functional.normalize(rows) if options.normalize else rows).numpy().tobytes())
     if predictor.label_names is not None:
         with replacing(folder / "label_names.txt") as file:

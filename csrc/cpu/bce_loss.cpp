@@ -53,7 +53,7 @@ void bce_loss(const BceLoss& a, const Host& host) {
     return;
   }
 #if XK_ISA == 2
-  if (a.table.dtype == DType::bf16) return loss_pass<BF16>(a, host);
+  if (products_in_bf16(a.table.dtype)) return loss_pass<BF16>(a, host);
 #endif
   loss_pass<F32>(a, host);
 }

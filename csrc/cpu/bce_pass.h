@@ -81,7 +81,7 @@ static void run_pass(const Pass& pass, const Host& host, const Sink& make) {
 template <class Sink>
 static void run_pass_for(const Pass& pass, const Host& host, const Sink& sink) {
 #if XK_ISA == 2
-  if (pass.table.dtype == DType::bf16) return run_pass<BF16>(pass, host, sink);
+  if (products_in_bf16(pass.table.dtype)) return run_pass<BF16>(pass, host, sink);
 #endif
   run_pass<F32>(pass, host, sink);
 }

@@ -18,6 +18,7 @@ RowState rows_of(const BceStep& a) {
   s.kahan = a.kahan;
   s.hyper = a.hyper;
   s.counter = a.counter;
+  s.row_scale = const_cast<float*>(a.table.row_scale);
   s.row_offset = a.row_offset;
   s.decoupled = a.decoupled;
   return s;

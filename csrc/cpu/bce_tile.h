@@ -11,6 +11,9 @@ constexpr int64_t kTileBytes = 320 << 10;
 constexpr int64_t kPartialBytes = 32 << 20;  // all partial sums of dX together, for B and D up to 1024
 constexpr int64_t kMaxSegments = 64, kMinSegments = 8, kMinSegmentRows = 256;
 
+// With the instruction for it; both formats are exact in bf16.
+inline bool products_in_bf16(DType table) { return table == DType::bf16 || table == DType::f8; }
+
 // Sizes of one call, a function of the shapes alone: which rows share a partial sum of dX decides its last bits.
 struct Plan {
   int64_t batch, width, rows;
@@ -68,7 +71,7 @@ struct PackedBatch {
 template <class T>
 struct TileSpace {
   using elem = typename T::elem;
-  Buffer<float> wide;    // the rows as fp32 [tile, D], where the table has another dtype
+  Buffer<elem> wide;     // the rows in the product's format [tile, D], where the table has another
   Buffer<elem> packed;   // the rows as right operand of dX
   Buffer<float> logits;  // [tile, z_row]; the fp32 gradient takes their place
   Buffer<uint16_t> half, half_pairs;  // the bf16 gradient [tile, z_row] and [tile / 2, z_row, 2]
@@ -93,13 +96,39 @@ struct TileSpace {
   }
 };
 
+// Rows of an 8-bit table times their scale: exact in fp32, and in bf16 too, which has the bits for three of mantissa.
+template <class T>
+static void decode_rows(const Table& table, int64_t first, int64_t count, int64_t width, typename T::elem* out) {
+  for (int64_t i = 0; i < count; ++i, out += width) {
+    const uint8_t* row = static_cast<const uint8_t*>(table.weight) + (first + i) * width;
+    const float scale = table.row_scale[2 * (first + i)];
+    for (int64_t j = 0; j < width; j += kLanes) {
+      typename T::elem part[kLanes];
+      uint8_t edge[kLanes] = {};  // whole vectors would pass the end of the table
+      const bool whole = j + kLanes <= width;
+      if (!whole) std::memcpy(edge, row + j, size_t(width - j));
+      const vf v = f8_to_f32(load_u8(whole ? row + j : edge)) * scale;
+      typename T::elem* const to = whole ? out + j : part;
+      if constexpr (T::kPair == 1)
+        store(to, v);
+      else
+        store_u16(to, (vu)v >> 16);
+      if (!whole) std::memcpy(out + j, part, size_t(width - j) * sizeof *part);
+    }
+  }
+}
+
 // Rows first..first+count of the table in the product's format, row stride D: in place where the formats agree.
 template <class T>
 static const typename T::elem* tile_rows(const Plan& p, const Table& table, int64_t first, int64_t count,
                                          TileSpace<T>& space) {
   if (table.dtype == T::kDType) return static_cast<const typename T::elem*>(table.weight) + first * p.width;
-  if constexpr (T::kPair == 1) widen(table.weight, table.dtype, first * p.width, count * p.width, space.wide.data);
-  return reinterpret_cast<const typename T::elem*>(space.wide.data);
+  if (table.dtype == DType::f8) {
+    decode_rows<T>(table, first, count, p.width, space.wide.data);
+  } else if constexpr (T::kPair == 1) {
+    widen(table.weight, table.dtype, first * p.width, count * p.width, space.wide.data);
+  }
+  return space.wide.data;
 }
 
 // First positive at or after a row.

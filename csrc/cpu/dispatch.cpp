@@ -14,8 +14,9 @@
   X(ns, bce_step, BceStep)                 \
   X(ns, bce_loss, BceLoss)                 \
   X(ns, bce_loss_backward, BceLossBackward) \
-  X(ns, matmul_topk, MatmulTopk)           \
-  X(ns, sparse_update, SparseUpdate)       \
+  X(ns, matmul_topk, MatmulTopk)            \
+  X(ns, rescale_rows, RescaleRows)          \
+  X(ns, sparse_update, SparseUpdate)        \
   X(ns, bag_step, BagStep)
 
 #define XK_FUNCTION(ns, kernel, Args) void kernel(const Args&, const Host&);

@@ -127,7 +127,7 @@ void topk(const MatmulTopk& a, const Host& host) {
 
 void matmul_topk(const MatmulTopk& a, const Host& host) {
 #if XK_ISA == 2
-  if (a.table.dtype == DType::bf16) return topk<BF16>(a, host);
+  if (products_in_bf16(a.table.dtype)) return topk<BF16>(a, host);
 #endif
   topk<F32>(a, host);
 }

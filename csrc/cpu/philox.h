@@ -3,7 +3,8 @@
 //
 // key = low words of (seed, step); counter = (row low, row high, column group, stream) with the global row and
 // column group = column / 8. The 128 bits of a draw serve the 8 columns of its group with 16 bits each, in memory
-// order: column c takes word (c % 8) / 2, low half where c is even.
+// order: column c takes word (c % 8) / 2, low half where c is even. An e4m3 store needs 32 bits a column: there column
+// group = column / 4, and column c takes word c % 4.
 #pragma once
 
 #include "simd.h"
@@ -11,7 +12,7 @@
 namespace xk::XK_NS {
 
 constexpr uint32_t kMul0 = 0xD2511F53u, kMul1 = 0xCD9E8D57u, kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
-enum Stream : uint32_t { kStreamWeight = 0, kStreamMomentum = 1, kStreamSecond = 2 };
+enum Stream : uint32_t { kStreamWeight = 0, kStreamMomentum = 1, kStreamSecond = 2, kStreamRescale = 3 };
 
 struct PhiloxKey {
   uint32_t k0[10], k1[10];
@@ -74,11 +75,17 @@ XK_INLINE void store_draws(vu w0, vu w1, vu w2, vu w3, uint16_t* out) {
 // The part of the first round that depends on the columns alone, shared by all rows of a tile.
 struct PhiloxColumns {
   vu hi, lo;
-  explicit PhiloxColumns(int64_t column) {
-    vu group;
-    for (int i = 0; i < kLanes; ++i) group[i] = uint32_t(column / 8) + uint32_t((kLanes / 4) * (i % 4) + i / 4);
+  explicit PhiloxColumns(int64_t column, int per_draw = 8) {
+    vu group{};
+    for (int i = 0; i < kLanes; ++i) group[i] = uint32_t(column / per_draw) + uint32_t((kLanes / 4) * (i % 4) + i / 4);
     mul_hi_lo(group, kMul1, hi, lo);
   }
+};
+
+// The same for the 32 bits that each of kChunk columns needs in e4m3: two runs of the generator.
+struct PhiloxColumns32 {
+  PhiloxColumns half[2];
+  explicit PhiloxColumns32(int64_t column) : half{PhiloxColumns(column, 4), PhiloxColumns(column + kChunk / 2, 4)} {}
 };
 
 // 16 random bits for each of the kChunk columns of `columns` in one global row.
@@ -103,6 +110,15 @@ XK_INLINE void draw(const PhiloxKey& key, const PhiloxColumns& columns, uint64_t
   store_draws(c0, c1, c2, c3, out);
 }
 
+// 32 random bits for each of kChunk columns.
+XK_INLINE void draw32(const PhiloxKey& key, const PhiloxColumns32& columns, uint64_t row, Stream stream,
+                      uint32_t* out) {
+  static_assert(kLanes * 4 == kChunk / 2);
+  // Two halves in memory order, low first, are one word.
+  draw(key, columns.half[0], row, stream, reinterpret_cast<uint16_t*>(out));
+  draw(key, columns.half[1], row, stream, reinterpret_cast<uint16_t*>(out + kChunk / 2));
+}
+
 // Stochastic rounding to bf16: the discarded 16 bits are the chance to round away from zero. Exact in the subnormal
 // range too, where fp32 and bf16 patterns are linear in the value. Saturates. Result in the high half of each lane.
 XK_INLINE vu round_bf16(vf v, vu random) { return (vu)vclamp(v, kMaxBf16) + random; }
@@ -121,6 +137,19 @@ XK_INLINE vu round_f16(vf v, vu random) {
   // A carry out of the 11 bits moves into the exponent, which is what rounding up to the next power of two means.
   const vu bits = e >= 113u ? ((e - 113u) << 10) + sum : sum;
   return (bits > 0x7bffu ? splat(0x7bffu) : bits) | (((vu)v >> 16) & 0x8000u);
+}
+
+// Stochastic rounding to e4m3. What falls off the mantissa becomes a fraction of 32 bits, the chance that a 32-bit draw
+// carries: exact for normal results (20 bits drop) and down to 2^-32 of the subnormal spacing 2^-9. Saturates.
+XK_INLINE vu round_f8(vf v, vu random) {
+  const vu u = (vu)vabs(v), e = u >> 23, mantissa = (u & 0x7fffffu) | 0x800000u;
+  // The mantissa moves up to the point where a unit of the result is 2^32: by 12 bits, fewer below 2^-6, then down.
+  const vu up = e >= 121u ? splat(12u) : e >= 109u ? e - 109u : vu{};
+  const vu far = 109u - e, down = e >= 109u ? vu{} : far > 31u ? splat(31u) : far;
+  const vu whole = (mantissa >> 1) >> (31u - up), fraction = (mantissa << up) >> down;
+  const vu sum = whole + (fraction + random < fraction ? splat(1u) : vu{});
+  const vu code = e >= 121u ? ((e - 121u) << 3) + sum : sum;
+  return (code > 0x7eu ? splat(0x7eu) : code) | (((vu)v >> 24) & 0x80u);
 }
 
 }  // namespace xk::XK_NS

@@ -17,6 +17,8 @@ static inline float mean_square(const Update& u, int64_t row, const float* gradi
     if (u.l2 != 0) {
       Slot weight, kahan;
       load_chunk(w, weight.open(u.weight, index, count), u.weight.dtype);
+      if (u.row_scale)
+        for (int i = 0; i < kChunkVecs; ++i) w.v[i] = w.v[i] * u.row_scale[2 * row];
       if (u.kahan.data) {
         Chunk c;
         load_chunk(c, kahan.open(u.kahan, index, count), u.kahan.dtype);
@@ -52,11 +54,15 @@ struct RowUpdate {
   const Update base;
   const double log_beta1, log_beta2;
   Buffer<PhiloxColumns> columns;
+  Buffer<PhiloxColumns32> columns32;  // 8-bit tables
 
   explicit RowUpdate(const RowState& s)
       : state(s), base(s), log_beta1(std::log(double(s.hyper[2]))), log_beta2(std::log(double(s.hyper[3]))),
-        columns(ceil_div(s.width, kChunk)) {
-    for (int64_t c = 0; c < ceil_div(s.width, kChunk); ++c) columns.data[c] = PhiloxColumns(c * kChunk);
+        columns(ceil_div(s.width, kChunk)), columns32(s.row_scale ? ceil_div(s.width, kChunk) : 0) {
+    for (int64_t c = 0; c * kChunk < s.width; ++c) {
+      columns.data[c] = PhiloxColumns(c * kChunk);
+      if (s.row_scale) columns32.data[c] = PhiloxColumns32(c * kChunk);
+    }
   }
 
   // gradient: fp32, scaled, readable up to width rounded up to kChunk; what it holds beyond the width does not matter.
@@ -83,6 +89,7 @@ struct RowUpdate {
     for (int64_t c = 0; c * kChunk < u.width; ++c) {
       before_chunk(c);
       u.at = columns.data[c];
+      if (u.row_scale) u.at32 = columns32.data[c];
       u.row(row, c * kChunk, min64(kChunk, u.width - c * kChunk), gradient + c * kChunk);
     }
   }

@@ -32,6 +32,7 @@ typedef float vf __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
+typedef uint8_t vb __attribute__((vector_size(kLanes)));
 
 #define XK_INLINE static inline __attribute__((always_inline))
 
@@ -66,6 +67,23 @@ XK_INLINE vh low_halves(vu v) {
 #endif
 }
 XK_INLINE void store_u16(uint16_t* p, vu v) { store(p, low_halves(v)); }
+
+XK_INLINE vu load_u8(const uint8_t* p) {
+#if XK_ISA >= 2
+  return (vu)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif XK_ISA == 1
+  return (vu)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(load<vb>(p), vu);
+#endif
+}
+XK_INLINE void store_u8(uint8_t* p, vu v) {
+#if XK_ISA >= 2
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)v));
+#else
+  store(p, __builtin_convertvector(v, vb));
+#endif
+}
 
 // The high halves of two vectors, one after the other.
 XK_INLINE void store_high_halves(uint16_t* p, vu a, vu b) {
@@ -169,11 +187,24 @@ XK_INLINE vu f32_to_f16(vf v) {
   return sign | (u >= (113u << 23) ? normal : subnormal);
 }
 
-XK_INLINE int64_t dtype_size(DType d) { return d == DType::f32 ? 4 : 2; }
+// --- e4m3: one sign bit, 4 of exponent (bias 7), 3 of mantissa; 0x7f is NaN, there is no infinity --------------------
 
-// kLanes consecutive values of any dtype as fp32.
+constexpr float kMaxF8 = 448.0f;
+
+// Subnormals (below 2^-6, spacing 2^-9) go through an integer: a processor told to flush fp32 subnormals keeps them.
+XK_INLINE vf f8_to_f32(vu bits) {
+  const vu code = bits & 0x7fu;
+  const vu small = (vu)(__builtin_convertvector((vi)code, vf) * 0x1p-9f), normal = (code << 20) + (120u << 23);
+  const vu magnitude = code < 8u ? small : code == 0x7fu ? splat(0x7fc00000u) : normal;
+  return (vf)(magnitude | ((bits & 0x80u) << 24));
+}
+
+XK_INLINE int64_t dtype_size(DType d) { return d == DType::f32 ? 4 : d == DType::f8 ? 1 : 2; }
+
+// kLanes consecutive values of any dtype as fp32; those of e4m3 as they are coded, without their row's scale.
 XK_INLINE vf load_as_f32(const void* p, DType dtype, int64_t i) {
   if (dtype == DType::f32) return load<vf>(static_cast<const float*>(p) + i);
+  if (dtype == DType::f8) return f8_to_f32(load_u8(static_cast<const uint8_t*>(p) + i));
   const vu bits = load_u16(static_cast<const uint16_t*>(p) + i);
   return dtype == DType::bf16 ? bf16_to_f32(bits) : f16_to_f32(bits);
 }
@@ -189,7 +220,8 @@ static inline void widen(const void* src, DType dtype, int64_t offset, int64_t c
   if (i == count) return;
   uint16_t rest[kLanes] = {};
   float wide[kLanes];
-  std::memcpy(rest, static_cast<const uint16_t*>(src) + offset + i, size_t(count - i) * 2);
+  const int64_t size = dtype_size(dtype);
+  std::memcpy(rest, static_cast<const uint8_t*>(src) + (offset + i) * size, size_t((count - i) * size));
   store(wide, load_as_f32(rest, dtype, 0));
   std::memcpy(dst + i, wide, size_t(count - i) * 4);
 }

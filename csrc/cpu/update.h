@@ -1,5 +1,6 @@
 // The update of a table row from its gradient: SGD, SGD with momentum, Adagrad, Adam; L2 or decoupled decay; fp32, or
-// bf16 and fp16 rounded stochastically or with Kahan compensation. `Update` treats kChunk columns in registers, for the
+// bf16 and fp16 rounded stochastically or with Kahan compensation; e4m3 with a scale per row, rounded stochastically,
+// which keeps the row's largest |value| too. `Update` treats kChunk columns in registers, for the
 // tiles of bce_step; row_update.h a whole row, with what belongs to the row as one.
 //
 //   w = weight (+ kahan)                          g += decay w             (not decoupled)
@@ -41,8 +42,10 @@ struct Update {
   float lr, l2, beta1, beta2, eps;
   // new = keep * w - rate * d: the corrections of Adam's bias and a row-wise denominator are in the rate.
   float keep, rate, inverse2;  // inverse2 = 1 / (1 - b2^t)
+  float* row_scale;  // of an 8-bit table
   PhiloxKey key;
   PhiloxColumns at{0};
+  PhiloxColumns32 at32{0};  // kept up for 8-bit tables alone
 
   explicit Update(const RowState& s)
       : rule(rule_of(s)), weight{s.weight, s.dtype}, momentum(s.momentum), second(s.second), kahan(s.kahan),
@@ -50,13 +53,16 @@ struct Update {
         beta1(s.hyper[2]), beta2(s.hyper[3]), eps(s.hyper[4]),
         // Plain SGD's L2 term is linear, so it joins the factor on the weight.
         keep(s.decoupled || rule == Rule::sgd ? 1 - s.hyper[0] * s.hyper[1] : 1), rate(lr), inverse2(1),
-        key(s.counter[0], s.counter[1]) {
+        row_scale(s.row_scale), key(s.counter[0], s.counter[1]) {
     if (rule != Rule::adam && rule != Rule::adam_row) return;
     rate = float(lr / (1 - std::pow(double(beta1), double(s.counter[1] + 1))));
     inverse2 = float(1 / (1 - std::pow(double(beta2), double(s.counter[1] + 1))));
   }
 
-  void columns(int64_t c) { at = PhiloxColumns(c); }
+  void columns(int64_t c) {
+    at = PhiloxColumns(c);
+    if (weight.dtype == DType::f8) at32 = PhiloxColumns32(c);
+  }
   void row(int64_t row, int64_t column, int64_t count, const float* gradient);
 };
 
@@ -91,8 +97,10 @@ XK_INLINE void load_chunk(Chunk& c, const void* p, DType dtype) {
     load_chunk<DType::f32>(c, p);
   else if (dtype == DType::bf16)
     load_chunk<DType::bf16>(c, p);
-  else
+  else if (dtype == DType::f16)
     load_chunk<DType::f16>(c, p);
+  else
+    load_chunk<DType::f8>(c, p);
 }
 
 template <DType kType>
@@ -126,6 +134,23 @@ static inline void store_state(const Update& u, const Chunk& c, void* p, DType d
     store_chunk<DType::f16>(u, c, p, row, stream);
 }
 
+// Rounds to e4m3 in units of the row's scale and returns the largest code stored; the first `count` columns are real.
+static inline uint32_t store_f8(const Update& u, const Chunk& c, float inverse_scale, void* p, int64_t count,
+                                uint64_t row, Stream stream) {
+  alignas(64) uint32_t random[kChunk];
+  draw32(u.key, u.at32, row, stream, random);
+  auto* const out = static_cast<uint8_t*>(p);
+#pragma GCC unroll 8
+  for (int i = 0; i < kChunkVecs; ++i)
+    store_u8(out + i * kLanes, round_f8(c.v[i] * inverse_scale, load<vu>(random + i * kLanes)));
+  uint8_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint8_t code = out[i] & 0x7f;
+    largest = code > largest ? code : largest;
+  }
+  return largest;
+}
+
 // Rounds to nearest, keeps what the rounding left over.
 template <DType kType>
 XK_INLINE void store_compensated(const Chunk& c, void* weight, void* kahan) {
@@ -149,6 +174,8 @@ static void update_chunk(const Update& u, int64_t row, int64_t column, int64_t c
   void* const w_at = weight.open(u.weight, index, count);
   Chunk w, m;
   load_chunk<kType>(w, w_at);
+  if constexpr (kType == DType::f8)
+    for (int i = 0; i < kChunkVecs; ++i) w.v[i] = w.v[i] * u.row_scale[2 * row];
   if constexpr (kKahan) {
     Chunk c;
     load_chunk<kType>(c, kahan.open(u.kahan, index, count));
@@ -200,6 +227,11 @@ static void update_chunk(const Update& u, int64_t row, int64_t column, int64_t c
   if constexpr (kKahan) {
     store_compensated<kType>(w, w_at, count == kChunk ? kahan.place : kahan.copy);
     kahan.close(count);
+  } else if constexpr (kType == DType::f8) {
+    float* const scale = u.row_scale + 2 * row;  // powers of two: products and quotients by it are exact
+    const uint32_t code = store_f8(u, w, 1 / scale[0], w_at, count, global, kStreamWeight);
+    const float largest = f8_to_f32(splat(code))[0] * scale[0];
+    if (largest > scale[1]) scale[1] = largest;
   } else {
     store_chunk<kType>(u, w, w_at, global, kStreamWeight);
   }
@@ -219,7 +251,7 @@ XK_INLINE void update_chunk(const Update& u, int64_t row, int64_t column, int64_
 
 template <DType kType>
 XK_INLINE void update_chunk(const Update& u, int64_t row, int64_t column, int64_t count, const float* gradient) {
-  if constexpr (kType != DType::f32) {
+  if constexpr (kType == DType::bf16 || kType == DType::f16) {
     if (u.kahan.data) return update_chunk<kType, true>(u, row, column, count, gradient);
   }
   update_chunk<kType, false>(u, row, column, count, gradient);
@@ -228,7 +260,8 @@ XK_INLINE void update_chunk(const Update& u, int64_t row, int64_t column, int64_
 inline void Update::row(int64_t row, int64_t column, int64_t count, const float* gradient) {
   if (weight.dtype == DType::f32) return update_chunk<DType::f32>(*this, row, column, count, gradient);
   if (weight.dtype == DType::bf16) return update_chunk<DType::bf16>(*this, row, column, count, gradient);
-  return update_chunk<DType::f16>(*this, row, column, count, gradient);
+  if (weight.dtype == DType::f16) return update_chunk<DType::f16>(*this, row, column, count, gradient);
+  return update_chunk<DType::f8>(*this, row, column, count, gradient);
 }
 
 }  // namespace xk::XK_NS

@@ -40,6 +40,20 @@ def name_of(value: object) -> str | None:
     return None
 
 
+def decoded(weight: Tensor, row_scale: Tensor) -> Tensor:
+    """An e4m3 table's values in fp32."""
+    return weight.float() * row_scale[:, :1]
+
+
+def to_fp8(value: Tensor, scale: float | Tensor = 2.0**-8) -> tuple[Tensor, Tensor]:
+    """The nearest e4m3 table [n, D], saturated, and its row_scale [n, 2]; scale: one, or one per row."""
+    scale = torch.as_tensor(scale).expand(value.shape[0])
+    weight = (value / scale[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+    row_scale = torch.stack([scale, torch.zeros_like(scale)], 1)
+    row_scale[:, 1] = decoded(weight, row_scale).abs().amax(1)
+    return weight, row_scale
+
+
 def make_hyper(
     lr: float = 0.0, decay: float = 0.0, beta1: float = 0.0, beta2: float = 0.0, eps: float = 0.0,
     scale: float = 1.0, dx_scale: float = 1.0,
@@ -72,10 +86,12 @@ class Step:
         """dx, loss and every tensor after the step. wide: all floating-point arguments but hyper in float64."""
         t = {k: v.clone() for k, v in self.tensors.items()}
         if wide:
+            if "row_scale" in t:
+                t["weight"] = decoded(t["weight"], t.pop("row_scale"))
             t = {k: v.double() if v.is_floating_point() and k != "hyper" else v for k, v in t.items()}
-        given = {k: t[k] for k in ("pos_value", *STATES) if k in t}
+        given = {k: t[k] for k in ("pos_value", "row_scale", *STATES) if k in t}
         dx, loss = op(t["weight"], t["x"], t["pos_row"], t["pos_sample"], t["hyper"], t["counter"], **given, **self.options)
-        return {"dx": dx, "loss": loss, "weight": t["weight"], **{k: t[k] for k in STATES if k in t}}
+        return {"dx": dx, "loss": loss, "weight": t["weight"], **{k: t[k] for k in ("row_scale", *STATES) if k in t}}
 
     def exact(self) -> dict[str, Tensor]:
         return self.run(reference_step.bce_step_, wide=True)
@@ -122,7 +138,7 @@ def random_step(
 
 def dyadic_step(
     b: int, n: int, d: int, dtype: torch.dtype, *, exponent: int = -6, lr: float = 2.0**-8, x_bits: int = 6,
-    share: float = 0.1, seed: int = 0, hyper: Tensor | None = None, **options: Any,
+    share: float = 0.1, seed: int = 0, hyper: Tensor | None = None, x_dtype: torch.dtype | None = None, **options: Any,
 ) -> Step:  # fmt: skip
     """A step whose every sum is exact in fp32 in any order, so that bits can be compared.
 
@@ -141,10 +157,17 @@ def dyadic_step(
         x[:, -1] = odd[:, -1]
     row, sample = make_positives(b, n, share, seed)
     tensors = {
-        "weight": weight.to(dtype), "x": x.to(dtype), "pos_row": row, "pos_sample": sample, "counter": make_counter(),
+        "weight": weight.to(dtype), "x": x.to(x_dtype or dtype), "pos_row": row, "pos_sample": sample,
+        "counter": make_counter(),
         "hyper": make_hyper(lr, scale=0.5, dx_scale=4.0) if hyper is None else hyper,
     }  # fmt: skip
     return Step(tensors, {"need_loss": True} | options)
+
+
+def fp8_step(step: Step, scale: float | Tensor = 2.0**-8) -> Step:
+    """The step with its table in e4m3."""
+    weight, row_scale = to_fp8(step.tensors["weight"].float(), scale)
+    return step.replace(weight=weight, row_scale=row_scale)
 
 
 def dense_targets(t: dict[str, Tensor], n: int) -> Tensor:

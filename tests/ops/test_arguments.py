@@ -26,15 +26,18 @@ def good() -> dict[str, Any]:
     return {k: t[k] for k in ("weight", "x", "hyper", "counter")} | positives
 
 
+WEIGHTS = "torch.float32 or torch.bfloat16 or torch.float16 or torch.float8_e4m3fn [any, any] on cpu"
 TABLE = [
-    ("weight", {"weight": torch.zeros(N, D, dtype=F64)}, "torch.float32 or torch.bfloat16 or torch.float16 [any, any] on cpu",
+    ("weight", {"weight": torch.zeros(N, D, dtype=F64)}, WEIGHTS,
      "torch.float64 [6, 3] on cpu", "convert, reshape or move it"),
-    ("weight", {"weight": torch.zeros(N)}, "torch.float32 or torch.bfloat16 or torch.float16 [any, any] on cpu",
+    ("weight", {"weight": torch.zeros(N)}, WEIGHTS,
      "torch.float32 [6] on cpu", "convert, reshape or move it"),
     ("weight", {"weight": torch.zeros(D, N).T},
      "a contiguous tensor", "strides (1, 6) for shape [6, 3]", "call .contiguous() on it"),
-    ("weight", {"weight": torch.zeros(N, D).to(torch.float8_e4m3fn)}, "a torch.float32, torch.bfloat16 or torch.float16 table",
-     "torch.float8_e4m3fn [6, 3] on cpu", "convert it: 8-bit tables have no kernel in this version"),
+    ("weight", {"weight": torch.zeros(N, D).to(torch.float8_e5m2)}, "a torch.float32, torch.bfloat16 or torch.float16 table",
+     "torch.float8_e5m2 [6, 3] on cpu", "convert it: of the 8-bit formats, tables take torch.float8_e4m3fn alone"),
+    ("row_scale", {"weight": torch.zeros(N, D).to(torch.float8_e4m3fn)}, "torch.float32 [6, 2] beside an 8-bit table", "None",
+     "pass each row's scale"),
     ("x", {"x": torch.zeros(B, D + 1)}, "[any, 3] on cpu", "torch.float32 [4, 4] on cpu", "convert, reshape or move it"),
     ("x", {"x": torch.zeros(B, D, dtype=F64)},
      "torch.float32 or torch.bfloat16 or torch.float16", "torch.float64 [4, 3] on cpu",

@@ -16,7 +16,8 @@ from xmlkernels import ops
 F32, BF16 = torch.float32, torch.bfloat16
 ADAM = make_hyper(0.01, 0.1, 0.9, 0.999, 1e-8)
 NAMES = ("bce_step_", "bce_loss", "bce_loss_backward", "matmul_topk")
-ELSEWHERE = {"sparse_sgd_", "sparse_adagrad_", "sparse_adam_", "bag_step_"}  # test_sparse_layout.py
+# test_rescale_rows.py and test_sparse_layout.py
+ELSEWHERE = {"rescale_rows_", "sparse_sgd_", "sparse_adagrad_", "sparse_adam_", "bag_step_"}
 
 
 def cases() -> list[tuple[str, str, tuple[Any, ...], dict[str, Any]]]:

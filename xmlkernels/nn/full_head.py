@@ -5,9 +5,11 @@ from torch import Tensor, nn
 
 from xmlkernels.errors import InputError
 from xmlkernels.nn.encoder import default_autocast
-from xmlkernels.ops import bce_loss, bce_step_, matmul_topk
+from xmlkernels.ops import bce_loss, bce_step_, matmul_topk, rescale_rows_
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TABLE_DTYPES = DTYPES | {"fp8": torch.float8_e4m3fn}
+_FIRST_SCALE = 2.0**-8  # of each row of an fp8 table: values up to 1.75
 _INIT_BLOCK = 1 << 22  # values drawn at a time: a table below fp32 never stands in memory as fp32
 
 
@@ -23,18 +25,20 @@ class FullHead(nn.Module):
 
     Attributes:
         config: what prediction needs to build it again: FullHead(**config, std=0).
+        row_scale: fp32 [L, 2] of an fp8 table, as `bce_step_` takes it; else None.
+        rescaled: int64 [1] of an fp8 table: how often a row has outgrown its scale; else None.
 
     Args:
         labels: L.
         width: D, of the embedding.
-        dtype: of the table; "fp32", "bf16" or "fp16".
+        dtype: of the table; "fp32", "bf16", "fp16" or "fp8" (e4m3 with a power-of-two scale per row).
         bias: one fp32 bias per label (off in Renee).
         optimizer: "sgd" (Renee) or "adam".
         momentum: SGD momentum; 0 keeps no state. Adam's beta1 is `betas[0]`.
         betas, epsilon: Adam's.
         state_dtype: of the optimizer's state; below fp32 it rounds stochastically.
         decay: weight decay of the table; L2 in the gradient, or decoupled.
-        kahan: keep what rounding leaves over (tables below fp32).
+        kahan: keep what rounding leaves over (bf16 and fp16 tables).
         std: standard deviation of the initial N(0, std²); 0 for a table that is filled from a checkpoint.
         seed: of the initial table and of the stochastic rounding.
     """
@@ -44,6 +48,8 @@ class FullHead(nn.Module):
     momentum: Tensor | None
     second: Tensor | None
     kahan: Tensor | None
+    row_scale: Tensor | None
+    rescaled: Tensor | None
     hyper: Tensor
     counter: Tensor
 
@@ -66,21 +72,26 @@ class FullHead(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("dtype", dtype), ("state_dtype", state_dtype)):
-            if value not in DTYPES:
-                raise InputError(f"label table: {name}", "fp32, bf16 or fp16", repr(value), "choose one of the three")
+        for name, value, known in (("dtype", dtype, TABLE_DTYPES), ("state_dtype", state_dtype, DTYPES)):
+            if value not in known:
+                raise InputError(f"label table: {name}", f"one of {', '.join(known)}", repr(value), "choose one of them")
+        if kahan and dtype == "fp8":
+            raise InputError("label table: kahan", "False for fp8", "True", "leave it out: fp8 stores round stochastically")
         if optimizer not in ("sgd", "adam"):
             raise InputError("label table: optimizer", "sgd or adam", repr(optimizer), "choose one of the two")
         adam = optimizer == "adam"
         shape = (labels, width)
         self.decoupled = decoupled
         self.config = {"labels": labels, "width": width, "dtype": dtype, "bias": bias}
-        self.register_buffer("weight", _normal(shape, std, seed, DTYPES[dtype]))
+        weight, row_scale = _normal(shape, std, seed, TABLE_DTYPES[dtype])
+        self.register_buffer("weight", weight)
+        self.register_buffer("row_scale", row_scale)
+        self.register_buffer("rescaled", None if row_scale is None else torch.zeros(1, dtype=torch.int64))
         self.register_buffer("bias", torch.zeros(labels) if bias else None)
         state = DTYPES[state_dtype]
         self.register_buffer("momentum", torch.zeros(shape, dtype=state) if adam or momentum > 0 else None)
         self.register_buffer("second", torch.zeros(shape, dtype=state) if adam else None)
-        self.register_buffer("kahan", torch.zeros(shape, dtype=DTYPES[dtype]) if kahan and dtype != "fp32" else None)
+        self.register_buffer("kahan", torch.zeros_like(weight) if kahan and dtype != "fp32" else None)
         first = betas[0] if adam else momentum
         self.register_buffer("hyper", torch.tensor([0.0, decay, first, betas[1], epsilon, 1.0, 1.0]), persistent=False)
         self.register_buffer("counter", torch.tensor([seed, 0]))
@@ -110,29 +121,44 @@ class FullHead(nn.Module):
         self.hyper[6] = dx_scale
         out = bce_step_(
             self.weight, x, pos_row, pos_sample, self.hyper, self.counter, bias=self.bias, momentum=self.momentum,
-            second=self.second, kahan=self.kahan, decoupled=self.decoupled, need_loss=need_loss,
+            second=self.second, kahan=self.kahan, row_scale=self.row_scale, decoupled=self.decoupled, need_loss=need_loss,
         )  # fmt: skip
+        if self.row_scale is not None and self.rescaled is not None:
+            # After every step, so that no state of ours decides when: it reads eight bytes a row unless a row has grown.
+            self.rescaled += rescale_rows_(self.weight, self.row_scale, self.counter)
         self.counter[1] += 1
         return out
 
     def loss(self, x: Tensor, pos_row: Tensor, pos_sample: Tensor) -> Tensor:
         """Summed loss [1] without training; differentiable in x."""
-        return bce_loss(x, self.weight, self.bias, pos_row, pos_sample)
+        return bce_loss(x, self.weight, self.bias, pos_row, pos_sample, row_scale=self.row_scale)
+
+    def rows(self, start: int, end: int) -> Tensor:
+        """Table rows start:end in fp32 [end - start, D], a copy."""
+        part = self.weight[start:end].to(torch.float32, copy=True)
+        return part if self.row_scale is None else part * self.row_scale[start:end, :1]
 
     @torch.no_grad()
     def topk(self, x: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits fp32 [B, k] and labels int64 [B, k] of the k best labels, best first; see `matmul_topk`."""
-        return matmul_topk(x, self.weight, self.bias, k, exclude=exclude)
+        return matmul_topk(x, self.weight, self.bias, k, exclude=exclude, row_scale=self.row_scale)
 
 
-def _normal(shape: tuple[int, int], std: float, seed: int, dtype: torch.dtype) -> Tensor:
+def _normal(shape: tuple[int, int], std: float, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The initial table, and the row_scale of an fp8 one."""
     # A generator of its own: the table must not depend on what was drawn before it.
     generator = torch.Generator().manual_seed(seed)
     table = torch.zeros(shape, dtype=dtype)
+    row_scale = torch.tensor([[_FIRST_SCALE, 0.0]]).repeat(shape[0], 1) if dtype == TABLE_DTYPES["fp8"] else None
     if std == 0:
-        return table
+        return table, row_scale
     block = max(1, _INIT_BLOCK // max(1, shape[1]))
     for start in range(0, shape[0], block):
         part = table[start : start + block]
-        part.copy_(torch.randn(part.shape, generator=generator) * std)
-    return table
+        values = torch.randn(part.shape, generator=generator) * std
+        if row_scale is not None:
+            values = (values / _FIRST_SCALE).clamp(-448, 448)
+        part.copy_(values)
+        if row_scale is not None:
+            row_scale[start : start + block, 1] = part.float().abs().amax(1) * _FIRST_SCALE
+    return table, row_scale

@@ -5,8 +5,10 @@ from xmlkernels.ops.bag_step import bag_step_
 from xmlkernels.ops.bce_loss import bce_loss
 from xmlkernels.ops.bce_step import bce_step_
 from xmlkernels.ops.matmul_topk import matmul_topk
+from xmlkernels.ops.rescale_rows import rescale_rows_
 from xmlkernels.ops.sparse_update import sparse_adagrad_, sparse_adam_, sparse_sgd_
 
 __all__ = [
-    "bag_step_", "bce_loss", "bce_step_", "matmul_topk", "missing", "sparse_adagrad_", "sparse_adam_", "sparse_sgd_",
+    "bag_step_", "bce_loss", "bce_step_", "matmul_topk", "missing", "rescale_rows_", "sparse_adagrad_", "sparse_adam_",
+    "sparse_sgd_",
 ]  # fmt: skip

@@ -15,6 +15,9 @@ missing: str | None = native.load()
 
 TABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+E4M3 = torch.float8_e4m3fn
+LARGEST_SCALE = 100
+"""Row scales lie between 2^-100 and 2^100: there, every scaled e4m3 value is exact in bf16 and fp32."""
 
 
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -59,18 +62,49 @@ def check_tensor(
     )  # fmt: skip
 
 
-def check_table(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> None:
-    """The label table, its input and bias, as every head op takes them."""
-    if "float8" in str(weight.dtype):
+def check_row_scale(op: str, weight: Tensor, row_scale: Tensor) -> None:
+    """Scale and largest value of each row of an e4m3 table."""
+    check_tensor(op, "row_scale", row_scale, (torch.float32,), (weight.shape[0], 2), weight.device)
+    if weight.device.type != "cpu" or weight.shape[0] == 0:
+        return  # elsewhere reading the values would wait for the device
+    code = row_scale.view(torch.int32)[:, 0]
+    low, high = (127 - LARGEST_SCALE) << 23, (127 + LARGEST_SCALE) << 23
+    good = (code & 0x7FFFFF == 0) & (code >= low) & (code <= high)
+    if not bool(good.all()):
+        at = int((~good).nonzero()[0])
+        raise InputError(
+            f"{op}: argument row_scale", f"powers of two from 2^-{LARGEST_SCALE} to 2^{LARGEST_SCALE} in column 0",
+            f"{float(row_scale[at, 0])} in row {at}", "start with 2^-8 and leave the rest to rescale_rows_",
+        )  # fmt: skip
+
+
+def check_table(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, row_scale: Tensor | None = None, *, scaled: bool = False
+) -> None:
+    """The label table, its input and bias, as every head op takes them. scaled: this op takes e4m3 tables too."""
+    if "float8" in str(weight.dtype) and not (scaled and weight.dtype == E4M3):
         raise InputError(
             f"{op}: argument weight", "a torch.float32, torch.bfloat16 or torch.float16 table", describe(weight),
-            "convert it: 8-bit tables have no kernel in this version",
+            "convert it: " + ("of the 8-bit formats, tables take torch.float8_e4m3fn alone" if scaled else
+                              "this op has no kernel for 8-bit tables"),
         )  # fmt: skip
-    check_tensor(op, "weight", weight, TABLE_DTYPES, (None, None), weight.device)
+    check_tensor(op, "weight", weight, (*TABLE_DTYPES, E4M3) if scaled else TABLE_DTYPES, (None, None), weight.device)
     expect(
         weight.shape[1] >= 1, f"{op}: argument weight", "a table with at least one column", describe(weight),
         "give the embeddings a width of 1 or more",
     )  # fmt: skip
+    if weight.dtype == E4M3:
+        if row_scale is None:
+            raise InputError(
+                f"{op}: argument row_scale", f"torch.float32 [{weight.shape[0]}, 2] beside an 8-bit table", "None",
+                "pass each row's scale (2^-8 to begin with) and largest |value|",
+            )  # fmt: skip
+        check_row_scale(op, weight, row_scale)
+    else:
+        expect(
+            row_scale is None, f"{op}: argument row_scale", f"None for a {weight.dtype} table", "a tensor",
+            "leave it out: only 8-bit tables have row scales",
+        )  # fmt: skip
     check_tensor(op, "x", x, TABLE_DTYPES, (None, weight.shape[1]), weight.device)
     if bias is not None:
         check_tensor(op, "bias", bias, (torch.float32,), (weight.shape[0],), weight.device)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xmlkernels.ops._registry import check_positives, check_table, define
+from xmlkernels.ops._registry import check_positives, check_table, define, expect
 from xmlkernels.reference.bce_loss import bce_loss as reference
 from xmlkernels.reference.bce_loss import bce_loss_backward as backward_reference
 
@@ -18,6 +18,7 @@ def bce_loss(
     pos_sample: Tensor,
     pos_value: Tensor | None = None,
     *,
+    row_scale: Tensor | None = None,
     rows: int = -1,
 ) -> Tensor:
     """Binary cross-entropy summed over samples and all labels, in the tiles of `bce_step_`: no `B x L` logits.
@@ -27,9 +28,9 @@ def bce_loss(
 
     Args:
         x: [B, D] fp32, bf16 or fp16. A non-finite value makes the loss NaN.
-        weight: [n, D] label table, fp32, bf16 or fp16.
+        weight: [n, D] label table, fp32, bf16, fp16, or e4m3 with `row_scale` (that one without a gradient).
         bias: fp32 [n] or None.
-        pos_row, pos_sample, pos_value, rows: as in `bce_step_`.
+        pos_row, pos_sample, pos_value, row_scale, rows: as in `bce_step_`.
 
     Returns:
         fp32 [1]: the sum of softplus(z) - y z with z = x Wᵀ + bias.
@@ -37,9 +38,13 @@ def bce_loss(
     Raises:
         InputError: an argument's dtype, shape, device or layout does not fit, or positives are not sorted.
     """
-    check_table("bce_loss", x, weight, bias, rows)
+    check_table("bce_loss", x, weight, bias, rows, row_scale, scaled=True)
+    expect(
+        row_scale is None or not weight.requires_grad, "bce_loss: argument weight", "no gradient asked of an 8-bit table",
+        "a tensor that requires one", "freeze it: 8 bits hold no gradient; bce_step_ trains such tables",
+    )  # fmt: skip
     check_positives("bce_loss", x, pos_row, pos_sample, pos_value, weight.shape[0] if rows < 0 else rows)
-    return torch.ops.xmlkernels.bce_loss(x, weight, bias, pos_row, pos_sample, pos_value, rows=rows)
+    return torch.ops.xmlkernels.bce_loss(x, weight, bias, pos_row, pos_sample, pos_value, row_scale, rows=rows)
 
 
 def _fake(x: Tensor, *_: object, **__: object) -> Tensor:
@@ -48,7 +53,8 @@ def _fake(x: Tensor, *_: object, **__: object) -> Tensor:
 
 def _backward_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, pos_row: Tensor, pos_sample: Tensor,
-    pos_value: Tensor | None = None, *, need_dweight: bool = False, need_dbias: bool = False, **_: object,
+    pos_value: Tensor | None = None, row_scale: Tensor | None = None,
+    *, need_dweight: bool = False, need_dbias: bool = False, **_: object,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dweight = weight.new_empty(weight.shape if need_dweight else (0,), dtype=torch.float32)
     dbias = weight.new_empty(weight.shape[0] if need_dbias else 0, dtype=torch.float32)
@@ -61,10 +67,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[
 
 
 def _backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, pos_row, pos_sample, pos_value = ctx.saved_tensors
+    x, weight, bias, pos_row, pos_sample, pos_value, row_scale = ctx.saved_tensors
     _, need_dweight, need_dbias, *_ = ctx.needs_input_grad
     dx, dweight, dbias = torch.ops.xmlkernels.bce_loss_backward(
-        x, weight, bias, pos_row, pos_sample, pos_value, rows=ctx.rows,
+        x, weight, bias, pos_row, pos_sample, pos_value, row_scale, rows=ctx.rows,
         need_dweight=need_dweight, need_dbias=need_dbias,
     )  # fmt: skip
     return (
@@ -74,10 +80,15 @@ def _backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         None,
         None,
         None,
+        None,
     )
 
 
-_OPTIONS = "Tensor x, Tensor weight, Tensor? bias, Tensor pos_row, Tensor pos_sample, Tensor? pos_value=None, *, int rows=-1"
+# row_scale stands before the star: torch's autograd registration takes no tensors behind it.
+_OPTIONS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor pos_row, Tensor pos_sample, Tensor? pos_value=None, "
+    "Tensor? row_scale=None, *, int rows=-1"
+)
 define(f"bce_loss({_OPTIONS}) -> Tensor", reference, _fake)
 define(
     f"bce_loss_backward({_OPTIONS}, bool need_dweight=False, bool need_dbias=False) "

@@ -42,10 +42,10 @@ def bce_step_(
     Not differentiable: pass dx to `embedding.backward(dx)`. Source: Renee (MLSys 2023), section 4; the tiles are ours.
 
     Args:
-        weight: [n, D] label table, fp32, bf16 or fp16; updated. Below fp32, stores round stochastically without bias;
-            every store saturates at the format's largest finite value.
+        weight: [n, D] label table, fp32, bf16, fp16, or e4m3 with `row_scale`; updated. Below fp32, stores round
+            stochastically without bias; every store saturates at the format's largest finite value.
         x: [B, D] embeddings, fp32, bf16 or fp16. A non-finite value anywhere leaves every tensor as it was, and dx and
-            loss become NaN. On bf16 tables the products take x rounded to bf16.
+            loss become NaN. On bf16 and e4m3 tables the products take x rounded to bf16.
         pos_row: int64 [P], table rows of the positives, ascending; rows from `rows` on are fill and are ignored.
         pos_sample: int32 [P], their samples; pairs sorted by (row, sample), unique.
         hyper: fp32 [7]: lr, decay, momentum (or beta1), beta2, epsilon, scale, dx_scale, on the table's device.
@@ -55,8 +55,11 @@ def bce_step_(
         bias: fp32 [n], updated by plain SGD with the same lr, without decay.
         momentum: [n, D] fp32, bf16 or fp16, updated. Alone: SGD momentum (dampening 0). With `second`: Adam's first moment.
         second: [n, D], Adam's second moment, updated; needs `momentum`.
-        kahan: [n, D] of the table's dtype (below fp32), updated: holds what rounding left over; stores then round to nearest.
-        row_scale: reserved for 8-bit tables.
+        kahan: [n, D] of the table's dtype (bf16 or fp16), updated: holds what rounding left over; stores then round to
+            nearest. Not with e4m3: what it left over would need a wider table than bf16 itself.
+        row_scale: fp32 [n, 2] for an e4m3 table (a value is row_scale[row, 0] times its code). Column 0: the row's scale, a
+            power of two (2^-8 to begin with: range ±1.75), fixed within a step; stores saturate at 448 times it. Column 1,
+            updated: the largest |value| that the row has stored; between steps `rescale_rows_` reads it.
         row_offset: global row of weight[0], for a table that is one shard of a larger one.
         rows: number of real rows; those beyond are padding, never scored or trained. -1: all.
         decoupled: decay shrinks the weights (w -= lr decay w) instead of entering the gradient (L2).
@@ -70,7 +73,7 @@ def bce_step_(
         InputError: an argument's dtype, shape, device or layout does not fit, or positives are not sorted.
     """
     op = "bce_step_"
-    check_table(op, x, weight, bias, rows)
+    check_table(op, x, weight, bias, rows, row_scale, scaled=True)
     check_positives(op, x, pos_row, pos_sample, pos_value, weight.shape[0] if rows < 0 else rows)
     check_tensor(op, "hyper", hyper, (torch.float32,), (len(HYPER),), weight.device)
     check_tensor(op, "counter", counter, (torch.int64,), (2,), weight.device)
@@ -79,6 +82,10 @@ def bce_step_(
         if state is not None:
             check_tensor(op, name, state, STATE_DTYPES, shape, weight.device)
     if kahan is not None:
+        expect(
+            row_scale is None, f"{op}: argument kahan", "None for an 8-bit table", "a tensor",
+            "leave it out: e4m3 stores round stochastically, without bias; take a bf16 table for compensation",
+        )  # fmt: skip
         check_tensor(op, "kahan", kahan, (weight.dtype,), shape, weight.device)
         expect(
             weight.dtype != torch.float32, f"{op}: argument kahan", "a table below fp32", "an fp32 table",
@@ -88,16 +95,13 @@ def bce_step_(
         second is None or momentum is not None, f"{op}: argument second", "momentum beside it (Adam has both moments)",
         "momentum=None", "pass momentum too",
     )  # fmt: skip
-    expect(
-        row_scale is None, f"{op}: argument row_scale", f"None for a {weight.dtype} table", "a tensor",
-        "leave it out: only 8-bit tables have row scales",
-    )  # fmt: skip
     expect(row_offset >= 0, f"{op}: argument row_offset", "0 or more", str(row_offset), "pass the global row of weight[0]")
     expect(
         not weight.requires_grad, f"{op}: argument weight", "a tensor that requires no gradient", "one that does",
         "keep the table out of autograd (a buffer, not an nn.Parameter): the step is its whole training",
     )  # fmt: skip
     options = {"pos_value": pos_value, "bias": bias, "momentum": momentum, "second": second, "kahan": kahan}
+    options["row_scale"] = row_scale
     return torch.ops.xmlkernels.bce_step_(
         weight, x.detach(), pos_row, pos_sample, hyper, counter, **options,
         row_offset=row_offset, rows=rows, decoupled=decoupled, need_loss=need_loss,

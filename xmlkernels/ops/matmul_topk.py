@@ -14,17 +14,19 @@ def matmul_topk(
     k: int,
     *,
     exclude: Tensor | None = None,
+    row_scale: Tensor | None = None,
     row_offset: int = 0,
     rows: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """Exact top-k of x Wᵀ + bias over all labels; `B x L` is never held.
 
     Args:
-        x: [B, D] fp32, bf16 or fp16. On bf16 tables the product takes x rounded to bf16.
-        weight: [n, D] label table, fp32, bf16 or fp16.
+        x: [B, D] fp32, bf16 or fp16. On bf16 and e4m3 tables the product takes x rounded to bf16.
+        weight: [n, D] label table, fp32, bf16, fp16, or e4m3 with `row_scale`.
         bias: fp32 [n] or None.
         k: results per sample, 1 or more; may exceed the number of rows.
         exclude: int64 [B, E], global rows never returned for that sample; -1 pads.
+        row_scale: fp32 [n, 2] for an e4m3 table, as in `bce_step_`.
         row_offset: global row of weight[0].
         rows: number of real rows; those beyond are padding, never returned. -1: all.
 
@@ -37,12 +39,14 @@ def matmul_topk(
         InputError: an argument's dtype, shape, device or layout does not fit.
     """
     op = "matmul_topk"
-    check_table(op, x, weight, bias, rows)
+    check_table(op, x, weight, bias, rows, row_scale, scaled=True)
     expect(k >= 1, f"{op}: argument k", "1 or more", str(k), "ask for at least one label")
     expect(row_offset >= 0, f"{op}: argument row_offset", "0 or more", str(row_offset), "pass the global row of weight[0]")
     if exclude is not None:
         check_tensor(op, "exclude", exclude, (torch.int64,), (x.shape[0], None), x.device)
-    return torch.ops.xmlkernels.matmul_topk(x, weight, bias, k, exclude=exclude, row_offset=row_offset, rows=rows)
+    return torch.ops.xmlkernels.matmul_topk(
+        x, weight, bias, k, exclude=exclude, row_scale=row_scale, row_offset=row_offset, rows=rows
+    )
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, **_: object) -> tuple[Tensor, Tensor]:
@@ -50,8 +54,8 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, **_: object) -
 
 
 define(
-    "matmul_topk(Tensor x, Tensor weight, Tensor? bias, int k, *, Tensor? exclude=None, int row_offset=0, int rows=-1) "
-    "-> (Tensor values, Tensor rows)",
+    "matmul_topk(Tensor x, Tensor weight, Tensor? bias, int k, *, Tensor? exclude=None, Tensor? row_scale=None, "
+    "int row_offset=0, int rows=-1) -> (Tensor values, Tensor rows)",
     reference,
     _fake,
 )

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from xmlkernels.reference.rounding import decode
+
 
 def logits_and_targets(
     x: Tensor,
@@ -13,10 +15,12 @@ def logits_and_targets(
     pos_sample: Tensor,
     pos_value: Tensor | None,
     n: int,
+    row_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logits [B, n], targets [B, n], and the operands (weight [n, D], x [B, D]) in the working precision."""
-    work = torch.promote_types(weight.dtype, torch.float32)
-    w, e = weight[:n].to(work), x.to(work)
+    w = decode(weight[:n], None if row_scale is None else row_scale[:n])
+    work = w.dtype
+    e = x.to(work)
     z = e @ w.T
     if bias is not None:
         z = z + bias[:n].to(work)
@@ -41,12 +45,13 @@ def bce_loss(
     pos_row: Tensor,
     pos_sample: Tensor,
     pos_value: Tensor | None = None,
+    row_scale: Tensor | None = None,
     *,
     rows: int = -1,
 ) -> Tensor:
     """See `xmlkernels.ops.bce_loss`."""
     n = weight.shape[0] if rows < 0 else rows
-    z, y, _, _ = logits_and_targets(x, weight, bias, pos_row, pos_sample, pos_value, n)
+    z, y, _, _ = logits_and_targets(x, weight, bias, pos_row, pos_sample, pos_value, n, row_scale)
     return torch.where(torch.isfinite(x).all(), bce_sum(z, y), torch.nan)
 
 
@@ -57,6 +62,7 @@ def bce_loss_backward(
     pos_row: Tensor,
     pos_sample: Tensor,
     pos_value: Tensor | None = None,
+    row_scale: Tensor | None = None,
     *,
     rows: int = -1,
     need_dweight: bool = False,
@@ -64,7 +70,7 @@ def bce_loss_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of the sum: dx [B, D], dweight [L, D] and dbias [L] in the working precision ([0] where not asked)."""
     n = weight.shape[0] if rows < 0 else rows
-    z, y, w, e = logits_and_targets(x, weight, bias, pos_row, pos_sample, pos_value, n)
+    z, y, w, e = logits_and_targets(x, weight, bias, pos_row, pos_sample, pos_value, n, row_scale)
     g = torch.sigmoid(z) - y
     dweight, dbias = w.new_empty(0), w.new_empty(0)
     if need_dweight:

@@ -29,7 +29,7 @@ def bce_step_(
 ) -> tuple[Tensor, Tensor]:
     """See `xmlkernels.ops.bce_step_`."""
     n = weight.shape[0] if rows < 0 else rows
-    z, y, w, e = logits_and_targets(x, weight, bias, pos_row, pos_sample, pos_value, n)
+    z, y, w, e = logits_and_targets(x, weight, bias, pos_row, pos_sample, pos_value, n, row_scale)
     scale, dx_scale = hyper[5].to(w.dtype), hyper[6].to(w.dtype)
     finite = torch.isfinite(x).all()
     g = scale * (torch.sigmoid(z) - y)
@@ -42,7 +42,7 @@ def bce_step_(
 
     ids = torch.arange(n, device=weight.device) + row_offset
     states = (view(momentum), view(second), view(kahan))
-    writes = update_rows(weight[:n], g.T @ e, hyper, counter, ids, *states, decoupled)
+    writes = update_rows(weight[:n], g.T @ e, hyper, counter, ids, *states, decoupled, row_scale=view(row_scale))
     if bias is not None:
         writes.append((bias[:n], saturate(bias[:n] - hyper[0] * g.sum(0), bias.dtype)))
     for target, value in writes:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from xmlkernels.reference.rounding import decode
+
 
 def matmul_topk(
     x: Tensor,
@@ -11,15 +13,16 @@ def matmul_topk(
     k: int,
     *,
     exclude: Tensor | None = None,
+    row_scale: Tensor | None = None,
     row_offset: int = 0,
     rows: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """See `xmlkernels.ops.matmul_topk`."""
     n = weight.shape[0] if rows < 0 else rows
-    work = torch.promote_types(weight.dtype, torch.float32)
-    z = x.to(work) @ weight[:n].to(work).T
+    w = decode(weight[:n], None if row_scale is None else row_scale[:n])
+    z = x.to(w.dtype) @ w.T
     if bias is not None:
-        z = z + bias[:n].to(work)
+        z = z + bias[:n].to(w.dtype)
     z = torch.where(torch.isnan(z), -torch.inf, z)
     if exclude is not None:
         local = exclude - row_offset

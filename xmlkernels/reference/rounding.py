@@ -1,14 +1,16 @@
 """Counter-based random words and unbiased rounding, shared by the references of all ops that update in place.
 
 Generator: Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with key (seed, step)
-and counter (row low, row high, column group, stream). One 128-bit draw serves eight neighbouring columns.
+and counter (row low, row high, column group, stream). One 128-bit draw serves eight neighbouring columns, or four where
+the store is e4m3.
 """
 
 import torch
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
-WEIGHT, MOMENTUM, SECOND = 0, 1, 2  # streams
+WEIGHT, MOMENTUM, SECOND, RESCALE = 0, 1, 2, 3  # streams
+E4M3 = torch.float8_e4m3fn
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
@@ -25,6 +27,12 @@ def philox(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Te
     return c0, c1, c2, c3
 
 
+def _draws(counter: Tensor, rows: Tensor, groups: int, stream: int) -> tuple[Tensor, ...]:
+    group = torch.arange(groups, device=rows.device)[None, :]
+    row = rows[:, None]
+    return philox((counter[0], counter[1]), (row, row >> 32, group, torch.full_like(group, stream)))
+
+
 def random16(counter: Tensor, rows: Tensor, columns: int, stream: int) -> Tensor:
     """16 random bits for each weight of some rows.
 
@@ -37,12 +45,41 @@ def random16(counter: Tensor, rows: Tensor, columns: int, stream: int) -> Tensor
     Returns:
         int64 [N, D], values in [0, 65536): column c takes half c % 2 of word (c % 8) // 2 of draw c // 8.
     """
-    seed, step = counter[0], counter[1]
-    group = torch.arange((columns + 7) // 8, device=rows.device)[None, :]
-    row = rows[:, None]
-    words = philox((seed, step), (row, row >> 32, group, torch.full_like(group, stream)))
+    words = _draws(counter, rows, (columns + 7) // 8, stream)
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     return torch.stack(halves, dim=-1).flatten(1)[:, :columns]
+
+
+def random32(counter: Tensor, rows: Tensor, columns: int, stream: int) -> Tensor:
+    """32 random bits for each weight, int64 [N, D] below 2^32: column c takes word c % 4 of draw c // 4."""
+    return torch.stack(_draws(counter, rows, (columns + 3) // 4, stream), dim=-1).flatten(1)[:, :columns]
+
+
+def round_e4m3(value: Tensor, r32: Tensor) -> Tensor:
+    """Rounds finite fp32 values to e4m3 so that the mean over all 2^32 values of `r32` is the value itself (to 2^-32 of a
+    unit, subnormals included). Saturates at 448."""
+    bits = value.contiguous().view(torch.int32).to(torch.int64) & MASK
+    exponent = (bits & 0x7FFFFFFF) >> 23
+    normal = exponent >= 121  # from 2^-6; below, the unit stays 2^-9
+    mantissa = torch.where(exponent > 0, (bits & 0x7FFFFF) | 0x800000, 0)
+    drop = torch.where(normal, 20, (141 - exponent).clamp(max=60))
+    units = (((mantissa << 32) >> drop) + r32) >> 32
+    code = torch.where(normal, ((exponent - 121) << 3) + units, units).clamp(max=0x7E)
+    return (code | ((bits >> 24) & 0x80)).to(torch.uint8).view(E4M3)
+
+
+def decode(weight: Tensor, row_scale: Tensor | None = None) -> Tensor:
+    """Table rows [N, D] in the working precision: fp32, or fp64 as they are; e4m3 times the row's scale (row_scale[:, 0])."""
+    if row_scale is None:
+        return weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return weight.to(torch.float32) * row_scale[:, :1]
+
+
+def encode(value: Tensor, row_scale: Tensor, counter: Tensor, rows: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    """fp32 values [N, D] as e4m3 in units of the row's scale, and the largest |value| stored in each row [N]."""
+    scale = row_scale[:, :1]  # a power of two: the quotient is exact
+    code = round_e4m3(value / scale, random32(counter, rows, value.shape[1], stream))
+    return code, decode(code, row_scale).abs().amax(1)
 
 
 def round_stochastic(value: Tensor, r16: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from xmlkernels.reference.rounding import MOMENTUM, SECOND, WEIGHT, saturate, store
+from xmlkernels.reference.rounding import MOMENTUM, SECOND, WEIGHT, decode, encode, saturate, store
 
 Writes = list[tuple[Tensor, Tensor]]
 
@@ -22,6 +22,7 @@ def update_rows(
     row_step: Tensor | None = None,
     row_decay: Tensor | None = None,
     decay_sum: Tensor | None = None,
+    row_scale: Tensor | None = None,
 ) -> Writes:
     """New values of table rows, without writing them.
 
@@ -39,12 +40,13 @@ def update_rows(
         row_step: int64 [N], updates that each row has had; in place of the counter's step in the bias correction.
         row_decay, decay_sum: [N] and [1], sums of log1p(-lr decay) that the row has had and should have: the row is shrunk
             by exp of the difference in place of 1 - lr decay. With `decoupled` only.
+        row_scale: [N, 2] for e4m3 rows: scale and largest |value| so far. Without kahan.
 
     Returns:
-        Pairs (tensor, new value) for each of weight, momentum, second, kahan, row_step, row_decay that is given.
+        Pairs (tensor, new value) for each of weight and the states that is given.
     """
     lr, decay, beta1, beta2, eps = hyper[:5].to(grad.dtype).unbind()
-    w = weight.to(grad.dtype)
+    w = decode(weight, row_scale).to(grad.dtype)
     if kahan is not None:
         w = w + kahan.to(grad.dtype)
     out: Writes = []
@@ -64,6 +66,9 @@ def update_rows(
         wide = value[:, None] if value.dim() == 1 else value
         out += [(state, store(wide, state.dtype, counter, rows, stream).reshape(state.shape))]
     new = shrunk - lr * direction
+    if row_scale is not None:
+        code, largest = encode(new, row_scale, counter, rows, WEIGHT)
+        return [(weight, code), (row_scale, torch.stack([row_scale[:, 0], row_scale[:, 1].maximum(largest)], 1)), *out]
     if kahan is None:
         return [(weight, store(new, weight.dtype, counter, rows, WEIGHT)), *out]
     return [*_compensated(new, weight, kahan), *out]
@@ -112,6 +117,7 @@ def update_rows_at_(
     row_step: Tensor | None = None,
     row_decay: Tensor | None = None,
     decay_sum: Tensor | None = None,
+    row_scale: Tensor | None = None,
     row_offset: int = 0,
     decoupled: bool = False,
 ) -> None:
@@ -121,13 +127,14 @@ def update_rows_at_(
     """
     real = rows < weight.shape[0]
     rows, grad = rows[real], grad[real]
-    whole = (weight, momentum, second, kahan, row_step, row_decay)
-    w, m, v, k, t, r = (None if s is None else s[rows] for s in whole)
-    assert w is not None
+    whole = (momentum, second, kahan, row_step, row_decay, row_scale)
+    w, parts = weight[rows], [None if s is None else s[rows] for s in whole]
+    m, v, k, t, r, s = parts
     writes = update_rows(
-        w, grad, hyper, counter, rows + row_offset, m, v, k, decoupled, row_step=t, row_decay=r, decay_sum=decay_sum
-    )
+        w, grad, hyper, counter, rows + row_offset, m, v, k, decoupled,
+        row_step=t, row_decay=r, decay_sum=decay_sum, row_scale=s,
+    )  # fmt: skip
     value = {id(old): new for old, new in writes}
-    for state, old in zip(whole, (w, m, v, k, t, r), strict=True):
+    for state, old in zip((weight, *whole), (w, *parts), strict=True):
         if state is not None and old is not None:
             state[rows] = torch.where(apply, value[id(old)], old)

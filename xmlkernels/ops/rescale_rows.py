@@ -1,0 +1,47 @@
+"""`rescale_rows_`: gives rows of an 8-bit table that outgrow their scale a larger one, between steps."""
+
+import torch
+from torch import Tensor
+
+from xmlkernels.ops._registry import E4M3, check_row_scale, check_tensor, define, expect
+from xmlkernels.reference.rescale_rows import rescale_rows_ as reference
+
+
+def rescale_rows_(weight: Tensor, row_scale: Tensor, counter: Tensor, row_offset: int = 0) -> Tensor:
+    """Doubles the scale of each row whose largest |value| exceeds half its range, and codes that row anew.
+
+    A row with scale s holds values up to 448 s. Where row_scale[row, 1] > 224 s, s doubles as often as needed (at most to
+    2^100), the row is rounded stochastically to the coarser grid (random stream 3), so without bias, and column 1 becomes
+    the true maximum of the new row. Other rows are not touched. Call it between steps, every few hundred: a step changes a
+    weight by little, and half the range is left when a row is noticed. Not differentiable.
+
+    Args:
+        weight: e4m3 [n, D] table, updated.
+        row_scale: fp32 [n, 2], as in `bce_step_`; updated.
+        counter: int64 [2]: seed and step; the random words depend on these, the global row and the column alone.
+        row_offset: global row of weight[0].
+
+    Returns:
+        int64 [1]: how many rows were coded anew.
+
+    Raises:
+        InputError: an argument's dtype, shape, device or layout does not fit.
+    """
+    op = "rescale_rows_"
+    check_tensor(op, "weight", weight, (E4M3,), (None, None), weight.device)
+    expect(weight.shape[1] >= 1, f"{op}: argument weight", "a table with at least one column", "none", "give it a width")
+    check_row_scale(op, weight, row_scale)
+    check_tensor(op, "counter", counter, (torch.int64,), (2,), weight.device)
+    expect(row_offset >= 0, f"{op}: argument row_offset", "0 or more", str(row_offset), "pass the global row of weight[0]")
+    expect(
+        not weight.requires_grad, f"{op}: argument weight", "a tensor that requires no gradient", "one that does",
+        "keep the table out of autograd (a buffer, not an nn.Parameter)",
+    )  # fmt: skip
+    return torch.ops.xmlkernels.rescale_rows_(weight, row_scale, counter, row_offset)
+
+
+def _fake(weight: Tensor, *_: object) -> Tensor:
+    return weight.new_empty(1, dtype=torch.int64)
+
+
+define("rescale_rows_(Tensor(a!) weight, Tensor(b!) row_scale, Tensor counter, int row_offset=0) -> Tensor", reference, _fake)
