@@ -1,6 +1,6 @@
 // Torch's view of the CPU kernels, on the stable ABI. Arguments arrive checked by xmlkernels/ops; what would corrupt
 // memory is checked once more, since the dispatcher can be called without them.
-#include "bindings.h"
+#include "bindings_arguments.h"
 
 namespace {
 
@@ -9,41 +9,6 @@ void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* ctx) {
 }
 int threads() { return int(torch::stable::get_num_threads()); }
 constexpr xk::Host kHost{&parallel_for, &threads};
-
-xk::Batch batch_of(const Tensor& x, const Tensor& weight) {
-  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) && x.size(1) > 0,
-                  "arguments x and weight: expected [B, D] and [n, D] with D >= 1");
-  return {x.const_data_ptr(), dtype_of(x, "x"), x.size(0), x.size(1)};
-}
-
-xk::Table table_of(const Tensor& weight, const Maybe& bias, int64_t rows,
-                   const Maybe& row_scale = std::nullopt) {
-  const int64_t n = weight.size(0);
-  STD_TORCH_CHECK(rows >= -1 && rows <= n, "argument rows: expected -1 to ", n, ", got ", rows);
-  if (bias) check(*bias, "bias", ScalarType::Float), check_size(*bias, "bias", n);
-  const xk::DType dtype = table_dtype_of(weight, row_scale);
-  return {weight.const_data_ptr(), dtype, rows < 0 ? n : rows,
-          bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
-          row_scale ? static_cast<const float*>(row_scale->const_data_ptr()) : nullptr};
-}
-
-// Samples index a buffer, and rows are searched by bisection.
-xk::Positives positives_of(const Tensor& row, const Tensor& sample, const Maybe& value, int64_t batch, int64_t rows) {
-  check(row, "pos_row", ScalarType::Long);
-  check(sample, "pos_sample", ScalarType::Int);
-  check_size(sample, "pos_sample", row.numel());
-  if (value) check(*value, "pos_value", ScalarType::Float), check_size(*value, "pos_value", row.numel());
-  const xk::Positives p{static_cast<const int64_t*>(row.const_data_ptr()),
-                        static_cast<const int32_t*>(sample.const_data_ptr()),
-                        value ? static_cast<const float*>(value->const_data_ptr()) : nullptr, row.numel()};
-  for (int64_t i = 0; i < p.count; ++i) {
-    STD_TORCH_CHECK(p.row[i] >= (i ? p.row[i - 1] : 0), "argument pos_row: expected ascending rows, got ", p.row[i],
-                    " at ", i);
-    STD_TORCH_CHECK(p.row[i] >= rows || (p.sample[i] >= 0 && p.sample[i] < batch),
-                    "argument pos_sample: expected 0 to ", batch - 1, ", got ", p.sample[i], " at ", i);
-  }
-  return p;
-}
 
 std::tuple<Tensor, Tensor> bce_step_(Tensor weight, Tensor x, Tensor pos_row, Tensor pos_sample, Tensor hyper,
                                      Tensor counter, Maybe pos_value, Maybe bias, Maybe momentum, Maybe second,
@@ -251,23 +216,6 @@ void bag_step_(Tensor weight, Tensor grad, Tensor token, Tensor offset, Tensor h
     a.token_weight = static_cast<const float*>(token_weight->const_data_ptr());
   }
   xk::bag_step(a, kHost);
-}
-
-// Entries are addresses.
-xk::Shortlist shortlist_of(const Tensor& index, int64_t batch, int64_t n) {
-  check(index, "index", ScalarType::Long);
-  const bool shared = index.dim() == 1;
-  STD_TORCH_CHECK(shared || (index.dim() == 2 && index.size(0) == batch), "argument index: expected [B, S] or [S]");
-  const xk::Shortlist list{static_cast<const int64_t*>(index.const_data_ptr()), index.size(shared ? 0 : 1), shared,
-                           batch ? index.numel() : 0};
-  int64_t low = -1, high = -1;
-  for (int64_t i = 0; i < list.entries; ++i) {
-    low = list.index[i] < low ? list.index[i] : low;
-    high = list.index[i] > high ? list.index[i] : high;
-  }
-  STD_TORCH_CHECK(low == -1 && high < n, "argument index: expected rows from 0 to ", n - 1, " or -1, got ",
-                  low < -1 ? low : high);
-  return list;
 }
 
 Tensor shortlist_matmul(Tensor x, Tensor weight, Maybe bias, Tensor index) {
