@@ -8,7 +8,7 @@ from tiny import step_op
 from xmlkernels.triton import bce_tile
 
 # 4,096 labels are one block: the interpreter's time goes by programs, not by their size.
-WIDE = bce_tile.Plan(tile=4096, block_b=16, block_l=4096, block_d=16, step=512, segments=1)
+WIDE = bce_tile.Plan(tile=4096, block_b=16, block_l=4096, block_d=16, step=128, segments=1)
 
 
 def test_rows_beyond_2_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
