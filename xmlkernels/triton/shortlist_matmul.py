@@ -14,7 +14,7 @@ from xmlkernels.triton import common
 
 LIST_TILE = (16, 128)  # entries of a list and columns, for lists per sample
 # Entries, samples, columns and warps of a product with a shared list.
-SHARED_TILE, SHARED_TILE_FP32 = (64, 64, 32, 8), (32, 32, 32, 4)
+SHARED_TILE, SHARED_TILE_FP32 = (64, 64, 32, 8), (32, 16, 32, 4)
 OCCURRENCES = 4  # of one row, taken at a time
 SPLITS = 16  # at most: parts of a shared list whose dx are summed apart, in an order of their own
 
