@@ -102,6 +102,9 @@ class CMakeBuild(build_ext):
         assert torch is not None and torch.origin is not None
         reason = missing_cuda_piece(Path(torch.origin).parent)
         demanded = os.environ.get("XMLKERNELS_CUDA") == "1"
+        # An older build's library would be loaded beside newer schemas.
+        package = ROOT if self.inplace else Path(self.build_lib).resolve()
+        (package / "xmlkernels" / "_cuda.so").unlink(missing_ok=True)
         if reason is None:
             try:
                 options = [f"-DXMLKERNELS_CUDA_ARCHS={cuda_archs()}", f"-DCMAKE_CUDA_COMPILER={find_nvcc()}"]

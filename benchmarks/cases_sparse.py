@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.case import DTYPES, REFERENCE_ELEMENTS, Case
+from benchmarks.case import DTYPES, LR, REFERENCE_ELEMENTS, Case
 from benchmarks.shapes import Shape
 from benchmarks.timing import Step
 from xmlkernels import ops
 from xmlkernels.reference import sparse_update as reference
 
-LR = 1e-4
 RULES = {"sgd": (0, 2), "adagrad": (1, 7), "adam": (2, 14)}
 """Of each rule the number of states, each of the table's format and size, and the operations per number."""
 

@@ -1,6 +1,7 @@
 // Torch's view of the CPU kernels, on the stable ABI. Arguments arrive checked by xmlkernels/ops; what would corrupt
 // memory is checked once more, since the dispatcher can be called without them.
 #include "bindings_arguments.h"
+#include "bindings_rows.h"
 
 namespace {
 
@@ -152,17 +153,7 @@ Tensor rescale_rows_(Tensor weight, Tensor row_scale, Tensor counter, int64_t ro
   return count;
 }
 
-// The three sparse updates are one kernel: the rule follows from the states.
-void sparse_update(xk::RowState state, const Tensor& param, const Tensor& rows, const Tensor& grad) {
-  check(rows, "rows", ScalarType::Long);
-  xk::SparseUpdate a{};
-  a.state = state;
-  a.n = param.size(0);
-  a.rows = static_cast<const int64_t*>(rows.const_data_ptr());
-  a.count = rows.numel();
-  a.grad = grad.const_data_ptr();
-  a.grad_dtype = dtype_of(grad, "grad");
-  check_size(grad, "grad", a.count * state.width);
+void run_sparse_update(const xk::SparseUpdate& a, const Tensor&) {
   // A row that stood twice would be two threads' at once.
   for (int64_t i = 0; i < a.count; ++i)
     STD_TORCH_CHECK(a.rows[i] >= 0 && (i == 0 || a.rows[i] > a.rows[i - 1] || a.rows[i - 1] >= a.n),
@@ -170,51 +161,10 @@ void sparse_update(xk::RowState state, const Tensor& param, const Tensor& rows, 
   xk::sparse_update(a, kHost);
 }
 
-void sparse_sgd_(Tensor param, Maybe momentum, Tensor rows, Tensor grad, Tensor hyper, Tensor counter, Maybe kahan,
-                 Maybe row_decay, Maybe decay_sum, int64_t row_offset, bool decoupled) {
-  sparse_update(row_state_of(param, momentum, {}, kahan, {}, row_decay, decay_sum, {}, hyper, counter, row_offset,
-                             decoupled),
-                param, rows, grad);
-}
-
-void sparse_adagrad_(Tensor param, Tensor second, Tensor rows, Tensor grad, Tensor hyper, Tensor counter, Maybe kahan,
-                     Maybe row_decay, Maybe decay_sum, int64_t row_offset, bool decoupled) {
-  sparse_update(row_state_of(param, {}, second, kahan, {}, row_decay, decay_sum, {}, hyper, counter, row_offset,
-                             decoupled),
-                param, rows, grad);
-}
-
-void sparse_adam_(Tensor param, Tensor momentum, Tensor second, Tensor rows, Tensor grad, Tensor hyper, Tensor counter,
-                  Maybe kahan, Maybe row_step, Maybe row_decay, Maybe decay_sum, int64_t row_offset, bool decoupled) {
-  sparse_update(row_state_of(param, momentum, second, kahan, row_step, row_decay, decay_sum, {}, hyper, counter,
-                             row_offset, decoupled),
-                param, rows, grad);
-}
-
-void bag_step_(Tensor weight, Tensor grad, Tensor token, Tensor offset, Tensor hyper, Tensor counter,
-               Maybe token_weight, Maybe momentum, Maybe second, Maybe kahan, Maybe row_step, Maybe row_decay,
-               Maybe decay_sum, int64_t row_offset, bool decoupled) {
-  check(token, "token", ScalarType::Long);
-  check(offset, "offset", ScalarType::Long);
-  xk::BagStep a{};
-  a.state = row_state_of(weight, momentum, second, kahan, row_step, row_decay, decay_sum, {}, hyper, counter,
-                         row_offset, decoupled);
-  a.n = weight.size(0);
-  a.grad = grad.const_data_ptr();
-  a.grad_dtype = dtype_of(grad, "grad");
-  a.bags = offset.numel() - 1;
-  check_size(grad, "grad", a.bags * a.state.width);
-  a.token = static_cast<const int64_t*>(token.const_data_ptr());
-  a.count = token.numel();
-  a.offset = static_cast<const int64_t*>(offset.const_data_ptr());
+void run_bag_step(const xk::BagStep& a, const Tensor&) {
   for (int64_t b = 0; b <= a.bags; ++b)
     STD_TORCH_CHECK(a.offset[b] >= (b ? a.offset[b - 1] : 0) && a.offset[b] <= a.count,
                     "argument offset: expected ascending numbers from 0 to ", a.count, ", got ", a.offset[b], " at ", b);
-  if (token_weight) {
-    check(*token_weight, "token_weight", ScalarType::Float);
-    check_size(*token_weight, "token_weight", a.count);
-    a.token_weight = static_cast<const float*>(token_weight->const_data_ptr());
-  }
   xk::bag_step(a, kHost);
 }
 
@@ -267,10 +217,10 @@ STABLE_TORCH_LIBRARY_IMPL(xmlkernels, CPU, m) {
   m.impl("cluster_step_", TORCH_BOX(&cluster_step_));
   m.impl("matmul_topk", TORCH_BOX(&matmul_topk));
   m.impl("rescale_rows_", TORCH_BOX(&rescale_rows_));
-  m.impl("sparse_sgd_", TORCH_BOX(&sparse_sgd_));
-  m.impl("sparse_adagrad_", TORCH_BOX(&sparse_adagrad_));
-  m.impl("sparse_adam_", TORCH_BOX(&sparse_adam_));
-  m.impl("bag_step_", TORCH_BOX(&bag_step_));
+  m.impl("sparse_sgd_", TORCH_BOX(&sparse_sgd_<&run_sparse_update>));
+  m.impl("sparse_adagrad_", TORCH_BOX(&sparse_adagrad_<&run_sparse_update>));
+  m.impl("sparse_adam_", TORCH_BOX(&sparse_adam_<&run_sparse_update>));
+  m.impl("bag_step_", TORCH_BOX(&bag_step_<&run_bag_step>));
   m.impl("shortlist_matmul", TORCH_BOX(&shortlist_matmul));
   m.impl("shortlist_backward", TORCH_BOX(&shortlist_backward));
 }

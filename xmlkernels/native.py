@@ -72,13 +72,14 @@ def _missing_cuda() -> str | None:
 
 
 def warn_reference(device: str, reason: str) -> None:
-    """Tells once per device type that an op runs on its slow reference, which holds the whole `B x L` matrix."""
+    """Tells once per device type that an op runs on its slow reference, which may hold whole matrices (`B x L`)."""
     if device not in _warned:
         _warned.add(device)
         builds = "`pip install --no-build-isolation .` builds kernels"
         mend = {"cpu": builds, "cuda": f"{builds} where nvcc is installed"}.get(device, "kernels exist for CPU and CUDA alone")
         warnings.warn(
-            f"xmlkernels: ops on {device} run on their slow reference: {reason}. It holds all logits in memory; {mend}",
+            f"xmlkernels: ops on {device} run on their slow reference: {reason}. The full-label ops then hold all logits; "
+            f"{mend}",
             RuntimeWarning,
             stacklevel=3,
         )

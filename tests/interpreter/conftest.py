@@ -4,6 +4,7 @@
 The interpreter shows no race; races show on a card, by repeating (`-m gpu`).
 """
 
+import importlib.util
 import os
 import runpy
 import sys
@@ -17,7 +18,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     raise pytest.UsageError(
         "tests/interpreter runs in a process of its own: TRITON_INTERPRET=1 python -m pytest tests/interpreter"
     )
-pytest.importorskip("triton", reason="Triton is not installed: `pip install -r requirements-dev.txt`")
+if importlib.util.find_spec("triton") is None:
+    raise pytest.UsageError("tests/interpreter needs Triton: `pip install -r requirements-dev.txt`")
 
 # Problems and comparisons are those of the op tests, and so is the poisoned memory.
 OPS = Path(__file__).resolve().parents[1] / "ops"

@@ -155,3 +155,13 @@ def test_the_step_leaves_autograd_alone() -> None:
     arguments["x"].requires_grad_()
     dx, _ = bce_step_(**arguments)
     assert not dx.requires_grad
+
+
+def test_autograd_hears_of_every_tensor_that_is_written() -> None:
+    arguments = good() | {"momentum": torch.zeros(N, D), "bias": torch.zeros(N)}
+    written = ("weight", "momentum", "bias")
+    before = {name: arguments[name]._version for name in arguments if isinstance(arguments[name], Tensor)}
+    bce_step_(**arguments)
+    assert {name for name, version in before.items() if arguments[name]._version > version} == set(written)
+    with torch.inference_mode():  # such tensors have no versions
+        bce_step_(**{name: t.clone() if isinstance(t, Tensor) else t for name, t in arguments.items()})

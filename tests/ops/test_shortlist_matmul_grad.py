@@ -113,3 +113,13 @@ def test_the_gradient_is_coalesced_and_backward_keeps_its_order(device: str) -> 
         assert torch.equal(found.indices()[0], t["index"][t["index"] >= 0].unique())
     total.backward()
     assert (weight.grad._indices()[0].diff() > 0).all() and weight.grad._values().dtype == BF16
+
+
+def test_a_table_that_moved_since_is_refused_by_the_backward() -> None:
+    """The gradient of x needs the rows that were scored: silently taking the updated ones would be wrong."""
+    x, weight = torch.randn(2, 8, requires_grad=True), torch.randn(5, 8)
+    logits = ops.shortlist_matmul(x, weight, None, torch.tensor([0, 3]))
+    hyper, counter = torch.tensor([0.1, 0, 0, 0, 0, 1, 1]), torch.tensor([1, 0])
+    ops.sparse_sgd_(weight, None, torch.tensor([3]), torch.ones(1, 8), hyper, counter)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logits.sum().backward()

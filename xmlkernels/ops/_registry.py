@@ -46,9 +46,17 @@ def register_cuda(name: str, module: str) -> None:
             if error.name != "triton":
                 raise
             raise ModuleNotFoundError(f"{name}: its GPU kernel needs triton: `pip install triton`", name="triton") from error
-        return function(*args, **kwargs)
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device(next(a for a in args if isinstance(a, Tensor)).device):
+            return function(*args, **kwargs)
 
     _library.impl(name, kernel, "CUDA")
+
+
+def mark_written(*tensors: Tensor | None) -> None:
+    """Tells autograd that an op is about to change tensors in place, so that a later backward that needs their old values
+    is refused rather than wrong."""
+    torch.autograd.graph.increment_version([t for t in tensors if t is not None and not t.is_inference()])
 
 
 def describe(t: Tensor) -> str:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from xmlkernels.ops._registry import STATE_DTYPES, check_tensor, define, expect
+from xmlkernels.ops._registry import STATE_DTYPES, check_tensor, define, expect, mark_written
 from xmlkernels.ops._update import check_updated_table
 from xmlkernels.reference.bag_step import bag_step_ as reference
 
@@ -59,6 +59,7 @@ def bag_step_(
     if token_weight is not None:
         check_tensor(op, "token_weight", token_weight, (torch.float32,), (token.shape[0],), weight.device)
     _check_bags(op, token, offset, weight.shape[0])
+    mark_written(weight, momentum, second, kahan, row_step, row_decay)
     torch.ops.xmlkernels.bag_step_(
         weight, grad.detach(), token, offset, hyper, counter, token_weight=token_weight, **options,
         row_offset=row_offset, decoupled=decoupled,

@@ -10,6 +10,7 @@ from xmlkernels.ops._registry import (
     check_tensor,
     define,
     expect,
+    mark_written,
     register_cuda,
 )
 from xmlkernels.reference.bce_step import bce_step_ as reference
@@ -103,6 +104,7 @@ def bce_step_(
     )  # fmt: skip
     options = {"pos_value": pos_value, "bias": bias, "momentum": momentum, "second": second, "kahan": kahan}
     options["row_scale"] = row_scale
+    mark_written(weight, bias, momentum, second, kahan, row_scale)
     return torch.ops.xmlkernels.bce_step_(
         weight, x.detach(), pos_row, pos_sample, hyper, counter, **options,
         row_offset=row_offset, rows=rows, decoupled=decoupled, need_loss=need_loss,

@@ -12,6 +12,7 @@ from xmlkernels.ops._registry import (
     define,
     describe,
     expect,
+    mark_written,
     register_cuda,
 )
 from xmlkernels.ops.bce_step import HYPER
@@ -100,6 +101,7 @@ def cluster_step_(
     )  # fmt: skip
     options = {"pos_value": pos_value, "bias": bias, "momentum": momentum, "second": second, "kahan": kahan}
     options["row_scale"] = row_scale
+    mark_written(weight, bias, momentum, second, kahan, row_scale)
     return torch.ops.xmlkernels.cluster_step_(
         weight, x.detach(), clusters, row_ptr, cluster_rows, pos_row, pos_sample, hyper, counter, **options,
         row_offset=row_offset, rows=rows, decoupled=decoupled, need_loss=need_loss,

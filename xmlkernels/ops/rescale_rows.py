@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from xmlkernels.ops._registry import E4M3, check_row_scale, check_tensor, define, expect
+from xmlkernels.ops._registry import E4M3, check_row_scale, check_tensor, define, expect, mark_written
 from xmlkernels.reference.rescale_rows import rescale_rows_ as reference
 
 
@@ -37,6 +37,7 @@ def rescale_rows_(weight: Tensor, row_scale: Tensor, counter: Tensor, row_offset
         not weight.requires_grad, f"{op}: argument weight", "a tensor that requires no gradient", "one that does",
         "keep the table out of autograd (a buffer, not an nn.Parameter)",
     )  # fmt: skip
+    mark_written(weight, row_scale)
     return torch.ops.xmlkernels.rescale_rows_(weight, row_scale, counter, row_offset)
 
 

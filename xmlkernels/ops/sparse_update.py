@@ -22,7 +22,7 @@ Common to the three:
 import torch
 from torch import Tensor
 
-from xmlkernels.ops._registry import define
+from xmlkernels.ops._registry import define, mark_written
 from xmlkernels.ops._update import check_touched_rows, check_updated_table
 from xmlkernels.reference import sparse_update as reference
 
@@ -56,6 +56,7 @@ def sparse_sgd_(
         op, "param", param, hyper, counter, momentum=momentum, **options, row_offset=row_offset, decoupled=decoupled
     )
     check_touched_rows(op, rows, grad, param)
+    mark_written(param, momentum, kahan, row_decay)
     torch.ops.xmlkernels.sparse_sgd_(
         param, momentum, rows, grad.detach(), hyper, counter, **options, row_offset=row_offset, decoupled=decoupled
     )
@@ -90,6 +91,7 @@ def sparse_adagrad_(
         op, "param", param, hyper, counter, second=second, **options, row_offset=row_offset, decoupled=decoupled
     )
     check_touched_rows(op, rows, grad, param)
+    mark_written(param, second, kahan, row_decay)
     torch.ops.xmlkernels.sparse_adagrad_(
         param, second, rows, grad.detach(), hyper, counter, **options, row_offset=row_offset, decoupled=decoupled
     )
@@ -133,6 +135,7 @@ def sparse_adam_(
         row_offset=row_offset, decoupled=decoupled,
     )  # fmt: skip
     check_touched_rows(op, rows, grad, param)
+    mark_written(param, momentum, second, kahan, row_step, row_decay)
     torch.ops.xmlkernels.sparse_adam_(
         param, momentum, second, rows, grad.detach(), hyper, counter, **options, row_offset=row_offset, decoupled=decoupled
     )
