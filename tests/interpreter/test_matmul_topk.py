@@ -62,6 +62,26 @@ def test_formats_of_x_and_table_mix(x_dtype: torch.dtype, dtype: torch.dtype) ->
     check_equal(x.to(x_dtype), weight.to(dtype), bias, 5)
 
 
+def test_e4m3_tables() -> None:
+    """Every finite code, scales from 2^-100 on, a bias, padding rows that would win."""
+    g = torch.Generator().manual_seed(0)
+    code = torch.arange(254).remainder(127) + 128 * (torch.arange(254) // 127)
+    weight = torch.zeros(260, 5, dtype=torch.uint8)
+    weight[:254, 3], weight[254:] = code, 0x7E
+    scale = torch.exp2(torch.randint(-12, -4, (260,), generator=g).float())
+    scale[::9], scale[254:] = 2.0**-100, 2.0**100
+    row_scale = torch.stack([scale, torch.full((260,), math.nan)], 1)
+    x = torch.zeros(3, 5)
+    x[0, 3], x[1, 3], x[2, 2] = 1, -0.5, 1
+    table, bias = weight.view(torch.float8_e4m3fn), torch.zeros(260)
+    bias[17] = 3
+    for given in (None, bias):
+        check_equal(x, table, given, 254, row_scale=row_scale, rows=254, exclude=torch.tensor([[3], [-1], [40]]))
+    x, weight, bias = whole_numbers(19, 60, 20, torch.float32)
+    row_scale = torch.exp2(torch.arange(60).remainder(4)).float()[:, None].repeat(1, 2)
+    check_equal(x.to(torch.float16), weight.to(torch.float8_e4m3fn), bias, 7, row_scale=row_scale)
+
+
 def test_scores_that_rise_fall_and_tie() -> None:
     """The worst orders for a running threshold: every row is a new best, none but the first k is, all are equal."""
     weight = torch.arange(1500.0).reshape(-1, 1)
