@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.model import cluster_step_accesses, cluster_step_memory
 from common import (
     DTYPES,
     Step,
@@ -189,10 +190,17 @@ def test_accesses_are_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
             momentum=t["momentum"],
         )  # fmt: skip
     sizes, pairs = ROW_PTR.diff(), torch.bincount(clusters[clusters >= 0], minlength=6)
-    rows = int(sizes[pairs > 0].sum())
     assert pairs.max() > 16 and sizes.max() > 32  # two blocks of pairs, three tiles of rows
-    scored = int((torch.ceil(pairs / 16) * sizes).sum())
-    assert traffic.loads["weight"] == (scored + 2 * rows) * D and traffic.stores["weight"] == rows * D
-    assert traffic.loads["momentum"] == traffic.stores["momentum"] == rows * D
-    used = int((pairs * torch.ceil(sizes / 16)).sum())  # a pair's x, by each tile of rows: scores and gradient
-    assert traffic.loads["x"] == 2 * used * D + B * D  # and once for the finite check
+    model = cluster_step_accesses(B, D, sizes.tolist(), pairs.tolist(), block_r=16, block_p=16, states=1)
+    model["momentum"] = model.pop("state")
+    assert model["momentum"] == (int(sizes[pairs > 0].sum()) * D,) * 2
+    assert {name: (traffic.loads[name], traffic.stores[name]) for name in model} == model
+
+
+@pytest.mark.parametrize("most", [1, 11, 17, 40, 64, 1000])
+def test_the_models_tiles_are_the_kernels(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.undo()
+    tiles = math.ceil(most / kernel._sides(64, 400, 600, most, True)[0])
+    shares, rows = 4 * 64 * 400 * tiles * 768, round(600 * most * (1 - (1 - 400 / 600) ** 64))
+    rest = 2 * rows * 768 * (2 + 2 * 2) + 64 * 400 * (4 * most + 8) + 8 * 64 * 768
+    assert cluster_step_memory(64, 768, 400, most, 600, states=2) == rest + 2 * shares

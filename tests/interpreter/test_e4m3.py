@@ -10,7 +10,10 @@ from common import Step, assert_same_bits, dyadic_step, make_hyper
 from tiny import PLAN, SHAPE, step_op
 from xmlkernels.reference import bce_loss as reference_loss
 from xmlkernels.reference.rounding import WEIGHT, encode
+from xmlkernels.triton import common
 from xmlkernels.triton.bce_loss import bce_loss, bce_loss_backward
+from xmlkernels.triton.cluster_step import cluster_step_
+from xmlkernels.triton.matmul_topk import matmul_topk
 
 E4M3 = torch.float8_e4m3fn
 
@@ -72,6 +75,23 @@ def test_loss() -> None:
     loss = bce_loss(t["x"], code, None, t["pos_row"], t["pos_sample"], None, row_scale, plan=PLAN)
     wide = reference_loss.bce_loss(t["x"].double(), t["weight"].double(), None, t["pos_row"], t["pos_sample"])
     torch.testing.assert_close(loss.double(), wide, rtol=2e-6, atol=0)
+
+
+def test_cards_without_e4m3_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, code, row_scale = problem()
+    t, before = step.tensors, code.clone().view(torch.uint8)
+    positives = (t["pos_row"], t["pos_sample"], t["hyper"], t["counter"])
+    clusters, row_ptr = torch.zeros(SHAPE[0], 1, dtype=torch.int64), torch.tensor([0, SHAPE[1]])
+    monkeypatch.setattr(common, "emulated", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    for call in (
+        lambda: step_op(code, t["x"], *positives, row_scale=row_scale),
+        lambda: matmul_topk(t["x"], code, None, 3, row_scale=row_scale),
+        lambda: cluster_step_(code, t["x"], clusters, row_ptr, SHAPE[1], *positives, row_scale=row_scale),
+    ):
+        with pytest.raises(NotImplementedError, match="e4m3 tables from sm_89 on only; use a bf16 table on this card"):
+            call()
+    assert torch.equal(code.view(torch.uint8), before)
 
 
 @pytest.mark.parametrize("finite", [True, False])

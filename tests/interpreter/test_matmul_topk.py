@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.model import matmul_topk_accesses, matmul_topk_memory
 from common import DTYPES, assert_no_worse, name_of
 from counting import counted
 from xmlkernels.reference.matmul_topk import matmul_topk as reference
@@ -143,7 +144,16 @@ def test_accesses_are_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = whole_numbers(b, n, d, torch.float32)
     with counted(monkeypatch, {"x": x, "weight": weight, "bias": bias}) as traffic:
         kernel.matmul_topk(x, weight, bias, k)
-    sample_tiles, label_tiles = math.ceil(b / 16), sum(math.ceil((end - begin) / 16) for begin, end in kernel.plan(b, n, k)[3])
-    assert traffic.loads["weight"] == sample_tiles * n * d and traffic.loads["x"] == label_tiles * b * d
-    assert traffic.loads["bias"] == sample_tiles * n
-    assert traffic.stores["weight"] == traffic.stores["x"] == traffic.stores["bias"] == 0
+    chunks = [end - begin for begin, end in kernel.plan(b, n, k)[3]]
+    model = matmul_topk_accesses(b, n, d, chunks, block_b=16, block_l=16, bias=True)
+    assert model["weight"] == (2 * n * d, 0) and len(chunks) > 1
+    assert {name: (traffic.loads[name], traffic.stores[name]) for name in model} == model
+
+
+def test_the_models_blocks_are_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    labels, samples, _, _ = kernel.TILE
+    given = (1000, 70_000, 8, [4096, 4096])
+    assert matmul_topk_accesses(*given) == matmul_topk_accesses(*given, block_b=samples, block_l=labels)
+    assert matmul_topk_memory(2500, 70_000, 8, 10) == 3 * 70_000 * 8 * 2 + 2500 * (4 * 8 + 12 * 10)
+    assert kernel.plan(2500, 70_000, 10)[0] == 1024
