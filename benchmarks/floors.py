@@ -113,12 +113,24 @@ def own_row(rows: Sequence[Row], peer: Row) -> Row | None:
 
 def modelled_bytes(row: Row, model: ModuleType | None) -> int | None:
     """Bytes between memory and L2 by the schedule of this package's kernel, where `benchmarks/model.py` counts them."""
-    if model is None or row["impl"] != "xmlkernels" or row["op"] != "bce_step":
+    if model is None or row["impl"] != "xmlkernels":
         return None
     element = {"fp32": 4, "fp8": 1}.get(str(row["dtype"]), 2)
-    phase, sizes = plain(row["phase"]), [int(number(row, letter)) for letter in "BLD"]
-    options = {"element": element, "state_element": element, "states": int(phase == "momentum"), "loss": phase == "loss"}
-    return model.bce_step_bytes(*sizes, **options)["memory"]
+    phase, op = plain(row["phase"]), row["op"]
+    B, L, D = (int(number(row, letter)) for letter in "BLD")
+    S, K = (int(str(row[letter])) if row[letter] not in (None, "") else 0 for letter in "SK")
+    if op == "bce_step":
+        options = {"element": element, "state_element": element, "states": int(phase == "momentum"), "loss": phase == "loss"}
+        return model.bce_step_bytes(B, L, D, **options)["memory"]
+    if op == "matmul_topk":
+        return model.matmul_topk_memory(B, L, D, K or 1, element=element)
+    if op == "shortlist_matmul" and phase != "step":  # most of a step is autograd and the optimizer's own op
+        return model.shortlist_memory(B, S, D, shared=phase == "shared", element=element)
+    if op == "cluster_step":
+        K, rows = K or 1, (S or L) // (K or 1)  # rows of a cluster, as benchmarks/cases_cluster.py makes them
+        states = 2 if phase == "adam" else 0
+        return model.cluster_step_memory(B, D, K, rows, L // rows, element=element, state_element=element, states=states)
+    return None
 
 
 def table(rows: Sequence[Row], ceilings: Ceilings, model: ModuleType | None) -> list[str]:

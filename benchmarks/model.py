@@ -3,6 +3,7 @@
 Printed beside a floor and called "model": an account of accesses and what they come to in bytes, no measurement.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -65,3 +66,80 @@ def bce_step_bytes(
     size = dict.fromkeys(of, 4) | {"weight": element, "x": element, "gradient": element, "state": state_element, "pos_row": 8}
     memory = 2 * L * D * (element + states * state_element) + 2 * B * D * element + positives * 12 + (8 * L if bias else 0)
     return {"memory": memory, "cache": sum((loads + stores) * size[name] for name, (loads, stores) in of.items())}
+
+
+CACHE = 40 << 20
+"""Bytes of the smallest L2 of the large cards (A100): below, what a call writes and reads again stays in it."""
+
+
+def matmul_topk_accesses(
+    B: int, L: int, D: int, chunks: Sequence[int], *, block_b: int = 128, block_l: int = 128, bias: bool = False
+) -> dict[str, tuple[int, int]]:
+    """Elements of table, batch and bias that one `matmul_topk` loads and stores; chunks: labels taken between two cuts.
+
+    The lists are left out: what enters them depends on the data.
+    """
+    of_b, of_l = _up(B, block_b), sum(_up(labels, block_l) for labels in chunks)
+    out = {"weight": (of_b * L * D, 0), "x": (of_l * B * D, 0)}
+    return out | ({"bias": (of_b * L, 0)} if bias else {})
+
+
+def matmul_topk_memory(B: int, L: int, D: int, K: int, *, element: int = 2, samples: int = 1024) -> int:
+    """Model of one `matmul_topk`: bytes between memory and L2. The table comes once for each `samples` of the batch: tiles of
+    one block of labels run next to each other and share it in L2, where x and the lists' new entries stay."""
+    return _up(B, samples) * L * D * element + 4 * B * D + 12 * B * K
+
+
+def shortlist_accesses(
+    B: int, S: int, D: int, named: int, *, shared: bool, block_s: int, block_b: int = 1, block_d: int = 1
+) -> dict[str, dict[str, tuple[int, int]]]:
+    """Elements that `shortlist_matmul` loads and stores: "forward", and "dx" of its backward.
+
+    named: entries of the index that are no pads. block_b: samples of a tile of a shared list; lists per sample have one.
+    """
+    of_b, of_s, of_d = _up(B, block_b) if shared else 1, _up(S, block_s), _up(D, block_d)
+    weight = (of_b * named * D, 0)
+    pairs = named * B if shared else named
+    return {
+        "forward": {"weight": weight, "x": (of_s * B * D, 0)},
+        "dx": {"weight": weight, "x": (0, 0), "dlogits": (of_d * pairs, 0)},
+    }
+
+
+def shortlist_memory(B: int, S: int, D: int, *, shared: bool, element: int = 2) -> int:
+    """Model of one forward `shortlist_matmul`: bytes between memory and L2. Every row that a list names comes once, also one
+    that other lists name (a shared list's once for the batch); index, x and logits once."""
+    lists = 1 if shared else B
+    return lists * S * D * element + 8 * lists * S + 4 * B * S + 4 * B * D
+
+
+def cluster_step_accesses(
+    B: int, D: int, sizes: Sequence[int], pairs: Sequence[int], *, block_r: int, block_p: int, states: int = 0
+) -> dict[str, tuple[int, int]]:
+    """Elements that one `cluster_step_` loads and stores; sizes and pairs: rows of each cluster, samples that select it.
+
+    Without a row-wise moment, which reads rows and x once more, and where all shares of dx are held at a time.
+    """
+    rows = sum(size for size, p in zip(sizes, pairs, strict=True) if p)
+    scored = sum(_up(p, block_p) * size for size, p in zip(sizes, pairs, strict=True))
+    used = sum(p * _up(size, block_r) for size, p in zip(sizes, pairs, strict=True))
+    return {
+        "weight": ((scored + 2 * rows) * D, rows * D),  # scores by every block of pairs; shares of dx; the update
+        "state": (states * rows * D, states * rows * D),
+        "x": (2 * used * D + B * D, 0),  # scores and gradient by every tile of rows; the finite check once
+    }
+
+
+def cluster_step_memory(
+    B: int, D: int, K: int, M: int, C: int, *, element: int = 2, state_element: int = 2, states: int = 0
+) -> int:
+    """Model of one `cluster_step_` with K of C clusters of M rows for each sample, at random: bytes between memory and L2.
+
+    The assumption: a touched row and its states come once and go back once, however many samples share it; the gradients of
+    the logits and x stay in L2, and so do the shares of dx where they fit, else they go to memory and come back.
+    """
+    touched = round(C * M * (1 - (1 - K / C) ** B))
+    block_r = min(64, max(16, 1 << max(0, M - 1).bit_length()))
+    shares = 4 * B * K * _up(M, block_r) * D
+    rows = 2 * touched * D * (element + states * state_element)
+    return rows + (2 * shares if shares > CACHE else 0) + 4 * B * K * M + 8 * B * K + 8 * B * D

@@ -97,11 +97,19 @@ def test_update_rows(arch: str, table: tuple[int, torch.dtype], states: str) -> 
 @pytest.mark.parametrize("table", [(128, BF16), (128, F32)], ids=name_of)
 @pytest.mark.parametrize("arch", ARCHES)
 def test_store_gradient(arch: str, table: tuple[int, torch.dtype]) -> None:
-    tensors = {"x": table[1], "gradient": table[1], "column_sum": F32, "dweight": F32, "dbias": F32, "flag": I32}
+    tensors = {
+        "x": table[1],
+        "gradient": table[1],
+        "column_sum": F32,
+        "row_scale": None,
+        "dweight": F32,
+        "dbias": F32,
+        "flag": I32,
+    }
     check(build(bce_loss.store_gradient, arch, table, tensors | SIZES | {"b_blocks": "i32"}), arch, table)
 
 
-@pytest.mark.parametrize("part", ["gradient", "dx", "update", "update adam"])
+@pytest.mark.parametrize("part", ["gradient", "dx", "dweight", "update", "update adam"])
 @pytest.mark.parametrize("arch", E4M3_ARCHES)
 def test_e4m3_tables(arch: str, part: str) -> None:
     """The table as uint8; its products run in bf16."""
@@ -113,6 +121,9 @@ def test_e4m3_tables(arch: str, part: str) -> None:
     elif part == "dx":
         tensors = {"gradient": BF16, "weight": weight, "partial": F32, "segment_rows": "i32"}
         got = build(bce_tile.add_dx, arch, table, tensors | SIZES)
+    elif part == "dweight":
+        tensors = {"x": BF16, "gradient": BF16, "column_sum": F32, "row_scale": F32, "dweight": F32, "dbias": F32, "flag": I32}
+        got = build(bce_loss.store_gradient, arch, table, tensors | SIZES | {"b_blocks": "i32"})
     else:
         state = BF16 if part == "update adam" else None
         tensors = {"x": BF16, "gradient": BF16, "column_sum": F32, "weight": weight, "bias": F32, "momentum": state}

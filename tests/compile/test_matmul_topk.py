@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compiled import ARCHES, SMALL, compile_kernel
+from compiled import ARCHES, E4M3_ARCHES, SMALL, compile_kernel
 from xmlkernels.triton import matmul_topk as kernel
 
 pytestmark = pytest.mark.compile
@@ -16,13 +16,28 @@ F32, I32, I64 = torch.float32, torch.int32, torch.int64
 def test_score_tiles(arch: str, dtype: torch.dtype, samples: int) -> None:
     labels, most, width, warps = kernel.TILE_FP32 if dtype == F32 else kernel.TILE
     kinds = {
-        "x": dtype, "weight": dtype, "bias": F32, "threshold": F32, "used": I32, "keys": I64,
+        "x": dtype, "weight": dtype, "bias": F32, "row_scale": None, "threshold": F32, "used": I32, "keys": I64,
         "begin": "i32", "end": "i32", "batch": "i32", "capacity": "i32",
     }  # fmt: skip
     constants = {"D": 768, "HAS_BIAS": True, "EMULATED": False, "BL": labels, "BB": min(samples, most), "BD": width}
     got = compile_kernel(kernel._score_tiles, arch, kinds, constants, divisible=("begin",), num_warps=warps)
     assert (got.stack, got.local) == (0, 0) and got.shared <= SMALL
     assert got.mma == (dtype != F32) and got.wgmma == (dtype != F32 and arch == "sm_90a")
+
+
+@pytest.mark.parametrize("samples", [16, 128])
+@pytest.mark.parametrize("arch", E4M3_ARCHES)
+def test_score_tiles_of_e4m3(arch: str, samples: int) -> None:
+    """The table as uint8; its products run in bf16."""
+    labels, _, width, warps = kernel.TILE
+    kinds = {
+        "x": torch.bfloat16, "weight": torch.uint8, "bias": F32, "row_scale": F32, "threshold": F32, "used": I32, "keys": I64,
+        "begin": "i32", "end": "i32", "batch": "i32", "capacity": "i32",
+    }  # fmt: skip
+    constants = {"D": 768, "HAS_BIAS": True, "EMULATED": False, "BL": labels, "BB": samples, "BD": width}
+    got = compile_kernel(kernel._score_tiles, arch, kinds, constants, divisible=("begin",), num_warps=warps)
+    assert (got.stack, got.local) == (0, 0) and got.shared <= SMALL
+    assert got.mma and got.wgmma == (arch == "sm_90a")
 
 
 @pytest.mark.parametrize("arch", ARCHES)

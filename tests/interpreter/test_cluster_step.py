@@ -8,12 +8,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from common import DTYPES, Step, assert_no_worse, assert_same_bits, dyadic_step, make_hyper, name_of, random_step
+from benchmarks.model import cluster_step_accesses, cluster_step_memory
+from common import (
+    DTYPES,
+    Step,
+    assert_no_worse,
+    assert_same_bits,
+    bits,
+    dyadic_step,
+    fp8_step,
+    make_hyper,
+    name_of,
+    random_step,
+)
 from counting import counted
 from xmlkernels.reference.cluster_step import cluster_step_ as reference
 from xmlkernels.triton import cluster_step as kernel
 
-NAMES = ("weight", "bias", "momentum", "second", "kahan")
+NAMES = ("weight", "bias", "momentum", "second", "kahan", "row_scale")
 # Clusters of 0, 1 and several rows; the largest spans three tiles. Cluster 4 is selected by nobody, cluster 5 by everybody.
 ROW_PTR = torch.tensor([0, 1, 1, 36, 40, 47, 58])
 B, N, D, M = 18, 60, 21, 35
@@ -94,6 +106,32 @@ def test_no_worse_than_the_reference_in_fp32(name: str) -> None:
             assert torch.equal(value[40:47], step.tensors[key][40:47]), f"{key}: a row that nobody selects was written"
 
 
+@pytest.mark.parametrize("state", [None, "momentum", "row-wise"])
+def test_e4m3_bits_where_every_sum_is_exact(state: str | None) -> None:
+    """Scales from 2^-11 to 2^-8: subnormals, normals, rows that saturate; a maximum that grows and one that stays."""
+    hyper = make_hyper(2.0**-4, 2.0**-4, 0.5, 0.5, 1e-3, 0.5, 4.0)
+    step = dyadic_step(B, N, D, torch.float32, row_offset=2**33, rows=57, hyper=hyper)
+    step = fp8_step(step, 2.0 ** -(torch.arange(N) % 4 + 8).float())
+    t = step.tensors
+    t["bias"], t["row_scale"][::2, 1] = torch.zeros(N), 0
+    t["row_scale"][1::2, 1] = 2.0**7
+    t["weight"].view(torch.uint8)[40:47] = t["weight"].view(torch.uint8)[57:] = 0x7F  # NaN
+    if state:
+        t["momentum"] = torch.zeros(N, D)
+    if state == "row-wise":
+        t["second"] = torch.zeros(N)
+    want, got = (run(op, step, chosen(), ROW_PTR, M) for op in (reference, kernel.cluster_step_))
+    assert torch.equal(got.pop("scores"), want.pop("scores"))
+    assert_same_bits({**got, "dx": got["dx"] + 0.0}, {**want, "dx": want["dx"] + 0.0}, but=("loss", "second"))
+    if state == "row-wise":  # a mean over columns: its last place is the order's
+        torch.testing.assert_close(got["second"], want["second"], rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(got["loss"], want["loss"], rtol=2e-6, atol=0.0)
+    moved = bits(got["weight"]) != bits(t["weight"])
+    assert moved.float().mean() > 0.3 and not moved[40:47].any() and not moved[57:].any()
+    assert (got["weight"].float().abs() == 448).any()
+    assert torch.equal(got["row_scale"][1::2], t["row_scale"][1::2]) and (got["row_scale"][:36:2, 1] > 0).all()
+
+
 def test_level_zero_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """One cluster of all rows; shares of dx for one tile and one block of columns at a time, row-wise moments kept."""
     step = dyadic_step(B, N, D, torch.float32)
@@ -152,10 +190,17 @@ def test_accesses_are_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
             momentum=t["momentum"],
         )  # fmt: skip
     sizes, pairs = ROW_PTR.diff(), torch.bincount(clusters[clusters >= 0], minlength=6)
-    rows = int(sizes[pairs > 0].sum())
     assert pairs.max() > 16 and sizes.max() > 32  # two blocks of pairs, three tiles of rows
-    scored = int((torch.ceil(pairs / 16) * sizes).sum())
-    assert traffic.loads["weight"] == (scored + 2 * rows) * D and traffic.stores["weight"] == rows * D
-    assert traffic.loads["momentum"] == traffic.stores["momentum"] == rows * D
-    used = int((pairs * torch.ceil(sizes / 16)).sum())  # a pair's x, by each tile of rows: scores and gradient
-    assert traffic.loads["x"] == 2 * used * D + B * D  # and once for the finite check
+    model = cluster_step_accesses(B, D, sizes.tolist(), pairs.tolist(), block_r=16, block_p=16, states=1)
+    model["momentum"] = model.pop("state")
+    assert model["momentum"] == (int(sizes[pairs > 0].sum()) * D,) * 2
+    assert {name: (traffic.loads[name], traffic.stores[name]) for name in model} == model
+
+
+@pytest.mark.parametrize("most", [1, 11, 17, 40, 64, 1000])
+def test_the_models_tiles_are_the_kernels(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.undo()
+    tiles = math.ceil(most / kernel._sides(64, 400, 600, most, True)[0])
+    shares, rows = 4 * 64 * 400 * tiles * 768, round(600 * most * (1 - (1 - 400 / 600) ** 64))
+    rest = 2 * rows * 768 * (2 + 2 * 2) + 64 * 400 * (4 * most + 8) + 8 * 64 * 768
+    assert cluster_step_memory(64, 768, 400, most, 600, states=2) == rest + 2 * shares

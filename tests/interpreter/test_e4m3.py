@@ -9,8 +9,11 @@ from torch import Tensor
 from common import Step, assert_same_bits, dyadic_step, make_hyper
 from tiny import PLAN, SHAPE, step_op
 from xmlkernels.reference import bce_loss as reference_loss
-from xmlkernels.reference.rounding import WEIGHT, philox
-from xmlkernels.triton.bce_loss import bce_loss
+from xmlkernels.reference.rounding import WEIGHT, encode
+from xmlkernels.triton import common
+from xmlkernels.triton.bce_loss import bce_loss, bce_loss_backward
+from xmlkernels.triton.cluster_step import cluster_step_
+from xmlkernels.triton.matmul_topk import matmul_topk
 
 E4M3 = torch.float8_e4m3fn
 
@@ -25,25 +28,6 @@ def problem(seed: int = 0, **options: object) -> tuple[Step, Tensor, Tensor]:
     row_scale = torch.cat([scale, torch.rand(n, 1, generator=g) * 0.5], 1)
     step = dyadic_step(b, n, d, torch.float32, **options).replace(weight=code * scale)
     return step, code.to(E4M3), row_scale
-
-
-def words(step: Step) -> Tensor:
-    """32 random bits of each weight: column c takes word c % 4 of draw c // 4."""
-    n, d = step.tensors["weight"].shape
-    rows = torch.arange(n)[:, None] + step.options.get("row_offset", 0)
-    group = torch.arange((d + 3) // 4)[None, :]
-    counter = step.tensors["counter"]
-    draw = philox((counter[0], counter[1]), (rows, rows >> 32, group, torch.full_like(group, WEIGHT)))
-    return torch.stack(draw, -1).flatten(1)[:, :d]
-
-
-def round_up_or_down(value: Tensor, r32: Tensor) -> Tensor:
-    """The neighbour of each value in e4m3 that a word chooses, as fp32: up by as many words as the value lies above."""
-    size = value.abs().double()
-    unit = torch.exp2(size.clamp(min=2.0**-6).log2().floor() - 3)
-    rest = size / unit - (size / unit).floor()
-    up = (rest * 2.0**32).floor() + r32.double() >= 2.0**32
-    return (((size / unit).floor() + up) * unit).clamp(max=448).float().copysign(value)
 
 
 def run(step: Step, code: Tensor, row_scale: Tensor) -> dict[str, Tensor]:
@@ -62,12 +46,11 @@ def test_bits_where_sums_are_exact(momentum: bool) -> None:
     got, wide = run(step, code, row_scale), step.reference()
     assert_same_bits({k: got[k] for k in ("dx", "bias", "momentum") if k in got}, wide)
     torch.testing.assert_close(got["loss"], wide["loss"], rtol=2e-6, atol=0)
-    rounded = round_up_or_down(wide["weight"] / row_scale[:, :1], words(step))
-    assert torch.equal(got["weight"].float(), rounded)
-    assert (rounded * row_scale[:, :1] != wide["weight"]).float().mean() > 0.3  # or rounding is not tested
-    assert torch.equal(got["row_scale"][:, 0], row_scale[:, 0])
-    largest = (rounded * row_scale[:, :1]).abs().amax(1)
-    assert torch.equal(got["row_scale"][:, 1], torch.maximum(largest, row_scale[:, 1]))
+    rows = torch.arange(SHAPE[1]) + 2**32 - 40
+    rounded, largest = encode(wide["weight"], row_scale, step.tensors["counter"], rows, WEIGHT)
+    assert (rounded.float() * row_scale[:, :1] != wide["weight"]).float().mean() > 0.3  # or rounding is not tested
+    scales = torch.stack([row_scale[:, 0], largest.maximum(row_scale[:, 1])], 1)
+    assert_same_bits({k: got[k] for k in ("weight", "row_scale")}, {"weight": rounded, "row_scale": scales})
 
 
 def test_stores_saturate_at_the_end_of_the_range() -> None:
@@ -92,3 +75,42 @@ def test_loss() -> None:
     loss = bce_loss(t["x"], code, None, t["pos_row"], t["pos_sample"], None, row_scale, plan=PLAN)
     wide = reference_loss.bce_loss(t["x"].double(), t["weight"].double(), None, t["pos_row"], t["pos_sample"])
     torch.testing.assert_close(loss.double(), wide, rtol=2e-6, atol=0)
+
+
+def test_cards_without_e4m3_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, code, row_scale = problem()
+    t, before = step.tensors, code.clone().view(torch.uint8)
+    positives = (t["pos_row"], t["pos_sample"], t["hyper"], t["counter"])
+    clusters, row_ptr = torch.zeros(SHAPE[0], 1, dtype=torch.int64), torch.tensor([0, SHAPE[1]])
+    monkeypatch.setattr(common, "emulated", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    for call in (
+        lambda: step_op(code, t["x"], *positives, row_scale=row_scale),
+        lambda: matmul_topk(t["x"], code, None, 3, row_scale=row_scale),
+        lambda: cluster_step_(code, t["x"], clusters, row_ptr, SHAPE[1], *positives, row_scale=row_scale),
+    ):
+        with pytest.raises(NotImplementedError, match="e4m3 tables from sm_89 on only; use a bf16 table on this card"):
+            call()
+    assert torch.equal(code.view(torch.uint8), before)
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_backward(finite: bool) -> None:
+    """Padding rows, targets between 0 and 1, a bias; every sum is exact."""
+    step, code, row_scale = problem()
+    t, n = step.tensors, SHAPE[1]
+    if not finite:
+        t["x"][17, 19] = math.inf
+    bias = torch.zeros(n)
+    value = torch.arange(len(t["pos_row"])).remainder(5) / 4
+    given = (t["x"], code, bias, t["pos_row"], t["pos_sample"], value, row_scale)
+    got = bce_loss_backward(*given, rows=n - 3, need_dweight=True, need_dbias=True, plan=PLAN)
+    want = reference_loss.bce_loss_backward(*given, rows=n - 3, need_dweight=True, need_dbias=True)
+    for name, mine, theirs in zip(("dx", "dweight", "dbias"), got, want, strict=True):
+        assert mine.dtype == torch.float32 and mine.shape == theirs.shape
+        if finite:
+            assert theirs.any() and torch.equal(mine, theirs), name
+        else:
+            assert mine[: n - 3].isnan().all(), name
+        if name != "dx":
+            assert not mine[n - 3 :].any()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.model import matmul_topk_accesses, matmul_topk_memory
 from common import DTYPES, assert_no_worse, name_of
 from counting import counted
 from xmlkernels.reference.matmul_topk import matmul_topk as reference
@@ -60,6 +61,26 @@ def test_equals_the_reference(dtype: torch.dtype, k: int) -> None:
 def test_formats_of_x_and_table_mix(x_dtype: torch.dtype, dtype: torch.dtype) -> None:
     x, weight, bias = whole_numbers(3, 40, 7, torch.float32)
     check_equal(x.to(x_dtype), weight.to(dtype), bias, 5)
+
+
+def test_e4m3_tables() -> None:
+    """Every finite code, scales from 2^-100 on, a bias, padding rows that would win."""
+    g = torch.Generator().manual_seed(0)
+    code = torch.arange(254).remainder(127) + 128 * (torch.arange(254) // 127)
+    weight = torch.zeros(260, 5, dtype=torch.uint8)
+    weight[:254, 3], weight[254:] = code, 0x7E
+    scale = torch.exp2(torch.randint(-12, -4, (260,), generator=g).float())
+    scale[::9], scale[254:] = 2.0**-100, 2.0**100
+    row_scale = torch.stack([scale, torch.full((260,), math.nan)], 1)
+    x = torch.zeros(3, 5)
+    x[0, 3], x[1, 3], x[2, 2] = 1, -0.5, 1
+    table, bias = weight.view(torch.float8_e4m3fn), torch.zeros(260)
+    bias[17] = 3
+    for given in (None, bias):
+        check_equal(x, table, given, 254, row_scale=row_scale, rows=254, exclude=torch.tensor([[3], [-1], [40]]))
+    x, weight, bias = whole_numbers(19, 60, 20, torch.float32)
+    row_scale = torch.exp2(torch.arange(60).remainder(4)).float()[:, None].repeat(1, 2)
+    check_equal(x.to(torch.float16), weight.to(torch.float8_e4m3fn), bias, 7, row_scale=row_scale)
 
 
 def test_scores_that_rise_fall_and_tie() -> None:
@@ -123,7 +144,16 @@ def test_accesses_are_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = whole_numbers(b, n, d, torch.float32)
     with counted(monkeypatch, {"x": x, "weight": weight, "bias": bias}) as traffic:
         kernel.matmul_topk(x, weight, bias, k)
-    sample_tiles, label_tiles = math.ceil(b / 16), sum(math.ceil((end - begin) / 16) for begin, end in kernel.plan(b, n, k)[3])
-    assert traffic.loads["weight"] == sample_tiles * n * d and traffic.loads["x"] == label_tiles * b * d
-    assert traffic.loads["bias"] == sample_tiles * n
-    assert traffic.stores["weight"] == traffic.stores["x"] == traffic.stores["bias"] == 0
+    chunks = [end - begin for begin, end in kernel.plan(b, n, k)[3]]
+    model = matmul_topk_accesses(b, n, d, chunks, block_b=16, block_l=16, bias=True)
+    assert model["weight"] == (2 * n * d, 0) and len(chunks) > 1
+    assert {name: (traffic.loads[name], traffic.stores[name]) for name in model} == model
+
+
+def test_the_models_blocks_are_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    labels, samples, _, _ = kernel.TILE
+    given = (1000, 70_000, 8, [4096, 4096])
+    assert matmul_topk_accesses(*given) == matmul_topk_accesses(*given, block_b=samples, block_l=labels)
+    assert matmul_topk_memory(2500, 70_000, 8, 10) == 3 * 70_000 * 8 * 2 + 2500 * (4 * 8 + 12 * 10)
+    assert kernel.plan(2500, 70_000, 10)[0] == 1024

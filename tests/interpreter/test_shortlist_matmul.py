@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.model import shortlist_accesses
 from common import DTYPES, assert_no_worse, name_of
 from counting import counted
 from xmlkernels.reference import shortlist_matmul as reference
@@ -108,13 +109,13 @@ def test_an_empty_batch_names_no_row() -> None:
 def test_accesses_are_the_closed_form(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and dx read a named row once for each block of samples (of columns, in dx, its share), pads nothing."""
     x, weight, bias, index, dlogits = problem(torch.float32, shared, True)
-    of_b, of_s, real = math.ceil(B[shared] / 16) if shared else 1, math.ceil(S / 16), int((index >= 0).sum())
+    named = int((index >= 0).sum())
+    model = shortlist_accesses(B[shared], S, D, named, shared=shared, block_s=16, block_b=16, block_d=16)
+    of_b = 2 if shared else 1
+    assert model["forward"] == {"weight": (of_b * named * D, 0), "x": (2 * B[shared] * D, 0)}
     with counted(monkeypatch, {"x": x, "weight": weight}) as traffic:
         kernel.shortlist_matmul(x, weight, bias, index)
-    assert traffic.loads["weight"] == of_b * real * D and traffic.loads["x"] == of_s * B[shared] * D
+    assert {k: (traffic.loads[k], traffic.stores[k]) for k in model["forward"]} == model["forward"]
     with counted(monkeypatch, {"x": x, "weight": weight, "dlogits": dlogits}) as traffic:
         kernel.shortlist_backward(dlogits, x, weight, index, need_dweight=False)
-    pairs = int((index >= 0).expand(B[shared], S).sum())
-    assert traffic.loads["weight"] == of_b * real * D and traffic.loads["x"] == 0
-    assert traffic.loads["dlogits"] == math.ceil(D / 16) * pairs
-    assert not traffic.stores["weight"] and not traffic.stores["x"] and not traffic.stores["dlogits"]
+    assert {k: (traffic.loads[k], traffic.stores[k]) for k in model["dx"]} == model["dx"]

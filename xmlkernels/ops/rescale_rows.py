@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from xmlkernels.ops._registry import E4M3, check_row_scale, check_tensor, define, expect, mark_written
+from xmlkernels.ops._registry import check_row_scale, check_tensor, define, expect, mark_written, register_cuda
 from xmlkernels.reference.rescale_rows import rescale_rows_ as reference
 
 
@@ -46,3 +46,4 @@ def _fake(weight: Tensor, *_: object) -> Tensor:
 
 
 define("rescale_rows_(Tensor(a!) weight, Tensor(b!) row_scale, Tensor counter, int row_offset=0) -> Tensor", reference, _fake)
+register_cuda("rescale_rows_", "xmlkernels.triton.rescale_rows")

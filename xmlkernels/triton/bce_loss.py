@@ -10,7 +10,7 @@ from xmlkernels.triton.bce_tile import Plan, Tiles, bias_gradient, row_gradient
 
 @triton.jit
 def store_gradient(
-    x, gradient, column_sum, dweight, dbias, flag, batch, rows, first, tile, D, b_blocks, G_SCALE: tl.constexpr,
+    x, gradient, column_sum, row_scale, dweight, dbias, flag, batch, rows, first, tile, D, b_blocks, G_SCALE: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     """dweight = Gᵀ x and dbias for a block of rows and columns; NaN where the batch is not finite."""
@@ -29,7 +29,11 @@ def store_gradient(
     if dweight is not None:
         grad = row_gradient(x, gradient, local, column, real, batch, tile, D, BLOCK_L, BLOCK_D, STEP, EMULATED)
         at = dweight + begin * D + (lane[:, None] * D + column[None, :])
-        value = tl.where(good, grad * (1.0 / G_SCALE), float("nan"))
+        grad *= 1.0 / G_SCALE
+        if row_scale is not None:
+            unit = tl.load(row_scale + 2 * (begin + lane), mask=real, other=1.0)
+            grad *= tl.div_rn(tl.full([BLOCK_L], 1.0, tl.float32), unit)[:, None]  # taken into G for the sake of dX
+        value = tl.where(good, grad, float("nan"))
         tl.store(at, value, mask=real[:, None] & (column < D)[None, :])
 
 
@@ -64,8 +68,8 @@ def bce_loss_backward(
         tiles.add_dx(first)
         if need_dweight or need_dbias:
             store_gradient[(tiles.tile_blocks(first) * tiles.d_blocks,)](
-                tiles.x, tiles.gradient, tiles.column_sum, dweight, dbias, tiles.flag, tiles.batch, tiles.rows, first,
-                p.tile, tiles.width, tiles.b_blocks, tiles.g_scale, p.block_l, p.block_d, p.step, tiles.emulated,
+                tiles.x, tiles.gradient, tiles.column_sum, row_scale, dweight, dbias, tiles.flag, tiles.batch, tiles.rows,
+                first, p.tile, tiles.width, tiles.b_blocks, tiles.g_scale, p.block_l, p.block_d, p.step, tiles.emulated,
                 num_warps=p.warps, num_stages=p.stages, **common.LAUNCH,
             )  # fmt: skip
     dx = tiles.dx_result(None)

@@ -24,13 +24,13 @@ SUMMANDS = 8  # shares of dx that are loaded together
 
 @triton.jit
 def _score(
-    weight, x, bias, scores, gradient, order, pos_row, pos_sample, pos_value, scale,
+    weight, x, bias, unit, scores, gradient, order, pos_row, pos_sample, pos_value, scale,
     row, is_row, place, first_pair, last_pair, first_pos, last_pos, chosen, cluster_rows, D: tl.constexpr,
     NEED_LOSS: tl.constexpr, EMULATED: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Scores and gradients of a tile of rows for all its pairs; returns the sums of the gradient [BR] and of the loss.
 
-    place: int32 [BR], number of each row in its cluster; chosen: clusters per sample.
+    place: int32 [BR], number of each row in its cluster; chosen: clusters per sample; unit: fp32 [BR], scales (e4m3 tables).
     """
     column = tl.arange(0, BD)
     total_g = tl.zeros((BR,), dtype=tl.float32)
@@ -43,10 +43,13 @@ def _score(
         z = tl.zeros((BR, BP), dtype=tl.float32)
         for start in range(0, D, BD):
             left = column < D - start
-            w = tl.load(weight + row[:, None] * D + start + column[None, :], mask=is_row[:, None] & left[None, :], other=0.0)
+            w = tl.load(weight + row[:, None] * D + start + column[None, :], mask=is_row[:, None] & left[None, :], other=0)
             x_at = x + sample[None, :] * D + start + column[:, None]
             e = tl.load(x_at, mask=is_pair[None, :] & left[:, None], other=0.0)
+            w = common.operand(w, e.dtype, EMULATED)
             z = common.dot(w if w.dtype == e.dtype else common.widen(w), e, z, EMULATED)
+        if unit is not None:
+            z *= unit[:, None]
         if bias is not None:
             z += tl.load(bias + row, mask=is_row, other=0.0)[:, None]
         y = tl.zeros((BR, BP), dtype=tl.float32)
@@ -97,8 +100,8 @@ def _products(
 
 @triton.jit
 def _step_tiles(
-    weight, x, bias, momentum, second, kahan, moment, scores, gradient, parts, losses, flag, order, group, edge, pos_edge,
-    pos_row, pos_sample, pos_value, hyper, counter, correction, row_offset, cluster_rows, chosen, tiles,
+    weight, x, bias, momentum, second, kahan, row_scale, moment, scores, gradient, parts, losses, flag, order, group, edge,
+    pos_edge, pos_row, pos_sample, pos_value, hyper, counter, correction, row_offset, cluster_rows, chosen, tiles,
     first_tile, part_tiles, first_column, last_column, D: tl.constexpr,
     ROW_WISE: tl.constexpr, SCORE: tl.constexpr, NEED_LOSS: tl.constexpr, DECOUPLED: tl.constexpr, LOW: tl.constexpr,
     EMULATED: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
@@ -120,9 +123,11 @@ def _step_tiles(
         first_pair, last_pair = tl.load(group + g), tl.load(group + g + 1)
         lr, decay = tl.load(hyper), tl.load(hyper + 1)
         width = last_column - first_column
+        scale_at = None if row_scale is None else row_scale + 2 * row
+        unit = None if row_scale is None else tl.load(scale_at, mask=is_row, other=1.0)
         if SCORE:
             total_g, loss = _score(
-                weight, x, bias, scores, gradient, order, pos_row, pos_sample, pos_value, tl.load(hyper + 5),
+                weight, x, bias, unit, scores, gradient, order, pos_row, pos_sample, pos_value, tl.load(hyper + 5),
                 row, is_row, place, first_pair, last_pair, tl.load(pos_edge + cell), tl.load(pos_edge + cell + 1), chosen,
                 cluster_rows, D, NEED_LOSS, EMULATED, BR, BP, BD,
             )  # fmt: skip
@@ -145,7 +150,8 @@ def _step_tiles(
                         0, 0, D, False, LOW, EMULATED, BR, BP, BD,
                     )  # fmt: skip
                     if not DECOUPLED:
-                        full = common.widen(tl.load(weight + at, mask=mask, other=0.0))
+                        full = tl.load(weight + at, mask=mask, other=0)
+                        full = common.widen(common.scaled(full, unit, x.dtype.element_ty, EMULATED))
                         if kahan is not None:
                             full += common.widen(tl.load(kahan + at, mask=mask, other=0.0))
                         grad += decay * full
@@ -167,14 +173,14 @@ def _step_tiles(
             column = start + tl.arange(0, BD)
             at = row[:, None] * D + column[None, :]
             mask = is_row[:, None] & (column < D)[None, :]
-            w = tl.load(weight + at, mask=mask, other=0.0)
+            w = common.scaled(tl.load(weight + at, mask=mask, other=0), unit, x.dtype.element_ty, EMULATED)
             grad = _products(
                 x, gradient, order, parts, w if LOW else common.widen(w), column, is_row, place, first_pair, last_pair, chosen,
                 cluster_rows, part * width + start - first_column, part_tiles * width, D, True,
                 LOW, EMULATED, BR, BP, BD,
             )  # fmt: skip
             update_tile(
-                weight, momentum, second, kahan, None, hyper, counter, correction, at, mask, is_row, grad, row + row_offset,
+                weight, momentum, second, kahan, scale_at, hyper, counter, correction, at, mask, is_row, grad, row + row_offset,
                 start, BD, DECOUPLED, EMULATED, row_moment if ROW_WISE else None,
             )  # fmt: skip
 
@@ -255,14 +261,16 @@ def cluster_step_(
     """
     batch, chosen, width, count = x.shape[0], clusters.shape[1], x.shape[1], row_ptr.shape[0] - 1
     n = weight.shape[0] if rows < 0 else rows
-    same = weight.dtype == torch.bfloat16 or x.dtype == weight.dtype
-    x, flag = common.prepare_batch(x, weight.dtype if same else torch.float32)
+    kind = torch.bfloat16 if row_scale is not None else weight.dtype  # e4m3 is exact in bf16, scales included
+    same = kind == torch.bfloat16 or x.dtype == kind
+    x, flag = common.prepare_batch(x, kind if same else torch.float32)
+    weight = common.table_bits(weight)
     nan = torch.where(flag == 0, 0.0, torch.nan)
     dx = nan.expand(batch, width).contiguous()
     scores = (nan - torch.inf).expand(batch, chosen, cluster_rows).contiguous()
     if min(batch, chosen, cluster_rows, count) == 0:
         return dx, scores, nan if need_loss else nan.new_empty(0)
-    low = weight.dtype == torch.bfloat16
+    low = kind == torch.bfloat16
     row_side, pair_side, block = _sides(batch, chosen, count, cluster_rows, low)
     tiles = triton.cdiv(cluster_rows, row_side)
     order, group, edge = _groups(clusters, row_ptr, n, tiles, row_side)
@@ -278,8 +286,8 @@ def cluster_step_(
     parts = torch.empty(batch * chosen * number * columns, dtype=torch.float32, device=x.device)
     for tile, number, first, last in todo:
         _step_tiles[(groups * number,)](
-            weight, x, bias, momentum, second, kahan, moment, scores, gradient, parts, losses, flag, order, group, edge,
-            pos_edge, pos_row, pos_sample, pos_value, hyper, counter, correction, row_offset, cluster_rows, chosen, tiles,
+            weight, x, bias, momentum, second, kahan, row_scale, moment, scores, gradient, parts, losses, flag, order, group,
+            edge, pos_edge, pos_row, pos_sample, pos_value, hyper, counter, correction, row_offset, cluster_rows, chosen, tiles,
             tile, number, first, last, D=width, ROW_WISE=row_wise, SCORE=first == 0, NEED_LOSS=need_loss,
             DECOUPLED=decoupled, LOW=low, EMULATED=common.emulated(),
             BR=row_side, BP=pair_side, BD=block, num_warps=8 if row_side == 64 else 4, **common.LAUNCH,

@@ -154,6 +154,15 @@ def operand(value, KIND: tl.constexpr, EMULATED: tl.constexpr):
 
 
 @triton.jit
+def scaled(value, unit, KIND: tl.constexpr, EMULATED: tl.constexpr):
+    """The same with rows [R, ...] times their scales unit [R], where they are e4m3 (unit None otherwise): exact, too."""
+    out = operand(value, KIND, EMULATED)
+    if unit is not None:
+        out = round_nearest(widen(out) * unit[:, None], KIND, EMULATED)
+    return out
+
+
+@triton.jit
 def widen(value):
     """bf16, fp16 or fp32 to fp32, exactly (the interpreter's own conversion loses subnormals of bf16)."""
     if value.dtype == tl.bfloat16:

@@ -26,14 +26,14 @@ HIGHEST = tl.constexpr(2**63 - 1)
 
 @triton.jit
 def _score_tiles(
-    x, weight, bias, threshold, used, keys,
+    x, weight, bias, row_scale, threshold, used, keys,
     begin, end, batch, capacity, D: tl.constexpr,
     HAS_BIAS: tl.constexpr, EMULATED: tl.constexpr, BL: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Scores [BL labels, BB samples] of one tile; keys above the sample's threshold go to its list.
 
-    x [batch, D] in the format of the product; weight [n, D]; threshold fp32 [batch]; used int32 [batch], entries in each
-    list; keys int64 [batch, capacity].
+    x [batch, D] in the format of the product; weight [n, D]; row_scale fp32 [n, 2] of an e4m3 table, or None; threshold fp32
+    [batch]; used int32 [batch], entries in each list; keys int64 [batch, capacity].
     """
     # Tiles of one block of labels run next to each other: the block comes from memory once, then from the L2 cache.
     sample_tiles = tl.cdiv(batch, BB)
@@ -47,9 +47,12 @@ def _score_tiles(
     z = tl.zeros((BL, BB), dtype=tl.float32)
     for start in range(0, D, BD):
         left = column < D - start
-        w = tl.load(w_at + start, mask=real_label[:, None] & left[None, :], other=0.0)
+        w = tl.load(w_at + start, mask=real_label[:, None] & left[None, :], other=0)
         e = tl.load(x_at + start, mask=real_sample[None, :] & left[:, None], other=0.0)
+        w = common.operand(w, e.dtype, EMULATED)
         z = common.dot(w if w.dtype == e.dtype else common.widen(w), e, z, EMULATED)
+    if row_scale is not None:
+        z *= tl.load(row_scale + 2 * label, mask=real_label, other=1.0)[:, None]
     if HAS_BIAS:
         z += tl.load(bias + label, mask=real_label, other=0.0)[:, None]
     best = tl.load(threshold + sample, mask=real_sample, other=float("inf"))
@@ -175,6 +178,7 @@ def matmul_topk(
     k: int,
     *,
     exclude: Tensor | None = None,
+    row_scale: Tensor | None = None,
     row_offset: int = 0,
     rows: int = -1,
 ) -> tuple[Tensor, Tensor]:
@@ -186,14 +190,16 @@ def matmul_topk(
     found = torch.empty(batch, k, dtype=torch.int64, device=x.device)
     if batch == 0 or n == 0:
         return values.fill_(-torch.inf), found.fill_(-1)
-    low = weight.dtype == torch.bfloat16 or (weight.dtype == torch.float16 and x.dtype == torch.float16)
-    x = x.to(weight.dtype if low else torch.float32)
+    kind = torch.bfloat16 if row_scale is not None else weight.dtype  # e4m3 is exact in bf16
+    low = kind == torch.bfloat16 or (kind == torch.float16 and x.dtype == torch.float16)
+    x = x.to(kind if low else torch.float32)
+    weight = common.table_bits(weight)
     samples, slack, capacity, chunks = plan(batch, n, k)
     keys = torch.empty(samples, capacity, dtype=torch.int64, device=x.device)
     for first in range(0, batch, samples):
         part = x[first : first + samples]
         left = None if exclude is None or exclude.shape[1] == 0 else exclude[first : first + samples]
-        best = _best_keys(part, weight, bias, k, left, row_offset, keys, slack, chunks)
+        best = _best_keys(part, weight, bias, row_scale, k, left, row_offset, keys, slack, chunks)
         key = torch.sort(best, dim=1, descending=True).values  # no two keys are equal, but for empty places
         order = (key >> 32).to(torch.int32)
         score = (order ^ ((order >> 31) & 0x7FFFFFFF)).view(torch.float32)
@@ -207,6 +213,7 @@ def _best_keys(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    row_scale: Tensor | None,
     k: int,
     exclude: Tensor | None,
     row_offset: int,
@@ -223,7 +230,7 @@ def _best_keys(
     for begin, end in chunks:
         tiles = triton.cdiv(end - begin, labels) * triton.cdiv(batch, block)
         _score_tiles[(tiles,)](
-            x, weight, bias, threshold, used, keys, begin, end, batch, capacity, D=weight.shape[1],
+            x, weight, bias, row_scale, threshold, used, keys, begin, end, batch, capacity, D=weight.shape[1],
             HAS_BIAS=bias is not None, EMULATED=common.emulated(), BL=labels, BB=block, BD=width,
             num_warps=warps, num_stages=3, **common.LAUNCH,
         )  # fmt: skip
