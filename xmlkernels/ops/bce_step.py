@@ -47,10 +47,11 @@ def bce_step_(
         weight: [n, D] label table, fp32, bf16, fp16, or e4m3 with `row_scale`; updated. Below fp32, stores round
             stochastically without bias; every store saturates at the format's largest finite value.
         x: [B, D] embeddings, fp32, bf16 or fp16. A non-finite value anywhere leaves every tensor as it was, and dx and
-            loss become NaN. On bf16 and e4m3 tables the products take x rounded to bf16.
+            loss become NaN. On bf16 and e4m3 tables the products take x rounded to bf16; on a GPU they take it rounded to
+            fp16 on fp16 tables, and 256 (σ - y) in that format, so targets saturate at ±255 there.
         pos_row: int64 [P], table rows of the positives, ascending; rows from `rows` on are fill and are ignored.
         pos_sample: int32 [P], their samples; pairs sorted by (row, sample), unique.
-        hyper: fp32 [7]: lr, decay, momentum (or beta1), beta2, epsilon, scale, dx_scale, on the table's device.
+        hyper: fp32 [7]: lr, decay, momentum (or beta1), beta2, epsilon (above 0 for Adam), scale, dx_scale, on the table's device.
         counter: int64 [2]: seed and step (from 0), on the table's device. The random words depend on these, the global
             row and the column alone.
         pos_value: fp32 [P], target of each pair; 1 when not given.

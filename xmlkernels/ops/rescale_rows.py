@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from xmlkernels.ops._registry import check_row_scale, check_tensor, define, expect, mark_written, register_cuda
+from xmlkernels.ops._registry import E4M3, check_row_scale, check_tensor, define, expect, mark_written, register_cuda
 from xmlkernels.reference.rescale_rows import rescale_rows_ as reference
 
 

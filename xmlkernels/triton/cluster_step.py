@@ -164,6 +164,7 @@ def _step_tiles(
                 stored = common.to_stored(
                     wide, tl.load(counter), tl.load(counter + 1), row + row_offset, 0, 8, common.SECOND, second.dtype.element_ty
                 )
+                tl.debug_barrier()  # every warp has read the old value
                 eighth = tl.arange(0, 8)[None, :]
                 tl.store(second + row[:, None] + eighth, stored, mask=is_row[:, None] & (eighth == 0))
                 tl.store(moment_at, row_moment)
@@ -214,7 +215,7 @@ def _sum_parts(
     tl.store(dx_at, tl.where(tl.load(flag) == 0, out, float("nan")), mask=left)
 
 
-def _groups(clusters: Tensor, row_ptr: Tensor, n: int, tiles: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
+def _groups(clusters: Tensor, row_ptr: Tensor, n: int, most_rows: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs in the order of their clusters [P], where each group of one cluster begins [G + 1], and the rows at the edges of
     its tiles [G, tiles + 1]. G is the most groups that there can be; groups that are not there have no rows."""
     ids, order = torch.sort(clusters.reshape(-1), stable=True)
@@ -224,7 +225,8 @@ def _groups(clusters: Tensor, row_ptr: Tensor, n: int, tiles: int, side: int) ->
     cluster = ids[group[:-1].clamp(max=ids.shape[0] - 1)]
     there = (group[:-1] < group[1:]) & (cluster >= 0)
     begin, end = (row_ptr[cluster.clamp(min=0) + i].clamp(max=n)[:, None] for i in (0, 1))
-    edge = torch.minimum(begin + side * torch.arange(tiles + 1, device=ids.device), end)
+    end = torch.minimum(end, begin + most_rows)  # a larger cluster, unchecked here, must not be written past its place
+    edge = torch.minimum(begin + side * torch.arange(triton.cdiv(most_rows, side) + 1, device=ids.device), end)
     return order, group, torch.where(there[:, None], edge, 0)
 
 
@@ -273,9 +275,8 @@ def cluster_step_(
     low = kind == torch.bfloat16
     row_side, pair_side, block = _sides(batch, chosen, count, cluster_rows, low)
     tiles = triton.cdiv(cluster_rows, row_side)
-    order, group, edge = _groups(clusters, row_ptr, n, tiles, row_side)
-    groups = edge.shape[0]
-    pos_edge = torch.searchsorted(pos_row, edge)
+    order, group, edge = _groups(clusters, row_ptr, n, cluster_rows, row_side)
+    groups, pos_edge = edge.shape[0], torch.searchsorted(pos_row, edge)
     gradient = torch.empty(batch * chosen, cluster_rows, dtype=torch.float32, device=x.device)
     losses = torch.zeros(groups * tiles if need_loss else 1, dtype=torch.float32, device=x.device)
     row_wise = second is not None and second.dim() == 1
