@@ -51,7 +51,7 @@ def bce_step_(
             fp16 on fp16 tables, and 256 (σ - y) in that format, so targets saturate at ±255 there.
         pos_row: int64 [P], table rows of the positives, ascending; rows from `rows` on are fill and are ignored.
         pos_sample: int32 [P], their samples; pairs sorted by (row, sample), unique.
-        hyper: fp32 [7]: lr, decay, momentum (or beta1), beta2, epsilon (above 0 for Adam), scale, dx_scale, on the table's device.
+        hyper: fp32 [7]: lr, decay, momentum (or beta1), beta2, epsilon (above 0 for Adam), scale, dx_scale, on the same device.
         counter: int64 [2]: seed and step (from 0), on the table's device. The random words depend on these, the global
             row and the column alone.
         pos_value: fp32 [P], target of each pair; 1 when not given.
