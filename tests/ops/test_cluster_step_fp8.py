@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.library import opcheck
 
 from common import DEVICES, assert_no_worse, assert_same_bits, bits, decoded, fp8_step, make_hyper, needs_kernels
 from common_cluster import ClusterStep, assert_scores, dyadic_cluster_step, random_cluster_step, torch_cluster_step
@@ -74,7 +75,7 @@ def test_opcheck(device: str) -> None:
     call.insert(4, 9)
     function, before = torch.ops.xmlkernels.cluster_step_.default, {k: v.clone() for k, v in t.items()}
     some = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(function, tuple(call), states, test_utils=some)
+    opcheck(function, tuple(call), states, test_utils=some)
     assert_same_bits(before, t)  # opcheck works on copies
     function(*call, **states)
     changed = {k for k in t if not torch.equal(bits(before[k]), bits(t[k]))}

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 from common import (
     DEVICES,
@@ -226,12 +227,12 @@ def test_opcheck(op: str, device: str) -> None:
     positives = (t["pos_row"], t["pos_sample"])
     if op == "bce_step_":
         named = {k: t[k] for k in ("bias", "momentum", "second", "row_scale")}
-        torch.library.opcheck(function, (t["weight"], t["x"], *positives, t["hyper"], t["counter"]), named, test_utils=some)
+        opcheck(function, (t["weight"], t["x"], *positives, t["hyper"], t["counter"]), named, test_utils=some)
     elif op == "bce_loss":
         x = t["x"].clone().requires_grad_()
-        torch.library.opcheck(function, (x, t["weight"], t["bias"], *positives, None, t["row_scale"]), {}, test_utils=some)
+        opcheck(function, (x, t["weight"], t["bias"], *positives, None, t["row_scale"]), {}, test_utils=some)
     else:
-        torch.library.opcheck(function, (t["x"], t["weight"], t["bias"], 3), {"row_scale": t["row_scale"]}, test_utils=some)
+        opcheck(function, (t["x"], t["weight"], t["bias"], 3), {"row_scale": t["row_scale"]}, test_utils=some)
     assert_same_bits(before, t)  # opcheck works on copies
     schema = str(function._schema)
     if op != "bce_step_":

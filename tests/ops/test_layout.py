@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.library import opcheck
 
 from common import DEVICES, DTYPES, Step, assert_same_bits, huge_table, make_hyper, name_of, needs_kernels, random_step
 from common_cluster import random_cluster_step
@@ -71,7 +72,7 @@ def to_device(value: Any, device: str) -> Any:
 def test_opcheck(case: tuple[str, str, tuple[Any, ...], dict[str, Any]], device: str) -> None:
     op, _, args, options = case
     moved, named = tuple(to_device(a, device) for a in args), {k: to_device(v, device) for k, v in options.items()}
-    torch.library.opcheck(getattr(torch.ops.xmlkernels, op).default, moved, named)
+    opcheck(getattr(torch.ops.xmlkernels, op).default, moved, named)
 
 
 def test_every_op_has_a_case() -> None:

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 from common import DEVICES, assert_same_bits, bits, decoded, huge_table, make_counter, needs_kernels, to_fp8, unit
 from xmlkernels.errors import InputError
@@ -110,7 +111,7 @@ def test_opcheck(device: str) -> None:
     t = {k: v.to(device) for k, v in random_table(40, 7).items()}
     some = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     args = (t["weight"], t["row_scale"], t["counter"], 3)
-    torch.library.opcheck(torch.ops.xmlkernels.rescale_rows_.default, args, test_utils=some)
+    opcheck(torch.ops.xmlkernels.rescale_rows_.default, args, test_utils=some)
     before = t["counter"].clone()
     rescale_rows_(*args)
     assert torch.equal(t["counter"], before)

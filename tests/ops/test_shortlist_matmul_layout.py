@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 from common import DEVICES, DTYPES, huge_table, name_of, needs_kernels
 from shortlists import BOTH, backward, everything, exact_results, make
@@ -35,7 +36,7 @@ shared_or_not = pytest.mark.parametrize("shared", BOTH, ids=["per sample", "shar
 def test_opcheck(dtype: torch.dtype, bias: bool, grad: bool, shared: bool, device: str) -> None:
     t = {k: v.to(device) for k, v in make(5, 7, 20, 9, dtype, shared=shared).items()}
     x, weight, b = (t[k].requires_grad_(grad) for k in ("x", "weight", "bias"))
-    torch.library.opcheck(torch.ops.xmlkernels.shortlist_matmul.default, (x, weight, b if bias else None, t["index"]))
+    opcheck(torch.ops.xmlkernels.shortlist_matmul.default, (x, weight, b if bias else None, t["index"]))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -45,7 +46,7 @@ def test_opcheck(dtype: torch.dtype, bias: bool, grad: bool, shared: bool, devic
 def test_opcheck_of_the_backward(dtype: torch.dtype, needs: dict[str, bool], shared: bool, device: str) -> None:
     t = {k: v.to(device) for k, v in make(5, 7, 20, 9, dtype, shared=shared).items()}
     args = tuple(t[k] for k in ("dlogits", "x", "weight", "index"))
-    torch.library.opcheck(torch.ops.xmlkernels.shortlist_backward.default, args, needs)
+    opcheck(torch.ops.xmlkernels.shortlist_backward.default, args, needs)
 
 
 @needs_kernels

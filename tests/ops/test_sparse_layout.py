@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.library import opcheck
 
 from common import DEVICES, DTYPES, assert_same_bits, huge_table, make_counter, make_hyper, name_of, needs_kernels
 from sparse_common import RULES, RowStep, dyadic_rows, random_bags, random_rows
@@ -35,7 +36,7 @@ def cases() -> list[RowStep]:
 @pytest.mark.parametrize("step", cases(), ids=lambda s: f"{s.op} {s.rule} {name_of(s.tensors['param'].dtype)}")
 def test_opcheck(step: RowStep, device: str) -> None:
     positional, named = step.to(device).arguments()
-    torch.library.opcheck(getattr(torch.ops.xmlkernels, step.op).default, positional, named)
+    opcheck(getattr(torch.ops.xmlkernels, step.op).default, positional, named)
 
 
 @needs_kernels
