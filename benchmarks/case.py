@@ -19,7 +19,7 @@ class Case:
     """One implementation of one shape.
 
     Attributes:
-        impl: xmlkernels, reference, eager, compile, mm (the ceiling) or a peer's name.
+        impl: xmlkernels, fused (the same by one op of ours), reference, eager, compile, mm (the ceiling) or a peer's name.
         phase: what a call does.
         dtype: fp32, bf16 or fp16: the table's format, or that of a peer's products.
         flops, bytes: closed forms of one call.

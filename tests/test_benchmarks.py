@@ -97,9 +97,11 @@ def test_closed_forms() -> None:
     shape = shapes.Shape("x", 64, 131_072, 384, K=100)
     assert cases.bce_work(shape, 2) == (19_327_352_832, 2 * 2 * 50_331_648 + 8 * 64 * 384 + 12 * 320)
     assert cases.bce_work(shape, 4, 4)[1] - cases.bce_work(shape, 4)[1] == 2 * 4 * 50_331_648
-    lists = shapes.Shape("", 64, 131_072, 384, S=1024)  # 65,536 draws name 51,573 rows
-    moved = 65_536 * 384 * 4 + 51_573 * 384 * (2 + 4) * 4 + 12 * 65_536 + 8 * 64 * 384
+    lists = shapes.Shape("", 64, 131_072, 384, S=1024)  # 64 lists of 1,024 name 51,729 rows
+    moved = 65_536 * 384 * 4 + 51_729 * 384 * (2 + 4) * 4 + 12 * 65_536 + 8 * 64 * 384
     assert cases_shortlist.shortlist_work(lists, "step", 4, 4) == (6 * 65_536 * 384, moved)
+    fused = moved - 65_536 * 384 * 4
+    assert cases_shortlist.shortlist_work(lists, "step", 4, 4, fused=True) == (6 * 65_536 * 384, fused)
     assert cases.topk_work(shape, 4) == (6_442_450_944, 4 * 50_331_648 + 4 * 64 * 384 + 12 * 64 * 100)
     level = shapes.Shape("", 64, 131_072, 384, S=1024, K=128)  # 64 draws of 128 of 16,384 clusters touch 51,729 rows
     moved = 51_729 * 384 * (2 + 4) * 4 + 4 * 65_536 + 8 * 64 * (128 + 384)
@@ -206,7 +208,7 @@ def test_shortlist_peers_do_the_same(phase: str) -> None:
             step = case.start(held)
             step()
             after[case.impl] = torch.as_tensor(step()).detach().clone(), held.weight.detach().clone()
-    assert set(after) == {"xmlkernels", "eager"}
+    assert set(after) == {"xmlkernels", "eager"} | ({"fused"} if phase == "step" else set())
     found, weight = after["xmlkernels"]
     for peer, peer_weight in after.values():
         torch.testing.assert_close(peer, found)
