@@ -1,0 +1,129 @@
+"""Several processes on one CPU: what they compute together is what one computes alone."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from xmlkernels import InputError, dist
+
+CPU = torch.device("cpu")
+
+
+def _child(rank: int, size: int, port: int, work: Callable[..., None], folder: str, args: tuple[Any, ...]) -> None:
+    names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    torch.set_num_threads(1)
+    dist.start(CPU)
+    try:
+        assert (dist.rank(), dist.size(), dist.local_rank()) == (rank, size, rank)
+        work(*args)
+        dist.wait()  # a process that left early would break the others' connections
+    except BaseException:
+        Path(folder, f"error-{rank}").write_text(traceback.format_exc())
+        raise
+    finally:
+        dist.stop()
+
+
+def together(size: int, work: Callable[..., None], folder: Path, *args: Any) -> None:
+    """Runs `work(*args)` in `size` processes that know each other; what one of them raises is told."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    try:
+        torch.multiprocessing.spawn(_child, (size, port, work, str(folder), args), nprocs=size)
+    except Exception:
+        told = [path.read_text() for path in sorted(folder.glob("error-*"))]
+        pytest.fail("\n".join(told) or traceback.format_exc())
+
+
+def _numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _gathering() -> None:
+    whole = _numbers(7, 3)
+    counts = [s.stop - s.start for s in dist.parts(7)]
+    assert torch.equal(dist.gather_rows(whole[dist.part(7)], counts), whole)
+    assert torch.equal(dist.gather_rows(torch.full((2,), dist.rank())), torch.arange(dist.size()).repeat_interleave(2))
+    few = dist.parts(1)  # the second process has no row at all
+    assert torch.equal(dist.gather_rows(whole[: few[dist.rank()].stop - few[dist.rank()].start], [1, 0, 0]), whole[:1])
+
+
+def _sums() -> None:
+    mine = torch.full((3,), float(dist.rank() + 1))
+    assert dist.sum_(mine) is mine and mine.tolist() == [6.0] * 3
+    assert dist.max_(torch.tensor([dist.rank()])).tolist() == [2]
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (2, 3)] + [torch.nn.Parameter(torch.zeros(2).double())]
+    frozen = torch.nn.Parameter(torch.zeros(4), requires_grad=False)
+    parameters[0].grad = torch.full((2,), float(dist.rank()))
+    if dist.rank() == 1:  # the others count as zero
+        parameters[1].grad = torch.ones(3)
+    parameters[2].grad = torch.full((2,), float("nan") if dist.rank() == 2 else 1.0).double()
+    dist.sum_gradients([*parameters, frozen])
+    assert parameters[0].grad.tolist() == [3.0, 3.0] and parameters[1].grad is not None
+    assert parameters[1].grad.tolist() == [1.0] * 3 and frozen.grad is None
+    assert parameters[2].grad is not None and parameters[2].grad.isnan().all()  # every process learns of an overflow
+
+
+def _merging() -> None:
+    scores = torch.tensor([[3.0, 9, 5, 9, 1, 9, 2], [0, 0, 0, 0, 0, 0, 0]])
+    own = dist.part(7)
+    values, rows = scores[:, own].sort(dim=1, descending=True, stable=True)
+    short = own.stop - own.start < 3
+    values = torch.cat([values, torch.full((2, 1), -torch.inf)], 1) if short else values
+    rows = torch.cat([rows + own.start, torch.full((2, 1), -1)], 1) if short else rows + own.start
+    best, where = dist.merge_topk(values, rows, 4)
+    assert best.tolist() == [[9, 9, 9, 5], [0, 0, 0, 0]] and where.tolist() == [[1, 3, 5, 2], [0, 1, 2, 3]]
+    best, where = dist.merge_topk(values, rows, 100)
+    assert best.shape == (2, 9) and where[0, 7:].tolist() == [-1, -1] and best[0, 7:].tolist() == [-torch.inf] * 2
+
+
+def _agreeing() -> None:
+    dist.agree("--dataset", "the same", CPU)
+    with pytest.raises(InputError, match="--dataset: .*another on process 1"):
+        dist.agree("--dataset", f"mine is {min(dist.rank(), 1)}", CPU)
+    with pytest.raises(InputError, match="gather_rows"):
+        dist.gather_rows(torch.zeros(5, 1), [1] * dist.size())
+
+
+@pytest.mark.parametrize("work", [_gathering, _sums, _merging, _agreeing], ids=lambda work: work.__name__)
+def test_three_processes(work: Callable[[], None], tmp_path: Path) -> None:
+    together(3, work, tmp_path)
+
+
+def test_alone_everything_is_itself() -> None:
+    dist.start(CPU)
+    assert not dist.running() and (dist.rank(), dist.size(), dist.part(5)) == (0, 1, slice(0, 5))
+    x = torch.ones(2, 3)
+    assert dist.gather_rows(x) is x and dist.sum_(x) is x and dist.max_(x) is x
+    values, rows = dist.merge_topk(torch.tensor([[2.0, 1.0]]), torch.tensor([[4, 7]]), 1)
+    assert values.tolist() == [[2.0]] and rows.tolist() == [[4]]
+    dist.agree("--dataset", "anything", CPU)
+    dist.sum_gradients([torch.nn.Parameter(x)])
+    dist.wait()
+    dist.stop()
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_parts_cover_everything_once(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "size", lambda: size)
+    for count in (0, 1, 4, 5, 11):
+        found = [i for s in dist.parts(count) for i in range(count)[s]]
+        lengths = [s.stop - s.start for s in dist.parts(count)]
+        assert found == list(range(count)) and len(lengths) == size and max(lengths) - min(lengths) <= 1
+
+
+def test_an_environment_that_torchrun_did_not_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match="no RANK, .*MASTER_PORT.*torchrun"):
+        dist.start(CPU)

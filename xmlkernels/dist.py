@@ -1,0 +1,198 @@
+"""Several processes that train one model; the only caller of torch.distributed, and nothing at world size 1.
+
+Every process draws the same global batch and encodes its own part of it (`part`). The vectors of all parts are gathered
+(`gather_rows`), each process scores and updates its own rows of the label table for the whole batch, the gradients of the
+vectors are summed (`sum_`), and so are those of the encoder (`sum_gradients`): the step is that of one process with the
+whole batch, but for the order of additions. Labels are never sent: every process knows those of the whole batch.
+
+Source: the hybrid of data and model parallelism of Renee (MLSys 2023, section 4).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from xmlkernels.errors import InputError
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_BUCKET = 1 << 24  # values of gradients sent at once
+
+
+def start(device: torch.device) -> None:
+    """Joins the processes that torchrun started; nothing where it did not start this one, or started it alone.
+
+    Args:
+        device: where the tensors will be: NCCL sends those of a GPU, gloo those of a CPU.
+
+    Raises:
+        InputError: torchrun's environment is incomplete, or this torch cannot talk to other processes.
+    """
+    found = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    if found.get("WORLD_SIZE", "1") == "1" or running():
+        return
+    missing = [name for name in _VARIABLES if name not in found]
+    if missing:
+        raise InputError("environment", "all variables that torchrun sets", f"no {', '.join(missing)}", "start it by torchrun")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if not torch.distributed.is_available() or not torch.distributed.is_backend_available(backend):
+        raise InputError("torch", f"one built with {backend}", "one without", "install another build, or use one process")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group(backend)
+
+
+def stop() -> None:
+    """Leaves the other processes; nothing where there are none."""
+    if running():
+        torch.distributed.destroy_process_group()
+
+
+def running() -> bool:
+    """Whether `start` has joined other processes."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return torch.distributed.get_rank() if running() else 0
+
+
+def size() -> int:
+    """How many processes there are."""
+    return torch.distributed.get_world_size() if running() else 1
+
+
+def local_rank() -> int:
+    """This process's number on its machine: the GPU that is its own."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if running() or "WORLD_SIZE" in os.environ else 0
+
+
+def parts(count: int) -> list[slice]:
+    """`count` things in consecutive parts, one a process, whose sizes differ by one at most; the first ones are larger."""
+    whole, rest = divmod(count, size())
+    ends = [whole * (r + 1) + min(r + 1, rest) for r in range(size())]
+    return [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+
+
+def part(count: int) -> slice:
+    """This process's part of `count` things."""
+    return parts(count)[rank()]
+
+
+def gather_rows(own: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+    """The rows of all processes, in the order of their numbers.
+
+    Args:
+        own: [n, ...], this process's rows; n is counts[rank()].
+        counts: rows of each process; by default each has as many as this one.
+
+    Returns:
+        [sum of counts, ...], on every process.
+    """
+    if size() == 1:
+        return own
+    counts = [own.shape[0]] * size() if counts is None else list(counts)
+    if own.shape[0] != counts[rank()]:
+        raise InputError("gather_rows: own", f"{counts[rank()]} rows", str(own.shape[0]), "pass this process's part")
+    widest = max(counts)
+    padded = own.new_zeros(widest, *own.shape[1:])
+    padded[: own.shape[0]] = own
+    everyone = [torch.empty_like(padded) for _ in counts]
+    torch.distributed.all_gather(everyone, padded)
+    return torch.cat([rows[:count] for rows, count in zip(everyone, counts, strict=True)])
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """Replaces `tensor` by its sum over all processes, the same bits on each of them; returns it."""
+    if size() > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def max_(tensor: Tensor) -> Tensor:
+    """Replaces `tensor` by its elementwise maximum over all processes; returns it."""
+    if size() > 1:
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+    return tensor
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Sums every gradient over all processes, in few large messages; a parameter without one counts as zero.
+
+    A parameter that no process gave a gradient stays without one only where it is left out of `parameters`: what each
+    process sends must have the same size.
+    """
+    if size() == 1:
+        return
+    bucket: list[Tensor] = []
+    waiting = 0
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        bucket.append(parameter.grad)
+        waiting += parameter.grad.numel()
+        if waiting >= _BUCKET:
+            _sum_together(bucket)
+            bucket, waiting = [], 0
+    _sum_together(bucket)
+
+
+def _sum_together(gradients: list[Tensor]) -> None:
+    for dtype in dict.fromkeys(g.dtype for g in gradients):
+        some = [g for g in gradients if g.dtype == dtype]
+        flat = torch.cat([g.reshape(-1) for g in some])
+        torch.distributed.all_reduce(flat)
+        for gradient, summed in zip(some, flat.split([g.numel() for g in some]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
+
+
+def merge_topk(values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of what every process found in its own rows of the table.
+
+    Args:
+        values: fp32 [B, j], best first; -inf where there was none. j is the same on every process.
+        rows: int64 [B, j], global rows; -1 beside -inf.
+
+    Returns:
+        values [B, min(k, j size())] and rows, best first; equal values: the lower row first.
+    """
+    if size() == 1:
+        return values[:, :k], rows[:, :k]
+    pairs = []
+    for own in (values.contiguous(), rows.contiguous()):
+        everyone = [torch.empty_like(own) for _ in range(size())]
+        torch.distributed.all_gather(everyone, own)
+        pairs.append(torch.cat(everyone, dim=1))
+    values, rows = pairs
+    # Parts of the table ascend with the process, and a stable sort keeps the order of equal values.
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    return values[:, :k].contiguous(), rows.gather(1, order)[:, :k].contiguous()
+
+
+def agree(what: str, text: str, device: torch.device) -> None:
+    """Refuses to go on unless `text` (a configuration, a data set's hash) is the same on every process.
+
+    Raises:
+        InputError: on every process, where it is not.
+    """
+    if size() == 1:
+        return
+    digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+    everyone = gather_rows(digest[None].to(torch.int32).to(device))
+    other = [r for r in range(size()) if not torch.equal(everyone[r], everyone[0])]
+    if other:
+        raise InputError(what, "the same on every process", f"another on process {other[0]} than on process 0", "mend that one")
+
+
+def wait() -> None:
+    """Returns when every process has come here."""
+    if size() > 1:
+        torch.distributed.barrier()
