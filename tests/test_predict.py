@@ -118,6 +118,23 @@ def test_which_checkpoint(finished: Path, tmp_path: Path) -> None:
         Predictor.load(tmp_path / "nowhere")
 
 
+def test_a_checkpoint_from_before_the_cascade_is_read(finished: Path, predictor: Predictor, tmp_path: Path) -> None:
+    """It names encoder and head without a kind of model, and tokens per text without a kind of inputs."""
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint" / "best" / "state.json"
+    head = json.loads(path.read_text())
+    model, inputs = head["state"].pop("model"), head["state"].pop("inputs")
+    head["state"] |= {"encoder": model["encoder"], "head": model["head"], "max_length": inputs["max_length"]}
+    path.write_text(json.dumps(head))
+    old = Predictor.load(tmp_path / "run")
+    for ours, theirs in zip(old.predict_arrays(TEXTS, 5), predictor.predict_arrays(TEXTS, 5), strict=True):
+        assert np.array_equal(ours, theirs)
+    for state in (head["state"] | {"model": {"kind": "bayes"}}, {"inputs": inputs}):
+        path.write_text(json.dumps({**head, "state": state}))
+        with pytest.raises(InputError, match="checkpoint: expected"):
+            Predictor.load(tmp_path / "run")
+
+
 # ---- splits ----
 
 

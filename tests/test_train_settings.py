@@ -149,7 +149,7 @@ def test_a_warm_up_without_end_is_told(dataset: Path, tmp_path: Path, capsys: py
 def test_a_half_precision_table(dataset: Path, tmp_path: Path) -> None:
     report = run(tiny(dataset, tmp_path, table="fp16", momentum=0.0, epochs=2, kahan=True))
     tensors, state = CheckpointFolder(tmp_path / "checkpoint").load("best")
-    assert tensors["head.weight"].dtype == torch.float16 and state["head"]["dtype"] == "fp16"
+    assert tensors["head.weight"].dtype == torch.float16 and state["model"]["head"]["dtype"] == "fp16"
     assert "head.momentum" not in tensors and tensors["head.kahan"].any()
     assert report["environment"]["table"] == "fp16" and report["environment"]["state"] is None
 
@@ -159,7 +159,7 @@ def test_an_8_bit_table(dataset: Path, tmp_path: Path) -> None:
     report = run(tiny(dataset, tmp_path, table="fp8", state="bf16", epochs=2))
     assert report["environment"]["table"] == "fp8"
     tensors, state = CheckpointFolder(tmp_path / "checkpoint").load("last")
-    assert tensors["head.weight"].dtype == torch.float8_e4m3fn and state["head"]["dtype"] == "fp8"
+    assert tensors["head.weight"].dtype == torch.float8_e4m3fn and state["model"]["head"]["dtype"] == "fp8"
     assert (tensors["head.row_scale"][:, 1] > 0).all()
     head = Predictor.load(tmp_path, which="last").model.head
     assert torch.equal(head.rows(0, head.labels), tensors["head.weight"].float() * tensors["head.row_scale"][:, :1])

@@ -10,6 +10,7 @@ from encoders import source_of
 from report import say
 from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.inputs import Inputs, TokenInputs
 from xmlkernels.data.loader import Batches
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.data.tokens import load_tokenizer
@@ -40,11 +41,11 @@ def open_dataset(config: Config) -> Dataset:
     return prepare(settings, say)
 
 
-def training_batches(config: Config, dataset: Dataset) -> Batches:
-    """The training split in batches, with the labels' own texts where the configuration asks for them.
+def open_inputs(config: Config, dataset: Dataset) -> Inputs:
+    """How this run reads documents.
 
     Raises:
-        InputError: no training documents, or no label texts.
+        InputError: no training documents, or no label texts where the configuration asks for them.
     """
     train = dataset.splits.get("train")
     if train is None or not len(train):
@@ -52,7 +53,13 @@ def training_batches(config: Config, dataset: Dataset) -> Batches:
     if config.label_text and dataset.label_tokens is None:
         got = f"{dataset.folder} without"
         raise InputError("--label-text", "a dataset with label texts", got, "prepare it with --label-text")
-    return Batches(train, config.batch, seed=config.seed, label_tokens=dataset.label_tokens if config.label_text else None)
+    return TokenInputs(dataset, load_tokenizer(dataset.tokenizer_folder), dataset.max_length)
+
+
+def training_batches(config: Config, dataset: Dataset, inputs: Inputs) -> Batches:
+    """The training split in batches, with the labels' own texts where the configuration asks for them."""
+    train = dataset.splits["train"]
+    return inputs.batches(train, config.batch, seed=config.seed, label_text=config.label_text)
 
 
 def build_model(config: Config, dataset: Dataset, steps: int, device: torch.device) -> EndToEnd:
@@ -101,8 +108,3 @@ def _encoder(config: Config, dataset: Dataset, device: torch.device) -> Encoder:
     if config.init_state:
         load_ngame(encoder, config.init_state, config.init_prefix)
     return encoder
-
-
-def dtype_name(dtype: torch.dtype | None) -> str:
-    """fp32, bf16, fp16 or fp8; None is autocast switched off."""
-    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}.get(dtype or torch.float32, "fp32")

@@ -135,6 +135,11 @@ def resolved_table(config: Config, device: torch.device) -> str:
     return default_table_dtype(device) if config.table == "auto" else config.table
 
 
+def resolved_state(config: Config) -> str | None:
+    """The number format of the table's optimizer state; None where the optimizer keeps none."""
+    return None if config.table_optimizer == "sgd" and config.momentum == 0 else config.state
+
+
 def check(config: Config, given: Collection[str] = ()) -> None:
     """Refuses settings that cannot be used, before any work.
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from build import dtype_name
+from config import Config, resolved_state, resolved_table
 from xmlkernels import __version__
-from xmlkernels.models.end_to_end import EndToEnd
+from xmlkernels.models.common import Model
 from xmlkernels.ops import missing
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "safetensors")
@@ -66,7 +66,7 @@ def commit() -> str:
     return out.stdout.strip()
 
 
-def environment(model: EndToEnd) -> dict[str, Any]:
+def environment(config: Config, model: Model) -> dict[str, Any]:
     """Everything beside settings and data that the bits of a result depend on, as flat JSON."""
     versions = {"python": python_version(), "xmlkernels": __version__}
     for name in PACKAGES:
@@ -74,16 +74,19 @@ def environment(model: EndToEnd) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:  # a torch built from source may have no metadata
             versions[name] = "unknown"
-    head = model.head
-    state = head.momentum if head.momentum is not None else head.second
     return versions | {
-        "device": str(head.weight.device),
+        "device": str(model.device),
         "threads": torch.get_num_threads(),
         "native": missing is None,
-        "autocast": dtype_name(model.encoder.autocast),
-        "table": dtype_name(head.weight.dtype),
-        "state": None if state is None else dtype_name(state.dtype),
+        "autocast": dtype_name(getattr(model.encoder, "autocast", None)),
+        "table": resolved_table(config, model.device),
+        "state": resolved_state(config),
     }
+
+
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """fp32, bf16 or fp16; None is autocast switched off."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype or torch.float32, "fp32")
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:

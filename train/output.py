@@ -15,7 +15,7 @@ from xmlkernels import InputError
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import replacing
-from xmlkernels.data.tokens import load_tokenizer
+from xmlkernels.data.inputs import Inputs
 
 # In the order in which they are cleared: while config.json stands, the folder is known as a run that is not finished.
 RUN_FILES = ("metrics.json", "predictions.npz", "log.jsonl", "checkpoint", "config.json")
@@ -49,12 +49,13 @@ class RunFolder:
             say(f"--resume: {self.path}/ holds no run; starting from the beginning")
 
     def _compare(self, before: Mapping[str, Any]) -> None:
-        now = asdict(self.config)
+        # A run that began before a setting existed had what is now its default.
+        now, then = asdict(self.config), asdict(Config()) | dict(before)
         for key in now:
-            if key not in MAY_CHANGE and before.get(key) != now[key]:
+            if key not in MAY_CHANGE and then[key] != now[key]:
                 raise InputError(
                     f"--resume: {key}",
-                    f"{before.get(key)!r}, as the run began",
+                    f"{then[key]!r}, as the run began",
                     repr(now[key]),
                     "resume with the same settings",
                 )
@@ -69,8 +70,8 @@ class RunFolder:
             return False
         return True
 
-    def begin(self, dataset: Dataset) -> None:
-        """A run from its first step: what an earlier one left goes, settings, tokenizer and label names are written."""
+    def begin(self, dataset: Dataset, inputs: Inputs) -> None:
+        """A run from its first step: what an earlier one left goes; settings, inputs and label names are written."""
         for name in RUN_FILES[:-1]:
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -78,7 +79,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self._settings, json.dumps(asdict(self.config), indent=1) + "\n")
         inner.mkdir()
-        load_tokenizer(dataset.tokenizer_folder).save(inner / "tokenizer")
+        inputs.save(inner)
         if dataset.label_names is not None:
             write_text(inner / "label_names.txt", "".join(f"{name}\n" for name in dataset.label_names))
         self.log_file.touch()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from build import build_model, open_dataset, training_batches
+from build import build_model, open_dataset, open_inputs, training_batches
 from config import Config, resolved_device
 from facts import Clock, commit, differences, environment
 from output import RunFolder, write_json
@@ -46,12 +46,13 @@ class Session:
         self.dataset = open_dataset(config)
         splits = self.dataset.splits
         self.validation, self.test = splits.get("val"), splits.get("test")
-        self.batches = training_batches(config, self.dataset)
+        self.inputs = open_inputs(config, self.dataset)
+        self.batches = training_batches(config, self.dataset, self.inputs)
         # Propensities always from the documents themselves, never from the labels' own texts.
         self.inverse_propensity = inverse_propensity(splits["train"].labels, *self.dataset.propensity)
         self.total = len(self.batches) * config.epochs
         self.model = build_model(config, self.dataset, self.total, self.device)
-        self.environment = environment(self.model)
+        self.environment = environment(config, self.model)
         self.clock = Clock()
         self.epoch = self.position = self.documents = 0
         self.best: dict[str, float] = {}
@@ -60,7 +61,7 @@ class Session:
         if self.folder.resumable:
             self._resume()
         else:
-            self.folder.begin(self.dataset)
+            self.folder.begin(self.dataset, self.inputs)
         self._introduce()
 
     def _introduce(self) -> None:
@@ -101,8 +102,8 @@ class Session:
     def _state(self) -> dict[str, Any]:
         model = self.model
         return {
-            "encoder": model.encoder.encoder_config(), "head": model.head.config, "max_length": self.dataset.max_length,
-            "dataset": self.dataset.content_hash, "epoch": self.epoch, "position": self.position, "steps": model.steps,
+            "model": model.config(), "inputs": self.inputs.config(), "dataset": self.dataset.content_hash, "epoch": self.epoch,
+            "position": self.position, "steps": model.steps,
             "seconds": self.clock.seconds(), "best": self.best, "documents": self.documents,
             "pending": [(float(value), count) for value, count in self.pending],
             "log_bytes": self.folder.sync_log(), "rng": rng_state(), "commits": self.commits,
@@ -155,7 +156,9 @@ class Session:
     def evaluate(self, split: Split, k: int) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
         """Metrics in percent and the loss, and the predictions they came from (logits [N, k], labels [N, k])."""
         with self.clock.on("evaluate"):
-            values, rows, loss = predict_and_loss(self.model, split, k, batch_size=self.config.evaluate_batch)
+            values, rows, loss = predict_and_loss(
+                self.model, split, k, batch_size=self.config.evaluate_batch, inputs=self.inputs
+            )
             metrics = evaluate(rows, split.labels, self.inverse_propensity) | {"loss": loss}
         name, content = SHOWN.get(split.name, split.name), self.dataset.content_hash
         self.folder.log({"step": self.model.steps, "epoch": self.epoch, "split": name, **metrics, "dataset": content})

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.dataset import Split
-from xmlkernels.data.loader import Batch, Batches, text_batches
-from xmlkernels.data.tokens import Tokenizer, load_tokenizer
-from xmlkernels.models.end_to_end import EndToEnd
-from xmlkernels.nn.encoder import Encoder
-from xmlkernels.nn.full_head import FullHead
+from xmlkernels.data.inputs import Inputs, load_inputs
+from xmlkernels.data.loader import Batch, Batches
+from xmlkernels.models.common import Model, arrangement, model_config, tree_of
+from xmlkernels.models.restore import restored
 
 _AHEAD = 16  # batches of texts read ahead, so that texts of like length share a batch
 _TRAINING_ONLY = ("optimizer.", "scaler.", "head.momentum", "head.second", "head.kahan")
@@ -48,16 +47,17 @@ class Label:
 
 
 class Predictor:
-    """A trained model with its tokenizer and label names.
+    """A trained model with the way it reads texts and its label names.
 
     Attributes:
         model: the model, in evaluation mode.
+        inputs: texts to batches, as in training.
         label_names: L names, or None.
-        max_length: tokens per text.
     """
 
-    def __init__(self, model: EndToEnd, tokenizer: Tokenizer, max_length: int, label_names: list[str] | None = None) -> None:
-        self.model, self.tokenizer, self.max_length, self.label_names = model.eval(), tokenizer, max_length, label_names
+    def __init__(self, model: Model, inputs: Inputs, label_names: list[str] | None = None) -> None:
+        self.model, self.inputs, self.label_names = model, inputs, label_names
+        model.eval()
 
     @classmethod
     def load(cls, folder: str | Path, *, which: str | None = None, device: str | torch.device = "cpu") -> "Predictor":
@@ -79,11 +79,11 @@ class Predictor:
             if which == "last":
                 warnings.warn(f"{path} holds no best checkpoint yet; the last one is used", CheckpointWarning, stacklevel=2)
         tensors, state = checkpoints.load(which, keep=lambda name: not name.startswith(_TRAINING_ONLY))
-        model = EndToEnd(Encoder.from_config(state["encoder"]), FullHead(**state["head"], std=0))
+        model = restored(model_config(state))
         model.load_tensors(tensors)
         names = path / "label_names.txt"
         label_names = names.read_text("utf-8").split("\n")[:-1] if names.exists() else None
-        return cls(model.to(device), load_tokenizer(path / "tokenizer"), state["max_length"], label_names)
+        return cls(model.to(torch.device(device)), load_inputs(path, state), label_names)
 
     def predict(
         self, texts: Iterable[str], k: int = 10, *, batch_size: int = 64, window: int = _AHEAD, prefetch: int = 2
@@ -112,11 +112,10 @@ class Predictor:
     def _in_order(
         self, texts: Iterable[str], k: int, batch_size: int, window: int, prefetch: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        device = self.model.head.weight.device
+        device = self.model.device
         waiting: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         following = 0
-        batches = text_batches(texts, self.tokenizer, self.max_length, batch_size, bucket_window=window, prefetch=prefetch)
-        for batch in batches:
+        for batch in self.inputs.text_batches(texts, batch_size, window=window, prefetch=prefetch):
             values, rows = (t.cpu().numpy() for t in self.model.predict(batch.to(device), k))
             waiting.update(zip(batch.index.tolist(), zip(values, rows, strict=True), strict=True))
             while following in waiting:
@@ -124,50 +123,74 @@ class Predictor:
                 following += 1
 
 
-def predict_split(model: EndToEnd, split: Split, k: int, *, batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
+def predict_split(
+    model: Model, split: Split, k: int, *, batch_size: int = 256, inputs: Inputs | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The k best labels of every document of a split, filter pairs left out before the cut.
+
+    Args:
+        inputs: how the model reads documents; the split's own tokens when not given.
 
     Returns:
         Logits fp32 [N, k] and labels int64 [N, k]; -inf and -1 where there are fewer than k labels.
     """
-    values, rows, _ = _walk(model, split, k, batch_size, need_loss=False)
+    values, rows, _ = _walk(model, split, k, batch_size, inputs, need_loss=False)
     return values, rows
 
 
-def predict_and_loss(model: EndToEnd, split: Split, k: int, *, batch_size: int = 256) -> tuple[np.ndarray, np.ndarray, float]:
+def predict_and_loss(
+    model: Model, split: Split, k: int, *, batch_size: int = 256, inputs: Inputs | None = None
+) -> tuple[np.ndarray, np.ndarray, float]:
     """What `predict_split` and `mean_loss` give, for one pass of the encoder."""
-    return _walk(model, split, k, batch_size, need_loss=True)
+    return _walk(model, split, k, batch_size, inputs, need_loss=True)
+
+
+def mean_loss(model: Model, split: Split, *, batch_size: int = 256, inputs: Inputs | None = None) -> float:
+    """The loss of a split averaged over documents: of the end-to-end model, binary cross-entropy summed over all labels."""
+    return _walk(model, split, 1, batch_size, inputs, need_loss=True)[2]
 
 
 @torch.no_grad()
-def _walk(model: EndToEnd, split: Split, k: int, batch_size: int, *, need_loss: bool) -> tuple[np.ndarray, np.ndarray, float]:
-    device = model.head.weight.device
+def _walk(
+    model: Model, split: Split, k: int, batch_size: int, inputs: Inputs | None, *, need_loss: bool
+) -> tuple[np.ndarray, np.ndarray, float]:
     count = split.labels.shape[0]
     values, rows = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
-    pairs = split.filter_pairs[np.lexsort((split.filter_pairs[:, 1], split.filter_pairs[:, 0]))]
     total = 0.0
-    was_training = model.training
-    model.eval()
-    for batch in Batches(split, batch_size, shuffle=False).epoch(0):
-        exclude = _excluded(batch, pairs)
-        there = batch.to(device)
-        x = model.encoder(there.input_ids, there.attention_mask)
-        got = model.head.topk(x, k, None if exclude is None else exclude.to(device))
-        values[batch.index], rows[batch.index] = (t.cpu().numpy() for t in got)
+    for batch, exclude in evaluation_batches(model, split, batch_size, inputs):
         if need_loss:
-            total += float(model.head.loss(x, there.pos_row, there.pos_sample))
-    model.train(was_training)
+            *got, loss = model.predict_and_loss(batch, k, exclude)
+            total += float(loss) * (1 if model.sums_loss else len(batch))
+        else:
+            got = list(model.predict(batch, k, exclude))
+        index = batch.index.cpu().numpy()
+        values[index], rows[index] = (t.cpu().numpy() for t in got)
     return values, rows, total / max(1, count)
 
 
-def mean_loss(model: EndToEnd, split: Split, *, batch_size: int = 256) -> float:
-    """Binary cross-entropy of a split: summed over all labels, averaged over documents."""
-    device = model.head.weight.device
+def evaluation_batches(
+    model: Model, split: Split, batch_size: int, inputs: Inputs | None = None
+) -> Iterator[tuple[Batch, Tensor | None]]:
+    """Every document of a split once, on the model's device and with the model in evaluation mode until the end.
+
+    Yields:
+        A batch with positives as the model wants them, and its filter pairs int64 [B, E] (-1 pads) or None.
+    """
+    wanted = arrangement(tree_of(model))
+    made = (
+        Batches(split, batch_size, shuffle=False, **wanted)
+        if inputs is None
+        else inputs.batches(split, batch_size, shuffle=False, **wanted)
+    )
+    pairs = split.filter_pairs[np.lexsort((split.filter_pairs[:, 1], split.filter_pairs[:, 0]))]
     was_training = model.training
     model.eval()
-    total = sum(float(model.loss(batch.to(device))) for batch in Batches(split, batch_size, shuffle=False).epoch(0))
-    model.train(was_training)
-    return total / max(1, split.labels.shape[0])
+    try:
+        for batch in made.epoch(0):
+            exclude = _excluded(batch, pairs)
+            yield batch.to(model.device), None if exclude is None else exclude.to(model.device)
+    finally:
+        model.train(was_training)
 
 
 def _excluded(batch: Batch, pairs: np.ndarray) -> Tensor | None:

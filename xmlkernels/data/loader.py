@@ -44,6 +44,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """What the encoder takes."""
+        return self.input_ids, self.attention_mask
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch with every tensor on `device`."""
         return Batch(

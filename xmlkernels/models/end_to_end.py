@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from xmlkernels.checkpoint import load_optimizer_tensors, optimizer_tensors
 from xmlkernels.data.loader import Batch
 from xmlkernels.errors import InputError
-from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.optim import LossScaler, clip_gradients, encoder_optimizer, set_learning_rate, step_unless, warmup_cosine
 
@@ -42,12 +42,17 @@ class EndToEnd(nn.Module):
     A step is embedding → head step (gradient of the embedding, table updated in place) → `embedding.backward` →
     AdamW. A non-finite embedding skips both updates, decided before the table is touched; a gradient that overflows in the
     encoder's own backward (fp16 autocast) skips the encoder's alone. Both are counted on the device, without a host sync.
+
+    Args:
+        encoder: any module of fp32 [B, D] with `width`, `autocast` and `encoder_config()`, called with `batch.inputs`. One
+            that trains a table of its own has `update(lr)`, called after every backward.
     """
 
+    sums_loss = True
     skipped_steps: Tensor
     skipped_encoder_steps: Tensor
 
-    def __init__(self, encoder: Encoder, head: FullHead, training: Training | None = None) -> None:
+    def __init__(self, encoder: nn.Module, head: FullHead, training: Training | None = None) -> None:
         super().__init__()
         self.encoder, self.head, self.training_settings = encoder, head, training
         self.steps = 0
@@ -67,6 +72,18 @@ class EndToEnd(nn.Module):
             self.scaler.move(fn)
         return self
 
+    @property
+    def labels(self) -> int:
+        return self.head.labels
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def config(self) -> dict[str, Any]:
+        """What prediction needs to build the model again; see `restored`."""
+        return {"kind": "end_to_end", "encoder": self.encoder.encoder_config(), "head": self.head.config}  # type: ignore[operator]
+
     def step(self, batch: Batch, *, need_loss: bool = False) -> Tensor:
         """Trains on one batch.
 
@@ -82,7 +99,7 @@ class EndToEnd(nn.Module):
         parts = self._micro_batches(batch)
         states: list[Tensor] = []
         if len(parts) == 1:
-            embedding = self.encoder(batch.input_ids, batch.attention_mask)
+            embedding = self.encoder(*parts[0])
             x = embedding.detach()
         else:
             x = self._embed_without_graph(parts, states)
@@ -95,6 +112,8 @@ class EndToEnd(nn.Module):
         else:
             self._backward_parts(parts, states, dx)
         self._encoder_step(overflow)
+        if update := getattr(self.encoder, "update", None):
+            update(settings.encoder_lr * factor)
         self.steps += 1
         return loss
 
@@ -110,30 +129,32 @@ class EndToEnd(nn.Module):
         step_unless(self.optimizer, torch.maximum(found, overflow))
         self.scaler.update(found)
 
-    def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, ...]]:
+        """The encoder's inputs in parts of `micro_batch` documents."""
         size = self.training_settings.micro_batch if self.training_settings else 0
-        if size <= 0 or size >= batch.input_ids.shape[0]:
-            return [(batch.input_ids, batch.attention_mask)]
-        parts = zip(batch.input_ids.split(size), batch.attention_mask.split(size), strict=True)
-        return list(parts)
+        if size <= 0 or size >= len(batch):
+            return [batch.inputs]
+        if any(len(part) != len(batch) for part in batch.inputs):
+            raise InputError("micro_batch", "0 for bags of words", str(size), "leave it out: they need no gradient caching")
+        return list(zip(*(part.split(size) for part in batch.inputs), strict=True))
 
     @torch.no_grad()
-    def _embed_without_graph(self, parts: list[tuple[Tensor, Tensor]], states: list[Tensor]) -> Tensor:
+    def _embed_without_graph(self, parts: list[tuple[Tensor, ...]], states: list[Tensor]) -> Tensor:
         """First pass of gradient caching (Gao et al., 2021): embeddings alone; `states` takes the generator's state before
         each part, so that the second pass drops the same units."""
         out = []
-        for ids, mask in parts:
-            states.append(_generator_state(ids.device))
-            out.append(self.encoder(ids, mask))
+        for part in parts:
+            states.append(_generator_state(part[0].device))
+            out.append(self.encoder(*part))
         return torch.cat(out)
 
-    def _backward_parts(self, parts: list[tuple[Tensor, Tensor]], states: list[Tensor], dx: Tensor) -> None:
+    def _backward_parts(self, parts: list[tuple[Tensor, ...]], states: list[Tensor], dx: Tensor) -> None:
         start = 0
-        for (ids, mask), state in zip(parts, states, strict=True):
-            with _generator_at(ids.device, state):
-                embedding = self.encoder(ids, mask)
-            embedding.backward(dx[start : start + len(ids)])
-            start += len(ids)
+        for part, state in zip(parts, states, strict=True):
+            with _generator_at(part[0].device, state):
+                embedding = self.encoder(*part)
+            embedding.backward(dx[start : start + len(part[0])])
+            start += len(part[0])
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that must survive a stop, by name: weights, optimizer states, counters, loss scale."""
@@ -177,12 +198,19 @@ class EndToEnd(nn.Module):
     @torch.no_grad()
     def predict(self, batch: Batch, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits fp32 [B, k] and labels int64 [B, k] of the k best labels of each document, best first."""
-        return self.head.topk(self.encoder(batch.input_ids, batch.attention_mask), k, exclude)
+        return self.head.topk(self.encoder(*batch.inputs), k, exclude)
+
+    @torch.no_grad()
+    def predict_and_loss(self, batch: Batch, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """`predict` and `loss` for one pass of the encoder."""
+        x = self.encoder(*batch.inputs)
+        values, labels = self.head.topk(x, k, exclude)
+        return values, labels, self.head.loss(x, batch.pos_row, batch.pos_sample)
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:
         """Summed loss [1] of a batch, without training."""
-        return self.head.loss(self.encoder(batch.input_ids, batch.attention_mask), batch.pos_row, batch.pos_sample)
+        return self.head.loss(self.encoder(*batch.inputs), batch.pos_row, batch.pos_sample)
 
 
 def _generator_state(device: torch.device) -> Tensor:

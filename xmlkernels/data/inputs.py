@@ -1,0 +1,102 @@
+"""How documents become what an encoder takes: batches of a split for training, batches of raw texts for serving."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from xmlkernels.data.dataset import Dataset, Split
+from xmlkernels.data.loader import Batch, Batches, text_batches
+from xmlkernels.data.tokens import Tokenizer, load_tokenizer
+from xmlkernels.errors import InputError
+
+
+class Inputs(Protocol):
+    """One way of reading documents; the encoder that was trained with it must be served with it."""
+
+    def batches(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        label_text: bool = False,
+        order: np.ndarray | None = None,
+        ancestors: Sequence[np.ndarray] = (),
+    ) -> Batches:
+        """Batches of a split.
+
+        Args:
+            seed, shuffle: see `Batches`.
+            label_text: add the labels' own texts as documents.
+            order: int64 [L], label id of each table row; None where rows are label ids.
+            ancestors: the cluster of each table row, int64 [L], one array for each level of clusters.
+        """
+
+    def text_batches(self, texts: Iterable[str], batch_size: int, *, window: int = 1, prefetch: int = 2) -> Iterator[Batch]:
+        """Batches of raw texts, read as they are used; see `xmlkernels.data.loader.text_batches`."""
+
+    def save(self, folder: Path) -> None:
+        """Writes beside a checkpoint what `load_inputs` reads again."""
+
+    def config(self) -> dict[str, Any]:
+        """JSON for the state of a checkpoint."""
+
+
+class TokenInputs:
+    """Tokens of a transformer's tokenizer.
+
+    Args:
+        dataset: where the labels' own texts are taken from; None for serving alone.
+        tokenizer: the encoder's.
+        max_length: tokens per text.
+    """
+
+    def __init__(self, dataset: Dataset | None, tokenizer: Tokenizer, max_length: int) -> None:
+        self.dataset, self.tokenizer, self.max_length = dataset, tokenizer, max_length
+
+    def batches(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        label_text: bool = False,
+        order: np.ndarray | None = None,
+        ancestors: Sequence[np.ndarray] = (),
+    ) -> Batches:
+        label_tokens = self.dataset.label_tokens if label_text and self.dataset is not None else None
+        if label_text and label_tokens is None:
+            raise InputError("label_text", "a dataset with label texts", "one without", "prepare it with --label-text")
+        arranged: dict[str, Any] = {} if order is None else {"order": order, "ancestors": ancestors}
+        return Batches(split, batch_size, seed=seed, shuffle=shuffle, label_tokens=label_tokens, **arranged)
+
+    def text_batches(self, texts: Iterable[str], batch_size: int, *, window: int = 1, prefetch: int = 2) -> Iterator[Batch]:
+        return text_batches(texts, self.tokenizer, self.max_length, batch_size, bucket_window=window, prefetch=prefetch)
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save(folder / "tokenizer")
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": "tokens", "max_length": self.max_length}
+
+
+def load_inputs(folder: Path, state: Mapping[str, Any]) -> Inputs:
+    """The inputs of a trained model, for serving.
+
+    Args:
+        folder: where `save` wrote.
+        state: of a checkpoint, with `config()` as its `inputs`; older ones hold `max_length` alone.
+
+    Raises:
+        InputError: a kind that this version does not know, or files missing.
+    """
+    config = state.get("inputs") or {"kind": "tokens", "max_length": state["max_length"]}
+    if config["kind"] == "tokens":
+        return TokenInputs(None, load_tokenizer(folder / "tokenizer"), config["max_length"])
+    raise InputError("checkpoint", "inputs of kind tokens", repr(config["kind"]), "read it with a newer xmlkernels")
