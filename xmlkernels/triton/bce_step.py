@@ -27,18 +27,22 @@ def update_rows(
     d_blocks = tl.cdiv(D, BLOCK_D)
     d_block = tl.program_id(0) % d_blocks
     l_block = tl.program_id(0) // d_blocks
+    good = tl.load(flag) == 0
+    if quiet is not None:
+        idle = tl.load(quiet + l_block * BLOCK_L // GROUP) != 0
+        if momentum is None and kahan is None:
+            still = idle & (tl.load(hyper + 1) == 0.0)  # nothing would change
+            if weight.dtype.element_ty == tl.float32:
+                good = good & (still == 0)  # a way out would cost a place on the stack here, and there is nothing to round
+            elif still:
+                return
     begin = tl.cast(first, tl.int64) + l_block * BLOCK_L
     lane = tl.arange(0, BLOCK_L)
     local = l_block * BLOCK_L + lane
     column = d_block * BLOCK_D + tl.arange(0, BLOCK_D)
     real = begin + lane < rows
-    good = tl.load(flag) == 0
     trained = good
     if quiet is not None:
-        idle = tl.load(quiet + l_block * BLOCK_L // GROUP) != 0
-        if momentum is None and kahan is None:
-            if idle & (tl.load(hyper + 1) == 0.0):
-                return  # nothing would change
         batch = tl.where(idle, 0, batch)
         trained = good & (idle == 0)
     grad = row_gradient(x, gradient, local, column, real, batch, tile, D, BLOCK_L, BLOCK_D, STEP, EMULATED)
