@@ -14,7 +14,7 @@ constexpr xk::Host kHost{&parallel_for, &threads};
 std::tuple<Tensor, Tensor> bce_step_(Tensor weight, Tensor x, Tensor pos_row, Tensor pos_sample, Tensor hyper,
                                      Tensor counter, Maybe pos_value, Maybe bias, Maybe momentum, Maybe second,
                                      Maybe kahan, Maybe row_scale, int64_t row_offset, int64_t rows, bool decoupled,
-                                     bool need_loss) {
+                                     bool need_loss, double skip_below, Maybe skipped) {
   check(hyper, "hyper", ScalarType::Float);
   check(counter, "counter", ScalarType::Long);
   check_size(hyper, "hyper", 7);
@@ -33,6 +33,11 @@ std::tuple<Tensor, Tensor> bce_step_(Tensor weight, Tensor x, Tensor pos_row, Te
                   "argument kahan: expected the table's dtype, bfloat16 or float16");
   a.row_offset = row_offset;
   a.decoupled = decoupled;
+  a.skip_below = skip_below;
+  if (skipped) {
+    check(*skipped, "skipped", ScalarType::Long), check_size(*skipped, "skipped", 2);
+    a.skipped = static_cast<int64_t*>(skipped->mutable_data_ptr());
+  }
   Tensor dx = empty({x.size(0), x.size(1)}), loss = empty({need_loss ? 1 : 0});
   a.dx = static_cast<float*>(dx.mutable_data_ptr());
   a.loss = need_loss ? static_cast<float*>(loss.mutable_data_ptr()) : nullptr;

@@ -41,6 +41,8 @@ struct Positives {
   int64_t count;
 };
 
+constexpr int64_t kSkipGroup = 128;  // rows that bce_step skips together, counted from the first of the table
+
 // An optional array of the table's shape that the step updates in place.
 struct State {
   void* data;  // null: absent
@@ -76,6 +78,8 @@ struct BceStep {
   bool decoupled;
   float* dx;    // [B, D]
   float* loss;  // [1] or null
+  double skip_below;  // groups of kSkipGroup rows that would change by less are skipped; 0: none
+  int64_t* skipped;   // [2] groups skipped and groups seen are added to it, or null
 };
 
 struct BceLoss {

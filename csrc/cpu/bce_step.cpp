@@ -35,6 +35,21 @@ struct StepSink : Update {
   }
 };
 
+// The sigmoid below which lr |scale| sigmoid max_d(sum_b |x_bd|) < skip_below; a bias is a weight of an x that is 1.
+double skip_sigmoid(const BceStep& a) {
+  if (!(a.skip_below > 0)) return 0;
+  Buffer<float> row(a.batch.width);
+  Buffer<double> sum(a.batch.width);
+  for (int64_t d = 0; d < a.batch.width; ++d) sum.data[d] = 0;
+  for (int64_t b = 0; b < a.batch.size; ++b) {
+    widen(a.batch.x, a.batch.dtype, b * a.batch.width, a.batch.width, row.data);
+    for (int64_t d = 0; d < a.batch.width; ++d) sum.data[d] += std::abs(double(row.data[d]));
+  }
+  double reach = a.table.bias ? double(a.batch.size) : 0;
+  for (int64_t d = 0; d < a.batch.width; ++d) reach = sum.data[d] > reach ? sum.data[d] : reach;
+  return a.skip_below / (std::abs(double(a.hyper[0]) * a.hyper[5]) * reach);  // infinity where nothing can change
+}
+
 }  // namespace
 
 void bce_step(const BceStep& a, const Host& host) {
@@ -44,8 +59,12 @@ void bce_step(const BceStep& a, const Host& host) {
     if (a.loss) *a.loss = nan;
     return;
   }
-  run_pass_for(Pass{a.batch, a.table, a.positives, a.hyper[5], a.hyper[6], a.dx, a.loss, a.table.bias != nullptr, true},
-               host, StepSink(a));
+  Pass pass{a.batch, a.table, a.positives, a.hyper[5], a.hyper[6], a.dx, a.loss, a.table.bias != nullptr, true};
+  pass.skip_sigmoid = skip_sigmoid(a);
+  // Nothing would change: plain SGD without decay.
+  pass.idle_rows = a.momentum.data || a.kahan.data || a.hyper[1] != 0;
+  pass.skipped = a.skipped;
+  run_pass_for(pass, host, StepSink(a));
 }
 
 }  // namespace xk::XK_NS

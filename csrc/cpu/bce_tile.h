@@ -1,6 +1,8 @@
 // What the three BCE kernels share: sizes, packed batch, and one tile of labels from logits to gradient.
 #pragma once
 
+#include <cmath>
+
 #include "finite.h"
 #include "gemm.h"
 
@@ -22,17 +24,18 @@ struct Plan {
                                  // does not fall into one cache set
   int64_t tile, segments, segment_rows;
 
-  Plan(const Batch& x, const Table& t, int64_t elem)
+  // group: above 0, a tile is one such group of rows.
+  Plan(const Batch& x, const Table& t, int64_t elem, int64_t group = 0)
       : batch(x.size), width(x.width), rows(t.rows),
         batch_pad(round_up(batch, kLanes)), width_pad(round_up(width, kLanes)), z_row(batch_pad + kLanes) {
     const int64_t partial = max64(1, batch * width_pad * 4);
     segments = max64(kMinSegments, min64(kMaxSegments, kPartialBytes / partial));
-    segment_rows = round_up(max64(kMinSegmentRows, ceil_div(rows, segments)), 2);
+    segment_rows = round_up(max64(kMinSegmentRows, ceil_div(rows, segments)), max64(2, group));
     segments = ceil_div(rows, segment_rows);
     // As large as the cache allows, and then all of one size: a short last tile costs a pass over dX all the same.
     const int64_t row_bytes = 2 * width * elem + batch * (elem == 4 ? 4 : 8), step = 2 * kRows;
     tile = max64(8, min64(16, kTileBytes / row_bytes / step)) * step;
-    tile = round_up(ceil_div(segment_rows, ceil_div(segment_rows, tile)), step);
+    tile = group ? group : round_up(ceil_div(segment_rows, ceil_div(segment_rows, tile)), step);
   }
 };
 
@@ -200,6 +203,23 @@ static double tile_gradient(const Plan& p, const Table& table, const Positives& 
     }
   }
   return loss;
+}
+
+// The largest sigmoid of a tile, from its logits.
+inline double largest_sigmoid(const Plan& p, const Table& table, int64_t first, int64_t count, const float* logits) {
+  vf most = vf{} - INFINITY;
+  for (int64_t i = 0; i < count; ++i, logits += p.z_row) {
+    const float bias = table.bias ? table.bias[first + i] : 0;
+    for (int64_t j = 0; j < p.batch_pad; j += kLanes) {
+      vf v = load<vf>(logits + j) + bias;
+      for (int l = 0; j + kLanes > p.batch && l < kLanes; ++l)
+        if (j + l >= p.batch) v[l] = -INFINITY;
+      most = vmax(v, most);
+    }
+  }
+  float z = most[0];
+  for (int l = 1; l < kLanes; ++l) z = z < most[l] ? most[l] : z;
+  return 1 / (1 + std::exp(-double(z)));
 }
 
 // dX [B, width_pad] (+)= G^T W for one tile.

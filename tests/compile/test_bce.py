@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compiled import ARCHES, E4M3_ARCHES, LARGE, SMALL, Compiled, compile_kernel
-from xmlkernels.triton import bce_loss, bce_step, bce_tile, positives
+from xmlkernels.triton import bce_loss, bce_step, bce_tile, positives, skip
 from xmlkernels.triton.bce_tile import GRADIENT_SCALE, make_plan
 
 pytestmark = pytest.mark.compile
@@ -23,7 +23,7 @@ def name_of(value: object) -> str | None:
 
 def build(kernel: Any, arch: str, table: tuple[int, torch.dtype], arguments: dict[str, Any], **constants: Any) -> Compiled:
     p = make_plan(table[0], 768, table[1])
-    blocks = {"BLOCK_B": p.block_b, "BLOCK_L": p.block_l, "BLOCK_D": p.block_d, "STEP": p.step, "EMULATED": False}
+    blocks = {"BLOCK_B": p.block_b, "BLOCK_L": p.block_l, "BLOCK_D": p.block_d, "STEP": p.step, "EMULATED": False, "GROUP": skip.GROUP}
     blocks["G_SCALE"] = GRADIENT_SCALE.get(table[1], 1.0)
     blocks = {k: v for k, v in blocks.items() if k in kernel.arg_names}
     aligned = tuple(name for name in (*ALIGNED, "segment_rows") if name in arguments)
@@ -39,9 +39,12 @@ def check(got: Compiled, arch: str, table: tuple[int, torch.dtype]) -> None:
 
 
 @pytest.mark.parametrize("values", [None, F32], ids=["", "values"])
+@pytest.mark.parametrize("skips", [False, True], ids=["", "skips"])
 @pytest.mark.parametrize("table", TABLES, ids=name_of)
 @pytest.mark.parametrize("arch", ARCHES)
-def test_gradient_tile(arch: str, table: tuple[int, torch.dtype], values: torch.dtype | None) -> None:
+def test_gradient_tile(arch: str, table: tuple[int, torch.dtype], skips: bool, values: torch.dtype | None) -> None:
+    if values and skips:
+        pytest.skip("each compiled alone")
     if values and table[1] == F16:
         pytest.skip("compiled for bf16")
     dtype = table[1]
@@ -55,25 +58,30 @@ def test_gradient_tile(arch: str, table: tuple[int, torch.dtype], values: torch.
         "pos_sample": I32,
         "pos_value": values,
     }
-    tensors |= {"gradient": dtype, "column_sum": F32, "loss": F32}
+    tensors |= {"gradient": dtype, "column_sum": F32, "loss": F32, "peaks": F32 if skips else None}
     check(build(bce_tile.gradient_tile, arch, table, tensors | SIZES), arch, table)
 
 
+@pytest.mark.parametrize("skips", [False, True], ids=["", "skips"])
 @pytest.mark.parametrize("table", TABLES, ids=name_of)
 @pytest.mark.parametrize("arch", ARCHES)
-def test_add_dx(arch: str, table: tuple[int, torch.dtype]) -> None:
+def test_add_dx(arch: str, table: tuple[int, torch.dtype], skips: bool) -> None:
     tensors = {"gradient": table[1], "weight": table[1], "partial": F32, "segment_rows": "i32"}
+    tensors["active"] = I32 if skips else None
     check(build(bce_tile.add_dx, arch, table, tensors | SIZES), arch, table)
 
 
 STATES = {"sgd": {}, "momentum": {"momentum": BF16}, "kahan adam": {"momentum": BF16, "second": BF16, "kahan": BF16}}
 
 
+@pytest.mark.parametrize("skips", [False, True], ids=["", "skips"])
 @pytest.mark.parametrize("states", STATES)
 @pytest.mark.parametrize("table", TABLES, ids=name_of)
 @pytest.mark.parametrize("arch", ARCHES)
-def test_update_rows(arch: str, table: tuple[int, torch.dtype], states: str) -> None:
+def test_update_rows(arch: str, table: tuple[int, torch.dtype], states: str, skips: bool) -> None:
     dtype = table[1]
+    if skips and (table[0] == 512 or states == "momentum"):
+        pytest.skip("compiled for B=128, without state and with all of them")
     if table[0] == 512 and states != "sgd":
         pytest.skip("compiled for B=128")
     given = dict.fromkeys(("momentum", "second", "kahan")) | STATES[states]
@@ -89,7 +97,7 @@ def test_update_rows(arch: str, table: tuple[int, torch.dtype], states: str) -> 
         "row_scale": None,
         "hyper": F32,
     }
-    tensors |= {"counter": I64, "correction": F32 if given["second"] else None, "flag": I32}
+    tensors |= {"counter": I64, "correction": F32 if given["second"] else None, "flag": I32, "quiet": I32 if skips else None}
     sizes = SIZES | {"row_offset": "i64", "b_blocks": "i32"}
     check(build(bce_step.update_rows, arch, table, tensors | sizes, DECOUPLED=True), arch, table)
 
@@ -116,10 +124,10 @@ def test_e4m3_tables(arch: str, part: str) -> None:
     table, weight = (128, torch.float8_e4m3fn), torch.uint8
     if part == "gradient":
         tensors = {"x": BF16, "weight": weight, "bias": F32, "row_scale": F32, "starts": I64, "pos_row": I64, "pos_sample": I32}
-        tensors |= {"pos_value": None, "gradient": BF16, "column_sum": F32, "loss": F32}
+        tensors |= {"pos_value": None, "gradient": BF16, "column_sum": F32, "loss": F32, "peaks": F32}
         got = build(bce_tile.gradient_tile, arch, table, tensors | SIZES)
     elif part == "dx":
-        tensors = {"gradient": BF16, "weight": weight, "partial": F32, "segment_rows": "i32"}
+        tensors = {"gradient": BF16, "weight": weight, "partial": F32, "segment_rows": "i32", "active": I32}
         got = build(bce_tile.add_dx, arch, table, tensors | SIZES)
     elif part == "dweight":
         tensors = {"x": BF16, "gradient": BF16, "column_sum": F32, "row_scale": F32, "dweight": F32, "dbias": F32, "flag": I32}
@@ -128,7 +136,7 @@ def test_e4m3_tables(arch: str, part: str) -> None:
         state = BF16 if part == "update adam" else None
         tensors = {"x": BF16, "gradient": BF16, "column_sum": F32, "weight": weight, "bias": F32, "momentum": state}
         tensors |= {"second": state, "kahan": None, "row_scale": F32, "hyper": F32, "counter": I64, "flag": I32}
-        tensors |= {"correction": F32 if state else None, "row_offset": "i64", "b_blocks": "i32"}
+        tensors |= {"quiet": I32, "correction": F32 if state else None, "row_offset": "i64", "b_blocks": "i32"}
         got = build(bce_step.update_rows, arch, table, tensors | SIZES, DECOUPLED=True)
     check(got, arch, table)
 
@@ -138,10 +146,13 @@ def test_the_small_kernels(arch: str) -> None:
     sums = {"partial": F32, "dx": F32, "hyper": F32, "flag": I32, "count": "i32", "segments": "i32"}
     losses = {"part": F32, "loss": F32, "hyper": F32, "flag": I32, "count": "i32"}
     starts = {"pos_row": I64, "starts": I64, "count": "i32", "rows": "i32", "blocks": "i32"}
+    groups = {"peaks": F32, "starts": I64, "hyper": F32, "reach": F32, "flag": I32, "quiet": I32, "active": I32, "skipped": I64}
+    groups |= {"rows": "i32", "first": "i32", "tile": "i32", "b_blocks": "i32", "l_blocks": "i32", "skip_below": "fp32"}
     for kernel, arguments, constants in (
         (bce_tile.sum_dx, sums, {"G_SCALE": 1.0, "BLOCK": 1024}),
         (bce_tile.sum_loss, losses, {"BLOCK": 1024}),
         (positives.find_starts, starts, {"BLOCK_L": 64, "BLOCK": 512}),
+        (skip.choose_groups, groups, {"GROUP": skip.GROUP, "BLOCK_L": 64, "GROUPS": 512}),
     ):
         got = compile_kernel(kernel, arch, arguments, constants)
         assert (got.stack, got.local) == (0, 0) and got.shared <= SMALL

@@ -89,9 +89,9 @@ class Step:
             if "row_scale" in t:
                 t["weight"] = decoded(t["weight"], t.pop("row_scale"))
             t = {k: v.double() if v.is_floating_point() and k != "hyper" else v for k, v in t.items()}
-        given = {k: t[k] for k in ("pos_value", "row_scale", *STATES) if k in t}
+        given = {k: t[k] for k in ("pos_value", "row_scale", "skipped", *STATES) if k in t}
         dx, loss = op(t["weight"], t["x"], t["pos_row"], t["pos_sample"], t["hyper"], t["counter"], **given, **self.options)
-        return {"dx": dx, "loss": loss, "weight": t["weight"], **{k: t[k] for k in ("row_scale", *STATES) if k in t}}
+        return {"dx": dx, "loss": loss, "weight": t["weight"], **{k: t[k] for k in ("row_scale", "skipped", *STATES) if k in t}}
 
     def exact(self) -> dict[str, Tensor]:
         return self.run(reference_step.bce_step_, wide=True)

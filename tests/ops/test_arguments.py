@@ -1,5 +1,6 @@
 """8. Every argument that does not fit is told in one sentence: op, argument, expected, got, mend; nothing is changed."""
 
+import math
 from typing import Any
 
 import pytest
@@ -85,6 +86,11 @@ STEP = [
      "torch.float16 [6, 3] on cpu", "convert"),
     ("row_scale", {"row_scale": torch.ones(N)}, "None for a torch.float32 table", "a tensor", "leave it out"),
     ("row_offset", {"row_offset": -1}, "0 or more", "-1", "pass the global row of weight[0]"),
+    ("skip_below", {"skip_below": -1e-3}, "a finite number from 0", "-0.001", "a fraction of the table's unit"),
+    ("skip_below", {"skip_below": math.nan}, "a finite number from 0", "nan", "a fraction of the table's unit"),
+    ("skip_below", {"skip_below": math.inf}, "a finite number from 0", "inf", "a fraction of the table's unit"),
+    ("skipped", {"skipped": ints(0, 0)}, "skip_below above 0 beside it", "0", "leave it out"),
+    ("skipped", {"skipped": ints(0, 0).int(), "skip_below": 1.0}, "torch.int64 [2] on cpu", "torch.int32 [2] on cpu", "convert"),
 ]  # fmt: skip
 TOPK = [
     ("k", {"k": 0}, "1 or more", "0", "ask for at least one label"),

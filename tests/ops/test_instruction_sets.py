@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from common import DTYPES, LOW, bits, dyadic_step, fp8_step, make_counter, make_hyper, needs_kernels
+from skips import exact_step
 from xmlkernels import ops
 from xmlkernels.reference import bce_loss as reference_loss
 from xmlkernels.reference import bce_step as reference_step
@@ -77,6 +78,8 @@ def results(
         for name, given in (("momentum", {"momentum": state["momentum"]}), ("adam", state)):
             got = case.replace(**given, counter=make_counter(step=0)).run(step)
             out[f"{name} {dtype}"] = digest([got[k] for k in ("weight", "dx", *given)])
+        got = exact_step(33, 700, 24, dtype, hyper=STREAMS).run(step)
+        out[f"skip {dtype}"] = digest([got[k] for k in ("weight", "dx", "skipped")])
     for dtype in LOW:
         got = dyadic_step(33, 400, 24, dtype).replace(kahan=torch.zeros(400, 24, dtype=dtype)).run(step)
         out[f"kahan {dtype}"] = digest([got[k] for k in ("weight", "dx", "kahan")])

@@ -36,6 +36,8 @@ def bce_step_(
     rows: int = -1,
     decoupled: bool = False,
     need_loss: bool = False,
+    skip_below: float = 0.0,
+    skipped: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores all labels, forms the gradient of the summed binary cross-entropy and updates the table, tile by tile.
 
@@ -67,6 +69,23 @@ def bce_step_(
         rows: number of real rows; those beyond are padding, never scored or trained. -1: all.
         decoupled: decay shrinks the weights (w -= lr decay w) instead of entering the gradient (L2).
         need_loss: also return the loss.
+        skip_below: above 0, groups of 128 rows that would hardly change are left out of dx and of the update; see Skipping.
+        skipped: int64 [2]; groups skipped and groups seen are added to it, on the device. With `skip_below` alone.
+
+    Skipping: rows 128 i to 128 i + 127 of this table are skipped when no positive lies among them and
+
+        lr |scale| max(σ of the group's rows, over the batch) max_d(sum_b |x_bd|) < skip_below
+
+    (with a bias, x has a column of ones beside it). Their part of G is then taken as 0 in dx and in the update: two of three
+    products are saved. Decay, momentum and Adam's moments go on with a gradient of 0; where there is neither decay nor a
+    state, the rows are not stored again. The loss stays exact. Of rows without positives, each gradient pushes the logits
+    down, so what is left out is a bias, not noise. Its bounds: a step of SGD changes each weight (and bias) by less than
+    skip_below less or more than without skipping; with momentum what a step leaves out counts up to 1 / (1 - momentum) times
+    as much in the end; Adam divides by its root, so there lr times the gradient is bounded, not the step. dx loses less
+    than dx_scale skip_below / (lr max_d(sum_b |x_bd|)) times the sum of |w_ld| over the skipped rows l, in each column d. A
+    row that drifts upwards for want of gradients passes the bound and is trained again. Sigma and x are taken as the products
+    see them, so a group within rounding of the bound may be decided either way. A shard whose row_offset is a multiple of 128
+    skips what the whole table would.
 
     Returns:
         dx: fp32 [B, D].
@@ -103,12 +122,23 @@ def bce_step_(
         not weight.requires_grad, f"{op}: argument weight", "a tensor that requires no gradient", "one that does",
         "keep the table out of autograd (a buffer, not an nn.Parameter): the step is its whole training",
     )  # fmt: skip
+    expect(
+        0 <= skip_below < float("inf"), f"{op}: argument skip_below", "a finite number from 0 (skips nothing)", str(skip_below),
+        "pass the change of a weight that may be left out, a fraction of the table's unit",
+    )  # fmt: skip
+    if skipped is not None:
+        check_tensor(op, "skipped", skipped, (torch.int64,), (2,), weight.device)
+        expect(
+            skip_below > 0, f"{op}: argument skipped", "skip_below above 0 beside it", str(skip_below),
+            "leave it out: without skip_below nothing is skipped",
+        )  # fmt: skip
     options = {"pos_value": pos_value, "bias": bias, "momentum": momentum, "second": second, "kahan": kahan}
     options["row_scale"] = row_scale
-    mark_written(weight, bias, momentum, second, kahan, row_scale)
+    mark_written(weight, bias, momentum, second, kahan, row_scale, skipped)
     return torch.ops.xmlkernels.bce_step_(
         weight, x.detach(), pos_row, pos_sample, hyper, counter, **options,
         row_offset=row_offset, rows=rows, decoupled=decoupled, need_loss=need_loss,
+        skip_below=skip_below, skipped=skipped,
     )  # fmt: skip
 
 
@@ -123,7 +153,7 @@ define(
     "bce_step_(Tensor(a!) weight, Tensor x, Tensor pos_row, Tensor pos_sample, Tensor hyper, Tensor counter, *, "
     "Tensor? pos_value=None, Tensor(b!)? bias=None, Tensor(c!)? momentum=None, Tensor(d!)? second=None, "
     "Tensor(e!)? kahan=None, Tensor(f!)? row_scale=None, int row_offset=0, int rows=-1, bool decoupled=False, "
-    "bool need_loss=False) -> (Tensor dx, Tensor loss)",
+    "bool need_loss=False, float skip_below=0.0, Tensor(g!)? skipped=None) -> (Tensor dx, Tensor loss)",
     reference,
     _fake,
 )

@@ -2,10 +2,13 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from xmlkernels.reference.bce_loss import bce_sum, logits_and_targets
 from xmlkernels.reference.rounding import saturate
 from xmlkernels.reference.update import update_rows
+
+GROUP = 128  # rows that are skipped together: a number of the op, not of any kernel's tiles
 
 
 def bce_step_(
@@ -26,6 +29,8 @@ def bce_step_(
     rows: int = -1,
     decoupled: bool = False,
     need_loss: bool = False,
+    skip_below: float = 0.0,
+    skipped: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `xmlkernels.ops.bce_step_`."""
     n = weight.shape[0] if rows < 0 else rows
@@ -33,6 +38,12 @@ def bce_step_(
     scale, dx_scale = hyper[5].to(w.dtype), hyper[6].to(w.dtype)
     finite = torch.isfinite(x).all()
     g = scale * (torch.sigmoid(z) - y)
+    idle = torch.zeros(n, dtype=torch.bool, device=w.device)
+    if skip_below > 0:
+        idle, count = idle_rows(z, e, pos_row, hyper, bias is not None, skip_below)
+        g = g.masked_fill(idle, 0)
+        if skipped is not None:
+            skipped += torch.where(finite, count, 0)
     nan = torch.full((), torch.nan, dtype=w.dtype, device=w.device)
     dx = torch.where(finite, dx_scale * (g @ w), nan)
     loss = torch.where(finite, scale * bce_sum(z, y), nan) if need_loss else w.new_empty(0)
@@ -45,6 +56,24 @@ def bce_step_(
     writes = update_rows(weight[:n], g.T @ e, hyper, counter, ids, *states, decoupled, row_scale=view(row_scale))
     if bias is not None:
         writes.append((bias[:n], saturate(bias[:n] - hyper[0] * g.sum(0), bias.dtype)))
+    # Without state and decay a skipped row is not even stored again: its largest |value| of an e4m3 table stays, too.
+    still = idle & (hyper[1] == 0) if momentum is None and kahan is None else torch.zeros_like(idle)
     for target, value in writes:
-        target.copy_(torch.where(finite, value, target))
+        keep = still if target.dim() == 1 else still[:, None]
+        target.copy_(torch.where(finite & ~keep, value, target))
     return dx, loss
+
+
+def idle_rows(z: Tensor, e: Tensor, pos_row: Tensor, hyper: Tensor, bias: bool, skip_below: float) -> tuple[Tensor, Tensor]:
+    """Rows to skip, bool [n], for logits z [B, n] and x e [B, D]; and int64 [2], groups skipped and seen."""
+    b, n = z.shape
+    groups = -(-n // GROUP)
+    # A row of zeros beside the batch, so that the maxima of an empty batch exist.
+    peak = pad(torch.sigmoid(z), (0, groups * GROUP - n, 0, 1)).view(b + 1, groups, GROUP).amax((0, 2))
+    reach = e.abs().sum(0).amax()
+    reach = reach.clamp(min=b) if bias else reach  # a bias is a weight of an x that is 1
+    busy = torch.zeros(groups + 1, dtype=torch.bool, device=z.device)
+    busy[torch.where(pos_row < n, pos_row // GROUP, groups)] = True
+    idle = ~busy[:-1] & ((hyper[0] * hyper[5]).abs() * peak * reach < skip_below)
+    count = torch.stack([idle.sum(), torch.full_like(idle.sum(), groups)])
+    return idle.repeat_interleave(GROUP)[:n], count

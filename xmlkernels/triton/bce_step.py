@@ -10,29 +10,45 @@ from torch import Tensor
 
 from xmlkernels.triton import common
 from xmlkernels.triton.bce_tile import Plan, Tiles, bias_gradient, row_gradient
+from xmlkernels.triton.skip import GROUP
 from xmlkernels.triton.update import bias_corrections, update_tile
 
 
 @triton.jit
 def update_rows(
     x, gradient, column_sum, weight, bias, momentum, second, kahan, row_scale, hyper, counter, correction, flag,
-    batch, rows, first, tile, D, row_offset, b_blocks, G_SCALE: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_D: tl.constexpr, STEP: tl.constexpr, DECOUPLED: tl.constexpr, EMULATED: tl.constexpr,
+    quiet, batch, rows, first, tile, D, row_offset, b_blocks, G_SCALE: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, DECOUPLED: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
-    """Gradient Gᵀ x of a block of rows and columns, and their update in place. Nothing is written if flag is set."""
+    """Gradient Gᵀ x of a block of rows and columns, and their update in place. Nothing is written if flag is set.
+
+    quiet: None, or int32 [groups of the tile], 1 where the gradient is left out.
+    """
     d_blocks = tl.cdiv(D, BLOCK_D)
     d_block = tl.program_id(0) % d_blocks
     l_block = tl.program_id(0) // d_blocks
+    good = tl.load(flag) == 0
+    if quiet is not None:
+        idle = tl.load(quiet + l_block * BLOCK_L // GROUP) != 0
+        if momentum is None and kahan is None:
+            still = idle & (tl.load(hyper + 1) == 0.0)  # nothing would change
+            if weight.dtype.element_ty == tl.float32:
+                good = good & (still == 0)  # a way out would cost a place on the stack here, and there is nothing to round
+            elif still:
+                return
     begin = tl.cast(first, tl.int64) + l_block * BLOCK_L
     lane = tl.arange(0, BLOCK_L)
     local = l_block * BLOCK_L + lane
     column = d_block * BLOCK_D + tl.arange(0, BLOCK_D)
     real = begin + lane < rows
+    trained = good
+    if quiet is not None:
+        batch = tl.where(idle, 0, batch)
+        trained = good & (idle == 0)
     grad = row_gradient(x, gradient, local, column, real, batch, tile, D, BLOCK_L, BLOCK_D, STEP, EMULATED)
     scale = tl.load(hyper + 5)
-    good = tl.load(flag) == 0
     if bias is not None:
-        mask = real & good & (d_block == 0)
+        mask = real & trained & (d_block == 0)
         step = tl.load(hyper) * (scale * bias_gradient(column_sum, local, mask, tile, b_blocks, BLOCK_L))
         value = tl.load(bias + begin + lane, mask=mask, other=0.0) - step
         tl.store(bias + begin + lane, common.round_nearest(value, tl.float32, EMULATED), mask=mask)
@@ -57,10 +73,13 @@ def bce_step_(
     weight: Tensor, x: Tensor, pos_row: Tensor, pos_sample: Tensor, hyper: Tensor, counter: Tensor, *,
     pos_value: Tensor | None = None, bias: Tensor | None = None, momentum: Tensor | None = None,
     second: Tensor | None = None, kahan: Tensor | None = None, row_scale: Tensor | None = None,
-    row_offset: int = 0, rows: int = -1, decoupled: bool = False, need_loss: bool = False, plan: Plan | None = None,
+    row_offset: int = 0, rows: int = -1, decoupled: bool = False, need_loss: bool = False,
+    skip_below: float = 0.0, skipped: Tensor | None = None, plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `xmlkernels.ops.bce_step_`. plan: other block sizes than `make_plan` chooses."""
-    tiles = Tiles(x, weight, bias, pos_row, pos_sample, pos_value, row_scale, rows, plan)
+    tiles = Tiles(x, weight, bias, pos_row, pos_sample, pos_value, row_scale, rows, plan, skips=skip_below > 0)
+    if skip_below > 0:
+        tiles.skip(hyper, skip_below, skipped)
     tiles.buffers(gradient=True, dx=True, column_sum=bias is not None, loss=need_loss)
     correction = bias_corrections(hyper, counter) if second is not None else None
     p = tiles.plan
@@ -69,8 +88,8 @@ def bce_step_(
         tiles.add_dx(first)
         update_rows[(tiles.tile_blocks(first) * tiles.d_blocks,)](
             tiles.x, tiles.gradient, tiles.column_sum, tiles.weight, bias, momentum, second, kahan, row_scale, hyper,
-            counter, correction, tiles.flag, tiles.batch, tiles.rows, first, p.tile, tiles.width, row_offset,
-            tiles.b_blocks, tiles.g_scale, p.block_l, p.block_d, p.step, decoupled, tiles.emulated,
+            counter, correction, tiles.flag, None if tiles.groups is None else tiles.groups.quiet, tiles.batch,
+            tiles.rows, first, p.tile, tiles.width, row_offset, tiles.b_blocks, tiles.g_scale, GROUP, p.block_l, p.block_d, p.step, decoupled, tiles.emulated,
             num_warps=p.warps, num_stages=p.stages, **common.LAUNCH,
         )  # fmt: skip
     dx = tiles.dx_result(hyper)

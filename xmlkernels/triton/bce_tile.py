@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xmlkernels.triton import common
 from xmlkernels.triton.positives import find_starts, targets
+from xmlkernels.triton.skip import GROUP, Groups
 
 TILE_BYTES = 32 << 20  # rows and gradient of a tile together, of the 40 to 50 MB of L2
 PROGRAMS = 128  # programs of the dX product; a constant, so that bits do not depend on the card
@@ -35,9 +36,9 @@ class Plan:
     warps: int = 8
     stages: int = 3
 
-    def with_tile(self, rows: int) -> "Plan":
-        """The same for a table smaller than a tile."""
-        return replace(self, tile=min(self.tile, triton.cdiv(max(rows, 1), self.block_l) * self.block_l))
+    def with_tile(self, rows: int, unit: int) -> "Plan":
+        """The same for a table smaller than a tile, which is a multiple of unit."""
+        return replace(self, tile=min(self.tile, triton.cdiv(max(rows, 1), unit) * unit))
 
 
 def make_plan(batch: int, width: int, dtype: torch.dtype) -> Plan:
@@ -56,13 +57,14 @@ def make_plan(batch: int, width: int, dtype: torch.dtype) -> Plan:
 @triton.jit
 def gradient_tile(
     x, weight, bias, row_scale, starts, pos_row, pos_sample, pos_value, gradient, column_sum, loss,
-    batch, rows, first, tile, D,
+    peaks, batch, rows, first, tile, D,
     G_SCALE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_L: tl.constexpr, STEP: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     """sigma(x W^T + bias) - y for a tile of labels; what is None is not asked for.
 
     gradient [batch, tile]; of an e4m3 table it holds the rows' scales too, so that dX needs none. column_sum fp32
-    [b-blocks, tile], sums over the samples of a block; loss fp32 [b-blocks, l-blocks of the table], sums over a block.
+    [b-blocks, tile], sums over the samples of a block; loss fp32 [b-blocks, l-blocks of the table], sums over a block;
+    peaks fp32 [b-blocks, l-blocks of a tile], largest sigmas.
     """
     b_blocks = tl.cdiv(batch, BLOCK_B)
     b_block = tl.program_id(0) % b_blocks  # neighbours in time share the rows
@@ -95,6 +97,9 @@ def gradient_tile(
         part = tl.where(inside, common.softplus(z, tail) - y * z, 0.0)
         at = b_block.to(tl.int64) * tl.cdiv(rows, BLOCK_L) + block
         tl.store(loss + at, tl.sum(tl.sum(part, 1), 0))
+    if peaks is not None:
+        peak = tl.max(tl.max(tl.where(inside, sigma, 0.0), 1), 0)
+        tl.store(peaks + b_block * (tile // BLOCK_L) + l_block, peak)
     g = tl.where(inside, sigma - y, 0.0)
     if column_sum is not None:
         tl.store(column_sum + b_block * tile + l_block * BLOCK_L + lane, tl.sum(g, 0), mask=real)
@@ -108,26 +113,40 @@ def gradient_tile(
 
 @triton.jit
 def add_dx(
-    gradient, weight, partial, batch, rows, first, tile, D, segment_rows,
-    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, EMULATED: tl.constexpr,
+    gradient, weight, partial, active, batch, rows, first, tile, D, segment_rows,
+    GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
-    """partial[segment] += G W over the segment's labels of this tile; partial fp32 [segments, batch, D]."""
+    """partial[segment] += G W over the segment's labels of this tile; partial fp32 [segments, batch, D].
+
+    active: None, or the groups of `choose_groups` that are not skipped; then the segments share those evenly.
+    """
     b_blocks = tl.cdiv(batch, BLOCK_B)
     block, segment = tl.program_id(0), tl.program_id(1)
     sample = (block % b_blocks) * BLOCK_B + tl.arange(0, BLOCK_B)
     column = (block // b_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     k = tl.arange(0, STEP)
-    begin = segment * segment_rows
-    end = tl.minimum(tl.minimum(begin + segment_rows, tile), rows - first).to(tl.int32)
+    if active is not None:
+        groups = tl.load(active)
+        per = tl.cdiv(groups, tl.num_programs(1))
+        begin, end = tl.minimum(segment * per, groups) * GROUP, tl.minimum((segment + 1) * per, groups) * GROUP
+        last = tl.minimum(tile, rows - first).to(tl.int32)
+    else:
+        begin = segment * segment_rows
+        end = tl.minimum(tl.minimum(begin + segment_rows, tile), rows - first).to(tl.int32)
+        last = end
     sample_block, lane = (block % b_blocks) * BLOCK_B, tl.arange(0, BLOCK_B)
     g_at = gradient + tl.cast(sample_block, tl.int64) * tile + (lane[:, None] * tile + k[None, :])
     w_at = weight + tl.cast(first, tl.int64) * D + (k[:, None] * D + column[None, :])
     at = partial + (tl.cast(segment, tl.int64) * batch + sample_block) * D + (lane[:, None] * D + column[None, :])
     inside = (sample < batch)[:, None] & (column < D)[None, :]
     total = tl.load(at, mask=inside, other=0.0)
-    for r in range(begin, end, STEP):
-        left = tl.load(g_at + r, mask=(sample < batch)[:, None] & (r + k < end)[None, :], other=0.0)
-        right = tl.load(w_at + tl.cast(r, tl.int64) * D, mask=(r + k < end)[:, None] & (column < D)[None, :], other=0)
+    for i in range(begin, end, STEP):
+        if active is not None:
+            r = tl.load(active + 1 + i // GROUP) * GROUP + i % GROUP
+        else:
+            r = i
+        left = tl.load(g_at + r, mask=(sample < batch)[:, None] & (r + k < last)[None, :], other=0.0)
+        right = tl.load(w_at + tl.cast(r, tl.int64) * D, mask=(r + k < last)[:, None] & (column < D)[None, :], other=0)
         total = common.dot(left, common.operand(right, gradient.dtype.element_ty, EMULATED), total, EMULATED)
     tl.store(at, total, mask=inside)
 
@@ -194,10 +213,13 @@ class Tiles:
     def __init__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, pos_row: Tensor, pos_sample: Tensor,
         pos_value: Tensor | None, row_scale: Tensor | None, rows: int, plan: Plan | None,
+        *, skips: bool = False,
     ) -> None:  # fmt: skip
         self.batch, self.width = x.shape
         self.rows = weight.shape[0] if rows < 0 else rows
-        self.plan = (plan or make_plan(self.batch, self.width, weight.dtype)).with_tile(self.rows)
+        plan = plan or make_plan(self.batch, self.width, weight.dtype)
+        self.plan = plan.with_tile(self.rows, GROUP if skips else plan.block_l)
+        self.groups: Groups | None = None
         # e4m3 is exact in bf16: there its products run, the rows' scales applied outside.
         self.kind = torch.bfloat16 if row_scale is not None else weight.dtype
         self.x, self.flag = common.prepare_batch(x, self.kind)
@@ -222,6 +244,7 @@ class Tiles:
         p = self.plan
         self.gradient = self.empty(self.batch, p.tile, dtype=self.kind) if gradient else None
         self.column_sum = self.empty(self.b_blocks, p.tile) if column_sum else None
+        self.peaks = self.empty(self.b_blocks, p.tile // p.block_l) if self.groups is not None else None
         self.loss = self.empty(self.b_blocks, self.blocks) if loss else None
         segments = p.segments if self.rows else 0
         self.partial = self.empty(segments, self.batch, self.width).zero_() if dx else None
@@ -233,14 +256,23 @@ class Tiles:
     def tile_blocks(self, first: int) -> int:
         return triton.cdiv(min(self.plan.tile, self.rows - first), self.plan.block_l)
 
+    def skip(self, hyper: Tensor, skip_below: float, skipped: Tensor | None) -> None:
+        """From here on, `make_gradient` chooses groups of rows whose products are left out. Before `buffers`."""
+        self.groups = Groups(self.x, self.bias is not None, hyper, self.plan.tile, skip_below, skipped)
+
     def make_gradient(self, first: int) -> None:
+        p, blocks = self.plan, self.tile_blocks(first)
+        if self.batch:
+            self._gradient(first, blocks)
+        if self.groups is not None:
+            self.groups.choose(self.peaks, self.starts, self.flag, self.rows, first, p.tile, blocks, p.block_l)
+
+    def _gradient(self, first: int, blocks: int) -> None:
         p = self.plan
-        if not self.batch:
-            return
-        gradient_tile[(self.tile_blocks(first) * self.b_blocks,)](
+        gradient_tile[(blocks * self.b_blocks,)](
             self.x, self.weight, self.bias, self.row_scale, self.starts, *self.positives, self.gradient, self.column_sum,
-            self.loss, self.batch, self.rows, first, p.tile, self.width, self.g_scale, p.block_b, p.block_l, p.step,
-            self.emulated, num_warps=p.warps, num_stages=p.stages, **common.LAUNCH,
+            self.loss, self.peaks, self.batch, self.rows, first, p.tile, self.width, self.g_scale, p.block_b, p.block_l,
+            p.step, self.emulated, num_warps=p.warps, num_stages=p.stages, **common.LAUNCH,
         )  # fmt: skip
 
     def add_dx(self, first: int) -> None:
@@ -249,8 +281,8 @@ class Tiles:
             return
         segment_rows = triton.cdiv(triton.cdiv(p.tile, p.segments), p.step) * p.step
         add_dx[(self.b_blocks * self.d_blocks, p.segments)](
-            self.gradient, self.weight, self.partial, self.batch, self.rows, first, p.tile, self.width, segment_rows,
-            p.block_b, p.block_d, p.step, self.emulated, num_warps=p.warps, num_stages=p.stages, **common.LAUNCH,
+            self.gradient, self.weight, self.partial, None if self.groups is None else self.groups.active, self.batch,
+            self.rows, first, p.tile, self.width, segment_rows, GROUP, p.block_b, p.block_d, p.step, self.emulated, num_warps=p.warps, num_stages=p.stages, **common.LAUNCH,
         )  # fmt: skip
 
     def dx_result(self, hyper: Tensor | None) -> Tensor:
