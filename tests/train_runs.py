@@ -18,7 +18,8 @@ for folder in (ROOT / "train", ROOT / "tests" / "data"):
         sys.path.insert(0, str(folder))
 
 import session  # noqa: E402
-from config import Config, check  # noqa: E402
+from checks import check  # noqa: E402
+from config import Config  # noqa: E402
 from recipes import RECIPES  # noqa: E402
 from run import train  # noqa: E402
 from tiny_tokenizer import make_tokenizer  # noqa: E402

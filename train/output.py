@@ -5,11 +5,10 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from config import Config
+from config import Config, began_with, recorded
 from report import say
 from xmlkernels import InputError
 from xmlkernels.checkpoint import CheckpointFolder
@@ -49,8 +48,7 @@ class RunFolder:
             say(f"--resume: {self.path}/ holds no run; starting from the beginning")
 
     def _compare(self, before: Mapping[str, Any]) -> None:
-        # A run that began before a setting existed had what is now its default.
-        now, then = asdict(self.config), asdict(Config()) | dict(before)
+        now, then = recorded(self.config), began_with(before)
         for key in now:
             if key not in MAY_CHANGE and then[key] != now[key]:
                 raise InputError(
@@ -77,7 +75,7 @@ class RunFolder:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         inner = self.path / "checkpoint"
         self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self._settings, json.dumps(asdict(self.config), indent=1) + "\n")
+        write_text(self._settings, json.dumps(recorded(self.config), indent=1) + "\n")
         inner.mkdir()
         inputs.save(inner)
         if dataset.label_names is not None:

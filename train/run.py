@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from config import Config, check
+from checks import check
+from config import Config
 from recipes import RECIPES
 from report import command
 from session import Session
