@@ -43,7 +43,7 @@ PACKAGES = {
     "optim": {"torch"},
 }
 # Files that share the room of another: too long for one file.
-PART_OF = {"_state": "checkpoint", "ranking": "metrics"}
+PART_OF = {"_state": "checkpoint", "ranking": "metrics", "levels": "predict"}
 # Arrows that point down but are not in the table, each with its reason.
 BESIDE_THE_TABLE = {
     ("benchmarks/parse_sparse.py", "data"): "times the reader of sparse text, which is no op",

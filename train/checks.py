@@ -107,7 +107,7 @@ def _ranges(config: Config) -> Iterator[tuple[bool, str, str, str]]:
         yield bool(getattr(config, name)), name, "a name", "give one, or leave the flag out"
     depths = config.tree_depths
     ascending = all(a < b for a, b in zip(depths, depths[1:], strict=False))
-    good = 1 <= len(depths) <= 4 and ascending and 0 <= depths[0] and depths[-1] <= 30
+    good = 1 <= len(depths) <= 4 and ascending and depths[0] >= 0 and depths[-1] <= 30
     yield good, "tree_depths", "one to four ascending exponents from 0 to 30", "name them coarse to fine, as 10 13 16"
     yield all(k >= 1 for k in config.topk), "topk", "numbers of 1 or more", "keep at least one cluster"
     yield all(0 <= p < 1 for p in config.embed_drops), "embed_drops", "numbers from 0 to below 1", "correct them"

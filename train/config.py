@@ -75,7 +75,7 @@ class Config:
     """Encoder layers that each level reads, coarse to fine, labels last: `5,6 8 10 12`; by default those of CascadeXML, scaled
     to the depth of the encoder."""
     embed_drops: tuple[float, ...] = ()
-    """Dropout of each level, coarse to fine, labels last; by default `.2 .25 .4 .5` for four levels and `.3 .3 .4` for three."""
+    """Dropout of each level, coarse to fine, labels last; by default `.2 .25 .4 .5` for four levels, `.3 .3 .4` for three."""
     rw_loss: tuple[float, ...] = ()
     """Weight of each level's loss; by default 1 each."""
     scheme: Literal["auto", "level", "weighted", "path"] = "auto"
