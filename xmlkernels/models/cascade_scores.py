@@ -15,6 +15,21 @@ _SATURATED = -1e-38  # log probability: above, fp32 would give a logit of infini
 
 
 @dataclass(frozen=True)
+class LevelPrediction:
+    """What a cascade says at one level.
+
+    Attributes:
+        values: fp32 [B, k], logits of the scheme's probability, descending; -inf where there are fewer.
+        nodes: int64 [B, k], clusters of the level, or label ids at the last; -1 where there are fewer.
+        kept: int64 [B, K], clusters handed on to the next level, ascending, -1 pads; [B, 0] at the last.
+    """
+
+    values: Tensor
+    nodes: Tensor
+    kept: Tensor
+
+
+@dataclass(frozen=True)
 class Descent:
     """What `descend` knows of one level.
 
@@ -38,7 +53,7 @@ class Descent:
 
 
 @dataclass(frozen=True)
-class Tree:
+class TreeOnDevice:
     """The label tree on the device: for each level, row_ptr int64 [C + 1] of the level above (C = 1 for the first) and M."""
 
     row_ptr: tuple[Tensor, ...]
@@ -46,7 +61,7 @@ class Tree:
 
 
 def descend(
-    heads: CascadeHeads, x: Sequence[Tensor], tree: Tree, *, positives: Positives | None = None, bound: int = 0
+    heads: CascadeHeads, x: Sequence[Tensor], tree: TreeOnDevice, *, positives: Positives | None = None, bound: int = 0
 ) -> Iterator[Descent]:
     """Scores level by level: all nodes of the first, then the children of the `heads.topk` best by the level's own logit.
 

@@ -57,7 +57,9 @@ class CascadeTraining:
         head = 10 * self.encoder_lr if self.head_lr is None else self.head_lr
         beta1: float | None = None
         if self.schedule == "three_phase":
-            factor, beta1 = three_phase(step, self.warmup, self.total, self.total // 5 if self.cooldown is None else self.cooldown)
+            factor, beta1 = three_phase(
+                step, self.warmup, self.total, self.total // 5 if self.cooldown is None else self.cooldown
+            )
         else:
             factor = warmup_cosine(step, self.warmup, self.total)
         return self.encoder_lr * factor, head * factor, beta1
@@ -106,3 +108,11 @@ def cascade_optimizer(encoder: nn.Module, linear: nn.Module, settings: CascadeTr
         return None
     # No encoder to train beside it: the stock implementation serves the linear layer.
     return torch.optim.AdamW([group | {"head": True} for group in groups], lr=settings.encoder_lr, eps=1e-6, fused=True)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, encoder_lr: float, head_lr: float, beta1: float | None) -> None:
+    """Rates, and beta1 where it is given, of the groups of `cascade_optimizer`."""
+    for group in optimizer.param_groups:
+        group["lr"] = head_lr if group["head"] else encoder_lr
+        if beta1 is not None:
+            group["betas"] = (beta1, group["betas"][1])

@@ -82,7 +82,7 @@ class CascadeHeads(nn.Module):
             raise InputError("scheme", f"one of {', '.join(SCHEMES)}", repr(scheme), "choose one of them")
         self.layers: Recipe = checked_layers(layers, count, None)
         self.width, self.scheme = width, scheme
-        self.topk = _clamped(topk, sizes, most)
+        self.topk, self.most = _clamped(topk, sizes, most), tuple(most)
         self.drops = _per_level(drops, count)
         cluster_dtype = cluster_dtype or ("bf16" if dtype == "fp8" else dtype)
         self.config: dict[str, Any] = {
@@ -95,7 +95,7 @@ class CascadeHeads(nn.Module):
             {str(r): _linear(2 * width, width, seed + r) for r, level in enumerate(self.layers) if len(level) > 1}
         )
         seen = (sizes[0], *(k * m for k, m in zip(self.topk, most, strict=True)))
-        options = {
+        options: dict[str, Any] = {
             "optimizer": optimizer, "row_wise": row_wise, "betas": betas, "epsilon": epsilon, "state_dtype": state_dtype,
             "fill": fill,
         }  # fmt: skip
