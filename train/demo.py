@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from build import open_dataset
 from config import Config, recorded
 from facts import commit
 from output import MAY_CHANGE, read_json, write_json
 from recipes import RECIPES
 from report import command, print_comparison, say
 from run import train
+from sources import open_dataset
 from xmlkernels import InputError
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.dataset import Dataset

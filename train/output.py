@@ -15,6 +15,7 @@ from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import replacing
 from xmlkernels.data.inputs import Inputs
+from xmlkernels.tree.label_tree import LabelTree
 
 # In the order in which they are cleared: while config.json stands, the folder is known as a run that is not finished.
 RUN_FILES = ("metrics.json", "predictions.npz", "log.jsonl", "checkpoint", "config.json")
@@ -68,8 +69,8 @@ class RunFolder:
             return False
         return True
 
-    def begin(self, dataset: Dataset, inputs: Inputs) -> None:
-        """A run from its first step: what an earlier one left goes; settings, inputs and label names are written."""
+    def begin(self, dataset: Dataset, inputs: Inputs, tree: LabelTree | None) -> None:
+        """A run from its first step: what an earlier one left goes; settings, inputs, tree and label names are written."""
         for name in RUN_FILES[:-1]:
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -78,6 +79,8 @@ class RunFolder:
         write_text(self._settings, json.dumps(recorded(self.config), indent=1) + "\n")
         inner.mkdir()
         inputs.save(inner)
+        if tree is not None:
+            tree.save(inner)
         if dataset.label_names is not None:
             write_text(inner / "label_names.txt", "".join(f"{name}\n" for name in dataset.label_names))
         self.log_file.touch()

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from xmlkernels.metrics import evaluate
-from xmlkernels.models.cascade import LevelPrediction
+from xmlkernels.models.cascade_scores import LevelPrediction
 from xmlkernels.tree.label_tree import LabelTree
 
 K = 5  # cut-off of the metrics of clusters

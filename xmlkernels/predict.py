@@ -177,10 +177,10 @@ def evaluate_split(model: Model, split: Split, k: int, *, batch_size: int = 256,
         if isinstance(model, Cascade) and scores is not None:
             levels, loss = model.levels_and_loss(batch, max(k, 5), exclude)
             scores.add(index, levels)
-            got = (levels[-1].values[:, :k], levels[-1].nodes[:, :k])
+            best, ids = levels[-1].values[:, :k], levels[-1].nodes[:, :k]
         else:
-            *got, loss = model.predict_and_loss(batch, k, exclude)
-        values[index], labels[index] = (t.cpu().numpy() for t in got)
+            best, ids, loss = model.predict_and_loss(batch, k, exclude)
+        values[index], labels[index] = best.cpu().numpy(), ids.cpu().numpy()
         total += float(loss) * (1 if model.sums_loss else len(batch))
     return Evaluation(values, labels, total / max(1, count), scores.result() if scores is not None else [])
 

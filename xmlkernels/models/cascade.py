@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xmlkernels.data.loader import Batch
 from xmlkernels.errors import InputError
-from xmlkernels.models.cascade_scores import LevelPrediction, TreeOnDevice, descend, loss_of, loss_scale, ranked
+from xmlkernels.models.cascade_scores import Descent, LevelPrediction, TreeOnDevice, descend, loss_of, loss_scale, ranked
 from xmlkernels.models.cascade_state import cascade_tensors, check_fit, load_cascade_tensors
 from xmlkernels.models.cascade_training import CascadeTraining, cascade_optimizer, set_rates
+from xmlkernels.models.common import Documents
 from xmlkernels.models.gradient_caching import backward, first_pass, parts_of, second_pass
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.shortlist import count, select
@@ -106,7 +106,7 @@ class Cascade(nn.Module):
         children = (getattr(self, f"children_{r}") for r in range(self.tree.levels - 1))
         return TreeOnDevice((self.root, *children), (self.tree.sizes[0], *self.heads.most))
 
-    def step(self, batch: Batch, *, need_loss: bool = False) -> Tensor:
+    def step(self, batch: Documents, *, need_loss: bool = False) -> Tensor:
         """Trains on one batch.
 
         Returns:
@@ -140,7 +140,7 @@ class Cascade(nn.Module):
         self.steps += 1
         return loss
 
-    def _positives(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    def _positives(self, batch: Documents) -> list[tuple[Tensor, Tensor]]:
         """(node, sample) of every level, the labels last."""
         if len(batch.levels) != self.tree.levels - 1:
             raise InputError(
@@ -217,7 +217,7 @@ class Cascade(nn.Module):
         load_cascade_tensors(self, tensors)
 
     @torch.no_grad()
-    def predict(self, batch: Batch, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def predict(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The k best labels of each document by the heads' scheme.
 
         Args:
@@ -230,27 +230,34 @@ class Cascade(nn.Module):
         return self._best_labels(self._evaluated(batch), k, exclude)
 
     @torch.no_grad()
-    def predict_levels(self, batch: Batch, k: int) -> list[LevelPrediction]:
-        """What each level says, coarse to fine, and what it hands on: shortlist recall is read from `kept`."""
-        x, out = self._evaluated(batch), []
-        for r, level in enumerate(descend(self.heads, x, self._tree())):
-            values, nodes = ranked(level, k, self.heads.scheme)
-            nodes = nodes if r + 1 < self.tree.levels else self._label_ids(nodes)
-            out.append(LevelPrediction(values, nodes, level.kept))
-        return out
+    def predict_levels(self, batch: Documents, k: int, exclude: Tensor | None = None) -> list[LevelPrediction]:
+        """What each level says, coarse to fine, and what it hands on: shortlist recall is read from `kept`. `exclude` is for
+        the labels, as of `predict`."""
+        return self._levels(self._evaluated(batch), k, exclude)
 
     @torch.no_grad()
-    def predict_and_loss(self, batch: Batch, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def levels_and_loss(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[list[LevelPrediction], Tensor]:
+        """`predict_levels` and `loss` for one pass of the encoder."""
+        x = self._evaluated(batch)
+        return self._levels(x, k, exclude), self._loss(x, batch)
+
+    @torch.no_grad()
+    def embed(self, batch: Documents) -> Tensor:
+        """fp32 [B, D]: what the label table meets of each document."""
+        return self._evaluated(batch)[-1]
+
+    @torch.no_grad()
+    def predict_and_loss(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`predict` and `loss` for one pass of the encoder."""
         x = self._evaluated(batch)
         return *self._best_labels(x, k, exclude), self._loss(x, batch)
 
     @torch.no_grad()
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Documents) -> Tensor:
         """The loss [1] that `step` would report, true clusters forced in, without training or dropout of the caller's mode."""
         return self._loss(self._evaluated(batch), batch)
 
-    def _loss(self, x: list[Tensor], batch: Batch) -> Tensor:
+    def _loss(self, x: list[Tensor], batch: Documents) -> Tensor:
         settings = self.training_settings or CascadeTraining(encoder_lr=0.0, total=1)
         positives, total = self._positives(batch), torch.zeros(1, device=self.device)
         weights = settings.weights(self.tree.levels)
@@ -259,17 +266,26 @@ class Cascade(nn.Module):
             total += loss_of(level, pairs, weight, settings.reference_loss)
         return total
 
-    def _evaluated(self, batch: Batch) -> list[Tensor]:
+    def _evaluated(self, batch: Documents) -> list[Tensor]:
         """Features of every level, from the mean weights where there are some."""
         with self.average.used() if self.average is not None else nullcontext():
             return self._features(*batch.inputs)
 
+    def _levels(self, x: list[Tensor], k: int, exclude: Tensor | None) -> list[LevelPrediction]:
+        return [self._said(r, level, k, exclude) for r, level in enumerate(descend(self.heads, x, self._tree()))]
+
     def _best_labels(self, x: list[Tensor], k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
         *_, level = descend(self.heads, x, self._tree())
+        said = self._said(self.tree.levels - 1, level, k, exclude)
+        return said.values, said.nodes
+
+    def _said(self, r: int, level: Descent, k: int, exclude: Tensor | None) -> LevelPrediction:
+        if r + 1 < self.tree.levels:
+            return LevelPrediction(*ranked(level, k, self.heads.scheme), level.kept)
         if exclude is not None:
             exclude = torch.where(exclude >= 0, self.place[exclude.clamp(min=0)], -1)
         values, rows = ranked(level, k, self.heads.scheme, exclude)
-        return values, self._label_ids(rows)
+        return LevelPrediction(values, self._label_ids(rows), level.kept)
 
     def _label_ids(self, rows: Tensor) -> Tensor:
         return torch.where(rows >= 0, self.order[rows.clamp(min=0)], -1)

@@ -111,6 +111,16 @@ class CascadeHeads(nn.Module):
             for r, n in enumerate(sizes)
         )
 
+    def use_scheme(self, scheme: str) -> None:
+        """Scores labels by another scheme from now on: training does not depend on it.
+
+        Raises:
+            InputError: no such scheme.
+        """
+        if scheme not in SCHEMES:
+            raise InputError("scheme", f"one of {', '.join(SCHEMES)}", repr(scheme), "choose one of them")
+        self.scheme = self.config["scheme"] = scheme
+
     def features(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """What each level's table meets: fp32 [B, D] from the encoder's vectors [B, D] or [B, 2D]."""
         out = []

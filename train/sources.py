@@ -1,0 +1,75 @@
+"""From a configuration to data: the dataset, how its documents are read, the label tree."""
+
+from pathlib import Path
+
+from checks import check_levels
+from config import Config
+from encoders import source_of
+from report import say
+from xmlkernels import InputError
+from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.inputs import Inputs, TokenInputs
+from xmlkernels.data.loader import BagBatches, Batches
+from xmlkernels.data.prepare import PrepareConfig, prepare
+from xmlkernels.data.tokens import load_tokenizer
+from xmlkernels.models.common import arrangement
+from xmlkernels.tree.label_tree import LabelTree
+
+
+def open_dataset(config: Config) -> Dataset:
+    """The dataset folder named by the configuration, or the built-in corpus, made on first use."""
+    if config.dataset != "docstrings":
+        return Dataset.open(config.dataset)
+    tokenizer = source_of(config.encoder)
+    part = f"{config.documents}-documents" if config.documents else "all"
+    folder = Path(config.cache) / f"docstrings-{part}-{config.max_length}-{Path(tokenizer).name}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A folder of this name made from other package versions or another tokenizer is only a cache: replace it.
+    settings = PrepareConfig(
+        output=folder,
+        tokenizer=tokenizer,
+        max_length=config.max_length,
+        source="docstrings",
+        name="docstrings",
+        documents=config.documents or None,
+        keep_texts=True,
+        overwrite=True,
+    )
+    return prepare(settings, say)
+
+
+def open_inputs(config: Config, dataset: Dataset) -> Inputs:
+    """How this run reads documents.
+
+    Raises:
+        InputError: no training documents, or no label texts where the configuration asks for them.
+    """
+    train = dataset.splits.get("train")
+    if train is None or not len(train):
+        raise InputError(f"dataset {dataset.folder}", "training documents", "none", "prepare it from a file that holds some")
+    if config.label_text and dataset.label_tokens is None:
+        got = f"{dataset.folder} without"
+        raise InputError("--label-text", "a dataset with label texts", got, "prepare it with --label-text")
+    return TokenInputs(dataset, load_tokenizer(dataset.tokenizer_folder), dataset.max_length)
+
+
+def open_tree(config: Config, dataset: Dataset) -> LabelTree | None:
+    """The label tree of a cascade: the one named, or one built on first use and kept in the cache; None end to end.
+
+    Raises:
+        InputError: no tree there, damaged, of another dataset, or of another depth than the configuration's lists.
+    """
+    if config.model != "cascade":
+        return None
+    if config.tree:
+        tree = LabelTree.load(config.tree)
+        tree.check_dataset(dataset.content_hash, dataset.num_labels)
+        check_levels(config, tree.levels, f"as the tree {config.tree} has them")
+        return tree
+    raise NotImplementedError
+
+
+def training_batches(config: Config, dataset: Dataset, inputs: Inputs, tree: LabelTree | None) -> Batches | BagBatches:
+    """The training split in batches of one update each, with the labels' own texts where the configuration asks for them."""
+    documents, more = config.batch * config.accumulate, arrangement(tree)
+    return inputs.batches(dataset.splits["train"], documents, seed=config.seed, label_text=config.label_text, **more)
