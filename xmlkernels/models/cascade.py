@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xmlkernels.data.loader import Batch
+from xmlkernels.data.loader import BagBatch, Batch
 from xmlkernels.errors import InputError
 from xmlkernels.models.cascade_scores import LevelPrediction, TreeOnDevice, descend, loss_of, loss_scale, ranked
 from xmlkernels.models.cascade_state import cascade_tensors, check_fit, load_cascade_tensors
@@ -106,7 +106,7 @@ class Cascade(nn.Module):
         children = (getattr(self, f"children_{r}") for r in range(self.tree.levels - 1))
         return TreeOnDevice((self.root, *children), (self.tree.sizes[0], *self.heads.most))
 
-    def step(self, batch: Batch, *, need_loss: bool = False) -> Tensor:
+    def step(self, batch: Batch | BagBatch, *, need_loss: bool = False) -> Tensor:
         """Trains on one batch.
 
         Returns:
@@ -140,7 +140,7 @@ class Cascade(nn.Module):
         self.steps += 1
         return loss
 
-    def _positives(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    def _positives(self, batch: Batch | BagBatch) -> list[tuple[Tensor, Tensor]]:
         """(node, sample) of every level, the labels last."""
         if len(batch.levels) != self.tree.levels - 1:
             raise InputError(
@@ -217,7 +217,7 @@ class Cascade(nn.Module):
         load_cascade_tensors(self, tensors)
 
     @torch.no_grad()
-    def predict(self, batch: Batch, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def predict(self, batch: Batch | BagBatch, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The k best labels of each document by the heads' scheme.
 
         Args:
@@ -230,7 +230,7 @@ class Cascade(nn.Module):
         return self._best_labels(self._evaluated(batch), k, exclude)
 
     @torch.no_grad()
-    def predict_levels(self, batch: Batch, k: int) -> list[LevelPrediction]:
+    def predict_levels(self, batch: Batch | BagBatch, k: int) -> list[LevelPrediction]:
         """What each level says, coarse to fine, and what it hands on: shortlist recall is read from `kept`."""
         x, out = self._evaluated(batch), []
         for r, level in enumerate(descend(self.heads, x, self._tree())):
@@ -240,17 +240,17 @@ class Cascade(nn.Module):
         return out
 
     @torch.no_grad()
-    def predict_and_loss(self, batch: Batch, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def predict_and_loss(self, batch: Batch | BagBatch, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`predict` and `loss` for one pass of the encoder."""
         x = self._evaluated(batch)
         return *self._best_labels(x, k, exclude), self._loss(x, batch)
 
     @torch.no_grad()
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch | BagBatch) -> Tensor:
         """The loss [1] that `step` would report, true clusters forced in, without training or dropout of the caller's mode."""
         return self._loss(self._evaluated(batch), batch)
 
-    def _loss(self, x: list[Tensor], batch: Batch) -> Tensor:
+    def _loss(self, x: list[Tensor], batch: Batch | BagBatch) -> Tensor:
         settings = self.training_settings or CascadeTraining(encoder_lr=0.0, total=1)
         positives, total = self._positives(batch), torch.zeros(1, device=self.device)
         weights = settings.weights(self.tree.levels)
@@ -259,7 +259,7 @@ class Cascade(nn.Module):
             total += loss_of(level, pairs, weight, settings.reference_loss)
         return total
 
-    def _evaluated(self, batch: Batch) -> list[Tensor]:
+    def _evaluated(self, batch: Batch | BagBatch) -> list[Tensor]:
         """Features of every level, from the mean weights where there are some."""
         with self.average.used() if self.average is not None else nullcontext():
             return self._features(*batch.inputs)
