@@ -48,6 +48,7 @@ PART_OF = {"_state": "checkpoint", "ranking": "metrics", "levels": "predict"}
 BESIDE_THE_TABLE = {
     ("benchmarks/parse_sparse.py", "data"): "times the reader of sparse text, which is no op",
     ("xmlkernels/models/end_to_end.py", "checkpoint"): "optimizer states by name, as checkpoints keep them",
+    ("xmlkernels/models/cascade_state.py", "checkpoint"): "as above",
 }
 # Who alone may import a package.
 ALONE = {
