@@ -178,7 +178,8 @@ class Session:
         name, content = SHOWN.get(split.name, split.name), self.dataset.content_hash
         self.folder.log({"step": self.model.steps, "epoch": self.epoch, "split": name, **metrics, "dataset": content})
         shown = "  ".join(f"{key} {metrics[key]:.2f}" for key in ("P@1", "P@3", "P@5", "nDCG@5", "PSP@5"))
-        say(f"{name} after epoch {self.epoch}: {shown}  loss {found.loss:.{3 if self.model.sums_loss else 5}f}  (dataset {content[:12]})")
+        loss = f"{found.loss:.3f}" if self.model.sums_loss else f"{found.loss:.5f}"
+        say(f"{name} after epoch {self.epoch}: {shown}  loss {loss}  (dataset {content[:12]})")
         if found.levels:
             say(levels_line(found.levels))
         return metrics, found

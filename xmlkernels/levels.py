@@ -10,8 +10,8 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from xmlkernels.metrics import evaluate
+from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.cascade_scores import LevelPrediction
-from xmlkernels.tree.label_tree import LabelTree
 
 K = 5  # cut-off of the metrics of clusters
 
@@ -20,11 +20,12 @@ class LevelScores:
     """Collects what `Cascade.predict_levels` says of a split, batch by batch.
 
     Args:
-        tree: the cascade's.
+        model: the cascade.
         labels: CSR [N, L] of the split.
     """
 
-    def __init__(self, tree: LabelTree, labels: csr_matrix) -> None:
+    def __init__(self, model: Cascade, labels: csr_matrix) -> None:
+        tree = model.tree
         self.sizes = tree.sizes[:-1]
         documents = np.repeat(np.arange(labels.shape[0]), np.diff(labels.indptr))
         place = tree.place[labels.indices]

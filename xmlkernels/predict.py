@@ -170,7 +170,7 @@ def evaluate_split(model: Model, split: Split, k: int, *, batch_size: int = 256,
     """Predictions, loss and, of a cascade, what each level contributes, for one pass of the encoder."""
     count = split.labels.shape[0]
     values, labels = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
-    scores = LevelScores(model.tree, split.labels) if isinstance(model, Cascade) else None
+    scores = LevelScores(model, split.labels) if isinstance(model, Cascade) else None
     total = 0.0
     for batch, exclude in evaluation_batches(model, split, batch_size, inputs):
         index = batch.index.cpu().numpy()
