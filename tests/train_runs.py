@@ -83,7 +83,7 @@ def cascade(dataset: Path, output: Path, tree: Path, **changes: Any) -> Config:
     """A cascade of three levels in 3 epochs and 30 steps."""
     settings = {
         "model": "cascade", "tree": str(tree), "layers": ("1", "2", "2"), "topk": (2, 4), "embed_drops": (0.1, 0.1, 0.1),
-        "encoder_lr": 2e-3, "warmup": 5, "cooldown_epochs": 1.0, "top_k": 20, "encoder_decay": 0.05,
+        "encoder_lr": 2e-3, "dropout": Config.dropout, "warmup": 5, "cooldown_epochs": 1.0, "top_k": 20, "encoder_decay": 0.05,
     } | changes  # fmt: skip
     return tiny(dataset, output, **settings)
 
