@@ -31,7 +31,7 @@ class BowEncoder(nn.Module):
 
     Attributes:
         table: [V, D] word vectors, fp32 or bf16.
-        momentum, second, row_step: the optimizer's state, None where it has none.
+        momentum, second: the optimizer's state, None where it has none.
         training_only: names of the buffers that prediction does without.
         width: D.
         autocast, max_length: None: it computes in fp32 and takes bags of any length.
@@ -46,8 +46,7 @@ class BowEncoder(nn.Module):
         optimizer: "adam", "adagrad" or "sgd"; None for prediction alone.
         first: Adam's beta1, or SGD's momentum (0 keeps no state).
         beta2, epsilon: Adam's and Adagrad's.
-        rowwise: one second moment per word instead of one per value; a word's own count of updates then corrects Adam's
-            moments, since rare words see few.
+        rowwise: one second moment per word instead of one per value.
         state_dtype: of the optimizer's state; below fp32 it rounds stochastically.
         decay: decoupled weight decay of the words that occur.
         std: standard deviation of the initial N(0, std²). The bags of a normalised TF-IDF have norm 1, so the hidden units
@@ -61,10 +60,9 @@ class BowEncoder(nn.Module):
     table: Tensor
     momentum: Tensor | None
     second: Tensor | None
-    row_step: Tensor | None
     hyper: Tensor
     counter: Tensor
-    training_only = ("momentum", "second", "row_step")
+    training_only = ("momentum", "second")
 
     def __init__(
         self,
@@ -100,7 +98,6 @@ class BowEncoder(nn.Module):
         keeps = adam or (optimizer == "sgd" and first > 0)
         self.register_buffer("momentum", torch.zeros(shape, dtype=state) if keeps else None)
         self.register_buffer("second", squares if optimizer in ("adam", "adagrad") else None)
-        self.register_buffer("row_step", torch.zeros(vocabulary, dtype=torch.int64) if adam and rowwise else None)
         self.register_buffer("hyper", torch.tensor([0.0, decay, first, beta2, epsilon, 1.0, 1.0]), persistent=False)
         self.register_buffer("counter", torch.tensor([seed, 0]))
         self.trained = optimizer is not None
@@ -176,7 +173,7 @@ class BowEncoder(nn.Module):
         self.hyper[0] = lr
         bag_step_(
             self.table, torch.cat(grads), torch.cat(tokens), torch.cat([offsets[0][:1], *ends]), self.hyper, self.counter,
-            token_weight=torch.cat(weights), momentum=self.momentum, second=self.second, row_step=self.row_step, decoupled=True,
+            token_weight=torch.cat(weights), momentum=self.momentum, second=self.second, decoupled=True,
         )  # fmt: skip
         self.counter[1] += 1
 
