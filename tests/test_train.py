@@ -193,8 +193,8 @@ def test_counters_are_those_of_the_run_not_of_its_best_step(
 
     build = session.build_model
 
-    def hooked(*arguments: Any) -> Any:
-        model = build(*arguments)
+    def hooked(*arguments: Any, **options: Any) -> Any:
+        model = build(*arguments, **options)
         model.encoder.register_forward_hook(once_infinite)
         return model
 

@@ -10,11 +10,13 @@ from encoders import source_of
 from report import say
 from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.inputs import BowInputs, Inputs
 from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.cascade_training import CascadeTraining
 from xmlkernels.models.common import Model
 from xmlkernels.models.end_to_end import EndToEnd, Training
+from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.encoder import Encoder, default_autocast, load_ngame
 from xmlkernels.nn.full_head import FullHead
@@ -28,20 +30,27 @@ _FIRST_TOPK = 128
 
 
 def build_model(
-    config: Config, dataset: Dataset, steps: int, device: torch.device, tree: LabelTree | None = None, epoch: int = 1
+    config: Config, dataset: Dataset, inputs: Inputs, steps: int, device: torch.device, *, tree: LabelTree | None, epoch: int
 ) -> Model:
     """Encoder, tables and their training; says what they will take of the memory before the tables are made.
 
     Args:
+        inputs: how its documents are read.
         steps: updates of the whole run.
-        tree: of a cascade.
+        tree: of a cascade; None end to end.
         epoch: updates of one epoch.
 
     Raises:
         InputError: the data or the tree do not fit the encoder, or it cannot be loaded.
     """
     torch.manual_seed(config.seed)
-    encoder = build_encoder(config, dataset, device)
+    if isinstance(inputs, BowInputs):
+        encoder: nn.Module = BowEncoder(
+            len(inputs.vectorizer), config.bow_width, dropout=config.dropout, word_dropout=config.word_dropout,
+            optimizer="adam", decay=config.encoder_decay, std=config.word_std, seed=config.seed,
+        )  # fmt: skip
+    else:
+        encoder = build_encoder(config, dataset, device)
     if tree is None:
         return _end_to_end(config, dataset, encoder, steps, epoch, device).to(device)
     return _cascade(config, dataset, encoder, tree, steps, epoch, device).to(device)
@@ -154,7 +163,9 @@ def freeze(encoder: Encoder, count: int) -> None:
 
 
 def longest_row(config: Config, dataset: Dataset) -> int:
-    """Tokens of the longest document that this run will read."""
+    """Tokens of the longest document that this run will read; 0 for a bag of words."""
+    if config.encoder == "bow":
+        return 0
     longest = max(int(split.tokens.lengths.max(initial=0)) for split in dataset.splits.values())
     if config.label_text and dataset.label_tokens is not None:
         longest = max(longest, int(dataset.label_tokens.lengths.max(initial=0)))

@@ -14,7 +14,7 @@ _CASCADE = (
     "head_lr_factor", "schedule", "cooldown_epochs", "ema", "ema_start",
 )  # fmt: skip
 _FULL_TABLE = ("bottleneck", "bias", "table_lr", "table_decay", "decoupled", "kahan")
-_BOW = ("bow_width", "ngrams", "min_df", "max_features")
+_BOW = ("bow_width", "ngrams", "min_df", "max_features", "word_dropout", "word_std")
 _TRANSFORMER = (
     "pooling", "bottleneck", "precision", "compile", "init_state", "init_prefix", "freeze", "layers", "micro_batch",
     "accumulate", "clip", "ema", "ema_start",
@@ -98,9 +98,10 @@ def _ranges(config: Config) -> Iterator[tuple[bool, str, str, str]]:
         "cooldown_epochs", "ema_start",
     ):  # fmt: skip
         yield getattr(config, name) >= 0, name, "0 or more", "choose 0 to switch it off"
-    for name in ("dropout", "momentum"):
+    for name in ("dropout", "momentum", "word_dropout"):
         yield 0 <= getattr(config, name) < 1, name, "from 0 to below 1", "correct it"
     yield 0 <= config.ema <= 1, "ema", "from 0 to 1", "correct it"
+    yield config.word_std > 0, "word_std", "more than 0", "correct it"
     yield config.head_lr_factor > 0, "head_lr_factor", "more than 0", "correct it"
     yield 0 <= config.seed < 2**63, "seed", "an integer from 0 to 2**63 - 1", "choose another"
     for name in ("dataset", "encoder", "output", "cache"):

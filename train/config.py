@@ -63,6 +63,10 @@ class Config:
     """Training documents that a term must be in."""
     max_features: int = 0
     """Terms kept, the most frequent ones; 0 keeps all."""
+    word_dropout: float = 0.0
+    """Share of a text's terms left out in each step."""
+    word_std: float = 1.0
+    """Standard deviation of the first word vectors. Their table is trained by Adam with --encoder-lr and --encoder-decay."""
 
     # ---- cascade (--model cascade) ----
     tree: str = ""

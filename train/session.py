@@ -54,7 +54,9 @@ class Session:
         # Propensities always from the documents themselves, never from the labels' own texts.
         self.inverse_propensity = inverse_propensity(splits["train"].labels, *self.dataset.propensity)
         self.total = len(self.batches) * config.epochs
-        self.model = build_model(config, self.dataset, self.total, self.device, self.tree, len(self.batches))
+        self.model = build_model(
+            config, self.dataset, self.inputs, self.total, self.device, tree=self.tree, epoch=len(self.batches)
+        )
         self.environment = environment(config, self.model)
         self.clock = Clock()
         self.epoch = self.position = self.documents = 0
@@ -92,6 +94,11 @@ class Session:
             raise InputError(
                 "--resume", f"dataset hash {state['dataset'][:12]}", self.dataset.content_hash[:12],
                 "resume on the data it began with",
+            )  # fmt: skip
+        if state.get("inputs", self.inputs.config()) != self.inputs.config():
+            raise InputError(
+                "--resume", f"inputs {state['inputs']}, as the run began", str(self.inputs.config()),
+                "resume with the packages and data it began with",
             )  # fmt: skip
         if (tree := state.get("tree")) != (self.tree and self.tree.content_hash):
             raise InputError(

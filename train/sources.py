@@ -7,8 +7,9 @@ from config import Config
 from encoders import source_of
 from report import say
 from xmlkernels import InputError
+from xmlkernels.data.bow import Vectorizer
 from xmlkernels.data.dataset import Dataset
-from xmlkernels.data.inputs import Inputs, TokenInputs
+from xmlkernels.data.inputs import BowInputs, Inputs, TokenInputs
 from xmlkernels.data.loader import BagBatches, Batches
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.data.tokens import load_tokenizer
@@ -47,9 +48,13 @@ def open_inputs(config: Config, dataset: Dataset) -> Inputs:
     train = dataset.splits.get("train")
     if train is None or not len(train):
         raise InputError(f"dataset {dataset.folder}", "training documents", "none", "prepare it from a file that holds some")
-    if config.label_text and dataset.label_tokens is None:
+    bow = config.encoder == "bow"
+    if config.label_text and (dataset.label_names if bow else dataset.label_tokens) is None:
         got = f"{dataset.folder} without"
         raise InputError("--label-text", "a dataset with label texts", got, "prepare it with --label-text")
+    if bow:
+        most = config.max_features or None
+        return BowInputs.fitted(dataset, Vectorizer(longest=config.ngrams, min_df=config.min_df, max_features=most))
     return TokenInputs(dataset, load_tokenizer(dataset.tokenizer_folder), dataset.max_length)
 
 

@@ -10,6 +10,7 @@ from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.cascade_state import saved_tree
 from xmlkernels.models.common import Model
 from xmlkernels.models.end_to_end import EndToEnd
+from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
@@ -36,4 +37,4 @@ def restored(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Model:
 
 
 def _encoder(config: Mapping[str, Any]) -> nn.Module:
-    return Encoder.from_config(config)
+    return BowEncoder.from_config(config) if config.get("kind") == "bow" else Encoder.from_config(config)

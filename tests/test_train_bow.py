@@ -1,0 +1,152 @@
+"""A bag of words under either model: trained, resumed, served, and what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from train_runs import ROOT, Config, cascade, check, make_dataset, make_tree, run, session, tiny, weights
+
+from xmlkernels import InputError
+from xmlkernels.data.bow import Vectorizer
+from xmlkernels.data.dataset import Dataset
+from xmlkernels.predict import Predictor, predict_split
+
+TIMING = ("documents_per_second", "seconds")
+BOW: dict[str, Any] = {
+    "encoder": "bow", "bow_width": 24, "min_df": 1, "encoder_lr": 0.1, "table_lr": 0.1, "table_optimizer": "adam",
+    "bias": True, "warmup": 5, "top_k": 20,
+}  # fmt: skip
+CASCADE: dict[str, Any] = {"encoder": "bow", "bow_width": 24, "min_df": 1, "encoder_lr": 0.02, "layers": (), "warmup": 5}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("raw"), keep_texts=True)
+
+
+@pytest.fixture(scope="module")
+def tree(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tree(dataset, tmp_path_factory.mktemp("tree") / "tree.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    run(tiny(dataset, output, **BOW))
+    return output
+
+
+def log_of(output: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
+
+
+def test_it_learns_and_is_served_by_its_own_vocabulary(finished: Path, dataset: Path) -> None:
+    report = json.loads((finished / "metrics.json").read_text())
+    assert report["test"]["P@1"] > 60  # the words give the labels away
+    assert {path.name for path in (finished / "checkpoint").iterdir()} >= {"last", "best", "vocabulary"}
+    predictor, split = Predictor.load(finished), Dataset.open(dataset).splits["test"]
+    values, labels = predict_split(predictor.model, split, 5, inputs=predictor.inputs)
+    served = predictor.predict_arrays(split.texts, 5, batch_size=7)
+    assert np.array_equal(served[1][:, 0], labels[:, 0]) and np.allclose(served[0], values, atol=1e-4)
+
+
+def test_a_killed_run_resumes_bit_for_bit(dataset: Path, finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "killed"
+    names = (*BOW, "dataset", "output", "batch", "epochs", "log_every", "threads", "dropout")
+    config = tiny(dataset, output, save_every=1, **BOW)
+    flags = [f"--{n.replace('_', '-')}" + ("" if n == "bias" else f"={getattr(config, n)}") for n in (*names, "save_every")]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train" / "run.py"), "tiny", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    log, deadline = output / "log.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and not (log.exists() and '"step": 14,' in log.read_text()):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    _, complaint = process.communicate()
+    assert process.returncode == -signal.SIGKILL, complaint.decode()
+    run(tiny(dataset, output, resume=True, **BOW))
+    for which in ("last", "best"):
+        assert weights(output, which) == weights(finished, which), which
+    assert log_of(output) == log_of(finished)
+    assert (output / "predictions.npz").read_bytes() == (finished / "predictions.npz").read_bytes()
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_under_a_cascade_with_label_texts(dataset: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words of the label names are documents too; stopped and resumed it ends as the whole run does."""
+    options = CASCADE | {"label_text": True, "epochs": 4, "word_dropout": 0.1, "save_every": 5}
+    report = run(cascade(dataset, tmp_path / "whole", tree, **options))
+    assert report["test"]["P@1"] > 30 and len(report["test"]["levels"]) == 2
+    log = session.Session.log_progress
+
+    def stop(self: session.Session) -> None:
+        log(self)
+        if self.epoch == 1 and self.position >= 6:
+            raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(session.Session, "log_progress", stop)
+        run(cascade(dataset, tmp_path / "parts", tree, **options))
+    run(cascade(dataset, tmp_path / "parts", tree, **options, resume=True))
+    assert weights(tmp_path / "parts", "last") == weights(tmp_path / "whole", "last")
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+    assert len(next(Predictor.load(tmp_path / "parts").predict(["w0 w1"], 3))) == 3
+
+
+def test_a_dataset_without_texts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="prepare the data with --keep-texts"):
+        run(tiny(make_dataset(tmp_path / "raw"), tmp_path / "out", **BOW))
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_frequent_words_are_refused(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="words in at least 400 texts"):
+        run(tiny(dataset, tmp_path / "out", **BOW | {"min_df": 400}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_beside_another_vocabulary_is_refused(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    other = Vectorizer(longest=1, min_df=1)
+    other.fit(["w0 w1", "w2"])
+    other.save(tmp_path / "run" / "checkpoint" / "vocabulary")
+    with pytest.raises(InputError, match="expected the vocabulary .* of this checkpoint"):
+        Predictor.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "expected"),
+    [
+        ({"micro_batch": 4}, (), "--micro-batch: expected a transformer, got --encoder bow"),
+        ({"accumulate": 2}, (), "--accumulate: expected a transformer"),
+        ({"freeze": 1}, (), "--freeze: expected a transformer"),
+        ({"clip": 1.0}, (), "--clip: expected a transformer"),
+        ({"bottleneck": 8}, (), "--bottleneck: expected a transformer"),
+        ({}, ("pooling",), "--pooling: expected a transformer"),
+        ({}, ("max_length",), "--max-length: expected an encoder that reads tokens"),
+        ({"ngrams": 0}, (), "--ngrams: expected 1 or more"),
+        ({"min_df": 0}, (), "--min-df: expected 1 or more"),
+        ({"max_features": -1}, (), "--max-features: expected 0 or more"),
+        ({"word_dropout": 1.0}, (), "--word-dropout: expected from 0 to below 1"),
+        ({"word_std": 0.0}, (), "--word-std: expected more than 0"),
+        ({"encoder": "tiny"}, ("bow_width",), "--bow-width: expected --encoder bow, got --encoder tiny"),
+    ],
+)
+def test_flags_that_do_not_belong_to_it_are_refused(changes: dict[str, Any], given: tuple[str, ...], expected: str) -> None:
+    with pytest.raises(InputError) as told:
+        check(replace(Config(), **{"encoder": "bow"} | changes), given)
+    assert expected in str(told.value)
