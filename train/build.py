@@ -46,7 +46,7 @@ def build_model(
     torch.manual_seed(config.seed)
     if isinstance(inputs, BowInputs):
         encoder: nn.Module = BowEncoder(
-            len(inputs.vectorizer), config.bow_width, dropout=config.dropout, word_dropout=config.word_dropout,
+            inputs.vocabulary, config.bow_width, dropout=config.dropout, word_dropout=config.word_dropout,
             optimizer="adam", decay=config.encoder_decay, std=config.word_std, seed=config.seed,
         )  # fmt: skip
     else:

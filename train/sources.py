@@ -49,9 +49,15 @@ def open_inputs(config: Config, dataset: Dataset) -> Inputs:
     if train is None or not len(train):
         raise InputError(f"dataset {dataset.folder}", "training documents", "none", "prepare it from a file that holds some")
     bow = config.encoder == "bow"
-    if config.label_text and (dataset.label_names if bow else dataset.label_tokens) is None:
+    own = dataset.label_features if dataset.vocabulary else dataset.label_names if bow else dataset.label_tokens
+    if config.label_text and own is None:
         got = f"{dataset.folder} without"
         raise InputError("--label-text", "a dataset with label texts", got, "prepare it with --label-text")
+    if bow and dataset.vocabulary:
+        if (config.ngrams, config.min_df, config.max_features) != (Config.ngrams, Config.min_df, Config.max_features):
+            got, mend = f"the bags of words of {dataset.folder}", "leave --ngrams, --min-df and --max-features out"
+            raise InputError("--ngrams", "a dataset of texts", got, mend)
+        return BowInputs(dataset, None)
     if bow:
         most = config.max_features or None
         return BowInputs.fitted(dataset, Vectorizer(longest=config.ngrams, min_df=config.min_df, max_features=most))

@@ -91,18 +91,25 @@ class TokenInputs:
 
 
 class BowInputs:
-    """Bags of words: TF-IDF of a text's words, by a vocabulary learnt of the training texts.
+    """Bags of words: TF-IDF of a text's words, by a vocabulary learnt of the training texts, or a dataset's own features.
 
     Args:
         dataset: where the labels' own texts (their names) are taken from; None for serving alone.
-        vectorizer: fitted.
+        vectorizer: fitted; None for a dataset of bags of words, whose columns nobody can make from a text.
         features: of splits that are vectorised already, by name; others are vectorised on first use and kept.
     """
 
     def __init__(
-        self, dataset: Dataset | None, vectorizer: Vectorizer, features: Mapping[str, csr_matrix] | None = None
+        self, dataset: Dataset | None, vectorizer: Vectorizer | None, features: Mapping[str, csr_matrix] | None = None
     ) -> None:
         self.dataset, self.vectorizer, self._features = dataset, vectorizer, dict(features or {})
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        if self.vectorizer is not None:
+            return len(self.vectorizer)
+        return 0 if self.dataset is None else int(self.dataset.vocabulary or 0)
 
     @classmethod
     def fitted(cls, dataset: Dataset, vectorizer: Vectorizer) -> BowInputs:
@@ -114,7 +121,9 @@ class BowInputs:
         return cls(dataset, vectorizer, {"train": vectorizer.fit(dataset.splits["train"].texts)})
 
     def features(self, split: Split) -> csr_matrix:
-        """CSR fp32 [N, V] of a split's texts. InputError where the dataset was prepared without keeping them."""
+        """CSR fp32 [N, V] of a split. InputError where the dataset was prepared without keeping them."""
+        if self.vectorizer is None:
+            return split.features
         if split.name not in self._features:
             self._features[split.name] = self.vectorizer.transform(split.texts)
         return self._features[split.name]
@@ -130,22 +139,32 @@ class BowInputs:
         order: np.ndarray | None = None,
         ancestors: Sequence[np.ndarray] = (),
     ) -> BagBatches:
-        names = self.dataset.label_names if label_text and self.dataset is not None else None
-        if label_text and names is None:
+        own = self.label_features() if label_text else None
+        if label_text and own is None:
             raise InputError("label_text", "a dataset with label texts", "one without", "prepare it with --label-text")
         return BagBatches(
             self.features(split), split.labels, batch_size, seed=seed, shuffle=shuffle, order=order, ancestors=ancestors,
-            label_features=None if names is None else self.vectorizer.transform(names),
+            label_features=own,
         )  # fmt: skip
 
+    def label_features(self) -> csr_matrix | None:
+        """CSR fp32 [L, V] of the labels' own texts, or None where the dataset has none."""
+        if self.dataset is None or self.vectorizer is None:
+            return None if self.dataset is None else self.dataset.label_features
+        return None if self.dataset.label_names is None else self.vectorizer.transform(self.dataset.label_names)
+
     def text_batches(self, texts: Iterable[str], batch_size: int, *, window: int = 1, prefetch: int = 2) -> Iterator[BagBatch]:
+        if self.vectorizer is None:
+            mend = "predict splits of its dataset, or train on a dataset of texts"
+            raise InputError("texts", "a model with a vocabulary", "one trained on a bag-of-words file", mend)
         return bag_text_batches(texts, self.vectorizer, batch_size, window=window, prefetch=prefetch)
 
     def save(self, folder: Path) -> None:
-        self.vectorizer.save(folder / "vocabulary")
+        if self.vectorizer is not None:
+            self.vectorizer.save(folder / "vocabulary")
 
     def config(self) -> dict[str, Any]:
-        return {"kind": "bow", "vocabulary": self.vectorizer.content_hash}
+        return {"kind": "bow", "vocabulary": self.vectorizer and self.vectorizer.content_hash}
 
 
 def load_inputs(folder: Path, state: Mapping[str, Any]) -> Inputs:
@@ -163,6 +182,8 @@ def load_inputs(folder: Path, state: Mapping[str, Any]) -> Inputs:
         return TokenInputs(None, load_tokenizer(folder / "tokenizer"), config["max_length"])
     if config["kind"] != "bow":
         raise InputError("checkpoint", "inputs of kind tokens or bow", repr(config["kind"]), "read it with a newer xmlkernels")
+    if config["vocabulary"] is None:
+        return BowInputs(None, None)
     vectorizer = Vectorizer.load(folder / "vocabulary")
     if vectorizer.content_hash != config["vocabulary"]:
         expected = f"the vocabulary {config['vocabulary'][:12]} of this checkpoint"
