@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 from config import BEST_BY, Config, layers_of, resolved_device, resolved_optimizer, resolved_state, resolved_table
 from xmlkernels import InputError
 
-_CASCADE = (
+OF_CASCADE = (
     "tree", "tree_depths", "topk", "layers", "embed_drops", "rw_loss", "scheme", "positives_bound", "reference_loss",
     "head_lr_factor", "schedule", "cooldown_epochs", "ema", "ema_start",
 )  # fmt: skip
@@ -140,7 +140,7 @@ def _without_effect(config: Config, table: str, given: Collection[str]) -> Itera
 def _of_another(config: Config, given: Collection[str]) -> Iterator[tuple[bool, str, str, str]]:
     """Settings of the model or of the encoder that was not chosen: named, or other than what leaving them out gives."""
     bow, cascade = config.encoder == "bow", config.model == "cascade"
-    for name in _CASCADE:
+    for name in OF_CASCADE:
         yield not cascade and name in given, flag(name), "--model cascade", "--model end_to_end"
     for name in _BOW:
         yield not bow and name in given, flag(name), "--encoder bow", f"--encoder {config.encoder}"

@@ -114,7 +114,7 @@ def plan(
 def told(parts: Mapping[str, int]) -> str:
     """One line: the total and every part that is there."""
     rest = ", ".join(f"{name} {_readable(count)}" for name, count in parts.items() if count)
-    return f"memory: about {_readable(sum(parts.values()))} = {rest}"
+    return f"memory of the model: about {_readable(sum(parts.values()))} = {rest}"
 
 
 def _readable(count: int) -> str:
