@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from xmlkernels.data.loader import BagBatch, Batch
 from xmlkernels.errors import InputError
 from xmlkernels.models.cascade_scores import LevelPrediction, TreeOnDevice, descend, loss_of, loss_scale, ranked
-from xmlkernels.models.cascade_state import cascade_tensors, check_fit, load_cascade_tensors
+from xmlkernels.models.cascade_state import cascade_tensors, check_fit, load_cascade_tensors, saved_tree
 from xmlkernels.models.cascade_training import CascadeTraining, cascade_optimizer, set_rates
 from xmlkernels.models.gradient_caching import backward, first_pass, parts_of, second_pass
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.shortlist import count, select
 from xmlkernels.optim import LossScaler, WeightAverage, clip_gradients, step_unless
 from xmlkernels.tree.label_tree import LabelTree
+
+__all__ = ["Cascade", "CascadeTraining", "LevelPrediction", "saved_tree"]
 
 
 class Cascade(nn.Module):
