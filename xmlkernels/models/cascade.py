@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from xmlkernels.errors import InputError
 from xmlkernels.models.cascade_scores import Descent, LevelPrediction, TreeOnDevice, descend, loss_of, loss_scale, ranked
-from xmlkernels.models.cascade_state import cascade_tensors, check_fit, load_cascade_tensors
+from xmlkernels.models.cascade_state import cascade_tensors, check_fit, load_cascade_tensors, saved_tree
 from xmlkernels.models.cascade_training import CascadeTraining, cascade_optimizer, set_rates
 from xmlkernels.models.common import Documents
 from xmlkernels.models.gradient_caching import backward, first_pass, parts_of, second_pass
@@ -18,6 +18,8 @@ from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.shortlist import count, select
 from xmlkernels.optim import LossScaler, WeightAverage, clip_gradients, step_unless
 from xmlkernels.tree.label_tree import LabelTree
+
+__all__ = ["Cascade", "CascadeTraining", "LevelPrediction", "saved_tree"]
 
 
 class Cascade(nn.Module):
