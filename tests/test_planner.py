@@ -86,7 +86,8 @@ def test_the_line_names_every_part_and_the_total() -> None:
     line = told(parts)
     assert parts["shortlists"] == shortlist_bytes(4, (1024, 640)) == 4 * 1664 * 12
     assert parts["label table"] == (1 << 20) * (64 + 8) and parts["states of label table"] == 0
-    assert "label table 72.0 MiB" in line and "states of label table" not in line and "clusters 128 KiB" in line
+    assert "label table 72.0 MiB" in line and "label table 72.0 MiB, states" not in line
+    assert "the rest" in line and "shortlists" not in line
     total = re.match(r"memory of the model: about ([\d.]+) MiB = ", line)
     assert total is not None and float(total.group(1)) == pytest.approx(sum(parts.values()) / 2**20, abs=0.06)
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -67,6 +68,10 @@ def _end_to_end(config: Config, dataset: Dataset, encoder: nn.Module, steps: int
         dataset.num_labels, width, dtype=dtype, bias=config.bias, optimizer=optimizer, momentum=config.momentum,
         state_dtype=config.state, decay=config.table_decay, decoupled=config.decoupled, kahan=config.kahan, seed=config.seed,
     )  # fmt: skip
+    if config.frequency_bias:
+        labels = dataset.splits["train"].labels
+        counts = np.bincount(labels.indices, minlength=labels.shape[1])
+        head.start_at_frequencies(torch.from_numpy(counts), labels.shape[0])
     training = Training(
         config.encoder_lr, config.table_lr, config.encoder_decay, warmup_steps(config, epoch), steps, config.clip,
         _micro_batch(config),

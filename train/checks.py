@@ -13,7 +13,7 @@ OF_CASCADE = (
     "tree", "tree_depths", "topk", "layers", "embed_drops", "rw_loss", "scheme", "positives_bound", "reference_loss",
     "head_lr_factor", "schedule", "cooldown_epochs", "ema", "ema_start",
 )  # fmt: skip
-_FULL_TABLE = ("bottleneck", "bias", "table_lr", "table_decay", "decoupled", "kahan")
+_FULL_TABLE = ("bottleneck", "bias", "frequency_bias", "table_lr", "table_decay", "decoupled", "kahan")
 _BOW = ("bow_width", "ngrams", "min_df", "max_features", "word_dropout", "word_std")
 _TRANSFORMER = (
     "pooling", "bottleneck", "precision", "compile", "init_state", "init_prefix", "freeze", "layers", "micro_batch",
@@ -127,6 +127,7 @@ def _without_effect(config: Config, table: str, given: Collection[str]) -> Itera
     yield config.decoupled and config.table_decay == 0, "--decoupled", "a table decay", "--table-decay 0"
     alone = not config.init_state and config.init_prefix != Config.init_prefix
     yield alone, "--init-prefix", "--init-state beside it", "none"
+    yield config.frequency_bias and not config.bias, "--frequency-bias", "--bias beside it", "none"
     yield config.ema == 0 and config.ema_start > 0, "--ema-start", "--ema beside it", "none"
     cosine = config.schedule == "warmup_cosine"
     yield cosine and "cooldown_epochs" in given, "--cooldown-epochs", "--schedule three_phase", "warmup_cosine"
@@ -146,7 +147,9 @@ def _of_another(config: Config, given: Collection[str]) -> Iterator[tuple[bool, 
         yield not bow and name in given, flag(name), "--encoder bow", f"--encoder {config.encoder}"
     told = "--model cascade, which has no such part"
     for name in _FULL_TABLE:
-        set_so = name in given or (name in ("bottleneck", "bias", "decoupled", "kahan") and bool(getattr(config, name)))
+        set_so = name in given or (
+            name in ("bottleneck", "bias", "frequency_bias", "decoupled", "kahan") and bool(getattr(config, name))
+        )
         yield cascade and set_so, flag(name), "--model end_to_end", told
     yield cascade and not bow and "dropout" in given, "--dropout", "--embed-drops, one for each level", "--model cascade"
     for name in _TRANSFORMER:

@@ -106,6 +106,8 @@ class Config:
     power-of-two scale per row."""
     bias: bool = False
     """One fp32 bias per label; off in Renee. A table with one cannot serve a maximum-inner-product index."""
+    frequency_bias: bool = False
+    """Start each bias at its label's frequency; with Adam the first steps are else spent on learning that labels are rare."""
     table_optimizer: Literal["auto", "sgd", "adam"] = "auto"
     """auto: sgd end to end, adam in a cascade (there with one second moment for a row)."""
     momentum: float = 0.9

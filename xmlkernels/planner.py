@@ -112,9 +112,13 @@ def plan(
 
 
 def told(parts: Mapping[str, int]) -> str:
-    """One line: the total and every part that is there."""
-    rest = ", ".join(f"{name} {_readable(count)}" for name, count in parts.items() if count)
-    return f"memory of the model: about {_readable(sum(parts.values()))} = {rest}"
+    """One line: the total, every part of a hundredth of it or more, and the rest."""
+    total = sum(parts.values())
+    large = {name: count for name, count in parts.items() if count >= total / 100}
+    large |= {"the rest": total - sum(large.values())}
+    return f"memory of the model: about {_readable(total)} = " + ", ".join(
+        f"{name} {_readable(count)}" for name, count in large.items() if count
+    )
 
 
 def _readable(count: int) -> str:
