@@ -13,11 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from train_runs import ROOT, Config, cascade, check, make_dataset, make_tree, run, session, tiny, weights
+import torch
+from train_runs import ROOT, TRAIN_DOCUMENTS, Config, cascade, check, make_dataset, make_tree, run, session, tiny, weights
 
 from xmlkernels import InputError
+from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.bow import Vectorizer
 from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.predict import Predictor, predict_split
 
 TIMING = ("documents_per_second", "seconds")
@@ -117,6 +120,55 @@ def test_no_frequent_words_are_refused(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="words in at least 400 texts"):
         run(tiny(dataset, tmp_path / "out", **BOW | {"min_df": 400}))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def bags(tmp_path: Path) -> Path:
+    """A dataset of bags of words: label l of 8 goes with the words 2 l and 2 l + 1."""
+    random = np.random.default_rng(0)
+    for name, documents in (("train", 120), ("val", 30), ("test", 30)):
+        lines = [f"{documents} 16 8"]
+        for _ in range(documents):
+            own = sorted(random.choice(8, 2, replace=False).tolist())
+            words = sorted({2 * label + int(random.integers(2)) for label in own})
+            lines.append(f"{own[0]},{own[1]} " + " ".join(f"{word}:1.5" for word in words))
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    prepare(
+        PrepareConfig(
+            tmp_path / "bags", source="bow", train_text=tmp_path / "train.txt", validation_text=tmp_path / "val.txt",
+            test_text=tmp_path / "test.txt",
+        )
+    )  # fmt: skip
+    return tmp_path / "bags"
+
+
+def test_a_dataset_of_bags_is_trained_and_says_that_it_cannot_read_texts(
+    bags: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = run(tiny(bags, tmp_path / "run", **BOW | {"epochs": 6}))
+    assert report["test"]["P@1"] > 80
+    predictor = Predictor.load(tmp_path / "run")
+    with pytest.raises(InputError, match="texts: expected a model with a vocabulary, got one trained on a bag-of-words file"):
+        list(predictor.predict(["w0"]))
+    split = Dataset.open(bags).splits["test"]
+    _, labels = predict_split(predictor.model, split, 1, inputs=predictor.inputs)
+    assert 100 * split.labels[np.arange(len(split)), labels[:, 0]].mean() == pytest.approx(report["test"]["P@1"])
+    assert "--ngrams, --min-df and --max-features do nothing" in capsys.readouterr().out
+    with pytest.raises(InputError, match="bags of words"):
+        run(tiny(bags, tmp_path / "out"))
+    with pytest.raises(InputError, match="--label-text: expected a dataset with label texts"):
+        run(tiny(bags, tmp_path / "out", **BOW | {"label_text": True}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_biases_that_start_at_frequencies(dataset: Path, tmp_path: Path) -> None:
+    """With a rate of 0 they are the frequencies at the end."""
+    run(tiny(dataset, tmp_path, **BOW | {"frequency_bias": True, "table_lr": 0.0, "epochs": 1}))
+    tensors, _ = CheckpointFolder(tmp_path / "checkpoint").load("last")
+    share = (np.asarray(Dataset.open(dataset).splits["train"].labels.sum(0)).ravel() + 0.5) / (TRAIN_DOCUMENTS + 1)
+    assert np.allclose(torch.sigmoid(tensors["head.bias"]).numpy(), share, atol=1e-6)
+    with pytest.raises(InputError, match="--frequency-bias: expected --bias beside it"):
+        check(replace(Config(), frequency_bias=True))
 
 
 def test_a_checkpoint_beside_another_vocabulary_is_refused(finished: Path, tmp_path: Path) -> None:

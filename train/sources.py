@@ -61,8 +61,7 @@ def open_inputs(config: Config, dataset: Dataset) -> Inputs:
         raise InputError("--label-text", "a dataset with label texts", got, "prepare it with --label-text")
     if bow and dataset.vocabulary:
         if (config.ngrams, config.min_df, config.max_features) != (Config.ngrams, Config.min_df, Config.max_features):
-            got, mend = f"the bags of words of {dataset.folder}", "leave --ngrams, --min-df and --max-features out"
-            raise InputError("--ngrams", "a dataset of texts", got, mend)
+            say("note: the dataset holds bags of words: --ngrams, --min-df and --max-features do nothing")
         return BowInputs(dataset, None)
     if bow:
         most = config.max_features or None
