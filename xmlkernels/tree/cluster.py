@@ -15,8 +15,8 @@ import numpy as np
 from xmlkernels.errors import InputError
 from xmlkernels.tree.features import LabelFeatures
 from xmlkernels.tree.large_node import split_large
-from xmlkernels.tree.parallel import in_parallel
-from xmlkernels.tree.two_means import split_node
+from xmlkernels.tree.parallel import in_parallel, keep_compiled
+from xmlkernels.tree.two_means import best_start, compacted, highest, new_direction, score_rows, split_node
 
 # None of these depends on the machine: they decide the clusters.
 LARGE = 4096  # rows from which all threads work on one node
@@ -90,6 +90,7 @@ def cluster(
 
 class _Splitter:
     def __init__(self, features: LabelFeatures, means: Means) -> None:
+        keep_compiled(split_node, compacted, best_start, score_rows, highest, new_direction)
         self.features, self.means = features, means
         self.sparse = (features.sparse.indptr.astype(np.int64), features.sparse.indices, features.sparse.data)
         self.dense = np.zeros((len(features), 0), np.float32) if features.dense is None else features.dense

@@ -11,7 +11,7 @@ from numba import njit
 from scipy.sparse import csr_matrix
 
 from xmlkernels.errors import InputError
-from xmlkernels.tree.parallel import in_parallel
+from xmlkernels.tree.parallel import in_parallel, keep_compiled
 from xmlkernels.tree.products import top_product
 
 _LABELS = 1024  # walks a thread does at a time
@@ -64,6 +64,7 @@ def label_graph(
     found = np.empty(count, np.int64)
     edges = (backward.indptr.astype(np.int64), backward.indices, forward.indptr.astype(np.int64), forward.indices)
     settings = (np.int64(visits), np.uint64(round(restart * 2**32)), np.int64(top), np.uint64(seed))
+    keep_compiled(_walk)
     in_parallel(lambda begin, end: _walk(begin, end, *edges, *settings, index, times, found), count, _LABELS)
     kept = np.arange(width) < found[:, None]
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(found)])
@@ -108,10 +109,7 @@ def smooth(graph: csr_matrix, features: csr_matrix, keep: int = 1000) -> csr_mat
     return top_product(normalised(graph), features, keep)
 
 
-# The compiled loops of a file call none of another: numba's cache sees changes of their own file alone.
-
-
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _draw(seed, number, step):  # type: ignore[no-untyped-def]
     """Philox-4x32-10, the project's generator: four uint32 words (in uint64) of key `seed` and counter (number, step).
 
@@ -126,13 +124,13 @@ def _draw(seed, number, step):  # type: ignore[no-untyped-def]
     return c0, c1, c2, c3
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _one_of(word, start, end):  # type: ignore[no-untyped-def]
     """A uniform integer in [start, end) of a uint32 word; none likelier than another by more than (end - start) / 2^32."""
     return start + np.int64((word * np.uint64(end - start)) >> _HALF)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _walk(  # type: ignore[no-untyped-def]
     begin, end, to_document, documents, to_label, labels, visits, restart, top, seed, index, times, found
 ):
@@ -153,7 +151,7 @@ def _walk(  # type: ignore[no-untyped-def]
         found[origin] = _most_visited(visited, origin, top, index[origin], times[origin])
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _most_visited(visited, origin, top, index, times):  # type: ignore[no-untyped-def]
     """Of a sorted list of visits: writes the `top` labels visited most, and the origin, by label; returns their number."""
     label, count = np.empty(len(visited) + 1, np.int32), np.zeros(len(visited) + 1, np.int64)

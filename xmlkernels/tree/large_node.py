@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from xmlkernels.tree.parallel import in_parallel, threads
+from xmlkernels.tree.parallel import in_parallel, keep_compiled, threads
 from xmlkernels.tree.two_means import best_start, compacted, highest, new_direction, score_rows
 
 _ROWS = 1024  # rows a thread scores at a time
@@ -21,6 +21,7 @@ def split_large(
     pairs: np.ndarray, tolerance: float, rounds: int, column_map: np.ndarray,
 ) -> np.ndarray:  # fmt: skip
     """As `two_means.split_node`, without a copy of the node's rows; columns of each row must ascend."""
+    keep_compiled(_add_columns, _add_dense)
     tried = rows[sample]
     local = compacted(*matrix, tried, column_map)
     start, dense_direction = best_start(local, dense[tried], np.arange(len(tried)), sample_first, pairs, tolerance, rounds)
@@ -58,7 +59,7 @@ def _add(
     _add_dense(dense, rows, sign, dense_total)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _add_columns(ptr, index, value, rows, sign, low, high, total):  # type: ignore[no-untyped-def]
     """total += Σ sign · row, in columns low:high alone."""
     for i in range(len(rows)):
@@ -75,7 +76,7 @@ def _add_columns(ptr, index, value, rows, sign, low, high, total):  # type: igno
             a += 1
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _add_dense(dense, rows, sign, total):  # type: ignore[no-untyped-def]
     """total += Σ sign · row of the dense block."""
     for i in range(len(rows)):

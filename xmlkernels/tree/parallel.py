@@ -8,8 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
 
 from numba import get_num_threads
+
+_kept: set[Any] = set()
+
+
+def keep_compiled(*loops: Any) -> None:
+    """Keep the machine code of compiled loops on disk from their first call on: it takes seconds to make.
+
+    Not `njit(cache=True)`, which makes folders when a module is imported. Numba's cache sees changes of the loop's own file
+    alone, so the loops of a file must not call those of another.
+    """
+    for loop in loops:
+        if loop not in _kept:
+            _kept.add(loop)
+            with suppress(RuntimeError):  # no folder that can be written: compiled for this process alone
+                loop.enable_caching()
 
 
 def threads() -> int:

@@ -7,7 +7,7 @@ from numba import njit
 from scipy.sparse import csr_matrix
 
 from xmlkernels.errors import InputError
-from xmlkernels.tree.parallel import in_parallel
+from xmlkernels.tree.parallel import in_parallel, keep_compiled
 
 _ROWS = 1 << 11  # rows a thread does at a time; their kept entries are held uncompacted
 
@@ -45,6 +45,7 @@ def top_product(a: csr_matrix, b: csr_matrix, keep: int) -> csr_matrix:
         kept = np.arange(keep) < count[:, None]
         blocks[begin] = (index[kept], value[kept], count)
 
+    keep_compiled(_product)
     in_parallel(block, n, _ROWS)
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate([*_third(blocks), np.zeros(0, np.int64)]))])
     indices, values = np.empty(ends[-1], np.int32), np.empty(ends[-1], np.float32)
@@ -62,6 +63,7 @@ def unit_rows(matrix: csr_matrix, *, in_place: bool = False) -> csr_matrix:
     """fp32 with rows of length 1, columns ascending; rows of zeros stay. A copy, or the matrix itself (fp32 alone)."""
     unit = matrix if in_place and matrix.dtype == np.float32 else csr_matrix(matrix, dtype=np.float32, copy=True)
     unit.sum_duplicates()
+    keep_compiled(_normalise)
     in_parallel(lambda begin, end: _normalise(begin, end, unit.indptr, unit.data), unit.shape[0], _ROWS)
     return unit
 
@@ -74,7 +76,7 @@ def _arrays(matrix: csr_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     )
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _product(  # type: ignore[no-untyped-def]
     start, a_ptr, a_index, a_value, b_ptr, b_index, b_value, width, keep, index, value, count
 ):
@@ -95,7 +97,7 @@ def _product(  # type: ignore[no-untyped-def]
         count[row] = _largest(total, touched[:n], keep, index[row], value[row])
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _largest(total, touched, keep, index, value):  # type: ignore[no-untyped-def]
     """Writes the entries that stay, by column; returns their number."""
     least = np.float32(0)
@@ -125,7 +127,7 @@ def _largest(total, touched, keep, index, value):  # type: ignore[no-untyped-def
     return n
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _normalise(begin, end, ptr, value):  # type: ignore[no-untyped-def]
     for row in range(begin, end):
         total = 0.0

@@ -18,10 +18,8 @@ from numba import njit
 
 POWER = 8  # steps of the power iteration
 
-# The compiled loops of a file call none of another: numba's cache sees changes of their own file alone.
 
-
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def split_node(  # type: ignore[no-untyped-def]
     ptr, index, value, dense, rows, first, sample, sample_first, pairs, pairwise, tolerance, rounds, column_map
 ):
@@ -45,7 +43,7 @@ def split_node(  # type: ignore[no-untyped-def]
     return _descend(local, near, everyone, sums, direction, dense_direction, first, tolerance, rounds)[1]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def compacted(ptr, index, value, rows, column_map):  # type: ignore[no-untyped-def]
     """CSR of the given rows with the m columns that they use numbered anew: (ptr, index, value, columns int32 [m])."""
     local_ptr = np.zeros(len(rows) + 1, np.int64)
@@ -67,7 +65,7 @@ def compacted(ptr, index, value, rows, column_map):  # type: ignore[no-untyped-d
     return local_ptr, local_index, local_value, columns[:m]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def best_start(local, near, sample, first, pairs, tolerance, rounds):  # type: ignore[no-untyped-def]
     """The difference of the centres, float32 [m] and [D], after the best of the starts on the sample."""
     ptr, index, value, columns = local
@@ -90,7 +88,7 @@ def best_start(local, near, sample, first, pairs, tolerance, rounds):  # type: i
     return direction, dense_direction
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _power_step(local, near, rows, direction, dense_direction):  # type: ignore[no-untyped-def]
     """direction = Σ (score of a row - mean score) · row: towards the direction in which the rows differ most."""
     ptr, index, value, columns = local
@@ -105,7 +103,7 @@ def _power_step(local, near, rows, direction, dense_direction):  # type: ignore[
             dense_direction[j] += score[i] * near[rows[i], j]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _centre(score):  # type: ignore[no-untyped-def]
     """Mean 0 and, unless all are equal, length 1."""
     mean = square = 0.0
@@ -119,7 +117,7 @@ def _centre(score):  # type: ignore[no-untyped-def]
         score[i] = (score[i] - mean) * by
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _sums(local, near, rows):  # type: ignore[no-untyped-def]
     """Σ of some rows of a node, block by block."""
     ptr, index, value, columns = local
@@ -132,7 +130,7 @@ def _sums(local, near, rows):  # type: ignore[no-untyped-def]
     return whole, dense_whole
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _descend(local, near, rows, sums, direction, dense_direction, first, tolerance, rounds):  # type: ignore[no-untyped-def]
     """Runs 2-means on some rows of a node; returns (objective, is_first bool [len(rows)]) and leaves the last directions."""
     ptr, index, value, columns = local
@@ -161,7 +159,7 @@ def _descend(local, near, rows, sums, direction, dense_direction, first, toleran
     return objective, is_first
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _sparse_dot(begin, end, index, value, direction):  # type: ignore[no-untyped-def]
     """Four sums side by side: one alone would wait for each addition."""
     a = b = c = d = np.float32(0)
@@ -178,7 +176,7 @@ def _sparse_dot(begin, end, index, value, direction):  # type: ignore[no-untyped
     return (a + b) + (c + d)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def highest(score, first):  # type: ignore[no-untyped-def]
     """bool [n]: the `first` rows of highest score; of equal ones those that stand first."""
     chosen = np.zeros(len(score), np.bool_)
@@ -195,7 +193,7 @@ def highest(score, first):  # type: ignore[no-untyped-def]
     return chosen
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def new_direction(whole, half, direction):  # type: ignore[no-untyped-def]
     """Writes the difference of the two unit centres, fp32; returns ‖first‖ + ‖second‖ of the sums."""
     a = b = 0.0
@@ -209,7 +207,7 @@ def new_direction(whole, half, direction):  # type: ignore[no-untyped-def]
     return a + b
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _split_by_similarities(local, near, first, pairs, tolerance, rounds):  # type: ignore[no-untyped-def]
     """The same iteration on the n × n similarities of a small node, from every start to its end."""
     ptr, index, value, columns = local
@@ -264,7 +262,7 @@ def _split_by_similarities(local, near, first, pairs, tolerance, rounds):  # typ
     return is_first
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _add_scores(is_first, whole, half, score):  # type: ignore[no-untyped-def]
     """Adds each row's similarity to the first centre less that to the second; returns ‖first‖ + ‖second‖ of the sums.
 
@@ -283,7 +281,7 @@ def _add_scores(is_first, whole, half, score):  # type: ignore[no-untyped-def]
     return a + b
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def score_rows(begin, end, ptr, index, value, dense, rows, direction, dense_direction, score):  # type: ignore[no-untyped-def]
     """Similarity of the rows begin:end of a node to the first centre less that to the second."""
     for i in range(begin, end):
