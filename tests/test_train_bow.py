@@ -161,6 +161,13 @@ def test_a_dataset_of_bags_is_trained_and_says_that_it_cannot_read_texts(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_cascade_on_a_dataset_of_bags(bags: Path, tmp_path: Path) -> None:
+    """The tree is made of the same columns."""
+    options = CASCADE | {"tree_depths": (1, 2), "topk": (2, 3), "epochs": 6, "cache": str(tmp_path / "cache"), "bow_width": 16}
+    report = run(cascade(bags, tmp_path / "run", Path(), **options | {"tree": ""}))
+    assert report["test"]["P@1"] > 60 and [x["clusters"] for x in report["test"]["levels"]] == [2, 4]
+
+
 def test_biases_that_start_at_frequencies(dataset: Path, tmp_path: Path) -> None:
     """With a rate of 0 they are the frequencies at the end."""
     run(tiny(dataset, tmp_path, **BOW | {"frequency_bias": True, "table_lr": 0.0, "epochs": 1}))

@@ -1,26 +1,22 @@
 """From a configuration to data: the dataset, how its documents are read, the label tree."""
 
-import time
 from pathlib import Path
 
 from checks import check_levels
 from config import Config
 from encoders import source_of
 from report import say
+from tree import Options as TreeOptions
+from tree import make as make_tree
 from xmlkernels import InputError
 from xmlkernels.data.bow import Vectorizer
-from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.dataset import FEATURES, Dataset
 from xmlkernels.data.inputs import BowInputs, Inputs, TokenInputs
 from xmlkernels.data.loader import BagBatches, Batches
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.models.common import arrangement
-from xmlkernels.tree.cluster import Means, cluster
-from xmlkernels.tree.features import LabelFeatures, TextFeatures, TokenFeatures, fill_empty, label_centroids, label_features
-from xmlkernels.tree.graph import label_graph, smooth
 from xmlkernels.tree.label_tree import LabelTree
-
-TREE_VERSION = 1  # raise it when the same data and settings would give another tree
 
 
 def open_dataset(config: Config) -> Dataset:
@@ -82,43 +78,15 @@ def open_tree(config: Config, dataset: Dataset) -> LabelTree | None:
         tree.check_dataset(dataset.content_hash, dataset.num_labels)
         check_levels(config, tree.levels, f"as the tree {config.tree} has them")
         return tree
-    return _built_tree(config, dataset)
-
-
-def _built_tree(config: Config, dataset: Dataset) -> LabelTree:
-    """The tree of --tree-depths by train/tree.py's defaults, from the cache or made now."""
-    depths = "-".join(map(str, config.tree_depths))
-    file = Path(config.cache) / "trees" / f"{dataset.content_hash[:16]}-{depths}-{config.seed}-{TREE_VERSION}.safetensors"
-    if file.exists():
-        tree = LabelTree.load(file)
-    else:
-        say(f"label tree of 2**d clusters for d = {', '.join(map(str, config.tree_depths))}: made on first use")
-        started = time.perf_counter()
-        partitions = cluster(tree_features(dataset, config.seed), [2**d for d in config.tree_depths], Means(seed=config.seed))
-        settings = {"dataset": dataset.content_hash, "depths": list(config.tree_depths), "seed": config.seed}
-        tree = LabelTree.from_partitions(partitions, settings)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        tree.save(file)
-        say(f"label tree: {time.perf_counter() - started:.0f} s, kept in {file}")
-    tree.check_dataset(dataset.content_hash, dataset.num_labels)
-    return tree
-
-
-def tree_features(dataset: Dataset, seed: int) -> LabelFeatures:
-    """Centroids of the labels' training documents, those without any by their own text, smoothed over the label graph."""
-    train, own = dataset.splits["train"], None
-    if dataset.vocabulary:
-        documents, own = train.features, dataset.label_features
-    elif (train.folder / "texts.jsonl").is_file():
-        texts = TextFeatures(train.texts)
-        documents, own = texts.documents, None if dataset.label_names is None else texts.transform(dataset.label_names)
-    else:
-        tokens = TokenFeatures(train.tokens)
-        documents, own = tokens.documents, None if dataset.label_tokens is None else tokens.transform(dataset.label_tokens)
-    centroids = label_centroids(documents, train.labels)
-    if own is not None:
-        centroids = fill_empty(centroids, own)
-    return label_features(smooth(label_graph(train.labels, seed=seed), centroids), in_place=True)
+    folder = f"{dataset.content_hash[:16]}-{'-'.join(map(str, config.tree_depths))}-{config.seed}"
+    # A tree of this name made by another version is only a cache: replace it.
+    return make_tree(
+        TreeOptions(
+            str(dataset.folder), str(Path(config.cache) / "trees" / folder), depths=config.tree_depths, seed=config.seed,
+            features=str(dataset.splits["train"].folder / FEATURES) if dataset.vocabulary else "auto",
+            plot=False, overwrite=True,
+        )
+    )  # fmt: skip
 
 
 def training_batches(config: Config, dataset: Dataset, inputs: Inputs, tree: LabelTree | None) -> Batches | BagBatches:
