@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.case import DTYPES, LR, REFERENCE_ELEMENTS, Case
+from benchmarks.cases_cascade import cascade_cases
 from benchmarks.cases_cluster import cluster_step_cases
 from benchmarks.cases_shortlist import shortlist_cases
 from benchmarks.cases_sparse import sparse_update_cases
@@ -211,9 +212,14 @@ def matmul_topk_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
     return cases
 
 
+def level_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
+    """One level, or all levels of a cascade."""
+    return cascade_cases(shape, device) if shape.name.endswith("cascade") else cluster_step_cases(shape, device, compiled)
+
+
 BUILDERS: dict[str, Callable[[Shape, str, bool], list[Case]]] = {
     "bce_step": bce_step_cases,
-    "cluster_step": cluster_step_cases,
+    "cluster_step": level_cases,
     "matmul_topk": matmul_topk_cases,
     "shortlist_matmul": shortlist_cases,
     "sparse_update": sparse_update_cases,

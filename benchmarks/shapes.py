@@ -34,6 +34,7 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
         Shape("B64-L131k-S1024", 64, 131_072, 384, S=1_024, K=128),
         Shape("B64-L670k-S4400", 64, 670_000, 384, S=4_400, K=400),
         Shape("B64-L670k-S4400-D768", 64, 670_000, 768, S=4_400, K=400),
+        Shape("B64-L131k-cascade", 64, 131_072, 384, S=4_096, K=256),  # all levels: see benchmarks/cases_cascade.py
     ),
     "matmul_topk": (
         Shape("B32-L4k", 32, 4_271, 384, K=10),

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import cases, cases_cluster, cases_shortlist, cases_sparse, plot, run, shapes, timing
+from benchmarks import cases, cases_cascade, cases_cluster, cases_shortlist, cases_sparse, plot, run, shapes, timing
 from xmlkernels import ops
 from xmlkernels.errors import InputError
 
@@ -181,6 +181,26 @@ def test_cluster_peers_do_the_same(phase: str, k: int) -> None:
     for peer, peer_weight in after.values():
         torch.testing.assert_close(peer, found)
         torch.testing.assert_close(peer_weight, weight, rtol=1e-4, atol=1e-6)
+
+
+def test_cascade_peers_do_the_same() -> None:
+    """One step from the same tables: the shortlists that the peer is handed are those that ours makes."""
+    shape, after = shapes.Shape("tiny-cascade", 4, 512, 16, S=48, K=12), {}
+    built = cases.build("cluster_step", shape, "cpu")
+    assert [(case.impl, case.dtype) for case in built] == [("xmlkernels", "fp32"), ("xmlkernels", "bf16"), ("eager", "fp32")]
+    for case in built:
+        if case.dtype == "fp32":
+            held = cases_cascade.make_levels(shape, "fp32", "cpu", row_wise=False)  # as SparseAdam has it
+            before = [level.weight.clone() for level in held.heads.levels]
+            assert [tuple(w.shape) for w in before] == [(16, 16), (128, 16), (512, 16)]
+            assert [tuple(i.shape) for i in held.index] == [(4, 16), (4, 48), (4, 48)]
+            assert [int(t.sum()) for t in held.target] == [len(n) for n, _ in held.positives]
+            dx = case.start(held)()
+            after[case.impl] = dx, [level.weight.detach().clone() for level in held.heads.levels]
+    for name in range(3):
+        torch.testing.assert_close(after["eager"][0][name], after["xmlkernels"][0][name], rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(after["eager"][1][name], after["xmlkernels"][1][name], rtol=1e-4, atol=1e-6)
+        assert not torch.equal(after["xmlkernels"][1][name], before[name])
 
 
 def test_sparse_updates_agree() -> None:

@@ -128,3 +128,16 @@ def test_default_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch) ->
 def test_unknown_options_are_named(key: str, value: str) -> None:
     with pytest.raises(InputError, match=f"label table: {key}: expected .*{value}"):
         FullHead(4, 4, **{key: value})
+
+
+def test_biases_start_at_the_frequencies() -> None:
+    head = FullHead(5, 3, bias=True, std=0)
+    positives, documents = torch.tensor([0, 1, 50, 99, 100]), 100
+    head.start_at_frequencies(positives, documents)
+    assert head.bias is not None
+    expected = torch.tensor([0.5, 1.5, 50.5, 99.5, 100.5]).double() / 101
+    torch.testing.assert_close(torch.sigmoid(head.bias.double()), expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(InputError, match="label table: expected a bias"):
+        FullHead(5, 3).start_at_frequencies(positives, documents)
+    with pytest.raises(InputError, match=r"positives: expected 5 numbers, one for each label, got \[4\]"):
+        head.start_at_frequencies(positives[:4], documents)

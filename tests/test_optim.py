@@ -8,10 +8,12 @@ from torch import nn
 from xmlkernels.errors import InputError
 from xmlkernels.optim import (
     LossScaler,
+    WeightAverage,
     clip_gradients,
     encoder_optimizer,
     set_learning_rate,
     step_unless,
+    three_phase,
     warmup_cosine,
 )
 
@@ -127,6 +129,55 @@ def test_schedule() -> None:
     for bad in [(-1, 0, 1), (0, -1, 1), (0, 0, 0)]:
         with pytest.raises(InputError, match="schedule"):
             warmup_cosine(*bad)
+
+
+def test_three_phases() -> None:
+    """CascadeXML's run on Amazon-670K: 15 epochs, 1 of warm-up, the last 3 falling; rates as factors of 1e-4."""
+    per_epoch = 1000
+    at = [three_phase(s, per_epoch, 15 * per_epoch, 3 * per_epoch) for s in range(15 * per_epoch + 9)]
+    assert at[0] == (pytest.approx(0.1), pytest.approx(0.95))
+    assert at[per_epoch - 1] == at[per_epoch] == at[12 * per_epoch - 2] == (1.0, 0.85)
+    assert at[499][0] == pytest.approx(0.55, abs=1e-3) and at[499][1] == pytest.approx(0.9, abs=1e-3)
+    assert at[12 * per_epoch - 1][0] < 1.0
+    assert at[13 * per_epoch - 1][0] == pytest.approx(0.75, abs=1e-3)
+    assert at[14 * per_epoch - 1][0] == pytest.approx(0.25, abs=1e-3)
+    assert at[15 * per_epoch - 1] == at[-1] == (pytest.approx(1e-3), pytest.approx(0.95))
+    for phase in (at[:1000], [(-f, -b) for f, b in at[11_998:]]):
+        assert all(a[0] <= b[0] and a[1] >= b[1] for a, b in zip(phase, phase[1:], strict=False))
+    # The product of both cycles: where the rate is high the momentum is low.
+    assert all(0.1 <= f <= 1 and b == pytest.approx(0.95 - (f - 0.1) / 9) for f, b in at[:1000])
+
+
+def test_three_phases_at_the_edges() -> None:
+    assert three_phase(0, 0, 1, 0) == (1.0, 0.85)
+    assert [three_phase(s, 0, 4, 2)[0] for s in range(4)] == pytest.approx([1.0, 0.75025, 0.25075, 1e-3])
+    assert three_phase(9, 10, 10, 0) == (1.0, 0.85)  # all of it is warm-up
+    assert three_phase(5, 4, 12, 99)[0] < 1 == three_phase(3, 4, 12, 99)[0]  # the cooldown begins where the warm-up ends
+    for bad in [(-1, 0, 1, 0), (0, -1, 1, 0), (0, 0, 0, 0), (0, 0, 1, -1), (0, 5, 4, 0)]:
+        with pytest.raises(InputError, match="schedule"):
+            three_phase(*bad)
+
+
+def test_weight_averages() -> None:
+    for decay, weights in ((1.0, [1, 1 / 2, 1 / 3, 1 / 4]), (0.6, [1, 1 / 2, 0.4, 0.4])):
+        p = nn.Parameter(torch.zeros(3))
+        average, expected = WeightAverage([p], decay), torch.zeros(3)
+        with average.used():
+            assert not p.any()
+        for number, weight in enumerate(weights):
+            p.data = torch.full((3,), float(number**2))
+            average.update()
+            expected += (p.data - expected) * weight
+        held = p.data.data_ptr()
+        with average.used():
+            torch.testing.assert_close(p.data, expected)
+        assert p.data.data_ptr() == held and p.tolist() == [9.0] * 3
+        with pytest.raises(RuntimeError), average.used():
+            raise RuntimeError
+        assert p.data.data_ptr() == held
+    for bad in (0.0, 1.1):
+        with pytest.raises(InputError, match="weight average"):
+            WeightAverage([p], bad)
 
 
 def test_learning_rates() -> None:

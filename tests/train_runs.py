@@ -18,16 +18,19 @@ for folder in (ROOT / "train", ROOT / "tests" / "data"):
         sys.path.insert(0, str(folder))
 
 import session  # noqa: E402
-from config import Config, check  # noqa: E402
+from checks import check  # noqa: E402
+from config import Config  # noqa: E402
 from recipes import RECIPES  # noqa: E402
 from run import train  # noqa: E402
 from tiny_tokenizer import make_tokenizer  # noqa: E402
 from xmlkernels.checkpoint import CheckpointFolder  # noqa: E402
+from xmlkernels.data.dataset import Dataset  # noqa: E402
 from xmlkernels.data.prepare import PrepareConfig, prepare  # noqa: E402
+from xmlkernels.tree.label_tree import LabelTree  # noqa: E402
 
 __all__ = [
-    "LABELS", "RECIPES", "ROOT", "TRAIN_DOCUMENTS", "Config", "check", "make_dataset", "run", "session", "threads_kept",
-    "tiny", "weights",
+    "LABELS", "RECIPES", "ROOT", "TRAIN_DOCUMENTS", "Config", "cascade", "check", "make_dataset", "make_tree", "run", "session",
+    "threads_kept", "tiny", "weights",
 ]  # fmt: skip
 TRAIN_DOCUMENTS, LABELS = 160, 30
 PARTS = {"train": ("trn", TRAIN_DOCUMENTS), "validation": ("val", 40), "test": ("tst", 50)}
@@ -65,6 +68,24 @@ def tiny(dataset: Path, output: Path, **changes: Any) -> Config:
     """A run of 3 epochs and 30 steps on one thread."""
     settings = {"batch": 16, "epochs": 3, "log_every": 2, "threads": 1, "dropout": 0.1, "save_every": 4} | changes
     return replace(RECIPES["tiny"][1], dataset=str(dataset), output=str(output), **settings)
+
+
+def make_tree(dataset: Path, file: Path, seed: int = 0) -> Path:
+    """4 clusters of 2 or 3 clusters of 3 labels each, none of which are neighbours by number."""
+    made = Dataset.open(dataset)
+    mixed = np.random.default_rng(seed).permutation(LABELS)
+    fine = mixed // 3
+    LabelTree.from_partitions([fine * 4 // 10, fine], {"dataset": made.content_hash}).save(file)
+    return file
+
+
+def cascade(dataset: Path, output: Path, tree: Path, **changes: Any) -> Config:
+    """A cascade of three levels in 3 epochs and 30 steps."""
+    settings = {
+        "model": "cascade", "tree": str(tree), "layers": ("1", "2", "2"), "topk": (2, 4), "embed_drops": (0.1, 0.1, 0.1),
+        "encoder_lr": 2e-3, "dropout": Config.dropout, "warmup": 5, "cooldown_epochs": 1.0, "top_k": 20, "encoder_decay": 0.05,
+    } | changes  # fmt: skip
+    return tiny(dataset, output, **settings)
 
 
 @contextmanager

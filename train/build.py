@@ -1,95 +1,127 @@
-"""From a configuration to data and model."""
+"""From a configuration to a model."""
 
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
-from config import Config, resolved_table
+from config import Config, layers_of, resolved_optimizer, resolved_table
 from encoders import source_of
 from report import say
 from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset
-from xmlkernels.data.inputs import Inputs, TokenInputs
-from xmlkernels.data.loader import Batches
-from xmlkernels.data.prepare import PrepareConfig, prepare
+from xmlkernels.data.inputs import BowInputs, Inputs
 from xmlkernels.data.tokens import load_tokenizer
+from xmlkernels.models.cascade import Cascade
+from xmlkernels.models.cascade_training import CascadeTraining
+from xmlkernels.models.common import Model
 from xmlkernels.models.end_to_end import EndToEnd, Training
+from xmlkernels.nn.bow import BowEncoder
+from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.encoder import Encoder, default_autocast, load_ngame
 from xmlkernels.nn.full_head import FullHead
+from xmlkernels.nn.layer_recipe import default_layers
+from xmlkernels.planner import Table, plan, told
+from xmlkernels.tree.label_tree import LabelTree
+
+# CascadeXML's for three and four levels (README of its repository); for two and five, those levels of them that remain.
+_DROPS = {2: (0.3, 0.4), 3: (0.3, 0.3, 0.4), 4: (0.2, 0.25, 0.4, 0.5), 5: (0.2, 0.25, 0.3, 0.4, 0.5)}
+_FIRST_TOPK = 128
 
 
-def open_dataset(config: Config) -> Dataset:
-    """The dataset folder named by the configuration, or the built-in corpus, made on first use."""
-    if config.dataset != "docstrings":
-        return Dataset.open(config.dataset)
-    tokenizer = source_of(config.encoder)
-    part = f"{config.documents}-documents" if config.documents else "all"
-    folder = Path(config.cache) / f"docstrings-{part}-{config.max_length}-{Path(tokenizer).name}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # A folder of this name made from other package versions or another tokenizer is only a cache: replace it.
-    settings = PrepareConfig(
-        output=folder,
-        tokenizer=tokenizer,
-        max_length=config.max_length,
-        source="docstrings",
-        name="docstrings",
-        documents=config.documents or None,
-        keep_texts=True,
-        overwrite=True,
-    )
-    return prepare(settings, say)
+def build_model(
+    config: Config, dataset: Dataset, inputs: Inputs, steps: int, device: torch.device, *, tree: LabelTree | None, epoch: int
+) -> Model:
+    """Encoder, tables and their training; says what they will take of the memory before the tables are made.
 
-
-def open_inputs(config: Config, dataset: Dataset) -> Inputs:
-    """How this run reads documents.
+    Args:
+        inputs: how its documents are read.
+        steps: updates of the whole run.
+        tree: of a cascade; None end to end.
+        epoch: updates of one epoch.
 
     Raises:
-        InputError: no training documents, or no label texts where the configuration asks for them.
-    """
-    train = dataset.splits.get("train")
-    if train is None or not len(train):
-        raise InputError(f"dataset {dataset.folder}", "training documents", "none", "prepare it from a file that holds some")
-    if config.label_text and dataset.label_tokens is None:
-        got = f"{dataset.folder} without"
-        raise InputError("--label-text", "a dataset with label texts", got, "prepare it with --label-text")
-    return TokenInputs(dataset, load_tokenizer(dataset.tokenizer_folder), dataset.max_length)
-
-
-def training_batches(config: Config, dataset: Dataset, inputs: Inputs) -> Batches:
-    """The training split in batches, with the labels' own texts where the configuration asks for them."""
-    train = dataset.splits["train"]
-    return inputs.batches(train, config.batch, seed=config.seed, label_text=config.label_text)
-
-
-def build_model(config: Config, dataset: Dataset, steps: int, device: torch.device) -> EndToEnd:
-    """Encoder, label table and their training, for a run of `steps` steps.
-
-    Raises:
-        InputError: the data do not fit the encoder, or it cannot be loaded.
+        InputError: the data or the tree do not fit the encoder, or it cannot be loaded.
     """
     torch.manual_seed(config.seed)
-    encoder = _encoder(config, dataset, device)
-    longest = max(int(split.tokens.lengths.max(initial=0)) for split in dataset.splits.values())
-    if config.label_text and dataset.label_tokens is not None:
-        longest = max(longest, int(dataset.label_tokens.lengths.max(initial=0)))
-    if encoder.max_length is not None and longest > encoder.max_length:
-        raise InputError(
-            f"dataset {dataset.folder}", f"rows of at most {encoder.max_length} tokens, the positions of {config.encoder}",
-            f"one of {longest}", f"prepare the data again with --max-length {encoder.max_length}",
+    if isinstance(inputs, BowInputs):
+        encoder: nn.Module = BowEncoder(
+            inputs.vocabulary, config.bow_width, dropout=config.dropout, word_dropout=config.word_dropout,
+            optimizer="adam", decay=config.encoder_decay, std=config.word_std, seed=config.seed,
         )  # fmt: skip
-    head = FullHead(
-        dataset.num_labels, encoder.width, dtype=resolved_table(config, device), bias=config.bias,
-        optimizer=config.table_optimizer, momentum=config.momentum, state_dtype=config.state, decay=config.table_decay,
-        decoupled=config.decoupled, kahan=config.kahan, seed=config.seed,
+    else:
+        encoder = build_encoder(config, dataset, device)
+    if tree is None:
+        return _end_to_end(config, dataset, encoder, steps, epoch, device).to(device)
+    return _cascade(config, dataset, encoder, tree, steps, epoch, device).to(device)
+
+
+def _end_to_end(config: Config, dataset: Dataset, encoder: nn.Module, steps: int, epoch: int, device: torch.device) -> EndToEnd:
+    dtype, optimizer, width = resolved_table(config, device), resolved_optimizer(config), int(encoder.width)  # type: ignore
+    table = Table(
+        "label table", dataset.num_labels, width, dtype, optimizer, config.momentum, config.state, bias=config.bias,
+        kahan=config.kahan,
     )  # fmt: skip
+    say(told(plan(encoder, [table], documents=_pass(config), tokens=longest_row(config, dataset))))
+    head = FullHead(
+        dataset.num_labels, width, dtype=dtype, bias=config.bias, optimizer=optimizer, momentum=config.momentum,
+        state_dtype=config.state, decay=config.table_decay, decoupled=config.decoupled, kahan=config.kahan, seed=config.seed,
+    )  # fmt: skip
+    if config.frequency_bias:
+        labels = dataset.splits["train"].labels
+        counts = np.bincount(labels.indices, minlength=labels.shape[1])
+        head.start_at_frequencies(torch.from_numpy(counts), labels.shape[0])
     training = Training(
-        config.encoder_lr, config.table_lr, config.encoder_decay, config.warmup, steps, config.clip, config.micro_batch
-    )
-    return EndToEnd(encoder, head, training).to(device)
+        config.encoder_lr, config.table_lr, config.encoder_decay, warmup_steps(config, epoch), steps, config.clip,
+        _micro_batch(config),
+    )  # fmt: skip
+    return EndToEnd(encoder, head, training)
 
 
-def _encoder(config: Config, dataset: Dataset, device: torch.device) -> Encoder:
+def _cascade(
+    config: Config, dataset: Dataset, encoder: nn.Module, tree: LabelTree, steps: int, epoch: int, device: torch.device
+) -> Cascade:
+    most = tuple(tree.widest(r) for r in range(tree.levels - 1))
+    topk = config.topk or default_topk(tree)
+    layers = layers_of(config) or _layers(encoder, tree.levels)
+    dtype, optimizer = resolved_table(config, device), resolved_optimizer(config)
+    width = int(getattr(encoder, "hidden", None) or encoder.width)  # type: ignore
+    candidates = (tree.sizes[0], *(min(k, n) * m for k, n, m in zip(topk, tree.sizes, most, strict=False)))
+    tables = [
+        Table(
+            "label table" if r + 1 == tree.levels else f"clusters of level {r}", n, width,
+            "bf16" if dtype == "fp8" and r + 1 < tree.levels else dtype, optimizer, config.momentum, config.state,
+            row_wise=True, bias=True,
+        )
+        for r, n in enumerate(tree.sizes)
+    ]  # fmt: skip
+    say(told(plan(encoder, tables, documents=_pass(config), tokens=longest_row(config, dataset), candidates=candidates)))
+    heads = CascadeHeads(
+        tree.sizes, most, width, layers=layers, topk=topk, scheme="weighted" if config.scheme == "auto" else config.scheme,
+        dtype=dtype, optimizer=optimizer, betas=(0.9 if optimizer == "adam" else config.momentum, 0.999),
+        state_dtype=config.state, drops=config.embed_drops or _DROPS[tree.levels], seed=config.seed,
+    )  # fmt: skip
+    warmup = warmup_steps(config, epoch)
+    if warmup > steps:
+        flag = "--warmup-epochs" if config.warmup_epochs else "--warmup"
+        raise InputError(flag, f"at most {steps:,} updates, all of this run", f"{warmup:,}", "shorten it or train for longer")
+    training = CascadeTraining(
+        encoder_lr=config.encoder_lr, total=steps, warmup=warmup,
+        head_lr=config.encoder_lr * config.head_lr_factor, decay=config.encoder_decay, schedule=config.schedule,
+        cooldown=round(config.cooldown_epochs * epoch), rw_loss=config.rw_loss, positives_bound=config.positives_bound,
+        micro_batch=_micro_batch(config), clip=config.clip, ema=config.ema, ema_start=round(config.ema_start * epoch),
+        reference_loss=config.reference_loss,
+    )  # fmt: skip
+    return Cascade(encoder, heads, tree, training)
+
+
+def build_encoder(config: Config, dataset: Dataset, device: torch.device) -> nn.Module:
+    """The encoder that the configuration names, with what it may not train frozen.
+
+    Raises:
+        InputError: it cannot be loaded, or the data do not fit it.
+    """
     autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": default_autocast(device)}[config.precision]
     options: dict[str, Any] = {
         "pooling": config.pooling, "bottleneck": config.bottleneck, "dropout": config.dropout,
@@ -105,6 +137,68 @@ def _encoder(config: Config, dataset: Dataset, device: torch.device) -> Encoder:
                 f"dataset {dataset.folder}", f"tokens made by the tokenizer of {config.encoder}", "tokens of another tokenizer",
                 "prepare the data again with --tokenizer set to this encoder",
             )  # fmt: skip
+    longest = longest_row(config, dataset)
+    if encoder.max_length is not None and longest > encoder.max_length:
+        raise InputError(
+            f"dataset {dataset.folder}", f"rows of at most {encoder.max_length} tokens, the positions of {config.encoder}",
+            f"one of {longest}", f"prepare the data again with --max-length {encoder.max_length}",
+        )  # fmt: skip
     if config.init_state:
         load_ngame(encoder, config.init_state, config.init_prefix)
+    if config.freeze:
+        freeze(encoder, config.freeze)
     return encoder
+
+
+def freeze(encoder: Encoder, count: int) -> None:
+    """Keeps the embeddings and the first layers of a transformer as they are.
+
+    Raises:
+        InputError: it has no more layers than that.
+    """
+    if count >= encoder.layers:
+        mend = "leave one layer to train, or train a bag of words"
+        raise InputError("--freeze", f"fewer than {encoder.layers}, the layers of this encoder", str(count), mend)
+    stacks = [m for m in encoder.model.modules() if isinstance(m, nn.ModuleList) and len(m) == encoder.layers]
+    embeddings = [m for name, m in encoder.model.named_children() if "embed" in name]
+    if len(stacks) != 1 or not embeddings:
+        raise InputError("--freeze", "an encoder of embeddings and one stack of layers", "another build", "leave it out")
+    for module in (*embeddings, *stacks[0][:count]):
+        module.requires_grad_(False)
+
+
+def longest_row(config: Config, dataset: Dataset) -> int:
+    """Tokens of the longest document that this run will read; 0 for a bag of words."""
+    if config.encoder == "bow":
+        return 0
+    longest = max(int(split.tokens.lengths.max(initial=0)) for split in dataset.splits.values())
+    if config.label_text and dataset.label_tokens is not None:
+        longest = max(longest, int(dataset.label_tokens.lengths.max(initial=0)))
+    return longest
+
+
+def default_topk(tree: LabelTree) -> tuple[int, ...]:
+    """128 clusters of the coarsest level and twice as many of each next one, but never more than a document can have."""
+    out: list[int] = []
+    for r in range(tree.levels - 1):
+        there = tree.sizes[r] if r == 0 else min(tree.sizes[r], out[-1] * tree.widest(r - 1))
+        out.append(min(_FIRST_TOPK * 2**r, there))
+    return tuple(out)
+
+
+def warmup_steps(config: Config, epoch: int) -> int:
+    """Updates of the warm-up, whichever way it was given."""
+    return round(config.warmup_epochs * epoch) if config.warmup_epochs else config.warmup
+
+
+def _layers(encoder: nn.Module, levels: int) -> tuple[tuple[int, ...], ...]:
+    count = getattr(encoder, "layers", None)
+    return default_layers(int(count), levels) if count is not None else ((0,),) * levels
+
+
+def _micro_batch(config: Config) -> int:
+    return config.batch if config.accumulate > 1 else config.micro_batch
+
+
+def _pass(config: Config) -> int:
+    return _micro_batch(config) or config.batch

@@ -1,10 +1,9 @@
-"""The settings of one training run: one flat dataclass, saved with the run, checked before any work."""
+"""The settings of one training run: one flat dataclass, saved with the run; checks.py refuses what cannot be used."""
 
-import difflib
-import math
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_origin
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 
@@ -16,7 +15,10 @@ BEST_BY = tuple(f"{kind}@{k}" for kind in ("P", "nDCG", "PSP", "PSnDCG", "R") fo
 
 @dataclass(frozen=True)
 class Config:
-    """One run of the end-to-end model. Every field is a flag: `python train/run.py RECIPE --epochs 3`."""
+    """One run. Every field is a flag: `python train/run.py RECIPE --epochs 3`. Lists are words: `--topk 64 128`."""
+
+    model: Literal["end_to_end", "cascade"] = "end_to_end"
+    """end_to_end scores every label in every step (Renee); cascade goes down a label tree to a shortlist (CascadeXML)."""
 
     # ---- data ----
     dataset: str = "docstrings"
@@ -35,12 +37,14 @@ class Config:
     # ---- encoder ----
     encoder: str = "minilm"
     """Hub name or local folder of any Hugging Face encoder; "minilm" is the installed all-MiniLM-L6-v2; "tiny" is a small
-    random one."""
+    random one; "bow" is a bag of words, fast on a CPU and good for short texts."""
     pooling: Literal["mean", "cls"] = "mean"
     bottleneck: int = 0
     """Width of a bias-free linear layer after pooling; 0 is none."""
     dropout: float = 0.2
-    """On the embedding."""
+    """On the embedding (end to end, and the bag of words of either model; a cascade's levels have --embed-drops)."""
+    freeze: int = 0
+    """Layers of the encoder that stay as they are, from the first on, with the embeddings below them."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the encoder's autocast; auto: bf16 where the device multiplies it natively."""
     compile: bool = False
@@ -50,18 +54,68 @@ class Config:
     init_prefix: str = "embedding_labels.encoder.transformer.0.auto_model."
     """What the keys of `init_state` begin with before the encoder's own names; other keys are left alone."""
 
+    # ---- bag of words (--encoder bow) ----
+    bow_width: int = 512
+    """Width of the embedding."""
+    ngrams: int = 2
+    """Words in a row that make a term, at most: 1 takes single words alone."""
+    min_df: int = 2
+    """Training documents that a term must be in."""
+    max_features: int = 0
+    """Terms kept, the most frequent ones; 0 keeps all."""
+    word_dropout: float = 0.0
+    """Share of a text's terms left out in each step."""
+    word_std: float = 1.0
+    """Standard deviation of the first word vectors. Their table is trained by Adam with --encoder-lr and --encoder-decay."""
+
+    # ---- cascade (--model cascade) ----
+    tree: str = ""
+    """A label tree of train/tree.py; by default one is built on first use, from --tree-depths, and kept in --cache."""
+    tree_depths: tuple[int, ...] = (10, 13, 16)
+    """The tree built on first use has 2**d clusters for each d: `10 13 16`."""
+    topk: tuple[int, ...] = ()
+    """Clusters kept after each level of clusters, coarse to fine; by default 128, 256, 512, …"""
+    layers: tuple[str, ...] = ()
+    """Encoder layers that each level reads, coarse to fine, labels last: `5,6 8 10 12`; by default those of CascadeXML, scaled
+    to the depth of the encoder."""
+    embed_drops: tuple[float, ...] = ()
+    """Dropout of each level, coarse to fine, labels last; by default `.2 .25 .4 .5` for four levels, `.3 .3 .4` for three."""
+    rw_loss: tuple[float, ...] = ()
+    """Weight of each level's loss; by default 1 each."""
+    scheme: Literal["auto", "level", "weighted", "path"] = "auto"
+    """Score of a label: its own probability, times its cluster's, or the product from the coarsest cluster on. auto: the one
+    that is best on the validation split at the end of training (weighted without one)."""
+    positives_bound: int = 32
+    """Clusters beyond --topk that a training document with many true ones may keep; those beyond are lost, and counted."""
+    reference_loss: bool = False
+    """Count pads in the mean of the loss as CascadeXML's code does; for comparisons."""
+    head_lr_factor: float = 10.0
+    """Learning rate of the tables and of the linear layer before the coarsest one, in units of --encoder-lr."""
+    schedule: Literal["three_phase", "warmup_cosine"] = "three_phase"
+    """Warm-up, plateau and cool-down with Adam's beta1 moving against them; or warm-up and cosine to 0."""
+    cooldown_epochs: float = 3.0
+    """Length of the last of the three phases."""
+    ema: float = 0.0
+    """Decay of a running mean of the encoder's weights that predictions use; 1 is their plain mean (SWA); 0 is off."""
+    ema_start: float = 0.0
+    """Epochs before that mean begins."""
+
     # ---- label table ----
     table: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     """Number format of the label table; auto: bf16 where the device multiplies it natively, else fp32. fp8 is e4m3 with a
     power-of-two scale per row."""
     bias: bool = False
     """One fp32 bias per label; off in Renee. A table with one cannot serve a maximum-inner-product index."""
-    table_optimizer: Literal["sgd", "adam"] = "sgd"
+    frequency_bias: bool = False
+    """Start each bias at its label's frequency; with Adam the first steps are else spent on learning that labels are rare."""
+    table_optimizer: Literal["auto", "sgd", "adam"] = "auto"
+    """auto: sgd end to end, adam in a cascade (there with one second moment for a row)."""
     momentum: float = 0.9
     """Of the table's SGD; 0 keeps no state at all."""
     state: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of the table's optimizer state."""
     table_decay: float = 1e-4
+    """Of the full table; a cascade's tables take a tenth of --encoder-decay."""
     decoupled: bool = False
     """Weight decay shrinks the table instead of entering its gradient."""
     kahan: bool = False
@@ -73,12 +127,16 @@ class Config:
     micro_batch: int = 0
     """Documents per encoder pass (gradient caching); 0 passes the whole batch at once. Renee's `--accum A` is
     `--micro-batch` = batch / A: the same step within rounding. Its classifier micro-batches are not needed."""
+    accumulate: int = 1
+    """Encoder passes of `batch` documents per update: `--batch 64 --accumulate 4` is `--batch 256 --micro-batch 64`."""
     encoder_lr: float = 2e-4
     table_lr: float = 0.02
-    """The loss is summed over the batch, so this belongs to `batch`: change both in proportion."""
+    """Of the full table. The loss is summed over the batch, so this belongs to `batch`: change both in proportion."""
     encoder_decay: float = 0.01
     warmup: int = 200
-    """Steps of linear warm-up; a cosine to 0 follows."""
+    """Steps of warm-up."""
+    warmup_epochs: float = 0.0
+    """The same in epochs; where it is not 0 it stands in place of `warmup`."""
     clip: float = 0.0
     """Largest norm of the encoder's gradient; 0 is off."""
     loss_every: int = 10
@@ -103,8 +161,7 @@ class Config:
     overwrite: bool = False
     """Replace the run that `output` holds."""
     device: str = "auto"
-    """Where the model is trained: cpu, cuda, cuda:1; auto: cuda where there is one. The ops have kernels for the CPU only
-    so far; on cuda they run on their references, which hold all logits."""
+    """Where the model is trained: cpu, cuda, cuda:1; auto: cuda where there is one."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
 
@@ -135,72 +192,40 @@ def resolved_table(config: Config, device: torch.device) -> str:
     return default_table_dtype(device) if config.table == "auto" else config.table
 
 
+def resolved_optimizer(config: Config) -> str:
+    """The table optimizer that "auto" stands for, or the one named."""
+    auto = "adam" if config.model == "cascade" else "sgd"
+    return auto if config.table_optimizer == "auto" else config.table_optimizer
+
+
 def resolved_state(config: Config) -> str | None:
     """The number format of the table's optimizer state; None where the optimizer keeps none."""
-    return None if config.table_optimizer == "sgd" and config.momentum == 0 else config.state
+    return None if resolved_optimizer(config) == "sgd" and config.momentum == 0 else config.state
 
 
-def check(config: Config, given: Collection[str] = ()) -> None:
-    """Refuses settings that cannot be used, before any work.
+def recorded(config: Config) -> dict[str, Any]:
+    """The settings as config.json holds them."""
+    return dict(json.loads(json.dumps(asdict(config))))
 
-    Args:
-        given: the fields named on the command line, to refuse the ones that would do nothing.
+
+def began_with(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of config.json, also of a run that began before some of them existed: it had what is now their default."""
+    before = recorded(Config()) | dict(settings)
+    if "model" not in settings and before["table_optimizer"] == "sgd":
+        before["table_optimizer"] = "auto"  # there was no auto, and sgd was the default
+    return before
+
+
+def layers_of(config: Config) -> tuple[tuple[int, ...], ...]:
+    """`--layers` as numbers; empty where the encoder's depth decides.
 
     Raises:
-        InputError: the first setting out of range, unknown, contradictory or without effect.
+        InputError: a word that is not one or two numbers.
     """
-    _check_choices(config)
-    for good, name, expected, mend in _ranges(config):
-        if not good:
-            raise InputError(f"--{name.replace('_', '-')}", expected, repr(getattr(config, name)), mend)
-    if config.best_by not in BEST_BY:
-        known = {name.lower(): name for name in BEST_BY}
-        near = difflib.get_close_matches(config.best_by.lower(), known, 1, 0.3)
-        mend = f"did you mean {known[near[0]]}?" if near else f"choose one of {', '.join(BEST_BY)}"
-        raise InputError("--best-by", "a metric", repr(config.best_by), mend)
-    table = resolved_table(config, resolved_device(config.device))
-    for idle, flag, needs, got in _without_effect(config, table, given):
-        if idle:
-            raise InputError(flag, needs, got, "leave it out: it would do nothing")
-    if config.resume and config.overwrite:
-        raise InputError("--resume", "no --overwrite beside it", "both", "go on with the run or replace it: choose one")
-
-
-def _check_choices(config: Config) -> None:
-    for field in fields(config):
-        value: Any = getattr(config, field.name)
-        name = f"--{field.name.replace('_', '-')}"
-        if get_origin(field.type) is Literal and value not in get_args(field.type):
-            raise InputError(name, f"one of {', '.join(get_args(field.type))}", repr(value), "choose one of them")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(name, "a finite number", repr(value), "correct it")
-
-
-def _ranges(config: Config) -> Iterator[tuple[bool, str, str, str]]:
-    for name in ("epochs", "batch", "evaluate_batch", "evaluate_every", "log_every", "top_k", "max_length"):
-        yield getattr(config, name) >= 1, name, "1 or more", "choose a larger one"
-    for name in ("micro_batch", "save_every", "loss_every", "warmup", "clip", "documents", "threads", "bottleneck"):
-        yield getattr(config, name) >= 0, name, "0 or more", "choose 0 to switch it off"
-    for name in ("encoder_lr", "table_lr", "encoder_decay", "table_decay"):
-        yield getattr(config, name) >= 0, name, "0 or more", "choose 0 to switch it off"
-    for name in ("dropout", "momentum"):
-        yield 0 <= getattr(config, name) < 1, name, "from 0 to below 1", "correct it"
-    yield 0 <= config.seed < 2**63, "seed", "an integer from 0 to 2**63 - 1", "choose another"
-    for name in ("dataset", "encoder", "output", "cache"):
-        yield bool(getattr(config, name)), name, "a name", "give one, or leave the flag out"
-
-
-def _without_effect(config: Config, table: str, given: Collection[str]) -> Iterator[tuple[bool, str, str, str]]:
-    """(would do nothing, flag, what it needs, what stands there)."""
-    no_state = config.table_optimizer == "sgd" and config.momentum == 0
-    yield config.kahan and table == "fp32", "--kahan", "a table below fp32", f"--table {config.table}, which is fp32 here"
-    yield config.kahan and table == "fp8", "--kahan", "a table in bf16 or fp16", "--table fp8, which rounds stochastically"
-    yield no_state and config.state != "fp32", "--state", "an optimizer that keeps a state", "SGD without momentum"
-    yield "momentum" in given and config.table_optimizer == "adam", "--momentum", "--table-optimizer sgd", "adam"
-    yield config.decoupled and config.table_decay == 0, "--decoupled", "a table decay", "--table-decay 0"
-    alone = not config.init_state and config.init_prefix != Config.init_prefix
-    yield alone, "--init-prefix", "--init-state beside it", "none"
-    for name in ("documents", "max_length"):
-        folder = config.dataset != "docstrings" and name in given
-        flag = f"--{name.replace('_', '-')}"
-        yield folder, flag, "the built-in corpus", f"the dataset folder {config.dataset}, which fixes its own"
+    out = []
+    for word in config.layers:
+        numbers = word.split(",")
+        if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+            raise InputError("--layers", "one or two layer numbers for each level, as 5,6 8 10 12", repr(word), "correct it")
+        out.append(tuple(int(number) for number in numbers))
+    return tuple(out)

@@ -7,19 +7,19 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from build import open_dataset
-from config import Config
+from config import Config, recorded
 from facts import commit
 from output import MAY_CHANGE, read_json, write_json
 from recipes import RECIPES
 from report import command, print_comparison, say
 from run import train
+from sources import open_dataset
 from xmlkernels import InputError
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.dataset import Dataset
@@ -78,7 +78,7 @@ def trained(config: Config, dataset: Dataset) -> tuple[dict[str, Any], bool]:
 
 def same_settings(before: Mapping[str, Any], config: Config) -> bool:
     """Whether config.json says what this configuration does, in all that shapes the result."""
-    now = asdict(config)
+    now = recorded(config)
     return before.keys() == now.keys() and all(before[key] == now[key] for key in now if key not in MAY_CHANGE)
 
 

@@ -20,5 +20,6 @@ def minilm_folder(where: str) -> str:
 
 
 def source_of(encoder: str, where: str = "--encoder") -> str:
-    """Where the files of an encoder, or of a tokenizer alone, are: "minilm" is the installed one, "tiny" its tokenizer."""
-    return minilm_folder(where) if encoder in ("minilm", "tiny") else encoder
+    """Where the files of an encoder, or of a tokenizer alone, are: "minilm" is the installed one, "tiny" and "bow"
+    take its tokenizer (a bag of words for the built-in corpus alone, whose dataset it does not need)."""
+    return minilm_folder(where) if encoder in ("minilm", "tiny", "bow") else encoder

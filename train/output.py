@@ -5,17 +5,17 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from config import Config
+from config import Config, began_with, recorded
 from report import say
 from xmlkernels import InputError
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import replacing
 from xmlkernels.data.inputs import Inputs
+from xmlkernels.tree.label_tree import LabelTree
 
 # In the order in which they are cleared: while config.json stands, the folder is known as a run that is not finished.
 RUN_FILES = ("metrics.json", "predictions.npz", "log.jsonl", "checkpoint", "config.json")
@@ -49,8 +49,7 @@ class RunFolder:
             say(f"--resume: {self.path}/ holds no run; starting from the beginning")
 
     def _compare(self, before: Mapping[str, Any]) -> None:
-        # A run that began before a setting existed had what is now its default.
-        now, then = asdict(self.config), asdict(Config()) | dict(before)
+        now, then = recorded(self.config), began_with(before)
         for key in now:
             if key not in MAY_CHANGE and then[key] != now[key]:
                 raise InputError(
@@ -70,16 +69,18 @@ class RunFolder:
             return False
         return True
 
-    def begin(self, dataset: Dataset, inputs: Inputs) -> None:
-        """A run from its first step: what an earlier one left goes; settings, inputs and label names are written."""
+    def begin(self, dataset: Dataset, inputs: Inputs, tree: LabelTree | None) -> None:
+        """A run from its first step: what an earlier one left goes; settings, inputs, tree and label names are written."""
         for name in RUN_FILES[:-1]:
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         inner = self.path / "checkpoint"
         self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self._settings, json.dumps(asdict(self.config), indent=1) + "\n")
+        write_text(self._settings, json.dumps(recorded(self.config), indent=1) + "\n")
         inner.mkdir()
         inputs.save(inner)
+        if tree is not None:
+            tree.save(inner)
         if dataset.label_names is not None:
             write_text(inner / "label_names.txt", "".join(f"{name}\n" for name in dataset.label_names))
         self.log_file.touch()

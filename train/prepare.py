@@ -1,7 +1,7 @@
 """Raw files → a dataset folder: `python train/prepare.py --help`.
 
 --tokenizer takes a Hugging Face name, a local folder, or "minilm": the installed all-MiniLM-L6-v2, as train/run.py's
---encoder does. The tokenizer must be the one of the encoder that will be trained.
+--encoder does. The tokenizer must be the one of the encoder that will be trained. --source bow needs none.
 """
 
 import sys
@@ -21,7 +21,8 @@ def main() -> None:
     import tyro
 
     config = tyro.cli(PrepareConfig, prog="train/prepare.py", description=__doc__)
-    dataset = prepare(replace(config, tokenizer=source_of(config.tokenizer, "--tokenizer")), tell)
+    tokenizer = None if config.tokenizer is None else source_of(config.tokenizer, "--tokenizer")
+    dataset = prepare(replace(config, tokenizer=tokenizer), tell)
     print(f"{config.output}: {dataset.num_labels:,} labels, content {dataset.content_hash[:16]}")
 
 

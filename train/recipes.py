@@ -3,8 +3,18 @@
 from dataclasses import replace
 
 from config import Config
+from published import PUBLISHED
 
 _BASE = Config()
+_CASCADE = replace(
+    _BASE, model="cascade", epochs=8, batch=32, encoder_lr=1e-4, encoder_decay=0.01, warmup_epochs=0.5, cooldown_epochs=3.0,
+    embed_drops=(0.2, 0.2, 0.3), top_k=20,
+)  # fmt: skip
+_BOW = replace(
+    _BASE, encoder="bow", bow_width=512, min_df=2, dropout=0.4, encoder_lr=0.04, encoder_decay=0.0, table_optimizer="adam",
+    table_lr=2e-3, table_decay=0.0, bias=True, frequency_bias=True, epochs=6, batch=256, warmup_epochs=0.3, loss_every=10,
+    log_every=100, save_every=0,
+)  # fmt: skip
 
 RECIPES: dict[str, tuple[str, Config]] = {
     "demo": (
@@ -32,4 +42,36 @@ RECIPES: dict[str, tuple[str, Config]] = {
             encoder_lr=1e-3, warmup=10,
         ),
     ),
+    "bow-docstrings": (
+        "A bag of words on the whole built-in corpus: a minute on two cores.",
+        replace(_BOW, output="runs/bow-docstrings"),
+    ),
+    "bow-eurlex57k-titles": (
+        "A bag of words on EURLEX57K titles; prepare the dataset folder with --keep-texts first. A minute on two cores.",
+        replace(_BOW, dataset="cache/eurlex57k-titles", output="runs/bow-eurlex57k-titles"),
+    ),
+    "bow-debian-deps": (
+        "A bag of words on debian-deps; prepare the dataset folder with --keep-texts first.",
+        replace(_BOW, dataset="cache/debian-deps", output="runs/bow-debian-deps"),
+    ),
+    "cascade-tiny": (
+        "A cascade of three levels on a small random encoder and a small part of the built-in corpus: seconds.",
+        replace(
+            _CASCADE, documents=1000, output="runs/cascade-tiny", encoder="tiny", epochs=8, batch=32, max_length=32,
+            precision="fp32", encoder_lr=1e-3, tree_depths=(3, 6), topk=(4, 24), layers=("1", "2", "2"),
+            embed_drops=(0.1, 0.1, 0.1), evaluate_batch=64,
+        ),
+    ),
+    "cascade-docstrings": (
+        "A cascade on the whole built-in corpus, all-MiniLM-L6-v2.",
+        replace(_CASCADE, output="runs/cascade-docstrings", label_text=True, tree_depths=(6, 9), topk=(32, 64)),
+    ),
+    "cascade-eurlex57k": (
+        "A cascade on EURLEX57K titles, all-MiniLM-L6-v2; prepare the dataset folder first.",
+        replace(
+            _CASCADE, dataset="cache/eurlex57k-titles", output="runs/cascade-eurlex57k", label_text=True, tree_depths=(6, 9),
+            topk=(32, 128),
+        ),
+    ),
+    **PUBLISHED,
 }  # fmt: skip

@@ -78,6 +78,9 @@ def print_metrics(report: dict[str, Any], output: Path) -> None:
     rows = {name: report[name] for name in ("validation", "test") if name in report}
     if rows:
         _console.print(metrics_table(title, rows))
+    for name in rows:
+        if "levels" in report[name]:
+            print_levels(name, report[name]["levels"])
     if "macro" in report:
         macro = report["macro"]
         told = ", ".join(
@@ -93,6 +96,26 @@ def print_metrics(report: dict[str, Any], output: Path) -> None:
     )
     if told := ", ".join(f"{report[name]:,} {name.replace('_', ' ')}" for name in SKIPPED if report[name]):
         say(f"note: {told}, where something was not finite")
+    if lost := report.get("lost_positives"):
+        say(f"note: {lost:,} times a true cluster found no place in a training shortlist; --positives-bound makes room")
+
+
+def levels_line(levels: list[dict[str, Any]]) -> str:
+    """What the shortlists kept, on one line."""
+    told = ", ".join(f"{x['shortlist_recall']:.2f}% in {x['kept']:,.0f} of {x['clusters']:,} clusters" for x in levels)
+    return f"   true labels still in the shortlist: {told}"
+
+
+def print_levels(name: str, levels: list[dict[str, Any]]) -> None:
+    """How the clusters of each level fare, and how many true labels were still in the shortlist after it."""
+    table = Table(title=f"{name}: levels of clusters, coarse to fine (percent)", title_justify="left")
+    shown = ("P@1", "P@3", "P@5", "R@5")
+    for column in ("level", "clusters", "kept", *shown, "true labels kept"):
+        table.add_column(column, justify="right")
+    for x in levels:
+        numbers = [f"{x['level']}", f"{x['clusters']:,}", f"{x['kept']:,.1f}", *(f"{x[key]:.2f}" for key in shown)]
+        table.add_row(*numbers, f"{x['shortlist_recall']:.2f}")
+    _console.print(table)
 
 
 def print_deciles(deciles: list[dict[str, Any]]) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from config import Config, check
+from checks import check
+from config import Config
 from recipes import RECIPES
 from report import command
 from session import Session
@@ -35,7 +36,7 @@ def train(config: Config) -> dict[str, Any]:
         run.epoch, run.position = run.epoch + 1, 0
         best = False
         if run.validation is not None and (run.epoch % config.evaluate_every == 0 or run.epoch == config.epochs):
-            metrics, _, _ = run.evaluate(run.validation, k=5)
+            metrics, _ = run.evaluate(run.validation, k=5)
             best = run.improved(metrics)
         run.save(best=best)
     return run.finish()

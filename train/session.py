@@ -4,22 +4,23 @@ import math
 import resource
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from build import build_model, open_dataset, open_inputs, training_batches
+from build import build_model, warmup_steps
 from config import Config, resolved_device
 from facts import Clock, commit, differences, environment
 from output import RunFolder, write_json
-from report import print_metrics, say
+from report import levels_line, print_metrics, say
+from sources import open_dataset, open_inputs, open_tree, training_batches
 from xmlkernels import InputError
 from xmlkernels.checkpoint import rng_state, set_rng_state
 from xmlkernels.data.dataset import Split
-from xmlkernels.data.loader import Batch
 from xmlkernels.data.matrices import write_npz
 from xmlkernels.metrics import decile_table, evaluate, inverse_propensity, macro_metrics
-from xmlkernels.predict import predict_and_loss, score_matrix
+from xmlkernels.models.cascade import Cascade
+from xmlkernels.models.common import Documents
+from xmlkernels.predict import Evaluation, evaluate_split, predict_split, score_matrix
 
 SHOWN = {"val": "validation"}
 
@@ -47,11 +48,14 @@ class Session:
         splits = self.dataset.splits
         self.validation, self.test = splits.get("val"), splits.get("test")
         self.inputs = open_inputs(config, self.dataset)
-        self.batches = training_batches(config, self.dataset, self.inputs)
+        self.tree = open_tree(config, self.dataset)
+        self.batches = training_batches(config, self.dataset, self.inputs, self.tree)
         # Propensities always from the documents themselves, never from the labels' own texts.
         self.inverse_propensity = inverse_propensity(splits["train"].labels, *self.dataset.propensity)
         self.total = len(self.batches) * config.epochs
-        self.model = build_model(config, self.dataset, self.total, self.device)
+        self.model = build_model(
+            config, self.dataset, self.inputs, self.total, self.device, tree=self.tree, epoch=len(self.batches)
+        )
         self.environment = environment(config, self.model)
         self.clock = Clock()
         self.epoch = self.position = self.documents = 0
@@ -61,7 +65,7 @@ class Session:
         if self.folder.resumable:
             self._resume()
         else:
-            self.folder.begin(self.dataset, self.inputs)
+            self.folder.begin(self.dataset, self.inputs, self.tree)
         self._introduce()
 
     def _introduce(self) -> None:
@@ -71,8 +75,14 @@ class Session:
             f"documents, {self.dataset.num_labels:,} labels; table {now['table']}, encoder autocast {now['autocast']}, "
             f"{now['device']}, {now['threads']} threads; {self.total:,} steps"
         )
-        if self.config.warmup >= self.total:
-            say(f"note: warm-up ({self.config.warmup:,} steps) lasts to the end: the learning rate never reaches its peak")
+        if self.tree is not None:
+            levels = " → ".join(f"{size:,}" for size in self.tree.sizes)
+            heads = self.model.heads
+            say(
+                f"label tree {self.tree.content_hash[:12]}: {levels} labels; keeping {', '.join(map(str, heads.topk))} clusters"
+            )
+        if (warmup := warmup_steps(self.config, len(self.batches))) >= self.total:
+            say(f"note: warm-up ({warmup:,} steps) lasts to the end: the learning rate never reaches its peak")
 
     # ---- checkpoints ----
 
@@ -83,6 +93,16 @@ class Session:
             raise InputError(
                 "--resume", f"dataset hash {state['dataset'][:12]}", self.dataset.content_hash[:12],
                 "resume on the data it began with",
+            )  # fmt: skip
+        if state.get("inputs", self.inputs.config()) != self.inputs.config():
+            raise InputError(
+                "--resume", f"inputs {state['inputs']}, as the run began", str(self.inputs.config()),
+                "resume with the packages and data it began with",
+            )  # fmt: skip
+        if (tree := state.get("tree")) != (self.tree and self.tree.content_hash):
+            raise InputError(
+                "--resume", f"label tree {str(tree)[:12]}, as the run began", str(self.tree and self.tree.content_hash)[:12],
+                "resume with the tree it began with, which lies beside its checkpoint",
             )  # fmt: skip
         self.model.load_tensors(tensors)
         set_rng_state(state["rng"])
@@ -107,7 +127,7 @@ class Session:
             "seconds": self.clock.seconds(), "best": self.best, "documents": self.documents,
             "pending": [(float(value), count) for value, count in self.pending],
             "log_bytes": self.folder.sync_log(), "rng": rng_state(), "commits": self.commits,
-            "environment": self.environment,
+            "environment": self.environment, "tree": self.tree and self.tree.content_hash,
         }  # fmt: skip
 
     def save(self, *, best: bool = False) -> None:
@@ -127,10 +147,11 @@ class Session:
 
     # ---- log ----
 
-    def collect(self, loss: Tensor, batch: Batch) -> None:
+    def collect(self, loss: Tensor, batch: Documents) -> None:
         self.documents += len(batch)
         if loss.numel():
-            self.pending.append((loss, len(batch)))
+            # Per document: a sum over the batch as it is, a mean once for each document.
+            self.pending.append((loss if self.model.sums_loss else loss * len(batch), len(batch)))
 
     def log_progress(self) -> None:
         """One line to the log and one to the terminal: the mean of the finite losses since the last, speed, skipped steps."""
@@ -143,28 +164,52 @@ class Session:
             "documents_per_second": speed, "seconds": seconds, **self._skipped(),
         }  # fmt: skip
         self.folder.log(line)
-        told = "" if loss is None else f"  loss {loss:.3f} per document"
+        told = "" if loss is None else f"  loss {loss:.3f} per document" if self.model.sums_loss else f"  loss {loss:.5f}"
         say(f"step {line['step']:,}  epoch {line['epoch']:.2f}{told}  {speed:.0f} documents/s")
         self.pending, self.marked = [], (self.documents, seconds)
 
     def _skipped(self) -> dict[str, int]:
         model = self.model
-        return {"skipped_steps": int(model.skipped_steps), "skipped_encoder_steps": int(model.skipped_encoder_steps)}
+        found = {"skipped_steps": int(model.skipped_steps), "skipped_encoder_steps": int(model.skipped_encoder_steps)}
+        return found | ({"lost_positives": int(model.lost_positives.sum())} if isinstance(model, Cascade) else {})
 
     # ---- evaluation ----
 
-    def evaluate(self, split: Split, k: int) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
-        """Metrics in percent and the loss, and the predictions they came from (logits [N, k], labels [N, k])."""
+    def evaluate(self, split: Split, k: int) -> tuple[dict[str, Any], Evaluation]:
+        """Metrics in percent, the loss and, of a cascade, `levels`; and the predictions they came from."""
         with self.clock.on("evaluate"):
-            values, rows, loss = predict_and_loss(
-                self.model, split, k, batch_size=self.config.evaluate_batch, inputs=self.inputs
-            )
-            metrics = evaluate(rows, split.labels, self.inverse_propensity) | {"loss": loss}
+            found = evaluate_split(self.model, split, k, batch_size=self.config.evaluate_batch, inputs=self.inputs)
+            metrics: dict[str, Any] = evaluate(found.labels, split.labels, self.inverse_propensity)
+        metrics |= {"loss": found.loss} | ({"levels": found.levels} if found.levels else {})
         name, content = SHOWN.get(split.name, split.name), self.dataset.content_hash
         self.folder.log({"step": self.model.steps, "epoch": self.epoch, "split": name, **metrics, "dataset": content})
         shown = "  ".join(f"{key} {metrics[key]:.2f}" for key in ("P@1", "P@3", "P@5", "nDCG@5", "PSP@5"))
-        say(f"{name} after epoch {self.epoch}: {shown}  loss {loss:.3f}  (dataset {content[:12]})")
-        return metrics, values, rows
+        loss = f"{found.loss:.3f}" if self.model.sums_loss else f"{found.loss:.5f}"
+        say(f"{name} after epoch {self.epoch}: {shown}  loss {loss}  (dataset {content[:12]})")
+        if found.levels:
+            say(levels_line(found.levels))
+        return metrics, found
+
+    def _choose_scheme(self) -> str | None:
+        """The score of a label that does best on the validation split; written into the best checkpoint too."""
+        model, by = self.model, self.config.best_by
+        if not isinstance(model, Cascade):
+            return None
+        if self.config.scheme == "auto" and self.validation is not None:
+            found = {}
+            for scheme in ("weighted", "level", "path"):  # of equals the first
+                model.heads.use_scheme(scheme)
+                with self.clock.on("evaluate"):
+                    _, labels = predict_split(
+                        model, self.validation, 5, batch_size=self.config.evaluate_batch, inputs=self.inputs
+                    )
+                    found[scheme] = evaluate(labels, self.validation.labels, self.inverse_propensity)[by]
+            model.heads.use_scheme(max(found, key=lambda scheme: found[scheme]))
+            tensors, state = self.folder.checkpoints.load("best")
+            self.folder.checkpoints.save_best(tensors, state | {"model": model.config()})
+            told = ", ".join(f"{scheme} {value:.2f}" for scheme, value in found.items())
+            say(f"--scheme auto: {model.heads.scheme} is best by validation {by} ({told})")
+        return model.heads.scheme
 
     def _put_best(self) -> dict[str, float]:
         """The best checkpoint by validation into the model; without a validation split the last step is the best."""
@@ -185,15 +230,19 @@ class Session:
         self.clock.start(None)
         report: dict[str, Any] = {"dataset": self.dataset.name, "dataset_hash": self.dataset.content_hash}
         report["best"] = self._put_best()
+        if scheme := self._choose_scheme():
+            report |= {"scheme": scheme, "tree": self.tree and self.tree.content_hash}
         for split in (self.validation, self.test):
             if split is None:
                 continue
-            metrics, values, rows = self.evaluate(split, self.config.top_k)
+            metrics, found = self.evaluate(split, self.config.top_k)
             report[SHOWN.get(split.name, split.name)] = metrics
             if split is self.test or self.test is None:
-                write_npz(self.folder.path / "predictions.npz", score_matrix(values, rows, self.dataset.num_labels))
-                report["macro"] = macro_metrics(rows, split.labels)
-                report["deciles"] = decile_table(rows, split.labels, self.dataset.splits["train"].labels)
+                write_npz(
+                    self.folder.path / "predictions.npz", score_matrix(found.values, found.labels, self.dataset.num_labels)
+                )
+                report["macro"] = macro_metrics(found.labels, split.labels)
+                report["deciles"] = decile_table(found.labels, split.labels, self.dataset.splits["train"].labels)
         if self.validation is None and self.test is None:
             say("no validation and no test split: no metrics and no predictions.npz")
         report |= counters | {

@@ -1,4 +1,4 @@
-"""The encoder's optimizer, its schedule, gradient clipping and the loss scaler; none of them waits for the device.
+"""The encoder's optimizer, its schedules, weight averages, gradient clipping and the loss scaler; none waits for the device.
 
 Sources: AdamW (Loshchilov & Hutter, ICLR 2019); dynamic loss scaling (Micikevicius et al., ICLR 2018, §3.2).
 """
@@ -6,7 +6,8 @@ Sources: AdamW (Loshchilov & Hutter, ICLR 2019); dynamic loss scaling (Micikevic
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -94,6 +95,34 @@ def warmup_cosine(step: int, warmup: int, total: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
+def three_phase(step: int, warmup: int, total: int, cooldown: int) -> tuple[float, float]:
+    """Factor of the learning rate and beta1 in step 0, 1, …, total − 1: the one-cycle policy with a plateau.
+
+    Phase 1 rises by a cosine from 1/10 to 1 and ends in step warmup − 1; phase 2 stays at 1 until step
+    total − cooldown − 2; phase 3 falls by a cosine to 1/1000 in step total − 1, where it stays. beta1 runs against it:
+    0.95 → 0.85, 0.85, 0.85 → 0.95. Sources: Smith (2018), 1803.09820; the phases are CascadeXML's (NeurIPS 2022).
+
+    Args:
+        step: updates done so far, not batches: with gradient accumulation several batches make one.
+        warmup, total, cooldown: steps; a cooldown that reaches into the warm-up begins where that ends.
+
+    Raises:
+        InputError: a negative step, warm-up or cooldown, total < 1, or a warm-up beyond `total`.
+    """
+    if min(step, warmup, cooldown) < 0 or total < 1 or warmup > total:
+        got = f"step {step}, warmup {warmup}, cooldown {cooldown}, total {total}"
+        raise InputError("schedule", "step, warmup and cooldown ≥ 0, total ≥ 1, warmup ≤ total", got, "correct it")
+    rise, last = warmup - 1, total - 1
+    plateau = max(rise, last - cooldown - 1, 0)
+    if step < rise:
+        share = 0.5 * (1.0 - math.cos(math.pi * step / rise))
+        return 0.1 + 0.9 * share, 0.95 - 0.1 * share
+    if step <= plateau:
+        return 1.0, 0.85
+    share = 0.5 * (1.0 - math.cos(math.pi * min(1.0, (step - plateau) / (last - plateau)))) if last > plateau else 1.0
+    return 1.0 - 0.999 * share, 0.85 + 0.1 * share
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, base_lrs: Sequence[float], factor: float) -> None:
     """Set the rate of group i to base_lrs[i]·factor; a rate held in a tensor is filled in place.
 
@@ -121,6 +150,53 @@ def clip_gradients(params: Iterable[torch.Tensor], max_norm: float) -> torch.Ten
     if not max_norm > 0:
         raise InputError("max_norm", "a number > 0", str(max_norm), "correct it, or do not clip")
     return nn.utils.clip_grad_norm_(params, max_norm, error_if_nonfinite=False)
+
+
+class WeightAverage:
+    """A running mean of parameters, beside them: exponential (EMA) or plain (SWA, Izmailov et al., UAI 2018).
+
+    The n-th update (from 0) moves the mean by max(1 − decay, 1/(n + 1)) towards the parameters: it begins as their plain mean,
+    so no start value lingers, and goes on as an EMA; with decay = 1 it stays the plain mean.
+
+    Args:
+        params: the parameters, in an order that stays.
+        decay: in (0, 1].
+
+    Raises:
+        InputError: decay is out of range.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], decay: float) -> None:
+        if not 0 < decay <= 1:
+            raise InputError("weight average", "a decay in (0, 1], 1 for the plain mean", str(decay), "correct it")
+        self.params, self.decay, self.count = list(params), decay, 0
+        self.means = [p.detach().clone() for p in self.params]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes in the parameters as they are."""
+        torch._foreach_lerp_(self.means, [p.detach() for p in self.params], max(1 - self.decay, 1 / (self.count + 1)))
+        self.count += 1
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """The means stand in the parameters inside (no copy: the memory is exchanged); nothing before the first update."""
+        if self.count == 0:
+            yield
+            return
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for i, p in enumerate(self.params):
+            p.data, self.means[i] = self.means[i], p.data
+
+    def move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply a module's `_apply` function (a move to a device) to the means."""
+        self.means = [fn(mean) for mean in self.means]
 
 
 class LossScaler:

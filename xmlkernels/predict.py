@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +21,19 @@ from torch import Tensor
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.dataset import Split
 from xmlkernels.data.inputs import Inputs, load_inputs
-from xmlkernels.data.loader import Batch, Batches
-from xmlkernels.models.common import Model, arrangement, model_config, tree_of
+from xmlkernels.data.loader import Batches
+from xmlkernels.levels import LevelScores
+from xmlkernels.models.cascade import Cascade
+from xmlkernels.models.common import Documents, Model, arrangement, model_config, tree_of
 from xmlkernels.models.restore import restored
 
 _AHEAD = 16  # batches of texts read ahead, so that texts of like length share a batch
 _TRAINING_ONLY = ("optimizer.", "scaler.", "head.momentum", "head.second", "head.kahan")
+_TRAINING_ENDS = (".momentum", ".second")  # of a cascade's tables and of a bag of words'
+
+
+def _for_prediction(name: str) -> bool:
+    return not name.startswith(_TRAINING_ONLY) and not name.endswith(_TRAINING_ENDS)
 
 
 class CheckpointWarning(UserWarning):
@@ -78,8 +86,8 @@ class Predictor:
             which = "best" if checkpoints.exists("best") or not checkpoints.exists("last") else "last"
             if which == "last":
                 warnings.warn(f"{path} holds no best checkpoint yet; the last one is used", CheckpointWarning, stacklevel=2)
-        tensors, state = checkpoints.load(which, keep=lambda name: not name.startswith(_TRAINING_ONLY))
-        model = restored(model_config(state))
+        tensors, state = checkpoints.load(which, keep=_for_prediction)
+        model = restored(model_config(state), tensors)
         model.load_tensors(tensors)
         names = path / "label_names.txt"
         label_names = names.read_text("utf-8").split("\n")[:-1] if names.exists() else None
@@ -134,54 +142,85 @@ def predict_split(
     Returns:
         Logits fp32 [N, k] and labels int64 [N, k]; -inf and -1 where there are fewer than k labels.
     """
-    values, rows, _ = _walk(model, split, k, batch_size, inputs, need_loss=False)
+    count = split.labels.shape[0]
+    values, rows = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
+    for batch, exclude in evaluation_batches(model, split, batch_size, inputs):
+        index = batch.index.cpu().numpy()
+        values[index], rows[index] = (t.cpu().numpy() for t in model.predict(batch, k, exclude))
     return values, rows
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one pass over a split gives.
+
+    Attributes:
+        values, labels: logits fp32 [N, k] and labels int64 [N, k], as of `predict_split`.
+        loss: per document: of the end-to-end model summed over all labels, of a cascade the mean over candidates.
+        levels: of a cascade, see `LevelScores.result`; else empty.
+    """
+
+    values: np.ndarray
+    labels: np.ndarray
+    loss: float
+    levels: list[dict[str, Any]]
+
+
+def evaluate_split(model: Model, split: Split, k: int, *, batch_size: int = 256, inputs: Inputs | None = None) -> Evaluation:
+    """Predictions, loss and, of a cascade, what each level contributes, for one pass of the encoder."""
+    count = split.labels.shape[0]
+    values, labels = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
+    scores = LevelScores(model, split.labels) if isinstance(model, Cascade) else None
+    total = 0.0
+    for batch, exclude in evaluation_batches(model, split, batch_size, inputs):
+        index = batch.index.cpu().numpy()
+        if isinstance(model, Cascade) and scores is not None:
+            levels, loss = model.levels_and_loss(batch, max(k, 5), exclude)
+            scores.add(index, levels)
+            best, ids = levels[-1].values[:, :k], levels[-1].nodes[:, :k]
+        else:
+            best, ids, loss = model.predict_and_loss(batch, k, exclude)
+        values[index], labels[index] = best.cpu().numpy(), ids.cpu().numpy()
+        total += float(loss) * (1 if model.sums_loss else len(batch))
+    return Evaluation(values, labels, total / max(1, count), scores.result() if scores is not None else [])
 
 
 def predict_and_loss(
     model: Model, split: Split, k: int, *, batch_size: int = 256, inputs: Inputs | None = None
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """What `predict_split` and `mean_loss` give, for one pass of the encoder."""
-    return _walk(model, split, k, batch_size, inputs, need_loss=True)
+    found = evaluate_split(model, split, k, batch_size=batch_size, inputs=inputs)
+    return found.values, found.labels, found.loss
 
 
 def mean_loss(model: Model, split: Split, *, batch_size: int = 256, inputs: Inputs | None = None) -> float:
-    """The loss of a split averaged over documents: of the end-to-end model, binary cross-entropy summed over all labels."""
-    return _walk(model, split, 1, batch_size, inputs, need_loss=True)[2]
+    """The loss of a split averaged over documents; see `Evaluation`."""
+    return evaluate_split(model, split, 1, batch_size=batch_size, inputs=inputs).loss
 
 
-@torch.no_grad()
-def _walk(
-    model: Model, split: Split, k: int, batch_size: int, inputs: Inputs | None, *, need_loss: bool
-) -> tuple[np.ndarray, np.ndarray, float]:
-    count = split.labels.shape[0]
-    values, rows = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
-    total = 0.0
-    for batch, exclude in evaluation_batches(model, split, batch_size, inputs):
-        if need_loss:
-            *got, loss = model.predict_and_loss(batch, k, exclude)
-            total += float(loss) * (1 if model.sums_loss else len(batch))
-        else:
-            got = list(model.predict(batch, k, exclude))
-        index = batch.index.cpu().numpy()
-        values[index], rows[index] = (t.cpu().numpy() for t in got)
-    return values, rows, total / max(1, count)
+def embed_split(model: Model, split: Split, *, batch_size: int = 256, inputs: Inputs | None = None) -> np.ndarray:
+    """fp32 [N, D]: what the label table meets of every document of a split."""
+    out = np.empty((split.labels.shape[0], 0), np.float32)
+    for batch, _ in evaluation_batches(model, split, batch_size, inputs):
+        found = model.embed(batch).cpu().numpy()
+        if out.shape[1] != found.shape[1]:
+            out = np.empty((split.labels.shape[0], found.shape[1]), np.float32)
+        out[batch.index.cpu().numpy()] = found
+    return out
 
 
 def evaluation_batches(
     model: Model, split: Split, batch_size: int, inputs: Inputs | None = None
-) -> Iterator[tuple[Batch, Tensor | None]]:
+) -> Iterator[tuple[Documents, Tensor | None]]:
     """Every document of a split once, on the model's device and with the model in evaluation mode until the end.
 
     Yields:
         A batch with positives as the model wants them, and its filter pairs int64 [B, E] (-1 pads) or None.
     """
     wanted = arrangement(tree_of(model))
-    made = (
-        Batches(split, batch_size, shuffle=False, **wanted)
-        if inputs is None
-        else inputs.batches(split, batch_size, shuffle=False, **wanted)
-    )
+    made: Any = Batches(split, batch_size, shuffle=False, **wanted) if inputs is None else None
+    if inputs is not None:
+        made = inputs.batches(split, batch_size, shuffle=False, **wanted)
     pairs = split.filter_pairs[np.lexsort((split.filter_pairs[:, 1], split.filter_pairs[:, 0]))]
     was_training = model.training
     model.eval()
@@ -193,7 +232,7 @@ def evaluation_batches(
         model.train(was_training)
 
 
-def _excluded(batch: Batch, pairs: np.ndarray) -> Tensor | None:
+def _excluded(batch: Documents, pairs: np.ndarray) -> Tensor | None:
     """Filter pairs of a batch's documents as int64 [B, E], -1 pads; None when there are none."""
     index = batch.index.numpy()
     first, last = np.searchsorted(pairs[:, 0], index), np.searchsorted(pairs[:, 0], index, "right")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from xmlkernels.data.dataset import write_label_names, write_split
-from xmlkernels.data.formats import drop_unlabelled
+from xmlkernels.data.dataset import FEATURES, LABEL_FEATURES
+from xmlkernels.data.dataset_writer import write_label_names, write_split
+from xmlkernels.data.formats import drop_unlabelled, write_npz
 from xmlkernels.data.sources import Raw, RawSplit
 from xmlkernels.data.token_store import TokenStore, from_padded_map
 from xmlkernels.data.tokens import Tokenizer, tokenize_to_file
@@ -45,7 +46,7 @@ def choose_rows(raw: Raw, *, drop: tuple[str, ...], validation_share: float, see
 
 
 def write_splits(
-    raw: Raw, tokenizer: Tokenizer, max_length: int, folder: Path, *, keep_texts: bool, tell: Tell
+    raw: Raw, tokenizer: Tokenizer | None, max_length: int, folder: Path, *, keep_texts: bool, tell: Tell
 ) -> dict[str, dict[str, int]]:
     """Write every split into `folder`; returns its counts for the manifest.
 
@@ -61,32 +62,50 @@ def write_splits(
             labels.data[:] = 1
         pairs = np.unique(split.filter_pairs, axis=0)
         write_split(folder, name, labels, pairs, split.texts if keep_texts else None)
-        store = _write_tokens(folder / name / "tokens.bin", name, split, tokenizer, max_length, tell)
         counts[name] = {
             "documents": labels.shape[0],
             "positives": int(labels.nnz),
             "unlabelled": int((np.diff(labels.indptr) == 0).sum()),
             "filter_pairs": len(pairs),
-            "tokens": store.header.tokens,
-            "at_max_length": int((store.lengths == max_length).sum()),
+            **_write_documents(folder / name, name, split, tokenizer, max_length, tell),
         }
         tell(_told(name, counts[name]))
     return counts
 
 
+def _write_documents(
+    folder: Path, name: str, split: RawSplit, tokenizer: Tokenizer | None, max_length: int, tell: Tell
+) -> dict[str, int]:
+    """Write the documents' tokens, or their features where there is no tokenizer; returns what is counted of them."""
+    if tokenizer is None:
+        assert split.features is not None
+        write_npz(folder / FEATURES, split.features)
+        return {"words": int(split.features.nnz)}
+    store = _write_tokens(folder / "tokens.bin", name, split, tokenizer, max_length, tell)
+    return {"tokens": store.header.tokens, "at_max_length": int((store.lengths == max_length).sum())}
+
+
 def _told(name: str, count: dict[str, int]) -> str:
     documents = max(1, count["documents"])
+    if "words" in count:
+        length = f"{count['words'] / documents:.1f} words each"
+    else:
+        share = count["at_max_length"] / documents
+        length = f"{count['tokens'] / documents:.1f} tokens each ({share:.1%} at the maximum)"
     return (
         f"{name}: {count['documents']:,} documents, {count['positives'] / documents:.2f} labels each "
-        f"({count['unlabelled']:,} without), {count['tokens'] / documents:.1f} tokens each "
-        f"({count['at_max_length'] / documents:.1%} at the maximum)"
+        f"({count['unlabelled']:,} without), {length}"
     )
 
 
-def write_labels(raw: Raw, tokenizer: Tokenizer, max_length: int, folder: Path, *, tell: Tell) -> None:
-    """Write label names, and tokens of the label texts, where there are any."""
+def write_labels(raw: Raw, tokenizer: Tokenizer | None, max_length: int, folder: Path, *, tell: Tell) -> None:
+    """Write label names, and tokens or features of the label texts, where there are any."""
     if raw.label_names is not None:
         write_label_names(folder, raw.label_names)
+    if raw.label_features is not None:
+        write_npz(folder / LABEL_FEATURES, raw.label_features)
+    if tokenizer is None:
+        return
     if raw.label_maps is not None or raw.label_texts is not None:
         labels = RawSplit(raw.label_texts, raw.splits["train"].labels, maps=raw.label_maps)
         _write_tokens(folder / "label_tokens.bin", "label texts", labels, tokenizer, max_length, tell)

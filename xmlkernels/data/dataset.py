@@ -7,19 +7,17 @@
     label_tokens.bin         tokens of the label texts, for label-text augmentation (optional)
     tokenizer/               the tokenizer that made the tokens
     {train,val,test}/        tokens.bin · labels.npz (scipy CSR) · filter.npy (int64 pairs) · texts.jsonl (optional)
+
+A dataset of bags of words has {train,val,test}/features.npz and label_features.npz (optional) in place of tokens and
+tokenizer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-import secrets
-import shutil
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,28 +27,46 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import csr_matrix
 
+from xmlkernels.data.matrices import read_npz
 from xmlkernels.data.token_store import TokenStore
 from xmlkernels.errors import InputError
 
 FORMAT = "xmlkernels-dataset"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+FEATURES, LABEL_FEATURES = "features.npz", "label_features.npz"
 SPLITS = ("train", "val", "test")
 PREPARE_AGAIN = "prepare the data again"
 
 
 @dataclass(frozen=True)
 class Split:
-    """Documents of one split: tokens (N rows), labels CSR [N, L], pairs (document, label) never to be predicted."""
+    """Documents of one split: their tokens or features (N rows), labels CSR [N, L], pairs (document, label) never to be
+    predicted."""
 
     name: str
     folder: Path
-    tokens: TokenStore
+    documents: TokenStore | csr_matrix
     labels: csr_matrix
     filter_pairs: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return int(self.labels.shape[0])
+
+    @property
+    def tokens(self) -> TokenStore:
+        """The documents' tokens. InputError where the dataset holds bags of words."""
+        if isinstance(self.documents, TokenStore):
+            return self.documents
+        raise no_tokens(self.folder)
+
+    @property
+    def features(self) -> csr_matrix:
+        """The documents' bags of words, CSR fp32 [N, V]. InputError where the dataset holds tokens."""
+        if not isinstance(self.documents, TokenStore):
+            return self.documents
+        mend = "prepare it from a bag-of-words file with --source bow, or vectorise its texts"
+        raise InputError(str(self.folder), "a dataset of bags of words", "one of tokens", mend)
 
     @cached_property
     def texts(self) -> list[str]:
@@ -70,21 +86,48 @@ class Dataset:
     Attributes:
         splits: `train` and, where prepared, `val` and `test`.
         label_tokens: tokens of the L label texts, or None.
+        label_features: bags of words of the L label texts, CSR fp32 [L, V], or None.
+        vocabulary: V of a dataset of bags of words; None for one of tokens.
         manifest: what manifest.json says.
     """
 
     def __init__(
-        self, folder: Path, manifest: dict[str, Any], splits: dict[str, Split], label_tokens: TokenStore | None
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        splits: dict[str, Split],
+        label_tokens: TokenStore | None,
+        label_features: csr_matrix | None = None,
     ) -> None:
-        self.folder, self.manifest, self.splits, self.label_tokens = folder, manifest, splits, label_tokens
+        self.folder, self.manifest, self.splits = folder, manifest, splits
+        self.label_tokens, self.label_features = label_tokens, label_features
         self.name: str = manifest["name"]
         self.num_labels: int = manifest["num_labels"]
         self.propensity: tuple[float, float] = (manifest["propensity"]["A"], manifest["propensity"]["B"])
         self.content_hash: str = manifest["content_hash"]
         self.key: str = manifest["key"]
-        self.max_length: int = manifest["tokenizer"]["max_length"]
-        self.tokenizer_hash: str = manifest["tokenizer"]["hash"]
-        self.tokenizer_folder = folder / "tokenizer"
+        self.vocabulary: int | None = manifest.get("vocabulary")
+
+    def _tokenizer(self) -> dict[str, Any]:
+        if self.vocabulary is not None:
+            raise no_tokens(self.folder)
+        return dict(self.manifest["tokenizer"])
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest text at most; like the two below, InputError where the dataset holds bags of words."""
+        return int(self._tokenizer()["max_length"])
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """Hash of the tokenizer that made the tokens."""
+        return str(self._tokenizer()["hash"])
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where that tokenizer is."""
+        self._tokenizer()
+        return self.folder / "tokenizer"
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = False) -> Dataset:
@@ -100,10 +143,12 @@ class Dataset:
         for name, facts in manifest["files"].items():
             _check_file(folder / name, facts, verify)
         splits = {name: _open_split(folder, name, manifest) for name in manifest["splits"]}
-        label_tokens = None
+        label_tokens = label_features = None
         if "label_tokens.bin" in manifest["files"]:
             label_tokens = _open_tokens(folder / "label_tokens.bin", manifest["num_labels"], manifest)
-        return cls(folder, manifest, splits, label_tokens)
+        if LABEL_FEATURES in manifest["files"]:
+            label_features = _open_features(folder / LABEL_FEATURES, (manifest["num_labels"], manifest["vocabulary"]))
+        return cls(folder, manifest, splits, label_tokens, label_features)
 
     @cached_property
     def label_names(self) -> list[str] | None:
@@ -117,11 +162,10 @@ class Dataset:
         return names
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+def no_tokens(folder: Path) -> InputError:
+    """The error for tokens wanted of a dataset that has none."""
+    mend = "train with --encoder bow, or prepare the dataset from texts with --tokenizer"
+    return InputError(str(folder), "a dataset of tokens", "one of bags of words", mend)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -146,99 +190,6 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def write_split(
-    folder: Path,
-    name: str,
-    labels: csr_matrix,
-    filter_pairs: np.ndarray,
-    texts: Sequence[str] | None = None,
-) -> None:
-    """Write labels [N, L], filter pairs [n, 2] and texts of one split; its tokens.bin is written apart."""
-    target = folder / name
-    target.mkdir(parents=True, exist_ok=True)
-    sparse.save_npz(target / "labels.npz", labels)
-    np.save(target / "filter.npy", np.asarray(filter_pairs, np.int64).reshape(-1, 2))
-    if texts is not None:
-        with open(target / "texts.jsonl", "w", encoding="ascii", newline="\n") as file:
-            file.writelines(json.dumps(text) + "\n" for text in texts)
-
-
-def write_label_names(folder: Path, names: Sequence[str]) -> None:
-    """One name a line; a line break inside a name becomes a space."""
-    with open(folder / "label_names.txt", "w", encoding="utf-8", newline="\n") as file:
-        file.writelines(re.sub(r"[\r\n]+", " ", name) + "\n" for name in names)
-
-
-def write_manifest(
-    folder: Path,
-    *,
-    name: str,
-    key: str,
-    num_labels: int,
-    propensity: tuple[float, float],
-    tokenizer: Mapping[str, Any],
-    splits: Mapping[str, Mapping[str, int]],
-    source: Mapping[str, Any],
-) -> None:
-    """Hash and fsync every file of the folder, then write the manifest over them.
-
-    Args:
-        key: what decides whether a folder can be reused (a hash of inputs and settings).
-        tokenizer: `name`, `hash`, `max_length`.
-        splits: per split its counts: `documents`, `positives`, `unlabelled`, `filter_pairs`.
-        source: where the data came from; kept for the reader, never interpreted.
-    """
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
-    facts = {"num_labels": num_labels, "propensity": dict(zip("AB", propensity, strict=True))}
-    content = hashlib.sha256(json.dumps([facts, files], sort_keys=True).encode()).hexdigest()
-    manifest = {"format": FORMAT, "version": FORMAT_VERSION, "name": name, "key": key, "content_hash": content, **facts}
-    manifest |= {"tokenizer": dict(tokenizer), "splits": dict(splits), "source": dict(source), "files": files}
-    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
-        file.write(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    for inner in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        sync_folder(inner)
-
-
-@contextmanager
-def building(output: Path, *, replace: bool) -> Iterator[Path]:
-    """A new folder that takes the place of `output` when the block ends well, and vanishes when it does not.
-
-    Args:
-        replace: whether a dataset folder that stands there goes; the new one is whole before the old one moves.
-
-    Raises:
-        InputError: the folder cannot be made, or another process put one there meanwhile.
-    """
-    output = output.resolve()
-    folder = output.with_name(f".{output.name}.{secrets.token_hex(6)}.part")
-    old = folder.with_suffix(".old")
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(str(output), "a place to make a folder", str(error.strerror), "choose another") from error
-    try:
-        yield folder
-        if replace and output.exists():
-            os.rename(output, old)
-        try:
-            os.rename(folder, output)
-        except OSError as error:
-            if old.exists():
-                os.rename(old, output)
-            raise InputError(str(output), "nothing there", "a folder made meanwhile", "run the command again") from error
-        sync_folder(output.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def _check_file(path: Path, facts: Mapping[str, Any], verify: bool) -> None:
     if not path.is_file():
         raise InputError(str(path), "a file the manifest names", "no such file", PREPARE_AGAIN)
@@ -261,6 +212,10 @@ def _open_tokens(path: Path, rows: int, manifest: Mapping[str, Any]) -> TokenSto
     return store
 
 
+def _open_features(path: Path, shape: tuple[int, int]) -> csr_matrix:
+    return read_npz(path, rows=shape[0], cols=shape[1])
+
+
 def _open_split(folder: Path, name: str, manifest: Mapping[str, Any]) -> Split:
     documents, labels_count = manifest["splits"][name]["documents"], manifest["num_labels"]
     inside = folder / name
@@ -276,4 +231,9 @@ def _open_split(folder: Path, name: str, manifest: Mapping[str, Any]) -> Split:
         raise InputError(str(inside / "filter.npy"), "int64 pairs [n, 2]", f"{pairs.dtype} {pairs.shape}", PREPARE_AGAIN)
     if pairs.size and (pairs.min() < 0 or (pairs.max(axis=0) >= labels.shape).any()):
         raise InputError(str(inside / "filter.npy"), f"pairs inside {labels.shape}", str(pairs.max(axis=0)), PREPARE_AGAIN)
-    return Split(name, inside, _open_tokens(inside / "tokens.bin", documents, manifest), labels, pairs)
+    found: TokenStore | csr_matrix
+    if manifest.get("vocabulary") is not None:
+        found = _open_features(inside / FEATURES, (documents, manifest["vocabulary"]))
+    else:
+        found = _open_tokens(inside / "tokens.bin", documents, manifest)
+    return Split(name, inside, found, labels, pairs)

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from scipy.sparse import csr_matrix
 
+from xmlkernels.data.bow import Vectorizer, bag_text_batches
 from xmlkernels.data.dataset import Dataset, Split
-from xmlkernels.data.loader import Batch, Batches, text_batches
+from xmlkernels.data.loader import BagBatch, BagBatches, Batch, Batches, text_batches
 from xmlkernels.data.tokens import Tokenizer, load_tokenizer
 from xmlkernels.errors import InputError
 
@@ -27,7 +29,7 @@ class Inputs(Protocol):
         label_text: bool = False,
         order: np.ndarray | None = None,
         ancestors: Sequence[np.ndarray] = (),
-    ) -> Batches:
+    ) -> Batches | BagBatches:
         """Batches of a split.
 
         Args:
@@ -37,7 +39,9 @@ class Inputs(Protocol):
             ancestors: the cluster of each table row, int64 [L], one array for each level of clusters.
         """
 
-    def text_batches(self, texts: Iterable[str], batch_size: int, *, window: int = 1, prefetch: int = 2) -> Iterator[Batch]:
+    def text_batches(
+        self, texts: Iterable[str], batch_size: int, *, window: int = 1, prefetch: int = 2
+    ) -> Iterator[Batch] | Iterator[BagBatch]:
         """Batches of raw texts, read as they are used; see `xmlkernels.data.loader.text_batches`."""
 
     def save(self, folder: Path) -> None:
@@ -86,6 +90,83 @@ class TokenInputs:
         return {"kind": "tokens", "max_length": self.max_length}
 
 
+class BowInputs:
+    """Bags of words: TF-IDF of a text's words, by a vocabulary learnt of the training texts, or a dataset's own features.
+
+    Args:
+        dataset: where the labels' own texts (their names) are taken from; None for serving alone.
+        vectorizer: fitted; None for a dataset of bags of words, whose columns nobody can make from a text.
+        features: of splits that are vectorised already, by name; others are vectorised on first use and kept.
+    """
+
+    def __init__(
+        self, dataset: Dataset | None, vectorizer: Vectorizer | None, features: Mapping[str, csr_matrix] | None = None
+    ) -> None:
+        self.dataset, self.vectorizer, self._features = dataset, vectorizer, dict(features or {})
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        if self.vectorizer is not None:
+            return len(self.vectorizer)
+        return 0 if self.dataset is None else int(self.dataset.vocabulary or 0)
+
+    @classmethod
+    def fitted(cls, dataset: Dataset, vectorizer: Vectorizer) -> BowInputs:
+        """Learns the vocabulary of the dataset's training texts.
+
+        Raises:
+            InputError: the dataset was prepared without its texts, or no word is frequent enough.
+        """
+        return cls(dataset, vectorizer, {"train": vectorizer.fit(dataset.splits["train"].texts)})
+
+    def features(self, split: Split) -> csr_matrix:
+        """CSR fp32 [N, V] of a split. InputError where the dataset was prepared without keeping them."""
+        if self.vectorizer is None:
+            return split.features
+        if split.name not in self._features:
+            self._features[split.name] = self.vectorizer.transform(split.texts)
+        return self._features[split.name]
+
+    def batches(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        label_text: bool = False,
+        order: np.ndarray | None = None,
+        ancestors: Sequence[np.ndarray] = (),
+    ) -> BagBatches:
+        own = self.label_features() if label_text else None
+        if label_text and own is None:
+            raise InputError("label_text", "a dataset with label texts", "one without", "prepare it with --label-text")
+        return BagBatches(
+            self.features(split), split.labels, batch_size, seed=seed, shuffle=shuffle, order=order, ancestors=ancestors,
+            label_features=own,
+        )  # fmt: skip
+
+    def label_features(self) -> csr_matrix | None:
+        """CSR fp32 [L, V] of the labels' own texts, or None where the dataset has none."""
+        if self.dataset is None or self.vectorizer is None:
+            return None if self.dataset is None else self.dataset.label_features
+        return None if self.dataset.label_names is None else self.vectorizer.transform(self.dataset.label_names)
+
+    def text_batches(self, texts: Iterable[str], batch_size: int, *, window: int = 1, prefetch: int = 2) -> Iterator[BagBatch]:
+        if self.vectorizer is None:
+            mend = "predict splits of its dataset, or train on a dataset of texts"
+            raise InputError("texts", "a model with a vocabulary", "one trained on a bag-of-words file", mend)
+        return bag_text_batches(texts, self.vectorizer, batch_size, window=window, prefetch=prefetch)
+
+    def save(self, folder: Path) -> None:
+        if self.vectorizer is not None:
+            self.vectorizer.save(folder / "vocabulary")
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": "bow", "vocabulary": self.vectorizer and self.vectorizer.content_hash}
+
+
 def load_inputs(folder: Path, state: Mapping[str, Any]) -> Inputs:
     """The inputs of a trained model, for serving.
 
@@ -94,9 +175,17 @@ def load_inputs(folder: Path, state: Mapping[str, Any]) -> Inputs:
         state: of a checkpoint, with `config()` as its `inputs`; older ones hold `max_length` alone.
 
     Raises:
-        InputError: a kind that this version does not know, or files missing.
+        InputError: a kind that this version does not know, files missing, or a vocabulary of another model.
     """
     config = state.get("inputs") or {"kind": "tokens", "max_length": state["max_length"]}
     if config["kind"] == "tokens":
         return TokenInputs(None, load_tokenizer(folder / "tokenizer"), config["max_length"])
-    raise InputError("checkpoint", "inputs of kind tokens", repr(config["kind"]), "read it with a newer xmlkernels")
+    if config["kind"] != "bow":
+        raise InputError("checkpoint", "inputs of kind tokens or bow", repr(config["kind"]), "read it with a newer xmlkernels")
+    if config["vocabulary"] is None:
+        return BowInputs(None, None)
+    vectorizer = Vectorizer.load(folder / "vocabulary")
+    if vectorizer.content_hash != config["vocabulary"]:
+        expected = f"the vocabulary {config['vocabulary'][:12]} of this checkpoint"
+        raise InputError(str(folder / "vocabulary"), expected, vectorizer.content_hash[:12], "copy the whole folder again")
+    return BowInputs(None, vectorizer)

@@ -10,11 +10,12 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from xmlkernels.data import dataset, token_store
 from xmlkernels.data.build import Tell, choose_rows, write_labels, write_splits
-from xmlkernels.data.dataset import MANIFEST, Dataset, building, read_manifest, write_manifest
+from xmlkernels.data.dataset import MANIFEST, Dataset, read_manifest
+from xmlkernels.data.dataset_writer import building, write_manifest
 from xmlkernels.data.formats import LabelFormat
 from xmlkernels.data.lf_json import is_lf_json
 from xmlkernels.data.sources import Fields, Files, Reading, Source, docstrings_digest, map_files, read_docstrings, read_files
@@ -33,19 +34,19 @@ class PrepareConfig:
 
     output: Path
     """Folder to make."""
-    tokenizer: str
-    """Hugging Face name, or a local folder."""
+    tokenizer: str | None = None
+    """Hugging Face name, or a local folder; none with --source bow."""
     max_length: int = 128
     """Tokens kept of each text, special tokens included."""
     source: Source = "text"
     """text: a text a line beside a label file; lf: JSON lines with texts and targets; attentionxml: raw texts with
-    /SEP/ and label strings; docstrings: the built-in corpus, which needs no files."""
+    /SEP/ and label strings; bow: bags of words; docstrings: the built-in corpus, which needs no files."""
     name: str | None = None
     """Name of the dataset; the output folder's by default."""
     train_text: Path | None = None
-    """Training texts, plain or .gz (lf: the JSON lines)."""
+    """Training texts, plain or .gz (lf: the JSON lines; bow: train.txt with its labels, or features alone)."""
     train_labels: Path | None = None
-    """Training labels: sparse text, old bag of words, label lines, .npz or JSON lines."""
+    """Training labels: sparse text, old bag of words, label lines, .npz or JSON lines (bow: beside features alone)."""
     train_filter: Path | None = None
     """Pairs `row label` never to be predicted."""
     validation_text: Path | None = None
@@ -61,7 +62,8 @@ class PrepareConfig:
     test_filter: Path | None = None
     """Pairs `row label` of the test split."""
     label_text: Path | None = None
-    """Label texts, one a line (lf: lbl.json): names, and the virtual documents of label-text augmentation."""
+    """Label texts, one a line (lf: lbl.json): names, and the virtual documents of label-text augmentation (bow: features
+    of the labels)."""
     label_names: Path | None = None
     """Label names, one a line, where they are not the label texts."""
     token_maps: Path | None = None
@@ -132,8 +134,8 @@ def prepare(config: PrepareConfig, tell: Tell = lambda line: None) -> Dataset:
             behind, and an older dataset stays.
     """
     check(config)
-    tokenizer = load_tokenizer(config.tokenizer)
-    if tokenizer.model_max_length is not None and config.max_length > tokenizer.model_max_length:
+    tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
+    if tokenizer and tokenizer.model_max_length is not None and config.max_length > tokenizer.model_max_length:
         tell(f"max_length {config.max_length} is beyond the {tokenizer.model_max_length} tokens the tokenizer is made for")
     key = cache_key(config, tokenizer)
     standing = _standing(config, key)
@@ -149,15 +151,19 @@ def prepare(config: PrepareConfig, tell: Tell = lambda line: None) -> Dataset:
     with building(config.output, replace=config.overwrite) as folder:
         counts = write_splits(raw, tokenizer, config.max_length, folder, keep_texts=config.keep_texts, tell=tell)
         write_labels(raw, tokenizer, config.max_length, folder, tell=tell)
-        tokenizer.save(folder / "tokenizer")
+        made_by: dict[str, Any] | None = None
+        if tokenizer is not None:
+            tokenizer.save(folder / "tokenizer")
+            made_by = {"name": config.tokenizer, "hash": tokenizer.hash, "max_length": config.max_length}
         write_manifest(
             folder,
             name=config.dataset_name,
             key=key,
             num_labels=raw.num_labels,
             propensity=config.constants,
-            tokenizer={"name": config.tokenizer, "hash": tokenizer.hash, "max_length": config.max_length},
+            tokenizer=made_by,
             splits=counts,
+            vocabulary=raw.vocabulary,
             source={"kind": config.source, "seed": config.seed, "unlabelled": config.unlabelled, **raw.facts},
         )
     return Dataset.open(config.output)
@@ -204,6 +210,11 @@ def check(config: PrepareConfig) -> None:
          config.source, "leave it out"),
         ((config.source == "docstrings") != ("train" in config.files), "source", "training files, or docstrings without",
          config.source, "give --train-text and --train-labels, or --source docstrings alone"),
+        (config.source == "bow" or config.tokenizer is not None, "tokenizer", "a name or a folder", "none",
+         "give --tokenizer, or bags of words with --source bow"),
+        (config.source != "bow" or config.tokenizer is None, "tokenizer", "none for bags of words", config.tokenizer,
+         "leave it out"),
+        (config.source != "bow" or not config.keep_texts, "keep_texts", "texts", "bags of words", "leave it out"),
         (config.source != "text" or not any(path and is_lf_json(path) for path in texts), "source", "lf for JSON lines",
          config.source, "give --source lf"),
         (config.token_maps is None or config.source == "text", "token_maps", "--source text", config.source, "leave it out"),
@@ -219,7 +230,7 @@ def check(config: PrepareConfig) -> None:
             raise InputError(where, expected, str(got), mend)
 
 
-def cache_key(config: PrepareConfig, tokenizer: Tokenizer) -> str:
+def cache_key(config: PrepareConfig, tokenizer: Tokenizer | None) -> str:
     """sha256 over the content of every input file, the tokenizer and the settings that shape the folder."""
     settings = asdict(config)
     for name in ("output", "overwrite", "tokenizer", "propensity", "propensity_a", "propensity_b", "token_maps"):
@@ -231,7 +242,7 @@ def cache_key(config: PrepareConfig, tokenizer: Tokenizer) -> str:
         inputs["corpus"] = docstrings_digest()
     settings |= {"name": config.dataset_name, "constants": config.constants} | inputs
     versions = [RECIPE_VERSION, dataset.FORMAT_VERSION, token_store.FORMAT_VERSION]
-    settings |= {"tokenizer": tokenizer.hash, "versions": versions}
+    settings |= {"tokenizer": tokenizer and tokenizer.hash, "versions": versions}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 

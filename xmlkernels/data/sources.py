@@ -14,22 +14,26 @@ from scipy.sparse import csr_matrix
 
 from xmlkernels.data import docstrings
 from xmlkernels.data.formats import (
+    Duplicates,
     LabelFormat,
     check_same_length,
     encode_label_strings,
     label_format,
     open_token_maps,
+    read_bow,
     read_filter_pairs,
     read_label_strings,
     read_labels,
     read_lf_json,
     read_lines,
     read_raw_texts,
+    read_sparse,
     select_pairs,
 )
+from xmlkernels.data.matrices import check_shape
 from xmlkernels.errors import InputError
 
-Source = Literal["text", "lf", "attentionxml", "docstrings"]
+Source = Literal["text", "lf", "attentionxml", "bow", "docstrings"]
 Fields = Literal["all", "title", "body"]
 # Formats that say how many labels there are; the others only show the largest number used.
 SELF_DESCRIBING = ("sparse", "bow", "npz")
@@ -50,7 +54,8 @@ class Files:
 class RawSplit:
     """N documents: texts, labels [N, L], filter pairs [n, 2].
 
-    `maps` are upstream's padded ids and masks [M, T] to take instead of texts: their rows `map_rows` [N], or all.
+    `features` [N, V] are the bags of words of a set without texts. `maps` are upstream's padded ids and masks [M, T] to
+    take instead of texts: their rows `map_rows` [N], or all.
     """
 
     texts: list[str] | None
@@ -58,12 +63,14 @@ class RawSplit:
     filter_pairs: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
     maps: tuple[np.ndarray, np.ndarray] | None = None
     map_rows: np.ndarray | None = None
+    features: csr_matrix | None = None
 
     def take(self, rows: np.ndarray) -> RawSplit:
         """The split of the given rows (ascending), its filter pairs renumbered."""
         texts = None if self.texts is None else [self.texts[row] for row in rows]
         map_rows = rows if self.map_rows is None else self.map_rows[rows]
-        return RawSplit(texts, self.labels[rows], select_pairs(self.filter_pairs, rows), self.maps, map_rows)
+        features = None if self.features is None else self.features[rows]
+        return RawSplit(texts, self.labels[rows], select_pairs(self.filter_pairs, rows), self.maps, map_rows, features)
 
 
 @dataclass
@@ -74,11 +81,18 @@ class Raw:
     label_names: list[str] | None = None
     label_texts: list[str] | None = None
     label_maps: tuple[np.ndarray, np.ndarray] | None = None
+    label_features: csr_matrix | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_labels(self) -> int:
         return int(self.splits["train"].labels.shape[1])
+
+    @property
+    def vocabulary(self) -> int | None:
+        """V of bags of words; None for texts."""
+        features = self.splits["train"].features
+        return None if features is None else int(features.shape[1])
 
 
 @dataclass(frozen=True)
@@ -102,7 +116,8 @@ def read_files(reading: Reading, files: Mapping[str, Files]) -> Raw:
     Raises:
         InputError: names the file and line that cannot be read, or the two files that do not belong together.
     """
-    raw = {"text": _text_source, "lf": _lf_source, "attentionxml": _attentionxml_source}[reading.source](reading, files)
+    kinds = {"text": _text_source, "lf": _lf_source, "attentionxml": _attentionxml_source, "bow": _bow_source}
+    raw = kinds[reading.source](reading, files)
     if reading.label_names is not None:
         raw.label_names = read_lines(reading.label_names)
         _one_per_label(reading.label_names, raw.label_names, raw.num_labels)
@@ -185,6 +200,31 @@ def _attentionxml_source(reading: Reading, files: Mapping[str, Files]) -> Raw:
     encoded = encode_label_strings(rows["train"], *(rows[name] for name in others))
     matrices = dict(zip(["train", *others], encoded.splits, strict=True))
     return Raw({name: RawSplit(texts[name], matrices[name]) for name in files}, encoded.names, encoded.names)
+
+
+def _bow_source(reading: Reading, files: Mapping[str, Files]) -> Raw:
+    """Bags of words: `train.txt`, which holds its labels, or features (`trn_X_Xf.txt`) beside any label file."""
+    duplicates: Duplicates = "max" if reading.merge_duplicates else "error"
+    features, labels = {}, {}
+    for name, split in files.items():
+        path = _needed(split.text, name, "text")
+        if split.labels is None:
+            features[name], labels[name] = read_bow(path, duplicates=duplicates)
+            check_shape(labels[name].shape, None, reading.num_labels, os.fspath(path))
+        else:
+            features[name] = read_sparse(path, duplicates=duplicates)
+    apart = {name: split for name, split in files.items() if split.labels is not None}
+    if apart:
+        rows: dict[str, int | None] = {name: features[name].shape[0] for name in apart}
+        labels |= _label_files(reading, apart, rows, _label_count(reading, None))
+    _same_width(labels)
+    words = features["train"].shape[1]
+    for name, matrix in features.items():
+        check_shape(matrix.shape, None, words, os.fspath(_needed(files[name].text, name, "text")))
+    raw = Raw({name: RawSplit(None, labels[name], features=features[name]) for name in files})
+    if reading.label_text is not None:
+        raw.label_features = read_sparse(reading.label_text, rows=raw.num_labels, cols=words, duplicates=duplicates)
+    return raw
 
 
 def _label_count(reading: Reading, label_texts: int | None) -> int | None:

@@ -7,11 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xmlkernels.data.loader import Batch
+from xmlkernels.data.loader import BagBatch, Batch
 from xmlkernels.errors import InputError
 
 if TYPE_CHECKING:
     from xmlkernels.tree.label_tree import LabelTree
+
+Documents = Batch | BagBatch
 
 
 class Model(Protocol):
@@ -45,18 +47,21 @@ class Model(Protocol):
     def eval(self) -> Any: ...
     def to(self, device: torch.device) -> Any: ...
 
-    def step(self, batch: Batch, *, need_loss: bool = False) -> Tensor:
+    def step(self, batch: Documents, *, need_loss: bool = False) -> Tensor:
         """Trains on one batch; its loss [1], or [0] when not asked."""
 
-    def predict(self, batch: Batch, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def predict(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits fp32 [B, k] and label ids int64 [B, k], best first; -inf and -1 where there are fewer than k.
 
         Args:
             exclude: int64 [B, E], label ids never to be given; -1 pads.
         """
 
-    def predict_and_loss(self, batch: Batch, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def predict_and_loss(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """What `predict` gives and the loss [1] of the batch without training, for one pass of the encoder."""
+
+    def embed(self, batch: Documents) -> Tensor:
+        """fp32 [B, D]: what the label table meets of each document."""
 
     def config(self) -> dict[str, Any]:
         """JSON from which `restored` builds the model again: {"kind": …, "encoder": {…}, "head": {…}}."""

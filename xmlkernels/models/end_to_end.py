@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from xmlkernels.checkpoint import load_optimizer_tensors, optimizer_tensors
-from xmlkernels.data.loader import Batch
 from xmlkernels.errors import InputError
+from xmlkernels.models.common import Documents
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.optim import LossScaler, clip_gradients, encoder_optimizer, set_learning_rate, step_unless, warmup_cosine
 
@@ -84,7 +84,7 @@ class EndToEnd(nn.Module):
         """What prediction needs to build the model again; see `restored`."""
         return {"kind": "end_to_end", "encoder": self.encoder.encoder_config(), "head": self.head.config}  # type: ignore[operator]
 
-    def step(self, batch: Batch, *, need_loss: bool = False) -> Tensor:
+    def step(self, batch: Documents, *, need_loss: bool = False) -> Tensor:
         """Trains on one batch.
 
         Returns:
@@ -129,7 +129,7 @@ class EndToEnd(nn.Module):
         step_unless(self.optimizer, torch.maximum(found, overflow))
         self.scaler.update(found)
 
-    def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, ...]]:
+    def _micro_batches(self, batch: Documents) -> list[tuple[Tensor, ...]]:
         """The encoder's inputs in parts of `micro_batch` documents."""
         size = self.training_settings.micro_batch if self.training_settings else 0
         if size <= 0 or size >= len(batch):
@@ -196,19 +196,24 @@ class EndToEnd(nn.Module):
             self.scaler.load_tensors(scaler)
 
     @torch.no_grad()
-    def predict(self, batch: Batch, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def embed(self, batch: Documents) -> Tensor:
+        """fp32 [B, D]: what the label table meets of each document."""
+        return self.encoder(*batch.inputs)
+
+    @torch.no_grad()
+    def predict(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits fp32 [B, k] and labels int64 [B, k] of the k best labels of each document, best first."""
         return self.head.topk(self.encoder(*batch.inputs), k, exclude)
 
     @torch.no_grad()
-    def predict_and_loss(self, batch: Batch, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def predict_and_loss(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`predict` and `loss` for one pass of the encoder."""
         x = self.encoder(*batch.inputs)
         values, labels = self.head.topk(x, k, exclude)
         return values, labels, self.head.loss(x, batch.pos_row, batch.pos_sample)
 
     @torch.no_grad()
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Documents) -> Tensor:
         """Summed loss [1] of a batch, without training."""
         return self.head.loss(self.encoder(*batch.inputs), batch.pos_row, batch.pos_sample)
 

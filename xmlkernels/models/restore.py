@@ -1,23 +1,40 @@
-"""A model from its own description: what prediction needs, and no training."""
+"""A model from its own description and its tensors: what prediction needs, and no training."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor, nn
+
 from xmlkernels.errors import InputError
+from xmlkernels.models.cascade import Cascade
+from xmlkernels.models.cascade_state import saved_tree
 from xmlkernels.models.common import Model
 from xmlkernels.models.end_to_end import EndToEnd
+from xmlkernels.nn.bow import BowEncoder
+from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
 
 
-def restored(config: Mapping[str, Any]) -> Model:
-    """The model that `config()` of a trained one describes, with weights to be loaded into it.
+def restored(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Model:
+    """The model that `config()` of a trained one describes; its weights are still to be loaded.
+
+    Args:
+        tensors: of the same checkpoint; a cascade's hold its label tree.
 
     Raises:
-        InputError: a kind of model that this version does not know.
+        InputError: a kind of model that this version does not know, or no label tree.
     """
-    if config.get("kind") != "end_to_end":
-        raise InputError(
-            "checkpoint", "a model of kind end_to_end", repr(config.get("kind")), "read it with a newer xmlkernels"
-        )
-    return EndToEnd(Encoder.from_config(config["encoder"]), FullHead(**config["head"], std=0))
+    kind = config.get("kind")
+    if kind == "end_to_end":
+        return EndToEnd(_encoder(config["encoder"]), FullHead(**config["head"], std=0))
+    if kind == "cascade":
+        tree = saved_tree(config, tensors)
+        # SGD without momentum keeps no states, which prediction has no use for.
+        heads = CascadeHeads(**config["head"], optimizer="sgd", betas=(0.0, 0.999), fill=False)
+        return Cascade(_encoder(config["encoder"]), heads, tree)
+    raise InputError("checkpoint", "a model of kind end_to_end or cascade", repr(kind), "read it with a newer xmlkernels")
+
+
+def _encoder(config: Mapping[str, Any]) -> nn.Module:
+    return BowEncoder.from_config(config) if config.get("kind") == "bow" else Encoder.from_config(config)

@@ -18,12 +18,13 @@ from torch import nn
 
 from xmlkernels.errors import InputError
 from xmlkernels.nn.dropout import Dropout, training_attention
+from xmlkernels.nn.encoder_checks import AUTOCAST, check_options, checked_width, longest
+from xmlkernels.nn.layer_recipe import Recipe, checked_layers
 from xmlkernels.nn.ngame import few, load_ngame
 
 __all__ = ["Encoder", "default_autocast", "load_ngame"]
 
 _ATTENTION = "xmlkernels"  # the name under which transformers finds `training_attention`
-_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def default_autocast(device: torch.device | str) -> torch.dtype | None:
@@ -70,12 +71,12 @@ class Encoder(nn.Module):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        _check_options(pooling, bottleneck, dropout, autocast)
-        self.hidden = _checked_width(model)
+        check_options(pooling, bottleneck, dropout, autocast)
+        self.hidden = checked_width(model)
         self.model = model
         self.pooling, self.autocast, self.compiled = pooling, autocast, compile
         self.width = bottleneck or self.hidden
-        self.max_length = _longest(model)
+        self.max_length = longest(model)
         self.bottleneck: nn.Linear | None = None
         if bottleneck:
             self.bottleneck = nn.Linear(self.hidden, bottleneck, bias=False)
@@ -125,14 +126,14 @@ class Encoder(nn.Module):
         except (KeyError, TypeError) as error:
             raise InputError(where, "a `model` with a `model_type`", f"{error}", "pass encoder_config()") from error
         name = options.pop("autocast", None)
-        if name is not None and name not in _AUTOCAST:
-            raise InputError(where, f"autocast null or one of {sorted(_AUTOCAST)}", repr(name), "correct it")
+        if name is not None and name not in AUTOCAST:
+            raise InputError(where, f"autocast null or one of {sorted(AUTOCAST)}", repr(name), "correct it")
         with _quiet(), _told(where):
             hf_config = type(AutoConfig.for_model(kind)).from_dict(inner)
             extra = _loading_options(hf_config, where)
             model = AutoModel.from_config(hf_config, dtype=torch.float32, **extra)
         try:
-            return cls(model, autocast=_AUTOCAST.get(name), **options)
+            return cls(model, autocast=AUTOCAST.get(name), **options)
         except TypeError as error:
             raise InputError(where, "the options of Encoder", str(error), "pass encoder_config()") from error
 
@@ -159,7 +160,7 @@ class Encoder(nn.Module):
         model = json.loads(self.model.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
         for key in ("_name_or_path", "dtype"):  # a path of this machine; weights are fp32 whatever the file held
             model.pop(key, None)
-        names = {dtype: name for name, dtype in _AUTOCAST.items()}
+        names = {dtype: name for name, dtype in AUTOCAST.items()}
         return {
             "model": model,
             "pooling": self.pooling,
@@ -175,6 +176,41 @@ class Encoder(nn.Module):
         Raises:
             InputError: T is beyond the model's positions.
         """
+        device = input_ids.device.type
+        hidden = self._transform(input_ids, attention_mask).last_hidden_state
+        with torch.autocast(device, enabled=False):
+            pooled = self._pool(hidden.float(), attention_mask)
+            if self.bottleneck is not None:
+                pooled = self.bottleneck(pooled)
+            return self.dropout(pooled).contiguous()
+
+    def layer_vectors(self, recipe: Recipe, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[torch.Tensor]:
+        """One vector per level from the hidden states of chosen layers, pooled as this encoder pools, without more.
+
+        Source: CascadeXML (NeurIPS 2022), section 3, whose pooling is "cls".
+
+        Args:
+            recipe: for each level one or two layer numbers: 0 the embeddings' output, `layers` the last.
+            input_ids, attention_mask: as `forward` takes them.
+
+        Returns:
+            fp32 [B, H] per level, or [B, 2H] where it has two layers.
+
+        Raises:
+            InputError: T is beyond the model's positions, or a layer beyond its depth.
+        """
+        checked_layers(recipe, len(recipe), self.layers)
+        states = self._transform(input_ids, attention_mask, output_hidden_states=True).hidden_states
+        with torch.autocast(input_ids.device.type, enabled=False):
+            pooled = {j: self._pool(states[j].float(), attention_mask) for j in sorted({j for level in recipe for j in level})}
+            return [torch.cat([pooled[j] for j in level], 1) if len(level) > 1 else pooled[level[0]] for level in recipe]
+
+    @property
+    def layers(self) -> int:
+        """Layers of the transformer."""
+        return int(self.model.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+
+    def _transform(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: bool) -> Any:
         if self.max_length is not None and input_ids.shape[1] > self.max_length:
             raise InputError(
                 "input_ids",
@@ -182,14 +218,8 @@ class Encoder(nn.Module):
                 f"{input_ids.shape[1]}",
                 "prepare the data with a smaller maximum length",
             )
-        device = input_ids.device.type
-        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
-            hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        with torch.autocast(device, enabled=False):
-            pooled = self._pool(hidden.float(), attention_mask)
-            if self.bottleneck is not None:
-                pooled = self.bottleneck(pooled)
-            return self.dropout(pooled).contiguous()
+        with torch.autocast(input_ids.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, **options)
 
     def _pool(self, hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         if self.pooling == "cls":
@@ -197,17 +227,6 @@ class Encoder(nn.Module):
             return hidden[torch.arange(hidden.shape[0], device=hidden.device), first]
         mask = attention_mask.unsqueeze(-1).float()
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1e-9)
-
-
-def _check_options(pooling: str, bottleneck: int, dropout: float, autocast: torch.dtype | None) -> None:
-    if pooling not in ("mean", "cls"):
-        raise InputError("pooling", "'mean' or 'cls'", repr(pooling), "choose one of the two")
-    if bottleneck < 0:
-        raise InputError("bottleneck", "a width ≥ 0 (0 = none)", str(bottleneck), "correct it")
-    if not 0.0 <= dropout < 1.0:
-        raise InputError("dropout", "a probability in [0, 1)", str(dropout), "correct it")
-    if autocast is not None and autocast not in _AUTOCAST.values():
-        raise InputError("autocast", "torch.bfloat16, torch.float16 or None", str(autocast), "choose one of them")
 
 
 def _loading_options(config: Any, where: str) -> dict[str, Any]:
@@ -222,36 +241,6 @@ def _loading_options(config: Any, where: str) -> dict[str, Any]:
     if all("add_pooling_layer" in inspect.signature(c).parameters for c in classes):
         options["add_pooling_layer"] = False
     return options
-
-
-@torch.no_grad()
-def _checked_width(model: nn.Module) -> int:
-    """Width of the last hidden state, found by two tokens, so that an unusable model is told before training."""
-    config: Any = model.config
-    where = f"model {config.model_type!r}"
-    mend = "choose a text encoder, as BERT, RoBERTa, DistilBERT or MiniLM"
-    if getattr(config, "is_encoder_decoder", False):
-        raise InputError(where, "an encoder", "an encoder-decoder", mend)
-    missing = {"input_ids", "attention_mask"} - set(inspect.signature(model.forward).parameters)
-    if missing:
-        raise InputError(where, "a text model that takes input_ids and attention_mask", f"no {sorted(missing)}", mend)
-    training = model.training
-    device = next(model.parameters()).device
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    output = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
-    model.train(training)
-    hidden = getattr(output, "last_hidden_state", None)
-    if hidden is None or hidden.shape[:2] != ids.shape:
-        raise InputError(where, "an output `last_hidden_state` of shape [B, T, H]", f"{type(output).__name__}", mend)
-    return int(hidden.shape[2])
-
-
-def _longest(model: nn.Module) -> int | None:
-    """Tokens that learned absolute positions allow, or None without them; RoBERTa starts after its padding index."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return None
 
 
 def _use_training_path(model: nn.Module) -> None:

@@ -101,6 +101,28 @@ class FullHead(nn.Module):
         return self.weight.shape[0]
 
     @torch.no_grad()
+    def start_at_frequencies(self, positives: Tensor, documents: int) -> None:
+        """Puts each bias at the logit of its label's frequency, before training (Lin et al., ICCV 2017, section 3.3).
+
+        From biases of 0 all rows first learn, together, that labels are rare: steps that are lost, and gradients so large
+        that Adam's second moment holds its steps down for hundreds of batches after them.
+
+        Args:
+            positives: [L], number of training documents of each label; half a document is added.
+            documents: number of training documents.
+
+        Raises:
+            InputError: the table has no bias, or not one number for each label.
+        """
+        if self.bias is None:
+            raise InputError("label table", "a bias", "none", "build it with bias=True")
+        if positives.shape != (self.labels,):
+            got = str(list(positives.shape))
+            raise InputError("positives", f"{self.labels} numbers, one for each label", got, "count this dataset's labels")
+        share = (positives.double() + 0.5) / (documents + 1)
+        self.bias.copy_(torch.logit(share))
+
+    @torch.no_grad()
     def step(
         self, x: Tensor, pos_row: Tensor, pos_sample: Tensor, *, lr: float, dx_scale: Tensor | float = 1.0, need_loss: bool
     ) -> tuple[Tensor, Tensor]:

@@ -117,11 +117,16 @@ class LabelTree:
 
     def ancestors(self, level: int) -> np.ndarray:
         """int64 [L], the node of `level` that each table row belongs to, ascending; level R − 1: the rows themselves."""
+        rows = self.bounds(level)
+        return np.repeat(np.arange(len(rows) - 1), np.diff(rows))
+
+    def bounds(self, level: int) -> np.ndarray:
+        """int64 [n_r + 1]: node c of `level` owns the table rows bounds[c]:bounds[c + 1]."""
         self._check_level(level, self.levels)
         rows = np.arange(self.sizes[level] + 1)
         for finer in self.children[level:]:
             rows = finer[rows]
-        return np.repeat(np.arange(self.sizes[level]), np.diff(rows))
+        return rows
 
     def _check_level(self, level: int, below: int) -> None:
         if not 0 <= level < below:

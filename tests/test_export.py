@@ -1,0 +1,111 @@
+"""Arrays of a trained model: label vectors, embeddings of documents, shortlists."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse
+from train_runs import LABELS, cascade, make_dataset, make_tree, run, tiny
+
+from xmlkernels import InputError
+from xmlkernels.data.dataset import Dataset
+from xmlkernels.predict import Predictor, predict_split
+
+import export as command  # isort: skip  # train_runs has put train/ on the path
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("raw"))
+
+
+@pytest.fixture(scope="module")
+def full(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "full"
+    run(tiny(dataset, output, epochs=1))
+    return output
+
+
+@pytest.fixture(scope="module")
+def tree_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    run(cascade(dataset, folder / "cascade", make_tree(dataset, folder / "tree.safetensors"), epochs=1))
+    return folder / "cascade"
+
+
+def export(checkpoint: Path, output: Path, **options: Any) -> None:
+    command.export(command.Options(str(checkpoint), str(output), **options))
+
+
+def test_label_vectors(full: Path, tmp_path: Path) -> None:
+    head = Predictor.load(full).model.head
+    export(full, tmp_path / "trained", normalize=False)
+    export(full, tmp_path / "unit")
+    own, unit = (np.load(tmp_path / name / "label_vectors.npy") for name in ("trained", "unit"))
+    assert np.array_equal(own, head.rows(0, LABELS).numpy()) and own.dtype == np.float32
+    assert np.allclose(unit, own / np.linalg.norm(own, axis=1, keepdims=True), atol=1e-6)
+    assert (tmp_path / "unit" / "label_names.txt").read_text() == "".join(f"w{3 * label}\n" for label in range(LABELS))
+
+
+@pytest.mark.parametrize("which", ["full", "tree_run"])
+def test_embeddings_are_what_the_label_table_meets(which: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Times the rows of the table they are the scores of the same checkpoint, also of documents out of order."""
+    folder = request.getfixturevalue(which)
+    export(folder, tmp_path, what="embeddings", batch=7)
+    export(folder, tmp_path, what="shortlists", batch=9, top_k=LABELS)
+    predictor = Predictor.load(folder)
+    model = predictor.model
+    head, order = (model.head, np.arange(LABELS)) if which == "full" else (model.heads.levels[-1], model.tree.order)
+    table, bias = np.empty((LABELS, 32), np.float32), np.zeros(LABELS, np.float32)
+    table[order] = head.weight.float().numpy()
+    if head.bias is not None:
+        bias[order] = head.bias.numpy()
+    if which == "tree_run":
+        model.heads.use_scheme("level")
+    dataset = Dataset.open(request.getfixturevalue("dataset"))
+    for name, split in dataset.splits.items():
+        x = np.load(tmp_path / f"embeddings_{name}.npy")
+        assert x.shape == (len(split), 32) and x.dtype == np.float32
+        kept = scipy.sparse.load_npz(tmp_path / f"shortlist_{name}.npz")
+        assert kept.shape == split.labels.shape
+        assert kept.getnnz(1).tolist() == [LABELS if which == "full" else 12] * len(split)
+        scores = x @ table.T + bias
+        if which == "full":
+            assert np.allclose(kept.toarray(), scores, atol=2e-2)
+        else:  # all labels of the four clusters that were kept
+            rows, columns = kept.nonzero()
+            clusters = model.tree.ancestors(1)[model.tree.place[columns]]
+            assert len(set(zip(rows.tolist(), clusters.tolist(), strict=True))) == 4 * len(split)
+            values, labels = predict_split(model, split, 12, inputs=predictor.inputs)
+            assert np.allclose(values, np.take_along_axis(scores, labels, 1), atol=2e-2)
+
+
+def test_shortlists_are_cut(tree_run: Path, dataset: Path, tmp_path: Path) -> None:
+    export(tree_run, tmp_path, what="shortlists", top_k=2, dataset=str(dataset))
+    assert set(scipy.sparse.load_npz(tmp_path / "shortlist_test.npz").getnnz(1)) == {2}
+
+
+def test_mistakes_are_told(full: Path, tree_run: Path, tmp_path: Path) -> None:
+    for options, expected in (
+        ({"top_k": 0}, "--top-k: expected 1 or more"),
+        ({"batch": 0}, "--batch: expected 1 or more"),
+        ({"device": "gpu"}, "--device"),
+        ({"what": "embeddings", "dataset": str(tmp_path / "nowhere")}, "nowhere"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            export(full, tmp_path / "out", **options)
+    with pytest.raises(InputError, match="a cascade, which has a bias for each label"):
+        export(tree_run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dataset_of_another_tokenizer_or_other_labels_is_refused(full: Path, tmp_path: Path) -> None:
+    (tmp_path / "Y.txt").write_text("a\nb\n")
+    text, labels = tmp_path / "X.txt", tmp_path / "X_Y.txt"
+    text.write_text("w0 w1\nw2\n")
+    labels.write_text("2 2\n0:1\n1:1\n")
+    other = {"splits": (), "train_text": text, "train_labels": labels, "label_text": None}
+    with pytest.raises(InputError, match="expected 30 labels, as the model has, got 2"):
+        export(full, tmp_path / "out", what="embeddings", dataset=str(make_dataset(tmp_path / "raw", **other)))
+    assert not (tmp_path / "out").exists()

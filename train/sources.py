@@ -1,0 +1,95 @@
+"""From a configuration to data: the dataset, how its documents are read, the label tree."""
+
+from pathlib import Path
+
+from checks import check_levels
+from config import Config
+from encoders import source_of
+from report import say
+from tree import Options as TreeOptions
+from tree import make as make_tree
+from xmlkernels import InputError
+from xmlkernels.data.bow import Vectorizer
+from xmlkernels.data.dataset import FEATURES, Dataset
+from xmlkernels.data.inputs import BowInputs, Inputs, TokenInputs
+from xmlkernels.data.loader import BagBatches, Batches
+from xmlkernels.data.prepare import PrepareConfig, prepare
+from xmlkernels.data.tokens import load_tokenizer
+from xmlkernels.models.common import arrangement
+from xmlkernels.tree.label_tree import LabelTree
+
+
+def open_dataset(config: Config) -> Dataset:
+    """The dataset folder named by the configuration, or the built-in corpus, made on first use."""
+    if config.dataset != "docstrings":
+        return Dataset.open(config.dataset)
+    tokenizer = source_of(config.encoder)
+    part = f"{config.documents}-documents" if config.documents else "all"
+    folder = Path(config.cache) / f"docstrings-{part}-{config.max_length}-{Path(tokenizer).name}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A folder of this name made from other package versions or another tokenizer is only a cache: replace it.
+    settings = PrepareConfig(
+        output=folder,
+        tokenizer=tokenizer,
+        max_length=config.max_length,
+        source="docstrings",
+        name="docstrings",
+        documents=config.documents or None,
+        keep_texts=True,
+        overwrite=True,
+    )
+    return prepare(settings, say)
+
+
+def open_inputs(config: Config, dataset: Dataset) -> Inputs:
+    """How this run reads documents.
+
+    Raises:
+        InputError: no training documents, or no label texts where the configuration asks for them.
+    """
+    train = dataset.splits.get("train")
+    if train is None or not len(train):
+        raise InputError(f"dataset {dataset.folder}", "training documents", "none", "prepare it from a file that holds some")
+    bow = config.encoder == "bow"
+    own = dataset.label_features if dataset.vocabulary else dataset.label_names if bow else dataset.label_tokens
+    if config.label_text and own is None:
+        got = f"{dataset.folder} without"
+        raise InputError("--label-text", "a dataset with label texts", got, "prepare it with --label-text")
+    if bow and dataset.vocabulary:
+        if (config.ngrams, config.min_df, config.max_features) != (Config.ngrams, Config.min_df, Config.max_features):
+            say("note: the dataset holds bags of words: --ngrams, --min-df and --max-features do nothing")
+        return BowInputs(dataset, None)
+    if bow:
+        most = config.max_features or None
+        return BowInputs.fitted(dataset, Vectorizer(longest=config.ngrams, min_df=config.min_df, max_features=most))
+    return TokenInputs(dataset, load_tokenizer(dataset.tokenizer_folder), dataset.max_length)
+
+
+def open_tree(config: Config, dataset: Dataset) -> LabelTree | None:
+    """The label tree of a cascade: the one named, or one built on first use and kept in the cache; None end to end.
+
+    Raises:
+        InputError: no tree there, damaged, of another dataset, or of another depth than the configuration's lists.
+    """
+    if config.model != "cascade":
+        return None
+    if config.tree:
+        tree = LabelTree.load(config.tree)
+        tree.check_dataset(dataset.content_hash, dataset.num_labels)
+        check_levels(config, tree.levels, f"as the tree {config.tree} has them")
+        return tree
+    folder = f"{dataset.content_hash[:16]}-{'-'.join(map(str, config.tree_depths))}-{config.seed}"
+    # A tree of this name made by another version is only a cache: replace it.
+    return make_tree(
+        TreeOptions(
+            str(dataset.folder), str(Path(config.cache) / "trees" / folder), depths=config.tree_depths, seed=config.seed,
+            features=str(dataset.splits["train"].folder / FEATURES) if dataset.vocabulary else "auto",
+            plot=False, overwrite=True,
+        )
+    )  # fmt: skip
+
+
+def training_batches(config: Config, dataset: Dataset, inputs: Inputs, tree: LabelTree | None) -> Batches | BagBatches:
+    """The training split in batches of one update each, with the labels' own texts where the configuration asks for them."""
+    documents, more = config.batch * config.accumulate, arrangement(tree)
+    return inputs.batches(dataset.splits["train"], documents, seed=config.seed, label_text=config.label_text, **more)

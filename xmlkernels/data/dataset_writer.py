@@ -1,0 +1,125 @@
+"""Writing a dataset folder: its parts, its manifest, and the whole of it in place of an older one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+from scipy.sparse import csr_matrix
+
+from xmlkernels.data.dataset import FORMAT, FORMAT_VERSION, MANIFEST
+from xmlkernels.errors import InputError
+
+
+def write_split(
+    folder: Path,
+    name: str,
+    labels: csr_matrix,
+    filter_pairs: np.ndarray,
+    texts: Sequence[str] | None = None,
+) -> None:
+    """Write labels [N, L], filter pairs [n, 2] and texts of one split; its tokens.bin is written apart."""
+    target = folder / name
+    target.mkdir(parents=True, exist_ok=True)
+    sparse.save_npz(target / "labels.npz", labels)
+    np.save(target / "filter.npy", np.asarray(filter_pairs, np.int64).reshape(-1, 2))
+    if texts is not None:
+        with open(target / "texts.jsonl", "w", encoding="ascii", newline="\n") as file:
+            file.writelines(json.dumps(text) + "\n" for text in texts)
+
+
+def write_label_names(folder: Path, names: Sequence[str]) -> None:
+    """One name a line; a line break inside a name becomes a space."""
+    with open(folder / "label_names.txt", "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(re.sub(r"[\r\n]+", " ", name) + "\n" for name in names)
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    name: str,
+    key: str,
+    num_labels: int,
+    propensity: tuple[float, float],
+    tokenizer: Mapping[str, Any] | None,
+    splits: Mapping[str, Mapping[str, int]],
+    source: Mapping[str, Any],
+    vocabulary: int | None = None,
+) -> None:
+    """Hash and fsync every file of the folder, then write the manifest over them.
+
+    Args:
+        key: what decides whether a folder can be reused (a hash of inputs and settings).
+        tokenizer: `name`, `hash`, `max_length`; None for bags of words.
+        vocabulary: their V; None for tokens.
+        splits: per split its counts: `documents`, `positives`, `unlabelled`, `filter_pairs`.
+        source: where the data came from; kept for the reader, never interpreted.
+    """
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    facts = {"num_labels": num_labels, "propensity": dict(zip("AB", propensity, strict=True))}
+    content = hashlib.sha256(json.dumps([facts, files], sort_keys=True).encode()).hexdigest()
+    manifest = {"format": FORMAT, "version": FORMAT_VERSION, "name": name, "key": key, "content_hash": content, **facts}
+    if vocabulary is not None:
+        manifest["vocabulary"] = vocabulary
+    manifest |= {"tokenizer": tokenizer and dict(tokenizer), "splits": dict(splits), "source": dict(source), "files": files}
+    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
+        file.write(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    for inner in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        sync_folder(inner)
+
+
+@contextmanager
+def building(output: Path, *, replace: bool) -> Iterator[Path]:
+    """A new folder that takes the place of `output` when the block ends well, and vanishes when it does not.
+
+    Args:
+        replace: whether a dataset folder that stands there goes; the new one is whole before the old one moves.
+
+    Raises:
+        InputError: the folder cannot be made, or another process put one there meanwhile.
+    """
+    output = output.resolve()
+    folder = output.with_name(f".{output.name}.{secrets.token_hex(6)}.part")
+    old = folder.with_suffix(".old")
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(str(output), "a place to make a folder", str(error.strerror), "choose another") from error
+    try:
+        yield folder
+        if replace and output.exists():
+            os.rename(output, old)
+        try:
+            os.rename(folder, output)
+        except OSError as error:
+            if old.exists():
+                os.rename(old, output)
+            raise InputError(str(output), "nothing there", "a folder made meanwhile", "run the command again") from error
+        sync_folder(output.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)

@@ -1,0 +1,150 @@
+"""Scoring with a cascade, without training: down the tree level by level, and the scores that come of it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, softplus
+
+from xmlkernels.nn.cascade_heads import CascadeHeads
+from xmlkernels.nn.shortlist import best, candidates, count, locate, select
+
+Positives = Sequence[tuple[Tensor, Tensor]]
+_SATURATED = -1e-38  # log probability: above, fp32 would give a logit of infinity; it stays at 87
+
+
+@dataclass(frozen=True)
+class LevelPrediction:
+    """What a cascade says at one level.
+
+    Attributes:
+        values: fp32 [B, k], logits of the scheme's probability, descending; -inf where there are fewer.
+        nodes: int64 [B, k], clusters of the level, or label ids at the last; -1 where there are fewer.
+        kept: int64 [B, K], clusters handed on to the next level, ascending, -1 pads; [B, 0] at the last.
+    """
+
+    values: Tensor
+    nodes: Tensor
+    kept: Tensor
+
+
+@dataclass(frozen=True)
+class Descent:
+    """What `descend` knows of one level.
+
+    Attributes:
+        clusters: int64 [B, K], clusters kept at the level above.
+        row_ptr, most: their nodes; see `xmlkernels.nn.shortlist`.
+        node: int64 [B, K, M], the candidates; real: bool [B, K, M].
+        logits: fp32 [B, K, M], the level's own.
+        scores: fp32 [B, K, M], by the scheme: the logits ("level"), else logs of probabilities.
+        kept: int64 [B, K'], what is handed on; empty at the last level.
+    """
+
+    clusters: Tensor
+    row_ptr: Tensor
+    most: int
+    node: Tensor
+    real: Tensor
+    logits: Tensor
+    scores: Tensor
+    kept: Tensor
+
+
+@dataclass(frozen=True)
+class TreeOnDevice:
+    """The label tree on the device: for each level, row_ptr int64 [C + 1] of the level above (C = 1 for the first) and M."""
+
+    row_ptr: tuple[Tensor, ...]
+    most: tuple[int, ...]
+
+
+def descend(
+    heads: CascadeHeads, x: Sequence[Tensor], tree: TreeOnDevice, *, positives: Positives | None = None, bound: int = 0
+) -> Iterator[Descent]:
+    """Scores level by level: all nodes of the first, then the children of the `heads.topk` best by the level's own logit.
+
+    Args:
+        x: fp32 [B, D] for each level.
+        positives: pairs of every level, to be kept as training keeps them; None at prediction.
+        bound: how many clusters beyond k a row may keep for its positives.
+    """
+    size, device = x[0].shape[0], x[0].device
+    clusters = torch.zeros(size, 1, dtype=torch.int64, device=device)
+    above = torch.zeros(size, 1, device=device)
+    for r, level in enumerate(heads.levels):
+        row_ptr, most = tree.row_ptr[r], tree.most[r]
+        node, real = candidates(clusters, row_ptr, most)
+        index = torch.where(real, node, -1).flatten(1)
+        logits = level.scores(x[r], index[0] if r == 0 else index).view(node.shape)  # type: ignore[operator]
+        own = logits if heads.scheme == "level" else logsigmoid(logits)
+        scores = own if heads.scheme == "level" else own + above[:, :, None]
+        kept = clusters[:, :0]
+        if r + 1 < len(heads.levels):
+            k = heads.topk[r]
+            forced = None if positives is None else positives[r]
+            kept, place, _ = select(logits, clusters, row_ptr, k, width=k if forced is None else k + bound, positives=forced)
+            above = (scores if heads.scheme == "path" else own).flatten(1).gather(1, place)
+        yield Descent(clusters, row_ptr, most, node, real, logits, scores, kept)
+        clusters = kept
+
+
+def ranked(level: Descent, k: int, scheme: str, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The k best candidates of a level.
+
+    Args:
+        exclude: int64 [B, E], nodes never to be given; -1 pads.
+
+    Returns:
+        values: fp32 [B, k], descending: logits of the scheme's probability, -inf where there are fewer than k. nodes: int64
+        [B, k]; equal values in ascending order of node, -1 where there are fewer.
+    """
+    size = level.node.shape[0]
+    real = (level.real & ~level.logits.isnan()).flatten(1)
+    if exclude is not None and exclude.shape[1] > 0:
+        sample = torch.arange(size, device=exclude.device).repeat_interleave(exclude.shape[1])
+        place, found = locate(exclude.flatten(), sample, level.clusters, level.row_ptr, level.most)
+        barred = torch.zeros(real.numel() + 1, dtype=torch.bool, device=real.device)
+        barred[torch.where(found, place, real.numel())] = True
+        real = real & ~barred[:-1].view(real.shape)
+    scores = level.scores.flatten(1)
+    place, there = best(scores, real, k)
+    values = scores.gather(1, place)
+    if scheme != "level":
+        values = logit_of_log(values)
+    return torch.where(there, values, -torch.inf), torch.where(there, level.node.flatten(1).gather(1, place), -1)
+
+
+def logit_of_log(log_p: Tensor) -> Tensor:
+    """log(p / (1 - p)) of log p, fp32, to a few units in the last place near p = 0 and near p = 1 alike."""
+    exact = log_p.double().clamp(max=_SATURATED)
+    # 1 - p as -expm1(log p) where p is near 1, as 1 - exp(log p) where it is near 0: each loses nothing there.
+    other = torch.where(exact > -0.6931471805599453, (-torch.expm1(exact)).log(), torch.log1p(-exact.exp()))
+    return (exact - other).float()
+
+
+def loss_of(level: Descent, positives: tuple[Tensor, Tensor], weight: float, reference: bool) -> Tensor:
+    """The level's share of the loss [1]: weight times the mean BCE over its candidates; see `loss_scale`."""
+    place, found = locate(*positives, level.clusters, level.row_ptr, level.most)
+    hit = torch.where(found, level.logits.flatten()[place], 0).sum()
+    total = torch.where(level.real, softplus(level.logits), 0).sum() - hit
+    scale, pads = loss_scale(count(level.clusters, level.row_ptr), weight, reference)
+    return scale * (total + pads)
+
+
+def loss_scale(counts: Tensor, weight: float, reference: bool) -> tuple[Tensor, Tensor]:
+    """What multiplies a level's summed BCE.
+
+    Args:
+        counts: int64 [B], candidates of each sample.
+        weight: rw_loss of the level.
+        reference: divide by the B x (longest list) matrix as CascadeXML's code does, pads included, each of which adds ln 2.
+
+    Returns:
+        scale: fp32 [1], weight / number of candidates. pads: fp32 [1], what the pads add to the sum (0 but for `reference`).
+    """
+    real = counts.sum()
+    whole = counts.max() * counts.shape[0] if reference else real
+    scale = (weight / whole.clamp(min=1)).to(torch.float32).reshape(1)
+    return scale, ((whole - real) * 0.6931471805599453).to(torch.float32).reshape(1)

@@ -1,0 +1,175 @@
+"""The heads of a cascade: one table per level of the label tree, and what stands between encoder and tables."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xmlkernels.errors import InputError
+from xmlkernels.nn.cascade_level import CascadeLevel
+from xmlkernels.nn.dropout import Dropout
+from xmlkernels.nn.layer_recipe import Recipe, checked_layers
+
+SCHEMES = ("level", "weighted", "path")
+_SEEDS = 1_000_003  # apart, so that levels draw different tables and different rounding
+
+
+class ShortlistWarning(UserWarning):
+    """A number of clusters to keep is larger than the number that there is."""
+
+
+class CascadeHeads(nn.Module):
+    """One head per level (CascadeXML, NeurIPS 2022, section 3): features of the encoder's layers → logits of nodes.
+
+    A level that reads two layers (the coarsest) passes them through dropout and a linear layer 2D → D; every level then has a
+    dropout of its own. Rows stand in tree order: the model translates label ids.
+
+    Attributes:
+        config: what prediction needs to build it again: CascadeHeads(**config, fill=False).
+        levels: a `CascadeLevel` each, coarsest first; the last one holds the labels.
+        topk: clusters kept after each cluster level, never more than there are.
+
+    Args:
+        sizes: nodes of each level, coarse to fine, the number of labels last (`LabelTree.sizes`).
+        most: largest number of children of a node, for each cluster level (`LabelTree.widest`).
+        width: D, of the encoder's vectors.
+        layers: the encoder's layers that each level reads; see `default_layers`.
+        topk: k of each cluster level (R - 1 of them).
+        scheme: score of a label or cluster: "level" its own probability, "weighted" times its parent's, "path" the product
+            from the coarsest level on. Shortlists always go by the level's own.
+        dtype: of the label table: "fp32", "bf16", "fp16", "fp8".
+        cluster_dtype: of the other tables; None: as `dtype`, but bf16 beside fp8.
+        optimizer, row_wise, betas, epsilon, state_dtype: of the tables; see `CascadeLevel`.
+        drops: dropout of each level; one number serves all.
+        projection_drop: dropout before the linear layer 2D → D.
+        seed: of the initial values and of stochastic rounding.
+        fill: False leaves tables at zero, to be filled from a checkpoint.
+
+    Raises:
+        InputError: a list of the wrong length, or an option out of range.
+    """
+
+    levels: nn.ModuleList
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        most: Sequence[int],
+        width: int,
+        *,
+        layers: Sequence[Sequence[int]],
+        topk: Sequence[int],
+        scheme: str = "weighted",
+        dtype: str = "fp32",
+        cluster_dtype: str | None = None,
+        optimizer: str = "adam",
+        row_wise: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        epsilon: float = 1e-8,
+        state_dtype: str = "fp32",
+        drops: float | Sequence[float] = 0.0,
+        projection_drop: float = 0.2,
+        seed: int = 0,
+        fill: bool = True,
+    ) -> None:
+        super().__init__()
+        count = len(sizes)
+        if not 2 <= count <= 5:
+            raise InputError("levels of the cascade", "2 to 5", str(count), "build the label tree with 1 to 4 depths")
+        if scheme not in SCHEMES:
+            raise InputError("scheme", f"one of {', '.join(SCHEMES)}", repr(scheme), "choose one of them")
+        self.layers: Recipe = checked_layers(layers, count, None)
+        self.width, self.scheme = width, scheme
+        self.topk, self.most = _clamped(topk, sizes, most), tuple(most)
+        self.drops = _per_level(drops, count)
+        cluster_dtype = cluster_dtype or ("bf16" if dtype == "fp8" else dtype)
+        self.config: dict[str, Any] = {
+            "sizes": list(sizes), "most": list(most), "width": width, "layers": [list(level) for level in self.layers],
+            "topk": list(self.topk), "scheme": scheme, "dtype": dtype, "cluster_dtype": cluster_dtype,
+        }  # fmt: skip
+        self.dropouts = nn.ModuleList(Dropout(p) for p in self.drops)
+        self.projection_drop = Dropout(projection_drop)
+        self.projections = nn.ModuleDict(
+            {str(r): _linear(2 * width, width, seed + r) for r, level in enumerate(self.layers) if len(level) > 1}
+        )
+        seen = (sizes[0], *(k * m for k, m in zip(self.topk, most, strict=True)))
+        options: dict[str, Any] = {
+            "optimizer": optimizer, "row_wise": row_wise, "betas": betas, "epsilon": epsilon, "state_dtype": state_dtype,
+            "fill": fill,
+        }  # fmt: skip
+        self.levels = nn.ModuleList(
+            CascadeLevel(
+                n,
+                width,
+                min(n, seen[r]),
+                dtype=dtype if r == count - 1 else cluster_dtype,
+                seed=seed + _SEEDS * (r + 1),
+                **options,
+            )
+            for r, n in enumerate(sizes)
+        )
+
+    def use_scheme(self, scheme: str) -> None:
+        """Scores labels by another scheme from now on: training does not depend on it.
+
+        Raises:
+            InputError: no such scheme.
+        """
+        if scheme not in SCHEMES:
+            raise InputError("scheme", f"one of {', '.join(SCHEMES)}", repr(scheme), "choose one of them")
+        self.scheme = self.config["scheme"] = scheme
+
+    def features(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """What each level's table meets: fp32 [B, D] from the encoder's vectors [B, D] or [B, 2D]."""
+        out = []
+        for r, (vector, drop) in enumerate(zip(vectors, self.dropouts, strict=True)):
+            if str(r) in self.projections:
+                vector = self.projections[str(r)](self.projection_drop(vector))
+            out.append(drop(vector))
+        return out
+
+    def bytes(self) -> dict[str, int]:
+        """Memory by part: tables, optimizer states, and the rest."""
+        parts = {"tables": 0, "states": 0, "other": 0}
+        for name, tensor in self.state_dict().items():
+            kind = name.rsplit(".", 1)[-1]
+            part = "states" if kind in ("momentum", "second") else "tables" if name.startswith("levels.") else "other"
+            parts[part] += tensor.numel() * tensor.element_size()
+        return parts
+
+
+def _clamped(topk: Sequence[int], sizes: Sequence[int], most: Sequence[int]) -> tuple[int, ...]:
+    where = "topk"
+    if len(topk) != len(sizes) - 1:
+        mend = "name one number for each level of the tree but the labels"
+        raise InputError(where, f"{len(sizes) - 1} numbers, one for each cluster level", f"{len(topk)}", mend)
+    if min(topk) < 1:
+        raise InputError(where, "numbers of 1 or more", str(min(topk)), "keep at least one cluster")
+    out: list[int] = []
+    for r, k in enumerate(topk):
+        there = sizes[r] if r == 0 else min(sizes[r], out[-1] * most[r - 1])
+        if k > there:
+            text = f"topk of level {r} is {k}, but a sample has at most {there} candidates there; {there} are kept"
+            warnings.warn(text, ShortlistWarning, stacklevel=3)
+        out.append(min(k, there))
+    return tuple(out)
+
+
+def _per_level(drops: float | Sequence[float], count: int) -> tuple[float, ...]:
+    out = (float(drops),) * count if isinstance(drops, int | float) else tuple(float(p) for p in drops)
+    if len(out) != count:
+        raise InputError("dropout of the heads", f"one number, or {count}, one for each level", str(len(out)), "name them all")
+    if not all(0 <= p < 1 for p in out):
+        raise InputError("dropout of the heads", "probabilities in [0, 1)", str(out), "correct them")
+    return out
+
+
+def _linear(wide: int, width: int, seed: int) -> nn.Linear:
+    """Xavier-uniform weight; the bias as nn.Linear draws it (both from `seed` alone)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        linear = nn.Linear(wide, width)
+        nn.init.xavier_uniform_(linear.weight)
+    return linear

@@ -1,0 +1,156 @@
+"""One level of a cascade: a table with a row per node, its optimizer's state, and the step that trains it in place."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from xmlkernels.errors import InputError
+from xmlkernels.nn.full_head import DTYPES, TABLE_DTYPES
+from xmlkernels.ops import cluster_step_, rescale_rows_, shortlist_matmul
+
+_FIRST_SCALE = 2.0**-8  # of each row of an fp8 table: values up to 1.75
+_INIT_BLOCK = 1 << 22  # values drawn at a time: a table below fp32 never stands in memory as fp32
+_DECODED = 1 << 24  # values of an fp8 table in fp32 at a time, while its shortlists are scored
+_BATCH = 64  # the batch size that biases are tuned to; see `CascadeLevel`
+
+
+class CascadeLevel(nn.Module):
+    """Table of one level. Nothing here requires a gradient or stands in a torch optimizer: `step` is all of its training.
+
+    Biases follow plain SGD beside the table's Adam, and the mean over candidates makes their gradient about 1e-5 of what SGD
+    needs. Adam does not see a constant factor of the gradient (epsilon is multiplied by it too), so the whole step runs on a
+    gradient `gain` times as large and dx and loss are divided by it: a bias then moves by lr * rw_loss * 64 * the batch's
+    mean of (σ - y), a table's weights by exactly what they would without. With optimizer "sgd" gain is 1.
+
+    Args:
+        nodes: n, rows of the table.
+        width: D.
+        per_sample: candidates that a sample typically has; decides `gain` alone.
+        dtype: "fp32", "bf16", "fp16" or "fp8" (e4m3 with a power-of-two scale per row); below fp32 updates round
+            stochastically, without bias.
+        optimizer: "adam" or "sgd".
+        row_wise: Adam's second moment once for a row, from the mean over D, in place of [n, D].
+        betas, epsilon: Adam's; betas[0] is SGD's momentum (0: no state). Epsilon belongs to the gradient of the mean loss.
+        state_dtype: of the [n, D] states; a row-wise second moment is fp32.
+        seed: of the initial table and of the rounding.
+        fill: draw the initial table, Xavier uniform; False for one that is filled from a checkpoint.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    momentum: Tensor | None
+    second: Tensor | None
+    row_scale: Tensor | None
+    rescaled: Tensor | None
+    hyper: Tensor
+    counter: Tensor
+
+    def __init__(
+        self, nodes: int, width: int, per_sample: int, *, dtype: str, optimizer: str, row_wise: bool,
+        betas: tuple[float, float], epsilon: float, state_dtype: str, seed: int, fill: bool,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        for name, value, known in (("dtype", dtype, TABLE_DTYPES), ("state_dtype", state_dtype, DTYPES)):
+            if value not in known:
+                raise InputError(f"cascade table: {name}", f"one of {', '.join(known)}", repr(value), "choose one of them")
+        if optimizer not in ("sgd", "adam"):
+            raise InputError("cascade table: optimizer", "adam or sgd", repr(optimizer), "choose one of the two")
+        adam, shape, state = optimizer == "adam", (nodes, width), DTYPES[state_dtype]
+        # A power of two, so that multiplying by it rounds nothing.
+        self.gain = 2.0 ** round(math.log2(_BATCH * max(1, per_sample))) if adam else 1.0
+        weight, row_scale = _xavier(shape, seed, TABLE_DTYPES[dtype], fill)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", torch.zeros(nodes))
+        self.register_buffer("row_scale", row_scale)
+        self.register_buffer("rescaled", None if row_scale is None else torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("momentum", torch.zeros(shape, dtype=state) if adam or betas[0] > 0 else None)
+        second = torch.zeros(nodes) if row_wise else torch.zeros(shape, dtype=state)
+        self.register_buffer("second", second if adam else None)
+        hyper = [0.0, 0.0, betas[0], betas[1], epsilon * self.gain, 1.0, 1.0]
+        self.register_buffer("hyper", torch.tensor(hyper), persistent=False)
+        self.register_buffer("counter", torch.tensor([seed, 0]))
+
+    def set_decay(self, decay: float) -> None:
+        """Decoupled decay of the rows that are anybody's candidate: w -= lr decay w."""
+        self.hyper[1] = decay
+
+    @property
+    def nodes(self) -> int:
+        return self.weight.shape[0]
+
+    @torch.no_grad()
+    def step(
+        self, x: Tensor, clusters: Tensor, row_ptr: Tensor, most: int, positives: tuple[Tensor, Tensor], *, lr: float,
+        beta1: float | None, scale: Tensor, dx_scale: Tensor | float, need_loss: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Trains the rows of each sample's clusters.
+
+        Args:
+            x: [B, D]; a non-finite value leaves the table as it was.
+            clusters: int64 [B, K], -1 pads; row_ptr: int64 [C + 1]; most: M. See `cluster_step_`.
+            positives: (node, sample), sorted by both.
+            lr: of this step.
+            beta1: momentum of this step; None leaves what it was.
+            scale: fp32 [1] or [], factor of the loss and its gradient: rw_loss over the number of candidates.
+            dx_scale: multiplies dx alone.
+
+        Returns:
+            dx: fp32 [B, D]. scores: fp32 [B, K, M], before the update. loss: fp32 [1], or [0].
+        """
+        self.hyper[0] = lr
+        if beta1 is not None:
+            self.hyper[2] = beta1
+        self.hyper[5:6] = scale * self.gain
+        self.hyper[6:7] = dx_scale / self.gain
+        dx, scores, loss = cluster_step_(
+            self.weight, x, clusters, row_ptr, most, *positives, self.hyper, self.counter, bias=self.bias,
+            momentum=self.momentum, second=self.second, row_scale=self.row_scale, decoupled=True, need_loss=need_loss,
+        )  # fmt: skip
+        if self.row_scale is not None and self.rescaled is not None:
+            self.rescaled += rescale_rows_(self.weight, self.row_scale, self.counter)
+        self.counter[1] += 1
+        return dx, scores, loss / self.gain
+
+    @torch.no_grad()
+    def scores(self, x: Tensor, index: Tensor) -> Tensor:
+        """Logits fp32 [B, S] of the rows index int64 [B, S] (or [S], the same for all), -1 pads (-inf); nothing is trained."""
+        if self.row_scale is None:
+            return shortlist_matmul(x, self.weight, self.bias, index)
+        if index.dim() == 1:
+            return shortlist_matmul(x, self._decoded(index), self.bias[index], torch.arange(len(index), device=index.device))
+        # `shortlist_matmul` reads no e4m3: the rows that some samples need are decoded, few samples at a time.
+        at_once = max(1, _DECODED // max(1, index.shape[1] * self.weight.shape[1]))
+        out = []
+        for part, there in zip(x.split(at_once), index.split(at_once), strict=True):
+            rows, inverse = torch.unique(there.clamp(min=0), return_inverse=True)
+            out.append(shortlist_matmul(part, self._decoded(rows), self.bias[rows], torch.where(there >= 0, inverse, -1)))
+        return torch.cat(out)
+
+    def _decoded(self, rows: Tensor) -> Tensor:
+        part = self.weight.view(torch.uint8)[rows].view(self.weight.dtype).float()
+        return part if self.row_scale is None else part * self.row_scale[rows, :1]
+
+    def rows(self, start: int, end: int) -> Tensor:
+        """Table rows start:end in fp32 [end - start, D], a copy."""
+        return self._decoded(torch.arange(start, end, device=self.weight.device))
+
+
+def _xavier(shape: tuple[int, int], seed: int, dtype: torch.dtype, fill: bool) -> tuple[Tensor, Tensor | None]:
+    """The initial table, U(-a, a) with a = sqrt(6 / (n + D)) (Glorot & Bengio, 2010), and the row_scale of an fp8 one."""
+    generator = torch.Generator().manual_seed(seed)  # its own: the table must not depend on what was drawn before it
+    table = torch.zeros(shape, dtype=dtype)
+    row_scale = torch.tensor([[_FIRST_SCALE, 0.0]]).repeat(shape[0], 1) if dtype == TABLE_DTYPES["fp8"] else None
+    if not fill:
+        return table, row_scale
+    bound = math.sqrt(6 / (shape[0] + shape[1]))
+    block = max(1, _INIT_BLOCK // max(1, shape[1]))
+    for start in range(0, shape[0], block):
+        part = table[start : start + block]
+        values = torch.empty(part.shape).uniform_(-bound, bound, generator=generator)
+        if row_scale is not None:
+            values = (values / _FIRST_SCALE).clamp(-448, 448)
+        part.copy_(values)
+        if row_scale is not None:
+            row_scale[start : start + block, 1] = part.float().abs().amax(1) * _FIRST_SCALE
+    return table, row_scale

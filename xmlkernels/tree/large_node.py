@@ -1,0 +1,84 @@
+"""Balanced spherical 2-means of a node so large that all threads work on it: scores by rows, sums by columns.
+
+A column's sum is made by one thread in the order of the rows, so the result does not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from xmlkernels.tree.parallel import in_parallel, keep_compiled, threads
+from xmlkernels.tree.two_means import best_start, compacted, highest, new_direction, score_rows
+
+_ROWS = 1024  # rows a thread scores at a time
+
+Csr = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def split_large(
+    matrix: Csr, dense: np.ndarray, rows: np.ndarray, first: int, sample: np.ndarray, sample_first: int,
+    pairs: np.ndarray, tolerance: float, rounds: int, column_map: np.ndarray,
+) -> np.ndarray:  # fmt: skip
+    """As `two_means.split_node`, without a copy of the node's rows; columns of each row must ascend."""
+    keep_compiled(_add_columns, _add_dense)
+    tried = rows[sample]
+    local = compacted(*matrix, tried, column_map)
+    start, dense_direction = best_start(local, dense[tried], np.arange(len(tried)), sample_first, pairs, tolerance, rounds)
+    direction = np.zeros(len(column_map), np.float32)
+    direction[local[3]] = start
+    whole, half = np.zeros(len(direction)), np.zeros(len(direction))
+    dense_whole, dense_half = np.zeros(dense.shape[1]), np.zeros(dense.shape[1])
+    _add(matrix, dense, rows, np.ones(len(rows)), whole, dense_whole)
+    score, is_first = np.empty(len(rows), np.float32), np.zeros(len(rows), bool)
+    before = -np.inf
+    for _ in range(rounds):
+        in_parallel(lambda a, b: score_rows(a, b, *matrix, dense, rows, direction, dense_direction, score), len(rows), _ROWS)
+        chosen = highest(score, first)
+        moved = np.flatnonzero(chosen != is_first)
+        _add(matrix, dense, rows[moved], np.where(chosen[moved], 1.0, -1.0), half, dense_half)
+        is_first = chosen
+        objective = new_direction(whole, half, direction) + new_direction(dense_whole, dense_half, dense_direction)
+        if objective - before < tolerance * len(rows):
+            break
+        before = objective
+    return is_first
+
+
+def _add(
+    matrix: Csr, dense: np.ndarray, rows: np.ndarray, sign: np.ndarray, total: np.ndarray, dense_total: np.ndarray
+) -> None:
+    """total += Σ sign · row; the columns are shared out among the threads, by the entries of some of the rows."""
+    ptr, index, _ = matrix
+    some = rows[:: max(1, len(rows) // 64)]
+    seen = np.sort(np.concatenate([index[ptr[row] : ptr[row + 1]] for row in some])) if len(rows) else index[:0]
+    parts = threads()
+    inner = [int(seen[len(seen) * part // parts]) if len(seen) else 0 for part in range(1, parts)]
+    bounds = [0, *inner, len(total)]
+    in_parallel(lambda a, _: _add_columns(*matrix, rows, sign, bounds[a], bounds[a + 1], total), parts, 1)
+    _add_dense(dense, rows, sign, dense_total)
+
+
+@njit(nogil=True)
+def _add_columns(ptr, index, value, rows, sign, low, high, total):  # type: ignore[no-untyped-def]
+    """total += Σ sign · row, in columns low:high alone."""
+    for i in range(len(rows)):
+        end = ptr[rows[i] + 1]
+        a, b = ptr[rows[i]], end
+        while a < b:  # to the first entry at or beyond `low`
+            middle = (a + b) // 2
+            if index[middle] < low:
+                a = middle + 1
+            else:
+                b = middle
+        while a < end and index[a] < high:
+            total[index[a]] += sign[i] * value[a]
+            a += 1
+
+
+@njit(nogil=True)
+def _add_dense(dense, rows, sign, total):  # type: ignore[no-untyped-def]
+    """total += Σ sign · row of the dense block."""
+    for i in range(len(rows)):
+        for k in range(dense.shape[1]):
+            total[k] += sign[i] * dense[rows[i], k]

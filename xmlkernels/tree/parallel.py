@@ -1,0 +1,47 @@
+"""Compiled loops on several threads: as many as `numba.get_num_threads()` says.
+
+The loops release the interpreter's lock and are compiled without numba's own parallel transform, which takes minutes to
+compile what takes seconds without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+from numba import get_num_threads
+
+_kept: set[Any] = set()
+
+
+def keep_compiled(*loops: Any) -> None:
+    """Keep the machine code of compiled loops on disk from their first call on: it takes seconds to make.
+
+    Not `njit(cache=True)`, which makes folders when a module is imported. Numba's cache sees changes of the loop's own file
+    alone, so the loops of a file must not call those of another.
+    """
+    for loop in loops:
+        if loop not in _kept:
+            _kept.add(loop)
+            with suppress(RuntimeError):  # no folder that can be written: compiled for this process alone
+                loop.enable_caching()
+
+
+def threads() -> int:
+    """How many threads the loops run on."""
+    return int(get_num_threads())
+
+
+def in_parallel(work: Callable[[int, int], None], count: int, step: int) -> None:
+    """Calls work(begin, end) for the pieces of `step` of range(count). Who does which piece must not change the result."""
+    pieces = [(begin, min(begin + step, count)) for begin in range(0, count, step)]
+    workers = min(threads(), len(pieces))
+    if workers <= 1:
+        for begin, end in pieces:
+            work(begin, end)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        for done in [pool.submit(work, begin, end) for begin, end in pieces]:
+            done.result()

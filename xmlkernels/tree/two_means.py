@@ -1,0 +1,292 @@
+"""Balanced spherical 2-means of one node of the tree: the compiled loops.
+
+Rows have two blocks, a sparse and a dense one, each of length 1 (or 0) with centres of its own; similarities add up. The
+rows most similar to the first centre rather than to the second are the first half, the centres are the halves' means, and
+both repeat until the mean similarity of a row to its own centre rises by less than the tolerance. That mean times n is
+‖Σ first‖ + ‖Σ second‖, block by block, so that the sums of the halves are all that is kept of the centres.
+
+Every start is the difference of two random rows; every other one is first turned towards the direction in which the rows
+differ most (power iteration): on planted clusters the first kind alone ends in a worse optimum too often.
+
+Dimension letters: n rows of the node, m columns that they use, D width of the dense block, S starts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+POWER = 8  # steps of the power iteration
+
+
+@njit(nogil=True)
+def split_node(  # type: ignore[no-untyped-def]
+    ptr, index, value, dense, rows, first, sample, sample_first, pairs, pairwise, tolerance, rounds, column_map
+):
+    """Which rows of the node make the first half: bool [n], `first` of them.
+
+    Args:
+        ptr, index, value: CSR of all labels; dense [L, D], D may be 0.
+        rows: int64 [n], labels of the node.
+        sample: int64, positions in `rows` among which the starts are tried; `sample_first` of them make its first half.
+        pairs: int64 [S, 2], positions in `sample`: the two first centres of each start.
+        pairwise: nodes of up to this many rows are split by their similarities, computed once.
+        column_map: int32 [V] of −1; left as it was.
+    """
+    local = compacted(ptr, index, value, rows, column_map)
+    near = dense[rows]
+    if len(rows) <= pairwise:
+        return _split_by_similarities(local, near, first, pairs, tolerance, rounds)
+    direction, dense_direction = best_start(local, near, sample, sample_first, pairs, tolerance, rounds)
+    everyone = np.arange(len(rows))
+    sums = _sums(local, near, everyone)
+    return _descend(local, near, everyone, sums, direction, dense_direction, first, tolerance, rounds)[1]
+
+
+@njit(nogil=True)
+def compacted(ptr, index, value, rows, column_map):  # type: ignore[no-untyped-def]
+    """CSR of the given rows with the m columns that they use numbered anew: (ptr, index, value, columns int32 [m])."""
+    local_ptr = np.zeros(len(rows) + 1, np.int64)
+    for i in range(len(rows)):
+        local_ptr[i + 1] = local_ptr[i] + ptr[rows[i] + 1] - ptr[rows[i]]
+    local_index, local_value = np.empty(local_ptr[-1], np.int32), np.empty(local_ptr[-1], np.float32)
+    columns, m = np.empty(min(local_ptr[-1], len(column_map)), np.int32), 0
+    for i in range(len(rows)):
+        shift = local_ptr[i] - ptr[rows[i]]
+        for j in range(ptr[rows[i]], ptr[rows[i] + 1]):
+            column = index[j]
+            if column_map[column] < 0:
+                column_map[column] = m
+                columns[m] = column
+                m += 1
+            local_index[j + shift], local_value[j + shift] = column_map[column], value[j]
+    for i in range(m):
+        column_map[columns[i]] = -1
+    return local_ptr, local_index, local_value, columns[:m]
+
+
+@njit(nogil=True)
+def best_start(local, near, sample, first, pairs, tolerance, rounds):  # type: ignore[no-untyped-def]
+    """The difference of the centres, float32 [m] and [D], after the best of the starts on the sample."""
+    ptr, index, value, columns = local
+    best, direction = -np.inf, np.zeros(len(columns), np.float32)
+    dense_direction = np.zeros(near.shape[1], np.float32)
+    sums = _sums(local, near, sample)
+    for start in range(len(pairs)):
+        trial, dense_trial = np.zeros(len(columns), np.float32), np.zeros(near.shape[1], np.float32)
+        for half in range(2):
+            row, sign = sample[pairs[start, half]], np.float32(1 - 2 * half)
+            for j in range(ptr[row], ptr[row + 1]):
+                trial[index[j]] += sign * value[j]
+            for j in range(near.shape[1]):
+                dense_trial[j] += sign * near[row, j]
+        for _ in range(POWER * (start % 2)):
+            _power_step(local, near, sample, trial, dense_trial)
+        objective, _ = _descend(local, near, sample, sums, trial, dense_trial, first, tolerance, rounds)
+        if objective > best:
+            best, direction, dense_direction = objective, trial, dense_trial
+    return direction, dense_direction
+
+
+@njit(nogil=True)
+def _power_step(local, near, rows, direction, dense_direction):  # type: ignore[no-untyped-def]
+    """direction = Σ (score of a row - mean score) · row: towards the direction in which the rows differ most."""
+    ptr, index, value, columns = local
+    score = np.empty(len(rows), np.float32)
+    score_rows(0, len(rows), ptr, index, value, near, rows, direction, dense_direction, score)
+    _centre(score)
+    direction[:], dense_direction[:] = 0, 0
+    for i in range(len(rows)):
+        for j in range(ptr[rows[i]], ptr[rows[i] + 1]):
+            direction[index[j]] += score[i] * value[j]
+        for j in range(near.shape[1]):
+            dense_direction[j] += score[i] * near[rows[i], j]
+
+
+@njit(nogil=True)
+def _centre(score):  # type: ignore[no-untyped-def]
+    """Mean 0 and, unless all are equal, length 1."""
+    mean = square = 0.0
+    for i in range(len(score)):
+        mean += score[i]
+    mean /= len(score)
+    for i in range(len(score)):
+        square += (score[i] - mean) ** 2
+    by = 1 / np.sqrt(square) if square > 0 else 0.0
+    for i in range(len(score)):
+        score[i] = (score[i] - mean) * by
+
+
+@njit(nogil=True)
+def _sums(local, near, rows):  # type: ignore[no-untyped-def]
+    """Σ of some rows of a node, block by block."""
+    ptr, index, value, columns = local
+    whole, dense_whole = np.zeros(len(columns)), np.zeros(near.shape[1])
+    for row in rows:
+        for j in range(ptr[row], ptr[row + 1]):
+            whole[index[j]] += value[j]
+        for j in range(near.shape[1]):
+            dense_whole[j] += near[row, j]
+    return whole, dense_whole
+
+
+@njit(nogil=True)
+def _descend(local, near, rows, sums, direction, dense_direction, first, tolerance, rounds):  # type: ignore[no-untyped-def]
+    """Runs 2-means on some rows of a node; returns (objective, is_first bool [len(rows)]) and leaves the last directions."""
+    ptr, index, value, columns = local
+    whole, dense_whole = sums
+    n, m, width = len(rows), len(columns), near.shape[1]
+    is_first = np.zeros(n, np.bool_)
+    score = np.empty(n, np.float32)
+    half, dense_half = np.zeros(m), np.zeros(width)
+    before = -np.inf
+    for _ in range(rounds):
+        score_rows(0, n, ptr, index, value, near, rows, direction, dense_direction, score)
+        chosen = highest(score, first)
+        for i in range(n):
+            if chosen[i] == is_first[i]:
+                continue
+            sign = 1.0 if chosen[i] else -1.0
+            for j in range(ptr[rows[i]], ptr[rows[i] + 1]):
+                half[index[j]] += sign * value[j]
+            for j in range(width):
+                dense_half[j] += sign * near[rows[i], j]
+        is_first = chosen
+        objective = new_direction(whole, half, direction) + new_direction(dense_whole, dense_half, dense_direction)
+        if objective - before < tolerance * n:
+            break
+        before = objective
+    return objective, is_first
+
+
+@njit(nogil=True)
+def _sparse_dot(begin, end, index, value, direction):  # type: ignore[no-untyped-def]
+    """Four sums side by side: one alone would wait for each addition."""
+    a = b = c = d = np.float32(0)
+    j = begin
+    while j + 4 <= end:
+        a += value[j] * direction[index[j]]
+        b += value[j + 1] * direction[index[j + 1]]
+        c += value[j + 2] * direction[index[j + 2]]
+        d += value[j + 3] * direction[index[j + 3]]
+        j += 4
+    while j < end:
+        a += value[j] * direction[index[j]]
+        j += 1
+    return (a + b) + (c + d)
+
+
+@njit(nogil=True)
+def highest(score, first):  # type: ignore[no-untyped-def]
+    """bool [n]: the `first` rows of highest score; of equal ones those that stand first."""
+    chosen = np.zeros(len(score), np.bool_)
+    least = np.partition(score, len(score) - first)[len(score) - first]
+    room = first
+    for i in range(len(score)):
+        if score[i] > least:
+            chosen[i] = True
+            room -= 1
+    for i in range(len(score)):
+        if room > 0 and score[i] == least:
+            chosen[i] = True
+            room -= 1
+    return chosen
+
+
+@njit(nogil=True)
+def new_direction(whole, half, direction):  # type: ignore[no-untyped-def]
+    """Writes the difference of the two unit centres, fp32; returns ‖first‖ + ‖second‖ of the sums."""
+    a = b = 0.0
+    for j in range(len(whole)):
+        a += half[j] ** 2
+        b += (whole[j] - half[j]) ** 2
+    a, b = np.sqrt(a), np.sqrt(b)
+    by_a, by_b = 1 / a if a > 0 else 0.0, 1 / b if b > 0 else 0.0
+    for j in range(len(whole)):
+        direction[j] = half[j] * by_a - (whole[j] - half[j]) * by_b
+    return a + b
+
+
+@njit(nogil=True)
+def _split_by_similarities(local, near, first, pairs, tolerance, rounds):  # type: ignore[no-untyped-def]
+    """The same iteration on the n × n similarities of a small node, from every start to its end."""
+    ptr, index, value, columns = local
+    n = len(ptr) - 1
+    similar, dense_similar = np.empty((n, n), np.float32), np.empty((n, n), np.float32)
+    spread = np.zeros(len(columns), np.float32)
+    for i in range(n):
+        for j in range(ptr[i], ptr[i + 1]):
+            spread[index[j]] = value[j]
+        for k in range(i, n):
+            similar[i, k] = similar[k, i] = _sparse_dot(ptr[k], ptr[k + 1], index, value, spread)
+            total = np.float32(0)
+            for j in range(near.shape[1]):
+                total += near[i, j] * near[k, j]
+            dense_similar[i, k] = dense_similar[k, i] = total
+        for j in range(ptr[i], ptr[i + 1]):
+            spread[index[j]] = 0
+    best, is_first = -np.inf, np.zeros(n, np.bool_)
+    score, half, dense_half = np.empty(n, np.float32), np.empty(n), np.empty(n)
+    whole, dense_whole = np.zeros(n), np.zeros(n)
+    for i in range(n):
+        for k in range(n):
+            whole[k] += similar[i, k]
+            dense_whole[k] += dense_similar[i, k]
+    for start in range(len(pairs)):
+        a, b = pairs[start, 0], pairs[start, 1]
+        for k in range(n):
+            score[k] = similar[a, k] - similar[b, k] + dense_similar[a, k] - dense_similar[b, k]
+        for _ in range(POWER * (start % 2)):
+            _centre(score)
+            half[:] = 0
+            for i in range(n):
+                for k in range(n):
+                    half[k] += score[i] * (similar[i, k] + dense_similar[i, k])
+            score[:] = half
+        before = -np.inf
+        for _ in range(rounds):
+            chosen = highest(score, first)
+            half[:], dense_half[:] = 0, 0
+            for i in range(n):
+                if chosen[i]:
+                    for k in range(n):
+                        half[k] += similar[i, k]
+                        dense_half[k] += dense_similar[i, k]
+            score[:] = 0
+            objective = _add_scores(chosen, whole, half, score) + _add_scores(chosen, dense_whole, dense_half, score)
+            if objective > best:
+                best, is_first = objective, chosen
+            if objective - before < tolerance * n:
+                break
+            before = objective
+    return is_first
+
+
+@njit(nogil=True)
+def _add_scores(is_first, whole, half, score):  # type: ignore[no-untyped-def]
+    """Adds each row's similarity to the first centre less that to the second; returns ‖first‖ + ‖second‖ of the sums.
+
+    half[k] is the similarity of row k to the sum of the first half.
+    """
+    a = b = 0.0
+    for k in range(len(score)):
+        if is_first[k]:
+            a += half[k]
+        else:
+            b += whole[k] - half[k]
+    a, b = np.sqrt(max(a, 0.0)), np.sqrt(max(b, 0.0))
+    by_a, by_b = 1 / a if a > 0 else 0.0, 1 / b if b > 0 else 0.0
+    for k in range(len(score)):
+        score[k] += half[k] * by_a - (whole[k] - half[k]) * by_b
+    return a + b
+
+
+@njit(nogil=True)
+def score_rows(begin, end, ptr, index, value, dense, rows, direction, dense_direction, score):  # type: ignore[no-untyped-def]
+    """Similarity of the rows begin:end of a node to the first centre less that to the second."""
+    for i in range(begin, end):
+        row = rows[i]
+        total = _sparse_dot(ptr[row], ptr[row + 1], index, value, direction)
+        for k in range(dense.shape[1]):
+            total += dense[row, k] * dense_direction[k]
+        score[i] = total
