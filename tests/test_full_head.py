@@ -128,3 +128,16 @@ def test_default_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch) ->
 def test_unknown_options_are_named(key: str, value: str) -> None:
     with pytest.raises(InputError, match=f"label table: {key}: expected .*{value}"):
         FullHead(4, 4, **{key: value})
+
+
+def test_labels_that_would_hardly_change_are_skipped() -> None:
+    labels, width = 4 * 128, 16
+    plain, skips = FullHead(labels, width, dtype="bf16"), FullHead(labels, width, dtype="bf16", skip_units=0.5)
+    assert plain.skipped is None and skips.skip_below == 2.0**-14
+    x = torch.rand(4, width) + 0.5
+    for head in (plain, skips):
+        head.weight[128:] = -2  # logits below -16: settled
+        head.step(x, *positives([(3, 0), (130, 1)]), lr=0.1, need_loss=False)
+    assert skips.skipped is not None and skips.skipped.tolist() == [2, 4]
+    assert torch.equal(plain.weight[:256], skips.weight[:256]) and (skips.weight[256:] == -2).all()
+    assert "skipped" not in skips.state_dict()  # a count of this process, no part of the model
