@@ -74,7 +74,8 @@ def build_model(config: Config, dataset: Dataset, steps: int, device: torch.devi
     head = FullHead(
         dataset.num_labels, encoder.width, dtype=resolved_table(config, device), bias=config.bias,
         optimizer=config.table_optimizer, momentum=config.momentum, state_dtype=config.state, decay=config.table_decay,
-        decoupled=config.decoupled, kahan=config.kahan, seed=config.seed,
+        decoupled=config.decoupled, kahan=config.kahan, skip_units=config.skip_tiles,
+        seed=config.seed,
     )  # fmt: skip
     training = Training(
         config.encoder_lr, config.table_lr, config.encoder_decay, config.warmup, steps, config.clip, config.micro_batch

@@ -66,6 +66,9 @@ class Config:
     """Weight decay shrinks the table instead of entering its gradient."""
     kahan: bool = False
     """Kahan compensation for bf16 and fp16 tables, instead of stochastic rounding."""
+    skip_tiles: float = 0.0
+    """Skip groups of 128 labels without positives whose weights a step would change by less than so many units of the table's
+    format (its spacing at 2^-6); an approximation that saves up to two thirds of the table's step. 0 is off."""
 
     # ---- training ----
     epochs: int = 10
@@ -176,7 +179,7 @@ def _ranges(config: Config) -> Iterator[tuple[bool, str, str, str]]:
         yield getattr(config, name) >= 1, name, "1 or more", "choose a larger one"
     for name in ("micro_batch", "save_every", "loss_every", "warmup", "clip", "documents", "threads", "bottleneck"):
         yield getattr(config, name) >= 0, name, "0 or more", "choose 0 to switch it off"
-    for name in ("encoder_lr", "table_lr", "encoder_decay", "table_decay"):
+    for name in ("encoder_lr", "table_lr", "encoder_decay", "table_decay", "skip_tiles"):
         yield getattr(config, name) >= 0, name, "0 or more", "choose 0 to switch it off"
     for name in ("dropout", "momentum"):
         yield 0 <= getattr(config, name) < 1, name, "from 0 to below 1", "correct it"

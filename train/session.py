@@ -146,9 +146,13 @@ class Session:
         say(f"step {line['step']:,}  epoch {line['epoch']:.2f}{told}  {speed:.0f} documents/s")
         self.pending, self.marked = [], (self.documents, seconds)
 
-    def _skipped(self) -> dict[str, int]:
+    def _skipped(self) -> dict[str, float]:
         model = self.model
-        return {"skipped_steps": int(model.skipped_steps), "skipped_encoder_steps": int(model.skipped_encoder_steps)}
+        steps = {"skipped_steps": int(model.skipped_steps), "skipped_encoder_steps": int(model.skipped_encoder_steps)}
+        if model.head.skipped is None:
+            return steps
+        skipped, seen = model.head.skipped.tolist()
+        return steps | {"skipped_tiles": skipped / max(1, seen)}  # share since the start, or since it was resumed
 
     # ---- evaluation ----
 
