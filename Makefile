@@ -43,10 +43,12 @@ lint: build $(INSTALLED_DEV)
 
 bench: build $(INSTALLED_DEV)
 	$(PY) benchmarks/run.py --op bce_step --device cpu
+	$(PY) benchmarks/run.py --op bce_loss --device cpu
 	$(PY) benchmarks/run.py --op matmul_topk --device cpu
 	$(PY) benchmarks/run.py --op shortlist_matmul --device cpu
 	$(PY) benchmarks/run.py --op cluster_step --device cpu
 	$(PY) benchmarks/run.py --op sparse_update --device cpu
+	$(PY) benchmarks/run.py --op bag_step --device cpu
 
 # Builds in place and installs nothing: a machine with a card brings its own torch.
 gpu-report:

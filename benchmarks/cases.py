@@ -6,13 +6,15 @@ work; s is the bytes of a table element, m of a momentum element (0 without mome
 | op | FLOP | bytes |
 |---|---|---|
 | bce_step | 6 B L D: logits, dX and dW | 2 L D (s + m), table and momentum read and written once; 8 B D, x and dx; 12 P |
+| bce_step, skip | 2 B L D and 4 B R D | L D s and R D s, R the rows of groups with positives; the rest as above |
+| bce_loss | 2 B L D, backward 6 B L D: logits twice and dX | s L D, twice in the backward; 4 B D, dx as much; 12 P |
 | matmul_topk | 2 B L D | s L D, the table; 4 B D, x; 12 B K, values and rows |
 | sparse_update | 2, 7 or 14 N D: SGD, Adagrad, Adam | 2 N D (s + m), the rows and their states; 4 N D, gradient; 8 N |
+| bag_step | 2 T D and 2 or 14 U D: SGD, Adam; T tokens, U rows they name | 2 U D (s + m); 4 B D; 12 T; 8 B |
 | mm (the ceiling) | 2 n³ | 3 s n² |
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,14 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.case import DTYPES, LR, REFERENCE_ELEMENTS, Case
+from benchmarks.cases_bag import bag_step_cases
 from benchmarks.cases_cascade import cascade_cases
 from benchmarks.cases_cluster import cluster_step_cases
+from benchmarks.cases_loss import bce_loss_cases
 from benchmarks.cases_shortlist import shortlist_cases
 from benchmarks.cases_sparse import sparse_update_cases
+from benchmarks.head import Head, make_head, positives
 from benchmarks.shapes import Shape
 from benchmarks.timing import Step
 from xmlkernels import ops
 from xmlkernels.errors import InputError
+from xmlkernels.reference.bce_step import GROUP
 from xmlkernels.reference.bce_step import bce_step_ as bce_step_reference
 from xmlkernels.reference.matmul_topk import matmul_topk as matmul_topk_reference
 
@@ -38,24 +44,12 @@ OPS = {
     "cluster_step": ("cluster_step_",),
     "sparse_update": ("sparse_sgd_", "sparse_adagrad_", "sparse_adam_"),
     "matmul_topk": ("matmul_topk",),
+    "bce_loss": ("bce_loss",),
+    "bag_step": ("bag_step_",),
 }
 """The public functions of `xmlkernels.ops` that each benchmark times."""
 
-MOMENTUM, POSITIVES = 0.9, 5
-
-
-@dataclass
-class Head:
-    """weight [L, D]; x [B, D] fp32; positives sorted by (row, sample): pos_row int64 [P], pos_sample int32 [P]."""
-
-    weight: Tensor
-    x: Tensor
-    pos_row: Tensor
-    pos_sample: Tensor
-
-
-def positives(shape: Shape) -> int:
-    return min(POSITIVES, shape.L) * shape.B
+MOMENTUM = 0.9
 
 
 def bce_work(shape: Shape, s: int, m: int = 0) -> tuple[int, int]:
@@ -64,29 +58,20 @@ def bce_work(shape: Shape, s: int, m: int = 0) -> tuple[int, int]:
     return 6 * shape.B * table, 2 * table * (s + m) + 8 * shape.B * shape.D + 12 * positives(shape)
 
 
+def skip_work(shape: Shape, s: int) -> tuple[int, int]:
+    """The same where every group of 128 rows without a positive is skipped; at most one group for each positive is not."""
+    busy = min(shape.L, GROUP * positives(shape)) * shape.D
+    moved = (shape.L * shape.D + busy) * s + 8 * shape.B * shape.D + 12 * positives(shape)
+    return 2 * shape.B * shape.L * shape.D + 4 * shape.B * busy, moved
+
+
 def topk_work(shape: Shape, s: int) -> tuple[int, int]:
     """FLOP and bytes of one search; s is the bytes of a table element."""
     table, k = shape.L * shape.D, shape.K or 1
     return 2 * shape.B * table, s * table + 4 * shape.B * shape.D + 12 * shape.B * k
 
 
-def make_head(shape: Shape, dtype: str, device: str) -> Head:
-    """The same numbers in every format and process: N(0, 0.02²) rows, unit-scale embeddings, 5 labels per sample."""
-    g = torch.Generator(device).manual_seed(0)
-    weight = torch.empty(shape.L, shape.D, dtype=DTYPES[dtype], device=device).normal_(0, 0.02, generator=g)
-    g = torch.Generator().manual_seed(1)
-    x = torch.randn(shape.B, shape.D, generator=g)
-    count = min(POSITIVES, shape.L)
-    start = torch.randint(shape.L, (shape.B, 1), generator=g)
-    # Steps of one stride from a random start: distinct within a sample without drawing L numbers.
-    rows = (start + torch.arange(count) * max(1, shape.L // count)) % shape.L
-    samples = torch.arange(shape.B)[:, None].expand_as(rows)
-    order = torch.argsort(rows.reshape(-1) * shape.B + samples.reshape(-1))
-    pos_row, pos_sample = rows.reshape(-1)[order], samples.reshape(-1)[order].to(torch.int32)
-    return Head(weight, *(t.contiguous().to(device) for t in (x, pos_row, pos_sample)))
-
-
-def own_step(head: Head, *, op: Callable[..., Any], momentum: bool, need_loss: bool) -> Step:
+def own_step(head: Head, *, op: Callable[..., Any], momentum: bool, need_loss: bool, **options: float) -> Step:
     """`bce_step_`, or its reference. The momentum has the table's format."""
     device = head.weight.device
     hyper = torch.tensor([LR, 0, MOMENTUM if momentum else 0, 0.999, 1e-8, 1, 1], device=device)
@@ -94,7 +79,9 @@ def own_step(head: Head, *, op: Callable[..., Any], momentum: bool, need_loss: b
     state = torch.zeros_like(head.weight) if momentum else None
 
     def step() -> Tensor:
-        dx, _ = op(head.weight, head.x, head.pos_row, head.pos_sample, hyper, counter, momentum=state, need_loss=need_loss)
+        dx, _ = op(
+            head.weight, head.x, head.pos_row, head.pos_sample, hyper, counter, momentum=state, need_loss=need_loss, **options
+        )
         counter[1] += 1
         return dx
 
@@ -175,6 +162,9 @@ def bce_step_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
         add("xmlkernels", "loss", name, name, 0, partial(own, need_loss=True))
         if shape.L * shape.D <= REFERENCE_ELEMENTS:
             add("reference", "sgd", name, name, 0, partial(own, op=bce_step_reference))
+    # The most that skipping saves: whatever has no positive is skipped.
+    skips = partial(own_step, op=ops.bce_step_, momentum=False, need_loss=False, skip_below=1e30)
+    cases.append(Case("xmlkernels", "skip", "bf16", *skip_work(shape, 2), inputs["bf16"], skips))
     add("eager", "momentum", "fp32", "fp32", 4, partial(eager_step, compiled=False))
     if compiled:
         add("compile", "momentum", "fp32", "fp32", 4, partial(eager_step, compiled=True))
@@ -218,6 +208,8 @@ def level_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
 
 
 BUILDERS: dict[str, Callable[[Shape, str, bool], list[Case]]] = {
+    "bag_step": bag_step_cases,
+    "bce_loss": bce_loss_cases,
     "bce_step": bce_step_cases,
     "cluster_step": level_cases,
     "matmul_topk": matmul_topk_cases,

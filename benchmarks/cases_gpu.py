@@ -15,6 +15,7 @@ from xmlkernels import ops
 FP8, SCALE = torch.float8_e4m3fn, 2.0**-8
 SYNCING = frozenset({
     ("shortlist_matmul", "xmlkernels", "step"), ("shortlist_matmul", "eager", "step"), ("cluster_step", "eager", "adam"),
+    ("bag_step", "torch", "sgd"), ("bag_step", "torch", "adam"),
 })  # fmt: skip
 """(op, implementation, phase) whose step reads a size on the host: the number of distinct rows, or torch's own sum of a sparse
 gradient. They are never captured in a graph."""

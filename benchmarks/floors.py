@@ -119,7 +119,7 @@ def modelled_bytes(row: Row, model: ModuleType | None) -> int | None:
     phase, op = plain(row["phase"]), row["op"]
     B, L, D = (int(number(row, letter)) for letter in "BLD")
     S, K = (int(str(row[letter])) if row[letter] not in (None, "") else 0 for letter in "SK")
-    if op == "bce_step":
+    if op == "bce_step" and phase != "skip":  # what is skipped depends on the positives
         options = {"element": element, "state_element": element, "states": int(phase == "momentum"), "loss": phase == "loss"}
         return model.bce_step_bytes(B, L, D, **options)["memory"]
     if op == "matmul_topk":

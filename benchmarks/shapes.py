@@ -1,5 +1,5 @@
 """The shapes that are measured, by op. Letters: B batch, L labels, D width, S shortlist (`sparse_update`: N, the touched
-rows, of a table of L; it has no batch and says B = 1), K top-k."""
+rows, of a table of L; it has no batch and says B = 1; `bag_step`: tokens of a bag), K top-k."""
 
 import difflib
 from dataclasses import dataclass
@@ -42,6 +42,11 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
         Shape("B1-L670k", 1, 670_000, 384, K=10),  # one query: bound by reading the table
         Shape("B256-L670k", 256, 670_000, 384, K=100),
     ),
+    "bce_loss": (Shape("B64-L131k", 64, 131_072, 384),),
+    "bag_step": (  # S tokens of each document, rows of a vocabulary of L
+        Shape("B64-S64-L50k", 64, 50_000, 256, S=64),
+        Shape("B256-S128-L500k", 256, 500_000, 256, S=128),
+    ),
     "sparse_update": (
         Shape("N2k-L16k", 1, 16_384, 384, S=2_048),
         Shape("N100k-L670k", 1, 670_000, 384, S=100_000),
@@ -62,10 +67,13 @@ GPU_SHAPES: dict[str, tuple[Shape, ...]] = {
     "matmul_topk": (Shape("B512-L2.8M-D768", 512, 2_812_281, 768, K=100),),
     "cluster_step": (Shape("B64-K400-L670k-D768", 64, 670_091, 768, S=4400, K=400),),  # clusters of 11 rows
     "sparse_update": (Shape("N100k-L670k-D768", 1, 670_091, 768, S=100_000),),
+    "bce_loss": (Shape("B128-L2.8M-D768", 128, 2_812_281, 768),),
+    "bag_step": (Shape("B512-S256-L1M-D512", 512, 1_000_000, 512, S=256),),  # documents of Wikipedia in 1-2-grams
     "shortlist_matmul": (Shape("B64-S4400-L670k-D768", 64, 670_091, 768, S=4400),),  # CascadeXML's lists for Amazon-670K
 }
 """The shapes of a large card, in the order in which they are measured: those with a figure to reach first."""
 SMALL_GPU_SHAPES: dict[str, tuple[Shape, ...]] = {
+    "bce_loss": (Shape("B128-L131k-D768", 128, 131_072, 768),),
     "bce_step": (Shape("B128-L131k-D768", 128, 131_072, 768), Shape("B512-L131k-D768", 512, 131_072, 768)),
     "matmul_topk": (Shape("B512-L131k-D768", 512, 131_072, 768, K=100),),
 }

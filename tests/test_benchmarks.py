@@ -14,7 +14,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import cases, cases_cascade, cases_cluster, cases_shortlist, cases_sparse, plot, run, shapes, timing
+from benchmarks import (
+    cases,
+    cases_bag,
+    cases_cascade,
+    cases_cluster,
+    cases_loss,
+    cases_shortlist,
+    cases_sparse,
+    plot,
+    run,
+    shapes,
+    skip_tiles,
+    timing,
+)
 from xmlkernels import ops
 from xmlkernels.errors import InputError
 
@@ -106,6 +119,13 @@ def test_closed_forms() -> None:
     level = shapes.Shape("", 64, 131_072, 384, S=1024, K=128)  # 64 draws of 128 of 16,384 clusters touch 51,729 rows
     moved = 51_729 * 384 * (2 + 4) * 4 + 4 * 65_536 + 8 * 64 * (128 + 384)
     assert cases_cluster.cluster_work(level, 4, 4) == (6 * 65_536 * 384, moved)
+    table = 50_331_648
+    assert cases.skip_work(shape, 2) == (2 * 64 * table + 4 * 64 * 128 * 320 * 384, 2 * (table + 128 * 320 * 384) + 200_448)
+    assert cases_loss.loss_work(shape, "loss", 2) == (2 * 64 * table, 2 * table + 4 * 64 * 384 + 12 * 320)
+    assert cases_loss.loss_work(shape, "backward", 4) == (6 * 64 * table, 2 * (4 * table + 4 * 64 * 384) + 12 * 320)
+    bags = shapes.Shape("", 64, 50_000, 256, S=64)  # 4,096 draws name 3,933 rows
+    moved = 2 * 3_933 * 256 * 2 * 3 + 4 * 64 * 256 + 12 * 4_096 + 8 * 64
+    assert cases_bag.bag_work(bags, "adam", 2) == (2 * 4_096 * 256 + 14 * 3_933 * 256, moved)
     few = shapes.Shape("x", 1, 670_000, 384, S=100_000)
     assert cases_sparse.sparse_work(few, "adam", 2) == (14 * 38_400_000, 2 * 3 * 2 * 38_400_000 + 4 * 38_400_000 + 800_000)
     assert cases_sparse.sparse_work(few, "sgd", 4) == (2 * 38_400_000, 3 * 4 * 38_400_000 + 800_000)
@@ -217,6 +237,33 @@ def test_sparse_updates_agree() -> None:
         torch.testing.assert_close(param, after["reference", rule], rtol=1e-5, atol=1e-8, msg=f"{impl} {rule}")
         moved = (param != before.param).any(1).nonzero()[:, 0]
         assert torch.equal(moved, before.rows)
+
+
+def test_bag_steps_agree() -> None:
+    """The second step of each rule, tokens repeated within and across bags; as above for SparseAdam's epsilon."""
+    shape, after = shapes.Shape("few", 6, 40, 16, S=20), {}
+    before = cases_bag.make_bags(shape, "fp32", "cpu")
+    for case in cases.build("bag_step", shape, "cpu"):
+        if case.dtype == "fp32":
+            step = case.start(case.inputs())
+            step()
+            after[case.impl, case.phase] = torch.as_tensor(step()).detach()
+    assert {impl for impl, _ in after} == {"xmlkernels", "reference", "torch"} and len(after) == 6
+    for (impl, rule), param in after.items():
+        torch.testing.assert_close(param, after["reference", rule], rtol=1e-5, atol=1e-7, msg=f"{impl} {rule}")
+        moved = (param != before.param).any(1).nonzero()[:, 0]
+        assert torch.equal(moved, before.token.unique())
+
+
+@pytest.mark.parametrize("phase", ["loss", "backward"])
+def test_losses_agree(phase: str) -> None:
+    found = {}
+    for case in cases.build("bce_loss", TINY, "cpu"):
+        if (case.phase, case.dtype) == (phase, "fp32"):
+            found[case.impl] = torch.as_tensor(case.start(case.inputs())()).detach()
+    assert {"xmlkernels", "eager"} <= set(found)
+    for result in found.values():
+        torch.testing.assert_close(result, found["eager"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("phase", ["forward", "shared", "step"])
@@ -415,3 +462,13 @@ def test_chart(tmp_path: Path) -> None:
     dirty = tmp_path / "dirty.csv"
     run.append(dirty, [timed("mm", 1.0, commit="abc-dirty")])
     assert plot.main([str(dirty)]) == 2 and not dirty.with_suffix(".png").exists()
+
+
+def test_what_skipping_saves_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--labels", "512", "--width", "8", "--documents", "300", "--held", "50", "--steps", "8", "--batch", "2"]
+    skip_tiles.main([*small, "--units", "0", "1e9"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[:2] for line in lines] == [["clusters", "0"], ["clusters", "1e+09"], ["random", "0"], ["random", "1e+09"]]
+    shares = [float(line[2]) for line in lines]
+    # Two documents of one cluster each: of four groups at least two have no positive.
+    assert shares[0] == shares[2] == 0 and 50 <= shares[1] < 100 and shares[3] < shares[1]

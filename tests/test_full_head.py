@@ -141,3 +141,16 @@ def test_biases_start_at_the_frequencies() -> None:
         FullHead(5, 3).start_at_frequencies(positives, documents)
     with pytest.raises(InputError, match=r"positives: expected 5 numbers, one for each label, got \[4\]"):
         head.start_at_frequencies(positives[:4], documents)
+
+
+def test_labels_that_would_hardly_change_are_skipped() -> None:
+    labels, width = 4 * 128, 16
+    plain, skips = FullHead(labels, width, dtype="bf16"), FullHead(labels, width, dtype="bf16", skip_units=0.5)
+    assert plain.skipped is None and skips.skip_below == 2.0**-14
+    x = torch.rand(4, width) + 0.5
+    for head in (plain, skips):
+        head.weight[128:] = -2  # logits below -16: settled
+        head.step(x, *positives([(3, 0), (130, 1)]), lr=0.1, need_loss=False)
+    assert skips.skipped is not None and skips.skipped.tolist() == [2, 4]
+    assert torch.equal(plain.weight[:256], skips.weight[:256]) and (skips.weight[256:] == -2).all()
+    assert "skipped" not in skips.state_dict()  # a count of this process, no part of the model

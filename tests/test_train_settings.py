@@ -68,6 +68,7 @@ def test_every_recipe_is_sound(name: str) -> None:
         ({"output": ""}, "--output: expected a name"),
         ({"kahan": True, "table": "fp8"}, "--kahan: expected a table in bf16 or fp16, got --table fp8"),
         ({"kahan": True, "table": "fp32"}, "--kahan: expected a table below fp32"),
+        ({"skip_tiles": -1.0}, "--skip-tiles: expected 0 or more"),
         ({"momentum": 0.0, "state": "bf16"}, "--state: expected an optimizer that keeps a state"),
         ({"decoupled": True, "table_decay": 0.0}, "--decoupled: expected a table decay"),
         ({"init_prefix": "encoder."}, "--init-prefix: expected --init-state"),
@@ -226,6 +227,14 @@ def test_a_half_precision_table(dataset: Path, tmp_path: Path) -> None:
     assert tensors["head.weight"].dtype == torch.float16 and state["model"]["head"]["dtype"] == "fp16"
     assert "head.momentum" not in tensors and tensors["head.kahan"].any()
     assert report["environment"]["table"] == "fp16" and report["environment"]["state"] is None
+
+
+def test_the_share_of_skipped_tiles_is_logged(dataset: Path, tmp_path: Path) -> None:
+    """A bound that every group without positives meets; momentum and decay go on there."""
+    report = run(tiny(dataset, tmp_path, skip_tiles=1e12, epochs=1))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    shares = [line["skipped_tiles"] for line in lines if "skipped_tiles" in line]
+    assert shares and all(0 <= share < 1 for share in shares) and report["skipped_tiles"] == shares[-1]
 
 
 def test_an_8_bit_table(dataset: Path, tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ def _end_to_end(config: Config, dataset: Dataset, encoder: nn.Module, steps: int
     say(told(plan(encoder, [table], documents=_pass(config), tokens=longest_row(config, dataset))))
     head = FullHead(
         dataset.num_labels, width, dtype=dtype, bias=config.bias, optimizer=optimizer, momentum=config.momentum,
-        state_dtype=config.state, decay=config.table_decay, decoupled=config.decoupled, kahan=config.kahan, seed=config.seed,
+        state_dtype=config.state, decay=config.table_decay, decoupled=config.decoupled, kahan=config.kahan,
+        skip_units=config.skip_tiles, seed=config.seed,
     )  # fmt: skip
     if config.frequency_bias:
         labels = dataset.splits["train"].labels

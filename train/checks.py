@@ -13,7 +13,7 @@ OF_CASCADE = (
     "tree", "tree_depths", "topk", "layers", "embed_drops", "rw_loss", "scheme", "positives_bound", "reference_loss",
     "head_lr_factor", "schedule", "cooldown_epochs", "ema", "ema_start",
 )  # fmt: skip
-_FULL_TABLE = ("bottleneck", "bias", "frequency_bias", "table_lr", "table_decay", "decoupled", "kahan")
+_FULL_TABLE = ("bottleneck", "bias", "frequency_bias", "table_lr", "table_decay", "decoupled", "kahan", "skip_tiles")
 _BOW = ("bow_width", "ngrams", "min_df", "max_features", "word_dropout", "word_std")
 _TRANSFORMER = (
     "pooling", "bottleneck", "precision", "compile", "init_state", "init_prefix", "freeze", "layers", "micro_batch",
@@ -95,7 +95,7 @@ def _ranges(config: Config) -> Iterator[tuple[bool, str, str, str]]:
     for name in (
         "micro_batch", "save_every", "loss_every", "warmup", "clip", "documents", "threads", "bottleneck", "encoder_lr",
         "table_lr", "encoder_decay", "table_decay", "freeze", "max_features", "positives_bound", "warmup_epochs",
-        "cooldown_epochs", "ema_start",
+        "cooldown_epochs", "ema_start", "skip_tiles",
     ):  # fmt: skip
         yield getattr(config, name) >= 0, name, "0 or more", "choose 0 to switch it off"
     for name in ("dropout", "momentum", "word_dropout"):

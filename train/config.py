@@ -120,6 +120,9 @@ class Config:
     """Weight decay shrinks the table instead of entering its gradient."""
     kahan: bool = False
     """Kahan compensation for bf16 and fp16 tables, instead of stochastic rounding."""
+    skip_tiles: float = 0.0
+    """Skip groups of 128 labels without positives whose weights a step would change by less than so many units of the table's
+    format (its spacing at 2^-6); an approximation that saves up to two thirds of the table's step. 0 is off."""
 
     # ---- training ----
     epochs: int = 10

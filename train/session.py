@@ -19,6 +19,7 @@ from xmlkernels.data.dataset import Split
 from xmlkernels.data.matrices import write_npz
 from xmlkernels.metrics import decile_table, evaluate, inverse_propensity, macro_metrics
 from xmlkernels.models.cascade import Cascade
+from xmlkernels.models.end_to_end import EndToEnd
 from xmlkernels.models.common import Documents
 from xmlkernels.predict import Evaluation, evaluate_split, predict_split, score_matrix
 
@@ -168,10 +169,16 @@ class Session:
         say(f"step {line['step']:,}  epoch {line['epoch']:.2f}{told}  {speed:.0f} documents/s")
         self.pending, self.marked = [], (self.documents, seconds)
 
-    def _skipped(self) -> dict[str, int]:
+    def _skipped(self) -> dict[str, float]:
         model = self.model
         found = {"skipped_steps": int(model.skipped_steps), "skipped_encoder_steps": int(model.skipped_encoder_steps)}
-        return found | ({"lost_positives": int(model.lost_positives.sum())} if isinstance(model, Cascade) else {})
+        if isinstance(model, Cascade):
+            return found | {"lost_positives": int(model.lost_positives.sum())}
+        tiles = model.head.skipped if isinstance(model, EndToEnd) else None
+        if tiles is None:
+            return found
+        skipped, seen = tiles.tolist()
+        return found | {"skipped_tiles": skipped / max(1, seen)}  # share since the start, or since it was resumed
 
     # ---- evaluation ----
 

@@ -23,7 +23,14 @@ def name_of(value: object) -> str | None:
 
 def build(kernel: Any, arch: str, table: tuple[int, torch.dtype], arguments: dict[str, Any], **constants: Any) -> Compiled:
     p = make_plan(table[0], 768, table[1])
-    blocks = {"BLOCK_B": p.block_b, "BLOCK_L": p.block_l, "BLOCK_D": p.block_d, "STEP": p.step, "EMULATED": False, "GROUP": skip.GROUP}
+    blocks = {
+        "BLOCK_B": p.block_b,
+        "BLOCK_L": p.block_l,
+        "BLOCK_D": p.block_d,
+        "STEP": p.step,
+        "EMULATED": False,
+        "GROUP": skip.GROUP,
+    }
     blocks["G_SCALE"] = GRADIENT_SCALE.get(table[1], 1.0)
     blocks = {k: v for k, v in blocks.items() if k in kernel.arg_names}
     aligned = tuple(name for name in (*ALIGNED, "segment_rows") if name in arguments)

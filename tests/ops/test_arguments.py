@@ -90,7 +90,8 @@ STEP = [
     ("skip_below", {"skip_below": math.nan}, "a finite number from 0", "nan", "a fraction of the table's unit"),
     ("skip_below", {"skip_below": math.inf}, "a finite number from 0", "inf", "a fraction of the table's unit"),
     ("skipped", {"skipped": ints(0, 0)}, "skip_below above 0 beside it", "0", "leave it out"),
-    ("skipped", {"skipped": ints(0, 0).int(), "skip_below": 1.0}, "torch.int64 [2] on cpu", "torch.int32 [2] on cpu", "convert"),
+    ("skipped", {"skipped": ints(0, 0).int(), "skip_below": 1.0},
+     "torch.int64 [2] on cpu", "torch.int32 [2] on cpu", "convert"),
 ]  # fmt: skip
 TOPK = [
     ("k", {"k": 0}, "1 or more", "0", "ask for at least one label"),

@@ -27,6 +27,7 @@ class FullHead(nn.Module):
         config: what prediction needs to build it again: FullHead(**config, std=0).
         row_scale: fp32 [L, 2] of an fp8 table, as `bce_step_` takes it; else None.
         rescaled: int64 [1] of an fp8 table: how often a row has outgrown its scale; else None.
+        skipped: int64 [2] with `skip_units`: groups of labels skipped and seen since it was built; else None.
 
     Args:
         labels: L.
@@ -39,6 +40,9 @@ class FullHead(nn.Module):
         state_dtype: of the optimizer's state; below fp32 it rounds stochastically.
         decay: weight decay of the table; L2 in the gradient, or decoupled.
         kahan: keep what rounding leaves over (bf16 and fp16 tables).
+        skip_units: above 0, groups of labels without positives whose weights a step would change by less than so many units
+            are skipped (`bce_step_`, Skipping); a unit is the spacing of the table's format at 2^-6 (bf16 2^-13, fp16 2^-16,
+            fp8 2^-9, fp32 2^-29). Of stochastic rounding, a change of 0.01 units moves one weight in a hundred.
         std: standard deviation of the initial N(0, std²); 0 for a table that is filled from a checkpoint.
         seed: of the initial table and of the stochastic rounding.
     """
@@ -50,6 +54,7 @@ class FullHead(nn.Module):
     kahan: Tensor | None
     row_scale: Tensor | None
     rescaled: Tensor | None
+    skipped: Tensor | None
     hyper: Tensor
     counter: Tensor
 
@@ -68,6 +73,7 @@ class FullHead(nn.Module):
         decay: float = 0.0,
         decoupled: bool = False,
         kahan: bool = False,
+        skip_units: float = 0.0,
         std: float = 0.02,
         seed: int = 0,
     ) -> None:
@@ -92,6 +98,8 @@ class FullHead(nn.Module):
         self.register_buffer("momentum", torch.zeros(shape, dtype=state) if adam or momentum > 0 else None)
         self.register_buffer("second", torch.zeros(shape, dtype=state) if adam else None)
         self.register_buffer("kahan", torch.zeros_like(weight) if kahan and dtype != "fp32" else None)
+        self.skip_below = skip_units * 2.0**-6 * torch.finfo(weight.dtype).eps
+        self.register_buffer("skipped", torch.zeros(2, dtype=torch.int64) if skip_units > 0 else None, persistent=False)
         first = betas[0] if adam else momentum
         self.register_buffer("hyper", torch.tensor([0.0, decay, first, betas[1], epsilon, 1.0, 1.0]), persistent=False)
         self.register_buffer("counter", torch.tensor([seed, 0]))
@@ -144,6 +152,7 @@ class FullHead(nn.Module):
         out = bce_step_(
             self.weight, x, pos_row, pos_sample, self.hyper, self.counter, bias=self.bias, momentum=self.momentum,
             second=self.second, kahan=self.kahan, row_scale=self.row_scale, decoupled=self.decoupled, need_loss=need_loss,
+            skip_below=self.skip_below, skipped=self.skipped,
         )  # fmt: skip
         if self.row_scale is not None and self.rescaled is not None:
             # After every step, so that no state of ours decides when: it reads eight bytes a row unless a row has grown.

@@ -89,8 +89,8 @@ def bce_step_(
         update_rows[(tiles.tile_blocks(first) * tiles.d_blocks,)](
             tiles.x, tiles.gradient, tiles.column_sum, tiles.weight, bias, momentum, second, kahan, row_scale, hyper,
             counter, correction, tiles.flag, None if tiles.groups is None else tiles.groups.quiet, tiles.batch,
-            tiles.rows, first, p.tile, tiles.width, row_offset, tiles.b_blocks, tiles.g_scale, GROUP, p.block_l, p.block_d, p.step, decoupled, tiles.emulated,
-            num_warps=p.warps, num_stages=p.stages, **common.LAUNCH,
+            tiles.rows, first, p.tile, tiles.width, row_offset, tiles.b_blocks, tiles.g_scale, GROUP, p.block_l,
+            p.block_d, p.step, decoupled, tiles.emulated, num_warps=p.warps, num_stages=p.stages, **common.LAUNCH,
         )  # fmt: skip
     dx = tiles.dx_result(hyper)
     return dx, tiles.loss_result(hyper) if need_loss else dx.new_empty(0)

@@ -282,7 +282,8 @@ class Tiles:
         segment_rows = triton.cdiv(triton.cdiv(p.tile, p.segments), p.step) * p.step
         add_dx[(self.b_blocks * self.d_blocks, p.segments)](
             self.gradient, self.weight, self.partial, None if self.groups is None else self.groups.active, self.batch,
-            self.rows, first, p.tile, self.width, segment_rows, GROUP, p.block_b, p.block_d, p.step, self.emulated, num_warps=p.warps, num_stages=p.stages, **common.LAUNCH,
+            self.rows, first, p.tile, self.width, segment_rows, GROUP, p.block_b, p.block_d, p.step, self.emulated,
+            num_warps=p.warps, num_stages=p.stages, **common.LAUNCH,
         )  # fmt: skip
 
     def dx_result(self, hyper: Tensor | None) -> Tensor:

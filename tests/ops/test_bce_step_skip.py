@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from common import DEVICES, DTYPES, Step, assert_no_worse, assert_same_bits, fp8_step, make_hyper, name_of, needs_kernels, torch_step
+from common import (
+    DEVICES,
+    DTYPES,
+    Step,
+    assert_no_worse,
+    assert_same_bits,
+    fp8_step,
+    make_hyper,
+    name_of,
+    needs_kernels,
+    torch_step,
+)
 from skips import GROUP, clear_step, exact_step, groups_of, reach
 from xmlkernels import ops
 from xmlkernels.ops import bce_step_
@@ -242,7 +253,9 @@ def test_opcheck(device: str) -> None:
 def test_autograd_hears_of_the_counts() -> None:
     t = exact_step(5, 2 * GROUP, 8, F32).tensors
     before = t["skipped"]._version
-    bce_step_(t["weight"], t["x"], t["pos_row"], t["pos_sample"], t["hyper"], t["counter"], skip_below=1.0, skipped=t["skipped"])
+    bce_step_(
+        t["weight"], t["x"], t["pos_row"], t["pos_sample"], t["hyper"], t["counter"], skip_below=1.0, skipped=t["skipped"]
+    )
     assert t["skipped"]._version > before
 
 
@@ -251,6 +264,7 @@ def test_the_group_is_one_number_everywhere() -> None:
     from xmlkernels.triton import skip
 
     assert skip.GROUP == GROUP and f"groups of {GROUP} rows" in (ops.bce_step_.__doc__ or "")
+
 
 @pytest.mark.gpu
 def test_a_graph_replays_the_choice() -> None:
