@@ -19,8 +19,8 @@ from xmlkernels.data.dataset import Split
 from xmlkernels.data.matrices import write_npz
 from xmlkernels.metrics import decile_table, evaluate, inverse_propensity, macro_metrics
 from xmlkernels.models.cascade import Cascade
-from xmlkernels.models.end_to_end import EndToEnd
 from xmlkernels.models.common import Documents
+from xmlkernels.models.end_to_end import EndToEnd
 from xmlkernels.predict import Evaluation, evaluate_split, predict_split, score_matrix
 
 SHOWN = {"val": "validation"}
