@@ -38,6 +38,10 @@ class Features:
         """(D, V)."""
         return int(self.dense.shape[1]), int(self.sparse.shape[1])
 
+    def rows(self, first: int, last: int) -> Features:
+        """Documents first to last - 1."""
+        return Features(self.dense[first:last], self.sparse[first:last])
+
     @classmethod
     def join(
         cls,

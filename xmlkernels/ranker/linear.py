@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from xmlkernels.data.files import check_file, replacing
 from xmlkernels.data.matrices import check_shape
 from xmlkernels.errors import InputError
 from xmlkernels.ranker.features import Features
-from xmlkernels.ranker.solve import count_kept, score_pairs, solve_block, take_kept
+from xmlkernels.ranker.solve import keep, score, solve
 
 FORMAT = "xmlkernels-ranker 1"
 _BLOCK_BYTES = 1 << 28  # dense weights of the labels in training at one time
@@ -97,7 +97,7 @@ class LinearRanker:
     settings: Settings
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def score(self, features: Features, shortlist: csr_matrix) -> csr_matrix:
+    def score(self, features: Features, shortlist: csr_matrix, *, threads: int = 0) -> csr_matrix:
         """The margin of every stored pair of a shortlist [N, L], whatever its value; float32 CSR with the same pattern.
 
         Raises:
@@ -108,15 +108,11 @@ class LinearRanker:
         check_shape(shortlist.shape, len(features), labels, "shortlist")
         pairs = shortlist.tocsr()
         place = csr_matrix((np.arange(pairs.nnz), pairs.indices, pairs.indptr), pairs.shape).tocsc()
-        tasks = max(1, min(numba.get_num_threads(), labels))
-        work = np.cumsum(np.diff(place.indptr), dtype=np.int64)
-        chunks = np.searchsorted(work, np.linspace(0, work[-1] if labels else 0, tasks + 1), "right")
-        chunks[0], chunks[-1] = 0, labels
         out = np.empty(pairs.nnz, np.float32)
-        scratch = np.zeros((tasks, sum(features.widths)), np.float32)
-        weights = (self.dense, *_arrays(self.sparse))
+        weights = (self.dense, *_arrays(self.sparse), self.sparse.shape[1])
         listed = (place.indptr.astype(np.int64), place.indices.astype(np.int64), place.data)
-        score_pairs(weights, self.bias, _inputs(features), listed, scratch, chunks, out)
+        step = max(1, labels // 64)  # each piece makes a full row of V zeros: not one for each label
+        _spread(lambda a, b: score(a, b, weights, self.bias, _inputs(features), listed, out), labels, step, threads)
         return csr_matrix((out, pairs.indices, pairs.indptr), pairs.shape)
 
     def log_probability(self, margins: np.ndarray) -> np.ndarray:
@@ -197,53 +193,53 @@ def fit(
     if shortlist is not None:
         check_shape(shortlist.shape, n, labels.shape[1], "shortlist")
         listed = _transposed(shortlist)
-    with _threads(threads):
-        dense, sparse, bias = _blocks(features, positives, listed, settings)
+    dense, sparse, bias = _blocks(features, positives, listed, settings, threads)
     return LinearRanker(dense, sparse, bias, settings, facts or {})
 
 
 Arrays = tuple[np.ndarray, np.ndarray]
 
 
-def _blocks(features: Features, positives: Arrays, listed: Arrays, settings: Settings) -> tuple[np.ndarray, csr_matrix, np.ndarray]:
+def _blocks(
+    features: Features, positives: Arrays, listed: Arrays, settings: Settings, threads: int
+) -> tuple[np.ndarray, csr_matrix, np.ndarray]:
+    """Weights of all labels, trained a block at a time so that few full rows of V weights exist."""
     count, (width, columns) = len(positives[0]) - 1, features.widths
     squares = np.einsum("nd,nd->n", features.dense, features.dense)
     squares += np.asarray(features.sparse.multiply(features.sparse).sum(1)).ravel()
     how = (
-        settings.loss == "logistic", settings.cost, settings.positive_weight, settings.bias, settings.tolerance,
-        settings.epochs, settings.negatives,
+        settings.loss == "logistic", float(settings.cost), float(settings.positive_weight), float(settings.bias),
+        float(settings.tolerance), settings.epochs, settings.negatives,
     )  # fmt: skip
+    x = _inputs(features)
     dense, bias = np.zeros((count, width), np.float32), np.zeros(count, np.float32)
-    # Labels of like work share a block, the heaviest first, so that no thread is left with one at the end.
+    # The heaviest labels first, so that no thread is left with one at the end.
     work = np.diff(positives[0]) + (np.diff(listed[0]) if len(listed[0]) else 0)
     order = np.argsort(-work, kind="stable")
-    tasks = numba.get_num_threads()
-    size = max(tasks, min(1024, _BLOCK_BYTES // (4 * max(1, width + columns))))
-    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+    size = max(1, min(1024, _BLOCK_BYTES // (8 * max(1, width + columns))))
+    kept, rows = np.zeros(count, np.int64), []
     for first in range(0, count, size):
-        part = np.concatenate([order[first : first + size][t::tasks] for t in range(tasks)])
-        block = np.zeros((len(part), width + columns), np.float32)
-        constant, passes = np.zeros(len(part)), np.zeros(len(part), np.int64)
-        solve_block(part, listed, positives, squares, _inputs(features), how, settings.seed, block, constant, passes)
-        dense[part], bias[part] = block[:, :width], constant * settings.bias
-        kept = count_kept(block, width, settings.prune)
-        start = np.concatenate([[0], np.cumsum(kept)])
-        indices, data = np.empty(start[-1], np.int32), np.empty(start[-1], np.float32)
-        take_kept(block, width, settings.prune, start, indices, data)
-        rows.append((part, kept, indices, data))
-    return dense, _assembled(rows, count, columns), bias
+        part = order[first : first + size]
+        block, places = np.zeros((len(part), width + columns), np.float32), np.empty((len(part), columns), np.int32)
+        constant, passes, held = np.zeros(len(part)), np.zeros(len(part), np.int64), np.zeros(len(part), np.int64)
+
+        def train(a: int, b: int) -> None:
+            solve(a, b, part, listed, positives, squares, x, how, settings.seed, block, constant, passes)  # noqa: B023
+            keep(a, b, block, width, settings.prune, held, places)  # noqa: B023
+
+        _spread(train, len(part), 4, threads)
+        dense[part], bias[part], kept[part] = block[:, :width], constant * settings.bias, held
+        chosen = np.arange(columns) < held[:, None]
+        rows.append((places[chosen], block[:, width:][chosen]))
+    return dense, _in_label_order(order, kept, rows, columns), bias
 
 
-def _assembled(rows: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]], count: int, columns: int) -> csr_matrix:
-    """CSR [L, V] from the rows of the blocks, which stand in the order of their training."""
-    if not rows:
-        return csr_matrix((count, columns), dtype=np.float32)
-    label, kept = np.concatenate([r[0] for r in rows]), np.concatenate([r[1] for r in rows])
-    pointers = np.concatenate([[0], np.cumsum(kept)])
-    stacked = csr_matrix(
-        (np.concatenate([r[3] for r in rows]), np.concatenate([r[2] for r in rows]), pointers), (count, columns)
-    )
-    return stacked[np.argsort(label)]
+def _in_label_order(order: np.ndarray, kept: np.ndarray, rows: list[Arrays], columns: int) -> csr_matrix:
+    """CSR [L, V] from the blocks' columns and weights, which stand in the order of their training."""
+    parts = [np.concatenate([np.zeros(0, kind), *(row[n] for row in rows)]) for n, kind in ((0, np.int32), (1, np.float32))]
+    pointers = np.concatenate([[0], np.cumsum(kept[order])])
+    stacked = csr_matrix((parts[1], parts[0], pointers), (len(order), columns))
+    return stacked[np.argsort(order)] if len(order) else stacked
 
 
 def _transposed(matrix: csr_matrix, *, drop_zeros: bool = False) -> Arrays:
@@ -276,15 +272,10 @@ def _only(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key in known}
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """numba's threads for a while; 0 leaves them."""
-    before = numba.get_num_threads()
-    if count > numba.config.NUMBA_NUM_THREADS or count < 0:
-        most = numba.config.NUMBA_NUM_THREADS
-        raise InputError("threads", f"from 0 to {most}", str(count), "leave it out, or set NUMBA_NUM_THREADS before the start")
-    numba.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        numba.set_num_threads(before)
+def _spread(work: Callable[[int, int], None], count: int, step: int, threads: int) -> None:
+    """Calls work(begin, end) for the pieces of range(count), on some threads; 0 is numba's number of them."""
+    if threads < 0:
+        raise InputError("threads", "0 or more", str(threads), "leave it out")
+    with ThreadPoolExecutor(threads or numba.get_num_threads()) as pool:
+        for done in [pool.submit(work, begin, min(begin + step, count)) for begin in range(0, count, step)]:
+            done.result()

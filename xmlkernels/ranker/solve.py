@@ -1,10 +1,11 @@
-"""Many small linear classifiers at once: dual coordinate descent, one label a task, numba threads over labels.
+"""Many small linear classifiers: dual coordinate descent, label by label, in loops that numba compiles.
 
 Letters: N documents, D dense columns, V sparse columns, n labels of a block, m documents that a label is trained on.
 
 The classifier of a label minimises ½‖w‖² + Σ cost_i · loss(y_i · w·x_i) over its documents, with a constant feature for the
 bias (so the bias is regularised too). A label's result depends on its own documents and the seed alone: neither on the
-threads nor on the labels beside it.
+threads nor on the labels beside it. The loops hold no lock of the interpreter; who calls them spreads them over threads, for
+numba's own parallel transform takes far longer to compile.
 
 Sources: Hsieh, Chang, Lin, Keerthi & Sundararajan, "A Dual Coordinate Descent Method for Large-scale Linear SVM" (ICML
 2008), algorithm 3 (random order, shrinking), squared hinge; Yu, Huang & Lin, "Dual coordinate descent methods for logistic
@@ -162,12 +163,12 @@ def _logistic(docs, y, cost, squares, x, bias, tolerance, epochs, state, u):  # 
     return constant, epochs
 
 
-@numba.njit(parallel=True, cache=True)
-def solve_block(labels, lists, positives, squares, x, how, seed, block, constant, passes):  # type: ignore[no-untyped-def]
-    """Trains n labels; fills block float32 [n, D + V] (zeros before), constant float32 [n] and passes int64 [n].
+@numba.njit(cache=True, nogil=True)
+def solve(begin, end, labels, lists, positives, squares, x, how, seed, block, constant, passes):  # type: ignore[no-untyped-def]
+    """Trains labels[begin:end]; fills their rows of block float32 [n, D + V] (zeros before), constant and passes [n].
 
     Args:
-        labels: int64 [n].
+        labels: int64 [n], label ids.
         lists, positives: (indptr, indices) of CSR [L, N]: each label's listed documents and its positives. An empty
             `lists[0]` lists every document for every label.
         squares: float32 [N], squared length of each document.
@@ -177,7 +178,7 @@ def solve_block(labels, lists, positives, squares, x, how, seed, block, constant
     """
     logistic, cost, positive_weight, bias, tolerance, epochs, negatives = how
     n = len(squares)
-    for b in numba.prange(len(labels)):
+    for b in range(begin, end):
         label = labels[b]
         state = np.array([np.uint64(seed) ^ (np.uint64(label + 1) * np.uint64(0xD1342543DE82EF95))], np.uint64)
         positive = positives[1][positives[0][label] : positives[0][label + 1]]
@@ -196,53 +197,46 @@ def solve_block(labels, lists, positives, squares, x, how, seed, block, constant
             constant[b], passes[b] = _squared_hinge(docs, y, costs, squares, x, bias, tolerance, epochs, state, block[b])
 
 
-@numba.njit(parallel=True, cache=True)
-def count_kept(block: np.ndarray, width: int, threshold: float) -> np.ndarray:
-    """How many sparse weights of each row of block [n, D + V] are above the threshold in size; int64 [n]."""
-    kept = np.zeros(len(block), np.int64)
-    for b in numba.prange(len(block)):
+@numba.njit(cache=True, nogil=True)
+def keep(begin: int, end: int, block: np.ndarray, width: int, threshold: float, kept: np.ndarray, columns: np.ndarray) -> None:
+    """Moves the sparse weights of rows begin to end of block [n, D + V] that are larger than the threshold in size to the front.
+
+    Args:
+        kept: int64 [n], filled with how many they are.
+        columns: int32 [n, V], filled in front with their columns, ascending.
+    """
+    for b in range(begin, end):
+        count = 0
         for j in range(width, block.shape[1]):
             if abs(block[b, j]) > threshold:
-                kept[b] += 1
-    return kept
+                block[b, width + count] = block[b, j]
+                columns[b, count] = j - width
+                count += 1
+        kept[b] = count
 
 
-@numba.njit(parallel=True, cache=True)
-def take_kept(block: np.ndarray, width: int, threshold: float, start: np.ndarray, indices: np.ndarray, data: np.ndarray) -> None:
-    """Writes the weights that `count_kept` counted: row b from start[b] on, columns ascending."""
-    for b in numba.prange(len(block)):
-        at = start[b]
-        for j in range(width, block.shape[1]):
-            if abs(block[b, j]) > threshold:
-                indices[at], data[at] = j - width, block[b, j]
-                at += 1
-
-
-@numba.njit(parallel=True, cache=True)
-def score_pairs(weights, constant, x, pairs, scratch, chunks, out):  # type: ignore[no-untyped-def]
-    """out[p] = w_label · x_document + constant_label for every listed pair, label by label.
+@numba.njit(cache=True, nogil=True)
+def score(begin, end, weights, constant, x, pairs, out):  # type: ignore[no-untyped-def]
+    """out[p] = w_label · x_document + constant_label for every listed pair of labels begin to end.
 
     Args:
         weights: (dense [L, D], indptr, indices, data) of the label weights.
         constant: float32 [L], the bias.
-        x: as in `solve_block`.
+        x: as in `solve`.
         pairs: (indptr [L + 1], document of each pair, its place in `out`): pairs sorted by label.
-        scratch: float32 [T, D + V] zeros, left as zeros; task t works in row t.
-        chunks: int64 [T + 1]: task t has labels chunks[t] to chunks[t + 1].
     """
     dense, indptr, indices, data = x
-    width = dense.shape[1]
-    for t in numba.prange(len(scratch)):
-        u = scratch[t]
-        for label in range(chunks[t], chunks[t + 1]):
-            first, last = pairs[0][label], pairs[0][label + 1]
-            if first == last:
-                continue
-            u[:width] = weights[0][label]
-            for p in range(weights[1][label], weights[1][label + 1]):
-                u[width + weights[2][p]] = weights[3][p]
-            for p in range(first, last):
-                out[pairs[2][p]] = dot(pairs[1][p], dense, indptr, indices, data, u) + constant[label]
-            for p in range(weights[1][label], weights[1][label + 1]):
-                u[width + weights[2][p]] = 0
-            u[:width] = 0
+    width, columns = dense.shape[1], weights[4]
+    # One label's weights as a full row, which every document of its list then meets.
+    u = np.zeros(width + columns, np.float32)
+    for label in range(begin, end):
+        first, last = pairs[0][label], pairs[0][label + 1]
+        if first == last:
+            continue
+        u[:width] = weights[0][label]
+        for p in range(weights[1][label], weights[1][label + 1]):
+            u[width + weights[2][p]] = weights[3][p]
+        for p in range(first, last):
+            out[pairs[2][p]] = dot(pairs[1][p], dense, indptr, indices, data, u) + constant[label]
+        for p in range(weights[1][label], weights[1][label + 1]):
+            u[width + weights[2][p]] = 0
