@@ -1,6 +1,7 @@
-"""Batches: an explicit seeded order, documents of like length together, one thread that collates ahead.
+"""Batches of tokens and of bags of words: documents, their positives, and the order of an epoch.
 
-Dimension letters: B batch, T tokens of the batch's longest document, P positive (label, sample) pairs, L labels.
+Dimension letters: B batch, T tokens (of the batch's longest document, or of all its bags), P positive (label, sample)
+pairs, L labels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,22 +17,20 @@ import torch
 from scipy.sparse import csr_matrix
 
 from xmlkernels.data.background import in_background
-from xmlkernels.data.token_store import TokenStore, ragged_positions
+from xmlkernels.data.batches import AnyBatch, AnyBatches, Levels, at_least, check_label_rows, check_rows, gather_bags
+from xmlkernels.data.token_store import TokenStore
 from xmlkernels.data.tokens import Tokenizer
 from xmlkernels.errors import InputError
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One batch of documents with its positives.
+class Batch(AnyBatch):
+    """One batch of tokenised documents with its positives.
 
     Attributes:
         input_ids: int64 [B, T], padded at the end with the tokenizer's pad id.
         attention_mask: int64 [B, T], 1 on tokens and 0 on padding.
-        pos_row: int64 [P], label of each positive pair, ascending.
-        pos_sample: int32 [P], its place in the batch; pairs are sorted by (row, sample) and unique.
-        index: int64 [B], document numbers; the virtual document of label l has number N + l.
-        labels: L, 0 where the documents have no known labels.
+        pos_row, pos_sample, index, labels, levels: see `AnyBatch`.
     """
 
     input_ids: torch.Tensor
@@ -40,20 +39,38 @@ class Batch:
     pos_sample: torch.Tensor
     index: torch.Tensor
     labels: int
+    levels: Levels = ()
 
-    def __len__(self) -> int:
-        return len(self.index)
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """What the encoder takes: (input_ids, attention_mask)."""
+        return self.input_ids, self.attention_mask
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """The same batch with every tensor on `device`."""
-        return Batch(
-            self.input_ids.to(device, non_blocking=non_blocking),
-            self.attention_mask.to(device, non_blocking=non_blocking),
-            self.pos_row.to(device, non_blocking=non_blocking),
-            self.pos_sample.to(device, non_blocking=non_blocking),
-            self.index.to(device, non_blocking=non_blocking),
-            self.labels,
-        )
+
+@dataclass(frozen=True)
+class BagBatch(AnyBatch):
+    """One batch of bags of words with its positives.
+
+    Attributes:
+        token: int64 [T], column of each occurrence in the features.
+        offset: int64 [B + 1], ascending from 0 to T: bag b is token[offset[b]:offset[b + 1]].
+        token_weight: fp32 [T], value of each occurrence.
+        pos_row, pos_sample, index, labels, levels: see `AnyBatch`.
+    """
+
+    token: torch.Tensor
+    offset: torch.Tensor
+    token_weight: torch.Tensor
+    pos_row: torch.Tensor
+    pos_sample: torch.Tensor
+    index: torch.Tensor
+    labels: int
+    levels: Levels = ()
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """What the encoder takes: (token, offset, token_weight)."""
+        return self.token, self.offset, self.token_weight
 
 
 class TokensAndLabels(Protocol):
@@ -65,8 +82,8 @@ class TokensAndLabels(Protocol):
     def labels(self) -> csr_matrix: ...
 
 
-class Batches:
-    """Batches of a split.
+class Batches(AnyBatches[Batch]):
+    """Batches of a tokenised split.
 
     Args:
         split: token store of N rows and labels [N, L].
@@ -81,10 +98,11 @@ class Batches:
             own label (label-text augmentation). Propensities stay those of `split.labels`.
         prefetch: batches made ahead by a background thread that shares the memory map; 0 makes them in line.
         pad_to_multiple: T is rounded up to a multiple of this.
+        order, ancestors: a label tree's; see `AnyBatches`.
 
     Raises:
         InputError: rows of tokens and labels differ in number, label texts and labels differ in number, they come
-            from different tokenizers, or a size is out of range.
+            from different tokenizers, the tree's arrays do not fit, or a size is out of range.
     """
 
     def __init__(
@@ -100,80 +118,26 @@ class Batches:
         label_tokens: TokenStore | None = None,
         prefetch: int = 2,
         pad_to_multiple: int = 1,
+        order: np.ndarray | None = None,
+        ancestors: Sequence[np.ndarray] = (),
     ) -> None:
-        _at_least("batch_size", batch_size, 1)
-        _at_least("bucket_window", bucket_window, 1)
-        _at_least("pad_to_multiple", pad_to_multiple, 1)
-        _at_least("prefetch", prefetch, 0)
-        if not 0 <= seed < 2**64:
-            raise InputError("seed", "an integer from 0 to 2**64 - 1", str(seed), "choose another seed")
-        self.labels = _canonical(split.labels)
-        self.num_labels = self.labels.shape[1]
+        at_least("pad_to_multiple", pad_to_multiple, 1)
         self.stores = [split.tokens] if label_tokens is None else [split.tokens, label_tokens]
+        super().__init__(
+            split.labels, np.concatenate([store.lengths for store in self.stores]), batch_size, seed=seed, shuffle=shuffle,
+            drop_last=drop_last, prefetch=prefetch, bucket_window=bucket_window, order=order, ancestors=ancestors,
+        )  # fmt: skip
         self._check_stores()
-        self.batch_size, self.seed, self.shuffle, self.drop_last = batch_size, seed, shuffle, drop_last
-        self.bucket_window, self.prefetch, self.pad_to_multiple = bucket_window, prefetch, pad_to_multiple
+        self.pad_to_multiple = pad_to_multiple
         self.pad_id = split.tokens.header.pad_id if pad_id is None else pad_id
-        self.lengths = np.concatenate([store.lengths for store in self.stores])
 
     def _check_stores(self) -> None:
         documents = self.stores[0]
-        if len(documents) != self.labels.shape[0]:
-            raise InputError(
-                str(documents.path),
-                f"{self.labels.shape[0]} rows, one for each row of labels",
-                str(len(documents)),
-                "prepare the data again",
-            )
+        check_rows(str(documents.path), len(documents), self.labels)
         for texts in self.stores[1:]:
-            if len(texts) != self.num_labels:
-                raise InputError(
-                    str(texts.path),
-                    f"{self.num_labels} rows, one for each label",
-                    str(len(texts)),
-                    "prepare the data again with one label text for each label",
-                )
+            check_label_rows(str(texts.path), len(texts), self.labels)
             if texts.header.tokenizer_hash != documents.header.tokenizer_hash:
                 raise InputError(str(texts.path), f"the tokenizer of {documents.path}", "another one", "prepare the data again")
-
-    @property
-    def num_documents(self) -> int:
-        """Documents of an epoch, virtual ones included (and those that `drop_last` will leave out)."""
-        return len(self.lengths)
-
-    def __len__(self) -> int:
-        """Batches of an epoch."""
-        whole, rest = divmod(self.num_documents, self.batch_size)
-        return whole + (1 if rest and not self.drop_last else 0)
-
-    def plan(self, epoch: int) -> list[np.ndarray]:
-        """Document numbers of each batch of an epoch, int64: a pure function of (seed, epoch)."""
-        kept = len(self) * self.batch_size if self.drop_last else self.num_documents
-        if not self.shuffle:
-            return self._cut(np.lexsort((np.arange(self.num_documents), -self.lengths))[:kept])
-        random = np.random.Generator(np.random.Philox(key=np.array([self.seed, epoch], np.uint64)))
-        order = random.permutation(self.num_documents)[:kept]
-        place = np.arange(kept)
-        # Ties keep the permutation's order, so documents of one length meet new company in each epoch.
-        by_length = np.lexsort((place, self.lengths[order], place // (self.bucket_window * self.batch_size)))
-        batches = self._cut(order[by_length])
-        return [batches[number] for number in random.permutation(len(batches))]
-
-    def _cut(self, order: np.ndarray) -> list[np.ndarray]:
-        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from number `start` on: exactly the tail of the uninterrupted sequence.
-
-        Closing the iterator, or dropping it, ends its thread.
-
-        Raises:
-            InputError: `epoch` is negative or `start` is not in 0 … len(self).
-        """
-        _at_least("epoch", epoch, 0)
-        if not 0 <= start <= len(self):
-            raise InputError("start", f"a batch number from 0 to {len(self)}", str(start), "resume at another batch")
-        return in_background(lambda: map(self.collate, self.plan(epoch)[start:]), self.prefetch)
 
     def collate(self, documents: np.ndarray) -> Batch:
         """The batch of the given document numbers, int64 [B], in that order."""
@@ -186,32 +150,71 @@ class Batches:
             member = (documents >= real) == bool(number)
             flat, _ = store.gather(documents[member] - number * real)
             input_ids[mask & member[:, None]] = flat
-        row, sample = self._positives(documents, real)
+        row, sample, levels = self._positives(documents)
         return Batch(
             torch.from_numpy(input_ids),
             torch.from_numpy(mask.astype(np.int64)),
-            torch.from_numpy(row),
-            torch.from_numpy(sample),
+            row,
+            sample,
             torch.from_numpy(documents.copy()),
             self.num_labels,
+            levels,
         )
 
-    def _positives(self, documents: np.ndarray, real: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pairs sorted by (row, sample). One 64-bit key sorts several times faster than two-key sorting."""
-        place = np.arange(len(documents), dtype=np.int64)
-        own, virtual = place[documents < real], place[documents >= real]
-        starts = self.labels.indptr[documents[own]].astype(np.int64)
-        counts = self.labels.indptr[documents[own] + 1] - starts
-        rows = self.labels.indices[ragged_positions(starts, counts)].astype(np.int64)
-        keys = np.concatenate(
-            [
-                rows * len(documents) + np.repeat(own, counts),
-                (documents[virtual] - real) * len(documents) + virtual,
-            ]
-        )
-        keys.sort()
-        row, sample = np.divmod(keys, len(documents))
-        return row, sample.astype(np.int32)
+
+class BagBatches(AnyBatches[BagBatch]):
+    """Batches of a split of bags of words.
+
+    Args:
+        features: CSR [N, V], a row for each document; values are the weights of its words.
+        labels: CSR [N, L].
+        shuffle: False gives the documents as they stand. Lengths decide nothing: bags need no padding.
+        label_features: CSR [L, V] of the label texts, the documents N … N + L − 1.
+
+    The other arguments are those of `Batches`.
+
+    Raises:
+        InputError: rows or columns of the matrices do not fit each other, a feature is not finite, the tree's arrays do
+            not fit, or a size is out of range.
+    """
+
+    def __init__(
+        self,
+        features: csr_matrix,
+        labels: csr_matrix,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        prefetch: int = 2,
+        label_features: csr_matrix | None = None,
+        order: np.ndarray | None = None,
+        ancestors: Sequence[np.ndarray] = (),
+    ) -> None:
+        check_rows("features", features.shape[0], labels)
+        self.features = [csr_matrix(features)]
+        if label_features is not None:
+            check_label_rows("label_features", label_features.shape[0], labels)
+            if label_features.shape[1] != features.shape[1]:
+                expected, mend = f"{features.shape[1]} columns, those of features", "make both with one vocabulary"
+                raise InputError("label_features", expected, str(label_features.shape[1]), mend)
+            self.features.append(csr_matrix(label_features))
+        for matrix in self.features:
+            if not np.isfinite(matrix.data).all():
+                raise InputError("features", "finite values", "a NaN or an infinity", "mend the features")
+        count = sum(matrix.shape[0] for matrix in self.features)
+        super().__init__(
+            labels, np.zeros(count, np.int64), batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last,
+            prefetch=prefetch, order=order, ancestors=ancestors,
+        )  # fmt: skip
+
+    def collate(self, documents: np.ndarray) -> BagBatch:
+        """The batch of the given document numbers, int64 [B], in that order."""
+        documents = np.asarray(documents, np.int64)
+        row, sample, levels = self._positives(documents)
+        index = torch.from_numpy(documents.copy())
+        return BagBatch(*gather_bags(self.features, documents), row, sample, index, self.num_labels, levels)
 
 
 def text_batches(
@@ -235,18 +238,12 @@ def text_batches(
     Raises:
         InputError: one string instead of many, an item that is no string, or a size out of range.
     """
-    _at_least("batch_size", batch_size, 1)
-    _at_least("bucket_window", bucket_window, 1)
-    _at_least("prefetch", prefetch, 0)
-    if isinstance(texts, str):
-        raise InputError("texts", "a list or other iterable of strings", "one string", "put it into a list")
+    at_least("bucket_window", bucket_window, 1)
+    at_least("prefetch", prefetch, 0)
+    windows = text_windows(texts, batch_size, bucket_window)
 
     def make() -> Iterator[Batch]:
-        source, first = iter(texts), 0
-        while window := list(islice(source, batch_size * bucket_window)):
-            for number, text in enumerate(window, first):
-                if not isinstance(text, str):
-                    raise InputError(f"text {number}", "a string", type(text).__name__, "convert it first")
+        for first, window in windows:
             tokens = tokenizer.encode_batch(window, max_length)
             order = np.argsort([-len(row) for row in tokens], kind="stable") if bucket_window > 1 else range(len(tokens))
             for start in range(0, len(window), batch_size):
@@ -255,9 +252,30 @@ def text_batches(
                     first + np.asarray(order[start : start + batch_size]),
                     tokenizer.pad_id,
                 )
-            first += len(window)
 
     return in_background(make, prefetch)
+
+
+def text_windows(texts: Iterable[str], batch_size: int, batches: int = 1) -> Iterator[tuple[int, list[str]]]:
+    """The number of its first text, and the texts, of each window of up to `batches` batches; read as they are used.
+
+    Raises:
+        InputError: one string instead of many, or batch_size < 1; while it is read, an item that is no string.
+    """
+    at_least("batch_size", batch_size, 1)
+    if isinstance(texts, str):
+        raise InputError("texts", "a list or other iterable of strings", "one string", "put it into a list")
+
+    def windows() -> Iterator[tuple[int, list[str]]]:
+        source, first = iter(texts), 0
+        while window := list(islice(source, batch_size * batches)):
+            for number, text in enumerate(window, first):
+                if not isinstance(text, str):
+                    raise InputError(f"text {number}", "a string", type(text).__name__, "convert it first")
+            yield first, window
+            first += len(window)
+
+    return windows()
 
 
 def _unlabelled(tokens: Sequence[np.ndarray], index: np.ndarray, pad_id: int) -> Batch:
@@ -276,20 +294,5 @@ def _unlabelled(tokens: Sequence[np.ndarray], index: np.ndarray, pad_id: int) ->
     )
 
 
-def _canonical(labels: csr_matrix) -> csr_matrix:
-    """Unique column ids per row, no stored zeros; a copy only where the input is not so."""
-    labels = csr_matrix(labels)
-    if not labels.has_canonical_format or (labels.data == 0).any():
-        labels = labels.copy()
-        labels.sum_duplicates()
-        labels.eliminate_zeros()
-    return labels
-
-
 def _rounded(value: int, multiple: int) -> int:
     return math.ceil(value / multiple) * multiple
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise InputError(name, f"at least {least}", str(value), "choose a larger one")
