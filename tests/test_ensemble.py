@@ -13,7 +13,7 @@ from train_runs import LABELS, ROOT, make_dataset
 
 from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset, Split
-from xmlkernels.data.formats import read_npz, write_npz, write_sparse
+from xmlkernels.data.formats import write_npz, write_sparse
 from xmlkernels.metrics import evaluate, inverse_propensity
 
 import ensemble as command  # isort: skip  # train_runs has put train/ on the path

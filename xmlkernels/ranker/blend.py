@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, vstack
 
 from xmlkernels.data.matrices import check_shape
 from xmlkernels.errors import InputError
@@ -17,6 +17,7 @@ from xmlkernels.metrics import candidates_needed, drop_filtered, evaluate, top_r
 from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.linear import LinearRanker
 
+_PAIRS = 1 << 23  # pairs (document, label) scored at one time
 SHARES = tuple(round(0.05 * step, 2) for step in range(21))
 
 
@@ -25,7 +26,8 @@ class Reranker:
     """A ranker, how it weighs its two blocks of features, and its share in the final score.
 
     The final score is (1 - share) · ln p_model + share · ln p_ranker, a weighted product of probabilities, given as
-    log-odds. At share 0 the ranking is the plain model's, at 1 it is the ranker's own.
+    log-odds. At share 0 it is the plain model's logit. At share 1 it is the ranker's margin, which goes on rising where its
+    probability is 1 already.
 
     Attributes:
         ranker: the classifiers.
@@ -46,9 +48,7 @@ class Reranker:
         """What the ranker takes: a block that it was trained without may be given all the same, and is left out."""
         embedding = embedding if self.ranker.dense.shape[1] else None
         tfidf = tfidf if self.ranker.sparse.shape[1] else None
-        return Features.join(
-            embedding, tfidf, embedding_weight=self.embedding_weight, tfidf_weight=self.tfidf_weight
-        )
+        return Features.join(embedding, tfidf, embedding_weight=self.embedding_weight, tfidf_weight=self.tfidf_weight)
 
     def rerank(self, logits: csr_matrix, embedding: np.ndarray | None = None, tfidf: csr_matrix | None = None) -> csr_matrix:
         """New logits of the stored pairs of a shortlist.
@@ -70,9 +70,11 @@ class Reranker:
     def mix(self, logits: csr_matrix, margins: csr_matrix) -> csr_matrix:
         """New logits from the model's and from the ranker's margins, stored for the same pairs."""
         plain = logits.tocsr()
-        check_shape(margins.shape, *plain.shape, "margins")
+        check_shape(margins.shape, plain.shape[0], plain.shape[1], "margins")
         if not (np.array_equal(plain.indptr, margins.indptr) and np.array_equal(plain.indices, margins.indices)):
             raise InputError("margins", "the pairs of the logits", "other pairs", "score this shortlist")
+        if self.share in (0, 1):
+            return margins if self.share else plain.astype(np.float32)
         model = -np.logaddexp(0, -plain.data.astype(np.float64))
         mixed = (1 - self.share) * model + self.share * self.ranker.log_probability(margins.data)
         return csr_matrix((log_odds(mixed).astype(np.float32), plain.indices, plain.indptr), plain.shape)
@@ -128,6 +130,21 @@ def choose_share(
         raise InputError("by", f"some of {', '.join(tried[0.0])}", " ".join(wrong) or "none", "choose of these")
     found = max(tried, key=lambda share: (sum(tried[share][name] for name in by), -share))
     return replace(reranker, share=found), tried
+
+
+def best_of_all(ranker: LinearRanker, features: Features, k: int, *, threads: int = 0) -> csr_matrix:
+    """Margins of the k labels with the largest ones, of all L, for each document; CSR float32 [N, L]."""
+    labels = len(ranker.bias)
+    step = max(1, _PAIRS // max(1, labels))
+    parts = []
+    for first in range(0, len(features), step):
+        some = features.rows(first, first + step)
+        every = np.tile(np.arange(labels, dtype=np.int32), len(some))
+        pairs = csr_matrix((np.ones(every.size, np.int8), every, np.arange(len(some) + 1) * labels), (len(some), labels))
+        values, rows = top_rows_from_csr(ranker.score(some, pairs, threads=threads), k)
+        place = np.nonzero(rows >= 0)
+        parts.append(csr_matrix((values[place], (place[0], rows[place])), pairs.shape))
+    return csr_matrix(vstack(parts, "csr")) if parts else csr_matrix((0, labels), dtype=np.float32)
 
 
 def best(scores: csr_matrix, filter_pairs: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

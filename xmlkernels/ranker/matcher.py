@@ -9,7 +9,8 @@ Source: Prabhu et al., "Parabel" (WWW 2018), and Yu et al., "PECOS: Prediction f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from scipy.sparse import csr_matrix, vstack
@@ -74,12 +75,32 @@ class ClusterMatcher:
         return cls(tuple(rankers), parts, beam)
 
     def shortlist(self, features: Features, *, threads: int = 0) -> csr_matrix:
-        """The labels of the kept clusters, CSR float32 [N, L]; values: log-odds of the product of the clusters' probabilities."""
+        """The labels of the kept clusters, CSR float32 [N, L]; their values are the log-odds of the clusters."""
         kept = self._kept(features, threads)
         listed = kept @ _members(self.clusters[-1]).T
         listed.data = log_odds(listed.data).astype(np.float32)
         listed.sort_indices()
         return listed.astype(np.float32)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes level0.safetensors, level1.safetensors … into a folder, made where it does not exist; each file is whole."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for level, (ranker, part) in enumerate(zip(self.rankers, self.clusters, strict=True)):
+            facts = {"clusters": part.tolist(), "beam": self.beam, "levels": len(self.rankers)}
+            replace(ranker, facts=ranker.facts | facts).save(Path(folder) / f"level{level}.safetensors")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ClusterMatcher:
+        """What `save` wrote. InputError where a level is missing, damaged or of another matcher."""
+        rankers = [LinearRanker.load(Path(folder) / "level0.safetensors")]
+        try:
+            for level in range(1, rankers[0].facts["levels"]):
+                rankers.append(LinearRanker.load(Path(folder) / f"level{level}.safetensors"))
+            parts = [np.array(ranker.facts["clusters"], np.int64) for ranker in rankers]
+            beam = int(rankers[0].facts["beam"])
+        except (KeyError, TypeError) as error:
+            raise InputError(str(folder), "the levels of a cluster matcher", f"none ({error})", "train it again") from error
+        return cls(tuple(rankers), _checked(parts, len(parts[0]), beam), beam)
 
     def _kept(self, features: Features, threads: int) -> csr_matrix:
         """The best clusters of the last level, CSR float64 [N, n_r] of ln of the product of probabilities."""

@@ -25,7 +25,7 @@ _INNER = 0.1  # a Newton step past the border goes this share of the way to it (
 
 
 @numba.njit(cache=True, fastmath=_FAST)
-def dot(i: int, dense: np.ndarray, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, u: np.ndarray) -> float:
+def dot(i: int, dense: np.ndarray, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, u: np.ndarray) -> np.float32:
     """Document i times the weights u [D + V]."""
     width = dense.shape[1]
     total = np.float32(0)
@@ -37,7 +37,9 @@ def dot(i: int, dense: np.ndarray, indptr: np.ndarray, indices: np.ndarray, data
 
 
 @numba.njit(cache=True)
-def _add(i: int, times: float, dense: np.ndarray, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, u: np.ndarray) -> None:  # fmt: skip
+def _add(
+    i: int, times: float, dense: np.ndarray, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, u: np.ndarray
+) -> None:
     """u += times · document i."""
     width = dense.shape[1]
     scale = np.float32(times)
@@ -48,7 +50,7 @@ def _add(i: int, times: float, dense: np.ndarray, indptr: np.ndarray, indices: n
 
 
 @numba.njit(cache=True)
-def _below(state: np.ndarray, bound: int) -> int:
+def _below(state: np.ndarray, bound: int) -> np.int64:
     """A number from 0 to bound - 1; splitmix64, whose remainder is even enough for an order of visits."""
     state[0] += np.uint64(0x9E3779B97F4A7C15)
     z = state[0]
@@ -60,18 +62,20 @@ def _below(state: np.ndarray, bound: int) -> int:
 @numba.njit(cache=True)
 def _shuffle(order: np.ndarray, count: int, state: np.ndarray) -> None:
     for last in range(count - 1, 0, -1):
-        other = _below(state, last + 1)
-        order[last], order[other] = order[other], order[last]
+        place = _below(state, last + 1)
+        order[last], order[place] = order[place], order[last]
 
 
 @numba.njit(cache=True)
-def _listed(listed: np.ndarray, positive: np.ndarray, negatives: int, n: int, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _listed(
+    listed: np.ndarray, positive: np.ndarray, negatives: int, n: int, state: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Documents a label is trained on and +1 or -1 of each: listed ones, positives and up to `negatives` random others.
 
     Work and memory grow with the lists, not with N. What is drawn twice counts once.
     """
-    drawn = np.empty(negatives if len(listed) + len(positive) < n else 0, np.int64)
-    for k in range(len(drawn)):
+    drawn = np.empty(negatives, np.int64)
+    for k in range(negatives):
         drawn[k] = _below(state, n)
     docs = np.unique(np.concatenate((listed.astype(np.int64), positive.astype(np.int64), drawn)))
     y = np.full(len(docs), -1, np.int8)
@@ -127,9 +131,9 @@ def _logistic(docs, y, cost, squares, x, bias, tolerance, epochs, state, u):  # 
     high = cost - low
     order = np.arange(m)
     constant, inner = 0.0, 1e-2
-    for k in range(m):
-        _add(docs[k], low[k] * y[k], dense, indptr, indices, data, u)
-        constant += low[k] * y[k] * bias
+    for at in range(m):
+        _add(docs[at], low[at] * y[at], dense, indptr, indices, data, u)
+        constant += low[at] * y[at] * bias
     for epoch in range(epochs):
         _shuffle(order, m, state)
         largest, steps = 0.0, 0
@@ -199,7 +203,7 @@ def solve(begin, end, labels, lists, positives, squares, x, how, seed, block, co
 
 @numba.njit(cache=True, nogil=True)
 def keep(begin: int, end: int, block: np.ndarray, width: int, threshold: float, kept: np.ndarray, columns: np.ndarray) -> None:
-    """Moves the sparse weights of rows begin to end of block [n, D + V] that are larger than the threshold in size to the front.
+    """Moves the sparse weights above the threshold (in size) of rows begin to end of block [n, D + V] to the front.
 
     Args:
         kept: int64 [n], filled with how many they are.
