@@ -206,15 +206,18 @@ def test_log_probabilities_and_their_log_odds() -> None:
     assert np.isfinite(z).all() and (np.diff(z[:3]) > 0).all() and z[1] == pytest.approx(np.log(np.exp(-1) / (1 - np.exp(-1))))
 
 
-def test_blend_is_a_weighted_product_of_probabilities(data: tuple[Features, csr_matrix], shortlist: csr_matrix) -> None:
+def test_blends(data: tuple[Features, csr_matrix], shortlist: csr_matrix) -> None:
     features, labels = data
-    reranker = Reranker(fit(features, labels), 0.3)
-    margins = reranker.ranker.score(features, shortlist)
-    mixed = reranker.mix(shortlist, margins)
-    product = (1 / (1 + np.exp(-shortlist.data))) ** 0.7 * np.exp(-(np.maximum(0, 1 - margins.data) ** 2)) ** 0.3
-    assert np.allclose(1 / (1 + np.exp(-mixed.data)), product, atol=1e-5) and mixed.nnz == shortlist.nnz
-    assert np.array_equal(replace(reranker, share=0.0).mix(shortlist, margins).data, shortlist.data)
-    assert np.array_equal(replace(reranker, share=1.0).mix(shortlist, margins).data, margins.data)
+    product = Reranker(fit(features, labels), 0.3, "product")
+    margins = product.ranker.score(features, shortlist)
+    mixed = product.mix(shortlist, margins)
+    expected = (1 / (1 + np.exp(-shortlist.data))) ** 0.7 * np.exp(-(np.maximum(0, 1 - margins.data) ** 2)) ** 0.3
+    assert np.allclose(1 / (1 + np.exp(-mixed.data)), expected, atol=1e-5) and mixed.nnz == shortlist.nnz
+    odds = replace(product, how="log_odds")
+    assert np.allclose(odds.mix(shortlist, margins).data, 0.7 * shortlist.data + 0.3 * margins.data, atol=1e-6)
+    for reranker in (product, odds):
+        assert np.array_equal(replace(reranker, share=0.0).mix(shortlist, margins).data, shortlist.data)
+        assert np.array_equal(replace(reranker, share=1.0).mix(shortlist, margins).data, margins.data)
 
 
 def test_share_is_the_best_one_on_validation(data: tuple[Features, csr_matrix], shortlist: csr_matrix) -> None:
@@ -223,9 +226,12 @@ def test_share_is_the_best_one_on_validation(data: tuple[Features, csr_matrix], 
     reranker = Reranker(fit(features, labels))
     margins = reranker.ranker.score(features, shortlist)
     chosen, tried = choose_share(reranker, shortlist, margins, labels, pairs, by=("P@1",))
-    assert tuple(tried) == SHARES and tried[chosen.share]["P@1"] == max(m["P@1"] for m in tried.values())
-    assert all(tried[share]["P@1"] < tried[chosen.share]["P@1"] for share in SHARES if share < chosen.share)
-    assert tried[1.0]["P@1"] > tried[0.0]["P@1"]  # the shortlist's own values are noise here
+    assert list(tried) == [(how, share) for how in ("log_odds", "product") for share in SHARES]
+    reached = tried[chosen.how, chosen.share]["P@1"]
+    assert reached == max(m["P@1"] for m in tried.values())
+    before = list(tried).index((chosen.how, chosen.share))
+    assert all(m["P@1"] < reached for m in list(tried.values())[:before])
+    assert tried["product", 1.0]["P@1"] > tried["product", 0.0]["P@1"]  # the shortlist's own values are noise here
     rows = best(replace(reranker, share=0.5).mix(shortlist, margins), pairs, LABELS)[1]
     assert not set(rows[0]) & {0, 1} and 2 not in rows[5]
     with pytest.raises(InputError, match="by: expected some of P@1"):
@@ -238,11 +244,11 @@ def test_share_is_the_best_one_on_validation(data: tuple[Features, csr_matrix], 
 def test_round_trip(data: tuple[Features, csr_matrix], shortlist: csr_matrix, tmp_path: Path) -> None:
     features, labels = data
     ranker = fit(features, labels, shortlist, Settings(loss="logistic", cost=0.5), facts={"name": "é"})
-    reranker = Reranker(ranker, 0.25, embedding_weight=0.5)
+    reranker = Reranker(ranker, 0.25, "product", embedding_weight=0.5)
     reranker.save(tmp_path / "r.safetensors")
     read = Reranker.load(tmp_path / "r.safetensors")
     assert equal(read.ranker, ranker) and read.ranker.settings == ranker.settings and read.ranker.facts["name"] == "é"
-    assert (read.share, read.embedding_weight, read.tfidf_weight) == (0.25, 0.5, 1.0)
+    assert (read.share, read.how, read.embedding_weight, read.tfidf_weight) == (0.25, "product", 0.5, 1.0)
     assert [p.name for p in tmp_path.iterdir()] == ["r.safetensors"]
     scores = read.rerank(shortlist, features.dense, features.sparse)
     margins = ranker.score(Features.join(features.dense, features.sparse, embedding_weight=0.5), shortlist)
@@ -353,9 +359,13 @@ def test_inputs_that_do_not_fit(data: tuple[Features, csr_matrix], shortlist: cs
         ("shortlist: expected 150 rows, got 9", lambda: ranker.score(features, shortlist[:9])),
         ("features: width and TF-IDF columns", lambda: ranker.score(Features.join(features.dense), shortlist)),
         ("share: expected a number from 0 to 1", lambda: Reranker(ranker, 1.5)),
+        ("how: expected log_odds or product", lambda: Reranker(ranker, 0.5, "sum")),  # type: ignore[arg-type]
         ("margins: expected the pairs of the logits", lambda: Reranker(ranker).mix(shortlist, labels)),
         ("beam: expected 1 or more", lambda: ClusterMatcher.fit(features, labels, [np.zeros(LABELS, int)], beam=0)),
-        ("clusters: expected the cluster of each of 6 labels", lambda: ClusterMatcher.fit(features, labels, [np.zeros(5, int)])),
+        (
+            "clusters: expected the cluster of each of 6 labels",
+            lambda: ClusterMatcher.fit(features, labels, [np.zeros(5, int)]),
+        ),
         (
             "clusters, level 1: expected clusters inside those above",
             lambda: ClusterMatcher.fit(features, labels, [np.arange(LABELS) // 2, np.arange(LABELS) % 2]),

@@ -95,7 +95,9 @@ class Options:
 
     # ---- result ----
     share: float | None = None
-    """The ranker's share in the final score; chosen on validation (mean of P@1, P@3 and P@5) when not given."""
+    """The ranker's share in the final score; chosen on validation (mean of P@1, P@3 and P@5) when not given, with `blend`."""
+    blend: Literal["log_odds", "product"] = "log_odds"
+    """With --share: of log-odds and margins, or of probabilities."""
     top_k: int = 100
     """Labels kept per document in predictions.npz."""
 
@@ -156,7 +158,8 @@ def train(options: Options) -> dict[str, Any]:
         facts = {"dataset": dataset.content_hash, "options": asdict(options)}
         ranker = fit(first.features, first.split.labels, listed, settings, threads=options.threads, facts=facts)
     say(f"{ranker.sparse.nnz / dataset.num_labels:,.0f} TF-IDF weights a label are left of {ranker.sparse.shape[1]:,}")
-    reranker = Reranker(ranker, 1.0 if options.one_vs_all or options.share is None else options.share, **weights)
+    share = 1.0 if options.one_vs_all or options.share is None else options.share
+    reranker = Reranker(ranker, share, options.blend, **weights)
     with clock.on("evaluation"):
         report, reranker = measure(options, dataset, documents, reranker)
     reranker.save(folder / "ranker.safetensors")
@@ -227,7 +230,7 @@ def measure(
             margins = reranker.ranker.score(part.features, part.shortlist, threads=options.threads)
             if name == "val" and options.share is None:
                 reranker, _ = choose_share(reranker, part.shortlist, margins, labels, pairs)
-                say(f"the ranker's share with the best mean of P@1, P@3 and P@5 on validation: {reranker.share:g}")
+                say(f"best mean of P@1, P@3 and P@5 on validation: --share {reranker.share:g} --blend {reranker.how}")
             plain = "clusters alone" if options.tree else "plain model"
             scores = {plain: part.shortlist, "ranker": margins, "both": reranker.mix(part.shortlist, margins)}
         report[SHOWN[name]] = {}
@@ -236,7 +239,7 @@ def measure(
             report[SHOWN[name]][what] = evaluate(rows, labels, weight)
         if name == "test":  # the last of the scores is the result
             write_npz(Path(options.output) / "predictions.npz", score_matrix(values, rows, dataset.num_labels))
-    return report | {"share": reranker.share}, reranker
+    return report | {"share": reranker.share, "blend": reranker.how}, reranker
 
 
 class Seconds:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from scipy.sparse import csr_matrix, vstack
@@ -19,30 +20,36 @@ from xmlkernels.ranker.linear import LinearRanker
 
 _PAIRS = 1 << 23  # pairs (document, label) scored at one time
 SHARES = tuple(round(0.05 * step, 2) for step in range(21))
+HOW = ("log_odds", "product")
 
 
 @dataclass(frozen=True)
 class Reranker:
     """A ranker, how it weighs its two blocks of features, and its share in the final score.
 
-    The final score is (1 - share) · ln p_model + share · ln p_ranker, a weighted product of probabilities, given as
-    log-odds. At share 0 it is the plain model's logit. At share 1 it is the ranker's margin, which goes on rising where its
-    probability is 1 already.
+    The final score is either of
+    - log_odds: (1 - share) · logit + share · margin,
+    - product: (1 - share) · ln p_model + share · ln p_ranker, a weighted product of probabilities, given as log-odds.
+    At share 0 it is the plain model's logit, at share 1 the ranker's margin.
 
     Attributes:
         ranker: the classifiers.
-        share: from 0 to 1.
+        share: of the ranker, from 0 to 1.
+        how: which of the two.
         embedding_weight, tfidf_weight: of the blocks, as `Features.join` takes them.
     """
 
     ranker: LinearRanker
     share: float = 0.5
+    how: Literal["log_odds", "product"] = "log_odds"
     embedding_weight: float = 1.0
     tfidf_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise InputError("share", "a number from 0 to 1", repr(self.share), "0 is the plain model, 1 the ranker alone")
+        if self.how not in HOW:
+            raise InputError("how", " or ".join(HOW), repr(self.how), "choose one of them")
 
     def features(self, embedding: np.ndarray | None, tfidf: csr_matrix | None) -> Features:
         """What the ranker takes: a block that it was trained without may be given all the same, and is left out."""
@@ -75,13 +82,17 @@ class Reranker:
             raise InputError("margins", "the pairs of the logits", "other pairs", "score this shortlist")
         if self.share in (0, 1):
             return margins if self.share else plain.astype(np.float32)
-        model = -np.logaddexp(0, -plain.data.astype(np.float64))
-        mixed = (1 - self.share) * model + self.share * self.ranker.log_probability(margins.data)
-        return csr_matrix((log_odds(mixed).astype(np.float32), plain.indices, plain.indptr), plain.shape)
+        z, margin = plain.data.astype(np.float64), margins.data.astype(np.float64)
+        if self.how == "log_odds":
+            mixed = (1 - self.share) * z + self.share * margin
+        else:
+            model = -np.logaddexp(0, -z)
+            mixed = log_odds((1 - self.share) * model + self.share * self.ranker.log_probability(margin))
+        return csr_matrix((mixed.astype(np.float32), plain.indices, plain.indptr), plain.shape)
 
     def save(self, path: str | Path) -> None:
         """Writes ranker and weights into one file, whole or not at all."""
-        weights = {name: getattr(self, name) for name in ("share", "embedding_weight", "tfidf_weight")}
+        weights = {name: getattr(self, name) for name in ("share", "how", "embedding_weight", "tfidf_weight")}
         replace(self.ranker, facts=self.ranker.facts | {"weights": weights}).save(path)
 
     @classmethod
@@ -108,28 +119,30 @@ def choose_share(
     filter_pairs: np.ndarray,
     *,
     by: tuple[str, ...] = ("P@1", "P@3", "P@5"),
-) -> tuple[Reranker, dict[float, dict[str, float]]]:
-    """The share with the best mean of some metrics on held-out documents; of equals the smallest.
+) -> tuple[Reranker, dict[tuple[str, float], dict[str, float]]]:
+    """The kind of blend and the share with the best mean of some metrics on held-out documents; of equals the first tried.
 
     Args:
-        reranker: its share is not looked at.
+        reranker: its own share and kind of blend are not looked at.
         logits, margins: of the held-out documents' shortlists, CSR [N, L] with one pattern.
         labels: [N, L], what is right.
         filter_pairs: int64 [n, 2] of (document, label), removed before the cut.
         by: names as `evaluate` gives them, @1 to @5, without propensities.
 
     Returns:
-        The reranker with that share, and the metrics of every share that was tried.
+        The reranker with them, and the metrics of everything that was tried, by (kind, share).
     """
     tried = {}
-    for share in SHARES:
-        rows = best(replace(reranker, share=share).mix(logits, margins), filter_pairs, 5)[1]
-        tried[share] = evaluate(rows, labels)
-    wrong = [name for name in by if name not in tried[0.0]]
+    for how in HOW:
+        for share in SHARES:
+            scores = replace(reranker, share=share, how=how).mix(logits, margins)
+            tried[how, share] = evaluate(best(scores, filter_pairs, 5)[1], labels)
+    known = tried[HOW[0], 0.0]
+    wrong = [name for name in by if name not in known]
     if wrong or not by:
-        raise InputError("by", f"some of {', '.join(tried[0.0])}", " ".join(wrong) or "none", "choose of these")
-    found = max(tried, key=lambda share: (sum(tried[share][name] for name in by), -share))
-    return replace(reranker, share=found), tried
+        raise InputError("by", f"some of {', '.join(known)}", " ".join(wrong) or "none", "choose of these")
+    how, share = max(tried, key=lambda key: sum(tried[key][name] for name in by))
+    return replace(reranker, share=share, how=how), tried
 
 
 def best_of_all(ranker: LinearRanker, features: Features, k: int, *, threads: int = 0) -> csr_matrix:
