@@ -26,6 +26,7 @@ ARROWS = {
     "nn": {"ops", "dist", "errors"},
     "optim": {"ops", "dist", "errors"},
     "models": {"nn", "optim", "tree", "data", "dist", "errors"},
+    "ranker": {"data", "metrics", "errors"},
     "predict": {"models", "checkpoint", "data", "metrics", "errors"},
     "planner": {"models", "checkpoint", "data", "metrics", "errors"},
     "benchmarks": {"ops", "reference", "errors"},

@@ -133,5 +133,5 @@ def print_deciles(deciles: list[dict[str, Any]]) -> None:
     _console.print(table)
 
 
-def print_comparison(title: str, rows: dict[str, dict[str, float]]) -> None:
-    _console.print(metrics_table(title, rows))
+def print_comparison(title: str, rows: dict[str, dict[str, float]], kinds: tuple[str, ...] = ("P", "nDCG", "PSP", "R")) -> None:
+    _console.print(metrics_table(title, rows, kinds))

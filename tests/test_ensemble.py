@@ -1,0 +1,202 @@
+"""Sums of score files: against dense arithmetic, filters before the cut, and one sentence for every mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse
+from train_runs import LABELS, ROOT, make_dataset
+
+from xmlkernels import InputError
+from xmlkernels.data.dataset import Dataset, Split
+from xmlkernels.data.formats import write_npz, write_sparse
+from xmlkernels.metrics import evaluate, inverse_propensity
+
+import ensemble as command  # isort: skip  # train_runs has put train/ on the path
+
+TEST_DOCUMENTS = 50
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset whose test split filters pairs out, the first four documents' labels 0 to 3 among them."""
+    raw = tmp_path_factory.mktemp("raw")
+    pairs = [(row, label) for row in range(4) for label in range(4)] + [(TEST_DOCUMENTS - 1, LABELS - 1)]
+    (raw / "filter.txt").write_text("".join(f"{row} {label}\n" for row, label in pairs))
+    return make_dataset(raw, test_filter=raw / "filter.txt")
+
+
+@pytest.fixture(scope="module")
+def test_split(folder: Path) -> Split:
+    return Dataset.open(folder).splits["test"]
+
+
+def logits(seed: int, density: float = 0.6) -> scipy.sparse.csr_matrix:
+    """Logits of about 60% of the pairs; the last document has none."""
+    random = np.random.default_rng(seed)
+    dense = random.normal(size=(TEST_DOCUMENTS, LABELS)).astype(np.float32) * 3
+    dense[random.random(dense.shape) > density] = 0
+    dense[-1] = 0
+    dense[:4, :4] = np.where(dense[:4, :4] == 0, 0, 50)  # the filtered ones would come first
+    return scipy.sparse.csr_matrix(dense)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    at = tmp_path_factory.mktemp("scores")
+    write_npz(at / "a.npz", logits(1))
+    write_sparse(at / "b.txt", logits(2))
+    return str(at / "a.npz"), str(at / "b.txt")
+
+
+def run(files: tuple[str, ...], dataset: Path, **changes: Any) -> dict[str, dict[str, float]]:
+    return command.run(command.Options(files, str(dataset), **changes))
+
+
+def sigmoid(matrix: scipy.sparse.csr_matrix) -> np.ndarray:
+    """Probabilities, 0 where nothing is stored; float64 [N, L]."""
+    dense = matrix.toarray().astype(np.float64)
+    return np.where(dense == 0, 0, 1 / (1 + np.exp(-dense)))
+
+
+def lifted(matrix: scipy.sparse.csr_matrix) -> np.ndarray:
+    """Log-odds, the lowest of the document where nothing is stored; float64 [N, L]."""
+    dense = matrix.toarray().astype(np.float64)
+    lowest = np.where(dense == 0, np.inf, dense).min(1, keepdims=True)
+    return np.where(dense == 0, np.where(np.isinf(lowest), 0, lowest), dense)
+
+
+def dense_best(total: np.ndarray, stored: np.ndarray, split: Split, k: int) -> np.ndarray:
+    """The k best stored pairs that are not filtered, -1 where there are fewer; equal: the lower label."""
+    total = np.where(stored, total, -np.inf)
+    total[tuple(split.filter_pairs.T)] = -np.inf
+    order = np.argsort(-total, axis=1, kind="stable")[:, :k]
+    return np.where(np.isinf(np.take_along_axis(total, order, 1)), -1, order)
+
+
+@pytest.mark.parametrize("how", ["probability", "log_odds"])
+@pytest.mark.parametrize("weights", [(), (3.0, 1.0), (0.0, 2.0)])
+def test_sum_is_that_of_dense_matrices(
+    files: tuple[str, str], folder: Path, test_split: Split, how: Any, weights: tuple[float, ...]
+) -> None:
+    a, b = logits(1), logits(2)
+    first, second = weights or (1.0, 1.0)
+    of = sigmoid if how == "probability" else lifted
+    stored = (a.toarray() != 0) & (first > 0) | (b.toarray() != 0) & (second > 0)
+    rows = dense_best(first * of(a) + second * of(b), stored, test_split, 5)
+    train = Dataset.open(folder).splits["train"].labels
+    expected = evaluate(rows, test_split.labels, inverse_propensity(train, *Dataset.open(folder).propensity))
+    got = run(files, folder, sum=how, weights=weights)
+    assert list(got) == [*files, "sum"]
+    assert got["sum"] == pytest.approx(expected)
+    assert {f"{kind}@{k}" for kind in ("P", "nDCG", "PSP", "PSnDCG", "R") for k in range(1, 6)} == set(got["sum"])
+
+
+def test_one_file_is_measured_as_it_is(files: tuple[str, str], folder: Path, test_split: Split) -> None:
+    rows = dense_best(logits(1).toarray(), logits(1).toarray() != 0, test_split, 5)
+    got = run(files[:1], folder)
+    assert list(got) == [files[0]]
+    assert {key: got[files[0]][key] for key in ("P@1", "R@5")} == pytest.approx(
+        {key: evaluate(rows, test_split.labels)[key] for key in ("P@1", "R@5")}
+    )
+
+
+@pytest.mark.parametrize("name", ["sum.npz", "sum.txt"])
+def test_output_holds_logits_that_measure_the_same(files: tuple[str, str], folder: Path, tmp_path: Path, name: str) -> None:
+    whole = run(files, folder, output=str(tmp_path / name), metrics=str(tmp_path / "m.json"))
+    assert run((str(tmp_path / name),), folder)[str(tmp_path / name)] == pytest.approx(whole["sum"])
+    told = json.loads((tmp_path / "m.json").read_text())
+    assert told["metrics"] == whole and told["split"] == "test" and told["sum"] == "probability"
+
+
+def test_probabilities_and_logits_of_the_same_scores_agree(files: tuple[str, str], folder: Path, tmp_path: Path) -> None:
+    probability = scipy.sparse.csr_matrix(sigmoid(logits(1)))
+    write_npz(tmp_path / "p.npz", probability)
+    got = run((str(tmp_path / "p.npz"), files[1]), folder, scores=("probability", "logit"))
+    assert got["sum"] == pytest.approx(run(files, folder)["sum"])
+
+
+def test_certain_and_impossible_labels(folder: Path, tmp_path: Path) -> None:
+    """Log-odds of 0 and 1 are finite, and the sum keeps pairs that add up to 0."""
+    z = command.to_log_odds(np.array([0.0, 0.5, 1.0]))
+    assert np.isfinite(z).all() and z[0] < -700 and z[1] == 0 and z[2] > 30
+    one = scipy.sparse.csr_matrix(np.array([[2.0, 0, 0], [0, 0, 0]]))
+    other = scipy.sparse.csr_matrix(np.array([[-2.0, 0, 1.0], [0, 0, 0]]))
+    total = command.combine([one, other], [one.data, other.data], [1, 1], "log_odds")
+    assert total.toarray()[0].tolist() == [0, 0, 1.5] and total.nnz == 2
+
+
+def test_padding_column_of_cascadexml(folder: Path, tmp_path: Path) -> None:
+    wide = scipy.sparse.csr_matrix((logits(1).data, logits(1).indices, logits(1).indptr), (TEST_DOCUMENTS, LABELS + 1))
+    write_npz(tmp_path / "wide.npz", wide)
+    write_npz(tmp_path / "plain.npz", logits(1))
+    path, plain = str(tmp_path / "wide.npz"), str(tmp_path / "plain.npz")
+    assert run((path,), folder)[path] == run((plain,), folder)[plain]
+    wide = wide.tolil()
+    wide[0, LABELS] = 1
+    write_npz(tmp_path / "used.npz", wide)
+    with pytest.raises(InputError, match="expected 30 columns, the labels of the dataset, got 31"):
+        run((str(tmp_path / "used.npz"),), folder)
+
+
+def test_the_same_file_twice_has_two_rows(files: tuple[str, str], folder: Path) -> None:
+    got = run((files[0], files[0]), folder)
+    assert list(got) == [files[0], f"{files[0]} (2)", "sum"] and got["sum"] == got[files[0]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"files": ()}, "one score file or more"),
+        ({"dataset": ""}, "--dataset: expected a dataset folder"),
+        ({"weights": (1.0,)}, "--weights: expected 2 numbers"),
+        ({"weights": (1.0, -1.0)}, "--weights: expected finite numbers from 0"),
+        ({"weights": (0.0, 0.0)}, "not all of them 0"),
+        ({"weights": (1.0, float("nan"))}, "finite numbers"),
+        ({"scores": ("logit",) * 3}, "--scores: expected logit or probability, once or 2 times"),
+        ({"top_k": 4}, "--top-k: expected 5 or more, got 4"),
+        ({"output": "sum.pkl"}, r"--output: expected a name that ends in \.npz"),
+        ({"metrics": "m.txt"}, r"--metrics: expected a name that ends in \.json"),
+        ({"split": "dev"}, "--split: expected one of train, val, test, got dev"),
+    ],
+)
+def test_settings_that_cannot_be_used(files: tuple[str, str], folder: Path, changes: dict[str, Any], message: str) -> None:
+    settings = {"files": files, "dataset": str(folder)} | changes
+    with pytest.raises(InputError, match=message):
+        command.run(command.Options(**settings))
+
+
+def test_files_that_cannot_be_used(files: tuple[str, str], folder: Path, tmp_path: Path) -> None:
+    def refused(name: str, message: str, **changes: Any) -> None:
+        with pytest.raises(InputError, match=message) as told:
+            run((files[0], str(tmp_path / name)), folder, **changes)
+        assert name in str(told.value) and "\n" not in str(told.value)
+
+    refused("none.npz", "no file of that name")
+    (tmp_path / "scores.csv").write_text("1 2\n")
+    refused("scores.csv", r"ends in \.npz, \.txt or \.txt\.gz")
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 nothing")
+    refused("broken.npz", "cannot be read")
+    (tmp_path / "broken.txt").write_text(f"{TEST_DOCUMENTS} {LABELS}\n" + "0:1\n" * (TEST_DOCUMENTS - 1) + "zero:1\n")
+    refused("broken.txt", f"broken.txt:{TEST_DOCUMENTS + 1}")
+    write_npz(tmp_path / "short.npz", logits(1)[:40])
+    refused("short.npz", "expected 50 rows, got 40")
+    write_sparse(tmp_path / "short.txt", logits(1)[:40])
+    refused("short.txt", "expected 50 rows, got 40")
+    write_npz(tmp_path / "narrow.npz", logits(1)[:, :20])
+    refused("narrow.npz", "expected 30 columns, the labels of the dataset, got 20")
+    write_npz(tmp_path / "logit.npz", logits(1))
+    refused("logit.npz", "expected a probability from 0 to 1", scores=("logit", "probability"))
+
+
+def test_the_command(files: tuple[str, str], folder: Path) -> None:
+    words = [sys.executable, str(ROOT / "train" / "ensemble.py"), *files, "--dataset", str(folder)]
+    good = subprocess.run([*words, "--weights", "2", "1"], capture_output=True, text=True, timeout=120)
+    assert good.returncode == 0, good.stderr
+    assert "PSnDCG@5" in good.stdout and "sum" in good.stdout
+    bad = subprocess.run([*words, "--weights", "2"], capture_output=True, text=True, timeout=120)
+    assert bad.returncode == 2 and bad.stderr.startswith("error: --weights: expected 2 numbers") and bad.stderr.count("\n") == 1

@@ -1,0 +1,202 @@
+"""train/ranker.py on a small trained run: what it writes, what it takes again, and one sentence for every mistake."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.sparse import csr_matrix
+from train_runs import LABELS, ROOT, make_dataset, run, tiny
+
+from xmlkernels import InputError
+from xmlkernels.data.bow import Vectorizer
+from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.formats import read_npz, write_npz
+from xmlkernels.metrics import evaluate
+from xmlkernels.predict import Predictor, predict_split, score_matrix
+from xmlkernels.ranker.blend import Reranker, best
+from xmlkernels.tree.label_tree import LabelTree
+
+import ranker as command  # isort: skip  # train_runs has put train/ on the path
+import ranker_inputs  # isort: skip
+
+SMALL: dict[str, Any] = {"min_df": 1, "longest": 1, "shortlist": 12, "top_k": 8}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset that keeps its texts; labels 0 and 1 of the first documents are filtered out."""
+    raw = tmp_path_factory.mktemp("raw")
+    for name in ("trn", "tst"):
+        (raw / f"{name}.txt").write_text("".join(f"{row} {label}\n" for row in range(3) for label in (0, 1)))
+    return make_dataset(raw, keep_texts=True, train_filter=raw / "trn.txt", test_filter=raw / "tst.txt")
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    run(tiny(folder, output))
+    return output
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    output = tmp_path_factory.mktemp("ranker")
+    return output, command.train(options(folder, output, checkpoint=str(finished)))
+
+
+def options(folder: Path, output: Path, **changes: Any) -> command.Options:
+    return command.Options(str(folder), str(output), **(SMALL | changes))
+
+
+def test_ranker_beside_the_plain_model(trained: tuple[Path, dict[str, Any]], folder: Path, finished: Path) -> None:
+    output, report = trained
+    dataset = Dataset.open(folder)
+    model = Predictor.load(finished).model
+    for split, name in (("val", "validation"), ("test", "test")):
+        _, rows = predict_split(model, dataset.splits[split], 5)
+        plain = evaluate(rows, dataset.splits[split].labels)
+        assert {key: report[name]["plain model"][key] for key in plain} == pytest.approx(plain)
+        # Words give labels away, and few epochs do not teach the tiny encoder all of them.
+        assert report[name]["both"]["P@3"] > plain["P@3"] + 10
+    by = ("P@1", "P@3", "P@5")
+    both, model_alone = (sum(report["validation"][what][key] for key in by) for what in ("both", "plain model"))
+    assert both >= model_alone and 0 < report["share"] <= 1
+    told = json.loads((output / "metrics.json").read_text())
+    assert told["test"] == report["test"] and told["dataset_hash"] == dataset.content_hash
+    assert set(told["seconds"]) == {"embeddings and shortlists", "TF-IDF", "ranker", "evaluation"}
+
+
+def test_predictions_are_what_the_saved_ranker_gives(
+    trained: tuple[Path, dict[str, Any]], folder: Path, finished: Path
+) -> None:
+    output, report = trained
+    test = Dataset.open(folder).splits["test"]
+    shortlist = read_npz(output / "inputs" / "shortlist_test.npz")
+    assert (shortlist != score_matrix(*predict_split(Predictor.load(finished).model, test, 12), LABELS)).nnz == 0
+    tfidf = Vectorizer.load(output / "vectorizer").transform(test.texts)
+    scores = Reranker.load(output / "ranker.safetensors").rerank(
+        shortlist, np.load(output / "inputs" / "embedding_test.npy"), tfidf
+    )
+    rows = best(scores, test.filter_pairs, 8)[1]
+    found = read_npz(output / "predictions.npz", rows=len(test), cols=LABELS)
+    assert (np.diff(found.indptr) <= 8).all() and found[:3, :2].nnz == 0
+    assert evaluate(rows, test.labels) == pytest.approx(
+        {key: report["test"]["both"][key] for key in evaluate(rows, test.labels)}
+    )
+    assert np.array_equal(best(found, test.filter_pairs, 5)[1], rows[:, :5])
+
+
+def test_inputs_are_taken_again_for_the_same_checkpoint_alone(
+    trained: tuple[Path, dict[str, Any]], folder: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, report = trained
+    monkeypatch.setattr(ranker_inputs, "Predictor", None)  # a second pass of the model would fail
+    again = command.train(options(folder, output, checkpoint=str(finished)))
+    assert again["test"] == report["test"]
+    with pytest.raises(AttributeError):
+        command.train(options(folder, output, checkpoint=str(finished), shortlist=5))
+
+
+def test_given_share_and_no_embedding(trained: tuple[Path, dict[str, Any]], folder: Path, finished: Path) -> None:
+    output, _ = trained
+    changed = options(folder, output, checkpoint=str(finished), share=0.0, embedding=False)
+    report = command.train(changed)
+    assert report["test"]["both"] == report["test"]["plain model"] and report["share"] == 0
+    assert Reranker.load(output / "ranker.safetensors").ranker.dense.shape == (LABELS, 0)
+    report = command.train(replace(changed, embedding=True, tfidf=False, share=1.0))
+    assert report["test"]["both"] == report["test"]["ranker"] and report["weights_per_label"] == 0
+
+
+def test_tfidf_alone_one_vs_all_and_by_clusters(folder: Path, tmp_path: Path) -> None:
+    whole = command.train(options(folder, tmp_path, one_vs_all=True))
+    assert list(whole["test"]) == ["ranker"] and whole["test"]["ranker"]["P@1"] > 80
+    dataset = Dataset.open(folder)
+    tree = LabelTree.from_partitions([np.arange(LABELS) // 10, np.arange(LABELS) // 5], {"dataset": dataset.content_hash})
+    tree.save(tmp_path / "tree.safetensors")
+    report = command.train(options(folder, tmp_path / "by_tree", tree=str(tmp_path / "tree.safetensors"), beam=3))
+    assert report["test"]["both"]["P@1"] > 80 > report["test"]["clusters alone"]["P@1"]
+    assert sorted(p.name for p in (tmp_path / "by_tree" / "clusters").iterdir()) == ["level0.safetensors", "level1.safetensors"]
+    (tmp_path / "other").mkdir()
+    LabelTree.from_partitions([np.arange(LABELS) // 10], {"dataset": "another"}).save(tmp_path / "other")
+    with pytest.raises(InputError, match="a tree of the dataset"):
+        command.train(options(folder, tmp_path / "x", tree=str(tmp_path / "other")))
+
+
+def test_texts_and_features_from_files(folder: Path, tmp_path: Path) -> None:
+    """The dataset's own texts give the same figures from its files, and as ready features."""
+    whole = command.train(options(folder, tmp_path / "a", one_vs_all=True))
+    raw = folder.parent
+    names = {"train": "trn", "validation": "val", "test": "tst"}
+    texts = {f"{name}_text": str(raw / f"{part}_X.txt") for name, part in names.items()}
+    assert command.train(options(folder, tmp_path / "b", one_vs_all=True, **texts))["test"] == whole["test"]
+    vectorizer = Vectorizer.load(tmp_path / "a" / "vectorizer")
+    for name, split in Dataset.open(folder).splits.items():
+        write_npz(tmp_path / f"{name}.npz", vectorizer.transform(split.texts))
+    ready = options(folder, tmp_path / "c", one_vs_all=True, features=str(tmp_path))
+    assert command.train(ready)["test"] == whole["test"]
+    write_npz(tmp_path / "val.npz", csr_matrix((3, len(vectorizer)), dtype=np.float32))
+    with pytest.raises(InputError, match=r"val\.npz: expected 40 rows, got 3"):
+        command.train(ready)
+    with pytest.raises(InputError, match="expected 50 lines, the documents of test, got 40"):
+        command.train(options(folder, tmp_path / "d", one_vs_all=True, **(texts | {"test_text": texts["validation_text"]})))
+    with pytest.raises(InputError, match="--test-text: expected a file"):
+        command.train(options(folder, tmp_path / "d", one_vs_all=True, **(texts | {"test_text": ""})))
+
+
+def test_without_pairs() -> None:
+    matrix = csr_matrix(np.array([[1.0, 2, 0], [3, 0, 4], [0, 0, 5]]))
+    left = ranker_inputs.without_pairs(matrix, np.array([[0, 1], [2, 2], [2, 0], [0, 2]]))
+    assert left.toarray().tolist() == [[1, 0, 0], [3, 0, 4], [0, 0, 0]] and left.nnz == 3
+    assert ranker_inputs.without_pairs(matrix, np.zeros((0, 2), np.int64)) is matrix
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "arguments: expected one of --checkpoint, --tree and --one-vs-all, for the shortlists, got none"),
+        ({"tree": "t", "one_vs_all": True}, "got --tree, --one-vs-all"),
+        ({"one_vs_all": True, "tfidf": False}, "--no-tfidf: expected --checkpoint with its embedding"),
+        ({"one_vs_all": True, "features": "f", "train_text": "t"}, "--features: expected no text files beside it"),
+        ({"one_vs_all": True, "test_text": "t"}, "--train-text: expected a file"),
+        ({"checkpoint": "c", "tfidf": False, "features": "f"}, "--no-tfidf: expected no texts"),
+        ({"one_vs_all": True, "top_k": 0}, "--top-k: expected 1 or more, got 0"),
+        ({"one_vs_all": True, "max_features": -1}, "--max-features: expected 0 or more"),
+        ({"one_vs_all": True, "share": 2.0}, "--share: expected a number from 0 to 1, got 2.0"),
+        ({"one_vs_all": True, "cost": -1.0}, "cost: expected a finite number above 0"),
+        ({"checkpoint": "nowhere"}, "nowhere"),
+    ],
+)
+def test_options_that_cannot_be_used(folder: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        command.train(options(folder, tmp_path, **changes))
+
+
+def test_datasets_that_do_not_fit(finished: Path, tmp_path: Path) -> None:
+    lone = make_dataset(tmp_path / "lone", splits=("train", "test"))
+    with pytest.raises(InputError, match="expected a validation split, to choose the ranker's share on"):
+        command.train(options(lone, tmp_path / "a", checkpoint=str(finished)))
+    with pytest.raises(InputError, match="keep-texts"):
+        command.train(options(lone, tmp_path / "a", one_vs_all=True))
+
+
+def test_the_command(folder: Path, tmp_path: Path) -> None:
+    words = [
+        sys.executable,
+        str(ROOT / "train" / "ranker.py"),
+        "--dataset",
+        str(folder),
+        "--output",
+        str(tmp_path),
+        "--min-df",
+        "1",
+    ]
+    good = subprocess.run([*words, "--one-vs-all"], capture_output=True, text=True, timeout=200)
+    assert good.returncode == 0, good.stderr
+    assert "test, ranker" in good.stdout and (tmp_path / "ranker.safetensors").exists()
+    bad = subprocess.run(words, capture_output=True, text=True, timeout=200)
+    assert bad.returncode == 2 and bad.stderr.startswith("error: arguments: expected one of") and bad.stderr.count("\n") == 1

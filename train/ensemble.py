@@ -1,0 +1,212 @@
+"""Sum score files and measure them: `python train/ensemble.py a.npz b.npz c.txt --dataset DIR [--output sum.npz]`.
+
+One file alone is measured as it is. A file is a scipy CSR .npz [documents, labels] or a text file of the Extreme Classification
+Repository: `documents labels`, then a line of `label:score` for each document (plain or .gz). Rows are the documents of the
+split, columns the labels of the dataset; a score of exactly 0 cannot be told from one that is not there.
+
+Files hold logits, as this project writes them and CascadeXML reads text files, or probabilities (`--scores probability`, as
+CascadeXML's .npz files do). The sum is one of probabilities, where an absent label counts 0, or of log-odds, where it counts as
+much as the lowest label that the file has for this document: it cannot have had more. Pairs that the dataset filters out are
+removed before the cut, in every row of the table.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from scipy.sparse import coo_matrix, csr_matrix
+from scipy.special import expit
+
+from output import write_json
+from report import command, print_comparison
+from xmlkernels import InputError
+from xmlkernels.data.dataset import Dataset, Split
+from xmlkernels.data.files import check_file
+from xmlkernels.data.formats import read_npz, read_sparse, write_npz, write_sparse
+from xmlkernels.metrics import candidates_needed, drop_filtered, evaluate, inverse_propensity, top_rows_from_csr
+from xmlkernels.predict import score_matrix
+
+MEASURED = 5  # metrics at 1 to 5
+TEXT = (".txt", ".txt.gz")
+KINDS = ("logit", "probability")
+
+
+@dataclass(frozen=True)
+class Options:
+    files: tuple[str, ...]
+    """Score files, .npz or .txt(.gz)."""
+    dataset: str = ""
+    """The dataset folder that the scores are of."""
+    split: Literal["train", "val", "test"] = "test"
+    weights: tuple[float, ...] = ()
+    """One for each file; only their ratios matter. Equal when not given."""
+    scores: tuple[Literal["logit", "probability"], ...] = ("logit",)
+    """What the files hold: one word for all, or one for each."""
+    sum: Literal["probability", "log_odds"] = "probability"
+    """What is summed."""
+    output: str = ""
+    """.npz or .txt(.gz) for the summed scores, as logits: the log-odds of the weighted mean of the probabilities, or the
+    weighted mean of the log-odds."""
+    top_k: int = 100
+    """Labels per document in the output."""
+    metrics: str = ""
+    """.json for every metric at 1 to 5."""
+
+
+def check(options: Options) -> None:
+    """Refuses options that cannot be used, before a file is read."""
+    count = len(options.files)
+    if not count:
+        raise InputError("arguments", "one score file or more", "none", "name .npz or .txt files")
+    if not options.dataset:
+        raise InputError("--dataset", "a dataset folder", "none", "name the one that the scores are of")
+    if options.weights and len(options.weights) != count:
+        got = f"{len(options.weights)}"
+        raise InputError("--weights", f"{count} numbers, one for each file", got, "give as many or leave them out")
+    if any(not 0 <= weight < math.inf for weight in options.weights) or (options.weights and not sum(options.weights)):
+        got = " ".join(map(str, options.weights))
+        raise InputError("--weights", "finite numbers from 0, not all of them 0", got, "correct them")
+    if len(options.scores) not in (1, count) or not set(options.scores) <= set(KINDS):
+        got = " ".join(options.scores)
+        raise InputError("--scores", f"logit or probability, once or {count} times", repr(got), "give one for all files")
+    if options.top_k < MEASURED:
+        raise InputError("--top-k", f"{MEASURED} or more", str(options.top_k), "metrics go down to that place")
+    if options.output and not options.output.endswith((".npz", *TEXT)):
+        raise InputError("--output", "a name that ends in .npz, .txt or .txt.gz", options.output, "rename it")
+    if options.metrics and not options.metrics.endswith(".json"):
+        raise InputError("--metrics", "a name that ends in .json", options.metrics, "rename it")
+
+
+def read_scores(path: str, documents: int, labels: int) -> csr_matrix:
+    """A score file as CSR float32 [documents, labels].
+
+    CascadeXML's .npz files have a last column for padding: it is dropped where it is empty.
+
+    Raises:
+        InputError: a file that cannot be read, or one of another shape.
+    """
+    check_file(path)
+    if not path.endswith((".npz", *TEXT)):
+        raise InputError(path, "a score file that ends in .npz, .txt or .txt.gz", "another", "rename or convert it")
+    matrix = read_npz(path, rows=documents) if path.endswith(".npz") else read_sparse(path, rows=documents)
+    if matrix.shape[1] == labels + 1 and not (matrix.indices == labels).any():
+        matrix = csr_matrix((matrix.data, matrix.indices, matrix.indptr), (documents, labels))
+    if matrix.shape[1] != labels:
+        mend = "name the scores of this dataset"
+        raise InputError(path, f"{labels} columns, the labels of the dataset", str(matrix.shape[1]), mend)
+    return matrix
+
+
+def log_odds(matrix: csr_matrix, kind: str, path: str) -> np.ndarray:
+    """The stored scores as finite log-odds, float64 [nnz].
+
+    Raises:
+        InputError: a probability that is none.
+    """
+    values = matrix.data.astype(np.float64)
+    if kind == "logit":
+        return values
+    bad = np.flatnonzero((values < 0) | (values > 1))
+    if bad.size:
+        row = int(np.searchsorted(matrix.indptr, bad[0], "right")) - 1
+        where = f"{path}, row {row}, label {matrix.indices[bad[0]]}"
+        raise InputError(where, "a probability from 0 to 1", f"{values[bad[0]]:g}", "say --scores logit if they are logits")
+    return to_log_odds(values)
+
+
+def to_log_odds(probability: np.ndarray) -> np.ndarray:
+    """ln p/(1-p), finite also at 0 and 1."""
+    p = np.clip(probability, np.finfo(np.float64).tiny, 1 - np.finfo(np.float64).epsneg)
+    return np.asarray(np.log(p) - np.log1p(-p))
+
+
+def combine(files: Sequence[csr_matrix], odds: Sequence[np.ndarray], weights: Sequence[float], how: str) -> csr_matrix:
+    """The weighted mean over files, as log-odds: float64 CSR [N, L] with every pair that any file has.
+
+    Args:
+        files: CSR [N, L] each; only where they have entries counts.
+        odds: the log-odds of those entries.
+        weights: of the files, not all 0.
+        how: "probability" or "log_odds"; see the module's text for absent pairs.
+    """
+    shape, total = files[0].shape, sum(weights)
+    used = [(m, z, w / total) for m, z, w in zip(files, odds, weights, strict=True) if w > 0]
+    base = np.zeros(shape[0])
+    parts = []
+    for matrix, z, weight in used:
+        rows = np.repeat(np.arange(shape[0]), np.diff(matrix.indptr))
+        if how == "probability":
+            value = expit(z)
+        else:
+            lowest = np.full(shape[0], np.inf)
+            np.minimum.at(lowest, rows, z)
+            lowest[np.isinf(lowest)] = 0  # a document for which this file has nothing to say
+            base += weight * lowest
+            value = z - lowest[rows]
+        parts.append((rows, matrix.indices, weight * value))
+    rows, columns, values = (np.concatenate([part[n] for part in parts]) for n in range(3))
+    # Through COO: adding CSR matrices would drop pairs whose sum is 0.
+    mean = coo_matrix((values, (rows, columns)), shape).tocsr()
+    if how == "probability":
+        mean.data = to_log_odds(mean.data)
+    else:
+        mean.data += np.repeat(base, np.diff(mean.indptr))
+    return mean
+
+
+def best(scores: csr_matrix, split: Split, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values and labels [N, k] of the k best, best first, pairs that the split filters out removed before the cut."""
+    labels = split.labels.shape[1]
+    values, rows = top_rows_from_csr(scores, candidates_needed(k, split.filter_pairs, labels))
+    rows, values = drop_filtered(rows, values, split.filter_pairs, k, num_labels=labels)
+    return values, rows
+
+
+def run(options: Options) -> dict[str, dict[str, float]]:
+    """Metrics in percent of every file and, where there are more, of their sum (named "sum")."""
+    check(options)
+    dataset = Dataset.open(options.dataset)
+    if options.split not in dataset.splits:
+        raise InputError("--split", f"one of {', '.join(dataset.splits)}", options.split, f"{dataset.folder} has no other")
+    split = dataset.splits[options.split]
+    weight = inverse_propensity(dataset.splits["train"].labels, *dataset.propensity)
+    files = [read_scores(path, len(split), dataset.num_labels) for path in options.files]
+    kinds = options.scores * (len(files) if len(options.scores) == 1 else 1)
+    odds = [log_odds(m, kind, path) for m, kind, path in zip(files, kinds, options.files, strict=True)]
+    measured = {}
+    for number, (matrix, z) in enumerate(zip(files, odds, strict=True)):
+        alone = csr_matrix((z, matrix.indices, matrix.indptr), matrix.shape)
+        path = options.files[number]
+        name = path if path not in measured else f"{path} ({number + 1})"
+        measured[name] = evaluate(best(alone, split, MEASURED)[1], split.labels, weight)
+    if len(files) > 1 or options.output:
+        total = combine(files, odds, options.weights or [1.0] * len(files), options.sum)
+        values, rows = best(total, split, options.top_k)
+        if len(files) > 1:
+            measured["sum"] = evaluate(rows, split.labels, weight)
+        if options.output:
+            kept = score_matrix(values.astype(np.float32), rows, dataset.num_labels)
+            (write_npz if options.output.endswith(".npz") else write_sparse)(options.output, kept)
+    if options.metrics:
+        facts = {"dataset": dataset.name, "dataset_hash": dataset.content_hash, "split": split.name, "sum": options.sum}
+        write_json(Path(options.metrics), {**facts, "metrics": measured})
+    return measured
+
+
+def main() -> None:
+    import tyro
+
+    options = tyro.cli(Options, prog="train/ensemble.py", description=__doc__, config=(tyro.conf.PositionalRequiredArgs,))
+    measured = run(options)
+    title = f"{options.dataset}, {options.split}"
+    shown = {Path(name).name if len(name) > 40 else name: metrics for name, metrics in measured.items()}
+    shown = shown if len(shown) == len(measured) else measured
+    print_comparison(title, shown, ("P", "nDCG", "R"))
+    print_comparison(f"{title}, by propensity", shown, ("PSP", "PSnDCG"))
+
+
+if __name__ == "__main__":
+    command(main)

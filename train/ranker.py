@@ -1,0 +1,271 @@
+"""Train a linear ranker over shortlists: `python train/ranker.py --checkpoint RUN --dataset DIR --output FOLDER`.
+
+For every label a sparse classifier of [embedding || TF-IDF] is trained on the documents whose shortlist holds the label, and
+measured beside the plain model: the model alone, the ranker alone on the model's shortlists, and both together, with the
+share of either chosen on validation. Without --checkpoint it works on TF-IDF alone: with --tree on the shortlists of linear
+classifiers of its clusters, with --one-vs-all without any.
+
+TF-IDF is made from the texts kept in the dataset, from text files (--train-text …: they may say more than the texts that
+the model was trained on), or read from a folder of features. The folder gets ranker.safetensors, predictions.npz (logits of
+the test split), metrics.json, vectorizer/ and, with --checkpoint, inputs/ (embeddings and shortlists, used again).
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from output import write_json
+from ranker_inputs import Documents, model_inputs, read_features, vectorize, without_pairs
+from report import command, print_comparison, say
+from xmlkernels import InputError
+from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.formats import write_npz
+from xmlkernels.metrics import candidates_needed, evaluate, inverse_propensity
+from xmlkernels.predict import score_matrix
+from xmlkernels.ranker.blend import Reranker, best, best_of_all, choose_share
+from xmlkernels.ranker.features import Features
+from xmlkernels.ranker.linear import Settings, fit
+from xmlkernels.ranker.matcher import ClusterMatcher
+from xmlkernels.tree.label_tree import LabelTree
+
+SHOWN = {"val": "validation", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Options:
+    dataset: str
+    """A dataset folder."""
+    output: str
+    """Folder for the ranker and its figures; made when it is not there, files of an earlier ranker are replaced."""
+    checkpoint: str = ""
+    """A run's output folder, or the checkpoint folder in it; none: TF-IDF alone."""
+    tree: str = ""
+    """Without a checkpoint: a label tree of train/tree.py, whose clusters give the shortlists."""
+    one_vs_all: bool = False
+    """Without a checkpoint: every label is trained and scored on every document; for few labels."""
+
+    # ---- features ----
+    tfidf: bool = True
+    """TF-IDF beside the embedding."""
+    embedding: bool = True
+    """The checkpoint's embedding beside TF-IDF; without it the checkpoint gives shortlists and scores alone."""
+    train_text: str = ""
+    """Text files, one document a line, to take TF-IDF from; one for each split of the dataset."""
+    validation_text: str = ""
+    test_text: str = ""
+    features: str = ""
+    """A folder of ready features in place of texts: train.npz, val.npz, test.npz."""
+    longest: int = 2
+    """Words of the longest phrase in TF-IDF."""
+    min_df: int = 2
+    """Training texts that a word or phrase must occur in."""
+    max_features: int = 0
+    """TF-IDF columns, the most frequent ones; 0 takes all."""
+    embedding_weight: float = 1.0
+    """Length of the embedding's rows, against `tfidf_weight`: a longer block costs the regulariser less."""
+    tfidf_weight: float = 1.0
+
+    # ---- training ----
+    shortlist: int = 50
+    """Labels per document that the checkpoint lists."""
+    beam: int = 10
+    """Clusters kept at every level of --tree."""
+    loss: Literal["squared_hinge", "logistic"] = "squared_hinge"
+    cost: float = 1.0
+    """C: what a document's loss weighs against the size of the weights."""
+    positive_weight: float = 1.0
+    """What a positive weighs against a negative."""
+    bias: float = 1.0
+    tolerance: float = 0.1
+    epochs: int = 20
+    """Most passes over a label's documents."""
+    negatives: int = 0
+    """Random documents for each label, beside the shortlisted ones."""
+    prune: float = 0.01
+    """TF-IDF weights of this size and smaller become 0."""
+    seed: int = 0
+    threads: int = 0
+    """CPU threads of the ranker; 0 leaves numba's choice."""
+    device: str = "cpu"
+    """Where the checkpoint's model runs: cpu, cuda, cuda:1, or auto."""
+
+    # ---- result ----
+    share: float | None = None
+    """The ranker's share in the final score; chosen on validation (mean of P@1, P@3 and P@5) when not given, with `blend`."""
+    blend: Literal["log_odds", "product"] = "log_odds"
+    """With --share: of log-odds and margins, or of probabilities."""
+    top_k: int = 100
+    """Labels kept per document in predictions.npz."""
+
+
+def check(options: Options) -> None:
+    """Refuses options that cannot be used or would do nothing, before any work."""
+    sources = [
+        name for name, given in (
+            ("--checkpoint", options.checkpoint), ("--tree", options.tree), ("--one-vs-all", options.one_vs_all)
+        ) if given
+    ]  # fmt: skip
+    if len(sources) != 1:
+        expected = "one of --checkpoint, --tree and --one-vs-all, for the shortlists"
+        raise InputError("arguments", expected, ", ".join(sources) or "none", "choose one")
+    if not options.tfidf and not (options.checkpoint and options.embedding):
+        raise InputError("--no-tfidf", "--checkpoint with its embedding", "nothing else to rank by", "leave --no-tfidf out")
+    texts = [options.train_text, options.validation_text, options.test_text]
+    if options.features and any(texts):
+        raise InputError("--features", "no text files beside it", "both", "choose one")
+    if any(texts) and not options.train_text:
+        raise InputError("--train-text", "a file, as there are others", "none", "name the texts of every split, or of none")
+    if not options.tfidf and (options.features or any(texts)):
+        raise InputError("--no-tfidf", "no texts and no --features", "some", "leave them out: they would do nothing")
+    for name in ("longest", "min_df", "shortlist", "beam", "top_k"):
+        if getattr(options, name) < 1:
+            where = f"--{name.replace('_', '-')}"
+            raise InputError(where, "1 or more", str(getattr(options, name)), "choose a larger one")
+    for name in ("max_features", "threads"):
+        if getattr(options, name) < 0:
+            raise InputError(f"--{name.replace('_', '-')}", "0 or more", str(getattr(options, name)), "leave it out")
+    if options.share is not None and not (math.isfinite(options.share) and 0 <= options.share <= 1):
+        raise InputError("--share", "a number from 0 to 1", str(options.share), "leave it out to choose it on validation")
+
+
+def train(options: Options) -> dict[str, Any]:
+    """Trains and measures the ranker; returns what metrics.json holds."""
+    check(options)
+    dataset, folder = opened(options), Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    clock = Seconds()
+    documents = {name: Documents(split) for name, split in dataset.splits.items()}
+    if options.checkpoint:
+        with clock.on("embeddings and shortlists"):
+            model_inputs(options.checkpoint, dataset, documents, options.shortlist, folder / "inputs", options.device)
+    if options.tfidf:
+        with clock.on("TF-IDF"):
+            load_tfidf(options, dataset, documents, folder)
+    weights = {name: getattr(options, name) for name in ("embedding_weight", "tfidf_weight")}
+    for part in documents.values():
+        part.features = Features.join(part.embedding if options.embedding else None, part.tfidf, **weights)
+    if options.tree:
+        with clock.on("clusters"):
+            match(options, dataset, documents, folder / "clusters")
+    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
+    first = documents["train"]
+    listed = None if first.shortlist is None else without_pairs(first.shortlist, first.split.filter_pairs)
+    with clock.on("ranker"):
+        facts = {"dataset": dataset.content_hash, "options": asdict(options)}
+        ranker = fit(first.features, first.split.labels, listed, settings, threads=options.threads, facts=facts)
+    say(f"{ranker.sparse.nnz / dataset.num_labels:,.0f} TF-IDF weights a label are left of {ranker.sparse.shape[1]:,}")
+    share = 1.0 if options.one_vs_all or options.share is None else options.share
+    reranker = Reranker(ranker, share, options.blend, **weights)
+    with clock.on("evaluation"):
+        report, reranker = measure(options, dataset, documents, reranker)
+    reranker.save(folder / "ranker.safetensors")
+    report |= {"dataset": dataset.name, "dataset_hash": dataset.content_hash, "propensity": dataset.propensity}
+    report |= {"seconds": clock.spent, "options": asdict(options), "weights_per_label": ranker.sparse.nnz / dataset.num_labels}
+    write_json(folder / "metrics.json", report)
+    return report
+
+
+def opened(options: Options) -> Dataset:
+    """The dataset, if it has what the options need."""
+    dataset = Dataset.open(options.dataset)
+    if "train" not in dataset.splits:
+        raise InputError(options.dataset, "training documents", "none", "prepare it from a file that holds some")
+    if options.share is None and not options.one_vs_all and "val" not in dataset.splits:
+        mend = "give --share, or prepare the data with --validation-share"
+        raise InputError(options.dataset, "a validation split, to choose the ranker's share on", "none", mend)
+    return dataset
+
+
+def load_tfidf(options: Options, dataset: Dataset, documents: dict[str, Documents], folder: Path) -> None:
+    """TF-IDF of every split, from ready features, from text files, or from the texts that the dataset keeps."""
+    files = {"train": options.train_text, "val": options.validation_text, "test": options.test_text}
+    if options.features:
+        found = read_features(options.features, dataset)
+    else:
+        texts = {name: path for name, path in files.items() if path}
+        for name in documents:
+            if texts and name not in texts:
+                flag = {"val": "--validation-text", "test": "--test-text"}[name]
+                raise InputError(flag, f"a file, for the dataset has a split {name}", "none", "name its texts")
+        words = {"longest": options.longest, "min_df": options.min_df, "max_features": options.max_features or None}
+        found = vectorize(texts, dataset, words, folder)
+    for name, part in documents.items():
+        part.tfidf = found[name]
+
+
+def match(options: Options, dataset: Dataset, documents: dict[str, Documents], folder: Path) -> None:
+    """Shortlists of every split from linear classifiers of the tree's clusters."""
+    tree = LabelTree.load(options.tree)
+    tree.check_dataset(dataset.content_hash, dataset.num_labels)
+    clusters = [tree.ancestors(level)[tree.place] for level in range(tree.levels - 1)]
+    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)} | {"negatives": 0})
+    first = documents["train"]
+    matcher = ClusterMatcher.fit(
+        first.features, first.split.labels, clusters, beam=options.beam, settings=settings, threads=options.threads
+    )
+    matcher.save(folder)
+    for part in documents.values():
+        part.shortlist = matcher.shortlist(part.features, threads=options.threads)
+
+
+def measure(
+    options: Options, dataset: Dataset, documents: dict[str, Documents], reranker: Reranker
+) -> tuple[dict[str, Any], Reranker]:
+    """Metrics of validation and test: plain model, ranker, both; the share is chosen on validation where it is not given."""
+    weight = inverse_propensity(dataset.splits["train"].labels, *dataset.propensity)
+    report: dict[str, Any] = {}
+    for name in ("val", "test"):
+        if name not in documents:
+            continue
+        part = documents[name]
+        pairs, labels = part.split.filter_pairs, part.split.labels
+        depth = candidates_needed(options.top_k, pairs, dataset.num_labels)
+        if part.shortlist is None:
+            scores = {"ranker": best_of_all(reranker.ranker, part.features, depth, threads=options.threads)}
+        else:
+            margins = reranker.ranker.score(part.features, part.shortlist, threads=options.threads)
+            if name == "val" and options.share is None:
+                reranker, _ = choose_share(reranker, part.shortlist, margins, labels, pairs)
+                say(f"best mean of P@1, P@3 and P@5 on validation: --share {reranker.share:g} --blend {reranker.how}")
+            plain = "clusters alone" if options.tree else "plain model"
+            scores = {plain: part.shortlist, "ranker": margins, "both": reranker.mix(part.shortlist, margins)}
+        report[SHOWN[name]] = {}
+        for what, matrix in scores.items():
+            values, rows = best(matrix, pairs, options.top_k)
+            report[SHOWN[name]][what] = evaluate(rows, labels, weight)
+        if name == "test":  # the last of the scores is the result
+            write_npz(Path(options.output) / "predictions.npz", score_matrix(values, rows, dataset.num_labels))
+    return report | {"share": reranker.share, "blend": reranker.how}, reranker
+
+
+class Seconds:
+    """Wall and CPU seconds of each part of the work; a shared machine makes the former long."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, dict[str, float]] = {}
+
+    @contextmanager
+    def on(self, part: str) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.spent[part] = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        say(f"{part}: {self.spent[part]['wall']:.1f} s, {self.spent[part]['cpu']:.1f} s of CPU time")
+
+
+def main() -> None:
+    import tyro
+
+    report = train(tyro.cli(Options, prog="train/ranker.py", description=__doc__))
+    rows = {f"{split}, {what}": numbers for split in SHOWN.values() for what, numbers in report.get(split, {}).items()}
+    if rows:
+        a, b = report["propensity"]
+        print_comparison(f"{report['dataset']} (hash {report['dataset_hash'][:12]}), propensity constants A={a}, B={b}", rows)
+    say(f"written to {report['options']['output']}/")
+
+
+if __name__ == "__main__":
+    command(main)

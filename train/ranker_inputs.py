@@ -1,0 +1,149 @@
+"""What train/ranker.py works on: TF-IDF features, embeddings and shortlists of every split."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+
+from config import resolved_device
+from output import read_json, write_json
+from report import say
+from xmlkernels import InputError
+from xmlkernels.data.bow import Vectorizer
+from xmlkernels.data.dataset import Dataset, Split
+from xmlkernels.data.files import replacing
+from xmlkernels.data.formats import iter_lines, read_npz, write_npz
+from xmlkernels.data.loader import Batches
+from xmlkernels.predict import Predictor, predict_split, score_matrix
+from xmlkernels.ranker.features import Features
+
+NONE = Features(np.zeros((0, 0), np.float32), csr_matrix((0, 0), dtype=np.float32))
+
+
+@dataclass
+class Documents:
+    """One split as the ranker meets it.
+
+    Attributes:
+        tfidf: CSR float32 [N, V], or None.
+        embedding: float32 [N, D], or None.
+        shortlist: CSR float32 [N, L] of the plain model's logits; None where every label is scored.
+        features: both blocks of features together.
+    """
+
+    split: Split
+    tfidf: csr_matrix | None = None
+    embedding: np.ndarray | None = None
+    shortlist: csr_matrix | None = None
+    features: Features = NONE
+
+
+def read_features(folder: str, dataset: Dataset) -> dict[str, csr_matrix]:
+    """{train,val,test}.npz of a folder.
+
+    Raises:
+        InputError: a file is missing, of other rows than the split, or of other columns than train.npz.
+    """
+    columns: int | None = None
+    found = {}
+    for name, split in dataset.splits.items():
+        found[name] = read_npz(Path(folder) / f"{name}.npz", rows=len(split), cols=columns)
+        columns = found["train"].shape[1] if "train" in found else None
+    return found
+
+
+def vectorize(texts: dict[str, str], dataset: Dataset, settings: dict[str, Any], output: Path) -> dict[str, csr_matrix]:
+    """TF-IDF of the splits' texts; the vocabulary of the training texts goes to `output`/vectorizer.
+
+    Args:
+        texts: a file with one document a line for each split, or nothing: then the texts kept in the dataset are taken.
+        settings: of the Vectorizer.
+
+    Raises:
+        InputError: no texts, or as many as the split has documents.
+    """
+    vectorizer = Vectorizer(**settings)
+    found = {"train": _rows(vectorizer.fit(_texts(texts, dataset.splits["train"])), dataset.splits["train"], texts)}
+    for name, split in dataset.splits.items():
+        if name != "train":
+            found[name] = _rows(vectorizer.transform(_texts(texts, split)), split, texts)
+    vectorizer.save(output / "vectorizer")
+    return found
+
+
+def _texts(texts: dict[str, str], split: Split) -> Iterable[str]:
+    return iter_lines(texts[split.name]) if texts else split.texts
+
+
+def _rows(features: csr_matrix, split: Split, texts: dict[str, str]) -> csr_matrix:
+    if features.shape[0] != len(split):
+        where = texts[split.name]
+        raise InputError(where, f"{len(split)} lines, the documents of {split.name}", str(features.shape[0]), "name its texts")
+    return features
+
+
+def model_inputs(checkpoint: str, dataset: Dataset, documents: dict[str, Documents], k: int, folder: Path, device: str) -> None:
+    """Embedding and shortlist of every split from a trained model, into `documents`.
+
+    They are kept in `folder` (embedding of each split as .npy, shortlist as .npz) and read from there when checkpoint,
+    dataset and k are the same.
+
+    Raises:
+        InputError: no such checkpoint, or one of a model with other labels.
+    """
+    key = {"checkpoint": _identity(checkpoint), "dataset": dataset.content_hash, "k": k}
+    told = folder / "inputs.json"
+    if told.exists() and read_json(told) == key:
+        for name, part in documents.items():
+            part.embedding = np.load(folder / f"embedding_{name}.npy", allow_pickle=False)
+            part.shortlist = read_npz(folder / f"shortlist_{name}.npz", rows=len(part.split), cols=dataset.num_labels)
+        say(f"embeddings and shortlists of this checkpoint are taken from {folder}/")
+        return
+    model = Predictor.load(checkpoint, device=resolved_device(device)).model
+    if model.head.labels != dataset.num_labels:
+        got = f"one of {model.head.labels}"
+        raise InputError("--checkpoint", f"a model of {dataset.num_labels} labels, as the dataset has", got, "name its dataset")
+    folder.mkdir(parents=True, exist_ok=True)
+    told.unlink(missing_ok=True)
+    for name, part in documents.items():
+        part.embedding = _embedded(model, part.split)
+        part.shortlist = score_matrix(*predict_split(model, part.split, k), dataset.num_labels)
+        with replacing(folder / f"embedding_{name}.npy") as file:
+            np.save(file, part.embedding)
+        write_npz(folder / f"shortlist_{name}.npz", part.shortlist)
+        say(f"{name}: {len(part.split):,} documents embedded")
+    write_json(told, key)
+
+
+@torch.no_grad()
+def _embedded(model: Any, split: Split) -> np.ndarray:
+    """What the label table meets of each document, float32 [N, D]."""
+    rows = np.empty((len(split), model.encoder.width), np.float32)
+    for batch in Batches(split, 256, shuffle=False).epoch(0):
+        there = batch.to(model.head.weight.device)
+        rows[batch.index] = model.encoder(there.input_ids, there.attention_mask).float().cpu().numpy()
+    return rows
+
+
+def _identity(checkpoint: str) -> str:
+    """sha256 over the states of the checkpoints there: another training step gives another."""
+    path = Path(checkpoint)
+    states = sorted(path.glob("**/state.json"))
+    return hashlib.sha256(json.dumps([state.read_text("utf-8") for state in states]).encode()).hexdigest()
+
+
+def without_pairs(shortlist: csr_matrix, pairs: np.ndarray) -> csr_matrix:
+    """The shortlist without pairs [n, 2] of (document, label) that must not be predicted."""
+    if not len(pairs):
+        return shortlist
+    labels = shortlist.shape[1]
+    rows = np.repeat(np.arange(shortlist.shape[0], dtype=np.int64), np.diff(shortlist.indptr))
+    left = ~np.isin(rows * labels + shortlist.indices, pairs[:, 0] * labels + pairs[:, 1])
+    ends = np.concatenate([[0], np.cumsum(left)])[shortlist.indptr]
+    return csr_matrix((shortlist.data[left], shortlist.indices[left], ends), shortlist.shape)

@@ -1,0 +1,168 @@
+"""The last word on a shortlist: the plain model's score and the ranker's margin together.
+
+Letters: N documents, L labels, D width of the embedding, V columns of TF-IDF.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from scipy.sparse import csr_matrix, vstack
+
+from xmlkernels.data.matrices import check_shape
+from xmlkernels.errors import InputError
+from xmlkernels.metrics import candidates_needed, drop_filtered, evaluate, top_rows_from_csr
+from xmlkernels.ranker.features import Features
+from xmlkernels.ranker.linear import LinearRanker
+
+_PAIRS = 1 << 23  # pairs (document, label) scored at one time
+SHARES = tuple(round(0.05 * step, 2) for step in range(21))
+HOW = ("log_odds", "product")
+
+
+@dataclass(frozen=True)
+class Reranker:
+    """A ranker, how it weighs its two blocks of features, and its share in the final score.
+
+    The final score is either of
+    - log_odds: (1 - share) · logit + share · margin,
+    - product: (1 - share) · ln p_model + share · ln p_ranker, a weighted product of probabilities, given as log-odds.
+    At share 0 it is the plain model's logit, at share 1 the ranker's margin.
+
+    Attributes:
+        ranker: the classifiers.
+        share: of the ranker, from 0 to 1.
+        how: which of the two.
+        embedding_weight, tfidf_weight: of the blocks, as `Features.join` takes them.
+    """
+
+    ranker: LinearRanker
+    share: float = 0.5
+    how: Literal["log_odds", "product"] = "log_odds"
+    embedding_weight: float = 1.0
+    tfidf_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise InputError("share", "a number from 0 to 1", repr(self.share), "0 is the plain model, 1 the ranker alone")
+        if self.how not in HOW:
+            raise InputError("how", " or ".join(HOW), repr(self.how), "choose one of them")
+
+    def features(self, embedding: np.ndarray | None, tfidf: csr_matrix | None) -> Features:
+        """What the ranker takes: a block that it was trained without may be given all the same, and is left out."""
+        embedding = embedding if self.ranker.dense.shape[1] else None
+        tfidf = tfidf if self.ranker.sparse.shape[1] else None
+        return Features.join(embedding, tfidf, embedding_weight=self.embedding_weight, tfidf_weight=self.tfidf_weight)
+
+    def rerank(self, logits: csr_matrix, embedding: np.ndarray | None = None, tfidf: csr_matrix | None = None) -> csr_matrix:
+        """New logits of the stored pairs of a shortlist.
+
+        Args:
+            logits: [N, L] sparse, the plain model's logits of the pairs to score.
+            embedding: float [N, D], or None where the ranker has none.
+            tfidf: [N, V], or None where the ranker has none.
+
+        Returns:
+            CSR float32 [N, L] with the same pattern.
+
+        Raises:
+            InputError: shapes that do not fit the ranker.
+        """
+        margins = self.ranker.score(self.features(embedding, tfidf), logits)
+        return self.mix(logits, margins)
+
+    def mix(self, logits: csr_matrix, margins: csr_matrix) -> csr_matrix:
+        """New logits from the model's and from the ranker's margins, stored for the same pairs."""
+        plain = logits.tocsr()
+        check_shape(margins.shape, plain.shape[0], plain.shape[1], "margins")
+        if not (np.array_equal(plain.indptr, margins.indptr) and np.array_equal(plain.indices, margins.indices)):
+            raise InputError("margins", "the pairs of the logits", "other pairs", "score this shortlist")
+        if self.share in (0, 1):
+            return margins if self.share else plain.astype(np.float32)
+        z, margin = plain.data.astype(np.float64), margins.data.astype(np.float64)
+        if self.how == "log_odds":
+            mixed = (1 - self.share) * z + self.share * margin
+        else:
+            model = -np.logaddexp(0, -z)
+            mixed = log_odds((1 - self.share) * model + self.share * self.ranker.log_probability(margin))
+        return csr_matrix((mixed.astype(np.float32), plain.indices, plain.indptr), plain.shape)
+
+    def save(self, path: str | Path) -> None:
+        """Writes ranker and weights into one file, whole or not at all."""
+        weights = {name: getattr(self, name) for name in ("share", "how", "embedding_weight", "tfidf_weight")}
+        replace(self.ranker, facts=self.ranker.facts | {"weights": weights}).save(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Reranker:
+        """What `save` wrote. InputError where it is no ranker, a damaged one, or one that was saved without weights."""
+        ranker = LinearRanker.load(path)
+        try:
+            return cls(ranker, **ranker.facts["weights"])
+        except (KeyError, TypeError) as error:
+            raise InputError(str(path), "a ranker with its weights", f"none ({error})", "train the ranker again") from error
+
+
+def log_odds(log_probability: np.ndarray) -> np.ndarray:
+    """ln p/(1-p) of ln p ≤ 0, finite at p = 1 too; strictly rising up to there."""
+    log_p = np.minimum(log_probability, -np.finfo(np.float64).tiny)
+    return np.asarray(log_p - np.log(-np.expm1(log_p)))
+
+
+def choose_share(
+    reranker: Reranker,
+    logits: csr_matrix,
+    margins: csr_matrix,
+    labels: csr_matrix,
+    filter_pairs: np.ndarray,
+    *,
+    by: tuple[str, ...] = ("P@1", "P@3", "P@5"),
+) -> tuple[Reranker, dict[tuple[str, float], dict[str, float]]]:
+    """The kind of blend and the share with the best mean of some metrics on held-out documents; of equals the first tried.
+
+    Args:
+        reranker: its own share and kind of blend are not looked at.
+        logits, margins: of the held-out documents' shortlists, CSR [N, L] with one pattern.
+        labels: [N, L], what is right.
+        filter_pairs: int64 [n, 2] of (document, label), removed before the cut.
+        by: names as `evaluate` gives them, @1 to @5, without propensities.
+
+    Returns:
+        The reranker with them, and the metrics of everything that was tried, by (kind, share).
+    """
+    tried = {}
+    for how in HOW:
+        for share in SHARES:
+            scores = replace(reranker, share=share, how=how).mix(logits, margins)
+            tried[how, share] = evaluate(best(scores, filter_pairs, 5)[1], labels)
+    known = tried[HOW[0], 0.0]
+    wrong = [name for name in by if name not in known]
+    if wrong or not by:
+        raise InputError("by", f"some of {', '.join(known)}", " ".join(wrong) or "none", "choose of these")
+    how, share = max(tried, key=lambda key: sum(tried[key][name] for name in by))
+    return replace(reranker, share=share, how=how), tried
+
+
+def best_of_all(ranker: LinearRanker, features: Features, k: int, *, threads: int = 0) -> csr_matrix:
+    """Margins of the k labels with the largest ones, of all L, for each document; CSR float32 [N, L]."""
+    labels = len(ranker.bias)
+    step = max(1, _PAIRS // max(1, labels))
+    parts = []
+    for first in range(0, len(features), step):
+        some = features.rows(first, first + step)
+        every = np.tile(np.arange(labels, dtype=np.int32), len(some))
+        pairs = csr_matrix((np.ones(every.size, np.int8), every, np.arange(len(some) + 1) * labels), (len(some), labels))
+        values, rows = top_rows_from_csr(ranker.score(some, pairs, threads=threads), k)
+        place = np.nonzero(rows >= 0)
+        parts.append(csr_matrix((values[place], (place[0], rows[place])), pairs.shape))
+    return csr_matrix(vstack(parts, "csr")) if parts else csr_matrix((0, labels), dtype=np.float32)
+
+
+def best(scores: csr_matrix, filter_pairs: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values and labels [N, k] of the k best stored pairs of each document, best first; filtered pairs go before the cut."""
+    labels = scores.shape[1]
+    values, rows = top_rows_from_csr(scores, candidates_needed(k, filter_pairs, labels))
+    rows, values = drop_filtered(rows, values, filter_pairs, k, num_labels=labels)
+    return values, rows

@@ -1,0 +1,281 @@
+"""A linear ranker: one sparse classifier a label, trained on the documents whose shortlist holds the label.
+
+ranker = fit(features, labels, shortlist, Settings(loss="squared_hinge"))
+margins = ranker.score(test_features, test_shortlist)      # CSR [N, L]: a margin for every pair of the shortlist
+ranker.save("ranker.safetensors")
+
+Letters: N documents, L labels, D width of the embedding, V columns of TF-IDF.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numba
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from scipy.sparse import csr_matrix
+
+from xmlkernels.data.files import check_file, replacing
+from xmlkernels.data.matrices import check_shape
+from xmlkernels.errors import InputError
+from xmlkernels.ranker.features import Features
+from xmlkernels.ranker.solve import keep, score, solve
+
+FORMAT = "xmlkernels-ranker 1"
+_BLOCK_BYTES = 1 << 28  # dense weights of the labels in training at one time
+_TENSORS = ("dense", "bias", "indptr", "indices", "data")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How each label's classifier is trained.
+
+    Attributes:
+        loss: squared_hinge (hinge of the margin, squared) or logistic.
+        cost: C, the weight of a document's loss against ½‖w‖².
+        positive_weight: of a positive's cost against a negative's.
+        bias: the constant feature; 0 does without.
+        tolerance: training of a label ends when no document's projected gradient is larger: for the squared hinge the spread of
+            them, for the logistic loss the largest.
+        epochs: most passes over a label's documents.
+        negatives: random documents, up to this many, beside the shortlisted ones.
+        prune: TF-IDF weights of this size and smaller become 0. The embedding's weights stay, for they are few and dense.
+        seed: of the order of visits and of the random documents.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    loss: Literal["squared_hinge", "logistic"] = "squared_hinge"
+    cost: float = 1.0
+    positive_weight: float = 1.0
+    bias: float = 1.0
+    tolerance: float = 0.1
+    epochs: int = 20
+    negatives: int = 0
+    prune: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.loss not in ("squared_hinge", "logistic"):
+            raise InputError("loss", "squared_hinge or logistic", repr(self.loss), "choose one of them")
+        for name in ("cost", "positive_weight", "tolerance"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(name, "a finite number above 0", repr(getattr(self, name)), "choose another")
+        for name in ("bias", "prune", "negatives"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(name, "a finite number from 0", repr(getattr(self, name)), "choose another")
+        if self.epochs < 1:
+            raise InputError("epochs", "1 or more", repr(self.epochs), "train for at least one pass")
+        if not 0 <= self.seed < 2**63:
+            raise InputError("seed", "an integer from 0 to 2**63 - 1", repr(self.seed), "choose another")
+
+
+@dataclass(frozen=True)
+class LinearRanker:
+    """Classifiers of L labels; the margin of label l is w_l·x + bias_l.
+
+    Attributes:
+        dense: float32 [L, D], weights of the embedding.
+        sparse: float32 CSR [L, V], weights of TF-IDF.
+        bias: float32 [L].
+        settings: what trained it.
+        facts: JSON values that the owner wants kept beside it.
+    """
+
+    dense: np.ndarray
+    sparse: csr_matrix
+    bias: np.ndarray
+    settings: Settings
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def score(self, features: Features, shortlist: csr_matrix, *, threads: int = 0) -> csr_matrix:
+        """The margin of every stored pair of a shortlist [N, L], whatever its value; float32 CSR with the same pattern.
+
+        Raises:
+            InputError: features of other widths than those of the training, or a shortlist of another shape.
+        """
+        labels = len(self.bias)
+        check_shape((self.dense.shape[1], self.sparse.shape[1]), *features.widths, "features: width and TF-IDF columns")
+        check_shape(shortlist.shape, len(features), labels, "shortlist")
+        pairs = shortlist.tocsr()
+        place = csr_matrix((np.arange(pairs.nnz), pairs.indices, pairs.indptr), pairs.shape).tocsc()
+        out = np.empty(pairs.nnz, np.float32)
+        weights = (self.dense, *_arrays(self.sparse), self.sparse.shape[1])
+        listed = (place.indptr.astype(np.int64), place.indices.astype(np.int64), place.data)
+        step = max(1, labels // 64)  # each piece makes a full row of V zeros: not one for each label
+        _spread(lambda a, b: score(a, b, weights, self.bias, _inputs(features), listed, out), labels, step, threads)
+        return csr_matrix((out, pairs.indices, pairs.indptr), pairs.shape)
+
+    def log_probability(self, margins: np.ndarray) -> np.ndarray:
+        """ln of how probable the ranker takes a label to be, for margins of any shape; float64.
+
+        Logistic: ln σ(m). Squared hinge: -max(0, 1 - m)², the loss of a positive (as PECOS has it).
+        """
+        margins = np.asarray(margins, np.float64)
+        if self.settings.loss == "logistic":
+            return np.asarray(-np.logaddexp(0, -margins))
+        return np.asarray(-np.square(np.maximum(0, 1 - margins)))
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file, settings and facts as JSON in its header; it appears whole or not at all."""
+        indptr, indices, data = _arrays(self.sparse)
+        tensors = dict(zip(_TENSORS, (self.dense, self.bias, indptr, indices, data), strict=True))
+        told = {"format": FORMAT, "settings": asdict(self.settings), "facts": self.facts, "columns": self.sparse.shape[1]}
+        with replacing(path) as file:
+            file.write(save(tensors, {"ranker": json.dumps(told)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> LinearRanker:
+        """What `save` wrote.
+
+        Raises:
+            InputError: no such file, or not a ranker, or a damaged one.
+        """
+        name, mend = str(check_file(path)), "train the ranker again"
+        try:
+            with safe_open(name, "numpy") as file:
+                told = json.loads((file.metadata() or {})["ranker"])
+                found = {key: file.get_tensor(key) for key in _TENSORS}
+            if told["format"] != FORMAT:
+                raise InputError(name, FORMAT, repr(told["format"]), mend)
+            shape = (len(found["bias"]), int(told["columns"]))
+            sparse = csr_matrix((found["data"], found["indices"], found["indptr"]), shape)
+            sparse.check_format(full_check=True)
+            if found["dense"].ndim != 2 or len(found["dense"]) != shape[0]:
+                raise ValueError(f"embedding weights of shape {found['dense'].shape}")
+            known = {f.name for f in fields(Settings)}
+            return cls(found["dense"], sparse, found["bias"], Settings(**_only(told["settings"], known)), told["facts"])
+        except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(name, "a ranker's file", f"one that cannot be read ({error})", mend) from error
+
+
+def fit(
+    features: Features,
+    labels: csr_matrix,
+    shortlist: csr_matrix | None = None,
+    settings: Settings | None = None,
+    *,
+    threads: int = 0,
+    facts: dict[str, Any] | None = None,
+) -> LinearRanker:
+    """Trains every label on its positives and on the documents whose shortlist holds it.
+
+    A label without a document of either kind gets no weights: its margin is 0.
+
+    Args:
+        features: of N training documents.
+        labels: [N, L] sparse; stored non-zeros are positives.
+        shortlist: [N, L] sparse; every stored pair counts, whatever its value. None trains each label on every document
+            (one-vs-all).
+        settings: the defaults when not given.
+        threads: of numba; 0 leaves its number. The result does not depend on it.
+        facts: JSON values to keep beside the ranker.
+
+    Raises:
+        InputError: matrices of other shapes.
+    """
+    settings = settings or Settings()
+    n = len(features)
+    check_shape(labels.shape, n, None, "labels")
+    positives = _transposed(labels, drop_zeros=True)
+    listed = (np.zeros(0, np.int64), np.zeros(0, np.int32))
+    if shortlist is not None:
+        check_shape(shortlist.shape, n, labels.shape[1], "shortlist")
+        listed = _transposed(shortlist)
+    dense, sparse, bias = _blocks(features, positives, listed, settings, threads)
+    return LinearRanker(dense, sparse, bias, settings, facts or {})
+
+
+Arrays = tuple[np.ndarray, np.ndarray]
+
+
+def _blocks(
+    features: Features, positives: Arrays, listed: Arrays, settings: Settings, threads: int
+) -> tuple[np.ndarray, csr_matrix, np.ndarray]:
+    """Weights of all labels, trained a block at a time so that few full rows of V weights exist."""
+    count, (width, columns) = len(positives[0]) - 1, features.widths
+    squares = np.einsum("nd,nd->n", features.dense, features.dense)
+    squares += np.asarray(features.sparse.multiply(features.sparse).sum(1)).ravel()
+    how = (
+        settings.loss == "logistic", float(settings.cost), float(settings.positive_weight), float(settings.bias),
+        float(settings.tolerance), settings.epochs, settings.negatives,
+    )  # fmt: skip
+    x = _inputs(features)
+    dense, bias = np.zeros((count, width), np.float32), np.zeros(count, np.float32)
+    # The heaviest labels first, so that no thread is left with one at the end.
+    work = np.diff(positives[0]) + (np.diff(listed[0]) if len(listed[0]) else 0)
+    order = np.argsort(-work, kind="stable")
+    size = max(1, min(1024, _BLOCK_BYTES // (8 * max(1, width + columns))))
+    kept, rows = np.zeros(count, np.int64), []
+    for first in range(0, count, size):
+        part = order[first : first + size]
+        block, places = np.zeros((len(part), width + columns), np.float32), np.empty((len(part), columns), np.int32)
+        constant, passes, held = np.zeros(len(part)), np.zeros(len(part), np.int64), np.zeros(len(part), np.int64)
+
+        def train(a: int, b: int) -> None:
+            solve(a, b, part, listed, positives, squares, x, how, settings.seed, block, constant, passes)  # noqa: B023
+            keep(a, b, block, width, settings.prune, held, places)  # noqa: B023
+
+        _spread(train, len(part), 4, threads)
+        dense[part], bias[part], kept[part] = block[:, :width], constant * settings.bias, held
+        chosen = np.arange(columns) < held[:, None]
+        rows.append((places[chosen], block[:, width:][chosen]))
+    return dense, _in_label_order(order, kept, rows, columns), bias
+
+
+def _in_label_order(order: np.ndarray, kept: np.ndarray, rows: list[Arrays], columns: int) -> csr_matrix:
+    """CSR [L, V] from the blocks' columns and weights, which stand in the order of their training."""
+    parts = [np.concatenate([np.zeros(0, kind), *(row[n] for row in rows)]) for n, kind in ((0, np.int32), (1, np.float32))]
+    pointers = np.concatenate([[0], np.cumsum(kept[order])])
+    stacked = csr_matrix((parts[1], parts[0], pointers), (len(order), columns))
+    return stacked[np.argsort(order)] if len(order) else stacked
+
+
+def _transposed(matrix: csr_matrix, *, drop_zeros: bool = False) -> Arrays:
+    """(indptr, indices) of the pattern of matrix.T in CSR, indices ascending."""
+    csr = matrix.tocsr()
+    pattern = csr_matrix((np.ones(csr.nnz, np.int8), csr.indices, csr.indptr), csr.shape)
+    if drop_zeros:
+        pattern.data = (csr.data != 0).astype(np.int8)
+        pattern = pattern.copy()
+        pattern.eliminate_zeros()
+    turned = pattern.tocsc()
+    turned.sort_indices()
+    return turned.indptr.astype(np.int64), turned.indices.astype(np.int32, copy=False)
+
+
+def _arrays(matrix: csr_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """indptr int64, indices int32, data float32: one set of types, so that a kernel is compiled once."""
+    return (
+        matrix.indptr.astype(np.int64, copy=False),
+        matrix.indices.astype(np.int32, copy=False),
+        matrix.data.astype(np.float32, copy=False),
+    )
+
+
+def _inputs(features: Features) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    return (features.dense, *_arrays(features.sparse))
+
+
+def _only(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key in known}
+
+
+def _spread(work: Callable[[int, int], None], count: int, step: int, threads: int) -> None:
+    """Calls work(begin, end) for the pieces of range(count), on some threads; 0 is numba's number of them."""
+    if threads < 0:
+        raise InputError("threads", "0 or more", str(threads), "leave it out")
+    with ThreadPoolExecutor(threads or numba.get_num_threads()) as pool:
+        for done in [pool.submit(work, begin, min(begin + step, count)) for begin in range(0, count, step)]:
+            done.result()

@@ -1,0 +1,154 @@
+"""Shortlists without a neural model: linear classifiers of label clusters, level by level, down a tree with a beam.
+
+Letters: N documents, L labels, R cluster levels, n_r clusters of level r (coarse to fine).
+
+Source: Prabhu et al., "Parabel" (WWW 2018), and Yu et al., "PECOS: Prediction for Enormous and Correlated Output Spaces"
+(JMLR 2022), section 4: a cluster's classifier sees the documents for which its parent was kept or is true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from scipy.sparse import csr_matrix, vstack
+
+from xmlkernels.errors import InputError
+from xmlkernels.ranker.blend import log_odds
+from xmlkernels.ranker.features import Features
+from xmlkernels.ranker.linear import LinearRanker, Settings, fit
+from xmlkernels.ranking import top_rows_from_csr
+
+_PAIRS = 1 << 23  # pairs (document, cluster) scored at one time
+
+
+@dataclass(frozen=True)
+class ClusterMatcher:
+    """Which labels a document may have, by the clusters that its features point to.
+
+    Attributes:
+        rankers: one for each cluster level, coarse to fine.
+        clusters: int64 [L] for each level: the cluster of each label id. Finer clusters lie inside coarser ones.
+        beam: clusters kept at every level.
+    """
+
+    rankers: tuple[LinearRanker, ...]
+    clusters: tuple[np.ndarray, ...]
+    beam: int
+
+    @classmethod
+    def fit(
+        cls,
+        features: Features,
+        labels: csr_matrix,
+        clusters: Sequence[np.ndarray],
+        *,
+        beam: int = 10,
+        settings: Settings | None = None,
+        threads: int = 0,
+    ) -> ClusterMatcher:
+        """Trains the clusters' classifiers: the coarsest on every document, the others below the clusters kept or true.
+
+        Args:
+            features: of N training documents.
+            labels: [N, L].
+            clusters: the attribute of this class; `tree.ancestors(r)[tree.place]` of a LabelTree, for each r.
+            beam: clusters kept at every level, here and when it is used.
+            settings: of the classifiers.
+
+        Raises:
+            InputError: no clusters, not one for each label, not nested, or a beam below 1.
+        """
+        parts = _checked(clusters, labels.shape[1], beam)
+        rankers: list[LinearRanker] = []
+        shortlist: csr_matrix | None = None
+        for level, part in enumerate(parts):
+            true = _binary(labels @ _members(part))
+            if level:
+                above = _binary(shortlist) + _binary(labels @ _members(parts[level - 1]))
+                shortlist = _binary(above @ _children(parts[level - 1], part))
+            rankers.append(fit(features, true, shortlist, settings, threads=threads))
+            if level + 1 < len(parts):
+                shortlist = cls(tuple(rankers), parts[: level + 1], beam)._kept(features, threads)
+        return cls(tuple(rankers), parts, beam)
+
+    def shortlist(self, features: Features, *, threads: int = 0) -> csr_matrix:
+        """The labels of the kept clusters, CSR float32 [N, L]; their values are the log-odds of the clusters."""
+        kept = self._kept(features, threads)
+        listed = kept @ _members(self.clusters[-1]).T
+        listed.data = log_odds(listed.data).astype(np.float32)
+        listed.sort_indices()
+        return listed.astype(np.float32)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes level0.safetensors, level1.safetensors … into a folder, made where it does not exist; each file is whole."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for level, (ranker, part) in enumerate(zip(self.rankers, self.clusters, strict=True)):
+            facts = {"clusters": part.tolist(), "beam": self.beam, "levels": len(self.rankers)}
+            replace(ranker, facts=ranker.facts | facts).save(Path(folder) / f"level{level}.safetensors")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ClusterMatcher:
+        """What `save` wrote. InputError where a level is missing, damaged or of another matcher."""
+        rankers = [LinearRanker.load(Path(folder) / "level0.safetensors")]
+        try:
+            for level in range(1, rankers[0].facts["levels"]):
+                rankers.append(LinearRanker.load(Path(folder) / f"level{level}.safetensors"))
+            parts = [np.array(ranker.facts["clusters"], np.int64) for ranker in rankers]
+            beam = int(rankers[0].facts["beam"])
+        except (KeyError, TypeError) as error:
+            raise InputError(str(folder), "the levels of a cluster matcher", f"none ({error})", "train it again") from error
+        return cls(tuple(rankers), _checked(parts, len(parts[0]), beam), beam)
+
+    def _kept(self, features: Features, threads: int) -> csr_matrix:
+        """The best clusters of the last level, CSR float64 [N, n_r] of ln of the product of probabilities."""
+        step = max(1, _PAIRS // max(ranker.sparse.shape[0] for ranker in self.rankers))
+        parts = [self._walk(features.rows(first, first + step), threads) for first in range(0, len(features), step)]
+        return csr_matrix(vstack(parts, "csr")) if parts else csr_matrix((0, self.rankers[-1].sparse.shape[0]))
+
+    def _walk(self, features: Features, threads: int) -> csr_matrix:
+        kept = csr_matrix(np.full((len(features), 1), -np.finfo(np.float64).tiny))  # the root, all but certain
+        above = np.zeros(len(self.clusters[0]), np.int64)
+        for ranker, part in zip(self.rankers, self.clusters, strict=True):
+            listed = kept @ _children(above, part)
+            listed.sort_indices()
+            margins = ranker.score(features, listed, threads=threads)
+            listed.data += ranker.log_probability(margins.data)
+            values, rows = top_rows_from_csr(listed, self.beam)
+            place = np.nonzero(rows >= 0)
+            kept = csr_matrix((values[place], (place[0], rows[place])), listed.shape)
+            above = part
+        return kept
+
+
+def _checked(clusters: Sequence[np.ndarray], labels: int, beam: int) -> tuple[np.ndarray, ...]:
+    parts = tuple(np.asarray(part) for part in clusters)
+    if not parts or any(p.shape != (labels,) or p.dtype.kind not in "iu" or (labels and p.min() < 0) for p in parts):
+        got = ", ".join(f"{p.dtype} {list(p.shape)}" for p in parts) or "none"
+        raise InputError("clusters", f"the cluster of each of {labels} labels, level by level", got, "take them from one tree")
+    for level, (coarse, fine) in enumerate(zip(parts, parts[1:], strict=False)):
+        if len(np.unique(np.stack([coarse, fine]), axis=1).T) != len(np.unique(fine)):
+            raise InputError(f"clusters, level {level + 1}", "clusters inside those above", "one in two", "take one tree's")
+    if beam < 1:
+        raise InputError("beam", "1 or more", repr(beam), "keep at least one cluster")
+    return tuple(part.astype(np.int64) for part in parts)
+
+
+def _members(part: np.ndarray) -> csr_matrix:
+    """float64 [L, n]: 1 where the label is in the cluster."""
+    shape = (len(part), int(part.max(initial=-1)) + 1)
+    return csr_matrix((np.ones(len(part)), part, np.arange(len(part) + 1)), shape)
+
+
+def _children(coarse: np.ndarray, fine: np.ndarray) -> csr_matrix:
+    """float64 [n_r, n_{r+1}]: 1 where the finer cluster lies in the coarser one."""
+    pairs = np.unique(np.stack([coarse, fine]), axis=1)
+    shape = (int(coarse.max(initial=-1)) + 1, int(fine.max(initial=-1)) + 1)
+    return csr_matrix((np.ones(pairs.shape[1]), (pairs[0], pairs[1])), shape)
+
+
+def _binary(matrix: csr_matrix) -> csr_matrix:
+    """Ones where something is stored."""
+    return csr_matrix((np.ones(matrix.nnz), matrix.indices, matrix.indptr), matrix.shape)
