@@ -173,10 +173,10 @@ void run_bag_step(const xk::BagStep& a, const Tensor&) {
   xk::bag_step(a, kHost);
 }
 
-Tensor shortlist_matmul(Tensor x, Tensor weight, Maybe bias, Tensor index) {
+Tensor shortlist_matmul(Tensor x, Tensor weight, Maybe bias, Tensor index, Maybe row_scale) {
   xk::ShortlistMatmul a{};
   a.batch = batch_of(x, weight);
-  a.table = table_of(weight, bias, -1);
+  a.table = table_of(weight, bias, -1, row_scale);
   a.list = shortlist_of(index, a.batch.size, a.table.rows);
   Tensor logits = empty({a.batch.size, a.list.size});
   a.logits = static_cast<float*>(logits.mutable_data_ptr());
@@ -185,10 +185,11 @@ Tensor shortlist_matmul(Tensor x, Tensor weight, Maybe bias, Tensor index) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> shortlist_backward(Tensor dlogits, Tensor x, Tensor weight, Tensor index,
-                                                              bool need_dx, bool need_dweight, bool need_dbias) {
+                                                              Maybe row_scale, bool need_dx, bool need_dweight,
+                                                              bool need_dbias) {
   xk::ShortlistBackward a{};
   a.batch = batch_of(x, weight);
-  a.table = table_of(weight, Maybe(), -1);
+  a.table = table_of(weight, Maybe(), -1, row_scale);
   a.list = shortlist_of(index, a.batch.size, a.table.rows);
   check(dlogits, "dlogits", ScalarType::Float);
   check_size(dlogits, "dlogits", a.batch.size * a.list.size);

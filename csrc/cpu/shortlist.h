@@ -49,7 +49,7 @@ XK_INLINE vf last_columns(const char* row, int64_t count) {
 // out[n] = x · row n. `next` are the rows to fetch meanwhile.
 template <DType kRow, int N>
 XK_INLINE void dot_rows(const float* x, const char* const* rows, const char* const* next, int64_t width, float* out) {
-  constexpr int64_t kSize = kRow == DType::f32 ? 4 : 2;
+  const int64_t kSize = dtype_size(kRow);
   vf sum[N] = {};
   int64_t d = 0;
   for (; d + kLanes <= width; d += kLanes) {
@@ -71,7 +71,7 @@ XK_INLINE void dot_rows(const float* x, const char* const* rows, const char* con
 template <DType kRow, int N>
 XK_INLINE void add_rows(const float* g, const char* const* rows, const char* const* next, int64_t width, bool fresh,
                         float* out) {
-  constexpr int64_t kSize = kRow == DType::f32 ? 4 : 2;
+  const int64_t kSize = dtype_size(kRow);
   int64_t d = 0;
   for (; d + kLanes <= width; d += kLanes) {
     vf sum{};
@@ -91,11 +91,15 @@ XK_INLINE void add_rows(const float* g, const char* const* rows, const char* con
   std::memcpy(out + d, &sum, bytes);
 }
 
+// What a stored value of a row counts for: the row's scale where the table is e4m3, a power of two.
+inline float scale_of(const Table& table, int64_t row) { return table.row_scale ? table.row_scale[2 * row] : 1; }
+
 // Calls f.template operator()<DType>() for the table's format.
 template <class F>
 void for_dtype(DType dtype, F f) {
   if (dtype == DType::f32) return f.template operator()<DType::f32>();
   if (dtype == DType::bf16) return f.template operator()<DType::bf16>();
+  if (dtype == DType::f8) return f.template operator()<DType::f8>();
   f.template operator()<DType::f16>();
 }
 

@@ -41,8 +41,9 @@ void logits_of(const ShortlistMatmul& a, const float* x, const Entries& entries)
   int64_t i = 0;
   const auto write = [&](int count) {
     for (int n = 0; n < count; ++n) {
-      const int64_t at = entries.at[i + n];
-      a.logits[at] = a.table.bias ? z[n] + a.table.bias[a.list.index[at]] : z[n];
+      const int64_t at = entries.at[i + n], row = a.list.index[at];
+      const float score = kRow == DType::f8 ? z[n] * scale_of(a.table, row) : z[n];
+      a.logits[at] = a.table.bias ? score + a.table.bias[row] : score;
     }
     i += count;
   };
@@ -62,12 +63,17 @@ void add_entries(const ShortlistBackward& a, const Entries& entries, bool fresh,
   float g[kGroup];
   int64_t i = 0;
   const char* const* row = entries.row;
+  const auto gradient = [&](int64_t at) {
+    return kRow == DType::f8 ? a.dlogits[at] * scale_of(a.table, a.list.index[at]) : a.dlogits[at];
+  };
   for (; i + kGroup <= entries.count; i += kGroup, fresh = false) {
-    for (int n = 0; n < kGroup; ++n) g[n] = a.dlogits[entries.at[i + n]];
+    for (int n = 0; n < kGroup; ++n) g[n] = gradient(entries.at[i + n]);
     add_rows<kRow, kGroup>(g, row + i, row + i + kAhead, a.batch.width, fresh, out);
   }
-  for (; i < entries.count; ++i, fresh = false)
-    add_rows<kRow, 1>(&a.dlogits[entries.at[i]], row + i, nullptr, a.batch.width, fresh, out);
+  for (; i < entries.count; ++i, fresh = false) {
+    g[0] = gradient(entries.at[i]);
+    add_rows<kRow, 1>(g, row + i, nullptr, a.batch.width, fresh, out);
+  }
 }
 
 // dX in parts: part s of sample b sums the entries from s * part_size on.

@@ -31,6 +31,8 @@ const typename T::elem* gather(const Plan& p, const Table& table, int64_t count,
     }
     if (row(i) < 0)
       std::memset(static_cast<void*>(out), 0, size_t(p.width) * sizeof(elem));
+    else if (table.dtype == DType::f8)
+      decode_rows<T>(table, row(i), 1, p.width, out);
     else if constexpr (T::kPair == 1)
       widen(table.weight, table.dtype, row(i) * p.width, p.width, out);
     else
@@ -145,14 +147,14 @@ void backward(const ShortlistBackward& a, const Host& host) {
 
 void shared_matmul(const ShortlistMatmul& a, const Host& host) {
 #if XK_ISA == 2
-  if (a.table.dtype == DType::bf16) return forward<BF16>(a, host);
+  if (products_in_bf16(a.table.dtype)) return forward<BF16>(a, host);
 #endif
   forward<F32>(a, host);
 }
 
 void shared_backward(const ShortlistBackward& a, const Host& host) {
 #if XK_ISA == 2
-  if (a.table.dtype == DType::bf16) return backward<BF16>(a, host);
+  if (products_in_bf16(a.table.dtype)) return backward<BF16>(a, host);
 #endif
   backward<F32>(a, host);
 }

@@ -47,6 +47,23 @@ def problem(dtype: torch.dtype, shared: bool, whole: bool, x_dtype: torch.dtype 
 
 
 @SHARED
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=name_of)
+def test_e4m3_tables_are_exact(x_dtype: torch.dtype, shared: bool) -> None:
+    """Whole numbers as codes, rows of different scales; the row that nobody names is NaN in both."""
+    x, weight, bias, index, dlogits = problem(torch.float32, shared, True, x_dtype)
+    scale = torch.exp2(torch.arange(N).remainder(7) - 3.0)
+    row_scale = torch.stack([scale, torch.full_like(scale, math.nan)], 1)
+    table = weight.to(torch.float8_e4m3fn)
+    got = kernel.shortlist_matmul(x, table, bias, index, row_scale)
+    assert torch.equal(got, reference.shortlist_matmul(x, table, bias, index, row_scale))
+    expected = reference.shortlist_backward(dlogits, x, table, index, row_scale, need_dbias=True)
+    for mine, theirs in zip(
+        kernel.shortlist_backward(dlogits, x, table, index, row_scale, need_dbias=True), expected, strict=True
+    ):
+        assert torch.equal(mine, theirs)
+
+
+@SHARED
 @pytest.mark.parametrize(
     "dtype, x_dtype", [(d, d) for d in DTYPES] + [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)], ids=name_of
 )

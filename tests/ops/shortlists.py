@@ -47,17 +47,24 @@ def make_exact(b: int, s: int, n: int, d: int, dtype: torch.dtype, *, shared: bo
     return t
 
 
+def make_exact_fp8(b: int, s: int, n: int, d: int, *, shared: bool = False) -> dict[str, Tensor]:
+    """The same with an e4m3 table, whose rows have scales from 1/8 to 8."""
+    t = make_exact(b, s, n, d, torch.float32, shared=shared)
+    scale = torch.exp2(torch.arange(n).remainder(7) - 3.0)
+    return t | {"weight": t["weight"].to(torch.float8_e4m3fn), "row_scale": torch.stack([scale, scale], 1)}
+
+
 def moved(t: dict[str, Tensor], device: str) -> dict[str, Tensor]:
     return {k: v.to(device) for k, v in t.items()}
 
 
 def forward(t: dict[str, Tensor]) -> Tensor:
-    return ops.shortlist_matmul(t["x"], t["weight"], t.get("bias"), t["index"])
+    return ops.shortlist_matmul(t["x"], t["weight"], t.get("bias"), t["index"], t.get("row_scale"))
 
 
 def backward(t: dict[str, Tensor], **needs: bool) -> dict[str, Tensor]:
     found = torch.ops.xmlkernels.shortlist_backward(
-        t["dlogits"], t["x"], t["weight"], t["index"], **({"need_dbias": True} | needs)
+        t["dlogits"], t["x"], t["weight"], t["index"], t.get("row_scale"), **({"need_dbias": True} | needs)
     )
     return dict(zip(("dx", "rows", "grad", "dbias"), found, strict=True))
 
@@ -85,10 +92,11 @@ def plain(t: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
 def exact_results(call: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> dict[str, list[list[int]]]:
     """Two checksums of the bits of each result of `call`, on problems whose sums are exact in any order."""
     out = {}
-    for dtype in DTYPES:
+    for dtype in (*DTYPES, torch.float8_e4m3fn):
         for shape in ((5, 40, 30, 7), (67, 300, 400, 70)):
             for shared in BOTH:
-                found = call(make_exact(*shape, dtype, shared=shared))
+                wide = dtype in DTYPES
+                found = call(make_exact(*shape, dtype, shared=shared) if wide else make_exact_fp8(*shape, shared=shared))
                 words = [bits(v + 0).long().flatten() for _, v in sorted(found.items())]
                 places = [int((w * torch.arange(1, len(w) + 1)).sum()) for w in words]
                 out[f"{dtype} {shape} {shared}"] = [[int(w.sum()) for w in words], places]

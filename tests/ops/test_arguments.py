@@ -86,6 +86,8 @@ STEP = [
      "torch.float16 [6, 3] on cpu", "convert"),
     ("row_scale", {"row_scale": torch.ones(N)}, "None for a torch.float32 table", "a tensor", "leave it out"),
     ("row_offset", {"row_offset": -1}, "0 or more", "-1", "pass the global row of weight[0]"),
+]  # fmt: skip
+SKIP = [
     ("skip_below", {"skip_below": -1e-3}, "a finite number from 0", "-0.001", "a fraction of the table's unit"),
     ("skip_below", {"skip_below": math.nan}, "a finite number from 0", "nan", "a fraction of the table's unit"),
     ("skip_below", {"skip_below": math.inf}, "a finite number from 0", "inf", "a fraction of the table's unit"),
@@ -114,7 +116,7 @@ def call(op: str, a: dict[str, Any]) -> Any:
 
 
 CASES = (
-    [("bce_step_", *c) for c in TABLE + POSITIVES + STEP]
+    [("bce_step_", *c) for c in TABLE + POSITIVES + STEP + SKIP]
     + [("bce_loss", *c) for c in TABLE + POSITIVES]
     + [("matmul_topk", *c) for c in TABLE + TOPK]
 )

@@ -133,8 +133,8 @@ def test_memory_beyond_the_results_stays_small() -> None:
 
 # 7. Instruction sets
 def by_reference(t: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = reference_backward(t["dlogits"], t["x"], t["weight"], t["index"], need_dbias=True)
-    z = reference(t["x"], t["weight"], t["bias"], t["index"])
+    found = reference_backward(t["dlogits"], t["x"], t["weight"], t["index"], t.get("row_scale"), need_dbias=True)
+    z = reference(t["x"], t["weight"], t["bias"], t["index"], t.get("row_scale"))
     return {"logits": z} | dict(zip(("dx", "rows", "grad", "dbias"), found, strict=True))
 
 
@@ -161,13 +161,15 @@ def test_every_instruction_set(name: str) -> None:
 # 8. Messages
 B, S, N, D = 4, 5, 6, 3
 FLOATS = "torch.float32 or torch.bfloat16 or torch.float16"
+TABLES = f"{FLOATS} or torch.float8_e4m3fn"
 MESSAGES = [
-    ("weight", torch.zeros(N, D).double(), f"{FLOATS} [any, any] on cpu", "torch.float64 [6, 3]", "convert"),
-    ("weight", torch.zeros(N), f"{FLOATS} [any, any] on cpu", "torch.float32 [6] on cpu", "reshape"),
+    ("weight", torch.zeros(N, D).double(), f"{TABLES} [any, any] on cpu", "torch.float64 [6, 3]", "convert"),
+    ("weight", torch.zeros(N), f"{TABLES} [any, any] on cpu", "torch.float32 [6] on cpu", "reshape"),
     ("weight", torch.zeros(D, N).T, "a contiguous tensor", "strides (1, 6) for shape [6, 3]", "call .contiguous() on it"),
     ("weight", torch.zeros(N, 0), "a table with at least one column", "torch.float32 [6, 0]", "a width of 1 or more"),
-    ("weight", torch.zeros(N, D).to(torch.float8_e4m3fn), f"a {FLOATS.replace(' or', ',', 1)} table",
-     "torch.float8_e4m3fn [6, 3] on cpu", "convert it"),
+    ("weight", torch.zeros(N, D).to(torch.float8_e5m2), f"a {FLOATS.replace(' or', ',', 1)} table",
+     "torch.float8_e5m2 [6, 3] on cpu", "convert it"),
+    ("row_scale", torch.ones(N, 2), "None for a torch.float32 table", "a tensor", "leave it out"),
     ("x", torch.zeros(B, D + 1), "[any, 3] on cpu", "torch.float32 [4, 4] on cpu", "convert, reshape or move it"),
     ("x", torch.zeros(B, D).double(), FLOATS, "torch.float64 [4, 3] on cpu", "convert"),
     ("x", torch.zeros(D, B).T, "a contiguous tensor", "strides (1, 4) for shape [4, 3]", "call .contiguous()"),

@@ -10,7 +10,7 @@ from xmlkernels.reference.shortlist_matmul import shortlist_backward as backward
 from xmlkernels.reference.shortlist_matmul import shortlist_matmul as reference
 
 
-def shortlist_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
+def shortlist_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, row_scale: Tensor | None = None) -> Tensor:
     """Scores a shortlist of table rows for each sample: z[b, s] = x[b] · W[index[b, s]] + bias[index[b, s]].
 
     Each gathered row is read once and never stored: no `B x S x D` copy. Differentiable in x, weight and bias; the table's
@@ -19,19 +19,20 @@ def shortlist_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tens
     `torch.autograd.grad` keeps both.)
 
     The backward is an op of its own, for the row-sparse optimizers:
-    `torch.ops.xmlkernels.shortlist_backward(dlogits, x, weight, index, *, need_dx=True, need_dweight=True, need_dbias=False)
-    -> (dx, rows, grad, dbias)`, with dlogits fp32 [B, S], dx fp32 [B, D], rows int64 [U] unique and ascending, grad fp32
-    [U, D], dbias fp32 [U]; what is not asked for is empty.
+    `torch.ops.xmlkernels.shortlist_backward(dlogits, x, weight, index, row_scale=None, *, need_dx=True, need_dweight=True,
+    need_dbias=False) -> (dx, rows, grad, dbias)`, with dlogits fp32 [B, S], dx fp32 [B, D], rows int64 [U] unique and
+    ascending, grad fp32 [U, D], dbias fp32 [U]; what is not asked for is empty.
 
     Source: the shortlisted heads of XR-Transformer and CascadeXML (NeurIPS 2021, 2022); the kernel is ours.
 
     Args:
-        x: [B, D] fp32, bf16 or fp16. On bf16 tables a product may take x, and in the backward the gradient of the
+        x: [B, D] fp32, bf16 or fp16. On bf16 and e4m3 tables a product may take x, and in the backward the gradient of the
             logits, rounded to bf16; sums are fp32.
-        weight: [n, D] label table, fp32, bf16 or fp16.
+        weight: [n, D] label table, fp32, bf16, fp16, or e4m3 with `row_scale` (that one without a gradient).
         bias: fp32 [n] or None.
         index: int64 [B, S] table rows of each sample, or [S], one shortlist for the whole batch. -1 pads. A row may stand
             in a shortlist more than once.
+        row_scale: fp32 [n, 2] for an e4m3 table, as in `bce_step_`.
 
     Returns:
         fp32 [B, S] logits; -inf at pads. Mask the pads before a loss: the backward ignores the gradient that they get,
@@ -42,7 +43,11 @@ def shortlist_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tens
             outside the table (elsewhere the collator's word is taken).
     """
     op = "shortlist_matmul"
-    check_table(op, x, weight, bias, -1)
+    check_table(op, x, weight, bias, -1, row_scale, scaled=True)
+    expect(
+        row_scale is None or not weight.requires_grad, f"{op}: argument weight", "no gradient asked of an 8-bit table",
+        "a tensor that requires one", "freeze it: 8 bits hold no gradient; cluster_step_ trains such tables",
+    )  # fmt: skip
     sizes = (index.shape[0],) if index.dim() == 1 else (x.shape[0], None)
     check_tensor(op, "index", index, (torch.int64,), sizes, weight.device)
     if index.device.type == "cpu" and index.numel() > 0:
@@ -52,15 +57,15 @@ def shortlist_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tens
             f"{op}: argument index", f"rows from 0 to {weight.shape[0] - 1}, or -1 for a pad",
             f"entries from {low} to {high}", "number the rows within weight and pad with -1",
         )  # fmt: skip
-    return torch.ops.xmlkernels.shortlist_matmul(x, weight, bias, index)
+    return torch.ops.xmlkernels.shortlist_matmul(x, weight, bias, index, row_scale)
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, row_scale: Tensor | None = None) -> Tensor:
     return x.new_empty((x.shape[0], index.shape[-1]), dtype=torch.float32)
 
 
 def _backward_fake(
-    dlogits: Tensor, x: Tensor, weight: Tensor, index: Tensor,
+    dlogits: Tensor, x: Tensor, weight: Tensor, index: Tensor, row_scale: Tensor | None = None,
     *, need_dx: bool = True, need_dweight: bool = True, need_dbias: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     unique = torch.library.get_ctx().new_dynamic_size() if need_dweight or need_dbias else 0
@@ -73,16 +78,16 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, index = inputs
-    ctx.save_for_backward(x, weight, index)
+    x, weight, bias, index, row_scale = inputs
+    ctx.save_for_backward(x, weight, index, row_scale)
     ctx.bias_shape = None if bias is None else bias.shape
 
 
 def _backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, index = ctx.saved_tensors
-    need_dx, need_dweight, need_dbias, _ = ctx.needs_input_grad
+    x, weight, index, row_scale = ctx.saved_tensors
+    need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
     dx, rows, grad, dbias = torch.ops.xmlkernels.shortlist_backward(
-        dlogits.contiguous(), x, weight, index, need_dx=need_dx, need_dweight=need_dweight, need_dbias=need_dbias
+        dlogits.contiguous(), x, weight, index, row_scale, need_dx=need_dx, need_dweight=need_dweight, need_dbias=need_dbias
     )
 
     def sparse(values: Tensor, like: Tensor, shape: torch.Size) -> Tensor:
@@ -94,12 +99,15 @@ def _backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
         sparse(grad, weight, weight.shape) if need_dweight else None,
         sparse(dbias, dbias, ctx.bias_shape) if need_dbias else None,
         None,
+        None,
     )
 
 
-define("shortlist_matmul(Tensor x, Tensor weight, Tensor? bias, Tensor index) -> Tensor", reference, _fake)
 define(
-    "shortlist_backward(Tensor dlogits, Tensor x, Tensor weight, Tensor index, *, bool need_dx=True, "
+    "shortlist_matmul(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor? row_scale=None) -> Tensor", reference, _fake
+)
+define(
+    "shortlist_backward(Tensor dlogits, Tensor x, Tensor weight, Tensor index, Tensor? row_scale=None, *, bool need_dx=True, "
     "bool need_dweight=True, bool need_dbias=False) -> (Tensor dx, Tensor rows, Tensor grad, Tensor dbias)",
     backward_reference,
     _backward_fake,

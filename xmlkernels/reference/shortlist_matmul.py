@@ -3,20 +3,23 @@
 import torch
 from torch import Tensor
 
+from xmlkernels.reference.rounding import decode
 
-def gathered_rows(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+
+def gathered_rows(x: Tensor, weight: Tensor, index: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows [B, S, D] with zeros at pads, places of real entries [B, S], index [B, S] and x, in the working precision."""
-    work = torch.promote_types(weight.dtype, torch.float32)
+    work = decode(weight[:0], None if row_scale is None else row_scale[:0]).dtype
     wide = index.expand(x.shape[0], index.shape[-1])
     real = wide >= 0
     rows = torch.zeros(*wide.shape, weight.shape[1], dtype=work, device=weight.device)
-    rows[real] = weight[wide[real]].to(work)
+    named = wide[real]
+    rows[real] = decode(weight[named], None if row_scale is None else row_scale[named])
     return rows, real, wide, x.to(work)
 
 
-def shortlist_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
+def shortlist_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, row_scale: Tensor | None = None) -> Tensor:
     """See `xmlkernels.ops.shortlist_matmul`."""
-    rows, real, wide, e = gathered_rows(x, weight, index)
+    rows, real, wide, e = gathered_rows(x, weight, index, row_scale)
     z = torch.einsum("bd,bsd->bs", e, rows)
     if bias is not None:
         z[real] += bias[wide[real]].to(z.dtype)
@@ -28,6 +31,7 @@ def shortlist_backward(
     x: Tensor,
     weight: Tensor,
     index: Tensor,
+    row_scale: Tensor | None = None,
     *,
     need_dx: bool = True,
     need_dweight: bool = True,
@@ -37,7 +41,7 @@ def shortlist_backward(
 
     Args:
         dlogits: [B, S], gradient of the logits; what it holds at pads is ignored, NaN included.
-        x, weight, index: as in the forward.
+        x, weight, index, row_scale: as in the forward.
 
     Returns:
         dx: [B, D] in the working precision; [0] when not asked.
@@ -45,7 +49,7 @@ def shortlist_backward(
         grad: [U, D], gradient of those rows; [0, D] when not asked.
         dbias: [U], gradient of their bias; [0] when not asked.
     """
-    table, real, wide, e = gathered_rows(x, weight, index)
+    table, real, wide, e = gathered_rows(x, weight, index, row_scale)
     g = torch.where(real, dlogits.to(e.dtype), 0)
     dx = torch.einsum("bs,bsd->bd", g, table) if need_dx else e.new_empty(0)
     rows, grad, dbias = index.new_empty(0), e.new_empty(0, weight.shape[1]), e.new_empty(0)

@@ -1,8 +1,8 @@
 """`shortlist_matmul` and its backward on the GPU.
 
 Lists per sample: each gathered row is read once, multiplied and summed in registers; there is no `B x S x D`. One list for
-the whole batch is a dense product on gathered rows, so it runs on the tensor cores. The table's gradient is reduced over
-the entries of one row at a time, in the order of a stable sort: the same order in every run, and no atomics.
+the whole batch is a dense product on gathered rows, so it runs on the tensor cores. The table's gradient is in
+shortlist_rows.py.
 """
 
 import torch
@@ -11,17 +11,23 @@ import triton.language as tl
 from torch import Tensor
 
 from xmlkernels.triton import common
+from xmlkernels.triton.shortlist_rows import occurrences, row_gradients
 
 LIST_TILE = (16, 128)  # entries of a list and columns, for lists per sample
 # Entries, samples, columns and warps of a product with a shared list.
 SHARED_TILE, SHARED_TILE_FP32 = (64, 64, 32, 8), (32, 16, 32, 4)
-OCCURRENCES = 4  # of one row, taken at a time
 SPLITS = 16  # at most: parts of a shared list whose dx are summed apart, in an order of their own
 
 
 @triton.jit
+def _number(w):
+    """Loaded numbers of a table in fp32; those of e4m3 (uint8 bits) as they are coded, without their row's scale."""
+    return common.decode_e4m3(w) if w.dtype == tl.uint8 else common.widen(w)
+
+
+@triton.jit
 def _score_lists(
-    x, weight, bias, index, logits, size, D: tl.constexpr, HAS_BIAS: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr
+    x, weight, bias, row_scale, index, logits, size, D: tl.constexpr, HAS_BIAS: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
     """logits fp32 [B, size] for index int64 [B, size]: one program scores BS entries of one sample."""
     tiles = tl.cdiv(size, BS)
@@ -35,9 +41,11 @@ def _score_lists(
     for start in range(0, D, BD):
         left = column < D - start
         e = common.widen(tl.load(x + sample * D + start + column, mask=left, other=0.0))
-        w = tl.load(weight + row[:, None] * D + start + column[None, :], mask=real[:, None] & left[None, :], other=0.0)
-        z += e[None, :] * common.widen(w)
+        w = tl.load(weight + row[:, None] * D + start + column[None, :], mask=real[:, None] & left[None, :], other=0)
+        z += e[None, :] * _number(w)
     out = tl.sum(z, axis=1)
+    if row_scale is not None:
+        out *= tl.load(row_scale + 2 * row, mask=real, other=1.0)
     if HAS_BIAS:
         out += tl.load(bias + row, mask=real, other=0.0)
     tl.store(logits + sample * size + entry, tl.where(real, out, -float("inf")), mask=inside)
@@ -45,7 +53,7 @@ def _score_lists(
 
 @triton.jit
 def _score_shared(
-    x, weight, bias, index, logits, batch, size, D: tl.constexpr,
+    x, weight, bias, row_scale, index, logits, batch, size, D: tl.constexpr,
     HAS_BIAS: tl.constexpr, EMULATED: tl.constexpr, BS: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """logits fp32 [batch, size] for index int64 [size]; x [batch, D] in the format of the product."""
@@ -59,10 +67,13 @@ def _score_shared(
     z = tl.zeros((BS, BB), dtype=tl.float32)
     for start in range(0, D, BD):
         left = column < D - start
-        w = tl.load(weight + row[:, None] * D + start + column[None, :], mask=real[:, None] & left[None, :], other=0.0)
+        w = tl.load(weight + row[:, None] * D + start + column[None, :], mask=real[:, None] & left[None, :], other=0)
         x_at = x + sample[None, :].to(tl.int64) * D + start + column[:, None]
         e = tl.load(x_at, mask=is_sample[None, :] & left[:, None], other=0.0)
+        w = common.operand(w, e.dtype, EMULATED)
         z = common.dot(w if w.dtype == e.dtype else common.widen(w), e, z, EMULATED)
+    if row_scale is not None:
+        z *= tl.load(row_scale + 2 * row, mask=real, other=1.0)[:, None]
     if HAS_BIAS:
         z += tl.load(bias + row, mask=real, other=0.0)[:, None]
     at = logits + sample[None, :].to(tl.int64) * size + entry[:, None]
@@ -70,7 +81,7 @@ def _score_shared(
 
 
 @triton.jit
-def _dx_lists(dlogits, weight, index, dx, size, D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr):
+def _dx_lists(dlogits, weight, row_scale, index, dx, size, D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr):
     """dx fp32 [B, D]: one program sums BD columns of one sample over its list, in the order of the list."""
     tiles: tl.constexpr = (D + BD - 1) // BD
     sample = (tl.program_id(0) // tiles).to(tl.int64)
@@ -82,14 +93,16 @@ def _dx_lists(dlogits, weight, index, dx, size, D: tl.constexpr, BS: tl.constexp
         row = tl.load(index + sample * size + entry, mask=entry < size, other=-1)
         real = row >= 0
         g = tl.load(dlogits + sample * size + entry, mask=real, other=0.0)  # what stands at a pad is not even read
-        w = tl.load(weight + row[:, None] * D + column[None, :], mask=real[:, None] & left[None, :], other=0.0)
-        total += g[:, None] * common.widen(w)
+        if row_scale is not None:
+            g *= tl.load(row_scale + 2 * row, mask=real, other=1.0)
+        w = tl.load(weight + row[:, None] * D + column[None, :], mask=real[:, None] & left[None, :], other=0)
+        total += g[:, None] * _number(w)
     tl.store(dx + sample * D + column, tl.sum(total, axis=0), mask=left)
 
 
 @triton.jit
 def _dx_shared(
-    dlogits, weight, index, parts, batch, size, part_size, D: tl.constexpr,
+    dlogits, weight, row_scale, index, parts, batch, size, part_size, D: tl.constexpr,
     LOW: tl.constexpr, EMULATED: tl.constexpr, BS: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """parts fp32 [splits, batch, D]: dx over one part of the shared list each. LOW: the product takes bf16 operands."""
@@ -106,103 +119,49 @@ def _dx_shared(
         row = tl.load(index + entry, mask=entry < size, other=-1)
         real = row >= 0
         g = tl.load(dlogits + sample[:, None] * size + entry[None, :], mask=is_sample[:, None] & real[None, :], other=0.0)
-        w = tl.load(weight + row[:, None] * D + column[None, :], mask=real[:, None] & left[None, :], other=0.0)
+        if row_scale is not None:
+            g *= tl.load(row_scale + 2 * row, mask=real, other=1.0)[None, :]
+        w = tl.load(weight + row[:, None] * D + column[None, :], mask=real[:, None] & left[None, :], other=0)
         if LOW:
-            total = common.dot(common.round_nearest(g, w.dtype, EMULATED), w, total, EMULATED)
+            w = common.operand(w, tl.bfloat16, EMULATED)
+            total = common.dot(common.round_nearest(g, tl.bfloat16, EMULATED), w, total, EMULATED)
         else:
             total = common.dot(g, common.widen(w), total, EMULATED)
     at = parts + (part.to(tl.int64) * batch + sample[:, None]) * D + column[None, :]
     tl.store(at, total, mask=is_sample[:, None] & left[None, :])
 
 
-@triton.jit
-def _rows_lists(
-    dlogits, x, order, start, grad, dbias, size, D: tl.constexpr,
-    NEED_GRAD: tl.constexpr, NEED_DBIAS: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """grad fp32 [U, D] and dbias fp32 [U] of rows whose occurrences are order[start[u] : start[u + 1]] (int64)."""
-    tiles: tl.constexpr = (D + BD - 1) // BD if NEED_GRAD else 1
-    row = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    column = tile * BD + tl.arange(0, BD)
-    left = column < D
-    total = tl.zeros((BO, BD), dtype=tl.float32)
-    total_g = tl.zeros((BO,), dtype=tl.float32)
-    end = tl.load(start + row + 1)
-    for first in range(tl.load(start + row), end, BO):
-        at = first + tl.arange(0, BO)
-        place = tl.load(order + at, mask=at < end, other=0)
-        g = tl.load(dlogits + place, mask=at < end, other=0.0)
-        total_g += g
-        if NEED_GRAD:
-            e = tl.load(x + (place // size)[:, None] * D + column[None, :], mask=(at < end)[:, None] & left[None, :], other=0.0)
-            total += g[:, None] * common.widen(e)
-    if NEED_GRAD:
-        tl.store(grad + row * D + column, tl.sum(total, axis=0), mask=left)
-    if NEED_DBIAS:
-        tl.store(dbias + row, tl.sum(total_g, axis=0), mask=tile == 0)
-
-
-@triton.jit
-def _rows_shared(
-    dlogits, x, order, start, grad, dbias, batch, size, unique, D: tl.constexpr,
-    NEED_GRAD: tl.constexpr, NEED_DBIAS: tl.constexpr, LOW: tl.constexpr, EMULATED: tl.constexpr,
-    BS: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """The same for a shared list, BS rows at a time: the batch is the inner dimension of a product."""
-    tiles: tl.constexpr = (D + BD - 1) // BD if NEED_GRAD else 1
-    row = ((tl.program_id(0) // tiles) * BS + tl.arange(0, BS)).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    column = tile * BD + tl.arange(0, BD)
-    left, is_row = column < D, row < unique
-    begin = tl.load(start + row, mask=is_row, other=0)
-    count = tl.load(start + row + 1, mask=is_row, other=0) - begin
-    most = tl.max(count, axis=0)
-    total = tl.zeros((BS, BD), dtype=tl.float32)
-    total_g = tl.zeros((BS, BB), dtype=tl.float32)
-    for j in range(0, most):
-        entry = tl.load(order + begin + j, mask=j < count, other=0)
-        for first in range(0, batch, BB):
-            sample = (first + tl.arange(0, BB)).to(tl.int64)
-            is_sample = sample < batch
-            g_at = dlogits + sample[None, :] * size + entry[:, None]
-            g = tl.load(g_at, mask=is_sample[None, :] & (j < count)[:, None], other=0.0)
-            total_g += g
-            if NEED_GRAD:
-                e = tl.load(x + sample[:, None] * D + column[None, :], mask=is_sample[:, None] & left[None, :], other=0.0)
-                if LOW:
-                    total = common.dot(common.round_nearest(g, e.dtype, EMULATED), e, total, EMULATED)
-                else:
-                    total = common.dot(g, common.widen(e), total, EMULATED)
-    if NEED_GRAD:
-        tl.store(grad + row[:, None] * D + column[None, :], total, mask=is_row[:, None] & left[None, :])
-    if NEED_DBIAS:
-        tl.store(dbias + row, tl.sum(total_g, axis=1), mask=is_row & (tile == 0))
+def _in_bf16(weight: Tensor) -> bool:
+    """Whether the products of a table run in bf16, in which e4m3 is exact."""
+    return weight.dtype in (torch.bfloat16, torch.uint8)
 
 
 def _product_format(x: Tensor, weight: Tensor) -> torch.dtype:
     """The format in which x meets the table on the tensor cores; fp32 where the two formats share none."""
-    low = weight.dtype == torch.bfloat16 or weight.dtype == x.dtype
-    return weight.dtype if low else torch.float32
+    if _in_bf16(weight):
+        return torch.bfloat16
+    return weight.dtype if weight.dtype == x.dtype else torch.float32
 
 
-def shortlist_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
+def shortlist_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, row_scale: Tensor | None = None) -> Tensor:
     """See `xmlkernels.ops.shortlist_matmul`. Waits for nothing on the device; can be captured in a CUDA graph."""
     batch, size, width = x.shape[0], index.shape[-1], x.shape[1]
     logits = torch.empty(batch, size, dtype=torch.float32, device=x.device)
+    weight = common.table_bits(weight)
     if logits.numel() == 0:
         return logits
     if index.dim() == 2:
         entries, columns = LIST_TILE
         _score_lists[(batch * triton.cdiv(size, entries),)](
-            x, weight, bias, index, logits, size, D=width, HAS_BIAS=bias is not None, BS=entries, BD=columns, **common.LAUNCH
-        )
+            x, weight, bias, row_scale, index, logits, size, D=width, HAS_BIAS=bias is not None, BS=entries, BD=columns,
+            **common.LAUNCH,
+        )  # fmt: skip
         return logits
     x = x.to(_product_format(x, weight))
     entries, samples, columns, warps = SHARED_TILE_FP32 if x.dtype == torch.float32 else SHARED_TILE
     samples = common.power_of_2(batch, 16, samples)
     _score_shared[(triton.cdiv(size, entries) * triton.cdiv(batch, samples),)](
-        x, weight, bias, index, logits, batch, size, D=width, HAS_BIAS=bias is not None, EMULATED=common.emulated(),
+        x, weight, bias, row_scale, index, logits, batch, size, D=width, HAS_BIAS=bias is not None, EMULATED=common.emulated(),
         BS=entries, BB=samples, BD=columns, num_warps=warps, **common.LAUNCH,
     )  # fmt: skip
     return logits
@@ -213,6 +172,7 @@ def shortlist_backward(
     x: Tensor,
     weight: Tensor,
     index: Tensor,
+    row_scale: Tensor | None = None,
     *,
     need_dx: bool = True,
     need_dweight: bool = True,
@@ -224,18 +184,21 @@ def shortlist_backward(
     are pads), and the call cannot be captured in a CUDA graph. dx alone waits for nothing.
     """
     empty = torch.empty(0, dtype=torch.float32, device=x.device)
-    dx = _input_gradient(dlogits, x, weight, index) if need_dx else empty
+    weight = common.table_bits(weight)
+    dx = _input_gradient(dlogits, x, weight, row_scale, index) if need_dx else empty
     if not (need_dweight or need_dbias):
         return dx, index.new_empty(0), empty.view(0, 1).expand(0, x.shape[1]).contiguous(), empty
-    rows, order, start = _occurrences(index if x.shape[0] else index[..., :0])
+    rows, order, start = occurrences(index if x.shape[0] else index[..., :0])
     grad = torch.empty(rows.shape[0] if need_dweight else 0, x.shape[1], dtype=torch.float32, device=x.device)
     dbias = torch.empty(rows.shape[0] if need_dbias else 0, dtype=torch.float32, device=x.device)
     if rows.shape[0]:
-        _row_gradients(dlogits, x, weight, index, order, start, grad, dbias, need_dweight, need_dbias)
+        low = _in_bf16(weight)
+        tile = (1, 1, LIST_TILE[1], 4) if index.dim() == 2 else SHARED_TILE if low else SHARED_TILE_FP32
+        row_gradients(dlogits, x, index, order, start, grad, dbias, need_dweight, need_dbias, low, tile)
     return dx, rows, grad, dbias
 
 
-def _input_gradient(dlogits: Tensor, x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+def _input_gradient(dlogits: Tensor, x: Tensor, weight: Tensor, row_scale: Tensor | None, index: Tensor) -> Tensor:
     batch, size, width = x.shape[0], index.shape[-1], x.shape[1]
     dx = torch.empty(batch, width, dtype=torch.float32, device=x.device)
     if batch == 0 or size == 0:
@@ -243,10 +206,10 @@ def _input_gradient(dlogits: Tensor, x: Tensor, weight: Tensor, index: Tensor) -
     if index.dim() == 2:
         entries, columns = LIST_TILE
         _dx_lists[(batch * triton.cdiv(width, columns),)](
-            dlogits, weight, index, dx, size, D=width, BS=entries, BD=columns, **common.LAUNCH
+            dlogits, weight, row_scale, index, dx, size, D=width, BS=entries, BD=columns, **common.LAUNCH
         )
         return dx
-    low = weight.dtype == torch.bfloat16
+    low = _in_bf16(weight)
     entries, samples, columns, warps = SHARED_TILE if low else SHARED_TILE_FP32
     samples = common.power_of_2(batch, 16, samples)
     # From the shapes alone, so that the order of the sum is the same in every run and on every card.
@@ -254,41 +217,7 @@ def _input_gradient(dlogits: Tensor, x: Tensor, weight: Tensor, index: Tensor) -
     splits = triton.cdiv(size, part_size)
     parts = torch.empty(splits, batch, width, dtype=torch.float32, device=x.device)
     _dx_shared[(splits * triton.cdiv(batch, samples) * triton.cdiv(width, columns),)](
-        dlogits, weight, index, parts, batch, size, part_size, D=width, LOW=low, EMULATED=common.emulated(),
+        dlogits, weight, row_scale, index, parts, batch, size, part_size, D=width, LOW=low, EMULATED=common.emulated(),
         BS=entries, BB=samples, BD=columns, num_warps=warps, **common.LAUNCH,
     )  # fmt: skip
     return parts.sum(0)
-
-
-def _occurrences(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Unique rows [U], the places that name them in order of row and place [N], and where each row's begin [U + 1]."""
-    ids, order = torch.sort(index.reshape(-1), stable=True)
-    rows, counts = torch.unique_consecutive(ids, return_counts=True)
-    start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    if rows.shape[0] and int(rows[0]) < 0:  # pads stand first
-        return rows[1:].contiguous(), order, start[1:].contiguous()
-    return rows, order, start
-
-
-def _row_gradients(
-    dlogits: Tensor, x: Tensor, weight: Tensor, index: Tensor, order: Tensor, start: Tensor, grad: Tensor, dbias: Tensor,
-    need_grad: bool, need_dbias: bool,
-) -> None:  # fmt: skip
-    batch, size, width, unique = x.shape[0], index.shape[-1], x.shape[1], start.shape[0] - 1
-    need = {"NEED_GRAD": need_grad, "NEED_DBIAS": need_dbias}
-    if index.dim() == 2:
-        columns = LIST_TILE[1]
-        tiles = triton.cdiv(width, columns) if need_grad else 1
-        _rows_lists[(unique * tiles,)](
-            dlogits, x, order, start, grad, dbias, size, D=width, **need, BO=OCCURRENCES, BD=columns, **common.LAUNCH
-        )
-        return
-    low = weight.dtype == torch.bfloat16
-    x = x.to(torch.bfloat16) if low else x
-    entries, samples, columns, warps = SHARED_TILE if low else SHARED_TILE_FP32
-    samples = common.power_of_2(batch, 16, samples)
-    tiles = triton.cdiv(width, columns) if need_grad else 1
-    _rows_shared[(triton.cdiv(unique, entries) * tiles,)](
-        dlogits, x, order, start, grad, dbias, batch, size, unique, D=width, **need, LOW=low, EMULATED=common.emulated(),
-        BS=entries, BB=samples, BD=columns, num_warps=warps, **common.LAUNCH,
-    )  # fmt: skip
