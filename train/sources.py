@@ -78,11 +78,16 @@ def open_tree(config: Config, dataset: Dataset) -> LabelTree | None:
         tree.check_dataset(dataset.content_hash, dataset.num_labels)
         check_levels(config, tree.levels, f"as the tree {config.tree} has them")
         return tree
-    folder = f"{dataset.content_hash[:16]}-{'-'.join(map(str, config.tree_depths))}-{config.seed}"
+    place = f"{dataset.content_hash[:16]}-{'-'.join(map(str, config.tree_depths))}-{config.seed}"
+    folder = Path(config.cache) / "trees" / place
+    if not folder.exists():
+        say(
+            f"label tree of {', '.join(f'{2**d:,}' for d in config.tree_depths)} clusters, made on first use as train/tree.py does:"
+        )
     # A tree of this name made by another version is only a cache: replace it.
     return make_tree(
         TreeOptions(
-            str(dataset.folder), str(Path(config.cache) / "trees" / folder), depths=config.tree_depths, seed=config.seed,
+            str(dataset.folder), str(folder), depths=config.tree_depths, seed=config.seed,
             features=str(dataset.splits["train"].folder / FEATURES) if dataset.vocabulary else "auto",
             plot=False, overwrite=True,
         )
