@@ -90,7 +90,8 @@ def make_model(levels: int, *, tree: LabelTree | None = None, topk: Sequence[int
 class Twin:
     """The same model with dense float64 tables, torch's autograd, and shortlists by Python loops."""
 
-    def __init__(self, model: Cascade) -> None:
+    def __init__(self, model: Cascade, epsilon: float = 1e-8) -> None:
+        self.epsilon = epsilon
         self.tree, self.topk, self.settings = model.tree, model.heads.topk, model.training_settings
         self.encoder, self.heads = copy.deepcopy(model.encoder), copy.deepcopy(model.heads)
         self.tables = [nn.Parameter(level.rows(0, level.nodes).double()) for level in model.heads.levels]
@@ -174,7 +175,7 @@ class Twin:
         square = g.square() if v.dim() == 2 else g.square().mean(1)
         m[hit] = beta1 * m[hit] + (1 - beta1) * g
         v[hit] = (0.999 * v[hit] + 0.001 * square).to(v.dtype)
-        root = (v[hit].double() / (1 - 0.999**self.step_number)).sqrt() + 1e-8
+        root = (v[hit].double() / (1 - 0.999**self.step_number)).sqrt() + self.epsilon
         table[hit] -= lr * (m[hit] / (1 - beta1**self.step_number)) / (root if v.dim() == 2 else root[:, None])
 
 
