@@ -141,3 +141,32 @@ def test_biases_start_at_the_frequencies() -> None:
         FullHead(5, 3).start_at_frequencies(positives, documents)
     with pytest.raises(InputError, match=r"positives: expected 5 numbers, one for each label, got \[4\]"):
         head.start_at_frequencies(positives[:4], documents)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
+def test_rows_start_at_the_centroids(dtype: str) -> None:
+    """Two batches; label 1 has one document, label 2 none; sample 4 of the second batch has no label."""
+    head = FullHead(4, 3, dtype=dtype, seed=5)
+    drawn = head.rows(2, 3)
+    x = torch.arange(27.0).reshape(9, 3).square() / 50
+    labels = [{0}, {0, 3}, {3}, {0}, {1, 3}, {0}, set(), {3}, {0, 3}]
+    parts = []
+    for start, end in ((0, 4), (4, 9)):
+        pairs = sorted((label, s) for s, found in enumerate(labels[start:end]) for label in found)
+        rows, samples = torch.tensor([r for r, _ in pairs]), torch.tensor([s for _, s in pairs], dtype=torch.int32)
+        parts.append((x[start:end], rows, samples))
+    head.start_at_centroids(iter(parts), 0.5)
+    for label in (0, 1, 3):
+        own = x[[label in found for found in labels]].double().mean(0) - x.double().mean(0)
+        expected = 0.5 * own / own.norm()
+        tolerance = {"fp32": 1e-6, "bf16": 2**-8, "fp8": 2**-4}[dtype]
+        torch.testing.assert_close(
+            head.rows(label, label + 1)[0].double(), expected, rtol=tolerance, atol=1e-3 if dtype == "fp8" else 1e-6
+        )
+    assert torch.equal(head.rows(2, 3), drawn)
+    if head.row_scale is not None:
+        torch.testing.assert_close(head.row_scale[:, 1], head.rows(0, 4).abs().amax(1))
+    with pytest.raises(InputError, match="norm of the first label rows: expected a number above 0"):
+        head.start_at_centroids(iter(parts), 0.0)
+    with pytest.raises(InputError, match="expected training documents, got none"):
+        head.start_at_centroids(iter([]), 1.0)
