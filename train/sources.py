@@ -81,9 +81,8 @@ def open_tree(config: Config, dataset: Dataset) -> LabelTree | None:
     place = f"{dataset.content_hash[:16]}-{'-'.join(map(str, config.tree_depths))}-{config.seed}"
     folder = Path(config.cache) / "trees" / place
     if not folder.exists():
-        say(
-            f"label tree of {', '.join(f'{2**d:,}' for d in config.tree_depths)} clusters, made on first use as train/tree.py does:"
-        )
+        clusters = ", ".join(f"{2**depth:,}" for depth in config.tree_depths)
+        say(f"label tree of {clusters} clusters, made on first use as train/tree.py does:")
     # A tree of this name made by another version is only a cache: replace it.
     return make_tree(
         TreeOptions(
