@@ -61,7 +61,9 @@ def open_inputs(config: Config, dataset: Dataset) -> Inputs:
         return BowInputs(dataset, None)
     if bow:
         most = config.max_features or None
-        return BowInputs.fitted(dataset, Vectorizer(longest=config.ngrams, min_df=config.min_df, max_features=most))
+        found = BowInputs.fitted(dataset, Vectorizer(longest=config.ngrams, min_df=config.min_df, max_features=most))
+        say(f"vocabulary: {found.vocabulary:,} terms of 1 to {config.ngrams} words, each in {config.min_df} documents or more")
+        return found
     return TokenInputs(dataset, load_tokenizer(dataset.tokenizer_folder), dataset.max_length)
 
 
