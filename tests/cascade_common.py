@@ -113,7 +113,7 @@ class Twin:
             {"params": [p for n, p in linear.named_parameters() if "bias" not in n], "weight_decay": self.settings.decay / 10},
             {"params": [p for n, p in linear.named_parameters() if "bias" in n], "weight_decay": 0.0},
         ]
-        self.adamw = torch.optim.AdamW(self.groups, lr=1e-3, eps=1e-6)
+        self.adamw = torch.optim.AdamW(self.groups, lr=1e-3, eps=1e-8)
 
     def children(self, level: int, kept: Sequence[int]) -> list[int]:
         starts = self.tree.children[level - 1]

@@ -256,7 +256,7 @@ class Cascade(nn.Module):
 
     @torch.no_grad()
     def loss(self, batch: Documents) -> Tensor:
-        """The loss [1] that `step` would report, true clusters forced in, without training or dropout of the caller's mode."""
+        """The loss [1] that `step` would report, true clusters forced in, without training."""
         return self._loss(self._evaluated(batch), batch)
 
     def _loss(self, x: list[Tensor], batch: Documents) -> Tensor:

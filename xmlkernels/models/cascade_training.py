@@ -10,6 +10,9 @@ from xmlkernels.errors import InputError
 from xmlkernels.optim import encoder_optimizer, three_phase, warmup_cosine
 
 SCHEDULES = ("three_phase", "warmup_cosine")
+# A mean over thousands of candidates makes the encoder's gradients about 1e-6, where the 1e-6 of `encoder_optimizer`, meant for
+# sums, would damp them.
+_EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def cascade_optimizer(encoder: nn.Module, linear: nn.Module, settings: CascadeTr
     if weights:
         groups = [{"params": weights, "weight_decay": decay}, {"params": biases, "weight_decay": 0.0}]
     if any(p.requires_grad for p in encoder.parameters()):
-        optimizer = encoder_optimizer(encoder, settings.encoder_lr, settings.decay)
+        optimizer = encoder_optimizer(encoder, settings.encoder_lr, settings.decay, eps=_EPSILON)
         for group in optimizer.param_groups:
             group["head"] = False
         for group in groups:
@@ -106,8 +109,8 @@ def cascade_optimizer(encoder: nn.Module, linear: nn.Module, settings: CascadeTr
         return optimizer
     if not groups:
         return None
-    # No encoder to train beside it: the stock implementation serves the linear layer.
-    return torch.optim.AdamW([group | {"head": True} for group in groups], lr=settings.encoder_lr, eps=1e-6, fused=True)
+    # Fused, as `encoder_optimizer` makes it: the decision to skip is then taken on the device.
+    return torch.optim.AdamW([group | {"head": True} for group in groups], lr=settings.encoder_lr, eps=_EPSILON, fused=True)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, encoder_lr: float, head_lr: float, beta1: float | None) -> None:
