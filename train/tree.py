@@ -50,6 +50,8 @@ class Options:
     """text: longest run of words that is a term."""
     terms: int = 500_000
     """text: only these many terms, the most frequent ones."""
+    common: float = 1.0
+    """text: terms in a larger share of the documents are left out."""
     keep: int = 1000
     """Terms kept of each label."""
     graph: bool = True
@@ -214,7 +216,7 @@ def _features(
         return label_features(None, vectors), None, None
     texts = None
     if options.features == "text":
-        words = TextFeatures(train.texts, ngrams=options.ngrams, most_terms=options.terms)
+        words = TextFeatures(train.texts, ngrams=options.ngrams, most_terms=options.terms, common=options.common)
         found, documents = words.documents, words.documents if checked is train else words.transform(checked.texts)
         texts = None if dataset.label_names is None else words.transform(dataset.label_names)
     elif options.features == "tokens":

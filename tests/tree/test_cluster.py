@@ -33,7 +33,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(module, "LARGE", 0 if request.param == "large" else 1 << 40)
     else:
         monkeypatch.setattr(module, "PAIRWISE", 1 << 40)
-    monkeypatch.setattr(module, "SAMPLE", 64)
+    monkeypatch.setattr(module, "SAMPLE", 1 << 40 if request.param == "pairwise" else 64)
 
 
 @pytest.mark.parametrize(("branching", "counts"), [((2, 2, 4), [2, 4, 16]), ((3, 4), [3, 12]), ((5, 2), [10])])

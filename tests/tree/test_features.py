@@ -136,10 +136,13 @@ def test_texts() -> None:
     assert np.allclose(features.documents.toarray(), expected.transform(TEXTS).toarray())
     assert np.allclose(features.transform(["red sky"]).toarray(), expected.transform(["red sky"]).toarray())
     assert TextFeatures(TEXTS, ngrams=2).documents.shape[1] == 10 and TextFeatures(TEXTS, most_terms=2).documents.shape[1] == 2
-    with pytest.raises(InputError, match="training texts: expected at least one word, got none"):
+    with pytest.raises(InputError, match="training texts: expected at least one word that not all share, got none"):
         TextFeatures(["", "_"])
     with pytest.raises(InputError, match="ngrams: expected at least 1, got 0"):
         TextFeatures(TEXTS, ngrams=0)
+    assert TextFeatures(TEXTS, common=0.4).documents.shape[1] == 4  # "red" and "apple" stand in half of the texts
+    with pytest.raises(InputError, match="common: expected a share above 0, at most 1, got 0"):
+        TextFeatures(TEXTS, common=0)
     with pytest.raises(InputError, match="most_terms: expected at least 1, got 0"):
         TextFeatures(TEXTS, most_terms=0)
 

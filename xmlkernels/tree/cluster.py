@@ -14,14 +14,14 @@ import numpy as np
 
 from xmlkernels.errors import InputError
 from xmlkernels.tree.features import LabelFeatures
-from xmlkernels.tree.large_node import split_large
+from xmlkernels.tree.large_node import add_columns, add_dense, split_large
 from xmlkernels.tree.parallel import in_parallel, keep_compiled
-from xmlkernels.tree.two_means import best_start, compacted, highest, new_direction, score_rows, split_node
+from xmlkernels.tree.two_means import score_some, split_node, start_on_sample
 
 # None of these depends on the machine: they decide the clusters.
 LARGE = 4096  # rows from which all threads work on one node
 SAMPLE = 512  # rows of a node on which its starts are tried
-PAIRWISE = 64  # rows up to which a node is split by its pairwise similarities, from four times as many starts
+PAIRWISE = 64  # rows up to which a node is split by its pairwise similarities, from four times as many starts; at most SAMPLE
 
 Tell = Callable[[str], None]
 
@@ -90,7 +90,7 @@ def cluster(
 
 class _Splitter:
     def __init__(self, features: LabelFeatures, means: Means) -> None:
-        keep_compiled(split_node, compacted, best_start, score_rows, highest, new_direction)
+        keep_compiled(split_node, start_on_sample, score_some, add_columns, add_dense)
         self.features, self.means = features, means
         self.sparse = (features.sparse.indptr.astype(np.int64), features.sparse.indices, features.sparse.data)
         self.dense = np.zeros((len(features), 0), np.float32) if features.dense is None else features.dense
@@ -155,7 +155,8 @@ class _Splitter:
         starts = means.starts * (4 if n <= PAIRWISE else 1)  # nearly free there
         pair, second = random.integers(0, taken, starts), random.integers(1, taken, starts)
         pairs = np.stack([pair, (pair + second) % taken], axis=1)
-        tried = (rows, first, sample, sample_first, pairs)
+        noise = random.standard_normal((starts, taken), np.float32)
+        tried = (rows, first, sample, sample_first, pairs, noise)
         if n >= LARGE:
             return split_large(self.sparse, self.dense, *tried, means.tolerance, means.rounds, self._map())
         return split_node(*self.sparse, self.dense, *tried, PAIRWISE, means.tolerance, means.rounds, self._map())

@@ -119,24 +119,28 @@ class TextFeatures:
         texts: the N training documents.
         ngrams: longest run of words that is a term.
         most_terms: only these many terms, the most frequent ones; None: all.
+        common: terms in a larger share of the documents are left out; they make all centroids alike.
 
     Raises:
-        InputError: not a word in all the texts, or a number below 1.
+        InputError: not a word is left, or a number out of range.
     """
 
-    def __init__(self, texts: Sequence[str], *, ngrams: int = 1, most_terms: int | None = None) -> None:
+    def __init__(self, texts: Sequence[str], *, ngrams: int = 1, most_terms: int | None = None, common: float = 1.0) -> None:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         for name, value in (("ngrams", ngrams), ("most_terms", 1 if most_terms is None else most_terms)):
             if value < 1:
                 raise InputError(name, "at least 1", str(value), "mend it")
+        if not 0 < common <= 1:
+            raise InputError("common", "a share above 0, at most 1", str(common), "mend it")
         self._vectorizer = TfidfVectorizer(
-            token_pattern=WORDS, sublinear_tf=True, dtype=np.float32, ngram_range=(1, ngrams), max_features=most_terms
-        )
+            token_pattern=WORDS, sublinear_tf=True, dtype=np.float32, ngram_range=(1, ngrams), max_features=most_terms,
+            max_df=float(common),
+        )  # fmt: skip
         try:
             self.documents: csr_matrix = csr_matrix(self._vectorizer.fit_transform(texts))
         except ValueError as error:
-            raise InputError("training texts", "at least one word", "none", "use texts with words") from error
+            raise InputError("training texts", "at least one word that not all share", "none", "use other texts") from error
 
     def transform(self, texts: Sequence[str]) -> csr_matrix:
         """fp32 CSR [len(texts), V]."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from xmlkernels.tree.parallel import in_parallel, keep_compiled, threads
-from xmlkernels.tree.two_means import best_start, compacted, highest, new_direction, score_rows
+from xmlkernels.tree.parallel import in_parallel, threads
+from xmlkernels.tree.two_means import score_some, start_on_sample
 
 _ROWS = 1024  # rows a thread scores at a time
 
@@ -18,31 +18,41 @@ Csr = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 def split_large(
     matrix: Csr, dense: np.ndarray, rows: np.ndarray, first: int, sample: np.ndarray, sample_first: int,
-    pairs: np.ndarray, tolerance: float, rounds: int, column_map: np.ndarray,
+    pairs: np.ndarray, noise: np.ndarray, tolerance: float, rounds: int, column_map: np.ndarray,
 ) -> np.ndarray:  # fmt: skip
     """As `two_means.split_node`, without a copy of the node's rows; columns of each row must ascend."""
-    keep_compiled(_add_columns, _add_dense)
-    tried = rows[sample]
-    local = compacted(*matrix, tried, column_map)
-    start, dense_direction = best_start(local, dense[tried], np.arange(len(tried)), sample_first, pairs, tolerance, rounds)
-    direction = np.zeros(len(column_map), np.float32)
-    direction[local[3]] = start
+    direction, dense_direction = np.zeros(len(column_map), np.float32), np.zeros(dense.shape[1], np.float32)
+    start_on_sample(
+        *matrix, dense, rows[sample], sample_first, pairs, noise, tolerance, rounds, column_map, direction, dense_direction
+    )
     whole, half = np.zeros(len(direction)), np.zeros(len(direction))
     dense_whole, dense_half = np.zeros(dense.shape[1]), np.zeros(dense.shape[1])
     _add(matrix, dense, rows, np.ones(len(rows)), whole, dense_whole)
     score, is_first = np.empty(len(rows), np.float32), np.zeros(len(rows), bool)
     before = -np.inf
     for _ in range(rounds):
-        in_parallel(lambda a, b: score_rows(a, b, *matrix, dense, rows, direction, dense_direction, score), len(rows), _ROWS)
-        chosen = highest(score, first)
+        in_parallel(lambda a, b: score_some(a, b, *matrix, dense, rows, direction, dense_direction, score), len(rows), _ROWS)
+        chosen = np.zeros(len(rows), bool)
+        chosen[np.argsort(-score, kind="stable")[:first]] = True
         moved = np.flatnonzero(chosen != is_first)
         _add(matrix, dense, rows[moved], np.where(chosen[moved], 1.0, -1.0), half, dense_half)
         is_first = chosen
-        objective = new_direction(whole, half, direction) + new_direction(dense_whole, dense_half, dense_direction)
+        objective = _turn(whole, half, direction) + _turn(dense_whole, dense_half, dense_direction)
         if objective - before < tolerance * len(rows):
             break
         before = objective
     return is_first
+
+
+def _turn(whole: np.ndarray, half: np.ndarray, direction: np.ndarray) -> float:
+    """Writes the difference of the two unit centres; returns ‖first‖ + ‖second‖ of the sums.
+
+    No BLAS: the order of its sums depends on its threads.
+    """
+    other = whole - half
+    a, b = float(np.sqrt(np.square(half).sum())), float(np.sqrt(np.square(other).sum()))
+    direction[:] = half / (a or 1.0) - other / (b or 1.0)
+    return a + b
 
 
 def _add(
@@ -55,12 +65,12 @@ def _add(
     parts = threads()
     inner = [int(seen[len(seen) * part // parts]) if len(seen) else 0 for part in range(1, parts)]
     bounds = [0, *inner, len(total)]
-    in_parallel(lambda a, _: _add_columns(*matrix, rows, sign, bounds[a], bounds[a + 1], total), parts, 1)
-    _add_dense(dense, rows, sign, dense_total)
+    in_parallel(lambda a, _: add_columns(*matrix, rows, sign, bounds[a], bounds[a + 1], total), parts, 1)
+    add_dense(dense, rows, sign, dense_total)
 
 
 @njit(nogil=True)
-def _add_columns(ptr, index, value, rows, sign, low, high, total):  # type: ignore[no-untyped-def]
+def add_columns(ptr, index, value, rows, sign, low, high, total):  # type: ignore[no-untyped-def]
     """total += Σ sign · row, in columns low:high alone."""
     for i in range(len(rows)):
         end = ptr[rows[i] + 1]
@@ -77,7 +87,7 @@ def _add_columns(ptr, index, value, rows, sign, low, high, total):  # type: igno
 
 
 @njit(nogil=True)
-def _add_dense(dense, rows, sign, total):  # type: ignore[no-untyped-def]
+def add_dense(dense, rows, sign, total):  # type: ignore[no-untyped-def]
     """total += Σ sign · row of the dense block."""
     for i in range(len(rows)):
         for k in range(dense.shape[1]):

@@ -5,7 +5,7 @@ rows most similar to the first centre rather than to the second are the first ha
 both repeat until the mean similarity of a row to its own centre rises by less than the tolerance. That mean times n is
 ‖Σ first‖ + ‖Σ second‖, block by block, so that the sums of the halves are all that is kept of the centres.
 
-Every start is the difference of two random rows; every other one is first turned towards the direction in which the rows
+Even starts are the difference of two random rows; odd ones are random scores turned towards the direction in which the rows
 differ most (power iteration): on planted clusters the first kind alone ends in a worse optimum too often.
 
 Dimension letters: n rows of the node, m columns that they use, D width of the dense block, S starts.
@@ -21,7 +21,7 @@ POWER = 8  # steps of the power iteration
 
 @njit(nogil=True)
 def split_node(  # type: ignore[no-untyped-def]
-    ptr, index, value, dense, rows, first, sample, sample_first, pairs, pairwise, tolerance, rounds, column_map
+    ptr, index, value, dense, rows, first, sample, sample_first, pairs, noise, pairwise, tolerance, rounds, column_map
 ):
     """Which rows of the node make the first half: bool [n], `first` of them.
 
@@ -29,22 +29,22 @@ def split_node(  # type: ignore[no-untyped-def]
         ptr, index, value: CSR of all labels; dense [L, D], D may be 0.
         rows: int64 [n], labels of the node.
         sample: int64, positions in `rows` among which the starts are tried; `sample_first` of them make its first half.
-        pairs: int64 [S, 2], positions in `sample`: the two first centres of each start.
+        pairs: int64 [S, 2], positions in `sample`: the two first centres of the even starts.
+        noise: fp32 [S, len(sample)], the first scores of the odd starts.
         pairwise: nodes of up to this many rows are split by their similarities, computed once.
         column_map: int32 [V] of −1; left as it was.
     """
-    local = compacted(ptr, index, value, rows, column_map)
+    local = _compacted(ptr, index, value, rows, column_map)
     near = dense[rows]
     if len(rows) <= pairwise:
-        return _split_by_similarities(local, near, first, pairs, tolerance, rounds)
-    direction, dense_direction = best_start(local, near, sample, sample_first, pairs, tolerance, rounds)
+        return _split_by_similarities(local, near, first, pairs, noise, tolerance, rounds)
+    direction, dense_direction = _best_start(local, near, sample, sample_first, pairs, noise, tolerance, rounds)
     everyone = np.arange(len(rows))
-    sums = _sums(local, near, everyone)
-    return _descend(local, near, everyone, sums, direction, dense_direction, first, tolerance, rounds)[1]
+    return _descend(local, near, everyone, direction, dense_direction, first, tolerance, rounds)[1]
 
 
 @njit(nogil=True)
-def compacted(ptr, index, value, rows, column_map):  # type: ignore[no-untyped-def]
+def _compacted(ptr, index, value, rows, column_map):  # type: ignore[no-untyped-def]
     """CSR of the given rows with the m columns that they use numbered anew: (ptr, index, value, columns int32 [m])."""
     local_ptr = np.zeros(len(rows) + 1, np.int64)
     for i in range(len(rows)):
@@ -66,41 +66,41 @@ def compacted(ptr, index, value, rows, column_map):  # type: ignore[no-untyped-d
 
 
 @njit(nogil=True)
-def best_start(local, near, sample, first, pairs, tolerance, rounds):  # type: ignore[no-untyped-def]
+def _best_start(local, near, sample, first, pairs, noise, tolerance, rounds):  # type: ignore[no-untyped-def]
     """The difference of the centres, float32 [m] and [D], after the best of the starts on the sample."""
     ptr, index, value, columns = local
     best, direction = -np.inf, np.zeros(len(columns), np.float32)
     dense_direction = np.zeros(near.shape[1], np.float32)
-    sums = _sums(local, near, sample)
     for start in range(len(pairs)):
         trial, dense_trial = np.zeros(len(columns), np.float32), np.zeros(near.shape[1], np.float32)
-        for half in range(2):
-            row, sign = sample[pairs[start, half]], np.float32(1 - 2 * half)
-            for j in range(ptr[row], ptr[row + 1]):
-                trial[index[j]] += sign * value[j]
-            for j in range(near.shape[1]):
-                dense_trial[j] += sign * near[row, j]
+        score = np.zeros(len(sample), np.float32)
+        if start % 2:
+            score[:] = noise[start]
+        else:
+            score[pairs[start, 0]], score[pairs[start, 1]] = 1, -1
+        _add(local, near, sample, score, trial, dense_trial)
         for _ in range(POWER * (start % 2)):
-            _power_step(local, near, sample, trial, dense_trial)
-        objective, _ = _descend(local, near, sample, sums, trial, dense_trial, first, tolerance, rounds)
+            _score_rows(0, len(sample), ptr, index, value, near, sample, trial, dense_trial, score)
+            _centre(score)
+            trial[:], dense_trial[:] = 0, 0
+            _add(local, near, sample, score, trial, dense_trial)
+        objective, _ = _descend(local, near, sample, trial, dense_trial, first, tolerance, rounds)
         if objective > best:
             best, direction, dense_direction = objective, trial, dense_trial
     return direction, dense_direction
 
 
 @njit(nogil=True)
-def _power_step(local, near, rows, direction, dense_direction):  # type: ignore[no-untyped-def]
-    """direction = Σ (score of a row - mean score) · row: towards the direction in which the rows differ most."""
+def _add(local, near, rows, factor, total, dense_total):  # type: ignore[no-untyped-def]
+    """total += Σ factor of a row · row, block by block."""
     ptr, index, value, columns = local
-    score = np.empty(len(rows), np.float32)
-    score_rows(0, len(rows), ptr, index, value, near, rows, direction, dense_direction, score)
-    _centre(score)
-    direction[:], dense_direction[:] = 0, 0
     for i in range(len(rows)):
+        if factor[i] == 0:
+            continue
         for j in range(ptr[rows[i]], ptr[rows[i] + 1]):
-            direction[index[j]] += score[i] * value[j]
+            total[index[j]] += factor[i] * value[j]
         for j in range(near.shape[1]):
-            dense_direction[j] += score[i] * near[rows[i], j]
+            dense_total[j] += factor[i] * near[rows[i], j]
 
 
 @njit(nogil=True)
@@ -118,41 +118,21 @@ def _centre(score):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def _sums(local, near, rows):  # type: ignore[no-untyped-def]
-    """Σ of some rows of a node, block by block."""
-    ptr, index, value, columns = local
-    whole, dense_whole = np.zeros(len(columns)), np.zeros(near.shape[1])
-    for row in rows:
-        for j in range(ptr[row], ptr[row + 1]):
-            whole[index[j]] += value[j]
-        for j in range(near.shape[1]):
-            dense_whole[j] += near[row, j]
-    return whole, dense_whole
-
-
-@njit(nogil=True)
-def _descend(local, near, rows, sums, direction, dense_direction, first, tolerance, rounds):  # type: ignore[no-untyped-def]
+def _descend(local, near, rows, direction, dense_direction, first, tolerance, rounds):  # type: ignore[no-untyped-def]
     """Runs 2-means on some rows of a node; returns (objective, is_first bool [len(rows)]) and leaves the last directions."""
     ptr, index, value, columns = local
-    whole, dense_whole = sums
     n, m, width = len(rows), len(columns), near.shape[1]
     is_first = np.zeros(n, np.bool_)
     score = np.empty(n, np.float32)
-    half, dense_half = np.zeros(m), np.zeros(width)
+    whole, dense_whole, half, dense_half = np.zeros(m), np.zeros(width), np.zeros(m), np.zeros(width)
+    _add(local, near, rows, np.ones(n), whole, dense_whole)
     before = -np.inf
     for _ in range(rounds):
-        score_rows(0, n, ptr, index, value, near, rows, direction, dense_direction, score)
-        chosen = highest(score, first)
-        for i in range(n):
-            if chosen[i] == is_first[i]:
-                continue
-            sign = 1.0 if chosen[i] else -1.0
-            for j in range(ptr[rows[i]], ptr[rows[i] + 1]):
-                half[index[j]] += sign * value[j]
-            for j in range(width):
-                dense_half[j] += sign * near[rows[i], j]
+        _score_rows(0, n, ptr, index, value, near, rows, direction, dense_direction, score)
+        chosen = _highest(score, first)
+        _add(local, near, rows, chosen * 1.0 - is_first * 1.0, half, dense_half)  # only rows that moved
         is_first = chosen
-        objective = new_direction(whole, half, direction) + new_direction(dense_whole, dense_half, dense_direction)
+        objective = _new_direction(whole, half, direction) + _new_direction(dense_whole, dense_half, dense_direction)
         if objective - before < tolerance * n:
             break
         before = objective
@@ -177,7 +157,7 @@ def _sparse_dot(begin, end, index, value, direction):  # type: ignore[no-untyped
 
 
 @njit(nogil=True)
-def highest(score, first):  # type: ignore[no-untyped-def]
+def _highest(score, first):  # type: ignore[no-untyped-def]
     """bool [n]: the `first` rows of highest score; of equal ones those that stand first."""
     chosen = np.zeros(len(score), np.bool_)
     least = np.partition(score, len(score) - first)[len(score) - first]
@@ -194,7 +174,7 @@ def highest(score, first):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def new_direction(whole, half, direction):  # type: ignore[no-untyped-def]
+def _new_direction(whole, half, direction):  # type: ignore[no-untyped-def]
     """Writes the difference of the two unit centres, fp32; returns ‖first‖ + ‖second‖ of the sums."""
     a = b = 0.0
     for j in range(len(whole)):
@@ -208,7 +188,7 @@ def new_direction(whole, half, direction):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def _split_by_similarities(local, near, first, pairs, tolerance, rounds):  # type: ignore[no-untyped-def]
+def _split_by_similarities(local, near, first, pairs, noise, tolerance, rounds):  # type: ignore[no-untyped-def]
     """The same iteration on the n × n similarities of a small node, from every start to its end."""
     ptr, index, value, columns = local
     n = len(ptr) - 1
@@ -236,6 +216,8 @@ def _split_by_similarities(local, near, first, pairs, tolerance, rounds):  # typ
         a, b = pairs[start, 0], pairs[start, 1]
         for k in range(n):
             score[k] = similar[a, k] - similar[b, k] + dense_similar[a, k] - dense_similar[b, k]
+        if start % 2:
+            score[:] = noise[start]
         for _ in range(POWER * (start % 2)):
             _centre(score)
             half[:] = 0
@@ -245,7 +227,7 @@ def _split_by_similarities(local, near, first, pairs, tolerance, rounds):  # typ
             score[:] = half
         before = -np.inf
         for _ in range(rounds):
-            chosen = highest(score, first)
+            chosen = _highest(score, first)
             half[:], dense_half[:] = 0, 0
             for i in range(n):
                 if chosen[i]:
@@ -282,7 +264,7 @@ def _add_scores(is_first, whole, half, score):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def score_rows(begin, end, ptr, index, value, dense, rows, direction, dense_direction, score):  # type: ignore[no-untyped-def]
+def _score_rows(begin, end, ptr, index, value, dense, rows, direction, dense_direction, score):  # type: ignore[no-untyped-def]
     """Similarity of the rows begin:end of a node to the first centre less that to the second."""
     for i in range(begin, end):
         row = rows[i]
@@ -290,3 +272,26 @@ def score_rows(begin, end, ptr, index, value, dense, rows, direction, dense_dire
         for k in range(dense.shape[1]):
             total += dense[row, k] * dense_direction[k]
         score[i] = total
+
+
+# Of the functions below and above, Python calls only those whose names have no underscore, and no loop calls these: numba
+# cannot take a function from its cache that it has met inside another cached one.
+
+
+@njit(nogil=True)
+def start_on_sample(  # type: ignore[no-untyped-def]
+    ptr, index, value, dense, rows, first, pairs, noise, tolerance, rounds, column_map, direction, dense_direction
+):
+    """Writes the best start of a sample of labels: the directions float32 [V] (zeros before) and [D]."""
+    local = _compacted(ptr, index, value, rows, column_map)
+    sample = np.arange(len(rows))
+    found, dense_direction[:] = _best_start(local, dense[rows], sample, first, pairs, noise, tolerance, rounds)
+    columns = local[3]
+    for i in range(len(columns)):
+        direction[columns[i]] = found[i]
+
+
+@njit(nogil=True)
+def score_some(begin, end, ptr, index, value, dense, rows, direction, dense_direction, score):  # type: ignore[no-untyped-def]
+    """`_score_rows` for Python."""
+    _score_rows(begin, end, ptr, index, value, dense, rows, direction, dense_direction, score)

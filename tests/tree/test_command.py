@@ -1,0 +1,223 @@
+"""`train/tree.py`: a dataset folder → a tree folder, made once for each content; what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "train"), str(ROOT / "tests" / "data")]
+
+import tree as command  # noqa: E402
+import tree_report  # noqa: E402
+from tiny_tokenizer import make_tokenizer  # noqa: E402
+from tree import Options, make  # noqa: E402
+from tree_inputs import LabelEncoder  # noqa: E402
+from xmlkernels.data.prepare import PrepareConfig, prepare  # noqa: E402
+from xmlkernels.errors import InputError  # noqa: E402
+from xmlkernels.nn.encoder import Encoder  # noqa: E402
+from xmlkernels.tree.label_tree import FILE, LabelTree  # noqa: E402
+
+LABELS, SUBJECTS = 24, 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Documents of four subjects, six labels each, the last of which no document has; its name is of its subject."""
+    base = tmp_path_factory.mktemp("tree")
+    make_tokenizer(base / "tokenizer")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 200), ("val", 40)):
+        texts, rows = [], []
+        for _ in range(count):
+            subject = int(random.integers(SUBJECTS))
+            labels = sorted(random.choice(5, 2, replace=False) * SUBJECTS + subject)
+            words = [f"w{subject * 20 + word}" for word in random.integers(0, 20, 8)] + [f"w{100 + label}" for label in labels]
+            texts.append(" ".join(words))
+            rows.append(" ".join(f"{label}:1" for label in labels))
+        (base / f"{split}.txt").write_text("\n".join(texts) + "\n")
+        (base / f"{split}_labels.txt").write_text(f"{count} {LABELS}\n" + "\n".join(rows) + "\n")
+    (base / "names.txt").write_text(
+        "".join(f"w{label % SUBJECTS * 20} w{label % SUBJECTS * 20 + 1}\n" for label in range(LABELS))
+    )
+    for name, keep in (("texts", True), ("tokens", False)):
+        config = PrepareConfig(
+            base / name, str(base / "tokenizer"), 16, keep_texts=keep, train_text=base / "train.txt",
+            train_labels=base / "train_labels.txt", validation_text=base / "val.txt",
+            validation_labels=base / "val_labels.txt", label_text=base / "names.txt",
+        )  # fmt: skip
+        prepare(config)
+    np.save(base / "vectors.npy", np.eye(SUBJECTS, dtype=np.float32)[np.arange(LABELS) % SUBJECTS])
+    yield base
+
+
+@pytest.fixture
+def options(folder: Path, tmp_path: Path) -> Options:
+    return Options(str(folder / "texts"), output=str(tmp_path / "tree"), depths=(2, 3), plot=False, visits=50)
+
+
+def by_subject(tree: LabelTree) -> bool:
+    """Whether the four clusters of the first level are the four subjects."""
+    subject = tree.order % SUBJECTS
+    return tree.sizes[0] == SUBJECTS and all(len(set(subject[tree.ancestors(0) == c])) == 1 for c in range(SUBJECTS))
+
+
+@pytest.mark.parametrize("source", ["texts", "tokens"])
+@pytest.mark.parametrize("graph", [True, False])
+def test_subjects_become_clusters(options: Options, folder: Path, source: str, graph: bool) -> None:
+    """Labels without documents too, by their names."""
+    tree = make(replace(options, dataset=str(folder / source), graph=graph))
+    assert by_subject(tree) and tree.sizes == (4, 8, LABELS)
+    manifest = json.loads((folder / source / "manifest.json").read_text())
+    tree.check_dataset(manifest["content_hash"], LABELS)
+    assert tree.settings["features"] == ("text" if source == "texts" else "tokens") and tree.settings["clusters"] == [4, 8]
+
+
+def test_what_the_folder_gets(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = make(replace(options, plot=True))
+    folder = Path(options.output)
+    assert sorted(path.name for path in folder.iterdir()) == ["report.json", "tree.png", FILE]
+    assert (folder / "tree.png").read_bytes()[:4] == b"\x89PNG"
+    facts = json.loads((folder / "report.json").read_text())
+    assert [level["clusters"] for level in facts["levels"]] == [4, 8] and facts["levels"][0]["recall"]["1"] > 0.9
+    assert set(facts["seconds"]) == {"features", "graph", "smoothing", "clusters", "report"}
+    assert LabelTree.load(folder).content_hash == tree.content_hash
+    out = capsys.readouterr().out
+    assert "level 0: 4 clusters of 6 to 6 labels" in out and "true children kept by the nearest 1: " in out
+
+
+def test_made_once_for_each_content(options: Options, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = make(options)
+    stamp = (Path(options.output) / FILE).stat().st_mtime_ns
+    capsys.readouterr()
+    # neither threads nor another way to say the same levels make another tree
+    assert make(replace(options, threads=1, depths=(9,), clusters=(4, 8))).content_hash == first.content_hash
+    assert "used again" in capsys.readouterr().out and (Path(options.output) / FILE).stat().st_mtime_ns == stamp
+    for other in (
+        replace(options, seed=1), replace(options, depths=(1, 3)), replace(options, dataset=str(folder / "tokens")),
+        replace(options, label_vectors=str(folder / "vectors.npy")), replace(options, graph=False),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="expected a tree made from these inputs and settings, got one made from others"):
+            make(other)
+    assert make(replace(options, depths=(1, 3), overwrite=True)).sizes == (2, 8, LABELS)
+
+
+def test_files_count_by_content(options: Options, folder: Path, tmp_path: Path) -> None:
+    vectors = tmp_path / "v.npy"
+    vectors.write_bytes((folder / "vectors.npy").read_bytes())
+    make(replace(options, label_vectors=str(folder / "vectors.npy")))
+    assert make(replace(options, label_vectors=str(vectors))) is not None
+    np.save(vectors, np.random.default_rng(0).normal(size=(LABELS, 3)))
+    with pytest.raises(InputError, match="got one made from others"):
+        make(replace(options, label_vectors=str(vectors)))
+
+
+def test_given_features_and_label_vectors(options: Options, folder: Path, tmp_path: Path) -> None:
+    given = scipy.sparse.csr_matrix(np.random.default_rng(0).random((200, 30), np.float32))
+    scipy.sparse.save_npz(tmp_path / "features.npz", given)
+    tree = make(replace(options, features=str(tmp_path / "features.npz"), clusters=(3, 5)))
+    assert tree.sizes == (3, 5, LABELS)
+    vectors = str(folder / "vectors.npy")
+    for number, more in enumerate(({"features": "none"}, {"features": "text"}, {"prune": 0.5})):
+        assert by_subject(make(replace(options, output=f"{options.output}{number}", label_vectors=vectors, **more)))  # type: ignore[arg-type]
+
+
+def test_label_texts_by_an_encoder(options: Options, folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "encoder"
+    make_tokenizer(source)
+    Encoder.tiny(204).model.save_pretrained(source)
+    encoder = LabelEncoder(str(source))
+    names = (folder / "names.txt").read_text().splitlines()
+    alone = np.concatenate([encoder.embed([name]) for name in names])
+    assert np.allclose(encoder.embed(names, batch=5), alone, atol=1e-5) and encoder.hash == LabelEncoder(str(source)).hash
+    tree = make(replace(options, features="none", label_text=str(source), clusters=(4,)))
+    assert by_subject(tree) and tree.settings["label_text"] == encoder.hash
+    Encoder.tiny(204, seed=1).model.save_pretrained(source)
+    assert LabelEncoder(str(source)).hash != encoder.hash
+
+
+def test_without_matplotlib(options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    make(replace(options, plot=True))
+    assert "no tree.png" in capsys.readouterr().out and not (Path(options.output) / "tree.png").exists()
+    assert tree_report.plot({"levels": []}, Path(options.output) / "x.png") is False
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"depths": ()}, "--depths: expected 1 to 4 levels"),
+        ({"depths": (1, 2, 3, 4, 5)}, "--depths: expected 1 to 4 levels"),
+        ({"depths": (3, 2)}, "--depths: expected levels from coarse to fine"),
+        ({"depths": (70,)}, "--depths: expected exponents from 0 to 62"),
+        ({"clusters": (0,)}, "--depths: expected levels from coarse to fine"),
+        ({"label_text": "a", "label_vectors": "b"}, "--label-vectors: expected one of label-text and label-vectors, got both"),
+        ({"features": "none"}, "--features none: expected label-text or label-vectors, got neither"),
+        ({"prune": 0.1}, "--prune: expected label-text or label-vectors, got neither"),
+        ({"keep": 0}, "--keep: expected 1 or more, got 0"),
+        ({"threads": -1}, "--threads: expected 0"),
+        ({"dataset": "missing"}, "missing: expected a dataset folder"),
+        ({"features": "missing.npz"}, "missing.npz: expected a file, got no file of that name"),
+        ({"label_vectors": "missing.npy"}, "missing.npy: expected a file"),
+        ({"restart": 2.0}, "restart: expected a probability"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(options: Options, change: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        make(replace(options, **change))
+    assert not Path(options.output).exists()
+
+
+def test_files_that_are_refused(options: Options, folder: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    bad.write_bytes(b"nothing")
+    with pytest.raises(InputError, match="expected a sparse matrix that scipy.sparse.save_npz wrote"):
+        make(replace(options, features=str(bad)))
+    with pytest.raises(InputError, match="expected an .npy of numbers"):
+        make(replace(options, label_vectors=str(bad)))
+    np.save(tmp_path / "short.npy", np.zeros((3, 2), np.float32))
+    with pytest.raises(InputError, match=r"expected floats \[24, width\], got float32 \[3, 2\]"):
+        make(replace(options, label_vectors=str(tmp_path / "short.npy")))
+    scipy.sparse.save_npz(tmp_path / "short.npz", scipy.sparse.csr_matrix((3, 2)))
+    with pytest.raises(InputError, match="expected 200 rows, one a training document, got 3"):
+        make(replace(options, features=str(tmp_path / "short.npz")))
+    with pytest.raises(InputError, match="expected the documents' texts, got no such file; prepare the data with --keep-texts"):
+        make(replace(options, dataset=str(folder / "tokens"), features="text"))
+
+
+def test_other_peoples_files_stay(options: Options, tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "mine").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="expected a free place or the folder of a label tree, got other files"):
+            make(replace(options, overwrite=overwrite))
+    with pytest.raises(InputError, match="got a file; choose another --output"):
+        make(replace(options, output=str(tmp_path / "tree" / "mine")))
+    (tmp_path / "tree" / "mine").unlink()
+    (tmp_path / "tree" / FILE).write_text("damaged")
+    with pytest.raises(InputError, match="make it again with --overwrite"):
+        make(options)
+    assert make(replace(options, overwrite=True)).sizes == (4, 8, LABELS)
+
+
+def test_from_the_command_line(folder: Path, tmp_path: Path) -> None:
+    words = [sys.executable, str(ROOT / "train" / "tree.py"), str(folder / "texts"), "--output", str(tmp_path / "t")]
+    done = subprocess.run(
+        [*words, "--clusters", "3", "7", "--no-plot", "--no-graph"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0 and "3 → 7 → 24, content" in done.stdout, done.stderr
+    done = subprocess.run([*words, "--depths", "1"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_the_folder_stands_beside_the_dataset() -> None:
+    assert command.Options("a/b/").folder == Path("a/b.tree")
