@@ -49,7 +49,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
     "bow-eurlex57k-titles": (
         "A bag of words on EURLEX57K titles; prepare the dataset folder with --keep-texts first. A minute on two cores.",
         replace(
-            _BOW, dataset="cache/eurlex57k-titles", output="runs/bow-eurlex57k-titles", bow_width=1024, encoder_lr=0.04,
+            _BOW, dataset="cache/eurlex57k-titles", output="runs/bow-eurlex57k-titles", bow_width=1024, table_lr=1e-3,
         ),
     ),
     "bow-debian-deps": (
