@@ -1,63 +1,82 @@
-"""What a cascade refuses, in one sentence each, what it tells, and what moves with it."""
+"""Settings of a cascade: what is refused before any work, and the table that maps CascadeXML's flags to them."""
+
+import re
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
-from cascade_common import make_batch, make_model, make_tree
+from train_runs import ROOT, Config, check
 
 from xmlkernels import InputError
-from xmlkernels.nn.encoder import Encoder
+
+from checks import OF_CASCADE  # isort: skip  # train_runs has put train/ on the path
+from checks import flag as flag_of  # isort: skip
+
+CASCADE = {"model": "cascade", "tree_depths": (3, 6)}
 
 
-def test_a_batch_without_levels_is_refused() -> None:
-    model = make_model(3)
-    batch = make_batch(model.tree, 3)
-    with pytest.raises(InputError, match="batch: expected positives of 2 cluster levels, got those of 1; make the batches"):
-        model.step(type(batch)(batch.inputs, batch.pos_row, batch.pos_sample, batch.levels[:1]))
+@pytest.mark.parametrize(
+    ("changes", "given", "expected"),
+    [
+        (
+            {"topk": (4,)},
+            (),
+            "--topk: expected 2 numbers, one for each level of clusters, as --tree-depths 3 6 has them, got 1",
+        ),
+        ({"tree_depths": (5,), "topk": (4, 4)}, (), "--topk: expected 1 number, one for each level"),
+        ({"topk": (4, 0)}, (), "--topk: expected numbers of 1 or more"),
+        ({"layers": ("1", "2")}, (), "--layers: expected 3 numbers, one for each level, labels included"),
+        (
+            {"layers": ("1", "2", "x")},
+            (),
+            "--layers: expected one or two layer numbers for each level, as 5,6 8 10 12, got 'x'",
+        ),
+        ({"layers": ("1", "2", "1,2,3")}, (), "--layers: expected one or two layer numbers"),
+        ({"embed_drops": (0.1, 0.1)}, (), "--embed-drops: expected 3 numbers"),
+        ({"embed_drops": (0.1, 0.1, 1.0)}, (), "--embed-drops: expected numbers from 0 to below 1"),
+        ({"embed_drops": (0.1, 0.1, float("nan"))}, (), "--embed-drops: expected a finite number"),
+        ({"rw_loss": (1.0,)}, (), "--rw-loss: expected 3 numbers"),
+        ({"rw_loss": (1.0, 1.0, -1.0)}, (), "--rw-loss: expected weights of 0 or more"),
+        ({"rw_loss": (0.0, 0.0, 0.0)}, (), "--rw-loss: expected a weight above 0"),
+        ({"tree_depths": ()}, (), "--tree-depths: expected one to four ascending exponents"),
+        ({"tree_depths": (6, 3)}, (), "--tree-depths: expected one to four ascending exponents"),
+        ({"tree_depths": (1, 2, 3, 4, 5)}, (), "--tree-depths: expected one to four"),
+        ({"tree": "x", "tree_depths": (3, 6)}, ("tree_depths",), "--tree: expected no --tree-depths beside it"),
+        ({"scheme": "best"}, (), "--scheme: expected one of auto, level, weighted, path"),
+        ({"schedule": "linear"}, (), "--schedule: expected one of three_phase, warmup_cosine"),
+        ({"schedule": "warmup_cosine"}, ("cooldown_epochs",), "--cooldown-epochs: expected --schedule three_phase"),
+        ({"head_lr_factor": 0.0}, (), "--head-lr-factor: expected more than 0"),
+        ({"ema": 1.5}, (), "--ema: expected from 0 to 1"),
+        ({"ema_start": 1.0}, (), "--ema-start: expected --ema beside it"),
+        ({"positives_bound": -1}, (), "--positives-bound: expected 0 or more"),
+        ({"accumulate": 0}, (), "--accumulate: expected 1 or more"),
+        ({"accumulate": 2, "micro_batch": 4}, (), "--accumulate: expected no --micro-batch beside it"),
+        ({"warmup_epochs": 1.0}, ("warmup",), "--warmup: expected no --warmup-epochs beside it"),
+        ({"freeze": -1}, (), "--freeze: expected 0 or more"),
+        ({"bottleneck": 8}, (), "--bottleneck: expected --model end_to_end"),
+        ({"kahan": True, "table": "bf16"}, (), "--kahan: expected --model end_to_end"),
+        ({"bias": True}, (), "--bias: expected --model end_to_end"),
+        ({}, ("table_lr",), "--table-lr: expected --model end_to_end"),
+        ({}, ("dropout",), "--dropout: expected --embed-drops, one for each level"),
+        ({}, ("momentum",), "--momentum: expected --table-optimizer sgd"),
+        ({"model": "end_to_end"}, ("topk",), "--topk: expected --model cascade, got --model end_to_end"),
+        ({"model": "end_to_end"}, ("tree",), "--tree: expected --model cascade"),
+    ],
+)
+def test_settings_of_a_cascade_are_refused(changes: dict[str, Any], given: tuple[str, ...], expected: str) -> None:
+    with pytest.raises(InputError) as told:
+        check(replace(Config(), **CASCADE | changes), given)
+    assert expected in str(told.value)
 
 
-def test_options_that_do_not_fit_are_refused() -> None:
-    for options, message in (
-        ({"topk": [3]}, "topk: expected 2 numbers, one for each cluster level, got 1"),
-        ({"topk": [3, 0]}, "topk: expected numbers of 1 or more, got 0"),
-        ({"drops": [0.1]}, "dropout of the heads: expected one number, or 3"),
-        ({"drops": 1.0}, "dropout of the heads: expected probabilities"),
-        ({"layers": [(1,), (2,)]}, "layers of the levels: expected 3 entries, one for each level, got 2"),
-        ({"layers": [(1,), (2,), (7,)]}, "expected layers from 0 to 4, those of this encoder, got layer 7; take a deeper"),
-        ({"scheme": "sum"}, "scheme: expected one of level, weighted, path, got 'sum'"),
-        ({"dtype": "fp4"}, "cascade table: dtype: expected one of .*fp4"),
-        ({"optimizer": "lamb"}, "cascade table: optimizer"),
-        ({"rw_loss": [1.0]}, "rw_loss: expected 3 weights"),
-        ({"schedule": "flat"}, "schedule: expected one of three_phase, warmup_cosine"),
-        ({"positives_bound": -1}, "positives_bound: expected 0 or more"),
-        ({"warmup": 101}, "schedule: expected .*warmup ≤ total"),
-    ):
-        with pytest.raises(InputError, match=message):
-            make_model(3, **options)
-
-
-def test_heads_of_another_tree_or_width_are_refused() -> None:
-    model = make_model(3)
-    with pytest.raises(InputError, match="cascade: expected heads of .* nodes, the sizes of the label tree"):
-        type(model)(model.encoder, model.heads, make_tree(3, labels=40))
-    wide = Encoder.tiny(60, layers=4, width=32)
-    with pytest.raises(InputError, match="cascade: expected heads of width 32, the encoder's, got 16"):
-        type(model)(wide, model.heads, model.tree)
-    narrow = Encoder.tiny(60, layers=4, width=16, bottleneck=16)
-    with pytest.raises(InputError, match="encoder of a cascade: expected no bottleneck"):
-        type(model)(narrow, model.heads, model.tree)
-
-
-def test_a_topk_beyond_the_clusters_is_clamped_and_told_once() -> None:
-    tree = make_tree(3)
-    with pytest.warns(
-        UserWarning, match="topk of level 0 is 99, but a sample has at most 4 candidates there; 4 are kept"
-    ) as told:
-        model = make_model(3, topk=[99, 2], tree=tree)
-        model.step(make_batch(tree, 3))
-        model.step(make_batch(tree, 3))
-    assert len(told) == 1 and model.heads.topk == (4, 2)
-
-
-def test_moving_a_model_moves_everything_that_a_step_reads() -> None:
-    model = make_model(3, ema=0.9).to("meta")
-    moved = [*model.buffers(), *model.parameters(), *model.scaler.tensors().values(), *model.average.means]
-    assert {t.device.type for t in moved} == {"meta"}
+def test_the_table_of_flags_names_real_ones() -> None:
+    """docs/cascade_flags.md: every flag of ours exists, and every field of a cascade stands there."""
+    ours = {f"--{field.name.replace('_', '-')}" for field in fields(Config)}
+    here = [
+        line.split("|")[2] for line in (ROOT / "docs" / "cascade_flags.md").read_text().splitlines() if line.startswith("| `")
+    ]
+    rows = [cell for cell in here if ".py" not in cell]
+    named = {word for cell in rows for word in re.findall(r"--[a-z][a-z-]+", cell)}
+    assert named and not named - ours
+    everywhere = (ROOT / "docs" / "cascade_flags.md").read_text()
+    assert not [flag for flag in map(flag_of, OF_CASCADE) if f"`{flag}" not in everywhere]

@@ -164,7 +164,7 @@ def test_a_dataset_of_bags_is_trained_and_says_that_it_cannot_read_texts(
 def test_a_cascade_on_a_dataset_of_bags(bags: Path, tmp_path: Path) -> None:
     """The tree is made of the same columns."""
     options = CASCADE | {"tree_depths": (1, 2), "topk": (2, 3), "epochs": 6, "cache": str(tmp_path / "cache"), "bow_width": 16}
-    report = run(cascade(bags, tmp_path / "run", Path(), **options | {"tree": ""}))
+    report = run(replace(cascade(bags, tmp_path / "run", Path(), **options), tree=""))
     assert report["test"]["P@1"] > 60 and [x["clusters"] for x in report["test"]["levels"]] == [2, 4]
 
 
@@ -176,6 +176,21 @@ def test_biases_that_start_at_frequencies(dataset: Path, tmp_path: Path) -> None
     assert np.allclose(torch.sigmoid(tensors["head.bias"]).numpy(), share, atol=1e-6)
     with pytest.raises(InputError, match="--frequency-bias: expected --bias beside it"):
         check(replace(Config(), frequency_bias=True))
+
+
+def test_rows_that_start_at_centroids(dataset: Path, tmp_path: Path) -> None:
+    """With rates of 0 words and rows stay as they began, and the nearest centroid finds most labels already."""
+    rates = {"table_lr": 0.0, "encoder_lr": 0.0, "epochs": 1, "table": "fp32", "bow_width": 64}
+    found = {}
+    for norm in (0.0, 0.5):
+        found[norm] = run(tiny(dataset, tmp_path / str(norm), **BOW | rates | {"centroid_norm": norm}))["test"]["P@1"]
+    tensors, _ = CheckpointFolder(tmp_path / "0.5" / "checkpoint").load("last")
+    assert torch.allclose(tensors["head.weight"].norm(dim=1), torch.tensor(0.5), atol=1e-5)
+    assert found[0.5] > 50 > found[0.0]
+    with pytest.raises(InputError, match="--centroid-norm: expected 0 or more"):
+        check(replace(Config(), centroid_norm=-1.0))
+    with pytest.raises(InputError, match="--centroid-norm: expected --model end_to_end"):
+        check(replace(Config(), model="cascade", centroid_norm=0.5))
 
 
 def test_a_checkpoint_beside_another_vocabulary_is_refused(finished: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from xmlkernels.nn.encoder import Encoder, default_autocast, load_ngame
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.nn.layer_recipe import default_layers
 from xmlkernels.planner import Table, plan, told
+from xmlkernels.predict import evaluation_batches
 from xmlkernels.tree.label_tree import LabelTree
 
 # CascadeXML's for three and four levels (README of its repository); for two and five, those levels of them that remain.
@@ -69,10 +70,6 @@ def _end_to_end(config: Config, dataset: Dataset, encoder: nn.Module, steps: int
         state_dtype=config.state, decay=config.table_decay, decoupled=config.decoupled, kahan=config.kahan,
         skip_units=config.skip_tiles, seed=config.seed,
     )  # fmt: skip
-    if config.frequency_bias:
-        labels = dataset.splits["train"].labels
-        counts = np.bincount(labels.indices, minlength=labels.shape[1])
-        head.start_at_frequencies(torch.from_numpy(counts), labels.shape[0])
     training = Training(
         config.encoder_lr, config.table_lr, config.encoder_decay, warmup_steps(config, epoch), steps, config.clip,
         _micro_batch(config),
@@ -115,6 +112,20 @@ def _cascade(
         reference_loss=config.reference_loss,
     )  # fmt: skip
     return Cascade(encoder, heads, tree, training)
+
+
+def start_table(config: Config, dataset: Dataset, inputs: Inputs, model: Model) -> None:
+    """Puts the label table where the configuration wants it at the start of a run: at frequencies, at centroids."""
+    if not isinstance(model, EndToEnd):
+        return
+    train = dataset.splits["train"]
+    if config.frequency_bias:
+        counts = np.bincount(train.labels.indices, minlength=dataset.num_labels)
+        model.head.start_at_frequencies(torch.from_numpy(counts).to(model.device), train.labels.shape[0])
+    if config.centroid_norm:
+        batches = (pair[0] for pair in evaluation_batches(model, train, config.evaluate_batch, inputs))
+        vectors = ((model.embed(batch), batch.pos_row, batch.pos_sample) for batch in batches)
+        model.head.start_at_centroids(vectors, config.centroid_norm)
 
 
 def build_encoder(config: Config, dataset: Dataset, device: torch.device) -> nn.Module:

@@ -13,7 +13,10 @@ OF_CASCADE = (
     "tree", "tree_depths", "topk", "layers", "embed_drops", "rw_loss", "scheme", "positives_bound", "reference_loss",
     "head_lr_factor", "schedule", "cooldown_epochs", "ema", "ema_start",
 )  # fmt: skip
-_FULL_TABLE = ("bottleneck", "bias", "frequency_bias", "table_lr", "table_decay", "decoupled", "kahan", "skip_tiles")
+_FULL_TABLE = (
+    "bottleneck", "bias", "frequency_bias", "centroid_norm", "table_lr", "table_decay", "decoupled", "kahan", "skip_tiles",
+)  # fmt: skip
+_OFF = ("bottleneck", "bias", "frequency_bias", "centroid_norm", "decoupled", "kahan", "skip_tiles")  # off by default
 _BOW = ("bow_width", "ngrams", "min_df", "max_features", "word_dropout", "word_std")
 _TRANSFORMER = (
     "pooling", "bottleneck", "precision", "compile", "init_state", "init_prefix", "freeze", "layers", "micro_batch",
@@ -95,7 +98,7 @@ def _ranges(config: Config) -> Iterator[tuple[bool, str, str, str]]:
     for name in (
         "micro_batch", "save_every", "loss_every", "warmup", "clip", "documents", "threads", "bottleneck", "encoder_lr",
         "table_lr", "encoder_decay", "table_decay", "freeze", "max_features", "positives_bound", "warmup_epochs",
-        "cooldown_epochs", "ema_start", "skip_tiles",
+        "cooldown_epochs", "ema_start", "centroid_norm", "skip_tiles",
     ):  # fmt: skip
         yield getattr(config, name) >= 0, name, "0 or more", "choose 0 to switch it off"
     for name in ("dropout", "momentum", "word_dropout"):
@@ -147,9 +150,7 @@ def _of_another(config: Config, given: Collection[str]) -> Iterator[tuple[bool, 
         yield not bow and name in given, flag(name), "--encoder bow", f"--encoder {config.encoder}"
     told = "--model cascade, which has no such part"
     for name in _FULL_TABLE:
-        set_so = name in given or (
-            name in ("bottleneck", "bias", "frequency_bias", "decoupled", "kahan") and bool(getattr(config, name))
-        )
+        set_so = name in given or (name in _OFF and bool(getattr(config, name)))
         yield cascade and set_so, flag(name), "--model end_to_end", told
     yield cascade and not bow and "dropout" in given, "--dropout", "--embed-drops, one for each level", "--model cascade"
     for name in _TRANSFORMER:

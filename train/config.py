@@ -108,6 +108,9 @@ class Config:
     """One fp32 bias per label; off in Renee. A table with one cannot serve a maximum-inner-product index."""
     frequency_bias: bool = False
     """Start each bias at its label's frequency; with Adam the first steps are else spent on learning that labels are rare."""
+    centroid_norm: float = 0.0
+    """Start each row as a vector of this length from the mean of all documents to that of its label's; 0 draws it. It helps
+    labels of few documents, and needs an encoder whose first vectors say something: a bag of words, or a trained one."""
     table_optimizer: Literal["auto", "sgd", "adam"] = "auto"
     """auto: sgd end to end, adam in a cascade (there with one second moment for a row)."""
     momentum: float = 0.9

@@ -11,9 +11,9 @@ _CASCADE = replace(
     embed_drops=(0.2, 0.2, 0.3), top_k=20,
 )  # fmt: skip
 _BOW = replace(
-    _BASE, encoder="bow", bow_width=512, min_df=2, dropout=0.4, encoder_lr=0.04, encoder_decay=0.0, table_optimizer="adam",
-    table_lr=2e-3, table_decay=0.0, bias=True, frequency_bias=True, epochs=6, batch=256, warmup_epochs=0.3, loss_every=10,
-    log_every=100, save_every=0,
+    _BASE, encoder="bow", bow_width=512, min_df=2, dropout=0.5, encoder_lr=0.03, encoder_decay=0.0, table="bf16",
+    table_optimizer="adam", table_lr=1.5e-3, table_decay=0.0, bias=True, frequency_bias=True, centroid_norm=0.5, epochs=6,
+    batch=256, warmup_epochs=0.3, loss_every=10, log_every=100, save_every=0,
 )  # fmt: skip
 
 RECIPES: dict[str, tuple[str, Config]] = {
@@ -48,11 +48,13 @@ RECIPES: dict[str, tuple[str, Config]] = {
     ),
     "bow-eurlex57k-titles": (
         "A bag of words on EURLEX57K titles; prepare the dataset folder with --keep-texts first. A minute on two cores.",
-        replace(_BOW, dataset="cache/eurlex57k-titles", output="runs/bow-eurlex57k-titles"),
+        replace(
+            _BOW, dataset="cache/eurlex57k-titles", output="runs/bow-eurlex57k-titles", bow_width=1024, table_lr=1e-3,
+        ),
     ),
     "bow-debian-deps": (
         "A bag of words on debian-deps; prepare the dataset folder with --keep-texts first.",
-        replace(_BOW, dataset="cache/debian-deps", output="runs/bow-debian-deps"),
+        replace(_BOW, dataset="cache/debian-deps", output="runs/bow-debian-deps", label_text=True),
     ),
     "cascade-tiny": (
         "A cascade of three levels on a small random encoder and a small part of the built-in corpus: seconds.",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from build import build_model, warmup_steps
+from build import build_model, start_table, warmup_steps
 from config import Config, resolved_device
 from facts import Clock, commit, differences, environment
 from output import RunFolder, write_json
@@ -66,6 +66,7 @@ class Session:
         if self.folder.resumable:
             self._resume()
         else:
+            start_table(config, self.dataset, self.inputs, self.model)
             self.folder.begin(self.dataset, self.inputs, self.tree)
         self._introduce()
 

@@ -61,7 +61,9 @@ def open_inputs(config: Config, dataset: Dataset) -> Inputs:
         return BowInputs(dataset, None)
     if bow:
         most = config.max_features or None
-        return BowInputs.fitted(dataset, Vectorizer(longest=config.ngrams, min_df=config.min_df, max_features=most))
+        found = BowInputs.fitted(dataset, Vectorizer(longest=config.ngrams, min_df=config.min_df, max_features=most))
+        say(f"vocabulary: {found.vocabulary:,} terms of 1 to {config.ngrams} words, each in {config.min_df} documents or more")
+        return found
     return TokenInputs(dataset, load_tokenizer(dataset.tokenizer_folder), dataset.max_length)
 
 
@@ -78,11 +80,15 @@ def open_tree(config: Config, dataset: Dataset) -> LabelTree | None:
         tree.check_dataset(dataset.content_hash, dataset.num_labels)
         check_levels(config, tree.levels, f"as the tree {config.tree} has them")
         return tree
-    folder = f"{dataset.content_hash[:16]}-{'-'.join(map(str, config.tree_depths))}-{config.seed}"
+    place = f"{dataset.content_hash[:16]}-{'-'.join(map(str, config.tree_depths))}-{config.seed}"
+    folder = Path(config.cache) / "trees" / place
+    if not folder.exists():
+        clusters = ", ".join(f"{2**depth:,}" for depth in config.tree_depths)
+        say(f"label tree of {clusters} clusters, made on first use as train/tree.py does:")
     # A tree of this name made by another version is only a cache: replace it.
     return make_tree(
         TreeOptions(
-            str(dataset.folder), str(Path(config.cache) / "trees" / folder), depths=config.tree_depths, seed=config.seed,
+            str(dataset.folder), str(folder), depths=config.tree_depths, seed=config.seed,
             features=str(dataset.splits["train"].folder / FEATURES) if dataset.vocabulary else "auto",
             plot=False, overwrite=True,
         )
