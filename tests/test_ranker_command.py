@@ -80,7 +80,7 @@ def test_predictions_are_what_the_saved_ranker_gives(
     assert (shortlist != score_matrix(*predict_split(Predictor.load(finished).model, test, 12), LABELS)).nnz == 0
     tfidf = Vectorizer.load(output / "vectorizer").transform(test.texts)
     scores = Reranker.load(output / "ranker.safetensors").rerank(
-        shortlist, np.load(output / "inputs" / "embedding_test.npy"), tfidf
+        shortlist, np.load(output / "inputs" / "embeddings_test.npy"), tfidf
     )
     rows = best(scores, test.filter_pairs, 8)[1]
     found = read_npz(output / "predictions.npz", rows=len(test), cols=LABELS)
