@@ -168,7 +168,9 @@ def test_without_pairs() -> None:
         ({"one_vs_all": True, "max_features": -1}, "--max-features: expected 0 or more"),
         ({"one_vs_all": True, "share": 2.0}, "--share: expected a number from 0 to 1, got 2.0"),
         ({"one_vs_all": True, "cost": -1.0}, "cost: expected a finite number above 0"),
+        ({"one_vs_all": True, "train_text": "nowhere.txt"}, r"nowhere\.txt: expected a file"),
         ({"checkpoint": "nowhere"}, "nowhere"),
+        ({"tree": "nowhere"}, "nowhere: expected a label tree"),
     ],
 )
 def test_options_that_cannot_be_used(folder: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
