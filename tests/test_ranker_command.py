@@ -80,7 +80,7 @@ def test_predictions_are_what_the_saved_ranker_gives(
     assert (shortlist != score_matrix(*predict_split(Predictor.load(finished).model, test, 12), LABELS)).nnz == 0
     tfidf = Vectorizer.load(output / "vectorizer").transform(test.texts)
     scores = Reranker.load(output / "ranker.safetensors").rerank(
-        shortlist, np.load(output / "inputs" / "embedding_test.npy"), tfidf
+        shortlist, np.load(output / "inputs" / "embeddings_test.npy"), tfidf
     )
     rows = best(scores, test.filter_pairs, 8)[1]
     found = read_npz(output / "predictions.npz", rows=len(test), cols=LABELS)
@@ -168,7 +168,9 @@ def test_without_pairs() -> None:
         ({"one_vs_all": True, "max_features": -1}, "--max-features: expected 0 or more"),
         ({"one_vs_all": True, "share": 2.0}, "--share: expected a number from 0 to 1, got 2.0"),
         ({"one_vs_all": True, "cost": -1.0}, "cost: expected a finite number above 0"),
+        ({"one_vs_all": True, "train_text": "nowhere.txt"}, r"nowhere\.txt: expected a file"),
         ({"checkpoint": "nowhere"}, "nowhere"),
+        ({"tree": "nowhere"}, "nowhere: expected a label tree"),
     ],
 )
 def test_options_that_cannot_be_used(folder: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

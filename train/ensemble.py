@@ -202,7 +202,8 @@ def main() -> None:
     options = tyro.cli(Options, prog="train/ensemble.py", description=__doc__, config=(tyro.conf.PositionalRequiredArgs,))
     measured = run(options)
     title = f"{options.dataset}, {options.split}"
-    shown = {Path(name).name if len(name) > 40 else name: metrics for name, metrics in measured.items()}
+    # Score files of runs are all called predictions.npz: the folder tells them apart.
+    shown = {"/".join(Path(name).parts[-2:]): metrics for name, metrics in measured.items()}
     shown = shown if len(shown) == len(measured) else measured
     print_comparison(title, shown, ("P", "nDCG", "R"))
     print_comparison(f"{title}, by propensity", shown, ("PSP", "PSnDCG"))

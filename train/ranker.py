@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from ranker_inputs import Documents, model_inputs, read_features, vectorize, wit
 from report import command, print_comparison, say
 from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.files import check_file
 from xmlkernels.data.formats import write_npz
 from xmlkernels.metrics import candidates_needed, evaluate, inverse_propensity
 from xmlkernels.predict import score_matrix
@@ -130,12 +131,21 @@ def check(options: Options) -> None:
             raise InputError(f"--{name.replace('_', '-')}", "0 or more", str(getattr(options, name)), "leave it out")
     if options.share is not None and not (math.isfinite(options.share) and 0 <= options.share <= 1):
         raise InputError("--share", "a number from 0 to 1", str(options.share), "leave it out to choose it on validation")
+    for path in filter(None, texts):
+        check_file(path)
+    settings_of(options)
+
+
+def settings_of(options: Options) -> Settings:
+    """The ranker's own settings; InputError where one is out of range."""
+    return Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
 
 
 def train(options: Options) -> dict[str, Any]:
     """Trains and measures the ranker; returns what metrics.json holds."""
     check(options)
     dataset, folder = opened(options), Path(options.output)
+    tree = opened_tree(options.tree, dataset) if options.tree else None
     folder.mkdir(parents=True, exist_ok=True)
     clock = Seconds()
     documents = {name: Documents(split) for name, split in dataset.splits.items()}
@@ -148,15 +158,14 @@ def train(options: Options) -> dict[str, Any]:
     weights = {name: getattr(options, name) for name in ("embedding_weight", "tfidf_weight")}
     for part in documents.values():
         part.features = Features.join(part.embedding if options.embedding else None, part.tfidf, **weights)
-    if options.tree:
+    if tree is not None:
         with clock.on("clusters"):
-            match(options, dataset, documents, folder / "clusters")
-    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
+            match(options, tree, documents, folder / "clusters")
     first = documents["train"]
     listed = None if first.shortlist is None else without_pairs(first.shortlist, first.split.filter_pairs)
     with clock.on("ranker"):
         facts = {"dataset": dataset.content_hash, "options": asdict(options)}
-        ranker = fit(first.features, first.split.labels, listed, settings, threads=options.threads, facts=facts)
+        ranker = fit(first.features, first.split.labels, listed, settings_of(options), threads=options.threads, facts=facts)
     say(f"{ranker.sparse.nnz / dataset.num_labels:,.0f} TF-IDF weights a label are left of {ranker.sparse.shape[1]:,}")
     share = 1.0 if options.one_vs_all or options.share is None else options.share
     reranker = Reranker(ranker, share, options.blend, **weights)
@@ -197,12 +206,17 @@ def load_tfidf(options: Options, dataset: Dataset, documents: dict[str, Document
         part.tfidf = found[name]
 
 
-def match(options: Options, dataset: Dataset, documents: dict[str, Documents], folder: Path) -> None:
-    """Shortlists of every split from linear classifiers of the tree's clusters."""
-    tree = LabelTree.load(options.tree)
+def opened_tree(path: str, dataset: Dataset) -> LabelTree:
+    """A label tree of this dataset; InputError where it is another's."""
+    tree = LabelTree.load(path)
     tree.check_dataset(dataset.content_hash, dataset.num_labels)
+    return tree
+
+
+def match(options: Options, tree: LabelTree, documents: dict[str, Documents], folder: Path) -> None:
+    """Shortlists of every split from linear classifiers of the tree's clusters."""
     clusters = [tree.ancestors(level)[tree.place] for level in range(tree.levels - 1)]
-    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)} | {"negatives": 0})
+    settings = replace(settings_of(options), negatives=0)
     first = documents["train"]
     matcher = ClusterMatcher.fit(
         first.features, first.split.labels, clusters, beam=options.beam, settings=settings, threads=options.threads

@@ -101,7 +101,7 @@ def model_inputs(checkpoint: str, dataset: Dataset, documents: dict[str, Documen
     told = folder / "inputs.json"
     if told.exists() and read_json(told) == key:
         for name, part in documents.items():
-            part.embedding = np.load(folder / f"embedding_{name}.npy", allow_pickle=False)
+            part.embedding = np.load(folder / f"embeddings_{name}.npy", allow_pickle=False)
             part.shortlist = read_npz(folder / f"shortlist_{name}.npz", rows=len(part.split), cols=dataset.num_labels)
         say(f"embeddings and shortlists of this checkpoint are taken from {folder}/")
         return
@@ -114,7 +114,7 @@ def model_inputs(checkpoint: str, dataset: Dataset, documents: dict[str, Documen
     for name, part in documents.items():
         part.embedding = _embedded(model, part.split)
         part.shortlist = score_matrix(*predict_split(model, part.split, k), dataset.num_labels)
-        with replacing(folder / f"embedding_{name}.npy") as file:
+        with replacing(folder / f"embeddings_{name}.npy") as file:
             np.save(file, part.embedding)
         write_npz(folder / f"shortlist_{name}.npz", part.shortlist)
         say(f"{name}: {len(part.split):,} documents embedded")

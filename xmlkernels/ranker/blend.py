@@ -20,7 +20,8 @@ from xmlkernels.ranker.linear import LinearRanker
 
 _PAIRS = 1 << 23  # pairs (document, label) scored at one time
 SHARES = tuple(round(0.05 * step, 2) for step in range(21))
-HOW = ("log_odds", "product")
+How = Literal["log_odds", "product"]
+HOW: tuple[How, ...] = ("log_odds", "product")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Reranker:
 
     ranker: LinearRanker
     share: float = 0.5
-    how: Literal["log_odds", "product"] = "log_odds"
+    how: How = "log_odds"
     embedding_weight: float = 1.0
     tfidf_weight: float = 1.0
 
@@ -119,7 +120,7 @@ def choose_share(
     filter_pairs: np.ndarray,
     *,
     by: tuple[str, ...] = ("P@1", "P@3", "P@5"),
-) -> tuple[Reranker, dict[tuple[str, float], dict[str, float]]]:
+) -> tuple[Reranker, dict[tuple[How, float], dict[str, float]]]:
     """The kind of blend and the share with the best mean of some metrics on held-out documents; of equals the first tried.
 
     Args:
@@ -132,7 +133,7 @@ def choose_share(
     Returns:
         The reranker with them, and the metrics of everything that was tried, by (kind, share).
     """
-    tried = {}
+    tried: dict[tuple[How, float], dict[str, float]] = {}
     for how in HOW:
         for share in SHARES:
             scores = replace(reranker, share=share, how=how).mix(logits, margins)

@@ -5,7 +5,8 @@ Letters: N documents, D dense columns, V sparse columns, n labels of a block, m 
 The classifier of a label minimises ½‖w‖² + Σ cost_i · loss(y_i · w·x_i) over its documents, with a constant feature for the
 bias (so the bias is regularised too). A label's result depends on its own documents and the seed alone: neither on the
 threads nor on the labels beside it. The loops hold no lock of the interpreter; who calls them spreads them over threads, for
-numba's own parallel transform takes far longer to compile.
+numba's own parallel transform takes far longer to compile. They are compiled at the first call of a process (some seconds):
+numba's cache on disk would be looked for, and made, at import.
 
 Sources: Hsieh, Chang, Lin, Keerthi & Sundararajan, "A Dual Coordinate Descent Method for Large-scale Linear SVM" (ICML
 2008), algorithm 3 (random order, shrinking), squared hinge; Yu, Huang & Lin, "Dual coordinate descent methods for logistic
@@ -24,7 +25,7 @@ _FAST = {"reassoc", "contract"}
 _INNER = 0.1  # a Newton step past the border goes this share of the way to it (Yu et al.)
 
 
-@numba.njit(cache=True, fastmath=_FAST)
+@numba.njit(fastmath=_FAST)
 def dot(i: int, dense: np.ndarray, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, u: np.ndarray) -> np.float32:
     """Document i times the weights u [D + V]."""
     width = dense.shape[1]
@@ -36,7 +37,7 @@ def dot(i: int, dense: np.ndarray, indptr: np.ndarray, indices: np.ndarray, data
     return total
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _add(
     i: int, times: float, dense: np.ndarray, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, u: np.ndarray
 ) -> None:
@@ -49,7 +50,7 @@ def _add(
         u[width + indices[p]] += scale * data[p]
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _below(state: np.ndarray, bound: int) -> np.int64:
     """A number from 0 to bound - 1; splitmix64, whose remainder is even enough for an order of visits."""
     state[0] += np.uint64(0x9E3779B97F4A7C15)
@@ -59,14 +60,14 @@ def _below(state: np.ndarray, bound: int) -> np.int64:
     return np.int64((z ^ (z >> np.uint64(31))) % np.uint64(bound))
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _shuffle(order: np.ndarray, count: int, state: np.ndarray) -> None:
     for last in range(count - 1, 0, -1):
         place = _below(state, last + 1)
         order[last], order[place] = order[place], order[last]
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _listed(
     listed: np.ndarray, positive: np.ndarray, negatives: int, n: int, state: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -83,7 +84,7 @@ def _listed(
     return docs, y
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _squared_hinge(docs, y, cost, squares, x, bias, tolerance, epochs, state, u):  # type: ignore[no-untyped-def]
     """Algorithm 3 of Hsieh et al. with D_ii = 1/(2·cost_i); returns the bias weight and the passes made."""
     dense, indptr, indices, data = x
@@ -122,7 +123,7 @@ def _squared_hinge(docs, y, cost, squares, x, bias, tolerance, epochs, state, u)
     return constant, epochs
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _logistic(docs, y, cost, squares, x, bias, tolerance, epochs, state, u):  # type: ignore[no-untyped-def]
     """Algorithm 5 of Yu et al.: alpha and cost - alpha are both kept, so that neither loses its digits near 0."""
     dense, indptr, indices, data = x
@@ -167,7 +168,7 @@ def _logistic(docs, y, cost, squares, x, bias, tolerance, epochs, state, u):  # 
     return constant, epochs
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(nogil=True)
 def solve(begin, end, labels, lists, positives, squares, x, how, seed, block, constant, passes):  # type: ignore[no-untyped-def]
     """Trains labels[begin:end]; fills their rows of block float32 [n, D + V] (zeros before), constant and passes [n].
 
@@ -201,7 +202,7 @@ def solve(begin, end, labels, lists, positives, squares, x, how, seed, block, co
             constant[b], passes[b] = _squared_hinge(docs, y, costs, squares, x, bias, tolerance, epochs, state, block[b])
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(nogil=True)
 def keep(begin: int, end: int, block: np.ndarray, width: int, threshold: float, kept: np.ndarray, columns: np.ndarray) -> None:
     """Moves the sparse weights above the threshold (in size) of rows begin to end of block [n, D + V] to the front.
 
@@ -219,7 +220,7 @@ def keep(begin: int, end: int, block: np.ndarray, width: int, threshold: float, 
         kept[b] = count
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(nogil=True)
 def score(begin, end, weights, constant, x, pairs, out):  # type: ignore[no-untyped-def]
     """out[p] = w_label · x_document + constant_label for every listed pair of labels begin to end.
 
