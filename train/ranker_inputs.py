@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.sparse import csr_matrix
 
 from config import resolved_device
@@ -19,8 +18,7 @@ from xmlkernels.data.bow import Vectorizer
 from xmlkernels.data.dataset import Dataset, Split
 from xmlkernels.data.files import replacing
 from xmlkernels.data.formats import iter_lines, read_npz, write_npz
-from xmlkernels.data.loader import Batches
-from xmlkernels.predict import Predictor, predict_split, score_matrix
+from xmlkernels.predict import Predictor, embed_split, predict_split, score_matrix
 from xmlkernels.ranker.features import Features
 
 NONE = Features(np.zeros((0, 0), np.float32), csr_matrix((0, 0), dtype=np.float32))
@@ -105,30 +103,21 @@ def model_inputs(checkpoint: str, dataset: Dataset, documents: dict[str, Documen
             part.shortlist = read_npz(folder / f"shortlist_{name}.npz", rows=len(part.split), cols=dataset.num_labels)
         say(f"embeddings and shortlists of this checkpoint are taken from {folder}/")
         return
-    model = Predictor.load(checkpoint, device=resolved_device(device)).model
-    if model.head.labels != dataset.num_labels:
-        got = f"one of {model.head.labels}"
+    predictor = Predictor.load(checkpoint, device=resolved_device(device))
+    model, inputs = predictor.model, predictor.inputs
+    if model.labels != dataset.num_labels:
+        got = f"one of {model.labels}"
         raise InputError("--checkpoint", f"a model of {dataset.num_labels} labels, as the dataset has", got, "name its dataset")
     folder.mkdir(parents=True, exist_ok=True)
     told.unlink(missing_ok=True)
     for name, part in documents.items():
-        part.embedding = _embedded(model, part.split)
-        part.shortlist = score_matrix(*predict_split(model, part.split, k), dataset.num_labels)
+        part.embedding = embed_split(model, part.split, inputs=inputs)
+        part.shortlist = score_matrix(*predict_split(model, part.split, k, inputs=inputs), dataset.num_labels)
         with replacing(folder / f"embeddings_{name}.npy") as file:
             np.save(file, part.embedding)
         write_npz(folder / f"shortlist_{name}.npz", part.shortlist)
         say(f"{name}: {len(part.split):,} documents embedded")
     write_json(told, key)
-
-
-@torch.no_grad()
-def _embedded(model: Any, split: Split) -> np.ndarray:
-    """What the label table meets of each document, float32 [N, D]."""
-    rows = np.empty((len(split), model.encoder.width), np.float32)
-    for batch in Batches(split, 256, shuffle=False).epoch(0):
-        there = batch.to(model.head.weight.device)
-        rows[batch.index] = model.encoder(there.input_ids, there.attention_mask).float().cpu().numpy()
-    return rows
 
 
 def _identity(checkpoint: str) -> str:
