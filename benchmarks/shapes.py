@@ -80,6 +80,13 @@ SMALL_GPU_SHAPES: dict[str, tuple[Shape, ...]] = {
 """In place of the shapes above on a card that they do not fit."""
 
 
+def tiny(shape: Shape) -> Shape:
+    """A shape of few numbers with the same cases: those of a cascade go by the name, those of one cluster of all rows by K."""
+    if shape.K == 1 and shape.S == shape.L:
+        return Shape(shape.name, 2, 8, 8, S=8, K=1)
+    return Shape(shape.name, 2, 8, 8, shape.S and 2, shape.K and 2)
+
+
 def for_card(op: str) -> tuple[Shape, ...]:
     """Every shape that a card may be asked for: its own, the small ones, and for an op without either those of the CPU."""
     return (*GPU_SHAPES.get(op, ()), *SMALL_GPU_SHAPES.get(op, ())) or SHAPES.get(op, ())
