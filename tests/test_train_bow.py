@@ -91,7 +91,7 @@ class Stopped(Exception):
 
 def test_under_a_cascade_with_label_texts(dataset: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Words of the label names are documents too; stopped and resumed it ends as the whole run does."""
-    options = CASCADE | {"label_text": True, "epochs": 4, "word_dropout": 0.1, "save_every": 5}
+    options = CASCADE | {"label_text": True, "epochs": 4, "word_dropout": 0.1, "bow_activation": "none", "save_every": 5}
     report = run(cascade(dataset, tmp_path / "whole", tree, **options))
     assert report["test"]["P@1"] > 30 and len(report["test"]["levels"]) == 2
     log = session.Session.log_progress
@@ -107,7 +107,8 @@ def test_under_a_cascade_with_label_texts(dataset: Path, tree: Path, tmp_path: P
     run(cascade(dataset, tmp_path / "parts", tree, **options, resume=True))
     assert weights(tmp_path / "parts", "last") == weights(tmp_path / "whole", "last")
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
-    assert len(next(Predictor.load(tmp_path / "parts").predict(["w0 w1"], 3))) == 3
+    served = Predictor.load(tmp_path / "parts")
+    assert served.model.encoder.activation == "none" and len(next(served.predict(["w0 w1"], 3))) == 3
 
 
 def test_a_dataset_without_texts_is_refused(tmp_path: Path) -> None:
@@ -217,6 +218,7 @@ def test_a_checkpoint_beside_another_vocabulary_is_refused(finished: Path, tmp_p
         ({"max_features": -1}, (), "--max-features: expected 0 or more"),
         ({"word_dropout": 1.0}, (), "--word-dropout: expected from 0 to below 1"),
         ({"word_std": 0.0}, (), "--word-std: expected more than 0"),
+        ({"bow_activation": "gelu"}, (), "--bow-activation: expected one of relu, none"),
         ({"encoder": "tiny"}, ("bow_width",), "--bow-width: expected --encoder bow, got --encoder tiny"),
     ],
 )

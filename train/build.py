@@ -49,7 +49,8 @@ def build_model(
     if isinstance(inputs, BowInputs):
         encoder: nn.Module = BowEncoder(
             inputs.vocabulary, config.bow_width, dropout=config.dropout, word_dropout=config.word_dropout,
-            optimizer="adam", decay=config.encoder_decay, std=config.word_std, seed=config.seed,
+            activation=config.bow_activation, optimizer="adam", decay=config.encoder_decay, std=config.word_std,
+            seed=config.seed,
         )  # fmt: skip
     else:
         encoder = build_encoder(config, dataset, device)

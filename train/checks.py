@@ -17,7 +17,7 @@ _FULL_TABLE = (
     "bottleneck", "bias", "frequency_bias", "centroid_norm", "table_lr", "table_decay", "decoupled", "kahan", "skip_tiles",
 )  # fmt: skip
 _OFF = ("bottleneck", "bias", "frequency_bias", "centroid_norm", "decoupled", "kahan", "skip_tiles")  # off by default
-_BOW = ("bow_width", "ngrams", "min_df", "max_features", "word_dropout", "word_std")
+_BOW = ("bow_width", "bow_activation", "ngrams", "min_df", "max_features", "word_dropout", "word_std")
 _TRANSFORMER = (
     "pooling", "bottleneck", "precision", "compile", "init_state", "init_prefix", "freeze", "layers", "micro_batch",
     "accumulate", "clip", "ema", "ema_start",

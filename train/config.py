@@ -63,6 +63,8 @@ class Config:
     """Training documents that a term must be in."""
     max_features: int = 0
     """Terms kept, the most frequent ones; 0 keeps all."""
+    bow_activation: Literal["relu", "none"] = "relu"
+    """After the sum of word vectors; none is a linear model of low rank."""
     word_dropout: float = 0.0
     """Share of a text's terms left out in each step."""
     word_std: float = 1.0
