@@ -4,8 +4,9 @@ A shape says B, L, D, and of the last level S candidates in K clusters of M = S 
 clusters in groups of 8, so levels of C / 8, C and L nodes; K / 2 groups and K clusters are kept. With L = 131,072 and M = 16
 these are 2^10 and 2^13. Closed forms: the sum of those of `cluster_step` over the levels, the second moment row-wise.
 
-The peer is what a user composes: for each level a sparse nn.Embedding for rows and one for biases, bmm with the gathered rows,
-mean BCE, one backward for all levels, SparseAdam. It is handed its shortlists and targets; ours makes its own.
+Ours keeps Adam's second moment row-wise, as training does. The peer, with the whole one, is what a user composes: for each level
+a sparse nn.Embedding for rows and one for biases, bmm with the gathered rows, mean BCE, one backward for all levels,
+SparseAdam. It is handed its shortlists and targets; ours makes its own.
 """
 
 from collections.abc import Callable
@@ -91,6 +92,8 @@ def make_levels(shape: Shape, dtype: str, device: str, row_wise: bool = True) ->
 def own_step(held: Levels) -> Step:
     """As the model's step: `cluster_step_` on each level, the next shortlist from its scores."""
     start = torch.zeros(held.x[0].shape[0], 1, dtype=torch.int64, device=held.x[0].device)
+    for level in held.heads.levels:  # states of its own, so that they count into its memory as the peer's do
+        level.momentum, level.second = torch.zeros_like(level.momentum), torch.zeros_like(level.second)  # type: ignore
 
     def step() -> list[Tensor]:
         clusters, out = start, []

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from types import ModuleType
 
 Row = Mapping[str, object]
+OWN = ("xmlkernels", "fused")
+"""Implementations of ours; the others are peers."""
 CEILING = "ceiling"
 GRAPH = "+graph"
 """Ends the phase of a row whose calls were replayed from one captured CUDA graph."""
@@ -145,7 +147,7 @@ def table(rows: Sequence[Row], ceilings: Ceilings, model: ModuleType | None) -> 
     lines = [[*names, "ms p50", "p20", "p80", "peak MB", "x floor", "ours faster", "model x floor"]]
     for row in rows:
         own, over = own_row(rows, row), ceilings.times_floor(row)
-        faster = "-" if own is None or row["impl"] == "xmlkernels" else f"{number(row, 'ms_p50') / number(own, 'ms_p50'):.2f}x"
+        faster = "-" if own is None or row["impl"] in OWN else f"{number(row, 'ms_p50') / number(own, 'ms_p50'):.2f}x"
         modelled = ceilings.modelled(row, modelled_bytes(row, model))
         lines.append([
             *(str(row[name]) for name in names), *(f"{number(row, name):.3f}" for name in times),

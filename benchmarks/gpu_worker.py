@@ -147,7 +147,7 @@ def in_turn(todo: Sequence[cases.Case], op: str, shape: str, rest: bool) -> list
     goal = {(g.phase, g.dtype) for g in floors.GOALS if (g.op, g.shape) == (op, shape)}
 
     def rank(case: cases.Case) -> int:
-        if case.impl == "xmlkernels":
+        if case.impl in floors.OWN:
             return 0 if not goal or (case.phase, case.dtype) in goal else 3
         return {"compile": 2, "reference": 3}.get(case.impl, 1)
 

@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cases import ceiling_dtype
-from benchmarks.floors import CEILING
+from benchmarks.floors import CEILING, OWN
 from benchmarks.run import check_results
 from xmlkernels.errors import InputError
 
@@ -67,7 +67,7 @@ def draw(rows: Sequence[dict[str, str]], out: Path) -> None:
     figure = Figure(figsize=(8, 0.25 * sum(heights) + 0.8 * len(found) + 0.6), layout="constrained")
     panels = figure.subplots(len(found), 1, squeeze=False, height_ratios=heights, sharex=True)[:, 0]
     for panel, ((op, shape), bars) in zip(panels, found.items(), strict=True):
-        colours = ["tab:blue" if name.startswith("xmlkernels") else "tab:grey" for name in bars]
+        colours = ["tab:blue" if name.startswith(OWN) else "tab:grey" for name in bars]
         drawn = panel.barh(list(bars), list(bars.values()), color=colours)
         panel.bar_label(drawn, fmt="%.2f", padding=2, fontsize=7)
         panel.axvline(1, color="black", linewidth=0.8, linestyle="--")
@@ -112,7 +112,7 @@ def roofline(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
         panel.plot([left, level / slope, right], [left * slope, level, level], color="black", linewidth=0.8)
         panel.text(right, level, f"mm {dtype}", fontsize=7, ha="right", va="bottom")
     for row, place in zip(points, places, strict=True):
-        own = row["impl"] == "xmlkernels"
+        own = row["impl"] in OWN
         panel.plot([place], [float(row["tflops"])], "o" if own else "x", color="tab:blue" if own else "tab:grey", markersize=4)
         name = f"{row['op']} {row['shape']} {row['impl']} {row['phase']} {row['dtype']}"
         panel.annotate(name, (place, float(row["tflops"])), xytext=(4, 2), textcoords="offset points", fontsize=5)

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import cases, shapes, timing
+from benchmarks.floors import OWN
 from xmlkernels.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,7 +131,7 @@ def measure_peak(op: str, shape: shapes.Shape, device: str, key: Key) -> int | N
     def find(shape: shapes.Shape) -> cases.Case:
         return next(case for case in cases.build(op, shape, device) if case.key == key)
 
-    if key[0] != "xmlkernels":
+    if key[0] not in OWN:
         tiny = find(shapes.tiny(shape))
         step = tiny.start(tiny.inputs())
         for _ in range(2):

@@ -86,15 +86,6 @@ def test_low_precision_tables_predict_what_their_rows_say(dtype: str) -> None:
     torch.testing.assert_close(got, exact, rtol=0, atol=1e-5 if dtype == "fp8" else 0.02)
 
 
-def test_fp8_rows_are_decoded_few_samples_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = trained(2, dtype="fp8")
-    batch = make_batch(model.tree, 9)
-    whole = model.predict(batch, 5)
-    monkeypatch.setattr("xmlkernels.nn.cascade_level._DECODED", 16 * 200)
-    for a, b in zip(whole, model.predict(batch, 5), strict=True):
-        assert torch.equal(a, b)
-
-
 def test_excluded_labels_are_never_given() -> None:
     model = trained(3)
     batch = make_batch(model.tree, 4)

@@ -96,15 +96,15 @@ def _cascade(
         for r, n in enumerate(tree.sizes)
     ]  # fmt: skip
     say(told(plan(encoder, tables, documents=_pass(config), tokens=longest_row(config, dataset), candidates=candidates)))
+    warmup = warmup_steps(config, epoch)
+    if warmup > steps and config.schedule == "three_phase":  # a cosine may end within its warm-up, and says so
+        flag = "--warmup-epochs" if config.warmup_epochs else "--warmup"
+        raise InputError(flag, f"at most {steps:,} updates, all of this run", f"{warmup:,}", "shorten it or train for longer")
     heads = CascadeHeads(
         tree.sizes, most, width, layers=layers, topk=topk, scheme="weighted" if config.scheme == "auto" else config.scheme,
         dtype=dtype, optimizer=optimizer, betas=(0.9 if optimizer == "adam" else config.momentum, 0.999),
         state_dtype=config.state, drops=config.embed_drops or _DROPS[tree.levels], seed=config.seed,
     )  # fmt: skip
-    warmup = warmup_steps(config, epoch)
-    if warmup > steps:
-        flag = "--warmup-epochs" if config.warmup_epochs else "--warmup"
-        raise InputError(flag, f"at most {steps:,} updates, all of this run", f"{warmup:,}", "shorten it or train for longer")
     training = CascadeTraining(
         encoder_lr=config.encoder_lr, total=steps, warmup=warmup,
         head_lr=config.encoder_lr * config.head_lr_factor, decay=config.encoder_decay, schedule=config.schedule,

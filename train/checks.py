@@ -150,11 +150,13 @@ def _of_another(config: Config, given: Collection[str]) -> Iterator[tuple[bool, 
         yield not bow and name in given, flag(name), "--encoder bow", f"--encoder {config.encoder}"
     told = "--model cascade, which has no such part"
     for name in _FULL_TABLE:
-        set_so = name in given or (name in _OFF and bool(getattr(config, name)))
+        # What is off by default may be switched off by name: a recipe may have switched it on.
+        set_so = bool(getattr(config, name)) if name in _OFF else name in given
         yield cascade and set_so, flag(name), "--model end_to_end", told
     yield cascade and not bow and "dropout" in given, "--dropout", "--embed-drops, one for each level", "--model cascade"
     for name in _TRANSFORMER:
-        set_so = name in given or (name not in ("pooling", "precision") and getattr(config, name) != getattr(Config, name))
+        unlike = getattr(config, name) != getattr(Config, name)
+        set_so = unlike if name == "layers" else name in given or (name not in ("pooling", "precision") and unlike)
         yield bow and set_so, flag(name), "a transformer", "--encoder bow, which has no such part"
 
 

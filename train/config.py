@@ -127,7 +127,7 @@ class Config:
     """Kahan compensation for bf16 and fp16 tables, instead of stochastic rounding."""
     skip_tiles: float = 0.0
     """Skip groups of 128 labels without positives whose weights a step would change by less than so many units of the table's
-    format (its spacing at 2^-6); an approximation that saves up to two thirds of the table's step. 0 is off."""
+    format (its spacing at 2^-6); an approximation that saves up to half of the table's step. 0 is off."""
 
     # ---- training ----
     epochs: int = 10

@@ -205,18 +205,22 @@ static double tile_gradient(const Plan& p, const Table& table, const Positives& 
   return loss;
 }
 
-// The largest sigmoid of a tile, from its logits.
+// The largest sigmoid of a tile, from its logits; NaN where one of them is, which a comparison of vectors would lose.
 inline double largest_sigmoid(const Plan& p, const Table& table, int64_t first, int64_t count, const float* logits) {
   vf most = vf{} - INFINITY;
+  auto unordered = most != most;
   for (int64_t i = 0; i < count; ++i, logits += p.z_row) {
     const float bias = table.bias ? table.bias[first + i] : 0;
     for (int64_t j = 0; j < p.batch_pad; j += kLanes) {
       vf v = load<vf>(logits + j) + bias;
       for (int l = 0; j + kLanes > p.batch && l < kLanes; ++l)
         if (j + l >= p.batch) v[l] = -INFINITY;
+      unordered |= v != v;
       most = vmax(v, most);
     }
   }
+  for (int l = 0; l < kLanes; ++l)
+    if (unordered[l]) return NAN;
   float z = most[0];
   for (int l = 1; l < kLanes; ++l) z = z < most[l] ? most[l] : z;
   return 1 / (1 + std::exp(-double(z)));

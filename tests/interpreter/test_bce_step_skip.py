@@ -122,3 +122,12 @@ def test_the_blocks_fit_the_groups() -> None:
             p = make_plan(batch, width, dtype).with_tile(1000, skip.GROUP)
             assert skip.GROUP % p.block_l == skip.GROUP % p.step == p.tile % skip.GROUP == 0
     assert skip.GROUP == GROUP
+
+
+def test_a_group_with_a_nan_in_the_table_is_not_skipped() -> None:
+    step, idle = clear_step(20, 4 * GROUP, 24, torch.float32)
+    row = int(idle.nonzero()[0])
+    step.tensors["weight"][row, 3] = math.nan
+    got = run(step)
+    before, seen = groups_of(idle)
+    assert (got["skipped"] - torch.tensor([5, 7])).tolist() == [before - 1, seen] and got["dx"].isnan().any()

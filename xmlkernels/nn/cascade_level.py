@@ -11,7 +11,6 @@ from xmlkernels.ops import cluster_step_, rescale_rows_, shortlist_matmul
 
 _FIRST_SCALE = 2.0**-8  # of each row of an fp8 table: values up to 1.75
 _INIT_BLOCK = 1 << 22  # values drawn at a time: a table below fp32 never stands in memory as fp32
-_DECODED = 1 << 24  # values of an fp8 table in fp32 at a time, while its shortlists are scored
 _BATCH = 64  # the batch size that biases are tuned to; see `CascadeLevel`
 
 
@@ -91,7 +90,7 @@ class CascadeLevel(nn.Module):
             clusters: int64 [B, K], -1 pads; row_ptr: int64 [C + 1]; most: M. See `cluster_step_`.
             positives: (node, sample), sorted by both.
             lr: of this step.
-            beta1: momentum of this step; None leaves what it was.
+            beta1: of this step, where the table has Adam; None leaves what it was.
             scale: fp32 [1] or [], factor of the loss and its gradient: rw_loss over the number of candidates.
             dx_scale: multiplies dx alone.
 
@@ -99,7 +98,7 @@ class CascadeLevel(nn.Module):
             dx: fp32 [B, D]. scores: fp32 [B, K, M], before the update. loss: fp32 [1], or [0].
         """
         self.hyper[0] = lr
-        if beta1 is not None:
+        if beta1 is not None and self.second is not None:  # the cycle is Adam's: SGD keeps its own momentum
             self.hyper[2] = beta1
         self.hyper[5:6] = scale * self.gain
         self.hyper[6:7] = dx_scale / self.gain
@@ -115,25 +114,12 @@ class CascadeLevel(nn.Module):
     @torch.no_grad()
     def scores(self, x: Tensor, index: Tensor) -> Tensor:
         """Logits fp32 [B, S] of the rows index int64 [B, S] (or [S], the same for all), -1 pads (-inf); nothing is trained."""
-        if self.row_scale is None:
-            return shortlist_matmul(x, self.weight, self.bias, index)
-        if index.dim() == 1:
-            return shortlist_matmul(x, self._decoded(index), self.bias[index], torch.arange(len(index), device=index.device))
-        # `shortlist_matmul` reads no e4m3: the rows that some samples need are decoded, few samples at a time.
-        at_once = max(1, _DECODED // max(1, index.shape[1] * self.weight.shape[1]))
-        out = []
-        for part, there in zip(x.split(at_once), index.split(at_once), strict=True):
-            rows, inverse = torch.unique(there.clamp(min=0), return_inverse=True)
-            out.append(shortlist_matmul(part, self._decoded(rows), self.bias[rows], torch.where(there >= 0, inverse, -1)))
-        return torch.cat(out)
-
-    def _decoded(self, rows: Tensor) -> Tensor:
-        part = self.weight.view(torch.uint8)[rows].view(self.weight.dtype).float()
-        return part if self.row_scale is None else part * self.row_scale[rows, :1]
+        return shortlist_matmul(x, self.weight, self.bias, index, self.row_scale)
 
     def rows(self, start: int, end: int) -> Tensor:
         """Table rows start:end in fp32 [end - start, D], a copy."""
-        return self._decoded(torch.arange(start, end, device=self.weight.device))
+        part = self.weight[start:end].to(torch.float32, copy=True)
+        return part if self.row_scale is None else part * self.row_scale[start:end, :1]
 
 
 def _xavier(shape: tuple[int, int], seed: int, dtype: torch.dtype, fill: bool) -> tuple[Tensor, Tensor | None]:

@@ -138,7 +138,8 @@ class FullHead(nn.Module):
 
         A label of two or three documents then begins as a nearest-centroid classifier, where a random row would see them too
         seldom ("imprinting": Qi, Brown, Lowe, CVPR 2018, section 3.2; the common mean is taken off because vectors behind a
-        ReLU all lie in one corner). Rows without a document stay as drawn. Takes one more fp32 table for the moment.
+        ReLU all lie in one corner). Rows without a document stay as drawn. Takes four fp32 tables of [L, D] for
+        the moment.
 
         Args:
             vectors: (x [B, D], pos_row int64 [P], pos_sample int32 [P]) of every batch of training documents, untrained.

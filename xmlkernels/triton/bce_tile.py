@@ -98,7 +98,8 @@ def gradient_tile(
         at = b_block.to(tl.int64) * tl.cdiv(rows, BLOCK_L) + block
         tl.store(loss + at, tl.sum(tl.sum(part, 1), 0))
     if peaks is not None:
-        peak = tl.max(tl.max(tl.where(inside, sigma, 0.0), 1), 0)
+        told = tl.where(sigma == sigma, sigma, float("inf"))  # a maximum would lose a NaN, and its group be skipped
+        peak = tl.max(tl.max(tl.where(inside, told, 0.0), 1), 0)
         tl.store(peaks + b_block * (tile // BLOCK_L) + l_block, peak)
     g = tl.where(inside, sigma - y, 0.0)
     if column_sum is not None:
