@@ -4,8 +4,8 @@ A shape says B, L, D, and of the last level S candidates in K clusters of M = S 
 clusters in groups of 8, so levels of C / 8, C and L nodes; K / 2 groups and K clusters are kept. With L = 131,072 and M = 16
 these are 2^10 and 2^13. Closed forms: the sum of those of `cluster_step` over the levels, the second moment row-wise.
 
-Ours keeps Adam's second moment row-wise, as training does. The peer, with the whole one, is what a user composes: for each level
-a sparse nn.Embedding for rows and one for biases, bmm with the gathered rows, mean BCE, one backward for all levels,
+Ours keeps Adam's second moment row-wise, as training does. The peer, with the whole one, is what a user composes: each level a
+sparse nn.Embedding for rows and one for biases, bmm with the gathered rows, mean BCE, one backward for all levels,
 SparseAdam. It is handed its shortlists and targets; ours makes its own.
 """
 
