@@ -276,3 +276,11 @@ def test_a_step_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> N
         "repeat_interleave.Tensor",
     )
     assert [name for name in seen.names if any(w in name for w in waits)] == []
+
+
+def test_the_cycle_of_beta1_is_adams_alone() -> None:
+    """SGD keeps the momentum it was given."""
+    for optimizer, expected in (("sgd", 0.3), ("adam", 0.95)):
+        model = make_model(2, topk=[2], optimizer=optimizer, betas=(0.3, 0.99), schedule="three_phase", warmup=10)
+        model.step(make_batch(model.tree, 4))
+        assert [float(level.hyper[2]) for level in model.heads.levels] == pytest.approx([expected] * 2)

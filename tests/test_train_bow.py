@@ -192,6 +192,7 @@ def test_rows_that_start_at_centroids(dataset: Path, tmp_path: Path) -> None:
         check(replace(Config(), centroid_norm=-1.0))
     with pytest.raises(InputError, match="--centroid-norm: expected --model end_to_end"):
         check(replace(Config(), model="cascade", centroid_norm=0.5))
+    check(replace(Config(), model="cascade", centroid_norm=0.0), given={"centroid_norm"})  # what a recipe set may be put off
 
 
 def test_a_checkpoint_beside_another_vocabulary_is_refused(finished: Path, tmp_path: Path) -> None:
