@@ -2,7 +2,8 @@
 
 One file alone is measured as it is. A file is a scipy CSR .npz [documents, labels] or a text file of the Extreme Classification
 Repository: `documents labels`, then a line of `label:score` for each document (plain or .gz). Rows are the documents of the
-split, columns the labels of the dataset; a score of exactly 0 cannot be told from one that is not there.
+split, columns the labels of the dataset. A stored logit of exactly 0 is a score in an .npz file; in a text file it cannot be told
+from one that is not there.
 
 Files hold logits, as this project writes them and CascadeXML reads text files, or probabilities (`--scores probability`, as
 CascadeXML's .npz files do). The sum is one of probabilities, where an absent label counts 0, or of log-odds, where it counts as
@@ -80,8 +81,8 @@ def check(options: Options) -> None:
         raise InputError("--metrics", "a name that ends in .json", options.metrics, "rename it")
 
 
-def read_scores(path: str, documents: int, labels: int) -> csr_matrix:
-    """A score file as CSR float32 [documents, labels].
+def read_scores(path: str, documents: int, labels: int, *, keep_zeros: bool = True) -> csr_matrix:
+    """A score file as CSR float32 [documents, labels]; stored zeros of an .npz file stay if they are to be kept.
 
     CascadeXML's .npz files have a last column for padding: it is dropped where it is empty.
 
@@ -91,9 +92,12 @@ def read_scores(path: str, documents: int, labels: int) -> csr_matrix:
     check_file(path)
     if not path.endswith((".npz", *TEXT)):
         raise InputError(path, "a score file that ends in .npz, .txt or .txt.gz", "another", "rename or convert it")
-    matrix = read_npz(path, rows=documents) if path.endswith(".npz") else read_sparse(path, rows=documents)
-    if matrix.shape[1] == labels + 1 and not (matrix.indices == labels).any():
-        matrix = csr_matrix((matrix.data, matrix.indices, matrix.indptr), (documents, labels))
+    if path.endswith(".npz"):
+        matrix = read_npz(path, rows=documents, keep_zeros=keep_zeros)
+    else:
+        matrix = read_sparse(path, rows=documents)
+    if matrix.shape[1] == labels + 1 and not matrix.data[matrix.indices == labels].any():
+        matrix = matrix[:, :labels]
     if matrix.shape[1] != labels:
         mend = "name the scores of this dataset"
         raise InputError(path, f"{labels} columns, the labels of the dataset", str(matrix.shape[1]), mend)
@@ -173,8 +177,12 @@ def run(options: Options) -> dict[str, dict[str, float]]:
         raise InputError("--split", f"one of {', '.join(dataset.splits)}", options.split, f"{dataset.folder} has no other")
     split = dataset.splits[options.split]
     weight = inverse_propensity(dataset.splits["train"].labels, *dataset.propensity)
-    files = [read_scores(path, len(split), dataset.num_labels) for path in options.files]
-    kinds = options.scores * (len(files) if len(options.scores) == 1 else 1)
+    kinds = options.scores * (len(options.files) if len(options.scores) == 1 else 1)
+    # A logit of 0 is a score; a probability of 0 says what an absent one does.
+    files = [
+        read_scores(path, len(split), dataset.num_labels, keep_zeros=kind == "logit")
+        for path, kind in zip(options.files, kinds, strict=True)
+    ]
     odds = [log_odds(m, kind, path) for m, kind, path in zip(files, kinds, options.files, strict=True)]
     measured = {}
     for number, (matrix, z) in enumerate(zip(files, odds, strict=True)):
@@ -189,7 +197,10 @@ def run(options: Options) -> dict[str, dict[str, float]]:
             measured["sum"] = evaluate(rows, split.labels, weight)
         if options.output:
             kept = score_matrix(values.astype(np.float32), rows, dataset.num_labels)
-            (write_npz if options.output.endswith(".npz") else write_sparse)(options.output, kept)
+            if options.output.endswith(".npz"):
+                write_npz(options.output, kept, keep_zeros=True)
+            else:
+                write_sparse(options.output, kept)
     if options.metrics:
         facts = {"dataset": dataset.name, "dataset_hash": dataset.content_hash, "split": split.name, "sum": options.sum}
         write_json(Path(options.metrics), {**facts, "metrics": measured})

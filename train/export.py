@@ -74,7 +74,7 @@ def export(options: Options) -> None:
             say(f"{folder}/embeddings_{name}.npy: {found.shape[0]:,} documents, width {found.shape[1]}")
         else:
             scores = score_matrix(*predict_split(predictor.model, split, options.top_k, **more), dataset.num_labels)
-            write_npz(folder / f"shortlist_{name}.npz", scores)
+            write_npz(folder / f"shortlist_{name}.npz", scores, keep_zeros=True)
             say(f"{folder}/shortlist_{name}.npz: {scores.shape[0]:,} documents, {scores.nnz:,} labels")
 
 

@@ -252,7 +252,8 @@ def measure(
             values, rows = best(matrix, pairs, options.top_k)
             report[SHOWN[name]][what] = evaluate(rows, labels, weight)
         if name == "test":  # the last of the scores is the result
-            write_npz(Path(options.output) / "predictions.npz", score_matrix(values, rows, dataset.num_labels))
+            result = score_matrix(values, rows, dataset.num_labels)
+            write_npz(Path(options.output) / "predictions.npz", result, keep_zeros=True)
     return report | {"share": reranker.share, "blend": reranker.how}, reranker
 
 
