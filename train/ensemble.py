@@ -2,12 +2,13 @@
 
 One file alone is measured as it is. A file is a scipy CSR .npz [documents, labels] or a text file of the Extreme Classification
 Repository: `documents labels`, then a line of `label:score` for each document (plain or .gz). Rows are the documents of the
-split, columns the labels of the dataset. A stored logit of exactly 0 is a score in an .npz file; in a text file it cannot be told
-from one that is not there.
+split, columns the labels of the dataset. A stored logit of exactly 0 is a score in an .npz file; in a text file it cannot be
+told from one that is not there.
 
 Files hold logits, as this project writes them and CascadeXML reads text files, or probabilities (`--scores probability`, as
 CascadeXML's .npz files do). The sum is one of probabilities, where an absent label counts 0, or of log-odds, where it counts as
-much as the lowest label that the file has for this document: it cannot have had more. Pairs that the dataset filters out are
+much as the lowest label that the file has for this document: it cannot have had more; a file that has none for it has
+no say. Pairs that the dataset filters out are
 removed before the cut, in every row of the table.
 """
 
@@ -138,26 +139,37 @@ def combine(files: Sequence[csr_matrix], odds: Sequence[np.ndarray], weights: Se
     """
     shape, total = files[0].shape, sum(weights)
     used = [(m, z, w / total) for m, z, w in zip(files, odds, weights, strict=True) if w > 0]
-    base = np.zeros(shape[0])
+    if len(used) == 1:  # as it is: there is nothing to add, and no way through probabilities that could make ties
+        matrix, z, _ = used[0]
+        return csr_matrix((z, matrix.indices, matrix.indptr), shape)
+    base, heard = np.zeros(shape[0]), np.zeros(shape[0])
     parts = []
     for matrix, z, weight in used:
         rows = np.repeat(np.arange(shape[0]), np.diff(matrix.indptr))
+        values = [np.full(len(z), weight)]
         if how == "probability":
-            value = expit(z)
+            values += [weight * expit(z), weight * expit(-z)]
         else:
             lowest = np.full(shape[0], np.inf)
             np.minimum.at(lowest, rows, z)
-            lowest[np.isinf(lowest)] = 0  # a document for which this file has nothing to say
+            known = np.isfinite(lowest)
+            lowest[~known] = 0  # a document for which this file has nothing to say: the others' mean is taken
             base += weight * lowest
-            value = z - lowest[rows]
-        parts.append((rows, matrix.indices, weight * value))
-    rows, columns, values = (np.concatenate([part[n] for part in parts]) for n in range(3))
+            heard += weight * known
+            values.append(weight * (z - lowest[rows]))
+        parts.append((rows, matrix.indices, *values))
+    rows, columns, *values = (np.concatenate(column) for column in zip(*parts, strict=True))
     # Through COO: adding CSR matrices would drop pairs whose sum is 0.
-    mean = coo_matrix((values, (rows, columns)), shape).tocsr()
+    present, mean, *rest = (coo_matrix((value, (rows, columns)), shape).tocsr() for value in values)
     if how == "probability":
-        mean.data = to_log_odds(mean.data)
+        # p and 1-p apart: near 1, all that tells two labels apart is in 1-p. Absent labels have p = 0.
+        files_with = coo_matrix((np.ones(len(rows)), (rows, columns)), shape).tocsr().data
+        absent = np.where(files_with < len(used), 1 - present.data, 0)
+        tiny = np.finfo(np.float64).tiny
+        mean.data = np.log(np.maximum(mean.data, tiny)) - np.log(np.maximum(rest[0].data + absent, tiny))
     else:
-        mean.data += np.repeat(base, np.diff(mean.indptr))
+        of_row = np.repeat(np.arange(shape[0]), np.diff(mean.indptr))
+        mean.data = (mean.data + base[of_row]) / heard[of_row]
     return mean
 
 
