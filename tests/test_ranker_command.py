@@ -21,7 +21,8 @@ from xmlkernels.predict import Predictor, predict_split, score_matrix
 from xmlkernels.ranker.blend import Reranker, best
 from xmlkernels.tree.label_tree import LabelTree
 
-import ranker as command  # isort: skip  # train_runs has put train/ on the path
+import export  # isort: skip  # train_runs has put train/ on the path
+import ranker as command  # isort: skip
 import ranker_inputs  # isort: skip
 
 SMALL: dict[str, Any] = {"min_df": 1, "longest": 1, "shortlist": 12, "top_k": 8}
@@ -176,6 +177,27 @@ def test_without_pairs() -> None:
 def test_options_that_cannot_be_used(folder: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         command.train(options(folder, tmp_path, **changes))
+
+
+def test_outputs_that_cannot_be_used(folder: Path, finished: Path, tmp_path: Path) -> None:
+    kept = (finished / "metrics.json").read_bytes()
+    with pytest.raises(InputError, match=r"--output: expected a folder of its own, got .* which holds a run \(config\.json\)"):
+        command.train(options(folder, finished, checkpoint=str(finished)))
+    assert (finished / "metrics.json").read_bytes() == kept
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match="--output: expected a folder, or a name for a new one"):
+            command.train(options(folder, output, one_vs_all=True))
+        with pytest.raises(InputError, match="--output: expected a folder"):
+            export.export(export.Options(str(finished), str(output), what="embeddings"))
+
+
+def test_an_interrupted_ranker_leaves_no_old_figures(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metrics.json").write_text("{}")
+    monkeypatch.setattr(command, "fit", None)
+    with pytest.raises(TypeError):
+        command.train(options(folder, tmp_path, one_vs_all=True))
+    assert not (tmp_path / "metrics.json").exists()
 
 
 def test_datasets_that_do_not_fit(finished: Path, tmp_path: Path) -> None:

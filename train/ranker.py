@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from output import write_json
+from output import made_folder, refuse_run, write_json
 from ranker_inputs import Documents, model_inputs, read_features, vectorize, without_pairs
 from report import command, print_comparison, say
 from xmlkernels import InputError
@@ -133,6 +133,7 @@ def check(options: Options) -> None:
         raise InputError("--share", "a number from 0 to 1", str(options.share), "leave it out to choose it on validation")
     for path in filter(None, texts):
         check_file(path)
+    refuse_run(options.output)
     settings_of(options)
 
 
@@ -144,9 +145,10 @@ def settings_of(options: Options) -> Settings:
 def train(options: Options) -> dict[str, Any]:
     """Trains and measures the ranker; returns what metrics.json holds."""
     check(options)
-    dataset, folder = opened(options), Path(options.output)
+    dataset = opened(options)
     tree = opened_tree(options.tree, dataset) if options.tree else None
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made_folder(options.output)
+    (folder / "metrics.json").unlink(missing_ok=True)  # written last: where it stands, the files beside it belong to it
     clock = Seconds()
     documents = {name: Documents(split) for name, split in dataset.splits.items()}
     if options.checkpoint:
