@@ -25,11 +25,12 @@ from scipy.special import expit
 from output import write_json
 from report import command, print_comparison
 from xmlkernels import InputError
-from xmlkernels.data.dataset import Dataset, Split
+from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import check_file
 from xmlkernels.data.formats import read_npz, read_sparse, write_npz, write_sparse
-from xmlkernels.metrics import candidates_needed, drop_filtered, evaluate, inverse_propensity, top_rows_from_csr
+from xmlkernels.metrics import evaluate, inverse_propensity
 from xmlkernels.predict import score_matrix
+from xmlkernels.ranker.blend import best
 
 MEASURED = 5  # metrics at 1 to 5
 TEXT = (".txt", ".txt.gz")
@@ -173,14 +174,6 @@ def combine(files: Sequence[csr_matrix], odds: Sequence[np.ndarray], weights: Se
     return mean
 
 
-def best(scores: csr_matrix, split: Split, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Values and labels [N, k] of the k best, best first, pairs that the split filters out removed before the cut."""
-    labels = split.labels.shape[1]
-    values, rows = top_rows_from_csr(scores, candidates_needed(k, split.filter_pairs, labels))
-    rows, values = drop_filtered(rows, values, split.filter_pairs, k, num_labels=labels)
-    return values, rows
-
-
 def run(options: Options) -> dict[str, dict[str, float]]:
     """Metrics in percent of every file and, where there are more, of their sum (named "sum")."""
     check(options)
@@ -201,10 +194,10 @@ def run(options: Options) -> dict[str, dict[str, float]]:
         alone = csr_matrix((z, matrix.indices, matrix.indptr), matrix.shape)
         path = options.files[number]
         name = path if path not in measured else f"{path} ({number + 1})"
-        measured[name] = evaluate(best(alone, split, MEASURED)[1], split.labels, weight)
+        measured[name] = evaluate(best(alone, split.filter_pairs, MEASURED)[1], split.labels, weight)
     if len(files) > 1 or options.output:
         total = combine(files, odds, options.weights or [1.0] * len(files), options.sum)
-        values, rows = best(total, split, options.top_k)
+        values, rows = best(total, split.filter_pairs, options.top_k)
         if len(files) > 1:
             measured["sum"] = evaluate(rows, split.labels, weight)
         if options.output:
