@@ -130,6 +130,32 @@ def test_certain_and_impossible_labels(folder: Path, tmp_path: Path) -> None:
     assert total.toarray()[0].tolist() == [0, 0, 1.5] and total.nnz == 2
 
 
+def test_stored_zero_is_a_score(folder: Path, tmp_path: Path) -> None:
+    """A label whose logit is 0 stands before one below 0, alone and in what --output writes."""
+    pairs = (np.array([0, -1] * TEST_DOCUMENTS, np.float32), np.tile([7, 8], TEST_DOCUMENTS))
+    scores = scipy.sparse.csr_matrix((*pairs, np.arange(TEST_DOCUMENTS + 1) * 2), (TEST_DOCUMENTS, LABELS))
+    path, again = str(tmp_path / "z.npz"), str(tmp_path / "again.npz")
+    write_npz(path, scores, keep_zeros=True)
+    run((path,), folder, output=again)
+    found = command.read_scores(again, TEST_DOCUMENTS, LABELS)
+    assert found[10].indices.tolist() == [7, 8] and found[10].data.tolist() == [0, -1]
+
+
+def test_large_logits_stay_apart() -> None:
+    """Probabilities that all round to 1 still have an order, in one file and in a sum."""
+    z = np.array([[40.0, 60, 50]])
+    one = scipy.sparse.csr_matrix(z)
+    assert command.combine([one], [one.data], [1], "probability").toarray().tolist() == z.tolist()
+    assert command.combine([one] * 2, [one.data, -one.data], [1, 0], "probability").toarray().tolist() == z.tolist()
+    np.testing.assert_allclose(command.combine([one] * 3, [one.data] * 3, [1, 2, 4], "probability").toarray(), z)
+
+
+def test_log_odds_of_a_document_that_one_file_lacks() -> None:
+    one, other = scipy.sparse.csr_matrix([[2.0, -4.0], [6.0, 0]]), scipy.sparse.csr_matrix([[0, 0], [2.0, 0]])
+    total = command.combine([one, other], [one.data, other.data], [1, 3], "log_odds")
+    assert total.toarray().tolist() == [[2, -4], [3, 0]]
+
+
 def test_padding_column_of_cascadexml(folder: Path, tmp_path: Path) -> None:
     wide = scipy.sparse.csr_matrix((logits(1).data, logits(1).indices, logits(1).indptr), (TEST_DOCUMENTS, LABELS + 1))
     write_npz(tmp_path / "wide.npz", wide)

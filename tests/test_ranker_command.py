@@ -21,7 +21,8 @@ from xmlkernels.predict import Predictor, predict_split, score_matrix
 from xmlkernels.ranker.blend import Reranker, best
 from xmlkernels.tree.label_tree import LabelTree
 
-import ranker as command  # isort: skip  # train_runs has put train/ on the path
+import export  # isort: skip  # train_runs has put train/ on the path
+import ranker as command  # isort: skip
 import ranker_inputs  # isort: skip
 
 SMALL: dict[str, Any] = {"min_df": 1, "longest": 1, "shortlist": 12, "top_k": 8}
@@ -50,7 +51,11 @@ def trained(folder: Path, finished: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def options(folder: Path, output: Path, **changes: Any) -> command.Options:
-    return command.Options(str(folder), str(output), **(SMALL | changes))
+    idle = set() if changes.get("checkpoint") else {"shortlist"}
+    if changes.get("features") or not changes.get("tfidf", True):
+        idle |= {"min_df", "longest"}
+    small = {name: value for name, value in SMALL.items() if name not in idle}
+    return command.Options(str(folder), str(output), **(small | changes))
 
 
 def test_ranker_beside_the_plain_model(trained: tuple[Path, dict[str, Any]], folder: Path, finished: Path) -> None:
@@ -108,7 +113,7 @@ def test_given_share_and_no_embedding(trained: tuple[Path, dict[str, Any]], fold
     report = command.train(changed)
     assert report["test"]["both"] == report["test"]["plain model"] and report["share"] == 0
     assert Reranker.load(output / "ranker.safetensors").ranker.dense.shape == (LABELS, 0)
-    report = command.train(replace(changed, embedding=True, tfidf=False, share=1.0))
+    report = command.train(replace(changed, embedding=True, tfidf=False, share=1.0, min_df=2, longest=2))
     assert report["test"]["both"] == report["test"]["ranker"] and report["weights_per_label"] == 0
 
 
@@ -169,6 +174,15 @@ def test_without_pairs() -> None:
         ({"one_vs_all": True, "share": 2.0}, "--share: expected a number from 0 to 1, got 2.0"),
         ({"one_vs_all": True, "cost": -1.0}, "cost: expected a finite number above 0"),
         ({"one_vs_all": True, "train_text": "nowhere.txt"}, r"nowhere\.txt: expected a file"),
+        ({"one_vs_all": True, "share": 0.5}, "--share: expected no such flag with --one-vs-all"),
+        ({"one_vs_all": True, "negatives": 5}, "--negatives: expected no such flag with --one-vs-all"),
+        ({"checkpoint": "c", "blend": "product"}, "--blend: expected no such flag without --share"),
+        ({"checkpoint": "c", "beam": 5}, "--beam: expected no such flag without --tree"),
+        ({"one_vs_all": True, "shortlist": 5}, "--shortlist: expected no such flag without --checkpoint"),
+        ({"tree": "t", "device": "cuda"}, "--device: expected no such flag without --checkpoint"),
+        ({"tree": "t", "embedding": False}, "--no-embedding: expected no such flag without --checkpoint"),
+        ({"tree": "t", "features": "f", "min_df": 3}, "--min-df: expected no such flag with --features"),
+        ({"checkpoint": "c", "tfidf": False, "longest": 3}, "--longest: expected no such flag with --no-tfidf"),
         ({"checkpoint": "nowhere"}, "nowhere"),
         ({"tree": "nowhere"}, "nowhere: expected a label tree"),
     ],
@@ -176,6 +190,27 @@ def test_without_pairs() -> None:
 def test_options_that_cannot_be_used(folder: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         command.train(options(folder, tmp_path, **changes))
+
+
+def test_outputs_that_cannot_be_used(folder: Path, finished: Path, tmp_path: Path) -> None:
+    kept = (finished / "metrics.json").read_bytes()
+    with pytest.raises(InputError, match=r"--output: expected a folder of its own, got .* which holds a run \(config\.json\)"):
+        command.train(options(folder, finished, checkpoint=str(finished)))
+    assert (finished / "metrics.json").read_bytes() == kept
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match="--output: expected a folder, or a name for a new one"):
+            command.train(options(folder, output, one_vs_all=True))
+        with pytest.raises(InputError, match="--output: expected a folder"):
+            export.export(export.Options(str(finished), str(output), what="embeddings"))
+
+
+def test_an_interrupted_ranker_leaves_no_old_figures(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metrics.json").write_text("{}")
+    monkeypatch.setattr(command, "fit", None)
+    with pytest.raises(TypeError):
+        command.train(options(folder, tmp_path, one_vs_all=True))
+    assert not (tmp_path / "metrics.json").exists()
 
 
 def test_datasets_that_do_not_fit(finished: Path, tmp_path: Path) -> None:

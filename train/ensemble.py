@@ -2,11 +2,13 @@
 
 One file alone is measured as it is. A file is a scipy CSR .npz [documents, labels] or a text file of the Extreme Classification
 Repository: `documents labels`, then a line of `label:score` for each document (plain or .gz). Rows are the documents of the
-split, columns the labels of the dataset; a score of exactly 0 cannot be told from one that is not there.
+split, columns the labels of the dataset. A stored logit of exactly 0 is a score in an .npz file; in a text file it cannot be
+told from one that is not there.
 
 Files hold logits, as this project writes them and CascadeXML reads text files, or probabilities (`--scores probability`, as
 CascadeXML's .npz files do). The sum is one of probabilities, where an absent label counts 0, or of log-odds, where it counts as
-much as the lowest label that the file has for this document: it cannot have had more. Pairs that the dataset filters out are
+much as the lowest label that the file has for this document: it cannot have had more; a file that has none for it has
+no say. Pairs that the dataset filters out are
 removed before the cut, in every row of the table.
 """
 
@@ -23,11 +25,12 @@ from scipy.special import expit
 from output import write_json
 from report import command, print_comparison
 from xmlkernels import InputError
-from xmlkernels.data.dataset import Dataset, Split
+from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import check_file
 from xmlkernels.data.formats import read_npz, read_sparse, write_npz, write_sparse
-from xmlkernels.metrics import candidates_needed, drop_filtered, evaluate, inverse_propensity, top_rows_from_csr
+from xmlkernels.metrics import evaluate, inverse_propensity
 from xmlkernels.predict import score_matrix
+from xmlkernels.ranker.blend import best
 
 MEASURED = 5  # metrics at 1 to 5
 TEXT = (".txt", ".txt.gz")
@@ -80,8 +83,8 @@ def check(options: Options) -> None:
         raise InputError("--metrics", "a name that ends in .json", options.metrics, "rename it")
 
 
-def read_scores(path: str, documents: int, labels: int) -> csr_matrix:
-    """A score file as CSR float32 [documents, labels].
+def read_scores(path: str, documents: int, labels: int, *, keep_zeros: bool = True) -> csr_matrix:
+    """A score file as CSR float32 [documents, labels]; stored zeros of an .npz file stay if they are to be kept.
 
     CascadeXML's .npz files have a last column for padding: it is dropped where it is empty.
 
@@ -91,9 +94,12 @@ def read_scores(path: str, documents: int, labels: int) -> csr_matrix:
     check_file(path)
     if not path.endswith((".npz", *TEXT)):
         raise InputError(path, "a score file that ends in .npz, .txt or .txt.gz", "another", "rename or convert it")
-    matrix = read_npz(path, rows=documents) if path.endswith(".npz") else read_sparse(path, rows=documents)
-    if matrix.shape[1] == labels + 1 and not (matrix.indices == labels).any():
-        matrix = csr_matrix((matrix.data, matrix.indices, matrix.indptr), (documents, labels))
+    if path.endswith(".npz"):
+        matrix = read_npz(path, rows=documents, keep_zeros=keep_zeros)
+    else:
+        matrix = read_sparse(path, rows=documents)
+    if matrix.shape[1] == labels + 1 and not matrix.data[matrix.indices == labels].any():
+        matrix = matrix[:, :labels]
     if matrix.shape[1] != labels:
         mend = "name the scores of this dataset"
         raise InputError(path, f"{labels} columns, the labels of the dataset", str(matrix.shape[1]), mend)
@@ -134,35 +140,38 @@ def combine(files: Sequence[csr_matrix], odds: Sequence[np.ndarray], weights: Se
     """
     shape, total = files[0].shape, sum(weights)
     used = [(m, z, w / total) for m, z, w in zip(files, odds, weights, strict=True) if w > 0]
-    base = np.zeros(shape[0])
+    if len(used) == 1:  # as it is: there is nothing to add, and no way through probabilities that could make ties
+        matrix, z, _ = used[0]
+        return csr_matrix((z, matrix.indices, matrix.indptr), shape)
+    base, heard = np.zeros(shape[0]), np.zeros(shape[0])
     parts = []
     for matrix, z, weight in used:
         rows = np.repeat(np.arange(shape[0]), np.diff(matrix.indptr))
+        values = [np.full(len(z), weight)]
         if how == "probability":
-            value = expit(z)
+            values += [weight * expit(z), weight * expit(-z)]
         else:
             lowest = np.full(shape[0], np.inf)
             np.minimum.at(lowest, rows, z)
-            lowest[np.isinf(lowest)] = 0  # a document for which this file has nothing to say
+            known = np.isfinite(lowest)
+            lowest[~known] = 0  # a document for which this file has nothing to say: the others' mean is taken
             base += weight * lowest
-            value = z - lowest[rows]
-        parts.append((rows, matrix.indices, weight * value))
-    rows, columns, values = (np.concatenate([part[n] for part in parts]) for n in range(3))
+            heard += weight * known
+            values.append(weight * (z - lowest[rows]))
+        parts.append((rows, matrix.indices, *values))
+    rows, columns, *values = (np.concatenate(column) for column in zip(*parts, strict=True))
     # Through COO: adding CSR matrices would drop pairs whose sum is 0.
-    mean = coo_matrix((values, (rows, columns)), shape).tocsr()
+    present, mean, *rest = (coo_matrix((value, (rows, columns)), shape).tocsr() for value in values)
     if how == "probability":
-        mean.data = to_log_odds(mean.data)
+        # p and 1-p apart: near 1, all that tells two labels apart is in 1-p. Absent labels have p = 0.
+        files_with = coo_matrix((np.ones(len(rows)), (rows, columns)), shape).tocsr().data
+        absent = np.where(files_with < len(used), 1 - present.data, 0)
+        tiny = np.finfo(np.float64).tiny
+        mean.data = np.log(np.maximum(mean.data, tiny)) - np.log(np.maximum(rest[0].data + absent, tiny))
     else:
-        mean.data += np.repeat(base, np.diff(mean.indptr))
+        of_row = np.repeat(np.arange(shape[0]), np.diff(mean.indptr))
+        mean.data = (mean.data + base[of_row]) / heard[of_row]
     return mean
-
-
-def best(scores: csr_matrix, split: Split, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Values and labels [N, k] of the k best, best first, pairs that the split filters out removed before the cut."""
-    labels = split.labels.shape[1]
-    values, rows = top_rows_from_csr(scores, candidates_needed(k, split.filter_pairs, labels))
-    rows, values = drop_filtered(rows, values, split.filter_pairs, k, num_labels=labels)
-    return values, rows
 
 
 def run(options: Options) -> dict[str, dict[str, float]]:
@@ -173,23 +182,30 @@ def run(options: Options) -> dict[str, dict[str, float]]:
         raise InputError("--split", f"one of {', '.join(dataset.splits)}", options.split, f"{dataset.folder} has no other")
     split = dataset.splits[options.split]
     weight = inverse_propensity(dataset.splits["train"].labels, *dataset.propensity)
-    files = [read_scores(path, len(split), dataset.num_labels) for path in options.files]
-    kinds = options.scores * (len(files) if len(options.scores) == 1 else 1)
+    kinds = options.scores * (len(options.files) if len(options.scores) == 1 else 1)
+    # A logit of 0 is a score; a probability of 0 says what an absent one does.
+    files = [
+        read_scores(path, len(split), dataset.num_labels, keep_zeros=kind == "logit")
+        for path, kind in zip(options.files, kinds, strict=True)
+    ]
     odds = [log_odds(m, kind, path) for m, kind, path in zip(files, kinds, options.files, strict=True)]
     measured = {}
     for number, (matrix, z) in enumerate(zip(files, odds, strict=True)):
         alone = csr_matrix((z, matrix.indices, matrix.indptr), matrix.shape)
         path = options.files[number]
         name = path if path not in measured else f"{path} ({number + 1})"
-        measured[name] = evaluate(best(alone, split, MEASURED)[1], split.labels, weight)
+        measured[name] = evaluate(best(alone, split.filter_pairs, MEASURED)[1], split.labels, weight)
     if len(files) > 1 or options.output:
         total = combine(files, odds, options.weights or [1.0] * len(files), options.sum)
-        values, rows = best(total, split, options.top_k)
+        values, rows = best(total, split.filter_pairs, options.top_k)
         if len(files) > 1:
             measured["sum"] = evaluate(rows, split.labels, weight)
         if options.output:
             kept = score_matrix(values.astype(np.float32), rows, dataset.num_labels)
-            (write_npz if options.output.endswith(".npz") else write_sparse)(options.output, kept)
+            if options.output.endswith(".npz"):
+                write_npz(options.output, kept, keep_zeros=True)
+            else:
+                write_sparse(options.output, kept)
     if options.metrics:
         facts = {"dataset": dataset.name, "dataset_hash": dataset.content_hash, "split": split.name, "sum": options.sum}
         write_json(Path(options.metrics), {**facts, "metrics": measured})

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from config import Config, began_with, resolved_device
-from output import read_json
+from output import made_folder, read_json
 from report import command, say
 from sources import open_dataset
 from xmlkernels import InputError
@@ -63,8 +63,8 @@ def export(options: Options) -> None:
     if options.what == "label_vectors":
         label_vectors(options, predictor)
         return
-    dataset, folder = dataset_of(options, predictor), Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    dataset = dataset_of(options, predictor)
+    folder = made_folder(options.output)
     for name, split in dataset.splits.items():
         more = {"batch_size": options.batch, "inputs": predictor.inputs}
         if options.what == "embeddings":
@@ -74,7 +74,7 @@ def export(options: Options) -> None:
             say(f"{folder}/embeddings_{name}.npy: {found.shape[0]:,} documents, width {found.shape[1]}")
         else:
             scores = score_matrix(*predict_split(predictor.model, split, options.top_k, **more), dataset.num_labels)
-            write_npz(folder / f"shortlist_{name}.npz", scores)
+            write_npz(folder / f"shortlist_{name}.npz", scores, keep_zeros=True)
             say(f"{folder}/shortlist_{name}.npz: {scores.shape[0]:,} documents, {scores.nnz:,} labels")
 
 
@@ -108,8 +108,7 @@ def label_vectors(options: Options, predictor: Predictor) -> None:
         got = "one with a bias for each label" if isinstance(model, EndToEnd) else "a cascade, which has a bias for each label"
         mend = "an inner product cannot carry it; train end to end without --bias"
         raise InputError("--checkpoint", "a label table without bias", got, mend)
-    head, folder = model.head, Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    head, folder = model.head, made_folder(options.output)
     with replacing(folder / "label_vectors.npy") as file:
         shape = tuple(head.weight.shape)
         np.lib.format.write_array_header_2_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})

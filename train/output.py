@@ -112,6 +112,25 @@ class RunFolder:
         say(f"note: {self.log_file} lost lines: {size:,} bytes were written up to the checkpoint, {found:,} are there")
 
 
+def made_folder(path: str) -> Path:
+    """The folder that --output names, made where it is not there. InputError where it cannot be."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file of that name, or as a parent; no right to write
+        raise InputError(
+            "--output", "a folder, or a name for a new one", f"{path} ({error.strerror})", "name another"
+        ) from error
+    return folder
+
+
+def refuse_run(path: str) -> None:
+    """InputError where --output names the folder of a run, whose metrics.json and predictions.npz would be lost."""
+    held = [name for name in ("config.json", "checkpoint") if (Path(path) / name).exists()]
+    if held:
+        raise InputError("--output", "a folder of its own", f"{path}, which holds a run ({held[0]})", "name another")
+
+
 def strict(value: Any) -> Any:
     """The same for JSON, which knows no NaN and no infinity: null stands for them."""
     if isinstance(value, float):

@@ -169,7 +169,7 @@ def run(options: Options) -> None:
     predictor = Predictor.load(options.checkpoint, which=options.which, device=device)
     if options.output.endswith(".npz"):
         values, rows = predictor.predict_arrays(texts_of(options), options.top_k, batch_size=options.batch or 64)
-        write_npz(options.output, score_matrix(values, rows, predictor.model.labels))
+        write_npz(options.output, score_matrix(values, rows, predictor.model.labels), keep_zeros=True)
         return
     with written(options.output) as out:
         for number, labels in enumerate(answers_of(options, predictor)):

@@ -11,16 +11,13 @@ the test split), metrics.json, vectorizer/ and, with --checkpoint, inputs/ (embe
 """
 
 import math
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from output import write_json
+from output import made_folder, refuse_run, write_json
 from ranker_inputs import Documents, model_inputs, read_features, vectorize, without_pairs
-from report import command, print_comparison, say
+from report import Seconds, command, print_comparison, say
 from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import check_file
@@ -131,9 +128,28 @@ def check(options: Options) -> None:
             raise InputError(f"--{name.replace('_', '-')}", "0 or more", str(getattr(options, name)), "leave it out")
     if options.share is not None and not (math.isfinite(options.share) and 0 <= options.share <= 1):
         raise InputError("--share", "a number from 0 to 1", str(options.share), "leave it out to choose it on validation")
+    refuse_idle(options)
     for path in filter(None, texts):
         check_file(path)
+    refuse_run(options.output)
     settings_of(options)
+
+
+def refuse_idle(options: Options) -> None:
+    """InputError where a flag beside others would do nothing."""
+    words = ("longest", "min_df", "max_features")
+    for beside, given, names in (
+        ("with --one-vs-all", options.one_vs_all, ("share", "negatives")),
+        ("without --share", options.share is None, ("blend",)),
+        ("without --tree", not options.tree, ("beam",)),
+        ("without --checkpoint", not options.checkpoint, ("shortlist", "device", "embedding")),
+        ("with --features", options.features, words),
+        ("with --no-tfidf", not options.tfidf, words),
+    ):
+        for field in fields(Options):
+            if given and field.name in names and getattr(options, field.name) != field.default:
+                flag = "--no-embedding" if field.name == "embedding" else f"--{field.name.replace('_', '-')}"
+                raise InputError(flag, f"no such flag {beside}", "one", "leave it out: it would do nothing")
 
 
 def settings_of(options: Options) -> Settings:
@@ -144,9 +160,10 @@ def settings_of(options: Options) -> Settings:
 def train(options: Options) -> dict[str, Any]:
     """Trains and measures the ranker; returns what metrics.json holds."""
     check(options)
-    dataset, folder = opened(options), Path(options.output)
+    dataset = opened(options)
     tree = opened_tree(options.tree, dataset) if options.tree else None
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made_folder(options.output)
+    (folder / "metrics.json").unlink(missing_ok=True)  # written last: where it stands, the files beside it belong to it
     clock = Seconds()
     documents = {name: Documents(split) for name, split in dataset.splits.items()}
     if options.checkpoint:
@@ -252,22 +269,9 @@ def measure(
             values, rows = best(matrix, pairs, options.top_k)
             report[SHOWN[name]][what] = evaluate(rows, labels, weight)
         if name == "test":  # the last of the scores is the result
-            write_npz(Path(options.output) / "predictions.npz", score_matrix(values, rows, dataset.num_labels))
+            result = score_matrix(values, rows, dataset.num_labels)
+            write_npz(Path(options.output) / "predictions.npz", result, keep_zeros=True)
     return report | {"share": reranker.share, "blend": reranker.how}, reranker
-
-
-class Seconds:
-    """Wall and CPU seconds of each part of the work; a shared machine makes the former long."""
-
-    def __init__(self) -> None:
-        self.spent: dict[str, dict[str, float]] = {}
-
-    @contextmanager
-    def on(self, part: str) -> Iterator[None]:
-        wall, cpu = time.perf_counter(), time.process_time()
-        yield
-        self.spent[part] = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-        say(f"{part}: {self.spent[part]['wall']:.1f} s, {self.spent[part]['cpu']:.1f} s of CPU time")
 
 
 def main() -> None:

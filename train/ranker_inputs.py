@@ -100,7 +100,8 @@ def model_inputs(checkpoint: str, dataset: Dataset, documents: dict[str, Documen
     if told.exists() and read_json(told) == key:
         for name, part in documents.items():
             part.embedding = np.load(folder / f"embeddings_{name}.npy", allow_pickle=False)
-            part.shortlist = read_npz(folder / f"shortlist_{name}.npz", rows=len(part.split), cols=dataset.num_labels)
+            path, size = folder / f"shortlist_{name}.npz", (len(part.split), dataset.num_labels)
+            part.shortlist = read_npz(path, rows=size[0], cols=size[1], keep_zeros=True)
         say(f"embeddings and shortlists of this checkpoint are taken from {folder}/")
         return
     predictor = Predictor.load(checkpoint, device=resolved_device(device))
@@ -115,7 +116,7 @@ def model_inputs(checkpoint: str, dataset: Dataset, documents: dict[str, Documen
         part.shortlist = score_matrix(*predict_split(model, part.split, k, inputs=inputs), dataset.num_labels)
         with replacing(folder / f"embeddings_{name}.npy") as file:
             np.save(file, part.embedding)
-        write_npz(folder / f"shortlist_{name}.npz", part.shortlist)
+        write_npz(folder / f"shortlist_{name}.npz", part.shortlist, keep_zeros=True)
         say(f"{name}: {len(part.split):,} documents embedded")
     write_json(told, key)
 

@@ -2,8 +2,10 @@
 
 import os
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,20 @@ SKIPPED = ("skipped_steps", "skipped_encoder_steps")
 
 # Fixed width where the output goes to a file or a CI log, so that tables do not wrap at 80 columns.
 _console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+class Seconds:
+    """Wall and CPU seconds of each part of the work; a shared machine makes the former long."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, dict[str, float]] = {}
+
+    @contextmanager
+    def on(self, part: str) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.spent[part] = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        say(f"{part}: {self.spent[part]['wall']:.1f} s, {self.spent[part]['cpu']:.1f} s of CPU time")
 
 
 def say(text: str) -> None:

@@ -246,9 +246,8 @@ class Session:
             metrics, found = self.evaluate(split, self.config.top_k)
             report[SHOWN.get(split.name, split.name)] = metrics
             if split is self.test or self.test is None:
-                write_npz(
-                    self.folder.path / "predictions.npz", score_matrix(found.values, found.labels, self.dataset.num_labels)
-                )
+                scores = score_matrix(found.values, found.labels, self.dataset.num_labels)
+                write_npz(self.folder.path / "predictions.npz", scores, keep_zeros=True)
                 report["macro"] = macro_metrics(found.labels, split.labels)
                 report["deciles"] = decile_table(found.labels, split.labels, self.dataset.splits["train"].labels)
         if self.validation is None and self.test is None:

@@ -241,6 +241,15 @@ def test_npz_of_scipy(tmp_path, layout, kind):
     np.testing.assert_array_equal(matrix.toarray(), DENSE)
 
 
+def test_npz_keeps_stored_zeros_where_they_are_scores(tmp_path):
+    scores = csr_matrix((np.array([0, 2], np.float32), np.array([1, 0]), np.array([0, 1, 2])), (2, 3))
+    formats.write_npz(tmp_path / "s.npz", scores, keep_zeros=True)
+    assert formats.read_npz(tmp_path / "s.npz", keep_zeros=True).indices.tolist() == [1, 0]
+    assert formats.read_npz(tmp_path / "s.npz").nnz == 1
+    formats.write_npz(tmp_path / "s.npz", scores)
+    assert formats.read_npz(tmp_path / "s.npz", keep_zeros=True).nnz == 1
+
+
 def test_npz_round_trip(tmp_path):
     path = tmp_path / "m.npz"
     formats.write_npz(path, csr_matrix(DENSE))

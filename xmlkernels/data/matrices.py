@@ -16,13 +16,14 @@ from xmlkernels.data.files import DataWarning, PathLike, at_line, check_file, ma
 from xmlkernels.errors import InputError
 
 
-def canonical_csr(matrix: Any, where: str, *, merge: bool = False) -> csr_matrix:
-    """The matrix as CSR float32 with sorted, unique indices, finite values and no stored zeros.
+def canonical_csr(matrix: Any, where: str, *, merge: bool = False, keep_zeros: bool = False) -> csr_matrix:
+    """The matrix as CSR float32 with sorted, unique indices, finite values and, unless kept, no stored zeros.
 
     Args:
         matrix: scipy sparse matrix or array [rows, cols]; left as it is.
         where: what messages call it.
         merge: whether entries that stand twice are added rather than an error.
+        keep_zeros: whether stored zeros stay: a score of 0 is not a missing one.
 
     Raises:
         InputError: not a sparse matrix of two dimensions, damaged, not finite, or with an entry twice.
@@ -49,7 +50,8 @@ def canonical_csr(matrix: Any, where: str, *, merge: bool = False) -> csr_matrix
         twice = np.flatnonzero(same & (rows[1:] == rows[:-1]))
         raise InputError(f"{where}, {_entry(csr, int(twice[0]))}", "one entry", "two", "merge them (sum_duplicates)")
     csr.sum_duplicates()
-    csr.eliminate_zeros()
+    if not keep_zeros:
+        csr.eliminate_zeros()
     return csr
 
 
@@ -65,13 +67,21 @@ def check_shape(shape: tuple[int, int], rows: int | None, cols: int | None, wher
             raise InputError(where, f"{expected} {what}", f"{got}", "name the file that belongs here")
 
 
-def read_npz(path: PathLike, *, rows: int | None = None, cols: int | None = None, merge_duplicates: bool = False) -> csr_matrix:
+def read_npz(
+    path: PathLike,
+    *,
+    rows: int | None = None,
+    cols: int | None = None,
+    merge_duplicates: bool = False,
+    keep_zeros: bool = False,
+) -> csr_matrix:
     """Read a matrix written by `scipy.sparse.save_npz` (`Y.trn.npz`, `X.trn.npz`), any sparse layout, no pickle.
 
     Args:
         path: the .npz file.
         rows, cols: the shape it must have.
         merge_duplicates: whether entries that stand twice are added rather than an error.
+        keep_zeros: whether stored zeros stay, as they must in a file of scores.
 
     Returns:
         canonical CSR float32 [rows, cols].
@@ -89,16 +99,18 @@ def read_npz(path: PathLike, *, rows: int | None = None, cols: int | None = None
     if matrix.ndim != 2:
         raise InputError(name, "a matrix of two dimensions", f"{matrix.ndim}", mend)
     check_shape(matrix.shape, rows, cols, name)
-    return canonical_csr(matrix, name, merge=merge_duplicates)
+    return canonical_csr(matrix, name, merge=merge_duplicates, keep_zeros=keep_zeros)
 
 
-def write_npz(path: PathLike, matrix: Any) -> None:
+def write_npz(path: PathLike, matrix: Any, *, keep_zeros: bool = False) -> None:
     """Write a matrix as `scipy.sparse.save_npz` does; the file appears whole or not at all.
+
+    Stored zeros are left out unless `keep_zeros`, for files of scores, where they are scores like others.
 
     Raises:
         InputError: a value is not finite, an entry stands twice, or the folder cannot be written.
     """
-    matrix = canonical_csr(matrix, f"the matrix for {os.fspath(path)}")
+    matrix = canonical_csr(matrix, f"the matrix for {os.fspath(path)}", keep_zeros=keep_zeros)
     with replacing(path) as file:
         scipy.sparse.save_npz(file, matrix)
 
