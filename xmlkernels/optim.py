@@ -268,3 +268,25 @@ class LossScaler:
             raise InputError("loss scaler state", f"{sorted(own)} of shape (1,)", str(got), "use LossScaler.tensors()")
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+
+
+def scaled_step(
+    optimizer: torch.optim.Optimizer, scaler: LossScaler, overflow: torch.Tensor, *, clip: float = 0.0
+) -> torch.Tensor:
+    """Unscale, clip, step and adjust the scale: what follows the backward of a step.
+
+    Args:
+        optimizer: holds every parameter with a gradient.
+        overflow: fp32 [1], 1 where the forward was not finite: no parameter moves, and the loss scale is not blamed.
+        clip: largest norm of the gradient; 0 is off.
+
+    Returns:
+        fp32 [1]: 1 where a gradient alone was not finite, and no parameter moved for it.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    found = scaler.unscale_(params) * (1 - overflow)
+    if clip > 0:
+        clip_gradients(params, clip)
+    step_unless(optimizer, torch.maximum(found, overflow))
+    scaler.update(found)
+    return found

@@ -13,10 +13,10 @@ from xmlkernels.models.cascade_scores import Descent, LevelPrediction, TreeOnDev
 from xmlkernels.models.cascade_state import cascade_tensors, check_fit, load_cascade_tensors, saved_tree
 from xmlkernels.models.cascade_training import CascadeTraining, cascade_optimizer, set_rates
 from xmlkernels.models.common import Documents
-from xmlkernels.models.gradient_caching import backward, first_pass, parts_of, second_pass
+from xmlkernels.models.gradient_caching import EncoderPass
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.shortlist import count, select
-from xmlkernels.optim import LossScaler, WeightAverage, clip_gradients, step_unless
+from xmlkernels.optim import LossScaler, WeightAverage, scaled_step
 from xmlkernels.tree.label_tree import LabelTree
 
 __all__ = ["Cascade", "CascadeTraining", "LevelPrediction", "saved_tree"]
@@ -124,20 +124,12 @@ class Cascade(nn.Module):
         if self.optimizer is not None:
             set_rates(self.optimizer, encoder_lr, head_lr, beta1)
             self.optimizer.zero_grad(set_to_none=True)
-        parts = parts_of(batch.inputs, len(batch), settings.micro_batch)
-        if len(parts) == 1:
-            features = self._features(*parts[0])
-            x = [f.detach() for f in features]
-        else:
-            x, states = first_pass(self._features, parts)
-        finite = torch.stack([torch.isfinite(f).all() for f in x]).all()
+        held = EncoderPass(self._features, batch.inputs, len(batch), settings.micro_batch)
+        finite = torch.stack([torch.isfinite(f).all() for f in held.x]).all()
         # One bad level must keep every table as it is, and each op looks at its own x alone.
-        x = [torch.where(finite, f, torch.nan) for f in x]
+        x = [torch.where(finite, f, torch.nan) for f in held.x]
         dx, loss = self._train_tables(x, positives, head_lr, beta1, need_loss)
-        if len(parts) == 1:
-            backward(features, dx)
-        else:
-            second_pass(self._features, parts, states, dx)
+        held.backward(dx)
         self._encoder_step((~finite).float().reshape(1), encoder_lr)
         self.steps += 1
         return loss
@@ -185,13 +177,7 @@ class Cascade(nn.Module):
         settings = self.training_settings
         assert settings is not None
         if self.optimizer is not None:
-            params = [p for group in self.optimizer.param_groups for p in group["params"]]
-            found = self.scaler.unscale_(params) * (1 - overflow)  # non-finite features are no fault of the loss scale
-            if settings.clip > 0:
-                clip_gradients(params, settings.clip)
-            step_unless(self.optimizer, torch.maximum(found, overflow))
-            self.scaler.update(found)
-            self.skipped_encoder_steps += found
+            self.skipped_encoder_steps += scaled_step(self.optimizer, self.scaler, overflow, clip=settings.clip)
         if update := getattr(self.encoder, "update", None):
             update(lr)
         self.skipped_steps += overflow

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from xmlkernels.checkpoint import load_optimizer_tensors, optimizer_tensors
 from xmlkernels.errors import InputError
+from xmlkernels.models.common import check_tensors
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.layer_recipe import checked_layers
 from xmlkernels.tree.label_tree import LabelTree
@@ -45,7 +46,7 @@ def load_cascade_tensors(model: Cascade, tensors: Mapping[str, Tensor]) -> None:
         rest = {k: v for k, v in rest.items() if not k.endswith((".momentum", ".second")) or k in own}
         rest |= {f"encoder.{k}": v for k, v in means.items() if k != "count" and int(means["count"]) > 0}
     _check_tree(model, rest)
-    _check_names(own, rest)
+    check_tensors(own, rest)
     if model.training_settings is not None:
         expected = set() if model.average is None else {"count", *(n for n, _ in model.encoder.named_parameters())}
         if means.keys() != expected:
@@ -92,19 +93,6 @@ def _check_tree(model: Cascade, rest: Mapping[str, Tensor]) -> None:
             "checkpoint", f"a cascade on this label tree ({model.tree.content_hash[:12]}, sizes {list(model.tree.sizes)})",
             "one on another tree", "pass the tree that it was trained with",
         )  # fmt: skip
-
-
-def _check_names(own: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> None:
-    missing, extra = sorted(own.keys() - rest.keys()), sorted(rest.keys() - own.keys())
-    mend = "use the checkpoint's own configuration"
-    if missing or extra:
-        got = f"missing {missing[:3]}, left over {extra[:3]}"
-        raise InputError("checkpoint", "the tensors of this model", got, mend)
-    for name, mine in own.items():
-        there = rest[name]
-        if mine.shape != there.shape or mine.dtype != there.dtype:
-            got = f"{there.dtype} {list(there.shape)}"
-            raise InputError(f"checkpoint: {name}", f"{mine.dtype} {list(mine.shape)}", got, mend)
 
 
 def check_fit(encoder: nn.Module, heads: CascadeHeads, tree: LabelTree) -> None:

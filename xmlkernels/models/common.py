@@ -98,3 +98,19 @@ def model_config(state: Mapping[str, Any]) -> dict[str, Any]:
     if {"encoder", "head"} <= state.keys():
         return {"kind": "end_to_end", "encoder": state["encoder"], "head": state["head"]}
     raise InputError("checkpoint", "the description of a model", "none", "use one that train/run.py wrote")
+
+
+def check_tensors(own: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> None:
+    """Raises InputError unless a checkpoint's tensors have the names, shapes and formats of a model's own."""
+    mend = "use the checkpoint's own configuration"
+    missing, extra = sorted(own.keys() - there.keys()), sorted(there.keys() - own.keys())
+    if missing or extra:
+        got = f"missing {missing[:3]}, left over {extra[:3]}"
+        raise InputError("checkpoint", "the tensors of this model", got, mend)
+    for name, mine in own.items():
+        other = there[name]
+        if mine.shape != other.shape or mine.dtype != other.dtype:
+            raise InputError(
+                f"checkpoint: {name}", f"{mine.dtype} {list(mine.shape)}", f"{other.dtype} {list(other.shape)}",
+                f"{mend} (table formats are chosen by --table and --state)",
+            )  # fmt: skip

@@ -1,7 +1,6 @@
 """The end-to-end model: encoder and full label table, trained together in one step (Renee, MLSys 2023)."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from xmlkernels.checkpoint import load_optimizer_tensors, optimizer_tensors
-from xmlkernels.errors import InputError
-from xmlkernels.models.common import Documents
+from xmlkernels.models.common import Documents, check_tensors
+from xmlkernels.models.gradient_caching import EncoderPass
 from xmlkernels.nn.full_head import FullHead
-from xmlkernels.optim import LossScaler, clip_gradients, encoder_optimizer, set_learning_rate, step_unless, warmup_cosine
+from xmlkernels.optim import LossScaler, encoder_optimizer, scaled_step, set_learning_rate, warmup_cosine
 
 
 @dataclass(frozen=True)
@@ -96,65 +95,19 @@ class EndToEnd(nn.Module):
         set_learning_rate(self.optimizer, [settings.encoder_lr] * len(self.optimizer.param_groups), factor)
         self.optimizer.zero_grad(set_to_none=True)
 
-        parts = self._micro_batches(batch)
-        states: list[Tensor] = []
-        if len(parts) == 1:
-            embedding = self.encoder(*parts[0])
-            x = embedding.detach()
-        else:
-            x = self._embed_without_graph(parts, states)
+        held = EncoderPass(lambda *inputs: [self.encoder(*inputs)], batch.inputs, len(batch), settings.micro_batch)
+        (x,) = held.x
         overflow = (~torch.isfinite(x).all()).float().reshape(1)
         dx, loss = self.head.step(
             x, batch.pos_row, batch.pos_sample, lr=settings.head_lr * factor, dx_scale=self.scaler.scale[0], need_loss=need_loss
         )
-        if len(parts) == 1:
-            embedding.backward(dx)
-        else:
-            self._backward_parts(parts, states, dx)
-        self._encoder_step(overflow)
+        held.backward([dx])
+        self.skipped_encoder_steps += scaled_step(self.optimizer, self.scaler, overflow, clip=settings.clip)
+        self.skipped_steps += overflow
         if update := getattr(self.encoder, "update", None):
             update(settings.encoder_lr * factor)
         self.steps += 1
         return loss
-
-    def _encoder_step(self, overflow: Tensor) -> None:
-        settings = self.training_settings
-        assert settings is not None
-        found = self.scaler.unscale_(self.encoder.parameters())
-        found = found * (1 - overflow)  # a non-finite embedding is no fault of the loss scale
-        self.skipped_steps += overflow
-        self.skipped_encoder_steps += found
-        if settings.clip > 0:
-            clip_gradients(self.encoder.parameters(), settings.clip)
-        step_unless(self.optimizer, torch.maximum(found, overflow))
-        self.scaler.update(found)
-
-    def _micro_batches(self, batch: Documents) -> list[tuple[Tensor, ...]]:
-        """The encoder's inputs in parts of `micro_batch` documents."""
-        size = self.training_settings.micro_batch if self.training_settings else 0
-        if size <= 0 or size >= len(batch):
-            return [batch.inputs]
-        if any(len(part) != len(batch) for part in batch.inputs):
-            raise InputError("micro_batch", "0 for bags of words", str(size), "leave it out: they need no gradient caching")
-        return list(zip(*(part.split(size) for part in batch.inputs), strict=True))
-
-    @torch.no_grad()
-    def _embed_without_graph(self, parts: list[tuple[Tensor, ...]], states: list[Tensor]) -> Tensor:
-        """First pass of gradient caching (Gao et al., 2021): embeddings alone; `states` takes the generator's state before
-        each part, so that the second pass drops the same units."""
-        out = []
-        for part in parts:
-            states.append(_generator_state(part[0].device))
-            out.append(self.encoder(*part))
-        return torch.cat(out)
-
-    def _backward_parts(self, parts: list[tuple[Tensor, ...]], states: list[Tensor], dx: Tensor) -> None:
-        start = 0
-        for part, state in zip(parts, states, strict=True):
-            with _generator_at(part[0].device, state):
-                embedding = self.encoder(*part)
-            embedding.backward(dx[start : start + len(part[0])])
-            start += len(part[0])
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that must survive a stop, by name: weights, optimizer states, counters, loss scale."""
@@ -175,20 +128,7 @@ class EndToEnd(nn.Module):
         rest = {k: v for k, v in tensors.items() if not k.startswith(("optimizer.", "scaler."))}
         if self.training_settings is None:
             rest = {k: v for k, v in rest.items() if k not in ("head.momentum", "head.second", "head.kahan")}
-        own = self.state_dict()
-        missing, extra = sorted(own.keys() - rest.keys()), sorted(rest.keys() - own.keys())
-        if missing or extra:
-            raise InputError(
-                "checkpoint", "the tensors of this model", f"missing {missing[:3]}, left over {extra[:3]}",
-                "use the checkpoint's own configuration",
-            )  # fmt: skip
-        for name, mine in own.items():
-            there = rest[name]
-            if mine.shape != there.shape or mine.dtype != there.dtype:
-                raise InputError(
-                    f"checkpoint: {name}", f"{mine.dtype} {list(mine.shape)}", f"{there.dtype} {list(there.shape)}",
-                    "use the checkpoint's own configuration (table formats are chosen by --table and --state)",
-                )  # fmt: skip
+        check_tensors(self.state_dict(), rest)
         self.load_state_dict(rest)
         self.steps = int(self.head.counter[1])
         if self.training_settings is not None:
@@ -218,21 +158,5 @@ class EndToEnd(nn.Module):
         return self.head.loss(self.encoder(*batch.inputs), batch.pos_row, batch.pos_sample)
 
 
-def _generator_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
 def _without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-@contextmanager
-def _generator_at(device: torch.device, state: Tensor) -> Iterator[None]:
-    """Draws from `state` inside, and goes on after it from where the generator stood."""
-    before = _generator_state(device)
-    put = (lambda s: torch.cuda.set_rng_state(s, device)) if device.type == "cuda" else torch.set_rng_state
-    put(state)
-    try:
-        yield
-    finally:
-        put(before)

@@ -1,23 +1,68 @@
 """Gradient caching (Gao et al., 2021): a batch's tables see all of it at once, its encoder a few documents at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from xmlkernels.errors import InputError
-from xmlkernels.models.end_to_end import _generator_at, _generator_state
-
-Parts = list[tuple[Tensor, ...]]
-Features = Callable[..., list[Tensor]]
 
 
-def parts_of(inputs: tuple[Tensor, ...], documents: int, size: int) -> Parts:
-    """The encoder's inputs in parts of `size` documents; 0: all at once.
+class EncoderPass:
+    """The features of a batch and the way back through the encoder.
+
+    With a micro-batch below the batch, features are first computed without a graph, part by part; `backward` computes each
+    part again, with a graph and from the state that the generator had then, so that dropout drops the same units.
+
+    Attributes:
+        x: fp32 [B, D] of each level, without a graph.
+
+    Args:
+        features: the encoder's inputs → [B, D] of each level.
+        inputs: of the whole batch.
+        documents: B.
+        micro_batch: documents of a part; 0 passes all at once.
 
     Raises:
-        InputError: the inputs are no rows of documents.
+        InputError: parts of inputs that are no rows of documents.
     """
+
+    def __init__(
+        self, features: Callable[..., list[Tensor]], inputs: tuple[Tensor, ...], documents: int, micro_batch: int
+    ) -> None:
+        self._features = features
+        self._parts = _parts(inputs, documents, micro_batch)
+        self._states: list[Tensor] = []
+        self._graph: list[Tensor] = []
+        if len(self._parts) == 1:
+            self._graph = features(*inputs)
+            self.x = [f.detach() for f in self._graph]
+        else:
+            self.x = self._without_graph()
+
+    @torch.no_grad()
+    def _without_graph(self) -> list[Tensor]:
+        out = []
+        for part in self._parts:
+            self._states.append(_generator_state(part[0].device))
+            out.append(self._features(*part))
+        return [torch.cat(level) for level in zip(*out, strict=True)]
+
+    def backward(self, dx: Sequence[Tensor]) -> None:
+        """Adds the parameters' gradients from those of the features, dx: [B, D] of each level."""
+        if len(self._parts) == 1:
+            _backward(self._graph, dx)
+            return
+        start = 0
+        for part, state in zip(self._parts, self._states, strict=True):
+            with _generator_at(part[0].device, state):
+                levels = self._features(*part)
+            _backward(levels, [d[start : start + len(part[0])] for d in dx])
+            start += len(part[0])
+
+
+def _parts(inputs: tuple[Tensor, ...], documents: int, size: int) -> list[tuple[Tensor, ...]]:
     if size <= 0 or size >= documents:
         return [inputs]
     if any(len(part) != documents for part in inputs):
@@ -25,29 +70,24 @@ def parts_of(inputs: tuple[Tensor, ...], documents: int, size: int) -> Parts:
     return list(zip(*(part.split(size) for part in inputs), strict=True))
 
 
-@torch.no_grad()
-def first_pass(features: Features, parts: Parts) -> tuple[list[Tensor], list[Tensor]]:
-    """Features alone, [B, D] per level; and the generator's state before each part, so that the second pass drops the same
-    units."""
-    out, states = [], []
-    for part in parts:
-        states.append(_generator_state(part[0].device))
-        out.append(features(*part))
-    return [torch.cat(level) for level in zip(*out, strict=True)], states
-
-
-def second_pass(features: Features, parts: Parts, states: list[Tensor], dx: Sequence[Tensor]) -> None:
-    """Features again, with a graph, and backward from their gradients dx ([B, D] per level)."""
-    start = 0
-    for part, state in zip(parts, states, strict=True):
-        with _generator_at(part[0].device, state):
-            levels = features(*part)
-        backward(levels, [d[start : start + len(part[0])] for d in dx])
-        start += len(part[0])
-
-
-def backward(features: Sequence[Tensor], dx: Sequence[Tensor]) -> None:
+def _backward(features: Sequence[Tensor], dx: Sequence[Tensor]) -> None:
     """One backward from all levels; those of a frozen encoder have no graph."""
     held = [(f, d) for f, d in zip(features, dx, strict=True) if f.requires_grad]
     if held:
         torch.autograd.backward([f for f, _ in held], [d for _, d in held])
+
+
+def _generator_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+@contextmanager
+def _generator_at(device: torch.device, state: Tensor) -> Iterator[None]:
+    """Draws from `state` inside, and goes on after it from where the generator stood."""
+    before = _generator_state(device)
+    put = (lambda s: torch.cuda.set_rng_state(s, device)) if device.type == "cuda" else torch.set_rng_state
+    put(state)
+    try:
+        yield
+    finally:
+        put(before)
