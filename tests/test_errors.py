@@ -1,7 +1,6 @@
 """`xmlkernels.errors`: the one exception for a user's mistake."""
 
 import copy
-import pickle
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -25,7 +24,7 @@ def test_it_is_a_value_error_and_public() -> None:
         raise InputError(*PARTS)
 
 
-@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))])
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy])
 def test_copies_keep_message_and_parts(again) -> None:  # type: ignore[no-untyped-def]
     error = again(InputError(*PARTS))
     assert type(error) is InputError and str(error) == str(InputError(*PARTS)) and error.mend == PARTS[3]

@@ -84,7 +84,9 @@ def test_the_scheme_is_the_best_one_on_validation_and_is_served(finished: Path, 
         predictor.model.heads.use_scheme(scheme)
         rows = evaluate_split(predictor.model, split, 5, batch_size=16, inputs=predictor.inputs).labels
         found[scheme] = split.labels[np.arange(len(split)), rows[:, 0]].mean()
-    assert found[metrics_of(finished)["scheme"]] == max(found.values())
+    metrics = metrics_of(finished)
+    assert found[metrics["scheme"]] == max(found.values())
+    assert metrics["best"]["P@1"] == metrics["validation"]["P@1"] == pytest.approx(100 * max(found.values()))
 
 
 def test_shortlist_recall_counts_labels_whose_cluster_was_kept(finished: Path, dataset: Path) -> None:

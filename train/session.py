@@ -213,8 +213,9 @@ class Session:
                     )
                     found[scheme] = evaluate(labels, self.validation.labels, self.inverse_propensity)[by]
             model.heads.use_scheme(max(found, key=lambda scheme: found[scheme]))
+            self.best = self.best | {by: found[model.heads.scheme]}
             tensors, state = self.folder.checkpoints.load("best")
-            self.folder.checkpoints.save_best(tensors, state | {"model": model.config()})
+            self.folder.checkpoints.save_best(tensors, state | {"model": model.config(), "best": self.best})
             told = ", ".join(f"{scheme} {value:.2f}" for scheme, value in found.items())
             say(f"--scheme auto: {model.heads.scheme} is best by validation {by} ({told})")
         return model.heads.scheme
@@ -239,7 +240,7 @@ class Session:
         report: dict[str, Any] = {"dataset": self.dataset.name, "dataset_hash": self.dataset.content_hash}
         report["best"] = self._put_best()
         if scheme := self._choose_scheme():
-            report |= {"scheme": scheme, "tree": self.tree and self.tree.content_hash}
+            report |= {"best": self.best, "scheme": scheme, "tree": self.tree and self.tree.content_hash}
         for split in (self.validation, self.test):
             if split is None:
                 continue

@@ -10,7 +10,7 @@ from tree import Options as TreeOptions
 from tree import make as make_tree
 from xmlkernels import InputError
 from xmlkernels.data.bow import Vectorizer
-from xmlkernels.data.dataset import FEATURES, Dataset
+from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.inputs import BowInputs, Inputs, TokenInputs
 from xmlkernels.data.loader import BagBatches, Batches
 from xmlkernels.data.prepare import PrepareConfig, prepare
@@ -88,9 +88,8 @@ def open_tree(config: Config, dataset: Dataset) -> LabelTree | None:
     # A tree of this name made by another version is only a cache: replace it.
     return make_tree(
         TreeOptions(
-            str(dataset.folder), str(folder), depths=config.tree_depths, seed=config.seed,
-            features=str(dataset.splits["train"].folder / FEATURES) if dataset.vocabulary else "auto",
-            plot=False, overwrite=True,
+            str(dataset.folder), str(folder), depths=config.tree_depths, seed=config.seed, threads=config.threads, plot=False,
+            overwrite=True,
         )
     )  # fmt: skip
 

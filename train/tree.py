@@ -44,8 +44,9 @@ class Options:
     clusters: tuple[int, ...] = ()
     """Clusters of each level instead, any numbers that do not fall."""
     features: str = "auto"
-    """text: TF-IDF of the texts kept in the dataset; tokens: of its token ids; auto: the texts where they are kept, else the
-    tokens; none: label texts alone; or an .npz with a CSR [training documents, terms]."""
+    """text: TF-IDF of the texts kept in the dataset; tokens: of its token ids; bags: its bags of words; auto: the bags where it
+    has them, else the texts where they are kept, else the tokens; none: label texts alone; or an .npz with a CSR [training
+    documents, terms]."""
     ngrams: int = 1
     """text: longest run of words that is a term."""
     terms: int = 500_000
@@ -150,7 +151,7 @@ def settings_of(options: Options, dataset: Dataset, encoder: LabelEncoder | None
     """All that decides the tree, files by their content; `key` is its hash."""
     settings = {name: value for name, value in asdict(options).items() if name not in ASIDE}
     settings |= {"dataset": dataset.content_hash, "clusters": options.counts, "recipe_version": RECIPE_VERSION}
-    named = options.features in ("text", "tokens", "none")
+    named = options.features in ("text", "tokens", "bags", "none")
     settings["features"] = options.features if named else digest(options.features)
     settings["label_text"] = encoder.hash if encoder else None
     settings["label_vectors"] = digest(options.label_vectors) if options.label_vectors else None
@@ -182,6 +183,8 @@ def _standing(options: Options, key: str) -> LabelTree | None:
 
 def _feature_source(options: Options, dataset: Dataset) -> str:
     if options.features == "auto":
+        if dataset.vocabulary is not None:
+            return "bags"
         return "text" if (dataset.splits["train"].folder / "texts.jsonl").is_file() else "tokens"
     return options.features
 
@@ -223,6 +226,8 @@ def _features(
         tokens = TokenFeatures(train.tokens)
         found, documents = tokens.documents, tokens.documents if checked is train else tokens.transform(checked.tokens)
         texts = None if dataset.label_tokens is None else tokens.transform(dataset.label_tokens)
+    elif options.features == "bags":
+        found, documents, texts = train.features, checked.features, dataset.label_features
     else:
         checked = train
         found = documents = read_features(options.features, len(train))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import pickle
 import threading
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -54,11 +54,11 @@ def test_no_rows(tmp_path: Path) -> None:
     assert len(store) == 0 and store.lengths.tolist() == []
 
 
-def test_pickle_maps_the_same_file(tmp_path: Path) -> None:
+def test_a_process_that_is_sent_one_maps_the_same_file(tmp_path: Path) -> None:
     store = write(tmp_path / "tokens.bin", [[7] * 5000])
-    data = pickle.dumps(store)
+    data = ForkingPickler.dumps(store)
     assert len(data) < 1000
-    assert pickle.loads(data)[0].tolist() == [7] * 5000
+    assert ForkingPickler.loads(data)[0].tolist() == [7] * 5000
 
 
 @pytest.mark.parametrize("cut", [0, 5, 500, 1024, 1030, 1063, 1064, -1])

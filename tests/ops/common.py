@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from xmlkernels import ops
@@ -28,6 +28,7 @@ SHAPES = [
     (64, 4999, 384), (257, 5000, 16),
 ]  # fmt: skip
 STATES = ("bias", "momentum", "second", "kahan")
+opcheck = library.opcheck
 needs_kernels = pytest.mark.skipif(ops.missing is not None, reason=f"CPU kernels are not loaded: {ops.missing}")
 
 

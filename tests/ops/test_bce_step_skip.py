@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch.library import opcheck
 
 from common import (
     DEVICES,
@@ -16,6 +15,7 @@ from common import (
     make_hyper,
     name_of,
     needs_kernels,
+    opcheck,
     torch_step,
 )
 from skips import GROUP, clear_step, exact_step, groups_of, reach

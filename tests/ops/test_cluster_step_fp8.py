@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch.library import opcheck
 
-from common import DEVICES, assert_no_worse, assert_same_bits, bits, decoded, fp8_step, make_hyper, needs_kernels
+from common import DEVICES, assert_no_worse, assert_same_bits, bits, decoded, fp8_step, make_hyper, needs_kernels, opcheck
 from common_cluster import ClusterStep, assert_scores, dyadic_cluster_step, random_cluster_step, torch_cluster_step
 from xmlkernels.errors import InputError
 

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.library import opcheck
 
 from common import (
     DEVICES,
@@ -20,6 +19,7 @@ from common import (
     make_counter,
     make_hyper,
     needs_kernels,
+    opcheck,
     random_step,
     to_fp8,
     torch_step,

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.library import opcheck
 
-from common import DEVICES, DTYPES, Step, assert_same_bits, huge_table, make_hyper, name_of, needs_kernels, random_step
+from common import DEVICES, DTYPES, Step, assert_same_bits, huge_table, make_hyper, name_of, needs_kernels, opcheck, random_step
 from common_cluster import random_cluster_step
 from xmlkernels import ops
 

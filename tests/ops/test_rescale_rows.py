@@ -5,9 +5,8 @@ import sys
 import pytest
 import torch
 from torch import Tensor
-from torch.library import opcheck
 
-from common import DEVICES, assert_same_bits, bits, decoded, huge_table, make_counter, needs_kernels, to_fp8, unit
+from common import DEVICES, assert_same_bits, bits, decoded, huge_table, make_counter, needs_kernels, opcheck, to_fp8, unit
 from xmlkernels.errors import InputError
 from xmlkernels.ops import rescale_rows_
 from xmlkernels.reference.rescale_rows import rescale_rows_ as reference

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch.library import opcheck
 
-from common import DEVICES, DTYPES, assert_no_worse, assert_same_bits, name_of, to_fp8
+from common import DEVICES, DTYPES, assert_no_worse, assert_same_bits, name_of, opcheck, to_fp8
 from shortlists import BOTH, backward, everything, forward, make, make_exact_fp8, moved, plain
 from xmlkernels import ops
 from xmlkernels.errors import InputError

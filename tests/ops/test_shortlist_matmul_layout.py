@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.library import opcheck
 
-from common import DEVICES, DTYPES, huge_table, name_of, needs_kernels
+from common import DEVICES, DTYPES, huge_table, name_of, needs_kernels, opcheck
 from shortlists import BOTH, backward, everything, exact_results, make
 from test_instruction_sets import instruction_sets, run_child
 from xmlkernels import ops

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.library import opcheck
 
-from common import DEVICES, DTYPES, assert_same_bits, huge_table, make_counter, make_hyper, name_of, needs_kernels
+from common import DEVICES, DTYPES, assert_same_bits, huge_table, make_counter, make_hyper, name_of, needs_kernels, opcheck
 from sparse_common import RULES, RowStep, dyadic_rows, random_bags, random_rows
 from test_instruction_sets import digest, instruction_sets, run_child
 from xmlkernels import ops

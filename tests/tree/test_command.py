@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -56,8 +57,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             validation_labels=base / "val_labels.txt", label_text=base / "names.txt",
         )  # fmt: skip
         prepare(config)
+    for split, count in (("train", 200), ("val", 40)):  # word w{i} is column i
+        rows = (base / f"{split}_labels.txt").read_text().splitlines()[1:]
+        texts = (base / f"{split}.txt").read_text().splitlines()
+        lines = [f"{row.replace(':1', '').replace(' ', ',')} {as_bag(text)}" for row, text in zip(rows, texts, strict=True)]
+        (base / f"{split}_bags.txt").write_text(f"{count} 200 {LABELS}\n" + "\n".join(lines) + "\n")
+    names = (base / "names.txt").read_text().splitlines()
+    (base / "name_bags.txt").write_text(f"{LABELS} 200\n" + "\n".join(map(as_bag, names)) + "\n")
+    config = PrepareConfig(
+        base / "bags", source="bow", train_text=base / "train_bags.txt", validation_text=base / "val_bags.txt",
+        label_text=base / "name_bags.txt",
+    )  # fmt: skip
+    prepare(config)
     np.save(base / "vectors.npy", np.eye(SUBJECTS, dtype=np.float32)[np.arange(LABELS) % SUBJECTS])
     yield base
+
+
+def as_bag(text: str) -> str:
+    counts = Counter(int(word[1:]) for word in text.split())
+    return " ".join(f"{word}:{count}" for word, count in sorted(counts.items()))
 
 
 @pytest.fixture
@@ -71,7 +89,7 @@ def by_subject(tree: LabelTree) -> bool:
     return tree.sizes[0] == SUBJECTS and all(len(set(subject[tree.ancestors(0) == c])) == 1 for c in range(SUBJECTS))
 
 
-@pytest.mark.parametrize("source", ["texts", "tokens"])
+@pytest.mark.parametrize("source", ["texts", "tokens", "bags"])
 @pytest.mark.parametrize("graph", [True, False])
 def test_subjects_become_clusters(options: Options, folder: Path, source: str, graph: bool) -> None:
     """Labels without documents too, by their names."""
@@ -79,7 +97,7 @@ def test_subjects_become_clusters(options: Options, folder: Path, source: str, g
     assert by_subject(tree) and tree.sizes == (4, 8, LABELS)
     manifest = json.loads((folder / source / "manifest.json").read_text())
     tree.check_dataset(manifest["content_hash"], LABELS)
-    assert tree.settings["features"] == ("text" if source == "texts" else "tokens") and tree.settings["clusters"] == [4, 8]
+    assert tree.settings["features"] == ("text" if source == "texts" else source) and tree.settings["clusters"] == [4, 8]
 
 
 def test_what_the_folder_gets(options: Options, capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,8 +138,7 @@ class FullHead(nn.Module):
 
         A label of two or three documents then begins as a nearest-centroid classifier, where a random row would see them too
         seldom ("imprinting": Qi, Brown, Lowe, CVPR 2018, section 3.2; the common mean is taken off because vectors behind a
-        ReLU all lie in one corner). Rows without a document stay as drawn. Takes four fp32 tables of [L, D] for
-        the moment.
+        ReLU all lie in one corner). Rows without a document stay as drawn. Takes one fp32 table of [L, D] for the moment.
 
         Args:
             vectors: (x [B, D], pos_row int64 [P], pos_sample int32 [P]) of every batch of training documents, untrained.
@@ -160,13 +159,13 @@ class FullHead(nn.Module):
             documents += len(x)
         if documents == 0:
             raise InputError("first label rows", "training documents", "none", "give the batches of the training split")
-        rows = norm * nn.functional.normalize(total / count.clamp(min=1) - mean / documents)
-        values = torch.where(count > 0, rows, self.rows(0, self.labels))
-        if self.row_scale is None:
-            self.weight.copy_(values)
-        else:
-            self.weight.copy_((values / self.row_scale[:, :1]).clamp(-448, 448))
-            self.row_scale[:, 1] = self.rows(0, self.labels).abs().amax(1)
+        mean /= documents
+        block = max(1, _INIT_BLOCK // max(1, total.shape[1]))
+        for start in range(0, self.labels, block):
+            end = min(start + block, self.labels)
+            seen = count[start:end]
+            rows = norm * nn.functional.normalize(total[start:end] / seen.clamp(min=1) - mean)
+            _fill(self.weight, self.row_scale, start, torch.where(seen > 0, rows, self.rows(start, end)))
 
     @torch.no_grad()
     def step(
@@ -223,11 +222,17 @@ def _normal(shape: tuple[int, int], std: float, seed: int, dtype: torch.dtype) -
         return table, row_scale
     block = max(1, _INIT_BLOCK // max(1, shape[1]))
     for start in range(0, shape[0], block):
-        part = table[start : start + block]
-        values = torch.randn(part.shape, generator=generator) * std
-        if row_scale is not None:
-            values = (values / _FIRST_SCALE).clamp(-448, 448)
-        part.copy_(values)
-        if row_scale is not None:
-            row_scale[start : start + block, 1] = part.float().abs().amax(1) * _FIRST_SCALE
+        rows = min(block, shape[0] - start)
+        _fill(table, row_scale, start, torch.randn(rows, shape[1], generator=generator) * std)
     return table, row_scale
+
+
+def _fill(table: Tensor, row_scale: Tensor | None, start: int, values: Tensor) -> None:
+    """Rows start … of a table from fp32 values; an fp8 table gets them by its scale, and their largest as its maximum."""
+    end = start + values.shape[0]
+    if row_scale is None:
+        table[start:end].copy_(values)
+        return
+    scale = row_scale[start:end, :1]
+    table[start:end].copy_((values / scale).clamp(-448, 448))
+    row_scale[start:end, 1] = (table[start:end].float() * scale).abs().amax(1)

@@ -24,8 +24,7 @@ GRADIENT_SCALE = {torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 256.0}
 
 @dataclass(frozen=True)
 class Plan:
-    """Block sizes, powers of two >= 16. Bits of dX depend on them in the last place, bits of rows do not but through
-    fp32 sums over D and B."""
+    """Block sizes, powers of two >= 16. The last place of dX depends on them, and of rows through fp32 sums over D and B."""
 
     tile: int  # labels of a tile, a multiple of block_l
     block_b: int
