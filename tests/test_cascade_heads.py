@@ -78,12 +78,13 @@ def test_features_go_through_the_linear_layer_where_two_layers_are_read() -> Non
     assert len(one.projections) == 0
 
 
-def test_bytes_by_part() -> None:
-    nodes = sum(SIZES)
-    parts = make_heads(dtype="bf16").bytes()
-    assert parts["states"] == 4 * nodes * WIDTH + 4 * nodes  # fp32 first moment, row-wise second
-    assert parts["tables"] == 2 * nodes * WIDTH + 4 * nodes + 3 * 16  # bf16 rows, fp32 biases, the counters
-    assert parts["other"] == 4 * (2 * WIDTH * WIDTH + WIDTH)
+def test_sizes_of_tables_and_states() -> None:
+    heads = make_heads(dtype="bf16")
+    for nodes, level in zip(SIZES, heads.levels, strict=True):
+        sizes = {name: t.numel() * t.element_size() for name, t in level.state_dict().items()}
+        assert sizes == {  # bf16 rows, fp32 first moment, row-wise second
+            "weight": 2 * nodes * WIDTH, "bias": 4 * nodes, "momentum": 4 * nodes * WIDTH, "second": 4 * nodes, "counter": 16,
+        }  # fmt: skip
 
 
 def test_levels_out_of_range_are_refused() -> None:

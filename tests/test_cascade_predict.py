@@ -107,6 +107,17 @@ def test_places_beyond_the_shortlist_are_empty() -> None:
     assert (values[:, 1:] <= values[:, :-1]).all()
 
 
+def test_labels_of_every_scheme_for_one_pass() -> None:
+    model = trained(3, topk=[2, 3])
+    batch, exclude = make_batch(model.tree, 64), torch.tensor([[0, -1], [1, 2], [3, -1], [-1, -1]]).repeat(16, 1)
+    found = model.predict_schemes(batch, 6, exclude)
+    assert set(found) == {"level", "weighted", "path"}
+    for scheme, labels in found.items():
+        model.heads.use_scheme(scheme)
+        assert torch.equal(labels, model.predict(batch, 6, exclude)[1])
+    assert not torch.equal(found["level"], found["path"])
+
+
 def test_equal_scores_stand_in_table_order() -> None:
     model = make_model(3, fill=False, topk=[2, 2])
     assert [level.kept.tolist() for level in model.predict_levels(make_batch(model.tree, 1), 3)][:2] == [[[0, 1]], [[0, 1]]]

@@ -26,8 +26,7 @@ from xmlkernels.predict import (
     CheckpointWarning,
     Label,
     Predictor,
-    mean_loss,
-    predict_and_loss,
+    evaluate_split,
     predict_split,
     score_matrix,
 )
@@ -157,12 +156,12 @@ def test_filter_pairs_never_appear_and_the_cut_is_still_full(predictor: Predicto
 def test_the_model_keeps_its_mode(predictor: Predictor, validation: Split) -> None:
     predictor.model.train()
     predict_split(predictor.model, validation, 2)
-    mean_loss(predictor.model, validation)
+    evaluate_split(predictor.model, validation, 1)
     assert predictor.model.training
     predictor.model.eval()
 
 
-def test_mean_loss_is_the_binary_cross_entropy_of_torch(predictor: Predictor, validation: Split) -> None:
+def test_the_loss_is_the_binary_cross_entropy_of_torch(predictor: Predictor, validation: Split) -> None:
     model, total = predictor.model, 0.0
     for batch in Batches(validation, 9, shuffle=False).epoch(0):
         with torch.no_grad():
@@ -172,14 +171,14 @@ def test_mean_loss_is_the_binary_cross_entropy_of_torch(predictor: Predictor, va
         logits = x @ model.head.weight.double().T
         total += float(torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum"))
     tolerance = 1e-5 if model.head.weight.dtype == torch.float32 else 1e-2
-    assert mean_loss(model, validation, batch_size=16) == pytest.approx(total / len(validation), rel=tolerance)
+    assert evaluate_split(model, validation, 1, batch_size=16).loss == pytest.approx(total / len(validation), rel=tolerance)
 
 
 def test_one_pass_gives_predictions_and_loss(predictor: Predictor, validation: Split) -> None:
-    values, rows, loss = predict_and_loss(predictor.model, validation, 4, batch_size=16)
+    found = evaluate_split(predictor.model, validation, 4, batch_size=16)
     own = predict_split(predictor.model, validation, 4, batch_size=16)
-    assert np.array_equal(values, own[0]) and np.array_equal(rows, own[1])
-    assert loss == mean_loss(predictor.model, validation, batch_size=16)
+    assert np.array_equal(found.values, own[0]) and np.array_equal(found.labels, own[1])
+    assert found.loss == evaluate_split(predictor.model, validation, 1, batch_size=16).loss
 
 
 def test_score_matrix_keeps_zero_and_negative_logits() -> None:

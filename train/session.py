@@ -21,7 +21,7 @@ from xmlkernels.metrics import decile_table, evaluate, inverse_propensity, macro
 from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.common import Documents
 from xmlkernels.models.end_to_end import EndToEnd
-from xmlkernels.predict import Evaluation, evaluate_split, predict_split, score_matrix
+from xmlkernels.predict import Evaluation, evaluate_split, predict_schemes, score_matrix
 
 SHOWN = {"val": "validation"}
 
@@ -204,14 +204,11 @@ class Session:
         if not isinstance(model, Cascade):
             return None
         if self.config.scheme == "auto" and self.validation is not None:
-            found = {}
-            for scheme in ("weighted", "level", "path"):  # of equals the first
-                model.heads.use_scheme(scheme)
-                with self.clock.on("evaluate"):
-                    _, labels = predict_split(
-                        model, self.validation, 5, batch_size=self.config.evaluate_batch, inputs=self.inputs
-                    )
-                    found[scheme] = evaluate(labels, self.validation.labels, self.inverse_propensity)[by]
+            with self.clock.on("evaluate"):
+                labels = predict_schemes(model, self.validation, 5, batch_size=self.config.evaluate_batch, inputs=self.inputs)
+                weight, truth = self.inverse_propensity, self.validation.labels
+                # Of equals the first.
+                found = {scheme: evaluate(labels[scheme], truth, weight)[by] for scheme in ("weighted", "level", "path")}
             model.heads.use_scheme(max(found, key=lambda scheme: found[scheme]))
             self.best = self.best | {by: found[model.heads.scheme]}
             tensors, state = self.folder.checkpoints.load("best")

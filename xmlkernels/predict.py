@@ -26,6 +26,7 @@ from xmlkernels.levels import LevelScores
 from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.common import Documents, Model, arrangement, model_config, tree_of
 from xmlkernels.models.restore import restored
+from xmlkernels.nn.cascade_heads import SCHEMES
 
 _AHEAD = 16  # batches of texts read ahead, so that texts of like length share a batch
 _TRAINING_ONLY = ("optimizer.", "scaler.", "head.momentum", "head.second", "head.kahan")
@@ -185,17 +186,16 @@ def evaluate_split(model: Model, split: Split, k: int, *, batch_size: int = 256,
     return Evaluation(values, labels, total / max(1, count), scores.result() if scores is not None else [])
 
 
-def predict_and_loss(
-    model: Model, split: Split, k: int, *, batch_size: int = 256, inputs: Inputs | None = None
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """What `predict_split` and `mean_loss` give, for one pass of the encoder."""
-    found = evaluate_split(model, split, k, batch_size=batch_size, inputs=inputs)
-    return found.values, found.labels, found.loss
-
-
-def mean_loss(model: Model, split: Split, *, batch_size: int = 256, inputs: Inputs | None = None) -> float:
-    """The loss of a split averaged over documents; see `Evaluation`."""
-    return evaluate_split(model, split, 1, batch_size=batch_size, inputs=inputs).loss
+def predict_schemes(
+    model: Cascade, split: Split, k: int, *, batch_size: int = 256, inputs: Inputs | None = None
+) -> dict[str, np.ndarray]:
+    """Labels int64 [N, k] that `predict_split` would give under each scheme, for one pass of the encoder."""
+    found = {scheme: np.empty((split.labels.shape[0], k), np.int64) for scheme in SCHEMES}
+    for batch, exclude in evaluation_batches(model, split, batch_size, inputs):
+        index = batch.index.cpu().numpy()
+        for scheme, labels in model.predict_schemes(batch, k, exclude).items():
+            found[scheme][index] = labels.cpu().numpy()
+    return found
 
 
 def embed_split(model: Model, split: Split, *, batch_size: int = 256, inputs: Inputs | None = None) -> np.ndarray:

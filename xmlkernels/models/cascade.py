@@ -14,7 +14,7 @@ from xmlkernels.models.cascade_state import cascade_tensors, check_fit, load_cas
 from xmlkernels.models.cascade_training import CascadeTraining, cascade_optimizer, set_rates
 from xmlkernels.models.common import Documents
 from xmlkernels.models.gradient_caching import EncoderPass
-from xmlkernels.nn.cascade_heads import CascadeHeads
+from xmlkernels.nn.cascade_heads import SCHEMES, CascadeHeads
 from xmlkernels.nn.shortlist import count, select
 from xmlkernels.optim import LossScaler, WeightAverage, scaled_step
 from xmlkernels.tree.label_tree import LabelTree
@@ -218,6 +218,12 @@ class Cascade(nn.Module):
         return self._best_labels(self._evaluated(batch), k, exclude)
 
     @torch.no_grad()
+    def predict_schemes(self, batch: Documents, k: int, exclude: Tensor | None = None) -> dict[str, Tensor]:
+        """The labels that `predict` would give under each scheme, for one pass of the encoder."""
+        x = self._evaluated(batch)
+        return {scheme: self._best_labels(x, k, exclude, scheme)[1] for scheme in SCHEMES}
+
+    @torch.no_grad()
     def predict_levels(self, batch: Documents, k: int, exclude: Tensor | None = None) -> list[LevelPrediction]:
         """What each level says, coarse to fine, and what it hands on: shortlist recall is read from `kept`. `exclude` is for
         the labels, as of `predict`."""
@@ -260,19 +266,22 @@ class Cascade(nn.Module):
             return self._features(*batch.inputs)
 
     def _levels(self, x: list[Tensor], k: int, exclude: Tensor | None) -> list[LevelPrediction]:
-        return [self._said(r, level, k, exclude) for r, level in enumerate(descend(self.heads, x, self._tree()))]
+        return [
+            self._said(r, level, k, exclude, self.heads.scheme) for r, level in enumerate(descend(self.heads, x, self._tree()))
+        ]
 
-    def _best_labels(self, x: list[Tensor], k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
-        *_, level = descend(self.heads, x, self._tree())
-        said = self._said(self.tree.levels - 1, level, k, exclude)
+    def _best_labels(self, x: list[Tensor], k: int, exclude: Tensor | None, scheme: str | None = None) -> tuple[Tensor, Tensor]:
+        scheme = scheme or self.heads.scheme
+        *_, level = descend(self.heads, x, self._tree(), scheme=scheme)
+        said = self._said(self.tree.levels - 1, level, k, exclude, scheme)
         return said.values, said.nodes
 
-    def _said(self, r: int, level: Descent, k: int, exclude: Tensor | None) -> LevelPrediction:
+    def _said(self, r: int, level: Descent, k: int, exclude: Tensor | None, scheme: str) -> LevelPrediction:
         if r + 1 < self.tree.levels:
-            return LevelPrediction(*ranked(level, k, self.heads.scheme), level.kept)
+            return LevelPrediction(*ranked(level, k, scheme), level.kept)
         if exclude is not None:
             exclude = torch.where(exclude >= 0, self.place[exclude.clamp(min=0)], -1)
-        values, rows = ranked(level, k, self.heads.scheme, exclude)
+        values, rows = ranked(level, k, scheme, exclude)
         return LevelPrediction(values, self._label_ids(rows), level.kept)
 
     def _label_ids(self, rows: Tensor) -> Tensor:

@@ -61,16 +61,18 @@ class TreeOnDevice:
 
 
 def descend(
-    heads: CascadeHeads, x: Sequence[Tensor], tree: TreeOnDevice, *, positives: Positives | None = None, bound: int = 0
-) -> Iterator[Descent]:
+    heads: CascadeHeads, x: Sequence[Tensor], tree: TreeOnDevice, *, scheme: str | None = None,
+    positives: Positives | None = None, bound: int = 0,
+) -> Iterator[Descent]:  # fmt: skip
     """Scores level by level: all nodes of the first, then the children of the `heads.topk` best by the level's own logit.
 
     Args:
         x: fp32 [B, D] for each level.
+        scheme: of the scores; the heads' own when not given.
         positives: pairs of every level, to be kept as training keeps them; None at prediction.
         bound: how many clusters beyond k a row may keep for its positives.
     """
-    size, device = x[0].shape[0], x[0].device
+    size, device, scheme = x[0].shape[0], x[0].device, scheme or heads.scheme
     clusters = torch.zeros(size, 1, dtype=torch.int64, device=device)
     above = torch.zeros(size, 1, device=device)
     for r, level in enumerate(heads.levels):
@@ -78,14 +80,14 @@ def descend(
         node, real = candidates(clusters, row_ptr, most)
         index = torch.where(real, node, -1).flatten(1)
         logits = level.scores(x[r], index[0] if r == 0 else index).view(node.shape)  # type: ignore[operator]
-        own = logits if heads.scheme == "level" else logsigmoid(logits)
-        scores = own if heads.scheme == "level" else own + above[:, :, None]
+        own = logits if scheme == "level" else logsigmoid(logits)
+        scores = own if scheme == "level" else own + above[:, :, None]
         kept = clusters[:, :0]
         if r + 1 < len(heads.levels):
             k = heads.topk[r]
             forced = None if positives is None else positives[r]
             kept, place, _ = select(logits, clusters, row_ptr, k, width=k if forced is None else k + bound, positives=forced)
-            above = (scores if heads.scheme == "path" else own).flatten(1).gather(1, place)
+            above = (scores if scheme == "path" else own).flatten(1).gather(1, place)
         yield Descent(clusters, row_ptr, most, node, real, logits, scores, kept)
         clusters = kept
 

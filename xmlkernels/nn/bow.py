@@ -32,7 +32,6 @@ class BowEncoder(nn.Module):
     Attributes:
         table: [V, D] word vectors, fp32 or bf16.
         momentum, second: the optimizer's state, None where it has none.
-        training_only: names of the buffers that prediction does without.
         width: D.
         autocast, max_length: None: it computes in fp32 and takes bags of any length.
 
@@ -62,7 +61,6 @@ class BowEncoder(nn.Module):
     second: Tensor | None
     hyper: Tensor
     counter: Tensor
-    training_only = ("momentum", "second")
 
     def __init__(
         self,

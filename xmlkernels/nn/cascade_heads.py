@@ -130,15 +130,6 @@ class CascadeHeads(nn.Module):
             out.append(drop(vector))
         return out
 
-    def bytes(self) -> dict[str, int]:
-        """Memory by part: tables, optimizer states, and the rest."""
-        parts = {"tables": 0, "states": 0, "other": 0}
-        for name, tensor in self.state_dict().items():
-            kind = name.rsplit(".", 1)[-1]
-            part = "states" if kind in ("momentum", "second") else "tables" if name.startswith("levels.") else "other"
-            parts[part] += tensor.numel() * tensor.element_size()
-        return parts
-
 
 def _clamped(topk: Sequence[int], sizes: Sequence[int], most: Sequence[int]) -> tuple[int, ...]:
     where = "topk"
