@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from xmlkernels.data.formats import read_npz, write_npz
 from xmlkernels.metrics import evaluate
 from xmlkernels.predict import Predictor, predict_split, score_matrix
 from xmlkernels.ranker.blend import Reranker, best
+from xmlkernels.ranker.linear import Settings
 from xmlkernels.tree.label_tree import LabelTree
 
 import export  # isort: skip  # train_runs has put train/ on the path
@@ -55,7 +56,8 @@ def options(folder: Path, output: Path, **changes: Any) -> command.Options:
     if changes.get("features") or not changes.get("tfidf", True):
         idle |= {"min_df", "longest"}
     small = {name: value for name, value in SMALL.items() if name not in idle}
-    return command.Options(str(folder), str(output), **(small | changes))
+    training = Settings(**{name: changes.pop(name) for name in {field.name for field in fields(Settings)} & changes.keys()})
+    return command.Options(str(folder), str(output), training=training, **(small | changes))
 
 
 def test_ranker_beside_the_plain_model(trained: tuple[Path, dict[str, Any]], folder: Path, finished: Path) -> None:

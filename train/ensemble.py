@@ -7,9 +7,8 @@ told from one that is not there.
 
 Files hold logits, as this project writes them and CascadeXML reads text files, or probabilities (`--scores probability`, as
 CascadeXML's .npz files do). The sum is one of probabilities, where an absent label counts 0, or of log-odds, where it counts as
-much as the lowest label that the file has for this document: it cannot have had more; a file that has none for it has
-no say. Pairs that the dataset filters out are
-removed before the cut, in every row of the table.
+much as the lowest label that the file has for this document: it cannot have had more; a file that has none for it has no say.
+Pairs that the dataset filters out are removed before the cut, in every row of the table.
 """
 
 import math

@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from checks import check_least
 from config import Config, began_with, resolved_device
 from output import made_folder, read_json
 from report import command, say
@@ -56,9 +57,7 @@ class Options:
 
 
 def export(options: Options) -> None:
-    for name in ("top_k", "batch"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')}", "1 or more", str(getattr(options, name)), "choose a larger one")
+    check_least(options, 1, "top_k", "batch")
     predictor = Predictor.load(options.checkpoint, which=options.which, device=resolved_device(options.device))
     if options.what == "label_vectors":
         label_vectors(options, predictor)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tyro.constructors import PrimitiveConstructorSpec
 
+from checks import check_least
 from config import resolved_device
 from report import command
 from xmlkernels import InputError
@@ -139,12 +140,8 @@ def check(options: Options) -> None:
     if (options.text is None) == (options.input is None):
         got = "neither" if options.text is None else "both"
         raise InputError("arguments", "either --text or --input", got, 'give --text "…" or --input FILE')
-    if options.top_k < 1:
-        raise InputError("--top-k", "1 or more", str(options.top_k), "ask for at least one label")
-    if options.batch is not None and options.batch < 1:
-        raise InputError("--batch", "1 or more", str(options.batch), "leave it out")
-    if options.threads < 0:
-        raise InputError("--threads", "0 or more", str(options.threads), "leave it out")
+    check_least(options, 1, "top_k", "batch")
+    check_least(options, 0, "threads")
     if options.output and not options.output.endswith((".jsonl", ".npz")):
         raise InputError("--output", "a name that ends in .jsonl or .npz", options.output, "rename it")
     if options.latency and options.output.endswith(".npz"):

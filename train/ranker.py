@@ -11,10 +11,11 @@ the test split), metrics.json, vectorizer/ and, with --checkpoint, inputs/ (embe
 """
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from checks import check_least, flag
 from output import made_folder, refuse_run, write_json
 from ranker_inputs import Documents, model_inputs, read_features, vectorize, without_pairs
 from report import Seconds, command, print_comparison, say
@@ -72,20 +73,8 @@ class Options:
     """Labels per document that the checkpoint lists."""
     beam: int = 10
     """Clusters kept at every level of --tree."""
-    loss: Literal["squared_hinge", "logistic"] = "squared_hinge"
-    cost: float = 1.0
-    """C: what a document's loss weighs against the size of the weights."""
-    positive_weight: float = 1.0
-    """What a positive weighs against a negative."""
-    bias: float = 1.0
-    tolerance: float = 0.1
-    epochs: int = 20
-    """Most passes over a label's documents."""
-    negatives: int = 0
-    """Random documents for each label, beside the shortlisted ones."""
-    prune: float = 0.01
-    """TF-IDF weights of this size and smaller become 0."""
-    seed: int = 0
+    training: Settings = field(default_factory=Settings)
+    """How each label's classifier is trained."""
     threads: int = 0
     """CPU threads of the ranker; 0 leaves numba's choice."""
     device: str = "cpu"
@@ -119,25 +108,21 @@ def check(options: Options) -> None:
         raise InputError("--train-text", "a file, as there are others", "none", "name the texts of every split, or of none")
     if not options.tfidf and (options.features or any(texts)):
         raise InputError("--no-tfidf", "no texts and no --features", "some", "leave them out: they would do nothing")
-    for name in ("longest", "min_df", "shortlist", "beam", "top_k"):
-        if getattr(options, name) < 1:
-            where = f"--{name.replace('_', '-')}"
-            raise InputError(where, "1 or more", str(getattr(options, name)), "choose a larger one")
-    for name in ("max_features", "threads"):
-        if getattr(options, name) < 0:
-            raise InputError(f"--{name.replace('_', '-')}", "0 or more", str(getattr(options, name)), "leave it out")
+    check_least(options, 1, "longest", "min_df", "shortlist", "beam", "top_k")
+    check_least(options, 0, "max_features", "threads")
     if options.share is not None and not (math.isfinite(options.share) and 0 <= options.share <= 1):
         raise InputError("--share", "a number from 0 to 1", str(options.share), "leave it out to choose it on validation")
     refuse_idle(options)
     for path in filter(None, texts):
         check_file(path)
     refuse_run(options.output)
-    settings_of(options)
 
 
 def refuse_idle(options: Options) -> None:
     """InputError where a flag beside others would do nothing."""
     words = ("longest", "min_df", "max_features")
+    values = vars(options) | vars(options.training)
+    usual = {field.name: field.default for kind in (Options, Settings) for field in fields(kind)}
     for beside, given, names in (
         ("with --one-vs-all", options.one_vs_all, ("share", "negatives")),
         ("without --share", options.share is None, ("blend",)),
@@ -146,15 +131,10 @@ def refuse_idle(options: Options) -> None:
         ("with --features", options.features, words),
         ("with --no-tfidf", not options.tfidf, words),
     ):
-        for field in fields(Options):
-            if given and field.name in names and getattr(options, field.name) != field.default:
-                flag = "--no-embedding" if field.name == "embedding" else f"--{field.name.replace('_', '-')}"
-                raise InputError(flag, f"no such flag {beside}", "one", "leave it out: it would do nothing")
-
-
-def settings_of(options: Options) -> Settings:
-    """The ranker's own settings; InputError where one is out of range."""
-    return Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
+        for name in names:
+            if given and values[name] != usual[name]:
+                told = "--no-embedding" if name == "embedding" else flag(name)
+                raise InputError(told, f"no such flag {beside}", "one", "leave it out: it would do nothing")
 
 
 def train(options: Options) -> dict[str, Any]:
@@ -182,7 +162,7 @@ def train(options: Options) -> dict[str, Any]:
     listed = None if first.shortlist is None else without_pairs(first.shortlist, first.split.filter_pairs)
     with clock.on("ranker"):
         facts = {"dataset": dataset.content_hash, "options": asdict(options)}
-        ranker = fit(first.features, first.split.labels, listed, settings_of(options), threads=options.threads, facts=facts)
+        ranker = fit(first.features, first.split.labels, listed, options.training, threads=options.threads, facts=facts)
     say(f"{ranker.sparse.nnz / dataset.num_labels:,.0f} TF-IDF weights a label are left of {ranker.sparse.shape[1]:,}")
     share = 1.0 if options.one_vs_all or options.share is None else options.share
     reranker = Reranker(ranker, share, options.blend, **weights)
@@ -233,7 +213,7 @@ def opened_tree(path: str, dataset: Dataset) -> LabelTree:
 def match(options: Options, tree: LabelTree, documents: dict[str, Documents], folder: Path) -> None:
     """Shortlists of every split from linear classifiers of the tree's clusters."""
     clusters = [tree.ancestors(level)[tree.place] for level in range(tree.levels - 1)]
-    settings = replace(settings_of(options), negatives=0)
+    settings = replace(options.training, negatives=0)
     first = documents["train"]
     matcher = ClusterMatcher.fit(
         first.features, first.split.labels, clusters, beam=options.beam, settings=settings, threads=options.threads
@@ -277,7 +257,7 @@ def measure(
 def main() -> None:
     import tyro
 
-    report = train(tyro.cli(Options, prog="train/ranker.py", description=__doc__))
+    report = train(tyro.cli(Options, prog="train/ranker.py", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))
     rows = {f"{split}, {what}": numbers for split in SHOWN.values() for what, numbers in report.get(split, {}).items()}
     if rows:
         a, b = report["propensity"]
