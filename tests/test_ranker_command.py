@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from ranker_runs import options
 from scipy.sparse import csr_matrix
 from train_runs import LABELS, ROOT, make_dataset, run, tiny
 
@@ -19,14 +20,11 @@ from xmlkernels.data.formats import read_npz, write_npz
 from xmlkernels.metrics import evaluate
 from xmlkernels.predict import Predictor, predict_split, score_matrix
 from xmlkernels.ranker.blend import Reranker, best
-from xmlkernels.ranker.linear import Settings
 from xmlkernels.tree.label_tree import LabelTree
 
 import export  # isort: skip  # train_runs has put train/ on the path
 import ranker as command  # isort: skip
 import ranker_inputs  # isort: skip
-
-SMALL: dict[str, Any] = {"min_df": 1, "longest": 1, "shortlist": 12, "top_k": 8}
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +47,6 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(folder: Path, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     output = tmp_path_factory.mktemp("ranker")
     return output, command.train(options(folder, output, checkpoint=str(finished)))
-
-
-def options(folder: Path, output: Path, **changes: Any) -> command.Options:
-    idle = set() if changes.get("checkpoint") else {"shortlist"}
-    if changes.get("features") or not changes.get("tfidf", True):
-        idle |= {"min_df", "longest"}
-    small = {name: value for name, value in SMALL.items() if name not in idle}
-    training = Settings(**{name: changes.pop(name) for name in {field.name for field in fields(Settings)} & changes.keys()})
-    return command.Options(str(folder), str(output), training=training, **(small | changes))
 
 
 def test_ranker_beside_the_plain_model(trained: tuple[Path, dict[str, Any]], folder: Path, finished: Path) -> None:

@@ -7,7 +7,8 @@ classifiers of its clusters, with --one-vs-all without any.
 
 TF-IDF is made from the texts kept in the dataset, from text files (--train-text …: they may say more than the texts that
 the model was trained on), or read from a folder of features. The folder gets ranker.safetensors, predictions.npz (logits of
-the test split), metrics.json, vectorizer/ and, with --checkpoint, inputs/ (embeddings and shortlists, used again).
+the test split), metrics.json, label_names.txt, vectorizer/, with --tree clusters/, and with --checkpoint inputs/ (embeddings
+and shortlists, used again). `train/predict.py --ranker FOLDER` asks it for the labels of new texts.
 """
 
 import math
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from checks import check_least, flag
-from output import made_folder, refuse_run, write_json
+from output import made_folder, refuse_run, write_json, write_text
 from ranker_inputs import Documents, model_inputs, read_features, vectorize, without_pairs
 from report import Seconds, command, print_comparison, say
 from xmlkernels import InputError
@@ -24,7 +25,8 @@ from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import check_file
 from xmlkernels.data.formats import write_npz
 from xmlkernels.metrics import candidates_needed, evaluate, inverse_propensity
-from xmlkernels.predict import score_matrix
+from xmlkernels.predict import NAMES, score_matrix
+from xmlkernels.ranked import CLUSTERS, RANKER, VECTORIZER, Source
 from xmlkernels.ranker.blend import Reranker, best, best_of_all, choose_share
 from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.linear import Settings, fit
@@ -142,37 +144,56 @@ def train(options: Options) -> dict[str, Any]:
     check(options)
     dataset = opened(options)
     tree = opened_tree(options.tree, dataset) if options.tree else None
-    folder = made_folder(options.output)
-    (folder / "metrics.json").unlink(missing_ok=True)  # written last: where it stands, the files beside it belong to it
+    folder = begun(options.output, dataset)
     clock = Seconds()
     documents = {name: Documents(split) for name, split in dataset.splits.items()}
-    if options.checkpoint:
-        with clock.on("embeddings and shortlists"):
-            model_inputs(options.checkpoint, dataset, documents, options.shortlist, folder / "inputs", options.device)
+    checkpoint = vocabulary = ""
     if options.tfidf:
         with clock.on("TF-IDF"):
-            load_tfidf(options, dataset, documents, folder)
+            vocabulary = load_tfidf(options, dataset, documents, folder)
+    if options.checkpoint:  # after TF-IDF: a mistake in the texts is told before the long pass
+        with clock.on("embeddings and shortlists"):
+            inputs = folder / "inputs"
+            checkpoint = model_inputs(options.checkpoint, dataset, documents, options.shortlist, inputs, options.device)
+    source = source_of(options, checkpoint, vocabulary)
     weights = {name: getattr(options, name) for name in ("embedding_weight", "tfidf_weight")}
     for part in documents.values():
         part.features = Features.join(part.embedding if options.embedding else None, part.tfidf, **weights)
     if tree is not None:
         with clock.on("clusters"):
-            match(options, tree, documents, folder / "clusters")
+            match(options, tree, documents, folder / CLUSTERS)
     first = documents["train"]
     listed = None if first.shortlist is None else without_pairs(first.shortlist, first.split.filter_pairs)
     with clock.on("ranker"):
-        facts = {"dataset": dataset.content_hash, "options": asdict(options)}
+        facts = {"dataset": dataset.content_hash, "options": asdict(options), "source": asdict(source)}
         ranker = fit(first.features, first.split.labels, listed, options.training, threads=options.threads, facts=facts)
     say(f"{ranker.sparse.nnz / dataset.num_labels:,.0f} TF-IDF weights a label are left of {ranker.sparse.shape[1]:,}")
     share = 1.0 if options.one_vs_all or options.share is None else options.share
     reranker = Reranker(ranker, share, options.blend, **weights)
     with clock.on("evaluation"):
         report, reranker = measure(options, dataset, documents, reranker)
-    reranker.save(folder / "ranker.safetensors")
+    reranker.save(folder / RANKER)
     report |= {"dataset": dataset.name, "dataset_hash": dataset.content_hash, "propensity": dataset.propensity}
     report |= {"seconds": clock.spent, "options": asdict(options), "weights_per_label": ranker.sparse.nnz / dataset.num_labels}
     write_json(folder / "metrics.json", report)
     return report
+
+
+def begun(output: str, dataset: Dataset) -> Path:
+    """The output folder without the ranker that it may hold: where a ranker stands, the files beside it belong to it."""
+    folder = made_folder(output)
+    for name in ("metrics.json", RANKER, NAMES):
+        (folder / name).unlink(missing_ok=True)
+    if dataset.label_names is not None:
+        write_text(folder / NAMES, "".join(f"{name}\n" for name in dataset.label_names))
+    return folder
+
+
+def source_of(options: Options, checkpoint: str, vocabulary: str) -> Source:
+    """What train/predict.py must know to make shortlists and features of new texts."""
+    shortlist = "model" if options.checkpoint else "tree" if options.tree else "all"
+    words = "none" if not options.tfidf else "features" if options.features else "own" if options.train_text else "same"
+    return Source(shortlist, words, checkpoint, options.shortlist if options.checkpoint else 0, vocabulary)
 
 
 def opened(options: Options) -> Dataset:
@@ -186,8 +207,13 @@ def opened(options: Options) -> Dataset:
     return dataset
 
 
-def load_tfidf(options: Options, dataset: Dataset, documents: dict[str, Documents], folder: Path) -> None:
-    """TF-IDF of every split, from ready features, from text files, or from the texts that the dataset keeps."""
+def load_tfidf(options: Options, dataset: Dataset, documents: dict[str, Documents], folder: Path) -> str:
+    """TF-IDF of every split, from ready features, from text files, or from the texts that the dataset keeps.
+
+    Returns:
+        The content hash of the vocabulary; "" where the features were ready.
+    """
+    vocabulary = ""
     files = {"train": options.train_text, "val": options.validation_text, "test": options.test_text}
     if options.features:
         found = read_features(options.features, dataset)
@@ -198,9 +224,10 @@ def load_tfidf(options: Options, dataset: Dataset, documents: dict[str, Document
                 flag = {"val": "--validation-text", "test": "--test-text"}[name]
                 raise InputError(flag, f"a file, for the dataset has a split {name}", "none", "name its texts")
         words = {"longest": options.longest, "min_df": options.min_df, "max_features": options.max_features or None}
-        found = vectorize(texts, dataset, words, folder)
+        found, vocabulary = vectorize(texts, dataset, words, folder / VECTORIZER)
     for name, part in documents.items():
         part.tfidf = found[name]
+    return vocabulary
 
 
 def opened_tree(path: str, dataset: Dataset) -> LabelTree:
