@@ -26,7 +26,7 @@ from sources import open_dataset
 from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import replacing
-from xmlkernels.data.inputs import TokenInputs
+from xmlkernels.data.inputs import check_dataset
 from xmlkernels.data.matrices import write_npz
 from xmlkernels.models.end_to_end import EndToEnd
 from xmlkernels.predict import Predictor, embed_split, predict_split, score_matrix
@@ -81,7 +81,7 @@ def dataset_of(options: Options, predictor: Predictor) -> Dataset:
     """The dataset to walk over.
 
     Raises:
-        InputError: none is named and none found, or one of other labels or of another tokenizer.
+        InputError: none is named and none found, or one that the model does not know.
     """
     path = Path(options.checkpoint)
     settings = next((p for p in (path / "config.json", path.parent / "config.json") if p.exists()), None)
@@ -91,13 +91,7 @@ def dataset_of(options: Options, predictor: Predictor) -> Dataset:
         dataset = open_dataset(replace(Config(), **began_with(read_json(settings))))
     else:
         raise InputError("--dataset", "a dataset folder", "none, and no config.json beside the checkpoint", "name one")
-    labels = predictor.model.labels
-    if dataset.num_labels != labels:
-        raise InputError(str(dataset.folder), f"{labels:,} labels, as the model has", f"{dataset.num_labels:,}", "name another")
-    inputs = predictor.inputs
-    if isinstance(inputs, TokenInputs) and inputs.tokenizer.hash != dataset.tokenizer_hash:
-        mend = "prepare it with the tokenizer beside the checkpoint"
-        raise InputError(str(dataset.folder), "tokens of the model's tokenizer", "those of another", mend)
+    check_dataset(dataset, predictor.labels, predictor.inputs)
     return dataset
 
 
