@@ -2,8 +2,11 @@
 
 One file alone is measured as it is. A file is a scipy CSR .npz [documents, labels] or a text file of the Extreme Classification
 Repository: `documents labels`, then a line of `label:score` for each document (plain or .gz). Rows are the documents of the
-split, columns the labels of the dataset. A stored logit of exactly 0 is a score in an .npz file; in a text file it cannot be
-told from one that is not there.
+split, columns the labels of the dataset. A stored logit of exactly 0 is a score in an .npz file; readers of text files leave
+zeros out, so that one is written there as the smallest number above 0.
+
+A forest, as Parabel's three trees, is the sum of rankers, each trained on a tree of its own (`train/tree.py --seed N`,
+`train/ranker.py --tree TREE`): `python train/ensemble.py runs/tree*/predictions.npz --dataset DIR`.
 
 Files hold logits, as this project writes them and CascadeXML reads text files, or probabilities (`--scores probability`, as
 CascadeXML's .npz files do). The sum is one of probabilities, where an absent label counts 0, or of log-odds, where it counts as
@@ -204,6 +207,7 @@ def run(options: Options) -> dict[str, dict[str, float]]:
             if options.output.endswith(".npz"):
                 write_npz(options.output, kept, keep_zeros=True)
             else:
+                kept.data[kept.data == 0] = np.finfo(np.float32).tiny
                 write_sparse(options.output, kept)
     if options.metrics:
         facts = {"dataset": dataset.name, "dataset_hash": dataset.content_hash, "split": split.name, "sum": options.sum}
