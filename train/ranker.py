@@ -25,7 +25,7 @@ from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import check_file
 from xmlkernels.data.formats import write_npz
 from xmlkernels.metrics import candidates_needed, evaluate, inverse_propensity
-from xmlkernels.predict import NAMES, score_matrix
+from xmlkernels.predict import NAMES, checkpoint_identity, score_matrix
 from xmlkernels.ranked import CLUSTERS, RANKER, VECTORIZER, Source
 from xmlkernels.ranker.blend import Reranker, best, best_of_all, choose_share
 from xmlkernels.ranker.features import Features
@@ -143,6 +143,8 @@ def train(options: Options) -> dict[str, Any]:
     """Trains and measures the ranker; returns what metrics.json holds."""
     check(options)
     dataset = opened(options)
+    if options.checkpoint:
+        checkpoint_identity(options.checkpoint)  # for a mistake in its name
     tree = opened_tree(options.tree, dataset) if options.tree else None
     folder = begun(options.output, dataset)
     clock = Seconds()
