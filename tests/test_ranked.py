@@ -16,10 +16,11 @@ from xmlkernels.data.bow import Vectorizer
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.formats import read_npz, write_npz
 from xmlkernels.predict import Predictor, checkpoint_identity
-from xmlkernels.ranked import RankedPredictor
+from xmlkernels.ranked import Forest, RankedPredictor
 from xmlkernels.ranker.blend import Reranker
 
-import predict as command  # isort: skip  # train_runs has put train/ on the path
+import ensemble  # isort: skip  # train_runs has put train/ on the path
+import predict as command  # isort: skip
 import ranker  # isort: skip
 
 PARTS = {"train": "trn", "validation": "val", "test": "tst"}
@@ -71,7 +72,7 @@ def asked(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ask(ranker: Path, asked: Path, output: Path, **changes: Any) -> None:
-    command.run(command.Options(ranker=str(ranker), input=str(asked), output=str(output), **({"top_k": 8} | changes)))
+    command.run(command.Options(ranker=(str(ranker),), input=str(asked), output=str(output), **({"top_k": 8} | changes)))
 
 
 @pytest.mark.parametrize("name", ["model", "tree", "all", "own", "shortlist", "embedding"])
@@ -102,16 +103,35 @@ def test_lines_name_the_labels(made: Path, finished: Path, asked: Path, tmp_path
 
 
 def test_one_text(made: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command.run(command.Options(str(finished), str(made / "model"), text="w9 w10 w11", top_k=1, latency=True))
+    command.run(command.Options(str(finished), (str(made / "model"),), text="w9 w10 w11", top_k=1, latency=True))
     out, err = capsys.readouterr()
     assert json.loads(out)["labels"][0]["id"] == 3 and "1 texts one by one: median" in err
-    command.run(command.Options(str(finished), str(made / "own"), text="w9", ranker_text="other9 other10 w10", top_k=1))
+    command.run(command.Options(str(finished), (str(made / "own"),), text="w9", ranker_text="other9 other10 w10", top_k=1))
     assert json.loads(capsys.readouterr().out)["labels"][0]["id"] == 3
     predictor = RankedPredictor.load(made / "tree")
     assert predictor.labels == LABELS and [x.id for x in next(predictor.predict(["w9 w10 w11"], 1))] == [3]
     assert [a.shape for a in predictor.predict_arrays([], 4)] == [(0, 4), (0, 4)]
     with pytest.raises(InputError, match="text 0: expected one text, got a pair"):
         predictor.predict_arrays([("w9", "w9")], 4)
+
+
+def test_a_forest_is_the_mean_of_its_rankers(folder: Path, made: Path, asked: Path, tmp_path: Path) -> None:
+    """What train/ensemble.py makes of the rankers' predictions of the split, where these are not cut."""
+    for seed in range(3):
+        tree = make_tree(folder, tmp_path / f"tree{seed}.safetensors", seed)
+        ranker.train(options(folder, tmp_path / str(seed), tree=str(tree), beam=2 + seed, top_k=LABELS))
+    forest = tuple(str(tmp_path / str(seed)) for seed in range(3))
+    summed = str(tmp_path / "sum.npz")
+    ensemble.run(ensemble.Options(tuple(f"{name}/predictions.npz" for name in forest), str(folder), output=summed))
+    command.run(command.Options(ranker=forest, input=str(asked), top_k=LABELS, output=str(tmp_path / "a.npz")))
+    found, expected = read_npz(tmp_path / "a.npz", keep_zeros=True), read_npz(summed, keep_zeros=True)
+    assert np.array_equal(found.indptr, expected.indptr) and np.array_equal(found.indices, expected.indices)
+    assert np.allclose(found.data, expected.data, atol=1e-4)
+    one, pairs = RankedPredictor.load(made / "tree"), RankedPredictor.load(made / "all")
+    pairs.takes_pairs = True
+    for rankers, message in (([], "got none"), ([one, pairs], "got 30 labels of texts and 30 labels of pairs")):
+        with pytest.raises(InputError, match=message):
+            Forest(rankers)
 
 
 def test_identity_of_a_checkpoint(folder: Path, finished: Path, tmp_path: Path) -> None:
@@ -167,9 +187,9 @@ def test_rankers_that_are_not_whole(folder: Path, made: Path, tmp_path: Path) ->
     [
         ({"text": "a"}, "--checkpoint: expected a run's output folder, or --ranker"),
         ({"checkpoint": "c", "text": "a", "ranker_text": "b"}, "--ranker-text: expected --ranker and --text beside it"),
-        ({"ranker": "r", "text": "a", "ranker_input": "b"}, "--ranker-input: expected --ranker and --input beside it"),
-        ({"ranker": "r", "input": "a", "ranker_input": "-"}, "--ranker-input: expected a file, got standard input"),
-        ({"ranker": "r", "text": "a", "which": "last"}, "--which: expected --checkpoint beside it"),
+        ({"ranker": ("r",), "text": "a", "ranker_input": "b"}, "--ranker-input: expected --ranker and --input beside it"),
+        ({"ranker": ("r",), "input": "a", "ranker_input": "-"}, "--ranker-input: expected a file, got standard input"),
+        ({"ranker": ("r",), "text": "a", "which": "last"}, "--which: expected --checkpoint beside it"),
     ],
 )
 def test_options_that_cannot_be_used(changes: dict[str, Any], message: str) -> None:

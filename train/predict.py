@@ -26,7 +26,7 @@ from xmlkernels import InputError
 from xmlkernels.data.files import replacing
 from xmlkernels.data.formats import DataWarning, iter_lines, write_npz
 from xmlkernels.predict import Label, Predictor, score_matrix
-from xmlkernels.ranked import RankedPredictor
+from xmlkernels.ranked import Forest, Ranked, RankedPredictor
 
 # tyro would take the text "None" for no text.
 VERBATIM: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
@@ -42,8 +42,8 @@ VERBATIM: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
 class Options:
     checkpoint: str = ""
     """A run's output folder, or the checkpoint folder in it."""
-    ranker: str = ""
-    """An output folder of train/ranker.py."""
+    ranker: tuple[str, ...] = ()
+    """An output folder of train/ranker.py; of several the mean of their probabilities is taken (a forest)."""
     text: Annotated[str | None, VERBATIM] = None
     """One text to label; it may be empty."""
     input: str | None = None
@@ -149,7 +149,7 @@ def written(path: str) -> Iterator[IO[str]]:
         text.detach()  # `replacing` still has to sync the stream below
 
 
-def one_by_one(predictor: Predictor | RankedPredictor, texts: Iterator[Any], k: int) -> Iterator[list[Label]]:
+def one_by_one(predictor: Predictor | Ranked, texts: Iterator[Any], k: int) -> Iterator[list[Label]]:
     """Predictions as a server would make them, one text a call, and at the end how long a call took."""
     taken = []
     for text in texts:
@@ -186,14 +186,13 @@ def check(options: Options) -> None:
         raise InputError("--latency", "answers one by one", "--output .npz, which takes all at once", "write .jsonl")
 
 
-def loaded(options: Options) -> Predictor | RankedPredictor:
+def loaded(options: Options) -> Predictor | Ranked:
     """The model, or the ranker with its model; InputError where it needs other texts than the options name."""
     device = resolved_device(options.device)
     if not options.ranker:
         return Predictor.load(options.checkpoint, which=options.which, device=device)
-    predictor = RankedPredictor.load(
-        options.ranker, options.checkpoint or None, which=options.which, device=device, threads=options.threads
-    )
+    more = {"which": options.which, "device": device, "threads": options.threads}
+    predictor = Forest([RankedPredictor.load(folder, options.checkpoint or None, **more) for folder in options.ranker])
     given = options.ranker_text is not None or options.ranker_input is not None
     if given != predictor.takes_pairs:
         name = "--ranker-text" if options.text is not None else "--ranker-input"
@@ -203,7 +202,7 @@ def loaded(options: Options) -> Predictor | RankedPredictor:
     return predictor
 
 
-def answers_of(options: Options, predictor: Predictor | RankedPredictor) -> Iterator[list[Label]]:
+def answers_of(options: Options, predictor: Predictor | Ranked) -> Iterator[list[Label]]:
     texts: Any = texts_of(options)  # pairs for the rankers that want them, as `loaded` has checked
     if options.latency:
         return one_by_one(predictor, texts, options.top_k)

@@ -10,6 +10,7 @@ Letters: N texts, L labels, D width of the embedding, V columns of TF-IDF.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,7 +24,7 @@ from scipy.sparse import csr_matrix
 from xmlkernels.data.bow import Vectorizer
 from xmlkernels.errors import InputError
 from xmlkernels.predict import Label, Predictor, named, read_names, score_matrix
-from xmlkernels.ranker.blend import Reranker, best, best_of_all
+from xmlkernels.ranker.blend import Reranker, best, best_of_all, combine
 from xmlkernels.ranker.matcher import ClusterMatcher
 
 RANKER, VECTORIZER, CLUSTERS = "ranker.safetensors", "vectorizer", "clusters"
@@ -61,7 +62,75 @@ class Source:
                 raise InputError(name, f"one of {', '.join(get_args(kind))}", repr(getattr(self, name)), _AGAIN)
 
 
-class RankedPredictor:
+class Ranked(ABC):
+    """What one ranker and several have in common: texts in, the best of their scores out.
+
+    Attributes:
+        label_names: L names, or None.
+        labels: L.
+        takes_pairs: whether each text is a pair (what the model reads, what TF-IDF is made of).
+    """
+
+    label_names: list[str] | None
+    labels: int
+    takes_pairs: bool
+
+    @abstractmethod
+    def scores(self, texts: Sequence[str], words: Sequence[str], k: int, *, batch_size: int = 64) -> csr_matrix:
+        """The last word on the shortlist of each text.
+
+        Args:
+            texts: N ≥ 1, for the model.
+            words: N, for TF-IDF.
+            k: labels kept where every label is scored; a shortlist comes whole.
+
+        Returns:
+            CSR float [N, L] of logits.
+        """
+
+    def predict(
+        self, texts: Iterable[Text], k: int = 10, *, batch_size: int = 64, window: int = 16, prefetch: int = 0
+    ) -> Iterator[list[Label]]:
+        """The k best labels of each text, best first, in the order of the texts; `texts` is read as it is used.
+
+        Args:
+            texts: strings or, where `takes_pairs`, pairs of them.
+            window: batches of texts read before the first answer.
+            prefetch: of `Predictor.predict`, which may stand in this one's place; texts are not read ahead here.
+        """
+        for values, rows in self._in_order(texts, k, batch_size, window):
+            yield named(values, rows, self.label_names)
+
+    def predict_arrays(self, texts: Iterable[Text], k: int = 10, *, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
+        """Logits fp32 [N, k] and labels int64 [N, k] of N texts; -inf and -1 where there are fewer than k labels."""
+        pairs = list(self._in_order(texts, k, batch_size, 16))
+        if not pairs:
+            return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
+        return np.stack([v for v, _ in pairs]), np.stack([r for _, r in pairs])
+
+    def _in_order(self, texts: Iterable[Text], k: int, batch_size: int, window: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        source, count = iter(texts), 0
+        while some := list(islice(source, batch_size * window)):
+            read, words = self._apart(some, count)
+            values, rows = best(self.scores(read, words, k, batch_size=batch_size), _NO_PAIRS, k)
+            yield from zip(values.astype(np.float32), rows, strict=True)
+            count += len(some)
+
+    def _apart(self, texts: Sequence[Text], first: int) -> tuple[list[str], list[str]]:
+        """What the model reads and what TF-IDF is made of; `first` is the number of the first text."""
+        read, words = [], []
+        for number, text in enumerate(texts, first):
+            pair = isinstance(text, tuple)
+            if pair != self.takes_pairs:
+                expected = "a pair of texts, for the model and for TF-IDF" if self.takes_pairs else "one text"
+                got = "a pair" if pair else "one"
+                raise InputError(f"text {number}", expected, got, "give the texts that the ranker was trained on")
+            read.append(text[0] if isinstance(text, tuple) else text)
+            words.append(text[1] if isinstance(text, tuple) else text)
+        return read, words
+
+
+class RankedPredictor(Ranked):
     """A ranker with everything that its shortlists and features are made by.
 
     Args:
@@ -87,16 +156,8 @@ class RankedPredictor:
     ) -> None:
         self.reranker, self.source, self.model, self.matcher = reranker, source, model, matcher
         self.vectorizer, self.label_names, self.threads = vectorizer, label_names, threads
-
-    @property
-    def labels(self) -> int:
-        """L."""
-        return len(self.reranker.ranker.bias)
-
-    @property
-    def takes_pairs(self) -> bool:
-        """Whether each text is a pair (what the model reads, what TF-IDF is made of)."""
-        return self.model is not None and self.source.words == "own"
+        self.labels = len(reranker.ranker.bias)
+        self.takes_pairs = model is not None and source.words == "own"
 
     @classmethod
     def load(
@@ -141,58 +202,7 @@ class RankedPredictor:
         names = read_names(path)
         return cls(reranker, source, model=model, matcher=matcher, vectorizer=vectorizer, label_names=names, threads=threads)
 
-    def predict(
-        self, texts: Iterable[Text], k: int = 10, *, batch_size: int = 64, window: int = 16, prefetch: int = 0
-    ) -> Iterator[list[Label]]:
-        """The k best labels of each text, best first, in the order of the texts; `texts` is read as it is used.
-
-        Args:
-            texts: strings or, where `takes_pairs`, pairs of them.
-            window: batches of texts read before the first answer.
-            prefetch: of `Predictor.predict`, which may stand in this one's place; texts are not read ahead here.
-        """
-        for values, rows in self._in_order(texts, k, batch_size, window):
-            yield named(values, rows, self.label_names)
-
-    def predict_arrays(self, texts: Iterable[Text], k: int = 10, *, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
-        """Logits fp32 [N, k] and labels int64 [N, k] of N texts; -inf and -1 where there are fewer than k labels."""
-        pairs = list(self._in_order(texts, k, batch_size, 16))
-        if not pairs:
-            return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
-        return np.stack([v for v, _ in pairs]), np.stack([r for _, r in pairs])
-
-    def _in_order(self, texts: Iterable[Text], k: int, batch_size: int, window: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        source, count = iter(texts), 0
-        while some := list(islice(source, batch_size * window)):
-            read, words = self._apart(some, count)
-            values, rows = best(self.scores(read, words, k, batch_size=batch_size), _NO_PAIRS, k)
-            yield from zip(values, rows, strict=True)
-            count += len(some)
-
-    def _apart(self, texts: Sequence[Text], first: int) -> tuple[list[str], list[str]]:
-        """What the model reads and what TF-IDF is made of; `first` is the number of the first text."""
-        read, words = [], []
-        for number, text in enumerate(texts, first):
-            pair = isinstance(text, tuple)
-            if pair != self.takes_pairs:
-                expected = "a pair of texts, for the model and for TF-IDF" if self.takes_pairs else "one text"
-                got = "a pair" if pair else "one"
-                raise InputError(f"text {number}", expected, got, "give the texts that the ranker was trained on")
-            read.append(text[0] if isinstance(text, tuple) else text)
-            words.append(text[1] if isinstance(text, tuple) else text)
-        return read, words
-
     def scores(self, texts: Sequence[str], words: Sequence[str], k: int, *, batch_size: int = 64) -> csr_matrix:
-        """The ranker's last word on the shortlist of each text.
-
-        Args:
-            texts: N ≥ 1, for the model.
-            words: N, for TF-IDF.
-            k: labels kept where every label is scored; a shortlist comes whole.
-
-        Returns:
-            CSR fp32 [N, L] of logits.
-        """
         reranker = self.reranker
         logits = embedding = None
         if self.model is not None and reranker.ranker.dense.shape[1]:
@@ -207,6 +217,31 @@ class RankedPredictor:
         if logits is None:
             return best_of_all(reranker.ranker, features, k, threads=self.threads)
         return reranker.mix(logits, reranker.ranker.score(features, logits, threads=self.threads))
+
+
+class Forest(Ranked):
+    """Several rankers as one: the mean of their probabilities, where a label that a shortlist lacks has 0.
+
+    Source: Prabhu et al., "Parabel" (WWW 2018), section 4: an ensemble of label trees.
+
+    Args:
+        rankers: one or more, of the same labels.
+
+    Raises:
+        InputError: none, rankers of different labels, or of one text beside others of pairs.
+    """
+
+    def __init__(self, rankers: Sequence[RankedPredictor]) -> None:
+        kinds = {(ranker.labels, ranker.takes_pairs) for ranker in rankers}
+        if len(kinds) != 1:
+            got = " and ".join(f"{labels:,} labels of {'pairs' if pairs else 'texts'}" for labels, pairs in sorted(kinds))
+            raise InputError("rankers", "rankers of the same labels and texts", got or "none", "train them on one dataset")
+        self.rankers, self.label_names = tuple(rankers), rankers[0].label_names
+        self.labels, self.takes_pairs = rankers[0].labels, rankers[0].takes_pairs
+
+    def scores(self, texts: Sequence[str], words: Sequence[str], k: int, *, batch_size: int = 64) -> csr_matrix:
+        parts = [ranker.scores(texts, words, k, batch_size=batch_size) for ranker in self.rankers]
+        return combine(parts, [part.data.astype(np.float64) for part in parts], [1.0] * len(parts), "probability")
 
 
 def _source(reranker: Reranker, folder: Path) -> Source:
