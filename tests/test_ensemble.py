@@ -130,15 +130,16 @@ def test_certain_and_impossible_labels(folder: Path, tmp_path: Path) -> None:
     assert total.toarray()[0].tolist() == [0, 0, 1.5] and total.nnz == 2
 
 
-def test_stored_zero_is_a_score(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["again.npz", "again.txt"])
+def test_stored_zero_is_a_score(folder: Path, tmp_path: Path, name: str) -> None:
     """A label whose logit is 0 stands before one below 0, alone and in what --output writes."""
     pairs = (np.array([0, -1] * TEST_DOCUMENTS, np.float32), np.tile([7, 8], TEST_DOCUMENTS))
     scores = scipy.sparse.csr_matrix((*pairs, np.arange(TEST_DOCUMENTS + 1) * 2), (TEST_DOCUMENTS, LABELS))
-    path, again = str(tmp_path / "z.npz"), str(tmp_path / "again.npz")
+    path, again = str(tmp_path / "z.npz"), str(tmp_path / name)
     write_npz(path, scores, keep_zeros=True)
     run((path,), folder, output=again)
     found = command.read_scores(again, TEST_DOCUMENTS, LABELS)
-    assert found[10].indices.tolist() == [7, 8] and found[10].data.tolist() == [0, -1]
+    assert found[10].indices.tolist() == [7, 8] and found[10].data.tolist() == pytest.approx([0, -1], abs=1e-37)
 
 
 def test_large_logits_stay_apart() -> None:

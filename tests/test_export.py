@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.sparse
-from train_runs import LABELS, cascade, make_dataset, make_tree, run, tiny
+from train_runs import LABELS, cascade, make_dataset, make_tokenizer, make_tree, run, tiny, write_part
 
 from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.predict import Predictor, predict_split
 
 import export as command  # isort: skip  # train_runs has put train/ on the path
@@ -108,4 +109,9 @@ def test_a_dataset_of_another_tokenizer_or_other_labels_is_refused(full: Path, t
     other = {"splits": (), "train_text": text, "train_labels": labels, "label_text": None}
     with pytest.raises(InputError, match="expected 30 labels, as the model has, got 2"):
         export(full, tmp_path / "out", what="embeddings", dataset=str(make_dataset(tmp_path / "raw", **other)))
+    write_part(tmp_path, "foreign", 20, 0)
+    files = {"train_text": tmp_path / "foreign_X.txt", "train_labels": tmp_path / "foreign_X_Y.txt"}
+    prepare(PrepareConfig(tmp_path / "set", str(make_tokenizer(tmp_path / "tokenizer", lower=False)), **files))
+    with pytest.raises(InputError, match="expected tokens of the model's tokenizer, got those of another"):
+        export(full, tmp_path / "out", what="shortlists", dataset=str(tmp_path / "set"))
     assert not (tmp_path / "out").exists()

@@ -29,6 +29,14 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def check_least(options: object, least: int, *names: str) -> None:
+    """InputError where one of these flags of a command is below the least that it takes."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise InputError(flag(name), f"{least} or more", str(value), "choose a larger one, or leave it out")
+
+
 def check(config: Config, given: Collection[str] = ()) -> None:
     """Refuses settings that cannot be used, before any work.
 

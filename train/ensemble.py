@@ -2,25 +2,26 @@
 
 One file alone is measured as it is. A file is a scipy CSR .npz [documents, labels] or a text file of the Extreme Classification
 Repository: `documents labels`, then a line of `label:score` for each document (plain or .gz). Rows are the documents of the
-split, columns the labels of the dataset. A stored logit of exactly 0 is a score in an .npz file; in a text file it cannot be
-told from one that is not there.
+split, columns the labels of the dataset. A stored logit of exactly 0 is a score in an .npz file; readers of text files leave
+zeros out, so that one is written there as the smallest number above 0.
+
+A forest, as Parabel's three trees, is the sum of rankers, each trained on a tree of its own (`train/tree.py --seed N`,
+`train/ranker.py --tree TREE`): `python train/ensemble.py runs/tree*/predictions.npz --dataset DIR`, and for new texts
+`python train/predict.py --ranker runs/tree* --input FILE`.
 
 Files hold logits, as this project writes them and CascadeXML reads text files, or probabilities (`--scores probability`, as
 CascadeXML's .npz files do). The sum is one of probabilities, where an absent label counts 0, or of log-odds, where it counts as
-much as the lowest label that the file has for this document: it cannot have had more; a file that has none for it has
-no say. Pairs that the dataset filters out are
-removed before the cut, in every row of the table.
+much as the lowest label that the file has for this document: it cannot have had more; a file that has none for it has no say.
+Pairs that the dataset filters out are removed before the cut, in every row of the table.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from scipy.sparse import coo_matrix, csr_matrix
-from scipy.special import expit
+from scipy.sparse import csr_matrix
 
 from output import write_json
 from report import command, print_comparison
@@ -30,7 +31,7 @@ from xmlkernels.data.files import check_file
 from xmlkernels.data.formats import read_npz, read_sparse, write_npz, write_sparse
 from xmlkernels.metrics import evaluate, inverse_propensity
 from xmlkernels.predict import score_matrix
-from xmlkernels.ranker.blend import best
+from xmlkernels.ranker.blend import best, combine
 
 MEASURED = 5  # metrics at 1 to 5
 TEXT = (".txt", ".txt.gz")
@@ -129,51 +130,6 @@ def to_log_odds(probability: np.ndarray) -> np.ndarray:
     return np.asarray(np.log(p) - np.log1p(-p))
 
 
-def combine(files: Sequence[csr_matrix], odds: Sequence[np.ndarray], weights: Sequence[float], how: str) -> csr_matrix:
-    """The weighted mean over files, as log-odds: float64 CSR [N, L] with every pair that any file has.
-
-    Args:
-        files: CSR [N, L] each; only where they have entries counts.
-        odds: the log-odds of those entries.
-        weights: of the files, not all 0.
-        how: "probability" or "log_odds"; see the module's text for absent pairs.
-    """
-    shape, total = files[0].shape, sum(weights)
-    used = [(m, z, w / total) for m, z, w in zip(files, odds, weights, strict=True) if w > 0]
-    if len(used) == 1:  # as it is: there is nothing to add, and no way through probabilities that could make ties
-        matrix, z, _ = used[0]
-        return csr_matrix((z, matrix.indices, matrix.indptr), shape)
-    base, heard = np.zeros(shape[0]), np.zeros(shape[0])
-    parts = []
-    for matrix, z, weight in used:
-        rows = np.repeat(np.arange(shape[0]), np.diff(matrix.indptr))
-        values = [np.full(len(z), weight)]
-        if how == "probability":
-            values += [weight * expit(z), weight * expit(-z)]
-        else:
-            lowest = np.full(shape[0], np.inf)
-            np.minimum.at(lowest, rows, z)
-            known = np.isfinite(lowest)
-            lowest[~known] = 0  # a document for which this file has nothing to say: the others' mean is taken
-            base += weight * lowest
-            heard += weight * known
-            values.append(weight * (z - lowest[rows]))
-        parts.append((rows, matrix.indices, *values))
-    rows, columns, *values = (np.concatenate(column) for column in zip(*parts, strict=True))
-    # Through COO: adding CSR matrices would drop pairs whose sum is 0.
-    present, mean, *rest = (coo_matrix((value, (rows, columns)), shape).tocsr() for value in values)
-    if how == "probability":
-        # p and 1-p apart: near 1, all that tells two labels apart is in 1-p. Absent labels have p = 0.
-        files_with = coo_matrix((np.ones(len(rows)), (rows, columns)), shape).tocsr().data
-        absent = np.where(files_with < len(used), 1 - present.data, 0)
-        tiny = np.finfo(np.float64).tiny
-        mean.data = np.log(np.maximum(mean.data, tiny)) - np.log(np.maximum(rest[0].data + absent, tiny))
-    else:
-        of_row = np.repeat(np.arange(shape[0]), np.diff(mean.indptr))
-        mean.data = (mean.data + base[of_row]) / heard[of_row]
-    return mean
-
-
 def run(options: Options) -> dict[str, dict[str, float]]:
     """Metrics in percent of every file and, where there are more, of their sum (named "sum")."""
     check(options)
@@ -205,6 +161,7 @@ def run(options: Options) -> dict[str, dict[str, float]]:
             if options.output.endswith(".npz"):
                 write_npz(options.output, kept, keep_zeros=True)
             else:
+                kept.data[kept.data == 0] = np.finfo(np.float32).tiny
                 write_sparse(options.output, kept)
     if options.metrics:
         facts = {"dataset": dataset.name, "dataset_hash": dataset.content_hash, "split": split.name, "sum": options.sum}

@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from checks import check_least
 from config import Config, began_with, resolved_device
 from output import made_folder, read_json
 from report import command, say
@@ -25,7 +26,7 @@ from sources import open_dataset
 from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import replacing
-from xmlkernels.data.inputs import TokenInputs
+from xmlkernels.data.inputs import check_dataset
 from xmlkernels.data.matrices import write_npz
 from xmlkernels.models.end_to_end import EndToEnd
 from xmlkernels.predict import Predictor, embed_split, predict_split, score_matrix
@@ -56,9 +57,7 @@ class Options:
 
 
 def export(options: Options) -> None:
-    for name in ("top_k", "batch"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')}", "1 or more", str(getattr(options, name)), "choose a larger one")
+    check_least(options, 1, "top_k", "batch")
     predictor = Predictor.load(options.checkpoint, which=options.which, device=resolved_device(options.device))
     if options.what == "label_vectors":
         label_vectors(options, predictor)
@@ -82,7 +81,7 @@ def dataset_of(options: Options, predictor: Predictor) -> Dataset:
     """The dataset to walk over.
 
     Raises:
-        InputError: none is named and none found, or one of other labels or of another tokenizer.
+        InputError: none is named and none found, or one that the model does not know.
     """
     path = Path(options.checkpoint)
     settings = next((p for p in (path / "config.json", path.parent / "config.json") if p.exists()), None)
@@ -92,13 +91,7 @@ def dataset_of(options: Options, predictor: Predictor) -> Dataset:
         dataset = open_dataset(replace(Config(), **began_with(read_json(settings))))
     else:
         raise InputError("--dataset", "a dataset folder", "none, and no config.json beside the checkpoint", "name one")
-    labels = predictor.model.labels
-    if dataset.num_labels != labels:
-        raise InputError(str(dataset.folder), f"{labels:,} labels, as the model has", f"{dataset.num_labels:,}", "name another")
-    inputs = predictor.inputs
-    if isinstance(inputs, TokenInputs) and inputs.tokenizer.hash != dataset.tokenizer_hash:
-        mend = "prepare it with the tokenizer beside the checkpoint"
-        raise InputError(str(dataset.folder), "tokens of the model's tokenizer", "those of another", mend)
+    check_dataset(dataset, predictor.labels, predictor.inputs)
     return dataset
 
 

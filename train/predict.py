@@ -1,4 +1,8 @@
-"""Ask a trained model for labels: `python train/predict.py --checkpoint DIR (--text "…" | --input FILE) [--output FILE]`."""
+"""Ask a trained model for labels: `python train/predict.py --checkpoint DIR (--text "…" | --input FILE) [--output FILE]`.
+
+With --ranker the output folder of train/ranker.py answers, with the checkpoint that it was made with or, where it was made
+without one, alone.
+"""
 
 import io
 import json
@@ -8,18 +12,21 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import IO, Annotated, Any, Literal
 
 import numpy as np
 import torch
 from tyro.constructors import PrimitiveConstructorSpec
 
+from checks import check_least, flag
 from config import resolved_device
 from report import command
 from xmlkernels import InputError
 from xmlkernels.data.files import replacing
 from xmlkernels.data.formats import DataWarning, iter_lines, write_npz
 from xmlkernels.predict import Label, Predictor, score_matrix
+from xmlkernels.ranked import Forest, Ranked, RankedPredictor
 
 # tyro would take the text "None" for no text.
 VERBATIM: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
@@ -33,13 +40,19 @@ VERBATIM: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
 
 @dataclass(frozen=True)
 class Options:
-    checkpoint: str
+    checkpoint: str = ""
     """A run's output folder, or the checkpoint folder in it."""
+    ranker: tuple[str, ...] = ()
+    """An output folder of train/ranker.py; of several the mean of their probabilities is taken (a forest)."""
     text: Annotated[str | None, VERBATIM] = None
     """One text to label; it may be empty."""
     input: str | None = None
     """A .txt file (one text a line), a .jsonl file (a string, or an object with "text" or "title" and "content", a line),
     or - for lines from standard input, each answered before the next is read."""
+    ranker_text: Annotated[str | None, VERBATIM] = None
+    """With --text: what a ranker's TF-IDF is made of, where the ranker was trained with --train-text beside a checkpoint."""
+    ranker_input: str | None = None
+    """The same with --input: a file of as many texts."""
     output: str = ""
     """.jsonl: one line a text; .npz: a scipy CSR matrix of logits [texts, labels]. Printed when not given."""
     top_k: int = 10
@@ -57,17 +70,34 @@ class Options:
     """CPU threads; 0 leaves torch's choice."""
 
 
-def texts_of(options: Options) -> Iterator[str]:
-    """The texts to label, read as they are used."""
-    if options.text is not None:
-        yield options.text
-    elif options.input == "-":
+def texts_of(options: Options) -> Iterator[str] | Iterator[tuple[str, str]]:
+    """The texts to label, read as they are used; pairs of them where the ranker has texts of its own."""
+    texts = read_texts(options.text, options.input)
+    if options.ranker_text is None and options.ranker_input is None:
+        return texts
+    return paired(texts, read_texts(options.ranker_text, options.ranker_input), str(options.ranker_input))
+
+
+def paired(texts: Iterator[str], words: Iterator[str], name: str) -> Iterator[tuple[str, str]]:
+    """Both together. InputError where one has more than the other."""
+    for number, (text, word) in enumerate(zip_longest(texts, words)):
+        if text is None or word is None:
+            got = "fewer" if word is None else "more"
+            raise InputError(name, "as many texts as --input has", f"{got} (text {number})", "name the same documents' texts")
+        yield text, word
+
+
+def read_texts(text: str | None, path: str | None) -> Iterator[str]:
+    """One text, or those of a file or of standard input."""
+    if text is not None:
+        yield text
+    elif path == "-":
         yield from lines_of(sys.stdin.buffer)
-    elif str(options.input).endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):
-        for number, line in enumerate(iter_lines(str(options.input)), 1):
-            yield text_of(line, f"{options.input}:{number}")
+    elif str(path).endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):
+        for number, line in enumerate(iter_lines(str(path)), 1):
+            yield text_of(line, f"{path}:{number}")
     else:
-        yield from iter_lines(str(options.input))
+        yield from iter_lines(str(path))
 
 
 def lines_of(stream: IO[bytes]) -> Iterator[str]:
@@ -119,7 +149,7 @@ def written(path: str) -> Iterator[IO[str]]:
         text.detach()  # `replacing` still has to sync the stream below
 
 
-def one_by_one(predictor: Predictor, texts: Iterator[str], k: int) -> Iterator[list[Label]]:
+def one_by_one(predictor: Predictor | Ranked, texts: Iterator[Any], k: int) -> Iterator[list[Label]]:
     """Predictions as a server would make them, one text a call, and at the end how long a call took."""
     taken = []
     for text in texts:
@@ -139,20 +169,41 @@ def check(options: Options) -> None:
     if (options.text is None) == (options.input is None):
         got = "neither" if options.text is None else "both"
         raise InputError("arguments", "either --text or --input", got, 'give --text "…" or --input FILE')
-    if options.top_k < 1:
-        raise InputError("--top-k", "1 or more", str(options.top_k), "ask for at least one label")
-    if options.batch is not None and options.batch < 1:
-        raise InputError("--batch", "1 or more", str(options.batch), "leave it out")
-    if options.threads < 0:
-        raise InputError("--threads", "0 or more", str(options.threads), "leave it out")
+    if not options.checkpoint and not options.ranker:
+        raise InputError("--checkpoint", "a run's output folder, or --ranker and a ranker's", "neither", "name one")
+    for name, other in (("ranker_text", "text"), ("ranker_input", "input")):
+        if getattr(options, name) is not None and (getattr(options, other) is None or not options.ranker):
+            raise InputError(flag(name), f"--ranker and {flag(other)} beside it", "no such two", "leave it out, or give them")
+    if options.ranker_input == "-":
+        raise InputError("--ranker-input", "a file", "standard input", "name a file of the same documents' texts")
+    if options.which and not options.checkpoint:
+        raise InputError("--which", "--checkpoint beside it", "none", "leave it out: it would do nothing")
+    check_least(options, 1, "top_k", "batch")
+    check_least(options, 0, "threads")
     if options.output and not options.output.endswith((".jsonl", ".npz")):
         raise InputError("--output", "a name that ends in .jsonl or .npz", options.output, "rename it")
     if options.latency and options.output.endswith(".npz"):
         raise InputError("--latency", "answers one by one", "--output .npz, which takes all at once", "write .jsonl")
 
 
-def answers_of(options: Options, predictor: Predictor) -> Iterator[list[Label]]:
-    texts = texts_of(options)
+def loaded(options: Options) -> Predictor | Ranked:
+    """The model, or the ranker with its model; InputError where it needs other texts than the options name."""
+    device = resolved_device(options.device)
+    if not options.ranker:
+        return Predictor.load(options.checkpoint, which=options.which, device=device)
+    more = {"which": options.which, "device": device, "threads": options.threads}
+    predictor = Forest([RankedPredictor.load(folder, options.checkpoint or None, **more) for folder in options.ranker])
+    given = options.ranker_text is not None or options.ranker_input is not None
+    if given != predictor.takes_pairs:
+        name = "--ranker-text" if options.text is not None else "--ranker-input"
+        expected = "the texts of its TF-IDF, which was not made of the model's" if predictor.takes_pairs else "no texts"
+        mend = "give both, equal ones too" if predictor.takes_pairs else "leave it out: this ranker has no texts of its own"
+        raise InputError(name, expected, "some" if given else "none", mend)
+    return predictor
+
+
+def answers_of(options: Options, predictor: Predictor | Ranked) -> Iterator[list[Label]]:
+    texts: Any = texts_of(options)  # pairs for the rankers that want them, as `loaded` has checked
     if options.latency:
         return one_by_one(predictor, texts, options.top_k)
     if options.input == "-":
@@ -165,11 +216,11 @@ def run(options: Options) -> None:
     check(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = resolved_device(options.device)
-    predictor = Predictor.load(options.checkpoint, which=options.which, device=device)
+    predictor = loaded(options)
     if options.output.endswith(".npz"):
-        values, rows = predictor.predict_arrays(texts_of(options), options.top_k, batch_size=options.batch or 64)
-        write_npz(options.output, score_matrix(values, rows, predictor.model.labels), keep_zeros=True)
+        texts: Any = texts_of(options)
+        values, rows = predictor.predict_arrays(texts, options.top_k, batch_size=options.batch or 64)
+        write_npz(options.output, score_matrix(values, rows, predictor.labels), keep_zeros=True)
         return
     with written(options.output) as out:
         for number, labels in enumerate(answers_of(options, predictor)):

@@ -7,15 +7,17 @@ classifiers of its clusters, with --one-vs-all without any.
 
 TF-IDF is made from the texts kept in the dataset, from text files (--train-text …: they may say more than the texts that
 the model was trained on), or read from a folder of features. The folder gets ranker.safetensors, predictions.npz (logits of
-the test split), metrics.json, vectorizer/ and, with --checkpoint, inputs/ (embeddings and shortlists, used again).
+the test split), metrics.json, label_names.txt, vectorizer/, with --tree clusters/, and with --checkpoint inputs/ (embeddings
+and shortlists, used again). `train/predict.py --ranker FOLDER` asks it for the labels of new texts.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from output import made_folder, refuse_run, write_json
+from checks import check_least, flag
+from output import made_folder, refuse_run, write_json, write_text
 from ranker_inputs import Documents, model_inputs, read_features, vectorize, without_pairs
 from report import Seconds, command, print_comparison, say
 from xmlkernels import InputError
@@ -23,7 +25,8 @@ from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import check_file
 from xmlkernels.data.formats import write_npz
 from xmlkernels.metrics import candidates_needed, evaluate, inverse_propensity
-from xmlkernels.predict import score_matrix
+from xmlkernels.predict import NAMES, checkpoint_identity, score_matrix
+from xmlkernels.ranked import CLUSTERS, RANKER, VECTORIZER, Source
 from xmlkernels.ranker.blend import Reranker, best, best_of_all, choose_share
 from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.linear import Settings, fit
@@ -72,20 +75,8 @@ class Options:
     """Labels per document that the checkpoint lists."""
     beam: int = 10
     """Clusters kept at every level of --tree."""
-    loss: Literal["squared_hinge", "logistic"] = "squared_hinge"
-    cost: float = 1.0
-    """C: what a document's loss weighs against the size of the weights."""
-    positive_weight: float = 1.0
-    """What a positive weighs against a negative."""
-    bias: float = 1.0
-    tolerance: float = 0.1
-    epochs: int = 20
-    """Most passes over a label's documents."""
-    negatives: int = 0
-    """Random documents for each label, beside the shortlisted ones."""
-    prune: float = 0.01
-    """TF-IDF weights of this size and smaller become 0."""
-    seed: int = 0
+    training: Settings = field(default_factory=Settings)
+    """How each label's classifier is trained."""
     threads: int = 0
     """CPU threads of the ranker; 0 leaves numba's choice."""
     device: str = "cpu"
@@ -119,25 +110,21 @@ def check(options: Options) -> None:
         raise InputError("--train-text", "a file, as there are others", "none", "name the texts of every split, or of none")
     if not options.tfidf and (options.features or any(texts)):
         raise InputError("--no-tfidf", "no texts and no --features", "some", "leave them out: they would do nothing")
-    for name in ("longest", "min_df", "shortlist", "beam", "top_k"):
-        if getattr(options, name) < 1:
-            where = f"--{name.replace('_', '-')}"
-            raise InputError(where, "1 or more", str(getattr(options, name)), "choose a larger one")
-    for name in ("max_features", "threads"):
-        if getattr(options, name) < 0:
-            raise InputError(f"--{name.replace('_', '-')}", "0 or more", str(getattr(options, name)), "leave it out")
+    check_least(options, 1, "longest", "min_df", "shortlist", "beam", "top_k")
+    check_least(options, 0, "max_features", "threads")
     if options.share is not None and not (math.isfinite(options.share) and 0 <= options.share <= 1):
         raise InputError("--share", "a number from 0 to 1", str(options.share), "leave it out to choose it on validation")
     refuse_idle(options)
     for path in filter(None, texts):
         check_file(path)
     refuse_run(options.output)
-    settings_of(options)
 
 
 def refuse_idle(options: Options) -> None:
     """InputError where a flag beside others would do nothing."""
     words = ("longest", "min_df", "max_features")
+    values = vars(options) | vars(options.training)
+    usual = {field.name: field.default for kind in (Options, Settings) for field in fields(kind)}
     for beside, given, names in (
         ("with --one-vs-all", options.one_vs_all, ("share", "negatives")),
         ("without --share", options.share is None, ("blend",)),
@@ -146,53 +133,69 @@ def refuse_idle(options: Options) -> None:
         ("with --features", options.features, words),
         ("with --no-tfidf", not options.tfidf, words),
     ):
-        for field in fields(Options):
-            if given and field.name in names and getattr(options, field.name) != field.default:
-                flag = "--no-embedding" if field.name == "embedding" else f"--{field.name.replace('_', '-')}"
-                raise InputError(flag, f"no such flag {beside}", "one", "leave it out: it would do nothing")
-
-
-def settings_of(options: Options) -> Settings:
-    """The ranker's own settings; InputError where one is out of range."""
-    return Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
+        for name in names:
+            if given and values[name] != usual[name]:
+                told = "--no-embedding" if name == "embedding" else flag(name)
+                raise InputError(told, f"no such flag {beside}", "one", "leave it out: it would do nothing")
 
 
 def train(options: Options) -> dict[str, Any]:
     """Trains and measures the ranker; returns what metrics.json holds."""
     check(options)
     dataset = opened(options)
+    if options.checkpoint:
+        checkpoint_identity(options.checkpoint)  # for a mistake in its name
     tree = opened_tree(options.tree, dataset) if options.tree else None
-    folder = made_folder(options.output)
-    (folder / "metrics.json").unlink(missing_ok=True)  # written last: where it stands, the files beside it belong to it
+    folder = begun(options.output, dataset)
     clock = Seconds()
     documents = {name: Documents(split) for name, split in dataset.splits.items()}
-    if options.checkpoint:
-        with clock.on("embeddings and shortlists"):
-            model_inputs(options.checkpoint, dataset, documents, options.shortlist, folder / "inputs", options.device)
+    checkpoint = vocabulary = ""
     if options.tfidf:
         with clock.on("TF-IDF"):
-            load_tfidf(options, dataset, documents, folder)
+            vocabulary = load_tfidf(options, dataset, documents, folder)
+    if options.checkpoint:  # after TF-IDF: a mistake in the texts is told before the long pass
+        with clock.on("embeddings and shortlists"):
+            inputs = folder / "inputs"
+            checkpoint = model_inputs(options.checkpoint, dataset, documents, options.shortlist, inputs, options.device)
+    source = source_of(options, checkpoint, vocabulary)
     weights = {name: getattr(options, name) for name in ("embedding_weight", "tfidf_weight")}
     for part in documents.values():
         part.features = Features.join(part.embedding if options.embedding else None, part.tfidf, **weights)
     if tree is not None:
         with clock.on("clusters"):
-            match(options, tree, documents, folder / "clusters")
+            match(options, tree, documents, folder / CLUSTERS)
     first = documents["train"]
     listed = None if first.shortlist is None else without_pairs(first.shortlist, first.split.filter_pairs)
     with clock.on("ranker"):
-        facts = {"dataset": dataset.content_hash, "options": asdict(options)}
-        ranker = fit(first.features, first.split.labels, listed, settings_of(options), threads=options.threads, facts=facts)
+        facts = {"dataset": dataset.content_hash, "options": asdict(options), "source": asdict(source)}
+        ranker = fit(first.features, first.split.labels, listed, options.training, threads=options.threads, facts=facts)
     say(f"{ranker.sparse.nnz / dataset.num_labels:,.0f} TF-IDF weights a label are left of {ranker.sparse.shape[1]:,}")
     share = 1.0 if options.one_vs_all or options.share is None else options.share
     reranker = Reranker(ranker, share, options.blend, **weights)
     with clock.on("evaluation"):
         report, reranker = measure(options, dataset, documents, reranker)
-    reranker.save(folder / "ranker.safetensors")
+    reranker.save(folder / RANKER)
     report |= {"dataset": dataset.name, "dataset_hash": dataset.content_hash, "propensity": dataset.propensity}
     report |= {"seconds": clock.spent, "options": asdict(options), "weights_per_label": ranker.sparse.nnz / dataset.num_labels}
     write_json(folder / "metrics.json", report)
     return report
+
+
+def begun(output: str, dataset: Dataset) -> Path:
+    """The output folder without the ranker that it may hold: where a ranker stands, the files beside it belong to it."""
+    folder = made_folder(output)
+    for name in ("metrics.json", RANKER, NAMES):
+        (folder / name).unlink(missing_ok=True)
+    if dataset.label_names is not None:
+        write_text(folder / NAMES, "".join(f"{name}\n" for name in dataset.label_names))
+    return folder
+
+
+def source_of(options: Options, checkpoint: str, vocabulary: str) -> Source:
+    """What train/predict.py must know to make shortlists and features of new texts."""
+    shortlist = "model" if options.checkpoint else "tree" if options.tree else "all"
+    words = "none" if not options.tfidf else "features" if options.features else "own" if options.train_text else "same"
+    return Source(shortlist, words, checkpoint, options.shortlist if options.checkpoint else 0, vocabulary)
 
 
 def opened(options: Options) -> Dataset:
@@ -206,8 +209,13 @@ def opened(options: Options) -> Dataset:
     return dataset
 
 
-def load_tfidf(options: Options, dataset: Dataset, documents: dict[str, Documents], folder: Path) -> None:
-    """TF-IDF of every split, from ready features, from text files, or from the texts that the dataset keeps."""
+def load_tfidf(options: Options, dataset: Dataset, documents: dict[str, Documents], folder: Path) -> str:
+    """TF-IDF of every split, from ready features, from text files, or from the texts that the dataset keeps.
+
+    Returns:
+        The content hash of the vocabulary; "" where the features were ready.
+    """
+    vocabulary = ""
     files = {"train": options.train_text, "val": options.validation_text, "test": options.test_text}
     if options.features:
         found = read_features(options.features, dataset)
@@ -218,9 +226,10 @@ def load_tfidf(options: Options, dataset: Dataset, documents: dict[str, Document
                 flag = {"val": "--validation-text", "test": "--test-text"}[name]
                 raise InputError(flag, f"a file, for the dataset has a split {name}", "none", "name its texts")
         words = {"longest": options.longest, "min_df": options.min_df, "max_features": options.max_features or None}
-        found = vectorize(texts, dataset, words, folder)
+        found, vocabulary = vectorize(texts, dataset, words, folder / VECTORIZER)
     for name, part in documents.items():
         part.tfidf = found[name]
+    return vocabulary
 
 
 def opened_tree(path: str, dataset: Dataset) -> LabelTree:
@@ -233,7 +242,7 @@ def opened_tree(path: str, dataset: Dataset) -> LabelTree:
 def match(options: Options, tree: LabelTree, documents: dict[str, Documents], folder: Path) -> None:
     """Shortlists of every split from linear classifiers of the tree's clusters."""
     clusters = [tree.ancestors(level)[tree.place] for level in range(tree.levels - 1)]
-    settings = replace(settings_of(options), negatives=0)
+    settings = replace(options.training, negatives=0)
     first = documents["train"]
     matcher = ClusterMatcher.fit(
         first.features, first.split.labels, clusters, beam=options.beam, settings=settings, threads=options.threads
@@ -277,7 +286,7 @@ def measure(
 def main() -> None:
     import tyro
 
-    report = train(tyro.cli(Options, prog="train/ranker.py", description=__doc__))
+    report = train(tyro.cli(Options, prog="train/ranker.py", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))
     rows = {f"{split}, {what}": numbers for split in SHOWN.values() for what, numbers in report.get(split, {}).items()}
     if rows:
         a, b = report["propensity"]

@@ -1,7 +1,5 @@
 """What train/ranker.py works on: TF-IDF features, embeddings and shortlists of every split."""
 
-import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,8 @@ from xmlkernels.data.bow import Vectorizer
 from xmlkernels.data.dataset import Dataset, Split
 from xmlkernels.data.files import replacing
 from xmlkernels.data.formats import iter_lines, read_npz, write_npz
-from xmlkernels.predict import Predictor, embed_split, predict_split, score_matrix
+from xmlkernels.data.inputs import check_dataset
+from xmlkernels.predict import Predictor, checkpoint_identity, embed_split, predict_split, score_matrix
 from xmlkernels.ranker.features import Features
 
 NONE = Features(np.zeros((0, 0), np.float32), csr_matrix((0, 0), dtype=np.float32))
@@ -56,12 +55,15 @@ def read_features(folder: str, dataset: Dataset) -> dict[str, csr_matrix]:
     return found
 
 
-def vectorize(texts: dict[str, str], dataset: Dataset, settings: dict[str, Any], output: Path) -> dict[str, csr_matrix]:
-    """TF-IDF of the splits' texts; the vocabulary of the training texts goes to `output`/vectorizer.
+def vectorize(
+    texts: dict[str, str], dataset: Dataset, settings: dict[str, Any], folder: Path
+) -> tuple[dict[str, csr_matrix], str]:
+    """TF-IDF of the splits' texts, and the content hash of the vocabulary.
 
     Args:
         texts: a file with one document a line for each split, or nothing: then the texts kept in the dataset are taken.
         settings: of the Vectorizer.
+        folder: for the vocabulary of the training texts.
 
     Raises:
         InputError: no texts, or as many as the split has documents.
@@ -71,8 +73,8 @@ def vectorize(texts: dict[str, str], dataset: Dataset, settings: dict[str, Any],
     for name, split in dataset.splits.items():
         if name != "train":
             found[name] = _rows(vectorizer.transform(_texts(texts, split)), split, texts)
-    vectorizer.save(output / "vectorizer")
-    return found
+    vectorizer.save(folder)
+    return found, vectorizer.content_hash
 
 
 def _texts(texts: dict[str, str], split: Split) -> Iterable[str]:
@@ -86,29 +88,23 @@ def _rows(features: csr_matrix, split: Split, texts: dict[str, str]) -> csr_matr
     return features
 
 
-def model_inputs(checkpoint: str, dataset: Dataset, documents: dict[str, Documents], k: int, folder: Path, device: str) -> None:
-    """Embedding and shortlist of every split from a trained model, into `documents`.
+def model_inputs(checkpoint: str, dataset: Dataset, documents: dict[str, Documents], k: int, folder: Path, device: str) -> str:
+    """Embedding and shortlist of every split from a trained model, into `documents`; returns the checkpoint's identity.
 
     They are kept in `folder` (embedding of each split as .npy, shortlist as .npz) and read from there when checkpoint,
     dataset and k are the same.
 
     Raises:
-        InputError: no such checkpoint, or one of a model with other labels.
+        InputError: no such checkpoint, or one of a model that does not know the dataset.
     """
-    key = {"checkpoint": _identity(checkpoint), "dataset": dataset.content_hash, "k": k}
+    key = {"checkpoint": checkpoint_identity(checkpoint), "dataset": dataset.content_hash, "k": k}
     told = folder / "inputs.json"
-    if told.exists() and read_json(told) == key:
-        for name, part in documents.items():
-            part.embedding = np.load(folder / f"embeddings_{name}.npy", allow_pickle=False)
-            path, size = folder / f"shortlist_{name}.npz", (len(part.split), dataset.num_labels)
-            part.shortlist = read_npz(path, rows=size[0], cols=size[1], keep_zeros=True)
+    if read_kept(folder, key, dataset, documents):
         say(f"embeddings and shortlists of this checkpoint are taken from {folder}/")
-        return
+        return str(key["checkpoint"])
     predictor = Predictor.load(checkpoint, device=resolved_device(device))
     model, inputs = predictor.model, predictor.inputs
-    if model.labels != dataset.num_labels:
-        got = f"one of {model.labels}"
-        raise InputError("--checkpoint", f"a model of {dataset.num_labels} labels, as the dataset has", got, "name its dataset")
+    check_dataset(dataset, predictor.labels, inputs)
     folder.mkdir(parents=True, exist_ok=True)
     told.unlink(missing_ok=True)
     for name, part in documents.items():
@@ -118,14 +114,42 @@ def model_inputs(checkpoint: str, dataset: Dataset, documents: dict[str, Documen
             np.save(file, part.embedding)
         write_npz(folder / f"shortlist_{name}.npz", part.shortlist, keep_zeros=True)
         say(f"{name}: {len(part.split):,} documents embedded")
-    write_json(told, key)
+    # The run may have gone on since it was asked for its checkpoint: what counts is the one that was read.
+    write_json(told, key | {"checkpoint": predictor.identity})
+    return predictor.identity
 
 
-def _identity(checkpoint: str) -> str:
-    """sha256 over the states of the checkpoints there: another training step gives another."""
-    path = Path(checkpoint)
-    states = sorted(path.glob("**/state.json"))
-    return hashlib.sha256(json.dumps([state.read_text("utf-8") for state in states]).encode()).hexdigest()
+def read_kept(folder: Path, key: dict[str, Any], dataset: Dataset, documents: dict[str, Documents]) -> bool:
+    """Whether embeddings and shortlists of this key lie in `folder`; if so they are put into `documents`.
+
+    They are a cache: damaged ones are told, and count as none.
+    """
+    if not (folder / "inputs.json").exists():
+        return False
+    try:
+        if read_json(folder / "inputs.json") != key:
+            return False
+        for name, part in documents.items():
+            part.embedding = read_embedding(folder / f"embeddings_{name}.npy", len(part.split))
+            path = folder / f"shortlist_{name}.npz"
+            part.shortlist = read_npz(path, rows=len(part.split), cols=dataset.num_labels, keep_zeros=True)
+    except InputError as error:
+        say(f"note: {error.where}: expected {error.expected}, got {error.got}; embeddings and shortlists are computed anew")
+        return False
+    return True
+
+
+def read_embedding(path: Path, rows: int) -> np.ndarray:
+    """float32 [N, D] of an .npy file. InputError where it is missing, damaged or of another number of rows."""
+    expected, mend = f"float32 embeddings of {rows} documents", "compute them again"
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(str(path), expected, f"a file that cannot be read ({error})", mend) from error
+    if not isinstance(found, np.ndarray) or found.ndim != 2 or len(found) != rows or found.dtype != np.float32:
+        got = f"{getattr(found, 'dtype', type(found).__name__)} {list(getattr(found, 'shape', []))}"
+        raise InputError(str(path), expected, got, mend)
+    return found
 
 
 def without_pairs(shortlist: csr_matrix, pairs: np.ndarray) -> csr_matrix:

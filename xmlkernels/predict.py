@@ -6,9 +6,11 @@ for labels in predictor.predict(["open a file and read its lines"], k=5):
     print([(label.name, round(label.probability, 3)) for label in labels])
 """
 
+import hashlib
+import json
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from xmlkernels.models.common import Documents, Model, arrangement, model_config
 from xmlkernels.models.restore import restored
 from xmlkernels.nn.cascade_heads import SCHEMES
 
+NAMES = "label_names.txt"  # beside a checkpoint or a ranker, one a line
 _AHEAD = 16  # batches of texts read ahead, so that texts of like length share a batch
 _TRAINING_ONLY = ("optimizer.", "scaler.", "head.momentum", "head.second", "head.kahan")
 _TRAINING_ENDS = (".momentum", ".second")  # of a cascade's tables and of a bag of words'
@@ -55,6 +58,18 @@ class Label:
         return 1 / (1 + math.exp(-self.score)) if self.score > -700 else 0.0
 
 
+def named(values: np.ndarray, rows: np.ndarray, names: Sequence[str] | None) -> list[Label]:
+    """One text's answer: logits [k] and labels [k], -1 where there are fewer; without names the numbers stand for them."""
+    pairs = zip(values.tolist(), rows.tolist(), strict=True)
+    return [Label(row, names[row] if names else str(row), value) for value, row in pairs if row >= 0]
+
+
+def read_names(folder: Path) -> list[str] | None:
+    """The names of the labels kept in a folder, or None where there are none."""
+    path = folder / NAMES
+    return path.read_text("utf-8").split("\n")[:-1] if path.exists() else None
+
+
 class Predictor:
     """A trained model with the way it reads texts and its label names.
 
@@ -62,11 +77,17 @@ class Predictor:
         model: the model, in evaluation mode.
         inputs: texts to batches, as in training.
         label_names: L names, or None.
+        identity: `checkpoint_identity` of where it came from.
     """
 
-    def __init__(self, model: Model, inputs: Inputs, label_names: list[str] | None = None) -> None:
-        self.model, self.inputs, self.label_names = model, inputs, label_names
+    def __init__(self, model: Model, inputs: Inputs, label_names: list[str] | None = None, identity: str = "") -> None:
+        self.model, self.inputs, self.label_names, self.identity = model, inputs, label_names, identity
         model.eval()
+
+    @property
+    def labels(self) -> int:
+        """L."""
+        return self.model.labels
 
     @classmethod
     def load(cls, folder: str | Path, *, which: str | None = None, device: str | torch.device = "cpu") -> "Predictor":
@@ -80,19 +101,12 @@ class Predictor:
         Raises:
             InputError: no such checkpoint, or one that is damaged.
         """
-        path = Path(folder)
-        path = path / "checkpoint" if (path / "checkpoint").is_dir() else path
-        checkpoints = CheckpointFolder(path)
-        if which is None:
-            which = "best" if checkpoints.exists("best") or not checkpoints.exists("last") else "last"
-            if which == "last":
-                warnings.warn(f"{path} holds no best checkpoint yet; the last one is used", CheckpointWarning, stacklevel=2)
+        checkpoints, which = _located(folder, which)
         tensors, state = checkpoints.load(which, keep=_for_prediction)
         model = restored(model_config(state), tensors)
         model.load_tensors(tensors)
-        names = path / "label_names.txt"
-        label_names = names.read_text("utf-8").split("\n")[:-1] if names.exists() else None
-        return cls(model.to(torch.device(device)), load_inputs(path, state), label_names)
+        path = checkpoints.folder
+        return cls(model.to(torch.device(device)), load_inputs(path, state), read_names(path), _identity(state))
 
     def predict(
         self, texts: Iterable[str], k: int = 10, *, batch_size: int = 64, window: int = _AHEAD, prefetch: int = 2
@@ -105,11 +119,7 @@ class Predictor:
             prefetch: batches tokenised ahead by a background thread; 0 does without the thread.
         """
         for values, rows in self._in_order(texts, k, batch_size, window, prefetch):
-            yield [
-                Label(row, self.label_names[row] if self.label_names else str(row), value)
-                for value, row in zip(values.tolist(), rows.tolist(), strict=True)
-                if row >= 0
-            ]
+            yield named(values, rows, self.label_names)
 
     def predict_arrays(self, texts: Iterable[str], k: int = 10, *, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
         """Logits fp32 [N, k] and labels int64 [N, k] of N texts; -inf and -1 where there are fewer than k labels."""
@@ -118,18 +128,50 @@ class Predictor:
             return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
         return np.stack([v for v, _ in pairs]), np.stack([r for _, r in pairs])
 
+    def predict_and_embed(
+        self, texts: Sequence[str], k: int, *, batch_size: int = 64
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What `predict_arrays` gives of one text or more, and fp32 [N, D]: what the label table meets of each."""
+        values, rows, embedding = zip(*self._in_order(texts, k, batch_size, _AHEAD, 0, embed=True), strict=True)
+        return np.stack(values), np.stack(rows), np.stack(embedding)
+
     def _in_order(
-        self, texts: Iterable[str], k: int, batch_size: int, window: int, prefetch: int
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        device = self.model.device
-        waiting: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self, texts: Iterable[str], k: int, batch_size: int, window: int, prefetch: int, *, embed: bool = False
+    ) -> Iterator[tuple[np.ndarray, ...]]:
+        """Logits [k], labels [k] and, if asked, the embedding [D] of each text."""
+        waiting: dict[int, tuple[np.ndarray, ...]] = {}
         following = 0
         for batch in self.inputs.text_batches(texts, batch_size, window=window, prefetch=prefetch):
-            values, rows = (t.cpu().numpy() for t in self.model.predict(batch.to(device), k))
-            waiting.update(zip(batch.index.tolist(), zip(values, rows, strict=True), strict=True))
+            there = batch.to(self.model.device)
+            found = [*self.model.predict(there, k), *([self.model.embed(there)] if embed else [])]
+            rows_of = zip(*(t.cpu().numpy() for t in found), strict=True)
+            waiting.update(zip(batch.index.tolist(), rows_of, strict=True))
             while following in waiting:
                 yield waiting.pop(following)
                 following += 1
+
+
+def checkpoint_identity(folder: str | Path, which: str | None = None) -> str:
+    """Tells one checkpoint from every other, also from later ones of its run; a copy has the same. Arguments as of `load`."""
+    checkpoints, which = _located(folder, which)
+    return _identity(checkpoints.load(which, keep=lambda name: False)[1])
+
+
+def _identity(state: Mapping[str, Any]) -> str:
+    # The state holds the seconds spent and the random generators: no two saves share it.
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _located(folder: str | Path, which: str | None) -> tuple[CheckpointFolder, str]:
+    """The checkpoints in a run's output folder or in the folder itself, and which of the two is meant."""
+    path = Path(folder)
+    checkpoints = CheckpointFolder(path / "checkpoint" if (path / "checkpoint").is_dir() else path)
+    if which is None:
+        which = "best" if checkpoints.exists("best") or not checkpoints.exists("last") else "last"
+        if which == "last":
+            told = f"{checkpoints.folder} holds no best checkpoint yet; the last one is used"
+            warnings.warn(told, CheckpointWarning, stacklevel=3)
+    return checkpoints, which
 
 
 def predict_split(

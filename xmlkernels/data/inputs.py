@@ -44,6 +44,9 @@ class Inputs(Protocol):
     ) -> Iterator[Batch] | Iterator[BagBatch]:
         """Batches of raw texts, read as they are used; see `xmlkernels.data.loader.text_batches`."""
 
+    def check(self, dataset: Dataset) -> None:
+        """InputError where the documents of a dataset cannot be read this way."""
+
     def save(self, folder: Path) -> None:
         """Writes beside a checkpoint what `load_inputs` reads again."""
 
@@ -83,6 +86,11 @@ class TokenInputs:
     def text_batches(self, texts: Iterable[str], batch_size: int, *, window: int = 1, prefetch: int = 2) -> Iterator[Batch]:
         return text_batches(texts, self.tokenizer, self.max_length, batch_size, bucket_window=window, prefetch=prefetch)
 
+    def check(self, dataset: Dataset) -> None:
+        if self.tokenizer.hash != dataset.tokenizer_hash:
+            mend = "prepare it with the tokenizer beside the checkpoint"
+            raise InputError(str(dataset.folder), "tokens of the model's tokenizer", "those of another", mend)
+
     def save(self, folder: Path) -> None:
         self.tokenizer.save(folder / "tokenizer")
 
@@ -97,19 +105,26 @@ class BowInputs:
         dataset: where the labels' own texts (their names) are taken from; None for serving alone.
         vectorizer: fitted; None for a dataset of bags of words, whose columns nobody can make from a text.
         features: of splits that are vectorised already, by name; others are vectorised on first use and kept.
+        columns: V of a model that is served without vectorizer and without dataset.
     """
 
     def __init__(
-        self, dataset: Dataset | None, vectorizer: Vectorizer | None, features: Mapping[str, csr_matrix] | None = None
+        self,
+        dataset: Dataset | None,
+        vectorizer: Vectorizer | None,
+        features: Mapping[str, csr_matrix] | None = None,
+        *,
+        columns: int = 0,
     ) -> None:
         self.dataset, self.vectorizer, self._features = dataset, vectorizer, dict(features or {})
+        self._columns = columns
 
     @property
     def vocabulary(self) -> int:
         """V."""
         if self.vectorizer is not None:
             return len(self.vectorizer)
-        return 0 if self.dataset is None else int(self.dataset.vocabulary or 0)
+        return self._columns if self.dataset is None else int(self.dataset.vocabulary or 0)
 
     @classmethod
     def fitted(cls, dataset: Dataset, vectorizer: Vectorizer) -> BowInputs:
@@ -159,12 +174,39 @@ class BowInputs:
             raise InputError("texts", "a model with a vocabulary", "one trained on a bag-of-words file", mend)
         return bag_text_batches(texts, self.vectorizer, batch_size, window=window, prefetch=prefetch)
 
+    def check(self, dataset: Dataset) -> None:
+        where, found = str(dataset.folder), dataset.vocabulary
+        if self.vectorizer is not None and found is not None:
+            got = "one of bags of words, which are of another vocabulary"
+            raise InputError(where, "a dataset of texts, for the model's own vocabulary", got, "prepare it from the texts")
+        if self.vectorizer is None and found != self.vocabulary:
+            got = "one of texts" if found is None else f"{found:,} columns"
+            expected = f"bags of words of {self.vocabulary:,} columns, as the model was trained on"
+            raise InputError(where, expected, got, "prepare it from the bag-of-words files of that dataset")
+
     def save(self, folder: Path) -> None:
         if self.vectorizer is not None:
             self.vectorizer.save(folder / "vocabulary")
 
     def config(self) -> dict[str, Any]:
         return {"kind": "bow", "vocabulary": self.vectorizer and self.vectorizer.content_hash}
+
+
+def check_dataset(dataset: Dataset, labels: int, inputs: Inputs) -> None:
+    """Refuses a dataset that a trained model does not know.
+
+    Args:
+        labels: L of the model.
+        inputs: of the model, as `load_inputs` gives them. Of bags of words without a vocabulary the number of columns is all
+            that is known.
+
+    Raises:
+        InputError: another number of labels, another tokenizer, or words that are not the model's.
+    """
+    if dataset.num_labels != labels:
+        got, mend = f"{dataset.num_labels:,}", "name the dataset that the model was trained on"
+        raise InputError(str(dataset.folder), f"{labels:,} labels, as the model has", got, mend)
+    inputs.check(dataset)
 
 
 def load_inputs(folder: Path, state: Mapping[str, Any]) -> Inputs:
@@ -183,7 +225,7 @@ def load_inputs(folder: Path, state: Mapping[str, Any]) -> Inputs:
     if config["kind"] != "bow":
         raise InputError("checkpoint", "inputs of kind tokens or bow", repr(config["kind"]), "read it with a newer xmlkernels")
     if config["vocabulary"] is None:
-        return BowInputs(None, None)
+        return BowInputs(None, None, columns=state["model"]["encoder"]["vocabulary"])
     vectorizer = Vectorizer.load(folder / "vocabulary")
     if vectorizer.content_hash != config["vocabulary"]:
         expected = f"the vocabulary {config['vocabulary'][:12]} of this checkpoint"

@@ -5,12 +5,14 @@ Letters: N documents, L labels, D width of the embedding, V columns of TF-IDF.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from scipy.sparse import csr_matrix, vstack
+from scipy.sparse import coo_matrix, csr_matrix, vstack
+from scipy.special import expit
 
 from xmlkernels.data.matrices import check_shape
 from xmlkernels.errors import InputError
@@ -144,6 +146,52 @@ def choose_share(
         raise InputError("by", f"some of {', '.join(known)}", " ".join(wrong) or "none", "choose of these")
     how, share = max(tried, key=lambda key: sum(tried[key][name] for name in by))
     return replace(reranker, share=share, how=how), tried
+
+
+def combine(files: Sequence[csr_matrix], odds: Sequence[np.ndarray], weights: Sequence[float], how: str) -> csr_matrix:
+    """The weighted mean over files, as log-odds: float64 CSR [N, L] with every pair that any file has.
+
+    Args:
+        files: CSR [N, L] each; only where they have entries counts.
+        odds: the log-odds of those entries.
+        weights: of the files, not all 0.
+        how: "probability" or "log_odds"; an absent pair has the
+            probability 0, or the lowest log-odds of its document in that file.
+    """
+    shape, total = files[0].shape, sum(weights)
+    used = [(m, z, w / total) for m, z, w in zip(files, odds, weights, strict=True) if w > 0]
+    if len(used) == 1:  # as it is: there is nothing to add, and no way through probabilities that could make ties
+        matrix, z, _ = used[0]
+        return csr_matrix((z, matrix.indices, matrix.indptr), shape)
+    base, heard = np.zeros(shape[0]), np.zeros(shape[0])
+    parts = []
+    for matrix, z, weight in used:
+        rows = np.repeat(np.arange(shape[0]), np.diff(matrix.indptr))
+        values = [np.full(len(z), weight)]
+        if how == "probability":
+            values += [weight * expit(z), weight * expit(-z)]
+        else:
+            lowest = np.full(shape[0], np.inf)
+            np.minimum.at(lowest, rows, z)
+            known = np.isfinite(lowest)
+            lowest[~known] = 0  # a document for which this file has nothing to say: the others' mean is taken
+            base += weight * lowest
+            heard += weight * known
+            values.append(weight * (z - lowest[rows]))
+        parts.append((rows, matrix.indices, *values))
+    rows, columns, *values = (np.concatenate(column) for column in zip(*parts, strict=True))
+    # Through COO: adding CSR matrices would drop pairs whose sum is 0.
+    present, mean, *rest = (coo_matrix((value, (rows, columns)), shape).tocsr() for value in values)
+    if how == "probability":
+        # p and 1-p apart: near 1, all that tells two labels apart is in 1-p. Absent labels have p = 0.
+        files_with = coo_matrix((np.ones(len(rows)), (rows, columns)), shape).tocsr().data
+        absent = np.where(files_with < len(used), 1 - present.data, 0)
+        tiny = np.finfo(np.float64).tiny
+        mean.data = np.log(np.maximum(mean.data, tiny)) - np.log(np.maximum(rest[0].data + absent, tiny))
+    else:
+        of_row = np.repeat(np.arange(shape[0]), np.diff(mean.indptr))
+        mean.data = (mean.data + base[of_row]) / heard[of_row]
+    return mean
 
 
 def best_of_all(ranker: LinearRanker, features: Features, k: int, *, threads: int = 0) -> csr_matrix:
