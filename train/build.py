@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from config import Config, layers_of, resolved_optimizer, resolved_table
+from config import Config, layers_of, resolved_label_device, resolved_optimizer, resolved_table
 from encoders import source_of
 from report import say
 from xmlkernels import InputError
@@ -22,7 +22,7 @@ from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.encoder import Encoder, default_autocast, load_ngame
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.nn.layer_recipe import default_layers
-from xmlkernels.planner import Table, plan, told
+from xmlkernels.planner import Table, plan, table_parts, told
 from xmlkernels.predict import evaluation_batches
 from xmlkernels.tree.label_tree import LabelTree
 
@@ -95,15 +95,16 @@ def _cascade(
         )
         for r, n in enumerate(tree.sizes)
     ]  # fmt: skip
-    say(told(plan(encoder, tables, documents=_pass(config), tokens=longest_row(config, dataset), candidates=candidates)))
+    _tell(config, encoder, tables, candidates, longest_row(config, dataset), device)
     warmup = warmup_steps(config, epoch)
     if warmup > steps and config.schedule == "three_phase":  # a cosine may end within its warm-up, and says so
         flag = "--warmup-epochs" if config.warmup_epochs else "--warmup"
         raise InputError(flag, f"at most {steps:,} updates, all of this run", f"{warmup:,}", "shorten it or train for longer")
     heads = CascadeHeads(
         tree.sizes, most, width, layers=layers, topk=topk, scheme="weighted" if config.scheme == "auto" else config.scheme,
-        dtype=dtype, optimizer=optimizer, betas=(0.9 if optimizer == "adam" else config.momentum, 0.999),
+        dtype=dtype, optimizer=optimizer, betas=(config.momentum if optimizer == "sgd" else 0.9, 0.999),
         state_dtype=config.state, drops=config.embed_drops or _DROPS[tree.levels], seed=config.seed,
+        label_device=resolved_label_device(config),
     )  # fmt: skip
     training = CascadeTraining(
         encoder_lr=config.encoder_lr, total=steps, warmup=warmup,
@@ -113,6 +114,20 @@ def _cascade(
         reference_loss=config.reference_loss,
     )  # fmt: skip
     return Cascade(encoder, heads, tree, training)
+
+
+def _tell(
+    config: Config, encoder: nn.Module, tables: list[Table], candidates: tuple[int, ...], tokens: int, device: torch.device
+) -> None:
+    """What each device will hold of a cascade whose tables these are, the labels' last."""
+    update, apart = config.batch * config.accumulate, resolved_label_device(config)
+    whole = {"documents": _pass(config), "tokens": tokens, "update": update, "candidates": candidates}
+    if apart is None:
+        say(told(plan(encoder, tables, **whole)))
+        return
+    # The scores of the label level are on both: there they are made, here they are ranked.
+    say(told(plan(encoder, tables[:-1], **whole), str(device)))
+    say(told(table_parts(tables[-1:], update, candidates[-1:]), str(apart)))
 
 
 def start_table(config: Config, dataset: Dataset, inputs: Inputs, model: Model) -> None:

@@ -6,12 +6,22 @@ from collections.abc import Collection, Iterator
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
-from config import BEST_BY, Config, layers_of, resolved_device, resolved_optimizer, resolved_state, resolved_table
+from config import (
+    BEST_BY,
+    Config,
+    layers_of,
+    resolved_device,
+    resolved_label_device,
+    resolved_optimizer,
+    resolved_state,
+    resolved_table,
+)
 from xmlkernels import InputError
 
 OF_CASCADE = (
     "tree", "tree_depths", "topk", "layers", "embed_drops", "rw_loss", "scheme", "positives_bound", "reference_loss",
     "head_lr_factor", "schedule", "cooldown_epochs", "ema", "ema_start",
+    "label_device",
 )  # fmt: skip
 _FULL_TABLE = (
     "bottleneck", "bias", "frequency_bias", "centroid_norm", "table_lr", "table_decay", "decoupled", "kahan", "skip_tiles",
@@ -61,6 +71,7 @@ def check(config: Config, given: Collection[str] = ()) -> None:
             depths = " ".join(map(str, config.tree_depths))
             check_levels(config, len(config.tree_depths) + 1, f"as --tree-depths {depths} has them")
     table = resolved_table(config, resolved_device(config.device))
+    resolved_label_device(config)
     for idle, name, needs, got in (*_without_effect(config, table, given), *_of_another(config, given)):
         if idle:
             raise InputError(name, needs, got, "leave it out: it would do nothing")
@@ -125,6 +136,13 @@ def _ranges(config: Config) -> Iterator[tuple[bool, str, str, str]]:
     yield all(0 <= p < 1 for p in config.embed_drops), "embed_drops", "numbers from 0 to below 1", "correct them"
     yield all(w >= 0 for w in config.rw_loss), "rw_loss", "weights of 0 or more", "correct them"
     yield not config.rw_loss or any(config.rw_loss), "rw_loss", "a weight above 0", "leave it out for 1 each"
+    dense = config.table_optimizer == "adamw_dense"
+    mend = "choose adam, which trains every row there (--decoupled for AdamW's decay)"
+    yield not (dense and config.model == "end_to_end"), "table_optimizer", "auto, sgd or adam with --model end_to_end", mend
+    mend = "choose --table fp32, bf16 or fp16, or the row-sparse adam"
+    yield not (dense and config.table == "fp8"), "table_optimizer", "auto, sgd or adam with --table fp8", mend
+    alone = config.model == "cascade" or config.label_device == "auto"
+    yield alone, "label_device", "auto with --model end_to_end, whose table stands with the model", "leave it out"
 
 
 def _without_effect(config: Config, table: str, given: Collection[str]) -> Iterator[tuple[bool, str, str, str]]:
@@ -133,8 +151,8 @@ def _without_effect(config: Config, table: str, given: Collection[str]) -> Itera
     yield config.kahan and table == "fp8", "--kahan", "a table in bf16 or fp16", "--table fp8, which rounds stochastically"
     no_state = resolved_state(config) is None and config.state != "fp32"
     yield no_state, "--state", "an optimizer that keeps a state", "SGD without momentum"
-    adam = resolved_optimizer(config) == "adam"
-    yield "momentum" in given and adam, "--momentum", "--table-optimizer sgd", "adam"
+    optimizer = resolved_optimizer(config)
+    yield "momentum" in given and optimizer != "sgd", "--momentum", "--table-optimizer sgd", optimizer
     yield config.decoupled and config.table_decay == 0, "--decoupled", "a table decay", "--table-decay 0"
     alone = not config.init_state and config.init_prefix != Config.init_prefix
     yield alone, "--init-prefix", "--init-state beside it", "none"

@@ -101,11 +101,14 @@ class Config:
     """Decay of a running mean of the encoder's weights that predictions use; 1 is their plain mean (SWA); 0 is off."""
     ema_start: float = 0.0
     """Epochs before that mean begins."""
+    label_device: str = "auto"
+    """Where the label table and its optimizer's state stand, and are trained: cpu, cuda:1, …; auto: with the model. For tables
+    that its card has no room for."""
 
     # ---- label table ----
     table: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
-    """Number format of the label table; auto: bf16 where the device multiplies it natively, else fp32. fp8 is e4m3 with a
-    power-of-two scale per row."""
+    """Number format of the label table; auto: bf16 where the device multiplies it natively, else fp32, as with adamw_dense.
+    fp8 is e4m3 with a power-of-two scale per row."""
     bias: bool = False
     """One fp32 bias per label; off in Renee. A table with one cannot serve a maximum-inner-product index."""
     frequency_bias: bool = False
@@ -113,8 +116,10 @@ class Config:
     centroid_norm: float = 0.0
     """Start each row as a vector of this length from the mean of all documents to that of its label's; 0 draws it. It helps
     labels of few documents, and needs an encoder whose first vectors say something: a bag of words, or a trained one."""
-    table_optimizer: Literal["auto", "sgd", "adam"] = "auto"
-    """auto: sgd end to end, adam in a cascade (there with one second moment for a row)."""
+    table_optimizer: Literal["auto", "sgd", "adam", "adamw_dense"] = "auto"
+    """auto: sgd end to end, adam in a cascade: there on the rows that a step touches, with one second moment for a row.
+    adamw_dense, for a cascade of few labels: AdamW on every row in every step, at the cost of a gradient as large as the
+    table and of two moments of that size."""
     momentum: float = 0.9
     """Of the table's SGD; 0 keeps no state at all."""
     state: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -174,13 +179,16 @@ class Config:
     """CPU threads; 0 leaves torch's choice."""
 
 
-def resolved_device(name: str) -> torch.device:
+def resolved_device(name: str, where: str = "--device") -> torch.device:
     """The device that "auto" stands for, or the one named.
+
+    Args:
+        where: the flag that named it.
 
     Raises:
         InputError: no device of that name, or not in this machine.
     """
-    where, mend = "--device", "choose cpu, cuda, cuda:NUMBER or auto"
+    mend = "choose cpu, cuda, cuda:NUMBER or auto"
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -195,9 +203,23 @@ def resolved_device(name: str) -> torch.device:
     return device
 
 
+def resolved_label_device(config: Config) -> torch.device | None:
+    """The label table's own device; None where it stands with the model.
+
+    Raises:
+        InputError: no device of that name, or not in this machine.
+    """
+    if config.label_device == "auto":
+        return None
+    model, own = resolved_device(config.device), resolved_device(config.label_device, "--label-device")
+    return None if (own.type, own.index or 0) == (model.type, model.index or 0) else own
+
+
 def resolved_table(config: Config, device: torch.device) -> str:
-    """The number format that "auto" stands for on a device, or the one named."""
-    return default_table_dtype(device) if config.table == "auto" else config.table
+    """The number format that "auto" stands for on the model's device, or the one named."""
+    if config.table != "auto":
+        return config.table
+    return "fp32" if config.table_optimizer == "adamw_dense" else default_table_dtype(device)
 
 
 def resolved_optimizer(config: Config) -> str:

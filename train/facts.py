@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from config import Config, resolved_state, resolved_table
+from config import Config, resolved_label_device, resolved_state, resolved_table
 from xmlkernels import __version__
 from xmlkernels.models.common import Model
 from xmlkernels.ops import missing
@@ -76,6 +76,7 @@ def environment(config: Config, model: Model) -> dict[str, Any]:
             versions[name] = "unknown"
     return versions | {
         "device": str(model.device),
+        "label_device": str(resolved_label_device(config) or model.device),
         "threads": torch.get_num_threads(),
         "native": missing is None,
         "autocast": dtype_name(getattr(model.encoder, "autocast", None)),

@@ -23,7 +23,7 @@ class Table:
         name: what to call it.
         rows, width: n and D.
         dtype: of its weights: fp32, bf16, fp16 or fp8.
-        optimizer: sgd or adam.
+        optimizer: sgd, adam, or adamw_dense: every row in every step, with the gradient as a table of its own.
         momentum: SGD's; 0 keeps no state.
         state: number format of the [n, D] states.
         row_wise: Adam's second moment as one fp32 value for a row.
@@ -48,11 +48,16 @@ class Table:
 
     def state_bytes(self) -> int:
         """What the optimizer keeps, and the Kahan compensation."""
-        matrix, adam = self.width * _size(self.state), self.optimizer == "adam"
+        matrix, dense = self.width * _size(self.state), self.optimizer == "adamw_dense"
+        adam = dense or self.optimizer == "adam"
         first = matrix if adam or self.momentum > 0 else 0
-        second = 0 if not adam else 4 if self.row_wise else matrix
+        second = 0 if not adam else 4 if self.row_wise and not dense else matrix
         kept = self.width * _size(self.dtype) if self.kahan and self.dtype != "fp32" else 0
-        return self.rows * (first + second + kept)
+        return self.rows * (first + second + kept + 8 * (dense and self.bias))
+
+    def gradient_bytes(self, documents: int) -> int:
+        """What a step of B documents holds for this table alone: of a dense optimizer the gradients of weights and logits."""
+        return 4 * self.rows * (self.width + documents) if self.optimizer == "adamw_dense" else 0
 
 
 def encoder_parts(encoder: nn.Module) -> dict[str, int]:
@@ -87,7 +92,7 @@ def shortlist_bytes(documents: int, candidates: Sequence[int]) -> int:
 
 
 def plan(
-    encoder: nn.Module, tables: Sequence[Table], *, documents: int, tokens: int, candidates: Sequence[int] = ()
+    encoder: nn.Module, tables: Sequence[Table], *, documents: int, tokens: int, update: int = 0, candidates: Sequence[int] = ()
 ) -> dict[str, int]:
     """Bytes by part, in the order in which they are told.
 
@@ -96,27 +101,40 @@ def plan(
         tables: not built yet.
         documents: B, of one pass of the encoder.
         tokens: T, at most.
+        update: documents that the tables see together, where an update has several passes.
         candidates: of each level of a cascade, per document.
 
     Raises:
         InputError: a number format that does not exist.
     """
-    parts = encoder_parts(encoder)
+    parts = encoder_parts(encoder) | table_parts(tables, update or documents, candidates)
+    return parts | {"activations (estimate)": activation_bytes(encoder, documents, tokens)}
+
+
+def table_parts(tables: Sequence[Table], documents: int, candidates: Sequence[int] = ()) -> dict[str, int]:
+    """Bytes by part of tables alone, with B documents to an update: the share of a device that has no encoder."""
+    parts = {}
     for table in tables:
         parts[table.name] = table.weight_bytes()
         parts[f"states of {table.name}"] = table.state_bytes()
-    parts["activations (estimate)"] = activation_bytes(encoder, documents, tokens)
+    # The levels of a cascade are trained one after the other.
+    parts["gradients of one table"] = max((table.gradient_bytes(documents) for table in tables), default=0)
     if candidates:
         parts["shortlists"] = shortlist_bytes(documents, candidates)
     return parts
 
 
-def told(parts: Mapping[str, int]) -> str:
-    """One line: the total, every part of a hundredth of it or more, and the rest."""
+def told(parts: Mapping[str, int], device: str = "") -> str:
+    """One line: the total, every part of a hundredth of it or more, and the rest.
+
+    Args:
+        device: which one, where the model stands on several.
+    """
     total = sum(parts.values())
     large = {name: count for name, count in parts.items() if count >= total / 100}
     large |= {"the rest": total - sum(large.values())}
-    return f"memory of the model: about {_readable(total)} = " + ", ".join(
+    where = f" on {device}" if device else ""
+    return f"memory of the model{where}: about {_readable(total)} = " + ", ".join(
         f"{name} {_readable(count)}" for name, count in large.items() if count
     )
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _PARTS = ("optimizer.", "scaler.", "average.")
 _COUNT = "average.count"
+_STATES = (".momentum", ".second", ".bias_momentum", ".bias_second")
 
 
 def cascade_tensors(model: Cascade) -> dict[str, Tensor]:
@@ -43,7 +44,7 @@ def load_cascade_tensors(model: Cascade, tensors: Mapping[str, Tensor]) -> None:
     rest = {k: v for k, v in tensors.items() if not k.startswith(_PARTS)}
     means, own = parts["average."], model.state_dict()
     if model.training_settings is None:
-        rest = {k: v for k, v in rest.items() if not k.endswith((".momentum", ".second")) or k in own}
+        rest = {k: v for k, v in rest.items() if not k.endswith(_STATES) or k in own}
         rest |= {f"encoder.{k}": v for k, v in means.items() if k != "count" and int(means["count"]) > 0}
     _check_tree(model, rest)
     check_tensors(own, rest)

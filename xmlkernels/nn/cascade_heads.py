@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from xmlkernels.errors import InputError
 from xmlkernels.nn.cascade_level import CascadeLevel
+from xmlkernels.nn.dense_level import DenseLevel
 from xmlkernels.nn.dropout import Dropout
 from xmlkernels.nn.layer_recipe import Recipe, checked_layers
 
@@ -41,7 +42,9 @@ class CascadeHeads(nn.Module):
             from the coarsest level on. Shortlists always go by the level's own.
         dtype: of the label table: "fp32", "bf16", "fp16", "fp8".
         cluster_dtype: of the other tables; None: as `dtype`, but bf16 beside fp8.
-        optimizer, row_wise, betas, epsilon, state_dtype: of the tables; see `CascadeLevel`.
+        optimizer, row_wise, betas, epsilon, state_dtype: of the tables; see `CascadeLevel`, and `DenseLevel` for "adamw_dense".
+        label_device: where the label level stands, and stays whatever `.to` says to the rest; None: with the rest. It is no
+            part of `config`, nor of a checkpoint: either is read with any placement.
         drops: dropout of each level; one number serves all.
         projection_drop: dropout before the linear layer 2D → D.
         seed: of the initial values and of stochastic rounding.
@@ -73,6 +76,7 @@ class CascadeHeads(nn.Module):
         projection_drop: float = 0.2,
         seed: int = 0,
         fill: bool = True,
+        label_device: torch.device | None = None,
     ) -> None:
         super().__init__()
         count = len(sizes)
@@ -99,17 +103,14 @@ class CascadeHeads(nn.Module):
             "optimizer": optimizer, "row_wise": row_wise, "betas": betas, "epsilon": epsilon, "state_dtype": state_dtype,
             "fill": fill,
         }  # fmt: skip
+        kind = DenseLevel if optimizer in DenseLevel.OPTIMIZERS else CascadeLevel
+        formats = [cluster_dtype] * (count - 1) + [dtype]
         self.levels = nn.ModuleList(
-            CascadeLevel(
-                n,
-                width,
-                min(n, seen[r]),
-                dtype=dtype if r == count - 1 else cluster_dtype,
-                seed=seed + _SEEDS * (r + 1),
-                **options,
-            )
+            kind(n, width, min(n, seen[r]), dtype=formats[r], seed=seed + _SEEDS * (r + 1), **options)
             for r, n in enumerate(sizes)
         )
+        if label_device is not None:
+            self.levels[-1].place(label_device)  # type: ignore[operator]
 
     def use_scheme(self, scheme: str) -> None:
         """Scores labels by another scheme from now on: training does not depend on it.
