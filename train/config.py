@@ -83,7 +83,8 @@ class Config:
     embed_drops: tuple[float, ...] = ()
     """Dropout of each level, coarse to fine, labels last; by default `.2 .25 .4 .5` for four levels, `.3 .3 .4` for three."""
     rw_loss: tuple[float, ...] = ()
-    """Weight of each level's loss; by default 1 each."""
+    """Weight of each level's loss; by default 1 each. A loss is a mean over the level's candidates, so a level with many counts
+    for little beside one with few: weights in proportion to the candidates (`1 6 25` for 64, 384 and 1,600) make them equal."""
     scheme: Literal["auto", "level", "weighted", "path"] = "auto"
     """Score of a label: its own probability, times its cluster's, or the product from the coarsest cluster on. auto: the one
     that is best on the validation split at the end of training (weighted without one)."""

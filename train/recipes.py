@@ -66,13 +66,16 @@ RECIPES: dict[str, tuple[str, Config]] = {
     ),
     "cascade-docstrings": (
         "A cascade on the whole built-in corpus, all-MiniLM-L6-v2.",
-        replace(_CASCADE, output="runs/cascade-docstrings", label_text=True, tree_depths=(6, 9), topk=(32, 64)),
+        replace(
+            _CASCADE, output="runs/cascade-docstrings", label_text=True, tree_depths=(6, 9), topk=(32, 64),
+            rw_loss=(1.0, 4.0, 37.0),
+        ),
     ),
     "cascade-eurlex57k": (
         "A cascade on EURLEX57K titles, all-MiniLM-L6-v2; prepare the dataset folder first.",
         replace(
             _CASCADE, dataset="cache/eurlex57k-titles", output="runs/cascade-eurlex57k", label_text=True, tree_depths=(6, 9),
-            topk=(32, 128),
+            topk=(48, 192), rw_loss=(1.0, 6.0, 25.0), encoder_lr=2e-4, evaluate_every=2,
         ),
     ),
     **PUBLISHED,
