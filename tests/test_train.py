@@ -24,6 +24,7 @@ from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.predict import Predictor
 
 from config import recorded  # isort: skip  # train_runs has put train/ on the path
+from session import Session  # isort: skip
 
 STEPS = 3 * (TRAIN_DOCUMENTS // 16)
 TIMING = ("documents_per_second", "seconds")
@@ -143,6 +144,26 @@ def test_a_killed_run_resumes_bit_for_bit(dataset: Path, finished: Path, tmp_pat
     assert not (output / "metrics.json").exists(), f"over before it could be killed; {told}"
     run(tiny(dataset, output, save_every=4, resume=True))
     assert_same_run(output, finished, told)
+
+
+def test_without_save_every_the_best_and_the_last_epoch_alone_are_written(
+    dataset: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation after epochs 2 and 3, the metric of the last no better: each is written, the first epoch is not."""
+    written = []
+    write = CheckpointFolder.save_last
+
+    def told(self: CheckpointFolder, tensors: Any, state: dict[str, Any]) -> None:
+        written.append((state["epoch"], state["best"]["epoch"]))
+        write(self, tensors, state)
+
+    found = iter([7.0, 5.0])
+    monkeypatch.setattr(CheckpointFolder, "save_last", told)
+    better = Session.improved
+    monkeypatch.setattr(Session, "improved", lambda self, metrics: better(self, metrics | {"P@1": next(found)}))
+    run(tiny(dataset, tmp_path / "few", save_every=0, evaluate_every=2))
+    assert written == [(2, 2), (3, 2)]
+    assert weights(tmp_path / "few", "last") == weights(finished, "last")
 
 
 @pytest.mark.parametrize("table", ["bf16", "fp8"])

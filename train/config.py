@@ -167,7 +167,8 @@ class Config:
     """Labels kept per document in predictions.npz."""
     evaluate_batch: int = 256
     save_every: int = 500
-    """Steps between checkpoints; one is written after every epoch too."""
+    """Steps between checkpoints; one is written after every epoch too. 0: only where validation is the best so far,
+    and at the end."""
     log_every: int = 50
     """Steps between lines of log.jsonl."""
     resume: bool = False

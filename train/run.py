@@ -38,7 +38,8 @@ def train(config: Config) -> dict[str, Any]:
         if run.validation is not None and (run.epoch % config.evaluate_every == 0 or run.epoch == config.epochs):
             metrics, _ = run.evaluate(run.validation, k=5)
             best = run.improved(metrics)
-        run.save(best=best)
+        if best or config.save_every or run.epoch == config.epochs:
+            run.save(best=best)
     return run.finish()
 
 
