@@ -47,8 +47,8 @@ RECIPES: dict[str, tuple[str, Config]] = {
         replace(_BOW, output="runs/bow-docstrings"),
     ),
     "bow-eurlex57k-titles": (
-        "A bag of words on EURLEX57K titles, for train/ranker.py beside it (alone: --bow-width 1024 --dropout 0.5 --table-lr "
-        "0.001 --bow-activation relu --no-label-text); prepare the dataset folder with --keep-texts first. A minute on two cores.",
+        "A bag of words on EURLEX57K titles, for train/ranker.py beside it (alone: --bow-width 1024 --dropout 0.5 "
+        "--table-lr 0.001 --bow-activation relu --no-label-text); prepare the dataset folder with --keep-texts first.",
         replace(
             _BOW, dataset="cache/eurlex57k-titles", output="runs/bow-eurlex57k-titles", label_text=True, dropout=0.4,
             table_lr=2e-3, bow_activation="none", evaluate_every=6,
