@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from config import Config, resolved_state, resolved_table
-from xmlkernels import __version__
+from xmlkernels import __version__, dist
 from xmlkernels.models.common import Model
 from xmlkernels.ops import missing
 
@@ -77,6 +77,7 @@ def environment(config: Config, model: Model) -> dict[str, Any]:
     return versions | {
         "device": str(model.device),
         "threads": torch.get_num_threads(),
+        "processes": dist.size(),
         "native": missing is None,
         "autocast": dtype_name(getattr(model.encoder, "autocast", None)),
         "table": resolved_table(config, model.device),

@@ -18,6 +18,7 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
+from xmlkernels import dist
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.dataset import Split
 from xmlkernels.data.inputs import Inputs, load_inputs
@@ -140,13 +141,16 @@ def predict_split(
         inputs: how the model reads documents; the split's own tokens when not given.
 
     Returns:
-        Logits fp32 [N, k] and labels int64 [N, k]; -inf and -1 where there are fewer than k labels.
+        Logits fp32 [N, k] and labels int64 [N, k]; -inf and -1 where there are fewer than k labels. Of several processes each
+        has them all, and they are those of one alone.
     """
     count = split.labels.shape[0]
     values, rows = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
+    own = []
     for batch, exclude in evaluation_batches(model, split, batch_size, inputs):
-        index = batch.index.cpu().numpy()
-        values[index], rows[index] = (t.cpu().numpy() for t in model.predict(batch, k, exclude))
+        own.append(batch.index.cpu().numpy())
+        values[own[-1]], rows[own[-1]] = (t.cpu().numpy() for t in model.predict(batch, k, exclude))
+    dist.fill_rows(own, values, rows)
     return values, rows
 
 
@@ -167,13 +171,18 @@ class Evaluation:
 
 
 def evaluate_split(model: Model, split: Split, k: int, *, batch_size: int = 256, inputs: Inputs | None = None) -> Evaluation:
-    """Predictions, loss and, of a cascade, what each level contributes, for one pass of the encoder."""
+    """Predictions, loss and, of a cascade, what each level contributes, for one pass of the encoder.
+
+    Of several processes each evaluates whole batches of its own and has the result of all: every document is seen once, in the
+    batch in which one process alone would see it, so that the result is the same to the bit.
+    """
     count = split.labels.shape[0]
     values, labels = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
     scores = LevelScores(model, split.labels) if isinstance(model, Cascade) else None
-    total = 0.0
+    own, losses = [], []
     for batch, exclude in evaluation_batches(model, split, batch_size, inputs):
         index = batch.index.cpu().numpy()
+        own.append(index)
         if isinstance(model, Cascade) and scores is not None:
             levels, loss = model.levels_and_loss(batch, max(k, 5), exclude)
             scores.add(index, levels)
@@ -181,8 +190,17 @@ def evaluate_split(model: Model, split: Split, k: int, *, batch_size: int = 256,
         else:
             best, ids, loss = model.predict_and_loss(batch, k, exclude)
         values[index], labels[index] = best.cpu().numpy(), ids.cpu().numpy()
-        total += float(loss) * (1 if model.sums_loss else len(batch))
+        losses.append(float(loss) * (1 if model.sums_loss else len(batch)))
+    dist.fill_rows(own, values, labels)
+    total = sum(_in_turn(losses))
     return Evaluation(values, labels, total / max(1, count), scores.result() if scores is not None else [])
+
+
+def _in_turn(own: list[float]) -> list[float]:
+    """What all processes have of batches that they took in turn, in the order of the batches: a sum hangs on it."""
+    number = dist.rank() + dist.size() * np.arange(len(own))
+    pairs = dist.gather_ragged(torch.from_numpy(np.stack([number, np.array(own, np.float64)], 1)))
+    return [value for _, value in sorted(pairs.tolist())]
 
 
 def predict_and_loss(
@@ -200,19 +218,25 @@ def mean_loss(model: Model, split: Split, *, batch_size: int = 256, inputs: Inpu
 
 def embed_split(model: Model, split: Split, *, batch_size: int = 256, inputs: Inputs | None = None) -> np.ndarray:
     """fp32 [N, D]: what the label table meets of every document of a split."""
-    out = np.empty((split.labels.shape[0], 0), np.float32)
+    out, own = np.empty((split.labels.shape[0], 0), np.float32), []
     for batch, _ in evaluation_batches(model, split, batch_size, inputs):
+        own.append(batch.index.cpu().numpy())
         found = model.embed(batch).cpu().numpy()
         if out.shape[1] != found.shape[1]:
-            out = np.empty((split.labels.shape[0], found.shape[1]), np.float32)
-        out[batch.index.cpu().numpy()] = found
+            out = np.empty((len(out), found.shape[1]), np.float32)
+        out[own[-1]] = found
+    width = int(dist.max_(torch.tensor([out.shape[1]])))
+    if out.shape[1] != width:  # this process had no batch
+        out = np.empty((len(out), width), np.float32)
+    dist.fill_rows(own, out)
     return out
 
 
 def evaluation_batches(
     model: Model, split: Split, batch_size: int, inputs: Inputs | None = None
 ) -> Iterator[tuple[Documents, Tensor | None]]:
-    """Every document of a split once, on the model's device and with the model in evaluation mode until the end.
+    """Every document of a split once, on the model's device and with the model in evaluation mode until the end; of several
+    processes each takes every so many-th batch.
 
     Yields:
         A batch with positives as the model wants them, and its filter pairs int64 [B, E] (-1 pads) or None.
@@ -225,7 +249,7 @@ def evaluation_batches(
     was_training = model.training
     model.eval()
     try:
-        for batch in made.epoch(0):
+        for batch in made.epoch(0, start=min(dist.rank(), len(made)), every=dist.size()):
             exclude = _excluded(batch, pairs)
             yield batch.to(model.device), None if exclude is None else exclude.to(model.device)
     finally:
