@@ -24,6 +24,9 @@ Own = TypeVar("Own", bound="AnyBatch")
 class AnyBatch:
     """The side of a batch that is the same whatever its documents are; its kinds are frozen dataclasses.
 
+    For one of several processes `inputs` hold its own part of the documents, all else is of the whole batch: see
+    `AnyBatches.shared`.
+
     Attributes:
         pos_row: int64 [P], table row of each positive pair, ascending: the label id where no `order` was given.
         pos_sample: int32 [P], its place in the batch; pairs are sorted by (row, sample) and unique.

@@ -48,7 +48,8 @@ class Model(Protocol):
     def to(self, device: torch.device) -> Any: ...
 
     def step(self, batch: Documents, *, need_loss: bool = False) -> Tensor:
-        """Trains on one batch; its loss [1], or [0] when not asked."""
+        """Trains on one batch; its loss [1], or [0] when not asked. Several processes call it together, each with its own
+        `inputs` (`AnyBatches.shared`): all take the step of the whole batch, and have its loss."""
 
     def predict(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits fp32 [B, k] and label ids int64 [B, k], best first; -inf and -1 where there are fewer than k.
