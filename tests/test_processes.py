@@ -8,12 +8,12 @@ from typing import Any
 import cascade_common
 import numpy as np
 import pytest
-import test_end_to_end
 import torch
 from processes import together
 from safetensors.torch import load_file, save_file
 from scipy.sparse import csr_matrix
 from scipy.sparse import random as sparse_random
+from test_end_to_end import make_batch, make_model
 from torch import Tensor
 
 from xmlkernels import InputError, dist
@@ -37,7 +37,7 @@ def part_of(batch: Any) -> tuple[Tensor, ...]:
 
 
 def end_to_end_batch(size: int, seed: int) -> Batch:
-    batch = test_end_to_end.make_batch(size, seed)
+    batch = make_batch(size, seed)
     ids, mask = part_of(batch)
     return replace(batch, input_ids=ids, attention_mask=mask)
 
@@ -67,8 +67,8 @@ def bow_model() -> EndToEnd:
 
 
 CASES: dict[str, tuple[Callable[[], Any], Callable[[int, int], Any]]] = {
-    "end_to_end": (test_end_to_end.make_model, end_to_end_batch),
-    "micro": (lambda: test_end_to_end.make_model(micro_batch=2, clip=0.5), end_to_end_batch),
+    "end_to_end": (make_model, end_to_end_batch),
+    "micro": (lambda: make_model(micro_batch=2, clip=0.5), end_to_end_batch),
     "cascade": (lambda: cascade_common.make_model(3, tree=TREE, ema=0.9, decay=0.1), cascade_batch),
     "unread": (lambda: cascade_common.make_model(3, tree=TREE, layers=((0, 1), (1,), (2,)), decay=0.1), cascade_batch),
     "bow": (bow_model, bag_batch),
@@ -106,7 +106,7 @@ def skip_all(folder: str) -> None:
         assert all(torch.equal(v, before[k]) for k, v in model.encoder.named_parameters())
         assert int(model.skipped_steps) == 0 and int(model.skipped_encoder_steps) == 1
     with pytest.raises(InputError, match="gather_rows: own: expected 4 rows, got 8"):
-        test_end_to_end.make_model().step(test_end_to_end.make_batch(8))
+        make_model().step(make_batch(8))
 
 
 def all_of_training(folder: str) -> None:

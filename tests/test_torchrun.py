@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from train_runs import ROOT, make_dataset
 
 from xmlkernels import InputError, dist
@@ -28,7 +29,7 @@ def main():
     while True:
         dist.wait()
 
-command(main)
+command(main, several=True)
 """
 
 
@@ -44,9 +45,14 @@ def ours(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("error: ")]
 
 
-def test_a_run_by_torchrun(tmp_path: Path) -> None:
+TWO_CARDS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("auto", marks=[pytest.mark.gpu, TWO_CARDS])])
+def test_a_run_by_torchrun(tmp_path: Path, device: str) -> None:
     dataset, output = make_dataset(tmp_path / "raw"), tmp_path / "run"
     words = (ROOT / "train" / "run.py", "tiny", "--dataset", dataset, "--output", output, "--epochs", "1", "--batch", "15")
+    words += ("--device", device)
     done = torchrun(*words)
     assert done.returncode == 0, done.stderr
     assert json.loads((output / "metrics.json").read_text())["steps"] == 11
@@ -84,7 +90,7 @@ def test_what_all_meet_is_told_once_and_never_lost(monkeypatch: pytest.MonkeyPat
             raise error
 
         with pytest.raises(SystemExit) as end:
-            report.command(main)
+            report.command(main, several=True)
         return int(str(end.value.code))
 
     mistake = InputError("--flag", "a", "b", "c")
@@ -94,3 +100,10 @@ def test_what_all_meet_is_told_once_and_never_lost(monkeypatch: pytest.MonkeyPat
     assert ending(mistake) == 2 and len(waited) == 1
     assert ending(dist.ProcessLost("no answer")) == 1 and len(waited) == 2
     assert capsys.readouterr().err.splitlines() == [f"error: {mistake}"] * 2 + ["error: no answer"]
+    with pytest.raises(SystemExit):
+        report.command(lambda: pytest.fail("it ran"))
+    assert "torchrun: expected one process for this command, got 2" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(SystemExit):
+        report.command(lambda: pytest.fail("it ran"), several=True)
+    assert "environment: expected numbers as RANK and WORLD_SIZE" in capsys.readouterr().err

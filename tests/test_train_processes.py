@@ -19,7 +19,9 @@ from xmlkernels.predict import Predictor, evaluate_split, score_matrix
 from config import resolved_device  # isort: skip  # train_runs has put train/ on the path
 
 TIMING = ("documents_per_second", "seconds")
-OPTIONS: dict[str, Any] = {"epochs": 2, "micro_batch": 3, "table": "bf16", "save_every": 4, "loss_every": 1}
+ON: dict[str, Any] = {"device": "cpu"}  # auto would want a card for each process
+OPTIONS = ON | {"epochs": 2, "micro_batch": 3, "table": "bf16", "save_every": 4, "loss_every": 1}
+BOW = ON | {"encoder": "bow", "epochs": 1, "loss_every": 2, "min_df": 1, "centroid_norm": 0.5, "bias": True}
 STEPS = 2 * (TRAIN_DOCUMENTS // 16)
 
 
@@ -47,7 +49,7 @@ def all_runs(dataset: Path, tree: Path, folder: Path) -> None:
     stopped(tiny(dataset, folder / "parts", **OPTIONS), 5)  # the last checkpoint is of step 12, within the second epoch
     run(tiny(dataset, folder / "parts", **OPTIONS, resume=True))
     stopped(tiny(dataset, folder / "fewer", **OPTIONS), 3)
-    run(cascade(dataset, folder / "cascade", tree, epochs=2, ema=0.9))
+    run(cascade(dataset, folder / "cascade", tree, epochs=2, ema=0.9, **ON))
     run(
         tiny(
             dataset,
@@ -62,7 +64,7 @@ def all_runs(dataset: Path, tree: Path, folder: Path) -> None:
         )
     )
     with pytest.raises(InputError, match="settings: .*another on process 1"):
-        run(tiny(dataset, folder / "differing", seed=dist.rank()))
+        run(tiny(dataset, folder / "differing", seed=dist.rank(), **ON))
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +118,9 @@ def test_another_number_of_processes_goes_on_with_a_note(runs: Path, dataset: Pa
 
 def test_a_batch_has_a_document_for_each_process(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
-    check(tiny(dataset, tmp_path, batch=4, accumulate=2))
+    check(tiny(dataset, tmp_path, batch=4, accumulate=2, **ON))
     with pytest.raises(InputError, match="--batch: expected 8 or more, a document for each process, got 7"):
-        check(tiny(dataset, tmp_path, batch=7))
+        check(tiny(dataset, tmp_path, batch=7, **ON))
 
 
 def test_each_process_has_a_card_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -44,7 +44,7 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def command(main: Callable[[], Any], *, interrupted: str = "interrupted") -> None:
+def command(main: Callable[[], Any], *, interrupted: str = "interrupted", several: bool = False) -> None:
     """Runs a command; a user's mistake ends it with one sentence on stderr and exit status 2.
 
     Warnings of this project are for the owner of the data: they are shown as `note: …`, without a line of source. What all
@@ -53,30 +53,53 @@ def command(main: Callable[[], Any], *, interrupted: str = "interrupted") -> Non
 
     Args:
         interrupted: what Ctrl-C is answered with.
+        several: whether torchrun may start it; others would write the same files at once.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("always", DataWarning)
         warnings.showwarning = _show_warning
         try:
+            if (count := dist.launched()[1]) > 1 and not several:
+                mend = "start it by python; train/run.py takes several"
+                raise InputError("torchrun", "one process for this command", str(count), mend)
             main()
             sys.stdout.flush()
+            if dist.running():
+                _leave(0)
         except InputError as error:
-            if dist.launched()[0] > 0:
+            if not _first():
                 time.sleep(_COURTESY)
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            _leave(2)
         except dist.ProcessLost as error:
             time.sleep(_COURTESY)
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
+            _leave(1)
         except KeyboardInterrupt:
-            if dist.launched()[0] == 0:
+            if _first():
                 print(interrupted, file=sys.stderr)
             sys.exit(130)
         except BrokenPipeError:
             # The reader (`| head`) has what it wanted; without this the interpreter's last flush would complain.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(128 + 13)
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process; one of several without the interpreter's own end, in which a thread of gloo that still lets go of a
+    tensor aborts it (pytorch/pytorch, pull request 179291)."""
+    if not dist.running():
+        sys.exit(status)
+    if status == 0:
+        dist.stop()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _first() -> bool:
+    """Whether this process is the first that torchrun started, whatever else its environment holds."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _show_warning(

@@ -52,8 +52,7 @@ def main() -> None:
     dist.start(resolved_device(config.device))
     train(config)
     dist.wait()  # the first process may still be writing, and torchrun takes a lost one for a failure
-    dist.stop()
 
 
 if __name__ == "__main__":
-    command(main, interrupted="interrupted; the run goes on from its last checkpoint by --resume")
+    command(main, interrupted="interrupted; the run goes on from its last checkpoint by --resume", several=True)
