@@ -1,47 +1,13 @@
 """Several processes on one CPU: what they compute together is what one computes alone."""
 
-import os
-import socket
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
+from processes import CPU, together
 
 from xmlkernels import InputError, dist
-
-CPU = torch.device("cpu")
-
-
-def _child(rank: int, size: int, port: int, work: Callable[..., None], folder: str, args: tuple[Any, ...]) -> None:
-    names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    torch.set_num_threads(1)
-    dist.start(CPU)
-    try:
-        assert (dist.rank(), dist.size(), dist.local_rank()) == (rank, size, rank)
-        work(*args)
-        dist.wait()  # a process that left early would break the others' connections
-    except BaseException:
-        Path(folder, f"error-{rank}").write_text(traceback.format_exc())
-        raise
-    finally:
-        dist.stop()
-
-
-def together(size: int, work: Callable[..., None], folder: Path, *args: Any) -> None:
-    """Runs `work(*args)` in `size` processes that know each other; what one of them raises is told."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    try:
-        torch.multiprocessing.spawn(_child, (size, port, work, str(folder), args), nprocs=size)
-    except Exception:
-        told = [path.read_text() for path in sorted(folder.glob("error-*"))]
-        pytest.fail("\n".join(told) or traceback.format_exc())
 
 
 def _numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -55,6 +21,34 @@ def _gathering() -> None:
     assert torch.equal(dist.gather_rows(torch.full((2,), dist.rank())), torch.arange(dist.size()).repeat_interleave(2))
     few = dist.parts(1)  # the second process has no row at all
     assert torch.equal(dist.gather_rows(whole[: few[dist.rank()].stop - few[dist.rank()].start], [1, 0, 0]), whole[:1])
+
+
+def _ragged() -> None:
+    whole = _numbers(6, 2)
+    own = slice(*[(0, 1), (1, 1), (1, 6)][dist.rank()])  # one, none, five: no process knows what the others have
+    assert torch.equal(dist.gather_ragged(whole[own]), whole)
+    assert dist.gather_texts("é" * dist.rank()) == ["", "é", "éé"]
+    values, names = np.full((6, 2), np.nan), np.zeros(6, np.int64)
+    for array, all_rows in ((values, whole.numpy()), (names, np.arange(6))):
+        array[5 - np.arange(6)[own]] = all_rows[5 - np.arange(6)[own]]
+    parts = [5 - np.arange(6)[own]]
+    dist.fill_rows(parts if dist.rank() != 1 else [], values, names)
+    assert np.array_equal(values, whole.numpy()) and names.tolist() == list(range(6))
+    assert dist.from_first(dist.rank() == 0) and not dist.from_first(dist.rank() > 0)
+
+
+def _first_alone(folder: str) -> None:
+    with dist.first_alone():
+        stands = Path(folder, "made").exists()
+        Path(folder, "made").touch()
+    assert stands == (dist.rank() > 0)
+
+
+def _drifting() -> None:
+    same = {"weight": torch.ones(3).bfloat16(), "count": torch.tensor(3), "none": torch.empty(0)}
+    dist.agree_on_tensors(same)
+    with pytest.raises(RuntimeError, match="different copies of count"):
+        dist.agree_on_tensors(same | {"count": torch.tensor(3 + dist.rank())})
 
 
 def _sums() -> None:
@@ -94,9 +88,14 @@ def _agreeing() -> None:
         dist.gather_rows(torch.zeros(5, 1), [1] * dist.size())
 
 
-@pytest.mark.parametrize("work", [_gathering, _sums, _merging, _agreeing], ids=lambda work: work.__name__)
-def test_three_processes(work: Callable[[], None], tmp_path: Path) -> None:
-    together(3, work, tmp_path)
+def _all(folder: str) -> None:
+    for work in (_gathering, _ragged, _sums, _merging, _agreeing, _drifting):
+        work()
+    _first_alone(folder)
+
+
+def test_three_processes(tmp_path: Path) -> None:
+    together(3, _all, tmp_path, str(tmp_path))
 
 
 def test_alone_everything_is_itself() -> None:
@@ -106,6 +105,15 @@ def test_alone_everything_is_itself() -> None:
     assert dist.gather_rows(x) is x and dist.sum_(x) is x and dist.max_(x) is x
     values, rows = dist.merge_topk(torch.tensor([[2.0, 1.0]]), torch.tensor([[4, 7]]), 1)
     assert values.tolist() == [[2.0]] and rows.tolist() == [[4]]
+    assert (
+        dist.gather_ragged(x) is x and dist.gather_texts("a") == ["a"] and dist.from_first(True) and not dist.from_first(False)
+    )
+    array = np.full(3, 7)
+    dist.fill_rows([np.array([1])], array)
+    assert array.tolist() == [7, 7, 7] and dist.launched() == (0, 1)
+    with dist.first_alone():
+        pass
+    dist.agree_on_tensors({"x": x})
     dist.agree("--dataset", "anything", CPU)
     dist.sum_gradients([torch.nn.Parameter(x)])
     dist.wait()
@@ -127,3 +135,6 @@ def test_an_environment_that_torchrun_did_not_make(monkeypatch: pytest.MonkeyPat
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match="no RANK, .*MASTER_PORT.*torchrun"):
         dist.start(CPU)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(InputError, match="numbers as RANK and WORLD_SIZE"):
+        dist.launched()

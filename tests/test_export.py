@@ -11,7 +11,8 @@ from train_runs import LABELS, cascade, make_dataset, make_tokenizer, make_tree,
 from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.prepare import PrepareConfig, prepare
-from xmlkernels.predict import Predictor, predict_split
+from xmlkernels.evaluation import predict_split
+from xmlkernels.predict import Predictor
 
 import export as command  # isort: skip  # train_runs has put train/ on the path
 

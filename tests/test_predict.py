@@ -22,14 +22,8 @@ from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset, Split
 from xmlkernels.data.files import DataWarning
 from xmlkernels.data.loader import Batches
-from xmlkernels.predict import (
-    CheckpointWarning,
-    Label,
-    Predictor,
-    evaluate_split,
-    predict_split,
-    score_matrix,
-)
+from xmlkernels.evaluation import evaluate_split, predict_split, score_matrix
+from xmlkernels.predict import CheckpointWarning, Label, Predictor
 
 import predict as command  # isort: skip  # train_runs has put train/ on the path
 

@@ -19,8 +19,9 @@ from xmlkernels import InputError
 from xmlkernels.data.bow import Vectorizer
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.formats import read_npz, write_npz
+from xmlkernels.evaluation import predict_split, score_matrix
 from xmlkernels.metrics import evaluate, inverse_propensity
-from xmlkernels.predict import Predictor, predict_split, score_matrix
+from xmlkernels.predict import Predictor
 from xmlkernels.ranker.blend import Reranker, best
 from xmlkernels.tree.label_tree import LabelTree
 

@@ -21,7 +21,8 @@ from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.bow import Vectorizer
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.prepare import PrepareConfig, prepare
-from xmlkernels.predict import Predictor, predict_split
+from xmlkernels.evaluation import predict_split
+from xmlkernels.predict import Predictor
 
 TIMING = ("documents_per_second", "seconds")
 BOW: dict[str, Any] = {

@@ -20,7 +20,8 @@ from train_runs import LABELS, RECIPES, ROOT, Config, cascade, make_dataset, mak
 from xmlkernels import InputError
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.dataset import Dataset
-from xmlkernels.predict import Predictor, evaluate_split
+from xmlkernels.evaluation import evaluate_split
+from xmlkernels.predict import Predictor
 from xmlkernels.tree.label_tree import LabelTree
 
 from config import recorded  # isort: skip  # train_runs has put train/ on the path

@@ -9,10 +9,11 @@ from torch import nn
 from config import Config, layers_of, resolved_label_device, resolved_optimizer, resolved_table
 from encoders import source_of
 from report import say
-from xmlkernels import InputError
+from xmlkernels import InputError, dist
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.inputs import BowInputs, Inputs
 from xmlkernels.data.tokens import load_tokenizer
+from xmlkernels.evaluation import evaluation_batches
 from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.cascade_training import CascadeTraining
 from xmlkernels.models.common import Model
@@ -23,12 +24,12 @@ from xmlkernels.nn.encoder import Encoder, default_autocast, load_ngame
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.nn.layer_recipe import default_layers
 from xmlkernels.planner import Table, plan, table_parts, told
-from xmlkernels.predict import evaluation_batches
 from xmlkernels.tree.label_tree import LabelTree
 
 # CascadeXML's for three and four levels (README of its repository); for two and five, those levels of them that remain.
 _DROPS = {2: (0.3, 0.4), 3: (0.3, 0.3, 0.4), 4: (0.2, 0.25, 0.4, 0.5), 5: (0.2, 0.25, 0.3, 0.4, 0.5)}
 _FIRST_TOPK = 128
+_APART = 1 << 40  # between the seeds of processes: more than a run has steps
 
 
 def build_model(
@@ -55,8 +56,21 @@ def build_model(
     else:
         encoder = build_encoder(config, dataset, device)
     if tree is None:
-        return _end_to_end(config, dataset, encoder, steps, epoch, device).to(device)
-    return _cascade(config, dataset, encoder, tree, steps, epoch, device).to(device)
+        model: Model = _end_to_end(config, dataset, encoder, steps, epoch, device).to(device)
+    else:
+        model = _cascade(config, dataset, encoder, tree, steps, epoch, device).to(device)
+    draw_apart(config, 0)
+    return model
+
+
+def draw_apart(config: Config, step: int) -> None:
+    """Lets every process but the first drop units of its own from here on; the first draws on as one alone would.
+
+    Args:
+        step: of the run: draws of a run that goes on do not begin again.
+    """
+    if dist.rank() > 0:
+        torch.manual_seed((config.seed + _APART * dist.rank() + step) % 2**63)
 
 
 def _end_to_end(config: Config, dataset: Dataset, encoder: nn.Module, steps: int, epoch: int, device: torch.device) -> EndToEnd:
@@ -229,4 +243,6 @@ def _micro_batch(config: Config) -> int:
 
 
 def _pass(config: Config) -> int:
-    return _micro_batch(config) or config.batch
+    """Documents of an encoder pass of the first process, which has the largest part of a batch."""
+    own = dist.parts(config.batch * config.accumulate)[0].stop
+    return _micro_batch(config) or config.batch if dist.size() == 1 else min(_micro_batch(config) or own, own)

@@ -16,7 +16,7 @@ from config import (
     resolved_state,
     resolved_table,
 )
-from xmlkernels import InputError
+from xmlkernels import InputError, dist
 
 OF_CASCADE = (
     "tree", "tree_depths", "topk", "layers", "embed_drops", "rw_loss", "scheme", "positives_bound", "reference_loss",
@@ -122,6 +122,13 @@ def _ranges(config: Config) -> Iterator[tuple[bool, str, str, str]]:
         yield getattr(config, name) >= 0, name, "0 or more", "choose 0 to switch it off"
     for name in ("dropout", "momentum", "word_dropout"):
         yield 0 <= getattr(config, name) < 1, name, "from 0 to below 1", "correct it"
+    many = dist.launched()[1]
+    yield (
+        config.batch * config.accumulate >= many,
+        "batch",
+        f"{many} or more, a document for each process",
+        "choose a larger one",
+    )
     yield 0 <= config.ema <= 1, "ema", "from 0 to 1", "correct it"
     yield config.word_std > 0, "word_std", "more than 0", "correct it"
     yield config.head_lr_factor > 0, "head_lr_factor", "more than 0", "correct it"

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from xmlkernels import InputError
+from xmlkernels import InputError, dist
 from xmlkernels.nn.full_head import default_table_dtype
 
 BEST_BY = tuple(f"{kind}@{k}" for kind in ("P", "nDCG", "PSP", "PSnDCG", "R") for k in range(1, 6))
@@ -138,8 +138,9 @@ class Config:
     # ---- training ----
     epochs: int = 10
     batch: int = 32
+    """Documents of a step; several processes share them."""
     micro_batch: int = 0
-    """Documents per encoder pass (gradient caching); 0 passes the whole batch at once. Renee's `--accum A` is
+    """Documents per encoder pass of a process (gradient caching); 0 passes the whole batch at once. Renee's `--accum A` is
     `--micro-batch` = batch / A: the same step within rounding. Its classifier micro-batches are not needed."""
     accumulate: int = 1
     """Encoder passes of `batch` documents per update: `--batch 64 --accumulate 4` is `--batch 256 --micro-batch 64`."""
@@ -172,7 +173,7 @@ class Config:
     log_every: int = 50
     """Steps between lines of log.jsonl."""
     resume: bool = False
-    """Go on from the last checkpoint in `output`, bit for bit."""
+    """Go on from the last checkpoint in `output`, bit for bit (with as many processes as before)."""
     overwrite: bool = False
     """Replace the run that `output` holds."""
     device: str = "auto"
@@ -182,23 +183,31 @@ class Config:
 
 
 def resolved_device(name: str, where: str = "--device") -> torch.device:
-    """The device that "auto" stands for, or the one named.
+    """The device that "auto" stands for, or the one named; of several processes on a machine each has a GPU of its own.
 
     Args:
         where: the flag that named it.
 
     Raises:
-        InputError: no device of that name, or not in this machine.
+        InputError: no device of that name, not in this machine, or one for several processes.
     """
     mend = "choose cpu, cuda, cuda:NUMBER or auto"
+    several, gpus = dist.launched()[1] > 1, torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if gpus else "cpu"
+    if several and name == "cuda" and gpus:
+        if (own := dist.local_rank()) >= gpus:
+            got = f"{gpus} GPUs for process {own + 1} of this machine"
+            raise InputError(where, "a GPU for each process", got, f"start it with --nproc-per-node {gpus}")
+        return torch.device("cuda", own)
     try:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(where, "a device", repr(name), mend) from None
     if device.type not in ("cpu", "cuda"):
         raise InputError(where, "cpu or cuda", repr(name), mend)
+    if several and device.index is not None:
+        raise InputError(where, "cuda, cpu or auto for several processes", repr(name), "leave the number out: each has its own")
     found = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= found:
         raise InputError(where, "a device of this machine", f"{name!r} ({found} found)", "choose cpu or auto")

@@ -29,8 +29,8 @@ from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import check_file
 from xmlkernels.data.formats import read_npz, read_sparse, write_npz, write_sparse
+from xmlkernels.evaluation import score_matrix
 from xmlkernels.metrics import evaluate, inverse_propensity
-from xmlkernels.predict import score_matrix
 from xmlkernels.ranker.blend import best, combine
 
 MEASURED = 5  # metrics at 1 to 5

@@ -28,8 +28,9 @@ from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import replacing
 from xmlkernels.data.inputs import check_dataset
 from xmlkernels.data.matrices import write_npz
+from xmlkernels.evaluation import embed_split, predict_split, score_matrix
 from xmlkernels.models.end_to_end import EndToEnd
-from xmlkernels.predict import Predictor, embed_split, predict_split, score_matrix
+from xmlkernels.predict import Predictor
 
 _ROWS = 1 << 16  # rows turned into fp32 at a time
 

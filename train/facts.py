@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from config import Config, resolved_label_device, resolved_state, resolved_table
-from xmlkernels import __version__
+from xmlkernels import __version__, dist
 from xmlkernels.models.common import Model
 from xmlkernels.ops import missing
 
@@ -78,6 +78,7 @@ def environment(config: Config, model: Model) -> dict[str, Any]:
         "device": str(model.device),
         "label_device": str(resolved_label_device(config) or model.device),
         "threads": torch.get_num_threads(),
+        "processes": dist.size(),
         "native": missing is None,
         "autocast": dtype_name(getattr(model.encoder, "autocast", None)),
         "table": resolved_table(config, model.device),

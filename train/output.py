@@ -10,7 +10,7 @@ from typing import Any
 
 from config import Config, began_with, recorded
 from report import say
-from xmlkernels import InputError
+from xmlkernels import InputError, dist
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import replacing
@@ -26,9 +26,12 @@ MAY_CHANGE = ("resume", "overwrite", "output", "cache", "log_every", "save_every
 class RunFolder:
     """config.json, log.jsonl, metrics.json, predictions.npz and checkpoint/ of one run.
 
+    Of several processes the first alone looks at what the folder holds, and writes; all read the checkpoints.
+
     Attributes:
         path: the folder.
         checkpoints: the last and the best checkpoint in it.
+        writes: whether this process is the one that writes.
 
     Raises:
         InputError: the folder holds what this configuration may not touch. Nothing is written before `begin`.
@@ -38,6 +41,12 @@ class RunFolder:
         self.config, self.path = config, Path(config.output)
         self.checkpoints = CheckpointFolder(self.path / "checkpoint")
         self.log_file, self._settings = self.path / "log.jsonl", self.path / "config.json"
+        self.writes = dist.rank() == 0
+        if self.writes:
+            self._check()
+
+    def _check(self) -> None:
+        config = self.config
         held = [name for name in RUN_FILES if (self.path / name).exists()]
         if config.resume and self._settings.exists():
             self._compare(read_json(self._settings))
@@ -62,7 +71,10 @@ class RunFolder:
 
     @property
     def resumable(self) -> bool:
-        """Whether there is a checkpoint to go on from, and the configuration asks for that."""
+        """Whether there is a checkpoint to go on from, and the configuration asks for that; the word of the first process."""
+        return dist.from_first(self._resumable() if self.writes else False)
+
+    def _resumable(self) -> bool:
         if not self.config.resume or not self._settings.exists():
             return False
         if not self.checkpoints.exists("last"):
@@ -72,6 +84,8 @@ class RunFolder:
 
     def begin(self, dataset: Dataset, inputs: Inputs, tree: LabelTree | None) -> None:
         """A run from its first step: what an earlier one left goes; settings, inputs, tree and label names are written."""
+        if not self.writes:
+            return
         for name in RUN_FILES[:-1]:
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -90,17 +104,23 @@ class RunFolder:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Appends one line of strict JSON."""
+        if not self.writes:
+            return
         with open(self.log_file, "a", encoding="utf-8") as file:
             file.write(json.dumps(strict(line), allow_nan=False) + "\n")
 
     def sync_log(self) -> int:
         """Puts the log on the disk; returns its bytes. A checkpoint must never know of lines that a power cut takes."""
+        if not self.writes:
+            return 0
         with open(self.log_file, "ab") as file:
             os.fsync(file.fileno())
             return file.tell()
 
     def rewind_log(self, size: int) -> None:
         """Back to the log as the checkpoint knew it; lines after it will be written again."""
+        if not self.writes:
+            return
         with open(self.log_file, "a+b") as file:
             found = file.seek(0, os.SEEK_END)
             if found >= size:

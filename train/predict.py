@@ -25,7 +25,8 @@ from report import command
 from xmlkernels import InputError
 from xmlkernels.data.files import replacing
 from xmlkernels.data.formats import DataWarning, iter_lines, write_npz
-from xmlkernels.predict import Label, Predictor, score_matrix
+from xmlkernels.evaluation import score_matrix
+from xmlkernels.predict import Label, Predictor
 from xmlkernels.ranked import Forest, Ranked, RankedPredictor
 
 # tyro would take the text "None" for no text.

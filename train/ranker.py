@@ -24,8 +24,9 @@ from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import check_file
 from xmlkernels.data.formats import write_npz
+from xmlkernels.evaluation import score_matrix
 from xmlkernels.metrics import candidates_needed, evaluate, inverse_propensity
-from xmlkernels.predict import NAMES, checkpoint_identity, score_matrix
+from xmlkernels.predict import NAMES, checkpoint_identity
 from xmlkernels.ranked import CLUSTERS, RANKER, VECTORIZER, Source
 from xmlkernels.ranker.blend import Reranker, best, best_of_all, choose_share
 from xmlkernels.ranker.features import Features

@@ -17,7 +17,8 @@ from xmlkernels.data.dataset import Dataset, Split
 from xmlkernels.data.files import replacing
 from xmlkernels.data.formats import iter_lines, read_npz, write_npz
 from xmlkernels.data.inputs import check_dataset
-from xmlkernels.predict import Predictor, checkpoint_identity, embed_split, predict_split, score_matrix
+from xmlkernels.evaluation import predict_and_embed_split, score_matrix
+from xmlkernels.predict import Predictor, checkpoint_identity
 from xmlkernels.ranker.features import Features
 
 NONE = Features(np.zeros((0, 0), np.float32), csr_matrix((0, 0), dtype=np.float32))
@@ -108,8 +109,8 @@ def model_inputs(checkpoint: str, dataset: Dataset, documents: dict[str, Documen
     folder.mkdir(parents=True, exist_ok=True)
     told.unlink(missing_ok=True)
     for name, part in documents.items():
-        part.embedding = embed_split(model, part.split, inputs=inputs)
-        part.shortlist = score_matrix(*predict_split(model, part.split, k, inputs=inputs), dataset.num_labels)
+        values, rows, part.embedding = predict_and_embed_split(model, part.split, k, inputs=inputs)
+        part.shortlist = score_matrix(values, rows, dataset.num_labels)
         with replacing(folder / f"embeddings_{name}.npy") as file:
             np.save(file, part.embedding)
         write_npz(folder / f"shortlist_{name}.npz", part.shortlist, keep_zeros=True)

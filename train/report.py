@@ -7,15 +7,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
 
-from xmlkernels import InputError
+from xmlkernels import InputError, dist
 from xmlkernels.data.files import DataWarning
 
 SKIPPED = ("skipped_steps", "skipped_encoder_steps")
+_COURTESY = 5.0  # seconds; torchrun ends the others in less
 
 # Fixed width where the output goes to a file or a CI log, so that tables do not wrap at 80 columns.
 _console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -36,30 +37,47 @@ class Seconds:
 
 
 def say(text: str) -> None:
-    """One line, at once."""
+    """One line, at once; of several processes the first speaks for all."""
+    if dist.rank() > 0:
+        return
     _console.print(text, markup=False, soft_wrap=True)
     sys.stdout.flush()
 
 
-def command(main: Callable[[], Any], *, interrupted: str = "interrupted") -> None:
+def command(main: Callable[[], Any], *, interrupted: str = "interrupted", several: bool = False) -> None:
     """Runs a command; a user's mistake ends it with one sentence on stderr and exit status 2.
 
-    Warnings of this project are for the owner of the data: they are shown as `note: …`, without a line of source.
+    Warnings of this project are for the owner of the data: they are shown as `note: …`, without a line of source. What all
+    processes of torchrun meet is told once: the others give the first, whose end ends them, the time to tell it. In the
+    same way one that only misses another leaves the word to that one.
 
     Args:
         interrupted: what Ctrl-C is answered with.
+        several: whether torchrun may start it; others would write the same files at once.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("always", DataWarning)
         warnings.showwarning = _show_warning
         try:
+            if (count := dist.launched()[1]) > 1 and not several:
+                mend = "start it by python; train/run.py takes several"
+                raise InputError("torchrun", "one process for this command", str(count), mend)
             main()
             sys.stdout.flush()
+            if dist.running():
+                _leave(0)
         except InputError as error:
+            if not _first():
+                time.sleep(_COURTESY)
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            _leave(2)
+        except dist.ProcessLost as error:
+            time.sleep(_COURTESY)
+            print(f"error: {error}", file=sys.stderr)
+            _leave(1)
         except KeyboardInterrupt:
-            print(interrupted, file=sys.stderr)
+            if _first():
+                print(interrupted, file=sys.stderr)
             sys.exit(130)
         except BrokenPipeError:
             # The reader (`| head`) has what it wanted; without this the interpreter's last flush would complain.
@@ -67,9 +85,28 @@ def command(main: Callable[[], Any], *, interrupted: str = "interrupted") -> Non
             sys.exit(128 + 13)
 
 
+def _leave(status: int) -> NoReturn:
+    """Ends the process; one of several without the interpreter's own end, in which a thread of gloo that still lets go of a
+    tensor aborts it (pytorch/pytorch, pull request 179291)."""
+    if not dist.running():
+        sys.exit(status)
+    if status == 0:
+        dist.stop()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _first() -> bool:
+    """Whether this process is the first that torchrun started, whatever else its environment holds."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: object = None, line: str | None = None
 ) -> None:
+    if dist.rank() > 0:
+        return
     plain = category.__module__.partition(".")[0] == "xmlkernels"
     text = f"note: {message}" if plain else warnings.formatwarning(message, category, filename, lineno, line).rstrip()
     print(text, file=sys.stderr, flush=True)
@@ -88,7 +125,9 @@ def metrics_table(title: str, rows: dict[str, dict[str, float]], kinds: tuple[st
 
 
 def print_metrics(report: dict[str, Any], output: Path) -> None:
-    """The metrics of a finished run, by split and by label frequency."""
+    """The metrics of a finished run, by split and by label frequency; of several processes the first prints them."""
+    if dist.rank() > 0:
+        return
     a, b = report["propensity"]
     title = f"{report['dataset']} (hash {report['dataset_hash'][:12]}), propensity constants A={a}, B={b}"
     rows = {name: report[name] for name in ("validation", "test") if name in report}

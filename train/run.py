@@ -1,5 +1,6 @@
 """Train a classifier over all labels: `python train/run.py RECIPE [--key value …]`.
 
+On N GPUs of a machine: `torchrun --nproc-per-node N train/run.py RECIPE …`; each encodes its part of every batch.
 Writes into its output folder: config.json, log.jsonl, metrics.json, predictions.npz and checkpoint/.
 """
 
@@ -9,10 +10,11 @@ from typing import Any
 import torch
 
 from checks import check
-from config import Config
+from config import Config, resolved_device
 from recipes import RECIPES
 from report import command
 from session import Session
+from xmlkernels import dist
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -48,8 +50,10 @@ def main() -> None:
 
     config = overridable_config_cli(RECIPES, prog="train/run.py", description=__doc__)
     check(config, given={word[2:].split("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")})
+    dist.start(resolved_device(config.device))
     train(config)
+    dist.wait()  # the first process may still be writing, and torchrun takes a lost one for a failure
 
 
 if __name__ == "__main__":
-    command(main, interrupted="interrupted; the run goes on from its last checkpoint by --resume")
+    command(main, interrupted="interrupted; the run goes on from its last checkpoint by --resume", several=True)

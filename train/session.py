@@ -1,33 +1,37 @@
 """What a run keeps beside its loop: data, model, checkpoints, metrics. The loop itself stands in run.py."""
 
+import json
 import math
 import resource
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from build import build_model, start_table, warmup_steps
-from config import Config, resolved_device
+from build import build_model, draw_apart, start_table, warmup_steps
+from config import Config, recorded, resolved_device
 from facts import Clock, commit, differences, environment
 from output import RunFolder, write_json
 from report import levels_line, print_metrics, say
 from sources import open_dataset, open_inputs, open_tree, training_batches
-from xmlkernels import InputError
+from xmlkernels import InputError, dist
 from xmlkernels.checkpoint import rng_state, set_rng_state
 from xmlkernels.data.dataset import Split
 from xmlkernels.data.matrices import write_npz
+from xmlkernels.evaluation import Evaluation, evaluate_split, predict_schemes, score_matrix
 from xmlkernels.metrics import decile_table, evaluate, inverse_propensity, macro_metrics
 from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.common import Documents
 from xmlkernels.models.end_to_end import EndToEnd
-from xmlkernels.predict import Evaluation, evaluate_split, predict_schemes, score_matrix
 
 SHOWN = {"val": "validation"}
 
 
 class Session:
     """One run's state.
+
+    Of several processes each holds all of it but the documents of the others: all take the same decisions, the first writes.
 
     Attributes:
         model, batches, validation, test: what the loop works on; validation and test may be None.
@@ -45,11 +49,13 @@ class Session:
         self.folder = RunFolder(config)
         self.commits = [commit()]  # now: the tree may change while the run goes on
         self.device = resolved_device(config.device)
-        self.dataset = open_dataset(config)
+        with dist.first_alone():
+            self.dataset = open_dataset(config)
         splits = self.dataset.splits
         self.validation, self.test = splits.get("val"), splits.get("test")
         self.inputs = open_inputs(config, self.dataset)
-        self.tree = open_tree(config, self.dataset)
+        with dist.first_alone():
+            self.tree = open_tree(config, self.dataset)
         self.batches = training_batches(config, self.dataset, self.inputs, self.tree)
         # Propensities always from the documents themselves, never from the labels' own texts.
         self.inverse_propensity = inverse_propensity(splits["train"].labels, *self.dataset.propensity)
@@ -58,6 +64,7 @@ class Session:
             config, self.dataset, self.inputs, self.total, self.device, tree=self.tree, epoch=len(self.batches)
         )
         self.environment = environment(config, self.model)
+        self._agree()
         self.clock = Clock()
         self.epoch = self.position = self.documents = 0
         self.best: dict[str, float] = {}
@@ -70,12 +77,22 @@ class Session:
             self.folder.begin(self.dataset, self.inputs, self.tree)
         self._introduce()
 
+    def _agree(self) -> None:
+        """Refuses processes that would not take the same steps."""
+        tree, versions = self.tree and self.tree.content_hash, self.environment | {"device": self.device.type}
+        for what, found in (
+            ("settings", recorded(self.config)), ("dataset", [self.dataset.content_hash, tree]),
+            ("vocabulary", self.inputs.config()), ("versions and number formats", versions), ("source tree", self.commits),
+        ):  # fmt: skip
+            dist.agree(what, json.dumps(found), torch.device("cpu"))
+
     def _introduce(self) -> None:
         now = self.environment
+        many = f" in each of {dist.size()} processes" if dist.size() > 1 else ""
         say(
             f"dataset {self.dataset.name} (hash {self.dataset.content_hash[:12]}): {len(self.dataset.splits['train']):,} "
             f"documents, {self.dataset.num_labels:,} labels; table {now['table']}, encoder autocast {now['autocast']}, "
-            f"{now['device']}, {now['threads']} threads; {self.total:,} steps"
+            f"{now['device']}, {now['threads']} threads{many}; {self.total:,} steps"
         )
         if self.tree is not None:
             levels = " → ".join(f"{size:,}" for size in self.tree.sizes)
@@ -107,35 +124,48 @@ class Session:
                 "resume with the tree it began with, which lies beside its checkpoint",
             )  # fmt: skip
         self.model.load_tensors(tensors)
-        set_rng_state(state["rng"])
+        self._draw_on(state)
         self.epoch, self.position, self.best = state["epoch"], state["position"], state["best"]
         self.clock.spent |= state["seconds"]
         self.pending = [(torch.tensor([value]), count) for value, count in state["pending"]]
         self.documents, self.marked = state["documents"], (state["documents"], state["seconds"]["train"])
         before = state.get("commits", [])
         self.commits = before + [c for c in self.commits if before[-1:] != [c]]
-        if self.best.get("step") == self.model.steps:
+        dist.wait()  # until all have read what the first may move
+        if self.best.get("step") == self.model.steps and self.folder.writes:
             checkpoints.save_best()  # the run may have been stopped between writing `last` and linking `best` to it
         self.folder.rewind_log(state["log_bytes"])
         say(f"resumed at step {self.model.steps:,} (epoch {self.epoch + 1}, batch {self.position})")
         if changed := differences(state.get("environment", {}), self.environment):
             say(f"note: {changed}; the run goes on, but not bit for bit as it would have")
 
+    def _draw_on(self, state: Mapping[str, Any]) -> None:
+        """Draws as the run would have; a process that it did not have, or had with other devices, draws anew."""
+        states = [state["rng"], *state.get("other_rngs", [])]
+        if dist.rank() < len(states):
+            set_rng_state(states[dist.rank()])
+        else:
+            draw_apart(self.config, self.model.steps)
+
     def _state(self) -> dict[str, Any]:
-        model = self.model
+        model, (rng, *others) = self.model, map(json.loads, dist.gather_texts(json.dumps(rng_state())))
         return {
             "model": model.config(), "inputs": self.inputs.config(), "dataset": self.dataset.content_hash, "epoch": self.epoch,
             "position": self.position, "steps": model.steps,
             "seconds": self.clock.seconds(), "best": self.best, "documents": self.documents,
             "pending": [(float(value), count) for value, count in self.pending],
-            "log_bytes": self.folder.sync_log(), "rng": rng_state(), "commits": self.commits,
+            "log_bytes": self.folder.sync_log(), "rng": rng, "commits": self.commits,
             "environment": self.environment, "tree": self.tree and self.tree.content_hash,
-        }  # fmt: skip
+        } | ({"other_rngs": others} if others else {})  # fmt: skip
 
     def save(self, *, best: bool = False) -> None:
         """Writes the last checkpoint and, where it is the best too, links it as that; `_resume` mends a stop in between."""
         with self.clock.on("save"):
-            self.folder.checkpoints.save_last(self.model.tensors(), self._state())
+            tensors, state = self.model.tensors(), self._state()
+            dist.agree_on_tensors(tensors)
+            if not self.folder.writes:
+                return
+            self.folder.checkpoints.save_last(tensors, state)
             if best:
                 self.folder.checkpoints.save_best()
 
@@ -211,8 +241,9 @@ class Session:
                 found = {scheme: evaluate(labels[scheme], truth, weight)[by] for scheme in ("weighted", "level", "path")}
             model.heads.use_scheme(max(found, key=lambda scheme: found[scheme]))
             self.best = self.best | {by: found[model.heads.scheme]}
-            tensors, state = self.folder.checkpoints.load("best")
-            self.folder.checkpoints.save_best(tensors, state | {"model": model.config(), "best": self.best})
+            if self.folder.writes:
+                tensors, state = self.folder.checkpoints.load("best")
+                self.folder.checkpoints.save_best(tensors, state | {"model": model.config(), "best": self.best})
             told = ", ".join(f"{scheme} {value:.2f}" for scheme, value in found.items())
             say(f"--scheme auto: {model.heads.scheme} is best by validation {by} ({told})")
         return model.heads.scheme
@@ -221,9 +252,11 @@ class Session:
         """The best checkpoint by validation into the model; without a validation split the last step is the best."""
         checkpoints = self.folder.checkpoints
         if self.validation is None:
-            checkpoints.save_best()
+            if self.folder.writes:
+                checkpoints.save_best()
             say("no validation split: the last step is kept as the best checkpoint")
             return {"epoch": self.epoch, "step": self.model.steps}
+        dist.wait()  # until the first has written it
         tensors, _ = checkpoints.load("best")
         self.model.load_tensors(tensors)
         self.epoch = int(self.best["epoch"])
@@ -243,7 +276,7 @@ class Session:
                 continue
             metrics, found = self.evaluate(split, self.config.top_k)
             report[SHOWN.get(split.name, split.name)] = metrics
-            if split is self.test or self.test is None:
+            if self.folder.writes and (split is self.test or self.test is None):
                 scores = score_matrix(found.values, found.labels, self.dataset.num_labels)
                 write_npz(self.folder.path / "predictions.npz", scores, keep_zeros=True)
                 report["macro"] = macro_metrics(found.labels, split.labels)
@@ -256,6 +289,7 @@ class Session:
         }  # fmt: skip
         if len(self.commits) > 1:
             report["commits"] = self.commits
-        write_json(self.folder.path / "metrics.json", report)
+        if self.folder.writes:
+            write_json(self.folder.path / "metrics.json", report)
         print_metrics(report, self.folder.path)
         return report

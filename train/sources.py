@@ -8,7 +8,7 @@ from encoders import source_of
 from report import say
 from tree import Options as TreeOptions
 from tree import make as make_tree
-from xmlkernels import InputError
+from xmlkernels import InputError, dist
 from xmlkernels.data.bow import Vectorizer
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.inputs import BowInputs, Inputs, TokenInputs
@@ -95,6 +95,8 @@ def open_tree(config: Config, dataset: Dataset) -> LabelTree | None:
 
 
 def training_batches(config: Config, dataset: Dataset, inputs: Inputs, tree: LabelTree | None) -> Batches | BagBatches:
-    """The training split in batches of one update each, with the labels' own texts where the configuration asks for them."""
+    """The training split in batches of one update each, with the labels' own texts where the configuration asks for them; of
+    several processes each reads its part of every batch."""
     documents, more = config.batch * config.accumulate, arrangement(tree)
-    return inputs.batches(dataset.splits["train"], documents, seed=config.seed, label_text=config.label_text, **more)
+    batches = inputs.batches(dataset.splits["train"], documents, seed=config.seed, label_text=config.label_text, **more)
+    return batches.shared(dist.part) if dist.size() > 1 else batches

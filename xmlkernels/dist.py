@@ -1,19 +1,23 @@
 """Several processes that train one model; the only caller of torch.distributed, and nothing at world size 1.
 
 Every process draws the same global batch and encodes its own part of it (`part`). The vectors of all parts are gathered
-(`gather_rows`), each process scores and updates its own rows of the label table for the whole batch, the gradients of the
-vectors are summed (`sum_`), and so are those of the encoder (`sum_gradients`): the step is that of one process with the
-whole batch, but for the order of additions. Labels are never sent: every process knows those of the whole batch.
-
-Source: the hybrid of data and model parallelism of Renee (MLSys 2023, section 4).
+(`gather_rows`), each process takes the same step on its copy of the label tables with the whole batch, cuts the gradient of
+its own vectors from the result, and the gradients of the encoder are summed (`sum_gradients`): the step is that of one process
+with the whole batch, but for the order of additions. Labels are never sent: every process knows those of the whole batch.
+With tables in parts (`merge_topk`, and `sum_` of the vectors' gradients) it is the hybrid of data and model parallelism of
+Renee (MLSys 2023, section 4).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor
@@ -22,13 +26,31 @@ from xmlkernels.errors import InputError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _BUCKET = 1 << 24  # values of gradients sent at once
+# One process makes a label tree or writes a checkpoint while the others wait, and torchrun ends them all where one ends.
+_PATIENCE = timedelta(hours=6)
+
+
+class ProcessLost(RuntimeError):
+    """Another process does not answer: it ended, and its own message says why."""
+
+
+def launched() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun's environment has them, also before `start`; (0, 1) without.
+
+    Raises:
+        InputError: they are no numbers.
+    """
+    found = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not all(value.isdecimal() for value in found):
+        raise InputError("environment", "numbers as RANK and WORLD_SIZE", str(found), "start it by torchrun")
+    return (int(found[0]), int(found[1])) if found[1] != "1" else (0, 1)
 
 
 def start(device: torch.device) -> None:
     """Joins the processes that torchrun started; nothing where it did not start this one, or started it alone.
 
     Args:
-        device: where the tensors will be: NCCL sends those of a GPU, gloo those of a CPU.
+        device: where the model will be: NCCL sends tensors of a GPU, gloo those of a CPU.
 
     Raises:
         InputError: torchrun's environment is incomplete, or this torch cannot talk to other processes.
@@ -39,12 +61,15 @@ def start(device: torch.device) -> None:
     missing = [name for name in _VARIABLES if name not in found]
     if missing:
         raise InputError("environment", "all variables that torchrun sets", f"no {', '.join(missing)}", "start it by torchrun")
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if not torch.distributed.is_available() or not torch.distributed.is_backend_available(backend):
-        raise InputError("torch", f"one built with {backend}", "one without", "install another build, or use one process")
+    backends = ("gloo", "nccl") if device.type == "cuda" else ("gloo",)
+    if not torch.distributed.is_available() or not all(map(torch.distributed.is_backend_available, backends)):
+        expected = f"one built with {' and '.join(backends)}"
+        raise InputError("torch", expected, "one without", "install another build, or use one process")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group(backend)
+    # Predictions of a split are gathered in the host's memory, beside the vectors on the cards.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=_PATIENCE)
 
 
 def stop() -> None:
@@ -104,21 +129,67 @@ def gather_rows(own: Tensor, counts: Sequence[int] | None = None) -> Tensor:
     padded = own.new_zeros(widest, *own.shape[1:])
     padded[: own.shape[0]] = own
     everyone = [torch.empty_like(padded) for _ in counts]
-    torch.distributed.all_gather(everyone, padded)
+    _talk(torch.distributed.all_gather, everyone, padded)
     return torch.cat([rows[:count] for rows, count in zip(everyone, counts, strict=True)])
+
+
+def gather_ragged(own: Tensor) -> Tensor:
+    """`gather_rows` where no process knows how many rows the others have: [sum of n, ...]. Waits for the device."""
+    if size() == 1:
+        return own
+    counts = gather_rows(torch.tensor([own.shape[0]])).tolist()
+    return gather_rows(own, counts)
+
+
+def fill_rows(own: Sequence[np.ndarray], *arrays: np.ndarray) -> None:
+    """Puts into [N, ...] arrays the rows that the other processes have found.
+
+    Args:
+        own: numbers of the rows that this process has found, in any parts.
+    """
+    if size() == 1:
+        return
+    mine = np.concatenate([np.zeros(0, np.int64), *own])
+    rows = gather_ragged(torch.from_numpy(mine)).numpy()
+    for array in arrays:
+        array[rows] = gather_ragged(torch.from_numpy(array[mine])).numpy()
+
+
+def gather_texts(own: str) -> list[str]:
+    """The text of every process, in the order of their numbers."""
+    if size() == 1:
+        return [own]
+    content = torch.tensor(list(own.encode()), dtype=torch.uint8)
+    lengths = gather_rows(torch.tensor([len(content)])).tolist()
+    return [bytes(part.tolist()).decode() for part in gather_rows(content, lengths).split(lengths)]
+
+
+def from_first(value: bool) -> bool:
+    """What the first process says."""
+    return bool(gather_rows(torch.tensor([value], dtype=torch.uint8))[0]) if size() > 1 else value
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """The first process goes through the block alone, then all others at once: they find the files that it has made."""
+    if rank() > 0:
+        wait()
+    yield
+    if rank() == 0:
+        wait()
 
 
 def sum_(tensor: Tensor) -> Tensor:
     """Replaces `tensor` by its sum over all processes, the same bits on each of them; returns it."""
     if size() > 1:
-        torch.distributed.all_reduce(tensor)
+        _talk(torch.distributed.all_reduce, tensor)
     return tensor
 
 
 def max_(tensor: Tensor) -> Tensor:
     """Replaces `tensor` by its elementwise maximum over all processes; returns it."""
     if size() > 1:
-        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        _talk(torch.distributed.all_reduce, tensor, torch.distributed.ReduceOp.MAX)
     return tensor
 
 
@@ -149,7 +220,7 @@ def _sum_together(gradients: list[Tensor]) -> None:
     for dtype in dict.fromkeys(g.dtype for g in gradients):
         some = [g for g in gradients if g.dtype == dtype]
         flat = torch.cat([g.reshape(-1) for g in some])
-        torch.distributed.all_reduce(flat)
+        _talk(torch.distributed.all_reduce, flat)
         for gradient, summed in zip(some, flat.split([g.numel() for g in some]), strict=True):
             gradient.copy_(summed.view_as(gradient))
 
@@ -169,7 +240,7 @@ def merge_topk(values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     pairs = []
     for own in (values.contiguous(), rows.contiguous()):
         everyone = [torch.empty_like(own) for _ in range(size())]
-        torch.distributed.all_gather(everyone, own)
+        _talk(torch.distributed.all_gather, everyone, own)
         pairs.append(torch.cat(everyone, dim=1))
     values, rows = pairs
     # Parts of the table ascend with the process, and a stable sort keeps the order of equal values.
@@ -192,7 +263,33 @@ def agree(what: str, text: str, device: torch.device) -> None:
         raise InputError(what, "the same on every process", f"another on process {other[0]} than on process 0", "mend that one")
 
 
+def agree_on_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Refuses to go on where copies that ought to be the same have drifted apart: compares sums of their bytes.
+
+    Raises:
+        RuntimeError: on every process, naming the first tensor that differs.
+    """
+    if size() == 1:
+        return
+    sums = [value.detach().contiguous().flatten().view(torch.uint8).sum(dtype=torch.int64).cpu() for value in tensors.values()]
+    everyone = gather_rows(torch.stack(sums)[None])
+    for name, column in zip(tensors, everyone.T.tolist(), strict=True):
+        if len(set(column)) > 1:
+            raise RuntimeError(f"the processes hold different copies of {name}: their steps were not the same")
+
+
 def wait() -> None:
     """Returns when every process has come here."""
-    if size() > 1:
-        torch.distributed.barrier()
+    sum_(torch.zeros(1))
+
+
+def _talk(call: Callable[..., Any], *arguments: Any) -> None:
+    try:
+        call(*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ProcessLost(
+            f"process {rank()} of {size()} has no answer from the others, one of which ended: {reason}"
+        ) from error

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.sparse import csr_matrix
 
+from xmlkernels import dist
 from xmlkernels.metrics import evaluate
 from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.cascade_scores import LevelPrediction
@@ -37,7 +39,7 @@ class LevelScores:
         self.nodes = [np.full((labels.shape[0], K), -1, np.int64) for _ in self.sizes]
         self.kept = np.zeros(len(self.sizes), np.int64)
         self.found = np.zeros(len(self.sizes), np.int64)
-        self.seen = 0
+        self.own: list[np.ndarray] = []
 
     def add(self, index: np.ndarray, levels: Sequence[LevelPrediction]) -> None:
         """Takes in one batch.
@@ -46,7 +48,7 @@ class LevelScores:
             index: int64 [B], its document numbers.
             levels: of `predict_levels`; the label level is left out.
         """
-        self.seen += len(index)
+        self.own.append(index)
         for r, (size, level) in enumerate(zip(self.sizes, levels[:-1], strict=True)):
             nodes = level.nodes[:, :K].cpu().numpy()
             self.nodes[r][index, : nodes.shape[1]] = nodes
@@ -60,12 +62,17 @@ class LevelScores:
 
     def result(self) -> list[dict[str, Any]]:
         """For each level of clusters, coarse to fine: `clusters`, `kept` (mean per document), `shortlist_recall` (percent of
-        the true labels whose cluster was kept) and P, nDCG and R of the clusters at 1 to 5, in percent."""
-        out = []
+        the true labels whose cluster was kept) and P, nDCG and R of the clusters at 1 to 5, in percent. Of several processes
+        each has taken in documents of its own; the result is that of all."""
+        out, seen = [], sum(map(len, self.own))
+        if dist.size() > 1:
+            dist.fill_rows(self.own, *self.nodes)
+            sums = dist.sum_(torch.tensor([*self.kept, *self.found, seen])).numpy()
+            (self.kept, self.found), seen = sums[:-1].reshape(2, -1), int(sums[-1])
         for r, size in enumerate(self.sizes):
             labels = int(self.counts[r].sum())
             line = {
-                "level": r, "clusters": size, "kept": self.kept[r] / max(1, self.seen),
+                "level": r, "clusters": size, "kept": self.kept[r] / max(1, seen),
                 "shortlist_recall": 100 * self.found[r] / max(1, labels),
             }  # fmt: skip
             out.append({k: v.item() if isinstance(v, np.generic) else v for k, v in line.items()})

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from xmlkernels import dist
 from xmlkernels.errors import InputError
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
@@ -273,10 +274,10 @@ class LossScaler:
 def scaled_step(
     optimizer: torch.optim.Optimizer, scaler: LossScaler, overflow: torch.Tensor, *, clip: float = 0.0
 ) -> torch.Tensor:
-    """Unscale, clip, step and adjust the scale: what follows the backward of a step.
+    """Sum over processes, unscale, clip, step and adjust the scale: what follows the backward of a step.
 
     Args:
-        optimizer: holds every parameter with a gradient.
+        optimizer: holds every parameter with a gradient; of several processes each has gradients of the same ones.
         overflow: fp32 [1], 1 where the forward was not finite: no parameter moves, and the loss scale is not blamed.
         clip: largest norm of the gradient; 0 is off.
 
@@ -284,6 +285,8 @@ def scaled_step(
         fp32 [1]: 1 where a gradient alone was not finite, and no parameter moved for it.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    # Of those alone that have a gradient: a zero in place of none would let AdamW decay what the step has nothing to do with.
+    dist.sum_gradients(p for p in params if p.grad is not None)
     found = scaler.unscale_(params) * (1 - overflow)
     if clip > 0:
         clip_gradients(params, clip)

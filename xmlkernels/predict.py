@@ -17,16 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
-from torch import Tensor
 
 from xmlkernels.checkpoint import CheckpointFolder
-from xmlkernels.data.dataset import Split
 from xmlkernels.data.inputs import Inputs, load_inputs
-from xmlkernels.data.loader import Batches
-from xmlkernels.levels import LevelScores
-from xmlkernels.models.cascade import Cascade
-from xmlkernels.models.common import Documents, Model, arrangement, model_config, tree_of
+from xmlkernels.models.common import Model, model_config
 from xmlkernels.models.restore import restored
 
 NAMES = "label_names.txt"  # beside a checkpoint or a ranker, one a line
@@ -142,7 +136,7 @@ class Predictor:
         following = 0
         for batch in self.inputs.text_batches(texts, batch_size, window=window, prefetch=prefetch):
             there = batch.to(self.model.device)
-            found = [*self.model.predict(there, k), *([self.model.embed(there)] if embed else [])]
+            found = self.model.predict_and_embed(there, k) if embed else self.model.predict(there, k)
             rows_of = zip(*(t.cpu().numpy() for t in found), strict=True)
             waiting.update(zip(batch.index.tolist(), rows_of, strict=True))
             while following in waiting:
@@ -171,127 +165,3 @@ def _located(folder: str | Path, which: str | None) -> tuple[CheckpointFolder, s
             told = f"{checkpoints.folder} holds no best checkpoint yet; the last one is used"
             warnings.warn(told, CheckpointWarning, stacklevel=3)
     return checkpoints, which
-
-
-def predict_split(
-    model: Model, split: Split, k: int, *, batch_size: int = 256, inputs: Inputs | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k best labels of every document of a split, filter pairs left out before the cut.
-
-    Args:
-        inputs: how the model reads documents; the split's own tokens when not given.
-
-    Returns:
-        Logits fp32 [N, k] and labels int64 [N, k]; -inf and -1 where there are fewer than k labels.
-    """
-    count = split.labels.shape[0]
-    values, rows = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
-    for batch, exclude in evaluation_batches(model, split, batch_size, inputs):
-        index = batch.index.cpu().numpy()
-        values[index], rows[index] = (t.cpu().numpy() for t in model.predict(batch, k, exclude))
-    return values, rows
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What one pass over a split gives.
-
-    Attributes:
-        values, labels: logits fp32 [N, k] and labels int64 [N, k], as of `predict_split`.
-        loss: per document: of the end-to-end model summed over all labels, of a cascade the mean over candidates.
-        levels: of a cascade, see `LevelScores.result`; else empty.
-    """
-
-    values: np.ndarray
-    labels: np.ndarray
-    loss: float
-    levels: list[dict[str, Any]]
-
-
-def evaluate_split(model: Model, split: Split, k: int, *, batch_size: int = 256, inputs: Inputs | None = None) -> Evaluation:
-    """Predictions, loss and, of a cascade, what each level contributes, for one pass of the encoder."""
-    count = split.labels.shape[0]
-    values, labels = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
-    scores = LevelScores(model, split.labels) if isinstance(model, Cascade) else None
-    total = 0.0
-    for batch, exclude in evaluation_batches(model, split, batch_size, inputs):
-        index = batch.index.cpu().numpy()
-        if isinstance(model, Cascade) and scores is not None:
-            levels, loss = model.levels_and_loss(batch, max(k, 5), exclude)
-            scores.add(index, levels)
-            best, ids = levels[-1].values[:, :k], levels[-1].nodes[:, :k]
-        else:
-            best, ids, loss = model.predict_and_loss(batch, k, exclude)
-        values[index], labels[index] = best.cpu().numpy(), ids.cpu().numpy()
-        total += float(loss) * (1 if model.sums_loss else len(batch))
-    return Evaluation(values, labels, total / max(1, count), scores.result() if scores is not None else [])
-
-
-def predict_schemes(
-    model: Cascade, split: Split, k: int, *, batch_size: int = 256, inputs: Inputs | None = None
-) -> dict[str, np.ndarray]:
-    """Labels int64 [N, k] that `predict_split` would give under each scheme, for one pass of the encoder."""
-    found: dict[str, np.ndarray] = {}
-    for batch, exclude in evaluation_batches(model, split, batch_size, inputs):
-        index = batch.index.cpu().numpy()
-        for scheme, labels in model.predict_schemes(batch, k, exclude).items():
-            found.setdefault(scheme, np.empty((split.labels.shape[0], k), np.int64))[index] = labels.cpu().numpy()
-    return found
-
-
-def embed_split(model: Model, split: Split, *, batch_size: int = 256, inputs: Inputs | None = None) -> np.ndarray:
-    """fp32 [N, D]: what the label table meets of every document of a split."""
-    out = np.empty((split.labels.shape[0], 0), np.float32)
-    for batch, _ in evaluation_batches(model, split, batch_size, inputs):
-        found = model.embed(batch).cpu().numpy()
-        if out.shape[1] != found.shape[1]:
-            out = np.empty((split.labels.shape[0], found.shape[1]), np.float32)
-        out[batch.index.cpu().numpy()] = found
-    return out
-
-
-def evaluation_batches(
-    model: Model, split: Split, batch_size: int, inputs: Inputs | None = None
-) -> Iterator[tuple[Documents, Tensor | None]]:
-    """Every document of a split once, on the model's device and with the model in evaluation mode until the end.
-
-    Yields:
-        A batch with positives as the model wants them, and its filter pairs int64 [B, E] (-1 pads) or None.
-    """
-    wanted = arrangement(tree_of(model))
-    made: Any = Batches(split, batch_size, shuffle=False, **wanted) if inputs is None else None
-    if inputs is not None:
-        made = inputs.batches(split, batch_size, shuffle=False, **wanted)
-    pairs = split.filter_pairs[np.lexsort((split.filter_pairs[:, 1], split.filter_pairs[:, 0]))]
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in made.epoch(0):
-            exclude = _excluded(batch, pairs)
-            yield batch.to(model.device), None if exclude is None else exclude.to(model.device)
-    finally:
-        model.train(was_training)
-
-
-def _excluded(batch: Documents, pairs: np.ndarray) -> Tensor | None:
-    """Filter pairs of a batch's documents as int64 [B, E], -1 pads; None when there are none."""
-    index = batch.index.numpy()
-    first, last = np.searchsorted(pairs[:, 0], index), np.searchsorted(pairs[:, 0], index, "right")
-    widest = int((last - first).max(initial=0))
-    if widest == 0:
-        return None
-    place = first[:, None] + np.arange(widest)
-    inside = place < last[:, None]
-    return torch.from_numpy(np.where(inside, pairs[np.where(inside, place, 0), 1], -1))
-
-
-def score_matrix(values: np.ndarray, rows: np.ndarray, labels: int) -> csr_matrix:
-    """Predictions as CSR [N, L] of logits; labels stand in ascending order within a row.
-
-    A logit may be 0 or negative and is stored all the same: what is not stored was not predicted.
-    """
-    kept = rows >= 0
-    indptr = np.concatenate([[0], np.cumsum(kept.sum(1))])
-    matrix = csr_matrix((values[kept], rows[kept], indptr), shape=(len(rows), labels))
-    matrix.sort_indices()
-    return matrix

@@ -23,7 +23,8 @@ from scipy.sparse import csr_matrix
 
 from xmlkernels.data.bow import Vectorizer
 from xmlkernels.errors import InputError
-from xmlkernels.predict import Label, Predictor, named, read_names, score_matrix
+from xmlkernels.evaluation import score_matrix
+from xmlkernels.predict import Label, Predictor, named, read_names
 from xmlkernels.ranker.blend import Reranker, best, best_of_all, combine
 from xmlkernels.ranker.matcher import ClusterMatcher
 

@@ -36,7 +36,7 @@ COARSE = np.array([0, 0, 1, 1, 1, 2, 2])[FINE]
 
 def dense(batch: BagBatch) -> np.ndarray:
     out = np.zeros((len(batch), WORDS), np.float32)
-    for place in range(len(batch)):
+    for place in range(len(batch.offset) - 1):
         here = slice(int(batch.offset[place]), int(batch.offset[place + 1]))
         np.add.at(out[place], batch.token[here].numpy(), batch.token_weight[here].numpy())
     return out
@@ -153,6 +153,43 @@ def test_tokens_have_table_order_and_levels_too(tmp_path: Path) -> None:
     plain = Batches(split, 16, label_tokens=texts)
     assert [a.tolist() for a in plain.plan(3)] == [a.tolist() for a in batches.plan(3)], "a tree changes no order of documents"
     assert plain.collate(np.arange(4)).levels == ()
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 9])
+def test_processes_share_the_inputs_of_a_batch_and_know_all_its_positives(size: int, tmp_path: Path) -> None:
+    """Three of them; in a batch of fewer documents some get the first one as a stand-in."""
+    split, texts = documents(tmp_path)
+    ends = np.cumsum([0, *(size // 3 + (r < size % 3) for r in range(3))]).tolist()
+    options: dict[str, Any] = {"order": ORDER, "ancestors": (COARSE, FINE)}
+    numbers = np.random.default_rng(0).choice(ROWS + LABELS, size, replace=False)
+    whole = Batches(split, size, label_tokens=texts, **options).collate(numbers)
+    for a, b in itertools.pairwise(ends):
+        own = numbers[a:b] if a < b else numbers[:1]
+        tokens = (
+            Batches(split, size, label_tokens=texts, **options).shared(lambda count, a=a, b=b: slice(a, b)).collate(numbers)
+        )
+        bags = BagBatches(FEATURES, TARGETS, size, label_features=LABEL_FEATURES, **options)
+        bag, alone = bags.shared(lambda count, a=a, b=b: slice(a, b)).collate(numbers), Batches(split, 9, label_tokens=texts)
+        for batch in (tokens, bag):
+            assert len(batch) == size and torch.equal(batch.index, whole.index) and torch.equal(batch.pos_row, whole.pos_row)
+            assert torch.equal(batch.pos_sample, whole.pos_sample)
+            for mine, there in zip(batch.levels, whole.levels, strict=True):
+                assert torch.equal(mine[0], there[0]) and torch.equal(mine[1], there[1])
+        expected = alone.collate(own)
+        assert torch.equal(tokens.input_ids, expected.input_ids) and torch.equal(tokens.attention_mask, expected.attention_mask)
+        every = np.vstack([FEATURES.toarray(), LABEL_FEATURES.toarray()])
+        np.testing.assert_array_equal(dense(bag)[: len(own)], every[own])
+        assert len(bag.offset) == len(own) + 1
+
+
+def test_batches_taken_in_turn() -> None:
+    batches = BagBatches(FEATURES, TARGETS, 10, seed=3)
+    found = [[batch.index.tolist() for batch in batches.epoch(1, start, 3)] for start in range(3)]
+    assert [len(part) for part in found] == [4, 4, 3]
+    expected = [batch.index.tolist() for batch in batches.epoch(1)]
+    assert [expected[start::3] for start in range(3)] == found and list(batches.epoch(1, 11, 3)) == []
+    with pytest.raises(InputError, match="every: expected at least 1"):
+        next(batches.epoch(0, 0, 0))
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ Dimension letters: B batch, T tokens, P positive (label, sample) pairs, L labels
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ Own = TypeVar("Own", bound="AnyBatch")
 
 class AnyBatch:
     """The side of a batch that is the same whatever its documents are; its kinds are frozen dataclasses.
+
+    For one of several processes `inputs` hold its own part of the documents, all else is of the whole batch: see
+    `AnyBatches.shared`.
 
     Attributes:
         pos_row: int64 [P], table row of each positive pair, ascending: the label id where no `order` was given.
@@ -100,6 +103,18 @@ class AnyBatches(ABC, Generic[Made]):
         self.lengths = lengths
         self.batch_size, self.seed, self.shuffle, self.drop_last = batch_size, seed, shuffle, drop_last
         self.bucket_window, self.prefetch = bucket_window, prefetch
+        self._part: Callable[[int], slice] | None = None
+
+    def shared(self, part: Callable[[int], slice]) -> Self:
+        """These batches for one of several processes, which encodes a part of each: `inputs` then hold the documents at part(B)
+        alone (the first document where there is none: encoders take no empty batch), all else is of the whole batch."""
+        self._part = part
+        return self
+
+    def own(self, documents: np.ndarray) -> np.ndarray:
+        """The documents of a batch whose inputs this process needs."""
+        kept = documents if self._part is None else documents[self._part(len(documents))]
+        return kept if len(kept) else documents[:1]
 
     @property
     def num_documents(self) -> int:
@@ -127,18 +142,22 @@ class AnyBatches(ABC, Generic[Made]):
     def _cut(self, order: np.ndarray) -> list[np.ndarray]:
         return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Made]:
+    def epoch(self, epoch: int, start: int = 0, every: int = 1) -> Iterator[Made]:
         """The batches of an epoch from number `start` on: exactly the tail of the uninterrupted sequence.
 
         Closing the iterator, or dropping it, ends its thread.
 
+        Args:
+            every: give the first of every so many.
+
         Raises:
-            InputError: `epoch` is negative or `start` is not in 0 … len(self).
+            InputError: `epoch` is negative, `start` is not in 0 … len(self), or `every` < 1.
         """
         at_least("epoch", epoch, 0)
+        at_least("every", every, 1)
         if not 0 <= start <= len(self):
             raise InputError("start", f"a batch number from 0 to {len(self)}", str(start), "resume at another batch")
-        return in_background(lambda: map(self.collate, self.plan(epoch)[start:]), self.prefetch)
+        return in_background(lambda: map(self.collate, self.plan(epoch)[start::every]), self.prefetch)
 
     @abstractmethod
     def collate(self, documents: np.ndarray) -> Made:

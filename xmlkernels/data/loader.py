@@ -142,13 +142,13 @@ class Batches(AnyBatches[Batch]):
     def collate(self, documents: np.ndarray) -> Batch:
         """The batch of the given document numbers, int64 [B], in that order."""
         documents = np.asarray(documents, np.int64)
-        real = len(self.stores[0])
-        width = _rounded(int(self.lengths[documents].max()), self.pad_to_multiple)
-        input_ids = np.full((len(documents), width), self.pad_id, np.int64)
-        mask = np.arange(width) < self.lengths[documents, None]
+        own, real = self.own(documents), len(self.stores[0])
+        width = _rounded(int(self.lengths[own].max()), self.pad_to_multiple)
+        input_ids = np.full((len(own), width), self.pad_id, np.int64)
+        mask = np.arange(width) < self.lengths[own, None]
         for number, store in enumerate(self.stores):
-            member = (documents >= real) == bool(number)
-            flat, _ = store.gather(documents[member] - number * real)
+            member = (own >= real) == bool(number)
+            flat, _ = store.gather(own[member] - number * real)
             input_ids[mask & member[:, None]] = flat
         row, sample, levels = self._positives(documents)
         return Batch(
@@ -214,7 +214,7 @@ class BagBatches(AnyBatches[BagBatch]):
         documents = np.asarray(documents, np.int64)
         row, sample, levels = self._positives(documents)
         index = torch.from_numpy(documents.copy())
-        return BagBatch(*gather_bags(self.features, documents), row, sample, index, self.num_labels, levels)
+        return BagBatch(*gather_bags(self.features, self.own(documents)), row, sample, index, self.num_labels, levels)
 
 
 def text_batches(

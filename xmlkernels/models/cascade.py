@@ -48,6 +48,7 @@ class Cascade(nn.Module):
     """
 
     sums_loss = False
+    schemes = SCHEMES
     skipped_steps: Tensor
     skipped_encoder_steps: Tensor
     lost_positives: Tensor
@@ -99,6 +100,10 @@ class Cascade(nn.Module):
     @property
     def labels(self) -> int:
         return self.order.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.heads.width
 
     @property
     def device(self) -> torch.device:
@@ -239,6 +244,12 @@ class Cascade(nn.Module):
     def embed(self, batch: Documents) -> Tensor:
         """fp32 [B, D]: what the label table meets of each document."""
         return self._evaluated(batch)[-1]
+
+    @torch.no_grad()
+    def predict_and_embed(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """`predict` and `embed` for one pass of the encoder."""
+        x = self._evaluated(batch)
+        return *self._best_labels(x, k, exclude), x[-1]
 
     @torch.no_grad()
     def predict_and_loss(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,6 +23,7 @@ class Model(Protocol):
         steps: steps trained so far.
         skipped_steps, skipped_encoder_steps: fp32 [1], steps that something not finite kept from either part.
         labels: L.
+        width: D, of what `embed` gives.
         device: where the model is.
         encoder: called as `encoder(*batch.inputs)`; one with a table of its own has `update(lr)`, called after backward.
         training: the mode of `nn.Module`.
@@ -39,6 +40,8 @@ class Model(Protocol):
     @property
     def labels(self) -> int: ...
     @property
+    def width(self) -> int: ...
+    @property
     def device(self) -> torch.device: ...
     @property
     def encoder(self) -> nn.Module: ...
@@ -48,7 +51,8 @@ class Model(Protocol):
     def to(self, device: torch.device) -> Any: ...
 
     def step(self, batch: Documents, *, need_loss: bool = False) -> Tensor:
-        """Trains on one batch; its loss [1], or [0] when not asked."""
+        """Trains on one batch; its loss [1], or [0] when not asked. Several processes call it together, each with its own
+        `inputs` (`AnyBatches.shared`): all take the step of the whole batch, and have its loss."""
 
     def predict(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits fp32 [B, k] and label ids int64 [B, k], best first; -inf and -1 where there are fewer than k.
@@ -59,6 +63,9 @@ class Model(Protocol):
 
     def predict_and_loss(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """What `predict` gives and the loss [1] of the batch without training, for one pass of the encoder."""
+
+    def predict_and_embed(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What `predict` and `embed` give, for one pass of the encoder."""
 
     def embed(self, batch: Documents) -> Tensor:
         """fp32 [B, D]: what the label table meets of each document."""

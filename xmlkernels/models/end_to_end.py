@@ -76,6 +76,10 @@ class EndToEnd(nn.Module):
         return self.head.labels
 
     @property
+    def width(self) -> int:
+        return self.head.weight.shape[1]
+
+    @property
     def device(self) -> torch.device:
         return self.head.weight.device
 
@@ -144,6 +148,12 @@ class EndToEnd(nn.Module):
     def predict(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits fp32 [B, k] and labels int64 [B, k] of the k best labels of each document, best first."""
         return self.head.topk(self.encoder(*batch.inputs), k, exclude)
+
+    @torch.no_grad()
+    def predict_and_embed(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """`predict` and `embed` for one pass of the encoder."""
+        x = self.encoder(*batch.inputs)
+        return *self.head.topk(x, k, exclude), x
 
     @torch.no_grad()
     def predict_and_loss(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

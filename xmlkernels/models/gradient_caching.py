@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from xmlkernels import dist
 from xmlkernels.errors import InputError
 
 
@@ -15,31 +16,39 @@ class EncoderPass:
     With a micro-batch below the batch, features are first computed without a graph, part by part; `backward` computes each
     part again, with a graph and from the state that the generator had then, so that dropout drops the same units.
 
+    Of several processes each encodes its own documents, has the features of all, and takes back the gradient of its own. One
+    without a document encodes the stand-in that the batch gives it (`AnyBatches.shared`), with a gradient of zero: each process
+    then has gradients of the same parameters, as their sum needs.
+
     Attributes:
         x: fp32 [B, D] of each level, without a graph.
 
     Args:
-        features: the encoder's inputs → [B, D] of each level.
-        inputs: of the whole batch.
-        documents: B.
+        features: the encoder's inputs → [n, D] of each level.
+        inputs: of this process's documents; alone, of the whole batch.
+        documents: B, of the whole batch.
         micro_batch: documents of a part; 0 passes all at once.
 
     Raises:
-        InputError: parts of inputs that are no rows of documents.
+        InputError: parts of inputs that are no rows of documents, or inputs that are not this process's part of the batch.
     """
 
     def __init__(
         self, features: Callable[..., list[Tensor]], inputs: tuple[Tensor, ...], documents: int, micro_batch: int
     ) -> None:
         self._features = features
-        self._parts = _parts(inputs, documents, micro_batch)
+        self._counts = [part.stop - part.start for part in dist.parts(documents)]
+        self._own = dist.part(documents)
+        self._idle = self._counts[dist.rank()] == 0
+        self._parts = _parts(inputs, 1 if self._idle else self._counts[dist.rank()], micro_batch)
         self._states: list[Tensor] = []
         self._graph: list[Tensor] = []
         if len(self._parts) == 1:
             self._graph = features(*inputs)
-            self.x = [f.detach() for f in self._graph]
+            own = [f.detach() for f in self._graph]
         else:
-            self.x = self._without_graph()
+            own = self._without_graph()
+        self.x = [dist.gather_rows(f[:0] if self._idle else f, self._counts) for f in own]
 
     @torch.no_grad()
     def _without_graph(self) -> list[Tensor]:
@@ -51,6 +60,7 @@ class EncoderPass:
 
     def backward(self, dx: Sequence[Tensor]) -> None:
         """Adds the parameters' gradients from those of the features, dx: [B, D] of each level."""
+        dx = [torch.zeros_like(d[:1]) if self._idle else d[self._own] for d in dx]
         if len(self._parts) == 1:
             _backward(self._graph, dx)
             return

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xmlkernels import dist
 from xmlkernels.errors import InputError
 from xmlkernels.nn.dropout import Dropout, dropout
 from xmlkernels.ops import bag_step_
@@ -157,7 +158,7 @@ class BowEncoder(nn.Module):
         """Takes one optimizer step on the words of the bags passed since the last call; nothing where no gradient came.
 
         A non-finite gradient leaves the table and its state as they were. Call it after every backward: bags are kept
-        until then.
+        until then. Of several processes each takes the step on the bags of all.
 
         Args:
             lr: learning rate of this step.
@@ -168,10 +169,19 @@ class BowEncoder(nn.Module):
         grads, tokens, offsets, weights = zip(*((bag.grad, *rest) for bag, *rest in passed), strict=True)
         before = torch.tensor([0, *(len(token) for token in tokens)]).cumsum(0).tolist()
         ends = [offset[1:] + start for offset, start in zip(offsets, before, strict=False)]
+        grad, token, offset, weight = (
+            torch.cat(grads),
+            torch.cat(tokens),
+            torch.cat([offsets[0][:1], *ends]),
+            torch.cat(weights),
+        )
+        if dist.size() > 1:
+            grad, token, weight, lengths = (dist.gather_ragged(own) for own in (grad, token, weight, offset.diff()))
+            offset = nn.functional.pad(lengths.cumsum(0), (1, 0))
         self.hyper[0] = lr
         bag_step_(
-            self.table, torch.cat(grads), torch.cat(tokens), torch.cat([offsets[0][:1], *ends]), self.hyper, self.counter,
-            token_weight=torch.cat(weights), momentum=self.momentum, second=self.second, decoupled=True,
+            self.table, grad, token, offset, self.hyper, self.counter, token_weight=weight, momentum=self.momentum,
+            second=self.second, decoupled=True,
         )  # fmt: skip
         self.counter[1] += 1
 

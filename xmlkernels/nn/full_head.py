@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from xmlkernels import dist
 from xmlkernels.errors import InputError
 from xmlkernels.nn.encoder import default_autocast
 from xmlkernels.ops import bce_loss, bce_step_, matmul_topk, rescale_rows_
@@ -141,7 +142,8 @@ class FullHead(nn.Module):
         ReLU all lie in one corner). Rows without a document stay as drawn. Takes one fp32 table of [L, D] for the moment.
 
         Args:
-            vectors: (x [B, D], pos_row int64 [P], pos_sample int32 [P]) of every batch of training documents, untrained.
+            vectors: (x [B, D], pos_row int64 [P], pos_sample int32 [P]) of every batch of training documents, untrained; of
+                several processes each gives batches of its own.
             norm: of every row.
 
         Raises:
@@ -151,12 +153,15 @@ class FullHead(nn.Module):
             raise InputError("norm of the first label rows", "a number above 0", str(norm), "correct it")
         total = torch.zeros(self.labels, self.weight.shape[1], device=self.weight.device)
         count = torch.zeros(self.labels, 1, device=self.weight.device)
-        mean, documents = torch.zeros_like(total[0]), 0
+        mean, counted = torch.zeros_like(total[0]), torch.zeros(1, dtype=torch.int64, device=total.device)
         for x, row, sample in vectors:
             total.index_add_(0, row, x.float()[sample.long()])
             count.index_add_(0, row, torch.ones(len(row), 1, device=count.device))
             mean += x.float().sum(0)
-            documents += len(x)
+            counted += len(x)
+        for part in (total, count, mean, counted):
+            dist.sum_(part)
+        documents = int(counted)
         if documents == 0:
             raise InputError("first label rows", "training documents", "none", "give the batches of the training split")
         mean /= documents

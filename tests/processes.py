@@ -1,0 +1,44 @@
+"""Starts several processes that know each other, on one CPU."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from xmlkernels import dist
+
+CPU = torch.device("cpu")
+
+
+def _child(rank: int, size: int, port: int, work: Callable[..., None], folder: str, args: tuple[Any, ...]) -> None:
+    names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    torch.set_num_threads(1)
+    dist.start(CPU)
+    try:
+        assert (dist.rank(), dist.size(), dist.local_rank(), dist.launched()) == (rank, size, rank, (rank, size))
+        work(*args)
+        dist.wait()  # a process that left early would break the others' connections
+    except BaseException:
+        Path(folder, f"error-{rank}").write_text(traceback.format_exc())
+        raise
+    finally:
+        dist.stop()
+
+
+def together(size: int, work: Callable[..., None], folder: Path, *args: Any) -> None:
+    """Runs `work(*args)` in `size` processes that know each other; what one of them raises is told."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    try:
+        torch.multiprocessing.spawn(_child, (size, port, work, str(folder), args), nprocs=size)
+    except Exception:
+        told = [path.read_text() for path in sorted(folder.glob("error-*"))]
+        pytest.fail("\n".join(told) or traceback.format_exc())

@@ -1,0 +1,206 @@
+"""Two processes train and evaluate both models: what comes out is what one process makes of the same global batches."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cascade_common
+import numpy as np
+import pytest
+import torch
+from processes import together
+from safetensors.torch import load_file, save_file
+from scipy.sparse import csr_matrix
+from scipy.sparse import random as sparse_random
+from test_end_to_end import make_batch, make_model
+from torch import Tensor
+
+from xmlkernels import InputError, dist
+from xmlkernels.data.loader import BagBatch, BagBatches, Batch
+from xmlkernels.evaluation import embed_split, evaluate_split, evaluation_batches, predict_split
+from xmlkernels.models.common import Model
+from xmlkernels.models.end_to_end import EndToEnd, Training
+from xmlkernels.nn.bow import BowEncoder
+from xmlkernels.nn.full_head import FullHead
+
+SIZES = (8, 7, 1, 6)  # parts of one size, of two sizes, and a process without a document
+WORDS = 40
+TREE = cascade_common.make_tree(3)
+
+
+def part_of(batch: Any) -> tuple[Tensor, ...]:
+    """The inputs that `AnyBatches.shared` leaves of a batch."""
+    own = dist.part(len(batch.index))
+    rows = slice(0, 1) if own.start == own.stop else own
+    return tuple(part[rows] for part in batch.inputs)
+
+
+def end_to_end_batch(size: int, seed: int) -> Batch:
+    batch = make_batch(size, seed)
+    ids, mask = part_of(batch)
+    return replace(batch, input_ids=ids, attention_mask=mask)
+
+
+def cascade_batch(size: int, seed: int) -> Batch:
+    made = cascade_common.make_batch(TREE, size, seed)
+    whole = Batch(*made.inputs, made.pos_row, made.pos_sample, torch.arange(size), cascade_common.LABELS, made.levels)
+    ids, mask = part_of(whole)
+    return replace(whole, input_ids=ids, attention_mask=mask)
+
+
+def bags(documents: int) -> tuple[csr_matrix, csr_matrix]:
+    rng = np.random.default_rng(5)
+    features, labels = (sparse_random(documents, n, 0.2, "csr", rng=rng, dtype=np.float32) for n in (WORDS, 23))
+    return csr_matrix(features), csr_matrix(labels)
+
+
+def bag_batch(size: int, seed: int) -> BagBatch:
+    made = BagBatches(*bags(30), size, prefetch=0).shared(dist.part)
+    return made.collate(np.random.default_rng(seed).choice(30, size, replace=False))
+
+
+def bow_model() -> EndToEnd:
+    encoder = BowEncoder(WORDS, 12, optimizer="adam", decay=0.01, seed=3)
+    settings = Training(encoder_lr=0.01, head_lr=0.05, encoder_decay=0.01, warmup=0, total=100)
+    return EndToEnd(encoder, FullHead(23, 12, optimizer="adam", seed=2, bias=True), settings).eval()
+
+
+CASES: dict[str, tuple[Callable[[], Any], Callable[[int, int], Any]]] = {
+    "end_to_end": (make_model, end_to_end_batch),
+    "micro": (lambda: make_model(micro_batch=2, clip=0.5), end_to_end_batch),
+    "cascade": (lambda: cascade_common.make_model(3, tree=TREE, ema=0.9, decay=0.1), cascade_batch),
+    "unread": (lambda: cascade_common.make_model(3, tree=TREE, layers=((0, 1), (1,), (2,)), decay=0.1), cascade_batch),
+    "bow": (bow_model, bag_batch),
+}
+
+
+def train_all(folder: str) -> None:
+    """Some steps of each model; the first process writes what they come to, and their losses."""
+    for name, (make, batch_of) in CASES.items():
+        model = make()
+        losses = [model.step(batch_of(size, seed), need_loss=True) for seed, size in enumerate(SIZES)]
+        tensors = {k: v.contiguous() for k, v in model.tensors().items()} | {"losses": torch.cat(losses)}
+        dist.agree_on_tensors(tensors)
+        if dist.rank() == 0:
+            save_file({k: v.clone() for k, v in tensors.items()}, Path(folder, f"{name}.safetensors"))
+
+
+def skip_all(folder: str) -> None:
+    """What is not finite in one process keeps all of them from the same step."""
+    for make, batch_of in (CASES["end_to_end"], CASES["cascade"]):
+        model, batch = make(), batch_of(8, 0)
+        if dist.rank() == 1:
+            next(model.encoder.parameters()).data[batch.input_ids[0, 0], 0] = torch.inf
+        before = {k: v.clone() for k, v in model.tensors().items()}
+        assert not model.step(batch, need_loss=True).isfinite()
+        tables = [k for k in before if k.endswith("weight") and k.startswith(("head.", "heads.levels."))]
+        assert tables and all(torch.equal(model.tensors()[k], before[k]) for k in tables)
+        assert int(model.skipped_steps) == 1 and int(model.skipped_encoder_steps) == 0
+        model = make()
+        parameter = next(p for p in model.encoder.parameters() if p.requires_grad)
+        if dist.rank() == 1:
+            parameter.register_hook(lambda grad: torch.full_like(grad, torch.inf))
+        before = {k: v.clone() for k, v in model.encoder.named_parameters()}
+        model.step(batch)
+        assert all(torch.equal(v, before[k]) for k, v in model.encoder.named_parameters())
+        assert int(model.skipped_steps) == 0 and int(model.skipped_encoder_steps) == 1
+    with pytest.raises(InputError, match="gather_rows: own: expected 4 rows, got 8"):
+        make_model().step(make_batch(8))
+
+
+def all_of_training(folder: str) -> None:
+    train_all(folder)
+    skip_all(folder)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    a, b = a.double(), b.double()
+    return float((a - b).norm() / b.norm().clamp_min(1e-12))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    alone, both = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("both")
+    train_all(str(alone))
+    together(2, all_of_training, both, str(both))
+    return alone, both
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps_of_two_processes_are_those_of_one(trained: tuple[Path, Path], name: str) -> None:
+    one, two = (load_file(folder / f"{name}.safetensors") for folder in trained)
+    assert one.keys() == two.keys()
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-5, atol=0)
+    start = CASES[name][0]().tensors()
+    moved = [k for k, v in one.items() if k in start and not torch.equal(v, start[k])]
+    assert len(moved) > 20 or name == "bow"
+    for key, expected in one.items():
+        if not expected.is_floating_point():
+            assert torch.equal(two[key], expected), key
+        elif "key.bias" not in key:  # its gradient is rounding noise, which Adam blows up
+            assert relative(two[key], expected) < 1e-4, key
+
+
+@dataclass
+class Rows:
+    """What `Split` holds, without its folder."""
+
+    features: csr_matrix
+    labels: csr_matrix
+    filter_pairs: np.ndarray
+    name: str = "test"
+
+
+class Bags:
+    """`Inputs` of a split of bags."""
+
+    def batches(self, split: Any, batch_size: int, **options: Any) -> BagBatches:
+        return BagBatches(split.features, split.labels, batch_size, **options)
+
+
+def evaluated(folder: str) -> None:
+    """Everything that an evaluation gives, of both models, in batches of which there are fewer than processes or more."""
+    features, labels = bags(30)
+    split: Any = Rows(features, labels, np.array([[3, 1], [3, 2], [29, 0]]))
+    wide = csr_matrix(sparse_random(30, cascade_common.LABELS, 0.1, "csr", rng=np.random.default_rng(6)))
+    for name in ("end_to_end", "cascade"):
+        model: Model = bow_model() if name == "end_to_end" else bow_cascade()
+        if name == "cascade":
+            split.labels = wide
+        for size in (7, 64):
+            found = evaluate_split(model, split, 5, batch_size=size, inputs=Bags())
+            values, rows = predict_split(model, split, 5, batch_size=size, inputs=Bags())
+            vectors = embed_split(model, split, batch_size=size, inputs=Bags())
+            assert np.array_equal(values, found.values) and np.array_equal(rows, found.labels)
+            numbers = [found.loss, *(value for level in found.levels for value in level.values())]
+            assert len(found.levels) == (2 if name == "cascade" else 0)
+            head = FullHead(split.labels.shape[1], 12, seed=2)
+            pairs = (pair[0] for pair in evaluation_batches(model, split, size, Bags()))
+            head.start_at_centroids(((model.embed(batch), batch.pos_row, batch.pos_sample) for batch in pairs), 0.5)
+            file, numbers = Path(folder, f"{name}-{size}-{dist.rank()}.npz"), np.array(numbers, np.float64)
+            np.savez(file, values=values, rows=rows, vectors=vectors, numbers=numbers, centroids=head.rows(0, 23).numpy())
+
+
+def bow_cascade() -> Any:
+    from xmlkernels.models.cascade import Cascade
+    from xmlkernels.nn.cascade_heads import CascadeHeads
+
+    most = [TREE.widest(r) for r in range(2)]
+    heads = CascadeHeads(TREE.sizes, most, 12, layers=((0,),) * 3, topk=(3, 3), seed=4)
+    return Cascade(BowEncoder(WORDS, 12, seed=3), heads, TREE).eval()
+
+
+def test_an_evaluation_by_two_processes_is_that_of_one_to_the_bit(tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    evaluated(str(alone))
+    together(2, evaluated, tmp_path, str(tmp_path))
+    for file in alone.glob("*.npz"):
+        one = np.load(file)
+        for rank in range(2):
+            two = np.load(tmp_path / f"{file.stem[:-1]}{rank}.npz")
+            np.testing.assert_allclose(two["centroids"], one["centroids"], atol=1e-5)  # sums, in another order
+            for key in set(one.files) - {"centroids"}:
+                assert np.array_equal(one[key], two[key]), (file.stem, key)
+    assert len(list(alone.glob("*.npz"))) == 4
