@@ -118,6 +118,14 @@ def test_labels_of_every_scheme_for_one_pass() -> None:
     assert not torch.equal(found["level"], found["path"])
 
 
+def test_predictions_and_embeddings_for_one_pass() -> None:
+    model = trained(3, topk=[2, 3])
+    batch = make_batch(model.tree, 5)
+    *own, x = model.predict_and_embed(batch, 6)
+    assert all(torch.equal(a, b) for a, b in zip(own, model.predict(batch, 6), strict=True))
+    assert torch.equal(x, model.embed(batch)) and x.shape == (5, model.width)
+
+
 def test_equal_scores_stand_in_table_order() -> None:
     model = make_model(3, fill=False, topk=[2, 2])
     assert [level.kept.tolist() for level in model.predict_levels(make_batch(model.tree, 1), 3)][:2] == [[[0, 1]], [[0, 1]]]

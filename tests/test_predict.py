@@ -22,7 +22,7 @@ from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset, Split
 from xmlkernels.data.files import DataWarning
 from xmlkernels.data.loader import Batches
-from xmlkernels.evaluation import evaluate_split, predict_split, score_matrix
+from xmlkernels.evaluation import embed_split, evaluate_split, predict_and_embed_split, predict_split, score_matrix
 from xmlkernels.predict import CheckpointWarning, Label, Predictor
 
 import predict as command  # isort: skip  # train_runs has put train/ on the path
@@ -173,6 +173,14 @@ def test_one_pass_gives_predictions_and_loss(predictor: Predictor, validation: S
     own = predict_split(predictor.model, validation, 4, batch_size=16)
     assert np.array_equal(found.values, own[0]) and np.array_equal(found.labels, own[1])
     assert found.loss == evaluate_split(predictor.model, validation, 1, batch_size=16).loss
+
+
+def test_one_pass_gives_predictions_and_embeddings(predictor: Predictor, validation: Split) -> None:
+    *own, x = predict_and_embed_split(predictor.model, validation, 4, batch_size=16)
+    assert all(
+        np.array_equal(a, b) for a, b in zip(own, predict_split(predictor.model, validation, 4, batch_size=16), strict=True)
+    )
+    assert np.array_equal(x, embed_split(predictor.model, validation, batch_size=16)) and x.shape[1] == predictor.model.width
 
 
 def test_score_matrix_keeps_zero_and_negative_logits() -> None:

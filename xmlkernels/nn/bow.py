@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from xmlkernels import dist
 from xmlkernels.errors import InputError
 from xmlkernels.nn.dropout import Dropout, dropout
+from xmlkernels.nn.table import new_table, normal
 from xmlkernels.ops import bag_step_
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OPTIMIZERS = ("sgd", "adagrad", "adam")
 ACTIVATIONS = ("relu", "none")
-_INIT_BLOCK = 1 << 22  # values drawn at a time: a bf16 table never stands in memory as fp32
 
 
 class BowEncoder(nn.Module):
@@ -93,7 +93,7 @@ class BowEncoder(nn.Module):
         shape = (vocabulary, width)
         adam, state = optimizer == "adam", DTYPES[state_dtype]
         squares = torch.zeros(vocabulary if rowwise else shape, dtype=state)
-        self.register_buffer("table", _normal(shape, std, seed, DTYPES[dtype]))
+        self.register_buffer("table", new_table(vocabulary, width, DTYPES[dtype], seed, normal(std))[0])
         keeps = adam or (optimizer == "sgd" and first > 0)
         self.register_buffer("momentum", torch.zeros(shape, dtype=state) if keeps else None)
         self.register_buffer("second", squares if optimizer in ("adam", "adagrad") else None)
@@ -199,16 +199,3 @@ def _check(
     for name, value, known in (*choices, ("optimizer", optimizer or OPTIMIZERS[0], OPTIMIZERS)):
         if value not in known:
             raise InputError(f"bag-of-words encoder: {name}", f"one of {', '.join(known)}", repr(value), "choose one of them")
-
-
-def _normal(shape: tuple[int, int], std: float, seed: int, dtype: torch.dtype) -> Tensor:
-    """The initial table. A generator of its own: the table must not depend on what was drawn before it."""
-    table = torch.zeros(shape, dtype=dtype)
-    if std == 0:
-        return table
-    generator = torch.Generator().manual_seed(seed)
-    block = max(1, _INIT_BLOCK // shape[1])
-    for start in range(0, shape[0], block):
-        part = table[start : start + block]
-        part.copy_(torch.randn(part.shape, generator=generator) * std)
-    return table

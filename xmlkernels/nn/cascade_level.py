@@ -7,12 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from xmlkernels.errors import InputError
-from xmlkernels.nn.full_head import DTYPES, TABLE_DTYPES
 from xmlkernels.nn.placement import moved
+from xmlkernels.nn.table import DTYPES, TABLE_DTYPES, new_table, rows_of, xavier
 from xmlkernels.ops import cluster_step_, rescale_rows_, shortlist_matmul
 
-_FIRST_SCALE = 2.0**-8  # of each row of an fp8 table: values up to 1.75
-_INIT_BLOCK = 1 << 22  # values drawn at a time: a table below fp32 never stands in memory as fp32
 _KNOWN = ("adam", "sgd", "adamw_dense")  # the last one is `DenseLevel`'s
 _BATCH = 64  # the batch size that biases are tuned to; see `CascadeLevel`
 
@@ -72,7 +70,7 @@ class CascadeLevel(nn.Module):
         self.gain = 2.0 ** round(math.log2(_BATCH * max(1, per_sample))) if optimizer == "adam" else 1.0
         self._placed = False
         self._row_ptr: tuple[Tensor, Tensor] | None = None  # the tree's, and the same beside the table
-        weight, row_scale = _xavier(shape, seed, TABLE_DTYPES[dtype], fill)
+        weight, row_scale = new_table(nodes, width, TABLE_DTYPES[dtype], seed, xavier(nodes) if fill else None)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", torch.zeros(nodes))
         self.register_buffer("row_scale", row_scale)
@@ -170,25 +168,4 @@ class CascadeLevel(nn.Module):
 
     def rows(self, start: int, end: int) -> Tensor:
         """Table rows start:end in fp32 [end - start, D], a copy."""
-        part = self.weight[start:end].to(torch.float32, copy=True)
-        return part if self.row_scale is None else part * self.row_scale[start:end, :1]
-
-
-def _xavier(shape: tuple[int, int], seed: int, dtype: torch.dtype, fill: bool) -> tuple[Tensor, Tensor | None]:
-    """The initial table, U(-a, a) with a = sqrt(6 / (n + D)) (Glorot & Bengio, 2010), and the row_scale of an fp8 one."""
-    generator = torch.Generator().manual_seed(seed)  # its own: the table must not depend on what was drawn before it
-    table = torch.zeros(shape, dtype=dtype)
-    row_scale = torch.tensor([[_FIRST_SCALE, 0.0]]).repeat(shape[0], 1) if dtype == TABLE_DTYPES["fp8"] else None
-    if not fill:
-        return table, row_scale
-    bound = math.sqrt(6 / (shape[0] + shape[1]))
-    block = max(1, _INIT_BLOCK // max(1, shape[1]))
-    for start in range(0, shape[0], block):
-        part = table[start : start + block]
-        values = torch.empty(part.shape).uniform_(-bound, bound, generator=generator)
-        if row_scale is not None:
-            values = (values / _FIRST_SCALE).clamp(-448, 448)
-        part.copy_(values)
-        if row_scale is not None:
-            row_scale[start : start + block, 1] = part.float().abs().amax(1) * _FIRST_SCALE
-    return table, row_scale
+        return rows_of(self.weight, self.row_scale, start, end)

@@ -8,12 +8,8 @@ from torch import Tensor, nn
 from xmlkernels import dist
 from xmlkernels.errors import InputError
 from xmlkernels.nn.encoder import default_autocast
+from xmlkernels.nn.table import DTYPES, TABLE_DTYPES, blocks, fill_rows, new_table, normal, rows_of
 from xmlkernels.ops import bce_loss, bce_step_, matmul_topk, rescale_rows_
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TABLE_DTYPES = DTYPES | {"fp8": torch.float8_e4m3fn}
-_FIRST_SCALE = 2.0**-8  # of each row of an fp8 table: values up to 1.75
-_INIT_BLOCK = 1 << 22  # values drawn at a time: a table below fp32 never stands in memory as fp32
 
 
 def default_table_dtype(device: torch.device) -> str:
@@ -92,7 +88,7 @@ class FullHead(nn.Module):
         shape = (labels, width)
         self.decoupled = decoupled
         self.config = {"labels": labels, "width": width, "dtype": dtype, "bias": bias}
-        weight, row_scale = _normal(shape, std, seed, TABLE_DTYPES[dtype])
+        weight, row_scale = new_table(labels, width, TABLE_DTYPES[dtype], seed, normal(std))
         self.register_buffer("weight", weight)
         self.register_buffer("row_scale", row_scale)
         self.register_buffer("rescaled", None if row_scale is None else torch.zeros(1, dtype=torch.int64))
@@ -165,12 +161,10 @@ class FullHead(nn.Module):
         if documents == 0:
             raise InputError("first label rows", "training documents", "none", "give the batches of the training split")
         mean /= documents
-        block = max(1, _INIT_BLOCK // max(1, total.shape[1]))
-        for start in range(0, self.labels, block):
-            end = min(start + block, self.labels)
+        for start, end in blocks(self.weight):
             seen = count[start:end]
             rows = norm * nn.functional.normalize(total[start:end] / seen.clamp(min=1) - mean)
-            _fill(self.weight, self.row_scale, start, torch.where(seen > 0, rows, self.rows(start, end)))
+            fill_rows(self.weight, self.row_scale, start, torch.where(seen > 0, rows, self.rows(start, end)))
 
     @torch.no_grad()
     def step(
@@ -208,36 +202,9 @@ class FullHead(nn.Module):
 
     def rows(self, start: int, end: int) -> Tensor:
         """Table rows start:end in fp32 [end - start, D], a copy."""
-        part = self.weight[start:end].to(torch.float32, copy=True)
-        return part if self.row_scale is None else part * self.row_scale[start:end, :1]
+        return rows_of(self.weight, self.row_scale, start, end)
 
     @torch.no_grad()
     def topk(self, x: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits fp32 [B, k] and labels int64 [B, k] of the k best labels, best first; see `matmul_topk`."""
         return matmul_topk(x, self.weight, self.bias, k, exclude=exclude, row_scale=self.row_scale)
-
-
-def _normal(shape: tuple[int, int], std: float, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """The initial table, and the row_scale of an fp8 one."""
-    # A generator of its own: the table must not depend on what was drawn before it.
-    generator = torch.Generator().manual_seed(seed)
-    table = torch.zeros(shape, dtype=dtype)
-    row_scale = torch.tensor([[_FIRST_SCALE, 0.0]]).repeat(shape[0], 1) if dtype == TABLE_DTYPES["fp8"] else None
-    if std == 0:
-        return table, row_scale
-    block = max(1, _INIT_BLOCK // max(1, shape[1]))
-    for start in range(0, shape[0], block):
-        rows = min(block, shape[0] - start)
-        _fill(table, row_scale, start, torch.randn(rows, shape[1], generator=generator) * std)
-    return table, row_scale
-
-
-def _fill(table: Tensor, row_scale: Tensor | None, start: int, values: Tensor) -> None:
-    """Rows start … of a table from fp32 values; an fp8 table gets them by its scale, and their largest as its maximum."""
-    end = start + values.shape[0]
-    if row_scale is None:
-        table[start:end].copy_(values)
-        return
-    scale = row_scale[start:end, :1]
-    table[start:end].copy_((values / scale).clamp(-448, 448))
-    row_scale[start:end, 1] = (table[start:end].float() * scale).abs().amax(1)
