@@ -79,7 +79,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
         "A cascade on EURLEX57K titles, all-MiniLM-L6-v2; prepare the dataset folder first.",
         replace(
             _CASCADE, dataset="cache/eurlex57k-titles", output="runs/cascade-eurlex57k", label_text=True, tree_depths=(6, 9),
-            topk=(48, 192), rw_loss=(1.0, 6.0, 25.0), encoder_lr=2e-4, evaluate_every=2,
+            topk=(48, 192), rw_loss=(1.0, 6.0, 25.0), encoder_lr=2e-4, head_lr_factor=7.5, evaluate_every=2,
         ),
     ),
     **PUBLISHED,
