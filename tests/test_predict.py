@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from train_runs import LABELS, ROOT, make_dataset, run, tiny
+from train_runs import LABELS, ROOT, finished_run, make_dataset
 
 from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset, Split
@@ -38,9 +38,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    run(tiny(dataset, output))
-    return output
+    return finished_run(dataset, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ranker_runs import options
-from train_runs import LABELS, make_dataset, make_tree, run, tiny
+from train_runs import LABELS, finished_run, make_dataset, make_tree, run, tiny
 
 from xmlkernels import InputError
 from xmlkernels.data.bow import Vectorizer
@@ -33,9 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    run(tiny(folder, output))
-    return output
+    return finished_run(folder, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from ranker_runs import options
 from scipy.sparse import csr_matrix
-from train_runs import LABELS, ROOT, make_dataset, make_tree, run, tiny
+from train_runs import LABELS, ROOT, finished_run, make_dataset, make_tree
 
 from xmlkernels import InputError
 from xmlkernels.data.bow import Vectorizer
@@ -42,9 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    run(tiny(folder, output))
-    return output
+    return finished_run(folder, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")

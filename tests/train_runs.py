@@ -29,8 +29,8 @@ from xmlkernels.data.prepare import PrepareConfig, prepare  # noqa: E402
 from xmlkernels.tree.label_tree import LabelTree  # noqa: E402
 
 __all__ = [
-    "LABELS", "RECIPES", "ROOT", "TRAIN_DOCUMENTS", "Config", "cascade", "check", "make_dataset", "make_tokenizer", "make_tree",
-    "run", "session", "threads_kept", "tiny", "weights", "write_part",
+    "LABELS", "RECIPES", "ROOT", "TRAIN_DOCUMENTS", "Config", "cascade", "check", "finished_run", "make_dataset",
+    "make_tokenizer", "make_tree", "run", "session", "threads_kept", "tiny", "weights", "write_part",
 ]  # fmt: skip
 TRAIN_DOCUMENTS, LABELS = 160, 30
 PARTS = {"train": ("trn", TRAIN_DOCUMENTS), "validation": ("val", 40), "test": ("tst", 50)}
@@ -101,6 +101,12 @@ def run(config: Config) -> dict[str, Any]:
     """`train` in this process, which keeps its thread count."""
     with threads_kept():
         return train(config)
+
+
+def finished_run(dataset: Path, base: Path) -> Path:
+    """The output folder of a whole tiny run."""
+    run(tiny(dataset, base / "whole"))
+    return base / "whole"
 
 
 def weights(folder: Path, which: str) -> dict[str, bytes]:

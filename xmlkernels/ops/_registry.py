@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from xmlkernels import native
 from xmlkernels.errors import InputError
 
-_library = torch.library.Library("xmlkernels", "DEF")
+_library = library.Library("xmlkernels", "DEF")
 missing: str | None = native.load()
 """Why the native library is not loaded; None when it is."""
 
@@ -33,7 +33,7 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
         return reference(*args, **kwargs)
 
     _library.impl(name, default, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"xmlkernels::{name}", fake, lib=_library)
+    library.register_fake(f"xmlkernels::{name}", fake, lib=_library)
 
 
 def register_cuda(name: str, module: str) -> None:

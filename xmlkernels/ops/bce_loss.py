@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from xmlkernels.ops._registry import check_positives, check_table, define, expect, register_cuda
 from xmlkernels.reference.bce_loss import bce_loss as reference
@@ -96,6 +96,6 @@ define(
     backward_reference,
     _backward_fake,
 )
-torch.library.register_autograd("xmlkernels::bce_loss", _backward, setup_context=_setup_context)
+library.register_autograd("xmlkernels::bce_loss", _backward, setup_context=_setup_context)
 for _name in ("bce_loss", "bce_loss_backward"):
     register_cuda(_name, "xmlkernels.triton.bce_loss")

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from xmlkernels.ops._registry import check_table, check_tensor, define, expect, register_cuda
 from xmlkernels.reference.shortlist_matmul import shortlist_backward as backward_reference
@@ -68,7 +68,7 @@ def _backward_fake(
     dlogits: Tensor, x: Tensor, weight: Tensor, index: Tensor, row_scale: Tensor | None = None,
     *, need_dx: bool = True, need_dweight: bool = True, need_dbias: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    unique = torch.library.get_ctx().new_dynamic_size() if need_dweight or need_dbias else 0
+    unique = library.get_ctx().new_dynamic_size() if need_dweight or need_dbias else 0
     return (
         x.new_empty(x.shape if need_dx else (0,), dtype=torch.float32),
         index.new_empty(unique),
@@ -112,6 +112,6 @@ define(
     backward_reference,
     _backward_fake,
 )
-torch.library.register_autograd("xmlkernels::shortlist_matmul", _backward, setup_context=_setup_context)
+library.register_autograd("xmlkernels::shortlist_matmul", _backward, setup_context=_setup_context)
 register_cuda("shortlist_matmul", "xmlkernels.triton.shortlist_matmul")
 register_cuda("shortlist_backward", "xmlkernels.triton.shortlist_matmul")
