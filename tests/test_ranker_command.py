@@ -5,15 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from ranker_runs import options
+from ranker_runs import SMALL, options
 from scipy.sparse import csr_matrix
-from train_runs import LABELS, ROOT, finished_run, make_dataset, make_tree
+from train_runs import LABELS, ROOT, finished_run, make_dataset, make_tree, run, tiny
 
 from xmlkernels import InputError
 from xmlkernels.data.bow import Vectorizer
@@ -137,6 +138,34 @@ def test_wrong_texts_are_told_before_the_model_runs(
     monkeypatch.setattr(command, "load_tfidf", None)  # and so would TF-IDF, which is not made for nothing
     with pytest.raises(InputError, match="nowhere"):
         command.train(options(folder, tmp_path, checkpoint=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize(("words", "passes"), [(1, 2), (2, 5)])
+def test_a_bag_of_words_takes_the_tfidf_of_the_same_vocabulary(
+    words: int, passes: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranker's phrases are of one word: those of the first bag too. Validation and test are turned into TF-IDF, and for the
+    second bag all three splits once more."""
+    bow = {"encoder": "bow", "bow_width": 16, "min_df": 1, "ngrams": words, "encoder_lr": 0.1, "table_lr": 0.1}
+    run(tiny(folder, tmp_path / "bow", **bow, table_optimizer="adam", epochs=1))
+    transform, calls = Vectorizer.transform, []
+
+    def counted(self: Vectorizer, texts: Iterable[str]) -> csr_matrix:
+        calls.append(self)
+        return transform(self, texts)
+
+    monkeypatch.setattr(Vectorizer, "transform", counted)
+    wanted = options(folder, tmp_path / "ranker", checkpoint=str(tmp_path / "bow"), embedding=False)
+    report = command.train(wanted)
+    assert len(calls) == passes
+    predictor, inputs = Predictor.load(tmp_path / "bow"), tmp_path / "ranker" / "inputs"
+    for name, split in Dataset.open(folder).splits.items():
+        values, rows = predict_split(predictor.model, split, SMALL["shortlist"], inputs=predictor.inputs)
+        expected, found = score_matrix(values, rows, LABELS), read_npz(inputs / f"shortlist_{name}.npz", keep_zeros=True)
+        assert np.array_equal(found.indices, expected.indices) and np.allclose(found.data, expected.data, atol=1e-5)
+    assert not list(inputs.glob("*.npy"))  # no embedding, no file of one
+    monkeypatch.setattr(ranker_inputs, "Predictor", None)  # a second pass of the model would fail
+    assert command.train(wanted)["test"] == report["test"]
 
 
 def test_given_share_and_no_embedding(trained: tuple[Path, dict[str, Any]], folder: Path, finished: Path) -> None:

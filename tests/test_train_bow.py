@@ -22,6 +22,7 @@ from xmlkernels.data.bow import Vectorizer
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.evaluation import predict_split
+from xmlkernels.parallel import most_threads
 from xmlkernels.predict import Predictor
 
 TIMING = ("documents_per_second", "seconds")
@@ -166,7 +167,7 @@ def test_a_dataset_of_bags_is_trained_and_says_that_it_cannot_read_texts(
 def test_a_cascade_on_a_dataset_of_bags(bags: Path, tmp_path: Path) -> None:
     """The tree is made of the same columns."""
     options = CASCADE | {"tree_depths": (1, 2), "topk": (2, 3), "epochs": 6, "cache": str(tmp_path / "cache"), "bow_width": 16}
-    report = run(replace(cascade(bags, tmp_path / "run", Path(), **options), tree=""))
+    report = run(replace(cascade(bags, tmp_path / "run", Path(), **options), tree="", threads=most_threads() + 1))
     assert report["test"]["P@1"] > 60 and [x["clusters"] for x in report["test"]["levels"]] == [2, 4]
 
 

@@ -156,12 +156,14 @@ def train(options: Options) -> dict[str, Any]:
             vocabulary = load_tfidf(options, dataset, documents, folder)
     if options.checkpoint:  # after TF-IDF: a mistake in the texts is told before the long pass
         with clock.on("embeddings and shortlists"):
-            inputs = folder / "inputs"
-            checkpoint = model_inputs(options.checkpoint, dataset, documents, options.shortlist, inputs, options.device)
+            checkpoint = model_inputs(
+                options.checkpoint, dataset, documents, options.shortlist, folder / "inputs", options.device,
+                embedding=options.embedding, vocabulary=vocabulary,
+            )  # fmt: skip
     source = source_of(options, checkpoint, vocabulary)
     weights = {name: getattr(options, name) for name in ("embedding_weight", "tfidf_weight")}
     for part in documents.values():
-        part.features = Features.join(part.embedding if options.embedding else None, part.tfidf, **weights)
+        part.features = Features.join(part.embedding, part.tfidf, **weights)
     if tree is not None:
         with clock.on("clusters"):
             match(options, tree, documents, folder / CLUSTERS)

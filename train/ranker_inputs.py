@@ -16,8 +16,8 @@ from xmlkernels.data.bow import Vectorizer
 from xmlkernels.data.dataset import Dataset, Split
 from xmlkernels.data.files import replacing
 from xmlkernels.data.formats import iter_lines, read_npz, write_npz
-from xmlkernels.data.inputs import check_dataset
-from xmlkernels.evaluation import predict_and_embed_split, score_matrix
+from xmlkernels.data.inputs import BowInputs, check_dataset
+from xmlkernels.evaluation import predict_and_embed_split, predict_split, score_matrix
 from xmlkernels.predict import Predictor, checkpoint_identity
 from xmlkernels.ranker.features import Features
 
@@ -89,16 +89,24 @@ def _rows(features: csr_matrix, split: Split, texts: dict[str, str]) -> csr_matr
     return features
 
 
-def model_inputs(checkpoint: str, dataset: Dataset, documents: dict[str, Documents], k: int, folder: Path, device: str) -> str:
-    """Embedding and shortlist of every split from a trained model, into `documents`; returns the checkpoint's identity.
+def model_inputs(
+    checkpoint: str, dataset: Dataset, documents: dict[str, Documents], k: int, folder: Path, device: str, *,
+    embedding: bool = True, vocabulary: str = "",
+) -> str:  # fmt: skip
+    """Shortlist and embedding of every split from a trained model, into `documents`; returns the checkpoint's identity.
 
     They are kept in `folder` (embedding of each split as .npy, shortlist as .npz) and read from there when checkpoint,
     dataset and k are the same.
 
+    Args:
+        k: labels of a shortlist.
+        embedding: False leaves the embedding out.
+        vocabulary: content hash of the one that the documents' TF-IDF has: a bag of words of the same one takes that.
+
     Raises:
         InputError: no such checkpoint, or one of a model that does not know the dataset.
     """
-    key = {"checkpoint": checkpoint_identity(checkpoint), "dataset": dataset.content_hash, "k": k}
+    key = {"checkpoint": checkpoint_identity(checkpoint), "dataset": dataset.content_hash, "k": k, "embedding": embedding}
     told = folder / "inputs.json"
     if read_kept(folder, key, dataset, documents):
         say(f"embeddings and shortlists of this checkpoint are taken from {folder}/")
@@ -106,15 +114,21 @@ def model_inputs(checkpoint: str, dataset: Dataset, documents: dict[str, Documen
     predictor = Predictor.load(checkpoint, device=resolved_device(device))
     model, inputs = predictor.model, predictor.inputs
     check_dataset(dataset, predictor.labels, inputs)
+    if isinstance(inputs, BowInputs) and vocabulary and inputs.config()["vocabulary"] == vocabulary:
+        ready = {name: part.tfidf for name, part in documents.items() if part.tfidf is not None}
+        inputs = BowInputs(None, inputs.vectorizer, ready)
     folder.mkdir(parents=True, exist_ok=True)
     told.unlink(missing_ok=True)
     for name, part in documents.items():
-        values, rows, part.embedding = predict_and_embed_split(model, part.split, k, inputs=inputs)
+        if embedding:
+            values, rows, part.embedding = predict_and_embed_split(model, part.split, k, inputs=inputs)
+            with replacing(folder / f"embeddings_{name}.npy") as file:
+                np.save(file, part.embedding)
+        else:
+            values, rows = predict_split(model, part.split, k, inputs=inputs)
         part.shortlist = score_matrix(values, rows, dataset.num_labels)
-        with replacing(folder / f"embeddings_{name}.npy") as file:
-            np.save(file, part.embedding)
         write_npz(folder / f"shortlist_{name}.npz", part.shortlist, keep_zeros=True)
-        say(f"{name}: {len(part.split):,} documents embedded")
+        say(f"{name}: {len(part.split):,} documents {'embedded' if embedding else 'listed'}")
     # The run may have gone on since it was asked for its checkpoint: what counts is the one that was read.
     write_json(told, key | {"checkpoint": predictor.identity})
     return predictor.identity
@@ -131,7 +145,8 @@ def read_kept(folder: Path, key: dict[str, Any], dataset: Dataset, documents: di
         if read_json(folder / "inputs.json") != key:
             return False
         for name, part in documents.items():
-            part.embedding = read_embedding(folder / f"embeddings_{name}.npy", len(part.split))
+            if key["embedding"]:
+                part.embedding = read_embedding(folder / f"embeddings_{name}.npy", len(part.split))
             path = folder / f"shortlist_{name}.npz"
             part.shortlist = read_npz(path, rows=len(part.split), cols=dataset.num_labels, keep_zeros=True)
     except InputError as error:

@@ -51,7 +51,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
         "--table-lr 0.001 --bow-activation relu --no-label-text); prepare the dataset folder with --keep-texts first.",
         replace(
             _BOW, dataset="cache/eurlex57k-titles", output="runs/bow-eurlex57k-titles", label_text=True, dropout=0.4,
-            table_lr=2e-3, bow_activation="none", evaluate_every=6,
+            table_lr=2e-3, bow_activation="none", epochs=4, evaluate_every=4,
         ),
     ),
     "bow-debian-deps": (

@@ -38,7 +38,7 @@ def train(config: Config) -> dict[str, Any]:
         run.epoch, run.position = run.epoch + 1, 0
         best = False
         if run.validation is not None and (run.epoch % config.evaluate_every == 0 or run.epoch == config.epochs):
-            metrics, _ = run.evaluate(run.validation, k=5)
+            metrics, _ = run.evaluate(run.validation)
             best = run.improved(metrics)
         if best or config.save_every or run.epoch == config.epochs:
             run.save(best=best)

@@ -68,6 +68,7 @@ class Session:
         self.clock = Clock()
         self.epoch = self.position = self.documents = 0
         self.best: dict[str, float] = {}
+        self.measured: tuple[Any, dict[str, Any], Evaluation] | None = None  # of which split, step and scheme
         self.pending: list[tuple[Tensor, int]] = []
         self.marked = (0, 0.0)  # documents and seconds at the last log line
         if self.folder.resumable:
@@ -213,9 +214,20 @@ class Session:
 
     # ---- evaluation ----
 
-    def evaluate(self, split: Split, k: int) -> tuple[dict[str, Any], Evaluation]:
-        """Metrics in percent, the loss and, of a cascade, `levels`; and the predictions they came from."""
+    def evaluate(self, split: Split) -> tuple[dict[str, Any], Evaluation]:
+        """Metrics in percent, the loss and, of a cascade, `levels`; and the predictions they came from.
+
+        What was measured last is not measured again: mostly the last epoch is the best one.
+        """
+        scheme = self.model.heads.scheme if isinstance(self.model, Cascade) else None
+        key = (split.name, self.model.steps, scheme)
+        if self.measured is None or self.measured[0] != key:
+            self.measured = (key, *self._measure(split))
+        return self.measured[1:]
+
+    def _measure(self, split: Split) -> tuple[dict[str, Any], Evaluation]:
         with self.clock.on("evaluate"):
+            k = max(self.config.top_k, 5)  # the metrics go to 5, however few are kept
             found = evaluate_split(self.model, split, k, batch_size=self.config.evaluate_batch, inputs=self.inputs)
             metrics: dict[str, Any] = evaluate(found.labels, split.labels, self.inverse_propensity)
         metrics |= {"loss": found.loss} | ({"levels": found.levels} if found.levels else {})
@@ -257,10 +269,11 @@ class Session:
             say("no validation split: the last step is kept as the best checkpoint")
             return {"epoch": self.epoch, "step": self.model.steps}
         dist.wait()  # until the first has written it
-        tensors, _ = checkpoints.load("best")
-        self.model.load_tensors(tensors)
-        self.epoch = int(self.best["epoch"])
-        say(f"the best checkpoint by validation {self.config.best_by} is epoch {self.epoch}'s: measured once more, in full")
+        if self.best["step"] != self.model.steps:
+            tensors, _ = checkpoints.load("best")
+            self.model.load_tensors(tensors)
+            self.epoch = int(self.best["epoch"])
+        say(f"the best checkpoint by validation {self.config.best_by} is epoch {self.epoch}'s")
         return self.best
 
     def finish(self) -> dict[str, Any]:
@@ -274,10 +287,11 @@ class Session:
         for split in (self.validation, self.test):
             if split is None:
                 continue
-            metrics, found = self.evaluate(split, self.config.top_k)
+            metrics, found = self.evaluate(split)
             report[SHOWN.get(split.name, split.name)] = metrics
             if self.folder.writes and (split is self.test or self.test is None):
-                scores = score_matrix(found.values, found.labels, self.dataset.num_labels)
+                kept = self.config.top_k
+                scores = score_matrix(found.values[:, :kept], found.labels[:, :kept], self.dataset.num_labels)
                 write_npz(self.folder.path / "predictions.npz", scores, keep_zeros=True)
                 report["macro"] = macro_metrics(found.labels, split.labels)
                 report["deciles"] = decile_table(found.labels, split.labels, self.dataset.splits["train"].labels)

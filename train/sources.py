@@ -16,6 +16,7 @@ from xmlkernels.data.loader import BagBatches, Batches
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.models.common import arrangement
+from xmlkernels.parallel import most_threads
 from xmlkernels.tree.label_tree import LabelTree
 
 
@@ -85,10 +86,11 @@ def open_tree(config: Config, dataset: Dataset) -> LabelTree | None:
     if not folder.exists():
         clusters = ", ".join(f"{2**depth:,}" for depth in config.tree_depths)
         say(f"label tree of {clusters} clusters, made on first use as train/tree.py does:")
+    threads = min(config.threads, most_threads())  # torch may be told of more than there are; the tree is the same
     # A tree of this name made by another version is only a cache: replace it.
     return make_tree(
         TreeOptions(
-            str(dataset.folder), str(folder), depths=config.tree_depths, seed=config.seed, threads=config.threads, plot=False,
+            str(dataset.folder), str(folder), depths=config.tree_depths, seed=config.seed, threads=threads, plot=False,
             overwrite=True,
         )
     )  # fmt: skip

@@ -21,6 +21,7 @@ from tree_report import lines_of, plot
 from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import replacing
+from xmlkernels.parallel import most_threads
 from xmlkernels.tree.cluster import Means, cluster
 from xmlkernels.tree.features import LabelFeatures, TextFeatures, TokenFeatures, fill_empty, label_centroids, label_features
 from xmlkernels.tree.graph import label_graph, prune, smooth
@@ -192,7 +193,7 @@ def _feature_source(options: Options, dataset: Dataset) -> str:
 def _set_threads(threads: int) -> None:
     import numba
 
-    most = numba.config.NUMBA_NUM_THREADS
+    most = most_threads()
     if not 0 <= threads <= most:
         raise InputError("--threads", f"0 (all) to {most}", str(threads), "choose fewer, or set NUMBA_NUM_THREADS")
     numba.set_num_threads(threads or most)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numba
 import pytest
 
-from xmlkernels.tree import parallel
+from xmlkernels import parallel
 
 
 @pytest.fixture

@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import numba
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -26,6 +23,7 @@ from scipy.sparse import csr_matrix
 from xmlkernels.data.files import check_file, replacing
 from xmlkernels.data.matrices import check_shape
 from xmlkernels.errors import InputError
+from xmlkernels.parallel import in_parallel, keep_compiled
 from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.solve import keep, score, solve
 
@@ -112,7 +110,8 @@ class LinearRanker:
         weights = (self.dense, *_arrays(self.sparse), self.sparse.shape[1])
         listed = (place.indptr.astype(np.int64), place.indices.astype(np.int64), place.data)
         step = max(1, labels // 64)  # each piece makes a full row of V zeros: not one for each label
-        _spread(lambda a, b: score(a, b, weights, self.bias, _inputs(features), listed, out), labels, step, threads)
+        keep_compiled(score)
+        in_parallel(lambda a, b: score(a, b, weights, self.bias, _inputs(features), listed, out), labels, step, threads)
         return csr_matrix((out, pairs.indices, pairs.indptr), pairs.shape)
 
     def log_probability(self, margins: np.ndarray) -> np.ndarray:
@@ -218,6 +217,7 @@ def _blocks(
     order = np.argsort(-work, kind="stable")
     size = max(1, min(1024, _BLOCK_BYTES // (8 * max(1, width + columns))))
     kept, rows = np.zeros(count, np.int64), []
+    keep_compiled(solve, keep)
     for first in range(0, count, size):
         part = order[first : first + size]
         block, places = np.zeros((len(part), width + columns), np.float32), np.empty((len(part), columns), np.int32)
@@ -227,7 +227,7 @@ def _blocks(
             solve(a, b, part, listed, positives, squares, x, how, settings.seed, block, constant, passes)  # noqa: B023
             keep(a, b, block, width, settings.prune, held, places)  # noqa: B023
 
-        _spread(train, len(part), 4, threads)
+        in_parallel(train, len(part), 4, threads)
         dense[part], bias[part], kept[part] = block[:, :width], constant * settings.bias, held
         chosen = np.arange(columns) < held[:, None]
         rows.append((places[chosen], block[:, width:][chosen]))
@@ -270,12 +270,3 @@ def _inputs(features: Features) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
 
 def _only(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key in known}
-
-
-def _spread(work: Callable[[int, int], None], count: int, step: int, threads: int) -> None:
-    """Calls work(begin, end) for the pieces of range(count), on some threads; 0 is numba's number of them."""
-    if threads < 0:
-        raise InputError("threads", "0 or more", str(threads), "leave it out")
-    with ThreadPoolExecutor(threads or numba.get_num_threads()) as pool:
-        for done in [pool.submit(work, begin, min(begin + step, count)) for begin in range(0, count, step)]:
-            done.result()

@@ -4,9 +4,8 @@ Letters: N documents, D dense columns, V sparse columns, n labels of a block, m 
 
 The classifier of a label minimises ½‖w‖² + Σ cost_i · loss(y_i · w·x_i) over its documents, with a constant feature for the
 bias (so the bias is regularised too). A label's result depends on its own documents and the seed alone: neither on the
-threads nor on the labels beside it. The loops hold no lock of the interpreter; who calls them spreads them over threads, for
-numba's own parallel transform takes far longer to compile. They are compiled at the first call of a process (some seconds):
-numba's cache on disk would be looked for, and made, at import.
+threads nor on the labels beside it. The loops hold no lock of the interpreter; who calls them spreads them over threads. They
+are compiled at the first call: loops stand where numpy's own functions (unique, where, slices) would take seconds for that.
 
 Sources: Hsieh, Chang, Lin, Keerthi & Sundararajan, "A Dual Coordinate Descent Method for Large-scale Linear SVM" (ICML
 2008), algorithm 3 (random order, shrinking), squared hinge; Yu, Huang & Lin, "Dual coordinate descent methods for logistic
@@ -22,6 +21,7 @@ import numpy as np
 
 # Sums may be taken in the order that fills a vector register: the same on every run on one machine.
 _FAST = {"reassoc", "contract"}
+Arrays = tuple[np.ndarray, np.ndarray]
 _INNER = 0.1  # a Newton step past the border goes this share of the way to it (Yu et al.)
 
 
@@ -68,19 +68,47 @@ def _shuffle(order: np.ndarray, count: int, state: np.ndarray) -> None:
 
 
 @numba.njit
-def _listed(
-    listed: np.ndarray, positive: np.ndarray, negatives: int, n: int, state: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Documents a label is trained on and +1 or -1 of each: listed ones, positives and up to `negatives` random others.
+def _listed(listed: np.ndarray, positive: np.ndarray, negatives: int, n: int, state: np.ndarray) -> Arrays:
+    """Documents a label is trained on, ascending, and +1 or -1 of each: listed ones, positives and up to `negatives` random
+    others. The first two come ascending.
 
     Work and memory grow with the lists, not with N. What is drawn twice counts once.
     """
     drawn = np.empty(negatives, np.int64)
     for k in range(negatives):
         drawn[k] = _below(state, n)
-    docs = np.unique(np.concatenate((listed.astype(np.int64), positive.astype(np.int64), drawn)))
-    y = np.full(len(docs), -1, np.int8)
-    y[np.searchsorted(docs, positive)] = 1
+    drawn.sort()
+    most = len(listed) + len(positive) + negatives
+    docs, y = np.empty(most, np.int64), np.empty(most, np.int8)
+    a = b = c = count = 0
+    while a < len(listed) or b < len(positive) or c < negatives:
+        doc = n
+        if a < len(listed):
+            doc = min(doc, listed[a])
+        if b < len(positive):
+            doc = min(doc, positive[b])
+        if c < negatives:
+            doc = min(doc, drawn[c])
+        docs[count], y[count] = doc, -1
+        while a < len(listed) and listed[a] == doc:
+            a += 1
+        while b < len(positive) and positive[b] == doc:
+            y[count] = 1
+            b += 1
+        while c < negatives and drawn[c] == doc:
+            c += 1
+        count += 1
+    return docs[:count], y[:count]
+
+
+@numba.njit
+def _every(positive: np.ndarray, n: int) -> Arrays:
+    """All n documents, and +1 or -1 of each."""
+    docs, y = np.arange(n), np.empty(n, np.int8)
+    for i in range(n):
+        y[i] = -1
+    for i in positive:
+        y[i] = 1
     return docs, y
 
 
@@ -185,17 +213,19 @@ def solve(begin, end, labels, lists, positives, squares, x, how, seed, block, co
     n = len(squares)
     for b in range(begin, end):
         label = labels[b]
-        state = np.array([np.uint64(seed) ^ (np.uint64(label + 1) * np.uint64(0xD1342543DE82EF95))], np.uint64)
+        state = np.empty(1, np.uint64)
+        state[0] = np.uint64(seed) ^ (np.uint64(label + 1) * np.uint64(0xD1342543DE82EF95))
         positive = positives[1][positives[0][label] : positives[0][label + 1]]
         if len(lists[0]):
             listed = lists[1][lists[0][label] : lists[0][label + 1]]
             docs, y = _listed(listed, positive, negatives, n, state)
         else:
-            docs, y = np.arange(n), np.full(n, -1, np.int8)
-            y[positive] = 1
+            docs, y = _every(positive, n)
         if not len(docs):
             continue
-        costs = np.where(y > 0, cost * positive_weight, cost)
+        costs = np.empty(len(docs))
+        for k in range(len(docs)):
+            costs[k] = cost * positive_weight if y[k] > 0 else cost
         if logistic:
             constant[b], passes[b] = _logistic(docs, y, costs, squares, x, bias, tolerance, epochs, state, block[b])
         else:
@@ -238,7 +268,8 @@ def score(begin, end, weights, constant, x, pairs, out):  # type: ignore[no-unty
         first, last = pairs[0][label], pairs[0][label + 1]
         if first == last:
             continue
-        u[:width] = weights[0][label]
+        for j in range(width):
+            u[j] = weights[0][label, j]
         for p in range(weights[1][label], weights[1][label + 1]):
             u[width + weights[2][p]] = weights[3][p]
         for p in range(first, last):

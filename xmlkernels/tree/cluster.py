@@ -13,9 +13,9 @@ from threading import local as thread_local
 import numpy as np
 
 from xmlkernels.errors import InputError
+from xmlkernels.parallel import in_parallel, keep_compiled
 from xmlkernels.tree.features import LabelFeatures
 from xmlkernels.tree.large_node import add_columns, add_dense, split_large
-from xmlkernels.tree.parallel import in_parallel, keep_compiled
 from xmlkernels.tree.two_means import score_some, split_node, start_on_sample
 
 # None of these depends on the machine: they decide the clusters.

@@ -11,7 +11,7 @@ from numba import njit
 from scipy.sparse import csr_matrix
 
 from xmlkernels.errors import InputError
-from xmlkernels.tree.parallel import in_parallel, keep_compiled
+from xmlkernels.parallel import in_parallel, keep_compiled
 from xmlkernels.tree.products import top_product
 
 _LABELS = 1024  # walks a thread does at a time

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from xmlkernels.tree.parallel import in_parallel, threads
+from xmlkernels.parallel import in_parallel, threads
 from xmlkernels.tree.two_means import score_some, start_on_sample
 
 _ROWS = 1024  # rows a thread scores at a time

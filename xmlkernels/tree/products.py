@@ -7,7 +7,7 @@ from numba import njit
 from scipy.sparse import csr_matrix
 
 from xmlkernels.errors import InputError
-from xmlkernels.tree.parallel import in_parallel, keep_compiled
+from xmlkernels.parallel import in_parallel, keep_compiled
 
 _ROWS = 1 << 11  # rows a thread does at a time; their kept entries are held uncompacted
 

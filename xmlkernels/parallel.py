@@ -11,7 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
-from numba import get_num_threads
+from numba import config, get_num_threads
+
+from xmlkernels.errors import InputError
 
 _kept: set[Any] = set()
 
@@ -23,10 +25,15 @@ def keep_compiled(*loops: Any) -> None:
     alone, so the loops of a file must not call those of another.
     """
     for loop in loops:
-        if loop not in _kept:
+        if loop not in _kept and hasattr(loop, "enable_caching"):  # without NUMBA_DISABLE_JIT
             _kept.add(loop)
             with suppress(RuntimeError):  # no folder that can be written: compiled for this process alone
                 loop.enable_caching()
+
+
+def most_threads() -> int:
+    """How many numba can be told to use: the processors, or NUMBA_NUM_THREADS."""
+    return int(config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]  # numba fills its config when it is imported
 
 
 def threads() -> int:
@@ -34,10 +41,19 @@ def threads() -> int:
     return int(get_num_threads())
 
 
-def in_parallel(work: Callable[[int, int], None], count: int, step: int) -> None:
-    """Calls work(begin, end) for the pieces of `step` of range(count). Who does which piece must not change the result."""
+def in_parallel(work: Callable[[int, int], None], count: int, step: int, workers: int = 0) -> None:
+    """Calls work(begin, end) for the pieces of `step` of range(count). Who does which piece must not change the result.
+
+    Args:
+        workers: threads; 0 is `threads()`.
+
+    Raises:
+        InputError: a negative number of them.
+    """
+    if workers < 0:
+        raise InputError("threads", "0 or more", str(workers), "leave it out")
     pieces = [(begin, min(begin + step, count)) for begin in range(0, count, step)]
-    workers = min(threads(), len(pieces))
+    workers = min(workers or threads(), len(pieces))
     if workers <= 1:
         for begin, end in pieces:
             work(begin, end)
