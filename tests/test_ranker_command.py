@@ -166,10 +166,15 @@ def test_a_bag_of_words_takes_the_tfidf_of_the_same_vocabulary(
     assert not list(inputs.glob("*.npy"))  # no embedding, no file of one
     monkeypatch.setattr(ranker_inputs, "Predictor", None)  # a second pass of the model would fail
     assert command.train(wanted)["test"] == report["test"]
+    with pytest.raises(AttributeError):  # but an embedding is not there
+        command.train(replace(wanted, embedding=True))
 
 
-def test_given_share_and_no_embedding(trained: tuple[Path, dict[str, Any]], folder: Path, finished: Path) -> None:
+def test_given_share_and_no_embedding(
+    trained: tuple[Path, dict[str, Any]], folder: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output, _ = trained
+    monkeypatch.setattr(ranker_inputs, "Predictor", None)  # kept inputs with an embedding serve those who want none
     changed = options(folder, output, checkpoint=str(finished), share=0.0, embedding=False)
     report = command.train(changed)
     assert report["test"]["both"] == report["test"]["plain model"] and report["share"] == 0

@@ -100,15 +100,15 @@ def model_inputs(
 
     Args:
         k: labels of a shortlist.
-        embedding: False leaves the embedding out.
+        embedding: False computes none, and takes none that is kept.
         vocabulary: content hash of the one that the documents' TF-IDF has: a bag of words of the same one takes that.
 
     Raises:
         InputError: no such checkpoint, or one of a model that does not know the dataset.
     """
-    key = {"checkpoint": checkpoint_identity(checkpoint), "dataset": dataset.content_hash, "k": k, "embedding": embedding}
+    key = {"checkpoint": checkpoint_identity(checkpoint), "dataset": dataset.content_hash, "k": k}
     told = folder / "inputs.json"
-    if read_kept(folder, key, dataset, documents):
+    if read_kept(folder, key, dataset, documents, embedding=embedding):
         say(f"embeddings and shortlists of this checkpoint are taken from {folder}/")
         return str(key["checkpoint"])
     predictor = Predictor.load(checkpoint, device=resolved_device(device))
@@ -120,32 +120,37 @@ def model_inputs(
     folder.mkdir(parents=True, exist_ok=True)
     told.unlink(missing_ok=True)
     for name, part in documents.items():
+        vectors = folder / f"embeddings_{name}.npy"
         if embedding:
             values, rows, part.embedding = predict_and_embed_split(model, part.split, k, inputs=inputs)
-            with replacing(folder / f"embeddings_{name}.npy") as file:
+            with replacing(vectors) as file:
                 np.save(file, part.embedding)
         else:
+            vectors.unlink(missing_ok=True)  # of another checkpoint
             values, rows = predict_split(model, part.split, k, inputs=inputs)
         part.shortlist = score_matrix(values, rows, dataset.num_labels)
         write_npz(folder / f"shortlist_{name}.npz", part.shortlist, keep_zeros=True)
         say(f"{name}: {len(part.split):,} documents {'embedded' if embedding else 'listed'}")
     # The run may have gone on since it was asked for its checkpoint: what counts is the one that was read.
-    write_json(told, key | {"checkpoint": predictor.identity})
+    write_json(told, key | {"checkpoint": predictor.identity, "embedding": embedding})
     return predictor.identity
 
 
-def read_kept(folder: Path, key: dict[str, Any], dataset: Dataset, documents: dict[str, Documents]) -> bool:
-    """Whether embeddings and shortlists of this key lie in `folder`; if so they are put into `documents`.
+def read_kept(folder: Path, key: dict[str, Any], dataset: Dataset, documents: dict[str, Documents], *, embedding: bool) -> bool:
+    """Whether shortlists of this key, and embeddings where they are asked for, lie in `folder`; if so they are put into
+    `documents`.
 
     They are a cache: damaged ones are told, and count as none.
     """
     if not (folder / "inputs.json").exists():
         return False
     try:
-        if read_json(folder / "inputs.json") != key:
+        told = read_json(folder / "inputs.json")
+        whole = told.pop("embedding", True)  # there was a time when embeddings were always kept
+        if told != key or (embedding and not whole):
             return False
         for name, part in documents.items():
-            if key["embedding"]:
+            if embedding:
                 part.embedding = read_embedding(folder / f"embeddings_{name}.npy", len(part.split))
             path = folder / f"shortlist_{name}.npz"
             part.shortlist = read_npz(path, rows=len(part.split), cols=dataset.num_labels, keep_zeros=True)
