@@ -107,15 +107,17 @@ def test_places_beyond_the_shortlist_are_empty() -> None:
     assert (values[:, 1:] <= values[:, :-1]).all()
 
 
-def test_labels_of_every_scheme_for_one_pass() -> None:
+def test_levels_under_every_scheme_for_one_pass() -> None:
     model = trained(3, topk=[2, 3])
     batch, exclude = make_batch(model.tree, 64), torch.tensor([[0, -1], [1, 2], [3, -1], [-1, -1]]).repeat(16, 1)
-    found = model.predict_schemes(batch, 6, exclude)
-    assert set(found) == {"level", "weighted", "path"}
-    for scheme, labels in found.items():
+    found, loss = model.levels_and_loss(batch, 6, exclude, model.schemes)
+    assert set(found) == {"level", "weighted", "path"} and torch.equal(loss, model.loss(batch))
+    for scheme, levels in found.items():
         model.heads.use_scheme(scheme)
-        assert torch.equal(labels, model.predict(batch, 6, exclude)[1])
-    assert not torch.equal(found["level"], found["path"])
+        assert torch.equal(levels[-1].nodes, model.predict(batch, 6, exclude)[1])
+        for said, alone in zip(levels, model.predict_levels(batch, 6, exclude), strict=True):
+            assert torch.equal(said.values, alone.values) and torch.equal(said.nodes, alone.nodes)
+    assert not torch.equal(found["level"][-1].nodes, found["path"][-1].nodes)
 
 
 def test_predictions_and_embeddings_for_one_pass() -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from train_runs import LABELS, RECIPES, ROOT, Config, cascade, make_dataset, mak
 
 from xmlkernels import InputError
 from xmlkernels.checkpoint import CheckpointFolder
-from xmlkernels.data.dataset import Dataset
-from xmlkernels.evaluation import evaluate_split
+from xmlkernels.data.dataset import Dataset, Split
+from xmlkernels.evaluation import Evaluation, evaluate_schemes, evaluate_split
+from xmlkernels.models.cascade import Cascade
 from xmlkernels.predict import Predictor
 from xmlkernels.tree.label_tree import LabelTree
 
@@ -88,6 +90,29 @@ def test_the_scheme_is_the_best_one_on_validation_and_is_served(finished: Path, 
     metrics = metrics_of(finished)
     assert found[metrics["scheme"]] == max(found.values())
     assert metrics["best"]["P@1"] == metrics["validation"]["P@1"] == pytest.approx(100 * max(found.values()))
+
+
+def test_the_scheme_is_that_of_the_best_validation_not_of_the_last(
+    dataset: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+
+    def path_is_right_after_one_epoch_alone(model: Cascade, split: Split, k: int, **how: Any) -> dict[str, Evaluation]:
+        steps.append(model.steps)
+        found = evaluate_schemes(model, split, k, **how)
+        labels = np.full((len(split), k), -1)
+        if model.steps == steps[0]:
+            labels[:, 0] = [row.indices[0] for row in split.labels]
+        return found | {"path": replace(found["path"], labels=labels)}
+
+    monkeypatch.setattr(session, "evaluate_schemes", path_is_right_after_one_epoch_alone)
+    run(cascade(dataset, tmp_path / "run", tree, epochs=2))
+    metrics = metrics_of(tmp_path / "run")
+    assert len(steps) == 3 and steps[0] == steps[2] < steps[1]  # each epoch, and the best again
+    assert metrics["scheme"] == "path" and metrics["best"]["epoch"] == 1 and metrics["validation"]["P@1"] == 100
+    assert Predictor.load(tmp_path / "run").model.heads.scheme == "path"
+    model = Predictor.load(tmp_path / "run", which="last").model
+    assert isinstance(model, Cascade) and model.heads.scheme != "path"
 
 
 def test_shortlist_recall_counts_labels_whose_cluster_was_kept(finished: Path, dataset: Path) -> None:

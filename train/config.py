@@ -84,10 +84,11 @@ class Config:
     """Dropout of each level, coarse to fine, labels last; by default `.2 .25 .4 .5` for four levels, `.3 .3 .4` for three."""
     rw_loss: tuple[float, ...] = ()
     """Weight of each level's loss; by default 1 each. A loss is a mean over the level's candidates, so a level with many counts
-    for little beside one with few: weights in proportion to the candidates (`1 6 25` for 64, 384 and 1,600) make them equal."""
+    for little beside one with few: weights in proportion to the candidates (`1 6 25` for 64, 384 and 1,600) make them equal.
+    With --table-optimizer sgd the tables move in proportion to it, too."""
     scheme: Literal["auto", "level", "weighted", "path"] = "auto"
     """Score of a label: its own probability, times its cluster's, or the product from the coarsest cluster on. auto: the one
-    that is best on the validation split at the end of training (weighted without one)."""
+    that is best on the validation split, chosen anew in each validation (weighted without one)."""
     positives_bound: int = 32
     """Clusters beyond --topk that a training document with many true ones may keep; those beyond are lost, and counted."""
     reference_loss: bool = False

@@ -19,7 +19,7 @@ from xmlkernels import InputError, dist
 from xmlkernels.checkpoint import rng_state, set_rng_state
 from xmlkernels.data.dataset import Split
 from xmlkernels.data.matrices import write_npz
-from xmlkernels.evaluation import Evaluation, evaluate_split, predict_schemes, score_matrix
+from xmlkernels.evaluation import Evaluation, evaluate_schemes, evaluate_split, score_matrix
 from xmlkernels.metrics import decile_table, evaluate, inverse_propensity, macro_metrics
 from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.common import Documents
@@ -68,7 +68,7 @@ class Session:
         self.clock = Clock()
         self.epoch = self.position = self.documents = 0
         self.best: dict[str, float] = {}
-        self.measured: tuple[Any, dict[str, Any], Evaluation] | None = None  # of which split, step and scheme
+        self.measured: tuple[Any, dict[str, Any], Evaluation] | None = None  # of which split and step
         self.pending: list[tuple[Tensor, int]] = []
         self.marked = (0, 0.0)  # documents and seconds at the last log line
         if self.folder.resumable:
@@ -124,7 +124,7 @@ class Session:
                 "--resume", f"label tree {str(tree)[:12]}, as the run began", str(self.tree and self.tree.content_hash)[:12],
                 "resume with the tree it began with, which lies beside its checkpoint",
             )  # fmt: skip
-        self.model.load_tensors(tensors)
+        self._take(tensors, state)
         self._draw_on(state)
         self.epoch, self.position, self.best = state["epoch"], state["position"], state["best"]
         self.clock.spent |= state["seconds"]
@@ -139,6 +139,12 @@ class Session:
         say(f"resumed at step {self.model.steps:,} (epoch {self.epoch + 1}, batch {self.position})")
         if changed := differences(state.get("environment", {}), self.environment):
             say(f"note: {changed}; the run goes on, but not bit for bit as it would have")
+
+    def _take(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Puts a checkpoint's weights into the model, with the scheme that validation had chosen when it was written."""
+        self.model.load_tensors(dict(tensors))
+        if isinstance(self.model, Cascade):
+            self.model.heads.use_scheme(state["model"]["head"]["scheme"])
 
     def _draw_on(self, state: Mapping[str, Any]) -> None:
         """Draws as the run would have; a process that it did not have, or had with other devices, draws anew."""
@@ -217,48 +223,41 @@ class Session:
     def evaluate(self, split: Split) -> tuple[dict[str, Any], Evaluation]:
         """Metrics in percent, the loss and, of a cascade, `levels`; and the predictions they came from.
 
-        What was measured last is not measured again: mostly the last epoch is the best one.
+        With --scheme auto the validation split chooses the cascade's scheme. What was measured last is not measured again:
+        mostly the last epoch is the best one.
         """
-        scheme = self.model.heads.scheme if isinstance(self.model, Cascade) else None
-        key = (split.name, self.model.steps, scheme)
-        if self.measured is None or self.measured[0] != key:
-            self.measured = (key, *self._measure(split))
+        if self.measured is None or self.measured[0] != (split.name, self.model.steps):
+            self.measured = ((split.name, self.model.steps), *self._measure(split))
         return self.measured[1:]
 
     def _measure(self, split: Split) -> tuple[dict[str, Any], Evaluation]:
+        model, k = self.model, max(self.config.top_k, 5)  # the metrics go to 5, however few are kept
+        how: dict[str, Any] = {"batch_size": self.config.evaluate_batch, "inputs": self.inputs}
         with self.clock.on("evaluate"):
-            k = max(self.config.top_k, 5)  # the metrics go to 5, however few are kept
-            found = evaluate_split(self.model, split, k, batch_size=self.config.evaluate_batch, inputs=self.inputs)
-            metrics: dict[str, Any] = evaluate(found.labels, split.labels, self.inverse_propensity)
+            if isinstance(model, Cascade) and self.config.scheme == "auto" and split is self.validation:
+                metrics, found = self._best_scheme(model, split, evaluate_schemes(model, split, k, **how))
+            else:
+                found = evaluate_split(model, split, k, **how)
+                metrics = evaluate(found.labels, split.labels, self.inverse_propensity)
         metrics |= {"loss": found.loss} | ({"levels": found.levels} if found.levels else {})
         name, content = SHOWN.get(split.name, split.name), self.dataset.content_hash
-        self.folder.log({"step": self.model.steps, "epoch": self.epoch, "split": name, **metrics, "dataset": content})
+        self.folder.log({"step": model.steps, "epoch": self.epoch, "split": name, **metrics, "dataset": content})
         shown = "  ".join(f"{key} {metrics[key]:.2f}" for key in ("P@1", "P@3", "P@5", "nDCG@5", "PSP@5"))
-        loss = f"{found.loss:.3f}" if self.model.sums_loss else f"{found.loss:.5f}"
+        loss = f"{found.loss:.3f}" if model.sums_loss else f"{found.loss:.5f}"
         say(f"{name} after epoch {self.epoch}: {shown}  loss {loss}  (dataset {content[:12]})")
         if found.levels:
             say(levels_line(found.levels))
         return metrics, found
 
-    def _choose_scheme(self) -> str | None:
-        """The score of a label that does best on the validation split; written into the best checkpoint too."""
-        model, by = self.model, self.config.best_by
-        if not isinstance(model, Cascade):
-            return None
-        if self.config.scheme == "auto" and self.validation is not None:
-            with self.clock.on("evaluate"):
-                labels = predict_schemes(model, self.validation, 5, batch_size=self.config.evaluate_batch, inputs=self.inputs)
-                weight, truth = self.inverse_propensity, self.validation.labels
-                # Of equals the first.
-                found = {scheme: evaluate(labels[scheme], truth, weight)[by] for scheme in ("weighted", "level", "path")}
-            model.heads.use_scheme(max(found, key=lambda scheme: found[scheme]))
-            self.best = self.best | {by: found[model.heads.scheme]}
-            if self.folder.writes:
-                tensors, state = self.folder.checkpoints.load("best")
-                self.folder.checkpoints.save_best(tensors, state | {"model": model.config(), "best": self.best})
-            told = ", ".join(f"{scheme} {value:.2f}" for scheme, value in found.items())
-            say(f"--scheme auto: {model.heads.scheme} is best by validation {by} ({told})")
-        return model.heads.scheme
+    def _best_scheme(self, model: Cascade, split: Split, found: dict[str, Evaluation]) -> tuple[dict[str, Any], Evaluation]:
+        """Puts the scheme that does best into the model, of equals the model's own; its metrics and evaluation."""
+        by, own = self.config.best_by, model.heads.scheme
+        metrics = {scheme: evaluate(found[scheme].labels, split.labels, self.inverse_propensity) for scheme in found}
+        best = max(metrics, key=lambda scheme: (metrics[scheme][by], scheme == own))
+        model.heads.use_scheme(best)
+        told = ", ".join(f"{scheme} {metrics[scheme][by]:.2f}" for scheme in metrics)
+        say(f"--scheme auto: {best} is best by validation {by} ({told})")
+        return metrics[best], found[best]
 
     def _put_best(self) -> dict[str, float]:
         """The best checkpoint by validation into the model; without a validation split the last step is the best."""
@@ -270,8 +269,7 @@ class Session:
             return {"epoch": self.epoch, "step": self.model.steps}
         dist.wait()  # until the first has written it
         if self.best["step"] != self.model.steps:
-            tensors, _ = checkpoints.load("best")
-            self.model.load_tensors(tensors)
+            self._take(*checkpoints.load("best"))
             self.epoch = int(self.best["epoch"])
         say(f"the best checkpoint by validation {self.config.best_by} is epoch {self.epoch}'s")
         return self.best
@@ -282,8 +280,8 @@ class Session:
         self.clock.start(None)
         report: dict[str, Any] = {"dataset": self.dataset.name, "dataset_hash": self.dataset.content_hash}
         report["best"] = self._put_best()
-        if scheme := self._choose_scheme():
-            report |= {"best": self.best, "scheme": scheme, "tree": self.tree and self.tree.content_hash}
+        if isinstance(self.model, Cascade):
+            report |= {"scheme": self.model.heads.scheme, "tree": self.tree and self.tree.content_hash}
         for split in (self.validation, self.test):
             if split is None:
                 continue

@@ -3,7 +3,7 @@
 Of several processes each takes batches of its own; all of them have the results of all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,38 +65,43 @@ def evaluate_split(model: Model, split: Split, k: int, *, batch_size: int = 256,
     Of several processes each evaluates whole batches of its own and has the result of all: every document is seen once, in the
     batch in which one process alone would see it, so that the result is the same to the bit.
     """
+    own = model.heads.scheme if isinstance(model, Cascade) else ""
+    return _evaluated(model, split, k, (own,), batch_size, inputs)[own]
+
+
+def evaluate_schemes(
+    model: Cascade, split: Split, k: int, *, batch_size: int = 256, inputs: Inputs | None = None
+) -> dict[str, Evaluation]:
+    """What `evaluate_split` would find under each scheme, for one pass of the encoder."""
+    return _evaluated(model, split, k, model.schemes, batch_size, inputs)
+
+
+def _evaluated(
+    model: Model, split: Split, k: int, schemes: Sequence[str], batch_size: int, inputs: Inputs | None
+) -> dict[str, Evaluation]:
+    """An evaluation for each scheme; the end-to-end model has one, without a name."""
     count = split.labels.shape[0]
-    values, labels = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
-    scores = LevelScores(model, split.labels) if isinstance(model, Cascade) else None
+    values = {scheme: np.empty((count, k), np.float32) for scheme in schemes}
+    labels = {scheme: np.empty((count, k), np.int64) for scheme in schemes}
+    scores = {scheme: LevelScores(model, split.labels) for scheme in schemes} if isinstance(model, Cascade) else {}
     own, losses = [], []
     for batch, exclude in evaluation_batches(model, split, batch_size, inputs):
         index = batch.index.cpu().numpy()
         own.append(index)
-        if isinstance(model, Cascade) and scores is not None:
-            levels, loss = model.levels_and_loss(batch, max(k, 5), exclude)
-            scores.add(index, levels)
-            best, ids = levels[-1].values[:, :k], levels[-1].nodes[:, :k]
+        if isinstance(model, Cascade):
+            levels, loss = model.levels_and_loss(batch, max(k, 5), exclude, schemes)
+            for scheme in schemes:
+                scores[scheme].add(index, levels[scheme])
+            best = {scheme: (levels[scheme][-1].values[:, :k], levels[scheme][-1].nodes[:, :k]) for scheme in schemes}
         else:
-            best, ids, loss = model.predict_and_loss(batch, k, exclude)
-        values[index], labels[index] = best.cpu().numpy(), ids.cpu().numpy()
+            value, ids, loss = model.predict_and_loss(batch, k, exclude)
+            best = {schemes[0]: (value, ids)}
+        for scheme, (value, ids) in best.items():
+            values[scheme][index], labels[scheme][index] = value.cpu().numpy(), ids.cpu().numpy()
         losses.append(float(loss) * (1 if model.sums_loss else len(batch)))
-    dist.fill_rows(own, values, labels)
-    total = sum(_in_turn(losses))
-    return Evaluation(values, labels, total / max(1, count), scores.result() if scores is not None else [])
-
-
-def predict_schemes(
-    model: Cascade, split: Split, k: int, *, batch_size: int = 256, inputs: Inputs | None = None
-) -> dict[str, np.ndarray]:
-    """Labels int64 [N, k] that `predict_split` would give under each scheme, for one pass of the encoder."""
-    found = {scheme: np.empty((split.labels.shape[0], k), np.int64) for scheme in model.schemes}
-    own = []
-    for batch, exclude in evaluation_batches(model, split, batch_size, inputs):
-        own.append(batch.index.cpu().numpy())
-        for scheme, labels in model.predict_schemes(batch, k, exclude).items():
-            found[scheme][own[-1]] = labels.cpu().numpy()
-    dist.fill_rows(own, *found.values())
-    return found
+    dist.fill_rows(own, *values.values(), *labels.values())
+    mean = sum(_in_turn(losses)) / max(1, count)
+    return {s: Evaluation(values[s], labels[s], mean, scores[s].result() if scores else []) for s in schemes}
 
 
 def _in_turn(own: list[float]) -> list[float]:

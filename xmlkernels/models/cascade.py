@@ -1,6 +1,6 @@
 """The cascade: encoder layers → coarse clusters → finer clusters → a shortlist of labels (CascadeXML, NeurIPS 2022)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -223,22 +223,18 @@ class Cascade(nn.Module):
         return self._best_labels(self._evaluated(batch), k, exclude)
 
     @torch.no_grad()
-    def predict_schemes(self, batch: Documents, k: int, exclude: Tensor | None = None) -> dict[str, Tensor]:
-        """The labels that `predict` would give under each scheme, for one pass of the encoder."""
-        x = self._evaluated(batch)
-        return {scheme: self._best_labels(x, k, exclude, scheme)[1] for scheme in SCHEMES}
-
-    @torch.no_grad()
     def predict_levels(self, batch: Documents, k: int, exclude: Tensor | None = None) -> list[LevelPrediction]:
         """What each level says, coarse to fine, and what it hands on: shortlist recall is read from `kept`. `exclude` is for
         the labels, as of `predict`."""
-        return self._levels(self._evaluated(batch), k, exclude)
+        return self._levels(self._evaluated(batch), k, exclude, self.heads.scheme)
 
     @torch.no_grad()
-    def levels_and_loss(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[list[LevelPrediction], Tensor]:
-        """`predict_levels` and `loss` for one pass of the encoder."""
+    def levels_and_loss(
+        self, batch: Documents, k: int, exclude: Tensor | None, schemes: Sequence[str]
+    ) -> tuple[dict[str, list[LevelPrediction]], Tensor]:
+        """`predict_levels` under each of some schemes, and `loss`, for one pass of the encoder."""
         x = self._evaluated(batch)
-        return self._levels(x, k, exclude), self._loss(x, batch)
+        return {scheme: self._levels(x, k, exclude, scheme) for scheme in schemes}, self._loss(x, batch)
 
     @torch.no_grad()
     def embed(self, batch: Documents) -> Tensor:
@@ -276,15 +272,13 @@ class Cascade(nn.Module):
         with self.average.used() if self.average is not None else nullcontext():
             return self._features(*batch.inputs)
 
-    def _levels(self, x: list[Tensor], k: int, exclude: Tensor | None) -> list[LevelPrediction]:
-        return [
-            self._said(r, level, k, exclude, self.heads.scheme) for r, level in enumerate(descend(self.heads, x, self._tree()))
-        ]
+    def _levels(self, x: list[Tensor], k: int, exclude: Tensor | None, scheme: str) -> list[LevelPrediction]:
+        levels = descend(self.heads, x, self._tree(), scheme=scheme)
+        return [self._said(r, level, k, exclude, scheme) for r, level in enumerate(levels)]
 
-    def _best_labels(self, x: list[Tensor], k: int, exclude: Tensor | None, scheme: str | None = None) -> tuple[Tensor, Tensor]:
-        scheme = scheme or self.heads.scheme
-        *_, level = descend(self.heads, x, self._tree(), scheme=scheme)
-        said = self._said(self.tree.levels - 1, level, k, exclude, scheme)
+    def _best_labels(self, x: list[Tensor], k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+        *_, level = descend(self.heads, x, self._tree())
+        said = self._said(self.tree.levels - 1, level, k, exclude, self.heads.scheme)
         return said.values, said.nodes
 
     def _said(self, r: int, level: Descent, k: int, exclude: Tensor | None, scheme: str) -> LevelPrediction:
