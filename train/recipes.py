@@ -78,8 +78,8 @@ RECIPES: dict[str, tuple[str, Config]] = {
     "cascade-eurlex57k": (
         "A cascade on EURLEX57K titles, all-MiniLM-L6-v2; prepare the dataset folder and make the tree first (train/tree.py "
         "DATASET --depths 6 9 --no-graph --common 0.1). About 1.4 hours on two cores.",
-        # SGD on the tables, as end to end: rw_loss times batch and candidates (32 x 64, 384, 1,580) sums the losses over both,
-        # a quarter of the sum for the clusters; a table then moves by 0.03 times that gradient.
+        # SGD on the tables, as end to end, where losses are sums. A cascade's are means over the candidates of a batch: their
+        # number (32 x 1,580 labels) as rw_loss makes a sum. The clusters have a quarter of theirs (32 x 64, 32 x 384).
         replace(
             _CASCADE, dataset="cache/eurlex57k-titles", output="runs/cascade-eurlex57k", label_text=True, tree_depths=(6, 9),
             topk=(48, 192), layers=("4", "5", "6"), table="fp32", table_optimizer="sgd", rw_loss=(512.0, 3072.0, 50560.0),

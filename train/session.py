@@ -140,9 +140,9 @@ class Session:
         if changed := differences(state.get("environment", {}), self.environment):
             say(f"note: {changed}; the run goes on, but not bit for bit as it would have")
 
-    def _take(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def _take(self, tensors: dict[str, Tensor], state: Mapping[str, Any]) -> None:
         """Puts a checkpoint's weights into the model, with the scheme that validation had chosen when it was written."""
-        self.model.load_tensors(dict(tensors))
+        self.model.load_tensors(tensors)
         if isinstance(self.model, Cascade):
             self.model.heads.use_scheme(state["model"]["head"]["scheme"])
 

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from xmlkernels.errors import InputError
-from xmlkernels.models.cascade_scores import Descent, LevelPrediction, TreeOnDevice, descend, loss_of, loss_scale, ranked
+from xmlkernels.models.cascade_scores import (
+    Descent,
+    LevelPrediction,
+    TreeOnDevice,
+    descend,
+    loss_of,
+    loss_scale,
+    ranked,
+    scores_by,
+)
 from xmlkernels.models.cascade_state import cascade_tensors, check_fit, load_cascade_tensors, saved_tree
 from xmlkernels.models.cascade_training import CascadeTraining, cascade_optimizer, set_rates
 from xmlkernels.models.common import Documents
@@ -226,15 +235,16 @@ class Cascade(nn.Module):
     def predict_levels(self, batch: Documents, k: int, exclude: Tensor | None = None) -> list[LevelPrediction]:
         """What each level says, coarse to fine, and what it hands on: shortlist recall is read from `kept`. `exclude` is for
         the labels, as of `predict`."""
-        return self._levels(self._evaluated(batch), k, exclude, self.heads.scheme)
+        scheme = self.heads.scheme
+        return self._levels(self._evaluated(batch), k, exclude, (scheme,))[scheme]
 
     @torch.no_grad()
     def levels_and_loss(
         self, batch: Documents, k: int, exclude: Tensor | None, schemes: Sequence[str]
     ) -> tuple[dict[str, list[LevelPrediction]], Tensor]:
-        """`predict_levels` under each of some schemes, and `loss`, for one pass of the encoder."""
+        """`predict_levels` under each of some schemes, and `loss`, for one pass of the encoder; nodes are scored once."""
         x = self._evaluated(batch)
-        return {scheme: self._levels(x, k, exclude, scheme) for scheme in schemes}, self._loss(x, batch)
+        return self._levels(x, k, exclude, schemes), self._loss(x, batch)
 
     @torch.no_grad()
     def embed(self, batch: Documents) -> Tensor:
@@ -272,21 +282,30 @@ class Cascade(nn.Module):
         with self.average.used() if self.average is not None else nullcontext():
             return self._features(*batch.inputs)
 
-    def _levels(self, x: list[Tensor], k: int, exclude: Tensor | None, scheme: str) -> list[LevelPrediction]:
-        levels = descend(self.heads, x, self._tree(), scheme=scheme)
-        return [self._said(r, level, k, exclude, scheme) for r, level in enumerate(levels)]
+    def _levels(
+        self, x: list[Tensor], k: int, exclude: Tensor | None, schemes: Sequence[str]
+    ) -> dict[str, list[LevelPrediction]]:
+        levels = list(descend(self.heads, x, self._tree()))
+        return {
+            scheme: [
+                self._said(r, level, scores, k, exclude, scheme)
+                for r, (level, scores) in enumerate(zip(levels, scores_by(scheme, levels), strict=True))
+            ]
+            for scheme in schemes
+        }
 
     def _best_labels(self, x: list[Tensor], k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
-        *_, level = descend(self.heads, x, self._tree())
-        said = self._said(self.tree.levels - 1, level, k, exclude, self.heads.scheme)
+        levels = list(descend(self.heads, x, self._tree()))
+        *_, scores = scores_by(self.heads.scheme, levels)
+        said = self._said(self.tree.levels - 1, levels[-1], scores, k, exclude, self.heads.scheme)
         return said.values, said.nodes
 
-    def _said(self, r: int, level: Descent, k: int, exclude: Tensor | None, scheme: str) -> LevelPrediction:
+    def _said(self, r: int, level: Descent, scores: Tensor, k: int, exclude: Tensor | None, scheme: str) -> LevelPrediction:
         if r + 1 < self.tree.levels:
-            return LevelPrediction(*ranked(level, k, scheme), level.kept)
+            return LevelPrediction(*ranked(level, scores, k, scheme), level.kept)
         if exclude is not None:
             exclude = torch.where(exclude >= 0, self.place[exclude.clamp(min=0)], -1)
-        values, rows = ranked(level, k, scheme, exclude)
+        values, rows = ranked(level, scores, k, scheme, exclude)
         return LevelPrediction(values, self._label_ids(rows), level.kept)
 
     def _label_ids(self, rows: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Scoring with a cascade, without training: down the tree level by level, and the scores that come of it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +38,8 @@ class Descent:
         row_ptr, most: their nodes; see `xmlkernels.nn.shortlist`.
         node: int64 [B, K, M], the candidates; real: bool [B, K, M].
         logits: fp32 [B, K, M], the level's own.
-        scores: fp32 [B, K, M], by the scheme: the logits ("level"), else logs of probabilities.
         kept: int64 [B, K'], what is handed on; empty at the last level.
+        place: int64 [B, K'], where `kept` stands among the K M candidates; empty at the last level.
     """
 
     clusters: Tensor
@@ -48,8 +48,8 @@ class Descent:
     node: Tensor
     real: Tensor
     logits: Tensor
-    scores: Tensor
     kept: Tensor
+    place: Tensor
 
 
 @dataclass(frozen=True)
@@ -61,41 +61,48 @@ class TreeOnDevice:
 
 
 def descend(
-    heads: CascadeHeads, x: Sequence[Tensor], tree: TreeOnDevice, *, scheme: str | None = None,
-    positives: Positives | None = None, bound: int = 0,
-) -> Iterator[Descent]:  # fmt: skip
+    heads: CascadeHeads, x: Sequence[Tensor], tree: TreeOnDevice, *, positives: Positives | None = None, bound: int = 0
+) -> Iterator[Descent]:
     """Scores level by level: all nodes of the first, then the children of the `heads.topk` best by the level's own logit.
 
     Args:
         x: fp32 [B, D] for each level.
-        scheme: of the scores; the heads' own when not given.
         positives: pairs of every level, to be kept as training keeps them; None at prediction.
         bound: how many clusters beyond k a row may keep for its positives.
     """
-    size, device, scheme = x[0].shape[0], x[0].device, scheme or heads.scheme
-    clusters = torch.zeros(size, 1, dtype=torch.int64, device=device)
-    above = torch.zeros(size, 1, device=device)
+    clusters = torch.zeros(x[0].shape[0], 1, dtype=torch.int64, device=x[0].device)
     for r, level in enumerate(heads.levels):
         row_ptr, most = tree.row_ptr[r], tree.most[r]
         node, real = candidates(clusters, row_ptr, most)
         index = torch.where(real, node, -1).flatten(1)
         logits = level.scores(x[r], index[0] if r == 0 else index).view(node.shape)  # type: ignore[operator]
-        own = logits if scheme == "level" else logsigmoid(logits)
-        scores = own if scheme == "level" else own + above[:, :, None]
-        kept = clusters[:, :0]
+        kept = place = clusters[:, :0]
         if r + 1 < len(heads.levels):
             k = heads.topk[r]
             forced = None if positives is None else positives[r]
             kept, place, _ = select(logits, clusters, row_ptr, k, width=k if forced is None else k + bound, positives=forced)
-            above = (scores if scheme == "path" else own).flatten(1).gather(1, place)
-        yield Descent(clusters, row_ptr, most, node, real, logits, scores, kept)
+        yield Descent(clusters, row_ptr, most, node, real, logits, kept, place)
         clusters = kept
 
 
-def ranked(level: Descent, k: int, scheme: str, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def scores_by(scheme: str, levels: Iterable[Descent]) -> Iterator[Tensor]:
+    """Scores fp32 [B, K, M] of each level's candidates, coarse to fine: the logits ("level"), else logs of probabilities."""
+    above: Tensor | None = None
+    for level in levels:
+        if scheme == "level":
+            yield level.logits
+            continue
+        own = logsigmoid(level.logits)
+        scores = own if above is None else own + above[:, :, None]
+        yield scores
+        above = (scores if scheme == "path" else own).flatten(1).gather(1, level.place)
+
+
+def ranked(level: Descent, scores: Tensor, k: int, scheme: str, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The k best candidates of a level.
 
     Args:
+        scores: fp32 [B, K, M], by the scheme; see `scores_by`.
         exclude: int64 [B, E], nodes never to be given; -1 pads.
 
     Returns:
@@ -110,7 +117,7 @@ def ranked(level: Descent, k: int, scheme: str, exclude: Tensor | None = None) -
         barred = torch.zeros(real.numel() + 1, dtype=torch.bool, device=real.device)
         barred[torch.where(found, place, real.numel())] = True
         real = real & ~barred[:-1].view(real.shape)
-    scores = level.scores.flatten(1)
+    scores = scores.flatten(1)
     place, there = best(scores, real, k)
     values = scores.gather(1, place)
     if scheme != "level":
