@@ -168,5 +168,5 @@ def test_a_card_has_names_of_its_own() -> None:
     for op in shapes.GPU_SHAPES:
         names = [shape.name for shape in (*shapes.for_card(op), *shapes.SHAPES.get(op, ()))]
         assert len(set(names)) == len(names)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="--shape of bce_step: expected one of B32-L4k, "):
         shapes.pick("bce_step", shapes.GPU_SHAPES["bce_step"][0].name)  # benchmarks/run.py keeps to the CPU's

@@ -105,7 +105,7 @@ def test_which_checkpoint(finished: Path, tmp_path: Path) -> None:
     assert torch.equal(found.model.head.weight, Predictor.load(finished, which="last").model.head.weight)
     with pytest.raises(InputError, match="best"):
         Predictor.load(tmp_path / "run", which="best")
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="nowhere/.*expected a checkpoint, got no such file"):
         Predictor.load(tmp_path / "nowhere")
 
 

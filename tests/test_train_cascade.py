@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from train_runs import LABELS, RECIPES, ROOT, Config, cascade, make_dataset, make_tree, run, session, threads_kept, weights
 
 from xmlkernels import InputError
-from xmlkernels.checkpoint import CheckpointFolder
+from xmlkernels.checkpoint import CheckpointFolder, save
 from xmlkernels.data.dataset import Dataset, Split
 from xmlkernels.evaluation import Evaluation, evaluate_schemes, evaluate_split
 from xmlkernels.models.cascade import Cascade
@@ -276,12 +276,12 @@ def test_a_checkpoint_of_another_tree_is_refused(
 def test_a_checkpoint_without_its_tree_is_refused(finished: Path, tmp_path: Path) -> None:
     """Served, a cascade takes the tree from its checkpoint; a state that names another model is told."""
     shutil.copytree(finished, tmp_path / "run")
-    folder = CheckpointFolder(tmp_path / "run" / "checkpoint")
-    tensors, state = folder.load("best")
-    folder.save_best({name: value for name, value in tensors.items() if name != "order"}, state)
+    folder = tmp_path / "run" / "checkpoint"
+    tensors, state = CheckpointFolder(folder).load("best")
+    save(folder / "best", {name: value for name, value in tensors.items() if name != "order"}, state)
     with pytest.raises(InputError, match="a cascade with its label tree"):
         Predictor.load(tmp_path / "run")
-    folder.save_best(tensors | {"order": tensors["order"].flip(0)[: LABELS - 1]}, state)
-    with pytest.raises(InputError):
+    save(folder / "best", tensors | {"order": tensors["order"].flip(0)[: LABELS - 1]}, state)
+    with pytest.raises(InputError, match=rf"children.1.: expected bounds from 0 to {LABELS - 1}, the nodes of the level below"):
         Predictor.load(tmp_path / "run")
     assert torch.equal(tensors["order"], CheckpointFolder(finished / "checkpoint").load("last")[0]["order"])

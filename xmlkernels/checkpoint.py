@@ -100,17 +100,12 @@ class CheckpointFolder:
         """`save` as `last`."""
         save(self.folder / "last", tensors, state)
 
-    def save_best(self, tensors: Mapping[str, torch.Tensor] | None = None, state: Mapping[str, Any] | None = None) -> None:
-        """Without arguments make `last` the `best` too, by hard links (copies where the file system has none).
+    def save_best(self) -> None:
+        """Makes `last` the `best` too, by hard links (copies where the file system has none).
 
         Raises:
-            InputError: only one of the two given, or there is no `last` to link.
+            InputError: there is no `last` to link.
         """
-        if (tensors is None) != (state is None):
-            raise InputError("save_best", "tensors and state, or neither", "one of them", "pass both")
-        if tensors is not None and state is not None:
-            save(self.folder / "best", tensors, state)
-            return
         source, target = (self.folder / "last").resolve(), (self.folder / "best").resolve()
         _recover(source)
         if not (source / STATE).exists():

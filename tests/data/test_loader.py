@@ -64,7 +64,8 @@ def check(batch: Batch, split: Documents, label_tokens: TokenStore | None = None
         rows = split.labels[number].indices.tolist() if number < count else [number - count]
         pairs |= {(row, place) for row in rows}
     assert list(zip(batch.pos_row.tolist(), batch.pos_sample.tolist(), strict=True)) == sorted(pairs)
-    assert batch.attention_mask.sum(1).max() == batch.input_ids.shape[1]
+    longest = int(batch.attention_mask.sum(1).max())
+    assert batch.input_ids.shape[1] == next(width for width in (8, 16, 24, 32, 40) if width >= longest)
     kinds = [batch.input_ids, batch.attention_mask, batch.pos_row, batch.pos_sample, batch.index]
     assert [str(tensor.dtype)[6:] for tensor in kinds] == ["int64", "int64", "int64", "int32", "int64"]
     assert all(tensor.is_contiguous() for tensor in kinds)
@@ -160,7 +161,7 @@ def test_like_lengths_share_a_batch(tmp_path: Path) -> None:
     split = documents(tmp_path, rows=2000)
 
     def padding(window: int) -> float:
-        found = list(Batches(split, 20, bucket_window=window).epoch(0))
+        found = list(Batches(split, 20, bucket_window=window, pad_to_multiple=1).epoch(0))
         return 1 - sum(int(b.attention_mask.sum()) for b in found) / sum(b.attention_mask.numel() for b in found)
 
     assert padding(50) < 0.05 < 0.3 < padding(1)
@@ -195,9 +196,10 @@ def test_drop_last_drops_documents_at_random(tmp_path: Path) -> None:
 
 def test_options(tmp_path: Path) -> None:
     split = documents(tmp_path)
-    batch = next(Batches(split, 10, pad_id=499, pad_to_multiple=16).epoch(0))
-    assert batch.input_ids.shape[1] % 16 == 0
-    assert (batch.input_ids[batch.attention_mask == 0] == 499).all()
+    batches = list(Batches(split, 3, pad_id=499, pad_to_multiple=16).epoch(0))
+    assert {batch.input_ids.shape[1] for batch in batches} == {16, 32, 40}, "multiples, and the 40 tokens of a text at most"
+    assert all((batch.input_ids[batch.attention_mask == 0] == 499).all() for batch in batches)
+    batch = next(Batches(split, 10).epoch(0))
     moved = batch.to("meta")
     assert moved.index.is_meta and moved.input_ids.is_meta and moved.labels == 31 and len(moved) == 10
 
@@ -319,6 +321,7 @@ def test_texts_in_order(tokenizer: Tokenizer) -> None:
     assert [len(batch) for batch in found] == [5, 5, 5, 5, 3]
     assert torch.cat([batch.index for batch in found]).tolist() == list(range(23))
     for batch in found:
+        assert batch.input_ids.shape[1] == 6, "a multiple of 8, but no more than a text may have"
         assert batch.labels == 0 and batch.pos_row.numel() == 0 and batch.pos_sample.dtype == torch.int32
         for place, number in enumerate(batch.index.tolist()):
             expected = tokenizer.encode_batch([texts[number]], 6)[0].tolist()
@@ -329,6 +332,7 @@ def test_texts_in_order(tokenizer: Tokenizer) -> None:
 def test_texts_longest_first_in_a_window(tokenizer: Tokenizer) -> None:
     texts = [" ".join(["w1"] * (number % 7)) for number in range(23)]
     found = list(text_batches(texts, tokenizer, 9, 5, bucket_window=2))
+    assert {batch.input_ids.shape[1] for batch in found} == {8}
     assert sorted(torch.cat([batch.index for batch in found]).tolist()) == list(range(23))
     assert [batch.index.tolist() for batch in found[:2]] == [[6, 5, 4, 3, 2], [9, 1, 8, 0, 7]]
     assert all(set(batch.index.tolist()) <= set(range(10, 20)) for batch in found[2:4])

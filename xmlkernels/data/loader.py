@@ -22,6 +22,10 @@ from xmlkernels.data.token_store import TokenStore
 from xmlkernels.data.tokens import Tokenizer
 from xmlkernels.errors import InputError
 
+PAD_TO_MULTIPLE = 8
+"""T is rounded up to this: what a tensor core takes at once, and an eighth of the widths. On the CPU oneDNN keeps its
+kernels and buffers for every width it meets: MiniLM's process grew past 4 GB without it and no step was faster."""
+
 
 @dataclass(frozen=True)
 class Batch(AnyBatch):
@@ -97,7 +101,7 @@ class Batches(AnyBatches[Batch]):
         label_tokens: token store of L label texts; they become documents N … N + L − 1 whose one positive is their
             own label (label-text augmentation). Propensities stay those of `split.labels`.
         prefetch: batches made ahead by a background thread that shares the memory map; 0 makes them in line.
-        pad_to_multiple: T is rounded up to a multiple of this.
+        pad_to_multiple: T is rounded up to a multiple of this, but not beyond the tokens a text may have.
         order, ancestors: a label tree's; see `AnyBatches`.
 
     Raises:
@@ -117,7 +121,7 @@ class Batches(AnyBatches[Batch]):
         pad_id: int | None = None,
         label_tokens: TokenStore | None = None,
         prefetch: int = 2,
-        pad_to_multiple: int = 1,
+        pad_to_multiple: int = PAD_TO_MULTIPLE,
         order: np.ndarray | None = None,
         ancestors: Sequence[np.ndarray] = (),
     ) -> None:
@@ -128,7 +132,7 @@ class Batches(AnyBatches[Batch]):
             drop_last=drop_last, prefetch=prefetch, bucket_window=bucket_window, order=order, ancestors=ancestors,
         )  # fmt: skip
         self._check_stores()
-        self.pad_to_multiple = pad_to_multiple
+        self.pad_to_multiple, self.max_length = pad_to_multiple, split.tokens.header.max_length
         self.pad_id = split.tokens.header.pad_id if pad_id is None else pad_id
 
     def _check_stores(self) -> None:
@@ -143,9 +147,8 @@ class Batches(AnyBatches[Batch]):
         """The batch of the given document numbers, int64 [B], in that order."""
         documents = np.asarray(documents, np.int64)
         own, real = self.own(documents), len(self.stores[0])
-        width = _rounded(int(self.lengths[own].max()), self.pad_to_multiple)
-        input_ids = np.full((len(own), width), self.pad_id, np.int64)
-        mask = np.arange(width) < self.lengths[own, None]
+        mask = _mask(self.lengths[own], self.max_length, self.pad_to_multiple)
+        input_ids = np.full(mask.shape, self.pad_id, np.int64)
         for number, store in enumerate(self.stores):
             member = (own >= real) == bool(number)
             flat, _ = store.gather(own[member] - number * real)
@@ -251,6 +254,7 @@ def text_batches(
                     [tokens[i] for i in order[start : start + batch_size]],
                     first + np.asarray(order[start : start + batch_size]),
                     tokenizer.pad_id,
+                    max_length,
                 )
 
     return in_background(make, prefetch)
@@ -278,9 +282,8 @@ def text_windows(texts: Iterable[str], batch_size: int, batches: int = 1) -> Ite
     return windows()
 
 
-def _unlabelled(tokens: Sequence[np.ndarray], index: np.ndarray, pad_id: int) -> Batch:
-    lengths = np.array([len(row) for row in tokens])
-    mask = np.arange(lengths.max()) < lengths[:, None]
+def _unlabelled(tokens: Sequence[np.ndarray], index: np.ndarray, pad_id: int, max_length: int) -> Batch:
+    mask = _mask(np.array([len(row) for row in tokens]), max_length, PAD_TO_MULTIPLE)
     input_ids = np.full(mask.shape, pad_id, np.int64)
     input_ids[mask] = np.concatenate(tokens)
     nothing = torch.zeros(0, dtype=torch.int64)
@@ -294,5 +297,8 @@ def _unlabelled(tokens: Sequence[np.ndarray], index: np.ndarray, pad_id: int) ->
     )
 
 
-def _rounded(value: int, multiple: int) -> int:
-    return math.ceil(value / multiple) * multiple
+def _mask(lengths: np.ndarray, max_length: int, multiple: int) -> np.ndarray:
+    """bool [B, T], True on tokens: T is the longest of `lengths`, rounded up to `multiple` as far as `max_length` lets."""
+    longest = int(lengths.max())
+    width = max(longest, min(math.ceil(longest / multiple) * multiple, max_length))
+    return np.arange(width) < lengths[:, None]
