@@ -6,8 +6,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <initializer_list>
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "kernels.h"
 
@@ -29,13 +31,10 @@ inline void check(const Tensor& t, const char* name, ScalarType dtype) {
 }
 
 // The dispatcher asks only that all are on a CUDA device: a kernel of one card must not be handed another's addresses.
-inline void check_device(const Tensor& table, const Maybe& t) {
-  STD_TORCH_CHECK(!t || t->get_device_index() == table.get_device_index(), "expected all tensors on device ",
-                  table.get_device_index(), " as the table, got one on device ", t->get_device_index());
-}
-template <class... Rest>
-void check_devices(const Tensor& table, const Rest&... rest) {
-  (check_device(table, rest), ...);
+inline void check_devices(const Tensor& table, std::initializer_list<std::pair<const char*, Maybe>> arguments) {
+  for (const auto& [name, t] : arguments)
+    STD_TORCH_CHECK(!t || t->get_device_index() == table.get_device_index(), "argument ", name, ": expected device ",
+                    table.get_device_index(), ", the table's, got device ", t->get_device_index());
 }
 
 inline void check_size(const Tensor& t, const char* name, int64_t numel) {
@@ -77,7 +76,9 @@ inline xk::RowState row_state_of(const Tensor& weight, const Maybe& momentum, co
                                  const Maybe& row_scale, const Tensor& hyper, const Tensor& counter,
                                  int64_t row_offset, bool decoupled) {
   STD_TORCH_CHECK(weight.dim() == 2, "argument weight: expected [n, D]");
-  check_devices(weight, momentum, second, kahan, row_step, row_decay, decay_sum, row_scale, hyper, counter);
+  check_devices(weight, {{"momentum", momentum}, {"second", second}, {"kahan", kahan}, {"row_step", row_step},
+                         {"row_decay", row_decay}, {"decay_sum", decay_sum}, {"row_scale", row_scale},
+                         {"hyper", hyper}, {"counter", counter}});
   const int64_t n = weight.size(0);
   check(hyper, "hyper", ScalarType::Float), check_size(hyper, "hyper", 7);
   check(counter, "counter", ScalarType::Long), check_size(counter, "counter", 2);

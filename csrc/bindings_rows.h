@@ -7,7 +7,7 @@
 template <void (*Run)(const xk::SparseUpdate&, const Tensor&)>
 void sparse_update(xk::RowState state, const Tensor& param, const Tensor& rows, const Tensor& grad) {
   check(rows, "rows", ScalarType::Long);
-  check_devices(param, rows, grad);
+  check_devices(param, {{"rows", rows}, {"grad", grad}});
   xk::SparseUpdate a{};
   a.state = state;
   a.n = param.size(0);
@@ -49,7 +49,7 @@ void bag_step_(Tensor weight, Tensor grad, Tensor token, Tensor offset, Tensor h
                Maybe decay_sum, int64_t row_offset, bool decoupled) {
   check(token, "token", ScalarType::Long);
   check(offset, "offset", ScalarType::Long);
-  check_devices(weight, grad, token, offset, token_weight);
+  check_devices(weight, {{"grad", grad}, {"token", token}, {"offset", offset}, {"token_weight", token_weight}});
   xk::BagStep a{};
   a.state = row_state_of(weight, momentum, second, kahan, row_step, row_decay, decay_sum, {}, hyper, counter,
                          row_offset, decoupled);
