@@ -1,9 +1,11 @@
 """The memory told before a run is what its tensors then take."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+from cascade_common import make_batch, make_model, make_tree
 
 from xmlkernels import InputError
 from xmlkernels.nn.bow import BowEncoder
@@ -49,6 +51,20 @@ def test_the_tables_of_a_cascade_take_what_was_told(dtype: str, optimizer: str) 
         table = Table("level", (5, 40)[r], 16, own, optimizer, 0.9, "bf16", row_wise=True, bias=True)
         assert table.weight_bytes() == size(level.weight, level.bias, level.row_scale)
         assert table.state_bytes() == size(level.momentum, level.second)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_running_means_take_what_was_told(dtype: str) -> None:
+    model = make_model(2, tree=make_tree(2), ema=0.5, ema_tables=True, dtype=dtype, layers=((1,), (2,)), topk=[2])
+    tables = [Table(str(r), n, 16, dtype, bias=True, mean=True) for r, n in enumerate(model.tree.sizes)]
+    parts = plan(model.encoder, tables, documents=1, tokens=1, mean=True)
+    model.step(make_batch(model.tree, 3))
+    assert model.average is not None
+    with model.average.used():
+        rounded = [w for m, w in zip(model.average.means, model.average._rounded, strict=True) if m is not w]
+        told = parts["its running mean"] + sum(parts[f"mean of {r}"] for r in range(2))
+        assert told == size(*model.average.means, *rounded) and bool(rounded) == (dtype == "bf16")
+    assert plan(model.encoder, [replace(t, mean=False) for t in tables], documents=1, tokens=1).get("mean of 0") == 0
 
 
 def test_an_encoder_takes_what_was_told() -> None:

@@ -105,7 +105,7 @@ def _cascade(
         Table(
             "label table" if r + 1 == tree.levels else f"clusters of level {r}", n, width,
             "bf16" if dtype == "fp8" and r + 1 < tree.levels else dtype, optimizer, config.momentum, config.state,
-            row_wise=True, bias=True,
+            row_wise=True, bias=True, mean=config.ema_tables,
         )
         for r, n in enumerate(tree.sizes)
     ]  # fmt: skip
@@ -125,7 +125,7 @@ def _cascade(
         head_lr=config.encoder_lr * config.head_lr_factor, decay=config.encoder_decay, schedule=config.schedule,
         cooldown=round(config.cooldown_epochs * epoch), rw_loss=config.rw_loss, positives_bound=config.positives_bound,
         micro_batch=_micro_batch(config), clip=config.clip, ema=config.ema, ema_start=round(config.ema_start * epoch),
-        reference_loss=config.reference_loss,
+        ema_every=config.ema_every, ema_tables=config.ema_tables, reference_loss=config.reference_loss,
     )  # fmt: skip
     return Cascade(encoder, heads, tree, training)
 
@@ -135,7 +135,9 @@ def _tell(
 ) -> None:
     """What each device will hold of a cascade whose tables these are, the labels' last."""
     update, apart = config.batch * config.accumulate, resolved_label_device(config)
-    whole = {"documents": _pass(config), "tokens": tokens, "update": update, "candidates": candidates}
+    whole = {
+        "documents": _pass(config), "tokens": tokens, "update": update, "candidates": candidates, "mean": config.ema > 0,
+    }  # fmt: skip
     if apart is None:
         say(told(plan(encoder, tables, **whole)))
         return

@@ -21,7 +21,7 @@ from xmlkernels import InputError, dist
 OF_CASCADE = (
     "tree", "tree_depths", "topk", "layers", "embed_drops", "rw_loss", "scheme", "positives_bound", "reference_loss",
     "head_lr_factor", "schedule", "cooldown_epochs", "ema", "ema_start",
-    "label_device",
+    "ema_every", "ema_tables", "label_device",
 )  # fmt: skip
 _FULL_TABLE = (
     "bottleneck", "bias", "frequency_bias", "centroid_norm", "table_lr", "table_decay", "decoupled", "kahan", "skip_tiles",
@@ -30,7 +30,7 @@ _OFF = ("bottleneck", "bias", "frequency_bias", "centroid_norm", "decoupled", "k
 _BOW = ("bow_width", "bow_activation", "ngrams", "min_df", "max_features", "word_dropout", "word_std")
 _TRANSFORMER = (
     "pooling", "bottleneck", "precision", "compile", "init_state", "init_prefix", "freeze", "layers", "micro_batch",
-    "accumulate", "clip", "ema", "ema_start",
+    "accumulate", "clip", "ema", "ema_start", "ema_every", "ema_tables",
 )  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def _check_choices(config: Config) -> None:
 def _ranges(config: Config) -> Iterator[tuple[bool, str, str, str]]:
     for name in (
         "epochs", "batch", "evaluate_batch", "evaluate_every", "log_every", "top_k", "max_length", "accumulate", "bow_width",
-        "ngrams", "min_df",
+        "ngrams", "min_df", "ema_every",
     ):  # fmt: skip
         yield getattr(config, name) >= 1, name, "1 or more", "choose a larger one"
     for name in (
@@ -148,6 +148,8 @@ def _ranges(config: Config) -> Iterator[tuple[bool, str, str, str]]:
     yield not (dense and config.model == "end_to_end"), "table_optimizer", "auto, sgd or adam with --model end_to_end", mend
     mend = "choose --table fp32, bf16 or fp16, or the row-sparse adam"
     yield not (dense and config.table == "fp8"), "table_optimizer", "auto, sgd or adam with --table fp8", mend
+    mend = "choose --table fp32, bf16 or fp16, or leave the tables out of the mean"
+    yield not (config.ema_tables and config.table == "fp8"), "ema_tables", "no --ema-tables with --table fp8", mend
     alone = config.model == "cascade" or config.label_device == "auto"
     yield alone, "label_device", "auto with --model end_to_end, whose table stands with the model", "leave it out"
 
@@ -164,7 +166,8 @@ def _without_effect(config: Config, table: str, given: Collection[str]) -> Itera
     alone = not config.init_state and config.init_prefix != Config.init_prefix
     yield alone, "--init-prefix", "--init-state beside it", "none"
     yield config.frequency_bias and not config.bias, "--frequency-bias", "--bias beside it", "none"
-    yield config.ema == 0 and config.ema_start > 0, "--ema-start", "--ema beside it", "none"
+    for name in ("ema_start", "ema_every", "ema_tables"):
+        yield config.ema == 0 and getattr(config, name) != getattr(Config, name), flag(name), "--ema beside it", "none"
     cosine = config.schedule == "warmup_cosine"
     yield cosine and "cooldown_epochs" in given, "--cooldown-epochs", "--schedule three_phase", "warmup_cosine"
     for name in ("documents", "max_length"):

@@ -103,6 +103,10 @@ class Config:
     """Decay of a running mean of the encoder's weights that predictions use; 1 is their plain mean (SWA); 0 is off."""
     ema_start: float = 0.0
     """Epochs before that mean begins."""
+    ema_every: int = 1
+    """Updates from one value that the mean takes in to the next; --ema is its decay from one to the next."""
+    ema_tables: bool = False
+    """The tables have a mean, too, in fp32: 4 bytes more for each of their values."""
     label_device: str = "auto"
     """Where the label table and its optimizer's state stand, and are trained: cpu, cuda:1, …; auto: with the model. For tables
     that its card has no room for."""

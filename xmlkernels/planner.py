@@ -29,6 +29,7 @@ class Table:
         row_wise: Adam's second moment as one fp32 value for a row.
         bias: an fp32 bias for a row.
         kahan: a compensation beside each weight.
+        mean: a running mean of weights and biases.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Table:
     row_wise: bool = False
     bias: bool = False
     kahan: bool = False
+    mean: bool = False
 
     def weight_bytes(self) -> int:
         """Weights, biases and, in fp8, a scale and a maximum for each row."""
@@ -54,6 +56,11 @@ class Table:
         second = 0 if not adam else 4 if self.row_wise and not dense else matrix
         kept = self.width * _size(self.dtype) if self.kahan and self.dtype != "fp32" else 0
         return self.rows * (first + second + kept + 8 * (dense and self.bias))
+
+    def mean_bytes(self) -> int:
+        """The running mean in fp32 and, while predictions use it, in the weights' format."""
+        rounded = 0 if self.dtype == "fp32" else self.width * _size(self.dtype)
+        return self.rows * (4 * self.width + rounded + 4 * self.bias) if self.mean else 0
 
     def gradient_bytes(self, documents: int) -> int:
         """What a step of B documents holds for this table alone: of a dense optimizer the gradients of weights and logits."""
@@ -92,8 +99,9 @@ def shortlist_bytes(documents: int, candidates: Sequence[int]) -> int:
 
 
 def plan(
-    encoder: nn.Module, tables: Sequence[Table], *, documents: int, tokens: int, update: int = 0, candidates: Sequence[int] = ()
-) -> dict[str, int]:
+    encoder: nn.Module, tables: Sequence[Table], *, documents: int, tokens: int, update: int = 0,
+    candidates: Sequence[int] = (), mean: bool = False,
+) -> dict[str, int]:  # fmt: skip
     """Bytes by part, in the order in which they are told.
 
     Args:
@@ -103,11 +111,14 @@ def plan(
         tokens: T, at most.
         update: documents that the tables see together, where an update has several passes.
         candidates: of each level of a cascade, per document.
+        mean: the encoder has a running mean.
 
     Raises:
         InputError: a number format that does not exist.
     """
     parts = encoder_parts(encoder) | table_parts(tables, update or documents, candidates)
+    if mean:
+        parts["its running mean"] = 4 * sum(p.numel() for p in encoder.parameters())
     return parts | {"activations (estimate)": activation_bytes(encoder, documents, tokens)}
 
 
@@ -117,6 +128,7 @@ def table_parts(tables: Sequence[Table], documents: int, candidates: Sequence[in
     for table in tables:
         parts[table.name] = table.weight_bytes()
         parts[f"states of {table.name}"] = table.state_bytes()
+        parts[f"mean of {table.name}"] = table.mean_bytes()
     # The levels of a cascade are trained one after the other.
     parts["gradients of one table"] = max((table.gradient_bytes(documents) for table in tables), default=0)
     if candidates:

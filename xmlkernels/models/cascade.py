@@ -1,8 +1,9 @@
 """The cascade: encoder layers → coarse clusters → finer clusters → a shortlist of labels (CascadeXML, NeurIPS 2022)."""
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from xmlkernels.models.cascade_scores import (
     scores_by,
 )
 from xmlkernels.models.cascade_state import cascade_tensors, check_fit, load_cascade_tensors, saved_tree
-from xmlkernels.models.cascade_training import CascadeTraining, cascade_optimizer, set_rates
+from xmlkernels.models.cascade_training import CascadeTraining, averaged_weights, cascade_optimizer, set_rates
 from xmlkernels.models.common import Documents
 from xmlkernels.models.gradient_caching import EncoderPass
 from xmlkernels.nn.cascade_heads import SCHEMES, CascadeHeads
@@ -29,6 +30,19 @@ from xmlkernels.optim import LossScaler, WeightAverage, scaled_step
 from xmlkernels.tree.label_tree import LabelTree
 
 __all__ = ["Cascade", "CascadeTraining", "LevelPrediction", "saved_tree"]
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _evaluating(method: Method) -> Method:
+    """A method of `Cascade` that runs without gradients and, where there are some, on the mean weights."""
+
+    @functools.wraps(method)
+    def run(self: "Cascade", *args: Any, **options: Any) -> Any:
+        with torch.no_grad(), self.average.used() if self.average is not None else nullcontext():
+            return method(self, *args, **options)
+
+    return cast(Method, run)
 
 
 class Cascade(nn.Module):
@@ -95,7 +109,8 @@ class Cascade(nn.Module):
         if training.ema > 0:
             if hasattr(self.encoder, "update"):
                 raise InputError("ema", "0 for an encoder with a table of its own", str(training.ema), "leave it out")
-            self.average = WeightAverage(self.encoder.parameters(), training.ema)
+            weights = averaged_weights(self.encoder, self.heads, tables=training.ema_tables)
+            self.average = WeightAverage(weights, training.ema)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Cascade":
         # `.to(device)` must take the loss scaler and the mean weights along; they are no modules.
@@ -103,7 +118,8 @@ class Cascade(nn.Module):
         if self.training_settings is not None:
             self.scaler.move(fn)
         if self.average is not None:
-            self.average.move(fn)
+            assert self.training_settings is not None
+            self.average.move(averaged_weights(self.encoder, self.heads, tables=self.training_settings.ema_tables))
         return self
 
     @property
@@ -195,7 +211,8 @@ class Cascade(nn.Module):
         if update := getattr(self.encoder, "update", None):
             update(lr)
         self.skipped_steps += overflow
-        if self.average is not None and self.steps >= settings.ema_start:
+        late = self.steps - settings.ema_start
+        if self.average is not None and late >= 0 and late % settings.ema_every == 0:
             self.average.update()
 
     def config(self) -> dict[str, Any]:
@@ -218,7 +235,7 @@ class Cascade(nn.Module):
         """
         load_cascade_tensors(self, tensors)
 
-    @torch.no_grad()
+    @_evaluating
     def predict(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The k best labels of each document by the heads' scheme.
 
@@ -229,44 +246,44 @@ class Cascade(nn.Module):
             values: fp32 [B, k], descending; sigmoid(value) is the scheme's probability. labels: int64 [B, k], label ids. -inf
             and -1 where a shortlist has fewer than k labels.
         """
-        return self._best_labels(self._evaluated(batch), k, exclude)
+        return self._best_labels(self._features(*batch.inputs), k, exclude)
 
-    @torch.no_grad()
+    @_evaluating
     def predict_levels(self, batch: Documents, k: int, exclude: Tensor | None = None) -> list[LevelPrediction]:
         """What each level says, coarse to fine, and what it hands on: shortlist recall is read from `kept`. `exclude` is for
         the labels, as of `predict`."""
         scheme = self.heads.scheme
-        return self._levels(self._evaluated(batch), k, exclude, (scheme,))[scheme]
+        return self._levels(self._features(*batch.inputs), k, exclude, (scheme,))[scheme]
 
-    @torch.no_grad()
+    @_evaluating
     def levels_and_loss(
         self, batch: Documents, k: int, exclude: Tensor | None, schemes: Sequence[str]
     ) -> tuple[dict[str, list[LevelPrediction]], Tensor]:
         """`predict_levels` under each of some schemes, and `loss`, for one pass of the encoder; nodes are scored once."""
-        x = self._evaluated(batch)
+        x = self._features(*batch.inputs)
         return self._levels(x, k, exclude, schemes), self._loss(x, batch)
 
-    @torch.no_grad()
+    @_evaluating
     def embed(self, batch: Documents) -> Tensor:
         """fp32 [B, D]: what the label table meets of each document."""
-        return self._evaluated(batch)[-1]
+        return self._features(*batch.inputs)[-1]
 
-    @torch.no_grad()
+    @_evaluating
     def predict_and_embed(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`predict` and `embed` for one pass of the encoder."""
-        x = self._evaluated(batch)
+        x = self._features(*batch.inputs)
         return *self._best_labels(x, k, exclude), x[-1]
 
-    @torch.no_grad()
+    @_evaluating
     def predict_and_loss(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`predict` and `loss` for one pass of the encoder."""
-        x = self._evaluated(batch)
+        x = self._features(*batch.inputs)
         return *self._best_labels(x, k, exclude), self._loss(x, batch)
 
-    @torch.no_grad()
+    @_evaluating
     def loss(self, batch: Documents) -> Tensor:
         """The loss [1] that `step` would report, true clusters forced in, without training."""
-        return self._loss(self._evaluated(batch), batch)
+        return self._loss(self._features(*batch.inputs), batch)
 
     def _loss(self, x: list[Tensor], batch: Documents) -> Tensor:
         settings = self.training_settings or CascadeTraining(encoder_lr=0.0, total=1)
@@ -276,11 +293,6 @@ class Cascade(nn.Module):
         for level, pairs, weight in zip(levels, positives, weights, strict=True):
             total += loss_of(level, pairs, weight, settings.reference_loss)
         return total
-
-    def _evaluated(self, batch: Documents) -> list[Tensor]:
-        """Features of every level, from the mean weights where there are some."""
-        with self.average.used() if self.average is not None else nullcontext():
-            return self._features(*batch.inputs)
 
     def _levels(
         self, x: list[Tensor], k: int, exclude: Tensor | None, schemes: Sequence[str]

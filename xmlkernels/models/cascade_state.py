@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from xmlkernels.models.cascade import Cascade
 
 _PARTS = ("optimizer.", "scaler.", "average.")
-_COUNT = "average.count"
 _STATES = (".momentum", ".second", ".bias_momentum", ".bias_second")
 
 
@@ -32,9 +31,7 @@ def cascade_tensors(model: Cascade) -> dict[str, Tensor]:
         out |= {f"optimizer.{k}": v for k, v in optimizer_tensors(model.optimizer, model.named_parameters()).items()}
     out |= {f"scaler.{name}": value for name, value in model.scaler.tensors().items()}
     if model.average is not None:
-        names = [name for name, _ in model.encoder.named_parameters()]
-        out |= {f"average.{name}": mean for name, mean in zip(names, model.average.means, strict=True)}
-        out[_COUNT] = torch.tensor([model.average.count])
+        out |= {f"average.{name}": mean for name, mean in model.average.tensors().items()}
     return out
 
 
@@ -45,15 +42,16 @@ def load_cascade_tensors(model: Cascade, tensors: Mapping[str, Tensor]) -> None:
     means, own = parts["average."], model.state_dict()
     if model.training_settings is None:
         rest = {k: v for k, v in rest.items() if not k.endswith(_STATES) or k in own}
-        rest |= {f"encoder.{k}": v for k, v in means.items() if k != "count" and int(means["count"]) > 0}
+        if means and int(means["count"]) > 0:
+            rest |= {k: v.to(rest[k].dtype) for k, v in means.items() if k in rest}
     _check_tree(model, rest)
     check_tensors(own, rest)
     if model.training_settings is not None:
-        expected = set() if model.average is None else {"count", *(n for n, _ in model.encoder.named_parameters())}
+        expected = set() if model.average is None else {"count", *model.average.names}
         if means.keys() != expected:
             raise InputError(
-                "checkpoint", "mean weights" if expected else "no mean weights", "none" if expected else "some",
-                "use the checkpoint's own configuration (--ema)",
+                "checkpoint", f"running means of {len(expected)} weights", f"of {len(means)}",
+                "use the checkpoint's own configuration (--ema, --ema-tables)",
             )  # fmt: skip
     model.load_state_dict(rest)
     model.steps = int(model.heads.levels[0].counter[1])  # type: ignore[index]
@@ -63,9 +61,7 @@ def load_cascade_tensors(model: Cascade, tensors: Mapping[str, Tensor]) -> None:
         load_optimizer_tensors(model.optimizer, model.named_parameters(), parts["optimizer."])
     model.scaler.load_tensors(parts["scaler."])
     if model.average is not None:
-        model.average.count = int(means["count"])
-        for (name, _), mean in zip(model.encoder.named_parameters(), model.average.means, strict=True):
-            mean.copy_(means[name])
+        model.average.load_tensors(means)
 
 
 def saved_tree(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LabelTree:
