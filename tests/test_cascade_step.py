@@ -4,6 +4,8 @@ import pytest
 import torch
 from cascade_common import LABELS, Twin, make_batch, make_model, make_tree, positives_of, relative
 
+from xmlkernels.models.running_mean import MeanSettings
+
 
 @pytest.mark.parametrize("levels", [2, 3, 4, 5])
 @pytest.mark.parametrize(
@@ -257,7 +259,7 @@ def test_a_step_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> N
             return func(*args, **(kwargs or {}))
 
     # Without dropout, which on a CPU draws its seed on the host, and not in fp8, whose scales are checked there too.
-    model = make_model(3, dtype="bf16", ema=0.9, clip=1.0)
+    model = make_model(3, dtype="bf16", mean=MeanSettings(0.9, tables=True), clip=1.0)
     batch = make_batch(model.tree, 5)
     vectors = [torch.randn(5, 32, requires_grad=True), *(torch.randn(5, 16, requires_grad=True) for _ in range(2))]
     monkeypatch.setattr(model.encoder, "layer_vectors", lambda *a: vectors)  # transformers itself may look at a mask

@@ -1,6 +1,7 @@
 """The model's step: against plain autograd, by micro-batches, and when something is not finite."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def make_batch(size: int, seed: int = 0, labels: int = LABELS) -> Batch:
     return Batch(ids, mask, rows, samples, torch.arange(size), labels)
 
 
-def make_model(*, dropout: float = 0.0, **training: float) -> EndToEnd:
+def make_model(*, dropout: float = 0.0, **training: Any) -> EndToEnd:
     """A tiny model; in evaluation mode without dropout, so that two ways of computing one step can be compared."""
     settings = {"encoder_lr": 1e-3, "head_lr": 0.05, "encoder_decay": 0.01, "warmup": 0, "total": 100, **training}
     encoder = Encoder.tiny(VOCABULARY, dropout=dropout, seed=1)

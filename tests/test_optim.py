@@ -8,7 +8,6 @@ from torch import nn
 from xmlkernels.errors import InputError
 from xmlkernels.optim import (
     LossScaler,
-    WeightAverage,
     clip_gradients,
     encoder_optimizer,
     set_learning_rate,
@@ -156,59 +155,6 @@ def test_three_phases_at_the_edges() -> None:
     for bad in [(-1, 0, 1, 0), (0, -1, 1, 0), (0, 0, 0, 0), (0, 0, 1, -1), (0, 5, 4, 0)]:
         with pytest.raises(InputError, match="schedule"):
             three_phase(*bad)
-
-
-def test_weight_averages() -> None:
-    for decay, weights in ((1.0, [1, 1 / 2, 1 / 3, 1 / 4]), (0.6, [1, 1 / 2, 0.4, 0.4])):
-        p = nn.Parameter(torch.zeros(3))
-        average, expected = WeightAverage({"p": p}, decay), torch.zeros(3)
-        with average.used():
-            assert not p.any()
-        for number, weight in enumerate(weights):
-            p.data = torch.full((3,), float(number**2))
-            average.update()
-            expected += (p.data - expected) * weight
-        held = p.data.data_ptr()
-        with average.used():
-            torch.testing.assert_close(p.data, expected)
-        assert p.data.data_ptr() == held and p.tolist() == [9.0] * 3
-        with pytest.raises(RuntimeError), average.used():
-            raise RuntimeError
-        assert p.data.data_ptr() == held
-    for bad in (0.0, 1.1):
-        with pytest.raises(InputError, match="weight average"):
-            WeightAverage({"p": p}, bad)
-    with pytest.raises(InputError, match="weight average: expected tables in fp32, bf16 or fp16, got an fp8 one"):
-        WeightAverage({"p": p, "q": torch.zeros(2, 2, dtype=torch.float8_e4m3fn)}, 0.5)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_mean_of_a_table_below_fp32_is_fp32(dtype: torch.dtype) -> None:
-    """More rows than are taken at a time, and moves that a mean in the table's own format would lose."""
-    table, p = torch.ones(5000, 3, dtype=dtype), nn.Parameter(torch.ones(2))
-    average = WeightAverage({"table": table, "p": p}, 0.999)
-    for _ in range(2000):
-        average.update()
-    table.fill_(2)
-    p.data.fill_(2)
-    for _ in range(3):
-        average.update()
-    mean = 2 - 0.999**3
-    assert average.means[0].dtype == torch.float32
-    for found in average.means:
-        torch.testing.assert_close(found, torch.full_like(found, mean), atol=1e-6, rtol=0)
-    held = table.data_ptr()
-    for _ in range(2):
-        with average.used():
-            assert table.dtype == dtype and torch.equal(table, torch.full_like(table, mean)) and p.dtype == torch.float32
-    assert table.data_ptr() == held and torch.equal(table, torch.full_like(table, 2))
-    average.update()  # what was rounded before must not be used again
-    with average.used():
-        torch.testing.assert_close(table, average.means[0].to(dtype), atol=0, rtol=0)
-        assert not torch.equal(table, torch.full_like(table, mean)) or dtype == torch.bfloat16
-    other = WeightAverage({"table": torch.zeros_like(table), "p": nn.Parameter(torch.zeros(2))}, 0.999)
-    other.load_tensors(average.tensors())
-    assert other.count == average.count and all(map(torch.equal, other.means, average.means))
 
 
 def test_learning_rates() -> None:

@@ -8,6 +8,7 @@ import torch
 from cascade_common import make_batch, make_model, make_tree
 
 from xmlkernels import InputError
+from xmlkernels.models.running_mean import MeanSettings
 from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.encoder import Encoder
@@ -55,7 +56,7 @@ def test_the_tables_of_a_cascade_take_what_was_told(dtype: str, optimizer: str) 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_running_means_take_what_was_told(dtype: str) -> None:
-    model = make_model(2, tree=make_tree(2), ema=0.5, ema_tables=True, dtype=dtype, layers=((1,), (2,)), topk=[2])
+    model = make_model(2, tree=make_tree(2), mean=MeanSettings(0.5, tables=True), dtype=dtype, layers=((1,), (2,)), topk=[2])
     tables = [Table(str(r), n, 16, dtype, bias=True, mean=True) for r, n in enumerate(model.tree.sizes)]
     parts = plan(model.encoder, tables, documents=1, tokens=1, mean=True)
     model.step(make_batch(model.tree, 3))

@@ -21,6 +21,7 @@ from xmlkernels.data.loader import BagBatch, BagBatches, Batch
 from xmlkernels.evaluation import embed_split, evaluate_split, evaluation_batches, predict_split
 from xmlkernels.models.common import Model
 from xmlkernels.models.end_to_end import EndToEnd, Training
+from xmlkernels.models.running_mean import MeanSettings
 from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.full_head import FullHead
 
@@ -68,8 +69,8 @@ def bow_model() -> EndToEnd:
 
 CASES: dict[str, tuple[Callable[[], Any], Callable[[int, int], Any]]] = {
     "end_to_end": (make_model, end_to_end_batch),
-    "micro": (lambda: make_model(micro_batch=2, clip=0.5), end_to_end_batch),
-    "cascade": (lambda: cascade_common.make_model(3, tree=TREE, ema=0.9, decay=0.1), cascade_batch),
+    "micro": (lambda: make_model(micro_batch=2, clip=0.5, mean=MeanSettings(0.9, tables=True)), end_to_end_batch),
+    "cascade": (lambda: cascade_common.make_model(3, tree=TREE, mean=MeanSettings(0.9, tables=True), decay=0.1), cascade_batch),
     "unread": (lambda: cascade_common.make_model(3, tree=TREE, layers=((0, 1), (1,), (2,)), decay=0.1), cascade_batch),
     "bow": (bow_model, bag_batch),
 }

@@ -170,9 +170,10 @@ def test_without_save_every_the_best_and_the_last_epoch_alone_are_written(
 
 @pytest.mark.parametrize("table", ["bf16", "fp8"])
 def test_a_rich_run_resumes_bit_for_bit(table: str, dataset: Path, tmp_path: Path) -> None:
-    """Label texts, micro-batches, a stochastically rounded table and state: all of it is in the checkpoint."""
+    """Label texts, micro-batches, a stochastically rounded table and state, running means: all of it is in the checkpoint."""
     options: dict[str, Any] = {
         "label_text": True, "micro_batch": 5, "table": table, "state": "bf16", "epochs": 2, "save_every": 5, "loss_every": 1,
+        "ema": 0.9, "ema_start": 0.5, "ema_every": 3, "ema_tables": table != "fp8",
     }  # fmt: skip
     run(tiny(dataset, tmp_path / "whole", **options))
     assert metrics_of(tmp_path / "whole")["steps"] == 2 * -(-(TRAIN_DOCUMENTS + LABELS) // 16)

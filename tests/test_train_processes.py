@@ -50,7 +50,7 @@ def all_runs(dataset: Path, tree: Path, folder: Path) -> None:
     stopped(tiny(dataset, folder / "parts", **OPTIONS), 5)  # the last checkpoint is of step 12, within the second epoch
     run(tiny(dataset, folder / "parts", **OPTIONS, resume=True))
     stopped(tiny(dataset, folder / "fewer", **OPTIONS), 3)
-    run(cascade(dataset, folder / "cascade", tree, epochs=2, ema=0.9, **ON))
+    run(cascade(dataset, folder / "cascade", tree, epochs=2, ema=0.9, ema_tables=True, **ON))
     run(
         tiny(
             dataset,

@@ -18,6 +18,7 @@ from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.cascade_training import CascadeTraining
 from xmlkernels.models.common import Model
 from xmlkernels.models.end_to_end import EndToEnd, Training
+from xmlkernels.models.running_mean import MeanSettings
 from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.encoder import Encoder, default_autocast, load_ngame
@@ -77,9 +78,9 @@ def _end_to_end(config: Config, dataset: Dataset, encoder: nn.Module, steps: int
     dtype, optimizer, width = resolved_table(config, device), resolved_optimizer(config), int(encoder.width)  # type: ignore
     table = Table(
         "label table", dataset.num_labels, width, dtype, optimizer, config.momentum, config.state, bias=config.bias,
-        kahan=config.kahan,
+        kahan=config.kahan, mean=config.ema_tables,
     )  # fmt: skip
-    say(told(plan(encoder, [table], documents=_pass(config), tokens=longest_row(config, dataset))))
+    say(told(plan(encoder, [table], documents=_pass(config), tokens=longest_row(config, dataset), mean=config.ema > 0)))
     head = FullHead(
         dataset.num_labels, width, dtype=dtype, bias=config.bias, optimizer=optimizer, momentum=config.momentum,
         state_dtype=config.state, decay=config.table_decay, decoupled=config.decoupled, kahan=config.kahan,
@@ -87,7 +88,7 @@ def _end_to_end(config: Config, dataset: Dataset, encoder: nn.Module, steps: int
     )  # fmt: skip
     training = Training(
         config.encoder_lr, config.table_lr, config.encoder_decay, warmup_steps(config, epoch), steps, config.clip,
-        _micro_batch(config),
+        _micro_batch(config), _mean(config, epoch),
     )  # fmt: skip
     return EndToEnd(encoder, head, training)
 
@@ -124,8 +125,7 @@ def _cascade(
         encoder_lr=config.encoder_lr, total=steps, warmup=warmup,
         head_lr=config.encoder_lr * config.head_lr_factor, decay=config.encoder_decay, schedule=config.schedule,
         cooldown=round(config.cooldown_epochs * epoch), rw_loss=config.rw_loss, positives_bound=config.positives_bound,
-        micro_batch=_micro_batch(config), clip=config.clip, ema=config.ema, ema_start=round(config.ema_start * epoch),
-        ema_every=config.ema_every, ema_tables=config.ema_tables, reference_loss=config.reference_loss,
+        micro_batch=_micro_batch(config), clip=config.clip, mean=_mean(config, epoch), reference_loss=config.reference_loss,
     )  # fmt: skip
     return Cascade(encoder, heads, tree, training)
 
@@ -144,6 +144,10 @@ def _tell(
     # The scores of the label level are on both: there they are made, here they are ranked.
     say(told(plan(encoder, tables[:-1], **whole), str(device)))
     say(told(table_parts(tables[-1:], update, candidates[-1:]), str(apart)))
+
+
+def _mean(config: Config, epoch: int) -> MeanSettings:
+    return MeanSettings(config.ema, round(config.ema_start * epoch), config.ema_every, config.ema_tables)
 
 
 def start_table(config: Config, dataset: Dataset, inputs: Inputs, model: Model) -> None:

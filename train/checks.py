@@ -20,8 +20,7 @@ from xmlkernels import InputError, dist
 
 OF_CASCADE = (
     "tree", "tree_depths", "topk", "layers", "embed_drops", "rw_loss", "scheme", "positives_bound", "reference_loss",
-    "head_lr_factor", "schedule", "cooldown_epochs", "ema", "ema_start",
-    "ema_every", "ema_tables", "label_device",
+    "head_lr_factor", "schedule", "cooldown_epochs", "label_device",
 )  # fmt: skip
 _FULL_TABLE = (
     "bottleneck", "bias", "frequency_bias", "centroid_norm", "table_lr", "table_decay", "decoupled", "kahan", "skip_tiles",

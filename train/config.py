@@ -99,14 +99,6 @@ class Config:
     """Warm-up, plateau and cool-down with Adam's beta1 moving against them; or warm-up and cosine to 0."""
     cooldown_epochs: float = 3.0
     """Length of the last of the three phases."""
-    ema: float = 0.0
-    """Decay of a running mean of the encoder's weights that predictions use; 1 is their plain mean (SWA); 0 is off."""
-    ema_start: float = 0.0
-    """Epochs before that mean begins."""
-    ema_every: int = 1
-    """Updates from one value that the mean takes in to the next; --ema is its decay from one to the next."""
-    ema_tables: bool = False
-    """The tables have a mean, too, in fp32: 4 bytes more for each of their values."""
     label_device: str = "auto"
     """Where the label table and its optimizer's state stand, and are trained: cpu, cuda:1, …; auto: with the model. For tables
     that its card has no room for."""
@@ -159,6 +151,14 @@ class Config:
     """The same in epochs; where it is not 0 it stands in place of `warmup`."""
     clip: float = 0.0
     """Largest norm of the encoder's gradient; 0 is off."""
+    ema: float = 0.0
+    """Decay of a running mean of the encoder's weights that predictions use; 1 is their plain mean (SWA); 0 is off."""
+    ema_start: float = 0.0
+    """Epochs before that mean begins."""
+    ema_every: int = 1
+    """Updates from one value that the mean takes in to the next; --ema is its decay from one to the next."""
+    ema_tables: bool = False
+    """The tables have a mean, too, in fp32: 4 bytes more for each of their values."""
     loss_every: int = 10
     """Compute the exact loss over all labels every so many steps; 1 always, 0 never."""
     seed: int = 0

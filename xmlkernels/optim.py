@@ -1,4 +1,4 @@
-"""The encoder's optimizer, its schedules, weight averages, gradient clipping and the loss scaler; none waits for the device.
+"""The encoder's optimizer, its schedules, gradient clipping and the loss scaler; none waits for the device.
 
 Sources: AdamW (Loshchilov & Hutter, ICLR 2019); dynamic loss scaling (Micikevicius et al., ICLR 2018, §3.2).
 """
@@ -6,9 +6,7 @@ Sources: AdamW (Loshchilov & Hutter, ICLR 2019); dynamic loss scaling (Micikevic
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import compress
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -16,7 +14,6 @@ from torch import nn
 from xmlkernels import dist
 from xmlkernels.errors import InputError
 
-_ROWS = 4096  # of a table at a time
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
@@ -153,81 +150,6 @@ def clip_gradients(params: Iterable[torch.Tensor], max_norm: float) -> torch.Ten
     if not max_norm > 0:
         raise InputError("max_norm", "a number > 0", str(max_norm), "correct it, or do not clip")
     return nn.utils.clip_grad_norm_(params, max_norm, error_if_nonfinite=False)
-
-
-class WeightAverage:
-    """A running mean of weights, beside them and in fp32: exponential (EMA) or plain (SWA, Izmailov et al., UAI 2018).
-
-    The n-th update (from 0) moves the mean by max(1 − decay, 1/(n + 1)) towards the weights: it begins as their plain mean,
-    so no start value lingers, and goes on as an EMA; with decay = 1 it stays the plain mean.
-
-    Attributes:
-        names, count: of the weights, in their order; updates so far.
-        means: fp32, one for each of the weights.
-
-    Args:
-        weights: parameters, or tables of any format but fp8, by name.
-        decay: in (0, 1].
-
-    Raises:
-        InputError: decay is out of range, or a table is fp8.
-    """
-
-    def __init__(self, weights: Mapping[str, torch.Tensor], decay: float) -> None:
-        if not 0 < decay <= 1:
-            raise InputError("weight average", "a decay in (0, 1], 1 for the plain mean", str(decay), "correct it")
-        if any(w.dtype.itemsize < 2 for w in weights.values()):
-            raise InputError("weight average", "tables in fp32, bf16 or fp16", "an fp8 one", "leave the tables out of the mean")
-        self.names, self._weights, self.decay, self.count = list(weights), list(weights.values()), decay, 0
-        self.means = [w.detach().to(torch.float32, copy=True) for w in self._weights]
-        self._rounded: list[torch.Tensor] = []  # the means in the weights' formats, made when they are first used
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Takes in the weights as they are."""
-        share = max(1 - self.decay, 1 / (self.count + 1))
-        alike = [w.dtype == torch.float32 for w in self._weights]
-        own = [w.detach() for w in compress(self._weights, alike)]
-        torch._foreach_lerp_(list(compress(self.means, alike)), own, share)
-        for mean, weight, same in zip(self.means, self._weights, alike, strict=True):
-            for start in range(0, 0 if same else len(weight), _ROWS):  # never a whole table in fp32 beside its mean
-                mean[start : start + _ROWS].lerp_(weight[start : start + _ROWS].float(), share)
-        self.count += 1
-        self._rounded = []
-
-    @contextmanager
-    def used(self) -> Iterator[None]:
-        """The means stand in the weights inside; nothing before the first update. Means of fp32 weights are not copied."""
-        if self.count == 0:
-            yield
-            return
-        self._rounded = self._rounded or [m.to(w.dtype) for m, w in zip(self.means, self._weights, strict=True)]
-        held = [w.data for w in self._weights]
-        self._put(self._rounded)
-        try:
-            yield
-        finally:
-            self._put(held)
-
-    def _put(self, values: Sequence[torch.Tensor]) -> None:
-        for weight, value in zip(self._weights, values, strict=True):
-            weight.data = value
-
-    def move(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Follows the weights, which a move to a device may have replaced."""
-        self._weights = [weights[name] for name in self.names]
-        self.means = [m.to(w.device) for m, w in zip(self.means, self._weights, strict=True)]
-        self._rounded = []
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What must survive a stop: the means by name, and their `count`."""
-        return dict(zip(self.names, self.means, strict=True)) | {"count": torch.tensor([self.count])}
-
-    def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Puts back what `tensors` gave."""
-        self.count, self._rounded = int(tensors["count"]), []
-        for name, mean in zip(self.names, self.means, strict=True):
-            mean.copy_(tensors[name])
 
 
 class LossScaler:

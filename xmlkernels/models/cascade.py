@@ -1,9 +1,7 @@
 """The cascade: encoder layers → coarse clusters → finer clusters → a shortlist of labels (CascadeXML, NeurIPS 2022)."""
 
-import functools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,28 +19,16 @@ from xmlkernels.models.cascade_scores import (
     scores_by,
 )
 from xmlkernels.models.cascade_state import cascade_tensors, check_fit, load_cascade_tensors, saved_tree
-from xmlkernels.models.cascade_training import CascadeTraining, averaged_weights, cascade_optimizer, set_rates
+from xmlkernels.models.cascade_training import CascadeTraining, cascade_optimizer, set_rates
 from xmlkernels.models.common import Documents
 from xmlkernels.models.gradient_caching import EncoderPass
+from xmlkernels.models.running_mean import RunningMean, averaged, begun, evaluating
 from xmlkernels.nn.cascade_heads import SCHEMES, CascadeHeads
 from xmlkernels.nn.shortlist import count, select
-from xmlkernels.optim import LossScaler, WeightAverage, scaled_step
+from xmlkernels.optim import LossScaler, scaled_step
 from xmlkernels.tree.label_tree import LabelTree
 
 __all__ = ["Cascade", "CascadeTraining", "LevelPrediction", "saved_tree"]
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def _evaluating(method: Method) -> Method:
-    """A method of `Cascade` that runs without gradients and, where there are some, on the mean weights."""
-
-    @functools.wraps(method)
-    def run(self: "Cascade", *args: Any, **options: Any) -> Any:
-        with torch.no_grad(), self.average.used() if self.average is not None else nullcontext():
-            return method(self, *args, **options)
-
-    return cast(Method, run)
 
 
 class Cascade(nn.Module):
@@ -86,7 +72,7 @@ class Cascade(nn.Module):
         check_fit(encoder, heads, tree)
         self.encoder, self.heads, self.tree, self.training_settings = encoder, heads, tree, training
         self.steps = 0
-        self.average: WeightAverage | None = None
+        self.average: RunningMean | None = None
         self.register_buffer("skipped_steps", torch.zeros(1))
         self.register_buffer("skipped_encoder_steps", torch.zeros(1))
         self.register_buffer("lost_positives", torch.zeros(tree.levels - 1, dtype=torch.int64))
@@ -106,11 +92,12 @@ class Cascade(nn.Module):
         # Only fp16 needs a scale; elsewhere it stays 1 and the scaler is the check for non-finite gradients.
         half = getattr(self.encoder, "autocast", None) == torch.float16
         self.scaler = LossScaler(self.device) if half else LossScaler(self.device, init_scale=1.0, growth=1.0, backoff=1.0)
-        if training.ema > 0:
-            if hasattr(self.encoder, "update"):
-                raise InputError("ema", "0 for an encoder with a table of its own", str(training.ema), "leave it out")
-            weights = averaged_weights(self.encoder, self.heads, tables=training.ema_tables)
-            self.average = WeightAverage(weights, training.ema)
+        self.average = begun(self.encoder, self._averaged(), training.mean)
+
+    def _averaged(self) -> dict[str, Tensor]:
+        settings = self.training_settings
+        tables = self.heads.levels if settings is not None and settings.mean.tables else ()
+        return averaged(self, {f"heads.levels.{r}": level for r, level in enumerate(tables)})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Cascade":
         # `.to(device)` must take the loss scaler and the mean weights along; they are no modules.
@@ -118,8 +105,7 @@ class Cascade(nn.Module):
         if self.training_settings is not None:
             self.scaler.move(fn)
         if self.average is not None:
-            assert self.training_settings is not None
-            self.average.move(averaged_weights(self.encoder, self.heads, tables=self.training_settings.ema_tables))
+            self.average.follow(self._averaged())
         return self
 
     @property
@@ -211,9 +197,8 @@ class Cascade(nn.Module):
         if update := getattr(self.encoder, "update", None):
             update(lr)
         self.skipped_steps += overflow
-        late = self.steps - settings.ema_start
-        if self.average is not None and late >= 0 and late % settings.ema_every == 0:
-            self.average.update()
+        if self.average is not None:
+            self.average.step(self.steps)
 
     def config(self) -> dict[str, Any]:
         """What prediction needs to build the model again, beside its tensors; see `saved_tree`."""
@@ -235,7 +220,7 @@ class Cascade(nn.Module):
         """
         load_cascade_tensors(self, tensors)
 
-    @_evaluating
+    @evaluating
     def predict(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The k best labels of each document by the heads' scheme.
 
@@ -248,14 +233,14 @@ class Cascade(nn.Module):
         """
         return self._best_labels(self._features(*batch.inputs), k, exclude)
 
-    @_evaluating
+    @evaluating
     def predict_levels(self, batch: Documents, k: int, exclude: Tensor | None = None) -> list[LevelPrediction]:
         """What each level says, coarse to fine, and what it hands on: shortlist recall is read from `kept`. `exclude` is for
         the labels, as of `predict`."""
         scheme = self.heads.scheme
         return self._levels(self._features(*batch.inputs), k, exclude, (scheme,))[scheme]
 
-    @_evaluating
+    @evaluating
     def levels_and_loss(
         self, batch: Documents, k: int, exclude: Tensor | None, schemes: Sequence[str]
     ) -> tuple[dict[str, list[LevelPrediction]], Tensor]:
@@ -263,24 +248,24 @@ class Cascade(nn.Module):
         x = self._features(*batch.inputs)
         return self._levels(x, k, exclude, schemes), self._loss(x, batch)
 
-    @_evaluating
+    @evaluating
     def embed(self, batch: Documents) -> Tensor:
         """fp32 [B, D]: what the label table meets of each document."""
         return self._features(*batch.inputs)[-1]
 
-    @_evaluating
+    @evaluating
     def predict_and_embed(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`predict` and `embed` for one pass of the encoder."""
         x = self._features(*batch.inputs)
         return *self._best_labels(x, k, exclude), x[-1]
 
-    @_evaluating
+    @evaluating
     def predict_and_loss(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`predict` and `loss` for one pass of the encoder."""
         x = self._features(*batch.inputs)
         return *self._best_labels(x, k, exclude), self._loss(x, batch)
 
-    @_evaluating
+    @evaluating
     def loss(self, batch: Documents) -> Tensor:
         """The loss [1] that `step` would report, true clusters forced in, without training."""
         return self._loss(self._features(*batch.inputs), batch)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from xmlkernels.checkpoint import load_optimizer_tensors, optimizer_tensors
 from xmlkernels.errors import InputError
 from xmlkernels.models.common import check_tensors
+from xmlkernels.models.running_mean import PREFIX, check_means, for_prediction
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.layer_recipe import checked_layers
 from xmlkernels.tree.label_tree import LabelTree
@@ -18,7 +19,7 @@ from xmlkernels.tree.label_tree import LabelTree
 if TYPE_CHECKING:
     from xmlkernels.models.cascade import Cascade
 
-_PARTS = ("optimizer.", "scaler.", "average.")
+_PARTS = ("optimizer.", "scaler.", PREFIX)
 _STATES = (".momentum", ".second", ".bias_momentum", ".bias_second")
 
 
@@ -31,7 +32,7 @@ def cascade_tensors(model: Cascade) -> dict[str, Tensor]:
         out |= {f"optimizer.{k}": v for k, v in optimizer_tensors(model.optimizer, model.named_parameters()).items()}
     out |= {f"scaler.{name}": value for name, value in model.scaler.tensors().items()}
     if model.average is not None:
-        out |= {f"average.{name}": mean for name, mean in model.average.tensors().items()}
+        out |= model.average.tensors()
     return out
 
 
@@ -39,20 +40,14 @@ def load_cascade_tensors(model: Cascade, tensors: Mapping[str, Tensor]) -> None:
     """See `Cascade.load_tensors`."""
     parts = {p: {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in _PARTS}
     rest = {k: v for k, v in tensors.items() if not k.startswith(_PARTS)}
-    means, own = parts["average."], model.state_dict()
+    means, own = parts[PREFIX], model.state_dict()
     if model.training_settings is None:
         rest = {k: v for k, v in rest.items() if not k.endswith(_STATES) or k in own}
-        if means and int(means["count"]) > 0:
-            rest |= {k: v.to(rest[k].dtype) for k, v in means.items() if k in rest}
+        rest = for_prediction(rest, means)
     _check_tree(model, rest)
     check_tensors(own, rest)
     if model.training_settings is not None:
-        expected = set() if model.average is None else {"count", *model.average.names}
-        if means.keys() != expected:
-            raise InputError(
-                "checkpoint", f"running means of {len(expected)} weights", f"of {len(means)}",
-                "use the checkpoint's own configuration (--ema, --ema-tables)",
-            )  # fmt: skip
+        check_means(model.average, means)
     model.load_state_dict(rest)
     model.steps = int(model.heads.levels[0].counter[1])  # type: ignore[index]
     if model.training_settings is None:

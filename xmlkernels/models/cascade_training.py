@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from xmlkernels.errors import InputError
-from xmlkernels.nn.cascade_heads import CascadeHeads
+from xmlkernels.models.running_mean import MeanSettings
 from xmlkernels.optim import encoder_optimizer, three_phase, warmup_cosine
 
 SCHEDULES = ("three_phase", "warmup_cosine")
@@ -35,11 +35,7 @@ class CascadeTraining:
         micro_batch: documents per encoder pass (gradient caching); 0 passes the whole batch at once. An update, and so a step
             of the schedule, is always one batch.
         clip: largest norm of the gradient of encoder and linear layer; 0 is off.
-        ema: decay of a running mean of encoder and linear layer, which prediction then uses; 1: their plain mean (SWA,
-            Izmailov et al., UAI 2018); 0: off.
-        ema_start: updates before the mean begins.
-        ema_every: updates from one value that the mean takes in to the next; `ema` is its decay from one to the next.
-        ema_tables: the tables have a mean, too, in fp32.
+        mean: the running mean of encoder and linear layers, and of the tables where it says so.
         reference_loss: count pads in the mean as CascadeXML's code does, for comparisons.
     """
 
@@ -55,10 +51,7 @@ class CascadeTraining:
     positives_bound: int = 32
     micro_batch: int = 0
     clip: float = 0.0
-    ema: float = 0.0
-    ema_start: int = 0
-    ema_every: int = 1
-    ema_tables: bool = False
+    mean: MeanSettings = MeanSettings()
     reference_loss: bool = False
 
     def rates(self, step: int) -> tuple[float, float, float | None]:
@@ -91,8 +84,6 @@ class CascadeTraining:
         for name, value in (("positives_bound", self.positives_bound), ("micro_batch", self.micro_batch), ("clip", self.clip)):
             if value < 0:
                 raise InputError(name, "0 or more", str(value), "correct it")
-        if self.ema_every < 1:
-            raise InputError("ema_every", "1 or more", str(self.ema_every), "correct it")
         self.rates(0)
 
     def weights(self, levels: int) -> tuple[float, ...]:
@@ -119,15 +110,6 @@ def cascade_optimizer(encoder: nn.Module, linear: nn.Module, settings: CascadeTr
         return None
     # Fused, as `encoder_optimizer` makes it: the decision to skip is then taken on the device.
     return torch.optim.AdamW([group | {"head": True} for group in groups], lr=settings.encoder_lr, eps=_EPSILON, fused=True)
-
-
-def averaged_weights(encoder: nn.Module, heads: CascadeHeads, *, tables: bool) -> dict[str, Tensor]:
-    """What `CascadeTraining.ema` is a mean of, by its name in the model."""
-    found: dict[str, Tensor] = {f"encoder.{name}": weight for name, weight in encoder.named_parameters()}
-    found |= {f"heads.projections.{name}": weight for name, weight in heads.projections.named_parameters()}
-    for r, level in enumerate(heads.levels if tables else ()):
-        found |= {f"heads.levels.{r}.{name}": getattr(level, name) for name in ("weight", "bias")}
-    return found
 
 
 def set_rates(optimizer: torch.optim.Optimizer, encoder_lr: float, head_lr: float, beta1: float | None) -> None:

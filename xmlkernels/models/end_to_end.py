@@ -10,6 +10,16 @@ from torch import Tensor, nn
 from xmlkernels.checkpoint import load_optimizer_tensors, optimizer_tensors
 from xmlkernels.models.common import Documents, check_tensors
 from xmlkernels.models.gradient_caching import EncoderPass
+from xmlkernels.models.running_mean import (
+    PREFIX,
+    MeanSettings,
+    RunningMean,
+    averaged,
+    begun,
+    check_means,
+    evaluating,
+    for_prediction,
+)
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.optim import LossScaler, encoder_optimizer, scaled_step, set_learning_rate, warmup_cosine
 
@@ -24,6 +34,7 @@ class Training:
         warmup, total: steps of the linear warm-up, and of the whole run; the cosine ends at `total`.
         clip: largest norm of the encoder's gradient; 0 is off.
         micro_batch: documents per encoder pass (gradient caching); 0 passes the whole batch at once.
+        mean: the running mean of the encoder, and of the label table where it says so.
     """
 
     encoder_lr: float
@@ -33,6 +44,7 @@ class Training:
     total: int
     clip: float = 0.0
     micro_batch: int = 0
+    mean: MeanSettings = MeanSettings()
 
 
 class EndToEnd(nn.Module):
@@ -55,6 +67,7 @@ class EndToEnd(nn.Module):
         super().__init__()
         self.encoder, self.head, self.training_settings = encoder, head, training
         self.steps = 0
+        self.average: RunningMean | None = None
         self.register_buffer("skipped_steps", torch.zeros(1))
         self.register_buffer("skipped_encoder_steps", torch.zeros(1))
         if training is not None:
@@ -63,12 +76,19 @@ class EndToEnd(nn.Module):
             # Only fp16 needs a scale; elsewhere it stays 1 and the scaler is the check for non-finite gradients.
             half = encoder.autocast == torch.float16
             self.scaler = LossScaler(device) if half else LossScaler(device, init_scale=1.0, growth=1.0, backoff=1.0)
+            self.average = begun(encoder, self._averaged(), training.mean)
+
+    def _averaged(self) -> dict[str, Tensor]:
+        settings = self.training_settings
+        return averaged(self, {"head": self.head} if settings is not None and settings.mean.tables else {})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EndToEnd":
-        # `.to(device)` must take the loss scaler along; it is no module, because its tensors are no part of the model.
+        # `.to(device)` must take the loss scaler and the mean weights along; they are no modules.
         super()._apply(fn, recurse)
         if self.training_settings is not None:
             self.scaler.move(fn)
+        if self.average is not None:
+            self.average.follow(self._averaged())
         return self
 
     @property
@@ -110,59 +130,68 @@ class EndToEnd(nn.Module):
         self.skipped_steps += overflow
         if update := getattr(self.encoder, "update", None):
             update(settings.encoder_lr * factor)
+        if self.average is not None:
+            self.average.step(self.steps)
         self.steps += 1
         return loss
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that must survive a stop, by name: weights, optimizer states, counters, loss scale."""
+        """Everything that must survive a stop, by name: weights, optimizer states, counters, loss scale, mean weights."""
         out = {name: value.detach() for name, value in self.state_dict().items()}
         if self.training_settings is not None:
             out |= {f"optimizer.{k}": v for k, v in optimizer_tensors(self.optimizer, self.encoder.named_parameters()).items()}
             out |= {f"scaler.{name}": value for name, value in self.scaler.tensors().items()}
+        if self.average is not None:
+            out |= self.average.tensors()
         return out
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Puts back what `tensors` gave; for prediction, the optimizer's share is left out.
+        """Puts back what `tensors` gave; a model without training takes the share that prediction needs (where there are mean
+        weights, those).
 
         Raises:
             InputError: a name is missing or left over, or a shape differs.
         """
-        optimizer = _without_prefix(tensors, "optimizer.")
-        scaler = _without_prefix(tensors, "scaler.")
-        rest = {k: v for k, v in tensors.items() if not k.startswith(("optimizer.", "scaler."))}
+        optimizer, scaler, means = (_without_prefix(tensors, prefix) for prefix in ("optimizer.", "scaler.", PREFIX))
+        rest = {k: v for k, v in tensors.items() if not k.startswith(("optimizer.", "scaler.", PREFIX))}
         if self.training_settings is None:
+            rest = for_prediction(rest, means)
             rest = {k: v for k, v in rest.items() if k not in ("head.momentum", "head.second", "head.kahan")}
         check_tensors(self.state_dict(), rest)
+        if self.training_settings is not None:
+            check_means(self.average, means)
         self.load_state_dict(rest)
         self.steps = int(self.head.counter[1])
         if self.training_settings is not None:
             load_optimizer_tensors(self.optimizer, self.encoder.named_parameters(), optimizer)
             self.scaler.load_tensors(scaler)
+        if self.average is not None:
+            self.average.load_tensors(means)
 
-    @torch.no_grad()
+    @evaluating
     def embed(self, batch: Documents) -> Tensor:
         """fp32 [B, D]: what the label table meets of each document."""
         return self.encoder(*batch.inputs)
 
-    @torch.no_grad()
+    @evaluating
     def predict(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits fp32 [B, k] and labels int64 [B, k] of the k best labels of each document, best first."""
         return self.head.topk(self.encoder(*batch.inputs), k, exclude)
 
-    @torch.no_grad()
+    @evaluating
     def predict_and_embed(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`predict` and `embed` for one pass of the encoder."""
         x = self.encoder(*batch.inputs)
         return *self.head.topk(x, k, exclude), x
 
-    @torch.no_grad()
+    @evaluating
     def predict_and_loss(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`predict` and `loss` for one pass of the encoder."""
         x = self.encoder(*batch.inputs)
         values, labels = self.head.topk(x, k, exclude)
         return values, labels, self.head.loss(x, batch.pos_row, batch.pos_sample)
 
-    @torch.no_grad()
+    @evaluating
     def loss(self, batch: Documents) -> Tensor:
         """Summed loss [1] of a batch, without training."""
         return self.head.loss(self.encoder(*batch.inputs), batch.pos_row, batch.pos_sample)

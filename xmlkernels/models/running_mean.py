@@ -1,0 +1,176 @@
+"""A running mean of a model's weights, which predictions use while training goes on from the weights themselves."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import compress
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from xmlkernels.errors import InputError
+
+PREFIX = "average."  # of its tensors in a checkpoint
+_ROWS = 4096  # of a table at a time
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class MeanSettings:
+    """How the mean is taken.
+
+    Attributes:
+        decay: of the mean from one value that it takes in to the next; 1: the plain mean (SWA, Izmailov et al., UAI 2018);
+            0: no mean.
+        start: updates before it begins.
+        every: updates from one value to the next.
+        tables: of the tables, too, and not of the encoder and linear layers alone.
+    """
+
+    decay: float = 0.0
+    start: int = 0
+    every: int = 1
+    tables: bool = False
+
+    def check(self) -> None:
+        """Raises InputError when one is out of range."""
+        if not 0 <= self.decay <= 1:
+            raise InputError("running mean: decay", "from 0 (none) to 1 (the plain mean)", str(self.decay), "correct it")
+        for name, value, least in (("start", self.start, 0), ("every", self.every, 1)):
+            if value < least:
+                raise InputError(f"running mean: {name}", f"{least} or more", str(value), "correct it")
+
+
+class RunningMean:
+    """The mean, beside the weights and in fp32: exponential (EMA) or plain (SWA).
+
+    The n-th value (from 0) moves the mean by max(1 − decay, 1/(n + 1)) towards it: it begins as their plain mean, so no start
+    value lingers, and goes on as an EMA; with decay = 1 it stays the plain mean.
+
+    Attributes:
+        names, count: of the weights, in their order; values taken in so far.
+        means: fp32, one for each of the weights.
+
+    Args:
+        weights: parameters, or tables of any format but fp8, by name.
+        settings: with a decay above 0.
+
+    Raises:
+        InputError: a setting is out of range, or a table is fp8.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], settings: MeanSettings) -> None:
+        settings.check()
+        if any(w.dtype.itemsize < 2 for w in weights.values()):
+            raise InputError("running mean", "tables in fp32, bf16 or fp16", "an fp8 one", "leave the tables out of the mean")
+        self.settings, self.names, self.count = settings, list(weights), 0
+        self._weights = list(weights.values())
+        self.means = [w.detach().to(torch.float32, copy=True) for w in self._weights]
+        self._rounded: list[Tensor] = []  # the means in the weights' formats, made when they are first used
+
+    @torch.no_grad()
+    def step(self, number: int) -> None:
+        """Takes in the weights as update `number` (from 0) left them, where that is one to take."""
+        late = number - self.settings.start
+        if late < 0 or late % self.settings.every:
+            return
+        share = max(1 - self.settings.decay, 1 / (self.count + 1))
+        alike = [w.dtype == torch.float32 for w in self._weights]
+        own = [w.detach() for w in compress(self._weights, alike)]
+        torch._foreach_lerp_(list(compress(self.means, alike)), own, share)
+        for mean, weight, same in zip(self.means, self._weights, alike, strict=True):
+            for start in range(0, 0 if same else len(weight), _ROWS):  # never a whole table in fp32 beside its mean
+                mean[start : start + _ROWS].lerp_(weight[start : start + _ROWS].float(), share)
+        self.count += 1
+        self._rounded = []
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """The means stand in the weights inside; nothing before the first value. Means of fp32 weights are not copied."""
+        if self.count == 0:
+            yield
+            return
+        self._rounded = self._rounded or [m.to(w.dtype) for m, w in zip(self.means, self._weights, strict=True)]
+        held = [w.data for w in self._weights]
+        self._put(self._rounded)
+        try:
+            yield
+        finally:
+            self._put(held)
+
+    def _put(self, values: Sequence[Tensor]) -> None:
+        for weight, value in zip(self._weights, values, strict=True):
+            weight.data = value
+
+    def follow(self, weights: Mapping[str, Tensor]) -> None:
+        """Goes where a move to a device took the weights, which it may have replaced."""
+        self._weights = [weights[name] for name in self.names]
+        self.means = [m.to(w.device) for m, w in zip(self.means, self._weights, strict=True)]
+        self._rounded = []
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What must survive a stop, by its name in a checkpoint."""
+        means = {PREFIX + name: mean for name, mean in zip(self.names, self.means, strict=True)}
+        return means | {PREFIX + "count": torch.tensor([self.count])}
+
+    def load_tensors(self, means: Mapping[str, Tensor]) -> None:
+        """Puts back what `tensors` gave, names without their prefix."""
+        self.count, self._rounded = int(means["count"]), []
+        for name, mean in zip(self.names, self.means, strict=True):
+            mean.copy_(means[name])
+
+
+def averaged(model: nn.Module, tables: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """What is averaged, by its name in the model: all its parameters, and weights and biases of these tables."""
+    found: dict[str, Tensor] = dict(model.named_parameters())
+    for prefix, table in tables.items():
+        own = {f"{prefix}.{name}": getattr(table, name) for name in ("weight", "bias")}
+        found |= {name: value for name, value in own.items() if value is not None}
+    return found
+
+
+def begun(encoder: nn.Module, weights: Mapping[str, Tensor], settings: MeanSettings) -> RunningMean | None:
+    """The mean that the settings ask for; None for a decay of 0.
+
+    Raises:
+        InputError: a setting is out of range, a table is fp8, or the encoder trains a table of its own.
+    """
+    settings.check()
+    if settings.decay == 0:
+        return None
+    if hasattr(encoder, "update"):
+        got = str(settings.decay)
+        raise InputError("running mean: decay", "0 for an encoder with a table of its own", got, "leave it out")
+    return RunningMean(weights, settings)
+
+
+def evaluating(method: Method) -> Method:
+    """A method of a model that runs without gradients and, where there is one, on the `average` of its weights."""
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **options: Any) -> Any:
+        with torch.no_grad(), self.average.used() if self.average is not None else nullcontext():
+            return method(self, *args, **options)
+
+    return cast(Method, run)
+
+
+def for_prediction(tensors: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's tensors with its means (names without their prefix) in place of the weights, in the weights' formats."""
+    if not means or int(means["count"]) == 0:
+        return dict(tensors)
+    return {name: means[name].to(own.dtype) if name in means else own for name, own in tensors.items()}
+
+
+def check_means(average: RunningMean | None, means: Mapping[str, Tensor]) -> None:
+    """Raises InputError unless a checkpoint has the means that a model is to go on with."""
+    expected = set() if average is None else {"count", *average.names}
+    if means.keys() != expected:
+        raise InputError(
+            "checkpoint", f"running means of {max(0, len(expected) - 1)} weights", f"of {max(0, len(means) - 1)}",
+            "use the checkpoint's own configuration (--ema, --ema-tables)",
+        )  # fmt: skip
