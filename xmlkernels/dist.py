@@ -11,6 +11,7 @@ Renee (MLSys 2023, section 4).
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -67,6 +68,9 @@ def start(device: torch.device) -> None:
         raise InputError("torch", expected, "one without", "install another build, or use one process")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # Its functions have the group as a default argument: imported after this (transformers does) they would keep it for ever,
+    # with threads that want to free a tensor while the interpreter ends: SIGABRT, now and then.
+    importlib.import_module("torch.distributed.nn.functional")
     # Predictions of a split are gathered in the host's memory, beside the vectors on the cards.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, timeout=_PATIENCE)
