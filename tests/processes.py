@@ -5,6 +5,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,10 @@ def _child(rank: int, size: int, port: int, work: Callable[..., None], folder: s
     finally:
         dist.stop()
     # A thread of gloo that outlives its group may free a tensor while the interpreter ends, and abort the process.
-    threads = sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
+    threads = []
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # a thread that ends meanwhile
+            threads.append(path.read_text().strip())
     if left := [name for name in threads if "gloo" in name]:
         Path(folder, f"error-{rank}").write_text(f"threads left by process {rank}: {left}")
         sys.exit(1)

@@ -19,6 +19,7 @@ from xmlkernels import InputError
 from xmlkernels.checkpoint import load, save
 from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.restore import restored
+from xmlkernels.models.running_mean import MeanSettings
 from xmlkernels.nn import cascade_level, placement
 
 import build  # isort: skip  # train_runs has put train/ on the path
@@ -26,7 +27,7 @@ import build  # isort: skip  # train_runs has put train/ on the path
 CPU = torch.device("cpu")
 MODELS = {
     "fp32": {}, "fp8": {"dtype": "fp8", "drops": 0.2}, "sgd": {"optimizer": "sgd", "betas": (0.9, 0.9)},
-    "dense": {"optimizer": "adamw_dense"},
+    "dense": {"optimizer": "adamw_dense"}, "mean": {"mean": MeanSettings(0.9, tables=True), "dtype": "bf16"},
 }  # fmt: skip
 
 

@@ -254,12 +254,13 @@ def other_dataset(good: Path, bad: Path) -> None:
         (shutil.copy, {"rw_loss": (1.0,) * 4}, "--rw-loss: expected 3 numbers, one for each level, labels included"),
         (shutil.copy, {"layers": ()}, "encoder: expected 3 layers or more, one for each level of the tree, got 2"),
         (shutil.copy, {"layers": ("1", "2", "5")}, "expected layers from 0 to 2, those of this encoder, got layer 5"),
+        (shutil.copy, {"ema": 0.9, "ema_every": 31}, "--ema: expected a mean that begins within the 30 updates of this run"),
         (shutil.copy, {"warmup": 31}, "--warmup: expected at most 30 updates, all of this run, got 31"),
         (shutil.copy, {"freeze": 2}, "--freeze: expected fewer than 2, the layers of this encoder, got 2"),
     ],
     ids=[
         "another dataset", "a label twice", "a level missing", "cut short", "no tree", "k", "rw_loss", "too few layers",
-        "a layer too deep", "warm-up", "frozen whole",
+        "a layer too deep", "a mean too late", "warm-up", "frozen whole",
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_told_in_one_sentence(

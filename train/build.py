@@ -88,7 +88,7 @@ def _end_to_end(config: Config, dataset: Dataset, encoder: nn.Module, steps: int
     )  # fmt: skip
     training = Training(
         config.encoder_lr, config.table_lr, config.encoder_decay, warmup_steps(config, epoch), steps, config.clip,
-        _micro_batch(config), _mean(config, epoch),
+        _micro_batch(config), _mean(config, epoch, steps),
     )  # fmt: skip
     return EndToEnd(encoder, head, training)
 
@@ -125,7 +125,8 @@ def _cascade(
         encoder_lr=config.encoder_lr, total=steps, warmup=warmup,
         head_lr=config.encoder_lr * config.head_lr_factor, decay=config.encoder_decay, schedule=config.schedule,
         cooldown=round(config.cooldown_epochs * epoch), rw_loss=config.rw_loss, positives_bound=config.positives_bound,
-        micro_batch=_micro_batch(config), clip=config.clip, mean=_mean(config, epoch), reference_loss=config.reference_loss,
+        micro_batch=_micro_batch(config), clip=config.clip, mean=_mean(config, epoch, steps),
+        reference_loss=config.reference_loss,
     )  # fmt: skip
     return Cascade(encoder, heads, tree, training)
 
@@ -146,8 +147,13 @@ def _tell(
     say(told(table_parts(tables[-1:], update, candidates[-1:]), str(apart)))
 
 
-def _mean(config: Config, epoch: int) -> MeanSettings:
-    return MeanSettings(config.ema, round(config.ema_start * epoch), config.ema_every, config.ema_tables)
+def _mean(config: Config, epoch: int, steps: int) -> MeanSettings:
+    settings = MeanSettings(config.ema, round(config.ema_start * epoch), config.ema_every, config.ema_tables)
+    if settings.decay > 0 and settings.start + settings.every > steps:
+        got = f"the first value after {settings.start + settings.every:,}"
+        mend = "begin earlier (--ema-start), or take values more often (--ema-every)"
+        raise InputError("--ema", f"a mean that begins within the {steps:,} updates of this run", got, mend)
+    return settings
 
 
 def start_table(config: Config, dataset: Dataset, inputs: Inputs, model: Model) -> None:

@@ -152,13 +152,13 @@ class Config:
     clip: float = 0.0
     """Largest norm of the encoder's gradient; 0 is off."""
     ema: float = 0.0
-    """Decay of a running mean of the encoder's weights that predictions use; 1 is their plain mean (SWA); 0 is off."""
+    """Decay of a running mean of encoder and linear layers that predictions use; 1 is their plain mean (SWA); 0 is off."""
     ema_start: float = 0.0
     """Epochs before that mean begins."""
     ema_every: int = 1
     """Updates from one value that the mean takes in to the next; --ema is its decay from one to the next."""
     ema_tables: bool = False
-    """The tables have a mean, too, in fp32: 4 bytes more for each of their values."""
+    """The tables have a mean, too: 4 bytes more for each of their values, 6 below fp32."""
     loss_every: int = 10
     """Compute the exact loss over all labels every so many steps; 1 always, 0 never."""
     seed: int = 0

@@ -67,11 +67,12 @@ class Table:
         return 4 * self.rows * (self.width + documents) if self.optimizer == "adamw_dense" else 0
 
 
-def encoder_parts(encoder: nn.Module) -> dict[str, int]:
-    """Bytes of an encoder: weights with its own tables, and gradients and AdamW's two moments of what is trained."""
+def encoder_parts(encoder: nn.Module, *, mean: bool = False) -> dict[str, int]:
+    """Bytes of an encoder: weights with its own tables; gradients, AdamW's two moments and the `mean` of what is trained."""
     trained = sum(_bytes(p) for p in encoder.parameters() if p.requires_grad)
     whole = sum(map(_bytes, encoder.parameters())) + sum(map(_bytes, encoder.buffers()))
-    return {"encoder": whole, "its gradients": trained, "its optimizer": 2 * trained}
+    parts = {"encoder": whole, "its gradients": trained, "its optimizer": 2 * trained}
+    return parts | ({"its running mean": trained} if mean else {})
 
 
 def activation_bytes(encoder: nn.Module, documents: int, tokens: int) -> int:
@@ -116,9 +117,7 @@ def plan(
     Raises:
         InputError: a number format that does not exist.
     """
-    parts = encoder_parts(encoder) | table_parts(tables, update or documents, candidates)
-    if mean:
-        parts["its running mean"] = 4 * sum(p.numel() for p in encoder.parameters())
+    parts = encoder_parts(encoder, mean=mean) | table_parts(tables, update or documents, candidates)
     return parts | {"activations (estimate)": activation_bytes(encoder, documents, tokens)}
 
 

@@ -212,8 +212,8 @@ class Cascade(nn.Module):
         return cascade_tensors(self)
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Puts back what `tensors` gave; a model without training takes the share that prediction needs (of an encoder with
-        mean weights, those).
+        """Puts back what `tensors` gave; a model without training takes the share that prediction needs (where there
+        are mean weights, those).
 
         Raises:
             InputError: the tensors are those of another tree or another model.

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import compress
 from typing import Any, TypeVar, cast
 
 import torch
@@ -27,7 +26,7 @@ class MeanSettings:
         decay: of the mean from one value that it takes in to the next; 1: the plain mean (SWA, Izmailov et al., UAI 2018);
             0: no mean.
         start: updates before it begins.
-        every: updates from one value to the next.
+        every: updates from one value to the next; each is what the last of them left.
         tables: of the tables, too, and not of the encoder and linear layers alone.
     """
 
@@ -60,11 +59,10 @@ class RunningMean:
         settings: with a decay above 0.
 
     Raises:
-        InputError: a setting is out of range, or a table is fp8.
+        InputError: a table is fp8.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], settings: MeanSettings) -> None:
-        settings.check()
         if any(w.dtype.itemsize < 2 for w in weights.values()):
             raise InputError("running mean", "tables in fp32, bf16 or fp16", "an fp8 one", "leave the tables out of the mean")
         self.settings, self.names, self.count = settings, list(weights), 0
@@ -76,15 +74,20 @@ class RunningMean:
     def step(self, number: int) -> None:
         """Takes in the weights as update `number` (from 0) left them, where that is one to take."""
         late = number - self.settings.start
-        if late < 0 or late % self.settings.every:
+        if late < 0 or (late + 1) % self.settings.every:
             return
         share = max(1 - self.settings.decay, 1 / (self.count + 1))
-        alike = [w.dtype == torch.float32 for w in self._weights]
-        own = [w.detach() for w in compress(self._weights, alike)]
-        torch._foreach_lerp_(list(compress(self.means, alike)), own, share)
-        for mean, weight, same in zip(self.means, self._weights, alike, strict=True):
-            for start in range(0, 0 if same else len(weight), _ROWS):  # never a whole table in fp32 beside its mean
+        together: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}  # few launches for the many weights of an encoder
+        for mean, weight in zip(self.means, self._weights, strict=True):
+            if weight.dtype == torch.float32:
+                means, own = together.setdefault(weight.device, ([], []))
+                means.append(mean)
+                own.append(weight.detach())
+                continue
+            for start in range(0, len(weight), _ROWS):  # never a whole table in fp32 beside its mean
                 mean[start : start + _ROWS].lerp_(weight[start : start + _ROWS].float(), share)
+        for means, own in together.values():
+            torch._foreach_lerp_(means, own, share)
         self.count += 1
         self._rounded = []
 
@@ -125,8 +128,8 @@ class RunningMean:
 
 
 def averaged(model: nn.Module, tables: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """What is averaged, by its name in the model: all its parameters, and weights and biases of these tables."""
-    found: dict[str, Tensor] = dict(model.named_parameters())
+    """What is averaged, by its name in the model: its parameters but frozen ones, and weights and biases of these tables."""
+    found: dict[str, Tensor] = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     for prefix, table in tables.items():
         own = {f"{prefix}.{name}": getattr(table, name) for name in ("weight", "bias")}
         found |= {name: value for name, value in own.items() if value is not None}
@@ -160,7 +163,15 @@ def evaluating(method: Method) -> Method:
 
 
 def for_prediction(tensors: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors with its means (names without their prefix) in place of the weights, in the weights' formats."""
+    """A checkpoint's tensors with its means (names without their prefix) in place of the weights, in the weights' formats.
+
+    Raises:
+        InputError: a mean of something that is not among the tensors.
+    """
+    if foreign := sorted(means.keys() - tensors.keys() - {"count"}):
+        raise InputError(
+            "checkpoint", "running means of its weights", f"one of {foreign[0]}", "use one that train/run.py wrote"
+        )
     if not means or int(means["count"]) == 0:
         return dict(tensors)
     return {name: means[name].to(own.dtype) if name in means else own for name, own in tensors.items()}
@@ -169,8 +180,9 @@ def for_prediction(tensors: Mapping[str, Tensor], means: Mapping[str, Tensor]) -
 def check_means(average: RunningMean | None, means: Mapping[str, Tensor]) -> None:
     """Raises InputError unless a checkpoint has the means that a model is to go on with."""
     expected = set() if average is None else {"count", *average.names}
-    if means.keys() != expected:
+    missing, extra = sorted(expected - means.keys()), sorted(means.keys() - expected)
+    if missing or extra:
         raise InputError(
-            "checkpoint", f"running means of {max(0, len(expected) - 1)} weights", f"of {max(0, len(means) - 1)}",
+            "checkpoint", "the running means of this model", f"missing {missing[:3]}, left over {extra[:3]}",
             "use the checkpoint's own configuration (--ema, --ema-tables)",
         )  # fmt: skip
