@@ -21,7 +21,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
         "Part of the built-in corpus, all-MiniLM-L6-v2, a few minutes on two cores (what `make demo` runs).",
         replace(
             _BASE, documents=8000, output="runs/demo", label_text=True, epochs=4, batch=32, max_length=48, save_every=0,
-            table_lr=0.05, dropout=0.3, warmup=60, log_every=100, ema=0.99, ema_every=5, ema_tables=True,
+            table_lr=0.05, dropout=0.3, warmup=60, log_every=100,
         ),
     ),
     "docstrings": (
