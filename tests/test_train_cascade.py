@@ -139,21 +139,14 @@ class Stopped(Exception):
     [
         {},
         {
-            "label_text": True,
-            "accumulate": 3,
-            "batch": 5,
-            "table": "bf16",
-            "state": "bf16",
-            "ema": 0.9,
-            "ema_start": 0.5,
-            "ema_every": 2,
-            "ema_tables": True,
+            "label_text": True, "accumulate": 3, "batch": 5, "table": "bf16", "state": "bf16",
+            "ema": 0.9, "ema_start": 0.5, "ema_every": 2, "ema_tables": True,
         },
         {"table": "fp8", "schedule": "warmup_cosine", "freeze": 1, "rw_loss": (2.0, 1.0, 1.0), "scheme": "path"},
         {"table_optimizer": "adamw_dense", "label_device": "cpu"},
     ],
     ids=["plain", "accumulated", "fp8", "dense"],
-)
+)  # fmt: skip
 def test_a_stopped_run_resumes_bit_for_bit(
     options: dict[str, Any], dataset: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
