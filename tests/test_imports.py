@@ -14,28 +14,30 @@ BASE = {"torch", "numpy", "scipy", "numba", "sklearn", "safetensors"}
 ARROWS = {
     "__init__": {"errors"},
     "errors": set(),
+    "records": {"errors"},
     "reference": set(),
     "triton": set(),
     "native": {"ops"},
     "ops": {"reference", "triton", "native", "errors"},
-    "data": {"errors", "_host"},
+    "data": {"records", "errors", "_host"},
     "parallel": {"errors"},
-    "tree": {"data", "parallel", "errors"},
+    "tree": {"data", "parallel", "records", "errors"},
     "metrics": {"errors"},
     "dist": {"errors"},
-    "checkpoint": {"dist", "errors"},
-    "nn": {"ops", "dist", "errors"},
+    "checkpoint": {"dist", "records", "errors"},
+    "nn": {"ops", "dist", "records", "errors"},
     "optim": {"ops", "dist", "errors"},
-    "models": {"nn", "optim", "tree", "data", "dist", "errors"},
-    "ranker": {"data", "metrics", "parallel", "errors"},
-    "predict": {"models", "checkpoint", "data", "metrics", "ranker", "errors"},
-    "planner": {"models", "checkpoint", "data", "metrics", "errors"},
+    "models": {"nn", "optim", "tree", "data", "dist", "records", "errors"},
+    "ranker": {"data", "metrics", "parallel", "records", "errors"},
+    "predict": {"models", "checkpoint", "data", "metrics", "ranker", "records", "errors"},
+    "planner": {"models", "checkpoint", "data", "metrics", "records", "errors"},
     "benchmarks": {"ops", "reference", "errors"},
 }
 # room: packages it may import beside the standard library. `train` and `benchmarks` choose their own.
 PACKAGES = {
     "__init__": set(),
     "errors": set(),
+    "records": {"msgspec"},
     "reference": {"torch"},
     "triton": {"torch", "triton"},
     "native": {"torch"},
@@ -64,6 +66,7 @@ ALONE = {
     "transformers": {"xmlkernels/nn/encoder.py", "xmlkernels/data/tokens.py"},
     "tokenizers": {"xmlkernels/data/tokens.py"},
     "torch.distributed": {"xmlkernels/dist.py"},
+    "msgspec": {"xmlkernels/records.py"},
 }
 
 
