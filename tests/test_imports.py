@@ -21,15 +21,16 @@ ARROWS = {
     "ops": {"reference", "triton", "native", "errors"},
     "data": {"records", "errors", "_host"},
     "parallel": {"errors"},
+    "threads": {"errors"},
     "tree": {"data", "parallel", "records", "errors"},
     "metrics": {"errors"},
     "dist": {"errors"},
     "checkpoint": {"dist", "records", "errors"},
-    "nn": {"ops", "dist", "records", "errors"},
+    "nn": {"ops", "dist", "records", "threads", "errors"},
     "optim": {"ops", "dist", "errors"},
     "models": {"nn", "optim", "tree", "data", "dist", "records", "errors"},
     "ranker": {"data", "metrics", "parallel", "records", "errors"},
-    "predict": {"models", "checkpoint", "data", "metrics", "ranker", "records", "errors"},
+    "predict": {"models", "checkpoint", "data", "metrics", "ranker", "records", "threads", "errors"},
     "planner": {"models", "checkpoint", "data", "metrics", "records", "errors"},
     "benchmarks": {"ops", "reference", "errors"},
 }
@@ -45,6 +46,7 @@ PACKAGES = {
     "data": BASE | {"tokenizers", "pyarrow"},
     "nn": BASE,
     "optim": {"torch"},
+    "threads": {"torch"},
 }
 # Files that share the room of another: too long for one file.
 PART_OF = {"_state": "checkpoint", "ranking": "metrics", "levels": "predict", "evaluation": "predict", "ranked": "predict"}

@@ -191,7 +191,7 @@ def loaded(options: Options) -> Predictor | Ranked:
     """The model, or the ranker with its model; InputError where it needs other texts than the options name."""
     device = resolved_device(options.device)
     if not options.ranker:
-        return Predictor.load(options.checkpoint, which=options.which, device=device)
+        return Predictor.load(options.checkpoint, which=options.which, device=device, threads=options.threads)
     more = {"which": options.which, "device": device, "threads": options.threads}
     predictor = Forest([RankedPredictor.load(folder, options.checkpoint or None, **more) for folder in options.ranker])
     given = options.ranker_text is not None or options.ranker_input is not None

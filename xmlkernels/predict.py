@@ -22,6 +22,7 @@ from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.inputs import Inputs, load_inputs
 from xmlkernels.models.common import Model, model_config
 from xmlkernels.models.restore import restored
+from xmlkernels.threads import check_threads, torch_threads
 
 NAMES = "label_names.txt"  # beside a checkpoint or a ranker, one a line
 _AHEAD = 16  # batches of texts read ahead, so that texts of like length share a batch
@@ -71,10 +72,20 @@ class Predictor:
         inputs: texts to batches, as in training.
         label_names: L names, or None.
         identity: `checkpoint_identity` of where it came from.
+        threads: CPU threads that its model computes on; 0 leaves torch's choice.
     """
 
-    def __init__(self, model: Model, inputs: Inputs, label_names: list[str] | None = None, identity: str = "") -> None:
+    def __init__(
+        self,
+        model: Model,
+        inputs: Inputs,
+        label_names: list[str] | None = None,
+        identity: str = "",
+        *,
+        threads: int = 0,
+    ) -> None:
         self.model, self.inputs, self.label_names, self.identity = model, inputs, label_names, identity
+        self.threads = check_threads(threads)
         model.eval()
 
     @property
@@ -83,23 +94,39 @@ class Predictor:
         return self.model.labels
 
     @classmethod
-    def load(cls, folder: str | Path, *, which: str | None = None, device: str | torch.device = "cpu") -> "Predictor":
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        which: str | None = None,
+        device: str | torch.device = "cpu",
+        threads: int = 0,
+    ) -> "Predictor":
         """From the `checkpoint` folder of a run.
+
+        A process that has loaded a model and not yet asked it can still fork, and its children answer: on the CPU, loading
+        starts no threads that a child would wait for. After the first prediction that is over, as with torch itself.
 
         Args:
             folder: a run's `checkpoint` folder, or the run's output folder.
             which: "best" or "last". When not given it is the best one or, while a run has none yet, the last one, with a
                 CheckpointWarning.
+            threads: CPU threads that this predictor's model computes on, whatever the rest of the process uses; 0 leaves
+                torch's choice. Tokenisers have threads of their own (TOKENIZERS_PARALLELISM=false does without).
 
         Raises:
             InputError: no such checkpoint, or one that is damaged.
         """
+        check_threads(threads)
         checkpoints, which = _located(folder, which)
         tensors, state = checkpoints.load(which, keep=_for_prediction)
-        model = restored(model_config(state), tensors)
-        model.load_tensors(tensors)
+        # Not slower: new memory is filled at the speed at which the system hands it out, on one thread or on several.
+        with torch_threads(1):
+            model = restored(model_config(state), tensors)
+            model.load_tensors(tensors)
+            model = model.to(torch.device(device))
         path = checkpoints.folder
-        return cls(model.to(torch.device(device)), load_inputs(path, state), read_names(path), _identity(state))
+        return cls(model, load_inputs(path, state), read_names(path), _identity(state), threads=threads)
 
     def predict(
         self, texts: Iterable[str], k: int = 10, *, batch_size: int = 64, window: int = _AHEAD, prefetch: int = 2
@@ -135,8 +162,9 @@ class Predictor:
         waiting: dict[int, tuple[np.ndarray, ...]] = {}
         following = 0
         for batch in self.inputs.text_batches(texts, batch_size, window=window, prefetch=prefetch):
-            there = batch.to(self.model.device)
-            found = self.model.predict_and_embed(there, k) if embed else self.model.predict(there, k)
+            with torch_threads(self.threads):  # never across a yield: the caller's own work is not ours to slow down
+                there = batch.to(self.model.device)
+                found = self.model.predict_and_embed(there, k) if embed else self.model.predict(there, k)
             rows_of = zip(*(t.cpu().numpy() for t in found), strict=True)
             waiting.update(zip(batch.index.tolist(), rows_of, strict=True))
             while following in waiting:

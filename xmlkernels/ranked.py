@@ -27,6 +27,7 @@ from xmlkernels.evaluation import score_matrix
 from xmlkernels.predict import Label, Predictor, named, read_names
 from xmlkernels.ranker.blend import Reranker, best, best_of_all, combine
 from xmlkernels.ranker.matcher import ClusterMatcher
+from xmlkernels.threads import check_threads
 
 RANKER, VECTORIZER, CLUSTERS = "ranker.safetensors", "vectorizer", "clusters"
 Text = str | tuple[str, str]
@@ -141,7 +142,7 @@ class RankedPredictor(Ranked):
         matcher: for "tree".
         vectorizer: where there is TF-IDF.
         label_names: L names, or None.
-        threads: CPU threads of the ranker; 0 leaves numba's choice.
+        threads: CPU threads of the ranker; 0 leaves numba's choice. A model has its own number.
     """
 
     def __init__(
@@ -176,11 +177,14 @@ class RankedPredictor(Ranked):
             checkpoint: what it was made with: a run's output folder or the checkpoint folder in it; None where it was made
                 without one.
             which, device: as of `Predictor.load`.
+            threads: CPU threads of the ranker and of its model, whatever the rest of the process uses; 0 leaves the choice
+                to numba and torch.
 
         Raises:
             InputError: no ranker there, a damaged one, one of ready features, another checkpoint than the ranker's, or one
                 where there is none to give.
         """
+        check_threads(threads)
         path = Path(folder)
         reranker = Reranker.load(path / RANKER)
         source = _source(reranker, path)
@@ -196,7 +200,7 @@ class RankedPredictor(Ranked):
             needs = "the checkpoint that it was made with" if checkpoint is None else "no checkpoint: it was made without one"
             raise InputError(str(path), needs, str(checkpoint or "none"), "name it" if checkpoint is None else "leave it out")
         if checkpoint is not None:
-            model = Predictor.load(checkpoint, which=which, device=device)
+            model = Predictor.load(checkpoint, which=which, device=device, threads=threads)
             if model.identity != source.checkpoint:
                 expected = f"the checkpoint {source.checkpoint[:12]}, with which {path} was made"
                 raise InputError(str(checkpoint), expected, model.identity[:12], "name that one, or train the ranker again")

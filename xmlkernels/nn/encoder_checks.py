@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from xmlkernels.errors import InputError
+from xmlkernels.threads import torch_threads
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -36,7 +37,8 @@ def checked_width(model: nn.Module) -> int:
     training = model.training
     device = next(model.parameters()).device
     ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    output = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
+    with torch_threads(1):  # a process that has only built a model may still fork: no OpenMP pool for two tokens
+        output = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
     model.train(training)
     hidden = getattr(output, "last_hidden_state", None)
     if hidden is None or hidden.shape[:2] != ids.shape:
