@@ -25,6 +25,7 @@ from report import command
 from xmlkernels import InputError
 from xmlkernels.data.files import replacing
 from xmlkernels.data.formats import DataWarning, iter_lines, write_npz
+from xmlkernels.data.kinds import check_documents, check_text, is_json_lines, unpacked
 from xmlkernels.evaluation import score_matrix
 from xmlkernels.predict import Label, Predictor
 from xmlkernels.ranked import Forest, Ranked, RankedPredictor
@@ -94,16 +95,33 @@ def read_texts(text: str | None, path: str | None) -> Iterator[str]:
         yield text
     elif path == "-":
         yield from lines_of(sys.stdin.buffer)
-    elif str(path).endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):
-        for number, line in enumerate(iter_lines(str(path)), 1):
-            yield text_of(line, f"{path}:{number}")
+    elif is_json_lines(str(path)):
+        yield from json_texts(str(path))
     else:
-        yield from iter_lines(str(path))
+        yield from iter_lines(str(path), documents=True)
+
+
+def json_texts(path: str) -> Iterator[str]:
+    """The text of each line of a JSON lines file; blank lines may stand at its end."""
+    blank = 0
+    for number, line in enumerate(iter_lines(path), 1):
+        if not line.strip():
+            blank = blank or number
+            continue
+        if blank:
+            raise InputError(f"{path}:{blank}", "a JSON string or object", "a blank line", "take the line out")
+        yield text_of(line, f"{path}:{number}")
 
 
 def lines_of(stream: IO[bytes]) -> Iterator[str]:
-    """Lines as soon as they are there; broken UTF-8 becomes U+FFFD, is counted and told once, at the end."""
+    """Lines as soon as they are there; broken UTF-8 becomes U+FFFD, is counted and told once, at the end.
+
+    Raises:
+        InputError: the stream does not begin as a text does.
+    """
     broken = first = 0
+    if isinstance(stream, io.BufferedReader):
+        check_stream(stream)
     try:
         for number, line in enumerate(iter(stream.readline, b""), 1):
             try:
@@ -118,13 +136,23 @@ def lines_of(stream: IO[bytes]) -> Iterator[str]:
             warnings.warn(f"standard input: broken UTF-8 replaced in {lines} (first: line {first})", DataWarning, 2)
 
 
+def check_stream(stream: io.BufferedReader) -> None:
+    """InputError where what stands ready on standard input is packed, binary, or holds more than a text a line."""
+    head = stream.peek(1)
+    if unpacked(stream) is not stream:
+        mend = "unpack it on the way: `zcat FILE | …`, bzcat or xzcat"
+        raise InputError("standard input", "texts, one a line", "a packed file", mend)
+    check_text("standard input", head)
+    check_documents("standard input", head)
+
+
 def text_of(line: str, where: str) -> str:
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            where, "a JSON string or object", f"{line[:40]!r} ({error.msg})", "write one JSON value a line"
-        ) from None
+    except (ValueError, RecursionError) as error:
+        got = f"{line[:40]!r} ({getattr(error, 'msg', type(error).__name__)})"
+        mend = "write one JSON value a line (of one list: `jq -c '.[]' FILE`)"
+        raise InputError(where, "a JSON string or object", got, mend) from None
     if isinstance(value, str):
         return value
     parts = (

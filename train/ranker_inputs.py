@@ -79,7 +79,7 @@ def vectorize(
 
 
 def _texts(texts: dict[str, str], split: Split) -> Iterable[str]:
-    return iter_lines(texts[split.name]) if texts else split.texts
+    return iter_lines(texts[split.name], documents=True) if texts else split.texts
 
 
 def _rows(features: csr_matrix, split: Split, texts: dict[str, str]) -> csr_matrix:

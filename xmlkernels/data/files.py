@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import mmap
 import os
 import secrets
@@ -13,9 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, cast
 
+from xmlkernels.data.kinds import HEAD, DamagedArchive, PathLike, Stream, archive, check_text, unpacked
 from xmlkernels.errors import InputError
-
-PathLike = str | os.PathLike[str]
 
 
 class DataWarning(UserWarning):
@@ -59,11 +57,12 @@ def empty_file(path: PathLike) -> InputError:
 
 
 @contextmanager
-def open_bytes(path: PathLike, *, may_be_empty: bool = False) -> Iterator[io.BufferedReader | gzip.GzipFile]:
-    """The file as a stream of bytes, decompressed where it starts as gzip does, whatever its name.
+def open_bytes(path: PathLike, *, may_be_empty: bool = False) -> Iterator[Stream]:
+    """The text file as a stream of bytes, unpacked where it starts as gzip, bzip2 or xz do, whatever its name.
 
     Raises:
-        InputError: as `check_file`, or the gzip stream is cut short or damaged (then while it is read).
+        InputError: as `check_file`; the file holds no text (`kinds.check_text`); or an archive is cut short or damaged
+            (then while it is read).
     """
     path = check_file(path, may_be_empty=may_be_empty)
     name = os.fspath(path)
@@ -71,21 +70,24 @@ def open_bytes(path: PathLike, *, may_be_empty: bool = False) -> Iterator[io.Buf
         opened = path.open("rb")
     except OSError as error:
         raise InputError(name, "a readable file", str(error.strerror), "change its rights") from None
+    kind = ""
     try:
         with opened as file:
-            packed = file.peek(2)[:2] == b"\x1f\x8b"
-            yield gzip.GzipFile(fileobj=file, mode="rb") if packed else file
+            stream = unpacked(file)
+            kind = archive(stream)
+            check_text(name, stream.peek(HEAD))
+            yield stream
     except EOFError:
-        raise InputError(name, "a whole gzip file", "one that is cut short", "fetch the file again") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(name, "a whole gzip file", f"damaged data ({error})", "fetch the file again") from None
+        raise InputError(name, f"a whole {kind} file", "one that is cut short", "fetch the file again") from None
+    except (gzip.BadGzipFile, zlib.error, DamagedArchive) as error:
+        raise InputError(name, f"a whole {kind} file", f"damaged data ({error})", "fetch the file again") from None
 
 
 @contextmanager
 def map_bytes(path: PathLike, *, may_be_empty: bool = False) -> Iterator[bytes | mmap.mmap]:
     """The whole (decompressed) file as one buffer: memory-mapped where it can be, else in memory."""
     with open_bytes(path, may_be_empty=may_be_empty) as file:
-        if isinstance(file, gzip.GzipFile) or not Path(path).is_file() or os.fstat(file.fileno()).st_size == 0:
+        if archive(file) or not Path(path).is_file() or os.fstat(file.fileno()).st_size == 0:
             content = file.read()
             if not content and not may_be_empty:
                 raise empty_file(path)

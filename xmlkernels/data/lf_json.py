@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from xmlkernels.data.files import PathLike, at_line, quote
+from xmlkernels.data.kinds import is_json_lines
 from xmlkernels.data.text_lines import Utf8Repairs, numbered_lines
 from xmlkernels.errors import InputError
 
@@ -164,4 +164,4 @@ def _targets(where: str, fields: dict[str, Any], limit: int | None, merge: bool)
 
 def is_lf_json(path: PathLike) -> bool:
     """Whether the name is that of a JSON lines file (.json, .jsonl, with or without .gz)."""
-    return os.fspath(path).removesuffix(".gz").endswith((".json", ".jsonl"))
+    return is_json_lines(path)

@@ -154,8 +154,8 @@ def docstrings_digest() -> str:
 
 def _text_source(reading: Reading, files: Mapping[str, Files]) -> Raw:
     """A text a line beside any label format: the Extreme Classification Repository, Renee, DEXML, PECOS."""
-    texts = {name: None if split.text is None else read_lines(split.text) for name, split in files.items()}
-    label_texts = None if reading.label_text is None else read_lines(reading.label_text)
+    texts = {name: None if split.text is None else read_lines(split.text, documents=True) for name, split in files.items()}
+    label_texts = None if reading.label_text is None else read_lines(reading.label_text, documents=True)
     count = _label_count(reading, None if label_texts is None else len(label_texts))
     labels = _label_files(reading, files, {name: None if t is None else len(t) for name, t in texts.items()}, count)
     raw = Raw({name: RawSplit(texts[name], labels[name]) for name in files}, label_texts, label_texts)

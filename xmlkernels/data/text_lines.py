@@ -14,6 +14,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from xmlkernels.data.files import DataWarning, PathLike, at_line, empty_file, open_bytes, quote, replacing
+from xmlkernels.data.kinds import HEAD, check_documents
 from xmlkernels.errors import InputError
 
 SEPARATOR = "/SEP/"
@@ -54,15 +55,15 @@ class Utf8Repairs:
             )
 
 
-def numbered_lines(path: PathLike, repairs: Utf8Repairs) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text without line end), streamed; plain or .gz.
+def numbered_lines(path: PathLike, repairs: Utf8Repairs, *, documents: bool = False) -> Iterator[tuple[int, str]]:
+    """(line number from 1, text without line end), streamed; plain, .gz, .bz2 or .xz.
 
     Lines end with \\n, \\r\\n or \\r and nothing else: U+2028, \\x0b, \\x0c, \\x85 stay inside a text, where Python's
     splitlines would break it in two and shift every row behind it.
     """
     with open_bytes(path) as file:
-        if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise InputError(at_line(path, 1), "UTF-8 text", "UTF-16", "convert it with `iconv -f utf-16 -t utf-8`")
+        if documents:
+            check_documents(path, file.peek(HEAD))
         with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=None) as lines:
             number = 0
             for number, line in enumerate(lines, 1):
@@ -71,27 +72,31 @@ def numbered_lines(path: PathLike, repairs: Utf8Repairs) -> Iterator[tuple[int, 
                 raise empty_file(path)
 
 
-def iter_lines(path: PathLike) -> Iterator[str]:
-    """Stream a file of one text a line (`trn_X.txt`, `Y.txt`), plain or .gz, in constant memory.
+def iter_lines(path: PathLike, *, documents: bool = False) -> Iterator[str]:
+    """Stream a file of one text a line (`trn_X.txt`, `Y.txt`), plain, .gz, .bz2 or .xz, in constant memory.
 
     UTF-8, with or without a byte order mark. Lines end with \\n, \\r\\n or \\r only. An empty line is an empty text:
     row numbers always agree with the label file. Broken UTF-8 is replaced by U+FFFD and told once, as a DataWarning
     that names the first line and the number of lines.
 
+    Args:
+        documents: whether the lines are documents or label texts: a table, JSON or a matrix is then refused, whose
+            labels would be read as words.
+
     Raises:
-        InputError: missing or empty file, UTF-16, a gzip stream cut short or damaged.
+        InputError: missing or empty file, no text (`kinds.check_text`), an archive cut short or damaged.
     """
     repairs = Utf8Repairs(path)
     try:
-        for _, line in numbered_lines(path, repairs):
+        for _, line in numbered_lines(path, repairs, documents=documents):
             yield line
     finally:
         repairs.tell()
 
 
-def read_lines(path: PathLike) -> list[str]:
+def read_lines(path: PathLike, *, documents: bool = False) -> list[str]:
     """The texts of `iter_lines` as a list."""
-    return list(iter_lines(path))
+    return list(iter_lines(path, documents=documents))
 
 
 def write_lines(path: PathLike, texts: Sequence[str]) -> None:
@@ -127,8 +132,8 @@ def read_raw_texts(path: PathLike, *, part: Literal["all", "title", "body"] = "a
     if part not in ("all", "title", "body"):
         raise InputError("part", "all, title or body", repr(part), "choose one of them")
     if part != "all":
-        return [split_title(text)[part == "body"] for text in iter_lines(path)]
-    return [joiner.join(filter(None, split_title(text))) for text in iter_lines(path)]
+        return [split_title(text)[part == "body"] for text in iter_lines(path, documents=True)]
+    return [joiner.join(filter(None, split_title(text))) for text in iter_lines(path, documents=True)]
 
 
 def read_label_strings(path: PathLike, *, duplicates: Literal["error", "merge"] = "error") -> list[list[str]]:
