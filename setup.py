@@ -2,7 +2,8 @@
 
 Nothing imports torch at module level: its headers are found in the target environment, and without them (or without a
 compiler, or with XMLKERNELS_NATIVE=0) the package is built as pure Python, which says so in one line.
-XMLKERNELS_REQUIRE_NATIVE=1 turns that into a failed build.
+XMLKERNELS_REQUIRE_NATIVE=1 turns that into a failed build. A wheel of pure Python says so in its name (py3-none-any), one
+with libraries names the platform that they were built for.
 
 The CUDA kernels are a library of their own, built after the others where nvcc and a torch with CUDA are found; without
 nvcc the build says so in one line and goes on. XMLKERNELS_CUDA=0 leaves them out, 1 demands them (and builds them against
@@ -19,7 +20,9 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -80,6 +83,27 @@ def cuda_archs() -> str:
     return "80-real;86-real;89;90a-real"  # newer cards take the 89 through their driver's compiler
 
 
+class FreshBuild(build_py):
+    """Begins with an empty package: what an earlier build left in build/ would go into the wheel, libraries of other sources
+    and modules that are no more."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "xmlkernels", ignore_errors=True)
+        super().run()
+
+
+class TaggedWheel(bdist_wheel):
+    """Names the wheel after what was built: whether there is native code in it is only known afterwards."""
+
+    def run(self) -> None:
+        if not self.skip_build:
+            self.run_command("build")
+            self.skip_build = True
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
+
+
 class CMakeBuild(build_ext):
     """Builds every native library in one CMake run, straight into the package folder."""
 
@@ -96,6 +120,7 @@ class CMakeBuild(build_ext):
             raise SystemExit(f"xmlkernels: native code is required (XMLKERNELS_REQUIRE_NATIVE=1) but {reason}")
         print(f"xmlkernels: built as pure Python, every op runs on its slow reference: {reason}", file=sys.stderr)
         self.extensions = []
+        self.distribution.ext_modules = []
 
     def build_cuda(self) -> None:
         torch = importlib.util.find_spec("torch")
@@ -136,5 +161,8 @@ class CMakeBuild(build_ext):
         return [str(p) for p in Path(self.build_lib, "xmlkernels").glob("*.so")]
 
 
-# The one extension stands for all that CMake builds; its name only tells setuptools that wheels are not pure Python.
-setup(ext_modules=[Extension("xmlkernels._host", sources=[])], cmdclass={"build_ext": CMakeBuild})
+# The one extension stands for all that CMake builds: with it setuptools builds for a platform.
+setup(
+    ext_modules=[Extension("xmlkernels._host", sources=[])],
+    cmdclass={"build_py": FreshBuild, "build_ext": CMakeBuild, "bdist_wheel": TaggedWheel},
+)

@@ -1,8 +1,12 @@
 """The build: what it says and does where native code cannot be built."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -50,6 +54,84 @@ def test_required_native_code_fails_the_build(tmp_path: Path, setting: dict[str,
     done = build(tmp_path, XMLKERNELS_REQUIRE_NATIVE="1", **setting)
     assert done.returncode != 0
     assert "XMLKERNELS_REQUIRE_NATIVE=1" in done.stderr
+
+
+# ---- wheels ----
+
+# In place of the compilers: it writes the libraries while it is configured.
+STUB = """
+cmake_minimum_required(VERSION 3.26)
+project(stub LANGUAGES NONE)
+foreach(name _cpu.so _host.cpython-abi.so)
+  file(WRITE ${XMLKERNELS_PACKAGE}/${name} "library")
+endforeach()
+"""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of all that a wheel is made of, without what was built before."""
+    folder = tmp_path_factory.mktemp("sources") / "xmlkernels"
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "build", "*.egg-info")
+    shutil.copytree(ROOT / "xmlkernels", folder / "xmlkernels", ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def wheel_of(sources: Path, output: Path, **environment: str) -> tuple[str, list[str], str]:
+    """Name of the wheel that these sources make, the names of its files and its metadata."""
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--disable-pip-version-check", "--no-index"]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("XMLKERNELS_")} | {"XMLKERNELS_CUDA": "0"} | environment
+    done = subprocess.run(
+        [*command, "--no-build-isolation", "--no-deps", "-w", str(output), str(sources)],
+        capture_output=True, text=True, env=clean, cwd=output.parent, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (made,) = output.glob("*.whl")
+    with zipfile.ZipFile(made) as archive:
+        files = archive.namelist()
+        return made.name, files, "".join(archive.read(n).decode() for n in files if n.endswith(("/METADATA", "/WHEEL")))
+
+
+def libraries(files: list[str]) -> list[str]:
+    return sorted(name for name in files if name.endswith(".so"))
+
+
+def test_a_wheel_says_whether_it_is_of_a_platform_and_holds_nothing_of_an_earlier_build(sources: Path, tmp_path: Path) -> None:
+    """One tree, built natively, then where the compiler fails, then without: build/ holds the libraries of the first."""
+    (sources / "CMakeLists.txt").write_text(STUB)
+    name, files, about = wheel_of(sources, tmp_path / "native")
+    assert re.search(r"-cp3\d+-cp3\d+-\w+\.whl$", name) and not name.endswith("-any.whl"), name
+    assert libraries(files) == ["xmlkernels/_cpu.so", "xmlkernels/_host.cpython-abi.so"]
+    assert "Root-Is-Purelib: false" in about
+    assert list((sources / "build").rglob("_cpu.so"))
+
+    for place in (sources / "build").glob("lib*"):
+        (place / "xmlkernels" / "no_more.py").write_text("")
+    (sources / "CMakeLists.txt").write_text("message(FATAL_ERROR nothing)\n")
+    name, files, about = wheel_of(sources, tmp_path / "failed")
+    assert name.endswith("-py3-none-any.whl") and libraries(files) == [] and "Root-Is-Purelib: true" in about
+    assert "xmlkernels/predict.py" in files and "xmlkernels/no_more.py" not in files
+
+    for place in ("lib", *(p.name for p in (sources / "build").glob("lib*"))):
+        stale = sources / "build" / place / "xmlkernels" / "_cpu.so"
+        stale.parent.mkdir(parents=True, exist_ok=True)
+        stale.write_text("library")
+    name, files, about = wheel_of(sources, tmp_path / "pure", XMLKERNELS_NATIVE="0")
+    assert name.endswith("-py3-none-any.whl") and libraries(files) == []
+    assert "Requires-Dist: torch" in about and "pyarrow" not in about
+
+
+def test_every_dependency_is_imported_somewhere() -> None:
+    """One that nothing imports is a download for nothing."""
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+    imports = {"scikit-learn": "sklearn"}
+    sources = "".join(path.read_text("utf-8") for path in (ROOT / "xmlkernels").rglob("*.py"))
+    for requirement in named:
+        package = re.split(r"[<>=~! \[]", requirement)[0]
+        module = imports.get(package, package)
+        assert re.search(rf"^\s*(import|from) {module}\b", sources, re.MULTILINE), package
 
 
 def test_setup_imports_no_torch() -> None:

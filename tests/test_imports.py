@@ -43,7 +43,7 @@ PACKAGES = {
     "triton": {"torch", "triton"},
     "native": {"torch"},
     "ops": {"torch"},
-    "data": BASE | {"tokenizers", "pyarrow"},
+    "data": BASE | {"tokenizers"},
     "nn": BASE,
     "optim": {"torch"},
     "threads": {"torch"},
