@@ -123,7 +123,7 @@ def test_damaged_inputs_are_told_and_computed_anew(
         for split, part in documents.items():
             assert np.array_equal(part.embedding, np.load(trained[0] / "inputs" / f"embeddings_{split}.npy"))
             assert (part.shortlist != read_npz(trained[0] / "inputs" / f"shortlist_{split}.npz", keep_zeros=True)).nnz == 0
-    with pytest.raises(InputError, match=r"expected float32 embeddings of 3 documents, got float32 \[50, "):
+    with pytest.raises(InputError, match=r"expected finite float32 embeddings of 3 documents, got float32 \[50, "):
         ranker_inputs.read_embedding(tmp_path / "inputs" / "embeddings_test.npy", 3)
 
 

@@ -12,6 +12,7 @@ from config import resolved_device
 from output import read_json, write_json
 from report import say
 from xmlkernels import InputError
+from xmlkernels.data.arrays import read_npy
 from xmlkernels.data.bow import Vectorizer
 from xmlkernels.data.dataset import Dataset, Split
 from xmlkernels.data.files import replacing
@@ -161,16 +162,9 @@ def read_kept(folder: Path, key: dict[str, Any], dataset: Dataset, documents: di
 
 
 def read_embedding(path: Path, rows: int) -> np.ndarray:
-    """float32 [N, D] of an .npy file. InputError where it is missing, damaged or of another number of rows."""
-    expected, mend = f"float32 embeddings of {rows} documents", "compute them again"
-    try:
-        found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(str(path), expected, f"a file that cannot be read ({error})", mend) from error
-    if not isinstance(found, np.ndarray) or found.ndim != 2 or len(found) != rows or found.dtype != np.float32:
-        got = f"{getattr(found, 'dtype', type(found).__name__)} {list(getattr(found, 'shape', []))}"
-        raise InputError(str(path), expected, got, mend)
-    return found
+    """float32 [N, D] of an .npy file. InputError where it is missing, damaged, not finite or of another number of rows."""
+    expected, mend = f"finite float32 embeddings of {rows} documents", "compute them again"
+    return read_npy(path, kinds="f", dtype=np.float32, shape=(rows, None), expected=expected, mend=mend, finite=True)
 
 
 def without_pairs(shortlist: csr_matrix, pairs: np.ndarray) -> csr_matrix:

@@ -2,15 +2,15 @@
 
 import hashlib
 import json
-import zipfile
 
 import numpy as np
 import scipy.sparse
 import torch
 
 from encoders import source_of
-from xmlkernels import InputError
+from xmlkernels.data.arrays import read_npy
 from xmlkernels.data.files import check_file
+from xmlkernels.data.matrices import read_npz
 from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.nn.encoder import Encoder
 
@@ -27,33 +27,17 @@ def read_features(path: str, documents: int) -> scipy.sparse.csr_matrix:
     Raises:
         InputError: no such matrix, or not one row for each training document.
     """
-    check_file(path)
-    try:
-        matrix = scipy.sparse.csr_matrix(scipy.sparse.load_npz(path), dtype=np.float32)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(path, "a sparse matrix that scipy.sparse.save_npz wrote", str(error), "write it again") from error
-    if matrix.shape[0] != documents:
-        raise InputError(path, f"{documents} rows, one a training document", str(matrix.shape[0]), "pass those of this dataset")
-    return matrix
+    return read_npz(path, rows=documents)
 
 
 def read_vectors(path: str, labels: int) -> np.ndarray:
     """Label vectors, floats [labels, D], of an .npy.
 
     Raises:
-        InputError: no such array, or not one row for each label.
+        InputError: no such array, not one row for each label, or a value that is not finite.
     """
-    try:
-        vectors = np.load(check_file(path), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(path, "an .npy of numbers", str(error), "write it again") from error
-    good = isinstance(vectors, np.ndarray) and vectors.ndim == 2 and vectors.shape[0] == labels
-    if not good or not np.issubdtype(vectors.dtype, np.floating):
-        got = f"{getattr(vectors, 'dtype', type(vectors).__name__)} {list(getattr(vectors, 'shape', []))}"
-        raise InputError(path, f"floats [{labels}, width]", got, "pass one vector a label")
-    return vectors
+    expected, mend = f"finite floats [{labels}, width]", "pass one vector a label, written with numpy.save"
+    return read_npy(path, kinds="f", shape=(labels, None), expected=expected, mend=mend, finite=True)
 
 
 class LabelEncoder:

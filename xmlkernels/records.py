@@ -119,7 +119,7 @@ def parse_json(text: bytes | str, where: str, mend: str) -> Any:
     """
     try:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
-        value = json.loads(decoded, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        value = _DECODER.decode(decoded)
     except UnicodeDecodeError as error:
         raise InputError(where, "JSON in UTF-8", f"a byte that is none (at {error.start})", mend) from None
     except RecursionError:
@@ -158,6 +158,9 @@ def _finite(token: str) -> float:
     if not math.isfinite(number):
         raise _Broken(f"{token[:40]}, a number beyond a double")
     return number
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
 
 
 def _depth(value: Any) -> int:

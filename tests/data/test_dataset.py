@@ -101,11 +101,11 @@ def edit(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "version 1, got xmlkernels-dataset 2"),
-        ({"format": "other"}, "got other 1"),
-        ({"key": None}, "none named key"),
-        ({"num_labels": 5}, r"shape \(3, 5\), got \(3, 4\)"),
-        ({"splits": {"train": {"documents": 2}}}, r"shape \(2, 4\)"),
+        ({"version": 2}, "expected version 1, got 2"),
+        ({"format": "other"}, 'got "other"'),
+        ({"key": None}, "expected a key 'key', got none"),
+        ({"num_labels": 5}, r"labels.npz: expected 5 columns, got 4"),
+        ({"splits": {"train": {"documents": 2}}}, r"labels.npz: expected 2 rows, got 3"),
         ({"tokenizer": {"hash": "x", "max_length": 5}}, "tokens of another"),
     ],
 )
@@ -133,6 +133,99 @@ def test_filter_pairs_that_do_not_fit(folder: Path, pairs: list, message: str) -
     edit(folder, files={})
     with pytest.raises(InputError, match=message):
         Dataset.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": 5}, r"\$.name: expected a text, got 5"),
+        ({"num_labels": "4"}, r"\$.num_labels: expected a whole number, got \"4\""),
+        ({"num_labels": -4}, r"\$.num_labels: expected a whole number >= 0, got -4"),
+        ({"num_labels": True}, r"\$.num_labels: expected a whole number, got true"),
+        ({"propensity": [0.5, 0.4]}, r"\$.propensity: expected an object, got a list of 2"),
+        ({"propensity": {"A": "x", "B": 1}}, r"\$.propensity.A: expected a number, got \"x\""),
+        ({"propensity": {"A": 1}}, r"\$.propensity: expected a key 'B', got none"),
+        ({"splits": []}, r"\$.splits: expected an object"),
+        ({"splits": {"train": 3}}, r"\$.splits.train: expected an object, got 3"),
+        ({"splits": {"train": {"documents": 3.5}}}, r"\$.splits.train.documents: expected a whole number, got 3.5"),
+        ({"splits": {"../train": {"documents": 3}}}, r"\$.splits: expected splits among train, val, test, got '../train'"),
+        ({"files": {"label_names.txt": 5}}, r"\$.files\[\"label_names.txt\"\]: expected an object, got 5"),
+        ({"files": {"a": {"bytes": None, "sha256": ""}}}, r"\$.files.a.bytes: expected a whole number, got null"),
+        ({"files": {"../other": {"bytes": 1, "sha256": ""}}}, r"expected names of files inside the folder, got '../other'"),
+        ({"files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}}, r"expected names of files inside the folder"),
+        ({"files": {"a/../../b": {"bytes": 1, "sha256": ""}}}, r"expected names of files inside the folder"),
+        ({"files": {"C:\\x": {"bytes": 1, "sha256": ""}}}, r"expected names of files inside the folder"),
+        ({"files": {"a\0b": {"bytes": 1, "sha256": ""}}}, r"expected names of files inside the folder"),
+        ({"tokenizer": "tiny"}, r"\$.tokenizer: expected an object or null, got \"tiny\""),
+        ({"tokenizer": {"hash": "h", "max_length": 0}}, r"\$.tokenizer.max_length: expected a whole number >= 1, got 0"),
+        ({"vocabulary": 7}, "expected a tokenizer, or the vocabulary of bags of words, got both"),
+        ({"content_hash": 1}, r"\$.content_hash: expected a text"),
+    ],
+)
+def test_manifest_values_of_another_type(folder: Path, changes: dict[str, object], message: str) -> None:
+    edit(folder, **changes)
+    with pytest.raises(InputError, match=message) as raised:
+        Dataset.open(folder)
+    assert str(folder / "manifest.json") in str(raised.value)
+
+
+def relabel(folder: Path, **changes: object) -> None:
+    path = folder / "train" / "labels.npz"
+    matrix = LABELS["train"]
+    parts = {"format": b"csr", "shape": matrix.shape, "data": matrix.data, "indices": matrix.indices, "indptr": matrix.indptr}
+    np.savez(path, **{key: np.asarray(value) for key, value in (parts | changes).items()})  # type: ignore[arg-type]
+    edit(folder, files={})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"indices": [0, 3, 4]}, "indices, entry 2: expected indices from 0 to 3, got 4"),  # made tree and ranker segfault
+        ({"indices": [0, 3, -5]}, "indices, entry 2: expected indices from 0 to 3, got -5"),  # ended with 0
+        ({"indices": [0, 2**31 - 1, 1]}, "expected indices from 0 to 3"),
+        ({"indices": [3, 3, 1]}, "row 0, column 3: expected one entry, got two"),
+        ({"indptr": [0, 3, 2, 0]}, "indptr, entry 2: expected at least 3"),
+        ({"data": [1, np.nan, 1]}, "expected a finite float32 value, got nan"),
+    ],
+)
+def test_labels_that_lie(folder: Path, changes: dict[str, object], message: str) -> None:
+    relabel(folder, **changes)
+    with pytest.raises(InputError, match=message):
+        Dataset.open(folder)
+
+
+def test_filter_pairs_whose_header_lies(folder: Path) -> None:
+    path = folder / "test" / "filter.npy"
+    path.write_bytes(path.read_bytes().replace(b"(1, 2)", b"(9, 2)"))
+    edit(folder, files={})
+    with pytest.raises(InputError, match="filter.npy: expected 144 bytes of values, as its header says, got 16 bytes"):
+        Dataset.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"5", "texts.jsonl:2: expected a text, got 5"),
+        (b'"open', "texts.jsonl:2: expected JSON"),
+        (b"[" * 10_000, "texts.jsonl:2: expected JSON of at most 100 levels, got more"),
+        (b'"\xff"', "texts.jsonl: expected a text in ASCII"),
+    ],
+)
+def test_texts_that_are_none(folder: Path, line: bytes, message: str) -> None:
+    path = folder / "train" / "texts.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    lines[1] = line
+    path.write_bytes(b"\n".join(lines))
+    edit(folder, files={})
+    with pytest.raises(InputError, match=message):
+        Dataset.open(folder).splits["train"].texts  # noqa: B018
+
+
+def test_label_names_that_are_no_text(folder: Path) -> None:
+    (folder / "label_names.txt").write_bytes(b"one\ntwo\n\xff\nfour\n")
+    edit(folder, files={"label_names.txt": {"bytes": 15, "sha256": ""}})
+    with pytest.raises(InputError, match="label_names.txt: expected a text in UTF-8"):
+        Dataset.open(folder).label_names  # noqa: B018
 
 
 def test_no_dataset(tmp_path: Path, folder: Path) -> None:

@@ -15,21 +15,20 @@ tokenizer.
 from __future__ import annotations
 
 import hashlib
-import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
-from scipy import sparse
 from scipy.sparse import csr_matrix
 
+from xmlkernels.data.arrays import read_npy
 from xmlkernels.data.matrices import read_npz
 from xmlkernels.data.token_store import TokenStore
 from xmlkernels.errors import InputError
+from xmlkernels.records import Count, Positive, parse_record, read_record
 
 FORMAT = "xmlkernels-dataset"
 FORMAT_VERSION = 1
@@ -37,6 +36,47 @@ MANIFEST = "manifest.json"
 FEATURES, LABEL_FEATURES = "features.npz", "label_features.npz"
 SPLITS = ("train", "val", "test")
 PREPARE_AGAIN = "prepare the data again"
+
+
+class FileFacts(TypedDict):
+    """What the manifest says of a file."""
+
+    bytes: Count
+    sha256: str
+
+
+class SplitFacts(TypedDict):
+    """What the manifest says of a split, as far as a reader relies on it."""
+
+    documents: Count
+
+
+class TokenizerFacts(TypedDict):
+    """Which tokenizer made the tokens."""
+
+    hash: str
+    max_length: Positive
+
+
+class Propensity(TypedDict):
+    """The two constants of the propensity model."""
+
+    A: float
+    B: float
+
+
+class Manifest(TypedDict):
+    """The keys of manifest.json; others are kept for the reader."""
+
+    name: str
+    key: str
+    content_hash: str
+    num_labels: Count
+    propensity: Propensity
+    tokenizer: TokenizerFacts | None
+    vocabulary: NotRequired[Count | None]
+    splits: dict[str, SplitFacts]
+    files: dict[str, FileFacts]
 
 
 @dataclass(frozen=True)
@@ -74,10 +114,10 @@ class Split:
         path = self.folder / "texts.jsonl"
         if not path.is_file():
             raise InputError(str(path), "the documents' texts", "no such file", "prepare the data with --keep-texts")
-        lines = path.read_text(encoding="ascii").splitlines()
+        lines = _read_text(path, "ascii").split("\n")[:-1]
         if len(lines) != len(self):
             raise InputError(str(path), f"{len(self)} lines", str(len(lines)), PREPARE_AGAIN)
-        return [json.loads(line) for line in lines]
+        return [parse_record(line, str, where=f"{path}:{n}", mend=PREPARE_AGAIN) for n, line in enumerate(lines, 1)]
 
 
 class Dataset:
@@ -94,7 +134,7 @@ class Dataset:
     def __init__(
         self,
         folder: Path,
-        manifest: dict[str, Any],
+        manifest: Mapping[str, Any],
         splits: dict[str, Split],
         label_tokens: TokenStore | None,
         label_features: csr_matrix | None = None,
@@ -156,7 +196,7 @@ class Dataset:
         if "label_names.txt" not in self.manifest["files"]:
             return None
         path = self.folder / "label_names.txt"
-        names = path.read_text(encoding="utf-8").split("\n")[:-1]
+        names = _read_text(path, "utf-8").split("\n")[:-1]
         if len(names) != self.num_labels:
             raise InputError(str(path), f"{self.num_labels} lines, one for each label", str(len(names)), PREPARE_AGAIN)
         return names
@@ -169,25 +209,42 @@ def no_tokens(folder: Path) -> InputError:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a dataset folder.
+    """The manifest of a dataset folder, every value of the type that `Manifest` says.
 
     Raises:
-        InputError: no manifest there, or not one of this format and version.
+        InputError: no manifest there, not one of this format and version, a value of another type, a file outside the
+            folder, or another split than train, val and test.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise InputError(str(folder), f"a dataset folder with {MANIFEST}", "none", "run train/prepare.py to make it")
+    kind = {"format": FORMAT, "version": FORMAT_VERSION}
+    manifest = read_record(path, Manifest, mend=PREPARE_AGAIN, kind=kind)
+    for name in manifest["files"]:
+        if not _stays_inside(name):
+            raise InputError(f"{path}, $.files", "names of files inside the folder", repr(name), PREPARE_AGAIN)
+    if wrong := sorted(manifest["splits"].keys() - set(SPLITS)):
+        raise InputError(f"{path}, $.splits", f"splits among {', '.join(SPLITS)}", repr(wrong[0]), PREPARE_AGAIN)
+    if (manifest["tokenizer"] is None) == (manifest.get("vocabulary") is None):
+        got = "neither" if manifest["tokenizer"] is None else "both"
+        raise InputError(str(path), "a tokenizer, or the vocabulary of bags of words", got, PREPARE_AGAIN)
+    return dict(manifest)
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a name of the manifest means a file below its folder, on every system."""
+    for kind in (PurePosixPath, PureWindowsPath):
+        path = kind(name)
+        if not path.parts or path.is_absolute() or path.drive or ".." in path.parts or "\0" in name:
+            return False
+    return True
+
+
+def _read_text(path: Path, encoding: str) -> str:
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(str(path), "JSON", str(error), PREPARE_AGAIN) from error
-    found = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else (None, None)
-    if found != (FORMAT, FORMAT_VERSION):
-        raise InputError(str(path), f"format {FORMAT} version {FORMAT_VERSION}", f"{found[0]} {found[1]}", PREPARE_AGAIN)
-    keys = {"name", "key", "num_labels", "propensity", "tokenizer", "splits", "files", "content_hash"}
-    if missing := sorted(keys - manifest.keys()):
-        raise InputError(str(path), f"the keys {sorted(keys)}", f"none named {missing[0]}", PREPARE_AGAIN)
-    return manifest
+        return path.read_text(encoding=encoding)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(str(path), f"a text in {encoding.upper()}", str(error), PREPARE_AGAIN) from None
 
 
 def _check_file(path: Path, facts: Mapping[str, Any], verify: bool) -> None:
@@ -219,16 +276,10 @@ def _open_features(path: Path, shape: tuple[int, int]) -> csr_matrix:
 def _open_split(folder: Path, name: str, manifest: Mapping[str, Any]) -> Split:
     documents, labels_count = manifest["splits"][name]["documents"], manifest["num_labels"]
     inside = folder / name
-    try:
-        labels = csr_matrix(sparse.load_npz(inside / "labels.npz"))
-        pairs = np.load(inside / "filter.npy", allow_pickle=False)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(str(inside), "labels.npz and filter.npy", str(error), PREPARE_AGAIN) from error
-    if labels.shape != (documents, labels_count):
-        expected = f"labels of shape {(documents, labels_count)}"
-        raise InputError(str(inside / "labels.npz"), expected, str(labels.shape), PREPARE_AGAIN)
-    if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype != np.int64:
-        raise InputError(str(inside / "filter.npy"), "int64 pairs [n, 2]", f"{pairs.dtype} {pairs.shape}", PREPARE_AGAIN)
+    labels = read_npz(inside / "labels.npz", rows=documents, cols=labels_count)
+    pairs = read_npy(
+        inside / "filter.npy", kinds="i", dtype=np.int64, shape=(None, 2), expected="int64 pairs [n, 2]", mend=PREPARE_AGAIN
+    )
     if pairs.size and (pairs.min() < 0 or (pairs.max(axis=0) >= labels.shape).any()):
         raise InputError(str(inside / "filter.npy"), f"pairs inside {labels.shape}", str(pairs.max(axis=0)), PREPARE_AGAIN)
     found: TokenStore | csr_matrix

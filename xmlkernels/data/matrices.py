@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import warnings
-import zipfile
-import zlib
 from typing import Any
 
 import numpy as np
 import scipy.sparse
 from scipy.sparse import csr_matrix
 
-from xmlkernels.data.files import DataWarning, PathLike, at_line, check_file, map_bytes, quote, replacing
+from xmlkernels.data.arrays import open_members
+from xmlkernels.data.files import DataWarning, PathLike, at_line, map_bytes, quote, replacing
+from xmlkernels.data.stored_matrix import checked, read_stored
 from xmlkernels.errors import InputError
 
 
@@ -32,11 +32,12 @@ def canonical_csr(matrix: Any, where: str, *, merge: bool = False, keep_zeros: b
         raise InputError(where, "a scipy sparse matrix [rows, cols]", type(matrix).__name__, "convert it first")
     if matrix.dtype.kind not in "biuf":
         raise InputError(where, "real numbers", f"dtype {matrix.dtype}", "convert it to float32")
-    csr = csr_matrix(matrix, copy=True)
-    try:
-        csr.check_format(full_check=True)
-    except ValueError as error:
-        raise InputError(where, "a well-formed CSR matrix", str(error), "write it again with scipy.sparse") from error
+    csr = csr_matrix(checked(matrix, where), copy=True)
+    return _canonical(csr, where, merge=merge, keep_zeros=keep_zeros)
+
+
+def _canonical(csr: csr_matrix, where: str, *, merge: bool, keep_zeros: bool) -> csr_matrix:
+    """`canonical_csr` of a well-formed matrix that may be changed."""
     with np.errstate(over="ignore"):
         csr.data = csr.data.astype(np.float32, copy=False)
     bad = np.flatnonzero(~np.isfinite(csr.data))
@@ -77,6 +78,9 @@ def read_npz(
 ) -> csr_matrix:
     """Read a matrix written by `scipy.sparse.save_npz` (`Y.trn.npz`, `X.trn.npz`), any sparse layout, no pickle.
 
+    Dtypes, sizes, pointers and indices are checked on the arrays as they stand in the file, before scipy converts them
+    and before anything larger than the file can hold is allocated.
+
     Args:
         path: the .npz file.
         rows, cols: the shape it must have.
@@ -89,17 +93,10 @@ def read_npz(
     Raises:
         InputError: names the file, and row and column where one entry is at fault.
     """
-    name = os.fspath(check_file(path))
-    mend = "write it with scipy.sparse.save_npz"
-    try:
-        matrix = scipy.sparse.load_npz(name)
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(name, "a scipy sparse .npz file", f"one that cannot be read ({reason})", mend) from error
-    if matrix.ndim != 2:
-        raise InputError(name, "a matrix of two dimensions", f"{matrix.ndim}", mend)
-    check_shape(matrix.shape, rows, cols, name)
-    return canonical_csr(matrix, name, merge=merge_duplicates, keep_zeros=keep_zeros)
+    name, mend = os.fspath(path), "write it with scipy.sparse.save_npz"
+    with open_members(path, mend) as members:
+        matrix = read_stored(members, name, mend, rows=rows, cols=cols)
+        return _canonical(csr_matrix(matrix), name, merge=merge_duplicates, keep_zeros=keep_zeros)
 
 
 def write_npz(path: PathLike, matrix: Any, *, keep_zeros: bool = False) -> None:

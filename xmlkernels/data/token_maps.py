@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 
 from xmlkernels.data.files import PathLike, check_file
+from xmlkernels.data.token_store import TokenStore, TokenWriter
 from xmlkernels.errors import InputError
+
+PADDED_ROWS_AT_ONCE = 65_536
 
 
 def open_token_map(path: PathLike, *, rows: int, max_length: int) -> np.memmap:
@@ -77,3 +81,60 @@ def token_rows(ids: np.ndarray, mask: np.ndarray, first: int, last: int, where: 
         got = str(tokens[row, column])
         raise InputError(f"{where}, row {first + row}", "token ids from 0", got, "write the maps again")
     return [row[own == 1] for row, own in zip(tokens, kept, strict=True)]
+
+
+def from_padded_map(
+    path: str | Path,
+    input_ids: np.ndarray,
+    attention_mask: np.ndarray,
+    *,
+    vocab_size: int,
+    tokenizer_hash: str,
+    pad_id: int,
+    rows: np.ndarray | None = None,
+    name: str = "token map",
+) -> TokenStore:
+    """Rewrite upstream's padded maps as a token file, in pieces.
+
+    Args:
+        path: the token file to write.
+        input_ids, attention_mask: integers [rows, width]; the mask is 1 on a row's tokens and 0 behind them.
+        rows: row numbers to take, in this order (default: all).
+        name: what messages call the maps.
+
+    Raises:
+        InputError: shapes differ, a mask is no run of ones followed by zeros (the sign of maps read with a wrong
+            width, which upstream would train on in silence), or an id lies outside the vocabulary.
+    """
+    if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape:
+        got = f"{input_ids.shape} and {attention_mask.shape}"
+        raise InputError(name, "ids and mask of one shape [rows, width]", got, "give the two files of one run")
+    rows = np.arange(len(input_ids)) if rows is None else rows
+    width = input_ids.shape[1]
+    with TokenWriter(
+        path, len(rows), vocab_size=vocab_size, tokenizer_hash=tokenizer_hash, max_length=width, pad_id=pad_id
+    ) as writer:
+        for start in range(0, len(rows), PADDED_ROWS_AT_ONCE):
+            part = rows[start : start + PADDED_ROWS_AT_ONCE]
+            ids, mask = np.asarray(input_ids[part]), np.asarray(attention_mask[part])
+            lengths = mask.astype(bool).sum(axis=1)
+            real = np.arange(width) < lengths[:, None]
+            wrong = np.flatnonzero((mask != real).any(axis=1) | (lengths == 0))
+            if wrong.size:
+                raise InputError(
+                    f"{name}, row {part[wrong[0]]}",
+                    "an attention mask of ones followed by zeros",
+                    np.array2string(mask[wrong[0]], threshold=12, max_line_width=200),
+                    f"check that the maps were made with max length {width}",
+                )
+            flat = ids[real]
+            outside = np.flatnonzero((flat < 0) | (flat >= vocab_size))
+            if outside.size:
+                raise InputError(
+                    f"{name}, row {part[np.searchsorted(np.cumsum(lengths), outside[0], side='right')]}",
+                    f"token ids below {vocab_size}, the size of the tokenizer's vocabulary",
+                    str(flat[outside[0]]),
+                    "give the tokenizer the maps were made with",
+                )
+            writer.append_flat(flat, lengths)
+    return TokenStore.open(path)

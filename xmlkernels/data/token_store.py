@@ -14,22 +14,38 @@ Only real tokens are stored: no padding, no attention mask (upstream's int64 map
 from __future__ import annotations
 
 import json
+import os
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypedDict
 
 import numpy as np
 
 from xmlkernels.data.files import replacing
 from xmlkernels.errors import InputError
+from xmlkernels.records import Count, Positive, parse_record
 
 MAGIC = b"XMKTOKEN"
 FORMAT_VERSION = 1
 HEADER_BYTES = 1024
-PADDED_ROWS_AT_ONCE = 65_536
+SCAN_BYTES = 64 << 20
+"""Tokens of a file up to this size are all read when it is opened; those of a larger one when a batch takes them."""
+
+
+class HeaderValues(TypedDict):
+    """The JSON of a header."""
+
+    rows: Count
+    tokens: Count
+    dtype: str
+    vocab_size: Positive
+    tokenizer_hash: str
+    max_length: Positive
+    pad_id: Count
 
 
 @dataclass(frozen=True)
@@ -124,38 +140,76 @@ class TokenWriter:
 
 
 class TokenStore:
-    """Read-only rows of token ids; nothing is read from disk before it is asked for.
+    """Read-only rows of token ids; nothing but a small file's ids is read from disk before it is asked for.
 
     `store[i]` is row i as a uint16 or uint32 view of the map; `lengths` int32 [rows]; `offsets` int64 [rows + 1].
     Pickling carries the path, so a process that receives a store maps the same file again.
+
+    Ids are below the vocabulary's size: all are read for that when a file of up to `SCAN_BYTES` of them is opened, those
+    of a larger one whenever they are handed out. Before they are, the file is looked at too: one that was cut or written
+    to since it was opened is an InputError, where the map would end the process (SIGBUS) or give other rows.
     """
 
     def __init__(self, path: Path, header: TokenHeader) -> None:
         self.path, self.header = path, header
-        raw = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
+        self._handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        weakref.finalize(self, os.close, self._handle)
+        self._stood = self._stands()
+        if self._stood[0] != header.file_bytes:
+            got = f"{self._stood[0]} bytes"
+            raise InputError(str(path), f"{header.file_bytes} bytes, as its header says", got, "copy or prepare it again")
+        with os.fdopen(os.dup(self._handle), "rb") as file:
+            raw = np.memmap(file, np.uint8, mode="r").view(np.ndarray)
         split = HEADER_BYTES + 8 * (header.rows + 1)
         self.offsets: np.ndarray = raw[HEADER_BYTES:split].view("<i8")
-        self.tokens: np.ndarray = raw[split:].view(header.dtype)
+        self._tokens: np.ndarray = raw[split:].view(header.dtype)
+        self._known = False  # whether every id was seen to lie in the vocabulary
 
     @classmethod
     def open(cls, path: str | Path) -> TokenStore:
         """Map a token file.
 
         Raises:
-            InputError: the file is missing, is no token file, has another format version or was cut short.
+            InputError: the file is missing, is no token file, has another format version, was cut short, or has rows
+                or ids that its header does not allow.
         """
         path = Path(path)
-        header = _read_header(path)
-        size = path.stat().st_size
-        if size != header.file_bytes:
-            raise InputError(
-                str(path), f"{header.file_bytes} bytes, as its header says", f"{size} bytes", "copy or prepare it again"
-            )
-        store = cls(path, header)
-        lengths = np.diff(store.offsets)
-        if store.offsets[0] != 0 or store.offsets[-1] != header.tokens or (lengths.size and lengths.min() < 0):
+        store = cls(path, _read_header(path))
+        header, lengths = store.header, np.diff(store.offsets)
+        if store.offsets[0] != 0 or store.offsets[-1] != header.tokens or (store.offsets[1:] < store.offsets[:-1]).any():
             raise InputError(str(path), "row offsets that rise from 0 to the number of tokens", "others", "prepare it again")
+        if lengths.size and lengths.max() > header.max_length:
+            row = int(lengths.argmax())
+            expected = f"at most {header.max_length} tokens, as its header says"
+            raise InputError(f"{path}, row {row}", expected, str(lengths[row]), "prepare it again")
+        if store._tokens.nbytes <= SCAN_BYTES:
+            store._check_ids(store._tokens)
+            store._known = True
         return store
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All ids, one row behind the other, as a view of the map."""
+        self._check_file()
+        if not self._known:
+            self._check_ids(self._tokens)
+            self._known = True
+        return self._tokens
+
+    def _stands(self) -> tuple[int, int]:
+        stat = os.fstat(self._handle)
+        return stat.st_size, stat.st_mtime_ns
+
+    def _check_file(self) -> None:
+        if (now := self._stands()) != self._stood:
+            got = f"{now[0]} bytes" if now[0] != self._stood[0] else "one that was written to"
+            mend = "leave a dataset alone while a run uses it, and start the run again"
+            raise InputError(str(self.path), f"the {self._stood[0]} bytes that were there when it was opened", got, mend)
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        if ids.size and ids.max() >= self.header.vocab_size:
+            expected = f"token ids below {self.header.vocab_size}, the size of the vocabulary"
+            raise InputError(str(self.path), expected, str(ids.max()), "copy or prepare it again")
 
     def __len__(self) -> int:
         return self.header.rows
@@ -165,7 +219,11 @@ class TokenStore:
         if not -len(self) <= row < len(self):
             raise IndexError(f"row {row} of a token file with {len(self)} rows")
         row %= len(self)
-        return self.tokens[self.offsets[row] : self.offsets[row + 1]]
+        self._check_file()
+        ids = self._tokens[self.offsets[row] : self.offsets[row + 1]]
+        if not self._known:
+            self._check_ids(ids)
+        return ids
 
     def __reduce__(self) -> tuple[Callable[[Path], TokenStore], tuple[Path]]:
         return TokenStore.open, (self.path,)
@@ -177,9 +235,13 @@ class TokenStore:
 
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of `rows`, one row behind the other, and the length of each: (ids [sum of n], n int64 [rows])."""
+        self._check_file()
         starts = self.offsets[rows]
         lengths = self.offsets[rows + 1] - starts
-        return self.tokens[ragged_positions(starts, lengths)], lengths
+        ids = self._tokens[ragged_positions(starts, lengths)]
+        if not self._known:
+            self._check_ids(ids)
+        return ids, lengths
 
 
 def ragged_positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -201,69 +263,11 @@ def _read_header(path: Path) -> TokenHeader:
     version, length = (int(value) for value in np.frombuffer(head, "<u4", 2, 8))
     if version != FORMAT_VERSION:
         raise InputError(str(path), f"format version {FORMAT_VERSION}", f"version {version}", "prepare it again")
-    try:
-        values = json.loads(head[16 : 16 + length])
-        header = TokenHeader(**{field.name: values[field.name] for field in fields(TokenHeader)})
-        known = header.dtype == token_dtype(header.vocab_size).str
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(str(path), "a JSON header of known keys", repr(error), "prepare it again") from error
-    if not known or min(header.rows, header.tokens) < 0:
-        raise InputError(str(path), "a consistent header", str(values), "prepare it again")
+    where = f"{path}, header"
+    if length > HEADER_BYTES - 16:
+        raise InputError(where, f"JSON of at most {HEADER_BYTES - 16} bytes", f"{length} bytes", "prepare it again")
+    values = parse_record(head[16 : 16 + length], HeaderValues, where=where, mend="prepare it again")
+    header = TokenHeader(**{field.name: values[field.name] for field in fields(TokenHeader)})  # type: ignore[literal-required]
+    if header.vocab_size > 2**32 or header.dtype != token_dtype(header.vocab_size).str or header.pad_id >= header.vocab_size:
+        raise InputError(where, "a consistent header", str(values), "prepare it again")
     return header
-
-
-def from_padded_map(
-    path: str | Path,
-    input_ids: np.ndarray,
-    attention_mask: np.ndarray,
-    *,
-    vocab_size: int,
-    tokenizer_hash: str,
-    pad_id: int,
-    rows: np.ndarray | None = None,
-    name: str = "token map",
-) -> TokenStore:
-    """Rewrite upstream's padded maps as a token file, in pieces.
-
-    Args:
-        path: the token file to write.
-        input_ids, attention_mask: integers [rows, width]; the mask is 1 on a row's tokens and 0 behind them.
-        rows: row numbers to take, in this order (default: all).
-        name: what messages call the maps.
-
-    Raises:
-        InputError: shapes differ, a mask is no run of ones followed by zeros (the sign of maps read with a wrong
-            width, which upstream would train on in silence), or an id lies outside the vocabulary.
-    """
-    if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape:
-        got = f"{input_ids.shape} and {attention_mask.shape}"
-        raise InputError(name, "ids and mask of one shape [rows, width]", got, "give the two files of one run")
-    rows = np.arange(len(input_ids)) if rows is None else rows
-    width = input_ids.shape[1]
-    with TokenWriter(
-        path, len(rows), vocab_size=vocab_size, tokenizer_hash=tokenizer_hash, max_length=width, pad_id=pad_id
-    ) as writer:
-        for start in range(0, len(rows), PADDED_ROWS_AT_ONCE):
-            part = rows[start : start + PADDED_ROWS_AT_ONCE]
-            ids, mask = np.asarray(input_ids[part]), np.asarray(attention_mask[part])
-            lengths = mask.astype(bool).sum(axis=1)
-            real = np.arange(width) < lengths[:, None]
-            wrong = np.flatnonzero((mask != real).any(axis=1) | (lengths == 0))
-            if wrong.size:
-                raise InputError(
-                    f"{name}, row {part[wrong[0]]}",
-                    "an attention mask of ones followed by zeros",
-                    np.array2string(mask[wrong[0]], threshold=12, max_line_width=200),
-                    f"check that the maps were made with max length {width}",
-                )
-            flat = ids[real]
-            outside = np.flatnonzero((flat < 0) | (flat >= vocab_size))
-            if outside.size:
-                raise InputError(
-                    f"{name}, row {part[np.searchsorted(np.cumsum(lengths), outside[0], side='right')]}",
-                    f"token ids below {vocab_size}, the size of the tokenizer's vocabulary",
-                    str(flat[outside[0]]),
-                    "give the tokenizer the maps were made with",
-                )
-            writer.append_flat(flat, lengths)
-    return TokenStore.open(path)

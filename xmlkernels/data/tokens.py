@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from xmlkernels.data.token_store import TokenHeader, TokenStore, TokenWriter, from_padded_map
+from xmlkernels.data.token_maps import from_padded_map
+from xmlkernels.data.token_store import TokenHeader, TokenStore, TokenWriter
 from xmlkernels.errors import InputError
 
 __all__ = [
