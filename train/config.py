@@ -39,14 +39,15 @@ class Config:
     """Hub name or local folder of any Hugging Face encoder; "minilm" is the installed all-MiniLM-L6-v2; "tiny" is a small
     random one; "bow" is a bag of words, fast on a CPU and good for short texts."""
     pooling: Literal["mean", "cls"] = "mean"
+    """Over the encoder's last layer: the mean of the tokens, or the class token."""
     bottleneck: int = 0
     """Width of a bias-free linear layer after pooling; 0 is none."""
     dropout: float = 0.2
-    """On the embedding (end to end, and the bag of words of either model; a cascade's levels have --embed-drops)."""
+    """Dropout on the embedding (end to end, and the bag of words of either model; a cascade's levels have --embed-drops)."""
     freeze: int = 0
     """Layers of the encoder that stay as they are, from the first on, with the embeddings below them."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the encoder's autocast; auto: bf16 where the device multiplies it natively."""
+    """Number format of the encoder's autocast; auto: bf16 where the device multiplies it natively."""
     compile: bool = False
     """Run the encoder through torch.compile."""
     init_state: str = ""
@@ -119,11 +120,11 @@ class Config:
     adamw_dense, for a cascade of few labels: AdamW on every row in every step, at the cost of a gradient as large as the
     table and of two moments of that size."""
     momentum: float = 0.9
-    """Of the table's SGD; 0 keeps no state at all."""
+    """Momentum of the table's SGD; 0 keeps no state at all."""
     state: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of the table's optimizer state."""
     table_decay: float = 1e-4
-    """Of the full table; a cascade's tables take a tenth of --encoder-decay."""
+    """Weight decay of the full table; a cascade's tables take a tenth of --encoder-decay."""
     decoupled: bool = False
     """Weight decay shrinks the table instead of entering its gradient."""
     kahan: bool = False
@@ -134,6 +135,7 @@ class Config:
 
     # ---- training ----
     epochs: int = 10
+    """Passes over the training documents."""
     batch: int = 32
     """Documents of a step; several processes share them."""
     micro_batch: int = 0
@@ -142,9 +144,12 @@ class Config:
     accumulate: int = 1
     """Encoder passes of `batch` documents per update: `--batch 64 --accumulate 4` is `--batch 256 --micro-batch 64`."""
     encoder_lr: float = 2e-4
+    """Learning rate of the encoder; of a cascade the tables' too, times --head-lr-factor."""
     table_lr: float = 0.02
-    """Of the full table. The loss is summed over the batch, so this belongs to `batch`: change both in proportion."""
+    """Learning rate of the full table. The loss is summed over the batch, so this belongs to `batch`: change both in
+    proportion."""
     encoder_decay: float = 0.01
+    """Weight decay of the encoder."""
     warmup: int = 200
     """Steps of warm-up."""
     warmup_epochs: float = 0.0
@@ -162,6 +167,7 @@ class Config:
     loss_every: int = 10
     """Compute the exact loss over all labels every so many steps; 1 always, 0 never."""
     seed: int = 0
+    """Of first weights, order of documents and dropout."""
 
     # ---- evaluation, saving ----
     evaluate_every: int = 1
@@ -172,6 +178,7 @@ class Config:
     top_k: int = 100
     """Labels kept per document in predictions.npz."""
     evaluate_batch: int = 256
+    """Documents of a pass of evaluation."""
     save_every: int = 500
     """Steps between checkpoints; one is written after every epoch too. 0: only where validation is the best so far,
     and at the end."""

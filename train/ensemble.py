@@ -23,6 +23,7 @@ from typing import Literal
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from arguments import parse
 from output import write_json
 from report import command, print_comparison
 from xmlkernels import InputError
@@ -45,6 +46,7 @@ class Options:
     dataset: str = ""
     """The dataset folder that the scores are of."""
     split: Literal["train", "val", "test"] = "test"
+    """The split that they are of."""
     weights: tuple[float, ...] = ()
     """One for each file; only their ratios matter. Equal when not given."""
     scores: tuple[Literal["logit", "probability"], ...] = ("logit",)
@@ -170,9 +172,7 @@ def run(options: Options) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    import tyro
-
-    options = tyro.cli(Options, prog="train/ensemble.py", description=__doc__, config=(tyro.conf.PositionalRequiredArgs,))
+    options = parse(Options, "train/ensemble.py", __doc__ or "", positional=True)
     measured = run(options)
     title = f"{options.dataset}, {options.split}"
     # Score files of runs are all called predictions.npz: the folder tells them apart.

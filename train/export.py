@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from arguments import parse
 from checks import check_least
 from config import Config, began_with, resolved_device
 from output import made_folder, read_json
@@ -116,9 +117,7 @@ def label_vectors(options: Options, predictor: Predictor) -> None:
 
 
 def main() -> None:
-    import tyro
-
-    export(tyro.cli(Options, prog="train/export.py", description=__doc__))
+    export(parse(Options, "train/export.py", __doc__ or ""))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tyro.constructors import PrimitiveConstructorSpec
 
+from arguments import parse
 from checks import check_least, flag
 from config import resolved_device
 from report import command
@@ -265,9 +266,7 @@ def run(options: Options) -> None:
 
 
 def main() -> None:
-    import tyro
-
-    run(tyro.cli(Options, prog="train/predict.py", description=__doc__))
+    run(parse(Options, "train/predict.py", __doc__ or ""))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 import sys
 from dataclasses import replace
 
+from arguments import parse
 from encoders import source_of
 from report import command
 from xmlkernels.data.prepare import PrepareConfig, prepare
@@ -18,9 +19,7 @@ def tell(line: str) -> None:
 
 
 def main() -> None:
-    import tyro
-
-    config = tyro.cli(PrepareConfig, prog="train/prepare.py", description=__doc__)
+    config = parse(PrepareConfig, "train/prepare.py", __doc__ or "")
     tokenizer = None if config.tokenizer is None else source_of(config.tokenizer, "--tokenizer")
     dataset = prepare(replace(config, tokenizer=tokenizer), tell)
     print(f"{config.output}: {dataset.num_labels:,} labels, content {dataset.content_hash[:16]}")

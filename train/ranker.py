@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from arguments import parse
 from checks import check_least, flag
 from output import made_folder, refuse_run, write_json, write_text
 from ranker_inputs import Documents, model_inputs, read_features, vectorize, without_pairs
@@ -58,7 +59,9 @@ class Options:
     train_text: str = ""
     """Text files, one document a line, to take TF-IDF from; one for each split of the dataset."""
     validation_text: str = ""
+    """The same of the validation split."""
     test_text: str = ""
+    """The same of the test split."""
     features: str = ""
     """A folder of ready features in place of texts: train.npz, val.npz, test.npz."""
     longest: int = 2
@@ -70,6 +73,7 @@ class Options:
     embedding_weight: float = 1.0
     """Length of the embedding's rows, against `tfidf_weight`: a longer block costs the regulariser less."""
     tfidf_weight: float = 1.0
+    """Length of the rows of TF-IDF."""
 
     # ---- training ----
     shortlist: int = 50
@@ -287,9 +291,7 @@ def measure(
 
 
 def main() -> None:
-    import tyro
-
-    report = train(tyro.cli(Options, prog="train/ranker.py", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))
+    report = train(parse(Options, "train/ranker.py", __doc__ or ""))
     rows = {f"{split}, {what}": numbers for split in SHOWN.values() for what, numbers in report.get(split, {}).items()}
     if rows:
         a, b = report["propensity"]

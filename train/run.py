@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from arguments import parse_named
 from checks import check
 from config import Config, resolved_device
 from recipes import RECIPES
@@ -46,9 +47,7 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def main() -> None:
-    from tyro.extras import overridable_config_cli
-
-    config = overridable_config_cli(RECIPES, prog="train/run.py", description=__doc__)
+    config = parse_named(RECIPES, "recipe", "train/run.py", __doc__ or "")
     check(config, given={word[2:].split("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")})
     dist.start(resolved_device(config.device))
     train(config)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 
+from arguments import parse
 from report import command, say
 from tree_inputs import LabelEncoder, digest, read_features, read_vectors
 from tree_report import lines_of, plot
@@ -275,9 +276,7 @@ def _write(options: Options, tree: LabelTree, facts: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    import tyro
-
-    make(tyro.cli(Options, prog="train/tree.py", description=__doc__, config=(tyro.conf.PositionalRequiredArgs,)))
+    make(parse(Options, "train/tree.py", __doc__ or "", positional=True))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,120 @@
+"""The command line: help in groups, and one sentence for every mistake, with the nearest name."""
+
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train_runs import RECIPES, ROOT, Config
+
+from xmlkernels import InputError
+from xmlkernels.data.prepare import PrepareConfig
+
+import arguments  # isort: skip  # train_runs has put train/ on the path
+from flags import flags_of  # isort: skip
+
+COMMANDS = {"prepare": PrepareConfig} | {
+    name: import_module(name).Options for name in ("tree", "predict", "ranker", "ensemble", "export")
+}
+PLACED = ("tree", "ensemble")
+
+
+def mistake(*words: str, of: str = "") -> str:
+    with pytest.raises(InputError) as told:
+        if of:
+            arguments.parse(COMMANDS[of], f"train/{of}.py", "", positional=of in PLACED, words=words)
+        else:
+            arguments.parse_named(RECIPES, "recipe", "train/run.py", "", words)
+    text = str(told.value)
+    assert "\n" not in text and not set("│╭─") & set(text), text
+    return text
+
+
+def test_values_are_read() -> None:
+    words = ("cascade-tiny", "--topk", "3", "9", "--encoder_lr=0.5", "--no-label-text", "--layers", "1,2", "2", "2")
+    config: Config = arguments.parse_named(RECIPES, "recipe", "train/run.py", "", words)
+    assert (config.topk, config.encoder_lr, config.label_text, config.layers) == ((3, 9), 0.5, False, ("1,2", "2", "2"))
+    assert config.output == "runs/cascade-tiny" and config.epochs == 8  # the recipe's
+    ranker: Any = arguments.parse(
+        COMMANDS["ranker"], "", "", words=("--dataset", "d", "--output", "o", "--cost", "2", "--share", "0.5", "--no-tfidf")
+    )
+    assert (ranker.training.cost, ranker.share, ranker.tfidf) == (2.0, 0.5, False)
+    tree: Any = arguments.parse(COMMANDS["tree"], "", "", positional=True, words=("folder", "--depths", "2", "4"))
+    assert (tree.dataset, tree.depths) == ("folder", (2, 4))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("bow",), "did you mean bow-docstrings, bow-eurlex57k-titles or bow-debian-deps?"),
+        (("cascade-tny",), "did you mean cascade-tiny"),
+        (("unlike-any",), "cascade-… (15); train/run.py --help tells of each"),
+        ((), "expected a recipe, got none; choose one of demo, docstrings"),
+        (("tiny", "--learning-rate", "3"), "did you mean --encoder-lr or --table-lr?"),
+        (("tiny", "--epoch=3"), "--epoch: expected a flag of this command, got none of that name; did you mean --epochs?"),
+        (("tiny", "--batch-size", "3"), "did you mean --batch?"),
+        (("tiny", "--epochs", "many"), "--epochs: expected a whole number, got 'many'"),
+        (("tiny", "--epochs"), "--epochs: expected a whole number, got nothing"),
+        (("tiny", "--table", "fp23"), "--table: expected one of auto, fp32, bf16, fp16, fp8, got 'fp23'"),
+        (("tiny", "--topk", "1", "x"), "--topk: expected whole numbers, with spaces between them, got '1' 'x'"),
+        (("tiny", "--compile", "yes"), "expected flags and their values, got 'yes'"),
+        (("tiny", "stray"), "expected flags and their values, got 'stray'"),
+    ],
+)
+def test_mistakes_of_a_run(words: tuple[str, ...], expected: str) -> None:
+    assert expected in mistake(*words)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_mistakes_of_every_command(name: str) -> None:
+    assert "did you mean --output?" in mistake("--outptu", "x", of=name)
+    assert f"train/{name}.py --help lists them" in mistake("--zzzz", of=name)
+    required = {"prepare": "--output", "tree": "DATASET", "ranker": "--dataset", "export": "--checkpoint"}
+    if name in required:
+        assert mistake(of=name).startswith(f"{required[name]}: expected ")
+
+
+def test_a_text_is_taken_as_it_is() -> None:
+    """A word behind --text is no flag, whatever it begins with."""
+    flags = flags_of(COMMANDS["predict"])
+    arguments.refuse_unknown(("--text", "--outptu", "--top-k", "3"), flags, "")
+    with pytest.raises(InputError, match="did you mean --output"):
+        arguments.refuse_unknown(("--text", "a", "--outptu", "3"), flags, "")
+
+
+@pytest.mark.parametrize("name", ["run", *COMMANDS])
+def test_help_tells_of_every_flag_and_no_comment(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    kind = COMMANDS.get(name, Config)
+    with pytest.raises(SystemExit) as ended:
+        if name == "run":
+            arguments.parse_named(RECIPES, "recipe", "train/run.py", "", ("tiny", "--help"))
+        else:
+            arguments.parse(kind, f"train/{name}.py", "What it does.", positional=name in PLACED, words=["--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and "----" not in shown
+    for flag in flags_of(kind, positional=name in PLACED):
+        assert flag.told, f"{flag.name} has no help"
+        assert f"  {flag.shown}" in shown and flag.told.split()[0] in shown
+    if name == "run":
+        assert all(f"\n{group}:\n" in shown for group in ("data", "encoder", "label table", "training"))
+        assert "--epochs N " in shown and "[2]" in shown  # the recipe's
+
+
+def test_help_of_recipes_and_of_one_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--help"], ["tiny", "--help", "--rw-loss"]):
+        with pytest.raises(SystemExit):
+            arguments.parse_named(RECIPES, "recipe", "train/run.py", "Trains.", words)
+    shown = capsys.readouterr().out
+    assert all(f"  {name}" in shown for name in RECIPES)
+    assert "weights in proportion to the candidates" in " ".join(shown.split()) and "--epochs N" not in shown
+
+
+def test_a_mistake_ends_with_2(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train" / "tree.py"), "--thread", "1"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: --thread: expected a flag of this command") and "--threads?" in done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr

@@ -1,0 +1,167 @@
+"""The flags of a command, as its dataclass has them: names, values, help and the groups that its comments make."""
+
+import ast
+import inspect
+import re
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+_WIDEST = 110
+_NUMBERS = {int: ("N", "a whole number"), float: ("X", "a number")}
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag.
+
+    Attributes:
+        name: of its field.
+        group: the heading that it stands under; "" before the first.
+        told: its help, whole.
+        values: what stands behind it in the help: `N`, `a|b`, …; "" for a switch.
+        expected: the same in words, for a mistake.
+        default: its value where it is not given, as one types it.
+        verbatim: the word behind it is its value, whatever it begins with.
+    """
+
+    name: str
+    group: str
+    told: str
+    values: str
+    expected: str
+    default: str
+    required: bool
+    positional: bool
+    switch: bool
+    verbatim: bool
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """The names it goes by, as fields are named."""
+        return (self.name, f"no_{self.name}") if self.switch else (self.name,)
+
+    @property
+    def shown(self) -> str:
+        """As the help has it, without its values."""
+        dashed = self.name.replace("_", "-")
+        return self.name.upper() if self.positional else f"--[no-]{dashed}" if self.default == "on" else f"--{dashed}"
+
+    @property
+    def sentence(self) -> str:
+        """The first sentence of its help."""
+        return re.split(r"(?<=\.)\s+(?=[A-Z\"`])", self.told, maxsplit=1)[0]
+
+
+def flags_of(kind: type, *, positional: bool = False, default: Any = None) -> list[Flag]:
+    """The flags of a dataclass, those of a dataclass among its fields too."""
+    found: list[Flag] = []
+    texts, groups, hints = *_documented(kind), get_type_hints(kind, include_extras=True)
+    for field in fields(kind):
+        usual = field.default_factory() if field.default_factory is not MISSING else field.default
+        value = usual if default is None else getattr(default, field.name)
+        group = groups.get(field.name, "")
+        if is_dataclass(value) and not isinstance(value, type):
+            found += [replace(flag, group=group) for flag in flags_of(type(value), default=value)]
+            continue
+        required, hint = value is MISSING, hints[field.name]
+        values, expected = _values(hint)
+        found.append(
+            Flag(
+                field.name, group, texts.get(field.name, ""), values, expected, "" if required else _typed(value), required,
+                positional=positional and required, switch=hint is bool, verbatim=get_origin(hint) is Annotated,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _documented(kind: type) -> tuple[dict[str, str], dict[str, str]]:
+    """field → its help; field → its group. Help is the string behind a field or what `Attributes:` says; a comment
+    `# ---- name ----` begins a group."""
+    source = textwrap.dedent(inspect.getsource(kind))
+    lines = source.splitlines()
+    body = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)).body
+    texts = dict(_attributes(inspect.getdoc(kind) or ""))
+    groups: dict[str, str] = {}
+    for node, after in zip(body, [*body[1:], None], strict=True):
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+            continue
+        heading = [found[1] for line in lines[: node.lineno] if (found := re.match(r"\s+# ---- (.*?) ----", line))]
+        groups[node.target.id] = heading[-1] if heading else ""
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
+            texts[node.target.id] = " ".join(after.value.value.split())
+    return texts, groups
+
+
+def _attributes(doc: str) -> Iterator[tuple[str, str]]:
+    inside = re.search(r"^Attributes:\n((?:[ ]{4}.*\n?|\n)*)", doc, re.M)
+    for found in re.finditer(r"^ {4}(\w+): (.*(?:\n {6,}.*)*)", inside[1] if inside else "", re.M):
+        text = " ".join(found[2].split())
+        yield found[1], text[:1].upper() + text[1:]
+
+
+def _values(hint: Any) -> tuple[str, str]:
+    """What a flag of this type takes: in the help, and in words."""
+    if get_origin(hint) is Annotated:
+        return _values(get_args(hint)[0])
+    if get_origin(hint) in (Union, UnionType):
+        return _values(next(part for part in get_args(hint) if part is not NoneType))
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint))), f"one of {', '.join(map(str, get_args(hint)))}"
+    if get_origin(hint) is tuple:
+        one, told = _values(get_args(hint)[0])
+        return f"{one} …", f"{told.removeprefix('a ').removeprefix('an ')}s, with spaces between them"
+    if hint is bool:
+        return "", "no value (it is a switch)"
+    if hint is Path:
+        return "PATH", "a path"
+    return _NUMBERS.get(hint, ("TEXT", "a word"))
+
+
+def _typed(value: Any) -> str:
+    """A default as one types it; empty for none."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def help_of(flags: Sequence[Flag], prog: str, told: str, *, only: Sequence[str] = (), brief: int = 50) -> str:
+    """The help of a command, wrapped to the terminal.
+
+    Args:
+        told: what the command does.
+        only: names of flags to tell all of; none: every flag.
+        brief: of more flags than this only the first sentence of each is shown.
+    """
+    if chosen := [flag for flag in flags if set(flag.spellings) & set(only)]:
+        return "\n".join(line for flag in chosen for line in _entry(flag, flag.told))
+    places = "".join(f" {flag.shown}" for flag in flags if flag.positional)
+    required = "".join(f" {flag.shown} {flag.values}" for flag in flags if flag.required and not flag.positional)
+    lines = [f"usage: {prog}{places}{required} [--flag value …]", "", told.strip()]
+    short = len(flags) > brief
+    for group in dict.fromkeys(flag.group for flag in flags):
+        lines += ["", f"{group or 'flags'}:"]
+        for flag in (flag for flag in flags if flag.group == group):
+            lines += _entry(flag, flag.sentence if short else flag.told)
+    if short:
+        lines += ["", f"All about one flag: {prog} --help --{flags[-1].name.replace('_', '-')}, say."]
+    return "\n".join(lines)
+
+
+def _entry(flag: Flag, text: str) -> list[str]:
+    default = f" [{flag.default}]" if flag.default not in ("", "off") else ""
+    return entry(f"{flag.shown} {flag.values}".rstrip(), text + (" (required)" if flag.required else default), 28)
+
+
+def entry(name: str, text: str, column: int) -> list[str]:
+    """A name and what it is, in two columns of the terminal."""
+    width = min(shutil.get_terminal_size().columns, _WIDEST)
+    body = textwrap.wrap(text, max(30, width - column), break_long_words=False, break_on_hyphens=False) or [""]
+    head, rest = f"  {name}", [" " * column + line for line in body]
+    return [head, *rest] if len(head) + 1 > column else [head.ljust(column) + body[0], *rest[1:]]
