@@ -14,6 +14,7 @@ import numpy as np
 from xmlkernels.data.token_maps import from_padded_map
 from xmlkernels.data.token_store import TokenHeader, TokenStore, TokenWriter
 from xmlkernels.errors import InputError
+from xmlkernels.foreign import refuse_auto_map, refuse_code
 
 __all__ = [
     "TokenHeader",
@@ -124,10 +125,10 @@ def _writable(text: str) -> str:
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """A tokenizer by hub name or from a local folder.
+    """A tokenizer by hub name or from a local folder. Code that a folder or repository brings along never runs.
 
     Raises:
-        InputError: no such folder or name, or no tokenizer files in it.
+        InputError: no such folder or name, no tokenizer files in it, or ones that need code of their own.
     """
     from transformers import AutoTokenizer
 
@@ -136,9 +137,15 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     path = Path(name).expanduser()
     if looks_local and not path.is_dir():
         raise InputError(f"tokenizer {name}", "a folder with tokenizer files", "no such folder", "check the path")
+    if path.is_dir():
+        refuse_code(path)
     try:
-        return Tokenizer(AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name))
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        inner = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name, trust_remote_code=False)
+        refuse_auto_map(inner.init_kwargs, f"tokenizer {name}")
+        return Tokenizer(inner)
+    except InputError:
+        raise
+    except Exception as error:  # damaged files end in whatever tokenizers and transformers happen to raise
         reason = str(error).strip().split("\n")[0].rstrip(" .:") or type(error).__name__
         if path.is_dir() and not any(path.glob("tokenizer*")) and not any(path.glob("vocab*")):
             reason = "a folder that holds no tokenizer.json and no vocabulary"

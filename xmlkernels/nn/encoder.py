@@ -11,12 +11,14 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from xmlkernels.errors import InputError
+from xmlkernels.foreign import refuse_model, refuse_settings
 from xmlkernels.nn.dropout import Dropout, training_attention
 from xmlkernels.nn.encoder_checks import AUTOCAST, check_options, checked_width, longest
 from xmlkernels.nn.layer_recipe import Recipe, checked_layers
@@ -91,18 +93,25 @@ class Encoder(nn.Module):
     def from_pretrained(cls, name_or_path: str | PathLike[str], **options: Any) -> Encoder:
         """Load a hub name or a local folder; weights become fp32. `options` as for `Encoder`.
 
+        Weights are read from safetensors alone, and code that a folder or repository brings along never runs.
+
         Raises:
-            InputError: nothing loadable there, an encoder-decoder, or weights that the file does not hold.
+            InputError: nothing loadable there, an encoder-decoder, weights that the file does not hold, or a model of
+                pickles or of code of its own.
         """
         from transformers import AutoConfig, AutoModel
 
-        where = f"encoder {str(name_or_path)!r}"
+        where, folder = f"encoder {str(name_or_path)!r}", Path(name_or_path)
+        if folder.is_dir():
+            refuse_model(folder)
         with _quiet(), _told(where):
-            config = AutoConfig.from_pretrained(name_or_path)
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+            refuse_settings(config.to_dict(), where)  # of a hub name; a folder has been looked at
             extra = _loading_options(config, where)
             model, report = AutoModel.from_pretrained(
-                name_or_path, config=config, dtype=torch.float32, output_loading_info=True, **extra
-            )
+                name_or_path, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False,
+                use_safetensors=True, **extra,
+            )  # fmt: skip
         missing = sorted(k for k in report["missing_keys"] if not k.startswith("pooler."))
         if missing:
             # transformers would train on from random numbers after a log line.
@@ -122,6 +131,7 @@ class Encoder(nn.Module):
         options = dict(config)
         try:
             inner = dict(options.pop("model"))
+            inner.pop("auto_map", None)  # a repository's own code, beside the class that was trained and is built here
             kind = inner.pop("model_type")
         except (KeyError, TypeError) as error:
             raise InputError(where, "a `model` with a `model_type`", f"{error}", "pass encoder_config()") from error
@@ -131,7 +141,7 @@ class Encoder(nn.Module):
         with _quiet(), _told(where):
             hf_config = type(AutoConfig.for_model(kind)).from_dict(inner)
             extra = _loading_options(hf_config, where)
-            model = AutoModel.from_config(hf_config, dtype=torch.float32, **extra)
+            model = AutoModel.from_config(hf_config, dtype=torch.float32, trust_remote_code=False, **extra)
         try:
             return cls(model, autocast=AUTOCAST.get(name), **options)
         except TypeError as error:
@@ -266,9 +276,11 @@ def _told(where: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except Exception as error:  # damaged settings end in whatever transformers happens to raise
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         mend = "check the name or path; a hub name needs network or a filled cache"
+        if "custom code" in reason:
+            mend = "choose a model that transformers knows: no other code runs"
         raise InputError(where, "a model that transformers can load", reason, mend) from error
 
 
