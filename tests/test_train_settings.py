@@ -50,6 +50,9 @@ def test_every_recipe_is_sound(name: str) -> None:
         ({"encoder_lr": -1e-3}, "--encoder-lr"),
         ({"table_lr": float("nan")}, "--table-lr: expected a finite number"),
         ({"table_decay": -1.0}, "--table-decay"),
+        ({"table_epsilon": 0.0}, "--table-epsilon: expected more than 0"),
+        ({"encoder_epsilon": -1e-8}, "--encoder-epsilon: expected 0 or more"),
+        ({"encoder_epsilon": float("inf")}, "--encoder-epsilon: expected a finite number"),
         ({"dropout": 1.0}, "--dropout: expected from 0 to below 1"),
         ({"momentum": 1.0}, "--momentum"),
         ({"threads": -2}, "--threads"),
@@ -84,6 +87,13 @@ def test_flags_of_the_corpus_are_refused_beside_a_dataset_folder(name: str) -> N
     with pytest.raises(InputError, match="dataset folder cache/mine, which fixes its own"):
         check(demo, given={"dataset", name})
     check(RECIPES["demo"][1], given={name})
+
+
+def test_an_epsilon_without_adam_is_refused() -> None:
+    for model in ("end_to_end", "cascade"):
+        check(replace(Config(), model=model, table_optimizer="adam"), given={"table_epsilon"})
+        with pytest.raises(InputError, match="--table-epsilon: expected --table-optimizer adam, got sgd"):
+            check(replace(Config(), model=model, table_optimizer="sgd"), given={"table_epsilon"})
 
 
 def test_momentum_beside_adam_is_refused() -> None:

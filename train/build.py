@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from config import Config, layers_of, resolved_label_device, resolved_optimizer, resolved_table
+from config import Config, layers_of, resolved_epsilon, resolved_label_device, resolved_optimizer, resolved_table
 from encoders import source_of
 from report import say
 from xmlkernels import InputError, dist
@@ -52,7 +52,7 @@ def build_model(
         encoder: nn.Module = BowEncoder(
             inputs.vocabulary, config.bow_width, dropout=config.dropout, word_dropout=config.word_dropout,
             activation=config.bow_activation, optimizer="adam", decay=config.encoder_decay, std=config.word_std,
-            seed=config.seed,
+            seed=config.seed, epsilon=config.encoder_epsilon or 1e-8,
         )  # fmt: skip
     else:
         encoder = build_encoder(config, dataset, device)
@@ -84,11 +84,11 @@ def _end_to_end(config: Config, dataset: Dataset, encoder: nn.Module, steps: int
     head = FullHead(
         dataset.num_labels, width, dtype=dtype, bias=config.bias, optimizer=optimizer, momentum=config.momentum,
         state_dtype=config.state, decay=config.table_decay, decoupled=config.decoupled, kahan=config.kahan,
-        skip_units=config.skip_tiles, seed=config.seed,
+        skip_units=config.skip_tiles, epsilon=config.table_epsilon, seed=config.seed,
     )  # fmt: skip
     training = Training(
         config.encoder_lr, config.table_lr, config.encoder_decay, warmup_steps(config, epoch), steps, config.clip,
-        _micro_batch(config), _mean(config, epoch, steps),
+        _micro_batch(config), _mean(config, epoch, steps), resolved_epsilon(config),
     )  # fmt: skip
     return EndToEnd(encoder, head, training)
 
@@ -119,14 +119,14 @@ def _cascade(
         tree.sizes, most, width, layers=layers, topk=topk, scheme="weighted" if config.scheme == "auto" else config.scheme,
         dtype=dtype, optimizer=optimizer, betas=(config.momentum if optimizer == "sgd" else 0.9, 0.999),
         state_dtype=config.state, drops=config.embed_drops or _DROPS[tree.levels], seed=config.seed,
-        label_device=resolved_label_device(config),
+        label_device=resolved_label_device(config), epsilon=config.table_epsilon,
     )  # fmt: skip
     training = CascadeTraining(
         encoder_lr=config.encoder_lr, total=steps, warmup=warmup,
         head_lr=config.encoder_lr * config.head_lr_factor, decay=config.encoder_decay, schedule=config.schedule,
         cooldown=round(config.cooldown_epochs * epoch), rw_loss=config.rw_loss, positives_bound=config.positives_bound,
         micro_batch=_micro_batch(config), clip=config.clip, mean=_mean(config, epoch, steps),
-        reference_loss=config.reference_loss,
+        reference_loss=config.reference_loss, encoder_epsilon=resolved_epsilon(config),
     )  # fmt: skip
     return Cascade(encoder, heads, tree, training)
 

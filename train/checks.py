@@ -116,7 +116,7 @@ def _ranges(config: Config) -> Iterator[tuple[bool, str, str, str]]:
     for name in (
         "micro_batch", "save_every", "loss_every", "warmup", "clip", "documents", "threads", "bottleneck", "encoder_lr",
         "table_lr", "encoder_decay", "table_decay", "freeze", "max_features", "positives_bound", "warmup_epochs",
-        "cooldown_epochs", "ema_start", "centroid_norm", "skip_tiles",
+        "cooldown_epochs", "ema_start", "centroid_norm", "skip_tiles", "encoder_epsilon",
     ):  # fmt: skip
         yield getattr(config, name) >= 0, name, "0 or more", "choose 0 to switch it off"
     for name in ("dropout", "momentum", "word_dropout"):
@@ -129,7 +129,8 @@ def _ranges(config: Config) -> Iterator[tuple[bool, str, str, str]]:
         "choose a larger one",
     )
     yield 0 <= config.ema <= 1, "ema", "from 0 to 1", "correct it"
-    yield config.word_std > 0, "word_std", "more than 0", "correct it"
+    for name in ("word_std", "table_epsilon"):
+        yield getattr(config, name) > 0, name, "more than 0", "correct it"
     yield config.head_lr_factor > 0, "head_lr_factor", "more than 0", "correct it"
     yield 0 <= config.seed < 2**63, "seed", "an integer from 0 to 2**63 - 1", "choose another"
     for name in ("dataset", "encoder", "output", "cache"):
@@ -161,6 +162,7 @@ def _without_effect(config: Config, table: str, given: Collection[str]) -> Itera
     yield no_state, "--state", "an optimizer that keeps a state", "SGD without momentum"
     optimizer = resolved_optimizer(config)
     yield "momentum" in given and optimizer != "sgd", "--momentum", "--table-optimizer sgd", optimizer
+    yield "table_epsilon" in given and optimizer == "sgd", "--table-epsilon", "--table-optimizer adam", optimizer
     yield config.decoupled and config.table_decay == 0, "--decoupled", "a table decay", "--table-decay 0"
     alone = not config.init_state and config.init_prefix != Config.init_prefix
     yield alone, "--init-prefix", "--init-state beside it", "none"

@@ -125,6 +125,8 @@ class Config:
     """Number format of the table's optimizer state."""
     table_decay: float = 1e-4
     """Weight decay of the full table; a cascade's tables take a tenth of --encoder-decay."""
+    table_epsilon: float = 1e-8
+    """Epsilon of the tables' Adam, beside the corrected root: it belongs to gradients of the loss, in a cascade of its mean."""
     decoupled: bool = False
     """Weight decay shrinks the table instead of entering its gradient."""
     kahan: bool = False
@@ -150,8 +152,11 @@ class Config:
     proportion."""
     encoder_decay: float = 0.01
     """Weight decay of the encoder."""
+    encoder_epsilon: float = 0.0
+    """Epsilon of the encoder's Adam, beside the corrected root; 0: 1e-6 end to end, 1e-8 in a cascade (its losses are means,
+    its gradients small) and for word vectors."""
     warmup: int = 200
-    """Steps of warm-up."""
+    """Steps of warm-up. Step t of W, from 1, has t/W of the rate; Renee's has (t - 1)/W, and its first moves nothing."""
     warmup_epochs: float = 0.0
     """The same in epochs; where it is not 0 it stands in place of `warmup`."""
     clip: float = 0.0
@@ -249,6 +254,11 @@ def resolved_optimizer(config: Config) -> str:
     """The table optimizer that "auto" stands for, or the one named."""
     auto = "adam" if config.model == "cascade" else "sgd"
     return auto if config.table_optimizer == "auto" else config.table_optimizer
+
+
+def resolved_epsilon(config: Config) -> float:
+    """Epsilon of the encoder's AdamW: the one given, or the model's own."""
+    return config.encoder_epsilon or (1e-8 if config.model == "cascade" else 1e-6)
 
 
 def resolved_state(config: Config) -> str | None:

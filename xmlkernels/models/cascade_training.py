@@ -11,9 +11,6 @@ from xmlkernels.models.running_mean import MeanSettings
 from xmlkernels.optim import encoder_optimizer, three_phase, warmup_cosine
 
 SCHEDULES = ("three_phase", "warmup_cosine")
-# A mean over thousands of candidates makes the encoder's gradients about 1e-6, where the 1e-6 of `encoder_optimizer`, meant for
-# sums, would damp them.
-_EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,8 @@ class CascadeTraining:
         clip: largest norm of the gradient of encoder and linear layer; 0 is off.
         mean: the running mean of encoder and linear layers, and of the tables where it says so.
         reference_loss: count pads in the mean as CascadeXML's code does, for comparisons.
+        encoder_epsilon: of the AdamW of encoder and linear layer. A mean over thousands of candidates makes the encoder's
+            gradients about 1e-6, where the 1e-6 of `encoder_optimizer`, meant for sums, would damp them.
     """
 
     encoder_lr: float
@@ -53,6 +52,7 @@ class CascadeTraining:
     clip: float = 0.0
     mean: MeanSettings = MeanSettings()
     reference_loss: bool = False
+    encoder_epsilon: float = 1e-8
 
     def rates(self, step: int) -> tuple[float, float, float | None]:
         """Rates of encoder and heads in an update, and beta1 (None: as it is)."""
@@ -100,7 +100,7 @@ def cascade_optimizer(encoder: nn.Module, linear: nn.Module, settings: CascadeTr
     if weights:
         groups = [{"params": weights, "weight_decay": decay}, {"params": biases, "weight_decay": 0.0}]
     if any(p.requires_grad for p in encoder.parameters()):
-        optimizer = encoder_optimizer(encoder, settings.encoder_lr, settings.decay, eps=_EPSILON)
+        optimizer = encoder_optimizer(encoder, settings.encoder_lr, settings.decay, eps=settings.encoder_epsilon)
         for group in optimizer.param_groups:
             group["head"] = False
         for group in groups:
@@ -109,7 +109,8 @@ def cascade_optimizer(encoder: nn.Module, linear: nn.Module, settings: CascadeTr
     if not groups:
         return None
     # Fused, as `encoder_optimizer` makes it: the decision to skip is then taken on the device.
-    return torch.optim.AdamW([group | {"head": True} for group in groups], lr=settings.encoder_lr, eps=_EPSILON, fused=True)
+    linear_groups = [group | {"head": True} for group in groups]
+    return torch.optim.AdamW(linear_groups, lr=settings.encoder_lr, eps=settings.encoder_epsilon, fused=True)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, encoder_lr: float, head_lr: float, beta1: float | None) -> None:

@@ -35,6 +35,7 @@ class Training:
         clip: largest norm of the encoder's gradient; 0 is off.
         micro_batch: documents per encoder pass (gradient caching); 0 passes the whole batch at once.
         mean: the running mean of the encoder, and of the label table where it says so.
+        encoder_epsilon: of its AdamW.
     """
 
     encoder_lr: float
@@ -45,6 +46,7 @@ class Training:
     clip: float = 0.0
     micro_batch: int = 0
     mean: MeanSettings = MeanSettings()
+    encoder_epsilon: float = 1e-6
 
 
 class EndToEnd(nn.Module):
@@ -71,7 +73,8 @@ class EndToEnd(nn.Module):
         self.register_buffer("skipped_steps", torch.zeros(1))
         self.register_buffer("skipped_encoder_steps", torch.zeros(1))
         if training is not None:
-            self.optimizer = encoder_optimizer(encoder, training.encoder_lr, training.encoder_decay)
+            rate, decay, epsilon = training.encoder_lr, training.encoder_decay, training.encoder_epsilon
+            self.optimizer = encoder_optimizer(encoder, rate, decay, eps=epsilon)
             device = head.weight.device
             # Only fp16 needs a scale; elsewhere it stays 1 and the scaler is the check for non-finite gradients.
             half = encoder.autocast == torch.float16

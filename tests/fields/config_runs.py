@@ -1,0 +1,271 @@
+"""Tiny runs of train/run.py that record what every step used: for the tests that hold each flag."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from torch import Tensor, nn
+from train_runs import Config, cascade, make_dataset, make_tree, run, session, tiny
+
+from xmlkernels.checkpoint import CheckpointFolder
+from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.prepare import PrepareConfig, prepare
+
+BATCH, EPOCHS, PER_EPOCH = 32, 2, 5  # 160 training documents
+STEPS = EPOCHS * PER_EPOCH
+# The label table in fp32 (auto is bf16 on some machines), no decay and a short warm-up: what a case changes stands out.
+_SHARED: dict[str, Any] = {
+    "batch": BATCH, "epochs": EPOCHS, "log_every": 1, "loss_every": 1, "save_every": 0, "warmup": 3, "table": "fp32",
+    "top_k": 20,
+}  # fmt: skip
+BASES: dict[str, dict[str, Any]] = {
+    "tiny": {"momentum": 0.0, "table_decay": 0.0, "encoder_decay": 0.0},
+    "cascade": {},
+    "bow": {
+        "encoder": "bow", "bow_width": 24, "min_df": 1, "encoder_lr": 0.02, "table_lr": 0.05, "table_optimizer": "adam",
+        "bias": True, "encoder_decay": 0.0, "table_decay": 0.0,
+    },
+}  # fmt: skip
+ONE_STEP: dict[str, Any] = {"batch": 160, "epochs": 1, "warmup": 0}
+
+
+@dataclass(repr=False)
+class Step:
+    """What one update used.
+
+    Attributes:
+        index: numbers of its documents; passes: documents of each pass of the transformer, its second ones included.
+        groups: lr, betas, eps, weight_decay and `head` of each group of the encoder's optimizer.
+        norm: of the gradient that the optimizer got, over all its parameters.
+        hyper: of each table, in order of the model's modules: lr, decay, beta1, beta2, epsilon, scale, dx_scale.
+        weights: what is trained, after the step, by name.
+    """
+
+    index: list[int]
+    passes: list[int]
+    groups: list[dict[str, Any]]
+    norm: float
+    hyper: list[Tensor]
+    weights: dict[str, Tensor]
+
+    def rate(self, *, head: bool = False) -> float:
+        """Of the encoder, or of the linear layer of a cascade."""
+        return float(next(group["lr"] for group in self.groups if group.get("head", False) == head))
+
+
+@dataclass(repr=False)
+class Seen:
+    """A run and what was seen of it.
+
+    Attributes:
+        told: what it printed. start: what is trained, as built. saved: steps of its checkpoints. evaluated: documents of each
+            pass of the transformer in evaluation.
+    """
+
+    config: Config
+    folder: Path
+    report: dict[str, Any] = field(default_factory=dict)
+    told: str = ""
+    dataset: Any = None
+    inputs: Any = None
+    tree: Any = None
+    model: Any = None
+    start: dict[str, Tensor] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+    saved: list[int] = field(default_factory=list)
+    evaluated: list[int] = field(default_factory=list)
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
+
+    @property
+    def progress(self) -> list[dict[str, Any]]:
+        return [line for line in self.log if "split" not in line]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Of the last checkpoint."""
+        return CheckpointFolder(self.folder / "checkpoint").load("last")[0]
+
+    @property
+    def predictions(self) -> scipy.sparse.csr_matrix:
+        return scipy.sparse.load_npz(self.folder / "predictions.npz").tocsr()
+
+    def moved(self, name: str) -> Tensor:
+        """How far the last step left a weight from where it began."""
+        return self.steps[-1].weights[name] - self.start[name]
+
+    def factors(self) -> list[float]:
+        """Rate of the encoder in every step, in units of --encoder-lr."""
+        return [step.rate() / self.config.encoder_lr for step in self.steps]
+
+
+def _tables(model: nn.Module) -> list[Tensor]:
+    return [module.hyper for module in model.modules() if isinstance(getattr(module, "hyper", None), Tensor)]
+
+
+def _trained(model: Any) -> dict[str, Tensor]:
+    """Parameters and tables, copied."""
+    names = dict(model.named_parameters()) | {
+        name: value for name, value in model.named_buffers() if name.endswith((".weight", ".bias", ".table"))
+    }
+    return {name: value.detach().clone() for name, value in names.items()}
+
+
+def _watch(seen: Seen, model: Any) -> None:
+    """Records every step of a model that is to be trained."""
+    passes: list[int] = []
+    norms: list[float] = []
+    inner = getattr(model.encoder, "model", None)
+    if inner is not None:
+        inner.register_forward_pre_hook(
+            lambda module, given, named: (passes if module.training else seen.evaluated).append(len(named["input_ids"])),
+            with_kwargs=True,
+        )
+
+    def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.cat([g.flatten() for g in grads]).norm()))
+
+    model.optimizer.register_step_pre_hook(before)
+    step = model.step
+
+    def stepped(batch: Any, **options: Any) -> Tensor:
+        passes.clear()
+        norms.clear()
+        loss = step(batch, **options)
+        keys = ("lr", "betas", "eps", "weight_decay", "head")
+        groups = [{key: group[key] for key in keys if key in group} for group in model.optimizer.param_groups]
+        hyper = [table.clone() for table in _tables(model)]
+        seen.steps.append(Step(batch.index.tolist(), list(passes), groups, norms[0], hyper, _trained(model)))
+        return loss
+
+    seen.start, model.step = _trained(model), stepped
+
+
+class Runs:
+    """Makes runs on one small dataset and keeps them: cases that begin alike share theirs.
+
+    Attributes:
+        dataset: 160 documents, 30 labels, with texts and label texts. other: 64 documents, 400 labels.
+        tree: of the first.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.dataset = make_dataset(folder / "raw", keep_texts=True)
+        self.tree = make_tree(self.dataset, folder / "tree.safetensors")
+        self._kept: dict[str, Seen] = {}
+        self._number = itertools.count()
+
+    @functools.cached_property
+    def other(self) -> Path:
+        """Only its first ten labels occur: of four groups of 128 rows one has positives."""
+        folder = self.folder / "other"
+        folder.mkdir()
+        for part, count in (("train", 64), ("test", 20)):
+            (folder / f"{part}.txt").write_text("".join(f"w{n % 10} w{n % 7}\n" for n in range(count)))
+            (folder / f"{part}_labels.txt").write_text(f"{count} 400\n" + "".join(f"{n % 10}:1\n" for n in range(count)))
+        files = {f"{part}_{what}": folder / f"{part}{end}.txt" for part in ("train", "test")
+                 for what, end in (("text", ""), ("labels", "_labels"))}
+        tokenizer = str(self.folder / "raw" / "tokenizer")
+        prepare(PrepareConfig(output=folder / "dataset", tokenizer=tokenizer, max_length=16, **files))
+        return folder / "dataset"
+
+    def config(self, base: str, **changes: Any) -> Config:
+        """A run of 10 steps into a folder of its own."""
+        output = self.folder / f"run{next(self._number)}"
+        made = cascade(self.dataset, output, self.tree) if base == "cascade" else tiny(self.dataset, output)
+        return replace(made, **_SHARED | BASES[base] | changes)
+
+    def of(self, base: str, **changes: Any) -> Seen:
+        key = json.dumps([base, changes], sort_keys=True)
+        if key not in self._kept:
+            self._kept[key] = recorded(self.config(base, **changes))
+        return self._kept[key]
+
+
+def recorded(config: Config) -> Seen:
+    """Runs it."""
+    seen, told = Seen(config, Path(config.output)), io.StringIO()
+    build, save = session.build_model, CheckpointFolder.save_last
+
+    def built(config: Config, dataset: Dataset, inputs: Any, *rest: Any, **options: Any) -> Any:
+        model = build(config, dataset, inputs, *rest, **options)
+        seen.dataset, seen.inputs, seen.tree, seen.model = dataset, inputs, options["tree"], model
+        _watch(seen, model)
+        return model
+
+    def saved(self: CheckpointFolder, tensors: Any, state: Mapping[str, Any], *rest: Any, **options: Any) -> Any:
+        seen.saved.append(state["steps"])
+        return save(self, tensors, state, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(told):
+        patch.setattr(session, "build_model", built)
+        patch.setattr(session, "commit", lambda: "a commit")
+        patch.setattr(CheckpointFolder, "save_last", saved)
+        seen.report = run(config)
+    seen.told = told.getvalue()
+    seen.model.eval()
+    return seen
+
+
+@dataclass(frozen=True)
+class Case:
+    """How one field is held.
+
+    Attributes:
+        base: of BASES.
+        changes: what the field is set to, with what it needs beside it.
+        holds: asserts on (the run without the field's change, the run with it).
+        beside: settings of both runs.
+    """
+
+    base: str
+    changes: dict[str, Any]
+    holds: Callable[[Seen, Seen], None]
+    beside: dict[str, Any] = field(default_factory=dict)
+
+    def check(self, runs: Runs) -> None:
+        self.holds(runs.of(self.base, **self.beside), runs.of(self.base, **self.beside | self.changes))
+
+
+def zero_share(values: Tensor) -> float:
+    """How many of them are exactly 0."""
+    return float((values == 0).float().mean())
+
+
+@contextlib.contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """The model in training mode, for a look at its dropout."""
+    before = model.training
+    model.train()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(before)
+
+
+def documents(seen: Seen, split: str = "test") -> Any:
+    """A batch of all documents of a split, as the run's model reads them."""
+    found = seen.dataset.splits[split]
+    more: dict[str, Any] = {}
+    if seen.tree is not None:
+        order = np.asarray(seen.tree.order)
+        more = {"order": order, "ancestors": tuple(seen.tree.ancestors(r) for r in range(seen.tree.levels - 1))}
+    (batch,) = seen.inputs.batches(found, len(found), shuffle=False, **more).epoch(0)
+    return batch

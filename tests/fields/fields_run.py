@@ -1,0 +1,189 @@
+"""How each setting of data, evaluation, saving and the machine is held."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from config_runs import PER_EPOCH, STEPS, Case, Config, Runs, Seen, recorded
+from fields_cascade import TABLES, WEIGHT, a_tree_made_on_first_use
+
+from xmlkernels import InputError
+from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.prepare import PrepareConfig
+from xmlkernels.metrics import evaluate, inverse_propensity, top_rows_from_csr
+
+import session  # isort: skip  # train_runs has put train/ on the path
+import sources  # isort: skip
+
+
+def models(runs: Runs, folder: Path) -> None:
+    plain, changed = runs.of("tiny"), runs.of("cascade")
+    assert plain.config.model == "end_to_end" and changed.config.model == "cascade"
+    assert WEIGHT in plain.tensors and not [name for name in plain.tensors if name.startswith("heads.")]
+    assert changed.report["scheme"] and TABLES[2] in changed.tensors and WEIGHT not in changed.tensors
+
+
+def datasets(runs: Runs, folder: Path) -> None:
+    plain, changed = runs.of("tiny"), runs.of("tiny", dataset=str(runs.other))
+    for seen, path, labels in ((plain, runs.dataset, 30), (changed, runs.other, 400)):
+        assert seen.report["dataset_hash"] == Dataset.open(path).content_hash
+        assert seen.tensors[WEIGHT].shape[0] == labels and seen.predictions.shape[1] == labels
+
+
+class Asked(Exception):
+    pass
+
+
+def the_corpus_asked_for(**changes: object) -> PrepareConfig:
+    """What preparing the built-in corpus is told."""
+    asked: list[PrepareConfig] = []
+
+    def ask(settings: PrepareConfig, *_: object) -> None:
+        asked.append(settings)
+        raise Asked
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Asked):
+        patch.setattr(sources, "prepare", ask)
+        sources.open_dataset(replace(Config(encoder="tiny", dataset="docstrings"), **changes))
+    return asked[0]
+
+
+def of_the_corpus(name: str, field: str) -> Callable[[Runs, Path], None]:
+    """`--documents` and `--max-length` reach the corpus, and each has a folder of its own in the cache."""
+
+    def holds(runs: Runs, folder: Path) -> None:
+        found = [the_corpus_asked_for(cache=str(folder), **{name: value}) for value in (17, 23)]
+        assert [getattr(settings, field) for settings in found] == [17, 23]
+        assert found[0].output != found[1].output
+
+    return holds
+
+
+def all_documents(runs: Runs, folder: Path) -> None:
+    assert the_corpus_asked_for(cache=str(folder), documents=0).documents is None
+
+
+def caches(runs: Runs, folder: Path) -> None:
+    assert Path(the_corpus_asked_for(cache=str(folder / "mine")).output).parent == folder / "mine"
+    assert (folder / "mine").is_dir()
+
+
+def outputs(runs: Runs, folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        recorded(runs.config("tiny", epochs=1, output="one/of/mine"))
+    assert sorted(path.name for path in folder.iterdir()) == ["one"]
+    inside = {path.name for path in (folder / "one" / "of" / "mine").iterdir()}
+    assert inside >= {"config.json", "log.jsonl", "metrics.json", "predictions.npz", "checkpoint"}
+
+
+def label_texts(plain: Seen, changed: Seen) -> None:
+    """30 more documents, each with its own label alone; propensities are those of the documents without them."""
+    assert plain.report["steps"] == STEPS and changed.report["steps"] == 2 * 6
+    seen = [sorted(n for step in run.steps[: run.report["steps"] // 2] for n in step.index) for run in (plain, changed)]
+    assert seen == [list(range(160)), list(range(190))]
+    splits, (_, top) = changed.dataset.splits, top_rows_from_csr(changed.predictions, 5)
+    alone = splits["train"].labels
+    augmented = scipy.sparse.vstack([alone, scipy.sparse.eye_array(30, format="csr")]).tocsr()
+    constants, labels = changed.dataset.propensity, splits["test"].labels
+    scored = [evaluate(top, labels, inverse_propensity(matrix, *constants)) for matrix in (alone, augmented)]
+    assert changed.report["test"]["PSP@5"] == pytest.approx(scored[0]["PSP@5"], rel=1e-9)
+    assert changed.report["test"]["PSP@5"] != pytest.approx(scored[1]["PSP@5"], rel=1e-4)
+
+
+def validated(plain: list[int], changed: list[int]) -> Callable[[Seen, Seen], None]:
+    """Epochs whose end was validated."""
+
+    def holds(before: Seen, after: Seen) -> None:
+        for seen, epochs in ((before, plain), (after, changed)):
+            found = {line["epoch"] for line in seen.log if line.get("split") == "validation"}
+            assert found == set(epochs)
+
+    return holds
+
+
+def chosen_by(plain: Seen, changed: Seen) -> None:
+    for seen, name in ((plain, "P@1"), (changed, "nDCG@4")):
+        best, lines = seen.report["best"], [line for line in seen.log if line.get("split") == "validation"]
+        assert set(best) == {name, "epoch", "step"} and best[name] == max(line[name] for line in lines)
+        assert best["epoch"] == next(line["epoch"] for line in lines if line[name] == best[name])
+
+
+def labels_kept(plain: Seen, changed: Seen) -> None:
+    assert plain.predictions.getnnz(1).tolist() == [20] * 50 and changed.predictions.getnnz(1).tolist() == [7] * 50
+
+
+def evaluated_at_once(plain: Seen, changed: Seen) -> None:
+    assert max(plain.evaluated) == 50 and set(changed.evaluated) == {16, 8, 2}
+    assert (plain.predictions != changed.predictions).nnz == 0 or np.allclose(
+        plain.predictions.toarray(), changed.predictions.toarray(), atol=1e-5
+    )
+
+
+def saved_at(plain: Seen, changed: Seen) -> None:
+    assert STEPS in plain.saved and not set(plain.saved) - {PER_EPOCH, STEPS}
+    assert sorted(set(changed.saved)) == [3, PER_EPOCH, 6, 9, STEPS]
+
+
+def logged_at(plain: Seen, changed: Seen) -> None:
+    assert [line["step"] for line in plain.progress] == list(range(1, 11))
+    assert [line["step"] for line in changed.progress] == [4, 8]
+
+
+def resumed(runs: Runs, folder: Path) -> None:
+    """Nothing is left to train; the weights are those that it had."""
+    first = recorded(runs.config("tiny", output=str(folder / "run")))
+    again = recorded(replace(first.config, resume=True))
+    assert not again.steps and "resumed at step 10" in again.told
+    assert torch.equal(again.tensors[WEIGHT], first.steps[-1].weights[WEIGHT])
+
+
+def overwritten(runs: Runs, folder: Path) -> None:
+    first = recorded(runs.config("tiny", epochs=1, output=str(folder / "run")))
+    with pytest.raises(InputError, match="--overwrite"):
+        recorded(replace(first.config, seed=3))
+    again = recorded(replace(first.config, seed=3, overwrite=True))
+    assert len(again.steps) == PER_EPOCH and json.loads((folder / "run" / "config.json").read_text())["seed"] == 3
+
+
+def devices(runs: Runs, folder: Path) -> None:
+    """It is asked for by name, and one that is not there is refused."""
+    asked: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "resolved_device", lambda name: asked.append(name) or torch.device("cpu"))
+        seen = recorded(runs.config("tiny", epochs=1, device="cpu", output=str(folder / "run")))
+    assert asked == ["cpu"] and seen.report["environment"]["device"] == "cpu"
+    with pytest.raises(InputError, match="--device: expected a device of this machine, got 'cuda:99'"):
+        recorded(runs.config("tiny", device="cuda:99", output=str(folder / "none")))
+
+
+def threads(plain: Seen, changed: Seen) -> None:
+    assert plain.report["environment"]["threads"] == 1 and changed.report["environment"]["threads"] == 2
+
+
+FIELDS = {
+    "model": (models,),
+    "dataset": (datasets,),
+    "documents": (of_the_corpus("documents", "documents"), all_documents),
+    "max_length": (of_the_corpus("max_length", "max_length"),),
+    "cache": (caches, a_tree_made_on_first_use),
+    "output": (outputs,),
+    "label_text": (Case("tiny", {"label_text": True}, label_texts),),
+    "evaluate_every": (Case("tiny", {"evaluate_every": 2}, validated([1, 2], [2])),),
+    "best_by": (Case("tiny", {"best_by": "nDCG@4"}, chosen_by),),
+    "top_k": (Case("tiny", {"top_k": 7}, labels_kept),),
+    "evaluate_batch": (Case("tiny", {"evaluate_batch": 16}, evaluated_at_once),),
+    "save_every": (Case("tiny", {"save_every": 3}, saved_at),),
+    "log_every": (Case("tiny", {"log_every": 4}, logged_at),),
+    "resume": (resumed,),
+    "overwrite": (overwritten,),
+    "device": (devices,),
+    "threads": (Case("tiny", {"threads": 2}, threads),),
+}  # fmt: skip

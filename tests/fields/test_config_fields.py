@@ -1,0 +1,40 @@
+"""Every field of Config is held: a run in which it was ignored fails here. The table stands in the fields_*.py files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import fields_cascade
+import fields_encoder
+import fields_run
+import fields_table
+import fields_training
+import pytest
+from config_runs import Case, Config, Runs
+
+Held = tuple[Case | Callable[[Runs, Any], None], ...]
+TABLE: dict[str, Held] = {
+    **fields_run.FIELDS, **fields_encoder.FIELDS, **fields_cascade.FIELDS, **fields_table.FIELDS, **fields_training.FIELDS,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("fields"))
+
+
+def test_every_field_is_in_the_table() -> None:
+    names = [field.name for field in fields(Config)]
+    assert sorted(TABLE) == sorted(names), "a new flag needs a line in tests/fields/: what differs when it is set"
+
+
+@pytest.mark.parametrize(("name", "number"), [(name, n) for name, held in TABLE.items() for n in range(len(held))])
+def test_it_is_held(name: str, number: int, runs: Runs, tmp_path: Any) -> None:
+    held = TABLE[name][number]
+    if isinstance(held, Case):
+        assert name in held.changes
+        held.check(runs)
+    else:
+        held(runs, tmp_path)
