@@ -101,19 +101,46 @@ def test_same_length(write):
 
 def test_raw_texts(write):
     path = write("a title /SEP/ a body /SEP/ more\nonly body\n/SEP/b\n", "train_raw_texts.txt")
-    assert formats.read_raw_texts(path) == ["a title a body /SEP/ more", "only body", "b"]
-    assert formats.read_raw_texts(path, joiner=" [SEP] ")[0] == "a title [SEP] a body /SEP/ more"
+    assert formats.read_raw_texts(path) == ["a title a body more", "only body", "b"]
+    assert formats.read_raw_texts(path, joiner=" [SEP] ") == ["a title [SEP] a body [SEP] more", "only body", "b"]
     assert formats.read_raw_texts(path, part="title") == ["a title", "", ""]
     assert formats.read_raw_texts(path, part="body") == ["a body /SEP/ more", "only body", "b"]
     with pytest.raises(InputError, match="part: expected all, title or body"):
         formats.read_raw_texts(path, part="bodies")
 
 
-def test_string_labels(write):
-    path = write("zoo art\n\nart  10\tÄ\u00a0b\r\n", "train_labels.txt")
-    assert formats.read_label_strings(path) == [["zoo", "art"], [], ["art", "10", "Ä\u00a0b"]]
+@pytest.mark.parametrize(
+    ("content", "divider", "rows"),
+    [
+        ("zoo art\n\nart  10 \u00c4\u00a0b\r\n", "space", [["zoo", "art"], [], ["art", "10", "\u00c4\u00a0b"]]),
+        ("State aid\tEU law\nEU law\n", "tab", [["State aid", "EU law"], ["EU law"]]),
+        ("State aid\nart, law\tfish\t\n", "tab", [["State aid"], ["art, law", "fish"]]),
+        ("1,101\n7\n101\n", "comma", [["1", "101"], ["7"], ["101"]]),
+        ("sports, news\nnews\nmusic,sports\n", "comma", [["sports", "news"], ["news"], ["music", "sports"]]),
+        ("State aid, EU law\nEU law\n", "comma", [["State aid", "EU law"], ["EU law"]]),
+        ("art,history books\nlaw books\nzoo books\n", "space", [["art,history", "books"], ["law", "books"], ["zoo", "books"]]),
+        ("a\nb\n", "space", [["a"], ["b"]]),
+        ("a,\nb\n", "space", [["a,"], ["b"]]),
+    ],
+)
+def test_string_labels(write, content, divider, rows):
+    path = write(content, "train_labels.txt")
+    assert formats.label_divider([path]) == divider
+    assert formats.read_label_strings(path) == formats.read_label_strings(path, divider=divider) == rows
+
+
+def test_string_labels_of_several_splits_are_divided_alike(write):
+    train, test = write("State aid\tart\n", "train.txt"), write("State aid\n", "test.txt")
+    assert formats.label_divider([test, train]) == "tab"
+    assert formats.read_label_strings(test, divider="tab") == [["State aid"]]
+    assert formats.read_label_strings(test, divider="comma") == [["State aid"]]
+    with pytest.raises(InputError, match="divider: expected tab, comma or space"):
+        formats.read_label_strings(test, divider=";")
+
+
+def test_string_labels_twice_in_a_row(write):
     twice = write("a\nb c b\n", "twice.txt")
-    with pytest.raises(InputError, match="twice.txt:2: expected every label once in a row, got 'b' twice"):
+    with pytest.raises(InputError, match="twice.txt:2: .*once in a row, got 'b' twice; .*--merge-duplicates"):
         formats.read_label_strings(twice)
     assert formats.read_label_strings(twice, duplicates="merge") == [["a"], ["b", "c"]]
 
@@ -440,11 +467,24 @@ def test_read_labels_npz(tmp_path):
 
 def test_a_header_or_a_row(write):
     path = write("3 4\n1 3\n2\n0\n", "Y.txt")
-    with pytest.raises(InputError, match=r'Y.txt:1: expected a clear format, .*pass format="sparse" or format="lines"'):
+    with pytest.raises(InputError, match="Y.txt:1: .*clear format, .*--label-format sparse if .*--label-format lines if"):
         formats.read_labels(path)
     assert formats.read_labels(path, rows=3).shape == (3, 4)
     assert formats.read_labels(path, rows=4).shape == (4, 5)
     assert formats.read_labels(path, format="lines").shape == (4, 5)
+    path = write("3 10\n1\n2\n", "Y.txt")  # of three documents, the last without labels and without line end
+    for rows in (None, 3):
+        with pytest.raises(InputError, match="Y.txt:1: .*cut short by one row, or its last row is blank and lacks"):
+            formats.label_format(path, rows)
+    assert formats.label_format(path, 2) == "lines" and formats.read_labels(path, 3, format="lines").shape == (3, 11)
+    path = write("3 10\n1\n2\n\n", "Y.txt")
+    assert [formats.label_format(path, rows) for rows in (3, 4)] == ["sparse", "lines"]
+    assert formats.read_labels(path, 3).toarray().nonzero()[1].tolist() == [1, 2]
+    path = write("2 10\n1\n2\n\n\n", "Y.txt")
+    assert [formats.label_format(path, rows) for rows in (2, 3, 5)] == ["sparse", "lines", "lines"]
+    path = write("9 10\n1\n2\n", "Y.txt")
+    assert [formats.label_format(path, rows) for rows in (9, 3, None)] == ["sparse", "lines", "lines"]
+    path = write("3 4\n1 3\n2\n0\n", "Y.txt")
     assert formats.read_labels(path, format="sparse").shape == (3, 4)
     assert formats.read_labels(write("2 4\n\n\n", "Y.txt")).shape == (2, 4)
     with pytest.raises(InputError, match="Y.txt:1: expected a header"):

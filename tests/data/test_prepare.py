@@ -63,12 +63,13 @@ def config(tmp_path: Path, tokenizer_folder: Path) -> PrepareConfig:
 pytestmark = pytest.mark.filterwarnings("ignore::xmlkernels.data.formats.DataWarning")
 
 
-def expect(dataset: Dataset, tokenizer: Tokenizer, *, texts: bool = True) -> None:
-    """The folder holds TRAIN and TEST whole, whatever they were read from."""
+def expect(dataset: Dataset, tokenizer: Tokenizer, *, texts: bool = True, joiner: str = " ") -> None:
+    """The folder holds TRAIN and TEST whole, whatever they were read from; `joiner` stands behind the first word."""
     assert list(dataset.splits) == ["train", "test"] and dataset.num_labels == 4
     for name, source, rows in (("train", TRAIN, TRAIN_ROWS), ("test", TEST, TEST_ROWS)):
         split = dataset.splits[name]
-        assert [row.tolist() for row in split.tokens] == [row.tolist() for row in tokenizer.encode_batch(source, 5)]
+        joined = [joiner.join(filter(None, text.split(" ", 1))) for text in source]
+        assert [row.tolist() for row in split.tokens] == [row.tolist() for row in tokenizer.encode_batch(joined, 5)]
         assert (split.labels != matrix(rows)).nnz == 0 and split.labels.shape == (len(rows), 4)
         if texts:
             assert split.texts == source
@@ -139,9 +140,11 @@ def test_lf_json(config: PrepareConfig, tokenizer: Tokenizer, tmp_path: Path) ->
     }  # fmt: skip
     config, told = replace(config, source="lf", keep_texts=True, **files), []  # type: ignore[arg-type, var-annotated]
     dataset = prepare(config, told.append)
-    expect(dataset, tokenizer)
+    expect(dataset, tokenizer, joiner=" [SEP] ")
     assert dataset.label_names == ["w20", "w21", "w23", "w24"] and dataset.label_tokens is not None
-    assert len(dataset.label_tokens[1]) == 4, "title and content"
+    assert len(dataset.label_tokens[1]) == 5, "title, separator and content"
+    assert dataset.manifest["source"] | {"fields": "all", "separator": " [SEP] "} == dataset.manifest["source"]
+    assert "title and body: joined by [SEP]" in told
     assert any("7 label values are not 1" in line for line in told)
     titles = prepare(replace(config, output=tmp_path / "titles", fields="title"))
     assert titles.splits["train"].texts == ["w1", "w3", "", "w4", "w8"]
@@ -160,8 +163,12 @@ def test_attentionxml(config: PrepareConfig, tokenizer: Tokenizer, tmp_path: Pat
              for name in ("train", "test") for kind in ("text", "labels")}  # fmt: skip
     config = replace(config, source="attentionxml", keep_texts=True, label_text=None, **files)  # type: ignore[arg-type]
     dataset = prepare(config)
-    expect(dataset, tokenizer)
-    assert dataset.label_names == names
+    expect(dataset, tokenizer, joiner=" [SEP] ")
+    assert dataset.label_names == names and "[SEP]" not in (dataset.folder / "train" / "texts.jsonl").read_text()
+    without, told = make_tokenizer(tmp_path / "other", sep=False), []  # type: ignore[var-annotated]
+    plain = prepare(replace(config, output=tmp_path / "plain", tokenizer=str(without)), told.append)
+    assert "title and body: joined by a space: the tokenizer has no separator" in told
+    assert plain.splits["train"].tokens[0].tolist() == [2, 5, 6, 3], "[CLS] w1 w2 [SEP]"
     files["test_labels"].write_text("alpha\n")
     with pytest.raises(InputError, match="test_labels.txt"):
         prepare(replace(config, output=tmp_path / "x"))
@@ -380,7 +387,7 @@ def test_files_that_do_not_belong_together(config: PrepareConfig, tmp_path: Path
         ({"test_labels": raw / "narrow.txt", "label_text": None}, r"narrow.txt:1: expected 4 cols, got 5"),
         ({"label_text": raw / "short.txt"}, r"X_Y.txt:1: expected 2 cols, got 4"),
         ({"label_names": raw / "short.txt"}, r"short.txt: expected 4 lines, one for each label, got 2"),
-        ({"num_labels": 7}, "expected 7 label texts"),
+        ({"num_labels": 7}, "expected 7 label texts, as --num-labels says"),
         ({"test_filter": raw / "pairs.txt"}, "pairs.txt:1: expected a row"),
         ({"test_text": raw / "none.txt"}, "none.txt: expected a file, got no such file"),
         ({"train_text": raw}, "got a folder"),
@@ -394,21 +401,21 @@ def test_files_that_do_not_belong_together(config: PrepareConfig, tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length": 0}, "max_length"),
-        ({"max_length": 2}, "max_length: expected at least 3"),
-        ({"validation_share": 1.0}, "validation_share"),
-        ({"validation_share": 0.1, "validation_text": Path("x")}, "validation_share: expected 0 beside a validation split"),
+        ({"max_length": 0}, "--max-length"),
+        ({"max_length": 2}, "--max-length: expected at least 3"),
+        ({"validation_share": 1.0}, "--validation-share"),
+        ({"validation_share": 0.1, "validation_text": Path("x")}, "--validation-share: expected 0 beside a validation split"),
         ({"validation_labels": Path("x")}, "a text file for each split"),
         ({"propensity_a": -1.0}, "positive A and B"),
-        ({"num_labels": 0}, "num_labels"),
-        ({"documents": 5}, "documents: expected --source docstrings"),
+        ({"num_labels": 0}, "--num-labels"),
+        ({"documents": 5}, "--documents: expected --source docstrings"),
         ({"source": "docstrings"}, "--source docstrings alone"),
-        ({"source": "docstrings", "validation_share": 0.1}, "validation_share: expected 0 beside"),
+        ({"source": "docstrings", "validation_share": 0.1}, "--validation-share: expected 0 beside"),
         ({"source": "lf"}, "none beside JSON lines"),
         ({"train_labels": None}, "train split: expected a file with labels, got none; name it with --train-labels"),
-        ({"seed": -1}, "seed"),
-        ({"token_maps": Path("x"), "source": "attentionxml"}, "token_maps"),
-        ({"token_maps": Path("x"), "train_text": None, "keep_texts": True}, "keep_texts"),
+        ({"seed": -1}, "--seed"),
+        ({"token_maps": Path("x"), "source": "attentionxml"}, "--token-maps"),
+        ({"token_maps": Path("x"), "train_text": None, "keep_texts": True}, "--keep-texts"),
     ],
 )
 def test_settings_that_contradict(config: PrepareConfig, options: dict[str, object], message: str) -> None:

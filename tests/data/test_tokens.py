@@ -218,7 +218,7 @@ def test_special_tokens_and_truncation(tokenizer: Tokenizer) -> None:
     assert [row.tolist() for row in rows] == [[2, 4, 5, 3], [2, 3], [2, 1, 1, 3], [2, 4, 5, 6, 7, 3]]
     assert rows[0].dtype == np.int32 and tokenizer.pad_id == 0 and tokenizer.vocab_size == 204
     assert tokenizer.encode_batch([], 6) == []
-    with pytest.raises(InputError, match="max_length: expected at least 3"):
+    with pytest.raises(InputError, match="--max-length: expected at least 3"):
         tokenizer.encode_batch(["w0"], 2)
 
 

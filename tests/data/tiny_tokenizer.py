@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 WORDS = [f"w{number}" for number in range(200)]
 
 
-def make_tokenizer(folder: Path, *, specials: bool = True, pad: bool = True, lower: bool = True) -> Path:
+def make_tokenizer(folder: Path, *, specials: bool = True, pad: bool = True, lower: bool = True, sep: bool = True) -> Path:
     """Save a word-level tokenizer: [CLS] text [SEP], one id per known word, in `folder`."""
     vocab = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
     core = Core(models.WordLevel(vocab, unk_token="[UNK]"))
@@ -23,5 +23,7 @@ def make_tokenizer(folder: Path, *, specials: bool = True, pad: bool = True, low
             single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
         )
     names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"} | ({"pad_token": "[PAD]"} if pad else {})
+    if not sep:
+        del names["sep_token"]
     PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(str(folder))
     return folder

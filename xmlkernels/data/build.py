@@ -11,7 +11,7 @@ import numpy as np
 from xmlkernels.data.dataset import FEATURES, LABEL_FEATURES
 from xmlkernels.data.dataset_writer import write_label_names, write_split
 from xmlkernels.data.formats import drop_unlabelled, write_npz
-from xmlkernels.data.sources import Raw, RawSplit
+from xmlkernels.data.raw import Raw, RawSplit
 from xmlkernels.data.token_maps import from_padded_map
 from xmlkernels.data.token_store import TokenStore
 from xmlkernels.data.tokens import Tokenizer, tokenize_to_file
@@ -39,7 +39,7 @@ def choose_rows(raw: Raw, *, drop: tuple[str, ...], validation_share: float, see
     count = train.labels.shape[0]
     held_out = max(1, round(validation_share * count))
     if held_out >= count:
-        raise InputError("validation_share", f"a share that leaves some of {count} documents for training",
+        raise InputError("--validation-share", f"a share that leaves some of {count} documents for training",
                          str(validation_share), "choose a smaller one")  # fmt: skip
     order = np.random.Generator(np.random.Philox(key=seed)).permutation(count)
     val, test = train.take(np.sort(order[:held_out])), raw.splits.pop("test", None)
@@ -62,7 +62,7 @@ def write_splits(
             labels = labels.copy()
             labels.data[:] = 1
         pairs = np.unique(split.filter_pairs, axis=0)
-        write_split(folder, name, labels, pairs, split.texts if keep_texts else None)
+        write_split(folder, name, labels, pairs, _words(split.texts, raw.separator) if keep_texts else None)
         counts[name] = {
             "documents": labels.shape[0],
             "positives": int(labels.nnz),
@@ -72,6 +72,13 @@ def write_splits(
         }
         tell(_told(name, counts[name]))
     return counts
+
+
+def _words(texts: list[str] | None, separator: str) -> list[str] | None:
+    """Texts as people and bags of words read them: a tokenizer's separator is no word of theirs."""
+    if texts is None or not separator.strip():
+        return texts
+    return [text.replace(separator, " ") for text in texts]
 
 
 def _write_documents(

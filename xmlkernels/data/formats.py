@@ -46,9 +46,12 @@ from xmlkernels.data.matrices import (
 )
 from xmlkernels.data.sparse_text import Duplicates, read_bow, read_label_lines, read_sparse, write_sparse
 from xmlkernels.data.text_lines import (
+    Divider,
     EncodedLabels,
     encode_label_strings,
     iter_lines,
+    join_parts,
+    label_divider,
     read_label_strings,
     read_lines,
     read_raw_texts,
@@ -60,6 +63,7 @@ from xmlkernels.errors import InputError
 
 __all__ = [
     "DataWarning",
+    "Divider",
     "Duplicates",
     "EncodedLabels",
     "LFRecord",
@@ -72,6 +76,8 @@ __all__ = [
     "encode_label_strings",
     "iter_lf_json",
     "iter_lines",
+    "join_parts",
+    "label_divider",
     "label_format",
     "open_token_map",
     "open_token_maps",
@@ -143,7 +149,8 @@ def label_format(path: PathLike, rows: int | None = None) -> LabelFormat:
     """Which label format a file has, by its suffix, else its first lines.
 
     Text whose first line is two numbers is sparse with a header if a `:` follows, or if as many lines follow as it
-    says; `rows` decides where both readings fit. Three numbers and a `:` later are a bag of words. Label lines otherwise.
+    says (blank ones at the end may or may not count); `rows` decides where both readings fit. Three numbers and a `:`
+    later are a bag of words. Label lines otherwise.
 
     Raises:
         InputError: no file, or the text can be read both ways.
@@ -157,30 +164,42 @@ def label_format(path: PathLike, rows: int | None = None) -> LabelFormat:
         first = buffer[: stop if stop >= 0 else len(buffer)].removeprefix(b"\xef\xbb\xbf")
         if b":" in first:
             expected = "a header `rows labels`, or label ids without values"
-            mend = "put the header back, or use read_sparse with header=False"
+            mend = "put the header back as the first line"
             raise InputError(at_line(path, 1), expected, quote(first.strip()), mend)
         if stop < 0 or not _NUMBERS.fullmatch(first):
             return "lines"
         numbers = [int(number[:19]) for number in first.split()]
         if buffer.find(b":", stop) >= 0:
             return "sparse" if len(numbers) == 2 else "bow"
-        if len(numbers) == 2 and numbers[0] == _count_lines(buffer, stop + 1):
-            return _either(path, buffer, stop + 1, numbers[0], rows)
+        if len(numbers) == 2:
+            return _header_or_row(path, numbers, *_count_rows(buffer, stop + 1), rows)
     return "lines"
 
 
-def _either(path: PathLike, buffer: bytes | mmap.mmap, start: int, count: int, rows: int | None) -> LabelFormat:
-    if rows is not None:
-        return "lines" if rows == count + 1 else "sparse"
-    if not buffer[start:].strip():
-        return "sparse"
-    got = f"two numbers that may be a header or a row, and {count} rows below"
-    raise InputError(at_line(path, 1), "a clear format", got, 'pass format="sparse" or format="lines"')
+def _header_or_row(path: PathLike, numbers: list[int], filled: int, lines: int, rows: int | None) -> LabelFormat:
+    """What two numbers on the first line are, where `lines` lines of bare ids follow, the last `filled` of them not blank.
+
+    A header that names one row more than there are may have a blank last row without a line end, or a row that was
+    cut off; read as a row of ids it would shift every row behind it.
+    """
+    says, cut = numbers[0], numbers[0] == lines + 1
+    header = filled <= says <= lines
+    if (rows is None and (header and filled or cut)) or (rows == says and cut):
+        got = f"`{says} {numbers[1]}`, which may be a header or a row, and {lines} rows below"
+        mend = "give --label-format sparse if it is a header, --label-format lines if it is a row"
+        if cut:
+            mend += "; the file of a header is cut short by one row, or its last row is blank and lacks its line end"
+        raise InputError(at_line(path, 1), "a clear format", got, mend)
+    if rows is None:
+        return "sparse" if header else "lines"
+    return "sparse" if rows == says or (header and not filled < rows <= lines + 1) else "lines"
 
 
-def _count_lines(buffer: bytes | mmap.mmap, start: int) -> int:
+def _count_rows(buffer: bytes | mmap.mmap, start: int) -> tuple[int, int]:
+    """Lines to the last one that is not blank, and all lines."""
     text = buffer[start:]
-    return text.count(b"\n") + (not text.endswith(b"\n") and len(text) > 0)
+    filled = text.rstrip()
+    return filled.count(b"\n") + (len(filled) > 0), text.count(b"\n") + (not text.endswith(b"\n") and len(text) > 0)
 
 
 def check_same_length(text_path: PathLike, n_texts: int, label_path: PathLike, n_rows: int) -> None:

@@ -156,7 +156,8 @@ def _targets(where: str, fields: dict[str, Any], limit: int | None, merge: bool)
         if not abs(value) <= float(np.finfo(np.float32).max):
             raise InputError(where, "finite float32 relevances", quote(str(value)), "mend it or leave the label out")
         if index in targets and not merge:
-            raise InputError(where, "every label once", f"{index} twice", "leave one out, or pass merge_duplicates=True")
+            mend = "leave one out, or count it once with --merge-duplicates"
+            raise InputError(where, "every label once", f"{index} twice", mend)
         targets[index] = max(float(value), targets.get(index, -math.inf))
     kept = sorted(index for index, value in targets.items() if np.float32(value) != 0)
     return kept, [targets[index] for index in kept]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,14 +16,18 @@ from xmlkernels.data import dataset, token_store
 from xmlkernels.data.build import Tell, choose_rows, write_labels, write_splits
 from xmlkernels.data.dataset import MANIFEST, Dataset, read_manifest
 from xmlkernels.data.dataset_writer import building, write_manifest
-from xmlkernels.data.formats import LabelFormat
+from xmlkernels.data.formats import Divider, LabelFormat
+from xmlkernels.data.label_ids import label_lines, name_lines
 from xmlkernels.data.lf_json import is_lf_json
-from xmlkernels.data.sources import Fields, Files, Reading, Source, docstrings_digest, map_files, read_docstrings, read_files
+from xmlkernels.data.raw import Files
+from xmlkernels.data.sources import Fields, Reading, Source, docstrings_digest, map_files, read_docstrings, read_files
 from xmlkernels.data.tokens import Tokenizer, load_tokenizer
 from xmlkernels.errors import InputError
 
 # A and B of Jain et al. 2016, as the published results use them; never guessed from a name.
 PROPENSITIES = {"default": (0.55, 1.5), "amazon": (0.6, 2.6), "wikipedia": (0.5, 0.4)}
+# Settings that came later: left as they were they are no part of the key, so that folders made before are known again.
+NEWER = {"label_divider": None, "remap_labels": False}
 # Bump when the same inputs would give another folder.
 RECIPE_VERSION = 1
 
@@ -40,13 +44,16 @@ class PrepareConfig:
     """Tokens kept of each text, special tokens included."""
     source: Source = "text"
     """text: a text a line beside a label file; lf: JSON lines with texts and targets; attentionxml: raw texts with
-    /SEP/ and label strings; bow: bags of words; docstrings: the built-in corpus, which needs no files."""
+    /SEP/ and label names; bow: bags of words; docstrings: the built-in corpus, which needs no files."""
     name: str | None = None
     """Name of the dataset; the output folder's by default."""
     train_text: Path | None = None
-    """Training texts, plain or .gz (lf: the JSON lines; bow: train.txt with its labels, or features alone)."""
+    """Training texts, one a line; plain, .gz, .bz2 or .xz (lf: the JSON lines; bow: train.txt with its labels, or
+    features alone)."""
     train_labels: Path | None = None
-    """Training labels: sparse text, old bag of words, label lines, .npz or JSON lines (bow: beside features alone)."""
+    """Training labels, a row a document: label ids (`3 17`, `3,17`; a blank line has none), the same behind a header
+    (`documents labels`, then `3:1 17:1`), an old bag-of-words file, .npz or JSON lines (bow: beside features alone).
+    attentionxml: label names divided by tabs, commas or spaces."""
     train_filter: Path | None = None
     """Pairs `row label` never to be predicted."""
     validation_text: Path | None = None
@@ -69,13 +76,18 @@ class PrepareConfig:
     token_maps: Path | None = None
     """Folder of upstream's {trn_doc,tst_doc,lbl}_{input_ids,attention_mask}.dat to take instead of texts."""
     label_format: LabelFormat | None = None
-    """Format of the label files, where it cannot be seen."""
+    """Format of the label files, where it cannot be seen: sparse has a header, lines has none."""
+    label_divider: Divider | None = None
+    """attentionxml: what divides the label names of a line; by default tabs where there is any, else commas where most
+    lines of several words have one, else spaces."""
     fields: Fields = "all"
     """lf and attentionxml: which part of a text to use."""
     num_labels: int | None = None
     """Number of labels, where neither a header nor label texts tell it."""
     merge_duplicates: bool = False
     """Count a label once that a row names twice; otherwise that is an error."""
+    remap_labels: bool = False
+    """Number the labels that documents have anew from 0, as ids of a database need; the old ids stay as their names."""
     documents: int | None = None
     """docstrings: take a deterministic part of about this many documents."""
     validation_share: float = 0.0
@@ -108,7 +120,8 @@ class PrepareConfig:
     @property
     def reading(self) -> Reading:
         """How the files are read."""
-        return Reading(**{field.name: getattr(self, field.name) for field in fields(Reading)})
+        own = {field.name for field in fields(self)}
+        return Reading(**{field.name: getattr(self, field.name) for field in fields(Reading) if field.name in own})
 
     @property
     def dataset_name(self) -> str:
@@ -136,16 +149,21 @@ def prepare(config: PrepareConfig, tell: Tell = lambda line: None) -> Dataset:
     check(config)
     tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
     if tokenizer and tokenizer.model_max_length is not None and config.max_length > tokenizer.model_max_length:
-        tell(f"max_length {config.max_length} is beyond the {tokenizer.model_max_length} tokens the tokenizer is made for")
-    key = cache_key(config, tokenizer)
+        tell(f"--max-length {config.max_length} is beyond the {tokenizer.model_max_length} tokens the tokenizer is made for")
+    separator = _separator(config, tokenizer)
+    key = cache_key(config, tokenizer, separator)
     standing = _standing(config, key)
     if standing is not None:
         tell(f"{config.output}: made from the same inputs before, used again")
         return standing
     built_in = config.source == "docstrings"
-    raw = read_docstrings(config.documents) if built_in else read_files(config.reading, config.files)
+    reading = replace(config.reading, separator=separator)
+    raw = read_docstrings(config.documents) if built_in else read_files(reading, config.files)
     if built_in:
         tell(f"built-in corpus {raw.facts['corpus_hash'][:16]} of {len(raw.facts['corpus_versions'])} packages")
+    _tell_separator(config, tokenizer, tell)
+    for line in label_lines(raw) + (name_lines(raw.label_names or []) if config.source == "attentionxml" else []):
+        tell(line)
     drop = {"keep": (), "drop-train": ("train",), "drop": ("train", "val", "test")}[config.unlabelled]
     choose_rows(raw, drop=drop, validation_share=config.validation_share, seed=config.seed)
     with building(config.output, replace=config.overwrite) as folder:
@@ -167,6 +185,18 @@ def prepare(config: PrepareConfig, tell: Tell = lambda line: None) -> Dataset:
             source={"kind": config.source, "seed": config.seed, "unlabelled": config.unlabelled, **raw.facts},
         )
     return Dataset.open(config.output)
+
+
+def _separator(config: PrepareConfig, tokenizer: Tokenizer | None) -> str:
+    """What stands between title and body: the tokenizer's separator, as CascadeXML's texts have it, or a space."""
+    joined = config.source in ("lf", "attentionxml") and config.fields == "all"
+    return f" {tokenizer.separator} " if joined and tokenizer and tokenizer.separator else " "
+
+
+def _tell_separator(config: PrepareConfig, tokenizer: Tokenizer | None, tell: Tell) -> None:
+    if config.source in ("lf", "attentionxml") and config.fields == "all":
+        own = tokenizer and tokenizer.separator
+        tell(f"title and body: joined by {own}" if own else "title and body: joined by a space: the tokenizer has no separator")
 
 
 def _standing(config: PrepareConfig, key: str) -> Dataset | None:
@@ -198,43 +228,54 @@ def check(config: PrepareConfig) -> None:
     """Raises InputError for settings that contradict each other, before any file is read."""
     texts = [files.text for files in config.files.values()]
     rules = [
-        (config.max_length >= 1, "max_length", "at least 1", config.max_length, "choose a longer one"),
-        (0 <= config.validation_share < 1, "validation_share", "from 0 to below 1", config.validation_share, "mend it"),
-        (0 <= config.seed < 2**64, "seed", "an integer from 0 to 2**64 - 1", config.seed, "choose another"),
-        (not config.validation_share or ("val" not in config.files and config.source != "docstrings"), "validation_share",
+        (config.max_length >= 1, "--max-length", "at least 1", config.max_length, "choose a longer one"),
+        (0 <= config.validation_share < 1, "--validation-share", "from 0 to below 1", config.validation_share, "mend it"),
+        (0 <= config.seed < 2**64, "--seed", "an integer from 0 to 2**64 - 1", config.seed, "choose another"),
+        (not config.validation_share or ("val" not in config.files and config.source != "docstrings"), "--validation-share",
          "0 beside a validation split", config.validation_share, "give one of the two"),
-        (min(config.constants) > 0, "propensity", "positive A and B", config.constants, "mend them"),
-        (config.num_labels is None or config.num_labels > 0, "num_labels", "at least 1", config.num_labels, "mend it"),
-        (config.documents is None or config.documents > 0, "documents", "at least 1", config.documents, "mend it"),
-        (config.documents is None or config.source == "docstrings", "documents", "--source docstrings",
+        (min(config.constants) > 0, "--propensity", "positive A and B", config.constants, "mend them"),
+        (config.num_labels is None or config.num_labels > 0, "--num-labels", "at least 1", config.num_labels, "mend it"),
+        (config.documents is None or config.documents > 0, "--documents", "at least 1", config.documents, "mend it"),
+        (config.documents is None or config.source == "docstrings", "--documents", "--source docstrings",
          config.source, "leave it out"),
-        ((config.source == "docstrings") != ("train" in config.files), "source", "training files, or docstrings without",
+        ((config.source == "docstrings") != ("train" in config.files), "--source", "training files, or docstrings without",
          config.source, "give --train-text and --train-labels, or --source docstrings alone"),
-        (config.source == "bow" or config.tokenizer is not None, "tokenizer", "a name or a folder", "none",
+        (config.source == "bow" or config.tokenizer is not None, "--tokenizer", "a name or a folder", "none",
          "give --tokenizer, or bags of words with --source bow"),
-        (config.source != "bow" or config.tokenizer is None, "tokenizer", "none for bags of words", config.tokenizer,
+        (config.source != "bow" or config.tokenizer is None, "--tokenizer", "none for bags of words", config.tokenizer,
          "leave it out"),
-        (config.source != "bow" or not config.keep_texts, "keep_texts", "texts", "bags of words", "leave it out"),
-        (config.source != "text" or not any(path and is_lf_json(path) for path in texts), "source", "lf for JSON lines",
+        (config.source != "bow" or not config.keep_texts, "--keep-texts", "texts", "bags of words", "leave it out"),
+        (config.source != "text" or not any(path and is_lf_json(path) for path in texts), "--source", "lf for JSON lines",
          config.source, "give --source lf"),
-        (config.token_maps is None or config.source == "text", "token_maps", "--source text", config.source, "leave it out"),
-        (config.token_maps is not None or config.source == "docstrings" or None not in texts, "texts",
+        (config.token_maps is None or config.source == "text", "--token-maps", "--source text", config.source, "leave it out"),
+        (config.token_maps is not None or config.source == "docstrings" or None not in texts, "--train-text",
          "a text file for each split", "none", "give --train-text, --validation-text and --test-text as needed"),
-        (config.source != "lf" or not any(files.labels for files in config.files.values()), "labels",
+        (config.source != "lf" or not any(files.labels for files in config.files.values()), "--train-labels",
          "none beside JSON lines, which hold their targets", "a label file", "leave it out"),
-        (not config.keep_texts or config.token_maps is None or None not in texts, "keep_texts", "text files", "none",
+        (not config.keep_texts or config.token_maps is None or None not in texts, "--keep-texts", "text files", "none",
          "give the texts beside the token maps"),
+        (config.fields == "all" or config.source in ("lf", "attentionxml"), "--fields", "--source lf or attentionxml",
+         config.source, "leave it out"),
+        (config.label_divider is None or config.source == "attentionxml", "--label-divider", "--source attentionxml",
+         config.source, "leave it out"),
     ]  # fmt: skip
     for good, where, expected, got, mend in rules:
         if not good:
             raise InputError(where, expected, str(got), mend)
 
 
-def cache_key(config: PrepareConfig, tokenizer: Tokenizer | None) -> str:
+def cache_key(config: PrepareConfig, tokenizer: Tokenizer | None, separator: str = " ") -> str:
     """sha256 over the content of every input file, the tokenizer and the settings that shape the folder."""
     settings = asdict(config)
     for name in ("output", "overwrite", "tokenizer", "propensity", "propensity_a", "propensity_b", "token_maps"):
         del settings[name]
+    for name, usual in NEWER.items():
+        if settings[name] == usual:
+            del settings[name]
+    if separator != " ":
+        settings["separator"] = separator
+    if config.source == "attentionxml":
+        settings["divided"] = 2  # how lines of label names are: by white space alone in version 1
     inputs = {name: _digest(value) for name, value in settings.items() if isinstance(value, Path)}
     if config.token_maps is not None:
         inputs |= {path.name: _digest(path) for path in map_files(config.token_maps, list(config.files))}

@@ -4,100 +4,50 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from scipy.sparse import csr_matrix
 
 from xmlkernels.data import docstrings
 from xmlkernels.data.formats import (
+    DataWarning,
+    Divider,
     Duplicates,
     LabelFormat,
     check_same_length,
     encode_label_strings,
-    label_format,
+    label_divider,
     open_token_maps,
     read_bow,
     read_filter_pairs,
     read_label_strings,
-    read_labels,
     read_lf_json,
     read_lines,
     read_raw_texts,
     read_sparse,
-    select_pairs,
 )
+from xmlkernels.data.label_files import cut_blank_end, filled_lines, read_label_files, same_width
+from xmlkernels.data.label_ids import check_width, remap_labels
 from xmlkernels.data.matrices import check_shape
+from xmlkernels.data.raw import Files, Raw, RawSplit
 from xmlkernels.errors import InputError
 
 Source = Literal["text", "lf", "attentionxml", "bow", "docstrings"]
 Fields = Literal["all", "title", "body"]
-# Formats that say how many labels there are; the others only show the largest number used.
-SELF_DESCRIBING = ("sparse", "bow", "npz")
 FLAGS = {"train": "train", "val": "validation", "test": "test"}
 MAP_NAMES = {"train": "trn_doc", "val": "val_doc", "test": "tst_doc", "labels": "lbl"}
 
 
 @dataclass(frozen=True)
-class Files:
-    """The raw files of one split."""
-
-    text: Path | None = None
-    labels: Path | None = None
-    filter: Path | None = None
-
-
-@dataclass
-class RawSplit:
-    """N documents: texts, labels [N, L], filter pairs [n, 2].
-
-    `features` [N, V] are the bags of words of a set without texts. `maps` are upstream's padded ids and masks [M, T] to
-    take instead of texts: their rows `map_rows` [N], or all.
-    """
-
-    texts: list[str] | None
-    labels: csr_matrix
-    filter_pairs: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
-    maps: tuple[np.ndarray, np.ndarray] | None = None
-    map_rows: np.ndarray | None = None
-    features: csr_matrix | None = None
-
-    def take(self, rows: np.ndarray) -> RawSplit:
-        """The split of the given rows (ascending), its filter pairs renumbered."""
-        texts = None if self.texts is None else [self.texts[row] for row in rows]
-        map_rows = rows if self.map_rows is None else self.map_rows[rows]
-        features = None if self.features is None else self.features[rows]
-        return RawSplit(texts, self.labels[rows], select_pairs(self.filter_pairs, rows), self.maps, map_rows, features)
-
-
-@dataclass
-class Raw:
-    """Everything read: the splits, and of the L labels their names and texts where there are any."""
-
-    splits: dict[str, RawSplit]
-    label_names: list[str] | None = None
-    label_texts: list[str] | None = None
-    label_maps: tuple[np.ndarray, np.ndarray] | None = None
-    label_features: csr_matrix | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def num_labels(self) -> int:
-        return int(self.splits["train"].labels.shape[1])
-
-    @property
-    def vocabulary(self) -> int | None:
-        """V of bags of words; None for texts."""
-        features = self.splits["train"].features
-        return None if features is None else int(features.shape[1])
-
-
-@dataclass(frozen=True)
 class Reading:
-    """How to read. `num_labels` None: taken from the label texts, a header, or the largest label number."""
+    """How to read. `num_labels` None: taken from the label texts, a header, or the largest label number.
+
+    `separator` stands between title and body; `remap_labels` gives the labels that documents have new numbers.
+    """
 
     source: Source = "text"
     label_text: Path | None = None
@@ -108,6 +58,9 @@ class Reading:
     num_labels: int | None = None
     token_maps: Path | None = None
     max_length: int = 128
+    label_divider: Divider | None = None
+    remap_labels: bool = False
+    separator: str = " "
 
 
 def read_files(reading: Reading, files: Mapping[str, Files]) -> Raw:
@@ -120,11 +73,17 @@ def read_files(reading: Reading, files: Mapping[str, Files]) -> Raw:
     raw = kinds[reading.source](reading, files)
     if reading.label_names is not None:
         raw.label_names = read_lines(reading.label_names)
+        cut_blank_end(reading.label_names, raw.label_names, raw.num_labels)
         _one_per_label(reading.label_names, raw.label_names, raw.num_labels)
     for name, split in raw.splits.items():
         path = files[name].filter
         if path is not None:
             split.filter_pairs = read_filter_pairs(path, rows=split.labels.shape[0], labels=raw.num_labels)
+    _tell_nameless(reading.label_names or reading.label_text, raw.label_names)
+    path = files["train"].labels or files["train"].text
+    if reading.remap_labels:
+        remap_labels(raw)
+    check_width(raw, os.fspath(path or "labels"))
     return raw
 
 
@@ -156,9 +115,14 @@ def _text_source(reading: Reading, files: Mapping[str, Files]) -> Raw:
     """A text a line beside any label format: the Extreme Classification Repository, Renee, DEXML, PECOS."""
     texts = {name: None if split.text is None else read_lines(split.text, documents=True) for name, split in files.items()}
     label_texts = None if reading.label_text is None else read_lines(reading.label_text, documents=True)
+    if reading.label_text is not None and label_texts is not None and not label_texts[-1].strip():
+        # A blank line at the end is a label only where something else says so.
+        widths, _ = _label_files(reading, files, texts, reading.num_labels)
+        cut_blank_end(reading.label_text, label_texts, next(iter(widths.values())).shape[1])
     count = _label_count(reading, None if label_texts is None else len(label_texts))
-    labels = _label_files(reading, files, {name: None if t is None else len(t) for name, t in texts.items()}, count)
-    raw = Raw({name: RawSplit(texts[name], labels[name]) for name in files}, label_texts, label_texts)
+    labels, declared = _label_files(reading, files, texts, count)
+    splits = {name: RawSplit(texts[name], labels[name]) for name in files}
+    raw = Raw(splits, label_texts, label_texts, declared=declared)
     if reading.token_maps is not None:
         _add_maps(reading.token_maps, reading.max_length, raw)
     return raw
@@ -169,37 +133,47 @@ def _lf_source(reading: Reading, files: Mapping[str, Files]) -> Raw:
     label_texts = label_names = None
     if reading.label_text is not None:
         records = read_lf_json(reading.label_text)
-        label_names, label_texts = records.title, _lf_texts(records, reading.fields)
+        label_names, label_texts = records.title, _lf_texts(records, reading)
     count = _label_count(reading, None if label_texts is None else len(label_texts))
     splits = {}
     for name, split in files.items():
         records = read_lf_json(_needed(split.text, name, "text"), num_labels=count, merge_duplicates=reading.merge_duplicates)
-        splits[name] = RawSplit(_lf_texts(records, reading.fields), records.labels)
-    _same_width({name: split.labels for name, split in splits.items()})
-    return Raw(splits, label_names, label_texts)
+        splits[name] = RawSplit(_lf_texts(records, reading), records.labels)
+    same_width({name: split.labels for name, split in splits.items()})
+    return Raw(splits, label_names, label_texts, declared=count is not None, **_parts(reading))
 
 
-def _lf_texts(records: Any, fields: Fields) -> list[str]:
-    return list(records.content) if fields == "body" else records.texts(content=fields == "all")
+def _lf_texts(records: Any, reading: Reading) -> list[str]:
+    if reading.fields == "body":
+        return list(records.content)
+    return list(records.texts(content=reading.fields == "all", joiner=reading.separator))
+
+
+def _parts(reading: Reading) -> dict[str, Any]:
+    """How the parts of a text were taken, as the manifest keeps it: texts to predict must be joined alike."""
+    return {"separator": reading.separator, "facts": {"fields": reading.fields, "separator": reading.separator}}
 
 
 def _attentionxml_source(reading: Reading, files: Mapping[str, Files]) -> Raw:
     """AttentionXML's and LightXML's sets: raw texts with /SEP/, labels as strings that are numbered here."""
-    texts = {name: read_raw_texts(_needed(split.text, name, "text"), part=reading.fields) for name, split in files.items()}
-    rows = {
-        name: read_label_strings(
-            _needed(split.labels, name, "labels"), duplicates="merge" if reading.merge_duplicates else "error"
-        )
+    texts = {
+        name: read_raw_texts(_needed(split.text, name, "text"), part=reading.fields, joiner=reading.separator)
         for name, split in files.items()
     }
+    paths = {name: _needed(split.labels, name, "labels") for name, split in files.items()}
+    divider = reading.label_divider or label_divider(list(paths.values()))
+    merge: Literal["merge", "error"] = "merge" if reading.merge_duplicates else "error"
+    rows = {name: read_label_strings(path, duplicates=merge, divider=divider) for name, path in paths.items()}
     for name, split in files.items():
-        check_same_length(
-            _needed(split.text, name, "text"), len(texts[name]), _needed(split.labels, name, "labels"), len(rows[name])
-        )
+        cut_blank_end(paths[name], rows[name], len(texts[name]))
+        check_same_length(_needed(split.text, name, "text"), len(texts[name]), paths[name], len(rows[name]))
     others = [name for name in files if name != "train"]
     encoded = encode_label_strings(rows["train"], *(rows[name] for name in others))
     matrices = dict(zip(["train", *others], encoded.splits, strict=True))
-    return Raw({name: RawSplit(texts[name], matrices[name]) for name in files}, encoded.names, encoded.names)
+    splits = {name: RawSplit(texts[name], matrices[name]) for name in files}
+    raw = Raw(splits, encoded.names, encoded.names, declared=True, **_parts(reading))
+    raw.facts["label_divider"] = divider
+    return raw
 
 
 def _bow_source(reading: Reading, files: Mapping[str, Files]) -> Raw:
@@ -215,16 +189,26 @@ def _bow_source(reading: Reading, files: Mapping[str, Files]) -> Raw:
             features[name] = read_sparse(path, duplicates=duplicates)
     apart = {name: split for name, split in files.items() if split.labels is not None}
     if apart:
-        rows: dict[str, int | None] = {name: features[name].shape[0] for name in apart}
-        labels |= _label_files(reading, apart, rows, _label_count(reading, None))
-    _same_width(labels)
+        rows = {name: range(features[name].shape[0]) for name in apart}
+        labels |= _label_files(reading, apart, rows, _label_count(reading, None))[0]
+    same_width(labels)
     words = features["train"].shape[1]
     for name, matrix in features.items():
         check_shape(matrix.shape, None, words, os.fspath(_needed(files[name].text, name, "text")))
-    raw = Raw({name: RawSplit(None, labels[name], features=features[name]) for name in files})
+    splits = {name: RawSplit(None, labels[name], features=features[name]) for name in files}
+    raw = Raw(splits, declared=len(apart) < len(files))
     if reading.label_text is not None:
         raw.label_features = read_sparse(reading.label_text, rows=raw.num_labels, cols=words, duplicates=duplicates)
     return raw
+
+
+def _label_files(
+    reading: Reading, files: Mapping[str, Files], documents: Mapping[str, Sequence[str] | range | None], count: int | None
+) -> tuple[dict[str, csr_matrix], bool]:
+    paths = {name: _needed(split.labels, name, "labels") for name, split in files.items()}
+    texts = {name: split.text for name, split in files.items()}
+    duplicates: Duplicates = "max" if reading.merge_duplicates else "error"
+    return read_label_files(paths, documents, texts, count, format=reading.label_format, duplicates=duplicates)
 
 
 def _label_count(reading: Reading, label_texts: int | None) -> int | None:
@@ -232,39 +216,13 @@ def _label_count(reading: Reading, label_texts: int | None) -> int | None:
     count = reading.num_labels
     if label_texts is not None:
         if count is not None and count != label_texts:
-            raise InputError(str(reading.label_text), f"{count} label texts (num_labels)", str(label_texts), "mend one")
+            raise InputError(
+                str(reading.label_text), f"{count} label texts, as --num-labels says", str(label_texts), "mend one"
+            )
         return label_texts
     if count is None and reading.label_names is not None:
-        return len(read_lines(reading.label_names))
+        return filled_lines(read_lines(reading.label_names))
     return count
-
-
-def _label_files(
-    reading: Reading, files: Mapping[str, Files], rows: Mapping[str, int | None], count: int | None
-) -> dict[str, csr_matrix]:
-    """Label matrices of one width. A self-describing file is read first: it tells the others how many labels exist."""
-    paths = {name: _needed(split.labels, name, "labels") for name, split in files.items()}
-    kinds = {name: reading.label_format or label_format(path, rows[name]) for name, path in paths.items()}
-    found = {}
-    for name in sorted(paths, key=lambda name: kinds[name] not in SELF_DESCRIBING):
-        matrix = read_labels(
-            paths[name], None, count, format=kinds[name], duplicates="max" if reading.merge_duplicates else "error"
-        )
-        known, text = rows[name], files[name].text
-        if known is not None and text is not None:
-            check_same_length(text, known, paths[name], matrix.shape[0])
-        if count is None and kinds[name] in SELF_DESCRIBING:
-            count = matrix.shape[1]
-        found[name] = matrix
-    if count is None:
-        _same_width(found)
-    return {name: found[name] for name in files}
-
-
-def _same_width(matrices: Mapping[str, csr_matrix]) -> None:
-    width = max(matrix.shape[1] for matrix in matrices.values())
-    for matrix in matrices.values():
-        matrix.resize((matrix.shape[0], width))
 
 
 def _add_maps(folder: Path, max_length: int, raw: Raw) -> None:
@@ -286,6 +244,13 @@ def map_files(folder: Path, splits: Sequence[str]) -> list[Path]:
 def _one_per_label(path: Path, names: Sequence[str], labels: int) -> None:
     if len(names) != labels:
         raise InputError(os.fspath(path), f"{labels} lines, one for each label", str(len(names)), "mend the file")
+
+
+def _tell_nameless(path: Path | None, names: Sequence[str] | None) -> None:
+    blank = [number for number, name in enumerate(names or (), 1) if not name.strip()]
+    if blank and path is not None:
+        what = "1 label has" if len(blank) == 1 else f"{len(blank)} labels have"
+        warnings.warn(f"{path}:{blank[0]}: {what} no name (the first: label {blank[0] - 1})", DataWarning, stacklevel=3)
 
 
 def _needed(path: Path | None, split: str, kind: str) -> Path:

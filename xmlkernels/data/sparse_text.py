@@ -200,11 +200,11 @@ def _header(path: PathLike, buffer: bytes | mmap.mmap, names: tuple[str, ...]) -
     counts = line.partition(b"#")[0].split() if _HEADER.fullmatch(line) else []
     if len(counts) != len(names):
         mend = {
-            2: "this looks like a matrix: use read_sparse",
-            3: "this looks like a bag-of-words file: use read_bow",
-        }.get(len(counts), "put the header back")
+            2: "this looks like a matrix: its labels are named beside it (--train-labels)",
+            3: "this looks like a bag-of-words file: give --source bow, or of labels --label-format bow",
+        }.get(len(counts), "put the header back as the first line")
         if not counts and len(names) == 2:
-            mend += ", or read it with header=False"
+            mend += ", or give --label-format lines for ids without values"
         expected = f"a header of {len(names)} numbers `{' '.join(names)}`"
         raise InputError(at_line(path, 1), expected, quote(line.strip()), mend)
     return min(stop + 1, len(buffer)), [int(count) for count in counts]
@@ -251,11 +251,11 @@ def _explain(path: PathLike, fault: str, row: int, token: bytes, rows: int, cols
         if row > rows:
             mend = "mend the header's number of rows" if header else "name the file that belongs here"
             return InputError(at_line(path, rows + first), expected, f"{row}", mend)
-        mend = "the file is cut short, or its last row is blank and lacks its line end"
+        mend = "the file is cut short, or its last row is blank and lacks its line end: add one"
         return InputError(at_line(path, row + first - 1), expected, f"{row}", mend)
     what, bound = ("label id", labels) if fault.startswith("label") else ("index", cols)
     if fault.endswith("duplicate"):
-        mend = 'leave one out, or pass duplicates="sum", "max" or "first"'
+        mend = "leave one out, or count it once with --merge-duplicates"
         return InputError(at_line(path, row + first), f"every {what} once in a row", f"{quote(token)} twice", mend)
     if fault.endswith("range"):
         allowed = "not negative" if bound < 0 else f"from 0 to {bound - 1}" if bound else "(the header allows none)"

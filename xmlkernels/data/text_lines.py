@@ -18,6 +18,8 @@ from xmlkernels.data.kinds import HEAD, check_documents
 from xmlkernels.errors import InputError
 
 SEPARATOR = "/SEP/"
+Divider = Literal["tab", "comma", "space"]
+DIVIDERS: dict[Divider, str] = {"tab": "\t", "comma": ",", "space": " "}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -118,6 +120,11 @@ def split_title(text: str) -> tuple[str, str]:
     return (title.strip(), body.strip()) if separator else ("", text.strip())
 
 
+def join_parts(text: str, joiner: str) -> str:
+    """A raw text with `joiner` in place of every `/SEP/`; none stands before or behind an empty part."""
+    return joiner.join(filter(None, map(str.strip, text.split(SEPARATOR))))
+
+
 def read_raw_texts(path: PathLike, *, part: Literal["all", "title", "body"] = "all", joiner: str = " ") -> list[str]:
     """Read `train_raw_texts.txt` of the AttentionXML sets: one text a line, `/SEP/` between title and body.
 
@@ -133,31 +140,58 @@ def read_raw_texts(path: PathLike, *, part: Literal["all", "title", "body"] = "a
         raise InputError("part", "all, title or body", repr(part), "choose one of them")
     if part != "all":
         return [split_title(text)[part == "body"] for text in iter_lines(path, documents=True)]
-    return [joiner.join(filter(None, split_title(text))) for text in iter_lines(path, documents=True)]
+    return [join_parts(text, joiner) for text in iter_lines(path, documents=True)]
 
 
-def read_label_strings(path: PathLike, *, duplicates: Literal["error", "merge"] = "error") -> list[list[str]]:
-    """Read `train_labels.txt` of the AttentionXML sets: label names divided by spaces or tabs, a row a line.
+def label_divider(paths: Sequence[PathLike]) -> Divider:
+    """What divides the label names of a line, in all of these files (the splits of one dataset).
+
+    A tab anywhere means tabs. Otherwise commas divide where at least half of the lines of several words hold one, as in
+    "1,101" and "State aid, EU law"; else white space does, and a comma is part of a name.
+
+    Raises:
+        InputError: as `iter_lines`.
+    """
+    several = commas = 0
+    for path in paths:
+        for line in iter_lines(path):
+            if "\t" in line:
+                return "tab"
+            comma = "," in line.strip(" ,")
+            commas += comma
+            several += comma or " " in line.strip(" ")
+    return "comma" if 2 * commas >= several > 0 else "space"
+
+
+def read_label_strings(
+    path: PathLike, *, duplicates: Literal["error", "merge"] = "error", divider: Divider | None = None
+) -> list[list[str]]:
+    """Read `train_labels.txt` of the AttentionXML sets: label names divided by tabs, commas or spaces, a row a line.
 
     Args:
-        path: plain or .gz; as `iter_lines`. A blank line has no labels.
+        path: plain or packed; as `iter_lines`. A blank line has no labels.
         duplicates: whether a label that stands twice in a row is an error or counts once.
+        divider: what divides names; by default what `label_divider` sees in this file alone.
 
     Returns:
-        the names of each row, in the order of the file.
+        the names of each row, in the order of the file, without the spaces around them.
 
     Raises:
         InputError: names file and line.
     """
     if duplicates not in ("error", "merge"):
         raise InputError("duplicates", "error or merge", repr(duplicates), "choose one of them")
+    divider = label_divider([path]) if divider is None else divider
+    if divider not in DIVIDERS:
+        raise InputError("divider", "tab, comma or space", repr(divider), "choose one of them")
     rows = []
     for number, line in enumerate(iter_lines(path), 1):
-        names = [name for name in line.replace("\t", " ").split(" ") if name]
+        pieces = line.replace("\t", " ").split(" ") if divider == "space" else line.split(DIVIDERS[divider])
+        names = [name for piece in pieces if (name := piece.strip(" \t"))]
         unique = list(dict.fromkeys(names))
         if len(unique) != len(names) and duplicates == "error":
             twice = next(name for name in unique if names.count(name) > 1)
-            mend = 'leave one out, or pass duplicates="merge"'
+            mend = "leave one out, or count it once with --merge-duplicates"
             raise InputError(at_line(path, number), "every label once in a row", f"{quote(twice)} twice", mend)
         rows.append(unique)
     return rows

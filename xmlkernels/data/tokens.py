@@ -37,6 +37,7 @@ class Tokenizer:
         pad_id: the pad token's id, 0 where the tokenizer has none (padding is masked, so the id does not matter).
         vocab_size: one more than the largest id.
         model_max_length: the longest sequence the tokenizer's own settings allow, None where they set no bound.
+        separator: the token between two texts ("[SEP]"), None where the tokenizer has none.
     """
 
     def __init__(self, inner: Any) -> None:
@@ -46,6 +47,8 @@ class Tokenizer:
         self.vocab_size = max(len(inner), 1 + max(inner.get_vocab().values(), default=-1))
         limit = int(min(inner.model_max_length, 2**62))
         self.model_max_length = limit if limit < 1_000_000 else None
+        # Read as a token wherever it stands in a text, unless the tokenizer splits special tokens.
+        self.separator = None if inner.split_special_tokens else inner.sep_token
 
     def encode_batch(self, texts: Sequence[str], max_length: int) -> list[np.ndarray]:
         """Ids of each text with the tokenizer's special tokens, at most `max_length` of them, int32.
@@ -59,7 +62,7 @@ class Tokenizer:
         least = self._inner.num_special_tokens_to_add() + 1
         if max_length < least:
             raise InputError(
-                "max_length",
+                "--max-length",
                 f"at least {least} (special tokens and one of the text)",
                 str(max_length),
                 "choose a longer one",

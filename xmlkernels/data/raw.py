@@ -1,0 +1,72 @@
+"""What the readers of every layout give: texts, labels, filter pairs, and what the labels themselves have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_matrix
+
+from xmlkernels.data.matrices import select_pairs
+
+
+@dataclass(frozen=True)
+class Files:
+    """The raw files of one split."""
+
+    text: Path | None = None
+    labels: Path | None = None
+    filter: Path | None = None
+
+
+@dataclass
+class RawSplit:
+    """N documents: texts, labels [N, L], filter pairs [n, 2].
+
+    `features` [N, V] are the bags of words of a set without texts. `maps` are upstream's padded ids and masks [M, T] to
+    take instead of texts: their rows `map_rows` [N], or all.
+    """
+
+    texts: list[str] | None
+    labels: csr_matrix
+    filter_pairs: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    maps: tuple[np.ndarray, np.ndarray] | None = None
+    map_rows: np.ndarray | None = None
+    features: csr_matrix | None = None
+
+    def take(self, rows: np.ndarray) -> RawSplit:
+        """The split of the given rows (ascending), its filter pairs renumbered."""
+        texts = None if self.texts is None else [self.texts[row] for row in rows]
+        map_rows = rows if self.map_rows is None else self.map_rows[rows]
+        features = None if self.features is None else self.features[rows]
+        return RawSplit(texts, self.labels[rows], select_pairs(self.filter_pairs, rows), self.maps, map_rows, features)
+
+
+@dataclass
+class Raw:
+    """Everything read: the splits, and of the L labels their names and texts where there are any.
+
+    `declared` is whether anything says how many labels there are, beside the largest id. `separator` stands between
+    the title and the body of the texts; `facts` go into the manifest.
+    """
+
+    splits: dict[str, RawSplit]
+    label_names: list[str] | None = None
+    label_texts: list[str] | None = None
+    label_maps: tuple[np.ndarray, np.ndarray] | None = None
+    label_features: csr_matrix | None = None
+    declared: bool = False
+    separator: str = " "
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_labels(self) -> int:
+        return int(self.splits["train"].labels.shape[1])
+
+    @property
+    def vocabulary(self) -> int | None:
+        """V of bags of words; None for texts."""
+        features = self.splits["train"].features
+        return None if features is None else int(features.shape[1])
