@@ -292,7 +292,7 @@ def test_outputs_that_cannot_be_used(folder: Path, finished: Path, tmp_path: Pat
 
 
 def test_an_interrupted_ranker_leaves_no_old_figures(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "metrics.json").write_text("{}")
+    (tmp_path / "metrics.json").write_text('{"dataset_hash": "", "seconds": {}}')
     monkeypatch.setattr(command, "fit", None)
     with pytest.raises(TypeError):
         command.train(options(folder, tmp_path, one_vs_all=True))

@@ -16,6 +16,7 @@ Pairs that the dataset filters out are removed before the cut, in every row of t
 """
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,6 +31,7 @@ from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import check_file
 from xmlkernels.data.formats import read_npz, read_sparse, write_npz, write_sparse
+from xmlkernels.data.locks import own_place
 from xmlkernels.evaluation import score_matrix
 from xmlkernels.metrics import evaluate, inverse_propensity
 from xmlkernels.ranker.blend import best, combine
@@ -135,6 +137,14 @@ def to_log_odds(probability: np.ndarray) -> np.ndarray:
 def run(options: Options) -> dict[str, dict[str, float]]:
     """Metrics in percent of every file and, where there are more, of their sum (named "sum")."""
     check(options)
+    with ExitStack() as held:  # before the work: a place that cannot be written, or is in use
+        for flag, path in (("--output", options.output), ("--metrics", options.metrics)):
+            if path:
+                held.enter_context(own_place(path, flag))
+        return _run(options)
+
+
+def _run(options: Options) -> dict[str, dict[str, float]]:
     dataset = Dataset.open(options.dataset)
     if options.split not in dataset.splits:
         raise InputError("--split", f"one of {', '.join(dataset.splits)}", options.split, f"{dataset.folder} has no other")

@@ -21,18 +21,23 @@ import torch
 from arguments import parse
 from checks import check_least
 from config import Config, began_with, resolved_device
-from output import made_folder, read_json
+from output import read_json
+from owned import refuse_others
 from report import command, say
 from sources import open_dataset
 from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import replacing
 from xmlkernels.data.inputs import check_dataset
+from xmlkernels.data.locks import own_folder
 from xmlkernels.data.matrices import write_npz
 from xmlkernels.evaluation import embed_split, predict_split, score_matrix
 from xmlkernels.models.end_to_end import EndToEnd
 from xmlkernels.predict import Predictor
 
+WRITTEN = ("label_vectors.npy", "label_names.txt") + tuple(
+    name for split in ("train", "val", "test") for name in (f"embeddings_{split}.npy", f"shortlist_{split}.npz")
+)
 _ROWS = 1 << 16  # rows turned into fp32 at a time
 
 
@@ -60,12 +65,18 @@ class Options:
 
 def export(options: Options) -> None:
     check_least(options, 1, "top_k", "batch")
-    predictor = Predictor.load(options.checkpoint, which=options.which, device=resolved_device(options.device))
-    if options.what == "label_vectors":
-        label_vectors(options, predictor)
-        return
+    refuse_others(options.output, run=False)
+    with own_folder(options.output, writes=WRITTEN) as folder:
+        predictor = Predictor.load(options.checkpoint, which=options.which, device=resolved_device(options.device))
+        if options.what == "label_vectors":
+            label_vectors(options, predictor, folder)
+        else:
+            documents(options, predictor, folder)
+
+
+def documents(options: Options, predictor: Predictor, folder: Path) -> None:
+    """Writes the embeddings or the shortlists of every split."""
     dataset = dataset_of(options, predictor)
-    folder = made_folder(options.output)
     for name, split in dataset.splits.items():
         more = {"batch_size": options.batch, "inputs": predictor.inputs}
         if options.what == "embeddings":
@@ -97,13 +108,14 @@ def dataset_of(options: Options, predictor: Predictor) -> Dataset:
     return dataset
 
 
-def label_vectors(options: Options, predictor: Predictor) -> None:
+def label_vectors(options: Options, predictor: Predictor, folder: Path) -> None:
+    """Writes the rows of the label table, and the names of the labels."""
     model = predictor.model
     if not isinstance(model, EndToEnd) or model.head.bias is not None:
         got = "one with a bias for each label" if isinstance(model, EndToEnd) else "a cascade, which has a bias for each label"
         mend = "an inner product cannot carry it; train end to end without --bias"
         raise InputError("--checkpoint", "a label table without bias", got, mend)
-    head, folder = model.head, made_folder(options.output)
+    head = model.head
     with replacing(folder / "label_vectors.npy") as file:
         shape = tuple(head.weight.shape)
         np.lib.format.write_array_header_2_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, began_with, recorded
+from owned import delete, refuse_foreign
 from report import say
 from xmlkernels import InputError, dist
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.dataset import Dataset
-from xmlkernels.data.files import replacing
+from xmlkernels.data.files import naming, replacing
 from xmlkernels.data.inputs import Inputs
 from xmlkernels.tree.label_tree import LabelTree
 
@@ -55,6 +56,8 @@ class RunFolder:
                 f"--output {self.path}", "a new folder", f"a folder that holds a run ({held[-1]})",
                 "go on with it by --resume, replace it by --overwrite, or name another",
             )  # fmt: skip
+        elif held:
+            refuse_foreign(self.path, RUN_FILES)
         elif config.resume:
             say(f"--resume: {self.path}/ holds no run; starting from the beginning")
 
@@ -86,13 +89,13 @@ class RunFolder:
         """A run from its first step: what an earlier one left goes; settings, inputs, tree and label names are written."""
         if not self.writes:
             return
+        refuse_foreign(self.path, RUN_FILES)  # once more: data and model may have taken an hour
         for name in RUN_FILES[:-1]:
-            path = self.path / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            delete(self.path / name)
         inner = self.path / "checkpoint"
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self._settings, json.dumps(recorded(self.config), indent=1) + "\n")
-        inner.mkdir()
+        inner.mkdir(exist_ok=True)
         inputs.save(inner)
         if tree is not None:
             tree.save(inner)
@@ -106,7 +109,7 @@ class RunFolder:
         """Appends one line of strict JSON."""
         if not self.writes:
             return
-        with open(self.log_file, "a", encoding="utf-8") as file:
+        with naming(self.log_file), open(self.log_file, "a", encoding="utf-8") as file:
             file.write(json.dumps(strict(line), allow_nan=False) + "\n")
 
     def sync_log(self) -> int:
@@ -132,23 +135,11 @@ class RunFolder:
         say(f"note: {self.log_file} lost lines: {size:,} bytes were written up to the checkpoint, {found:,} are there")
 
 
-def made_folder(path: str) -> Path:
-    """The folder that --output names, made where it is not there. InputError where it cannot be."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # a file of that name, or as a parent; no right to write
-        raise InputError(
-            "--output", "a folder, or a name for a new one", f"{path} ({error.strerror})", "name another"
-        ) from error
-    return folder
-
-
-def refuse_run(path: str) -> None:
-    """InputError where --output names the folder of a run, whose metrics.json and predictions.npz would be lost."""
-    held = [name for name in ("config.json", "checkpoint") if (Path(path) / name).exists()]
-    if held:
-        raise InputError("--output", "a folder of its own", f"{path}, which holds a run ({held[0]})", "name another")
+def clear_leftovers(folder: Path) -> None:
+    """Removes what a killed process left of writing checkpoints; only for whoever holds the folder."""
+    for name in ("last", "best"):
+        for found in (folder / "checkpoint").glob(f".{name}.new-*"):
+            shutil.rmtree(found, ignore_errors=True)
 
 
 def strict(value: Any) -> Any:

@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import IO, Annotated, Any, Literal
@@ -27,6 +27,7 @@ from xmlkernels import InputError
 from xmlkernels.data.files import replacing
 from xmlkernels.data.formats import DataWarning, iter_lines, write_npz
 from xmlkernels.data.kinds import check_documents, check_text, is_json_lines, unpacked
+from xmlkernels.data.locks import own_place
 from xmlkernels.evaluation import score_matrix
 from xmlkernels.predict import Label, Predictor
 from xmlkernels.ranked import Forest, Ranked, RankedPredictor
@@ -246,7 +247,13 @@ def run(options: Options) -> None:
     check(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    predictor = loaded(options)
+    # The output before the work: a place that cannot be written, or is in use, is told at once.
+    with own_place(options.output) if options.output else nullcontext():
+        answer(options, loaded(options))
+
+
+def answer(options: Options, predictor: Predictor | Ranked) -> None:
+    """Writes or prints what the model says to the texts."""
     if options.output.endswith(".npz"):
         texts: Any = texts_of(options)
         values, rows = predictor.predict_arrays(texts, options.top_k, batch_size=options.batch or 64)

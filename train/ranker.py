@@ -18,13 +18,15 @@ from typing import Any, Literal
 
 from arguments import parse
 from checks import check_least, flag
-from output import made_folder, refuse_run, write_json, write_text
+from output import write_json, write_text
+from owned import refuse_others
 from ranker_inputs import Documents, model_inputs, read_features, vectorize, without_pairs
 from report import Seconds, command, print_comparison, say
 from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import check_file
 from xmlkernels.data.formats import write_npz
+from xmlkernels.data.locks import own_folder
 from xmlkernels.evaluation import score_matrix
 from xmlkernels.metrics import candidates_needed, evaluate, inverse_propensity
 from xmlkernels.predict import NAMES, checkpoint_identity
@@ -35,6 +37,7 @@ from xmlkernels.ranker.linear import Settings, fit
 from xmlkernels.ranker.matcher import ClusterMatcher
 from xmlkernels.tree.label_tree import LabelTree
 
+INPUTS, WRITTEN = "inputs", ("metrics.json", "predictions.npz")
 SHOWN = {"val": "validation", "test": "test"}
 
 
@@ -122,7 +125,7 @@ def check(options: Options) -> None:
     refuse_idle(options)
     for path in filter(None, texts):
         check_file(path)
-    refuse_run(options.output)
+    refuse_others(options.output)
 
 
 def refuse_idle(options: Options) -> None:
@@ -147,11 +150,17 @@ def refuse_idle(options: Options) -> None:
 def train(options: Options) -> dict[str, Any]:
     """Trains and measures the ranker; returns what metrics.json holds."""
     check(options)
+    with own_folder(options.output, writes=(*WRITTEN, RANKER, NAMES)) as folder:
+        clear_inner(folder)
+        return _train(options, folder)
+
+
+def _train(options: Options, folder: Path) -> dict[str, Any]:
     dataset = opened(options)
     if options.checkpoint:
         checkpoint_identity(options.checkpoint)  # for a mistake in its name
     tree = opened_tree(options.tree, dataset) if options.tree else None
-    folder = begun(options.output, dataset)
+    begin(folder, dataset)
     clock = Seconds()
     documents = {name: Documents(split) for name, split in dataset.splits.items()}
     checkpoint = vocabulary = ""
@@ -161,7 +170,7 @@ def train(options: Options) -> dict[str, Any]:
     if options.checkpoint:  # after TF-IDF: a mistake in the texts is told before the long pass
         with clock.on("embeddings and shortlists"):
             checkpoint = model_inputs(
-                options.checkpoint, dataset, documents, options.shortlist, folder / "inputs", options.device,
+                options.checkpoint, dataset, documents, options.shortlist, folder / INPUTS, options.device,
                 embedding=options.embedding, vocabulary=vocabulary,
             )  # fmt: skip
     source = source_of(options, checkpoint, vocabulary)
@@ -188,14 +197,19 @@ def train(options: Options) -> dict[str, Any]:
     return report
 
 
-def begun(output: str, dataset: Dataset) -> Path:
-    """The output folder without the ranker that it may hold: where a ranker stands, the files beside it belong to it."""
-    folder = made_folder(output)
+def begin(folder: Path, dataset: Dataset) -> None:
+    """Removes the ranker that the folder may hold: where a ranker stands, the files beside it belong to it."""
     for name in ("metrics.json", RANKER, NAMES):
         (folder / name).unlink(missing_ok=True)
     if dataset.label_names is not None:
         write_text(folder / NAMES, "".join(f"{name}\n" for name in dataset.label_names))
-    return folder
+
+
+def clear_inner(folder: Path) -> None:
+    """Removes what a killed process left in the folders of vocabulary, clusters and inputs, where this command alone writes."""
+    for inner in (folder / VECTORIZER, folder / CLUSTERS, folder / INPUTS):
+        for left in inner.glob(".*.part"):
+            left.unlink(missing_ok=True)
 
 
 def source_of(options: Options, checkpoint: str, vocabulary: str) -> Source:

@@ -1,5 +1,6 @@
 """What the commands say to a person: progress lines, tables, and one sentence for a mistake."""
 
+import errno
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
+from stops import Stopped, listening
 from xmlkernels import InputError, dist
 from xmlkernels.data.files import DataWarning
 
@@ -20,6 +22,10 @@ _COURTESY = 5.0  # seconds; torchrun ends the others in less
 
 # Fixed width where the output goes to a file or a CI log, so that tables do not wrap at 80 columns.
 _console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+class Failed(Exception):
+    """Work that began and could not be done to its end: one sentence, which is told with exit status 1."""
 
 
 class Seconds:
@@ -45,17 +51,20 @@ def say(text: str) -> None:
 
 
 def command(main: Callable[[], Any], *, interrupted: str = "interrupted", several: bool = False) -> None:
-    """Runs a command; a user's mistake ends it with one sentence on stderr and exit status 2.
+    """Runs a command; whatever ends it is told in one sentence on stderr.
+
+    Exit statuses: 0 done; 2 a user's mistake, before any work or with nothing changed; 1 the work began and failed (a full
+    disk, a lost process); 130, 143 and 129 ended by SIGINT, SIGTERM and SIGHUP; 141 the reader of the output has left.
 
     Warnings of this project are for the owner of the data: they are shown as `note: …`, without a line of source. What all
     processes of torchrun meet is told once: the others give the first, whose end ends them, the time to tell it. In the
     same way one that only misses another leaves the word to that one.
 
     Args:
-        interrupted: what Ctrl-C is answered with.
+        interrupted: what Ctrl-C is answered with, where the command itself says nothing better.
         several: whether torchrun may start it; others would write the same files at once.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), listening():
         warnings.simplefilter("always", DataWarning)
         warnings.showwarning = _show_warning
         try:
@@ -75,14 +84,42 @@ def command(main: Callable[[], Any], *, interrupted: str = "interrupted", severa
             time.sleep(_COURTESY)
             print(f"error: {error}", file=sys.stderr)
             _leave(1)
-        except KeyboardInterrupt:
+        except Failed as error:
+            print(f"error: {error}", file=sys.stderr)
+            _leave(1)
+        except KeyboardInterrupt as error:
+            stop = error if isinstance(error, Stopped) else Stopped(2)
             if _first():
-                print(interrupted, file=sys.stderr)
-            sys.exit(130)
+                print(stop.told or f"{interrupted} ({stop.name})", file=sys.stderr)
+            _leave(stop.status)
         except BrokenPipeError:
             # The reader (`| head`) has what it wanted; without this the interpreter's last flush would complain.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _close_output()
             sys.exit(128 + 13)
+        except OSError as error:
+            print(f"error: {reason_of(error)}", file=sys.stderr)
+            _close_output()
+            _leave(1)
+
+
+def reason_of(error: Exception) -> str:
+    """One sentence for what the system refused: which file, why, and what to do."""
+    if not isinstance(error, OSError):
+        return str(error)
+    # NumPy says how many values it could not write, and no reason.
+    reason = error.strerror or f"{error.args[0] if error.args else error!r}; is the disk full?"
+    where = "standard output" if error.filename is None else str(error.filename)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, None):
+        return f"{where} could not be written: {reason}; make room there, or name another place"
+    return f"{where} could not be used: {reason}"
+
+
+def _close_output() -> None:
+    """So that the interpreter's last flush does not fail again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _leave(status: int) -> NoReturn:

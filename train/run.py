@@ -2,6 +2,9 @@
 
 On N GPUs of a machine: `torchrun --nproc-per-node N train/run.py RECIPE …`; each encodes its part of every batch.
 Writes into its output folder: config.json, log.jsonl, metrics.json, predictions.npz and checkpoint/.
+
+Exit statuses: 0 done; 2 a mistake in settings or files; 1 the work failed (a full disk, a lost process); 130, 143 and 129
+ended by SIGINT, SIGTERM and SIGHUP, each with a checkpoint to go on from by --resume; a second signal ends at once.
 """
 
 import sys
@@ -14,7 +17,7 @@ from checks import check
 from config import Config, resolved_device
 from recipes import RECIPES
 from report import command
-from session import Session
+from running import running
 from xmlkernels import dist
 
 
@@ -23,27 +26,27 @@ def train(config: Config) -> dict[str, Any]:
     check(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    run = Session(config)
-    model = run.model.train()
-    run.clock.start("train")  # evaluation and checkpoints count apart; waiting for data counts here
-    while run.epoch < config.epochs:
-        for batch in run.batches.epoch(run.epoch, start=run.position):
-            need_loss = config.loss_every > 0 and model.steps % config.loss_every == 0
-            loss = model.step(batch.to(run.device, non_blocking=True), need_loss=need_loss)
-            run.position += 1
-            run.collect(loss, batch)
-            if model.steps % config.log_every == 0:
-                run.log_progress()  # the only place in the loop that waits for the device
-            if config.save_every and model.steps % config.save_every == 0:
-                run.save()
-        run.epoch, run.position = run.epoch + 1, 0
-        best = False
-        if run.validation is not None and (run.epoch % config.evaluate_every == 0 or run.epoch == config.epochs):
-            metrics, _ = run.evaluate(run.validation)
-            best = run.improved(metrics)
-        if best or config.save_every or run.epoch == config.epochs:
-            run.save(best=best)
-    return run.finish()
+    with running(config) as run:
+        model = run.model.train()
+        run.clock.start("train")  # evaluation and checkpoints count apart; waiting for data counts here
+        while run.epoch < config.epochs:
+            for batch in run.batches.epoch(run.epoch, start=run.position):
+                need_loss = config.loss_every > 0 and model.steps % config.loss_every == 0
+                loss = model.step(batch.to(run.device, non_blocking=True), need_loss=need_loss)
+                run.position += 1
+                run.collect(loss, batch)
+                if model.steps % config.log_every == 0:
+                    run.log_progress()  # the only place in the loop that waits for the device
+                if config.save_every and model.steps % config.save_every == 0:
+                    run.save()
+                run.stop_if_asked()
+            run.epoch, run.position = run.epoch + 1, 0
+            best = False
+            if run.validation is not None and (run.epoch % config.evaluate_every == 0 or run.epoch == config.epochs):
+                best = run.improved(run.validate())
+            if best or config.save_every or run.epoch == config.epochs:
+                run.save(best=best)
+        return run.finish()
 
 
 def main() -> None:
@@ -55,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main, interrupted="interrupted; the run goes on from its last checkpoint by --resume", several=True)
+    command(main, several=True)

@@ -4,7 +4,8 @@ import json
 import math
 import resource
 from collections.abc import Mapping
-from typing import Any
+from signal import SIGTERM, Signals
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from facts import Clock, commit, differences, environment
 from output import RunFolder, write_json
 from report import levels_line, print_metrics, say
 from sources import open_dataset, open_inputs, open_tree, training_batches
+from stops import Stopped, Watched, asked
 from xmlkernels import InputError, dist
 from xmlkernels.checkpoint import rng_state, set_rng_state
 from xmlkernels.data.dataset import Split
@@ -38,6 +40,7 @@ class Session:
         epoch, position: where the run stands: batches of this epoch already trained on.
         clock: seconds in the training loop, in evaluation and in writing checkpoints, over all resumed parts.
         best: the best validation metric so far, with its epoch and step; empty before the first evaluation.
+        saved: the step of the last checkpoint; None before there is one.
         commits: of the source tree at the start of the run and wherever a resumed part had another one.
 
     Raises:
@@ -71,6 +74,8 @@ class Session:
         self.measured: tuple[Any, dict[str, Any], Evaluation] | None = None  # of which split and step
         self.pending: list[tuple[Tensor, int]] = []
         self.marked = (0, 0.0)  # documents and seconds at the last log line
+        self.saved: int | None = None
+        self._stop = dist.Vote()
         if self.folder.resumable:
             self._resume()
         else:
@@ -132,6 +137,7 @@ class Session:
         self.documents, self.marked = state["documents"], (state["documents"], state["seconds"]["train"])
         before = state.get("commits", [])
         self.commits = before + [c for c in self.commits if before[-1:] != [c]]
+        self.saved = self.model.steps
         dist.wait()  # until all have read what the first may move
         if self.best.get("step") == self.model.steps and self.folder.writes:
             checkpoints.save_best()  # the run may have been stopped between writing `last` and linking `best` to it
@@ -170,11 +176,32 @@ class Session:
         with self.clock.on("save"):
             tensors, state = self.model.tensors(), self._state()
             dist.agree_on_tensors(tensors)
-            if not self.folder.writes:
-                return
-            self.folder.checkpoints.save_last(tensors, state)
-            if best:
+            if self.folder.writes:
+                self.folder.checkpoints.save_last(tensors, state)
+            self.saved = self.model.steps
+            if best and self.folder.writes:
                 self.folder.checkpoints.save_best()
+
+    def stop_if_asked(self) -> None:
+        """Saves and raises Stopped where a signal has asked for it; of several processes all do at the same step."""
+        if self._stop.yes(asked() != 0):
+            self._save_and_stop()
+
+    def _save_and_stop(self) -> NoReturn:
+        if self.saved != self.model.steps:
+            self.save()
+        dist.wait()  # torchrun ends all as soon as one has left
+        how = f"stopped at step {self.model.steps:,}, whose checkpoint is written: go on from it with --resume"
+        number = asked() or SIGTERM  # another process may be the one that was asked
+        raise Stopped(number, f"{how} ({Signals(number).name})")
+
+    def validate(self) -> dict[str, float]:
+        """The metrics of the validation split; a run that is stopped meanwhile goes on from the step before."""
+        try:
+            return self.evaluate(self.validation)[0]
+        except Stopped:
+            self.epoch, self.position = self.epoch - 1, len(self.batches)
+            self._save_and_stop()
 
     def improved(self, metrics: dict[str, float]) -> bool:
         """Whether the validation metrics are the best so far; remembers them if so."""
@@ -232,7 +259,9 @@ class Session:
 
     def _measure(self, split: Split) -> tuple[dict[str, Any], Evaluation]:
         model, k = self.model, max(self.config.top_k, 5)  # the metrics go to 5, however few are kept
-        how: dict[str, Any] = {"batch_size": self.config.evaluate_batch, "inputs": self.inputs}
+        # Several processes meet in an evaluation: they go through it together.
+        inputs = self.inputs if dist.size() > 1 else Watched(self.inputs)
+        how: dict[str, Any] = {"batch_size": self.config.evaluate_batch, "inputs": inputs}
         with self.clock.on("evaluate"):
             if isinstance(model, Cascade) and self.config.scheme == "auto" and split is self.validation:
                 metrics, found = self._best_scheme(model, split, evaluate_schemes(model, split, k, **how))

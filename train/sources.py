@@ -27,7 +27,6 @@ def open_dataset(config: Config) -> Dataset:
     tokenizer = source_of(config.encoder)
     part = f"{config.documents}-documents" if config.documents else "all"
     folder = Path(config.cache) / f"docstrings-{part}-{config.max_length}-{Path(tokenizer).name}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # A folder of this name made from other package versions or another tokenizer is only a cache: replace it.
     settings = PrepareConfig(
         output=folder,
@@ -39,7 +38,7 @@ def open_dataset(config: Config) -> Dataset:
         keep_texts=True,
         overwrite=True,
     )
-    return prepare(settings, say)
+    return prepare(settings, say, flag="--cache", wait=True)
 
 
 def open_inputs(config: Config, dataset: Dataset) -> Inputs:
@@ -92,7 +91,8 @@ def open_tree(config: Config, dataset: Dataset) -> LabelTree | None:
         TreeOptions(
             str(dataset.folder), str(folder), depths=config.tree_depths, seed=config.seed, threads=threads, plot=False,
             overwrite=True,
-        )
+        ),
+        flag="--cache", wait=say,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from tree_report import lines_of, plot
 from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import replacing
+from xmlkernels.data.locks import Tell, is_ours, own_folder
 from xmlkernels.parallel import most_threads
 from xmlkernels.tree.cluster import Means, cluster
 from xmlkernels.tree.features import LabelFeatures, TextFeatures, TokenFeatures, fill_empty, label_centroids, label_features
@@ -31,6 +32,7 @@ from xmlkernels.tree.report import report
 
 # Bump when the same inputs and settings would give another tree.
 RECIPE_VERSION = 1
+WRITTEN = (FILE, "report.json", "tree.png")
 # Settings that decide where a tree is put or how fast it is made, not what it is.
 ASIDE = ("dataset", "output", "depths", "clusters", "features", "label_text", "label_vectors", "threads", "plot", "overwrite")
 
@@ -97,11 +99,15 @@ class Options:
         return list(self.clusters) or [2**depth for depth in self.depths]
 
 
-def make(options: Options) -> LabelTree:
+def make(options: Options, *, flag: str = "--output", wait: Tell | None = None) -> LabelTree:
     """Make the tree, or open the one that stands there and was made from the same inputs and settings.
 
+    Args:
+        flag: what names the output, for messages.
+        wait: told where another process makes a tree there, which is then waited for; None refuses.
+
     Raises:
-        InputError: a setting or file that cannot be used, or something else stands at the output.
+        InputError: a setting or file that cannot be used, something else stands at the output, or it is in use.
     """
     check(options)
     dataset = Dataset.open(options.dataset)
@@ -109,9 +115,16 @@ def make(options: Options) -> LabelTree:
     encoder = LabelEncoder(options.label_text) if options.label_text else None
     settings = settings_of(options, dataset, encoder)
     standing = _standing(options, settings["key"])
-    if standing is not None:
-        say(f"{options.folder}: made from the same inputs before, used again")
-        return standing
+    if standing is None:
+        with own_folder(options.folder, flag, writes=WRITTEN, wait=wait):
+            standing = _standing(options, settings["key"])  # another process may have made it meanwhile
+            if standing is None:
+                return _make(options, dataset, encoder, settings)
+    say(f"{options.folder}: made from the same inputs before, used again")
+    return standing
+
+
+def _make(options: Options, dataset: Dataset, encoder: LabelEncoder | None, settings: dict[str, Any]) -> LabelTree:
     _set_threads(options.threads)
     clock = _Clock()
     vectors = _label_vectors(options, dataset, encoder)
@@ -163,7 +176,7 @@ def settings_of(options: Options, dataset: Dataset, encoder: LabelEncoder | None
 
 def _standing(options: Options, key: str) -> LabelTree | None:
     folder = options.folder
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and not any(p for p in folder.iterdir() if not is_ours(p.name, WRITTEN))):
         return None
     if not (folder / FILE).is_file():
         # Never written over, whatever the flags: these are somebody's files.
@@ -262,12 +275,6 @@ def _label_vectors(options: Options, dataset: Dataset, encoder: LabelEncoder | N
 
 def _write(options: Options, tree: LabelTree, facts: dict[str, Any]) -> None:
     """The tree last: a folder that holds it is finished."""
-    try:
-        options.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            str(options.folder), "a place to make a folder", str(error.strerror), "choose another --output"
-        ) from error
     with replacing(options.folder / "report.json") as file:
         file.write((json.dumps(facts, indent=1) + "\n").encode())
     if options.plot and not plot(facts, options.folder / "tree.png"):

@@ -282,6 +282,29 @@ def agree_on_tensors(tensors: Mapping[str, Tensor]) -> None:
             raise RuntimeError(f"the processes hold different copies of {name}: their steps were not the same")
 
 
+class Vote:
+    """A question that is put again and again, at the same places of every process: does any of them say yes?
+
+    Of several processes the answer is that of the question before: it travels while the work goes on, and nobody waits.
+    """
+
+    def __init__(self) -> None:
+        self._asked: tuple[Any, Tensor] | None = None
+
+    def yes(self, own: bool) -> bool:
+        """The answer, the same on every process."""
+        if size() == 1:
+            return own
+        answer = False
+        if self._asked is not None:
+            work, said = self._asked
+            _talk(work.wait)
+            answer = bool(said)
+        said = torch.tensor([own], dtype=torch.int32)
+        self._asked = torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX, async_op=True), said
+        return answer
+
+
 def wait() -> None:
     """Returns when every process has come here."""
     sum_(torch.zeros(1))

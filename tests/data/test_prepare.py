@@ -346,6 +346,42 @@ def test_foreign_folder_is_never_touched(config: PrepareConfig) -> None:
         prepare(replace(config, output=config.output.parent / "kept", overwrite=True))
 
 
+@pytest.mark.parametrize("manifest", ["theirs", '{"name": "an app"}', "", '{"format": "xmlkernels-dataset"}'])
+def test_a_bare_manifest_costs_the_files_beside_it_nothing(config: PrepareConfig, manifest: str) -> None:
+    config.output.mkdir(parents=True)
+    (config.output / "manifest.json").write_text(manifest)
+    (config.output / "thesis.tex").write_text("ten years")
+    with pytest.raises(InputError, match="other files in it: .*nothing was deleted"):
+        prepare(replace(config, overwrite=True))
+    assert (config.output / "thesis.tex").read_text() == "ten years"
+    (config.output / "thesis.tex").unlink()
+    if "dataset" not in manifest:
+        with pytest.raises(InputError, match="other files in it: manifest.json"):
+            prepare(replace(config, overwrite=True))
+
+
+def test_a_damaged_manifest_is_replaced_with_its_dataset_but_no_foreign_file(config: PrepareConfig) -> None:
+    prepare(config)
+    (config.output / "manifest.json").write_text("{ cut sho")
+    (config.output / "train" / "notes").write_text("mine")
+    with pytest.raises(InputError, match="other files in it: train/notes"):
+        prepare(replace(config, overwrite=True))
+    (config.output / "train" / "notes").unlink()
+    prepare(replace(config, overwrite=True))
+    assert Dataset.open(config.output, verify=True).num_labels == 4
+
+
+def test_what_a_killed_process_left_is_cleared_or_put_back(config: PrepareConfig) -> None:
+    first = prepare(config)
+    hidden = config.output.with_name(".small.0123456789ab.old")
+    config.output.rename(hidden)  # killed between the two renames
+    config.output.with_name(".small.0123456789ab.part").mkdir()
+    assert prepare(config).content_hash == first.content_hash and not hidden.exists()
+    hidden.mkdir()  # killed before it could remove the old one
+    prepare(replace(config, max_length=4, overwrite=True))
+    assert [path.name for path in config.output.parent.iterdir()] == ["small"]
+
+
 @pytest.mark.parametrize("standing", [False, True])
 def test_nothing_half_written(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch, standing: bool) -> None:
     if standing:
@@ -357,7 +393,7 @@ def test_nothing_half_written(config: PrepareConfig, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Tokenizer, "save", fail)
     with pytest.raises(KeyboardInterrupt):
         prepare(replace(config, max_length=4, overwrite=True))
-    assert [path.name for path in config.output.parent.iterdir()] == (["small"] if standing else [])
+    assert [path.name for path in config.output.parent.glob("*")] == (["small"] if standing else [])
     if standing:
         assert Dataset.open(config.output, verify=True).max_length == 5
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from scipy import sparse
 from scipy.sparse import csr_matrix
 
 from xmlkernels.data.dataset import FORMAT, FORMAT_VERSION, MANIFEST
+from xmlkernels.data.files import naming
 from xmlkernels.errors import InputError
 
 
@@ -85,6 +87,46 @@ def write_manifest(
         sync_folder(inner)
 
 
+# What the writers above, and those of tokens and bags of words, call their files: known also without a manifest.
+_OURS = re.compile(
+    r"manifest\.json|label_(names\.txt|tokens\.bin|features\.npz)|tokenizer/[^/]+"
+    r"|(train|val|test)/(labels\.npz|filter\.npy|texts\.jsonl|tokens\.bin|features\.npz)"
+)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """InputError where a dataset folder that is about to be replaced holds anything but a dataset's own files."""
+    held = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    own: set[str] = set()
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        damaged = True  # the names of the files beside it must speak for it
+    else:
+        damaged = False
+        if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
+            listed = manifest.get("files")
+            own = {MANIFEST, *(listed if isinstance(listed, dict) else ())}
+    if damaged or own:
+        own |= {name for name in held if _OURS.fullmatch(name)}
+    foreign = [name for name in held if name not in own] or (held if damaged and held == [MANIFEST] else [])
+    if foreign:
+        got = foreign[0] if len(foreign) == 1 else f"{foreign[0]} and {len(foreign) - 1} more"
+        mend = "nothing was deleted: move them, or choose another --output"
+        raise InputError(str(folder), "nothing but a dataset to replace", f"other files in it: {got}", mend)
+
+
+def recover(output: Path) -> None:
+    """Put right what a process left that was killed while it replaced a folder; only for whoever holds the place."""
+    for old in output.parent.glob(f".{glob.escape(output.name)}.*.old"):
+        if not re.fullmatch(re.escape(f".{output.name}") + r"\.[0-9a-f]{12}\.old", old.name):
+            continue
+        if not output.exists() and (old / MANIFEST).is_file():
+            os.rename(old, output)
+        else:
+            shutil.rmtree(old, ignore_errors=True)
+
+
 @contextmanager
 def building(output: Path, *, replace: bool) -> Iterator[Path]:
     """A new folder that takes the place of `output` when the block ends well, and vanishes when it does not.
@@ -93,7 +135,9 @@ def building(output: Path, *, replace: bool) -> Iterator[Path]:
         replace: whether a dataset folder that stands there goes; the new one is whole before the old one moves.
 
     Raises:
-        InputError: the folder cannot be made, or another process put one there meanwhile.
+        InputError: the folder cannot be made, what stands there is more than a dataset, or another process put one there
+            meanwhile.
+        OSError: the disk refuses (full, say), with a file name; what stood there stays.
     """
     output = output.resolve()
     folder = output.with_name(f".{output.name}.{secrets.token_hex(6)}.part")
@@ -103,8 +147,10 @@ def building(output: Path, *, replace: bool) -> Iterator[Path]:
     except OSError as error:
         raise InputError(str(output), "a place to make a folder", str(error.strerror), "choose another") from error
     try:
-        yield folder
+        with naming(output):
+            yield folder
         if replace and output.exists():
+            refuse_foreign(output)
             os.rename(output, old)
         try:
             os.rename(folder, output)
@@ -115,7 +161,10 @@ def building(output: Path, *, replace: bool) -> Iterator[Path]:
         sync_folder(output.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if output.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.exists():  # stopped between the two renames
+            os.rename(old, output)
 
 
 def sync_folder(folder: Path) -> None:

@@ -100,16 +100,30 @@ def map_bytes(path: PathLike, *, may_be_empty: bool = False) -> Iterator[bytes |
 
 
 @contextmanager
+def naming(path: PathLike) -> Iterator[None]:
+    """Gives an OSError of the block, which may come from a stream without a name, the name of the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
+@contextmanager
 def replacing(path: PathLike) -> Iterator[IO[bytes]]:
     """A stream whose content takes the place of `path` when the block ends without an exception.
 
     Written beside the target, synced, then renamed: a reader or a crash sees the old file or the new one, never a part.
     A name that ends in `.gz` is compressed, with no time stamp inside, so equal content gives equal bytes.
 
+    A symbolic link stays, and what it points to is replaced.
+
     Raises:
         InputError: the folder does not exist or cannot be written.
+        OSError: the disk refuses (full, say), with the path as its file name; the old file is then unchanged.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     part = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     try:
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
@@ -118,7 +132,7 @@ def replacing(path: PathLike) -> Iterator[IO[bytes]]:
             os.fspath(path), "a folder that can be written", str(error.strerror), "make the folder or choose another"
         ) from error
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with naming(path), os.fdopen(descriptor, "wb") as file:
             if path.suffix == ".gz":
                 with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
                     yield cast(IO[bytes], packed)

@@ -15,10 +15,11 @@ from typing import Any, Literal
 from xmlkernels.data import dataset, token_store
 from xmlkernels.data.build import Tell, choose_rows, write_labels, write_splits
 from xmlkernels.data.dataset import MANIFEST, Dataset, read_manifest
-from xmlkernels.data.dataset_writer import building, write_manifest
+from xmlkernels.data.dataset_writer import building, recover, refuse_foreign, write_manifest
 from xmlkernels.data.formats import Divider, LabelFormat
 from xmlkernels.data.label_ids import label_lines, name_lines
 from xmlkernels.data.lf_json import is_lf_json
+from xmlkernels.data.locks import own_place
 from xmlkernels.data.raw import Files
 from xmlkernels.data.sources import Fields, Reading, Source, docstrings_digest, map_files, read_docstrings, read_files
 from xmlkernels.data.tokens import Tokenizer, load_tokenizer
@@ -136,15 +137,19 @@ class PrepareConfig:
         return (a if given[0] is None else given[0], b if given[1] is None else given[1])
 
 
-def prepare(config: PrepareConfig, tell: Tell = lambda line: None) -> Dataset:
+def prepare(
+    config: PrepareConfig, tell: Tell = lambda line: None, *, flag: str = "--output", wait: bool = False
+) -> Dataset:
     """Make the dataset folder, or open the one that already holds just this.
 
     Args:
         tell: receives a line now and then: what is read, counts, progress.
+        flag: what names the output, for messages.
+        wait: for another process that makes a dataset there; otherwise it is refused.
 
     Raises:
-        InputError: a setting or file that cannot be used, or `output` holds something else. Nothing is then left
-            behind, and an older dataset stays.
+        InputError: a setting or file that cannot be used, or `output` holds something else or is in use. Nothing is
+            then left behind, and an older dataset stays.
     """
     check(config)
     tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
@@ -153,9 +158,19 @@ def prepare(config: PrepareConfig, tell: Tell = lambda line: None) -> Dataset:
     separator = _separator(config, tokenizer)
     key = cache_key(config, tokenizer, separator)
     standing = _standing(config, key)
-    if standing is not None:
-        tell(f"{config.output}: made from the same inputs before, used again")
-        return standing
+    if standing is None:
+        with own_place(config.output, flag, make=True, wait=tell if wait else None) as output:
+            recover(output)
+            standing = _standing(config, key)  # another process may have made it meanwhile
+            if standing is None:
+                return _make(config, tokenizer, separator, key, tell)
+    tell(f"{config.output}: made from the same inputs before, used again")
+    return standing
+
+
+def _make(
+    config: PrepareConfig, tokenizer: Tokenizer | None, separator: str, key: str, tell: Tell
+) -> Dataset:
     built_in = config.source == "docstrings"
     reading = replace(config.reading, separator=separator)
     raw = read_docstrings(config.documents) if built_in else read_files(reading, config.files)
@@ -215,8 +230,11 @@ def _standing(config: PrepareConfig, key: str) -> Dataset | None:
     except InputError as error:
         if not config.overwrite:
             raise InputError(error.where, error.expected, error.got, "make it again with --overwrite") from error
+        refuse_foreign(output)
         return None
-    if not config.overwrite:
+    if config.overwrite:
+        refuse_foreign(output)
+    else:
         raise InputError(
             str(output), "a dataset made from these inputs and settings", "one made from others",
             "choose another output, or replace it with --overwrite",

@@ -1,0 +1,110 @@
+"""Runs that are killed at random moments and resumed, beside one that nobody touched: `kill_rounds.py FOLDER ROUNDS SEED`.
+
+Each round is one run: it is started, killed (SIGKILL) or stopped (SIGTERM, SIGINT, SIGHUP) after a random time, and
+resumed, until it comes to its end; then its weights, its predictions, its metrics and its log must be those of the run
+that was left alone, bit for bit. Prints a line of JSON for each round and exits with 1 if one differs.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from train_runs import make_dataset, tiny, weights
+
+import report  # isort: skip  # train_runs has put train/ on the path
+from run import train  # isort: skip
+from xmlkernels.data.locks import LOCK  # isort: skip
+
+HOW = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+TIMING = ("documents_per_second", "seconds", "peak_rss_mb")
+MOST = 60  # parts of one run: more means that it does not get on
+
+
+def settings(dataset: Path, output: Path) -> Any:
+    more = {"encoder": "bow", "epochs": 8, "batch": 8, "min_df": 1, "save_every": 10, "loss_every": 1, "table": "bf16"}
+    return tiny(dataset, output, **more)
+
+
+def started(config: Any, log: Path) -> int:
+    """A child that trains as the command does; forked, since starting Python and torch takes seconds."""
+    pid = os.fork()
+    if pid == 0:
+        with open(log, "a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        status = 1
+        try:
+            report.command(lambda: train(config))
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return pid
+
+
+def whole(config: Any, log: Path) -> float:
+    """A run without a stop; its seconds."""
+    before = time.monotonic()
+    _, status = os.waitpid(started(config, log), 0)
+    assert status == 0, log.read_text()
+    return time.monotonic() - before
+
+
+def killed(dataset: Path, folder: Path, seconds: float, chance: random.Random) -> list[str]:
+    """One round: what happened to the run until it came to its end."""
+    from dataclasses import replace
+
+    config, ends = replace(settings(dataset, folder / "run"), resume=True), []
+    while len(ends) < MOST:
+        pid, how = started(config, folder / "log"), chance.choice(HOW)
+        time.sleep(chance.uniform(0.1, 0.9) * seconds)
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if not done:
+            os.kill(pid, how)
+            _, status = os.waitpid(pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        ends.append(f"{how.name} {code}" if not done else f"end {code}")
+        if code == 0:
+            return ends
+        assert code in (-how, 128 + how), (folder / "log").read_text()
+    raise AssertionError(f"no end after {MOST} parts")
+
+
+def seen(output: Path) -> dict[str, Any]:
+    """All that must be the same, whatever happened on the way."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    metrics = json.loads((output / "metrics.json").read_text())
+    for found in (*lines, metrics):
+        for name in TIMING:
+            found.pop(name, None)
+    # Epochs that were not the best have no checkpoint left: `best` and `last` are what a run is for.
+    found = {which: weights(output, which) for which in ("last", "best")}
+    return found | {"log": lines, "metrics": metrics, "predictions": (output / "predictions.npz").read_bytes()}
+
+
+def main(folder: Path, rounds: int, seed: int) -> int:
+    dataset, chance = make_dataset(folder / "raw", keep_texts=True), random.Random(seed)
+    seconds = whole(settings(dataset, folder / "whole"), folder / "whole.log")
+    reference, bad = seen(folder / "whole"), 0
+    for number in range(rounds):
+        place = folder / str(number)
+        place.mkdir()
+        ends = killed(dataset, place, seconds, chance)
+        found = seen(place / "run")
+        other = [name for name in reference if found[name] != reference[name]]
+        other += [path.name for path in (place / "run").rglob("*") if path.name == LOCK or path.name.endswith(".part")]
+        bad += bool(other)
+        print(json.dumps({"round": number, "ends": ends, "differ": other}), flush=True)
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))

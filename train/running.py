@@ -1,0 +1,53 @@
+"""A run while it goes on: its folder is its own, and whatever ends it is told together with how to go on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from config import Config
+from output import RUN_FILES, clear_leftovers
+from report import Failed, reason_of
+from session import Session
+from stops import Stopped, held
+from xmlkernels import dist
+from xmlkernels.checkpoint import CheckpointFolder
+from xmlkernels.data.locks import own_folder
+
+
+@contextmanager
+def running(config: Config) -> Iterator[Session]:
+    """The session of a run; its output folder is held until the end of the block.
+
+    A signal ends the opening at once. After it the loop ends by `Session.stop_if_asked`, and evaluations between batches.
+
+    Raises:
+        InputError: another process holds the folder, or the configuration cannot be used there; nothing was written.
+        Failed: the disk refuses what the run has to write.
+        Stopped: by a signal, with what the user is told.
+    """
+    # Of several processes the first alone writes: they are one run.
+    first = dist.rank() == 0
+    with own_folder(config.output, writes=RUN_FILES) if first else nullcontext():
+        run = None
+        try:
+            if first:
+                clear_leftovers(Path(config.output))
+            run = Session(config)
+            with held():
+                yield run
+        except Stopped as stop:
+            stop.told = stop.told or f"stopped by {stop.name}; {how_to_go_on(run, config)}"
+            raise
+        except (OSError, SafetensorError) as error:
+            raise Failed(f"{reason_of(error)}; {how_to_go_on(run, config)}") from error
+
+
+def how_to_go_on(run: Session | None, config: Config) -> str:
+    """What is left of a run that ends early."""
+    if run is not None and run.saved is not None:
+        return f"the checkpoint of step {run.saved:,} in {config.output}/ is whole: go on from it with --resume"
+    if config.resume and CheckpointFolder(Path(config.output) / "checkpoint").exists("last"):
+        return f"the last checkpoint in {config.output}/ is untouched: go on from it with --resume"
+    return "no checkpoint was written yet: start the run again" + (" with --overwrite" if run is not None else "")
