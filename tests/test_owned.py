@@ -82,4 +82,4 @@ def test_folders_of_others_are_no_output(tmp_path: Path) -> None:
         (folder / name).write_text("{}")
         with pytest.raises(InputError, match="--output: expected a folder of its own"):
             owned.refuse_others(str(folder), run=whole)
-    owned.refuse_others(str(tmp_path))
+    owned.refuse_others(str(tmp_path / "none"))

@@ -27,7 +27,7 @@ def refuse_foreign(folder: Path, names: tuple[str, ...]) -> None:
     alone = OURS not in found.values()
     foreign = [name for name, kind in found.items() if kind == FOREIGN or (kind == DAMAGED and alone)]
     if foreign:
-        inner = _stranger(folder / foreign[0]) if foreign[0] == "checkpoint" else None
+        inner = _stranger(folder / foreign[0]) if (folder / foreign[0]).is_dir() else None
         got = f"{folder / foreign[0]}, which {f'holds {inner}' if inner else 'no run wrote'}"
         raise InputError(
             "--overwrite", "files of a run, to replace them", got, "nothing was deleted: move it, or name another --output"
