@@ -53,7 +53,7 @@ def test_one_foreign_file_beside_a_run_is_refused(dataset: Path, finished: Path,
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_a_damaged_run_and_one_that_a_kill_left_are_replaced(linked: bool, dataset: Path, finished: Path, tmp_path: Path) -> None:
+def test_damaged_and_killed_runs_are_replaced(linked: bool, dataset: Path, finished: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     (output / "config.json").write_text('{"model": "end_')
