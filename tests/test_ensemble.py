@@ -151,6 +151,24 @@ def test_large_logits_stay_apart() -> None:
     np.testing.assert_allclose(command.combine([one] * 3, [one.data] * 3, [1, 2, 4], "probability").toarray(), z)
 
 
+def test_labels_beyond_the_range_of_probabilities_do_not_tie() -> None:
+    """float64 has no probability below 1e-308: log-odds beyond ±708 are added as logarithms, in their order."""
+    z = scipy.sparse.csr_matrix([[-2000.0, -1000, -800, -708, 3, 708, 800, 1000, 2000]])
+    near = scipy.sparse.csr_matrix([[-2001.0, -1001, -801, -709, 2, 709, 801, 1001, 2001]])
+    mean = command.combine([z, near], [z.data, near.data], [1, 1], "probability").toarray()[0]
+    assert (np.diff(mean) > 0).all()
+    p = 0.5 / (1 + np.exp(-3)) + 0.5 / (1 + np.exp(-2))
+    assert mean[4] == pytest.approx(np.log(p / (1 - p)))
+    # The mean of e^-1000 and e^-1001; of 1 - e^-800 and 1 - e^-801.
+    low, high = -1000 + np.log((1 + np.exp(-1)) / 2), 800 - np.log((1 + np.exp(-1)) / 2)
+    assert mean[1] == pytest.approx(low) and mean[6] == pytest.approx(high)
+    alone = scipy.sparse.csr_matrix((z.data[:1], z.indices[:1], [0, 1]), z.shape)
+    half = command.combine([near, alone], [near.data, alone.data], [1, 1], "probability").toarray()[0]
+    assert half[8] == pytest.approx(0, abs=1e-9)  # p = 1 in one file, absent in the other
+    nothing = scipy.sparse.csr_matrix(z.shape)
+    assert command.combine([nothing, nothing], [nothing.data] * 2, [1, 1], "probability").nnz == 0
+
+
 def test_log_odds_of_a_document_that_one_file_lacks() -> None:
     one, other = scipy.sparse.csr_matrix([[2.0, -4.0], [6.0, 0]]), scipy.sparse.csr_matrix([[0, 0], [2.0, 0]])
     total = command.combine([one, other], [one.data, other.data], [1, 3], "log_odds")

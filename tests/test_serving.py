@@ -1,5 +1,7 @@
 """Serving: a model that is loaded before a fork, threads of its own, and what a server must be able to rely on."""
 
+import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,15 +10,20 @@ from typing import Any
 import pytest
 import torch
 from ranker_runs import options
+from scipy.sparse import csr_matrix
 from train_runs import ROOT, finished_run, make_dataset, run, tiny
 
 from xmlkernels import InputError
+from xmlkernels.checkpoint import CheckpointFolder, save
 from xmlkernels.models.end_to_end import EndToEnd
+from xmlkernels.models.restore import check_finite
 from xmlkernels.predict import Predictor
-from xmlkernels.ranked import RankedPredictor
+from xmlkernels.ranked import Forest, RankedPredictor
 from xmlkernels.threads import torch_threads
 
-import ranker  # isort: skip  # train_runs has put train/ on the path
+import predict  # isort: skip  # train_runs has put train/ on the path
+import ranker  # isort: skip
+import report  # isort: skip
 
 WORDS = 90  # of the small dataset
 
@@ -138,3 +145,71 @@ def test_the_number_of_threads_is_put_back_after_an_error() -> None:
         assert torch.get_num_threads() == before + 1
         raise ZeroDivisionError
     assert torch.get_num_threads() == before
+
+
+# ---- models that have diverged ----
+
+
+def spoilt(run: Path, to: Path, name: str, value: float) -> Path:
+    """A copy of a run whose best checkpoint has this value in one place of one tensor."""
+    shutil.copytree(run, to)
+    folder = CheckpointFolder(to / "checkpoint")
+    tensors, state = folder.load("best")
+    tensors[name] = tensors[name].clone()
+    tensors[name].view(-1)[3] = value
+    save(to / "checkpoint" / "best", tensors, state)
+    return to
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers_are_refused(tokens: Path, bags: Path, tmp_path: Path, value: float) -> None:
+    words = "encoder.model.embeddings.word_embeddings.weight"
+    for whole, name in ((tokens, "head.weight"), (tokens, words), (bags, "encoder.table")):
+        bad = spoilt(whole, tmp_path / f"{whole.name}-{name}", name, value)
+        with pytest.raises(InputError, match=f"best: expected weights.*NaN or infinity in 1 .* first {name}.*diverged"):
+            Predictor.load(bad)
+        assert next(Predictor.load(bad, which="last").predict(["w3"]))  # the way back
+
+
+def test_an_fp8_table_knows_its_nan() -> None:
+    model = torch.nn.Module()
+    model.register_buffer("table", torch.tensor([[1.0, -448.0], [448.0, 0.0]]).to(torch.float8_e4m3fn))
+    check_finite(model, "here")
+    model.table.view(torch.uint8)[1, 0] = 0xFF
+    with pytest.raises(InputError, match="here.*NaN"):
+        check_finite(model, "here")
+
+
+def test_scores_that_overflow_are_refused_and_the_command_says_so(
+    tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every weight is finite, no score is: the last layer norm takes what comes to 1e38 and more."""
+    bad = spoilt(tokens, tmp_path / "bad", "encoder.model.encoder.layer.1.output.LayerNorm.bias", 3e38)
+    folder = CheckpointFolder(bad / "checkpoint")
+    tensors, state = folder.load("best")
+    tensors["head.weight"] = torch.full_like(tensors["head.weight"], 100.0)
+    save(bad / "checkpoint" / "best", tensors, state)
+    with pytest.raises(InputError, match="scores that are finite numbers"):
+        list(Predictor.load(bad).predict(["w3 w4"]))
+    with pytest.raises(SystemExit) as left:
+        report.command(lambda: predict.run(predict.Options(str(bad), text="w3 w4")))
+    out, err = capsys.readouterr()
+    assert left.value.code == 2 and out == "" and err.startswith("error: ") and "diverged" in err
+
+
+# ---- scores ----
+
+
+def test_a_score_is_log_odds(tokens: Path, ranked: Path) -> None:
+    for predictor in (Predictor.load(tokens), Forest([RankedPredictor.load(ranked, tokens)] * 2)):
+        for label in next(iter(predictor.predict(["w3 w4 w5"], 5))):
+            assert math.log(label.probability / (1 - label.probability)) == pytest.approx(label.score, abs=1e-5)
+
+
+def test_a_forest_keeps_the_order_of_labels_that_are_all_but_certain(ranked: Path, tokens: Path) -> None:
+    """Their probabilities are 1 in float64; two such labels used to tie at 708."""
+    one, other = (RankedPredictor.load(ranked, tokens) for _ in range(2))
+    for predictor, z in ((one, [720.0, 900, 800, -900, -800]), (other, [730.0, 910, 810, -910, -810])):
+        scores = csr_matrix(([*z], [3, 4, 5, 6, 7], [0, 5]), (1, predictor.labels))
+        predictor.scores = lambda *args, scores=scores, **more: scores  # type: ignore[method-assign]
+    assert [label.id for label in next(Forest([one, other]).predict(["w3"], 5))] == [4, 5, 3, 7, 6]

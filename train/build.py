@@ -178,7 +178,8 @@ def build_encoder(config: Config, dataset: Dataset, device: torch.device) -> nn.
     """
     autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": default_autocast(device)}[config.precision]
     options: dict[str, Any] = {
-        "pooling": config.pooling, "bottleneck": config.bottleneck, "dropout": config.dropout,
+        "pooling": config.pooling, "class_token": class_token(config, dataset), "bottleneck": config.bottleneck,
+        "dropout": config.dropout,
         "autocast": autocast, "compile": config.compile,
     }  # fmt: skip
     if config.encoder == "tiny":
@@ -202,6 +203,16 @@ def build_encoder(config: Config, dataset: Dataset, device: torch.device) -> nn.
     if config.freeze:
         freeze(encoder, config.freeze)
     return encoder
+
+
+def class_token(config: Config, dataset: Dataset) -> str:
+    """Where the class token of a document stands: "first" or "last", by the dataset's tokenizer."""
+    if config.pooling != "cls":
+        return "first"
+    position = load_tokenizer(dataset.tokenizer_folder).class_position
+    if position is None:
+        say("note: this tokenizer sets no class token; --pooling cls reads the first token of a document")
+    return position or "first"
 
 
 def freeze(encoder: Encoder, count: int) -> None:

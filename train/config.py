@@ -39,7 +39,7 @@ class Config:
     """Hub name or local folder of any Hugging Face encoder; "minilm" is the installed all-MiniLM-L6-v2; "tiny" is a small
     random one; "bow" is a bag of words, fast on a CPU and good for short texts."""
     pooling: Literal["mean", "cls"] = "mean"
-    """Over the encoder's last layer: the mean of the tokens, or the class token."""
+    """Over the encoder's last layer: the mean of the tokens, or the class token, wherever the tokenizer sets it."""
     bottleneck: int = 0
     """Width of a bias-free linear layer after pooling; 0 is none."""
     dropout: float = 0.2

@@ -58,7 +58,8 @@ class Options:
     ranker_input: str | None = None
     """The same with --input: a file of as many texts."""
     output: str = ""
-    """.jsonl: one line a text; .npz: a scipy CSR matrix of logits [texts, labels]. Printed when not given."""
+    """.jsonl: one line a text; .npz: a scipy CSR matrix of scores [texts, labels]. Printed when not given.
+    A score is log-odds, ln p / (1 - p), of one model, of a ranker and of a forest alike."""
     top_k: int = 10
     """Labels per text."""
     batch: int | None = None

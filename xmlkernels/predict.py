@@ -13,15 +13,17 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.inputs import Inputs, load_inputs
+from xmlkernels.errors import InputError
 from xmlkernels.models.common import Model, model_config
-from xmlkernels.models.restore import restored
+from xmlkernels.models.restore import DIVERGED, check_finite, restored
 from xmlkernels.threads import check_threads, torch_threads
 
 NAMES = "label_names.txt"  # beside a checkpoint or a ranker, one a line
@@ -40,7 +42,14 @@ class CheckpointWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Label:
-    """One predicted label: its number, its name (the number where names are unknown) and its logit."""
+    """One predicted label.
+
+    Attributes:
+        id: its number.
+        name: its name, the number where names are unknown.
+        score: log-odds, ln p / (1 - p), whoever gives them: one model, a ranker (whose own margin is taken for log-odds
+            where it has the whole say) or a forest. Not bounded: where p rounds to 0 or 1, log-odds still tell labels apart.
+    """
 
     id: int
     name: str
@@ -115,7 +124,7 @@ class Predictor:
                 torch's choice. Tokenisers have threads of their own (TOKENIZERS_PARALLELISM=false does without).
 
         Raises:
-            InputError: no such checkpoint, or one that is damaged.
+            InputError: no such checkpoint, one that is damaged, or one whose training has diverged.
         """
         check_threads(threads)
         checkpoints, which = _located(folder, which)
@@ -124,6 +133,7 @@ class Predictor:
         with torch_threads(1):
             model = restored(model_config(state), tensors)
             model.load_tensors(tensors)
+            check_finite(cast(nn.Module, model), str(checkpoints.folder / which))
             model = model.to(torch.device(device))
         path = checkpoints.folder
         return cls(model, load_inputs(path, state), read_names(path), _identity(state), threads=threads)
@@ -142,7 +152,7 @@ class Predictor:
             yield named(values, rows, self.label_names)
 
     def predict_arrays(self, texts: Iterable[str], k: int = 10, *, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
-        """Logits fp32 [N, k] and labels int64 [N, k] of N texts; -inf and -1 where there are fewer than k labels."""
+        """Scores (log-odds) fp32 [N, k] and labels int64 [N, k] of N texts; -inf and -1 where there are fewer than k labels."""
         pairs = list(self._in_order(texts, k, batch_size, _AHEAD, 2))
         if not pairs:
             return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
@@ -165,11 +175,19 @@ class Predictor:
             with torch_threads(self.threads):  # never across a yield: the caller's own work is not ours to slow down
                 there = batch.to(self.model.device)
                 found = self.model.predict_and_embed(there, k) if embed else self.model.predict(there, k)
+            _check_answers(*found[:2])
             rows_of = zip(*(t.cpu().numpy() for t in found), strict=True)
             waiting.update(zip(batch.index.tolist(), rows_of, strict=True))
             while following in waiting:
                 yield waiting.pop(following)
                 following += 1
+
+
+def _check_answers(values: torch.Tensor, rows: torch.Tensor) -> None:
+    """Refuses scores that overflowed though the weights have not: every text has one label or more, with a finite score."""
+    if rows.shape[1] and not bool(torch.isfinite(values[:, 0]).all() & (rows[:, 0] >= 0).all()):
+        got = "NaN or infinity for a text"
+        raise InputError("model", "scores that are finite numbers", got, DIVERGED)
 
 
 def checkpoint_identity(folder: str | Path, which: str | None = None) -> str:

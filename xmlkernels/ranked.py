@@ -87,7 +87,7 @@ class Ranked(ABC):
             k: labels kept where every label is scored; a shortlist comes whole.
 
         Returns:
-            CSR float [N, L] of logits.
+            CSR float [N, L] of log-odds.
         """
 
     def predict(
@@ -104,7 +104,7 @@ class Ranked(ABC):
             yield named(values, rows, self.label_names)
 
     def predict_arrays(self, texts: Iterable[Text], k: int = 10, *, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
-        """Logits fp32 [N, k] and labels int64 [N, k] of N texts; -inf and -1 where there are fewer than k labels."""
+        """Scores (log-odds) fp32 [N, k] and labels int64 [N, k] of N texts; -inf and -1 where there are fewer than k labels."""
         pairs = list(self._in_order(texts, k, batch_size, 16))
         if not pairs:
             return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
@@ -225,7 +225,8 @@ class RankedPredictor(Ranked):
 
 
 class Forest(Ranked):
-    """Several rankers as one: the mean of their probabilities, where a label that a shortlist lacks has 0.
+    """Several rankers as one: the mean of their probabilities, where a label that a shortlist lacks has 0; given as log-odds,
+    which keep labels apart whose probabilities all round to 0 or to 1.
 
     Source: Prabhu et al., "Parabel" (WWW 2018), section 4: an ensemble of label trees.
 

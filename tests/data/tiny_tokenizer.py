@@ -11,8 +11,16 @@ from transformers import PreTrainedTokenizerFast
 WORDS = [f"w{number}" for number in range(200)]
 
 
-def make_tokenizer(folder: Path, *, specials: bool = True, pad: bool = True, lower: bool = True, sep: bool = True) -> Path:
-    """Save a word-level tokenizer: [CLS] text [SEP], one id per known word, in `folder`."""
+def make_tokenizer(
+    folder: Path,
+    *,
+    specials: bool = True,
+    pad: bool = True,
+    lower: bool = True,
+    sep: bool = True,
+    template: str = "[CLS] $A [SEP]",
+) -> Path:
+    """Save a word-level tokenizer: [CLS] text [SEP] (or another template), one id per known word, in `folder`."""
     vocab = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
     core = Core(models.WordLevel(vocab, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -20,7 +28,7 @@ def make_tokenizer(folder: Path, *, specials: bool = True, pad: bool = True, low
         core.normalizer = normalizers.Lowercase()
     if specials:
         core.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+            single=template, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
         )
     names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"} | ({"pad_token": "[PAD]"} if pad else {})
     if not sep:

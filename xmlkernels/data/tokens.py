@@ -101,6 +101,15 @@ class Tokenizer:
         return np.array([next(token for token in known if token is not None)], np.int32)
 
     @cached_property
+    def class_position(self) -> str | None:
+        """Where `encode_batch` puts the class token: "first" (BERT), "last" (XLNet), None where there is none."""
+        token = self._inner.cls_token_id
+        row = self.encode_batch(["a"], 64)[0].tolist()
+        if token is None or token not in (row[0], row[-1]):
+            return None
+        return "first" if row[0] == token else "last"
+
+    @cached_property
     def hash(self) -> str:
         """sha256 of everything that decides the ids: the serialized tokenizer (its saved truncation and padding left
         out, they are not used), special tokens and truncation side."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from xmlkernels.errors import InputError
@@ -14,6 +15,35 @@ from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
+
+DIVERGED = (
+    "the training has diverged: use an earlier checkpoint (the best in place of the last), or train again with lower learning "
+    "rates"
+)
+
+
+def check_finite(model: nn.Module, where: str) -> None:
+    """Refuses weights that are no numbers: such a model answers every text with nothing.
+
+    Args:
+        model: on the CPU.
+        where: what it was read from.
+
+    Raises:
+        InputError: NaN or infinity in a tensor; names the first one and how many there are.
+    """
+    bad = [name for name, value in model.state_dict().items() if not _finite(value)]
+    if bad:
+        got = f"NaN or infinity in {len(bad)} of them, the first {bad[0]}"
+        raise InputError(where, "weights that are finite numbers", got, DIVERGED)
+
+
+def _finite(values: Tensor) -> bool:
+    if values.numel() == 0 or not values.is_floating_point():
+        return True
+    if values.dtype == torch.float8_e4m3fn:  # it has no infinity; all bits but the sign are set in its NaN
+        return int((values.view(torch.uint8) & 0x7F).max()) < 0x7F
+    return all(bool(torch.isfinite(end)) for end in values.aminmax())  # one pass, no copy, and NaN comes through
 
 
 def restored(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Model:

@@ -49,9 +49,11 @@ class Encoder(nn.Module):
 
     Args:
         model: a transformers encoder whose output has `last_hidden_state` [B, T, H].
-        pooling: "mean" = mean over real tokens, in fp32; "cls" = the first real token of each row. With left padding
-            "cls" takes the first token after the padding; models with absolute positions counted from the left edge
-            (BERT, DistilBERT) still see shifted positions there, so pad those on the right.
+        pooling: "mean" = mean over real tokens, in fp32; "cls" = the class token of each row, which is its first or its
+            last real one (`class_token`). With left padding the first is the one after the padding; models with absolute
+            positions counted from the left edge (BERT, DistilBERT) still see shifted positions there, so pad those on
+            the right.
+        class_token: "first", as BERT has it, or "last", as XLNet; see `Tokenizer.class_position`.
         bottleneck: width of a bias-free fp32 linear layer after pooling, drawn from U(−1/√H, 1/√H); 0 = none.
         dropout: probability of dropout on the finished embedding.
         autocast: torch.bfloat16, torch.float16, or None for fp32; see `default_autocast`.
@@ -67,16 +69,17 @@ class Encoder(nn.Module):
         model: nn.Module,
         *,
         pooling: str = "mean",
+        class_token: str = "first",
         bottleneck: int = 0,
         dropout: float = 0.0,
         autocast: torch.dtype | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__()
-        check_options(pooling, bottleneck, dropout, autocast)
+        check_options(pooling, class_token, bottleneck, dropout, autocast)
         self.hidden = checked_width(model)
         self.model = model
-        self.pooling, self.autocast, self.compiled = pooling, autocast, compile
+        self.pooling, self.class_token, self.autocast, self.compiled = pooling, class_token, autocast, compile
         self.width = bottleneck or self.hidden
         self.max_length = longest(model)
         self.bottleneck: nn.Linear | None = None
@@ -171,7 +174,7 @@ class Encoder(nn.Module):
         for key in ("_name_or_path", "dtype"):  # a path of this machine; weights are fp32 whatever the file held
             model.pop(key, None)
         names = {dtype: name for name, dtype in AUTOCAST.items()}
-        return {
+        described = {
             "model": model,
             "pooling": self.pooling,
             "bottleneck": 0 if self.bottleneck is None else self.width,
@@ -179,6 +182,8 @@ class Encoder(nn.Module):
             "autocast": None if self.autocast is None else names[self.autocast],
             "compile": self.compiled,
         }
+        # Left out where it is the first, as it was for all before: older checkpoints and today's are alike.
+        return described | ({} if self.class_token == "first" else {"class_token": self.class_token})
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """int64 [B, T] ids and a mask of 1 = real token, 0 = padding → fp32 [B, D], contiguous.
@@ -233,8 +238,11 @@ class Encoder(nn.Module):
 
     def _pool(self, hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         if self.pooling == "cls":
-            first = attention_mask.argmax(dim=1)  # of equal values argmax names the first
-            return hidden[torch.arange(hidden.shape[0], device=hidden.device), first]
+            if self.class_token == "first":
+                place = attention_mask.argmax(dim=1)  # of equal values argmax names the first
+            else:
+                place = attention_mask.shape[1] - 1 - attention_mask.flip(1).argmax(dim=1)
+            return hidden[torch.arange(hidden.shape[0], device=hidden.device), place]
         mask = attention_mask.unsqueeze(-1).float()
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1e-9)
 

@@ -10,11 +10,14 @@ from xmlkernels.errors import InputError
 from xmlkernels.threads import torch_threads
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+CLASS_TOKEN = ("first", "last")
 
 
-def check_options(pooling: str, bottleneck: int, dropout: float, autocast: torch.dtype | None) -> None:
+def check_options(pooling: str, class_token: str, bottleneck: int, dropout: float, autocast: torch.dtype | None) -> None:
     if pooling not in ("mean", "cls"):
         raise InputError("pooling", "'mean' or 'cls'", repr(pooling), "choose one of the two")
+    if class_token not in CLASS_TOKEN:
+        raise InputError("class_token", "'first' or 'last'", repr(class_token), "take the tokenizer's `class_position`")
     if bottleneck < 0:
         raise InputError("bottleneck", "a width ≥ 0 (0 = none)", str(bottleneck), "correct it")
     if not 0.0 <= dropout < 1.0:

@@ -12,7 +12,6 @@ from typing import Literal
 
 import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix, vstack
-from scipy.special import expit
 
 from xmlkernels.data.matrices import check_shape
 from xmlkernels.errors import InputError
@@ -20,6 +19,7 @@ from xmlkernels.metrics import candidates_needed, drop_filtered, evaluate, top_r
 from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.linear import LinearRanker
 
+_TINY = float(np.finfo(np.float64).tiny)
 _PAIRS = 1 << 23  # pairs (document, label) scored at one time
 SHARES = tuple(round(0.05 * step, 2) for step in range(21))
 How = Literal["log_odds", "product"]
@@ -33,7 +33,8 @@ class Reranker:
     The final score is either of
     - log_odds: (1 - share) · logit + share · margin,
     - product: (1 - share) · ln p_model + share · ln p_ranker, a weighted product of probabilities, given as log-odds.
-    At share 0 it is the plain model's logit, at share 1 the ranker's margin.
+    At share 0 it is the plain model's logit, at share 1 the ranker's margin. A product that float64 cannot tell from 1 has
+    the log-odds 708.4 and, beyond that, what its margin has above 1: such labels keep the order of their margins.
 
     Attributes:
         ranker: the classifiers.
@@ -90,7 +91,8 @@ class Reranker:
             mixed = (1 - self.share) * z + self.share * margin
         else:
             model = -np.logaddexp(0, -z)
-            mixed = log_odds((1 - self.share) * model + self.share * self.ranker.log_probability(margin))
+            log_p = (1 - self.share) * model + self.share * self.ranker.log_probability(margin)
+            mixed = log_odds(log_p) + np.where(log_p > -_TINY, np.maximum(margin - 1, 0), 0)
         return csr_matrix((mixed.astype(np.float32), plain.indices, plain.indptr), plain.shape)
 
     def save(self, path: str | Path) -> None:
@@ -110,7 +112,7 @@ class Reranker:
 
 def log_odds(log_probability: np.ndarray) -> np.ndarray:
     """ln p/(1-p) of ln p ≤ 0, finite at p = 1 too; strictly rising up to there."""
-    log_p = np.minimum(log_probability, -np.finfo(np.float64).tiny)
+    log_p = np.minimum(log_probability, -_TINY)
     return np.asarray(log_p - np.log(-np.expm1(log_p)))
 
 
@@ -163,34 +165,54 @@ def combine(files: Sequence[csr_matrix], odds: Sequence[np.ndarray], weights: Se
     if len(used) == 1:  # as it is: there is nothing to add, and no way through probabilities that could make ties
         matrix, z, _ = used[0]
         return csr_matrix((z, matrix.indices, matrix.indptr), shape)
+    return _mean_probability(used, shape) if how == "probability" else _mean_odds(used, shape)
+
+
+_Used = Sequence[tuple[csr_matrix, np.ndarray, float]]  # of each file: its pairs, their log-odds, its share; shares add up to 1
+
+
+def _mean_probability(used: _Used, shape: tuple[int, int]) -> csr_matrix:
+    """Log-odds of the mean probability of each pair, an absent one counting 0.
+
+    In logarithms throughout: p or 1 - p of log-odds beyond ±708 is 0 in float64, and all such labels would tie.
+    """
+    rows = np.concatenate([np.repeat(np.arange(shape[0]), np.diff(matrix.indptr)) for matrix, _, _ in used])
+    columns = np.concatenate([matrix.indices for matrix, _, _ in used])
+    order = np.lexsort((columns, rows))
+    rows, columns = rows[order], columns[order]
+    z = np.concatenate([odds for _, odds, _ in used])[order]
+    weight = np.concatenate([np.full(len(odds), share) for _, odds, share in used])[order]
+    first = np.flatnonzero((np.diff(rows, prepend=-1) != 0) | (np.diff(columns, prepend=-1) != 0))  # of each pair
+    if not first.size:
+        return csr_matrix(shape)
+    yes = np.logaddexp.reduceat(np.log(weight) - np.logaddexp(0, -z), first)
+    no = np.logaddexp.reduceat(np.log(weight) - np.logaddexp(0, z), first)
+    missing = np.diff(first, append=len(z)) < len(used)
+    absent = np.where(missing, np.maximum(1 - np.add.reduceat(weight, first), 0), 0)
+    with np.errstate(divide="ignore"):  # where nothing is absent
+        mean = yes - np.logaddexp(no, np.log(absent))
+    indptr = np.searchsorted(rows[first], np.arange(shape[0] + 1))
+    return csr_matrix((mean, columns[first], indptr), shape)
+
+
+def _mean_odds(used: _Used, shape: tuple[int, int]) -> csr_matrix:
+    """Mean log-odds of each pair, an absent one counting as the lowest of its document in that file."""
     base, heard = np.zeros(shape[0]), np.zeros(shape[0])
     parts = []
-    for matrix, z, weight in used:
+    for matrix, z, share in used:
         rows = np.repeat(np.arange(shape[0]), np.diff(matrix.indptr))
-        values = [np.full(len(z), weight)]
-        if how == "probability":
-            values += [weight * expit(z), weight * expit(-z)]
-        else:
-            lowest = np.full(shape[0], np.inf)
-            np.minimum.at(lowest, rows, z)
-            known = np.isfinite(lowest)
-            lowest[~known] = 0  # a document for which this file has nothing to say: the others' mean is taken
-            base += weight * lowest
-            heard += weight * known
-            values.append(weight * (z - lowest[rows]))
-        parts.append((rows, matrix.indices, *values))
-    rows, columns, *values = (np.concatenate(column) for column in zip(*parts, strict=True))
+        lowest = np.full(shape[0], np.inf)
+        np.minimum.at(lowest, rows, z)
+        known = np.isfinite(lowest)
+        lowest[~known] = 0  # a document for which this file has nothing to say: the others' mean is taken
+        base += share * lowest
+        heard += share * known
+        parts.append((rows, matrix.indices, share * (z - lowest[rows])))
+    rows, columns, values = (np.concatenate(column) for column in zip(*parts, strict=True))
     # Through COO: adding CSR matrices would drop pairs whose sum is 0.
-    present, mean, *rest = (coo_matrix((value, (rows, columns)), shape).tocsr() for value in values)
-    if how == "probability":
-        # p and 1-p apart: near 1, all that tells two labels apart is in 1-p. Absent labels have p = 0.
-        files_with = coo_matrix((np.ones(len(rows)), (rows, columns)), shape).tocsr().data
-        absent = np.where(files_with < len(used), 1 - present.data, 0)
-        tiny = np.finfo(np.float64).tiny
-        mean.data = np.log(np.maximum(mean.data, tiny)) - np.log(np.maximum(rest[0].data + absent, tiny))
-    else:
-        of_row = np.repeat(np.arange(shape[0]), np.diff(mean.indptr))
-        mean.data = (mean.data + base[of_row]) / heard[of_row]
+    mean = coo_matrix((values, (rows, columns)), shape).tocsr()
+    of_row = np.repeat(np.arange(shape[0]), np.diff(mean.indptr))
+    mean.data = (mean.data + base[of_row]) / heard[of_row]
     return mean
 
 
