@@ -1,0 +1,75 @@
+"""Which test holds each option of the commands beside train/run.py: file::test, from tests/."""
+
+import train_runs  # noqa: F401  (puts train/ on the path)
+
+from xmlkernels.data.prepare import PrepareConfig
+
+import ensemble  # isort: skip
+import export  # isort: skip
+import predict  # isort: skip
+import ranker  # isort: skip
+import tree  # isort: skip
+
+HERE = "fields/test_command_options.py::"
+_PREDICT, _RANKED, _TREE = "test_predict.py::", "test_ranked.py::", "tree/test_command.py::"
+_EXPORT, _ENSEMBLE, _RANKER = "test_export.py::", "test_ensemble.py::", "test_ranker_command.py::"
+_PREPARE = "data/test_prepare.py::"
+_WITH_MODEL, _WITH_TREE = HERE + "test_what_a_ranker_of_a_model_is_told", HERE + "test_what_a_ranker_of_a_tree_is_told"
+_MADE_WITH = HERE + "test_what_a_tree_is_made_with"
+
+
+def _all(test: str, *names: str) -> dict[str, str]:
+    return dict.fromkeys(names, test)
+
+
+HELD: dict[type, dict[str, str]] = {
+    predict.Options: {
+        **_all(HERE + "test_what_predict_asks_of_a_model", "checkpoint", "text", "top_k", "batch", "which", "device",
+               "threads"),
+        **_all(_PREDICT + "test_files_in_and_out", "input", "output"),
+        "ranker": _RANKED + "test_a_forest_is_the_mean_of_its_rankers",
+        "ranker_input": _RANKED + "test_texts_of_the_test_split_are_answered_as_the_split_was",
+        **_all(_RANKED + "test_one_text", "latency", "ranker_text"),
+    },
+    tree.Options: {
+        **_all(_MADE_WITH, "dataset", "output", "ngrams", "terms", "common", "keep", "graph", "visits", "restart", "top",
+               "most_documents", "prune", "label_vectors", "starts", "tolerance", "seed", "threads"),
+        **_all(_TREE + "test_made_once_for_each_content", "depths", "clusters", "overwrite"),
+        "features": _TREE + "test_given_features_and_label_vectors",
+        "label_text": _TREE + "test_label_texts_by_an_encoder",
+        "plot": _TREE + "test_what_the_folder_gets",
+    },
+    ranker.Options: {
+        **_all(_WITH_MODEL, "dataset", "output", "checkpoint", "longest", "min_df", "max_features", "shortlist", "device",
+               "embedding_weight", "tfidf_weight", "training", "threads", "share", "blend", "top_k"),
+        **_all(_WITH_TREE, "tree", "beam"),
+        **_all(_RANKER + "test_given_share_and_no_embedding", "tfidf", "embedding"),
+        **_all(_RANKER + "test_texts_and_features_from_files", "one_vs_all", "features", "test_text"),
+        **_all(_RANKER + "test_wrong_texts_are_told_before_the_model_runs", "train_text", "validation_text"),
+    },
+    export.Options: {
+        **_all(HERE + "test_what_export_asks_of_a_model", "checkpoint", "output", "what", "batch", "which", "device", "top_k"),
+        "normalize": _EXPORT + "test_label_vectors",
+        "dataset": _EXPORT + "test_shortlists_are_cut",
+    },
+    ensemble.Options: {
+        **_all(HERE + "test_scores_of_another_split_and_few_labels", "files", "dataset", "split", "output", "top_k"),
+        **_all(_ENSEMBLE + "test_sum_is_that_of_dense_matrices", "weights", "sum"),
+        "scores": _ENSEMBLE + "test_probabilities_and_logits_of_the_same_scores_agree",
+        "metrics": _ENSEMBLE + "test_output_holds_logits_that_measure_the_same",
+    },
+    PrepareConfig: {
+        **_all(HERE + "test_what_prepare_reads_beside_the_texts", "validation_filter", "label_format", "propensity_a",
+               "validation_text", "validation_labels", "num_labels", "merge_duplicates"),
+        **_all(_PREPARE + "test_text_files", "output", "tokenizer", "train_text", "train_labels", "test_text", "test_labels",
+               "label_text", "keep_texts", "max_length"),
+        **_all(_PREPARE + "test_lf_json", "source", "fields"),
+        **_all(_PREPARE + "test_unlabelled_documents", "unlabelled", "train_filter", "test_filter"),
+        **_all(_PREPARE + "test_validation_share", "validation_share", "seed", "name"),
+        **_all(_PREPARE + "test_propensity_is_never_guessed", "propensity", "propensity_b"),
+        "token_maps": _PREPARE + "test_upstream_token_maps",
+        "documents": _PREPARE + "test_built_in_corpus",
+        "label_names": "data/test_prepare_bow.py::test_features_and_labels_apart",
+        "overwrite": _PREPARE + "test_other_inputs_need_overwrite",
+    },
+}  # fmt: skip
