@@ -3,8 +3,6 @@
 The task: which functions will the function that does this need to call? What stands from an earlier call is used again.
 """
 
-import os
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +15,7 @@ from config import Config, recorded
 from facts import commit
 from output import MAY_CHANGE, read_json, write_json
 from recipes import RECIPES
-from report import command, print_comparison, say
+from report import command, print_comparison, python, say
 from run import train
 from sources import open_dataset
 from xmlkernels import InputError
@@ -121,12 +119,6 @@ def answer(predictor: Predictor) -> None:
     for query, labels in zip(QUERIES, predictor.predict(QUERIES, k=5), strict=True):
         say(f"\n{query}")
         say("   " + "   ".join(f"{label.name} {label.probability:.2f}" for label in labels))
-
-
-def python() -> str:
-    """The interpreter as one would type it here."""
-    inside = os.path.relpath(sys.executable)
-    return sys.executable if inside.startswith("..") else inside
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ import torch
 
 from config import Config, resolved_label_device, resolved_state, resolved_table
 from xmlkernels import __version__, dist
+from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.common import Model
+from xmlkernels.models.end_to_end import EndToEnd
 from xmlkernels.ops import missing
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "safetensors")
@@ -84,6 +86,18 @@ def environment(config: Config, model: Model) -> dict[str, Any]:
         "table": resolved_table(config, model.device),
         "state": resolved_state(config),
     }
+
+
+def skipped(model: Model) -> dict[str, float]:
+    """What was left out so far: steps that were not finite, clusters that found no place, groups of labels."""
+    found = {"skipped_steps": int(model.skipped_steps), "skipped_encoder_steps": int(model.skipped_encoder_steps)}
+    if isinstance(model, Cascade):
+        return found | {"lost_positives": int(model.lost_positives.sum())}
+    tiles = model.head.skipped if isinstance(model, EndToEnd) else None
+    if tiles is None:
+        return found
+    left_out, seen = tiles.tolist()
+    return found | {"skipped_tiles": left_out / max(1, seen)}  # share since the start, or since it was resumed
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:

@@ -50,6 +50,12 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+def python() -> str:
+    """The interpreter as one would type it here."""
+    inside = os.path.relpath(sys.executable)
+    return sys.executable if inside.startswith("..") else inside
+
+
 def command(main: Callable[[], Any], *, interrupted: str = "interrupted", several: bool = False) -> None:
     """Runs a command; whatever ends it is told in one sentence on stderr.
 

@@ -16,7 +16,7 @@ from arguments import parse_named
 from checks import check
 from config import Config, resolved_device
 from recipes import RECIPES
-from report import command
+from report import command, python, say
 from running import running
 from xmlkernels import dist
 
@@ -36,7 +36,9 @@ def train(config: Config) -> dict[str, Any]:
                 run.position += 1
                 run.collect(loss, batch)
                 if model.steps % config.log_every == 0:
-                    run.log_progress()  # the only place in the loop that waits for the device
+                    run.log_progress()  # here and in the next the loop waits for the device, nowhere else
+                elif run.progress.due():
+                    run.tell_progress()
                 if config.save_every and model.steps % config.save_every == 0:
                     run.save()
                 run.stop_if_asked()
@@ -54,6 +56,7 @@ def main() -> None:
     check(config, given={word[2:].split("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")})
     dist.start(resolved_device(config.device))
     train(config)
+    say(f'ask it: {python()} train/predict.py --checkpoint {config.output} --text "…"   (--input FILE for many texts)')
     dist.wait()  # the first process may still be writing, and torchrun takes a lost one for a failure
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from build import build_model, draw_apart, start_table, warmup_steps
 from config import Config, recorded, resolved_device
-from facts import Clock, commit, differences, environment
+from facts import Clock, commit, differences, environment, skipped
 from output import RunFolder, write_json
+from progress import Frequencies, Progress
 from report import levels_line, print_metrics, say
 from sources import open_dataset, open_inputs, open_tree, training_batches
 from stops import Stopped, Watched, asked
@@ -25,7 +26,6 @@ from xmlkernels.evaluation import Evaluation, evaluate_schemes, evaluate_split, 
 from xmlkernels.metrics import decile_table, evaluate, inverse_propensity, macro_metrics
 from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.common import Documents
-from xmlkernels.models.end_to_end import EndToEnd
 
 SHOWN = {"val": "validation"}
 
@@ -82,6 +82,10 @@ class Session:
             start_table(config, self.dataset, self.inputs, self.model)
             self.folder.begin(self.dataset, self.inputs, self.tree)
         self._introduce()
+        sums, log = self.model.sums_loss, self.folder.log_file if self.folder.writes else None
+        self.frequencies = Frequencies(splits["train"].labels, label_texts=config.label_text) if sums else None
+        told = self.frequencies.told() if self.frequencies else ""
+        self.progress = Progress(self.total, self.model.steps, reference=told, log=log)
 
     def _agree(self) -> None:
         """Refuses processes that would not take the same steps."""
@@ -220,30 +224,31 @@ class Session:
             self.pending.append((loss if self.model.sums_loss else loss * len(batch), len(batch)))
 
     def log_progress(self) -> None:
-        """One line to the log and one to the terminal: the mean of the finite losses since the last, speed, skipped steps."""
+        """One line to the log: the mean of the finite losses since the last, speed, skipped steps; and, where it is time for
+        one, to the terminal."""
+        loss, speed, seconds = self._since()
+        epoch = self.epoch + self.position / len(self.batches)
+        self.folder.log(
+            {"step": self.model.steps, "epoch": epoch, "loss": loss, "documents_per_second": speed, "seconds": seconds}
+            | skipped(self.model)
+        )
+        if self.progress.due(logged=True):
+            self.progress.tell(self.model.steps, epoch, loss, speed, a_sum=self.model.sums_loss)
+        self.pending, self.marked = [], (self.documents, seconds)
+
+    def tell_progress(self) -> None:
+        """The line to the terminal alone, between two of the log; the next of the log is what it would have been."""
+        loss, speed, _ = self._since()
+        epoch = self.epoch + self.position / len(self.batches)
+        self.progress.tell(self.model.steps, epoch, loss, speed, a_sum=self.model.sums_loss)
+
+    def _since(self) -> tuple[float | None, float, float]:
+        """Since the last line of the log: mean of the finite losses and documents per second; and seconds of training."""
         seconds = self.clock.seconds()["train"]
         speed = (self.documents - self.marked[0]) / max(seconds - self.marked[1], 1e-9)
         finite = [(value, count) for value, count in ((float(v), n) for v, n in self.pending) if math.isfinite(value)]
         loss = sum(value for value, _ in finite) / sum(count for _, count in finite) if finite else None
-        line = {
-            "step": self.model.steps, "epoch": self.epoch + self.position / len(self.batches), "loss": loss,
-            "documents_per_second": speed, "seconds": seconds, **self._skipped(),
-        }  # fmt: skip
-        self.folder.log(line)
-        told = "" if loss is None else f"  loss {loss:.3f} per document" if self.model.sums_loss else f"  loss {loss:.5f}"
-        say(f"step {line['step']:,}  epoch {line['epoch']:.2f}{told}  {speed:.0f} documents/s")
-        self.pending, self.marked = [], (self.documents, seconds)
-
-    def _skipped(self) -> dict[str, float]:
-        model = self.model
-        found = {"skipped_steps": int(model.skipped_steps), "skipped_encoder_steps": int(model.skipped_encoder_steps)}
-        if isinstance(model, Cascade):
-            return found | {"lost_positives": int(model.lost_positives.sum())}
-        tiles = model.head.skipped if isinstance(model, EndToEnd) else None
-        if tiles is None:
-            return found
-        skipped, seen = tiles.tolist()
-        return found | {"skipped_tiles": skipped / max(1, seen)}  # share since the start, or since it was resumed
+        return loss, speed, seconds
 
     # ---- evaluation ----
 
@@ -272,8 +277,8 @@ class Session:
         name, content = SHOWN.get(split.name, split.name), self.dataset.content_hash
         self.folder.log({"step": model.steps, "epoch": self.epoch, "split": name, **metrics, "dataset": content})
         shown = "  ".join(f"{key} {metrics[key]:.2f}" for key in ("P@1", "P@3", "P@5", "nDCG@5", "PSP@5"))
-        loss = f"{found.loss:.3f}" if model.sums_loss else f"{found.loss:.5f}"
-        say(f"{name} after epoch {self.epoch}: {shown}  loss {loss}  (dataset {content[:12]})")
+        told = f"{found.loss:.1f} per document ({self.frequencies.told(split.labels)})" if self.frequencies else ""
+        say(f"{name} after epoch {self.epoch}: {shown}  loss {told or f'{found.loss:.3g}'}  (dataset {content[:12]})")
         if found.levels:
             say(levels_line(found.levels))
         return metrics, found
@@ -305,7 +310,7 @@ class Session:
 
     def finish(self) -> dict[str, Any]:
         """The one look at the test split; writes predictions.npz and metrics.json and prints them."""
-        counters = {"steps": self.model.steps, **self._skipped()}  # of the run, not of its best step
+        counters = {"steps": self.model.steps, **skipped(self.model)}  # of the run, not of its best step
         self.clock.start(None)
         report: dict[str, Any] = {"dataset": self.dataset.name, "dataset_hash": self.dataset.content_hash}
         report["best"] = self._put_best()
