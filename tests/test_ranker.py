@@ -1,5 +1,6 @@
 """The linear ranker: against scikit-learn, threads, pruning, files, shortlists, and one sentence for every mistake."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.sparse
+from safetensors import safe_open
 from safetensors.numpy import save_file
 from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression
@@ -265,14 +267,60 @@ def test_files_that_are_no_ranker(data: tuple[Features, csr_matrix], tmp_path: P
     whole = (tmp_path / "whole").read_bytes()
     (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
     for name in ("text", "other", "cut"):
-        with pytest.raises(InputError, match="expected a ranker's file, got one that cannot be read") as told:
+        expected = "head: expected JSON" if name == "other" else "expected a ranker's file, got one that cannot be read"
+        with pytest.raises(InputError, match=expected) as told:
             LinearRanker.load(tmp_path / name)
         assert "\n" not in str(told.value)
     replace(ranker, sparse=replace_columns(ranker.sparse)).save(tmp_path / "damaged")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="indices, entry 0: expected indices from 0 to"):
         LinearRanker.load(tmp_path / "damaged")
+    replace(ranker, bias=ranker.bias + np.float32(np.nan)).save(tmp_path / "nan")
+    with pytest.raises(InputError, match="bias: expected finite weights, got a NaN or an infinity"):
+        LinearRanker.load(tmp_path / "nan")
     with pytest.raises(InputError, match="a ranker with its weights"):
         Reranker.load(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"columns": "8"}, r"head, \$.columns: expected a whole number, got \"8\""),
+        ({"columns": -1}, r"head, \$.columns: expected a whole number >= 0, got -1"),
+        ({"settings": []}, r"head, \$.settings: expected an object, got a list of 0"),
+        ({"settings": {"cost": "1"}}, r"head, \$.settings.cost: expected a number, got \"1\""),
+        ({"settings": {"cost": -1}}, r"head, settings.cost: expected a finite number above 0, got -1"),
+        ({"settings": {"seed": 1.5}}, r"head, \$.settings.seed: expected a whole number, got 1.5"),
+        ({"facts": None}, r"head, \$.facts: expected an object, got null"),
+        ({"format": 1}, "head: expected format xmlkernels-ranker 1, got 1"),
+    ],
+)
+def test_heads_that_lie(
+    data: tuple[Features, csr_matrix], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    fit(*data).save(tmp_path / "r")
+    with safe_open(tmp_path / "r", "numpy") as file:
+        head = json.loads(file.metadata()["ranker"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file(tensors, tmp_path / "r", {"ranker": json.dumps(head | change)})
+    with pytest.raises(InputError, match=message):
+        LinearRanker.load(tmp_path / "r")
+    save_file(tensors, tmp_path / "r", {"ranker": "[" * 100_000})
+    with pytest.raises(InputError, match="at most 100 levels, got more"):
+        LinearRanker.load(tmp_path / "r")
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1], r"facts.weights: expected an object, got a list of 1"),
+        ({"share": "x"}, r"facts.weights, \$.share: expected a number, got \"x\""),
+        ({"share": 0.5, "how": "sum"}, r"facts.weights: expected a key 'embedding_weight'"),
+    ],
+)
+def test_weights_that_lie(data: tuple[Features, csr_matrix], tmp_path: Path, weights: Any, message: str) -> None:
+    fit(*data, facts={"weights": weights}).save(tmp_path / "r")
+    with pytest.raises(InputError, match=message):
+        Reranker.load(tmp_path / "r")
 
 
 def replace_columns(matrix: csr_matrix) -> csr_matrix:

@@ -98,6 +98,8 @@ def test_a_missing_key_at_the_top() -> None:
         (b'{"share": -Infinity}', "-Infinity"),
         (b'{"share": 1e999}', "1e999, a number beyond a double"),
         (b'{"name": "a", "name": "b"}', 'the key "name" twice'),
+        (b'{"\\ud800": 1, "name": "a"}', "half of a surrogate pair"),
+        (b'{"labels": "\\ud800"}', "half of a surrogate pair"),
         (b'{"x": {"name": "a", "name": "b"}}', 'the key "name" twice'),
         (b'{"name": "\xff"}', "a byte that is none (at 10)"),
         ('{"name": "ä"}'.encode("utf-16"), "a byte that is none (at 0)"),

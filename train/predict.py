@@ -28,6 +28,7 @@ from xmlkernels.data.files import replacing
 from xmlkernels.data.formats import DataWarning, iter_lines, write_npz
 from xmlkernels.data.kinds import check_documents, check_text, is_json_lines, unpacked
 from xmlkernels.data.locks import own_place
+from xmlkernels.data.text_lines import LONGEST_LINE, line_too_long
 from xmlkernels.evaluation import score_matrix
 from xmlkernels.predict import Label, Predictor
 from xmlkernels.ranked import Forest, Ranked, RankedPredictor
@@ -126,7 +127,9 @@ def lines_of(stream: IO[bytes]) -> Iterator[str]:
     if isinstance(stream, io.BufferedReader):
         check_stream(stream)
     try:
-        for number, line in enumerate(iter(stream.readline, b""), 1):
+        for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 2), b""), 1):
+            if len(line.rstrip(b"\r\n")) > LONGEST_LINE:
+                raise line_too_long(f"standard input:{number}")
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from xmlkernels.evaluation import score_matrix
 from xmlkernels.predict import Label, Predictor, named, read_names
 from xmlkernels.ranker.blend import Reranker, best, best_of_all, combine
 from xmlkernels.ranker.matcher import ClusterMatcher
+from xmlkernels.records import Count, check_record
 from xmlkernels.threads import check_threads
 
 RANKER, VECTORIZER, CLUSTERS = "ranker.safetensors", "vectorizer", "clusters"
@@ -35,6 +36,16 @@ Shortlist = Literal["model", "tree", "all"]
 Words = Literal["same", "own", "features", "none"]
 _NO_PAIRS = np.zeros((0, 2), np.int64)
 _AGAIN = "train the ranker again"
+
+
+class SourceValues(TypedDict):
+    """JSON of a `Source`."""
+
+    shortlist: str
+    words: str
+    checkpoint: NotRequired[str]
+    listed: NotRequired[Count]
+    vectorizer: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -251,11 +262,12 @@ class Forest(Ranked):
 
 
 def _source(reranker: Reranker, folder: Path) -> Source:
-    try:
-        source = Source(**reranker.ranker.facts["source"])
-    except (KeyError, TypeError) as error:
-        got = f"one without it ({error})"
-        raise InputError(str(folder / RANKER), "a ranker that says what it was made of", got, _AGAIN) from error
+    where, facts = f"{folder / RANKER}, head, facts", reranker.ranker.facts
+    if "source" not in facts:
+        raise InputError(str(folder / RANKER), "a ranker that says what it was made of", "one without it", _AGAIN)
+    values: Any = check_record(facts["source"], SourceValues, where=f"{where}.source", mend=_AGAIN)
+    known = {f.name for f in fields(Source)}
+    source = Source(**{key: value for key, value in values.items() if key in known})
     if source.words == "features":
         mend = "train one on texts, or score splits of its dataset with train/ranker.py"
         raise InputError(str(folder), "a ranker of texts", "one of ready features, which nobody can make of a text", mend)

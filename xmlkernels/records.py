@@ -108,6 +108,8 @@ def check_record(value: Any, shape: type[T], *, where: str, mend: str) -> T:
         msgspec.convert(value, shape, strict=True)
     except msgspec.ValidationError as error:
         raise _told(value, shape, str(error), where, mend) from None
+    except UnicodeError:
+        raise InputError(where, "texts in Unicode", "half of a surrogate pair", mend) from None
     return cast(T, value)
 
 
@@ -249,5 +251,5 @@ def _shown(value: Any) -> str:
     """A value as it stands in JSON, at most 60 characters of it; of lists and objects how many items they have."""
     if isinstance(value, dict | list):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
     return text if len(text) <= 60 else f"{text[:60]}…"

@@ -112,13 +112,13 @@ def damaged(folder: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("missing", "expected vocabulary.json and idf.safetensors"),
-        ("cut", "expected vocabulary.json and idf.safetensors"),
-        ("tensors", "expected vocabulary.json and idf.safetensors"),
-        ("version", "expected xmlkernels-vocabulary version 1, got xmlkernels-vocabulary 9"),
+        ("missing", "idf.safetensors: expected a file, got no file of that name"),
+        ("cut", "vocabulary.json: expected JSON, got Unterminated string"),
+        ("tensors", "idf.safetensors: expected the weights of a vocabulary, got one that cannot be read"),
+        ("version", "vocabulary.json: expected version 1, got 9"),
         ("words", "content hash"),
-        ("short", "a vocabulary with its weights"),
-        ("settings", "a vocabulary with its weights"),
+        ("short", r"expected \d+ finite float32, one for each word, got float32"),
+        ("settings", r"\$.settings: expected a key 'longest', got none"),
     ],
 )
 def test_damaged_files(tmp_path: Path, kind: str, message: str) -> None:

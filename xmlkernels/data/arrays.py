@@ -241,3 +241,24 @@ def _values(file: IO[bytes], head: Head, where: str, mend: str) -> np.ndarray:
         done += len(part)
     array = raw.view(head.dtype).reshape(head.shape, order="F" if head.columns_first else "C")
     return array.astype(head.dtype.newbyteorder("="), order="C", copy=False)
+
+
+def read_tensors(path: PathLike, expected: str, mend: str) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """(text of the header, arrays) of a safetensors file; sizes and offsets are compared by that library.
+
+    Args:
+        expected: what messages call the file.
+
+    Raises:
+        InputError: no such file, none of that format, damaged, or of types that NumPy lacks.
+    """
+    from safetensors import safe_open
+
+    name = os.fspath(check_file(path))
+    try:
+        with safe_open(name, framework="numpy") as file:
+            head = file.metadata() or {}
+            return head, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except Exception as error:  # SafetensorError and, for types that NumPy lacks, whatever NumPy says of them
+        reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+        raise InputError(name, expected, f"one that cannot be read ({reason})", mend) from None

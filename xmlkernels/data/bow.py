@@ -6,23 +6,25 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from xmlkernels.data.arrays import read_tensors
 from xmlkernels.data.background import in_background
 from xmlkernels.data.batches import at_least, gather_bags
 from xmlkernels.data.files import replacing
 from xmlkernels.data.loader import BagBatch, text_windows
 from xmlkernels.errors import InputError
+from xmlkernels.records import Positive, read_record
 
 FORMAT, VERSION = "xmlkernels-vocabulary", 1
 VOCABULARY, IDF = "vocabulary.json", "idf.safetensors"
+MOST_BYTES = 1 << 30  # of vocabulary.json: words are many
 _WORD = r"(?u)\b\w+\b"  # single letters are words too: names of concepts hold them ("vitamin C")
 
 
@@ -141,27 +143,43 @@ class Vectorizer:
         Raises:
             InputError: a file is missing, of another format, damaged, or the two do not belong together.
         """
-        folder = Path(folder)
+        folder, mend = Path(folder), "save the vocabulary again"
+        kind = {"format": FORMAT, "version": VERSION}
+        head: Any = read_record(folder / VOCABULARY, Head, mend=mend, kind=kind, most_bytes=MOST_BYTES)
+        _, found = read_tensors(folder / IDF, "the weights of a vocabulary", mend)
+        idf, words = found.get("idf"), head["words"]
+        if idf is None or idf.dtype != np.float32 or idf.shape != (len(words),) or not np.isfinite(idf).all():
+            got = "none" if idf is None else f"{idf.dtype} {list(idf.shape)}"
+            raise InputError(str(folder / IDF), f"{len(words)} finite float32, one for each word", got, mend)
+        out = cls(**{key: head["settings"][key] for key in SettingsValues.__annotations__})
         try:
-            head = json.loads((folder / VOCABULARY).read_text(encoding="utf-8"))
-            idf = load_file(folder / IDF)["idf"]
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            mend = "save the vocabulary again"
-            raise InputError(str(folder), f"{VOCABULARY} and {IDF}", f"{type(error).__name__}: {error}", mend) from error
-        kind = (head.get("format"), head.get("version")) if isinstance(head, dict) else (None, None)
-        if kind != (FORMAT, VERSION):
-            raise InputError(str(folder / VOCABULARY), f"{FORMAT} version {VERSION}", f"{kind[0]} {kind[1]}", "save it again")
-        try:
-            out = cls(**head["settings"])
-            out._inner = out._make(head["words"])
+            out._inner = out._make(words)
             out._inner.idf_ = idf
             out._fitted = True
             same = out.content_hash == head["hash"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(str(folder), "a vocabulary with its weights", str(error), "save it again") from error
+        except (TypeError, ValueError) as error:
+            raise InputError(str(folder), "a vocabulary with its weights", str(error), mend) from error
         if not same:
-            raise InputError(str(folder), f"the content hash {head['hash']}", out.content_hash, "save it again")
+            raise InputError(str(folder), f"the content hash {head['hash']}", out.content_hash, mend)
         return out
+
+
+class SettingsValues(TypedDict):
+    """JSON of the settings of a `Vectorizer`."""
+
+    longest: Positive
+    min_df: Positive
+    max_features: Positive | None
+    sublinear: bool
+    normalize: bool
+
+
+class Head(TypedDict):
+    """vocabulary.json."""
+
+    hash: str
+    settings: SettingsValues
+    words: list[str]
 
 
 def _strings(texts: Iterable[str]) -> Iterator[str]:

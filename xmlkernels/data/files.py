@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import mmap
 import os
 import secrets
@@ -12,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, cast
 
-from xmlkernels.data.kinds import HEAD, DamagedArchive, PathLike, Stream, archive, check_text, unpacked
+from xmlkernels.data.kinds import HEAD, MOST_RATIO, DamagedArchive, PathLike, TooMuch, archive, check_text, unpacked
 from xmlkernels.errors import InputError
 
 
@@ -57,12 +58,12 @@ def empty_file(path: PathLike) -> InputError:
 
 
 @contextmanager
-def open_bytes(path: PathLike, *, may_be_empty: bool = False) -> Iterator[Stream]:
+def open_bytes(path: PathLike, *, may_be_empty: bool = False) -> Iterator[io.BufferedReader]:
     """The text file as a stream of bytes, unpacked where it starts as gzip, bzip2 or xz do, whatever its name.
 
     Raises:
-        InputError: as `check_file`; the file holds no text (`kinds.check_text`); or an archive is cut short or damaged
-            (then while it is read).
+        InputError: as `check_file`; the file holds no text (`kinds.check_text`); or an archive is cut short, damaged or
+            unpacks to far more than text does (then while it is read).
     """
     path = check_file(path, may_be_empty=may_be_empty)
     name = os.fspath(path)
@@ -81,6 +82,9 @@ def open_bytes(path: PathLike, *, may_be_empty: bool = False) -> Iterator[Stream
         raise InputError(name, f"a whole {kind} file", "one that is cut short", "fetch the file again") from None
     except (gzip.BadGzipFile, zlib.error, DamagedArchive) as error:
         raise InputError(name, f"a whole {kind} file", f"damaged data ({error})", "fetch the file again") from None
+    except TooMuch as error:
+        expected = f"text, which unpacks to at most {MOST_RATIO} times its {kind} file"
+        raise InputError(name, expected, str(error), "check the file; unpack it first if that is right") from None
 
 
 @contextmanager
@@ -88,7 +92,7 @@ def map_bytes(path: PathLike, *, may_be_empty: bool = False) -> Iterator[bytes |
     """The whole (decompressed) file as one buffer: memory-mapped where it can be, else in memory."""
     with open_bytes(path, may_be_empty=may_be_empty) as file:
         if archive(file) or not Path(path).is_file() or os.fstat(file.fileno()).st_size == 0:
-            content = file.read()
+            content = _all(file, os.fspath(path))
             if not content and not may_be_empty:
                 raise empty_file(path)
             yield content
@@ -97,6 +101,14 @@ def map_bytes(path: PathLike, *, may_be_empty: bool = False) -> Iterator[bytes |
             with suppress(AttributeError, OSError):  # a hint, absent on some systems
                 view.madvise(mmap.MADV_SEQUENTIAL)
             yield view
+
+
+def _all(file: io.BufferedReader, name: str) -> bytes:
+    try:
+        return file.read()
+    except MemoryError:
+        mend = "use a larger machine, or unpack the file first"
+        raise InputError(name, "a file that fits into memory", "more than is free", mend) from None
 
 
 @contextmanager

@@ -11,15 +11,17 @@ import os
 import re
 import shlex
 from collections.abc import Callable
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from xmlkernels.errors import InputError
 
 PathLike = str | os.PathLike[str]
-Stream = io.BufferedReader | gzip.GzipFile
 
 HEAD = 8192  # bytes that are looked at
 PACKED = (".gz", ".bz2", ".xz")
+FREE_BYTES = 64 << 20
+MOST_RATIO = 100
+"""Text is packed to a third or a tenth. A file may unpack to this many times its size, and to `FREE_BYTES` in any case."""
 _XZ_MEMORY = 1 << 28  # `xz -9` needs 65 MiB; a forged header may ask for 4 GiB
 _BLOCK = 1 << 16
 _CONVERT = "write its texts to a .txt file, one a line"
@@ -56,11 +58,15 @@ class DamagedArchive(Exception):
     """Packed data that cannot be unpacked."""
 
 
+class TooMuch(Exception):
+    """Packed data that unpacks to more than text does."""
+
+
 class _Unpacked(io.RawIOBase):
     """A .bz2 or .xz stream, unpacked as it is read; several streams behind each other are one."""
 
-    def __init__(self, file: IO[bytes], kind: str, make: Callable[[], Any]) -> None:
-        self.kind, self._file, self._make, self._inner = kind, file, make, make()
+    def __init__(self, file: IO[bytes], make: Callable[[], Any]) -> None:
+        self._file, self._make, self._inner = file, make, make()
 
     def readable(self) -> bool:
         return True
@@ -86,23 +92,56 @@ class _Unpacked(io.RawIOBase):
                 return len(found)
 
 
-def unpacked(file: io.BufferedReader) -> Stream:
-    """The stream behind gzip, bzip2 or xz, whatever the file's name; any other stream as it is."""
-    head = file.peek(8)
+class _Counted:
+    """A file that says how much of it was read; a pipe has no place to ask for."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.count = file, 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self.count += len(data)
+        return data
+
+
+class _Bounded(io.RawIOBase):
+    """What an archive unpacks to, as long as that is no more than text can be packed to: some megabytes may hold
+    terabytes of one byte."""
+
+    def __init__(self, kind: str, inner: IO[bytes], packed: _Counted) -> None:
+        self.kind, self._inner, self._packed, self._given = kind, inner, packed, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        data = self._inner.read(len(target))
+        self._given += len(data)
+        if self._given > FREE_BYTES + MOST_RATIO * self._packed.count:
+            raise TooMuch(f"{self._given:,} bytes out of {self._packed.count:,}")
+        target[: len(data)] = data
+        return len(data)
+
+
+def unpacked(file: io.BufferedReader) -> io.BufferedReader:
+    """The stream behind gzip, bzip2 or xz, whatever the file's name; any other stream as it is.
+
+    Reading it raises TooMuch where it unpacks to more than `FREE_BYTES` and `MOST_RATIO` times what was packed.
+    """
+    head, packed = file.peek(8), _Counted(file)
+    kind, inner = "", cast(IO[bytes], packed)
     if head.startswith(b"\x1f\x8b"):
-        return gzip.GzipFile(fileobj=file, mode="rb")
-    if head.startswith(b"BZh") and head[4:10] in (b"1AY&SY"[: len(head[4:10])], b"\x17rE8P\x90"):
-        return io.BufferedReader(_Unpacked(file, "bzip2", bz2.BZ2Decompressor))
-    if head.startswith(b"\xfd7zXZ\0"):
-        return io.BufferedReader(_Unpacked(file, "xz", lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY)))
-    return file
+        kind, inner = "gzip", cast(IO[bytes], gzip.GzipFile(fileobj=cast(IO[bytes], packed), mode="rb"))
+    elif head.startswith(b"BZh") and head[4:10] in (b"1AY&SY"[: len(head[4:10])], b"\x17rE8P\x90"):
+        kind, inner = "bzip2", cast(IO[bytes], _Unpacked(inner, bz2.BZ2Decompressor))
+    elif head.startswith(b"\xfd7zXZ\0"):
+        kind, inner = "xz", cast(IO[bytes], _Unpacked(inner, lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY)))
+    return io.BufferedReader(_Bounded(kind, inner, packed), _BLOCK) if kind else file
 
 
-def archive(file: Stream) -> str:
+def archive(file: io.BufferedReader) -> str:
     """What `unpacked` made this stream of: "gzip", "bzip2", "xz", or "" where its bytes are those of the file."""
-    if isinstance(file, gzip.GzipFile):
-        return "gzip"
-    return file.raw.kind if isinstance(file.raw, _Unpacked) else ""
+    return file.raw.kind if isinstance(file.raw, _Bounded) else ""
 
 
 def check_text(name: str, head: bytes) -> None:

@@ -134,7 +134,10 @@ def _record(where: str, number: int, line: str, num_labels: int | None, merge: b
 
 
 def _got(fields: dict[str, Any], key: str) -> str:
-    return quote(json.dumps(fields[key])) if key in fields else f"no {key}"
+    try:
+        return quote(json.dumps(fields[key])) if key in fields else f"no {key}"
+    except RecursionError:
+        return "lists inside lists, too deep"
 
 
 def _targets(where: str, fields: dict[str, Any], limit: int | None, merge: bool) -> tuple[list[int], list[float]]:

@@ -151,7 +151,9 @@ def _signed(array: np.ndarray) -> np.ndarray:
     return array if array.dtype in (np.int32, np.int64) else array.astype(np.int64)
 
 
-def _compressed(arrays: dict[str, np.ndarray], shape: tuple[int, int], name: str, mend: str) -> csr_matrix:
+def compressed(arrays: dict[str, np.ndarray], shape: tuple[int, int], name: str, mend: str) -> csr_matrix:
+    """CSR of `data`, `indices` and `indptr`. InputError where they do not fit each other or the shape."""
+    _check_heads({key: Head(a.shape, a.dtype, False) for key, a in arrays.items()}, "csr", shape, name, mend)
     found = _check_pointers(arrays, shape[1], name, mend)
     return csr_matrix((found["data"], found["indices"], found["indptr"]), shape)
 
@@ -186,6 +188,6 @@ def _by_diagonals(arrays: dict[str, np.ndarray], shape: tuple[int, int], name: s
 
 
 _MAKE = {
-    "csr": _compressed, "csc": _by_columns, "bsr": _by_blocks, "coo": _by_entries, "coo of coords": _by_coords,
+    "csr": compressed, "csc": _by_columns, "bsr": _by_blocks, "coo": _by_entries, "coo of coords": _by_coords,
     "dia": _by_diagonals,
 }  # fmt: skip

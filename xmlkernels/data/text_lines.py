@@ -17,6 +17,8 @@ from xmlkernels.data.files import DataWarning, PathLike, at_line, empty_file, op
 from xmlkernels.data.kinds import HEAD, check_documents
 from xmlkernels.errors import InputError
 
+LONGEST_LINE = 1 << 24
+"""Characters of a line at most: of a file without line ends one line would be all of it."""
 SEPARATOR = "/SEP/"
 Divider = Literal["tab", "comma", "space"]
 DIVIDERS: dict[Divider, str] = {"tab": "\t", "comma": ",", "space": " "}
@@ -57,6 +59,12 @@ class Utf8Repairs:
             )
 
 
+def line_too_long(where: str) -> InputError:
+    """The error for a line beyond `LONGEST_LINE`."""
+    got = "a longer one"
+    return InputError(where, f"a line of at most {LONGEST_LINE:,} characters", got, "write one text a line, or cut it")
+
+
 def numbered_lines(path: PathLike, repairs: Utf8Repairs, *, documents: bool = False) -> Iterator[tuple[int, str]]:
     """(line number from 1, text without line end), streamed; plain, .gz, .bz2 or .xz.
 
@@ -68,8 +76,11 @@ def numbered_lines(path: PathLike, repairs: Utf8Repairs, *, documents: bool = Fa
             check_documents(path, file.peek(HEAD))
         with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=None) as lines:
             number = 0
-            for number, line in enumerate(lines, 1):
-                yield number, repairs.mend(line.removesuffix("\n"), number)
+            for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE + 1), ""), 1):
+                line = line.removesuffix("\n")
+                if len(line) > LONGEST_LINE:
+                    raise line_too_long(at_line(path, number))
+                yield number, repairs.mend(line, number)
             if number == 0:
                 raise empty_file(path)
 

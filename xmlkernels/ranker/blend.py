@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix, vstack
@@ -18,12 +18,22 @@ from xmlkernels.errors import InputError
 from xmlkernels.metrics import candidates_needed, drop_filtered, evaluate, top_rows_from_csr
 from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.linear import LinearRanker
+from xmlkernels.records import check_record
 
 _TINY = float(np.finfo(np.float64).tiny)
 _PAIRS = 1 << 23  # pairs (document, label) scored at one time
 SHARES = tuple(round(0.05 * step, 2) for step in range(21))
 How = Literal["log_odds", "product"]
 HOW: tuple[How, ...] = ("log_odds", "product")
+
+
+class Weights(TypedDict):
+    """JSON of the weights of a `Reranker`."""
+
+    share: float
+    how: str
+    embedding_weight: float
+    tfidf_weight: float
 
 
 @dataclass(frozen=True)
@@ -103,11 +113,14 @@ class Reranker:
     @classmethod
     def load(cls, path: str | Path) -> Reranker:
         """What `save` wrote. InputError where it is no ranker, a damaged one, or one that was saved without weights."""
-        ranker = LinearRanker.load(path)
+        ranker, name, mend = LinearRanker.load(path), f"{path}, head, facts", "train the ranker again"
+        if "weights" not in ranker.facts:
+            raise InputError(str(path), "a ranker with its weights", "none", mend)
+        weights: Any = check_record(ranker.facts["weights"], Weights, where=f"{name}.weights", mend=mend)
         try:
-            return cls(ranker, **ranker.facts["weights"])
-        except (KeyError, TypeError) as error:
-            raise InputError(str(path), "a ranker with its weights", f"none ({error})", "train the ranker again") from error
+            return cls(ranker, **weights)
+        except TypeError as error:
+            raise InputError(f"{name}.weights", "the weights of a ranker", str(error), mend) from error
 
 
 def log_odds(log_probability: np.ndarray) -> np.ndarray:

@@ -13,23 +13,50 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from scipy.sparse import csr_matrix
 
-from xmlkernels.data.files import check_file, replacing
+from xmlkernels.data.arrays import read_tensors
+from xmlkernels.data.files import replacing
 from xmlkernels.data.matrices import check_shape
+from xmlkernels.data.stored_matrix import compressed
 from xmlkernels.errors import InputError
 from xmlkernels.parallel import in_parallel, keep_compiled
 from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.solve import keep, score, solve
+from xmlkernels.records import Count, parse_record
 
 FORMAT = "xmlkernels-ranker 1"
 _BLOCK_BYTES = 1 << 28  # dense weights of the labels in training at one time
-_TENSORS = ("dense", "bias", "indptr", "indices", "data")
+_TENSORS = {
+    "dense": (np.float32, 2), "bias": (np.float32, 1),
+    "indptr": (np.int64, 1), "indices": (np.int32, 1), "data": (np.float32, 1),
+}  # fmt: skip
+
+
+class SettingsValues(TypedDict, total=False):
+    """JSON of `Settings`; those that an older ranker lacks are the defaults."""
+
+    loss: str
+    cost: float
+    positive_weight: float
+    bias: float
+    tolerance: float
+    epochs: Count
+    negatives: Count
+    prune: float
+    seed: Count
+
+
+class Head(TypedDict):
+    """JSON in the header of a ranker's file."""
+
+    columns: Count
+    settings: SettingsValues
+    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -139,24 +166,26 @@ class LinearRanker:
         Raises:
             InputError: no such file, or not a ranker, or a damaged one.
         """
-        name, mend = str(check_file(path)), "train the ranker again"
+        name, mend = str(path), "train the ranker again"
+        head, found = read_tensors(path, "a ranker's file", mend)
+        where = f"{name}, head"
+        told: Any = parse_record(head.get("ranker", ""), Head, where=where, mend=mend, kind={"format": FORMAT})
+        for key, (kind, dimensions) in _TENSORS.items():
+            if key not in found or found[key].dtype != kind or found[key].ndim != dimensions:
+                got = f"{found[key].dtype} {list(found[key].shape)}" if key in found else "none"
+                raise InputError(f"{name}, {key}", f"{np.dtype(kind)} of {dimensions} dimensions", got, mend)
+            if kind == np.float32 and not np.isfinite(found[key]).all():
+                raise InputError(f"{name}, {key}", "finite weights", "a NaN or an infinity", mend)
+        shape = (len(found["bias"]), told["columns"])
+        if len(found["dense"]) != shape[0]:
+            raise InputError(f"{name}, dense", f"{shape[0]} rows, as bias has", str(len(found["dense"])), mend)
+        sparse = compressed({key: found[key] for key in ("data", "indices", "indptr")}, shape, name, mend)
+        known = {f.name for f in fields(Settings)}
         try:
-            with safe_open(name, "numpy") as file:
-                told = json.loads((file.metadata() or {})["ranker"])
-                found = {key: file.get_tensor(key) for key in _TENSORS}
-            if told["format"] != FORMAT:
-                raise InputError(name, FORMAT, repr(told["format"]), mend)
-            shape = (len(found["bias"]), int(told["columns"]))
-            sparse = csr_matrix((found["data"], found["indices"], found["indptr"]), shape)
-            sparse.check_format(full_check=True)
-            if found["dense"].ndim != 2 or len(found["dense"]) != shape[0]:
-                raise ValueError(f"embedding weights of shape {found['dense'].shape}")
-            known = {f.name for f in fields(Settings)}
-            return cls(found["dense"], sparse, found["bias"], Settings(**_only(told["settings"], known)), told["facts"])
-        except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(name, "a ranker's file", f"one that cannot be read ({error})", mend) from error
+            settings = Settings(**{key: value for key, value in told["settings"].items() if key in known})
+        except InputError as error:
+            raise InputError(f"{where}, settings.{error.where}", error.expected, error.got, mend) from None
+        return cls(found["dense"], sparse, found["bias"], settings, told["facts"])
 
 
 def fit(
@@ -266,7 +295,3 @@ def _arrays(matrix: csr_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _inputs(features: Features) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return (features.dense, *_arrays(features.sparse))
-
-
-def _only(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key in known}

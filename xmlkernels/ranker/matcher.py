@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, TypedDict
 
 import numpy as np
 from scipy.sparse import csr_matrix, vstack
@@ -20,8 +21,17 @@ from xmlkernels.ranker.blend import log_odds
 from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.linear import LinearRanker, Settings, fit
 from xmlkernels.ranking import top_rows_from_csr
+from xmlkernels.records import Count, Meta, Positive, check_record
 
 _PAIRS = 1 << 23  # pairs (document, cluster) scored at one time
+
+
+class Facts(TypedDict):
+    """What the file of each level keeps beside its classifiers."""
+
+    clusters: list[Count]
+    beam: Positive
+    levels: Annotated[int, Meta(ge=1, le=16)]
 
 
 @dataclass(frozen=True)
@@ -92,15 +102,25 @@ class ClusterMatcher:
     @classmethod
     def load(cls, folder: str | Path) -> ClusterMatcher:
         """What `save` wrote. InputError where a level is missing, damaged or of another matcher."""
+        mend = "train it again"
         rankers = [LinearRanker.load(Path(folder) / "level0.safetensors")]
-        try:
-            for level in range(1, rankers[0].facts["levels"]):
-                rankers.append(LinearRanker.load(Path(folder) / f"level{level}.safetensors"))
-            parts = [np.array(ranker.facts["clusters"], np.int64) for ranker in rankers]
-            beam = int(rankers[0].facts["beam"])
-        except (KeyError, TypeError) as error:
-            raise InputError(str(folder), "the levels of a cluster matcher", f"none ({error})", "train it again") from error
-        return cls(tuple(rankers), _checked(parts, len(parts[0]), beam), beam)
+        facts: list[Facts] = []
+        while True:
+            level = len(rankers) - 1
+            where = f"{Path(folder) / f'level{level}.safetensors'}, head, facts"
+            if level == 0 and "clusters" not in rankers[0].facts:
+                raise InputError(str(folder), "the levels of a cluster matcher", "none (no clusters)", mend)
+            facts.append(check_record(rankers[level].facts, Facts, where=where, mend=mend))
+            if len(rankers) == facts[0]["levels"]:
+                break
+            rankers.append(LinearRanker.load(Path(folder) / f"level{len(rankers)}.safetensors"))
+        parts = _checked([np.array(f["clusters"], np.int64) for f in facts], len(facts[0]["clusters"]), facts[0]["beam"])
+        for level, (ranker, part) in enumerate(zip(rankers, parts, strict=True)):
+            count = int(part.max(initial=-1)) + 1
+            if len(ranker.bias) != count:
+                got = str(len(ranker.bias))
+                raise InputError(f"{folder}, level {level}", f"{count} classifiers, one for each cluster", got, mend)
+        return cls(tuple(rankers), parts, facts[0]["beam"])
 
     def _kept(self, features: Features, threads: int) -> csr_matrix:
         """The best clusters of the last level, CSR float64 [N, n_r] of ln of the product of probabilities."""

@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from xmlkernels.data.arrays import read_tensors
 from xmlkernels.data.files import replacing
 from xmlkernels.errors import InputError
+from xmlkernels.records import parse_record
 
 FORMAT, VERSION = "xmlkernels label tree", "1"
 FILE = "tree.safetensors"
@@ -182,12 +184,13 @@ class LabelTree:
         names = [f"children.{r}" for r in range(len(tensors) - 1)]
         if set(tensors) != {"order", *names}:
             raise InputError(str(file), "order and children.0 to children.R-2", f"{sorted(tensors)}", MAKE_AGAIN)
+        settings: dict[str, Any] = parse_record(
+            head.get("settings", ""), dict[str, Any], where=f"{file}, settings", mend=MAKE_AGAIN
+        )
         try:
-            tree = cls(tuple(tensors[name] for name in names), tensors["order"], json.loads(head["settings"]))
+            tree = cls(tuple(tensors[name] for name in names), tensors["order"], settings)
         except InputError as error:
             raise InputError(f"{file}, {error.where}", error.expected, error.got, error.mend) from error
-        except (KeyError, ValueError) as error:
-            raise InputError(str(file), "settings in JSON", str(error), MAKE_AGAIN) from error
         if tree.content_hash != head.get("content_hash"):
             raise InputError(
                 str(file), f"content {head.get('content_hash')}", f"{tree.content_hash}", f"copy it again, or {MAKE_AGAIN}"
@@ -201,16 +204,9 @@ def _file(path: str | os.PathLike[str]) -> Path:
 
 
 def _read(file: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    from safetensors import SafetensorError, safe_open
-
     if not file.is_file():
         raise InputError(str(file), "a label tree", "no such file", "run train/tree.py to make it")
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            head = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise InputError(str(file), "a whole safetensors file", str(error), f"copy it again, or {MAKE_AGAIN}") from error
+    head, tensors = read_tensors(file, "a whole safetensors file", f"copy it again, or {MAKE_AGAIN}")
     if head.get("format") != FORMAT:
         raise InputError(str(file), f"the format {FORMAT!r}", f"{head.get('format')!r}", "pass what train/tree.py wrote")
     if head.get("version") != VERSION:

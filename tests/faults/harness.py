@@ -1,0 +1,197 @@
+"""Runs readers on damaged files, each batch in a forked process with limits, and counts how they end.
+
+An end is good when the reader refused the file in a sentence (InputError on one line) or took it and what it gave holds
+together. Everything else is bad: another exception, a signal, too long, too much memory.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import sys
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from mutate import mutate
+
+from xmlkernels import InputError
+
+AT_ONCE = 40  # mutations of one process
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of file or folder.
+
+    Attributes:
+        name: of the kind.
+        make: writes a good one into a folder, by the project's own writers.
+        consume: reads it and hands it to whoever uses it; asserts what must hold of what it took.
+        reseal: mends sizes and checksums that stand in the folder itself, so that half of the damages come behind
+            those checks; None where there are none.
+    """
+
+    name: str
+    make: Callable[[Path], None]
+    consume: Callable[[Path], Any]
+    reseal: Callable[[Path], None] | None = None
+
+
+@dataclass
+class Report:
+    """How damaged files ended: counts by kind and end, and what was bad."""
+
+    ends: Counter[tuple[str, str]] = field(default_factory=Counter)
+    bad: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{kind:24} {end:10} {count}" for (kind, end), count in sorted(self.ends.items())]
+        return "\n".join([*lines, f"bad: {len(self.bad)}", *self.bad])
+
+
+def run(kinds: Sequence[Kind], count: int, seed: int, work: Path, *, seconds: float = 10, megabytes: int = 768) -> Report:
+    """Damage good files `count` times, the kinds in turn.
+
+    Args:
+        work: an empty folder.
+        seconds: the longest that one damaged file may take.
+        megabytes: address space beyond what the process has at its start.
+    """
+    report = Report()
+    for kind in kinds:
+        # A good one is taken, and what it needs is imported and compiled before the first fork.
+        _consume(kind, make_good(kind, work))
+    gc.collect()
+    for number, kind in enumerate(kinds):
+        share = range(count * number // len(kinds), count * (number + 1) // len(kinds))
+        for first in range(share.start, share.stop, AT_ONCE):
+            _batch(kind, range(first, min(first + AT_ONCE, share.stop)), seed, work, seconds, megabytes, report)
+    return report
+
+
+def make_good(kind: Kind, work: Path) -> Path:
+    """The folder of good files of a kind."""
+    good = work / "good" / kind.name.replace(" ", "-")
+    good.mkdir(parents=True)
+    kind.make(good)
+    return good
+
+
+def damage(kind: Kind, case: int, seed: int, work: Path) -> tuple[Path, str]:
+    """The damaged folder of a case, and what was done: the same for the same kind, case and seed."""
+    target = work / "damaged"
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(work / "good" / kind.name.replace(" ", "-"), target)
+    own = random.Random(f"{seed} {kind.name} {case}")
+    done = mutate(target, own)
+    if kind.reseal is not None and own.random() < 0.5:
+        kind.reseal(target)
+        done += ", sealed again"
+    return target, done
+
+
+def _batch(
+    kind: Kind, cases: range, seed: int, work: Path, seconds: float, megabytes: int, report: Report
+) -> None:
+    """Runs cases in a process; where it dies, the rest in a new one."""
+    while cases:
+        reader, writer = os.pipe()
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            os.close(reader)
+            _child(kind, cases, seed, work, megabytes, os.fdopen(writer, "wb"))
+        os.close(writer)
+        with os.fdopen(reader, "rb") as answers:
+            done = _listen(kind, cases, seed, child, answers, seconds, report)
+        cases = cases[done:]
+
+
+def _listen(
+    kind: Kind, cases: range, seed: int, child: int, answers: IO[bytes], seconds: float, report: Report
+) -> int:
+    """Takes the answers of a process; returns how many cases it got through, the one that killed it included."""
+    import select
+
+    done, end, what = 0, "", ""
+    while done < len(cases):
+        if not select.select([answers], [], [], seconds)[0]:
+            end = "time"
+            break
+        try:
+            what, end = pickle.load(answers)  # from our own child
+        except EOFError:
+            break
+        if end:
+            _count(report, kind, cases[done], seed, what, end)
+            done, what, end = done + 1, "", ""
+    if end == "time":
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if done < len(cases):
+        _count(report, kind, cases[done], seed, what, end or f"signal {os.waitstatus_to_exitcode(status)}")
+        done += 1
+    return done
+
+
+def _count(report: Report, kind: Kind, case: int, seed: int, what: str, end: str) -> None:
+    good = end in ("refused", "taken")
+    report.ends[kind.name, end if good else "bad"] += 1
+    if not good:
+        report.bad.append(f"{kind.name} {case} (seed {seed}), {what}: {end}")
+
+
+def _child(kind: Kind, cases: range, seed: int, work: Path, megabytes: int, answers: IO[bytes]) -> None:
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + (megabytes << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        for case in cases:
+            folder, done = damage(kind, case, seed, work)
+            pickle.dump((done, ""), answers)
+            answers.flush()
+            pickle.dump((done, end_of(kind, folder)), answers)
+            answers.flush()
+    finally:
+        os._exit(0)
+
+
+def end_of(kind: Kind, folder: Path) -> str:
+    """"refused" or "taken", or what was bad."""
+    try:
+        _consume(kind, folder)
+    except InputError as error:
+        text = str(error)
+        if "\n" in text:
+            return f"a message of several lines: {text!r}"
+        # Good files need next to nothing: one that asks for all the memory there is should not have got so far.
+        return f"memory: {text}" if "fits into memory" in text or "memory that are free" in text else "refused"
+    except MemoryError:
+        return f"memory: {_place()}"
+    except BaseException as error:
+        return f"{type(error).__name__}: {str(error)[:200]!r} {_place()}"
+    return "taken"
+
+
+def _consume(kind: Kind, folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kind.consume(folder)
+
+
+def _place() -> str:
+    frames = traceback.extract_tb(sys.exc_info()[2])
+    ours = [frame for frame in frames if "xmlkernels" in Path(frame.filename).parts or "train" in Path(frame.filename).parts]
+    return " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed((ours or frames)[-4:]))
