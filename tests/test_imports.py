@@ -51,7 +51,9 @@ PACKAGES = {
     "threads": {"torch"},
 }
 # Files that share the room of another: too long for one file.
-PART_OF = {"_state": "checkpoint", "ranking": "metrics", "levels": "predict", "evaluation": "predict", "ranked": "predict"}
+PART_OF = {
+    "memory": "planner", "_state": "checkpoint", "ranking": "metrics", "levels": "predict", "evaluation": "predict", "ranked": "predict",
+}
 # Arrows that point down but are not in the table, each with its reason.
 BESIDE_THE_TABLE = {
     ("benchmarks/cases_cascade.py", "nn"): "times the step of several levels, whose shortlists are made there",

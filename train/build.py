@@ -1,5 +1,6 @@
 """From a configuration to a model."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.inputs import BowInputs, Inputs
 from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.evaluation import evaluation_batches
+from xmlkernels.memory import check_memory
 from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.cascade_training import CascadeTraining
 from xmlkernels.models.common import Model
@@ -80,7 +82,9 @@ def _end_to_end(config: Config, dataset: Dataset, encoder: nn.Module, steps: int
         "label table", dataset.num_labels, width, dtype, optimizer, config.momentum, config.state, bias=config.bias,
         kahan=config.kahan, mean=config.ema_tables,
     )  # fmt: skip
-    say(told(plan(encoder, [table], documents=_pass(config), tokens=longest_row(config, dataset), mean=config.ema > 0)))
+    documents = _documents(config, dataset, _pass(config))
+    parts = plan(encoder, [table], documents=documents, tokens=longest_row(config, dataset), mean=config.ema > 0)
+    _announce(config, parts, device)
     head = FullHead(
         dataset.num_labels, width, dtype=dtype, bias=config.bias, optimizer=optimizer, momentum=config.momentum,
         state_dtype=config.state, decay=config.table_decay, decoupled=config.decoupled, kahan=config.kahan,
@@ -110,7 +114,7 @@ def _cascade(
         )
         for r, n in enumerate(tree.sizes)
     ]  # fmt: skip
-    _tell(config, encoder, tables, candidates, longest_row(config, dataset), device)
+    _tell(config, dataset, encoder, tables, candidates, device)
     warmup = warmup_steps(config, epoch)
     if warmup > steps and config.schedule == "three_phase":  # a cosine may end within its warm-up, and says so
         flag = "--warmup-epochs" if config.warmup_epochs else "--warmup"
@@ -132,19 +136,45 @@ def _cascade(
 
 
 def _tell(
-    config: Config, encoder: nn.Module, tables: list[Table], candidates: tuple[int, ...], tokens: int, device: torch.device
+    config: Config,
+    dataset: Dataset,
+    encoder: nn.Module,
+    tables: list[Table],
+    candidates: tuple[int, ...],
+    device: torch.device,
 ) -> None:
     """What each device will hold of a cascade whose tables these are, the labels' last."""
-    update, apart = config.batch * config.accumulate, resolved_label_device(config)
+    apart, tokens = resolved_label_device(config), longest_row(config, dataset)
+    update = _documents(config, dataset, config.batch * config.accumulate)
     whole = {
-        "documents": _pass(config), "tokens": tokens, "update": update, "candidates": candidates, "mean": config.ema > 0,
+        "documents": _documents(config, dataset, _pass(config)), "tokens": tokens, "update": update,
+        "candidates": candidates, "mean": config.ema > 0,
     }  # fmt: skip
     if apart is None:
-        say(told(plan(encoder, tables, **whole)))
+        _announce(config, plan(encoder, tables, **whole), device)
         return
     # The scores of the label level are on both: there they are made, here they are ranked.
-    say(told(plan(encoder, tables[:-1], **whole), str(device)))
-    say(told(table_parts(tables[-1:], update, candidates[-1:]), str(apart)))
+    _announce(config, plan(encoder, tables[:-1], **whole), device, named=True)
+    _announce(config, table_parts(tables[-1:], update, candidates[-1:]), apart, named=True)
+
+
+def _announce(config: Config, parts: dict[str, int], device: torch.device, *, named: bool = False) -> None:
+    """Says what a device will hold. InputError where it is more than there is, unless the configuration wants it so."""
+    say(told(parts, str(device) if named else ""))
+    if config.beyond_memory:
+        return
+    anyway = "or start all the same by --beyond-memory"
+    smaller = "a smaller --batch" if config.encoder == "bow" else "a smaller --batch or --micro-batch (the same step in parts)"
+    table = f"take --table bf16 or fp8 and --state bf16, or fewer labels, {anyway}"
+    mends = {"activations": f"take {smaller}, {anyway}", "gradients of one": f"take a smaller --batch, {anyway}", "": table}
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" and dist.size() > 1 else 1
+    check_memory(parts, device, mends, processes=processes)
+
+
+def _documents(config: Config, dataset: Dataset, count: int) -> int:
+    """So many, or all that there are to train on."""
+    extra = dataset.num_labels if config.label_text else 0
+    return min(count, len(dataset.splits["train"]) + extra)
 
 
 def _mean(config: Config, epoch: int, steps: int) -> MeanSettings:

@@ -193,6 +193,8 @@ class Config:
     """Go on from the last checkpoint in `output`, bit for bit (with as many processes as before)."""
     overwrite: bool = False
     """Replace the run that `output` holds."""
+    beyond_memory: bool = False
+    """Start all the same where the planner says that the run needs more memory than there is."""
     device: str = "auto"
     """Where the model is trained: cpu, cuda, cuda:1; auto: cuda where there is one."""
     threads: int = 0

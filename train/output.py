@@ -21,7 +21,9 @@ from xmlkernels.tree.label_tree import LabelTree
 # In the order in which they are cleared: while config.json stands, the folder is known as a run that is not finished.
 RUN_FILES = ("metrics.json", "predictions.npz", "log.jsonl", "checkpoint", "config.json")
 # `tree` is a place: which tree it is, the checkpoint knows by content. Tables are the same tables on any `label_device`.
-MAY_CHANGE = ("resume", "overwrite", "output", "cache", "log_every", "save_every", "threads", "tree", "label_device")
+MAY_CHANGE = (
+    "resume", "overwrite", "output", "cache", "log_every", "save_every", "threads", "tree", "label_device", "beyond_memory",
+)  # fmt: skip
 
 
 class RunFolder:

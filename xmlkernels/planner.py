@@ -145,12 +145,13 @@ def told(parts: Mapping[str, int], device: str = "") -> str:
     large = {name: count for name, count in parts.items() if count >= total / 100}
     large |= {"the rest": total - sum(large.values())}
     where = f" on {device}" if device else ""
-    return f"memory of the model{where}: about {_readable(total)} = " + ", ".join(
-        f"{name} {_readable(count)}" for name, count in large.items() if count
+    return f"memory of the model{where}: about {readable(total)} = " + ", ".join(
+        f"{name} {readable(count)}" for name, count in large.items() if count
     )
 
 
-def _readable(count: int) -> str:
+def readable(count: int) -> str:
+    """Bytes in the unit that suits them."""
     size = float(count)
     for unit in ("B", "KiB", "MiB"):
         if size < 1000:

@@ -14,7 +14,7 @@ import torch
 from config_runs import PER_EPOCH, STEPS, Case, Config, Runs, Seen, recorded
 from fields_cascade import TABLES, WEIGHT, a_tree_made_on_first_use
 
-from xmlkernels import InputError
+from xmlkernels import InputError, memory
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.prepare import PrepareConfig
 from xmlkernels.metrics import evaluate, inverse_propensity, top_rows_from_csr
@@ -153,6 +153,15 @@ def overwritten(runs: Runs, folder: Path) -> None:
     assert len(again.steps) == PER_EPOCH and json.loads((folder / "run" / "config.json").read_text())["seed"] == 3
 
 
+def beyond_memory(runs: Runs, folder: Path) -> None:
+    """A machine of one mebibyte: refused in a sentence, started when told."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "machine_memory", lambda: 1 << 20)
+        with pytest.raises(InputError, match="memory of this run: expected at most 1.0 MiB.*got about.*--beyond-memory"):
+            recorded(runs.config("tiny", epochs=1, output=str(folder / "run")))
+        assert recorded(runs.config("tiny", epochs=1, beyond_memory=True, output=str(folder / "run"))).steps
+
+
 def devices(runs: Runs, folder: Path) -> None:
     """It is asked for by name, and one that is not there is refused."""
     asked: list[str] = []
@@ -184,6 +193,7 @@ FIELDS = {
     "log_every": (Case("tiny", {"log_every": 4}, logged_at),),
     "resume": (resumed,),
     "overwrite": (overwritten,),
+    "beyond_memory": (beyond_memory,),
     "device": (devices,),
     "threads": (Case("tiny", {"threads": 2}, threads),),
 }  # fmt: skip
