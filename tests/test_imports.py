@@ -52,8 +52,9 @@ PACKAGES = {
 }
 # Files that share the room of another: too long for one file.
 PART_OF = {
-    "memory": "planner", "_state": "checkpoint", "ranking": "metrics", "levels": "predict", "evaluation": "predict", "ranked": "predict",
-}
+    "memory": "planner", "_state": "checkpoint", "ranking": "metrics", "levels": "predict", "evaluation": "predict",
+    "ranked": "predict",
+}  # fmt: skip
 # Arrows that point down but are not in the table, each with its reason.
 BESIDE_THE_TABLE = {
     ("benchmarks/cases_cascade.py", "nn"): "times the step of several levels, whose shortlists are made there",

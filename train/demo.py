@@ -3,6 +3,11 @@
 The task: which functions will the function that does this need to call? What stands from an earlier call is used again.
 """
 
+if __name__ == "__main__":  # before torch is loaded
+    import waiting
+
+    waiting.choose()
+
 import time
 from collections.abc import Mapping
 from dataclasses import replace

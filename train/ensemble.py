@@ -15,6 +15,11 @@ much as the lowest label that the file has for this document: it cannot have had
 Pairs that the dataset filters out are removed before the cut, in every row of the table.
 """
 
+if __name__ == "__main__":  # before torch is loaded
+    import waiting
+
+    waiting.choose()
+
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass

@@ -11,6 +11,11 @@ shortlists: `shortlist_SPLIT.npz` (scipy CSR [N, L] of logits) of every split: t
 from. Of a cascade they are candidates of its last level; pairs that a filter bars are not among them.
 """
 
+if __name__ == "__main__":  # before torch is loaded
+    import waiting
+
+    waiting.choose()
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal

@@ -4,6 +4,11 @@ With --ranker the output folder of train/ranker.py answers, with the checkpoint 
 without one, alone.
 """
 
+if __name__ == "__main__":  # before torch is loaded
+    import waiting
+
+    waiting.choose()
+
 import io
 import json
 import sys

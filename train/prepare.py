@@ -4,6 +4,11 @@
 --encoder does. The tokenizer must be the one of the encoder that will be trained. --source bow needs none.
 """
 
+if __name__ == "__main__":  # before torch is loaded
+    import waiting
+
+    waiting.choose()
+
 import sys
 from dataclasses import replace
 

@@ -11,6 +11,11 @@ the test split), metrics.json, label_names.txt, vectorizer/, with --tree cluster
 and shortlists, used again). `train/predict.py --ranker FOLDER` asks it for the labels of new texts.
 """
 
+if __name__ == "__main__":  # before torch is loaded
+    import waiting
+
+    waiting.choose()
+
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path

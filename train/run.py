@@ -7,6 +7,11 @@ Exit statuses: 0 done; 2 a mistake in settings or files; 1 the work failed (a fu
 ended by SIGINT, SIGTERM and SIGHUP, each with a checkpoint to go on from by --resume; a second signal ends at once.
 """
 
+if __name__ == "__main__":  # before torch is loaded
+    import waiting
+
+    waiting.choose()
+
 import sys
 from typing import Any
 

@@ -5,6 +5,11 @@ together, halved again and again by balanced 2-means. OUTPUT gets tree.safetenso
 where matplotlib is installed, tree.png. A tree is known by the content of all that made it and is made once.
 """
 
+if __name__ == "__main__":  # before torch is loaded
+    import waiting
+
+    waiting.choose()
+
 import hashlib
 import json
 import time
