@@ -50,7 +50,7 @@ def parse(
         print(help_of(flags, prog, told, only=[word[2:].replace("-", "_") for word in words if word not in ("-h", "--help")]))
         raise SystemExit(0)
     refuse_unknown(words, flags, prog)
-    return _by_tyro(kind, prog, words, flags, positional, default)
+    return _by_tyro(kind, prog, texts_joined(words, flags), flags, positional, default)
 
 
 def parse_named(named: Mapping[str, tuple[str, T]], what: str, prog: str, told: str, words: Sequence[str] | None = None) -> T:
@@ -80,6 +80,20 @@ def _nearest(word: Sequence[str], names: Sequence[str], prog: str) -> str:
     near = [name for name in names if word and word[0] and word[0] in name][:4]
     near = near or (difflib.get_close_matches(word[0], names, 2, 0.5) if word else [])
     return f"{f'did you mean {either(near)}? there are' if near else 'choose one of'} {short}; {prog} --help tells of each"
+
+
+def texts_joined(words: Sequence[str], flags: Sequence[Flag]) -> list[str]:
+    """The words with `--text=-a` for `--text -a`: a text may begin with a dash, but not be a flag of the command."""
+    known = {name: flag for flag in flags for name in flag.spellings}
+    joined: list[str] = []
+    for word in words:
+        before = known.get(joined[-1][2:].replace("-", "_")) if joined and joined[-1].startswith("--") else None
+        flag = word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in known
+        if before is not None and before.verbatim and word.startswith("-") and not flag:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def refuse_unknown(words: Sequence[str], flags: Sequence[Flag], prog: str) -> None:

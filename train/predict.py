@@ -13,11 +13,9 @@ import io
 import json
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import IO, Annotated, Any, Literal
 
 import numpy as np
@@ -27,13 +25,14 @@ from tyro.constructors import PrimitiveConstructorSpec
 from arguments import parse
 from checks import check_least, flag
 from config import resolved_device
+from filters import Barred
 from report import command
+from texts import Texts, paired
 from xmlkernels import InputError
 from xmlkernels.data.files import replacing
-from xmlkernels.data.formats import DataWarning, iter_lines, write_npz
-from xmlkernels.data.kinds import check_documents, check_text, is_json_lines, unpacked
+from xmlkernels.data.formats import write_npz
+from xmlkernels.data.inputs import TextParts
 from xmlkernels.data.locks import own_place
-from xmlkernels.data.text_lines import LONGEST_LINE, line_too_long
 from xmlkernels.evaluation import score_matrix
 from xmlkernels.predict import Label, Predictor
 from xmlkernels.ranked import Forest, Ranked, RankedPredictor
@@ -57,12 +56,15 @@ class Options:
     text: Annotated[str | None, VERBATIM] = None
     """One text to label; it may be empty."""
     input: str | None = None
-    """A .txt file (one text a line), a .jsonl file (a string, or an object with "text" or "title" and "content", a line),
-    or - for lines from standard input, each answered before the next is read."""
+    """A .txt file (one text a line), a .jsonl file (a string, or an object with "text" or "title" and "content", a line;
+    its "id" or "uid" is given back), both also packed as .gz, .bz2 or .xz, or - for lines from standard input, each
+    answered before the next is read."""
     ranker_text: Annotated[str | None, VERBATIM] = None
     """With --text: what a ranker's TF-IDF is made of, where the ranker was trained with --train-text beside a checkpoint."""
     ranker_input: str | None = None
     """The same with --input: a file of as many texts."""
+    filter: str = ""
+    """A file of lines `text label`, both counted from 0: pairs that are never predicted, as prepare's --test-filter."""
     output: str = ""
     """.jsonl: one line a text; .npz: a scipy CSR matrix of scores [texts, labels]. Printed when not given.
     A score is log-odds, ln p / (1 - p), of one model, of a ranker and of a forest alike."""
@@ -81,105 +83,22 @@ class Options:
     """CPU threads; 0 leaves torch's choice."""
 
 
-def texts_of(options: Options) -> Iterator[str] | Iterator[tuple[str, str]]:
-    """The texts to label, read as they are used; pairs of them where the ranker has texts of its own."""
-    texts = read_texts(options.text, options.input)
+def texts_of(options: Options, parts: TextParts) -> tuple[Texts, Any]:
+    """The texts to label, and what the model or the rankers read: them, or pairs where the rankers have texts of their own."""
+    texts = Texts(options.text, options.input, parts)
     if options.ranker_text is None and options.ranker_input is None:
-        return texts
-    return paired(texts, read_texts(options.ranker_text, options.ranker_input), str(options.ranker_input))
-
-
-def paired(texts: Iterator[str], words: Iterator[str], name: str) -> Iterator[tuple[str, str]]:
-    """Both together. InputError where one has more than the other."""
-    for number, (text, word) in enumerate(zip_longest(texts, words)):
-        if text is None or word is None:
-            got = "fewer" if word is None else "more"
-            raise InputError(name, "as many texts as --input has", f"{got} (text {number})", "name the same documents' texts")
-        yield text, word
-
-
-def read_texts(text: str | None, path: str | None) -> Iterator[str]:
-    """One text, or those of a file or of standard input."""
-    if text is not None:
-        yield text
-    elif path == "-":
-        yield from lines_of(sys.stdin.buffer)
-    elif is_json_lines(str(path)):
-        yield from json_texts(str(path))
-    else:
-        yield from iter_lines(str(path), documents=True)
-
-
-def json_texts(path: str) -> Iterator[str]:
-    """The text of each line of a JSON lines file; blank lines may stand at its end."""
-    blank = 0
-    for number, line in enumerate(iter_lines(path), 1):
-        if not line.strip():
-            blank = blank or number
-            continue
-        if blank:
-            raise InputError(f"{path}:{blank}", "a JSON string or object", "a blank line", "take the line out")
-        yield text_of(line, f"{path}:{number}")
-
-
-def lines_of(stream: IO[bytes]) -> Iterator[str]:
-    """Lines as soon as they are there; broken UTF-8 becomes U+FFFD, is counted and told once, at the end.
-
-    Raises:
-        InputError: the stream does not begin as a text does.
-    """
-    broken = first = 0
-    if isinstance(stream, io.BufferedReader):
-        check_stream(stream)
-    try:
-        for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 2), b""), 1):
-            if len(line.rstrip(b"\r\n")) > LONGEST_LINE:
-                raise line_too_long(f"standard input:{number}")
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError:
-                text = line.decode("utf-8", errors="replace")
-                broken, first = broken + 1, first or number
-            yield text.rstrip("\r\n")
-    finally:
-        if broken:
-            lines = "1 line" if broken == 1 else f"{broken} lines"
-            warnings.warn(f"standard input: broken UTF-8 replaced in {lines} (first: line {first})", DataWarning, 2)
-
-
-def check_stream(stream: io.BufferedReader) -> None:
-    """InputError where what stands ready on standard input is packed, binary, or holds more than a text a line."""
-    head = stream.peek(1)
-    if unpacked(stream) is not stream:
-        mend = "unpack it on the way: `zcat FILE | …`, bzcat or xzcat"
-        raise InputError("standard input", "texts, one a line", "a packed file", mend)
-    check_text("standard input", head)
-    check_documents("standard input", head)
-
-
-def text_of(line: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        got = f"{line[:40]!r} ({getattr(error, 'msg', type(error).__name__)})"
-        mend = "write one JSON value a line (of one list: `jq -c '.[]' FILE`)"
-        raise InputError(where, "a JSON string or object", got, mend) from None
-    if isinstance(value, str):
-        return value
-    parts = (
-        [value[key] for key in ("text", "title", "content") if isinstance(value.get(key), str)]
-        if isinstance(value, dict)
-        else []
-    )
-    if not parts:
-        raise InputError(where, 'a string, or an object with "text" or "title"', line[:40], "name the text's key so")
-    return " ".join(parts)
+        return texts, iter(texts)
+    return texts, paired(texts, Texts(options.ranker_text, options.ranker_input, TextParts()))
 
 
 @contextmanager
 def written(path: str) -> Iterator[IO[str]]:
     """Standard output, or a file that appears only when it is whole."""
     if not path:
+        # Names in any script: as UTF-8 into files and pipes, and on a terminal with escapes for what it cannot show.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            how: dict[str, str] = {"errors": "backslashreplace"} if sys.stdout.isatty() else {"encoding": "utf-8"}
+            sys.stdout.reconfigure(**how)  # type: ignore[arg-type]
         yield sys.stdout
         return
     with replacing(path) as file:
@@ -242,14 +161,17 @@ def loaded(options: Options) -> Predictor | Ranked:
     return predictor
 
 
-def answers_of(options: Options, predictor: Predictor | Ranked) -> Iterator[list[Label]]:
-    texts: Any = texts_of(options)  # pairs for the rankers that want them, as `loaded` has checked
+def answers_of(options: Options, predictor: Predictor | Ranked, texts: Any, barred: Barred) -> Iterator[list[Label]]:
+    """The answers to `texts`, without the pairs of --filter."""
+    k = barred.needed(options.top_k)
     if options.latency:
-        return one_by_one(predictor, texts, options.top_k)
-    if options.input == "-":
+        answers = one_by_one(predictor, texts, k)
+    elif options.input == "-":
         # No thread: one that waits for a terminal would hold up the end.
-        return predictor.predict(texts, options.top_k, batch_size=options.batch or 1, window=1, prefetch=0)
-    return predictor.predict(texts, options.top_k, batch_size=options.batch or 64)
+        answers = predictor.predict(texts, k, batch_size=options.batch or 1, window=1, prefetch=0)
+    else:
+        answers = predictor.predict(texts, k, batch_size=options.batch or 64)
+    return barred.kept(answers, options.top_k)
 
 
 def run(options: Options) -> None:
@@ -263,19 +185,25 @@ def run(options: Options) -> None:
 
 def answer(options: Options, predictor: Predictor | Ranked) -> None:
     """Writes or prints what the model says to the texts."""
+    texts, given = texts_of(options, predictor.parts)
+    barred = Barred.read(options.filter, predictor.labels)
     if options.output.endswith(".npz"):
-        texts: Any = texts_of(options)
-        values, rows = predictor.predict_arrays(texts, options.top_k, batch_size=options.batch or 64)
+        size = options.batch or 64
+        values, rows = predictor.predict_arrays(given, barred.needed(options.top_k), batch_size=size)
+        values, rows = barred.kept_arrays(values, rows, options.top_k)
         write_npz(options.output, score_matrix(values, rows, predictor.labels), keep_zeros=True)
         return
     with written(options.output) as out:
-        for number, labels in enumerate(answers_of(options, predictor)):
+        for number, labels in enumerate(answers_of(options, predictor, given, barred)):
+            own = texts.ids.popleft()
             found = [
                 {"id": x.id, "name": x.name, "score": round(x.score, 4), "probability": round(x.probability, 6)} for x in labels
             ]
             if options.output or not sys.stdout.isatty():
-                out.write(json.dumps({"text": number, "labels": found}, ensure_ascii=False) + "\n")
+                named = {"text": number} | ({} if own is None else {"id": own})
+                out.write(json.dumps(named | {"labels": found}, ensure_ascii=False) + "\n")
             else:
+                out.write("" if own is None else f"{own}\n")
                 out.write("\n".join(f"{x['probability']:8.4f}  {x['name']}" for x in found) + "\n\n")
             if not options.output:
                 out.flush()

@@ -117,7 +117,7 @@ def model_inputs(
     check_dataset(dataset, predictor.labels, inputs)
     if isinstance(inputs, BowInputs) and vocabulary and inputs.config()["vocabulary"] == vocabulary:
         ready = {name: part.tfidf for name, part in documents.items() if part.tfidf is not None}
-        inputs = BowInputs(None, inputs.vectorizer, ready)
+        inputs = BowInputs(None, inputs.vectorizer, ready, parts=inputs.parts)
     folder.mkdir(parents=True, exist_ok=True)
     told.unlink(missing_ok=True)
     for name, part in documents.items():

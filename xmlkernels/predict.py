@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from xmlkernels.checkpoint import CheckpointFolder
-from xmlkernels.data.inputs import Inputs, load_inputs
+from xmlkernels.data.inputs import Inputs, TextParts, load_inputs
 from xmlkernels.errors import InputError
 from xmlkernels.models.common import Model, model_config
 from xmlkernels.models.restore import DIVERGED, check_finite, restored
@@ -101,6 +101,11 @@ class Predictor:
     def labels(self) -> int:
         """L."""
         return self.model.labels
+
+    @property
+    def parts(self) -> TextParts:
+        """How title and body of a text become what the model reads."""
+        return self.inputs.parts
 
     @classmethod
     def load(

@@ -22,6 +22,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 from xmlkernels.data.bow import Vectorizer
+from xmlkernels.data.inputs import TextParts
 from xmlkernels.errors import InputError
 from xmlkernels.evaluation import score_matrix
 from xmlkernels.predict import Label, Predictor, named, read_names
@@ -82,11 +83,13 @@ class Ranked(ABC):
         label_names: L names, or None.
         labels: L.
         takes_pairs: whether each text is a pair (what the model reads, what TF-IDF is made of).
+        parts: how title and body of a text become what the model reads.
     """
 
     label_names: list[str] | None
     labels: int
     takes_pairs: bool
+    parts: TextParts
 
     @abstractmethod
     def scores(self, texts: Sequence[str], words: Sequence[str], k: int, *, batch_size: int = 64) -> csr_matrix:
@@ -171,6 +174,7 @@ class RankedPredictor(Ranked):
         self.vectorizer, self.label_names, self.threads = vectorizer, label_names, threads
         self.labels = len(reranker.ranker.bias)
         self.takes_pairs = model is not None and source.words == "own"
+        self.parts = TextParts() if model is None else model.parts
 
     @classmethod
     def load(
@@ -226,7 +230,7 @@ class RankedPredictor(Ranked):
             logits = score_matrix(values, rows, self.labels)
         elif self.model is not None:
             logits = score_matrix(*self.model.predict_arrays(texts, self.source.listed, batch_size=batch_size), self.labels)
-        tfidf = None if self.vectorizer is None else self.vectorizer.transform(words)
+        tfidf = None if self.vectorizer is None else self.vectorizer.transform(map(self.parts.words, words))
         features = reranker.features(embedding, tfidf)
         if self.matcher is not None:
             logits = self.matcher.shortlist(features, threads=self.threads)
@@ -255,6 +259,7 @@ class Forest(Ranked):
             raise InputError("rankers", "rankers of the same labels and texts", got or "none", "train them on one dataset")
         self.rankers, self.label_names = tuple(rankers), rankers[0].label_names
         self.labels, self.takes_pairs = rankers[0].labels, rankers[0].takes_pairs
+        self.parts = rankers[0].parts
 
     def scores(self, texts: Sequence[str], words: Sequence[str], k: int, *, batch_size: int = 64) -> csr_matrix:
         parts = [ranker.scores(texts, words, k, batch_size=batch_size) for ranker in self.rankers]

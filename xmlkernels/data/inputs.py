@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -12,12 +13,54 @@ from scipy.sparse import csr_matrix
 from xmlkernels.data.bow import Vectorizer, bag_text_batches
 from xmlkernels.data.dataset import Dataset, Split
 from xmlkernels.data.loader import BagBatch, BagBatches, Batch, Batches, text_batches
+from xmlkernels.data.text_lines import join_parts, split_title
 from xmlkernels.data.tokens import Tokenizer, load_tokenizer
 from xmlkernels.errors import InputError
 
 
+@dataclass(frozen=True)
+class TextParts:
+    """How title and body of a training text became one, so that texts to predict become it alike.
+
+    Attributes:
+        fields: "all" takes both, "title" or "body" one of them.
+        separator: what stands between both.
+        marked: whether `/SEP/` in a line stands between title and body, as in AttentionXML's sets.
+    """
+
+    fields: Literal["all", "title", "body"] = "all"
+    separator: str = " "
+    marked: bool = False
+
+    @classmethod
+    def of(cls, dataset: Dataset | None) -> TextParts:
+        """Those of a dataset, as its manifest keeps them; of older and of other datasets a space joins all."""
+        source: Any = {} if dataset is None else dataset.manifest.get("source")
+        if not isinstance(source, dict) or "separator" not in source:
+            return cls()
+        return cls(source["fields"], source["separator"], source.get("kind") == "attentionxml")
+
+    def join(self, title: str, body: str) -> str:
+        """The text of a title and a body, one of which may be empty."""
+        if self.fields != "all":
+            return title if self.fields == "title" else body
+        return self.separator.join(filter(None, (title, body)))
+
+    def of_line(self, line: str) -> str:
+        """The text of a line, which may hold a title and a body."""
+        if not self.marked:
+            return line
+        return join_parts(line, self.separator) if self.fields == "all" else self.join(*split_title(line))
+
+    def words(self, text: str) -> str:
+        """A text without the separator of a tokenizer, for bags of words."""
+        return text.replace(self.separator, " ") if self.separator.strip() else text
+
+
 class Inputs(Protocol):
     """One way of reading documents; the encoder that was trained with it must be served with it."""
+
+    parts: TextParts
 
     def batches(
         self,
@@ -61,10 +104,14 @@ class TokenInputs:
         dataset: where the labels' own texts are taken from; None for serving alone.
         tokenizer: the encoder's.
         max_length: tokens per text.
+        parts: of its texts; those of the dataset when not given.
     """
 
-    def __init__(self, dataset: Dataset | None, tokenizer: Tokenizer, max_length: int) -> None:
+    def __init__(
+        self, dataset: Dataset | None, tokenizer: Tokenizer, max_length: int, *, parts: TextParts | None = None
+    ) -> None:
         self.dataset, self.tokenizer, self.max_length = dataset, tokenizer, max_length
+        self.parts = TextParts.of(dataset) if parts is None else parts
 
     def batches(
         self,
@@ -79,7 +126,7 @@ class TokenInputs:
     ) -> Batches:
         label_tokens = self.dataset.label_tokens if label_text and self.dataset is not None else None
         if label_text and label_tokens is None:
-            raise InputError("label_text", "a dataset with label texts", "one without", "prepare it with --label-text")
+            raise InputError("--label-text", "a dataset with label texts", "one without", "prepare it with --label-text")
         arranged: dict[str, Any] = {} if order is None else {"order": order, "ancestors": ancestors}
         return Batches(split, batch_size, seed=seed, shuffle=shuffle, label_tokens=label_tokens, **arranged)
 
@@ -95,7 +142,7 @@ class TokenInputs:
         self.tokenizer.save(folder / "tokenizer")
 
     def config(self) -> dict[str, Any]:
-        return {"kind": "tokens", "max_length": self.max_length}
+        return {"kind": "tokens", "max_length": self.max_length} | _kept(self.parts)
 
 
 class BowInputs:
@@ -106,6 +153,7 @@ class BowInputs:
         vectorizer: fitted; None for a dataset of bags of words, whose columns nobody can make from a text.
         features: of splits that are vectorised already, by name; others are vectorised on first use and kept.
         columns: V of a model that is served without vectorizer and without dataset.
+        parts: of its texts; those of the dataset when not given.
     """
 
     def __init__(
@@ -115,8 +163,11 @@ class BowInputs:
         features: Mapping[str, csr_matrix] | None = None,
         *,
         columns: int = 0,
+        parts: TextParts | None = None,
     ) -> None:
         self.dataset, self.vectorizer, self._features = dataset, vectorizer, dict(features or {})
+        # The texts of a dataset are kept without the separator of its tokenizer.
+        self.parts = replace(TextParts.of(dataset), separator=" ") if parts is None else parts
         self._columns = columns
 
     @property
@@ -156,7 +207,7 @@ class BowInputs:
     ) -> BagBatches:
         own = self.label_features() if label_text else None
         if label_text and own is None:
-            raise InputError("label_text", "a dataset with label texts", "one without", "prepare it with --label-text")
+            raise InputError("--label-text", "a dataset with label texts", "one without", "prepare it with --label-text")
         return BagBatches(
             self.features(split), split.labels, batch_size, seed=seed, shuffle=shuffle, order=order, ancestors=ancestors,
             label_features=own,
@@ -189,7 +240,12 @@ class BowInputs:
             self.vectorizer.save(folder / "vocabulary")
 
     def config(self) -> dict[str, Any]:
-        return {"kind": "bow", "vocabulary": self.vectorizer and self.vectorizer.content_hash}
+        return {"kind": "bow", "vocabulary": self.vectorizer and self.vectorizer.content_hash} | _kept(self.parts)
+
+
+def _kept(parts: TextParts) -> dict[str, Any]:
+    """What a checkpoint says of them: nothing where they are the usual ones, as before there were others."""
+    return {} if parts == TextParts() else {"parts": asdict(parts)}
 
 
 def check_dataset(dataset: Dataset, labels: int, inputs: Inputs) -> None:
@@ -220,8 +276,9 @@ def load_inputs(folder: Path, state: Mapping[str, Any]) -> Inputs:
         InputError: a kind that this version does not know, files missing, or a vocabulary of another model.
     """
     config = state.get("inputs") or {"kind": "tokens", "max_length": state["max_length"]}
+    parts = TextParts(**config.get("parts", {}))
     if config["kind"] == "tokens":
-        return TokenInputs(None, load_tokenizer(folder / "tokenizer"), config["max_length"])
+        return TokenInputs(None, load_tokenizer(folder / "tokenizer"), config["max_length"], parts=parts)
     if config["kind"] != "bow":
         raise InputError("checkpoint", "inputs of kind tokens or bow", repr(config["kind"]), "read it with a newer xmlkernels")
     if config["vocabulary"] is None:
@@ -230,4 +287,4 @@ def load_inputs(folder: Path, state: Mapping[str, Any]) -> Inputs:
     if vectorizer.content_hash != config["vocabulary"]:
         expected = f"the vocabulary {config['vocabulary'][:12]} of this checkpoint"
         raise InputError(str(folder / "vocabulary"), expected, vectorizer.content_hash[:12], "copy the whole folder again")
-    return BowInputs(None, vectorizer)
+    return BowInputs(None, vectorizer, parts=parts)
