@@ -114,29 +114,29 @@ def _is_text(node: ast.AST) -> bool:
 
 def _left_alone(tree: ast.AST) -> set[int]:
     """Nodes inside of annotations, messages of errors and warnings, decorators, and what only checks our own code."""
-    out: set[int] = set()
-    for node in ast.walk(tree):
-        inner: list[ast.AST] = []
-        called = node.func if isinstance(node, ast.Call) else None
-        speaks = isinstance(called, ast.Name) and called.id in ("say", "InputError")
-        if speaks or isinstance(node, ast.Raise | ast.Assert):
-            inner.append(node)
-        elif isinstance(node, ast.AnnAssign):
-            inner.append(node.annotation)
-        elif isinstance(node, ast.keyword) and node.arg in ("strict", "stacklevel"):
-            inner.append(node.value)
-        elif isinstance(node, ast.FunctionDef):
-            arguments = node.args
-            inner += [a.annotation for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs) if a.annotation]
-            inner += [*node.decorator_list, *([node.returns] if node.returns else [])]
-        elif isinstance(node, ast.ClassDef):
-            inner += node.decorator_list
-        elif isinstance(node, ast.Assign) and {n.id for n in ast.walk(node.targets[0]) if isinstance(n, ast.Name)} <= _MESSAGE:
-            inner.append(node)
-        elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            inner.append(node)
-        out |= {id(n) for part in inner for n in ast.walk(part)}
-    return out
+    return {id(inner) for node in ast.walk(tree) for part in _untouched(node) for inner in ast.walk(part)}
+
+
+def _untouched(node: ast.AST) -> list[ast.AST]:
+    called = node.func if isinstance(node, ast.Call) else None
+    speaks = isinstance(called, ast.Name) and called.id in ("say", "InputError")
+    typed = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    if speaks or typed or isinstance(node, ast.Raise | ast.Assert):
+        return [node]
+    if isinstance(node, ast.AnnAssign):
+        return [node.annotation]
+    if isinstance(node, ast.keyword) and node.arg in ("strict", "stacklevel"):
+        return [node.value]
+    if isinstance(node, ast.ClassDef):
+        return list(node.decorator_list)
+    if isinstance(node, ast.Assign):
+        names = {n.id for n in ast.walk(node.targets[0]) if isinstance(n, ast.Name)}
+        return [node] if names and names <= _MESSAGE else []
+    if isinstance(node, ast.FunctionDef):
+        arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+        inner = [argument.annotation for argument in arguments if argument.annotation]
+        return [*inner, *node.decorator_list, *([node.returns] if node.returns else [])]
+    return []
 
 
 def drawn(root: Path, count: int, seed: int) -> list[Fault]:

@@ -45,7 +45,7 @@ def the_corpus_asked_for(**changes: object) -> PrepareConfig:
     """What preparing the built-in corpus is told."""
     asked: list[PrepareConfig] = []
 
-    def ask(settings: PrepareConfig, *_: object) -> None:
+    def ask(settings: PrepareConfig, *_: object, **__: object) -> None:
         asked.append(settings)
         raise Asked
 
@@ -72,7 +72,6 @@ def all_documents(runs: Runs, folder: Path) -> None:
 
 def caches(runs: Runs, folder: Path) -> None:
     assert Path(the_corpus_asked_for(cache=str(folder / "mine")).output).parent == folder / "mine"
-    assert (folder / "mine").is_dir()
 
 
 def outputs(runs: Runs, folder: Path) -> None:

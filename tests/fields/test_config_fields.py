@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import fields_cascade
@@ -13,6 +15,8 @@ import fields_table
 import fields_training
 import pytest
 from config_runs import Case, Config, Runs
+
+from config import began_with, recorded  # isort: skip  # train_runs has put train/ on the path
 
 Held = tuple[Case | Callable[[Runs, Any], None], ...]
 TABLE: dict[str, Held] = {
@@ -28,6 +32,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def test_every_field_is_in_the_table() -> None:
     names = [field.name for field in fields(Config)]
     assert sorted(TABLE) == sorted(names), "a new flag needs a line in tests/fields/: what differs when it is set"
+
+
+def test_defaults_are_those_of_runs_that_began_before() -> None:
+    """A config.json that lacks a field was written when the field did not exist: it had what is the default now."""
+    before = json.loads((Path(__file__).parent / "defaults.json").read_text())
+    now = recorded(Config())
+    assert {name: now[name] for name in before} == before and began_with({"model": "end_to_end"}) == now
+    assert not now.keys() - before.keys(), "put the default of the new field into defaults.json"
 
 
 @pytest.mark.parametrize(("name", "number"), [(name, n) for name, held in TABLE.items() for n in range(len(held))])
