@@ -61,7 +61,9 @@ def test_a_mean_is_read_against_the_first(clock: list[float], tmp_path: Path, ca
     fresh = Progress(10, 0, log=log)
     fresh.tell(1, 0.1, 0.05, 1.0, a_sum=False)
     fresh.tell(2, 0.2, 0.01, 1.0, a_sum=False)
-    log.write_text('{"step": 1, "split": "validation", "loss": 9}\n{"step": 1, "loss": null}\n{"step": 2, "loss": 0.25}\n')
+    log.write_text('{"step": 1, "lo\n[1]\n{"loss": "x"}\n')  # lines that a kill cut short
+    with log.open("a") as lines:
+        lines.write('{"step": 1, "split": "validation", "loss": 9}\n{"step": 1, "loss": null}\n{"step": 2, "loss": 0.25}\n')
     Progress(10, 5, log=log).tell(6, 0.6, 0.01, 1.0, a_sum=False)
     told = [re.findall(r"loss .*?(?=  )", line)[0] for line in capsys.readouterr().out.splitlines()]
     assert told == ["loss 0.05", "loss 0.01 (at first: 0.05)", "loss 0.01 (at first: 0.25)"]

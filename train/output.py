@@ -16,6 +16,7 @@ from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import naming, replacing
 from xmlkernels.data.inputs import Inputs
+from xmlkernels.records import parse_json
 from xmlkernels.tree.label_tree import LabelTree
 
 # In the order in which they are cleared: while config.json stands, the folder is known as a run that is not finished.
@@ -155,12 +156,13 @@ def strict(value: Any) -> Any:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. InputError where the file holds none."""
+    name, mend = str(path), "replace the run with --overwrite"
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(str(path), "JSON", str(error), "replace the run with --overwrite") from error
+        value = parse_json(path.read_bytes(), name, mend, strict=False)
+    except OSError as error:
+        raise InputError(name, "a file that can be read", str(error.strerror), mend) from error
     if not isinstance(value, dict):
-        raise InputError(str(path), "a JSON object", type(value).__name__, "replace the run with --overwrite")
+        raise InputError(name, "a JSON object", type(value).__name__, mend)
     return value
 
 

@@ -1,14 +1,17 @@
 """What the terminal shows while a model trains: by time, with what is left of it, and a loss beside what it is read against."""
 
-import json
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
 from report import say
+from xmlkernels import InputError
+from xmlkernels.records import parse_record
 
 # Seconds between lines: where the log gets one anyway, and elsewhere, so that slow steps are not silent ones.
 _LOGGED, _SLOW = 10.0, 30.0
@@ -70,13 +73,20 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
+class LogLine(TypedDict):
+    """A line of log.jsonl, as far as it is read again."""
+
+    loss: NotRequired[float | None]
+
+
 def _first_loss(log: Path) -> float | None:
-    """The first loss of a run's log."""
-    with log.open(encoding="utf-8") as lines:
+    """The first loss of a run's log; lines that a kill cut short say nothing."""
+    with log.open("rb") as lines:
         for line in lines:
-            value = json.loads(line)
-            if "split" not in value and value.get("loss") is not None:
-                return float(value["loss"])
+            with suppress(InputError):
+                value = parse_record(line, LogLine, where=str(log), mend="it is only told")
+                if "split" not in value and value.get("loss") is not None:
+                    return value["loss"]
     return None
 
 

@@ -113,15 +113,19 @@ def check_record(value: Any, shape: type[T], *, where: str, mend: str) -> T:
     return cast(T, value)
 
 
-def parse_json(text: bytes | str, where: str, mend: str) -> Any:
-    """Strict JSON, of any type.
+def parse_json(text: bytes | str, where: str, mend: str, *, strict: bool = True) -> Any:
+    """JSON of any type.
+
+    Args:
+        strict: False takes NaN, Infinity and keys that stand twice (the last counts), as Python's own writers and readers
+            do: for files that others wrote.
 
     Raises:
         InputError: see the module docstring.
     """
     try:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
-        value = _DECODER.decode(decoded)
+        value = (_DECODER if strict else _LAX).decode(decoded)
     except UnicodeDecodeError as error:
         raise InputError(where, "JSON in UTF-8", f"a byte that is none (at {error.start})", mend) from None
     except RecursionError:
@@ -163,6 +167,7 @@ def _finite(token: str) -> float:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+_LAX = json.JSONDecoder()
 
 
 def _depth(value: Any) -> int:

@@ -367,6 +367,8 @@ def test_filter_pairs(write, tmp_path):
         ("1 2 3", "got '1 2 3'"),
         ("a b", "got 'a b'"),
         ("9999999999999999999 0", "expected a row from 0 to 3"),
+        ("0 " + "1" * 5000, "expected `row label`, two ids from 0"),
+        ("0 0" + " " * 5000, "expected `row label`, two ids from 0"),
     ],
 )
 def test_filter_pair_mistakes(write, line, message):

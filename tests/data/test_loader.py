@@ -357,3 +357,15 @@ def test_texts_that_are_none(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match="max_length"):
         list(text_batches(["w1"], tokenizer, 1, 5))
     assert threads() == []
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_file_that_is_cut_while_an_epoch_reads_it_ends_in_a_sentence(tmp_path: Path, prefetch: int) -> None:
+    split = documents(tmp_path, rows=2000)
+    batches = Batches(split, 8, prefetch=prefetch).epoch(0)
+    next(batches)
+    with open(tmp_path / "tokens.bin", "r+b") as file:
+        file.truncate(1500)
+    message = r"tokens.bin: expected the \d+ bytes that were there when it was opened, got 1500 bytes"
+    with pytest.raises(InputError, match=message):
+        list(batches)

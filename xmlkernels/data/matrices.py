@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from array import array
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ import scipy.sparse
 from scipy.sparse import csr_matrix
 
 from xmlkernels.data.arrays import open_members
-from xmlkernels.data.files import DataWarning, PathLike, at_line, map_bytes, quote, replacing
+from xmlkernels.data.files import DataWarning, PathLike, at_line, open_bytes, quote, replacing
 from xmlkernels.data.stored_matrix import checked, read_stored
 from xmlkernels.errors import InputError
+
+_LONGEST_PAIR = 4096  # characters of a line of filter pairs
 
 
 def canonical_csr(matrix: Any, where: str, *, merge: bool = False, keep_zeros: bool = False) -> csr_matrix:
@@ -127,21 +130,18 @@ def read_filter_pairs(path: PathLike, *, rows: int | None = None, labels: int | 
     Raises:
         InputError: names file and line.
     """
-    limits = (("row", rows), ("label", labels))
-    pairs: list[tuple[int, int]] = []
-    with map_bytes(path, may_be_empty=True) as buffer:
-        lines = buffer[:].removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    for number, line in enumerate(lines, 1):
-        fields = line.split()
-        if not fields:
-            continue
-        if len(fields) != 2 or not all(field.isdigit() for field in fields):
-            raise InputError(at_line(path, number), "`row label`, two ids from 0", quote(line.strip()), "mend the line")
-        for field, (what, limit) in zip(fields, limits, strict=True):
-            if len(field) > 18 or (limit is not None and int(field) >= limit):
-                bound = "below 10^18" if limit is None else f"from 0 to {limit - 1}" if limit else "(there is none)"
-                raise InputError(at_line(path, number), f"a {what} {bound}", quote(field), "name the file that belongs here")
-        pairs.append((int(fields[0]), int(fields[1])))
+    pairs = array("q")
+    with open_bytes(path, may_be_empty=True) as file:
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_PAIR + 1), b""), 1):
+            fields = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).split()
+            if len(line) > _LONGEST_PAIR or (fields and (len(fields) != 2 or not all(field.isdigit() for field in fields))):
+                raise InputError(at_line(path, number), "`row label`, two ids from 0", quote(line.strip()), "mend the line")
+            for field, what, limit in zip(fields, ("row", "label"), (rows, labels), strict=False):
+                if len(field) > 18 or (limit is not None and int(field) >= limit):
+                    bound = "below 10^18" if limit is None else f"from 0 to {limit - 1}" if limit else "(there is none)"
+                    mend = "name the file that belongs here"
+                    raise InputError(at_line(path, number), f"a {what} {bound}", quote(field), mend)
+            pairs.extend(map(int, fields))
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
