@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import (
+    busy,
     cases,
     cases_bag,
     cases_cascade,
@@ -476,6 +477,19 @@ def test_what_skipping_saves_is_shown(capsys: pytest.CaptureFixture[str]) -> Non
     shares = [float(line[2]) for line in lines]
     # Two documents of one cluster each: of four groups at least two have no positive.
     assert shares[0] == shares[2] == 0 and 50 <= shares[1] < 100 and shares[3] < shares[1]
+
+
+def test_a_busy_machine_is_measured_under_every_setting(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got = busy.measure(busy.MODELS[0], 0.01)
+    assert got["documents/s"] > 0 and 0 < got["ms"] <= got["ms 95%"]
+    asked: list[tuple[dict[str, str], str]] = []
+    monkeypatch.setattr(busy, "row", lambda setting, name, seconds: asked.append((setting, name)) or got)
+    busy.main(["--seconds", "0.01"])
+    lines = capsys.readouterr().out.splitlines()[2:-1]
+    assert [line.split()[0] for line in lines] == ["alone"] * 8 + ["busy"] * 8 and len(asked) == 16
+    assert [setting for setting, _ in asked[:8:2]] == list(busy.SETTINGS.values())
 
 
 def test_a_query_is_timed_with_every_head(capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,6 +62,7 @@ BESIDE_THE_TABLE = {
     **{
         ("benchmarks/latency.py", to): "times a query from text to labels" for to in ("data", "models", "nn", "predict", "tree")
     },
+    **{("benchmarks/busy.py", to): "times whole steps beside a busy process" for to in ("data", "models", "nn")},
     ("benchmarks/parse_sparse.py", "data"): "times the reader of sparse text, which is no op",
     ("xmlkernels/models/end_to_end.py", "checkpoint"): "optimizer states by name, as checkpoints keep them",
     ("xmlkernels/models/cascade_state.py", "checkpoint"): "as above",
