@@ -11,9 +11,11 @@ import pytest
 from train_runs import Config, make_dataset, run, tiny
 
 from xmlkernels.checkpoint import CheckpointFolder
+from xmlkernels.data import docstrings
 from xmlkernels.data.dataset import Dataset
 
 import demo  # isort: skip  # train_runs has put train/ on the path
+import sources  # isort: skip
 
 
 @pytest.fixture(scope="module")
@@ -115,15 +117,48 @@ def test_the_whole_demo_twice(
     demo.main()
     first = capsys.readouterr().out
     assert "TF-IDF baseline: measured now" in first and "holds this run unfinished" in first
+    assert "a linear ranker of" in first and f"--checkpoint {config.output} --ranker {config.output}-ranker" in first
     monkeypatch.setattr(demo, "KNNBaseline", lambda *_: pytest.fail("the baseline was measured again"))
+    monkeypatch.setattr(demo, "train_ranker", lambda _: pytest.fail("the ranker was trained again"))
     demo.main()
     second = capsys.readouterr().out
     assert len(trained) == 1 and "nothing to train" in second and "TF-IDF baseline: measured beside this run" in second
     tables = [
-        [line for line in text.splitlines() if "end-to-end" in line or "TF-IDF nearest" in line] for text in (first, second)
+        [line for line in text.splitlines() if any(name in line for name in ("│ TF-IDF", "│ model"))]
+        for text in (first, second)
     ]
-    assert tables[0] == tables[1] and len(tables[0]) == 2
+    assert tables[0] == tables[1] and len(tables[0]) == 3
     assert all(query in second for query in demo.QUERIES)
+
+
+def test_a_ranker_of_another_run_is_trained_again(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = demo.RankerOptions(str(dataset), str(tmp_path), checkpoint="runs/demo", **demo.DEMO_RANKER)
+    data, trained = Dataset.open(dataset), []
+    monkeypatch.setattr(demo, "train_ranker", lambda options: trained.append(options) or {"test": {"both": {"P@1": 2.0}}})
+    kept = {"dataset_hash": data.content_hash, "options": demo.plain(options), "test": {"both": {"P@1": 1.0}}}
+    (tmp_path / "metrics.json").write_text(json.dumps(kept))
+    assert demo.with_ranker(options, data, stands=True) == {"P@1": 1.0} and not trained
+    for stands, changed in ((False, kept), (True, kept | {"dataset_hash": "other"}), (True, kept | {"options": {}})):
+        (tmp_path / "metrics.json").write_text(json.dumps(changed))
+        assert demo.with_ranker(options, data, stands=stands) == {"P@1": 2.0}
+    assert len(trained) == 3
+
+
+def test_a_corpus_made_now_is_not_told_as_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run opens what the demo has just made; the next process says that it stood already."""
+    config = replace(demo.RECIPES["demo"][1], documents=40, cache=str(tmp_path / "cache"))
+    monkeypatch.setattr(docstrings, "PACKAGES", ("rich",))
+    monkeypatch.setattr(sources, "_opened", set())
+    made = sources.open_dataset(config)
+    assert sources.open_dataset(config).content_hash == made.content_hash
+    first = capsys.readouterr().out
+    assert "made on first use" in first and "used again" not in first
+    monkeypatch.setattr(sources, "_opened", set())
+    sources.open_dataset(config)
+    again = capsys.readouterr().out
+    assert again.count("used again") == 1 and "made on first use" not in again
 
 
 def test_the_hint_names_the_interpreter_in_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""What `make demo` runs: train on part of the built-in corpus, compare with a nearest-neighbour baseline, answer queries.
+"""What `make demo` runs: train on part of the built-in corpus, a linear ranker beside it, compare both with a nearest-neighbour
+baseline, answer queries.
 
 The task: which functions will the function that does this need to call? What stands from an earlier call is used again.
 """
@@ -8,9 +9,10 @@ if __name__ == "__main__":  # before torch is loaded
 
     waiting.choose()
 
+import json
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ import numpy as np
 from config import Config, recorded
 from facts import commit
 from output import MAY_CHANGE, read_json, write_json
-from recipes import RECIPES
+from ranker import Options as RankerOptions
+from ranker import train as train_ranker
+from recipes import DEMO_RANKER, RECIPES
 from report import command, print_comparison, python, say
 from run import train
 from sources import open_dataset
@@ -28,7 +32,7 @@ from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.knn import KNNBaseline
 from xmlkernels.metrics import evaluate, inverse_propensity
-from xmlkernels.predict import Predictor
+from xmlkernels.ranked import Ranked, RankedPredictor
 
 QUERIES = (
     "Open a file and return its lines as a list of strings.",
@@ -42,13 +46,17 @@ def main() -> None:
     say("Which functions does a function call? Texts: first paragraphs of docstrings of Python packages; labels: the calls.")
     dataset = open_dataset(config)
     report, stands = trained(config, dataset)
+    options = RankerOptions(
+        str(dataset.folder), f"{config.output}-ranker", checkpoint=config.output, device=config.device, **DEMO_RANKER
+    )
+    ranked = with_ranker(options, dataset, stands=stands)
     baseline = nearest_neighbours(dataset, Path(config.output) / "baseline.json", stands=stands)
     print_comparison(
-        f"test split of the built-in corpus, hash {dataset.content_hash[:12]}",
-        {"end-to-end, all-MiniLM-L6-v2": report["test"], "TF-IDF nearest neighbours": baseline},
+        f"test split of the built-in corpus, hash {dataset.content_hash[:12]}; model: end to end, all-MiniLM-L6-v2",
+        {"TF-IDF neighbours": baseline, "model": report["test"], "model + ranker": ranked},
     )
-    answer(Predictor.load(config.output))
-    say(f'\nAsk it more: {python()} train/predict.py --checkpoint {config.output} --text "…"')
+    answer(RankedPredictor.load(options.output, config.output))
+    say(f'\nAsk both more: {python()} train/predict.py --checkpoint {config.output} --ranker {options.output} --text "…"')
 
 
 def trained(config: Config, dataset: Dataset) -> tuple[dict[str, Any], bool]:
@@ -99,6 +107,30 @@ def can_go_on(folder: Path, dataset: Dataset) -> bool:
     return bool(state["dataset"] == dataset.content_hash and state.get("commits", [None])[-1] == commit())
 
 
+def with_ranker(options: RankerOptions, dataset: Dataset, *, stands: bool) -> dict[str, float]:
+    """Metrics of model and ranker together on the test split; the ranker is trained where none of this run stands.
+
+    Args:
+        stands: the run was not trained now, so a ranker that was trained beside it may be used again.
+    """
+    kept = Path(options.output) / "metrics.json"
+    if stands and kept.exists():
+        found = read_json(kept)
+        if found.get("dataset_hash") == dataset.content_hash and found.get("options") == plain(options):
+            say(f"{options.output}/ holds the ranker of this run already")
+            return dict(found["test"]["both"])
+    say(
+        f"a linear ranker of [embedding, TF-IDF] on the model's {options.shortlist} best labels (train/ranker.py); --min-df "
+        f"{options.min_df} was chosen on validation for this recipe, the ranker's share is chosen there now"
+    )
+    return dict(train_ranker(options)["test"]["both"])
+
+
+def plain(options: RankerOptions) -> dict[str, Any]:
+    """The options as a ranker's metrics.json holds them."""
+    return dict(json.loads(json.dumps(asdict(options))))
+
+
 def nearest_neighbours(dataset: Dataset, kept: Path, *, stands: bool) -> dict[str, float]:
     """Metrics of the baseline on the same documents: measured beside the training, and kept with its run.
 
@@ -120,7 +152,7 @@ def nearest_neighbours(dataset: Dataset, kept: Path, *, stands: bool) -> dict[st
     return metrics
 
 
-def answer(predictor: Predictor) -> None:
+def answer(predictor: Ranked) -> None:
     for query, labels in zip(QUERIES, predictor.predict(QUERIES, k=5), strict=True):
         say(f"\n{query}")
         say("   " + "   ".join(f"{label.name} {label.probability:.2f}" for label in labels))

@@ -26,7 +26,7 @@ from checks import check_least, flag
 from output import write_json, write_text
 from owned import refuse_others
 from ranker_inputs import Documents, model_inputs, read_features, vectorize, without_pairs
-from report import Seconds, command, print_comparison, say
+from report import Seconds, command, print_comparison, python, say
 from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import check_file
@@ -316,6 +316,16 @@ def main() -> None:
         a, b = report["propensity"]
         print_comparison(f"{report['dataset']} (hash {report['dataset_hash'][:12]}), propensity constants A={a}, B={b}", rows)
     say(f"written to {report['options']['output']}/")
+    say(next_command(report["options"]))
+
+
+def next_command(options: dict[str, Any]) -> str:
+    """How to ask the ranker for labels; one of ready features cannot be asked."""
+    if options["features"]:
+        return "a ranker of ready features scores the splits of its dataset alone: predictions.npz has those of the test split"
+    model = f"--checkpoint {options['checkpoint']} " if options["checkpoint"] else ""
+    own = ' --ranker-text "…"' if model and options["train_text"] else ""
+    return f'ask it: {python()} train/predict.py {model}--ranker {options["output"]} --text "…"{own}'
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from xmlkernels.models.common import arrangement
 from xmlkernels.parallel import most_threads
 from xmlkernels.tree.label_tree import LabelTree
 
+_opened: set[Path] = set()  # built-in corpora that this process has made or opened, and told of
+
 
 def open_dataset(config: Config) -> Dataset:
     """The dataset folder named by the configuration, or the built-in corpus, made on first use."""
@@ -38,7 +40,13 @@ def open_dataset(config: Config) -> Dataset:
         keep_texts=True,
         overwrite=True,
     )
-    return prepare(settings, say, flag="--cache", wait=True)
+    if not folder.exists():
+        say(f"{folder}: the built-in corpus, made on first use from the Python packages installed here (about a minute)")
+    # What was made a moment ago is no surprise: it is told once that a folder is used again.
+    tell = (lambda line: None) if folder.resolve() in _opened else say
+    dataset = prepare(settings, tell, flag="--cache", wait=True)
+    _opened.add(folder.resolve())
+    return dataset
 
 
 def open_inputs(config: Config, dataset: Dataset) -> Inputs:
