@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from damage import flip, without_checksums
 from torch import nn
 
 from xmlkernels import checkpoint
@@ -165,6 +166,50 @@ def dying(at: int, work: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
+@pytest.mark.parametrize("kept", [1, 2])
+def test_death_while_the_earlier_ones_move_on(tmp_path: Path, kept: int) -> None:
+    """Whatever stands under any name is whole; the newest two are among them; the next save clears up and counts right."""
+    deaths = 0
+    for at in range(1, 100):
+        root = tmp_path / str(at)
+        both = CheckpointFolder(root, kept)
+        for number in range(1, 4):
+            both.save_last(value(number), {"number": number})
+        pid = in_child(dying(at, lambda: both.save_last(value(4), {"number": 4})))  # noqa: B023
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        found = {whole(root / name) for name in os.listdir(root) if not name.startswith(".")} | {whole(root / "last")}
+        assert max(found) >= 3 and whole(root / "last") in (3, 4) and len(found) >= kept, (at, found)
+        both.save_last(value(5), {"number": 5})
+        names = names_of(root)
+        assert names == ["last", *(f"last.{n}" for n in range(1, len(names)))] and len(names) <= kept + 1, at
+        numbers = [whole(root / name) for name in names]
+        assert numbers[0] == 5 and numbers == sorted(numbers, reverse=True) and len(names) >= min(kept, 1) + 1, at
+        if status == 0:
+            break
+        assert status == 9
+        deaths += 1
+        shutil.rmtree(root)
+    assert 8 <= deaths < 90
+
+
+def test_death_while_one_is_put_back(tmp_path: Path) -> None:
+    for at in range(1, 100):
+        root = tmp_path / str(at)
+        both = CheckpointFolder(root)
+        for number in (1, 2):
+            both.save_last(value(number), {"number": number})
+        flip(root / "last" / "state.json", 400)
+        pid = in_child(dying(at, lambda: both.put_back("last.1")))  # noqa: B023
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert both.resumable() and both.load_first(("last", "earlier", "best"))[1] == {"number": 1}, at
+        both.put_back("last.1")
+        both.save_last(value(3), {"number": 3})
+        assert names_of(root) == ["last", "last.1"] and [whole(root / name) for name in names_of(root)] == [3, 1]
+        if status == 0:
+            break
+    assert at > 4
+
+
 @pytest.mark.parametrize("kind", ["replace", "first", "best"])
 def test_death_between_any_two_steps(tmp_path: Path, kind: str) -> None:
     deaths = 0
@@ -242,9 +287,11 @@ def test_bad_checkpoints_are_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         load(folder)
 
-    def broken(change: Callable[[], None], match: str) -> None:
+    def broken(change: Callable[[], object], match: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         save(folder, value(1), {"number": 1})
+        without_checksums(folder)
+        assert whole(folder) == 1
         change()
         with pytest.raises(InputError, match=match):
             load(folder)
@@ -258,13 +305,133 @@ def test_bad_checkpoints_are_told(tmp_path: Path) -> None:
     broken(lambda: os.truncate(weights, 5), "whole safetensors")
     broken(weights.unlink, "tensors.safetensors.*no such file")
     broken(state.unlink, "state.json.*no such file")
-    broken(lambda: os.truncate(state, 40), "whole JSON")
-    broken(lambda: edit(version=2), "version 1, got version 2")
-    broken(lambda: edit(format="other"), "another JSON file")
+    broken(lambda: os.truncate(state, 40), "state.json: expected JSON, got")
+    broken(lambda: edit(version=2), "version 1, got 2")
+    broken(lambda: edit(format="other"), "format xmlkernels checkpoint, got \"other\"")
     broken(lambda: edit(identity="0"), "another checkpoint")
     broken(lambda: edit(tensors={"w": {"shape": [300], "dtype": "float32"}}), "1 differ")
-    broken(lambda: state.write_text('{"format": "xmlkernels checkpoint", "version": 1}'), "no .'alias'")
-    broken(lambda: state.write_text("[]"), "another JSON file")
+    broken(lambda: state.write_text('{"format": "xmlkernels checkpoint", "version": 1}'), "a key 'identity', got none")
+    broken(lambda: state.write_text("[]"), "format xmlkernels checkpoint, got a list")
+    broken(lambda: edit(tensors={"w": {"shape": [-1], "dtype": "float32"}}), r"tensors.w.shape\[0\]: expected .*>= 0, got -1")
+    broken(lambda: edit(alias={"x": 3}), r"alias.x: expected a text, got 3")
+    broken(lambda: edit(alias={"x": "nowhere"}), "an alias of a tensor, got 'nowhere'")
+    broken(lambda: edit(state=[]), r"state: expected an object, got a list of 0")
+    broken(lambda: edit(state={"x": {"__float__": "much"}}), "nan, inf or -inf, got 'much'")
+    broken(lambda: state.write_text("[" * 100_000), "at most 100 levels")
+    broken(lambda: state.write_bytes(b"\xff\xfe"), "JSON in UTF-8")
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    """200 anywhere in either file, headers and checksums too; the same for damage by whole bytes, and for mixed files."""
+    folder, random_ = tmp_path / "c", random.Random(0)
+    tensors = {**value(1), "same": torch.ones(3), "half": torch.ones(5).bfloat16(), "empty": torch.empty(0, 4)}
+    tensors["alias"] = tensors["same"]
+    save(folder, tensors, {"number": 1, "rates": [0.5, None, math.nan]})
+    assert whole(folder) == 1
+    for name in ("tensors.safetensors", "state.json"):
+        content = (folder / name).read_bytes()
+        for bit in random_.sample(range(8 * len(content)), 200):
+            flip(folder / name, bit)
+            with pytest.raises(InputError):
+                load(folder)
+            (folder / name).write_bytes(content)
+        for damaged in (content[:-1], content + b" ", b"\0" * len(content), b""):
+            (folder / name).write_bytes(damaged)
+            with pytest.raises(InputError):
+                load(folder)
+            (folder / name).write_bytes(content)
+    assert whole(folder) == 1
+    save(tmp_path / "other", tensors, {"number": 1, "rates": [0.5, None, 1.0]})
+    shutil.copy(tmp_path / "other" / "state.json", folder)
+    with pytest.raises(InputError, match="another checkpoint"):
+        load(folder)
+
+
+def test_only_what_is_read_is_compared(tmp_path: Path) -> None:
+    save(tmp_path / "c", value(1), {"number": 1})
+    path = tmp_path / "c" / "tensors.safetensors"
+    flip(path, 8 * path.stat().st_size - 1)  # in w, whose values come last
+    assert load(tmp_path / "c", keep=lambda name: name == "n")[0]["n"] == 1
+    with pytest.raises(InputError, match="tensor w: expected the content of checksum"):
+        load(tmp_path / "c")
+
+
+def test_checksums_of_some_are_no_checkpoint(tmp_path: Path) -> None:
+    """Otherwise damage could make a checkpoint look like one from before there were any."""
+    save(tmp_path / "c", value(1), {"number": 1})
+    path = tmp_path / "c" / "state.json"
+    head = json.loads(path.read_text())
+    for told in head["tensors"].values():
+        told["xxh3_129"] = told.pop("xxh3_128")
+        path.write_text(json.dumps(head))
+        with pytest.raises(InputError, match="checksum"):
+            load(tmp_path / "c")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_the_umask_decides_who_may_read(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        both = CheckpointFolder(tmp_path / "run")
+        both.save_last(value(1), {"number": 1})
+        both.save_best()
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) == 4 and {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~mask}
+
+
+def names_of(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def test_earlier_checkpoints_are_kept_and_counted(tmp_path: Path) -> None:
+    for keep in (0, 1, 3):
+        both = CheckpointFolder(tmp_path / str(keep), keep)
+        for number in range(1, 8):
+            both.save_last(value(number), {"number": number})
+            if number == 2:
+                both.save_best()
+            kept = [f"last.{n}" for n in range(1, keep + 1) if number - n >= 1]
+            assert names_of(both.folder) == [*(["best"] if number >= 2 else []), "last", *kept]
+            assert [whole(both.folder / name) for name in ("last", *kept)] == list(range(number, number - len(kept) - 1, -1))
+    CheckpointFolder(tmp_path / "3", 1).save_last(value(8), {"number": 8})  # fewer from now on
+    assert names_of(tmp_path / "3") == ["best", "last", "last.1"] and whole(tmp_path / "3" / "last.1") == 7
+
+
+def test_a_folder_of_something_else_among_the_earlier_ones_stays(tmp_path: Path) -> None:
+    both = CheckpointFolder(tmp_path, 0)
+    (tmp_path / "last.7").mkdir()
+    (tmp_path / "last.7" / "thesis.txt").write_text("mine")
+    for number in (1, 2):
+        both.save_last(value(number), {"number": number})
+    assert names_of(tmp_path) == ["last", "last.7"] and names_of(tmp_path / "last.7") == ["thesis.txt"]
+
+
+def test_the_first_whole_one_is_found_and_put_back(tmp_path: Path) -> None:
+    both, order = CheckpointFolder(tmp_path / "run", 2), ("last", "earlier", "best")
+    for number in (1, 2, 3, 4):
+        both.save_last(value(number), {"number": number})
+        if number == 1:
+            both.save_best()
+    assert both.load_first(order)[1:] == ({"number": 4}, "last", None)
+    for name, number in (("last", 3), ("last.1", 2), ("last.2", 1)):
+        flip(tmp_path / "run" / name / "tensors.safetensors", 5000)
+        _, state, which, reason = both.load_first(order)
+        assert state == {"number": number} and which == {3: "last.1", 2: "last.2", 1: "best"}[number]
+        assert reason is not None and "run/last/tensors" in str(reason)
+    both.put_back("best")
+    assert whole(tmp_path / "run" / "last") == whole(tmp_path / "run" / "best") == 1
+    both.save_last(value(5), {"number": 5})
+    assert whole(tmp_path / "run" / "last") == 5 and whole(tmp_path / "run" / "last.1") == 1
+    for name in ("last", "last.1", "last.2", "best"):
+        (tmp_path / "run" / name / "state.json").unlink()
+    with pytest.raises(InputError, match="run/last/state.json"):
+        both.load_first(order)
+    assert both.exists("last") and both.resumable()  # there is something that must not be started over
+    shutil.rmtree(tmp_path / "run" / "last")
+    with pytest.raises(InputError, match="last.1/state.json"):
+        both.load_first(order)
 
 
 def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:

@@ -16,22 +16,23 @@ ARROWS = {
     "errors": set(),
     "records": {"errors"},
     "foreign": {"records", "errors"},
+    "checksums": {"records", "errors"},
     "reference": set(),
     "triton": set(),
     "native": {"ops"},
     "ops": {"reference", "triton", "native", "errors"},
-    "data": {"foreign", "records", "errors", "_host"},
+    "data": {"checksums", "foreign", "records", "errors", "_host"},
     "parallel": {"errors"},
     "threads": {"errors"},
-    "tree": {"data", "parallel", "records", "errors"},
+    "tree": {"checksums", "data", "parallel", "records", "errors"},
     "metrics": {"errors"},
     "dist": {"errors"},
-    "checkpoint": {"dist", "records", "errors"},
+    "checkpoint": {"dist", "checksums", "records", "errors"},
     "nn": {"ops", "dist", "foreign", "records", "threads", "errors"},
     "optim": {"ops", "dist", "errors"},
     "models": {"nn", "optim", "tree", "data", "dist", "records", "errors"},
-    "ranker": {"data", "metrics", "parallel", "records", "errors"},
-    "predict": {"models", "checkpoint", "data", "metrics", "ranker", "records", "threads", "errors"},
+    "ranker": {"checksums", "data", "metrics", "parallel", "records", "errors"},
+    "predict": {"models", "checkpoint", "checksums", "data", "metrics", "ranker", "records", "threads", "errors"},
     "planner": {"models", "checkpoint", "data", "metrics", "records", "errors"},
     "benchmarks": {"ops", "reference", "errors"},
 }
@@ -41,6 +42,7 @@ PACKAGES = {
     "errors": set(),
     "records": {"msgspec"},
     "foreign": set(),
+    "checksums": {"xxhash"},
     "reference": {"torch"},
     "triton": {"torch", "triton"},
     "native": {"torch"},
@@ -52,8 +54,8 @@ PACKAGES = {
 }
 # Files that share the room of another: too long for one file.
 PART_OF = {
-    "memory": "planner", "_state": "checkpoint", "ranking": "metrics", "levels": "predict", "evaluation": "predict",
-    "ranked": "predict",
+    "memory": "planner", "_contents": "checkpoint", "_places": "checkpoint", "_state": "checkpoint", "ranking": "metrics",
+    "levels": "predict", "evaluation": "predict", "ranked": "predict",
 }  # fmt: skip
 # Arrows that point down but are not in the table, each with its reason.
 BESIDE_THE_TABLE = {
@@ -75,6 +77,7 @@ ALONE = {
     "tokenizers": {"xmlkernels/data/tokens.py"},
     "torch.distributed": {"xmlkernels/dist.py"},
     "msgspec": {"xmlkernels/records.py"},
+    "xxhash": {"xmlkernels/checksums.py"},
 }
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
+from damage import without_checksums
 from train_runs import LABELS, ROOT, finished_run, make_dataset
 
 from xmlkernels import InputError
@@ -113,6 +114,7 @@ def test_a_checkpoint_from_before_the_cascade_is_read(finished: Path, predictor:
     """It names encoder and head without a kind of model, and tokens per text without a kind of inputs."""
     shutil.copytree(finished, tmp_path / "run")
     path = tmp_path / "run" / "checkpoint" / "best" / "state.json"
+    without_checksums(path.parent)
     head = json.loads(path.read_text())
     model, inputs = head["state"].pop("model"), head["state"].pop("inputs")
     head["state"] |= {"encoder": model["encoder"], "head": model["head"], "max_length": inputs["max_length"]}
@@ -122,7 +124,7 @@ def test_a_checkpoint_from_before_the_cascade_is_read(finished: Path, predictor:
         assert np.array_equal(ours, theirs)
     for state in (head["state"] | {"model": {"kind": "bayes"}}, {"inputs": inputs}):
         path.write_text(json.dumps({**head, "state": state}))
-        with pytest.raises(InputError, match="checkpoint: expected"):
+        with pytest.raises(InputError, match="checkpoint.*: expected"):
             Predictor.load(tmp_path / "run")
 
 

@@ -116,7 +116,7 @@ def _ranges(config: Config) -> Iterator[tuple[bool, str, str, str]]:
     for name in (
         "micro_batch", "save_every", "loss_every", "warmup", "clip", "documents", "threads", "bottleneck", "encoder_lr",
         "table_lr", "encoder_decay", "table_decay", "freeze", "max_features", "positives_bound", "warmup_epochs",
-        "cooldown_epochs", "ema_start", "centroid_norm", "skip_tiles", "encoder_epsilon",
+        "cooldown_epochs", "ema_start", "centroid_norm", "skip_tiles", "encoder_epsilon", "keep",
     ):  # fmt: skip
         yield getattr(config, name) >= 0, name, "0 or more", "choose 0 to switch it off"
     for name in ("dropout", "momentum", "word_dropout"):

@@ -187,6 +187,9 @@ class Config:
     save_every: int = 500
     """Steps between checkpoints; one is written after every epoch too. 0: only where validation is the best so far,
     and at the end."""
+    keep: int = 1
+    """Checkpoints before the last that are kept beside it and the best one: where the last turns out damaged, the run goes on
+    from the one before. The disk holds so many more, and another one while one is written."""
     log_every: int = 50
     """Steps between lines of log.jsonl."""
     resume: bool = False

@@ -13,9 +13,11 @@ from owned import delete, refuse_foreign
 from report import say
 from xmlkernels import InputError, dist
 from xmlkernels.checkpoint import CheckpointFolder
+from xmlkernels.checksums import Files, check_files, of_files
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import naming, replacing
 from xmlkernels.data.inputs import Inputs
+from xmlkernels.predict import BESIDE, NAMES
 from xmlkernels.records import parse_json
 from xmlkernels.tree.label_tree import LabelTree
 
@@ -23,7 +25,8 @@ from xmlkernels.tree.label_tree import LabelTree
 RUN_FILES = ("metrics.json", "predictions.npz", "log.jsonl", "checkpoint", "config.json")
 # `tree` is a place: which tree it is, the checkpoint knows by content. Tables are the same tables on any `label_device`.
 MAY_CHANGE = (
-    "resume", "overwrite", "output", "cache", "log_every", "save_every", "threads", "tree", "label_device", "beyond_memory",
+    "resume", "overwrite", "output", "cache", "log_every", "save_every", "keep", "threads", "tree", "label_device",
+    "beyond_memory",
 )  # fmt: skip
 
 
@@ -36,6 +39,7 @@ class RunFolder:
         path: the folder.
         checkpoints: the last and the best checkpoint in it.
         writes: whether this process is the one that writes.
+        beside: sizes and checksums of the files beside the checkpoints that predictions need; each checkpoint holds them.
 
     Raises:
         InputError: the folder holds what this configuration may not touch. Nothing is written before `begin`.
@@ -43,9 +47,10 @@ class RunFolder:
 
     def __init__(self, config: Config) -> None:
         self.config, self.path = config, Path(config.output)
-        self.checkpoints = CheckpointFolder(self.path / "checkpoint")
+        self.checkpoints = CheckpointFolder(self.path / "checkpoint", config.keep)
         self.log_file, self._settings = self.path / "log.jsonl", self.path / "config.json"
         self.writes = dist.rank() == 0
+        self.beside: Files = {}
         if self.writes:
             self._check()
 
@@ -83,7 +88,7 @@ class RunFolder:
     def _resumable(self) -> bool:
         if not self.config.resume or not self._settings.exists():
             return False
-        if not self.checkpoints.exists("last"):
+        if not self.checkpoints.resumable():
             say("--resume: no checkpoint was written yet; starting from the beginning")
             return False
         return True
@@ -99,12 +104,32 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self._settings, json.dumps(recorded(self.config), indent=1) + "\n")
         inner.mkdir(exist_ok=True)
-        inputs.save(inner)
         if tree is not None:
             tree.save(inner)
-        if dataset.label_names is not None:
-            write_text(inner / "label_names.txt", "".join(f"{name}\n" for name in dataset.label_names))
+        self._write_beside(dataset, inputs)
         self.log_file.touch()
+
+    def go_on(self, beside: Files | None, dataset: Dataset, inputs: Inputs) -> None:
+        """A run from a checkpoint: files beside it that are no longer what they were are written again."""
+        if not self.writes:
+            return
+        inner = self.path / "checkpoint"
+        if beside is None:  # a checkpoint from before there were checksums
+            self.beside = of_files(inner, BESIDE)
+            return
+        self.beside = beside
+        try:
+            check_files(inner, beside, "")
+        except InputError as error:
+            say(f"note: {error.where}: {error.got}; written again from the dataset")
+            self._write_beside(dataset, inputs)
+
+    def _write_beside(self, dataset: Dataset, inputs: Inputs) -> None:
+        inner = self.path / "checkpoint"
+        inputs.save(inner)
+        if dataset.label_names is not None:
+            write_text(inner / NAMES, "".join(f"{name}\n" for name in dataset.label_names))
+        self.beside = of_files(inner, BESIDE)
 
     # ---- log ----
 

@@ -16,9 +16,10 @@ from facts import Clock, commit, differences, environment, skipped
 from output import RunFolder, write_json
 from progress import Frequencies, Progress
 from report import levels_line, print_metrics, say
+from resume import check_same, newest
 from sources import open_dataset, open_inputs, open_tree, training_batches
 from stops import Stopped, Watched, asked
-from xmlkernels import InputError, dist
+from xmlkernels import dist
 from xmlkernels.checkpoint import rng_state, set_rng_state
 from xmlkernels.data.dataset import Split
 from xmlkernels.data.matrices import write_npz
@@ -117,32 +118,22 @@ class Session:
 
     def _resume(self) -> None:
         checkpoints = self.folder.checkpoints
-        tensors, state = checkpoints.load("last")
-        if state["dataset"] != self.dataset.content_hash:
-            raise InputError(
-                "--resume", f"dataset hash {state['dataset'][:12]}", self.dataset.content_hash[:12],
-                "resume on the data it began with",
-            )  # fmt: skip
-        if state.get("inputs", self.inputs.config()) != self.inputs.config():
-            raise InputError(
-                "--resume", f"inputs {state['inputs']}, as the run began", str(self.inputs.config()),
-                "resume with the packages and data it began with",
-            )  # fmt: skip
-        if (tree := state.get("tree")) != (self.tree and self.tree.content_hash):
-            raise InputError(
-                "--resume", f"label tree {str(tree)[:12]}, as the run began", str(self.tree and self.tree.content_hash)[:12],
-                "resume with the tree it began with, which lies beside its checkpoint",
-            )  # fmt: skip
+        tensors, state, which = newest(checkpoints, self.config, len(self.batches))
+        dist.agree("the checkpoint to go on from", which, torch.device("cpu"))
+        check_same(state, self.dataset, self.inputs, self.tree)
         self._take(tensors, state)
         self._draw_on(state)
         self.epoch, self.position, self.best = state["epoch"], state["position"], state["best"]
-        self.clock.spent |= state["seconds"]
+        self.clock.spent |= {part: float(value) for part, value in state["seconds"].items() if part in self.clock.spent}
         self.pending = [(torch.tensor([value]), count) for value, count in state["pending"]]
         self.documents, self.marked = state["documents"], (state["documents"], state["seconds"]["train"])
         before = state.get("commits", [])
         self.commits = before + [c for c in self.commits if before[-1:] != [c]]
         self.saved = self.model.steps
         dist.wait()  # until all have read what the first may move
+        if which != "last" and self.folder.writes:
+            checkpoints.put_back(which)
+        self.folder.go_on(state.get("beside"), self.dataset, self.inputs)
         if self.best.get("step") == self.model.steps and self.folder.writes:
             checkpoints.save_best()  # the run may have been stopped between writing `last` and linking `best` to it
         self.folder.rewind_log(state["log_bytes"])
@@ -173,6 +164,7 @@ class Session:
             "pending": [(float(value), count) for value, count in self.pending],
             "log_bytes": self.folder.sync_log(), "rng": rng, "commits": self.commits,
             "environment": self.environment, "tree": self.tree and self.tree.content_hash,
+            "beside": self.folder.beside,
         } | ({"other_rngs": others} if others else {})  # fmt: skip
 
     def save(self, *, best: bool = False) -> None:

@@ -9,12 +9,35 @@ import base64
 import math
 import random
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
 
 from xmlkernels.errors import InputError
+from xmlkernels.records import Meta, check_record
+
+_Word = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+
+
+class _Key(TypedDict):
+    key: Annotated[list[_Word], Meta(min_length=624, max_length=624)]
+    pos: Annotated[int, Meta(ge=0, le=624)]
+
+
+class _Legacy(TypedDict):
+    bit_generator: Literal["MT19937"]
+    state: _Key
+    has_gauss: Annotated[int, Meta(ge=0, le=1)]
+    gauss: float
+
+
+class _Generators(TypedDict):
+    python: tuple[int, list[_Word], float | None]
+    torch: str
+    numpy: _Legacy
+    cuda: NotRequired[list[str]]
+
 
 _FLOAT = "__float__"
 _STATELESS = "none"
@@ -45,11 +68,14 @@ def encode(value: Any, path: str = "state") -> Any:
 
 
 def decode(value: Any) -> Any:
-    """The inverse of `encode`; tuples come back as lists."""
+    """The inverse of `encode`; tuples come back as lists. InputError where a number is none that `encode` writes."""
     if isinstance(value, list):
         return [decode(item) for item in value]
     if isinstance(value, dict):
         if value.keys() == {_FLOAT}:
+            if value[_FLOAT] not in ("nan", "inf", "-inf"):
+                got, mend = repr(value[_FLOAT])[:40], "restore the checkpoint from a copy"
+                raise InputError(f"state, {_FLOAT}", "nan, inf or -inf", got, mend)
             return float(value[_FLOAT])
         return {key: decode(item) for key, item in value.items()}
     return value
@@ -75,6 +101,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         InputError: a part is missing or malformed, or the state has CUDA generators and their number is another here.
     """
     where = "random generator state"
+    check_record(state, _Generators, where=where, mend="save it anew")
     cuda = list(state.get("cuda", []))
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if cuda and len(cuda) != here:
@@ -83,7 +110,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     before = rng_state()
     try:
         _apply(state)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         _apply(before)
         raise InputError(where, "what rng_state() gives", f"{type(error).__name__} {error}", "save it anew") from error
 

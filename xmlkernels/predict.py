@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,13 +20,16 @@ import torch
 from torch import nn
 
 from xmlkernels.checkpoint import CheckpointFolder
+from xmlkernels.checksums import Files, check_files
 from xmlkernels.data.inputs import Inputs, TextParts, load_inputs
 from xmlkernels.errors import InputError
 from xmlkernels.models.common import Model, model_config
 from xmlkernels.models.restore import DIVERGED, check_finite, restored
+from xmlkernels.records import check_record
 from xmlkernels.threads import check_threads, torch_threads
 
 NAMES = "label_names.txt"  # beside a checkpoint or a ranker, one a line
+BESIDE = (NAMES, "tokenizer", "vocabulary")  # beside the checkpoints of a run: what predictions need of it
 _AHEAD = 16  # batches of texts read ahead, so that texts of like length share a batch
 _TRAINING_ONLY = ("optimizer.", "scaler.", "head.momentum", "head.second", "head.kahan")
 _TRAINING_ENDS = (".momentum", ".second")  # of a cascade's tables and of a bag of words'
@@ -67,10 +70,22 @@ def named(values: np.ndarray, rows: np.ndarray, names: Sequence[str] | None) -> 
     return [Label(row, names[row] if names else str(row), value) for value, row in pairs if row >= 0]
 
 
-def read_names(folder: Path) -> list[str] | None:
-    """The names of the labels kept in a folder, or None where there are none."""
-    path = folder / NAMES
-    return path.read_text("utf-8").split("\n")[:-1] if path.exists() else None
+def read_names(folder: Path, labels: int) -> list[str] | None:
+    """The names of the labels kept in a folder, or None where there are none.
+
+    Raises:
+        InputError: not one name for each label, or no UTF-8.
+    """
+    path, mend = folder / NAMES, "copy it from the dataset that the model was trained on"
+    if not path.exists():
+        return None
+    try:
+        names = path.read_text("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(str(path), "names in UTF-8, one a line", str(error), mend) from None
+    if names.pop() or len(names) != labels:
+        raise InputError(str(path), f"{labels:,} lines, a name for each label", f"{len(names):,}", mend)
+    return names
 
 
 class Predictor:
@@ -123,25 +138,27 @@ class Predictor:
 
         Args:
             folder: a run's `checkpoint` folder, or the run's output folder.
-            which: "best" or "last". When not given it is the best one or, while a run has none yet, the last one, with a
-                CheckpointWarning.
+            which: "best" or "last". When not given it is the best one. While a run has none yet, or where it is damaged, it is
+                the last one or, where that is damaged too, the newest of those before it, with a CheckpointWarning.
             threads: CPU threads that this predictor's model computes on, whatever the rest of the process uses; 0 leaves
                 torch's choice. Tokenisers have threads of their own (TOKENIZERS_PARALLELISM=false does without).
 
         Raises:
-            InputError: no such checkpoint, one that is damaged, or one whose training has diverged.
+            InputError: no such checkpoint, one that is damaged, damaged files beside it, or one whose training has diverged.
         """
         check_threads(threads)
-        checkpoints, which = _located(folder, which)
-        tensors, state = checkpoints.load(which, keep=_for_prediction)
+        checkpoints, order = _located(folder, which)
+        tensors, state, found = _first(checkpoints, order, _for_prediction)
+        path = checkpoints.folder
+        check_files(path, files_beside(state), "copy the whole checkpoint folder again")
         # Not slower: new memory is filled at the speed at which the system hands it out, on one thread or on several.
         with torch_threads(1):
             model = restored(model_config(state), tensors)
             model.load_tensors(tensors)
-            check_finite(cast(nn.Module, model), str(checkpoints.folder / which))
+            check_finite(cast(nn.Module, model), str(path / found))
             model = model.to(torch.device(device))
-        path = checkpoints.folder
-        return cls(model, load_inputs(path, state), read_names(path), _identity(state), threads=threads)
+        names = read_names(path, model.labels)
+        return cls(model, load_inputs(path, state), names, _identity(state), threads=threads)
 
     def predict(
         self, texts: Iterable[str], k: int = 10, *, batch_size: int = 64, window: int = _AHEAD, prefetch: int = 2
@@ -197,8 +214,12 @@ def _check_answers(values: torch.Tensor, rows: torch.Tensor) -> None:
 
 def checkpoint_identity(folder: str | Path, which: str | None = None) -> str:
     """Tells one checkpoint from every other, also from later ones of its run; a copy has the same. Arguments as of `load`."""
-    checkpoints, which = _located(folder, which)
-    return _identity(checkpoints.load(which, keep=lambda name: False)[1])
+    return _identity(_first(*_located(folder, which), keep=lambda name: False)[1])
+
+
+def files_beside(state: Mapping[str, Any]) -> Files:
+    """Sizes and checksums of the files beside a checkpoint, as its state has them; none in one from before there were any."""
+    return check_record(state.get("beside", {}), Files, where="checkpoint, $.beside", mend="use another checkpoint")
 
 
 def _identity(state: Mapping[str, Any]) -> str:
@@ -206,13 +227,26 @@ def _identity(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _located(folder: str | Path, which: str | None) -> tuple[CheckpointFolder, str]:
-    """The checkpoints in a run's output folder or in the folder itself, and which of the two is meant."""
+def _located(folder: str | Path, which: str | None) -> tuple[CheckpointFolder, tuple[str, ...]]:
+    """The checkpoints in a run's output folder or in the folder itself, and in which order they are tried."""
     path = Path(folder)
     checkpoints = CheckpointFolder(path / "checkpoint" if (path / "checkpoint").is_dir() else path)
-    if which is None:
-        which = "best" if checkpoints.exists("best") or not checkpoints.exists("last") else "last"
-        if which == "last":
-            told = f"{checkpoints.folder} holds no best checkpoint yet; the last one is used"
-            warnings.warn(told, CheckpointWarning, stacklevel=3)
-    return checkpoints, which
+    if which is not None:
+        return checkpoints, (which,)
+    order: tuple[str, ...] = ("best", "last", "earlier")
+    if not checkpoints.exists("best") and checkpoints.resumable():
+        told = f"{checkpoints.folder} holds no best checkpoint yet; the last one is used"
+        warnings.warn(told, CheckpointWarning, stacklevel=3)
+        order = order[1:]
+    return checkpoints, order
+
+
+def _first(
+    checkpoints: CheckpointFolder, order: tuple[str, ...], keep: Callable[[str], bool]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], str]:
+    """The first that is whole and its name, with a warning where an earlier one of the order is not."""
+    tensors, state, found, reason = checkpoints.load_first(order, keep)
+    if reason is not None:
+        told = f"{reason.where}: {reason.got}; {checkpoints.folder / found} is used in its place"
+        warnings.warn(told, CheckpointWarning, stacklevel=3)
+    return tensors, state, found

@@ -219,7 +219,7 @@ class RankedPredictor(Ranked):
             if model.identity != source.checkpoint:
                 expected = f"the checkpoint {source.checkpoint[:12]}, with which {path} was made"
                 raise InputError(str(checkpoint), expected, model.identity[:12], "name that one, or train the ranker again")
-        names = read_names(path)
+        names = read_names(path, len(reranker.ranker.bias))
         return cls(reranker, source, model=model, matcher=matcher, vectorizer=vectorizer, label_names=names, threads=threads)
 
     def scores(self, texts: Sequence[str], words: Sequence[str], k: int, *, batch_size: int = 64) -> csr_matrix:

@@ -131,6 +131,13 @@ def saved_at(plain: Seen, changed: Seen) -> None:
     assert sorted(set(changed.saved)) == [3, PER_EPOCH, 6, 9, STEPS]
 
 
+def kept(plain: Seen, changed: Seen) -> None:
+    """Of the checkpoints before the last; the best one is kept in any case."""
+    for seen, earlier in ((plain, ["last.1"]), (changed, [])):
+        there = sorted(path.name for path in Path(seen.config.output, "checkpoint").glob("[lb]*") if path.suffix != ".txt")
+        assert there == ["best", "last", *earlier]
+
+
 def logged_at(plain: Seen, changed: Seen) -> None:
     assert [line["step"] for line in plain.progress] == list(range(1, 11))
     assert [line["step"] for line in changed.progress] == [4, 8]
@@ -189,6 +196,7 @@ FIELDS = {
     "top_k": (Case("tiny", {"top_k": 7}, labels_kept),),
     "evaluate_batch": (Case("tiny", {"evaluate_batch": 16}, evaluated_at_once),),
     "save_every": (Case("tiny", {"save_every": 3}, saved_at),),
+    "keep": (Case("tiny", {"keep": 0}, kept),),
     "log_every": (Case("tiny", {"log_every": 4}, logged_at),),
     "resume": (resumed,),
     "overwrite": (overwritten,),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -16,6 +16,7 @@ from xmlkernels.data.loader import BagBatch, BagBatches, Batch, Batches, text_ba
 from xmlkernels.data.text_lines import join_parts, split_title
 from xmlkernels.data.tokens import Tokenizer, load_tokenizer
 from xmlkernels.errors import InputError
+from xmlkernels.records import Positive, check_record
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,31 @@ def check_dataset(dataset: Dataset, labels: int, inputs: Inputs) -> None:
     inputs.check(dataset)
 
 
+class _Kind(TypedDict):
+    kind: str
+
+
+class _Tokens(TypedDict):
+    max_length: Positive
+
+
+class _Words(TypedDict):
+    vocabulary: str | None
+
+
+class _Parts(TypedDict):
+    fields: NotRequired[Literal["all", "title", "body"]]
+    separator: NotRequired[str]
+    marked: NotRequired[bool]
+
+
+def _parts(value: Any, where: str, mend: str) -> TextParts:
+    check_record(value, _Parts, where=where, mend=mend)
+    if more := sorted(value.keys() - _Parts.__annotations__.keys()):
+        raise InputError(where, "keys that this version knows", repr(more[0]), mend)
+    return TextParts(**value)
+
+
 def load_inputs(folder: Path, state: Mapping[str, Any]) -> Inputs:
     """The inputs of a trained model, for serving.
 
@@ -275,13 +301,16 @@ def load_inputs(folder: Path, state: Mapping[str, Any]) -> Inputs:
     Raises:
         InputError: a kind that this version does not know, files missing, or a vocabulary of another model.
     """
-    config = state.get("inputs") or {"kind": "tokens", "max_length": state["max_length"]}
-    parts = TextParts(**config.get("parts", {}))
-    if config["kind"] == "tokens":
-        return TokenInputs(None, load_tokenizer(folder / "tokenizer"), config["max_length"], parts=parts)
-    if config["kind"] != "bow":
-        raise InputError("checkpoint", "inputs of kind tokens or bow", repr(config["kind"]), "read it with a newer xmlkernels")
-    if config["vocabulary"] is None:
+    config: Any = state.get("inputs") or {"kind": "tokens", "max_length": state.get("max_length")}
+    where, mend = "checkpoint, $.inputs", "read it with a newer xmlkernels, or use another checkpoint"
+    kind = check_record(config, _Kind, where=where, mend=mend)["kind"]
+    parts = _parts(config.get("parts", {}), f"{where}.parts", mend)
+    if kind == "tokens":
+        longest = check_record(config, _Tokens, where=where, mend=mend)["max_length"]
+        return TokenInputs(None, load_tokenizer(folder / "tokenizer"), longest, parts=parts)
+    if kind != "bow":
+        raise InputError("checkpoint", "inputs of kind tokens or bow", repr(kind), "read it with a newer xmlkernels")
+    if check_record(config, _Words, where=where, mend=mend)["vocabulary"] is None:
         return BowInputs(None, None, columns=state["model"]["encoder"]["vocabulary"])
     vectorizer = Vectorizer.load(folder / "vocabulary")
     if vectorizer.content_hash != config["vocabulary"]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from xmlkernels.data.loader import BagBatch, Batch
 from xmlkernels.errors import InputError
+from xmlkernels.records import check_record
 
 if TYPE_CHECKING:
     from xmlkernels.tree.label_tree import LabelTree
@@ -101,7 +102,7 @@ def model_config(state: Mapping[str, Any]) -> dict[str, Any]:
         InputError: the state describes no model.
     """
     if "model" in state:
-        return dict(state["model"])
+        return dict(check_record(state["model"], dict[str, Any], where="checkpoint, $.model", mend="use another checkpoint"))
     if {"encoder", "head"} <= state.keys():
         return {"kind": "end_to_end", "encoder": state["encoder"], "head": state["head"]}
     raise InputError("checkpoint", "the description of a model", "none", "use one that train/run.py wrote")

@@ -1,7 +1,7 @@
 """A model from its own description and its tensors: what prediction needs, and no training."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,69 @@ from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
+from xmlkernels.records import Count, Meta, Positive, check_record
+
+_MEND = "use another checkpoint, or a newer xmlkernels"
+_Share = Annotated[float, Meta(ge=0, lt=1)]
+
+
+class _FullHead(TypedDict):
+    labels: Positive
+    width: Positive
+    dtype: str
+    bias: bool
+
+
+class _CascadeHeads(TypedDict):
+    sizes: list[Positive]
+    most: list[Positive]
+    width: Positive
+    layers: list[list[Count]]
+    topk: list[Positive]
+    scheme: str
+    dtype: str
+    cluster_dtype: str
+
+
+class _Bow(TypedDict):
+    kind: Literal["bow"]
+    vocabulary: Positive
+    width: Positive
+    dropout: _Share
+    word_dropout: _Share
+    activation: str
+    dtype: str
+
+
+class _Encoder(TypedDict):
+    model: dict[str, Any]
+    pooling: str
+    bottleneck: Count
+    dropout: _Share
+    autocast: str | None
+    compile: bool
+
+
+class _Config(TypedDict):
+    kind: str
+    encoder: dict[str, Any]
+    head: dict[str, Any]
+    tree: NotRequired[dict[str, Any]]
+
+
+def check_config(config: Any) -> None:
+    """InputError where a model's `config()` has a value of another type, a key too many or a kind that is not known."""
+    where = "checkpoint, $.model"
+    check_record(config, _Config, where=where, mend=_MEND)
+    heads: dict[str, Any] = {"end_to_end": _FullHead, "cascade": _CascadeHeads}
+    if config["kind"] not in heads:
+        expected, mend = "a model of kind end_to_end or cascade", "read it with a newer xmlkernels"
+        raise InputError("checkpoint", expected, repr(config["kind"]), mend)
+    parts = {"head": heads[config["kind"]], "encoder": _Bow if config["encoder"].get("kind") == "bow" else _Encoder}
+    for name, shape in parts.items():
+        check_record(config[name], shape, where=f"{where}.{name}", mend=_MEND)
+        if more := sorted(config[name].keys() - shape.__annotations__.keys()):
+            raise InputError(f"{where}.{name}", "keys that this version knows", repr(more[0]), _MEND)
 
 DIVERGED = (
     "the training has diverged: use an earlier checkpoint (the best in place of the last), or train again with lower learning "
@@ -53,18 +116,42 @@ def restored(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Model:
         tensors: of the same checkpoint; a cascade's hold its label tree.
 
     Raises:
-        InputError: a kind of model that this version does not know, or no label tree.
+        InputError: a kind of model that this version does not know, values of other types, no label tree, or sizes other
+            than those of the tensors: nothing of a size that the checkpoint does not hold is made.
     """
-    kind = config.get("kind")
+    check_config(config)
+    check_sizes(config, tensors)
+    kind = config["kind"]
     if kind == "end_to_end":
-        return EndToEnd(_encoder(config["encoder"]), FullHead(**config["head"], std=0))
-    if kind == "cascade":
-        tree = saved_tree(config, tensors)
-        # SGD without momentum keeps no states, which prediction has no use for.
-        heads = CascadeHeads(**config["head"], optimizer="sgd", betas=(0.0, 0.999), fill=False)
-        return Cascade(_encoder(config["encoder"]), heads, tree)
-    raise InputError("checkpoint", "a model of kind end_to_end or cascade", repr(kind), "read it with a newer xmlkernels")
+        return EndToEnd(_encoder(config["encoder"], tensors), FullHead(**config["head"], std=0))
+    tree = saved_tree(config, tensors)
+    # SGD without momentum keeps no states, which prediction has no use for.
+    heads = CascadeHeads(**config["head"], optimizer="sgd", betas=(0.0, 0.999), fill=False)
+    return Cascade(_encoder(config["encoder"], tensors), heads, tree)
 
 
-def _encoder(config: Mapping[str, Any]) -> nn.Module:
-    return BowEncoder.from_config(config) if config.get("kind") == "bow" else Encoder.from_config(config)
+def check_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """InputError where the tables that a configuration describes are not among the tensors."""
+    head, encoder = config["head"], config["encoder"]
+    expected: dict[str, tuple[int, int]] = {}
+    if config["kind"] == "end_to_end":
+        expected["head.weight"] = (head["labels"], head["width"])
+    else:
+        expected |= {f"heads.levels.{r}.weight": (size, head["width"]) for r, size in enumerate(head["sizes"])}
+    if encoder.get("kind") == "bow":
+        expected["encoder.table"] = (encoder["vocabulary"], encoder["width"])
+    elif encoder["bottleneck"]:
+        found = tensors.get("encoder.bottleneck.weight")
+        expected["encoder.bottleneck.weight"] = (encoder["bottleneck"], int(found.shape[1]) if found is not None else 0)
+    for name, shape in expected.items():
+        got = tuple(tensors[name].shape) if name in tensors else None
+        if got != shape:
+            mend = "use the checkpoint's own configuration"
+            raise InputError(f"checkpoint: {name}", f"shape {list(shape)}", "none" if got is None else str(list(got)), mend)
+
+
+def _encoder(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    if config.get("kind") == "bow":
+        return BowEncoder.from_config(config)
+    inside = "encoder.model."
+    return Encoder.from_config(config, {k.removeprefix(inside): t.shape for k, t in tensors.items() if k.startswith(inside)})

@@ -20,7 +20,7 @@ from torch import nn
 from xmlkernels.errors import InputError
 from xmlkernels.foreign import refuse_model, refuse_settings
 from xmlkernels.nn.dropout import Dropout, training_attention
-from xmlkernels.nn.encoder_checks import AUTOCAST, check_options, checked_width, longest
+from xmlkernels.nn.encoder_checks import AUTOCAST, check_depth, check_options, check_shapes, checked_width, longest, told_of
 from xmlkernels.nn.layer_recipe import Recipe, checked_layers
 from xmlkernels.nn.ngame import few, load_ngame
 
@@ -107,7 +107,7 @@ class Encoder(nn.Module):
         where, folder = f"encoder {str(name_or_path)!r}", Path(name_or_path)
         if folder.is_dir():
             refuse_model(folder)
-        with _quiet(), _told(where):
+        with _quiet(), told_of(where):
             config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
             refuse_settings(config.to_dict(), where)  # of a hub name; a folder has been looked at
             extra = _loading_options(config, where)
@@ -122,11 +122,14 @@ class Encoder(nn.Module):
         return cls(model, **options)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Encoder:
+    def from_config(cls, config: Mapping[str, Any], shapes: Mapping[str, torch.Size] | None = None) -> Encoder:
         """Rebuild the encoder that `encoder_config()` describes, with random weights: load a state dict into it.
 
+        Args:
+            shapes: of the weights that the transformer will be given: compared before memory is taken for any.
+
         Raises:
-            InputError: the dict does not describe an encoder known to the installed transformers.
+            InputError: the dict does not describe an encoder known to the installed transformers, or one of other shapes.
         """
         from transformers import AutoConfig, AutoModel
 
@@ -141,10 +144,14 @@ class Encoder(nn.Module):
         name = options.pop("autocast", None)
         if name is not None and name not in AUTOCAST:
             raise InputError(where, f"autocast null or one of {sorted(AUTOCAST)}", repr(name), "correct it")
-        with _quiet(), _told(where):
+        with _quiet(), told_of(where):
             hf_config = type(AutoConfig.for_model(kind)).from_dict(inner)
-            extra = _loading_options(hf_config, where)
-            model = AutoModel.from_config(hf_config, dtype=torch.float32, trust_remote_code=False, **extra)
+            how = {"dtype": torch.float32, "trust_remote_code": False, **_loading_options(hf_config, where)}
+            if shapes is not None:
+                check_depth(hf_config, shapes)
+                with torch.device("meta"):
+                    check_shapes(AutoModel.from_config(hf_config, **how), shapes)
+            model = AutoModel.from_config(hf_config, **how)
         try:
             return cls(model, autocast=AUTOCAST.get(name), **options)
         except TypeError as error:
@@ -164,7 +171,7 @@ class Encoder(nn.Module):
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            with _quiet(), _told("tiny encoder"):
+            with _quiet(), told_of("tiny encoder"):
                 model = BertModel._from_config(config, add_pooling_layer=False, attn_implementation="sdpa")
             return cls(model, **options)
 
@@ -276,20 +283,6 @@ def _use_training_path(model: nn.Module) -> None:
         AttentionInterface.register(_ATTENTION, training_attention(sdpa_attention_forward))
         AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
         inner.set_attn_implementation(_ATTENTION)
-
-
-@contextlib.contextmanager
-def _told(where: str) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # damaged settings end in whatever transformers happens to raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        mend = "check the name or path; a hub name needs network or a filled cache"
-        if "custom code" in reason:
-            mend = "choose a model that transformers knows: no other code runs"
-        raise InputError(where, "a model that transformers can load", reason, mend) from error
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """What an encoder checks of its model and its options when it is built."""
 
+import contextlib
 import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from xmlkernels.errors import InputError
 from xmlkernels.threads import torch_threads
 
+_OWN = "use the checkpoint's own configuration"
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 CLASS_TOKEN = ("first", "last")
 
@@ -55,3 +58,35 @@ def longest(model: nn.Module) -> int | None:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return None
+
+
+def check_depth(config: Any, shapes: Mapping[str, torch.Size]) -> None:
+    """InputError where a configuration has more layers than there are weights: building so many would never end."""
+    layers = getattr(config, "num_hidden_layers", 0)
+    if not isinstance(layers, int) or not 0 <= layers <= len(shapes):
+        got = f"num_hidden_layers {layers!r} beside {len(shapes)} weights"
+        raise InputError("encoder configuration", "the layers of the checkpoint", got, _OWN)
+
+
+def check_shapes(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
+    """InputError where the weights of a model are not those that it will be given; the model may stand on "meta"."""
+    own = {name: value.shape for name, value in model.state_dict().items()}
+    for name in sorted(own.keys() | shapes.keys()):
+        if own.get(name) != shapes.get(name):
+            here, there = (list(found[name]) if name in found else "none" for found in (own, shapes))
+            raise InputError(f"checkpoint: encoder weight {name}", f"shape {here}", str(there), _OWN)
+
+
+@contextlib.contextmanager
+def told_of(where: str) -> Iterator[None]:
+    """Whatever transformers raises as an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # damaged settings end in whatever transformers happens to raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        mend = "check the name or path; a hub name needs network or a filled cache"
+        if "custom code" in reason:
+            mend = "choose a model that transformers knows: no other code runs"
+        raise InputError(where, "a model that transformers can load", reason, mend) from error

@@ -1,0 +1,124 @@
+"""Where a checkpoint stands on the disk while it is replaced, and where the ones before it go.
+
+`checkpoint.py` tells why. `NAME` is the checkpoint, `.NAME.old` the one that it is about to replace, `NAME.1` the one
+before it and `NAME.2` the one before that, `.NAME.new-…` what is being written or removed.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+TENSORS, STATE = "tensors.safetensors", "state.json"
+
+
+def old(target: Path) -> Path:
+    """Where the checkpoint stands between the two renames of a save."""
+    return target.with_name(f".{target.name}.old")
+
+
+def earlier(target: Path) -> list[Path]:
+    """`NAME.1`, `NAME.2`, …, as many as there are, the latest first."""
+    found = {}
+    for path in target.parent.glob(f"{glob.escape(target.name)}.*"):
+        number = path.name.removeprefix(f"{target.name}.")
+        if number.isdecimal() and str(int(number)) == number and path.is_dir():
+            found[int(number)] = path
+    return [found[number] for number in sorted(found)]
+
+
+def holds_one(folder: Path) -> bool:
+    """Whether a file of a checkpoint is there, whole or not."""
+    return (folder / STATE).exists() or (folder / TENSORS).exists()
+
+
+def holds_nothing_else(folder: Path) -> bool:
+    """Whether a folder is empty or has the two files of a checkpoint, or the tensors, alone."""
+    names = {path.name for path in folder.iterdir()}
+    return names <= {TENSORS, STATE} and (not names or TENSORS in names)
+
+
+def temporary(target: Path) -> Path:
+    """A new folder to write the next checkpoint into."""
+    fresh = _aside(target)
+    fresh.mkdir()
+    return fresh
+
+
+def recover(target: Path, keep: int = 0) -> None:
+    """Put right what a crash left: the old checkpoint back in its place, unfinished and outlived ones away."""
+    if target.is_dir() and not any(target.iterdir()):
+        target.rmdir()  # made by a caller; taken for a checkpoint it would cost the old one its life below
+    if not target.exists() and old(target).exists():
+        os.rename(old(target), target)
+        sync(target.parent)
+    if target.exists():
+        retire(target, keep)
+    for stale in target.parent.glob(f".{glob.escape(target.name)}.new-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def swap_in(fresh: Path, target: Path, keep: int = 0) -> None:
+    """The new checkpoint in place of the old one, which becomes the first of the earlier ones that are kept."""
+    # rename() cannot replace a folder that holds files, hence two steps; between them readers use the old one.
+    if target.exists():
+        os.rename(target, old(target))
+    os.rename(fresh, target)
+    sync(target.parent)
+    retire(target, keep)
+
+
+def replace(fresh: Path, target: Path) -> None:
+    """The new folder in place of a damaged checkpoint, which goes."""
+    away = _aside(target)
+    if target.exists():
+        os.rename(target, away)
+    os.rename(fresh, target)
+    sync(target.parent)
+    shutil.rmtree(away, ignore_errors=True)
+
+
+def retire(target: Path, keep: int) -> None:
+    """Make `.NAME.old` the first of the earlier checkpoints; more than `keep` of them do not stay."""
+    before = old(target)
+    if before.exists() and keep:
+        place = next(n for n in range(1, keep + 1) if n == keep or not _numbered(target, n).exists())
+        _drop(_numbered(target, place))
+        for number in range(place, 1, -1):  # up to the first gap: whatever a crash leaves of this, it can be gone through again
+            os.rename(_numbered(target, number - 1), _numbered(target, number))
+        os.rename(before, _numbered(target, 1))
+        sync(target.parent)
+    shutil.rmtree(before, ignore_errors=True)
+    for path in earlier(target):
+        if int(path.name.rpartition(".")[2]) > keep:
+            _drop(path)
+
+
+def sync(path: Path) -> None:
+    """fsync of a file or, where the system allows it, of a folder."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.new-{secrets.token_hex(4)}")
+
+
+def _numbered(target: Path, number: int) -> Path:
+    return target.with_name(f"{target.name}.{number}")
+
+
+def _drop(path: Path) -> None:
+    """Remove an earlier checkpoint: first its name, so that nobody finds half of it. A folder of anything else stays."""
+    if path.exists() and holds_nothing_else(path):
+        away = path.with_name(f".{path.name.rpartition('.')[0]}.new-{secrets.token_hex(4)}")
+        os.rename(path, away)
+        shutil.rmtree(away, ignore_errors=True)

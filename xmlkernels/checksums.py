@@ -1,0 +1,86 @@
+"""Checksums: XXH3 of 128 bits, written beside what they are of, compared when that is read.
+
+They find damage (a flipped bit, a cut, another run's file), not forgery. XXH3 is chosen for its speed: it costs a small
+part of what reading the file costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, TypedDict
+
+import xxhash
+
+from xmlkernels.errors import InputError
+from xmlkernels.records import Count, Meta
+
+ALGORITHM = "xxh3_128"
+_CHUNK = 1 << 20
+
+Xxh3 = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+"""A checksum in hexadecimal."""
+
+
+class FileFacts(TypedDict):
+    """Size and checksum of a file."""
+
+    bytes: Count
+    xxh3_128: Xxh3
+
+
+Files = dict[str, FileFacts]
+"""Files below a folder, by their names with `/`."""
+
+
+def checksum(content: Any) -> str:
+    """Of bytes, or of a contiguous NumPy array."""
+    return xxhash.xxh3_128_hexdigest(content)
+
+
+def file_checksum(path: Path) -> str:
+    """Of a file, a chunk at a time. OSError where it cannot be read."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def compare(found: str, expected: str, where: str, mend: str) -> None:
+    """InputError where a checksum is not the one that was written."""
+    if found != expected:
+        got = f"that of {found[:12]}: it is damaged, or another one"
+        raise InputError(where, f"the content of checksum {expected[:12]}", got, mend)
+
+
+def of_files(folder: Path, names: Iterable[str]) -> Files:
+    """Sizes and checksums of files, and of all files below those of the names that are folders; missing ones are left out."""
+    found: Files = {}
+    for name in names:
+        top = folder / name
+        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
+            if path.is_file():
+                facts: FileFacts = {"bytes": path.stat().st_size, "xxh3_128": file_checksum(path)}
+                found[path.relative_to(folder).as_posix()] = facts
+    return found
+
+
+def check_files(folder: Path, files: Files, mend: str) -> None:
+    """Compare files with what `of_files` found before.
+
+    Raises:
+        InputError: one is missing, cannot be read, or is of another size or content.
+    """
+    for name, facts in files.items():
+        path = folder / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise InputError(str(folder), "names of files inside the folder", repr(name), mend)
+        try:
+            if (size := path.stat().st_size) != facts["bytes"]:
+                raise InputError(str(path), f"{facts['bytes']:,} bytes, as it was written", f"{size:,} bytes", mend)
+            compare(file_checksum(path), facts["xxh3_128"], str(path), mend)
+        except FileNotFoundError:
+            raise InputError(str(path), "a file that belongs here", "no such file", mend) from None
+        except OSError as error:
+            raise InputError(str(path), "a file that can be read", str(error.strerror or error), mend) from None
