@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -198,18 +200,46 @@ def test_what_is_refused(options: Options, change: dict[str, Any], says: str) ->
 def test_files_that_are_refused(options: Options, folder: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     bad.write_bytes(b"nothing")
-    with pytest.raises(InputError, match="expected a sparse matrix that scipy.sparse.save_npz wrote"):
+    with pytest.raises(InputError, match="expected a scipy sparse .npz file, got one that cannot be read"):
         make(replace(options, features=str(bad)))
-    with pytest.raises(InputError, match="expected an .npy of numbers"):
+    with pytest.raises(InputError, match="expected an array that NumPy wrote, got a header that cannot be read"):
         make(replace(options, label_vectors=str(bad)))
+    # A header that asks for 86 GiB, before anything is read.
+    huge = (folder / "vectors.npy").read_bytes().replace(f"({LABELS}, ".encode(), f"({LABELS}, 99999999".encode())
+    bad.write_bytes(huge)
+    with pytest.raises(InputError, match="bytes of values, as its header says, got"):
+        make(replace(options, label_vectors=str(bad)))
+    vectors = np.zeros((LABELS, 2), np.float32)
+    vectors[3, 1] = np.nan
+    np.save(tmp_path / "nan.npy", vectors)
+    with pytest.raises(InputError, match=r"place \[3, 1\]: expected a finite number, got nan"):
+        make(replace(options, label_vectors=str(tmp_path / "nan.npy")))
     np.save(tmp_path / "short.npy", np.zeros((3, 2), np.float32))
-    with pytest.raises(InputError, match=r"expected floats \[24, width\], got float32 \[3, 2\]"):
+    with pytest.raises(InputError, match=r"expected finite floats \[24, width\], got float32 \[3, 2\]"):
         make(replace(options, label_vectors=str(tmp_path / "short.npy")))
     scipy.sparse.save_npz(tmp_path / "short.npz", scipy.sparse.csr_matrix((3, 2)))
-    with pytest.raises(InputError, match="expected 200 rows, one a training document, got 3"):
+    with pytest.raises(InputError, match="expected 200 rows, got 3"):
         make(replace(options, features=str(tmp_path / "short.npz")))
     with pytest.raises(InputError, match="expected the documents' texts, got no such file; prepare the data with --keep-texts"):
         make(replace(options, dataset=str(folder / "tokens"), features="text"))
+
+
+def test_a_changed_label_id_is_told_before_the_tree_is_made(options: Options, folder: Path, tmp_path: Path) -> None:
+    """One id beyond the labels made the tree a segfault, a negative one gave a tree."""
+    for wrong in (LABELS, 2**31 - 1, -5):
+        shutil.rmtree(tmp_path / "changed", ignore_errors=True)
+        shutil.copytree(folder / "texts", tmp_path / "changed")
+        path = tmp_path / "changed" / "train" / "labels.npz"
+        with np.load(path) as found:
+            parts = dict(found)
+        parts["indices"][7] = wrong
+        np.savez(path, **parts)
+        manifest = json.loads((tmp_path / "changed" / "manifest.json").read_text())
+        manifest["files"]["train/labels.npz"]["bytes"] = path.stat().st_size
+        manifest["files"]["train/labels.npz"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        (tmp_path / "changed" / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(InputError, match=rf"labels.npz, indices, entry 7: expected indices from 0 to 23, got {wrong}"):
+            make(replace(options, dataset=str(tmp_path / "changed")))
 
 
 def test_other_peoples_files_stay(options: Options, tmp_path: Path) -> None:
