@@ -9,6 +9,9 @@ The CUDA kernels are a library of their own, built after the others where nvcc a
 nvcc the build says so in one line and goes on. XMLKERNELS_CUDA=0 leaves them out, 1 demands them (and builds them against
 a CPU-only torch too, where they compile but cannot be loaded). XMLKERNELS_CUDA_ARCHS="80;90a" names the architectures;
 without it those of the cards found, or the common ones.
+
+XMLKERNELS_SANITIZE=1 builds the CPU kernels and the parser under AddressSanitizer and UndefinedBehaviorSanitizer, to look for
+faults of memory: LD_PRELOAD=$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 python -m pytest tests/ops
 """
 
 import importlib.util
@@ -152,6 +155,7 @@ class CMakeBuild(build_ext):
         configure = [
             cmake, "-S", str(ROOT), "-B", str(work), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
             "-DCMAKE_BUILD_TYPE=Release", f"-DTORCH_ROOT={Path(torch.origin).parent}",
+            f"-DXMLKERNELS_SANITIZE={int(os.environ.get('XMLKERNELS_SANITIZE') == '1')}",
             f"-DPython_EXECUTABLE={sys.executable}", f"-DXMLKERNELS_PACKAGE={package / 'xmlkernels'}", *more,
         ]  # fmt: skip
         subprocess.run(configure, check=True)

@@ -4,54 +4,99 @@
 
 #include "bindings.h"
 
-inline xk::Batch batch_of(const Tensor& x, const Tensor& weight) {
-  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) && x.size(1) > 0,
-                  "arguments x and weight: expected [B, D] and [n, D] with D >= 1");
-  return {x.const_data_ptr(), dtype_of(x, "x"), x.size(0), x.size(1)};
+inline xk::Batch batch_of(Arguments& args, const Tensor& x, const Tensor& weight) {
+  const Floats floats = args.read_floats(x, "x", {-1, weight.size(1)});
+  return {floats.data, floats.dtype, x.size(0), x.size(1)};
 }
 
-inline xk::Table table_of(const Tensor& weight, const Maybe& bias, int64_t rows,
-                   const Maybe& row_scale = std::nullopt) {
+inline int64_t real_rows(const Arguments& args, int64_t rows, int64_t n) {
+  if (rows < -1 || rows > n)
+    args.refuse("rows", text("-1 (all) or a number from 0 to ", n), text(rows), "pass the number of real labels");
+  return rows < 0 ? n : rows;
+}
+
+// A table that is read alone.
+inline xk::Table table_of(Arguments& args, const Tensor& weight, const Maybe& bias, int64_t rows,
+                          const Maybe& row_scale) {
+  const Floats table = args.table(weight, "weight", false, true);
   const int64_t n = weight.size(0);
-  STD_TORCH_CHECK(rows >= -1 && rows <= n, "argument rows: expected -1 to ", n, ", got ", rows);
-  if (bias) check(*bias, "bias", ScalarType::Float), check_size(*bias, "bias", n);
-  const xk::DType dtype = table_dtype_of(weight, row_scale);
-  return {weight.const_data_ptr(), dtype, rows < 0 ? n : rows,
-          bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
-          row_scale ? static_cast<const float*>(row_scale->const_data_ptr()) : nullptr};
+  return {table.data, table.dtype, real_rows(args, rows, n), args.read<float>(bias, "bias", {n}),
+          args.row_scale(row_scale, table.dtype, n, false)};
 }
 
 // Samples index a buffer, and rows are searched by bisection.
-inline xk::Positives positives_of(const Tensor& row, const Tensor& sample, const Maybe& value, int64_t batch, int64_t rows) {
-  check(row, "pos_row", ScalarType::Long);
-  check(sample, "pos_sample", ScalarType::Int);
-  check_size(sample, "pos_sample", row.numel());
-  if (value) check(*value, "pos_value", ScalarType::Float), check_size(*value, "pos_value", row.numel());
-  const xk::Positives p{static_cast<const int64_t*>(row.const_data_ptr()),
-                        static_cast<const int32_t*>(sample.const_data_ptr()),
-                        value ? static_cast<const float*>(value->const_data_ptr()) : nullptr, row.numel()};
+inline xk::Positives positives_of(Arguments& args, const Tensor& row, const Tensor& sample, const Maybe& value,
+                                  int64_t batch, int64_t rows) {
+  const xk::Positives p{args.read<int64_t>(row, "pos_row", {-1}),
+                        args.read<int32_t>(sample, "pos_sample", {row.numel()}),
+                        args.read<float>(value, "pos_value", {row.numel()}), row.numel()};
   for (int64_t i = 0; i < p.count; ++i) {
-    STD_TORCH_CHECK(p.row[i] >= (i ? p.row[i - 1] : 0), "argument pos_row: expected ascending rows, got ", p.row[i],
-                    " at ", i);
-    STD_TORCH_CHECK(p.row[i] >= rows || (p.sample[i] >= 0 && p.sample[i] < batch),
-                    "argument pos_sample: expected 0 to ", batch - 1, ", got ", p.sample[i], " at ", i);
+    if (p.row[i] < (i ? p.row[i - 1] : 0))
+      args.refuse("pos_row", "ascending rows from 0", text(p.row[i], " at ", i), "sort the pairs in the collator");
+    if (p.row[i] < rows && (p.sample[i] < 0 || p.sample[i] >= batch))
+      args.refuse("pos_sample", text("samples from 0 to ", batch - 1), text(p.sample[i], " at ", i),
+                  "number samples within the batch");
   }
   return p;
 }
 
 // Entries are addresses.
-inline xk::Shortlist shortlist_of(const Tensor& index, int64_t batch, int64_t n) {
-  check(index, "index", ScalarType::Long);
+inline xk::Shortlist shortlist_of(Arguments& args, const Tensor& index, int64_t batch, int64_t n) {
+  args.defined(index, "index");
   const bool shared = index.dim() == 1;
-  STD_TORCH_CHECK(shared || (index.dim() == 2 && index.size(0) == batch), "argument index: expected [B, S] or [S]");
-  const xk::Shortlist list{static_cast<const int64_t*>(index.const_data_ptr()), index.size(shared ? 0 : 1), shared,
-                           batch ? index.numel() : 0};
+  const int64_t* const entry = shared ? args.read<int64_t>(index, "index", {-1})
+                                      : args.read<int64_t>(index, "index", {batch, -1});
+  const xk::Shortlist list{entry, index.size(shared ? 0 : 1), shared, batch ? index.numel() : 0};
   int64_t low = -1, high = -1;
   for (int64_t i = 0; i < list.entries; ++i) {
     low = list.index[i] < low ? list.index[i] : low;
     high = list.index[i] > high ? list.index[i] : high;
   }
-  STD_TORCH_CHECK(low == -1 && high < n, "argument index: expected rows from 0 to ", n - 1, " or -1, got ",
-                  low < -1 ? low : high);
+  if (low < -1 || high >= n)
+    args.refuse("index", text("rows from 0 to ", n - 1, " or -1"), text(low < -1 ? low : high),
+                "number the rows within weight and pad with -1");
   return list;
+}
+
+// Clusters choose rows, so both are held to the table.
+inline xk::Clusters clusters_of(Arguments& args, const Tensor& clusters, const Tensor& row_ptr, int64_t most,
+                                int64_t batch, int64_t n) {
+  const int64_t* const chosen = args.read<int64_t>(clusters, "clusters", {batch, -1});
+  const int64_t* const starts = args.read<int64_t>(row_ptr, "row_ptr", {-1});
+  args.expect(row_ptr.size(0) >= 1, "row_ptr", "int64 [C + 1], at least one entry", "none",
+              "give the first row of each cluster, and the end of the last");
+  if (most < 0) args.refuse("cluster_rows", "0 or more", text(most), "pass the size of the largest cluster");
+  const xk::Clusters c{chosen, clusters.size(1), starts, row_ptr.size(0) - 1, most};
+  for (int64_t i = 0; i <= c.count; ++i) {
+    const int64_t before = i ? c.row_ptr[i - 1] : 0;
+    if (c.row_ptr[i] < before || c.row_ptr[i] > n || (i && c.row_ptr[i] - before > most))
+      args.refuse("row_ptr", text("ascending rows from 0 to ", n, ", at most cluster_rows = ", most, " apart"),
+                  text(c.row_ptr[i], " at ", i), "number clusters in the order of their rows");
+  }
+  for (int64_t i = 0; i < clusters.numel(); ++i)
+    if (c.chosen[i] < -1 || c.chosen[i] >= c.count)
+      args.refuse("clusters", text("clusters from 0 to ", c.count - 1, " or -1"), text(c.chosen[i], " at ", i),
+                  "number clusters as row_ptr does");
+  return c;
+}
+
+// A row that stood twice would be two threads' at once, and after fill none is looked for.
+inline void check_rows(const xk::SparseUpdate& a, const Arguments& args) {
+  for (int64_t i = 0; i < a.count; ++i) {
+    const int64_t before = i ? a.rows[i - 1] : -1;
+    if (a.rows[i] < before || (a.rows[i] == before && a.rows[i] < a.n))
+      args.refuse("rows", text("unique rows in ascending order from 0 to ", a.n - 1, ", then fill"),
+                  text(a.rows[i], " at ", i), "sort them and add up the gradients of equal rows");
+  }
+}
+
+inline void check_bags(const xk::BagStep& a, const Arguments& args) {
+  for (int64_t b = 0; b <= a.bags; ++b)
+    if (a.offset[b] < (b ? a.offset[b - 1] : 0) || a.offset[b] > a.count)
+      args.refuse("offset", text("ascending numbers from 0 to ", a.count), text(a.offset[b], " at ", b),
+                  "let bag b begin at offset[b] and end at offset[b + 1]");
+  for (int64_t j = 0; j < a.count; ++j)
+    if (a.token[j] < -1 || a.token[j] >= a.n)
+      args.refuse("token", text("rows from 0 to ", a.n - 1, ", or -1 as fill"), text(a.token[j], " at ", j),
+                  "number tokens within weight");
 }

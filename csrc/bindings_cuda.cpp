@@ -20,14 +20,16 @@ void launch(const Tensor& table, const Args& args, int64_t (*workspace_bytes)(co
   kernel(args, workspace.mutable_data_ptr(), stream);
 }
 
-void run_sparse_update(const xk::SparseUpdate& a, const Tensor& param) {
+void run_sparse_update(const xk::SparseUpdate& a, const Arguments&, const Tensor& param) {
   launch(param, a, &xk::cuda::sparse_update_workspace, &xk::cuda::sparse_update);
 }
 
-void run_bag_step(const xk::BagStep& a, const Tensor& weight) {
-  STD_TORCH_CHECK(a.count <= xk::cuda::kMaxOccurrences && a.n <= xk::cuda::kMaxBagRows, "arguments token and weight: ",
-                  "expected at most ", xk::cuda::kMaxOccurrences, " occurrences and ", xk::cuda::kMaxBagRows,
-                  " rows on a CUDA device, got ", a.count, " and ", a.n);
+void run_bag_step(const xk::BagStep& a, const Arguments& args, const Tensor& weight) {
+  if (a.count > xk::cuda::kMaxOccurrences || a.n > xk::cuda::kMaxBagRows)
+    args.refuse("token and weight",
+                text("at most ", xk::cuda::kMaxOccurrences, " occurrences and ", xk::cuda::kMaxBagRows,
+                     " rows on a CUDA device"),
+                text(a.count, " and ", a.n), "shard the table, or take smaller batches");
   launch(weight, a, &xk::cuda::bag_step_workspace, &xk::cuda::bag_step);
 }
 

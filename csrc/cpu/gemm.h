@@ -163,7 +163,7 @@ static void convert(const Batch& x, typename T::elem* out) {
     widen(x.x, x.dtype, 0, count, out);
   } else {
     if (x.dtype == DType::bf16) {
-      std::memcpy(out, x.x, size_t(count) * 2);
+      if (count) std::memcpy(out, x.x, size_t(count) * 2);  // an empty batch may be null
       return;
     }
     for (int64_t i = 0; i < count; i += kPanel) {

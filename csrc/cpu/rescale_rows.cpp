@@ -23,7 +23,7 @@ float encode_again(const RescaleRows& a, const Update& base, int64_t row, float 
     void* const p = slot.open(u.weight, row * a.width + column, count);
     load_chunk<DType::f8>(c, p);
     for (int i = 0; i < kChunkVecs; ++i) c.v[i] = c.v[i] * old;
-    const uint32_t code = store_f8(u, c, 1 / scale, p, count, uint64_t(row + a.row_offset), kStreamRescale);
+    const uint32_t code = store_f8(u, c, 1 / scale, p, count, uint64_t(row) + uint64_t(a.row_offset), kStreamRescale);
     slot.close(count);
     largest = code > largest ? code : largest;
   }

@@ -79,7 +79,9 @@ struct RowUpdate {
       state.row_decay[row] = *state.decay_sum;
     }
     if (state.row_step) {
-      const double t = double(++state.row_step[row]);
+      int64_t& steps = state.row_step[row];
+      steps = int64_t(uint64_t(steps) + 1);  // whatever stood there
+      const double t = double(steps);
       if (u.rule == Rule::adam || u.rule == Rule::adam_row) {
         u.rate = float(double(u.lr) / -std::expm1(t * log_beta1));
         u.inverse2 = float(1 / -std::expm1(t * log_beta2));
@@ -102,7 +104,7 @@ struct RowUpdate {
     v = u.rule == Rule::sgd ? v + square : u.beta2 * v + (1 - u.beta2) * square;
     u.rate = u.rate / (std::sqrt(v * u.inverse2) + u.eps);
     if (u.rule == Rule::sgd && u.l2 != 0) u.keep = 1 - u.rate * u.l2;
-    store_row_value(u.second, row, v, u.key, columns.data[0], uint64_t(row + u.row_offset), kStreamSecond);
+    store_row_value(u.second, row, v, u.key, columns.data[0], uint64_t(row) + uint64_t(u.row_offset), kStreamSecond);
   }
 };
 

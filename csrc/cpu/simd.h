@@ -211,6 +211,7 @@ XK_INLINE vf load_as_f32(const void* p, DType dtype, int64_t i) {
 
 // count values of any dtype as fp32.
 static inline void widen(const void* src, DType dtype, int64_t offset, int64_t count, float* dst) {
+  if (count == 0) return;  // src may be null, and memcpy takes none
   if (dtype == DType::f32) {
     std::memcpy(dst, static_cast<const float*>(src) + offset, size_t(count) * 4);
     return;

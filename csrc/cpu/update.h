@@ -169,7 +169,7 @@ XK_INLINE void store_compensated(const Chunk& c, void* weight, void* kahan) {
 template <DType kType, Rule kRule, bool kKahan>
 static void update_chunk(const Update& u, int64_t row, int64_t column, int64_t count, const float* gradient) {
   const int64_t index = row * u.width + column;
-  const uint64_t global = uint64_t(row + u.row_offset);
+  const uint64_t global = uint64_t(row) + uint64_t(u.row_offset);
   Slot weight, momentum, second, kahan;
   void* const w_at = weight.open(u.weight, index, count);
   Chunk w, m;
