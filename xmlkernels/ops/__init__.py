@@ -7,10 +7,10 @@ from xmlkernels.ops.bce_step import bce_step_
 from xmlkernels.ops.cluster_step import cluster_step_
 from xmlkernels.ops.matmul_topk import matmul_topk
 from xmlkernels.ops.rescale_rows import rescale_rows_
-from xmlkernels.ops.shortlist_matmul import shortlist_matmul
+from xmlkernels.ops.shortlist_matmul import shortlist_backward, shortlist_matmul
 from xmlkernels.ops.sparse_update import sparse_adagrad_, sparse_adam_, sparse_sgd_
 
 __all__ = [
-    "bag_step_", "bce_loss", "bce_step_", "cluster_step_", "matmul_topk", "missing", "rescale_rows_", "shortlist_matmul",
-    "sparse_adagrad_", "sparse_adam_", "sparse_sgd_",
+    "bag_step_", "bce_loss", "bce_step_", "cluster_step_", "matmul_topk", "missing", "rescale_rows_", "shortlist_backward",
+    "shortlist_matmul", "sparse_adagrad_", "sparse_adam_", "sparse_sgd_",
 ]  # fmt: skip

@@ -1,9 +1,27 @@
 """Checks shared by the ops that update touched rows in place."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from xmlkernels.ops._registry import STATE_DTYPES, TABLE_DTYPES, check_tensor, describe, expect
+from xmlkernels.ops._registry import (
+    STATE_DTYPES,
+    TABLE_DTYPES,
+    check_memory,
+    check_row_offset,
+    check_steering,
+    check_tensor,
+    describe,
+    expect,
+)
+
+
+def check_table_shape(op: str, name: str, weight: Tensor) -> None:
+    """The table `name` [n, D], before anything beside it is measured by it."""
+    check_tensor(op, name, weight, TABLE_DTYPES, (None, None), weight.device)
+    mend = "give it a width of 1 or more"
+    expect(weight.shape[1] >= 1, f"{op}: argument {name}", "a table with at least one column", describe(weight), mend)
 
 
 def check_updated_table(
@@ -21,18 +39,19 @@ def check_updated_table(
     decay_sum: Tensor | None = None,
     row_offset: int = 0,
     decoupled: bool = False,
+    rest: dict[str, Tensor | None],
 ) -> None:
-    """The table `name` [n, D], what is updated beside it, and the two tensors that steer the step."""
+    """What is updated beside the table `name` [n, D], checked itself already, and the two tensors that steer the step.
+
+    rest: the op's other tensors, checked too; they must not share memory with those that it updates.
+    """
     device, where = weight.device, f"{op}: argument "
-    check_tensor(op, name, weight, TABLE_DTYPES, (None, None), device)
     n, d = weight.shape
-    expect(d >= 1, where + name, "a table with at least one column", describe(weight), "give it a width of 1 or more")
     expect(
         not weight.requires_grad, where + name, "a tensor that requires no gradient", "one that does",
         "pass .detach() of a parameter: the op writes to it outside autograd",
     )  # fmt: skip
-    check_tensor(op, "hyper", hyper, (torch.float32,), (7,), device)
-    check_tensor(op, "counter", counter, (torch.int64,), (2,), device)
+    check_steering(op, hyper, counter, device)
     if momentum is not None:
         check_tensor(op, "momentum", momentum, STATE_DTYPES, (n, d), device)
     if second is not None:
@@ -61,10 +80,17 @@ def check_updated_table(
         check_tensor(op, "row_decay", row_decay, (torch.float32,), (n,), device)
         check_tensor(op, "decay_sum", decay_sum, (torch.float32,), (1,), device)
         expect(
+            device.type != "cpu" or math.isfinite(float(decay_sum)), where + "decay_sum", "a finite number",
+            str(decay_sum.tolist()[0]) if device.type == "cpu" else "", "add up log1p(-lr decay), with lr decay below 1",
+        )  # fmt: skip
+        expect(
             decoupled, where + "row_decay", "decoupled=True beside it", "decoupled=False",
             "pass decoupled=True: a decay inside the gradient cannot be applied late",
         )  # fmt: skip
-    expect(row_offset >= 0, where + "row_offset", "0 or more", str(row_offset), f"pass the global row of {name}[0]")
+    check_row_offset(op, row_offset, n, name)
+    written = {name: weight, "momentum": momentum, "second": second, "kahan": kahan}
+    written |= {"row_step": row_step, "row_decay": row_decay}
+    check_memory(op, written, {"hyper": hyper, "counter": counter, "decay_sum": decay_sum, **rest})
 
 
 def check_touched_rows(op: str, rows: Tensor, grad: Tensor, param: Tensor) -> None:

@@ -1,13 +1,16 @@
 """`bag_step_`: the backward of an embedding bag and the update of its touched rows in one."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from xmlkernels.ops._registry import STATE_DTYPES, check_tensor, define, expect, mark_written
-from xmlkernels.ops._update import check_updated_table
+from xmlkernels.ops._registry import STATE_DTYPES, check_tensor, define, expect, mark_written, public
+from xmlkernels.ops._update import check_table_shape, check_updated_table
 from xmlkernels.reference.bag_step import bag_step_ as reference
 
 
+@public
 def bag_step_(
     weight: Tensor,
     grad: Tensor,
@@ -47,23 +50,32 @@ def bag_step_(
         kahan, row_step, row_decay, decay_sum, row_offset, decoupled: as in `sparse_update`; row_step needs Adam.
 
     Raises:
-        InputError: an argument's dtype, shape, device or layout does not fit, or tokens or offsets lie outside.
+        InputError: an argument's type, dtype, shape, device or layout does not fit, a tensor that is updated shares memory
+            with another, or, on the CPU, tokens or offsets lie outside or hyper is not finite.
     """
-    op = "bag_step_"
     states = {"momentum": momentum, "second": second, "kahan": kahan, "row_step": row_step}
-    options = {**states, "row_decay": row_decay, "decay_sum": decay_sum}
-    check_updated_table(op, "weight", weight, hyper, counter, **options, row_offset=row_offset, decoupled=decoupled)
+    decay = {"row_decay": row_decay, "decay_sum": decay_sum, "row_offset": row_offset, "decoupled": decoupled}
+    _check(weight, grad, token, offset, hyper, counter, token_weight=token_weight, **states, **decay)
+    mark_written(weight, momentum, second, kahan, row_step, row_decay)
+    torch.ops.xmlkernels.bag_step_(
+        weight, grad.detach(), token, offset, hyper, counter, token_weight=token_weight, **states, **decay
+    )
+
+
+def _check(
+    weight: Tensor, grad: Tensor, token: Tensor, offset: Tensor, hyper: Tensor, counter: Tensor, *,
+    token_weight: Tensor | None = None, **given: Any,
+) -> None:  # fmt: skip
+    op = "bag_step_"
+    check_table_shape(op, "weight", weight)
     check_tensor(op, "grad", grad, STATE_DTYPES, (None, weight.shape[1]), weight.device)
     check_tensor(op, "token", token, (torch.int64,), (None,), weight.device)
     check_tensor(op, "offset", offset, (torch.int64,), (grad.shape[0] + 1,), weight.device)
     if token_weight is not None:
         check_tensor(op, "token_weight", token_weight, (torch.float32,), (token.shape[0],), weight.device)
     _check_bags(op, token, offset, weight.shape[0])
-    mark_written(weight, momentum, second, kahan, row_step, row_decay)
-    torch.ops.xmlkernels.bag_step_(
-        weight, grad.detach(), token, offset, hyper, counter, token_weight=token_weight, **options,
-        row_offset=row_offset, decoupled=decoupled,
-    )  # fmt: skip
+    rest = {"grad": grad, "token": token, "offset": offset, "token_weight": token_weight}
+    check_updated_table(op, "weight", weight, hyper, counter, **given, rest=rest)
 
 
 def _check_bags(op: str, token: Tensor, offset: Tensor, n: int) -> None:
@@ -95,4 +107,5 @@ define(
     "bool decoupled=False) -> ()",
     reference,
     _fake,
+    _check,
 )

@@ -1,15 +1,17 @@
 """`bce_loss`: binary cross-entropy over all labels, differentiable, without the logits matrix."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
-from xmlkernels.ops._registry import check_positives, check_table, define, expect, register_cuda
+from xmlkernels.ops._registry import check_positives, check_table, define, expect, public, register_cuda
 from xmlkernels.reference.bce_loss import bce_loss as reference
 from xmlkernels.reference.bce_loss import bce_loss_backward as backward_reference
 
 
+@public
 def bce_loss(
     x: Tensor,
     weight: Tensor,
@@ -36,15 +38,22 @@ def bce_loss(
         fp32 [1]: the sum of softplus(z) - y z with z = x Wᵀ + bias.
 
     Raises:
-        InputError: an argument's dtype, shape, device or layout does not fit, or positives are not sorted.
+        InputError: an argument's type, dtype, shape, device or layout does not fit, or, on the CPU, positives are not sorted.
     """
-    check_table("bce_loss", x, weight, bias, rows, row_scale, scaled=True)
+    _check(x, weight, bias, pos_row, pos_sample, pos_value, row_scale, rows=rows)
     expect(
         row_scale is None or not weight.requires_grad, "bce_loss: argument weight", "no gradient asked of an 8-bit table",
         "a tensor that requires one", "freeze it: 8 bits hold no gradient; bce_step_ trains such tables",
     )  # fmt: skip
-    check_positives("bce_loss", x, pos_row, pos_sample, pos_value, weight.shape[0] if rows < 0 else rows)
     return torch.ops.xmlkernels.bce_loss(x, weight, bias, pos_row, pos_sample, pos_value, row_scale, rows=rows)
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pos_row: Tensor, pos_sample: Tensor,
+    pos_value: Tensor | None = None, row_scale: Tensor | None = None, *, rows: int = -1, op: str = "bce_loss", **_: object,
+) -> None:  # fmt: skip
+    check_table(op, x, weight, bias, rows, row_scale, scaled=True)
+    check_positives(op, x, pos_row, pos_sample, pos_value, weight.shape[0] if rows < 0 else rows)
 
 
 def _fake(x: Tensor, *_: object, **__: object) -> Tensor:
@@ -89,12 +98,13 @@ _OPTIONS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor pos_row, Tensor pos_sample, Tensor? pos_value=None, "
     "Tensor? row_scale=None, *, int rows=-1"
 )
-define(f"bce_loss({_OPTIONS}) -> Tensor", reference, _fake)
+define(f"bce_loss({_OPTIONS}) -> Tensor", reference, _fake, _check)
 define(
     f"bce_loss_backward({_OPTIONS}, bool need_dweight=False, bool need_dbias=False) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
     backward_reference,
     _backward_fake,
+    partial(_check, op="bce_loss_backward"),
 )
 library.register_autograd("xmlkernels::bce_loss", _backward, setup_context=_setup_context)
 for _name in ("bce_loss", "bce_loss_backward"):

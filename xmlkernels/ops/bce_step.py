@@ -1,23 +1,28 @@
 """`bce_step_`: one training step of the full label table."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from xmlkernels.ops._registry import (
     STATE_DTYPES,
+    check_memory,
     check_positives,
+    check_row_offset,
+    check_steering,
     check_table,
     check_tensor,
     define,
     expect,
     mark_written,
+    public,
     register_cuda,
 )
 from xmlkernels.reference.bce_step import bce_step_ as reference
 
-HYPER = ("lr", "decay", "momentum", "beta2", "epsilon", "scale", "dx_scale")
 
-
+@public
 def bce_step_(
     weight: Tensor,
     x: Tensor,
@@ -92,13 +97,29 @@ def bce_step_(
         loss: fp32 [1], scale times the sum over samples and labels of softplus(z) - y z; [0] when not asked.
 
     Raises:
-        InputError: an argument's dtype, shape, device or layout does not fit, or positives are not sorted.
+        InputError: an argument's type, dtype, shape, device or layout does not fit, a tensor that is updated shares memory
+            with another, or, on the CPU, positives are not sorted or hyper is not finite.
     """
+    options: dict[str, Any] = {"pos_value": pos_value, "bias": bias, "momentum": momentum, "second": second, "kahan": kahan}
+    options |= {"row_scale": row_scale, "skipped": skipped}
+    options |= {"row_offset": row_offset, "rows": rows, "skip_below": skip_below}
+    _check(weight, x, pos_row, pos_sample, hyper, counter, **options)
+    mark_written(weight, bias, momentum, second, kahan, row_scale, skipped)
+    return torch.ops.xmlkernels.bce_step_(
+        weight, x.detach(), pos_row, pos_sample, hyper, counter, **options, decoupled=decoupled, need_loss=need_loss
+    )
+
+
+def _check(
+    weight: Tensor, x: Tensor, pos_row: Tensor, pos_sample: Tensor, hyper: Tensor, counter: Tensor, *,
+    pos_value: Tensor | None = None, bias: Tensor | None = None, momentum: Tensor | None = None,
+    second: Tensor | None = None, kahan: Tensor | None = None, row_scale: Tensor | None = None, row_offset: int = 0,
+    rows: int = -1, skip_below: float = 0.0, skipped: Tensor | None = None, **_: object,
+) -> None:  # fmt: skip
     op = "bce_step_"
     check_table(op, x, weight, bias, rows, row_scale, scaled=True)
     check_positives(op, x, pos_row, pos_sample, pos_value, weight.shape[0] if rows < 0 else rows)
-    check_tensor(op, "hyper", hyper, (torch.float32,), (len(HYPER),), weight.device)
-    check_tensor(op, "counter", counter, (torch.int64,), (2,), weight.device)
+    check_steering(op, hyper, counter, weight.device)
     shape = (weight.shape[0], weight.shape[1])
     for name, state in (("momentum", momentum), ("second", second)):
         if state is not None:
@@ -117,7 +138,7 @@ def bce_step_(
         second is None or momentum is not None, f"{op}: argument second", "momentum beside it (Adam has both moments)",
         "momentum=None", "pass momentum too",
     )  # fmt: skip
-    expect(row_offset >= 0, f"{op}: argument row_offset", "0 or more", str(row_offset), "pass the global row of weight[0]")
+    check_row_offset(op, row_offset, weight.shape[0])
     expect(
         not weight.requires_grad, f"{op}: argument weight", "a tensor that requires no gradient", "one that does",
         "keep the table out of autograd (a buffer, not an nn.Parameter): the step is its whole training",
@@ -132,14 +153,9 @@ def bce_step_(
             skip_below > 0, f"{op}: argument skipped", "skip_below above 0 beside it", str(skip_below),
             "leave it out: without skip_below nothing is skipped",
         )  # fmt: skip
-    options = {"pos_value": pos_value, "bias": bias, "momentum": momentum, "second": second, "kahan": kahan}
-    options["row_scale"] = row_scale
-    mark_written(weight, bias, momentum, second, kahan, row_scale, skipped)
-    return torch.ops.xmlkernels.bce_step_(
-        weight, x.detach(), pos_row, pos_sample, hyper, counter, **options,
-        row_offset=row_offset, rows=rows, decoupled=decoupled, need_loss=need_loss,
-        skip_below=skip_below, skipped=skipped,
-    )  # fmt: skip
+    written = {"weight": weight, "bias": bias, "momentum": momentum, "second": second, "kahan": kahan}
+    read = {"x": x, "pos_row": pos_row, "pos_sample": pos_sample, "pos_value": pos_value, "hyper": hyper, "counter": counter}
+    check_memory(op, written | {"row_scale": row_scale, "skipped": skipped}, read)
 
 
 def _fake(
@@ -156,5 +172,6 @@ define(
     "bool need_loss=False, float skip_below=0.0, Tensor(g!)? skipped=None) -> (Tensor dx, Tensor loss)",
     reference,
     _fake,
+    _check,
 )
 register_cuda("bce_step_", "xmlkernels.triton.bce_step")

@@ -1,24 +1,30 @@
 """`cluster_step_`: one training step of the rows in each sample's clusters."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from xmlkernels.errors import InputError
 from xmlkernels.ops._registry import (
     STATE_DTYPES,
+    check_memory,
     check_positives,
+    check_row_offset,
+    check_steering,
     check_table,
     check_tensor,
     define,
     describe,
     expect,
     mark_written,
+    public,
     register_cuda,
 )
-from xmlkernels.ops.bce_step import HYPER
 from xmlkernels.reference.cluster_step import cluster_step_ as reference
 
 
+@public
 def cluster_step_(
     weight: Tensor,
     x: Tensor,
@@ -84,28 +90,40 @@ def cluster_step_(
         loss: fp32 [1], scale times the sum over candidates of softplus(z) - y z; [0] when not asked.
 
     Raises:
-        InputError: an argument's dtype, shape, device or layout does not fit, positives are not sorted, or (on the CPU)
-            clusters or row_ptr do not fit the table.
+        InputError: an argument's type, dtype, shape, device or layout does not fit, a tensor that is updated shares memory
+            with another, or, on the CPU, positives are not sorted, clusters or row_ptr do not fit the table, or hyper is not
+            finite.
     """
+    options: dict[str, Any] = {"pos_value": pos_value, "bias": bias, "momentum": momentum, "second": second, "kahan": kahan}
+    options["row_scale"] = row_scale
+    args = (weight, x, clusters, row_ptr, cluster_rows, pos_row, pos_sample, hyper, counter)
+    _check(*args, **options, row_offset=row_offset, rows=rows)
+    mark_written(weight, bias, momentum, second, kahan, row_scale)
+    return torch.ops.xmlkernels.cluster_step_(
+        weight, x.detach(), *args[2:], **options, row_offset=row_offset, rows=rows, decoupled=decoupled, need_loss=need_loss
+    )
+
+
+def _check(
+    weight: Tensor, x: Tensor, clusters: Tensor, row_ptr: Tensor, cluster_rows: int, pos_row: Tensor, pos_sample: Tensor,
+    hyper: Tensor, counter: Tensor, *, pos_value: Tensor | None = None, bias: Tensor | None = None,
+    momentum: Tensor | None = None, second: Tensor | None = None, kahan: Tensor | None = None,
+    row_scale: Tensor | None = None, row_offset: int = 0, rows: int = -1, **_: object,
+) -> None:  # fmt: skip
     op = "cluster_step_"
     check_table(op, x, weight, bias, rows, row_scale, scaled=True)
     check_clusters(op, x, weight, clusters, row_ptr, cluster_rows)
     check_positives(op, x, pos_row, pos_sample, pos_value, weight.shape[0] if rows < 0 else rows)
-    check_tensor(op, "hyper", hyper, (torch.float32,), (len(HYPER),), weight.device)
-    check_tensor(op, "counter", counter, (torch.int64,), (2,), weight.device)
+    check_steering(op, hyper, counter, weight.device)
     check_states(op, weight, momentum, second, kahan)
-    expect(row_offset >= 0, f"{op}: argument row_offset", "0 or more", str(row_offset), "pass the global row of weight[0]")
+    check_row_offset(op, row_offset, weight.shape[0])
     expect(
         not weight.requires_grad, f"{op}: argument weight", "a tensor that requires no gradient", "one that does",
         "keep the table out of autograd (a buffer, not an nn.Parameter): the step is its whole training",
     )  # fmt: skip
-    options = {"pos_value": pos_value, "bias": bias, "momentum": momentum, "second": second, "kahan": kahan}
-    options["row_scale"] = row_scale
-    mark_written(weight, bias, momentum, second, kahan, row_scale)
-    return torch.ops.xmlkernels.cluster_step_(
-        weight, x.detach(), clusters, row_ptr, cluster_rows, pos_row, pos_sample, hyper, counter, **options,
-        row_offset=row_offset, rows=rows, decoupled=decoupled, need_loss=need_loss,
-    )  # fmt: skip
+    written = {"weight": weight, "bias": bias, "momentum": momentum, "second": second, "kahan": kahan}
+    read = {"x": x, "pos_row": pos_row, "pos_sample": pos_sample, "pos_value": pos_value, "hyper": hyper, "counter": counter}
+    check_memory(op, written | {"row_scale": row_scale}, read | {"clusters": clusters, "row_ptr": row_ptr})
 
 
 def check_states(op: str, weight: Tensor, momentum: Tensor | None, second: Tensor | None, kahan: Tensor | None) -> None:
@@ -188,5 +206,6 @@ define(
     "-> (Tensor dx, Tensor scores, Tensor loss)",
     reference,
     _fake,
+    _check,
 )
 register_cuda("cluster_step_", "xmlkernels.triton.cluster_step")

@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor
 
-from xmlkernels.ops._registry import check_table, check_tensor, define, expect, register_cuda
+from xmlkernels.ops._registry import check_row_offset, check_table, check_tensor, define, expect, public, register_cuda
 from xmlkernels.reference.matmul_topk import matmul_topk as reference
 
+LARGEST_K = 65_536
 
+
+@public
 def matmul_topk(
     x: Tensor,
     weight: Tensor,
@@ -24,7 +27,7 @@ def matmul_topk(
         x: [B, D] fp32, bf16 or fp16. On bf16 and e4m3 tables the product takes x rounded to bf16.
         weight: [n, D] label table, fp32, bf16, fp16, or e4m3 with `row_scale`.
         bias: fp32 [n] or None.
-        k: results per sample, 1 or more; may exceed the number of rows.
+        k: results per sample, 1 or more; may exceed the number of rows, up to 65,536.
         exclude: int64 [B, E], global rows never returned for that sample; -1 pads.
         row_scale: fp32 [n, 2] for an e4m3 table, as in `bce_step_`.
         row_offset: global row of weight[0].
@@ -36,17 +39,26 @@ def matmul_topk(
             row can fill hold -inf and -1; a NaN score is never returned.
 
     Raises:
-        InputError: an argument's dtype, shape, device or layout does not fit.
+        InputError: an argument's type, dtype, shape, device or layout does not fit.
     """
-    op = "matmul_topk"
-    check_table(op, x, weight, bias, rows, row_scale, scaled=True)
-    expect(k >= 1, f"{op}: argument k", "1 or more", str(k), "ask for at least one label")
-    expect(row_offset >= 0, f"{op}: argument row_offset", "0 or more", str(row_offset), "pass the global row of weight[0]")
-    if exclude is not None:
-        check_tensor(op, "exclude", exclude, (torch.int64,), (x.shape[0], None), x.device)
+    _check(x, weight, bias, k, exclude=exclude, row_scale=row_scale, row_offset=row_offset, rows=rows)
     return torch.ops.xmlkernels.matmul_topk(
         x, weight, bias, k, exclude=exclude, row_scale=row_scale, row_offset=row_offset, rows=rows
     )
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, *, exclude: Tensor | None = None,
+    row_scale: Tensor | None = None, row_offset: int = 0, rows: int = -1,
+) -> None:  # fmt: skip
+    op = "matmul_topk"
+    check_table(op, x, weight, bias, rows, row_scale, scaled=True)
+    expect(k >= 1, f"{op}: argument k", "1 or more", str(k), "ask for at least one label")
+    most = max(weight.shape[0], LARGEST_K)
+    expect(k <= most, f"{op}: argument k", f"at most {most}", str(k), "ask for no more labels than there are")
+    check_row_offset(op, row_offset, weight.shape[0])
+    if exclude is not None:
+        check_tensor(op, "exclude", exclude, (torch.int64,), (x.shape[0], None), x.device)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, **_: object) -> tuple[Tensor, Tensor]:
@@ -58,5 +70,6 @@ define(
     "int row_offset=0, int rows=-1) -> (Tensor values, Tensor rows)",
     reference,
     _fake,
+    _check,
 )
 register_cuda("matmul_topk", "xmlkernels.triton.matmul_topk")

@@ -3,10 +3,22 @@
 import torch
 from torch import Tensor
 
-from xmlkernels.ops._registry import E4M3, check_row_scale, check_tensor, define, expect, mark_written, register_cuda
+from xmlkernels.ops._registry import (
+    E4M3,
+    check_memory,
+    check_row_offset,
+    check_row_scale,
+    check_tensor,
+    define,
+    expect,
+    mark_written,
+    public,
+    register_cuda,
+)
 from xmlkernels.reference.rescale_rows import rescale_rows_ as reference
 
 
+@public
 def rescale_rows_(weight: Tensor, row_scale: Tensor, counter: Tensor, row_offset: int = 0) -> Tensor:
     """Doubles the scale of each row whose largest |value| exceeds half its range, and codes that row anew.
 
@@ -25,25 +37,35 @@ def rescale_rows_(weight: Tensor, row_scale: Tensor, counter: Tensor, row_offset
         int64 [1]: how many rows were coded anew.
 
     Raises:
-        InputError: an argument's dtype, shape, device or layout does not fit.
+        InputError: an argument's type, dtype, shape, device or layout does not fit.
     """
+    _check(weight, row_scale, counter, row_offset)
+    mark_written(weight, row_scale)
+    return torch.ops.xmlkernels.rescale_rows_(weight, row_scale, counter, row_offset)
+
+
+def _check(weight: Tensor, row_scale: Tensor, counter: Tensor, row_offset: int = 0) -> None:
     op = "rescale_rows_"
     check_tensor(op, "weight", weight, (E4M3,), (None, None), weight.device)
     expect(weight.shape[1] >= 1, f"{op}: argument weight", "a table with at least one column", "none", "give it a width")
     check_row_scale(op, weight, row_scale)
     check_tensor(op, "counter", counter, (torch.int64,), (2,), weight.device)
-    expect(row_offset >= 0, f"{op}: argument row_offset", "0 or more", str(row_offset), "pass the global row of weight[0]")
+    check_row_offset(op, row_offset, weight.shape[0])
     expect(
         not weight.requires_grad, f"{op}: argument weight", "a tensor that requires no gradient", "one that does",
         "keep the table out of autograd (a buffer, not an nn.Parameter)",
     )  # fmt: skip
-    mark_written(weight, row_scale)
-    return torch.ops.xmlkernels.rescale_rows_(weight, row_scale, counter, row_offset)
+    check_memory(op, {"weight": weight, "row_scale": row_scale}, {"counter": counter})
 
 
 def _fake(weight: Tensor, *_: object) -> Tensor:
     return weight.new_empty(1, dtype=torch.int64)
 
 
-define("rescale_rows_(Tensor(a!) weight, Tensor(b!) row_scale, Tensor counter, int row_offset=0) -> Tensor", reference, _fake)
+define(
+    "rescale_rows_(Tensor(a!) weight, Tensor(b!) row_scale, Tensor counter, int row_offset=0) -> Tensor",
+    reference,
+    _fake,
+    _check,
+)
 register_cuda("rescale_rows_", "xmlkernels.triton.rescale_rows")

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from xmlkernels.ops._registry import check_table, check_tensor, define, expect, register_cuda
+from xmlkernels.ops._registry import check_table, check_tensor, define, expect, public, register_cuda
 from xmlkernels.reference.shortlist_matmul import shortlist_backward as backward_reference
 from xmlkernels.reference.shortlist_matmul import shortlist_matmul as reference
 
 
+@public
 def shortlist_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, row_scale: Tensor | None = None) -> Tensor:
     """Scores a shortlist of table rows for each sample: z[b, s] = x[b] · W[index[b, s]] + bias[index[b, s]].
 
@@ -18,10 +19,7 @@ def shortlist_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tens
     takes it. (Where `.backward()` stores it in `.grad`, torch drops the mark of being coalesced, but not the order;
     `torch.autograd.grad` keeps both.)
 
-    The backward is an op of its own, for the row-sparse optimizers:
-    `torch.ops.xmlkernels.shortlist_backward(dlogits, x, weight, index, row_scale=None, *, need_dx=True, need_dweight=True,
-    need_dbias=False) -> (dx, rows, grad, dbias)`, with dlogits fp32 [B, S], dx fp32 [B, D], rows int64 [U] unique and
-    ascending, grad fp32 [U, D], dbias fp32 [U]; what is not asked for is empty.
+    The backward is an op of its own, for the row-sparse optimizers: `shortlist_backward`.
 
     Source: the shortlisted heads of XR-Transformer and CascadeXML (NeurIPS 2021, 2022); the kernel is ours.
 
@@ -39,15 +37,64 @@ def shortlist_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tens
         but -inf itself makes most losses infinite or NaN.
 
     Raises:
-        InputError: an argument's dtype, shape, device or layout does not fit, or, on the CPU, an entry of index lies
+        InputError: an argument's type, dtype, shape, device or layout does not fit, or, on the CPU, an entry of index lies
             outside the table (elsewhere the collator's word is taken).
     """
-    op = "shortlist_matmul"
-    check_table(op, x, weight, bias, -1, row_scale, scaled=True)
+    _check(x, weight, bias, index, row_scale)
     expect(
-        row_scale is None or not weight.requires_grad, f"{op}: argument weight", "no gradient asked of an 8-bit table",
-        "a tensor that requires one", "freeze it: 8 bits hold no gradient; cluster_step_ trains such tables",
+        row_scale is None or not weight.requires_grad, "shortlist_matmul: argument weight",
+        "no gradient asked of an 8-bit table", "a tensor that requires one",
+        "freeze it: 8 bits hold no gradient; cluster_step_ trains such tables",
     )  # fmt: skip
+    return torch.ops.xmlkernels.shortlist_matmul(x, weight, bias, index, row_scale)
+
+
+@public
+def shortlist_backward(
+    dlogits: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    row_scale: Tensor | None = None,
+    *,
+    need_dx: bool = True,
+    need_dweight: bool = True,
+    need_dbias: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `shortlist_matmul`, in the form that the row-sparse optimizers take. Not differentiable.
+
+    Args:
+        dlogits: fp32 [B, S], gradient of the logits; what it holds at pads is ignored, NaN included.
+        x, weight, index, row_scale: as in `shortlist_matmul`.
+        need_dx, need_dweight, need_dbias: which results are asked for.
+
+    Returns:
+        dx: fp32 [B, D]; [0] when not asked for.
+        rows: int64 [U], the table rows that a sample names, each once, ascending; [0] when neither of the next is asked for.
+        grad: fp32 [U, D], gradient of those rows; [0, D] when not asked for.
+        dbias: fp32 [U], gradient of their bias; [0] when not asked for.
+
+    Raises:
+        InputError: as in `shortlist_matmul`.
+    """
+    _check_backward(dlogits, x, weight, index, row_scale)
+    given = dlogits.detach(), x.detach(), weight.detach(), index, row_scale
+    return torch.ops.xmlkernels.shortlist_backward(*given, need_dx=need_dx, need_dweight=need_dweight, need_dbias=need_dbias)
+
+
+def _check_backward(
+    dlogits: Tensor, x: Tensor, weight: Tensor, index: Tensor, row_scale: Tensor | None = None, **_: object
+) -> None:
+    op = "shortlist_backward"
+    _check(x, weight, None, index, row_scale, op=op)
+    check_tensor(op, "dlogits", dlogits, (torch.float32,), (x.shape[0], index.shape[-1]), weight.device)
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, row_scale: Tensor | None = None, *,
+    op: str = "shortlist_matmul",
+) -> None:  # fmt: skip
+    check_table(op, x, weight, bias, -1, row_scale, scaled=True)
     sizes = (index.shape[0],) if index.dim() == 1 else (x.shape[0], None)
     check_tensor(op, "index", index, (torch.int64,), sizes, weight.device)
     if index.device.type == "cpu" and index.numel() > 0:
@@ -57,7 +104,6 @@ def shortlist_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tens
             f"{op}: argument index", f"rows from 0 to {weight.shape[0] - 1}, or -1 for a pad",
             f"entries from {low} to {high}", "number the rows within weight and pad with -1",
         )  # fmt: skip
-    return torch.ops.xmlkernels.shortlist_matmul(x, weight, bias, index, row_scale)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, row_scale: Tensor | None = None) -> Tensor:
@@ -104,13 +150,17 @@ def _backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
 
 
 define(
-    "shortlist_matmul(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor? row_scale=None) -> Tensor", reference, _fake
+    "shortlist_matmul(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor? row_scale=None) -> Tensor",
+    reference,
+    _fake,
+    _check,
 )
 define(
     "shortlist_backward(Tensor dlogits, Tensor x, Tensor weight, Tensor index, Tensor? row_scale=None, *, bool need_dx=True, "
     "bool need_dweight=True, bool need_dbias=False) -> (Tensor dx, Tensor rows, Tensor grad, Tensor dbias)",
     backward_reference,
     _backward_fake,
+    _check_backward,
 )
 library.register_autograd("xmlkernels::shortlist_matmul", _backward, setup_context=_setup_context)
 register_cuda("shortlist_matmul", "xmlkernels.triton.shortlist_matmul")

@@ -17,16 +17,22 @@ Common to the three:
         multiplied by exp(decay_sum - row_decay[row]) in place of 1 - lr decay, and row_decay[row] becomes decay_sum.
     row_offset: global row of param[0], for a table that is one shard of a larger one.
     decoupled: decay shrinks the weights (w *= 1 - lr decay) instead of entering the gradient (g += decay w).
+
+Each raises InputError where an argument's type, dtype, shape, device or layout does not fit, a tensor that is updated shares
+memory with another, or, on the CPU, rows are not ascending or hyper is not finite.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from xmlkernels.ops._registry import define, mark_written
-from xmlkernels.ops._update import check_touched_rows, check_updated_table
+from xmlkernels.ops._registry import define, mark_written, public
+from xmlkernels.ops._update import check_table_shape, check_touched_rows, check_updated_table
 from xmlkernels.reference import sparse_update as reference
 
 
+@public
 def sparse_sgd_(
     param: Tensor,
     momentum: Tensor | None,
@@ -48,20 +54,15 @@ def sparse_sgd_(
         momentum: [n, D] fp32, bf16 or fp16, updated (dampening 0, no Nesterov), or None for plain SGD.
 
     Raises:
-        InputError: an argument's dtype, shape, device or layout does not fit, or rows are not ascending.
+        InputError: see the top of this module.
     """
-    options = {"kahan": kahan, "row_decay": row_decay, "decay_sum": decay_sum}
-    op = "sparse_sgd_"
-    check_updated_table(
-        op, "param", param, hyper, counter, momentum=momentum, **options, row_offset=row_offset, decoupled=decoupled
-    )
-    check_touched_rows(op, rows, grad, param)
+    steer = {"kahan": kahan, "row_decay": row_decay, "decay_sum": decay_sum, "row_offset": row_offset, "decoupled": decoupled}
+    _check_sgd(param, momentum, rows, grad, hyper, counter, **steer)
     mark_written(param, momentum, kahan, row_decay)
-    torch.ops.xmlkernels.sparse_sgd_(
-        param, momentum, rows, grad.detach(), hyper, counter, **options, row_offset=row_offset, decoupled=decoupled
-    )
+    torch.ops.xmlkernels.sparse_sgd_(param, momentum, rows, grad.detach(), hyper, counter, **steer)
 
 
+@public
 def sparse_adagrad_(
     param: Tensor,
     second: Tensor,
@@ -83,20 +84,15 @@ def sparse_adagrad_(
         second: v, fp32, bf16 or fp16, updated: [n, D], or [n] for one value per row, fed by the mean of g² over the row.
 
     Raises:
-        InputError: an argument's dtype, shape, device or layout does not fit, or rows are not ascending.
+        InputError: see the top of this module.
     """
-    options = {"kahan": kahan, "row_decay": row_decay, "decay_sum": decay_sum}
-    op = "sparse_adagrad_"
-    check_updated_table(
-        op, "param", param, hyper, counter, second=second, **options, row_offset=row_offset, decoupled=decoupled
-    )
-    check_touched_rows(op, rows, grad, param)
+    steer = {"kahan": kahan, "row_decay": row_decay, "decay_sum": decay_sum, "row_offset": row_offset, "decoupled": decoupled}
+    _check_adagrad(param, second, rows, grad, hyper, counter, **steer)
     mark_written(param, second, kahan, row_decay)
-    torch.ops.xmlkernels.sparse_adagrad_(
-        param, second, rows, grad.detach(), hyper, counter, **options, row_offset=row_offset, decoupled=decoupled
-    )
+    torch.ops.xmlkernels.sparse_adagrad_(param, second, rows, grad.detach(), hyper, counter, **steer)
 
 
+@public
 def sparse_adam_(
     param: Tensor,
     momentum: Tensor,
@@ -126,19 +122,32 @@ def sparse_adam_(
         row_step: int64 [n], each row's number of updates so far; raised by 1 here, and then the row's t.
 
     Raises:
-        InputError: an argument's dtype, shape, device or layout does not fit, or rows are not ascending.
+        InputError: see the top of this module.
     """
-    options = {"kahan": kahan, "row_step": row_step, "row_decay": row_decay, "decay_sum": decay_sum}
-    op = "sparse_adam_"
-    check_updated_table(
-        op, "param", param, hyper, counter, momentum=momentum, second=second, **options,
-        row_offset=row_offset, decoupled=decoupled,
-    )  # fmt: skip
-    check_touched_rows(op, rows, grad, param)
+    steer = {"kahan": kahan, "row_decay": row_decay, "decay_sum": decay_sum, "row_offset": row_offset, "decoupled": decoupled}
+    _check_adam(param, momentum, second, rows, grad, hyper, counter, row_step=row_step, **steer)
     mark_written(param, momentum, second, kahan, row_step, row_decay)
     torch.ops.xmlkernels.sparse_adam_(
-        param, momentum, second, rows, grad.detach(), hyper, counter, **options, row_offset=row_offset, decoupled=decoupled
+        param, momentum, second, rows, grad.detach(), hyper, counter, row_step=row_step, **steer
     )
+
+
+def _check(op: str, param: Tensor, rows: Tensor, grad: Tensor, hyper: Tensor, counter: Tensor, **given: Any) -> None:
+    check_table_shape(op, "param", param)
+    check_touched_rows(op, rows, grad, param)
+    check_updated_table(op, "param", param, hyper, counter, **given, rest={"rows": rows, "grad": grad})
+
+
+def _check_sgd(param: Tensor, momentum: Tensor | None, *rest: Tensor, **given: Any) -> None:
+    _check("sparse_sgd_", param, *rest, momentum=momentum, **given)
+
+
+def _check_adagrad(param: Tensor, second: Tensor, *rest: Tensor, **given: Any) -> None:
+    _check("sparse_adagrad_", param, *rest, second=second, **given)
+
+
+def _check_adam(param: Tensor, momentum: Tensor, second: Tensor, *rest: Tensor, **given: Any) -> None:
+    _check("sparse_adam_", param, *rest, momentum=momentum, second=second, **given)
 
 
 def _fake(*_: object, **__: object) -> None:
@@ -151,15 +160,18 @@ define(
     f"sparse_sgd_(Tensor(a!) param, Tensor(b!)? momentum, {_STEP}Tensor(c!)? kahan=None, Tensor(d!)? row_decay=None, {_DECAY}",
     reference.sparse_sgd_,
     _fake,
+    _check_sgd,
 )
 define(
     f"sparse_adagrad_(Tensor(a!) param, Tensor(b!) second, {_STEP}Tensor(c!)? kahan=None, Tensor(d!)? row_decay=None, {_DECAY}",
     reference.sparse_adagrad_,
     _fake,
+    _check_adagrad,
 )
 define(
     f"sparse_adam_(Tensor(a!) param, Tensor(b!) momentum, Tensor(c!) second, {_STEP}Tensor(d!)? kahan=None, "
     f"Tensor(e!)? row_step=None, Tensor(f!)? row_decay=None, {_DECAY}",
     reference.sparse_adam_,
     _fake,
+    _check_adam,
 )
