@@ -104,8 +104,8 @@ def check_finite(model: nn.Module, where: str) -> None:
 def _finite(values: Tensor) -> bool:
     if values.numel() == 0 or not values.is_floating_point():
         return True
-    if values.dtype == torch.float8_e4m3fn:  # it has no infinity; all bits but the sign are set in its NaN
-        return int((values.view(torch.uint8) & 0x7F).max()) < 0x7F
+    if values.dtype == torch.float8_e4m3fn:  # no infinity; its NaNs are 0xFF and 0x7F, the largest byte without and with a sign
+        return int(values.view(torch.uint8).max()) < 0xFF and int(values.view(torch.int8).max()) < 0x7F
     return all(bool(torch.isfinite(end)) for end in values.aminmax())  # one pass, no copy, and NaN comes through
 
 
