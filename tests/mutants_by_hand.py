@@ -133,5 +133,5 @@ BY_HAND: tuple[Fault, ...] = (
     Fault(_SESSION, "if self.best and not metrics[by] > self.best[by]:", "if self.best and not metrics[by] >= self.best[by]:"),
     Fault(_SESSION, '        self.folder.rewind_log(state["log_bytes"])\n', ""),
     Fault("train/run.py", "run.batches.epoch(run.epoch, start=run.position)", "run.batches.epoch(run.epoch)"),
-    Fault("train/run.py", "or run.epoch == config.epochs):\n            metrics", "):\n            metrics"),
+    Fault("train/run.py", " == 0 or run.epoch == config.epochs):", " == 0):"),
 )
