@@ -22,14 +22,15 @@ def _runs(fields: str) -> str:
     return f"{FIELDS} -k {' or '.join(fields.split())!r}"
 
 
-_RUN = _runs("label_text save_every log_every best_by evaluate scheme resume overwrite threads dataset cache encoder_lr")
+_RUN = _runs("label_text save_every log_every best_by evaluate scheme resume overwrite threads")
+_TRAIN = "tests/test_train.py -k 'not killed and not rich'"
 _TABLES = _runs("rw_loss reference positives head_lr embed_drops table momentum scheme")
 
 # file: the stages of its tests, narrow to wide; each a line of pytest arguments.
 TESTS: dict[str, tuple[str, ...]] = {
     "xmlkernels/optim.py": ("tests/test_optim.py", f"tests/test_end_to_end.py {_STEP}"),
     "xmlkernels/metrics.py": ("tests/test_metrics.py", _runs("label_text best_by")),
-    "xmlkernels/evaluation.py": ("tests/test_model.py tests/test_predict.py", "tests/test_train_cascade.py", _RUN),
+    "xmlkernels/evaluation.py": ("tests/test_predict.py", _runs("evaluate_batch label_text top_k scheme"), "tests/test_model.py"),
     "xmlkernels/models/end_to_end.py": (_END, _runs("encoder_lr table_lr clip ema micro warmup")),
     "xmlkernels/models/cascade.py": (_CASCADE, "tests/test_running_mean.py", _TABLES),
     "xmlkernels/models/cascade_scores.py": (_CASCADE, _TABLES),
@@ -60,8 +61,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "train/checks.py": (
         _SETTINGS, "tests/test_train_bow.py -k refused", "tests/test_running_mean.py", "tests/test_train_cascade.py -k fit",
     ),
-    "train/session.py": (_RUN, "tests/test_train.py -k 'not killed'", "tests/test_train_cascade.py"),
-    "train/run.py": (_RUN, "tests/test_train.py -k 'not killed'"),
+    "train/session.py": (_RUN, _TRAIN, "tests/test_train_cascade.py"),
+    "train/run.py": (_RUN, _TRAIN),
     "train/sources.py": (_RUN, _SETTINGS, "tests/test_train_bow.py tests/test_train_cascade.py"),
 }  # fmt: skip
 

@@ -23,7 +23,14 @@ from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset, Split
 from xmlkernels.data.files import DataWarning
 from xmlkernels.data.loader import Batches
-from xmlkernels.evaluation import embed_split, evaluate_split, predict_and_embed_split, predict_split, score_matrix
+from xmlkernels.evaluation import (
+    _excluded,
+    embed_split,
+    evaluate_split,
+    predict_and_embed_split,
+    predict_split,
+    score_matrix,
+)
 from xmlkernels.predict import CheckpointWarning, Label, Predictor
 
 import predict as command  # isort: skip  # train_runs has put train/ on the path
@@ -145,6 +152,13 @@ def test_filter_pairs_never_appear_and_the_cut_is_still_full(predictor: Predicto
         skip = few.get(row, excluded)
         assert rows[row].tolist() == all_rows[row, skip : skip + k].tolist(), row
     assert np.isfinite(values).all() and (np.diff(values, axis=1) <= 0).all()
+
+
+def test_each_document_of_a_batch_has_its_own_filter_pairs() -> None:
+    pairs = np.array([(0, 5), (0, 7), (2, 1)])
+    batch = SimpleNamespace(index=torch.tensor([2, 0, 1]))
+    assert _excluded(batch, pairs).tolist() == [[1, -1], [5, 7], [-1, -1]]  # type: ignore[arg-type, union-attr]
+    assert _excluded(SimpleNamespace(index=torch.tensor([1, 3])), pairs) is None  # type: ignore[arg-type]
 
 
 def test_the_model_keeps_its_mode(predictor: Predictor, validation: Split) -> None:

@@ -18,6 +18,7 @@ from xmlkernels import InputError, memory
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.prepare import PrepareConfig
 from xmlkernels.metrics import evaluate, inverse_propensity, top_rows_from_csr
+from xmlkernels.models.common import arrangement
 
 import session  # isort: skip  # train_runs has put train/ on the path
 import sources  # isort: skip
@@ -126,6 +127,16 @@ def evaluated_at_once(plain: Seen, changed: Seen) -> None:
     )
 
 
+def each_document_counts_once(plain: Seen, changed: Seen) -> None:
+    """A batch's loss is a mean over its candidates: the split's counts it once for each of its documents, 16, 16 and 8."""
+    split, arranged = changed.dataset.splits["val"], arrangement(changed.tree)
+    batches = list(changed.inputs.batches(split, 16, shuffle=False, **arranged).epoch(0))
+    losses = [float(changed.model.loss(batch)) for batch in batches]
+    assert [len(batch) for batch in batches] == [16, 16, 8] and max(losses) > min(losses)
+    own = sum(loss * len(batch) for loss, batch in zip(losses, batches, strict=True)) / 40
+    assert changed.report["validation"]["loss"] == pytest.approx(own, rel=1e-6)
+
+
 def saved_at(plain: Seen, changed: Seen) -> None:
     assert STEPS in plain.saved and not set(plain.saved) - {PER_EPOCH, STEPS}
     assert sorted(set(changed.saved)) == [3, PER_EPOCH, 6, 9, STEPS]
@@ -194,7 +205,10 @@ FIELDS = {
     "evaluate_every": (Case("tiny", {"evaluate_every": 2}, validated([1, 2], [2])),),
     "best_by": (Case("tiny", {"best_by": "nDCG@4"}, chosen_by),),
     "top_k": (Case("tiny", {"top_k": 7}, labels_kept),),
-    "evaluate_batch": (Case("tiny", {"evaluate_batch": 16}, evaluated_at_once),),
+    "evaluate_batch": (
+        Case("tiny", {"evaluate_batch": 16}, evaluated_at_once),
+        Case("cascade", {"evaluate_batch": 16}, each_document_counts_once),
+    ),
     "save_every": (Case("tiny", {"save_every": 3}, saved_at),),
     "keep": (Case("tiny", {"keep": 0}, kept),),
     "log_every": (Case("tiny", {"log_every": 4}, logged_at),),
