@@ -30,7 +30,7 @@ _TABLES = _runs("rw_loss reference positives head_lr embed_drops table momentum 
 TESTS: dict[str, tuple[str, ...]] = {
     "xmlkernels/optim.py": ("tests/test_optim.py", f"tests/test_end_to_end.py {_STEP}"),
     "xmlkernels/metrics.py": ("tests/test_metrics.py", _runs("label_text best_by")),
-    "xmlkernels/evaluation.py": ("tests/test_predict.py", _runs("evaluate_batch label_text top_k scheme"), "tests/test_model.py"),
+    "xmlkernels/evaluation.py": ("tests/test_predict.py", _runs("evaluate_batch label_text top_k"), "tests/test_model.py"),
     "xmlkernels/models/end_to_end.py": (_END, _runs("encoder_lr table_lr clip ema micro warmup")),
     "xmlkernels/models/cascade.py": (_CASCADE, "tests/test_running_mean.py", _TABLES),
     "xmlkernels/models/cascade_scores.py": (_CASCADE, _TABLES),

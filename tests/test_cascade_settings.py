@@ -8,6 +8,7 @@ import pytest
 from train_runs import ROOT, Config, check
 
 from xmlkernels import InputError
+from xmlkernels.models.cascade_training import CascadeTraining
 
 from checks import OF_CASCADE  # isort: skip  # train_runs has put train/ on the path
 from checks import flag as flag_of  # isort: skip
@@ -71,6 +72,21 @@ def test_settings_of_a_cascade_are_refused(changes: dict[str, Any], given: tuple
     with pytest.raises(InputError) as told:
         check(replace(Config(), **CASCADE | changes), given)
     assert expected in str(told.value)
+
+
+def test_depths_from_one_cluster_on() -> None:
+    for depths in ((0,), (0, 3), (29, 30), (1, 2, 3, 4)):
+        check(replace(Config(), model="cascade", tree_depths=depths))
+    with pytest.raises(InputError, match="--tree-depths"):
+        check(replace(Config(), model="cascade", tree_depths=(30, 31)))
+
+
+def test_the_last_phase_is_a_fifth_of_the_run_unless_told() -> None:
+    """CascadeXML: 3 of 15 epochs. Of 100 updates the plateau ends in update 78 (from 0)."""
+    settings = CascadeTraining(encoder_lr=1.0, total=100, warmup=10)
+    assert settings.rates(78)[0] == 1 > settings.rates(79)[0] and settings.rates(99)[0] == pytest.approx(1e-3)
+    told = CascadeTraining(encoder_lr=1.0, total=100, warmup=10, cooldown=30)
+    assert told.rates(68)[0] == 1 > told.rates(69)[0]
 
 
 def test_the_table_of_flags_names_real_ones() -> None:

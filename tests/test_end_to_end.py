@@ -93,6 +93,16 @@ def test_micro_batches_equal_the_whole_batch(size: int) -> None:
     assert relative(got, expected) < 1e-5
 
 
+@pytest.mark.parametrize(("size", "passes"), [(0, 1), (1, 10), (4, 4), (5, 1), (6, 1)])
+def test_a_micro_batch_is_what_the_encoder_sees_at_once(size: int, passes: int) -> None:
+    """One pass of five documents; or parts of that size, each passed again in the backward."""
+    model = make_model(micro_batch=size)
+    seen: list[int] = []
+    model.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    model.step(make_batch(5))
+    assert len(seen) == passes and max(seen) == (size if 0 < size < 5 else 5)
+
+
 def test_both_passes_of_a_micro_batch_drop_the_same_units(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(dropout=0.5, micro_batch=4)
     seen: list[torch.Tensor] = []
