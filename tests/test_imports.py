@@ -42,7 +42,7 @@ PACKAGES = {
     "errors": set(),
     "records": {"msgspec"},
     "foreign": set(),
-    "checksums": {"xxhash"},
+    "checksums": {"numpy", "xxhash"},
     "reference": {"torch"},
     "triton": {"torch", "triton"},
     "native": {"torch"},

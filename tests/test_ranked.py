@@ -163,6 +163,11 @@ def test_rankers_that_cannot_be_used(folder: Path, finished: Path, made: Path, a
 def test_rankers_that_are_not_whole(folder: Path, made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "tree", tmp_path / "mixed")
     Vectorizer.load(made / "own" / "vectorizer").save(tmp_path / "mixed" / "vectorizer")
+    with pytest.raises(InputError, match="vectorizer/.*; copy the whole folder again"):
+        RankedPredictor.load(tmp_path / "mixed")
+    aged = Reranker.load(made / "tree" / "ranker.safetensors")  # as from before it had checksums of the files beside it
+    facts = {key: value for key, value in aged.ranker.facts.items() if key != "beside"}
+    replace(aged, ranker=replace(aged.ranker, facts=facts)).save(tmp_path / "mixed" / "ranker.safetensors")
     with pytest.raises(InputError, match="expected the vocabulary [0-9a-f]{12} of this ranker"):
         RankedPredictor.load(tmp_path / "mixed")
     old = Reranker.load(made / "all" / "ranker.safetensors")
@@ -178,6 +183,27 @@ def test_rankers_that_are_not_whole(folder: Path, made: Path, tmp_path: Path) ->
     ranker.train(options(folder, tmp_path / "ready", one_vs_all=True, features=str(tmp_path)))
     with pytest.raises(InputError, match="expected a ranker of texts, got one of ready features"):
         RankedPredictor.load(tmp_path / "ready")
+
+
+@pytest.mark.parametrize(
+    "name", ["ranker.safetensors", "clusters/level0.safetensors", "label_names.txt", "vectorizer/idf.safetensors"]
+)
+def test_damage_to_a_ranker_is_found(made: Path, tmp_path: Path, name: str) -> None:
+    """Flipped bits anywhere, a file of another ranker, none at all."""
+    shutil.copytree(made / "tree", tmp_path / "damaged")
+    path = tmp_path / "damaged" / name
+    whole = path.read_bytes()
+    cases: list[bytes | None] = [whole[:-1], whole + b"\0", b"\0" * len(whole), None]
+    for bit in np.random.default_rng(0).integers(8 * len(whole), size=50):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        cases.append(bytes(flipped))
+    for content in cases:
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(InputError):
+            RankedPredictor.load(tmp_path / "damaged")
+    path.write_bytes(whole)
+    RankedPredictor.load(tmp_path / "damaged")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from owned import refuse_others
 from ranker_inputs import Documents, model_inputs, read_features, vectorize, without_pairs
 from report import Seconds, command, print_comparison, python, say
 from xmlkernels import InputError
+from xmlkernels.checksums import of_files
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import check_file
 from xmlkernels.data.formats import write_npz
@@ -195,7 +196,9 @@ def _train(options: Options, folder: Path) -> dict[str, Any]:
     reranker = Reranker(ranker, share, options.blend, **weights)
     with clock.on("evaluation"):
         report, reranker = measure(options, dataset, documents, reranker)
-    reranker.save(folder / RANKER)
+    beside = [NAMES, *([VECTORIZER] if vocabulary else []), *([CLUSTERS] if options.tree else [])]
+    facts = ranker.facts | {"beside": of_files(folder, beside)}
+    replace(reranker, ranker=replace(ranker, facts=facts)).save(folder / RANKER)
     report |= {"dataset": dataset.name, "dataset_hash": dataset.content_hash, "propensity": dataset.propensity}
     report |= {"seconds": clock.spent, "options": asdict(options), "weights_per_label": ranker.sparse.nnz / dataset.num_labels}
     write_json(folder / "metrics.json", report)

@@ -6,10 +6,11 @@ part of what reading the file costs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypedDict
 
+import numpy as np
 import xxhash
 
 from xmlkernels.errors import InputError
@@ -52,6 +53,33 @@ def compare(found: str, expected: str, where: str, mend: str) -> None:
     if found != expected:
         got = f"that of {found[:12]}: it is damaged, or another one"
         raise InputError(where, f"the content of checksum {expected[:12]}", got, mend)
+
+
+def seal(arrays: Mapping[str, Any], texts: Mapping[str, str]) -> str:
+    """One checksum of NumPy arrays and texts with their names, types and shapes, for the header of the file they stand in."""
+    digest = xxhash.xxh3_128()
+    for name, array in sorted(arrays.items()):
+        whole = np.ascontiguousarray(array)
+        digest.update(f"{name}\0{whole.dtype.str}\0{list(array.shape)}\0".encode())
+        digest.update(whole.reshape(-1).view(np.uint8).data)
+    for name, text in sorted(texts.items()):
+        digest.update(f"{name}\0{len(text)}\0{text}\0".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def check_seal(head: Mapping[str, str], arrays: Mapping[str, Any], keys: set[str], where: str, mend: str) -> None:
+    """Compare a header and arrays with the checksum in the header; a file from before there were any has none.
+
+    Args:
+        keys: of the header, beside its checksum.
+
+    Raises:
+        InputError: other content, or a key that no writer writes.
+    """
+    if more := sorted(head.keys() - keys - {ALGORITHM}):
+        raise InputError(where, f"a header with {', '.join(sorted(keys))}", repr(more[0]), mend)
+    if ALGORITHM in head:
+        compare(seal(arrays, {key: text for key, text in head.items() if key in keys}), head[ALGORITHM], where, mend)
 
 
 def of_files(folder: Path, names: Iterable[str]) -> Files:

@@ -150,7 +150,7 @@ class Predictor:
         checkpoints, order = _located(folder, which)
         tensors, state, found = _first(checkpoints, order, _for_prediction)
         path = checkpoints.folder
-        check_files(path, files_beside(state), "copy the whole checkpoint folder again")
+        check_files(path, files_beside(state, str(path / found)), "copy the whole checkpoint folder again")
         # Not slower: new memory is filled at the speed at which the system hands it out, on one thread or on several.
         with torch_threads(1):
             model = restored(model_config(state), tensors)
@@ -217,9 +217,9 @@ def checkpoint_identity(folder: str | Path, which: str | None = None) -> str:
     return _identity(_first(*_located(folder, which), keep=lambda name: False)[1])
 
 
-def files_beside(state: Mapping[str, Any]) -> Files:
-    """Sizes and checksums of the files beside a checkpoint, as its state has them; none in one from before there were any."""
-    return check_record(state.get("beside", {}), Files, where="checkpoint, $.beside", mend="use another checkpoint")
+def files_beside(state: Mapping[str, Any], where: str) -> Files:
+    """Sizes and checksums of the files beside a checkpoint or a ranker, as it has them; none where it is older than they."""
+    return check_record(state.get("beside", {}), Files, where=f"{where}, $.beside", mend="use another one")
 
 
 def _identity(state: Mapping[str, Any]) -> str:

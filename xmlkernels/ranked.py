@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
+from xmlkernels.checksums import check_files
 from xmlkernels.data.bow import Vectorizer
 from xmlkernels.data.inputs import TextParts
 from xmlkernels.errors import InputError
 from xmlkernels.evaluation import score_matrix
-from xmlkernels.predict import Label, Predictor, named, read_names
+from xmlkernels.predict import Label, Predictor, files_beside, named, read_names
 from xmlkernels.ranker.blend import Reranker, best, best_of_all, combine
 from xmlkernels.ranker.matcher import ClusterMatcher
 from xmlkernels.records import Count, check_record
@@ -203,6 +204,7 @@ class RankedPredictor(Ranked):
         path = Path(folder)
         reranker = Reranker.load(path / RANKER)
         source = _source(reranker, path)
+        check_files(path, files_beside(reranker.ranker.facts, f"{path / RANKER}, head, facts"), "copy the whole folder again")
         vectorizer = matcher = model = None
         if source.words in ("same", "own"):
             vectorizer = Vectorizer.load(path / VECTORIZER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.dataset import Dataset, content_hash, manifest_checksum
 from xmlkernels.data.dataset_writer import write_label_names, write_manifest, write_split
 from xmlkernels.data.tokens import Tokenizer, TokenWriter, tokenize_to_file
 from xmlkernels.errors import InputError
@@ -94,8 +95,48 @@ def test_damage_is_found(folder: Path, name: str) -> None:
 
 
 def edit(folder: Path, **changes: object) -> None:
+    """Changes keys, None removes them; the manifest's own hashes are made to fit."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({k: v for k, v in (manifest | changes).items() if v is not None}))
+    manifest = {key: value for key, value in (manifest | changes).items() if value is not None}
+    if "content_hash" not in changes:
+        manifest["content_hash"] = content_hash(manifest)
+    if "files" in changes:
+        manifest["checksums"]["files"] = {}
+    if "checksums" in manifest:
+        manifest["checksums"]["manifest"] = manifest_checksum(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def old(folder: Path) -> None:
+    """The manifest as it was before there were fast checksums."""
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "checksums"}))
+
+
+@pytest.mark.parametrize("aged", [False, True])
+def test_flipped_bits_are_found_when_it_is_opened(folder: Path, aged: bool) -> None:
+    """In every file and in the manifest; of an old dataset not in token files, which would cost a sha256 of all of them."""
+    before = Dataset.open(folder).content_hash
+    if aged:
+        old(folder)
+    assert Dataset.open(folder).content_hash == before
+    random, found = np.random.default_rng(0), 0
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        whole = path.read_bytes()
+        for bit in random.integers(8 * len(whole), size=12):
+            flipped = bytearray(whole)
+            flipped[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
+            if aged and (path.suffix == ".bin" or path.name == "manifest.json"):
+                continue
+            with pytest.raises(InputError):
+                [split.texts for split in Dataset.open(folder).splits.values() if (split.folder / "texts.jsonl").exists()]
+            found += 1
+        path.write_bytes(whole)
+    assert found > 60
+    with pytest.raises(InputError, match="content_hash: expected .*that of its files"):
+        edit(folder, content_hash="0" * 64)
+        Dataset.open(folder)
 
 
 @pytest.mark.parametrize(
@@ -222,8 +263,9 @@ def test_texts_that_are_none(folder: Path, line: bytes, message: str) -> None:
 
 
 def test_label_names_that_are_no_text(folder: Path) -> None:
-    (folder / "label_names.txt").write_bytes(b"one\ntwo\n\xff\nfour\n")
-    edit(folder, files={"label_names.txt": {"bytes": 15, "sha256": ""}})
+    content = b"one\ntwo\n\xff\nfour\n"
+    (folder / "label_names.txt").write_bytes(content)
+    edit(folder, files={"label_names.txt": {"bytes": 15, "sha256": hashlib.sha256(content).hexdigest()}})
     with pytest.raises(InputError, match="label_names.txt: expected a text in UTF-8"):
         Dataset.open(folder).label_names  # noqa: B018
 

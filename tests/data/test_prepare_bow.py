@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix, load_npz, save_npz
 
-from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.dataset import Dataset, content_hash, manifest_checksum
 from xmlkernels.data.formats import write_sparse
 from xmlkernels.data.loader import BagBatches, Batches
 from xmlkernels.data.prepare import PrepareConfig, prepare
@@ -160,7 +160,10 @@ def test_damaged_features(config: PrepareConfig) -> None:
     features = load_npz(config.output / "test" / "features.npz")
     save_npz(config.output / "test" / "features.npz", features[:12])
     manifest = json.loads((config.output / "manifest.json").read_text())
-    (config.output / "manifest.json").write_text(json.dumps(manifest | {"files": {}}))
+    manifest |= {"files": {}, "checksums": {"files": {}}}
+    manifest["content_hash"] = content_hash(manifest)
+    manifest["checksums"]["manifest"] = manifest_checksum(manifest)
+    (config.output / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=r"features.npz: expected 13 rows, got 12"):
         Dataset.open(config.output)
 

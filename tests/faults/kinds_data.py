@@ -12,9 +12,10 @@ import scipy.sparse
 from harness import Kind
 from scipy.sparse import csr_matrix
 
+from xmlkernels.checksums import checksum
 from xmlkernels.data import formats
 from xmlkernels.data.arrays import read_npy
-from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.dataset import Dataset, content_hash, manifest_checksum
 from xmlkernels.data.dataset_writer import write_label_names, write_manifest, write_split
 from xmlkernels.data.files import replacing
 from xmlkernels.data.loader import BagBatches, Batches
@@ -89,6 +90,9 @@ def reseal_manifest(folder: Path) -> None:
         for name, facts in manifest["files"].items():
             content = (folder / name).read_bytes()
             facts |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            manifest["checksums"]["files"][name] = checksum(content)
+        manifest["content_hash"] = content_hash(manifest)
+        manifest["checksums"]["manifest"] = manifest_checksum(manifest)
         path.write_text(json.dumps(manifest))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError):
         return  # the manifest itself is what was damaged

@@ -200,3 +200,17 @@ def test_a_save_that_fails_leaves_the_old_tree(tree: LabelTree, tmp_path: Path) 
     with pytest.raises(InputError, match="expected a folder that can be written"):
         tree.save(tmp_path / "missing" / "tree")
     assert LabelTree.load(tmp_path).content_hash == tree.content_hash and len(list(tmp_path.iterdir())) == 1
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    """In what the settings say too, which the content hash leaves out."""
+    fine = np.arange(12) // 2
+    LabelTree.from_partitions([fine // 3, fine], {"dataset": "x", "seed": 3}).save(tmp_path)
+    path = tmp_path / "tree.safetensors"
+    whole = path.read_bytes()
+    for bit in np.random.default_rng(0).integers(8 * len(whole), size=200):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(InputError):
+            LabelTree.load(tmp_path)

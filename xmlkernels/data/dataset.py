@@ -15,6 +15,7 @@ tokenizer.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ from typing import Any, NotRequired, TypedDict
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from xmlkernels.checksums import Xxh3, checksum, compare, file_checksum
 from xmlkernels.data.arrays import read_npy
 from xmlkernels.data.matrices import read_npz
 from xmlkernels.data.token_store import TokenStore
@@ -65,6 +67,13 @@ class Propensity(TypedDict):
     B: float
 
 
+class Checksums(TypedDict):
+    """XXH3 of every file, for the speed at which it is checked, and of the manifest itself."""
+
+    files: dict[str, Xxh3]
+    manifest: Xxh3
+
+
 class Manifest(TypedDict):
     """The keys of manifest.json; others are kept for the reader."""
 
@@ -77,6 +86,7 @@ class Manifest(TypedDict):
     vocabulary: NotRequired[Count | None]
     splits: dict[str, SplitFacts]
     files: dict[str, FileFacts]
+    checksums: NotRequired[Checksums]
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,10 @@ class Split:
         path = self.folder / "texts.jsonl"
         if not path.is_file():
             raise InputError(str(path), "the documents' texts", "no such file", "prepare the data with --keep-texts")
+        if (self.folder.parent / MANIFEST).is_file():  # here, for they are many bytes that few need
+            manifest = read_manifest(self.folder.parent)
+            name = f"{self.name}/{path.name}"
+            _check_content(path, manifest["files"].get(name, {}), manifest.get("checksums", {}).get("files", {}).get(name))
         lines = _read_text(path, "ascii").split("\n")[:-1]
         if len(lines) != len(self):
             raise InputError(str(path), f"{len(self)} lines", str(len(lines)), PREPARE_AGAIN)
@@ -173,15 +187,17 @@ class Dataset:
     def open(cls, folder: str | Path, *, verify: bool = False) -> Dataset:
         """Open a dataset folder and check that its files are whole.
 
-        Sizes and row counts are always compared with the manifest; `verify` reads every file and compares its sha256.
+        Sizes, row counts and checksums are compared with the manifest: those of texts when they are read, those of token files
+        that were written before there was a fast one only with `verify`, which reads every file and compares its sha256.
 
         Raises:
             InputError: no dataset, another format version, a file missing, cut short or from another dataset.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
+        fast = manifest.get("checksums", {}).get("files", {})
         for name, facts in manifest["files"].items():
-            _check_file(folder / name, facts, verify)
+            _check_file(folder / name, facts, fast.get(name), verify)
         splits = {name: _open_split(folder, name, manifest) for name in manifest["splits"]}
         label_tokens = label_features = None
         if "label_tokens.bin" in manifest["files"]:
@@ -228,7 +244,23 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if (manifest["tokenizer"] is None) == (manifest.get("vocabulary") is None):
         got = "neither" if manifest["tokenizer"] is None else "both"
         raise InputError(str(path), "a tokenizer, or the vocabulary of bags of words", got, PREPARE_AGAIN)
+    if (found := content_hash(manifest)) != manifest["content_hash"]:
+        raise InputError(f"{path}, $.content_hash", f"{found}, that of its files", manifest["content_hash"][:64], PREPARE_AGAIN)
+    if "checksums" in manifest:
+        compare(manifest_checksum(manifest), manifest["checksums"]["manifest"], str(path), PREPARE_AGAIN)
     return dict(manifest)
+
+
+def content_hash(manifest: Mapping[str, Any]) -> str:
+    """sha256 of what a dataset is: its labels, propensities and files."""
+    facts = {key: manifest[key] for key in ("num_labels", "propensity")}
+    return hashlib.sha256(json.dumps([facts, manifest["files"]], sort_keys=True).encode()).hexdigest()
+
+
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """Of all that a manifest says, but for this."""
+    rest = dict(manifest) | {"checksums": {"files": manifest["checksums"]["files"]}}
+    return checksum(json.dumps(rest, sort_keys=True).encode())
 
 
 def _stays_inside(name: str) -> bool:
@@ -247,17 +279,30 @@ def _read_text(path: Path, encoding: str) -> str:
         raise InputError(str(path), f"a text in {encoding.upper()}", str(error), PREPARE_AGAIN) from None
 
 
-def _check_file(path: Path, facts: Mapping[str, Any], verify: bool) -> None:
+def _check_file(path: Path, facts: Mapping[str, Any], fast: str | None, verify: bool) -> None:
     if not path.is_file():
         raise InputError(str(path), "a file the manifest names", "no such file", PREPARE_AGAIN)
     size = path.stat().st_size
     if size != facts["bytes"]:
         raise InputError(str(path), f"{facts['bytes']} bytes, as the manifest says", f"{size} bytes", PREPARE_AGAIN)
     if verify:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != facts["sha256"]:
-            raise InputError(str(path), f"sha256 {facts['sha256']}", digest, PREPARE_AGAIN)
+        _check_content(path, facts, None)
+    elif path.suffix != ".jsonl" and (fast is not None or path.suffix != ".bin"):
+        _check_content(path, facts, fast)
+
+
+def _check_content(path: Path, facts: Mapping[str, Any], fast: str | None) -> None:
+    """Compares the fast checksum or, where there is none, the sha256."""
+    try:
+        if fast is not None:
+            compare(file_checksum(path), fast, str(path), PREPARE_AGAIN)
+        elif "sha256" in facts:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != facts["sha256"]:
+                raise InputError(str(path), f"sha256 {facts['sha256']}", digest, PREPARE_AGAIN)
+    except OSError as error:
+        raise InputError(str(path), "a file that can be read", str(error.strerror or error), PREPARE_AGAIN) from None
 
 
 def _open_tokens(path: Path, rows: int, manifest: Mapping[str, Any]) -> TokenStore:

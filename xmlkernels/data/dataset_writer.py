@@ -18,7 +18,8 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import csr_matrix
 
-from xmlkernels.data.dataset import FORMAT, FORMAT_VERSION, MANIFEST
+from xmlkernels.checksums import file_checksum
+from xmlkernels.data.dataset import FORMAT, FORMAT_VERSION, MANIFEST, content_hash, manifest_checksum
 from xmlkernels.data.files import naming
 from xmlkernels.errors import InputError
 
@@ -67,24 +68,28 @@ def write_manifest(
         splits: per split its counts: `documents`, `positives`, `unlabelled`, `filter_pairs`.
         source: where the data came from; kept for the reader, never interpreted.
     """
-    files = {}
+    files, fast = {}, {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+        inner = path.relative_to(folder).as_posix()
+        files[inner], fast[inner] = {"bytes": path.stat().st_size, "sha256": digest}, file_checksum(path)
     facts = {"num_labels": num_labels, "propensity": dict(zip("AB", propensity, strict=True))}
-    content = hashlib.sha256(json.dumps([facts, files], sort_keys=True).encode()).hexdigest()
+    content = content_hash(facts | {"files": files})
     manifest = {"format": FORMAT, "version": FORMAT_VERSION, "name": name, "key": key, "content_hash": content, **facts}
     if vocabulary is not None:
         manifest["vocabulary"] = vocabulary
     manifest |= {"tokenizer": tokenizer and dict(tokenizer), "splits": dict(splits), "source": dict(source), "files": files}
+    manifest["checksums"] = {"files": fast}
+    manifest = json.loads(json.dumps(manifest))  # as it will be read, tuples as lists
+    manifest["checksums"]["manifest"] = manifest_checksum(manifest)
     with open(folder / MANIFEST, "w", encoding="utf-8") as file:
         file.write(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    for inner in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        sync_folder(inner)
+    for below in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        sync_folder(below)
 
 
 # What the writers above, and those of tokens and bags of words, call their files: known also without a manifest.

@@ -19,6 +19,7 @@ import numpy as np
 from safetensors.numpy import save
 from scipy.sparse import csr_matrix
 
+from xmlkernels.checksums import ALGORITHM, check_seal, seal
 from xmlkernels.data.arrays import read_tensors
 from xmlkernels.data.files import replacing
 from xmlkernels.data.matrices import check_shape
@@ -156,8 +157,9 @@ class LinearRanker:
         indptr, indices, data = _arrays(self.sparse)
         tensors = dict(zip(_TENSORS, (self.dense, self.bias, indptr, indices, data), strict=True))
         told = {"format": FORMAT, "settings": asdict(self.settings), "facts": self.facts, "columns": self.sparse.shape[1]}
+        head = {"ranker": json.dumps(told)}
         with replacing(path) as file:
-            file.write(save(tensors, {"ranker": json.dumps(told)}))
+            file.write(save(tensors, head | {ALGORITHM: seal(tensors, head)}))
 
     @classmethod
     def load(cls, path: str | Path) -> LinearRanker:
@@ -168,6 +170,7 @@ class LinearRanker:
         """
         name, mend = str(path), "train the ranker again"
         head, found = read_tensors(path, "a ranker's file", mend)
+        check_seal(head, found, {"ranker"}, name, mend)
         where = f"{name}, head"
         told: Any = parse_record(head.get("ranker", ""), Head, where=where, mend=mend, kind={"format": FORMAT})
         for key, (kind, dimensions) in _TENSORS.items():

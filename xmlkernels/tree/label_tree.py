@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from xmlkernels.checksums import ALGORITHM, check_seal, seal
 from xmlkernels.data.arrays import read_tensors
 from xmlkernels.data.files import replacing
 from xmlkernels.errors import InputError
@@ -170,7 +171,7 @@ class LabelTree:
             ) from error
         head = {"format": FORMAT, "version": VERSION, "content_hash": self.content_hash, "settings": settings}
         with replacing(_file(path)) as file:
-            file.write(save(tensors, metadata=head))
+            file.write(save(tensors, metadata=head | {ALGORITHM: seal(tensors, head)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LabelTree:
@@ -195,6 +196,8 @@ class LabelTree:
             raise InputError(
                 str(file), f"content {head.get('content_hash')}", f"{tree.content_hash}", f"copy it again, or {MAKE_AGAIN}"
             )
+        keys = {"format", "version", "content_hash", "settings"}
+        check_seal(head, tensors, keys, str(file), f"copy it again, or {MAKE_AGAIN}")
         return tree
 
 
