@@ -55,7 +55,7 @@ PACKAGES = {
 # Files that share the room of another: too long for one file.
 PART_OF = {
     "memory": "planner", "_contents": "checkpoint", "_places": "checkpoint", "_state": "checkpoint", "ranking": "metrics",
-    "levels": "predict", "evaluation": "predict", "ranked": "predict",
+    "levels": "predict", "evaluation": "predict", "ranked": "predict", "heartbeat": "dist",
 }  # fmt: skip
 # Arrows that point down but are not in the table, each with its reason.
 BESIDE_THE_TABLE = {

@@ -202,6 +202,9 @@ class Config:
     """Where the model is trained: cpu, cuda, cuda:1; auto: cuda where there is one."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
+    timeout: float = dist.PATIENCE
+    """Of several processes: seconds without a sign of life from one after which the others end and name it. Each gives one a
+    second, also in long work that it does alone; only a call that keeps Python's lock is silent, which is why this is long."""
 
 
 def resolved_device(name: str, where: str = "--device") -> torch.device:

@@ -26,7 +26,7 @@ RUN_FILES = ("metrics.json", "predictions.npz", "log.jsonl", "checkpoint", "conf
 # `tree` is a place: which tree it is, the checkpoint knows by content. Tables are the same tables on any `label_device`.
 MAY_CHANGE = (
     "resume", "overwrite", "output", "cache", "log_every", "save_every", "keep", "threads", "tree", "label_device",
-    "beyond_memory",
+    "beyond_memory", "timeout",
 )  # fmt: skip
 
 

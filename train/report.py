@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from stops import Stopped, listening
+from stops import Stopped, ending, listening
 from xmlkernels import InputError, dist
 from xmlkernels.data.files import DataWarning
 
@@ -82,15 +82,19 @@ def command(main: Callable[[], Any], *, interrupted: str = "interrupted", severa
             if dist.running():
                 _leave(0)
         except InputError as error:
+            ending(2, quiet=not _first())
             if not _first():
                 time.sleep(_COURTESY)
             print(f"error: {error}", file=sys.stderr)
             _leave(2)
         except dist.ProcessLost as error:
-            time.sleep(_COURTESY)
+            ending(1, quiet=not error.speaks)
+            if not error.speaks:
+                time.sleep(_COURTESY)
             print(f"error: {error}", file=sys.stderr)
             _leave(1)
         except Failed as error:
+            ending(1)
             print(f"error: {error}", file=sys.stderr)
             _leave(1)
         except KeyboardInterrupt as error:
@@ -103,9 +107,13 @@ def command(main: Callable[[], Any], *, interrupted: str = "interrupted", severa
             _close_output()
             sys.exit(128 + 13)
         except OSError as error:
+            ending(1)
             print(f"error: {reason_of(error)}", file=sys.stderr)
             _close_output()
             _leave(1)
+        except Exception:
+            dist.stop(failed=True)  # the others leave the word to this one's traceback
+            raise
 
 
 def reason_of(error: Exception) -> str:
@@ -133,8 +141,7 @@ def _leave(status: int) -> NoReturn:
     tensor aborts it (pytorch/pytorch, pull request 179291)."""
     if not dist.running():
         sys.exit(status)
-    if status == 0:
-        dist.stop()
+    dist.stop(failed=status != 0)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -59,7 +59,7 @@ def train(config: Config) -> dict[str, Any]:
 def main() -> None:
     config = parse_named(RECIPES, "recipe", "train/run.py", __doc__ or "")
     check(config, given={word[2:].split("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")})
-    dist.start(resolved_device(config.device))
+    dist.start(resolved_device(config.device), config.timeout)
     train(config)
     say(f'ask it: {python()} train/predict.py --checkpoint {config.output} --text "…"   (--input FILE for many texts)')
     dist.wait()  # the first process may still be writing, and torchrun takes a lost one for a failure

@@ -1,5 +1,7 @@
 """A run while it goes on: its folder is its own, and whatever ends it is told together with how to go on."""
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -30,7 +32,14 @@ def running(config: Config) -> Iterator[Session]:
     # Of several processes the first alone writes: they are one run.
     first = dist.rank() == 0
     with own_folder(config.output, writes=RUN_FILES) if first else nullcontext():
-        run = None
+        run: Session | None = None
+
+        def lost(told: str) -> None:
+            """From a thread: the loop may be waiting for ever."""
+            print(f"error: {told} (--timeout {config.timeout:g}); {how_to_go_on(run, config)}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+        dist.when_lost(lost)
         try:
             if first:
                 clear_leftovers(Path(config.output))
@@ -38,8 +47,12 @@ def running(config: Config) -> Iterator[Session]:
             with held():
                 yield run
         except Stopped as stop:
+            if (found := dist.missing()) is not None:  # torchrun stops all where one is lost
+                raise dist.ProcessLost(f"{found}; {how_to_go_on(run, config)}") from stop
             stop.told = stop.told or f"stopped by {stop.name}; {how_to_go_on(run, config)}"
             raise
+        except dist.ProcessLost as error:
+            raise dist.ProcessLost(f"{error}; {how_to_go_on(run, config)}", speaks=error.speaks) from error
         except (OSError, SafetensorError) as error:
             raise Failed(f"{reason_of(error)}; {how_to_go_on(run, config)}") from error
 

@@ -41,19 +41,25 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Listener:
-    """Attributes: the first signal (0 before it) and when it came; how many `held` blocks are open."""
+    """Attributes: the first signal (0 before it) and when it came; how many `held` blocks are open; see `ending`."""
 
     def __init__(self) -> None:
         self.asked, self.when, self.held = 0, 0.0, 0
+        self.status: int | None = None
+        self.quiet = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if not self.asked:
+        if self.status is not None:
+            if self.quiet:
+                os._exit(self.status)
+        elif not self.asked:
             self.asked, self.when = number, time.monotonic()
             if not self.held:
                 raise Stopped(number)
-            # os.write: the signal may have come in the middle of a print.
-            name = signal.Signals(number).name
-            os.write(2, f"{name}: ends after this step, with a checkpoint; a second signal ends at once\n".encode())
+            if os.environ.get("WORLD_SIZE", "1") == "1":  # torchrun says so itself, and sends one too when a process is lost
+                # os.write: the signal may have come in the middle of a print.
+                name = signal.Signals(number).name
+                os.write(2, f"{name}: ends after this step, with a checkpoint; a second signal ends at once\n".encode())
         elif time.monotonic() - self.when > _ONCE:
             os._exit(128 + number)
 
@@ -76,6 +82,12 @@ def listening() -> Iterator[None]:
         if not _listener.asked:  # else the same signal, sent once more, would find the interpreter's own answer
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def ending(status: int, *, quiet: bool = False) -> None:
+    """The command ends by itself with this status: a signal changes nothing any more, but ends at once one that is only
+    `quiet` and leaves the word to another process."""
+    _listener.status, _listener.quiet = status, quiet
 
 
 def asked() -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,15 +25,28 @@ import torch.distributed
 from torch import Tensor
 
 from xmlkernels.errors import InputError
+from xmlkernels.heartbeat import Heartbeat
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _BUCKET = 1 << 24  # values of gradients sent at once
-# One process makes a label tree or writes a checkpoint while the others wait, and torchrun ends them all where one ends.
-_PATIENCE = timedelta(hours=6)
+# Of one message. One process makes a label tree or writes a checkpoint while the others wait: whether it lives is told by its
+# heartbeat, in `PATIENCE` seconds.
+_LONGEST = timedelta(days=7)
+# Long enough for a call that keeps Python's lock (a large sort, a swap to disk), in which no heart beats.
+PATIENCE = 600.0
+_heart: Heartbeat | None = None
 
 
 class ProcessLost(RuntimeError):
-    """Another process does not answer: it ended, and its own message says why."""
+    """Another process does not answer: it ended or stands still.
+
+    Attributes:
+        speaks: whether this process is the one to tell it; False where the other one tells why itself, or another does.
+    """
+
+    def __init__(self, told: str, *, speaks: bool = True) -> None:
+        super().__init__(told)
+        self.speaks = speaks
 
 
 def launched() -> tuple[int, int]:
@@ -47,11 +61,12 @@ def launched() -> tuple[int, int]:
     return (int(found[0]), int(found[1])) if found[1] != "1" else (0, 1)
 
 
-def start(device: torch.device) -> None:
+def start(device: torch.device, patience: float = PATIENCE) -> None:
     """Joins the processes that torchrun started; nothing where it did not start this one, or started it alone.
 
     Args:
         device: where the model will be: NCCL sends tensors of a GPU, gloo those of a CPU.
+        patience: seconds without a sign of life after which another process counts as lost (`when_lost`).
 
     Raises:
         InputError: torchrun's environment is incomplete, or this torch cannot talk to other processes.
@@ -73,12 +88,47 @@ def start(device: torch.device) -> None:
     importlib.import_module("torch.distributed.nn.functional")
     # Predictions of a split are gathered in the host's memory, beside the vectors on the cards.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, timeout=_PATIENCE)
+    torch.distributed.init_process_group(backend, timeout=_LONGEST)
+    global _heart
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the processes it starts anew
+    port = int(found["MASTER_PORT"])
+    store = torch.distributed.TCPStore(found["MASTER_ADDR"], port, timeout=timedelta(seconds=30), wait_for_workers=False)
+    _heart = Heartbeat(torch.distributed.PrefixStore(again, store), rank(), size(), patience)
+    wait()
+    _heart.start()
 
 
-def stop() -> None:
-    """Leaves the other processes; nothing where there are none."""
-    if running():
+def when_lost(call: Callable[[str], None]) -> None:
+    """`call` is given a sentence when another process has shown no sign of life for `patience` seconds, from a thread: the
+    program itself may be waiting for that process for ever. Of several processes that are left one is called at once, the
+    others a little later."""
+    if (heart := _heart) is None:
+        return
+
+    def lost(sentence: str) -> None:
+        if not heart.speaks():
+            time.sleep(3 * heart.interval)
+        call(sentence)
+
+    heart.lost = lost
+
+
+def missing() -> str | None:
+    """A sentence that names a process which ended without a word or stands still; None where all live, or say why not."""
+    return None if _heart is None else _heart.find()
+
+
+def stop(*, failed: bool = False) -> None:
+    """Leaves the other processes; nothing where there are none.
+
+    Args:
+        failed: tells them that this one has met an error, of which it says itself what it is, and breaks no connection yet.
+    """
+    global _heart
+    if _heart is not None:
+        _heart.stop(failed=failed)
+    if running() and not failed:
+        _heart = None
         torch.distributed.destroy_process_group()
 
 
@@ -301,7 +351,8 @@ class Vote:
             _talk(work.wait)
             answer = bool(said)
         said = torch.tensor([own], dtype=torch.int32)
-        self._asked = torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX, async_op=True), said
+        most = torch.distributed.ReduceOp.MAX
+        self._asked = _talk(torch.distributed.all_reduce, said, most, async_op=True), said
         return answer
 
 
@@ -310,13 +361,21 @@ def wait() -> None:
     sum_(torch.zeros(1))
 
 
-def _talk(call: Callable[..., Any], *arguments: Any) -> None:
+def _talk(call: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
     try:
-        call(*arguments)
+        return call(*arguments, **more)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ProcessLost(
-            f"process {rank()} of {size()} has no answer from the others, one of which ended: {reason}"
-        ) from error
+        raise _lost(str(error).splitlines()[0]) from error
+
+
+def _lost(reason: str) -> ProcessLost:
+    """The error that names the process which does not answer, if it can be told."""
+    own = f"process {rank()} of {size()} has no answer from the others, one of which ended: {reason}"
+    if _heart is None:
+        return ProcessLost(own)
+    found = _heart.find()
+    if found is not None:
+        return ProcessLost(found, speaks=_heart.speaks())
+    return ProcessLost(own, speaks=not _heart.failed())

@@ -1,0 +1,122 @@
+"""Signs of life between processes that work together: which of them is missing, and that it is.
+
+Each process counts up a number in a store that all of them reach, from a thread of its own: work that one does alone for
+hours is no silence. A process that is killed or stopped counts no more, and after a while the others know which it is.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Protocol
+
+ALIVE, FAILED, DONE = b"", b"failed", b"done"
+
+
+class Store(Protocol):
+    """What is used of torch.distributed.Store."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def multi_get(self, keys: list[str]) -> list[bytes]: ...
+
+
+class Heartbeat:
+    """This process's signs of life, and those of the others.
+
+    Args:
+        store: with a connection of its own: another thread's wait would hold this one up.
+        rank, size: this process's number, and how many there are.
+        patience: seconds without a sign after which a process counts as lost.
+        lost: called once with a sentence, from the thread, when one is lost; may end this process. None: nothing happens.
+    """
+
+    def __init__(
+        self, store: Store, rank: int, size: int, patience: float, lost: Callable[[str], None] | None = None
+    ) -> None:
+        self.patience, self.lost = patience, lost
+        self.interval = min(1.0, patience / 5)
+        self._store, self._rank, self._size = store, rank, size
+        self._others = [r for r in range(size) if r != rank]
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="xmlkernels-heartbeat", daemon=True)
+        self._write("state", ALIVE.decode())
+        self._write("who", f"process {os.getpid()} on {socket.gethostname()}")
+        self._write("beat", "0")
+
+    def start(self) -> None:
+        """Begins; every process must have made its own first."""
+        self._seen = dict.fromkeys(self._others, b"0")
+        self._state = dict.fromkeys(self._others, ALIVE)
+        self._last = dict.fromkeys(self._others, time.monotonic())
+        self._who = dict(zip(self._others, self._read("who"), strict=True))
+        self._thread.start()
+
+    def stop(self, *, failed: bool = False) -> None:
+        """Says that this process ends: in order, or with an error that it tells itself."""
+        self._stopped.set()
+        with suppress(Exception):  # the store's own process may have ended before
+            self._write("state", (FAILED if failed else DONE).decode())
+        if threading.current_thread() is not self._thread:
+            self._thread.join(2 * self.interval)
+
+    def missing(self, silence: float) -> list[int]:
+        """Processes that have given no sign for so many seconds and did not say that they end."""
+        now = time.monotonic()
+        return [r for r in self._others if self._state[r] == ALIVE and now - self._last[r] > silence]
+
+    def failed(self) -> bool:
+        """Whether another process has ended by an error that it tells itself."""
+        return FAILED in self._state.values()
+
+    def find(self) -> str | None:
+        """After a call that another process did not answer: a sentence that names it; None where one that failed tells
+        so itself, or all are alive."""
+        end = time.monotonic() + 5 * self.interval
+        while time.monotonic() < end and not self.failed():
+            if gone := self.missing(3 * self.interval):
+                return self.sentence(gone)
+            time.sleep(self.interval / 4)
+        return None
+
+    def sentence(self, gone: list[int]) -> str:
+        """Who is missing, for how long."""
+        names = ", ".join(f"process {r} of {self._size} ({self._who[r].decode()})" for r in gone)
+        seconds = max(time.monotonic() - self._last[r] for r in gone)
+        many = "has ended or stands still" if len(gone) == 1 else "have ended or stand still"
+        return f"{names} {many}: no sign of life for {seconds:.0f} s"
+
+    def speaks(self) -> bool:
+        """Whether this process is the one of those left that tells it."""
+        gone = self.missing(3 * self.interval)
+        return all(r > self._rank or r in gone for r in self._others)
+
+    def _write(self, what: str, value: str) -> None:
+        self._store.set(f"xmlkernels/{what}/{self._rank}", value)
+
+    def _read(self, what: str) -> list[bytes]:
+        return self._store.multi_get([f"xmlkernels/{what}/{r}" for r in self._others])
+
+    def _run(self) -> None:
+        number, before = 0, time.monotonic()
+        while not self._stopped.wait(self.interval):
+            number, now = number + 1, time.monotonic()
+            if now - before > 3 * self.interval + 1:
+                # This process itself stood still, and the others' signs went by unseen.
+                self._last = dict.fromkeys(self._others, now)
+            with suppress(Exception):  # no store: then no sign is seen, and patience decides
+                self._write("beat", str(number))
+                beats, states = self._read("beat"), self._read("state")
+                for r, beat, state in zip(self._others, beats, states, strict=True):
+                    self._state[r] = state
+                    if beat != self._seen[r]:
+                        self._seen[r], self._last[r] = beat, time.monotonic()
+            before = time.monotonic()
+            gone = self.missing(self.patience)
+            if gone and self.lost is not None and not self._stopped.is_set():
+                call, self.lost = self.lost, None
+                call(self.sentence(gone))
