@@ -98,8 +98,9 @@ def test_what_all_meet_is_told_once_and_never_lost(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert ending(mistake) == 2 and len(waited) == 1
-    assert ending(dist.ProcessLost("no answer")) == 1 and len(waited) == 2
-    assert capsys.readouterr().err.splitlines() == [f"error: {mistake}"] * 2 + ["error: no answer"]
+    assert ending(dist.ProcessLost("no answer", speaks=False)) == 1 and len(waited) == 2
+    assert ending(dist.ProcessLost("process 1 is lost")) == 1 and len(waited) == 2, "told at once"
+    assert capsys.readouterr().err.splitlines() == [f"error: {mistake}"] * 2 + ["error: no answer", "error: process 1 is lost"]
     with pytest.raises(SystemExit):
         report.command(lambda: pytest.fail("it ran"))
     assert "torchrun: expected one process for this command, got 2" in capsys.readouterr().err

@@ -53,7 +53,10 @@ def running(config: Config) -> Iterator[Session]:
             raise
         except dist.ProcessLost as error:
             raise dist.ProcessLost(f"{error}; {how_to_go_on(run, config)}", speaks=error.speaks) from error
-        except (OSError, SafetensorError) as error:
+        except SafetensorError as error:
+            reason = str(error).rpartition("error: ")[2]
+            raise Failed(f"the checkpoint could not be written: {reason}; {how_to_go_on(run, config)}") from error
+        except OSError as error:
             raise Failed(f"{reason_of(error)}; {how_to_go_on(run, config)}") from error
 
 

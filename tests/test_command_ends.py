@@ -1,0 +1,49 @@
+"""Commands that are stopped, that find a file in their way, or that the disk refuses, each in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CASES = [
+    *(f"a run stopped by {name}" for name in ("SIGINT", "SIGTERM", "SIGHUP")), "a second signal", "nohup",
+    "a run stopped while it opens its model", "a run stopped in its validation", "a run whose disk is full",
+    *(
+        f"{name}: a file in the way, a full disk, links"
+        for name in ("tree", "ranker", "ensemble", "export", "predict", "prepare")
+    ),
+    "prepare stopped", "tree stopped",
+]  # fmt: skip
+
+
+def run_script(name: str, *words: str | Path) -> list[dict[str, object]]:
+    """The lines of JSON of a script beside this file, which has the paths of this process."""
+    here = Path(__file__).parent
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), *filter(None, sys.path)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(here / name), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory: pytest.TempPathFactory) -> dict[object, object]:
+    return {line["case"]: line["wrong"] for line in run_script("command_ends.py", tmp_path_factory.mktemp("ends"))}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_command_ends_in_order(case: str, wrong: dict[object, object]) -> None:
+    assert wrong[case] == "", wrong[case]
+
+
+def test_every_case_is_named(wrong: dict[object, object]) -> None:
+    assert sorted(map(str, wrong)) == sorted(CASES)
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_runs_end_as_one_that_was_left_alone(rounds: int, tmp_path: Path) -> None:
+    found = run_script("kill_rounds.py", tmp_path, str(rounds), "7")
+    assert len(found) == rounds and all(line["differ"] == [] for line in found)
