@@ -131,6 +131,7 @@ def _ranges(config: Config) -> Iterator[tuple[bool, str, str, str]]:
     yield 0 <= config.ema <= 1, "ema", "from 0 to 1", "correct it"
     for name in ("word_std", "table_epsilon"):
         yield getattr(config, name) > 0, name, "more than 0", "correct it"
+    yield config.timeout >= 1, "timeout", "1 or more seconds", "choose a longer one"
     yield config.head_lr_factor > 0, "head_lr_factor", "more than 0", "correct it"
     yield 0 <= config.seed < 2**63, "seed", "an integer from 0 to 2**63 - 1", "choose another"
     for name in ("dataset", "encoder", "output", "cache"):

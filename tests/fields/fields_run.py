@@ -20,6 +20,7 @@ from xmlkernels.data.prepare import PrepareConfig
 from xmlkernels.metrics import evaluate, inverse_propensity, top_rows_from_csr
 from xmlkernels.models.common import arrangement
 
+import run as command  # isort: skip
 import session  # isort: skip  # train_runs has put train/ on the path
 import sources  # isort: skip
 
@@ -194,6 +195,20 @@ def threads(plain: Seen, changed: Seen) -> None:
     assert plain.report["environment"]["threads"] == 1 and changed.report["environment"]["threads"] == 2
 
 
+def timeouts(runs: Runs, folder: Path) -> None:
+    """It reaches the processes' signs of life, whose silence tests/test_lost_processes.py measures."""
+    told: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command.dist, "start", lambda device, patience: told.append(patience))
+        patch.setattr(command, "train", lambda config: None)
+        for words in ([], ["--timeout", "7"]):
+            patch.setattr(command.sys, "argv", ["run.py", "tiny", "--dataset", str(runs.dataset), *words])
+            command.main()
+    assert told == [600, 7]
+    with pytest.raises(InputError, match="--timeout: expected 1 or more seconds, got 0.5"):
+        command.check(runs.config("tiny", timeout=0.5))
+
+
 FIELDS = {
     "model": (models,),
     "dataset": (datasets,),
@@ -217,4 +232,5 @@ FIELDS = {
     "beyond_memory": (beyond_memory,),
     "device": (devices,),
     "threads": (Case("tiny", {"threads": 2}, threads),),
+    "timeout": (timeouts,),
 }  # fmt: skip
