@@ -64,6 +64,6 @@ def how_to_go_on(run: Session | None, config: Config) -> str:
     """What is left of a run that ends early."""
     if run is not None and run.saved is not None:
         return f"the checkpoint of step {run.saved:,} in {config.output}/ is whole: go on from it with --resume"
-    if config.resume and CheckpointFolder(Path(config.output) / "checkpoint").exists("last"):
-        return f"the last checkpoint in {config.output}/ is untouched: go on from it with --resume"
+    if config.resume and CheckpointFolder(Path(config.output) / "checkpoint").resumable():
+        return f"the checkpoints in {config.output}/ are untouched: go on from it with --resume"
     return "no checkpoint was written yet: start the run again" + (" with --overwrite" if run is not None else "")
