@@ -76,6 +76,11 @@ def test_mistakes_of_every_command(name: str) -> None:
         assert mistake(of=name).startswith(f"{required[name]}: expected ")
 
 
+def test_what_settings_refuse_names_the_flag() -> None:
+    words = ("--dataset", "d", "--output", "o", "--epochs", "0")
+    assert mistake(*words, of="ranker") == "--epochs: expected 1 or more, got 0; train for at least one pass"
+
+
 def test_a_text_is_taken_as_it_is() -> None:
     """A word behind --text is no flag, whatever it begins with."""
     flags = flags_of(COMMANDS["predict"])

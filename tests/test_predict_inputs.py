@@ -22,6 +22,7 @@ from xmlkernels.data.inputs import TextParts
 from xmlkernels.predict import Label, Predictor
 
 import predict as command  # isort: skip  # train_runs has put train/ on the path
+import report  # isort: skip
 from arguments import parse  # isort: skip
 from filters import Barred  # isort: skip
 from texts import Texts, lines_of, paired  # isort: skip
@@ -165,6 +166,17 @@ def test_names_outside_the_encoding_of_standard_output(monkeypatch: pytest.Monke
         assert "\\u96f2 \\u03bb" in written.getvalue().decode(encoding)
     else:
         assert json.loads(written.getvalue().decode("utf-8"))["labels"][0]["name"] == "雲 λ"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_no_command_ends_at_a_name_that_the_terminal_cannot_show(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    monkeypatch.setattr(report, "_console", report.Console(highlight=False, width=120))
+    names = {"雲 λ": {"P@1": 1.0}}
+    report.command(lambda: (report.say("雲"), report.print_comparison("λ – 雲", names), print("雲")))
+    sys.stdout.flush()
+    assert written.getvalue().decode(encoding).count("\\u96f2") == 4
 
 
 # ---- pairs that are never predicted ----

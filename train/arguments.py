@@ -157,6 +157,10 @@ def _refuse(box: str, prog: str, words: Sequence[str], flags: Sequence[Flag]) ->
         if flag is not None:
             values = _values(words, flag)
             raise InputError(found[1], flag.expected, " ".join(map(repr, values)) or "nothing", "correct it")
+    if found := re.search(r"Error parsing \w+: (\w+): expected (.*), got (.*?); (.*)", text):  # what a dataclass itself refuses
+        flag = by_name.get(found[1])
+        if flag is not None:
+            raise InputError(flag.shown, found[2], found[3], found[4])
     rest = text.removeprefix("Unrecognized options: ")
     if rest != text:
         raise InputError("arguments", "flags and their values", repr(rest), f"put its flag before it ({prog} --help)")

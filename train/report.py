@@ -1,6 +1,7 @@
 """What the commands say to a person: progress lines, tables, and one sentence for a mistake."""
 
 import errno
+import io
 import os
 import sys
 import time
@@ -70,6 +71,8 @@ def command(main: Callable[[], Any], *, interrupted: str = "interrupted", severa
         interrupted: what Ctrl-C is answered with, where the command itself says nothing better.
         several: whether torchrun may start it; others would write the same files at once.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end the work
     with warnings.catch_warnings(), listening():
         warnings.simplefilter("always", DataWarning)
         warnings.showwarning = _show_warning

@@ -1,5 +1,6 @@
 """Sparse text: both parsers against the same cases, then against each other."""
 
+import errno
 import gzip
 import os
 import warnings
@@ -240,10 +241,10 @@ def test_label_lines(parser, write):
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
-        ("1\n1,4\n", 2, "expected index from 0 to 3, got '4'"),
+        ("1\n1,4\n", 2, "expected label id from 0 to 3, got '4'"),
         ("1\n1,,2\n", 2, "expected a label id between two commas"),
-        ("1\nart\n", 2, "got 'art'"),
-        ("1\n2,2\n", 2, "got '2' twice"),
+        ("1\nart\n", 2, "label ids, divided by spaces or commas, got 'art'; mend the line; label names in place of"),
+        ("1\n2,2\n", 2, "every label id once in a row, got '2' twice; leave one out, or count it once with --merge-"),
         ("1\n2\n3\n", 3, "expected 2 rows, got 3"),
     ],
 )
@@ -383,7 +384,7 @@ def test_writer_leaves_nothing_half_written(tmp_path, monkeypatch):
         write_sparse(path, csr_matrix(np.array([[1, 0], [np.nan, 1]])))
 
     def full(*_, **__):
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(np, "unique", full)
     with pytest.raises(OSError, match="no space"):

@@ -233,7 +233,7 @@ def _parse(
     arrays, problem = _parser()(buffer, start, rows, cols, labels, bow, bare, comma, duplicates, workers)
     if problem is not None:
         fault, row, token = problem
-        raise _explain(path, fault, row, token, rows, cols, labels, header)
+        raise _explain(path, fault, row, token, rows, cols, labels, header, lines=comma)
     matrices = []
     for (indptr, indices, data), width in zip(arrays, (cols, labels), strict=False):
         width = width if width >= 0 else int(indices.max(initial=-1)) + 1
@@ -243,8 +243,10 @@ def _parse(
     return matrices
 
 
-def _explain(path: PathLike, fault: str, row: int, token: bytes, rows: int, cols: int, labels: int, header: bool) -> InputError:
-    """The sentence for what a parser found."""
+def _explain(
+    path: PathLike, fault: str, row: int, token: bytes, rows: int, cols: int, labels: int, header: bool, *, lines: bool
+) -> InputError:
+    """The sentence for what a parser found, in label lines or in one of the other formats."""
     first = 2 if header else 1
     if fault == "rows":
         expected = f"{rows} rows" + (", as the header says" if header else "")
@@ -253,7 +255,7 @@ def _explain(path: PathLike, fault: str, row: int, token: bytes, rows: int, cols
             return InputError(at_line(path, rows + first), expected, f"{row}", mend)
         mend = "the file is cut short, or its last row is blank and lacks its line end: add one"
         return InputError(at_line(path, row + first - 1), expected, f"{row}", mend)
-    what, bound = ("label id", labels) if fault.startswith("label") else ("index", cols)
+    what, bound = ("label id", labels) if fault.startswith("label") else ("label id" if lines else "index", cols)
     if fault.endswith("duplicate"):
         mend = "leave one out, or count it once with --merge-duplicates"
         return InputError(at_line(path, row + first), f"every {what} once in a row", f"{quote(token)} twice", mend)
@@ -261,6 +263,9 @@ def _explain(path: PathLike, fault: str, row: int, token: bytes, rows: int, cols
         allowed = "not negative" if bound < 0 else f"from 0 to {bound - 1}" if bound else "(the header allows none)"
         mend = "ids count from 0: mend the id or the number of columns"
         return InputError(at_line(path, row + first), f"{what} {allowed}", quote(token), mend)
+    if lines and fault == "index":
+        mend = "mend the line; label names in place of ids are read with --source attentionxml"
+        return InputError(at_line(path, row + first), "label ids, divided by spaces or commas", quote(token), mend)
     expected, mend = {
         "index": ("`index:value` with a whole number as index", "mend the token"),
         "missing_value": ("`index:value`", "add the value"),
