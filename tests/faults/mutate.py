@@ -255,7 +255,7 @@ def packed(content: bytes, random: random.Random) -> bytes:
 
 @cache
 def _bomb(kind: bytes) -> bytes:
-    return gzip.compress(kind * (256 << 20), 1)
+    return gzip.compress(kind * (1 << 20), 9) * 256  # members of one file
 
 
 def bomb(content: bytes, random: random.Random) -> bytes:
