@@ -15,7 +15,7 @@ from xmlkernels import InputError
 from xmlkernels.data import formats, kinds, text_lines
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "train"))
-from predict import lines_of  # noqa: E402
+from texts import lines_of  # noqa: E402
 
 BOMB = 1 << 28  # unpacked; packed it has some hundred thousand bytes
 PACK: dict[str, Callable[[bytes], bytes]] = {
@@ -94,7 +94,7 @@ def test_lines_up_to_the_bound_are_whole(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_line_without_an_end_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("predict.LONGEST_LINE", 1000)
+    monkeypatch.setattr("texts.LONGEST_LINE", 1000)
     lines = lines_of(io.BufferedReader(io.BytesIO(b"good\n" + b"x" * 100_000)))  # type: ignore[arg-type]
     assert next(lines) == "good"
     with pytest.raises(InputError, match="standard input:2: expected a line of at most"):

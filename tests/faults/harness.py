@@ -62,7 +62,7 @@ class Report:
         return "\n".join([*lines, f"bad: {len(self.bad)}", *self.bad])
 
 
-def run(kinds: Sequence[Kind], count: int, seed: int, work: Path, *, seconds: float = 10, megabytes: int = 768) -> Report:
+def run(kinds: Sequence[Kind], count: int, seed: int, work: Path, *, seconds: float = 20, megabytes: int = 768) -> Report:
     """Damage good files `count` times, the kinds in turn.
 
     Args:

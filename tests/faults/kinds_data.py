@@ -18,11 +18,15 @@ from xmlkernels.data.arrays import read_npy
 from xmlkernels.data.dataset import Dataset, content_hash, manifest_checksum
 from xmlkernels.data.dataset_writer import write_label_names, write_manifest, write_split
 from xmlkernels.data.files import replacing
+from xmlkernels.data.inputs import TextParts
 from xmlkernels.data.loader import BagBatches, Batches
+from xmlkernels.data.token_maps import from_padded_map, token_rows
 from xmlkernels.data.tokens import load_tokenizer, tokenize_to_file
 from xmlkernels.nn.encoder import Encoder  # noqa: F401  # imported before the first fork
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "data"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "train"), str(Path(__file__).resolve().parents[1] / "data")]
+from output import read_json, write_json  # noqa: E402
+from texts import Texts  # noqa: E402
 from tiny_tokenizer import make_tokenizer  # noqa: E402
 
 ROWS = {"train": 12, "val": 3, "test": 5}
@@ -176,6 +180,36 @@ def consume_vectors(folder: Path) -> None:
     assert vectors.shape[0] == LABELS and np.isfinite(vectors).all()
 
 
+def make_maps(folder: Path) -> None:
+    random = np.random.default_rng(0)
+    mask = (np.arange(LONGEST) < random.integers(1, LONGEST + 1, (20, 1))).astype("<i8")
+    (mask * random.integers(4, 100, mask.shape)).astype("<i8").tofile(folder / "trn_doc_input_ids.dat")
+    mask.tofile(folder / "trn_doc_attention_mask.dat")
+
+
+def consume_maps(folder: Path) -> None:
+    ids, mask = formats.open_token_maps(folder / "trn_doc", rows=20, max_length=LONGEST)
+    facts = {"vocab_size": 100, "tokenizer_hash": "h", "pad_id": 0}
+    store = from_padded_map(folder / "tokens.bin", ids, mask, **facts)
+    assert len(store) == 20 and store.tokens.max(initial=0) < 100 and store.lengths.min() > 0
+    assert len(token_rows(ids, mask, 0, 20, "maps")) == 20
+
+
+def make_inputs(folder: Path) -> None:
+    records = [{"text": f"a {i}", "id": i} for i in range(8)]
+    formats.write_lines(folder / "x.jsonl", [json.dumps(record) for record in records])
+    with replacing(folder / "y.jsonl.gz") as file:
+        file.write("".join(json.dumps(f"text {i} ä") + "\n" for i in range(8)).encode())
+    formats.write_lines(folder / "z.txt", [f"text {i}" for i in range(8)])
+    write_json(folder / "inputs.json", {"checkpoint": "c", "dataset": "d", "k": 5})
+
+
+def consume_inputs(folder: Path) -> None:
+    for name in ("x.jsonl", "y.jsonl.gz", "z.txt"):
+        assert all(isinstance(text, str) for text in Texts(None, str(folder / name), TextParts()))
+    assert isinstance(read_json(folder / "inputs.json"), dict)
+
+
 KINDS = [
     Kind("dataset of tokens", make_tokens, consume_dataset, reseal_manifest),
     Kind("dataset of bags", make_bags, consume_dataset, reseal_manifest),
@@ -183,4 +217,6 @@ KINDS = [
     Kind("text files", make_text, consume_text),
     Kind("JSON lines", make_json, consume_json),
     Kind("vectors", make_vectors, consume_vectors),
+    Kind("token maps", make_maps, consume_maps),
+    Kind("inputs of commands", make_inputs, consume_inputs),
 ]

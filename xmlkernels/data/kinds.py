@@ -19,7 +19,7 @@ PathLike = str | os.PathLike[str]
 
 HEAD = 8192  # bytes that are looked at
 PACKED = (".gz", ".bz2", ".xz")
-FREE_BYTES = 64 << 20
+FREE_BYTES = 16 << 20
 MOST_RATIO = 100
 """Text is packed to a third or a tenth. A file may unpack to this many times its size, and to `FREE_BYTES` in any case."""
 _XZ_MEMORY = 1 << 28  # `xz -9` needs 65 MiB; a forged header may ask for 4 GiB
