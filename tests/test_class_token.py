@@ -1,5 +1,6 @@
 """`--pooling cls` where the class token stands last, as XLNet's tokenizer sets it: trained, saved and served."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 import train_runs
 import transformers
-from train_runs import LABELS, cascade, make_dataset, make_tree, run, tiny
+from train_runs import LABELS, cascade, make_dataset, make_tree, run, session, tiny
 
 from xmlkernels import InputError
+from xmlkernels.checkpoint import CheckpointFolder, save
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.nn.encoder import Encoder
@@ -75,6 +77,23 @@ def test_the_position_is_saved_and_older_descriptions_mean_the_first() -> None:
     assert Encoder.from_config(bert.encoder_config()).class_token == "first"
     with pytest.raises(InputError, match="class_token: expected 'first' or 'last', got 'middle'"):
         Encoder.tiny(50, class_token="middle")
+
+
+def test_a_run_from_before_goes_on_as_it_began(
+    model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoint says nothing of a class token, and was trained on the first one."""
+    config = tiny(dataset, tmp_path / "run", encoder=str(model), pooling="cls", epochs=1)
+    seen: list[str] = []
+    whole = session.Session.finish
+    monkeypatch.setattr(session.Session, "finish", lambda self: seen.append(self.model.encoder.class_token) or whole(self))
+    run(config)
+    folder = CheckpointFolder(tmp_path / "run" / "checkpoint")
+    tensors, state = folder.load("last")
+    assert state["model"]["encoder"].pop("class_token") == "last"
+    save(tmp_path / "run" / "checkpoint" / "last", tensors, state)
+    run(replace(config, resume=True))
+    assert seen == ["last", "first"]
 
 
 @pytest.mark.parametrize("kind", ["end_to_end", "cascade"])

@@ -1,6 +1,7 @@
 """From a configuration to a model."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from xmlkernels.evaluation import evaluation_batches
 from xmlkernels.memory import check_memory
 from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.cascade_training import CascadeTraining
-from xmlkernels.models.common import Model
+from xmlkernels.models.common import Model, model_config
 from xmlkernels.models.end_to_end import EndToEnd, Training
 from xmlkernels.models.running_mean import MeanSettings
 from xmlkernels.nn.bow import BowEncoder
@@ -243,6 +244,12 @@ def class_token(config: Config, dataset: Dataset) -> str:
     if position is None:
         say("note: this tokenizer sets no class token; --pooling cls reads the first token of a document")
     return position or "first"
+
+
+def keep_class_token(model: Model, state: Mapping[str, Any]) -> None:
+    """Reads the class token where a checkpoint's run did: one that began before tokenizers were asked read the first token."""
+    if isinstance(model.encoder, Encoder):
+        model.encoder.class_token = model_config(state)["encoder"].get("class_token", "first")
 
 
 def freeze(encoder: Encoder, count: int) -> None:

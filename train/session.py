@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from build import build_model, draw_apart, start_table, warmup_steps
+from build import build_model, draw_apart, keep_class_token, start_table, warmup_steps
 from config import Config, recorded, resolved_device
 from facts import Clock, commit, differences, environment, skipped
 from output import RunFolder, write_json
@@ -122,6 +122,7 @@ class Session:
         dist.agree("the checkpoint to go on from", which, torch.device("cpu"))
         check_same(state, self.dataset, self.inputs, self.tree)
         self._take(tensors, state)
+        keep_class_token(self.model, state)
         self._draw_on(state)
         self.epoch, self.position, self.best = state["epoch"], state["position"], state["best"]
         self.clock.spent |= {part: float(value) for part, value in state["seconds"].items() if part in self.clock.spent}

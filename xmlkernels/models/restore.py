@@ -17,6 +17,10 @@ from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.records import Count, Meta, Positive, check_record
 
+DIVERGED = (
+    "the training has diverged: use an earlier checkpoint (the best in place of the last), or train again with lower learning "
+    "rates"
+)
 _MEND = "use another checkpoint, or a newer xmlkernels"
 _Share = Annotated[float, Meta(ge=0, lt=1)]
 
@@ -56,6 +60,7 @@ class _Encoder(TypedDict):
     dropout: _Share
     autocast: str | None
     compile: bool
+    class_token: NotRequired[Literal["first", "last"]]
 
 
 class _Config(TypedDict):
@@ -78,11 +83,6 @@ def check_config(config: Any) -> None:
         check_record(config[name], shape, where=f"{where}.{name}", mend=_MEND)
         if more := sorted(config[name].keys() - shape.__annotations__.keys()):
             raise InputError(f"{where}.{name}", "keys that this version knows", repr(more[0]), _MEND)
-
-DIVERGED = (
-    "the training has diverged: use an earlier checkpoint (the best in place of the last), or train again with lower learning "
-    "rates"
-)
 
 
 def check_finite(model: nn.Module, where: str) -> None:
