@@ -102,8 +102,12 @@ def test_help_tells_of_every_flag_and_no_comment(name: str, capsys: pytest.Captu
     for flag in flags_of(kind, positional=name in PLACED):
         assert flag.told, f"{flag.name} has no help"
         assert f"  {flag.shown}" in shown and flag.told.split()[0] in shown
+    groups = {
+        "run": ("data", "encoder", "label table", "training"), "prepare": ("raw files", "how they are read"),
+        "tree": ("graph of labels",), "predict": ("texts", "answers"), "ranker": ("features", "training", "result"),
+    }  # fmt: skip
+    assert all(f"\n{group}:\n" in shown for group in groups.get(name, ("flags",)))
     if name == "run":
-        assert all(f"\n{group}:\n" in shown for group in ("data", "encoder", "label table", "training"))
         assert "--epochs N " in shown and "[2]" in shown  # the recipe's
 
 
@@ -123,3 +127,21 @@ def test_a_mistake_ends_with_2(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: --thread: expected a flag of this command") and "--threads?" in done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [("--help",), ("--epochs", "3")])
+def test_the_demo_takes_no_flags(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It trains for minutes: not where somebody asked what it is."""
+    demo = import_module("demo")
+    monkeypatch.setattr(demo, "main", lambda: pytest.fail("the demo began"))
+    monkeypatch.setattr(sys, "argv", ["train/demo.py", *words])
+    with pytest.raises(SystemExit if words == ("--help",) else InputError):
+        demo.asked()
+    assert ("baseline" in capsys.readouterr().out) == (words == ("--help",))
+
+
+def test_a_text_of_help_is_a_text() -> None:
+    options: Any = arguments.parse(COMMANDS["predict"], "", "", words=("--text", "--help", "--top-k", "3"))
+    assert (options.text, options.top_k) == ("--help", 3)

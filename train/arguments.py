@@ -44,13 +44,13 @@ def parse(
         InputError: an unknown flag, a value that it does not take, or one that is missing.
         SystemExit: 0, after --help.
     """
-    words = sys.argv[1:] if words is None else list(words)
     flags = flags_of(kind, positional=positional, default=default)
+    words = texts_joined(sys.argv[1:] if words is None else words, flags)
     if "-h" in words or "--help" in words:
         print(help_of(flags, prog, told, only=[word[2:].replace("-", "_") for word in words if word not in ("-h", "--help")]))
         raise SystemExit(0)
     refuse_unknown(words, flags, prog)
-    return _by_tyro(kind, prog, texts_joined(words, flags), flags, positional, default)
+    return _by_tyro(kind, prog, words, flags, positional, default)
 
 
 def parse_named(named: Mapping[str, tuple[str, T]], what: str, prog: str, told: str, words: Sequence[str] | None = None) -> T:

@@ -12,12 +12,13 @@ if __name__ == "__main__":  # before torch is loaded
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from arguments import parse
 from config import Config, recorded
 from facts import commit
 from output import MAY_CHANGE, read_json, write_json
@@ -158,5 +159,15 @@ def answer(predictor: Ranked) -> None:
         say("   " + "   ".join(f"{label.name} {label.probability:.2f}" for label in labels))
 
 
+@dataclass(frozen=True)
+class Options:
+    """None: the demo is the same for everyone."""
+
+
+def asked() -> None:
+    parse(Options, "train/demo.py", __doc__ or "")
+    main()
+
+
 if __name__ == "__main__":
-    command(main, interrupted="interrupted; the next `make demo` goes on from the last checkpoint")
+    command(asked, interrupted="interrupted; the next `make demo` goes on from the last checkpoint")

@@ -143,7 +143,7 @@ def help_of(flags: Sequence[Flag], prog: str, told: str, *, only: Sequence[str] 
         return "\n".join(line for flag in chosen for line in _entry(flag, flag.told))
     places = "".join(f" {flag.shown}" for flag in flags if flag.positional)
     required = "".join(f" {flag.shown} {flag.values}" for flag in flags if flag.required and not flag.positional)
-    lines = [f"usage: {prog}{places}{required} [--flag value …]", "", told.strip()]
+    lines = [f"usage: {prog}{places}{required} {'[--flag value …]' if flags else ''}".rstrip(), "", told.strip()]
     short = len(flags) > brief
     for group in dict.fromkeys(flag.group for flag in flags):
         lines += ["", f"{group or 'flags'}:"]

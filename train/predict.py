@@ -53,6 +53,7 @@ class Options:
     """A run's output folder, or the checkpoint folder in it."""
     ranker: tuple[str, ...] = ()
     """An output folder of train/ranker.py; of several the mean of their probabilities is taken (a forest)."""
+    # ---- texts ----
     text: Annotated[str | None, VERBATIM] = None
     """One text to label; it may be empty."""
     input: str | None = None
@@ -65,6 +66,7 @@ class Options:
     """The same with --input: a file of as many texts."""
     filter: str = ""
     """A file of lines `text label`, both counted from 0: pairs that are never predicted, as prepare's --test-filter."""
+    # ---- answers ----
     output: str = ""
     """.jsonl: one line a text; .npz: a scipy CSR matrix of scores [texts, labels]. Printed when not given.
     A score is log-odds, ln p / (1 - p), of one model, of a ranker and of a forest alike."""
@@ -72,6 +74,7 @@ class Options:
     """Labels per text."""
     batch: int | None = None
     """Texts per pass: 64, or 1 for standard input; a larger one is faster there and answers later."""
+    # ---- model and machine ----
     which: Literal["best", "last"] | None = None
     """The best checkpoint by validation, or the last one; by default the best, or the last while there is no best yet."""
     latency: bool = False

@@ -52,6 +52,7 @@ class Options:
     """2^depth clusters at each level, coarse to fine."""
     clusters: tuple[int, ...] = ()
     """Clusters of each level instead, any numbers that do not fall."""
+    # ---- words of the labels ----
     features: str = "auto"
     """text: TF-IDF of the texts kept in the dataset; tokens: of its token ids; bags: its bags of words; auto: the bags where it
     has them, else the texts where they are kept, else the tokens; none: label texts alone; or an .npz with a CSR [training
@@ -64,6 +65,7 @@ class Options:
     """text: terms in a larger share of the documents are left out."""
     keep: int = 1000
     """Terms kept of each label."""
+    # ---- graph of labels ----
     graph: bool = True
     """Mix each label's features with those of the labels it occurs with."""
     visits: int = 400
@@ -76,10 +78,12 @@ class Options:
     """Labels of more documents stay out of the graph; 0: none."""
     prune: float = -1.0
     """Edges between labels whose label vectors have a smaller cosine go; needs label-text or label-vectors."""
+    # ---- texts of the labels ----
     label_text: str = ""
     """Encoder (hub name, folder or "minilm") whose embeddings of the label texts stand beside the centroids."""
     label_vectors: str = ""
     """Such embeddings made elsewhere: an .npy of floats [labels, width]."""
+    # ---- clusters, output ----
     starts: int = 8
     """First centres tried for each node."""
     tolerance: float = 1e-4

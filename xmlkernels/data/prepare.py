@@ -48,6 +48,7 @@ class PrepareConfig:
     /SEP/ and label names; bow: bags of words; docstrings: the built-in corpus, which needs no files."""
     name: str | None = None
     """Name of the dataset; the output folder's by default."""
+    # ---- raw files ----
     train_text: Path | None = None
     """Training texts, one a line; plain, .gz, .bz2 or .xz (lf: the JSON lines; bow: train.txt with its labels, or
     features alone)."""
@@ -76,6 +77,7 @@ class PrepareConfig:
     """Label names, one a line, where they are not the label texts."""
     token_maps: Path | None = None
     """Folder of upstream's {trn_doc,tst_doc,lbl}_{input_ids,attention_mask}.dat to take instead of texts."""
+    # ---- how they are read ----
     label_format: LabelFormat | None = None
     """Format of the label files, where it cannot be seen: sparse has a header, lines has none."""
     label_divider: Divider | None = None
@@ -89,6 +91,7 @@ class PrepareConfig:
     """Count a label once that a row names twice; otherwise that is an error."""
     remap_labels: bool = False
     """Number the labels that documents have anew from 0, as ids of a database need; the old ids stay as their names."""
+    # ---- documents and metrics ----
     documents: int | None = None
     """docstrings: take a deterministic part of about this many documents."""
     validation_share: float = 0.0
@@ -103,6 +106,7 @@ class PrepareConfig:
     """A, instead of the preset's."""
     propensity_b: float | None = None
     """B, instead of the preset's."""
+    # ---- the folder ----
     keep_texts: bool = False
     """Keep the texts in the folder, to show them beside predictions."""
     overwrite: bool = False
