@@ -213,5 +213,9 @@ def test_input_errors() -> None:
     for bad in [{"lr": -1.0}, {"weight_decay": -1.0}, {"eps": 0.0}, {"betas": (0.9, 1.0)}]:
         with pytest.raises(InputError, match="encoder_optimizer"):
             encoder_optimizer(nn.Linear(2, 2), **{"lr": 1e-3, "weight_decay": 0.0, **bad})
-    with pytest.raises(InputError, match="LossScaler"):
-        LossScaler("cpu", init_scale=0.0)
+    for bad in [
+        {"init_scale": 0.5}, {"init_scale": 2.0**25}, {"growth": 0.9}, {"backoff": 0.0}, {"backoff": 1.5}, {"interval": 0},
+    ]:  # fmt: skip
+        with pytest.raises(InputError, match="LossScaler"):
+            LossScaler("cpu", **bad)  # type: ignore[arg-type]
+    LossScaler("cpu", init_scale=1.0, growth=1.0, backoff=1.0, interval=1)

@@ -24,6 +24,7 @@ from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.predict import Predictor
 
 from config import recorded  # isort: skip  # train_runs has put train/ on the path
+import stops  # isort: skip
 from session import Session  # isort: skip
 
 STEPS = 3 * (TRAIN_DOCUMENTS // 16)
@@ -201,6 +202,26 @@ def test_a_stop_between_last_and_best_is_mended(
     assert weights(tmp_path, "best") == weights(tmp_path, "last")
     run(tiny(dataset, tmp_path, resume=True))
     assert_same_run(tmp_path, finished)
+
+
+def test_a_run_stopped_in_its_validation_goes_on_from_the_step_before(
+    dataset: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoint is one of the end of the second epoch, not validated yet."""
+    evaluate = session.Session.evaluate
+
+    def asked_to_stop(self: session.Session, split: Any) -> Any:
+        if self.epoch == 2:
+            raise stops.Stopped(signal.SIGTERM)
+        return evaluate(self, split)
+
+    with monkeypatch.context() as patch, pytest.raises(stops.Stopped, match="15"):
+        patch.setattr(session.Session, "evaluate", asked_to_stop)
+        run(tiny(dataset, tmp_path / "run", save_every=0))
+    _, state = CheckpointFolder(tmp_path / "run" / "checkpoint").load("last")
+    assert (state["epoch"], state["position"], state["steps"]) == (1, STEPS // 3, 2 * STEPS // 3)
+    run(tiny(dataset, tmp_path / "run", save_every=0, resume=True))
+    assert_same_run(tmp_path / "run", finished)
 
 
 def test_counters_are_those_of_the_run_not_of_its_best_step(

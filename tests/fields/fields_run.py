@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -117,6 +118,15 @@ def chosen_by(plain: Seen, changed: Seen) -> None:
         assert best["epoch"] == next(line["epoch"] for line in lines if line[name] == best[name])
 
 
+def the_first_of_equals(runs: Runs, folder: Path) -> None:
+    """Also against a metric that is no number."""
+    held = {"R@2": 5.0, "epoch": 1, "step": 5}
+    run = SimpleNamespace(config=Config(best_by="R@2"), best=dict(held), epoch=2, model=SimpleNamespace(steps=10))
+    for value in (5.0, 4.0, float("nan")):
+        assert not session.Session.improved(run, {"R@2": value, "P@1": 99.0}) and run.best == held
+    assert session.Session.improved(run, {"R@2": 5.5}) and run.best == {"R@2": 5.5, "epoch": 2, "step": 10}
+
+
 def labels_kept(plain: Seen, changed: Seen) -> None:
     assert plain.predictions.getnnz(1).tolist() == [20] * 50 and changed.predictions.getnnz(1).tolist() == [7] * 50
 
@@ -217,8 +227,12 @@ FIELDS = {
     "cache": (caches, a_tree_made_on_first_use),
     "output": (outputs,),
     "label_text": (Case("tiny", {"label_text": True}, label_texts),),
-    "evaluate_every": (Case("tiny", {"evaluate_every": 2}, validated([1, 2], [2])),),
-    "best_by": (Case("tiny", {"best_by": "nDCG@4"}, chosen_by),),
+    "evaluate_every": (
+        Case("tiny", {"evaluate_every": 2}, validated([1, 2], [2])),
+        # The last epoch always is.
+        Case("tiny", {"evaluate_every": 2}, validated([1, 2, 3], [2, 3]), {"epochs": 3}),
+    ),
+    "best_by": (Case("tiny", {"best_by": "nDCG@4"}, chosen_by), the_first_of_equals),
     "top_k": (Case("tiny", {"top_k": 7}, labels_kept),),
     "evaluate_batch": (
         Case("tiny", {"evaluate_batch": 16}, evaluated_at_once),

@@ -27,6 +27,7 @@ HELD: dict[type, dict[str, str]] = {
         **_all(HERE + "test_what_predict_asks_of_a_model", "checkpoint", "text", "top_k", "batch", "which", "device",
                "threads"),
         **_all(_PREDICT + "test_files_in_and_out", "input", "output"),
+        "filter": "test_predict_inputs.py::test_filter_pairs",
         "ranker": _RANKED + "test_a_forest_is_the_mean_of_its_rankers",
         "ranker_input": _RANKED + "test_texts_of_the_test_split_are_answered_as_the_split_was",
         **_all(_RANKED + "test_one_text", "latency", "ranker_text"),

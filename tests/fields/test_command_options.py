@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -21,6 +23,7 @@ from train_runs import LABELS, ROOT, make_dataset, make_tokenizer, make_tree
 
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.formats import write_npz
+from xmlkernels.data.inputs import TextParts
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.metrics import evaluate
 from xmlkernels.ranker.linear import Settings
@@ -81,13 +84,13 @@ def test_what_predict_asks_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setattr(torch, "set_num_threads", keeping(seen, "threads"))
     monkeypatch.setattr(predict, "resolved_device", lambda name: f"device {name}")
-    model = SimpleNamespace(predict=keeping(seen, "predict", iter([])))
+    model = SimpleNamespace(predict=keeping(seen, "predict", iter([])), parts=TextParts(), labels=LABELS)
     monkeypatch.setattr(predict.Predictor, "load", keeping(seen, "load", model))
     predict.run(predict.Options(checkpoint="run", text="a b", top_k=3, batch=5, which="last", device="cuda:1", threads=2))
     assert seen["load"] == (("run",), {"which": "last", "device": "device cuda:1", "threads": 2})
     (texts, k), how = seen["predict"]
     assert list(texts) == ["a b"] and k == 3 and how == {"batch_size": 5} and seen["threads"] == ((2,), {})
-    monkeypatch.setattr(predict, "lines_of", lambda stream: iter(["c"]))
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"c\n")))
     predict.run(predict.Options("run", input="-", batch=4))
     assert seen["predict"][1] == {"batch_size": 4, "window": 1, "prefetch": 0}
 
