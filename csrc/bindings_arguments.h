@@ -48,7 +48,7 @@ inline xk::Shortlist shortlist_of(Arguments& args, const Tensor& index, int64_t 
                                       : args.read<int64_t>(index, "index", {batch, -1});
   const xk::Shortlist list{entry, index.size(shared ? 0 : 1), shared, batch ? index.numel() : 0};
   int64_t low = -1, high = -1;
-  for (int64_t i = 0; i < list.entries; ++i) {
+  for (int64_t i = 0; i < index.numel(); ++i) {  // of an empty batch too: a shared list's rows are gathered all the same
     low = list.index[i] < low ? list.index[i] : low;
     high = list.index[i] > high ? list.index[i] : high;
   }

@@ -218,6 +218,17 @@ def test_every_tensor_of_every_op_is_measured_by_the_kernel(op: str) -> None:
                 function(**good(op, name) | {name: other})
 
 
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("entry", [-2, 5, 2**40, -(2**62)])
+def test_a_shared_list_is_measured_for_an_empty_batch_too(entry: int, batch: int) -> None:
+    weight, index = torch.zeros(5, 33, dtype=torch.bfloat16), torch.tensor([0, entry, 4, -1])
+    x = torch.zeros(batch, 33)
+    with pytest.raises((RuntimeError, InputError), match="shortlist_matmul: argument index: expected rows from 0 to 4"):
+        torch.ops.xmlkernels.shortlist_matmul(x, weight, None, index)
+    with pytest.raises((RuntimeError, InputError), match="shortlist_backward: argument index: expected rows from 0 to 4"):
+        torch.ops.xmlkernels.shortlist_backward(torch.zeros(batch, 4), x, weight, index)
+
+
 def test_the_backward_of_a_shortlist_has_checks_of_its_own() -> None:
     call = good("shortlist_backward", "dlogits", "x")
     for name, value, told in (
