@@ -1,6 +1,5 @@
 """From a configuration to a model."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,13 +9,13 @@ from torch import nn
 
 from config import Config, layers_of, resolved_epsilon, resolved_label_device, resolved_optimizer, resolved_table
 from encoders import source_of
+from memory_plan import announce, documents_of
 from report import say
 from xmlkernels import InputError, dist
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.inputs import BowInputs, Inputs
 from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.evaluation import evaluation_batches
-from xmlkernels.memory import check_memory
 from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.cascade_training import CascadeTraining
 from xmlkernels.models.common import Model, model_config
@@ -27,7 +26,7 @@ from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.encoder import Encoder, default_autocast, load_ngame
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.nn.layer_recipe import default_layers
-from xmlkernels.planner import Table, plan, table_parts, told
+from xmlkernels.planner import Table, plan, table_parts
 from xmlkernels.tree.label_tree import LabelTree
 
 # CascadeXML's for three and four levels (README of its repository); for two and five, those levels of them that remain.
@@ -83,9 +82,9 @@ def _end_to_end(config: Config, dataset: Dataset, encoder: nn.Module, steps: int
         "label table", dataset.num_labels, width, dtype, optimizer, config.momentum, config.state, bias=config.bias,
         kahan=config.kahan, mean=config.ema_tables,
     )  # fmt: skip
-    documents = _documents(config, dataset, _pass(config))
+    documents = documents_of(config, dataset, _pass(config))
     parts = plan(encoder, [table], documents=documents, tokens=longest_row(config, dataset), mean=config.ema > 0)
-    _announce(config, parts, device)
+    announce(config, parts, device)
     head = FullHead(
         dataset.num_labels, width, dtype=dtype, bias=config.bias, optimizer=optimizer, momentum=config.momentum,
         state_dtype=config.state, decay=config.table_decay, decoupled=config.decoupled, kahan=config.kahan,
@@ -146,36 +145,17 @@ def _tell(
 ) -> None:
     """What each device will hold of a cascade whose tables these are, the labels' last."""
     apart, tokens = resolved_label_device(config), longest_row(config, dataset)
-    update = _documents(config, dataset, config.batch * config.accumulate)
+    update = documents_of(config, dataset, config.batch * config.accumulate)
     whole = {
-        "documents": _documents(config, dataset, _pass(config)), "tokens": tokens, "update": update,
+        "documents": documents_of(config, dataset, _pass(config)), "tokens": tokens, "update": update,
         "candidates": candidates, "mean": config.ema > 0,
     }  # fmt: skip
     if apart is None:
-        _announce(config, plan(encoder, tables, **whole), device)
+        announce(config, plan(encoder, tables, **whole), device)
         return
     # The scores of the label level are on both: there they are made, here they are ranked.
-    _announce(config, plan(encoder, tables[:-1], **whole), device, named=True)
-    _announce(config, table_parts(tables[-1:], update, candidates[-1:]), apart, named=True)
-
-
-def _announce(config: Config, parts: dict[str, int], device: torch.device, *, named: bool = False) -> None:
-    """Says what a device will hold. InputError where it is more than there is, unless the configuration wants it so."""
-    say(told(parts, str(device) if named else ""))
-    if config.beyond_memory:
-        return
-    anyway = "or start all the same by --beyond-memory"
-    smaller = "a smaller --batch" if config.encoder == "bow" else "a smaller --batch or --micro-batch (the same step in parts)"
-    table = f"take --table bf16 or fp8 and --state bf16, or fewer labels, {anyway}"
-    mends = {"activations": f"take {smaller}, {anyway}", "gradients of one": f"take a smaller --batch, {anyway}", "": table}
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" and dist.size() > 1 else 1
-    check_memory(parts, device, mends, processes=processes)
-
-
-def _documents(config: Config, dataset: Dataset, count: int) -> int:
-    """So many, or all that there are to train on."""
-    extra = dataset.num_labels if config.label_text else 0
-    return min(count, len(dataset.splits["train"]) + extra)
+    announce(config, plan(encoder, tables[:-1], **whole), device, named=True)
+    announce(config, table_parts(tables[-1:], update, candidates[-1:]), apart, named=True)
 
 
 def _mean(config: Config, epoch: int, steps: int) -> MeanSettings:
