@@ -220,6 +220,21 @@ def test_filter_pairs_of_other_texts(tmp_path: Path, pairs: str, told: str, outp
     assert not (tmp_path / output).exists()
 
 
+def test_filter_pairs_of_a_ranker(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("w0 w1 w2\nw30 w31\n")
+    given: dict[str, Any] = {"ranker": (str(RUN.parent / "ranker_tree"),), "input": str(tmp_path / "x.txt"), "top_k": 3}
+    for name in ("plain", "barred"):
+        command.run(command.Options(**given, output=str(tmp_path / f"{name}.jsonl")))
+        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        given |= {"filter": str(tmp_path / "pairs.txt")}
+        if name == "plain":
+            first = [[label["id"] for label in json.loads(line)["labels"]] for line in lines]
+            (tmp_path / "pairs.txt").write_text(f"0 {first[0][1]}\n1 {first[1][0]}\n")
+    left = [[label["id"] for label in json.loads(line)["labels"]] for line in lines]
+    assert left[0][:2] == [first[0][0], first[0][2]] and left[1][:2] == first[1][1:] and len(left[0]) == 3
+    assert first[0][1] not in left[0] and first[1][0] not in left[1]
+
+
 def test_what_is_left_of_fewer_labels() -> None:
     barred = Barred("x", np.array([[0, 2], [1, 0], [1, 1], [1, 2]]), 3)
     assert barred.needed(2) == 5
