@@ -309,7 +309,12 @@ def test_bad_checkpoints_are_told(tmp_path: Path) -> None:
     broken(lambda: edit(version=2), "version 1, got 2")
     broken(lambda: edit(format="other"), "format xmlkernels checkpoint, got \"other\"")
     broken(lambda: edit(identity="0"), "another checkpoint")
-    broken(lambda: edit(tensors={"w": {"shape": [300], "dtype": "float32"}}), "1 differ")
+    scalar = {"shape": [], "dtype": "int64"}
+    broken(lambda: edit(tensors={"w": {"shape": [150, 2], "dtype": "float32"}, "n": scalar}), "1 differ")
+    broken(lambda: edit(tensors={"w": {"shape": [300], "dtype": "float32"}}), "whole safetensors file, got .*1,200 of them")
+    broken(lambda: edit(tensors={"w": {"shape": [2**40, 2**40], "dtype": "float32"}}), "whole safetensors file, got")
+    broken(lambda: edit(tensors={"w": {"shape": [300], "dtype": "float33"}}), "a format that torch knows, got 'float33'")
+    broken(lambda: os.truncate(weights, 1 << 40), "whole safetensors file, got 1,099,511,627,776 bytes")
     broken(lambda: state.write_text('{"format": "xmlkernels checkpoint", "version": 1}'), "a key 'identity', got none")
     broken(lambda: state.write_text("[]"), "format xmlkernels checkpoint, got a list")
     broken(lambda: edit(tensors={"w": {"shape": [-1], "dtype": "float32"}}), r"tensors.w.shape\[0\]: expected .*>= 0, got -1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -85,6 +86,7 @@ def read(found: Path, target: Path, keep: Callable[[str], bool]) -> tuple[dict[s
     head = _head(content, target)
     where = str(target / TENSORS)
     before = stat(found / TENSORS)
+    _check_size(found / TENSORS, head, where)
     try:
         with safe_open(found / TENSORS, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -112,6 +114,21 @@ def read(found: Path, target: Path, keep: Callable[[str], bool]) -> tuple[dict[s
         raise InputError(str(target / STATE), "an alias of a tensor", repr(lost[0]), _MEND)
     tensors |= {name: tensors[same] for name, same in head["alias"].items() if keep(name)}
     return {name: t for name, t in tensors.items() if keep(name)}, decode(head["state"])
+
+
+def _check_size(path: Path, head: _Head, where: str) -> None:
+    """InputError where a file is not as long as its tensors make it: before anything of its length is mapped."""
+    values = 0
+    for name, told in head["tensors"].items():
+        kind = getattr(torch, told["dtype"], None)
+        if not isinstance(kind, torch.dtype):
+            raise InputError(f"{where}, tensor {name}", "a format that torch knows", repr(told["dtype"])[:40], _MEND)
+        values += math.prod(told["shape"]) * kind.itemsize
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # a file that is missing is told of where it is opened
+        size, header = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+        if size != 8 + header + values:
+            got = f"{size:,} bytes, {values:,} of them for the tensors and {header:,} for the header"
+            raise InputError(where, "a whole safetensors file", got, _MEND)
 
 
 def _check_state(content: bytes, head: _Head, metadata: Mapping[str, str], target: Path) -> bool:

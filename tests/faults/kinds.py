@@ -13,7 +13,7 @@ from importlib import import_module
 
 from harness import Kind
 
-MODULES = ("kinds_data", "kinds_models")
+MODULES = ("kinds_data", "kinds_models", "kinds_served")
 
 
 def all_kinds() -> list[Kind]:

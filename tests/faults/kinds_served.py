@@ -1,0 +1,60 @@
+"""Models and rankers as they are served: with all that predictions need, asked for the answers that they gave when whole."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from harness import Kind
+
+from xmlkernels.checkpoint import CheckpointFolder
+from xmlkernels.checksums import of_files
+from xmlkernels.predict import BESIDE, Predictor
+from xmlkernels.ranked import RANKER, RankedPredictor
+from xmlkernels.ranker.blend import Reranker
+from xmlkernels.ranker.matcher import ClusterMatcher
+
+V1 = Path(__file__).resolve().parents[1] / "fixtures" / "v1"
+TEXTS = ["w0 w1 w2", "w30 w31", "", "w7 w8 w9 w50 w51"]
+_ANSWERS: dict[str, tuple[np.ndarray, np.ndarray, list[str] | None]] = {}
+
+
+def _serve(name: str) -> Kind:
+    def make(folder: Path) -> None:
+        """The old run of that name, written anew by today's writers."""
+        inner = folder / "checkpoint"
+        shutil.copytree(V1 / name / "checkpoint", inner, ignore=shutil.ignore_patterns("best", "last", "tree.safetensors"))
+        tensors, state = CheckpointFolder(V1 / name / "checkpoint").load("best")
+        checkpoints = CheckpointFolder(inner)
+        checkpoints.save_last(tensors, state | {"beside": of_files(inner, BESIDE)})
+        shutil.move(inner / "last", inner / "best")
+
+    def consume(folder: Path) -> None:
+        predictor = Predictor.load(folder, which="best", threads=1)
+        _same(name, (*predictor.predict_arrays(TEXTS, 4), predictor.label_names))
+
+    return Kind(f"served {name}", make, consume)
+
+
+def make_ranker(folder: Path) -> None:
+    shutil.copytree(V1 / "ranker_tree", folder, dirs_exist_ok=True)
+    ClusterMatcher.load(folder / "clusters").save(folder / "clusters")
+    old = Reranker.load(folder / RANKER)
+    facts = old.ranker.facts | {"beside": of_files(folder, ("label_names.txt", "vectorizer", "clusters"))}
+    replace(old, ranker=replace(old.ranker, facts=facts)).save(folder / RANKER)
+
+
+def consume_ranker(folder: Path) -> None:
+    predictor = RankedPredictor.load(folder, threads=1)
+    _same("ranker", (*predictor.predict_arrays(TEXTS, 4), predictor.label_names))
+
+
+def _same(name: str, answers: tuple[np.ndarray, np.ndarray, list[str] | None]) -> None:
+    """The first are those of the good files, before any is damaged."""
+    values, labels, names = _ANSWERS.setdefault(name, answers)
+    assert np.array_equal(values, answers[0]) and np.array_equal(labels, answers[1]) and names == answers[2], "other answers"
+
+
+KINDS = [*map(_serve, ("run", "cascade", "bow")), Kind("served ranker", make_ranker, consume_ranker)]
