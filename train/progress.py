@@ -33,9 +33,10 @@ class Progress:
             self._refer(_first_loss(log))
 
     def due(self, *, logged: bool = False) -> bool:
-        """Whether it is time for a line; the first comes with the first of the log."""
-        since = time.monotonic() - max(self._told, self._began if not logged else -math.inf)
-        return since >= (_LOGGED if logged else _SLOW)
+        """Whether it is time for a line; the first comes with the first of the log, or after ten seconds."""
+        if self._told == -math.inf:
+            return logged or time.monotonic() - self._began >= _LOGGED
+        return time.monotonic() - self._told >= (_LOGGED if logged else _SLOW)
 
     def tell(self, step: int, epoch: float, loss: float | None, speed: float, *, a_sum: bool) -> None:
         """One line.
