@@ -43,7 +43,7 @@ def read_stored(members: Members, name: str, mend: str, *, rows: int | None, col
             raise InputError(name, f"{expected} {what}", f"{got}", "name the file that belongs here")
     heads = {key: members.head(key) for key in LAYOUTS[layout]}
     _check_heads(heads, layout, shape, name, mend)
-    if rows is None and layout != "csr":
+    if layout != "csr":
         # The other layouts say nothing of empty rows: pointers of all rows are made from the shape's word alone.
         needed, most = 8 * (shape[0] + 1), FREE_ROWS_BYTES + DEFLATE_RATIO * sum(head.bytes for head in heads.values())
         if needed > most:
