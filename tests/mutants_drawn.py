@@ -36,7 +36,9 @@ TESTS: dict[str, tuple[str, ...]] = {
     "xmlkernels/models/cascade_scores.py": (_CASCADE, _TABLES),
     "xmlkernels/models/cascade_training.py": (_CASCADE, _runs("head_lr schedule cooldown encoder_decay rw_loss epsilon clip")),
     "xmlkernels/models/cascade_state.py": (_CASCADE, "tests/test_running_mean.py", "tests/test_train_cascade.py"),
-    "xmlkernels/models/gradient_caching.py": ("tests/test_end_to_end.py tests/test_cascade_step.py", "tests/test_processes.py"),
+    "xmlkernels/models/gradient_caching.py": (
+        "tests/test_end_to_end.py", "tests/test_cascade_step.py", "tests/test_processes.py",
+    ),
     "xmlkernels/models/running_mean.py": ("tests/test_running_mean.py", _runs("ema")),
     "xmlkernels/models/common.py": (f"tests/test_end_to_end.py {_STEP}", "tests/test_old_formats.py"),
     "xmlkernels/nn/bow.py": ("tests/test_bow_encoder.py", _runs("bow word dropout")),
