@@ -31,6 +31,16 @@ from xmlkernels.data.locks import LOCK  # isort: skip
 
 COMMANDS = {module.__name__: module for module in (tree, ranker, ensemble, export, predict, prepare)}
 
+# What a kill leaves of writing into an output folder, beside the unfinished copy of a file or folder of the output's name.
+LEFT = {
+    "tree": ("tree/.tree.safetensors.0123456789ab.part", "tree/.report.json.0123456789ab.part"),
+    "ranker": (
+        "ranker/.ranker.safetensors.0123456789ab.part", "ranker/.metrics.json.0123456789ab.part",
+        "ranker/vectorizer/.idf.safetensors.0123456789ab.part",
+    ),
+    "export": ("vectors/.embeddings_train.npy.0123456789ab.part", "vectors/.shortlist_val.npz.0123456789ab.part"),
+}  # fmt: skip
+
 
 class Child:
     """A command in a process of its own, its words in a file."""
@@ -197,7 +207,12 @@ def cases(dataset: Path, folder: Path) -> Iterator[tuple[str, Callable[[Path], N
         child.end(1, "File too large", "the checkpoint of step 4 in ", "is whole: go on from it with --resume")
         assert CheckpointFolder(place / "run" / "checkpoint").load()[1]["steps"] == 4
         nothing_left(place)
+        for left in (".last.new-0123abcd", ".best.new-0123abcd"):  # what kills leave behind
+            (place / "run" / "checkpoint" / left).mkdir()
+        for name in ("metrics.json", "predictions.npz", "config.json"):
+            (place / "run" / f".{name}.0123456789ab.part").touch()
         Child(place, lambda: train(replace(config, resume=True))).end(0)
+        nothing_left(place)
         assert weights(place / "run", "last") == weights(whole, "last")
 
     yield "a run whose disk is full", full
@@ -243,6 +258,9 @@ def cases(dataset: Path, folder: Path) -> Iterator[tuple[str, Callable[[Path], N
             nothing_left(place)
             (place / "real").mkdir()
             (place / "link").symlink_to("real")
+            for left in LEFT.get(name, (f".{output}.0123456789ab.part",)):  # what kills leave behind
+                (place / "real" / left).parent.mkdir(parents=True, exist_ok=True)
+                (place / "real" / left).touch()
             called(place, f"link/{output}", 0)
             assert (place / "real" / output).exists() and (place / "link").is_symlink() and (place / "file").is_file()
             nothing_left(place)

@@ -65,7 +65,8 @@ def killed(dataset: Path, folder: Path, seconds: float, chance: random.Random) -
     config, ends = replace(settings(dataset, folder / "run"), resume=True), []
     while len(ends) < MOST:
         pid, how = started(config, folder / "log"), chance.choice(HOW)
-        time.sleep(chance.uniform(0.1, 0.9) * seconds)
+        # Longer each time: a machine that others use may have become too slow to come to a checkpoint.
+        time.sleep(chance.uniform(0.1, 0.9) * seconds * (1 + len(ends) / 4))
         done, status = os.waitpid(pid, os.WNOHANG)
         if not done:
             os.kill(pid, how)

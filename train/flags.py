@@ -131,6 +131,10 @@ def _typed(value: Any) -> str:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
+EXIT_STATUS = """exit status: 0 done; 1 the work began and failed (a full disk, a lost process); 2 a mistake in flags or
+files; 130, 143, 129 stopped by SIGINT, SIGTERM, SIGHUP; 141 the reader of the output has left"""
+
+
 def help_of(flags: Sequence[Flag], prog: str, told: str, *, only: Sequence[str] = (), brief: int = 50) -> str:
     """The help of a command, wrapped to the terminal.
 
@@ -151,6 +155,7 @@ def help_of(flags: Sequence[Flag], prog: str, told: str, *, only: Sequence[str] 
             lines += _entry(flag, flag.sentence if short else flag.told)
     if short:
         lines += ["", f"All about one flag: {prog} --help --{flags[-1].name.replace('_', '-')}, say."]
+    lines += ["", EXIT_STATUS]
     return "\n".join(lines)
 
 

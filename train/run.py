@@ -3,8 +3,7 @@
 On N GPUs of a machine: `torchrun --nproc-per-node N train/run.py RECIPE …`; each encodes its part of every batch.
 Writes into its output folder: config.json, log.jsonl, metrics.json, predictions.npz and checkpoint/.
 
-Exit statuses: 0 done; 2 a mistake in settings or files; 1 the work failed (a full disk, a lost process); 130, 143 and 129
-ended by SIGINT, SIGTERM and SIGHUP, each with a checkpoint to go on from by --resume; a second signal ends at once.
+SIGINT, SIGTERM and SIGHUP end a run after the step, with a checkpoint to go on from by --resume; a second one ends it at once.
 """
 
 if __name__ == "__main__":  # before torch is loaded

@@ -27,7 +27,7 @@ from tree_report import lines_of, plot
 from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.files import replacing
-from xmlkernels.data.locks import Tell, is_ours, own_folder
+from xmlkernels.data.locks import Tell, check_place, is_ours, own_folder
 from xmlkernels.parallel import most_threads
 from xmlkernels.tree.cluster import Means, cluster
 from xmlkernels.tree.features import LabelFeatures, TextFeatures, TokenFeatures, fill_empty, label_centroids, label_features
@@ -119,14 +119,15 @@ def make(options: Options, *, flag: str = "--output", wait: Tell | None = None) 
         InputError: a setting or file that cannot be used, something else stands at the output, or it is in use.
     """
     check(options)
+    check_place(options.folder, flag)
     dataset = Dataset.open(options.dataset)
     options = replace(options, features=_feature_source(options, dataset))
     encoder = LabelEncoder(options.label_text) if options.label_text else None
     settings = settings_of(options, dataset, encoder)
-    standing = _standing(options, settings["key"])
+    standing = _standing(options, settings["key"], flag)
     if standing is None:
         with own_folder(options.folder, flag, writes=WRITTEN, wait=wait):
-            standing = _standing(options, settings["key"])  # another process may have made it meanwhile
+            standing = _standing(options, settings["key"], flag)  # another process may have made it meanwhile
             if standing is None:
                 return _make(options, dataset, encoder, settings)
     say(f"{options.folder}: made from the same inputs before, used again")
@@ -183,14 +184,14 @@ def settings_of(options: Options, dataset: Dataset, encoder: LabelEncoder | None
     return settings | {"key": key}
 
 
-def _standing(options: Options, key: str) -> LabelTree | None:
+def _standing(options: Options, key: str, flag: str) -> LabelTree | None:
     folder = options.folder
     if not folder.exists() or (folder.is_dir() and not any(p for p in folder.iterdir() if not is_ours(p.name, WRITTEN))):
         return None
     if not (folder / FILE).is_file():
         # Never written over, whatever the flags: these are somebody's files.
         got = "other files" if folder.is_dir() else "a file"
-        raise InputError(str(folder), "a free place or the folder of a label tree", got, "choose another --output")
+        raise InputError(str(folder), "a free place or the folder of a label tree", got, f"choose another {flag}")
     try:
         tree = LabelTree.load(folder)
     except InputError as error:
@@ -200,7 +201,7 @@ def _standing(options: Options, key: str) -> LabelTree | None:
     if tree.settings.get("key") == key:
         return tree
     if not options.overwrite:
-        expected, mend = "a tree made from these inputs and settings", "choose another --output, or replace it with --overwrite"
+        expected, mend = "a tree made from these inputs and settings", f"choose another {flag}, or replace it with --overwrite"
         raise InputError(str(folder), expected, "one made from others", mend)
     return None
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import runpy
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from tiny_tokenizer import make_tokenizer
 from xmlkernels.data import docstrings
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.formats import DataWarning
+from xmlkernels.data.locks import own_place
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.data.tokens import Tokenizer
 from xmlkernels.errors import InputError
@@ -338,7 +341,7 @@ def test_foreign_folder_is_never_touched(config: PrepareConfig) -> None:
     config.output.mkdir(parents=True)
     (config.output / "thesis.tex").write_text("ten years")
     for overwrite in (False, True):
-        with pytest.raises(InputError, match="got other files; choose another output"):
+        with pytest.raises(InputError, match="got other files; choose another --output"):
             prepare(replace(config, overwrite=overwrite))
     (config.output / "thesis.tex").rename(config.output.parent / "kept")
     assert prepare(config).num_labels == 4, "an empty folder is a free place"
@@ -380,6 +383,29 @@ def test_what_a_killed_process_left_is_cleared_or_put_back(config: PrepareConfig
     hidden.mkdir()  # killed before it could remove the old one
     prepare(replace(config, max_length=4, overwrite=True))
     assert [path.name for path in config.output.parent.iterdir()] == ["small"]
+
+
+def test_one_cache_for_two_at_once(config: PrepareConfig) -> None:
+    """The second waits, says so, and uses what the first has made; where none is to wait it is refused."""
+    told: list[str] = []
+    (first := config.output.parent).mkdir(parents=True)
+    with own_place(config.output):
+        with pytest.raises(InputError, match=f"--output: .*held by process {os.getpid()}"):
+            prepare(config)
+
+        def tell(line: str) -> None:
+            told.append(line)
+            if "waiting" in line:
+                go.set()
+
+        go = threading.Event()
+        waiting = threading.Thread(target=prepare, args=(config, tell), kwargs={"wait": True})
+        waiting.start()
+        assert go.wait(60)
+        made = prepare(replace(config, output=first / "other", name="small"))
+        (first / "other").rename(config.output)  # as the first one does at its end
+    waiting.join(60)
+    assert any("used again" in line for line in told) and Dataset.open(config.output).content_hash == made.content_hash
 
 
 @pytest.mark.parametrize("standing", [False, True])

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,6 +26,7 @@ import tree_report  # noqa: E402
 from tiny_tokenizer import make_tokenizer  # noqa: E402
 from tree import Options, make  # noqa: E402
 from tree_inputs import LabelEncoder  # noqa: E402
+from xmlkernels.data.locks import own_folder  # noqa: E402
 from xmlkernels.data.prepare import PrepareConfig, prepare  # noqa: E402
 from xmlkernels.errors import InputError  # noqa: E402
 from xmlkernels.nn.encoder import Encoder  # noqa: E402
@@ -240,6 +242,33 @@ def test_a_changed_label_id_is_told_before_the_tree_is_made(options: Options, fo
         (tmp_path / "changed" / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(InputError, match=rf"labels.npz, indices, entry 7: expected indices from 0 to 23, got {wrong}"):
             make(replace(options, dataset=str(tmp_path / "changed")))
+
+
+def test_one_cache_for_two_at_once(options: Options, tmp_path: Path) -> None:
+    """The second waits, says so, and uses what the first has made; where none is to wait it is refused."""
+    told: list[str] = []
+    with own_folder(options.folder):
+        with pytest.raises(InputError, match="--cache: .*held by process"):
+            make(options, flag="--cache")
+        go = threading.Event()
+
+        def tell(line: str) -> None:
+            told.append(line)
+            go.set()
+
+        waiting = threading.Thread(target=make, args=(options,), kwargs={"wait": tell})
+        waiting.start()
+        assert go.wait(60)
+        made = make(replace(options, output=str(tmp_path / "other")))
+        shutil.copy(tmp_path / "other" / FILE, options.folder)
+    before = (options.folder / FILE).stat().st_mtime_ns
+    waiting.join(60)
+    assert "waiting for it" in told[0] and (options.folder / FILE).stat().st_mtime_ns == before
+    assert LabelTree.load(options.folder).content_hash == made.content_hash
+    (options.folder / FILE).unlink()
+    (options.folder / "mine").touch()
+    with pytest.raises(InputError, match="got other files; choose another --cache"):
+        make(options, flag="--cache")
 
 
 def test_other_peoples_files_stay(options: Options, tmp_path: Path) -> None:

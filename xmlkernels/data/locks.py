@@ -88,6 +88,16 @@ def own_place(path: PathLike, flag: str = "--output", *, make: bool = False, wai
                 empty.rmdir()
 
 
+def check_place(path: PathLike, flag: str = "--output") -> None:
+    """InputError where no folder can be made at `path`, before long work: a file is in the way, or no right to write."""
+    place = Path(os.path.realpath(path))
+    above = next(folder for folder in (place, *place.parents) if folder.exists())
+    if above != place and not above.is_dir():
+        raise InputError(flag, "a folder, or a name for a new one", f"{path} (below the file {above})", "name another")
+    if above != place and not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(flag, "a place that can be written", f"{path} (no right to write to {above})", "name another")
+
+
 def is_ours(name: str, writes: Iterable[str]) -> bool:
     """Whether a file in a folder is its lock, or an unfinished copy of one of those written there."""
     return name == LOCK or any(re.fullmatch(re.escape(f".{own}") + _PART, name) for own in writes)

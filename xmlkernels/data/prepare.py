@@ -19,7 +19,7 @@ from xmlkernels.data.dataset_writer import building, recover, refuse_foreign, wr
 from xmlkernels.data.formats import Divider, LabelFormat
 from xmlkernels.data.label_ids import label_lines, name_lines
 from xmlkernels.data.lf_json import is_lf_json
-from xmlkernels.data.locks import own_place
+from xmlkernels.data.locks import check_place, own_place
 from xmlkernels.data.raw import Files
 from xmlkernels.data.sources import Fields, Reading, Source, docstrings_digest, map_files, read_docstrings, read_files
 from xmlkernels.data.tokens import Tokenizer, load_tokenizer
@@ -156,16 +156,17 @@ def prepare(
             then left behind, and an older dataset stays.
     """
     check(config)
+    check_place(config.output, flag)
     tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
     if tokenizer and tokenizer.model_max_length is not None and config.max_length > tokenizer.model_max_length:
         tell(f"--max-length {config.max_length} is beyond the {tokenizer.model_max_length} tokens the tokenizer is made for")
     separator = _separator(config, tokenizer)
     key = cache_key(config, tokenizer, separator)
-    standing = _standing(config, key)
+    standing = _standing(config, key, flag)
     if standing is None:
         with own_place(config.output, flag, make=True, wait=tell if wait else None) as output:
             recover(output)
-            standing = _standing(config, key)  # another process may have made it meanwhile
+            standing = _standing(config, key, flag)  # another process may have made it meanwhile
             if standing is None:
                 return _make(config, tokenizer, separator, key, tell)
     tell(f"{config.output}: made from the same inputs before, used again")
@@ -218,7 +219,7 @@ def _tell_separator(config: PrepareConfig, tokenizer: Tokenizer | None, tell: Te
         tell(f"title and body: joined by {own}" if own else "title and body: joined by a space: the tokenizer has no separator")
 
 
-def _standing(config: PrepareConfig, key: str) -> Dataset | None:
+def _standing(config: PrepareConfig, key: str, flag: str) -> Dataset | None:
     """The dataset that stands at `output`, if it is the one asked for; None if the place is free or may be cleared."""
     output = config.output
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
@@ -226,7 +227,7 @@ def _standing(config: PrepareConfig, key: str) -> Dataset | None:
     if not (output / MANIFEST).is_file():
         # Never cleared, whatever the flags: these are somebody's files.
         got = "other files" if output.is_dir() else "a file"
-        raise InputError(str(output), "a free place or a dataset folder", got, "choose another output")
+        raise InputError(str(output), "a free place or a dataset folder", got, f"choose another {flag}")
     try:
         found = read_manifest(output)["key"]
         if found == key:
@@ -241,7 +242,7 @@ def _standing(config: PrepareConfig, key: str) -> Dataset | None:
     else:
         raise InputError(
             str(output), "a dataset made from these inputs and settings", "one made from others",
-            "choose another output, or replace it with --overwrite",
+            f"choose another {flag}, or replace it with --overwrite",
         )  # fmt: skip
     return None
 
