@@ -1,4 +1,6 @@
-"""Damages files and reports how the readers end: python tests/faults/run.py --count 7500 [--kind "label tree"] [--seed 0]
+"""Damages files and reports how the readers end.
+
+    python tests/faults/count_faults.py --count 7500 [--kind "label tree"] [--seed 0]
 
 With --case it runs one case of a report in this very process, with its traceback, and leaves the damaged folder behind.
 """
