@@ -51,6 +51,12 @@ def refusals() -> dict[str, str]:
                 with pytest.raises(InputError) as raised:
                     getattr(ops, op)(**good(op) | {name: value})
                 out[f"{op} {name} {told}"] = str(raised.value)
+    for op in DIRECT:
+        function = getattr(torch.ops.xmlkernels, op)
+        for name in [a.name for a in function.default._schema.arguments if str(a.type) == "Tensor"]:
+            with pytest.raises((InputError, RuntimeError)) as told_by_the_kernel:
+                function(**good(op) | {name: None})
+            out[f"direct {op} {name}"] = str(told_by_the_kernel.value)
     return out
 
 
@@ -59,6 +65,9 @@ def test_what_is_no_tensor_is_told_by_op_and_argument() -> None:
     assert len(found) > 300
     for key, sentence in found.items():
         op, name, told = key.split(" ", 2)
+        if op == "direct":
+            assert sentence == f"{name}: argument {told}: expected a torch.Tensor, got None; pass one"
+            continue
         assert sentence.startswith(f"{op}: argument {name}: expected a torch.Tensor"), sentence
         assert f", got {told}; " in sentence
     assert found["sparse_adam_ momentum None"] == "sparse_adam_: argument momentum: expected a torch.Tensor, got None; pass one"

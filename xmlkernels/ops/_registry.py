@@ -42,6 +42,9 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any],
         device = next(a for a in args if isinstance(a, Tensor)).device.type
         reason = {"cpu": missing, "cuda": native.missing_cuda}.get(device) or f"no kernel of `{name}` is built for {device}"
         native.warn_reference(device, reason)
+        for argument, value in zip(getattr(torch.ops.xmlkernels, name).default._schema.arguments, args, strict=False):
+            if value is None and str(argument.type) == "Tensor":  # the dispatcher takes it for one that is not defined
+                _check_type(name, argument.name, value, Tensor, optional=False)
         check(*args, **kwargs)
         return reference(*args, **kwargs)
 
