@@ -99,3 +99,10 @@ def test_a_line_without_an_end_on_standard_input(monkeypatch: pytest.MonkeyPatch
     assert next(lines) == "good"
     with pytest.raises(InputError, match="standard input:2: expected a line of at most"):
         next(lines)
+
+
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").mkdir()
+    with pytest.raises(InputError, match="x.txt: expected a file, or a name for a new one, got a folder"):
+        formats.write_lines(tmp_path / "x.txt", ["a"])
+    assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]

@@ -136,6 +136,8 @@ def replacing(path: PathLike) -> Iterator[IO[bytes]]:
         OSError: the disk refuses (full, say), with the path as its file name; the old file is then unchanged.
     """
     path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise InputError(os.fspath(path), "a file, or a name for a new one", "a folder", "choose another name")
     part = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     try:
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
