@@ -354,7 +354,7 @@ def test_texts_that_are_none(tokenizer: Tokenizer) -> None:
         list(text_batches(["w1"] * 6 + [3], tokenizer, 6, 5))  # type: ignore[list-item]
     with pytest.raises(InputError, match="batch_size"):
         text_batches(["w1"], tokenizer, 6, 0)
-    with pytest.raises(InputError, match="max_length"):
+    with pytest.raises(InputError, match="--max-length"):
         list(text_batches(["w1"], tokenizer, 1, 5))
     assert threads() == []
 
