@@ -84,6 +84,16 @@ def test_macro_by_hand():
     assert got["coverage@3"] == pytest.approx(100)
 
 
+def test_deciles_are_ten_groups_of_nearly_equal_size():
+    """Of 23 labels the first three groups hold three, the rarest first; of 7 labels each is a group."""
+    for labels, sizes in ((23, [3] * 3 + [2] * 7), (10, [1] * 10), (7, [1] * 7)):
+        train = csr_matrix(np.tril(np.ones((labels, labels), np.float32)))  # label l in labels - l documents
+        table = metrics.decile_table(np.zeros((labels, 1), np.int64), train, train, ks=(1,))
+        assert [line["labels"] for line in table] == sizes
+        assert [line["decile"] for line in table] == list(range(1, len(sizes) + 1))
+        assert table[0]["min_frequency"] == 1 and table[-1]["max_frequency"] == labels
+
+
 def test_decile_table_by_hand():
     train = csr_matrix(np.array([[1, 1, 0, 1]] * 2 + [[1, 0, 0, 1]], np.float32))  # frequencies 3, 2, 0, 3
     table = metrics.decile_table(TOP, TRUE, train, ks=(1, 3))

@@ -260,7 +260,9 @@ def test_without_validation_the_last_step_is_the_best(
 ) -> None:
     report = run(tiny(make_dataset(tmp_path / "raw", splits=splits), tmp_path / "run"))
     assert report["steps"] == report["best"]["step"] == STEPS and "validation" not in report
-    assert "no validation split: the last step is kept" in " ".join(capsys.readouterr().out.split())
+    told = " ".join(capsys.readouterr().out.split())
+    assert "no validation split: the last step is kept" in told
+    assert ("no metrics and no predictions.npz" in told) == ("test" not in splits)
     assert weights(tmp_path / "run", "best") == weights(tmp_path / "run", "last")
     assert (tmp_path / "run" / "predictions.npz").exists() == ("test" in splits) == ("test" in report)
     assert len(next(Predictor.load(tmp_path / "run").predict(["w0 w1"], 3))) == 3
