@@ -6,6 +6,7 @@ values, and refuse to meet those of another one.
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -217,12 +218,15 @@ def test_a_card_that_is_not_there_is_told_by_the_heads_too() -> None:
 def test_memory_is_told_for_each_device(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    config = replace(RECIPES["cascade-tiny"][1], label_device="cpu", device="cuda", batch=8, accumulate=2)
+    monkeypatch.setattr(build, "longest_row", lambda *_: 10)
+    dataset = SimpleNamespace(splits={"train": range(1000)})
+    settings = {"label_device": "cpu", "device": "cuda", "batch": 8, "accumulate": 2, "beyond_memory": True}
+    config = replace(RECIPES["cascade-tiny"][1], **settings)
     encoder = torch.nn.Linear(4, 4)
     tables = [build.Table(name, rows, 64, "bf16", "adam") for name, rows in (("clusters", 1 << 10), ("labels", 1 << 16))]
 
     def lines(**changes: Any) -> list[str]:
-        build._tell(replace(config, **changes), encoder, tables, (1 << 10, 640), 10, torch.device("cuda"))
+        build._tell(replace(config, **changes), dataset, encoder, tables, (1 << 10, 640), torch.device("cuda"))
         return capsys.readouterr().out.splitlines()
 
     card, host = lines()
