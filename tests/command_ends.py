@@ -204,7 +204,8 @@ def cases(dataset: Path, folder: Path) -> Iterator[tuple[str, Callable[[Path], N
 
         config = replace(tiny(dataset, place / "run", **more), save_every=4)
         child = Child(place, lambda: train(config), limit)
-        child.end(1, "File too large", "the checkpoint of step 4 in ", "is whole: go on from it with --resume")
+        left = "is whole: go on from it with --resume"
+        child.end(1, "checkpoint could not be written: File too large", "the checkpoint of step 4 in ", left)
         assert CheckpointFolder(place / "run" / "checkpoint").load()[1]["steps"] == 4
         nothing_left(place)
         for left in (".last.new-0123abcd", ".best.new-0123abcd"):  # what kills leave behind

@@ -22,6 +22,7 @@ from stops import Stopped, Watched, asked
 from xmlkernels import dist
 from xmlkernels.checkpoint import rng_state, set_rng_state
 from xmlkernels.data.dataset import Split
+from xmlkernels.data.files import naming
 from xmlkernels.data.matrices import write_npz
 from xmlkernels.evaluation import Evaluation, evaluate_schemes, evaluate_split, score_matrix
 from xmlkernels.metrics import decile_table, evaluate, inverse_propensity, macro_metrics
@@ -174,7 +175,8 @@ class Session:
             tensors, state = self.model.tensors(), self._state()
             dist.agree_on_tensors(tensors)
             if self.folder.writes:
-                self.folder.checkpoints.save_last(tensors, state)
+                with naming(self.folder.path / "checkpoint"):
+                    self.folder.checkpoints.save_last(tensors, state)
             self.saved = self.model.steps
             if best and self.folder.writes:
                 self.folder.checkpoints.save_best()
