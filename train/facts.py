@@ -60,7 +60,9 @@ def commit() -> str:
     """The commit of the source tree, with -dirty for changed files; the version where there is no repository."""
     try:
         out = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"],
+            # Without its optional locks: a run that is killed meanwhile must leave none in the user's repository.
+            ["git", "--no-optional-locks", "-C", str(Path(__file__).parent),
+             "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
