@@ -128,7 +128,7 @@ def _listen(
     while done < len(cases):
         if not select.select([answers], [], [], 0.2)[0]:
             # Of the processor, so that a busy machine is no fault; by the clock, where a reader waits for ever.
-            if _processor(child) - used > seconds or time.monotonic() - began > 30 * seconds:
+            if _processor(child) - used > seconds or time.monotonic() - began > 6 * seconds:
                 end = "time"
                 break
             continue
