@@ -22,7 +22,8 @@ CASES = [
 def run_script(name: str, *words: str | Path) -> list[dict[str, object]]:
     """The lines of JSON of a script beside this file, which has the paths of this process."""
     here = Path(__file__).parent
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), *filter(None, sys.path)]), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), *filter(None, sys.path)])}
+    env |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # threads do not live on in a fork
     command = [sys.executable, str(here / name), *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr
