@@ -561,3 +561,15 @@ def test_a_choice_of_tensors(tmp_path: Path) -> None:
     tensors, state = load(tmp_path / "c", lambda name: name == "b.weight")
     assert list(tensors) == ["b.weight"] and torch.equal(tensors["b.weight"], weight) and state == {"step": 4}
     assert load(tmp_path / "c")[0].keys() == {"a.weight", "b.weight", "optimizer.a"}
+
+
+def test_a_foreign_file_in_a_checkpoint_stops_no_save(tmp_path: Path) -> None:
+    """A file manager writes into any folder; what is beside the checkpoint's own files is moved aside with it."""
+    folder = CheckpointFolder(tmp_path, keep=1)
+    for step in range(5):
+        folder.save_last({"w": torch.full((2,), float(step))}, {"step": step})
+        if step == 1:
+            (tmp_path / "last" / ".DS_Store").write_text("somebody's")
+    assert folder.load("last")[1]["step"] == 4 and folder.load("last.1")[1]["step"] == 3
+    (aside,) = tmp_path.glob("last.aside-*")
+    assert (aside / ".DS_Store").read_text() == "somebody's" and load(aside)[1]["step"] == 1

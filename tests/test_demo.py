@@ -13,6 +13,7 @@ from train_runs import Config, make_dataset, run, tiny
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data import docstrings
 from xmlkernels.data.dataset import Dataset
+from xmlkernels.errors import InputError
 
 import demo  # isort: skip  # train_runs has put train/ on the path
 import sources  # isort: skip
@@ -137,11 +138,21 @@ def test_a_ranker_of_another_run_is_trained_again(dataset: Path, tmp_path: Path,
     monkeypatch.setattr(demo, "train_ranker", lambda options: trained.append(options) or {"test": {"both": {"P@1": 2.0}}})
     kept = {"dataset_hash": data.content_hash, "options": demo.plain(options), "test": {"both": {"P@1": 1.0}}}
     (tmp_path / "metrics.json").write_text(json.dumps(kept))
+    opened: list[Any] = []
+    monkeypatch.setattr(demo.RankedPredictor, "load", lambda *folders: opened.append(folders))
     assert demo.with_ranker(options, data, stands=True) == {"P@1": 1.0} and not trained
+    assert opened == [(str(tmp_path), "runs/demo")]
     for stands, changed in ((False, kept), (True, kept | {"dataset_hash": "other"}), (True, kept | {"options": {}})):
         (tmp_path / "metrics.json").write_text(json.dumps(changed))
         assert demo.with_ranker(options, data, stands=stands) == {"P@1": 2.0}
     assert len(trained) == 3
+    (tmp_path / "metrics.json").write_text(json.dumps(kept))
+
+    def refuse(*folders: str) -> None:
+        raise InputError("ranker", "the checkpoint that it was made with", "another", "train it again")
+
+    monkeypatch.setattr(demo.RankedPredictor, "load", refuse)  # damaged, or beside another run
+    assert demo.with_ranker(options, data, stands=True) == {"P@1": 2.0} and len(trained) == 4
 
 
 def test_a_corpus_made_now_is_not_told_as_used_again(

@@ -121,3 +121,12 @@ def test_a_signal_to_one_stops_both_at_the_same_step(dataset: Path, tmp_path: Pa
     assert (first.returncode, second.returncode) == (143, 143) and "Traceback" not in told
     state = json.loads((tmp_path / "run" / "checkpoint" / "last" / "state.json").read_text())["state"]
     assert f"stopped at step {state['steps']:,}, whose checkpoint is written" in told
+
+
+def test_a_heart_that_has_not_begun_may_be_asked_and_stopped() -> None:
+    """Another process may end, or a signal come, before all have met."""
+    heart = Heartbeat(Shelf(), 0, 2, 0.1)
+    assert heart.all_alive() and not heart.failed() and heart.missing(1000) == []
+    found = heart.find()
+    assert found is None or "process 1 of 2" in found
+    heart.stop()

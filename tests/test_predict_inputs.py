@@ -237,7 +237,7 @@ def test_filter_pairs_of_a_ranker(tmp_path: Path) -> None:
 
 def test_what_is_left_of_fewer_labels() -> None:
     barred = Barred("x", np.array([[0, 2], [1, 0], [1, 1], [1, 2]]), 3)
-    assert barred.needed(2) == 5
+    assert barred.needed(2) == 3  # all there are
     values, rows = np.array([[3, 2, 1], [3, 2, -np.inf]], np.float32), np.array([[2, 0, 1], [1, 0, -1]])
     kept, left = barred.kept_arrays(values, rows, 2)
     assert left.tolist() == [[0, 1], [-1, -1]] and kept.tolist() == [[2, 1], [-np.inf, -np.inf]]

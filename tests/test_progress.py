@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +130,17 @@ def test_a_finished_run_names_the_next_command(
         command.main()
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("ask it: ") and f"train/predict.py --checkpoint {output} --text" in last
+
+
+def test_a_reader_that_leaves_ends_a_command_with_141() -> None:
+    """`… | head`: rich would end it with status 1."""
+    code = "import report; report.command(lambda: [report.say('a line ' * 1000) for _ in range(1000)])"
+    paths = os.pathsep.join(str(Path(__file__).parents[1] / part) for part in ("train", "."))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(120) == 141 and process.stderr.read() == b""
+    process.stderr.close()

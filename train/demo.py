@@ -117,9 +117,13 @@ def with_ranker(options: RankerOptions, dataset: Dataset, *, stands: bool) -> di
     kept = Path(options.output) / "metrics.json"
     if stands and kept.exists():
         found = read_json(kept)
-        if found.get("dataset_hash") == dataset.content_hash and found.get("options") == plain(options):
-            say(f"{options.output}/ holds the ranker of this run already")
-            return dict(found["test"]["both"])
+        try:
+            if found.get("dataset_hash") == dataset.content_hash and found.get("options") == plain(options):
+                RankedPredictor.load(options.output, options.checkpoint)  # of this very run, and whole
+                say(f"{options.output}/ holds the ranker of this run already")
+                return dict(found["test"]["both"])
+        except InputError as error:
+            say(f"{options.output}/ cannot be used again ({error}): training again")
     say(
         f"a linear ranker of [embedding, TF-IDF] on the model's {options.shortlist} best labels (train/ranker.py); --min-df "
         f"{options.min_df} was chosen on validation for this recipe, the ranker's share is chosen there now"

@@ -8,6 +8,7 @@ import numpy as np
 from xmlkernels import InputError
 from xmlkernels.data.formats import read_filter_pairs
 from xmlkernels.predict import Label
+from xmlkernels.ranking import candidates_needed, drop_filtered
 
 
 @dataclass
@@ -26,8 +27,7 @@ class Barred:
 
     def needed(self, k: int) -> int:
         """How many labels of a text leave k when its pairs are gone."""
-        most = int(np.unique(self.pairs[:, 0], return_counts=True)[1].max(initial=0))
-        return k + min(most, self.labels)
+        return candidates_needed(k, self.pairs, self.labels)
 
     def _of(self, text: int) -> set[int]:
         first, last = np.searchsorted(self.pairs[:, 0], [text, text + 1])
@@ -50,11 +50,5 @@ class Barred:
     def kept_arrays(self, values: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The same of logits [N, K] and labels [N, K]; -inf and -1 where fewer are left."""
         self._check(len(rows))
-        if not len(self.pairs):
-            return values[:, :k], rows[:, :k]
-        number = np.arange(len(rows), dtype=np.int64)[:, None]
-        barred = np.isin(number * self.labels + rows, self.pairs[:, 0] * self.labels + self.pairs[:, 1]) & (rows >= 0)
-        order = np.argsort(barred, axis=1, kind="stable")[:, :k]  # what is left comes first, as it stood
-        left = ~np.take_along_axis(barred, order, 1)
-        values, rows = np.take_along_axis(values, order, 1), np.take_along_axis(rows, order, 1)
-        return np.where(left, values, -np.inf).astype(np.float32), np.where(left, rows, -1)
+        rows, values = drop_filtered(rows, values, self.pairs, k, num_labels=self.labels)
+        return values, rows

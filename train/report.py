@@ -21,8 +21,15 @@ from xmlkernels.data.files import DataWarning
 SKIPPED = ("skipped_steps", "skipped_encoder_steps")
 _COURTESY = 5.0  # seconds; torchrun ends the others in less
 
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # noqa: PLE0704  (rich calls it inside `except`, and would end with status 1)
+
+
 # Fixed width where the output goes to a file or a CI log, so that tables do not wrap at 80 columns.
-_console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+_console = _Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 class Failed(Exception):
@@ -152,7 +159,7 @@ def _leave(status: int) -> NoReturn:
 
 def _first() -> bool:
     """Whether this process is the first that torchrun started, whatever else its environment holds."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def _show_warning(

@@ -22,7 +22,8 @@ from xmlkernels.data.locks import own_folder
 def running(config: Config) -> Iterator[Session]:
     """The session of a run; its output folder is held until the end of the block.
 
-    A signal ends the opening at once. After it the loop ends by `Session.stop_if_asked`, and evaluations between batches.
+    A signal ends the opening at once. After it the loop ends by `Session.stop_if_asked`, and evaluations between batches;
+    several processes go through an evaluation together and end after it.
 
     Raises:
         InputError: another process holds the folder, or the configuration cannot be used there; nothing was written.
@@ -47,7 +48,8 @@ def running(config: Config) -> Iterator[Session]:
             with held():
                 yield run
         except Stopped as stop:
-            if (found := dist.missing()) is not None:  # torchrun stops all where one is lost
+            # torchrun stops all where one is lost; those that stopped in order have met since.
+            if not stop.told and (found := dist.missing()) is not None:
                 raise dist.ProcessLost(f"{found}; {how_to_go_on(run, config)}") from stop
             stop.told = stop.told or f"stopped by {stop.name}; {how_to_go_on(run, config)}"
             raise
@@ -56,6 +58,8 @@ def running(config: Config) -> Iterator[Session]:
         except SafetensorError as error:
             reason = str(error).rpartition("error: ")[2]
             raise Failed(f"the checkpoint could not be written: {reason}; {how_to_go_on(run, config)}") from error
+        except BrokenPipeError:
+            raise
         except OSError as error:
             raise Failed(f"{reason_of(error)}; {how_to_go_on(run, config)}") from error
 
@@ -65,5 +69,6 @@ def how_to_go_on(run: Session | None, config: Config) -> str:
     if run is not None and run.saved is not None:
         return f"the checkpoint of step {run.saved:,} in {config.output}/ is whole: go on from it with --resume"
     if config.resume and CheckpointFolder(Path(config.output) / "checkpoint").resumable():
-        return f"the checkpoints in {config.output}/ are untouched: go on from it with --resume"
-    return "no checkpoint was written yet: start the run again" + (" with --overwrite" if run is not None else "")
+        return f"the checkpoints in {config.output}/ are untouched: go on from them with --resume"
+    begun = (Path(config.output) / "config.json").exists()
+    return "no checkpoint was written yet: start the run again" + (" with --overwrite" if begun else "")

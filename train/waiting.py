@@ -31,7 +31,7 @@ def choose() -> None:
         return
     if reason := crowded():
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0":
             mend = "OMP_WAIT_POLICY=ACTIVE has them spin"
             print(f"note: {reason}; threads sleep while they wait ({mend})", file=sys.stderr, flush=True)
 

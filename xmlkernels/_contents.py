@@ -42,6 +42,7 @@ def write(fresh: Path, tensors: Mapping[str, torch.Tensor], text: str) -> None:
     from safetensors.torch import save_file
 
     stored, alias = _unshared(tensors)
+    stored = {name: tensor.cpu() for name, tensor in stored.items()}  # once, for the checksums and for the file
     manifest = {k: {"shape": list(t.shape), "dtype": _dtype(t), ALGORITHM: _checksum(t)} for k, t in stored.items()}
     identity = os.urandom(16).hex()
     head = {"format": FORMAT, "version": VERSION, "identity": identity, "tensors": manifest, "alias": alias}

@@ -86,7 +86,7 @@ def retire(target: Path, keep: int) -> None:
     before = old(target)
     if before.exists() and keep:
         place = next(n for n in range(1, keep + 1) if n == keep or not _numbered(target, n).exists())
-        _drop(_numbered(target, place))
+        _make_room(target, _numbered(target, place))
         for number in range(place, 1, -1):  # up to the first gap: whatever a crash leaves of this, it can be gone through again
             os.rename(_numbered(target, number - 1), _numbered(target, number))
         os.rename(before, _numbered(target, 1))
@@ -114,6 +114,13 @@ def _aside(target: Path) -> Path:
 
 def _numbered(target: Path, number: int) -> Path:
     return target.with_name(f"{target.name}.{number}")
+
+
+def _make_room(target: Path, place: Path) -> None:
+    """An earlier checkpoint goes; one that somebody has put a file of his own into is moved aside, with all it has."""
+    _drop(place)
+    if place.exists():
+        os.rename(place, target.with_name(f"{target.name}.aside-{secrets.token_hex(4)}"))
 
 
 def _drop(path: Path) -> None:

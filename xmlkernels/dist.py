@@ -367,15 +367,19 @@ def _talk(call: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise _lost(str(error).splitlines()[0]) from error
+        lost = _lost(str(error).splitlines()[0])
+        if lost is None:
+            raise
+        raise lost from error
 
 
-def _lost(reason: str) -> ProcessLost:
-    """The error that names the process which does not answer, if it can be told."""
+def _lost(reason: str) -> ProcessLost | None:
+    """The error that names the process which does not answer, if it can be told; None where all live: the fault is in
+    this process's own work (an error of the card that shows in the next call, say)."""
     own = f"process {rank()} of {size()} has no answer from the others, one of which ended: {reason}"
     if _heart is None:
         return ProcessLost(own)
     found = _heart.find()
     if found is not None:
         return ProcessLost(found, speaks=_heart.speaks())
-    return ProcessLost(own, speaks=not _heart.failed())
+    return None if _heart.all_alive() else ProcessLost(own, speaks=not _heart.failed())

@@ -44,14 +44,16 @@ class Heartbeat:
         self._others = [r for r in range(size) if r != rank]
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="xmlkernels-heartbeat", daemon=True)
+        self._seen = dict.fromkeys(self._others, b"0")
+        self._state = dict.fromkeys(self._others, ALIVE)
+        self._last = dict.fromkeys(self._others, time.monotonic())
+        self._who = dict.fromkeys(self._others, b"not started yet")
         self._write("state", ALIVE.decode())
         self._write("who", f"process {os.getpid()} on {socket.gethostname()}")
         self._write("beat", "0")
 
     def start(self) -> None:
         """Begins; every process must have made its own first."""
-        self._seen = dict.fromkeys(self._others, b"0")
-        self._state = dict.fromkeys(self._others, ALIVE)
         self._last = dict.fromkeys(self._others, time.monotonic())
         self._who = dict(zip(self._others, self._read("who"), strict=True))
         self._thread.start()
@@ -61,7 +63,7 @@ class Heartbeat:
         self._stopped.set()
         with suppress(Exception):  # the store's own process may have ended before
             self._write("state", (FAILED if failed else DONE).decode())
-        if threading.current_thread() is not self._thread:
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(2 * self.interval)
 
     def missing(self, silence: float) -> list[int]:
@@ -72,6 +74,10 @@ class Heartbeat:
     def failed(self) -> bool:
         """Whether another process has ended by an error that it tells itself."""
         return FAILED in self._state.values()
+
+    def all_alive(self) -> bool:
+        """Whether no other process has said that it ends."""
+        return all(state == ALIVE for state in self._state.values())
 
     def find(self) -> str | None:
         """After a call that another process did not answer: a sentence that names it; None where one that failed tells

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from xmlkernels.data.free_memory import control_groups
 from xmlkernels.errors import InputError
 from xmlkernels.planner import readable
 
@@ -23,7 +24,7 @@ def machine_memory(root: Path = Path("/")) -> int | None:
     Returns:
         None where the system does not say.
     """
-    known = [*_cgroup_limits(root)]
+    known = [limit for limit, _ in control_groups(root)]
     meminfo = root / "proc" / "meminfo"
     if meminfo.exists():
         sizes = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
@@ -65,27 +66,3 @@ def check_memory(parts: Mapping[str, int], device: torch.device, mends: Mapping[
     whose = "this machine" if device.type == "cpu" else str(device)
     expected = f"at most {readable(limit)}, the memory of {whose}"
     raise InputError("memory of this run", expected, f"about {readable(total)} ({several}{named})", mend)
-
-
-def _cgroup_limits(root: Path) -> list[int]:
-    """Every limit on the way from this process's cgroup up, of version 2 and of version 1."""
-    listed = root / "proc" / "self" / "cgroup"
-    if not listed.exists():
-        return []
-    found = []
-    for line in listed.read_text().splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if controllers not in ("", "memory"):
-            continue
-        base = root / "sys" / "fs" / "cgroup" / controllers
-        name = "memory.limit_in_bytes" if controllers else "memory.max"
-        here = base / path.lstrip("/")
-        for folder in (here, *here.parents):
-            if folder != base and base not in folder.parents:
-                break
-            # The path is that of the host where the container has no view of its own: then only the top is there.
-            text = (folder / name).read_text().strip() if (folder / name).is_file() else "max"
-            if text.isdecimal():
-                found.append(int(text))
-    return found

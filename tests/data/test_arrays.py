@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.sparse
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, save_npz
 
 from xmlkernels import InputError
 from xmlkernels.data import arrays, formats
 from xmlkernels.data.arrays import read_npy
+from xmlkernels.data.free_memory import free_memory
 from xmlkernels.data.matrices import canonical_csr
 
 
@@ -194,6 +195,40 @@ def test_arrays_beyond_the_free_memory_are_refused(tmp_path: Path, monkeypatch: 
 def test_free_memory_is_that_of_this_machine() -> None:
     free = arrays.free_memory()
     assert free is None or 0 < free < 1 << 50
+
+
+def test_the_cache_of_files_counts_as_free(tmp_path: Path) -> None:
+    """A group's memory fills with the files it has read; the system gives that back when it is asked for."""
+    group = tmp_path / "sys/fs/cgroup"
+    (tmp_path / "proc/self").mkdir(parents=True)
+    group.mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    (group / "memory.max").write_text("1000000\n")
+    (group / "memory.current").write_text("999000\n")
+    assert free_memory(tmp_path) == 1000
+    (group / "memory.stat").write_text("anon 99000\ninactive_file 600000\nactive_file 300000\n")
+    assert free_memory(tmp_path) == 901_000
+    (tmp_path / "proc/self/cgroup").write_text("5:memory:/job\n")
+    job = group / "memory/job"
+    job.mkdir(parents=True)
+    (job / "memory.limit_in_bytes").write_text("500000\n")
+    (job / "memory.usage_in_bytes").write_text("400000\n")
+    (job / "memory.stat").write_text("active_file 1\ntotal_inactive_file 100000\ntotal_active_file 50000\n")
+    assert free_memory(tmp_path) == 250_000
+
+
+def test_a_matrix_is_read_without_a_copy(tmp_path: Path) -> None:
+    """scipy copies arrays that are small parts of a base."""
+    count = 1 << 20
+    indptr = np.arange(0, count + 1, 4)
+    good = csr_matrix((np.ones(count, np.float32), np.tile(np.arange(4, dtype=np.int32), count // 4), indptr))
+    save_npz(tmp_path / "m.npz", good, compressed=False)
+    tracemalloc.start()
+    read = formats.read_npz(tmp_path / "m.npz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    size = read.data.nbytes + read.indices.nbytes + read.indptr.nbytes
+    assert (read != good).nnz == 0 and peak < 1.9 * size
 
 
 def test_zip_files_that_lie(tmp_path: Path) -> None:

@@ -115,6 +115,7 @@ def test_raw_texts(write):
         ("zoo art\n\nart  10 \u00c4\u00a0b\r\n", "space", [["zoo", "art"], [], ["art", "10", "\u00c4\u00a0b"]]),
         ("State aid\tEU law\nEU law\n", "tab", [["State aid", "EU law"], ["EU law"]]),
         ("State aid\nart, law\tfish\t\n", "tab", [["State aid"], ["art, law", "fish"]]),
+        ("aid eu_law\nfish trade\t\n\tx y\n", "space", [["aid", "eu_law"], ["fish", "trade"], ["x", "y"]]),  # stray tabs
         ("1,101\n7\n101\n", "comma", [["1", "101"], ["7"], ["101"]]),
         ("sports, news\nnews\nmusic,sports\n", "comma", [["sports", "news"], ["news"], ["music", "sports"]]),
         ("State aid, EU law\nEU law\n", "comma", [["State aid", "EU law"], ["EU law"]]),

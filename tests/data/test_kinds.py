@@ -110,6 +110,7 @@ def test_what_is_no_text_is_refused_by_every_reader(tmp_path: Path) -> None:
         ("x.parquet", "one fish\n", "a .parquet file"),
         ("x.txt", "__label__a one fish\n", "fastText"),
         ("x.txt", '{"title": "a", "target_ind": [1]}\n', "JSON"),
+        ("x.txt", '{"uid": "1", "content": "' + "word " * 9000 + '"}\n', "JSON"),  # its first line is beyond what is looked at
         ("x.jsonl", '"a"\n', "JSON"),
         ("x.txt", "2 9\n0:1 3:0.5\n8:1e-3\n", "a sparse matrix"),
         ("x.txt", "2 9 4\n1,2 0:1 3:0.5\n0 8:1e-3\n", "a sparse matrix"),

@@ -60,6 +60,19 @@ def expect(dataset: Dataset) -> None:
         assert len(split) == ROWS[name] and split.features.dtype == np.float32 and split.features.has_canonical_format
 
 
+def test_label_files_that_declare_many_labels(tmp_path: Path) -> None:
+    """A sample of a set of 670,091 labels: the label file's header says how many there are."""
+    (tmp_path / "Xf.txt").write_text("3 4\n0:1\n1:1 3:2\n2:1\n")
+    (tmp_path / "Y.txt").write_text("3 670091\n670090:1\n5:1\n77:1 400000:1\n")
+    output = tmp_path / "out"
+    output.mkdir()
+    dataset = prepare(
+        PrepareConfig(output / "bags", source="bow", train_text=tmp_path / "Xf.txt", train_labels=tmp_path / "Y.txt"),
+        lambda line: None,
+    )
+    assert dataset.num_labels == 670_091 and dataset.splits["train"].labels.indices.tolist() == [670_090, 5, 77, 400_000]
+
+
 def test_the_old_bag_of_words_file(config: PrepareConfig) -> None:
     told: list[str] = []
     dataset = prepare(config, told.append)

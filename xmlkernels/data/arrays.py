@@ -10,19 +10,20 @@ import math
 import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
 
 import numpy as np
 
 from xmlkernels.data.files import PathLike, check_file
+from xmlkernels.data.free_memory import free_memory
 from xmlkernels.errors import InputError
 
 DEFLATE_RATIO = 1032
 """The most that deflate can shrink anything: a member that claims more is a lie."""
 _CHUNK = 1 << 24
+_LARGER = "free some memory, or use a larger machine"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def read_npy(
             if size != head.bytes:
                 got = f"{size:,} bytes"
                 raise InputError(name, f"{head.bytes:,} bytes of values, as its header says", got, mend)
-            check_memory(name, head.bytes, mend)
+            check_memory(name, head.bytes)
             array = _values(file, head, name, mend)
     except OSError as error:
         raise InputError(name, "a file that can be read", str(error.strerror or error), "check the path") from None
@@ -115,31 +116,12 @@ def read_head(file: IO[bytes], where: str, mend: str) -> Head:
     return Head(tuple(int(size) for size in shape), dtype, bool(columns_first))
 
 
-def check_memory(where: str, needed: int, mend: str, *, copies: int = 1) -> None:
+def check_memory(where: str, needed: int, *, copies: int = 1) -> None:
     """Raises InputError where an array of `needed` bytes, held `copies` times, is larger than the memory that is free."""
     free = free_memory()
     if free is not None and needed * copies > free:
         expected, got = f"arrays for the {free:,} bytes of memory that are free", f"{needed * copies:,} bytes of arrays"
-        raise InputError(where, expected, got, f"use a larger machine, or {mend}")
-
-
-def free_memory() -> int | None:
-    """Bytes that this process can still take: of the machine, of its control group and of its own limit; None: unknown."""
-    found: list[int] = []
-    with suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    with suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    with suppress(ImportError, OSError, ValueError):
-        import resource
-
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if limit != resource.RLIM_INFINITY:
-            pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
-            found.append(limit - pages * resource.getpagesize())
-    return max(0, min(found)) if found else None
+        raise InputError(where, expected, got, _LARGER)
 
 
 class Members:
@@ -206,7 +188,7 @@ def open_members(path: PathLike, mend: str) -> Iterator[Members]:
     except InputError:
         raise
     except MemoryError:
-        raise InputError(name, "arrays that fit into memory", "more than is free", f"use a larger machine, or {mend}") from None
+        raise InputError(name, "arrays that fit into memory", "more than is free", _LARGER) from None
     except Exception as error:  # zipfile's on foreign bytes: struct.error, NotImplementedError, IndexError, …
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise InputError(name, "a scipy sparse .npz file", f"one that cannot be read ({reason})", mend) from error
@@ -229,17 +211,18 @@ def _check_shape(head: Head, where: str, shape: Sequence[int | None], expected: 
 def _values(file: IO[bytes], head: Head, where: str, mend: str) -> np.ndarray:
     """The values behind a header: as many bytes as it says, or InputError."""
     try:
-        raw = np.empty(head.bytes, np.uint8)
+        # Of its own type from the start: scipy copies an array whose base has many more elements.
+        flat = np.empty(math.prod(head.shape), head.dtype)
     except (MemoryError, ValueError):
-        raise InputError(where, "an array that fits into memory", f"{head}", f"use a larger machine, or {mend}") from None
-    done, view = 0, raw.data
-    while done < len(raw):
-        part = file.read(min(_CHUNK, len(raw) - done))
+        raise InputError(where, "an array that fits into memory", f"{head}", _LARGER) from None
+    done, view = 0, flat.view(np.uint8).data
+    while done < head.bytes:
+        part = file.read(min(_CHUNK, head.bytes - done))
         if not part:
-            raise InputError(where, f"{len(raw):,} bytes of values", f"{done:,}", mend)
+            raise InputError(where, f"{head.bytes:,} bytes of values", f"{done:,}", mend)
         view[done : done + len(part)] = part
         done += len(part)
-    array = raw.view(head.dtype).reshape(head.shape, order="F" if head.columns_first else "C")
+    array = flat.reshape(head.shape, order="F" if head.columns_first else "C")
     return array.astype(head.dtype.newbyteorder("="), order="C", copy=False)
 
 

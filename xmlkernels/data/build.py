@@ -12,6 +12,7 @@ from xmlkernels.data.dataset import FEATURES, LABEL_FEATURES
 from xmlkernels.data.dataset_writer import write_label_names, write_split
 from xmlkernels.data.formats import drop_unlabelled, write_npz
 from xmlkernels.data.raw import Raw, RawSplit
+from xmlkernels.data.text_lines import without_separator
 from xmlkernels.data.token_maps import from_padded_map
 from xmlkernels.data.token_store import TokenStore
 from xmlkernels.data.tokens import Tokenizer, tokenize_to_file
@@ -75,10 +76,7 @@ def write_splits(
 
 
 def _words(texts: list[str] | None, separator: str) -> list[str] | None:
-    """Texts as people and bags of words read them: a tokenizer's separator is no word of theirs."""
-    if texts is None or not separator.strip():
-        return texts
-    return [text.replace(separator, " ") for text in texts]
+    return None if texts is None else [without_separator(text, separator) for text in texts]
 
 
 def _write_documents(

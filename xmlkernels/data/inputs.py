@@ -13,7 +13,7 @@ from scipy.sparse import csr_matrix
 from xmlkernels.data.bow import Vectorizer, bag_text_batches
 from xmlkernels.data.dataset import Dataset, Split
 from xmlkernels.data.loader import BagBatch, BagBatches, Batch, Batches, text_batches
-from xmlkernels.data.text_lines import join_parts, split_title
+from xmlkernels.data.text_lines import join_parts, split_title, without_separator
 from xmlkernels.data.tokens import Tokenizer, load_tokenizer
 from xmlkernels.errors import InputError
 from xmlkernels.records import Positive, check_record
@@ -55,7 +55,7 @@ class TextParts:
 
     def words(self, text: str) -> str:
         """A text without the separator of a tokenizer, for bags of words."""
-        return text.replace(self.separator, " ") if self.separator.strip() else text
+        return without_separator(text, self.separator)
 
 
 class Inputs(Protocol):

@@ -189,6 +189,7 @@ _LABEL_COLUMNS = (
     "subject", "subjects", "target_ind", "y", "id", "uid",
 )  # fmt: skip
 _ENTRIES = re.compile(r"\s*(\d+(,\d+)*\s+)?\d+:[-+.\deE]+(\s+\d+:[-+.\deE]+)*\s*")
+_RECORD = re.compile(r"\{\s*\"(" + "|".join(_TEXT_COLUMNS + _LABEL_COLUMNS) + r")\"\s*:")
 _COUNTS = re.compile(r"\s*\d+(\s+\d+){1,2}\s*")
 
 
@@ -227,10 +228,12 @@ def check_documents(path: PathLike, head: bytes) -> None:
     if suffix in _OTHERS:
         raise InputError(name, "texts, one a line", f"a {suffix} file", _CONVERT)
     if suffix in _JSON or _is_record(first):
-        mend = "name the file .jsonl; train/prepare.py reads it with --source lf"
+        mend = "train/prepare.py reads it with --source lf; elsewhere write its texts to a .txt file, one a line"
+        if suffix not in _JSON:
+            mend = f"name the file .jsonl; {mend}"
         raise InputError(f"{name}:1", "texts, one a line", "JSON", mend)
     if first.startswith("__label__"):
-        mend = f"divide them: `sed 's/__label__[^ ]* *//g' {shlex.quote(name)}` are the texts"
+        mend = f"divide them: `{_source(name)}sed 's/__label__[^ ]* *//g'` gives the texts"
         raise InputError(f"{name}:1", "texts, one a line", "texts behind their labels (fastText)", mend)
     rows = [line for line in lines[1:-1] if line.strip()]
     if rows and _COUNTS.fullmatch(first) and all(map(_ENTRIES.fullmatch, rows)):
@@ -252,7 +255,15 @@ def _from_table(name: str, header: str, words: list[str]) -> str:
     reader = f"csv.DictReader(sys.stdin{divider})"
     joined = " + ' ' + ".join(f"row['{word}']" for word in words) or "row['COLUMN']"
     program = f"import csv, sys; [print(*({joined}).split()) for row in {reader}]"
-    return f'`python3 -c "{program}" < {shlex.quote(name)} > texts.txt`'
+    return f'`{_source(name)}python3 -c "{program}" > texts.txt`'
+
+
+def _source(name: str) -> str:
+    """The beginning of a pipe that gives a file's text; nothing for standard input, which has no name."""
+    if not os.path.exists(name):
+        return ""
+    tools = {".gz": "zcat", ".bz2": "bzcat", ".xz": "xzcat"}
+    return f"{tools.get(os.path.splitext(name)[1].lower(), 'cat')} {shlex.quote(name)} | "
 
 
 def _is_record(line: str) -> bool:
@@ -261,5 +272,5 @@ def _is_record(line: str) -> bool:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
-        return False
+        return len(line) > HEAD // 4 and _RECORD.match(line) is not None  # its end lies beyond the head
     return isinstance(value, dict) and any(key in value for key in (*_TEXT_COLUMNS, *_LABEL_COLUMNS))

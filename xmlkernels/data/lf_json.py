@@ -46,7 +46,7 @@ class LFRecords:
 
 
 def iter_lf_json(path: PathLike, *, num_labels: int | None = None, merge_duplicates: bool = False) -> Iterator[LFRecord]:
-    """Stream a file of one JSON object a line, plain or .gz, in constant memory.
+    """Stream a file of one JSON object a line, plain or packed, in constant memory.
 
     Keys: `uid` (text or number) and `title` must be there; `content`, `target_ind` (label numbers from 0) and
     `target_rel` (their relevance) may be absent or null; other keys are ignored. Blank lines may stand at the end only.
@@ -167,5 +167,5 @@ def _targets(where: str, fields: dict[str, Any], limit: int | None, merge: bool)
 
 
 def is_lf_json(path: PathLike) -> bool:
-    """Whether the name is that of a JSON lines file (.json, .jsonl, with or without .gz)."""
+    """Whether the name is that of a JSON lines file (.json, .jsonl, .ndjson, also packed)."""
     return is_json_lines(path)

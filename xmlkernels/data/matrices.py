@@ -121,7 +121,7 @@ def read_filter_pairs(path: PathLike, *, rows: int | None = None, labels: int | 
     Predictions of these pairs are removed before ranking (a document that is also a label).
 
     Args:
-        path: plain or .gz.
+        path: plain or packed.
         rows, labels: ids must be below these.
 
     Returns:

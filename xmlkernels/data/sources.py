@@ -188,15 +188,18 @@ def _bow_source(reading: Reading, files: Mapping[str, Files]) -> Raw:
         else:
             features[name] = read_sparse(path, duplicates=duplicates)
     apart = {name: split for name, split in files.items() if split.labels is not None}
+    declared = len(apart) < len(files)  # by a file that holds both
     if apart:
         rows = {name: range(features[name].shape[0]) for name in apart}
-        labels |= _label_files(reading, apart, rows, _label_count(reading, None))[0]
+        found, by_labels = _label_files(reading, apart, rows, _label_count(reading, None))
+        labels |= found
+        declared = declared or by_labels
     same_width(labels)
     words = features["train"].shape[1]
     for name, matrix in features.items():
         check_shape(matrix.shape, None, words, os.fspath(_needed(files[name].text, name, "text")))
     splits = {name: RawSplit(None, labels[name], features=features[name]) for name in files}
-    raw = Raw(splits, declared=len(apart) < len(files))
+    raw = Raw(splits, declared=declared)
     if reading.label_text is not None:
         raw.label_features = read_sparse(reading.label_text, rows=raw.num_labels, cols=words, duplicates=duplicates)
     return raw

@@ -1,7 +1,7 @@
 """Sparse matrices as text: labels, features, the old bag-of-words file and plain label lines, read in parallel.
 
 Common to all of them: one row a line; `\\n` or `\\r\\n`; tokens divided by white space; `#` starts a comment that runs to
-the end of the line (a line that holds nothing else is an empty row); 0-based indices in any order; plain or .gz; blank
+the end of the line (a line that holds nothing else is an empty row); 0-based indices in any order; plain or packed; blank
 lines behind the last row are ignored. Values are float32 and finite. Zeros are not stored, since CSR users count stored
 entries. What stands twice in a row is an error unless `duplicates` says otherwise: "sum" adds the values, "max" keeps
 the largest, "first" the first. Matrices are canonical: sorted, unique indices.
@@ -71,7 +71,7 @@ def read_sparse(
     A blank line is an empty row. A row may start with `qid:NUMBER`, which is skipped.
 
     Args:
-        path: plain or .gz.
+        path: plain or packed.
         header: False for a file without one; `rows` and `cols` then give the shape, or the text does
             (every line a row, the largest index + 1 columns).
         rows: number of rows the file must have.
@@ -102,7 +102,7 @@ def read_bow(path: PathLike, *, duplicates: Duplicates = "error", threads: int |
     A row that starts with white space, or with `f:v`, has no labels. `qid:NUMBER` may stand before the features.
 
     Args:
-        path: plain or .gz.
+        path: plain or packed.
         duplicates: what a feature or label that stands twice in a row means (module docstring).
         threads: of the native parser; the CPUs of the process by default.
 
@@ -129,7 +129,7 @@ def read_label_lines(
     """Read `Y.trn.txt`: label ids divided by commas or white space, no header; a blank line has no labels.
 
     Args:
-        path: plain or .gz.
+        path: plain or packed.
         rows: number of rows the file must have; by default every line is one.
         labels: number of labels; by default the largest id + 1.
         duplicates: what a label that stands twice in a row means (module docstring).

@@ -49,7 +49,7 @@ def read_stored(members: Members, name: str, mend: str, *, rows: int | None, col
         if needed > most:
             raise InputError(name, f"a shape that its {heads['data'].shape[0]} entries need", f"{shape[0]:,} rows", mend)
     # The arrays and the canonical copy of them, row pointers included.
-    check_memory(name, sum(head.bytes for head in heads.values()) + 8 * (shape[0] + 1), mend, copies=2)
+    check_memory(name, sum(head.bytes for head in heads.values()) + 8 * (shape[0] + 1), copies=2)
     arrays = {key: members.read(key) for key in heads}
     return _MAKE[layout](arrays, shape, name, mend)
 

@@ -136,11 +136,16 @@ def join_parts(text: str, joiner: str) -> str:
     return joiner.join(filter(None, map(str.strip, text.split(SEPARATOR))))
 
 
+def without_separator(text: str, separator: str) -> str:
+    """A text as people and bags of words read it: a tokenizer's separator is no word of it."""
+    return text.replace(separator, " ") if separator.strip() else text
+
+
 def read_raw_texts(path: PathLike, *, part: Literal["all", "title", "body"] = "all", joiner: str = " ") -> list[str]:
     """Read `train_raw_texts.txt` of the AttentionXML sets: one text a line, `/SEP/` between title and body.
 
     Args:
-        path: plain or .gz; as `iter_lines`.
+        path: plain or packed; as `iter_lines`.
         part: what to keep. "title" of a text without separator is empty.
         joiner: what stands for the separator in "all", such as " " or the tokenizer's separator token.
 
@@ -166,7 +171,7 @@ def label_divider(paths: Sequence[PathLike]) -> Divider:
     several = commas = 0
     for path in paths:
         for line in iter_lines(path):
-            if "\t" in line:
+            if "\t" in line.strip():
                 return "tab"
             comma = "," in line.strip(" ,")
             commas += comma

@@ -1,4 +1,4 @@
-"""Ragged token ids in one memory-mapped file.
+"""Ragged token ids in one file, read row by row.
 
 The file, little-endian throughout::
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -142,12 +143,13 @@ class TokenWriter:
 class TokenStore:
     """Read-only rows of token ids; nothing but a small file's ids is read from disk before it is asked for.
 
-    `store[i]` is row i as a uint16 or uint32 view of the map; `lengths` int32 [rows]; `offsets` int64 [rows + 1].
-    Pickling carries the path, so a process that receives a store maps the same file again.
+    `store[i]` is row i, uint16 or uint32; `lengths` int32 [rows]; `offsets` int64 [rows + 1], in memory.
+    Pickling carries the path, so a process that receives a store opens the same file again.
 
-    Ids are below the vocabulary's size: all are read for that when a file of up to `SCAN_BYTES` of them is opened, those
-    of a larger one whenever they are handed out. Before they are, the file is looked at too: one that was cut or written
-    to since it was opened is an InputError, where the map would end the process (SIGBUS) or give other rows.
+    Rows are read, not mapped: a map of a file that is cut ends the process (SIGBUS), a read comes back short. Ids are below
+    the vocabulary's size: all are read for that when a file of up to `SCAN_BYTES` of them is opened, those of a larger one
+    whenever they are handed out. Before they are, the file is looked at too: one that was cut or written to since it was
+    opened is an InputError.
     """
 
     def __init__(self, path: Path, header: TokenHeader) -> None:
@@ -158,16 +160,14 @@ class TokenStore:
         if self._stood[0] != header.file_bytes:
             got = f"{self._stood[0]} bytes"
             raise InputError(str(path), f"{header.file_bytes} bytes, as its header says", got, "copy or prepare it again")
-        with os.fdopen(os.dup(self._handle), "rb") as file:
-            raw = np.memmap(file, np.uint8, mode="r").view(np.ndarray)
-        split = HEADER_BYTES + 8 * (header.rows + 1)
-        self.offsets: np.ndarray = raw[HEADER_BYTES:split].view("<i8")
-        self._tokens: np.ndarray = raw[split:].view(header.dtype)
+        self.offsets = np.empty(header.rows + 1, "<i8")
+        self._first = HEADER_BYTES + self.offsets.nbytes  # where the ids begin
+        self._read_into(self.offsets, HEADER_BYTES)
         self._known = False  # whether every id was seen to lie in the vocabulary
 
     @classmethod
     def open(cls, path: str | Path) -> TokenStore:
-        """Map a token file.
+        """Open a token file.
 
         Raises:
             InputError: the file is missing, is no token file, has another format version, was cut short, or has rows
@@ -182,19 +182,29 @@ class TokenStore:
             row = int(lengths.argmax())
             expected = f"at most {header.max_length} tokens, as its header says"
             raise InputError(f"{path}, row {row}", expected, str(lengths[row]), "prepare it again")
-        if store._tokens.nbytes <= SCAN_BYTES:
-            store._check_ids(store._tokens)
-            store._known = True
+        if header.file_bytes - store._first <= SCAN_BYTES:
+            _ = store.tokens
         return store
 
     @property
     def tokens(self) -> np.ndarray:
-        """All ids, one row behind the other, as a view of the map."""
+        """All ids, one row behind the other, read into memory."""
         self._check_file()
+        ids = np.empty(self.header.tokens, self.header.dtype)
+        self._read_into(ids, self._first)
         if not self._known:
-            self._check_ids(self._tokens)
+            self._check_ids(ids)
             self._known = True
-        return self._tokens
+        return ids
+
+    def _read_into(self, target: np.ndarray, at: int) -> None:
+        """Fills an array with the file's bytes from `at` on; InputError where it ends before."""
+        view = target.view(np.uint8).data
+        while len(view):
+            if not (count := _read_at(self._handle, view, at)):
+                self._check_file()
+                raise InputError(str(self.path), "a file that stands still", "one that ends early", "start the run again")
+            view, at = view[count:], at + count
 
     def _stands(self) -> tuple[int, int]:
         stat = os.fstat(self._handle)
@@ -218,12 +228,7 @@ class TokenStore:
         row = int(row)
         if not -len(self) <= row < len(self):
             raise IndexError(f"row {row} of a token file with {len(self)} rows")
-        row %= len(self)
-        self._check_file()
-        ids = self._tokens[self.offsets[row] : self.offsets[row + 1]]
-        if not self._known:
-            self._check_ids(ids)
-        return ids
+        return self.gather(np.array([row % len(self)]))[0]
 
     def __reduce__(self) -> tuple[Callable[[Path], TokenStore], tuple[Path]]:
         return TokenStore.open, (self.path,)
@@ -238,10 +243,30 @@ class TokenStore:
         self._check_file()
         starts = self.offsets[rows]
         lengths = self.offsets[rows + 1] - starts
-        ids = self._tokens[ragged_positions(starts, lengths)]
+        ids, done = np.empty(int(lengths.sum()), self.header.dtype), 0
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+            self._read_into(ids[done : done + length], self._first + start * ids.itemsize)
+            done += length
         if not self._known:
             self._check_ids(ids)
         return ids, lengths
+
+
+if hasattr(os, "preadv"):
+
+    def _read_at(handle: int, view: memoryview, at: int) -> int:
+        # It has no place of its own in the file, which threads and forked processes would share.
+        return os.preadv(handle, [view], at)
+
+else:
+    _turn = threading.Lock()
+
+    def _read_at(handle: int, view: memoryview, at: int) -> int:
+        with _turn:
+            os.lseek(handle, at, os.SEEK_SET)
+            data = os.read(handle, len(view))
+        view[: len(data)] = data
+        return len(data)
 
 
 def ragged_positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
