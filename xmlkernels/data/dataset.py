@@ -135,7 +135,7 @@ class Split:
 
 
 class Dataset:
-    """An opened dataset folder; token files are mapped, labels are in memory.
+    """An opened dataset folder; token files are open, labels are in memory.
 
     Attributes:
         splits: `train` and, where prepared, `val` and `test`.
