@@ -115,7 +115,8 @@ def choice(*words: str, reason: str = "others are here", torch: str = "", **envi
 def test_threads_sleep_where_others_are_and_the_user_has_not_chosen() -> None:
     told = "note: others are here; threads sleep while they wait (OMP_WAIT_POLICY=ACTIVE has them spin)\n"
     assert choice() == ("PASSIVE", told)
-    assert choice(RANK="1") == ("PASSIVE", "")
+    assert choice(RANK="1", WORLD_SIZE="2") == ("PASSIVE", "")
+    assert choice(RANK="1") == ("PASSIVE", told)  # of a job array, not of torchrun
     assert choice(reason="") == ("None", "")
     assert choice(torch="before") == ("None", "")  # too late: OpenMP has read its environment
     assert choice("bow", "--help") == ("None", "")

@@ -26,6 +26,7 @@ import tree_report  # noqa: E402
 from tiny_tokenizer import make_tokenizer  # noqa: E402
 from tree import Options, make  # noqa: E402
 from tree_inputs import LabelEncoder  # noqa: E402
+from xmlkernels.data.dataset import content_hash  # noqa: E402
 from xmlkernels.data.locks import own_folder  # noqa: E402
 from xmlkernels.data.prepare import PrepareConfig, prepare  # noqa: E402
 from xmlkernels.errors import InputError  # noqa: E402
@@ -237,8 +238,11 @@ def test_a_changed_label_id_is_told_before_the_tree_is_made(options: Options, fo
         parts["indices"][7] = wrong
         np.savez(path, **parts)
         manifest = json.loads((tmp_path / "changed" / "manifest.json").read_text())
-        manifest["files"]["train/labels.npz"]["bytes"] = path.stat().st_size
-        manifest["files"]["train/labels.npz"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        manifest["files"]["train/labels.npz"] = {
+            "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()
+        }  # fmt: skip
+        manifest["content_hash"] = content_hash(manifest)
+        del manifest["checksums"]  # as a dataset from before there were any
         (tmp_path / "changed" / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(InputError, match=rf"labels.npz, indices, entry 7: expected indices from 0 to 23, got {wrong}"):
             make(replace(options, dataset=str(tmp_path / "changed")))
