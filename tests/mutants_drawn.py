@@ -62,6 +62,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "train/config.py": (f"{_SETTINGS} tests/test_cascade_placement.py", FIELDS),
     "train/checks.py": (
         _SETTINGS, "tests/test_train_bow.py -k refused", "tests/test_running_mean.py", "tests/test_train_cascade.py -k fit",
+        FIELDS,
     ),
     "train/session.py": (_RUN, _TRAIN, "tests/test_train_cascade.py"),
     "train/run.py": (_RUN, _TRAIN),
