@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import json
 import os
-import pickle
 import random
 import resource
 import select
@@ -132,10 +132,9 @@ def _listen(
                 end = "time"
                 break
             continue
-        try:
-            what, end = pickle.load(answers)  # from our own child
-        except EOFError:
+        if not (line := answers.readline()):
             break
+        what, end = json.loads(line)
         if end:
             _count(report, kind, cases[done], seed, what, end)
             done, what, end, began, used = done + 1, "", "", time.monotonic(), _processor(child)
@@ -171,12 +170,15 @@ def _child(kind: Kind, cases: range, seed: int, work: Path, megabytes: int, answ
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         for case in cases:
             folder, done = damage(kind, case, seed, work)
-            pickle.dump((done, ""), answers)
-            answers.flush()
-            pickle.dump((done, end_of(kind, folder)), answers)
-            answers.flush()
+            _tell(answers, done, "")  # what was done, before the reader may die of it
+            _tell(answers, done, end_of(kind, folder))
     finally:
         os._exit(0)
+
+
+def _tell(answers: IO[bytes], done: str, end: str) -> None:
+    answers.write(json.dumps([done, end]).encode() + b"\n")
+    answers.flush()
 
 
 def end_of(kind: Kind, folder: Path) -> str:

@@ -14,7 +14,6 @@ import torch
 from scipy.sparse import csr_matrix
 
 from xmlkernels.data.background import in_background
-from xmlkernels.data.token_store import ragged_positions
 from xmlkernels.errors import InputError
 
 Levels = tuple[tuple[torch.Tensor, torch.Tensor], ...]
@@ -262,3 +261,10 @@ def at_least(name: str, value: int, least: int) -> None:
     """Raises InputError where a size is below its least."""
     if value < least:
         raise InputError(name, f"at least {least}", str(value), "choose a larger one")
+
+
+def ragged_positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Concatenation of the ranges starts[i] … starts[i] + lengths[i] − 1, int64."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - lengths), lengths)

@@ -269,13 +269,6 @@ else:
         return len(data)
 
 
-def ragged_positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Concatenation of the ranges starts[i] … starts[i] + lengths[i] − 1, int64."""
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - lengths), lengths)
-
-
 def _read_header(path: Path) -> TokenHeader:
     if not path.is_file():
         raise InputError(str(path), "a token file", "no such file", "run train/prepare.py to make it")
