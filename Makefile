@@ -27,7 +27,7 @@ STAMP := build/.built$(SYSTEM)
 .PHONY: demo test bench gpu-report lint build clean
 
 demo: build
-	$(PY) train/demo.py
+	$(PY) -m xmlkernels demo
 
 test: build lint $(INSTALLED_DEV)
 	$(PY) -m pytest

@@ -38,7 +38,7 @@ def model_and_batches(name: str) -> tuple[Any, Callable[[int], Any]]:
     import numpy as np
     import torch
 
-    from xmlkernels.data.loader import BagBatch, Batch
+    from xmlkernels.data.batches.tokens import BagBatch, Batch
     from xmlkernels.models.end_to_end import EndToEnd, Training
     from xmlkernels.nn.bow import BowEncoder
     from xmlkernels.nn.encoder import Encoder
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.measure:
         if options.choose:
-            import waiting
+            from xmlkernels.cli import waiting
 
             waiting.choose()
         print(json.dumps(measure(options.measure, options.seconds)))

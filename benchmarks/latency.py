@@ -2,7 +2,7 @@
 
     python benchmarks/latency.py [--labels 131072]
 
-Each row is `Predictor.predict` on one text at a time, as `train/predict.py --latency` has it: tokens, encoder, every score or
+Each row is `Predictor.predict` on one text at a time, as `xmlkernels predict --latency` has it: tokens, encoder, every score or
 the shortlist's, the best ten. The encoder is all-MiniLM-L6-v2 and the tables are random: no time depends on values. The cascade
 has 2^10 and 2^13 clusters and keeps 128 and 256 of them. Texts have 8 to 60 words.
 """
@@ -19,17 +19,17 @@ import numpy as np
 import torch
 
 from benchmarks.timing import Clock, Load, alternate, load_average, machine_name
-from encoders import source_of
 from xmlkernels.data.inputs import TokenInputs
 from xmlkernels.data.tokens import load_tokenizer
+from xmlkernels.models.base import Model
 from xmlkernels.models.cascade import Cascade
-from xmlkernels.models.common import Model
 from xmlkernels.models.end_to_end import EndToEnd
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.nn.layer_recipe import default_layers
-from xmlkernels.predict import Predictor
+from xmlkernels.predict.model import Predictor
+from xmlkernels.training.encoders import source_of
 from xmlkernels.tree.label_tree import LabelTree
 
 DEPTHS, TOPK = (10, 13), (128, 256)

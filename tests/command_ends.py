@@ -15,21 +15,18 @@ from typing import Any
 
 from train_runs import make_dataset, make_tree, tiny, weights
 
-import ensemble  # isort: skip  # train_runs has put train/ on the path
-import export  # isort: skip
-import predict  # isort: skip
-import prepare  # isort: skip
-import ranker  # isort: skip
-import report  # isort: skip
-import session  # isort: skip
-import stops  # isort: skip
-import tree  # isort: skip
-from run import train  # isort: skip
-from xmlkernels.checkpoint import CheckpointFolder  # isort: skip
-from xmlkernels.data import prepare as preparing  # isort: skip
-from xmlkernels.data.locks import LOCK  # isort: skip
+from xmlkernels.checkpoint import CheckpointFolder
+from xmlkernels.cli import console as report
+from xmlkernels.cli import ensemble, export, predict, prepare, rank
+from xmlkernels.cli import tree as tree_command
+from xmlkernels.data import prepare as preparing
+from xmlkernels.locks import LOCK
+from xmlkernels.training import session, stops, tree
+from xmlkernels.training.loop import train
 
-COMMANDS = {module.__name__: module for module in (tree, ranker, ensemble, export, predict, prepare)}
+COMMANDS = {"tree": tree_command, "ranker": rank} | {
+    module.__name__.rpartition(".")[2]: module for module in (ensemble, export, predict, prepare)
+}
 
 # What a kill leaves of writing into an output folder, beside the unfinished copy of a file or folder of the output's name.
 LEFT = {
@@ -238,8 +235,7 @@ def cases(dataset: Path, folder: Path) -> Iterator[tuple[str, Callable[[Path], N
 
         def called(place: Path, where: str, status: int, *told: str, before: Callable[[], Any] = lambda: None) -> None:
             def main() -> None:
-                sys.argv = [name, *words, "--output", str(place / where)]
-                COMMANDS[name].main()
+                COMMANDS[name].main([*words, "--output", str(place / where)])
 
             Child(place, main, before).end(status, *told)
 
@@ -274,9 +270,9 @@ def cases(dataset: Path, folder: Path) -> Iterator[tuple[str, Callable[[Path], N
     def building(place: Path) -> None:
         def slow() -> None:
             preparing.write_labels = sleeping(place / "marker")
-            sys.argv = ["prepare", *arguments["prepare"][0], "--output", str(place / "a" / "set")]
 
-        child = Child(place, prepare.main, slow)
+        words = [*arguments["prepare"][0], "--output", str(place / "a" / "set")]
+        child = Child(place, lambda: prepare.main(words), slow)
         wait_for(place / "marker", child)
         os.kill(child.pid, signal.SIGHUP)
         child.end(129, "(SIGHUP)\n")
@@ -287,9 +283,9 @@ def cases(dataset: Path, folder: Path) -> Iterator[tuple[str, Callable[[Path], N
     def clustering(place: Path) -> None:
         def slow() -> None:
             tree.cluster = sleeping(place / "marker")
-            sys.argv = ["tree", *arguments["tree"][0], "--output", str(place / "tree")]
 
-        child = Child(place, tree.main, slow)
+        words = [*arguments["tree"][0], "--output", str(place / "tree")]
+        child = Child(place, lambda: tree_command.main(words), slow)
         wait_for(place / "marker", child)
         os.kill(child.pid, signal.SIGTERM)
         child.end(143, "(SIGTERM)\n")

@@ -21,3 +21,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if "slow" in item.keywords and "slow" not in asked:
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+@pytest.fixture(autouse=True)
+def _progress_on_standard_output() -> None:
+    """Tests read what a run says as a command would print it."""
+    from xmlkernels.cli.console import print_logs
+
+    print_logs()

@@ -16,9 +16,9 @@ from typing import Any
 
 from train_runs import make_dataset, tiny, weights
 
-import report  # isort: skip  # train_runs has put train/ on the path
-from run import train  # isort: skip
-from xmlkernels.data.locks import LOCK  # isort: skip
+from xmlkernels.cli import console as report
+from xmlkernels.locks import LOCK
+from xmlkernels.training.loop import train
 
 HOW = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TIMING = ("documents_per_second", "seconds", "peak_rss_mb")

@@ -27,10 +27,10 @@ def _of(fields: str) -> str:
     return f"{FIELDS} -k {' or '.join(fields.split())!r}"
 
 
-_BUILD, _CASCADE = "train/build.py", "xmlkernels/models/cascade.py"
+_BUILD, _CASCADE = "xmlkernels/training/build.py", "xmlkernels/models/cascade.py"
 _TRAINING, _END = "xmlkernels/models/cascade_training.py", "xmlkernels/models/end_to_end.py"
 _HEADS, _LEVEL, _HEAD = "xmlkernels/nn/cascade_heads.py", "xmlkernels/nn/cascade_level.py", "xmlkernels/nn/full_head.py"
-_OPTIM, _SESSION = "xmlkernels/optim.py", "train/session.py"
+_OPTIM, _SESSION = "xmlkernels/optim.py", "xmlkernels/training/session.py"
 
 BY_HAND: tuple[Fault, ...] = (
     # Flags that the suite once let pass.
@@ -95,11 +95,11 @@ BY_HAND: tuple[Fault, ...] = (
         "        if late % self.settings.every:",
     ),
     Fault(
-        "xmlkernels/models/cascade_scores.py",
+        "xmlkernels/models/descent.py",
         "torch.where(exact > -0.6931471805599453, (-torch.expm1(exact)).log(), torch.log1p(-exact.exp()))",
         "torch.log1p(-exact.exp())",
     ),
-    Fault("xmlkernels/models/cascade_scores.py", '(scores if scheme == "path" else own)', "own"),
+    Fault("xmlkernels/models/descent.py", '(scores if scheme == "path" else own)', "own"),
     # Tables and heads.
     Fault(_LEVEL, "if beta1 is not None and self.second is not None:", "if beta1 is not None:"),
     Fault(_LEVEL, "return dx, scores, loss / self.gain", "return dx, scores, loss"),
@@ -126,12 +126,12 @@ BY_HAND: tuple[Fault, ...] = (
         "losses.append(float(loss))",
     ),
     Fault("xmlkernels/evaluation.py", "inside = place < last[:, None]", "inside = place <= last[:, None]"),
-    Fault("xmlkernels/data/batches.py", "np.unique(node[row] * count + sample)", "node[row] * count + sample"),
-    Fault("xmlkernels/data/batches.py", "self.plan(epoch)[start::every]", "self.plan(0)[start::every]"),
-    Fault("xmlkernels/data/bow.py", 'ngram_range=(1, settings["longest"])', "ngram_range=(1, 2)", _of("ngrams")),
+    Fault("xmlkernels/data/batches/base.py", "np.unique(node[row] * count + sample)", "node[row] * count + sample"),
+    Fault("xmlkernels/data/batches/base.py", "self.plan(epoch)[start::every]", "self.plan(0)[start::every]"),
+    Fault("xmlkernels/data/vectorizer.py", 'ngram_range=(1, settings["longest"])', "ngram_range=(1, 2)", _of("ngrams")),
     # Sessions.
     Fault(_SESSION, "if self.best and not metrics[by] > self.best[by]:", "if self.best and not metrics[by] >= self.best[by]:"),
     Fault(_SESSION, '        self.folder.rewind_log(state["log_bytes"])\n', ""),
-    Fault("train/run.py", "run.batches.epoch(run.epoch, start=run.position)", "run.batches.epoch(run.epoch)"),
-    Fault("train/run.py", " == 0 or run.epoch == config.epochs):", " == 0):"),
+    Fault("xmlkernels/training/loop.py", "run.batches.epoch(run.epoch, start=run.position)", "run.batches.epoch(run.epoch)"),
+    Fault("xmlkernels/training/loop.py", " == 0 or run.epoch == config.epochs):", " == 0):"),
 )

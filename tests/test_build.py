@@ -112,7 +112,7 @@ def test_a_wheel_says_whether_it_is_of_a_platform_and_holds_nothing_of_an_earlie
     (sources / "CMakeLists.txt").write_text("message(FATAL_ERROR nothing)\n")
     name, files, about = wheel_of(sources, tmp_path / "failed")
     assert name.endswith("-py3-none-any.whl") and libraries(files) == [] and "Root-Is-Purelib: true" in about
-    assert "xmlkernels/predict.py" in files and "xmlkernels/no_more.py" not in files
+    assert "xmlkernels/predict/model.py" in files and "xmlkernels/no_more.py" not in files
 
     for place in ("lib", *(p.name for p in (sources / "build").glob("lib*"))):
         stale = sources / "build" / place / "xmlkernels" / "_cpu.so"

@@ -22,8 +22,7 @@ from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.restore import restored
 from xmlkernels.models.running_mean import MeanSettings
 from xmlkernels.nn import cascade_level, placement
-
-import build  # isort: skip  # train_runs has put train/ on the path
+from xmlkernels.training import build
 
 CPU = torch.device("cpu")
 MODELS = {

@@ -7,8 +7,8 @@ import pytest
 import torch
 from cascade_common import LABELS, Twin, make_batch, make_model
 
-from xmlkernels.models.cascade_scores import logit_of_log
 from xmlkernels.models.cascade_state import saved_tree
+from xmlkernels.models.descent import logit_of_log
 from xmlkernels.nn.cascade_heads import CascadeHeads
 
 

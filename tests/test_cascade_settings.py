@@ -9,9 +9,8 @@ from train_runs import ROOT, Config, check
 
 from xmlkernels import InputError
 from xmlkernels.models.cascade_training import CascadeTraining
-
-from checks import OF_CASCADE  # isort: skip  # train_runs has put train/ on the path
-from checks import flag as flag_of  # isort: skip
+from xmlkernels.training.checks import OF_CASCADE
+from xmlkernels.training.checks import flag as flag_of
 
 CASCADE = {"model": "cascade", "tree_depths": (3, 6)}
 

@@ -16,7 +16,7 @@ from xmlkernels.checkpoint import CheckpointFolder, save
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.nn.encoder import Encoder
-from xmlkernels.predict import Predictor
+from xmlkernels.predict.model import Predictor
 
 from tiny_tokenizer import WORDS, make_tokenizer  # isort: skip  # train_runs has put tests/data on the path
 

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_runs import RECIPES, ROOT, Config
+from train_runs import RECIPES, Config
 
 from xmlkernels import InputError
+from xmlkernels.cli import arguments
+from xmlkernels.cli.flags import flags_of
 from xmlkernels.data.prepare import PrepareConfig
+from xmlkernels.training.ranker import RankerConfig
+from xmlkernels.training.tree import TreeConfig
 
-import arguments  # isort: skip  # train_runs has put train/ on the path
-from flags import flags_of  # isort: skip
-
-COMMANDS = {"prepare": PrepareConfig} | {
-    name: import_module(name).Options for name in ("tree", "predict", "ranker", "ensemble", "export")
+COMMANDS = {"prepare": PrepareConfig, "tree": TreeConfig, "rank": RankerConfig} | {
+    name: import_module(f"xmlkernels.cli.{name}").Options for name in ("predict", "ensemble", "export")
 }
 PLACED = ("tree", "ensemble")
 
@@ -24,9 +25,9 @@ PLACED = ("tree", "ensemble")
 def mistake(*words: str, of: str = "") -> str:
     with pytest.raises(InputError) as told:
         if of:
-            arguments.parse(COMMANDS[of], f"train/{of}.py", "", positional=of in PLACED, words=words)
+            arguments.parse(COMMANDS[of], f"xmlkernels {of}", "", positional=of in PLACED, words=words)
         else:
-            arguments.parse_named(RECIPES, "recipe", "train/run.py", "", words)
+            arguments.parse_named(RECIPES, "recipe", "xmlkernels train", "", words)
     text = str(told.value)
     assert "\n" not in text and not set("│╭─") & set(text), text
     return text
@@ -34,11 +35,11 @@ def mistake(*words: str, of: str = "") -> str:
 
 def test_values_are_read() -> None:
     words = ("cascade-tiny", "--topk", "3", "9", "--encoder_lr=0.5", "--no-label-text", "--layers", "1,2", "2", "2")
-    config: Config = arguments.parse_named(RECIPES, "recipe", "train/run.py", "", words)
+    config: Config = arguments.parse_named(RECIPES, "recipe", "xmlkernels train", "", words)
     assert (config.topk, config.encoder_lr, config.label_text, config.layers) == ((3, 9), 0.5, False, ("1,2", "2", "2"))
     assert config.output == "runs/cascade-tiny" and config.epochs == 8  # the recipe's
     ranker: Any = arguments.parse(
-        COMMANDS["ranker"], "", "", words=("--dataset", "d", "--output", "o", "--cost", "2", "--share", "0.5", "--no-tfidf")
+        COMMANDS["rank"], "", "", words=("--dataset", "d", "--output", "o", "--cost", "2", "--share", "0.5", "--no-tfidf")
     )
     assert (ranker.training.cost, ranker.share, ranker.tfidf) == (2.0, 0.5, False)
     tree: Any = arguments.parse(COMMANDS["tree"], "", "", positional=True, words=("folder", "--depths", "2", "4"))
@@ -50,7 +51,7 @@ def test_values_are_read() -> None:
     [
         (("bow",), "did you mean bow-docstrings, bow-eurlex57k-titles or bow-debian-deps?"),
         (("cascade-tny",), "did you mean cascade-tiny"),
-        (("unlike-any",), "cascade-… (15); train/run.py --help tells of each"),
+        (("unlike-any",), "cascade-… (15); xmlkernels train --help tells of each"),
         ((), "expected a recipe, got none; choose one of demo, docstrings"),
         (("tiny", "--learning-rate", "3"), "did you mean --encoder-lr or --table-lr?"),
         (("tiny", "--epoch=3"), "--epoch: expected a flag of this command, got none of that name; did you mean --epochs?"),
@@ -70,7 +71,7 @@ def test_mistakes_of_a_run(words: tuple[str, ...], expected: str) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_mistakes_of_every_command(name: str) -> None:
     assert "did you mean --output?" in mistake("--outptu", "x", of=name)
-    assert f"train/{name}.py --help lists them" in mistake("--zzzz", of=name)
+    assert f"xmlkernels {name} --help lists them" in mistake("--zzzz", of=name)
     required = {"prepare": "--output", "tree": "DATASET", "ranker": "--dataset", "export": "--checkpoint"}
     if name in required:
         assert mistake(of=name).startswith(f"{required[name]}: expected ")
@@ -94,9 +95,9 @@ def test_help_tells_of_every_flag_and_no_comment(name: str, capsys: pytest.Captu
     kind = COMMANDS.get(name, Config)
     with pytest.raises(SystemExit) as ended:
         if name == "run":
-            arguments.parse_named(RECIPES, "recipe", "train/run.py", "", ("tiny", "--help"))
+            arguments.parse_named(RECIPES, "recipe", "xmlkernels train", "", ("tiny", "--help"))
         else:
-            arguments.parse(kind, f"train/{name}.py", "What it does.", positional=name in PLACED, words=["--help"])
+            arguments.parse(kind, f"xmlkernels {name}", "What it does.", positional=name in PLACED, words=["--help"])
     shown = capsys.readouterr().out
     assert ended.value.code == 0 and "----" not in shown
     for flag in flags_of(kind, positional=name in PLACED):
@@ -114,7 +115,7 @@ def test_help_tells_of_every_flag_and_no_comment(name: str, capsys: pytest.Captu
 def test_help_of_recipes_and_of_one_flag(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--help"], ["tiny", "--help", "--rw-loss"]):
         with pytest.raises(SystemExit):
-            arguments.parse_named(RECIPES, "recipe", "train/run.py", "Trains.", words)
+            arguments.parse_named(RECIPES, "recipe", "xmlkernels train", "Trains.", words)
     shown = capsys.readouterr().out
     assert all(f"  {name}" in shown for name in RECIPES)
     assert "weights in proportion to the candidates" in " ".join(shown.split()) and "--epochs N" not in shown
@@ -122,7 +123,7 @@ def test_help_of_recipes_and_of_one_flag(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_mistake_ends_with_2(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "train" / "tree.py"), "--thread", "1"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-m", "xmlkernels", "tree", "--thread", "1"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: --thread: expected a flag of this command") and "--threads?" in done.stderr
@@ -136,7 +137,7 @@ def test_the_demo_takes_no_flags(
     """It trains for minutes: not where somebody asked what it is."""
     demo = import_module("demo")
     monkeypatch.setattr(demo, "main", lambda: pytest.fail("the demo began"))
-    monkeypatch.setattr(sys, "argv", ["train/demo.py", *words])
+    monkeypatch.setattr(sys, "argv", ["xmlkernels demo", *words])
     with pytest.raises(SystemExit if words == ("--help",) else InputError):
         demo.asked()
     assert ("baseline" in capsys.readouterr().out) == (words == ("--help",))

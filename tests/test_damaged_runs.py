@@ -16,10 +16,9 @@ from train_runs import ROOT, Config, make_dataset, run, threads_kept, tiny, weig
 
 from xmlkernels import InputError
 from xmlkernels.checkpoint import CheckpointFolder
-from xmlkernels.predict import CheckpointWarning, Predictor
-
-from config import began_with  # isort: skip  # train_runs has put train/ on the path
-from session import Session  # isort: skip
+from xmlkernels.predict.model import CheckpointWarning, Predictor
+from xmlkernels.training.config import began_with
+from xmlkernels.training.session import Session
 
 V1 = ROOT / "tests" / "fixtures" / "v1"
 TEXTS = ["w0 w1 w2", "w30 w31", ""]

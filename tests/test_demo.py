@@ -11,12 +11,11 @@ import pytest
 from train_runs import Config, make_dataset, run, tiny
 
 from xmlkernels.checkpoint import CheckpointFolder
-from xmlkernels.data import docstrings
+from xmlkernels.cli import demo
+from xmlkernels.data import corpus as docstrings
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.errors import InputError
-
-import demo  # isort: skip  # train_runs has put train/ on the path
-import sources  # isort: skip
+from xmlkernels.training import inputs as sources
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +114,13 @@ def test_the_whole_demo_twice(
     monkeypatch.setattr(demo, "train", train)
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "config.json").write_text(json.dumps(asdict(config)))
-    demo.main()
+    demo.run()
     first = capsys.readouterr().out
     assert "TF-IDF baseline: measured now" in first and "holds this run unfinished" in first
     assert "a linear ranker of" in first and f"--checkpoint {config.output} --ranker {config.output}-ranker" in first
     monkeypatch.setattr(demo, "KNNBaseline", lambda *_: pytest.fail("the baseline was measured again"))
     monkeypatch.setattr(demo, "train_ranker", lambda _: pytest.fail("the ranker was trained again"))
-    demo.main()
+    demo.run()
     second = capsys.readouterr().out
     assert len(trained) == 1 and "nothing to train" in second and "TF-IDF baseline: measured beside this run" in second
     tables = [
@@ -175,6 +174,9 @@ def test_a_corpus_made_now_is_not_told_as_used_again(
 def test_the_hint_names_the_interpreter_in_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
-    assert demo.python() == os.path.join(".venv", "bin", "python")
-    monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
-    assert demo.python() == "/usr/bin/python3"
+    assert demo.typed("predict") == os.path.join(".venv", "bin", "python") + " -m xmlkernels predict"
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "xmlkernels").touch()
+    assert demo.typed("predict") == os.path.join(".venv", "bin", "xmlkernels") + " predict"
+    monkeypatch.setattr(sys, "executable", "/nowhere/bin/python3")
+    assert demo.typed("predict") == "/nowhere/bin/python3 -m xmlkernels predict"

@@ -15,7 +15,7 @@ from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.cascade_level import CascadeLevel
 from xmlkernels.nn.dense_level import DenseLevel
 from xmlkernels.planner import Table, plan
-from xmlkernels.predict import Predictor
+from xmlkernels.predict.model import Predictor
 
 BETA2, EPSILON = 0.999, 1e-8
 

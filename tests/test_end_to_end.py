@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from xmlkernels import InputError
-from xmlkernels.data.loader import Batch
+from xmlkernels.data.batches.tokens import Batch
 from xmlkernels.models.end_to_end import EndToEnd, Training
 from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.sparse
-from train_runs import LABELS, ROOT, make_dataset
+from train_runs import LABELS, make_dataset
 
 from xmlkernels import InputError
+from xmlkernels.cli import ensemble as command
 from xmlkernels.data.dataset import Dataset, Split
-from xmlkernels.data.formats import write_npz, write_sparse
+from xmlkernels.data.formats.labels import write_npz, write_sparse
 from xmlkernels.metrics import evaluate, inverse_propensity
-
-import ensemble as command  # isort: skip  # train_runs has put train/ on the path
 
 TEST_DOCUMENTS = 50
 
@@ -239,7 +238,7 @@ def test_files_that_cannot_be_used(files: tuple[str, str], folder: Path, tmp_pat
 
 
 def test_the_command(files: tuple[str, str], folder: Path) -> None:
-    words = [sys.executable, str(ROOT / "train" / "ensemble.py"), *files, "--dataset", str(folder)]
+    words = [sys.executable, "-m", "xmlkernels", "ensemble", *files, "--dataset", str(folder)]
     good = subprocess.run([*words, "--weights", "2", "1"], capture_output=True, text=True, timeout=120)
     assert good.returncode == 0, good.stderr
     assert "PSnDCG@5" in good.stdout and "sum" in good.stdout

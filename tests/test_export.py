@@ -9,12 +9,11 @@ import scipy.sparse
 from train_runs import LABELS, cascade, make_dataset, make_tokenizer, make_tree, run, tiny, write_part
 
 from xmlkernels import InputError
+from xmlkernels.cli import export as command
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.evaluation import predict_split
-from xmlkernels.predict import Predictor
-
-import export as command  # isort: skip  # train_runs has put train/ on the path
+from xmlkernels.predict.model import Predictor
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,11 @@ from safetensors.torch import load_file, save_file
 from train_runs import make_dataset, run, tiny
 
 from xmlkernels import InputError
+from xmlkernels.cli import predict as command
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.nn.encoder import Encoder
-from xmlkernels.predict import Predictor
-
-import predict as command  # isort: skip  # train_runs has put train/ on the path
+from xmlkernels.predict.model import Predictor
 
 V1 = Path(__file__).parent / "fixtures" / "v1"
 CODE = """

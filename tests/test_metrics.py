@@ -210,7 +210,7 @@ def test_top_rows_from_csr_by_blocks(monkeypatch):
     dense = np.round(rng.random((50, 20)), 1)
     values, rows = metrics.top_rows_from_csr(csr_matrix(dense), 6)
     np.testing.assert_array_equal(rows, np.argsort(-dense, axis=1, kind="stable")[:, :6])
-    monkeypatch.setattr("xmlkernels.ranking._BLOCK", 30)
+    monkeypatch.setattr("xmlkernels.topk._BLOCK", 30)
     np.testing.assert_array_equal(metrics.top_rows_from_csr(csr_matrix(dense), 6)[1], rows)
 
 

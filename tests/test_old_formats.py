@@ -17,11 +17,10 @@ import torch
 from train_runs import Config, run, weights
 
 from xmlkernels.data.dataset import Dataset
-from xmlkernels.predict import Predictor
-from xmlkernels.ranked import RankedPredictor
+from xmlkernels.predict.model import Predictor
+from xmlkernels.predict.ranked import RankedPredictor
+from xmlkernels.training.config import began_with
 from xmlkernels.tree.label_tree import LabelTree
-
-from config import began_with  # isort: skip  # train_runs has put train/ on the path
 
 V1 = Path(__file__).parent / "fixtures" / "v1"
 EXPECTED: dict[str, Any] = json.loads((V1 / "expected.json").read_text())

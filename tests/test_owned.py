@@ -8,8 +8,7 @@ import pytest
 from train_runs import finished_run, make_dataset, run, tiny
 
 from xmlkernels import InputError
-
-import owned  # isort: skip  # train_runs has put train/ on the path
+from xmlkernels.training import owned
 
 MINE = "ten years of work"
 

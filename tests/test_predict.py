@@ -17,12 +17,12 @@ import pytest
 import scipy.sparse
 import torch
 from damage import without_checksums
-from train_runs import LABELS, ROOT, finished_run, make_dataset
+from train_runs import LABELS, finished_run, make_dataset
 
 from xmlkernels import InputError
+from xmlkernels.cli import predict as command
+from xmlkernels.data.batches.tokens import Batches
 from xmlkernels.data.dataset import Dataset, Split
-from xmlkernels.data.files import DataWarning
-from xmlkernels.data.loader import Batches
 from xmlkernels.evaluation import (
     _excluded,
     embed_split,
@@ -31,9 +31,8 @@ from xmlkernels.evaluation import (
     predict_split,
     score_matrix,
 )
-from xmlkernels.predict import CheckpointWarning, Label, Predictor
-
-import predict as command  # isort: skip  # train_runs has put train/ on the path
+from xmlkernels.files import DataWarning
+from xmlkernels.predict.model import CheckpointWarning, Label, Predictor
 
 # Lengths differ much and in no order, so that batches of like length are not batches of neighbours.
 TEXTS = [" ".join(f"w{(7 * i + j) % 90}" for j in range(1 + (5 * i) % 13)) for i in range(41)]
@@ -291,7 +290,7 @@ def test_broken_utf8_on_standard_input_is_counted_and_told_once(
 
 def test_lines_are_answered_one_by_one_and_a_closed_pipe_ends_it_quietly(finished: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train" / "predict.py"), "--checkpoint", str(finished), "--input", "-", "--threads", "1"],
+        [sys.executable, "-m", "xmlkernels", "predict", "--checkpoint", str(finished), "--input", "-", "--threads", "1"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None

@@ -1,4 +1,4 @@
-"""train/predict.py: what it reads texts from, ids that come back, pairs that are never predicted, and its output's encoding."""
+"""xmlkernels predict: what it reads texts from, ids that come back, pairs that are never predicted, and its output's encoding."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ import scipy.sparse
 from train_runs import ROOT, make_dataset, run, tiny
 
 from xmlkernels import InputError
+from xmlkernels.cli import console as report
+from xmlkernels.cli import predict as command
+from xmlkernels.cli.arguments import parse
+from xmlkernels.cli.filters import Barred
+from xmlkernels.cli.texts import Texts, lines_of, paired
 from xmlkernels.data.inputs import TextParts
-from xmlkernels.predict import Label, Predictor
-
-import predict as command  # isort: skip  # train_runs has put train/ on the path
-import report  # isort: skip
-from arguments import parse  # isort: skip
-from filters import Barred  # isort: skip
-from texts import Texts, lines_of, paired  # isort: skip
+from xmlkernels.predict.model import Label, Predictor
 
 RUN = ROOT / "tests" / "fixtures" / "v1" / "run"  # 30 labels
 PLAIN = TextParts()

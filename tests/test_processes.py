@@ -17,9 +17,9 @@ from test_end_to_end import make_batch, make_model
 from torch import Tensor
 
 from xmlkernels import InputError, dist
-from xmlkernels.data.loader import BagBatch, BagBatches, Batch
+from xmlkernels.data.batches.tokens import BagBatch, BagBatches, Batch
 from xmlkernels.evaluation import embed_split, evaluate_split, evaluation_batches, predict_split
-from xmlkernels.models.common import Model
+from xmlkernels.models.base import Model
 from xmlkernels.models.end_to_end import EndToEnd, Training
 from xmlkernels.models.running_mean import MeanSettings
 from xmlkernels.nn.bow import BowEncoder

@@ -15,9 +15,9 @@ import torch
 from scipy.sparse import csr_matrix
 from train_runs import cascade, make_dataset, make_tree, run, threads_kept, tiny
 
-import progress  # isort: skip  # train_runs has put train/ on the path
-import run as command  # isort: skip
-from progress import Frequencies, Progress, duration  # isort: skip
+from xmlkernels.cli import train as command
+from xmlkernels.training import progress
+from xmlkernels.training.progress import Frequencies, Progress, duration
 
 
 @pytest.fixture(scope="module")
@@ -125,17 +125,16 @@ def test_a_finished_run_names_the_next_command(
     output = tmp_path / "run"
     config = tiny(dataset, output, epochs=1)
     monkeypatch.setattr(command, "RECIPES", {"tiny": ("", config)})
-    monkeypatch.setattr("sys.argv", ["train/run.py", "tiny", "--epochs", "1"])
     with threads_kept():
-        command.main()
+        command.main(["tiny", "--epochs", "1"])
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("ask it: ") and f"train/predict.py --checkpoint {output} --text" in last
+    assert last.startswith("ask it: ") and f"xmlkernels predict --checkpoint {output} --text" in last
 
 
 def test_a_reader_that_leaves_ends_a_command_with_141() -> None:
     """`… | head`: rich would end it with status 1."""
-    code = "import report; report.command(lambda: [report.say('a line ' * 1000) for _ in range(1000)])"
-    paths = os.pathsep.join(str(Path(__file__).parents[1] / part) for part in ("train", "."))
+    code = "from xmlkernels.cli import console as report; report.command(lambda: [report.say('a line ' * 1000) for _ in range(1000)])"
+    paths = str(Path(__file__).parents[1])
     process = subprocess.Popen(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

@@ -12,16 +12,15 @@ from ranker_runs import options
 from train_runs import LABELS, finished_run, make_dataset, make_tree, run, tiny
 
 from xmlkernels import InputError
-from xmlkernels.data.bow import Vectorizer
+from xmlkernels.cli import ensemble
+from xmlkernels.cli import predict as command
 from xmlkernels.data.dataset import Dataset
-from xmlkernels.data.formats import read_npz, write_npz
-from xmlkernels.predict import Predictor, checkpoint_identity
-from xmlkernels.ranked import Forest, RankedPredictor
+from xmlkernels.data.formats.labels import read_npz, write_npz
+from xmlkernels.data.vectorizer import Vectorizer
+from xmlkernels.predict.model import Predictor, checkpoint_identity
+from xmlkernels.predict.ranked import Forest, RankedPredictor
 from xmlkernels.ranker.blend import Reranker
-
-import ensemble  # isort: skip  # train_runs has put train/ on the path
-import predict as command  # isort: skip
-import ranker  # isort: skip
+from xmlkernels.training import ranker
 
 PARTS = {"train": "trn", "validation": "val", "test": "tst"}
 
@@ -50,7 +49,7 @@ def made(folder: Path, finished: Path, tmp_path_factory: pytest.TempPathFactory)
         "shortlist": {"checkpoint": str(finished), "embedding": False, "blend": "product", "share": 0.7},
         "embedding": {"checkpoint": str(finished), "tfidf": False, "share": 0.5},
     }.items():
-        ranker.train(options(folder, at / name, **changes))
+        ranker.train_ranker(options(folder, at / name, **changes))
     return at
 
 
@@ -114,10 +113,10 @@ def test_one_text(made: Path, finished: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_forest_is_the_mean_of_its_rankers(folder: Path, made: Path, asked: Path, tmp_path: Path) -> None:
-    """What train/ensemble.py makes of the rankers' predictions of the split, where these are not cut."""
+    """What xmlkernels ensemble makes of the rankers' predictions of the split, where these are not cut."""
     for seed in range(3):
         tree = make_tree(folder, tmp_path / f"tree{seed}.safetensors", seed)
-        ranker.train(options(folder, tmp_path / str(seed), tree=str(tree), beam=2 + seed, top_k=LABELS))
+        ranker.train_ranker(options(folder, tmp_path / str(seed), tree=str(tree), beam=2 + seed, top_k=LABELS))
     forest = tuple(str(tmp_path / str(seed)) for seed in range(3))
     summed = str(tmp_path / "sum.npz")
     ensemble.run(ensemble.Options(tuple(f"{name}/predictions.npz" for name in forest), str(folder), output=summed))
@@ -180,7 +179,7 @@ def test_rankers_that_are_not_whole(folder: Path, made: Path, tmp_path: Path) ->
     vectorizer = Vectorizer.load(made / "all" / "vectorizer")
     for name, split in Dataset.open(folder).splits.items():
         write_npz(tmp_path / f"{name}.npz", vectorizer.transform(split.texts))
-    ranker.train(options(folder, tmp_path / "ready", one_vs_all=True, features=str(tmp_path)))
+    ranker.train_ranker(options(folder, tmp_path / "ready", one_vs_all=True, features=str(tmp_path)))
     with pytest.raises(InputError, match="expected a ranker of texts, got one of ready features"):
         RankedPredictor.load(tmp_path / "ready")
 

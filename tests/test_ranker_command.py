@@ -1,4 +1,4 @@
-"""train/ranker.py on a small trained run: what it writes, what it takes again, and one sentence for every mistake."""
+"""xmlkernels rank on a small trained run: what it writes, what it takes again, and one sentence for every mistake."""
 
 import json
 import os
@@ -14,22 +14,20 @@ import numpy as np
 import pytest
 from ranker_runs import SMALL, options
 from scipy.sparse import csr_matrix
-from train_runs import LABELS, ROOT, finished_run, make_dataset, make_tree, run, tiny
+from train_runs import LABELS, finished_run, make_dataset, make_tree, run, tiny
 
 from xmlkernels import InputError
-from xmlkernels.data.bow import Vectorizer
+from xmlkernels.cli import ensemble, export
 from xmlkernels.data.dataset import Dataset
-from xmlkernels.data.formats import read_npz, write_npz
+from xmlkernels.data.formats.labels import read_npz, write_npz
+from xmlkernels.data.vectorizer import Vectorizer
 from xmlkernels.evaluation import predict_split, score_matrix
 from xmlkernels.metrics import evaluate, inverse_propensity
-from xmlkernels.predict import Predictor
+from xmlkernels.predict.model import Predictor
 from xmlkernels.ranker.blend import Reranker, best
+from xmlkernels.training import ranker as command
+from xmlkernels.training import ranker_inputs
 from xmlkernels.tree.label_tree import LabelTree
-
-import ensemble  # isort: skip  # train_runs has put train/ on the path
-import export  # isort: skip
-import ranker as command  # isort: skip
-import ranker_inputs  # isort: skip
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +47,7 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(folder: Path, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     output = tmp_path_factory.mktemp("ranker")
-    return output, command.train(options(folder, output, checkpoint=str(finished)))
+    return output, command.train_ranker(options(folder, output, checkpoint=str(finished)))
 
 
 def test_ranker_beside_the_plain_model(trained: tuple[Path, dict[str, Any]], folder: Path, finished: Path) -> None:
@@ -95,10 +93,10 @@ def test_inputs_are_taken_again_for_the_same_checkpoint_alone(
 ) -> None:
     output, report = trained
     monkeypatch.setattr(ranker_inputs, "Predictor", None)  # a second pass of the model would fail
-    again = command.train(options(folder, output, checkpoint=str(finished)))
+    again = command.train_ranker(options(folder, output, checkpoint=str(finished)))
     assert again["test"] == report["test"]
     with pytest.raises(AttributeError):
-        command.train(options(folder, output, checkpoint=str(finished), shortlist=5))
+        command.train_ranker(options(folder, output, checkpoint=str(finished), shortlist=5))
 
 
 @pytest.mark.parametrize("name", ["embeddings_test.npy", "shortlist_val.npz", "inputs.json"])
@@ -134,10 +132,10 @@ def test_wrong_texts_are_told_before_the_model_runs(
     parts = {"train_text": "trn", "validation_text": "val", "test_text": "val"}
     texts = {name: str(folder.parent / f"{part}_X.txt") for name, part in parts.items()}
     with pytest.raises(InputError, match="expected 50 lines, the documents of test, got 40"):
-        command.train(options(folder, tmp_path, checkpoint=str(finished), **texts))
+        command.train_ranker(options(folder, tmp_path, checkpoint=str(finished), **texts))
     monkeypatch.setattr(command, "load_tfidf", None)  # and so would TF-IDF, which is not made for nothing
     with pytest.raises(InputError, match="nowhere"):
-        command.train(options(folder, tmp_path, checkpoint=str(tmp_path / "nowhere")))
+        command.train_ranker(options(folder, tmp_path, checkpoint=str(tmp_path / "nowhere")))
 
 
 @pytest.mark.parametrize(("words", "passes"), [(1, 2), (2, 5)])
@@ -156,7 +154,7 @@ def test_a_bag_of_words_takes_the_tfidf_of_the_same_vocabulary(
 
     monkeypatch.setattr(Vectorizer, "transform", counted)
     wanted = options(folder, tmp_path / "ranker", checkpoint=str(tmp_path / "bow"), embedding=False)
-    report = command.train(wanted)
+    report = command.train_ranker(wanted)
     assert len(calls) == passes
     predictor, inputs = Predictor.load(tmp_path / "bow"), tmp_path / "ranker" / "inputs"
     for name, split in Dataset.open(folder).splits.items():
@@ -165,9 +163,9 @@ def test_a_bag_of_words_takes_the_tfidf_of_the_same_vocabulary(
         assert np.array_equal(found.indices, expected.indices) and np.allclose(found.data, expected.data, atol=1e-5)
     assert not list(inputs.glob("*.npy"))  # no embedding, no file of one
     monkeypatch.setattr(ranker_inputs, "Predictor", None)  # a second pass of the model would fail
-    assert command.train(wanted)["test"] == report["test"]
+    assert command.train_ranker(wanted)["test"] == report["test"]
     with pytest.raises(AttributeError):  # but an embedding is not there
-        command.train(replace(wanted, embedding=True))
+        command.train_ranker(replace(wanted, embedding=True))
 
 
 def test_given_share_and_no_embedding(
@@ -176,34 +174,34 @@ def test_given_share_and_no_embedding(
     output, _ = trained
     monkeypatch.setattr(ranker_inputs, "Predictor", None)  # kept inputs with an embedding serve those who want none
     changed = options(folder, output, checkpoint=str(finished), share=0.0, embedding=False)
-    report = command.train(changed)
+    report = command.train_ranker(changed)
     assert report["test"]["both"] == report["test"]["plain model"] and report["share"] == 0
     assert Reranker.load(output / "ranker.safetensors").ranker.dense.shape == (LABELS, 0)
-    report = command.train(replace(changed, embedding=True, tfidf=False, share=1.0, min_df=2, longest=2))
+    report = command.train_ranker(replace(changed, embedding=True, tfidf=False, share=1.0, min_df=2, longest=2))
     assert report["test"]["both"] == report["test"]["ranker"] and report["weights_per_label"] == 0
 
 
 def test_tfidf_alone_one_vs_all_and_by_clusters(folder: Path, tmp_path: Path) -> None:
-    whole = command.train(options(folder, tmp_path, one_vs_all=True))
+    whole = command.train_ranker(options(folder, tmp_path, one_vs_all=True))
     assert list(whole["test"]) == ["ranker"] and whole["test"]["ranker"]["P@1"] > 80
     dataset = Dataset.open(folder)
     tree = LabelTree.from_partitions([np.arange(LABELS) // 10, np.arange(LABELS) // 5], {"dataset": dataset.content_hash})
     tree.save(tmp_path / "tree.safetensors")
-    report = command.train(options(folder, tmp_path / "by_tree", tree=str(tmp_path / "tree.safetensors"), beam=3))
+    report = command.train_ranker(options(folder, tmp_path / "by_tree", tree=str(tmp_path / "tree.safetensors"), beam=3))
     assert report["test"]["both"]["P@1"] > 80 > report["test"]["clusters alone"]["P@1"]
     assert sorted(p.name for p in (tmp_path / "by_tree" / "clusters").iterdir()) == ["level0.safetensors", "level1.safetensors"]
     (tmp_path / "other").mkdir()
     LabelTree.from_partitions([np.arange(LABELS) // 10], {"dataset": "another"}).save(tmp_path / "other")
     with pytest.raises(InputError, match="a tree of the dataset"):
-        command.train(options(folder, tmp_path / "x", tree=str(tmp_path / "other")))
+        command.train_ranker(options(folder, tmp_path / "x", tree=str(tmp_path / "other")))
 
 
 def test_a_forest_is_the_sum_of_rankers_on_trees_of_their_own(folder: Path, tmp_path: Path) -> None:
-    """train/ensemble.py sums their predictions: every file and the sum with every metric, filtered pairs in none of them."""
+    """xmlkernels ensemble sums their predictions: every file and the sum with every metric, filtered pairs in none of them."""
     files, alone = [], []
     for seed in range(3):
         tree = make_tree(folder, tmp_path / f"tree{seed}.safetensors", seed)
-        report = command.train(options(folder, tmp_path / str(seed), tree=str(tree), beam=2))
+        report = command.train_ranker(options(folder, tmp_path / str(seed), tree=str(tree), beam=2))
         files.append(str(tmp_path / str(seed) / "predictions.npz"))
         alone.append(report["test"]["both"])
     measured = ensemble.run(ensemble.Options(tuple(files), str(folder), output=str(tmp_path / "sum.npz")))
@@ -220,23 +218,23 @@ def test_a_forest_is_the_sum_of_rankers_on_trees_of_their_own(folder: Path, tmp_
 
 def test_texts_and_features_from_files(folder: Path, tmp_path: Path) -> None:
     """The dataset's own texts give the same figures from its files, and as ready features."""
-    whole = command.train(options(folder, tmp_path / "a", one_vs_all=True))
+    whole = command.train_ranker(options(folder, tmp_path / "a", one_vs_all=True))
     raw = folder.parent
     names = {"train": "trn", "validation": "val", "test": "tst"}
     texts = {f"{name}_text": str(raw / f"{part}_X.txt") for name, part in names.items()}
-    assert command.train(options(folder, tmp_path / "b", one_vs_all=True, **texts))["test"] == whole["test"]
+    assert command.train_ranker(options(folder, tmp_path / "b", one_vs_all=True, **texts))["test"] == whole["test"]
     vectorizer = Vectorizer.load(tmp_path / "a" / "vectorizer")
     for name, split in Dataset.open(folder).splits.items():
         write_npz(tmp_path / f"{name}.npz", vectorizer.transform(split.texts))
     ready = options(folder, tmp_path / "c", one_vs_all=True, features=str(tmp_path))
-    assert command.train(ready)["test"] == whole["test"]
+    assert command.train_ranker(ready)["test"] == whole["test"]
     write_npz(tmp_path / "val.npz", csr_matrix((3, len(vectorizer)), dtype=np.float32))
     with pytest.raises(InputError, match=r"val\.npz: expected 40 rows, got 3"):
-        command.train(ready)
+        command.train_ranker(ready)
     with pytest.raises(InputError, match="expected 50 lines, the documents of test, got 40"):
-        command.train(options(folder, tmp_path / "d", one_vs_all=True, **(texts | {"test_text": texts["validation_text"]})))
+        command.train_ranker(options(folder, tmp_path / "d", one_vs_all=True, **(texts | {"test_text": texts["validation_text"]})))
     with pytest.raises(InputError, match="--test-text: expected a file"):
-        command.train(options(folder, tmp_path / "d", one_vs_all=True, **(texts | {"test_text": ""})))
+        command.train_ranker(options(folder, tmp_path / "d", one_vs_all=True, **(texts | {"test_text": ""})))
 
 
 def test_without_pairs() -> None:
@@ -275,18 +273,18 @@ def test_without_pairs() -> None:
 )
 def test_options_that_cannot_be_used(folder: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        command.train(options(folder, tmp_path, **changes))
+        command.train_ranker(options(folder, tmp_path, **changes))
 
 
 def test_outputs_that_cannot_be_used(folder: Path, finished: Path, tmp_path: Path) -> None:
     kept = (finished / "metrics.json").read_bytes()
     with pytest.raises(InputError, match=r"--output: expected a folder of its own, got .* which holds a run \(config\.json\)"):
-        command.train(options(folder, finished, checkpoint=str(finished)))
+        command.train_ranker(options(folder, finished, checkpoint=str(finished)))
     assert (finished / "metrics.json").read_bytes() == kept
     (tmp_path / "file").touch()
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(InputError, match="--output: expected a folder, or a name for a new one"):
-            command.train(options(folder, output, one_vs_all=True))
+            command.train_ranker(options(folder, output, one_vs_all=True))
         with pytest.raises(InputError, match="--output: expected a folder"):
             export.export(export.Options(str(finished), str(output), what="embeddings"))
 
@@ -295,22 +293,22 @@ def test_an_interrupted_ranker_leaves_no_old_figures(folder: Path, tmp_path: Pat
     (tmp_path / "metrics.json").write_text('{"dataset_hash": "", "seconds": {}}')
     monkeypatch.setattr(command, "fit", None)
     with pytest.raises(TypeError):
-        command.train(options(folder, tmp_path, one_vs_all=True))
+        command.train_ranker(options(folder, tmp_path, one_vs_all=True))
     assert not (tmp_path / "metrics.json").exists()
 
 
 def test_datasets_that_do_not_fit(finished: Path, tmp_path: Path) -> None:
     lone = make_dataset(tmp_path / "lone", splits=("train", "test"))
     with pytest.raises(InputError, match="expected a validation split, to choose the ranker's share on"):
-        command.train(options(lone, tmp_path / "a", checkpoint=str(finished)))
+        command.train_ranker(options(lone, tmp_path / "a", checkpoint=str(finished)))
     with pytest.raises(InputError, match="keep-texts"):
-        command.train(options(lone, tmp_path / "a", one_vs_all=True))
+        command.train_ranker(options(lone, tmp_path / "a", one_vs_all=True))
 
 
 def test_the_command(folder: Path, tmp_path: Path) -> None:
     words = [
         sys.executable,
-        str(ROOT / "train" / "ranker.py"),
+        "-m", "xmlkernels", "rank",
         "--dataset",
         str(folder),
         "--output",

@@ -11,8 +11,8 @@ from cascade_common import make_model as make_cascade
 from torch import nn
 
 from xmlkernels import InputError
+from xmlkernels.models.base import Documents
 from xmlkernels.models.cascade import Cascade
-from xmlkernels.models.common import Documents
 from xmlkernels.models.end_to_end import EndToEnd, Training
 from xmlkernels.models.running_mean import MeanSettings, RunningMean
 from xmlkernels.nn.encoder import Encoder

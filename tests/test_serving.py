@@ -15,15 +15,14 @@ from train_runs import ROOT, finished_run, make_dataset, run, tiny
 
 from xmlkernels import InputError
 from xmlkernels.checkpoint import CheckpointFolder, save
+from xmlkernels.cli import console as report
+from xmlkernels.cli import predict
 from xmlkernels.models.end_to_end import EndToEnd
 from xmlkernels.models.restore import check_finite
-from xmlkernels.predict import Predictor
-from xmlkernels.ranked import Forest, RankedPredictor
+from xmlkernels.predict.model import Predictor
+from xmlkernels.predict.ranked import Forest, RankedPredictor
 from xmlkernels.threads import torch_threads
-
-import predict  # isort: skip  # train_runs has put train/ on the path
-import ranker  # isort: skip
-import report  # isort: skip
+from xmlkernels.training import ranker
 
 WORDS = 90  # of the small dataset
 
@@ -49,7 +48,7 @@ def bags(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranked(dataset: Path, tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("rankers") / "model"
-    ranker.train(options(dataset, output, checkpoint=str(tokens)))
+    ranker.train_ranker(options(dataset, output, checkpoint=str(tokens)))
     return output
 
 
@@ -60,8 +59,8 @@ def ranked(dataset: Path, tokens: Path, tmp_path_factory: pytest.TempPathFactory
 SERVER = """
 import multiprocessing, os, sys, warnings
 import numpy, scipy.linalg, sklearn.feature_extraction.text, torch, transformers
-from xmlkernels.predict import Predictor
-from xmlkernels.ranked import Forest, RankedPredictor
+from xmlkernels.predict.model import Predictor
+from xmlkernels.predict.ranked import Forest, RankedPredictor
 
 warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: a process of several threads forks
 tokens, bags, ranked = sys.argv[1:]

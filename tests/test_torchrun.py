@@ -11,14 +11,13 @@ import torch
 from train_runs import ROOT, make_dataset
 
 from xmlkernels import InputError, dist
-
-import report  # isort: skip  # train_runs has put train/ on the path
+from xmlkernels.cli import console as report
 
 FAILING = """
 import sys
-sys.path[:0] = [{root!r}, {train!r}]
+sys.path[:0] = [{root!r}]
 import torch
-from report import command
+from xmlkernels.cli.console import command
 from xmlkernels import InputError, dist
 
 def main():
@@ -74,7 +73,7 @@ def test_a_run_by_torchrun(tmp_path: Path, device: str) -> None:
 )
 def test_a_failure_of_one_process_ends_all_with_its_message(tmp_path: Path, rank: int, act: str, told: str) -> None:
     script = tmp_path / "failing.py"
-    script.write_text(FAILING.format(root=str(ROOT), train=str(ROOT / "train"), rank=rank, act=act))
+    script.write_text(FAILING.format(root=str(ROOT), rank=rank, act=act))
     done = torchrun(script)
     assert done.returncode != 0 and done.stderr.count(told) == 1
     assert len(ours(done.stderr)) == (1 if "error: " in told else 0)

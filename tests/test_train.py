@@ -21,11 +21,10 @@ from train_runs import LABELS, ROOT, TRAIN_DOCUMENTS, Config, make_dataset, run,
 
 from xmlkernels import InputError
 from xmlkernels.checkpoint import CheckpointFolder
-from xmlkernels.predict import Predictor
-
-from config import recorded  # isort: skip  # train_runs has put train/ on the path
-import stops  # isort: skip
-from session import Session  # isort: skip
+from xmlkernels.predict.model import Predictor
+from xmlkernels.training import stops
+from xmlkernels.training.config import recorded
+from xmlkernels.training.session import Session
 
 STEPS = 3 * (TRAIN_DOCUMENTS // 16)
 TIMING = ("documents_per_second", "seconds")

@@ -18,12 +18,12 @@ from train_runs import ROOT, TRAIN_DOCUMENTS, Config, cascade, check, make_datas
 
 from xmlkernels import InputError
 from xmlkernels.checkpoint import CheckpointFolder
-from xmlkernels.data.bow import Vectorizer
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.prepare import PrepareConfig, prepare
+from xmlkernels.data.vectorizer import Vectorizer
 from xmlkernels.evaluation import predict_split
 from xmlkernels.parallel import most_threads
-from xmlkernels.predict import Predictor
+from xmlkernels.predict.model import Predictor
 
 TIMING = ("documents_per_second", "seconds")
 BOW: dict[str, Any] = {

@@ -20,15 +20,14 @@ from train_runs import LABELS, RECIPES, ROOT, Config, cascade, make_dataset, mak
 
 from xmlkernels import InputError
 from xmlkernels.checkpoint import CheckpointFolder, save
+from xmlkernels.cli.console import command
+from xmlkernels.cli.train import main
 from xmlkernels.data.dataset import Dataset, Split
 from xmlkernels.evaluation import Evaluation, evaluate_schemes, evaluate_split
 from xmlkernels.models.cascade import Cascade
-from xmlkernels.predict import Predictor
+from xmlkernels.predict.model import Predictor
+from xmlkernels.training.config import recorded
 from xmlkernels.tree.label_tree import LabelTree
-
-from config import recorded  # isort: skip  # train_runs has put train/ on the path
-from report import command  # isort: skip
-from run import main  # isort: skip
 
 TIMING = ("documents_per_second", "seconds")
 
@@ -172,10 +171,10 @@ def test_a_stopped_run_resumes_bit_for_bit(
 
 
 def test_the_command_answers_for_a_cascade(finished: Path, dataset: Path, tmp_path: Path) -> None:
-    """train/predict.py in a process of its own gives what the model says of the same texts."""
+    """xmlkernels predict in a process of its own gives what the model says of the same texts."""
     texts = ["w0 w1 w2", "w30 w31", ""]
     (tmp_path / "in.txt").write_text("".join(f"{text}\n" for text in texts))
-    asked = [sys.executable, str(ROOT / "train" / "predict.py"), "--checkpoint", str(finished), "--top-k", "3", "--latency"]
+    asked = [sys.executable, "-m", "xmlkernels", "predict", "--checkpoint", str(finished), "--top-k", "3", "--latency"]
     files = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.jsonl")]
     done = subprocess.run(asked + files, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and "3 texts one by one" in done.stderr, done.stderr
@@ -196,16 +195,15 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     """What `train/run.py` says of a configuration: one sentence and exit status 2, with nothing written."""
 
     def ask(config: Config) -> str:
-        known, flags, output = recorded(RECIPES["tiny"][1]), ["run.py", "tiny"], Path(config.output)
+        known, flags, output = recorded(RECIPES["tiny"][1]), ["tiny"], Path(config.output)
         for name, value in recorded(config).items():
             if value is True:
                 flags.append(f"--{name}")
             elif value != known[name]:
                 flags += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
         before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-        monkeypatch.setattr(sys, "argv", flags)
         with threads_kept(), pytest.raises(SystemExit) as ended:
-            command(main)
+            command(lambda: main(flags))
         told = capsys.readouterr().err
         assert ended.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1, told
         assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
@@ -242,7 +240,7 @@ def other_dataset(good: Path, bad: Path) -> None:
         (rewritten(twice), {}, "expected each label in one cluster"),
         (rewritten(lambda tensors: tensors.pop("children.0")), {}, "expected order and children.0 to children.R-2"),
         (lambda good, bad: bad.write_bytes(good.read_bytes()[:-40]), {}, "expected a whole safetensors file"),
-        (lambda good, bad: None, {}, "expected a label tree, got no such file; run train/tree.py to make it"),
+        (lambda good, bad: None, {}, "expected a label tree, got no such file; run xmlkernels tree to make it"),
         (shutil.copy, {"topk": (2,)}, "--topk: expected 2 numbers, one for each level of clusters"),
         (shutil.copy, {"rw_loss": (1.0,) * 4}, "--rw-loss: expected 3 numbers, one for each level, labels included"),
         (shutil.copy, {"layers": ()}, "encoder: expected 3 layers or more, one for each level of the tree, got 2"),

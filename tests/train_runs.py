@@ -13,20 +13,19 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-for folder in (ROOT / "train", ROOT / "tests" / "data"):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+if str(ROOT / "tests" / "data") not in sys.path:
+    sys.path.insert(0, str(ROOT / "tests" / "data"))
 
-import session  # noqa: E402
-from checks import check  # noqa: E402
-from config import Config  # noqa: E402
-from recipes import RECIPES  # noqa: E402
-from run import train  # noqa: E402
 from tiny_tokenizer import make_tokenizer  # noqa: E402
-from xmlkernels.checkpoint import CheckpointFolder  # noqa: E402
-from xmlkernels.data.dataset import Dataset  # noqa: E402
-from xmlkernels.data.prepare import PrepareConfig, prepare  # noqa: E402
-from xmlkernels.tree.label_tree import LabelTree  # noqa: E402
+from xmlkernels.checkpoint import CheckpointFolder
+from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.prepare import PrepareConfig, prepare
+from xmlkernels.training import session
+from xmlkernels.training.checks import check
+from xmlkernels.training.config import Config
+from xmlkernels.training.loop import train
+from xmlkernels.training.recipes import RECIPES
+from xmlkernels.tree.label_tree import LabelTree
 
 __all__ = [
     "LABELS", "RECIPES", "ROOT", "TRAIN_DOCUMENTS", "Config", "cascade", "check", "finished_run", "make_dataset",

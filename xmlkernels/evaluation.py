@@ -13,12 +13,12 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from xmlkernels import dist
+from xmlkernels.data.batches.tokens import Batches
 from xmlkernels.data.dataset import Split
 from xmlkernels.data.inputs import Inputs
-from xmlkernels.data.loader import Batches
 from xmlkernels.levels import LevelScores
+from xmlkernels.models.base import Documents, Model, arrangement, tree_of
 from xmlkernels.models.cascade import Cascade
-from xmlkernels.models.common import Documents, Model, arrangement, tree_of
 
 
 def predict_split(

@@ -13,7 +13,7 @@ from scipy.sparse import csr_matrix
 from xmlkernels import dist
 from xmlkernels.metrics import evaluate
 from xmlkernels.models.cascade import Cascade
-from xmlkernels.models.cascade_scores import LevelPrediction
+from xmlkernels.models.descent import LevelPrediction
 
 K = 5  # cut-off of the metrics of clusters
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from xmlkernels.data.free_memory import control_groups
 from xmlkernels.errors import InputError
+from xmlkernels.free_memory import control_groups
 from xmlkernels.planner import readable
 
 MARGIN = 1.1  # the plan's activations are an estimate: what passes the memory by less than a tenth is let go on

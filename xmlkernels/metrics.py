@@ -15,7 +15,7 @@ import numpy as np
 from scipy.sparse import csr_matrix, issparse
 
 from xmlkernels.errors import InputError
-from xmlkernels.ranking import candidates_needed, drop_filtered, top_rows_from_csr
+from xmlkernels.topk import candidates_needed, drop_filtered, top_rows_from_csr
 
 __all__ = [
     "candidates_needed", "decile_table", "drop_filtered", "evaluate", "inverse_propensity", "macro_metrics",

@@ -10,7 +10,7 @@ namespace xmlkernels::host {
 
 enum class Duplicates { error, sum, max, first };
 
-// What is wrong with a token. The sentence told to the user is made in xmlkernels/data/sparse_text.py, so that the
+// What is wrong with a token. The sentence told to the user is made in xmlkernels/data/formats/sparse_text.py, so that the
 // Python parser tells the same.
 enum class Fault {
     none,

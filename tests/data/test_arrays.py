@@ -12,10 +12,11 @@ import scipy.sparse
 from scipy.sparse import csr_matrix, save_npz
 
 from xmlkernels import InputError
-from xmlkernels.data import arrays, formats
-from xmlkernels.data.arrays import read_npy
-from xmlkernels.data.free_memory import free_memory
-from xmlkernels.data.matrices import canonical_csr
+from xmlkernels.data.formats import arrays
+from xmlkernels.data.formats import labels as formats
+from xmlkernels.data.formats.arrays import read_npy
+from xmlkernels.data.formats.matrices import canonical_csr
+from xmlkernels.free_memory import free_memory
 
 
 def npy(header: str | dict[str, Any], content: bytes = b"", version: int = 1) -> bytes:

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from xmlkernels import InputError
-from xmlkernels.data import formats, kinds, text_lines
+from xmlkernels import file_kinds as kinds
+from xmlkernels.data.formats import labels as formats
+from xmlkernels.data.formats import text_lines
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "train"))
-from texts import lines_of  # noqa: E402
+from xmlkernels.cli.texts import lines_of
 
 BOMB = 1 << 28  # unpacked; packed it has some hundred thousand bytes
 PACK: dict[str, Callable[[bytes], bytes]] = {

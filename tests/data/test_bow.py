@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from xmlkernels.data.bow import IDF, VOCABULARY, Vectorizer, bag_text_batches
+from xmlkernels.data.vectorizer import IDF, VOCABULARY, Vectorizer, bag_text_batches
 from xmlkernels.errors import InputError
 
 TEXTS = [

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from xmlkernels import InputError
-from xmlkernels.data import docstrings
-from xmlkernels.data.docstrings import build_corpus
-from xmlkernels.data.files import DataWarning
+from xmlkernels.data import corpus as docstrings
+from xmlkernels.data.corpus import build_corpus
+from xmlkernels.files import DataWarning
 
 RULES = '''
 import functools

@@ -10,9 +10,9 @@ import pytest
 import scipy.sparse
 from scipy.sparse import csr_matrix
 
-from xmlkernels.data import formats
-from xmlkernels.data.files import DataWarning
+from xmlkernels.data.formats import labels as formats
 from xmlkernels.errors import InputError
+from xmlkernels.files import DataWarning
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from tiny_tokenizer import make_tokenizer
-from xmlkernels.data.bow import Vectorizer
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.inputs import BowInputs, TokenInputs, check_dataset
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.data.tokens import load_tokenizer
+from xmlkernels.data.vectorizer import Vectorizer
 from xmlkernels.errors import InputError
 
 LABELS = 3

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xmlkernels.data import formats
-from xmlkernels.data.files import map_bytes
-from xmlkernels.data.kinds import _XZ_MEMORY, is_json_lines
+from xmlkernels.data.formats import labels as formats
 from xmlkernels.errors import InputError
+from xmlkernels.file_kinds import _XZ_MEMORY, is_json_lines
+from xmlkernels.files import map_bytes
 
 TEXT = "one fish\nzwei Fische\n赤い魚\n" * 400
 PACKERS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}

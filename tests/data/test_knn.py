@@ -6,8 +6,8 @@ from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from xmlkernels import InputError
-from xmlkernels.data import knn
-from xmlkernels.data.knn import KNNBaseline
+from xmlkernels.ranker import knn
+from xmlkernels.ranker.knn import KNNBaseline
 
 
 def test_scores_by_hand():

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 from scipy.sparse import random as sparse_random
 
-from xmlkernels.data.background import in_background
-from xmlkernels.data.loader import Batch, Batches, text_batches
+from xmlkernels.data.batches.prefetch import in_background
+from xmlkernels.data.batches.tokens import Batch, Batches, text_batches
 from xmlkernels.data.tokens import Tokenizer, TokenStore, TokenWriter
 from xmlkernels.errors import InputError
 

@@ -14,13 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from xmlkernels import InputError
-from xmlkernels.data import locks
-from xmlkernels.data.locks import LOCK, own_folder, own_place
+from xmlkernels import InputError, locks
+from xmlkernels.locks import LOCK, own_folder, own_place
 
 HOLD = """
 import sys, time
-from xmlkernels.data.locks import own_folder, own_place
+from xmlkernels.locks import own_folder, own_place
 with {kind}({path!r}) as place:
     print("held", flush=True)
     sys.stdin.readline()
@@ -28,7 +27,7 @@ with {kind}({path!r}) as place:
 COUNT = """
 import sys, time
 from pathlib import Path
-from xmlkernels.data.locks import own_place
+from xmlkernels.locks import own_place
 number = Path({path!r})
 for _ in range(40):
     with own_place(number, wait=lambda line: None):

@@ -16,13 +16,13 @@ import pytest
 from scipy.sparse import csr_matrix, save_npz
 
 from tiny_tokenizer import make_tokenizer
-from xmlkernels.data import docstrings
+from xmlkernels.data import corpus as docstrings
 from xmlkernels.data.dataset import Dataset
-from xmlkernels.data.formats import DataWarning
-from xmlkernels.data.locks import own_place
+from xmlkernels.data.formats.labels import DataWarning
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.data.tokens import Tokenizer
 from xmlkernels.errors import InputError
+from xmlkernels.locks import own_place
 
 TRAIN = ["w1 w2", "w3", "", "w4 w5 w6 w7", "w8 W9"]
 TEST = ["w10 w11", "w12"]
@@ -63,7 +63,7 @@ def config(tmp_path: Path, tokenizer_folder: Path) -> PrepareConfig:
     return PrepareConfig(tmp_path / "out" / "small", str(tokenizer_folder), 5, **files)  # type: ignore[arg-type]
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::xmlkernels.data.formats.DataWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::xmlkernels.data.formats.labels.DataWarning")
 
 
 def expect(dataset: Dataset, tokenizer: Tokenizer, *, texts: bool = True, joiner: str = " ") -> None:

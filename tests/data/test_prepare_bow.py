@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix, load_npz, save_npz
 
+from xmlkernels.data.batches.tokens import BagBatches, Batches
 from xmlkernels.data.dataset import Dataset, content_hash, manifest_checksum
-from xmlkernels.data.formats import write_sparse
-from xmlkernels.data.loader import BagBatches, Batches
+from xmlkernels.data.formats.labels import write_sparse
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.errors import InputError
 
-pytestmark = pytest.mark.filterwarnings("ignore::xmlkernels.data.formats.DataWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::xmlkernels.data.formats.labels.DataWarning")
 ROWS, WORDS, LABELS = {"train": 40, "test": 13}, 19, 7
 
 

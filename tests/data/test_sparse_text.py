@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_matrix, random_array
 from sklearn.datasets import load_svmlight_file
 
-from xmlkernels.data import sparse_python, sparse_text
-from xmlkernels.data.files import DataWarning
-from xmlkernels.data.sparse_text import read_bow, read_label_lines, read_sparse, write_sparse
+from xmlkernels.data.formats import sparse_python, sparse_text
+from xmlkernels.data.formats.sparse_text import read_bow, read_label_lines, read_sparse, write_sparse
 from xmlkernels.errors import InputError
+from xmlkernels.files import DataWarning
 
 
 @pytest.fixture(params=["native", "python"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tiny_tokenizer import WORDS, make_tokenizer
-from xmlkernels.data.formats import open_token_maps
+from xmlkernels.data.formats.labels import open_token_maps
 from xmlkernels.data.tokens import (
     Tokenizer,
     TokenStore,
@@ -332,7 +332,7 @@ def convert(tmp_path: Path, height: int, width: int, **options: object) -> Token
 
 def test_upstream_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     padded(tmp_path)
-    monkeypatch.setattr("xmlkernels.data.token_maps.PADDED_ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("xmlkernels.data.formats.token_maps.PADDED_ROWS_AT_ONCE", 2)
     store = convert(tmp_path, 3, 4)
     assert [row.tolist() for row in store] == [[2, 4, 3], [2, 3], [2, 9, 9, 3]]
     assert store.header.max_length == 4

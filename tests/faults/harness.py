@@ -206,5 +206,5 @@ def _consume(kind: Kind, folder: Path) -> None:
 
 def _place() -> str:
     frames = traceback.extract_tb(sys.exc_info()[2])
-    ours = [frame for frame in frames if "xmlkernels" in Path(frame.filename).parts or "train" in Path(frame.filename).parts]
+    ours = [frame for frame in frames if "xmlkernels" in Path(frame.filename).parts]
     return " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed((ours or frames)[-4:]))

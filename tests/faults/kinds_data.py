@@ -13,21 +13,21 @@ from harness import Kind
 from scipy.sparse import csr_matrix
 
 from xmlkernels.checksums import checksum
-from xmlkernels.data import formats
-from xmlkernels.data.arrays import read_npy
+from xmlkernels.data.batches.tokens import BagBatches, Batches
 from xmlkernels.data.dataset import Dataset, content_hash, manifest_checksum
 from xmlkernels.data.dataset_writer import write_label_names, write_manifest, write_split
-from xmlkernels.data.files import replacing
+from xmlkernels.data.formats import labels as formats
+from xmlkernels.data.formats.arrays import read_npy
+from xmlkernels.data.formats.token_maps import from_padded_map, token_rows
 from xmlkernels.data.inputs import TextParts
-from xmlkernels.data.loader import BagBatches, Batches
-from xmlkernels.data.token_maps import from_padded_map, token_rows
 from xmlkernels.data.tokens import load_tokenizer, tokenize_to_file
+from xmlkernels.files import replacing
 from xmlkernels.nn.encoder import Encoder  # noqa: F401  # imported before the first fork
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "train"), str(Path(__file__).resolve().parents[1] / "data")]
-from output import read_json, write_json  # noqa: E402
-from texts import Texts  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 from tiny_tokenizer import make_tokenizer  # noqa: E402
+from xmlkernels.cli.texts import Texts
+from xmlkernels.training.folder import read_json, write_json
 
 ROWS = {"train": 12, "val": 3, "test": 5}
 LABELS, WORDS, LONGEST = 9, 30, 8

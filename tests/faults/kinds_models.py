@@ -12,7 +12,7 @@ from safetensors.numpy import save
 from scipy.sparse import csr_matrix
 
 from xmlkernels.checksums import ALGORITHM, seal
-from xmlkernels.data.bow import Vectorizer
+from xmlkernels.data.vectorizer import Vectorizer
 from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.linear import LinearRanker, Settings
 from xmlkernels.ranker.matcher import ClusterMatcher

@@ -11,8 +11,8 @@ from harness import Kind
 
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.checksums import of_files
-from xmlkernels.predict import BESIDE, Predictor
-from xmlkernels.ranked import RANKER, RankedPredictor
+from xmlkernels.predict.model import BESIDE, Predictor
+from xmlkernels.predict.ranked import RANKER, RankedPredictor
 from xmlkernels.ranker.blend import Reranker
 from xmlkernels.ranker.matcher import ClusterMatcher
 

@@ -13,10 +13,8 @@ import torch
 from config_runs import EPOCHS, ONE_STEP, Case, Runs, Seen, documents, recorded, training, zero_share
 from train_runs import make_tree
 
+from xmlkernels.training import build, config
 from xmlkernels.tree.label_tree import LabelTree
-
-import build  # isort: skip  # train_runs has put train/ on the path
-import config  # isort: skip
 
 # SGD without momentum, decay or dropout of the features: a level's table moves in proportion to the gradient of its loss.
 PLAIN: dict[str, Any] = {

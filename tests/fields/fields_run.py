@@ -19,11 +19,10 @@ from xmlkernels import InputError, memory
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.prepare import PrepareConfig
 from xmlkernels.metrics import evaluate, inverse_propensity, top_rows_from_csr
-from xmlkernels.models.common import arrangement
-
-import run as command  # isort: skip
-import session  # isort: skip  # train_runs has put train/ on the path
-import sources  # isort: skip
+from xmlkernels.models.base import arrangement
+from xmlkernels.training import inputs as sources
+from xmlkernels.cli import train as command
+from xmlkernels.training import session
 
 
 def models(runs: Runs, folder: Path) -> None:
@@ -212,8 +211,8 @@ def timeouts(runs: Runs, folder: Path) -> None:
         patch.setattr(command.dist, "start", lambda device, patience: told.append(patience))
         patch.setattr(command, "train", lambda config: None)
         for words in ([], ["--timeout", "7"]):
-            patch.setattr(command.sys, "argv", ["run.py", "tiny", "--dataset", str(runs.dataset), *words])
-            command.main()
+            patch.setattr(command, "print_metrics", lambda *_: None)
+            command.main(["tiny", "--dataset", str(runs.dataset), *words])
     assert told == [600, 7]
     with pytest.raises(InputError, match="--timeout: expected 1 or more seconds, got 0.5"):
         command.check(runs.config("tiny", timeout=0.5))

@@ -2,13 +2,9 @@
 
 import train_runs  # noqa: F401  (puts train/ on the path)
 
+from xmlkernels.cli import ensemble, export, predict
 from xmlkernels.data.prepare import PrepareConfig
-
-import ensemble  # isort: skip
-import export  # isort: skip
-import predict  # isort: skip
-import ranker  # isort: skip
-import tree  # isort: skip
+from xmlkernels.training import ranker, tree
 
 HERE = "fields/test_command_options.py::"
 _PREDICT, _RANKED, _TREE = "test_predict.py::", "test_ranked.py::", "tree/test_command.py::"
@@ -32,7 +28,7 @@ HELD: dict[type, dict[str, str]] = {
         "ranker_input": _RANKED + "test_texts_of_the_test_split_are_answered_as_the_split_was",
         **_all(_RANKED + "test_one_text", "latency", "ranker_text"),
     },
-    tree.Options: {
+    tree.TreeConfig: {
         **_all(_MADE_WITH, "dataset", "output", "ngrams", "terms", "common", "keep", "graph", "visits", "restart", "top",
                "most_documents", "prune", "label_vectors", "starts", "tolerance", "seed", "threads"),
         **_all(_TREE + "test_made_once_for_each_content", "depths", "clusters", "overwrite"),
@@ -40,7 +36,7 @@ HELD: dict[type, dict[str, str]] = {
         "label_text": _TREE + "test_label_texts_by_an_encoder",
         "plot": _TREE + "test_what_the_folder_gets",
     },
-    ranker.Options: {
+    ranker.RankerConfig: {
         **_all(_WITH_MODEL, "dataset", "output", "checkpoint", "longest", "min_df", "max_features", "shortlist", "device",
                "embedding_weight", "tfidf_weight", "training", "threads", "share", "blend", "top_k"),
         **_all(_WITH_TREE, "tree", "beam"),

@@ -21,18 +21,15 @@ from options_held import HELD
 from ranker_runs import options as ranker_options
 from train_runs import LABELS, ROOT, make_dataset, make_tokenizer, make_tree
 
+from xmlkernels.cli import ensemble, export, predict
 from xmlkernels.data.dataset import Dataset
-from xmlkernels.data.formats import write_npz
+from xmlkernels.data.formats.labels import write_npz
 from xmlkernels.data.inputs import TextParts
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.metrics import evaluate
 from xmlkernels.ranker.linear import Settings
+from xmlkernels.training import ranker, tree
 
-import ensemble  # isort: skip  # train_runs has put train/ on the path
-import export  # isort: skip
-import predict  # isort: skip
-import ranker  # isort: skip
-import tree  # isort: skip
 
 def source_of(test: str) -> str:
     """The code of a test with the functions of its file that it uses, fixtures among them."""
@@ -129,7 +126,7 @@ def test_what_a_tree_is_made_with(dataset: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(tree, "most_threads", lambda: 3)
     monkeypatch.setattr(numba, "set_num_threads", threads.append)
     with pytest.raises(Asked):
-        tree.make(tree.Options(
+        tree.build_tree(tree.TreeConfig(
             str(dataset), output=str(tmp_path / "tree"), depths=(1, 3), ngrams=2, terms=50, common=0.9, keep=17, visits=33,
             restart=0.7, top=4, most_documents=21, prune=0.25, label_vectors=str(tmp_path / "vectors.npy"), starts=5,
             tolerance=0.02, seed=6, threads=2,
@@ -141,11 +138,11 @@ def test_what_a_tree_is_made_with(dataset: Path, tmp_path: Path, monkeypatch: py
     assert seen["means"] == tree.Means(starts=5, tolerance=0.02, seed=6) and seen["counts"] == [2, 8] and threads == [2]
     del seen["graph"]
     with pytest.raises(Asked):
-        tree.make(tree.Options(str(dataset), str(tmp_path / "tree"), depths=(1, 3), graph=False))
+        tree.build_tree(tree.TreeConfig(str(dataset), str(tmp_path / "tree"), depths=(1, 3), graph=False))
     assert "graph" not in seen
 
 
-def told_to_a_ranker(monkeypatch: pytest.MonkeyPatch, options: ranker.Options, labels: int) -> dict[str, Any]:
+def told_to_a_ranker(monkeypatch: pytest.MonkeyPatch, options: ranker.RankerConfig, labels: int) -> dict[str, Any]:
     """What each part of a ranker's training is given, up to the training itself."""
     seen: dict[str, Any] = {}
 
@@ -165,7 +162,7 @@ def told_to_a_ranker(monkeypatch: pytest.MonkeyPatch, options: ranker.Options, l
     monkeypatch.setattr(ranker.ClusterMatcher, "fit", keeping(seen, "clusters", matcher))
     monkeypatch.setattr(ranker, "fit", lambda *a, **o: seen.update(fit=(a, o)) or stop())
     with pytest.raises(Asked):
-        ranker.train(options)
+        ranker.train_ranker(options)
     return seen
 
 

@@ -16,7 +16,7 @@ import fields_training
 import pytest
 from config_runs import Case, Config, Runs
 
-from config import began_with, recorded  # isort: skip  # train_runs has put train/ on the path
+from xmlkernels.training.config import began_with, recorded
 
 Held = tuple[Case | Callable[[Runs, Any], None], ...]
 TABLE: dict[str, Held] = {

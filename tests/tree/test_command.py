@@ -1,4 +1,4 @@
-"""`train/tree.py`: a dataset folder → a tree folder, made once for each content; what it refuses."""
+"""`xmlkernels tree`: a dataset folder → a tree folder, made once for each content; what it refuses."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ import pytest
 import scipy.sparse
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "train"), str(ROOT / "tests" / "data")]
+sys.path.insert(0, str(ROOT / "tests" / "data"))
 
-import tree as command  # noqa: E402
-import tree_report  # noqa: E402
 from tiny_tokenizer import make_tokenizer  # noqa: E402
-from tree import Options, make  # noqa: E402
-from tree_inputs import LabelEncoder  # noqa: E402
-from xmlkernels.data.dataset import content_hash  # noqa: E402
-from xmlkernels.data.locks import own_folder  # noqa: E402
-from xmlkernels.data.prepare import PrepareConfig, prepare  # noqa: E402
-from xmlkernels.errors import InputError  # noqa: E402
-from xmlkernels.nn.encoder import Encoder  # noqa: E402
-from xmlkernels.tree.label_tree import FILE, LabelTree  # noqa: E402
+from xmlkernels.data.dataset import content_hash
+from xmlkernels.data.prepare import PrepareConfig, prepare
+from xmlkernels.errors import InputError
+from xmlkernels.locks import own_folder
+from xmlkernels.nn.encoder import Encoder
+from xmlkernels.training import tree as command
+from xmlkernels.training.label_vectors import LabelEncoder
+from xmlkernels.training.tree import TreeConfig, build_tree
+from xmlkernels.tree import picture as tree_report
+from xmlkernels.tree.label_tree import FILE, LabelTree
 
 LABELS, SUBJECTS = 24, 4
 
@@ -84,8 +84,8 @@ def as_bag(text: str) -> str:
 
 
 @pytest.fixture
-def options(folder: Path, tmp_path: Path) -> Options:
-    return Options(str(folder / "texts"), output=str(tmp_path / "tree"), depths=(2, 3), plot=False, visits=50)
+def options(folder: Path, tmp_path: Path) -> TreeConfig:
+    return TreeConfig(str(folder / "texts"), output=str(tmp_path / "tree"), depths=(2, 3), plot=False, visits=50)
 
 
 def by_subject(tree: LabelTree) -> bool:
@@ -96,17 +96,17 @@ def by_subject(tree: LabelTree) -> bool:
 
 @pytest.mark.parametrize("source", ["texts", "tokens", "bags"])
 @pytest.mark.parametrize("graph", [True, False])
-def test_subjects_become_clusters(options: Options, folder: Path, source: str, graph: bool) -> None:
+def test_subjects_become_clusters(options: TreeConfig, folder: Path, source: str, graph: bool) -> None:
     """Labels without documents too, by their names."""
-    tree = make(replace(options, dataset=str(folder / source), graph=graph))
+    tree = build_tree(replace(options, dataset=str(folder / source), graph=graph))
     assert by_subject(tree) and tree.sizes == (4, 8, LABELS)
     manifest = json.loads((folder / source / "manifest.json").read_text())
     tree.check_dataset(manifest["content_hash"], LABELS)
     assert tree.settings["features"] == ("text" if source == "texts" else source) and tree.settings["clusters"] == [4, 8]
 
 
-def test_what_the_folder_gets(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
-    tree = make(replace(options, plot=True))
+def test_what_the_folder_gets(options: TreeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = build_tree(replace(options, plot=True))
     folder = Path(options.output)
     assert sorted(path.name for path in folder.iterdir()) == ["report.json", "tree.png", FILE]
     assert (folder / "tree.png").read_bytes()[:4] == b"\x89PNG"
@@ -118,43 +118,43 @@ def test_what_the_folder_gets(options: Options, capsys: pytest.CaptureFixture[st
     assert "level 0: 4 clusters of 6 to 6 labels" in out and "true children kept by the nearest 1: " in out
 
 
-def test_made_once_for_each_content(options: Options, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first = make(options)
+def test_made_once_for_each_content(options: TreeConfig, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = build_tree(options)
     stamp = (Path(options.output) / FILE).stat().st_mtime_ns
     capsys.readouterr()
     # neither threads nor another way to say the same levels make another tree
-    assert make(replace(options, threads=1, depths=(9,), clusters=(4, 8))).content_hash == first.content_hash
+    assert build_tree(replace(options, threads=1, depths=(9,), clusters=(4, 8))).content_hash == first.content_hash
     assert "used again" in capsys.readouterr().out and (Path(options.output) / FILE).stat().st_mtime_ns == stamp
     for other in (
         replace(options, seed=1), replace(options, depths=(1, 3)), replace(options, dataset=str(folder / "tokens")),
         replace(options, label_vectors=str(folder / "vectors.npy")), replace(options, graph=False),
     ):  # fmt: skip
         with pytest.raises(InputError, match="expected a tree made from these inputs and settings, got one made from others"):
-            make(other)
-    assert make(replace(options, depths=(1, 3), overwrite=True)).sizes == (2, 8, LABELS)
+            build_tree(other)
+    assert build_tree(replace(options, depths=(1, 3), overwrite=True)).sizes == (2, 8, LABELS)
 
 
-def test_files_count_by_content(options: Options, folder: Path, tmp_path: Path) -> None:
+def test_files_count_by_content(options: TreeConfig, folder: Path, tmp_path: Path) -> None:
     vectors = tmp_path / "v.npy"
     vectors.write_bytes((folder / "vectors.npy").read_bytes())
-    make(replace(options, label_vectors=str(folder / "vectors.npy")))
-    assert make(replace(options, label_vectors=str(vectors))) is not None
+    build_tree(replace(options, label_vectors=str(folder / "vectors.npy")))
+    assert build_tree(replace(options, label_vectors=str(vectors))) is not None
     np.save(vectors, np.random.default_rng(0).normal(size=(LABELS, 3)))
     with pytest.raises(InputError, match="got one made from others"):
-        make(replace(options, label_vectors=str(vectors)))
+        build_tree(replace(options, label_vectors=str(vectors)))
 
 
-def test_given_features_and_label_vectors(options: Options, folder: Path, tmp_path: Path) -> None:
+def test_given_features_and_label_vectors(options: TreeConfig, folder: Path, tmp_path: Path) -> None:
     given = scipy.sparse.csr_matrix(np.random.default_rng(0).random((200, 30), np.float32))
     scipy.sparse.save_npz(tmp_path / "features.npz", given)
-    tree = make(replace(options, features=str(tmp_path / "features.npz"), clusters=(3, 5)))
+    tree = build_tree(replace(options, features=str(tmp_path / "features.npz"), clusters=(3, 5)))
     assert tree.sizes == (3, 5, LABELS)
     vectors = str(folder / "vectors.npy")
     for number, more in enumerate(({"features": "none"}, {"features": "text"}, {"prune": 0.5})):
-        assert by_subject(make(replace(options, output=f"{options.output}{number}", label_vectors=vectors, **more)))  # type: ignore[arg-type]
+        assert by_subject(build_tree(replace(options, output=f"{options.output}{number}", label_vectors=vectors, **more)))  # type: ignore[arg-type]
 
 
-def test_label_texts_by_an_encoder(options: Options, folder: Path, tmp_path: Path) -> None:
+def test_label_texts_by_an_encoder(options: TreeConfig, folder: Path, tmp_path: Path) -> None:
     source = tmp_path / "encoder"
     make_tokenizer(source)
     Encoder.tiny(204).model.save_pretrained(source)
@@ -162,15 +162,15 @@ def test_label_texts_by_an_encoder(options: Options, folder: Path, tmp_path: Pat
     names = (folder / "names.txt").read_text().splitlines()
     alone = np.concatenate([encoder.embed([name]) for name in names])
     assert np.allclose(encoder.embed(names, batch=5), alone, atol=1e-5) and encoder.hash == LabelEncoder(str(source)).hash
-    tree = make(replace(options, features="none", label_text=str(source), clusters=(4,)))
+    tree = build_tree(replace(options, features="none", label_text=str(source), clusters=(4,)))
     assert by_subject(tree) and tree.settings["label_text"] == encoder.hash
     Encoder.tiny(204, seed=1).model.save_pretrained(source)
     assert LabelEncoder(str(source)).hash != encoder.hash
 
 
-def test_without_matplotlib(options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_matplotlib(options: TreeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    make(replace(options, plot=True))
+    build_tree(replace(options, plot=True))
     assert "no tree.png" in capsys.readouterr().out and not (Path(options.output) / "tree.png").exists()
     assert tree_report.plot({"levels": []}, Path(options.output) / "x.png") is False
 
@@ -194,40 +194,40 @@ def test_without_matplotlib(options: Options, monkeypatch: pytest.MonkeyPatch, c
         ({"restart": 2.0}, "restart: expected a probability"),
     ],
 )  # fmt: skip
-def test_what_is_refused(options: Options, change: dict[str, Any], says: str) -> None:
+def test_what_is_refused(options: TreeConfig, change: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
-        make(replace(options, **change))
+        build_tree(replace(options, **change))
     assert not Path(options.output).exists()
 
 
-def test_files_that_are_refused(options: Options, folder: Path, tmp_path: Path) -> None:
+def test_files_that_are_refused(options: TreeConfig, folder: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     bad.write_bytes(b"nothing")
     with pytest.raises(InputError, match="expected a scipy sparse .npz file, got one that cannot be read"):
-        make(replace(options, features=str(bad)))
+        build_tree(replace(options, features=str(bad)))
     with pytest.raises(InputError, match="expected an array that NumPy wrote, got a header that cannot be read"):
-        make(replace(options, label_vectors=str(bad)))
+        build_tree(replace(options, label_vectors=str(bad)))
     # A header that asks for 86 GiB, before anything is read.
     huge = (folder / "vectors.npy").read_bytes().replace(f"({LABELS}, ".encode(), f"({LABELS}, 99999999".encode())
     bad.write_bytes(huge)
     with pytest.raises(InputError, match="bytes of values, as its header says, got"):
-        make(replace(options, label_vectors=str(bad)))
+        build_tree(replace(options, label_vectors=str(bad)))
     vectors = np.zeros((LABELS, 2), np.float32)
     vectors[3, 1] = np.nan
     np.save(tmp_path / "nan.npy", vectors)
     with pytest.raises(InputError, match=r"place \[3, 1\]: expected a finite number, got nan"):
-        make(replace(options, label_vectors=str(tmp_path / "nan.npy")))
+        build_tree(replace(options, label_vectors=str(tmp_path / "nan.npy")))
     np.save(tmp_path / "short.npy", np.zeros((3, 2), np.float32))
     with pytest.raises(InputError, match=r"expected finite floats \[24, width\], got float32 \[3, 2\]"):
-        make(replace(options, label_vectors=str(tmp_path / "short.npy")))
+        build_tree(replace(options, label_vectors=str(tmp_path / "short.npy")))
     scipy.sparse.save_npz(tmp_path / "short.npz", scipy.sparse.csr_matrix((3, 2)))
     with pytest.raises(InputError, match="expected 200 rows, got 3"):
-        make(replace(options, features=str(tmp_path / "short.npz")))
+        build_tree(replace(options, features=str(tmp_path / "short.npz")))
     with pytest.raises(InputError, match="expected the documents' texts, got no such file; prepare the data with --keep-texts"):
-        make(replace(options, dataset=str(folder / "tokens"), features="text"))
+        build_tree(replace(options, dataset=str(folder / "tokens"), features="text"))
 
 
-def test_a_changed_label_id_is_told_before_the_tree_is_made(options: Options, folder: Path, tmp_path: Path) -> None:
+def test_a_changed_label_id_is_told_before_the_tree_is_made(options: TreeConfig, folder: Path, tmp_path: Path) -> None:
     """One id beyond the labels made the tree a segfault, a negative one gave a tree."""
     for wrong in (LABELS, 2**31 - 1, -5):
         shutil.rmtree(tmp_path / "changed", ignore_errors=True)
@@ -245,25 +245,25 @@ def test_a_changed_label_id_is_told_before_the_tree_is_made(options: Options, fo
         del manifest["checksums"]  # as a dataset from before there were any
         (tmp_path / "changed" / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(InputError, match=rf"labels.npz, indices, entry 7: expected indices from 0 to 23, got {wrong}"):
-            make(replace(options, dataset=str(tmp_path / "changed")))
+            build_tree(replace(options, dataset=str(tmp_path / "changed")))
 
 
-def test_one_cache_for_two_at_once(options: Options, tmp_path: Path) -> None:
+def test_one_cache_for_two_at_once(options: TreeConfig, tmp_path: Path) -> None:
     """The second waits, says so, and uses what the first has made; where none is to wait it is refused."""
     told: list[str] = []
     with own_folder(options.folder):
         with pytest.raises(InputError, match="--cache: .*held by process"):
-            make(options, flag="--cache")
+            build_tree(options, flag="--cache")
         go = threading.Event()
 
         def tell(line: str) -> None:
             told.append(line)
             go.set()
 
-        waiting = threading.Thread(target=make, args=(options,), kwargs={"wait": tell})
+        waiting = threading.Thread(target=build_tree, args=(options,), kwargs={"wait": tell})
         waiting.start()
         assert go.wait(60)
-        made = make(replace(options, output=str(tmp_path / "other")))
+        made = build_tree(replace(options, output=str(tmp_path / "other")))
         shutil.copy(tmp_path / "other" / FILE, options.folder)
     before = (options.folder / FILE).stat().st_mtime_ns
     waiting.join(60)
@@ -272,26 +272,26 @@ def test_one_cache_for_two_at_once(options: Options, tmp_path: Path) -> None:
     (options.folder / FILE).unlink()
     (options.folder / "mine").touch()
     with pytest.raises(InputError, match="got other files; choose another --cache"):
-        make(options, flag="--cache")
+        build_tree(options, flag="--cache")
 
 
-def test_other_peoples_files_stay(options: Options, tmp_path: Path) -> None:
+def test_other_peoples_files_stay(options: TreeConfig, tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "mine").write_text("x")
     for overwrite in (False, True):
         with pytest.raises(InputError, match="expected a free place or the folder of a label tree, got other files"):
-            make(replace(options, overwrite=overwrite))
+            build_tree(replace(options, overwrite=overwrite))
     with pytest.raises(InputError, match="got a file; choose another --output"):
-        make(replace(options, output=str(tmp_path / "tree" / "mine")))
+        build_tree(replace(options, output=str(tmp_path / "tree" / "mine")))
     (tmp_path / "tree" / "mine").unlink()
     (tmp_path / "tree" / FILE).write_text("damaged")
     with pytest.raises(InputError, match="make it again with --overwrite"):
-        make(options)
-    assert make(replace(options, overwrite=True)).sizes == (4, 8, LABELS)
+        build_tree(options)
+    assert build_tree(replace(options, overwrite=True)).sizes == (4, 8, LABELS)
 
 
 def test_from_the_command_line(folder: Path, tmp_path: Path) -> None:
-    words = [sys.executable, str(ROOT / "train" / "tree.py"), str(folder / "texts"), "--output", str(tmp_path / "t")]
+    words = [sys.executable, "-m", "xmlkernels", "tree", str(folder / "texts"), "--output", str(tmp_path / "t")]
     done = subprocess.run(
         [*words, "--clusters", "3", "7", "--no-plot", "--no-graph"], capture_output=True, text=True, cwd=tmp_path
     )
@@ -301,4 +301,4 @@ def test_from_the_command_line(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_folder_stands_beside_the_dataset() -> None:
-    assert command.Options("a/b/").folder == Path("a/b.tree")
+    assert command.TreeConfig("a/b/").folder == Path("a/b.tree")

@@ -154,7 +154,7 @@ def damaged(path: Path, **head: str | None) -> None:
 
 def test_files_that_are_refused(tree: LabelTree, tmp_path: Path) -> None:
     path = tmp_path / FILE
-    with pytest.raises(InputError, match="expected a label tree, got no such file; run train/tree.py"):
+    with pytest.raises(InputError, match="expected a label tree, got no such file; run xmlkernels tree"):
         LabelTree.load(tmp_path)
     tree.save(path)
     whole = path.read_bytes()

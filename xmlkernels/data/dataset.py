@@ -26,8 +26,8 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from xmlkernels.checksums import Xxh3, checksum, compare, file_checksum
-from xmlkernels.data.arrays import read_npy
-from xmlkernels.data.matrices import read_npz
+from xmlkernels.data.formats.arrays import read_npy
+from xmlkernels.data.formats.matrices import read_npz
 from xmlkernels.data.token_store import TokenStore
 from xmlkernels.errors import InputError
 from xmlkernels.records import Count, Positive, parse_record, read_record
@@ -233,7 +233,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise InputError(str(folder), f"a dataset folder with {MANIFEST}", "none", "run train/prepare.py to make it")
+        raise InputError(str(folder), f"a dataset folder with {MANIFEST}", "none", "run xmlkernels prepare to make it")
     kind = {"format": FORMAT, "version": FORMAT_VERSION}
     manifest = read_record(path, Manifest, mend=PREPARE_AGAIN, kind=kind)
     for name in manifest["files"]:

@@ -20,8 +20,8 @@ from scipy.sparse import csr_matrix
 
 from xmlkernels.checksums import file_checksum
 from xmlkernels.data.dataset import FORMAT, FORMAT_VERSION, MANIFEST, content_hash, manifest_checksum
-from xmlkernels.data.files import naming
 from xmlkernels.errors import InputError
+from xmlkernels.files import naming
 
 
 def write_split(

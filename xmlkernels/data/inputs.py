@@ -10,11 +10,11 @@ from typing import Any, Literal, NotRequired, Protocol, TypedDict
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from xmlkernels.data.bow import Vectorizer, bag_text_batches
+from xmlkernels.data.batches.tokens import BagBatch, BagBatches, Batch, Batches, text_batches
 from xmlkernels.data.dataset import Dataset, Split
-from xmlkernels.data.loader import BagBatch, BagBatches, Batch, Batches, text_batches
-from xmlkernels.data.text_lines import join_parts, split_title, without_separator
+from xmlkernels.data.formats.text_lines import join_parts, split_title, without_separator
 from xmlkernels.data.tokens import Tokenizer, load_tokenizer
+from xmlkernels.data.vectorizer import Vectorizer, bag_text_batches
 from xmlkernels.errors import InputError
 from xmlkernels.records import Positive, check_record
 
@@ -86,7 +86,7 @@ class Inputs(Protocol):
     def text_batches(
         self, texts: Iterable[str], batch_size: int, *, window: int = 1, prefetch: int = 2
     ) -> Iterator[Batch] | Iterator[BagBatch]:
-        """Batches of raw texts, read as they are used; see `xmlkernels.data.loader.text_batches`."""
+        """Batches of raw texts, read as they are used; see `xmlkernels.data.batches.tokens.text_batches`."""
 
     def check(self, dataset: Dataset) -> None:
         """InputError where the documents of a dataset cannot be read this way."""

@@ -16,14 +16,14 @@ from xmlkernels.data import dataset, token_store
 from xmlkernels.data.build import Tell, choose_rows, write_labels, write_splits
 from xmlkernels.data.dataset import MANIFEST, Dataset, read_manifest
 from xmlkernels.data.dataset_writer import building, recover, refuse_foreign, write_manifest
-from xmlkernels.data.formats import Divider, LabelFormat
+from xmlkernels.data.formats.labels import Divider, LabelFormat
+from xmlkernels.data.formats.lf_json import is_lf_json
 from xmlkernels.data.label_ids import label_lines, name_lines
-from xmlkernels.data.lf_json import is_lf_json
-from xmlkernels.data.locks import check_place, own_place
 from xmlkernels.data.raw import Files
-from xmlkernels.data.sources import Fields, Reading, Source, docstrings_digest, map_files, read_docstrings, read_files
+from xmlkernels.data.raw_files import Fields, Reading, Source, docstrings_digest, map_files, read_docstrings, read_files
 from xmlkernels.data.tokens import Tokenizer, load_tokenizer
 from xmlkernels.errors import InputError
+from xmlkernels.locks import check_place, own_place
 
 # A and B of Jain et al. 2016, as the published results use them; never guessed from a name.
 PROPENSITIES = {"default": (0.55, 1.5), "amazon": (0.6, 2.6), "wikipedia": (0.5, 0.4)}

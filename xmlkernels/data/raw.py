@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from xmlkernels.data.matrices import select_pairs
+from xmlkernels.data.formats.matrices import select_pairs
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from typing import Self, TypedDict
 
 import numpy as np
 
-from xmlkernels.data.files import replacing
 from xmlkernels.errors import InputError
+from xmlkernels.files import replacing
 from xmlkernels.records import Count, Positive, parse_record
 
 MAGIC = b"XMKTOKEN"
@@ -271,7 +271,7 @@ else:
 
 def _read_header(path: Path) -> TokenHeader:
     if not path.is_file():
-        raise InputError(str(path), "a token file", "no such file", "run train/prepare.py to make it")
+        raise InputError(str(path), "a token file", "no such file", "run xmlkernels prepare to make it")
     with open(path, "rb") as file:
         head = file.read(HEADER_BYTES)
     if head[:8] != MAGIC:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from xmlkernels.data.token_maps import from_padded_map
+from xmlkernels.data.formats.token_maps import from_padded_map
 from xmlkernels.data.token_store import TokenHeader, TokenStore, TokenWriter
 from xmlkernels.errors import InputError
 from xmlkernels.foreign import refuse_auto_map, refuse_code

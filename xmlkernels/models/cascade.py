@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from xmlkernels.errors import InputError
-from xmlkernels.models.cascade_scores import (
+from xmlkernels.models.base import Documents
+from xmlkernels.models.cascade_state import cascade_tensors, check_fit, load_cascade_tensors, saved_tree
+from xmlkernels.models.cascade_training import CascadeTraining, cascade_optimizer, set_rates
+from xmlkernels.models.descent import (
     Descent,
     LevelPrediction,
     TreeOnDevice,
@@ -18,9 +21,6 @@ from xmlkernels.models.cascade_scores import (
     ranked,
     scores_by,
 )
-from xmlkernels.models.cascade_state import cascade_tensors, check_fit, load_cascade_tensors, saved_tree
-from xmlkernels.models.cascade_training import CascadeTraining, cascade_optimizer, set_rates
-from xmlkernels.models.common import Documents
 from xmlkernels.models.gradient_caching import EncoderPass
 from xmlkernels.models.running_mean import RunningMean, averaged, begun, evaluating
 from xmlkernels.nn.cascade_heads import SCHEMES, CascadeHeads

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from xmlkernels.checkpoint import load_optimizer_tensors, optimizer_tensors
 from xmlkernels.errors import InputError
-from xmlkernels.models.common import check_tensors
+from xmlkernels.models.base import check_tensors
 from xmlkernels.models.running_mean import PREFIX, check_means, for_prediction
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.layer_recipe import checked_layers

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from xmlkernels.checkpoint import load_optimizer_tensors, optimizer_tensors
-from xmlkernels.models.common import Documents, check_tensors
+from xmlkernels.models.base import Documents, check_tensors
 from xmlkernels.models.gradient_caching import EncoderPass
 from xmlkernels.models.running_mean import (
     PREFIX,

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from xmlkernels.errors import InputError
+from xmlkernels.models.base import Model
 from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.cascade_state import saved_tree
-from xmlkernels.models.common import Model
 from xmlkernels.models.end_to_end import EndToEnd
 from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.cascade_heads import CascadeHeads

@@ -20,7 +20,7 @@ from torch import nn
 from xmlkernels.errors import InputError
 from xmlkernels.foreign import refuse_model, refuse_settings
 from xmlkernels.nn.dropout import Dropout, training_attention
-from xmlkernels.nn.encoder_checks import AUTOCAST, check_depth, check_options, check_shapes, checked_width, longest, told_of
+from xmlkernels.nn.hf import AUTOCAST, check_depth, check_options, check_shapes, checked_width, longest, told_of
 from xmlkernels.nn.layer_recipe import Recipe, checked_layers
 from xmlkernels.nn.ngame import few, load_ngame
 

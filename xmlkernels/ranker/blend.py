@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix, vstack
 
-from xmlkernels.data.matrices import check_shape
+from xmlkernels.data.formats.matrices import check_shape
 from xmlkernels.errors import InputError
 from xmlkernels.metrics import candidates_needed, drop_filtered, evaluate, top_rows_from_csr
 from xmlkernels.ranker.features import Features

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse import csr_matrix, issparse
 
-from xmlkernels.data.matrices import canonical_csr
+from xmlkernels.data.formats.matrices import canonical_csr
 from xmlkernels.errors import InputError
 
 

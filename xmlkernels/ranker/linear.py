@@ -20,11 +20,11 @@ from safetensors.numpy import save
 from scipy.sparse import csr_matrix
 
 from xmlkernels.checksums import ALGORITHM, check_seal, seal
-from xmlkernels.data.arrays import read_tensors
-from xmlkernels.data.files import replacing
-from xmlkernels.data.matrices import check_shape
-from xmlkernels.data.stored_matrix import compressed
+from xmlkernels.data.formats.arrays import read_tensors
+from xmlkernels.data.formats.matrices import check_shape
+from xmlkernels.data.formats.stored_matrix import compressed
 from xmlkernels.errors import InputError
+from xmlkernels.files import replacing
 from xmlkernels.parallel import in_parallel, keep_compiled
 from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.solve import keep, score, solve

@@ -20,8 +20,8 @@ from xmlkernels.errors import InputError
 from xmlkernels.ranker.blend import log_odds
 from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.linear import LinearRanker, Settings, fit
-from xmlkernels.ranking import top_rows_from_csr
 from xmlkernels.records import Count, Meta, Positive, check_record
+from xmlkernels.topk import top_rows_from_csr
 
 _PAIRS = 1 << 23  # pairs (document, cluster) scored at one time
 

@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 
 from xmlkernels.checksums import ALGORITHM, check_seal, seal
-from xmlkernels.data.arrays import read_tensors
-from xmlkernels.data.files import replacing
+from xmlkernels.data.formats.arrays import read_tensors
 from xmlkernels.errors import InputError
+from xmlkernels.files import replacing
 from xmlkernels.records import parse_record
 
 FORMAT, VERSION = "xmlkernels label tree", "1"
 FILE = "tree.safetensors"
 MOST_LEVELS = 5
-MAKE_AGAIN = "make the tree again with train/tree.py"
+MAKE_AGAIN = "make the tree again with xmlkernels tree"
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,10 +208,10 @@ def _file(path: str | os.PathLike[str]) -> Path:
 
 def _read(file: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     if not file.is_file():
-        raise InputError(str(file), "a label tree", "no such file", "run train/tree.py to make it")
+        raise InputError(str(file), "a label tree", "no such file", "run xmlkernels tree to make it")
     head, tensors = read_tensors(file, "a whole safetensors file", f"copy it again, or {MAKE_AGAIN}")
     if head.get("format") != FORMAT:
-        raise InputError(str(file), f"the format {FORMAT!r}", f"{head.get('format')!r}", "pass what train/tree.py wrote")
+        raise InputError(str(file), f"the format {FORMAT!r}", f"{head.get('format')!r}", "pass what xmlkernels tree wrote")
     if head.get("version") != VERSION:
         raise InputError(
             str(file), f"version {VERSION}", f"version {head.get('version')}", "read it with the xmlkernels that wrote it"

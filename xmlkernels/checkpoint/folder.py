@@ -1,0 +1,197 @@
+"""Checkpoints: a folder of `tensors.safetensors` and `state.json` that is either the old one or the new one, never half.
+
+A save writes a folder beside the target, syncs it, moves the old one to `.NAME.old`, moves the new one in, and removes
+the old one or keeps it as `NAME.1`. Whoever finds the target missing reads `.NAME.old`: at every instant one of the two is
+whole. Both files carry the same random identity, so that a reader beside a running save never mixes two checkpoints.
+
+Every bit is under a checksum: `state.json` has one of each tensor, the header of the tensors has one of `state.json`. What
+was written before there were checksums is read without them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xmlkernels.checkpoint.contents import read, refuse_foreign, stat, write
+from xmlkernels.checkpoint.places import STATE, TENSORS, earlier, holds_one, old, recover, replace, swap_in, sync, temporary
+from xmlkernels.checkpoint.state import encode
+from xmlkernels.errors import InputError
+
+
+def save(
+    folder: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], *, keep: int = 0
+) -> None:
+    """Write a checkpoint, replacing the one that stands there; a crash at any instant leaves the old or the new one.
+
+    Args:
+        folder: where it shall stand. Anything else than an earlier checkpoint there is left alone and told.
+        tensors: dense; any shape, dtype, strides and device. Names that share one tensor are stored once and come
+            back as one tensor; other overlapping views are stored apart.
+        state: JSON values; non-finite floats and integers of any size come back exactly, tuples as lists.
+        keep: checkpoints before this one that stay, as `FOLDER.1` (the latest), `FOLDER.2`, …; others of that name go.
+
+    Raises:
+        InputError: `state` is no JSON, a tensor is not dense, or something else stands at `folder`.
+        OSError: the disk refuses (full, read-only); the old checkpoint is then unchanged.
+    """
+    target = Path(folder).resolve()
+    text = json.dumps(encode(state), ensure_ascii=False, allow_nan=False)
+    refuse_foreign(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    recover(target, keep)
+    fresh = temporary(target)
+    try:
+        write(fresh, tensors, text)
+        swap_in(fresh, target, keep)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        recover(target, keep)
+        raise
+
+
+def load(
+    folder: str | os.PathLike[str], keep: Callable[[str], bool] = lambda name: True
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read a checkpoint: (tensors on the CPU, state), compared with the names, shapes, dtypes and checksums in it.
+
+    Args:
+        keep: which tensors to read, by name: prediction needs no optimizer state.
+
+    Raises:
+        InputError: no checkpoint there, another format version, a file missing, damaged, cut short or foreign.
+    """
+    target = Path(folder).resolve()
+    for _ in range(16):
+        # Beside a running save the folder may move between the two reads: begin again with the one now in place.
+        found = target if (target / STATE).exists() else old(target)
+        if not (found / STATE).exists():
+            found = target
+        before = stat(found / STATE)
+        try:
+            result = read(found, target, keep)
+        except InputError:
+            if stat(target / STATE) in (before, None) and stat(found / STATE) == before:
+                raise
+            continue
+        return result
+    raise InputError(str(target), "a checkpoint that stands still", "one replaced all the time", "try again")
+
+
+class CheckpointFolder:
+    """The `last` and the `best` checkpoint of a run, in one folder, and the ones before the last: `last.1`, `last.2`, …
+
+    Args:
+        folder: holds them; made by the first save.
+        keep: checkpoints before the last that stay. They stand in for it when it turns out to be damaged.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], keep: int = 1) -> None:
+        self.folder, self.keep = Path(folder), keep
+
+    def save_last(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+        """`save` as `last`."""
+        save(self.folder / "last", tensors, state, keep=self.keep)
+
+    def save_best(self) -> None:
+        """Makes `last` the `best` too, by hard links (copies where the file system has none).
+
+        Raises:
+            InputError: there is no `last` to link.
+        """
+        source, target = (self.folder / "last").resolve(), (self.folder / "best").resolve()
+        recover(source, self.keep)
+        if not (source / STATE).exists():
+            raise InputError(str(source), "a checkpoint to keep as best", "none", "call save_last first")
+        refuse_foreign(target)
+        recover(target)
+        fresh = temporary(target)
+        try:
+            _link(source, fresh)
+            swap_in(fresh, target)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            recover(target)
+            raise
+
+    def put_back(self, which: str) -> None:
+        """Makes another checkpoint of the run the `last`, in place of a damaged one, which goes."""
+        source, target = self._path(which).resolve(), (self.folder / "last").resolve()
+        if holds_one(target):
+            refuse_foreign(target)
+        fresh = temporary(target)
+        try:
+            _link(source, fresh)
+            replace(fresh, target)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+
+    def load(
+        self, which: str = "last", keep: Callable[[str], bool] = lambda name: True
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """`load` the "last" or the "best" one, or one of the earlier ones, "last.1" and so on."""
+        return load(self._path(which), keep)
+
+    def load_first(
+        self,
+        order: tuple[str, ...],
+        keep: Callable[[str], bool] = lambda name: True,
+        check: Callable[[Mapping[str, Any]], None] = lambda state: None,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any], str, InputError | None]:
+        """The first whole checkpoint of `order`, where "earlier" stands for those before the last, the latest first.
+
+        Args:
+            check: raises an InputError where a state is not what it should be; the checkpoint then counts as damaged.
+
+        Returns:
+            Tensors, state, its name, and why the first of them was not taken; None where it was.
+
+        Raises:
+            InputError: of the first, where none is whole.
+        """
+        before = [path.name for path in earlier((self.folder / "last").resolve())]
+        names = [name for entry in order for name in (before if entry == "earlier" else [entry])]
+        reason: InputError | None = None
+        for name in [name for name in names if self.exists(name)] or names[:1]:
+            try:
+                tensors, state = self.load(name, keep)
+                check(state)
+            except InputError as error:
+                reason = reason or error
+                continue
+            return tensors, state, name, reason
+        assert reason is not None  # there is always a first
+        raise reason
+
+    def exists(self, which: str = "last") -> bool:
+        """Whether there is one to load (whole or not)."""
+        path = self._path(which).resolve()
+        return holds_one(path) or holds_one(old(path))
+
+    def resumable(self) -> bool:
+        """Whether there is any to go on from (whole or not)."""
+        return self.exists("last") or bool(earlier((self.folder / "last").resolve())) or self.exists("best")
+
+    def _path(self, which: str) -> Path:
+        kind, _, number = which.partition(".")
+        if which not in ("last", "best") and not (kind == "last" and number.isdecimal()):
+            raise InputError("checkpoint", "'last' or 'best'", repr(which), "choose one of the two")
+        return self.folder / which
+
+
+def _link(source: Path, fresh: Path) -> None:
+    for name in (TENSORS, STATE):
+        # Safe to share: a save never writes into a file that stands, it makes new ones.
+        try:
+            os.link(source / name, fresh / name)
+        except OSError:
+            shutil.copyfile(source / name, fresh / name)
+            sync(fresh / name)
+    sync(fresh)

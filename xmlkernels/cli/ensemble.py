@@ -1,0 +1,193 @@
+"""Sum score files and measure them: `xmlkernels ensemble a.npz b.npz c.txt --dataset DIR [--output sum.npz]`.
+
+One file alone is measured as it is. A file is a scipy CSR .npz [documents, labels] or a text file of the Extreme Classification
+Repository: `documents labels`, then a line of `label:score` for each document (plain or .gz). Rows are the documents of the
+split, columns the labels of the dataset. A stored logit of exactly 0 is a score in an .npz file; readers of text files leave
+zeros out, so that one is written there as the smallest number above 0.
+
+A forest, as Parabel's three trees, is the sum of rankers, each trained on a tree of its own (`xmlkernels tree --seed N`,
+`xmlkernels rank --tree TREE`): `xmlkernels ensemble runs/tree*/predictions.npz --dataset DIR`, and for new texts
+`xmlkernels predict --ranker runs/tree* --input FILE`.
+
+Files hold logits, as this project writes them and CascadeXML reads text files, or probabilities (`--scores probability`, as
+CascadeXML's .npz files do). The sum is one of probabilities, where an absent label counts 0, or of log-odds, where it counts as
+much as the lowest label that the file has for this document: it cannot have had more; a file that has none for it has no say.
+Pairs that the dataset filters out are removed before the cut, in every row of the table.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from scipy.sparse import csr_matrix
+
+from xmlkernels import InputError
+from xmlkernels.cli.arguments import parse
+from xmlkernels.cli.console import print_comparison
+from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.formats.labels import read_npz, read_sparse, write_npz, write_sparse
+from xmlkernels.evaluation import score_matrix
+from xmlkernels.files import check_file
+from xmlkernels.locks import own_place
+from xmlkernels.metrics import evaluate, inverse_propensity
+from xmlkernels.ranker.blend import best, combine
+from xmlkernels.training.folder import write_json
+
+MEASURED = 5  # metrics at 1 to 5
+TEXT = (".txt", ".txt.gz")
+KINDS = ("logit", "probability")
+
+
+@dataclass(frozen=True)
+class Options:
+    files: tuple[str, ...]
+    """Score files, .npz or .txt(.gz)."""
+    dataset: str = ""
+    """The dataset folder that the scores are of."""
+    split: Literal["train", "val", "test"] = "test"
+    """The split that they are of."""
+    weights: tuple[float, ...] = ()
+    """One for each file; only their ratios matter. Equal when not given."""
+    scores: tuple[Literal["logit", "probability"], ...] = ("logit",)
+    """What the files hold: one word for all, or one for each."""
+    sum: Literal["probability", "log_odds"] = "probability"
+    """What is summed."""
+    output: str = ""
+    """.npz or .txt(.gz) for the summed scores, as logits: the log-odds of the weighted mean of the probabilities, or the
+    weighted mean of the log-odds."""
+    top_k: int = 100
+    """Labels per document in the output."""
+    metrics: str = ""
+    """.json for every metric at 1 to 5."""
+
+
+def check(options: Options) -> None:
+    """Refuses options that cannot be used, before a file is read."""
+    count = len(options.files)
+    if not count:
+        raise InputError("arguments", "one score file or more", "none", "name .npz or .txt files")
+    if not options.dataset:
+        raise InputError("--dataset", "a dataset folder", "none", "name the one that the scores are of")
+    if options.weights and len(options.weights) != count:
+        got = f"{len(options.weights)}"
+        raise InputError("--weights", f"{count} numbers, one for each file", got, "give as many or leave them out")
+    if any(not 0 <= weight < math.inf for weight in options.weights) or (options.weights and not sum(options.weights)):
+        got = " ".join(map(str, options.weights))
+        raise InputError("--weights", "finite numbers from 0, not all of them 0", got, "correct them")
+    if len(options.scores) not in (1, count) or not set(options.scores) <= set(KINDS):
+        got = " ".join(options.scores)
+        raise InputError("--scores", f"logit or probability, once or {count} times", repr(got), "give one for all files")
+    if options.top_k < MEASURED:
+        raise InputError("--top-k", f"{MEASURED} or more", str(options.top_k), "metrics go down to that place")
+    if options.output and not options.output.endswith((".npz", *TEXT)):
+        raise InputError("--output", "a name that ends in .npz, .txt or .txt.gz", options.output, "rename it")
+    if options.metrics and not options.metrics.endswith(".json"):
+        raise InputError("--metrics", "a name that ends in .json", options.metrics, "rename it")
+
+
+def read_scores(path: str, documents: int, labels: int, *, keep_zeros: bool = True) -> csr_matrix:
+    """A score file as CSR float32 [documents, labels]; stored zeros of an .npz file stay if they are to be kept.
+
+    CascadeXML's .npz files have a last column for padding: it is dropped where it is empty.
+
+    Raises:
+        InputError: a file that cannot be read, or one of another shape.
+    """
+    check_file(path)
+    if not path.endswith((".npz", *TEXT)):
+        raise InputError(path, "a score file that ends in .npz, .txt or .txt.gz", "another", "rename or convert it")
+    if path.endswith(".npz"):
+        matrix = read_npz(path, rows=documents, keep_zeros=keep_zeros)
+    else:
+        matrix = read_sparse(path, rows=documents)
+    if matrix.shape[1] == labels + 1 and not matrix.data[matrix.indices == labels].any():
+        matrix = matrix[:, :labels]
+    if matrix.shape[1] != labels:
+        mend = "name the scores of this dataset"
+        raise InputError(path, f"{labels} columns, the labels of the dataset", str(matrix.shape[1]), mend)
+    return matrix
+
+
+def log_odds(matrix: csr_matrix, kind: str, path: str) -> np.ndarray:
+    """The stored scores as finite log-odds, float64 [nnz].
+
+    Raises:
+        InputError: a probability that is none.
+    """
+    values = matrix.data.astype(np.float64)
+    if kind == "logit":
+        return values
+    bad = np.flatnonzero((values < 0) | (values > 1))
+    if bad.size:
+        row = int(np.searchsorted(matrix.indptr, bad[0], "right")) - 1
+        where = f"{path}, row {row}, label {matrix.indices[bad[0]]}"
+        raise InputError(where, "a probability from 0 to 1", f"{values[bad[0]]:g}", "say --scores logit if they are logits")
+    return to_log_odds(values)
+
+
+def to_log_odds(probability: np.ndarray) -> np.ndarray:
+    """ln p/(1-p), finite also at 0 and 1."""
+    p = np.clip(probability, np.finfo(np.float64).tiny, 1 - np.finfo(np.float64).epsneg)
+    return np.asarray(np.log(p) - np.log1p(-p))
+
+
+def run(options: Options) -> dict[str, dict[str, float]]:
+    """Metrics in percent of every file and, where there are more, of their sum (named "sum")."""
+    check(options)
+    with ExitStack() as held:  # before the work: a place that cannot be written, or is in use
+        for flag, path in (("--output", options.output), ("--metrics", options.metrics)):
+            if path:
+                held.enter_context(own_place(path, flag))
+        return _run(options)
+
+
+def _run(options: Options) -> dict[str, dict[str, float]]:
+    dataset = Dataset.open(options.dataset)
+    if options.split not in dataset.splits:
+        raise InputError("--split", f"one of {', '.join(dataset.splits)}", options.split, f"{dataset.folder} has no other")
+    split = dataset.splits[options.split]
+    weight = inverse_propensity(dataset.splits["train"].labels, *dataset.propensity)
+    kinds = options.scores * (len(options.files) if len(options.scores) == 1 else 1)
+    # A logit of 0 is a score; a probability of 0 says what an absent one does.
+    files = [
+        read_scores(path, len(split), dataset.num_labels, keep_zeros=kind == "logit")
+        for path, kind in zip(options.files, kinds, strict=True)
+    ]
+    odds = [log_odds(m, kind, path) for m, kind, path in zip(files, kinds, options.files, strict=True)]
+    measured = {}
+    for number, (matrix, z) in enumerate(zip(files, odds, strict=True)):
+        alone = csr_matrix((z, matrix.indices, matrix.indptr), matrix.shape)
+        path = options.files[number]
+        name = path if path not in measured else f"{path} ({number + 1})"
+        measured[name] = evaluate(best(alone, split.filter_pairs, MEASURED)[1], split.labels, weight)
+    if len(files) > 1 or options.output:
+        total = combine(files, odds, options.weights or [1.0] * len(files), options.sum)
+        values, rows = best(total, split.filter_pairs, options.top_k)
+        if len(files) > 1:
+            measured["sum"] = evaluate(rows, split.labels, weight)
+        if options.output:
+            kept = score_matrix(values.astype(np.float32), rows, dataset.num_labels)
+            if options.output.endswith(".npz"):
+                write_npz(options.output, kept, keep_zeros=True)
+            else:
+                kept.data[kept.data == 0] = np.finfo(np.float32).tiny
+                write_sparse(options.output, kept)
+    if options.metrics:
+        facts = {"dataset": dataset.name, "dataset_hash": dataset.content_hash, "split": split.name, "sum": options.sum}
+        write_json(Path(options.metrics), {**facts, "metrics": measured})
+    return measured
+
+
+def main(words: Sequence[str]) -> None:
+    options = parse(Options, "xmlkernels ensemble", __doc__ or "", positional=True, words=words)
+    measured = run(options)
+    title = f"{options.dataset}, {options.split}"
+    # Score files of runs are all called predictions.npz: the folder tells them apart.
+    shown = {"/".join(Path(name).parts[-2:]): metrics for name, metrics in measured.items()}
+    shown = shown if len(shown) == len(measured) else measured
+    print_comparison(title, shown, ("P", "nDCG", "R"))
+    print_comparison(f"{title}, by propensity", shown, ("PSP", "PSnDCG"))

@@ -1,0 +1,35 @@
+"""Print what a report of a fault needs: `xmlkernels env`."""
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from xmlkernels import __version__
+from xmlkernels.cli.arguments import parse
+from xmlkernels.native import missing_cuda
+from xmlkernels.ops import missing
+from xmlkernels.training.environment import PACKAGES
+
+
+@dataclass(frozen=True)
+class Options:
+    """None."""
+
+
+def main(words: Sequence[str]) -> None:
+    parse(Options, "xmlkernels env", __doc__ or "", words=words)
+    print(f"xmlkernels {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    for package in dict.fromkeys([*PACKAGES, "triton", "scikit-learn", "numba"]):
+        try:
+            print(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            print(f"{package}: not installed")
+    print(f"native library: {'loaded' if missing is None else 'not loaded, ' + missing}")
+    if torch.version.cuda is not None:
+        print(f"CUDA library: {'loaded' if missing_cuda is None else 'not loaded, ' + missing_cuda}")
+    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"devices: {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}; {', '.join(cards) or 'no GPU'}")

@@ -1,0 +1,133 @@
+"""Write what a trained model knows as arrays: `xmlkernels export --checkpoint DIR --output FOLDER [--what …]`.
+
+label_vectors: `label_vectors.npy` (fp32 [L, D], memory-mappable, one row a label) and `label_names.txt`, for an index of
+nearest neighbours. With unit length, as Renee's deployment has it (MLSys 2023, section 6), maximum inner product becomes cosine
+similarity, which every index serves; rankings then differ from the exact ones of xmlkernels predict, because the lengths of
+the rows are gone.
+
+embeddings: `embeddings_SPLIT.npy` (fp32 [N, D]) of every split: what the label table meets of a document.
+
+shortlists: `shortlist_SPLIT.npz` (scipy CSR [N, L] of logits) of every split: the labels that a linear ranker has to choose
+from. Of a cascade they are candidates of its last level; pairs that a filter bars are not among them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from xmlkernels import InputError
+from xmlkernels.cli.arguments import parse
+from xmlkernels.cli.console import say
+from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.formats.matrices import write_npz
+from xmlkernels.data.inputs import check_dataset
+from xmlkernels.evaluation import embed_split, predict_split, score_matrix
+from xmlkernels.files import replacing
+from xmlkernels.locks import own_folder
+from xmlkernels.models.end_to_end import EndToEnd
+from xmlkernels.predict.model import Predictor
+from xmlkernels.training.checks import check_least
+from xmlkernels.training.config import Config, began_with, resolved_device
+from xmlkernels.training.folder import read_json
+from xmlkernels.training.inputs import open_dataset
+from xmlkernels.training.owned import refuse_others
+
+WRITTEN = ("label_vectors.npy", "label_names.txt") + tuple(
+    name for split in ("train", "val", "test") for name in (f"embeddings_{split}.npy", f"shortlist_{split}.npz")
+)
+_ROWS = 1 << 16  # rows turned into fp32 at a time
+
+
+@dataclass(frozen=True)
+class Options:
+    checkpoint: str
+    """A run's output folder, or the checkpoint folder in it."""
+    output: str
+    """Folder to write into; made when it is not there."""
+    what: Literal["label_vectors", "embeddings", "shortlists"] = "label_vectors"
+    """See above."""
+    normalize: bool = True
+    """label_vectors: unit length for every row; --no-normalize keeps the trained lengths."""
+    dataset: str = ""
+    """embeddings, shortlists: the dataset folder; by default the run's own."""
+    top_k: int = 100
+    """shortlists: labels per document."""
+    batch: int = 256
+    """embeddings, shortlists: documents per pass."""
+    which: Literal["best", "last"] | None = None
+    """The best checkpoint by validation, or the last one; by default the best, or the last while there is no best yet."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, or auto."""
+
+
+def export(options: Options) -> None:
+    check_least(options, 1, "top_k", "batch")
+    refuse_others(options.output, run=False)
+    with own_folder(options.output, writes=WRITTEN) as folder:
+        predictor = Predictor.load(options.checkpoint, which=options.which, device=resolved_device(options.device))
+        if options.what == "label_vectors":
+            label_vectors(options, predictor, folder)
+        else:
+            documents(options, predictor, folder)
+
+
+def documents(options: Options, predictor: Predictor, folder: Path) -> None:
+    """Writes the embeddings or the shortlists of every split."""
+    dataset = dataset_of(options, predictor)
+    for name, split in dataset.splits.items():
+        more = {"batch_size": options.batch, "inputs": predictor.inputs}
+        if options.what == "embeddings":
+            found = embed_split(predictor.model, split, **more)
+            with replacing(folder / f"embeddings_{name}.npy") as file:
+                np.save(file, found)
+            say(f"{folder}/embeddings_{name}.npy: {found.shape[0]:,} documents, width {found.shape[1]}")
+        else:
+            scores = score_matrix(*predict_split(predictor.model, split, options.top_k, **more), dataset.num_labels)
+            write_npz(folder / f"shortlist_{name}.npz", scores, keep_zeros=True)
+            say(f"{folder}/shortlist_{name}.npz: {scores.shape[0]:,} documents, {scores.nnz:,} labels")
+
+
+def dataset_of(options: Options, predictor: Predictor) -> Dataset:
+    """The dataset to walk over.
+
+    Raises:
+        InputError: none is named and none found, or one that the model does not know.
+    """
+    path = Path(options.checkpoint)
+    settings = next((p for p in (path / "config.json", path.parent / "config.json") if p.exists()), None)
+    if options.dataset:
+        dataset = Dataset.open(options.dataset)
+    elif settings is not None:
+        dataset = open_dataset(replace(Config(), **began_with(read_json(settings))))
+    else:
+        raise InputError("--dataset", "a dataset folder", "none, and no config.json beside the checkpoint", "name one")
+    check_dataset(dataset, predictor.labels, predictor.inputs)
+    return dataset
+
+
+def label_vectors(options: Options, predictor: Predictor, folder: Path) -> None:
+    """Writes the rows of the label table, and the names of the labels."""
+    model = predictor.model
+    if not isinstance(model, EndToEnd) or model.head.bias is not None:
+        got = "one with a bias for each label" if isinstance(model, EndToEnd) else "a cascade, which has a bias for each label"
+        mend = "an inner product cannot carry it; train end to end without --bias"
+        raise InputError("--checkpoint", "a label table without bias", got, mend)
+    head = model.head
+    with replacing(folder / "label_vectors.npy") as file:
+        shape = tuple(head.weight.shape)
+        np.lib.format.write_array_header_2_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        for start in range(0, shape[0], _ROWS):
+            rows = head.rows(start, start + _ROWS)
+            file.write((torch.nn.functional.normalize(rows) if options.normalize else rows).cpu().numpy().tobytes())
+    if predictor.label_names is not None:
+        with replacing(folder / "label_names.txt") as file:
+            file.write("".join(f"{name}\n" for name in predictor.label_names).encode())
+    say(f"{folder}/: {shape[0]:,} label vectors of width {shape[1]}")
+
+
+def main(words: Sequence[str]) -> None:
+    export(parse(Options, "xmlkernels export", __doc__ or "", words=words))

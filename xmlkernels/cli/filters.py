@@ -1,0 +1,54 @@
+"""Pairs that xmlkernels predict must not predict: --filter."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from xmlkernels import InputError
+from xmlkernels.data.formats.labels import read_filter_pairs
+from xmlkernels.predict.model import Label
+from xmlkernels.topk import candidates_needed, drop_filtered
+
+
+@dataclass
+class Barred:
+    """Pairs int64 [n, 2] of (text, label), of `labels` labels; `name` is their file."""
+
+    name: str
+    pairs: np.ndarray
+    labels: int
+
+    @classmethod
+    def read(cls, path: str, labels: int) -> "Barred":
+        """Those of a file, or none. InputError where a line holds no pair, or a label that the model does not have."""
+        none = np.zeros((0, 2), np.int64)
+        return cls(path, np.unique(read_filter_pairs(path, labels=labels), axis=0) if path else none, labels)
+
+    def needed(self, k: int) -> int:
+        """How many labels of a text leave k when its pairs are gone."""
+        return candidates_needed(k, self.pairs, self.labels)
+
+    def _of(self, text: int) -> set[int]:
+        first, last = np.searchsorted(self.pairs[:, 0], [text, text + 1])
+        return set(self.pairs[first:last, 1].tolist())
+
+    def _check(self, texts: int) -> None:
+        """InputError where a pair names a text beyond the last: the file belongs to other texts."""
+        if len(self.pairs) and self.pairs[-1, 0] >= texts:
+            got, mend = str(self.pairs[-1, 0]), "name the file that belongs to these texts"
+            raise InputError(self.name, f"texts from 0 to {texts - 1}, as there are {texts}", got, mend)
+
+    def kept(self, answers: Iterator[Sequence[Label]], k: int) -> Iterator[list[Label]]:
+        """The k best labels of each text that no pair bars."""
+        count = 0
+        for count, labels in enumerate(answers, 1):
+            barred = self._of(count - 1)
+            yield [label for label in labels if label.id not in barred][:k]
+        self._check(count)
+
+    def kept_arrays(self, values: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same of logits [N, K] and labels [N, K]; -inf and -1 where fewer are left."""
+        self._check(len(rows))
+        rows, values = drop_filtered(rows, values, self.pairs, k, num_labels=self.labels)
+        return values, rows

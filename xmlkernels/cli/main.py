@@ -1,0 +1,69 @@
+"""The command `xmlkernels`: `xmlkernels COMMAND …`, also `python -m xmlkernels COMMAND …`."""
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+
+from xmlkernels.cli import waiting
+
+# Each is a module of this package with a `main(words)`; nothing of it is loaded before it is asked for.
+COMMANDS = {
+    "prepare": "raw files → a dataset folder",
+    "train": "train a model by a recipe",
+    "tree": "build the label tree of a dataset",
+    "rank": "train a linear ranker over shortlists",
+    "predict": "label texts",
+    "export": "write label vectors, embeddings or shortlists as arrays",
+    "ensemble": "sum score files and measure them",
+    "demo": "train on the built-in corpus, compare, answer three questions",
+    "env": "print versions, native libraries and devices",
+}
+_MODULES = {"env": "environment"}
+_INTERRUPTED = {"demo": "interrupted; the next `make demo` goes on from the last checkpoint"}
+_SEVERAL = {"train"}  # commands that torchrun may start
+
+
+def main(words: Sequence[str] | None = None, prog: str = "") -> None:
+    """Run one command; leaves the process with its exit status.
+
+    Args:
+        words: the command and its arguments; by default those of this process.
+        prog: the command as one types it, where that is not `xmlkernels COMMAND`.
+    """
+    words = sys.argv[1:] if words is None else list(words)
+    if words and words[0] == "--version":
+        from xmlkernels import __version__
+
+        print(f"xmlkernels {__version__}")
+        return
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help(), file=sys.stdout if words else sys.stderr)
+        sys.exit(0 if words else 2)
+    name, *rest = words
+    if name not in COMMANDS:
+        print(f"error: {_unknown(name)}", file=sys.stderr)
+        sys.exit(2)
+    waiting.choose(rest)  # before torch is loaded
+    from xmlkernels.cli.console import command
+
+    module = import_module(f"xmlkernels.cli.{_MODULES.get(name, name)}")
+    run = partial(module.main, rest, **({"prog": prog} if prog else {}))
+    command(run, interrupted=_INTERRUPTED.get(name, "interrupted"), several=name in _SEVERAL)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{told}" for name, told in COMMANDS.items()]
+    head = "usage: xmlkernels COMMAND [ARGUMENTS]   (xmlkernels COMMAND --help tells of each)"
+    return "\n".join([head, "", "Train and serve text classifiers with millions of labels.", "", *lines])
+
+
+def _unknown(name: str) -> str:
+    import difflib
+
+    from xmlkernels.errors import InputError
+
+    near = difflib.get_close_matches(name, COMMANDS, 1)
+    mend = f"did you mean {near[0]}?" if near else "xmlkernels --help lists them"
+    return str(InputError("xmlkernels", f"a command ({', '.join(COMMANDS)})", repr(name), mend))

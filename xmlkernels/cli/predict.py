@@ -1,0 +1,210 @@
+"""Ask a trained model for labels: `xmlkernels predict --checkpoint DIR (--text "…" | --input FILE) [--output FILE]`.
+
+With --ranker the output folder of xmlkernels rank answers, with the checkpoint that it was made with or, where it was made
+without one, alone.
+"""
+
+import io
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import IO, Annotated, Any, Literal
+
+import numpy as np
+import torch
+from tyro.constructors import PrimitiveConstructorSpec
+
+from xmlkernels import InputError
+from xmlkernels.cli.arguments import parse
+from xmlkernels.cli.filters import Barred
+from xmlkernels.cli.texts import Texts, paired
+from xmlkernels.data.formats.labels import write_npz
+from xmlkernels.data.inputs import TextParts
+from xmlkernels.evaluation import score_matrix
+from xmlkernels.files import replacing
+from xmlkernels.locks import own_place
+from xmlkernels.predict.model import Label, Predictor
+from xmlkernels.predict.ranked import Forest, Ranked, RankedPredictor
+from xmlkernels.training.checks import check_least, flag
+from xmlkernels.training.config import resolved_device
+
+# tyro would take the text "None" for no text.
+VERBATIM: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="TEXT",
+    instance_from_str=lambda words: words[0],
+    is_instance=lambda value: value is None or isinstance(value, str),
+    str_from_instance=lambda value: [] if value is None else [value],
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    checkpoint: str = ""
+    """A run's output folder, or the checkpoint folder in it."""
+    ranker: tuple[str, ...] = ()
+    """An output folder of xmlkernels rank; of several the mean of their probabilities is taken (a forest)."""
+    # ---- texts ----
+    text: Annotated[str | None, VERBATIM] = None
+    """One text to label; it may be empty."""
+    input: str | None = None
+    """A .txt file (one text a line), a .jsonl file (a string, or an object with "text" or "title" and "content", a line;
+    its "id" or "uid" is given back), both also packed as .gz, .bz2 or .xz, or - for lines from standard input, each
+    answered before the next is read."""
+    ranker_text: Annotated[str | None, VERBATIM] = None
+    """With --text: what a ranker's TF-IDF is made of, where the ranker was trained with --train-text beside a checkpoint."""
+    ranker_input: str | None = None
+    """The same with --input: a file of as many texts."""
+    filter: str = ""
+    """A file of lines `text label`, both counted from 0: pairs that are never predicted, as prepare's --test-filter."""
+    # ---- answers ----
+    output: str = ""
+    """.jsonl: one line a text; .npz: a scipy CSR matrix of scores [texts, labels]. Printed when not given.
+    A score is log-odds, ln p / (1 - p), of one model, of a ranker and of a forest alike."""
+    top_k: int = 10
+    """Labels per text."""
+    batch: int | None = None
+    """Texts per pass: 64, or 1 for standard input; a larger one is faster there and answers later."""
+    # ---- model and machine ----
+    which: Literal["best", "last"] | None = None
+    """The best checkpoint by validation, or the last one; by default the best, or the last while there is no best yet."""
+    latency: bool = False
+    """Label the texts one by one and tell how long one takes (median, 95th, 99th percentile) on standard error, after one
+    call that is not counted."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, or auto."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+
+
+def texts_of(options: Options, parts: TextParts) -> tuple[Texts, Any]:
+    """The texts to label, and what the model or the rankers read: them, or pairs where the rankers have texts of their own."""
+    texts = Texts(options.text, options.input, parts)
+    if options.ranker_text is None and options.ranker_input is None:
+        return texts, iter(texts)
+    return texts, paired(texts, Texts(options.ranker_text, options.ranker_input, TextParts()))
+
+
+@contextmanager
+def written(path: str) -> Iterator[IO[str]]:
+    """Standard output, or a file that appears only when it is whole."""
+    if not path:
+        # Names in any script: as UTF-8 into files and pipes, and on a terminal with escapes for what it cannot show.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            how: dict[str, str] = {"errors": "backslashreplace"} if sys.stdout.isatty() else {"encoding": "utf-8"}
+            sys.stdout.reconfigure(**how)  # type: ignore[arg-type]
+        yield sys.stdout
+        return
+    with replacing(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8")
+        yield text
+        text.flush()
+        text.detach()  # `replacing` still has to sync the stream below
+
+
+def one_by_one(predictor: Predictor | Ranked, texts: Iterator[Any], k: int) -> Iterator[list[Label]]:
+    """Predictions as a server would make them, one text a call, and at the end how long a call took."""
+    taken = []
+    for text in texts:
+        if not taken:
+            next(predictor.predict([text], k, batch_size=1, window=1, prefetch=0))  # the first call allocates and loads
+        started = time.perf_counter()
+        labels = next(predictor.predict([text], k, batch_size=1, window=1, prefetch=0))
+        taken.append((time.perf_counter() - started) * 1e3)
+        yield labels
+    if taken:
+        p50, p95, p99 = np.percentile(taken, (50, 95, 99))
+        print(f"{len(taken)} texts one by one: median {p50:.1f} ms, 95% {p95:.1f} ms, 99% {p99:.1f} ms", file=sys.stderr)
+
+
+def check(options: Options) -> None:
+    """Refuses options that cannot be used, before the model is loaded."""
+    if (options.text is None) == (options.input is None):
+        got = "neither" if options.text is None else "both"
+        raise InputError("arguments", "either --text or --input", got, 'give --text "…" or --input FILE')
+    if not options.checkpoint and not options.ranker:
+        raise InputError("--checkpoint", "a run's output folder, or --ranker and a ranker's", "neither", "name one")
+    for name, other in (("ranker_text", "text"), ("ranker_input", "input")):
+        if getattr(options, name) is not None and (getattr(options, other) is None or not options.ranker):
+            raise InputError(flag(name), f"--ranker and {flag(other)} beside it", "no such two", "leave it out, or give them")
+    if options.ranker_input == "-":
+        raise InputError("--ranker-input", "a file", "standard input", "name a file of the same documents' texts")
+    if options.which and not options.checkpoint:
+        raise InputError("--which", "--checkpoint beside it", "none", "leave it out: it would do nothing")
+    check_least(options, 1, "top_k", "batch")
+    check_least(options, 0, "threads")
+    if options.output and not options.output.endswith((".jsonl", ".npz")):
+        raise InputError("--output", "a name that ends in .jsonl or .npz", options.output, "rename it")
+    if options.latency and options.output.endswith(".npz"):
+        raise InputError("--latency", "answers one by one", "--output .npz, which takes all at once", "write .jsonl")
+
+
+def loaded(options: Options) -> Predictor | Ranked:
+    """The model, or the ranker with its model; InputError where it needs other texts than the options name."""
+    device = resolved_device(options.device)
+    if not options.ranker:
+        return Predictor.load(options.checkpoint, which=options.which, device=device, threads=options.threads)
+    more = {"which": options.which, "device": device, "threads": options.threads}
+    predictor = Forest([RankedPredictor.load(folder, options.checkpoint or None, **more) for folder in options.ranker])
+    given = options.ranker_text is not None or options.ranker_input is not None
+    if given != predictor.takes_pairs:
+        name = "--ranker-text" if options.text is not None else "--ranker-input"
+        expected = "the texts of its TF-IDF, which was not made of the model's" if predictor.takes_pairs else "no texts"
+        mend = "give both, equal ones too" if predictor.takes_pairs else "leave it out: this ranker has no texts of its own"
+        raise InputError(name, expected, "some" if given else "none", mend)
+    return predictor
+
+
+def answers_of(options: Options, predictor: Predictor | Ranked, texts: Any, barred: Barred) -> Iterator[list[Label]]:
+    """The answers to `texts`, without the pairs of --filter."""
+    k = barred.needed(options.top_k)
+    if options.latency:
+        answers = one_by_one(predictor, texts, k)
+    elif options.input == "-":
+        # No thread: one that waits for a terminal would hold up the end.
+        answers = predictor.predict(texts, k, batch_size=options.batch or 1, window=1, prefetch=0)
+    else:
+        answers = predictor.predict(texts, k, batch_size=options.batch or 64)
+    return barred.kept(answers, options.top_k)
+
+
+def run(options: Options) -> None:
+    check(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    # The output before the work: a place that cannot be written, or is in use, is told at once.
+    with own_place(options.output) if options.output else nullcontext():
+        answer(options, loaded(options))
+
+
+def answer(options: Options, predictor: Predictor | Ranked) -> None:
+    """Writes or prints what the model says to the texts."""
+    texts, given = texts_of(options, predictor.parts)
+    barred = Barred.read(options.filter, predictor.labels)
+    if options.output.endswith(".npz"):
+        size = options.batch or 64
+        values, rows = predictor.predict_arrays(given, barred.needed(options.top_k), batch_size=size)
+        values, rows = barred.kept_arrays(values, rows, options.top_k)
+        write_npz(options.output, score_matrix(values, rows, predictor.labels), keep_zeros=True)
+        return
+    with written(options.output) as out:
+        for number, labels in enumerate(answers_of(options, predictor, given, barred)):
+            own = texts.ids.popleft()
+            found = [
+                {"id": x.id, "name": x.name, "score": round(x.score, 4), "probability": round(x.probability, 6)} for x in labels
+            ]
+            if options.output or not sys.stdout.isatty():
+                named = {"text": number} | ({} if own is None else {"id": own})
+                out.write(json.dumps(named | {"labels": found}, ensure_ascii=False) + "\n")
+            else:
+                out.write("" if own is None else f"{own}\n")
+                out.write("\n".join(f"{x['probability']:8.4f}  {x['name']}" for x in found) + "\n\n")
+            if not options.output:
+                out.flush()
+
+
+def main(words: Sequence[str]) -> None:
+    run(parse(Options, "xmlkernels predict", __doc__ or "", words=words))

@@ -1,0 +1,36 @@
+"""Raw files → a dataset folder: `xmlkernels prepare --help`.
+
+--tokenizer takes a Hugging Face name, a local folder, or "minilm": the installed all-MiniLM-L6-v2, as train/run.py's
+--encoder does. The tokenizer must be the one of the encoder that will be trained. --source bow needs none.
+
+A text file has one document per line, its label file one row per document: label ids, divided by spaces or commas, that
+count from 0 (line 1 of the label names is label 0); a blank line has no label. Or, behind a header of the numbers of documents
+and labels, `id:1` for each. Three documents with the labels 0 and 4, 3, 1 and 2:
+
+    0 4         3 6
+    3      or   0:1 4:1
+    1 2         3:1
+                1:1 2:1
+
+Names in place of ids ("State aid, EU law") are read with --source attentionxml.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from xmlkernels.cli.arguments import parse
+from xmlkernels.data.prepare import PrepareConfig, prepare
+from xmlkernels.training.encoders import source_of
+
+
+def tell(line: str) -> None:
+    """Progress goes to standard error; standard output gets the one line of the result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(words: Sequence[str]) -> None:
+    config = parse(PrepareConfig, "xmlkernels prepare", __doc__ or "", words=words)
+    tokenizer = None if config.tokenizer is None else source_of(config.tokenizer, "--tokenizer")
+    dataset = prepare(replace(config, tokenizer=tokenizer), tell)
+    print(f"{config.output}: {dataset.num_labels:,} labels, content {dataset.content_hash[:16]}")

@@ -1,0 +1,143 @@
+"""The texts that xmlkernels predict labels, read as they are used: from a flag, a file or standard input."""
+
+import io
+import json
+import sys
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import IO, Any
+
+from xmlkernels import InputError
+from xmlkernels.data.formats.labels import DataWarning, iter_lines
+from xmlkernels.data.formats.text_lines import LONGEST_LINE, line_too_long
+from xmlkernels.data.inputs import TextParts
+from xmlkernels.file_kinds import check_documents, check_text, is_json_lines, unpacked
+
+# A document's own name in a JSON object, in the order in which they are looked for.
+_IDS = ("id", "uid", "_id")
+Id = str | int | None
+
+
+@dataclass
+class Texts:
+    """The text of --text, or those of --input.
+
+    Attributes:
+        parts: how the model was given title and body.
+        ids: what their owner calls the texts that were read and not yet answered, in order; None where they have no name.
+    """
+
+    text: str | None
+    path: str | None
+    parts: TextParts
+    ids: deque[Id] = field(default_factory=deque)
+
+    def __iter__(self) -> Iterator[str]:
+        for text, own in self._read():
+            self.ids.append(own)
+            yield text
+
+    def _read(self) -> Iterator[tuple[str, Id]]:
+        if self.text is None and is_json_lines(str(self.path)):
+            yield from json_texts(str(self.path), self.parts)
+            return
+        lines = iter([self.text]) if self.text is not None else _lines(str(self.path))
+        for line in lines:
+            yield self.parts.of_line(line), None
+
+
+def _lines(path: str) -> Iterator[str]:
+    return lines_of(sys.stdin.buffer) if path == "-" else iter_lines(path, documents=True)
+
+
+def paired(texts: Texts, words: Texts) -> Iterator[tuple[str, str]]:
+    """Both together. InputError where one has more than the other."""
+    for number, (text, word) in enumerate(zip_longest(texts, words)):
+        if text is None or word is None:
+            got = "fewer" if word is None else "more"
+            mend = "name the same documents' texts"
+            raise InputError(str(words.path), "as many texts as --input has", f"{got} (text {number})", mend)
+        yield text, word
+
+
+def json_texts(path: str, parts: TextParts) -> Iterator[tuple[str, Id]]:
+    """Text and id of each line of a JSON lines file; blank lines may stand at its end."""
+    blank = 0
+    for number, line in enumerate(iter_lines(path), 1):
+        if not line.strip():
+            blank = blank or number
+            continue
+        if blank:
+            raise InputError(f"{path}:{blank}", "a JSON string or object", "a blank line", "take the line out")
+        yield text_of(line, f"{path}:{number}", parts)
+
+
+def text_of(line: str, where: str, parts: TextParts) -> tuple[str, Id]:
+    """Text and id of a JSON string, or of an object with "text", or "title" and "content".
+
+    Raises:
+        InputError: no JSON, or none of these keys.
+    """
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        got = f"{line[:40]!r} ({getattr(error, 'msg', type(error).__name__)})"
+        mend = "write one JSON value a line (of one list: `jq -c '.[]' FILE`)"
+        raise InputError(where, "a JSON string or object", got, mend) from None
+    if isinstance(value, str):
+        return value, None
+    known = value if isinstance(value, dict) else {}
+    found = {key: known[key] for key in ("text", "title", "content") if isinstance(known.get(key), str)}
+    if not found:
+        raise InputError(where, 'a string, or an object with "text" or "title"', line[:40], "name the text's key so")
+    joined = parts.join(found.get("title", ""), found.get("content", ""))
+    text = " ".join(found.values()) if "text" in found else joined
+    return text, _id_of(known)
+
+
+def _id_of(record: dict[str, Any]) -> Id:
+    """What the record is called; half characters that JSON escapes can make are replaced, for no file can hold them."""
+    for key in _IDS:
+        if isinstance(own := record.get(key), str):
+            return own.encode("utf-8", "replace").decode()
+        if isinstance(own, int) and not isinstance(own, bool):
+            return own
+    return None
+
+
+def lines_of(stream: IO[bytes]) -> Iterator[str]:
+    """Lines as soon as they are there; broken UTF-8 becomes U+FFFD, is counted and told once, at the end.
+
+    Raises:
+        InputError: the stream does not begin as a text does.
+    """
+    broken = first = 0
+    if isinstance(stream, io.BufferedReader):
+        check_stream(stream)
+    try:
+        for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 2), b""), 1):
+            if len(line.rstrip(b"\r\n")) > LONGEST_LINE:
+                raise line_too_long(f"standard input:{number}")
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError:
+                text = line.decode("utf-8", errors="replace")
+                broken, first = broken + 1, first or number
+            yield text.rstrip("\r\n")
+    finally:
+        if broken:
+            lines = "1 line" if broken == 1 else f"{broken} lines"
+            warnings.warn(f"standard input: broken UTF-8 replaced in {lines} (first: line {first})", DataWarning, 2)
+
+
+def check_stream(stream: io.BufferedReader) -> None:
+    """InputError where what stands ready on standard input is packed, binary, or holds more than a text a line."""
+    head = stream.peek(1)
+    if unpacked(stream) is not stream:
+        mend = "unpack it on the way: `zcat FILE | …`, bzcat or xzcat"
+        raise InputError("standard input", "texts, one a line", "a packed file", mend)
+    check_text("standard input", head)
+    check_documents("standard input", head)

@@ -1,0 +1,221 @@
+"""Texts → TF-IDF bags of words (Salton, Buckley, 1988), by scikit-learn, and batches of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+from scipy.sparse import csr_matrix
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from xmlkernels.data.batches.base import at_least, gather_bags
+from xmlkernels.data.batches.prefetch import in_background
+from xmlkernels.data.batches.tokens import BagBatch, text_windows
+from xmlkernels.data.formats.arrays import read_tensors
+from xmlkernels.errors import InputError
+from xmlkernels.files import replacing
+from xmlkernels.records import Positive, read_record
+
+FORMAT, VERSION = "xmlkernels-vocabulary", 1
+VOCABULARY, IDF = "vocabulary.json", "idf.safetensors"
+MOST_BYTES = 1 << 30  # of vocabulary.json: words are many
+_WORD = r"(?u)\b\w+\b"  # single letters are words too: names of concepts hold them ("vitamin C")
+
+
+class Vectorizer:
+    """TF-IDF of words and of neighbouring words, from a vocabulary learnt of the training texts.
+
+    A value is (1 + ln tf) · (1 + ln((1 + N) / (1 + df))), each row of norm 1. Columns stand in the order of their words, so
+    equal texts give equal columns.
+
+    Args:
+        longest: words of the longest phrase: 2 takes single words and pairs.
+        min_df: training texts that a word or phrase must occur in.
+        max_features: V at most, the most frequent ones; None keeps all.
+        sublinear: 1 + ln tf in place of tf.
+        normalize: rows of norm 1; False leaves long texts heavier.
+
+    Raises:
+        InputError: a size out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        longest: int = 2,
+        min_df: int = 2,
+        max_features: int | None = None,
+        sublinear: bool = True,
+        normalize: bool = True,
+    ) -> None:
+        at_least("longest", longest, 1)
+        at_least("min_df", min_df, 1)
+        at_least("max_features", 1 if max_features is None else max_features, 1)
+        self.settings: dict[str, Any] = {
+            "longest": longest, "min_df": min_df, "max_features": max_features, "sublinear": sublinear, "normalize": normalize,
+        }  # fmt: skip
+        self._inner = self._make()
+        self._fitted = False
+
+    def _make(self, words: list[str] | None = None) -> TfidfVectorizer:
+        settings = self.settings
+        choice = {"vocabulary": words} if words is not None else {key: settings[key] for key in ("min_df", "max_features")}
+        return TfidfVectorizer(
+            ngram_range=(1, settings["longest"]), sublinear_tf=settings["sublinear"], token_pattern=_WORD,
+            norm="l2" if settings["normalize"] else None, dtype=np.float32, **choice,
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        """V."""
+        return len(self.idf)
+
+    @property
+    def words(self) -> list[str]:
+        """The V words and phrases, in column order."""
+        return [str(word) for word in self._ready().get_feature_names_out()]
+
+    @property
+    def idf(self) -> np.ndarray:
+        """fp32 [V], weight of each column."""
+        return np.asarray(self._ready().idf_, np.float32)
+
+    @property
+    def content_hash(self) -> str:
+        """sha256 of everything that decides what a text becomes."""
+        told = json.dumps([VERSION, _WORD, self.settings, self.words], sort_keys=True)
+        return hashlib.sha256(told.encode() + self.idf.tobytes()).hexdigest()
+
+    def _ready(self) -> TfidfVectorizer:
+        if not self._fitted:
+            raise InputError("vectorizer", "a vocabulary", "none yet", "call fit, or load one")
+        return self._inner
+
+    def fit(self, texts: Iterable[str]) -> csr_matrix:
+        """Learn the vocabulary of the N training texts; returns their features, CSR fp32 [N, V].
+
+        Raises:
+            InputError: no word occurs in min_df texts, or an item is no string.
+        """
+        self._inner = self._make()
+        try:
+            found = self._inner.fit_transform(_strings(texts))
+        except ValueError as error:
+            mend = "choose a smaller min_df, or check the texts"
+            raise InputError(
+                "training texts", f"words in at least {self.settings['min_df']} texts", str(error), mend
+            ) from error
+        self._fitted = True
+        return csr_matrix(found)
+
+    def transform(self, texts: Iterable[str]) -> csr_matrix:
+        """Features of N texts, CSR fp32 [N, V], columns ascending; words outside the vocabulary are left out.
+
+        Raises:
+            InputError: no vocabulary yet, one string instead of many, or an item that is no string.
+        """
+        inner, rows = self._ready(), list(_strings(texts))
+        if not rows:  # scikit-learn refuses them
+            return csr_matrix((0, len(self)), dtype=np.float32)
+        found = csr_matrix(inner.transform(rows))
+        found.sort_indices()
+        return found
+
+    def save(self, folder: str | Path) -> None:
+        """Write vocabulary.json and idf.safetensors into `folder`, made where it does not exist."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        head = {"format": FORMAT, "version": VERSION, "hash": self.content_hash, "settings": self.settings, "words": self.words}
+        with replacing(folder / VOCABULARY) as file:
+            file.write(json.dumps(head, ensure_ascii=False).encode())
+        with replacing(folder / IDF) as file:
+            file.write(save({"idf": self.idf}))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Vectorizer:
+        """What `save` wrote; it gives the same features.
+
+        Raises:
+            InputError: a file is missing, of another format, damaged, or the two do not belong together.
+        """
+        folder, mend = Path(folder), "save the vocabulary again"
+        kind = {"format": FORMAT, "version": VERSION}
+        head: Any = read_record(folder / VOCABULARY, Head, mend=mend, kind=kind, most_bytes=MOST_BYTES)
+        _, found = read_tensors(folder / IDF, "the weights of a vocabulary", mend)
+        idf, words = found.get("idf"), head["words"]
+        if idf is None or idf.dtype != np.float32 or idf.shape != (len(words),) or not np.isfinite(idf).all():
+            got = "none" if idf is None else f"{idf.dtype} {list(idf.shape)}"
+            raise InputError(str(folder / IDF), f"{len(words)} finite float32, one for each word", got, mend)
+        out = cls(**{key: head["settings"][key] for key in SettingsValues.__annotations__})
+        try:
+            out._inner = out._make(words)
+            out._inner.idf_ = idf
+            out._fitted = True
+            same = out.content_hash == head["hash"]
+        except (TypeError, ValueError) as error:
+            raise InputError(str(folder), "a vocabulary with its weights", str(error), mend) from error
+        if not same:
+            raise InputError(str(folder), f"the content hash {head['hash']}", out.content_hash, mend)
+        return out
+
+
+class SettingsValues(TypedDict):
+    """JSON of the settings of a `Vectorizer`."""
+
+    longest: Positive
+    min_df: Positive
+    max_features: Positive | None
+    sublinear: bool
+    normalize: bool
+
+
+class Head(TypedDict):
+    """vocabulary.json."""
+
+    hash: str
+    settings: SettingsValues
+    words: list[str]
+
+
+def _strings(texts: Iterable[str]) -> Iterator[str]:
+    if isinstance(texts, str):
+        raise InputError("texts", "a list or other iterable of strings", "one string", "put it into a list")
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"text {number}", "a string", type(text).__name__, "convert it first")
+        yield text
+
+
+def bag_text_batches(
+    texts: Iterable[str], vectorizer: Vectorizer, batch_size: int, *, window: int = 1, prefetch: int = 2
+) -> Iterator[BagBatch]:
+    """Batches of raw texts in their order, vectorised in a background thread; `texts` may be endless and is read as it is used.
+
+    Args:
+        window: batches of texts vectorised in one call, which is cheaper than one by one.
+
+    Yields:
+        Batches without positives and with labels = 0.
+
+    Raises:
+        InputError: one string instead of many, an item that is no string, or a size out of range.
+    """
+    at_least("window", window, 1)
+    at_least("prefetch", prefetch, 0)
+    windows = text_windows(texts, batch_size, window)
+
+    def make() -> Iterator[BagBatch]:
+        nothing = torch.zeros(0, dtype=torch.int64)
+        for first, part in windows:
+            features = vectorizer.transform(part)
+            for start in range(0, len(part), batch_size):
+                rows = np.arange(start, min(start + batch_size, len(part)))
+                bags = gather_bags([features], rows)
+                yield BagBatch(*bags, nothing, nothing.to(torch.int32), torch.from_numpy(first + rows), 0)
+
+    return in_background(make, prefetch)

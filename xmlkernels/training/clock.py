@@ -1,0 +1,57 @@
+"""Where the time of a run goes."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+log = logging.getLogger(__name__)
+
+
+class Clock:
+    """Wall clock of a run by what it was spent on; every moment after `start` belongs to exactly one part.
+
+    Attributes:
+        spent: seconds of each part up to its last change; `seconds()` is up to now.
+    """
+
+    def __init__(self) -> None:
+        self.spent = {"train": 0.0, "evaluate": 0.0, "save": 0.0}
+        self._part: str | None = None
+        self._since = 0.0
+
+    def start(self, part: str | None) -> str | None:
+        """From now on time belongs to `part` (None: to nothing); returns the part before."""
+        before, now = self._part, time.perf_counter()
+        if before is not None:
+            self.spent[before] += now - self._since
+        self._part, self._since = part, now
+        return before
+
+    @contextmanager
+    def on(self, part: str) -> Iterator[None]:
+        """`part` inside the block, and what it was before after it."""
+        before = self.start(part)
+        try:
+            yield
+        finally:
+            self.start(before)
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each part, up to now."""
+        self.start(self._part)
+        return dict(self.spent)
+
+
+class Seconds:
+    """Wall and CPU seconds of each part of the work; a shared machine makes the former long."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, dict[str, float]] = {}
+
+    @contextmanager
+    def on(self, part: str) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.spent[part] = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        log.info(f"{part}: {self.spent[part]['wall']:.1f} s, {self.spent[part]['cpu']:.1f} s of CPU time")

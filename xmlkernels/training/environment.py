@@ -1,0 +1,74 @@
+"""What a run says about itself: commit, versions, devices, formats."""
+
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import torch
+
+from xmlkernels import __version__, dist
+from xmlkernels.models.base import Model
+from xmlkernels.models.cascade import Cascade
+from xmlkernels.models.end_to_end import EndToEnd
+from xmlkernels.ops import missing
+from xmlkernels.training.config import Config, resolved_label_device, resolved_state, resolved_table
+
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "safetensors")
+
+
+def commit() -> str:
+    """The commit of the source tree, with -dirty for changed files; the version where there is no repository."""
+    try:
+        out = subprocess.run(
+            # Without its optional locks: a run that is killed meanwhile must leave none in the user's repository.
+            ["git", "--no-optional-locks", "-C", str(Path(__file__).parent),
+             "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return f"version {__version__}"
+    return out.stdout.strip()
+
+
+def environment(config: Config, model: Model) -> dict[str, Any]:
+    """Everything beside settings and data that the bits of a result depend on, as flat JSON."""
+    versions = {"python": python_version(), "xmlkernels": __version__}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # a torch built from source may have no metadata
+            versions[name] = "unknown"
+    return versions | {
+        "device": str(model.device),
+        "label_device": str(resolved_label_device(config) or model.device),
+        "threads": torch.get_num_threads(),
+        "processes": dist.size(),
+        "native": missing is None,
+        "autocast": dtype_name(getattr(model.encoder, "autocast", None)),
+        "table": resolved_table(config, model.device),
+        "state": resolved_state(config),
+    }
+
+
+def skipped(model: Model) -> dict[str, float]:
+    """What was left out so far: steps that were not finite, clusters that found no place, groups of labels."""
+    found = {"skipped_steps": int(model.skipped_steps), "skipped_encoder_steps": int(model.skipped_encoder_steps)}
+    if isinstance(model, Cascade):
+        return found | {"lost_positives": int(model.lost_positives.sum())}
+    tiles = model.head.skipped if isinstance(model, EndToEnd) else None
+    if tiles is None:
+        return found
+    left_out, seen = tiles.tolist()
+    return found | {"skipped_tiles": left_out / max(1, seen)}  # share since the start, or since it was resumed
+
+
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """fp32, bf16 or fp16; None is autocast switched off."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype or torch.float32, "fp32")
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What is not as it was, for one line; empty when all is the same."""
+    return ", ".join(f"{key} {now[key]} instead of {before[key]}" for key in now if key in before and before[key] != now[key])

@@ -1,0 +1,113 @@
+"""From a configuration to data: the dataset, how its documents are read, the label tree."""
+
+import logging
+from pathlib import Path
+
+from xmlkernels import InputError, dist
+from xmlkernels.data.batches.tokens import BagBatches, Batches
+from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.inputs import BowInputs, Inputs, TokenInputs
+from xmlkernels.data.prepare import PrepareConfig, prepare
+from xmlkernels.data.tokens import load_tokenizer
+from xmlkernels.data.vectorizer import Vectorizer
+from xmlkernels.models.base import arrangement
+from xmlkernels.parallel import most_threads
+from xmlkernels.training.checks import check_levels
+from xmlkernels.training.config import Config
+from xmlkernels.training.encoders import source_of
+from xmlkernels.training.tree import TreeConfig, build_tree
+from xmlkernels.tree.label_tree import LabelTree
+
+log = logging.getLogger(__name__)
+
+_opened: set[Path] = set()  # built-in corpora that this process has made or opened, and told of
+
+
+def open_dataset(config: Config) -> Dataset:
+    """The dataset folder named by the configuration, or the built-in corpus, made on first use."""
+    if config.dataset != "docstrings":
+        return Dataset.open(config.dataset)
+    tokenizer = source_of(config.encoder)
+    part = f"{config.documents}-documents" if config.documents else "all"
+    folder = Path(config.cache) / f"docstrings-{part}-{config.max_length}-{Path(tokenizer).name}"
+    # A folder of this name made from other package versions or another tokenizer is only a cache: replace it.
+    settings = PrepareConfig(
+        output=folder,
+        tokenizer=tokenizer,
+        max_length=config.max_length,
+        source="docstrings",
+        name="docstrings",
+        documents=config.documents or None,
+        keep_texts=True,
+        overwrite=True,
+    )
+    if not folder.exists():
+        log.info(f"{folder}: the built-in corpus, made on first use from the Python packages installed here (about a minute)")
+    # What was made a moment ago is no surprise: it is told once that a folder is used again.
+    tell = (lambda line: None) if folder.resolve() in _opened else log.info
+    dataset = prepare(settings, tell, flag="--cache", wait=True)
+    _opened.add(folder.resolve())
+    return dataset
+
+
+def open_inputs(config: Config, dataset: Dataset) -> Inputs:
+    """How this run reads documents.
+
+    Raises:
+        InputError: no training documents, or no label texts where the configuration asks for them.
+    """
+    train = dataset.splits.get("train")
+    if train is None or not len(train):
+        raise InputError(f"dataset {dataset.folder}", "training documents", "none", "prepare it from a file that holds some")
+    bow = config.encoder == "bow"
+    own = dataset.label_features if dataset.vocabulary else dataset.label_names if bow else dataset.label_tokens
+    if config.label_text and own is None:
+        got = f"{dataset.folder} without"
+        raise InputError("--label-text", "a dataset with label texts", got, "prepare it with --label-text")
+    if bow and dataset.vocabulary:
+        if (config.ngrams, config.min_df, config.max_features) != (Config.ngrams, Config.min_df, Config.max_features):
+            log.info("note: the dataset holds bags of words: --ngrams, --min-df and --max-features do nothing")
+        return BowInputs(dataset, None)
+    if bow:
+        most = config.max_features or None
+        found = BowInputs.fitted(dataset, Vectorizer(longest=config.ngrams, min_df=config.min_df, max_features=most))
+        log.info(f"vocabulary: {found.vocabulary:,} terms of 1 to {config.ngrams} words, each in {config.min_df} documents or more")
+        return found
+    return TokenInputs(dataset, load_tokenizer(dataset.tokenizer_folder), dataset.max_length)
+
+
+def open_tree(config: Config, dataset: Dataset) -> LabelTree | None:
+    """The label tree of a cascade: the one named, or one built on first use and kept in the cache; None end to end.
+
+    Raises:
+        InputError: no tree there, damaged, of another dataset, or of another depth than the configuration's lists.
+    """
+    if config.model != "cascade":
+        return None
+    if config.tree:
+        tree = LabelTree.load(config.tree)
+        tree.check_dataset(dataset.content_hash, dataset.num_labels)
+        check_levels(config, tree.levels, f"as the tree {config.tree} has them")
+        return tree
+    place = f"{dataset.content_hash[:16]}-{'-'.join(map(str, config.tree_depths))}-{config.seed}"
+    folder = Path(config.cache) / "trees" / place
+    if not folder.exists():
+        clusters = ", ".join(f"{2**depth:,}" for depth in config.tree_depths)
+        log.info(f"label tree of {clusters} clusters, made on first use as xmlkernels tree does:")
+    threads = min(config.threads, most_threads())  # torch may be told of more than there are; the tree is the same
+    # A tree of this name made by another version is only a cache: replace it.
+    return build_tree(
+        TreeConfig(
+            str(dataset.folder), str(folder), depths=config.tree_depths, seed=config.seed, threads=threads, plot=False,
+            overwrite=True,
+        ),
+        flag="--cache", wait=log.info,
+    )  # fmt: skip
+
+
+def training_batches(config: Config, dataset: Dataset, inputs: Inputs, tree: LabelTree | None) -> Batches | BagBatches:
+    """The training split in batches of one update each, with the labels' own texts where the configuration asks for them; of
+    several processes each reads its part of every batch."""
+    documents, more = config.batch * config.accumulate, arrangement(tree)
+    batches = inputs.batches(dataset.splits["train"], documents, seed=config.seed, label_text=config.label_text, **more)
+    return batches.shared(dist.part) if dist.size() > 1 else batches

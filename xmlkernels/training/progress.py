@@ -1,0 +1,120 @@
+"""What the terminal shows while a model trains: by time, with what is left of it, and a loss beside what it is read against."""
+
+import logging
+import math
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import NotRequired, TypedDict
+
+import numpy as np
+from scipy.sparse import csr_matrix
+
+from xmlkernels import InputError
+from xmlkernels.records import parse_record
+
+log = logging.getLogger(__name__)
+
+# Seconds between lines: where the log gets one anyway, and elsewhere, so that slow steps are not silent ones.
+_LOGGED, _SLOW = 10.0, 30.0
+
+
+class Progress:
+    """The lines of one part of a run, from its start or from where it was resumed.
+
+    Args:
+        total: steps of the whole run. step: where this part begins.
+        reference: what the loss is read against, in words: `frequencies alone: 31.0`; "": the first loss told here, or
+            the first of the log.
+    """
+
+    def __init__(self, total: int, step: int, *, reference: str = "", log: Path | None = None) -> None:
+        self.total, self.first, self.reference = total, step, reference
+        self._began, self._told = time.monotonic(), -math.inf
+        if not reference and log is not None and log.exists():
+            self._refer(_first_loss(log))
+
+    def due(self, *, logged: bool = False) -> bool:
+        """Whether it is time for a line; the first comes with the first of the log, or after ten seconds."""
+        if self._told == -math.inf:
+            return logged or time.monotonic() - self._began >= _LOGGED
+        return time.monotonic() - self._told >= (_LOGGED if logged else _SLOW)
+
+    def tell(self, step: int, epoch: float, loss: float | None, speed: float, *, a_sum: bool) -> None:
+        """One line.
+
+        Args:
+            loss: per document where it is `a_sum` over the labels, else a mean over candidates; None: not known.
+            speed: documents per second.
+        """
+        self._told = time.monotonic()
+        share = 100 * step / max(self.total, 1)
+        told = "" if loss is None else f"  loss {loss:.1f} per document" if a_sum else f"  loss {loss:.3g}"
+        if loss is not None:
+            told += f" ({self.reference})" if self.reference else ""
+            self._refer(loss)
+        where = f"step {step:,} of {self.total:,} ({share:.0f}%)  epoch {epoch:.2f}"
+        log.info(f"{where}{told}  {speed:.0f} documents/s{self._left(step)}")
+
+    def _refer(self, loss: float | None) -> None:
+        if not self.reference and loss is not None:
+            self.reference = f"at first: {loss:.3g}"
+
+    def _left(self, step: int) -> str:
+        """Time to the end as this part has gone, evaluations and checkpoints with it."""
+        if step <= self.first or step >= self.total:
+            return ""
+        seconds = (time.monotonic() - self._began) / (step - self.first) * (self.total - step)
+        return f"  about {duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class LogLine(TypedDict):
+    """A line of log.jsonl, as far as it is read again."""
+
+    loss: NotRequired[float | None]
+
+
+def _first_loss(log: Path) -> float | None:
+    """The first loss of a run's log; lines that a kill cut short say nothing."""
+    with log.open("rb") as lines:
+        for line in lines:
+            with suppress(InputError):
+                value = parse_record(line, LogLine, where=str(log), mend="it is only told")
+                if "split" not in value and value.get("loss") is not None:
+                    return value["loss"]
+    return None
+
+
+class Frequencies:
+    """What predicting every label at its frequency in training would cost, whatever the text: a loss to read others against.
+
+    Args:
+        labels: CSR [N, L] of the training documents.
+        label_texts: whether each label's own text is trained on as a document of that label, too.
+    """
+
+    def __init__(self, labels: csr_matrix, *, label_texts: bool = False) -> None:
+        documents, count = labels.shape
+        self.documents = documents + count * label_texts
+        self.counts = np.bincount(labels.indices, minlength=count) + float(label_texts)
+
+    def loss(self, labels: csr_matrix | None = None) -> float:
+        """Binary cross-entropy per document, summed over the labels, in nats: of the documents that were counted, or of
+        others."""
+        chance = (self.counts + 0.5) / (self.documents + 1)  # without the half an unseen label would cost infinity
+        shares = self.counts / max(self.documents, 1)
+        if labels is not None:
+            shares = np.bincount(labels.indices, minlength=len(chance)) / max(labels.shape[0], 1)
+        return float(-(shares * np.log(chance) + (1 - shares) * np.log1p(-chance)).sum())
+
+    def told(self, labels: csr_matrix | None = None) -> str:
+        """The same in words, to stand behind a loss."""
+        return f"frequencies alone: {self.loss(labels):.1f}"

@@ -1,0 +1,180 @@
+"""What xmlkernels rank works on: TF-IDF features, embeddings and shortlists of every split."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_matrix
+
+from xmlkernels import InputError
+from xmlkernels.data.dataset import Dataset, Split
+from xmlkernels.data.formats.arrays import read_npy
+from xmlkernels.data.formats.labels import iter_lines, read_npz, write_npz
+from xmlkernels.data.inputs import BowInputs, check_dataset
+from xmlkernels.data.vectorizer import Vectorizer
+from xmlkernels.evaluation import predict_and_embed_split, predict_split, score_matrix
+from xmlkernels.files import replacing
+from xmlkernels.predict.model import Predictor, checkpoint_identity
+from xmlkernels.ranker.features import Features
+from xmlkernels.training.config import resolved_device
+from xmlkernels.training.folder import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+NONE = Features(np.zeros((0, 0), np.float32), csr_matrix((0, 0), dtype=np.float32))
+
+
+@dataclass
+class Documents:
+    """One split as the ranker meets it.
+
+    Attributes:
+        tfidf: CSR float32 [N, V], or None.
+        embedding: float32 [N, D], or None.
+        shortlist: CSR float32 [N, L] of the plain model's logits; None where every label is scored.
+        features: both blocks of features together.
+    """
+
+    split: Split
+    tfidf: csr_matrix | None = None
+    embedding: np.ndarray | None = None
+    shortlist: csr_matrix | None = None
+    features: Features = NONE
+
+
+def read_features(folder: str, dataset: Dataset) -> dict[str, csr_matrix]:
+    """{train,val,test}.npz of a folder.
+
+    Raises:
+        InputError: a file is missing, of other rows than the split, or of other columns than train.npz.
+    """
+    columns: int | None = None
+    found = {}
+    for name, split in dataset.splits.items():
+        found[name] = read_npz(Path(folder) / f"{name}.npz", rows=len(split), cols=columns)
+        columns = found["train"].shape[1] if "train" in found else None
+    return found
+
+
+def vectorize(
+    texts: dict[str, str], dataset: Dataset, settings: dict[str, Any], folder: Path
+) -> tuple[dict[str, csr_matrix], str]:
+    """TF-IDF of the splits' texts, and the content hash of the vocabulary.
+
+    Args:
+        texts: a file with one document a line for each split, or nothing: then the texts kept in the dataset are taken.
+        settings: of the Vectorizer.
+        folder: for the vocabulary of the training texts.
+
+    Raises:
+        InputError: no texts, or as many as the split has documents.
+    """
+    vectorizer = Vectorizer(**settings)
+    found = {"train": _rows(vectorizer.fit(_texts(texts, dataset.splits["train"])), dataset.splits["train"], texts)}
+    for name, split in dataset.splits.items():
+        if name != "train":
+            found[name] = _rows(vectorizer.transform(_texts(texts, split)), split, texts)
+    vectorizer.save(folder)
+    return found, vectorizer.content_hash
+
+
+def _texts(texts: dict[str, str], split: Split) -> Iterable[str]:
+    return iter_lines(texts[split.name], documents=True) if texts else split.texts
+
+
+def _rows(features: csr_matrix, split: Split, texts: dict[str, str]) -> csr_matrix:
+    if features.shape[0] != len(split):
+        where = texts[split.name]
+        raise InputError(where, f"{len(split)} lines, the documents of {split.name}", str(features.shape[0]), "name its texts")
+    return features
+
+
+def model_inputs(
+    checkpoint: str, dataset: Dataset, documents: dict[str, Documents], k: int, folder: Path, device: str, *,
+    embedding: bool = True, vocabulary: str = "",
+) -> str:  # fmt: skip
+    """Shortlist and embedding of every split from a trained model, into `documents`; returns the checkpoint's identity.
+
+    They are kept in `folder` (embedding of each split as .npy, shortlist as .npz) and read from there when checkpoint,
+    dataset and k are the same.
+
+    Args:
+        k: labels of a shortlist.
+        embedding: False computes none, and takes none that is kept.
+        vocabulary: content hash of the one that the documents' TF-IDF has: a bag of words of the same one takes that.
+
+    Raises:
+        InputError: no such checkpoint, or one of a model that does not know the dataset.
+    """
+    key = {"checkpoint": checkpoint_identity(checkpoint), "dataset": dataset.content_hash, "k": k}
+    told = folder / "inputs.json"
+    if read_kept(folder, key, dataset, documents, embedding=embedding):
+        log.info(f"embeddings and shortlists of this checkpoint are taken from {folder}/")
+        return str(key["checkpoint"])
+    predictor = Predictor.load(checkpoint, device=resolved_device(device))
+    model, inputs = predictor.model, predictor.inputs
+    check_dataset(dataset, predictor.labels, inputs)
+    if isinstance(inputs, BowInputs) and vocabulary and inputs.config()["vocabulary"] == vocabulary:
+        ready = {name: part.tfidf for name, part in documents.items() if part.tfidf is not None}
+        inputs = BowInputs(None, inputs.vectorizer, ready, parts=inputs.parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    told.unlink(missing_ok=True)
+    for name, part in documents.items():
+        vectors = folder / f"embeddings_{name}.npy"
+        if embedding:
+            values, rows, part.embedding = predict_and_embed_split(model, part.split, k, inputs=inputs)
+            with replacing(vectors) as file:
+                np.save(file, part.embedding)
+        else:
+            vectors.unlink(missing_ok=True)  # of another checkpoint
+            values, rows = predict_split(model, part.split, k, inputs=inputs)
+        part.shortlist = score_matrix(values, rows, dataset.num_labels)
+        write_npz(folder / f"shortlist_{name}.npz", part.shortlist, keep_zeros=True)
+        log.info(f"{name}: {len(part.split):,} documents {'embedded' if embedding else 'listed'}")
+    # The run may have gone on since it was asked for its checkpoint: what counts is the one that was read.
+    write_json(told, key | {"checkpoint": predictor.identity, "embedding": embedding})
+    return predictor.identity
+
+
+def read_kept(folder: Path, key: dict[str, Any], dataset: Dataset, documents: dict[str, Documents], *, embedding: bool) -> bool:
+    """Whether shortlists of this key, and embeddings where they are asked for, lie in `folder`; if so they are put into
+    `documents`.
+
+    They are a cache: damaged ones are told, and count as none.
+    """
+    if not (folder / "inputs.json").exists():
+        return False
+    try:
+        told = read_json(folder / "inputs.json")
+        whole = told.pop("embedding", True)  # there was a time when embeddings were always kept
+        if told != key or (embedding and not whole):
+            return False
+        for name, part in documents.items():
+            if embedding:
+                part.embedding = read_embedding(folder / f"embeddings_{name}.npy", len(part.split))
+            path = folder / f"shortlist_{name}.npz"
+            part.shortlist = read_npz(path, rows=len(part.split), cols=dataset.num_labels, keep_zeros=True)
+    except InputError as error:
+        log.info(f"note: {error.where}: expected {error.expected}, got {error.got}; embeddings and shortlists are computed anew")
+        return False
+    return True
+
+
+def read_embedding(path: Path, rows: int) -> np.ndarray:
+    """float32 [N, D] of an .npy file. InputError where it is missing, damaged, not finite or of another number of rows."""
+    expected, mend = f"finite float32 embeddings of {rows} documents", "compute them again"
+    return read_npy(path, kinds="f", dtype=np.float32, shape=(rows, None), expected=expected, mend=mend, finite=True)
+
+
+def without_pairs(shortlist: csr_matrix, pairs: np.ndarray) -> csr_matrix:
+    """The shortlist without pairs [n, 2] of (document, label) that must not be predicted."""
+    if not len(pairs):
+        return shortlist
+    labels = shortlist.shape[1]
+    rows = np.repeat(np.arange(shortlist.shape[0], dtype=np.int64), np.diff(shortlist.indptr))
+    left = ~np.isin(rows * labels + shortlist.indices, pairs[:, 0] * labels + pairs[:, 1])
+    ends = np.concatenate([[0], np.cumsum(left)])[shortlist.indptr]
+    return csr_matrix((shortlist.data[left], shortlist.indices[left], ends), shortlist.shape)

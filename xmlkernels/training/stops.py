@@ -1,0 +1,133 @@
+"""How SIGINT, SIGTERM and SIGHUP end a command: the first in order, a later one at once.
+
+The first raises Stopped where the command stands, so that every `with` cleans up on the way out. Inside `held` it is
+noted instead: a training loop looks at `asked` between its steps. The same signal comes twice at nearly the same time
+from a terminal and from torchrun, or from `timeout`: within a moment it counts once.
+"""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_ONCE = 1.0  # seconds; torchrun passes a signal on within a tenth of one
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asks for the end.
+
+    Args:
+        number: of the signal.
+        told: what the user is told about it, beside the signal's name.
+    """
+
+    def __init__(self, number: int, told: str = "") -> None:
+        super().__init__(number)
+        self.number, self.told = number, told
+
+    @property
+    def name(self) -> str:
+        """SIGTERM, say."""
+        return signal.Signals(self.number).name
+
+    @property
+    def status(self) -> int:
+        """The exit status that says so: 130, 143, 129."""
+        return 128 + self.number
+
+
+class _Listener:
+    """Attributes: the first signal (0 before it) and when it came; how many `held` blocks are open; see `ending`."""
+
+    def __init__(self) -> None:
+        self.asked, self.when, self.held = 0, 0.0, 0
+        self.status: int | None = None
+        self.quiet = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.status is not None:
+            if self.quiet:
+                os._exit(self.status)
+        elif not self.asked:
+            self.asked, self.when = number, time.monotonic()
+            if not self.held:
+                raise Stopped(number)
+            if os.environ.get("WORLD_SIZE", "1") == "1":  # torchrun says so itself, and sends one too when a process is lost
+                # os.write: the signal may have come in the middle of a print.
+                name = signal.Signals(number).name
+                os.write(2, f"{name}: ends after this step, with a checkpoint; a second signal ends at once\n".encode())
+        elif time.monotonic() - self.when > _ONCE:
+            os._exit(128 + number)
+
+
+_listener = _Listener()
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Signals are answered as above inside; those that whoever started the command has switched off (nohup) stay off."""
+    global _listener
+    _listener = _Listener()
+    before: dict[int, Any] = {}
+    for number in SIGNALS:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            before[number] = signal.signal(number, _listener)
+    try:
+        yield
+    finally:
+        if not _listener.asked:  # else the same signal, sent once more, would find the interpreter's own answer
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def ending(status: int, *, quiet: bool = False) -> None:
+    """The command ends by itself with this status: a signal changes nothing any more, but ends at once one that is only
+    `quiet` and leaves the word to another process."""
+    _listener.status, _listener.quiet = status, quiet
+
+
+def asked() -> int:
+    """The signal that has asked for the end; 0 before one has."""
+    return _listener.asked
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """A signal is noted inside, for whoever looks at `asked`; a block that then goes on to its end has done its work."""
+    _listener.held += 1
+    try:
+        yield
+    finally:
+        _listener.held -= 1
+
+
+class Watched:
+    """A model's inputs whose batches end by Stopped when a signal has asked for it: between two batches, where the model
+    is as it was before."""
+
+    def __init__(self, inputs: Any) -> None:
+        self._inputs = inputs
+
+    def batches(self, *args: Any, **more: Any) -> Any:
+        return _Watched(self._inputs.batches(*args, **more))
+
+
+class _Watched:
+    def __init__(self, batches: Any) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def epoch(self, *args: Any, **more: Any) -> Iterator[Any]:
+        for batch in self._batches.epoch(*args, **more):
+            if _listener.asked:
+                raise Stopped(_listener.asked)
+            yield batch
