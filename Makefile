@@ -39,6 +39,7 @@ test: build lint $(INSTALLED_DEV)
 
 lint: build $(INSTALLED_DEV)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check -q .
 	$(PY) -m mypy
 
 bench: build $(INSTALLED_DEV)
@@ -60,7 +61,7 @@ $(STAMP): $(NATIVE_SOURCES) $(INSTALLED)
 	@echo "building xmlkernels (about a minute the first time)"
 	@mkdir -p build
 	$(BUILD)
-	@$(PY) -m xmlkernels.native
+	@$(PY) -m xmlkernels.ops
 	@# A pure-Python build leaves no stamp: once a compiler is there, the next call builds again.
 	@if ls xmlkernels/_cpu.so >/dev/null 2>&1; then touch $@; fi
 

@@ -1,17 +1,20 @@
 """The native build: one CMake run, driven from here so that pip needs no other command.
 
-Nothing imports torch at module level: its headers are found in the target environment, and without them (or without a
-compiler, or with XMLKERNELS_NATIVE=0) the package is built as pure Python, which says so in one line.
-XMLKERNELS_REQUIRE_NATIVE=1 turns that into a failed build. A wheel of pure Python says so in its name (py3-none-any), one
-with libraries names the platform that they were built for.
+Nothing imports torch at module level: its headers are found in the target environment, and without
+them (or without a compiler, or with XMLKERNELS_NATIVE=0) the package is built as pure Python, which
+says so in one line. XMLKERNELS_REQUIRE_NATIVE=1 turns that into a failed build. A wheel of pure
+Python says so in its name (py3-none-any), one with libraries names the platform that they were
+built for.
 
-The CUDA kernels are a library of their own, built after the others where nvcc and a torch with CUDA are found; without
-nvcc the build says so in one line and goes on. XMLKERNELS_CUDA=0 leaves them out, 1 demands them (and builds them against
-a CPU-only torch too, where they compile but cannot be loaded). XMLKERNELS_CUDA_ARCHS="80;90a" names the architectures;
-without it those of the cards found, or the common ones.
+The CUDA kernels are a library of their own, built after the others where nvcc and a torch with CUDA
+are found; without nvcc the build says so in one line and goes on. XMLKERNELS_CUDA=0 leaves them
+out, 1 demands them (and builds them against a CPU-only torch too, where they compile but cannot be
+loaded). XMLKERNELS_CUDA_ARCHS="80;90a" names the architectures; without it those of the cards
+found, or the common ones.
 
-XMLKERNELS_SANITIZE=1 builds the CPU kernels and the parser under AddressSanitizer and UndefinedBehaviorSanitizer, to look for
-faults of memory: LD_PRELOAD=$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 python -m pytest tests/ops
+XMLKERNELS_SANITIZE=1 builds the CPU kernels and the parser under AddressSanitizer and
+UndefinedBehaviorSanitizer, to look for faults of memory: LD_PRELOAD=$(gcc
+-print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 python -m pytest tests/ops
 """
 
 import importlib.util
@@ -43,9 +46,15 @@ def missing_piece() -> str | None:
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
         return "torch is not installed in this environment"
-    if not (Path(torch.origin).parent / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
+    if not (
+        Path(torch.origin).parent / "include" / "torch" / "csrc" / "stable" / "library.h"
+    ).exists():
         return "this torch has no stable-ABI headers (2.11 or later is needed)"
-    if find_tool(os.environ.get("CXX", "c++")) is None and find_tool("g++") is None and find_tool("clang++") is None:
+    if (
+        find_tool(os.environ.get("CXX", "c++")) is None
+        and find_tool("g++") is None
+        and find_tool("clang++") is None
+    ):
         return "no C++ compiler"
     for tool in ("cmake", "ninja"):
         if find_tool(tool) is None:
@@ -72,7 +81,9 @@ def missing_cuda_piece(torch_root: Path) -> str | None:
 
 
 def cuda_archs() -> str:
-    """CMake's list of architectures: as asked, else those of the cards here, else the common ones."""
+    """CMake's list of architectures: as asked, else those of the cards here, else the common
+    ones.
+    """
     asked = os.environ.get("XMLKERNELS_CUDA_ARCHS")
     if asked:
         return asked
@@ -82,13 +93,15 @@ def cuda_archs() -> str:
         done = subprocess.run(query, capture_output=True, text=True, timeout=60)
         cards = sorted(set(re.findall(r"^(\d+)\.(\d)$", done.stdout, re.MULTILINE)))
         if done.returncode == 0 and cards:
-            return ";".join(f"{major}{minor}{'a' if major == '9' else ''}-real" for major, minor in cards)
+            return ";".join(
+                f"{major}{minor}{'a' if major == '9' else ''}-real" for major, minor in cards
+            )
     return "80-real;86-real;89;90a-real"  # newer cards take the 89 through their driver's compiler
 
 
 class FreshBuild(build_py):
-    """Begins with an empty package: what an earlier build left in build/ would go into the wheel, libraries of other sources
-    and modules that are no more."""
+    """Begins with an empty package: what an earlier build left in build/ would go into the wheel,
+    libraries of other sources and modules that are no more."""
 
     def run(self) -> None:
         if not self.editable_mode:
@@ -97,7 +110,9 @@ class FreshBuild(build_py):
 
 
 class TaggedWheel(bdist_wheel):
-    """Names the wheel after what was built: whether there is native code in it is only known afterwards."""
+    """Names the wheel after what was built: whether there is native code in it is only known
+    afterwards.
+    """
 
     def run(self) -> None:
         if not self.skip_build:
@@ -120,8 +135,13 @@ class CMakeBuild(build_ext):
             except subprocess.CalledProcessError as error:
                 reason = f"the build failed with exit status {error.returncode}, see above"
         if os.environ.get("XMLKERNELS_REQUIRE_NATIVE") == "1":
-            raise SystemExit(f"xmlkernels: native code is required (XMLKERNELS_REQUIRE_NATIVE=1) but {reason}")
-        print(f"xmlkernels: built as pure Python, every op runs on its slow reference: {reason}", file=sys.stderr)
+            raise SystemExit(
+                f"xmlkernels: native code is required (XMLKERNELS_REQUIRE_NATIVE=1) but {reason}"
+            )
+        print(
+            f"xmlkernels: built as pure Python, every op runs on its slow reference: {reason}",
+            file=sys.stderr,
+        )
         self.extensions = []
         self.distribution.ext_modules = []
 
@@ -135,14 +155,20 @@ class CMakeBuild(build_ext):
         (package / "xmlkernels" / "_cuda.so").unlink(missing_ok=True)
         if reason is None:
             try:
-                options = [f"-DXMLKERNELS_CUDA_ARCHS={cuda_archs()}", f"-DCMAKE_CUDA_COMPILER={find_nvcc()}"]
+                options = [
+                    f"-DXMLKERNELS_CUDA_ARCHS={cuda_archs()}",
+                    f"-DCMAKE_CUDA_COMPILER={find_nvcc()}",
+                ]
                 self.build_with_cmake("cmake_cuda", *options)
                 return
             except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
                 reason = f"the build failed, see above ({type(error).__name__})"
                 demanded |= os.environ.get("XMLKERNELS_REQUIRE_NATIVE") == "1"
         if demanded:
-            raise SystemExit(f"xmlkernels: CUDA kernels are required but {reason}; XMLKERNELS_CUDA=0 leaves them out")
+            raise SystemExit(
+                f"xmlkernels: CUDA kernels are required but {reason}; XMLKERNELS_CUDA=0 leaves "
+                "them out"
+            )
         if reason not in ("XMLKERNELS_CUDA=0", "this torch has no CUDA"):
             print(f"xmlkernels: built without CUDA kernels: {reason}", file=sys.stderr)
 
@@ -153,13 +179,25 @@ class CMakeBuild(build_ext):
         cmake, torch = find_tool("cmake"), importlib.util.find_spec("torch")
         assert cmake is not None and torch is not None and torch.origin is not None
         configure = [
-            cmake, "-S", str(ROOT), "-B", str(work), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
-            "-DCMAKE_BUILD_TYPE=Release", f"-DTORCH_ROOT={Path(torch.origin).parent}",
+            cmake,
+            "-S",
+            str(ROOT),
+            "-B",
+            str(work),
+            "-G",
+            "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DTORCH_ROOT={Path(torch.origin).parent}",
             f"-DXMLKERNELS_SANITIZE={int(os.environ.get('XMLKERNELS_SANITIZE') == '1')}",
-            f"-DPython_EXECUTABLE={sys.executable}", f"-DXMLKERNELS_PACKAGE={package / 'xmlkernels'}", *more,
-        ]  # fmt: skip
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DXMLKERNELS_PACKAGE={package / 'xmlkernels'}",
+            *more,
+        ]
         subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(work), *(["--verbose"] if self.verbose > 1 else [])], check=True)
+        subprocess.run(
+            [cmake, "--build", str(work), *(["--verbose"] if self.verbose > 1 else [])], check=True
+        )
 
     def get_outputs(self) -> list[str]:
         return [str(p) for p in Path(self.build_lib, "xmlkernels").glob("*.so")]

@@ -1,11 +1,13 @@
-"""What another program on the cores costs, and what lets torch's threads sleep or spin while they wait.
+"""What another program on the cores costs, and what lets torch's threads sleep or spin while they
+wait.
 
     python benchmarks/busy.py [--seconds 3] [--busy 1]
 
-Each row is a process of its own under one setting of OpenMP, first alone, then beside `--busy` processes that count for ever:
-training in documents per second, and one prediction at a time in milliseconds (median, 95th percentile), of a bag of words
-over 8,192 labels and of an encoder of MiniLM's shape. "as a command" is what train/waiting.py chooses at that moment. Run it
-where nothing else runs: the load average before the first row tells.
+Each row is a process of its own under one setting of OpenMP, first alone, then beside `--busy`
+processes that count for ever: training in documents per second, and one prediction at a time in
+milliseconds (median, 95th percentile), of a bag of words over 8,192 labels and of an encoder of
+MiniLM's shape. "as a command" is what train/waiting.py chooses at that moment. Run it where nothing
+else runs: the load average before the first row tells.
 """
 
 import argparse
@@ -46,20 +48,35 @@ def model_and_batches(name: str) -> tuple[Any, Callable[[int], Any]]:
 
     bags, random = name == MODELS[0], np.random.default_rng(0)
     bert = {
-        "model_type": "bert", "vocab_size": 30_522, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
+        "model_type": "bert",
+        "vocab_size": 30_522,
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
         "intermediate_size": 1536,
-    }  # fmt: skip
-    encoder: Any = BowEncoder(VOCABULARY, 256, optimizer="adam") if bags else Encoder.from_config({"model": bert})
+    }
+    encoder: Any = (
+        BowEncoder(VOCABULARY, 256, optimizer="adam")
+        if bags
+        else Encoder.from_config({"model": bert})
+    )
     training = Training(encoder_lr=1e-4, head_lr=1e-3, encoder_decay=0.0, warmup=0, total=1_000_000)
-    model = EndToEnd(encoder, FullHead(LABELS, int(encoder.width), bias=True, optimizer="adam"), training)
+    model = EndToEnd(
+        encoder, FullHead(LABELS, int(encoder.width), bias=True, optimizer="adam"), training
+    )
 
     def batch(documents: int) -> Any:
         labels = np.sort(random.choice(LABELS, documents, replace=False))
-        positives = (torch.from_numpy(labels), torch.from_numpy(random.permutation(documents).astype(np.int32)))
+        positives = (
+            torch.from_numpy(labels),
+            torch.from_numpy(random.permutation(documents).astype(np.int32)),
+        )
         rest = (*positives, torch.arange(documents), LABELS)
         if bags:
             token = torch.from_numpy(random.integers(0, VOCABULARY, documents * WORDS))
-            return BagBatch(token, torch.arange(0, documents * WORDS + 1, WORDS), torch.rand(len(token)), *rest)
+            return BagBatch(
+                token, torch.arange(0, documents * WORDS + 1, WORDS), torch.rand(len(token)), *rest
+            )
         ids = torch.from_numpy(random.integers(5, 30_000, (documents, TOKENS)))
         return Batch(ids, torch.ones_like(ids), *rest)
 
@@ -116,9 +133,15 @@ def row(setting: dict[str, str], name: str, seconds: float) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of training, and of prediction, in each row")
-    parser.add_argument("--busy", type=int, default=1, help="processes beside it in the second half of the table")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="of training, and of prediction, in each row"
+    )
+    parser.add_argument(
+        "--busy", type=int, default=1, help="processes beside it in the second half of the table"
+    )
     parser.add_argument("--measure", choices=MODELS, help=argparse.SUPPRESS)
     parser.add_argument("--choose", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -129,8 +152,14 @@ def main(arguments: list[str] | None = None) -> None:
             waiting.choose()
         print(json.dumps(measure(options.measure, options.seconds)))
         return
-    print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.2f}, beside it: {options.busy} busy process(es)")
-    print(f"{'':>6} {'setting':<22} {'model':<16} {'documents/s':>12} {'ms':>8} {'ms 95%':>8}", flush=True)
+    print(
+        f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.2f}, beside it: {options.busy} "
+        "busy process(es)"
+    )
+    print(
+        f"{'':>6} {'setting':<22} {'model':<16} {'documents/s':>12} {'ms':>8} {'ms 95%':>8}",
+        flush=True,
+    )
     for count in (0, options.busy):
         for title, setting in SETTINGS.items():
             for name in MODELS:

@@ -24,29 +24,48 @@ def find() -> Card:
     """Raises InputError where torch finds no CUDA device."""
     if not torch.cuda.is_available():
         raise InputError(
-            "gpu_report", "a CUDA device", f"none that torch {torch.__version__} finds", "run it on a machine with one"
-        )  # fmt: skip
+            "gpu_report",
+            "a CUDA device",
+            f"none that torch {torch.__version__} finds",
+            "run it on a machine with one",
+        )
     return Card(timing.machine_name("cuda"), torch.cuda.get_device_properties(0).total_memory)
 
 
 def check_out(out: Path) -> None:
-    """Raises InputError unless files can be written into `out`, which is made if need be: before minutes are spent."""
+    """Raises InputError unless files can be written into `out`, which is made if need be: before
+    minutes are spent.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise InputError("--out", "a folder that can be written", f"{out} ({error.strerror})", "give another folder") from None
+        raise InputError(
+            "--out",
+            "a folder that can be written",
+            f"{out} ({error.strerror})",
+            "give another folder",
+        ) from None
 
 
 def fits(op: str, shape: shapes.Shape, memory: int) -> bool:
-    """Whether at least the narrowest table of a full-label op fits; 1 GiB is left to the context and the batch."""
-    narrowest = min((1 if goal.dtype == "fp8" else 2 for goal in floors.GOALS if goal.shape == shape.name), default=2)
+    """Whether at least the narrowest table of a full-label op fits; 1 GiB is left to the context
+    and the batch.
+    """
+    narrowest = min(
+        (1 if goal.dtype == "fp8" else 2 for goal in floors.GOALS if goal.shape == shape.name),
+        default=2,
+    )
     return shape.L * shape.D * narrowest + (1 << 30) <= memory
 
 
-def plan(ops: Sequence[str], memory: int, say: Callable[[str], None]) -> list[tuple[str, shapes.Shape]]:
-    """What to measure, in order: every op's first shape, then every op's second; small ones for those that do not fit."""
+def plan(
+    ops: Sequence[str], memory: int, say: Callable[[str], None]
+) -> list[tuple[str, shapes.Shape]]:
+    """What to measure, in order: every op's first shape, then every op's second; small ones for
+    those that do not fit.
+    """
     lists: list[list[tuple[str, shapes.Shape]]] = []
     for op in ops:
         large = shapes.GPU_SHAPES.get(op)
@@ -56,7 +75,10 @@ def plan(ops: Sequence[str], memory: int, say: Callable[[str], None]) -> list[tu
         good = [shape for shape in large if fits(op, shape, memory)]
         for shape in large:
             if shape not in good:
-                say(f"  {op} {shape.name} is left out: its table does not fit {memory / 2**30:.0f} GiB")
+                say(
+                    f"  {op} {shape.name} is left out: its table does not fit {memory / 2**30:.0f} "
+                    "GiB"
+                )
         small = shapes.SMALL_GPU_SHAPES.get(op, ()) if len(good) < len(large) else ()
         lists.append([(op, shape) for shape in (*good, *small)])
     longest = max(map(len, lists), default=0)

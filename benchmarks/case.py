@@ -19,12 +19,15 @@ class Case:
     """One implementation of one shape.
 
     Attributes:
-        impl: xmlkernels, fused (the same by one op of ours), reference, eager, compile, mm (the ceiling) or a peer's name.
+        impl: xmlkernels, fused (the same by one op of ours), reference, eager, compile, mm (the
+            ceiling) or a peer's name.
         phase: what a call does.
         dtype: fp32, bf16 or fp16: the table's format, or that of a peer's products.
         flops, bytes: closed forms of one call.
-        inputs: makes what a caller holds anyway: the table and the batch. Cases of one table format have the same one.
-        start: makes the implementation's own state and returns the call to time; its memory counts into peak_mb.
+        inputs: makes what a caller holds anyway: the table and the batch. Cases of one table format
+            have the same one.
+        start: makes the implementation's own state and returns the call to time; its memory counts
+            into peak_mb.
     """
 
     impl: str

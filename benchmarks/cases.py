@@ -1,7 +1,8 @@
 """What is timed: each op, and its peers' methods written anew from their descriptions.
 
-Closed forms behind the columns `tflops` and `gbps`, the same for every implementation, so that they are rates of useful
-work; s is the bytes of a table element, m of a momentum element (0 without momentum), P the number of positives:
+Closed forms behind the columns `tflops` and `gbps`, the same for every implementation, so that they
+are rates of useful work; s is the bytes of a table element, m of a momentum element (0 without
+momentum), P the number of positives:
 
 | op | FLOP | bytes |
 |---|---|---|
@@ -12,7 +13,7 @@ work; s is the bytes of a table element, m of a momentum element (0 without mome
 | sparse_update | 2, 7 or 14 N D: SGD, Adagrad, Adam | 2 N D (s + m), the rows and their states; 4 N D, gradient; 8 N |
 | bag_step | 2 T D and 2 or 14 U D: SGD, Adam; T tokens, U rows they name | 2 U D (s + m); 4 B D; 12 T; 8 B |
 | mm (the ceiling) | 2 n³ | 3 s n² |
-"""
+"""  # noqa: E501  (a table row cannot be broken)
 
 from collections.abc import Callable
 from functools import partial
@@ -59,7 +60,9 @@ def bce_work(shape: Shape, s: int, m: int = 0) -> tuple[int, int]:
 
 
 def skip_work(shape: Shape, s: int) -> tuple[int, int]:
-    """The same where every group of 128 rows without a positive is skipped; at most one group for each positive is not."""
+    """The same where every group of 128 rows without a positive is skipped; at most one group for
+    each positive is not.
+    """
     busy = min(shape.L, GROUP * positives(shape)) * shape.D
     moved = (shape.L * shape.D + busy) * s + 8 * shape.B * shape.D + 12 * positives(shape)
     return 2 * shape.B * shape.L * shape.D + 4 * shape.B * busy, moved
@@ -71,7 +74,9 @@ def topk_work(shape: Shape, s: int) -> tuple[int, int]:
     return 2 * shape.B * table, s * table + 4 * shape.B * shape.D + 12 * shape.B * k
 
 
-def own_step(head: Head, *, op: Callable[..., Any], momentum: bool, need_loss: bool, **options: float) -> Step:
+def own_step(
+    head: Head, *, op: Callable[..., Any], momentum: bool, need_loss: bool, **options: float
+) -> Step:
     """`bce_step_`, or its reference. The momentum has the table's format."""
     device = head.weight.device
     hyper = torch.tensor([LR, 0, MOMENTUM if momentum else 0, 0.999, 1e-8, 1, 1], device=device)
@@ -80,7 +85,15 @@ def own_step(head: Head, *, op: Callable[..., Any], momentum: bool, need_loss: b
 
     def step() -> Tensor:
         dx, _ = op(
-            head.weight, head.x, head.pos_row, head.pos_sample, hyper, counter, momentum=state, need_loss=need_loss, **options
+            head.weight,
+            head.x,
+            head.pos_row,
+            head.pos_sample,
+            hyper,
+            counter,
+            momentum=state,
+            need_loss=need_loss,
+            **options,
         )
         counter[1] += 1
         return dx
@@ -89,9 +102,11 @@ def own_step(head: Head, *, op: Callable[..., Any], momentum: bool, need_loss: b
 
 
 def eager_step(head: Head, *, compiled: bool) -> Step:
-    """What a user writes: Linear, BCEWithLogitsLoss(sum) on dense targets, backward with dx, SGD with momentum.
+    """What a user writes: Linear, BCEWithLogitsLoss(sum) on dense targets, backward with dx, SGD
+    with momentum.
 
-    The dense targets are made in the step, from the same sparse positives that the other implementations take.
+    The dense targets are made in the step, from the same sparse positives that the other
+    implementations take.
     """
     linear = nn.Linear(head.weight.shape[1], head.weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(head.weight)  # in place of a second table
@@ -124,8 +139,9 @@ def eager_step(head: Head, *, compiled: bool) -> Step:
 def renee_step(head: Head, *, low: str) -> Step:
     """After Renee (Jain et al., MLSys 2023, section 4), from the description.
 
-    fp32 master and momentum; a low-precision copy of the table each step; all logits in one low-precision buffer,
-    turned in place into sigmoid minus targets; dE and dW as low-precision products, widened; SGD with momentum.
+    fp32 master and momentum; a low-precision copy of the table each step; all logits in one
+    low-precision buffer, turned in place into sigmoid minus targets; dE and dW as low-precision
+    products, widened; SGD with momentum.
     """
     dtype = DTYPES[low]
     master, momentum = head.weight, torch.zeros_like(head.weight)
@@ -152,8 +168,19 @@ def bce_step_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
     cases = []
     inputs = {name: partial(make_head, shape, name, device) for name in DTYPES}
 
-    def add(impl: str, phase: str, dtype: str, table: str, m: int, start: Callable[[Head], Step]) -> None:
-        cases.append(Case(impl, phase, dtype, *bce_work(shape, DTYPES[table].itemsize, m), inputs[table], start))
+    def add(
+        impl: str, phase: str, dtype: str, table: str, m: int, start: Callable[[Head], Step]
+    ) -> None:
+        cases.append(
+            Case(
+                impl,
+                phase,
+                dtype,
+                *bce_work(shape, DTYPES[table].itemsize, m),
+                inputs[table],
+                start,
+            )
+        )
 
     for name, dtype in DTYPES.items():
         own = partial(own_step, op=ops.bce_step_, momentum=False, need_loss=False)
@@ -168,7 +195,9 @@ def bce_step_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
     add("eager", "momentum", "fp32", "fp32", 4, partial(eager_step, compiled=False))
     if compiled:
         add("compile", "momentum", "fp32", "fp32", 4, partial(eager_step, compiled=True))
-    for low in ("fp32", "bf16") if device == "cpu" else ("fp16",):  # fp16 as published; a CPU multiplies it slowly
+    for low in (
+        ("fp32", "bf16") if device == "cpu" else ("fp16",)
+    ):  # fp16 as published; a CPU multiplies it slowly
         add("renee", "momentum", low, "fp32", 4, partial(renee_step, low=low))
     return cases
 
@@ -186,12 +215,18 @@ def _matmul(head: Head) -> Step:
 
 
 def matmul_topk_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
-    """`compiled` changes nothing: the compiler takes both calls of the eager version from the same libraries."""
+    """`compiled` changes nothing: the compiler takes both calls of the eager version from the same
+    libraries.
+    """
     k, cases = shape.K or 1, []
     inputs = {name: partial(make_head, shape, name, device) for name in ("fp32", "bf16")}
 
     def add(impl: str, phase: str, dtype: str, start: Callable[[Head], Step]) -> None:
-        cases.append(Case(impl, phase, dtype, *topk_work(shape, DTYPES[dtype].itemsize), inputs[dtype], start))
+        cases.append(
+            Case(
+                impl, phase, dtype, *topk_work(shape, DTYPES[dtype].itemsize), inputs[dtype], start
+            )
+        )
 
     for name in inputs:
         add("xmlkernels", "topk", name, partial(_own_topk, op=ops.matmul_topk, k=k))
@@ -204,7 +239,11 @@ def matmul_topk_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
 
 def level_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
     """One level, or all levels of a cascade."""
-    return cascade_cases(shape, device) if shape.name.endswith("cascade") else cluster_step_cases(shape, device, compiled)
+    return (
+        cascade_cases(shape, device)
+        if shape.name.endswith("cascade")
+        else cluster_step_cases(shape, device, compiled)
+    )
 
 
 BUILDERS: dict[str, Callable[[Shape, str, bool], list[Case]]] = {
@@ -219,7 +258,9 @@ BUILDERS: dict[str, Callable[[Shape, str, bool], list[Case]]] = {
 
 
 def ceiling_dtype(dtype: str, device: str) -> str:
-    """The format whose torch.mm rate bounds a case: on a CPU fp16 is widened, its own mm is a thousandth of fp32's."""
+    """The format whose torch.mm rate bounds a case: on a CPU fp16 is widened, its own mm is a
+    thousandth of fp32's.
+    """
     return "fp32" if dtype == "fp16" and device == "cpu" else dtype
 
 
@@ -246,26 +287,40 @@ def require_op(op: str, device: str) -> None:
     """Says why an op cannot be timed, if so.
 
     Raises:
-        InputError: the package lacks the op, no kernel of it is loaded for the device, or nothing here times it.
+        InputError: the package lacks the op, no kernel of it is loaded for the device, or nothing
+            here times it.
     """
     absent = [name for name in OPS[op] if not hasattr(ops, name)]
     if absent:
         raise InputError(
-            f"--op {op}", "an op of this version of xmlkernels", f"{', '.join(absent)}, not in xmlkernels.ops",
-            f"choose one of {', '.join(name for name in OPS if all(hasattr(ops, n) for n in OPS[name]))}",
-        )  # fmt: skip
+            f"--op {op}",
+            "an op of this version of xmlkernels",
+            f"{', '.join(absent)}, not in xmlkernels.ops",
+            "choose one of "
+            f"{', '.join(name for name in OPS if all(hasattr(ops, n) for n in OPS[name]))}",
+        )
     if op not in BUILDERS:
         raise InputError(
-            f"--op {op}", f"an op with cases to time ({', '.join(BUILDERS)})", f"{op}, which has none yet",
+            f"--op {op}",
+            f"an op with cases to time ({', '.join(BUILDERS)})",
+            f"{op}, which has none yet",
             "add its cases to benchmarks/cases.py and its shapes to benchmarks/shapes.py",
-        )  # fmt: skip
+        )
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device", "a device of this machine", "cuda, which torch does not find", "use --device cpu")
+        raise InputError(
+            "--device",
+            "a device of this machine",
+            "cuda, which torch does not find",
+            "use --device cpu",
+        )
     for name in OPS[op]:
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"xmlkernels::{name}", device.upper()):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"xmlkernels::{name}", device.upper()
+        ):
             # A row named xmlkernels that timed the reference would be false.
             raise InputError(
-                f"--device {device}", f"a kernel of {name} for {device}",
+                f"--device {device}",
+                f"a kernel of {name} for {device}",
                 f"the reference alone ({ops.missing or 'none is built'})",
                 "build the native library with `pip install --no-build-isolation -e .`",
-            )  # fmt: skip
+            )

@@ -1,5 +1,6 @@
-"""The cases of `bag_step_`: backward and update of an embedding-bag table [L, D] from B bags of S tokens each; see cases.py for
-the closed forms, in which U = L (1 - (1 - 1/L)^(B S)) is the number of rows that B S random tokens are expected to name."""
+"""The cases of `bag_step_`: backward and update of an embedding-bag table [L, D] from B bags of S
+tokens each; see cases.py for the closed forms, in which U = L (1 - (1 - 1/L)^(B S)) is the number
+of rows that B S random tokens are expected to name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +17,16 @@ from xmlkernels import ops
 from xmlkernels.reference import bag_step as reference
 
 RULES = {"sgd": (0, 2), "adam": (2, 14)}
-"""Of each rule the number of states, each of the table's format and size, and the operations per number."""
+"""Of each rule the number of states, each of the table's format and size, and the operations per
+number.
+"""
 
 
 @dataclass
 class Bags:
-    """param [L, D]; grad fp32 [B, D]; token int64 [B S]; offset int64 [B + 1]; token_weight fp32 [B S]."""
+    """param [L, D]; grad fp32 [B, D]; token int64 [B S]; offset int64 [B + 1]; token_weight fp32 [B
+    S].
+    """
 
     param: Tensor
     grad: Tensor
@@ -40,9 +45,13 @@ def bag_work(shape: Shape, rule: str, s: int) -> tuple[int, int]:
 
 
 def make_bags(shape: Shape, dtype: str, device: str) -> Bags:
-    """The same numbers in every format and process; tokens of equal chance, weights as of a normalised tf-idf."""
+    """The same numbers in every format and process; tokens of equal chance, weights as of a
+    normalised tf-idf.
+    """
     g = torch.Generator(device).manual_seed(0)
-    param = torch.empty(shape.L, shape.D, dtype=DTYPES[dtype], device=device).normal_(0, 0.02, generator=g)
+    param = torch.empty(shape.L, shape.D, dtype=DTYPES[dtype], device=device).normal_(
+        0, 0.02, generator=g
+    )
     g, size = torch.Generator().manual_seed(1), shape.S or 1
     grad = torch.randn(shape.B, shape.D, generator=g)
     token = torch.randint(shape.L, (shape.B * size,), generator=g)
@@ -57,10 +66,21 @@ def own_step(held: Bags, *, rule: str, op: Callable[..., Any]) -> Step:
     device = held.param.device
     hyper = torch.tensor([LR, 0, 0.9, 0.999, 1e-8, 1, 1], device=device)
     counter = torch.tensor([1, 0], device=device)
-    states = {name: torch.zeros_like(held.param) for name in ("momentum", "second")[: RULES[rule][0]]}
+    states = {
+        name: torch.zeros_like(held.param) for name in ("momentum", "second")[: RULES[rule][0]]
+    }
 
     def step() -> Tensor:
-        op(held.param, held.grad, held.token, held.offset, hyper, counter, token_weight=held.token_weight, **states)
+        op(
+            held.param,
+            held.grad,
+            held.token,
+            held.offset,
+            hyper,
+            counter,
+            token_weight=held.token_weight,
+            **states,
+        )
         counter[1] += 1
         return held.param
 
@@ -68,15 +88,19 @@ def own_step(held: Bags, *, rule: str, op: Callable[..., Any]) -> Step:
 
 
 def torch_step(held: Bags, *, make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Step:
-    """What `nn.EmbeddingBag(sparse=True)` does after its forward: each token's share of the gradient as an entry of a sparse
-    tensor, which an optimizer of torch sums up and applies."""
+    """What `nn.EmbeddingBag(sparse=True)` does after its forward: each token's share of the
+    gradient as an entry of a sparse tensor, which an optimizer of torch sums up and applies."""
     param = torch.nn.Parameter(held.param)
     optimizer = make([param])
-    bag = torch.repeat_interleave(torch.arange(len(held.grad), device=held.grad.device), held.offset.diff())
+    bag = torch.repeat_interleave(
+        torch.arange(len(held.grad), device=held.grad.device), held.offset.diff()
+    )
 
     def step() -> Tensor:
         values = held.grad.index_select(0, bag) * held.token_weight[:, None]
-        param.grad = torch.sparse_coo_tensor(held.token[None], values, param.shape, check_invariants=False)
+        param.grad = torch.sparse_coo_tensor(
+            held.token[None], values, param.shape, check_invariants=False
+        )
         optimizer.step()
         return held.param
 
@@ -89,7 +113,16 @@ def bag_step_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
     inputs = {name: partial(make_bags, shape, name, device) for name in ("fp32", "bf16")}
 
     def add(impl: str, rule: str, dtype: str, start: Callable[[Bags], Step]) -> None:
-        cases.append(Case(impl, rule, dtype, *bag_work(shape, rule, DTYPES[dtype].itemsize), inputs[dtype], start))
+        cases.append(
+            Case(
+                impl,
+                rule,
+                dtype,
+                *bag_work(shape, rule, DTYPES[dtype].itemsize),
+                inputs[dtype],
+                start,
+            )
+        )
 
     for name in inputs:
         for rule in RULES:

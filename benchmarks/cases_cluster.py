@@ -1,11 +1,12 @@
 """What is timed of `cluster_step_`: the whole training step of one level of a cascade.
 
-Clusters have M = S / K rows; each sample selects K of the C = L / M clusters at random, so that S rows are its candidates and
-U = L (1 - (1 - K / C)^B) different rows are expected to be touched. Closed forms, as in `benchmarks/cases.py`; s is the bytes
-of a table element, m of an element of one of Adam's two moments (0 in phase sgd).
+Clusters have M = S / K rows; each sample selects K of the C = L / M clusters at random, so that S
+rows are its candidates and U = L (1 - (1 - K / C)^B) different rows are expected to be touched.
+Closed forms, as in `benchmarks/cases.py`; s is the bytes of a table element, m of an element of one
+of Adam's two moments (0 in phase sgd).
 
-FLOP: 6 B S D (scores, dX and dW). Bytes: U D (2 s + 4 m), each touched row of table and moments read and written once;
-4 B S, scores; 8 B K; 8 B D.
+FLOP: 6 B S D (scores, dX and dW). Bytes: U D (2 s + 4 m), each touched row of table and moments
+read and written once; 4 B S, scores; 8 B K; 8 B D.
 """
 
 from collections.abc import Callable
@@ -25,13 +26,15 @@ from xmlkernels.reference.cluster_step import cluster_step_ as reference
 
 POSITIVES = 5
 _REFERENCE_ELEMENTS = 1 << 23  # above, the reference's dense gradient would not fit common memories
-_FP32_ELEMENTS = 1 << 28  # above, tables in fp32 are left to the peer: table and moments of both would take 12 GB
+_FP32_ELEMENTS = (
+    1 << 28
+)  # above, tables in fp32 are left to the peer: table and moments of both would take 12 GB
 
 
 @dataclass
 class Level:
-    """weight [L, D]; x [B, D] fp32; clusters int64 [B, K]; row_ptr int64 [C + 1]; positives as the op takes them; and for the
-    peers the same as index int64 [B, S] and target fp32 [B, S]."""
+    """weight [L, D]; x [B, D] fp32; clusters int64 [B, K]; row_ptr int64 [C + 1]; positives as the
+    op takes them; and for the peers the same as index int64 [B, S] and target fp32 [B, S]."""
 
     weight: Tensor
     x: Tensor
@@ -51,10 +54,14 @@ def sizes(shape: Shape) -> tuple[int, int, int]:
 
 
 def make_level(shape: Shape, dtype: str, device: str) -> Level:
-    """The same numbers in every format and process: N(0, 0.02²) rows, unit-scale embeddings, positives in the shortlist."""
+    """The same numbers in every format and process: N(0, 0.02²) rows, unit-scale embeddings,
+    positives in the shortlist.
+    """
     k, m, count = sizes(shape)
     g = torch.Generator(device).manual_seed(0)
-    weight = torch.empty(shape.L, shape.D, dtype=DTYPES[dtype], device=device).normal_(0, 0.02, generator=g)
+    weight = torch.empty(shape.L, shape.D, dtype=DTYPES[dtype], device=device).normal_(
+        0, 0.02, generator=g
+    )
     g = torch.Generator().manual_seed(1)
     x = torch.randn(shape.B, shape.D, generator=g)
     clusters = torch.stack([torch.randperm(count, generator=g)[:k] for _ in range(shape.B)])
@@ -67,7 +74,9 @@ def make_level(shape: Shape, dtype: str, device: str) -> Level:
     order = torch.argsort(row * shape.B + sample)
     pos_row, pos_sample = row[order], sample[order].to(torch.int32)
     row_ptr = torch.arange(count + 1) * m
-    return Level(weight, *(t.to(device) for t in (x, clusters, row_ptr, pos_row, pos_sample, index, target)))
+    return Level(
+        weight, *(t.to(device) for t in (x, clusters, row_ptr, pos_row, pos_sample, index, target))
+    )
 
 
 def cluster_work(shape: Shape, s: int, m: int = 0) -> tuple[int, int]:
@@ -87,7 +96,18 @@ def own_step(held: Level, *, op: Callable[..., Any], adam: bool) -> Step:
     h = held
 
     def step() -> Tensor:
-        dx, *_ = op(h.weight, h.x, h.clusters, h.row_ptr, rows, h.pos_row, h.pos_sample, hyper, counter, **states)
+        dx, *_ = op(
+            h.weight,
+            h.x,
+            h.clusters,
+            h.row_ptr,
+            rows,
+            h.pos_row,
+            h.pos_sample,
+            hyper,
+            counter,
+            **states,
+        )
         counter[1] += 1
         return dx
 
@@ -108,7 +128,9 @@ def full_step(held: Level) -> Step:
 
 
 def eager_step(held: Level, *, adam: bool) -> Step:
-    """What a user writes: nn.Embedding(sparse=True), bmm with the gathered rows, summed BCE, backward, SparseAdam or SGD."""
+    """What a user writes: nn.Embedding(sparse=True), bmm with the gathered rows, summed BCE,
+    backward, SparseAdam or SGD.
+    """
     table = nn.Embedding(*held.weight.shape, sparse=True, _weight=held.weight)
     kind = torch.optim.SparseAdam if adam else torch.optim.SGD
     optimizer = kind(list(table.parameters()), lr=LR)

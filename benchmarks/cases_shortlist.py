@@ -1,7 +1,9 @@
-"""What is timed of `shortlist_matmul`: scoring alone, and the whole training step of a shortlisted head.
+"""What is timed of `shortlist_matmul`: scoring alone, and the whole training step of a shortlisted
+head.
 
-Closed forms, as in `benchmarks/cases.py`; s is the bytes of a table element, m of an element of one of Adam's two moments,
-U = L (1 - (1 - S/L)^B) the number of rows that B lists of S different ones are expected to name:
+Closed forms, as in `benchmarks/cases.py`; s is the bytes of a table element, m of an element of one
+of Adam's two moments, U = L (1 - (1 - S/L)^B) the number of rows that B lists of S different ones
+are expected to name:
 
 | phase | FLOP | bytes |
 |---|---|---|
@@ -9,7 +11,7 @@ U = L (1 - (1 - S/L)^B) the number of rows that B lists of S different ones are 
 | shared | 2 B S D | S D s; 8 S; 4 B S; 4 B D |
 | step | 6 B S D | B S D s; U D (2 s + 4 m), each named row of table and moments read and written once; 12 B S; 8 B D |
 | step, fused | 6 B S D | as step, without the B S D s: a row that is read to be updated is scored on the way |
-"""
+"""  # noqa: E501  (a table row cannot be broken)
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +29,9 @@ from xmlkernels import ops
 
 @dataclass
 class Shortlists:
-    """weight [L, D]; x [B, D] fp32; index int64 [B, S], S different rows each; target fp32 [B, S], the first of each list 1."""
+    """weight [L, D]; x [B, D] fp32; index int64 [B, S], S different rows each; target fp32 [B, S],
+    the first of each list 1.
+    """
 
     weight: Tensor
     x: Tensor
@@ -38,16 +42,22 @@ class Shortlists:
 def make_shortlists(shape: Shape, dtype: str, device: str) -> Shortlists:
     """The same numbers in every format and process: N(0, 0.02²) rows, unit-scale embeddings."""
     g = torch.Generator(device).manual_seed(0)
-    weight = torch.empty(shape.L, shape.D, dtype=DTYPES[dtype], device=device).normal_(0, 0.02, generator=g)
+    weight = torch.empty(shape.L, shape.D, dtype=DTYPES[dtype], device=device).normal_(
+        0, 0.02, generator=g
+    )
     g = torch.Generator().manual_seed(1)
     x = torch.randn(shape.B, shape.D, generator=g)
-    index = torch.stack([torch.randperm(shape.L, generator=g)[: shape.S or 1] for _ in range(shape.B)])
+    index = torch.stack(
+        [torch.randperm(shape.L, generator=g)[: shape.S or 1] for _ in range(shape.B)]
+    )
     target = torch.zeros(index.shape)
     target[:, 0] = 1
     return Shortlists(weight, *(t.to(device) for t in (x, index, target)))
 
 
-def shortlist_work(shape: Shape, phase: str, s: int, m: int, *, fused: bool = False) -> tuple[int, int]:
+def shortlist_work(
+    shape: Shape, phase: str, s: int, m: int, *, fused: bool = False
+) -> tuple[int, int]:
     """FLOP and bytes of one call; s and m are the bytes of a table element and of a moment's."""
     b, size, d = shape.B, shape.S or 1, shape.D
     if phase == "shared":
@@ -65,8 +75,13 @@ def _own(held: Shortlists, *, shared: bool) -> Step:
 
 
 def own_step(held: Shortlists) -> Step:
-    """Scores, summed BCE, autograd, `sparse_adam_` on the rows named; the moments have the table's format."""
-    device, table = held.weight.device, held.weight.detach().requires_grad_()  # autograd's view of the same memory
+    """Scores, summed BCE, autograd, `sparse_adam_` on the rows named; the moments have the table's
+    format.
+    """
+    device, table = (
+        held.weight.device,
+        held.weight.detach().requires_grad_(),
+    )  # autograd's view of the same memory
     momentum, second = torch.zeros_like(held.weight), torch.zeros_like(held.weight)
     hyper = torch.tensor([LR, 0, 0.9, 0.999, 1e-8, 1, 1], device=device)
     counter = torch.tensor([1, 0], device=device)
@@ -75,7 +90,9 @@ def own_step(held: Shortlists) -> Step:
     def step() -> Tensor:
         z = ops.shortlist_matmul(x, table, None, held.index)
         dx, grad = torch.autograd.grad(bce(z, held.target, reduction="sum"), (x, table))
-        ops.sparse_adam_(held.weight, momentum, second, grad.indices()[0], grad.values(), hyper, counter)
+        ops.sparse_adam_(
+            held.weight, momentum, second, grad.indices()[0], grad.values(), hyper, counter
+        )
         counter[1] += 1
         return dx
 
@@ -89,12 +106,23 @@ def fused_step(held: Shortlists) -> Step:
     hyper = torch.tensor([LR, 0, 0.9, 0.999, 1e-8, 1, 1], device=device)
     counter = torch.tensor([1, 0], device=device)
     row_ptr = torch.arange(n + 1, device=device)
-    pos_row, pos_sample = held.index[:, 0].sort(stable=True)  # the first entry of each list is its positive
+    pos_row, pos_sample = held.index[:, 0].sort(
+        stable=True
+    )  # the first entry of each list is its positive
     positives = pos_row, pos_sample.to(torch.int32)
 
     def step() -> Tensor:
         dx, _, _ = ops.cluster_step_(
-            held.weight, held.x, held.index, row_ptr, 1, *positives, hyper, counter, momentum=momentum, second=second
+            held.weight,
+            held.x,
+            held.index,
+            row_ptr,
+            1,
+            *positives,
+            hyper,
+            counter,
+            momentum=momentum,
+            second=second,
         )
         counter[1] += 1
         return dx
@@ -113,7 +141,9 @@ def _eager(held: Shortlists, *, shared: bool) -> Step:
 
 
 def eager_step(held: Shortlists) -> Step:
-    """What a user writes: nn.Embedding(sparse=True), bmm with the gathered rows, summed BCE, backward, SparseAdam."""
+    """What a user writes: nn.Embedding(sparse=True), bmm with the gathered rows, summed BCE,
+    backward, SparseAdam.
+    """
     table = nn.Embedding(*held.weight.shape, sparse=True, _weight=held.weight)
     optimizer = torch.optim.SparseAdam(list(table.parameters()), lr=LR)
     x = held.x.clone().requires_grad_()
@@ -130,9 +160,11 @@ def eager_step(held: Shortlists) -> Step:
 
 
 def shortlist_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
-    """`compiled` changes nothing: torch's sparse gradients stay outside its compiler. The step needs `sparse_adam_`.
+    """`compiled` changes nothing: torch's sparse gradients stay outside its compiler. The step
+    needs `sparse_adam_`.
 
-    No case of the reference: it holds the gathered rows, half a gigabyte at the smallest of these shapes.
+    No case of the reference: it holds the gathered rows, half a gigabyte at the smallest of these
+        shapes.
     """
     cases: list[Case] = []
     inputs = {name: partial(make_shortlists, shape, name, device) for name in ("fp32", "bf16")}

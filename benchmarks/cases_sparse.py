@@ -1,4 +1,6 @@
-"""The cases of `sparse_update`: an optimizer step on N touched rows of a table [L, D]; see cases.py for the closed forms."""
+"""The cases of `sparse_update`: an optimizer step on N touched rows of a table [L, D]; see cases.py
+for the closed forms.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +18,9 @@ from xmlkernels import ops
 from xmlkernels.reference import sparse_update as reference
 
 RULES = {"sgd": (0, 2), "adagrad": (1, 7), "adam": (2, 14)}
-"""Of each rule the number of states, each of the table's format and size, and the operations per number."""
+"""Of each rule the number of states, each of the table's format and size, and the operations per
+number.
+"""
 
 
 @dataclass
@@ -42,7 +46,9 @@ def sparse_work(shape: Shape, rule: str, s: int) -> tuple[int, int]:
 def make_touched(shape: Shape, dtype: str, device: str) -> Touched:
     """The same numbers in every format and process."""
     g = torch.Generator(device).manual_seed(0)
-    param = torch.empty(shape.L, shape.D, dtype=DTYPES[dtype], device=device).normal_(0, 0.02, generator=g)
+    param = torch.empty(shape.L, shape.D, dtype=DTYPES[dtype], device=device).normal_(
+        0, 0.02, generator=g
+    )
     g, count = torch.Generator().manual_seed(1), touched_rows(shape)
     rows = torch.randperm(shape.L, generator=g)[:count].sort().values
     grad = torch.randn(count, shape.D, generator=g)
@@ -50,7 +56,9 @@ def make_touched(shape: Shape, dtype: str, device: str) -> Touched:
 
 
 def own_step(held: Touched, *, rule: str, room: ModuleType) -> Step:
-    """`sparse_sgd_`, `sparse_adagrad_` or `sparse_adam_`, or the reference, with states of the table's format."""
+    """`sparse_sgd_`, `sparse_adagrad_` or `sparse_adam_`, or the reference, with states of the
+    table's format.
+    """
     device, op = held.param.device, getattr(room, f"sparse_{rule}_")
     hyper = torch.tensor([LR, 0, 0.9, 0.999, 1e-8, 1, 1], device=device)
     counter = torch.tensor([1, 0], device=device)
@@ -67,12 +75,16 @@ def own_step(held: Touched, *, rule: str, room: ModuleType) -> Step:
 
 
 def torch_step(held: Touched, *, make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Step:
-    """What a user writes: a coalesced sparse gradient, as `nn.Embedding(sparse=True)` gives, and an optimizer of torch."""
+    """What a user writes: a coalesced sparse gradient, as `nn.Embedding(sparse=True)` gives, and an
+    optimizer of torch.
+    """
     param = torch.nn.Parameter(held.param)
     optimizer = make([param])
 
     def step() -> Tensor:
-        sparse: Any = torch.sparse_coo_tensor(held.rows[None], held.grad, param.shape, check_invariants=False)
+        sparse: Any = torch.sparse_coo_tensor(
+            held.rows[None], held.grad, param.shape, check_invariants=False
+        )
         param.grad = sparse._coalesced_(True)  # rows are unique and sorted already
         optimizer.step()
         return held.param
@@ -86,7 +98,16 @@ def sparse_update_cases(shape: Shape, device: str, compiled: bool) -> list[Case]
     inputs = {name: partial(make_touched, shape, name, device) for name in ("fp32", "bf16")}
 
     def add(impl: str, rule: str, dtype: str, start: Callable[[Touched], Step]) -> None:
-        cases.append(Case(impl, rule, dtype, *sparse_work(shape, rule, DTYPES[dtype].itemsize), inputs[dtype], start))
+        cases.append(
+            Case(
+                impl,
+                rule,
+                dtype,
+                *sparse_work(shape, rule, DTYPES[dtype].itemsize),
+                inputs[dtype],
+                start,
+            )
+        )
 
     for name in inputs:
         for rule in RULES:
@@ -95,6 +116,11 @@ def sparse_update_cases(shape: Shape, device: str, compiled: bool) -> list[Case]
                 add("reference", rule, name, partial(own_step, rule=rule, room=reference))
     sgd, adam = partial(torch.optim.SGD, lr=LR), partial(torch.optim.SparseAdam, lr=LR)
     add("torch", "sgd", "fp32", partial(torch_step, make=sgd))
-    add("torch", "adagrad", "fp32", partial(torch_step, make=partial(torch.optim.Adagrad, lr=LR, eps=1e-8)))
+    add(
+        "torch",
+        "adagrad",
+        "fp32",
+        partial(torch_step, make=partial(torch.optim.Adagrad, lr=LR, eps=1e-8)),
+    )
     add("torch", "adam", "fp32", partial(torch_step, make=adam))
     return cases

@@ -42,11 +42,16 @@ class Outcome:
 
 
 def run(
-    command: Sequence[str], limit_s: float, on_line: Callable[[str], None] | None = None, threads: int | None = None
+    command: Sequence[str],
+    limit_s: float,
+    on_line: Callable[[str], None] | None = None,
+    threads: int | None = None,
 ) -> Outcome:
-    """Runs a command in the project's folder, handing on each line of its standard output as it is written.
+    """Runs a command in the project's folder, handing on each line of its standard output as it is
+    written.
 
-    Past the limit the command is killed with all that it started, and what it wrote until then is kept.
+    Past the limit the command is killed with all that it started, and what it wrote until then is
+    kept.
 
     Args:
         command: the program and its arguments.
@@ -62,7 +67,13 @@ def run(
         environment["OMP_NUM_THREADS"] = str(threads)
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
+            start_new_session=True,
         )
         waiting: queue.Queue[str | None] = queue.Queue()
         assert process.stdout is not None
@@ -78,7 +89,8 @@ def run(
         except (queue.Empty, subprocess.TimeoutExpired):
             status = None
         finally:
-            # Its own session, so what it started (pytest's children, a sanitizer's target) goes with it and nothing else does.
+            # Its own session, so what it started (pytest's children, a sanitizer's target) goes
+            # with it and nothing else does.
             _kill(process)
         errors.seek(0)
         tail = errors.read().decode(errors="replace").splitlines()[-_TAIL:]
@@ -86,13 +98,16 @@ def run(
 
 
 def run_together(commands: Mapping[Name, Sequence[str]], limit_s: float) -> dict[Name, Outcome]:
-    """Runs several commands at once, each under the same limit and on its share of the processors; results by the given
-    names, in the given order."""
+    """Runs several commands at once, each under the same limit and on its share of the processors;
+    results by the given names, in the given order."""
     if not commands:
         return {}
     threads = max(1, (os.cpu_count() or 1) // len(commands))
     with ThreadPoolExecutor(len(commands)) as pool:
-        started = {name: pool.submit(run, command, limit_s, None, threads) for name, command in commands.items()}
+        started = {
+            name: pool.submit(run, command, limit_s, None, threads)
+            for name, command in commands.items()
+        }
         return {name: future.result() for name, future in started.items()}
 
 

@@ -1,7 +1,9 @@
-"""The floor of each row from the ceilings of its own run, the figures to reach, and the table that says both.
+"""The floor of each row from the ceilings of its own run, the figures to reach, and the table that
+says both.
 
-Floor of a row: the longer of two times, its useful bytes over the copy rate and its useful operations over the torch.mm rate
-of its format (e4m3: that of bf16, the format of its products). Both closed forms are in `benchmarks/cases.py`.
+Floor of a row: the longer of two times, its useful bytes over the copy rate and its useful
+operations over the torch.mm rate of its format (e4m3: that of bf16, the format of its products).
+Both closed forms are in `benchmarks/cases.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -83,7 +85,9 @@ class Ceilings:
         return number(row, "gbps") / self.gbps, number(row, "tflops") / rate
 
     def modelled(self, row: Row, memory: int | None) -> float | None:
-        """The floor of a step that moves `memory` bytes, over the row's own floor; None where either is not known."""
+        """The floor of a step that moves `memory` bytes, over the row's own floor; None where
+        either is not known.
+        """
         shares = self.shares(row)
         if shares is None or memory is None:
             return None
@@ -94,12 +98,15 @@ class Ceilings:
 def goal_row(rows: Sequence[Row], goal: Goal) -> Row | None:
     """This package's row that a figure to reach speaks of."""
     aim = (goal.op, goal.shape, "xmlkernels", goal.phase, goal.dtype)
-    return next((r for r in rows if (r["op"], r["shape"], r["impl"], plain(r["phase"]), r["dtype"]) == aim), None)
+    return next(
+        (r for r in rows if (r["op"], r["shape"], r["impl"], plain(r["phase"]), r["dtype"]) == aim),
+        None,
+    )
 
 
 def own_row(rows: Sequence[Row], peer: Row) -> Row | None:
-    """The row of this package that a peer's is held against: that of a figure to reach which names the peer, else the fastest
-    of the same phase and format, of the same phase, of the shape."""
+    """The row of this package that a peer's is held against: that of a figure to reach which names
+    the peer, else the fastest of the same phase and format, of the same phase, of the shape."""
     for goal in GOALS:
         named = (goal.op, goal.shape) == (peer["op"], peer["shape"]) and peer["impl"] in goal.peers
         if named and (found := goal_row(rows, goal)) is not None:
@@ -109,12 +116,18 @@ def own_row(rows: Sequence[Row], peer: Row) -> Row | None:
         other = plain(row["phase"]) != plain(peer["phase"])
         return other, other or row["dtype"] != peer["dtype"], number(row, "ms_p50")
 
-    own = [row for row in rows if (row["op"], row["shape"], row["impl"]) == (peer["op"], peer["shape"], "xmlkernels")]
+    own = [
+        row
+        for row in rows
+        if (row["op"], row["shape"], row["impl"]) == (peer["op"], peer["shape"], "xmlkernels")
+    ]
     return min(own, key=unlike, default=None)
 
 
 def modelled_bytes(row: Row, model: ModuleType | None) -> int | None:
-    """Bytes between memory and L2 by the schedule of this package's kernel, where `benchmarks/model.py` counts them."""
+    """Bytes between memory and L2 by the schedule of this package's kernel, where
+    `benchmarks/model.py` counts them.
+    """
     if model is None or row["impl"] != "xmlkernels":
         return None
     element = {"fp32": 4, "fp8": 1}.get(str(row["dtype"]), 2)
@@ -122,16 +135,28 @@ def modelled_bytes(row: Row, model: ModuleType | None) -> int | None:
     B, L, D = (int(number(row, letter)) for letter in "BLD")
     S, K = (int(str(row[letter])) if row[letter] not in (None, "") else 0 for letter in "SK")
     if op == "bce_step" and phase != "skip":  # what is skipped depends on the positives
-        options = {"element": element, "state_element": element, "states": int(phase == "momentum"), "loss": phase == "loss"}
+        options = {
+            "element": element,
+            "state_element": element,
+            "states": int(phase == "momentum"),
+            "loss": phase == "loss",
+        }
         return model.bce_step_bytes(B, L, D, **options)["memory"]
     if op == "matmul_topk":
         return model.matmul_topk_memory(B, L, D, K or 1, element=element)
-    if op == "shortlist_matmul" and phase != "step":  # most of a step is autograd and the optimizer's own op
+    if (
+        op == "shortlist_matmul" and phase != "step"
+    ):  # most of a step is autograd and the optimizer's own op
         return model.shortlist_memory(B, S, D, shared=phase == "shared", element=element)
     if op == "cluster_step":
-        K, rows = K or 1, (S or L) // (K or 1)  # rows of a cluster, as benchmarks/cases_cluster.py makes them
+        K, rows = (
+            K or 1,
+            (S or L) // (K or 1),
+        )  # rows of a cluster, as benchmarks/cases_cluster.py makes them
         states = 2 if phase == "adam" else 0
-        return model.cluster_step_memory(B, D, K, rows, L // rows, element=element, state_element=element, states=states)
+        return model.cluster_step_memory(
+            B, D, K, rows, L // rows, element=element, state_element=element, states=states
+        )
     return None
 
 
@@ -147,15 +172,27 @@ def table(rows: Sequence[Row], ceilings: Ceilings, model: ModuleType | None) -> 
     lines = [[*names, "ms p50", "p20", "p80", "peak MB", "x floor", "ours faster", "model x floor"]]
     for row in rows:
         own, over = own_row(rows, row), ceilings.times_floor(row)
-        faster = "-" if own is None or row["impl"] in OWN else f"{number(row, 'ms_p50') / number(own, 'ms_p50'):.2f}x"
+        faster = (
+            "-"
+            if own is None or row["impl"] in OWN
+            else f"{number(row, 'ms_p50') / number(own, 'ms_p50'):.2f}x"
+        )
         modelled = ceilings.modelled(row, modelled_bytes(row, model))
-        lines.append([
-            *(str(row[name]) for name in names), *(f"{number(row, name):.3f}" for name in times),
-            "-" if row["peak_mb"] in (None, "") else f"{number(row, 'peak_mb'):.1f}",
-            "-" if over is None else f"{over:.2f}", faster, "-" if modelled is None else f"{modelled:.2f}",
-        ])  # fmt: skip
+        lines.append(
+            [
+                *(str(row[name]) for name in names),
+                *(f"{number(row, name):.3f}" for name in times),
+                "-" if row["peak_mb"] in (None, "") else f"{number(row, 'peak_mb'):.1f}",
+                "-" if over is None else f"{over:.2f}",
+                faster,
+                "-" if modelled is None else f"{modelled:.2f}",
+            ]
+        )
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
 
 
 def verdicts(rows: Sequence[Row], ceilings: Ceilings) -> list[str]:
@@ -172,10 +209,17 @@ def verdicts(rows: Sequence[Row], ceilings: Ceilings) -> list[str]:
     for goal in GOALS:
         where = f"{goal.op} {goal.shape} {goal.phase} {goal.dtype}"
         own = goal_row(rows, goal)
-        judge(f"{where}, at most {goal.floor} x floor", None if own is None else ceilings.times_floor(own), goal.floor)
+        judge(
+            f"{where}, at most {goal.floor} x floor",
+            None if own is None else ceilings.times_floor(own),
+            goal.floor,
+        )
         for impl, least in goal.peers.items():
-            here = [r for r in rows if (r["op"], r["shape"], r["impl"]) == (goal.op, goal.shape, impl)]
-            # The peer's own form of the same step where it has one: its other phases are other work.
+            here = [
+                r for r in rows if (r["op"], r["shape"], r["impl"]) == (goal.op, goal.shape, impl)
+            ]
+            # The peer's own form of the same step where it has one: its other phases are other
+            # work.
             same = [r for r in here if plain(r["phase"]) == goal.phase] or here
             best = min((number(r, "ms_p50") for r in same), default=None)
             ratio = None if best is None or own is None else best / number(own, "ms_p50")

@@ -1,12 +1,14 @@
-"""Proof with a card: builds, tests, measures the ceilings and every op beside its peers, in one command.
+"""Proof with a card: builds, tests, measures the ceilings and every op beside its peers, in one
+command.
 
     python3 benchmarks/gpu_report.py [--out DIR] [--op OP …] [--minutes 8.6] [--commit HASH]
 
-Needs torch, numpy, scipy, triton and pytest; to build, setuptools, cmake, ninja, pybind11, a C++ compiler and, for the CUDA
-C++ ops, nvcc; no network. It installs nothing: the libraries are built into this tree. Rows go to DIR/<card>.csv as they are
-measured, so that a run cut short keeps them, and a roofline to DIR/<card>.png. Only ops whose tests pass on the card are timed.
-Exit status: 0 rows were measured and every op that was to be timed was green; 1 an op's tests are not green, or no row could
-be measured; 2 no CUDA device, or an input that cannot be used.
+Needs torch, numpy, scipy, triton and pytest; to build, setuptools, cmake, ninja, pybind11, a C++
+compiler and, for the CUDA C++ ops, nvcc; no network. It installs nothing: the libraries are built
+into this tree. Rows go to DIR/<card>.csv as they are measured, so that a run cut short keeps them,
+and a roofline to DIR/<card>.png. Only ops whose tests pass on the card are timed. Exit status: 0
+rows were measured and every op that was to be timed was green; 1 an op's tests are not green, or no
+row could be measured; 2 no CUDA device, or an input that cannot be used.
 """
 
 import argparse
@@ -65,7 +67,9 @@ def say(text: str) -> None:
 
 
 def build(report: Report) -> None:
-    """The CPU and CUDA libraries, in place. A failure is told and ends nothing: Triton's ops need no library."""
+    """The CPU and CUDA libraries, in place. A failure is told and ends nothing: Triton's ops need
+    no library.
+    """
     limit = report.left(BUILD_S)
     outcome = children.run(children.python("setup.py", "-q", "build_ext", "--inplace"), limit)
     if outcome.status is None:
@@ -75,7 +79,7 @@ def build(report: Report) -> None:
     else:
         for line in outcome.errors.splitlines():
             say(f"  {line}")
-    loaded = children.run(children.python("-m", "xmlkernels.native"), report.left(60))
+    loaded = children.run(children.python("-m", "xmlkernels.ops"), report.left(60))
     for line in loaded.lines or (f"the package cannot be loaded: {loaded.last}",):
         say(f"  {line}")
 
@@ -91,14 +95,20 @@ def measure_ceilings(report: Report) -> None:
         if isinstance(row, dict):
             report.keep(row)
             report.ceilings.add(row)
-            rate = f"{row['gbps']} GB/s read and written" if row["impl"] == "copy" else f"{row['tflops']} TFLOP/s"
+            rate = (
+                f"{row['gbps']} GB/s read and written"
+                if row["impl"] == "copy"
+                else f"{row['tflops']} TFLOP/s"
+            )
             say(f"  {row['impl']} {row['dtype']}: {rate}")
 
     limit = report.left(CEILINGS_S)
     outcome = children.run(worker(report, "--ceilings"), limit, read)
     if outcome.status != 0:
         why = f"not finished within {limit:.0f} s" if outcome.status is None else outcome.last
-        say(f"  some ceilings are missing, and so are the shares of the floor that need them: {why}")
+        say(
+            f"  some ceilings are missing, and so are the shares of the floor that need them: {why}"
+        )
 
 
 def parsed(line: str) -> dict[str, object]:
@@ -112,7 +122,9 @@ def parsed(line: str) -> dict[str, object]:
 
 @dataclass
 class Progress:
-    """Where one op and shape stand: cases still to measure (None: all, not begun), those never captured, the one begun."""
+    """Where one op and shape stand: cases still to measure (None: all, not begun), those never
+    captured, the one begun.
+    """
 
     only: list[str] | None = None
     plain: list[str] = field(default_factory=list)
@@ -120,28 +132,43 @@ class Progress:
 
 
 def measure(report: Report, op: str, shape: shapes.Shape, rest: bool) -> None:
-    """One op at one shape, one of its two rounds; a worker that dies is started again without the case that ended it."""
+    """One op at one shape, one of its two rounds; a worker that dies is started again without the
+    case that ended it.
+    """
     progress = Progress()
-    say(f"{op} {shape.name} (B {shape.B}, L {shape.L:,}, D {shape.D}){', the rest' if rest else ''}")
+    say(
+        f"{op} {shape.name} (B {shape.B}, L {shape.L:,}, D {shape.D}){', the rest' if rest else ''}"
+    )
     while progress.only is None or progress.only:
         limit = report.left()
         if limit < LEAST_S:
-            say(f"  the time is up: not measured: {', '.join(progress.only) if progress.only else 'any case of it'}")
+            say(
+                "  the time is up: not measured: "
+                f"{', '.join(progress.only) if progress.only else 'any case of it'}"
+            )
             return
         arguments = ["--op", op, "--shape", shape.name, *(["--rest"] if rest else [])]
         for flag, names in (("--only", progress.only or []), ("--plain", progress.plain)):
             arguments += [word for name in names for word in (flag, name)]
-        outcome = children.run(worker(report, *arguments), limit, lambda line: read(report, progress, line))
+        outcome = children.run(
+            worker(report, *arguments), limit, lambda line: read(report, progress, line)
+        )
         begun, progress.begun = progress.begun, None
         if outcome.status == 0:
             return
         if outcome.status is None:
-            say(f"  the time is up{f' within {begun}' if begun else ''}: what is missing above was not measured")
+            say(
+                f"  the time is up{f' within {begun}' if begun else ''}: what is missing above was "
+                "not measured"
+            )
             return
         if progress.only is None:
             say(f"  not measured: {outcome.last}")
             return
-        if begun is not None and outcome.status not in (gpu_worker.CAPTURE_FAILED, gpu_worker.BROKE):
+        if begun is not None and outcome.status not in (
+            gpu_worker.CAPTURE_FAILED,
+            gpu_worker.BROKE,
+        ):
             say(f"  {begun} ended the process with status {outcome.status}: {outcome.last}")
         elif begun is None:  # it died after its last case: nothing is left to try again
             return
@@ -159,11 +186,16 @@ def read(report: Report, progress: Progress, line: str) -> None:
         report.keep(row)
         over = report.ceilings.times_floor(row)
         times = f"{row['ms_p50']:.3f} ms (p20 {row['ms_p20']:.3f}, p80 {row['ms_p80']:.3f})"
-        say(f"  {row['impl']} {row['phase']} {row['dtype']}: {times}{'' if over is None else f', {over:.2f} x floor'}")
+        say(
+            f"  {row['impl']} {row['phase']} {row['dtype']}: "
+            f"{times}{'' if over is None else f', {over:.2f} x floor'}"
+        )
     elif name := message.get("capture_failed"):
         progress.plain.append(str(name))
         progress.only = [str(name), *(progress.only or [])]
-        say(f"  {name} cannot be captured in a graph ({message.get('why')}): timed launch by launch")
+        say(
+            f"  {name} cannot be captured in a graph ({message.get('why')}): timed launch by launch"
+        )
     elif name := message.get("left_out"):
         say(f"  {name} is left out: {message.get('why')}")
     elif name := message.get("again"):
@@ -190,10 +222,24 @@ def ops_to_time(report: Report) -> list[str]:
 def finish(report: Report) -> None:
     """The table, the figures to reach, and the chart."""
     measured = [row for row in report.rows if row["op"] != floors.CEILING]
-    say("\nresults; x floor: median over the floor of this run's ceilings; +graph: replayed from one captured CUDA graph;")
-    say("model x floor: by the bytes that the kernel's schedule moves (benchmarks/model.py): a model, never measured")
-    model = importlib.import_module("benchmarks.model") if importlib.util.find_spec("benchmarks.model") else None
-    for line in (*floors.table(measured, report.ceilings, model), "", *floors.verdicts(measured, report.ceilings)):
+    say(
+        "\nresults; x floor: median over the floor of this run's ceilings; +graph: replayed from "
+        "one captured CUDA graph;"
+    )
+    say(
+        "model x floor: by the bytes that the kernel's schedule moves (benchmarks/model.py): a "
+        "model, never measured"
+    )
+    model = (
+        importlib.import_module("benchmarks.model")
+        if importlib.util.find_spec("benchmarks.model")
+        else None
+    )
+    for line in (
+        *floors.table(measured, report.ceilings, model),
+        "",
+        *floors.verdicts(measured, report.ceilings),
+    ):
         say(line)
     say(f"rows in {report.path}")
     if importlib.util.find_spec("matplotlib") is None:
@@ -215,7 +261,10 @@ def stages(report: Report) -> int:
     say("ceilings")
     measure_ceilings(report)
     wanted = card.plan(green, report.card.memory, say)
-    for rest in (False, True):  # what has a figure to reach, and its peers, of every shape before the rest of any
+    for rest in (
+        False,
+        True,
+    ):  # what has a figure to reach, and its peers, of every shape before the rest of any
         for op, shape in wanted:
             measure(report, op, shape, rest)
     finish(report)
@@ -225,21 +274,42 @@ def stages(report: Report) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     begin = time.monotonic()
-    parser = argparse.ArgumentParser(prog="benchmarks/gpu_report.py", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of <card>.csv and <card>.png")
-    parser.add_argument("--op", action="append", choices=list(cases.OPS), help="one op, with the whole time; may be repeated")
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/gpu_report.py", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "benchmarks" / "results",
+        help="folder of <card>.csv and <card>.png",
+    )
+    parser.add_argument(
+        "--op",
+        action="append",
+        choices=list(cases.OPS),
+        help="one op, with the whole time; may be repeated",
+    )
     parser.add_argument("--minutes", type=float, default=8.6, help="for all of it")
-    parser.add_argument("--commit", help="the tree's commit, for the rows, where the tree has no git folder")
+    parser.add_argument(
+        "--commit", help="the tree's commit, for the rows, where the tree has no git folder"
+    )
     options = parser.parse_args(arguments)
     try:
         if not 0 < options.minutes < float("inf"):
-            raise InputError("--minutes", "a number above 0", str(options.minutes), "leave it out for 8.6")
+            raise InputError(
+                "--minutes", "a number above 0", str(options.minutes), "leave it out for 8.6"
+            )
         found = card.find()
         card.check_out(options.out)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        report = Report(found, options.out, begin + 60 * options.minutes, now, options.commit, options.op)
+        report = Report(
+            found, options.out, begin + 60 * options.minutes, now, options.commit, options.op
+        )
         run.check_results(report.path)
-        say(f"{found.machine}, {found.memory / 2**30:.0f} GiB, torch {torch.__version__}, {options.minutes} minutes")
+        say(
+            f"{found.machine}, {found.memory / 2**30:.0f} GiB, torch {torch.__version__}, "
+            f"{options.minutes} minutes"
+        )
         return stages(report)
     except InputError as error:
         print(f"benchmarks/gpu_report.py: {error}", file=sys.stderr)

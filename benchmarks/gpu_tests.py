@@ -1,7 +1,8 @@
-"""Which ops may be timed on a card: `pytest -m gpu` and compute-sanitizer, op by op, and what they found.
+"""Which ops may be timed on a card: `pytest -m gpu` and compute-sanitizer, op by op, and what they
+found.
 
-Each test file runs in a process of its own, all at once: a kernel that breaks its context fails its own file's tests alone,
-and Triton compiles on many cores.
+Each test file runs in a process of its own, all at once: a kernel that breaks its context fails its
+own file's tests alone, and Triton compiles on many cores.
 """
 
 import re
@@ -24,7 +25,9 @@ Key = tuple[str, str]
 
 @dataclass
 class Verdict:
-    """What one op's tests did: test ids that failed; counts; a reason beyond the tests why it is not green."""
+    """What one op's tests did: test ids that failed; counts; a reason beyond the tests why it is
+    not green.
+    """
 
     passed: int = 0
     skipped: int = 0
@@ -39,7 +42,11 @@ class Verdict:
         told = f"{self.passed} passed, {len(self.failed)} failed, {self.skipped} skipped"
         if self.reason:
             return f"{told}; {self.reason}"
-        return told if self.passed or self.failed else f"{told}; no test of it ran on the card, which proves nothing"
+        return (
+            told
+            if self.passed or self.failed
+            else f"{told}; no test of it ran on the card, which proves nothing"
+        )
 
 
 def stems(op: str) -> tuple[str, ...]:
@@ -50,21 +57,30 @@ def stems(op: str) -> tuple[str, ...]:
 def untimed() -> list[str]:
     """The public functions that no benchmark times: their failures are their own."""
     timed = {stem for op in cases.OPS for stem in stems(op)}
-    public = [name.rstrip("_") for name in package_ops.__all__ if callable(getattr(package_ops, name))]
+    public = [
+        name.rstrip("_") for name in package_ops.__all__ if callable(getattr(package_ops, name))
+    ]
     return [name for name in public if name not in timed]
 
 
 def owner(name: str, ops: Sequence[str]) -> str:
-    """The op that a file or test name tells of, else `SHARED`; of several that fit, the longest. An op's first word tells it
-    too where it is no other's: `test_sparse_layout` is of sparse_update."""
+    """The op that a file or test name tells of, else `SHARED`; of several that fit, the longest. An
+    op's first word tells it too where it is no other's: `test_sparse_layout` is of
+    sparse_update."""
     fits = [(len(stem), op) for op in ops for stem in stems(op) if stem in name]
     words = [op.split("_")[0] for op in ops]
-    fits = fits or [(0, op) for op, word in zip(ops, words, strict=True) if words.count(word) == 1 and word in name.split("_")]
+    fits = fits or [
+        (0, op)
+        for op, word in zip(ops, words, strict=True)
+        if words.count(word) == 1 and word in name.split("_")
+    ]
     return max(fits)[1] if fits else SHARED
 
 
 def files_by_op(root: Path, ops: Sequence[str]) -> dict[str, list[Path]]:
-    """Test files with tests for a card, by op. Outside tests/ops a file counts where it names the marker."""
+    """Test files with tests for a card, by op. Outside tests/ops a file counts where it names the
+    marker.
+    """
     found: dict[str, list[Path]] = {}
     for path in sorted((root / "tests").rglob("test_*.py")):
         room = path.relative_to(root / "tests").parts[0]
@@ -76,25 +92,52 @@ def files_by_op(root: Path, ops: Sequence[str]) -> dict[str, list[Path]]:
 
 
 def commands(root: Path, groups: dict[str, list[Path]]) -> dict[Key, list[str]]:
-    """One pytest for each file, and one sanitizer of each kind for each op that has CUDA C++ of its own."""
-    told = {(group, path.name): _pytest([path]) for group, files in groups.items() for path in files}
+    """One pytest for each file, and one sanitizer of each kind for each op that has CUDA C++ of its
+    own.
+    """
+    told = {
+        (group, path.name): _pytest([path]) for group, files in groups.items() for path in files
+    }
     tool = shutil.which("compute-sanitizer")
     for group in sanitized(root, groups) if tool else ():
         for kind in _SANITIZER:
-            # The driver's own probing calls fail by design under torch; what counts is what kernels touch.
-            begin = [str(tool), "--tool", kind, "--report-api-errors", "no", "--error-exitcode", "9"]
+            # The driver's own probing calls fail by design under torch; what counts is what kernels
+            # touch.
+            begin = [
+                str(tool),
+                "--tool",
+                kind,
+                "--report-api-errors",
+                "no",
+                "--error-exitcode",
+                "9",
+            ]
             told[group, kind] = begin + _pytest(groups[group])
     return told
 
 
 def sanitized(root: Path, groups: dict[str, list[Path]]) -> list[str]:
     sources = [path.stem for path in (root / "csrc" / "cuda").glob("*.cu")]
-    return [group for group in groups if any(owner(stem, [g for g in groups if g != SHARED]) == group for stem in sources)]
+    return [
+        group
+        for group in groups
+        if any(owner(stem, [g for g in groups if g != SHARED]) == group for stem in sources)
+    ]
 
 
 def _pytest(files: list[Path]) -> list[str]:
-    # -o addopts: the project's own would turn -v off, and the line of each test is what a run cut short leaves behind.
-    options = ["-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers"]
+    # -o addopts: the project's own would turn -v off, and the line of each test is what a run cut
+    # short leaves behind.
+    options = [
+        "-m",
+        "gpu",
+        "-v",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=--strict-markers",
+    ]
     return children.python("-m", "pytest", *options, *map(str, files))
 
 
@@ -118,7 +161,9 @@ def read(outcomes: Mapping[Key, children.Outcome], group: str, limit_s: float) -
     return verdict
 
 
-def run_all(root: Path, ops: Sequence[str], limit_s: float, say: Callable[[str], None]) -> dict[str, Verdict]:
+def run_all(
+    root: Path, ops: Sequence[str], limit_s: float, say: Callable[[str], None]
+) -> dict[str, Verdict]:
     """Runs everything at once and tells it.
 
     Args:
@@ -128,18 +173,25 @@ def run_all(root: Path, ops: Sequence[str], limit_s: float, say: Callable[[str],
         say: told a line at a time.
 
     Returns:
-        A verdict for each op, also for those that no benchmark times. A failure in a shared file counts against the op that
-        its name tells of, else against all; a sanitizer that finds an error, against its op; one that does not end says so
-        and decides nothing.
+        A verdict for each op, also for those that no benchmark times. A failure in a shared file
+        counts against the op that its name tells of, else against all; a sanitizer that finds an
+        error, against its op; one that does not end says so and decides nothing.
     """
     begin, timed, ops = time.monotonic(), ops, [*ops, *untimed()]
-    everything = files_by_op(root, [*cases.OPS, *untimed()])  # of all, lest the files of an op left out count as shared
-    groups = {group: files for group, files in everything.items() if group in ops or group == SHARED}
+    everything = files_by_op(
+        root, [*cases.OPS, *untimed()]
+    )  # of all, lest the files of an op left out count as shared
+    groups = {
+        group: files for group, files in everything.items() if group in ops or group == SHARED
+    }
     outcomes = children.run_together(commands(root, groups), limit_s)
     verdicts = {op: read(outcomes, op, limit_s) for op in ops}
     if SHARED in groups:
         shared = read(outcomes, SHARED, limit_s)
-        say(f"  tests shared by the ops: {shared if shared.passed or shared.failed or shared.reason else 'none for a card'}")
+        say(
+            "  tests shared by the ops: "
+            f"{shared if shared.passed or shared.failed or shared.reason else 'none for a card'}"
+        )
         for test in shared.failed:
             guilty = owner(test.partition("::")[2], [*cases.OPS, *untimed()])
             for op in ops if guilty == SHARED else (guilty,):
@@ -155,7 +207,9 @@ def run_all(root: Path, ops: Sequence[str], limit_s: float, say: Callable[[str],
         say(f"  {op}: {verdict}{' -> not timed' if op in timed and not verdict.green else ''}")
         for test in verdict.failed[:10]:
             say(f"    failed: {test}")
-        lines = [line for (name, _), outcome in outcomes.items() if name == op for line in outcome.lines]
+        lines = [
+            line for (name, _), outcome in outcomes.items() if name == op for line in outcome.lines
+        ]
         for line in [line for line in lines if line.startswith("E  ")][:10]:
             say(f"    {line}")
     say(f"  {time.monotonic() - begin:.0f} s in all")
@@ -163,9 +217,13 @@ def run_all(root: Path, ops: Sequence[str], limit_s: float, say: Callable[[str],
 
 
 def say_sanitizer(
-    root: Path, groups: dict[str, list[Path]], outcomes: Mapping[Key, children.Outcome], verdicts: dict[str, Verdict],
-    limit_s: float, say: Callable[[str], None],
-) -> None:  # fmt: skip
+    root: Path,
+    groups: dict[str, list[Path]],
+    outcomes: Mapping[Key, children.Outcome],
+    verdicts: dict[str, Verdict],
+    limit_s: float,
+    say: Callable[[str], None],
+) -> None:
     """Tells what compute-sanitizer found, and counts it against the op."""
     wanted = sanitized(root, groups)
     if not wanted:
@@ -176,7 +234,10 @@ def say_sanitizer(
         if kind not in _SANITIZER:
             continue
         if outcome.status is None:
-            say(f"  compute-sanitizer {kind}, {op}: not finished within {limit_s:.0f} s, so it says nothing")
+            say(
+                f"  compute-sanitizer {kind}, {op}: not finished within {limit_s:.0f} s, so it "
+                "says nothing"
+            )
         elif outcome.status == 9:
             errors = [line for line in outcome.lines if line.startswith("=========")]
             say(f"  compute-sanitizer {kind}, {op}: ERRORS: {' '.join(errors[:2]) or outcome.last}")

@@ -1,13 +1,16 @@
-"""Measures one op at one shape, or the ceilings of a device, in a process that `benchmarks/gpu_report.py` starts.
+"""Measures one op at one shape, or the ceilings of a device, in a process that
+`benchmarks/gpu_report.py` starts.
 
     python benchmarks/gpu_worker.py --ops
     python benchmarks/gpu_worker.py --ceilings
-    python benchmarks/gpu_worker.py --op bce_step --shape B128-L2.8M-D768 [--rest] [--only KEY …] [--plain KEY …]
+    python benchmarks/gpu_worker.py --op bce_step --shape B128-L2.8M-D768 [--rest] [--only KEY …]
+    [--plain KEY …]
 
-It writes one JSON object a line, as things happen: {"op": NAME, "why": REASON or null}, {"todo": [KEY, …]},
-{"begin": KEY}, {"row": …}, {"left_out": KEY, "why": …}, {"capture_failed": KEY, "why": …}, {"again": KEY, "ms": …}. A kernel
-that breaks the card's context breaks this process alone. Exit status: 0 done; 3 a step cannot be captured, call again with
---plain; 4 a case broke, call again without it.
+It writes one JSON object a line, as things happen: {"op": NAME, "why": REASON or null}, {"todo":
+[KEY, …]}, {"begin": KEY}, {"row": …}, {"left_out": KEY, "why": …}, {"capture_failed": KEY, "why":
+…}, {"again": KEY, "ms": …}. A kernel that breaks the card's context breaks this process alone. Exit
+status: 0 done; 3 a step cannot be captured, call again with --plain; 4 a case broke, call again
+without it.
 """
 
 import argparse
@@ -38,15 +41,20 @@ def tell(**message: object) -> None:
 
 
 def captured(step: timing.Step) -> timing.Step:
-    """The replay of a step that was captured in one CUDA graph: a step of hundreds of launches is not timed by its launches."""
+    """The replay of a step that was captured in one CUDA graph: a step of hundreds of launches is
+    not timed by its launches.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what a capture may not do (lazy set-up, first allocations) happens before it
+    with torch.cuda.stream(
+        stream
+    ):  # what a capture may not do (lazy set-up, first allocations) happens before it
         step()
         step()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()  # a graph has memory of its own; the step's earlier temporaries would stand beside it
+    # a graph has memory of its own; the step's earlier temporaries would stand beside it
+    torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
@@ -60,9 +68,11 @@ class CaptureFailed(Exception):
 
 
 def measure(case: cases.Case, clock: timing.Clock, graph: bool) -> tuple[list[float], float | None]:
-    """Milliseconds of each round, and the peak memory in 10⁶ bytes beyond table and batch (None on a CPU).
+    """Milliseconds of each round, and the peak memory in 10⁶ bytes beyond table and batch (None on
+    a CPU).
 
-    Everything that the case makes is freed before the next one: two of them rarely fit the card together.
+    Everything that the case makes is freed before the next one: two of them rarely fit the card
+        together.
 
     Raises:
         CaptureFailed: `graph` was asked for and the step cannot be captured.
@@ -80,7 +90,11 @@ def measure(case: cases.Case, clock: timing.Clock, graph: bool) -> tuple[list[fl
     if cuda:
         torch.cuda.synchronize()
         # The compiler of `compile` allocates too, to choose among kernels.
-        peak = None if case.impl == "compile" else round((torch.cuda.max_memory_allocated() - before) / 1e6, 2)
+        peak = (
+            None
+            if case.impl == "compile"
+            else round((torch.cuda.max_memory_allocated() - before) / 1e6, 2)
+        )
     if graph:
         try:
             step = captured(step)
@@ -88,7 +102,9 @@ def measure(case: cases.Case, clock: timing.Clock, graph: bool) -> tuple[list[fl
             raise
         except Exception as error:  # torch gives capture errors no class of their own
             raise CaptureFailed(first_line(error)) from None
-    return timing.alternate({case.key: step}, clock, rounds=ROUNDS, budget_s=BUDGET_S)[case.key], peak
+    return timing.alternate({case.key: step}, clock, rounds=ROUNDS, budget_s=BUDGET_S)[
+        case.key
+    ], peak
 
 
 def first_line(error: BaseException) -> str:
@@ -96,12 +112,27 @@ def first_line(error: BaseException) -> str:
 
 
 def make_row(
-    about: run.Row, case: cases.Case, shape: shapes.Shape, times: list[float], peak: float | None, graph: bool
+    about: run.Row,
+    case: cases.Case,
+    shape: shapes.Shape,
+    times: list[float],
+    peak: float | None,
+    graph: bool,
 ) -> run.Row:
     p20, p50, p80 = timing.quantiles(times)
-    row = about | {"impl": case.impl, "phase": case.phase + floors.GRAPH * graph, "dtype": case.dtype, "shape": shape.name}
+    row = about | {
+        "impl": case.impl,
+        "phase": case.phase + floors.GRAPH * graph,
+        "dtype": case.dtype,
+        "shape": shape.name,
+    }
     row |= {letter: getattr(shape, letter) for letter in "BLDSK"}
-    row |= {"ms_p20": round(p20, 4), "ms_p50": round(p50, 4), "ms_p80": round(p80, 4), "peak_mb": peak}
+    row |= {
+        "ms_p20": round(p20, 4),
+        "ms_p50": round(p50, 4),
+        "ms_p80": round(p80, 4),
+        "peak_mb": peak,
+    }
     row |= {"gbps": round(case.bytes / p50 / 1e6, 2), "tflops": round(case.flops / p50 / 1e9, 4)}
     return {column: row[column] for column in run.COLUMNS}
 
@@ -124,14 +155,23 @@ def ceilings(device: str, about: run.Row) -> None:
     count = COPY_BYTES[device] // 2
 
     def make() -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.randn(count, device=device).to(torch.bfloat16), torch.empty(count, dtype=torch.bfloat16, device=device)
+        return torch.randn(count, device=device).to(torch.bfloat16), torch.empty(
+            count, dtype=torch.bfloat16, device=device
+        )
 
     def start(held: tuple[torch.Tensor, torch.Tensor]) -> timing.Step:
         return lambda: held[1].copy_(held[0])
 
     copy = cases.Case("copy", floors.CEILING, "bf16", 0, 2 * COPY_BYTES[device], make, start)
     n, clock = cases.CEILING_SIZE[device], timing.Clock(device)
-    for case in (copy, *(cases.ceiling(d, device) for d in ("bf16", "fp16", "fp32") if d == cases.ceiling_dtype(d, device))):
+    for case in (
+        copy,
+        *(
+            cases.ceiling(d, device)
+            for d in ("bf16", "fp16", "fp32")
+            if d == cases.ceiling_dtype(d, device)
+        ),
+    ):
         shape = shapes.Shape("", n, n, n) if case.impl == "mm" else shapes.Shape("", 1, count, 1)
         times, _ = measure(case, clock, graph=False)
         tell(row=make_row(about, case, shape, times, None, False))
@@ -141,8 +181,8 @@ def ceilings(device: str, about: run.Row) -> None:
 def in_turn(todo: Sequence[cases.Case], op: str, shape: str, rest: bool) -> list[cases.Case]:
     """The cases of one of two rounds, so that a run cut short has what matters of every shape.
 
-    First round: the case with a figure to reach (every own case, where the shape has no figure), then the peers, the one
-    that must be compiled last. Second: all others.
+    First round: the case with a figure to reach (every own case, where the shape has no figure),
+    then the peers, the one that must be compiled last. Second: all others.
     """
     goal = {(g.phase, g.dtype) for g in floors.GOALS if (g.op, g.shape) == (op, shape)}
 
@@ -154,8 +194,12 @@ def in_turn(todo: Sequence[cases.Case], op: str, shape: str, rest: bool) -> list
     return sorted((case for case in todo if (rank(case) == 3) == rest), key=rank)
 
 
-def measure_all(todo: Sequence[cases.Case], shape: shapes.Shape, about: run.Row, plain: Sequence[str]) -> int:
-    """Every case alone, one after another; the first is measured once more at the end, which shows how far a time swings."""
+def measure_all(
+    todo: Sequence[cases.Case], shape: shapes.Shape, about: run.Row, plain: Sequence[str]
+) -> int:
+    """Every case alone, one after another; the first is measured once more at the end, which shows
+    how far a time swings.
+    """
     device = str(about["device"])
     clock = timing.Clock(device)
     measured: list[tuple[cases.Case, bool]] = []
@@ -164,7 +208,10 @@ def measure_all(todo: Sequence[cases.Case], shape: shapes.Shape, about: run.Row,
         syncs = (str(about["op"]), case.impl, case.phase) in cases_gpu.SYNCING
         graph = device == "cuda" and not syncs and name_of(case) not in plain
         tell(begin=name_of(case))
-        status = attempt(case, lambda c=case, g=graph: tell(row=make_row(about, c, shape, *measure(c, clock, g), g)))
+        status = attempt(
+            case,
+            lambda c=case, g=graph: tell(row=make_row(about, c, shape, *measure(c, clock, g), g)),
+        )
         if status:
             return status
         measured.append((case, graph))
@@ -190,14 +237,18 @@ def attempt(case: cases.Case, act: Callable[[], None]) -> int:
         tell(left_out=name_of(case), why="it does not fit the card's memory")
     except InputError as error:
         tell(left_out=name_of(case), why=first_line(error))
-    except Exception as error:  # after a failed launch nothing on the card can be trusted in this process
+    except (
+        Exception
+    ) as error:  # after a failed launch nothing on the card can be trusted in this process
         tell(left_out=name_of(case), why=f"{type(error).__name__}: {first_line(error)}")
         return BROKE
     return 0
 
 
 def tell_ops(device: str) -> None:
-    """Asked of a process started after the build: one that was there before has not loaded what was built."""
+    """Asked of a process started after the build: one that was there before has not loaded what was
+    built.
+    """
     for op in cases.OPS:
         try:
             cases.require_op(op, device)
@@ -207,30 +258,45 @@ def tell_ops(device: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks/gpu_worker.py", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--ops", action="store_true", help="tell which ops have cases and a kernel for the device")
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/gpu_worker.py", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "--ops", action="store_true", help="tell which ops have cases and a kernel for the device"
+    )
     parser.add_argument("--ceilings", action="store_true", help="measure a large copy and torch.mm")
     parser.add_argument("--op", choices=list(cases.OPS))
     parser.add_argument("--shape")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rest", action="store_true", help="the cases of the second round")
     parser.add_argument("--only", action="append", help="impl/phase/dtype; without it, every case")
-    parser.add_argument("--plain", action="append", default=[], help="impl/phase/dtype never captured in a graph")
+    parser.add_argument(
+        "--plain", action="append", default=[], help="impl/phase/dtype never captured in a graph"
+    )
     parser.add_argument("--date", default="", help="of the whole run, for the rows")
     parser.add_argument("--commit", help="for the rows, where the tree has no git folder")
     options = parser.parse_args(arguments)
     if options.ops:
         tell_ops(options.device)
         return 0
-    about = run.setting(floors.CEILING if options.ceilings else options.op, options.device) | {"date": options.date}
+    about = run.setting(floors.CEILING if options.ceilings else options.op, options.device) | {
+        "date": options.date
+    }
     about |= {"commit": options.commit} if options.commit else {}
     warm_up(options.device)
     if options.ceilings:
         ceilings(options.device, about)
         return 0
     shape = next(s for s in shapes.for_card(options.op) if s.name == options.shape)
-    todo = in_turn(cases_gpu.build(options.op, shape, options.device), options.op, shape.name, options.rest)
-    return measure_all([c for c in todo if options.only is None or name_of(c) in options.only], shape, about, options.plain)
+    todo = in_turn(
+        cases_gpu.build(options.op, shape, options.device), options.op, shape.name, options.rest
+    )
+    return measure_all(
+        [c for c in todo if options.only is None or name_of(c) in options.only],
+        shape,
+        about,
+        options.plain,
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ POSITIVES = 5
 
 @dataclass
 class Head:
-    """weight [L, D]; x [B, D] fp32; positives sorted by (row, sample): pos_row int64 [P], pos_sample int32 [P]."""
+    """weight [L, D]; x [B, D] fp32; positives sorted by (row, sample): pos_row int64 [P],
+    pos_sample int32 [P].
+    """
 
     weight: Tensor
     x: Tensor
@@ -26,9 +28,13 @@ def positives(shape: Shape) -> int:
 
 
 def make_head(shape: Shape, dtype: str, device: str) -> Head:
-    """The same numbers in every format and process: N(0, 0.02²) rows, unit-scale embeddings, 5 labels per sample."""
+    """The same numbers in every format and process: N(0, 0.02²) rows, unit-scale embeddings, 5
+    labels per sample.
+    """
     g = torch.Generator(device).manual_seed(0)
-    weight = torch.empty(shape.L, shape.D, dtype=DTYPES[dtype], device=device).normal_(0, 0.02, generator=g)
+    weight = torch.empty(shape.L, shape.D, dtype=DTYPES[dtype], device=device).normal_(
+        0, 0.02, generator=g
+    )
     g = torch.Generator().manual_seed(1)
     x = torch.randn(shape.B, shape.D, generator=g)
     count = min(POSITIVES, shape.L)

@@ -1,10 +1,12 @@
-"""How long a label tree takes: centroids, label graph, smoothing and balanced 2-means, on a made set of documents.
+"""How long a label tree takes: centroids, label graph, smoothing and balanced 2-means, on a made
+set of documents.
 
     python benchmarks/label_tree.py [--labels 131072] [--depths 10 13]
 
-294,805 documents (as many as LF-AmazonTitles-131K has) of up to 5 labels, on 4,096 topics in a hierarchy, 120 words each;
-centroids keep 1,000 terms of 100,000; the walk makes 400 visits a label. Numba compiles on a small piece before anything is
-timed. Each stage: wall clock, CPU seconds of this process, and the memory it stands at.
+294,805 documents (as many as LF-AmazonTitles-131K has) of up to 5 labels, on 4,096 topics in a
+hierarchy, 120 words each; centroids keep 1,000 terms of 100,000; the walk makes 400 visits a label.
+Numba compiles on a small piece before anything is timed. Each stage: wall clock, CPU seconds of
+this process, and the memory it stands at.
 """
 
 import argparse
@@ -32,7 +34,9 @@ TOPICS, WORDS, KEEP = 4096, 100_000, 1000
 
 
 def make(labels: int, documents: int) -> tuple[csr_matrix, csr_matrix]:
-    """TF-IDF [N, V] and labels [N, L], always the same: a main label by Zipf's law, others of its topic or of the next one."""
+    """TF-IDF [N, V] and labels [N, L], always the same: a main label by Zipf's law, others of its
+    topic or of the next one.
+    """
     random = np.random.default_rng(0)
     topic = random.integers(0, TOPICS, labels)
     order = np.argsort(topic, kind="stable")
@@ -43,18 +47,29 @@ def make(labels: int, documents: int) -> tuple[csr_matrix, csr_matrix]:
     for number in range(4):
         near = topic[main] if number < 3 else topic[main] ^ 1
         near = np.where(start[near + 1] > start[near], near, topic[main])
-        columns.append(order[start[near] + (random.random(documents) * (start[near + 1] - start[near])).astype(int)])
+        columns.append(
+            order[
+                start[near]
+                + (random.random(documents) * (start[near + 1] - start[near])).astype(int)
+            ]
+        )
     rows = np.tile(np.arange(documents), 5)
-    y = csr_matrix((np.ones(5 * documents, np.float32), (rows, np.concatenate(columns))), shape=(documents, labels))
+    y = csr_matrix(
+        (np.ones(5 * documents, np.float32), (rows, np.concatenate(columns))),
+        shape=(documents, labels),
+    )
     y.data[:] = 1
     words = np.empty((documents, 120), np.int32)
     words[:, :60] = (WORDS * random.random((documents, 60)) ** 3).astype(np.int32)
-    for level, size in enumerate((1, 8, 64)):  # words of the topic, of its group, of the group of groups
+    for level, size in enumerate(
+        (1, 8, 64)
+    ):  # words of the topic, of its group, of the group of groups
         base = topic[main] // size * (7919 + level * 13) % WORDS
         own = (400 * random.random((documents, 20)) ** 2).astype(np.int64) * 37
         words[:, 60 + 20 * level : 80 + 20 * level] = (base[:, None] + own) % WORDS
     x = csr_matrix(
-        (np.ones(words.size, np.float32), words.ravel(), np.arange(documents + 1) * words.shape[1]), shape=(documents, WORDS)
+        (np.ones(words.size, np.float32), words.ravel(), np.arange(documents + 1) * words.shape[1]),
+        shape=(documents, WORDS),
     )
     x.sum_duplicates()
     return csr_matrix(TfidfTransformer(sublinear_tf=True).fit_transform(x), dtype=np.float32), y
@@ -75,7 +90,11 @@ class Laps:
         now = self.now()
         wall, cpu = (b - a for a, b in zip(self.before, now, strict=True))
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        print(f"{what:12}  {wall:8.1f}  {cpu:8.1f}  {pages * os.sysconf('SC_PAGE_SIZE') / 2**30:8.2f}", flush=True)
+        print(
+            f"{what:12}  {wall:8.1f}  {cpu:8.1f}  "
+            f"{pages * os.sysconf('SC_PAGE_SIZE') / 2**30:8.2f}",
+            flush=True,
+        )
         self.before = self.now()
 
 
@@ -90,14 +109,19 @@ def compiled(x: csr_matrix, y: csr_matrix) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--labels", type=int, default=131_072)
     parser.add_argument("--documents", type=int, default=294_805)
     parser.add_argument("--depths", type=int, nargs="+", default=[10, 13])
     o = parser.parse_args(argv)
     x, y = make(o.labels, o.documents)
     compiled(x, y)
-    print(f"{machine_name('cpu')}, {numba.get_num_threads()} threads, {o.labels:,} labels, {o.documents:,} documents")
+    print(
+        f"{machine_name('cpu')}, {numba.get_num_threads()} threads, {o.labels:,} labels, "
+        f"{o.documents:,} documents"
+    )
     print("stage           wall s     CPU s       GiB")
     laps, load = Laps(), Load()
     centroids = label_centroids(x, y, KEEP)
@@ -111,7 +135,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     cluster(features, [2**depth for depth in o.depths])
     laps.told("2-means")
     others = load.others()
-    print(f"load average {load_average()}, processors busy with others {'unknown' if others is None else f'{others:.2f}'}")
+    print(
+        f"load average {load_average()}, processors busy with others "
+        f"{'unknown' if others is None else f'{others:.2f}'}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""How long one query takes, text to labels: the encoder with its tokens, and with each head behind it.
+"""How long one query takes, text to labels: the encoder with its tokens, and with each head behind
+it.
 
     python benchmarks/latency.py [--labels 131072]
 
-Each row is `Predictor.predict` on one text at a time, as `xmlkernels predict --latency` has it: tokens, encoder, every score or
-the shortlist's, the best ten. The encoder is all-MiniLM-L6-v2 and the tables are random: no time depends on values. The cascade
-has 2^10 and 2^13 clusters and keeps 128 and 256 of them. Texts have 8 to 60 words.
+Each row is `Predictor.predict` on one text at a time, as `xmlkernels predict --latency` has it:
+tokens, encoder, every score or the shortlist's, the best ten. The encoder is all-MiniLM-L6-v2 and
+the tables are random: no time depends on values. The cascade has 2^10 and 2^13 clusters and keeps
+128 and 256 of them. Texts have 8 to 60 words.
 """
 
 import argparse
@@ -34,7 +36,9 @@ from xmlkernels.tree.label_tree import LabelTree
 
 DEPTHS, TOPK = (10, 13), (128, 256)
 WORDS = [
-    f"{word}{end}" for word in ("open", "read", "sort", "row", "key", "file", "error") for end in ("", "s", "ing", " of the")
+    f"{word}{end}"
+    for word in ("open", "read", "sort", "row", "key", "file", "error")
+    for end in ("", "s", "ing", " of the")
 ]
 
 
@@ -47,7 +51,10 @@ def texts(count: int) -> list[str]:
 def tree_of(labels: int) -> LabelTree:
     """Neighbours share a cluster."""
     sizes = [min(2**depth, labels) for depth in DEPTHS] + [labels]
-    children = tuple(np.linspace(0, below, n + 1).astype(np.int64) for n, below in zip(sizes, sizes[1:], strict=False))
+    children = tuple(
+        np.linspace(0, below, n + 1).astype(np.int64)
+        for n, below in zip(sizes, sizes[1:], strict=False)
+    )
     return LabelTree(children, np.arange(labels), {})
 
 
@@ -55,9 +62,15 @@ def models(encoder: Encoder, labels: int, dtype: str) -> dict[str, Model]:
     """The encoder with a table of one label, with all labels, and with a cascade."""
     tree = tree_of(labels)
     heads = CascadeHeads(
-        tree.sizes, [tree.widest(r) for r in range(tree.levels - 1)], encoder.hidden,
-        layers=default_layers(encoder.layers, tree.levels), topk=TOPK, dtype=dtype, optimizer="sgd", betas=(0.0, 0.999),
-    )  # fmt: skip
+        tree.sizes,
+        [tree.widest(r) for r in range(tree.levels - 1)],
+        encoder.hidden,
+        layers=default_layers(encoder.layers, tree.levels),
+        topk=TOPK,
+        dtype=dtype,
+        optimizer="sgd",
+        betas=(0.0, 0.999),
+    )
     return {
         "encoder alone": EndToEnd(encoder, FullHead(1, encoder.width, dtype=dtype)),
         "all labels": EndToEnd(encoder, FullHead(labels, encoder.width, dtype=dtype)),
@@ -76,9 +89,13 @@ def query(predictor: Predictor, some: Sequence[str]) -> Callable[[], object]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--labels", type=int, default=131_072)
-    parser.add_argument("--encoder", default="minilm", help="hub name, folder, or the installed minilm")
+    parser.add_argument(
+        "--encoder", default="minilm", help="hub name, folder, or the installed minilm"
+    )
     parser.add_argument("--texts", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--table", nargs="+", default=["fp32", "bf16"])
@@ -93,12 +110,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     load = Load()
     found = alternate(steps, Clock("cpu"), rounds=o.rounds, budget_s=0)
-    print(f"{machine_name('cpu')}, {torch.get_num_threads()} threads, {o.labels:,} labels, {o.texts} texts of 8 to 60 words")
+    print(
+        f"{machine_name('cpu')}, {torch.get_num_threads()} threads, {o.labels:,} labels, {o.texts} "
+        "texts of 8 to 60 words"
+    )
     print("table  head            median ms  worst round ms")
     for (table, name), samples in found.items():
-        print(f"{table:5}  {name:14}  {np.median(samples) / o.texts:9.2f}  {max(samples) / o.texts:14.2f}")
+        print(
+            f"{table:5}  {name:14}  {np.median(samples) / o.texts:9.2f}  "
+            f"{max(samples) / o.texts:14.2f}"
+        )
     others = load.others()
-    print(f"load average {load_average()}, processors busy with others {'unknown' if others is None else f'{others:.2f}'}")
+    print(
+        f"load average {load_average()}, processors busy with others "
+        f"{'unknown' if others is None else f'{others:.2f}'}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Read speed of the old bag-of-words file: our parser against sklearn's load_svmlight_file, alternately, same file.
+"""Read speed of the old bag-of-words file: our parser against sklearn's load_svmlight_file,
+alternately, same file.
 
     python benchmarks/parse_sparse.py --mb 256 --repeats 3
 
-The file is made in a temporary folder (TF-IDF rows of 20 to 200 features with six decimals, a few labels each), read from
-the page cache, and deleted. Prints MB/s (10^6 bytes) per run, the medians, and the load average before and after: a
-figure taken while something else runs says little.
+The file is made in a temporary folder (TF-IDF rows of 20 to 200 features with six decimals, a few
+labels each), read from the page cache, and deleted. Prints MB/s (10^6 bytes) per run, the medians,
+and the load average before and after: a figure taken while something else runs says little.
 """
 
 from __future__ import annotations
@@ -34,13 +35,17 @@ def rows_of_text(rows: int, seed: int) -> bytes:
         features = np.unique((FEATURES * rng.power(0.4, rng.integers(20, 200))).astype(np.int64))
         values = rng.random(len(features)) / np.sqrt(len(features))
         labels = np.unique(rng.integers(0, LABELS, rng.integers(1, 10)))
-        entries = " ".join(f"{f}:{v:.6f}" for f, v in zip(features.tolist(), values.tolist(), strict=True))
+        entries = " ".join(
+            f"{f}:{v:.6f}" for f, v in zip(features.tolist(), values.tolist(), strict=True)
+        )
         lines.append(f"{','.join(map(str, labels.tolist()))} {entries}\n")
     return "".join(lines).encode()
 
 
 def make_file(path: Path, megabytes: int) -> int:
-    """Writes the file and returns its number of rows. Blocks repeat: the parsers keep nothing between rows."""
+    """Writes the file and returns its number of rows. Blocks repeat: the parsers keep nothing
+    between rows.
+    """
     blocks = [rows_of_text(2_000, seed) for seed in range(4)]
     count = max(1, round(megabytes * 1e6 / (sum(map(len, blocks)) / len(blocks))))
     with path.open("wb") as file:
@@ -53,7 +58,9 @@ def make_file(path: Path, megabytes: int) -> int:
 def read_sklearn(path: Path) -> csr_matrix:
     with path.open("rb") as file:
         file.readline()  # it does not know the header
-        features, _ = load_svmlight_file(file, n_features=FEATURES, dtype=np.float32, multilabel=True, zero_based=True)
+        features, _ = load_svmlight_file(
+            file, n_features=FEATURES, dtype=np.float32, multilabel=True, zero_based=True
+        )
     return features
 
 
@@ -64,13 +71,26 @@ def timed(read: Callable[[], csr_matrix]) -> tuple[float, csr_matrix]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mb", type=int, default=256, help="size of the file, 10^6 bytes")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each reader")
-    parser.add_argument("--threads", type=int, default=None, help="of our parser; default: every CPU of the process")
-    parser.add_argument("--ours-only", action="store_true", help="skip sklearn, which takes minutes and memory at 1 GB")
+    parser.add_argument(
+        "--threads", type=int, default=None, help="of our parser; default: every CPU of the process"
+    )
+    parser.add_argument(
+        "--ours-only",
+        action="store_true",
+        help="skip sklearn, which takes minutes and memory at 1 GB",
+    )
     options = parser.parse_args()
-    print("load average before", *(f"{value:.2f}" for value in os.getloadavg()), "| cpus", os.cpu_count())
+    print(
+        "load average before",
+        *(f"{value:.2f}" for value in os.getloadavg()),
+        "| cpus",
+        os.cpu_count(),
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.txt"
         rows = make_file(path, options.mb)

@@ -1,7 +1,9 @@
-"""The peers' methods, written anew from their descriptions, that no file of cases for both devices holds.
+"""The peers' methods, written anew from their descriptions, that no file of cases for both devices
+holds.
 
-Each function takes what a caller holds anyway and returns the call to time. Where a peer waits for the device in the middle
-of its step, the wait that its method does not need is left out, in its favour; what then differs is said at the function.
+Each function takes what a caller holds anyway and returns the call to time. Where a peer waits for
+the device in the middle of its step, the wait that its method does not need is left out, in its
+favour; what then differs is said at the function.
 """
 
 import importlib.util
@@ -24,7 +26,9 @@ def installed(impl: str) -> bool:
 
 
 def stochastic_sgd(weight: Tensor, grad: Tensor, lr: float, counter: Tensor, chunk: int) -> None:
-    """w -= lr * grad, rounded stochastically to bf16, by torch's own functions; `peers_triton` has the one-pass form."""
+    """w -= lr * grad, rounded stochastically to bf16, by torch's own functions; `peers_triton` has
+    the one-pass form.
+    """
     g = torch.Generator(weight.device).manual_seed(int(counter) * 4096 + chunk)
     noise = torch.randint(65536, weight.shape, dtype=torch.int32, device=weight.device, generator=g)
     bits = weight.float().add_(grad.float(), alpha=-lr).view(torch.int32)
@@ -34,9 +38,10 @@ def stochastic_sgd(weight: Tensor, grad: Tensor, lr: float, counter: Tensor, chu
 def elmo_step(head: Head, *, rows: int = ELMO_ROWS) -> Step:
     """After ELMO (ICML 2025), its bf16 path, from the description.
 
-    Label chunks one after another: bf16 logits; in place sigmoid, then minus one at the positives; the chunk's share of dX
-    added in fp32; dW written out in bf16; SGD without momentum or decay that rounds stochastically. The original finds each
-    chunk's positives by a boolean mask, which waits for the device; here they are found once, before the step.
+    Label chunks one after another: bf16 logits; in place sigmoid, then minus one at the positives;
+    the chunk's share of dX added in fp32; dW written out in bf16; SGD without momentum or decay
+    that rounds stochastically. The original finds each chunk's positives by a boolean mask, which
+    waits for the device; here they are found once, before the step.
     """
     weight, device = head.weight, head.weight.device
     update: Callable[..., None] = stochastic_sgd
@@ -47,7 +52,12 @@ def elmo_step(head: Head, *, rows: int = ELMO_ROWS) -> Step:
     for start in range(0, weight.shape[0], rows):
         stop = min(start + rows, weight.shape[0])
         first, last = (int(torch.searchsorted(head.pos_row, row)) for row in (start, stop))
-        pieces.append((weight[start:stop], (head.pos_sample[first:last].long(), head.pos_row[first:last] - start)))
+        pieces.append(
+            (
+                weight[start:stop],
+                (head.pos_sample[first:last].long(), head.pos_row[first:last] - start),
+            )
+        )
 
     def step() -> Tensor:
         x = head.x.to(torch.bfloat16)
@@ -71,7 +81,8 @@ def topk_step(head: Head, *, k: int) -> Step:
 def softmax_step(head: Head, *, impl: str) -> Step:
     """Forward and backward of a fused linear cross-entropy over all labels.
 
-    Another loss (softmax) on one label for each sample, and no update of the table: its gradient is a whole `L x D` tensor.
+    Another loss (softmax) on one label for each sample, and no update of the table: its gradient is
+    a whole `L x D` tensor.
 
     Args:
         head: its table becomes a leaf of autograd; the first positive of each sample is its label.

@@ -1,4 +1,6 @@
-"""The ELMO-like peer's update on a card: SGD with stochastic rounding as one pass over the table. Needs triton."""
+"""The ELMO-like peer's update on a card: SGD with stochastic rounding as one pass over the table.
+Needs triton.
+"""
 
 import triton
 import triton.language as tl
@@ -13,7 +15,9 @@ def _sgd(weight, grad, counter, lr, size, chunk, BLOCK: tl.constexpr):
     inside = at < size
     # One whole draw for each element, three of its four words unused: as the peer does it.
     noise = tl.randint(tl.load(counter) * 4096 + chunk, at).to(tl.uint32) & 0xFFFF
-    value = tl.load(weight + at, mask=inside).to(tl.float32) - lr * tl.load(grad + at, mask=inside).to(tl.float32)
+    value = tl.load(weight + at, mask=inside).to(tl.float32) - lr * tl.load(
+        grad + at, mask=inside
+    ).to(tl.float32)
     bits = value.to(tl.uint32, bitcast=True) + noise
     tl.store(weight + at, (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=inside)
 
@@ -22,7 +26,8 @@ def stochastic_sgd(weight: Tensor, grad: Tensor, lr: float, counter: Tensor, chu
     """w -= lr * grad, rounded stochastically to bf16.
 
     Args:
-        weight, grad: bf16 [C, D], contiguous, fewer than 2³¹ elements: the peer's chunks are, and its offsets are 32 bits.
+        weight, grad: bf16 [C, D], contiguous, fewer than 2³¹ elements: the peer's chunks are, and
+            its offsets are 32 bits.
         lr: learning rate.
         counter: int64 [1], on their device; with `chunk` it makes the seed.
         chunk: number of the chunk, below 4096.

@@ -1,5 +1,5 @@
-"""Draws committed rows: the share of the torch.mm rate that each implementation reaches, by op and shape; of a card's rows
-(those of benchmarks/gpu_report.py) the roofline of the latest run.
+"""Draws committed rows: the share of the torch.mm rate that each implementation reaches, by op and
+shape; of a card's rows (those of benchmarks/gpu_report.py) the roofline of the latest run.
 
 python benchmarks/plot.py benchmarks/results/<machine>.csv [--out CHART.png] [--dirty]
 """
@@ -28,25 +28,38 @@ def read_rows(path: Path, dirty: bool) -> list[dict[str, str]]:
         InputError: the file is missing, has other columns, or holds no row to draw.
     """
     if not path.exists():
-        raise InputError(str(path), "a file that benchmarks/run.py wrote", "no file", "run a benchmark first")
+        raise InputError(
+            str(path), "a file that benchmarks/run.py wrote", "no file", "run a benchmark first"
+        )
     check_results(path)
     with open(path, encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if dirty or not row["commit"].endswith("-dirty")]
+        rows = [
+            row for row in csv.DictReader(file) if dirty or not row["commit"].endswith("-dirty")
+        ]
     if not rows:
         raise InputError(
-            str(path), "a row of a clean commit", "none", "commit and run the benchmark again, or pass --dirty"
-        )  # fmt: skip
+            str(path),
+            "a row of a clean commit",
+            "none",
+            "commit and run the benchmark again, or pass --dirty",
+        )
     return rows
 
 
 def shares(rows: Sequence[dict[str, str]]) -> dict[Place, dict[str, float]]:
-    """Share of the mm rate by (op, shape), then by implementation; a later run of a shape replaces an earlier one.
+    """Share of the mm rate by (op, shape), then by implementation; a later run of a shape replaces
+    an earlier one.
 
-    A row is divided by the ceiling of its own turn alone: the rows of one op, shape, device and date.
+    A row is divided by the ceiling of its own turn alone: the rows of one op, shape, device and
+        date.
     """
     latest = {(row["op"], row["shape"]): (row["date"], row["device"]) for row in rows}
     turn = [row for row in rows if latest[row["op"], row["shape"]] == (row["date"], row["device"])]
-    ceilings = {(row["op"], row["shape"], row["dtype"]): float(row["tflops"]) for row in turn if row["impl"] == "mm"}
+    ceilings = {
+        (row["op"], row["shape"], row["dtype"]): float(row["tflops"])
+        for row in turn
+        if row["impl"] == "mm"
+    }
     found: dict[Place, dict[str, float]] = {}
     for row in turn:
         top = ceilings.get((row["op"], row["shape"], ceiling_dtype(row["dtype"], row["device"])))
@@ -57,12 +70,19 @@ def shares(rows: Sequence[dict[str, str]]) -> dict[Place, dict[str, float]]:
 
 
 def draw(rows: Sequence[dict[str, str]], out: Path) -> None:
-    """Writes the chart as PNG: one panel per op and shape, bars in file order, the ceiling as a line at 1."""
+    """Writes the chart as PNG: one panel per op and shape, bars in file order, the ceiling as a
+    line at 1.
+    """
     from matplotlib.figure import Figure
 
     found = shares(rows)
     if not found:
-        raise InputError("rows", "rows of an implementation with a ceiling beside them", "none", "run the benchmark again")
+        raise InputError(
+            "rows",
+            "rows of an implementation with a ceiling beside them",
+            "none",
+            "run the benchmark again",
+        )
     heights = [len(bars) for bars in found.values()]
     figure = Figure(figsize=(8, 0.25 * sum(heights) + 0.8 * len(found) + 0.6), layout="constrained")
     panels = figure.subplots(len(found), 1, squeeze=False, height_ratios=heights, sharex=True)[:, 0]
@@ -89,34 +109,77 @@ def save(figure: Any, rows: Sequence[Mapping[str, Any]], out: Path) -> None:
 
 
 def roofline(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """Writes the roofline of one run as PNG: useful operations for each useful byte across, their rate up.
+    """Writes the roofline of one run as PNG: useful operations for each useful byte across, their
+    rate up.
 
     Args:
-        rows: of one run of benchmarks/gpu_report.py, its ceilings among them: the copy rate is the slope, the torch.mm rate
-            of each format a level line. Points above a line are another format's.
+        rows: of one run of benchmarks/gpu_report.py, its ceilings among them: the copy rate is the
+            slope, the torch.mm rate of each format a level line. Points above a line are another
+            format's.
         out: the file to write.
     """
     from matplotlib.figure import Figure
 
-    top = {str(row["dtype"]): float(row["tflops"]) for row in rows if row["op"] == CEILING and row["impl"] == "mm"}
-    slope = next((float(row["gbps"]) / 1e3 for row in rows if row["op"] == CEILING and row["impl"] == "copy"), None)
-    points = [row for row in rows if row["op"] != CEILING and float(row["tflops"]) > 0 and float(row["gbps"]) > 0]
+    top = {
+        str(row["dtype"]): float(row["tflops"])
+        for row in rows
+        if row["op"] == CEILING and row["impl"] == "mm"
+    }
+    slope = next(
+        (
+            float(row["gbps"]) / 1e3
+            for row in rows
+            if row["op"] == CEILING and row["impl"] == "copy"
+        ),
+        None,
+    )
+    points = [
+        row
+        for row in rows
+        if row["op"] != CEILING and float(row["tflops"]) > 0 and float(row["gbps"]) > 0
+    ]
     if slope is None or not top or not points:
-        raise InputError("rows", "rows of an op with the ceilings of their run", "none", "run benchmarks/gpu_report.py again")
-    places = [1e3 * float(row["tflops"]) / float(row["gbps"]) for row in points]  # operations for each byte
+        raise InputError(
+            "rows",
+            "rows of an op with the ceilings of their run",
+            "none",
+            "run benchmarks/gpu_report.py again",
+        )
+    places = [
+        1e3 * float(row["tflops"]) / float(row["gbps"]) for row in points
+    ]  # operations for each byte
     ridges = [level / slope for level in top.values()]
     left, right = min(places + ridges) / 2, max(places + ridges) * 3
     figure = Figure(figsize=(11, 8), layout="constrained")
     panel = figure.subplots()
     for dtype, level in top.items():
-        panel.plot([left, level / slope, right], [left * slope, level, level], color="black", linewidth=0.8)
+        panel.plot(
+            [left, level / slope, right], [left * slope, level, level], color="black", linewidth=0.8
+        )
         panel.text(right, level, f"mm {dtype}", fontsize=7, ha="right", va="bottom")
     for row, place in zip(points, places, strict=True):
         own = row["impl"] in OWN
-        panel.plot([place], [float(row["tflops"])], "o" if own else "x", color="tab:blue" if own else "tab:grey", markersize=4)
+        panel.plot(
+            [place],
+            [float(row["tflops"])],
+            "o" if own else "x",
+            color="tab:blue" if own else "tab:grey",
+            markersize=4,
+        )
         name = f"{row['op']} {row['shape']} {row['impl']} {row['phase']} {row['dtype']}"
-        panel.annotate(name, (place, float(row["tflops"])), xytext=(4, 2), textcoords="offset points", fontsize=5)
-    panel.set(xscale="log", yscale="log", xlabel="useful FLOP for each useful byte", ylabel="useful TFLOP/s")
+        panel.annotate(
+            name,
+            (place, float(row["tflops"])),
+            xytext=(4, 2),
+            textcoords="offset points",
+            fontsize=5,
+        )
+    panel.set(
+        xscale="log",
+        yscale="log",
+        xlabel="useful FLOP for each useful byte",
+        ylabel="useful TFLOP/s",
+    )
     save(figure, rows, out)
 
 
@@ -126,7 +189,9 @@ def latest(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks/plot.py", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/plot.py", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("results", type=Path, help="a CSV that benchmarks/run.py wrote")
     parser.add_argument("--out", type=Path, help="PNG to write; without it, beside the CSV")
     parser.add_argument("--dirty", action="store_true", help="draw rows of edited trees too")

@@ -2,8 +2,9 @@
 
     python benchmarks/run.py --op bce_step --device cpu [--shape B64-L131k] [--json]
 
-The op's own tests run first; nothing is timed unless they pass. All implementations of a shape take turns in one
-process, torch.mm of the same format among them. Exit status: 0 done, 1 tests not green, 2 an input that cannot be used.
+The op's own tests run first; nothing is timed unless they pass. All implementations of a shape take
+turns in one process, torch.mm of the same format among them. Exit status: 0 done, 1 tests not
+green, 2 an input that cannot be used.
 """
 
 import argparse
@@ -34,9 +35,30 @@ from xmlkernels.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = (
-    "date", "commit", "machine", "device", "threads", "torch", "triton", "op", "impl", "phase", "dtype", "shape",
-    "B", "L", "D", "S", "K", "ms_p20", "ms_p50", "ms_p80", "peak_mb", "gbps", "tflops",
-)  # fmt: skip
+    "date",
+    "commit",
+    "machine",
+    "device",
+    "threads",
+    "torch",
+    "triton",
+    "op",
+    "impl",
+    "phase",
+    "dtype",
+    "shape",
+    "B",
+    "L",
+    "D",
+    "S",
+    "K",
+    "ms_p20",
+    "ms_p50",
+    "ms_p80",
+    "peak_mb",
+    "gbps",
+    "tflops",
+)
 Row = dict[str, str | int | float | None]
 Key = tuple[str, str, str]
 
@@ -58,7 +80,16 @@ def require_green(tests: Path) -> str:
         raise RedTests(f"{tests} does not exist: an op without tests is not timed")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", str(tests)]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={report}",
+            str(tests),
+        ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
         if done.returncode != 0 or not report.exists():
@@ -79,7 +110,9 @@ def commit(root: Path) -> str:
     """
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         head = git("rev-parse", "--short=12", "HEAD")
@@ -90,25 +123,41 @@ def commit(root: Path) -> str:
 
 
 def check_results(path: Path) -> None:
-    """Raises InputError unless rows can be appended to `path`: it is absent, or a whole table of these columns."""
+    """Raises InputError unless rows can be appended to `path`: it is absent, or a whole table of
+    these columns.
+    """
     if not path.exists():
         return
     text = path.read_text(encoding="utf-8")
     header = text.split("\n", 1)[0]
     if header != ",".join(COLUMNS):
         raise InputError(
-            f"{path}, line 1", f"the columns {','.join(COLUMNS)}", header or "an empty line",
+            f"{path}, line 1",
+            f"the columns {','.join(COLUMNS)}",
+            header or "an empty line",
             "move the file away or give another folder with --out",
-        )  # fmt: skip
+        )
     for number, fields in enumerate(csv.reader(io.StringIO(text)), 1):
         if len(fields) != len(COLUMNS):
-            raise InputError(f"{path}, line {number}", f"{len(COLUMNS)} fields", str(len(fields)), "delete the broken line")
+            raise InputError(
+                f"{path}, line {number}",
+                f"{len(COLUMNS)} fields",
+                str(len(fields)),
+                "delete the broken line",
+            )
     if not text.endswith("\n"):
-        raise InputError(f"{path}, last line", "an end of line", "none: the row was cut short", "delete that line")
+        raise InputError(
+            f"{path}, last line",
+            "an end of line",
+            "none: the row was cut short",
+            "delete that line",
+        )
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:
-    """Adds rows, and the header where the file is new, in one write: a reader or a crash sees all of them or none."""
+    """Adds rows, and the header where the file is new, in one write: a reader or a crash sees all
+    of them or none.
+    """
     check_results(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
@@ -124,8 +173,9 @@ def append(path: Path, rows: Sequence[Row]) -> None:
 def measure_peak(op: str, shape: shapes.Shape, device: str, key: Key) -> int | None:
     """Runs in a fresh process: builds one case again and measures its memory.
 
-    A peer takes two steps of a tiny shape before, so that what torch imports and sets up once is not held against it.
-    The op itself has no such head start: buffers that it would keep from one call to the next count.
+    A peer takes two steps of a tiny shape before, so that what torch imports and sets up once is
+    not held against it. The op itself has no such head start: buffers that it would keep from one
+    call to the next count.
     """
 
     def find(shape: shapes.Shape) -> cases.Case:
@@ -141,7 +191,9 @@ def measure_peak(op: str, shape: shapes.Shape, device: str, key: Key) -> int | N
 
 
 def peak_mb(op: str, shape: shapes.Shape, device: str, case: cases.Case) -> float | None:
-    """10⁶ bytes beyond table and batch. Empty for the ceiling, and for `compile`, whose compiler would be counted."""
+    """10⁶ bytes beyond table and batch. Empty for the ceiling, and for `compile`, whose compiler
+    would be counted.
+    """
     if case.impl in ("mm", "compile"):
         return None
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -160,8 +212,13 @@ def start_all(todo: Sequence[cases.Case], say: Callable[[str], None]) -> dict[Ke
         if case.impl == "compile":
             try:
                 step()
-            except Exception as error:  # the compiler's failures share no base class, and are the compiler's alone
-                say(f"compile is left out: torch.compile failed here: {str(error).strip().splitlines()[0]}")
+            except (
+                Exception
+            ) as error:  # the compiler's failures share no base class, and are the compiler's alone
+                say(
+                    "compile is left out: torch.compile failed here: "
+                    f"{str(error).strip().splitlines()[0]}"
+                )
                 continue
         steps[case.key] = step
     return steps
@@ -174,44 +231,85 @@ def setting(op: str, device: str) -> Row:
     except importlib.metadata.PackageNotFoundError:
         triton = None
     return {
-        "commit": commit(ROOT), "machine": timing.machine_name(device), "device": device, "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "triton": triton, "op": op,
-    }  # fmt: skip
+        "commit": commit(ROOT),
+        "machine": timing.machine_name(device),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "op": op,
+    }
 
 
-def make_rows(about: Row, shape: shapes.Shape, with_compile: bool, say: Callable[[str], None]) -> list[Row]:
+def make_rows(
+    about: Row, shape: shapes.Shape, with_compile: bool, say: Callable[[str], None]
+) -> list[Row]:
     """Measures one shape and tells what it found. Rows of one date took turns with each other."""
     op, device = str(about["op"]), str(about["device"])
     todo = cases.build(op, shape, device, with_compile)
-    todo += [cases.ceiling(d, device) for d in sorted({cases.ceiling_dtype(c.dtype, device) for c in todo})]
+    todo += [
+        cases.ceiling(d, device)
+        for d in sorted({cases.ceiling_dtype(c.dtype, device) for c in todo})
+    ]
     peaks = {case.key: peak_mb(op, shape, device, case) for case in todo}
     steps = start_all(todo, say)
-    about = about | {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "shape": shape.name}
+    about = about | {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "shape": shape.name,
+    }
     load = timing.Load()
     samples = timing.alternate(steps, timing.Clock(device))
     others, average = load.others(), timing.load_average()
     if others is not None and others > 0.1:
-        say(f"WARNING: other processes kept {others:.2f} processors busy: these timings are not to be reported")
+        say(
+            f"WARNING: other processes kept {others:.2f} processors busy: these timings are not to "
+            "be reported"
+        )
     median = {key: statistics.median(times) for key, times in samples.items()}
-    say(f"{op} {shape.name}: load average {shown(average)}, other processes {shown(others)} processors")
+    say(
+        f"{op} {shape.name}: load average {shown(average)}, other processes {shown(others)} "
+        "processors"
+    )
     rows = []
     for case in (case for case in todo if case.key in samples):
         p20, p50, p80 = timing.quantiles(samples[case.key])
         n = cases.CEILING_SIZE[device]
-        sizes = (n, n, n, None, None) if case.impl == "mm" else (shape.B, shape.L, shape.D, shape.S, shape.K)
-        row = about | {"impl": case.impl, "phase": case.phase, "dtype": case.dtype} | dict(zip("BLDSK", sizes, strict=True))
-        row |= {"ms_p20": round(p20, 4), "ms_p50": round(p50, 4), "ms_p80": round(p80, 4), "peak_mb": peaks[case.key]}
-        row |= {"gbps": round(case.bytes / p50 / 1e6, 2), "tflops": round(case.flops / p50 / 1e9, 4)}
+        sizes = (
+            (n, n, n, None, None)
+            if case.impl == "mm"
+            else (shape.B, shape.L, shape.D, shape.S, shape.K)
+        )
+        row = (
+            about
+            | {"impl": case.impl, "phase": case.phase, "dtype": case.dtype}
+            | dict(zip("BLDSK", sizes, strict=True))
+        )
+        row |= {
+            "ms_p20": round(p20, 4),
+            "ms_p50": round(p50, 4),
+            "ms_p80": round(p80, 4),
+            "peak_mb": peaks[case.key],
+        }
+        row |= {
+            "gbps": round(case.bytes / p50 / 1e6, 2),
+            "tflops": round(case.flops / p50 / 1e9, 4),
+        }
         rows.append({column: row[column] for column in COLUMNS})
         say(line(case, samples[case.key], peaks[case.key], median, device, average))
     return rows
 
 
 def line(
-    case: cases.Case, times: list[float], peak: float | None, median: dict[Key, float], device: str,
+    case: cases.Case,
+    times: list[float],
+    peak: float | None,
+    median: dict[Key, float],
+    device: str,
     average: float | None,
-) -> str:  # fmt: skip
-    """One result for people: min, median and max, rate, share of the mm rate, ratio to eager, load."""
+) -> str:
+    """One result for people: min, median and max, rate, share of the mm rate, ratio to eager,
+    load.
+    """
     mid = statistics.median(times)
     rate = case.flops / mid / 1e9
     mm = cases.ceiling(cases.ceiling_dtype(case.dtype, device), device)
@@ -221,9 +319,12 @@ def line(
     eager = next((ms for phase, ms in peers if phase == case.phase), peers[0][1] if peers else None)
     ratio = "" if eager is None or case.impl == "mm" else f", {eager / mid:.2f}x eager"
     return (
-        f"  {case.impl:<10} {case.phase:<8} {case.dtype}  {mid:9.3f} ms (min {min(times):.3f}, max {max(times):.3f}, "
-        f"{len(times)} rounds), peak {shown(peak)} MB, {case.bytes / mid / 1e6:.1f} GB/s, {rate * 1e3:.1f} GFLOP/s, "
-        f"mm {mm.dtype} {mm_rate * 1e3:.1f}, share {rate / mm_rate:.3f}{ratio}, load {shown(average)}"
+        f"  {case.impl:<10} {case.phase:<8} {case.dtype}  {mid:9.3f} ms (min {min(times):.3f}, max "
+        f"{max(times):.3f}, "
+        f"{len(times)} rounds), peak {shown(peak)} MB, {case.bytes / mid / 1e6:.1f} GB/s, "
+        f"{rate * 1e3:.1f} GFLOP/s, "
+        f"mm {mm.dtype} {mm_rate * 1e3:.1f}, share {rate / mm_rate:.3f}{ratio}, load "
+        f"{shown(average)}"
     )
 
 
@@ -232,13 +333,21 @@ def shown(value: float | None) -> str:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks/run.py", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/run.py", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--op", required=True, choices=list(cases.OPS))
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--shape", help="one shape of benchmarks/shapes.py; without it, all of the op's")
-    parser.add_argument("--json", action="store_true", help="rows as JSON lines on stdout, all else on stderr")
+    parser.add_argument(
+        "--shape", help="one shape of benchmarks/shapes.py; without it, all of the op's"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="rows as JSON lines on stdout, all else on stderr"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of <machine>.csv")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of <machine>.csv"
+    )
     return parser.parse_args(arguments)
 
 
@@ -253,7 +362,10 @@ def run(options: argparse.Namespace) -> None:
     path = options.out / f"{about['machine']}.csv"
     check_results(path)
     if before is not None and before > 0.5:
-        say(f"WARNING: load average {before:.2f} at the start: something else is running, or was a minute ago")
+        say(
+            f"WARNING: load average {before:.2f} at the start: something else is running, or was a "
+            "minute ago"
+        )
     tests = ROOT / "tests" / "ops" / f"test_{options.op}.py"
     say(f"{tests.name}: {require_green(tests)}")
     for shape in wanted:

@@ -1,10 +1,12 @@
-"""What tile skipping saves and what it costs: P@k and the share of skipped groups, with and without, on a made problem.
+"""What tile skipping saves and what it costs: P@k and the share of skipped groups, with and
+without, on a made problem.
 
     python benchmarks/skip_tiles.py
 
-Documents are points near the centres of their labels, labels come in clusters, and half of all positives belong to a tenth of
-the labels. `bce_step_` trains the table alone, on fixed points; P@k is of documents not trained on. Skipping is measured with
-the labels of a cluster as neighbours, as a label tree orders them, and with labels in random order.
+Documents are points near the centres of their labels, labels come in clusters, and half of all
+positives belong to a tenth of the labels. `bce_step_` trains the table alone, on fixed points; P@k
+is of documents not trained on. Skipping is measured with the labels of a cluster as neighbours, as
+a label tree orders them, and with labels in random order.
 """
 
 import argparse
@@ -23,7 +25,11 @@ from torch import Tensor
 from xmlkernels.ops import bce_step_, matmul_topk
 
 UNIT = 2.0**-13  # of bf16 at 2^-6
-CLUSTER, PER_DOCUMENT, LATE = 64, 4, 4  # labels of a cluster, labels of a document, the last 1/LATE of the run
+CLUSTER, PER_DOCUMENT, LATE = (
+    64,
+    4,
+    4,
+)  # labels of a cluster, labels of a document, the last 1/LATE of the run
 
 
 @dataclass
@@ -40,7 +46,8 @@ def make(labels: int, width: int, documents: int, held: int, *, shuffled: bool) 
     clusters = labels // CLUSTER
     centre = torch.randn(clusters, width, generator=g).repeat_interleave(CLUSTER, 0)
     point = centre + 0.7 * torch.randn(labels, width, generator=g)
-    # A document's labels are of one cluster; half of the documents come from a tenth of the clusters.
+    # A document's labels are of one cluster; half of the documents come from a tenth of the
+    # clusters.
     common = torch.rand(documents, generator=g) < 0.5
     cluster = torch.where(
         common,
@@ -49,8 +56,12 @@ def make(labels: int, width: int, documents: int, held: int, *, shuffled: bool) 
     )
     within = torch.rand(documents, CLUSTER, generator=g).topk(PER_DOCUMENT).indices
     chosen = cluster[:, None] * CLUSTER + within
-    x = torch.nn.functional.normalize(point[chosen].mean(1) + 0.3 * torch.randn(documents, width, generator=g))
-    x = torch.cat([x[:, 1:], torch.ones(documents, 1)], 1) / 2**0.5  # what all texts share, as an encoder's vectors have it
+    x = torch.nn.functional.normalize(
+        point[chosen].mean(1) + 0.3 * torch.randn(documents, width, generator=g)
+    )
+    x = (
+        torch.cat([x[:, 1:], torch.ones(documents, 1)], 1) / 2**0.5
+    )  # what all texts share, as an encoder's vectors have it
     order = torch.randperm(labels, generator=g) if shuffled else torch.arange(labels)
     return Problem(x, order[chosen], held)
 
@@ -68,24 +79,36 @@ def precision(problem: Problem, weight: Tensor, k: int) -> float:
 def train(
     problem: Problem, labels: int, steps: int, batch: int, lr: float, units: float
 ) -> tuple[float, float, float, float, float]:
-    """Share of groups skipped over the run and in its last quarter, P@1 and P@4 in percent, and milliseconds a step then."""
+    """Share of groups skipped over the run and in its last quarter, P@1 and P@4 in percent, and
+    milliseconds a step then.
+    """
     g = torch.Generator().manual_seed(1)
     weight = torch.zeros(labels, problem.x.shape[1], dtype=torch.bfloat16)
-    # Every logit begins at the labels' mean frequency: the first steps of SGD would throw it far below.
+    # Every logit begins at the labels' mean frequency: the first steps of SGD would throw it far
+    # below.
     weight[:, -1] = math.log(PER_DOCUMENT / labels) / float(problem.x[0, -1])
     skipped, late, spent = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), 0.0
     count = len(problem.x) - problem.held
     for step in range(steps):
         pick = torch.randint(count, (batch,), generator=g)
-        rows, samples = problem.labels[pick].reshape(-1), torch.arange(batch, dtype=torch.int32).repeat_interleave(PER_DOCUMENT)
+        rows, samples = (
+            problem.labels[pick].reshape(-1),
+            torch.arange(batch, dtype=torch.int32).repeat_interleave(PER_DOCUMENT),
+        )
         order = torch.argsort(rows * batch + samples)
         hyper = torch.tensor([lr * (1 - step / steps), 0, 0, 0, 0, 1, 1])
         if step == steps - steps // LATE:
             late, begin = skipped.clone(), time.perf_counter()
         bce_step_(
-            weight, problem.x[pick], rows[order], samples[order], hyper, torch.tensor([7, step]),
-            skip_below=units * UNIT, skipped=skipped if units else None,
-        )  # fmt: skip
+            weight,
+            problem.x[pick],
+            rows[order],
+            samples[order],
+            hyper,
+            torch.tensor([7, step]),
+            skip_below=units * UNIT,
+            skipped=skipped if units else None,
+        )
     spent = time.perf_counter() - begin
     last = skipped - late
 
@@ -102,7 +125,9 @@ def train(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, value in (
         ("labels", 16_384),
         ("width", 64),
@@ -115,14 +140,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=4.0)
     parser.add_argument("--units", type=float, nargs="+", default=[0, 10, 100, 1000])
     o = parser.parse_args(argv)
-    print(f"{o.labels:,} labels, width {o.width}, batch {o.batch}, {o.steps:,} steps, lr {o.lr} falling to 0, bf16, SGD")
+    print(
+        f"{o.labels:,} labels, width {o.width}, batch {o.batch}, {o.steps:,} steps, lr {o.lr} "
+        "falling to 0, bf16, SGD"
+    )
     print("order     units  skipped %  at the end %   P@1 %   P@4 %  ms/step at the end")
     for shuffled in (False, True):
         problem = make(o.labels, o.width, o.documents, o.held, shuffled=shuffled)
         for units in o.units:
             share, late, p1, p4, ms = train(problem, o.labels, o.steps, o.batch, o.lr, units)
             name = "random" if shuffled else "clusters"
-            print(f"{name:8}  {units:5g}  {share:9.1f}  {late:12.1f}  {p1:6.2f}  {p4:6.2f}  {ms:8.2f}", flush=True)
+            print(
+                f"{name:8}  {units:5g}  {share:9.1f}  {late:12.1f}  {p1:6.2f}  {p4:6.2f}  "
+                f"{ms:8.2f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

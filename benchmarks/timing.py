@@ -1,4 +1,6 @@
-"""Clocks, alternating rounds, quantiles, peak memory, the machine and its load. Knows nothing of any op."""
+"""Clocks, alternating rounds, quantiles, peak memory, the machine and its load. Knows nothing of
+any op.
+"""
 
 import ctypes
 import gc
@@ -28,8 +30,9 @@ _MAX_ROUNDS = 200
 class Clock:
     """Times calls on one device.
 
-    CPU: wall clock around `repeats` calls, divided. CUDA: events around one call, with the L2 cache overwritten before
-    it, so that a table that fits the cache is read from memory as it is in training.
+    CPU: wall clock around `repeats` calls, divided. CUDA: events around one call, with the L2 cache
+    overwritten before it, so that a table that fits the cache is read from memory as it is in
+    training.
     """
 
     def __init__(self, device: str) -> None:
@@ -64,7 +67,8 @@ class Clock:
 def alternate(
     steps: Mapping[Key, Step], clock: Clock, *, rounds: int = ROUNDS, budget_s: float = 20.0
 ) -> dict[Key, list[float]]:
-    """Times every step once per round, in one process, so that a drift of the machine meets all of them alike.
+    """Times every step once per round, in one process, so that a drift of the machine meets all of
+    them alike.
 
     The order turns by one place each round, so that none always follows the same neighbour.
 
@@ -95,19 +99,26 @@ def quantiles(samples: list[float]) -> tuple[float, float, float]:
     return float(p20), float(p50), float(p80)
 
 
-def peak_bytes(device: str, inputs: Callable[[], Held], start: Callable[[Held], Step], steps: int = 3) -> int | None:
-    """Largest memory held during the first steps beyond what `inputs` made: state, caches and temporaries alike.
+def peak_bytes(
+    device: str, inputs: Callable[[], Held], start: Callable[[Held], Step], steps: int = 3
+) -> int | None:
+    """Largest memory held during the first steps beyond what `inputs` made: state, caches and
+    temporaries alike.
 
-    On a CPU this is the kernel's own high-water mark of resident pages (`VmHWM`, reset after the inputs are made), so no
-    peak between two samples is missed. Call it in a fresh process: memory that an allocator kept from earlier work
-    would be taken again unseen. On CUDA it is the caching allocator's mark.
+    On a CPU this is the kernel's own high-water mark of resident pages (`VmHWM`, reset after the
+    inputs are made), so no peak between two samples is missed. Call it in a fresh process: memory
+    that an allocator kept from earlier work would be taken again unseen. On CUDA it is the caching
+    allocator's mark.
 
     Returns:
         Bytes; None where the platform cannot reset the mark (not Linux).
     """
     held = inputs()
     warm = torch.ones(256, 256, device=device)
-    for dtype in (torch.float32, torch.bfloat16):  # a library's own one-off buffers are not the step's
+    for dtype in (
+        torch.float32,
+        torch.bfloat16,
+    ):  # a library's own one-off buffers are not the step's
         torch.mm(warm.to(dtype), warm.to(dtype))
     if device == "cuda":
         torch.cuda.synchronize()
@@ -118,7 +129,9 @@ def peak_bytes(device: str, inputs: Callable[[], Held], start: Callable[[Held], 
         return torch.cuda.max_memory_allocated() - before
     gc.collect()
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc: free heap pages go back, so reuse is seen
+        trim = getattr(
+            ctypes.CDLL(None), "malloc_trim", None
+        )  # glibc: free heap pages go back, so reuse is seen
         if trim is not None:
             trim(0)
     try:
@@ -159,11 +172,15 @@ class Load:
         return busy, sum(os.times()[:2]), time.monotonic()
 
     def others(self) -> float | None:
-        """Processors kept busy by others (other guests of the host too) since this was made; None where unknown."""
+        """Processors kept busy by others (other guests of the host too) since this was made; None
+        where unknown.
+        """
         now = self._now()
         if now is None or self._before is None or now[2] <= self._before[2]:
             return None
-        busy, own, wall = (later - earlier for later, earlier in zip(now, self._before, strict=True))
+        busy, own, wall = (
+            later - earlier for later, earlier in zip(now, self._before, strict=True)
+        )
         return max(0.0, (busy - own) / wall)
 
 
@@ -198,7 +215,9 @@ def machine_name(device: str) -> str:
             key, _, value = line.partition(":")
             fields.setdefault(key.strip(), value.strip())
     except OSError:
-        fields["flags"] = torch.backends.cpu.get_cpu_capability().lower().replace("avx512", "avx512f")
+        fields["flags"] = (
+            torch.backends.cpu.get_cpu_capability().lower().replace("avx512", "avx512f")
+        )
     model = fields.get("model name") or platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     isa = instruction_set(set((fields.get("flags") or fields.get("Features") or "").split()))

@@ -1,4 +1,6 @@
-"""Small cascades for tests, and a cascade in plain PyTorch and float64 that they are compared with."""
+"""Small cascades for tests, and a cascade in plain PyTorch and float64 that they are compared
+with.
+"""
 
 import copy
 import itertools
@@ -40,7 +42,9 @@ def make_tree(levels: int, labels: int = LABELS, seed: int = 0) -> LabelTree:
     counts = np.linspace(4, labels, levels).astype(int)[:-1]
     partitions = [rng.integers(0, counts[0], labels)]
     for coarse, fine in itertools.pairwise(counts):
-        partitions.append(partitions[-1] * 1000 + rng.integers(0, max(2, fine // coarse + 1), labels))
+        partitions.append(
+            partitions[-1] * 1000 + rng.integers(0, max(2, fine // coarse + 1), labels)
+        )
     return LabelTree.from_partitions(partitions, {"dataset": "test"})
 
 
@@ -63,24 +67,37 @@ def make_batch(tree: LabelTree, size: int, seed: int = 0, most: int = 3) -> Docu
     lengths = rng.integers(2, 12, size)
     mask = np.arange(lengths.max())[None] < lengths[:, None]
     ids = rng.integers(5, VOCABULARY, mask.shape) * mask
-    rows = [rng.choice(len(tree.order), rng.integers(1, most + 1), replace=False) for _ in range(size)]
+    rows = [
+        rng.choice(len(tree.order), rng.integers(1, most + 1), replace=False) for _ in range(size)
+    ]
     *levels, (row, sample) = positives_of(tree, rows)
     inputs = torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
     return Documents(inputs, row, sample, tuple(levels))
 
 
-RECIPES = {2: ((1, 2), (3,)), 3: ((1, 2), (3,), (4,)), 4: ((1,), (2,), (3,), (4,)), 5: ((0, 1), (1,), (2,), (3,), (4,))}
+RECIPES = {
+    2: ((1, 2), (3,)),
+    3: ((1, 2), (3,), (4,)),
+    4: ((1,), (2,), (3,), (4,)),
+    5: ((0, 1), (1,), (2,), (3,), (4,)),
+}
 
 
-def make_model(levels: int, *, tree: LabelTree | None = None, topk: Sequence[int] | None = None, **options: Any) -> Cascade:
-    """A tiny cascade, in evaluation mode without dropout unless `drops` says otherwise, so that two ways of computing one
-    step can be compared."""
+def make_model(
+    levels: int, *, tree: LabelTree | None = None, topk: Sequence[int] | None = None, **options: Any
+) -> Cascade:
+    """A tiny cascade, in evaluation mode without dropout unless `drops` says otherwise, so that two
+    ways of computing one step can be compared."""
     tree = make_tree(levels) if tree is None else tree
     names = CascadeTraining.__dataclass_fields__
     settings = {"encoder_lr": 1e-3, "total": 100} | {k: v for k, v in options.items() if k in names}
-    rest = {"layers": RECIPES[levels], "seed": 3} | {k: v for k, v in options.items() if k not in names}
+    rest = {"layers": RECIPES[levels], "seed": 3} | {
+        k: v for k, v in options.items() if k not in names
+    }
     training = rest.pop("training", True)
-    encoder = Encoder.tiny(VOCABULARY, layers=4, width=16, seed=1, pooling="cls", autocast=rest.pop("autocast", None))
+    encoder = Encoder.tiny(
+        VOCABULARY, layers=4, width=16, seed=1, pooling="cls", autocast=rest.pop("autocast", None)
+    )
     most = [tree.widest(r) for r in range(levels - 1)]
     heads = CascadeHeads(tree.sizes, most, 16, topk=topk or [3] * (levels - 1), **rest)
     model = Cascade(encoder, heads, tree, CascadeTraining(**settings) if training else None)
@@ -88,30 +105,47 @@ def make_model(levels: int, *, tree: LabelTree | None = None, topk: Sequence[int
 
 
 class Twin:
-    """The same model with dense float64 tables, torch's autograd, and shortlists by Python loops."""
+    """The same model with dense float64 tables, torch's autograd, and shortlists by Python
+    loops.
+    """
 
     def __init__(self, model: Cascade, epsilon: float = 1e-8) -> None:
         self.epsilon = epsilon
         self.tree, self.topk, self.settings = model.tree, model.heads.topk, model.training_settings
         self.encoder, self.heads = copy.deepcopy(model.encoder), copy.deepcopy(model.heads)
-        self.tables = [nn.Parameter(level.rows(0, level.nodes).double()) for level in model.heads.levels]
+        self.tables = [
+            nn.Parameter(level.rows(0, level.nodes).double()) for level in model.heads.levels
+        ]
         self.biases = [nn.Parameter(level.bias.double()) for level in model.heads.levels]
         self.states = [
             (
                 torch.zeros_like(t),
-                torch.zeros(len(t)) if level.second is None or level.second.dim() == 1 else torch.zeros_like(t),
+                torch.zeros(len(t))
+                if level.second is None or level.second.dim() == 1
+                else torch.zeros_like(t),
             )
             for t, level in zip(self.tables, model.heads.levels, strict=True)
         ]
         self.step_number = 0
-        matrices = {id(m.weight) for m in self.encoder.modules() if isinstance(m, nn.Linear | nn.Embedding)}
+        matrices = {
+            id(m.weight) for m in self.encoder.modules() if isinstance(m, nn.Linear | nn.Embedding)
+        }
         all_of = list(self.encoder.parameters())
         linear = self.heads.projections
         self.groups = [
-            {"params": [p for p in all_of if id(p) in matrices], "weight_decay": self.settings.decay},
+            {
+                "params": [p for p in all_of if id(p) in matrices],
+                "weight_decay": self.settings.decay,
+            },
             {"params": [p for p in all_of if id(p) not in matrices], "weight_decay": 0.0},
-            {"params": [p for n, p in linear.named_parameters() if "bias" not in n], "weight_decay": self.settings.decay / 10},
-            {"params": [p for n, p in linear.named_parameters() if "bias" in n], "weight_decay": 0.0},
+            {
+                "params": [p for n, p in linear.named_parameters() if "bias" not in n],
+                "weight_decay": self.settings.decay / 10,
+            },
+            {
+                "params": [p for n, p in linear.named_parameters() if "bias" in n],
+                "weight_decay": 0.0,
+            },
         ]
         self.adamw = torch.optim.AdamW(self.groups, lr=1e-3, eps=1e-8)
 
@@ -119,7 +153,9 @@ class Twin:
         starts = self.tree.children[level - 1]
         return [n for c in kept for n in range(starts[c], starts[c + 1])]
 
-    def shortlists(self, positives: list[tuple[Tensor, Tensor]], logits: list[Tensor]) -> list[list[list[int]]]:
+    def shortlists(
+        self, positives: list[tuple[Tensor, Tensor]], logits: list[Tensor]
+    ) -> list[list[list[int]]]:
         """Candidates of every level and sample."""
         size = len(logits[0])
         out = [[list(range(self.tree.sizes[0])) for _ in range(size)]]
@@ -128,7 +164,10 @@ class Twin:
             kept = []
             for s in range(size):
                 true = {int(n) for n, t in zip(node, sample, strict=True) if t == s}
-                ranked = sorted(out[r][s], key=lambda n, s=s, true=true, r=r: (n not in true, -float(logits[r][s, n]), n))
+                ranked = sorted(
+                    out[r][s],
+                    key=lambda n, s=s, true=true, r=r: (n not in true, -float(logits[r][s, n]), n),
+                )
                 many = len(true & set(ranked))
                 room = self.topk[r] + self.settings.positives_bound
                 kept.append(sorted(ranked[: min(room, max(self.topk[r], many))]))
@@ -149,7 +188,9 @@ class Twin:
             target[positives[r][1].long(), positives[r][0]] = 1
             total = total + self.settings.weights(len(logits))[r] * bce(z[mask], target[mask])
             touched.append(mask.any(0))
-        for group, rate in zip(self.adamw.param_groups, (encoder_lr, encoder_lr, lr, lr), strict=True):
+        for group, rate in zip(
+            self.adamw.param_groups, (encoder_lr, encoder_lr, lr, lr), strict=True
+        ):
             group["lr"], group["betas"] = rate, (beta1, 0.999)
         self.adamw.zero_grad()
         for p in (*self.tables, *self.biases):
@@ -176,7 +217,11 @@ class Twin:
         m[hit] = beta1 * m[hit] + (1 - beta1) * g
         v[hit] = (0.999 * v[hit] + 0.001 * square).to(v.dtype)
         root = (v[hit].double() / (1 - 0.999**self.step_number)).sqrt() + self.epsilon
-        table[hit] -= lr * (m[hit] / (1 - beta1**self.step_number)) / (root if v.dim() == 2 else root[:, None])
+        table[hit] -= (
+            lr
+            * (m[hit] / (1 - beta1**self.step_number))
+            / (root if v.dim() == 2 else root[:, None])
+        )
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -1,5 +1,6 @@
-"""Commands that are stopped, or that the disk refuses: `command_ends.py FOLDER` tries each in a child forked after the
-imports, which take seconds, and prints a line of JSON for each: {"case": …, "wrong": what is not as it must be, or ""}."""
+"""Commands that are stopped, or that the disk refuses: `command_ends.py FOLDER` tries each in a
+child forked after the imports, which take seconds, and prints a line of JSON for each: {"case": …,
+"wrong": what is not as it must be, or ""}."""
 
 import json
 import os
@@ -28,21 +29,28 @@ COMMANDS = {"tree": tree_command, "ranker": rank} | {
     module.__name__.rpartition(".")[2]: module for module in (ensemble, export, predict, prepare)
 }
 
-# What a kill leaves of writing into an output folder, beside the unfinished copy of a file or folder of the output's name.
+# What a kill leaves of writing into an output folder, beside the unfinished copy of a file or
+# folder of the output's name.
 LEFT = {
     "tree": ("tree/.tree.safetensors.0123456789ab.part", "tree/.report.json.0123456789ab.part"),
     "ranker": (
-        "ranker/.ranker.safetensors.0123456789ab.part", "ranker/.metrics.json.0123456789ab.part",
+        "ranker/.ranker.safetensors.0123456789ab.part",
+        "ranker/.metrics.json.0123456789ab.part",
         "ranker/vectorizer/.idf.safetensors.0123456789ab.part",
     ),
-    "export": ("vectors/.embeddings_train.npy.0123456789ab.part", "vectors/.shortlist_val.npz.0123456789ab.part"),
-}  # fmt: skip
+    "export": (
+        "vectors/.embeddings_train.npy.0123456789ab.part",
+        "vectors/.shortlist_val.npz.0123456789ab.part",
+    ),
+}
 
 
 class Child:
     """A command in a process of its own, its words in a file."""
 
-    def __init__(self, place: Path, work: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> None:
+    def __init__(
+        self, place: Path, work: Callable[[], Any], before: Callable[[], Any] = lambda: None
+    ) -> None:
         place.mkdir(parents=True, exist_ok=True)
         self.told = place.parent / f"{place.name}.told"
         self.pid = os.fork()
@@ -85,7 +93,11 @@ def wait_for(path: Path, child: Child, seconds: float = 120) -> None:
 
 
 def nothing_left(folder: Path) -> None:
-    left = [str(p) for p in folder.rglob("*") if p.name.endswith((".part", LOCK, ".old")) or ".new-" in p.name]
+    left = [
+        str(p)
+        for p in folder.rglob("*")
+        if p.name.endswith((".part", LOCK, ".old")) or ".new-" in p.name
+    ]
     assert not left, left
 
 
@@ -98,12 +110,22 @@ def sleeping(marker: Path) -> Callable[..., Any]:
 
 
 def cases(dataset: Path, folder: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
-    more: dict[str, Any] = {"encoder": "bow", "min_df": 1, "save_every": 0, "evaluate_batch": 1, "table": "bf16"}
+    more: dict[str, Any] = {
+        "encoder": "bow",
+        "min_df": 1,
+        "save_every": 0,
+        "evaluate_batch": 1,
+        "table": "bf16",
+    }
     whole = folder / "whole"
     Child(whole, lambda: train(tiny(dataset, whole, **more))).end(0)
 
     def endless(place: Path, **options: Any) -> Any:
-        return tiny(dataset, place / "run", **(more | {"epochs": 100_000, "evaluate_every": 50_000} | options))
+        return tiny(
+            dataset,
+            place / "run",
+            **(more | {"epochs": 100_000, "evaluate_every": 50_000} | options),
+        )
 
     def stopped(number: signal.Signals) -> Callable[[Path], None]:
         def case(place: Path) -> None:
@@ -113,9 +135,16 @@ def cases(dataset: Path, folder: Path) -> Iterator[tuple[str, Callable[[Path], N
             os.kill(child.pid, number)
             os.kill(child.pid, number)  # twice at once, as a terminal and torchrun send it: once
             state_at = f"({number.name})"
-            child.end(128 + number, f"{number.name}: ends after this step", "go on from it with --resume", state_at)
+            child.end(
+                128 + number,
+                f"{number.name}: ends after this step",
+                "go on from it with --resume",
+                state_at,
+            )
             steps = CheckpointFolder(place / "run" / "checkpoint").load()[1]["steps"]
-            assert f"stopped at step {steps:,}, whose checkpoint is written" in child.told.read_text()
+            assert (
+                f"stopped at step {steps:,}, whose checkpoint is written" in child.told.read_text()
+            )
             nothing_left(place)
 
         return case
@@ -138,7 +167,11 @@ def cases(dataset: Path, folder: Path) -> Iterator[tuple[str, Callable[[Path], N
     yield "a second signal", second
 
     def nohup(place: Path) -> None:
-        child = Child(place, lambda: train(endless(place)), lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+        child = Child(
+            place,
+            lambda: train(endless(place)),
+            lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+        )
         wait_for(place / "run" / "log.jsonl", child)
         os.kill(child.pid, signal.SIGHUP)
         time.sleep(0.3)
@@ -178,11 +211,15 @@ def cases(dataset: Path, folder: Path) -> Iterator[tuple[str, Callable[[Path], N
         os.kill(child.pid, signal.SIGINT)
         child.end(130, "stopped at step 10, whose checkpoint is written")
         state = CheckpointFolder(place / "run" / "checkpoint").load()[1]
-        assert (state["epoch"], state["position"], state["best"]) == (0, 10, {}), "before the validation"
+        assert (state["epoch"], state["position"], state["best"]) == (0, 10, {}), (
+            "before the validation"
+        )
         Child(place, lambda: train(replace(config, resume=True))).end(0)
         for which in ("last", "best"):
             assert weights(place / "run", which) == weights(whole, which)
-        assert (place / "run" / "predictions.npz").read_bytes() == (whole / "predictions.npz").read_bytes()
+        assert (place / "run" / "predictions.npz").read_bytes() == (
+            whole / "predictions.npz"
+        ).read_bytes()
 
     yield "a run stopped in its validation", evaluating
 
@@ -202,7 +239,12 @@ def cases(dataset: Path, folder: Path) -> Iterator[tuple[str, Callable[[Path], N
         config = replace(tiny(dataset, place / "run", **more), save_every=4)
         child = Child(place, lambda: train(config), limit)
         left = "is whole: go on from it with --resume"
-        child.end(1, "checkpoint could not be written: File too large", "the checkpoint of step 4 in ", left)
+        child.end(
+            1,
+            "checkpoint could not be written: File too large",
+            "the checkpoint of step 4 in ",
+            left,
+        )
         assert CheckpointFolder(place / "run" / "checkpoint").load()[1]["steps"] == 4
         nothing_left(place)
         for left in (".last.new-0123abcd", ".best.new-0123abcd"):  # what kills leave behind
@@ -225,15 +267,28 @@ def cases(dataset: Path, folder: Path) -> Iterator[tuple[str, Callable[[Path], N
         "export": ([*labels, "--what", "embeddings"], "vectors"),
         "predict": ([*labels, "--input", str(folder / "texts.txt")], "answers.jsonl"),
         "prepare": (
-            ["--train-text", f"{raw}/trn_X.txt", "--train-labels", f"{raw}/trn_X_Y.txt", "--tokenizer", f"{raw}/tokenizer"],
+            [
+                "--train-text",
+                f"{raw}/trn_X.txt",
+                "--train-labels",
+                f"{raw}/trn_X_Y.txt",
+                "--tokenizer",
+                f"{raw}/tokenizer",
+            ],
             "set",
         ),
-    }  # fmt: skip
+    }
 
     def refused(name: str) -> Callable[[Path], None]:
         words, output = arguments[name]
 
-        def called(place: Path, where: str, status: int, *told: str, before: Callable[[], Any] = lambda: None) -> None:
+        def called(
+            place: Path,
+            where: str,
+            status: int,
+            *told: str,
+            before: Callable[[], Any] = lambda: None,
+        ) -> None:
             def main() -> None:
                 COMMANDS[name].main([*words, "--output", str(place / where)])
 
@@ -255,11 +310,17 @@ def cases(dataset: Path, folder: Path) -> Iterator[tuple[str, Callable[[Path], N
             nothing_left(place)
             (place / "real").mkdir()
             (place / "link").symlink_to("real")
-            for left in LEFT.get(name, (f".{output}.0123456789ab.part",)):  # what kills leave behind
+            for left in LEFT.get(
+                name, (f".{output}.0123456789ab.part",)
+            ):  # what kills leave behind
                 (place / "real" / left).parent.mkdir(parents=True, exist_ok=True)
                 (place / "real" / left).touch()
             called(place, f"link/{output}", 0)
-            assert (place / "real" / output).exists() and (place / "link").is_symlink() and (place / "file").is_file()
+            assert (
+                (place / "real" / output).exists()
+                and (place / "link").is_symlink()
+                and (place / "file").is_file()
+            )
             nothing_left(place)
 
         return case

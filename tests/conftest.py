@@ -1,9 +1,11 @@
-"""What all tests share: no network, no card where there is none, slow tests only when they are asked for."""
+"""What all tests share: no network, no card where there is none, slow tests only when they are
+asked for.
+"""
 
 import os
 
-# Threads that wait by spinning make the suite several times slower on a machine that also does other things. Read once,
-# when torch is loaded.
+# Threads that wait by spinning make the suite several times slower on a machine that also does
+# other things. Read once, when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest

@@ -1,8 +1,10 @@
-"""Runs that are killed at random moments and resumed, beside one that nobody touched: `kill_rounds.py FOLDER ROUNDS SEED`.
+"""Runs that are killed at random moments and resumed, beside one that nobody touched:
+`kill_rounds.py FOLDER ROUNDS SEED`.
 
-Each round is one run: it is started, killed (SIGKILL) or stopped (SIGTERM, SIGINT, SIGHUP) after a random time, and
-resumed, until it comes to its end; then its weights, its predictions, its metrics and its log must be those of the run
-that was left alone, bit for bit. Prints a line of JSON for each round and exits with 1 if one differs.
+Each round is one run: it is started, killed (SIGKILL) or stopped (SIGTERM, SIGINT, SIGHUP) after a
+random time, and resumed, until it comes to its end; then its weights, its predictions, its metrics
+and its log must be those of the run that was left alone, bit for bit. Prints a line of JSON for
+each round and exits with 1 if one differs.
 """
 
 import json
@@ -26,12 +28,22 @@ MOST = 60  # parts of one run: more means that it does not get on
 
 
 def settings(dataset: Path, output: Path) -> Any:
-    more = {"encoder": "bow", "epochs": 8, "batch": 8, "min_df": 1, "save_every": 10, "loss_every": 1, "table": "bf16"}
+    more = {
+        "encoder": "bow",
+        "epochs": 8,
+        "batch": 8,
+        "min_df": 1,
+        "save_every": 10,
+        "loss_every": 1,
+        "table": "bf16",
+    }
     return tiny(dataset, output, **more)
 
 
 def started(config: Any, log: Path) -> int:
-    """A child that trains as the command does; forked, since starting Python and torch takes seconds."""
+    """A child that trains as the command does; forked, since starting Python and torch takes
+    seconds.
+    """
     pid = os.fork()
     if pid == 0:
         with open(log, "a") as file:
@@ -65,7 +77,8 @@ def killed(dataset: Path, folder: Path, seconds: float, chance: random.Random) -
     config, ends = replace(settings(dataset, folder / "run"), resume=True), []
     while len(ends) < MOST:
         pid, how = started(config, folder / "log"), chance.choice(HOW)
-        # Longer each time: a machine that others use may have become too slow to come to a checkpoint.
+        # Longer each time: a machine that others use may have become too slow to come to a
+        # checkpoint.
         time.sleep(chance.uniform(0.1, 0.9) * seconds * (1 + len(ends) / 4))
         done, status = os.waitpid(pid, os.WNOHANG)
         if not done:
@@ -86,9 +99,14 @@ def seen(output: Path) -> dict[str, Any]:
     for found in (*lines, metrics):
         for name in TIMING:
             found.pop(name, None)
-    # Epochs that were not the best have no checkpoint left: `best` and `last` are what a run is for.
+    # Epochs that were not the best have no checkpoint left: `best` and `last` are what a run is
+    # for.
     found = {which: weights(output, which) for which in ("last", "best")}
-    return found | {"log": lines, "metrics": metrics, "predictions": (output / "predictions.npz").read_bytes()}
+    return found | {
+        "log": lines,
+        "metrics": metrics,
+        "predictions": (output / "predictions.npz").read_bytes(),
+    }
 
 
 def main(folder: Path, rounds: int, seed: int) -> int:
@@ -101,7 +119,11 @@ def main(folder: Path, rounds: int, seed: int) -> int:
         ends = killed(dataset, place, seconds, chance)
         found = seen(place / "run")
         other = [name for name in reference if found[name] != reference[name]]
-        other += [path.name for path in (place / "run").rglob("*") if path.name == LOCK or path.name.endswith(".part")]
+        other += [
+            path.name
+            for path in (place / "run").rglob("*")
+            if path.name == LOCK or path.name.endswith(".part")
+        ]
         bad += bool(other)
         print(json.dumps({"round": number, "ends": ends, "differ": other}), flush=True)
     return int(bad > 0)

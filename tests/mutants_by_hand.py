@@ -1,4 +1,6 @@
-"""Faults that tests/mutants.py plants, written by hand: rules that a run could lose without a word."""
+"""Faults that tests/mutants.py plants, written by hand: rules that a run could lose without a
+word.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ class Fault:
     Attributes:
         path: of the file, from the root.
         old: text that stands there exactly once; new: what stands in its place.
-        tests: pytest arguments, the narrowest that should notice; empty: those of the file (`mutants.TESTS`).
+        tests: pytest arguments, the narrowest that should notice; empty: those of the file
+            (`mutants.TESTS`).
     """
 
     path: str
@@ -29,18 +32,37 @@ def _of(fields: str) -> str:
 
 _BUILD, _CASCADE = "xmlkernels/training/build.py", "xmlkernels/models/cascade.py"
 _TRAINING, _END = "xmlkernels/models/cascade_training.py", "xmlkernels/models/end_to_end.py"
-_HEADS, _LEVEL, _HEAD = "xmlkernels/nn/cascade_heads.py", "xmlkernels/nn/cascade_level.py", "xmlkernels/nn/full_head.py"
+_HEADS, _LEVEL, _HEAD = (
+    "xmlkernels/nn/cascade_heads.py",
+    "xmlkernels/nn/cascade_level.py",
+    "xmlkernels/nn/full_head.py",
+)
 _OPTIM, _SESSION = "xmlkernels/optim.py", "xmlkernels/training/session.py"
 
 BY_HAND: tuple[Fault, ...] = (
     # Flags that the suite once let pass.
-    Fault(_BUILD, "config.encoder_lr * config.head_lr_factor", "config.encoder_lr * 10", _of("head_lr_factor")),
+    Fault(
+        _BUILD,
+        "config.encoder_lr * config.head_lr_factor",
+        "config.encoder_lr * 10",
+        _of("head_lr_factor"),
+    ),
     Fault(_BUILD, "rw_loss=config.rw_loss, ", "", _of("rw_loss")),
     Fault(_BUILD, "steps, config.clip,\n", "steps, 0.0,\n", _of("clip")),
     Fault(_BUILD, "clip=config.clip, ", "", _of("clip")),
-    Fault(_BUILD, "drops=config.embed_drops or _DROPS[tree.levels]", "drops=_DROPS[tree.levels]", _of("embed_drops")),
+    Fault(
+        _BUILD,
+        "drops=config.embed_drops or _DROPS[tree.levels]",
+        "drops=_DROPS[tree.levels]",
+        _of("embed_drops"),
+    ),
     Fault(_BUILD, "reference_loss=config.reference_loss, ", "", _of("reference_loss")),
-    Fault(_BUILD, "positives_bound=config.positives_bound,", "positives_bound=32,", _of("positives_bound")),
+    Fault(
+        _BUILD,
+        "positives_bound=config.positives_bound,",
+        "positives_bound=32,",
+        _of("positives_bound"),
+    ),
     Fault(_BUILD, "schedule=config.schedule,", "", _of("schedule")),
     Fault(_BUILD, "decoupled=config.decoupled, ", "", _of("decoupled")),
     Fault(_BUILD, "decay=config.table_decay, ", "decay=1e-4, ", _of("table_decay")),
@@ -53,18 +75,33 @@ BY_HAND: tuple[Fault, ...] = (
     Fault(
         _SESSION,
         'inverse_propensity(splits["train"].labels, *self.dataset.propensity)',
-        "inverse_propensity(__import__('scipy.sparse').sparse.vstack([splits['train'].labels, __import__('scipy.sparse')"
-        ".sparse.eye_array(self.dataset.num_labels, format='csr')]).tocsr() if config.label_text else splits['train'].labels,"
+        "inverse_propensity(__import__('scipy.sparse').sparse.vstack([splits['train'].labels, "
+        "__import__('scipy.sparse')"
+        ".sparse.eye_array(self.dataset.num_labels, format='csr')]).tocsr() if config.label_text "
+        "else splits['train'].labels,"
         " *self.dataset.propensity)",
         _of("label_text"),
     ),
     Fault(_BUILD, "epsilon=config.table_epsilon, seed", "seed", _of("table_epsilon")),
     Fault(_BUILD, ", encoder_epsilon=resolved_epsilon(config)", "", _of("encoder_epsilon")),
     Fault(
-        _BUILD, "_mean(config, epoch, steps), resolved_epsilon(config),", "_mean(config, epoch, steps),", _of("encoder_epsilon")
+        _BUILD,
+        "_mean(config, epoch, steps), resolved_epsilon(config),",
+        "_mean(config, epoch, steps),",
+        _of("encoder_epsilon"),
     ),
-    Fault(_BUILD, "cooldown=round(config.cooldown_epochs * epoch)", "cooldown=3 * epoch", _of("cooldown_epochs")),
-    Fault(_BUILD, "round(config.ema_start * epoch), config.ema_every", "round(config.ema_start * epoch), 1", _of("ema_every")),
+    Fault(
+        _BUILD,
+        "cooldown=round(config.cooldown_epochs * epoch)",
+        "cooldown=3 * epoch",
+        _of("cooldown_epochs"),
+    ),
+    Fault(
+        _BUILD,
+        "round(config.ema_start * epoch), config.ema_every",
+        "round(config.ema_start * epoch), 1",
+        _of("ema_every"),
+    ),
     Fault(_BUILD, "skip_units=config.skip_tiles", "skip_units=0.0", _of("skip_tiles")),
     # Steps of the models.
     Fault(
@@ -76,19 +113,30 @@ BY_HAND: tuple[Fault, ...] = (
     Fault(_CASCADE, "losses += loss + scale * pads", "losses += loss"),
     Fault(
         _CASCADE,
-        "clusters, _, forced = select(scores, clusters, row_ptr, k, width=width, positives=positives[r])",
+        "clusters, _, forced = select(scores, clusters, row_ptr, k, width=width, "
+        "positives=positives[r])",
         "clusters, _, forced = select(scores, clusters, row_ptr, k, width=width)",
     ),
     Fault(_CASCADE, "self.lost_positives[r : r + 1] += there - forced", "pass"),
-    Fault(_CASCADE, "        x = [torch.where(finite, f, torch.nan) for f in held.x]", "        x = list(held.x)"),
     Fault(
-        _END, "set_learning_rate(self.optimizer, [settings.encoder_lr]", "set_learning_rate(self.optimizer, [settings.head_lr]"
+        _CASCADE,
+        "        x = [torch.where(finite, f, torch.nan) for f in held.x]",
+        "        x = list(held.x)",
+    ),
+    Fault(
+        _END,
+        "set_learning_rate(self.optimizer, [settings.encoder_lr]",
+        "set_learning_rate(self.optimizer, [settings.head_lr]",
     ),
     Fault(_END, "lr=settings.head_lr * factor", "lr=settings.head_lr"),
     Fault(_END, "self.skipped_steps += overflow", "pass"),
     Fault(_END, "update(settings.encoder_lr * factor)", "update(settings.encoder_lr)"),
     Fault("xmlkernels/models/gradient_caching.py", "    put(state)\n", ""),
-    Fault("xmlkernels/models/running_mean.py", "max(1 - self.settings.decay, 1 / (self.count + 1))", "1 - self.settings.decay"),
+    Fault(
+        "xmlkernels/models/running_mean.py",
+        "max(1 - self.settings.decay, 1 / (self.count + 1))",
+        "1 - self.settings.decay",
+    ),
     Fault(
         "xmlkernels/models/running_mean.py",
         "        if late < 0 or (late + 1) % self.settings.every:",
@@ -96,7 +144,8 @@ BY_HAND: tuple[Fault, ...] = (
     ),
     Fault(
         "xmlkernels/models/descent.py",
-        "torch.where(exact > -0.6931471805599453, (-torch.expm1(exact)).log(), torch.log1p(-exact.exp()))",
+        "torch.where(exact > -0.6931471805599453, (-torch.expm1(exact)).log(), "
+        "torch.log1p(-exact.exp()))",
         "torch.log1p(-exact.exp())",
     ),
     Fault("xmlkernels/models/descent.py", '(scores if scheme == "path" else own)', "own"),
@@ -104,34 +153,81 @@ BY_HAND: tuple[Fault, ...] = (
     Fault(_LEVEL, "if beta1 is not None and self.second is not None:", "if beta1 is not None:"),
     Fault(_LEVEL, "return dx, scores, loss / self.gain", "return dx, scores, loss"),
     Fault(_LEVEL, "betas[1], epsilon * self.gain, 1.0, 1.0]", "betas[1], epsilon, 1.0, 1.0]"),
-    Fault(_HEAD, "share = (positives.double() + 0.5) / (documents + 1)", "share = positives.double() / documents"),
+    Fault(
+        _HEAD,
+        "share = (positives.double() + 0.5) / (documents + 1)",
+        "share = positives.double() / documents",
+    ),
     Fault(_HEAD, "torch.where(seen > 0, rows, self.rows(start, end))", "rows"),
     Fault(_HEAD, "        self.hyper[6] = dx_scale\n", ""),
-    Fault("xmlkernels/nn/shortlist.py", "    bits = (scores + 0.0).view(torch.int32)", "    bits = scores.view(torch.int32)"),
+    Fault(
+        "xmlkernels/nn/shortlist.py",
+        "    bits = (scores + 0.0).view(torch.int32)",
+        "    bits = scores.view(torch.int32)",
+    ),
     Fault("xmlkernels/nn/shortlist.py", "keep = forced | (", "keep = ("),
     Fault("xmlkernels/nn/dense_level.py", "        plain[1] = 0  # biases do not decay\n", ""),
     Fault("xmlkernels/nn/bow.py", "decoupled=True,", "decoupled=False,"),
     Fault("xmlkernels/nn/encoder.py", "mask.sum(dim=1).clamp(min=1e-9)", "mask.shape[1]"),
     # Optimizer, schedules, scaler.
-    Fault(_OPTIM, 'if id(parameter) in in_norm or name.endswith("bias")', 'if name.endswith("bias")'),
+    Fault(
+        _OPTIM, 'if id(parameter) in in_norm or name.endswith("bias")', 'if name.endswith("bias")'
+    ),
     Fault(_OPTIM, "        return (step + 1) / warmup", "        return step / warmup"),
-    Fault(_OPTIM, "    found = scaler.unscale_(params) * (1 - overflow)", "    found = scaler.unscale_(params)"),
+    Fault(
+        _OPTIM,
+        "    found = scaler.unscale_(params) * (1 - overflow)",
+        "    found = scaler.unscale_(params)",
+    ),
     Fault(_OPTIM, "        self.scale.clamp_(1.0, 2.0**24)\n", ""),
     # Metrics, evaluation, data.
-    Fault("xmlkernels/metrics.py", "(np.log(labels.shape[0]) - 1) * (B + 1) ** A", "(np.log(labels.shape[0]) - 1) * B**A"),
-    Fault("xmlkernels/metrics.py", "np.minimum(count[:, None], np.arange(1, deepest + 1))", "np.arange(1, deepest + 1)[None]"),
+    Fault(
+        "xmlkernels/metrics.py",
+        "(np.log(labels.shape[0]) - 1) * (B + 1) ** A",
+        "(np.log(labels.shape[0]) - 1) * B**A",
+    ),
+    Fault(
+        "xmlkernels/metrics.py",
+        "np.minimum(count[:, None], np.arange(1, deepest + 1))",
+        "np.arange(1, deepest + 1)[None]",
+    ),
     Fault(
         "xmlkernels/evaluation.py",
         "losses.append(float(loss) * (1 if model.sums_loss else len(batch)))",
         "losses.append(float(loss))",
     ),
-    Fault("xmlkernels/evaluation.py", "inside = place < last[:, None]", "inside = place <= last[:, None]"),
-    Fault("xmlkernels/data/batches/base.py", "np.unique(node[row] * count + sample)", "node[row] * count + sample"),
-    Fault("xmlkernels/data/batches/base.py", "self.plan(epoch)[start::every]", "self.plan(0)[start::every]"),
-    Fault("xmlkernels/data/vectorizer.py", 'ngram_range=(1, settings["longest"])', "ngram_range=(1, 2)", _of("ngrams")),
+    Fault(
+        "xmlkernels/evaluation.py",
+        "inside = place < last[:, None]",
+        "inside = place <= last[:, None]",
+    ),
+    Fault(
+        "xmlkernels/data/batches/base.py",
+        "np.unique(node[row] * count + sample)",
+        "node[row] * count + sample",
+    ),
+    Fault(
+        "xmlkernels/data/batches/base.py",
+        "self.plan(epoch)[start::every]",
+        "self.plan(0)[start::every]",
+    ),
+    Fault(
+        "xmlkernels/data/vectorizer.py",
+        'ngram_range=(1, settings["longest"])',
+        "ngram_range=(1, 2)",
+        _of("ngrams"),
+    ),
     # Sessions.
-    Fault(_SESSION, "if self.best and not metrics[by] > self.best[by]:", "if self.best and not metrics[by] >= self.best[by]:"),
+    Fault(
+        _SESSION,
+        "if self.best and not metrics[by] > self.best[by]:",
+        "if self.best and not metrics[by] >= self.best[by]:",
+    ),
     Fault(_SESSION, '        self.folder.rewind_log(state["log_bytes"])\n', ""),
-    Fault("xmlkernels/training/loop.py", "run.batches.epoch(run.epoch, start=run.position)", "run.batches.epoch(run.epoch)"),
+    Fault(
+        "xmlkernels/training/loop.py",
+        "run.batches.epoch(run.epoch, start=run.position)",
+        "run.batches.epoch(run.epoch)",
+    ),
     Fault("xmlkernels/training/loop.py", " == 0 or run.epoch == config.epochs):", " == 0):"),
 )

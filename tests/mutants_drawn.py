@@ -10,7 +10,10 @@ from pathlib import Path
 
 from mutants_by_hand import FIELDS, Fault
 
-_STEP = "tests/test_cascade_step.py tests/test_cascade_predict.py tests/test_cascade_state.py tests/test_cascade_heads.py"
+_STEP = (
+    "tests/test_cascade_step.py tests/test_cascade_predict.py tests/test_cascade_state.py "
+    "tests/test_cascade_heads.py"
+)
 _CASCADE = f"{_STEP} tests/test_cascade_placement.py tests/test_cascade_settings.py"
 _SETTINGS = "tests/test_cascade_settings.py tests/test_train_settings.py"
 _LOADER = "tests/data/test_loader.py tests/data/test_loader_bags.py"
@@ -30,14 +33,27 @@ _TABLES = _runs("rw_loss reference positives head_lr embed_drops table momentum 
 TESTS: dict[str, tuple[str, ...]] = {
     "xmlkernels/optim.py": ("tests/test_optim.py", f"tests/test_end_to_end.py {_STEP}"),
     "xmlkernels/metrics.py": ("tests/test_metrics.py", _runs("label_text best_by")),
-    "xmlkernels/evaluation.py": ("tests/test_predict.py", _runs("evaluate_batch label_text top_k"), "tests/test_model.py"),
+    "xmlkernels/evaluation.py": (
+        "tests/test_predict.py",
+        _runs("evaluate_batch label_text top_k"),
+        "tests/test_model.py",
+    ),
     "xmlkernels/models/end_to_end.py": (_END, _runs("encoder_lr table_lr clip ema micro warmup")),
     "xmlkernels/models/cascade.py": (_CASCADE, "tests/test_running_mean.py", _TABLES),
     "xmlkernels/models/descent.py": (_CASCADE, _TABLES),
-    "xmlkernels/models/cascade_training.py": (_CASCADE, _runs("head_lr schedule cooldown encoder_decay rw_loss epsilon clip")),
-    "xmlkernels/models/cascade_state.py": (_CASCADE, "tests/test_running_mean.py", "tests/test_train_cascade.py"),
+    "xmlkernels/models/cascade_training.py": (
+        _CASCADE,
+        _runs("head_lr schedule cooldown encoder_decay rw_loss epsilon clip"),
+    ),
+    "xmlkernels/models/cascade_state.py": (
+        _CASCADE,
+        "tests/test_running_mean.py",
+        "tests/test_train_cascade.py",
+    ),
     "xmlkernels/models/gradient_caching.py": (
-        "tests/test_end_to_end.py", "tests/test_cascade_step.py", "tests/test_processes.py",
+        "tests/test_end_to_end.py",
+        "tests/test_cascade_step.py",
+        "tests/test_processes.py",
     ),
     "xmlkernels/models/running_mean.py": ("tests/test_running_mean.py", _runs("ema")),
     "xmlkernels/models/base.py": (f"tests/test_end_to_end.py {_STEP}", "tests/test_old_formats.py"),
@@ -45,37 +61,79 @@ TESTS: dict[str, tuple[str, ...]] = {
     "xmlkernels/nn/cascade_heads.py": (_CASCADE, _TABLES),
     "xmlkernels/nn/cascade_level.py": (_CASCADE, _TABLES),
     "xmlkernels/nn/dense_level.py": ("tests/test_dense_level.py", _STEP),
-    "xmlkernels/nn/dropout.py": ("tests/test_encoder.py tests/test_bow_encoder.py", _runs("dropout drops")),
-    "xmlkernels/nn/encoder.py": ("tests/test_encoder.py", _runs("pooling dropout precision compile layers")),
-    "xmlkernels/nn/full_head.py": ("tests/test_full_head.py tests/test_end_to_end.py", _runs("table bias centroid skip kahan")),
+    "xmlkernels/nn/dropout.py": (
+        "tests/test_encoder.py tests/test_bow_encoder.py",
+        _runs("dropout drops"),
+    ),
+    "xmlkernels/nn/encoder.py": (
+        "tests/test_encoder.py",
+        _runs("pooling dropout precision compile layers"),
+    ),
+    "xmlkernels/nn/full_head.py": (
+        "tests/test_full_head.py tests/test_end_to_end.py",
+        _runs("table bias centroid skip kahan"),
+    ),
     "xmlkernels/nn/layer_recipe.py": ("tests/test_layer_recipe.py", _STEP),
     "xmlkernels/nn/shortlist.py": ("tests/test_shortlist.py", _STEP),
-    "xmlkernels/nn/table.py": ("tests/test_cascade_heads.py tests/test_full_head.py", _runs("table centroid word_std")),
+    "xmlkernels/nn/table.py": (
+        "tests/test_cascade_heads.py tests/test_full_head.py",
+        _runs("table centroid word_std"),
+    ),
     "xmlkernels/data/batches/base.py": (_LOADER, _runs("label_text seed batch")),
     "xmlkernels/data/batches/tokens.py": (_LOADER, "tests/test_predict.py tests/test_serving.py"),
     "xmlkernels/data/vectorizer.py": ("tests/data/test_bow.py", _runs("ngrams min_df features")),
     "xmlkernels/ranker/knn.py": ("tests/data/test_knn.py",),
-    "xmlkernels/data/inputs.py": ("tests/data/test_inputs.py", f"{_LOADER} tests/test_predict.py", _runs("label_text ngrams")),
-    "xmlkernels/data/formats/sparse_python.py": ("tests/data/test_sparse_text.py", "tests/data/test_formats.py"),
-    "xmlkernels/data/formats/labels.py": ("tests/data/test_formats.py", "tests/data/test_prepare.py tests/data/test_label_ids.py"),
+    "xmlkernels/data/inputs.py": (
+        "tests/data/test_inputs.py",
+        f"{_LOADER} tests/test_predict.py",
+        _runs("label_text ngrams"),
+    ),
+    "xmlkernels/data/formats/sparse_python.py": (
+        "tests/data/test_sparse_text.py",
+        "tests/data/test_formats.py",
+    ),
+    "xmlkernels/data/formats/labels.py": (
+        "tests/data/test_formats.py",
+        "tests/data/test_prepare.py tests/data/test_label_ids.py",
+    ),
     "xmlkernels/training/build.py": (_SETTINGS, FIELDS),
     "xmlkernels/training/config.py": (f"{_SETTINGS} tests/test_cascade_placement.py", FIELDS),
     "xmlkernels/training/checks.py": (
-        _SETTINGS, "tests/test_train_bow.py -k refused", "tests/test_running_mean.py", "tests/test_train_cascade.py -k fit",
+        _SETTINGS,
+        "tests/test_train_bow.py -k refused",
+        "tests/test_running_mean.py",
+        "tests/test_train_cascade.py -k fit",
         FIELDS,
     ),
     "xmlkernels/training/session.py": (_RUN, _TRAIN, "tests/test_train_cascade.py"),
     "xmlkernels/training/loop.py": (_RUN, _TRAIN),
-    "xmlkernels/training/inputs.py": (_RUN, _SETTINGS, "tests/test_train_bow.py tests/test_train_cascade.py"),
-}  # fmt: skip
+    "xmlkernels/training/inputs.py": (
+        _RUN,
+        _SETTINGS,
+        "tests/test_train_bow.py tests/test_train_cascade.py",
+    ),
+}
 
 _COMPARED = {
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
-}  # fmt: skip
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
 _COUNTED = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
-}  # fmt: skip
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Mult,
+}
 
 
 _MESSAGE = {"expected", "got", "mend", "told", "where", "what", "text"}  # names of what is told
@@ -106,25 +164,41 @@ def _changes(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _holds_text(node: ast.AST) -> bool:
-    return any(isinstance(n, ast.JoinedStr | ast.Constant) and isinstance(getattr(n, "value", ""), str) for n in ast.walk(node))
+    return any(
+        isinstance(n, ast.JoinedStr | ast.Constant) and isinstance(getattr(n, "value", ""), str)
+        for n in ast.walk(node)
+    )
 
 
 def _is_text(node: ast.AST) -> bool:
     """A docstring, or a line that only speaks."""
     value = getattr(node, "value", None)
     called = getattr(value, "func", None)
-    return isinstance(value, ast.Constant) or (isinstance(called, ast.Name) and called.id in ("say", "print"))
+    return isinstance(value, ast.Constant) or (
+        isinstance(called, ast.Name) and called.id in ("say", "print")
+    )
 
 
 def _left_alone(tree: ast.AST) -> set[int]:
-    """Nodes inside of annotations, messages of errors and warnings, decorators, and what only checks our own code."""
-    return {id(inner) for node in ast.walk(tree) for part in _untouched(node) for inner in ast.walk(part)}
+    """Nodes inside of annotations, messages of errors and warnings, decorators, and what only
+    checks our own code.
+    """
+    return {
+        id(inner)
+        for node in ast.walk(tree)
+        for part in _untouched(node)
+        for inner in ast.walk(part)
+    }
 
 
 def _untouched(node: ast.AST) -> list[ast.AST]:
     called = node.func if isinstance(node, ast.Call) else None
     speaks = isinstance(called, ast.Name) and called.id in ("say", "InputError")
-    typed = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    typed = (
+        isinstance(node, ast.If)
+        and isinstance(node.test, ast.Name)
+        and node.test.id == "TYPE_CHECKING"
+    )
     if speaks or typed or isinstance(node, ast.Raise | ast.Assert):
         return [node]
     if isinstance(node, ast.AnnAssign):
@@ -157,12 +231,22 @@ def drawn(root: Path, count: int, seed: int) -> list[Fault]:
         for node in ast.walk(tree):
             if id(node) in alone or not hasattr(node, "end_col_offset"):
                 continue
-            begin, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+            begin, end = (
+                starts[node.lineno - 1] + node.col_offset,
+                starts[node.end_lineno - 1] + node.end_col_offset,
+            )
             for changed in _changes(node):
                 old = raw[starts[node.lineno - 1] : starts[node.end_lineno]].decode()
                 inner = ast.unparse(changed)
-                inside = f"({inner})" if isinstance(changed, ast.expr) and not isinstance(changed, ast.Constant) else inner
-                head, tail = raw[starts[node.lineno - 1] : begin].decode(), raw[end : starts[node.end_lineno]].decode()
+                inside = (
+                    f"({inner})"
+                    if isinstance(changed, ast.expr) and not isinstance(changed, ast.Constant)
+                    else inner
+                )
+                head, tail = (
+                    raw[starts[node.lineno - 1] : begin].decode(),
+                    raw[end : starts[node.end_lineno]].decode(),
+                )
                 if text.count(old) == 1:
                     found.append((path, node.lineno, Fault(path, old, head + inside + tail)))
     # By content: an edit elsewhere leaves most of the draw as it was.

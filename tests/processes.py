@@ -18,13 +18,26 @@ from xmlkernels import dist
 CPU = torch.device("cpu")
 
 
-def _child(rank: int, size: int, port: int, work: Callable[..., None], folder: str, args: tuple[Any, ...]) -> None:
-    names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def _child(
+    rank: int, size: int, port: int, work: Callable[..., None], folder: str, args: tuple[Any, ...]
+) -> None:
+    names = {
+        "RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": rank,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
     dist.start(CPU)
     try:
-        assert (dist.rank(), dist.size(), dist.local_rank(), dist.launched()) == (rank, size, rank, (rank, size))
+        assert (dist.rank(), dist.size(), dist.local_rank(), dist.launched()) == (
+            rank,
+            size,
+            rank,
+            (rank, size),
+        )
         work(*args)
         dist.wait()  # a process that left early would break the others' connections
     except BaseException:
@@ -32,7 +45,8 @@ def _child(rank: int, size: int, port: int, work: Callable[..., None], folder: s
         raise
     finally:
         dist.stop()
-    # A thread of gloo that outlives its group may free a tensor while the interpreter ends, and abort the process.
+    # A thread of gloo that outlives its group may free a tensor while the interpreter ends, and
+    # abort the process.
     threads = []
     for path in Path("/proc/self/task").glob("*/comm"):
         with suppress(OSError):  # a thread that ends meanwhile
@@ -43,7 +57,9 @@ def _child(rank: int, size: int, port: int, work: Callable[..., None], folder: s
 
 
 def together(size: int, work: Callable[..., None], folder: Path, *args: Any) -> None:
-    """Runs `work(*args)` in `size` processes that know each other; what one of them raises is told."""
+    """Runs `work(*args)` in `size` processes that know each other; what one of them raises is
+    told.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,6 @@
-"""What an import may do: nothing but define. Read from the source, and watched in a process of its own."""
+"""What an import may do: nothing but define. Read from the source, and watched in a process of its
+own.
+"""
 
 import ast
 import subprocess
@@ -11,11 +13,35 @@ from test_imports import ROOT, dotted, is_main_guard, name_of, sources
 
 # What stands at module level, or in a decorator, runs at import.
 FORBIDDEN = (
-    "threading.Thread", "threading.Timer", "concurrent.futures", "multiprocessing", "subprocess", "socket", "urllib",
-    "requests", "http", "os.putenv", "os.unsetenv", "os.environ", "os.system", "os.fork", "os.makedirs", "os.mkdir",
-    "torch.cuda", "torch.compile", "torch.set_", "torch.use_deterministic", "torch.backends", "torch.accelerator",
-    "torch.utils.cpp_extension", "torch.distributed", "torch.manual_seed", "numpy.random.seed", "random.seed", "open",
-)  # fmt: skip
+    "threading.Thread",
+    "threading.Timer",
+    "concurrent.futures",
+    "multiprocessing",
+    "subprocess",
+    "socket",
+    "urllib",
+    "requests",
+    "http",
+    "os.putenv",
+    "os.unsetenv",
+    "os.environ",
+    "os.system",
+    "os.fork",
+    "os.makedirs",
+    "os.mkdir",
+    "torch.cuda",
+    "torch.compile",
+    "torch.set_",
+    "torch.use_deterministic",
+    "torch.backends",
+    "torch.accelerator",
+    "torch.utils.cpp_extension",
+    "torch.distributed",
+    "torch.manual_seed",
+    "numpy.random.seed",
+    "random.seed",
+    "open",
+)
 READING = ("os.environ.get", "os.environ.items", "os.environ.copy")
 
 
@@ -25,7 +51,11 @@ def at_import(node: ast.AST) -> Iterator[ast.AST]:
         if is_main_guard(child):
             continue
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            outside = [*getattr(child, "decorator_list", []), *child.args.defaults, *(d for d in child.args.kw_defaults if d)]
+            outside = [
+                *getattr(child, "decorator_list", []),
+                *child.args.defaults,
+                *(d for d in child.args.kw_defaults if d),
+            ]
             for part in outside:
                 yield part
                 yield from at_import(part)
@@ -40,7 +70,10 @@ def happenings(code: str) -> list[str]:
     full: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            full |= {a.asname or a.name.split(".")[0]: a.name if a.asname else a.name.split(".")[0] for a in node.names}
+            full |= {
+                a.asname or a.name.split(".")[0]: a.name if a.asname else a.name.split(".")[0]
+                for a in node.names
+            }
         elif isinstance(node, ast.ImportFrom) and node.module:
             full |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
 
@@ -51,11 +84,15 @@ def happenings(code: str) -> list[str]:
     for node in at_import(tree):
         if isinstance(node, ast.Assign | ast.Delete):
             written = [resolve(t.value) for t in node.targets if isinstance(t, ast.Subscript)]
-            found += [f"line {node.lineno}: environment write" for w in written if w == "os.environ"]
+            found += [
+                f"line {node.lineno}: environment write" for w in written if w == "os.environ"
+            ]
         if not isinstance(node, ast.Call):
             continue
         called = resolve(node.func)
-        bad = any(called == f or called.startswith(f if f.endswith("_") else f + ".") for f in FORBIDDEN)
+        bad = any(
+            called == f or called.startswith(f if f.endswith("_") else f + ".") for f in FORBIDDEN
+        )
         eager = called in ("numba.njit", "numba.jit", "numba.vectorize") and node.args
         if eager or (bad and not called.startswith(READING)):
             found.append(f"line {node.lineno}: {called}")
@@ -100,15 +137,16 @@ def test_the_check_lets_pass_what_waits(code: str) -> None:
     assert happenings(code) == []
 
 
-# The same by watching: an audit hook sees threads, connections, processes, environment and files. What a package does on
-# its own import is its own affair; what our module level asks for is ours.
+# The same by watching: an audit hook sees threads, connections, processes, environment and files.
+# What a package does on its own import is its own affair; what our module level asks for is ours.
 WATCH = """
 import os, sys
 root, modules = sys.argv[1], sys.argv[2:]
 sys.path.insert(0, root)
 sys.dont_write_bytecode = True
 EVENTS = {"socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.putenv",
-          "os.unsetenv", "os.system", "os.fork", "os.posix_spawn", "os.exec", "os.mkdir", "os.rename", "urllib.Request"}
+          "os.unsetenv", "os.system", "os.fork", "os.posix_spawn", "os.exec", "os.mkdir",
+          "os.rename", "urllib.Request"}
 found = set()
 
 def ours():
@@ -127,7 +165,8 @@ def note(what):
         found.add(f"{what} from {os.path.relpath(file, root)}")
 
 def hook(event, args):
-    if event in EVENTS or (event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")):
+    writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
+    if event in EVENTS or writes:
         note(event)
 
 import torch
@@ -137,7 +176,8 @@ def watched(holder, name):
         note(f"{holder.__name__}.{name}")
         return real(*args, **kwargs)
     setattr(holder, name, call)
-for name in ("is_available", "device_count", "current_device", "get_device_name", "get_device_capability", "init"):
+names = "is_available device_count current_device get_device_name get_device_capability init"
+for name in names.split():
     watched(torch.cuda, name)
 for name in ("compile", "set_num_threads", "manual_seed"):
     watched(torch, name)
@@ -157,10 +197,17 @@ print("\\n".join(sorted(found) + bad))
 
 
 def test_nothing_is_seen_to_happen_at_import() -> None:
-    inside = [p.relative_to(ROOT).with_suffix("") for p in sources() if p.parts[len(ROOT.parts)] == "xmlkernels"]
+    inside = [
+        p.relative_to(ROOT).with_suffix("")
+        for p in sources()
+        if p.parts[len(ROOT.parts)] == "xmlkernels"
+    ]
     modules = [".".join(p.parts[:-1] if p.name == "__init__" else p.parts) for p in inside]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", WATCH, str(ROOT), *modules], capture_output=True, text=True, timeout=180
+        [sys.executable, "-W", "ignore", "-c", WATCH, str(ROOT), *modules],
+        capture_output=True,
+        text=True,
+        timeout=180,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "", done.stdout
@@ -178,7 +225,11 @@ def test_the_watch_sees(tmp_path: Path) -> None:
         "torch.cuda.is_available()\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", WATCH, str(tmp_path), "xmlkernels"], capture_output=True, text=True, timeout=120, cwd=tmp_path
+        [sys.executable, "-c", WATCH, str(tmp_path), "xmlkernels"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
     )
     for what in ("os.putenv", "Thread.start", "subprocess.Popen", "torch.cuda.is_available"):
         assert f"{what} from xmlkernels" in done.stdout, done.stderr[-1000:]

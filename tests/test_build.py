@@ -49,7 +49,9 @@ def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
     assert "no C++ compiler" in done.stderr
 
 
-@pytest.mark.parametrize("setting", [{"XMLKERNELS_NATIVE": "0"}, {"CXX": "no-such-compiler", "PATH": ""}])
+@pytest.mark.parametrize(
+    "setting", [{"XMLKERNELS_NATIVE": "0"}, {"CXX": "no-such-compiler", "PATH": ""}]
+)
 def test_required_native_code_fails_the_build(tmp_path: Path, setting: dict[str, str]) -> None:
     done = build(tmp_path, XMLKERNELS_REQUIRE_NATIVE="1", **setting)
     assert done.returncode != 0
@@ -81,25 +83,49 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def wheel_of(sources: Path, output: Path, **environment: str) -> tuple[str, list[str], str]:
     """Name of the wheel that these sources make, the names of its files and its metadata."""
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--disable-pip-version-check", "--no-index"]
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("XMLKERNELS_")} | {"XMLKERNELS_CUDA": "0"} | environment
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--disable-pip-version-check",
+        "--no-index",
+    ]
+    clean = (
+        {k: v for k, v in os.environ.items() if not k.startswith("XMLKERNELS_")}
+        | {"XMLKERNELS_CUDA": "0"}
+        | environment
+    )
     done = subprocess.run(
         [*command, "--no-build-isolation", "--no-deps", "-w", str(output), str(sources)],
-        capture_output=True, text=True, env=clean, cwd=output.parent, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=clean,
+        cwd=output.parent,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (made,) = output.glob("*.whl")
     with zipfile.ZipFile(made) as archive:
         files = archive.namelist()
-        return made.name, files, "".join(archive.read(n).decode() for n in files if n.endswith(("/METADATA", "/WHEEL")))
+        return (
+            made.name,
+            files,
+            "".join(archive.read(n).decode() for n in files if n.endswith(("/METADATA", "/WHEEL"))),
+        )
 
 
 def libraries(files: list[str]) -> list[str]:
     return sorted(name for name in files if name.endswith(".so"))
 
 
-def test_a_wheel_says_whether_it_is_of_a_platform_and_holds_nothing_of_an_earlier_build(sources: Path, tmp_path: Path) -> None:
-    """One tree, built natively, then where the compiler fails, then without: build/ holds the libraries of the first."""
+def test_a_wheel_says_whether_it_is_of_a_platform_and_holds_nothing_of_an_earlier_build(
+    sources: Path, tmp_path: Path
+) -> None:
+    """One tree, built natively, then where the compiler fails, then without: build/ holds the
+    libraries of the first.
+    """
     (sources / "CMakeLists.txt").write_text(STUB)
     name, files, about = wheel_of(sources, tmp_path / "native")
     assert re.search(r"-cp3\d+-cp3\d+-\w+\.whl$", name) and not name.endswith("-any.whl"), name
@@ -111,7 +137,11 @@ def test_a_wheel_says_whether_it_is_of_a_platform_and_holds_nothing_of_an_earlie
         (place / "xmlkernels" / "no_more.py").write_text("")
     (sources / "CMakeLists.txt").write_text("message(FATAL_ERROR nothing)\n")
     name, files, about = wheel_of(sources, tmp_path / "failed")
-    assert name.endswith("-py3-none-any.whl") and libraries(files) == [] and "Root-Is-Purelib: true" in about
+    assert (
+        name.endswith("-py3-none-any.whl")
+        and libraries(files) == []
+        and "Root-Is-Purelib: true" in about
+    )
     assert "xmlkernels/predict/model.py" in files and "xmlkernels/no_more.py" not in files
 
     for place in ("lib", *(p.name for p in (sources / "build").glob("lib*"))):
@@ -135,7 +165,10 @@ def test_every_dependency_is_imported_somewhere() -> None:
 
 
 def test_setup_imports_no_torch() -> None:
-    code = "import runpy, sys; sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py'); print('torch' in sys.modules)"
+    code = (
+        "import runpy, sys; sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py'); "
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False", done.stderr
 
@@ -150,7 +183,13 @@ def settings(**environment: str) -> list[str]:
         "print(s['cuda_archs']())\n"
     )
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("XMLKERNELS_", "CUDA"))}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=clean | environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=clean | environment,
+    )
     return done.stdout.splitlines()[-2:]
 
 

@@ -1,7 +1,8 @@
-"""A label level on a device of its own: the same model, and only what a step needs on its way there and back.
+"""A label level on a device of its own: the same model, and only what a step needs on its way there
+and back.
 
-Two devices are needed to see a move. Where there is no card, torch's fake tensors stand in for them: they have a device and no
-values, and refuse to meet those of another one.
+Two devices are needed to see a move. Where there is no card, torch's fake tensors stand in for
+them: they have a device and no values, and refuse to meet those of another one.
 """
 
 from dataclasses import replace
@@ -26,9 +27,12 @@ from xmlkernels.training import build
 
 CPU = torch.device("cpu")
 MODELS = {
-    "fp32": {}, "fp8": {"dtype": "fp8", "drops": 0.2}, "sgd": {"optimizer": "sgd", "betas": (0.9, 0.9)},
-    "dense": {"optimizer": "adamw_dense"}, "mean": {"mean": MeanSettings(0.9, tables=True), "dtype": "bf16"},
-}  # fmt: skip
+    "fp32": {},
+    "fp8": {"dtype": "fp8", "drops": 0.2},
+    "sgd": {"optimizer": "sgd", "betas": (0.9, 0.9)},
+    "dense": {"optimizer": "adamw_dense"},
+    "mean": {"mean": MeanSettings(0.9, tables=True), "dtype": "bf16"},
+}
 
 
 def trained(steps: int = 4, **options: Any) -> Cascade:
@@ -51,7 +55,10 @@ def test_on_the_models_device_nothing_changes(options: dict[str, Any], tmp_path:
     assert same(placed, plain)
     batch = make_batch(plain.tree, 5, seed=9)
     plain.eval(), placed.eval()
-    assert all(torch.equal(a, b) for a, b in zip(plain.predict(batch, 5), placed.predict(batch, 5), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(plain.predict(batch, 5), placed.predict(batch, 5), strict=True)
+    )
     assert torch.equal(plain.loss(batch), placed.loss(batch))
     assert placed.config() == plain.config()
     save(tmp_path / "checkpoint", placed.tensors(), {"model": placed.config()})
@@ -62,7 +69,10 @@ def test_on_the_models_device_nothing_changes(options: dict[str, Any], tmp_path:
         assert same(other, plain)
     served = restored(state["model"], tensors)
     served.load_tensors(tensors)
-    assert all(torch.equal(a, b) for a, b in zip(served.eval().predict(batch, 5), plain.predict(batch, 5), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(served.eval().predict(batch, 5), plain.predict(batch, 5), strict=True)
+    )
 
 
 def test_a_placed_level_stays_where_it_is() -> None:
@@ -73,7 +83,9 @@ def test_a_placed_level_stays_where_it_is() -> None:
     assert {name: value.data_ptr() for name, value in labels.state_dict().items()} == before
     assert {value.device for value in labels.state_dict().values()} | {labels.hyper.device} == {CPU}
     rest = [v for k, v in model.state_dict().items() if not k.startswith("heads.levels.2.")]
-    assert {v.device.type for v in (*rest, model.scaler.scale, *free.state_dict().values())} == {"meta"}
+    assert {v.device.type for v in (*rest, model.scaler.scale, *free.state_dict().values())} == {
+        "meta"
+    }
     assert model.device.type == "meta"
 
 
@@ -86,7 +98,9 @@ class Watched:
         patch.setattr(cascade_level, "cluster_step_", self.step)
         patch.setattr(cascade_level, "shortlist_matmul", self.scores)
         patch.setattr(cascade_level, "moved", self.moved)
-        patch.setattr(placement, "wait_for", lambda device: self.moves.append((str(device), "waited", 0)))
+        patch.setattr(
+            placement, "wait_for", lambda device: self.moves.append((str(device), "waited", 0))
+        )
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
 
     def met(self, *tensors: Any) -> None:
@@ -94,16 +108,33 @@ class Watched:
         assert len(found) == 1, found
         self.devices += found
 
-    def step(self, weight: Tensor, x: Tensor, clusters: Tensor, row_ptr: Tensor, most: int, *rest: Any, **more: Any) -> Any:
+    def step(
+        self,
+        weight: Tensor,
+        x: Tensor,
+        clusters: Tensor,
+        row_ptr: Tensor,
+        most: int,
+        *rest: Any,
+        **more: Any,
+    ) -> Any:
         self.met(weight, x, clusters, row_ptr, *rest, *more.values())
-        return torch.empty_like(x), x.new_empty(*clusters.shape, most), x.new_empty(int(more["need_loss"]))
+        return (
+            torch.empty_like(x),
+            x.new_empty(*clusters.shape, most),
+            x.new_empty(int(more["need_loss"])),
+        )
 
-    def scores(self, x: Tensor, weight: Tensor, bias: Tensor, index: Tensor, row_scale: Tensor | None) -> Tensor:
+    def scores(
+        self, x: Tensor, weight: Tensor, bias: Tensor, index: Tensor, row_scale: Tensor | None
+    ) -> Tensor:
         self.met(x, weight, bias, index, row_scale)
         return x.new_empty(x.shape[0], index.shape[-1])
 
     def moved(self, device: torch.device, *tensors: Tensor) -> list[Tensor]:
-        self.moves += [(str(t.device), str(device), t.numel()) for t in tensors if t.device != device]
+        self.moves += [
+            (str(t.device), str(device), t.numel()) for t in tensors if t.device != device
+        ]
         return placement.moved(device, *tensors)
 
 
@@ -114,9 +145,11 @@ def on(device: str, batch: Documents) -> Documents:
 
 
 @pytest.mark.parametrize(("home", "apart"), [("cpu", "meta"), ("meta", "cpu"), ("meta", "cpu:1")])
-def test_a_step_takes_what_it_needs_to_the_labels_and_back(home: str, apart: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole steps and a prediction. "meta" is the card here: of all that is not the host, torch knows it everywhere (but for
-    autocast, which transformers would meet: they stand aside)."""
+def test_a_step_takes_what_it_needs_to_the_labels_and_back(
+    home: str, apart: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole steps and a prediction. "meta" is the card here: of all that is not the host, torch
+    knows it everywhere (but for autocast, which transformers would meet: they stand aside)."""
     model = make_model(3, dtype="bf16", topk=[2, 3])
     watched, batch = Watched(monkeypatch), make_batch(model.tree, 5)
     sizes, (above, most) = model.tree.sizes, model.heads.most
@@ -126,7 +159,10 @@ def test_a_step_takes_what_it_needs_to_the_labels_and_back(home: str, apart: str
         model.to(home)
         assert str(model.heads.levels[2].weight.device) == apart and str(model.device) == home
         held = on(home, batch)
-        vectors = [torch.empty(5, size, device=home, requires_grad=True) for size in (2 * width, width, width)]
+        vectors = [
+            torch.empty(5, size, device=home, requires_grad=True)
+            for size in (2 * width, width, width)
+        ]
         monkeypatch.setattr(model.encoder, "layer_vectors", lambda *inputs: vectors)
         loss = model.step(held, need_loss=True)
         assert [str(v.grad.device) for v in vectors] == [home] * 3
@@ -136,15 +172,21 @@ def test_a_step_takes_what_it_needs_to_the_labels_and_back(home: str, apart: str
         assert sorted(forth) == sorted([5 * width, 5 * kept, pairs, pairs, 1, 1, tree])
         back = [count for _, to, count in watched.moves if to == home]
         assert sorted(back) == sorted([5 * width, 5 * kept * most, 1])
-        # All that goes to the host is asked for first: it waits for the tree once, and once for the rest.
+        # All that goes to the host is asked for first: it waits for the tree once, and once for the
+        # rest.
         waits = [where for where, to, _ in watched.moves if to == "waited"]
         assert waits == ([home] * 2 if apart.startswith("cpu") else [apart])
         watched.moves.clear()
         model.step(held)
         assert tree not in [count for _, _, count in watched.moves], "the tree is there already"
         watched.devices.clear()
-        values, labels = model.predict(held, 4, exclude=torch.zeros(5, 1, dtype=torch.int64, device=home))
-        assert watched.devices == [home, home, apart] and {str(values.device), str(labels.device)} == {home}
+        values, labels = model.predict(
+            held, 4, exclude=torch.zeros(5, 1, dtype=torch.int64, device=home)
+        )
+        assert watched.devices == [home, home, apart] and {
+            str(values.device),
+            str(labels.device),
+        } == {home}
         assert str(model.loss(held).device) == home
 
 
@@ -159,8 +201,12 @@ def test_labels_on_the_host_beside_a_card(name: str) -> None:
         batch = make_batch(host.tree, 6, seed=number)
         there = on("cuda:0", batch)
         expected = float(host.step(batch, need_loss=True))
-        assert float(model.step(there, need_loss=True)) == pytest.approx(expected, rel=1e-2 if name == "fp8" else 1e-3)
-    assert model.heads.levels[2].weight.device == CPU and model.heads.levels[1].weight.device == card
+        assert float(model.step(there, need_loss=True)) == pytest.approx(
+            expected, rel=1e-2 if name == "fp8" else 1e-3
+        )
+    assert (
+        model.heads.levels[2].weight.device == CPU and model.heads.levels[1].weight.device == card
+    )
     if name != "fp8":  # whose stores draw another way where a bit of dx differs
         assert relative(model.heads.levels[2].weight, host.heads.levels[2].weight) < 1e-2
     batch = on("cuda:0", make_batch(host.tree, 5, seed=9))
@@ -176,13 +222,18 @@ def test_labels_on_the_host_beside_a_card(name: str) -> None:
 def test_labels_on_a_second_card() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one card")
-    models = [make_model(3, label_device=device).to("cuda:0") for device in (None, torch.device("cuda:1"))]
+    models = [
+        make_model(3, label_device=device).to("cuda:0") for device in (None, torch.device("cuda:1"))
+    ]
     for number in range(4):
         batch = on("cuda:0", make_batch(models[0].tree, 6, seed=number))
         losses = [float(model.step(batch, need_loss=True)) for model in models]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert models[1].heads.levels[2].weight.device == torch.device("cuda:1")
-    assert relative(models[1].heads.levels[2].weight, models[0].heads.levels[2].weight.to("cuda:1")) < 1e-4
+    assert (
+        relative(models[1].heads.levels[2].weight, models[0].heads.levels[2].weight.to("cuda:1"))
+        < 1e-4
+    )
 
 
 # ---- the command ----
@@ -193,10 +244,14 @@ def test_labels_on_a_second_card() -> None:
     [
         ({"label_device": "tpu9"}, "--label-device: expected a device, got 'tpu9'"),
         ({"label_device": "meta"}, "--label-device: expected cpu or cuda, got 'meta'"),
-        ({"label_device": "cuda:1"}, r"--label-device: expected a device of this machine, got 'cuda:1' \(1 found\)"),
+        (
+            {"label_device": "cuda:1"},
+            r"--label-device: expected a device of this machine, got 'cuda:1' \(1 found\)",
+        ),
         (
             {"label_device": "cpu", "model": "end_to_end"},
-            "--label-device: expected auto with --model end_to_end, whose table stands with the model, got 'cpu'; leave it out",
+            "--label-device: expected auto with --model end_to_end, whose table stands with the "
+            "model, got 'cpu'; leave it out",
         ),
     ],
 )
@@ -205,40 +260,79 @@ def test_places_that_cannot_be_used_are_refused(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match=expected):
-        check(replace(Config(), **{"model": "cascade", "tree_depths": (3, 6), "device": "cpu"} | changes))
+        check(
+            replace(
+                Config(), **{"model": "cascade", "tree_depths": (3, 6), "device": "cpu"} | changes
+            )
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 def test_a_card_that_is_not_there_is_told_by_the_heads_too() -> None:
-    with pytest.raises(InputError, match="device of the label table: expected a device of this machine, got cuda:1"):
+    with pytest.raises(
+        InputError, match="device of the label table: expected a device of this machine, got cuda:1"
+    ):
         make_model(3, label_device=torch.device("cuda:1"))
 
 
-def test_memory_is_told_for_each_device(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_is_told_for_each_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(build, "longest_row", lambda *_: 10)
     dataset = SimpleNamespace(splits={"train": range(1000)})
-    settings = {"label_device": "cpu", "device": "cuda", "batch": 8, "accumulate": 2, "beyond_memory": True}
+    settings = {
+        "label_device": "cpu",
+        "device": "cuda",
+        "batch": 8,
+        "accumulate": 2,
+        "beyond_memory": True,
+    }
     config = replace(RECIPES["cascade-tiny"][1], **settings)
     encoder = torch.nn.Linear(4, 4)
-    tables = [build.Table(name, rows, 64, "bf16", "adam") for name, rows in (("clusters", 1 << 10), ("labels", 1 << 16))]
+    tables = [
+        build.Table(name, rows, 64, "bf16", "adam")
+        for name, rows in (("clusters", 1 << 10), ("labels", 1 << 16))
+    ]
 
     def lines(**changes: Any) -> list[str]:
-        build._tell(replace(config, **changes), dataset, encoder, tables, (1 << 10, 640), torch.device("cuda"))
+        build._tell(
+            replace(config, **changes),
+            dataset,
+            encoder,
+            tables,
+            (1 << 10, 640),
+            torch.device("cuda"),
+        )
         return capsys.readouterr().out.splitlines()
 
     card, host = lines()
-    assert card.startswith("memory of the model on cuda: about ") and "clusters 128 KiB" in card and "labels" not in card
-    assert host.startswith("memory of the model on cpu: about ") and "labels 8.0 MiB, states of labels 32.0 MiB" in host
+    assert (
+        card.startswith("memory of the model on cuda: about ")
+        and "clusters 128 KiB" in card
+        and "labels" not in card
+    )
+    assert (
+        host.startswith("memory of the model on cpu: about ")
+        and "labels 8.0 MiB, states of labels 32.0 MiB" in host
+    )
     assert lines(label_device="cuda:1")[1].startswith("memory of the model on cuda:1: ")
     for same_place in ("auto", "cuda", "cuda:0"):
         (whole,) = lines(label_device=same_place)
-        assert whole.startswith("memory of the model: about ") and "clusters" in whole and "labels" in whole
+        assert (
+            whole.startswith("memory of the model: about ")
+            and "clusters" in whole
+            and "labels" in whole
+        )
 
 
-def test_a_run_may_go_on_with_its_labels_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The flag reaches the model; a resumed run may name another place, and on the model's own all is as it was."""
+def test_a_run_may_go_on_with_its_labels_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The flag reaches the model; a resumed run may name another place, and on the model's own all
+    is as it was.
+    """
     dataset = make_dataset(tmp_path / "raw")
     tree = make_tree(dataset, tmp_path / "tree.safetensors")
     report = run(cascade(dataset, tmp_path / "plain", tree, epochs=2))

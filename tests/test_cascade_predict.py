@@ -21,7 +21,9 @@ def trained(levels: int, **options: object) -> object:
 
 
 def brute_force(model: object, batch: object) -> list[list[dict[int, float]]]:
-    """For each level and document the logit of every candidate's probability under the scheme, in float64."""
+    """For each level and document the logit of every candidate's probability under the scheme, in
+    float64.
+    """
     twin, scheme = Twin(model), model.heads.scheme
     with torch.no_grad():
         x = [f.double() for f in model._features(*batch.inputs)]
@@ -36,7 +38,9 @@ def brute_force(model: object, batch: object) -> list[list[dict[int, float]]]:
             for node in there:
                 path = [node]
                 for above in reversed(range(r)):
-                    path.append(int(np.searchsorted(model.tree.children[above], path[-1], "right")) - 1)
+                    path.append(
+                        int(np.searchsorted(model.tree.children[above], path[-1], "right")) - 1
+                    )
                 own = [float(z[r - i][s, n]) for i, n in enumerate(path)]
                 used = {"level": own[:1], "weighted": own[:2], "path": own}[scheme]
                 p = math.prod(1 / (1 + math.exp(-v)) for v in used)
@@ -58,12 +62,16 @@ def test_every_level_equals_brute_force(levels: int, scheme: str) -> None:
             nodes = [int(model.tree.order[n]) for n in best] if label else best
             assert level.nodes[s].tolist() == nodes + [-1] * (k - len(nodes))
             torch.testing.assert_close(
-                level.values[s, : len(best)], torch.tensor([scores[n] for n in best]), rtol=1e-4, atol=1e-5
+                level.values[s, : len(best)],
+                torch.tensor([scores[n] for n in best]),
+                rtol=1e-4,
+                atol=1e-5,
             )
             assert level.values[s, len(best) :].eq(-torch.inf).all()
         if not label:
             handed = [
-                sorted({int(np.searchsorted(model.tree.children[r], n, "right")) - 1 for n in f}) for f in expected[r + 1]
+                sorted({int(np.searchsorted(model.tree.children[r], n, "right")) - 1 for n in f})
+                for f in expected[r + 1]
             ]
             assert [[c for c in row if c >= 0] for row in level.kept.tolist()] == handed
         else:
@@ -81,8 +89,12 @@ def test_low_precision_tables_predict_what_their_rows_say(dtype: str) -> None:
     level = model.heads.levels[2]
     x = model._features(*batch.inputs)[2].detach().double()
     exact = x @ level.rows(0, LABELS).double().T + level.bias.double()
-    got = torch.zeros(5, LABELS, dtype=torch.float64).scatter_(1, model.place[labels], values.double())
-    assert sorted(labels[0].tolist()) == list(range(LABELS))  # every cluster kept: every label is a candidate
+    got = torch.zeros(5, LABELS, dtype=torch.float64).scatter_(
+        1, model.place[labels], values.double()
+    )
+    assert sorted(labels[0].tolist()) == list(
+        range(LABELS)
+    )  # every cluster kept: every label is a candidate
     torch.testing.assert_close(got, exact, rtol=0, atol=1e-5 if dtype == "fp8" else 0.02)
 
 
@@ -94,8 +106,13 @@ def test_excluded_labels_are_never_given() -> None:
     kept, names = model.predict(batch, 48, exclude)
     assert torch.equal(names, torch.cat([labels[:, 1:2], labels[:, 3:]], 1))
     assert torch.equal(kept, torch.cat([values[:, 1:2], values[:, 3:]], 1))
-    outside = torch.tensor([next(n for n in range(LABELS) if n not in row) for row in labels.tolist()])[:, None]
-    assert all(torch.equal(a, b) for a, b in zip(model.predict(batch, 50, outside), (values, labels), strict=True))
+    outside = torch.tensor(
+        [next(n for n in range(LABELS) if n not in row) for row in labels.tolist()]
+    )[:, None]
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.predict(batch, 50, outside), (values, labels), strict=True)
+    )
 
 
 def test_places_beyond_the_shortlist_are_empty() -> None:
@@ -109,7 +126,10 @@ def test_places_beyond_the_shortlist_are_empty() -> None:
 
 def test_levels_under_every_scheme_for_one_pass() -> None:
     model = trained(3, topk=[2, 3])
-    batch, exclude = make_batch(model.tree, 64), torch.tensor([[0, -1], [1, 2], [3, -1], [-1, -1]]).repeat(16, 1)
+    batch, exclude = (
+        make_batch(model.tree, 64),
+        torch.tensor([[0, -1], [1, 2], [3, -1], [-1, -1]]).repeat(16, 1),
+    )
     found, loss = model.levels_and_loss(batch, 6, exclude, model.schemes)
     assert set(found) == {"level", "weighted", "path"} and torch.equal(loss, model.loss(batch))
     for scheme, levels in found.items():
@@ -130,7 +150,9 @@ def test_predictions_and_embeddings_for_one_pass() -> None:
 
 def test_equal_scores_stand_in_table_order() -> None:
     model = make_model(3, fill=False, topk=[2, 2])
-    assert [level.kept.tolist() for level in model.predict_levels(make_batch(model.tree, 1), 3)][:2] == [[[0, 1]], [[0, 1]]]
+    assert [level.kept.tolist() for level in model.predict_levels(make_batch(model.tree, 1), 3)][
+        :2
+    ] == [[[0, 1]], [[0, 1]]]
     _, labels = model.predict(make_batch(model.tree, 1), 3)
     assert labels.tolist() == [model.tree.order[:3].tolist()]
 
@@ -142,14 +164,19 @@ def test_prediction_trains_nothing_and_its_loss_is_the_steps() -> None:
         before = {k: v.clone() for k, v in model.tensors().items()}
         values, labels, loss = model.predict_and_loss(batch, 5)
         assert all(torch.equal(v, before[k]) for k, v in model.tensors().items())
-        assert all(torch.equal(a, b) for a, b in zip(model.predict(batch, 5), (values, labels), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(model.predict(batch, 5), (values, labels), strict=True)
+        )
         torch.testing.assert_close(loss, model.loss(batch))
         torch.testing.assert_close(loss, model.step(batch, need_loss=True), rtol=1e-5, atol=0)
 
 
 def test_logits_keep_their_digits_at_both_ends() -> None:
     z = torch.tensor([-80.0, -20.0, -1.0, 0.0, 1.0, 20.0, 80.0])
-    torch.testing.assert_close(logit_of_log(torch.nn.functional.logsigmoid(z)), z, rtol=3e-6, atol=1e-6)
+    torch.testing.assert_close(
+        logit_of_log(torch.nn.functional.logsigmoid(z)), z, rtol=3e-6, atol=1e-6
+    )
     assert logit_of_log(torch.tensor([-torch.inf])).tolist() == [-torch.inf]
     assert logit_of_log(torch.tensor([0.0])).isfinite().all()
 
@@ -158,9 +185,15 @@ def test_a_checkpoint_rebuilds_the_model_for_prediction() -> None:
     model = trained(3, drops=[0.1, 0.2, 0.3], dtype="bf16").eval()
     config, tensors = model.config(), {k: v.clone() for k, v in model.tensors().items()}
     heads = CascadeHeads(**config["head"], fill=False)
-    again = type(model)(type(model.encoder).from_config(config["encoder"]), heads, saved_tree(config, tensors)).eval()
+    again = type(model)(
+        type(model.encoder).from_config(config["encoder"]), heads, saved_tree(config, tensors)
+    ).eval()
     again.load_tensors(tensors)
     batch = make_batch(model.tree, 5)
     for a, b in zip(model.predict(batch, 9), again.predict(batch, 9), strict=True):
         assert torch.equal(a, b)
-    assert again.tree.settings == {"dataset": "test"} and again.steps == 4 and config["kind"] == "cascade"
+    assert (
+        again.tree.settings == {"dataset": "test"}
+        and again.steps == 4
+        and config["kind"] == "cascade"
+    )

@@ -8,9 +8,12 @@ from xmlkernels import InputError
 from xmlkernels.models.running_mean import MeanSettings
 
 OPTIONS = {
-    "plain": {}, "bf16": {"dtype": "bf16", "state_dtype": "bf16", "row_wise": False}, "fp8": {"dtype": "fp8"},
-    "mean": {"mean": MeanSettings(0.9, tables=True), "drops": 0.1}, "sgd": {"optimizer": "sgd", "betas": (0.9, 0.9)},
-}  # fmt: skip
+    "plain": {},
+    "bf16": {"dtype": "bf16", "state_dtype": "bf16", "row_wise": False},
+    "fp8": {"dtype": "fp8"},
+    "mean": {"mean": MeanSettings(0.9, tables=True), "drops": 0.1},
+    "sgd": {"optimizer": "sgd", "betas": (0.9, 0.9)},
+}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -36,7 +39,9 @@ def test_a_checkpoint_of_another_tree_is_refused() -> None:
     for other in (make_tree(3, seed=1), make_tree(2)):
         tensors = make_model(other.levels, tree=other).tensors()
         with pytest.raises(
-            InputError, match="checkpoint: expected a cascade on this label tree .*got one on another tree; pass"
+            InputError,
+            match="checkpoint: expected a cascade on this label tree .*got one on another tree; "
+            "pass",
         ):
             model.load_tensors(tensors)
     order = model.tensors()["order"].flip(0)
@@ -46,7 +51,10 @@ def test_a_checkpoint_of_another_tree_is_refused() -> None:
 
 def test_tensors_of_another_model_are_refused() -> None:
     model = make_model(3)
-    with pytest.raises(InputError, match=r"checkpoint: heads.levels.0.weight: expected torch.float32 .* got torch.bfloat16"):
+    with pytest.raises(
+        InputError,
+        match=r"checkpoint: heads.levels.0.weight: expected torch.float32 .* got torch.bfloat16",
+    ):
         model.load_tensors(make_model(3, dtype="bf16").tensors())
     with pytest.raises(InputError, match="left over .*heads.projections.0.bias"):
         make_model(3, layers=[(1,), (2,), (3,)]).load_tensors(model.tensors())

@@ -74,7 +74,8 @@ def test_tensors_come_back_bit_for_bit(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
         assert (
-            found[name].numpy(force=True).tobytes() == tensor.detach().contiguous().numpy().tobytes()
+            found[name].numpy(force=True).tobytes()
+            == tensor.detach().contiguous().numpy().tobytes()
             if (tensor.dtype in (torch.float32, torch.int64, torch.bool, torch.uint8))
             else torch.equal(found[name].float(), tensor.float())
         ), name
@@ -109,7 +110,11 @@ def test_state_is_exact_and_strict_json(tmp_path: Path) -> None:
         raise AssertionError(f"{name} is no JSON")
 
     json.loads((tmp_path / "c" / "state.json").read_text(encoding="utf-8"), parse_constant=refuse)
-    for bad, place in [({"a": {1: 2}}, "state.a"), ({"a": [0, {1}]}, r"state.a\[1\]"), ({"t": torch.ones(1)}, "state.t")]:
+    for bad, place in [
+        ({"a": {1: 2}}, "state.a"),
+        ({"a": [0, {1}]}, r"state.a\[1\]"),
+        ({"t": torch.ones(1)}, "state.t"),
+    ]:
         with pytest.raises(InputError, match=place):
             save(tmp_path / "c", {}, bad)
     assert load(tmp_path / "c")[1]["big"] == 2**200 + 1
@@ -138,14 +143,20 @@ def test_kill_at_any_time_leaves_one_whole(tmp_path: Path) -> None:
     assert number >= 3  # a loaded machine saves rarely; more would measure its speed
     save(folder, value(-1), {"number": -1})
     assert whole(folder) == -1
-    assert sorted(os.listdir(tmp_path)) == ["c", "told"] or sorted(os.listdir(tmp_path)) == ["c", "told", "told.new"]
+    assert sorted(os.listdir(tmp_path)) == ["c", "told"] or sorted(os.listdir(tmp_path)) == [
+        "c",
+        "told",
+        "told.new",
+    ]
 
 
 STEPS = ("open", "fsync", "rename", "mkdir", "rmdir", "unlink", "link")
 
 
 def dying(at: int, work: Callable[[], None]) -> Callable[[], None]:
-    """`work`, dead without any clean-up as it enters the `at`-th system call that changes the disk."""
+    """`work`, dead without any clean-up as it enters the `at`-th system call that changes the
+    disk.
+    """
 
     def run() -> None:
         left = [at]
@@ -168,7 +179,9 @@ def dying(at: int, work: Callable[[], None]) -> Callable[[], None]:
 
 @pytest.mark.parametrize("kept", [1, 2])
 def test_death_while_the_earlier_ones_move_on(tmp_path: Path, kept: int) -> None:
-    """Whatever stands under any name is whole; the newest two are among them; the next save clears up and counts right."""
+    """Whatever stands under any name is whole; the newest two are among them; the next save clears
+    up and counts right.
+    """
     deaths = 0
     for at in range(1, 100):
         root = tmp_path / str(at)
@@ -177,13 +190,25 @@ def test_death_while_the_earlier_ones_move_on(tmp_path: Path, kept: int) -> None
             both.save_last(value(number), {"number": number})
         pid = in_child(dying(at, lambda: both.save_last(value(4), {"number": 4})))  # noqa: B023
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        found = {whole(root / name) for name in os.listdir(root) if not name.startswith(".")} | {whole(root / "last")}
-        assert max(found) >= 3 and whole(root / "last") in (3, 4) and len(found) >= kept, (at, found)
+        found = {whole(root / name) for name in os.listdir(root) if not name.startswith(".")} | {
+            whole(root / "last")
+        }
+        assert max(found) >= 3 and whole(root / "last") in (3, 4) and len(found) >= kept, (
+            at,
+            found,
+        )
         both.save_last(value(5), {"number": 5})
         names = names_of(root)
-        assert names == ["last", *(f"last.{n}" for n in range(1, len(names)))] and len(names) <= kept + 1, at
+        assert (
+            names == ["last", *(f"last.{n}" for n in range(1, len(names)))]
+            and len(names) <= kept + 1
+        ), at
         numbers = [whole(root / name) for name in names]
-        assert numbers[0] == 5 and numbers == sorted(numbers, reverse=True) and len(names) >= min(kept, 1) + 1, at
+        assert (
+            numbers[0] == 5
+            and numbers == sorted(numbers, reverse=True)
+            and len(names) >= min(kept, 1) + 1
+        ), at
         if status == 0:
             break
         assert status == 9
@@ -201,10 +226,14 @@ def test_death_while_one_is_put_back(tmp_path: Path) -> None:
         flip(root / "last" / "state.json", 400)
         pid = in_child(dying(at, lambda: both.put_back("last.1")))  # noqa: B023
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        assert both.resumable() and both.load_first(("last", "earlier", "best"))[1] == {"number": 1}, at
+        assert both.resumable() and both.load_first(("last", "earlier", "best"))[1] == {
+            "number": 1
+        }, at
         both.put_back("last.1")
         both.save_last(value(3), {"number": 3})
-        assert names_of(root) == ["last", "last.1"] and [whole(root / name) for name in names_of(root)] == [3, 1]
+        assert names_of(root) == ["last", "last.1"] and [
+            whole(root / name) for name in names_of(root)
+        ] == [3, 1]
         if status == 0:
             break
     assert at > 4
@@ -250,7 +279,9 @@ def test_empty_folder_in_the_way_does_not_cost_the_old_one(tmp_path: Path) -> No
     assert whole(tmp_path / "c") == 1
 
 
-def test_failure_keeps_the_old_and_clears_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_keeps_the_old_and_clears_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path / "c", value(1), {"number": 1})
 
     def full(*_: object) -> None:
@@ -307,17 +338,37 @@ def test_bad_checkpoints_are_told(tmp_path: Path) -> None:
     broken(state.unlink, "state.json.*no such file")
     broken(lambda: os.truncate(state, 40), "state.json: expected JSON, got")
     broken(lambda: edit(version=2), "version 1, got 2")
-    broken(lambda: edit(format="other"), "format xmlkernels checkpoint, got \"other\"")
+    broken(lambda: edit(format="other"), 'format xmlkernels checkpoint, got "other"')
     broken(lambda: edit(identity="0"), "another checkpoint")
     scalar = {"shape": [], "dtype": "int64"}
-    broken(lambda: edit(tensors={"w": {"shape": [150, 2], "dtype": "float32"}, "n": scalar}), "1 differ")
-    broken(lambda: edit(tensors={"w": {"shape": [300], "dtype": "float32"}}), "whole safetensors file, got .*1,200 of them")
-    broken(lambda: edit(tensors={"w": {"shape": [2**40, 2**40], "dtype": "float32"}}), "whole safetensors file, got")
-    broken(lambda: edit(tensors={"w": {"shape": [300], "dtype": "float33"}}), "a format that torch knows, got 'float33'")
-    broken(lambda: os.truncate(weights, 1 << 40), "whole safetensors file, got 1,099,511,627,776 bytes")
-    broken(lambda: state.write_text('{"format": "xmlkernels checkpoint", "version": 1}'), "a key 'identity', got none")
+    broken(
+        lambda: edit(tensors={"w": {"shape": [150, 2], "dtype": "float32"}, "n": scalar}),
+        "1 differ",
+    )
+    broken(
+        lambda: edit(tensors={"w": {"shape": [300], "dtype": "float32"}}),
+        "whole safetensors file, got .*1,200 of them",
+    )
+    broken(
+        lambda: edit(tensors={"w": {"shape": [2**40, 2**40], "dtype": "float32"}}),
+        "whole safetensors file, got",
+    )
+    broken(
+        lambda: edit(tensors={"w": {"shape": [300], "dtype": "float33"}}),
+        "a format that torch knows, got 'float33'",
+    )
+    broken(
+        lambda: os.truncate(weights, 1 << 40), "whole safetensors file, got 1,099,511,627,776 bytes"
+    )
+    broken(
+        lambda: state.write_text('{"format": "xmlkernels checkpoint", "version": 1}'),
+        "a key 'identity', got none",
+    )
     broken(lambda: state.write_text("[]"), "format xmlkernels checkpoint, got a list")
-    broken(lambda: edit(tensors={"w": {"shape": [-1], "dtype": "float32"}}), r"tensors.w.shape\[0\]: expected .*>= 0, got -1")
+    broken(
+        lambda: edit(tensors={"w": {"shape": [-1], "dtype": "float32"}}),
+        r"tensors.w.shape\[0\]: expected .*>= 0, got -1",
+    )
     broken(lambda: edit(alias={"x": 3}), r"alias.x: expected a text, got 3")
     broken(lambda: edit(alias={"x": "nowhere"}), "an alias of a tensor, got 'nowhere'")
     broken(lambda: edit(state=[]), r"state: expected an object, got a list of 0")
@@ -327,9 +378,16 @@ def test_bad_checkpoints_are_told(tmp_path: Path) -> None:
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
-    """200 anywhere in either file, headers and checksums too; the same for damage by whole bytes, and for mixed files."""
+    """200 anywhere in either file, headers and checksums too; the same for damage by whole bytes,
+    and for mixed files.
+    """
     folder, random_ = tmp_path / "c", random.Random(0)
-    tensors = {**value(1), "same": torch.ones(3), "half": torch.ones(5).bfloat16(), "empty": torch.empty(0, 4)}
+    tensors = {
+        **value(1),
+        "same": torch.ones(3),
+        "half": torch.ones(5).bfloat16(),
+        "empty": torch.empty(0, 4),
+    }
     tensors["alias"] = tensors["same"]
     save(folder, tensors, {"number": 1, "rates": [0.5, None, math.nan]})
     assert whole(folder) == 1
@@ -399,9 +457,14 @@ def test_earlier_checkpoints_are_kept_and_counted(tmp_path: Path) -> None:
                 both.save_best()
             kept = [f"last.{n}" for n in range(1, keep + 1) if number - n >= 1]
             assert names_of(both.folder) == [*(["best"] if number >= 2 else []), "last", *kept]
-            assert [whole(both.folder / name) for name in ("last", *kept)] == list(range(number, number - len(kept) - 1, -1))
+            assert [whole(both.folder / name) for name in ("last", *kept)] == list(
+                range(number, number - len(kept) - 1, -1)
+            )
     CheckpointFolder(tmp_path / "3", 1).save_last(value(8), {"number": 8})  # fewer from now on
-    assert names_of(tmp_path / "3") == ["best", "last", "last.1"] and whole(tmp_path / "3" / "last.1") == 7
+    assert (
+        names_of(tmp_path / "3") == ["best", "last", "last.1"]
+        and whole(tmp_path / "3" / "last.1") == 7
+    )
 
 
 def test_a_folder_of_something_else_among_the_earlier_ones_stays(tmp_path: Path) -> None:
@@ -410,7 +473,9 @@ def test_a_folder_of_something_else_among_the_earlier_ones_stays(tmp_path: Path)
     (tmp_path / "last.7" / "thesis.txt").write_text("mine")
     for number in (1, 2):
         both.save_last(value(number), {"number": number})
-    assert names_of(tmp_path) == ["last", "last.7"] and names_of(tmp_path / "last.7") == ["thesis.txt"]
+    assert names_of(tmp_path) == ["last", "last.7"] and names_of(tmp_path / "last.7") == [
+        "thesis.txt"
+    ]
 
 
 def test_the_first_whole_one_is_found_and_put_back(tmp_path: Path) -> None:
@@ -423,7 +488,9 @@ def test_the_first_whole_one_is_found_and_put_back(tmp_path: Path) -> None:
     for name, number in (("last", 3), ("last.1", 2), ("last.2", 1)):
         flip(tmp_path / "run" / name / "tensors.safetensors", 5000)
         _, state, which, reason = both.load_first(order)
-        assert state == {"number": number} and which == {3: "last.1", 2: "last.2", 1: "best"}[number]
+        assert (
+            state == {"number": number} and which == {3: "last.1", 2: "last.2", 1: "best"}[number]
+        )
         assert reason is not None and "run/last/tensors" in str(reason)
     both.put_back("best")
     assert whole(tmp_path / "run" / "last") == whole(tmp_path / "run" / "best") == 1
@@ -433,7 +500,9 @@ def test_the_first_whole_one_is_found_and_put_back(tmp_path: Path) -> None:
         (tmp_path / "run" / name / "state.json").unlink()
     with pytest.raises(InputError, match="run/last/state.json"):
         both.load_first(order)
-    assert both.exists("last") and both.resumable()  # there is something that must not be started over
+    assert (
+        both.exists("last") and both.resumable()
+    )  # there is something that must not be started over
     shutil.rmtree(tmp_path / "run" / "last")
     with pytest.raises(InputError, match="last.1/state.json"):
         both.load_first(order)
@@ -481,7 +550,13 @@ def test_last_and_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def draws() -> list[object]:
-    return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist()]
+    return [
+        random.random(),
+        random.gauss(0, 1),
+        np.random.rand(),
+        np.random.randn(),
+        torch.rand(3).tolist(),
+    ]
 
 
 def test_generators(tmp_path: Path) -> None:
@@ -496,7 +571,12 @@ def test_generators(tmp_path: Path) -> None:
     good = rng_state()
     expected = draws()
     set_rng_state(good)
-    for bad in [{}, {**good, "torch": "AAAA"}, {**good, "numpy": {}}, {**good, "cuda": ["AAAA"] * 99}]:
+    for bad in [
+        {},
+        {**good, "torch": "AAAA"},
+        {**good, "numpy": {}},
+        {**good, "cuda": ["AAAA"] * 99},
+    ]:
         with pytest.raises(InputError, match="generator"):
             set_rng_state(bad)
     assert draws() == expected  # a refused state changes nothing
@@ -516,13 +596,20 @@ def trained(names: list[str], seed: int) -> tuple[nn.ModuleDict, torch.optim.Ada
 def test_optimizer_state_by_name(tmp_path: Path) -> None:
     module, optimizer = trained(["a", "norm", "idle", "b"], 3)
     tensors = optimizer_tensors(optimizer, module.named_parameters())
-    assert {"a.weight/exp_avg", "norm.weight/exp_avg_sq", "b.bias/step", "idle.weight/none"} < tensors.keys()
+    assert {
+        "a.weight/exp_avg",
+        "norm.weight/exp_avg_sq",
+        "b.bias/step",
+        "idle.weight/none",
+    } < tensors.keys()
     save(tmp_path / "c", {**dict(module.state_dict()), **tensors}, {})
     found, _ = load(tmp_path / "c")
     # The other model registers its parts in another order: numbers would mix them up, names do not.
     other, twin = trained(["b", "idle", "norm", "a"], 0)
     other.load_state_dict({k: found[k] for k in module.state_dict()})
-    load_optimizer_tensors(twin, other.named_parameters(), {k: v for k, v in found.items() if "/" in k})
+    load_optimizer_tensors(
+        twin, other.named_parameters(), {k: v for k, v in found.items() if "/" in k}
+    )
     own = dict(module.named_parameters())
     for name, p in other.named_parameters():
         assert twin.state[p].keys() == optimizer.state[own[name]].keys()
@@ -549,7 +636,10 @@ def test_optimizer_state_is_strict() -> None:
     ]:
         with pytest.raises(InputError, match=match):
             load_optimizer_tensors(optimizer, module.named_parameters(), bad)
-    assert all(torch.equal(v, before[k]) for k, v in optimizer_tensors(optimizer, module.named_parameters()).items())
+    assert all(
+        torch.equal(v, before[k])
+        for k, v in optimizer_tensors(optimizer, module.named_parameters()).items()
+    )
     with pytest.raises(InputError, match="a name for every parameter"):
         optimizer_tensors(optimizer, list(module.named_parameters())[:1])
 
@@ -557,14 +647,24 @@ def test_optimizer_state_is_strict() -> None:
 def test_a_choice_of_tensors(tmp_path: Path) -> None:
     """Only what is asked for comes back, also where two names share one tensor."""
     weight = torch.arange(6.0)
-    save(tmp_path / "c", {"a.weight": weight, "b.weight": weight, "optimizer.a": torch.ones(3)}, {"step": 4})
+    save(
+        tmp_path / "c",
+        {"a.weight": weight, "b.weight": weight, "optimizer.a": torch.ones(3)},
+        {"step": 4},
+    )
     tensors, state = load(tmp_path / "c", lambda name: name == "b.weight")
-    assert list(tensors) == ["b.weight"] and torch.equal(tensors["b.weight"], weight) and state == {"step": 4}
+    assert (
+        list(tensors) == ["b.weight"]
+        and torch.equal(tensors["b.weight"], weight)
+        and state == {"step": 4}
+    )
     assert load(tmp_path / "c")[0].keys() == {"a.weight", "b.weight", "optimizer.a"}
 
 
 def test_a_foreign_file_in_a_checkpoint_stops_no_save(tmp_path: Path) -> None:
-    """A file manager writes into any folder; what is beside the checkpoint's own files is moved aside with it."""
+    """A file manager writes into any folder; what is beside the checkpoint's own files is moved
+    aside with it.
+    """
     folder = CheckpointFolder(tmp_path, keep=1)
     for step in range(5):
         folder.save_last({"w": torch.full((2,), float(step))}, {"step": step})

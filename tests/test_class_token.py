@@ -1,4 +1,6 @@
-"""`--pooling cls` where the class token stands last, as XLNet's tokenizer sets it: trained, saved and served."""
+"""`--pooling cls` where the class token stands last, as XLNet's tokenizer sets it: trained, saved
+and served.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,9 @@ LAST = "$A [SEP] [CLS]"
 
 def xlnet() -> Any:
     torch.manual_seed(0)
-    config = transformers.XLNetConfig(vocab_size=len(WORDS) + 4, d_model=32, n_layer=2, n_head=4, d_inner=64, dropout=0.0)
+    config = transformers.XLNetConfig(
+        vocab_size=len(WORDS) + 4, d_model=32, n_layer=2, n_head=4, d_inner=64, dropout=0.0
+    )
     return transformers.XLNetModel(config)
 
 
@@ -40,15 +44,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_runs, "make_tokenizer", lambda folder: make_tokenizer(folder, template=LAST))
+        patch.setattr(
+            train_runs, "make_tokenizer", lambda folder: make_tokenizer(folder, template=LAST)
+        )
         return make_dataset(tmp_path_factory.mktemp("raw"))
 
 
 def test_the_tokenizer_says_where_its_class_token_stands(tmp_path: Path) -> None:
     for name, options, expected in (
-        ("bert", {}, "first"), ("xlnet", {"template": LAST}, "last"), ("none", {"specials": False}, None),
+        ("bert", {}, "first"),
+        ("xlnet", {"template": LAST}, "last"),
+        ("none", {"specials": False}, None),
         ("other", {"template": "$A [SEP]"}, None),
-    ):  # fmt: skip
+    ):
         assert load_tokenizer(make_tokenizer(tmp_path / name, **options)).class_position == expected  # type: ignore[arg-type]
 
 
@@ -65,7 +73,9 @@ def test_the_last_real_token_is_read_whichever_side_is_padded(pad_left: bool) ->
         out = encoder(ids, mask)
         for row in range(3):
             real = ids[row][mask[row] == 1][None]
-            hidden = encoder.model(input_ids=real, attention_mask=torch.ones_like(real)).last_hidden_state
+            hidden = encoder.model(
+                input_ids=real, attention_mask=torch.ones_like(real)
+            ).last_hidden_state
             torch.testing.assert_close(out[row], hidden[0, -1], rtol=1e-4, atol=1e-5)
 
 
@@ -86,7 +96,11 @@ def test_a_run_from_before_goes_on_as_it_began(
     config = tiny(dataset, tmp_path / "run", encoder=str(model), pooling="cls", epochs=1)
     seen: list[str] = []
     whole = session.Session.finish
-    monkeypatch.setattr(session.Session, "finish", lambda self: seen.append(self.model.encoder.class_token) or whole(self))
+    monkeypatch.setattr(
+        session.Session,
+        "finish",
+        lambda self: seen.append(self.model.encoder.class_token) or whole(self),
+    )
     run(config)
     folder = CheckpointFolder(tmp_path / "run" / "checkpoint")
     tensors, state = folder.load("last")
@@ -113,9 +127,13 @@ def test_both_models_are_trained_and_served_on_the_last_token(
     texts = ["w3 w4 w5", "w9"]
     vectors = predictor.predict_and_embed(texts, 3)[2]
     for text, vector in zip(texts, vectors, strict=True):
-        ids = torch.from_numpy(load_tokenizer(model).encode_batch([text], 16)[0].astype(np.int64))[None]
+        ids = torch.from_numpy(load_tokenizer(model).encode_batch([text], 16)[0].astype(np.int64))[
+            None
+        ]
         with torch.no_grad():
-            states = encoder.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+            states = encoder.model(
+                input_ids=ids, attention_mask=torch.ones_like(ids)
+            ).last_hidden_state
         assert ids[0, -1] == 2  # [CLS]
         np.testing.assert_allclose(vector, states[0, -1].numpy(), rtol=1e-3, atol=1e-4)
     assert 0 <= report["test"]["P@1"] <= 100 and Dataset.open(dataset).num_labels == LABELS

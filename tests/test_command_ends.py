@@ -1,4 +1,6 @@
-"""Commands that are stopped, that find a file in their way, or that the disk refuses, each in a process of its own."""
+"""Commands that are stopped, that find a file in their way, or that the disk refuses, each in a
+process of its own.
+"""
 
 import json
 import os
@@ -9,21 +11,29 @@ from pathlib import Path
 import pytest
 
 CASES = [
-    *(f"a run stopped by {name}" for name in ("SIGINT", "SIGTERM", "SIGHUP")), "a second signal", "nohup",
-    "a run stopped while it opens its model", "a run stopped in its validation", "a run whose disk is full",
+    *(f"a run stopped by {name}" for name in ("SIGINT", "SIGTERM", "SIGHUP")),
+    "a second signal",
+    "nohup",
+    "a run stopped while it opens its model",
+    "a run stopped in its validation",
+    "a run whose disk is full",
     *(
         f"{name}: a file in the way, a full disk, links"
         for name in ("tree", "ranker", "ensemble", "export", "predict", "prepare")
     ),
-    "prepare stopped", "tree stopped",
-]  # fmt: skip
+    "prepare stopped",
+    "tree stopped",
+]
 
 
 def run_script(name: str, *words: str | Path) -> list[dict[str, object]]:
     """The lines of JSON of a script beside this file, which has the paths of this process."""
     here = Path(__file__).parent
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), *filter(None, sys.path)])}
-    env |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # threads do not live on in a fork
+    env |= {
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }  # threads do not live on in a fork
     command = [sys.executable, str(here / name), *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -32,7 +42,10 @@ def run_script(name: str, *words: str | Path) -> list[dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def wrong(tmp_path_factory: pytest.TempPathFactory) -> dict[object, object]:
-    return {line["case"]: line["wrong"] for line in run_script("command_ends.py", tmp_path_factory.mktemp("ends"))}
+    return {
+        line["case"]: line["wrong"]
+        for line in run_script("command_ends.py", tmp_path_factory.mktemp("ends"))
+    }
 
 
 @pytest.mark.parametrize("case", CASES)

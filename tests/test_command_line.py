@@ -17,7 +17,8 @@ from xmlkernels.training.ranker import RankerConfig
 from xmlkernels.training.tree import TreeConfig
 
 COMMANDS = {"prepare": PrepareConfig, "tree": TreeConfig, "rank": RankerConfig} | {
-    name: import_module(f"xmlkernels.cli.{name}").Options for name in ("predict", "ensemble", "export")
+    name: import_module(f"xmlkernels.cli.{name}").Options
+    for name in ("predict", "ensemble", "export")
 }
 PLACED = ("tree", "ensemble")
 
@@ -25,7 +26,9 @@ PLACED = ("tree", "ensemble")
 def mistake(*words: str, of: str = "") -> str:
     with pytest.raises(InputError) as told:
         if of:
-            arguments.parse(COMMANDS[of], f"xmlkernels {of}", "", positional=of in PLACED, words=words)
+            arguments.parse(
+                COMMANDS[of], f"xmlkernels {of}", "", positional=of in PLACED, words=words
+            )
         else:
             arguments.parse_named(RECIPES, "recipe", "xmlkernels train", "", words)
     text = str(told.value)
@@ -34,15 +37,36 @@ def mistake(*words: str, of: str = "") -> str:
 
 
 def test_values_are_read() -> None:
-    words = ("cascade-tiny", "--topk", "3", "9", "--encoder_lr=0.5", "--no-label-text", "--layers", "1,2", "2", "2")
+    words = (
+        "cascade-tiny",
+        "--topk",
+        "3",
+        "9",
+        "--encoder_lr=0.5",
+        "--no-label-text",
+        "--layers",
+        "1,2",
+        "2",
+        "2",
+    )
     config: Config = arguments.parse_named(RECIPES, "recipe", "xmlkernels train", "", words)
-    assert (config.topk, config.encoder_lr, config.label_text, config.layers) == ((3, 9), 0.5, False, ("1,2", "2", "2"))
+    assert (config.topk, config.encoder_lr, config.label_text, config.layers) == (
+        (3, 9),
+        0.5,
+        False,
+        ("1,2", "2", "2"),
+    )
     assert config.output == "runs/cascade-tiny" and config.epochs == 8  # the recipe's
     ranker: Any = arguments.parse(
-        COMMANDS["rank"], "", "", words=("--dataset", "d", "--output", "o", "--cost", "2", "--share", "0.5", "--no-tfidf")
+        COMMANDS["rank"],
+        "",
+        "",
+        words=("--dataset", "d", "--output", "o", "--cost", "2", "--share", "0.5", "--no-tfidf"),
     )
     assert (ranker.training.cost, ranker.share, ranker.tfidf) == (2.0, 0.5, False)
-    tree: Any = arguments.parse(COMMANDS["tree"], "", "", positional=True, words=("folder", "--depths", "2", "4"))
+    tree: Any = arguments.parse(
+        COMMANDS["tree"], "", "", positional=True, words=("folder", "--depths", "2", "4")
+    )
     assert (tree.dataset, tree.depths) == ("folder", (2, 4))
 
 
@@ -54,12 +78,22 @@ def test_values_are_read() -> None:
         (("unlike-any",), "cascade-… (15); xmlkernels train --help tells of each"),
         ((), "expected a recipe, got none; choose one of demo, docstrings"),
         (("tiny", "--learning-rate", "3"), "did you mean --encoder-lr or --table-lr?"),
-        (("tiny", "--epoch=3"), "--epoch: expected a flag of this command, got none of that name; did you mean --epochs?"),
+        (
+            ("tiny", "--epoch=3"),
+            "--epoch: expected a flag of this command, got none of that name; did you mean "
+            "--epochs?",
+        ),
         (("tiny", "--batch-size", "3"), "did you mean --batch?"),
         (("tiny", "--epochs", "many"), "--epochs: expected a whole number, got 'many'"),
         (("tiny", "--epochs"), "--epochs: expected a whole number, got nothing"),
-        (("tiny", "--table", "fp23"), "--table: expected one of auto, fp32, bf16, fp16, fp8, got 'fp23'"),
-        (("tiny", "--topk", "1", "x"), "--topk: expected whole numbers, with spaces between them, got '1' 'x'"),
+        (
+            ("tiny", "--table", "fp23"),
+            "--table: expected one of auto, fp32, bf16, fp16, fp8, got 'fp23'",
+        ),
+        (
+            ("tiny", "--topk", "1", "x"),
+            "--topk: expected whole numbers, with spaces between them, got '1' 'x'",
+        ),
         (("tiny", "--compile", "yes"), "expected flags and their values, got 'yes'"),
         (("tiny", "stray"), "expected flags and their values, got 'stray'"),
     ],
@@ -72,14 +106,22 @@ def test_mistakes_of_a_run(words: tuple[str, ...], expected: str) -> None:
 def test_mistakes_of_every_command(name: str) -> None:
     assert "did you mean --output?" in mistake("--outptu", "x", of=name)
     assert f"xmlkernels {name} --help lists them" in mistake("--zzzz", of=name)
-    required = {"prepare": "--output", "tree": "DATASET", "ranker": "--dataset", "export": "--checkpoint"}
+    required = {
+        "prepare": "--output",
+        "tree": "DATASET",
+        "ranker": "--dataset",
+        "export": "--checkpoint",
+    }
     if name in required:
         assert mistake(of=name).startswith(f"{required[name]}: expected ")
 
 
 def test_what_settings_refuse_names_the_flag() -> None:
     words = ("--dataset", "d", "--output", "o", "--epochs", "0")
-    assert mistake(*words, of="ranker") == "--epochs: expected 1 or more, got 0; train for at least one pass"
+    assert (
+        mistake(*words, of="ranker")
+        == "--epochs: expected 1 or more, got 0; train for at least one pass"
+    )
 
 
 def test_a_text_is_taken_as_it_is() -> None:
@@ -91,22 +133,33 @@ def test_a_text_is_taken_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("name", ["run", *COMMANDS])
-def test_help_tells_of_every_flag_and_no_comment(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_tells_of_every_flag_and_no_comment(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     kind = COMMANDS.get(name, Config)
     with pytest.raises(SystemExit) as ended:
         if name == "run":
             arguments.parse_named(RECIPES, "recipe", "xmlkernels train", "", ("tiny", "--help"))
         else:
-            arguments.parse(kind, f"xmlkernels {name}", "What it does.", positional=name in PLACED, words=["--help"])
+            arguments.parse(
+                kind,
+                f"xmlkernels {name}",
+                "What it does.",
+                positional=name in PLACED,
+                words=["--help"],
+            )
     shown = capsys.readouterr().out
     assert ended.value.code == 0 and "----" not in shown
     for flag in flags_of(kind, positional=name in PLACED):
         assert flag.told, f"{flag.name} has no help"
         assert f"  {flag.shown}" in shown and flag.told.split()[0] in shown
     groups = {
-        "run": ("data", "encoder", "label table", "training"), "prepare": ("raw files", "how they are read"),
-        "tree": ("graph of labels",), "predict": ("texts", "answers"), "ranker": ("features", "training", "result"),
-    }  # fmt: skip
+        "run": ("data", "encoder", "label table", "training"),
+        "prepare": ("raw files", "how they are read"),
+        "tree": ("graph of labels",),
+        "predict": ("texts", "answers"),
+        "ranker": ("features", "training", "result"),
+    }
     assert all(f"\n{group}:\n" in shown for group in groups.get(name, ("flags",)))
     if name == "run":
         assert "--epochs N " in shown and "[2]" in shown  # the recipe's
@@ -118,15 +171,24 @@ def test_help_of_recipes_and_of_one_flag(capsys: pytest.CaptureFixture[str]) -> 
             arguments.parse_named(RECIPES, "recipe", "xmlkernels train", "Trains.", words)
     shown = capsys.readouterr().out
     assert all(f"  {name}" in shown for name in RECIPES)
-    assert "weights in proportion to the candidates" in " ".join(shown.split()) and "--epochs N" not in shown
+    assert (
+        "weights in proportion to the candidates" in " ".join(shown.split())
+        and "--epochs N" not in shown
+    )
 
 
 def test_a_mistake_ends_with_2(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "xmlkernels", "tree", "--thread", "1"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-m", "xmlkernels", "tree", "--thread", "1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: --thread: expected a flag of this command") and "--threads?" in done.stderr
+    assert (
+        done.stderr.startswith("error: --thread: expected a flag of this command")
+        and "--threads?" in done.stderr
+    )
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
@@ -144,5 +206,7 @@ def test_the_demo_takes_no_flags(
 
 
 def test_a_text_of_help_is_a_text() -> None:
-    options: Any = arguments.parse(COMMANDS["predict"], "", "", words=("--text", "--help", "--top-k", "3"))
+    options: Any = arguments.parse(
+        COMMANDS["predict"], "", "", words=("--text", "--help", "--top-k", "3")
+    )
     assert (options.text, options.top_k) == ("--help", 3)

@@ -1,4 +1,6 @@
-"""Damage to a run's files: nothing is lost but what is damaged, what stands in is told of, and nobody meets a traceback."""
+"""Damage to a run's files: nothing is lost but what is damaged, what stands in is told of, and
+nobody meets a traceback.
+"""
 
 import copy
 import json
@@ -63,7 +65,11 @@ def test_a_damaged_last_checkpoint_is_replaced_by_the_one_before(
     assert step_of(damaged, "last.1") < step_of(whole, "last")
     run(replace(settings_of(whole), output=str(damaged), resume=True))
     told = capsys.readouterr().out
-    assert "note: " in told and "last/tensors.safetensors, tensor" in told and "last.1, the newest one that is whole" in told
+    assert (
+        "note: " in told
+        and "last/tensors.safetensors, tensor" in told
+        and "last.1, the newest one that is whole" in told
+    )
     for which in ("last", "best"):  # bit for bit as the run that met no damage
         assert weights(damaged, which) == weights(whole, which)
     assert (damaged / "predictions.npz").read_bytes() == (whole / "predictions.npz").read_bytes()
@@ -86,9 +92,15 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(whole: Path, damaged
         run(replace(settings_of(whole), output=str(damaged), resume=True))
     for name in ("last", "last.1", "best"):
         (damaged / "checkpoint" / name / "state.json").unlink()
-    with pytest.raises(InputError, match="last/state.json: expected a checkpoint, got no such file"):
+    with pytest.raises(
+        InputError, match="last/state.json: expected a checkpoint, got no such file"
+    ):
         run(replace(settings_of(whole), output=str(damaged), resume=True))
-    assert all(path.read_bytes() == content for path, content in before.items() if path.name != "state.json")
+    assert all(
+        path.read_bytes() == content
+        for path, content in before.items()
+        if path.name != "state.json"
+    )
 
 
 def test_files_beside_the_checkpoints_are_written_again(
@@ -104,10 +116,15 @@ def test_files_beside_the_checkpoints_are_written_again(
 
 def test_serving_falls_back_and_says_so(whole: Path, damaged: Path) -> None:
     harm(damaged, "best")
-    with pytest.warns(CheckpointWarning, match="best/tensors.safetensors, tensor .*checkpoint/last is used in its place"):
+    with pytest.warns(
+        CheckpointWarning,
+        match="best/tensors.safetensors, tensor .*checkpoint/last is used in its place",
+    ):
         found = Predictor.load(damaged)
     expected = Predictor.load(whole, which="last").predict_arrays(TEXTS, 4)
-    assert all(np.array_equal(a, b) for a, b in zip(found.predict_arrays(TEXTS, 4), expected, strict=True))
+    assert all(
+        np.array_equal(a, b) for a, b in zip(found.predict_arrays(TEXTS, 4), expected, strict=True)
+    )
     with pytest.raises(InputError, match="best/tensors"):
         Predictor.load(damaged, which="best")
     harm(damaged, "last")
@@ -128,8 +145,10 @@ def test_serving_falls_back_and_says_so(whole: Path, damaged: Path) -> None:
         ("tokenizer/tokenizer_config.json", lambda text: text + b" "),
         ("tokenizer/tokenizer_config.json", lambda text: None),
     ],
-)  # fmt: skip
-def test_files_beside_a_checkpoint_are_under_checksums(damaged: Path, name: str, change: Any) -> None:
+)
+def test_files_beside_a_checkpoint_are_under_checksums(
+    damaged: Path, name: str, change: Any
+) -> None:
     path = damaged / "checkpoint" / name
     content = change(path.read_bytes())
     path.unlink() if content is None else path.write_bytes(content)
@@ -142,9 +161,11 @@ def test_names_are_counted_where_there_are_no_checksums(tmp_path: Path) -> None:
     path = tmp_path / "run" / "checkpoint" / "label_names.txt"
     whole = path.read_bytes()
     for content, match in (
-        (whole.replace(b"\n", b" ", 1), "30 lines, a name for each label, got 29"), (whole + b"x\n", "got 31"),
-        (whole[:-1], "30 lines"), (whole.replace(b"w3", b"\xff", 1), "UTF-8"),
-    ):  # fmt: skip
+        (whole.replace(b"\n", b" ", 1), "30 lines, a name for each label, got 29"),
+        (whole + b"x\n", "got 31"),
+        (whole[:-1], "30 lines"),
+        (whole.replace(b"w3", b"\xff", 1), "UTF-8"),
+    ):
         path.write_bytes(content)
         with pytest.raises(InputError, match=match):
             Predictor.load(tmp_path / "run")
@@ -152,7 +173,20 @@ def test_names_are_counted_where_there_are_no_checksums(tmp_path: Path) -> None:
 
 # ---- values of another type ----
 
-WRONG: list[Any] = [None, -1, 2**70, 1.5, "x", True, [], {}, [[1]], {"a": None}, "", {"__float__": "nan"}]
+WRONG: list[Any] = [
+    None,
+    -1,
+    2**70,
+    1.5,
+    "x",
+    True,
+    [],
+    {},
+    [[1]],
+    {"a": None},
+    "",
+    {"__float__": "nan"},
+]
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -181,8 +215,12 @@ def exchange(head: dict[str, Any], chance: random.Random) -> tuple[dict[str, Any
 
 
 @pytest.mark.parametrize("seed", range(15))
-def test_resume_states_of_other_types_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """They are of a run from before there were checksums, and of all its checkpoints, so that none stands in."""
+def test_resume_states_of_other_types_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """They are of a run from before there were checksums, and of all its checkpoints, so that none
+    stands in.
+    """
     shutil.copytree(V1, tmp_path / "v1")
     monkeypatch.chdir(tmp_path / "v1")
     config = replace(settings_of(Path("unfinished")), resume=True)

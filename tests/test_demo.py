@@ -1,4 +1,6 @@
-"""The demo's second call: what stands is used again, what was stopped goes on, anything else is replaced."""
+"""The demo's second call: what stands is used again, what was stopped goes on, anything else is
+replaced.
+"""
 
 import json
 import os
@@ -32,7 +34,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     return found
 
 
-def plant(config: Config, dataset: Dataset, *, finished: bool, commit: str = "aaa", data: str = "") -> None:
+def plant(
+    config: Config, dataset: Dataset, *, finished: bool, commit: str = "aaa", data: str = ""
+) -> None:
     """A run as it lies on the disk."""
     output = Path(config.output)
     output.mkdir(parents=True)
@@ -42,7 +46,9 @@ def plant(config: Config, dataset: Dataset, *, finished: bool, commit: str = "aa
         report = {"commit": commit, "dataset_hash": data, "test": {"P@1": 1.0}}
         (output / "metrics.json").write_text(json.dumps(report))
     else:
-        CheckpointFolder(output / "checkpoint").save_last({}, {"dataset": data, "commits": ["zzz", commit]})
+        CheckpointFolder(output / "checkpoint").save_last(
+            {}, {"dataset": data, "commits": ["zzz", commit]}
+        )
 
 
 def asked(calls: list[Config]) -> list[str]:
@@ -61,7 +67,12 @@ def asked(calls: list[Config]) -> list[str]:
     ],
 )
 def test_what_lies_there_decides(
-    finished: bool, planted: dict[str, str], expected: list[str], dataset: Path, tmp_path: Path, calls: list[Config]
+    finished: bool,
+    planted: dict[str, str],
+    expected: list[str],
+    dataset: Path,
+    tmp_path: Path,
+    calls: list[Config],
 ) -> None:
     config, data = tiny(dataset, tmp_path / "demo"), Dataset.open(dataset)
     plant(config, data, finished=finished, **planted)
@@ -70,7 +81,9 @@ def test_what_lies_there_decides(
     assert report["test"] == ({} if expected else {"P@1": 1.0})
 
 
-def test_settings_that_shape_nothing_do_not_matter(dataset: Path, tmp_path: Path, calls: list[Config]) -> None:
+def test_settings_that_shape_nothing_do_not_matter(
+    dataset: Path, tmp_path: Path, calls: list[Config]
+) -> None:
     config, data = tiny(dataset, tmp_path / "demo"), Dataset.open(dataset)
     plant(config, data, finished=True)
     changed = replace(config, overwrite=True, resume=True, log_every=7)
@@ -89,19 +102,28 @@ def test_changed_files_are_never_the_same_code(
 
 
 @pytest.mark.parametrize("left", ["nothing", "no checkpoint", "broken settings"])
-def test_little_or_broken_remains(left: str, dataset: Path, tmp_path: Path, calls: list[Config]) -> None:
+def test_little_or_broken_remains(
+    left: str, dataset: Path, tmp_path: Path, calls: list[Config]
+) -> None:
     config, data = tiny(dataset, tmp_path / "demo"), Dataset.open(dataset)
     if left != "nothing":
         (tmp_path / "demo").mkdir()
-        (tmp_path / "demo" / "config.json").write_text(json.dumps(asdict(config)) if left == "no checkpoint" else "{")
+        (tmp_path / "demo" / "config.json").write_text(
+            json.dumps(asdict(config)) if left == "no checkpoint" else "{"
+        )
     demo.trained(config, data)
     assert asked(calls) == (["resume"] if left == "no checkpoint" else ["overwrite"])
 
 
 def test_the_whole_demo_twice(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The first call trains, the second one only reads; a folder left by Ctrl-C does not stop it."""
+    """The first call trains, the second one only reads; a folder left by Ctrl-C does not stop
+    it.
+    """
     config, trained = tiny(dataset, tmp_path / "demo", epochs=1), []
     monkeypatch.setattr(demo, "RECIPES", {"demo": ("", config)})
     monkeypatch.setattr(demo, "commit", lambda: "aaa")
@@ -117,38 +139,69 @@ def test_the_whole_demo_twice(
     demo.run()
     first = capsys.readouterr().out
     assert "TF-IDF baseline: measured now" in first and "holds this run unfinished" in first
-    assert "a linear ranker of" in first and f"--checkpoint {config.output} --ranker {config.output}-ranker" in first
-    monkeypatch.setattr(demo, "KNNBaseline", lambda *_: pytest.fail("the baseline was measured again"))
+    assert (
+        "a linear ranker of" in first
+        and f"--checkpoint {config.output} --ranker {config.output}-ranker" in first
+    )
+    monkeypatch.setattr(
+        demo, "KNNBaseline", lambda *_: pytest.fail("the baseline was measured again")
+    )
     monkeypatch.setattr(demo, "train_ranker", lambda _: pytest.fail("the ranker was trained again"))
     demo.run()
     second = capsys.readouterr().out
-    assert len(trained) == 1 and "nothing to train" in second and "TF-IDF baseline: measured beside this run" in second
+    assert (
+        len(trained) == 1
+        and "nothing to train" in second
+        and "TF-IDF baseline: measured beside this run" in second
+    )
     tables = [
-        [line for line in text.splitlines() if any(name in line for name in ("│ TF-IDF", "│ model"))]
+        [
+            line
+            for line in text.splitlines()
+            if any(name in line for name in ("│ TF-IDF", "│ model"))
+        ]
         for text in (first, second)
     ]
     assert tables[0] == tables[1] and len(tables[0]) == 3
     assert all(query in second for query in demo.QUERIES)
 
 
-def test_a_ranker_of_another_run_is_trained_again(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = demo.RankerOptions(str(dataset), str(tmp_path), checkpoint="runs/demo", **demo.DEMO_RANKER)
+def test_a_ranker_of_another_run_is_trained_again(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = demo.RankerOptions(
+        str(dataset), str(tmp_path), checkpoint="runs/demo", **demo.DEMO_RANKER
+    )
     data, trained = Dataset.open(dataset), []
-    monkeypatch.setattr(demo, "train_ranker", lambda options: trained.append(options) or {"test": {"both": {"P@1": 2.0}}})
-    kept = {"dataset_hash": data.content_hash, "options": demo.plain(options), "test": {"both": {"P@1": 1.0}}}
+    monkeypatch.setattr(
+        demo,
+        "train_ranker",
+        lambda options: trained.append(options) or {"test": {"both": {"P@1": 2.0}}},
+    )
+    kept = {
+        "dataset_hash": data.content_hash,
+        "options": demo.plain(options),
+        "test": {"both": {"P@1": 1.0}},
+    }
     (tmp_path / "metrics.json").write_text(json.dumps(kept))
     opened: list[Any] = []
     monkeypatch.setattr(demo.RankedPredictor, "load", lambda *folders: opened.append(folders))
     assert demo.with_ranker(options, data, stands=True) == {"P@1": 1.0} and not trained
     assert opened == [(str(tmp_path), "runs/demo")]
-    for stands, changed in ((False, kept), (True, kept | {"dataset_hash": "other"}), (True, kept | {"options": {}})):
+    for stands, changed in (
+        (False, kept),
+        (True, kept | {"dataset_hash": "other"}),
+        (True, kept | {"options": {}}),
+    ):
         (tmp_path / "metrics.json").write_text(json.dumps(changed))
         assert demo.with_ranker(options, data, stands=stands) == {"P@1": 2.0}
     assert len(trained) == 3
     (tmp_path / "metrics.json").write_text(json.dumps(kept))
 
     def refuse(*folders: str) -> None:
-        raise InputError("ranker", "the checkpoint that it was made with", "another", "train it again")
+        raise InputError(
+            "ranker", "the checkpoint that it was made with", "another", "train it again"
+        )
 
     monkeypatch.setattr(demo.RankedPredictor, "load", refuse)  # damaged, or beside another run
     assert demo.with_ranker(options, data, stands=True) == {"P@1": 2.0} and len(trained) == 4
@@ -171,10 +224,14 @@ def test_a_corpus_made_now_is_not_told_as_used_again(
     assert again.count("used again") == 1 and "made on first use" not in again
 
 
-def test_the_hint_names_the_interpreter_in_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_hint_names_the_interpreter_in_use(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
-    assert demo.typed("predict") == os.path.join(".venv", "bin", "python") + " -m xmlkernels predict"
+    assert (
+        demo.typed("predict") == os.path.join(".venv", "bin", "python") + " -m xmlkernels predict"
+    )
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "xmlkernels").touch()
     assert demo.typed("predict") == os.path.join(".venv", "bin", "xmlkernels") + " predict"

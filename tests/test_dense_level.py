@@ -1,4 +1,6 @@
-"""Dense AdamW on a cascade's tables: against AdamW by hand in float64, against the row-sparse rule, stopped, served."""
+"""Dense AdamW on a cascade's tables: against AdamW by hand in float64, against the row-sparse rule,
+stopped, served.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,12 +27,18 @@ class DenseTwin(Twin):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self.moments = [[torch.zeros_like(p) for p in (t, t, b, b)] for t, b in zip(self.tables, self.biases, strict=True)]
+        self.moments = [
+            [torch.zeros_like(p) for p in (t, t, b, b)]
+            for t, b in zip(self.tables, self.biases, strict=True)
+        ]
 
     @torch.no_grad()
     def move(self, r: int, hit: Tensor, lr: float, beta1: float) -> None:
         tables, decay, t = self.moments[r], self.settings.decay / 10, self.step_number
-        for p, m, v, shrink in ((self.tables[r], *tables[:2], decay), (self.biases[r], *tables[2:], 0.0)):
+        for p, m, v, shrink in (
+            (self.tables[r], *tables[:2], decay),
+            (self.biases[r], *tables[2:], 0.0),
+        ):
             m.mul_(beta1).add_(p.grad, alpha=1 - beta1)
             v.mul_(BETA2).add_(p.grad.square(), alpha=1 - BETA2)
             p.mul_(1 - lr * shrink)
@@ -39,8 +47,18 @@ class DenseTwin(Twin):
 
 @pytest.mark.parametrize("levels", [2, 4])
 def test_steps_equal_adamw_by_hand(levels: int) -> None:
-    """Four steps beside dense float64 tables, autograd and Python loops; the cycle of beta1 and a decay that shows."""
-    model = make_model(levels, optimizer="adamw_dense", topk=[1] * (levels - 1), decay=20.0, warmup=2, total=9, cooldown=3)
+    """Four steps beside dense float64 tables, autograd and Python loops; the cycle of beta1 and a
+    decay that shows.
+    """
+    model = make_model(
+        levels,
+        optimizer="adamw_dense",
+        topk=[1] * (levels - 1),
+        decay=20.0,
+        warmup=2,
+        total=9,
+        cooldown=3,
+    )
     start, twin = [level.weight.clone() for level in model.heads.levels], DenseTwin(model)
     rates = [model.training_settings.rates(number) for number in range(4)]
     assert len({beta1 for _, _, beta1 in rates}) > 1
@@ -52,18 +70,30 @@ def test_steps_equal_adamw_by_hand(levels: int) -> None:
         still = twin.tables[-1].grad.abs().sum(1) == 0
         # A row that no document has as a candidate moves: at least by its decay.
         assert still.any() and not (model.heads.levels[-1].weight == before).all(1)[still].any()
-    for level, first, table, bias in zip(model.heads.levels, start, twin.tables, twin.biases, strict=True):
-        # Adam divides by the gradient's own size: what rounds in a tiny gradient shows whole in the step.
+    for level, first, table, bias in zip(
+        model.heads.levels, start, twin.tables, twin.biases, strict=True
+    ):
+        # Adam divides by the gradient's own size: what rounds in a tiny gradient shows whole in the
+        # step.
         assert relative(level.weight - first, table - first.double()) < 1e-3
         assert relative(level.bias, bias) < 1e-3
         assert torch.equal(level.counter, torch.tensor([int(level.counter[0]), 4]))
-    for (name, ours), theirs in zip(model.encoder.named_parameters(), twin.encoder.parameters(), strict=True):
+    for (name, ours), theirs in zip(
+        model.encoder.named_parameters(), twin.encoder.parameters(), strict=True
+    ):
         assert name.endswith("key.bias") or relative(ours, theirs) < 1e-4, name
 
 
 def test_it_equals_the_row_sparse_rule_where_every_row_is_a_candidate() -> None:
     """One cluster of all rows; biases, which follow another rule, are put back after every step."""
-    options = {"row_wise": False, "betas": (0.9, BETA2), "epsilon": EPSILON, "state_dtype": "fp32", "seed": 5, "fill": True}
+    options = {
+        "row_wise": False,
+        "betas": (0.9, BETA2),
+        "epsilon": EPSILON,
+        "state_dtype": "fp32",
+        "seed": 5,
+        "fill": True,
+    }
     sparse = CascadeLevel(30, 12, 30, dtype="fp32", optimizer="adam", **options)
     dense = DenseLevel(30, 12, 30, dtype="fp32", optimizer="adamw_dense", **options)
     first = sparse.weight.clone()
@@ -72,12 +102,22 @@ def test_it_equals_the_row_sparse_rule_where_every_row_is_a_candidate() -> None:
     generator = torch.Generator().manual_seed(0)
     for number in range(5):
         x = torch.randn(8, 12, generator=generator)
-        node, sample = torch.sort(torch.randint(30, (8,), generator=generator)).values, torch.arange(8, dtype=torch.int32)
-        scale, more = torch.full((1,), 1 / 240), {"lr": 1e-2, "beta1": 0.85 + 0.01 * number, "need_loss": True}
+        node, sample = (
+            torch.sort(torch.randint(30, (8,), generator=generator)).values,
+            torch.arange(8, dtype=torch.int32),
+        )
+        scale, more = (
+            torch.full((1,), 1 / 240),
+            {"lr": 1e-2, "beta1": 0.85 + 0.01 * number, "need_loss": True},
+        )
         out = []
         for level in (sparse, dense):
             level.set_decay(0.5)
-            out.append(level.step(x, clusters, row_ptr, 30, (node, sample), scale=scale, dx_scale=4.0, **more))
+            out.append(
+                level.step(
+                    x, clusters, row_ptr, 30, (node, sample), scale=scale, dx_scale=4.0, **more
+                )
+            )
             level.bias.zero_()
         for ours, theirs in zip(*out, strict=True):
             assert ours.shape == theirs.shape and relative(theirs, ours) < 1e-5
@@ -97,9 +137,17 @@ def test_a_non_finite_feature_changes_nothing() -> None:
         spoilt[sample, 3] = torch.inf
         none = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int32)
         out = level.step(
-            spoilt, clusters, row_ptr, model.heads.most[0], none, lr=1e-2, beta1=0.9, scale=torch.ones(1), dx_scale=1.0,
+            spoilt,
+            clusters,
+            row_ptr,
+            model.heads.most[0],
+            none,
+            lr=1e-2,
+            beta1=0.9,
+            scale=torch.ones(1),
+            dx_scale=1.0,
             need_loss=True,
-        )  # fmt: skip
+        )
         assert all(part.isnan().all() for part in out)
     after = model.heads.state_dict()
     assert [k for k in before if not torch.equal(before[k], after[k])] == ["levels.1.counter"]
@@ -107,7 +155,11 @@ def test_a_non_finite_feature_changes_nothing() -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_a_stopped_model_goes_on_bit_for_bit_and_is_served(dtype: str) -> None:
-    options = {"optimizer": "adamw_dense", "dtype": dtype, "state_dtype": "bf16" if dtype == "bf16" else "fp32"}
+    options = {
+        "optimizer": "adamw_dense",
+        "dtype": dtype,
+        "state_dtype": "bf16" if dtype == "bf16" else "fp32",
+    }
     model = make_model(3, **options)
     for number in range(3):
         model.step(make_batch(model.tree, 6, seed=number))
@@ -118,11 +170,22 @@ def test_a_stopped_model_goes_on_bit_for_bit_and_is_served(dtype: str) -> None:
         twin.step(make_batch(model.tree, 6, seed=number))
     assert all(torch.equal(value, twin.tensors()[name]) for name, value in model.tensors().items())
     names = {name.rsplit(".", 1)[-1] for name in saved if name.startswith("heads.levels")}
-    assert names == {"weight", "bias", "counter", "momentum", "second", "bias_momentum", "bias_second"}
+    assert names == {
+        "weight",
+        "bias",
+        "counter",
+        "momentum",
+        "second",
+        "bias_momentum",
+        "bias_second",
+    }
     served = make_model(3, training=False, dtype=dtype, optimizer="sgd", betas=(0.0, 0.9))
     served.load_tensors({k: v.clone() for k, v in model.tensors().items()})
     batch = make_batch(model.tree, 4, seed=8)
-    assert all(torch.equal(a, b) for a, b in zip(served.predict(batch, 5), model.predict(batch, 5), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(served.predict(batch, 5), model.predict(batch, 5), strict=True)
+    )
 
 
 def test_its_step_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +194,9 @@ def test_its_step_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) ->
     class Seen(TorchDispatchMode):
         names: set[str] = set()
 
-        def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        def __torch_dispatch__(
+            self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
+        ) -> object:
             self.names.add(str(func))
             return func(*args, **(kwargs or {}))
 
@@ -141,59 +206,120 @@ def test_its_step_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) ->
     x, one = torch.randn(2, 16), torch.ones(1)
     # The ops' own checks of values run on the CPU alone.
     monkeypatch.setattr("xmlkernels.ops.sparse_update.check_touched_rows", nothing)
-    monkeypatch.setattr("xmlkernels.nn.dense_level.shortlist_matmul", torch.ops.xmlkernels.shortlist_matmul)
+    monkeypatch.setattr(
+        "xmlkernels.nn.dense_level.shortlist_matmul", torch.ops.xmlkernels.shortlist_matmul
+    )
     options = {"lr": 1e-2, "beta1": 0.9, "scale": one, "dx_scale": one, "need_loss": True}
     with Seen() as seen:
         level.step(x, clusters, model.children_0, model.heads.most[0], positives, **options)
-    waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default", "repeat_interleave")
+    waits = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "is_nonzero",
+        "equal.default",
+        "repeat_interleave",
+    )
     assert any("sparse_adam_" in name for name in seen.names)
     assert [name for name in seen.names if any(wait in name for wait in waits)] == []
 
 
 @pytest.mark.parametrize("state", ["fp32", "bf16"])
 def test_it_takes_the_memory_that_was_told(state: str) -> None:
-    heads = CascadeHeads((5, 40), (9,), 16, layers=((1,), (2,)), topk=(2,), optimizer="adamw_dense", state_dtype=state)
+    heads = CascadeHeads(
+        (5, 40),
+        (9,),
+        16,
+        layers=((1,), (2,)),
+        topk=(2,),
+        optimizer="adamw_dense",
+        state_dtype=state,
+    )
     tables = []
     for size, level in zip((5, 40), heads.levels, strict=True):
-        tables.append(Table(f"{size} rows", size, 16, "fp32", "adamw_dense", 0.9, state, row_wise=True, bias=True))
-        held = {name: value.numel() * value.element_size() for name, value in level.state_dict().items()}
+        tables.append(
+            Table(
+                f"{size} rows",
+                size,
+                16,
+                "fp32",
+                "adamw_dense",
+                0.9,
+                state,
+                row_wise=True,
+                bias=True,
+            )
+        )
+        held = {
+            name: value.numel() * value.element_size() for name, value in level.state_dict().items()
+        }
         assert tables[-1].weight_bytes() == held["weight"] + held["bias"]
         states = ("momentum", "second", "bias_momentum", "bias_second")
         assert tables[-1].state_bytes() == sum(held[name] for name in states)
     parts = plan(torch.nn.Linear(2, 2), tables, documents=3, tokens=0, update=12)
-    assert parts["gradients of one table"] == 4 * 40 * (16 + 12)  # [n, D] and [B, n] of the larger one
+    assert parts["gradients of one table"] == 4 * 40 * (
+        16 + 12
+    )  # [n, D] and [B, n] of the larger one
     sparse = [replace(table, optimizer="adam") for table in tables]
     assert plan(torch.nn.Linear(2, 2), sparse, documents=3, tokens=0)["gradients of one table"] == 0
 
 
 def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(
-        InputError, match="cascade table: dtype: expected fp32, bf16 or fp16 for optimizer adamw_dense, got fp8"
+        InputError,
+        match="cascade table: dtype: expected fp32, bf16 or fp16 for optimizer adamw_dense, got "
+        "fp8",
     ):
         make_model(2, optimizer="adamw_dense", dtype="fp8")
-    with pytest.raises(InputError, match="cascade table: optimizer: expected one of adam, sgd, adamw_dense, got 'adamw'"):
+    with pytest.raises(
+        InputError,
+        match="cascade table: optimizer: expected one of adam, sgd, adamw_dense, got 'adamw'",
+    ):
         make_model(2, optimizer="adamw")
 
 
 @pytest.mark.parametrize(
     ("changes", "given", "expected"),
     [
-        ({"table": "fp8"}, (), "--table-optimizer: expected auto, sgd or adam with --table fp8, got 'adamw_dense'; "),
-        ({"model": "end_to_end"}, (), "--table-optimizer: expected auto, sgd or adam with --model end_to_end, got "),
-        ({}, ("momentum",), "--momentum: expected --table-optimizer sgd, got adamw_dense; leave it out"),
+        (
+            {"table": "fp8"},
+            (),
+            "--table-optimizer: expected auto, sgd or adam with --table fp8, got 'adamw_dense'; ",
+        ),
+        (
+            {"model": "end_to_end"},
+            (),
+            "--table-optimizer: expected auto, sgd or adam with --model end_to_end, got ",
+        ),
+        (
+            {},
+            ("momentum",),
+            "--momentum: expected --table-optimizer sgd, got adamw_dense; leave it out",
+        ),
     ],
-)  # fmt: skip
-def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], given: tuple[str, ...], expected: str) -> None:
+)
+def test_settings_that_make_no_sense_are_refused(
+    changes: dict[str, Any], given: tuple[str, ...], expected: str
+) -> None:
     with pytest.raises(InputError) as told:
         check(
-            replace(Config(), **{"model": "cascade", "tree_depths": (3, 6), "table_optimizer": "adamw_dense"} | changes), given
+            replace(
+                Config(),
+                **{"model": "cascade", "tree_depths": (3, 6), "table_optimizer": "adamw_dense"}
+                | changes,
+            ),
+            given,
         )
     assert expected in str(told.value)
 
 
 def test_a_run_is_trained_and_served(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "raw")
-    tree, settings = make_tree(dataset, tmp_path / "tree.safetensors"), {"table_optimizer": "adamw_dense", "save_every": 5}
+    tree, settings = (
+        make_tree(dataset, tmp_path / "tree.safetensors"),
+        {"table_optimizer": "adamw_dense", "save_every": 5},
+    )
     report = run(cascade(dataset, tmp_path / "whole", tree, epochs=6, **settings))
     assert report["environment"]["table"] == "fp32" and report["test"]["P@1"] > 50  # 7 by chance
     names = weights(tmp_path / "whole", "last").keys()

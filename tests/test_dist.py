@@ -18,14 +18,22 @@ def _gathering() -> None:
     whole = _numbers(7, 3)
     counts = [s.stop - s.start for s in dist.parts(7)]
     assert torch.equal(dist.gather_rows(whole[dist.part(7)], counts), whole)
-    assert torch.equal(dist.gather_rows(torch.full((2,), dist.rank())), torch.arange(dist.size()).repeat_interleave(2))
+    assert torch.equal(
+        dist.gather_rows(torch.full((2,), dist.rank())),
+        torch.arange(dist.size()).repeat_interleave(2),
+    )
     few = dist.parts(1)  # the second process has no row at all
-    assert torch.equal(dist.gather_rows(whole[: few[dist.rank()].stop - few[dist.rank()].start], [1, 0, 0]), whole[:1])
+    assert torch.equal(
+        dist.gather_rows(whole[: few[dist.rank()].stop - few[dist.rank()].start], [1, 0, 0]),
+        whole[:1],
+    )
 
 
 def _ragged() -> None:
     whole = _numbers(6, 2)
-    own = slice(*[(0, 1), (1, 1), (1, 6)][dist.rank()])  # one, none, five: no process knows what the others have
+    own = slice(
+        *[(0, 1), (1, 1), (1, 6)][dist.rank()]
+    )  # one, none, five: no process knows what the others have
     assert torch.equal(dist.gather_ragged(whole[own]), whole)
     assert dist.gather_texts("é" * dist.rank()) == ["", "é", "éé"]
     values, names = np.full((6, 2), np.nan), np.zeros(6, np.int64)
@@ -55,7 +63,9 @@ def _sums() -> None:
     mine = torch.full((3,), float(dist.rank() + 1))
     assert dist.sum_(mine) is mine and mine.tolist() == [6.0] * 3
     assert dist.max_(torch.tensor([dist.rank()])).tolist() == [2]
-    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (2, 3)] + [torch.nn.Parameter(torch.zeros(2).double())]
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (2, 3)] + [
+        torch.nn.Parameter(torch.zeros(2).double())
+    ]
     frozen = torch.nn.Parameter(torch.zeros(4), requires_grad=False)
     parameters[0].grad = torch.full((2,), float(dist.rank()))
     if dist.rank() == 1:  # the others count as zero
@@ -64,7 +74,9 @@ def _sums() -> None:
     dist.sum_gradients([*parameters, frozen])
     assert parameters[0].grad.tolist() == [3.0, 3.0] and parameters[1].grad is not None
     assert parameters[1].grad.tolist() == [1.0] * 3 and frozen.grad is None
-    assert parameters[2].grad is not None and parameters[2].grad.isnan().all()  # every process learns of an overflow
+    assert (
+        parameters[2].grad is not None and parameters[2].grad.isnan().all()
+    )  # every process learns of an overflow
 
 
 def _merging() -> None:
@@ -75,9 +87,16 @@ def _merging() -> None:
     values = torch.cat([values, torch.full((2, 1), -torch.inf)], 1) if short else values
     rows = torch.cat([rows + own.start, torch.full((2, 1), -1)], 1) if short else rows + own.start
     best, where = dist.merge_topk(values, rows, 4)
-    assert best.tolist() == [[9, 9, 9, 5], [0, 0, 0, 0]] and where.tolist() == [[1, 3, 5, 2], [0, 1, 2, 3]]
+    assert best.tolist() == [[9, 9, 9, 5], [0, 0, 0, 0]] and where.tolist() == [
+        [1, 3, 5, 2],
+        [0, 1, 2, 3],
+    ]
     best, where = dist.merge_topk(values, rows, 100)
-    assert best.shape == (2, 9) and where[0, 7:].tolist() == [-1, -1] and best[0, 7:].tolist() == [-torch.inf] * 2
+    assert (
+        best.shape == (2, 9)
+        and where[0, 7:].tolist() == [-1, -1]
+        and best[0, 7:].tolist() == [-torch.inf] * 2
+    )
 
 
 def _agreeing() -> None:
@@ -106,7 +125,10 @@ def test_alone_everything_is_itself() -> None:
     values, rows = dist.merge_topk(torch.tensor([[2.0, 1.0]]), torch.tensor([[4, 7]]), 1)
     assert values.tolist() == [[2.0]] and rows.tolist() == [[4]]
     assert (
-        dist.gather_ragged(x) is x and dist.gather_texts("a") == ["a"] and dist.from_first(True) and not dist.from_first(False)
+        dist.gather_ragged(x) is x
+        and dist.gather_texts("a") == ["a"]
+        and dist.from_first(True)
+        and not dist.from_first(False)
     )
     array = np.full(3, 7)
     dist.fill_rows([np.array([1])], array)
@@ -126,7 +148,11 @@ def test_parts_cover_everything_once(size: int, monkeypatch: pytest.MonkeyPatch)
     for count in (0, 1, 4, 5, 11):
         found = [i for s in dist.parts(count) for i in range(count)[s]]
         lengths = [s.stop - s.start for s in dist.parts(count)]
-        assert found == list(range(count)) and len(lengths) == size and max(lengths) - min(lengths) <= 1
+        assert (
+            found == list(range(count))
+            and len(lengths) == size
+            and max(lengths) - min(lengths) <= 1
+        )
 
 
 def test_an_environment_that_torchrun_did_not_make(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,9 @@ transformers = pytest.importorskip("transformers")
 PREFIX = "embedding_labels.encoder.transformer.0.auto_model."
 
 
-def batch(rows: int = 3, length: int = 9, pad_left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(
+    rows: int = 3, length: int = 9, pad_left: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(1)
     ids = torch.randint(5, 50, (rows, length))
     mask = torch.ones_like(ids)
@@ -29,9 +31,14 @@ def batch(rows: int = 3, length: int = 9, pad_left: bool = False) -> tuple[torch
 def roberta(**options: object) -> Encoder:
     torch.manual_seed(0)
     config = transformers.RobertaConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=34, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=34,
+        pad_token_id=1,
+    )
     model = transformers.RobertaModel(config, add_pooling_layer=False)
     return Encoder(model, **options).eval()  # type: ignore[arg-type]
 
@@ -47,7 +54,12 @@ def test_mean_pooling_counts_real_tokens_only() -> None:
             torch.testing.assert_close(out[row], hidden[row, :real].mean(0))
             alone = encoder(ids[row : row + 1, :real], mask[row : row + 1, :real])
             torch.testing.assert_close(out[row], alone[0], rtol=1e-5, atol=1e-6)
-        assert out.dtype == torch.float32 and out.is_contiguous() and out.shape == (3, 32) and encoder.width == 32
+        assert (
+            out.dtype == torch.float32
+            and out.is_contiguous()
+            and out.shape == (3, 32)
+            and encoder.width == 32
+        )
         changed = ids.clone()
         changed[mask == 0] = 7
         assert torch.equal(encoder(changed, mask), out)
@@ -70,13 +82,17 @@ def test_empty_rows_give_zero_not_nan(grad: bool) -> None:
 
 @pytest.mark.parametrize("pad_left", [False, True])
 def test_cls_is_the_first_real_token(pad_left: bool) -> None:
-    encoder = roberta(pooling="cls")  # its positions count real tokens, so padding on the left changes nothing
+    encoder = roberta(
+        pooling="cls"
+    )  # its positions count real tokens, so padding on the left changes nothing
     ids, mask = batch(pad_left=pad_left)
     with torch.no_grad():
         out = encoder(ids, mask)
         for row in range(3):
             real = ids[row][mask[row] == 1][None]
-            hidden = encoder.model(input_ids=real, attention_mask=torch.ones_like(real)).last_hidden_state
+            hidden = encoder.model(
+                input_ids=real, attention_mask=torch.ones_like(real)
+            ).last_hidden_state
             torch.testing.assert_close(out[row], hidden[0, 0], rtol=1e-5, atol=1e-6)
 
 
@@ -105,7 +121,9 @@ def test_causal_models_stay_causal() -> None:
     for rows in (slice(0, 1), slice(0, 2)):  # without and with padding
         changed = ids[rows].clone()
         changed[:, 1:] = 9
-        torch.testing.assert_close(encoder(ids[rows], mask[rows]), encoder(changed, mask[rows]), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            encoder(ids[rows], mask[rows]), encoder(changed, mask[rows]), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_dropout_has_its_distribution_and_gradient() -> None:
@@ -116,7 +134,10 @@ def test_dropout_has_its_distribution_and_gradient() -> None:
     assert y[kept].unique().tolist() == pytest.approx([1 / 0.9], rel=1e-4)
     rate = 1 - kept.float().mean().item()
     assert abs(rate - 0.1) < 5 * (0.09 / x.numel()) ** 0.5
-    pairs = (kept[:, 1:] & kept[:, :-1]).float().mean().item(), (kept[1:] & kept[:-1]).float().mean().item()
+    pairs = (
+        (kept[:, 1:] & kept[:, :-1]).float().mean().item(),
+        (kept[1:] & kept[:-1]).float().mean().item(),
+    )
     assert pairs == pytest.approx((0.81, 0.81), abs=0.004)  # neighbours are independent
     (grad,) = torch.autograd.grad(y, x, torch.full_like(y, 3.0))
     assert torch.equal(grad, 3 * y.detach())
@@ -130,7 +151,9 @@ def test_dropout_has_its_distribution_and_gradient() -> None:
 
 def test_generator_decides_the_masks() -> None:
     encoder = Encoder.tiny(50, dropout=0.3).train()
-    assert sum(type(m) is Dropout for m in encoder.model.modules()) == 7  # embedding, and three in each layer
+    assert (
+        sum(type(m) is Dropout for m in encoder.model.modules()) == 7
+    )  # embedding, and three in each layer
     ids, mask = batch()
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -158,7 +181,9 @@ def test_bottleneck_and_autocast() -> None:
     ids, mask = batch()
     out = encoder(ids, mask)
     assert out.dtype == torch.float32 and out.shape == (3, 8)
-    pooled = encoder._pool(encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+    pooled = encoder._pool(
+        encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state, mask
+    )
     exact = pooled @ weight.T
     error = (out - exact).abs().max() / exact.abs().max()
     assert 0 < error < 0.03  # bf16 was used, and no more than bf16
@@ -178,7 +203,9 @@ def test_default_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
         assert default_autocast("cpu") == expected
     for supported, half in [(True, torch.bfloat16), (False, torch.float16)]:
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s
+        )
         assert default_autocast(torch.device("cuda", 0)) == half
 
 
@@ -188,7 +215,9 @@ def test_tiny_is_seeded_and_leaves_the_generator() -> None:
     a, b, c = Encoder.tiny(50, seed=1), Encoder.tiny(50, seed=1), Encoder.tiny(50, seed=2)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-    assert not torch.equal(a.model.embeddings.word_embeddings.weight, c.model.embeddings.word_embeddings.weight)
+    assert not torch.equal(
+        a.model.embeddings.word_embeddings.weight, c.model.embeddings.word_embeddings.weight
+    )
     assert not any("pooler" in k for k in a.state_dict())
 
 
@@ -202,7 +231,12 @@ def test_rebuilt_from_its_description() -> None:
         assert twin.encoder_config() == encoder.encoder_config()
         ids, mask = batch()
         assert torch.equal(twin.eval()(ids, mask), encoder.eval()(ids, mask))
-    for bad in [{}, {"model": {}}, {"model": {"model_type": "no-such"}}, {**json.loads(text), "surplus": 1}]:
+    for bad in [
+        {},
+        {"model": {}},
+        {"model": {"model_type": "no-such"}},
+        {**json.loads(text), "surplus": 1},
+    ]:
         with pytest.raises(InputError, match="encoder configuration"):
             Encoder.from_config(bad)
     with pytest.raises(InputError, match="float8"):
@@ -211,7 +245,11 @@ def test_rebuilt_from_its_description() -> None:
 
 def test_local_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = transformers.BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
     )
     model = transformers.BertModel(config)  # with a pooling layer, which the encoder has no use for
     model.to(torch.bfloat16).save_pretrained(tmp_path / "m")
@@ -235,23 +273,39 @@ def test_local_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None
 
 
 def test_unusable_models_are_told(tmp_path: Path) -> None:
-    t5 = transformers.T5Config(vocab_size=50, d_model=16, d_ff=32, num_layers=1, num_heads=2, d_kv=8)
+    t5 = transformers.T5Config(
+        vocab_size=50, d_model=16, d_ff=32, num_layers=1, num_heads=2, d_kv=8
+    )
     t5.save_pretrained(tmp_path / "t5")
     with pytest.raises(InputError, match="encoder-decoder 't5'"):
         Encoder.from_pretrained(tmp_path / "t5")
     with pytest.raises(InputError, match="encoder-decoder"):
         Encoder(transformers.T5Model(t5))
     vit = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
     )
     with pytest.raises(InputError, match="text model"):
         Encoder(transformers.ViTModel(vit))
     bert = transformers.BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
     )
     with pytest.raises(InputError, match="last_hidden_state"):
         Encoder(transformers.BertForSequenceClassification(bert))
-    for bad in [{"pooling": "max"}, {"bottleneck": -1}, {"dropout": 1.0}, {"autocast": torch.float32}]:
+    for bad in [
+        {"pooling": "max"},
+        {"bottleneck": -1},
+        {"dropout": 1.0},
+        {"autocast": torch.float32},
+    ]:
         with pytest.raises(InputError, match=next(iter(bad))):
             Encoder.tiny(50, **bad)
 
@@ -265,7 +319,9 @@ def test_too_long_is_told() -> None:
 
 
 def test_ngame(tmp_path: Path) -> None:
-    config = transformers.DistilBertConfig(vocab_size=50, dim=16, hidden_dim=32, n_layers=1, n_heads=2)
+    config = transformers.DistilBertConfig(
+        vocab_size=50, dim=16, hidden_dim=32, n_layers=1, n_heads=2
+    )
     source = transformers.DistilBertModel(config)
     state = {PREFIX + k: v.clone() for k, v in source.state_dict().items()}
     state[PREFIX + "embeddings.position_ids"] = torch.arange(512)[None]
@@ -277,7 +333,9 @@ def test_ngame(tmp_path: Path) -> None:
     for name in ("a.pt", "a.safetensors"):
         encoder = Encoder(transformers.DistilBertModel(config))
         load_ngame(encoder, tmp_path / name)
-        assert all(torch.equal(v, source.state_dict()[k]) for k, v in encoder.model.state_dict().items())
+        assert all(
+            torch.equal(v, source.state_dict()[k]) for k, v in encoder.model.state_dict().items()
+        )
 
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
     key = PREFIX + "embeddings.word_embeddings.weight"
@@ -287,7 +345,9 @@ def test_ngame(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=match):
             load_ngame(encoder, tmp_path / "bad.pt")
 
-    refused({k: v for k, v in state.items() if k != key}, "none for embeddings.word_embeddings.weight")
+    refused(
+        {k: v for k, v in state.items() if k != key}, "none for embeddings.word_embeddings.weight"
+    )
     refused({**state, PREFIX + "extra.weight": torch.ones(1)}, "also extra.weight")
     refused({**state, key: torch.ones(51, 16)}, r"shape \(50, 16\).*got \(51, 16\)")
     refused({"x": torch.ones(1)}, "keys that begin with")
@@ -305,12 +365,18 @@ def test_compile_keeps_the_keys() -> None:
     plain, compiled = Encoder.tiny(50), Encoder.tiny(50, compile=True)
     assert plain.state_dict().keys() == compiled.state_dict().keys()
     assert compiled.encoder_config()["compile"] is True
-    compiled.model.compile(backend="eager", dynamic=True)  # traces as the real one does, needs no compiler
+    compiled.model.compile(
+        backend="eager", dynamic=True
+    )  # traces as the real one does, needs no compiler
     ids, mask = batch()
-    torch.testing.assert_close(compiled.eval()(ids, mask), plain.eval()(ids, mask), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        compiled.eval()(ids, mask), plain.eval()(ids, mask), rtol=1e-5, atol=1e-6
+    )
     assert plain.state_dict().keys() == compiled.state_dict().keys()
 
 
 def test_import_loads_no_transformers() -> None:
     code = "import sys, xmlkernels.nn.encoder; sys.exit('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+    )

@@ -23,15 +23,30 @@ def make_batch(size: int, seed: int = 0, labels: int = LABELS) -> Batch:
     lengths = torch.randint(2, 12, (size,), generator=g)
     mask = (torch.arange(int(lengths.max()))[None] < lengths[:, None]).long()
     ids = torch.randint(5, VOCABULARY, mask.shape, generator=g) * mask
-    pairs = sorted({(int(torch.randint(0, labels, (1,), generator=g)), s) for s in range(size) for _ in range(3)})
+    pairs = sorted(
+        {
+            (int(torch.randint(0, labels, (1,), generator=g)), s)
+            for s in range(size)
+            for _ in range(3)
+        }
+    )
     rows = torch.tensor([r for r, _ in pairs])
     samples = torch.tensor([s for _, s in pairs], dtype=torch.int32)
     return Batch(ids, mask, rows, samples, torch.arange(size), labels)
 
 
 def make_model(*, dropout: float = 0.0, **training: Any) -> EndToEnd:
-    """A tiny model; in evaluation mode without dropout, so that two ways of computing one step can be compared."""
-    settings = {"encoder_lr": 1e-3, "head_lr": 0.05, "encoder_decay": 0.01, "warmup": 0, "total": 100, **training}
+    """A tiny model; in evaluation mode without dropout, so that two ways of computing one step can
+    be compared.
+    """
+    settings = {
+        "encoder_lr": 1e-3,
+        "head_lr": 0.05,
+        "encoder_decay": 0.01,
+        "warmup": 0,
+        "total": 100,
+        **training,
+    }
     encoder = Encoder.tiny(VOCABULARY, dropout=dropout, seed=1)
     head = FullHead(LABELS, encoder.width, momentum=0.9, seed=2)
     return EndToEnd(encoder, head, Training(**settings)).train(dropout > 0)
@@ -43,16 +58,26 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def test_step_equals_plain_autograd() -> None:
-    """Three steps beside one module trained by loss.backward(): same loss, same table, same encoder."""
+    """Three steps beside one module trained by loss.backward(): same loss, same table, same
+    encoder.
+    """
     model = make_model()
     twin_encoder = copy.deepcopy(model.encoder)
     twin_head = nn.Linear(model.encoder.width, LABELS, bias=False)
     twin_head.weight.data.copy_(model.head.weight)
     sgd = torch.optim.SGD(twin_head.parameters(), lr=0.05, momentum=0.9)
-    matrices = {id(m.weight) for m in twin_encoder.modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    matrices = {
+        id(m.weight) for m in twin_encoder.modules() if isinstance(m, nn.Linear | nn.Embedding)
+    }
     groups = [
-        {"params": [p for p in twin_encoder.parameters() if id(p) in matrices], "weight_decay": 0.01},
-        {"params": [p for p in twin_encoder.parameters() if id(p) not in matrices], "weight_decay": 0.0},
+        {
+            "params": [p for p in twin_encoder.parameters() if id(p) in matrices],
+            "weight_decay": 0.01,
+        },
+        {
+            "params": [p for p in twin_encoder.parameters() if id(p) not in matrices],
+            "weight_decay": 0.0,
+        },
     ]
     adamw = torch.optim.AdamW(groups, lr=1e-3, eps=1e-6)
     from xmlkernels.optim import warmup_cosine
@@ -73,23 +98,33 @@ def test_step_equals_plain_autograd() -> None:
         sgd.step(), adamw.step()
         torch.testing.assert_close(loss[0], expected.detach(), rtol=1e-5, atol=1e-4)
     assert relative(model.head.weight, twin_head.weight.data) < 1e-5
-    for (name, ours), theirs in zip(model.encoder.named_parameters(), twin_encoder.parameters(), strict=True):
-        # A key's bias shifts all scores of a query alike: its gradient is rounding noise, which Adam blows up.
+    for (name, ours), theirs in zip(
+        model.encoder.named_parameters(), twin_encoder.parameters(), strict=True
+    ):
+        # A key's bias shifts all scores of a query alike: its gradient is rounding noise, which
+        # Adam blows up.
         assert name.endswith("key.bias") or relative(ours, theirs) < 1e-4, name
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 20])
 def test_micro_batches_equal_the_whole_batch(size: int) -> None:
-    """Gradient caching gives the whole batch's update within 1e-5 relative (the issue's bound), for pieces that divide the
-    batch and pieces that do not."""
+    """Gradient caching gives the whole batch's update within 1e-5 relative (the issue's bound), for
+    pieces that divide the batch and pieces that do not."""
     whole, parts = make_model(), make_model(micro_batch=size)
     before = {k: v.clone() for k, v in whole.state_dict().items()}
     batch = make_batch(16)
     a, b = whole.step(batch, need_loss=True), parts.step(batch, need_loss=True)
     torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
-    assert relative(parts.head.weight - before["head.weight"], whole.head.weight - before["head.weight"]) < 1e-5
+    assert (
+        relative(
+            parts.head.weight - before["head.weight"], whole.head.weight - before["head.weight"]
+        )
+        < 1e-5
+    )
     got = torch.cat([p.grad.flatten() for p in parts.encoder.parameters() if p.grad is not None])
-    expected = torch.cat([p.grad.flatten() for p in whole.encoder.parameters() if p.grad is not None])
+    expected = torch.cat(
+        [p.grad.flatten() for p in whole.encoder.parameters() if p.grad is not None]
+    )
     assert relative(got, expected) < 1e-5
 
 
@@ -124,7 +159,11 @@ def test_a_non_finite_embedding_skips_both_updates_and_is_counted() -> None:
     batch.input_ids[2, 0] = 7
     before = {k: v.clone() for k, v in model.tensors().items()}
     model.step(batch)
-    changed = {k for k, v in model.tensors().items() if not torch.equal(v.nan_to_num(), before[k].nan_to_num())}
+    changed = {
+        k
+        for k, v in model.tensors().items()
+        if not torch.equal(v.nan_to_num(), before[k].nan_to_num())
+    }
     assert changed == {"skipped_steps", "head.counter", "scaler.growth_tracker"}
     assert int(model.skipped_steps) == 1 and int(model.skipped_encoder_steps) == 0
 
@@ -164,7 +203,10 @@ def test_tensors_restore_a_model_bit_for_bit() -> None:
 def test_tensors_of_another_model_are_refused() -> None:
     tensors = make_model().tensors()
     tensors["head.weight"] = tensors["head.weight"][:5]
-    with pytest.raises(InputError, match=r"head.weight: expected torch.float32 \[23, 32\], got torch.float32 \[5, 32\]"):
+    with pytest.raises(
+        InputError,
+        match=r"head.weight: expected torch.float32 \[23, 32\], got torch.float32 \[5, 32\]",
+    ):
         make_model().load_tensors(tensors)
     tensors = make_model().tensors()
     tensors["head.weight"] = tensors["head.weight"].bfloat16()
@@ -184,7 +226,9 @@ def test_moving_a_model_moves_everything_that_a_step_reads() -> None:
 
 
 def test_fp16_autocast_overflow_skips_the_encoder_and_lowers_the_scale() -> None:
-    """A real overflow: gradients scaled by 2^24 leave fp16's range in the encoder's backward; the table still moves."""
+    """A real overflow: gradients scaled by 2^24 leave fp16's range in the encoder's backward; the
+    table still moves.
+    """
     encoder = Encoder.tiny(VOCABULARY, seed=1, autocast=torch.float16)
     head = FullHead(LABELS, encoder.width, seed=2)
     settings = Training(encoder_lr=1e-3, head_lr=0.05, encoder_decay=0.01, warmup=0, total=100)
@@ -199,7 +243,9 @@ def test_fp16_autocast_overflow_skips_the_encoder_and_lowers_the_scale() -> None
     assert float(model.scaler.scale) == 2.0**23
     for number in range(12):
         model.step(make_batch(8, seed=number))
-    assert int(model.skipped_encoder_steps) < 13, "the scale never came down to where steps are taken"
+    assert int(model.skipped_encoder_steps) < 13, (
+        "the scale never came down to where steps are taken"
+    )
     assert not torch.equal(
         model.tensors()["encoder.model.embeddings.word_embeddings.weight"],
         before["encoder.model.embeddings.word_embeddings.weight"],

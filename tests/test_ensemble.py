@@ -1,4 +1,6 @@
-"""Sums of score files: against dense arithmetic, filters before the cut, and one sentence for every mistake."""
+"""Sums of score files: against dense arithmetic, filters before the cut, and one sentence for every
+mistake.
+"""
 
 import json
 import subprocess
@@ -22,9 +24,13 @@ TEST_DOCUMENTS = 50
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset whose test split filters pairs out, the first four documents' labels 0 to 3 among them."""
+    """A dataset whose test split filters pairs out, the first four documents' labels 0 to 3 among
+    them.
+    """
     raw = tmp_path_factory.mktemp("raw")
-    pairs = [(row, label) for row in range(4) for label in range(4)] + [(TEST_DOCUMENTS - 1, LABELS - 1)]
+    pairs = [(row, label) for row in range(4) for label in range(4)] + [
+        (TEST_DOCUMENTS - 1, LABELS - 1)
+    ]
     (raw / "filter.txt").write_text("".join(f"{row} {label}\n" for row, label in pairs))
     return make_dataset(raw, test_filter=raw / "filter.txt")
 
@@ -70,7 +76,9 @@ def lifted(matrix: scipy.sparse.csr_matrix) -> np.ndarray:
 
 
 def dense_best(total: np.ndarray, stored: np.ndarray, split: Split, k: int) -> np.ndarray:
-    """The k best stored pairs that are not filtered, -1 where there are fewer; equal: the lower label."""
+    """The k best stored pairs that are not filtered, -1 where there are fewer; equal: the lower
+    label.
+    """
     total = np.where(stored, total, -np.inf)
     total[tuple(split.filter_pairs.T)] = -np.inf
     order = np.argsort(-total, axis=1, kind="stable")[:, :k]
@@ -88,14 +96,20 @@ def test_sum_is_that_of_dense_matrices(
     stored = (a.toarray() != 0) & (first > 0) | (b.toarray() != 0) & (second > 0)
     rows = dense_best(first * of(a) + second * of(b), stored, test_split, 5)
     train = Dataset.open(folder).splits["train"].labels
-    expected = evaluate(rows, test_split.labels, inverse_propensity(train, *Dataset.open(folder).propensity))
+    expected = evaluate(
+        rows, test_split.labels, inverse_propensity(train, *Dataset.open(folder).propensity)
+    )
     got = run(files, folder, sum=how, weights=weights)
     assert list(got) == [*files, "sum"]
     assert got["sum"] == pytest.approx(expected)
-    assert {f"{kind}@{k}" for kind in ("P", "nDCG", "PSP", "PSnDCG", "R") for k in range(1, 6)} == set(got["sum"])
+    assert {
+        f"{kind}@{k}" for kind in ("P", "nDCG", "PSP", "PSnDCG", "R") for k in range(1, 6)
+    } == set(got["sum"])
 
 
-def test_one_file_is_measured_as_it_is(files: tuple[str, str], folder: Path, test_split: Split) -> None:
+def test_one_file_is_measured_as_it_is(
+    files: tuple[str, str], folder: Path, test_split: Split
+) -> None:
     rows = dense_best(logits(1).toarray(), logits(1).toarray() != 0, test_split, 5)
     got = run(files[:1], folder)
     assert list(got) == [files[0]]
@@ -105,14 +119,18 @@ def test_one_file_is_measured_as_it_is(files: tuple[str, str], folder: Path, tes
 
 
 @pytest.mark.parametrize("name", ["sum.npz", "sum.txt"])
-def test_output_holds_logits_that_measure_the_same(files: tuple[str, str], folder: Path, tmp_path: Path, name: str) -> None:
+def test_output_holds_logits_that_measure_the_same(
+    files: tuple[str, str], folder: Path, tmp_path: Path, name: str
+) -> None:
     whole = run(files, folder, output=str(tmp_path / name), metrics=str(tmp_path / "m.json"))
     assert run((str(tmp_path / name),), folder)[str(tmp_path / name)] == pytest.approx(whole["sum"])
     told = json.loads((tmp_path / "m.json").read_text())
     assert told["metrics"] == whole and told["split"] == "test" and told["sum"] == "probability"
 
 
-def test_probabilities_and_logits_of_the_same_scores_agree(files: tuple[str, str], folder: Path, tmp_path: Path) -> None:
+def test_probabilities_and_logits_of_the_same_scores_agree(
+    files: tuple[str, str], folder: Path, tmp_path: Path
+) -> None:
     probability = scipy.sparse.csr_matrix(sigmoid(logits(1)))
     write_npz(tmp_path / "p.npz", probability)
     got = run((str(tmp_path / "p.npz"), files[1]), folder, scores=("probability", "logit"))
@@ -133,12 +151,16 @@ def test_certain_and_impossible_labels(folder: Path, tmp_path: Path) -> None:
 def test_stored_zero_is_a_score(folder: Path, tmp_path: Path, name: str) -> None:
     """A label whose logit is 0 stands before one below 0, alone and in what --output writes."""
     pairs = (np.array([0, -1] * TEST_DOCUMENTS, np.float32), np.tile([7, 8], TEST_DOCUMENTS))
-    scores = scipy.sparse.csr_matrix((*pairs, np.arange(TEST_DOCUMENTS + 1) * 2), (TEST_DOCUMENTS, LABELS))
+    scores = scipy.sparse.csr_matrix(
+        (*pairs, np.arange(TEST_DOCUMENTS + 1) * 2), (TEST_DOCUMENTS, LABELS)
+    )
     path, again = str(tmp_path / "z.npz"), str(tmp_path / name)
     write_npz(path, scores, keep_zeros=True)
     run((path,), folder, output=again)
     found = command.read_scores(again, TEST_DOCUMENTS, LABELS)
-    assert found[10].indices.tolist() == [7, 8] and found[10].data.tolist() == pytest.approx([0, -1], abs=1e-37)
+    assert found[10].indices.tolist() == [7, 8] and found[10].data.tolist() == pytest.approx(
+        [0, -1], abs=1e-37
+    )
 
 
 def test_large_logits_stay_apart() -> None:
@@ -146,12 +168,19 @@ def test_large_logits_stay_apart() -> None:
     z = np.array([[40.0, 60, 50]])
     one = scipy.sparse.csr_matrix(z)
     assert command.combine([one], [one.data], [1], "probability").toarray().tolist() == z.tolist()
-    assert command.combine([one] * 2, [one.data, -one.data], [1, 0], "probability").toarray().tolist() == z.tolist()
-    np.testing.assert_allclose(command.combine([one] * 3, [one.data] * 3, [1, 2, 4], "probability").toarray(), z)
+    assert (
+        command.combine([one] * 2, [one.data, -one.data], [1, 0], "probability").toarray().tolist()
+        == z.tolist()
+    )
+    np.testing.assert_allclose(
+        command.combine([one] * 3, [one.data] * 3, [1, 2, 4], "probability").toarray(), z
+    )
 
 
 def test_labels_beyond_the_range_of_probabilities_do_not_tie() -> None:
-    """float64 has no probability below 1e-308: log-odds beyond ±708 are added as logarithms, in their order."""
+    """float64 has no probability below 1e-308: log-odds beyond ±708 are added as logarithms, in
+    their order.
+    """
     z = scipy.sparse.csr_matrix([[-2000.0, -1000, -800, -708, 3, 708, 800, 1000, 2000]])
     near = scipy.sparse.csr_matrix([[-2001.0, -1001, -801, -709, 2, 709, 801, 1001, 2001]])
     mean = command.combine([z, near], [z.data, near.data], [1, 1], "probability").toarray()[0]
@@ -162,20 +191,27 @@ def test_labels_beyond_the_range_of_probabilities_do_not_tie() -> None:
     low, high = -1000 + np.log((1 + np.exp(-1)) / 2), 800 - np.log((1 + np.exp(-1)) / 2)
     assert mean[1] == pytest.approx(low) and mean[6] == pytest.approx(high)
     alone = scipy.sparse.csr_matrix((z.data[:1], z.indices[:1], [0, 1]), z.shape)
-    half = command.combine([near, alone], [near.data, alone.data], [1, 1], "probability").toarray()[0]
+    half = command.combine([near, alone], [near.data, alone.data], [1, 1], "probability").toarray()[
+        0
+    ]
     assert half[8] == pytest.approx(0, abs=1e-9)  # p = 1 in one file, absent in the other
     nothing = scipy.sparse.csr_matrix(z.shape)
     assert command.combine([nothing, nothing], [nothing.data] * 2, [1, 1], "probability").nnz == 0
 
 
 def test_log_odds_of_a_document_that_one_file_lacks() -> None:
-    one, other = scipy.sparse.csr_matrix([[2.0, -4.0], [6.0, 0]]), scipy.sparse.csr_matrix([[0, 0], [2.0, 0]])
+    one, other = (
+        scipy.sparse.csr_matrix([[2.0, -4.0], [6.0, 0]]),
+        scipy.sparse.csr_matrix([[0, 0], [2.0, 0]]),
+    )
     total = command.combine([one, other], [one.data, other.data], [1, 3], "log_odds")
     assert total.toarray().tolist() == [[2, -4], [3, 0]]
 
 
 def test_padding_column_of_cascadexml(folder: Path, tmp_path: Path) -> None:
-    wide = scipy.sparse.csr_matrix((logits(1).data, logits(1).indices, logits(1).indptr), (TEST_DOCUMENTS, LABELS + 1))
+    wide = scipy.sparse.csr_matrix(
+        (logits(1).data, logits(1).indices, logits(1).indptr), (TEST_DOCUMENTS, LABELS + 1)
+    )
     write_npz(tmp_path / "wide.npz", wide)
     write_npz(tmp_path / "plain.npz", logits(1))
     path, plain = str(tmp_path / "wide.npz"), str(tmp_path / "plain.npz")
@@ -208,7 +244,9 @@ def test_the_same_file_twice_has_two_rows(files: tuple[str, str], folder: Path) 
         ({"split": "dev"}, "--split: expected one of train, val, test, got dev"),
     ],
 )
-def test_settings_that_cannot_be_used(files: tuple[str, str], folder: Path, changes: dict[str, Any], message: str) -> None:
+def test_settings_that_cannot_be_used(
+    files: tuple[str, str], folder: Path, changes: dict[str, Any], message: str
+) -> None:
     settings = {"files": files, "dataset": str(folder)} | changes
     with pytest.raises(InputError, match=message):
         command.run(command.Options(**settings))
@@ -225,7 +263,9 @@ def test_files_that_cannot_be_used(files: tuple[str, str], folder: Path, tmp_pat
     refused("scores.csv", r"ends in \.npz, \.txt or \.txt\.gz")
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 nothing")
     refused("broken.npz", "cannot be read")
-    (tmp_path / "broken.txt").write_text(f"{TEST_DOCUMENTS} {LABELS}\n" + "0:1\n" * (TEST_DOCUMENTS - 1) + "zero:1\n")
+    (tmp_path / "broken.txt").write_text(
+        f"{TEST_DOCUMENTS} {LABELS}\n" + "0:1\n" * (TEST_DOCUMENTS - 1) + "zero:1\n"
+    )
     refused("broken.txt", f"broken.txt:{TEST_DOCUMENTS + 1}")
     write_npz(tmp_path / "short.npz", logits(1)[:40])
     refused("short.npz", "expected 50 rows, got 40")
@@ -239,8 +279,14 @@ def test_files_that_cannot_be_used(files: tuple[str, str], folder: Path, tmp_pat
 
 def test_the_command(files: tuple[str, str], folder: Path) -> None:
     words = [sys.executable, "-m", "xmlkernels", "ensemble", *files, "--dataset", str(folder)]
-    good = subprocess.run([*words, "--weights", "2", "1"], capture_output=True, text=True, timeout=120)
+    good = subprocess.run(
+        [*words, "--weights", "2", "1"], capture_output=True, text=True, timeout=120
+    )
     assert good.returncode == 0, good.stderr
     assert "PSnDCG@5" in good.stdout and "sum" in good.stdout
     bad = subprocess.run([*words, "--weights", "2"], capture_output=True, text=True, timeout=120)
-    assert bad.returncode == 2 and bad.stderr.startswith("error: --weights: expected 2 numbers") and bad.stderr.count("\n") == 1
+    assert (
+        bad.returncode == 2
+        and bad.stderr.startswith("error: --weights: expected 2 numbers")
+        and bad.stderr.count("\n") == 1
+    )

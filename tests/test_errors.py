@@ -13,7 +13,10 @@ PARTS = ("labels.txt, line 7", "a label below 19", "'19'", "number labels from 0
 
 def test_the_message_is_one_sentence_of_its_parts() -> None:
     error = InputError(*PARTS)
-    assert str(error) == "labels.txt, line 7: expected a label below 19, got '19'; number labels from 0"
+    assert (
+        str(error)
+        == "labels.txt, line 7: expected a label below 19, got '19'; number labels from 0"
+    )
     assert (error.where, error.expected, error.got, error.mend) == PARTS
 
 
@@ -27,7 +30,11 @@ def test_it_is_a_value_error_and_public() -> None:
 @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy])
 def test_copies_keep_message_and_parts(again) -> None:  # type: ignore[no-untyped-def]
     error = again(InputError(*PARTS))
-    assert type(error) is InputError and str(error) == str(InputError(*PARTS)) and error.mend == PARTS[3]
+    assert (
+        type(error) is InputError
+        and str(error) == str(InputError(*PARTS))
+        and error.mend == PARTS[3]
+    )
 
 
 def fail(_: int) -> None:
@@ -35,7 +42,10 @@ def fail(_: int) -> None:
 
 
 def test_it_crosses_a_process_boundary() -> None:
-    with ProcessPoolExecutor(1) as pool, pytest.raises(InputError, match="line 7: expected a label") as raised:
+    with (
+        ProcessPoolExecutor(1) as pool,
+        pytest.raises(InputError, match="line 7: expected a label") as raised,
+    ):
         list(pool.map(fail, [0]))
     assert raised.value.got == PARTS[2]
 

@@ -6,7 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.sparse
-from train_runs import LABELS, cascade, make_dataset, make_tokenizer, make_tree, run, tiny, write_part
+from train_runs import (
+    LABELS,
+    cascade,
+    make_dataset,
+    make_tokenizer,
+    make_tree,
+    run,
+    tiny,
+    write_part,
+)
 
 from xmlkernels import InputError
 from xmlkernels.cli import export as command
@@ -31,7 +40,11 @@ def full(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tree_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    run(cascade(dataset, folder / "cascade", make_tree(dataset, folder / "tree.safetensors"), epochs=1))
+    run(
+        cascade(
+            dataset, folder / "cascade", make_tree(dataset, folder / "tree.safetensors"), epochs=1
+        )
+    )
     return folder / "cascade"
 
 
@@ -46,18 +59,28 @@ def test_label_vectors(full: Path, tmp_path: Path) -> None:
     own, unit = (np.load(tmp_path / name / "label_vectors.npy") for name in ("trained", "unit"))
     assert np.array_equal(own, head.rows(0, LABELS).numpy()) and own.dtype == np.float32
     assert np.allclose(unit, own / np.linalg.norm(own, axis=1, keepdims=True), atol=1e-6)
-    assert (tmp_path / "unit" / "label_names.txt").read_text() == "".join(f"w{3 * label}\n" for label in range(LABELS))
+    assert (tmp_path / "unit" / "label_names.txt").read_text() == "".join(
+        f"w{3 * label}\n" for label in range(LABELS)
+    )
 
 
 @pytest.mark.parametrize("which", ["full", "tree_run"])
-def test_embeddings_are_what_the_label_table_meets(which: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Times the rows of the table they are the scores of the same checkpoint, also of documents out of order."""
+def test_embeddings_are_what_the_label_table_meets(
+    which: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Times the rows of the table they are the scores of the same checkpoint, also of documents out
+    of order.
+    """
     folder = request.getfixturevalue(which)
     export(folder, tmp_path, what="embeddings", batch=7)
     export(folder, tmp_path, what="shortlists", batch=9, top_k=LABELS)
     predictor = Predictor.load(folder)
     model = predictor.model
-    head, order = (model.head, np.arange(LABELS)) if which == "full" else (model.heads.levels[-1], model.tree.order)
+    head, order = (
+        (model.head, np.arange(LABELS))
+        if which == "full"
+        else (model.heads.levels[-1], model.tree.order)
+    )
     table, bias = np.empty((LABELS, 32), np.float32), np.zeros(LABELS, np.float32)
     table[order] = head.weight.float().numpy()
     if head.bias is not None:
@@ -101,17 +124,30 @@ def test_mistakes_are_told(full: Path, tree_run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dataset_of_another_tokenizer_or_other_labels_is_refused(full: Path, tmp_path: Path) -> None:
+def test_a_dataset_of_another_tokenizer_or_other_labels_is_refused(
+    full: Path, tmp_path: Path
+) -> None:
     (tmp_path / "Y.txt").write_text("a\nb\n")
     text, labels = tmp_path / "X.txt", tmp_path / "X_Y.txt"
     text.write_text("w0 w1\nw2\n")
     labels.write_text("2 2\n0:1\n1:1\n")
     other = {"splits": (), "train_text": text, "train_labels": labels, "label_text": None}
     with pytest.raises(InputError, match="expected 30 labels, as the model has, got 2"):
-        export(full, tmp_path / "out", what="embeddings", dataset=str(make_dataset(tmp_path / "raw", **other)))
+        export(
+            full,
+            tmp_path / "out",
+            what="embeddings",
+            dataset=str(make_dataset(tmp_path / "raw", **other)),
+        )
     write_part(tmp_path, "foreign", 20, 0)
     files = {"train_text": tmp_path / "foreign_X.txt", "train_labels": tmp_path / "foreign_X_Y.txt"}
-    prepare(PrepareConfig(tmp_path / "set", str(make_tokenizer(tmp_path / "tokenizer", lower=False)), **files))
-    with pytest.raises(InputError, match="expected tokens of the model's tokenizer, got those of another"):
+    prepare(
+        PrepareConfig(
+            tmp_path / "set", str(make_tokenizer(tmp_path / "tokenizer", lower=False)), **files
+        )
+    )
+    with pytest.raises(
+        InputError, match="expected tokens of the model's tokenizer, got those of another"
+    ):
         export(full, tmp_path / "out", what="shortlists", dataset=str(tmp_path / "set"))
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,6 @@
-"""Foreign folders: their code never runs, their pickles are never read, nobody is asked, and a sentence says so."""
+"""Foreign folders: their code never runs, their pickles are never read, nobody is asked, and a
+sentence says so.
+"""
 
 import builtins
 import json
@@ -55,21 +57,34 @@ def folder(tmp_path: Path, marker: Path) -> Path:
 
 
 def map_config(folder: Path) -> None:
-    named = {"AutoConfig": "foreign_code.Config", "AutoModel": "foreign_code.Model", "AutoTokenizer": "foreign_code.Words"}
+    named = {
+        "AutoConfig": "foreign_code.Config",
+        "AutoModel": "foreign_code.Model",
+        "AutoTokenizer": "foreign_code.Words",
+    }
     edit(folder / "config.json", auto_map=named, model_type="mine")
 
 
 def map_known(folder: Path) -> None:
-    """transformers has the class too, and would take its own without a word, other answers or not."""
+    """transformers has the class too, and would take its own without a word, other answers or
+    not.
+    """
     edit(folder / "config.json", auto_map={"AutoModel": "foreign_code.Model"})
 
 
 def map_inside(folder: Path) -> None:
-    edit(folder / "config.json", text_config={"auto_map": {"AutoModel": "someone/else--foreign_code.Model"}})
+    edit(
+        folder / "config.json",
+        text_config={"auto_map": {"AutoModel": "someone/else--foreign_code.Model"}},
+    )
 
 
 def map_tokenizer(folder: Path) -> None:
-    edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["foreign_code.Words", None]}, tokenizer_class="Words")
+    edit(
+        folder / "tokenizer_config.json",
+        auto_map={"AutoTokenizer": ["foreign_code.Words", None]},
+        tokenizer_class="Words",
+    )
 
 
 def map_list(folder: Path) -> None:
@@ -77,7 +92,9 @@ def map_list(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [map_config, map_known, map_inside, map_tokenizer, map_list])
-def test_code_of_an_encoder_or_tokenizer_never_runs(folder: Path, marker: Path, change: Callable[[Path], None]) -> None:
+def test_code_of_an_encoder_or_tokenizer_never_runs(
+    folder: Path, marker: Path, change: Callable[[Path], None]
+) -> None:
     change(folder)
     for load in (Encoder.from_pretrained, load_tokenizer):
         with pytest.raises(InputError, match="for no other code runs, got auto_map"):
@@ -94,7 +111,9 @@ def shards(folder: Path, names: dict[str, str] | list[str]) -> None:
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").rename(folder / "a.safetensors")
     whole = names or dict.fromkeys(weights, "a.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": whole}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": whole})
+    )
 
 
 def adapter(folder: Path) -> None:
@@ -107,19 +126,42 @@ def adapter(folder: Path) -> None:
         (pickled, "weights in model.safetensors, got pytorch_model.bin, a file that can hold code"),
         (lambda folder: pickled(folder, "model.pt"), "got model.pt, a file that can hold code"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
-        (lambda folder: shards(folder, {"w": "pytorch_model.bin"}), "safetensors files of the folder, got 'pytorch_model.bin'"),
-        (lambda folder: shards(folder, {"w": "../a.safetensors"}), "safetensors files of the folder, got '../a"),
+        (
+            lambda folder: shards(folder, {"w": "pytorch_model.bin"}),
+            "safetensors files of the folder, got 'pytorch_model.bin'",
+        ),
+        (
+            lambda folder: shards(folder, {"w": "../a.safetensors"}),
+            "safetensors files of the folder, got '../a",
+        ),
         (lambda folder: shards(folder, {"w": "b.safetensors"}), "b.safetensors: expected a file"),
-        (lambda folder: shards(folder, ["a.safetensors"]), "weight_map: expected the file of each weight, got list"),
-        (lambda folder: edit(folder / "config.json", transformers_weights="x.bin"), "transformers_weights.*'x.bin'"),
+        (
+            lambda folder: shards(folder, ["a.safetensors"]),
+            "weight_map: expected the file of each weight, got list",
+        ),
+        (
+            lambda folder: edit(folder / "config.json", transformers_weights="x.bin"),
+            "transformers_weights.*'x.bin'",
+        ),
         (adapter, "a whole model, got an adapter"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "config.json: expected an object"),
+        (
+            lambda folder: (folder / "config.json").write_text("[]"),
+            "config.json: expected an object",
+        ),
         (lambda folder: (folder / "config.json").write_bytes(b"\xff"), "JSON in UTF-8"),
-        (lambda folder: edit(folder / "config.json", hidden_size="many"), "a model that transformers can load"),
-        (lambda folder: edit(folder / "config.json", num_attention_heads=0), "a model that transformers can load"),
+        (
+            lambda folder: edit(folder / "config.json", hidden_size="many"),
+            "a model that transformers can load",
+        ),
+        (
+            lambda folder: edit(folder / "config.json", num_attention_heads=0),
+            "a model that transformers can load",
+        ),
     ],
-)  # fmt: skip
-def test_what_cannot_be_read_without_risk_is_refused(folder: Path, change: Callable[[Path], None], match: str) -> None:
+)
+def test_what_cannot_be_read_without_risk_is_refused(
+    folder: Path, change: Callable[[Path], None], match: str
+) -> None:
     change(folder)
     with pytest.raises(InputError, match=match):
         Encoder.from_pretrained(folder)
@@ -131,10 +173,14 @@ def test_pickles_beside_safetensors_are_left_alone(folder: Path) -> None:
     plain = Encoder.from_pretrained(folder)
     shards(folder, {})
     parts = Encoder.from_pretrained(folder)
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), parts.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.parameters(), parts.parameters(), strict=True)
+    )
 
 
-def test_hub_names_are_loaded_by_the_same_rules(folder: Path, marker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_names_are_loaded_by_the_same_rules(
+    folder: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The hub's side is a folder here: what transformers is asked for is what counts."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -163,7 +209,9 @@ def test_hub_names_are_loaded_by_the_same_rules(folder: Path, marker: Path, monk
     assert not marker.exists()
 
 
-def test_commands_refuse_foreign_code(folder: Path, marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_refuse_foreign_code(
+    folder: Path, marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset = make_dataset(tmp_path / "raw")
     (tmp_path / "x.txt").write_text("w0\n")
     (tmp_path / "y.txt").write_text("1 1\n0:1\n")
@@ -179,11 +227,17 @@ def test_commands_refuse_foreign_code(folder: Path, marker: Path, tmp_path: Path
     shutil.copy(folder / "tokenizer_config.json", tmp_path / "old" / "checkpoint" / "tokenizer")
     with pytest.raises(InputError, match="no other code runs"):
         command.run(command.Options(str(tmp_path / "old"), text="w0"))
-    assert not marker.exists() and not (tmp_path / "run").exists() and not (tmp_path / "prepared").exists()
+    assert (
+        not marker.exists()
+        and not (tmp_path / "run").exists()
+        and not (tmp_path / "prepared").exists()
+    )
 
 
 def test_a_checkpoint_builds_the_class_of_transformers(tmp_path: Path, marker: Path) -> None:
-    """Runs from before began with repositories whose class transformers has, and kept the name of their code."""
+    """Runs from before began with repositories whose class transformers has, and kept the name of
+    their code.
+    """
     shutil.copytree(V1 / "run", tmp_path / "old")
     path = tmp_path / "old" / "checkpoint" / "best" / "state.json"
     head = json.loads(path.read_text())
@@ -192,7 +246,9 @@ def test_a_checkpoint_builds_the_class_of_transformers(tmp_path: Path, marker: P
     shutil.copy(V1 / "encoder" / "config.json", path.parent)
     path.with_name("foreign_code.py").write_text(CODE.format(marker=str(marker)))
     texts = ["w0 w1", "w30"]
-    ours, theirs = (Predictor.load(p).predict_arrays(texts, 3) for p in (tmp_path / "old", V1 / "run"))
+    ours, theirs = (
+        Predictor.load(p).predict_arrays(texts, 3) for p in (tmp_path / "old", V1 / "run")
+    )
     assert all((a == b).all() for a, b in zip(ours, theirs, strict=True)) and not marker.exists()
     head["state"]["model"]["encoder"]["model"]["model_type"] = "mine"
     path.write_text(json.dumps(head))

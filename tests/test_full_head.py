@@ -1,4 +1,6 @@
-"""The full head: its table, its options, and that a step does what autograd and torch's optimizers would do."""
+"""The full head: its table, its options, and that a step does what autograd and torch's optimizers
+would do.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from xmlkernels.nn.full_head import FullHead, default_table_dtype
 
 def positives(pairs: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
     pairs = sorted(pairs)
-    return torch.tensor([r for r, _ in pairs]), torch.tensor([s for _, s in pairs], dtype=torch.int32)
+    return torch.tensor([r for r, _ in pairs]), torch.tensor(
+        [s for _, s in pairs], dtype=torch.int32
+    )
 
 
 def test_initial_table_is_normal_and_depends_on_the_seed_alone() -> None:
@@ -24,11 +28,15 @@ def test_initial_table_is_normal_and_depends_on_the_seed_alone() -> None:
     assert abs(float(first.mean())) < 2e-4
 
 
-@pytest.mark.parametrize(("optimizer", "decoupled"), [("sgd", False), ("adam", False), ("adam", True)])
+@pytest.mark.parametrize(
+    ("optimizer", "decoupled"), [("sgd", False), ("adam", False), ("adam", True)]
+)
 def test_steps_follow_torch(optimizer: str, decoupled: bool) -> None:
     """Ten fp32 steps beside nn.Linear, BCEWithLogits(sum) and torch's own optimizer."""
     labels, width, batch, lr, decay = 37, 12, 6, 0.05, 0.1
-    head = FullHead(labels, width, optimizer=optimizer, momentum=0.9, decay=decay, decoupled=decoupled, seed=1)
+    head = FullHead(
+        labels, width, optimizer=optimizer, momentum=0.9, decay=decay, decoupled=decoupled, seed=1
+    )
     twin = nn.Linear(width, labels, bias=False)
     twin.weight.data.copy_(head.weight)
     make = {
@@ -44,7 +52,9 @@ def test_steps_follow_torch(optimizer: str, decoupled: bool) -> None:
         row, sample = positives([(int(r), int(s)) for s, r in target.nonzero()])
         dx, loss = head.step(x, row, sample, lr=lr, need_loss=True)
         leaf = x.clone().requires_grad_()
-        expected = nn.functional.binary_cross_entropy_with_logits(twin(leaf), target, reduction="sum")
+        expected = nn.functional.binary_cross_entropy_with_logits(
+            twin(leaf), target, reduction="sum"
+        )
         torch_optimizer.zero_grad()
         expected.backward()
         torch_optimizer.step()
@@ -71,7 +81,11 @@ def test_state_is_kept_only_where_the_optimizer_needs_it() -> None:
     assert FullHead(4, 4, momentum=0.0).momentum is None
     assert FullHead(4, 4, momentum=0.9).second is None
     adam = FullHead(4, 4, optimizer="adam", state_dtype="bf16")
-    assert adam.momentum is not None and adam.second is not None and adam.second.dtype == torch.bfloat16
+    assert (
+        adam.momentum is not None
+        and adam.second is not None
+        and adam.second.dtype == torch.bfloat16
+    )
     assert FullHead(4, 4, kahan=True).kahan is None  # fp32 leaves nothing over
     assert not any(p.requires_grad for p in FullHead(4, 4, bias=True).parameters())
 
@@ -81,7 +95,9 @@ def test_an_fp8_table_learns_what_an_fp32_table_learns() -> None:
     labels, width, batch = 40, 16, 16
     heads = {dtype: FullHead(labels, width, dtype=dtype, seed=1) for dtype in ("fp32", "fp8")}
     assert heads["fp8"].weight.dtype == torch.float8_e4m3fn and heads["fp8"].kahan is None
-    torch.testing.assert_close(heads["fp8"].rows(0, labels), heads["fp32"].rows(0, labels), rtol=2.0**-4, atol=2.0**-18)
+    torch.testing.assert_close(
+        heads["fp8"].rows(0, labels), heads["fp32"].rows(0, labels), rtol=2.0**-4, atol=2.0**-18
+    )
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(labels, width, generator=generator)
     losses: dict[str, list[float]] = {dtype: [] for dtype in heads}
@@ -91,14 +107,18 @@ def test_an_fp8_table_learns_what_an_fp32_table_learns() -> None:
         row, sample = positives([(int(r), s) for s, r in enumerate(label)])
         for dtype, head in heads.items():
             losses[dtype].append(float(head.step(x, row, sample, lr=0.02, need_loss=True)[1]))
-    assert sum(losses["fp8"][-10:]) < 1.1 * sum(losses["fp32"][-10:]) < 0.6 * sum(losses["fp8"][:10])
+    assert (
+        sum(losses["fp8"][-10:]) < 1.1 * sum(losses["fp32"][-10:]) < 0.6 * sum(losses["fp8"][:10])
+    )
     head = heads["fp8"]
     assert head.row_scale is not None and head.rescaled is not None and int(head.rescaled) > 0
     assert (head.row_scale[:, 0] >= 2.0**-8).all() and (head.row_scale[:, 0] > 2.0**-8).any()
     for head in heads.values():
         values, rows = head.topk(centres, 1)
         assert (rows[:, 0] == torch.arange(labels)).float().mean() > 0.8
-        torch.testing.assert_close(values[:, 0], (centres * head.rows(0, labels)[rows[:, 0]]).sum(1), rtol=0.02, atol=0.02)
+        torch.testing.assert_close(
+            values[:, 0], (centres * head.rows(0, labels)[rows[:, 0]]).sum(1), rtol=0.02, atol=0.02
+        )
 
 
 def test_an_fp8_table_has_no_kahan() -> None:
@@ -117,13 +137,18 @@ def test_topk_ranks_by_logit() -> None:
 
 
 def test_default_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    for found, dtype in (({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "fp32")):
+    for found, dtype in (
+        ({"avx512_bf16": True}, "bf16"),
+        ({"amx_bf16": True}, "bf16"),
+        ({"avx2": True}, "fp32"),
+    ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
         assert default_table_dtype(torch.device("cpu")) == dtype
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("dtype", "fp4"), ("state_dtype", "fp8"), ("state_dtype", "int8"), ("optimizer", "lamb")]
+    ("key", "value"),
+    [("dtype", "fp4"), ("state_dtype", "fp8"), ("state_dtype", "int8"), ("optimizer", "lamb")],
 )
 def test_unknown_options_are_named(key: str, value: str) -> None:
     with pytest.raises(InputError, match=f"label table: {key}: expected .*{value}"):
@@ -139,13 +164,17 @@ def test_biases_start_at_the_frequencies() -> None:
     torch.testing.assert_close(torch.sigmoid(head.bias.double()), expected, rtol=1e-6, atol=1e-6)
     with pytest.raises(InputError, match="label table: expected a bias"):
         FullHead(5, 3).start_at_frequencies(positives, documents)
-    with pytest.raises(InputError, match=r"positives: expected 5 numbers, one for each label, got \[4\]"):
+    with pytest.raises(
+        InputError, match=r"positives: expected 5 numbers, one for each label, got \[4\]"
+    ):
         head.start_at_frequencies(positives[:4], documents)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
 def test_rows_start_at_the_centroids(dtype: str) -> None:
-    """Two batches; label 1 has one document, label 2 none; sample 4 of the second batch has no label."""
+    """Two batches; label 1 has one document, label 2 none; sample 4 of the second batch has no
+    label.
+    """
     head = FullHead(4, 3, dtype=dtype, seed=5)
     drawn = head.rows(2, 3)
     x = torch.arange(27.0).reshape(9, 3).square() / 50
@@ -153,7 +182,10 @@ def test_rows_start_at_the_centroids(dtype: str) -> None:
     parts = []
     for start, end in ((0, 4), (4, 9)):
         pairs = sorted((label, s) for s, found in enumerate(labels[start:end]) for label in found)
-        rows, samples = torch.tensor([r for r, _ in pairs]), torch.tensor([s for _, s in pairs], dtype=torch.int32)
+        rows, samples = (
+            torch.tensor([r for r, _ in pairs]),
+            torch.tensor([s for _, s in pairs], dtype=torch.int32),
+        )
         parts.append((x[start:end], rows, samples))
     head.start_at_centroids(iter(parts), 0.5)
     for label in (0, 1, 3):
@@ -161,7 +193,10 @@ def test_rows_start_at_the_centroids(dtype: str) -> None:
         expected = 0.5 * own / own.norm()
         tolerance = {"fp32": 1e-6, "bf16": 2**-8, "fp8": 2**-4}[dtype]
         torch.testing.assert_close(
-            head.rows(label, label + 1)[0].double(), expected, rtol=tolerance, atol=1e-3 if dtype == "fp8" else 1e-6
+            head.rows(label, label + 1)[0].double(),
+            expected,
+            rtol=tolerance,
+            atol=1e-3 if dtype == "fp8" else 1e-6,
         )
     assert torch.equal(head.rows(2, 3), drawn)
     if head.row_scale is not None:
@@ -174,7 +209,10 @@ def test_rows_start_at_the_centroids(dtype: str) -> None:
 
 def test_labels_that_would_hardly_change_are_skipped() -> None:
     labels, width = 4 * 128, 16
-    plain, skips = FullHead(labels, width, dtype="bf16"), FullHead(labels, width, dtype="bf16", skip_units=0.5)
+    plain, skips = (
+        FullHead(labels, width, dtype="bf16"),
+        FullHead(labels, width, dtype="bf16", skip_units=0.5),
+    )
     assert plain.skipped is None and skips.skip_below == 2.0**-14
     x = torch.rand(4, width) + 0.5
     for head in (plain, skips):

@@ -1,4 +1,6 @@
-"""What a card's report is made of, without one: the worker on the CPU, children under a time limit, and tests op by op."""
+"""What a card's report is made of, without one: the worker on the CPU, children under a time limit,
+and tests op by op.
+"""
 
 import json
 import stat
@@ -45,16 +47,39 @@ def fake(impl: str, act: object = None, phase: str = "sgd") -> cases.Case:
 def test_rows_of_a_worker(capsys: pytest.CaptureFixture[str]) -> None:
     only = ["xmlkernels/sgd/bf16", "elmo/sgd/bf16", "renee/momentum/bf16"]
     arguments = [word for name in only for word in ("--only", name)]
-    arguments += ["--op", "bce_step", "--shape", "tiny", "--device", "cpu", "--date", "now", "--commit", "abc"]
+    arguments += [
+        "--op",
+        "bce_step",
+        "--shape",
+        "tiny",
+        "--device",
+        "cpu",
+        "--date",
+        "now",
+        "--commit",
+        "abc",
+    ]
     assert gpu_worker.main(arguments) == 0
     found = told(capsys)
-    assert found[0] == {"todo": [only[0], only[2], only[1]]}  # this shape has no figure to reach: all own cases first
+    assert found[0] == {
+        "todo": [only[0], only[2], only[1]]
+    }  # this shape has no figure to reach: all own cases first
     rows = [message["row"] for message in found if "row" in message]
     assert [r["impl"] for r in rows] == ["xmlkernels", "renee", "elmo"]  # type: ignore[index]
     for row in rows:
         assert isinstance(row, dict) and list(row) == list(run.COLUMNS)
-        assert (row["date"], row["commit"], row["B"], row["L"], row["K"]) == ("now", "abc", 4, 300, 7)
-        assert row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"] and row["peak_mb"] is None and "+graph" not in row["phase"]
+        assert (row["date"], row["commit"], row["B"], row["L"], row["K"]) == (
+            "now",
+            "abc",
+            4,
+            300,
+            7,
+        )
+        assert (
+            row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
+            and row["peak_mb"] is None
+            and "+graph" not in row["phase"]
+        )
     assert found[-1]["again"] == only[0] and float(str(found[-1]["ms"])) > 0
 
 
@@ -62,7 +87,11 @@ def test_what_has_a_figure_to_reach_and_its_peers_come_in_the_first_round() -> N
     todo = cases_gpu.build("bce_step", TINY, "cpu")
     first = gpu_worker.in_turn(todo, "bce_step", "B128-L8.6M-D768", rest=False)
     rest = gpu_worker.in_turn(todo, "bce_step", "B128-L8.6M-D768", rest=True)
-    assert first[0].key == ("xmlkernels", "sgd", "fp8") and first[-1].impl == "compile" and len(first) + len(rest) == len(todo)
+    assert (
+        first[0].key == ("xmlkernels", "sgd", "fp8")
+        and first[-1].impl == "compile"
+        and len(first) + len(rest) == len(todo)
+    )
     assert {case.impl for case in first[1:]} == {"eager", "compile", "renee", "elmo"}
     assert {case.impl for case in rest} == {"xmlkernels", "reference"}
     aimless = gpu_worker.in_turn(todo, "bce_step", "another", rest=True)
@@ -73,12 +102,16 @@ def test_ceilings(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_worker.main(["--ceilings", "--device", "cpu", "--date", "now"]) == 0
     rows = [message["row"] for message in told(capsys)]
     assert [(r["op"], r["impl"], r["dtype"]) for r in rows] == [  # type: ignore[index]
-        ("ceiling", "copy", "bf16"), ("ceiling", "mm", "bf16"), ("ceiling", "mm", "fp32"),
-    ]  # fmt: skip
+        ("ceiling", "copy", "bf16"),
+        ("ceiling", "mm", "bf16"),
+        ("ceiling", "mm", "fp32"),
+    ]
     assert all(float(r["gbps"]) > 0 for r in rows)  # type: ignore[index]
 
 
-def test_ops_are_asked_for(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ops_are_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def require(op: str, device: str) -> None:
         if op != "bce_step":
             raise InputError(op, "a kernel", "none", "build it")
@@ -86,7 +119,9 @@ def test_ops_are_asked_for(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     monkeypatch.setattr(cases, "require_op", require)
     assert gpu_worker.main(["--ops", "--device", "cpu"]) == 0
     found = {str(message["op"]): message["why"] for message in told(capsys)}
-    assert set(found) == set(cases.OPS) and [op for op, why in found.items() if why is None] == ["bce_step"]
+    assert set(found) == set(cases.OPS) and [op for op, why in found.items() if why is None] == [
+        "bce_step"
+    ]
     assert found["matmul_topk"] == "matmul_topk: expected a kernel, got none; build it"
 
 
@@ -100,15 +135,24 @@ def test_ops_are_asked_for(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     ],
     ids=["memory", "refused", "broken", "wordless"],
 )
-def test_a_case_that_fails_is_told(error: Exception, status: int, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_case_that_fails_is_told(
+    error: Exception, status: int, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     todo = [fake("xmlkernels", error), fake("elmo")]
-    assert gpu_worker.measure_all(todo, TINY, run.setting("bce_step", "cpu") | {"date": ""}, []) == status
+    assert (
+        gpu_worker.measure_all(todo, TINY, run.setting("bce_step", "cpu") | {"date": ""}, [])
+        == status
+    )
     found = told(capsys)
     assert {"left_out": "xmlkernels/sgd/bf16", "why": why} in found
-    assert any("row" in message for message in found) == (status == 0)  # after a broken launch nothing more is timed here
+    assert any("row" in message for message in found) == (
+        status == 0
+    )  # after a broken launch nothing more is timed here
 
 
-def test_a_step_that_cannot_be_captured_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_step_that_cannot_be_captured_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked: list[str] = []
 
     def broken(step: object) -> None:
@@ -117,30 +161,44 @@ def test_a_step_that_cannot_be_captured_is_told(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(gpu_worker, "captured", broken)
     with pytest.raises(gpu_worker.CaptureFailed, match="not permitted"):
         gpu_worker.measure(fake("elmo"), gpu_worker.timing.Clock("cpu"), graph=True)
-    monkeypatch.setattr(gpu_worker, "measure", lambda case, clock, graph: asked.append(case.impl) or ([1.0], None))
+    monkeypatch.setattr(
+        gpu_worker, "measure", lambda case, clock, graph: asked.append(case.impl) or ([1.0], None)
+    )
     monkeypatch.setattr(gpu_worker.timing, "Clock", lambda device: None)
     monkeypatch.setattr(cases_gpu, "SYNCING", {("bce_step", "SparseAdam", "sgd")})
     about = run.setting("bce_step", "cpu") | {"date": "", "device": "cuda"}
     monkeypatch.setattr(gpu_worker, "free", lambda device: None)
-    assert gpu_worker.measure_all([fake("elmo"), fake("SparseAdam"), fake("renee")], TINY, about, ["renee/sgd/bf16"]) == 0
+    assert (
+        gpu_worker.measure_all(
+            [fake("elmo"), fake("SparseAdam"), fake("renee")], TINY, about, ["renee/sgd/bf16"]
+        )
+        == 0
+    )
     phases = [message["row"]["phase"] for message in told(capsys) if "row" in message]  # type: ignore[index]
-    assert phases == ["sgd+graph", "sgd", "sgd"]  # captured; one that waits for the device; one that failed before
+    assert phases == [
+        "sgd+graph",
+        "sgd",
+        "sgd",
+    ]  # captured; one that waits for the device; one that failed before
     assert asked == ["elmo", "SparseAdam", "renee", "elmo"]
 
 
-# --- children -----------------------------------------------------------------------------------------------------
+# --- children --------------------------------------------------------------------------------
 
 
 def test_a_child_is_read_as_it_writes_and_ended_with_all_it_started() -> None:
     code = (
         "import subprocess, sys, time\n"
         "other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-        "print('first', flush=True); print(other.pid, flush=True); sys.stderr.write('trouble\\n'); sys.stderr.flush()\n"
+        "print('first', flush=True); print(other.pid, flush=True); sys.stderr.write('trouble\\n'); "
+        "sys.stderr.flush()\n"
         "time.sleep(60)\n"
     )
     seen: list[tuple[str, float]] = []
     begin = time.monotonic()
-    outcome = children.run(children.python("-c", code), 3.0, lambda line: seen.append((line, time.monotonic())))
+    outcome = children.run(
+        children.python("-c", code), 3.0, lambda line: seen.append((line, time.monotonic()))
+    )
     assert outcome.status is None and time.monotonic() - begin < 20
     assert outcome.lines[0] == "first" and outcome.errors == "trouble" and outcome.last == "trouble"
     assert seen[0][1] - begin < time.monotonic() - begin and len(seen) == 2
@@ -152,24 +210,35 @@ def test_a_child_is_read_as_it_writes_and_ended_with_all_it_started() -> None:
         except (FileNotFoundError, ProcessLookupError):
             return True
 
-    while not ended() and time.monotonic() < until:  # it was killed, but on a busy machine it may die a moment later
+    while (
+        not ended() and time.monotonic() < until
+    ):  # it was killed, but on a busy machine it may die a moment later
         time.sleep(0.05)
     assert ended()
 
 
 def test_children_together() -> None:
     code = "import os; print(int(os.environ['OMP_NUM_THREADS']) >= 1)"
-    commands = {"a": children.python("-c", code), "b": children.python("-c", "import sys; sys.exit(3)")}
+    commands = {
+        "a": children.python("-c", code),
+        "b": children.python("-c", "import sys; sys.exit(3)"),
+    }
     found = children.run_together(commands, 60)
     assert [(name, outcome.status) for name, outcome in found.items()] == [("a", 0), ("b", 3)]
-    assert found["a"].last == "True" and found["b"].last == "it said nothing" and children.run_together({}, 1) == {}
+    assert (
+        found["a"].last == "True"
+        and found["b"].last == "it said nothing"
+        and children.run_together({}, 1) == {}
+    )
 
 
 REFUSE = """
 import sys
 from importlib.abc import MetaPathFinder
-refused = {"tyro", "rich", "sklearn", "pyarrow", "tokenizers", "transformers", "numba", "matplotlib", "safetensors", "pandas",
-           "datasets", "pytest", "hypothesis", "huggingface_hub", "accelerate", "pydantic", "requests", "IPython"}
+refused = set(
+    "tyro rich sklearn pyarrow tokenizers transformers numba matplotlib safetensors pandas "
+    "datasets pytest hypothesis huggingface_hub accelerate pydantic requests IPython".split()
+)
 class Refuse(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in refused:
@@ -187,15 +256,22 @@ sys.exit(gpu_worker.main(["--op", "matmul_topk", "--shape", "tiny", "--device", 
 
 
 def test_nothing_but_torch_numpy_and_scipy_is_needed() -> None:
-    done = subprocess.run([sys.executable, "-c", REFUSE], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSE], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
     assert done.returncode == 0 and '"impl": "xmlkernels"' in done.stdout, done.stderr[-3000:]
 
 
-# --- tests op by op -----------------------------------------------------------------------------------------------
+# --- tests op by op --------------------------------------------------------------------------
 
 
 def test_files_belong_to_the_op_that_their_name_tells(tmp_path: Path) -> None:
-    ops = ("test_bce_step_bits.py", "test_sparse_adam.py", "test_sparse_layout.py", "test_layout.py")
+    ops = (
+        "test_bce_step_bits.py",
+        "test_sparse_adam.py",
+        "test_sparse_layout.py",
+        "test_layout.py",
+    )
     for name in (*(f"ops/{name}" for name in ops), "compile/test_bce_step.py"):
         (tmp_path / "tests" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "tests" / name).touch()
@@ -203,22 +279,38 @@ def test_files_belong_to_the_op_that_their_name_tells(tmp_path: Path) -> None:
     (tmp_path / "tests" / "test_full_head.py").write_text("@pytest.mark.gpu\n")
     found = gpu_tests.files_by_op(tmp_path, ["bce_step", "sparse_update"])
     assert {op: [path.name for path in paths] for op, paths in found.items()} == {
-        "bce_step": ["test_bce_step_bits.py"], "sparse_update": ["test_sparse_adam.py", "test_sparse_layout.py"],
+        "bce_step": ["test_bce_step_bits.py"],
+        "sparse_update": ["test_sparse_adam.py", "test_sparse_layout.py"],
         "shared": ["test_layout.py", "test_full_head.py"],
-    }  # fmt: skip
+    }
     assert gpu_tests.owner("test_bce_edges", ["bce_step", "bce_loss"]) == "shared"
-    assert "rescale_rows" in gpu_tests.untimed() and not {"bce_step", "sparse_adam", "missing"} & set(gpu_tests.untimed())
+    assert "rescale_rows" in gpu_tests.untimed() and not {
+        "bce_step",
+        "sparse_adam",
+        "missing",
+    } & set(gpu_tests.untimed())
 
 
 def test_verdicts() -> None:
-    lines = ("tests/a.py::test_x[a b-cuda] PASSED [ 50%]", "tests/a.py::test_y FAILED [ 90%]", "t/a.py::test_z SKIPPED (no)")
+    lines = (
+        "tests/a.py::test_x[a b-cuda] PASSED [ 50%]",
+        "tests/a.py::test_y FAILED [ 90%]",
+        "t/a.py::test_z SKIPPED (no)",
+    )
 
     def read(status: int | None, lines: tuple[str, ...], errors: str = "") -> gpu_tests.Verdict:
         other = {("b", "t.py"): children.Outcome(1, ("tests/b.py::test_b FAILED",), "")}
-        return gpu_tests.read(other | {("a", "a.py"): children.Outcome(status, lines, errors)}, "a", 9)
+        return gpu_tests.read(
+            other | {("a", "a.py"): children.Outcome(status, lines, errors)}, "a", 9
+        )
 
     found = read(1, lines)
-    assert (found.passed, found.skipped, found.failed, found.green) == (1, 1, ["tests/a.py::test_y"], False)
+    assert (found.passed, found.skipped, found.failed, found.green) == (
+        1,
+        1,
+        ["tests/a.py::test_y"],
+        False,
+    )
     assert read(0, lines[:1]).green
     cut = read(None, lines[:1])
     assert not cut.green and "a.py did not end within 9 s" in str(cut)
@@ -227,11 +319,16 @@ def test_verdicts() -> None:
     assert "failed before its tests: boom" in str(read(1, (), "boom"))
     assert "status -11" in str(read(-11, lines[:1]))
     both = {("a", f"{i}.py"): children.Outcome(0, lines[:1], "") for i in range(2)}
-    assert gpu_tests.read(both | {("a", "memcheck"): children.Outcome(9, lines, "")}, "a", 9).passed == 2
+    assert (
+        gpu_tests.read(both | {("a", "memcheck"): children.Outcome(9, lines, "")}, "a", 9).passed
+        == 2
+    )
 
 
 MARK = "import pytest\npytestmark = pytest.mark.gpu\n"
-SANITIZER = '#!/bin/sh\ncase "$*" in *memcheck*) echo "========= Invalid write"; exit 9;; esac\nexit 0\n'
+SANITIZER = (
+    '#!/bin/sh\ncase "$*" in *memcheck*) echo "========= Invalid write"; exit 9;; esac\nexit 0\n'
+)
 
 
 def test_a_run_of_the_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,11 +336,15 @@ def test_a_run_of_the_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     failing = "def test_b():\n    assert 1 == 2\n"
     for path, text in {
         "pyproject.toml": '[tool.pytest.ini_options]\naddopts = "-q"\nmarkers = ["gpu: x"]\n',
-        "csrc/cuda/sparse_update.cu": "", "tests/ops/test_sparse_update.py": MARK + "def test_a():\n    pass\n" + failing,
-        "tests/ops/test_bce_step.py": MARK + "def test_c():\n    pass\n", "bin/compute-sanitizer": SANITIZER,
-        "tests/ops/test_matmul_topk.py": MARK + failing,  # of an op that is not to be timed now: it is not run
-        "tests/ops/test_layout.py": MARK + "def test_topk_d():\n    pass\ndef test_cluster_step_e():\n    assert False\n",
-    }.items():  # fmt: skip
+        "csrc/cuda/sparse_update.cu": "",
+        "tests/ops/test_sparse_update.py": MARK + "def test_a():\n    pass\n" + failing,
+        "tests/ops/test_bce_step.py": MARK + "def test_c():\n    pass\n",
+        "bin/compute-sanitizer": SANITIZER,
+        "tests/ops/test_matmul_topk.py": MARK
+        + failing,  # of an op that is not to be timed now: it is not run
+        "tests/ops/test_layout.py": MARK
+        + "def test_topk_d():\n    pass\ndef test_cluster_step_e():\n    assert False\n",
+    }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
     (tmp_path / "bin" / "compute-sanitizer").chmod(stat.S_IRWXU)
@@ -253,10 +354,18 @@ def test_a_run_of_the_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     found = gpu_tests.run_all(tmp_path, ops, 100, said.append)
     assert [op for op in ops if found[op].green] == ["bce_step"]
     text = "\n".join(said)
-    assert "sparse_update: 1 passed, 1 failed, 0 skipped; compute-sanitizer memcheck found errors -> not timed" in text
+    assert (
+        "sparse_update: 1 passed, 1 failed, 0 skipped; compute-sanitizer memcheck found errors -> "
+        "not timed" in text
+    )
     assert "test_sparse_update.py::test_b" in text and "E   assert 1 == 2" in text
-    assert "memcheck, sparse_update: ERRORS: ========= Invalid write" in text and "racecheck, sparse_update: no error" in text
-    assert found["cluster_step"].failed[0].endswith("test_cluster_step_e")  # a shared file's test that tells its op
+    assert (
+        "memcheck, sparse_update: ERRORS: ========= Invalid write" in text
+        and "racecheck, sparse_update: no error" in text
+    )
+    assert (
+        found["cluster_step"].failed[0].endswith("test_cluster_step_e")
+    )  # a shared file's test that tells its op
     assert "tests shared by the ops: 1 passed, 1 failed" in text and "bce_loss" not in text
 
 
@@ -269,6 +378,8 @@ def test_a_missing_sanitizer_is_told(tmp_path: Path) -> None:
     assert said == ["  compute-sanitizer: not on this machine, so the CUDA ops ran without it"]
     cut = {("sparse_update", "racecheck"): children.Outcome(None, (), "")}
     gpu_tests.say_sanitizer(tmp_path, groups, cut, {}, 9, said.append)
-    assert said[1:] == ["  compute-sanitizer racecheck, sparse_update: not finished within 9 s, so it says nothing"]
+    assert said[1:] == [
+        "  compute-sanitizer racecheck, sparse_update: not finished within 9 s, so it says nothing"
+    ]
     gpu_tests.say_sanitizer(tmp_path, {"bce_step": []}, {}, {}, 9, said.append)
     assert said[2:] == ["  compute-sanitizer: no op has CUDA C++ of its own"]

@@ -11,14 +11,32 @@ from xmlkernels.nn.layer_recipe import checked_layers, default_layers
 @pytest.mark.parametrize(
     ("depth", "recipes"),
     [
-        (12, {2: ((9, 10), (12,)), 3: ((7, 8), (10,), (12,)), 4: ((5, 6), (8,), (10,), (12,)),
-              5: ((5, 6), (8,), (10,), (11,), (12,))}),
-        (24, {2: ((18, 20), (24,)), 3: ((16, 18), (22,), (24,)), 4: ((15, 16), (18,), (22,), (24,))}),
-        (6, {2: ((4, 5), (6,)), 3: ((3, 4), (5,), (6,)), 4: ((2, 3), (4,), (5,), (6,)), 5: ((1, 2), (3,), (4,), (5,), (6,))}),
+        (
+            12,
+            {
+                2: ((9, 10), (12,)),
+                3: ((7, 8), (10,), (12,)),
+                4: ((5, 6), (8,), (10,), (12,)),
+                5: ((5, 6), (8,), (10,), (11,), (12,)),
+            },
+        ),
+        (
+            24,
+            {2: ((18, 20), (24,)), 3: ((16, 18), (22,), (24,)), 4: ((15, 16), (18,), (22,), (24,))},
+        ),
+        (
+            6,
+            {
+                2: ((4, 5), (6,)),
+                3: ((3, 4), (5,), (6,)),
+                4: ((2, 3), (4,), (5,), (6,)),
+                5: ((1, 2), (3,), (4,), (5,), (6,)),
+            },
+        ),
         (4, {2: ((2, 3), (4,)), 4: ((1,), (2,), (3,), (4,))}),
         (2, {2: ((1,), (2,))}),
     ],
-)  # fmt: skip
+)
 def test_default_layers(depth: int, recipes: dict) -> None:
     assert {levels: default_layers(depth, levels) for levels in recipes} == recipes
 
@@ -28,15 +46,25 @@ def test_every_depth_has_ascending_layers_that_end_at_the_last(depth: int) -> No
     for levels in range(2, min(5, depth) + 1):
         recipe = default_layers(depth, levels)
         flat = [j for level in recipe for j in level]
-        assert len(recipe) == levels and flat == sorted(set(flat)) and flat[0] >= 1 and flat[-1] == depth
+        assert (
+            len(recipe) == levels
+            and flat == sorted(set(flat))
+            and flat[0] >= 1
+            and flat[-1] == depth
+        )
         assert all(len(level) == 1 for level in recipe[1:])
 
 
 def test_too_few_layers_and_too_many_levels_are_told() -> None:
-    with pytest.raises(InputError, match="encoder: expected 4 layers or more, one for each level of the tree, got 3; take a"):
+    with pytest.raises(
+        InputError,
+        match="encoder: expected 4 layers or more, one for each level of the tree, got 3; take a",
+    ):
         default_layers(3, 4)
     for levels in (1, 6):
-        with pytest.raises(InputError, match=f"levels of the cascade: expected 2 to 5, got {levels}"):
+        with pytest.raises(
+            InputError, match=f"levels of the cascade: expected 2 to 5, got {levels}"
+        ):
             default_layers(12, levels)
     for recipe, message in (
         ([(1,)], "expected 2 entries, one for each level, got 1"),
@@ -60,7 +88,9 @@ def test_layer_vectors_are_the_pooled_hidden_states(pooling: str) -> None:
     recipe = ((0, 1), (2,), (3,))
     got = encoder.layer_vectors(recipe, ids, mask)
     with torch.no_grad():
-        states = encoder.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        states = encoder.model(
+            input_ids=ids, attention_mask=mask, output_hidden_states=True
+        ).hidden_states
         assert len(states) == encoder.layers + 1 == 4
         pooled = []
         for state in states:
@@ -71,7 +101,9 @@ def test_layer_vectors_are_the_pooled_hidden_states(pooling: str) -> None:
         for vector, level in zip(got, recipe, strict=True):
             torch.testing.assert_close(vector, torch.cat([pooled[j] for j in level], 1))
         torch.testing.assert_close(got[2], encoder(ids, mask))
-    assert [tuple(v.shape) for v in got] == [(4, 64), (4, 32), (4, 32)] and all(v.dtype == torch.float32 for v in got)
+    assert [tuple(v.shape) for v in got] == [(4, 64), (4, 32), (4, 32)] and all(
+        v.dtype == torch.float32 for v in got
+    )
 
 
 def test_gradients_of_all_levels_reach_the_layers_below() -> None:

@@ -1,4 +1,6 @@
-"""One of several processes is killed, stands still or is stopped: the others say which, or stop at the same step."""
+"""One of several processes is killed, stands still or is stopped: the others say which, or stop at
+the same step.
+"""
 
 import json
 import os
@@ -36,15 +38,22 @@ def until(true: object, seconds: float = 10.0) -> None:
 
 def test_a_silent_process_is_named_and_one_that_says_why_it_ends_is_not() -> None:
     store, told = Shelf(), []
-    hearts = [Heartbeat(store, rank, 3, 0.5, told.append if rank == 0 else None) for rank in range(3)]
+    hearts = [
+        Heartbeat(store, rank, 3, 0.5, told.append if rank == 0 else None) for rank in range(3)
+    ]
     for heart in hearts:
         heart.start()
     time.sleep(0.7)
     assert told == [] and all(heart.missing(0.4) == [] for heart in hearts), "they live"
     hearts[2]._stopped.set()  # as SIGKILL or SIGSTOP would: without a word
     until(lambda: told)
-    assert f"process 2 of 3 (process {os.getpid()} on {socket.gethostname()}) has ended or stands still" in told[0]
-    assert hearts[0].speaks() and not hearts[1].speaks() and "process 2 of 3" in str(hearts[1].find())
+    assert (
+        f"process 2 of 3 (process {os.getpid()} on {socket.gethostname()}) has ended or stands "
+        "still" in told[0]
+    )
+    assert (
+        hearts[0].speaks() and not hearts[1].speaks() and "process 2 of 3" in str(hearts[1].find())
+    )
     hearts[1].stop(failed=True)
     until(hearts[0].failed)
     assert hearts[0].find() is None
@@ -78,17 +87,48 @@ def pair(dataset: Path, output: Path, *words: str) -> Iterator[list[subprocess.P
     """Two processes of one endless run, without torchrun, which would end the other one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        names = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+            "WORLD_SIZE": "2",
+        }
     names["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, str(ROOT / "train" / "run.py"), "tiny", "--encoder", "bow", "--min-df", "1", "--device", "cpu"]
-    command += ["--dataset", str(dataset), "--output", str(output), "--epochs", "100000", "--save-every", "5"]
+    command = [
+        sys.executable,
+        str(ROOT / "train" / "run.py"),
+        "tiny",
+        "--encoder",
+        "bow",
+        "--min-df",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    command += [
+        "--dataset",
+        str(dataset),
+        "--output",
+        str(output),
+        "--epochs",
+        "100000",
+        "--save-every",
+        "5",
+    ]
     started = []
     for rank in range(2):
         env = os.environ | names | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        one = subprocess.Popen([*command, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        one = subprocess.Popen(
+            [*command, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        )
         started.append(one)
     try:
-        until(lambda: (output / "checkpoint" / "last" / "state.json").exists() or started[0].poll() is not None, 120)
+        until(
+            lambda: (
+                (output / "checkpoint" / "last" / "state.json").exists()
+                or started[0].poll() is not None
+            ),
+            120,
+        )
         assert started[0].poll() is None, started[0].communicate()
         yield started
     finally:
@@ -103,13 +143,18 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("how", "patience"), [(signal.SIGSTOP, "3"), (signal.SIGKILL, "600")])
-def test_a_lost_process_ends_the_other_with_its_name(how: signal.Signals, patience: str, dataset: Path, tmp_path: Path) -> None:
+def test_a_lost_process_ends_the_other_with_its_name(
+    how: signal.Signals, patience: str, dataset: Path, tmp_path: Path
+) -> None:
     with pair(dataset, tmp_path / "run", "--timeout", patience) as (first, second):
         second.send_signal(how)
         _, told = first.communicate(timeout=60)
         errors = [line for line in told.splitlines() if line.startswith("error: ")]
         assert first.returncode == 1 and len(errors) == 1 and "Traceback" not in told, told
-        assert f"process 1 of 2 (process {second.pid} on " in errors[0] and "has ended or stands still" in errors[0]
+        assert (
+            f"process 1 of 2 (process {second.pid} on " in errors[0]
+            and "has ended or stands still" in errors[0]
+        )
         assert "is whole: go on from it with --resume" in errors[0]
 
 
@@ -119,7 +164,9 @@ def test_a_signal_to_one_stops_both_at_the_same_step(dataset: Path, tmp_path: Pa
         _, told = first.communicate(timeout=60)
         second.communicate(timeout=60)
     assert (first.returncode, second.returncode) == (143, 143) and "Traceback" not in told
-    state = json.loads((tmp_path / "run" / "checkpoint" / "last" / "state.json").read_text())["state"]
+    state = json.loads((tmp_path / "run" / "checkpoint" / "last" / "state.json").read_text())[
+        "state"
+    ]
     assert f"stopped at step {state['steps']:,}, whose checkpoint is written" in told
 
 

@@ -15,14 +15,18 @@ HERE = torch.device("cpu")
 MENDS = {"activations": "take a smaller --batch", "": "take --table fp8"}
 
 
-def system(root: Path, total_kib: int | None = 8 << 20, cgroup: str = "0::/\n", **limits: str) -> Path:
+def system(
+    root: Path, total_kib: int | None = 8 << 20, cgroup: str = "0::/\n", **limits: str
+) -> Path:
     """A file system with these facts; `limits` by place, "/" written as "__"."""
     (root / "proc" / "self").mkdir(parents=True)
     if total_kib is not None:
         (root / "proc" / "meminfo").write_text(f"MemTotal: {total_kib} kB\nMemFree: 12 kB\n")
     (root / "proc" / "self" / "cgroup").write_text(cgroup)
     for place, text in limits.items():
-        path = root / "sys" / "fs" / "cgroup" / place.replace("__", "/").replace("memory_", "memory.")
+        path = (
+            root / "sys" / "fs" / "cgroup" / place.replace("__", "/").replace("memory_", "memory.")
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return root
@@ -35,13 +39,24 @@ def system(root: Path, total_kib: int | None = 8 << 20, cgroup: str = "0::/\n", 
         ({"memory_max": "max\n"}, 8 * GIB),
         ({"memory_max": f"{3 * GIB}\n"}, 3 * GIB),
         ({"memory_max": f"{64 * GIB}\n"}, 8 * GIB),  # a limit above what there is
-        ({"cgroup": "0::/a/b\n", "a__b__memory_max": "max\n", "a__memory_max": f"{2 * GIB}\n"}, 2 * GIB),  # of a parent
+        (
+            {"cgroup": "0::/a/b\n", "a__b__memory_max": "max\n", "a__memory_max": f"{2 * GIB}\n"},
+            2 * GIB,
+        ),  # of a parent
         ({"cgroup": "0::/of/the/host\n", "memory_max": f"{GIB}\n"}, GIB),  # a container's own top
-        ({"cgroup": "5:memory:/a\n3:cpu:/a\n", "memory__a__memory_limit_in_bytes": f"{GIB}\n"}, GIB),
-        ({"cgroup": "5:memory:/\n", "memory__memory_limit_in_bytes": "9223372036854771712\n"}, 8 * GIB),  # version 1: none
+        (
+            {"cgroup": "5:memory:/a\n3:cpu:/a\n", "memory__a__memory_limit_in_bytes": f"{GIB}\n"},
+            GIB,
+        ),
+        (
+            {"cgroup": "5:memory:/\n", "memory__memory_limit_in_bytes": "9223372036854771712\n"},
+            8 * GIB,
+        ),  # version 1: none
     ],
 )
-def test_the_memory_of_a_machine_is_what_its_cgroup_allows(facts: dict[str, Any], expected: int, tmp_path: Path) -> None:
+def test_the_memory_of_a_machine_is_what_its_cgroup_allows(
+    facts: dict[str, Any], expected: int, tmp_path: Path
+) -> None:
     assert machine_memory(system(tmp_path, **facts)) == expected
 
 
@@ -54,10 +69,17 @@ def test_this_machine_says_how_much_it_has(tmp_path: Path) -> None:
 
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "machine_memory", lambda: 10 * GIB)
-    parts = {"encoder": GIB // 2, "activations (estimate)": 20 * GIB, "label table": 3 * GIB, "the smallest": 1}
+    parts = {
+        "encoder": GIB // 2,
+        "activations (estimate)": 20 * GIB,
+        "label table": 3 * GIB,
+        "the smallest": 1,
+    }
     told = (
-        "memory of this run: expected at most 10.0 GiB, the memory of this machine, got about 23.5 GiB "
-        r"\(activations \(estimate\) 20.0 GiB, label table 3.0 GiB, encoder 512 MiB\); take a smaller --batch"
+        "memory of this run: expected at most 10.0 GiB, the memory of this machine, got about 23.5 "
+        "GiB "
+        r"\(activations \(estimate\) 20.0 GiB, label table 3.0 GiB, encoder 512 MiB\); take a "
+        r"smaller --batch"
     )
     with pytest.raises(InputError, match=told):
         check_memory(parts, HERE, MENDS)
@@ -65,7 +87,10 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         check_memory(parts | {"states of label table": 30 * GIB}, HERE, MENDS)
     within = {"activations (estimate)": int(10 * MARGIN * GIB)}
     check_memory(within, HERE, MENDS)
-    with pytest.raises(InputError, match=r"got about 22.0 GiB \(2 processes, each activations \(estimate\) 11.0 GiB\)"):
+    with pytest.raises(
+        InputError,
+        match=r"got about 22.0 GiB \(2 processes, each activations \(estimate\) 11.0 GiB\)",
+    ):
         check_memory(within, HERE, MENDS, processes=2)
     check_memory(parts, torch.device("meta"), MENDS)  # nobody knows
 
@@ -75,8 +100,12 @@ def test_a_machine_of_unknown_memory_refuses_nothing(monkeypatch: pytest.MonkeyP
     check_memory({"label table": 1 << 60}, HERE, MENDS)
 
 
-def test_a_batch_is_counted_by_the_documents_that_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """160 documents are 160 whatever --batch says; 160 of the cascade and of a bag of words, too."""
+def test_a_batch_is_counted_by_the_documents_that_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """160 documents are 160 whatever --batch says; 160 of the cascade and of a bag of words,
+    too.
+    """
     dataset = make_dataset(tmp_path / "raw", keep_texts=True)
     tree = make_tree(dataset, tmp_path / "tree.safetensors")
     monkeypatch.setattr(memory, "machine_memory", lambda: 64 << 20)
@@ -85,17 +114,30 @@ def test_a_batch_is_counted_by_the_documents_that_there_are(tmp_path: Path, monk
     monkeypatch.setattr(memory, "machine_memory", lambda: 2 << 20)
     for name, changes, mend in (
         ("b", {}, "--micro-batch"),
-        ("c", {"model": "cascade", "tree": str(tree), "layers": ("1", "2", "2"), "topk": (2, 4), "embed_drops": (0.1,) * 3},
-         "--beyond-memory"),
+        (
+            "c",
+            {
+                "model": "cascade",
+                "tree": str(tree),
+                "layers": ("1", "2", "2"),
+                "topk": (2, 4),
+                "embed_drops": (0.1,) * 3,
+            },
+            "--beyond-memory",
+        ),
         ("d", {"encoder": "bow", "bow_width": 8192, "min_df": 1}, "--table bf16"),
-    ):  # fmt: skip
-        with pytest.raises(InputError, match=f"memory of this run: expected at most 2.0 MiB.*{mend}"):
+    ):
+        with pytest.raises(
+            InputError, match=f"memory of this run: expected at most 2.0 MiB.*{mend}"
+        ):
             run(tiny(dataset, tmp_path / name, **(large | {"dropout": 0.2} | changes)))
         assert not (tmp_path / name / "checkpoint").exists()
 
 
 def test_no_recipe_is_refused_for_its_batch_on_a_machine_of_16_gib() -> None:
-    """Of the recipes that name no data of their own: MiniLM's activations, at the longest that they take."""
+    """Of the recipes that name no data of their own: MiniLM's activations, at the longest that they
+    take.
+    """
     hidden, layers = 384, 6
     for name, (_, config) in RECIPES.items():
         if config.encoder == "minilm":

@@ -37,7 +37,8 @@ def test_recall_by_hand():
 
 def test_ndcg_by_hand():
     got = metrics.evaluate(TOP, TRUE, ks=(1, 2, 3))
-    # places weigh 1, 1/log2(3), 1/2; with two positives the best is 1 at k=1 and 1 + 1/log2(3) from k=2 on
+    # places weigh 1, 1/log2(3), 1/2; with two positives the best is 1 at k=1 and 1 + 1/log2(3) from
+    # k=2 on
     best = 1 + 1 / LOG3
     assert got["nDCG@1"] == pytest.approx(100 * (1 + 1) / 3)
     assert got["nDCG@2"] == pytest.approx(100 * (1 / best + 1 / best) / 3)
@@ -46,7 +47,8 @@ def test_ndcg_by_hand():
 
 def test_propensity_scored_by_hand():
     got = metrics.evaluate(TOP, TRUE, WEIGHT, ks=(1, 2, 3))
-    # gained: point 0: 1 (label 0), 0, 2 (label 1); point 1: 4 (label 3); best: point 0: 2, 1; point 1: 4, 1
+    # gained: point 0: 1 (label 0), 0, 2 (label 1); point 1: 4 (label 3); best: point 0: 2, 1; point
+    # 1: 4, 1
     assert got["PSP@1"] == pytest.approx(100 * (1 + 4) / (2 + 4))
     assert got["PSP@2"] == pytest.approx(100 * (1 + 4) / (3 + 5))
     assert got["PSP@3"] == pytest.approx(100 * (3 + 4) / (3 + 5))
@@ -54,25 +56,39 @@ def test_propensity_scored_by_hand():
     assert got["PSnDCG@1"] == pytest.approx(100 * (1 + 4) / (2 + 4))
     assert got["PSnDCG@3"] == pytest.approx(100 * (1 + 2 / 2 + 4) / (2 + 1 / LOG3 + 4 + 1 / LOG3))
     recall = metrics.propensity_scored_recall(TOP, TRUE, WEIGHT, ks=(1, 3))
-    assert recall == pytest.approx({"PSR@1": 100 * (1 + 4) / (2 + 4), "PSR@3": 100 * (3 + 4) / (3 + 5)})
+    assert recall == pytest.approx(
+        {"PSR@1": 100 * (1 + 4) / (2 + 4), "PSR@3": 100 * (3 + 4) / (3 + 5)}
+    )
 
 
 def test_keys_and_order():
     names = ("P", "nDCG", "PSP", "PSnDCG", "R")
-    assert list(metrics.evaluate(TOP, TRUE, WEIGHT)) == [f"{name}@{k}" for name in names for k in KS]
-    assert list(metrics.evaluate(TOP, TRUE, ks=(3, 1))) == ["P@1", "P@3", "nDCG@1", "nDCG@3", "R@1", "R@3"]
+    assert list(metrics.evaluate(TOP, TRUE, WEIGHT)) == [
+        f"{name}@{k}" for name in names for k in KS
+    ]
+    assert list(metrics.evaluate(TOP, TRUE, ks=(3, 1))) == [
+        "P@1",
+        "P@3",
+        "nDCG@1",
+        "nDCG@3",
+        "R@1",
+        "R@3",
+    ]
 
 
 def test_inverse_propensity_by_hand():
     train = csr_matrix(np.array([[1, 0], [1, 0], [1, 1], [0, 0]], np.float32))
     # N = 4, n = (3, 1), A = 0.5, B = 1: C = (ln 4 - 1)·sqrt 2
     scale = (math.log(4) - 1) * math.sqrt(2)
-    np.testing.assert_allclose(metrics.inverse_propensity(train, 0.5, 1.0), [1 + scale / 2, 1 + scale / math.sqrt(2)])
+    np.testing.assert_allclose(
+        metrics.inverse_propensity(train, 0.5, 1.0), [1 + scale / 2, 1 + scale / math.sqrt(2)]
+    )
 
 
 def test_macro_by_hand():
     got = metrics.macro_metrics(TOP, TRUE, ks=(1, 3))
-    # k=1: shown 0, 3, 1; right 0 and 3. Positives: label 0 twice, labels 1 and 3 once, label 2 never.
+    # k=1: shown 0, 3, 1; right 0 and 3. Positives: label 0 twice, labels 1 and 3 once, label 2
+    # never.
     assert got["macroP@1"] == pytest.approx(100 * (1 + 0 + 0 + 1) / 4)
     assert got["macroR@1"] == pytest.approx(100 * (1 / 2 + 0 + 0 + 1) / 4)
     assert got["macroF1@1"] == pytest.approx(100 * (2 / 3 + 0 + 0 + 1) / 4)
@@ -85,9 +101,13 @@ def test_macro_by_hand():
 
 
 def test_deciles_are_ten_groups_of_nearly_equal_size():
-    """Of 23 labels the first three groups hold three, the rarest first; of 7 labels each is a group."""
+    """Of 23 labels the first three groups hold three, the rarest first; of 7 labels each is a
+    group.
+    """
     for labels, sizes in ((23, [3] * 3 + [2] * 7), (10, [1] * 10), (7, [1] * 7)):
-        train = csr_matrix(np.tril(np.ones((labels, labels), np.float32)))  # label l in labels - l documents
+        train = csr_matrix(
+            np.tril(np.ones((labels, labels), np.float32))
+        )  # label l in labels - l documents
         table = metrics.decile_table(np.zeros((labels, 1), np.int64), train, train, ks=(1,))
         assert [line["labels"] for line in table] == sizes
         assert [line["decile"] for line in table] == list(range(1, len(sizes) + 1))
@@ -95,7 +115,9 @@ def test_deciles_are_ten_groups_of_nearly_equal_size():
 
 
 def test_decile_table_by_hand():
-    train = csr_matrix(np.array([[1, 1, 0, 1]] * 2 + [[1, 0, 0, 1]], np.float32))  # frequencies 3, 2, 0, 3
+    train = csr_matrix(
+        np.array([[1, 1, 0, 1]] * 2 + [[1, 0, 0, 1]], np.float32)
+    )  # frequencies 3, 2, 0, 3
     table = metrics.decile_table(TOP, TRUE, train, ks=(1, 3))
     assert [line["labels"] for line in table] == [1, 1, 1, 1]
     assert [line["min_frequency"] for line in table] == [0, 2, 3, 3]  # labels 2, 1, 0, 3
@@ -122,7 +144,9 @@ def random_case(seed: int, n: int = 300, labels: int = 60, kept: int = 8):
 def test_equals_napkinxc(seed):
     top, true, train = random_case(seed)
     weight = metrics.inverse_propensity(train, 0.55, 1.5)
-    theirs_weight = napkin.Jain_et_al_inverse_propensity(train.astype(np.float64), 0.55, 1.5)  # computes in Y's own type
+    theirs_weight = napkin.Jain_et_al_inverse_propensity(
+        train.astype(np.float64), 0.55, 1.5
+    )  # computes in Y's own type
     np.testing.assert_allclose(weight, theirs_weight, rtol=1e-12)
     lists = [[int(label) for label in row if label >= 0] for row in top]
     truth = [true[i].indices.tolist() for i in range(true.shape[0])]
@@ -132,16 +156,25 @@ def test_equals_napkinxc(seed):
         | metrics.propensity_scored_recall(top, true, weight)
     )
     theirs = {
-        "P": napkin.precision_at_k(truth, lists), "R": napkin.recall_at_k(truth, lists),
-        "nDCG": napkin.ndcg_at_k(truth, lists), "PSP": napkin.psprecision_at_k(truth, lists, weight, normalize=True),
+        "P": napkin.precision_at_k(truth, lists),
+        "R": napkin.recall_at_k(truth, lists),
+        "nDCG": napkin.ndcg_at_k(truth, lists),
+        "PSP": napkin.psprecision_at_k(truth, lists, weight, normalize=True),
         "PSnDCG": napkin.psndcg_at_k(truth, lists, weight, normalize=True),
         "PSR": napkin.psrecall_at_k(truth, lists, weight, normalize=True),
-        "macroP": napkin.macro_precision_at_k(truth, lists), "macroR": napkin.macro_recall_at_k(truth, lists),
-        "macroF1": napkin.macro_f1_measure_at_k(truth, lists), "coverage": napkin.coverage_at_k(truth, lists),
-        "abandonment": 1 - napkin.abandonment_at_k(truth, lists),  # its function of that name gives the share with a hit
-    }  # fmt: skip
+        "macroP": napkin.macro_precision_at_k(truth, lists),
+        "macroR": napkin.macro_recall_at_k(truth, lists),
+        "macroF1": napkin.macro_f1_measure_at_k(truth, lists),
+        "coverage": napkin.coverage_at_k(truth, lists),
+        "abandonment": 1
+        - napkin.abandonment_at_k(
+            truth, lists
+        ),  # its function of that name gives the share with a hit
+    }
     for name, curve in theirs.items():
-        np.testing.assert_allclose([ours[f"{name}@{k}"] for k in KS], 100 * curve, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            [ours[f"{name}@{k}"] for k in KS], 100 * curve, atol=1e-6, err_msg=name
+        )
 
 
 @settings(max_examples=25, deadline=None)
@@ -155,11 +188,15 @@ def test_properties(seed):
     assert all(a <= b + 1e-9 for a, b in zip(gained, gained[1:], strict=False))
     assert all(got[f"R@{k}"] <= got[f"R@{k + 1}"] + 1e-9 for k in KS[:-1])
     order = np.random.default_rng(seed).permutation(len(top))
-    again = metrics.evaluate(top[order], true[order], weight) | metrics.macro_metrics(top[order], true[order])
+    again = metrics.evaluate(top[order], true[order], weight) | metrics.macro_metrics(
+        top[order], true[order]
+    )
     assert again == pytest.approx(got)
     table = metrics.decile_table(top, true, train)
     assert sum(line["P@5"] for line in table) == pytest.approx(got["P@5"])
-    assert sum(line["labels"] for line in table) == 25 and sum(line["share"] for line in table) == pytest.approx(100)
+    assert sum(line["labels"] for line in table) == 25 and sum(
+        line["share"] for line in table
+    ) == pytest.approx(100)
     best, _ = ideal(true, weight)
     full = metrics.evaluate(best, true, weight)
     assert full["PSP@5"] == pytest.approx(100) and full["PSnDCG@3"] == pytest.approx(100)
@@ -176,7 +213,10 @@ def test_blocks_do_not_change_a_figure(monkeypatch):
 
     def everything() -> dict[str, float]:
         curves = metrics.evaluate(top, true, weight) | metrics.macro_metrics(top, true)
-        return curves | {f"decile {key}": value for key, value in metrics.decile_table(top, true, train)[3].items()}
+        return curves | {
+            f"decile {key}": value
+            for key, value in metrics.decile_table(top, true, train)[3].items()
+        }
 
     whole = everything()
     monkeypatch.setattr(metrics, "_BLOCK", 37)
@@ -184,7 +224,10 @@ def test_blocks_do_not_change_a_figure(monkeypatch):
 
 
 def test_stored_zeros_and_repeated_positives():
-    messy = csr_matrix((np.array([1, 1, 0, 1], np.float32), np.array([1, 1, 2, 0]), np.array([0, 3, 4])), shape=(2, 3))
+    messy = csr_matrix(
+        (np.array([1, 1, 0, 1], np.float32), np.array([1, 1, 2, 0]), np.array([0, 3, 4])),
+        shape=(2, 3),
+    )
     before = messy.data.copy()
     got = metrics.evaluate(np.array([[1, 2], [2, 1]]), messy, ks=(1, 2))
     assert got["P@2"] == pytest.approx(25) and got["R@2"] == pytest.approx(50)
@@ -197,9 +240,13 @@ def test_nothing_positive_gives_zero():
 
 
 def test_top_rows_from_csr_breaks_ties_by_label():
-    scores = csr_matrix((np.array([0.5, 0.5, -1.0, 0.0, 0.5, 2.0], np.float32), [4, 1, 0, 3, 2, 2], [0, 5, 5, 6]), shape=(3, 5))
+    scores = csr_matrix(
+        (np.array([0.5, 0.5, -1.0, 0.0, 0.5, 2.0], np.float32), [4, 1, 0, 3, 2, 2], [0, 5, 5, 6]),
+        shape=(3, 5),
+    )
     values, rows = metrics.top_rows_from_csr(scores, 4)
-    # a stored 0 is a candidate, a stored negative score ranks last but before labels that are absent
+    # a stored 0 is a candidate, a stored negative score ranks last but before labels that are
+    # absent
     np.testing.assert_array_equal(rows, [[1, 2, 4, 3], [-1, -1, -1, -1], [2, -1, -1, -1]])
     np.testing.assert_array_equal(values[0], np.array([0.5, 0.5, 0.5, 0.0], np.float32))
     assert np.isneginf(values[1]).all() and values.dtype == np.float32
@@ -231,7 +278,9 @@ def test_too_few_candidates_are_refused():
     pairs = np.array([[0, 1]])
     with pytest.raises(InputError, match="keep 3 candidates"):
         metrics.drop_filtered(rows, values, pairs, 2)
-    got, _ = metrics.drop_filtered(rows, values, pairs, 2, num_labels=2)  # no label is missing: nothing was lost
+    got, _ = metrics.drop_filtered(
+        rows, values, pairs, 2, num_labels=2
+    )  # no label is missing: nothing was lost
     np.testing.assert_array_equal(got, [[0, -1]])
 
 
@@ -266,12 +315,27 @@ def test_filtering_equals_ranking_without_the_pairs(seed):
         (lambda: metrics.inverse_propensity(TRUE[:0], 0.5, 0.4), "at least one training point"),
         (lambda: metrics.inverse_propensity(TRUE, 0.5, -1), "B > 0"),
         (lambda: metrics.decile_table(TOP, TRUE, TRUE[:, :3]), "4 labels as in targets"),
-        (lambda: metrics.top_rows_from_csr(csr_matrix([[0.0, np.nan]]), 1), "point 0, label 1.*NaN"),
+        (
+            lambda: metrics.top_rows_from_csr(csr_matrix([[0.0, np.nan]]), 1),
+            "point 0, label 1.*NaN",
+        ),
         (lambda: metrics.top_rows_from_csr(TRUE, 0), "whole number from 1"),
-        (lambda: metrics.drop_filtered(TOP, TOP[:, :2] * 1.0, np.zeros((0, 2), int), 1), "integer and a float"),
-        (lambda: metrics.drop_filtered(TOP * 1.0, TOP, np.zeros((0, 2), int), 1), "pass the rows first"),
-        (lambda: metrics.drop_filtered(TOP, TOP * 1.0, np.array([[3, 0]]), 1), "points from 0 to 2"),
-        (lambda: metrics.drop_filtered(TOP, TOP * 1.0, np.array([[0, -1]]), 1), "label numbers from 0"),
+        (
+            lambda: metrics.drop_filtered(TOP, TOP[:, :2] * 1.0, np.zeros((0, 2), int), 1),
+            "integer and a float",
+        ),
+        (
+            lambda: metrics.drop_filtered(TOP * 1.0, TOP, np.zeros((0, 2), int), 1),
+            "pass the rows first",
+        ),
+        (
+            lambda: metrics.drop_filtered(TOP, TOP * 1.0, np.array([[3, 0]]), 1),
+            "points from 0 to 2",
+        ),
+        (
+            lambda: metrics.drop_filtered(TOP, TOP * 1.0, np.array([[0, -1]]), 1),
+            "label numbers from 0",
+        ),
         (lambda: metrics.candidates_needed(1, np.array([1, 2, 3])), r"\[n, 2\]"),
     ],
 )

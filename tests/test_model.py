@@ -1,4 +1,6 @@
-"""The model of memory traffic beside the useful bytes of the same row; its counts are checked in tests/interpreter."""
+"""The model of memory traffic beside the useful bytes of the same row; its counts are checked in
+tests/interpreter.
+"""
 
 import pytest
 
@@ -21,6 +23,10 @@ def test_the_model_against_the_useful_bytes(op: str, key: str, over: float | Non
     shape = shapes.GPU_SHAPES[op][0]
     impl, phase, dtype = key.split("/")
     letters = {letter: getattr(shape, letter) for letter in "BLDSK"}
-    found = floors.modelled_bytes({"op": op, "impl": impl, "phase": phase + floors.GRAPH, "dtype": dtype} | letters, model)
+    found = floors.modelled_bytes(
+        {"op": op, "impl": impl, "phase": phase + floors.GRAPH, "dtype": dtype} | letters, model
+    )
     case = next(c for c in cases_gpu.build(op, shape, "cuda") if c.key == (impl, phase, dtype))
-    assert (found is None) == (over is None) and (over is None or found == pytest.approx(over * case.bytes, rel=0.01))
+    assert (found is None) == (over is None) and (
+        over is None or found == pytest.approx(over * case.bytes, rel=0.01)
+    )

@@ -1,4 +1,5 @@
-"""What the first format wrote is read for ever: the same weights bit for bit, the same answers, and old runs go on.
+"""What the first format wrote is read for ever: the same weights bit for bit, the same answers, and
+old runs go on.
 
 tests/fixtures/v1/README.md says what lies there.
 """
@@ -37,12 +38,16 @@ def sha256(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            tensors[name].detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
 def assert_same_answers(predictor: Any, name: str) -> None:
-    """On another processor the encoder may round otherwise: labels are the same, logits but for that."""
+    """On another processor the encoder may round otherwise: labels are the same, logits but for
+    that.
+    """
     values, rows = predictor.predict_arrays(EXPECTED["texts"], 5)
     expected = EXPECTED[name]
     assert rows.tolist() == expected["labels"]

@@ -59,8 +59,14 @@ def test_groups_follow_module_types() -> None:
     decayed, plain = ([names[id(p)] for p in g["params"]] for g in optimizer.param_groups)
     assert decayed == ["scale", "lin.weight", "LayerNorm_like.weight"]
     assert plain == [
-        "lin.bias", "sa_layer_norm.weight", "sa_layer_norm.bias", "n1.weight", "n2.weight", "n2.bias", "n3.weight"
-    ]  # fmt: skip
+        "lin.bias",
+        "sa_layer_norm.weight",
+        "sa_layer_norm.bias",
+        "n1.weight",
+        "n2.weight",
+        "n2.bias",
+        "n3.weight",
+    ]
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
     assert all(g["fused"] and g["eps"] == 1e-6 for g in optimizer.param_groups)
 
@@ -131,12 +137,18 @@ def test_schedule() -> None:
 
 
 def test_three_phases() -> None:
-    """CascadeXML's run on Amazon-670K: 15 epochs, 1 of warm-up, the last 3 falling; rates as factors of 1e-4."""
+    """CascadeXML's run on Amazon-670K: 15 epochs, 1 of warm-up, the last 3 falling; rates as
+    factors of 1e-4.
+    """
     per_epoch = 1000
-    at = [three_phase(s, per_epoch, 15 * per_epoch, 3 * per_epoch) for s in range(15 * per_epoch + 9)]
+    at = [
+        three_phase(s, per_epoch, 15 * per_epoch, 3 * per_epoch) for s in range(15 * per_epoch + 9)
+    ]
     assert at[0] == (pytest.approx(0.1), pytest.approx(0.95))
     assert at[per_epoch - 1] == at[per_epoch] == at[12 * per_epoch - 2] == (1.0, 0.85)
-    assert at[499][0] == pytest.approx(0.55, abs=1e-3) and at[499][1] == pytest.approx(0.9, abs=1e-3)
+    assert at[499][0] == pytest.approx(0.55, abs=1e-3) and at[499][1] == pytest.approx(
+        0.9, abs=1e-3
+    )
     assert at[12 * per_epoch - 1][0] < 1.0
     assert at[13 * per_epoch - 1][0] == pytest.approx(0.75, abs=1e-3)
     assert at[14 * per_epoch - 1][0] == pytest.approx(0.25, abs=1e-3)
@@ -149,9 +161,13 @@ def test_three_phases() -> None:
 
 def test_three_phases_at_the_edges() -> None:
     assert three_phase(0, 0, 1, 0) == (1.0, 0.85)
-    assert [three_phase(s, 0, 4, 2)[0] for s in range(4)] == pytest.approx([1.0, 0.75025, 0.25075, 1e-3])
+    assert [three_phase(s, 0, 4, 2)[0] for s in range(4)] == pytest.approx(
+        [1.0, 0.75025, 0.25075, 1e-3]
+    )
     assert three_phase(9, 10, 10, 0) == (1.0, 0.85)  # all of it is warm-up
-    assert three_phase(5, 4, 12, 99)[0] < 1 == three_phase(3, 4, 12, 99)[0]  # the cooldown begins where the warm-up ends
+    assert (
+        three_phase(5, 4, 12, 99)[0] < 1 == three_phase(3, 4, 12, 99)[0]
+    )  # the cooldown begins where the warm-up ends
     for bad in [(-1, 0, 1, 0), (0, -1, 1, 0), (0, 0, 0, 0), (0, 0, 1, -1), (0, 5, 4, 0)]:
         with pytest.raises(InputError, match="schedule"):
             three_phase(*bad)
@@ -214,8 +230,13 @@ def test_input_errors() -> None:
         with pytest.raises(InputError, match="encoder_optimizer"):
             encoder_optimizer(nn.Linear(2, 2), **{"lr": 1e-3, "weight_decay": 0.0, **bad})
     for bad in [
-        {"init_scale": 0.5}, {"init_scale": 2.0**25}, {"growth": 0.9}, {"backoff": 0.0}, {"backoff": 1.5}, {"interval": 0},
-    ]:  # fmt: skip
+        {"init_scale": 0.5},
+        {"init_scale": 2.0**25},
+        {"growth": 0.9},
+        {"backoff": 0.0},
+        {"backoff": 1.5},
+        {"interval": 0},
+    ]:
         with pytest.raises(InputError, match="LossScaler"):
             LossScaler("cpu", **bad)  # type: ignore[arg-type]
     LossScaler("cpu", init_scale=1.0, growth=1.0, backoff=1.0, interval=1)

@@ -24,10 +24,16 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FOREIGN = {
-    "checkpoint/thesis.tex": MINE, "checkpoint/last/thesis.tex": MINE, "checkpoint/last/state.json": '{"mine": 1}',
-    "checkpoint": MINE, "config.json": '{"model_type": "bert"}', "metrics.json": "[1]", "log.jsonl": '{"level": "info"}\n',
-    "predictions.npz": MINE, "metrics.json~": MINE,
-}  # fmt: skip
+    "checkpoint/thesis.tex": MINE,
+    "checkpoint/last/thesis.tex": MINE,
+    "checkpoint/last/state.json": '{"mine": 1}',
+    "checkpoint": MINE,
+    "config.json": '{"model_type": "bert"}',
+    "metrics.json": "[1]",
+    "log.jsonl": '{"level": "info"}\n',
+    "predictions.npz": MINE,
+    "metrics.json~": MINE,
+}
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -40,8 +46,14 @@ def test_foreign_files_are_refused_and_stay(name: str, dataset: Path, tmp_path: 
     assert path.read_text() == FOREIGN[name] and sum(p.is_file() for p in tmp_path.rglob("*")) == 1
 
 
-def test_one_foreign_file_beside_a_run_is_refused(dataset: Path, finished: Path, tmp_path: Path) -> None:
-    for name, content in (("metrics.json", "[1]"), ("checkpoint/thesis.tex", MINE), ("checkpoint/last/x.txt", MINE)):
+def test_one_foreign_file_beside_a_run_is_refused(
+    dataset: Path, finished: Path, tmp_path: Path
+) -> None:
+    for name, content in (
+        ("metrics.json", "[1]"),
+        ("checkpoint/thesis.tex", MINE),
+        ("checkpoint/last/x.txt", MINE),
+    ):
         output = tmp_path / name.replace("/", "-")
         shutil.copytree(finished, output)
         (output / name).write_text(content)
@@ -52,7 +64,9 @@ def test_one_foreign_file_beside_a_run_is_refused(dataset: Path, finished: Path,
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_damaged_and_killed_runs_are_replaced(linked: bool, dataset: Path, finished: Path, tmp_path: Path) -> None:
+def test_damaged_and_killed_runs_are_replaced(
+    linked: bool, dataset: Path, finished: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     (output / "config.json").write_text('{"model": "end_')
@@ -61,7 +75,9 @@ def test_damaged_and_killed_runs_are_replaced(linked: bool, dataset: Path, finis
         (output / left).mkdir()
         (output / left / "state.json").write_text("{")
     (output / "notes.txt").write_text(MINE)
-    if linked:  # a checkpoint folder on another disk: the link stays, and so does what lies beside it there
+    if (
+        linked
+    ):  # a checkpoint folder on another disk: the link stays, and so does what lies beside it there
         elsewhere = tmp_path / "disk" / "checkpoint"
         elsewhere.parent.mkdir()
         (output / "checkpoint").rename(elsewhere)
@@ -69,13 +85,22 @@ def test_damaged_and_killed_runs_are_replaced(linked: bool, dataset: Path, finis
         (output / "checkpoint").symlink_to(elsewhere)
     run(tiny(dataset, output, epochs=1, save_every=0, overwrite=True))
     assert json.loads((output / "metrics.json").read_text())["steps"] == 10
-    assert (output / "notes.txt").read_text() == MINE and not list((output / "checkpoint").glob(".*"))
-    assert (output / "checkpoint").is_symlink() == linked and (output / "checkpoint" / "last" / "state.json").exists()
+    assert (output / "notes.txt").read_text() == MINE and not list(
+        (output / "checkpoint").glob(".*")
+    )
+    assert (output / "checkpoint").is_symlink() == linked and (
+        output / "checkpoint" / "last" / "state.json"
+    ).exists()
     assert not linked or (tmp_path / "disk" / "beside").read_text() == MINE
 
 
 def test_folders_of_others_are_no_output(tmp_path: Path) -> None:
-    for name, whole in (("manifest.json", False), ("last", False), ("config.json", True), ("metrics.json", True)):
+    for name, whole in (
+        ("manifest.json", False),
+        ("last", False),
+        ("config.json", True),
+        ("metrics.json", True),
+    ):
         folder = tmp_path / name.replace(".", "-")
         folder.mkdir()
         (folder / name).write_text("{}")

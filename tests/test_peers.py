@@ -1,4 +1,6 @@
-"""The peers of benchmarks/peers.py: each computes what its description says, against references on a small shape."""
+"""The peers of benchmarks/peers.py: each computes what its description says, against references on
+a small shape.
+"""
 
 import importlib.machinery
 import os
@@ -55,7 +57,11 @@ def test_elmo_rounds_without_bias_and_anew_in_each_chunk_and_step() -> None:
     peers.stochastic_sgd(other, grad, 1e-4, counter, 2)
     peers.stochastic_sgd(later, grad, 1e-4, counter + 1, 1)
     assert abs((first.float().mean() - 0.5).item() + 1e-4) < 1e-5
-    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first, later)
+    assert (
+        torch.equal(first, again)
+        and not torch.equal(first, other)
+        and not torch.equal(first, later)
+    )
 
 
 KERNEL = """
@@ -77,7 +83,9 @@ assert ((found[2:] - 0.499).abs() <= 2.0**-9).all()
 def test_the_peer_kernel_does_the_same() -> None:
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", KERNEL], capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", KERNEL], capture_output=True, text=True, env=environment, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -90,10 +98,19 @@ def test_the_peer_kernel_compiles(capability: int) -> None:
 
     from benchmarks import peers_triton
 
-    signature = {"weight": "*bf16", "grad": "*bf16", "counter": "*i64", "lr": "fp32", "size": "i32", "chunk": "i32"}
+    signature = {
+        "weight": "*bf16",
+        "grad": "*bf16",
+        "counter": "*i64",
+        "lr": "fp32",
+        "size": "i32",
+        "chunk": "i32",
+    }
     source = compiler.ASTSource(
-        fn=peers_triton._sgd, signature=signature | {"BLOCK": "constexpr"}, constexprs={"BLOCK": peers_triton._BLOCK}
-    )  # fmt: skip
+        fn=peers_triton._sgd,
+        signature=signature | {"BLOCK": "constexpr"},
+        constexprs={"BLOCK": peers_triton._BLOCK},
+    )
     assert compiler.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
 
 
@@ -106,16 +123,22 @@ def test_topk_in_the_format_of_the_table() -> None:
 
 
 @pytest.mark.parametrize("impl", peers.SOFTMAX)
-def test_peers_of_another_loss_join_where_installed_and_say_so(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_of_another_loss_join_where_installed_and_say_so(
+    impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = {}
 
     def loss(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         seen["target"] = target
-        return torch.nn.functional.cross_entropy(x.float() @ weight.float().T, target, reduction="sum")
+        return torch.nn.functional.cross_entropy(
+            x.float() @ weight.float().T, target, reduction="sum"
+        )
 
     if impl == "liger":
         inner = types.ModuleType("liger_kernel.transformers")
-        inner.LigerFusedLinearCrossEntropyLoss = lambda reduction: lambda weight, x, target: loss(x, weight, target)  # type: ignore[attr-defined]
+        inner.LigerFusedLinearCrossEntropyLoss = lambda reduction: (
+            lambda weight, x, target: loss(x, weight, target)
+        )  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "liger_kernel.transformers", inner)
     package = types.ModuleType(peers.SOFTMAX[impl])
     package.__spec__ = importlib.machinery.ModuleSpec(package.__name__, None)
@@ -123,7 +146,9 @@ def test_peers_of_another_loss_join_where_installed_and_say_so(impl: str, monkey
 
     absent = {case.impl for case in cases_gpu.build("bce_step", TINY, "cpu", compiled=False)}
     monkeypatch.setitem(sys.modules, package.__name__, package)
-    case = next(c for c in cases_gpu.build("bce_step", TINY, "cpu", compiled=False) if c.impl == impl)
+    case = next(
+        c for c in cases_gpu.build("bce_step", TINY, "cpu", compiled=False) if c.impl == impl
+    )
     assert impl not in absent and "softmax" in case.phase and "no update" in case.phase
     head = case.inputs()
     before = head.weight.clone()
@@ -138,7 +163,10 @@ def test_the_8_bit_table_is_what_its_scale_says(monkeypatch: pytest.MonkeyPatch)
     head = cases_gpu.make_fp8_head(TINY, "cpu")
     value = head.weight.float() * head.row_scale[:, :1]
     assert head.weight.shape == (300, 24) and abs(value.std() - 0.02) < 1e-3
-    assert torch.equal(head.row_scale[:, 1], value.abs().amax(1)) and (head.row_scale[:, 0] == 2.0**-8).all()
+    assert (
+        torch.equal(head.row_scale[:, 1], value.abs().amax(1))
+        and (head.row_scale[:, 0] == 2.0**-8).all()
+    )
     assert torch.equal(head.x, cases.make_head(TINY, "fp32", "cpu").x)
     given = {}
 
@@ -150,7 +178,11 @@ def test_the_8_bit_table_is_what_its_scale_says(monkeypatch: pytest.MonkeyPatch)
     step = cases_gpu.own_fp8_step(head)
     assert torch.equal(step(), head.x) and given["step"] == 0  # type: ignore[arg-type]
     step()
-    assert given["step"] == 1 and given["weight"] is head.weight and given["row_scale"] is head.row_scale
+    assert (
+        given["step"] == 1
+        and given["weight"] is head.weight
+        and given["row_scale"] is head.row_scale
+    )
 
 
 def test_every_shape_of_a_card_has_cases_with_keys_of_their_own() -> None:
@@ -159,8 +191,14 @@ def test_every_shape_of_a_card_has_cases_with_keys_of_their_own() -> None:
             for device in ("cpu", "cuda"):
                 keys = [case.key for case in cases_gpu.build(op, shape, device)]
                 assert len(set(keys)) == len(keys) and keys[0][0] == "xmlkernels"
-    keys = [case.key for case in cases_gpu.build("bce_step", shapes.GPU_SHAPES["bce_step"][0], "cuda")]
-    assert {("xmlkernels", "sgd", "fp8"), ("elmo", "sgd", "bf16"), ("renee", "momentum", "fp16")} <= set(keys)
+    keys = [
+        case.key for case in cases_gpu.build("bce_step", shapes.GPU_SHAPES["bce_step"][0], "cuda")
+    ]
+    assert {
+        ("xmlkernels", "sgd", "fp8"),
+        ("elmo", "sgd", "bf16"),
+        ("renee", "momentum", "fp16"),
+    } <= set(keys)
     assert {"eager", "compile"} <= {impl for impl, _, _ in keys}
 
 
@@ -169,4 +207,6 @@ def test_a_card_has_names_of_its_own() -> None:
         names = [shape.name for shape in (*shapes.for_card(op), *shapes.SHAPES.get(op, ()))]
         assert len(set(names)) == len(names)
     with pytest.raises(InputError, match="--shape of bce_step: expected one of B32-L4k, "):
-        shapes.pick("bce_step", shapes.GPU_SHAPES["bce_step"][0].name)  # benchmarks/run.py keeps to the CPU's
+        shapes.pick(
+            "bce_step", shapes.GPU_SHAPES["bce_step"][0].name
+        )  # benchmarks/run.py keeps to the CPU's

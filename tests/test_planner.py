@@ -45,27 +45,54 @@ def test_a_full_table_takes_what_was_told(dtype: str, options: dict[str, object]
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_the_tables_of_a_cascade_take_what_was_told(dtype: str, optimizer: str) -> None:
     heads = CascadeHeads(
-        (5, 40), (9,), 16, layers=((1,), (2,)), topk=(2,), dtype=dtype, optimizer=optimizer, state_dtype="bf16"
+        (5, 40),
+        (9,),
+        16,
+        layers=((1,), (2,)),
+        topk=(2,),
+        dtype=dtype,
+        optimizer=optimizer,
+        state_dtype="bf16",
     )
     for r, level in enumerate(heads.levels):
         own = "bf16" if dtype == "fp8" and r == 0 else dtype
-        table = Table("level", (5, 40)[r], 16, own, optimizer, 0.9, "bf16", row_wise=True, bias=True)
+        table = Table(
+            "level", (5, 40)[r], 16, own, optimizer, 0.9, "bf16", row_wise=True, bias=True
+        )
         assert table.weight_bytes() == size(level.weight, level.bias, level.row_scale)
         assert table.state_bytes() == size(level.momentum, level.second)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_running_means_take_what_was_told(dtype: str) -> None:
-    model = make_model(2, tree=make_tree(2), mean=MeanSettings(0.5, tables=True), dtype=dtype, layers=((1,), (2,)), topk=[2])
-    tables = [Table(str(r), n, 16, dtype, bias=True, mean=True) for r, n in enumerate(model.tree.sizes)]
+    model = make_model(
+        2,
+        tree=make_tree(2),
+        mean=MeanSettings(0.5, tables=True),
+        dtype=dtype,
+        layers=((1,), (2,)),
+        topk=[2],
+    )
+    tables = [
+        Table(str(r), n, 16, dtype, bias=True, mean=True) for r, n in enumerate(model.tree.sizes)
+    ]
     parts = plan(model.encoder, tables, documents=1, tokens=1, mean=True)
     model.step(make_batch(model.tree, 3))
     assert model.average is not None
     with model.average.used():
-        rounded = [w for m, w in zip(model.average.means, model.average._rounded, strict=True) if m is not w]
+        rounded = [
+            w
+            for m, w in zip(model.average.means, model.average._rounded, strict=True)
+            if m is not w
+        ]
         told = parts["its running mean"] + sum(parts[f"mean of {r}"] for r in range(2))
         assert told == size(*model.average.means, *rounded) and bool(rounded) == (dtype == "bf16")
-    assert plan(model.encoder, [replace(t, mean=False) for t in tables], documents=1, tokens=1).get("mean of 0") == 0
+    assert (
+        plan(model.encoder, [replace(t, mean=False) for t in tables], documents=1, tokens=1).get(
+            "mean of 0"
+        )
+        == 0
+    )
 
 
 def test_an_encoder_takes_what_was_told() -> None:
@@ -85,20 +112,29 @@ def test_an_encoder_takes_what_was_told() -> None:
 
 def test_a_bag_of_words_counts_its_table_and_its_states() -> None:
     encoder = BowEncoder(100, 8, optimizer="adam")
-    assert encoder_parts(encoder)["encoder"] >= size(encoder.table, encoder.momentum, encoder.second, encoder.bias)
+    assert encoder_parts(encoder)["encoder"] >= size(
+        encoder.table, encoder.momentum, encoder.second, encoder.bias
+    )
     assert activation_bytes(encoder, 16, 0) == 16 * 8 * 4
 
 
 def test_activations_grow_with_every_size() -> None:
     small, deep, wide = Encoder.tiny(50), Encoder.tiny(50, layers=4), Encoder.tiny(50, width=64)
     assert activation_bytes(small, 8, 10) == 34 * 2 * 32 * 2 * 8 * 10
-    assert activation_bytes(deep, 8, 10) == activation_bytes(wide, 8, 10) == 2 * activation_bytes(small, 8, 10)
+    assert (
+        activation_bytes(deep, 8, 10)
+        == activation_bytes(wide, 8, 10)
+        == 2 * activation_bytes(small, 8, 10)
+    )
     half = Encoder.tiny(50, autocast=torch.bfloat16)
     assert activation_bytes(half, 8, 20) == activation_bytes(small, 8, 10)
 
 
 def test_the_line_names_every_part_and_the_total() -> None:
-    tables = [Table("clusters", 1 << 10, 64, "bf16"), Table("label table", 1 << 20, 64, "fp8", momentum=0.0)]
+    tables = [
+        Table("clusters", 1 << 10, 64, "bf16"),
+        Table("label table", 1 << 20, 64, "fp8", momentum=0.0),
+    ]
     parts = plan(Encoder.tiny(50), tables, documents=4, tokens=8, candidates=(1024, 640))
     line = told(parts)
     assert parts["shortlists"] == shortlist_bytes(4, (1024, 640)) == 4 * 1664 * 12
@@ -106,9 +142,13 @@ def test_the_line_names_every_part_and_the_total() -> None:
     assert "label table 72.0 MiB" in line and "label table 72.0 MiB, states" not in line
     assert "the rest" in line and "shortlists" not in line
     total = re.match(r"memory of the model: about ([\d.]+) MiB = ", line)
-    assert total is not None and float(total.group(1)) == pytest.approx(sum(parts.values()) / 2**20, abs=0.06)
+    assert total is not None and float(total.group(1)) == pytest.approx(
+        sum(parts.values()) / 2**20, abs=0.06
+    )
 
 
 def test_an_unknown_format_is_told() -> None:
-    with pytest.raises(InputError, match="number format: expected one of fp32, bf16, fp16, fp8, got 'int8'"):
+    with pytest.raises(
+        InputError, match="number format: expected one of fp32, bf16, fp16, fp8, got 'int8'"
+    ):
         Table("labels", 4, 4, "int8").weight_bytes()

@@ -65,9 +65,15 @@ def alone(predictor: Predictor, text: str, k: int) -> list[Label]:
 # ---- Predictor ----
 
 
-@pytest.mark.parametrize(("batch_size", "window", "prefetch"), [(4, 3, 2), (64, 16, 2), (1, 1, 0), (7, 1, 2)])
-def test_answers_come_in_the_order_of_the_texts(predictor: Predictor, batch_size: int, window: int, prefetch: int) -> None:
-    got = list(predictor.predict(iter(TEXTS), 5, batch_size=batch_size, window=window, prefetch=prefetch))
+@pytest.mark.parametrize(
+    ("batch_size", "window", "prefetch"), [(4, 3, 2), (64, 16, 2), (1, 1, 0), (7, 1, 2)]
+)
+def test_answers_come_in_the_order_of_the_texts(
+    predictor: Predictor, batch_size: int, window: int, prefetch: int
+) -> None:
+    got = list(
+        predictor.predict(iter(TEXTS), 5, batch_size=batch_size, window=window, prefetch=prefetch)
+    )
     assert len(got) == len(TEXTS)
     for text, labels in zip(TEXTS, got, strict=True):
         own = alone(predictor, text, 5)
@@ -77,8 +83,14 @@ def test_answers_come_in_the_order_of_the_texts(predictor: Predictor, batch_size
 
 def test_arrays_are_the_same_answers(predictor: Predictor) -> None:
     values, rows = predictor.predict_arrays(TEXTS, 6, batch_size=8)
-    assert values.shape == rows.shape == (len(TEXTS), 6) and values.dtype == np.float32 and rows.dtype == np.int64
-    for own, value, row in zip(predictor.predict(TEXTS, 6, batch_size=8), values, rows, strict=True):
+    assert (
+        values.shape == rows.shape == (len(TEXTS), 6)
+        and values.dtype == np.float32
+        and rows.dtype == np.int64
+    )
+    for own, value, row in zip(
+        predictor.predict(TEXTS, 6, batch_size=8), values, rows, strict=True
+    ):
         assert [x.id for x in own] == row.tolist() and [x.score for x in own] == value.tolist()
     empty = predictor.predict_arrays([], 6)
     assert empty[0].shape == empty[1].shape == (0, 6)
@@ -100,7 +112,9 @@ def test_one_text_is_answered_before_the_next_is_read(predictor: Predictor) -> N
             yield text
 
     threads = threading.active_count()
-    for number, _ in enumerate(predictor.predict(texts(), 2, batch_size=1, window=1, prefetch=0), 1):
+    for number, _ in enumerate(
+        predictor.predict(texts(), 2, batch_size=1, window=1, prefetch=0), 1
+    ):
         assert len(read) == number and threading.active_count() == threads
 
 
@@ -109,24 +123,36 @@ def test_which_checkpoint(finished: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "run" / "checkpoint" / "best")
     with pytest.warns(CheckpointWarning, match="no best checkpoint yet; the last one is used"):
         found = Predictor.load(tmp_path / "run")
-    assert torch.equal(found.model.head.weight, Predictor.load(finished, which="last").model.head.weight)
+    assert torch.equal(
+        found.model.head.weight, Predictor.load(finished, which="last").model.head.weight
+    )
     with pytest.raises(InputError, match="best"):
         Predictor.load(tmp_path / "run", which="best")
     with pytest.raises(InputError, match="nowhere/.*expected a checkpoint, got no such file"):
         Predictor.load(tmp_path / "nowhere")
 
 
-def test_a_checkpoint_from_before_the_cascade_is_read(finished: Path, predictor: Predictor, tmp_path: Path) -> None:
-    """It names encoder and head without a kind of model, and tokens per text without a kind of inputs."""
+def test_a_checkpoint_from_before_the_cascade_is_read(
+    finished: Path, predictor: Predictor, tmp_path: Path
+) -> None:
+    """It names encoder and head without a kind of model, and tokens per text without a kind of
+    inputs.
+    """
     shutil.copytree(finished, tmp_path / "run")
     path = tmp_path / "run" / "checkpoint" / "best" / "state.json"
     without_checksums(path.parent)
     head = json.loads(path.read_text())
     model, inputs = head["state"].pop("model"), head["state"].pop("inputs")
-    head["state"] |= {"encoder": model["encoder"], "head": model["head"], "max_length": inputs["max_length"]}
+    head["state"] |= {
+        "encoder": model["encoder"],
+        "head": model["head"],
+        "max_length": inputs["max_length"],
+    }
     path.write_text(json.dumps(head))
     old = Predictor.load(tmp_path / "run")
-    for ours, theirs in zip(old.predict_arrays(TEXTS, 5), predictor.predict_arrays(TEXTS, 5), strict=True):
+    for ours, theirs in zip(
+        old.predict_arrays(TEXTS, 5), predictor.predict_arrays(TEXTS, 5), strict=True
+    ):
         assert np.array_equal(ours, theirs)
     for state in (head["state"] | {"model": {"kind": "bayes"}}, {"inputs": inputs}):
         path.write_text(json.dumps({**head, "state": state}))
@@ -137,16 +163,27 @@ def test_a_checkpoint_from_before_the_cascade_is_read(finished: Path, predictor:
 # ---- splits ----
 
 
-def test_filter_pairs_never_appear_and_the_cut_is_still_full(predictor: Predictor, validation: Split) -> None:
-    """The pairs are the best labels of each document, so that the unfiltered top k would hold nothing else."""
+def test_filter_pairs_never_appear_and_the_cut_is_still_full(
+    predictor: Predictor, validation: Split
+) -> None:
+    """The pairs are the best labels of each document, so that the unfiltered top k would hold
+    nothing else.
+    """
     k, excluded = 5, 7
     _, all_rows = predict_split(predictor.model, validation, LABELS, batch_size=16)
     few = {3: 2, 11: 0}  # documents with fewer pairs
     pairs = np.array(
-        [(row, int(label)) for row in range(len(validation)) for label in all_rows[row, : few.get(row, excluded)]], np.int64
+        [
+            (row, int(label))
+            for row in range(len(validation))
+            for label in all_rows[row, : few.get(row, excluded)]
+        ],
+        np.int64,
     )
     np.random.default_rng(0).shuffle(pairs)
-    values, rows = predict_split(predictor.model, replace(validation, filter_pairs=pairs), k, batch_size=16)
+    values, rows = predict_split(
+        predictor.model, replace(validation, filter_pairs=pairs), k, batch_size=16
+    )
     for row in range(len(validation)):
         skip = few.get(row, excluded)
         assert rows[row].tolist() == all_rows[row, skip : skip + k].tolist(), row
@@ -168,7 +205,9 @@ def test_the_model_keeps_its_mode(predictor: Predictor, validation: Split) -> No
     predictor.model.eval()
 
 
-def test_the_loss_is_the_binary_cross_entropy_of_torch(predictor: Predictor, validation: Split) -> None:
+def test_the_loss_is_the_binary_cross_entropy_of_torch(
+    predictor: Predictor, validation: Split
+) -> None:
     model, total = predictor.model, 0.0
     for batch in Batches(validation, 9, shuffle=False).epoch(0):
         with torch.no_grad():
@@ -176,9 +215,13 @@ def test_the_loss_is_the_binary_cross_entropy_of_torch(predictor: Predictor, val
         target = torch.zeros(len(batch), LABELS, dtype=torch.float64)
         target[batch.pos_sample.long(), batch.pos_row] = 1
         logits = x @ model.head.weight.double().T
-        total += float(torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum"))
+        total += float(
+            torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
+        )
     tolerance = 1e-5 if model.head.weight.dtype == torch.float32 else 1e-2
-    assert evaluate_split(model, validation, 1, batch_size=16).loss == pytest.approx(total / len(validation), rel=tolerance)
+    assert evaluate_split(model, validation, 1, batch_size=16).loss == pytest.approx(
+        total / len(validation), rel=tolerance
+    )
 
 
 def test_one_pass_gives_predictions_and_loss(predictor: Predictor, validation: Split) -> None:
@@ -191,9 +234,15 @@ def test_one_pass_gives_predictions_and_loss(predictor: Predictor, validation: S
 def test_one_pass_gives_predictions_and_embeddings(predictor: Predictor, validation: Split) -> None:
     *own, x = predict_and_embed_split(predictor.model, validation, 4, batch_size=16)
     assert all(
-        np.array_equal(a, b) for a, b in zip(own, predict_split(predictor.model, validation, 4, batch_size=16), strict=True)
+        np.array_equal(a, b)
+        for a, b in zip(
+            own, predict_split(predictor.model, validation, 4, batch_size=16), strict=True
+        )
     )
-    assert np.array_equal(x, embed_split(predictor.model, validation, batch_size=16)) and x.shape[1] == predictor.model.width
+    assert (
+        np.array_equal(x, embed_split(predictor.model, validation, batch_size=16))
+        and x.shape[1] == predictor.model.width
+    )
 
 
 def test_score_matrix_keeps_zero_and_negative_logits() -> None:
@@ -201,7 +250,12 @@ def test_score_matrix_keeps_zero_and_negative_logits() -> None:
     rows = np.array([[4, 1, 3], [0, -1, -1], [-1, -1, -1]])
     matrix = score_matrix(values, rows, 6)
     assert matrix.shape == (3, 6) and matrix.getnnz(1).tolist() == [3, 1, 0]
-    assert matrix.indices.tolist() == [1, 3, 4, 0] and matrix.data.tolist() == [-1.5, -2.0, 0.0, 3.0]
+    assert matrix.indices.tolist() == [1, 3, 4, 0] and matrix.data.tolist() == [
+        -1.5,
+        -2.0,
+        0.0,
+        3.0,
+    ]
 
 
 # ---- the command ----
@@ -211,10 +265,16 @@ def ask(finished: Path, **options: Any) -> None:
     command.run(command.Options(str(finished), **options))
 
 
-def test_files_in_and_out(finished: Path, predictor: Predictor, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_in_and_out(
+    finished: Path, predictor: Predictor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = ["w0 w1 w2", "w30 w31", ""]
     (tmp_path / "in.txt").write_text("".join(f"{line}\n" for line in lines))
-    records = [json.dumps(lines[0]), json.dumps({"title": "w30", "content": "w31"}), json.dumps({"text": ""})]
+    records = [
+        json.dumps(lines[0]),
+        json.dumps({"title": "w30", "content": "w31"}),
+        json.dumps({"text": ""}),
+    ]
     (tmp_path / "in.jsonl").write_text("\n".join(records) + "\n")
     for source, out in (("in.txt", "a.jsonl"), ("in.jsonl", "b.jsonl")):
         ask(finished, input=str(tmp_path / source), top_k=4, output=str(tmp_path / out))
@@ -222,16 +282,22 @@ def test_files_in_and_out(finished: Path, predictor: Predictor, tmp_path: Path, 
     found = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     for number, x in enumerate(found):
         own = alone(predictor, lines[number], 4)
-        assert x["text"] == number and [label["id"] for label in x["labels"]] == [label.id for label in own]
+        assert x["text"] == number and [label["id"] for label in x["labels"]] == [
+            label.id for label in own
+        ]
     ask(finished, input=str(tmp_path / "in.txt"), top_k=4, output=str(tmp_path / "out.npz"))
     scores = scipy.sparse.load_npz(tmp_path / "out.npz")
     assert scores.shape == (3, LABELS) and scores.getnnz(1).tolist() == [4, 4, 4]
     assert capsys.readouterr().out == ""
 
 
-def test_an_empty_text_is_a_text(finished: Path, predictor: Predictor, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_text_is_a_text(
+    finished: Path, predictor: Predictor, capsys: pytest.CaptureFixture[str]
+) -> None:
     ask(finished, text="", top_k=3)
-    assert [x["id"] for x in json.loads(capsys.readouterr().out)["labels"]] == [x.id for x in alone(predictor, "", 3)]
+    assert [x["id"] for x in json.loads(capsys.readouterr().out)["labels"]] == [
+        x.id for x in alone(predictor, "", 3)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +328,10 @@ def test_a_broken_line_of_json_is_named(finished: Path, tmp_path: Path) -> None:
 
 
 def test_latency_counts_each_text_and_not_the_first_call(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "in.txt").write_text("w0\nw1 w2\n")
     made = []
@@ -281,7 +350,9 @@ def test_latency_counts_each_text_and_not_the_first_call(
 def test_broken_utf8_on_standard_input_is_counted_and_told_once(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"w0 w1\r\n\xff w2\nw3\n\xfe\xfe")))
+    monkeypatch.setattr(
+        sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"w0 w1\r\n\xff w2\nw3\n\xfe\xfe"))
+    )
     with pytest.warns(DataWarning, match=r"replaced in 2 lines \(first: line 2\)") as told:
         ask(finished, input="-", top_k=1)
     assert len([w for w in told if w.category is DataWarning]) == 1
@@ -290,16 +361,34 @@ def test_broken_utf8_on_standard_input_is_counted_and_told_once(
 
 def test_lines_are_answered_one_by_one_and_a_closed_pipe_ends_it_quietly(finished: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "xmlkernels", "predict", "--checkpoint", str(finished), "--input", "-", "--threads", "1"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "xmlkernels",
+            "predict",
+            "--checkpoint",
+            str(finished),
+            "--input",
+            "-",
+            "--threads",
+            "1",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-    watchdog = threading.Timer(60, process.kill)  # an answer that never comes must not stop the suite
+    watchdog = threading.Timer(
+        60, process.kill
+    )  # an answer that never comes must not stop the suite
     watchdog.start()
     for number in range(2):
         process.stdin.write(b"w0 w1\n")
         process.stdin.flush()
-        assert json.loads(process.stdout.readline())["text"] == number  # while standard input stays open
+        assert (
+            json.loads(process.stdout.readline())["text"] == number
+        )  # while standard input stays open
     process.stdout.close()
     process.stdin.write(b"w2\n")
     process.stdin.close()

@@ -1,4 +1,6 @@
-"""Two processes train and evaluate both models: what comes out is what one process makes of the same global batches."""
+"""Two processes train and evaluate both models: what comes out is what one process makes of the
+same global batches.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -45,14 +47,23 @@ def end_to_end_batch(size: int, seed: int) -> Batch:
 
 def cascade_batch(size: int, seed: int) -> Batch:
     made = cascade_common.make_batch(TREE, size, seed)
-    whole = Batch(*made.inputs, made.pos_row, made.pos_sample, torch.arange(size), cascade_common.LABELS, made.levels)
+    whole = Batch(
+        *made.inputs,
+        made.pos_row,
+        made.pos_sample,
+        torch.arange(size),
+        cascade_common.LABELS,
+        made.levels,
+    )
     ids, mask = part_of(whole)
     return replace(whole, input_ids=ids, attention_mask=mask)
 
 
 def bags(documents: int) -> tuple[csr_matrix, csr_matrix]:
     rng = np.random.default_rng(5)
-    features, labels = (sparse_random(documents, n, 0.2, "csr", rng=rng, dtype=np.float32) for n in (WORDS, 23))
+    features, labels = (
+        sparse_random(documents, n, 0.2, "csr", rng=rng, dtype=np.float32) for n in (WORDS, 23)
+    )
     return csr_matrix(features), csr_matrix(labels)
 
 
@@ -69,9 +80,20 @@ def bow_model() -> EndToEnd:
 
 CASES: dict[str, tuple[Callable[[], Any], Callable[[int, int], Any]]] = {
     "end_to_end": (make_model, end_to_end_batch),
-    "micro": (lambda: make_model(micro_batch=2, clip=0.5, mean=MeanSettings(0.9, tables=True)), end_to_end_batch),
-    "cascade": (lambda: cascade_common.make_model(3, tree=TREE, mean=MeanSettings(0.9, tables=True), decay=0.1), cascade_batch),
-    "unread": (lambda: cascade_common.make_model(3, tree=TREE, layers=((0, 1), (1,), (2,)), decay=0.1), cascade_batch),
+    "micro": (
+        lambda: make_model(micro_batch=2, clip=0.5, mean=MeanSettings(0.9, tables=True)),
+        end_to_end_batch,
+    ),
+    "cascade": (
+        lambda: cascade_common.make_model(
+            3, tree=TREE, mean=MeanSettings(0.9, tables=True), decay=0.1
+        ),
+        cascade_batch,
+    ),
+    "unread": (
+        lambda: cascade_common.make_model(3, tree=TREE, layers=((0, 1), (1,), (2,)), decay=0.1),
+        cascade_batch,
+    ),
     "bow": (bow_model, bag_batch),
 }
 
@@ -80,11 +102,17 @@ def train_all(folder: str) -> None:
     """Some steps of each model; the first process writes what they come to, and their losses."""
     for name, (make, batch_of) in CASES.items():
         model = make()
-        losses = [model.step(batch_of(size, seed), need_loss=True) for seed, size in enumerate(SIZES)]
-        tensors = {k: v.contiguous() for k, v in model.tensors().items()} | {"losses": torch.cat(losses)}
+        losses = [
+            model.step(batch_of(size, seed), need_loss=True) for seed, size in enumerate(SIZES)
+        ]
+        tensors = {k: v.contiguous() for k, v in model.tensors().items()} | {
+            "losses": torch.cat(losses)
+        }
         dist.agree_on_tensors(tensors)
         if dist.rank() == 0:
-            save_file({k: v.clone() for k, v in tensors.items()}, Path(folder, f"{name}.safetensors"))
+            save_file(
+                {k: v.clone() for k, v in tensors.items()}, Path(folder, f"{name}.safetensors")
+            )
 
 
 def skip_all(folder: str) -> None:
@@ -95,7 +123,9 @@ def skip_all(folder: str) -> None:
             next(model.encoder.parameters()).data[batch.input_ids[0, 0], 0] = torch.inf
         before = {k: v.clone() for k, v in model.tensors().items()}
         assert not model.step(batch, need_loss=True).isfinite()
-        tables = [k for k in before if k.endswith("weight") and k.startswith(("head.", "heads.levels."))]
+        tables = [
+            k for k in before if k.endswith("weight") and k.startswith(("head.", "heads.levels."))
+        ]
         assert tables and all(torch.equal(model.tensors()[k], before[k]) for k in tables)
         assert int(model.skipped_steps) == 1 and int(model.skipped_encoder_steps) == 0
         model = make()
@@ -161,10 +191,14 @@ class Bags:
 
 
 def evaluated(folder: str) -> None:
-    """Everything that an evaluation gives, of both models, in batches of which there are fewer than processes or more."""
+    """Everything that an evaluation gives, of both models, in batches of which there are fewer than
+    processes or more.
+    """
     features, labels = bags(30)
     split: Any = Rows(features, labels, np.array([[3, 1], [3, 2], [29, 0]]))
-    wide = csr_matrix(sparse_random(30, cascade_common.LABELS, 0.1, "csr", rng=np.random.default_rng(6)))
+    wide = csr_matrix(
+        sparse_random(30, cascade_common.LABELS, 0.1, "csr", rng=np.random.default_rng(6))
+    )
     for name in ("end_to_end", "cascade"):
         model: Model = bow_model() if name == "end_to_end" else bow_cascade()
         if name == "cascade":
@@ -178,9 +212,21 @@ def evaluated(folder: str) -> None:
             assert len(found.levels) == (2 if name == "cascade" else 0)
             head = FullHead(split.labels.shape[1], 12, seed=2)
             pairs = (pair[0] for pair in evaluation_batches(model, split, size, Bags()))
-            head.start_at_centroids(((model.embed(batch), batch.pos_row, batch.pos_sample) for batch in pairs), 0.5)
-            file, numbers = Path(folder, f"{name}-{size}-{dist.rank()}.npz"), np.array(numbers, np.float64)
-            np.savez(file, values=values, rows=rows, vectors=vectors, numbers=numbers, centroids=head.rows(0, 23).numpy())
+            head.start_at_centroids(
+                ((model.embed(batch), batch.pos_row, batch.pos_sample) for batch in pairs), 0.5
+            )
+            file, numbers = (
+                Path(folder, f"{name}-{size}-{dist.rank()}.npz"),
+                np.array(numbers, np.float64),
+            )
+            np.savez(
+                file,
+                values=values,
+                rows=rows,
+                vectors=vectors,
+                numbers=numbers,
+                centroids=head.rows(0, 23).numpy(),
+            )
 
 
 def bow_cascade() -> Any:
@@ -201,7 +247,9 @@ def test_an_evaluation_by_two_processes_is_that_of_one_to_the_bit(tmp_path: Path
         one = np.load(file)
         for rank in range(2):
             two = np.load(tmp_path / f"{file.stem[:-1]}{rank}.npz")
-            np.testing.assert_allclose(two["centroids"], one["centroids"], atol=1e-5)  # sums, in another order
+            np.testing.assert_allclose(
+                two["centroids"], one["centroids"], atol=1e-5
+            )  # sums, in another order
             for key in set(one.files) - {"centroids"}:
                 assert np.array_equal(one[key], two[key]), (file.stem, key)
     assert len(list(alone.glob("*.npz"))) == 4

@@ -1,4 +1,6 @@
-"""A saved ranker asked for new texts: what it says of the test split's own texts is what it said of the split."""
+"""A saved ranker asked for new texts: what it says of the test split's own texts is what it said of
+the split.
+"""
 
 import json
 import shutil
@@ -46,7 +48,12 @@ def made(folder: Path, finished: Path, tmp_path_factory: pytest.TempPathFactory)
         "tree": {"tree": str(tree), "beam": 3},
         "all": {"one_vs_all": True},
         "own": {"checkpoint": str(finished), **own},
-        "shortlist": {"checkpoint": str(finished), "embedding": False, "blend": "product", "share": 0.7},
+        "shortlist": {
+            "checkpoint": str(finished),
+            "embedding": False,
+            "blend": "product",
+            "share": 0.7,
+        },
         "embedding": {"checkpoint": str(finished), "tfidf": False, "share": 0.5},
     }.items():
         ranker.train_ranker(options(folder, at / name, **changes))
@@ -56,7 +63,9 @@ def made(folder: Path, finished: Path, tmp_path_factory: pytest.TempPathFactory)
 def own_texts(folder: Path, at: Path, part: str) -> Path:
     """Texts that say more than the model's: other words, which tell the labels too."""
     lines = (folder.parent / f"{part}_X.txt").read_text().splitlines()
-    (at / f"{part}.txt").write_text("".join(f"{line.replace('w', 'other')} {line}\n" for line in lines))
+    (at / f"{part}.txt").write_text(
+        "".join(f"{line.replace('w', 'other')} {line}\n" for line in lines)
+    )
     return at / f"{part}.txt"
 
 
@@ -64,12 +73,18 @@ def own_texts(folder: Path, at: Path, part: str) -> Path:
 def asked(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The test split's texts as .jsonl."""
     path = tmp_path_factory.mktemp("asked") / "texts.jsonl"
-    path.write_text("".join(f"{json.dumps(text)}\n" for text in Dataset.open(folder).splits["test"].texts))
+    path.write_text(
+        "".join(f"{json.dumps(text)}\n" for text in Dataset.open(folder).splits["test"].texts)
+    )
     return path
 
 
 def ask(ranker: Path, asked: Path, output: Path, **changes: Any) -> None:
-    command.run(command.Options(ranker=(str(ranker),), input=str(asked), output=str(output), **({"top_k": 8} | changes)))
+    command.run(
+        command.Options(
+            ranker=(str(ranker),), input=str(asked), output=str(output), **({"top_k": 8} | changes)
+        )
+    )
 
 
 @pytest.mark.parametrize("name", ["model", "tree", "all", "own", "shortlist", "embedding"])
@@ -77,10 +92,21 @@ def test_texts_of_the_test_split_are_answered_as_the_split_was(
     name: str, made: Path, finished: Path, asked: Path, tmp_path: Path
 ) -> None:
     more = {} if name in ("tree", "all") else {"checkpoint": str(finished)}
-    ask(made / name, asked, tmp_path / "a.npz", **more, **({"ranker_input": str(made / "tst.txt")} if name == "own" else {}))
-    found, expected = read_npz(tmp_path / "a.npz", keep_zeros=True), read_npz(made / name / "predictions.npz", keep_zeros=True)
+    ask(
+        made / name,
+        asked,
+        tmp_path / "a.npz",
+        **more,
+        **({"ranker_input": str(made / "tst.txt")} if name == "own" else {}),
+    )
+    found, expected = (
+        read_npz(tmp_path / "a.npz", keep_zeros=True),
+        read_npz(made / name / "predictions.npz", keep_zeros=True),
+    )
     assert found.shape == expected.shape and expected.nnz > 5 * found.shape[0]
-    assert np.array_equal(found.indptr, expected.indptr) and np.array_equal(found.indices, expected.indices)
+    assert np.array_equal(found.indptr, expected.indptr) and np.array_equal(
+        found.indices, expected.indices
+    )
     assert np.allclose(found.data, expected.data, atol=1e-5)
 
 
@@ -92,7 +118,8 @@ def test_lines_name_the_labels(made: Path, finished: Path, asked: Path, tmp_path
         assert [line["text"] for line in lines] == list(range(expected.shape[0]))
         for row, line in enumerate(lines):
             assert {x["id"]: x["score"] for x in line["labels"]} == pytest.approx(
-                dict(zip(expected[row].indices.tolist(), expected[row].data.tolist(), strict=True)), abs=1e-3
+                dict(zip(expected[row].indices.tolist(), expected[row].data.tolist(), strict=True)),
+                abs=1e-3,
             )
             assert all(x["name"] == f"w{3 * x['id']}" for x in line["labels"])
             scores = [x["score"] for x in line["labels"]]
@@ -100,33 +127,69 @@ def test_lines_name_the_labels(made: Path, finished: Path, asked: Path, tmp_path
 
 
 def test_one_text(made: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command.run(command.Options(str(finished), (str(made / "model"),), text="w9 w10 w11", top_k=1, latency=True))
+    command.run(
+        command.Options(
+            str(finished), (str(made / "model"),), text="w9 w10 w11", top_k=1, latency=True
+        )
+    )
     out, err = capsys.readouterr()
     assert json.loads(out)["labels"][0]["id"] == 3 and "1 texts one by one: median" in err
-    command.run(command.Options(str(finished), (str(made / "own"),), text="w9", ranker_text="other9 other10 w10", top_k=1))
+    command.run(
+        command.Options(
+            str(finished),
+            (str(made / "own"),),
+            text="w9",
+            ranker_text="other9 other10 w10",
+            top_k=1,
+        )
+    )
     assert json.loads(capsys.readouterr().out)["labels"][0]["id"] == 3
     predictor = RankedPredictor.load(made / "tree")
-    assert predictor.labels == LABELS and [x.id for x in next(predictor.predict(["w9 w10 w11"], 1))] == [3]
+    assert predictor.labels == LABELS and [
+        x.id for x in next(predictor.predict(["w9 w10 w11"], 1))
+    ] == [3]
     assert [a.shape for a in predictor.predict_arrays([], 4)] == [(0, 4), (0, 4)]
     with pytest.raises(InputError, match="text 0: expected one text, got a pair"):
         predictor.predict_arrays([("w9", "w9")], 4)
 
 
-def test_a_forest_is_the_mean_of_its_rankers(folder: Path, made: Path, asked: Path, tmp_path: Path) -> None:
-    """What xmlkernels ensemble makes of the rankers' predictions of the split, where these are not cut."""
+def test_a_forest_is_the_mean_of_its_rankers(
+    folder: Path, made: Path, asked: Path, tmp_path: Path
+) -> None:
+    """What xmlkernels ensemble makes of the rankers' predictions of the split, where these are not
+    cut.
+    """
     for seed in range(3):
         tree = make_tree(folder, tmp_path / f"tree{seed}.safetensors", seed)
-        ranker.train_ranker(options(folder, tmp_path / str(seed), tree=str(tree), beam=2 + seed, top_k=LABELS))
+        ranker.train_ranker(
+            options(folder, tmp_path / str(seed), tree=str(tree), beam=2 + seed, top_k=LABELS)
+        )
     forest = tuple(str(tmp_path / str(seed)) for seed in range(3))
     summed = str(tmp_path / "sum.npz")
-    ensemble.run(ensemble.Options(tuple(f"{name}/predictions.npz" for name in forest), str(folder), output=summed))
-    command.run(command.Options(ranker=forest, input=str(asked), top_k=LABELS, output=str(tmp_path / "a.npz")))
-    found, expected = read_npz(tmp_path / "a.npz", keep_zeros=True), read_npz(summed, keep_zeros=True)
-    assert np.array_equal(found.indptr, expected.indptr) and np.array_equal(found.indices, expected.indices)
+    ensemble.run(
+        ensemble.Options(
+            tuple(f"{name}/predictions.npz" for name in forest), str(folder), output=summed
+        )
+    )
+    command.run(
+        command.Options(
+            ranker=forest, input=str(asked), top_k=LABELS, output=str(tmp_path / "a.npz")
+        )
+    )
+    found, expected = (
+        read_npz(tmp_path / "a.npz", keep_zeros=True),
+        read_npz(summed, keep_zeros=True),
+    )
+    assert np.array_equal(found.indptr, expected.indptr) and np.array_equal(
+        found.indices, expected.indices
+    )
     assert np.allclose(found.data, expected.data, atol=1e-4)
     one, pairs = RankedPredictor.load(made / "tree"), RankedPredictor.load(made / "all")
     pairs.takes_pairs = True
-    for rankers, message in (([], "got none"), ([one, pairs], "got 30 labels of texts and 30 labels of pairs")):
+    for rankers, message in (
+        ([], "got none"),
+        ([one, pairs], "got 30 labels of texts and 30 labels of pairs"),
+    ):
         with pytest.raises(InputError, match=message):
             Forest(rankers)
 
@@ -134,13 +197,19 @@ def test_a_forest_is_the_mean_of_its_rankers(folder: Path, made: Path, asked: Pa
 def test_identity_of_a_checkpoint(folder: Path, finished: Path, tmp_path: Path) -> None:
     """The best and the last one differ where the last is not the best; a copy is the same one."""
     shutil.copytree(finished / "checkpoint", tmp_path / "copy")
-    assert checkpoint_identity(tmp_path / "copy") == checkpoint_identity(finished) == Predictor.load(finished).identity
+    assert (
+        checkpoint_identity(tmp_path / "copy")
+        == checkpoint_identity(finished)
+        == Predictor.load(finished).identity
+    )
     run(tiny(folder, tmp_path / "more", epochs=1))
     same = {checkpoint_identity(tmp_path / "more", which) for which in ("best", "last")}
     assert checkpoint_identity(finished) not in same
 
 
-def test_rankers_that_cannot_be_used(folder: Path, finished: Path, made: Path, asked: Path, tmp_path: Path) -> None:
+def test_rankers_that_cannot_be_used(
+    folder: Path, finished: Path, made: Path, asked: Path, tmp_path: Path
+) -> None:
     run(tiny(folder, tmp_path / "other", epochs=1))
 
     def refused(name: str, message: str, **changes: Any) -> None:
@@ -149,13 +218,38 @@ def test_rankers_that_cannot_be_used(folder: Path, finished: Path, made: Path, a
         assert "\n" not in str(told.value) and not (tmp_path / "a.npz").exists()
 
     other, whole = {"checkpoint": str(tmp_path / "other")}, {"checkpoint": str(finished)}
-    refused("model", r"other: expected the checkpoint [0-9a-f]{12}, with which .*model was made, got [0-9a-f]{12}", **other)
+    refused(
+        "model",
+        r"other: expected the checkpoint [0-9a-f]{12}, with which .*model was made, got "
+        r"[0-9a-f]{12}",
+        **other,
+    )
     refused("model", "model: expected the checkpoint that it was made with, got none")
     refused("tree", "tree: expected no checkpoint: it was made without one", **whole)
-    refused("own", "--ranker-input: expected the texts of its TF-IDF, which was not made of the model's, got none", **whole)
-    refused("model", "--ranker-input: expected no texts, got some", **whole, ranker_input=str(made / "tst.txt"))
-    refused("own", r"val\.txt: expected as many texts as --input has, got fewer", **whole, ranker_input=str(made / "val.txt"))
-    refused("own", r"trn\.txt: expected as many texts as --input has, got more", **whole, ranker_input=str(made / "trn.txt"))
+    refused(
+        "own",
+        "--ranker-input: expected the texts of its TF-IDF, which was not made of the model's, got "
+        "none",
+        **whole,
+    )
+    refused(
+        "model",
+        "--ranker-input: expected no texts, got some",
+        **whole,
+        ranker_input=str(made / "tst.txt"),
+    )
+    refused(
+        "own",
+        r"val\.txt: expected as many texts as --input has, got fewer",
+        **whole,
+        ranker_input=str(made / "val.txt"),
+    )
+    refused(
+        "own",
+        r"trn\.txt: expected as many texts as --input has, got more",
+        **whole,
+        ranker_input=str(made / "trn.txt"),
+    )
     refused("nowhere", r"nowhere.ranker\.safetensors: expected a file")
 
 
@@ -164,13 +258,19 @@ def test_rankers_that_are_not_whole(folder: Path, made: Path, tmp_path: Path) ->
     Vectorizer.load(made / "own" / "vectorizer").save(tmp_path / "mixed" / "vectorizer")
     with pytest.raises(InputError, match="vectorizer/.*; copy the whole folder again"):
         RankedPredictor.load(tmp_path / "mixed")
-    aged = Reranker.load(made / "tree" / "ranker.safetensors")  # as from before it had checksums of the files beside it
+    aged = Reranker.load(
+        made / "tree" / "ranker.safetensors"
+    )  # as from before it had checksums of the files beside it
     facts = {key: value for key, value in aged.ranker.facts.items() if key != "beside"}
-    replace(aged, ranker=replace(aged.ranker, facts=facts)).save(tmp_path / "mixed" / "ranker.safetensors")
+    replace(aged, ranker=replace(aged.ranker, facts=facts)).save(
+        tmp_path / "mixed" / "ranker.safetensors"
+    )
     with pytest.raises(InputError, match="expected the vocabulary [0-9a-f]{12} of this ranker"):
         RankedPredictor.load(tmp_path / "mixed")
     old = Reranker.load(made / "all" / "ranker.safetensors")
-    for number, facts in enumerate(({}, {"source": {}}, {"source": {"shortlist": "some", "words": "same"}})):
+    for number, facts in enumerate(
+        ({}, {"source": {}}, {"source": {"shortlist": "some", "words": "same"}})
+    ):
         path = tmp_path / f"old{number}"
         path.mkdir()
         replace(old, ranker=replace(old.ranker, facts=facts)).save(path / "ranker.safetensors")
@@ -179,13 +279,21 @@ def test_rankers_that_are_not_whole(folder: Path, made: Path, tmp_path: Path) ->
     vectorizer = Vectorizer.load(made / "all" / "vectorizer")
     for name, split in Dataset.open(folder).splits.items():
         write_npz(tmp_path / f"{name}.npz", vectorizer.transform(split.texts))
-    ranker.train_ranker(options(folder, tmp_path / "ready", one_vs_all=True, features=str(tmp_path)))
+    ranker.train_ranker(
+        options(folder, tmp_path / "ready", one_vs_all=True, features=str(tmp_path))
+    )
     with pytest.raises(InputError, match="expected a ranker of texts, got one of ready features"):
         RankedPredictor.load(tmp_path / "ready")
 
 
 @pytest.mark.parametrize(
-    "name", ["ranker.safetensors", "clusters/level0.safetensors", "label_names.txt", "vectorizer/idf.safetensors"]
+    "name",
+    [
+        "ranker.safetensors",
+        "clusters/level0.safetensors",
+        "label_names.txt",
+        "vectorizer/idf.safetensors",
+    ],
 )
 def test_damage_to_a_ranker_is_found(made: Path, tmp_path: Path, name: str) -> None:
     """Flipped bits anywhere, a file of another ranker, none at all."""
@@ -209,10 +317,22 @@ def test_damage_to_a_ranker_is_found(made: Path, tmp_path: Path, name: str) -> N
     ("changes", "message"),
     [
         ({"text": "a"}, "--checkpoint: expected a run's output folder, or --ranker"),
-        ({"checkpoint": "c", "text": "a", "ranker_text": "b"}, "--ranker-text: expected --ranker and --text beside it"),
-        ({"ranker": ("r",), "text": "a", "ranker_input": "b"}, "--ranker-input: expected --ranker and --input beside it"),
-        ({"ranker": ("r",), "input": "a", "ranker_input": "-"}, "--ranker-input: expected a file, got standard input"),
-        ({"ranker": ("r",), "text": "a", "which": "last"}, "--which: expected --checkpoint beside it"),
+        (
+            {"checkpoint": "c", "text": "a", "ranker_text": "b"},
+            "--ranker-text: expected --ranker and --text beside it",
+        ),
+        (
+            {"ranker": ("r",), "text": "a", "ranker_input": "b"},
+            "--ranker-input: expected --ranker and --input beside it",
+        ),
+        (
+            {"ranker": ("r",), "input": "a", "ranker_input": "-"},
+            "--ranker-input: expected a file, got standard input",
+        ),
+        (
+            {"ranker": ("r",), "text": "a", "which": "last"},
+            "--which: expected --checkpoint beside it",
+        ),
     ],
 )
 def test_options_that_cannot_be_used(changes: dict[str, Any], message: str) -> None:

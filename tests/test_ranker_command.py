@@ -1,4 +1,6 @@
-"""xmlkernels rank on a small trained run: what it writes, what it takes again, and one sentence for every mistake."""
+"""xmlkernels rank on a small trained run: what it writes, what it takes again, and one sentence for
+every mistake.
+"""
 
 import json
 import os
@@ -35,8 +37,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset that keeps its texts; labels 0 and 1 of the first documents are filtered out."""
     raw = tmp_path_factory.mktemp("raw")
     for name in ("trn", "tst"):
-        (raw / f"{name}.txt").write_text("".join(f"{row} {label}\n" for row in range(3) for label in (0, 1)))
-    return make_dataset(raw, keep_texts=True, train_filter=raw / "trn.txt", test_filter=raw / "tst.txt")
+        (raw / f"{name}.txt").write_text(
+            "".join(f"{row} {label}\n" for row in range(3) for label in (0, 1))
+        )
+    return make_dataset(
+        raw, keep_texts=True, train_filter=raw / "trn.txt", test_filter=raw / "tst.txt"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +51,16 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(folder: Path, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def trained(
+    folder: Path, finished: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
     output = tmp_path_factory.mktemp("ranker")
     return output, command.train_ranker(options(folder, output, checkpoint=str(finished)))
 
 
-def test_ranker_beside_the_plain_model(trained: tuple[Path, dict[str, Any]], folder: Path, finished: Path) -> None:
+def test_ranker_beside_the_plain_model(
+    trained: tuple[Path, dict[str, Any]], folder: Path, finished: Path
+) -> None:
     output, report = trained
     dataset = Dataset.open(folder)
     model = Predictor.load(finished).model
@@ -61,7 +71,9 @@ def test_ranker_beside_the_plain_model(trained: tuple[Path, dict[str, Any]], fol
         # Words give labels away, and few epochs do not teach the tiny encoder all of them.
         assert report[name]["both"]["P@3"] > plain["P@3"] + 10
     by = ("P@1", "P@3", "P@5")
-    both, model_alone = (sum(report["validation"][what][key] for key in by) for what in ("both", "plain model"))
+    both, model_alone = (
+        sum(report["validation"][what][key] for key in by) for what in ("both", "plain model")
+    )
     assert both >= model_alone and 0 < report["share"] <= 1
     told = json.loads((output / "metrics.json").read_text())
     assert told["test"] == report["test"] and told["dataset_hash"] == dataset.content_hash
@@ -74,7 +86,9 @@ def test_predictions_are_what_the_saved_ranker_gives(
     output, report = trained
     test = Dataset.open(folder).splits["test"]
     shortlist = read_npz(output / "inputs" / "shortlist_test.npz")
-    assert (shortlist != score_matrix(*predict_split(Predictor.load(finished).model, test, 12), LABELS)).nnz == 0
+    assert (
+        shortlist != score_matrix(*predict_split(Predictor.load(finished).model, test, 12), LABELS)
+    ).nnz == 0
     tfidf = Vectorizer.load(output / "vectorizer").transform(test.texts)
     scores = Reranker.load(output / "ranker.safetensors").rerank(
         shortlist, np.load(output / "inputs" / "embeddings_test.npy"), tfidf
@@ -89,7 +103,10 @@ def test_predictions_are_what_the_saved_ranker_gives(
 
 
 def test_inputs_are_taken_again_for_the_same_checkpoint_alone(
-    trained: tuple[Path, dict[str, Any]], folder: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+    trained: tuple[Path, dict[str, Any]],
+    folder: Path,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output, report = trained
     monkeypatch.setattr(ranker_inputs, "Predictor", None)  # a second pass of the model would fail
@@ -115,13 +132,26 @@ def test_damaged_inputs_are_told_and_computed_anew(
     for damaged in (whole[: len(whole) // 2], whole[:5], b""):
         path.write_bytes(damaged)
         documents = {name: ranker_inputs.Documents(split) for name, split in dataset.splits.items()}
-        ranker_inputs.model_inputs(str(finished), dataset, documents, 12, tmp_path / "inputs", "cpu")
+        ranker_inputs.model_inputs(
+            str(finished), dataset, documents, 12, tmp_path / "inputs", "cpu"
+        )
         notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
-        assert len(notes) == 1 and str(path) in notes[0] and notes[0].endswith("embeddings and shortlists are computed anew")
+        assert (
+            len(notes) == 1
+            and str(path) in notes[0]
+            and notes[0].endswith("embeddings and shortlists are computed anew")
+        )
         for split, part in documents.items():
-            assert np.array_equal(part.embedding, np.load(trained[0] / "inputs" / f"embeddings_{split}.npy"))
-            assert (part.shortlist != read_npz(trained[0] / "inputs" / f"shortlist_{split}.npz", keep_zeros=True)).nnz == 0
-    with pytest.raises(InputError, match=r"expected finite float32 embeddings of 3 documents, got float32 \[50, "):
+            assert np.array_equal(
+                part.embedding, np.load(trained[0] / "inputs" / f"embeddings_{split}.npy")
+            )
+            assert (
+                part.shortlist
+                != read_npz(trained[0] / "inputs" / f"shortlist_{split}.npz", keep_zeros=True)
+            ).nnz == 0
+    with pytest.raises(
+        InputError, match=r"expected finite float32 embeddings of 3 documents, got float32 \[50, "
+    ):
         ranker_inputs.read_embedding(tmp_path / "inputs" / "embeddings_test.npy", 3)
 
 
@@ -133,7 +163,9 @@ def test_wrong_texts_are_told_before_the_model_runs(
     texts = {name: str(folder.parent / f"{part}_X.txt") for name, part in parts.items()}
     with pytest.raises(InputError, match="expected 50 lines, the documents of test, got 40"):
         command.train_ranker(options(folder, tmp_path, checkpoint=str(finished), **texts))
-    monkeypatch.setattr(command, "load_tfidf", None)  # and so would TF-IDF, which is not made for nothing
+    monkeypatch.setattr(
+        command, "load_tfidf", None
+    )  # and so would TF-IDF, which is not made for nothing
     with pytest.raises(InputError, match="nowhere"):
         command.train_ranker(options(folder, tmp_path, checkpoint=str(tmp_path / "nowhere")))
 
@@ -142,9 +174,16 @@ def test_wrong_texts_are_told_before_the_model_runs(
 def test_a_bag_of_words_takes_the_tfidf_of_the_same_vocabulary(
     words: int, passes: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The ranker's phrases are of one word: those of the first bag too. Validation and test are turned into TF-IDF, and for the
-    second bag all three splits once more."""
-    bow = {"encoder": "bow", "bow_width": 16, "min_df": 1, "ngrams": words, "encoder_lr": 0.1, "table_lr": 0.1}
+    """The ranker's phrases are of one word: those of the first bag too. Validation and test are
+    turned into TF-IDF, and for the second bag all three splits once more."""
+    bow = {
+        "encoder": "bow",
+        "bow_width": 16,
+        "min_df": 1,
+        "ngrams": words,
+        "encoder_lr": 0.1,
+        "table_lr": 0.1,
+    }
     run(tiny(folder, tmp_path / "bow", **bow, table_optimizer="adam", epochs=1))
     transform, calls = Vectorizer.transform, []
 
@@ -158,9 +197,16 @@ def test_a_bag_of_words_takes_the_tfidf_of_the_same_vocabulary(
     assert len(calls) == passes
     predictor, inputs = Predictor.load(tmp_path / "bow"), tmp_path / "ranker" / "inputs"
     for name, split in Dataset.open(folder).splits.items():
-        values, rows = predict_split(predictor.model, split, SMALL["shortlist"], inputs=predictor.inputs)
-        expected, found = score_matrix(values, rows, LABELS), read_npz(inputs / f"shortlist_{name}.npz", keep_zeros=True)
-        assert np.array_equal(found.indices, expected.indices) and np.allclose(found.data, expected.data, atol=1e-5)
+        values, rows = predict_split(
+            predictor.model, split, SMALL["shortlist"], inputs=predictor.inputs
+        )
+        expected, found = (
+            score_matrix(values, rows, LABELS),
+            read_npz(inputs / f"shortlist_{name}.npz", keep_zeros=True),
+        )
+        assert np.array_equal(found.indices, expected.indices) and np.allclose(
+            found.data, expected.data, atol=1e-5
+        )
     assert not list(inputs.glob("*.npy"))  # no embedding, no file of one
     monkeypatch.setattr(ranker_inputs, "Predictor", None)  # a second pass of the model would fail
     assert command.train_ranker(wanted)["test"] == report["test"]
@@ -169,15 +215,22 @@ def test_a_bag_of_words_takes_the_tfidf_of_the_same_vocabulary(
 
 
 def test_given_share_and_no_embedding(
-    trained: tuple[Path, dict[str, Any]], folder: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+    trained: tuple[Path, dict[str, Any]],
+    folder: Path,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output, _ = trained
-    monkeypatch.setattr(ranker_inputs, "Predictor", None)  # kept inputs with an embedding serve those who want none
+    monkeypatch.setattr(
+        ranker_inputs, "Predictor", None
+    )  # kept inputs with an embedding serve those who want none
     changed = options(folder, output, checkpoint=str(finished), share=0.0, embedding=False)
     report = command.train_ranker(changed)
     assert report["test"]["both"] == report["test"]["plain model"] and report["share"] == 0
     assert Reranker.load(output / "ranker.safetensors").ranker.dense.shape == (LABELS, 0)
-    report = command.train_ranker(replace(changed, embedding=True, tfidf=False, share=1.0, min_df=2, longest=2))
+    report = command.train_ranker(
+        replace(changed, embedding=True, tfidf=False, share=1.0, min_df=2, longest=2)
+    )
     assert report["test"]["both"] == report["test"]["ranker"] and report["weights_per_label"] == 0
 
 
@@ -185,26 +238,39 @@ def test_tfidf_alone_one_vs_all_and_by_clusters(folder: Path, tmp_path: Path) ->
     whole = command.train_ranker(options(folder, tmp_path, one_vs_all=True))
     assert list(whole["test"]) == ["ranker"] and whole["test"]["ranker"]["P@1"] > 80
     dataset = Dataset.open(folder)
-    tree = LabelTree.from_partitions([np.arange(LABELS) // 10, np.arange(LABELS) // 5], {"dataset": dataset.content_hash})
+    tree = LabelTree.from_partitions(
+        [np.arange(LABELS) // 10, np.arange(LABELS) // 5], {"dataset": dataset.content_hash}
+    )
     tree.save(tmp_path / "tree.safetensors")
-    report = command.train_ranker(options(folder, tmp_path / "by_tree", tree=str(tmp_path / "tree.safetensors"), beam=3))
+    report = command.train_ranker(
+        options(folder, tmp_path / "by_tree", tree=str(tmp_path / "tree.safetensors"), beam=3)
+    )
     assert report["test"]["both"]["P@1"] > 80 > report["test"]["clusters alone"]["P@1"]
-    assert sorted(p.name for p in (tmp_path / "by_tree" / "clusters").iterdir()) == ["level0.safetensors", "level1.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "by_tree" / "clusters").iterdir()) == [
+        "level0.safetensors",
+        "level1.safetensors",
+    ]
     (tmp_path / "other").mkdir()
-    LabelTree.from_partitions([np.arange(LABELS) // 10], {"dataset": "another"}).save(tmp_path / "other")
+    LabelTree.from_partitions([np.arange(LABELS) // 10], {"dataset": "another"}).save(
+        tmp_path / "other"
+    )
     with pytest.raises(InputError, match="a tree of the dataset"):
         command.train_ranker(options(folder, tmp_path / "x", tree=str(tmp_path / "other")))
 
 
 def test_a_forest_is_the_sum_of_rankers_on_trees_of_their_own(folder: Path, tmp_path: Path) -> None:
-    """xmlkernels ensemble sums their predictions: every file and the sum with every metric, filtered pairs in none of them."""
+    """xmlkernels ensemble sums their predictions: every file and the sum with every metric,
+    filtered pairs in none of them.
+    """
     files, alone = [], []
     for seed in range(3):
         tree = make_tree(folder, tmp_path / f"tree{seed}.safetensors", seed)
         report = command.train_ranker(options(folder, tmp_path / str(seed), tree=str(tree), beam=2))
         files.append(str(tmp_path / str(seed) / "predictions.npz"))
         alone.append(report["test"]["both"])
-    measured = ensemble.run(ensemble.Options(tuple(files), str(folder), output=str(tmp_path / "sum.npz")))
+    measured = ensemble.run(
+        ensemble.Options(tuple(files), str(folder), output=str(tmp_path / "sum.npz"))
+    )
     assert [measured[name] for name in files] == [pytest.approx(metrics) for metrics in alone]
     test, train = (Dataset.open(folder).splits[name] for name in ("test", "train"))
     total = np.zeros(test.labels.shape)
@@ -213,7 +279,10 @@ def test_a_forest_is_the_sum_of_rankers_on_trees_of_their_own(folder: Path, tmp_
     assert not total[tuple(test.filter_pairs.T)].any()
     rows = np.argsort(-total, axis=1, kind="stable")[:, :5]
     weight = inverse_propensity(train.labels, *Dataset.open(folder).propensity)
-    assert measured["sum"] == pytest.approx(evaluate(rows, test.labels, weight)) and "PSnDCG@5" in measured["sum"]
+    assert (
+        measured["sum"] == pytest.approx(evaluate(rows, test.labels, weight))
+        and "PSnDCG@5" in measured["sum"]
+    )
 
 
 def test_texts_and_features_from_files(folder: Path, tmp_path: Path) -> None:
@@ -222,7 +291,10 @@ def test_texts_and_features_from_files(folder: Path, tmp_path: Path) -> None:
     raw = folder.parent
     names = {"train": "trn", "validation": "val", "test": "tst"}
     texts = {f"{name}_text": str(raw / f"{part}_X.txt") for name, part in names.items()}
-    assert command.train_ranker(options(folder, tmp_path / "b", one_vs_all=True, **texts))["test"] == whole["test"]
+    assert (
+        command.train_ranker(options(folder, tmp_path / "b", one_vs_all=True, **texts))["test"]
+        == whole["test"]
+    )
     vectorizer = Vectorizer.load(tmp_path / "a" / "vectorizer")
     for name, split in Dataset.open(folder).splits.items():
         write_npz(tmp_path / f"{name}.npz", vectorizer.transform(split.texts))
@@ -232,9 +304,18 @@ def test_texts_and_features_from_files(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"val\.npz: expected 40 rows, got 3"):
         command.train_ranker(ready)
     with pytest.raises(InputError, match="expected 50 lines, the documents of test, got 40"):
-        command.train_ranker(options(folder, tmp_path / "d", one_vs_all=True, **(texts | {"test_text": texts["validation_text"]})))
+        command.train_ranker(
+            options(
+                folder,
+                tmp_path / "d",
+                one_vs_all=True,
+                **(texts | {"test_text": texts["validation_text"]}),
+            )
+        )
     with pytest.raises(InputError, match="--test-text: expected a file"):
-        command.train_ranker(options(folder, tmp_path / "d", one_vs_all=True, **(texts | {"test_text": ""})))
+        command.train_ranker(
+            options(folder, tmp_path / "d", one_vs_all=True, **(texts | {"test_text": ""}))
+        )
 
 
 def test_without_pairs() -> None:
@@ -247,10 +328,20 @@ def test_without_pairs() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "arguments: expected one of --checkpoint, --tree and --one-vs-all, for the shortlists, got none"),
+        (
+            {},
+            "arguments: expected one of --checkpoint, --tree and --one-vs-all, for the "
+            "shortlists, got none",
+        ),
         ({"tree": "t", "one_vs_all": True}, "got --tree, --one-vs-all"),
-        ({"one_vs_all": True, "tfidf": False}, "--no-tfidf: expected --checkpoint with its embedding"),
-        ({"one_vs_all": True, "features": "f", "train_text": "t"}, "--features: expected no text files beside it"),
+        (
+            {"one_vs_all": True, "tfidf": False},
+            "--no-tfidf: expected --checkpoint with its embedding",
+        ),
+        (
+            {"one_vs_all": True, "features": "f", "train_text": "t"},
+            "--features: expected no text files beside it",
+        ),
         ({"one_vs_all": True, "test_text": "t"}, "--train-text: expected a file"),
         ({"checkpoint": "c", "tfidf": False, "features": "f"}, "--no-tfidf: expected no texts"),
         ({"one_vs_all": True, "top_k": 0}, "--top-k: expected 1 or more, got 0"),
@@ -259,37 +350,61 @@ def test_without_pairs() -> None:
         ({"one_vs_all": True, "cost": -1.0}, "cost: expected a finite number above 0"),
         ({"one_vs_all": True, "train_text": "nowhere.txt"}, r"nowhere\.txt: expected a file"),
         ({"one_vs_all": True, "share": 0.5}, "--share: expected no such flag with --one-vs-all"),
-        ({"one_vs_all": True, "negatives": 5}, "--negatives: expected no such flag with --one-vs-all"),
+        (
+            {"one_vs_all": True, "negatives": 5},
+            "--negatives: expected no such flag with --one-vs-all",
+        ),
         ({"checkpoint": "c", "blend": "product"}, "--blend: expected no such flag without --share"),
         ({"checkpoint": "c", "beam": 5}, "--beam: expected no such flag without --tree"),
-        ({"one_vs_all": True, "shortlist": 5}, "--shortlist: expected no such flag without --checkpoint"),
+        (
+            {"one_vs_all": True, "shortlist": 5},
+            "--shortlist: expected no such flag without --checkpoint",
+        ),
         ({"tree": "t", "device": "cuda"}, "--device: expected no such flag without --checkpoint"),
-        ({"tree": "t", "embedding": False}, "--no-embedding: expected no such flag without --checkpoint"),
-        ({"tree": "t", "features": "f", "min_df": 3}, "--min-df: expected no such flag with --features"),
-        ({"checkpoint": "c", "tfidf": False, "longest": 3}, "--longest: expected no such flag with --no-tfidf"),
+        (
+            {"tree": "t", "embedding": False},
+            "--no-embedding: expected no such flag without --checkpoint",
+        ),
+        (
+            {"tree": "t", "features": "f", "min_df": 3},
+            "--min-df: expected no such flag with --features",
+        ),
+        (
+            {"checkpoint": "c", "tfidf": False, "longest": 3},
+            "--longest: expected no such flag with --no-tfidf",
+        ),
         ({"checkpoint": "nowhere"}, "nowhere"),
         ({"tree": "nowhere"}, "nowhere: expected a label tree"),
     ],
 )
-def test_options_that_cannot_be_used(folder: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_options_that_cannot_be_used(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         command.train_ranker(options(folder, tmp_path, **changes))
 
 
 def test_outputs_that_cannot_be_used(folder: Path, finished: Path, tmp_path: Path) -> None:
     kept = (finished / "metrics.json").read_bytes()
-    with pytest.raises(InputError, match=r"--output: expected a folder of its own, got .* which holds a run \(config\.json\)"):
+    with pytest.raises(
+        InputError,
+        match=r"--output: expected a folder of its own, got .* which holds a run \(config\.json\)",
+    ):
         command.train_ranker(options(folder, finished, checkpoint=str(finished)))
     assert (finished / "metrics.json").read_bytes() == kept
     (tmp_path / "file").touch()
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(InputError, match="--output: expected a folder, or a name for a new one"):
+        with pytest.raises(
+            InputError, match="--output: expected a folder, or a name for a new one"
+        ):
             command.train_ranker(options(folder, output, one_vs_all=True))
         with pytest.raises(InputError, match="--output: expected a folder"):
             export.export(export.Options(str(finished), str(output), what="embeddings"))
 
 
-def test_an_interrupted_ranker_leaves_no_old_figures(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_ranker_leaves_no_old_figures(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "metrics.json").write_text('{"dataset_hash": "", "seconds": {}}')
     monkeypatch.setattr(command, "fit", None)
     with pytest.raises(TypeError):
@@ -299,7 +414,9 @@ def test_an_interrupted_ranker_leaves_no_old_figures(folder: Path, tmp_path: Pat
 
 def test_datasets_that_do_not_fit(finished: Path, tmp_path: Path) -> None:
     lone = make_dataset(tmp_path / "lone", splits=("train", "test"))
-    with pytest.raises(InputError, match="expected a validation split, to choose the ranker's share on"):
+    with pytest.raises(
+        InputError, match="expected a validation split, to choose the ranker's share on"
+    ):
         command.train_ranker(options(lone, tmp_path / "a", checkpoint=str(finished)))
     with pytest.raises(InputError, match="keep-texts"):
         command.train_ranker(options(lone, tmp_path / "a", one_vs_all=True))
@@ -308,7 +425,9 @@ def test_datasets_that_do_not_fit(finished: Path, tmp_path: Path) -> None:
 def test_the_command(folder: Path, tmp_path: Path) -> None:
     words = [
         sys.executable,
-        "-m", "xmlkernels", "rank",
+        "-m",
+        "xmlkernels",
+        "rank",
         "--dataset",
         str(folder),
         "--output",
@@ -316,9 +435,18 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
         "--min-df",
         "1",
     ]
-    env = {**os.environ, "NUMBA_DISABLE_JIT": "1"}  # compiling would take longer than these few documents
-    good = subprocess.run([*words, "--one-vs-all"], capture_output=True, text=True, timeout=200, env=env)
+    env = {
+        **os.environ,
+        "NUMBA_DISABLE_JIT": "1",
+    }  # compiling would take longer than these few documents
+    good = subprocess.run(
+        [*words, "--one-vs-all"], capture_output=True, text=True, timeout=200, env=env
+    )
     assert good.returncode == 0, good.stderr
     assert "test, ranker" in good.stdout and (tmp_path / "ranker.safetensors").exists()
     bad = subprocess.run(words, capture_output=True, text=True, timeout=200)
-    assert bad.returncode == 2 and bad.stderr.startswith("error: arguments: expected one of") and bad.stderr.count("\n") == 1
+    assert (
+        bad.returncode == 2
+        and bad.stderr.startswith("error: arguments: expected one of")
+        and bad.stderr.count("\n") == 1
+    )

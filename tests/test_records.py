@@ -27,7 +27,11 @@ class Head(TypedDict):
     state: NotRequired[Any]
 
 
-GOOD: dict[str, Any] = {"name": "n", "labels": 3, "splits": {"train": {"documents": 4}, "odd name": {"documents": 0}}}
+GOOD: dict[str, Any] = {
+    "name": "n",
+    "labels": 3,
+    "splits": {"train": {"documents": 4}, "odd name": {"documents": 0}},
+}
 KIND = {"format": "f", "version": 1}
 
 
@@ -43,7 +47,14 @@ def refused(text: bytes | str) -> InputError:
 
 
 def test_a_record_comes_back_whole_with_keys_that_the_type_does_not_name() -> None:
-    value = GOOD | {"new": [1, {"x": None}], "maybe": None, "share": 1, "pair": [1, 2.5], "mode": "b", "rows": []}
+    value = GOOD | {
+        "new": [1, {"x": None}],
+        "maybe": None,
+        "share": 1,
+        "pair": [1, 2.5],
+        "mode": "b",
+        "rows": [],
+    }
     value |= {"state": {"big": 10**40, "nan": {"__float__": "nan"}, "text": "ä\u2028"}}
     assert parse(json.dumps(value)) == value
     assert check_record(value, Head, where="w", mend="m") is value
@@ -59,9 +70,18 @@ def test_a_record_comes_back_whole_with_keys_that_the_type_does_not_name() -> No
         ({"labels": 1.5}, "$.labels", "a whole number", "1.5"),
         ({"labels": "3"}, "$.labels", "a whole number", '"3"'),
         ({"labels": 10**30}, "$.labels", "a whole number <= 9223372036854775807", str(10**30)),
-        ({"splits": {"train": {"documents": 4}, "odd name": {"documents": -1}}}, '$.splits["odd name"].documents',
-         "a whole number >= 0", "-1"),
-        ({"splits": {"train": {"documents": 4}, "val": []}}, "$.splits.val", "an object", "a list of 0"),
+        (
+            {"splits": {"train": {"documents": 4}, "odd name": {"documents": -1}}},
+            '$.splits["odd name"].documents',
+            "a whole number >= 0",
+            "-1",
+        ),
+        (
+            {"splits": {"train": {"documents": 4}, "val": []}},
+            "$.splits.val",
+            "an object",
+            "a list of 0",
+        ),
         ({"splits": {"test": {}}}, "$.splits.test", "a key 'documents'", "none"),
         ({"splits": []}, "$.splits", "an object", "a list of 0"),
         ({"share": "x"}, "$.share", "a number", '"x"'),
@@ -71,10 +91,17 @@ def test_a_record_comes_back_whole_with_keys_that_the_type_does_not_name() -> No
         ({"maybe": "x"}, "$.maybe", "a whole number or null", '"x"'),
         ({"mode": "c"}, "$.mode", "another value", '"c"'),
         ({"hash": "12"}, "$.hash", "a text matching regex", '"12"'),
-        ({"rows": [{"documents": 1}, {"documents": []}]}, "$.rows[1].documents", "a whole number", "a list of 0"),
+        (
+            {"rows": [{"documents": 1}, {"documents": []}]},
+            "$.rows[1].documents",
+            "a whole number",
+            "a list of 0",
+        ),
     ],
-)  # fmt: skip
-def test_a_value_of_another_type_is_named(change: dict[str, Any], where: str, expected: str, got: str | None) -> None:
+)
+def test_a_value_of_another_type_is_named(
+    change: dict[str, Any], where: str, expected: str, got: str | None
+) -> None:
     error = refused(json.dumps(GOOD | change))
     assert error.where == f"head.json, {where}" and error.expected.startswith(expected)
     assert got is None or error.got == got
@@ -128,7 +155,11 @@ def test_format_and_version_come_before_everything_else(tmp_path: Path) -> None:
         path.write_text(json.dumps(value))
         with pytest.raises(InputError) as raised:
             read()
-        assert (raised.value.where, raised.value.expected, raised.value.got) == (str(path), expected, got)
+        assert (raised.value.where, raised.value.expected, raised.value.got) == (
+            str(path),
+            expected,
+            got,
+        )
     path.write_text(json.dumps(GOOD | KIND))
     assert read()["labels"] == 3
 

@@ -1,4 +1,6 @@
-"""Running means of the weights: how they are taken, that both models predict by them alone, what a checkpoint has of them."""
+"""Running means of the weights: how they are taken, that both models predict by them alone, what a
+checkpoint has of them.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,7 +36,9 @@ def cascade(mean: MeanSettings | None, dtype: str = "fp32") -> Cascade:
 
 def end_to_end(mean: MeanSettings | None, dtype: str = "fp32") -> EndToEnd:
     encoder = Encoder.tiny(VOCABULARY, width=16, bottleneck=8, seed=1)
-    head = FullHead(LABELS, encoder.width, dtype=dtype, bias=True, momentum=0.0 if mean is None else 0.9, seed=2)
+    head = FullHead(
+        LABELS, encoder.width, dtype=dtype, bias=True, momentum=0.0 if mean is None else 0.9, seed=2
+    )
     training = None if mean is None else Training(0.05, 0.5, 0.0, 0, 100, mean=mean)
     return EndToEnd(encoder, head, training).eval()
 
@@ -49,12 +53,18 @@ SAID: dict[str, Callable[[Any, Documents], Any]] = {
 }
 SAID_BY_CASCADE: dict[str, Callable[[Any, Documents], Any]] = {
     "predict_levels": lambda m, batch: [level.values for level in m.predict_levels(batch, 5)],
-    "levels_and_loss": lambda m, batch: [level.values for level in m.levels_and_loss(batch, 5, None, ["path"])[0]["path"]],
+    "levels_and_loss": lambda m, batch: [
+        level.values for level in m.levels_and_loss(batch, 5, None, ["path"])[0]["path"]
+    ],
 }
 
 
-@pytest.mark.parametrize(("decay", "shares"), [(1.0, [1, 1 / 2, 1 / 3, 1 / 4]), (0.6, [1, 1 / 2, 0.4, 0.4])])
-def test_a_mean_begins_plain_and_goes_on_as_its_decay_says(decay: float, shares: list[float]) -> None:
+@pytest.mark.parametrize(
+    ("decay", "shares"), [(1.0, [1, 1 / 2, 1 / 3, 1 / 4]), (0.6, [1, 1 / 2, 0.4, 0.4])]
+)
+def test_a_mean_begins_plain_and_goes_on_as_its_decay_says(
+    decay: float, shares: list[float]
+) -> None:
     p = nn.Parameter(torch.zeros(3))
     average, expected = RunningMean({"p": p}, MeanSettings(decay)), torch.zeros(3)
     with average.used():
@@ -83,7 +93,9 @@ def test_it_takes_in_what_it_is_told_to() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_mean_of_a_table_below_fp32_is_fp32(dtype: torch.dtype) -> None:
-    """More rows than are taken at a time, and moves that a mean in the table's own format would lose."""
+    """More rows than are taken at a time, and moves that a mean in the table's own format would
+    lose.
+    """
     table, p = torch.ones(5000, 3, dtype=dtype), nn.Parameter(torch.ones(2))
     average = RunningMean({"table": table, "p": p}, MeanSettings(0.999))
     for number in range(1200):
@@ -93,24 +105,37 @@ def test_the_mean_of_a_table_below_fp32_is_fp32(dtype: torch.dtype) -> None:
     for number in range(3):
         average.step(number)
     mean = 2 - 0.999**3
-    assert average.means[0].dtype == torch.float32 and torch.tensor(1.001, dtype=torch.bfloat16) == 1
+    assert (
+        average.means[0].dtype == torch.float32 and torch.tensor(1.001, dtype=torch.bfloat16) == 1
+    )
     for found in average.means:
         torch.testing.assert_close(found, torch.full_like(found, mean), atol=1e-5, rtol=0)
     held = table.data_ptr()
     with average.used():
-        assert table.dtype == dtype and torch.equal(table, torch.full_like(table, mean)) and p.dtype == torch.float32
+        assert (
+            table.dtype == dtype
+            and torch.equal(table, torch.full_like(table, mean))
+            and p.dtype == torch.float32
+        )
     assert table.data_ptr() == held and torch.equal(table, torch.full_like(table, 2))
     for number in range(400):
         average.step(number)  # what was rounded before must not be used again
     with average.used():
-        assert torch.equal(table, average.means[0].to(dtype)) and not torch.equal(table, torch.full_like(table, mean))
+        assert torch.equal(table, average.means[0].to(dtype)) and not torch.equal(
+            table, torch.full_like(table, mean)
+        )
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("tables", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_predicts_by_its_means_and_trains_its_weights(name: str, tables: bool, dtype: str) -> None:
-    model, plain = MODELS[name](MeanSettings(1.0, 1, 2, tables), dtype), MODELS[name](MeanSettings(), dtype)
+def test_a_model_predicts_by_its_means_and_trains_its_weights(
+    name: str, tables: bool, dtype: str
+) -> None:
+    model, plain = (
+        MODELS[name](MeanSettings(1.0, 1, 2, tables), dtype),
+        MODELS[name](MeanSettings(), dtype),
+    )
     seen = []
     for number in range(5):
         for each in (model, plain):
@@ -118,9 +143,15 @@ def test_a_model_predicts_by_its_means_and_trains_its_weights(name: str, tables:
         seen.append({k: v.clone() for k, v in model.state_dict().items()})
     for key, value in plain.state_dict().items():
         assert torch.equal(value, seen[-1][key]), f"training must not know of the mean of {key}"
-    of_tables = {k for k in seen[0] if k.startswith(("head.", "heads.levels.")) and k.endswith((".weight", ".bias"))}
+    of_tables = {
+        k
+        for k in seen[0]
+        if k.startswith(("head.", "heads.levels.")) and k.endswith((".weight", ".bias"))
+    }
     assert of_tables and model.average.count == 2
-    assert set(model.average.names) == {k for k, _ in model.named_parameters()} | (of_tables if tables else set())
+    assert set(model.average.names) == {k for k, _ in model.named_parameters()} | (
+        of_tables if tables else set()
+    )
     means = {k: (seen[2][k].float() + seen[4][k].float()) / 2 for k in model.average.names}
     for key, mean in zip(model.average.names, model.average.means, strict=True):
         torch.testing.assert_close(mean, means[key], atol=1e-6, rtol=1e-6)
@@ -169,17 +200,29 @@ def test_means_follow_a_model_to_another_device(name: str) -> None:
     model.step(documents())
     model.to("meta")
     assert {mean.device.type for mean in model.average.means} == {"meta"}
-    assert all(w is own for w, own in zip(model.average._weights, model._averaged().values(), strict=True))
+    assert all(
+        w is own for w, own in zip(model.average._weights, model._averaged().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_means_that_a_model_does_not_go_on_with_are_refused(name: str) -> None:
-    plain, mean, more = (MODELS[name](MeanSettings(d, tables=t)) for d, t in ((0.0, False), (0.5, False), (0.5, True)))
+    plain, mean, more = (
+        MODELS[name](MeanSettings(d, tables=t))
+        for d, t in ((0.0, False), (0.5, False), (0.5, True))
+    )
     for model, other in ((plain, mean), (mean, plain), (mean, more), (more, mean)):
-        with pytest.raises(InputError, match=r"checkpoint: expected the running means of this model, got .*; .*--ema-tables"):
+        with pytest.raises(
+            InputError,
+            match=r"checkpoint: expected the running means of this model, got .*; .*--ema-tables",
+        ):
             model.load_tensors(other.tensors())
-    with pytest.raises(InputError, match="checkpoint: expected running means of its weights, got one of word"):
-        MODELS[name](None).load_tensors(plain.tensors() | {"average.word": torch.zeros(1), "average.count": torch.tensor([1])})
+    with pytest.raises(
+        InputError, match="checkpoint: expected running means of its weights, got one of word"
+    ):
+        MODELS[name](None).load_tensors(
+            plain.tensors() | {"average.word": torch.zeros(1), "average.count": torch.tensor([1])}
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -188,20 +231,29 @@ def test_what_is_frozen_has_no_mean(name: str) -> None:
     first, *_ = (key for key, _ in model.encoder.named_parameters())
     model.encoder.requires_grad_(False).get_parameter(first).requires_grad_(True)
     rest = (model.heads, TREE) if name == "cascade" else (model.head,)
-    again = type(model)(model.encoder, *rest, replace(model.training_settings, mean=MeanSettings(0.9)))
-    assert [key for key in again.average.names if key.startswith("encoder.")] == [f"encoder.{first}"]
+    again = type(model)(
+        model.encoder, *rest, replace(model.training_settings, mean=MeanSettings(0.9))
+    )
+    assert [key for key in again.average.names if key.startswith("encoder.")] == [
+        f"encoder.{first}"
+    ]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_settings_of_a_mean_are_checked(name: str) -> None:
     for settings, expected in (
-        (MeanSettings(1.1), r"running mean: decay: expected from 0 \(none\) to 1 \(the plain mean\), got 1.1"),
+        (
+            MeanSettings(1.1),
+            r"running mean: decay: expected from 0 \(none\) to 1 \(the plain mean\), got 1.1",
+        ),
         (MeanSettings(0.5, start=-1), "running mean: start: expected 0 or more, got -1"),
         (MeanSettings(0.5, every=0), "running mean: every: expected 1 or more, got 0"),
     ):
         with pytest.raises(InputError, match=expected):
             MODELS[name](settings)
-    with pytest.raises(InputError, match="running mean: expected tables in fp32, bf16 or fp16, got an fp8 one"):
+    with pytest.raises(
+        InputError, match="running mean: expected tables in fp32, bf16 or fp16, got an fp8 one"
+    ):
         MODELS[name](MeanSettings(0.5, tables=True), "fp8")
     assert MODELS[name](MeanSettings(0.5), "fp8").average is not None
 
@@ -209,5 +261,7 @@ def test_settings_of_a_mean_are_checked(name: str) -> None:
 def test_an_encoder_with_its_own_table_has_no_mean() -> None:
     model, settings = end_to_end(MeanSettings()), MeanSettings(0.9)
     model.encoder.update = lambda lr: None
-    with pytest.raises(InputError, match="running mean: decay: expected 0 for an encoder with a table of its own"):
+    with pytest.raises(
+        InputError, match="running mean: decay: expected 0 for an encoder with a table of its own"
+    ):
         EndToEnd(model.encoder, model.head, Training(0.05, 0.5, 0.0, 0, 100, mean=settings))

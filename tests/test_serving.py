@@ -1,4 +1,6 @@
-"""Serving: a model that is loaded before a fork, threads of its own, and what a server must be able to rely on."""
+"""Serving: a model that is loaded before a fork, threads of its own, and what a server must be able
+to rely on.
+"""
 
 import math
 import shutil
@@ -54,19 +56,21 @@ def ranked(dataset: Path, tokens: Path, tmp_path_factory: pytest.TempPathFactory
 
 # ---- preload, then fork ----
 
-# What gunicorn --preload does: one process loads, its children answer. `threads` counts before anything of ours is loaded
-# but after the imports, whose BLAS pools know how to fork.
+# What gunicorn --preload does: one process loads, its children answer. `threads` counts before
+# anything of ours is loaded but after the imports, whose BLAS pools know how to fork.
 SERVER = """
 import multiprocessing, os, sys, warnings
 import numpy, scipy.linalg, sklearn.feature_extraction.text, torch, transformers
 from xmlkernels.predict.model import Predictor
 from xmlkernels.predict.ranked import Forest, RankedPredictor
 
-warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: a process of several threads forks
+# Of Python 3.12: a process of several threads forks.
+warnings.simplefilter("ignore", DeprecationWarning)
 tokens, bags, ranked = sys.argv[1:]
 torch.set_num_threads(2)  # on a machine of one core there would be no pool to start
 before = len(os.listdir("/proc/self/task"))
-loaded = [Predictor.load(tokens), Predictor.load(bags), Forest([RankedPredictor.load(ranked, tokens)])]
+forest = Forest([RankedPredictor.load(ranked, tokens)])
+loaded = [Predictor.load(tokens), Predictor.load(bags), forest]
 print("threads started", len(os.listdir("/proc/self/task")) - before, torch.get_num_threads())
 
 def worker(queue, predictor):
@@ -74,7 +78,8 @@ def worker(queue, predictor):
 
 # On one thread even a parent that has answered may fork.
 asked = Predictor.load(bags, threads=1)
-print("threads started", len(list(asked.predict(["w3 w4 w5"] * 3, prefetch=0))), len(os.listdir("/proc/self/task")) - before)
+answers = len(list(asked.predict(["w3 w4 w5"] * 3, prefetch=0)))
+print("threads started", answers, len(os.listdir("/proc/self/task")) - before)
 
 context = multiprocessing.get_context("fork")
 for predictor in [*loaded, asked]:
@@ -100,7 +105,6 @@ def test_a_loaded_model_answers_in_a_forked_child(tokens: Path, bags: Path, rank
 
 
 # ---- threads ----
-
 
 
 def used_threads(predictor: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
@@ -131,14 +135,19 @@ def test_a_predictor_has_threads_of_its_own(
 
 def test_the_threads_are_the_callers_again_between_two_answers(tokens: Path) -> None:
     with torch_threads(2):
-        answers = Predictor.load(tokens, threads=1).predict(["w3", "w4"], batch_size=1, window=1, prefetch=0)
+        answers = Predictor.load(tokens, threads=1).predict(
+            ["w3", "w4"], batch_size=1, window=1, prefetch=0
+        )
         assert next(answers) and torch.get_num_threads() == 2
         assert next(answers) and torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("threads", [-1, 1.5, "2", True])
 def test_threads_that_cannot_be(tokens: Path, ranked: Path, threads: Any) -> None:
-    for load in (lambda: Predictor.load(tokens, threads=threads), lambda: RankedPredictor.load(ranked, threads=threads)):
+    for load in (
+        lambda: Predictor.load(tokens, threads=threads),
+        lambda: RankedPredictor.load(ranked, threads=threads),
+    ):
         with pytest.raises(InputError, match="threads: expected a whole number, 0 or more"):
             load()
 
@@ -166,18 +175,25 @@ def spoilt(run: Path, to: Path, name: str, value: float) -> Path:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_weights_that_are_no_numbers_are_refused(tokens: Path, bags: Path, tmp_path: Path, value: float) -> None:
+def test_weights_that_are_no_numbers_are_refused(
+    tokens: Path, bags: Path, tmp_path: Path, value: float
+) -> None:
     words = "encoder.model.embeddings.word_embeddings.weight"
     for whole, name in ((tokens, "head.weight"), (tokens, words), (bags, "encoder.table")):
         bad = spoilt(whole, tmp_path / f"{whole.name}-{name}", name, value)
-        with pytest.raises(InputError, match=f"best: expected weights.*NaN or infinity in 1 .* first {name}.*diverged"):
+        with pytest.raises(
+            InputError,
+            match=f"best: expected weights.*NaN or infinity in 1 .* first {name}.*diverged",
+        ):
             Predictor.load(bad)
         assert next(Predictor.load(bad, which="last").predict(["w3"]))  # the way back
 
 
 def test_an_fp8_table_knows_its_nan() -> None:
     model = torch.nn.Module()
-    model.register_buffer("table", torch.tensor([[1.0, -448.0], [448.0, 0.0]]).to(torch.float8_e4m3fn))
+    model.register_buffer(
+        "table", torch.tensor([[1.0, -448.0], [448.0, 0.0]]).to(torch.float8_e4m3fn)
+    )
     check_finite(model, "here")
     for nan in (0x7F, 0xFF):
         model.table.view(torch.uint8)[1, 0] = nan
@@ -188,8 +204,12 @@ def test_an_fp8_table_knows_its_nan() -> None:
 def test_scores_that_overflow_are_refused_and_the_command_says_so(
     tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every weight is finite, no score is: the last layer norm takes what comes to 1e38 and more."""
-    bad = spoilt(tokens, tmp_path / "bad", "encoder.model.encoder.layer.1.output.LayerNorm.bias", 3e38)
+    """Every weight is finite, no score is: the last layer norm takes what comes to 1e38 and
+    more.
+    """
+    bad = spoilt(
+        tokens, tmp_path / "bad", "encoder.model.encoder.layer.1.output.LayerNorm.bias", 3e38
+    )
     folder = CheckpointFolder(bad / "checkpoint")
     tensors, state = folder.load("best")
     tensors["head.weight"] = torch.full_like(tensors["head.weight"], 100.0)
@@ -208,13 +228,20 @@ def test_scores_that_overflow_are_refused_and_the_command_says_so(
 def test_a_score_is_log_odds(tokens: Path, ranked: Path) -> None:
     for predictor in (Predictor.load(tokens), Forest([RankedPredictor.load(ranked, tokens)] * 2)):
         for label in next(iter(predictor.predict(["w3 w4 w5"], 5))):
-            assert math.log(label.probability / (1 - label.probability)) == pytest.approx(label.score, abs=1e-5)
+            assert math.log(label.probability / (1 - label.probability)) == pytest.approx(
+                label.score, abs=1e-5
+            )
 
 
-def test_a_forest_keeps_the_order_of_labels_that_are_all_but_certain(ranked: Path, tokens: Path) -> None:
+def test_a_forest_keeps_the_order_of_labels_that_are_all_but_certain(
+    ranked: Path, tokens: Path
+) -> None:
     """Their probabilities are 1 in float64; two such labels used to tie at 708."""
     one, other = (RankedPredictor.load(ranked, tokens) for _ in range(2))
-    for predictor, z in ((one, [720.0, 900, 800, -900, -800]), (other, [730.0, 910, 810, -910, -810])):
+    for predictor, z in (
+        (one, [720.0, 900, 800, -900, -800]),
+        (other, [730.0, 910, 810, -910, -810]),
+    ):
         scores = csr_matrix(([*z], [3, 4, 5, 6, 7], [0, 5]), (1, predictor.labels))
         predictor.scores = lambda *args, scores=scores, **more: scores  # type: ignore[method-assign]
     assert [label.id for label in next(Forest([one, other]).predict(["w3"], 5))] == [4, 5, 3, 7, 6]

@@ -10,9 +10,14 @@ from xmlkernels.nn.shortlist import best, candidates, count, locate, select
 ROW_PTR = torch.tensor([0, 2, 3, 6, 7])
 CLUSTERS = torch.tensor([[0, 2], [1, 3], [2, -1]])
 INF = float("inf")
-# The places beyond a cluster's end hold what the op gives there, and once something else: it must not matter.
+# The places beyond a cluster's end hold what the op gives there, and once something else: it must
+# not matter.
 SCORES = torch.tensor(
-    [[[0.5, -1.0, -INF], [0.2, 0.9, -3.0]], [[0.1, -INF, 9.0], [0.3, 7.0, -INF]], [[0.0, -0.0, 0.0], [5.0, 5.0, 5.0]]]
+    [
+        [[0.5, -1.0, -INF], [0.2, 0.9, -3.0]],
+        [[0.1, -INF, 9.0], [0.3, 7.0, -INF]],
+        [[0.0, -0.0, 0.0], [5.0, 5.0, 5.0]],
+    ]
 )
 
 
@@ -24,7 +29,11 @@ def positives(*found: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_candidates_are_the_children_of_the_clusters() -> None:
     node, real = candidates(CLUSTERS, ROW_PTR, 3)
-    assert [n[r].tolist() for n, r in zip(node, real, strict=True)] == [[0, 1, 3, 4, 5], [2, 6], [3, 4, 5]]
+    assert [n[r].tolist() for n, r in zip(node, real, strict=True)] == [
+        [0, 1, 3, 4, 5],
+        [2, 6],
+        [3, 4, 5],
+    ]
     assert count(CLUSTERS, ROW_PTR).tolist() == [5, 2, 3]
 
 
@@ -48,33 +57,53 @@ def test_fewer_candidates_than_k_leave_pads() -> None:
     kept, _, _ = select(SCORES, CLUSTERS, ROW_PTR, 4)
     assert kept.tolist() == [[0, 1, 3, 4], [2, 6, -1, -1], [3, 4, 5, -1]]
     kept, place, _ = select(SCORES, CLUSTERS, ROW_PTR, 99)
-    assert kept.shape == (3, 6) and kept[1].tolist() == [2, 6, -1, -1, -1, -1] and place[1].tolist() == [0, 3, 0, 0, 0, 0]
+    assert (
+        kept.shape == (3, 6)
+        and kept[1].tolist() == [2, 6, -1, -1, -1, -1]
+        and place[1].tolist() == [0, 3, 0, 0, 0, 0]
+    )
 
 
 def test_positives_are_forced_in_before_better_ones() -> None:
-    kept, _, forced = select(SCORES, CLUSTERS, ROW_PTR, 2, positives=positives((0, 5), (1, 2), (2, 4)))
+    kept, _, forced = select(
+        SCORES, CLUSTERS, ROW_PTR, 2, positives=positives((0, 5), (1, 2), (2, 4))
+    )
     assert kept.tolist() == [[4, 5], [2, 6], [3, 4]] and forced.tolist() == [3]
 
 
 def test_a_row_with_more_positives_than_k_grows_up_to_the_bound() -> None:
     true = positives((0, 0), (0, 1), (0, 3), (0, 5), (1, 6), (2, 5))
     kept, _, forced = select(SCORES, CLUSTERS, ROW_PTR, 1, width=4, positives=true)
-    assert kept.tolist() == [[0, 1, 3, 5], [6, -1, -1, -1], [5, -1, -1, -1]] and forced.tolist() == [6]
+    assert kept.tolist() == [
+        [0, 1, 3, 5],
+        [6, -1, -1, -1],
+        [5, -1, -1, -1],
+    ] and forced.tolist() == [6]
     kept, _, forced = select(SCORES, CLUSTERS, ROW_PTR, 1, width=3, positives=true)
-    assert kept.tolist() == [[0, 1, 3], [6, -1, -1], [5, -1, -1]] and forced.tolist() == [5]  # 5, at -3, had no room
+    assert kept.tolist() == [[0, 1, 3], [6, -1, -1], [5, -1, -1]] and forced.tolist() == [
+        5
+    ]  # 5, at -3, had no room
     kept, _, forced = select(SCORES, CLUSTERS, ROW_PTR, 2, width=3, positives=positives((0, 5)))
     assert kept.tolist() == [[4, 5, -1], [2, 6, -1], [3, 4, -1]] and forced.tolist() == [1]
 
 
 def test_positives_that_are_no_candidates_change_nothing() -> None:
-    kept, _, forced = select(SCORES, CLUSTERS, ROW_PTR, 2, positives=positives((0, 2), (1, 0), (2, 7)))
+    kept, _, forced = select(
+        SCORES, CLUSTERS, ROW_PTR, 2, positives=positives((0, 2), (1, 0), (2, 7))
+    )
     assert kept.tolist() == [[0, 4], [2, 6], [3, 4]] and forced.tolist() == [0]
 
 
 def test_nan_scores_still_give_real_nodes() -> None:
     """A skipped step goes on to the next level; what it selects must be nodes that exist."""
-    kept, _, forced = select(torch.full((3, 2, 3), torch.nan), CLUSTERS, ROW_PTR, 5, positives=positives((1, 6)))
-    assert kept.tolist() == [[0, 1, 3, 4, 5], [2, 6, -1, -1, -1], [3, 4, 5, -1, -1]] and forced.tolist() == [1]
+    kept, _, forced = select(
+        torch.full((3, 2, 3), torch.nan), CLUSTERS, ROW_PTR, 5, positives=positives((1, 6))
+    )
+    assert kept.tolist() == [
+        [0, 1, 3, 4, 5],
+        [2, 6, -1, -1, -1],
+        [3, 4, 5, -1, -1],
+    ] and forced.tolist() == [1]
 
 
 def test_ties_and_signs_are_ranked_by_place() -> None:
@@ -94,15 +123,23 @@ def test_random_shortlists_equal_sets(seed: int) -> None:
     for row in clusters:
         chosen = np.sort(rng.choice(30, rng.integers(1, slots + 1), replace=False))
         row[: len(chosen)] = torch.from_numpy(chosen)
-    scores = torch.from_numpy(rng.integers(-3, 3, (batch, slots, 5)).astype(np.float32))  # many ties
-    pairs = [(s, int(n)) for s in range(batch) for n in rng.choice(int(row_ptr[-1]), rng.integers(0, 40), replace=False)]
+    scores = torch.from_numpy(
+        rng.integers(-3, 3, (batch, slots, 5)).astype(np.float32)
+    )  # many ties
+    pairs = [
+        (s, int(n))
+        for s in range(batch)
+        for n in rng.choice(int(row_ptr[-1]), rng.integers(0, 40), replace=False)
+    ]
     kept, _, forced = select(scores, clusters, row_ptr, k, width=width, positives=positives(*pairs))
     total = 0
     for s in range(batch):
         there = [
             (-float(scores[s, j, n - int(row_ptr[c])]), n)
-            for j, c in enumerate(clusters[s].tolist()) if c >= 0 for n in range(int(row_ptr[c]), int(row_ptr[c + 1]))
-        ]  # fmt: skip
+            for j, c in enumerate(clusters[s].tolist())
+            if c >= 0
+            for n in range(int(row_ptr[c]), int(row_ptr[c + 1]))
+        ]
         ranked = sorted(((s, n) not in pairs, z, n) for z, n in there)
         many = sum(not other for other, _, _ in ranked)
         expected = sorted(n for _, _, n in ranked[: min(width, max(k, many))])

@@ -1,4 +1,6 @@
-"""The command under torchrun, as one would type it: what is written and said once, and how a failure ends all processes."""
+"""The command under torchrun, as one would type it: what is written and said once, and how a
+failure ends all processes.
+"""
 
 import json
 import os
@@ -34,9 +36,20 @@ command(main, several=True)
 
 def torchrun(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, words)],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            *map(str, words),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=600,
+    )
 
 
 def ours(text: str) -> list[str]:
@@ -47,17 +60,38 @@ def ours(text: str) -> list[str]:
 TWO_CARDS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("auto", marks=[pytest.mark.gpu, TWO_CARDS])])
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("auto", marks=[pytest.mark.gpu, TWO_CARDS])]
+)
 def test_a_run_by_torchrun(tmp_path: Path, device: str) -> None:
     dataset, output = make_dataset(tmp_path / "raw"), tmp_path / "run"
-    words = (ROOT / "train" / "run.py", "tiny", "--dataset", dataset, "--output", output, "--epochs", "1", "--batch", "15")
+    words = (
+        ROOT / "train" / "run.py",
+        "tiny",
+        "--dataset",
+        dataset,
+        "--output",
+        output,
+        "--epochs",
+        "1",
+        "--batch",
+        "15",
+    )
     words += ("--device", device)
     done = torchrun(*words)
     assert done.returncode == 0, done.stderr
     assert json.loads((output / "metrics.json").read_text())["steps"] == 11
-    assert done.stdout.count("validation after epoch 1") == 1  # the best epoch is the last, whose figures are known
-    assert done.stdout.count("test after epoch 1") == 1 and "1 threads in each of 2 processes; 11 steps" in done.stdout
-    assert len([line for line in (output / "log.jsonl").read_text().splitlines() if '"test"' in line]) == 1
+    assert (
+        done.stdout.count("validation after epoch 1") == 1
+    )  # the best epoch is the last, whose figures are known
+    assert (
+        done.stdout.count("test after epoch 1") == 1
+        and "1 threads in each of 2 processes; 11 steps" in done.stdout
+    )
+    assert (
+        len([line for line in (output / "log.jsonl").read_text().splitlines() if '"test"' in line])
+        == 1
+    )
     again = torchrun(*words)
     assert again.returncode != 0 and "Traceback" not in again.stderr.split("torch/distributed")[0]
     assert len(ours(again.stderr)) == 1 and "a folder that holds a run" in ours(again.stderr)[0]
@@ -66,12 +100,22 @@ def test_a_run_by_torchrun(tmp_path: Path, device: str) -> None:
 @pytest.mark.parametrize(
     ("rank", "act", "told"),
     [
-        (1, 'raise InputError("shard 1", "a file", "none", "mend it")', "error: shard 1: expected a file"),
-        (0, 'raise InputError("shard 0", "a file", "none", "mend it")', "error: shard 0: expected a file"),
+        (
+            1,
+            'raise InputError("shard 1", "a file", "none", "mend it")',
+            "error: shard 1: expected a file",
+        ),
+        (
+            0,
+            'raise InputError("shard 0", "a file", "none", "mend it")',
+            "error: shard 0: expected a file",
+        ),
         (1, 'raise ValueError("a slip of the program")', "ValueError: a slip of the program"),
     ],
 )
-def test_a_failure_of_one_process_ends_all_with_its_message(tmp_path: Path, rank: int, act: str, told: str) -> None:
+def test_a_failure_of_one_process_ends_all_with_its_message(
+    tmp_path: Path, rank: int, act: str, told: str
+) -> None:
     script = tmp_path / "failing.py"
     script.write_text(FAILING.format(root=str(ROOT), rank=rank, act=act))
     done = torchrun(script)
@@ -79,7 +123,9 @@ def test_a_failure_of_one_process_ends_all_with_its_message(tmp_path: Path, rank
     assert len(ours(done.stderr)) == (1 if "error: " in told else 0)
 
 
-def test_what_all_meet_is_told_once_and_never_lost(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_all_meet_is_told_once_and_never_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The first tells it at once; the others only if nobody ends them meanwhile."""
     waited: list[float] = []
     monkeypatch.setattr(report.time, "sleep", waited.append)
@@ -99,7 +145,10 @@ def test_what_all_meet_is_told_once_and_never_lost(monkeypatch: pytest.MonkeyPat
     assert ending(mistake) == 2 and len(waited) == 1
     assert ending(dist.ProcessLost("no answer", speaks=False)) == 1 and len(waited) == 2
     assert ending(dist.ProcessLost("process 1 is lost")) == 1 and len(waited) == 2, "told at once"
-    assert capsys.readouterr().err.splitlines() == [f"error: {mistake}"] * 2 + ["error: no answer", "error: process 1 is lost"]
+    assert capsys.readouterr().err.splitlines() == [f"error: {mistake}"] * 2 + [
+        "error: no answer",
+        "error: process 1 is lost",
+    ]
     with pytest.raises(SystemExit):
         report.command(lambda: pytest.fail("it ran"))
     assert "torchrun: expected one process for this command, got 2" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""A run from start to end: what it writes, how it stops and goes on, what it refuses to overwrite."""
+"""A run from start to end: what it writes, how it stops and goes on, what it refuses to
+overwrite.
+"""
 
 import json
 import os
@@ -17,7 +19,18 @@ import pytest
 import scipy.sparse
 import torch
 from safetensors.torch import load_file
-from train_runs import LABELS, ROOT, TRAIN_DOCUMENTS, Config, make_dataset, run, session, threads_kept, tiny, weights
+from train_runs import (
+    LABELS,
+    ROOT,
+    TRAIN_DOCUMENTS,
+    Config,
+    make_dataset,
+    run,
+    session,
+    threads_kept,
+    tiny,
+    weights,
+)
 
 from xmlkernels import InputError
 from xmlkernels.checkpoint import CheckpointFolder
@@ -52,7 +65,10 @@ def log_of(output: Path) -> list[dict[str, Any]]:
     def refuse(name: str) -> None:
         raise ValueError(name)
 
-    lines = [json.loads(line, parse_constant=refuse) for line in (output / "log.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line, parse_constant=refuse)
+        for line in (output / "log.jsonl").read_text().splitlines()
+    ]
     return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
 
 
@@ -60,7 +76,9 @@ def assert_same_run(ours: Path, theirs: Path, told: str = "") -> None:
     for which in ("last", "best"):
         assert weights(ours, which) == weights(theirs, which), f"{which}; {told}"
     assert log_of(ours) == log_of(theirs), told
-    assert (ours / "predictions.npz").read_bytes() == (theirs / "predictions.npz").read_bytes(), told
+    assert (ours / "predictions.npz").read_bytes() == (theirs / "predictions.npz").read_bytes(), (
+        told
+    )
     for key in ("validation", "test", "best", "steps"):
         assert metrics_of(ours)[key] == metrics_of(theirs)[key], told
 
@@ -89,7 +107,9 @@ def stopped_run(config: Config, at_save: int) -> None:
 
 def test_a_run_writes_all_it_promises(finished: Path) -> None:
     config = json.loads((finished / "config.json").read_text())
-    assert config["batch"] == 16 and config["encoder"] == "tiny" and len(config) == len(fields(Config))
+    assert (
+        config["batch"] == 16 and config["encoder"] == "tiny" and len(config) == len(fields(Config))
+    )
     metrics = metrics_of(finished)
     for split in ("validation", "test"):
         for kind in ("P", "nDCG", "PSP", "PSnDCG", "R"):
@@ -106,12 +126,22 @@ def test_a_run_writes_all_it_promises(finished: Path) -> None:
     assert losses[-1] < losses[0]
     evaluations = [line for line in lines if "split" in line]
     assert [line["split"] for line in evaluations].count("test") == 1  # looked at once, at the end
-    # Validation once an epoch, and once more where the best epoch is not the last, whose figures are known.
+    # Validation once an epoch, and once more where the best epoch is not the last, whose figures
+    # are known.
     again = [] if metrics["best"]["step"] == STEPS else [metrics["best"]["epoch"]]
-    assert [line["epoch"] for line in evaluations if line["split"] == "validation"] == [1, 2, 3, *again]
-    assert all(line["dataset"] == metrics["dataset_hash"] and line["loss"] > 0 for line in evaluations)
+    assert [line["epoch"] for line in evaluations if line["split"] == "validation"] == [
+        1,
+        2,
+        3,
+        *again,
+    ]
+    assert all(
+        line["dataset"] == metrics["dataset_hash"] and line["loss"] > 0 for line in evaluations
+    )
     files = list((finished / "checkpoint").rglob("*.safetensors"))
-    assert sorted(f.parent.name for f in files) == ["best", "last", "last.1"] and all(load_file(f) for f in files)
+    assert sorted(f.parent.name for f in files) == ["best", "last", "last.1"] and all(
+        load_file(f) for f in files
+    )
 
 
 def test_predictions_file_agrees_with_the_metrics(finished: Path, dataset: Path) -> None:
@@ -123,21 +153,33 @@ def test_predictions_file_agrees_with_the_metrics(finished: Path, dataset: Path)
 
 
 @pytest.mark.parametrize("part", [0.2, 0.7])
-def test_a_killed_run_resumes_bit_for_bit(dataset: Path, finished: Path, tmp_path: Path, part: float) -> None:
-    """SIGKILL at a random moment, saves included (there is one after each step), then on as if nothing had been."""
+def test_a_killed_run_resumes_bit_for_bit(
+    dataset: Path, finished: Path, tmp_path: Path, part: float
+) -> None:
+    """SIGKILL at a random moment, saves included (there is one after each step), then on as if
+    nothing had been.
+    """
     seed = int(os.environ.get("XMLKERNELS_KILL_SEED", secrets.randbits(32)))
     told, chance, output = f"XMLKERNELS_KILL_SEED={seed}", random.Random(seed), tmp_path / "killed"
     config = tiny(dataset, output, save_every=1)
     flags = [
-        f"--{f.name.replace('_', '-')}={getattr(config, f.name)}" for f in fields(Config)
-        if f.name in ("dataset", "output", "batch", "epochs", "log_every", "threads", "dropout", "save_every")
-    ]  # fmt: skip
+        f"--{f.name.replace('_', '-')}={getattr(config, f.name)}"
+        for f in fields(Config)
+        if f.name
+        in ("dataset", "output", "batch", "epochs", "log_every", "threads", "dropout", "save_every")
+    ]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train" / "run.py"), "tiny", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, str(ROOT / "train" / "run.py"), "tiny", *flags],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
     wanted = f'"step": {2 * int(STEPS * part / 2) + 2 * chance.randrange(3)},'
     log, deadline = output / "log.jsonl", time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None and not (log.exists() and wanted in log.read_text()):
+    while (
+        time.monotonic() < deadline
+        and process.poll() is None
+        and not (log.exists() and wanted in log.read_text())
+    ):
         time.sleep(0.002)
     time.sleep(chance.uniform(0, 0.05))
     process.send_signal(signal.SIGKILL)
@@ -151,7 +193,9 @@ def test_a_killed_run_resumes_bit_for_bit(dataset: Path, finished: Path, tmp_pat
 def test_without_save_every_the_best_and_the_last_epoch_alone_are_written(
     dataset: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Validation after epochs 2 and 3, the metric of the last no better: each is written, the first epoch is not."""
+    """Validation after epochs 2 and 3, the metric of the last no better: each is written, the first
+    epoch is not.
+    """
     written = []
     write = CheckpointFolder.save_last
 
@@ -162,7 +206,9 @@ def test_without_save_every_the_best_and_the_last_epoch_alone_are_written(
     found = iter([7.0, 5.0])
     monkeypatch.setattr(CheckpointFolder, "save_last", told)
     better = Session.improved
-    monkeypatch.setattr(Session, "improved", lambda self, metrics: better(self, metrics | {"P@1": next(found)}))
+    monkeypatch.setattr(
+        Session, "improved", lambda self, metrics: better(self, metrics | {"P@1": next(found)})
+    )
     run(tiny(dataset, tmp_path / "few", save_every=0, evaluate_every=2))
     assert written == [(2, 2), (3, 2)]
     assert weights(tmp_path / "few", "last") == weights(finished, "last")
@@ -170,14 +216,27 @@ def test_without_save_every_the_best_and_the_last_epoch_alone_are_written(
 
 @pytest.mark.parametrize("table", ["bf16", "fp8"])
 def test_a_rich_run_resumes_bit_for_bit(table: str, dataset: Path, tmp_path: Path) -> None:
-    """Label texts, micro-batches, a stochastically rounded table and state, running means: all of it is in the checkpoint."""
+    """Label texts, micro-batches, a stochastically rounded table and state, running means: all of
+    it is in the checkpoint.
+    """
     options: dict[str, Any] = {
-        "label_text": True, "micro_batch": 5, "table": table, "state": "bf16", "epochs": 2, "save_every": 5, "loss_every": 1,
-        "ema": 0.9, "ema_start": 0.5, "ema_every": 3, "ema_tables": table != "fp8",
-    }  # fmt: skip
+        "label_text": True,
+        "micro_batch": 5,
+        "table": table,
+        "state": "bf16",
+        "epochs": 2,
+        "save_every": 5,
+        "loss_every": 1,
+        "ema": 0.9,
+        "ema_start": 0.5,
+        "ema_every": 3,
+        "ema_tables": table != "fp8",
+    }
     run(tiny(dataset, tmp_path / "whole", **options))
     assert metrics_of(tmp_path / "whole")["steps"] == 2 * -(-(TRAIN_DOCUMENTS + LABELS) // 16)
-    stopped_run(tiny(dataset, tmp_path / "parts", **options), 5)  # the last checkpoint is of step 15, between two log lines
+    stopped_run(
+        tiny(dataset, tmp_path / "parts", **options), 5
+    )  # the last checkpoint is of step 15, between two log lines
     run(tiny(dataset, tmp_path / "parts", **options, resume=True))
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
@@ -228,10 +287,14 @@ def test_counters_are_those_of_the_run_not_of_its_best_step(
 ) -> None:
     """The first epoch is made the best; one step after it is skipped."""
     real = session.Session.improved
-    monkeypatch.setattr(session.Session, "improved", lambda self, metrics: self.epoch == 1 and real(self, metrics))
+    monkeypatch.setattr(
+        session.Session, "improved", lambda self, metrics: self.epoch == 1 and real(self, metrics)
+    )
     calls = []
 
-    def once_infinite(self: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
+    def once_infinite(
+        self: torch.nn.Module, inputs: Any, output: torch.Tensor
+    ) -> torch.Tensor | None:
         calls.append(self.training)
         return output * float("inf") if sum(calls) == 15 and self.training else None
 
@@ -250,7 +313,9 @@ def test_counters_are_those_of_the_run_not_of_its_best_step(
     assert state["steps"] == STEPS // 3
     lines = log_of(tmp_path)  # strict JSON, whatever the loss of that step was
     validated = [line for line in lines if line.get("split") == "validation"]
-    assert [line["epoch"] for line in validated] == [1, 2, 3, 1] and validated[3] == validated[0] != validated[2]
+    assert [line["epoch"] for line in validated] == [1, 2, 3, 1] and validated[3] == validated[
+        0
+    ] != validated[2]
 
 
 @pytest.mark.parametrize("splits", [("train", "test"), ("train",)])
@@ -263,7 +328,9 @@ def test_without_validation_the_last_step_is_the_best(
     assert "no validation split: the last step is kept" in told
     assert ("no metrics and no predictions.npz" in told) == ("test" not in splits)
     assert weights(tmp_path / "run", "best") == weights(tmp_path / "run", "last")
-    assert (tmp_path / "run" / "predictions.npz").exists() == ("test" in splits) == ("test" in report)
+    assert (
+        (tmp_path / "run" / "predictions.npz").exists() == ("test" in splits) == ("test" in report)
+    )
     assert len(next(Predictor.load(tmp_path / "run").predict(["w0 w1"], 3))) == 3
 
 
@@ -282,7 +349,9 @@ def test_a_folder_that_holds_a_run_is_refused_before_any_work(
     assert (finished / "metrics.json").read_bytes() == before
 
 
-def test_overwrite_leaves_nothing_of_the_old_run(dataset: Path, finished: Path, tmp_path: Path) -> None:
+def test_overwrite_leaves_nothing_of_the_old_run(
+    dataset: Path, finished: Path, tmp_path: Path
+) -> None:
     shutil.copytree(finished, tmp_path / "run")
     stopped_run(tiny(dataset, tmp_path / "run", seed=5, overwrite=True), 1)
     left = sorted(path.name for path in (tmp_path / "run").iterdir())
@@ -301,7 +370,9 @@ def test_resume_without_a_run_says_so_and_begins(
 
 
 @pytest.mark.parametrize("left", ["longer", "none", "cut"])
-def test_the_log_after_a_stop(left: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_log_after_a_stop(
+    left: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     stopped_run(tiny(dataset, tmp_path), 2)  # the checkpoint is of step 4, the log has 8 steps
     log = tmp_path / "log.jsonl"
     content = log.read_bytes()
@@ -312,12 +383,17 @@ def test_the_log_after_a_stop(left: str, dataset: Path, tmp_path: Path, capsys: 
     run(tiny(dataset, tmp_path, epochs=3, resume=True))
     steps = [line["step"] for line in log_of(tmp_path) if "split" not in line]
     first = {"longer": 2, "none": 6, "cut": 2}[left]
-    assert steps == [step for step in range(first, STEPS + 1, 2) if not (left == "cut" and step == 4)]
+    assert steps == [
+        step for step in range(first, STEPS + 1, 2) if not (left == "cut" and step == 4)
+    ]
     assert ("lost lines" in capsys.readouterr().out) == (left != "longer")
 
 
 def test_what_changed_before_a_resume_is_told_and_recorded(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(session, "commit", lambda: "aaa")
     stopped_run(tiny(dataset, tmp_path), 2)

@@ -14,7 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from train_runs import ROOT, TRAIN_DOCUMENTS, Config, cascade, check, make_dataset, make_tree, run, session, tiny, weights
+from train_runs import (
+    ROOT,
+    TRAIN_DOCUMENTS,
+    Config,
+    cascade,
+    check,
+    make_dataset,
+    make_tree,
+    run,
+    session,
+    tiny,
+    weights,
+)
 
 from xmlkernels import InputError
 from xmlkernels.checkpoint import CheckpointFolder
@@ -27,10 +39,24 @@ from xmlkernels.predict.model import Predictor
 
 TIMING = ("documents_per_second", "seconds")
 BOW: dict[str, Any] = {
-    "encoder": "bow", "bow_width": 24, "min_df": 1, "encoder_lr": 0.1, "table_lr": 0.1, "table_optimizer": "adam",
-    "bias": True, "warmup": 5, "top_k": 20,
-}  # fmt: skip
-CASCADE: dict[str, Any] = {"encoder": "bow", "bow_width": 24, "min_df": 1, "encoder_lr": 0.02, "layers": (), "warmup": 5}
+    "encoder": "bow",
+    "bow_width": 24,
+    "min_df": 1,
+    "encoder_lr": 0.1,
+    "table_lr": 0.1,
+    "table_optimizer": "adam",
+    "bias": True,
+    "warmup": 5,
+    "top_k": 20,
+}
+CASCADE: dict[str, Any] = {
+    "encoder": "bow",
+    "bow_width": 24,
+    "min_df": 1,
+    "encoder_lr": 0.02,
+    "layers": (),
+    "warmup": 5,
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,24 +84,39 @@ def log_of(output: Path) -> list[dict[str, Any]]:
 def test_it_learns_and_is_served_by_its_own_vocabulary(finished: Path, dataset: Path) -> None:
     report = json.loads((finished / "metrics.json").read_text())
     assert report["test"]["P@1"] > 60  # the words give the labels away
-    assert {path.name for path in (finished / "checkpoint").iterdir()} >= {"last", "best", "vocabulary"}
+    assert {path.name for path in (finished / "checkpoint").iterdir()} >= {
+        "last",
+        "best",
+        "vocabulary",
+    }
     predictor, split = Predictor.load(finished), Dataset.open(dataset).splits["test"]
     values, labels = predict_split(predictor.model, split, 5, inputs=predictor.inputs)
     served = predictor.predict_arrays(split.texts, 5, batch_size=7)
-    assert np.array_equal(served[1][:, 0], labels[:, 0]) and np.allclose(served[0], values, atol=1e-4)
+    assert np.array_equal(served[1][:, 0], labels[:, 0]) and np.allclose(
+        served[0], values, atol=1e-4
+    )
 
 
 def test_a_killed_run_resumes_bit_for_bit(dataset: Path, finished: Path, tmp_path: Path) -> None:
     output = tmp_path / "killed"
     names = (*BOW, "dataset", "output", "batch", "epochs", "log_every", "threads", "dropout")
     config = tiny(dataset, output, save_every=1, **BOW)
-    flags = [f"--{n.replace('_', '-')}" + ("" if n == "bias" else f"={getattr(config, n)}") for n in (*names, "save_every")]
+    flags = [
+        f"--{n.replace('_', '-')}" + ("" if n == "bias" else f"={getattr(config, n)}")
+        for n in (*names, "save_every")
+    ]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train" / "run.py"), "tiny", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        [sys.executable, str(ROOT / "train" / "run.py"), "tiny", *flags],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    )
     log, deadline = output / "log.jsonl", time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None and not (log.exists() and '"step": 14,' in log.read_text()):
+    while (
+        time.monotonic() < deadline
+        and process.poll() is None
+        and not (log.exists() and '"step": 14,' in log.read_text())
+    ):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     _, complaint = process.communicate()
@@ -91,9 +132,19 @@ class Stopped(Exception):
     pass
 
 
-def test_under_a_cascade_with_label_texts(dataset: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Words of the label names are documents too; stopped and resumed it ends as the whole run does."""
-    options = CASCADE | {"label_text": True, "epochs": 4, "word_dropout": 0.1, "bow_activation": "none", "save_every": 5}
+def test_under_a_cascade_with_label_texts(
+    dataset: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Words of the label names are documents too; stopped and resumed it ends as the whole run
+    does.
+    """
+    options = CASCADE | {
+        "label_text": True,
+        "epochs": 4,
+        "word_dropout": 0.1,
+        "bow_activation": "none",
+        "save_every": 5,
+    }
     report = run(cascade(dataset, tmp_path / "whole", tree, **options))
     assert report["test"]["P@1"] > 30 and len(report["test"]["levels"]) == 2
     log = session.Session.log_progress
@@ -110,7 +161,9 @@ def test_under_a_cascade_with_label_texts(dataset: Path, tree: Path, tmp_path: P
     assert weights(tmp_path / "parts", "last") == weights(tmp_path / "whole", "last")
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
     served = Predictor.load(tmp_path / "parts")
-    assert served.model.encoder.activation == "none" and len(next(served.predict(["w0 w1"], 3))) == 3
+    assert (
+        served.model.encoder.activation == "none" and len(next(served.predict(["w0 w1"], 3))) == 3
+    )
 
 
 def test_a_dataset_without_texts_is_refused(tmp_path: Path) -> None:
@@ -138,10 +191,13 @@ def bags(tmp_path: Path) -> Path:
         (tmp_path / f"{name}.txt").write_text("\n".join(lines) + "\n")
     prepare(
         PrepareConfig(
-            tmp_path / "bags", source="bow", train_text=tmp_path / "train.txt", validation_text=tmp_path / "val.txt",
+            tmp_path / "bags",
+            source="bow",
+            train_text=tmp_path / "train.txt",
+            validation_text=tmp_path / "val.txt",
             test_text=tmp_path / "test.txt",
         )
-    )  # fmt: skip
+    )
     return tmp_path / "bags"
 
 
@@ -151,11 +207,16 @@ def test_a_dataset_of_bags_is_trained_and_says_that_it_cannot_read_texts(
     report = run(tiny(bags, tmp_path / "run", **BOW | {"epochs": 6}))
     assert report["test"]["P@1"] > 80
     predictor = Predictor.load(tmp_path / "run")
-    with pytest.raises(InputError, match="texts: expected a model with a vocabulary, got one trained on a bag-of-words file"):
+    with pytest.raises(
+        InputError,
+        match="texts: expected a model with a vocabulary, got one trained on a bag-of-words file",
+    ):
         list(predictor.predict(["w0"]))
     split = Dataset.open(bags).splits["test"]
     _, labels = predict_split(predictor.model, split, 1, inputs=predictor.inputs)
-    assert 100 * split.labels[np.arange(len(split)), labels[:, 0]].mean() == pytest.approx(report["test"]["P@1"])
+    assert 100 * split.labels[np.arange(len(split)), labels[:, 0]].mean() == pytest.approx(
+        report["test"]["P@1"]
+    )
     assert "--ngrams, --min-df and --max-features do nothing" in capsys.readouterr().out
     with pytest.raises(InputError, match="bags of words"):
         run(tiny(bags, tmp_path / "out"))
@@ -166,27 +227,46 @@ def test_a_dataset_of_bags_is_trained_and_says_that_it_cannot_read_texts(
 
 def test_a_cascade_on_a_dataset_of_bags(bags: Path, tmp_path: Path) -> None:
     """The tree is made of the same columns."""
-    options = CASCADE | {"tree_depths": (1, 2), "topk": (2, 3), "epochs": 6, "cache": str(tmp_path / "cache"), "bow_width": 16}
-    report = run(replace(cascade(bags, tmp_path / "run", Path(), **options), tree="", threads=most_threads() + 1))
-    assert report["test"]["P@1"] > 60 and [x["clusters"] for x in report["test"]["levels"]] == [2, 4]
+    options = CASCADE | {
+        "tree_depths": (1, 2),
+        "topk": (2, 3),
+        "epochs": 6,
+        "cache": str(tmp_path / "cache"),
+        "bow_width": 16,
+    }
+    report = run(
+        replace(
+            cascade(bags, tmp_path / "run", Path(), **options), tree="", threads=most_threads() + 1
+        )
+    )
+    assert report["test"]["P@1"] > 60 and [x["clusters"] for x in report["test"]["levels"]] == [
+        2,
+        4,
+    ]
 
 
 def test_biases_that_start_at_frequencies(dataset: Path, tmp_path: Path) -> None:
     """With a rate of 0 they are the frequencies at the end."""
     run(tiny(dataset, tmp_path, **BOW | {"frequency_bias": True, "table_lr": 0.0, "epochs": 1}))
     tensors, _ = CheckpointFolder(tmp_path / "checkpoint").load("last")
-    share = (np.asarray(Dataset.open(dataset).splits["train"].labels.sum(0)).ravel() + 0.5) / (TRAIN_DOCUMENTS + 1)
+    share = (np.asarray(Dataset.open(dataset).splits["train"].labels.sum(0)).ravel() + 0.5) / (
+        TRAIN_DOCUMENTS + 1
+    )
     assert np.allclose(torch.sigmoid(tensors["head.bias"]).numpy(), share, atol=1e-6)
     with pytest.raises(InputError, match="--frequency-bias: expected --bias beside it"):
         check(replace(Config(), frequency_bias=True))
 
 
 def test_rows_that_start_at_centroids(dataset: Path, tmp_path: Path) -> None:
-    """With rates of 0 words and rows stay as they began, and the nearest centroid finds most labels already."""
+    """With rates of 0 words and rows stay as they began, and the nearest centroid finds most labels
+    already.
+    """
     rates = {"table_lr": 0.0, "encoder_lr": 0.0, "epochs": 1, "table": "fp32", "bow_width": 64}
     found = {}
     for norm in (0.0, 0.5):
-        found[norm] = run(tiny(dataset, tmp_path / str(norm), **BOW | rates | {"centroid_norm": norm}))["test"]["P@1"]
+        found[norm] = run(
+            tiny(dataset, tmp_path / str(norm), **BOW | rates | {"centroid_norm": norm})
+        )["test"]["P@1"]
     tensors, _ = CheckpointFolder(tmp_path / "0.5" / "checkpoint").load("last")
     assert torch.allclose(tensors["head.weight"].norm(dim=1), torch.tensor(0.5), atol=1e-5)
     assert found[0.5] > 50 > found[0.0]
@@ -194,7 +274,9 @@ def test_rows_that_start_at_centroids(dataset: Path, tmp_path: Path) -> None:
         check(replace(Config(), centroid_norm=-1.0))
     with pytest.raises(InputError, match="--centroid-norm: expected --model end_to_end"):
         check(replace(Config(), model="cascade", centroid_norm=0.5))
-    check(replace(Config(), model="cascade", centroid_norm=0.0), given={"centroid_norm"})  # what a recipe set may be put off
+    check(
+        replace(Config(), model="cascade", centroid_norm=0.0), given={"centroid_norm"}
+    )  # what a recipe set may be put off
 
 
 def test_a_checkpoint_beside_another_vocabulary_is_refused(finished: Path, tmp_path: Path) -> None:
@@ -202,7 +284,9 @@ def test_a_checkpoint_beside_another_vocabulary_is_refused(finished: Path, tmp_p
     other = Vectorizer(longest=1, min_df=1)
     other.fit(["w0 w1", "w2"])
     other.save(tmp_path / "run" / "checkpoint" / "vocabulary")
-    with pytest.raises(InputError, match=r"checkpoint/vocabulary/\S+: expected .*, as it was written, got"):
+    with pytest.raises(
+        InputError, match=r"checkpoint/vocabulary/\S+: expected .*, as it was written, got"
+    ):
         Predictor.load(tmp_path / "run")
 
 
@@ -222,10 +306,16 @@ def test_a_checkpoint_beside_another_vocabulary_is_refused(finished: Path, tmp_p
         ({"word_dropout": 1.0}, (), "--word-dropout: expected from 0 to below 1"),
         ({"word_std": 0.0}, (), "--word-std: expected more than 0"),
         ({"bow_activation": "gelu"}, (), "--bow-activation: expected one of relu, none"),
-        ({"encoder": "tiny"}, ("bow_width",), "--bow-width: expected --encoder bow, got --encoder tiny"),
+        (
+            {"encoder": "tiny"},
+            ("bow_width",),
+            "--bow-width: expected --encoder bow, got --encoder tiny",
+        ),
     ],
 )
-def test_flags_that_do_not_belong_to_it_are_refused(changes: dict[str, Any], given: tuple[str, ...], expected: str) -> None:
+def test_flags_that_do_not_belong_to_it_are_refused(
+    changes: dict[str, Any], given: tuple[str, ...], expected: str
+) -> None:
     with pytest.raises(InputError) as told:
         check(replace(Config(), **{"encoder": "bow"} | changes), given)
     assert expected in str(told.value)

@@ -1,4 +1,6 @@
-"""A cascade from start to end: what its run writes, how it resumes, which trees and checkpoints it refuses."""
+"""A cascade from start to end: what its run writes, how it resumes, which trees and checkpoints it
+refuses.
+"""
 
 import json
 import os
@@ -16,7 +18,19 @@ import scipy.sparse
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from train_runs import LABELS, RECIPES, ROOT, Config, cascade, make_dataset, make_tree, run, session, threads_kept, weights
+from train_runs import (
+    LABELS,
+    RECIPES,
+    ROOT,
+    Config,
+    cascade,
+    make_dataset,
+    make_tree,
+    run,
+    session,
+    threads_kept,
+    weights,
+)
 
 from xmlkernels import InputError
 from xmlkernels.checkpoint import CheckpointFolder, save
@@ -60,17 +74,28 @@ def log_of(output: Path) -> list[dict[str, Any]]:
 
 def test_a_run_writes_all_it_promises(finished: Path, tree: Path) -> None:
     metrics, own = metrics_of(finished), LabelTree.load(tree)
-    assert metrics["scheme"] in ("level", "weighted", "path") and metrics["tree"] == own.content_hash
+    assert (
+        metrics["scheme"] in ("level", "weighted", "path") and metrics["tree"] == own.content_hash
+    )
     assert LabelTree.load(finished / "checkpoint").content_hash == own.content_hash
     for split in ("validation", "test"):
         levels = metrics[split]["levels"]
-        assert [x["clusters"] for x in levels] == list(own.sizes[:-1]) and [x["kept"] for x in levels] == [2, 4]
-        assert all(0 <= x[f"{kind}@{k}"] <= 100 for x in levels for kind in ("P", "nDCG", "R") for k in range(1, 6))
+        assert [x["clusters"] for x in levels] == list(own.sizes[:-1]) and [
+            x["kept"] for x in levels
+        ] == [2, 4]
+        assert all(
+            0 <= x[f"{kind}@{k}"] <= 100
+            for x in levels
+            for kind in ("P", "nDCG", "R")
+            for k in range(1, 6)
+        )
         recall = [x["shortlist_recall"] for x in levels]
         assert 100 > recall[0] >= recall[1] >= metrics[split]["R@5"] > 0
     lines = log_of(finished)
     losses = [line["loss"] for line in lines if "split" not in line and line["loss"] is not None]
-    assert losses[-1] < losses[0] and all(line["lost_positives"] == 0 for line in lines if "split" not in line)
+    assert losses[-1] < losses[0] and all(
+        line["lost_positives"] == 0 for line in lines if "split" not in line
+    )
     assert all(len(line["levels"]) == 2 for line in lines if "split" in line)
     for which in ("last", "best"):
         _, state = CheckpointFolder(finished / "checkpoint").load(which)
@@ -78,17 +103,25 @@ def test_a_run_writes_all_it_promises(finished: Path, tree: Path) -> None:
     assert scipy.sparse.load_npz(finished / "predictions.npz").shape == (50, LABELS)
 
 
-def test_the_scheme_is_the_best_one_on_validation_and_is_served(finished: Path, dataset: Path) -> None:
+def test_the_scheme_is_the_best_one_on_validation_and_is_served(
+    finished: Path, dataset: Path
+) -> None:
     predictor, found = Predictor.load(finished), {}
     split = Dataset.open(dataset).splits["val"]
     assert predictor.model.heads.scheme == metrics_of(finished)["scheme"]
     for scheme in ("level", "weighted", "path"):
         predictor.model.heads.use_scheme(scheme)
-        rows = evaluate_split(predictor.model, split, 5, batch_size=16, inputs=predictor.inputs).labels
+        rows = evaluate_split(
+            predictor.model, split, 5, batch_size=16, inputs=predictor.inputs
+        ).labels
         found[scheme] = split.labels[np.arange(len(split)), rows[:, 0]].mean()
     metrics = metrics_of(finished)
     assert found[metrics["scheme"]] == max(found.values())
-    assert metrics["best"]["P@1"] == metrics["validation"]["P@1"] == pytest.approx(100 * max(found.values()))
+    assert (
+        metrics["best"]["P@1"]
+        == metrics["validation"]["P@1"]
+        == pytest.approx(100 * max(found.values()))
+    )
 
 
 def test_the_scheme_is_that_of_the_best_validation_not_of_the_last(
@@ -96,7 +129,9 @@ def test_the_scheme_is_that_of_the_best_validation_not_of_the_last(
 ) -> None:
     steps: list[int] = []
 
-    def path_is_right_after_one_epoch_alone(model: Cascade, split: Split, k: int, **how: Any) -> dict[str, Evaluation]:
+    def path_is_right_after_one_epoch_alone(
+        model: Cascade, split: Split, k: int, **how: Any
+    ) -> dict[str, Evaluation]:
         steps.append(model.steps)
         found = evaluate_schemes(model, split, k, **how)
         labels = np.full((len(split), k), -1)
@@ -108,24 +143,36 @@ def test_the_scheme_is_that_of_the_best_validation_not_of_the_last(
     run(cascade(dataset, tmp_path / "run", tree, epochs=2))
     metrics = metrics_of(tmp_path / "run")
     assert len(steps) == 3 and steps[0] == steps[2] < steps[1]  # each epoch, and the best again
-    assert metrics["scheme"] == "path" and metrics["best"]["epoch"] == 1 and metrics["validation"]["P@1"] == 100
+    assert (
+        metrics["scheme"] == "path"
+        and metrics["best"]["epoch"] == 1
+        and metrics["validation"]["P@1"] == 100
+    )
     assert Predictor.load(tmp_path / "run").model.heads.scheme == "path"
     model = Predictor.load(tmp_path / "run", which="last").model
     assert isinstance(model, Cascade) and model.heads.scheme != "path"
 
 
-def test_shortlist_recall_counts_labels_whose_cluster_was_kept(finished: Path, dataset: Path) -> None:
+def test_shortlist_recall_counts_labels_whose_cluster_was_kept(
+    finished: Path, dataset: Path
+) -> None:
     """Against a loop over documents; the candidates are the labels of the kept clusters."""
     predictor, split = Predictor.load(finished), Dataset.open(dataset).splits["test"]
     model, labels = predictor.model, split.labels.toarray() > 0
     found = evaluate_split(model, split, LABELS, batch_size=16, inputs=predictor.inputs)
     tree, hits = model.tree, 0
-    assert found.levels == evaluate_split(model, split, 3, batch_size=7, inputs=predictor.inputs).levels
+    assert (
+        found.levels
+        == evaluate_split(model, split, 3, batch_size=7, inputs=predictor.inputs).levels
+    )
     for document in range(len(split)):
         candidates = set(found.labels[document].tolist()) - {-1}
         clusters = {int(tree.ancestors(1)[tree.place[label]]) for label in candidates}
         assert len(clusters) == 4
-        hits += sum(int(tree.ancestors(1)[tree.place[label]]) in clusters for label in np.flatnonzero(labels[document]))
+        hits += sum(
+            int(tree.ancestors(1)[tree.place[label]]) in clusters
+            for label in np.flatnonzero(labels[document])
+        )
     assert found.levels[1]["shortlist_recall"] == pytest.approx(100 * hits / labels.sum())
 
 
@@ -138,16 +185,33 @@ class Stopped(Exception):
     [
         {},
         {
-            "label_text": True, "accumulate": 3, "batch": 5, "table": "bf16", "state": "bf16",
-            "ema": 0.9, "ema_start": 0.5, "ema_every": 2, "ema_tables": True,
+            "label_text": True,
+            "accumulate": 3,
+            "batch": 5,
+            "table": "bf16",
+            "state": "bf16",
+            "ema": 0.9,
+            "ema_start": 0.5,
+            "ema_every": 2,
+            "ema_tables": True,
         },
-        {"table": "fp8", "schedule": "warmup_cosine", "freeze": 1, "rw_loss": (2.0, 1.0, 1.0), "scheme": "path"},
+        {
+            "table": "fp8",
+            "schedule": "warmup_cosine",
+            "freeze": 1,
+            "rw_loss": (2.0, 1.0, 1.0),
+            "scheme": "path",
+        },
         {"table_optimizer": "adamw_dense", "label_device": "cpu"},
     ],
     ids=["plain", "accumulated", "fp8", "dense"],
-)  # fmt: skip
+)
 def test_a_stopped_run_resumes_bit_for_bit(
-    options: dict[str, Any], dataset: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any],
+    dataset: Path,
+    tree: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Stopped without a word in the second epoch, between two checkpoints and two log lines."""
     settings = {"epochs": 2, "save_every": 5, "loss_every": 1} | options
@@ -174,9 +238,21 @@ def test_the_command_answers_for_a_cascade(finished: Path, dataset: Path, tmp_pa
     """xmlkernels predict in a process of its own gives what the model says of the same texts."""
     texts = ["w0 w1 w2", "w30 w31", ""]
     (tmp_path / "in.txt").write_text("".join(f"{text}\n" for text in texts))
-    asked = [sys.executable, "-m", "xmlkernels", "predict", "--checkpoint", str(finished), "--top-k", "3", "--latency"]
+    asked = [
+        sys.executable,
+        "-m",
+        "xmlkernels",
+        "predict",
+        "--checkpoint",
+        str(finished),
+        "--top-k",
+        "3",
+        "--latency",
+    ]
     files = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.jsonl")]
-    done = subprocess.run(asked + files, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        asked + files, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     assert done.returncode == 0 and "3 texts one by one" in done.stderr, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     for line, labels in zip(lines, Predictor.load(finished).predict(texts, 3), strict=True):
@@ -192,7 +268,9 @@ Refused = Callable[[Config], str]
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """What `train/run.py` says of a configuration: one sentence and exit status 2, with nothing written."""
+    """What `train/run.py` says of a configuration: one sentence and exit status 2, with nothing
+    written.
+    """
 
     def ask(config: Config) -> str:
         known, flags, output = recorded(RECIPES["tiny"][1]), ["tiny"], Path(config.output)
@@ -200,7 +278,10 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
             if value is True:
                 flags.append(f"--{name}")
             elif value != known[name]:
-                flags += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+                flags += [
+                    f"--{name.replace('_', '-')}",
+                    *map(str, value if isinstance(value, list) else [value]),
+                ]
         before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
         with threads_kept(), pytest.raises(SystemExit) as ended:
             command(lambda: main(flags))
@@ -217,7 +298,13 @@ def rewritten(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path,
 
     def make(good: Path, bad: Path) -> None:
         with safe_open(good, framework="numpy") as file:
-            tensors, head = {name: file.get_tensor(name).copy() for name in file.keys()}, file.metadata()  # noqa: SIM118
+            tensors, head = (
+                {
+                    name: file.get_tensor(name).copy()
+                    for name in file.keys()  # noqa: SIM118
+                },
+                file.metadata(),
+            )  # noqa: SIM118
         change(tensors)
         save_file(tensors, bad, metadata=head)
 
@@ -238,33 +325,86 @@ def other_dataset(good: Path, bad: Path) -> None:
     [
         (other_dataset, {}, "label tree: expected a tree of the dataset"),
         (rewritten(twice), {}, "expected each label in one cluster"),
-        (rewritten(lambda tensors: tensors.pop("children.0")), {}, "expected order and children.0 to children.R-2"),
-        (lambda good, bad: bad.write_bytes(good.read_bytes()[:-40]), {}, "expected a whole safetensors file"),
-        (lambda good, bad: None, {}, "expected a label tree, got no such file; run xmlkernels tree to make it"),
+        (
+            rewritten(lambda tensors: tensors.pop("children.0")),
+            {},
+            "expected order and children.0 to children.R-2",
+        ),
+        (
+            lambda good, bad: bad.write_bytes(good.read_bytes()[:-40]),
+            {},
+            "expected a whole safetensors file",
+        ),
+        (
+            lambda good, bad: None,
+            {},
+            "expected a label tree, got no such file; run xmlkernels tree to make it",
+        ),
         (shutil.copy, {"topk": (2,)}, "--topk: expected 2 numbers, one for each level of clusters"),
-        (shutil.copy, {"rw_loss": (1.0,) * 4}, "--rw-loss: expected 3 numbers, one for each level, labels included"),
-        (shutil.copy, {"layers": ()}, "encoder: expected 3 layers or more, one for each level of the tree, got 2"),
-        (shutil.copy, {"layers": ("1", "2", "5")}, "expected layers from 0 to 2, those of this encoder, got layer 5"),
-        (shutil.copy, {"ema": 0.9, "ema_every": 31}, "--ema: expected a mean that begins within the 30 updates of this run"),
-        (shutil.copy, {"warmup": 31}, "--warmup: expected at most 30 updates, all of this run, got 31"),
-        (shutil.copy, {"freeze": 2}, "--freeze: expected fewer than 2, the layers of this encoder, got 2"),
+        (
+            shutil.copy,
+            {"rw_loss": (1.0,) * 4},
+            "--rw-loss: expected 3 numbers, one for each level, labels included",
+        ),
+        (
+            shutil.copy,
+            {"layers": ()},
+            "encoder: expected 3 layers or more, one for each level of the tree, got 2",
+        ),
+        (
+            shutil.copy,
+            {"layers": ("1", "2", "5")},
+            "expected layers from 0 to 2, those of this encoder, got layer 5",
+        ),
+        (
+            shutil.copy,
+            {"ema": 0.9, "ema_every": 31},
+            "--ema: expected a mean that begins within the 30 updates of this run",
+        ),
+        (
+            shutil.copy,
+            {"warmup": 31},
+            "--warmup: expected at most 30 updates, all of this run, got 31",
+        ),
+        (
+            shutil.copy,
+            {"freeze": 2},
+            "--freeze: expected fewer than 2, the layers of this encoder, got 2",
+        ),
     ],
     ids=[
-        "another dataset", "a label twice", "a level missing", "cut short", "no tree", "k", "rw_loss", "too few layers",
-        "a layer too deep", "a mean too late", "warm-up", "frozen whole",
+        "another dataset",
+        "a label twice",
+        "a level missing",
+        "cut short",
+        "no tree",
+        "k",
+        "rw_loss",
+        "too few layers",
+        "a layer too deep",
+        "a mean too late",
+        "warm-up",
+        "frozen whole",
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_told_in_one_sentence(
-    spoil: Callable[[Path, Path], Any], changes: dict[str, Any], expected: str, dataset: Path, tree: Path, tmp_path: Path,
+    spoil: Callable[[Path, Path], Any],
+    changes: dict[str, Any],
+    expected: str,
+    dataset: Path,
+    tree: Path,
+    tmp_path: Path,
     refused: Refused,
-) -> None:  # fmt: skip
+) -> None:
     spoil(tree, tmp_path / "bad.safetensors")
-    assert expected in refused(cascade(dataset, tmp_path / "out", tmp_path / "bad.safetensors", **changes))
+    assert expected in refused(
+        cascade(dataset, tmp_path / "out", tmp_path / "bad.safetensors", **changes)
+    )
 
 
 def test_a_checkpoint_of_another_tree_is_refused(
     dataset: Path, finished: Path, tmp_path: Path, refused: Refused
-) -> None:  # fmt: skip
+) -> None:
     """The file that the run names holds another tree of the same shape now."""
     shutil.copytree(finished, tmp_path / "run")
     other = make_tree(dataset, tmp_path / "tree.safetensors", seed=1)
@@ -272,18 +412,30 @@ def test_a_checkpoint_of_another_tree_is_refused(
     settings = json.loads(path.read_text()) | {"tree": str(other), "output": str(tmp_path / "run")}
     path.write_text(json.dumps(settings))
     message = refused(cascade(dataset, tmp_path / "run", other, resume=True))
-    assert "--resume: expected label tree" in message and "resume with the tree it began with" in message
+    assert (
+        "--resume: expected label tree" in message
+        and "resume with the tree it began with" in message
+    )
 
 
 def test_a_checkpoint_without_its_tree_is_refused(finished: Path, tmp_path: Path) -> None:
-    """Served, a cascade takes the tree from its checkpoint; a state that names another model is told."""
+    """Served, a cascade takes the tree from its checkpoint; a state that names another model is
+    told.
+    """
     shutil.copytree(finished, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoint"
     tensors, state = CheckpointFolder(folder).load("best")
-    save(folder / "best", {name: value for name, value in tensors.items() if name != "order"}, state)
+    save(
+        folder / "best", {name: value for name, value in tensors.items() if name != "order"}, state
+    )
     with pytest.raises(InputError, match="a cascade with its label tree"):
         Predictor.load(tmp_path / "run")
     save(folder / "best", tensors | {"order": tensors["order"].flip(0)[: LABELS - 1]}, state)
-    with pytest.raises(InputError, match=rf"children.1.: expected bounds from 0 to {LABELS - 1}, the nodes of the level below"):
+    with pytest.raises(
+        InputError,
+        match=rf"children.1.: expected bounds from 0 to {LABELS - 1}, the nodes of the level below",
+    ):
         Predictor.load(tmp_path / "run")
-    assert torch.equal(tensors["order"], CheckpointFolder(finished / "checkpoint").load("last")[0]["order"])
+    assert torch.equal(
+        tensors["order"], CheckpointFolder(finished / "checkpoint").load("last")[0]["order"]
+    )

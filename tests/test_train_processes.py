@@ -9,7 +9,18 @@ import pytest
 import scipy.sparse
 import torch
 from processes import together
-from train_runs import LABELS, TRAIN_DOCUMENTS, cascade, check, make_dataset, make_tree, run, session, tiny, weights
+from train_runs import (
+    LABELS,
+    TRAIN_DOCUMENTS,
+    cascade,
+    check,
+    make_dataset,
+    make_tree,
+    run,
+    session,
+    tiny,
+    weights,
+)
 
 from xmlkernels import InputError, dist
 from xmlkernels.checkpoint import CheckpointFolder
@@ -21,7 +32,14 @@ from xmlkernels.training.config import resolved_device
 TIMING = ("documents_per_second", "seconds")
 ON: dict[str, Any] = {"device": "cpu"}  # auto would want a card for each process
 OPTIONS = ON | {"epochs": 2, "micro_batch": 3, "table": "bf16", "save_every": 4, "loss_every": 1}
-BOW = ON | {"encoder": "bow", "epochs": 1, "loss_every": 2, "min_df": 1, "centroid_norm": 0.5, "bias": True}
+BOW = ON | {
+    "encoder": "bow",
+    "epochs": 1,
+    "loss_every": 2,
+    "min_df": 1,
+    "centroid_norm": 0.5,
+    "bias": True,
+}
 STEPS = 2 * (TRAIN_DOCUMENTS // 16)
 
 
@@ -46,7 +64,9 @@ def stopped(config: Any, at_save: int) -> None:
 def all_runs(dataset: Path, tree: Path, folder: Path) -> None:
     whole = run(tiny(dataset, folder / "whole", **OPTIONS))
     assert whole["steps"] == STEPS and whole["environment"]["processes"] == 2
-    stopped(tiny(dataset, folder / "parts", **OPTIONS), 5)  # the last checkpoint is of step 12, within the second epoch
+    stopped(
+        tiny(dataset, folder / "parts", **OPTIONS), 5
+    )  # the last checkpoint is of step 12, within the second epoch
     run(tiny(dataset, folder / "parts", **OPTIONS, resume=True))
     stopped(tiny(dataset, folder / "fewer", **OPTIONS), 3)
     run(cascade(dataset, folder / "cascade", tree, epochs=2, ema=0.9, ema_tables=True, **ON))
@@ -88,51 +108,83 @@ def test_a_stopped_run_goes_on_bit_for_bit(runs: Path) -> None:
     for which in ("last", "best"):
         assert weights(runs / "parts", which) == weights(runs / "whole", which)
     assert log_of(runs / "parts") == log_of(runs / "whole")
-    assert (runs / "parts" / "predictions.npz").read_bytes() == (runs / "whole" / "predictions.npz").read_bytes()
+    assert (runs / "parts" / "predictions.npz").read_bytes() == (
+        runs / "whole" / "predictions.npz"
+    ).read_bytes()
     _, state = CheckpointFolder(runs / "whole" / "checkpoint").load("last")
-    assert len(state["other_rngs"]) == 1 and state["other_rngs"][0]["torch"] != state["rng"]["torch"]
+    assert (
+        len(state["other_rngs"]) == 1 and state["other_rngs"][0]["torch"] != state["rng"]["torch"]
+    )
 
 
 @pytest.mark.parametrize("name", ["whole", "cascade", "bow"])
-def test_its_metrics_and_predictions_are_those_of_its_model(runs: Path, dataset: Path, name: str) -> None:
+def test_its_metrics_and_predictions_are_those_of_its_model(
+    runs: Path, dataset: Path, name: str
+) -> None:
     """What two processes measured is what one measures of the model that they saved, to the bit."""
     told = json.loads((runs / name / "metrics.json").read_text())
     predictor, split = Predictor.load(runs / name), Dataset.open(dataset).splits["test"]
-    found = evaluate_split(predictor.model, split, 20 if name == "cascade" else 100, inputs=predictor.inputs)
+    found = evaluate_split(
+        predictor.model, split, 20 if name == "cascade" else 100, inputs=predictor.inputs
+    )
     assert told["test"]["loss"] == found.loss and told["test"].get("levels", []) == found.levels
     expected = score_matrix(found.values, found.labels, LABELS)
     saved = scipy.sparse.load_npz(runs / name / "predictions.npz")
-    assert np.array_equal(saved.indices, expected.indices) and np.array_equal(saved.data, expected.data)
-    first, *_, last = [line["loss"] for line in log_of(runs / name) if "split" not in line and line["loss"] is not None]
+    assert np.array_equal(saved.indices, expected.indices) and np.array_equal(
+        saved.data, expected.data
+    )
+    first, *_, last = [
+        line["loss"]
+        for line in log_of(runs / name)
+        if "split" not in line and line["loss"] is not None
+    ]
     assert last < first and told["skipped_steps"] == told["skipped_encoder_steps"] == 0
-    assert {"PSP@5", "nDCG@3", "R@1"} <= told["test"].keys() and "macro" in told and "deciles" in told
+    assert (
+        {"PSP@5", "nDCG@3", "R@1"} <= told["test"].keys() and "macro" in told and "deciles" in told
+    )
 
 
-def test_another_number_of_processes_goes_on_with_a_note(runs: Path, dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The global batches are the same ones, so a run may go on with fewer; it says that the bits will not be."""
+def test_another_number_of_processes_goes_on_with_a_note(
+    runs: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The global batches are the same ones, so a run may go on with fewer; it says that the bits
+    will not be.
+    """
     assert run(tiny(dataset, runs / "fewer", **OPTIONS, resume=True))["steps"] == STEPS
     steps = [line["step"] for line in log_of(runs / "fewer") if "split" not in line]
     assert steps == list(range(2, STEPS + 1, 2))
-    assert "processes 1 instead of 2; the run goes on, but not bit for bit" in capsys.readouterr().out
+    assert (
+        "processes 1 instead of 2; the run goes on, but not bit for bit" in capsys.readouterr().out
+    )
 
 
-def test_a_batch_has_a_document_for_each_process(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_has_a_document_for_each_process(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     check(tiny(dataset, tmp_path, batch=4, accumulate=2, **ON))
-    with pytest.raises(InputError, match="--batch: expected 8 or more, a document for each process, got 7"):
+    with pytest.raises(
+        InputError, match="--batch: expected 8 or more, a document for each process, got 7"
+    ):
         check(tiny(dataset, tmp_path, batch=7, **ON))
 
 
 def test_each_process_has_a_card_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert resolved_device("auto") == torch.device("cuda") and resolved_device("cuda:1") == torch.device("cuda:1")
+    assert resolved_device("auto") == torch.device("cuda") and resolved_device(
+        "cuda:1"
+    ) == torch.device("cuda:1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert resolved_device("auto") == resolved_device("cuda") == torch.device("cuda:1")
     assert resolved_device("cpu") == torch.device("cpu")
-    with pytest.raises(InputError, match="--device: expected cuda, cpu or auto for several processes, got 'cuda:1'"):
+    with pytest.raises(
+        InputError, match="--device: expected cuda, cpu or auto for several processes, got 'cuda:1'"
+    ):
         resolved_device("cuda:1")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(InputError, match="a GPU for each process, got 2 GPUs for process 3 .*--nproc-per-node 2"):
+    with pytest.raises(
+        InputError, match="a GPU for each process, got 2 GPUs for process 3 .*--nproc-per-node 2"
+    ):
         resolved_device("auto")

@@ -13,7 +13,18 @@ import pytest
 import scipy.sparse
 import torch
 from safetensors.torch import save_file
-from train_runs import LABELS, RECIPES, ROOT, TRAIN_DOCUMENTS, Config, check, make_dataset, run, session, tiny
+from train_runs import (
+    LABELS,
+    RECIPES,
+    ROOT,
+    TRAIN_DOCUMENTS,
+    Config,
+    check,
+    make_dataset,
+    run,
+    session,
+    tiny,
+)
 
 from xmlkernels import InputError
 from xmlkernels.checkpoint import CheckpointFolder
@@ -65,7 +76,10 @@ def test_every_recipe_is_sound(name: str) -> None:
         ({"device": "meta"}, "--device: expected cpu or cuda"),
         ({"table": "fp64"}, "--table: expected one of auto, fp32, bf16, fp16, fp8"),
         ({"output": ""}, "--output: expected a name"),
-        ({"kahan": True, "table": "fp8"}, "--kahan: expected a table in bf16 or fp16, got --table fp8"),
+        (
+            {"kahan": True, "table": "fp8"},
+            "--kahan: expected a table in bf16 or fp16, got --table fp8",
+        ),
         ({"kahan": True, "table": "fp32"}, "--kahan: expected a table below fp32"),
         ({"skip_tiles": -1.0}, "--skip-tiles: expected 0 or more"),
         ({"momentum": 0.0, "state": "bf16"}, "--state: expected an optimizer that keeps a state"),
@@ -92,7 +106,9 @@ def test_flags_of_the_corpus_are_refused_beside_a_dataset_folder(name: str) -> N
 def test_an_epsilon_without_adam_is_refused() -> None:
     for model in ("end_to_end", "cascade"):
         check(replace(Config(), model=model, table_optimizer="adam"), given={"table_epsilon"})
-        with pytest.raises(InputError, match="--table-epsilon: expected --table-optimizer adam, got sgd"):
+        with pytest.raises(
+            InputError, match="--table-epsilon: expected --table-optimizer adam, got sgd"
+        ):
             check(replace(Config(), model=model, table_optimizer="sgd"), given={"table_epsilon"})
 
 
@@ -107,14 +123,27 @@ def test_momentum_beside_adam_is_refused() -> None:
     ("arguments", "expected"),
     [
         (["tiny", "--epoch", "3"], "--epochs"),
-        (["tiny", "--dataset", "nowhere", "--max-length", "9"], "--max-length: expected the built-in corpus"),
+        (
+            ["tiny", "--dataset", "nowhere", "--max-length", "9"],
+            "--max-length: expected the built-in corpus",
+        ),
     ],
 )
-def test_mistakes_on_the_command_line_are_told(arguments: list[str], expected: str, tmp_path: Path) -> None:
+def test_mistakes_on_the_command_line_are_told(
+    arguments: list[str], expected: str, tmp_path: Path
+) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "train" / "run.py"), *arguments, "--output", str(tmp_path / "out")],
-        capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(ROOT / "train" / "run.py"),
+            *arguments,
+            "--output",
+            str(tmp_path / "out"),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     assert done.returncode == 2 and expected in done.stderr + done.stdout
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
@@ -125,7 +154,9 @@ def test_no_dataset_there(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_empty_training_split_is_told(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_training_split_is_told(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     there = Dataset.open(dataset)
     del there.splits["train"]
     monkeypatch.setattr(session, "open_dataset", lambda config: there)
@@ -145,13 +176,27 @@ def test_rows_beyond_the_positions_are_told_before_training(
         return encoder
 
     monkeypatch.setattr(Encoder, "tiny", short)
-    with pytest.raises(InputError, match="rows of at most 5 tokens, the positions of tiny, got one of 8"):
+    with pytest.raises(
+        InputError, match="rows of at most 5 tokens, the positions of tiny, got one of 8"
+    ):
         run(tiny(dataset, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_warm_up_without_end_is_told(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tiny(dataset, tmp_path, warmup=10, epochs=1, table_optimizer="adam", state="bf16", table_lr=1e-3))
+def test_a_warm_up_without_end_is_told(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(
+        tiny(
+            dataset,
+            tmp_path,
+            warmup=10,
+            epochs=1,
+            table_optimizer="adam",
+            state="bf16",
+            table_lr=1e-3,
+        )
+    )
     assert "warm-up (10 steps) lasts to the end" in capsys.readouterr().out
     tensors, _ = CheckpointFolder(tmp_path / "checkpoint").load("last")
     assert tensors["head.second"].dtype == torch.bfloat16 and tensors["head.second"].any()
@@ -160,7 +205,9 @@ def test_a_warm_up_without_end_is_told(dataset: Path, tmp_path: Path, capsys: py
 def test_a_half_precision_table(dataset: Path, tmp_path: Path) -> None:
     report = run(tiny(dataset, tmp_path, table="fp16", momentum=0.0, epochs=2, kahan=True))
     tensors, state = CheckpointFolder(tmp_path / "checkpoint").load("best")
-    assert tensors["head.weight"].dtype == torch.float16 and state["model"]["head"]["dtype"] == "fp16"
+    assert (
+        tensors["head.weight"].dtype == torch.float16 and state["model"]["head"]["dtype"] == "fp16"
+    )
     assert "head.momentum" not in tensors and tensors["head.kahan"].any()
     assert report["environment"]["table"] == "fp16" and report["environment"]["state"] is None
 
@@ -170,7 +217,9 @@ def test_the_share_of_skipped_tiles_is_logged(dataset: Path, tmp_path: Path) -> 
     report = run(tiny(dataset, tmp_path, skip_tiles=1e12, epochs=1))
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     shares = [line["skipped_tiles"] for line in lines if "skipped_tiles" in line]
-    assert shares and all(0 <= share < 1 for share in shares) and report["skipped_tiles"] == shares[-1]
+    assert (
+        shares and all(0 <= share < 1 for share in shares) and report["skipped_tiles"] == shares[-1]
+    )
 
 
 def test_an_8_bit_table(dataset: Path, tmp_path: Path) -> None:
@@ -178,10 +227,15 @@ def test_an_8_bit_table(dataset: Path, tmp_path: Path) -> None:
     report = run(tiny(dataset, tmp_path, table="fp8", state="bf16", epochs=2))
     assert report["environment"]["table"] == "fp8"
     tensors, state = CheckpointFolder(tmp_path / "checkpoint").load("last")
-    assert tensors["head.weight"].dtype == torch.float8_e4m3fn and state["model"]["head"]["dtype"] == "fp8"
+    assert (
+        tensors["head.weight"].dtype == torch.float8_e4m3fn
+        and state["model"]["head"]["dtype"] == "fp8"
+    )
     assert (tensors["head.row_scale"][:, 1] > 0).all()
     head = Predictor.load(tmp_path, which="last").model.head
-    assert torch.equal(head.rows(0, head.labels), tensors["head.weight"].float() * tensors["head.row_scale"][:, :1])
+    assert torch.equal(
+        head.rows(0, head.labels), tensors["head.weight"].float() * tensors["head.row_scale"][:, :1]
+    )
 
 
 def test_the_encoder_starts_from_a_given_state(dataset: Path, tmp_path: Path) -> None:
@@ -189,9 +243,15 @@ def test_the_encoder_starts_from_a_given_state(dataset: Path, tmp_path: Path) ->
     run(tiny(dataset, tmp_path / "first", epochs=1))
     tensors, _ = CheckpointFolder(tmp_path / "first" / "checkpoint").load("last")
     prefix = "encoder.model."
-    given = {f"ngame.{k.removeprefix(prefix)}": v for k, v in tensors.items() if k.startswith(prefix)}
+    given = {
+        f"ngame.{k.removeprefix(prefix)}": v for k, v in tensors.items() if k.startswith(prefix)
+    }
     save_file(given | {"other.head": torch.zeros(2)}, tmp_path / "state.safetensors")
-    options = {"init_state": str(tmp_path / "state.safetensors"), "init_prefix": "ngame.", "encoder_lr": 0.0}
+    options = {
+        "init_state": str(tmp_path / "state.safetensors"),
+        "init_prefix": "ngame.",
+        "encoder_lr": 0.0,
+    }
     run(tiny(dataset, tmp_path / "second", epochs=1, seed=3, **options))
     after, _ = CheckpointFolder(tmp_path / "second" / "checkpoint").load("last")
     for name, value in given.items():
@@ -220,13 +280,17 @@ def test_filter_pairs_are_never_predicted(tmp_path: Path) -> None:
     assert scores.getnnz(1).tolist() == [28] * 50
 
 
-def test_prepare_takes_the_names_that_run_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_takes_the_names_that_run_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """README's command for data of one's own: `--tokenizer minilm` is the installed package's."""
     from xmlkernels.cli import prepare
 
     seen: list[Any] = []
     monkeypatch.setattr(prepare, "source_of", lambda name, where: f"folder of {name} for {where}")
-    monkeypatch.setattr(prepare, "prepare", lambda config, tell: seen.append(config) or Dataset.open(made))
+    monkeypatch.setattr(
+        prepare, "prepare", lambda config, tell: seen.append(config) or Dataset.open(made)
+    )
     made = make_dataset(tmp_path / "raw", splits=("train",))
     prepare.main(["--output", str(tmp_path / "out"), "--tokenizer", "minilm"])
     assert seen[0].tokenizer == "folder of minilm for --tokenizer"
@@ -253,14 +317,21 @@ def test_warnings_about_data_are_shown_plainly(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as ended:
         command(warn_and_fail)
     assert ended.value.code == 2
-    assert capsys.readouterr().err == "note: Y.txt: something was mended\nerror: a: expected b, got c; d\n"
+    assert (
+        capsys.readouterr().err
+        == "note: Y.txt: something was mended\nerror: a: expected b, got c; d\n"
+    )
 
 
 def test_metrics_json_is_strict(tmp_path: Path) -> None:
     from xmlkernels.training.folder import write_json
 
     write_json(tmp_path / "m.json", {"a": float("nan"), "b": [(float("inf"), 1)], "c": {"d": 0.5}})
-    assert json.loads((tmp_path / "m.json").read_text()) == {"a": None, "b": [[None, 1]], "c": {"d": 0.5}}
+    assert json.loads((tmp_path / "m.json").read_text()) == {
+        "a": None,
+        "b": [[None, 1]],
+        "c": {"d": 0.5},
+    }
 
 
 def test_every_moment_belongs_to_one_part(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,6 @@
-"""Whether threads may spin: what a command chooses before torch is loaded, and that every command does."""
+"""Whether threads may spin: what a command chooses before torch is loaded, and that every command
+does.
+"""
 
 import os
 import subprocess
@@ -19,7 +21,8 @@ def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def machine(root: Path, *busy: float) -> Callable[[float], None]:
-    """A /proc/stat of three cores, of which this process may use the first two; returns what lets time pass there.
+    """A /proc/stat of three cores, of which this process may use the first two; returns what lets
+    time pass there.
 
     Args:
         busy: how many of the two cores others use in each stretch of time, one after the other.
@@ -28,7 +31,11 @@ def machine(root: Path, *busy: float) -> Callable[[float], None]:
     idle, used, left = [1000, 1000, 1000], [50, 50, 50], list(busy)
 
     def write() -> None:
-        lines = ["cpu  0 0 0 0 0 0 0 0", *(f"cpu{n} {used[n]} 0 0 {idle[n]} 0 0 0 0 7 7" for n in range(3)), "intr 5"]
+        lines = [
+            "cpu  0 0 0 0 0 0 0 0",
+            *(f"cpu{n} {used[n]} 0 0 {idle[n]} 0 0 0 0 7 7" for n in range(3)),
+            "intr 5",
+        ]
         (root / "proc" / "stat").write_text("\n".join(lines))
 
     def sleep(seconds: float) -> None:
@@ -53,7 +60,9 @@ def machine(root: Path, *busy: float) -> Callable[[float], None]:
         ((2.0, 1.6), "other programs use 1.6 of 2 cores"),
     ],
 )
-def test_others_are_seen(busy: tuple[float, ...], expected: str, tmp_path: Path, two_cores: None) -> None:
+def test_others_are_seen(
+    busy: tuple[float, ...], expected: str, tmp_path: Path, two_cores: None
+) -> None:
     assert waiting.crowded(tmp_path, machine(tmp_path, *busy)) == expected
 
 
@@ -67,7 +76,9 @@ def test_others_are_seen(busy: tuple[float, ...], expected: str, tmp_path: Path,
         ("cpu/cpu.cfs_quota_us", "-1\n", ""),
     ],
 )
-def test_a_share_of_the_cores_is_seen(place: str, text: str, expected: str, tmp_path: Path, two_cores: None) -> None:
+def test_a_share_of_the_cores_is_seen(
+    place: str, text: str, expected: str, tmp_path: Path, two_cores: None
+) -> None:
     file = tmp_path / "sys" / "fs" / "cgroup" / place
     file.parent.mkdir(parents=True)
     file.write_text(text)
@@ -98,8 +109,12 @@ print(os.environ.get("OMP_WAIT_POLICY"))
 """
 
 
-def choice(*words: str, reason: str = "others are here", torch: str = "", **environment: str) -> tuple[str, str]:
-    """OMP_WAIT_POLICY after a choice in a fresh process with this environment, and what stands on standard error."""
+def choice(
+    *words: str, reason: str = "others are here", torch: str = "", **environment: str
+) -> tuple[str, str]:
+    """OMP_WAIT_POLICY after a choice in a fresh process with this environment, and what stands on
+    standard error.
+    """
     clean = {name: value for name, value in os.environ.items() if name not in CHOSEN} | environment
     code = f"REASON, TORCH = {reason!r}, {torch!r}\n{CHOICE}"
     command = [sys.executable, "-c", code, *words]
@@ -109,7 +124,10 @@ def choice(*words: str, reason: str = "others are here", torch: str = "", **envi
 
 
 def test_threads_sleep_where_others_are_and_the_user_has_not_chosen() -> None:
-    told = "note: others are here; threads sleep while they wait (OMP_WAIT_POLICY=ACTIVE has them spin)\n"
+    told = (
+        "note: others are here; threads sleep while they wait (OMP_WAIT_POLICY=ACTIVE has them "
+        "spin)\n"
+    )
     assert choice() == ("PASSIVE", told)
     assert choice(RANK="1", WORLD_SIZE="2") == ("PASSIVE", "")
     assert choice(RANK="1") == ("PASSIVE", told)  # of a job array, not of torchrun
@@ -117,7 +135,11 @@ def test_threads_sleep_where_others_are_and_the_user_has_not_chosen() -> None:
     assert choice(torch="before") == ("None", "")  # too late: OpenMP has read its environment
     assert choice("bow", "--help") == ("None", "")
     assert choice(OMP_WAIT_POLICY="ACTIVE") == ("ACTIVE", "")
-    for name, value in (("GOMP_SPINCOUNT", "1000"), ("KMP_BLOCKTIME", "0"), ("OMP_NUM_THREADS", "1")):
+    for name, value in (
+        ("GOMP_SPINCOUNT", "1000"),
+        ("KMP_BLOCKTIME", "0"),
+        ("OMP_NUM_THREADS", "1"),
+    ):
         assert choice(**{name: value}) == ("None", ""), name
 
 
@@ -148,5 +170,7 @@ def test_every_command_chooses_before_torch_is_loaded(name: str) -> None:
 
 
 def test_asked_by_itself_it_says_what_a_command_would_choose() -> None:
-    done = subprocess.run([sys.executable, "-m", "xmlkernels.cli.waiting"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "xmlkernels.cli.waiting"], capture_output=True, text=True, timeout=60
+    )
     assert done.stdout == "spin\n" or done.stdout.startswith("sleep: "), done.stderr

@@ -1,4 +1,6 @@
-"""What the tests of the commands share: a small dataset whose words give its labels away, and runs in this process."""
+"""What the tests of the commands share: a small dataset whose words give its labels away, and runs
+in this process.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,24 @@ from xmlkernels.training.recipes import RECIPES
 from xmlkernels.tree.label_tree import LabelTree
 
 __all__ = [
-    "LABELS", "RECIPES", "ROOT", "TRAIN_DOCUMENTS", "Config", "cascade", "check", "finished_run", "make_dataset",
-    "make_tokenizer", "make_tree", "run", "session", "threads_kept", "tiny", "weights", "write_part",
-]  # fmt: skip
+    "LABELS",
+    "RECIPES",
+    "ROOT",
+    "TRAIN_DOCUMENTS",
+    "Config",
+    "cascade",
+    "check",
+    "finished_run",
+    "make_dataset",
+    "make_tokenizer",
+    "make_tree",
+    "run",
+    "session",
+    "threads_kept",
+    "tiny",
+    "weights",
+    "write_part",
+]
 TRAIN_DOCUMENTS, LABELS = 160, 30
 PARTS = {"train": ("trn", TRAIN_DOCUMENTS), "validation": ("val", 40), "test": ("tst", 50)}
 
@@ -48,14 +65,19 @@ def write_part(folder: Path, part: str, documents: int, seed: int, unlabelled: i
     (folder / f"{part}_X_Y.txt").write_text("".join(f"{line}\n" for line in lines))
 
 
-def make_dataset(folder: Path, *, splits: tuple[str, ...] = tuple(PARTS), unlabelled: int = 0, **more: Any) -> Path:
+def make_dataset(
+    folder: Path, *, splits: tuple[str, ...] = tuple(PARTS), unlabelled: int = 0, **more: Any
+) -> Path:
     """A dataset folder of the given splits."""
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, Any] = {}
     for number, name in enumerate(splits):
         part, documents = PARTS[name]
         write_part(folder, part, documents, number, unlabelled)
-        files |= {f"{name}_text": folder / f"{part}_X.txt", f"{name}_labels": folder / f"{part}_X_Y.txt"}
+        files |= {
+            f"{name}_text": folder / f"{part}_X.txt",
+            f"{name}_labels": folder / f"{part}_X_Y.txt",
+        }
     (folder / "Y.txt").write_text("".join(f"w{3 * label}\n" for label in range(LABELS)))
     tokenizer = make_tokenizer(folder / "tokenizer")
     settings = {"max_length": 16, "label_text": folder / "Y.txt", **files, **more}
@@ -65,7 +87,14 @@ def make_dataset(folder: Path, *, splits: tuple[str, ...] = tuple(PARTS), unlabe
 
 def tiny(dataset: Path, output: Path, **changes: Any) -> Config:
     """A run of 3 epochs and 30 steps on one thread."""
-    settings = {"batch": 16, "epochs": 3, "log_every": 2, "threads": 1, "dropout": 0.1, "save_every": 4} | changes
+    settings = {
+        "batch": 16,
+        "epochs": 3,
+        "log_every": 2,
+        "threads": 1,
+        "dropout": 0.1,
+        "save_every": 4,
+    } | changes
     return replace(RECIPES["tiny"][1], dataset=str(dataset), output=str(output), **settings)
 
 
@@ -81,9 +110,18 @@ def make_tree(dataset: Path, file: Path, seed: int = 0) -> Path:
 def cascade(dataset: Path, output: Path, tree: Path, **changes: Any) -> Config:
     """A cascade of three levels in 3 epochs and 30 steps."""
     settings = {
-        "model": "cascade", "tree": str(tree), "layers": ("1", "2", "2"), "topk": (2, 4), "embed_drops": (0.1, 0.1, 0.1),
-        "encoder_lr": 2e-3, "dropout": Config.dropout, "warmup": 5, "cooldown_epochs": 1.0, "top_k": 20, "encoder_decay": 0.05,
-    } | changes  # fmt: skip
+        "model": "cascade",
+        "tree": str(tree),
+        "layers": ("1", "2", "2"),
+        "topk": (2, 4),
+        "embed_drops": (0.1, 0.1, 0.1),
+        "encoder_lr": 2e-3,
+        "dropout": Config.dropout,
+        "warmup": 5,
+        "cooldown_epochs": 1.0,
+        "top_k": 20,
+        "encoder_decay": 0.05,
+    } | changes
     return tiny(dataset, output, **settings)
 
 
@@ -111,4 +149,7 @@ def finished_run(dataset: Path, base: Path) -> Path:
 def weights(folder: Path, which: str) -> dict[str, bytes]:
     """Every tensor of a run's checkpoint, as bytes."""
     tensors, _ = CheckpointFolder(folder / "checkpoint").load(which)
-    return {name: value.contiguous().flatten().view(torch.uint8).numpy().tobytes() for name, value in tensors.items()}
+    return {
+        name: value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        for name, value in tensors.items()
+    }

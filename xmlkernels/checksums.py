@@ -1,7 +1,7 @@
 """Checksums: XXH3 of 128 bits, written beside what they are of, compared when that is read.
 
-They find damage (a flipped bit, a cut, another run's file), not forgery. XXH3 is chosen for its speed: it costs a small
-part of what reading the file costs.
+They find damage (a flipped bit, a cut, another run's file), not forgery. XXH3 is chosen for its
+speed: it costs a small part of what reading the file costs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def compare(found: str, expected: str, where: str, mend: str) -> None:
 
 
 def seal(arrays: Mapping[str, Any], texts: Mapping[str, str]) -> str:
-    """One checksum of NumPy arrays and texts with their names, types and shapes, for the header of the file they stand in."""
+    """One checksum of NumPy arrays and texts with their names, types and shapes, for the header of
+    the file they stand in.
+    """
     digest = xxhash.xxh3_128()
     for name, array in sorted(arrays.items()):
         whole = np.ascontiguousarray(array)
@@ -67,8 +69,11 @@ def seal(arrays: Mapping[str, Any], texts: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def check_seal(head: Mapping[str, str], arrays: Mapping[str, Any], keys: set[str], where: str, mend: str) -> None:
-    """Compare a header and arrays with the checksum in the header; a file from before there were any has none.
+def check_seal(
+    head: Mapping[str, str], arrays: Mapping[str, Any], keys: set[str], where: str, mend: str
+) -> None:
+    """Compare a header and arrays with the checksum in the header; a file from before there were
+    any has none.
 
     Args:
         keys: of the header, beside its checksum.
@@ -79,11 +84,18 @@ def check_seal(head: Mapping[str, str], arrays: Mapping[str, Any], keys: set[str
     if more := sorted(head.keys() - keys - {ALGORITHM}):
         raise InputError(where, f"a header with {', '.join(sorted(keys))}", repr(more[0]), mend)
     if ALGORITHM in head:
-        compare(seal(arrays, {key: text for key, text in head.items() if key in keys}), head[ALGORITHM], where, mend)
+        compare(
+            seal(arrays, {key: text for key, text in head.items() if key in keys}),
+            head[ALGORITHM],
+            where,
+            mend,
+        )
 
 
 def of_files(folder: Path, names: Iterable[str]) -> Files:
-    """Sizes and checksums of files, and of all files below those of the names that are folders; missing ones are left out."""
+    """Sizes and checksums of files, and of all files below those of the names that are folders;
+    missing ones are left out.
+    """
     found: Files = {}
     for name in names:
         top = folder / name
@@ -106,9 +118,16 @@ def check_files(folder: Path, files: Files, mend: str) -> None:
             raise InputError(str(folder), "names of files inside the folder", repr(name), mend)
         try:
             if (size := path.stat().st_size) != facts["bytes"]:
-                raise InputError(str(path), f"{facts['bytes']:,} bytes, as it was written", f"{size:,} bytes", mend)
+                raise InputError(
+                    str(path),
+                    f"{facts['bytes']:,} bytes, as it was written",
+                    f"{size:,} bytes",
+                    mend,
+                )
             compare(file_checksum(path), facts["xxh3_128"], str(path), mend)
         except FileNotFoundError:
             raise InputError(str(path), "a file that belongs here", "no such file", mend) from None
         except OSError as error:
-            raise InputError(str(path), "a file that can be read", str(error.strerror or error), mend) from None
+            raise InputError(
+                str(path), "a file that can be read", str(error.strerror or error), mend
+            ) from None

@@ -1,11 +1,13 @@
-"""Several processes that train one model; the only caller of torch.distributed, and nothing at world size 1.
+"""Several processes that train one model; the only caller of torch.distributed, and nothing at
+world size 1.
 
-Every process draws the same global batch and encodes its own part of it (`part`). The vectors of all parts are gathered
-(`gather_rows`), each process takes the same step on its copy of the label tables with the whole batch, cuts the gradient of
-its own vectors from the result, and the gradients of the encoder are summed (`sum_gradients`): the step is that of one process
-with the whole batch, but for the order of additions. Labels are never sent: every process knows those of the whole batch.
-With tables in parts (`merge_topk`, and `sum_` of the vectors' gradients) it is the hybrid of data and model parallelism of
-Renee (MLSys 2023, section 4).
+Every process draws the same global batch and encodes its own part of it (`part`). The vectors of
+all parts are gathered (`gather_rows`), each process takes the same step on its copy of the label
+tables with the whole batch, cuts the gradient of its own vectors from the result, and the gradients
+of the encoder are summed (`sum_gradients`): the step is that of one process with the whole batch,
+but for the order of additions. Labels are never sent: every process knows those of the whole batch.
+With tables in parts (`merge_topk`, and `sum_` of the vectors' gradients) it is the hybrid of data
+and model parallelism of Renee (MLSys 2023, section 4).
 """
 
 from __future__ import annotations
@@ -29,10 +31,11 @@ from xmlkernels.heartbeat import Heartbeat
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _BUCKET = 1 << 24  # values of gradients sent at once
-# Of one message. One process makes a label tree or writes a checkpoint while the others wait: whether it lives is told by its
-# heartbeat, in `PATIENCE` seconds.
+# Of one message. One process makes a label tree or writes a checkpoint while the others wait:
+# whether it lives is told by its heartbeat, in `PATIENCE` seconds.
 _LONGEST = timedelta(days=7)
-# Long enough for a call that keeps Python's lock (a large sort, a swap to disk), in which no heart beats.
+# Long enough for a call that keeps Python's lock (a large sort, a swap to disk), in which no heart
+# beats.
 PATIENCE = 600.0
 _heart: Heartbeat | None = None
 
@@ -41,7 +44,8 @@ class ProcessLost(RuntimeError):
     """Another process does not answer: it ended or stands still.
 
     Attributes:
-        speaks: whether this process is the one to tell it; False where the other one tells why itself, or another does.
+        speaks: whether this process is the one to tell it; False where the other one tells why
+            itself, or another does.
     """
 
     def __init__(self, told: str, *, speaks: bool = True) -> None:
@@ -50,58 +54,78 @@ class ProcessLost(RuntimeError):
 
 
 def launched() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun's environment has them, also before `start`; (0, 1) without.
+    """This process's number and how many there are, as torchrun's environment has them, also before
+    `start`; (0, 1) without.
 
     Raises:
         InputError: they are no numbers.
     """
     found = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not all(value.isdecimal() for value in found):
-        raise InputError("environment", "numbers as RANK and WORLD_SIZE", str(found), "start it by torchrun")
+        raise InputError(
+            "environment", "numbers as RANK and WORLD_SIZE", str(found), "start it by torchrun"
+        )
     return (int(found[0]), int(found[1])) if found[1] != "1" else (0, 1)
 
 
 def start(device: torch.device, patience: float = PATIENCE) -> None:
-    """Joins the processes that torchrun started; nothing where it did not start this one, or started it alone.
+    """Joins the processes that torchrun started; nothing where it did not start this one, or
+    started it alone.
 
     Args:
         device: where the model will be: NCCL sends tensors of a GPU, gloo those of a CPU.
-        patience: seconds without a sign of life after which another process counts as lost (`when_lost`).
+        patience: seconds without a sign of life after which another process counts as lost
+            (`when_lost`).
 
     Raises:
-        InputError: torchrun's environment is incomplete, or this torch cannot talk to other processes.
+        InputError: torchrun's environment is incomplete, or this torch cannot talk to other
+            processes.
     """
     found = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     if found.get("WORLD_SIZE", "1") == "1" or running():
         return
     missing = [name for name in _VARIABLES if name not in found]
     if missing:
-        raise InputError("environment", "all variables that torchrun sets", f"no {', '.join(missing)}", "start it by torchrun")
+        raise InputError(
+            "environment",
+            "all variables that torchrun sets",
+            f"no {', '.join(missing)}",
+            "start it by torchrun",
+        )
     backends = ("gloo", "nccl") if device.type == "cuda" else ("gloo",)
-    if not torch.distributed.is_available() or not all(map(torch.distributed.is_backend_available, backends)):
+    if not torch.distributed.is_available() or not all(
+        map(torch.distributed.is_backend_available, backends)
+    ):
         expected = f"one built with {' and '.join(backends)}"
-        raise InputError("torch", expected, "one without", "install another build, or use one process")
+        raise InputError(
+            "torch", expected, "one without", "install another build, or use one process"
+        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # Its functions have the group as a default argument: imported after this (transformers does) they would keep it for ever,
-    # with threads that want to free a tensor while the interpreter ends: SIGABRT, now and then.
+    # Its functions have the group as a default argument: imported after this (transformers does)
+    # they would keep it for ever, with threads that want to free a tensor while the interpreter
+    # ends: SIGABRT, now and then.
     importlib.import_module("torch.distributed.nn.functional")
     # Predictions of a split are gathered in the host's memory, beside the vectors on the cards.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, timeout=_LONGEST)
     global _heart
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the processes it starts anew
+    again = os.environ.get(
+        "TORCHELASTIC_RESTART_COUNT", "0"
+    )  # torchrun's store outlives the processes it starts anew
     port = int(found["MASTER_PORT"])
-    store = torch.distributed.TCPStore(found["MASTER_ADDR"], port, timeout=timedelta(seconds=30), wait_for_workers=False)
+    store = torch.distributed.TCPStore(
+        found["MASTER_ADDR"], port, timeout=timedelta(seconds=30), wait_for_workers=False
+    )
     _heart = Heartbeat(torch.distributed.PrefixStore(again, store), rank(), size(), patience)
     wait()
     _heart.start()
 
 
 def when_lost(call: Callable[[str], None]) -> None:
-    """`call` is given a sentence when another process has shown no sign of life for `patience` seconds, from a thread: the
-    program itself may be waiting for that process for ever. Of several processes that are left one is called at once, the
-    others a little later."""
+    """`call` is given a sentence when another process has shown no sign of life for `patience`
+    seconds, from a thread: the program itself may be waiting for that process for ever. Of several
+    processes that are left one is called at once, the others a little later."""
     if (heart := _heart) is None:
         return
 
@@ -114,7 +138,9 @@ def when_lost(call: Callable[[str], None]) -> None:
 
 
 def missing() -> str | None:
-    """A sentence that names a process which ended without a word or stands still; None where all live, or say why not."""
+    """A sentence that names a process which ended without a word or stands still; None where all
+    live, or say why not.
+    """
     return None if _heart is None else _heart.find()
 
 
@@ -122,7 +148,8 @@ def stop(*, failed: bool = False) -> None:
     """Leaves the other processes; nothing where there are none.
 
     Args:
-        failed: tells them that this one has met an error, of which it says itself what it is, and breaks no connection yet.
+        failed: tells them that this one has met an error, of which it says itself what it is, and
+            breaks no connection yet.
     """
     global _heart
     if _heart is not None:
@@ -153,7 +180,9 @@ def local_rank() -> int:
 
 
 def parts(count: int) -> list[slice]:
-    """`count` things in consecutive parts, one a process, whose sizes differ by one at most; the first ones are larger."""
+    """`count` things in consecutive parts, one a process, whose sizes differ by one at most; the
+    first ones are larger.
+    """
     whole, rest = divmod(count, size())
     ends = [whole * (r + 1) + min(r + 1, rest) for r in range(size())]
     return [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
@@ -178,7 +207,12 @@ def gather_rows(own: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         return own
     counts = [own.shape[0]] * size() if counts is None else list(counts)
     if own.shape[0] != counts[rank()]:
-        raise InputError("gather_rows: own", f"{counts[rank()]} rows", str(own.shape[0]), "pass this process's part")
+        raise InputError(
+            "gather_rows: own",
+            f"{counts[rank()]} rows",
+            str(own.shape[0]),
+            "pass this process's part",
+        )
     widest = max(counts)
     padded = own.new_zeros(widest, *own.shape[1:])
     padded[: own.shape[0]] = own
@@ -188,7 +222,9 @@ def gather_rows(own: Tensor, counts: Sequence[int] | None = None) -> Tensor:
 
 
 def gather_ragged(own: Tensor) -> Tensor:
-    """`gather_rows` where no process knows how many rows the others have: [sum of n, ...]. Waits for the device."""
+    """`gather_rows` where no process knows how many rows the others have: [sum of n, ...]. Waits
+    for the device.
+    """
     if size() == 1:
         return own
     counts = gather_rows(torch.tensor([own.shape[0]])).tolist()
@@ -225,7 +261,9 @@ def from_first(value: bool) -> bool:
 
 @contextmanager
 def first_alone() -> Iterator[None]:
-    """The first process goes through the block alone, then all others at once: they find the files that it has made."""
+    """The first process goes through the block alone, then all others at once: they find the files
+    that it has made.
+    """
     if rank() > 0:
         wait()
     yield
@@ -234,7 +272,9 @@ def first_alone() -> Iterator[None]:
 
 
 def sum_(tensor: Tensor) -> Tensor:
-    """Replaces `tensor` by its sum over all processes, the same bits on each of them; returns it."""
+    """Replaces `tensor` by its sum over all processes, the same bits on each of them; returns
+    it.
+    """
     if size() > 1:
         _talk(torch.distributed.all_reduce, tensor)
     return tensor
@@ -248,10 +288,11 @@ def max_(tensor: Tensor) -> Tensor:
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Sums every gradient over all processes, in few large messages; a parameter without one counts as zero.
+    """Sums every gradient over all processes, in few large messages; a parameter without one counts
+    as zero.
 
-    A parameter that no process gave a gradient stays without one only where it is left out of `parameters`: what each
-    process sends must have the same size.
+    A parameter that no process gave a gradient stays without one only where it is left out of
+    `parameters`: what each process sends must have the same size.
     """
     if size() == 1:
         return
@@ -303,7 +344,8 @@ def merge_topk(values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def agree(what: str, text: str, device: torch.device) -> None:
-    """Refuses to go on unless `text` (a configuration, a data set's hash) is the same on every process.
+    """Refuses to go on unless `text` (a configuration, a data set's hash) is the same on every
+    process.
 
     Raises:
         InputError: on every process, where it is not.
@@ -314,28 +356,41 @@ def agree(what: str, text: str, device: torch.device) -> None:
     everyone = gather_rows(digest[None].to(torch.int32).to(device))
     other = [r for r in range(size()) if not torch.equal(everyone[r], everyone[0])]
     if other:
-        raise InputError(what, "the same on every process", f"another on process {other[0]} than on process 0", "mend that one")
+        raise InputError(
+            what,
+            "the same on every process",
+            f"another on process {other[0]} than on process 0",
+            "mend that one",
+        )
 
 
 def agree_on_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Refuses to go on where copies that ought to be the same have drifted apart: compares sums of their bytes.
+    """Refuses to go on where copies that ought to be the same have drifted apart: compares sums of
+    their bytes.
 
     Raises:
         RuntimeError: on every process, naming the first tensor that differs.
     """
     if size() == 1:
         return
-    sums = [value.detach().contiguous().flatten().view(torch.uint8).sum(dtype=torch.int64).cpu() for value in tensors.values()]
+    sums = [
+        value.detach().contiguous().flatten().view(torch.uint8).sum(dtype=torch.int64).cpu()
+        for value in tensors.values()
+    ]
     everyone = gather_rows(torch.stack(sums)[None])
     for name, column in zip(tensors, everyone.T.tolist(), strict=True):
         if len(set(column)) > 1:
-            raise RuntimeError(f"the processes hold different copies of {name}: their steps were not the same")
+            raise RuntimeError(
+                f"the processes hold different copies of {name}: their steps were not the same"
+            )
 
 
 class Vote:
-    """A question that is put again and again, at the same places of every process: does any of them say yes?
+    """A question that is put again and again, at the same places of every process: does any of them
+    say yes?
 
-    Of several processes the answer is that of the question before: it travels while the work goes on, and nobody waits.
+    Of several processes the answer is that of the question before: it travels while the work goes
+        on, and nobody waits.
     """
 
     def __init__(self) -> None:
@@ -374,9 +429,12 @@ def _talk(call: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
 
 
 def _lost(reason: str) -> ProcessLost | None:
-    """The error that names the process which does not answer, if it can be told; None where all live: the fault is in
-    this process's own work (an error of the card that shows in the next call, say)."""
-    own = f"process {rank()} of {size()} has no answer from the others, one of which ended: {reason}"
+    """The error that names the process which does not answer, if it can be told; None where all
+    live: the fault is in this process's own work (an error of the card that shows in the next call,
+    say)."""
+    own = (
+        f"process {rank()} of {size()} has no answer from the others, one of which ended: {reason}"
+    )
     if _heart is None:
         return ProcessLost(own)
     found = _heart.find()

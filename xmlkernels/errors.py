@@ -16,9 +16,12 @@ class InputError(ValueError):
         super().__init__(f"{where}: expected {expected}, got {got}; {mend}")
 
     def __reduce__(self) -> tuple[type["InputError"], tuple[str, str, str, str]]:
-        # The default would rebuild it from the finished sentence and fail when it crosses a process boundary.
+        # The default would rebuild it from the finished sentence and fail when it crosses a process
+        # boundary.
         return type(self), (self.where, self.expected, self.got, self.mend)
 
 
 class Failed(Exception):
-    """Work that began and could not be done to its end: one sentence, which is told with exit status 1."""
+    """Work that began and could not be done to its end: one sentence, which is told with exit
+    status 1.
+    """

@@ -1,4 +1,5 @@
-"""A model over a whole split: predictions, embeddings, loss, and what each level of a cascade contributes.
+"""A model over a whole split: predictions, embeddings, loss, and what each level of a cascade
+contributes.
 
 Of several processes each takes batches of its own; all of them have the results of all.
 """
@@ -30,8 +31,8 @@ def predict_split(
         inputs: how the model reads documents; the split's own tokens when not given.
 
     Returns:
-        Logits fp32 [N, k] and labels int64 [N, k]; -inf and -1 where there are fewer than k labels. Of several processes each
-        has them all, and they are those of one alone.
+        Logits fp32 [N, k] and labels int64 [N, k]; -inf and -1 where there are fewer than k labels.
+        Of several processes each has them all, and they are those of one alone.
     """
     count = split.labels.shape[0]
     values, rows = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
@@ -49,7 +50,8 @@ class Evaluation:
 
     Attributes:
         values, labels: logits fp32 [N, k] and labels int64 [N, k], as of `predict_split`.
-        loss: per document: of the end-to-end model summed over all labels, of a cascade the mean over candidates.
+        loss: per document: of the end-to-end model summed over all labels, of a cascade the mean
+            over candidates.
         levels: of a cascade, see `LevelScores.result`; else empty.
     """
 
@@ -59,11 +61,15 @@ class Evaluation:
     levels: list[dict[str, Any]]
 
 
-def evaluate_split(model: Model, split: Split, k: int, *, batch_size: int = 256, inputs: Inputs | None = None) -> Evaluation:
-    """Predictions, loss and, of a cascade, what each level contributes, for one pass of the encoder.
+def evaluate_split(
+    model: Model, split: Split, k: int, *, batch_size: int = 256, inputs: Inputs | None = None
+) -> Evaluation:
+    """Predictions, loss and, of a cascade, what each level contributes, for one pass of the
+    encoder.
 
-    Of several processes each evaluates whole batches of its own and has the result of all: every document is seen once, in the
-    batch in which one process alone would see it, so that the result is the same to the bit.
+    Of several processes each evaluates whole batches of its own and has the result of all: every
+    document is seen once, in the batch in which one process alone would see it, so that the result
+    is the same to the bit.
     """
     own = model.heads.scheme if isinstance(model, Cascade) else ""
     return _evaluated(model, split, k, (own,), batch_size, inputs)[own]
@@ -77,13 +83,22 @@ def evaluate_schemes(
 
 
 def _evaluated(
-    model: Model, split: Split, k: int, schemes: Sequence[str], batch_size: int, inputs: Inputs | None
+    model: Model,
+    split: Split,
+    k: int,
+    schemes: Sequence[str],
+    batch_size: int,
+    inputs: Inputs | None,
 ) -> dict[str, Evaluation]:
     """An evaluation for each scheme; the end-to-end model has one, without a name."""
     count = split.labels.shape[0]
     values = {scheme: np.empty((count, k), np.float32) for scheme in schemes}
     labels = {scheme: np.empty((count, k), np.int64) for scheme in schemes}
-    scores = {scheme: LevelScores(model, split.labels) for scheme in schemes} if isinstance(model, Cascade) else {}
+    scores = (
+        {scheme: LevelScores(model, split.labels) for scheme in schemes}
+        if isinstance(model, Cascade)
+        else {}
+    )
     own, losses = [], []
     for batch, exclude in evaluation_batches(model, split, batch_size, inputs):
         index = batch.index.cpu().numpy()
@@ -92,7 +107,10 @@ def _evaluated(
             levels, loss = model.levels_and_loss(batch, max(k, 5), exclude, schemes)
             for scheme in schemes:
                 scores[scheme].add(index, levels[scheme])
-            best = {scheme: (levels[scheme][-1].values[:, :k], levels[scheme][-1].nodes[:, :k]) for scheme in schemes}
+            best = {
+                scheme: (levels[scheme][-1].values[:, :k], levels[scheme][-1].nodes[:, :k])
+                for scheme in schemes
+            }
         else:
             value, ids, loss = model.predict_and_loss(batch, k, exclude)
             best = {schemes[0]: (value, ids)}
@@ -101,11 +119,16 @@ def _evaluated(
         losses.append(float(loss) * (1 if model.sums_loss else len(batch)))
     dist.fill_rows(own, *values.values(), *labels.values())
     mean = sum(_in_turn(losses)) / max(1, count)
-    return {s: Evaluation(values[s], labels[s], mean, scores[s].result() if scores else []) for s in schemes}
+    return {
+        s: Evaluation(values[s], labels[s], mean, scores[s].result() if scores else [])
+        for s in schemes
+    }
 
 
 def _in_turn(own: list[float]) -> list[float]:
-    """What all processes have of batches that they took in turn, in the order of the batches: a sum hangs on it."""
+    """What all processes have of batches that they took in turn, in the order of the batches: a sum
+    hangs on it.
+    """
     number = dist.rank() + dist.size() * np.arange(len(own))
     pairs = dist.gather_ragged(torch.from_numpy(np.stack([number, np.array(own, np.float64)], 1)))
     return [value for _, value in sorted(pairs.tolist())]
@@ -116,7 +139,11 @@ def predict_and_embed_split(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What `predict_split` and `embed_split` give, for one pass of the encoder."""
     count, own = split.labels.shape[0], []
-    out = [np.empty((count, k), np.float32), np.empty((count, k), np.int64), np.empty((count, model.width), np.float32)]
+    out = [
+        np.empty((count, k), np.float32),
+        np.empty((count, k), np.int64),
+        np.empty((count, model.width), np.float32),
+    ]
     for batch, exclude in evaluation_batches(model, split, batch_size, inputs):
         own.append(batch.index.cpu().numpy())
         for whole, part in zip(out, model.predict_and_embed(batch, k, exclude), strict=True):
@@ -125,7 +152,9 @@ def predict_and_embed_split(
     return out[0], out[1], out[2]
 
 
-def embed_split(model: Model, split: Split, *, batch_size: int = 256, inputs: Inputs | None = None) -> np.ndarray:
+def embed_split(
+    model: Model, split: Split, *, batch_size: int = 256, inputs: Inputs | None = None
+) -> np.ndarray:
     """fp32 [N, D]: what the label table meets of every document of a split."""
     out, own = np.empty((split.labels.shape[0], model.width), np.float32), []
     for batch, _ in evaluation_batches(model, split, batch_size, inputs):
@@ -138,11 +167,12 @@ def embed_split(model: Model, split: Split, *, batch_size: int = 256, inputs: In
 def evaluation_batches(
     model: Model, split: Split, batch_size: int, inputs: Inputs | None = None
 ) -> Iterator[tuple[Documents, Tensor | None]]:
-    """Every document of a split once, on the model's device and with the model in evaluation mode until the end; of several
-    processes each takes every so many-th batch.
+    """Every document of a split once, on the model's device and with the model in evaluation mode
+    until the end; of several processes each takes every so many-th batch.
 
     Yields:
-        A batch with positives as the model wants them, and its filter pairs int64 [B, E] (-1 pads) or None.
+        A batch with positives as the model wants them, and its filter pairs int64 [B, E] (-1 pads)
+        or None.
     """
     wanted = arrangement(tree_of(model))
     made: Any = Batches(split, batch_size, shuffle=False, **wanted) if inputs is None else None

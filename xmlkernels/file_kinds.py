@@ -1,4 +1,6 @@
-"""What a file holds, by its first bytes: packed text is unpacked, anything that is no text is refused in a sentence."""
+"""What a file holds, by its first bytes: packed text is unpacked, anything that is no text is
+refused in a sentence.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ HEAD = 8192  # bytes that are looked at
 PACKED = (".gz", ".bz2", ".xz")
 FREE_BYTES = 16 << 20
 MOST_RATIO = 100
-"""Text is packed to a third or a tenth. A file may unpack to this many times its size, and to `FREE_BYTES` in any case."""
+"""Text is packed to a third or a tenth. A file may unpack to this many times its size, and to
+`FREE_BYTES` in any case.
+"""
 _XZ_MEMORY = 1 << 28  # `xz -9` needs 65 MiB; a forged header may ask for 4 GiB
 _BLOCK = 1 << 16
 _CONVERT = "write its texts to a .txt file, one a line"
@@ -31,11 +35,31 @@ _MAGIC: tuple[tuple[bytes, int, str, str], ...] = (
     (b"ARROW1", 0, "an Arrow table", f"{_CONVERT}, for example by pandas.read_feather"),
     (b"Obj\x01", 0, "an Avro file", _CONVERT),
     (b"\x89HDF\r\n", 0, "an HDF5 file", _CONVERT),
-    (b"SQLite format 3\0", 0, "an SQLite database", f"{_CONVERT}, for example by `sqlite3 FILE 'select …'`"),
+    (
+        b"SQLite format 3\0",
+        0,
+        "an SQLite database",
+        f"{_CONVERT}, for example by `sqlite3 FILE 'select …'`",
+    ),
     (b"\x93NUMPY", 0, "a NumPy array", "name the file of texts or labels that belongs here"),
-    (b"PK\x03\x04", 0, "a zip archive (.npz and .xlsx are such)", "unpack it first, or name the .npz as one"),
-    (b"\x28\xb5\x2f\xfd", 0, "a zstd archive", "unpack it first with `zstd -d`, or pack it as .gz, .bz2 or .xz"),
-    (b"\x04\x22\x4d\x18", 0, "an lz4 archive", "unpack it first with `lz4 -d`, or pack it as .gz, .bz2 or .xz"),
+    (
+        b"PK\x03\x04",
+        0,
+        "a zip archive (.npz and .xlsx are such)",
+        "unpack it first, or name the .npz as one",
+    ),
+    (
+        b"\x28\xb5\x2f\xfd",
+        0,
+        "a zstd archive",
+        "unpack it first with `zstd -d`, or pack it as .gz, .bz2 or .xz",
+    ),
+    (
+        b"\x04\x22\x4d\x18",
+        0,
+        "an lz4 archive",
+        "unpack it first with `lz4 -d`, or pack it as .gz, .bz2 or .xz",
+    ),
     (b"\x1f\x9d", 0, "an archive of `compress` (.Z)", "unpack it first with `uncompress`"),
     (b"7z\xbc\xaf\x27\x1c", 0, "a 7-Zip archive", "unpack it first"),
     (b"Rar!\x1a\x07", 0, "a RAR archive", "unpack it first"),
@@ -44,14 +68,22 @@ _MAGIC: tuple[tuple[bytes, int, str, str], ...] = (
     (b"%PDF-", 0, "a PDF", "extract its text first, for example with `pdftotext`"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", 0, "an old Office document", "save it as text first"),
     (b"{\\rtf", 0, "a rich text document", "save it as plain text first"),
-    (b"version https://git-lfs.github.com/spec/", 0, "a pointer of Git LFS, not the file", "fetch it with `git lfs pull`"),
+    (
+        b"version https://git-lfs.github.com/spec/",
+        0,
+        "a pointer of Git LFS, not the file",
+        "fetch it with `git lfs pull`",
+    ),
     (b"\x1f\x8b", 0, "a gzip archive inside another archive", "unpack it once first"),
     (b"1AY&SY", 4, "a bzip2 archive inside another archive", "unpack it once first"),
     (b"\xfd7zXZ\0", 0, "an xz archive inside another archive", "unpack it once first"),
 )
 _MARKS = (
-    (b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"),
-)  # fmt: skip
+    (b"\xff\xfe\0\0", "UTF-32"),
+    (b"\0\0\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+)
 
 
 class DamagedArchive(Exception):
@@ -75,7 +107,9 @@ class _Unpacked(io.RawIOBase):
         while True:
             data = b""
             if self._inner.eof:
-                data = self._inner.unused_data.lstrip(b"\0") or self._file.read(_BLOCK).lstrip(b"\0")
+                data = self._inner.unused_data.lstrip(b"\0") or self._file.read(_BLOCK).lstrip(
+                    b"\0"
+                )
                 if not data:
                     return 0
                 self._inner = self._make()
@@ -105,8 +139,8 @@ class _Counted:
 
 
 class _Bounded(io.RawIOBase):
-    """What an archive unpacks to, as long as that is no more than text can be packed to: some megabytes may hold
-    terabytes of one byte."""
+    """What an archive unpacks to, as long as that is no more than text can be packed to: some
+    megabytes may hold terabytes of one byte."""
 
     def __init__(self, kind: str, inner: IO[bytes], packed: _Counted) -> None:
         self.kind, self._inner, self._packed, self._given = kind, inner, packed, 0
@@ -126,21 +160,30 @@ class _Bounded(io.RawIOBase):
 def unpacked(file: io.BufferedReader) -> io.BufferedReader:
     """The stream behind gzip, bzip2 or xz, whatever the file's name; any other stream as it is.
 
-    Reading it raises TooMuch where it unpacks to more than `FREE_BYTES` and `MOST_RATIO` times what was packed.
+    Reading it raises TooMuch where it unpacks to more than `FREE_BYTES` and `MOST_RATIO` times what
+    was packed.
     """
     head, packed = file.peek(8), _Counted(file)
     kind, inner = "", cast(IO[bytes], packed)
     if head.startswith(b"\x1f\x8b"):
-        kind, inner = "gzip", cast(IO[bytes], gzip.GzipFile(fileobj=cast(IO[bytes], packed), mode="rb"))
+        kind, inner = (
+            "gzip",
+            cast(IO[bytes], gzip.GzipFile(fileobj=cast(IO[bytes], packed), mode="rb")),
+        )
     elif head.startswith(b"BZh") and head[4:10] in (b"1AY&SY"[: len(head[4:10])], b"\x17rE8P\x90"):
         kind, inner = "bzip2", cast(IO[bytes], _Unpacked(inner, bz2.BZ2Decompressor))
     elif head.startswith(b"\xfd7zXZ\0"):
-        kind, inner = "xz", cast(IO[bytes], _Unpacked(inner, lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY)))
+        kind, inner = (
+            "xz",
+            cast(IO[bytes], _Unpacked(inner, lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY))),
+        )
     return io.BufferedReader(_Bounded(kind, inner, packed), _BLOCK) if kind else file
 
 
 def archive(file: io.BufferedReader) -> str:
-    """What `unpacked` made this stream of: "gzip", "bzip2", "xz", or "" where its bytes are those of the file."""
+    """What `unpacked` made this stream of: "gzip", "bzip2", "xz", or "" where its bytes are those
+    of the file.
+    """
     return file.raw.kind if isinstance(file.raw, _Bounded) else ""
 
 
@@ -152,8 +195,8 @@ def check_text(name: str, head: bytes) -> None:
         head: the first bytes, unpacked.
 
     Raises:
-        InputError: the bytes are those of a table, archive, database or document, of UTF-16 or UTF-32, of another
-            character set, or hold NUL.
+        InputError: the bytes are those of a table, archive, database or document, of UTF-16 or
+            UTF-32, of another character set, or hold NUL.
     """
     head = head[:HEAD]
     for magic, at, what, mend in _MAGIC:
@@ -165,13 +208,19 @@ def check_text(name: str, head: bytes) -> None:
             raise InputError(f"{name}:1", "UTF-8 text", what, mend)
     if b"\0" in head:
         line = head.count(b"\n", 0, head.index(b"\0")) + 1
-        mend = "name a text file; UTF-16 text is converted by iconv, stray NUL bytes go with `tr -d '\\000'`"
+        mend = (
+            "name a text file; UTF-16 text is converted by iconv, stray NUL bytes go with `tr -d "
+            "'\\000'`"
+        )
         raise InputError(f"{name}:{line}", "UTF-8 text", "a NUL byte, as binary files hold", mend)
     text = head.decode("utf-8", "replace")
     broken = text.count("\ufffd") - 1  # the last character may be cut
     if broken > 16 and broken > len(text) // 5:
         got = f"{broken} broken characters among the first {len(text)}"
-        mend = "convert it with `iconv -f ENCODING -t utf-8` (GB18030, SHIFT-JIS, CP1251, …), or name a text file"
+        mend = (
+            "convert it with `iconv -f ENCODING -t utf-8` (GB18030, SHIFT-JIS, CP1251, …), or name "
+            "a text file"
+        )
         raise InputError(name, "UTF-8 text", got, mend)
 
 
@@ -180,14 +229,67 @@ def check_text(name: str, head: bytes) -> None:
 _TABLES = (".csv", ".tsv", ".tab", ".psv")
 _JSON = (".json", ".jsonl", ".ndjson")
 _OTHERS = (
-    ".parquet", ".feather", ".arrow", ".orc", ".avro", ".xls", ".xlsx", ".ods", ".doc", ".docx", ".odt", ".pdf", ".rtf",
-    ".npz", ".npy", ".pkl", ".pickle", ".pt", ".db", ".sqlite", ".sqlite3", ".zip", ".zst", ".tar", ".tgz", ".7z", ".rar",
-)  # fmt: skip
-_TEXT_COLUMNS = ("text", "texts", "title", "content", "body", "document", "doc", "abstract", "sentence", "description", "query")
+    ".parquet",
+    ".feather",
+    ".arrow",
+    ".orc",
+    ".avro",
+    ".xls",
+    ".xlsx",
+    ".ods",
+    ".doc",
+    ".docx",
+    ".odt",
+    ".pdf",
+    ".rtf",
+    ".npz",
+    ".npy",
+    ".pkl",
+    ".pickle",
+    ".pt",
+    ".db",
+    ".sqlite",
+    ".sqlite3",
+    ".zip",
+    ".zst",
+    ".tar",
+    ".tgz",
+    ".7z",
+    ".rar",
+)
+_TEXT_COLUMNS = (
+    "text",
+    "texts",
+    "title",
+    "content",
+    "body",
+    "document",
+    "doc",
+    "abstract",
+    "sentence",
+    "description",
+    "query",
+)
 _LABEL_COLUMNS = (
-    "label", "labels", "target", "targets", "tag", "tags", "class", "classes", "category", "categories", "topic", "topics",
-    "subject", "subjects", "target_ind", "y", "id", "uid",
-)  # fmt: skip
+    "label",
+    "labels",
+    "target",
+    "targets",
+    "tag",
+    "tags",
+    "class",
+    "classes",
+    "category",
+    "categories",
+    "topic",
+    "topics",
+    "subject",
+    "subjects",
+    "target_ind",
+    "y",
+    "id",
+    "uid",
+)
 _ENTRIES = re.compile(r"\s*(\d+(,\d+)*\s+)?\d+:[-+.\deE]+(\s+\d+:[-+.\deE]+)*\s*")
 _RECORD = re.compile(r"\{\s*\"(" + "|".join(_TEXT_COLUMNS + _LABEL_COLUMNS) + r")\"\s*:")
 _COUNTS = re.compile(r"\s*\d+(\s+\d+){1,2}\s*")
@@ -207,14 +309,16 @@ def is_json_lines(path: PathLike) -> bool:
 
 
 def check_documents(path: PathLike, head: bytes) -> None:
-    """Refuse a file that holds more than one document a line: a table would be labelled line by line, labels and all.
+    """Refuse a file that holds more than one document a line: a table would be labelled line by
+    line, labels and all.
 
     Args:
         path: a file of texts, one a line.
         head: its first bytes, unpacked.
 
     Raises:
-        InputError: by its name or first lines it is a table, JSON, a sparse matrix, or texts with their labels.
+        InputError: by its name or first lines it is a table, JSON, a sparse matrix, or texts with
+            their labels.
     """
     name, suffix = os.fspath(path), bare_suffix(path)
     lines = head[:HEAD].decode("utf-8-sig", "replace").splitlines()
@@ -223,18 +327,32 @@ def check_documents(path: PathLike, head: bytes) -> None:
     words = [column for column in columns if column.lower() in _TEXT_COLUMNS]
     marked = [column for column in columns if column.lower() in _LABEL_COLUMNS]
     if suffix in _TABLES or (words and marked):
-        got = f"a table with the columns {', '.join(columns)}" if words or marked else f"a table ({suffix})"
-        raise InputError(name, "texts, one a line", got, f"write its texts to a file: {_from_table(name, first, words)}")
+        got = (
+            f"a table with the columns {', '.join(columns)}"
+            if words or marked
+            else f"a table ({suffix})"
+        )
+        raise InputError(
+            name,
+            "texts, one a line",
+            got,
+            f"write its texts to a file: {_from_table(name, first, words)}",
+        )
     if suffix in _OTHERS:
         raise InputError(name, "texts, one a line", f"a {suffix} file", _CONVERT)
     if suffix in _JSON or _is_record(first):
-        mend = "xmlkernels prepare reads it with --source lf; elsewhere write its texts to a .txt file, one a line"
+        mend = (
+            "xmlkernels prepare reads it with --source lf; elsewhere write its texts to a .txt "
+            "file, one a line"
+        )
         if suffix not in _JSON:
             mend = f"name the file .jsonl; {mend}"
         raise InputError(f"{name}:1", "texts, one a line", "JSON", mend)
     if first.startswith("__label__"):
         mend = f"divide them: `{_source(name)}sed 's/__label__[^ ]* *//g'` gives the texts"
-        raise InputError(f"{name}:1", "texts, one a line", "texts behind their labels (fastText)", mend)
+        raise InputError(
+            f"{name}:1", "texts, one a line", "texts behind their labels (fastText)", mend
+        )
     rows = [line for line in lines[1:-1] if line.strip()]
     if rows and _COUNTS.fullmatch(first) and all(map(_ENTRIES.fullmatch, rows)):
         mend = "name the raw texts; bags of words are read with --source bow"
@@ -242,7 +360,9 @@ def check_documents(path: PathLike, head: bytes) -> None:
 
 
 def _columns(line: str) -> list[str]:
-    """The column names of a table's header by its commonest divider; none where the line reads as a text."""
+    """The column names of a table's header by its commonest divider; none where the line reads as a
+    text.
+    """
     divider = max("\t,;|", key=line.count)
     columns = [column.strip().strip("\"'") for column in line.split(divider)]
     plain = all(column and len(column.split()) == 1 for column in columns)
@@ -259,7 +379,9 @@ def _from_table(name: str, header: str, words: list[str]) -> str:
 
 
 def _source(name: str) -> str:
-    """The beginning of a pipe that gives a file's text; nothing for standard input, which has no name."""
+    """The beginning of a pipe that gives a file's text; nothing for standard input, which has no
+    name.
+    """
     if not os.path.exists(name):
         return ""
     tools = {".gz": "zcat", ".bz2": "bzcat", ".xz": "xzcat"}
@@ -272,5 +394,9 @@ def _is_record(line: str) -> bool:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
-        return len(line) > HEAD // 4 and _RECORD.match(line) is not None  # its end lies beyond the head
-    return isinstance(value, dict) and any(key in value for key in (*_TEXT_COLUMNS, *_LABEL_COLUMNS))
+        return (
+            len(line) > HEAD // 4 and _RECORD.match(line) is not None
+        )  # its end lies beyond the head
+    return isinstance(value, dict) and any(
+        key in value for key in (*_TEXT_COLUMNS, *_LABEL_COLUMNS)
+    )

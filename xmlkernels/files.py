@@ -1,4 +1,6 @@
-"""What every reader and writer of files shares: opening, decompressing, quoting, replacing a file whole."""
+"""What every reader and writer of files shares: opening, decompressing, quoting, replacing a file
+whole.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,22 @@ from pathlib import Path
 from typing import IO, cast
 
 from xmlkernels.errors import InputError
-from xmlkernels.file_kinds import HEAD, MOST_RATIO, DamagedArchive, PathLike, TooMuch, archive, check_text, unpacked
+from xmlkernels.file_kinds import (
+    HEAD,
+    MOST_RATIO,
+    DamagedArchive,
+    PathLike,
+    TooMuch,
+    archive,
+    check_text,
+    unpacked,
+)
 
 
 class DataWarning(UserWarning):
-    """Something in a data file was mended or left out; the message names the file, the place and the count."""
+    """Something in a data file was mended or left out; the message names the file, the place and
+    the count.
+    """
 
 
 def quote(token: bytes | str, limit: int = 40) -> str:
@@ -45,7 +58,9 @@ def check_file(path: PathLike, *, may_be_empty: bool = False) -> Path:
     except FileNotFoundError:
         raise InputError(name, "a file", "no file of that name", "check the path") from None
     except OSError as error:
-        raise InputError(name, "a readable file", str(error.strerror or error), "check the path") from None
+        raise InputError(
+            name, "a readable file", str(error.strerror or error), "check the path"
+        ) from None
     if path.is_dir():
         raise InputError(name, "a file", "a folder", "name the file inside it")
     if stat.st_size == 0 and path.is_file() and not may_be_empty:
@@ -55,23 +70,28 @@ def check_file(path: PathLike, *, may_be_empty: bool = False) -> Path:
 
 def empty_file(path: PathLike) -> InputError:
     """The error for a file without content."""
-    return InputError(os.fspath(path), "at least one line", "an empty file", "make or fetch the file again")
+    return InputError(
+        os.fspath(path), "at least one line", "an empty file", "make or fetch the file again"
+    )
 
 
 @contextmanager
 def open_bytes(path: PathLike, *, may_be_empty: bool = False) -> Iterator[io.BufferedReader]:
-    """The text file as a stream of bytes, unpacked where it starts as gzip, bzip2 or xz do, whatever its name.
+    """The text file as a stream of bytes, unpacked where it starts as gzip, bzip2 or xz do,
+    whatever its name.
 
     Raises:
-        InputError: as `check_file`; the file holds no text (`kinds.check_text`); or an archive is cut short, damaged or
-            unpacks to far more than text does (then while it is read).
+        InputError: as `check_file`; the file holds no text (`kinds.check_text`); or an archive is
+            cut short, damaged or unpacks to far more than text does (then while it is read).
     """
     path = check_file(path, may_be_empty=may_be_empty)
     name = os.fspath(path)
     try:
         opened = path.open("rb")
     except OSError as error:
-        raise InputError(name, "a readable file", str(error.strerror), "change its rights") from None
+        raise InputError(
+            name, "a readable file", str(error.strerror), "change its rights"
+        ) from None
     kind = ""
     try:
         with opened as file:
@@ -80,17 +100,25 @@ def open_bytes(path: PathLike, *, may_be_empty: bool = False) -> Iterator[io.Buf
             check_text(name, stream.peek(HEAD))
             yield stream
     except EOFError:
-        raise InputError(name, f"a whole {kind} file", "one that is cut short", "fetch the file again") from None
+        raise InputError(
+            name, f"a whole {kind} file", "one that is cut short", "fetch the file again"
+        ) from None
     except (gzip.BadGzipFile, zlib.error, DamagedArchive) as error:
-        raise InputError(name, f"a whole {kind} file", f"damaged data ({error})", "fetch the file again") from None
+        raise InputError(
+            name, f"a whole {kind} file", f"damaged data ({error})", "fetch the file again"
+        ) from None
     except TooMuch as error:
         expected = f"text, which unpacks to at most {MOST_RATIO} times its {kind} file"
-        raise InputError(name, expected, str(error), "check the file; unpack it first if that is right") from None
+        raise InputError(
+            name, expected, str(error), "check the file; unpack it first if that is right"
+        ) from None
 
 
 @contextmanager
 def map_bytes(path: PathLike, *, may_be_empty: bool = False) -> Iterator[bytes | mmap.mmap]:
-    """The whole (decompressed) file as one buffer: memory-mapped where it can be, else in memory."""
+    """The whole (decompressed) file as one buffer: memory-mapped where it can be, else in
+    memory.
+    """
     with open_bytes(path, may_be_empty=may_be_empty) as file:
         if archive(file) or not Path(path).is_file() or os.fstat(file.fileno()).st_size == 0:
             content = _all(file, os.fspath(path))
@@ -114,7 +142,9 @@ def _all(file: io.BufferedReader, name: str) -> bytes:
 
 @contextmanager
 def naming(path: PathLike) -> Iterator[None]:
-    """Gives an OSError of the block, which may come from a stream without a name, the name of the file."""
+    """Gives an OSError of the block, which may come from a stream without a name, the name of the
+    file.
+    """
     try:
         yield
     except OSError as error:
@@ -127,24 +157,33 @@ def naming(path: PathLike) -> Iterator[None]:
 def replacing(path: PathLike) -> Iterator[IO[bytes]]:
     """A stream whose content takes the place of `path` when the block ends without an exception.
 
-    Written beside the target, synced, then renamed: a reader or a crash sees the old file or the new one, never a part.
-    A name that ends in `.gz` is compressed, with no time stamp inside, so equal content gives equal bytes.
+    Written beside the target, synced, then renamed: a reader or a crash sees the old file or the
+    new one, never a part. A name that ends in `.gz` is compressed, with no time stamp inside, so
+    equal content gives equal bytes.
 
     A symbolic link stays, and what it points to is replaced.
 
     Raises:
         InputError: the folder does not exist or cannot be written.
-        OSError: the disk refuses (full, say), with the path as its file name; the old file is then unchanged.
+        OSError: the disk refuses (full, say), with the path as its file name; the old file is then
+            unchanged.
     """
     path = Path(os.path.realpath(path))
     if path.is_dir():
-        raise InputError(os.fspath(path), "a file, or a name for a new one", "a folder", "choose another name")
+        raise InputError(
+            os.fspath(path), "a file, or a name for a new one", "a folder", "choose another name"
+        )
     part = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     try:
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        descriptor = os.open(
+            part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666
+        )
     except OSError as error:
         raise InputError(
-            os.fspath(path), "a folder that can be written", str(error.strerror), "make the folder or choose another"
+            os.fspath(path),
+            "a folder that can be written",
+            str(error.strerror),
+            "make the folder or choose another",
         ) from error
     try:
         with naming(path), os.fdopen(descriptor, "wb") as file:

@@ -1,7 +1,9 @@
-"""Refuse a folder of a model or tokenizer that is of use only to those who run its code or unpickle its weights.
+"""Refuse a folder of a model or tokenizer that is of use only to those who run its code or unpickle
+its weights.
 
-Nothing is loaded here: names of files and JSON alone are looked at. Weights are read from safetensors, which hold
-numbers and nothing else; code of a repository (`auto_map`) never runs, whether it lies in a folder or on the hub.
+Nothing is loaded here: names of files and JSON alone are looked at. Weights are read from
+safetensors, which hold numbers and nothing else; code of a repository (`auto_map`) never runs,
+whether it lies in a folder or on the hub.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ from xmlkernels.records import read_record
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 _AGAIN = "fetch the folder again"
-_OWN_CODE = "choose a model that transformers knows; where its own class is the right one, remove auto_map from the file"
+_OWN_CODE = (
+    "choose a model that transformers knows; where its own class is the right one, remove auto_map "
+    "from the file"
+)
 _CONVERT = "save the model as safetensors where it comes from: model.save_pretrained(FOLDER)"
 
 
@@ -33,7 +38,9 @@ def refuse_settings(settings: Mapping[str, Any], where: str) -> None:
 
 
 def refuse_code(folder: Path) -> None:
-    """InputError where a JSON file of settings names Python code of its own (`auto_map`), or is no JSON object."""
+    """InputError where a JSON file of settings names Python code of its own (`auto_map`), or is no
+    JSON object.
+    """
     for path in (folder / CONFIG, folder / "tokenizer_config.json"):
         if not path.is_file():
             continue
@@ -42,18 +49,31 @@ def refuse_code(folder: Path) -> None:
 
 
 def refuse_auto_map(settings: Mapping[str, Any], where: str) -> None:
-    """InputError where settings, or settings inside them, name Python code in place of a class of transformers."""
+    """InputError where settings, or settings inside them, name Python code in place of a class of
+    transformers.
+    """
     if code := next(_auto_maps(settings), None):
-        raise InputError(where, "a model of transformers, for no other code runs", f"auto_map, which names {code}", _OWN_CODE)
+        raise InputError(
+            where,
+            "a model of transformers, for no other code runs",
+            f"auto_map, which names {code}",
+            _OWN_CODE,
+        )
 
 
 def _refuse_pickle(folder: Path) -> None:
-    """InputError where a folder's weights are no safetensors; whether there are any, their loader says."""
+    """InputError where a folder's weights are no safetensors; whether there are any, their loader
+    says.
+    """
     if (folder / "adapter_config.json").exists():
         mend = "merge it into its model (merge_and_unload) and save that"
-        raise InputError(str(folder), "a whole model", "an adapter to another one (adapter_config.json)", mend)
+        raise InputError(
+            str(folder), "a whole model", "an adapter to another one (adapter_config.json)", mend
+        )
     if (folder / CONFIG).is_file():
-        _refuse_weights_name(read_record(folder / CONFIG, dict[str, Any], mend=_AGAIN), str(folder / CONFIG))
+        _refuse_weights_name(
+            read_record(folder / CONFIG, dict[str, Any], mend=_AGAIN), str(folder / CONFIG)
+        )
     if (folder / WEIGHTS).is_file():
         return
     if (folder / INDEX).is_file():
@@ -69,23 +89,45 @@ def _refuse_weights_name(settings: Mapping[str, Any], where: str) -> None:
     """InputError where a configuration names a file of weights that is not safetensors."""
     name = settings.get("transformers_weights")
     if name is not None and not _is_plain(name, (".safetensors", ".safetensors.index.json")):
-        raise InputError(f"{where}, $.transformers_weights", "a safetensors file of the folder", repr(name)[:60], _CONVERT)
+        raise InputError(
+            f"{where}, $.transformers_weights",
+            "a safetensors file of the folder",
+            repr(name)[:60],
+            _CONVERT,
+        )
 
 
 def _check_index(folder: Path) -> None:
     index: dict[str, Any] = read_record(folder / INDEX, dict[str, Any], mend=_AGAIN)
     names = index.get("weight_map")
     if not isinstance(names, dict):
-        raise InputError(f"{folder / INDEX}, $.weight_map", "the file of each weight", type(names).__name__, _AGAIN)
+        raise InputError(
+            f"{folder / INDEX}, $.weight_map",
+            "the file of each weight",
+            type(names).__name__,
+            _AGAIN,
+        )
     for name in dict.fromkeys(map(str, names.values())):
         if not _is_plain(name, (".safetensors",)):
-            raise InputError(f"{folder / INDEX}, $.weight_map", "safetensors files of the folder", repr(name)[:60], _CONVERT)
+            raise InputError(
+                f"{folder / INDEX}, $.weight_map",
+                "safetensors files of the folder",
+                repr(name)[:60],
+                _CONVERT,
+            )
         if not (folder / name).is_file():
-            raise InputError(str(folder / name), f"a file that {INDEX} names", "no such file", _AGAIN)
+            raise InputError(
+                str(folder / name), f"a file that {INDEX} names", "no such file", _AGAIN
+            )
 
 
 def _is_plain(name: Any, ends: tuple[str, ...]) -> bool:
-    return isinstance(name, str) and name.endswith(ends) and Path(name).name == name and "\\" not in name
+    return (
+        isinstance(name, str)
+        and name.endswith(ends)
+        and Path(name).name == name
+        and "\\" not in name
+    )
 
 
 def _auto_maps(value: Any) -> Iterator[str]:

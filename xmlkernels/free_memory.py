@@ -1,4 +1,6 @@
-"""How much memory this process can still take: of the machine, of its control groups and of its own limit."""
+"""How much memory this process can still take: of the machine, of its control groups and of its own
+limit.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-# What a group holds of files and can give up at once counts as in use there: by version 2's names and by version 1's.
+# What a group holds of files and can give up at once counts as in use there: by version 2's names
+# and by version 1's.
 _CACHE = ("inactive_file", "active_file", "total_inactive_file", "total_active_file")
 
 
 def control_groups(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
-    """(limit, bytes in use without the cache of files) of every group on the way from this process's own up that has a limit,
-    of version 2 and of version 1.
+    """(limit, bytes in use without the cache of files) of every group on the way from this
+    process's own up that has a limit, of version 2 and of version 1.
 
     Args:
         root: where the system's files are; another one in tests.
@@ -24,12 +27,17 @@ def control_groups(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
         if controllers not in ("", "memory"):
             continue
         base = root / "sys" / "fs" / "cgroup" / controllers
-        most, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        most, used = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            if controllers
+            else ("memory.max", "memory.current")
+        )
         here = base / path.lstrip("/")
         for folder in (here, *here.parents):
             if folder != base and base not in folder.parents:
                 break
-            # The path is that of the host where the container has no view of its own: then only the top is there.
+            # The path is that of the host where the container has no view of its own: then only the
+            # top is there.
             text = (folder / most).read_text().strip() if (folder / most).is_file() else "max"
             if text.isdecimal():
                 yield int(text), _in_use(folder, used)
@@ -40,7 +48,10 @@ def _in_use(folder: Path, name: str) -> int:
     with suppress(OSError, ValueError):
         total = int((folder / name).read_text())
     with suppress(OSError, ValueError):
-        facts = {key: int(count) for key, count in map(str.split, (folder / "memory.stat").read_text().splitlines())}
+        facts = {
+            key: int(count)
+            for key, count in map(str.split, (folder / "memory.stat").read_text().splitlines())
+        }
     # Version 1 has both kinds of names; the totals include the groups below, as the usage does.
     names = _CACHE[2:] if _CACHE[2] in facts else _CACHE[:2]
     return max(0, total - sum(facts.get(name, 0) for name in names))

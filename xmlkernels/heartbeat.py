@@ -1,7 +1,8 @@
 """Signs of life between processes that work together: which of them is missing, and that it is.
 
-Each process counts up a number in a store that all of them reach, from a thread of its own: work that one does alone for
-hours is no silence. A process that is killed or stopped counts no more, and after a while the others know which it is.
+Each process counts up a number in a store that all of them reach, from a thread of its own: work
+that one does alone for hours is no silence. A process that is killed or stopped counts no more, and
+after a while the others know which it is.
 """
 
 from __future__ import annotations
@@ -32,11 +33,17 @@ class Heartbeat:
         store: with a connection of its own: another thread's wait would hold this one up.
         rank, size: this process's number, and how many there are.
         patience: seconds without a sign after which a process counts as lost.
-        lost: called once with a sentence, from the thread, when one is lost; may end this process. None: nothing happens.
+        lost: called once with a sentence, from the thread, when one is lost; may end this process.
+            None: nothing happens.
     """
 
     def __init__(
-        self, store: Store, rank: int, size: int, patience: float, lost: Callable[[str], None] | None = None
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        patience: float,
+        lost: Callable[[str], None] | None = None,
     ) -> None:
         self.patience, self.lost = patience, lost
         self.interval = min(1.0, patience / 5)
@@ -69,7 +76,9 @@ class Heartbeat:
     def missing(self, silence: float) -> list[int]:
         """Processes that have given no sign for so many seconds and did not say that they end."""
         now = time.monotonic()
-        return [r for r in self._others if self._state[r] == ALIVE and now - self._last[r] > silence]
+        return [
+            r for r in self._others if self._state[r] == ALIVE and now - self._last[r] > silence
+        ]
 
     def failed(self) -> bool:
         """Whether another process has ended by an error that it tells itself."""
@@ -80,8 +89,8 @@ class Heartbeat:
         return all(state == ALIVE for state in self._state.values())
 
     def find(self) -> str | None:
-        """After a call that another process did not answer: a sentence that names it; None where one that failed tells
-        so itself, or all are alive."""
+        """After a call that another process did not answer: a sentence that names it; None where
+        one that failed tells so itself, or all are alive."""
         end = time.monotonic() + 5 * self.interval
         while time.monotonic() < end and not self.failed():
             if gone := self.missing(3 * self.interval):

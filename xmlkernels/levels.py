@@ -1,6 +1,8 @@
-"""How a cascade fares level by level: metrics of clusters, and the share of true labels that each shortlist kept.
+"""How a cascade fares level by level: metrics of clusters, and the share of true labels that each
+shortlist kept.
 
-A cascade cannot predict a label whose cluster it dropped, so the last level's shortlist recall bounds its recall.
+A cascade cannot predict a label whose cluster it dropped, so the last level's shortlist recall
+bounds its recall.
 """
 
 from collections.abc import Sequence
@@ -31,9 +33,13 @@ class LevelScores:
         self.sizes = tree.sizes[:-1]
         documents = np.repeat(np.arange(labels.shape[0]), np.diff(labels.indptr))
         place = tree.place[labels.indices]
-        # True labels of each cluster, [N, n_r]: a cluster with two of a document's labels counts twice in recall.
+        # True labels of each cluster, [N, n_r]: a cluster with two of a document's labels counts
+        # twice in recall.
         self.counts = [
-            csr_matrix((np.ones(len(place), np.int64), (documents, tree.ancestors(r)[place])), shape=(labels.shape[0], n))
+            csr_matrix(
+                (np.ones(len(place), np.int64), (documents, tree.ancestors(r)[place])),
+                shape=(labels.shape[0], n),
+            )
             for r, n in enumerate(self.sizes)
         ]
         self.nodes = [np.full((labels.shape[0], K), -1, np.int64) for _ in self.sizes]
@@ -61,9 +67,10 @@ class LevelScores:
             self.found[r] += int(true.data[inside].sum())
 
     def result(self) -> list[dict[str, Any]]:
-        """For each level of clusters, coarse to fine: `clusters`, `kept` (mean per document), `shortlist_recall` (percent of
-        the true labels whose cluster was kept) and P, nDCG and R of the clusters at 1 to 5, in percent. Of several processes
-        each has taken in documents of its own; the result is that of all."""
+        """For each level of clusters, coarse to fine: `clusters`, `kept` (mean per document),
+        `shortlist_recall` (percent of the true labels whose cluster was kept) and P, nDCG and R of
+        the clusters at 1 to 5, in percent. Of several processes each has taken in documents of its
+        own; the result is that of all."""
         out, seen = [], sum(map(len, self.own))
         if dist.size() > 1:
             dist.fill_rows(self.own, *self.nodes)
@@ -72,9 +79,11 @@ class LevelScores:
         for r, size in enumerate(self.sizes):
             labels = int(self.counts[r].sum())
             line = {
-                "level": r, "clusters": size, "kept": self.kept[r] / max(1, seen),
+                "level": r,
+                "clusters": size,
+                "kept": self.kept[r] / max(1, seen),
                 "shortlist_recall": 100 * self.found[r] / max(1, labels),
-            }  # fmt: skip
+            }
             out.append({k: v.item() if isinstance(v, np.generic) else v for k, v in line.items()})
             out[-1] |= evaluate(self.nodes[r], (self.counts[r] > 0).astype(np.int64).tocsr())
         return out

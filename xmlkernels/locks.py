@@ -1,8 +1,10 @@
-"""Who may write to a place: one process at a time, told by a lock that the kernel lets go of when its holder dies.
+"""Who may write to a place: one process at a time, told by a lock that the kernel lets go of when
+its holder dies.
 
-The lock is `flock` on a small file that says who holds it. For a folder that stays where it is the file lies inside, so that
-nothing but the folder need be writable; for a file, or a folder that is replaced whole, it lies beside. It is removed when
-the holder ends; one that a kill left behind is taken over.
+The lock is `flock` on a small file that says who holds it. For a folder that stays where it is the
+file lies inside, so that nothing but the folder need be writable; for a file, or a folder that is
+replaced whole, it lies beside. It is removed when the holder ends; one that a kill left behind is
+taken over.
 """
 
 from __future__ import annotations
@@ -39,16 +41,19 @@ _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 def own_folder(
     path: PathLike, flag: str = "--output", *, writes: Iterable[str] = (), wait: Tell | None = None
 ) -> Iterator[Path]:
-    """Hold a folder for the block, and make it where it is not there; one that was made and stays empty goes again.
+    """Hold a folder for the block, and make it where it is not there; one that was made and stays
+    empty goes again.
 
     Args:
         path: the folder, or a symbolic link to one.
         flag: what named it, for messages.
-        writes: names of files written there, whose unfinished copies of a killed process are cleared.
+        writes: names of files written there, whose unfinished copies of a killed process are
+            cleared.
         wait: receives a line when another process holds it, which is then waited for; None refuses.
 
     Raises:
-        InputError: another process holds it, no folder can be made there, or it cannot be written to.
+        InputError: another process holds it, no folder can be made there, or it cannot be written
+            to.
     """
     folder = Path(path)
     made = _make(folder, flag)
@@ -64,7 +69,9 @@ def own_folder(
 
 
 @contextmanager
-def own_place(path: PathLike, flag: str = "--output", *, make: bool = False, wait: Tell | None = None) -> Iterator[Path]:
+def own_place(
+    path: PathLike, flag: str = "--output", *, make: bool = False, wait: Tell | None = None
+) -> Iterator[Path]:
     """Hold the place of a file, or of a folder that is replaced whole, for the block.
 
     A symbolic link stands for what it points to.
@@ -75,7 +82,11 @@ def own_place(path: PathLike, flag: str = "--output", *, make: bool = False, wai
     """
     place = Path(os.path.realpath(path))
     if not make and not place.parent.is_dir():
-        got = f"{path}, below a file" if place.parent.exists() else f"{path}, in a folder that is not there"
+        got = (
+            f"{path}, below a file"
+            if place.parent.exists()
+            else f"{path}, in a folder that is not there"
+        )
         raise InputError(flag, "a place in a folder", got, "make the folder, or name another")
     made = _make(place.parent, flag) if make else []
     try:
@@ -89,22 +100,38 @@ def own_place(path: PathLike, flag: str = "--output", *, make: bool = False, wai
 
 
 def check_place(path: PathLike, flag: str = "--output") -> None:
-    """InputError where no folder can be made at `path`, before long work: a file is in the way, or no right to write."""
+    """InputError where no folder can be made at `path`, before long work: a file is in the way, or
+    no right to write.
+    """
     place = Path(os.path.realpath(path))
     above = next(folder for folder in (place, *place.parents) if folder.exists())
     if above != place and not above.is_dir():
-        raise InputError(flag, "a folder, or a name for a new one", f"{path} (below the file {above})", "name another")
+        raise InputError(
+            flag,
+            "a folder, or a name for a new one",
+            f"{path} (below the file {above})",
+            "name another",
+        )
     if above != place and not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(flag, "a place that can be written", f"{path} (no right to write to {above})", "name another")
+        raise InputError(
+            flag,
+            "a place that can be written",
+            f"{path} (no right to write to {above})",
+            "name another",
+        )
 
 
 def is_ours(name: str, writes: Iterable[str]) -> bool:
-    """Whether a file in a folder is its lock, or an unfinished copy of one of those written there."""
+    """Whether a file in a folder is its lock, or an unfinished copy of one of those written
+    there.
+    """
     return name == LOCK or any(re.fullmatch(re.escape(f".{own}") + _PART, name) for own in writes)
 
 
 def clear_parts(folder: Path, name: str) -> None:
-    """Remove what a killed process left of writing `name` in `folder`; only for whoever holds the place."""
+    """Remove what a killed process left of writing `name` in `folder`; only for whoever holds the
+    place.
+    """
     for found in folder.glob(f".{glob.escape(name)}.*"):
         if re.fullmatch(re.escape(f".{name}") + _PART, found.name):
             if found.is_dir() and not found.is_symlink():
@@ -122,12 +149,16 @@ def _make(folder: Path, flag: str) -> list[Path]:
         made.append(above)
     if folder.is_symlink() and not folder.exists():
         got = f"{folder}, a symbolic link to {os.readlink(folder)}, which is not there"
-        raise InputError(flag, "a folder, or a name for a new one", got, "make that folder, or name another")
+        raise InputError(
+            flag, "a folder, or a name for a new one", got, "make that folder, or name another"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # a file of that name, or as a parent; no right to write
         reason = "a file" if isinstance(error, FileExistsError) else error.strerror
-        raise InputError(flag, "a folder, or a name for a new one", f"{folder} ({reason})", "name another") from error
+        raise InputError(
+            flag, "a folder, or a name for a new one", f"{folder} ({reason})", "name another"
+        ) from error
     return made
 
 
@@ -145,7 +176,8 @@ def _locked(place: Path, lock: Path, flag: str, wait: Tell | None) -> Iterator[N
     try:
         yield
     finally:
-        # Removed while it is held: whoever opened it meanwhile finds another file of that name, or none, and begins again.
+        # Removed while it is held: whoever opened it meanwhile finds another file of that name, or
+        # none, and begins again.
         with suppress(OSError):
             lock.unlink()
         os.close(handle)
@@ -158,7 +190,9 @@ def _take(lock: Path, place: Path, flag: str) -> int | InputError:
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             reason = error.strerror
-            raise InputError(flag, "a place that can be written", f"{place} ({reason})", "name another") from error
+            raise InputError(
+                flag, "a place that can be written", f"{place} ({reason})", "name another"
+            ) from error
         try:
             taken = _flock(handle)
             if taken and not _is_file(handle, lock):
@@ -170,7 +204,9 @@ def _take(lock: Path, place: Path, flag: str) -> int | InputError:
                 os.close(handle)
                 mend = "wait for its end, or name another"
                 if elsewhere:
-                    mend = f"wait for its end or name another; if that process is gone, remove {lock}"
+                    mend = (
+                        f"wait for its end or name another; if that process is gone, remove {lock}"
+                    )
                 return InputError(flag, f"{place} for this command alone", _told(holder), mend)
             os.ftruncate(handle, 0)
             os.write(handle, (json.dumps(_own()) + "\n").encode())
@@ -180,7 +216,10 @@ def _take(lock: Path, place: Path, flag: str) -> int | InputError:
             with suppress(OSError):
                 lock.unlink()
             raise InputError(
-                flag, "a place that can be written", f"{place} ({error.strerror})", "make room, or name another"
+                flag,
+                "a place that can be written",
+                f"{place} ({error.strerror})",
+                "make room, or name another",
             ) from error
 
 
@@ -207,7 +246,13 @@ def _is_file(handle: int, path: Path) -> bool:
 
 def _own() -> dict[str, Any]:
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    return {"pid": os.getpid(), "host": socket.gethostname(), "boot": _boot(), "command": _command(), "since": since}
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "boot": _boot(),
+        "command": _command(),
+        "since": since,
+    }
 
 
 def _command() -> str:
@@ -215,7 +260,9 @@ def _command() -> str:
 
 
 def _boot() -> str:
-    """What tells this kernel from others, also where containers have host names of their own; "" where it is not known."""
+    """What tells this kernel from others, also where containers have host names of their own; ""
+    where it is not known.
+    """
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
@@ -253,5 +300,7 @@ def _lives(holder: dict[str, Any]) -> bool:
 def _told(holder: dict[str, Any]) -> str:
     if not holder:
         return "held by another process"
-    pid, command, host, since = (holder.get(name, "?") for name in ("pid", "command", "host", "since"))
+    pid, command, host, since = (
+        holder.get(name, "?") for name in ("pid", "command", "host", "since")
+    )
     return f"held by process {pid} ({command}) on {host} since {since}"

@@ -10,13 +10,16 @@ from xmlkernels.errors import InputError
 from xmlkernels.free_memory import control_groups
 from xmlkernels.planner import readable
 
-MARGIN = 1.1  # the plan's activations are an estimate: what passes the memory by less than a tenth is let go on
+# the plan's activations are an estimate: what passes the memory by less than a tenth is let go on
+MARGIN = 1.1
 
 
 def machine_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory that this process may use: those of the machine or, where it is less, what its cgroup allows.
+    """Bytes of memory that this process may use: those of the machine or, where it is less, what
+    its cgroup allows.
 
-    What other programs hold at the moment does not count, nor does swap: a run goes on for long, and they come and go.
+    What other programs hold at the moment does not count, nor does swap: a run goes on for long,
+        and they come and go.
 
     Args:
         root: where the system's files are; another one in tests.
@@ -44,7 +47,9 @@ def device_memory(device: torch.device) -> int | None:
     return None
 
 
-def check_memory(parts: Mapping[str, int], device: torch.device, mends: Mapping[str, str], *, processes: int = 1) -> None:
+def check_memory(
+    parts: Mapping[str, int], device: torch.device, mends: Mapping[str, str], *, processes: int = 1
+) -> None:
     """Refuses a plan that no memory can hold.
 
     Args:
@@ -60,9 +65,13 @@ def check_memory(parts: Mapping[str, int], device: torch.device, mends: Mapping[
     if limit is None or total <= MARGIN * limit:
         return
     large = sorted(parts.items(), key=lambda part: -part[1])
-    named = ", ".join(f"{name} {readable(count)}" for name, count in large if count * processes >= total / 100)
+    named = ", ".join(
+        f"{name} {readable(count)}" for name, count in large if count * processes >= total / 100
+    )
     several = f"{processes} processes, each " if processes > 1 else ""
     mend = next((text for begin, text in mends.items() if large[0][0].startswith(begin)), mends[""])
     whose = "this machine" if device.type == "cpu" else str(device)
     expected = f"at most {readable(limit)}, the memory of {whose}"
-    raise InputError("memory of this run", expected, f"about {readable(total)} ({several}{named})", mend)
+    raise InputError(
+        "memory of this run", expected, f"about {readable(total)} ({several}{named})", mend
+    )

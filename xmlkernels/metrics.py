@@ -1,12 +1,14 @@
 """Ranking metrics of extreme classification, in percent.
 
-Letters: N test points, L labels, K predictions kept per point; `top_rows` int64 [N, K] holds label numbers in descending
-order of score, -1 where there is none; `targets` [N, L] is a sparse matrix whose stored non-zeros are the positives.
-A place without a prediction counts as wrong, and a point without positives stays in every mean.
+Letters: N test points, L labels, K predictions kept per point; `top_rows` int64 [N, K] holds label
+numbers in descending order of score, -1 where there is none; `targets` [N, L] is a sparse matrix
+whose stored non-zeros are the positives. A place without a prediction counts as wrong, and a point
+without positives stays in every mean.
 
-Sources: Jain, Prabhu & Varma, "Extreme Multi-label Loss Functions for Recommendation, Tagging, Ranking & Other Missing
-Label Applications" (KDD 2016), section 4, for propensities; the Extreme Classification Repository for P@k, nDCG@k and their
-propensity-scored forms, which are ratios of means, not means of ratios.
+Sources: Jain, Prabhu & Varma, "Extreme Multi-label Loss Functions for Recommendation, Tagging,
+Ranking & Other Missing Label Applications" (KDD 2016), section 4, for propensities; the Extreme
+Classification Repository for P@k, nDCG@k and their propensity-scored forms, which are ratios of
+means, not means of ratios.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,28 +20,44 @@ from xmlkernels.errors import InputError
 from xmlkernels.topk import candidates_needed, drop_filtered, top_rows_from_csr
 
 __all__ = [
-    "candidates_needed", "decile_table", "drop_filtered", "evaluate", "inverse_propensity", "macro_metrics",
-    "propensity_scored_recall", "top_rows_from_csr",
-]  # fmt: skip
+    "candidates_needed",
+    "decile_table",
+    "drop_filtered",
+    "evaluate",
+    "inverse_propensity",
+    "macro_metrics",
+    "propensity_scored_recall",
+    "top_rows_from_csr",
+]
 
 _BLOCK = 1 << 20  # predictions looked at together: bounds the working memory at any N and K
 
 
 def inverse_propensity(train_labels: csr_matrix, A: float, B: float) -> np.ndarray:
-    """Inverse propensity of each label, float64 [L]: 1 + C·(n_l + B)^-A with C = (ln N - 1)·(B + 1)^A.
+    """Inverse propensity of each label, float64 [L]: 1 + C·(n_l + B)^-A with C = (ln N - 1)·(B +
+    1)^A.
 
     Args:
-        train_labels: [N, L], the training matrix without label texts or other virtual points: they would change N and n_l.
-        A, B: constants of the dataset: 0.5, 0.4 for Wikipedia; 0.6, 2.6 for Amazon; 0.55, 1.5 for others.
+        train_labels: [N, L], the training matrix without label texts or other virtual points: they
+            would change N and n_l.
+        A, B: constants of the dataset: 0.5, 0.4 for Wikipedia; 0.6, 2.6 for Amazon; 0.55, 1.5 for
+            others.
 
     Raises:
         InputError: no training points, or constants out of range.
     """
     labels = _canonical(train_labels, "train_labels")
     if labels.shape[0] == 0:
-        raise InputError("train_labels", "at least one training point", "none", "pass the training label matrix")
+        raise InputError(
+            "train_labels", "at least one training point", "none", "pass the training label matrix"
+        )
     if not (np.isfinite(A) and np.isfinite(B) and B > 0):
-        raise InputError("propensity constants", "finite A and B > 0", f"A={A}, B={B}", "take 0.55 and 1.5 if in doubt")
+        raise InputError(
+            "propensity constants",
+            "finite A and B > 0",
+            f"A={A}, B={B}",
+            "take 0.55 and 1.5 if in doubt",
+        )
     frequency = np.bincount(labels.indices, minlength=labels.shape[1]).astype(np.float64)
     scale = (np.log(labels.shape[0]) - 1) * (B + 1) ** A
     return np.asarray(1 + scale * (frequency + B) ** -A)
@@ -53,8 +71,9 @@ def evaluate(
 ) -> dict[str, float]:
     """P@k, nDCG@k, R@k and, where inverse propensities are given, PSP@k and PSnDCG@k; percent.
 
-    R@k of a point is its hits over its positives (over 1 where it has none). PSP@k and PSnDCG@k divide the mean of the
-    predictions by the mean of the best possible ranking; where nothing is positive at all they are 0.
+    R@k of a point is its hits over its positives (over 1 where it has none). PSP@k and PSnDCG@k
+    divide the mean of the predictions by the mean of the best possible ranking; where nothing is
+    positive at all they are 0.
 
     Args:
         top_rows: int64 [N, K]; where K < k the missing places count as wrong.
@@ -63,29 +82,44 @@ def evaluate(
         ks: cut-offs, in any order.
 
     Raises:
-        InputError: shapes that do not match, a label out of range or twice in a row, no test point, k below 1.
+        InputError: shapes that do not match, a label out of range or twice in a row, no test point,
+            k below 1.
     """
     curves = _curves(top_rows, targets, inv_propensity, ks)
     wanted = ("P", "nDCG", "PSP", "PSnDCG", "R")
-    return {f"{name}@{k}": curves[name][k] for name in wanted if name in curves for k in sorted(curves[name])}
+    return {
+        f"{name}@{k}": curves[name][k]
+        for name in wanted
+        if name in curves
+        for k in sorted(curves[name])
+    }
 
 
 def propensity_scored_recall(
-    top_rows: np.ndarray, targets: csr_matrix, inv_propensity: np.ndarray, ks: Sequence[int] = (1, 2, 3, 4, 5)
+    top_rows: np.ndarray,
+    targets: csr_matrix,
+    inv_propensity: np.ndarray,
+    ks: Sequence[int] = (1, 2, 3, 4, 5),
 ) -> dict[str, float]:
     """`PSR@k`, percent: the mean propensity-scored recall over that of the best possible ranking.
 
     Args and errors: as for `evaluate`.
     """
-    return {f"PSR@{k}": value for k, value in sorted(_curves(top_rows, targets, inv_propensity, ks)["PSR"].items())}
+    return {
+        f"PSR@{k}": value
+        for k, value in sorted(_curves(top_rows, targets, inv_propensity, ks)["PSR"].items())
+    }
 
 
-def macro_metrics(top_rows: np.ndarray, targets: csr_matrix, ks: Sequence[int] = (1, 2, 3, 4, 5)) -> dict[str, float]:
+def macro_metrics(
+    top_rows: np.ndarray, targets: csr_matrix, ks: Sequence[int] = (1, 2, 3, 4, 5)
+) -> dict[str, float]:
     """`macroP@k macroR@k macroF1@k coverage@k abandonment@k`, percent.
 
-    Precision, recall and F1 are taken per label over the test points and averaged over all L labels, 0 where undefined.
-    coverage@k: of the labels with a test positive, the share predicted rightly at least once.
-    abandonment@k: the share of points without a single right prediction among k.
+    Precision, recall and F1 are taken per label over the test points and averaged over all L
+    labels, 0 where undefined. coverage@k: of the labels with a test positive, the share predicted
+    rightly at least once. abandonment@k: the share of points without a single right prediction
+    among k.
 
     Args and errors: as for `evaluate`.
     """
@@ -100,29 +134,37 @@ def macro_metrics(top_rows: np.ndarray, targets: csr_matrix, ks: Sequence[int] =
             predicted[number] += np.bincount(shown[shown >= 0], minlength=labels)
             right[number] += np.bincount(shown[hit], minlength=labels)
         abandoned += (~np.logical_or.accumulate(hits, axis=1)).sum(0)
-    result: dict[str, dict[int, float]] = {name: {} for name in ("macroP", "macroR", "macroF1", "coverage", "abandonment")}
+    result: dict[str, dict[int, float]] = {
+        name: {} for name in ("macroP", "macroR", "macroF1", "coverage", "abandonment")
+    }
     for k, hit, shown in zip(ks, right.cumsum(0), predicted.cumsum(0), strict=True):
         result["macroP"][k] = float(_ratio(hit, shown).mean())
         result["macroR"][k] = float(_ratio(hit, positives).mean())
         result["macroF1"][k] = float(_ratio(2 * hit, shown + positives).mean())
         result["coverage"][k] = float((hit > 0).sum() / max(1, (positives > 0).sum()))
         result["abandonment"][k] = float(abandoned[k - 1] / n)
-    return {f"{name}@{k}": 100 * value for name, curve in result.items() for k, value in curve.items()}
+    return {
+        f"{name}@{k}": 100 * value for name, curve in result.items() for k, value in curve.items()
+    }
 
 
 def decile_table(
-    top_rows: np.ndarray, targets: csr_matrix, train_labels: csr_matrix, ks: Sequence[int] = (1, 3, 5)
+    top_rows: np.ndarray,
+    targets: csr_matrix,
+    train_labels: csr_matrix,
+    ks: Sequence[int] = (1, 3, 5),
 ) -> list[dict[str, float | int]]:
     """What each tenth of the labels, by training frequency, holds and gains; rarest labels first.
 
-    Labels are sorted by training frequency (equal frequency: by number) and cut into ten groups of equal label count, the
-    first L mod 10 groups one label larger; labels that no training point has are in the first groups. With L < 10 there
-    are L groups.
+    Labels are sorted by training frequency (equal frequency: by number) and cut into ten groups of
+    equal label count, the first L mod 10 groups one label larger; labels that no training point has
+    are in the first groups. With L < 10 there are L groups.
 
     Returns:
-        Per group: `decile` (1 = rarest), `labels`, `min_frequency`, `max_frequency` (training points per label),
-        `positives` (in the test points), `share` (percent of all test positives), `R@k` (percent of the group's test
-        positives among the k predictions) and `P@k` (the group's share of P@k in percentage points: they add up to it).
+        Per group: `decile` (1 = rarest), `labels`, `min_frequency`, `max_frequency` (training
+        points per label), `positives` (in the test points), `share` (percent of all test
+        positives), `R@k` (percent of the group's test positives among the k predictions) and `P@k`
+        (the group's share of P@k in percentage points: they add up to it).
 
     Raises:
         InputError: as for `evaluate`, and where `train_labels` has another number of labels.
@@ -131,7 +173,12 @@ def decile_table(
     train = _canonical(train_labels, "train_labels")
     n, labels = targets.shape
     if train.shape[1] != labels:
-        raise InputError("train_labels", f"{labels} labels as in targets", f"{train.shape[1]}", "pass one dataset's matrices")
+        raise InputError(
+            "train_labels",
+            f"{labels} labels as in targets",
+            f"{train.shape[1]}",
+            "pass one dataset's matrices",
+        )
     frequency = np.bincount(train.indices, minlength=labels)
     groups = np.array_split(np.argsort(frequency, kind="stable"), min(10, labels))
     group_of = np.empty(labels, np.int64)
@@ -141,7 +188,9 @@ def decile_table(
     right = np.zeros((len(ks), len(groups)), np.int64)
     for rows, hits, _ in _blocks(top_rows, targets, max(ks)):
         for index, places in enumerate(_between(ks)):
-            right[index] += np.bincount(group_of[rows[:, places][hits[:, places]]], minlength=len(groups))
+            right[index] += np.bincount(
+                group_of[rows[:, places][hits[:, places]]], minlength=len(groups)
+            )
     right = right.cumsum(0)
     table: list[dict[str, float | int]] = []
     for number, group in enumerate(groups):
@@ -168,7 +217,9 @@ def _curves(
     n, deepest = targets.shape[0], max(ks)
     weight = None if inv_propensity is None else _check_propensity(inv_propensity, targets.shape[1])
     gain = 1 / np.log2(np.arange(deepest) + 2)
-    best_gain = np.concatenate([[1.0], np.cumsum(gain)])  # by number of positives; [0] only divides zeros
+    best_gain = np.concatenate(
+        [[1.0], np.cumsum(gain)]
+    )  # by number of positives; [0] only divides zeros
     sums: dict[str, np.ndarray] = {}
     for rows, hits, part in _blocks(top_rows, targets, deepest):
         count = np.diff(part.indptr)
@@ -185,15 +236,25 @@ def _curves(
                 ("R", (cumulative / np.maximum(count, 1)[:, None]).sum(0)),
             ):
                 sums[kind + name] = sums.get(kind + name, 0.0) + total
-    curves = {"P": sums["P"] / np.arange(1, deepest + 1) / n, "nDCG": sums["nDCG"] / n, "R": sums["R"] / n}
+    curves = {
+        "P": sums["P"] / np.arange(1, deepest + 1) / n,
+        "nDCG": sums["nDCG"] / n,
+        "R": sums["R"] / n,
+    }
     if weight is not None:
         # 1/k stands above and below in PSP@k and falls out.
-        curves |= {name: _ratio(sums[name], sums[f"best {name}"]) for name in ("PSP", "PSnDCG", "PSR")}
+        curves |= {
+            name: _ratio(sums[name], sums[f"best {name}"]) for name in ("PSP", "PSnDCG", "PSR")
+        }
     return {name: {k: 100 * float(curve[k - 1]) for k in ks} for name, curve in curves.items()}
 
 
-def _blocks(top_rows: np.ndarray, targets: csr_matrix, deepest: int) -> Iterator[tuple[np.ndarray, np.ndarray, csr_matrix]]:
-    """Blocks of points: labels [n, deepest] filled up with -1, whether each is a positive, targets [n, L]."""
+def _blocks(
+    top_rows: np.ndarray, targets: csr_matrix, deepest: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, csr_matrix]]:
+    """Blocks of points: labels [n, deepest] filled up with -1, whether each is a positive, targets
+    [n, L].
+    """
     n, labels = targets.shape
     size = max(1, _BLOCK // max(deepest, 1))
     for start in range(0, n, size):
@@ -203,14 +264,19 @@ def _blocks(top_rows: np.ndarray, targets: csr_matrix, deepest: int) -> Iterator
             bad = int(np.flatnonzero(((rows < -1) | (rows >= labels)).any(1))[0])
             got = next(int(label) for label in rows[bad] if not -1 <= label < labels)
             raise InputError(
-                f"top_rows, point {start + bad}", f"labels from 0 to {labels - 1}, or -1 for none", str(got),
+                f"top_rows, point {start + bad}",
+                f"labels from 0 to {labels - 1}, or -1 for none",
+                str(got),
                 "check that predictions and targets number the labels alike",
-            )  # fmt: skip
+            )
         ordered = np.sort(rows, axis=1)
         twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
         if twice.any():
             raise InputError(
-                f"top_rows, point {start + int(twice.argmax())}", "each label once", "a label twice", "merge the predictions"
+                f"top_rows, point {start + int(twice.argmax())}",
+                "each label once",
+                "a label twice",
+                "merge the predictions",
             )
         if rows.shape[1] < deepest:
             rows = np.pad(rows, ((0, 0), (0, deepest - rows.shape[1])), constant_values=-1)
@@ -222,14 +288,18 @@ def _hits(rows: np.ndarray, targets: csr_matrix) -> np.ndarray:
     n, labels = targets.shape
     if targets.nnz == 0 or rows.size == 0:
         return np.zeros(rows.shape, bool)
-    keys = np.repeat(np.arange(n, dtype=np.int64) * labels, np.diff(targets.indptr)) + targets.indices
+    keys = (
+        np.repeat(np.arange(n, dtype=np.int64) * labels, np.diff(targets.indptr)) + targets.indices
+    )
     wanted = (np.arange(n, dtype=np.int64)[:, None] * labels + rows).ravel()
     place = np.minimum(np.searchsorted(keys, wanted), keys.size - 1)
     return np.asarray((keys[place] == wanted).reshape(rows.shape) & (rows >= 0))
 
 
 def _best_weights(targets: csr_matrix, weight: np.ndarray, deepest: int) -> np.ndarray:
-    """The `deepest` largest weights among each point's positives, descending, 0 where it has fewer; float64 [n, deepest]."""
+    """The `deepest` largest weights among each point's positives, descending, 0 where it has fewer;
+    float64 [n, deepest].
+    """
     count = np.diff(targets.indptr)
     point = np.repeat(np.arange(len(count)), count)
     values = weight[targets.indices]
@@ -254,7 +324,12 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 def _canonical(matrix: csr_matrix, where: str) -> csr_matrix:
     """CSR with sorted unique indices and no stored zeros; the caller's matrix is left as it is."""
     if not issparse(matrix) or matrix.ndim != 2:
-        raise InputError(where, "a scipy sparse matrix [points, labels]", type(matrix).__name__, "convert it with csr_matrix")
+        raise InputError(
+            where,
+            "a scipy sparse matrix [points, labels]",
+            type(matrix).__name__,
+            "convert it with csr_matrix",
+        )
     csr = matrix.tocsr()
     if not csr.has_canonical_format or (csr.nnz and not csr.data.all()):
         csr = csr.copy()
@@ -263,18 +338,40 @@ def _canonical(matrix: csr_matrix, where: str) -> csr_matrix:
     return csr
 
 
-def _check(top_rows: np.ndarray, targets: csr_matrix, ks: Sequence[int]) -> tuple[csr_matrix, tuple[int, ...]]:
+def _check(
+    top_rows: np.ndarray, targets: csr_matrix, ks: Sequence[int]
+) -> tuple[csr_matrix, tuple[int, ...]]:
     """Targets in canonical form and the cut-offs, ascending."""
     canonical = _canonical(targets, "targets")
-    if not isinstance(top_rows, np.ndarray) or top_rows.ndim != 2 or top_rows.dtype.kind not in "iu":
-        got = f"{type(top_rows).__name__} {getattr(top_rows, 'dtype', '')} {getattr(top_rows, 'shape', '')}".strip()
-        raise InputError("top_rows", "an integer array [N, K] of label numbers", got, "pass the rows, not the values")
+    if (
+        not isinstance(top_rows, np.ndarray)
+        or top_rows.ndim != 2
+        or top_rows.dtype.kind not in "iu"
+    ):
+        got = (
+            f"{type(top_rows).__name__} {getattr(top_rows, 'dtype', '')} "
+            f"{getattr(top_rows, 'shape', '')}"
+        ).strip()
+        raise InputError(
+            "top_rows",
+            "an integer array [N, K] of label numbers",
+            got,
+            "pass the rows, not the values",
+        )
     if top_rows.shape[0] != canonical.shape[0]:
         raise InputError(
-            "top_rows", f"{canonical.shape[0]} points as in targets", str(top_rows.shape[0]), "predict the same split"
+            "top_rows",
+            f"{canonical.shape[0]} points as in targets",
+            str(top_rows.shape[0]),
+            "predict the same split",
         )
     if 0 in canonical.shape:
-        raise InputError("targets", "at least one point and one label", f"shape {canonical.shape}", "pass a filled split")
+        raise InputError(
+            "targets",
+            "at least one point and one label",
+            f"shape {canonical.shape}",
+            "pass a filled split",
+        )
     if not ks or any(not isinstance(k, int | np.integer) or k < 1 for k in ks):
         raise InputError("ks", "whole numbers from 1", str(list(ks)), "pass for example (1, 3, 5)")
     return canonical, tuple(sorted({int(k) for k in ks}))
@@ -284,7 +381,9 @@ def _check_propensity(weight: np.ndarray, labels: int) -> np.ndarray:
     weight = np.asarray(weight, np.float64)
     if weight.shape != (labels,) or not np.isfinite(weight).all():
         raise InputError(
-            "inv_propensity", f"{labels} finite values, one per label", f"shape {weight.shape}",
+            "inv_propensity",
+            f"{labels} finite values, one per label",
+            f"shape {weight.shape}",
             "compute it from the training matrix of the same dataset",
-        )  # fmt: skip
+        )
     return weight

@@ -1,6 +1,7 @@
 """Finds and loads the native libraries, and says so when one is not there.
 
-`python -m xmlkernels.native` prints what was found, in one line; with a torch that has CUDA, in two.
+`python -m xmlkernels.native` prints what was found, in one line; with a torch that has CUDA, in
+two.
 """
 
 import os
@@ -20,11 +21,13 @@ def load() -> str | None:
     """Loads the CPU kernels into torch's dispatcher, and the CUDA ones where torch has CUDA.
 
     Returns:
-        None when the CPU kernels are loaded, else the reason why not; `missing_cuda` has that of the CUDA kernels.
+        None when the CPU kernels are loaded, else the reason why not; `missing_cuda` has that of
+        the CUDA kernels.
 
     Raises:
-        ImportError: when XMLKERNELS_REQUIRE_NATIVE=1 and the CPU kernels cannot be loaded, or the CUDA kernels are built
-            but cannot be loaded; when XMLKERNELS_CUDA=1 and torch has CUDA and they are not there at all.
+        ImportError: when XMLKERNELS_REQUIRE_NATIVE=1 and the CPU kernels cannot be loaded, or the
+            CUDA kernels are built but cannot be loaded; when XMLKERNELS_CUDA=1 and torch has CUDA
+            and they are not there at all.
     """
     global missing_cuda
     reason = _load(_LIBRARY)
@@ -39,7 +42,8 @@ def load() -> str | None:
     if missing_cuda is not None and (demanded or (required and _cuda_can_load())):
         raise ImportError(
             f"xmlkernels: CUDA kernels are required, but {missing_cuda}; build them with "
-            "`XMLKERNELS_CUDA=1 pip install --no-build-isolation .` where nvcc is installed, or set XMLKERNELS_CUDA=0"
+            "`XMLKERNELS_CUDA=1 pip install --no-build-isolation .` where nvcc is installed, or "
+            "set XMLKERNELS_CUDA=0"
         )
     return reason
 
@@ -57,8 +61,14 @@ def _load(library: Path) -> str | None:
 
 
 def _cuda_can_load() -> bool:
-    """Whether the CUDA library is there and is meant for this torch: a CPU-only torch lacks what it is linked with."""
-    return torch.version.cuda is not None and _CUDA_LIBRARY.exists() and os.environ.get("XMLKERNELS_CUDA") != "0"
+    """Whether the CUDA library is there and is meant for this torch: a CPU-only torch lacks what it
+    is linked with.
+    """
+    return (
+        torch.version.cuda is not None
+        and _CUDA_LIBRARY.exists()
+        and os.environ.get("XMLKERNELS_CUDA") != "0"
+    )
 
 
 def _missing_cuda() -> str | None:
@@ -72,26 +82,19 @@ def _missing_cuda() -> str | None:
 
 
 def warn_reference(device: str, reason: str) -> None:
-    """Tells once per device type that an op runs on its slow reference, which may hold whole matrices (`B x L`)."""
+    """Tells once per device type that an op runs on its slow reference, which may hold whole
+    matrices (`B x L`).
+    """
     if device not in _warned:
         _warned.add(device)
         builds = "`pip install --no-build-isolation .` builds kernels"
-        mend = {"cpu": builds, "cuda": f"{builds} where nvcc is installed"}.get(device, "kernels exist for CPU and CUDA alone")
+        mend = {"cpu": builds, "cuda": f"{builds} where nvcc is installed"}.get(
+            device, "kernels exist for CPU and CUDA alone"
+        )
         warnings.warn(
-            f"xmlkernels: ops on {device} run on their slow reference: {reason}. The full-label ops then hold all logits; "
+            f"xmlkernels: ops on {device} run on their slow reference: {reason}. The full-label "
+            "ops then hold all logits; "
             f"{mend}",
             RuntimeWarning,
             stacklevel=3,
         )
-
-
-if __name__ == "__main__":
-    # Importing the ops has loaded the library already, or raised.
-    from xmlkernels.ops import missing
-
-    print(f"xmlkernels: native library: {'loaded' if missing is None else 'not loaded, ' + missing}")
-    if torch.version.cuda is not None:
-        # The module that `ops` imported: this one, run as a script, is a copy of it.
-        from xmlkernels.native import missing_cuda as reason
-
-        print(f"xmlkernels: CUDA library: {'loaded' if reason is None else 'not loaded, ' + reason}")

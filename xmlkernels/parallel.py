@@ -1,7 +1,7 @@
 """Compiled loops on several threads: as many as `numba.get_num_threads()` says.
 
-The loops release the interpreter's lock and are compiled without numba's own parallel transform, which takes minutes to
-compile what takes seconds without it.
+The loops release the interpreter's lock and are compiled without numba's own parallel transform,
+which takes minutes to compile what takes seconds without it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ _kept: set[Any] = set()
 
 
 def keep_compiled(*loops: Any) -> None:
-    """Keep the machine code of compiled loops on disk from their first call on: it takes seconds to make.
+    """Keep the machine code of compiled loops on disk from their first call on: it takes seconds to
+    make.
 
-    Not `njit(cache=True)`, which makes folders when a module is imported. Numba's cache sees changes of the loop's own file
-    alone, so the loops of a file must not call those of another.
+    Not `njit(cache=True)`, which makes folders when a module is imported. Numba's cache sees
+    changes of the loop's own file alone, so the loops of a file must not call those of another.
     """
     for loop in loops:
         if loop not in _kept and hasattr(loop, "enable_caching"):  # without NUMBA_DISABLE_JIT
             _kept.add(loop)
-            with suppress(RuntimeError):  # no folder that can be written: compiled for this process alone
+            with suppress(
+                RuntimeError
+            ):  # no folder that can be written: compiled for this process alone
                 loop.enable_caching()
 
 
@@ -42,7 +45,8 @@ def threads() -> int:
 
 
 def in_parallel(work: Callable[[int, int], None], count: int, step: int, workers: int = 0) -> None:
-    """Calls work(begin, end) for the pieces of `step` of range(count). Who does which piece must not change the result.
+    """Calls work(begin, end) for the pieces of `step` of range(count). Who does which piece must
+    not change the result.
 
     Args:
         workers: threads; 0 is `threads()`.

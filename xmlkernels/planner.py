@@ -23,7 +23,8 @@ class Table:
         name: what to call it.
         rows, width: n and D.
         dtype: of its weights: fp32, bf16, fp16 or fp8.
-        optimizer: sgd, adam, or adamw_dense: every row in every step, with the gradient as a table of its own.
+        optimizer: sgd, adam, or adamw_dense: every row in every step, with the gradient as a table
+            of its own.
         momentum: SGD's; 0 keeps no state.
         state: number format of the [n, D] states.
         row_wise: Adam's second moment as one fp32 value for a row.
@@ -46,7 +47,9 @@ class Table:
 
     def weight_bytes(self) -> int:
         """Weights, biases and, in fp8, a scale and a maximum for each row."""
-        return self.rows * (self.width * _size(self.dtype) + 4 * self.bias + 8 * (self.dtype == "fp8"))
+        return self.rows * (
+            self.width * _size(self.dtype) + 4 * self.bias + 8 * (self.dtype == "fp8")
+        )
 
     def state_bytes(self) -> int:
         """What the optimizer keeps, and the Kahan compensation."""
@@ -63,12 +66,16 @@ class Table:
         return self.rows * (4 * self.width + rounded + 4 * self.bias) if self.mean else 0
 
     def gradient_bytes(self, documents: int) -> int:
-        """What a step of B documents holds for this table alone: of a dense optimizer the gradients of weights and logits."""
+        """What a step of B documents holds for this table alone: of a dense optimizer the gradients
+        of weights and logits.
+        """
         return 4 * self.rows * (self.width + documents) if self.optimizer == "adamw_dense" else 0
 
 
 def encoder_parts(encoder: nn.Module, *, mean: bool = False) -> dict[str, int]:
-    """Bytes of an encoder: weights with its own tables; gradients, AdamW's two moments and the `mean` of what is trained."""
+    """Bytes of an encoder: weights with its own tables; gradients, AdamW's two moments and the
+    `mean` of what is trained.
+    """
     trained = sum(_bytes(p) for p in encoder.parameters() if p.requires_grad)
     whole = sum(map(_bytes, encoder.parameters())) + sum(map(_bytes, encoder.buffers()))
     parts = {"encoder": whole, "its gradients": trained, "its optimizer": 2 * trained}
@@ -76,8 +83,9 @@ def encoder_parts(encoder: nn.Module, *, mean: bool = False) -> dict[str, int]:
 
 
 def activation_bytes(encoder: nn.Module, documents: int, tokens: int) -> int:
-    """An estimate of what one training pass of a transformer keeps for its backward: 34 H bytes per token and layer with
-    16-bit autocast, twice that without (Korthikanti et al., MLSys 2023, section 4.1, attention recomputed or fused).
+    """An estimate of what one training pass of a transformer keeps for its backward: 34 H bytes per
+    token and layer with 16-bit autocast, twice that without (Korthikanti et al., MLSys 2023,
+    section 4.1, attention recomputed or fused).
 
     Args:
         encoder: a transformer with `hidden` and `layers`; of any other, its output [B, D] alone.
@@ -100,9 +108,15 @@ def shortlist_bytes(documents: int, candidates: Sequence[int]) -> int:
 
 
 def plan(
-    encoder: nn.Module, tables: Sequence[Table], *, documents: int, tokens: int, update: int = 0,
-    candidates: Sequence[int] = (), mean: bool = False,
-) -> dict[str, int]:  # fmt: skip
+    encoder: nn.Module,
+    tables: Sequence[Table],
+    *,
+    documents: int,
+    tokens: int,
+    update: int = 0,
+    candidates: Sequence[int] = (),
+    mean: bool = False,
+) -> dict[str, int]:
     """Bytes by part, in the order in which they are told.
 
     Args:
@@ -121,15 +135,21 @@ def plan(
     return parts | {"activations (estimate)": activation_bytes(encoder, documents, tokens)}
 
 
-def table_parts(tables: Sequence[Table], documents: int, candidates: Sequence[int] = ()) -> dict[str, int]:
-    """Bytes by part of tables alone, with B documents to an update: the share of a device that has no encoder."""
+def table_parts(
+    tables: Sequence[Table], documents: int, candidates: Sequence[int] = ()
+) -> dict[str, int]:
+    """Bytes by part of tables alone, with B documents to an update: the share of a device that has
+    no encoder.
+    """
     parts = {}
     for table in tables:
         parts[table.name] = table.weight_bytes()
         parts[f"states of {table.name}"] = table.state_bytes()
         parts[f"mean of {table.name}"] = table.mean_bytes()
     # The levels of a cascade are trained one after the other.
-    parts["gradients of one table"] = max((table.gradient_bytes(documents) for table in tables), default=0)
+    parts["gradients of one table"] = max(
+        (table.gradient_bytes(documents) for table in tables), default=0
+    )
     if candidates:
         parts["shortlists"] = shortlist_bytes(documents, candidates)
     return parts
@@ -162,7 +182,9 @@ def readable(count: int) -> str:
 
 def _size(dtype: str) -> int:
     if dtype not in _SIZE:
-        raise InputError("number format", f"one of {', '.join(_SIZE)}", repr(dtype), "choose one of them")
+        raise InputError(
+            "number format", f"one of {', '.join(_SIZE)}", repr(dtype), "choose one of them"
+        )
     return _SIZE[dtype]
 
 

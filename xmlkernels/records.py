@@ -1,4 +1,5 @@
-"""Read JSON, and check every value by its type: the one place for manifests, heads and settings that stand in files.
+"""Read JSON, and check every value by its type: the one place for manifests, heads and settings
+that stand in files.
 
 Say the shape of a record as a TypedDict and read it::
 
@@ -8,15 +9,17 @@ Say the shape of a record as a TypedDict and read it::
         vocabulary: NotRequired[Count | None]
         state: dict[str, Any]                  # free-form: passed on as it stands
 
-    head = read_record(folder / "head.json", Head, mend="save it again", kind={"format": "xmlkernels-head", "version": 1})
+    head = read_record(folder / "head.json", Head, mend="save it again", kind={"format":
+    "xmlkernels-head", "version": 1})
 
-`parse_record` does the same for JSON that stands in a header, `check_record` for a value that was parsed before. Keys
-that a type does not name are kept and not looked at, so a newer writer may add some. A type may be anything that msgspec
-knows: TypedDict, dict, list, Literal, unions, and `Annotated[int, Meta(ge=0)]` for ranges (`Meta` stands here).
+`parse_record` does the same for JSON that stands in a header, `check_record` for a value that was
+parsed before. Keys that a type does not name are kept and not looked at, so a newer writer may add
+some. A type may be anything that msgspec knows: TypedDict, dict, list, Literal, unions, and
+`Annotated[int, Meta(ge=0)]` for ranges (`Meta` stands here).
 
-JSON here is strict: no NaN or Infinity, no number beyond a double, no key twice, UTF-8, at most `DEEPEST` levels, a
-bounded size. What breaks a rule is an InputError that names the file, the key (`$.splits.train.documents`), what was
-expected and what stood there.
+JSON here is strict: no NaN or Infinity, no number beyond a double, no key twice, UTF-8, at most
+`DEEPEST` levels, a bounded size. What breaks a rule is an InputError that names the file, the key
+(`$.splits.train.documents`), what was expected and what stood there.
 """
 
 from __future__ import annotations
@@ -45,9 +48,17 @@ Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 """A sha256 in hexadecimal."""
 
 T = TypeVar("T")
-_PLAIN = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "null": "null"}
+_PLAIN = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+    "null": "null",
+}
 _PLAIN |= {"object": "an object", "array": "a list"}
-_REPORT = re.compile(r"(?P<what>.*?)(?:, got .*?)?(?: - at (?P<key>`key` in )?`\$(?P<path>.*)`)?", re.S)
+_REPORT = re.compile(
+    r"(?P<what>.*?)(?:, got .*?)?(?: - at (?P<key>`key` in )?`\$(?P<path>.*)`)?", re.S
+)
 _STEP = re.compile(r"\[\.\.\.\]|\[(\d+)\]|\.([^.\[]+)")
 
 
@@ -69,7 +80,8 @@ def read_record(
         most_bytes: a larger file is refused before it is read.
 
     Raises:
-        InputError: the file is missing, cannot be read or is too large; it is no strict JSON; a value has another type.
+        InputError: the file is missing, cannot be read or is too large; it is no strict JSON; a
+            value has another type.
     """
     name = os.fspath(path)
     try:
@@ -80,14 +92,23 @@ def read_record(
     except FileNotFoundError:
         raise InputError(name, "a JSON file", "no such file", mend) from None
     except OSError as error:
-        raise InputError(name, "a file that can be read", str(error.strerror or error), "check the path") from None
+        raise InputError(
+            name, "a file that can be read", str(error.strerror or error), "check the path"
+        ) from None
     return parse_record(text, shape, where=name, mend=mend, kind=kind)
 
 
 def parse_record(
-    text: bytes | str, shape: type[T], *, where: str, mend: str, kind: Mapping[str, Any] | None = None
+    text: bytes | str,
+    shape: type[T],
+    *,
+    where: str,
+    mend: str,
+    kind: Mapping[str, Any] | None = None,
 ) -> T:
-    """The record that a text holds; arguments and errors as `read_record`, `where` is what messages call the text."""
+    """The record that a text holds; arguments and errors as `read_record`, `where` is what messages
+    call the text.
+    """
     value = parse_json(text, where, mend)
     if kind is not None:
         found = value if isinstance(value, dict) else {}
@@ -99,7 +120,8 @@ def parse_record(
 
 
 def check_record(value: Any, shape: type[T], *, where: str, mend: str) -> T:
-    """A value that was parsed before, if it has the type. It is returned as it stands, keys beyond the type included.
+    """A value that was parsed before, if it has the type. It is returned as it stands, keys beyond
+    the type included.
 
     Raises:
         InputError: names the key, what was expected and what stands there.
@@ -117,8 +139,8 @@ def parse_json(text: bytes | str, where: str, mend: str, *, strict: bool = True)
     """JSON of any type.
 
     Args:
-        strict: False takes NaN, Infinity and keys that stand twice (the last counts), as Python's own writers and readers
-            do: for files that others wrote.
+        strict: False takes NaN, Infinity and keys that stand twice (the last counts), as Python's
+            own writers and readers do: for files that others wrote.
 
     Raises:
         InputError: see the module docstring.
@@ -127,11 +149,17 @@ def parse_json(text: bytes | str, where: str, mend: str, *, strict: bool = True)
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
         value = (_DECODER if strict else _LAX).decode(decoded)
     except UnicodeDecodeError as error:
-        raise InputError(where, "JSON in UTF-8", f"a byte that is none (at {error.start})", mend) from None
+        raise InputError(
+            where, "JSON in UTF-8", f"a byte that is none (at {error.start})", mend
+        ) from None
     except RecursionError:
         raise InputError(where, f"JSON of at most {DEEPEST} levels", "more", mend) from None
     except json.JSONDecodeError as error:
-        got = f"{error.msg} (line {error.lineno}, column {error.colno})" if decoded.strip() else "an empty text"
+        got = (
+            f"{error.msg} (line {error.lineno}, column {error.colno})"
+            if decoded.strip()
+            else "an empty text"
+        )
         raise InputError(where, "JSON", got, mend) from None
     except _Broken as error:
         raise InputError(where, "strict JSON", str(error), mend) from None
@@ -166,12 +194,16 @@ def _finite(token: str) -> float:
     return number
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+)
 _LAX = json.JSONDecoder()
 
 
 def _depth(value: Any) -> int:
-    """Levels of lists and objects; not recursive, and it stops one level behind the deepest that is allowed."""
+    """Levels of lists and objects; not recursive, and it stops one level behind the deepest that is
+    allowed.
+    """
     level, depth = [value], 0
     while level and depth <= DEEPEST:
         level = [inner for outer in level for inner in _inside(outer)]
@@ -187,7 +219,9 @@ def _inside(value: Any) -> Iterator[Any]:
 
 
 def _told(value: Any, shape: Any, report: str, where: str, mend: str) -> InputError:
-    """The sentence for msgspec's, such as "Expected `int` >= 0, got `str` - at `$.splits[...].documents`"."""
+    """The sentence for msgspec's, such as "Expected `int` >= 0, got `str` - at
+    `$.splits[...].documents`".
+    """
     parts = _REPORT.fullmatch(report)
     assert parts is not None  # every part is optional
     what, path = parts["what"], parts["path"] or ""
@@ -197,7 +231,9 @@ def _told(value: Any, shape: Any, report: str, where: str, mend: str) -> InputEr
     missing = re.fullmatch(r"Object missing required field `(.*)`", what)
     if missing:
         return InputError(where, f"a key {missing[1]!r}", "none", mend)
-    expected = re.sub(r"`([^`]*)`", lambda m: " or ".join(_PLAIN.get(w, w) for w in m[1].split(" | ")), what)
+    expected = re.sub(
+        r"`([^`]*)`", lambda m: " or ".join(_PLAIN.get(w, w) for w in m[1].split(" | ")), what
+    )
     expected = expected.removeprefix("Expected ")
     expected = "another value" if expected.startswith("Invalid enum value") else expected
     expected = "a number that fits a double" if expected == "Number out of range" else expected
@@ -207,7 +243,8 @@ def _told(value: Any, shape: Any, report: str, where: str, mend: str) -> InputEr
 def _located(value: Any, shape: Any, report: str, path: str) -> tuple[list[str | int], Any]:
     """Keys and list places from the top to what the report is about, and the value there.
 
-    msgspec writes `[...]` for a key of a dict: the key is that with which alone the same report comes again.
+    msgspec writes `[...]` for a key of a dict: the key is that with which alone the same report
+    comes again.
     """
     steps: list[str | int] = []
     at = value
@@ -215,7 +252,9 @@ def _located(value: Any, shape: Any, report: str, path: str) -> tuple[list[str |
         if match[0] == "[...]":
             if not isinstance(at, dict):
                 break
-            step: str | int | None = next((key for key in at if _report(value, shape, steps, key) == report), None)
+            step: str | int | None = next(
+                (key for key in at if _report(value, shape, steps, key) == report), None
+            )
             if step is None:
                 break
         else:
@@ -253,7 +292,9 @@ def _step(step: str | int) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as it stands in JSON, at most 60 characters of it; of lists and objects how many items they have."""
+    """A value as it stands in JSON, at most 60 characters of it; of lists and objects how many
+    items they have.
+    """
     if isinstance(value, dict | list):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     text = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")

@@ -22,9 +22,9 @@ def check_threads(count: int) -> int:
 def torch_threads(count: int) -> Iterator[None]:
     """Let torch compute on `count` CPU threads inside; 0 changes nothing.
 
-    Neither entering nor leaving starts a thread. With 1, nothing that torch does inside starts its pool of OpenMP threads,
-    which no child made by `fork` can use. The number is that of the calling thread; the same thread has its own number back
-    afterwards.
+    Neither entering nor leaving starts a thread. With 1, nothing that torch does inside starts its
+    pool of OpenMP threads, which no child made by `fork` can use. The number is that of the calling
+    thread; the same thread has its own number back afterwards.
     """
     if count == 0:
         yield

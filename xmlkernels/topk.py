@@ -1,7 +1,9 @@
-"""The k best candidates of each point: from a score matrix, and without the pairs that a dataset filters out.
+"""The k best candidates of each point: from a score matrix, and without the pairs that a dataset
+filters out.
 
-Letters: N points, L labels, K candidates kept per point, k predictions wanted. Rankings are pairs (values, rows) [N, K] in
-descending order of score; a place without a candidate holds row -1 and value -inf.
+Letters: N points, L labels, K candidates kept per point, k predictions wanted. Rankings are pairs
+(values, rows) [N, K] in descending order of score; a place without a candidate holds row -1 and
+value -inf.
 """
 
 import numpy as np
@@ -28,7 +30,12 @@ def top_rows_from_csr(scores: csr_matrix, k: int) -> tuple[np.ndarray, np.ndarra
         InputError: not a sparse matrix, a NaN among the scores, or k below 1.
     """
     if not issparse(scores) or scores.ndim != 2:
-        raise InputError("scores", "a scipy sparse matrix [points, labels]", type(scores).__name__, "convert it first")
+        raise InputError(
+            "scores",
+            "a scipy sparse matrix [points, labels]",
+            type(scores).__name__,
+            "convert it first",
+        )
     _check_k(k)
     matrix = scores.tocsr()
     if not matrix.has_canonical_format:
@@ -42,11 +49,15 @@ def top_rows_from_csr(scores: csr_matrix, k: int) -> tuple[np.ndarray, np.ndarra
         part = matrix[start : start + size]
         if np.isnan(part.data).any():
             at = int(np.isnan(part.data).argmax())
-            where = f"scores, point {start + int(np.searchsorted(part.indptr, at, 'right')) - 1}, label {part.indices[at]}"
+            where = (
+                f"scores, point {start + int(np.searchsorted(part.indptr, at, 'right')) - 1}, "
+                f"label {part.indices[at]}"
+            )
             raise InputError(where, "a number", "NaN", "look for the NaN in the model")
         count = np.diff(part.indptr)
         point = np.repeat(np.arange(len(count)), count)
-        # Indices ascend within a row and lexsort is stable: of equal scores the lower label stays first.
+        # Indices ascend within a row and lexsort is stable: of equal scores the lower label stays
+        # first.
         order = np.lexsort((-part.data.astype(values.dtype), point))
         place = np.arange(part.nnz) - np.repeat(part.indptr[:-1], count)
         kept = place < k
@@ -80,7 +91,8 @@ def drop_filtered(
     *,
     num_labels: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k best candidates of each point that are not filtered: pairs are removed before the cut to k.
+    """The k best candidates of each point that are not filtered: pairs are removed before the cut
+    to k.
 
     Args:
         top_rows: int64 [N, K], best first, -1 where there is none.
@@ -90,23 +102,33 @@ def drop_filtered(
         num_labels: L, where known: with K = L nothing is missing however much is removed.
 
     Returns:
-        rows int64 [N, k] and values [N, k], in the order of the arguments; -1 and -inf where fewer than k are left.
+        rows int64 [N, k] and values [N, k], in the order of the arguments; -1 and -inf where fewer
+        than k are left.
 
     Raises:
-        InputError: shapes that do not match, a pair of a point that is not there, or a point that may have lost a
-            prediction because too few candidates were kept (keep `candidates_needed`).
+        InputError: shapes that do not match, a pair of a point that is not there, or a point that
+            may have lost a prediction because too few candidates were kept (keep
+            `candidates_needed`).
     """
     _check_k(k)
     numbers = top_rows.dtype.kind in "iu" and top_values.dtype.kind == "f"
     if not numbers or top_rows.ndim != 2 or top_rows.shape != top_values.shape:
         got = f"{top_rows.dtype} {top_rows.shape} and {top_values.dtype} {top_values.shape}"
-        raise InputError("top_rows and top_values", "an integer and a float array [N, K]", got, "pass the rows first")
+        raise InputError(
+            "top_rows and top_values",
+            "an integer and a float array [N, K]",
+            got,
+            "pass the rows first",
+        )
     pairs = _check_pairs(filter_pairs)
     n, candidates = top_rows.shape
     if pairs.size and not 0 <= pairs[:, 0].min() <= pairs[:, 0].max() < n:
         bad = pairs[(pairs[:, 0] < 0) | (pairs[:, 0] >= n)][0]
         raise InputError(
-            f"filter_pairs, pair {bad.tolist()}", f"points from 0 to {n - 1}", str(bad[0]), "pass the pairs of this split"
+            f"filter_pairs, pair {bad.tolist()}",
+            f"points from 0 to {n - 1}",
+            str(bad[0]),
+            "pass the pairs of this split",
         )
     missing = ((0, 0), (0, max(0, k - candidates)))
     rows = np.pad(top_rows[:, :k].astype(np.int64), missing, constant_values=-1)
@@ -117,21 +139,29 @@ def drop_filtered(
     for start in range(0, len(hurt), size):
         points = hurt[start : start + size]
         here = (of_pair >= start) & (of_pair < start + size)
-        kept_rows, kept_values = _without(top_rows[points], top_values[points], of_pair[here] - start, pairs[here, 1])
+        kept_rows, kept_values = _without(
+            top_rows[points], top_values[points], of_pair[here] - start, pairs[here, 1]
+        )
         left = (kept_rows >= 0).sum(1)
         # A row that was not full has lost nothing: no candidate stands behind its last one.
         few = (top_rows[points] >= 0).all(1) & (left < k) & (left < candidates)
         if few.any() and (num_labels is None or candidates < num_labels):
             raise InputError(
-                f"top_rows, point {points[few.argmax()]}", f"{k} candidates after its filter pairs are removed",
+                f"top_rows, point {points[few.argmax()]}",
+                f"{k} candidates after its filter pairs are removed",
                 str(int(left[few.argmax()])),
                 f"keep {candidates_needed(k, pairs, num_labels)} candidates per point",
-            )  # fmt: skip
-        rows[points, :candidates], values[points, :candidates] = kept_rows[:, :k], kept_values[:, :k]
+            )
+        rows[points, :candidates], values[points, :candidates] = (
+            kept_rows[:, :k],
+            kept_values[:, :k],
+        )
     return rows, values
 
 
-def _without(rows: np.ndarray, values: np.ndarray, point: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _without(
+    rows: np.ndarray, values: np.ndarray, point: np.ndarray, label: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The candidates [n, K] without the pairs (point, label), moved up; -1 and -inf behind them."""
     pair, place = np.nonzero(rows[point] == label[:, None])
     removed = np.zeros(rows.shape, bool)
@@ -152,8 +182,18 @@ def _check_pairs(filter_pairs: np.ndarray) -> np.ndarray:
         return np.zeros((0, 2), np.int64)
     if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype.kind not in "iu":
         got = f"{pairs.dtype} {pairs.shape}"
-        raise InputError("filter_pairs", "an integer array [n, 2] of (point, label)", got, "read them with the filter reader")
+        raise InputError(
+            "filter_pairs",
+            "an integer array [n, 2] of (point, label)",
+            got,
+            "read them with the filter reader",
+        )
     if pairs[:, 1].min() < 0:
         bad = int(pairs[:, 1].argmin())
-        raise InputError(f"filter_pairs, pair {bad}", "label numbers from 0", str(pairs[bad, 1]), "number labels from 0")
+        raise InputError(
+            f"filter_pairs, pair {bad}",
+            "label numbers from 0",
+            str(pairs[bad, 1]),
+            "number labels from 0",
+        )
     return pairs.astype(np.int64, copy=False)

@@ -14,12 +14,18 @@ from triton.compiler import ASTSource
 
 ARCHES = {"sm_80": 80, "sm_90a": 90}
 E4M3_ARCHES = {"sm_89": 89, "sm_90a": 90}  # Triton has no e4m3 below sm_89
-# Shared memory of one block, in bytes: sm_86 and sm_89 have the least of those served, sm_90 the most.
+# Shared memory of one block, in bytes: sm_86 and sm_89 have the least of those served, sm_90 the
+# most.
 SMALL, LARGE = 99 << 10, 227 << 10
 POINTER = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64",
-    torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv",
-}  # fmt: skip
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+    torch.float8_e4m3fn: "*fp8e4nv",
+}
 
 
 @dataclass
@@ -44,36 +50,55 @@ class Compiled:
 
 
 def compile_kernel(
-    kernel: Any, arch: str, arguments: dict[str, torch.dtype | str | None], constants: dict[str, Any], *,
-    divisible: tuple[str, ...] = (), num_warps: int = 4, num_stages: int = 3, **options: Any,
-) -> Compiled:  # fmt: skip
+    kernel: Any,
+    arch: str,
+    arguments: dict[str, torch.dtype | str | None],
+    constants: dict[str, Any],
+    *,
+    divisible: tuple[str, ...] = (),
+    num_warps: int = 4,
+    num_stages: int = 3,
+    **options: Any,
+) -> Compiled:
     """Compiles for one architecture, as the launcher would for such arguments.
 
     Args:
         kernel: a @triton.jit function.
         arch: "sm_80", "sm_89" or "sm_90a".
-        arguments: by name, in any order: a dtype for a pointer to it, "i32", "i64" or "fp32" for a number, None for an
-            absent tensor.
+        arguments: by name, in any order: a dtype for a pointer to it, "i32", "i64" or "fp32" for a
+            number, None for an absent tensor.
         constants: the constexpr arguments.
         divisible: numbers that are multiples of 16; every pointer is, as torch allocates.
     """
     absent = {name for name, kind in arguments.items() if kind is None}
     signature = {
-        n: "constexpr" if n in constants or n in absent else POINTER.get(arguments[n], arguments[n]) for n in kernel.arg_names
+        n: "constexpr" if n in constants or n in absent else POINTER.get(arguments[n], arguments[n])
+        for n in kernel.arg_names
     }
     pointers = {n for n, kind in signature.items() if kind.startswith("*")}
-    attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in pointers | set(divisible)}
+    attributes = {
+        (kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in pointers | set(divisible)
+    }
     source = ASTSource(kernel, signature, constants | dict.fromkeys(absent), attributes)
     target = GPUTarget("cuda", (ARCHES | E4M3_ARCHES)[arch], 32)
-    built = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages, **options})
+    built = triton.compile(
+        source, target=target, options={"num_warps": num_warps, "num_stages": num_stages, **options}
+    )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(built.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        report = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
-    # The first numbers may be those of device functions; a kernel's own line has REG, STACK, SHARED and LOCAL.
-    lines = [dict(re.findall(r"(\w+):(\d+)", line)) for line in report.splitlines() if "REG:" in line]
+        report = subprocess.run(
+            [tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+        ).stdout
+    # The first numbers may be those of device functions; a kernel's own line has REG, STACK, SHARED
+    # and LOCAL.
+    lines = [
+        dict(re.findall(r"(\w+):(\d+)", line)) for line in report.splitlines() if "REG:" in line
+    ]
     assert lines, f"no resource line in {report!r}"
-    worst = {key: max(int(line[key]) for line in lines) for key in ("REG", "STACK", "LOCAL", "SHARED")}
+    worst = {
+        key: max(int(line[key]) for line in lines) for key in ("REG", "STACK", "LOCAL", "SHARED")
+    }
     shared = max(worst["SHARED"], built.metadata.shared)
     return Compiled(worst["REG"], worst["STACK"], worst["LOCAL"], shared, built.asm["ptx"])

@@ -18,7 +18,20 @@ def library() -> ctypes.CDLL:
     source, target = Path(__file__).with_suffix(".cpp"), folder() / "cuda_arithmetic.so"
     # As torch computes on the CPU: every product and sum rounded by itself.
     host = "-O1,-fPIC,-ffp-contract=off,-Wall,-Wno-unknown-pragmas,-Werror"
-    run([need_nvcc(), "-x", "c++", *FLAGS, "-shared", "-Xcompiler", host, str(source), "-o", str(target)])
+    run(
+        [
+            need_nvcc(),
+            "-x",
+            "c++",
+            *FLAGS,
+            "-shared",
+            "-Xcompiler",
+            host,
+            str(source),
+            "-o",
+            str(target),
+        ]
+    )
     return ctypes.CDLL(str(target))
 
 
@@ -38,25 +51,48 @@ def pointers(*tensors: Tensor | None) -> ctypes.Array[ctypes.c_void_p]:
 
 
 def call(name: str, *arguments: Tensor | int) -> None:
-    getattr(library(), name)(*(ctypes.c_void_p(address(a)) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in arguments))
+    getattr(library(), name)(
+        *(
+            ctypes.c_void_p(address(a)) if isinstance(a, Tensor) else ctypes.c_int64(a)
+            for a in arguments
+        )
+    )
 
 
 def run_on_host(step: RowStep, *, reverse: bool = False, copy: bool = True) -> dict[str, Tensor]:
     """Every tensor that the step updates, after the CUDA kernels have run as host code.
 
-    reverse: the other order of threads and blocks. copy: False to write to the step's own tensors."""
+    reverse: the other order of threads and blocks. copy: False to write to the step's own
+        tensors."""
     t = {k: v.clone() if copy else v for k, v in step.tensors.items()}
     bag, second = "token" in t, t.get("second")
     dtypes = [DTYPES[t[k].dtype] if k in t else 0 for k in ("param", "momentum", "second", "grad")]
     row_wise, options = second is not None and second.dim() == 1, step.options
     n = numbers(
-        *dtypes, t["param"].shape[1], row_wise, options.get("row_offset", 0), options.get("decoupled", False),
-        t["param"].shape[0], (t["token"] if bag else t["rows"]).shape[0], t["grad"].shape[0] if bag else 0,
+        *dtypes,
+        t["param"].shape[1],
+        row_wise,
+        options.get("row_offset", 0),
+        options.get("decoupled", False),
+        t["param"].shape[0],
+        (t["token"] if bag else t["rows"]).shape[0],
+        t["grad"].shape[0] if bag else 0,
         reverse,
-    )  # fmt: skip
+    )
     p = pointers(
-        t["param"], t.get("momentum"), second, t.get("kahan"), t.get("row_step"), t.get("row_decay"), t.get("decay_sum"),
-        t["hyper"], t["counter"], t["token"] if bag else t["rows"], t["grad"], t.get("offset"), t.get("token_weight"),
-    )  # fmt: skip
+        t["param"],
+        t.get("momentum"),
+        second,
+        t.get("kahan"),
+        t.get("row_step"),
+        t.get("row_decay"),
+        t.get("decay_sum"),
+        t["hyper"],
+        t["counter"],
+        t["token"] if bag else t["rows"],
+        t["grad"],
+        t.get("offset"),
+        t.get("token_weight"),
+    )
     getattr(library(), "bag_step_host" if bag else "sparse_update_host")(p, n)
     return {k: t[k] for k in ("param", *ROW_STATES) if k in t}

@@ -1,4 +1,6 @@
-"""Compiles the CUDA sources with nvcc for cards that need not be here, and reads what the compiler says of each kernel."""
+"""Compiles the CUDA sources with nvcc for cards that need not be here, and reads what the compiler
+says of each kernel.
+"""
 
 import functools
 import os
@@ -14,7 +16,10 @@ import triton
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-FLAGS = ["-std=c++20", f"-I{ROOT / 'csrc'}"]  # device code is optimized without being asked; host code need not be
+FLAGS = [
+    "-std=c++20",
+    f"-I{ROOT / 'csrc'}",
+]  # device code is optimized without being asked; host code need not be
 TORCH = Path(torch.__file__).parent
 LINKED = "sm_90a"  # for this one the host's part is compiled too, so that the objects link
 
@@ -31,7 +36,10 @@ def need_nvcc() -> str:
     found = find_nvcc()
     if found is not None:
         return found
-    told = "no nvcc (looked at CUDACXX, CUDA_HOME, /usr/local/cuda and PATH): CUDA sources are not compiled"
+    told = (
+        "no nvcc (looked at CUDACXX, CUDA_HOME, /usr/local/cuda and PATH): CUDA sources are not "
+        "compiled"
+    )
     if os.environ.get("XMLKERNELS_REQUIRE_NVCC") == "1":
         pytest.fail(f"XMLKERNELS_REQUIRE_NVCC=1, but {told}")
     pytest.skip(told)
@@ -47,17 +55,33 @@ def folder() -> Path:
 
 def run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    assert done.returncode == 0, (
+        f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    )
     return done.stdout
 
 
 @functools.cache
 def compiled(source: Path, arch: str) -> Path:
-    """One source compiled for one architecture: an object file for LINKED, else device code alone. A warning is an error."""
+    """One source compiled for one architecture: an object file for LINKED, else device code alone.
+    A warning is an error.
+    """
     host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-c"]
     target = folder() / f"{source.stem}.{arch}.o"
     kind = host if arch == LINKED else ["-cubin"]
-    run([need_nvcc(), *FLAGS, f"-arch={arch}", "-Werror", "all-warnings", *kind, str(source), "-o", str(target)])
+    run(
+        [
+            need_nvcc(),
+            *FLAGS,
+            f"-arch={arch}",
+            "-Werror",
+            "all-warnings",
+            *kind,
+            str(source),
+            "-o",
+            str(target),
+        ]
+    )
     return target
 
 

@@ -1,4 +1,6 @@
-"""`bce_step_` and `bce_loss`: every kernel compiles for every architecture, within its registers and shared memory."""
+"""`bce_step_` and `bce_loss`: every kernel compiles for every architecture, within its registers
+and shared memory.
+"""
 
 from typing import Any
 
@@ -21,7 +23,13 @@ def name_of(value: object) -> str | None:
     return f"B{value[0]}-{str(value[1])[6:]}" if isinstance(value, tuple) else None
 
 
-def build(kernel: Any, arch: str, table: tuple[int, torch.dtype], arguments: dict[str, Any], **constants: Any) -> Compiled:
+def build(
+    kernel: Any,
+    arch: str,
+    table: tuple[int, torch.dtype],
+    arguments: dict[str, Any],
+    **constants: Any,
+) -> Compiled:
     p = make_plan(table[0], 768, table[1])
     blocks = {
         "BLOCK_B": p.block_b,
@@ -49,7 +57,9 @@ def check(got: Compiled, arch: str, table: tuple[int, torch.dtype]) -> None:
 @pytest.mark.parametrize("skips", [False, True], ids=["", "skips"])
 @pytest.mark.parametrize("table", TABLES, ids=name_of)
 @pytest.mark.parametrize("arch", ARCHES)
-def test_gradient_tile(arch: str, table: tuple[int, torch.dtype], skips: bool, values: torch.dtype | None) -> None:
+def test_gradient_tile(
+    arch: str, table: tuple[int, torch.dtype], skips: bool, values: torch.dtype | None
+) -> None:
     if values and skips:
         pytest.skip("each compiled alone")
     if values and table[1] == F16:
@@ -78,7 +88,11 @@ def test_add_dx(arch: str, table: tuple[int, torch.dtype], skips: bool) -> None:
     check(build(bce_tile.add_dx, arch, table, tensors | SIZES), arch, table)
 
 
-STATES = {"sgd": {}, "momentum": {"momentum": BF16}, "kahan adam": {"momentum": BF16, "second": BF16, "kahan": BF16}}
+STATES = {
+    "sgd": {},
+    "momentum": {"momentum": BF16},
+    "kahan adam": {"momentum": BF16, "second": BF16, "kahan": BF16},
+}
 
 
 @pytest.mark.parametrize("skips", [False, True], ids=["", "skips"])
@@ -104,7 +118,12 @@ def test_update_rows(arch: str, table: tuple[int, torch.dtype], states: str, ski
         "row_scale": None,
         "hyper": F32,
     }
-    tensors |= {"counter": I64, "correction": F32 if given["second"] else None, "flag": I32, "quiet": I32 if skips else None}
+    tensors |= {
+        "counter": I64,
+        "correction": F32 if given["second"] else None,
+        "flag": I32,
+        "quiet": I32 if skips else None,
+    }
     sizes = SIZES | {"row_offset": "i64", "b_blocks": "i32"}
     check(build(bce_step.update_rows, arch, table, tensors | sizes, DECOUPLED=True), arch, table)
 
@@ -121,7 +140,11 @@ def test_store_gradient(arch: str, table: tuple[int, torch.dtype]) -> None:
         "dbias": F32,
         "flag": I32,
     }
-    check(build(bce_loss.store_gradient, arch, table, tensors | SIZES | {"b_blocks": "i32"}), arch, table)
+    check(
+        build(bce_loss.store_gradient, arch, table, tensors | SIZES | {"b_blocks": "i32"}),
+        arch,
+        table,
+    )
 
 
 @pytest.mark.parametrize("part", ["gradient", "dx", "dweight", "update", "update adam"])
@@ -130,20 +153,67 @@ def test_e4m3_tables(arch: str, part: str) -> None:
     """The table as uint8; its products run in bf16."""
     table, weight = (128, torch.float8_e4m3fn), torch.uint8
     if part == "gradient":
-        tensors = {"x": BF16, "weight": weight, "bias": F32, "row_scale": F32, "starts": I64, "pos_row": I64, "pos_sample": I32}
-        tensors |= {"pos_value": None, "gradient": BF16, "column_sum": F32, "loss": F32, "peaks": F32}
+        tensors = {
+            "x": BF16,
+            "weight": weight,
+            "bias": F32,
+            "row_scale": F32,
+            "starts": I64,
+            "pos_row": I64,
+            "pos_sample": I32,
+        }
+        tensors |= {
+            "pos_value": None,
+            "gradient": BF16,
+            "column_sum": F32,
+            "loss": F32,
+            "peaks": F32,
+        }
         got = build(bce_tile.gradient_tile, arch, table, tensors | SIZES)
     elif part == "dx":
-        tensors = {"gradient": BF16, "weight": weight, "partial": F32, "segment_rows": "i32", "active": I32}
+        tensors = {
+            "gradient": BF16,
+            "weight": weight,
+            "partial": F32,
+            "segment_rows": "i32",
+            "active": I32,
+        }
         got = build(bce_tile.add_dx, arch, table, tensors | SIZES)
     elif part == "dweight":
-        tensors = {"x": BF16, "gradient": BF16, "column_sum": F32, "row_scale": F32, "dweight": F32, "dbias": F32, "flag": I32}
+        tensors = {
+            "x": BF16,
+            "gradient": BF16,
+            "column_sum": F32,
+            "row_scale": F32,
+            "dweight": F32,
+            "dbias": F32,
+            "flag": I32,
+        }
         got = build(bce_loss.store_gradient, arch, table, tensors | SIZES | {"b_blocks": "i32"})
     else:
         state = BF16 if part == "update adam" else None
-        tensors = {"x": BF16, "gradient": BF16, "column_sum": F32, "weight": weight, "bias": F32, "momentum": state}
-        tensors |= {"second": state, "kahan": None, "row_scale": F32, "hyper": F32, "counter": I64, "flag": I32}
-        tensors |= {"quiet": I32, "correction": F32 if state else None, "row_offset": "i64", "b_blocks": "i32"}
+        tensors = {
+            "x": BF16,
+            "gradient": BF16,
+            "column_sum": F32,
+            "weight": weight,
+            "bias": F32,
+            "momentum": state,
+        }
+        tensors |= {
+            "second": state,
+            "kahan": None,
+            "row_scale": F32,
+            "hyper": F32,
+            "counter": I64,
+            "flag": I32,
+        }
+        tensors |= {
+            "quiet": I32,
+            "correction": F32 if state else None,
+            "row_offset": "i64",
+            "b_blocks": "i32",
+        }
         got = build(bce_step.update_rows, arch, table, tensors | SIZES, DECOUPLED=True)
     check(got, arch, table)
 
@@ -153,8 +223,24 @@ def test_the_small_kernels(arch: str) -> None:
     sums = {"partial": F32, "dx": F32, "hyper": F32, "flag": I32, "count": "i32", "segments": "i32"}
     losses = {"part": F32, "loss": F32, "hyper": F32, "flag": I32, "count": "i32"}
     starts = {"pos_row": I64, "starts": I64, "count": "i32", "rows": "i32", "blocks": "i32"}
-    groups = {"peaks": F32, "starts": I64, "hyper": F32, "reach": F32, "flag": I32, "quiet": I32, "active": I32, "skipped": I64}
-    groups |= {"rows": "i32", "first": "i32", "tile": "i32", "b_blocks": "i32", "l_blocks": "i32", "skip_below": "fp32"}
+    groups = {
+        "peaks": F32,
+        "starts": I64,
+        "hyper": F32,
+        "reach": F32,
+        "flag": I32,
+        "quiet": I32,
+        "active": I32,
+        "skipped": I64,
+    }
+    groups |= {
+        "rows": "i32",
+        "first": "i32",
+        "tile": "i32",
+        "b_blocks": "i32",
+        "l_blocks": "i32",
+        "skip_below": "fp32",
+    }
     for kernel, arguments, constants in (
         (bce_tile.sum_dx, sums, {"G_SCALE": 1.0, "BLOCK": 1024}),
         (bce_tile.sum_loss, losses, {"BLOCK": 1024}),

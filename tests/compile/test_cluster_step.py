@@ -35,7 +35,19 @@ def test_step_tiles(arch: str, states: str, large: bool) -> None:
         rows, pairs = 16, 16
     kinds: dict[str, Any] = dict.fromkeys(("momentum", "second", "kahan", "row_scale"))
     kinds |= {k: v for k, v in given.items() if k != "ROW_WISE"}
-    kinds |= {name: F32 for name in ("bias", "moment", "scores", "gradient", "parts", "losses", "pos_value", "hyper")}
+    kinds |= {
+        name: F32
+        for name in (
+            "bias",
+            "moment",
+            "scores",
+            "gradient",
+            "parts",
+            "losses",
+            "pos_value",
+            "hyper",
+        )
+    }
     kinds |= {name: I64 for name in ("order", "group", "edge", "pos_edge", "pos_row", "counter")}
     kinds |= {
         "weight": dtype,
@@ -45,24 +57,55 @@ def test_step_tiles(arch: str, states: str, large: bool) -> None:
         "correction": F32,
         "row_offset": "i64",
     }
-    numbers = ("cluster_rows", "chosen", "tiles", "first_tile", "part_tiles", "first_column", "last_column")
+    numbers = (
+        "cluster_rows",
+        "chosen",
+        "tiles",
+        "first_tile",
+        "part_tiles",
+        "first_column",
+        "last_column",
+    )
     kinds |= dict.fromkeys(numbers, "i32")
     constants = {
-        "D": 768, "ROW_WISE": given.get("ROW_WISE", False), "SCORE": True, "NEED_LOSS": True, "DECOUPLED": True,
-        "LOW": low, "EMULATED": False, "BR": rows, "BP": pairs, "BD": columns,
-    }  # fmt: skip
+        "D": 768,
+        "ROW_WISE": given.get("ROW_WISE", False),
+        "SCORE": True,
+        "NEED_LOSS": True,
+        "DECOUPLED": True,
+        "LOW": low,
+        "EMULATED": False,
+        "BR": rows,
+        "BP": pairs,
+        "BD": columns,
+    }
     divisible, warps = ("first_column", "last_column"), 8 if rows == 64 else 4
-    got = compile_kernel(kernel._step_tiles, arch, kinds, constants, divisible=divisible, num_warps=warps)
+    got = compile_kernel(
+        kernel._step_tiles, arch, kinds, constants, divisible=divisible, num_warps=warps
+    )
     assert (got.stack, got.local) == (0, 0) and got.shared <= SMALL
     assert got.mma == (dtype != F32)
-    # wgmma takes 64 rows at a time: level 0 of a cascade has them, a cluster of a few labels has not.
+    # wgmma takes 64 rows at a time: level 0 of a cascade has them, a cluster of a few labels has
+    # not.
     assert got.wgmma == (arch == "sm_90a" and rows >= 64)
 
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_sum_parts(arch: str) -> None:
-    kinds = {"parts": F32, "clusters": I64, "row_ptr": I64, "hyper": F32, "flag": I32, "dx": F32, "rows": "i64"}
-    kinds |= dict.fromkeys(("chosen", "first_tile", "part_tiles", "first_column", "last_column"), "i32")
+    kinds = {
+        "parts": F32,
+        "clusters": I64,
+        "row_ptr": I64,
+        "hyper": F32,
+        "flag": I32,
+        "dx": F32,
+        "rows": "i64",
+    }
+    kinds |= dict.fromkeys(
+        ("chosen", "first_tile", "part_tiles", "first_column", "last_column"), "i32"
+    )
     constants = {"D": 768, "FIRST": False, "BR": 16, "BS": kernel.SUMMANDS, "BD": 64}
-    got = compile_kernel(kernel._sum_parts, arch, kinds, constants, divisible=("first_column", "last_column"))
+    got = compile_kernel(
+        kernel._sum_parts, arch, kinds, constants, divisible=("first_column", "last_column")
+    )
     assert (got.stack, got.local) == (0, 0) and got.shared <= SMALL

@@ -18,14 +18,28 @@ def store_kernel(value, out, code, counter, width, R: tl.constexpr, C: tl.conste
     column = tl.program_id(1) * C
     at = rows[:, None] * width + column + tl.arange(0, C)[None, :]
     v, seed, step = tl.load(value + at), tl.load(counter), tl.load(counter + 1)
-    tl.store(out + at, common.to_stored(v, seed, step, rows, column, C, common.WEIGHT, out.dtype.element_ty))
-    tl.store(code + at, common.encode_e4m3(v, common.random32(seed, step, rows, column, C, common.RESCALE)))
+    tl.store(
+        out + at,
+        common.to_stored(v, seed, step, rows, column, C, common.WEIGHT, out.dtype.element_ty),
+    )
+    tl.store(
+        code + at,
+        common.encode_e4m3(v, common.random32(seed, step, rows, column, C, common.RESCALE)),
+    )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:]
+)
 @pytest.mark.parametrize("arch", ARCHES)
 def test_stores(arch: str, dtype: torch.dtype) -> None:
-    kinds = {"value": torch.float32, "out": dtype, "code": torch.uint8, "counter": torch.int64, "width": "i32"}
+    kinds = {
+        "value": torch.float32,
+        "out": dtype,
+        "code": torch.uint8,
+        "counter": torch.int64,
+        "width": "i32",
+    }
     got = compile_kernel(store_kernel, arch, kinds, {"R": 32, "C": 128}, divisible=("width",))
     assert (got.stack, got.local) == (0, 0) and got.shared <= SMALL
 

@@ -1,4 +1,6 @@
-"""The CUDA sources compile for every architecture without spilling, and link with torch's headers. Nothing runs here."""
+"""The CUDA sources compile for every architecture without spilling, and link with torch's headers.
+Nothing runs here.
+"""
 
 import os
 import subprocess
@@ -41,13 +43,17 @@ def test_no_kernel_spills(source: Path, arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_90a"])
 def test_the_row_kernels_leave_room_for_loads_in_flight(arch: str) -> None:
-    """At most 96 registers: 5 blocks of 128 threads on a multiprocessor of 65,536, as the launch bounds ask."""
+    """At most 96 registers: 5 blocks of 128 threads on a multiprocessor of 65,536, as the launch
+    bounds ask.
+    """
     found = resources(compiled(ROOT / "csrc" / "cuda" / "sparse_update.cu", arch))
     assert max(needs["REG"] for kernel, needs in found.items() if "update_kernel" in kernel) <= 96
 
 
 def test_the_library_links() -> None:
-    """bindings_cuda.cpp compiles against torch's stable ABI, and all that it calls of ours is there."""
+    """bindings_cuda.cpp compiles against torch's stable ABI, and all that it calls of ours is
+    there.
+    """
     compiler = nvcc.need_nvcc()
     bindings, library = folder() / "bindings_cuda.o", folder() / "_cuda.so"
     stable = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA", "-DXK_CUDA"]
@@ -57,19 +63,34 @@ def test_the_library_links() -> None:
     run(["c++", *flags, *stable, *include, "-c", source, "-o", str(bindings)])
     objects = [str(compiled(s, LINKED)) for s in SOURCES]
     libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
-    run([compiler, "-shared", f"-arch={LINKED}", str(bindings), *objects, *libraries, "-o", str(library)])
+    run(
+        [
+            compiler,
+            "-shared",
+            f"-arch={LINKED}",
+            str(bindings),
+            *objects,
+            *libraries,
+            "-o",
+            str(library),
+        ]
+    )
     undefined = run(["nm", "-D", "--undefined-only", "--demangle", str(library)])
     assert "aoti_torch_get_current_cuda_stream" in undefined
     assert "xk::" not in undefined
     assert "at::" not in undefined and "c10::" not in undefined, "only the stable ABI may be used"
-    # What a CPU-only torch lacks stands in, so that the library loads: it registers its four ops, under schemas that exist.
+    # What a CPU-only torch lacks stands in, so that the library loads: it registers its four ops,
+    # under schemas that exist.
     stand_in = folder() / "stand_in.c"
-    stand_in.write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }\n")
+    stand_in.write_text(
+        "int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }\n"
+    )
     run(["cc", "-shared", "-fPIC", str(stand_in), "-o", str(stand_in.with_suffix(".so"))])
     code = (
         "import ctypes, sys, torch\n"
         "from xmlkernels import ops\n"
-        "has = lambda: [torch._C._dispatch_has_kernel_for_dispatch_key('xmlkernels::' + n, 'CUDA') for n in sys.argv[3:]]\n"
+        "has = lambda: [torch._C._dispatch_has_kernel_for_dispatch_key('xmlkernels::' + n, 'CUDA') "
+        "for n in sys.argv[3:]]\n"
         "before = has()\n"
         "if torch.version.cuda is None: ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)\n"
         "torch.ops.load_library(sys.argv[2])\n"

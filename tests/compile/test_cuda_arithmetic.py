@@ -1,5 +1,6 @@
-"""The CUDA kernels compiled as host code and run on an emulated card (emulated_card.h), against the references: bit for
-bit where fp32 results are exact, within a unit elsewhere. It needs the CUDA toolkit and no card."""
+"""The CUDA kernels compiled as host code and run on an emulated card (emulated_card.h), against the
+references: bit for bit where fp32 results are exact, within a unit elsewhere. It needs the CUDA
+toolkit and no card."""
 
 import pytest
 import torch
@@ -9,7 +10,15 @@ from cuda_arithmetic import DTYPES as CODES
 from cuda_arithmetic import call, run_on_host
 from nvcc import need_nvcc
 from sparse_common import RULES, RowStep, dyadic_rows, multiples, random_bags, random_rows
-from xmlkernels.reference.rounding import MOMENTUM, SECOND, WEIGHT, philox, random16, round_stochastic, saturate
+from xmlkernels.reference.rounding import (
+    MOMENTUM,
+    SECOND,
+    WEIGHT,
+    philox,
+    random16,
+    round_stochastic,
+    saturate,
+)
 
 pytestmark = pytest.mark.compile
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -25,14 +34,19 @@ def test_philox_words() -> None:
     known = [
         ([0] * 6, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
         ([0xFFFFFFFF] * 6, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        ([0xA4093822, 0x299F31D0, 0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], "d16cfe09 94fdcceb 5001e420 24126ea1"),
+        (
+            [0xA4093822, 0x299F31D0, 0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
     ]
     random = torch.randint(0, 2**32, (500, 6), generator=torch.Generator().manual_seed(0))
     given = torch.cat([torch.tensor([k for k, _ in known]), random])
     got = torch.empty(given.shape[0], 4, dtype=torch.int32)
     call("philox_words", given.to(torch.int32), given.shape[0], got)
     words = got.long() & 0xFFFFFFFF
-    assert [" ".join(f"{int(w):08x}" for w in row) for row in words[:3]] == [answer for _, answer in known]
+    assert [" ".join(f"{int(w):08x}" for w in row) for row in words[:3]] == [
+        answer for _, answer in known
+    ]
     k0, k1, *counter = given.unbind(1)
     assert torch.equal(words, torch.stack(philox((k0, k1), tuple(counter)), 1))  # type: ignore[arg-type]
 
@@ -42,7 +56,9 @@ def test_every_column_takes_its_bits(row: int) -> None:
     for stream in (WEIGHT, MOMENTUM, SECOND):
         got = torch.empty(53, dtype=torch.int16)
         call("row_bits", 2**62 + 3, 2**33 + 1, row, 53, stream, got)
-        expected = random16(torch.tensor([2**62 + 3, 2**33 + 1]), torch.tensor([row]), 53, stream)[0]
+        expected = random16(torch.tensor([2**62 + 3, 2**33 + 1]), torch.tensor([row]), 53, stream)[
+            0
+        ]
         assert torch.equal(got.long() & 0xFFFF, expected)
 
 
@@ -51,7 +67,22 @@ def test_rounding(dtype: torch.dtype) -> None:
     """Every exponent of fp32, every kind of draw: the reference's bits."""
     g = torch.Generator().manual_seed(1)
     pattern = torch.randint(-(2**31), 2**31, (200_000,), generator=g).to(torch.int32)
-    special = torch.tensor([0.0, -0.0, 1.0, 65504.0, 65519.9, 3.4e38, -3.4e38, 2.0**-24, 2.0**-25, 2.0**-14, 1e-42, torch.inf])
+    special = torch.tensor(
+        [
+            0.0,
+            -0.0,
+            1.0,
+            65504.0,
+            65519.9,
+            3.4e38,
+            -3.4e38,
+            2.0**-24,
+            2.0**-25,
+            2.0**-14,
+            1e-42,
+            torch.inf,
+        ]
+    )
     value = torch.cat([pattern.view(F32), special.repeat_interleave(64)])
     value = value[~value.isnan()]
     draw = torch.randint(0, 65536, value.shape, generator=g)
@@ -76,7 +107,9 @@ def check_bits(step: RowStep) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("rule", RULES)
 def test_update_bits(rule: str, dtype: torch.dtype) -> None:
-    """Vector and scalar layouts, one lane to several passes of a warp, each with every dtype of the states."""
+    """Vector and scalar layouts, one lane to several passes of a warp, each with every dtype of the
+    states.
+    """
     for size in ((3, 37, 7), (130, 300, 64), (40, 90, 257), (9, 20, 520)):
         for state in DTYPES if RULES[rule] else [dtype]:
             step = dyadic_rows(rule, size, dtype, state=state)
@@ -91,7 +124,9 @@ def test_kahan_bits(rule: str, dtype: torch.dtype) -> None:
     for size in ((3, 37, 7), (130, 300, 64)):
         step = dyadic_rows(rule, size, dtype)
         step.tensors["hyper"][1] = 0
-        step.tensors["kahan"] = multiples(step.tensors["param"].shape, -14, dtype, torch.Generator().manual_seed(3))
+        step.tensors["kahan"] = multiples(
+            step.tensors["param"].shape, -14, dtype, torch.Generator().manual_seed(3)
+        )
         check_bits(step)
 
 
@@ -101,7 +136,11 @@ def test_row_wise_and_row_step_bits(rule: str) -> None:
         check_bits(dyadic_rows(rule, (65, 200, 64), BF16, state=state, row_wise=True))
     if rule == "adam":
         step = dyadic_rows(rule, (65, 200, 40), BF16)
-        check_bits(step.replace(row_step=torch.zeros(200, dtype=torch.int64), counter=make_counter(step=99)))
+        check_bits(
+            step.replace(
+                row_step=torch.zeros(200, dtype=torch.int64), counter=make_counter(step=99)
+            )
+        )
 
 
 CASES = {
@@ -116,7 +155,9 @@ CASES = {
 
 
 def check_close(step: RowStep) -> None:
-    """Within a unit of the exact result, and mostly the reference's own bits; other rows are untouched."""
+    """Within a unit of the exact result, and mostly the reference's own bits; other rows are
+    untouched.
+    """
     got, expected, exact = run_on_host(step), step.run(reference=True), step.exact()
     for name, value in got.items():
         if not value.is_floating_point() or name == "row_decay":
@@ -124,10 +165,17 @@ def check_close(step: RowStep) -> None:
             continue
         if name != "kahan":
             wide = exact[name].double()
-            size = torch.maximum(wide.abs(), step.tensors[name].double().abs()) if name == "param" else wide
+            size = (
+                torch.maximum(wide.abs(), step.tensors[name].double().abs())
+                if name == "param"
+                else wide
+            )
             allowed = 1.01 * unit(size, value.dtype)
             if value.dtype == F32:  # rounding noise of sums, as large as the reference's own
-                allowed = 2 * (expected[name].double() - wide).abs().max() + 4 * torch.finfo(F32).eps * wide.abs().max()
+                allowed = (
+                    2 * (expected[name].double() - wide).abs().max()
+                    + 4 * torch.finfo(F32).eps * wide.abs().max()
+                )
             assert ((value.double() - wide).abs() <= allowed).all(), name
         if value.dtype != F32:
             assert (value == expected[name]).double().mean() > 0.98, name
@@ -137,7 +185,11 @@ def check_close(step: RowStep) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_update_is_close(rule: str, case: str) -> None:
     dtype, given = CASES[case]
-    needs = {"row_wise": "second" in RULES[rule], "row_step": rule == "adam", "state": bool(RULES[rule])}
+    needs = {
+        "row_wise": "second" in RULES[rule],
+        "row_step": rule == "adam",
+        "state": bool(RULES[rule]),
+    }
     given = {k: v for k, v in given.items() if needs.get(k, True)}
     for shape in ((130, 2000, 64), (70, 300, 385)):
         check_close(random_rows(rule, shape, dtype, fill=5, **given))
@@ -155,7 +207,9 @@ def test_bags_are_close(rule: str, weights: bool) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_long_runs(rule: str) -> None:
-    """Rows with more than 128 occurrences go through the other kernels; so do not those with 128."""
+    """Rows with more than 128 occurrences go through the other kernels; so do not those with
+    128.
+    """
     step = random_bags(rule, (40, 1500, 6, 100), BF16)
     assert (torch.bincount(step.tensors["token"].clamp(min=0)) > 128).sum() >= 2
     check_close(step)
@@ -177,7 +231,9 @@ def test_the_order_of_threads_and_blocks_changes_nothing(rule: str) -> None:
 
 
 def test_addresses_beyond_2_31() -> None:
-    """The last row of a table of more than 2^31 values, most of which is one piece of memory mapped again and again."""
+    """The last row of a table of more than 2^31 values, most of which is one piece of memory mapped
+    again and again.
+    """
     n, d = 2**27 + 2**16, 16
     table = huge_table(n, d, 1 << 21)
     step = dyadic_rows("sgd", (2, 2, d), BF16)
@@ -186,7 +242,11 @@ def test_addresses_beyond_2_31() -> None:
     run_on_host(step.replace(param=table, rows=rows), copy=False)
     for entry, row in enumerate((0, n - 1)):
         t = step.tensors
-        alone = {"param": t["param"][entry : entry + 1], "grad": t["grad"][entry : entry + 1], "rows": torch.tensor([0])}
+        alone = {
+            "param": t["param"][entry : entry + 1],
+            "grad": t["grad"][entry : entry + 1],
+            "rows": torch.tensor([0]),
+        }
         expected = step.replace(**alone, row_offset=row).run(reference=True)["param"]
         assert torch.equal(bits(table[row : row + 1]), bits(expected)), row
     assert not table[1:1000].any() and not table[-1000:-1].any()
@@ -197,7 +257,9 @@ def test_a_gradient_that_is_not_finite_touches_nothing(bad: float) -> None:
     for width in (64, 7):
         for grad in DTYPES:
             step = random_rows("adam", (30, 90, width), BF16, grad=grad, fill=3)
-            assert not torch.equal(run_on_host(step)["param"], step.tensors["param"])  # fill holds NaN
+            assert not torch.equal(
+                run_on_host(step)["param"], step.tensors["param"]
+            )  # fill holds NaN
             step.tensors["grad"][29, -1] = bad
             assert_same_bits(run_on_host(step), step.tensors)
     bags = random_bags("adam", (9, 200, 40, 64), BF16)

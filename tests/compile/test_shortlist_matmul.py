@@ -1,4 +1,6 @@
-"""The kernels of `shortlist_matmul` compile for cards that are not here, without spilling; dense products on tensor cores."""
+"""The kernels of `shortlist_matmul` compile for cards that are not here, without spilling; dense
+products on tensor cores.
+"""
 
 from typing import Any
 
@@ -10,14 +12,20 @@ from xmlkernels.triton import shortlist_matmul as kernel
 from xmlkernels.triton import shortlist_rows
 
 pytestmark = pytest.mark.compile
-FORMATS = [(arch, dtype) for arch in ARCHES for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+FORMATS = [
+    (arch, dtype) for arch in ARCHES for dtype in (torch.float32, torch.bfloat16, torch.float16)
+]
 FORMATS += [(arch, torch.uint8) for arch in E4M3_ARCHES]  # e4m3, as its bits
-every = pytest.mark.parametrize("arch, dtype", FORMATS, ids=lambda v: v if isinstance(v, str) else str(v)[6:])
+every = pytest.mark.parametrize(
+    "arch, dtype", FORMATS, ids=lambda v: v if isinstance(v, str) else str(v)[6:]
+)
 F32, I64 = torch.float32, torch.int64
 NEED = {"D": 768, "NEED_GRAD": True, "NEED_DBIAS": True}
 
 
-def built(fn: Any, arch: str, dtype: torch.dtype, constants: dict[str, Any], warps: int = 4) -> Compiled:
+def built(
+    fn: Any, arch: str, dtype: torch.dtype, constants: dict[str, Any], warps: int = 4
+) -> Compiled:
     kinds = {name: F32 for name in ("bias", "logits", "dlogits", "dx", "parts", "grad", "dbias")}
     small = dtype == torch.uint8
     kinds |= {
@@ -30,7 +38,14 @@ def built(fn: Any, arch: str, dtype: torch.dtype, constants: dict[str, Any], war
     }
     kinds |= {name: "i32" for name in ("batch", "size", "part_size", "unique")}
     kinds = {name: kinds[name] for name in fn.arg_names if name in kinds}
-    got = compile_kernel(fn, arch, kinds, constants, divisible=tuple(n for n in kinds if n == "size"), num_warps=warps)
+    got = compile_kernel(
+        fn,
+        arch,
+        kinds,
+        constants,
+        divisible=tuple(n for n in kinds if n == "size"),
+        num_warps=warps,
+    )
     assert (got.stack, got.local) == (0, 0) and got.shared <= SMALL
     return got
 
@@ -38,9 +53,16 @@ def built(fn: Any, arch: str, dtype: torch.dtype, constants: dict[str, Any], war
 @every
 def test_lists(arch: str, dtype: torch.dtype) -> None:
     entries, columns = kernel.LIST_TILE
-    built(kernel._score_lists, arch, dtype, {"D": 768, "HAS_BIAS": True, "BS": entries, "BD": columns})
+    built(
+        kernel._score_lists, arch, dtype, {"D": 768, "HAS_BIAS": True, "BS": entries, "BD": columns}
+    )
     built(kernel._dx_lists, arch, dtype, {"D": 768, "BS": entries, "BD": columns})
-    built(shortlist_rows._rows_lists, arch, dtype, {**NEED, "BO": shortlist_rows.OCCURRENCES, "BD": columns})
+    built(
+        shortlist_rows._rows_lists,
+        arch,
+        dtype,
+        {**NEED, "BO": shortlist_rows.OCCURRENCES, "BD": columns},
+    )
 
 
 @every
@@ -52,7 +74,10 @@ def test_shared(arch: str, dtype: torch.dtype) -> None:
     constants, warps = tile(dtype == F32)
     got = built(kernel._score_shared, arch, dtype, {"D": 768, "HAS_BIAS": True, **constants}, warps)
     assert got.mma == (dtype != F32) and got.wgmma == (dtype != F32 and arch == "sm_90a")
-    low = dtype in (torch.bfloat16, torch.uint8)  # gradients of fp16 tables stay fp32: fp16 has no room for small ones
+    low = dtype in (
+        torch.bfloat16,
+        torch.uint8,
+    )  # gradients of fp16 tables stay fp32: fp16 has no room for small ones
     constants, warps = tile(not low)
     for fn, more in ((kernel._dx_shared, {"D": 768}), (shortlist_rows._rows_shared, NEED)):
         got = built(fn, arch, dtype, {**more, "LOW": low, **constants}, warps)

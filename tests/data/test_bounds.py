@@ -55,15 +55,22 @@ def peak(work: Callable[[], object], message: str) -> int:
 
 
 @pytest.mark.parametrize("kind", PACK)
-def test_a_packed_file_that_unpacks_to_far_more_than_text_does(bombs: dict[str, Path], kind: str) -> None:
+def test_a_packed_file_that_unpacks_to_far_more_than_text_does(
+    bombs: dict[str, Path], kind: str
+) -> None:
     path = bombs[kind]
-    expected = rf"{kind}: expected text, which unpacks to at most 100 times its {kind} file, got [\d,]+ bytes out of"
+    expected = (
+        rf"{kind}: expected text, which unpacks to at most 100 times its {kind} file, got [\d,]+ "
+        r"bytes out of"
+    )
     most = kinds.FREE_BYTES + 110 * path.stat().st_size
     assert peak(lambda: formats.read_label_lines(path), expected) < 2.2 * most < BOMB
 
 
 @pytest.mark.parametrize("reader", ["filter pairs", "texts", "count"])
-def test_every_reader_ends_at_the_bound(bombs: dict[str, Path], reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_reader_ends_at_the_bound(
+    bombs: dict[str, Path], reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kinds, "FREE_BYTES", 1 << 20)
     monkeypatch.setattr(kinds, "MOST_RATIO", 2)
     with pytest.raises(InputError, match="expected text, which unpacks to at most"):
@@ -79,12 +86,17 @@ def test_text_that_packs_well_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x.txt", "x.txt.gz"])
 @pytest.mark.parametrize("reader", ["texts", "JSON lines", "count"])
-def test_a_line_without_an_end(tmp_path: Path, name: str, reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_without_an_end(
+    tmp_path: Path, name: str, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(text_lines, "LONGEST_LINE", 1000)
     good = b'{"uid": 1, "title": "' + b"a" * 900 + b'"}\n'
     content = good + b"x" * 100_000
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    with pytest.raises(InputError, match=rf"{name}:2: expected a line of at most 1,000 characters, got a longer one"):
+    with pytest.raises(
+        InputError,
+        match=rf"{name}:2: expected a line of at most 1,000 characters, got a longer one",
+    ):
         READERS[reader](tmp_path / name)
 
 
@@ -105,6 +117,8 @@ def test_a_line_without_an_end_on_standard_input(monkeypatch: pytest.MonkeyPatch
 
 def test_a_file_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "x.txt").mkdir()
-    with pytest.raises(InputError, match="x.txt: expected a file, or a name for a new one, got a folder"):
+    with pytest.raises(
+        InputError, match="x.txt: expected a file, or a name for a new one, got a folder"
+    ):
         formats.write_lines(tmp_path / "x.txt", ["a"])
     assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]

@@ -28,25 +28,40 @@ TEXTS = [
 
 def grams(text: str, longest: int) -> list[str]:
     words = re.findall(r"\w+", text.lower())
-    return [" ".join(words[i : i + n]) for n in range(1, longest + 1) for i in range(len(words) - n + 1)]
+    return [
+        " ".join(words[i : i + n]) for n in range(1, longest + 1) for i in range(len(words) - n + 1)
+    ]
 
 
-def expected(texts: list[str], longest: int, min_df: int, sublinear: bool, normalize: bool) -> tuple[list[str], np.ndarray]:
+def expected(
+    texts: list[str], longest: int, min_df: int, sublinear: bool, normalize: bool
+) -> tuple[list[str], np.ndarray]:
     counts = [Counter(grams(text, longest)) for text in texts]
     df = Counter(word for count in counts for word in count)
     words = sorted(word for word in df if df[word] >= min_df)
     rows = []
     for count in counts:
-        tf = [(1 + math.log(count[w]) if sublinear else count[w]) if count[w] else 0.0 for w in words]
-        row = np.array([t * (1 + math.log((1 + len(texts)) / (1 + df[w]))) for t, w in zip(tf, words, strict=True)])
+        tf = [
+            (1 + math.log(count[w]) if sublinear else count[w]) if count[w] else 0.0 for w in words
+        ]
+        row = np.array(
+            [
+                t * (1 + math.log((1 + len(texts)) / (1 + df[w])))
+                for t, w in zip(tf, words, strict=True)
+            ]
+        )
         rows.append(row / (np.linalg.norm(row) or 1.0) if normalize else row)
     return words, np.array(rows)
 
 
 @pytest.mark.parametrize("longest", [1, 2, 3])
-@pytest.mark.parametrize(("min_df", "sublinear", "normalize"), [(1, True, True), (2, True, False), (2, False, True)])
+@pytest.mark.parametrize(
+    ("min_df", "sublinear", "normalize"), [(1, True, True), (2, True, False), (2, False, True)]
+)
 def test_values_of_the_formula(longest: int, min_df: int, sublinear: bool, normalize: bool) -> None:
-    vectorizer = Vectorizer(longest=longest, min_df=min_df, sublinear=sublinear, normalize=normalize)
+    vectorizer = Vectorizer(
+        longest=longest, min_df=min_df, sublinear=sublinear, normalize=normalize
+    )
     found = vectorizer.fit(iter(TEXTS))
     words, values = expected(TEXTS, longest, min_df, sublinear, normalize)
     assert vectorizer.words == words and len(vectorizer) == len(words)
@@ -60,7 +75,11 @@ def test_values_of_the_formula(longest: int, min_df: int, sublinear: bool, norma
 def test_unknown_words_and_single_letters() -> None:
     vectorizer = Vectorizer()
     vectorizer.fit(TEXTS)
-    assert "c" in vectorizer.words and "vitamin c" in vectorizer.words and "état" not in vectorizer.words
+    assert (
+        "c" in vectorizer.words
+        and "vitamin c" in vectorizer.words
+        and "état" not in vectorizer.words
+    )
     assert vectorizer.transform(["nothing known", ""]).nnz == 0
     assert vectorizer.transform([]).shape == (0, len(vectorizer))
 
@@ -80,11 +99,15 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert loaded.settings == vectorizer.settings and loaded.words == vectorizer.words
     np.testing.assert_array_equal(loaded.idf, vectorizer.idf)
     texts = [*TEXTS, "fresh vitamin", "état"]
-    np.testing.assert_array_equal(loaded.transform(texts).toarray(), vectorizer.transform(texts).toarray())
+    np.testing.assert_array_equal(
+        loaded.transform(texts).toarray(), vectorizer.transform(texts).toarray()
+    )
     assert loaded.content_hash == vectorizer.content_hash
     loaded.save(tmp_path / "again")
     for name in (VOCABULARY, IDF):
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "new" / "words" / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == (
+            tmp_path / "new" / "words" / name
+        ).read_bytes()
     other = Vectorizer(max_features=20)
     other.fit(TEXTS[:4])
     assert other.content_hash != loaded.content_hash
@@ -114,7 +137,10 @@ def damaged(folder: Path, kind: str) -> None:
     [
         ("missing", "idf.safetensors: expected a file, got no file of that name"),
         ("cut", "vocabulary.json: expected JSON, got Unterminated string"),
-        ("tensors", "idf.safetensors: expected the weights of a vocabulary, got one that cannot be read"),
+        (
+            "tensors",
+            "idf.safetensors: expected the weights of a vocabulary, got one that cannot be read",
+        ),
         ("version", "vocabulary.json: expected version 1, got 9"),
         ("words", "content hash"),
         ("short", r"expected \d+ finite float32, one for each word, got float32"),
@@ -160,7 +186,11 @@ def test_texts_in_order(vectorizer: Vectorizer, window: int, prefetch: int) -> N
     assert torch.cat([batch.index for batch in found]).tolist() == list(range(21))
     features = vectorizer.transform(texts)
     for batch in found:
-        assert batch.labels == 0 and batch.levels == () and batch.pos_row.numel() == batch.pos_sample.numel() == 0
+        assert (
+            batch.labels == 0
+            and batch.levels == ()
+            and batch.pos_row.numel() == batch.pos_sample.numel() == 0
+        )
         for place, number in enumerate(batch.index.tolist()):
             here = slice(int(batch.offset[place]), int(batch.offset[place + 1]))
             assert batch.token[here].tolist() == features[number].indices.tolist()

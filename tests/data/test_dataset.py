@@ -24,7 +24,13 @@ PAIRS = {"train": np.zeros((0, 2), np.int64), "test": np.array([[0, 3]])}
 NAMES = ["one", "two\nlines", "drei\u2028", ""]
 
 
-def build(folder: Path, tokenizer: Tokenizer, *, optional: bool = True, propensity: tuple[float, float] = (0.5, 0.4)) -> Path:
+def build(
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    optional: bool = True,
+    propensity: tuple[float, float] = (0.5, 0.4),
+) -> Path:
     folder.mkdir()
     for name, texts in TEXTS.items():
         write_split(folder, name, LABELS[name], PAIRS[name], texts if optional else None)
@@ -33,11 +39,20 @@ def build(folder: Path, tokenizer: Tokenizer, *, optional: bool = True, propensi
         write_label_names(folder, NAMES)
         tokenize_to_file(NAMES, folder / "label_tokens.bin", tokenizer, 5)
     tokenizer.save(folder / "tokenizer")
-    counts = {name: {"documents": len(texts), "positives": LABELS[name].nnz} for name, texts in TEXTS.items()}
+    counts = {
+        name: {"documents": len(texts), "positives": LABELS[name].nnz}
+        for name, texts in TEXTS.items()
+    }
     write_manifest(
-        folder, name="small", key="k", num_labels=4, propensity=propensity, splits=counts, source={},
+        folder,
+        name="small",
+        key="k",
+        num_labels=4,
+        propensity=propensity,
+        splits=counts,
+        source={},
         tokenizer={"name": "tiny", "hash": tokenizer.hash, "max_length": 5},
-    )  # fmt: skip
+    )
     return folder
 
 
@@ -48,7 +63,12 @@ def folder(tmp_path: Path, tokenizer: Tokenizer) -> Path:
 
 def test_what_was_written_comes_back(folder: Path, tokenizer: Tokenizer) -> None:
     dataset = Dataset.open(folder, verify=True)
-    assert (dataset.name, dataset.key, dataset.num_labels, dataset.propensity) == ("small", "k", 4, (0.5, 0.4))
+    assert (dataset.name, dataset.key, dataset.num_labels, dataset.propensity) == (
+        "small",
+        "k",
+        4,
+        (0.5, 0.4),
+    )
     assert (dataset.max_length, dataset.tokenizer_hash) == (5, tokenizer.hash)
     assert dataset.label_names == ["one", "two lines", "drei\u2028", ""]
     assert dataset.label_tokens is not None and len(dataset.label_tokens) == 4
@@ -56,7 +76,10 @@ def test_what_was_written_comes_back(folder: Path, tokenizer: Tokenizer) -> None
     for name, split in dataset.splits.items():
         assert split.texts == TEXTS[name] and len(split) == len(TEXTS[name]) == len(split.tokens)
         assert (split.labels != LABELS[name]).nnz == 0 and split.labels.dtype == np.float32
-        assert split.filter_pairs.tolist() == PAIRS[name].tolist() and split.filter_pairs.dtype == np.int64
+        assert (
+            split.filter_pairs.tolist() == PAIRS[name].tolist()
+            and split.filter_pairs.dtype == np.int64
+        )
     assert (dataset.tokenizer_folder / "tokenizer.json").is_file()
 
 
@@ -67,16 +90,27 @@ def test_optional_parts(tmp_path: Path, tokenizer: Tokenizer) -> None:
         _ = dataset.splits["train"].texts
 
 
-def test_content_hash_follows_content_alone(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_content_hash_follows_content_alone(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = Dataset.open(build(tmp_path / "a", tokenizer)).content_hash
     assert Dataset.open(build(tmp_path / "b", tokenizer)).content_hash == first
-    assert Dataset.open(build(tmp_path / "c", tokenizer, propensity=(0.6, 2.6))).content_hash != first
+    assert (
+        Dataset.open(build(tmp_path / "c", tokenizer, propensity=(0.6, 2.6))).content_hash != first
+    )
     monkeypatch.setitem(TEXTS, "test", ["w3 w4 w6"])
     assert Dataset.open(build(tmp_path / "d", tokenizer)).content_hash != first
 
 
-FILES = ["train/tokens.bin", "train/labels.npz", "test/filter.npy", "train/texts.jsonl", "label_names.txt",
-         "label_tokens.bin", "tokenizer/tokenizer.json"]  # fmt: skip
+FILES = [
+    "train/tokens.bin",
+    "train/labels.npz",
+    "test/filter.npy",
+    "train/texts.jsonl",
+    "label_names.txt",
+    "label_tokens.bin",
+    "tokenizer/tokenizer.json",
+]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -84,7 +118,9 @@ def test_damage_is_found(folder: Path, name: str) -> None:
     path = folder / name
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    with pytest.raises(InputError, match=f"{path.name}: expected {len(whole)} bytes.*got {len(whole) - 1} bytes"):
+    with pytest.raises(
+        InputError, match=f"{path.name}: expected {len(whole)} bytes.*got {len(whole) - 1} bytes"
+    ):
         Dataset.open(folder)
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(InputError, match="sha256"):
@@ -110,12 +146,16 @@ def edit(folder: Path, **changes: object) -> None:
 def old(folder: Path) -> None:
     """The manifest as it was before there were fast checksums."""
     path = folder / "manifest.json"
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "checksums"}))
+    path.write_text(
+        json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "checksums"})
+    )
 
 
 @pytest.mark.parametrize("aged", [False, True])
 def test_flipped_bits_are_found_when_it_is_opened(folder: Path, aged: bool) -> None:
-    """In every file and in the manifest; of an old dataset not in token files, which would cost a sha256 of all of them."""
+    """In every file and in the manifest; of an old dataset not in token files, which would cost a
+    sha256 of all of them.
+    """
     before = Dataset.open(folder).content_hash
     if aged:
         old(folder)
@@ -130,7 +170,11 @@ def test_flipped_bits_are_found_when_it_is_opened(folder: Path, aged: bool) -> N
             if aged and (path.suffix == ".bin" or path.name == "manifest.json"):
                 continue
             with pytest.raises(InputError):
-                [split.texts for split in Dataset.open(folder).splits.values() if (split.folder / "texts.jsonl").exists()]
+                [
+                    split.texts
+                    for split in Dataset.open(folder).splits.values()
+                    if (split.folder / "texts.jsonl").exists()
+                ]
             found += 1
         path.write_bytes(whole)
     assert found > 60
@@ -167,7 +211,13 @@ def test_rows_that_do_not_fit(folder: Path, tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize(
     ("pairs", "message"),
-    [([[1, 0]], "inside"), ([[0, 4]], "inside"), ([[-1, 0]], "inside"), ([0, 1], "int64 pairs"), ([[0.5, 1]], "int64 pairs")],
+    [
+        ([[1, 0]], "inside"),
+        ([[0, 4]], "inside"),
+        ([[-1, 0]], "inside"),
+        ([0, 1], "int64 pairs"),
+        ([[0.5, 1]], "int64 pairs"),
+    ],
 )
 def test_filter_pairs_that_do_not_fit(folder: Path, pairs: list, message: str) -> None:
     np.save(folder / "test" / "filter.npy", np.array(pairs))
@@ -188,22 +238,54 @@ def test_filter_pairs_that_do_not_fit(folder: Path, pairs: list, message: str) -
         ({"propensity": {"A": 1}}, r"\$.propensity: expected a key 'B', got none"),
         ({"splits": []}, r"\$.splits: expected an object"),
         ({"splits": {"train": 3}}, r"\$.splits.train: expected an object, got 3"),
-        ({"splits": {"train": {"documents": 3.5}}}, r"\$.splits.train.documents: expected a whole number, got 3.5"),
-        ({"splits": {"../train": {"documents": 3}}}, r"\$.splits: expected splits among train, val, test, got '../train'"),
-        ({"files": {"label_names.txt": 5}}, r"\$.files\[\"label_names.txt\"\]: expected an object, got 5"),
-        ({"files": {"a": {"bytes": None, "sha256": ""}}}, r"\$.files.a.bytes: expected a whole number, got null"),
-        ({"files": {"../other": {"bytes": 1, "sha256": ""}}}, r"expected names of files inside the folder, got '../other'"),
-        ({"files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}}, r"expected names of files inside the folder"),
-        ({"files": {"a/../../b": {"bytes": 1, "sha256": ""}}}, r"expected names of files inside the folder"),
-        ({"files": {"C:\\x": {"bytes": 1, "sha256": ""}}}, r"expected names of files inside the folder"),
-        ({"files": {"a\0b": {"bytes": 1, "sha256": ""}}}, r"expected names of files inside the folder"),
+        (
+            {"splits": {"train": {"documents": 3.5}}},
+            r"\$.splits.train.documents: expected a whole number, got 3.5",
+        ),
+        (
+            {"splits": {"../train": {"documents": 3}}},
+            r"\$.splits: expected splits among train, val, test, got '../train'",
+        ),
+        (
+            {"files": {"label_names.txt": 5}},
+            r"\$.files\[\"label_names.txt\"\]: expected an object, got 5",
+        ),
+        (
+            {"files": {"a": {"bytes": None, "sha256": ""}}},
+            r"\$.files.a.bytes: expected a whole number, got null",
+        ),
+        (
+            {"files": {"../other": {"bytes": 1, "sha256": ""}}},
+            r"expected names of files inside the folder, got '../other'",
+        ),
+        (
+            {"files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}},
+            r"expected names of files inside the folder",
+        ),
+        (
+            {"files": {"a/../../b": {"bytes": 1, "sha256": ""}}},
+            r"expected names of files inside the folder",
+        ),
+        (
+            {"files": {"C:\\x": {"bytes": 1, "sha256": ""}}},
+            r"expected names of files inside the folder",
+        ),
+        (
+            {"files": {"a\0b": {"bytes": 1, "sha256": ""}}},
+            r"expected names of files inside the folder",
+        ),
         ({"tokenizer": "tiny"}, r"\$.tokenizer: expected an object or null, got \"tiny\""),
-        ({"tokenizer": {"hash": "h", "max_length": 0}}, r"\$.tokenizer.max_length: expected a whole number >= 1, got 0"),
+        (
+            {"tokenizer": {"hash": "h", "max_length": 0}},
+            r"\$.tokenizer.max_length: expected a whole number >= 1, got 0",
+        ),
         ({"vocabulary": 7}, "expected a tokenizer, or the vocabulary of bags of words, got both"),
         ({"content_hash": 1}, r"\$.content_hash: expected a text"),
     ],
 )
-def test_manifest_values_of_another_type(folder: Path, changes: dict[str, object], message: str) -> None:
+def test_manifest_values_of_another_type(
+    folder: Path, changes: dict[str, object], message: str
+) -> None:
     edit(folder, **changes)
     with pytest.raises(InputError, match=message) as raised:
         Dataset.open(folder)
@@ -213,7 +295,13 @@ def test_manifest_values_of_another_type(folder: Path, changes: dict[str, object
 def relabel(folder: Path, **changes: object) -> None:
     path = folder / "train" / "labels.npz"
     matrix = LABELS["train"]
-    parts = {"format": b"csr", "shape": matrix.shape, "data": matrix.data, "indices": matrix.indices, "indptr": matrix.indptr}
+    parts = {
+        "format": b"csr",
+        "shape": matrix.shape,
+        "data": matrix.data,
+        "indices": matrix.indices,
+        "indptr": matrix.indptr,
+    }
     np.savez(path, **{key: np.asarray(value) for key, value in (parts | changes).items()})  # type: ignore[arg-type]
     edit(folder, files={})
 
@@ -221,8 +309,14 @@ def relabel(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"indices": [0, 3, 4]}, "indices, entry 2: expected indices from 0 to 3, got 4"),  # made tree and ranker segfault
-        ({"indices": [0, 3, -5]}, "indices, entry 2: expected indices from 0 to 3, got -5"),  # ended with 0
+        (
+            {"indices": [0, 3, 4]},
+            "indices, entry 2: expected indices from 0 to 3, got 4",
+        ),  # made tree and ranker segfault
+        (
+            {"indices": [0, 3, -5]},
+            "indices, entry 2: expected indices from 0 to 3, got -5",
+        ),  # ended with 0
         ({"indices": [0, 2**31 - 1, 1]}, "expected indices from 0 to 3"),
         ({"indices": [3, 3, 1]}, "row 0, column 3: expected one entry, got two"),
         ({"indptr": [0, 3, 2, 0]}, "indptr, entry 2: expected at least 3"),
@@ -239,7 +333,10 @@ def test_filter_pairs_whose_header_lies(folder: Path) -> None:
     path = folder / "test" / "filter.npy"
     path.write_bytes(path.read_bytes().replace(b"(1, 2)", b"(9, 2)"))
     edit(folder, files={})
-    with pytest.raises(InputError, match="filter.npy: expected 144 bytes of values, as its header says, got 16 bytes"):
+    with pytest.raises(
+        InputError,
+        match="filter.npy: expected 144 bytes of values, as its header says, got 16 bytes",
+    ):
         Dataset.open(folder)
 
 
@@ -265,7 +362,10 @@ def test_texts_that_are_none(folder: Path, line: bytes, message: str) -> None:
 def test_label_names_that_are_no_text(folder: Path) -> None:
     content = b"one\ntwo\n\xff\nfour\n"
     (folder / "label_names.txt").write_bytes(content)
-    edit(folder, files={"label_names.txt": {"bytes": 15, "sha256": hashlib.sha256(content).hexdigest()}})
+    edit(
+        folder,
+        files={"label_names.txt": {"bytes": 15, "sha256": hashlib.sha256(content).hexdigest()}},
+    )
     with pytest.raises(InputError, match="label_names.txt: expected a text in UTF-8"):
         Dataset.open(folder).label_names  # noqa: B018
 

@@ -1,4 +1,6 @@
-"""The built-in corpus: its rules on a small package written by hand, determinism, and a part of the standard library."""
+"""The built-in corpus: its rules on a small package written by hand, determinism, and a part of the
+standard library.
+"""
 
 import hashlib
 import sys
@@ -97,18 +99,26 @@ def filler(count: int) -> str:
 
 def path_in(split: str, package: str, stem: str) -> str:
     """A file name of that package whose hash puts it into the split."""
-    return next(f"{stem}{i}.py" for i in range(1000) if docstrings._split_of(f"{package}/{stem}{i}.py") == split)
+    return next(
+        f"{stem}{i}.py"
+        for i in range(1000)
+        if docstrings._split_of(f"{package}/{stem}{i}.py") == split
+    )
 
 
 def test_documents_and_labels_by_hand(tmp_path, monkeypatch):
     write_package(tmp_path, "pkg_rules", {"rules.py": RULES, "filler.py": filler(60)}, monkeypatch)
     corpus = build_corpus(packages=["pkg_rules"], workers=1)
     got = {text: labels for text, (_, labels) in labelled(corpus).items()}
-    # open: first alone (`without` has no docstring, `silent` an empty one); once_only: one document; both are no labels
+    # open: first alone (`without` has no docstring, `silent` an empty one); once_only: one
+    # document; both are no labels
     assert got == {
         "Opens a file and reads it.": {"read", "strip"},
         "Reads everything.": {"read", "close"},
-        "Has a helper.": {"close", "strip"},  # the helper's calls count; its decorator `wraps` is called once only
+        "Has a helper.": {
+            "close",
+            "strip",
+        },  # the helper's calls count; its decorator `wraps` is called once only
         "Helps to close.": {"close"},
         "Calls what a call returns.": {"read", "strip"},
         "Half a ? pair.": {"close"},
@@ -122,11 +132,18 @@ def test_documents_and_labels_by_hand(tmp_path, monkeypatch):
 
 def test_frequent_and_rare_names_are_no_labels(tmp_path, monkeypatch):
     def function(i: int, calls: list[str]) -> str:
-        return f'def f{i}():\n    """Document {i}."""\n' + "".join(f"    {name}()\n" for name in calls) + "    return\n\n"
+        return (
+            f'def f{i}():\n    """Document {i}."""\n'
+            + "".join(f"    {name}()\n" for name in calls)
+            + "    return\n\n"
+        )
 
-    # of 40 documents: `tenth` on 4 (kept: not more than a tenth), `above` on 5, `twice` on 2, `once` on 1
+    # of 40 documents: `tenth` on 4 (kept: not more than a tenth), `above` on 5, `twice` on 2,
+    # `once` on 1
     callers = {"tenth": range(4), "above": range(5), "twice": (7, 8), "once": (9,)}
-    text = "".join(function(i, [name for name, of in callers.items() if i in of]) for i in range(40))
+    text = "".join(
+        function(i, [name for name, of in callers.items() if i in of]) for i in range(40)
+    )
     write_package(tmp_path, "pkg_counts", {"a.py": text}, monkeypatch)
     corpus = build_corpus(packages=["pkg_counts"], workers=1)
     assert corpus.label_names == ["tenth", "twice"]
@@ -140,16 +157,23 @@ def test_copies_are_merged_and_a_text_on_both_sides_goes_to_train(tmp_path, monk
 
     train, val, test = (path_in(split, "pkg_sides", "m") for split in docstrings.SPLITS)
     files = {
-        train: function("In train.", "a") + function("In train.", "b") + function("Everywhere.", "a"),
-        val: function("In val.", "a") + function("In val and test.", "b") + function("Everywhere.", "c"),
+        train: function("In train.", "a")
+        + function("In train.", "b")
+        + function("Everywhere.", "a"),
+        val: function("In val.", "a")
+        + function("In val and test.", "b")
+        + function("Everywhere.", "c"),
         test: function("In test.", "b") + function("In val and test.", "c") + filler(45),
     }
     write_package(tmp_path, "pkg_sides", files, monkeypatch)
     corpus = build_corpus(packages=["pkg_sides"], workers=1)
     assert labelled(corpus) == {
-        "In train.": ("train", {"a", "b"}), "Everywhere.": ("train", {"a", "c"}), "In val and test.": ("train", {"b", "c"}),
-        "In val.": ("val", {"a"}), "In test.": ("test", {"b"}),
-    }  # fmt: skip
+        "In train.": ("train", {"a", "b"}),
+        "Everywhere.": ("train", {"a", "c"}),
+        "In val and test.": ("train", {"b", "c"}),
+        "In val.": ("val", {"a"}),
+        "In test.": ("test", {"b"}),
+    }
     assert corpus.report["texts from more than one split, in train"] == 2
     assert [corpus.labels[split].shape for split in docstrings.SPLITS] == [(3, 3), (1, 3), (1, 3)]
 
@@ -157,34 +181,61 @@ def test_copies_are_merged_and_a_text_on_both_sides_goes_to_train(tmp_path, monk
 def test_the_split_is_a_hash_of_the_path_alone():
     # worked by hand: the first six bytes of sha256 as a fraction
     place = int(hashlib.sha256(b"split\0json/decoder.py").hexdigest()[:12], 16) / 2**48
-    assert docstrings._split_of("json/decoder.py") == ("train" if place < 0.8 else "val" if place < 0.9 else "test")
+    assert docstrings._split_of("json/decoder.py") == (
+        "train" if place < 0.8 else "val" if place < 0.9 else "test"
+    )
     share = [docstrings._split_of(f"p/{i}.py") for i in range(5000)]
-    assert [share.count(split) / 5000 for split in docstrings.SPLITS] == pytest.approx([0.8, 0.1, 0.1], abs=0.02)
+    assert [share.count(split) / 5000 for split in docstrings.SPLITS] == pytest.approx(
+        [0.8, 0.1, 0.1], abs=0.02
+    )
 
 
 def test_broken_files_are_counted_and_told(tmp_path, monkeypatch):
-    write_package(tmp_path, "pkg_broken", {"rules.py": RULES, "filler.py": filler(60), "bad.py": "def (:\n"}, monkeypatch)
+    write_package(
+        tmp_path,
+        "pkg_broken",
+        {"rules.py": RULES, "filler.py": filler(60), "bad.py": "def (:\n"},
+        monkeypatch,
+    )
     (tmp_path / "pkg_broken" / "null.py").write_bytes(b"x = 1\0")
-    (tmp_path / "pkg_broken" / "escape.py").write_text('x = "\\d"\n')  # a SyntaxWarning that nobody asked for
-    with pytest.warns(DataWarning, match="2 files cannot be parsed.*pkg_broken/bad.py, pkg_broken/null.py") as told:
+    (tmp_path / "pkg_broken" / "escape.py").write_text(
+        'x = "\\d"\n'
+    )  # a SyntaxWarning that nobody asked for
+    with pytest.warns(
+        DataWarning, match="2 files cannot be parsed.*pkg_broken/bad.py, pkg_broken/null.py"
+    ) as told:
         corpus = build_corpus(packages=["pkg_broken"], workers=1)
-    assert len(told) == 1 and corpus.report["unparsable files"] == 2 and corpus.report["documents"] == 6
+    assert (
+        len(told) == 1
+        and corpus.report["unparsable files"] == 2
+        and corpus.report["documents"] == 6
+    )
 
 
 def test_standard_library_packages_and_determinism():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         corpus = build_corpus(packages=["json", "email"], workers=1)
-        again = build_corpus(packages=("email", "json", "email"), workers=2)  # spawned processes, another order
-    assert corpus.hash == again.hash and corpus.texts == again.texts and corpus.label_names == again.label_names
+        again = build_corpus(
+            packages=("email", "json", "email"), workers=2
+        )  # spawned processes, another order
+    assert (
+        corpus.hash == again.hash
+        and corpus.texts == again.texts
+        and corpus.label_names == again.label_names
+    )
     assert all((corpus.labels[split] != again.labels[split]).nnz == 0 for split in corpus.labels)
     assert corpus.report == again.report and set(corpus.versions) == {"json", "email"}
-    assert corpus.report["documents"] > 100 and corpus.label_names == sorted(set(corpus.label_names))
+    assert corpus.report["documents"] > 100 and corpus.label_names == sorted(
+        set(corpus.label_names)
+    )
     texts = [text for split in corpus.texts.values() for text in split]
     assert len(texts) == len(set(texts)) == corpus.report["documents"]
     assert any("JSON document" in text for text in texts)
     frequency = sum(np.asarray(matrix.sum(0)).ravel() for matrix in corpus.labels.values())
-    assert frequency.min() >= 2 and all(np.diff(matrix.indptr).min(initial=1) >= 1 for matrix in corpus.labels.values())
+    assert frequency.min() >= 2 and all(
+        np.diff(matrix.indptr).min(initial=1) >= 1 for matrix in corpus.labels.values()
+    )
     for matrix in corpus.labels.values():
         assert matrix.has_canonical_format and matrix.dtype == np.float32
 
@@ -215,14 +266,19 @@ def test_the_hash_tells_texts_labels_and_split_apart(tmp_path, monkeypatch):
 
 def test_test_folders_of_the_standard_library_are_left_out():
     names = [name for name, _ in docstrings._files(docstrings.STDLIB)]
-    assert "stdlib/json/decoder.py" in names and not any("/test/" in name or "/site-packages/" in name for name in names)
+    assert "stdlib/json/decoder.py" in names and not any(
+        "/test/" in name or "/site-packages/" in name for name in names
+    )
     assert any("/tests/" in name for name, _ in docstrings._files("scipy"))
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: build_corpus(packages=["no_such_package"], workers=1), "pip install no_such_package.*leave it out"),
+        (
+            lambda: build_corpus(packages=["no_such_package"], workers=1),
+            "pip install no_such_package.*leave it out",
+        ),
         (lambda: build_corpus(packages=["sys"], workers=1), "Python source"),
         (lambda: build_corpus(packages=["../json"], workers=1), "Python source"),
         (lambda: build_corpus(packages=[]), "at least one package"),

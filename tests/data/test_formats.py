@@ -69,7 +69,9 @@ def test_empty_utf16_missing_and_cut_short(write, tmp_path, name):
         formats.read_lines(tmp_path / "none.txt")
     packed = gzip.compress(b"line\n" * 1000)
     (tmp_path / "cut.gz").write_bytes(packed[:-10])
-    with pytest.raises(InputError, match="cut.gz: expected a whole gzip file, got one that is cut short"):
+    with pytest.raises(
+        InputError, match="cut.gz: expected a whole gzip file, got one that is cut short"
+    ):
         formats.read_lines(tmp_path / "cut.gz")
 
 
@@ -82,7 +84,11 @@ def test_lines_are_streamed(write):
 def test_write_lines(tmp_path):
     path = tmp_path / "Y.txt"
     formats.write_lines(path, ["a", "", "ü\u2028b"])
-    assert path.read_bytes() == "a\n\nü\u2028b\n".encode() and formats.read_lines(path) == ["a", "", "ü\u2028b"]
+    assert path.read_bytes() == "a\n\nü\u2028b\n".encode() and formats.read_lines(path) == [
+        "a",
+        "",
+        "ü\u2028b",
+    ]
     with pytest.raises(InputError, match="text 1 for .*expected one line"):
         formats.write_lines(path, ["a", "b\nc"])
     assert formats.read_lines(path) == ["a", "", "ü\u2028b"] and list(tmp_path.iterdir()) == [path]
@@ -90,7 +96,10 @@ def test_write_lines(tmp_path):
 
 def test_same_length(write):
     silent(formats.check_same_length, "X.txt", 3, "Y.txt", 3)
-    with pytest.raises(InputError, match=r"X.txt:3: expected 5 texts in X.txt and as many .* Y.txt, got 2 label rows"):
+    with pytest.raises(
+        InputError,
+        match=r"X.txt:3: expected 5 texts in X.txt and as many .* Y.txt, got 2 label rows",
+    ):
         formats.check_same_length("X.txt", 5, "Y.txt", 2)
     with pytest.raises(InputError, match=r"Y.txt:2: .*X.txt is cut short"):
         formats.check_same_length("X.txt", 1, "Y.txt", 2)
@@ -102,7 +111,11 @@ def test_same_length(write):
 def test_raw_texts(write):
     path = write("a title /SEP/ a body /SEP/ more\nonly body\n/SEP/b\n", "train_raw_texts.txt")
     assert formats.read_raw_texts(path) == ["a title a body more", "only body", "b"]
-    assert formats.read_raw_texts(path, joiner=" [SEP] ") == ["a title [SEP] a body [SEP] more", "only body", "b"]
+    assert formats.read_raw_texts(path, joiner=" [SEP] ") == [
+        "a title [SEP] a body [SEP] more",
+        "only body",
+        "b",
+    ]
     assert formats.read_raw_texts(path, part="title") == ["a title", "", ""]
     assert formats.read_raw_texts(path, part="body") == ["a body /SEP/ more", "only body", "b"]
     with pytest.raises(InputError, match="part: expected all, title or body"):
@@ -112,14 +125,30 @@ def test_raw_texts(write):
 @pytest.mark.parametrize(
     ("content", "divider", "rows"),
     [
-        ("zoo art\n\nart  10 \u00c4\u00a0b\r\n", "space", [["zoo", "art"], [], ["art", "10", "\u00c4\u00a0b"]]),
+        (
+            "zoo art\n\nart  10 \u00c4\u00a0b\r\n",
+            "space",
+            [["zoo", "art"], [], ["art", "10", "\u00c4\u00a0b"]],
+        ),
         ("State aid\tEU law\nEU law\n", "tab", [["State aid", "EU law"], ["EU law"]]),
         ("State aid\nart, law\tfish\t\n", "tab", [["State aid"], ["art, law", "fish"]]),
-        ("aid eu_law\nfish trade\t\n\tx y\n", "space", [["aid", "eu_law"], ["fish", "trade"], ["x", "y"]]),  # stray tabs
+        (
+            "aid eu_law\nfish trade\t\n\tx y\n",
+            "space",
+            [["aid", "eu_law"], ["fish", "trade"], ["x", "y"]],
+        ),  # stray tabs
         ("1,101\n7\n101\n", "comma", [["1", "101"], ["7"], ["101"]]),
-        ("sports, news\nnews\nmusic,sports\n", "comma", [["sports", "news"], ["news"], ["music", "sports"]]),
+        (
+            "sports, news\nnews\nmusic,sports\n",
+            "comma",
+            [["sports", "news"], ["news"], ["music", "sports"]],
+        ),
         ("State aid, EU law\nEU law\n", "comma", [["State aid", "EU law"], ["EU law"]]),
-        ("art,history books\nlaw books\nzoo books\n", "space", [["art,history", "books"], ["law", "books"], ["zoo", "books"]]),
+        (
+            "art,history books\nlaw books\nzoo books\n",
+            "space",
+            [["art,history", "books"], ["law", "books"], ["zoo", "books"]],
+        ),
         ("a\nb\n", "space", [["a"], ["b"]]),
         ("a,\nb\n", "space", [["a,"], ["b"]]),
     ],
@@ -127,7 +156,11 @@ def test_raw_texts(write):
 def test_string_labels(write, content, divider, rows):
     path = write(content, "train_labels.txt")
     assert formats.label_divider([path]) == divider
-    assert formats.read_label_strings(path) == formats.read_label_strings(path, divider=divider) == rows
+    assert (
+        formats.read_label_strings(path)
+        == formats.read_label_strings(path, divider=divider)
+        == rows
+    )
 
 
 def test_string_labels_of_several_splits_are_divided_alike(write):
@@ -141,17 +174,25 @@ def test_string_labels_of_several_splits_are_divided_alike(write):
 
 def test_string_labels_twice_in_a_row(write):
     twice = write("a\nb c b\n", "twice.txt")
-    with pytest.raises(InputError, match="twice.txt:2: .*once in a row, got 'b' twice; .*--merge-duplicates"):
+    with pytest.raises(
+        InputError, match="twice.txt:2: .*once in a row, got 'b' twice; .*--merge-duplicates"
+    ):
         formats.read_label_strings(twice)
     assert formats.read_label_strings(twice, duplicates="merge") == [["a"], ["b", "c"]]
 
 
 def test_one_mapping_for_train_and_test():
     train, test = [["zoo", "art"], []], [["art", "new"], ["newer", "new"]]
-    with pytest.warns(DataWarning, match="2 labels .in 3 places. do not occur in the training rows, the first 'new'; kept"):
+    with pytest.warns(
+        DataWarning,
+        match="2 labels .in 3 places. do not occur in the training rows, the first 'new'; kept",
+    ):
         kept = formats.encode_label_strings(train, test)
     assert kept.names == ["art", "new", "newer", "zoo"] and kept.unseen == 2
-    assert [m.toarray().tolist() for m in kept.splits] == [[[1, 0, 0, 1], [0] * 4], [[1, 1, 0, 0], [0, 1, 1, 0]]]
+    assert [m.toarray().tolist() for m in kept.splits] == [
+        [[1, 0, 0, 1], [0] * 4],
+        [[1, 1, 0, 0], [0, 1, 1, 0]],
+    ]
     with pytest.warns(DataWarning, match="dropped"):
         dropped = formats.encode_label_strings(train, test, unseen="drop")
     assert dropped.names == ["art", "zoo"]
@@ -170,7 +211,13 @@ def lines_of(*records):
 
 
 RECORDS = (
-    {"uid": "B01", "title": "A tïtle", "content": "Text", "target_ind": [3, 0], "target_rel": [1.0, 0.5]},
+    {
+        "uid": "B01",
+        "title": "A tïtle",
+        "content": "Text",
+        "target_ind": [3, 0],
+        "target_rel": [1.0, 0.5],
+    },
     {"uid": 7, "title": "", "content": None, "target_ind": [], "target_rel": []},
     {"uid": "x", "title": "No content", "target_ind": [1, 2], "other": {}},
     {"uid": "y", "title": "Zero", "target_ind": [1, 2], "target_rel": [0, 2]},
@@ -180,7 +227,12 @@ RECORDS = (
 @pytest.mark.parametrize("name", ["trn.json", "trn.json.gz"])
 def test_lf_json(write, name):
     records = silent(formats.read_lf_json, write(lines_of(*RECORDS) + "\n\n", name), num_labels=5)
-    assert records.uid == ["B01", "7", "x", "y"] and records.title == ["A tïtle", "", "No content", "Zero"]
+    assert records.uid == ["B01", "7", "x", "y"] and records.title == [
+        "A tïtle",
+        "",
+        "No content",
+        "Zero",
+    ]
     assert records.content == ["Text", "", "", ""]
     expected = [[0.5, 0, 0, 1, 0], [0] * 5, [0, 1, 1, 0, 0], [0, 0, 2, 0, 0]]
     np.testing.assert_array_equal(records.labels.toarray(), np.array(expected, np.float32))
@@ -213,10 +265,22 @@ def test_lf_width_from_the_label_file(write):
         ('{"uid": "a", "title": "t", "target_ind": [true]}', "a list of label numbers"),
         ('{"uid": "a", "title": "t", "target_ind": [5]}', "label numbers from 0 to 4, got '5'"),
         ('{"uid": "a", "title": "t", "target_ind": [-1]}', "label numbers from 0 to 4, got '-1'"),
-        ('{"uid": "a", "title": "t", "target_ind": [1], "target_rel": [1, 1]}', "1 numbers in target_rel"),
-        ('{"uid": "a", "title": "t", "target_ind": [1], "target_rel": [NaN]}', "finite float32 relevances, got 'nan'"),
-        ('{"uid": "a", "title": "t", "target_ind": [1], "target_rel": [1e39]}', "finite float32 relevances"),
-        ('{"uid": "a", "title": "t", "target_ind": [1], "target_rel": ["1"]}', "a list of numbers as target_rel"),
+        (
+            '{"uid": "a", "title": "t", "target_ind": [1], "target_rel": [1, 1]}',
+            "1 numbers in target_rel",
+        ),
+        (
+            '{"uid": "a", "title": "t", "target_ind": [1], "target_rel": [NaN]}',
+            "finite float32 relevances, got 'nan'",
+        ),
+        (
+            '{"uid": "a", "title": "t", "target_ind": [1], "target_rel": [1e39]}',
+            "finite float32 relevances",
+        ),
+        (
+            '{"uid": "a", "title": "t", "target_ind": [1], "target_rel": ["1"]}',
+            "a list of numbers as target_rel",
+        ),
         ('{"uid": "a", "title": "t", "target_ind": [1, 1]}', "every label once, got 1 twice"),
         ('{"uid": "a", "title": "t", "target_ind": [' + "9" * 5000 + "]}", "thousands of digits"),
         ("[" * 100_000, "expected a JSON object"),
@@ -237,12 +301,18 @@ def test_lf_merges_when_asked(write):
 
 
 def test_lf_broken_text_is_told_once(write):
-    content = b'{"uid": "a", "title": "\xff"}\n{"uid": "b", "title": "x \\ud800", "content": "\\udcff"}\n'
+    content = (
+        b'{"uid": "a", "title": "\xff"}\n{"uid": "b", "title": "x \\ud800", "content": "\\udcff"}\n'
+    )
     path = write(content + lines_of({"uid": "c", "title": "\U0001f600"}).encode(), "trn.json")
     with pytest.warns(DataWarning) as told:
         records = formats.read_lf_json(path)
     assert records.title == ["\ufffd", "x \ufffd", "\U0001f600"] and records.content[1] == "\ufffd"
-    assert len(told) == 1 and "trn.json:1" in str(told[0].message) and "in 2 lines" in str(told[0].message)
+    assert (
+        len(told) == 1
+        and "trn.json:1" in str(told[0].message)
+        and "in 2 lines" in str(told[0].message)
+    )
 
 
 def test_lf_cut_short(tmp_path):
@@ -269,7 +339,9 @@ def test_npz_of_scipy(tmp_path, layout, kind):
 
 
 def test_npz_keeps_stored_zeros_where_they_are_scores(tmp_path):
-    scores = csr_matrix((np.array([0, 2], np.float32), np.array([1, 0]), np.array([0, 1, 2])), (2, 3))
+    scores = csr_matrix(
+        (np.array([0, 2], np.float32), np.array([1, 0]), np.array([0, 1, 2])), (2, 3)
+    )
     formats.write_npz(tmp_path / "s.npz", scores, keep_zeros=True)
     assert formats.read_npz(tmp_path / "s.npz", keep_zeros=True).indices.tolist() == [1, 0]
     assert formats.read_npz(tmp_path / "s.npz").nnz == 1
@@ -288,7 +360,13 @@ def test_npz_round_trip(tmp_path):
 
 
 def save(path, **changes):
-    parts = {"format": b"csr", "shape": np.array([3, 3]), "data": np.ones(3), "indices": [1, 0, 2], "indptr": [0, 1, 1, 3]}
+    parts = {
+        "format": b"csr",
+        "shape": np.array([3, 3]),
+        "data": np.ones(3),
+        "indices": [1, 0, 2],
+        "indptr": [0, 1, 1, 3],
+    }
     np.savez(path, **{k: np.asarray(v) for k, v in (parts | changes).items()})
 
 
@@ -301,9 +379,15 @@ def save(path, **changes):
         ({"indices": [1, 0, 3]}, "indices, entry 2: expected indices from 0 to 2, got 3"),
         ({"indices": [1, 0, -1]}, "indices, entry 2: expected indices from 0 to 2, got -1"),
         ({"indptr": [0, 2, 1, 3]}, "indptr, entry 2: expected at least 2, as before it, got 1"),
-        ({"indptr": [0, 2, 1, 0]}, "indptr, entry 2: expected at least 2"),  # scipy looks at none where the last is 0
+        (
+            {"indptr": [0, 2, 1, 0]},
+            "indptr, entry 2: expected at least 2",
+        ),  # scipy looks at none where the last is 0
         ({"indices": [1, 2, 2]}, "row 2, column 2: expected one entry, got two"),
-        ({"data": [object(), 1, 2]}, "data: expected an array of numbers, got one of Python objects, which is a pickle"),
+        (
+            {"data": [object(), 1, 2]},
+            "data: expected an array of numbers, got one of Python objects, which is a pickle",
+        ),
     ],
 )
 def test_npz_mistakes(tmp_path, changes, message):
@@ -391,7 +475,9 @@ def test_filter_pairs_that_cannot_be_written(tmp_path, pairs):
 
 def test_drop_unlabelled():
     labels = csr_matrix(np.array([[0, 1], [0, 0], [1, 1], [0, 0]]))
-    with pytest.warns(DataWarning, match=r"Y.txt: 2 of 4 documents have no label .first: row 1.; dropped"):
+    with pytest.warns(
+        DataWarning, match=r"Y.txt: 2 of 4 documents have no label .first: row 1.; dropped"
+    ):
         rows = formats.drop_unlabelled(labels, keep=False, name="Y.txt")
     assert rows.tolist() == [0, 2] and rows.dtype == np.int64
     pairs = np.array([[0, 1], [1, 1], [2, 0], [3, 0], [2, 1]])
@@ -399,8 +485,13 @@ def test_drop_unlabelled():
     assert formats.select_pairs(np.empty((0, 2), np.int64), rows).shape == (0, 2)
     with pytest.warns(DataWarning, match="kept"):
         assert formats.drop_unlabelled(labels, keep=True, name="Y.txt").tolist() == [0, 1, 2, 3]
-    assert silent(formats.drop_unlabelled, labels[[0, 2]], keep=False, name="Y.txt").tolist() == [0, 1]
-    with pytest.raises(InputError, match="Y.txt: expected documents with labels, got 2 without any"):
+    assert silent(formats.drop_unlabelled, labels[[0, 2]], keep=False, name="Y.txt").tolist() == [
+        0,
+        1,
+    ]
+    with pytest.raises(
+        InputError, match="Y.txt: expected documents with labels, got 2 without any"
+    ):
         formats.drop_unlabelled(labels[[1, 3]], keep=True, name="Y.txt")
 
 
@@ -413,7 +504,11 @@ def test_token_maps(tmp_path):
     ids.tofile(tmp_path / "trn_doc_input_ids.dat")
     mask.tofile(tmp_path / "trn_doc_attention_mask.dat")
     read_ids, read_mask = formats.open_token_maps(tmp_path / "trn_doc", rows=3, max_length=4)
-    assert isinstance(read_ids, np.memmap) and read_ids.dtype == np.int64 and not read_ids.flags.writeable
+    assert (
+        isinstance(read_ids, np.memmap)
+        and read_ids.dtype == np.int64
+        and not read_ids.flags.writeable
+    )
     np.testing.assert_array_equal(read_ids, ids)
     np.testing.assert_array_equal(read_mask, mask)
     rows = formats.token_rows(read_ids, read_mask, 1, 3, "trn_doc")
@@ -421,15 +516,20 @@ def test_token_maps(tmp_path):
     path = tmp_path / "trn_doc_input_ids.dat"
     with pytest.raises(
         InputError,
-        match=r"64 bytes .2 rows × 4 tokens × 8., got 96 bytes; .* max_length 6 for 2 rows or 3 rows of max_length 4",
+        match=r"64 bytes .2 rows × 4 tokens × 8., got 96 bytes; .* max_length 6 for 2 rows or 3 "
+        r"rows of max_length 4",
     ):
         formats.open_token_map(path, rows=2, max_length=4)
-    with pytest.raises(InputError, match=r"120 bytes .*got 96 bytes; its size fits max_length 4 for 3 rows"):
+    with pytest.raises(
+        InputError, match=r"120 bytes .*got 96 bytes; its size fits max_length 4 for 3 rows"
+    ):
         formats.open_token_map(path, rows=3, max_length=5)
     with pytest.raises(InputError, match="rows: expected at least 1, got 0"):
         formats.open_token_map(path, rows=0, max_length=5)
     mask[1, 2] = 2
-    with pytest.raises(InputError, match="trn_doc, row 1: expected an attention mask of 0 and 1, got 2"):
+    with pytest.raises(
+        InputError, match="trn_doc, row 1: expected an attention mask of 0 and 1, got 2"
+    ):
         formats.token_rows(ids, mask, 1, 3, "trn_doc")
     ids[0, 1] = -4
     with pytest.raises(InputError, match="trn_doc, row 0: expected token ids from 0, got -4"):
@@ -451,7 +551,10 @@ LABELS = np.array([[0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]], dtype=np.float32)
         ("train.txt", "3 9 4\n1,3 0:1\n 1:1\n0\n"),
         ("Y.trn.txt", "1,3\n\n0\n"),
         ("Y.trn.txt", "1 3\n\n0\n"),
-        ("trn.json", lines_of(*({"uid": 1, "title": "", "target_ind": row} for row in ([1, 3], [], [0])))),
+        (
+            "trn.json",
+            lines_of(*({"uid": 1, "title": "", "target_ind": row} for row in ([1, 3], [], [0]))),
+        ),
     ],
 )
 def test_read_labels(write, name, content):
@@ -465,28 +568,43 @@ def test_read_labels(write, name, content):
 
 def test_read_labels_npz(tmp_path):
     formats.write_npz(tmp_path / "Y.npz", csr_matrix(LABELS))
-    np.testing.assert_array_equal(formats.read_labels(tmp_path / "Y.npz", rows=3, labels=4).toarray(), LABELS)
+    np.testing.assert_array_equal(
+        formats.read_labels(tmp_path / "Y.npz", rows=3, labels=4).toarray(), LABELS
+    )
 
 
 def test_a_header_or_a_row(write):
     path = write("3 4\n1 3\n2\n0\n", "Y.txt")
-    with pytest.raises(InputError, match="Y.txt:1: .*clear format, .*--label-format sparse if .*--label-format lines if"):
+    with pytest.raises(
+        InputError,
+        match="Y.txt:1: .*clear format, .*--label-format sparse if .*--label-format lines if",
+    ):
         formats.read_labels(path)
     assert formats.read_labels(path, rows=3).shape == (3, 4)
     assert formats.read_labels(path, rows=4).shape == (4, 5)
     assert formats.read_labels(path, format="lines").shape == (4, 5)
-    path = write("3 10\n1\n2\n", "Y.txt")  # of three documents, the last without labels and without line end
+    path = write(
+        "3 10\n1\n2\n", "Y.txt"
+    )  # of three documents, the last without labels and without line end
     for rows in (None, 3):
-        with pytest.raises(InputError, match="Y.txt:1: .*cut short by one row, or its last row is blank and lacks"):
+        with pytest.raises(
+            InputError, match="Y.txt:1: .*cut short by one row, or its last row is blank and lacks"
+        ):
             formats.label_format(path, rows)
-    assert formats.label_format(path, 2) == "lines" and formats.read_labels(path, 3, format="lines").shape == (3, 11)
+    assert formats.label_format(path, 2) == "lines" and formats.read_labels(
+        path, 3, format="lines"
+    ).shape == (3, 11)
     path = write("3 10\n1\n2\n\n", "Y.txt")
     assert [formats.label_format(path, rows) for rows in (3, 4)] == ["sparse", "lines"]
     assert formats.read_labels(path, 3).toarray().nonzero()[1].tolist() == [1, 2]
     path = write("2 10\n1\n2\n\n\n", "Y.txt")
     assert [formats.label_format(path, rows) for rows in (2, 3, 5)] == ["sparse", "lines", "lines"]
     path = write("9 10\n1\n2\n", "Y.txt")
-    assert [formats.label_format(path, rows) for rows in (9, 3, None)] == ["sparse", "lines", "lines"]
+    assert [formats.label_format(path, rows) for rows in (9, 3, None)] == [
+        "sparse",
+        "lines",
+        "lines",
+    ]
     path = write("3 4\n1 3\n2\n0\n", "Y.txt")
     assert formats.read_labels(path, format="sparse").shape == (3, 4)
     assert formats.read_labels(write("2 4\n\n\n", "Y.txt")).shape == (2, 4)

@@ -1,4 +1,6 @@
-"""Files are told by their first bytes and their suffix: text is read, packed or not; anything else is refused."""
+"""Files are told by their first bytes and their suffix: text is read, packed or not; anything else
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,11 @@ from xmlkernels.file_kinds import _XZ_MEMORY, is_json_lines
 from xmlkernels.files import map_bytes
 
 TEXT = "one fish\nzwei Fische\n赤い魚\n" * 400
-PACKERS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+}
 
 
 @pytest.mark.parametrize("kind", PACKERS)
@@ -42,7 +48,10 @@ def test_packed_text_that_is_cut_damaged_or_empty(tmp_path: Path, kind: str) -> 
     whole = PACKERS[kind](os.urandom(20000).hex().encode())
     for cut in (30, len(whole) // 2, len(whole) - 3):
         path.write_bytes(whole[:cut])
-        with pytest.raises(InputError, match=f"whole {name} file, got one that is cut short"), map_bytes(path):
+        with (
+            pytest.raises(InputError, match=f"whole {name} file, got one that is cut short"),
+            map_bytes(path),
+        ):
             pass
     for at in range(20, len(whole), 997):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
@@ -73,27 +82,50 @@ def foreign(folder: Path) -> dict[str, bytes]:
     np.save(array, np.arange(9))
     np.savez(matrix, data=np.arange(9))
     return {
-        "Parquet": b"PAR1\x15\x04\x15" + bytes(40), "SQLite": table.read_bytes(), "tar archive": packed.getvalue(),
-        "zip archive": zipped.getvalue(), "NumPy": array.getvalue(), ".npz and .xlsx": matrix.getvalue(),
-        "PDF": b"%PDF-1.7\n" + bytes(range(256)), "zstd": b"\x28\xb5\x2f\xfd" + os.urandom(99),
-        "7-Zip": b"7z\xbc\xaf\x27\x1c" + os.urandom(99), "lz4": b"\x04\x22\x4d\x18" + os.urandom(99),
-        "old Office": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(99), "Arrow": b"ARROW1\0\0" + os.urandom(99),
-        "UTF-16": TEXT.encode("utf-16"), "UTF-32": TEXT.encode("utf-32"), "NUL": TEXT.encode("utf-16-le"),
-        "broken characters": ("Привет, мир\n" * 50).encode("cp1251"), "Git LFS": b"version https://git-lfs.github.com/spec/v1\n",
-        "gzip archive inside": gzip.compress(TEXT.encode()), "bzip2 archive inside": bz2.compress(TEXT.encode()),
+        "Parquet": b"PAR1\x15\x04\x15" + bytes(40),
+        "SQLite": table.read_bytes(),
+        "tar archive": packed.getvalue(),
+        "zip archive": zipped.getvalue(),
+        "NumPy": array.getvalue(),
+        ".npz and .xlsx": matrix.getvalue(),
+        "PDF": b"%PDF-1.7\n" + bytes(range(256)),
+        "zstd": b"\x28\xb5\x2f\xfd" + os.urandom(99),
+        "7-Zip": b"7z\xbc\xaf\x27\x1c" + os.urandom(99),
+        "lz4": b"\x04\x22\x4d\x18" + os.urandom(99),
+        "old Office": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(99),
+        "Arrow": b"ARROW1\0\0" + os.urandom(99),
+        "UTF-16": TEXT.encode("utf-16"),
+        "UTF-32": TEXT.encode("utf-32"),
+        "NUL": TEXT.encode("utf-16-le"),
+        "broken characters": ("Привет, мир\n" * 50).encode("cp1251"),
+        "Git LFS": b"version https://git-lfs.github.com/spec/v1\n",
+        "gzip archive inside": gzip.compress(TEXT.encode()),
+        "bzip2 archive inside": bz2.compress(TEXT.encode()),
         "xz archive inside": lzma.compress(TEXT.encode()),
-    }  # fmt: skip
+    }
 
 
 def test_what_is_no_text_is_refused_by_every_reader(tmp_path: Path) -> None:
     readers: list[Callable[[Path], object]] = [
-        lambda path: formats.read_lines(path, documents=True), formats.read_lines, formats.read_label_lines,
-        formats.read_labels, formats.read_sparse, formats.read_bow, formats.read_lf_json, formats.read_label_strings,
-        formats.read_raw_texts, formats.read_filter_pairs,
-    ]  # fmt: skip
+        lambda path: formats.read_lines(path, documents=True),
+        formats.read_lines,
+        formats.read_label_lines,
+        formats.read_labels,
+        formats.read_sparse,
+        formats.read_bow,
+        formats.read_lf_json,
+        formats.read_label_strings,
+        formats.read_raw_texts,
+        formats.read_filter_pairs,
+    ]
     for what, content in foreign(tmp_path).items():
-        for path, inside in ((tmp_path / "x.txt", content), (tmp_path / "x.txt.gz", gzip.compress(content))):
-            path.write_bytes(gzip.compress(inside) if "inside" in what and path.suffix == ".txt" else inside)
+        for path, inside in (
+            (tmp_path / "x.txt", content),
+            (tmp_path / "x.txt.gz", gzip.compress(content)),
+        ):
+            path.write_bytes(
+                gzip.compress(inside) if "inside" in what and path.suffix == ".txt" else inside
+            )
             for read in readers:
                 with pytest.raises(InputError, match=what):
                     read(path)
@@ -110,7 +142,11 @@ def test_what_is_no_text_is_refused_by_every_reader(tmp_path: Path) -> None:
         ("x.parquet", "one fish\n", "a .parquet file"),
         ("x.txt", "__label__a one fish\n", "fastText"),
         ("x.txt", '{"title": "a", "target_ind": [1]}\n', "JSON"),
-        ("x.txt", '{"uid": "1", "content": "' + "word " * 9000 + '"}\n', "JSON"),  # its first line is beyond what is looked at
+        (
+            "x.txt",
+            '{"uid": "1", "content": "' + "word " * 9000 + '"}\n',
+            "JSON",
+        ),  # its first line is beyond what is looked at
         ("x.jsonl", '"a"\n', "JSON"),
         ("x.txt", "2 9\n0:1 3:0.5\n8:1e-3\n", "a sparse matrix"),
         ("x.txt", "2 9 4\n1,2 0:1 3:0.5\n0 8:1e-3\n", "a sparse matrix"),
@@ -131,7 +167,8 @@ def test_the_command_of_the_message_writes_the_texts(tmp_path: Path) -> None:
     for divider in ",\t":
         path = tmp_path / "a table.csv"
         path.write_text(
-            f'id{divider}title{divider}text\n1{divider}one{divider}"a\nfish{divider} red"\n2{divider}two{divider}b\n'
+            f'id{divider}title{divider}text\n1{divider}one{divider}"a\nfish{divider} '
+            f'red"\n2{divider}two{divider}b\n'
         )
         with pytest.raises(InputError) as error:
             formats.read_lines(path, documents=True)
@@ -144,11 +181,24 @@ def test_the_command_of_the_message_writes_the_texts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "Text and labels, how they go together\n", "labels\n", "text\n", "a, b\nc, d\n", "mustard" * 60 + "\n", "PAR1 gene\n",
-        "ORCHIDS\n", "BZh is how bzip2 begins\n", "PK\n", "{not json}\n", '{"a": 1}\n', "3 10\n1\n2\n", "7:30 in the morning\n",
-        "x" * 20000 + "\n", "é" * 9000 + "\n", "caf\udce9\n",
+        "Text and labels, how they go together\n",
+        "labels\n",
+        "text\n",
+        "a, b\nc, d\n",
+        "mustard" * 60 + "\n",
+        "PAR1 gene\n",
+        "ORCHIDS\n",
+        "BZh is how bzip2 begins\n",
+        "PK\n",
+        "{not json}\n",
+        '{"a": 1}\n',
+        "3 10\n1\n2\n",
+        "7:30 in the morning\n",
+        "x" * 20000 + "\n",
+        "é" * 9000 + "\n",
+        "caf\udce9\n",
     ],
-)  # fmt: skip
+)
 def test_texts_that_only_look_like_something_else(tmp_path: Path, text: str) -> None:
     path = tmp_path / "x.txt"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))

@@ -1,4 +1,6 @@
-"""The nearest-neighbour baseline: scores worked by hand, agreement with a dense ranking, ties, mistakes."""
+"""The nearest-neighbour baseline: scores worked by hand, agreement with a dense ranking, ties,
+mistakes.
+"""
 
 import numpy as np
 import pytest
@@ -16,9 +18,12 @@ def test_scores_by_hand():
     labels = csr_matrix(np.array([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]], np.float32))
     model = KNNBaseline(texts, labels)
     values, rows = model.predict(["Alpha gamma", "delta", "unknown"], 3, neighbours=2, power=2)
-    # text 0: cos = 1/sqrt(2)·1/sqrt(2) = 1/2, text 1: 1/sqrt(2); squares 1/4 and 1/2; label 1 has both
+    # text 0: cos = 1/sqrt(2)·1/sqrt(2) = 1/2, text 1: 1/sqrt(2); squares 1/4 and 1/2; label 1 has
+    # both
     np.testing.assert_array_equal(rows, [[1, 0, -1], [3, -1, -1], [-1, -1, -1]])
-    np.testing.assert_allclose(values, [[0.75, 0.25, -np.inf], [1 / 3, -np.inf, -np.inf], [-np.inf] * 3], rtol=1e-5)
+    np.testing.assert_allclose(
+        values, [[0.75, 0.25, -np.inf], [1 / 3, -np.inf, -np.inf], [-np.inf] * 3], rtol=1e-5
+    )
     assert values.dtype == np.float32 and rows.dtype == np.int64
     one, _ = model.predict(["alpha gamma"], 1, neighbours=1, power=1)
     assert one[0, 0] == pytest.approx(np.sqrt(0.5), rel=1e-5)
@@ -26,7 +31,9 @@ def test_scores_by_hand():
 
 def test_ties_go_to_the_earlier_text_and_the_lower_label():
     texts = ["same words"] * 4
-    labels = csr_matrix(np.array([[0, 0, 1, 1], [0, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]], np.float32))
+    labels = csr_matrix(
+        np.array([[0, 0, 1, 1], [0, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]], np.float32)
+    )
     _, rows = KNNBaseline(texts, labels).predict(["same words"], 4, neighbours=2, power=1)
     np.testing.assert_array_equal(rows, [[1, 2, 3, -1]])
 
@@ -38,9 +45,15 @@ def test_equals_a_dense_ranking(monkeypatch, block):
     words = np.array([f"w{i}" for i in range(40)])
     texts = [" ".join(rng.choice(words, rng.integers(3, 12))) for _ in range(120)]
     labels = (rng.random((100, 15)) < 0.15).astype(np.float32)
-    values, rows = KNNBaseline(texts[:100], csr_matrix(labels)).predict(texts[100:], 5, neighbours=20, power=3)
+    values, rows = KNNBaseline(texts[:100], csr_matrix(labels)).predict(
+        texts[100:], 5, neighbours=20, power=3
+    )
     vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"[^\W_]+")
-    similar = (vectorizer.fit_transform(texts[:100]).T.T @ vectorizer.transform(texts[100:]).T).toarray().T
+    similar = (
+        (vectorizer.fit_transform(texts[:100]).T.T @ vectorizer.transform(texts[100:]).T)
+        .toarray()
+        .T
+    )
     for i, row in enumerate(similar):
         near = np.argsort(-row, kind="stable")[:20]
         scores = (row[near, None] ** 3 * labels[near]).sum(0)
@@ -54,7 +67,10 @@ def test_equals_a_dense_ranking(monkeypatch, block):
         (lambda: KNNBaseline(["a b"], csr_matrix((2, 3))), "1 rows, one per text, got 2"),
         (lambda: KNNBaseline(["--"], csr_matrix((1, 3))), "at least one word"),
         (lambda: KNNBaseline(["word"], csr_matrix((1, 3))).predict(["word"], 0), "^k: expected"),
-        (lambda: KNNBaseline(["word"], csr_matrix((1, 3))).predict(["word"], 1, neighbours=0), "neighbours"),
+        (
+            lambda: KNNBaseline(["word"], csr_matrix((1, 3))).predict(["word"], 1, neighbours=0),
+            "neighbours",
+        ),
     ],
 )
 def test_mistakes_are_told(call, message):

@@ -60,14 +60,26 @@ def check(batch: Batch, split: Documents, label_tokens: TokenStore | None = None
         length = len(tokens)
         assert batch.input_ids[place, :length].tolist() == tokens.tolist()
         assert (batch.input_ids[place, length:] == 7).all()
-        assert batch.attention_mask[place].tolist() == [1] * length + [0] * (batch.input_ids.shape[1] - length)
+        assert batch.attention_mask[place].tolist() == [1] * length + [0] * (
+            batch.input_ids.shape[1] - length
+        )
         rows = split.labels[number].indices.tolist() if number < count else [number - count]
         pairs |= {(row, place) for row in rows}
-    assert list(zip(batch.pos_row.tolist(), batch.pos_sample.tolist(), strict=True)) == sorted(pairs)
+    assert list(zip(batch.pos_row.tolist(), batch.pos_sample.tolist(), strict=True)) == sorted(
+        pairs
+    )
     longest = int(batch.attention_mask.sum(1).max())
-    assert batch.input_ids.shape[1] == next(width for width in (8, 16, 24, 32, 40) if width >= longest)
+    assert batch.input_ids.shape[1] == next(
+        width for width in (8, 16, 24, 32, 40) if width >= longest
+    )
     kinds = [batch.input_ids, batch.attention_mask, batch.pos_row, batch.pos_sample, batch.index]
-    assert [str(tensor.dtype)[6:] for tensor in kinds] == ["int64", "int64", "int64", "int32", "int64"]
+    assert [str(tensor.dtype)[6:] for tensor in kinds] == [
+        "int64",
+        "int64",
+        "int64",
+        "int32",
+        "int64",
+    ]
     assert all(tensor.is_contiguous() for tensor in kinds)
 
 
@@ -105,8 +117,16 @@ def test_only_label_texts_or_only_documents_in_a_batch(tmp_path: Path) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 60), st.integers(1, 25), st.integers(1, 6), st.integers(0, 2**64 - 1), st.booleans())
-def test_plan_holds_each_document_once(rows: int, size: int, window: int, seed: int, drop: bool) -> None:
+@given(
+    st.integers(1, 60),
+    st.integers(1, 25),
+    st.integers(1, 6),
+    st.integers(0, 2**64 - 1),
+    st.booleans(),
+)
+def test_plan_holds_each_document_once(
+    rows: int, size: int, window: int, seed: int, drop: bool
+) -> None:
     batches = Batches.__new__(Batches)
     batches.lengths = np.random.default_rng(rows).integers(1, 9, rows)
     batches.batch_size, batches.bucket_window, batches.seed = size, window, seed
@@ -115,13 +135,19 @@ def test_plan_holds_each_document_once(rows: int, size: int, window: int, seed: 
     flat = np.concatenate(plan) if plan else np.zeros(0, np.int64)
     assert len(plan) == len(batches) and len(set(flat.tolist())) == len(flat)
     assert len(flat) == (rows - rows % size if drop else rows)
-    assert all(len(batch) == size for batch in plan) if drop else sum(len(batch) < size for batch in plan) <= 1
+    assert (
+        all(len(batch) == size for batch in plan)
+        if drop
+        else sum(len(batch) < size for batch in plan) <= 1
+    )
 
 
 def test_pure_function_of_seed_and_epoch(tmp_path: Path) -> None:
     split = documents(tmp_path)
     orders = {
-        (seed, epoch): torch.cat([batch.index for batch in Batches(split, 8, seed=seed).epoch(epoch)]).tolist()
+        (seed, epoch): torch.cat(
+            [batch.index for batch in Batches(split, 8, seed=seed).epoch(epoch)]
+        ).tolist()
         for seed, epoch in itertools.product((0, 1, 2**63 + 1), (0, 1, 2))
     }
     assert len({tuple(order) for order in orders.values()}) == 9
@@ -131,13 +157,13 @@ def test_pure_function_of_seed_and_epoch(tmp_path: Path) -> None:
 
 
 def test_order_stays_what_it_was(tmp_path: Path) -> None:
-    """A checkpoint names its place by batch number alone: another order would repeat and skip documents."""
+    """A checkpoint names its place by batch number alone: another order would repeat and skip
+    documents.
+    """
     split = documents(tmp_path, rows=12)
-    assert [batch.index.tolist() for batch in Batches(split, 4, seed=5, bucket_window=2).epoch(1)] == [
-        [7, 9, 5, 10],
-        [3, 6, 4, 1],
-        [11, 8, 0, 2],
-    ]
+    assert [
+        batch.index.tolist() for batch in Batches(split, 4, seed=5, bucket_window=2).epoch(1)
+    ] == [[7, 9, 5, 10], [3, 6, 4, 1], [11, 8, 0, 2]]
 
 
 def test_random_state_is_left_alone(tmp_path: Path) -> None:
@@ -152,7 +178,9 @@ def test_resume_gives_the_tail(tmp_path: Path, shuffle: bool) -> None:
     split = documents(tmp_path)
     whole = list(Batches(split, 10, seed=4, shuffle=shuffle, bucket_window=2).epoch(7))
     for start in (0, 1, 6, 10, 11):
-        tail = list(Batches(split, 10, seed=4, shuffle=shuffle, bucket_window=2).epoch(7, start=start))
+        tail = list(
+            Batches(split, 10, seed=4, shuffle=shuffle, bucket_window=2).epoch(7, start=start)
+        )
         assert len(tail) == len(whole) - start
         assert all(same(left, right) for left, right in zip(tail, whole[start:], strict=True))
 
@@ -162,22 +190,31 @@ def test_like_lengths_share_a_batch(tmp_path: Path) -> None:
 
     def padding(window: int) -> float:
         found = list(Batches(split, 20, bucket_window=window, pad_to_multiple=1).epoch(0))
-        return 1 - sum(int(b.attention_mask.sum()) for b in found) / sum(b.attention_mask.numel() for b in found)
+        return 1 - sum(int(b.attention_mask.sum()) for b in found) / sum(
+            b.attention_mask.numel() for b in found
+        )
 
     assert padding(50) < 0.05 < 0.3 < padding(1)
     widths = [batch.input_ids.shape[1] for batch in Batches(split, 20, bucket_window=100).epoch(0)]
-    assert abs(np.corrcoef(widths, np.arange(len(widths)))[0, 1]) < 0.3, "short and long batches must alternate"
+    assert abs(np.corrcoef(widths, np.arange(len(widths)))[0, 1]) < 0.3, (
+        "short and long batches must alternate"
+    )
 
 
 def test_windows_mix_documents_between_epochs(tmp_path: Path) -> None:
     batches = Batches(documents(tmp_path, rows=600), 20)
-    company = [{tuple(sorted(batch.index.tolist())) for batch in batches.epoch(epoch)} for epoch in range(2)]
+    company = [
+        {tuple(sorted(batch.index.tolist())) for batch in batches.epoch(epoch)}
+        for epoch in range(2)
+    ]
     assert not company[0] & company[1]
 
 
 def test_evaluation_order(tmp_path: Path) -> None:
     split = documents(tmp_path)
-    found = torch.cat([batch.index for batch in Batches(split, 10, shuffle=False, seed=3).epoch(5)]).tolist()
+    found = torch.cat(
+        [batch.index for batch in Batches(split, 10, shuffle=False, seed=3).epoch(5)]
+    ).tolist()
     lengths = split.tokens.lengths
     assert found == sorted(range(103), key=lambda number: (-lengths[number], number))
 
@@ -189,7 +226,9 @@ def test_drop_last_drops_documents_at_random(tmp_path: Path) -> None:
     for epoch in range(30):
         found = list(batches.epoch(epoch))
         assert [len(batch) for batch in found] == [10] * 10 and len(batches) == 10
-        dropped += sorted(set(range(103)) - set(torch.cat([batch.index for batch in found]).tolist()))
+        dropped += sorted(
+            set(range(103)) - set(torch.cat([batch.index for batch in found]).tolist())
+        )
     assert len(dropped) == 90
     assert 12 < split.tokens.lengths[dropped].mean() < 28, "neither the shortest nor the longest"
 
@@ -197,30 +236,50 @@ def test_drop_last_drops_documents_at_random(tmp_path: Path) -> None:
 def test_options(tmp_path: Path) -> None:
     split = documents(tmp_path)
     batches = list(Batches(split, 3, pad_id=499, pad_to_multiple=16).epoch(0))
-    assert {batch.input_ids.shape[1] for batch in batches} == {16, 32, 40}, "multiples, and the 40 tokens of a text at most"
+    assert {batch.input_ids.shape[1] for batch in batches} == {16, 32, 40}, (
+        "multiples, and the 40 tokens of a text at most"
+    )
     assert all((batch.input_ids[batch.attention_mask == 0] == 499).all() for batch in batches)
     batch = next(Batches(split, 10).epoch(0))
     moved = batch.to("meta")
-    assert moved.index.is_meta and moved.input_ids.is_meta and moved.labels == 31 and len(moved) == 10
+    assert (
+        moved.index.is_meta and moved.input_ids.is_meta and moved.labels == 31 and len(moved) == 10
+    )
 
 
 def test_stored_zeros_and_duplicates_are_no_positives(tmp_path: Path) -> None:
     tokens = store(tmp_path / "tokens.bin", 2)
-    labels = csr_matrix((np.array([1, 0, 1, 1], np.float32), np.array([4, 2, 4, 0]), np.array([0, 3, 4])), shape=(2, 5))
+    labels = csr_matrix(
+        (np.array([1, 0, 1, 1], np.float32), np.array([4, 2, 4, 0]), np.array([0, 3, 4])),
+        shape=(2, 5),
+    )
     batch = Batches(Documents(tokens, labels), 2).collate(np.array([0, 1]))
-    assert list(zip(batch.pos_row.tolist(), batch.pos_sample.tolist(), strict=True)) == [(0, 1), (4, 0)]
+    assert list(zip(batch.pos_row.tolist(), batch.pos_sample.tolist(), strict=True)) == [
+        (0, 1),
+        (4, 0),
+    ]
     assert labels.nnz == 4, "the caller's matrix is not changed"
 
 
 def test_documents_without_labels(tmp_path: Path) -> None:
     split = Documents(store(tmp_path / "tokens.bin", 3), csr_matrix((3, 5), dtype=np.float32))
     batch = Batches(split, 3).collate(np.arange(3))
-    assert batch.pos_row.shape == (0,) and batch.pos_row.dtype == torch.int64 and batch.pos_sample.dtype == torch.int32
+    assert (
+        batch.pos_row.shape == (0,)
+        and batch.pos_row.dtype == torch.int64
+        and batch.pos_sample.dtype == torch.int32
+    )
 
 
 def test_large_label_numbers(tmp_path: Path) -> None:
-    labels = csr_matrix(([1.0] * 3, [119_999_999, 3, 119_999_999], [0, 1, 3]), shape=(2, 120_000_000), dtype=np.float32)
-    batch = Batches(Documents(store(tmp_path / "tokens.bin", 2), labels), 2).collate(np.array([1, 0] * 2048))
+    labels = csr_matrix(
+        ([1.0] * 3, [119_999_999, 3, 119_999_999], [0, 1, 3]),
+        shape=(2, 120_000_000),
+        dtype=np.float32,
+    )
+    batch = Batches(Documents(store(tmp_path / "tokens.bin", 2), labels), 2).collate(
+        np.array([1, 0] * 2048)
+    )
     assert batch.pos_row.tolist() == [3] * 2048 + [119_999_999] * 4096
     assert batch.pos_sample.tolist() == [*range(0, 4096, 2), *range(4096)]
 
@@ -298,7 +357,9 @@ def test_works_while_the_consumer_works() -> None:
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_errors_reach_the_consumer(tmp_path: Path, prefetch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_reach_the_consumer(
+    tmp_path: Path, prefetch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batches = Batches(documents(tmp_path), 10, prefetch=prefetch)
     whole, count = batches.collate, itertools.count()
 
@@ -322,7 +383,11 @@ def test_texts_in_order(tokenizer: Tokenizer) -> None:
     assert torch.cat([batch.index for batch in found]).tolist() == list(range(23))
     for batch in found:
         assert batch.input_ids.shape[1] == 6, "a multiple of 8, but no more than a text may have"
-        assert batch.labels == 0 and batch.pos_row.numel() == 0 and batch.pos_sample.dtype == torch.int32
+        assert (
+            batch.labels == 0
+            and batch.pos_row.numel() == 0
+            and batch.pos_sample.dtype == torch.int32
+        )
         for place, number in enumerate(batch.index.tolist()):
             expected = tokenizer.encode_batch([texts[number]], 6)[0].tolist()
             assert batch.input_ids[place][batch.attention_mask[place] == 1].tolist() == expected
@@ -340,7 +405,9 @@ def test_texts_longest_first_in_a_window(tokenizer: Tokenizer) -> None:
 
 def test_texts_are_read_as_they_are_used(tokenizer: Tokenizer) -> None:
     read = itertools.count()
-    stream = text_batches((f"w{next(read)}" for _ in itertools.count()), tokenizer, 6, 5, prefetch=2)
+    stream = text_batches(
+        (f"w{next(read)}" for _ in itertools.count()), tokenizer, 6, 5, prefetch=2
+    )
     assert next(stream).index.tolist() == [0, 1, 2, 3, 4]
     time.sleep(0.1)
     stream.close()  # type: ignore[attr-defined]
@@ -360,12 +427,16 @@ def test_texts_that_are_none(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_a_file_that_is_cut_while_an_epoch_reads_it_ends_in_a_sentence(tmp_path: Path, prefetch: int) -> None:
+def test_a_file_that_is_cut_while_an_epoch_reads_it_ends_in_a_sentence(
+    tmp_path: Path, prefetch: int
+) -> None:
     split = documents(tmp_path, rows=2000)
     batches = Batches(split, 8, prefetch=prefetch).epoch(0)
     next(batches)
     with open(tmp_path / "tokens.bin", "r+b") as file:
         file.truncate(1500)
-    message = r"tokens.bin: expected the \d+ bytes that were there when it was opened, got 1500 bytes"
+    message = (
+        r"tokens.bin: expected the \d+ bytes that were there when it was opened, got 1500 bytes"
+    )
     with pytest.raises(InputError, match=message):
         list(batches)

@@ -24,10 +24,18 @@ SHAPE = (ROWS, LABELS)
 
 
 def matrix(rows: int, columns: int, seed: int = 0, density: float = 0.1) -> csr_matrix:
-    return csr_matrix(sparse_random(rows, columns, density, "csr", rng=np.random.default_rng(seed), dtype=np.float32))
+    return csr_matrix(
+        sparse_random(
+            rows, columns, density, "csr", rng=np.random.default_rng(seed), dtype=np.float32
+        )
+    )
 
 
-FEATURES, TARGETS, LABEL_FEATURES = matrix(ROWS, WORDS), matrix(*SHAPE, seed=1), matrix(LABELS, WORDS, seed=2)
+FEATURES, TARGETS, LABEL_FEATURES = (
+    matrix(ROWS, WORDS),
+    matrix(*SHAPE, seed=1),
+    matrix(LABELS, WORDS, seed=2),
+)
 ORDER = np.random.default_rng(3).permutation(LABELS)
 # Ragged: clusters of 1 to 9 rows; the coarse level joins some of them.
 FINE = np.repeat(np.arange(7), [9, 1, 6, 4, 1, 7, 3])
@@ -42,7 +50,9 @@ def dense(batch: BagBatch) -> np.ndarray:
     return out
 
 
-def check(batch: BagBatch, order: np.ndarray | None = None, ancestors: tuple[np.ndarray, ...] = ()) -> None:
+def check(
+    batch: BagBatch, order: np.ndarray | None = None, ancestors: tuple[np.ndarray, ...] = ()
+) -> None:
     """Compare a batch with the rows it stands for, one by one."""
     every = np.vstack([FEATURES.toarray(), LABEL_FEATURES.toarray()])
     targets = np.vstack([TARGETS.toarray() != 0, np.eye(LABELS) != 0])
@@ -50,15 +60,30 @@ def check(batch: BagBatch, order: np.ndarray | None = None, ancestors: tuple[np.
         targets = targets[:, order]  # column r: the label of table row r
     numbers = batch.index.numpy()
     np.testing.assert_array_equal(dense(batch), every[numbers])
-    assert (int(batch.offset[0]), int(batch.offset[-1])) == (0, len(batch.token)) and len(batch.offset) == len(batch) + 1
-    assert pairs(batch.pos_row, batch.pos_sample) == sorted(zip(*np.nonzero(targets[numbers].T), strict=True))
+    assert (int(batch.offset[0]), int(batch.offset[-1])) == (0, len(batch.token)) and len(
+        batch.offset
+    ) == len(batch) + 1
+    assert pairs(batch.pos_row, batch.pos_sample) == sorted(
+        zip(*np.nonzero(targets[numbers].T), strict=True)
+    )
     assert len(batch.levels) == len(ancestors)
     for nodes, (node, sample) in zip(ancestors, batch.levels, strict=True):
-        expected = {(nodes[row], place) for place, number in enumerate(numbers) for row in np.flatnonzero(targets[number])}
+        expected = {
+            (nodes[row], place)
+            for place, number in enumerate(numbers)
+            for row in np.flatnonzero(targets[number])
+        }
         assert pairs(node, sample) == sorted(expected)
         assert (node.dtype, sample.dtype) == (torch.int64, torch.int32)
     kinds = (*batch.inputs, batch.pos_row, batch.pos_sample, batch.index)
-    assert [str(tensor.dtype)[6:] for tensor in kinds] == ["int64", "int64", "float32", "int64", "int32", "int64"]
+    assert [str(tensor.dtype)[6:] for tensor in kinds] == [
+        "int64",
+        "int64",
+        "float32",
+        "int64",
+        "int32",
+        "int64",
+    ]
     assert all(tensor.is_contiguous() for tensor in kinds)
 
 
@@ -69,8 +94,12 @@ def pairs(first: torch.Tensor, second: torch.Tensor) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("label_features", [None, LABEL_FEATURES])
-def test_every_bag_once_and_whole(label_features: csr_matrix | None, shuffle: bool, prefetch: int) -> None:
-    batches = BagBatches(FEATURES, TARGETS, 10, shuffle=shuffle, prefetch=prefetch, label_features=label_features)
+def test_every_bag_once_and_whole(
+    label_features: csr_matrix | None, shuffle: bool, prefetch: int
+) -> None:
+    batches = BagBatches(
+        FEATURES, TARGETS, 10, shuffle=shuffle, prefetch=prefetch, label_features=label_features
+    )
     found = list(batches.epoch(0))
     count = ROWS + (LABELS if label_features is not None else 0)
     assert batches.num_documents == count and len(found) == len(batches) == -(-count // 10)
@@ -84,15 +113,22 @@ def test_every_bag_once_and_whole(label_features: csr_matrix | None, shuffle: bo
 
 @pytest.mark.parametrize("ancestors", [(), (COARSE, FINE), (FINE,)])
 @pytest.mark.parametrize("order", [None, ORDER])
-def test_table_order_and_levels(order: np.ndarray | None, ancestors: tuple[np.ndarray, ...]) -> None:
-    batches = BagBatches(FEATURES, TARGETS, 20, label_features=LABEL_FEATURES, order=order, ancestors=ancestors)
+def test_table_order_and_levels(
+    order: np.ndarray | None, ancestors: tuple[np.ndarray, ...]
+) -> None:
+    batches = BagBatches(
+        FEATURES, TARGETS, 20, label_features=LABEL_FEATURES, order=order, ancestors=ancestors
+    )
     for batch in batches.epoch(0):
         check(batch, order, ancestors)
 
 
 def test_an_epoch_of_bags_is_seeded_and_resumes() -> None:
     def numbers(seed: int, epoch: int, start: int = 0) -> list[list[int]]:
-        return [batch.index.tolist() for batch in BagBatches(FEATURES, TARGETS, 10, seed=seed).epoch(epoch, start)]
+        return [
+            batch.index.tolist()
+            for batch in BagBatches(FEATURES, TARGETS, 10, seed=seed).epoch(epoch, start)
+        ]
 
     orders = [numbers(seed, epoch) for seed, epoch in itertools.product((0, 1), (0, 1))]
     assert all(a != b for a, b in itertools.combinations(orders, 2))
@@ -105,7 +141,9 @@ def test_an_epoch_of_bags_is_seeded_and_resumes() -> None:
 @given(st.data())
 def test_any_documents_in_any_order(data: st.DataObject) -> None:
     numbers = data.draw(st.lists(st.integers(0, ROWS + LABELS - 1), min_size=1, max_size=40))
-    batches = BagBatches(FEATURES, TARGETS, 5, label_features=LABEL_FEATURES, order=ORDER, ancestors=(COARSE, FINE))
+    batches = BagBatches(
+        FEATURES, TARGETS, 5, label_features=LABEL_FEATURES, order=ORDER, ancestors=(COARSE, FINE)
+    )
     check(batches.collate(np.array(numbers)), ORDER, (COARSE, FINE))
 
 
@@ -113,13 +151,26 @@ def test_a_batch_of_bags_moves_whole() -> None:
     batch = BagBatches(FEATURES, TARGETS, 5, ancestors=(FINE,)).collate(np.arange(5))
     moved = batch.to("meta")
     assert isinstance(moved, BagBatch) and moved.labels == LABELS and len(moved) == 5
-    assert all(tensor.is_meta for tensor in (*moved.inputs, moved.pos_row, moved.pos_sample, moved.index, *moved.levels[0]))
+    assert all(
+        tensor.is_meta
+        for tensor in (
+            *moved.inputs,
+            moved.pos_row,
+            moved.pos_sample,
+            moved.index,
+            *moved.levels[0],
+        )
+    )
 
 
 def test_empty_bags_and_matrices_of_other_layouts() -> None:
     features = csr_matrix((3, WORDS), dtype=np.float64)
     batch = BagBatches(features, csr_matrix((3, 5)), 3).collate(np.arange(3))
-    assert batch.token.shape == (0,) and batch.offset.tolist() == [0] * 4 and batch.token_weight.dtype == torch.float32
+    assert (
+        batch.token.shape == (0,)
+        and batch.offset.tolist() == [0] * 4
+        and batch.token_weight.dtype == torch.float32
+    )
     check(BagBatches(FEATURES.tocsc(), TARGETS.tocoo(), 3).collate(np.arange(3)))
 
 
@@ -132,7 +183,9 @@ class Documents:
 def documents(folder: Path) -> tuple[Documents, TokenStore]:
     stores = []
     for name, rows in (("tokens", ROWS), ("labels", LABELS)):
-        with TokenWriter(folder / name, rows, vocab_size=500, tokenizer_hash="h", max_length=40, pad_id=7) as writer:
+        with TokenWriter(
+            folder / name, rows, vocab_size=500, tokenizer_hash="h", max_length=40, pad_id=7
+        ) as writer:
             writer.append([np.arange(8, 10 + number % 20) for number in range(rows)])
         stores.append(TokenStore.open(folder / name))
     return Documents(stores[0], TARGETS), stores[1]
@@ -140,23 +193,34 @@ def documents(folder: Path) -> tuple[Documents, TokenStore]:
 
 def test_tokens_have_table_order_and_levels_too(tmp_path: Path) -> None:
     split, texts = documents(tmp_path)
-    bags = BagBatches(FEATURES, TARGETS, 16, label_features=LABEL_FEATURES, order=ORDER, ancestors=(COARSE, FINE))
+    bags = BagBatches(
+        FEATURES, TARGETS, 16, label_features=LABEL_FEATURES, order=ORDER, ancestors=(COARSE, FINE)
+    )
     batches = Batches(split, 16, label_tokens=texts, order=ORDER, ancestors=(COARSE, FINE))
     for batch in batches.epoch(0):
         other = bags.collate(batch.index.numpy())
-        assert torch.equal(batch.pos_row, other.pos_row) and torch.equal(batch.pos_sample, other.pos_sample)
+        assert torch.equal(batch.pos_row, other.pos_row) and torch.equal(
+            batch.pos_sample, other.pos_sample
+        )
         for mine, there in zip(batch.levels, other.levels, strict=True):
             assert torch.equal(mine[0], there[0]) and torch.equal(mine[1], there[1])
         assert batch.inputs[0] is batch.input_ids and batch.inputs[1] is batch.attention_mask
         moved = batch.to("meta")
-        assert all(tensor.is_meta for level in moved.levels for tensor in level) and len(moved.levels) == 2
+        assert (
+            all(tensor.is_meta for level in moved.levels for tensor in level)
+            and len(moved.levels) == 2
+        )
     plain = Batches(split, 16, label_tokens=texts)
-    assert [a.tolist() for a in plain.plan(3)] == [a.tolist() for a in batches.plan(3)], "a tree changes no order of documents"
+    assert [a.tolist() for a in plain.plan(3)] == [a.tolist() for a in batches.plan(3)], (
+        "a tree changes no order of documents"
+    )
     assert plain.collate(np.arange(4)).levels == ()
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 9])
-def test_processes_share_the_inputs_of_a_batch_and_know_all_its_positives(size: int, tmp_path: Path) -> None:
+def test_processes_share_the_inputs_of_a_batch_and_know_all_its_positives(
+    size: int, tmp_path: Path
+) -> None:
     """Three of them; in a batch of fewer documents some get the first one as a stand-in."""
     split, texts = documents(tmp_path)
     ends = np.cumsum([0, *(size // 3 + (r < size % 3) for r in range(3))]).tolist()
@@ -166,17 +230,28 @@ def test_processes_share_the_inputs_of_a_batch_and_know_all_its_positives(size: 
     for a, b in itertools.pairwise(ends):
         own = numbers[a:b] if a < b else numbers[:1]
         tokens = (
-            Batches(split, size, label_tokens=texts, **options).shared(lambda count, a=a, b=b: slice(a, b)).collate(numbers)
+            Batches(split, size, label_tokens=texts, **options)
+            .shared(lambda count, a=a, b=b: slice(a, b))
+            .collate(numbers)
         )
         bags = BagBatches(FEATURES, TARGETS, size, label_features=LABEL_FEATURES, **options)
-        bag, alone = bags.shared(lambda count, a=a, b=b: slice(a, b)).collate(numbers), Batches(split, 9, label_tokens=texts)
+        bag, alone = (
+            bags.shared(lambda count, a=a, b=b: slice(a, b)).collate(numbers),
+            Batches(split, 9, label_tokens=texts),
+        )
         for batch in (tokens, bag):
-            assert len(batch) == size and torch.equal(batch.index, whole.index) and torch.equal(batch.pos_row, whole.pos_row)
+            assert (
+                len(batch) == size
+                and torch.equal(batch.index, whole.index)
+                and torch.equal(batch.pos_row, whole.pos_row)
+            )
             assert torch.equal(batch.pos_sample, whole.pos_sample)
             for mine, there in zip(batch.levels, whole.levels, strict=True):
                 assert torch.equal(mine[0], there[0]) and torch.equal(mine[1], there[1])
         expected = alone.collate(own)
-        assert torch.equal(tokens.input_ids, expected.input_ids) and torch.equal(tokens.attention_mask, expected.attention_mask)
+        assert torch.equal(tokens.input_ids, expected.input_ids) and torch.equal(
+            tokens.attention_mask, expected.attention_mask
+        )
         every = np.vstack([FEATURES.toarray(), LABEL_FEATURES.toarray()])
         np.testing.assert_array_equal(dense(bag)[: len(own)], every[own])
         assert len(bag.offset) == len(own) + 1
@@ -187,7 +262,9 @@ def test_batches_taken_in_turn() -> None:
     found = [[batch.index.tolist() for batch in batches.epoch(1, start, 3)] for start in range(3)]
     assert [len(part) for part in found] == [4, 4, 3]
     expected = [batch.index.tolist() for batch in batches.epoch(1)]
-    assert [expected[start::3] for start in range(3)] == found and list(batches.epoch(1, 11, 3)) == []
+    assert [expected[start::3] for start in range(3)] == found and list(
+        batches.epoch(1, 11, 3)
+    ) == []
     with pytest.raises(InputError, match="every: expected at least 1"):
         next(batches.epoch(0, 0, 0))
 
@@ -199,7 +276,10 @@ def test_batches_taken_in_turn() -> None:
         ({"order": np.zeros(LABELS, np.int64)}, "order: .*not a permutation.*label tree"),
         ({"order": ORDER + 1}, "not a permutation"),
         ({"order": ORDER.astype(np.float32)}, "float32"),
-        ({"ancestors": (COARSE, FINE[:30])}, r"ancestors of level 1: expected 31 integers.* got int64 \[30\]"),
+        (
+            {"ancestors": (COARSE, FINE[:30])},
+            r"ancestors of level 1: expected 31 integers.* got int64 \[30\]",
+        ),
         ({"ancestors": (FINE[::-1],)}, "ancestors of level 0: expected ascending"),
         ({"ancestors": (FINE - 1,)}, "ascending numbers from 0"),
         ({"label_features": LABEL_FEATURES[:30]}, "label_features: expected 31 rows"),

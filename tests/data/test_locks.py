@@ -40,7 +40,9 @@ for _ in range(40):
 @contextmanager
 def holder(kind: str, path: Path) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-c", HOLD.format(kind=kind, path=str(path))]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
         try:
             yield process
@@ -49,7 +51,9 @@ def holder(kind: str, path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize(("kind", "own"), [("own_folder", own_folder), ("own_place", own_place)])
-def test_who_holds_a_place_is_told_and_a_killed_holder_holds_nothing(kind: str, own, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_who_holds_a_place_is_told_and_a_killed_holder_holds_nothing(
+    kind: str, own, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
     place = tmp_path / "place"
     with holder(kind, place) as process:
         with pytest.raises(InputError) as refused, own(place):
@@ -75,7 +79,10 @@ def test_a_waiting_process_says_so_once_and_goes_on(tmp_path: Path) -> None:
         process.stdin.write("\n")
         process.stdin.flush()
 
-    with holder("own_place", tmp_path / "place") as process, own_place(tmp_path / "place", wait=wait):
+    with (
+        holder("own_place", tmp_path / "place") as process,
+        own_place(tmp_path / "place", wait=wait),
+    ):
         pass
     assert len(told) == 1 and f"in use: held by process {process.pid}" in told[0]
 
@@ -90,7 +97,11 @@ def test_many_at_once_hold_it_one_after_the_other(tmp_path: Path) -> None:
 
 def test_a_lock_of_another_machine_says_how_to_remove_it(tmp_path: Path) -> None:
     lock = tmp_path / LOCK
-    lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "boot": "another", "command": "run.py", "since": "1999"}))
+    lock.write_text(
+        json.dumps(
+            {"pid": 1, "host": "elsewhere", "boot": "another", "command": "run.py", "since": "1999"}
+        )
+    )
     told = f"on elsewhere since 1999; .*if that process is gone, remove {lock}"
     with pytest.raises(InputError, match=told), own_folder(tmp_path):
         pytest.fail("it was taken over")
@@ -102,7 +113,9 @@ def test_a_lock_of_another_machine_says_how_to_remove_it(tmp_path: Path) -> None
         pass
 
 
-def test_without_locks_of_the_file_system_the_process_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_locks_of_the_file_system_the_process_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def none(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -110,7 +123,10 @@ def test_without_locks_of_the_file_system_the_process_decides(tmp_path: Path, mo
     with subprocess.Popen(["sleep", "60"]) as process:
         monkeypatch.setattr(locks.fcntl, "flock", none)
         lock.write_text(json.dumps(own | {"pid": process.pid}))
-        with pytest.raises(InputError, match=f"held by process {process.pid} "), own_folder(tmp_path):
+        with (
+            pytest.raises(InputError, match=f"held by process {process.pid} "),
+            own_folder(tmp_path),
+        ):
             pytest.fail("two hold it")
         process.send_signal(signal.SIGKILL)
     with own_folder(tmp_path):
@@ -119,13 +135,21 @@ def test_without_locks_of_the_file_system_the_process_decides(tmp_path: Path, mo
 
 
 def test_what_a_killed_writer_left_is_cleared_and_nothing_else(tmp_path: Path) -> None:
-    folder, left, other = tmp_path / "out", ".metrics.json.0123456789ab.part", ".other.json.0123456789ab.part"
+    folder, left, other = (
+        tmp_path / "out",
+        ".metrics.json.0123456789ab.part",
+        ".other.json.0123456789ab.part",
+    )
     folder.mkdir()
     for name in (left, other, ".metrics.json.note.part", "metrics.json"):
         (folder / name).touch()
     with own_folder(folder, writes=["metrics.json"]):
         pass
-    assert {path.name for path in folder.iterdir()} == {other, ".metrics.json.note.part", "metrics.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        other,
+        ".metrics.json.note.part",
+        "metrics.json",
+    }
     (tmp_path / ".set.0123456789ab.part" / "train").mkdir(parents=True)
     with own_place(tmp_path / "set"):
         pass
@@ -137,12 +161,22 @@ def test_folders_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     (tmp_path / "dangling").symlink_to("nowhere")
-    for path, told in (("file/below", r"Not a directory"), ("file", r"a file"), ("dangling", "a symbolic link to nowhere")):
+    for path, told in (
+        ("file/below", r"Not a directory"),
+        ("file", r"a file"),
+        ("dangling", "a symbolic link to nowhere"),
+    ):
         with pytest.raises(InputError, match=f"--output: .*{told}"), own_folder(tmp_path / path):
             pytest.fail(path)
-    with pytest.raises(InputError, match="--metrics: .*below a file"), own_place(tmp_path / "file" / "x", "--metrics"):
+    with (
+        pytest.raises(InputError, match="--metrics: .*below a file"),
+        own_place(tmp_path / "file" / "x", "--metrics"),
+    ):
         pytest.fail("below a file")
-    with pytest.raises(InputError, match="in a folder that is not there"), own_place(tmp_path / "a" / "b"):
+    with (
+        pytest.raises(InputError, match="in a folder that is not there"),
+        own_place(tmp_path / "a" / "b"),
+    ):
         pytest.fail("nowhere")
     with own_folder(tmp_path / "link") as folder:
         (folder / "x").touch()

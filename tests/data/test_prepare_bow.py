@@ -27,7 +27,9 @@ ROWS, WORDS, LABELS = {"train": 40, "test": 13}, 19, 7
 def matrices(name: str) -> tuple[csr_matrix, csr_matrix]:
     """Features with small values and labels; row 3 has no label, row 5 no word."""
     random = np.random.default_rng(len(name))
-    features = random.integers(0, 8, (ROWS[name], WORDS)) / 4 * (random.random((ROWS[name], WORDS)) < 0.3)
+    features = (
+        random.integers(0, 8, (ROWS[name], WORDS)) / 4 * (random.random((ROWS[name], WORDS)) < 0.3)
+    )
     labels = (random.random((ROWS[name], LABELS)) < 0.3).astype(np.float32)
     labels[3], features[5] = 0, 0
     return csr_matrix(features.astype(np.float32)), csr_matrix(labels)
@@ -38,7 +40,9 @@ def bow_text(name: str, words: int = WORDS, labels: int = LABELS) -> str:
     lines = [f"{ROWS[name]} {words} {labels}"]
     for row in range(ROWS[name]):
         pairs = zip(features[row].indices, features[row].data, strict=True)
-        lines.append(" ".join([",".join(map(str, targets[row].indices)), *(f"{i}:{v:g}" for i, v in pairs)]))
+        lines.append(
+            " ".join([",".join(map(str, targets[row].indices)), *(f"{i}:{v:g}" for i, v in pairs)])
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -47,17 +51,28 @@ def config(tmp_path: Path) -> PrepareConfig:
     for name in ROWS:
         (tmp_path / f"{name}.txt").write_text(bow_text(name))
     return PrepareConfig(
-        tmp_path / "out" / "bags", source="bow", train_text=tmp_path / "train.txt", test_text=tmp_path / "test.txt"
+        tmp_path / "out" / "bags",
+        source="bow",
+        train_text=tmp_path / "train.txt",
+        test_text=tmp_path / "test.txt",
     )
 
 
 def expect(dataset: Dataset) -> None:
-    assert (dataset.num_labels, dataset.vocabulary, list(dataset.splits)) == (LABELS, WORDS, ["train", "test"])
+    assert (dataset.num_labels, dataset.vocabulary, list(dataset.splits)) == (
+        LABELS,
+        WORDS,
+        ["train", "test"],
+    )
     for name, split in dataset.splits.items():
         features, labels = matrices(name)
         np.testing.assert_array_equal(split.features.toarray(), features.toarray())
         np.testing.assert_array_equal(split.labels.toarray(), labels.toarray())
-        assert len(split) == ROWS[name] and split.features.dtype == np.float32 and split.features.has_canonical_format
+        assert (
+            len(split) == ROWS[name]
+            and split.features.dtype == np.float32
+            and split.features.has_canonical_format
+        )
 
 
 def test_label_files_that_declare_many_labels(tmp_path: Path) -> None:
@@ -67,10 +82,20 @@ def test_label_files_that_declare_many_labels(tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
     dataset = prepare(
-        PrepareConfig(output / "bags", source="bow", train_text=tmp_path / "Xf.txt", train_labels=tmp_path / "Y.txt"),
+        PrepareConfig(
+            output / "bags",
+            source="bow",
+            train_text=tmp_path / "Xf.txt",
+            train_labels=tmp_path / "Y.txt",
+        ),
         lambda line: None,
     )
-    assert dataset.num_labels == 670_091 and dataset.splits["train"].labels.indices.tolist() == [670_090, 5, 77, 400_000]
+    assert dataset.num_labels == 670_091 and dataset.splits["train"].labels.indices.tolist() == [
+        670_090,
+        5,
+        77,
+        400_000,
+    ]
 
 
 def test_the_old_bag_of_words_file(config: PrepareConfig) -> None:
@@ -80,14 +105,27 @@ def test_the_old_bag_of_words_file(config: PrepareConfig) -> None:
     expect(Dataset.open(config.output, verify=True))
     features, labels = matrices("train")
     assert dataset.manifest["splits"]["train"] == {
-        "documents": 40, "positives": labels.nnz, "unlabelled": int((labels.getnnz(1) == 0).sum()), "filter_pairs": 0,
+        "documents": 40,
+        "positives": labels.nnz,
+        "unlabelled": int((labels.getnnz(1) == 0).sum()),
+        "filter_pairs": 0,
         "words": features.nnz,
-    }  # fmt: skip
+    }
     assert f"{features.nnz / 40:.1f} words each" in told[0]
-    files = {path.relative_to(config.output).as_posix() for path in config.output.rglob("*") if path.is_file()}
-    inside = {f"{name}/{part}" for name in ROWS for part in ("features.npz", "labels.npz", "filter.npy")}
+    files = {
+        path.relative_to(config.output).as_posix()
+        for path in config.output.rglob("*")
+        if path.is_file()
+    }
+    inside = {
+        f"{name}/{part}" for name in ROWS for part in ("features.npz", "labels.npz", "filter.npy")
+    }
     assert files == inside | {"manifest.json"}
-    batch = next(BagBatches(dataset.splits["test"].features, dataset.splits["test"].labels, 13, shuffle=False).epoch(0))
+    batch = next(
+        BagBatches(
+            dataset.splits["test"].features, dataset.splits["test"].labels, 13, shuffle=False
+        ).epoch(0)
+    )
     assert len(batch.token) == matrices("test")[0].nnz
 
 
@@ -98,7 +136,10 @@ def test_features_and_labels_apart(config: PrepareConfig, tmp_path: Path, labels
     for name in ROWS:
         features, targets = matrices(name)
         write_sparse(tmp_path / f"{name}_Xf.txt", features)
-        files |= {f"{name}_text": tmp_path / f"{name}_Xf.txt", f"{name}_labels": tmp_path / f"{name}.{labels}"}
+        files |= {
+            f"{name}_text": tmp_path / f"{name}_Xf.txt",
+            f"{name}_labels": tmp_path / f"{name}.{labels}",
+        }
         (save_npz if labels == "npz" else write_sparse)(files[f"{name}_labels"], targets)
     label_features = csr_matrix(np.arange(LABELS * WORDS, dtype=np.float32).reshape(LABELS, WORDS))
     write_sparse(tmp_path / "lbl_Xf.txt", label_features)
@@ -126,8 +167,15 @@ def test_dropped_rows_and_a_validation_share(config: PrepareConfig) -> None:
     kept = labels.getnnz(1) > 0
     found = [dataset.splits[name] for name in ("train", "val")]
     assert len(found[1]) == round(kept.sum() / 4) and sum(map(len, found)) == kept.sum()
-    whole = {(*x, *y) for x, y in zip(features[kept].toarray().tolist(), labels[kept].toarray().tolist(), strict=True)}
-    rows = [zip(s.features.toarray().tolist(), s.labels.toarray().tolist(), strict=True) for s in found]
+    whole = {
+        (*x, *y)
+        for x, y in zip(
+            features[kept].toarray().tolist(), labels[kept].toarray().tolist(), strict=True
+        )
+    }
+    rows = [
+        zip(s.features.toarray().tolist(), s.labels.toarray().tolist(), strict=True) for s in found
+    ]
     assert {(*x, *y) for part in rows for x, y in part} == whole
 
 
@@ -135,9 +183,12 @@ def test_where_tokens_are_needed(config: PrepareConfig, tmp_path: Path) -> None:
     dataset = prepare(config)
     message = "expected a dataset of tokens, got one of bags of words.*--encoder bow"
     for use in (
-        lambda: dataset.splits["train"].tokens, lambda: dataset.max_length, lambda: dataset.tokenizer_hash,
-        lambda: dataset.tokenizer_folder, lambda: Batches(dataset.splits["train"], 4),
-    ):  # fmt: skip
+        lambda: dataset.splits["train"].tokens,
+        lambda: dataset.max_length,
+        lambda: dataset.tokenizer_hash,
+        lambda: dataset.tokenizer_folder,
+        lambda: Batches(dataset.splits["train"], 4),
+    ):
         with pytest.raises(InputError, match=message):
             use()
     with pytest.raises(InputError, match="--keep-texts"):
@@ -145,15 +196,22 @@ def test_where_tokens_are_needed(config: PrepareConfig, tmp_path: Path) -> None:
     assert dataset.label_tokens is None and dataset.label_features is None
 
 
-def test_where_features_are_needed(config: PrepareConfig, tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_where_features_are_needed(
+    config: PrepareConfig, tmp_path: Path, tokenizer_folder: Path
+) -> None:
     (tmp_path / "X.txt").write_text("w1\n" * 40)
     save_npz(tmp_path / "Y.npz", matrices("train")[1])
     text = PrepareConfig(
-        tmp_path / "text", str(tokenizer_folder), train_text=tmp_path / "X.txt", train_labels=tmp_path / "Y.npz"
+        tmp_path / "text",
+        str(tokenizer_folder),
+        train_text=tmp_path / "X.txt",
+        train_labels=tmp_path / "Y.npz",
     )
     dataset = prepare(text)
     assert dataset.vocabulary is None and dataset.max_length == 128
-    with pytest.raises(InputError, match="expected a dataset of bags of words, got one of tokens.*--source bow"):
+    with pytest.raises(
+        InputError, match="expected a dataset of bags of words, got one of tokens.*--source bow"
+    ):
         _ = dataset.splits["train"].features
 
 
@@ -192,7 +250,9 @@ def test_files_that_do_not_belong_together(config: PrepareConfig, tmp_path: Path
     write_sparse(tmp_path / "Xf.txt", matrices("test")[0])
     save_npz(tmp_path / "Y.npz", matrices("train")[1])
     refused(
-        "13 texts in .*Xf.txt and as many label rows.*got 40", test_text=tmp_path / "Xf.txt", test_labels=tmp_path / "Y.npz"
+        "13 texts in .*Xf.txt and as many label rows.*got 40",
+        test_text=tmp_path / "Xf.txt",
+        test_labels=tmp_path / "Y.npz",
     )
     refused(r"Xf.txt:1: expected 7 rows, got 13", label_text=tmp_path / "Xf.txt")
     refused("expected 9 columns, got 7", num_labels=9)
@@ -208,7 +268,9 @@ def test_files_that_do_not_belong_together(config: PrepareConfig, tmp_path: Path
         ({"test_text": None, "test_labels": Path("y")}, "a text file for each split"),
     ],
 )
-def test_settings_that_contradict(config: PrepareConfig, options: dict[str, Any], message: str) -> None:
+def test_settings_that_contradict(
+    config: PrepareConfig, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         prepare(replace(config, **options))
 
@@ -217,7 +279,14 @@ def test_command(config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.Monk
     pytest.importorskip("tyro")
     train = Path(__file__).resolve().parents[2] / "train"
     monkeypatch.syspath_prepend(str(train))
-    arguments = ["--output", str(config.output), "--source", "bow", "--train-text", str(tmp_path / "train.txt")]
+    arguments = [
+        "--output",
+        str(config.output),
+        "--source",
+        "bow",
+        "--train-text",
+        str(tmp_path / "train.txt"),
+    ]
     monkeypatch.setattr(sys, "argv", ["prepare.py", *arguments])
     runpy.run_path(str(train / "prepare.py"), run_name="__main__")
     assert Dataset.open(config.output).vocabulary == WORDS

@@ -13,7 +13,12 @@ from scipy.sparse import csr_matrix, random_array
 from sklearn.datasets import load_svmlight_file
 
 from xmlkernels.data.formats import sparse_python, sparse_text
-from xmlkernels.data.formats.sparse_text import read_bow, read_label_lines, read_sparse, write_sparse
+from xmlkernels.data.formats.sparse_text import (
+    read_bow,
+    read_label_lines,
+    read_sparse,
+    write_sparse,
+)
 from xmlkernels.errors import InputError
 from xmlkernels.files import DataWarning
 
@@ -22,7 +27,9 @@ from xmlkernels.files import DataWarning
 def parser(request, monkeypatch):
     chosen = sparse_python.parse_sparse
     if request.param == "native":
-        chosen = pytest.importorskip("xmlkernels._host", reason="the native library is not built").parse_sparse
+        chosen = pytest.importorskip(
+            "xmlkernels._host", reason="the native library is not built"
+        ).parse_sparse
     monkeypatch.setattr(sparse_text, "_parser", lambda: chosen)
     return request.param
 
@@ -107,7 +114,12 @@ def test_duplicates_as_asked(parser, write, policy, value):
         ("1 -2\n0:1\n", 1, "a header of 2 numbers `rows cols`", "'1 -2'"),
         ("2 4\n0:1\n4:1\n", 3, "index from 0 to 3", "'4:1'"),
         ("2 4\n0:1\n-1:1\n", 3, "index from 0 to 3", "'-1:1'"),
-        ("1 4\n99999999999999999999999999:1\n", 2, "index from 0 to 3", "'99999999999999999999999999:1'"),
+        (
+            "1 4\n99999999999999999999999999:1\n",
+            2,
+            "index from 0 to 3",
+            "'99999999999999999999999999:1'",
+        ),
         ("1 4\nthree:1\n", 2, "`index:value` with a whole number", "'three:1'"),
         ("1 4\n1.5:1\n", 2, "`index:value` with a whole number", "'1.5:1'"),
         ("1 4\n1 :2\n", 2, "`index:value`", "'1'"),
@@ -201,7 +213,9 @@ def test_bow(parser, write):
 
 
 def test_bow_order_comments_and_qid(parser, write):
-    features, labels = read_bow(write("2 4 6\r\n5,1 qid:2 2:.5 0:1 # 9,9 9:9\r\n#\r\n", "train.txt"))
+    features, labels = read_bow(
+        write("2 4 6\r\n5,1 qid:2 2:.5 0:1 # 9,9 9:9\r\n#\r\n", "train.txt")
+    )
     equal(features, [[1, 0, 0.5, 0], [0] * 4])
     equal(labels, [[0, 1, 0, 0, 0, 1], [0] * 6])
 
@@ -243,8 +257,18 @@ def test_label_lines(parser, write):
     [
         ("1\n1,4\n", 2, "expected label id from 0 to 3, got '4'"),
         ("1\n1,,2\n", 2, "expected a label id between two commas"),
-        ("1\nart\n", 2, "label ids, divided by spaces or commas, got 'art'; mend the line; label names in place of"),
-        ("1\n2,2\n", 2, "every label id once in a row, got '2' twice; leave one out, or count it once with --merge-"),
+        (
+            "1\nart\n",
+            2,
+            "label ids, divided by spaces or commas, got 'art'; mend the line; label names in "
+            "place of",
+        ),
+        (
+            "1\n2,2\n",
+            2,
+            "every label id once in a row, got '2' twice; leave one out, or count it once with "
+            "--merge-",
+        ),
         ("1\n2\n3\n", 3, "expected 2 rows, got 3"),
     ],
 )
@@ -263,29 +287,74 @@ def sparse_rows(cols):
 def matrix_of(rows, cols):
     entries = [(r, c, v) for r, row in enumerate(rows) for c, v in row.items()]
     r, c, v = zip(*entries, strict=True) if entries else ((), (), ())
-    return csr_matrix((np.array(v, np.float32), (np.array(r, int), np.array(c, int))), shape=(len(rows), cols))
+    return csr_matrix(
+        (np.array(v, np.float32), (np.array(r, int), np.array(c, int))), shape=(len(rows), cols)
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(rows=sparse_rows(9))
 def test_what_is_written_is_read_bit_for_bit(rows, tmp_path_factory):
-    native = pytest.importorskip("xmlkernels._host", reason="the native library is not built").parse_sparse
+    native = pytest.importorskip(
+        "xmlkernels._host", reason="the native library is not built"
+    ).parse_sparse
     path = tmp_path_factory.mktemp("round") / "m.txt"
     matrix = matrix_of(rows, 9)
     write_sparse(path, matrix)
     content = path.read_bytes()
     start = content.index(b"\n") + 1
     for parse in (native, sparse_python.parse_sparse):
-        ((indptr, indices, data),), problem = parse(content, start, len(rows), 9, -1, False, False, False, "error", 2)
+        ((indptr, indices, data),), problem = parse(
+            content, start, len(rows), 9, -1, False, False, False, "error", 2
+        )
         assert problem is None
         np.testing.assert_array_equal(indptr, matrix.indptr)
         np.testing.assert_array_equal(indices, matrix.indices)
         np.testing.assert_array_equal(data.view(np.uint32), matrix.data.view(np.uint32))
 
 
-PIECES = ["0:1", "3:0.25", "2", "7:1", "-1:1", "-2", "-:1", "1:nan", "4:1e-50", "5:", ":1", "1,2", "5,1", "1:2:3", "qid:1"]
-PIECES += ["qid:x", "#", " ", "\t", "\r", "\n", "\n", ",", "\x0b", "a", "1:0x1", "1:1e", "3:+1", "3:.", "2:1e400", "2:0e999"]
-PIECES += ["1:1.17549429e-38", "1:123456789012345678", "1:0.1234567890123456789", "18446744073709551617:1", "+1:1"]
+PIECES = [
+    "0:1",
+    "3:0.25",
+    "2",
+    "7:1",
+    "-1:1",
+    "-2",
+    "-:1",
+    "1:nan",
+    "4:1e-50",
+    "5:",
+    ":1",
+    "1,2",
+    "5,1",
+    "1:2:3",
+    "qid:1",
+]
+PIECES += [
+    "qid:x",
+    "#",
+    " ",
+    "\t",
+    "\r",
+    "\n",
+    "\n",
+    ",",
+    "\x0b",
+    "a",
+    "1:0x1",
+    "1:1e",
+    "3:+1",
+    "3:.",
+    "2:1e400",
+    "2:0e999",
+]
+PIECES += [
+    "1:1.17549429e-38",
+    "1:123456789012345678",
+    "1:0.1234567890123456789",
+    "18446744073709551617:1",
+    "+1:1",
+]
 
 
 @settings(max_examples=600, deadline=None)
@@ -294,11 +363,15 @@ PIECES += ["1:1.17549429e-38", "1:123456789012345678", "1:0.1234567890123456789"
     glue=st.sampled_from([" ", ""]),
     rows=st.sampled_from([-1, 2, 3]),
     cols=st.sampled_from([-1, 6, 9]),
-    mode=st.sampled_from([(True, False, False), (False, True, False), (False, True, True), (False, False, False)]),
+    mode=st.sampled_from(
+        [(True, False, False), (False, True, False), (False, True, True), (False, False, False)]
+    ),
     duplicates=st.sampled_from(["error", "sum", "max", "first"]),
 )
 def test_both_parsers_agree_on_anything(pieces, glue, rows, cols, mode, duplicates):
-    native = pytest.importorskip("xmlkernels._host", reason="the native library is not built").parse_sparse
+    native = pytest.importorskip(
+        "xmlkernels._host", reason="the native library is not built"
+    ).parse_sparse
     text = glue.join(pieces).encode()
     arguments = (text, 0, rows, cols, cols, *mode, duplicates, 2)
     ours, problem = native(*arguments)
@@ -320,17 +393,25 @@ def many_chunks(rows=24_000):
         labels = ",".join(map(str, sorted(picked))) if row % 5 else ""
         comment = " # 1:1 2:2" if row % 11 == 0 else ""
         lines.append(
-            labels + " " + " ".join(f"{f}:{f / 8 + 1}" for f in picked) + (" 499:0" if 499 not in picked else "") + comment
+            labels
+            + " "
+            + " ".join(f"{f}:{f / 8 + 1}" for f in picked)
+            + (" 499:0" if 499 not in picked else "")
+            + comment
         )
     return lines
 
 
 def test_chunks_and_threads_give_one_answer(write):
-    native = pytest.importorskip("xmlkernels._host", reason="the native library is not built").parse_sparse
+    native = pytest.importorskip(
+        "xmlkernels._host", reason="the native library is not built"
+    ).parse_sparse
     lines = many_chunks()
     text = "\n".join(lines).encode()
     assert len(text) > 800_000
-    expected, problem = sparse_python.parse_sparse(text, 0, -1, 500, 500, True, False, False, "error")
+    expected, problem = sparse_python.parse_sparse(
+        text, 0, -1, 500, 500, True, False, False, "error"
+    )
     assert problem is None
     for threads in (1, 2, 7):
         found, problem = native(text, 0, len(lines), 500, 500, True, False, False, "error", threads)
@@ -341,13 +422,19 @@ def test_chunks_and_threads_give_one_answer(write):
 
 
 def test_the_first_of_several_problems_is_told(write):
-    native = pytest.importorskip("xmlkernels._host", reason="the native library is not built").parse_sparse
+    native = pytest.importorskip(
+        "xmlkernels._host", reason="the native library is not built"
+    ).parse_sparse
     lines = many_chunks()
     for row in range(20_111, len(lines), 50):
         lines[row] = " 1:bad"
     text = "\n".join(lines).encode()
     for _ in range(5):
-        assert native(text, 0, -1, 500, 500, True, False, False, "error", 4)[1] == ("value", 20_111, b"1:bad")
+        assert native(text, 0, -1, 500, 500, True, False, False, "error", 4)[1] == (
+            "value",
+            20_111,
+            b"1:bad",
+        )
 
 
 def test_same_matrix_as_sklearn(parser, write):
@@ -355,10 +442,16 @@ def test_same_matrix_as_sklearn(parser, write):
     lines = []
     for line in many_chunks(2_000):
         labels, _, features = line.partition("#")[0].partition(" ")
-        lines.append(labels + " " + " ".join(sorted(features.split(), key=lambda e: int(e.partition(":")[0]))))
+        lines.append(
+            labels
+            + " "
+            + " ".join(sorted(features.split(), key=lambda e: int(e.partition(":")[0])))
+        )
     features, labels = read_bow(write("\n".join(["2000 500 500", *lines]) + "\n", "train.txt"))
     body = write("\n".join(lines) + "\n", "body.txt")
-    expected, rows = load_svmlight_file(str(body), n_features=500, dtype=np.float32, multilabel=True, zero_based=True)
+    expected, rows = load_svmlight_file(
+        str(body), n_features=500, dtype=np.float32, multilabel=True, zero_based=True
+    )
     assert (features != expected).nnz == 0
     for row, names in enumerate(rows):
         assert labels[row].indices.tolist() == [int(name) for name in names]
@@ -372,9 +465,14 @@ def test_writer(tmp_path):
     assert (read_sparse(path) != matrix.astype(np.float32)).nnz == 0
     write_sparse(tmp_path / "m.txt.gz", matrix)
     assert (read_sparse(tmp_path / "m.txt.gz") != matrix.astype(np.float32)).nnz == 0
-    big = csr_matrix(random_array((9_000, 50), density=0.05, rng=np.random.default_rng(1), dtype=np.float32))
+    big = csr_matrix(
+        random_array((9_000, 50), density=0.05, rng=np.random.default_rng(1), dtype=np.float32)
+    )
     write_sparse(path, big)
-    assert (read_sparse(path) != big).nnz == 0 and sorted(p.name for p in tmp_path.iterdir()) == ["m.txt", "m.txt.gz"]
+    assert (read_sparse(path) != big).nnz == 0 and sorted(p.name for p in tmp_path.iterdir()) == [
+        "m.txt",
+        "m.txt.gz",
+    ]
 
 
 def test_writer_leaves_nothing_half_written(tmp_path, monkeypatch):

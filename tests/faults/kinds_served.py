@@ -1,4 +1,6 @@
-"""Models and rankers as they are served: with all that predictions need, asked for the answers that they gave when whole."""
+"""Models and rankers as they are served: with all that predictions need, asked for the answers that
+they gave when whole.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,11 @@ def _serve(name: str) -> Kind:
     def make(folder: Path) -> None:
         """The old run of that name, written anew by today's writers."""
         inner = folder / "checkpoint"
-        shutil.copytree(V1 / name / "checkpoint", inner, ignore=shutil.ignore_patterns("best", "last", "tree.safetensors"))
+        shutil.copytree(
+            V1 / name / "checkpoint",
+            inner,
+            ignore=shutil.ignore_patterns("best", "last", "tree.safetensors"),
+        )
         tensors, state = CheckpointFolder(V1 / name / "checkpoint").load("best")
         checkpoints = CheckpointFolder(inner)
         checkpoints.save_last(tensors, state | {"beside": of_files(inner, BESIDE)})
@@ -42,7 +48,9 @@ def make_ranker(folder: Path) -> None:
     shutil.copytree(V1 / "ranker_tree", folder, dirs_exist_ok=True)
     ClusterMatcher.load(folder / "clusters").save(folder / "clusters")
     old = Reranker.load(folder / RANKER)
-    facts = old.ranker.facts | {"beside": of_files(folder, ("label_names.txt", "vectorizer", "clusters"))}
+    facts = old.ranker.facts | {
+        "beside": of_files(folder, ("label_names.txt", "vectorizer", "clusters"))
+    }
     replace(old, ranker=replace(old.ranker, facts=facts)).save(folder / RANKER)
 
 
@@ -54,7 +62,14 @@ def consume_ranker(folder: Path) -> None:
 def _same(name: str, answers: tuple[np.ndarray, np.ndarray, list[str] | None]) -> None:
     """The first are those of the good files, before any is damaged."""
     values, labels, names = _ANSWERS.setdefault(name, answers)
-    assert np.array_equal(values, answers[0]) and np.array_equal(labels, answers[1]) and names == answers[2], "other answers"
+    assert (
+        np.array_equal(values, answers[0])
+        and np.array_equal(labels, answers[1])
+        and names == answers[2]
+    ), "other answers"
 
 
-KINDS = [*map(_serve, ("run", "cascade", "bow")), Kind("served ranker", make_ranker, consume_ranker)]
+KINDS = [
+    *map(_serve, ("run", "cascade", "bow")),
+    Kind("served ranker", make_ranker, consume_ranker),
+]

@@ -1,7 +1,8 @@
-"""Damage to files, drawn from a seed: bytes, lengths, numbers of headers, JSON values, members of archives, whole files.
+"""Damage to files, drawn from a seed: bytes, lengths, numbers of headers, JSON values, members of
+archives, whole files.
 
-`mutate(folder, random)` damages one file of a folder and says how. Files are known by their first bytes: JSON, token
-files, .npy, zip, gzip and safetensors are damaged inside as well as as bytes.
+`mutate(folder, random)` damages one file of a folder and says how. Files are known by their first
+bytes: JSON, token files, .npy, zip, gzip and safetensors are damaged inside as well as as bytes.
 """
 
 from __future__ import annotations
@@ -18,12 +19,57 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-NUMBERS = (-1, 0, 1, 2, 3, 7, 255, 65_535, 2**31 - 1, 2**31, 2**32, 2**53, 2**60, 2**63 - 1, -(2**31), -(2**63))
+NUMBERS = (
+    -1,
+    0,
+    1,
+    2,
+    3,
+    7,
+    255,
+    65_535,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**53,
+    2**60,
+    2**63 - 1,
+    -(2**31),
+    -(2**63),
+)
 VALUES: tuple[Any, ...] = (
-    None, True, -1, 0, 1, 1.5, 2.0, 2**31, 2**63, 10**30, -0.0,
-    "", "x", "1", "../x", "/x", "\ud800", [], {}, [1], {"a": 1}, [[]],
-)  # fmt: skip
-RAW_VALUES = (b"NaN", b"-Infinity", b"1e999", b"[" * 3000 + b"]" * 3000, b'{"a":' * 2000 + b"1" + b"}" * 2000, b"1" * 5000, b"")
+    None,
+    True,
+    -1,
+    0,
+    1,
+    1.5,
+    2.0,
+    2**31,
+    2**63,
+    10**30,
+    -0.0,
+    "",
+    "x",
+    "1",
+    "../x",
+    "/x",
+    "\ud800",
+    [],
+    {},
+    [1],
+    {"a": 1},
+    [[]],
+)
+RAW_VALUES = (
+    b"NaN",
+    b"-Infinity",
+    b"1e999",
+    b"[" * 3000 + b"]" * 3000,
+    b'{"a":' * 2000 + b"1" + b"}" * 2000,
+    b"1" * 5000,
+    b"",
+)
 Damage = Callable[[bytes, random.Random], bytes]
 
 
@@ -74,7 +120,7 @@ def flip(content: bytes, random: random.Random) -> bytes:
 
 def set_byte(content: bytes, random: random.Random) -> bytes:
     out = bytearray(content or b"\0")
-    out[random.randrange(len(out))] = random.choice(b"\x00\xff\x7f\x80\n\r ,:\"-{}[]0#")
+    out[random.randrange(len(out))] = random.choice(b'\x00\xff\x7f\x80\n\r ,:"-{}[]0#')
     return bytes(out)
 
 
@@ -120,7 +166,9 @@ def digits(content: bytes, random: random.Random) -> bytes:
     first = last = random.choice(places)
     while last < len(content) and content[last : last + 1].isdigit():
         last += 1
-    new = random.choice((*map(str, NUMBERS), "nan", "inf", "1e39", "1.5", "x", "9" * 30, "1_0", "٣"))
+    new = random.choice(
+        (*map(str, NUMBERS), "nan", "inf", "1e39", "1.5", "x", "9" * 30, "1_0", "٣")
+    )
     return content[:first] + new.encode() + content[last:]
 
 
@@ -136,7 +184,13 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
     stack = [value]
     while stack:
         inner = stack.pop()
-        keys = list(inner) if isinstance(inner, dict) else range(len(inner)) if isinstance(inner, list) else ()
+        keys = (
+            list(inner)
+            if isinstance(inner, dict)
+            else range(len(inner))
+            if isinstance(inner, list)
+            else ()
+        )
         out += [(inner, key) for key in keys]
         stack += [inner[key] for key in keys]
     return out
@@ -182,13 +236,17 @@ def token_header(content: bytes, random: random.Random) -> bytes:
 
 
 def tensor_header(content: bytes, random: random.Random) -> bytes:
-    """The header of a safetensors file: shapes, dtypes, offsets, and JSON that stands in its metadata."""
+    """The header of a safetensors file: shapes, dtypes, offsets, and JSON that stands in its
+    metadata.
+    """
     (size,) = struct.unpack("<Q", content[:8])
     head = json.loads(content[8 : 8 + size])
     inner = [key for key, value in head.get("__metadata__", {}).items() if value[:1] in ("{", "[")]
     if inner and random.random() < 0.6:
         key = random.choice(inner)
-        head["__metadata__"][key] = json_value(head["__metadata__"][key].encode(), random).decode("utf-8", "replace")
+        head["__metadata__"][key] = json_value(head["__metadata__"][key].encode(), random).decode(
+            "utf-8", "replace"
+        )
         text = json.dumps(head).encode()
     else:
         text = json_value(content[8 : 8 + size], random)
@@ -204,14 +262,39 @@ def array_header(content: bytes, random: random.Random) -> bytes:
     """Another dtype or shape in the header of an .npy."""
     size = struct.unpack("<H", content[8:10])[0]
     text = content[10 : 10 + size].decode("latin-1")
-    kind = ["<f4", "<f8", "<i4", "<i8", "<u8", "|O", "|b1", "<c16", ">i8", "<U3", "|S3", "<M8[s]", "|V4", "<f2", "x"]
-    shape = f"({', '.join(str(random.choice(NUMBERS)) for _ in range(random.randrange(4)))},)".replace("(,)", "()")
+    kind = [
+        "<f4",
+        "<f8",
+        "<i4",
+        "<i8",
+        "<u8",
+        "|O",
+        "|b1",
+        "<c16",
+        ">i8",
+        "<U3",
+        "|S3",
+        "<M8[s]",
+        "|V4",
+        "<f2",
+        "x",
+    ]
+    shape = (
+        f"({', '.join(str(random.choice(NUMBERS)) for _ in range(random.randrange(4)))},)".replace(
+            "(,)", "()"
+        )
+    )
     if random.random() < 0.5:
         text = _between(text, "'descr': ", ",", repr(random.choice(kind)))
     else:
         text = _between(text, "'shape': ", ")", shape[:-1])
     text = text.rstrip() + "\n"
-    return content[:8] + struct.pack("<H", len(text)) + text.encode("latin-1", "replace") + content[10 + size :]
+    return (
+        content[:8]
+        + struct.pack("<H", len(text))
+        + text.encode("latin-1", "replace")
+        + content[10 + size :]
+    )
 
 
 def _between(text: str, before: str, after: str, new: str) -> str:
@@ -232,7 +315,10 @@ def member(content: bytes, random: random.Random) -> bytes:
     name, value = parts[at]
     what = random.choice(("inside", "inside", "inside", "gone", "swapped", "zeros"))
     if what == "inside":
-        parts[at] = (name, random.choice((array_header, array_value, array_value, *BYTES))(value, random))
+        parts[at] = (
+            name,
+            random.choice((array_header, array_value, array_value, *BYTES))(value, random),
+        )
     elif what == "gone":
         del parts[at]
     elif what == "swapped":
@@ -240,7 +326,9 @@ def member(content: bytes, random: random.Random) -> bytes:
     else:
         parts[at] = (name, value[:128] + bytes(random.choice((100, 10**6))))
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", random.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as archive:
+    with zipfile.ZipFile(
+        out, "w", random.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+    ) as archive:
         for name, value in parts:
             archive.writestr(name, value)
     return out.getvalue()

@@ -1,11 +1,13 @@
-"""Calls of the ops with spoiled arguments, from seeds: each ends with results or with a sentence, and no other memory changes.
+"""Calls of the ops with spoiled arguments, from seeds: each ends with results or with a sentence,
+and no other memory changes.
 
-`python tests/faults/ops_calls.py public|direct --first 0 --count 6600` prints what became of them, as JSON in one line, and
-names each bad call with its seed. `direct` goes past the checks of `xmlkernels.ops`, through `torch.ops`. A crash takes the
-process: --progress names a file that holds the seed that was under way.
+`python tests/faults/ops_calls.py public|direct --first 0 --count 6600` prints what became of them,
+as JSON in one line, and names each bad call with its seed. `direct` goes past the checks of
+`xmlkernels.ops`, through `torch.ops`. A crash takes the process: --progress names a file that holds
+the seed that was under way.
 
-Every tensor lies in the middle of a larger buffer. After a call the margins must be what they were, and so must everything
-that the op does not update, or everything at all when the call was refused.
+Every tensor lies in the middle of a larger buffer. After a call the margins must be what they were,
+and so must everything that the op does not update, or everything at all when the call was refused.
 """
 
 import argparse
@@ -32,14 +34,55 @@ from xmlkernels import ops
 from xmlkernels.errors import InputError
 
 MARGIN, CANARY = 4096, 0xA5
-LONGS = [-(2**63), -(2**62), -(2**33), -(2**31), -2, -1, 0, 1, 7, 2**31 - 1, 2**31, 2**33, 2**53 + 1, 2**62, 2**63 - 1]
+LONGS = [
+    -(2**63),
+    -(2**62),
+    -(2**33),
+    -(2**31),
+    -2,
+    -1,
+    0,
+    1,
+    7,
+    2**31 - 1,
+    2**31,
+    2**33,
+    2**53 + 1,
+    2**62,
+    2**63 - 1,
+]
 FLOATS = [math.nan, math.inf, -math.inf, 0.0, -1.0, 1e-45, 3e38, -3e38]
 DTYPES = [
-    torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool,
-    torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2,
-]  # fmt: skip
-OTHER = [None, [1, 2], (), "text", 1.5, 3, {}, True, b"x", object(), np.zeros(3), np.int64(1), np.float32(0.5)]
-LARGEST = 6 << 30  # bytes of address space beyond what the process has: a wish for more is refused by the allocator
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+]
+OTHER = [
+    None,
+    [1, 2],
+    (),
+    "text",
+    1.5,
+    3,
+    {},
+    True,
+    b"x",
+    object(),
+    np.zeros(3),
+    np.int64(1),
+    np.float32(0.5),
+]
+LARGEST = (
+    6 << 30
+)  # bytes of address space beyond what the process has: a wish for more is refused by the allocator
 
 
 def embedded(t: Tensor) -> Tensor:
@@ -56,7 +99,8 @@ def whole(t: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
 
 
-# --- what may go wrong: each takes a random source, the call and the name of a tensor, and gives what is passed instead
+# --- what may go wrong: each takes a random source, the call and the name of a tensor, and gives
+# what is passed instead
 
 
 def other_dtype(r: random.Random, call: Call, name: str) -> Any:
@@ -77,7 +121,9 @@ def other_shape(r: random.Random, call: Call, name: str) -> Any:
         shape = []
     elif shape:
         at = r.randrange(len(shape))
-        shape[at] = max(0, r.choice([0, shape[at] - 1, shape[at] + 1, 2 * shape[at], shape[at] // 2]))
+        shape[at] = max(
+            0, r.choice([0, shape[at] - 1, shape[at] + 1, 2 * shape[at], shape[at] // 2])
+        )
     room = torch.zeros(math.prod(shape), dtype=torch.float32)
     flat = t.float().reshape(-1)[: room.numel()]
     room[: flat.numel()] = flat
@@ -120,7 +166,13 @@ def other_values(r: random.Random, call: Call, name: str) -> Any:
     if kind == 0:
         flat.copy_(flat.flip(0))
     elif kind == 1:
-        flat.copy_(flat[torch.randperm(flat.numel(), generator=torch.Generator().manual_seed(r.randrange(99)))])
+        flat.copy_(
+            flat[
+                torch.randperm(
+                    flat.numel(), generator=torch.Generator().manual_seed(r.randrange(99))
+                )
+            ]
+        )
     elif kind == 2:
         flat.copy_(flat[0].clone())
     else:
@@ -145,13 +197,25 @@ def elsewhere(r: random.Random, call: Call, name: str) -> Any:
 
 
 SPOIL: list[Callable[[random.Random, Call, str], Any]] = [
-    other_dtype, other_shape, strided, shared_memory, other_values, other_values, other_values, elsewhere,
+    other_dtype,
+    other_shape,
+    strided,
+    shared_memory,
+    other_values,
+    other_values,
+    other_values,
+    elsewhere,
     lambda r, call, name: r.choice(OTHER),
-]  # fmt: skip
+]
 
 
 def plain(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.device.type == "cpu" and not value.is_nested and value.layout == torch.strided
+    return (
+        isinstance(value, Tensor)
+        and value.device.type == "cpu"
+        and not value.is_nested
+        and value.layout == torch.strided
+    )
 
 
 def spoil(r: random.Random, call: Call, name: str) -> None:
@@ -191,7 +255,8 @@ def trial(kind: str, seed: int) -> tuple[str, str, str]:
             return op, "bad", f"a good call was refused: {error}"
         return (op, "refused", "") if told is None else (op, "bad", told)
     for name in written(op) & held.keys():
-        # Where the tensor itself lies; contiguous, or the call would have been refused. Others may lie in the same buffer.
+        # Where the tensor itself lies; contiguous, or the call would have been refused. Others may
+        # lie in the same buffer.
         t = call[name]
         start = t.storage_offset() * t.element_size()
         end = start + t.numel() * t.element_size()
@@ -209,10 +274,17 @@ def fault_of(kind: str, op: str, error: Exception) -> str | None:
     told = ("allocate", "bad_alloc", "Storage size", "expected memory")
     memory = isinstance(error, MemoryError) or any(words in text for words in told)
     if isinstance(error, InputError):
-        good = text.startswith(f"{op}: argument") and "\n" not in text and all((error.expected, error.got, error.mend))
+        good = (
+            text.startswith(f"{op}: argument")
+            and "\n" not in text
+            and all((error.expected, error.got, error.mend))
+        )
     elif kind == "direct":
-        # Torch's own sentence about a value that the schema does not take, or about tensors of another kind.
-        good = isinstance(error, RuntimeError) and (text.startswith(f"{op}: argument") or "xmlkernels::" in text)
+        # Torch's own sentence about a value that the schema does not take, or about tensors of
+        # another kind.
+        good = isinstance(error, RuntimeError) and (
+            text.startswith(f"{op}: argument") or "xmlkernels::" in text
+        )
     else:
         good = False
     return None if good or memory else "".join(traceback.format_exception(error))[-1500:]

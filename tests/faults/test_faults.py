@@ -1,4 +1,6 @@
-"""500 damaged files of every kind: each is refused in a sentence, or what was taken holds together."""
+"""500 damaged files of every kind: each is refused in a sentence, or what was taken holds
+together.
+"""
 
 import os
 import re
@@ -9,7 +11,9 @@ from pathlib import Path
 import pytest
 
 if sys.platform != "linux":
-    pytest.skip("forks, and limits what a process may take, as Linux does it", allow_module_level=True)
+    pytest.skip(
+        "forks, and limits what a process may take, as Linux does it", allow_module_level=True
+    )
 
 from harness import Kind, run
 
@@ -17,8 +21,17 @@ from xmlkernels import InputError
 
 
 def test_damaged_files() -> None:
-    """In a process of its own: a fork of one in which torch's or the tokenizers' threads run waits for them for ever."""
-    command = [sys.executable, Path(__file__).with_name("count_faults.py"), "--count", "500", "--seed", "14"]
+    """In a process of its own: a fork of one in which torch's or the tokenizers' threads run waits
+    for them for ever.
+    """
+    command = [
+        sys.executable,
+        Path(__file__).with_name("count_faults.py"),
+        "--count",
+        "500",
+        "--seed",
+        "14",
+    ]
     root = Path(__file__).parents[2]
     paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"}
@@ -26,18 +39,26 @@ def test_damaged_files() -> None:
     assert done.returncode == 0 and "bad: 0" in done.stdout, done.stdout + done.stderr[-4000:]
     ends = re.findall(r" (refused|taken|bad) +(\d+)$", done.stdout, re.M)
     taken = sum(int(count) for end, count in ends if end == "taken")
-    assert sum(int(count) for _, count in ends) == 500 and 0 < taken < 400  # neither harmless nor all the same
+    assert (
+        sum(int(count) for _, count in ends) == 500 and 0 < taken < 400
+    )  # neither harmless nor all the same
 
 
 def test_the_harness_sees_every_bad_end(tmp_path: Path) -> None:
-    """Readers with a fault each: were the harness blind to one, the test above could not fail for it."""
+    """Readers with a fault each: were the harness blind to one, the test above could not fail for
+    it.
+    """
     import ctypes
 
     def write(folder: Path) -> None:
         (folder / "a").write_text("good")
 
     def reader(fault):  # type: ignore[no-untyped-def]
-        return lambda folder: None if not (folder / "a").is_file() or (folder / "a").read_bytes() == b"good" else fault()
+        return lambda folder: (
+            None
+            if not (folder / "a").is_file() or (folder / "a").read_bytes() == b"good"
+            else fault()
+        )
 
     def several_lines() -> None:
         raise InputError("a", "b", "c\nd", "e")

@@ -25,19 +25,33 @@ from xmlkernels.data.prepare import PrepareConfig, prepare
 
 BATCH, EPOCHS, PER_EPOCH = 32, 2, 5  # 160 training documents
 STEPS = EPOCHS * PER_EPOCH
-# The label table in fp32 (auto is bf16 on some machines), no decay and a short warm-up: what a case changes stands out.
+# The label table in fp32 (auto is bf16 on some machines), no decay and a short warm-up: what a case
+# changes stands out.
 _SHARED: dict[str, Any] = {
-    "batch": BATCH, "epochs": EPOCHS, "log_every": 1, "loss_every": 1, "save_every": 0, "warmup": 3, "table": "fp32",
+    "batch": BATCH,
+    "epochs": EPOCHS,
+    "log_every": 1,
+    "loss_every": 1,
+    "save_every": 0,
+    "warmup": 3,
+    "table": "fp32",
     "top_k": 20,
-}  # fmt: skip
+}
 BASES: dict[str, dict[str, Any]] = {
     "tiny": {"momentum": 0.0, "table_decay": 0.0, "encoder_decay": 0.0},
     "cascade": {},
     "bow": {
-        "encoder": "bow", "bow_width": 24, "min_df": 1, "encoder_lr": 0.02, "table_lr": 0.05, "table_optimizer": "adam",
-        "bias": True, "encoder_decay": 0.0, "table_decay": 0.0,
+        "encoder": "bow",
+        "bow_width": 24,
+        "min_df": 1,
+        "encoder_lr": 0.02,
+        "table_lr": 0.05,
+        "table_optimizer": "adam",
+        "bias": True,
+        "encoder_decay": 0.0,
+        "table_decay": 0.0,
     },
-}  # fmt: skip
+}
 ONE_STEP: dict[str, Any] = {"batch": 160, "epochs": 1, "warmup": 0}
 
 
@@ -46,10 +60,12 @@ class Step:
     """What one update used.
 
     Attributes:
-        index: numbers of its documents; passes: documents of each pass of the transformer, its second ones included.
+        index: numbers of its documents; passes: documents of each pass of the transformer, its
+            second ones included.
         groups: lr, betas, eps, weight_decay and `head` of each group of the encoder's optimizer.
         norm: of the gradient that the optimizer got, over all its parameters.
-        hyper: of each table, in order of the model's modules: lr, decay, beta1, beta2, epsilon, scale, dx_scale.
+        hyper: of each table, in order of the model's modules: lr, decay, beta1, beta2, epsilon,
+            scale, dx_scale.
         weights: what is trained, after the step, by name.
     """
 
@@ -70,8 +86,8 @@ class Seen:
     """A run and what was seen of it.
 
     Attributes:
-        told: what it printed. start: what is trained, as built. saved: steps of its checkpoints. evaluated: documents of each
-            pass of the transformer in evaluation.
+        told: what it printed. start: what is trained, as built. saved: steps of its checkpoints.
+            evaluated: documents of each pass of the transformer in evaluation.
     """
 
     config: Config
@@ -114,13 +130,19 @@ class Seen:
 
 
 def _tables(model: nn.Module) -> list[Tensor]:
-    return [module.hyper for module in model.modules() if isinstance(getattr(module, "hyper", None), Tensor)]
+    return [
+        module.hyper
+        for module in model.modules()
+        if isinstance(getattr(module, "hyper", None), Tensor)
+    ]
 
 
 def _trained(model: Any) -> dict[str, Tensor]:
     """Parameters and tables, copied."""
     names = dict(model.named_parameters()) | {
-        name: value for name, value in model.named_buffers() if name.endswith((".weight", ".bias", ".table"))
+        name: value
+        for name, value in model.named_buffers()
+        if name.endswith((".weight", ".bias", ".table"))
     }
     return {name: value.detach().clone() for name, value in names.items()}
 
@@ -132,12 +154,19 @@ def _watch(seen: Seen, model: Any) -> None:
     inner = getattr(model.encoder, "model", None)
     if inner is not None:
         inner.register_forward_pre_hook(
-            lambda module, given, named: (passes if module.training else seen.evaluated).append(len(named["input_ids"])),
+            lambda module, given, named: (passes if module.training else seen.evaluated).append(
+                len(named["input_ids"])
+            ),
             with_kwargs=True,
         )
 
     def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = [
+            p.grad
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
         norms.append(float(torch.cat([g.flatten() for g in grads]).norm()))
 
     model.optimizer.register_step_pre_hook(before)
@@ -148,9 +177,14 @@ def _watch(seen: Seen, model: Any) -> None:
         norms.clear()
         loss = step(batch, **options)
         keys = ("lr", "betas", "eps", "weight_decay", "head")
-        groups = [{key: group[key] for key in keys if key in group} for group in model.optimizer.param_groups]
+        groups = [
+            {key: group[key] for key in keys if key in group}
+            for group in model.optimizer.param_groups
+        ]
         hyper = [table.clone() for table in _tables(model)]
-        seen.steps.append(Step(batch.index.tolist(), list(passes), groups, norms[0], hyper, _trained(model)))
+        seen.steps.append(
+            Step(batch.index.tolist(), list(passes), groups, norms[0], hyper, _trained(model))
+        )
         return loss
 
     seen.start, model.step = _trained(model), stepped
@@ -160,7 +194,8 @@ class Runs:
     """Makes runs on one small dataset and keeps them: cases that begin alike share theirs.
 
     Attributes:
-        dataset: 160 documents, 30 labels, with texts and label texts. other: 64 documents, 400 labels.
+        dataset: 160 documents, 30 labels, with texts and label texts. other: 64 documents, 400
+            labels.
         tree: of the first.
     """
 
@@ -177,18 +212,31 @@ class Runs:
         folder = self.folder / "other"
         folder.mkdir()
         for part, count in (("train", 64), ("test", 20)):
-            (folder / f"{part}.txt").write_text("".join(f"w{n % 10} w{n % 7}\n" for n in range(count)))
-            (folder / f"{part}_labels.txt").write_text(f"{count} 400\n" + "".join(f"{n % 10}:1\n" for n in range(count)))
-        files = {f"{part}_{what}": folder / f"{part}{end}.txt" for part in ("train", "test")
-                 for what, end in (("text", ""), ("labels", "_labels"))}
+            (folder / f"{part}.txt").write_text(
+                "".join(f"w{n % 10} w{n % 7}\n" for n in range(count))
+            )
+            (folder / f"{part}_labels.txt").write_text(
+                f"{count} 400\n" + "".join(f"{n % 10}:1\n" for n in range(count))
+            )
+        files = {
+            f"{part}_{what}": folder / f"{part}{end}.txt"
+            for part in ("train", "test")
+            for what, end in (("text", ""), ("labels", "_labels"))
+        }
         tokenizer = str(self.folder / "raw" / "tokenizer")
-        prepare(PrepareConfig(output=folder / "dataset", tokenizer=tokenizer, max_length=16, **files))
+        prepare(
+            PrepareConfig(output=folder / "dataset", tokenizer=tokenizer, max_length=16, **files)
+        )
         return folder / "dataset"
 
     def config(self, base: str, **changes: Any) -> Config:
         """A run of 10 steps into a folder of its own."""
         output = self.folder / f"run{next(self._number)}"
-        made = cascade(self.dataset, output, self.tree) if base == "cascade" else tiny(self.dataset, output)
+        made = (
+            cascade(self.dataset, output, self.tree)
+            if base == "cascade"
+            else tiny(self.dataset, output)
+        )
         return replace(made, **_SHARED | BASES[base] | changes)
 
     def of(self, base: str, **changes: Any) -> Seen:
@@ -209,7 +257,9 @@ def recorded(config: Config) -> Seen:
         _watch(seen, model)
         return model
 
-    def saved(self: CheckpointFolder, tensors: Any, state: Mapping[str, Any], *rest: Any, **options: Any) -> Any:
+    def saved(
+        self: CheckpointFolder, tensors: Any, state: Mapping[str, Any], *rest: Any, **options: Any
+    ) -> Any:
         seen.saved.append(state["steps"])
         return save(self, tensors, state, *rest, **options)
 
@@ -240,7 +290,9 @@ class Case:
     beside: dict[str, Any] = field(default_factory=dict)
 
     def check(self, runs: Runs) -> None:
-        self.holds(runs.of(self.base, **self.beside), runs.of(self.base, **self.beside | self.changes))
+        self.holds(
+            runs.of(self.base, **self.beside), runs.of(self.base, **self.beside | self.changes)
+        )
 
 
 def zero_share(values: Tensor) -> float:
@@ -266,6 +318,9 @@ def documents(seen: Seen, split: str = "test") -> Any:
     more: dict[str, Any] = {}
     if seen.tree is not None:
         order = np.asarray(seen.tree.order)
-        more = {"order": order, "ancestors": tuple(seen.tree.ancestors(r) for r in range(seen.tree.levels - 1))}
+        more = {
+            "order": order,
+            "ancestors": tuple(seen.tree.ancestors(r) for r in range(seen.tree.levels - 1)),
+        }
     (batch,) = seen.inputs.batches(found, len(found), shuffle=False, **more).epoch(0)
     return batch

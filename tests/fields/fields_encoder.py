@@ -15,8 +15,13 @@ _INNER = "encoder.model."
 
 
 def kinds(plain: Seen, changed: Seen) -> None:
-    assert type(plain.model.encoder).__name__ == "Encoder" and type(changed.model.encoder).__name__ == "BowEncoder"
-    assert "encoder.table" in changed.tensors and not [name for name in changed.tensors if name.startswith(_INNER)]
+    assert (
+        type(plain.model.encoder).__name__ == "Encoder"
+        and type(changed.model.encoder).__name__ == "BowEncoder"
+    )
+    assert "encoder.table" in changed.tensors and not [
+        name for name in changed.tensors if name.startswith(_INNER)
+    ]
 
 
 def poolings(plain: Seen, changed: Seen) -> None:
@@ -26,13 +31,21 @@ def poolings(plain: Seen, changed: Seen) -> None:
         with torch.no_grad():
             hidden = seen.model.encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state
         mean = torch.stack([h[: int(m.sum())].mean(0) for h, m in zip(hidden, mask, strict=True)])
-        assert torch.allclose(seen.model.embed(documents(seen)), hidden[:, 0] if cls else mean, atol=1e-5)
+        assert torch.allclose(
+            seen.model.embed(documents(seen)), hidden[:, 0] if cls else mean, atol=1e-5
+        )
 
 
 def narrow(plain: Seen, changed: Seen) -> None:
-    assert plain.tensors["head.weight"].shape == (30, 32) and changed.tensors["head.weight"].shape == (30, 8)
+    assert plain.tensors["head.weight"].shape == (30, 32) and changed.tensors[
+        "head.weight"
+    ].shape == (30, 8)
     x = changed.model.encoder.bottleneck
-    assert x.weight.shape == (8, 32) and x.bias is None and changed.moved("encoder.bottleneck.weight").any()
+    assert (
+        x.weight.shape == (8, 32)
+        and x.bias is None
+        and changed.moved("encoder.bottleneck.weight").any()
+    )
 
 
 def drops(plain: float, changed: float) -> None:
@@ -49,20 +62,37 @@ def drops(plain: float, changed: float) -> None:
 
 
 def lower_layers_stay(plain: Seen, changed: Seen) -> None:
-    frozen = [name for name in plain.start if name.startswith((f"{_INNER}embeddings.", f"{_INNER}encoder.layer.0."))]
-    above = [name for name in plain.start if name.startswith(f"{_INNER}encoder.layer.1.") and not name.endswith("key.bias")]
+    frozen = [
+        name
+        for name in plain.start
+        if name.startswith((f"{_INNER}embeddings.", f"{_INNER}encoder.layer.0."))
+    ]
+    above = [
+        name
+        for name in plain.start
+        if name.startswith(f"{_INNER}encoder.layer.1.") and not name.endswith("key.bias")
+    ]
     assert len(frozen) > 15 and len(above) > 14
-    assert not any(changed.moved(name).any() for name in frozen) and all(changed.moved(name).any() for name in above)
+    assert not any(changed.moved(name).any() for name in frozen) and all(
+        changed.moved(name).any() for name in above
+    )
     matrix = f"{_INNER}encoder.layer.0.output.dense.weight"
-    assert plain.moved(matrix).any() and plain.moved(f"{_INNER}embeddings.word_embeddings.weight").any()
+    assert (
+        plain.moved(matrix).any()
+        and plain.moved(f"{_INNER}embeddings.word_embeddings.weight").any()
+    )
 
 
 def autocasts(plain: Seen, changed: Seen) -> None:
     """A matrix product of the encoder in training gives that format."""
     for seen, dtype, name in ((plain, torch.float32, "fp32"), (changed, torch.bfloat16, "bf16")):
         found: list[torch.dtype] = []
-        linear = next(module for module in seen.model.encoder.modules() if isinstance(module, nn.Linear))
-        handle = linear.register_forward_hook(lambda module, given, out, found=found: found.append(out.dtype))
+        linear = next(
+            module for module in seen.model.encoder.modules() if isinstance(module, nn.Linear)
+        )
+        handle = linear.register_forward_hook(
+            lambda module, given, out, found=found: found.append(out.dtype)
+        )
         seen.model.embed(documents(seen))
         handle.remove()
         assert found == [dtype] and seen.report["environment"]["autocast"] == name
@@ -71,7 +101,11 @@ def autocasts(plain: Seen, changed: Seen) -> None:
 def it_is_compiled(runs: Runs, folder: Path) -> None:
     calls: list[dict[str, object]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn.Module, "compile", lambda self, **options: calls.append({"module": type(self).__name__} | options))
+        patch.setattr(
+            nn.Module,
+            "compile",
+            lambda self, **options: calls.append({"module": type(self).__name__} | options),
+        )
         recorded(runs.config("tiny", epochs=1))
         assert not calls
         recorded(runs.config("tiny", epochs=1, compile=True, output=str(folder / "run")))
@@ -83,12 +117,17 @@ def given_states(runs: Runs, folder: Path) -> None:
     plain = runs.of("tiny")
     given = {name: value + 0.25 for name, value in plain.start.items() if name.startswith(_INNER)}
     for prefix, changes in (
-        ("embedding_labels.encoder.transformer.0.auto_model.", {}), ("mine.", {"init_prefix": "mine."}),
-    ):  # fmt: skip
+        ("embedding_labels.encoder.transformer.0.auto_model.", {}),
+        ("mine.", {"init_prefix": "mine."}),
+    ):
         file = folder / f"{prefix}safetensors"
-        save_file({prefix + name.removeprefix(_INNER): value for name, value in given.items()}, file)
+        save_file(
+            {prefix + name.removeprefix(_INNER): value for name, value in given.items()}, file
+        )
         output = str(folder / prefix)
-        changed = recorded(runs.config("tiny", epochs=1, init_state=str(file), output=output, **changes))
+        changed = recorded(
+            runs.config("tiny", epochs=1, init_state=str(file), output=output, **changes)
+        )
         assert all(torch.equal(changed.start[name], value) for name, value in given.items())
         assert torch.equal(changed.start["head.weight"], plain.start["head.weight"])
 
@@ -98,7 +137,9 @@ def given_states(runs: Runs, folder: Path) -> None:
 
 def widths(plain: Seen, changed: Seen) -> None:
     terms = len(plain.inputs.vectorizer)
-    assert plain.tensors["encoder.table"].shape == (terms, 24) and changed.tensors["encoder.table"].shape == (terms, 16)
+    assert plain.tensors["encoder.table"].shape == (terms, 24) and changed.tensors[
+        "encoder.table"
+    ].shape == (terms, 16)
     assert changed.tensors["head.weight"].shape == (30, 16)
 
 
@@ -108,7 +149,11 @@ def terms_of(texts: list[str], longest: int) -> tuple[Counter[str], Counter[str]
     times: Counter[str] = Counter()
     for text in texts:
         words = text.split()
-        found = [" ".join(words[i : i + n]) for n in range(1, longest + 1) for i in range(len(words) - n + 1)]
+        found = [
+            " ".join(words[i : i + n])
+            for n in range(1, longest + 1)
+            for i in range(len(words) - n + 1)
+        ]
         texts_of.update(set(found))
         times.update(found)
     return texts_of, times
@@ -123,11 +168,16 @@ def vocabularies(longest: int, least: int, most: int) -> None:
         frequent = {term for term, count in texts_of.items() if count >= least}
         if most:
             assert len(words) == most and set(words) < frequent
-            assert min(times[word] for word in words) >= max(times[word] for word in frequent - set(words))
+            assert min(times[word] for word in words) >= max(
+                times[word] for word in frequent - set(words)
+            )
         else:
             assert set(words) == frequent
         assert len(plain.inputs.vectorizer) != len(words) == len(changed.tensors["encoder.table"])
-        assert f"vocabulary: {len(words):,} terms of 1 to {longest} words, each in {least} documents or more" in changed.told
+        assert (
+            f"vocabulary: {len(words):,} terms of 1 to {longest} words, each in {least} documents "
+            "or more" in changed.told
+        )
 
     return holds
 
@@ -156,9 +206,7 @@ def first_words(plain: Seen, changed: Seen) -> None:
 
 
 FIELDS = {
-    "encoder": (
-        Case("tiny", {"encoder": "bow", "table_optimizer": "adam"}, kinds),
-    ),
+    "encoder": (Case("tiny", {"encoder": "bow", "table_optimizer": "adam"}, kinds),),
     "pooling": (Case("tiny", {"pooling": "cls"}, poolings),),
     "bottleneck": (Case("tiny", {"bottleneck": 8}, narrow),),
     "dropout": (
@@ -171,10 +219,13 @@ FIELDS = {
     "init_state": (given_states,),
     "init_prefix": (given_states,),
     "bow_width": (Case("bow", {"bow_width": 16}, widths),),
-    "ngrams": (Case("bow", {"ngrams": 1}, vocabularies(1, 1, 0)), Case("bow", {"ngrams": 3}, vocabularies(3, 1, 0))),
+    "ngrams": (
+        Case("bow", {"ngrams": 1}, vocabularies(1, 1, 0)),
+        Case("bow", {"ngrams": 3}, vocabularies(3, 1, 0)),
+    ),
     "min_df": (Case("bow", {"min_df": 4}, vocabularies(2, 4, 0)),),
     "max_features": (Case("bow", {"max_features": 20}, vocabularies(2, 1, 20)),),
     "bow_activation": (Case("bow", {"bow_activation": "none"}, activations),),
     "word_dropout": (Case("bow", {"word_dropout": 0.5}, words_are_left_out),),
     "word_std": (Case("bow", {"word_std": 0.25}, first_words),),
-}  # fmt: skip
+}

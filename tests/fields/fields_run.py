@@ -16,20 +16,24 @@ from config_runs import PER_EPOCH, STEPS, Case, Config, Runs, Seen, recorded
 from fields_cascade import TABLES, WEIGHT, a_tree_made_on_first_use
 
 from xmlkernels import InputError, memory
+from xmlkernels.cli import train as command
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.prepare import PrepareConfig
 from xmlkernels.metrics import evaluate, inverse_propensity, top_rows_from_csr
 from xmlkernels.models.base import arrangement
 from xmlkernels.training import inputs as sources
-from xmlkernels.cli import train as command
 from xmlkernels.training import session
 
 
 def models(runs: Runs, folder: Path) -> None:
     plain, changed = runs.of("tiny"), runs.of("cascade")
     assert plain.config.model == "end_to_end" and changed.config.model == "cascade"
-    assert WEIGHT in plain.tensors and not [name for name in plain.tensors if name.startswith("heads.")]
-    assert changed.report["scheme"] and TABLES[2] in changed.tensors and WEIGHT not in changed.tensors
+    assert WEIGHT in plain.tensors and not [
+        name for name in plain.tensors if name.startswith("heads.")
+    ]
+    assert (
+        changed.report["scheme"] and TABLES[2] in changed.tensors and WEIGHT not in changed.tensors
+    )
 
 
 def datasets(runs: Runs, folder: Path) -> None:
@@ -58,7 +62,9 @@ def the_corpus_asked_for(**changes: object) -> PrepareConfig:
 
 
 def of_the_corpus(name: str, field: str) -> Callable[[Runs, Path], None]:
-    """`--documents` and `--max-length` reach the corpus, and each has a folder of its own in the cache."""
+    """`--documents` and `--max-length` reach the corpus, and each has a folder of its own in the
+    cache.
+    """
 
     def holds(runs: Runs, folder: Path) -> None:
         found = [the_corpus_asked_for(cache=str(folder), **{name: value}) for value in (17, 23)]
@@ -86,15 +92,23 @@ def outputs(runs: Runs, folder: Path) -> None:
 
 
 def label_texts(plain: Seen, changed: Seen) -> None:
-    """30 more documents, each with its own label alone; propensities are those of the documents without them."""
+    """30 more documents, each with its own label alone; propensities are those of the documents
+    without them.
+    """
     assert plain.report["steps"] == STEPS and changed.report["steps"] == 2 * 6
-    seen = [sorted(n for step in run.steps[: run.report["steps"] // 2] for n in step.index) for run in (plain, changed)]
+    seen = [
+        sorted(n for step in run.steps[: run.report["steps"] // 2] for n in step.index)
+        for run in (plain, changed)
+    ]
     assert seen == [list(range(160)), list(range(190))]
     splits, (_, top) = changed.dataset.splits, top_rows_from_csr(changed.predictions, 5)
     alone = splits["train"].labels
     augmented = scipy.sparse.vstack([alone, scipy.sparse.eye_array(30, format="csr")]).tocsr()
     constants, labels = changed.dataset.propensity, splits["test"].labels
-    scored = [evaluate(top, labels, inverse_propensity(matrix, *constants)) for matrix in (alone, augmented)]
+    scored = [
+        evaluate(top, labels, inverse_propensity(matrix, *constants))
+        for matrix in (alone, augmented)
+    ]
     assert changed.report["test"]["PSP@5"] == pytest.approx(scored[0]["PSP@5"], rel=1e-9)
     assert changed.report["test"]["PSP@5"] != pytest.approx(scored[1]["PSP@5"], rel=1e-4)
 
@@ -112,22 +126,36 @@ def validated(plain: list[int], changed: list[int]) -> Callable[[Seen, Seen], No
 
 def chosen_by(plain: Seen, changed: Seen) -> None:
     for seen, name in ((plain, "P@1"), (changed, "nDCG@4")):
-        best, lines = seen.report["best"], [line for line in seen.log if line.get("split") == "validation"]
-        assert set(best) == {name, "epoch", "step"} and best[name] == max(line[name] for line in lines)
+        best, lines = (
+            seen.report["best"],
+            [line for line in seen.log if line.get("split") == "validation"],
+        )
+        assert set(best) == {name, "epoch", "step"} and best[name] == max(
+            line[name] for line in lines
+        )
         assert best["epoch"] == next(line["epoch"] for line in lines if line[name] == best[name])
 
 
 def the_first_of_equals(runs: Runs, folder: Path) -> None:
     """Also against a metric that is no number."""
     held = {"R@2": 5.0, "epoch": 1, "step": 5}
-    run = SimpleNamespace(config=Config(best_by="R@2"), best=dict(held), epoch=2, model=SimpleNamespace(steps=10))
+    run = SimpleNamespace(
+        config=Config(best_by="R@2"), best=dict(held), epoch=2, model=SimpleNamespace(steps=10)
+    )
     for value in (5.0, 4.0, float("nan")):
         assert not session.Session.improved(run, {"R@2": value, "P@1": 99.0}) and run.best == held
-    assert session.Session.improved(run, {"R@2": 5.5}) and run.best == {"R@2": 5.5, "epoch": 2, "step": 10}
+    assert session.Session.improved(run, {"R@2": 5.5}) and run.best == {
+        "R@2": 5.5,
+        "epoch": 2,
+        "step": 10,
+    }
 
 
 def labels_kept(plain: Seen, changed: Seen) -> None:
-    assert plain.predictions.getnnz(1).tolist() == [20] * 50 and changed.predictions.getnnz(1).tolist() == [7] * 50
+    assert (
+        plain.predictions.getnnz(1).tolist() == [20] * 50
+        and changed.predictions.getnnz(1).tolist() == [7] * 50
+    )
 
 
 def evaluated_at_once(plain: Seen, changed: Seen) -> None:
@@ -138,7 +166,9 @@ def evaluated_at_once(plain: Seen, changed: Seen) -> None:
 
 
 def each_document_counts_once(plain: Seen, changed: Seen) -> None:
-    """A batch's loss is a mean over its candidates: the split's counts it once for each of its documents, 16, 16 and 8."""
+    """A batch's loss is a mean over its candidates: the split's counts it once for each of its
+    documents, 16, 16 and 8.
+    """
     split, arranged = changed.dataset.splits["val"], arrangement(changed.tree)
     batches = list(changed.inputs.batches(split, 16, shuffle=False, **arranged).epoch(0))
     losses = [float(changed.model.loss(batch)) for batch in batches]
@@ -155,7 +185,11 @@ def saved_at(plain: Seen, changed: Seen) -> None:
 def kept(plain: Seen, changed: Seen) -> None:
     """Of the checkpoints before the last; the best one is kept in any case."""
     for seen, earlier in ((plain, ["last.1"]), (changed, [])):
-        there = sorted(path.name for path in Path(seen.config.output, "checkpoint").glob("[lb]*") if path.suffix != ".txt")
+        there = sorted(
+            path.name
+            for path in Path(seen.config.output, "checkpoint").glob("[lb]*")
+            if path.suffix != ".txt"
+        )
         assert there == ["best", "last", *earlier]
 
 
@@ -177,35 +211,52 @@ def overwritten(runs: Runs, folder: Path) -> None:
     with pytest.raises(InputError, match="--overwrite"):
         recorded(replace(first.config, seed=3))
     again = recorded(replace(first.config, seed=3, overwrite=True))
-    assert len(again.steps) == PER_EPOCH and json.loads((folder / "run" / "config.json").read_text())["seed"] == 3
+    assert (
+        len(again.steps) == PER_EPOCH
+        and json.loads((folder / "run" / "config.json").read_text())["seed"] == 3
+    )
 
 
 def beyond_memory(runs: Runs, folder: Path) -> None:
     """A machine of one mebibyte: refused in a sentence, started when told."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "machine_memory", lambda: 1 << 20)
-        with pytest.raises(InputError, match="memory of this run: expected at most 1.0 MiB.*got about.*--beyond-memory"):
+        with pytest.raises(
+            InputError,
+            match="memory of this run: expected at most 1.0 MiB.*got about.*--beyond-memory",
+        ):
             recorded(runs.config("tiny", epochs=1, output=str(folder / "run")))
-        assert recorded(runs.config("tiny", epochs=1, beyond_memory=True, output=str(folder / "run"))).steps
+        assert recorded(
+            runs.config("tiny", epochs=1, beyond_memory=True, output=str(folder / "run"))
+        ).steps
 
 
 def devices(runs: Runs, folder: Path) -> None:
     """It is asked for by name, and one that is not there is refused."""
     asked: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "resolved_device", lambda name: asked.append(name) or torch.device("cpu"))
+        patch.setattr(
+            session, "resolved_device", lambda name: asked.append(name) or torch.device("cpu")
+        )
         seen = recorded(runs.config("tiny", epochs=1, device="cpu", output=str(folder / "run")))
     assert asked == ["cpu"] and seen.report["environment"]["device"] == "cpu"
-    with pytest.raises(InputError, match="--device: expected a device of this machine, got 'cuda:99'"):
+    with pytest.raises(
+        InputError, match="--device: expected a device of this machine, got 'cuda:99'"
+    ):
         recorded(runs.config("tiny", device="cuda:99", output=str(folder / "none")))
 
 
 def threads(plain: Seen, changed: Seen) -> None:
-    assert plain.report["environment"]["threads"] == 1 and changed.report["environment"]["threads"] == 2
+    assert (
+        plain.report["environment"]["threads"] == 1
+        and changed.report["environment"]["threads"] == 2
+    )
 
 
 def timeouts(runs: Runs, folder: Path) -> None:
-    """It reaches the processes' signs of life, whose silence tests/test_lost_processes.py measures."""
+    """It reaches the processes' signs of life, whose silence tests/test_lost_processes.py
+    measures.
+    """
     told: list[object] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command.dist, "start", lambda device, patience: told.append(patience))
@@ -246,4 +297,4 @@ FIELDS = {
     "device": (devices,),
     "threads": (Case("tiny", {"threads": 2}, threads),),
     "timeout": (timeouts,),
-}  # fmt: skip
+}

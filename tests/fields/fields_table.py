@@ -31,7 +31,8 @@ def decays_apart(plain: Seen, changed: Seen) -> None:
 
 def momenta(plain: Seen, changed: Seen) -> None:
     assert MOMENTUM not in plain.tensors and float(changed.steps[0].hyper[-1][2]) == 0.5
-    # Of a second step, whose gradient is what is left of the momentum: m2 = 0.5 m1 + g2, and w moves by rate m2.
+    # Of a second step, whose gradient is what is left of the momentum: m2 = 0.5 m1 + g2, and w
+    # moves by rate m2.
     first, second = changed.steps[0], changed.steps[1]
     m2 = (first.weights[WEIGHT] - second.weights[WEIGHT]) / float(second.hyper[-1][0])
     assert torch.allclose(m2, changed.tensors[MOMENTUM], atol=1e-4)
@@ -45,7 +46,9 @@ def momenta_of_levels(plain: Seen, changed: Seen) -> None:
 def formats(changed: dict[str, torch.dtype]) -> None:
     def holds(before: Seen, after: Seen) -> None:
         for name, dtype in changed.items():
-            assert before.tensors[name].dtype == torch.float32 and after.tensors[name].dtype == dtype, name
+            assert (
+                before.tensors[name].dtype == torch.float32 and after.tensors[name].dtype == dtype
+            ), name
 
     return holds
 
@@ -58,7 +61,9 @@ def adam(plain: Seen, changed: Seen) -> None:
 
 
 def row_wise(plain: Seen, changed: Seen) -> None:
-    """A cascade's Adam has one second moment for a row; its SGD none; the dense AdamW moves every row in every step."""
+    """A cascade's Adam has one second moment for a row; its SGD none; the dense AdamW moves every
+    row in every step.
+    """
     kind = changed.config.table_optimizer
     labels, second = "heads.levels.2.weight", "heads.levels.2.second"
     assert plain.tensors[second].shape == (30,)
@@ -66,31 +71,47 @@ def row_wise(plain: Seen, changed: Seen) -> None:
         assert second not in changed.tensors
     else:
         assert changed.tensors[second].shape == (30, 32)
-        still = [n for n in range(30) if not (changed.steps[0].weights[labels][n] - changed.start[labels][n]).any()]
+        still = [
+            n
+            for n in range(30)
+            if not (changed.steps[0].weights[labels][n] - changed.start[labels][n]).any()
+        ]
         assert not still
-    assert type(changed.model.heads.levels[2]).__name__ == ("CascadeLevel" if kind == "sgd" else "DenseLevel")
+    assert type(changed.model.heads.levels[2]).__name__ == (
+        "CascadeLevel" if kind == "sgd" else "DenseLevel"
+    )
 
 
 def biases(plain: Seen, changed: Seen) -> None:
-    assert "head.bias" not in plain.tensors and not changed.start["head.bias"].any() and changed.moved("head.bias").all()
+    assert (
+        "head.bias" not in plain.tensors
+        and not changed.start["head.bias"].any()
+        and changed.moved("head.bias").all()
+    )
 
 
 def frequencies(plain: Seen, changed: Seen) -> None:
     """With a rate of 0 they are the logits of the labels' frequencies still."""
     counts = torch.tensor(changed.dataset.splits["train"].labels.sum(0)).flatten()
     assert not plain.tensors["head.bias"].any()
-    assert torch.allclose(changed.tensors["head.bias"], torch.logit((counts + 0.5) / 161).float(), atol=1e-5)
+    assert torch.allclose(
+        changed.tensors["head.bias"], torch.logit((counts + 0.5) / 161).float(), atol=1e-5
+    )
 
 
 def centroids(plain: Seen, changed: Seen) -> None:
-    """With rates of 0 each row still points from the mean of all documents to that of its label's."""
+    """With rates of 0 each row still points from the mean of all documents to that of its
+    label's.
+    """
     train = changed.dataset.splits["train"]
     (batch,) = changed.inputs.batches(train, len(train), shuffle=False).epoch(0)
     x = changed.model.embed(batch)
     labels = torch.zeros(len(train), 30)
     labels[batch.pos_sample.long(), batch.pos_row] = 1
     away = labels.T @ x / labels.sum(0)[:, None] - x.mean(0)
-    assert torch.allclose(changed.tensors[WEIGHT], 0.5 * torch.nn.functional.normalize(away), atol=1e-4)
+    assert torch.allclose(
+        changed.tensors[WEIGHT], 0.5 * torch.nn.functional.normalize(away), atol=1e-4
+    )
     assert torch.equal(plain.tensors[WEIGHT], plain.start[WEIGHT])
 
 
@@ -98,7 +119,10 @@ def table_epsilons(plain: Seen, changed: Seen) -> None:
     """Adam's step is rate g / (|g| + epsilon): with a large one it is the gradient, scaled."""
     assert float(plain.steps[0].hyper[-1][4]) == pytest.approx(1e-8)
     assert float(changed.steps[0].hyper[-1][4]) == pytest.approx(1e4)
-    step, g = changed.start[WEIGHT] - changed.steps[0].weights[WEIGHT], changed.tensors[MOMENTUM] / 0.1
+    step, g = (
+        changed.start[WEIGHT] - changed.steps[0].weights[WEIGHT],
+        changed.tensors[MOMENTUM] / 0.1,
+    )
     assert torch.allclose(step, RATE * g / (g.abs() + 1e4), atol=1e-7) and step.any()
 
 
@@ -106,7 +130,9 @@ def epsilons_of_levels(plain: Seen, changed: Seen) -> None:
     """Times the gain of each level, which its gradient is multiplied by."""
     gains = [level.gain for level in changed.model.heads.levels]
     for seen, value in ((plain, 1e-8), (changed, 3e-5)):
-        found = [float(hyper[4]) / gain for hyper, gain in zip(seen.steps[0].hyper, gains, strict=True)]
+        found = [
+            float(hyper[4]) / gain for hyper, gain in zip(seen.steps[0].hyper, gains, strict=True)
+        ]
         assert found == pytest.approx([value] * 3)
 
 
@@ -120,7 +146,9 @@ def groups_are_skipped(runs: Runs, folder: object) -> None:
     plain = runs.of("tiny", dataset=str(runs.other))
     changed = runs.of("tiny", dataset=str(runs.other), skip_tiles=1e12)
     assert "skipped_tiles" not in plain.report and changed.report["skipped_tiles"] == 0.75
-    assert changed.model.head.skip_below == pytest.approx(1e12 * 2.0**-6 * torch.finfo(torch.float32).eps)
+    assert changed.model.head.skip_below == pytest.approx(
+        1e12 * 2.0**-6 * torch.finfo(torch.float32).eps
+    )
     assert plain.moved(WEIGHT).any(1).all()
     assert changed.moved(WEIGHT)[:128].any(1).all() and not changed.moved(WEIGHT)[128:].any()
 
@@ -131,7 +159,11 @@ FIELDS = {
     "table": (
         Case("tiny", {"table": "bf16"}, formats({WEIGHT: torch.bfloat16})),
         Case("tiny", {"table": "fp8"}, formats({WEIGHT: FP8})),
-        Case("cascade", {"table": "fp8"}, formats({"heads.levels.2.weight": FP8, "heads.levels.0.weight": torch.bfloat16})),
+        Case(
+            "cascade",
+            {"table": "fp8"},
+            formats({"heads.levels.2.weight": FP8, "heads.levels.0.weight": torch.bfloat16}),
+        ),
     ),
     "bias": (Case("tiny", {"bias": True}, biases),),
     "frequency_bias": (Case("bow", {"frequency_bias": True}, frequencies, STILL),),
@@ -151,10 +183,19 @@ FIELDS = {
     ),
     "table_decay": (Case("tiny", {"table_decay": 0.5}, decays, ONE_STEP),),
     "table_epsilon": (
-        Case("tiny", {"table_epsilon": 1e4}, table_epsilons, ONE_STEP | {"table_optimizer": "adam"}),
+        Case(
+            "tiny", {"table_epsilon": 1e4}, table_epsilons, ONE_STEP | {"table_optimizer": "adam"}
+        ),
         Case("cascade", {"table_epsilon": 3e-5}, epsilons_of_levels),
     ),
-    "decoupled": (Case("tiny", {"decoupled": True}, decays_apart, ONE_STEP | {"momentum": 0.9, "table_decay": 0.5}),),
+    "decoupled": (
+        Case(
+            "tiny",
+            {"decoupled": True},
+            decays_apart,
+            ONE_STEP | {"momentum": 0.9, "table_decay": 0.5},
+        ),
+    ),
     "kahan": (Case("tiny", {"kahan": True}, compensated, {"table": "bf16"}),),
     "skip_tiles": (groups_are_skipped,),
-}  # fmt: skip
+}

@@ -16,7 +16,9 @@ LINEAR = {"layers": ("1,2", "2", "2")}  # a cascade whose coarsest level has the
 def cosine(warmup: int, total: int = STEPS) -> list[float]:
     """Linear warm-up, then a cosine to 0."""
     rise = [(step + 1) / warmup for step in range(warmup)]
-    return rise + [0.5 * (1 + math.cos(math.pi * step / (total - warmup))) for step in range(total - warmup)]
+    return rise + [
+        0.5 * (1 + math.cos(math.pi * step / (total - warmup))) for step in range(total - warmup)
+    ]
 
 
 def phases(warmup: int, cooldown: int, total: int = STEPS) -> list[float]:
@@ -48,14 +50,20 @@ def table_rates(seen: Seen, table: int = -1) -> list[float]:
 def encoder_rates(plain: Seen, changed: Seen) -> None:
     factors = cosine(3)
     for seen, rate in ((plain, 1e-3), (changed, 4e-4)):
-        assert [step.rate() for step in seen.steps] == pytest.approx([rate * f for f in factors], rel=1e-5)
-        assert table_rates(seen) == pytest.approx([0.02 * f for f in factors], rel=1e-5)  # is not the table's
+        assert [step.rate() for step in seen.steps] == pytest.approx(
+            [rate * f for f in factors], rel=1e-5
+        )
+        assert table_rates(seen) == pytest.approx(
+            [0.02 * f for f in factors], rel=1e-5
+        )  # is not the table's
 
 
 def word_rates(plain: Seen, changed: Seen) -> None:
     for seen, rate in ((plain, 0.02), (changed, 0.007)):
         assert table_rates(seen, 0) == pytest.approx([rate * f for f in cosine(3)], rel=1e-5)
-        assert [step.rate() for step in seen.steps] == pytest.approx([rate * f for f in cosine(3)], rel=1e-5)
+        assert [step.rate() for step in seen.steps] == pytest.approx(
+            [rate * f for f in cosine(3)], rel=1e-5
+        )
 
 
 def label_rates(plain: Seen, changed: Seen) -> None:
@@ -69,7 +77,9 @@ def head_rates(plain: Seen, changed: Seen) -> None:
     for seen, factor in ((plain, 10.0), (changed, 3.5)):
         for step in seen.steps:
             assert step.rate(head=True) == pytest.approx(factor * step.rate())
-            assert [float(hyper[0]) for hyper in step.hyper] == pytest.approx([factor * step.rate()] * 3)
+            assert [float(hyper[0]) for hyper in step.hyper] == pytest.approx(
+                [factor * step.rate()] * 3
+            )
 
 
 def encoder_decays(plain: Seen, changed: Seen) -> None:
@@ -87,12 +97,18 @@ def cascade_decays(plain: Seen, changed: Seen) -> None:
 
 
 def word_decays(plain: Seen, changed: Seen) -> None:
-    assert float(plain.steps[0].hyper[0][1]) == 0 and float(changed.steps[0].hyper[0][1]) == pytest.approx(0.3)
+    assert float(plain.steps[0].hyper[0][1]) == 0 and float(
+        changed.steps[0].hyper[0][1]
+    ) == pytest.approx(0.3)
     assert float(changed.steps[0].hyper[1][1]) == 0  # of the label table, which has --table-decay
 
 
-def epsilons(plain: float, changed: float, words: tuple[float, float] | None = None) -> Callable[[Seen, Seen], None]:
-    """Of every group of the encoder's AdamW and, of a bag of words, of its table; never of the label table."""
+def epsilons(
+    plain: float, changed: float, words: tuple[float, float] | None = None
+) -> Callable[[Seen, Seen], None]:
+    """Of every group of the encoder's AdamW and, of a bag of words, of its table; never of the
+    label table.
+    """
 
     def holds(before: Seen, after: Seen) -> None:
         for number, (seen, value) in enumerate(((before, plain), (after, changed))):
@@ -106,12 +122,17 @@ def epsilons(plain: float, changed: float, words: tuple[float, float] | None = N
 
 
 def small_steps(plain: Seen, changed: Seen) -> None:
-    """A large epsilon is beside the corrected root: with it Adam's first step is rate x gradient / epsilon, not the rate."""
+    """A large epsilon is beside the corrected root: with it Adam's first step is rate x gradient /
+    epsilon, not the rate.
+    """
     name = "encoder.model.encoder.layer.1.output.dense.weight"
     first = plain.steps[0].weights[name] - plain.start[name]
     assert float(first.abs().median()) == pytest.approx(plain.steps[0].rate(), rel=0.01)
     moved = changed.steps[0].weights[name] - changed.start[name]
-    assert float(moved.abs().max()) < changed.steps[0].rate() * changed.steps[0].norm / 1e4 * 1.01 and moved.any()
+    assert (
+        float(moved.abs().max()) < changed.steps[0].rate() * changed.steps[0].norm / 1e4 * 1.01
+        and moved.any()
+    )
 
 
 def norms_are_clipped(limit: float) -> Callable[[Seen, Seen], None]:
@@ -122,7 +143,9 @@ def norms_are_clipped(limit: float) -> Callable[[Seen, Seen], None]:
     return holds
 
 
-def documents_of_steps(plain: tuple[int, int], changed: tuple[int, int]) -> Callable[[Seen, Seen], None]:
+def documents_of_steps(
+    plain: tuple[int, int], changed: tuple[int, int]
+) -> Callable[[Seen, Seen], None]:
     """(updates, documents of each)."""
 
     def holds(before: Seen, after: Seen) -> None:
@@ -137,20 +160,33 @@ def passes_of_steps(plain: list[int], changed: list[int]) -> Callable[[Seen, See
     """Documents of each pass of the encoder; with gradient caching each is passed twice."""
 
     def holds(before: Seen, after: Seen) -> None:
-        assert all(step.passes == plain for step in before.steps) and all(step.passes == changed for step in after.steps)
-        assert all(len(step.index) == 32 for step in (*before.steps, *after.steps)) and len(after.steps) == STEPS
+        assert all(step.passes == plain for step in before.steps) and all(
+            step.passes == changed for step in after.steps
+        )
+        assert (
+            all(len(step.index) == 32 for step in (*before.steps, *after.steps))
+            and len(after.steps) == STEPS
+        )
 
     return holds
 
 
 def means_follow(seen: Seen) -> None:
-    """The means in the checkpoint are those of the weights that the run had, from its own settings."""
+    """The means in the checkpoint are those of the weights that the run had, from its own
+    settings.
+    """
     config, tensors = seen.config, seen.tensors
     start = round(config.ema_start * PER_EPOCH)
-    taken = [n for n in range(len(seen.steps)) if n >= start and (n - start + 1) % config.ema_every == 0]
-    names = {key.removeprefix("average.") for key in tensors if key.startswith("average.")} - {"count"}
+    taken = [
+        n for n in range(len(seen.steps)) if n >= start and (n - start + 1) % config.ema_every == 0
+    ]
+    names = {key.removeprefix("average.") for key in tensors if key.startswith("average.")} - {
+        "count"
+    }
     assert int(tensors["average.count"]) == len(taken) and (taken or not config.ema)
-    assert {name for name in names if name.startswith("encoder.")} == {n for n in seen.start if n.startswith("encoder.")}
+    assert {name for name in names if name.startswith("encoder.")} == {
+        n for n in seen.start if n.startswith("encoder.")
+    }
     assert ("head.weight" in names) == config.ema_tables
     for name in names:
         mean: Tensor = torch.zeros(())
@@ -164,8 +200,10 @@ def a_mean(plain: Seen, changed: Seen) -> None:
     """There is none without the flag; predictions are the mean's."""
     assert not [name for name in plain.tensors if name.startswith("average.")]
     means_follow(changed)
-    assert all(torch.equal(a.weights["head.weight"], b.weights["head.weight"])
-               for a, b in zip(plain.steps, changed.steps, strict=True))  # fmt: skip
+    assert all(
+        torch.equal(a.weights["head.weight"], b.weights["head.weight"])
+        for a, b in zip(plain.steps, changed.steps, strict=True)
+    )
     assert (plain.predictions != changed.predictions).nnz
 
 
@@ -187,10 +225,14 @@ def losses_at(plain: list[int], changed: list[int]) -> Callable[[Seen, Seen], No
 
 
 def another_seed(plain: Seen, changed: Seen) -> None:
-    """First values of encoder and table, the order of documents; the same documents all the same."""
+    """First values of encoder and table, the order of documents; the same documents all the
+    same.
+    """
     for name in ("head.weight", "encoder.model.encoder.layer.0.output.dense.weight"):
         assert not torch.equal(plain.start[name], changed.start[name])
-    orders = [[n for step in seen.steps[:PER_EPOCH] for n in step.index] for seen in (plain, changed)]
+    orders = [
+        [n for step in seen.steps[:PER_EPOCH] for n in step.index] for seen in (plain, changed)
+    ]
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
 
 
@@ -207,7 +249,8 @@ FIELDS: dict[str, tuple[Case, ...]] = {
         Case("cascade", {"batch": 16, "accumulate": 2}, passes_of_steps([32], [16] * 4)),
     ),
     "encoder_lr": (
-        Case("tiny", {"encoder_lr": 4e-4}, encoder_rates), Case("bow", {"encoder_lr": 0.007}, word_rates),
+        Case("tiny", {"encoder_lr": 4e-4}, encoder_rates),
+        Case("bow", {"encoder_lr": 0.007}, word_rates),
     ),
     "table_lr": (Case("tiny", {"table_lr": 0.003}, label_rates),),
     "head_lr_factor": (Case("cascade", {"head_lr_factor": 3.5}, head_rates, LINEAR),),
@@ -224,23 +267,34 @@ FIELDS: dict[str, tuple[Case, ...]] = {
     ),
     "warmup": (
         Case("tiny", {"warmup": 5}, rates_follow(cosine(3), cosine(5))),
-        Case("cascade", {"warmup": 5}, rates_follow(phases(3, 5), phases(5, 5)), {"cooldown_epochs": 1.0}),
+        Case(
+            "cascade",
+            {"warmup": 5},
+            rates_follow(phases(3, 5), phases(5, 5)),
+            {"cooldown_epochs": 1.0},
+        ),
     ),
     "warmup_epochs": (
         Case("tiny", {"warmup_epochs": 0.8}, rates_follow(cosine(3), cosine(4))),
         Case("cascade", {"warmup_epochs": 0.8}, rates_follow(phases(3, 5), phases(4, 5))),
     ),
-    "schedule": (Case("cascade", {"schedule": "warmup_cosine"}, rates_follow(phases(3, 5), cosine(3))),),
-    "cooldown_epochs": (Case("cascade", {"cooldown_epochs": 0.4}, rates_follow(phases(3, 5), phases(3, 2))),),
+    "schedule": (
+        Case("cascade", {"schedule": "warmup_cosine"}, rates_follow(phases(3, 5), cosine(3))),
+    ),
+    "cooldown_epochs": (
+        Case("cascade", {"cooldown_epochs": 0.4}, rates_follow(phases(3, 5), phases(3, 2))),
+    ),
     "clip": (
-        Case("tiny", {"clip": 0.01}, norms_are_clipped(0.01)), Case("cascade", {"clip": 1e-4}, norms_are_clipped(1e-4), LINEAR),
+        Case("tiny", {"clip": 0.01}, norms_are_clipped(0.01)),
+        Case("cascade", {"clip": 1e-4}, norms_are_clipped(1e-4), LINEAR),
     ),
     "ema": (Case("tiny", {"ema": 0.5}, a_mean),),
     "ema_start": (Case("tiny", {"ema_start": 0.6}, another_mean, {"ema": 0.5}),),
     "ema_every": (Case("tiny", {"ema_every": 2}, another_mean, {"ema": 0.5}),),
     "ema_tables": (Case("tiny", {"ema_tables": True}, another_mean, {"ema": 0.5}),),
     "loss_every": (
-        Case("tiny", {"loss_every": 4}, losses_at(EVERY, [1, 5, 9])), Case("tiny", {"loss_every": 0}, losses_at(EVERY, [])),
+        Case("tiny", {"loss_every": 4}, losses_at(EVERY, [1, 5, 9])),
+        Case("tiny", {"loss_every": 0}, losses_at(EVERY, [])),
     ),
     "seed": (Case("tiny", {"seed": 5}, another_seed),),
-}  # fmt: skip
+}

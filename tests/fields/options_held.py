@@ -10,7 +10,10 @@ HERE = "fields/test_command_options.py::"
 _PREDICT, _RANKED, _TREE = "test_predict.py::", "test_ranked.py::", "tree/test_command.py::"
 _EXPORT, _ENSEMBLE, _RANKER = "test_export.py::", "test_ensemble.py::", "test_ranker_command.py::"
 _PREPARE = "data/test_prepare.py::"
-_WITH_MODEL, _WITH_TREE = HERE + "test_what_a_ranker_of_a_model_is_told", HERE + "test_what_a_ranker_of_a_tree_is_told"
+_WITH_MODEL, _WITH_TREE = (
+    HERE + "test_what_a_ranker_of_a_model_is_told",
+    HERE + "test_what_a_ranker_of_a_tree_is_told",
+)
 _MADE_WITH = HERE + "test_what_a_tree_is_made_with"
 
 
@@ -20,8 +23,16 @@ def _all(test: str, *names: str) -> dict[str, str]:
 
 HELD: dict[type, dict[str, str]] = {
     predict.Options: {
-        **_all(HERE + "test_what_predict_asks_of_a_model", "checkpoint", "text", "top_k", "batch", "which", "device",
-               "threads"),
+        **_all(
+            HERE + "test_what_predict_asks_of_a_model",
+            "checkpoint",
+            "text",
+            "top_k",
+            "batch",
+            "which",
+            "device",
+            "threads",
+        ),
         **_all(_PREDICT + "test_files_in_and_out", "input", "output"),
         "filter": "test_predict_inputs.py::test_filter_pairs",
         "ranker": _RANKED + "test_a_forest_is_the_mean_of_its_rankers",
@@ -29,37 +40,111 @@ HELD: dict[type, dict[str, str]] = {
         **_all(_RANKED + "test_one_text", "latency", "ranker_text"),
     },
     tree.TreeConfig: {
-        **_all(_MADE_WITH, "dataset", "output", "ngrams", "terms", "common", "keep", "graph", "visits", "restart", "top",
-               "most_documents", "prune", "label_vectors", "starts", "tolerance", "seed", "threads"),
+        **_all(
+            _MADE_WITH,
+            "dataset",
+            "output",
+            "ngrams",
+            "terms",
+            "common",
+            "keep",
+            "graph",
+            "visits",
+            "restart",
+            "top",
+            "most_documents",
+            "prune",
+            "label_vectors",
+            "starts",
+            "tolerance",
+            "seed",
+            "threads",
+        ),
         **_all(_TREE + "test_made_once_for_each_content", "depths", "clusters", "overwrite"),
         "features": _TREE + "test_given_features_and_label_vectors",
         "label_text": _TREE + "test_label_texts_by_an_encoder",
         "plot": _TREE + "test_what_the_folder_gets",
     },
     ranker.RankerConfig: {
-        **_all(_WITH_MODEL, "dataset", "output", "checkpoint", "longest", "min_df", "max_features", "shortlist", "device",
-               "embedding_weight", "tfidf_weight", "training", "threads", "share", "blend", "top_k"),
+        **_all(
+            _WITH_MODEL,
+            "dataset",
+            "output",
+            "checkpoint",
+            "longest",
+            "min_df",
+            "max_features",
+            "shortlist",
+            "device",
+            "embedding_weight",
+            "tfidf_weight",
+            "training",
+            "threads",
+            "share",
+            "blend",
+            "top_k",
+        ),
         **_all(_WITH_TREE, "tree", "beam"),
         **_all(_RANKER + "test_given_share_and_no_embedding", "tfidf", "embedding"),
-        **_all(_RANKER + "test_texts_and_features_from_files", "one_vs_all", "features", "test_text"),
-        **_all(_RANKER + "test_wrong_texts_are_told_before_the_model_runs", "train_text", "validation_text"),
+        **_all(
+            _RANKER + "test_texts_and_features_from_files", "one_vs_all", "features", "test_text"
+        ),
+        **_all(
+            _RANKER + "test_wrong_texts_are_told_before_the_model_runs",
+            "train_text",
+            "validation_text",
+        ),
     },
     export.Options: {
-        **_all(HERE + "test_what_export_asks_of_a_model", "checkpoint", "output", "what", "batch", "which", "device", "top_k"),
+        **_all(
+            HERE + "test_what_export_asks_of_a_model",
+            "checkpoint",
+            "output",
+            "what",
+            "batch",
+            "which",
+            "device",
+            "top_k",
+        ),
         "normalize": _EXPORT + "test_label_vectors",
         "dataset": _EXPORT + "test_shortlists_are_cut",
     },
     ensemble.Options: {
-        **_all(HERE + "test_scores_of_another_split_and_few_labels", "files", "dataset", "split", "output", "top_k"),
+        **_all(
+            HERE + "test_scores_of_another_split_and_few_labels",
+            "files",
+            "dataset",
+            "split",
+            "output",
+            "top_k",
+        ),
         **_all(_ENSEMBLE + "test_sum_is_that_of_dense_matrices", "weights", "sum"),
         "scores": _ENSEMBLE + "test_probabilities_and_logits_of_the_same_scores_agree",
         "metrics": _ENSEMBLE + "test_output_holds_logits_that_measure_the_same",
     },
     PrepareConfig: {
-        **_all(HERE + "test_what_prepare_reads_beside_the_texts", "validation_filter", "label_format", "propensity_a",
-               "validation_text", "validation_labels", "num_labels", "merge_duplicates"),
-        **_all(_PREPARE + "test_text_files", "output", "tokenizer", "train_text", "train_labels", "test_text", "test_labels",
-               "label_text", "keep_texts", "max_length"),
+        **_all(
+            HERE + "test_what_prepare_reads_beside_the_texts",
+            "validation_filter",
+            "label_format",
+            "propensity_a",
+            "validation_text",
+            "validation_labels",
+            "num_labels",
+            "merge_duplicates",
+        ),
+        **_all(
+            _PREPARE + "test_text_files",
+            "output",
+            "tokenizer",
+            "train_text",
+            "train_labels",
+            "test_text",
+            "test_labels",
+            "label_text",
+            "keep_texts",
+            "max_length",
+        ),
         **_all(_PREPARE + "test_lf_json", "source", "fields"),
         **_all(_PREPARE + "test_unlabelled_documents", "unlabelled", "train_filter", "test_filter"),
         **_all(_PREPARE + "test_validation_share", "validation_share", "seed", "name"),
@@ -71,4 +156,4 @@ HELD: dict[type, dict[str, str]] = {
         "remap_labels": "data/test_label_ids.py::test_far_apart_ids_are_refused_or_numbered_anew",
         "label_divider": "data/test_label_ids.py::test_divided_names",
     },
-}  # fmt: skip
+}

@@ -1,4 +1,6 @@
-"""Every field of Config is held: a run in which it was ignored fails here. The table stands in the fields_*.py files."""
+"""Every field of Config is held: a run in which it was ignored fails here. The table stands in the
+fields_*.py files.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,12 @@ from xmlkernels.training.config import began_with, recorded
 
 Held = tuple[Case | Callable[[Runs, Any], None], ...]
 TABLE: dict[str, Held] = {
-    **fields_run.FIELDS, **fields_encoder.FIELDS, **fields_cascade.FIELDS, **fields_table.FIELDS, **fields_training.FIELDS,
-}  # fmt: skip
+    **fields_run.FIELDS,
+    **fields_encoder.FIELDS,
+    **fields_cascade.FIELDS,
+    **fields_table.FIELDS,
+    **fields_training.FIELDS,
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +37,26 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 def test_every_field_is_in_the_table() -> None:
     names = [field.name for field in fields(Config)]
-    assert sorted(TABLE) == sorted(names), "a new flag needs a line in tests/fields/: what differs when it is set"
+    assert sorted(TABLE) == sorted(names), (
+        "a new flag needs a line in tests/fields/: what differs when it is set"
+    )
 
 
 def test_defaults_are_those_of_runs_that_began_before() -> None:
-    """A config.json that lacks a field was written when the field did not exist: it had what is the default now."""
+    """A config.json that lacks a field was written when the field did not exist: it had what is the
+    default now.
+    """
     before = json.loads((Path(__file__).parent / "defaults.json").read_text())
     now = recorded(Config())
-    assert {name: now[name] for name in before} == before and began_with({"model": "end_to_end"}) == now
+    assert {name: now[name] for name in before} == before and began_with(
+        {"model": "end_to_end"}
+    ) == now
     assert not now.keys() - before.keys(), "put the default of the new field into defaults.json"
 
 
-@pytest.mark.parametrize(("name", "number"), [(name, n) for name, held in TABLE.items() for n in range(len(held))])
+@pytest.mark.parametrize(
+    ("name", "number"), [(name, n) for name, held in TABLE.items() for n in range(len(held))]
+)
 def test_it_is_held(name: str, number: int, runs: Runs, tmp_path: Any) -> None:
     held = TABLE[name][number]
     if isinstance(held, Case):

@@ -1,7 +1,8 @@
-"""Triton kernels in Triton's interpreter: on CPU tensors, one program after another, without a card.
+"""Triton kernels in Triton's interpreter: on CPU tensors, one program after another, without a
+card.
 
-`TRITON_INTERPRET=1 pytest tests/interpreter`, a process of its own: the variable is read when a kernel is defined.
-The interpreter shows no race; races show on a card, by repeating (`-m gpu`).
+`TRITON_INTERPRET=1 pytest tests/interpreter`, a process of its own: the variable is read when a
+kernel is defined. The interpreter shows no race; races show on a card, by repeating (`-m gpu`).
 """
 
 import importlib.util
@@ -16,7 +17,8 @@ import pytest
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise pytest.UsageError(
-        "tests/interpreter runs in a process of its own: TRITON_INTERPRET=1 python -m pytest tests/interpreter"
+        "tests/interpreter runs in a process of its own: TRITON_INTERPRET=1 python -m pytest "
+        "tests/interpreter"
     )
 if importlib.util.find_spec("triton") is None:
     raise pytest.UsageError("tests/interpreter needs Triton: `pip install -r requirements-dev.txt`")

@@ -16,12 +16,16 @@ SCRATCH = ("gradient", "partial", "column_sum")
 
 
 class Traffic:
-    """Elements loaded and stored, by the name of the tensor; tensors without a name count as "other"."""
+    """Elements loaded and stored, by the name of the tensor; tensors without a name count as
+    "other".
+    """
 
     def __init__(self, named: dict[str, Tensor]) -> None:
         self.loads: Counter[str] = Counter()
         self.stores: Counter[str] = Counter()
-        self._kept: list[Tensor] = []  # an address must not be given to another tensor while we count
+        self._kept: list[
+            Tensor
+        ] = []  # an address must not be given to another tensor while we count
         self._ranges: list[tuple[str, int, int]] = []
         for name, t in named.items():
             self.watch(name, t)
@@ -43,9 +47,15 @@ class Traffic:
 
 @contextmanager
 def counted(patch: pytest.MonkeyPatch, named: dict[str, Tensor]) -> Iterator[Traffic]:
-    """Counts every masked and unmasked access within the block; scratch memory of `Tiles` is named as its attributes."""
+    """Counts every masked and unmasked access within the block; scratch memory of `Tiles` is named
+    as its attributes.
+    """
     traffic = Traffic(named)
-    load, store, buffers = interpreter_builder.create_masked_load, interpreter_builder.create_masked_store, Tiles.buffers
+    load, store, buffers = (
+        interpreter_builder.create_masked_load,
+        interpreter_builder.create_masked_store,
+        Tiles.buffers,
+    )
 
     def counting_load(ptrs: Any, mask: Any, *rest: Any) -> Any:
         traffic.count(traffic.loads, ptrs.data, mask.data)

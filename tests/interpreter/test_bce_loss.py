@@ -20,15 +20,27 @@ def arguments(step: Step, *, wide: bool = False) -> tuple[Any, ...]:
 @pytest.mark.parametrize("values", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_no_worse_than_torch(dtype: torch.dtype, values: bool) -> None:
-    step = random_step(*SHAPE, dtype, states={"bias": torch.float32}, share=0.05, values=values, hyper=make_hyper(1.0))
+    step = random_step(
+        *SHAPE,
+        dtype,
+        states={"bias": torch.float32},
+        share=0.05,
+        values=values,
+        hyper=make_hyper(1.0),
+    )
     low, args, wide = torch_step(step), arguments(step), arguments(step, wide=True)
     loss = bce_loss(*args, plan=PLAN)
     assert_no_worse(loss, low["loss"], reference.bce_loss(*wide), dtype, what="loss")
     got = bce_loss_backward(*args, need_dweight=True, need_dbias=True, plan=PLAN)
     exact = reference.bce_loss_backward(*wide, need_dweight=True, need_dbias=True)
-    # With lr = 1 the step of torch is the gradient; its own rounding of the table is taken out in fp32.
+    # With lr = 1 the step of torch is the gradient; its own rounding of the table is taken out in
+    # fp32.
     fp32 = torch_step(step.replace(weight=step.tensors["weight"].float()))
-    lows = (low["dx"], (step.tensors["weight"].float() - fp32["weight"]).to(dtype), step.tensors["bias"] - low["bias"])
+    lows = (
+        low["dx"],
+        (step.tensors["weight"].float() - fp32["weight"]).to(dtype),
+        step.tensors["bias"] - low["bias"],
+    )
     for name, mine, theirs, right in zip(("dx", "dweight", "dbias"), got, lows, exact, strict=True):
         assert mine.dtype == torch.float32
         assert_no_worse(mine, theirs, right, dtype, what=name)
@@ -42,7 +54,12 @@ def test_only_what_is_asked_and_padding_without_gradient() -> None:
     assert dweight.shape == step.tensors["weight"].shape and dbias.shape == (0,)
     assert (dweight[50:] == 0).all() and (dweight[:50] != 0).any() and dx.isfinite().all()
     dx2, none, dbias = bce_loss_backward(*args, rows=50, need_dbias=True, plan=PLAN)
-    assert none.shape == (0,) and dbias.shape == (SHAPE[1],) and (dbias[50:] == 0).all() and torch.equal(dx, dx2)
+    assert (
+        none.shape == (0,)
+        and dbias.shape == (SHAPE[1],)
+        and (dbias[50:] == 0).all()
+        and torch.equal(dx, dx2)
+    )
     assert bce_loss(*args, rows=50, plan=PLAN).isfinite().all()
 
 
@@ -51,12 +68,19 @@ def test_empty(shape: tuple[int, int, int]) -> None:
     args = arguments(random_step(*shape, torch.float32))
     assert bce_loss(*args, plan=PLAN).tolist() == [0.0]
     dx, dweight, _ = bce_loss_backward(*args, need_dweight=True, plan=PLAN)
-    assert (dx == 0).all() and dx.shape == (shape[0], 16) and (dweight == 0).all() and dweight.shape == shape[1:]
+    assert (
+        (dx == 0).all()
+        and dx.shape == (shape[0], 16)
+        and (dweight == 0).all()
+        and dweight.shape == shape[1:]
+    )
 
 
 def test_a_non_finite_x_makes_all_nan() -> None:
     step = random_step(*SHAPE, torch.float16, x_dtype=torch.float32)
     step.tensors["x"][3, 7] = math.inf
     assert bce_loss(*arguments(step), plan=PLAN).isnan().all()
-    for result in bce_loss_backward(*arguments(step), need_dweight=True, need_dbias=True, plan=PLAN):
+    for result in bce_loss_backward(
+        *arguments(step), need_dweight=True, need_dbias=True, plan=PLAN
+    ):
         assert result.isnan().all()

@@ -1,4 +1,6 @@
-"""The Triton `bce_step_` in the interpreter: the whole schedule on tiny blocks, against the reference."""
+"""The Triton `bce_step_` in the interpreter: the whole schedule on tiny blocks, against the
+reference.
+"""
 
 import math
 
@@ -35,7 +37,12 @@ VARIANTS = {
     "bf16 values, x fp32": (BF16, {}, SGD, {"values": True, "x_dtype": F32}),
     "fp16 momentum bf16": (F16, {"momentum": BF16}, SGD, {}),
     "fp32 adam": (F32, {"momentum": F32, "second": F32}, ADAM, {}),
-    "bf16 adamw": (BF16, {"momentum": BF16, "second": BF16, "bias": F32}, ADAM, {"decoupled": True}),
+    "bf16 adamw": (
+        BF16,
+        {"momentum": BF16, "second": BF16, "bias": F32},
+        ADAM,
+        {"decoupled": True},
+    ),
     "bf16 kahan momentum": (BF16, {"kahan": BF16, "momentum": BF16}, SGD, {}),
     "fp16 kahan, no loss": (F16, {"kahan": F16}, SGD, {"need_loss": False}),
 }
@@ -56,7 +63,9 @@ def test_no_worse_than_torch(variant: str) -> None:
             assert_no_worse(got[name], low[name], exact[name], dtype, what=name)
     if "kahan" in got:
         whole = got["weight"].double() + got["kahan"].double()
-        assert_no_worse(whole, low["weight"], exact["weight"] + exact["kahan"], dtype, what="weight + kahan")
+        assert_no_worse(
+            whole, low["weight"], exact["weight"] + exact["kahan"], dtype, what="weight + kahan"
+        )
     for name in ("weight", "momentum", "second"):
         if name in got:
             wide = exact[name] + (exact.get("kahan", 0) if name == "weight" else 0)
@@ -66,7 +75,9 @@ def test_no_worse_than_torch(variant: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_bits_where_sums_are_exact(dtype: torch.dtype) -> None:
-    """Every sum exact in any order: each stored bit is the reference's, corner positives and a far row offset included."""
+    """Every sum exact in any order: each stored bit is the reference's, corner positives and a far
+    row offset included.
+    """
     hyper = make_hyper(2.0**-8, 2.0**-4, 0.5, scale=0.5, dx_scale=4.0)
     b, n, d = SHAPE
     base = dyadic_step(b, n, d, dtype, hyper=hyper, row_offset=2**32 - 40)
@@ -80,11 +91,15 @@ def test_bits_where_sums_are_exact(dtype: torch.dtype) -> None:
 
 
 def test_adam_and_kahan_bits() -> None:
-    """From zero states m / (1 - b1) is the gradient and v / (1 - b2) its square: the step is lr times a sign."""
+    """From zero states m / (1 - b1) is the gradient and v / (1 - b2) its square: the step is lr
+    times a sign.
+    """
     n, d = SHAPE[1:]
     hyper = make_hyper(2.0**-8, 2.0**-4, 0.5, 0.75, 0.0, scale=1.0)
     states = {k: torch.zeros(n, d, dtype=BF16) for k in ("momentum", "second")}
-    step = dyadic_step(17, n, d, BF16, hyper=hyper, decoupled=True).replace(counter=make_counter(step=0), **states)
+    step = dyadic_step(17, n, d, BF16, hyper=hyper, decoupled=True).replace(
+        counter=make_counter(step=0), **states
+    )
     assert_same_bits(run(step), step.reference(), but=("loss",))
     step = dyadic_step(*SHAPE, F16).replace(kahan=(torch.ones(n, d) * 2.0**-14).to(F16))
     assert_same_bits(run(step), step.reference(), but=("loss",))
@@ -94,7 +109,10 @@ def test_corner_positives_a_full_row_and_a_full_sample() -> None:
     b, n, d = SHAPE
     base = dyadic_step(b, n, d, BF16, share=0.0)
     y = torch.zeros(n, b)
-    y[40], y[:, 16] = 1, 1  # one block of labels has more than one load of positives, others begin at a block's edge
+    y[40], y[:, 16] = (
+        1,
+        1,
+    )  # one block of labels has more than one load of positives, others begin at a block's edge
     y[0, 0] = y[n - 1, b - 1] = y[0, b - 1] = y[n - 1, 0] = 1
     row, sample = y.nonzero(as_tuple=True)
     step = base.replace(pos_row=row, pos_sample=sample.to(torch.int32))
@@ -103,10 +121,14 @@ def test_corner_positives_a_full_row_and_a_full_sample() -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=name_of)
 def test_padding_and_fill_are_ignored(dtype: torch.dtype) -> None:
-    """Rows beyond `rows` are NaN and stay so; entries of pos_row from `rows` on are a graph's spare capacity."""
+    """Rows beyond `rows` are NaN and stay so; entries of pos_row from `rows` on are a graph's spare
+    capacity.
+    """
     b, n, d = SHAPE
     rows = 50
-    step = dyadic_step(b, n, d, dtype).replace(momentum=torch.zeros(n, d), bias=torch.zeros(n), rows=rows)
+    step = dyadic_step(b, n, d, dtype).replace(
+        momentum=torch.zeros(n, d), bias=torch.zeros(n), rows=rows
+    )
     for name in ("weight", "momentum", "bias"):
         step.tensors[name][rows:] = math.nan
     fill = {"pos_row": torch.full((20,), rows), "pos_sample": torch.zeros(20, dtype=torch.int32)}
@@ -139,14 +161,18 @@ def test_largest_numbers_stay_finite() -> None:
         step = random_step(*SHAPE, dtype, hyper=make_hyper(1e30, 0.1, dx_scale=1024.0), x_dtype=F32)
         edge = 65504.0 if dtype == F16 else 65280.0
         for name in ("weight", "x"):
-            step.tensors[name] = (step.tensors[name].float().sign() * edge).to(step.tensors[name].dtype)
+            step.tensors[name] = (step.tensors[name].float().sign() * edge).to(
+                step.tensors[name].dtype
+            )
         got = run(step)
         assert all(v.isfinite().all() for v in got.values()), dtype
 
 
 def test_repeats_and_shards_change_nothing() -> None:
     b, n, d = SHAPE
-    step = random_step(b, n, d, BF16, states={"momentum": BF16, "bias": F32}, hyper=SGD, row_offset=2**33)
+    step = random_step(
+        b, n, d, BF16, states={"momentum": BF16, "bias": F32}, hyper=SGD, row_offset=2**33
+    )
     whole = run(step)
     assert_same_bits(run(step), whole)
     cut, t, parts = 33, step.tensors, []
@@ -162,7 +188,9 @@ def test_repeats_and_shards_change_nothing() -> None:
 
 @pytest.mark.parametrize("extra", [False, True], ids=["plain", "adam bias loss"])
 def test_accesses_are_the_model(extra: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every load and store of every tensor, counted, against the closed form that the benchmarks print."""
+    """Every load and store of every tensor, counted, against the closed form that the benchmarks
+    print.
+    """
     b, n, d = SHAPE
     states = {"bias": F32, "momentum": BF16, "second": BF16, "kahan": BF16} if extra else {}
     step = random_step(b, n, d, BF16, states=states, hyper=ADAM, need_loss=extra)
@@ -171,22 +199,51 @@ def test_accesses_are_the_model(extra: bool, monkeypatch: pytest.MonkeyPatch) ->
     named = {k: t[k] for k in ("weight", "x", "pos_row", "pos_sample", *given)}
     named |= {k: t[k] for k in ("hyper", "counter")}
     with counted(monkeypatch, named) as traffic:
-        step_op(t["weight"], t["x"], t["pos_row"], t["pos_sample"], t["hyper"], t["counter"], **given, **step.options)
+        step_op(
+            t["weight"],
+            t["x"],
+            t["pos_row"],
+            t["pos_sample"],
+            t["hyper"],
+            t["counter"],
+            **given,
+            **step.options,
+        )
     p, count = PLAN, t["pos_row"].numel()
     blocks = Blocks(p.tile, p.block_b, p.block_l, p.block_d, p.segments)
-    model = bce_step_accesses(b, n, d, blocks, positives=count, states=3 if extra else 0, bias=extra, loss=extra)
-    for name in ("weight", "x", "gradient", "partial", "pos_sample", "bias", "column_sum", "loss_part"):
+    model = bce_step_accesses(
+        b, n, d, blocks, positives=count, states=3 if extra else 0, bias=extra, loss=extra
+    )
+    for name in (
+        "weight",
+        "x",
+        "gradient",
+        "partial",
+        "pos_sample",
+        "bias",
+        "column_sum",
+        "loss_part",
+    ):
         assert (traffic.loads[name], traffic.stores[name]) == model.get(name, (0, 0)), name
     for name in ("momentum", "second", "kahan"):
         assert traffic.loads[name] == traffic.stores[name] == model["state"][0] // 3, name
     most = (math.ceil(n / p.block_l) + 1) * count.bit_length()
-    assert 0 <= traffic.loads["pos_row"] - model["pos_row"][0] <= most and traffic.stores["pos_row"] == 0
+    assert (
+        0 <= traffic.loads["pos_row"] - model["pos_row"][0] <= most
+        and traffic.stores["pos_row"] == 0
+    )
 
 
 def test_the_models_blocks_are_the_kernels() -> None:
     p = bce_tile.make_plan(128, 768, BF16)
     assert Blocks() == Blocks(p.tile, p.block_b, p.block_l, p.block_d, p.segments)
     got = bce_step_bytes(128, 2_800_000, 768)
-    assert got["memory"] == 2 * 2_800_000 * 768 * 2 + 2 * 128 * 768 * 2  # each row once and back once, and the batch
+    assert (
+        got["memory"] == 2 * 2_800_000 * 768 * 2 + 2 * 128 * 768 * 2
+    )  # each row once and back once, and the batch
     with_momentum = bce_step_bytes(128, 2_800_000, 768, states=1)
-    assert with_momentum["memory"] - got["memory"] == with_momentum["cache"] - got["cache"] == 2 * 2_800_000 * 768 * 2
+    assert (
+        with_momentum["memory"] - got["memory"]
+        == with_momentum["cache"] - got["cache"]
+        == 2 * 2_800_000 * 768 * 2
+    )

@@ -1,11 +1,22 @@
-"""Tile skipping of the Triton `bce_step_` in the interpreter: the choice of groups, and the products that are left out."""
+"""Tile skipping of the Triton `bce_step_` in the interpreter: the choice of groups, and the
+products that are left out.
+"""
 
 import math
 
 import pytest
 import torch
 
-from common import DTYPES, Step, assert_no_worse, assert_same_bits, fp8_step, make_hyper, name_of, torch_step
+from common import (
+    DTYPES,
+    Step,
+    assert_no_worse,
+    assert_same_bits,
+    fp8_step,
+    make_hyper,
+    name_of,
+    torch_step,
+)
 from counting import counted
 from skips import GROUP, clear_step, exact_step, groups_of
 from tiny import step_op
@@ -13,7 +24,8 @@ from xmlkernels.triton import skip
 from xmlkernels.triton.bce_tile import Plan, make_plan
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# Two groups a tile, two blocks a group; (B, L, D): two blocks of samples, two tiles, two blocks of columns, all ragged.
+# Two groups a tile, two blocks a group; (B, L, D): two blocks of samples, two tiles, two blocks of
+# columns, all ragged.
 PLAN = Plan(tile=2 * GROUP, block_b=16, block_l=64, block_d=16, step=32, segments=3)
 SHAPE = (18, 3 * GROUP + 40, 20)
 SGD = make_hyper(0.05, 0.0, 0.9, 0.0, 0.0, 0.5, 2.0)
@@ -37,13 +49,23 @@ def test_no_worse_than_torch(variant: str) -> None:
     step, idle = clear_step(*SHAPE, dtype, states=states, hyper=hyper, **options)
     got, exact, plain = run(step), step.exact(), step.replace(skip_below=0.0)
     del plain.tensors["skipped"]
-    error = {k: v.double() - w for (k, v), w in ((i, plain.exact()[i[0]]) for i in torch_step(plain).items())}
+    error = {
+        k: v.double() - w
+        for (k, v), w in ((i, plain.exact()[i[0]]) for i in torch_step(plain).items())
+    }
     assert got["skipped"].tolist() == exact["skipped"].tolist() == [5 + groups_of(idle)[0], 7 + 4]
     assert 0 < idle.sum() < len(idle)
     for name in ("dx", *(k for k in ("loss", "bias") if k in got and got[k].numel())):
         assert_no_worse(got[name], exact[name] + error[name], exact[name], dtype, what=name)
     for name in ("weight", *(k for k in ("momentum", "second") if k in got)):
-        assert_no_worse(got[name], exact[name] + error[name], exact[name], dtype, what=name, rounded=got[name].dtype)
+        assert_no_worse(
+            got[name],
+            exact[name] + error[name],
+            exact[name],
+            dtype,
+            what=name,
+            rounded=got[name].dtype,
+        )
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn], ids=name_of)
@@ -85,10 +107,15 @@ def test_all_and_none() -> None:
 def test_empty_and_single(shape: tuple[int, int, int]) -> None:
     base = exact_step(max(shape[0], 1), *shape[1:], F32, hyper=make_hyper(0.5, 0.5))
     none = torch.empty(0, dtype=torch.int64)
-    step = base.replace(x=base.tensors["x"][: shape[0]], pos_row=none, pos_sample=none.int(), skip_below=1e-9)
+    step = base.replace(
+        x=base.tensors["x"][: shape[0]], pos_row=none, pos_sample=none.int(), skip_below=1e-9
+    )
     got = run(step)
     assert_same_bits(got, step.reference(), but=("loss",))
-    assert got["skipped"].tolist() == [0 if shape[0] else -(-shape[1] // GROUP), -(-shape[1] // GROUP)]
+    assert got["skipped"].tolist() == [
+        0 if shape[0] else -(-shape[1] // GROUP),
+        -(-shape[1] // GROUP),
+    ]
 
 
 def test_a_non_finite_x_changes_no_count() -> None:
@@ -112,7 +139,10 @@ def test_skipped_rows_are_read_once(decay: float, monkeypatch: pytest.MonkeyPatc
     of_b, of_d = math.ceil(b / PLAN.block_b), math.ceil(d / PLAN.block_d)
     busy = n - skipped
     again = busy if decay == 0 else n
-    assert traffic.loads["weight"] == (of_b * n + of_b * busy + again) * d and traffic.stores["weight"] == again * d
+    assert (
+        traffic.loads["weight"] == (of_b * n + of_b * busy + again) * d
+        and traffic.stores["weight"] == again * d
+    )
     assert traffic.loads["gradient"] == 2 * of_d * b * busy and traffic.stores["gradient"] == b * n
 
 
@@ -130,4 +160,6 @@ def test_a_group_with_a_nan_in_the_table_is_not_skipped() -> None:
     step.tensors["weight"][row, 3] = math.nan
     got = run(step)
     before, seen = groups_of(idle)
-    assert (got["skipped"] - torch.tensor([5, 7])).tolist() == [before - 1, seen] and got["dx"].isnan().any()
+    assert (got["skipped"] - torch.tensor([5, 7])).tolist() == [before - 1, seen] and got[
+        "dx"
+    ].isnan().any()

@@ -1,4 +1,6 @@
-"""`cluster_step_` in Triton: the reference's step over many tiles of rows, pairs and columns, and nothing else touched."""
+"""`cluster_step_` in Triton: the reference's step over many tiles of rows, pairs and columns, and
+nothing else touched.
+"""
 
 import math
 from collections.abc import Iterator
@@ -26,7 +28,8 @@ from xmlkernels.reference.cluster_step import cluster_step_ as reference
 from xmlkernels.triton import cluster_step as kernel
 
 NAMES = ("weight", "bias", "momentum", "second", "kahan", "row_scale")
-# Clusters of 0, 1 and several rows; the largest spans three tiles. Cluster 4 is selected by nobody, cluster 5 by everybody.
+# Clusters of 0, 1 and several rows; the largest spans three tiles. Cluster 4 is selected by nobody,
+# cluster 5 by everybody.
 ROW_PTR = torch.tensor([0, 1, 1, 36, 40, 47, 58])
 B, N, D, M = 18, 60, 21, 35
 
@@ -38,13 +41,25 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def run(op: Any, step: Step, clusters: Tensor, row_ptr: Tensor, most: int, *, wide: bool = False) -> dict[str, Tensor]:
+def run(
+    op: Any, step: Step, clusters: Tensor, row_ptr: Tensor, most: int, *, wide: bool = False
+) -> dict[str, Tensor]:
     """dx, scores, loss and every tensor after a step on copies."""
     t = {k: v.clone() for k, v in step.tensors.items()}
     if wide:
         t = {k: v.double() if v.is_floating_point() and k != "hyper" else v for k, v in t.items()}
     given = {k: t[k] for k in ("pos_value", *NAMES[1:]) if k in t}
-    first = (t["weight"], t["x"], clusters, row_ptr, most, t["pos_row"], t["pos_sample"], t["hyper"], t["counter"])
+    first = (
+        t["weight"],
+        t["x"],
+        clusters,
+        row_ptr,
+        most,
+        t["pos_row"],
+        t["pos_sample"],
+        t["hyper"],
+        t["counter"],
+    )
     dx, scores, loss = op(*first, **given, **step.options)
     return {"dx": dx, "scores": scores, "loss": loss, **{k: t[k] for k in NAMES if k in t}}
 
@@ -60,19 +75,31 @@ def chosen(b: int = B) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_bits_where_every_sum_is_exact(dtype: torch.dtype) -> None:
-    """Random words included: global rows beyond 2^32. Rows that nobody selects, and padding rows, hold NaN and keep it."""
+    """Random words included: global rows beyond 2^32. Rows that nobody selects, and padding rows,
+    hold NaN and keep it.
+    """
     step = dyadic_step(B, N, D, dtype, row_offset=2**33, rows=57)
     step.tensors["bias"] = torch.zeros(N)
     step.tensors["weight"][40:47] = step.tensors["weight"][57:] = math.nan
     want, got = (run(op, step, chosen(), ROW_PTR, M) for op in (reference, kernel.cluster_step_))
     assert want["loss"] > 0 and (want["scores"] == -math.inf).any()
-    assert_same_bits({**got, "dx": got["dx"] + 0.0}, {**want, "dx": want["dx"] + 0.0}, but=("scores",))
+    assert_same_bits(
+        {**got, "dx": got["dx"] + 0.0}, {**want, "dx": want["dx"] + 0.0}, but=("scores",)
+    )
     assert torch.equal(got["scores"], want["scores"])
 
 
 STATES: dict[str, tuple[torch.dtype, dict[str, torch.dtype], dict[str, Any]]] = {
-    "fp32-adam": (torch.float32, {"bias": torch.float32, "momentum": torch.float32, "second": torch.float32}, {}),
-    "fp32-row-adam": (torch.float32, {"momentum": torch.float32, "second": torch.float32}, {"row": True}),
+    "fp32-adam": (
+        torch.float32,
+        {"bias": torch.float32, "momentum": torch.float32, "second": torch.float32},
+        {},
+    ),
+    "fp32-row-adam": (
+        torch.float32,
+        {"momentum": torch.float32, "second": torch.float32},
+        {"row": True},
+    ),
     "fp16-row-adam-decoupled": (
         torch.float16,
         {"momentum": torch.float32, "second": torch.float32},
@@ -89,7 +116,9 @@ def test_no_worse_than_the_reference_in_fp32(name: str) -> None:
     options = dict(options)
     row_wise = options.pop("row", False)
     hyper = make_hyper(0.01, 0.1, 0.9, 0.99, 1e-6, 0.5, 2.0)
-    step = random_step(B, N, D, dtype, share=0.1, states=states, hyper=hyper, values=True, **options)
+    step = random_step(
+        B, N, D, dtype, share=0.1, states=states, hyper=hyper, values=True, **options
+    )
     if row_wise:
         step.tensors["second"] = step.tensors["second"].float().mean(1).contiguous()
     args = (step, chosen(), ROW_PTR, M)
@@ -103,12 +132,16 @@ def test_no_worse_than_the_reference_in_fp32(name: str) -> None:
         rounded = kind if key in ("weight", "momentum") and "kahan" not in states else None
         assert_no_worse(value, low[key].to(kind), exact[key], kind, what=key, rounded=rounded)
         if key in NAMES and value.dim() == 2:
-            assert torch.equal(value[40:47], step.tensors[key][40:47]), f"{key}: a row that nobody selects was written"
+            assert torch.equal(value[40:47], step.tensors[key][40:47]), (
+                f"{key}: a row that nobody selects was written"
+            )
 
 
 @pytest.mark.parametrize("state", [None, "momentum", "row-wise"])
 def test_e4m3_bits_where_every_sum_is_exact(state: str | None) -> None:
-    """Scales from 2^-11 to 2^-8: subnormals, normals, rows that saturate; a maximum that grows and one that stays."""
+    """Scales from 2^-11 to 2^-8: subnormals, normals, rows that saturate; a maximum that grows and
+    one that stays.
+    """
     hyper = make_hyper(2.0**-4, 2.0**-4, 0.5, 0.5, 1e-3, 0.5, 4.0)
     step = dyadic_step(B, N, D, torch.float32, row_offset=2**33, rows=57, hyper=hyper)
     step = fp8_step(step, 2.0 ** -(torch.arange(N) % 4 + 8).float())
@@ -122,18 +155,25 @@ def test_e4m3_bits_where_every_sum_is_exact(state: str | None) -> None:
         t["second"] = torch.zeros(N)
     want, got = (run(op, step, chosen(), ROW_PTR, M) for op in (reference, kernel.cluster_step_))
     assert torch.equal(got.pop("scores"), want.pop("scores"))
-    assert_same_bits({**got, "dx": got["dx"] + 0.0}, {**want, "dx": want["dx"] + 0.0}, but=("loss", "second"))
+    assert_same_bits(
+        {**got, "dx": got["dx"] + 0.0}, {**want, "dx": want["dx"] + 0.0}, but=("loss", "second")
+    )
     if state == "row-wise":  # a mean over columns: its last place is the order's
         torch.testing.assert_close(got["second"], want["second"], rtol=1e-6, atol=0.0)
     torch.testing.assert_close(got["loss"], want["loss"], rtol=2e-6, atol=0.0)
     moved = bits(got["weight"]) != bits(t["weight"])
     assert moved.float().mean() > 0.3 and not moved[40:47].any() and not moved[57:].any()
     assert (got["weight"].float().abs() == 448).any()
-    assert torch.equal(got["row_scale"][1::2], t["row_scale"][1::2]) and (got["row_scale"][:36:2, 1] > 0).all()
+    assert (
+        torch.equal(got["row_scale"][1::2], t["row_scale"][1::2])
+        and (got["row_scale"][:36:2, 1] > 0).all()
+    )
 
 
 def test_level_zero_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One cluster of all rows; shares of dx for one tile and one block of columns at a time, row-wise moments kept."""
+    """One cluster of all rows; shares of dx for one tile and one block of columns at a time,
+    row-wise moments kept.
+    """
     step = dyadic_step(B, N, D, torch.float32)
     clusters, row_ptr = torch.zeros(B, 1, dtype=torch.int64), torch.tensor([0, N])
     for name, shape in (("momentum", (N, D)), ("second", (N,))):
@@ -150,7 +190,9 @@ def test_level_zero_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_a_batch_that_is_not_finite_touches_nothing(value: float) -> None:
-    step = random_step(3, N, 5, torch.float32, states={"bias": torch.float32, "momentum": torch.float32})
+    step = random_step(
+        3, N, 5, torch.float32, states={"bias": torch.float32, "momentum": torch.float32}
+    )
     step.tensors["x"][2, 4] = value
     got = run(kernel.cluster_step_, step, chosen(3), ROW_PTR, M)
     assert all(got[name].isnan().all() for name in ("dx", "scores", "loss"))
@@ -165,33 +207,60 @@ def test_empty(b: int, k: int, clusters: int) -> None:
     args = (step, torch.full((b, k), -1), row_ptr, 2)
     got = run(kernel.cluster_step_, *args)
     assert torch.equal(got["weight"], step.tensors["weight"]) and got["loss"].tolist() == [0]
-    assert torch.equal(got["dx"], torch.zeros(b, 5)) and torch.equal(got["scores"], torch.full((b, k, 2), -math.inf))
+    assert torch.equal(got["dx"], torch.zeros(b, 5)) and torch.equal(
+        got["scores"], torch.full((b, k, 2), -math.inf)
+    )
 
 
 @pytest.mark.parametrize(
-    "pairs, tiles, width, block", [(64 * 400, 1, 768, 64), (512, 256, 768, 64), (512, 2000, 768, 32), (7, 3, 5, 16)]
+    "pairs, tiles, width, block",
+    [(64 * 400, 1, 768, 64), (512, 256, 768, 64), (512, 2000, 768, 32), (7, 3, 5, 16)],
 )
-def test_pieces_cover_all_within_the_workspace(pairs: int, tiles: int, width: int, block: int) -> None:
+def test_pieces_cover_all_within_the_workspace(
+    pairs: int, tiles: int, width: int, block: int
+) -> None:
     todo = kernel.pieces(pairs, tiles, width, block)
-    cells = [(t, c) for first, number, a, b in todo for t in range(first, first + number) for c in range(a, b, block)]
+    cells = [
+        (t, c)
+        for first, number, a, b in todo
+        for t in range(first, first + number)
+        for c in range(a, b, block)
+    ]
     assert sorted(cells) == [(t, c) for t in range(tiles) for c in range(0, width, block)]
     assert all(4 * pairs * number * (b - a) <= kernel.PART_BYTES for _, number, a, b in todo)
-    assert todo[0][3] - todo[0][2] == max(b - a for _, _, a, b in todo) and todo[0][1] == max(t[1] for t in todo)
+    assert todo[0][3] - todo[0][2] == max(b - a for _, _, a, b in todo) and todo[0][1] == max(
+        t[1] for t in todo
+    )
 
 
 def test_accesses_are_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row of an active cluster is read for every block of its pairs (scores) and twice for its update, and written once."""
-    step, clusters = random_step(B, N, D, torch.float32, states={"momentum": torch.float32}), chosen()
+    """A row of an active cluster is read for every block of its pairs (scores) and twice for its
+    update, and written once.
+    """
+    step, clusters = (
+        random_step(B, N, D, torch.float32, states={"momentum": torch.float32}),
+        chosen(),
+    )
     t = {k: v.clone() for k, v in step.tensors.items()}
     named = {k: t[k] for k in ("weight", "x", "momentum")}
     with counted(monkeypatch, named) as traffic:
         kernel.cluster_step_(
-            t["weight"], t["x"], clusters, ROW_PTR, M, t["pos_row"], t["pos_sample"], t["hyper"], t["counter"],
+            t["weight"],
+            t["x"],
+            clusters,
+            ROW_PTR,
+            M,
+            t["pos_row"],
+            t["pos_sample"],
+            t["hyper"],
+            t["counter"],
             momentum=t["momentum"],
-        )  # fmt: skip
+        )
     sizes, pairs = ROW_PTR.diff(), torch.bincount(clusters[clusters >= 0], minlength=6)
     assert pairs.max() > 16 and sizes.max() > 32  # two blocks of pairs, three tiles of rows
-    model = cluster_step_accesses(B, D, sizes.tolist(), pairs.tolist(), block_r=16, block_p=16, states=1)
+    model = cluster_step_accesses(
+        B, D, sizes.tolist(), pairs.tolist(), block_r=16, block_p=16, states=1
+    )
     model["momentum"] = model.pop("state")
     assert model["momentum"] == (int(sizes[pairs > 0].sum()) * D,) * 2
     assert {name: (traffic.loads[name], traffic.stores[name]) for name in model} == model

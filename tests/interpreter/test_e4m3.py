@@ -1,4 +1,6 @@
-"""`bce_step_` and `bce_loss` on e4m3 tables with a power-of-two scale per row, in the interpreter."""
+"""`bce_step_` and `bce_loss` on e4m3 tables with a power-of-two scale per row, in the
+interpreter.
+"""
 
 import math
 
@@ -31,7 +33,10 @@ def problem(seed: int = 0, **options: object) -> tuple[Step, Tensor, Tensor]:
 
 
 def run(step: Step, code: Tensor, row_scale: Tensor) -> dict[str, Tensor]:
-    t = {k: v.clone() for k, v in step.tensors.items()} | {"weight": code.clone(), "row_scale": row_scale.clone()}
+    t = {k: v.clone() for k, v in step.tensors.items()} | {
+        "weight": code.clone(),
+        "row_scale": row_scale.clone(),
+    }
     given = {k: t[k] for k in ("bias", "momentum", "second") if k in t}
     args = (t["weight"], t["x"], t["pos_row"], t["pos_sample"], t["hyper"], t["counter"])
     dx, loss = step_op(*args, **given, row_scale=t["row_scale"], **step.options)
@@ -40,23 +45,33 @@ def run(step: Step, code: Tensor, row_scale: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("momentum", [False, True])
 def test_bits_where_sums_are_exact(momentum: bool) -> None:
-    step, code, row_scale = problem(row_offset=2**32 - 40, hyper=make_hyper(2.0**-6, 2.0**-4, 0.5, scale=0.5, dx_scale=4.0))
+    step, code, row_scale = problem(
+        row_offset=2**32 - 40, hyper=make_hyper(2.0**-6, 2.0**-4, 0.5, scale=0.5, dx_scale=4.0)
+    )
     if momentum:
-        step = step.replace(momentum=torch.full(SHAPE[1:], 2.0**-5), bias=torch.zeros(SHAPE[1]), decoupled=True)
+        step = step.replace(
+            momentum=torch.full(SHAPE[1:], 2.0**-5), bias=torch.zeros(SHAPE[1]), decoupled=True
+        )
     got, wide = run(step, code, row_scale), step.reference()
     assert_same_bits({k: got[k] for k in ("dx", "bias", "momentum") if k in got}, wide)
     torch.testing.assert_close(got["loss"], wide["loss"], rtol=2e-6, atol=0)
     rows = torch.arange(SHAPE[1]) + 2**32 - 40
     rounded, largest = encode(wide["weight"], row_scale, step.tensors["counter"], rows, WEIGHT)
-    assert (rounded.float() * row_scale[:, :1] != wide["weight"]).float().mean() > 0.3  # or rounding is not tested
+    assert (
+        rounded.float() * row_scale[:, :1] != wide["weight"]
+    ).float().mean() > 0.3  # or rounding is not tested
     scales = torch.stack([row_scale[:, 0], largest.maximum(row_scale[:, 1])], 1)
-    assert_same_bits({k: got[k] for k in ("weight", "row_scale")}, {"weight": rounded, "row_scale": scales})
+    assert_same_bits(
+        {k: got[k] for k in ("weight", "row_scale")}, {"weight": rounded, "row_scale": scales}
+    )
 
 
 def test_stores_saturate_at_the_end_of_the_range() -> None:
     step, code, row_scale = problem(hyper=make_hyper(1e6))
     got = run(step, code, row_scale)
-    assert (got["weight"].float().abs() <= 448).all() and (got["weight"].float().abs() == 448).float().mean() > 0.9
+    assert (got["weight"].float().abs() <= 448).all() and (
+        got["weight"].float().abs() == 448
+    ).float().mean() > 0.9
     full = (got["weight"].float().abs() == 448).any(1)
     assert torch.equal(got["row_scale"][full, 1], 448 * row_scale[full, 0])
 
@@ -65,7 +80,9 @@ def test_a_non_finite_x_leaves_everything_as_it_was() -> None:
     step, code, row_scale = problem()
     step.tensors["x"][17, 19] = math.nan
     got = run(step, code, row_scale)
-    assert_same_bits({k: got[k] for k in ("weight", "row_scale")}, {"weight": code, "row_scale": row_scale})
+    assert_same_bits(
+        {k: got[k] for k in ("weight", "row_scale")}, {"weight": code, "row_scale": row_scale}
+    )
     assert got["dx"].isnan().all() and got["loss"].isnan().all()
 
 
@@ -73,7 +90,9 @@ def test_loss() -> None:
     step, code, row_scale = problem()
     t = step.tensors
     loss = bce_loss(t["x"], code, None, t["pos_row"], t["pos_sample"], None, row_scale, plan=PLAN)
-    wide = reference_loss.bce_loss(t["x"].double(), t["weight"].double(), None, t["pos_row"], t["pos_sample"])
+    wide = reference_loss.bce_loss(
+        t["x"].double(), t["weight"].double(), None, t["pos_row"], t["pos_sample"]
+    )
     torch.testing.assert_close(loss.double(), wide, rtol=2e-6, atol=0)
 
 
@@ -87,9 +106,14 @@ def test_cards_without_e4m3_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
     for call in (
         lambda: step_op(code, t["x"], *positives, row_scale=row_scale),
         lambda: matmul_topk(t["x"], code, None, 3, row_scale=row_scale),
-        lambda: cluster_step_(code, t["x"], clusters, row_ptr, SHAPE[1], *positives, row_scale=row_scale),
+        lambda: cluster_step_(
+            code, t["x"], clusters, row_ptr, SHAPE[1], *positives, row_scale=row_scale
+        ),
     ):
-        with pytest.raises(NotImplementedError, match="e4m3 tables from sm_89 on only; use a bf16 table on this card"):
+        with pytest.raises(
+            NotImplementedError,
+            match="e4m3 tables from sm_89 on only; use a bf16 table on this card",
+        ):
             call()
     assert torch.equal(code.view(torch.uint8), before)
 

@@ -1,4 +1,6 @@
-"""`matmul_topk` in Triton: equal to the reference, value by value and row by row, over many tiles, chunks and cuts."""
+"""`matmul_topk` in Triton: equal to the reference, value by value and row by row, over many tiles,
+chunks and cuts.
+"""
 
 import math
 from collections.abc import Iterator
@@ -28,7 +30,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def whole_numbers(b: int, n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """x, weight, bias of small whole numbers: every score is exact in any order, and ties abound."""
+    """x, weight, bias of small whole numbers: every score is exact in any order, and ties
+    abound.
+    """
     g = torch.Generator().manual_seed(0)
     x, weight = (torch.randint(-2, 3, (size, d), generator=g).to(dtype) for size in (b, n))
     return x, weight, torch.randint(-2, 3, (n,), generator=g).float()
@@ -45,7 +49,9 @@ def check_equal(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("k", [1, 7, 130])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_equals_the_reference(dtype: torch.dtype, k: int) -> None:
-    """Bias, exclusions (twice, of other shards, of padding), padding rows that would win, rows beyond 2^32, fewer than k."""
+    """Bias, exclusions (twice, of other shards, of padding), padding rows that would win, rows
+    beyond 2^32, fewer than k.
+    """
     x, weight, bias = whole_numbers(19, 110, 20, dtype)
     bias[101:] = math.nan
     weight[105:] = INF
@@ -57,7 +63,9 @@ def test_equals_the_reference(dtype: torch.dtype, k: int) -> None:
     assert k < 130 or ((rows[:, 98:] == -1).all() and (values[:, 98:] == -INF).all())
 
 
-@pytest.mark.parametrize("x_dtype, dtype", [(torch.float32, torch.float16), (torch.bfloat16, torch.float16)], ids=name_of)
+@pytest.mark.parametrize(
+    "x_dtype, dtype", [(torch.float32, torch.float16), (torch.bfloat16, torch.float16)], ids=name_of
+)
 def test_formats_of_x_and_table_mix(x_dtype: torch.dtype, dtype: torch.dtype) -> None:
     x, weight, bias = whole_numbers(3, 40, 7, torch.float32)
     check_equal(x.to(x_dtype), weight.to(dtype), bias, 5)
@@ -77,20 +85,32 @@ def test_e4m3_tables() -> None:
     table, bias = weight.view(torch.float8_e4m3fn), torch.zeros(260)
     bias[17] = 3
     for given in (None, bias):
-        check_equal(x, table, given, 254, row_scale=row_scale, rows=254, exclude=torch.tensor([[3], [-1], [40]]))
+        check_equal(
+            x,
+            table,
+            given,
+            254,
+            row_scale=row_scale,
+            rows=254,
+            exclude=torch.tensor([[3], [-1], [40]]),
+        )
     x, weight, bias = whole_numbers(19, 60, 20, torch.float32)
     row_scale = torch.exp2(torch.arange(60).remainder(4)).float()[:, None].repeat(1, 2)
     check_equal(x.to(torch.float16), weight.to(torch.float8_e4m3fn), bias, 7, row_scale=row_scale)
 
 
 def test_scores_that_rise_fall_and_tie() -> None:
-    """The worst orders for a running threshold: every row is a new best, none but the first k is, all are equal."""
+    """The worst orders for a running threshold: every row is a new best, none but the first k is,
+    all are equal.
+    """
     weight = torch.arange(1500.0).reshape(-1, 1)
     check_equal(torch.tensor([[1.0], [-1.0], [0.0], [-0.0]]), weight, None, 5)
 
 
 def test_what_is_not_finite() -> None:
-    """NaN is never returned; +inf is a score like others; a row at -inf is a place that no row fills."""
+    """NaN is never returned; +inf is a score like others; a row at -inf is a place that no row
+    fills.
+    """
     x, weight, bias = whole_numbers(17, 60, 9, torch.float32)
     weight[3::7, 4], bias[5::11], x[16, 2] = math.nan, math.nan, math.nan
     bias[[4, 51]], bias[[7, 40]] = INF, -INF
@@ -101,7 +121,10 @@ def test_what_is_not_finite() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name_of)
 def test_no_worse_than_torch(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(17, 37, generator=g).to(dtype), torch.randn(50, 37, generator=g).to(dtype)
+    x, weight = (
+        torch.randn(17, 37, generator=g).to(dtype),
+        torch.randn(50, 37, generator=g).to(dtype),
+    )
     values, rows = kernel.matmul_topk(x, weight, None, 9)
     again = kernel.matmul_topk(x, weight, None, 9)
     assert torch.equal(values, again[0]) and torch.equal(rows, again[1])
@@ -114,7 +137,9 @@ def test_no_worse_than_torch(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("b, n", [(0, 9), (3, 0), (3, 1)])
 def test_empty(b: int, n: int) -> None:
-    check_equal(torch.ones(b, 4), torch.ones(n, 4), None, 3, exclude=torch.empty(b, 0, dtype=torch.int64))
+    check_equal(
+        torch.ones(b, 4), torch.ones(n, 4), None, 3, exclude=torch.empty(b, 0, dtype=torch.int64)
+    )
 
 
 def test_batches_that_do_not_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,10 +149,13 @@ def test_batches_that_do_not_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    "b, n, k", [(512, 2_800_000, 100), (1, 10**8, 1), (4096, 670_000, 1000), (3, 70, 5), (1024, 10**6, 10**6)]
+    "b, n, k",
+    [(512, 2_800_000, 100), (1, 10**8, 1), (4096, 670_000, 1000), (3, 70, 5), (1024, 10**6, 10**6)],
 )
 def test_workspace(monkeypatch: pytest.MonkeyPatch, b: int, n: int, k: int) -> None:
-    """Chunks cover the table once; a chunk fits beside a list that was not cut; lists and sort stay within 256 MB."""
+    """Chunks cover the table once; a chunk fits beside a list that was not cut; lists and sort stay
+    within 256 MB.
+    """
     monkeypatch.undo()
     samples, slack, capacity, chunks = kernel.plan(b, n, k)
     assert chunks[0][0] == 0 and chunks[-1][1] == n
@@ -154,6 +182,8 @@ def test_the_models_blocks_are_the_kernels(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.undo()
     labels, samples, _, _ = kernel.TILE
     given = (1000, 70_000, 8, [4096, 4096])
-    assert matmul_topk_accesses(*given) == matmul_topk_accesses(*given, block_b=samples, block_l=labels)
+    assert matmul_topk_accesses(*given) == matmul_topk_accesses(
+        *given, block_b=samples, block_l=labels
+    )
     assert matmul_topk_memory(2500, 70_000, 8, 10) == 3 * 70_000 * 8 * 2 + 2500 * (4 * 8 + 12 * 10)
     assert kernel.plan(2500, 70_000, 10)[0] == 1024

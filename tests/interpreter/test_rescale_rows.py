@@ -19,7 +19,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def table(n: int, d: int) -> dict[str, Tensor]:
-    """Rows from far below their range to beyond it, several scales, maxima that claim more than their rows hold."""
+    """Rows from far below their range to beyond it, several scales, maxima that claim more than
+    their rows hold.
+    """
     g = torch.Generator().manual_seed(0)
     size = torch.exp2(torch.rand(n, 1, generator=g) * 14 - 12)
     scale = torch.exp2(-torch.randint(6, 10, (n,), generator=g).float())
@@ -43,7 +45,9 @@ def test_the_reference_bit_for_bit(shape: tuple[int, int]) -> None:
 
 
 def test_scales_at_every_limit() -> None:
-    """Half the range and its neighbours, for no doubling, one and several; infinity, NaN, nothing; and the largest scale."""
+    """Half the range and its neighbours, for no doubling, one and several; infinity, NaN, nothing;
+    and the largest scale.
+    """
     pairs = []
     for scale in (2.0**-100, 2.0**-8, 2.0**100):
         for doublings in (0, 1, 5):
@@ -51,7 +55,13 @@ def test_scales_at_every_limit() -> None:
             near = (edge.nextafter(torch.tensor(to)) for to in (math.inf, 0.0))
             pairs += [(scale, float(v)) for v in (edge, *near)]
         pairs += [(scale, math.inf), (scale, math.nan), (scale, 0.0), (scale, 1e-45)]
-    weight = torch.arange(len(pairs) * 20).remainder(127).to(torch.uint8).view(-1, 20).view(torch.float8_e4m3fn)
+    weight = (
+        torch.arange(len(pairs) * 20)
+        .remainder(127)
+        .to(torch.uint8)
+        .view(-1, 20)
+        .view(torch.float8_e4m3fn)
+    )
     t = {"weight": weight, "row_scale": torch.tensor(pairs)}
     got = run(kernel.rescale_rows_, t)
     assert_same_bits(got, run(reference, t))

@@ -1,4 +1,6 @@
-"""`shortlist_matmul` and its backward in Triton: the reference's numbers over many tiles, pads, duplicates and hot rows."""
+"""`shortlist_matmul` and its backward in Triton: the reference's numbers over many tiles, pads,
+duplicates and hot rows.
+"""
 
 import math
 from collections.abc import Iterator
@@ -20,7 +22,9 @@ SHARED = pytest.mark.parametrize("shared", [False, True], ids=["lists", "shared"
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """At least two tiles in every dimension, parts of a shared list and pieces of a row's occurrences included."""
+    """At least two tiles in every dimension, parts of a shared list and pieces of a row's
+    occurrences included.
+    """
     monkeypatch.setattr(kernel, "LIST_TILE", (16, 16))
     monkeypatch.setattr(kernel, "SHARED_TILE", (16, 16, 16, 4))
     monkeypatch.setattr(kernel, "SHARED_TILE_FP32", (16, 16, 16, 4))
@@ -28,15 +32,27 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def problem(dtype: torch.dtype, shared: bool, whole: bool, x_dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-    """x, weight, bias, index, dlogits; whole: whole numbers, exact in any order. NaN where nothing may be read."""
+def problem(
+    dtype: torch.dtype, shared: bool, whole: bool, x_dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    """x, weight, bias, index, dlogits; whole: whole numbers, exact in any order. NaN where nothing
+    may be read.
+    """
     g = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
-        return torch.randint(-3, 4, shape, generator=g).float() if whole else torch.randn(shape, generator=g)
+        return (
+            torch.randint(-3, 4, shape, generator=g).float()
+            if whole
+            else torch.randn(shape, generator=g)
+        )
 
     index = torch.randint(0, N, (S,) if shared else (B[shared], S), generator=g)
-    index[..., 3], index[..., 4], index[..., 11] = 0, N - 1, 5  # the edges, and a row that everyone names
+    index[..., 3], index[..., 4], index[..., 11] = (
+        0,
+        N - 1,
+        5,
+    )  # the edges, and a row that everyone names
     index[..., 12] = 5  # twice
     index[index == 7] = 8  # named by nobody
     index[..., 6] = index[..., -1] = -1
@@ -49,7 +65,9 @@ def problem(dtype: torch.dtype, shared: bool, whole: bool, x_dtype: torch.dtype 
 @SHARED
 @pytest.mark.parametrize("x_dtype", DTYPES, ids=name_of)
 def test_e4m3_tables_are_exact(x_dtype: torch.dtype, shared: bool) -> None:
-    """Whole numbers as codes, rows of different scales; the row that nobody names is NaN in both."""
+    """Whole numbers as codes, rows of different scales; the row that nobody names is NaN in
+    both.
+    """
     x, weight, bias, index, dlogits = problem(torch.float32, shared, True, x_dtype)
     scale = torch.exp2(torch.arange(N).remainder(7) - 3.0)
     row_scale = torch.stack([scale, torch.full_like(scale, math.nan)], 1)
@@ -58,18 +76,25 @@ def test_e4m3_tables_are_exact(x_dtype: torch.dtype, shared: bool) -> None:
     assert torch.equal(got, reference.shortlist_matmul(x, table, bias, index, row_scale))
     expected = reference.shortlist_backward(dlogits, x, table, index, row_scale, need_dbias=True)
     for mine, theirs in zip(
-        kernel.shortlist_backward(dlogits, x, table, index, row_scale, need_dbias=True), expected, strict=True
+        kernel.shortlist_backward(dlogits, x, table, index, row_scale, need_dbias=True),
+        expected,
+        strict=True,
     ):
         assert torch.equal(mine, theirs)
 
 
 @SHARED
 @pytest.mark.parametrize(
-    "dtype, x_dtype", [(d, d) for d in DTYPES] + [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)], ids=name_of
+    "dtype, x_dtype",
+    [(d, d) for d in DTYPES] + [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)],
+    ids=name_of,
 )
 def test_whole_numbers_are_exact(dtype: torch.dtype, x_dtype: torch.dtype, shared: bool) -> None:
     x, weight, bias, index, dlogits = problem(dtype, shared, True, x_dtype)
-    assert torch.equal(kernel.shortlist_matmul(x, weight, bias, index), reference.shortlist_matmul(x, weight, bias, index))
+    assert torch.equal(
+        kernel.shortlist_matmul(x, weight, bias, index),
+        reference.shortlist_matmul(x, weight, bias, index),
+    )
     expected = reference.shortlist_backward(dlogits, x, weight, index, need_dbias=True)
     got = kernel.shortlist_backward(dlogits, x, weight, index, need_dbias=True)
     for name, mine, theirs in zip(("dx", "rows", "grad", "dbias"), got, expected, strict=True):
@@ -89,7 +114,9 @@ def test_no_worse_than_torch(dtype: torch.dtype, shared: bool) -> None:
     assert torch.equal(logits == -math.inf, ~real)
     assert_no_worse(logits[real], low, exact, dtype, what="logits")
     exact_back = reference.shortlist_backward(dlogits.double(), *wide, index, need_dbias=True)
-    low_back = reference.shortlist_backward(dlogits.to(dtype).float(), x, weight, index, need_dbias=True)
+    low_back = reference.shortlist_backward(
+        dlogits.to(dtype).float(), x, weight, index, need_dbias=True
+    )
     got = kernel.shortlist_backward(dlogits, x, weight, index, need_dbias=True)
     assert torch.equal(got[1], exact_back[1])
     for name, at in (("dx", 0), ("grad", 2), ("dbias", 3)):
@@ -99,10 +126,17 @@ def test_no_worse_than_torch(dtype: torch.dtype, shared: bool) -> None:
 @SHARED
 def test_only_what_is_asked_for(shared: bool) -> None:
     x, weight, _, index, dlogits = problem(torch.float32, shared, True)
-    for asked in ({}, {"need_dweight": False}, {"need_dx": False, "need_dweight": False, "need_dbias": True}):
+    for asked in (
+        {},
+        {"need_dweight": False},
+        {"need_dx": False, "need_dweight": False, "need_dbias": True},
+    ):
         got = kernel.shortlist_backward(dlogits, x, weight, index, **asked)
         expected = reference.shortlist_backward(dlogits, x, weight, index, **asked)
-        assert all(a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        assert all(
+            a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+            for a, b in zip(got, expected, strict=True)
+        )
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0), (2, 3), (3,)], ids=name_of)
@@ -111,8 +145,14 @@ def test_empty_lists_and_lists_of_pads(shape: tuple[int, ...]) -> None:
     x, weight, index = torch.ones(batch, 5), torch.ones(4, 5), torch.full(shape, -1)
     logits = kernel.shortlist_matmul(x, weight, None, index)
     assert logits.shape == (batch, shape[-1]) and (logits == -math.inf).all()
-    dx, rows, grad, dbias = kernel.shortlist_backward(torch.full_like(logits, math.nan), x, weight, index, need_dbias=True)
-    assert torch.equal(dx, torch.zeros(batch, 5)) and rows.shape == dbias.shape == (0,) and grad.shape == (0, 5)
+    dx, rows, grad, dbias = kernel.shortlist_backward(
+        torch.full_like(logits, math.nan), x, weight, index, need_dbias=True
+    )
+    assert (
+        torch.equal(dx, torch.zeros(batch, 5))
+        and rows.shape == dbias.shape == (0,)
+        and grad.shape == (0, 5)
+    )
 
 
 def test_an_empty_batch_names_no_row() -> None:
@@ -124,10 +164,14 @@ def test_an_empty_batch_names_no_row() -> None:
 
 @SHARED
 def test_accesses_are_the_closed_form(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and dx read a named row once for each block of samples (of columns, in dx, its share), pads nothing."""
+    """Forward and dx read a named row once for each block of samples (of columns, in dx, its
+    share), pads nothing.
+    """
     x, weight, bias, index, dlogits = problem(torch.float32, shared, True)
     named = int((index >= 0).sum())
-    model = shortlist_accesses(B[shared], S, D, named, shared=shared, block_s=16, block_b=16, block_d=16)
+    model = shortlist_accesses(
+        B[shared], S, D, named, shared=shared, block_s=16, block_b=16, block_d=16
+    )
     of_b = 2 if shared else 1
     assert model["forward"] == {"weight": (of_b * named * D, 0), "x": (2 * B[shared] * D, 0)}
     with counted(monkeypatch, {"x": x, "weight": weight}) as traffic:

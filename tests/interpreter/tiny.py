@@ -1,4 +1,6 @@
-"""Block sizes and ops for the interpreter: small shapes that still have two tiles in every dimension."""
+"""Block sizes and ops for the interpreter: small shapes that still have two tiles in every
+dimension.
+"""
 
 from typing import Any
 
@@ -9,7 +11,8 @@ from xmlkernels.triton.bce_step import bce_step_
 from xmlkernels.triton.bce_tile import Plan
 
 PLAN = Plan(tile=64, block_b=16, block_l=32, block_d=16, step=16, segments=2)
-# (B, L, D): two blocks of samples, two tiles of three blocks of labels, two blocks of columns, all ragged.
+# (B, L, D): two blocks of samples, two tiles of three blocks of labels, two blocks of columns, all
+# ragged.
 SHAPE = (18, 75, 20)
 
 

@@ -18,7 +18,11 @@ ADAM = make_hyper(0.01, 0.1, 0.9, 0.999, 1e-8)
 
 def sizes(r: random.Random) -> tuple[int, int, int]:
     """B, n and D: small, often ragged, sometimes empty."""
-    return r.choice([0, 1, 3, 5, 17, 40]), r.choice([0, 1, 4, 33, 130, 300]), r.choice([1, 3, 8, 33, 70])
+    return (
+        r.choice([0, 1, 3, 5, 17, 40]),
+        r.choice([0, 1, 4, 33, 130, 300]),
+        r.choice([1, 3, 8, 33, 70]),
+    )
 
 
 def table_states(r: random.Random, dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -36,10 +40,21 @@ def head_step(r: random.Random, **more: Any) -> Step:
     if fp8:
         states.pop("kahan", None)
     step = random_step(
-        b, n, d, dtype, x_dtype=r.choice(DTYPES), share=0.1, states=states, hyper=ADAM, values=r.random() < 0.3,
-        seed=r.randrange(99), row_offset=r.choice([0, 5, 2**33]), decoupled=r.random() < 0.5,
-        need_loss=r.random() < 0.5, **more,
-    )  # fmt: skip
+        b,
+        n,
+        d,
+        dtype,
+        x_dtype=r.choice(DTYPES),
+        share=0.1,
+        states=states,
+        hyper=ADAM,
+        values=r.random() < 0.3,
+        seed=r.randrange(99),
+        row_offset=r.choice([0, 5, 2**33]),
+        decoupled=r.random() < 0.5,
+        need_loss=r.random() < 0.5,
+        **more,
+    )
     return fp8_step(step) if fp8 else step
 
 
@@ -56,9 +71,18 @@ def cluster_step(r: random.Random) -> Call:
     dtype = r.choice(DTYPES)
     several = [r.choice([0, 1, 3, 9, 40]) for _ in range(r.choice([0, 1, 3, 12]))]
     step = random_cluster_step(
-        b, several, r.choice([0, 1, 2, 5]), d, dtype, x_dtype=r.choice(DTYPES), states=table_states(r, dtype), hyper=ADAM,
-        decoupled=r.random() < 0.5, need_loss=r.random() < 0.5, seed=r.randrange(99),
-    )  # fmt: skip
+        b,
+        several,
+        r.choice([0, 1, 2, 5]),
+        d,
+        dtype,
+        x_dtype=r.choice(DTYPES),
+        states=table_states(r, dtype),
+        hyper=ADAM,
+        decoupled=r.random() < 0.5,
+        need_loss=r.random() < 0.5,
+        seed=r.randrange(99),
+    )
     call = step.tensors | step.options
     if "second" in call and r.random() < 0.4:
         call["second"] = torch.ones(len(call["weight"]), dtype=call["second"].dtype)
@@ -67,7 +91,10 @@ def cluster_step(r: random.Random) -> Call:
 
 def loss(r: random.Random) -> Call:
     t = head_step(r).tensors
-    call = {k: t.get(k) for k in ("x", "weight", "bias", "pos_row", "pos_sample", "pos_value", "row_scale")}
+    call = {
+        k: t.get(k)
+        for k in ("x", "weight", "bias", "pos_row", "pos_sample", "pos_value", "row_scale")
+    }
     return call | {"rows": r.choice([-1, r.randint(0, len(t["weight"]))])}
 
 
@@ -81,18 +108,35 @@ def topk(r: random.Random) -> Call:
     call: Call = {k: t.get(k) for k in ("x", "weight", "bias", "row_scale")}
     if r.random() < 0.4:
         call["exclude"] = torch.randint(-1, n + 1, (len(t["x"]), r.choice([0, 1, 4]))) + offset
-    return call | {"k": r.choice([1, 3, n + 1]), "row_offset": offset, "rows": r.choice([-1, r.randint(0, n)])}
+    return call | {
+        "k": r.choice([1, 3, n + 1]),
+        "row_offset": offset,
+        "rows": r.choice([-1, r.randint(0, n)]),
+    }
 
 
 def rescale(r: random.Random) -> Call:
     _, n, d = sizes(r)
     weight, row_scale = to_fp8(torch.randn(n, d))
-    return {"weight": weight, "row_scale": row_scale, "counter": torch.tensor([3, 4]), "row_offset": r.choice([0, 2**33])}
+    return {
+        "weight": weight,
+        "row_scale": row_scale,
+        "counter": torch.tensor([3, 4]),
+        "row_offset": r.choice([0, 2**33]),
+    }
 
 
 def lists(r: random.Random) -> Call:
     b, n, d = sizes(r)
-    t = make(b, r.choice([0, 1, 4, 50]), n, d, r.choice(DTYPES), shared=r.random() < 0.5, seed=r.randrange(99))
+    t = make(
+        b,
+        r.choice([0, 1, 4, 50]),
+        n,
+        d,
+        r.choice(DTYPES),
+        shared=r.random() < 0.5,
+        seed=r.randrange(99),
+    )
     if r.random() < 0.25:
         t["weight"], t["row_scale"] = to_fp8(t["weight"].float())
     return t
@@ -111,10 +155,16 @@ def shortlist_backward(r: random.Random) -> Call:
 
 def row_options(r: random.Random, rule: str, dtype: torch.dtype) -> dict[str, Any]:
     return {
-        "state": r.choice(DTYPES), "grad": r.choice(DTYPES), "fill": r.choice([0, 2]), "seed": r.randrange(99),
-        "kahan": dtype != F32 and r.random() < 0.3, "row_wise": "second" in RULES[rule] and r.random() < 0.3,
-        "row_step": rule == "adam" and r.random() < 0.3, "lazy": r.random() < 0.3, "row_offset": r.choice([0, 2**33]),
-    }  # fmt: skip
+        "state": r.choice(DTYPES),
+        "grad": r.choice(DTYPES),
+        "fill": r.choice([0, 2]),
+        "seed": r.randrange(99),
+        "kahan": dtype != F32 and r.random() < 0.3,
+        "row_wise": "second" in RULES[rule] and r.random() < 0.3,
+        "row_step": rule == "adam" and r.random() < 0.3,
+        "lazy": r.random() < 0.3,
+        "row_offset": r.choice([0, 2**33]),
+    }
 
 
 def sparse(rule: str) -> Callable[[random.Random], Call]:
@@ -130,16 +180,31 @@ def sparse(rule: str) -> Callable[[random.Random], Call]:
 
 def bag(r: random.Random) -> Call:
     rule, dtype = r.choice(list(RULES)), r.choice(DTYPES)
-    shape = (r.choice([1, 3, 9]), r.choice([0, 4, 60]), r.choice([1, 5, 200]), r.choice([1, 3, 8, 33, 70]))
-    step = random_bags(rule, shape, dtype, weights=r.random() < 0.5, **row_options(r, rule, dtype) | {"fill": 2})
+    shape = (
+        r.choice([1, 3, 9]),
+        r.choice([0, 4, 60]),
+        r.choice([1, 5, 200]),
+        r.choice([1, 3, 8, 33, 70]),
+    )
+    step = random_bags(
+        rule, shape, dtype, weights=r.random() < 0.5, **row_options(r, rule, dtype) | {"fill": 2}
+    )
     return {"weight" if k == "param" else k: v for k, v in step.tensors.items()} | step.options
 
 
 PUBLIC: dict[str, Callable[[random.Random], Call]] = {
-    "bce_step_": bce_step, "bce_loss": loss, "cluster_step_": cluster_step, "matmul_topk": topk, "rescale_rows_": rescale,
-    "shortlist_matmul": shortlist, "shortlist_backward": shortlist_backward, "sparse_sgd_": sparse("sgd"),
-    "sparse_adagrad_": sparse("adagrad"), "sparse_adam_": sparse("adam"), "bag_step_": bag,
-}  # fmt: skip
+    "bce_step_": bce_step,
+    "bce_loss": loss,
+    "cluster_step_": cluster_step,
+    "matmul_topk": topk,
+    "rescale_rows_": rescale,
+    "shortlist_matmul": shortlist,
+    "shortlist_backward": shortlist_backward,
+    "sparse_sgd_": sparse("sgd"),
+    "sparse_adagrad_": sparse("adagrad"),
+    "sparse_adam_": sparse("adam"),
+    "bag_step_": bag,
+}
 DIRECT = PUBLIC | {"bce_loss_backward": loss_backward}
 
 

@@ -7,11 +7,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
-from common import STATES, Step, assert_no_worse, decoded, dense_targets, dyadic_step, random_step, torch_update
+from common import (
+    STATES,
+    Step,
+    assert_no_worse,
+    decoded,
+    dense_targets,
+    dyadic_step,
+    random_step,
+    torch_update,
+)
 from xmlkernels import ops
 from xmlkernels.reference import cluster_step as reference_step
 
-# name: (B, sizes of the clusters, K, D). Those from 32 rows and 16 samples on are large, the kernel's tiles of bce_step_.
+# name: (B, sizes of the clusters, K, D). Those from 32 rows and 16 samples on are large, the
+# kernel's tiles of bce_step_.
 SHAPES: dict[str, tuple[int, Sequence[int], int, int]] = {
     "single": (1, [1], 1, 1),
     "ragged": (5, [(7 * i) % 10 for i in range(30)], 7, 7),
@@ -31,19 +41,34 @@ SHAPES: dict[str, tuple[int, Sequence[int], int, int]] = {
 class ClusterStep(Step):
     """The arguments of one `cluster_step_` call; `run` works on copies."""
 
-    def run(self, op: Callable[..., Any] = ops.cluster_step_, *, wide: bool = False) -> dict[str, Tensor]:
-        """dx, scores, loss and every tensor after the step. wide: all floating-point arguments but hyper in float64."""
+    def run(
+        self, op: Callable[..., Any] = ops.cluster_step_, *, wide: bool = False
+    ) -> dict[str, Tensor]:
+        """dx, scores, loss and every tensor after the step. wide: all floating-point arguments but
+        hyper in float64.
+        """
         t = {k: v.clone() for k, v in self.tensors.items()}
         if wide:
             if "row_scale" in t:
                 t["weight"] = decoded(t["weight"], t.pop("row_scale"))
-            t = {k: v.double() if v.is_floating_point() and k != "hyper" else v for k, v in t.items()}
+            t = {
+                k: v.double() if v.is_floating_point() and k != "hyper" else v for k, v in t.items()
+            }
         given = {k: t[k] for k in ("pos_value", "row_scale", *STATES) if k in t}
         options = {k: v for k, v in self.options.items() if k != "cluster_rows"}
         dx, scores, loss = op(
-            t["weight"], t["x"], t["clusters"], t["row_ptr"], self.options["cluster_rows"], t["pos_row"], t["pos_sample"],
-            t["hyper"], t["counter"], **given, **options,
-        )  # fmt: skip
+            t["weight"],
+            t["x"],
+            t["clusters"],
+            t["row_ptr"],
+            self.options["cluster_rows"],
+            t["pos_row"],
+            t["pos_sample"],
+            t["hyper"],
+            t["counter"],
+            **given,
+            **options,
+        )
         states = {k: t[k] for k in ("row_scale", *STATES) if k in t}
         return {"dx": dx, "scores": scores, "loss": loss, "weight": t["weight"], **states}
 
@@ -74,13 +99,21 @@ class ClusterStep(Step):
         return mask.to(t["x"].device)
 
 
-def make_clusters(b: int, sizes: Sequence[int], k: int, seed: int = 0, lead: int = 2) -> dict[str, Tensor]:
-    """Clusters of these sizes from row `lead` on; each sample selects up to k of them, pads in any place."""
+def make_clusters(
+    b: int, sizes: Sequence[int], k: int, seed: int = 0, lead: int = 2
+) -> dict[str, Tensor]:
+    """Clusters of these sizes from row `lead` on; each sample selects up to k of them, pads in any
+    place.
+    """
     g = torch.Generator().manual_seed(seed)
     row_ptr = torch.tensor([lead, *sizes]).cumsum(0)
     clusters = torch.full((b, k), -1)
     for sample in range(b):
-        count = min(k, len(sizes)) if sample % 3 != 2 else int(torch.randint(min(k, len(sizes)) + 1, (), generator=g))
+        count = (
+            min(k, len(sizes))
+            if sample % 3 != 2
+            else int(torch.randint(min(k, len(sizes)) + 1, (), generator=g))
+        )
         places = torch.randperm(k, generator=g)[:count]
         clusters[sample, places] = torch.randperm(len(sizes), generator=g)[:count]
     return {"clusters": clusters, "row_ptr": row_ptr}
@@ -92,19 +125,34 @@ def add_clusters(step: Step, b: int, sizes: Sequence[int], k: int, **options: An
 
 
 def random_cluster_step(
-    b: int, sizes: Sequence[int], k: int, d: int, dtype: torch.dtype, *, share: float = 0.05, **options: Any
+    b: int,
+    sizes: Sequence[int],
+    k: int,
+    d: int,
+    dtype: torch.dtype,
+    *,
+    share: float = 0.05,
+    **options: Any,
 ) -> ClusterStep:
-    """Random numbers of the sizes that training meets; two rows before the clusters and three behind belong to none."""
-    return add_clusters(random_step(b, sum(sizes) + 5, d, dtype, share=share, **options), b, sizes, k)
+    """Random numbers of the sizes that training meets; two rows before the clusters and three
+    behind belong to none.
+    """
+    return add_clusters(
+        random_step(b, sum(sizes) + 5, d, dtype, share=share, **options), b, sizes, k
+    )
 
 
-def dyadic_cluster_step(b: int, sizes: Sequence[int], k: int, d: int, dtype: torch.dtype, **options: Any) -> ClusterStep:
+def dyadic_cluster_step(
+    b: int, sizes: Sequence[int], k: int, d: int, dtype: torch.dtype, **options: Any
+) -> ClusterStep:
     """A step whose every sum is exact in any order (see `dyadic_step`)."""
     return add_clusters(dyadic_step(b, sum(sizes) + 5, d, dtype, **options), b, sizes, k)
 
 
 def torch_row_wise(t: dict[str, Tensor], grad: Tensor, decoupled: bool) -> dict[str, Tensor]:
-    """Adam with one second moment for each row, which torch does not have, from torch's own arithmetic in fp32."""
+    """Adam with one second moment for each row, which torch does not have, from torch's own
+    arithmetic in fp32.
+    """
     lr, decay, beta1, beta2, eps = (float(h) for h in t["hyper"][:5])
     w, step = t["weight"].float(), int(t["counter"][1]) + 1
     if not decoupled:
@@ -113,11 +161,17 @@ def torch_row_wise(t: dict[str, Tensor], grad: Tensor, decoupled: bool) -> dict[
     v = beta2 * t["second"].float() + (1 - beta2) * grad.square().mean(1)
     root = (v / (1 - beta2**step)).sqrt()[:, None] + eps
     new = w * (1 - lr * decay if decoupled else 1) - lr / (1 - beta1**step) * m / root
-    return {"weight": new.to(t["weight"].dtype), "momentum": m.to(t["momentum"].dtype), "second": v.to(t["second"].dtype)}
+    return {
+        "weight": new.to(t["weight"].dtype),
+        "momentum": m.to(t["momentum"].dtype),
+        "second": v.to(t["second"].dtype),
+    }
 
 
 def torch_cluster_step(step: ClusterStep) -> dict[str, Tensor]:
-    """The same step as plain PyTorch takes it at the table's precision, dense with a mask; see `common.torch_step`."""
+    """The same step as plain PyTorch takes it at the table's precision, dense with a mask; see
+    `common.torch_step`.
+    """
     t, dtype, mask = step.tensors, step.tensors["weight"].dtype, step.mask()
     lr, scale, dx_scale = (float(t["hyper"][i]) for i in (0, 5, 6))
     w, x = t["weight"].float(), t["x"].to(dtype).float()
@@ -125,10 +179,14 @@ def torch_cluster_step(step: ClusterStep) -> dict[str, Tensor]:
     z = (x @ w.T + t["bias"] if "bias" in t else x @ w.T).to(dtype)
     g = torch.where(mask, (torch.sigmoid(z) - y.to(dtype)) * scale, 0).float()
     out = {"dx": (g @ w).to(dtype).float() * dx_scale}
-    out["loss"] = scale * torch.where(mask, bce(z, y.to(dtype), reduction="none"), 0).float().sum().reshape(1)
+    out["loss"] = scale * torch.where(
+        mask, bce(z, y.to(dtype), reduction="none"), 0
+    ).float().sum().reshape(1)
     if "bias" in t:
         out["bias"] = t["bias"] - lr * g.to(dtype).float().sum(0)
-    out["scores"] = torch.full((*t["clusters"].shape, step.options["cluster_rows"]), -torch.inf, device=z.device)
+    out["scores"] = torch.full(
+        (*t["clusters"].shape, step.options["cluster_rows"]), -torch.inf, device=z.device
+    )
     for sample, chosen in enumerate(t["clusters"].tolist()):
         for place, cluster in enumerate(chosen):
             if cluster >= 0:

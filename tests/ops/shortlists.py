@@ -10,23 +10,39 @@ from common import DTYPES, bits
 from xmlkernels import ops
 
 F32 = torch.float32
-# B, S, n, D: single, empty batch, empty list, empty table, ragged with many duplicates, several blocks of entries in one
-# sample and many segments of a shared list, wide batch, more rows than one sorting pass tells apart.
+# B, S, n, D: single, empty batch, empty list, empty table, ragged with many duplicates, several
+# blocks of entries in one sample and many segments of a shared list, wide batch, more rows than one
+# sorting pass tells apart.
 SHAPES = [
-    (1, 1, 1, 1), (0, 5, 9, 4), (3, 0, 9, 4), (3, 4, 0, 4), (5, 7, 20, 7), (2, 1301, 1900, 33), (130, 33, 700, 17),
+    (1, 1, 1, 1), (0, 5, 9, 4), (3, 0, 9, 4), (3, 4, 0, 4), (5, 7, 20, 7),
+    (2, 1301, 1900, 33), (130, 33, 700, 17),
     (33, 270, 5000, 100),
 ]  # fmt: skip
 BOTH = [False, True]  # whether the batch shares one shortlist
 
 
 def make(
-    b: int, s: int, n: int, d: int, dtype: torch.dtype = F32, *, shared: bool = False, x_dtype: torch.dtype | None = None,
-    pads: float = 0.2, seed: int = 0,
-) -> dict[str, Tensor]:  # fmt: skip
-    """x, weight, bias, index and dlogits; the first and the last row are always named, and dlogits is NaN at pads."""
+    b: int,
+    s: int,
+    n: int,
+    d: int,
+    dtype: torch.dtype = F32,
+    *,
+    shared: bool = False,
+    x_dtype: torch.dtype | None = None,
+    pads: float = 0.2,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """x, weight, bias, index and dlogits; the first and the last row are always named, and dlogits
+    is NaN at pads.
+    """
     g = torch.Generator().manual_seed(seed)
     index = torch.randint(max(n, 1), (s,) if shared else (b, s), generator=g)
-    index = torch.where(torch.rand(index.shape, generator=g) < pads, -1, index) if n else torch.full_like(index, -1)
+    index = (
+        torch.where(torch.rand(index.shape, generator=g) < pads, -1, index)
+        if n
+        else torch.full_like(index, -1)
+    )
     if n and index.numel():
         index.view(-1)[0], index.view(-1)[-1] = n - 1, 0
     dlogits = torch.randn(b, s, generator=g)
@@ -39,7 +55,9 @@ def make(
     }
 
 
-def make_exact(b: int, s: int, n: int, d: int, dtype: torch.dtype, *, shared: bool = False) -> dict[str, Tensor]:
+def make_exact(
+    b: int, s: int, n: int, d: int, dtype: torch.dtype, *, shared: bool = False
+) -> dict[str, Tensor]:
     """Small whole numbers: every sum is exact in fp32 in any order, and every factor in bf16."""
     t, g = make(b, s, n, d, dtype, shared=shared), torch.Generator().manual_seed(1)
     for name, low in (("x", -4), ("weight", -8), ("bias", -8), ("dlogits", -4)):
@@ -51,7 +69,10 @@ def make_exact_fp8(b: int, s: int, n: int, d: int, *, shared: bool = False) -> d
     """The same with an e4m3 table, whose rows have scales from 1/8 to 8."""
     t = make_exact(b, s, n, d, torch.float32, shared=shared)
     scale = torch.exp2(torch.arange(n).remainder(7) - 3.0)
-    return t | {"weight": t["weight"].to(torch.float8_e4m3fn), "row_scale": torch.stack([scale, scale], 1)}
+    return t | {
+        "weight": t["weight"].to(torch.float8_e4m3fn),
+        "row_scale": torch.stack([scale, scale], 1),
+    }
 
 
 def moved(t: dict[str, Tensor], device: str) -> dict[str, Tensor]:
@@ -64,7 +85,12 @@ def forward(t: dict[str, Tensor]) -> Tensor:
 
 def backward(t: dict[str, Tensor], **needs: bool) -> dict[str, Tensor]:
     found = torch.ops.xmlkernels.shortlist_backward(
-        t["dlogits"], t["x"], t["weight"], t["index"], t.get("row_scale"), **({"need_dbias": True} | needs)
+        t["dlogits"],
+        t["x"],
+        t["weight"],
+        t["index"],
+        t.get("row_scale"),
+        **({"need_dbias": True} | needs),
     )
     return dict(zip(("dx", "rows", "grad", "dbias"), found, strict=True))
 
@@ -74,29 +100,44 @@ def everything(t: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def plain(t: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
-    """The same by indexing and torch's own autograd; every factor and result rounded to `dtype`, sums in fp32 or fp64."""
+    """The same by indexing and torch's own autograd; every factor and result rounded to `dtype`,
+    sums in fp32 or fp64.
+    """
     work = torch.promote_types(dtype, F32)
-    x, weight, bias = (t[k].to(dtype if k != "bias" else work).to(work).requires_grad_() for k in ("x", "weight", "bias"))
+    x, weight, bias = (
+        t[k].to(dtype if k != "bias" else work).to(work).requires_grad_()
+        for k in ("x", "weight", "bias")
+    )
     wide = t["index"].expand(t["x"].shape[0], t["index"].shape[-1])
     real = wide >= 0
     sample = real.nonzero()[:, 0]
     z = (x[sample] * weight[wide[real]]).sum(1) + bias[wide[real]]
     logits = torch.full(wide.shape, -torch.inf, dtype=work)
     logits[real] = z.detach().to(dtype).to(work)
-    dx, grad, dbias = torch.autograd.grad(z, (x, weight, bias), t["dlogits"][real].to(dtype).to(work), materialize_grads=True)
+    dx, grad, dbias = torch.autograd.grad(
+        z, (x, weight, bias), t["dlogits"][real].to(dtype).to(work), materialize_grads=True
+    )
     rows = wide[real].unique()
     found = {"logits": logits, "dx": dx, "grad": grad[rows], "dbias": dbias[rows]}
     return {k: v.to(dtype) for k, v in found.items()} | {"rows": rows}
 
 
-def exact_results(call: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> dict[str, list[list[int]]]:
-    """Two checksums of the bits of each result of `call`, on problems whose sums are exact in any order."""
+def exact_results(
+    call: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+) -> dict[str, list[list[int]]]:
+    """Two checksums of the bits of each result of `call`, on problems whose sums are exact in any
+    order.
+    """
     out = {}
     for dtype in (*DTYPES, torch.float8_e4m3fn):
         for shape in ((5, 40, 30, 7), (67, 300, 400, 70)):
             for shared in BOTH:
                 wide = dtype in DTYPES
-                found = call(make_exact(*shape, dtype, shared=shared) if wide else make_exact_fp8(*shape, shared=shared))
+                found = call(
+                    make_exact(*shape, dtype, shared=shared)
+                    if wide
+                    else make_exact_fp8(*shape, shared=shared)
+                )
                 words = [bits(v + 0).long().flatten() for _, v in sorted(found.items())]
                 places = [int((w * torch.arange(1, len(w) + 1)).sum()) for w in words]
                 out[f"{dtype} {shape} {shared}"] = [[int(w.sum()) for w in words], places]

@@ -35,7 +35,15 @@ def run(step: Step, *, needs: tuple[str, ...] = LEAVES, upstream: float = 1.0) -
     """The loss, and the gradient of upstream * loss for each leaf in `needs`."""
     t = {k: v.clone().requires_grad_(k in needs) for k, v in step.tensors.items()}
     rows = step.options.get("rows", -1)
-    loss = bce_loss(t["x"], t["weight"], t.get("bias"), t["pos_row"], t["pos_sample"], t.get("pos_value"), rows=rows)
+    loss = bce_loss(
+        t["x"],
+        t["weight"],
+        t.get("bias"),
+        t["pos_row"],
+        t["pos_sample"],
+        t.get("pos_value"),
+        rows=rows,
+    )
     assert loss.shape == (1,) and loss.dtype == F32
     if needs:
         (upstream * loss).sum().backward()
@@ -58,14 +66,21 @@ def exact(step: Step, upstream: float = 1.0) -> dict[str, Tensor]:
 
 
 def low_precision(step: Step) -> dict[str, Tensor]:
-    """PyTorch at the table's precision; the gradient of the table is read off a step with lr = 1 in fp32."""
+    """PyTorch at the table's precision; the gradient of the table is read off a step with lr = 1 in
+    fp32.
+    """
     got = torch_step(step.replace(hyper=make_hyper(1.0)))
     dtype = step.tensors["weight"].dtype
     y = dense_targets(step.tensors, step.tensors["weight"].shape[0]).to(dtype)
     x, w = step.tensors["x"].to(dtype).float(), step.tensors["weight"].float()
     z = (x @ w.T + step.tensors["bias"]).to(dtype)
     g = (torch.sigmoid(z) - y).float()
-    return {"loss": got["loss"], "x": got["dx"].to(dtype), "weight": (g.T @ x).to(dtype), "bias": g.sum(0).to(dtype)}
+    return {
+        "loss": got["loss"],
+        "x": got["dx"].to(dtype),
+        "weight": (g.T @ x).to(dtype),
+        "bias": g.sum(0).to(dtype),
+    }
 
 
 # 1.
@@ -76,7 +91,10 @@ def test_by_hand(device: str) -> None:
     x = torch.tensor([[1.0, 0], [0, 2]], device=device, requires_grad=True)
     weight = torch.tensor([[0, 0], [ln3, 0]], device=device, requires_grad=True)
     bias = torch.zeros(2, device=device, requires_grad=True)
-    row, sample = torch.tensor([0, 1], device=device), torch.tensor([1, 0], dtype=torch.int32, device=device)
+    row, sample = (
+        torch.tensor([0, 1], device=device),
+        torch.tensor([1, 0], dtype=torch.int32, device=device),
+    )
     loss = bce_loss(x, weight, bias, row, sample)
     torch.testing.assert_close(loss.detach().cpu(), torch.tensor([5 * math.log(2) - ln3]))
     (3 * loss).backward()
@@ -145,7 +163,8 @@ def test_finite_differences(device: str) -> None:
         way = torch.randn(step.tensors[name].shape, generator=g).to(device)
         h = 0.004
         ahead, behind = (
-            run(step.replace(**{name: step.tensors[name] + s * h * way}), needs=())["loss"].double() for s in (1, -1)
+            run(step.replace(**{name: step.tensors[name] + s * h * way}), needs=())["loss"].double()
+            for s in (1, -1)
         )
         slope = float((slopes[name] * way).double().sum())
         assert float((ahead - behind) / (2 * h)) == pytest.approx(slope, rel=5e-3, abs=0.02)
@@ -154,10 +173,14 @@ def test_finite_differences(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_agrees_with_the_step(dtype: torch.dtype, device: str) -> None:
-    """dx of `bce_step_` is the gradient of `bce_loss`, its loss the loss: bit for bit where every sum is exact."""
+    """dx of `bce_step_` is the gradient of `bce_loss`, its loss the loss: bit for bit where every
+    sum is exact.
+    """
     step = dyadic_step(33, 1500, 40, dtype, hyper=make_hyper(0.0)).to(device)
     t = step.tensors
-    dx, loss = bce_step_(t["weight"], t["x"], t["pos_row"], t["pos_sample"], t["hyper"], t["counter"], need_loss=True)
+    dx, loss = bce_step_(
+        t["weight"], t["x"], t["pos_row"], t["pos_sample"], t["hyper"], t["counter"], need_loss=True
+    )
     got = run(step, needs=("x",))
     assert torch.equal(got["x"], dx.to(dtype))
     torch.testing.assert_close(got["loss"], loss, rtol=1e-6, atol=0)
@@ -169,10 +192,18 @@ def test_gradient_bits_where_every_sum_is_exact(dtype: torch.dtype, device: str)
     for size in ((1, 1, 1), (5, 300, 7), (65, 1025, 100), (257, 1100, 130)):
         step = dyadic_step(*size, dtype).to(device)
         t = step.tensors
-        args = (t["x"], t["weight"], torch.zeros(size[1], device=device), t["pos_row"], t["pos_sample"])
+        args = (
+            t["x"],
+            t["weight"],
+            torch.zeros(size[1], device=device),
+            t["pos_row"],
+            t["pos_sample"],
+        )
         got = torch.ops.xmlkernels.bce_loss_backward(*args, need_dweight=True, need_dbias=True)
         expected = reference_backward(*args, need_dweight=True, need_dbias=True)
-        assert_same_bits(dict(zip("xwb", got, strict=True)), dict(zip("xwb", expected, strict=True)))
+        assert_same_bits(
+            dict(zip("xwb", got, strict=True)), dict(zip("xwb", expected, strict=True))
+        )
 
 
 # 4.
@@ -188,7 +219,9 @@ def test_padding_is_not_scored(dtype: torch.dtype, rows: int, device: str) -> No
     assert_same_bits(got, expected)
     assert (got["weight"][rows:] == 0).all() and (got["bias"][rows:] == 0).all()
     wide = exact(clean)
-    assert float(got["loss"]) == pytest.approx(float(wide["loss"]), rel=2e-3 if dtype == BF16 else 1e-5)
+    assert float(got["loss"]) == pytest.approx(
+        float(wide["loss"]), rel=2e-3 if dtype == BF16 else 1e-5
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -196,7 +229,9 @@ def test_fill_entries_are_ignored(device: str) -> None:
     step = random_step(9, 900, 16, F32, values=True).to(device)
     fill = {"pos_row": torch.full((40,), 900), "pos_sample": torch.zeros(40, dtype=torch.int32)}
     fill["pos_value"] = torch.full((40,), math.nan)
-    filled = step.replace(**{k: torch.cat([step.tensors[k], v.to(device)]) for k, v in fill.items()})
+    filled = step.replace(
+        **{k: torch.cat([step.tensors[k], v.to(device)]) for k, v in fill.items()}
+    )
     assert_same_bits(run(filled, needs=("x", "weight")), run(step, needs=("x", "weight")))
 
 
@@ -205,7 +240,9 @@ def test_fill_entries_are_ignored(device: str) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("n", [0, 1, 900])
-def test_a_non_finite_x_makes_the_loss_nan(n: int, dtype: torch.dtype, bad: float, device: str) -> None:
+def test_a_non_finite_x_makes_the_loss_nan(
+    n: int, dtype: torch.dtype, bad: float, device: str
+) -> None:
     for place in ((0, 0), (69, 22)):
         step = random_step(70, n, 23, dtype, share=0.01).to(device)
         step.tensors["x"][place] = bad
@@ -243,11 +280,19 @@ def test_shards_add_up(device: str) -> None:
     parts = []
     for begin, end in ((0, 1237), (1237, 3001)):
         mine = (t["pos_row"] >= begin) & (t["pos_row"] < end)
-        part = step.replace(weight=t["weight"][begin:end], pos_row=t["pos_row"][mine] - begin, pos_sample=t["pos_sample"][mine])
+        part = step.replace(
+            weight=t["weight"][begin:end],
+            pos_row=t["pos_row"][mine] - begin,
+            pos_sample=t["pos_sample"][mine],
+        )
         parts.append(run(part, needs=("x", "weight")))
     torch.testing.assert_close(parts[0]["x"] + parts[1]["x"], whole["x"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(parts[0]["loss"] + parts[1]["loss"], whole["loss"], rtol=1e-6, atol=0)
-    torch.testing.assert_close(torch.cat([p["weight"] for p in parts]), whole["weight"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        parts[0]["loss"] + parts[1]["loss"], whole["loss"], rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(
+        torch.cat([p["weight"] for p in parts]), whole["weight"], rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -255,7 +300,14 @@ def test_nothing_is_written_and_no_graph_is_kept_without_grad(device: str) -> No
     step = random_step(16, 700, 24, BF16, states={"bias": F32}, values=True).to(device)
     t = step.tensors
     before = {k: v.clone() for k, v in t.items()}
-    args = (t["x"].requires_grad_(), t["weight"].requires_grad_(), t["bias"], t["pos_row"], t["pos_sample"], t["pos_value"])
+    args = (
+        t["x"].requires_grad_(),
+        t["weight"].requires_grad_(),
+        t["bias"],
+        t["pos_row"],
+        t["pos_sample"],
+        t["pos_value"],
+    )
     bce_loss(*args).sum().backward()
     with torch.no_grad():
         assert bce_loss(*args).grad_fn is None

@@ -1,4 +1,6 @@
-"""`bce_step_`: one training step of the full label table. Rounding and layout have files of their own beside this one."""
+"""`bce_step_`: one training step of the full label table. Rounding and layout have files of their
+own beside this one.
+"""
 
 import math
 
@@ -68,15 +70,24 @@ def check_against_exact(step: Step) -> None:
         assert got["loss"].shape == (0,)
     kahan = "kahan" in got
     if kahan:
-        whole, wide = got["weight"].double() + got["kahan"].double(), exact["weight"] + exact["kahan"]
+        whole, wide = (
+            got["weight"].double() + got["kahan"].double(),
+            exact["weight"] + exact["kahan"],
+        )
         assert_no_worse(whole, low["weight"], wide, dtype, what="weight + kahan")
     assert_no_worse(
-        got["weight"], low["weight"], exact["weight"] + exact.get("kahan", 0), dtype, what="weight",
+        got["weight"],
+        low["weight"],
+        exact["weight"] + exact.get("kahan", 0),
+        dtype,
+        what="weight",
         rounded=dtype,
-    )  # fmt: skip
+    )
     for name in ("momentum", "second"):
         if name in got:
-            assert_no_worse(got[name], low[name], exact[name], dtype, what=name, rounded=got[name].dtype)
+            assert_no_worse(
+                got[name], low[name], exact[name], dtype, what=name, rounded=got[name].dtype
+            )
     if "bias" in got:
         assert_no_worse(got["bias"], low["bias"], exact["bias"], dtype, what="bias")
 
@@ -84,19 +95,29 @@ def check_against_exact(step: Step) -> None:
 # 1. A tiny example, worked by hand.
 @pytest.mark.parametrize("device", DEVICES)
 def test_by_hand(device: str) -> None:
-    """x = [[1, 0], [0, 2]], W = [[0, 0], [ln 3, 0]], positives (row 0, sample 1) and (row 1, sample 0).
+    """x = [[1, 0], [0, 2]], W = [[0, 0], [ln 3, 0]], positives (row 0, sample 1) and (row 1, sample
+    0).
 
-    Logits z = [[0, ln 3], [0, 0]], sigma = [[1/2, 3/4], [1/2, 1/2]], G = sigma - y = [[1/2, -1/4], [-1/2, 1/2]].
-    dx = G W = [[-ln 3 / 4, 0], [ln 3 / 2, 0]]. dW = G^T x = [[1/2, -1], [-1/4, 1]]; db = [0, 1/4].
-    Loss: softplus(0) three times, softplus(ln 3) = ln 4, less the positives' logits 0 + ln 3: 5 ln 2 - ln 3.
+    Logits z = [[0, ln 3], [0, 0]], sigma = [[1/2, 3/4], [1/2, 1/2]], G = sigma - y = [[1/2, -1/4],
+    [-1/2, 1/2]]. dx = G W = [[-ln 3 / 4, 0], [ln 3 / 2, 0]]. dW = G^T x = [[1/2, -1], [-1/4, 1]];
+    db = [0, 1/4]. Loss: softplus(0) three times, softplus(ln 3) = ln 4, less the positives' logits
+    0 + ln 3: 5 ln 2 - ln 3.
     """
     ln3 = math.log(3)
     weight = torch.tensor([[0, 0], [ln3, 0]], device=device)
     x = torch.tensor([[1.0, 0], [0, 2]], device=device)
-    row, sample = torch.tensor([0, 1], device=device), torch.tensor([1, 0], dtype=torch.int32, device=device)
+    row, sample = (
+        torch.tensor([0, 1], device=device),
+        torch.tensor([1, 0], dtype=torch.int32, device=device),
+    )
     bias, momentum = torch.zeros(2, device=device), torch.tensor([[1.0, 0], [0, 1]], device=device)
-    hyper, counter = make_hyper(0.1, 0.5, 0.5, scale=1, dx_scale=4).to(device), make_counter().to(device)
-    dx, loss = bce_step_(weight, x, row, sample, hyper, counter, bias=bias, momentum=momentum, need_loss=True)
+    hyper, counter = (
+        make_hyper(0.1, 0.5, 0.5, scale=1, dx_scale=4).to(device),
+        make_counter().to(device),
+    )
+    dx, loss = bce_step_(
+        weight, x, row, sample, hyper, counter, bias=bias, momentum=momentum, need_loss=True
+    )
     torch.testing.assert_close(dx.cpu(), torch.tensor([[-ln3, 0], [2 * ln3, 0]]))
     torch.testing.assert_close(loss.cpu(), torch.tensor([5 * math.log(2) - ln3]))
     # m = m/2 + dW + w/2: [[1/2 + 1/2, -1], [-1/4 + ln 3 / 2, 1/2 + 1]]
@@ -107,11 +128,17 @@ def test_by_hand(device: str) -> None:
 
 
 # 2. The reference against float64 autograd and torch's own optimizers.
-def torch_optimizer(p: torch.nn.Parameter, kind: str, hyper: Step, decoupled: bool) -> torch.optim.Optimizer:
+def torch_optimizer(
+    p: torch.nn.Parameter, kind: str, hyper: Step, decoupled: bool
+) -> torch.optim.Optimizer:
     lr, decay, beta1, beta2, eps = (float(h) for h in hyper.tensors["hyper"][:5])
     if kind == "adam":
-        return (torch.optim.AdamW if decoupled else torch.optim.Adam)([p], lr, (beta1, beta2), eps, decay)
-    return torch.optim.SGD([p], lr, beta1 if kind == "momentum" else 0, weight_decay=0 if decoupled else decay)
+        return (torch.optim.AdamW if decoupled else torch.optim.Adam)(
+            [p], lr, (beta1, beta2), eps, decay
+        )
+    return torch.optim.SGD(
+        [p], lr, beta1 if kind == "momentum" else 0, weight_decay=0 if decoupled else decay
+    )
 
 
 @pytest.mark.parametrize("decoupled", [False, True], ids=["l2", "decoupled"])
@@ -119,11 +146,15 @@ def torch_optimizer(p: torch.nn.Parameter, kind: str, hyper: Step, decoupled: bo
 def test_reference_is_autograd_and_torch_optim(kind: str, decoupled: bool) -> None:
     b, n, d = 6, 23, 5
     step = random_step(b, n, d, F32, share=0.2, values=True, hyper=ADAM if kind == "adam" else SGD)
-    t = {k: v.double() if v.is_floating_point() and k != "hyper" else v for k, v in step.tensors.items()}
+    t = {
+        k: v.double() if v.is_floating_point() and k != "hyper" else v
+        for k, v in step.tensors.items()
+    }
     state = {
-        "sgd": {}, "momentum": {"momentum": torch.zeros(n, d).double()},
+        "sgd": {},
+        "momentum": {"momentum": torch.zeros(n, d).double()},
         "adam": {"momentum": torch.zeros(n, d).double(), "second": torch.zeros(n, d).double()},
-    }[kind]  # fmt: skip
+    }[kind]
     weight, bias = t["weight"].clone(), torch.randn(n).double()
     p, p_bias = torch.nn.Parameter(weight.clone()), torch.nn.Parameter(bias.clone())
     optimizer = torch_optimizer(p, kind, step, decoupled)
@@ -132,7 +163,9 @@ def test_reference_is_autograd_and_torch_optim(kind: str, decoupled: bool) -> No
     y = dense_targets(step.tensors, n).double()
     for number in range(6):
         x = torch.randn(b, d).double().requires_grad_()
-        loss = scale * torch.nn.BCEWithLogitsLoss(reduction="sum")(torch.nn.functional.linear(x, p, p_bias), y)
+        loss = scale * torch.nn.BCEWithLogitsLoss(reduction="sum")(
+            torch.nn.functional.linear(x, p, p_bias), y
+        )
         optimizer.zero_grad()
         bias_optimizer.zero_grad()
         loss.backward()
@@ -141,32 +174,49 @@ def test_reference_is_autograd_and_torch_optim(kind: str, decoupled: bool) -> No
         optimizer.step()
         bias_optimizer.step()
         dx, got = reference(
-            weight, x.detach(), t["pos_row"], t["pos_sample"], t["hyper"], make_counter(step=number),
-            pos_value=t["pos_value"], bias=bias, decoupled=decoupled, need_loss=True, **state,
-        )  # fmt: skip
+            weight,
+            x.detach(),
+            t["pos_row"],
+            t["pos_sample"],
+            t["hyper"],
+            make_counter(step=number),
+            pos_value=t["pos_value"],
+            bias=bias,
+            decoupled=decoupled,
+            need_loss=True,
+            **state,
+        )
         tight = {"rtol": 1e-11, "atol": 1e-12}
         torch.testing.assert_close(got, loss.detach().reshape(1), **tight)
         torch.testing.assert_close(dx, dx_scale * x.grad, **tight)
         torch.testing.assert_close(weight, p.detach(), **tight)
         torch.testing.assert_close(bias, p_bias.detach(), **tight)
     if kind == "momentum":
-        torch.testing.assert_close(state["momentum"], optimizer.state[p]["momentum_buffer"], rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(
+            state["momentum"], optimizer.state[p]["momentum_buffer"], rtol=1e-11, atol=1e-12
+        )
     if kind == "adam":
-        torch.testing.assert_close(state["second"], optimizer.state[p]["exp_avg_sq"], rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(
+            state["second"], optimizer.state[p]["exp_avg_sq"], rtol=1e-11, atol=1e-12
+        )
 
 
 # 3. The kernel is no worse than PyTorch at the same precision.
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
-def test_no_worse_than_torch_on_every_shape(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
+def test_no_worse_than_torch_on_every_shape(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str
+) -> None:
     check_against_exact(make("plain", shape, dtype).to(device))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_no_worse_than_torch_with_every_option(variant: str, dtype: torch.dtype, device: str) -> None:
+def test_no_worse_than_torch_with_every_option(
+    variant: str, dtype: torch.dtype, device: str
+) -> None:
     if "kahan" in variant and dtype == F32:
         pytest.skip("fp32 tables take no compensation")
     for shape in ((5, 333, 17), (65, 1100, 100)):
@@ -183,7 +233,10 @@ def test_empty(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> 
     assert (got["dx"] == 0).all() and got["dx"].shape == (shape[0], shape[2])
     assert got["loss"].tolist() == [0.0]
     torch.testing.assert_close(got["momentum"], exact["momentum"].float())
-    error, slack = (got["weight"].double() - exact["weight"]).abs(), 4e-7 * exact["weight"].abs().clamp(min=0.1)
+    error, slack = (
+        (got["weight"].double() - exact["weight"]).abs(),
+        4e-7 * exact["weight"].abs().clamp(min=0.1),
+    )
     assert (error <= slack + (unit(exact["weight"], dtype) if dtype in LOW else 0)).all()
 
 
@@ -191,10 +244,18 @@ def test_empty(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_corner_positives(dtype: torch.dtype, device: str) -> None:
-    """First and last row, first and last sample: the exact sums show one misplaced target at once."""
+    """First and last row, first and last sample: the exact sums show one misplaced target at
+    once.
+    """
     b, n, d = 65, 1501, 16
     base = dyadic_step(b, n, d, dtype, share=0.0)
-    for pairs in ([(0, 0)], [(0, b - 1)], [(n - 1, 0)], [(n - 1, b - 1)], [(0, 0), (0, 1), (n - 1, b - 2), (n - 1, b - 1)]):
+    for pairs in (
+        [(0, 0)],
+        [(0, b - 1)],
+        [(n - 1, 0)],
+        [(n - 1, b - 1)],
+        [(0, 0), (0, 1), (n - 1, b - 2), (n - 1, b - 1)],
+    ):
         row, sample = (torch.tensor(v) for v in zip(*pairs, strict=True))
         step = base.replace(pos_row=row, pos_sample=sample.to(torch.int32)).to(device)
         assert_same_bits(step.run(), step.reference(), but=("loss",))
@@ -206,7 +267,11 @@ def test_a_row_with_every_sample_and_a_sample_with_every_row(device: str) -> Non
     y = torch.zeros(n, b)
     y[777], y[:, 33] = 1, 1
     row, sample = y.nonzero(as_tuple=True)
-    step = dyadic_step(b, n, 24, BF16).replace(pos_row=row, pos_sample=sample.to(torch.int32)).to(device)
+    step = (
+        dyadic_step(b, n, 24, BF16)
+        .replace(pos_row=row, pos_sample=sample.to(torch.int32))
+        .to(device)
+    )
     assert_same_bits(step.run(), step.reference(), but=("loss",))
 
 
@@ -214,7 +279,9 @@ def test_a_row_with_every_sample_and_a_sample_with_every_row(device: str) -> Non
 @pytest.mark.parametrize("poison", [math.nan, 60000.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("rows", [0, 1, 1027, 1499])
-def test_padding_is_neither_scored_nor_trained(rows: int, dtype: torch.dtype, poison: float, device: str) -> None:
+def test_padding_is_neither_scored_nor_trained(
+    rows: int, dtype: torch.dtype, poison: float, device: str
+) -> None:
     b, n, d = 33, 1500, 17
     states = {"bias": F32, "momentum": BF16, "second": F32}
     states |= {} if dtype == F32 else {"kahan": dtype}
@@ -223,7 +290,12 @@ def test_padding_is_neither_scored_nor_trained(rows: int, dtype: torch.dtype, po
         step.tensors[name][rows:] = poison
     keep = step.tensors["pos_row"] < rows
     fit = {k: step.tensors[k][:rows].clone() for k in ("weight", *states)}
-    short = step.replace(pos_row=step.tensors["pos_row"][keep], pos_sample=step.tensors["pos_sample"][keep], rows=-1, **fit)
+    short = step.replace(
+        pos_row=step.tensors["pos_row"][keep],
+        pos_sample=step.tensors["pos_sample"][keep],
+        rows=-1,
+        **fit,
+    )
     got, alone = step.to(device).run(), short.to(device).run()
     for name in ("weight", *states):
         assert_same_bits({name: got[name][rows:]}, {name: step.tensors[name][rows:]})
@@ -234,16 +306,28 @@ def test_padding_is_neither_scored_nor_trained(rows: int, dtype: torch.dtype, po
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("values", [False, True])
 def test_fill_entries_are_ignored(values: bool, device: str) -> None:
-    """A captured graph has room for more positives than a batch has; the rest is filled with row = n."""
+    """A captured graph has room for more positives than a batch has; the rest is filled with row =
+    n.
+    """
     n, rows = 900, 850
-    step = random_step(9, n, 16, BF16, states={"momentum": F32}, hyper=SGD, values=values, rows=rows)
+    step = random_step(
+        9, n, 16, BF16, states={"momentum": F32}, hyper=SGD, values=values, rows=rows
+    )
     keep = step.tensors["pos_row"] < rows
-    step = step.replace(**{k: step.tensors[k][keep] for k in ("pos_row", "pos_sample", "pos_value") if k in step.tensors})
+    step = step.replace(
+        **{
+            k: step.tensors[k][keep]
+            for k in ("pos_row", "pos_sample", "pos_value")
+            if k in step.tensors
+        }
+    )
     fill = {"pos_row": torch.full((40,), rows), "pos_sample": torch.zeros(40, dtype=torch.int32)}
     fill |= {"pos_value": torch.full((40,), math.nan)} if values else {}
     filled = step.replace(**{k: torch.cat([step.tensors[k], v]) for k, v in fill.items()})
     assert_same_bits(filled.to(device).run(), step.to(device).run())
-    whole = torch.arange(rows, rows + 9 * 6).reshape(-1, 9)[:, 0].repeat_interleave(9)  # every sample, on rows beyond
+    whole = (
+        torch.arange(rows, rows + 9 * 6).reshape(-1, 9)[:, 0].repeat_interleave(9)
+    )  # every sample, on rows beyond
     fill = {"pos_row": whole, "pos_sample": torch.arange(9, dtype=torch.int32).repeat(6)}
     fill |= {"pos_value": torch.ones(54)} if values else {}
     filled = step.replace(**{k: torch.cat([step.tensors[k], v]) for k, v in fill.items()})
@@ -262,7 +346,15 @@ def test_inputs_are_left_alone(device: str) -> None:
     step = make("values", (16, 700, 24), BF16).to(device)
     before = {k: v.clone() for k, v in step.tensors.items()}
     t = step.tensors
-    bce_step_(t["weight"], t["x"], t["pos_row"], t["pos_sample"], t["hyper"], t["counter"], pos_value=t["pos_value"])
+    bce_step_(
+        t["weight"],
+        t["x"],
+        t["pos_row"],
+        t["pos_sample"],
+        t["hyper"],
+        t["counter"],
+        pos_value=t["pos_value"],
+    )
     assert_same_bits({k: v for k, v in before.items() if k != "weight"}, t)
 
 
@@ -274,7 +366,9 @@ def test_the_step_trains(device: str) -> None:
         step = random_step(32, 300, 64, dtype, hyper=make_hyper(0.1)).to(device)
         run = [step.run()]
         for number in range(30):
-            step = step.replace(weight=run[-1]["weight"], counter=make_counter(step=number).to(device))
+            step = step.replace(
+                weight=run[-1]["weight"], counter=make_counter(step=number).to(device)
+            )
             run.append(step.run())
         losses[dtype] = [float(r["loss"]) for r in run]
         assert losses[dtype][-1] < 0.02 * losses[dtype][0]

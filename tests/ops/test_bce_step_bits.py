@@ -1,5 +1,5 @@
-"""`bce_step_`: what is stored. Bits equal to the reference's where fp32 results are equal, independence of threads,
-shards and tiles."""
+"""`bce_step_`: what is stored. Bits equal to the reference's where fp32 results are equal,
+independence of threads, shards and tiles."""
 
 import pytest
 import torch
@@ -38,7 +38,8 @@ def check_bits(step: Step, device: str, *, but: tuple[str, ...] = ()) -> None:
     torch.testing.assert_close(got["loss"], expected["loss"], rtol=2e-6, atol=0)
 
 
-# 7. Equal fp32 results must give equal stored bits: every sum of a dyadic step is exact in any order.
+# 7. Equal fp32 results must give equal stored bits: every sum of a dyadic step is exact in any
+# order.
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("size", SIZES, ids=name_of)
@@ -73,11 +74,15 @@ def test_momentum_bits(dtype: torch.dtype, state: torch.dtype, device: str) -> N
 @pytest.mark.parametrize("state", DTYPES, ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_adam_bits(dtype: torch.dtype, state: torch.dtype, device: str) -> None:
-    """First step from zero states: m / (1 - b1) = g, v / (1 - b2) = g², the step is lr times the sign of g."""
+    """First step from zero states: m / (1 - b1) = g, v / (1 - b2) = g², the step is lr times the
+    sign of g.
+    """
     for b, n, d in ((5, 300, 7), (65, 521, 40)):  # odd batches: no gradient is zero, so eps may be
         hyper = make_hyper(2.0**-8, 2.0**-4, 0.5, 0.75, 0.0, scale=1.0)
         step = dyadic_step(b, n, d, dtype, hyper=hyper, decoupled=True).replace(
-            momentum=torch.zeros(n, d, dtype=state), second=torch.zeros(n, d, dtype=state), counter=make_counter(step=0)
+            momentum=torch.zeros(n, d, dtype=state),
+            second=torch.zeros(n, d, dtype=state),
+            counter=make_counter(step=0),
         )
         check_bits(step, device)
         exact = step.exact()
@@ -87,7 +92,9 @@ def test_adam_bits(dtype: torch.dtype, state: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("state", LOW, ids=name_of)
 def test_adam_state_bits(state: torch.dtype, device: str) -> None:
-    """From states that are not zero: both moments are exact in fp32, the weight is within a unit."""
+    """From states that are not zero: both moments are exact in fp32, the weight is within a
+    unit.
+    """
     b, n, d = 5, 1025, 40
     hyper = make_hyper(2.0**-8, 0.0, 0.5, 0.75, 2.0**-10, scale=1.0)
     step = dyadic_step(b, n, d, BF16, x_bits=3, hyper=hyper).replace(
@@ -98,7 +105,9 @@ def test_adam_state_bits(state: torch.dtype, device: str) -> None:
     assert_same_bits({k: got[k] for k in ("momentum", "second", "dx")}, expected)
     for name in ("momentum", "second"):
         assert (exact[name].to(state).double() != exact[name]).float().mean() > 0.2
-    assert ((got["weight"].double() - exact["weight"]).abs() <= 1.001 * unit(exact["weight"], BF16)).all()
+    assert (
+        (got["weight"].double() - exact["weight"]).abs() <= 1.001 * unit(exact["weight"], BF16)
+    ).all()
     assert (got["weight"] == expected["weight"]).float().mean() > 0.999
 
 
@@ -122,8 +131,12 @@ def test_fp16_subnormal_bits(exponent: int, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_bf16_subnormal_bits(device: str) -> None:
-    """Subnormal weights keep their bits' meaning where the product of lr and gradient is normal in fp32."""
-    step = dyadic_step(33, 700, 24, BF16, lr=2.0**-124).replace(weight=multiples(700, 24, -133, BF16))
+    """Subnormal weights keep their bits' meaning where the product of lr and gradient is normal in
+    fp32.
+    """
+    step = dyadic_step(33, 700, 24, BF16, lr=2.0**-124).replace(
+        weight=multiples(700, 24, -133, BF16)
+    )
     step = step.replace(x=step.tensors["x"][:, :1].repeat(1, 24))
     weight = step.tensors["weight"]
     weight[:, 1::2] = -weight[:, 0::2]
@@ -198,26 +211,36 @@ def shard(step: Step, begin: int, end: int) -> Step:
 @pytest.mark.parametrize("cut", [1, 1237])
 def test_two_shards_are_the_whole(cut: int, mix: str, device: str) -> None:
     if device == "cpu" and ops.missing:
-        pytest.skip("torch.mm, on which the reference stands, sums in another order for another shape")
+        pytest.skip(
+            "torch.mm, on which the reference stands, sums in another order for another shape"
+        )
     dtype, states, options = MIXES[mix]
     n = 2001
-    step = random_step(65, n, 40, dtype, states=states, hyper=make_hyper(0.02, 0.01, 0.9, 0.999, 1e-3), **options)
+    step = random_step(
+        65, n, 40, dtype, states=states, hyper=make_hyper(0.02, 0.01, 0.9, 0.999, 1e-3), **options
+    )
     step = step.replace(row_offset=2**33).to(device)
     whole, parts = step.run(), [shard(step, 0, cut).run(), shard(step, cut, n).run()]
     before = step.tensors["weight"].double().abs()
     for name in step.tensors.keys() & {"weight", "momentum", "second", "kahan"}:
         joined = torch.cat([p[name] for p in parts])
-        size = torch.maximum(before, whole[name].double().abs()) if name == "weight" else whole[name]
+        size = (
+            torch.maximum(before, whole[name].double().abs()) if name == "weight" else whole[name]
+        )
         allowed = unit(size, whole[name].dtype) if name != "kahan" else unit(before, dtype)
         assert ((joined.double() - whole[name].double()).abs() <= allowed).all(), name
         assert name == "kahan" or (joined == whole[name]).float().mean() > 0.98, name
     for name in ("dx", "loss"):
-        torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            parts[0][name] + parts[1][name], whole[name], rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_two_shards_are_the_whole_to_the_bit_where_sums_are_exact(dtype: torch.dtype, device: str) -> None:
+def test_two_shards_are_the_whole_to_the_bit_where_sums_are_exact(
+    dtype: torch.dtype, device: str
+) -> None:
     step = dyadic_step(65, 3001, 40, dtype, row_offset=2**32 - 1000).to(device)
     whole = step.run()
     for cut in (1, 999, 1500, 3000):
@@ -228,18 +251,26 @@ def test_two_shards_are_the_whole_to_the_bit_where_sums_are_exact(dtype: torch.d
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_the_rest_of_the_batch_width_and_table_changes_no_row(dtype: torch.dtype, device: str) -> None:
-    """A row's stored bits depend on its own sums alone: not on D's tail, B's tail or where its tile begins."""
+def test_the_rest_of_the_batch_width_and_table_changes_no_row(
+    dtype: torch.dtype, device: str
+) -> None:
+    """A row's stored bits depend on its own sums alone: not on D's tail, B's tail or where its tile
+    begins.
+    """
     step = dyadic_step(70, 1500, 72, dtype).to(device)
     t, whole = step.tensors, step.run()
     narrow = {k: t[k][:, :50].contiguous() for k in ("weight", "x")}
-    assert_same_bits({"weight": step.replace(**narrow).run()["weight"]}, {"weight": whole["weight"][:, :50]})
+    assert_same_bits(
+        {"weight": step.replace(**narrow).run()["weight"]}, {"weight": whole["weight"][:, :50]}
+    )
     x = torch.cat([t["x"], torch.zeros(13, 72, dtype=dtype, device=device)])
     assert_same_bits({"weight": step.replace(x=x).run()["weight"]}, whole)
 
 
 def test_the_reference_is_the_definition_of_the_bits() -> None:
-    """One weight, stored by hand: 0.5 - 2^-8 * (1/2 * 1/16) with the draw of (seed 11, step 3, row 0, group 0, stream 0)."""
+    """One weight, stored by hand: 0.5 - 2^-8 * (1/2 * 1/16) with the draw of (seed 11, step 3, row
+    0, group 0, stream 0).
+    """
     from xmlkernels.reference.rounding import philox
 
     word = int(philox((torch.tensor(11), torch.tensor(3)), (torch.tensor(0),) * 4)[0])
@@ -249,11 +280,22 @@ def test_the_reference_is_the_definition_of_the_bits() -> None:
     value = -(2.0**-13) * 1.25  # bits 0xB920 0000: representable, so no draw may move it
     assert float(weight) == value
     weight = torch.full((1, 1), 0.5, dtype=BF16)
-    reference(weight, torch.zeros(1, 1, dtype=BF16), none, none.int(), make_hyper(2.0**-8, 1.0), make_counter(), decoupled=True)
-    # 0.5 (1 - 2^-8) = 0x3EFF0000: representable again. With decay 1.25 it is 0x3EFEC000: up where the draw is >= 0x4000.
+    reference(
+        weight,
+        torch.zeros(1, 1, dtype=BF16),
+        none,
+        none.int(),
+        make_hyper(2.0**-8, 1.0),
+        make_counter(),
+        decoupled=True,
+    )
+    # 0.5 (1 - 2^-8) = 0x3EFF0000: representable again. With decay 1.25 it is 0x3EFEC000: up where
+    # the draw is >= 0x4000.
     assert float(weight) == 0.498046875
     weight = torch.full((1, 1), 0.5, dtype=BF16)
     zero = torch.zeros(1, 1, dtype=BF16)
-    reference(weight, zero, none, none.int(), make_hyper(2.0**-8, 1.25), make_counter(), decoupled=True)
+    reference(
+        weight, zero, none, none.int(), make_hyper(2.0**-8, 1.25), make_counter(), decoupled=True
+    )
     up = (word & 0xFFFF) >= 0x4000
     assert int(weight.view(torch.int16)) == (0x3EFF if up else 0x3EFE)

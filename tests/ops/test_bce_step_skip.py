@@ -1,4 +1,6 @@
-"""Tile skipping of `bce_step_`: which groups are skipped, what is left of their step, and what it may cost."""
+"""Tile skipping of `bce_step_`: which groups are skipped, what is left of their step, and what it
+may cost.
+"""
 
 import math
 
@@ -46,15 +48,23 @@ def without(step: Step) -> Step:
 # 1. By hand
 @pytest.mark.parametrize("device", DEVICES)
 def test_by_hand(device: str) -> None:
-    """130 rows are two groups; x = [[1], [-3]], so the reach is 4. All weights 0 but row 5, and row 129 at ln 3.
+    """130 rows are two groups; x = [[1], [-3]], so the reach is 4. All weights 0 but row 5, and row
+    129 at ln 3.
 
-    lr = 1, scale = 1/2: the first group's largest sigma is 1/2 (row 5 is 0 too), its bound 1; the second's is 3/4, its 3/2.
+    lr = 1, scale = 1/2: the first group's largest sigma is 1/2 (row 5 is 0 too), its bound 1; the
+    second's is 3/4, its 3/2.
     """
     weight = torch.zeros(130, 1, device=device)
     weight[129] = math.log(3)
     x = torch.tensor([[1.0], [-3.0]], device=device)
     none = torch.empty(0, dtype=torch.int64, device=device)
-    call = (x, none, none.int(), make_hyper(1.0, scale=0.5).to(device), torch.tensor([0, 0], device=device))
+    call = (
+        x,
+        none,
+        none.int(),
+        make_hyper(1.0, scale=0.5).to(device),
+        torch.tensor([0, 0], device=device),
+    )
     for below, skipped in ((1.0, [0, 2]), (1.001, [1, 2]), (1.501, [2, 2])):
         table, count = weight.clone(), torch.zeros(2, dtype=torch.int64, device=device)
         dx, loss = bce_step_(table, *call, skip_below=below, skipped=count, need_loss=True)
@@ -68,7 +78,9 @@ def test_by_hand(device: str) -> None:
         assert float(loss) == pytest.approx(whole, rel=1e-6)  # skipped or not
     positive = torch.tensor([127], device=device)
     count.zero_()
-    bce_step_(weight.clone(), x, positive, positive.int() * 0, *call[3:], skip_below=1.2, skipped=count)
+    bce_step_(
+        weight.clone(), x, positive, positive.int() * 0, *call[3:], skip_below=1.2, skipped=count
+    )
     assert count.tolist() == [0, 2]
 
 
@@ -82,9 +94,10 @@ def test_reference_leaves_rows_out(variant: str) -> None:
     busy = ~idle
     kept = step.tensors["pos_row"]
     few = without(step).replace(
-        **{k: step.tensors[k][busy] for k in ("weight", *states)}, pos_row=(busy.cumsum(0) - 1)[kept],
+        **{k: step.tensors[k][busy] for k in ("weight", *states)},
+        pos_row=(busy.cumsum(0) - 1)[kept],
         row_offset=0,
-    )  # fmt: skip
+    )
     expected = few.exact()
     torch.testing.assert_close(got["dx"], expected["dx"], rtol=1e-12, atol=1e-12)
     for name in ("weight", *states):
@@ -98,7 +111,8 @@ def test_reference_leaves_rows_out(variant: str) -> None:
     assert got["skipped"].tolist() == [5 + groups_of(idle)[0], 7 + groups_of(idle)[1]]
 
 
-# 3. The kernels against the reference, no worse than what PyTorch's precision costs without skipping
+# 3. The kernels against the reference, no worse than what PyTorch's precision costs without
+# skipping
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -107,12 +121,22 @@ def test_no_worse_than_torch(variant: str, dtype: torch.dtype, device: str) -> N
     step, idle = clear_step(*SIZE, dtype, states=states, hyper=hyper, **options)
     got, exact = step.to(device).run(), step.to(device).exact()
     plain = without(step).to(device)
-    error = {k: v.double() - w for (k, v), w in ((i, plain.exact()[i[0]]) for i in torch_step(plain).items())}
+    error = {
+        k: v.double() - w
+        for (k, v), w in ((i, plain.exact()[i[0]]) for i in torch_step(plain).items())
+    }
     assert got["skipped"].tolist() == exact["skipped"].tolist() == [5 + groups_of(idle)[0], 12 + 4]
     for name in ("dx", *(k for k in ("loss", "bias") if k in got and got[k].numel())):
         assert_no_worse(got[name], exact[name] + error[name], exact[name], dtype, what=name)
     for name in ("weight", *(k for k in ("momentum", "second") if k in got)):
-        assert_no_worse(got[name], exact[name] + error[name], exact[name], dtype, what=name, rounded=got[name].dtype)
+        assert_no_worse(
+            got[name],
+            exact[name] + error[name],
+            exact[name],
+            dtype,
+            what=name,
+            rounded=got[name].dtype,
+        )
 
 
 # 4. Where groups begin and end
@@ -133,7 +157,10 @@ def test_a_positive_keeps_its_group_and_no_other(row: int, device: str) -> None:
 @pytest.mark.parametrize("rows", [0, 1, GROUP, 2 * GROUP + 3])
 def test_padding_and_fill_keep_no_group(rows: int, device: str) -> None:
     base = exact_step(9, 3 * GROUP, 16, BF16)
-    fill = {"pos_row": torch.full((3,), rows), "pos_sample": torch.tensor([0, 1, 2], dtype=torch.int32)}
+    fill = {
+        "pos_row": torch.full((3,), rows),
+        "pos_sample": torch.tensor([0, 1, 2], dtype=torch.int32),
+    }
     step = base.replace(**fill, rows=rows, momentum=torch.ones(3 * GROUP, 16))
     step.tensors["weight"][rows:], step.tensors["momentum"][rows:] = math.nan, math.nan
     step = step.to(device)
@@ -149,10 +176,15 @@ def test_empty_and_single(shape: tuple[int, int, int], device: str) -> None:
     """No samples change nothing: every group is skipped; decay goes on."""
     base = exact_step(max(shape[0], 1), *shape[1:], F32, hyper=make_hyper(0.5, 0.5))
     none = torch.empty(0, dtype=torch.int64)
-    step = base.replace(x=base.tensors["x"][: shape[0]], pos_row=none, pos_sample=none.int(), skip_below=1e-9).to(device)
+    step = base.replace(
+        x=base.tensors["x"][: shape[0]], pos_row=none, pos_sample=none.int(), skip_below=1e-9
+    ).to(device)
     got = step.run()
     assert_same_bits(got, step.reference(), but=("loss",))
-    assert got["skipped"].tolist() == [0 if shape[0] else -(-shape[1] // GROUP), -(-shape[1] // GROUP)]
+    assert got["skipped"].tolist() == [
+        0 if shape[0] else -(-shape[1] // GROUP),
+        -(-shape[1] // GROUP),
+    ]
 
 
 # 5. The stated bounds
@@ -168,7 +200,12 @@ def test_what_is_left_out_is_within_the_bounds(bias: bool, device: str) -> None:
         change = (got[name] - whole[name]).abs()
         assert change[~idle].max() == 0 and 0 < change[idle].max() < below
     hyper = step.tensors["hyper"].double()
-    most = hyper[6] * below / (hyper[0] * reach(step)) * step.tensors["weight"][idle].double().abs().sum(0)
+    most = (
+        hyper[6]
+        * below
+        / (hyper[0] * reach(step))
+        * step.tensors["weight"][idle].double().abs().sum(0)
+    )
     difference = (got["dx"] - whole["dx"]).double().abs()
     assert ((difference <= most + 1e-6) & (most > 0)).all() and difference.max() > 0
     torch.testing.assert_close(got["loss"], whole["loss"], rtol=1e-6, atol=0)
@@ -192,13 +229,19 @@ def test_bits_where_sums_are_exact(dtype: torch.dtype, device: str) -> None:
     small = dtype == torch.float8_e4m3fn
     for hyper in (None, l2):
         step = exact_step(33, n, 24, F32 if small else dtype, hyper=hyper, row_offset=2**32 - 300)
-        steps = [step, step.replace(momentum=torch.ones(n, 24) / 8), step.replace(bias=torch.zeros(n), decoupled=True)]
+        steps = [
+            step,
+            step.replace(momentum=torch.ones(n, 24) / 8),
+            step.replace(bias=torch.zeros(n), decoupled=True),
+        ]
         if dtype in (BF16, F16):
             steps.append(step.replace(kahan=(torch.ones(n, 24) * 2.0**-14).to(dtype)))
         for one in steps:
             mine = (fp8_step(one).replace(x=one.tensors["x"].to(BF16)) if small else one).to(device)
             if small:
-                mine.tensors["row_scale"][:, 1] = 0  # what is not stored again leaves no largest value
+                mine.tensors["row_scale"][:, 1] = (
+                    0  # what is not stored again leaves no largest value
+                )
             got = mine.run()
             assert_same_bits(got, mine.reference(), but=("loss",))
             assert got["skipped"].tolist() == [5, 7]
@@ -222,7 +265,11 @@ def test_shards_of_whole_groups_skip_what_the_table_would(device: str) -> None:
     parts = []
     for begin, end in ((0, cut), (cut, 7 * GROUP + 50)):
         mine = (t["pos_row"] >= begin) & (t["pos_row"] < end)
-        part = {"weight": t["weight"][begin:end], "pos_row": t["pos_row"][mine] - begin, "pos_sample": t["pos_sample"][mine]}
+        part = {
+            "weight": t["weight"][begin:end],
+            "pos_row": t["pos_row"][mine] - begin,
+            "pos_sample": t["pos_sample"][mine],
+        }
         parts.append(step.replace(**part, row_offset=2**33 + begin).run())
     joined = {"weight": torch.cat([p["weight"] for p in parts])}
     joined |= {k: parts[0][k] + parts[1][k] for k in ("dx", "skipped")}
@@ -246,7 +293,11 @@ def test_opcheck(device: str) -> None:
     step, _ = clear_step(5, 3 * GROUP, 8, F32, states={"momentum": F32})
     t = step.to(device).tensors
     call = (t["weight"], t["x"], t["pos_row"], t["pos_sample"], t["hyper"], t["counter"])
-    options = {"momentum": t["momentum"], "skip_below": step.options["skip_below"], "skipped": t["skipped"]}
+    options = {
+        "momentum": t["momentum"],
+        "skip_below": step.options["skip_below"],
+        "skipped": t["skipped"],
+    }
     opcheck(torch.ops.xmlkernels.bce_step_.default, call, options)
 
 
@@ -254,7 +305,14 @@ def test_autograd_hears_of_the_counts() -> None:
     t = exact_step(5, 2 * GROUP, 8, F32).tensors
     before = t["skipped"]._version
     bce_step_(
-        t["weight"], t["x"], t["pos_row"], t["pos_sample"], t["hyper"], t["counter"], skip_below=1.0, skipped=t["skipped"]
+        t["weight"],
+        t["x"],
+        t["pos_row"],
+        t["pos_sample"],
+        t["hyper"],
+        t["counter"],
+        skip_below=1.0,
+        skipped=t["skipped"],
     )
     assert t["skipped"]._version > before
 
@@ -278,7 +336,10 @@ def test_a_graph_replays_the_choice() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         bce_step_(*call, **below)
-    for kept, counted in ((step.tensors["pos_row"], [4, 6]), (torch.full_like(t["pos_row"], 6 * GROUP), [6, 6])):
+    for kept, counted in (
+        (step.tensors["pos_row"], [4, 6]),
+        (torch.full_like(t["pos_row"], 6 * GROUP), [6, 6]),
+    ):
         t["pos_row"].copy_(kept)
         t["skipped"].zero_()
         t["weight"].copy_(step.tensors["weight"])
@@ -291,7 +352,10 @@ def test_a_group_with_a_nan_in_the_table_is_not_skipped(device: str) -> None:
     """What is wrong with a table must show in dx, not be skipped over."""
     weight = torch.full((2 * GROUP, 16), -1.0, device=device)
     weight[3, 5] = math.nan
-    none, count = torch.empty(0, dtype=torch.int64, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+    none, count = (
+        torch.empty(0, dtype=torch.int64, device=device),
+        torch.zeros(2, dtype=torch.int64, device=device),
+    )
     x, hyper = torch.ones(33, 16, device=device), make_hyper(0.1).to(device)
     call = (x, none, none.int(), hyper, torch.tensor([0, 0], device=device))
     dx, _ = bce_step_(weight, *call, skip_below=1e3, skipped=count)

@@ -1,4 +1,6 @@
-"""`cluster_step_`: one training step of the rows in each sample's clusters. Stored bits have a file of their own beside."""
+"""`cluster_step_`: one training step of the rows in each sample's clusters. Stored bits have a file
+of their own beside.
+"""
 
 import math
 
@@ -15,7 +17,13 @@ from common import (
     make_hyper,
     name_of,
 )
-from common_cluster import SHAPES, ClusterStep, assert_scores, random_cluster_step, torch_cluster_step
+from common_cluster import (
+    SHAPES,
+    ClusterStep,
+    assert_scores,
+    random_cluster_step,
+    torch_cluster_step,
+)
 from xmlkernels.ops import cluster_step_
 from xmlkernels.reference.cluster_step import cluster_step_ as reference
 
@@ -24,7 +32,8 @@ ADAM = make_hyper(0.01, 0.1, 0.9, 0.999, 1e-8, 0.5, 2.0)
 SGD = make_hyper(0.05, 0.01, 0.9, 0.0, 0.0, 0.5, 2.0)
 MIXED = (40, [9, 0, 60, 7, 11, 3, 100, 10], 4, 100)  # small and large clusters in one call
 
-# name: (states, hyper, options). A state's dtype None is the table's; "rows" is a row-wise second moment in fp32.
+# name: (states, hyper, options). A state's dtype None is the table's; "rows" is a row-wise second
+# moment in fp32.
 VARIANTS = {
     "plain": ({}, SGD, {}),
     "bias": ({"bias": F32}, SGD, {}),
@@ -47,7 +56,10 @@ VARIANTS = {
 
 def make(variant: str, shape: tuple, dtype: torch.dtype) -> ClusterStep:
     states, hyper, options = VARIANTS[variant]
-    full = {name: dtype if state is None else F32 if state == "rows" else state for name, state in states.items()}
+    full = {
+        name: dtype if state is None else F32 if state == "rows" else state
+        for name, state in states.items()
+    }
     step = random_cluster_step(*shape, dtype, states=full, hyper=hyper, **options)
     if states.get("second") == "rows":
         step = step.replace(second=step.tensors["second"].mean(1))
@@ -65,13 +77,20 @@ def check_against_exact(step: ClusterStep) -> None:
     else:
         assert got["loss"].shape == (0,)
     if "kahan" in got:
-        whole, wide = got["weight"].double() + got["kahan"].double(), exact["weight"] + exact["kahan"]
+        whole, wide = (
+            got["weight"].double() + got["kahan"].double(),
+            exact["weight"] + exact["kahan"],
+        )
         assert_no_worse(whole, low["weight"], wide, dtype, what="weight + kahan")
     rest = exact.get("kahan", 0)
-    assert_no_worse(got["weight"], low["weight"], exact["weight"] + rest, dtype, what="weight", rounded=dtype)
+    assert_no_worse(
+        got["weight"], low["weight"], exact["weight"] + rest, dtype, what="weight", rounded=dtype
+    )
     for name in ("momentum", "second"):
         if name in got:
-            assert_no_worse(got[name], low[name], exact[name], dtype, what=name, rounded=got[name].dtype)
+            assert_no_worse(
+                got[name], low[name], exact[name], dtype, what=name, rounded=got[name].dtype
+            )
     if "bias" in got:
         assert_no_worse(got["bias"], low["bias"], exact["bias"], dtype, what="bias")
     untouched = ~step.mask().any(0)
@@ -82,21 +101,46 @@ def check_against_exact(step: ClusterStep) -> None:
 # 1. A tiny example, worked by hand.
 @pytest.mark.parametrize("device", DEVICES)
 def test_by_hand(device: str) -> None:
-    """W = [[0, 0], [ln 3, 0], [7, 7]], clusters {0, 1} and {2}; x = [[1, 0], [0, 2]]; sample 0 selects the first cluster, and
-    sample 1 none. Positives: (1, 0), and (0, 1), (2, 0) outside the shortlists.
+    """W = [[0, 0], [ln 3, 0], [7, 7]], clusters {0, 1} and {2}; x = [[1, 0], [0, 2]]; sample 0
+    selects the first cluster, and sample 1 none. Positives: (1, 0), and (0, 1), (2, 0) outside the
+    shortlists.
 
-    Logits of sample 0: 0, ln 3; sigma 1/2, 3/4; G = 2 (sigma - y) = 1, -1/2. dx_0 = 3 G W = [-3 ln 3 / 2, 0].
-    dW = G^T x = [[1, 0], [-1/2, 0]], db = [1, -1/2]. Loss: 2 (softplus(0) + softplus(ln 3) - ln 3) = 2 (3 ln 2 - ln 3).
+    Logits of sample 0: 0, ln 3; sigma 1/2, 3/4; G = 2 (sigma - y) = 1, -1/2. dx_0 = 3 G W = [-3 ln
+    3 / 2, 0]. dW = G^T x = [[1, 0], [-1/2, 0]], db = [1, -1/2]. Loss: 2 (softplus(0) + softplus(ln
+    3) - ln 3) = 2 (3 ln 2 - ln 3).
     """
     ln3 = math.log(3)
     weight = torch.tensor([[0, 0], [ln3, 0], [7, 7]], device=device)
     x = torch.tensor([[1.0, 0], [0, 2]], device=device)
-    clusters, row_ptr = torch.tensor([[-1, 0], [-1, -1]], device=device), torch.tensor([0, 2, 3], device=device)
-    row, sample = torch.tensor([0, 1, 2], device=device), torch.tensor([1, 0, 0], dtype=torch.int32, device=device)
-    bias, momentum = torch.zeros(3, device=device), torch.tensor([[1.0, 0], [0, 1], [5, 5]], device=device)
-    hyper, counter = make_hyper(0.1, 0.5, 0.5, scale=2, dx_scale=3).to(device), make_counter().to(device)
+    clusters, row_ptr = (
+        torch.tensor([[-1, 0], [-1, -1]], device=device),
+        torch.tensor([0, 2, 3], device=device),
+    )
+    row, sample = (
+        torch.tensor([0, 1, 2], device=device),
+        torch.tensor([1, 0, 0], dtype=torch.int32, device=device),
+    )
+    bias, momentum = (
+        torch.zeros(3, device=device),
+        torch.tensor([[1.0, 0], [0, 1], [5, 5]], device=device),
+    )
+    hyper, counter = (
+        make_hyper(0.1, 0.5, 0.5, scale=2, dx_scale=3).to(device),
+        make_counter().to(device),
+    )
     dx, scores, loss = cluster_step_(
-        weight, x, clusters, row_ptr, 3, row, sample, hyper, counter, bias=bias, momentum=momentum, need_loss=True
+        weight,
+        x,
+        clusters,
+        row_ptr,
+        3,
+        row,
+        sample,
+        hyper,
+        counter,
+        bias=bias,
+        momentum=momentum,
+        need_loss=True,
     )
     torch.testing.assert_close(dx.cpu(), torch.tensor([[-1.5 * ln3, 0], [0, 0]]))
     torch.testing.assert_close(loss.cpu(), torch.tensor([2 * (3 * math.log(2) - ln3)]))
@@ -115,10 +159,15 @@ def test_by_hand(device: str) -> None:
 @pytest.mark.parametrize("decoupled", [False, True], ids=["l2", "decoupled"])
 @pytest.mark.parametrize("kind", ["sgd", "momentum", "adam"])
 def test_reference_is_autograd_and_torch_optim(kind: str, decoupled: bool) -> None:
-    """Torch's optimizers see the selected rows alone, as a parameter of their own. The shortlist stays, so that a row's count
-    of steps is the table's."""
-    step = random_cluster_step(*SHAPES["ragged"], F32, share=0.2, values=True, hyper=ADAM if kind == "adam" else SGD)
-    t = {k: v.double() if v.is_floating_point() and k != "hyper" else v for k, v in step.tensors.items()}
+    """Torch's optimizers see the selected rows alone, as a parameter of their own. The shortlist
+    stays, so that a row's count of steps is the table's."""
+    step = random_cluster_step(
+        *SHAPES["ragged"], F32, share=0.2, values=True, hyper=ADAM if kind == "adam" else SGD
+    )
+    t = {
+        k: v.double() if v.is_floating_point() and k != "hyper" else v
+        for k, v in step.tensors.items()
+    }
     mask, d = step.mask(), t["x"].shape[1]
     touched = mask.any(0)
     n = len(touched)
@@ -129,9 +178,13 @@ def test_reference_is_autograd_and_torch_optim(kind: str, decoupled: bool) -> No
     lr, decay, beta1, beta2, eps, scale, dx_scale = (float(h) for h in t["hyper"])
     optimizer: torch.optim.Optimizer
     if kind == "adam":
-        optimizer = (torch.optim.AdamW if decoupled else torch.optim.Adam)([p], lr, (beta1, beta2), eps, decay)
+        optimizer = (torch.optim.AdamW if decoupled else torch.optim.Adam)(
+            [p], lr, (beta1, beta2), eps, decay
+        )
     else:
-        optimizer = torch.optim.SGD([p], lr, beta1 if names else 0, weight_decay=0 if decoupled else decay)
+        optimizer = torch.optim.SGD(
+            [p], lr, beta1 if names else 0, weight_decay=0 if decoupled else decay
+        )
     y = dense_targets(step.tensors, n).double()[:, touched]
     tight = {"rtol": 1e-11, "atol": 1e-12}
     for number in range(5):
@@ -145,9 +198,21 @@ def test_reference_is_autograd_and_torch_optim(kind: str, decoupled: bool) -> No
             p.data.mul_(1 - lr * decay)
         optimizer.step()
         dx, scores, got = reference(
-            weight, x.detach(), t["clusters"], t["row_ptr"], 11, t["pos_row"], t["pos_sample"], t["hyper"],
-            make_counter(step=number), pos_value=t["pos_value"], bias=bias, decoupled=decoupled, need_loss=True, **state,
-        )  # fmt: skip
+            weight,
+            x.detach(),
+            t["clusters"],
+            t["row_ptr"],
+            11,
+            t["pos_row"],
+            t["pos_sample"],
+            t["hyper"],
+            make_counter(step=number),
+            pos_value=t["pos_value"],
+            bias=bias,
+            decoupled=decoupled,
+            need_loss=True,
+            **state,
+        )
         torch.testing.assert_close(got, loss.detach().reshape(1), **tight)
         torch.testing.assert_close(dx, dx_scale * x_grad, **tight)
         torch.testing.assert_close(weight[touched], p.detach(), **tight)
@@ -156,7 +221,9 @@ def test_reference_is_autograd_and_torch_optim(kind: str, decoupled: bool) -> No
         real = z.detach()[mask[:, touched]].sum()  # every candidate's score stands once
         torch.testing.assert_close(scores[scores > -math.inf].sum(), real, **tight)
     if kind == "adam":
-        torch.testing.assert_close(state["second"][touched], optimizer.state[p]["exp_avg_sq"], **tight)
+        torch.testing.assert_close(
+            state["second"][touched], optimizer.state[p]["exp_avg_sq"], **tight
+        )
 
 
 # 3. The kernel is no worse than PyTorch at the same precision.
@@ -170,7 +237,9 @@ def test_no_worse_than_torch_on_every_shape(shape: str, dtype: torch.dtype, devi
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_no_worse_than_torch_with_every_option(variant: str, dtype: torch.dtype, device: str) -> None:
+def test_no_worse_than_torch_with_every_option(
+    variant: str, dtype: torch.dtype, device: str
+) -> None:
     if "kahan" in variant and dtype == F32:
         pytest.skip("fp32 tables take no compensation")
     check_against_exact(make(variant, MIXED, dtype).to(device))
@@ -178,11 +247,17 @@ def test_no_worse_than_torch_with_every_option(variant: str, dtype: torch.dtype,
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_empty_shortlist_moves_nothing(device: str) -> None:
-    """No candidate: dx and loss are 0, scores -inf, and decay and momentum leave every row alone."""
+    """No candidate: dx and loss are 0, scores -inf, and decay and momentum leave every row
+    alone.
+    """
     step = make("momentum bf16", MIXED, BF16)
     step = step.replace(clusters=torch.full_like(step.tensors["clusters"], -1)).to(device)
     got = step.run()
-    assert (got["dx"] == 0).all() and got["loss"].tolist() == [0.0] and (got["scores"] == -math.inf).all()
+    assert (
+        (got["dx"] == 0).all()
+        and got["loss"].tolist() == [0.0]
+        and (got["scores"] == -math.inf).all()
+    )
     assert_same_bits({k: got[k] for k in ("weight", "momentum", "bias")}, step.tensors)
 
 
@@ -217,8 +292,12 @@ def test_padding_is_neither_scored_nor_trained(rows: int, poison: float, device:
         assert_same_bits({name: got[name][rows:]}, {name: t[name][rows:]})
         assert_same_bits({name: got[name][:rows]}, {name: alone[name]})
     assert_same_bits({k: got[k] for k in ("dx", "scores", "loss")}, alone)
-    filled = step.replace(**{k: torch.cat([t[k], torch.full((9,), v).to(t[k].dtype)]) for k, v in
-                             (("pos_row", t["weight"].shape[0]), ("pos_sample", 0))})  # fmt: skip
+    filled = step.replace(
+        **{
+            k: torch.cat([t[k], torch.full((9,), v).to(t[k].dtype)])
+            for k, v in (("pos_row", t["weight"].shape[0]), ("pos_sample", 0))
+        }
+    )
     assert_same_bits(filled.to(device).run(), got)
 
 
@@ -226,7 +305,9 @@ def test_padding_is_neither_scored_nor_trained(rows: int, poison: float, device:
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_what_nobody_selects_is_not_read(dtype: torch.dtype, device: str) -> None:
     step = make("adam bf16", MIXED, dtype)
-    step = step.replace(clusters=torch.where(step.tensors["clusters"] == 3, -1, step.tensors["clusters"]))
+    step = step.replace(
+        clusters=torch.where(step.tensors["clusters"] == 3, -1, step.tensors["clusters"])
+    )
     untouched = ~step.mask().any(0)
     clean = step.to(device).run()
     for name in ("weight", "momentum", "second", "bias"):
@@ -234,15 +315,22 @@ def test_what_nobody_selects_is_not_read(dtype: torch.dtype, device: str) -> Non
     got = step.to(device).run()
     for name, value in got.items():
         rows = name in ("weight", "momentum", "second", "bias")
-        assert_same_bits({name: value[~untouched] if rows else value}, {name: clean[name][~untouched] if rows else clean[name]})
+        assert_same_bits(
+            {name: value[~untouched] if rows else value},
+            {name: clean[name][~untouched] if rows else clean[name]},
+        )
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_a_non_finite_x_leaves_everything_as_it_was(dtype: torch.dtype, bad: float, device: str) -> None:
+def test_a_non_finite_x_leaves_everything_as_it_was(
+    dtype: torch.dtype, bad: float, device: str
+) -> None:
     """Also in a sample that selects nothing."""
-    names = {"momentum": BF16, "second": F32, "bias": F32} | ({} if dtype == F32 else {"kahan": dtype})
+    names = {"momentum": BF16, "second": F32, "bias": F32} | (
+        {} if dtype == F32 else {"kahan": dtype}
+    )
     for place in ((0, 0), (39, 99)):
         step = random_cluster_step(*MIXED, dtype, states=names, hyper=ADAM)
         step.tensors["x"][place] = bad
@@ -256,13 +344,19 @@ def test_a_non_finite_x_leaves_everything_as_it_was(dtype: torch.dtype, bad: flo
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("lr", [1e-3, 1e30])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_nothing_becomes_non_finite_at_the_edges(dtype: torch.dtype, lr: float, device: str) -> None:
+def test_nothing_becomes_non_finite_at_the_edges(
+    dtype: torch.dtype, lr: float, device: str
+) -> None:
     """|x| = |w| = 65,504 (65,280 in bf16), all signs."""
     hyper = make_hyper(lr, 0.1, 0.9, 0.999, 1e-8, 1.0, 1024.0)
-    step = random_cluster_step(*MIXED, dtype, states={"bias": F32, "momentum": dtype, "second": dtype}, hyper=hyper)
+    step = random_cluster_step(
+        *MIXED, dtype, states={"bias": F32, "momentum": dtype, "second": dtype}, hyper=hyper
+    )
     for name in ("weight", "x"):
         value = step.tensors[name]
-        step.tensors[name] = (value.float().sign() * (65280.0 if dtype == BF16 else 65504.0)).to(dtype)
+        step.tensors[name] = (value.float().sign() * (65280.0 if dtype == BF16 else 65504.0)).to(
+            dtype
+        )
     for name, value in step.to(device).run().items():
         assert (value[value != -math.inf] if name == "scores" else value).isfinite().all(), name
 
@@ -273,7 +367,15 @@ def test_inputs_are_left_alone(device: str) -> None:
     t = step.tensors
     before = {k: v.clone() for k, v in t.items()}
     cluster_step_(
-        t["weight"], t["x"], t["clusters"], t["row_ptr"], 100, t["pos_row"], t["pos_sample"], t["hyper"], t["counter"],
+        t["weight"],
+        t["x"],
+        t["clusters"],
+        t["row_ptr"],
+        100,
+        t["pos_row"],
+        t["pos_sample"],
+        t["hyper"],
+        t["counter"],
         pos_value=t["pos_value"],
-    )  # fmt: skip
+    )
     assert_same_bits({k: v for k, v in before.items() if k != "weight"}, t)

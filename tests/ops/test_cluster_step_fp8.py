@@ -3,8 +3,24 @@
 import pytest
 import torch
 
-from common import DEVICES, assert_no_worse, assert_same_bits, bits, decoded, fp8_step, make_hyper, needs_kernels, opcheck
-from common_cluster import ClusterStep, assert_scores, dyadic_cluster_step, random_cluster_step, torch_cluster_step
+from common import (
+    DEVICES,
+    assert_no_worse,
+    assert_same_bits,
+    bits,
+    decoded,
+    fp8_step,
+    make_hyper,
+    needs_kernels,
+    opcheck,
+)
+from common_cluster import (
+    ClusterStep,
+    assert_scores,
+    dyadic_cluster_step,
+    random_cluster_step,
+    torch_cluster_step,
+)
 from xmlkernels.errors import InputError
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -35,7 +51,10 @@ def test_no_worse_than_torch(shape: str, device: str) -> None:
     table = decoded(t["weight"], t["row_scale"])
     got, exact = step.run(), step.exact()
     low = torch_cluster_step(
-        ClusterStep({k: v for k, v in t.items() if k != "row_scale"} | {"weight": table.to(BF16)}, step.options)
+        ClusterStep(
+            {k: v for k, v in t.items() if k != "row_scale"} | {"weight": table.to(BF16)},
+            step.options,
+        )
     )
     for name in ("dx", "loss", "bias"):
         assert_no_worse(got[name], low[name], exact[name], BF16, what=name)
@@ -55,7 +74,9 @@ def test_no_worse_than_torch(shape: str, device: str) -> None:
 def test_exact_sums_give_the_bits_of_the_reference(shape: str, device: str) -> None:
     """Scales from 2^-11 to 2^-8: subnormals, normals, and rows that saturate."""
     for exponent in (-6, -18):
-        base = dyadic_cluster_step(*SHAPES[shape], F32, exponent=exponent, lr=2.0 ** (exponent - 2), x_dtype=BF16)
+        base = dyadic_cluster_step(
+            *SHAPES[shape], F32, exponent=exponent, lr=2.0 ** (exponent - 2), x_dtype=BF16
+        )
         n = len(base.tensors["weight"])
         step = to_cluster(base, 2.0 ** -(torch.arange(n) % 4 + 8).float()).to(device)
         got, expected = step.run(), step.reference()
@@ -65,14 +86,19 @@ def test_exact_sums_give_the_bits_of_the_reference(shape: str, device: str) -> N
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(device: str) -> None:
-    """All but the schema's own test, which compares by torch.allclose: that has no e4m3. It is made up for below."""
+    """All but the schema's own test, which compares by torch.allclose: that has no e4m3. It is made
+    up for below.
+    """
     t = make("small").to(device).tensors
     t["row_scale"][:, 1] = 0  # so that the step raises it
     args = ("weight", "x", "clusters", "row_ptr", "pos_row", "pos_sample", "hyper", "counter")
     states = {k: t[k] for k in ("bias", "momentum", "second", "row_scale")}
     call = [t[k] for k in args]
     call.insert(4, 9)
-    function, before = torch.ops.xmlkernels.cluster_step_.default, {k: v.clone() for k, v in t.items()}
+    function, before = (
+        torch.ops.xmlkernels.cluster_step_.default,
+        {k: v.clone() for k, v in t.items()},
+    )
     some = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     opcheck(function, tuple(call), states, test_utils=some)
     assert_same_bits(before, t)  # opcheck works on copies
@@ -93,5 +119,8 @@ def test_threads_change_nothing(threads: None) -> None:
 
 def test_compensation_is_refused() -> None:
     step = make("small")
-    with pytest.raises(InputError, match="cluster_step_: argument kahan: expected None for an 8-bit table, got a tensor"):
+    with pytest.raises(
+        InputError,
+        match="cluster_step_: argument kahan: expected None for an 8-bit table, got a tensor",
+    ):
         step.replace(kahan=torch.zeros_like(step.tensors["weight"])).run()

@@ -1,4 +1,6 @@
-"""Label tables in e4m3 with a power-of-two scale per row: coding, unbiased rounding, and the three head ops on them."""
+"""Label tables in e4m3 with a power-of-two scale per row: coding, unbiased rounding, and the three
+head ops on them.
+"""
 
 from typing import Any
 
@@ -30,21 +32,33 @@ from xmlkernels.errors import InputError
 from xmlkernels.ops import bce_loss, bce_step_, matmul_topk
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-SHAPES = [(1, 1, 1), (0, 37, 16), (5, 0, 7), (5, 129, 7), (64, 1024, 64), (100, 2051, 100), (65, 1537, 384)]
+SHAPES = [
+    (1, 1, 1),
+    (0, 37, 16),
+    (5, 0, 7),
+    (5, 129, 7),
+    (64, 1024, 64),
+    (100, 2051, 100),
+    (65, 1537, 384),
+]
 
 
 # 1. Every code
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("width", [1, 5, 70])
 def test_the_kernels_decode_every_code(width: int, device: str) -> None:
-    """Each row is one code in one column; x picks that column, so that each score is one decoded value."""
+    """Each row is one code in one column; x picks that column, so that each score is one decoded
+    value.
+    """
     for scale in (1.0, 2.0**-8, 2.0**-100):
         weight = torch.zeros(256, width, dtype=torch.uint8)
         weight[:, -1] = CODES
         x = torch.zeros(1, width)
         x[0, -1] = 1
         row_scale = torch.tensor([[scale, 0.0]]).repeat(256, 1)
-        values, rows = matmul_topk(x.to(device), weight.view(E4M3).to(device), None, 256, row_scale=row_scale.to(device))
+        values, rows = matmul_topk(
+            x.to(device), weight.view(E4M3).to(device), None, 256, row_scale=row_scale.to(device)
+        )
         found = rows[0].cpu() >= 0
         assert sorted((rows[0].cpu()[~found]).tolist()) == [-1, -1]  # the two NaN codes
         got = dict(zip(rows[0].cpu()[found].tolist(), values[0].cpu()[found].tolist(), strict=True))
@@ -53,7 +67,13 @@ def test_the_kernels_decode_every_code(width: int, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_step_of_length_zero_moves_no_value(device: str) -> None:
-    weight = CODES[CODES.bitwise_and(0x7F) != 0x7F].repeat(2, 3)[:, :300].contiguous().view(E4M3).to(device)
+    weight = (
+        CODES[CODES.bitwise_and(0x7F) != 0x7F]
+        .repeat(2, 3)[:, :300]
+        .contiguous()
+        .view(E4M3)
+        .to(device)
+    )
     row_scale = torch.tensor([[2.0**-8, 0.0], [2.0**5, 0.0]], device=device)
     before, kept = decoded(weight, row_scale), weight.clone()
     empty = torch.zeros(0, dtype=torch.int64, device=device)
@@ -68,7 +88,9 @@ def test_a_step_of_length_zero_moves_no_value(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("w", WEIGHTS)
 def test_the_step_moves_the_mean_by_the_update(w: float, device: str) -> None:
-    """By 3 % of a unit, which rounding to nearest would lose everywhere, subnormals included; 48,000 equal weights."""
+    """By 3 % of a unit, which rounding to nearest would lose everywhere, subnormals included;
+    48,000 equal weights.
+    """
     n, d = 6000, 8
     weight, row_scale = to_fp8(torch.full((n, d), w), 2.0**-7)
     start = decoded(weight, row_scale)[0, 0].double()
@@ -89,9 +111,15 @@ def test_the_step_moves_the_mean_by_the_update(w: float, device: str) -> None:
 
 # 3. Against the exact step
 def make(shape: tuple[int, int, int], rule: str, **options: Any) -> Step:
-    states = {"sgd": {}, "momentum": {"momentum": BF16}, "adam": {"momentum": BF16, "second": BF16}}[rule]
+    states = {
+        "sgd": {},
+        "momentum": {"momentum": BF16},
+        "adam": {"momentum": BF16, "second": BF16},
+    }[rule]
     hyper = make_hyper(0.05 if rule != "adam" else 0.003, 0.01, 0.9, 0.95, 1e-3, 0.5, 2.0)
-    step = random_step(*shape, F32, x_dtype=BF16, states={"bias": F32} | states, hyper=hyper, **options)
+    step = random_step(
+        *shape, F32, x_dtype=BF16, states={"bias": F32} | states, hyper=hyper, **options
+    )
     step = step.replace(weight=step.tensors["weight"] * 3)
     return fp8_step(step, 2.0**-8)
 
@@ -103,7 +131,10 @@ def test_no_worse_than_torch(shape: tuple[int, int, int], rule: str, device: str
     step = make(shape, rule).to(device)
     t = step.tensors
     got, exact = step.run(), step.exact()
-    wide = Step({k: v for k, v in t.items() if k != "row_scale"} | {"weight": decoded(t["weight"], t["row_scale"]).to(BF16)})
+    wide = Step(
+        {k: v for k, v in t.items() if k != "row_scale"}
+        | {"weight": decoded(t["weight"], t["row_scale"]).to(BF16)}
+    )
     low = torch_step(wide)
     for name in ("dx", "loss", "bias"):
         assert_no_worse(got[name], low[name], exact[name], BF16, what=name)
@@ -119,7 +150,9 @@ def test_no_worse_than_torch(shape: tuple[int, int, int], rule: str, device: str
         slack = 2 * (low["weight"].cpu().double() - exact["weight"].cpu()).abs().max()
         spacing = unit(torch.maximum(new.abs(), exact["weight"].cpu().abs()) / scale, E4M3) * scale
         assert ((new - exact["weight"].cpu()).abs() < spacing + slack).all()
-        top = torch.maximum(t["row_scale"][:, 1], decoded(got["weight"], got["row_scale"]).abs().amax(1))
+        top = torch.maximum(
+            t["row_scale"][:, 1], decoded(got["weight"], got["row_scale"]).abs().amax(1)
+        )
         assert torch.equal(got["row_scale"], torch.stack([t["row_scale"][:, 0], top], 1))
 
 
@@ -140,13 +173,25 @@ def test_loss_and_topk_on_the_decoded_table(x_dtype: torch.dtype, device: str) -
     exact.backward()
     z_low = (t["x"].to(BF16).float() @ table.T + t["bias"]).to(BF16)
     g = (torch.sigmoid(z_low) - target.to(BF16)).float()
-    assert_no_worse(loss.detach(), exact.detach().float().reshape(1).to(BF16), exact.detach().reshape(1), BF16, what="loss")
-    assert_no_worse(x.grad, (g @ table).to(BF16), wide.grad, BF16 if x_dtype != F16 else F16, what="dx")
+    assert_no_worse(
+        loss.detach(),
+        exact.detach().float().reshape(1).to(BF16),
+        exact.detach().reshape(1),
+        BF16,
+        what="loss",
+    )
+    assert_no_worse(
+        x.grad, (g @ table).to(BF16), wide.grad, BF16 if x_dtype != F16 else F16, what="dx"
+    )
     g_exact = torch.sigmoid(z.detach()) - target
     assert_no_worse(bias.grad, g.sum(0), g_exact.sum(0), BF16, what="dbias")
     values, rows = matmul_topk(t["x"], t["weight"], t["bias"], 7, row_scale=t["row_scale"])
-    assert_no_worse(values, z_low.float().topk(7).values, z.detach().topk(7).values, BF16, what="values")
-    assert_no_worse(values, z_low.float().gather(1, rows), z.detach().gather(1, rows), BF16, what="rows")
+    assert_no_worse(
+        values, z_low.float().topk(7).values, z.detach().topk(7).values, BF16, what="values"
+    )
+    assert_no_worse(
+        values, z_low.float().gather(1, rows), z.detach().gather(1, rows), BF16, what="rows"
+    )
 
 
 # 4. One answer whatever threads and shards
@@ -180,7 +225,9 @@ def test_shards_draw_by_global_row(device: str) -> None:
 def test_exact_sums_give_the_bits_of_the_reference(device: str) -> None:
     """Scales from 2^-11 to 2^-8: subnormals, normals, and rows that saturate."""
     for shape, exponent in (((33, 700, 24), -6), ((17, 521, 150), -18)):
-        base = dyadic_step(*shape, F32, exponent=exponent, lr=2.0 ** (exponent - 2), x_dtype=BF16, need_loss=False)
+        base = dyadic_step(
+            *shape, F32, exponent=exponent, lr=2.0 ** (exponent - 2), x_dtype=BF16, need_loss=False
+        )
         step = fp8_step(base, 2.0 ** -(torch.arange(shape[1]) % 4 + 8).float()).to(device)
         assert_same_bits(step.run(), step.reference(), but=("loss",))
 
@@ -202,8 +249,15 @@ def test_stores_saturate_at_448_scales(device: str) -> None:
     assert got["dx"].isfinite().all()
     assert (got["weight"].float().abs() == 448).all()
     assert (got["row_scale"][:, 1] == 448 * 2.0**-8).all()
-    again = step.replace(weight=got["weight"], row_scale=got["row_scale"], x=torch.full((9, 33), 65504.0, device=device))
-    assert all(v.float().isfinite().all() for v in again.replace(hyper=make_hyper(0.1).to(device)).run().values())
+    again = step.replace(
+        weight=got["weight"],
+        row_scale=got["row_scale"],
+        x=torch.full((9, 33), 65504.0, device=device),
+    )
+    assert all(
+        v.float().isfinite().all()
+        for v in again.replace(hyper=make_hyper(0.1).to(device)).run().values()
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -218,7 +272,9 @@ def test_a_non_finite_x_changes_nothing(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("op", ["bce_step_", "bce_loss", "matmul_topk"])
 def test_opcheck(op: str, device: str) -> None:
-    """All but the schema's own test, which compares by torch.allclose: that has no e4m3. It is made up for below."""
+    """All but the schema's own test, which compares by torch.allclose: that has no e4m3. It is made
+    up for below.
+    """
     t = make((5, 40, 7), "adam").to(device).tensors
     t["row_scale"][:, 1] = 0  # so that the step raises it
     before = {k: v.clone() for k, v in t.items()}
@@ -227,12 +283,27 @@ def test_opcheck(op: str, device: str) -> None:
     positives = (t["pos_row"], t["pos_sample"])
     if op == "bce_step_":
         named = {k: t[k] for k in ("bias", "momentum", "second", "row_scale")}
-        opcheck(function, (t["weight"], t["x"], *positives, t["hyper"], t["counter"]), named, test_utils=some)
+        opcheck(
+            function,
+            (t["weight"], t["x"], *positives, t["hyper"], t["counter"]),
+            named,
+            test_utils=some,
+        )
     elif op == "bce_loss":
         x = t["x"].clone().requires_grad_()
-        opcheck(function, (x, t["weight"], t["bias"], *positives, None, t["row_scale"]), {}, test_utils=some)
+        opcheck(
+            function,
+            (x, t["weight"], t["bias"], *positives, None, t["row_scale"]),
+            {},
+            test_utils=some,
+        )
     else:
-        opcheck(function, (t["x"], t["weight"], t["bias"], 3), {"row_scale": t["row_scale"]}, test_utils=some)
+        opcheck(
+            function,
+            (t["x"], t["weight"], t["bias"], 3),
+            {"row_scale": t["row_scale"]},
+            test_utils=some,
+        )
     assert_same_bits(before, t)  # opcheck works on copies
     schema = str(function._schema)
     if op != "bce_step_":
@@ -262,21 +333,50 @@ def refused(match: str, op: str = "bce_step_", **changed: Any) -> None:
 @pytest.mark.parametrize("op", ["bce_step_", "bce_loss", "matmul_topk"])
 def test_row_scale_is_checked(op: str) -> None:
     bad = torch.full((6, 2), 2.0**-8)
-    refused(rf"{op}: argument row_scale: expected torch.float32 \[6, 2\] beside an 8-bit table, got None", op, row_scale=None)
-    refused(rf"{op}: argument row_scale: expected torch.float32 \[6, 2\] on cpu", op, row_scale=bad[:, 0].clone())
+    refused(
+        rf"{op}: argument row_scale: expected torch.float32 \[6, 2\] beside an 8-bit table, got "
+        r"None",
+        op,
+        row_scale=None,
+    )
+    refused(
+        rf"{op}: argument row_scale: expected torch.float32 \[6, 2\] on cpu",
+        op,
+        row_scale=bad[:, 0].clone(),
+    )
     refused(rf"{op}: argument row_scale: expected torch.float32", op, row_scale=bad.double())
     for value in (0.3, 0.0, -1.0, torch.nan, torch.inf, 2.0**-101, 2.0**101):
         bad[4, 0] = value
-        refused(rf"{op}: argument row_scale: expected powers of two .* got .* in row 4; start with 2\^-8", op, row_scale=bad)
+        refused(
+            rf"{op}: argument row_scale: expected powers of two .* got .* in row 4; start with "
+            r"2\^-8",
+            op,
+            row_scale=bad,
+        )
     refused(
-        rf"{op}: argument row_scale: expected None for a torch.bfloat16 table, got a tensor; leave it out",
-        op, weight=torch.zeros(6, 3, dtype=BF16),
-    )  # fmt: skip
-    refused(rf"{op}: argument weight: .* take torch.float8_e4m3fn alone", op, weight=torch.zeros(6, 3).to(torch.float8_e5m2))
+        rf"{op}: argument row_scale: expected None for a torch.bfloat16 table, got a tensor; "
+        r"leave it out",
+        op,
+        weight=torch.zeros(6, 3, dtype=BF16),
+    )
+    refused(
+        rf"{op}: argument weight: .* take torch.float8_e4m3fn alone",
+        op,
+        weight=torch.zeros(6, 3).to(torch.float8_e5m2),
+    )
 
 
 def test_kahan_and_gradients_are_refused() -> None:
-    refused("argument kahan: expected None for an 8-bit table, got a tensor; leave it out", kahan=torch.zeros(6, 3, dtype=BF16))
+    refused(
+        "argument kahan: expected None for an 8-bit table, got a tensor; leave it out",
+        kahan=torch.zeros(6, 3, dtype=BF16),
+    )
     weight = make((4, 6, 3), "sgd").tensors["weight"].clone().requires_grad_()
-    refused("bce_loss: argument weight: expected no gradient asked of an 8-bit table", "bce_loss", weight=weight)
-    refused("bce_step_: argument weight: expected a tensor that requires no gradient", weight=weight)
+    refused(
+        "bce_loss: argument weight: expected no gradient asked of an 8-bit table",
+        "bce_loss",
+        weight=weight,
+    )
+    refused(
+        "bce_step_: argument weight: expected a tensor that requires no gradient", weight=weight
+    )

@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from common import DEVICES, DTYPES, Step, assert_same_bits, huge_table, make_hyper, name_of, needs_kernels, opcheck, random_step
+from common import (
+    DEVICES,
+    DTYPES,
+    Step,
+    assert_same_bits,
+    huge_table,
+    make_hyper,
+    name_of,
+    needs_kernels,
+    opcheck,
+    random_step,
+)
 from common_cluster import random_cluster_step
 from xmlkernels import ops
 
@@ -19,39 +30,100 @@ ADAM = make_hyper(0.01, 0.1, 0.9, 0.999, 1e-8)
 NAMES = ("bce_step_", "bce_loss", "bce_loss_backward", "matmul_topk", "cluster_step_")
 # test_rescale_rows.py, test_sparse_layout.py, test_shortlist_matmul_layout.py
 ELSEWHERE = {
-    "bag_step_", "rescale_rows_", "shortlist_backward", "shortlist_matmul", "sparse_adagrad_", "sparse_adam_", "sparse_sgd_",
-}  # fmt: skip
+    "bag_step_",
+    "rescale_rows_",
+    "shortlist_backward",
+    "shortlist_matmul",
+    "sparse_adagrad_",
+    "sparse_adam_",
+    "sparse_sgd_",
+}
 
 
 def cases() -> list[tuple[str, str, tuple[Any, ...], dict[str, Any]]]:
     """op, name, arguments, options of calls that between them use every argument."""
     out = []
     for dtype in DTYPES:
-        step = random_step(5, 70, 9, dtype, share=0.1, values=True, states={"bias": F32, "momentum": BF16, "second": F32})
+        step = random_step(
+            5,
+            70,
+            9,
+            dtype,
+            share=0.1,
+            values=True,
+            states={"bias": F32, "momentum": BF16, "second": F32},
+        )
         t = step.tensors | {"hyper": ADAM}
         call = (t["weight"], t["x"], t["pos_row"], t["pos_sample"], t["hyper"], t["counter"])
         states = {k: t[k] for k in ("pos_value", "bias", "momentum", "second")}
         out.append(("bce_step_", "plain", call, {}))
-        out.append(("bce_step_", "all", call, states | {"row_offset": 2**33, "rows": 60, "decoupled": True, "need_loss": True}))
+        out.append(
+            (
+                "bce_step_",
+                "all",
+                call,
+                states | {"row_offset": 2**33, "rows": 60, "decoupled": True, "need_loss": True},
+            )
+        )
         if dtype != F32:
-            out.append(("bce_step_", "kahan", call, {"kahan": torch.zeros_like(t["weight"]), "need_loss": True}))
+            out.append(
+                (
+                    "bce_step_",
+                    "kahan",
+                    call,
+                    {"kahan": torch.zeros_like(t["weight"]), "need_loss": True},
+                )
+            )
         for grad in (False, True):
             x, w = t["x"].clone().requires_grad_(grad), t["weight"].clone().requires_grad_(grad)
             bias = t["bias"].clone().requires_grad_(grad)
             pos = (t["pos_row"], t["pos_sample"])
             out.append(("bce_loss", f"grad {grad}", (x, w, None, *pos), {}))
-            out.append(("bce_loss", f"grad {grad} all", (x, w, bias, *pos, t["pos_value"]), {"rows": 60}))
+            out.append(
+                ("bce_loss", f"grad {grad} all", (x, w, bias, *pos, t["pos_value"]), {"rows": 60})
+            )
         t |= random_cluster_step(5, [9, 0, 30, 26], 3, 9, dtype, share=0.1, values=True).tensors
-        call = (t["weight"], t["x"], t["clusters"], t["row_ptr"], 30, t["pos_row"], t["pos_sample"], t["hyper"], t["counter"])
+        call = (
+            t["weight"],
+            t["x"],
+            t["clusters"],
+            t["row_ptr"],
+            30,
+            t["pos_row"],
+            t["pos_sample"],
+            t["hyper"],
+            t["counter"],
+        )
         out.append(("cluster_step_", "plain", call, {}))
         every = {"row_offset": 2**33, "rows": 60, "decoupled": True, "need_loss": True}
-        out.append(("cluster_step_", "all", call, {k: t[k] for k in states} | every | {"second": torch.ones(70)}))
+        out.append(
+            (
+                "cluster_step_",
+                "all",
+                call,
+                {k: t[k] for k in states} | every | {"second": torch.ones(70)},
+            )
+        )
         if dtype != F32:
-            out.append(("cluster_step_", "kahan", call, {"kahan": torch.zeros_like(t["weight"]), "need_loss": True}))
+            out.append(
+                (
+                    "cluster_step_",
+                    "kahan",
+                    call,
+                    {"kahan": torch.zeros_like(t["weight"]), "need_loss": True},
+                )
+            )
         pos = (t["pos_row"], t["pos_sample"])
         out.append(("bce_loss_backward", "plain", (t["x"], t["weight"], None, *pos), {}))
         every = {"rows": 60, "need_dweight": True, "need_dbias": True}
-        out.append(("bce_loss_backward", "all", (t["x"], t["weight"], t["bias"], *pos, t["pos_value"]), every))
+        out.append(
+            (
+                "bce_loss_backward",
+                "all",
+                (t["x"], t["weight"], t["bias"], *pos, t["pos_value"]),
+                every,
+            )
+        )
         out.append(("matmul_topk", "plain", (t["x"], t["weight"], None, 7), {}))
         exclude = torch.tensor([[2**33 + 3, -1]] * 5)
         every = {"exclude": exclude, "row_offset": 2**33, "rows": 60}
@@ -70,13 +142,18 @@ def to_device(value: Any, device: str) -> Any:
 @pytest.mark.parametrize("case", cases(), ids=lambda c: f"{c[0]} {c[1]} {name_of(c[2][0].dtype)}")
 def test_opcheck(case: tuple[str, str, tuple[Any, ...], dict[str, Any]], device: str) -> None:
     op, _, args, options = case
-    moved, named = tuple(to_device(a, device) for a in args), {k: to_device(v, device) for k, v in options.items()}
+    moved, named = (
+        tuple(to_device(a, device) for a in args),
+        {k: to_device(v, device) for k, v in options.items()},
+    )
     opcheck(getattr(torch.ops.xmlkernels, op).default, moved, named)
 
 
 def test_every_op_has_a_case() -> None:
     assert {c[0] for c in cases()} == set(NAMES)
-    assert {n for n in ops.__all__ if n != "missing"} == (set(NAMES) - {"bce_loss_backward"}) | ELSEWHERE
+    assert {n for n in ops.__all__ if n != "missing"} == (
+        set(NAMES) - {"bce_loss_backward"}
+    ) | ELSEWHERE
 
 
 @needs_kernels
@@ -88,14 +165,24 @@ def test_the_native_library_serves_the_op(op: str) -> None:
 def test_shapes_beyond_2_31_on_meta() -> None:
     """Shapes of results at sizes that no test machine holds."""
     n, d, b = 2**28, 768, 128
-    weight, x = torch.empty(n, d, dtype=BF16, device="meta"), torch.empty(b, d, dtype=BF16, device="meta")
-    row, sample = torch.empty(9, dtype=torch.int64, device="meta"), torch.empty(9, dtype=torch.int32, device="meta")
+    weight, x = (
+        torch.empty(n, d, dtype=BF16, device="meta"),
+        torch.empty(b, d, dtype=BF16, device="meta"),
+    )
+    row, sample = (
+        torch.empty(9, dtype=torch.int64, device="meta"),
+        torch.empty(9, dtype=torch.int32, device="meta"),
+    )
     hyper, counter = torch.empty(7, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
     dx, loss = ops.bce_step_(weight, x, row, sample, hyper, counter, need_loss=True)
     assert (dx.shape, dx.dtype, loss.shape) == ((b, d), F32, (1,))
     assert ops.bce_loss(x, weight, None, row, sample).shape == (1,)
-    clusters, row_ptr = (torch.empty(*size, dtype=torch.int64, device="meta") for size in ((b, 400), (2**25,)))
-    dx, scores, loss = ops.cluster_step_(weight, x, clusters, row_ptr, 11, row, sample, hyper, counter, need_loss=True)
+    clusters, row_ptr = (
+        torch.empty(*size, dtype=torch.int64, device="meta") for size in ((b, 400), (2**25,))
+    )
+    dx, scores, loss = ops.cluster_step_(
+        weight, x, clusters, row_ptr, 11, row, sample, hyper, counter, need_loss=True
+    )
     assert (dx.shape, scores.shape, scores.dtype, loss.shape) == ((b, d), (b, 400, 11), F32, (1,))
     values, rows = ops.matmul_topk(x, weight, None, 100)
     assert (values.shape, values.dtype, rows.dtype) == ((b, 100), F32, torch.int64)
@@ -139,11 +226,15 @@ def test_topk_and_loss_beyond_2_31_numbers(huge: torch.Tensor) -> None:
 
 @needs_kernels
 def test_step_beyond_2_31_numbers(huge: torch.Tensor) -> None:
-    """Rows are independent, so the rows at both ends must come out as a small table of them alone."""
+    """Rows are independent, so the rows at both ends must come out as a small table of them
+    alone.
+    """
     base = random_step(2, 2 * KEPT, WIDTH, BF16, hyper=make_hyper(0.05, 0.01))
     for part, offset in ((slice(0, KEPT), 0), (slice(-KEPT, None), ROWS - KEPT)):
         alone = base.replace(weight=huge[part].clone(), row_offset=offset, need_loss=False)
-        alone = alone.replace(pos_row=torch.tensor([KEPT - 1]), pos_sample=torch.tensor([1], dtype=torch.int32))
+        alone = alone.replace(
+            pos_row=torch.tensor([KEPT - 1]), pos_sample=torch.tensor([1], dtype=torch.int32)
+        )
         alone.options["row_offset"] = offset
         base.tensors[f"expected{part.start}"] = alone.run()["weight"]
     t = base.tensors
@@ -191,7 +282,9 @@ print(json.dumps(grown))
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc")
 def test_memory_beyond_the_table_stays_small() -> None:
     """200,000 labels, batch 128: the logits alone would be 102 MB, a table's gradient 51 MB."""
-    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     grown = json.loads(done.stdout)
     assert len(grown) == 10

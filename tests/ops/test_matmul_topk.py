@@ -15,22 +15,35 @@ F32, BF16 = torch.float32, torch.bfloat16
 INF = math.inf
 
 
-def whole_numbers(b: int, n: int, d: int, dtype: torch.dtype, most: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """x, weight, bias of small whole numbers: every score is exact in any order, and ties abound."""
+def whole_numbers(
+    b: int, n: int, d: int, dtype: torch.dtype, most: int = 3, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, weight, bias of small whole numbers: every score is exact in any order, and ties
+    abound.
+    """
     g = torch.Generator().manual_seed(seed)
     x = torch.randint(-most, most + 1, (b, d), generator=g).to(dtype)
     weight = torch.randint(-most, most + 1, (n, d), generator=g).to(dtype)
     return x, weight, torch.randint(-2, 3, (n,), generator=g).float()
 
 
-def check_equal(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, device: str = "cpu", **options: Any) -> None:
+def check_equal(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, device: str = "cpu", **options: Any
+) -> None:
     def move(t: Any) -> Any:
         return t.to(device) if isinstance(t, Tensor) else t
 
-    args, options = [move(t) for t in (x, weight, bias, k)], {key: move(v) for key, v in options.items()}
+    args, options = (
+        [move(t) for t in (x, weight, bias, k)],
+        {key: move(v) for key, v in options.items()},
+    )
     values, rows = matmul_topk(*args, **options)
     expected_values, expected_rows = reference(*args, **options)
-    assert values.dtype == F32 and rows.dtype == torch.int64 and values.shape == rows.shape == (x.shape[0], k)
+    assert (
+        values.dtype == F32
+        and rows.dtype == torch.int64
+        and values.shape == rows.shape == (x.shape[0], k)
+    )
     assert torch.equal(rows, expected_rows)
     assert torch.equal(values, expected_values)
 
@@ -64,13 +77,26 @@ def test_reference_is_torch_topk() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (0, 37, 16), (5, 0, 7), (1, 5000, 1), (65, 2051, 100), (64, 1024, 64), (257, 1537, 384)], ids=name_of
+    "shape",
+    [
+        (1, 1, 1),
+        (0, 37, 16),
+        (5, 0, 7),
+        (1, 5000, 1),
+        (65, 2051, 100),
+        (64, 1024, 64),
+        (257, 1537, 384),
+    ],
+    ids=name_of,
 )
 def test_no_worse_than_torch(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
     b, n, d = shape
     k = 17
     g = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(b, d, generator=g).to(dtype).to(device), torch.randn(n, d, generator=g).to(dtype).to(device)
+    x, weight = (
+        torch.randn(b, d, generator=g).to(dtype).to(device),
+        torch.randn(n, d, generator=g).to(dtype).to(device),
+    )
     bias = torch.randn(n, generator=g).to(device)
     values, rows = matmul_topk(x, weight, bias, k)
     assert values.shape == rows.shape == (b, k)
@@ -120,12 +146,16 @@ def test_ties_take_the_lower_row(dtype: torch.dtype, device: str) -> None:
         for k in (1, 5, 100):
             check_equal(x, weight, None, k, device)
             check_equal(x, weight, bias, k, device)
-    check_equal(torch.zeros(70, 8, dtype=dtype), whole_numbers(1, 2500, 8, dtype)[1], None, 50, device)
+    check_equal(
+        torch.zeros(70, 8, dtype=dtype), whole_numbers(1, 2500, 8, dtype)[1], None, 50, device
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_scores_that_rise_and_fall_with_the_row(device: str) -> None:
-    """The worst orders for a running threshold: every row is a new best, and none but the first k is."""
+    """The worst orders for a running threshold: every row is a new best, and none but the first k
+    is.
+    """
     weight = torch.arange(6000.0).reshape(-1, 1)
     check_equal(torch.tensor([[1.0], [-1.0], [0.0]]), weight, None, 40, device)
 
@@ -154,7 +184,14 @@ def test_every_row_when_k_is_all(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_empty_batch(device: str) -> None:
-    check_equal(torch.empty(0, 4), torch.ones(9, 4), None, 3, device, exclude=torch.empty(0, 2, dtype=torch.int64))
+    check_equal(
+        torch.empty(0, 4),
+        torch.ones(9, 4),
+        None,
+        3,
+        device,
+        exclude=torch.empty(0, 2, dtype=torch.int64),
+    )
 
 
 # 4. Boundary ids, exclusions, padding.
@@ -181,7 +218,12 @@ def test_exclusions(offset: int, device: str) -> None:
     exclude[:, 28] = offset + 1500  # another shard's
     exclude[:, 29] = offset - 1 if offset else -1
     check_equal(x, weight, bias, 30, device, exclude=exclude, row_offset=offset)
-    _, rows = matmul_topk(*(t.to(device) for t in (x, weight, bias)), 30, exclude=exclude.to(device), row_offset=offset)
+    _, rows = matmul_topk(
+        *(t.to(device) for t in (x, weight, bias)),
+        30,
+        exclude=exclude.to(device),
+        row_offset=offset,
+    )
     assert not (rows[:, :, None] == exclude.to(device)[:, None, :]).any()
 
 
@@ -190,7 +232,9 @@ def test_exclusions_of_everything_and_of_nothing(device: str) -> None:
     x, weight, bias = whole_numbers(5, 40, 9, F32)
     every = torch.arange(40).repeat(5, 1)
     every[2, 11] = -1
-    values, rows = matmul_topk(x.to(device), weight.to(device), bias.to(device), 4, exclude=every.to(device))
+    values, rows = matmul_topk(
+        x.to(device), weight.to(device), bias.to(device), 4, exclude=every.to(device)
+    )
     assert rows.tolist() == [[-1] * 4, [-1] * 4, [11, -1, -1, -1], [-1] * 4, [-1] * 4]
     assert (values == -INF).sum() == 19
     check_equal(x, weight, bias, 4, device, exclude=torch.empty(5, 0, dtype=torch.int64))
@@ -205,7 +249,9 @@ def test_padding_is_never_returned(dtype: torch.dtype, poison: float, device: st
     for rows in (0, 1, 1027, 1499):
         weight[rows:], bias[rows:] = poison, poison
         check_equal(x, weight, bias, 20, device, rows=rows)
-        _, got = matmul_topk(x.to(device), weight.to(device), bias.to(device), 20, rows=rows, row_offset=2**35)
+        _, got = matmul_topk(
+            x.to(device), weight.to(device), bias.to(device), 20, rows=rows, row_offset=2**35
+        )
         assert ((got < 2**35 + rows) & ((got >= 2**35) | (got == -1))).all()
         weight, bias = whole_numbers(33, 1500, 17, dtype)[1:]
 
@@ -235,7 +281,11 @@ def test_infinite_scores(dtype: torch.dtype, device: str) -> None:
     bias[[3, 50]], bias[[7, 80]] = INF, -INF
     check_equal(x, weight, bias, 90, device)
     values, rows = matmul_topk(x.to(device), weight.to(device), bias.to(device), 90)
-    assert rows[:, :2].tolist() == [[3, 50]] * 5 and (rows[:, 88:] == -1).all() and (values[:, 88:] == -INF).all()
+    assert (
+        rows[:, :2].tolist() == [[3, 50]] * 5
+        and (rows[:, 88:] == -1).all()
+        and (values[:, 88:] == -INF).all()
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -254,7 +304,10 @@ def test_scores_at_the_edges_are_finite(dtype: torch.dtype, device: str) -> None
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_threads_and_repeats_change_nothing(dtype: torch.dtype, threads: None) -> None:
     g = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(70, 40, generator=g).to(dtype), torch.randn(9001, 40, generator=g).to(dtype)
+    x, weight = (
+        torch.randn(70, 40, generator=g).to(dtype),
+        torch.randn(9001, 40, generator=g).to(dtype),
+    )
     weight[4000:8000] = weight[:4000]  # ties across tiles and workers
     torch.set_num_threads(1)
     first = matmul_topk(x, weight, None, 60)
@@ -273,5 +326,9 @@ def test_shards_merge_to_the_whole(device: str) -> None:
         for a, b in ((0, 20), (20, 1700), (1700, 3001))
     ]
     joined, their = torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1)
-    order = torch.sort(joined, dim=1, descending=True, stable=True).indices[:, :50]  # parts stand in order of row
-    assert torch.equal(joined.gather(1, order), values) and torch.equal(their.gather(1, order), rows)
+    order = torch.sort(joined, dim=1, descending=True, stable=True).indices[
+        :, :50
+    ]  # parts stand in order of row
+    assert torch.equal(joined.gather(1, order), values) and torch.equal(
+        their.gather(1, order), rows
+    )

@@ -28,9 +28,21 @@ def words(key: str, counter: str) -> list[str]:
 @pytest.mark.parametrize(
     "counter, key, expected",
     [
-        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+        (
+            "00000000 00000000 00000000 00000000",
+            "00000000 00000000",
+            "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+        ),
+        (
+            "ffffffff ffffffff ffffffff ffffffff",
+            "ffffffff ffffffff",
+            "408f276d 41c83b0e a20bc7c6 6d5451fd",
+        ),
+        (
+            "243f6a88 85a308d3 13198a2e 03707344",
+            "a4093822 299f31d0",
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
     ],
 )
 def test_philox_known_answers(counter: str, key: str, expected: str) -> None:
@@ -38,7 +50,9 @@ def test_philox_known_answers(counter: str, key: str, expected: str) -> None:
 
 
 def test_random16_lays_out_the_draw() -> None:
-    """Column c takes half c % 2 (low first) of word (c % 8) // 2 of draw c // 8, with the row's high half in the counter."""
+    """Column c takes half c % 2 (low first) of word (c % 8) // 2 of draw c // 8, with the row's
+    high half in the counter.
+    """
     counter, row = torch.tensor([0xA4093822, 0x299F31D0]), 0x85A308D3_243F6A88 - 2**64
     got = random16(counter, torch.tensor([row]), 19, stream=2)[0]
     for column in range(19):
@@ -49,7 +63,9 @@ def test_random16_lays_out_the_draw() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_random16_is_balanced_and_uncorrelated(device: str) -> None:
-    r = random16(torch.tensor([5, 0], device=device), torch.arange(4096, device=device), 64, WEIGHT).cpu()
+    r = random16(
+        torch.tensor([5, 0], device=device), torch.arange(4096, device=device), 64, WEIGHT
+    ).cpu()
     n = r.numel()
     assert int(r.min()) >= 0 and int(r.max()) < 65536
     for bit in range(16):
@@ -57,9 +73,14 @@ def test_random16_is_balanced_and_uncorrelated(device: str) -> None:
         assert abs(ones - n / 2) < 5 * (n / 4) ** 0.5, f"bit {bit}"
     counts = torch.bincount(r.flatten() >> 8, minlength=256).double()
     chi_squared = float(((counts - n / 256) ** 2 / (n / 256)).sum())
-    assert 255 - 5 * 22.6 < chi_squared < 255 + 5 * 22.6  # 255 degrees of freedom: sigma = sqrt(510)
+    assert (
+        255 - 5 * 22.6 < chi_squared < 255 + 5 * 22.6
+    )  # 255 degrees of freedom: sigma = sqrt(510)
     centred = r.double() - 32767.5
-    for name, a, b in (("columns", centred[:, :-1], centred[:, 1:]), ("rows", centred[:-1], centred[1:])):
+    for name, a, b in (
+        ("columns", centred[:, :-1], centred[:, 1:]),
+        ("rows", centred[:-1], centred[1:]),
+    ):
         correlation = float((a * b).mean() / centred.square().mean())
         assert abs(correlation) < 5 / n**0.5, f"neighbouring {name}"
 
@@ -102,7 +123,10 @@ def test_rounding_is_unbiased_for_every_word(w: float, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("dtype", LOW, ids=name_of)
 def test_rounding_is_unbiased_in_the_subnormals_and_near_the_maximum(dtype: torch.dtype) -> None:
     info = torch.finfo(dtype)
-    values = [info.smallest_normal * f for f in (1.7, 1.0001, 0.9999, 0.71, 0.1, 0.013, 1e-3, 1.3e-4, 1e-5, 3e-8)]
+    values = [
+        info.smallest_normal * f
+        for f in (1.7, 1.0001, 0.9999, 0.71, 0.1, 0.013, 1e-3, 1.3e-4, 1e-5, 3e-8)
+    ]
     values += [info.max * f for f in (0.9999, 0.997, 0.5001)]
     check_mean_over_every_word(torch.tensor([*values, *(-v for v in values)]), dtype)
 
@@ -110,11 +134,15 @@ def test_rounding_is_unbiased_in_the_subnormals_and_near_the_maximum(dtype: torc
 @pytest.mark.parametrize("dtype", LOW, ids=name_of)
 def test_rounding_picks_one_of_the_two_neighbours(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
-    value = torch.randn(20000, generator=g) * torch.exp2(torch.randint(-40, 10, (20000,), generator=g).float())
+    value = torch.randn(20000, generator=g) * torch.exp2(
+        torch.randint(-40, 10, (20000,), generator=g).float()
+    )
     rounded = round_stochastic(value, torch.randint(0, 65536, (20000,), generator=g), dtype)
     assert ((rounded.double() - value.double()).abs() < unit(value, dtype)).all()
     kept = value.to(dtype).float()
-    assert torch.equal(round_stochastic(kept, torch.full((20000,), 65535), dtype).float(), kept), "a stored value moved"
+    assert torch.equal(round_stochastic(kept, torch.full((20000,), 65535), dtype).float(), kept), (
+        "a stored value moved"
+    )
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=name_of)

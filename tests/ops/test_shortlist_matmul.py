@@ -20,7 +20,9 @@ shared_or_not = pytest.mark.parametrize("shared", BOTH, ids=["per sample", "shar
 # 1.
 @pytest.mark.parametrize("device", DEVICES)
 def test_by_hand(device: str) -> None:
-    """Two samples, a pad, and row 2 twice in the second list; the upstream gradient is 1, 2, ... in reading order."""
+    """Two samples, a pad, and row 2 twice in the second list; the upstream gradient is 1, 2, ... in
+    reading order.
+    """
     x = torch.tensor([[1.0, 2], [3, -1]], device=device, requires_grad=True)
     weight = torch.tensor([[1.0, 0], [9, 9], [2, 1]], device=device, requires_grad=True)
     bias = torch.tensor([0.5, 0, -1], device=device, requires_grad=True)
@@ -32,7 +34,11 @@ def test_by_hand(device: str) -> None:
     assert dx.tolist() == [[1 * 1 + 2 * 2, 2], [4 * 2 + 5 * 1 + 6 * 2, 4 + 6]]
     assert dweight.is_coalesced() and dweight.indices().tolist() == [[0, 2]]
     assert dweight.values().tolist() == [[1 + 15, 2 - 5], [2 + 30, 4 - 10]]
-    assert dbias.is_coalesced() and dbias.indices().tolist() == [[0, 2]] and dbias.values().tolist() == [6, 12]
+    assert (
+        dbias.is_coalesced()
+        and dbias.indices().tolist() == [[0, 2]]
+        and dbias.values().tolist() == [6, 12]
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -54,7 +60,9 @@ def test_by_hand_with_a_shared_list(device: str) -> None:
 def test_reference_is_autograd(shape: tuple[int, int, int, int], shared: bool) -> None:
     t = make(*shape, F64, shared=shared)
     expected, tight = plain(t, F64), {"rtol": 1e-12, "atol": 1e-12}
-    torch.testing.assert_close(reference(t["x"], t["weight"], t["bias"], t["index"]), expected["logits"], **tight)
+    torch.testing.assert_close(
+        reference(t["x"], t["weight"], t["bias"], t["index"]), expected["logits"], **tight
+    )
     got = reference_backward(t["dlogits"], t["x"], t["weight"], t["index"], need_dbias=True)
     for name, value in zip(("dx", "rows", "grad", "dbias"), got, strict=True):
         torch.testing.assert_close(value, expected[name], **tight)
@@ -75,8 +83,13 @@ def test_gradcheck_of_the_reference(shared: bool) -> None:
         def backward(ctx: Any, dz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             x, weight = ctx.saved_tensors
             dlogits = torch.full((4, 6), math.nan, dtype=F64).masked_scatter(real, dz)
-            dx, rows, grad, dbias = reference_backward(dlogits, x, weight, t["index"], need_dbias=True)
-            dense = torch.zeros_like(weight).index_add(0, rows, grad), torch.zeros(9, dtype=F64).index_add(0, rows, dbias)
+            dx, rows, grad, dbias = reference_backward(
+                dlogits, x, weight, t["index"], need_dbias=True
+            )
+            dense = (
+                torch.zeros_like(weight).index_add(0, rows, grad),
+                torch.zeros(9, dtype=F64).index_add(0, rows, dbias),
+            )
             return dx, *dense
 
     leaves = tuple(t[k].double().requires_grad_() for k in ("x", "weight", "bias"))
@@ -88,7 +101,9 @@ def test_gradcheck_of_the_reference(shared: bool) -> None:
 @shared_or_not
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
-def test_no_worse_than_torch(shape: tuple[int, int, int, int], dtype: torch.dtype, shared: bool, device: str) -> None:
+def test_no_worse_than_torch(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, shared: bool, device: str
+) -> None:
     t = make(*shape, dtype, shared=shared)
     check_against_exact(t, dtype, device)
 
@@ -98,7 +113,9 @@ def check_against_exact(t: dict[str, Tensor], dtype: torch.dtype, device: str = 
     assert torch.equal(got["rows"], wide["rows"])
     real = wide["logits"] > -math.inf
     assert torch.equal(got["logits"] == -math.inf, ~real)
-    assert_no_worse(got["logits"][real], low["logits"][real], wide["logits"][real], dtype, what="logits")
+    assert_no_worse(
+        got["logits"][real], low["logits"][real], wide["logits"][real], dtype, what="logits"
+    )
     for name in ("dx", "grad", "dbias"):
         assert got[name].dtype == F32
         assert_no_worse(got[name], low[name], wide[name], dtype, what=name)
@@ -108,7 +125,9 @@ def check_against_exact(t: dict[str, Tensor], dtype: torch.dtype, device: str = 
 @shared_or_not
 @pytest.mark.parametrize("x_dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_x_of_another_format(dtype: torch.dtype, x_dtype: torch.dtype, shared: bool, device: str) -> None:
+def test_x_of_another_format(
+    dtype: torch.dtype, x_dtype: torch.dtype, shared: bool, device: str
+) -> None:
     t = make(9, 40, 200, 33, dtype, x_dtype=x_dtype, shared=shared)
     check_against_exact(t, max(dtype, x_dtype, key=lambda d: torch.finfo(d).eps), device)
 
@@ -121,10 +140,14 @@ def test_bits_where_every_sum_is_exact(dtype: torch.dtype, shared: bool, device:
         t = make_exact(*shape, dtype, shared=shared)
         args = (t["x"], t["weight"], t["bias"], t["index"])
         expected = reference_backward(t["dlogits"], args[0], args[1], args[3], need_dbias=True)
-        expected = {"logits": reference(*args)} | dict(zip(("dx", "rows", "grad", "dbias"), expected, strict=True))
+        expected = {"logits": reference(*args)} | dict(
+            zip(("dx", "rows", "grad", "dbias"), expected, strict=True)
+        )
         got = moved(everything(moved(t, device)), "cpu")
         # A sum of zeros may be -0 in one order and 0 in another.
-        assert_same_bits({k: v + 0 for k, v in got.items()}, {k: v + 0 for k, v in expected.items()})
+        assert_same_bits(
+            {k: v + 0 for k, v in got.items()}, {k: v + 0 for k, v in expected.items()}
+        )
 
 
 # 4.
@@ -132,10 +155,15 @@ def test_bits_where_every_sum_is_exact(dtype: torch.dtype, shared: bool, device:
 @shared_or_not
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_unnamed_rows_are_not_read(dtype: torch.dtype, shared: bool, device: str) -> None:
-    """Neither for a pad nor beside a named row; D = 17 makes a whole vector reach into the next row."""
+    """Neither for a pad nor beside a named row; D = 17 makes a whole vector reach into the next
+    row.
+    """
     t = make(9, 50, 400, 17, dtype, shared=shared)
     t["index"] = torch.where(t["index"] >= 0, t["index"] // 2 * 2 + 1, -1)
-    clean, t = moved(t, device), moved(t | {"weight": t["weight"].clone(), "bias": t["bias"].clone()}, device)
+    clean, t = (
+        moved(t, device),
+        moved(t | {"weight": t["weight"].clone(), "bias": t["bias"].clone()}, device),
+    )
     t["weight"][::2], t["bias"][::2] = math.nan, math.inf
     assert_same_bits(everything(t), everything(clean))
 
@@ -147,7 +175,9 @@ def test_all_pads(shared: bool, device: str) -> None:
     t["index"].fill_(-1)
     t["dlogits"].fill_(math.nan)
     got = everything(t)
-    assert (got["logits"] == -math.inf).all() and (got["dx"] == 0).all() and got["dx"].shape == (5, 6)
+    assert (
+        (got["logits"] == -math.inf).all() and (got["dx"] == 0).all() and got["dx"].shape == (5, 6)
+    )
     assert [got[k].shape for k in ("rows", "grad", "dbias")] == [(0,), (0, 6), (0,)]
 
 
@@ -162,8 +192,14 @@ def test_one_row_named_by_every_entry(dtype: torch.dtype, shared: bool, device: 
     assert got["rows"].tolist() == [4]
     # A shared list adds its duplicates before the product, which rounds a sum beyond 256 in bf16.
     exact = {} if not (shared and dtype == BF16) else {"rtol": 2**-7, "atol": 4.0}
-    torch.testing.assert_close(got["grad"].cpu()[0], total @ t["x"].float(), **(exact or {"rtol": 0, "atol": 0}))
-    torch.testing.assert_close(got["dx"].cpu(), total[:, None] * t["weight"][4].float(), **(exact or {"rtol": 0, "atol": 0}))
+    torch.testing.assert_close(
+        got["grad"].cpu()[0], total @ t["x"].float(), **(exact or {"rtol": 0, "atol": 0})
+    )
+    torch.testing.assert_close(
+        got["dx"].cpu(),
+        total[:, None] * t["weight"][4].float(),
+        **(exact or {"rtol": 0, "atol": 0}),
+    )
     assert float(got["dbias"]) == float(total.sum())
 
 
@@ -182,15 +218,22 @@ def test_a_non_finite_sample_stays_its_own(bad: float, device: str) -> None:
     clean = everything(t)
     t["x"][2, 32] = bad
     got, others = everything(t), [0, 1, 3, 4]
-    assert torch.equal(got["logits"][others], clean["logits"][others]) and torch.equal(got["dx"], clean["dx"])
-    assert not got["logits"][2][t["index"][2] >= 0].isfinite().any() and not got["grad"][:, 32].isfinite().all()
+    assert torch.equal(got["logits"][others], clean["logits"][others]) and torch.equal(
+        got["dx"], clean["dx"]
+    )
+    assert (
+        not got["logits"][2][t["index"][2] >= 0].isfinite().any()
+        and not got["grad"][:, 32].isfinite().all()
+    )
     assert torch.equal(got["grad"][:, :32], clean["grad"][:, :32])
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @shared_or_not
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_nothing_becomes_non_finite_at_the_edges(dtype: torch.dtype, shared: bool, device: str) -> None:
+def test_nothing_becomes_non_finite_at_the_edges(
+    dtype: torch.dtype, shared: bool, device: str
+) -> None:
     t = moved(make(9, 40, 50, 33, dtype, x_dtype=F32, pads=0, shared=shared), device)
     for name in ("weight", "x"):
         t[name] = t[name].sign() * (65280.0 if dtype == BF16 else 65504.0)

@@ -20,7 +20,9 @@ shared_or_not = pytest.mark.parametrize("shared", BOTH, ids=["per sample", "shar
 @shared_or_not
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("needs", SUBSETS, ids=lambda n: "+".join(n) or "none")
-def test_only_what_is_asked_for(needs: tuple[str, ...], dtype: torch.dtype, shared: bool, device: str) -> None:
+def test_only_what_is_asked_for(
+    needs: tuple[str, ...], dtype: torch.dtype, shared: bool, device: str
+) -> None:
     t = moved(make(6, 12, 30, 9, dtype, shared=shared), device)
     leaves = {k: t[k].requires_grad_(k in needs) for k in LEAVES}
     z = forward(t)
@@ -40,15 +42,23 @@ def test_only_what_is_asked_for(needs: tuple[str, ...], dtype: torch.dtype, shar
             assert torch.equal(leaf.grad, expected["dx"].to(dtype))
         else:
             assert leaf.grad.is_sparse and torch.equal(leaf.grad._indices()[0], expected["rows"])
-            assert torch.equal(leaf.grad._values(), expected["grad" if name == "weight" else "dbias"].to(leaf.dtype))
+            assert torch.equal(
+                leaf.grad._values(),
+                expected["grad" if name == "weight" else "dbias"].to(leaf.dtype),
+            )
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @shared_or_not
 @pytest.mark.parametrize("needs", list(itertools.product(BOTH, BOTH, BOTH)), ids=str)
-def test_what_is_not_asked_for_is_empty(needs: tuple[bool, bool, bool], shared: bool, device: str) -> None:
+def test_what_is_not_asked_for_is_empty(
+    needs: tuple[bool, bool, bool], shared: bool, device: str
+) -> None:
     t = moved(make(6, 12, 30, 9, shared=shared), device)
-    whole, got = backward(t), backward(t, need_dx=needs[0], need_dweight=needs[1], need_dbias=needs[2])
+    whole, got = (
+        backward(t),
+        backward(t, need_dx=needs[0], need_dweight=needs[1], need_dbias=needs[2]),
+    )
     asked = {"dx": needs[0], "grad": needs[1], "dbias": needs[2], "rows": needs[1] or needs[2]}
     empty = {"dx": (0,), "grad": (0, 9), "dbias": (0,), "rows": (0,)}
     for name, wanted in asked.items():
@@ -72,13 +82,17 @@ def test_finite_differences(device: str) -> None:
         way = torch.randn(t[name].shape, generator=g).to(device)
         reached = way if name == "x" else way[found["rows"]]
         ahead, behind = (loss(**{name: t[name] + s * 0.05 * way}) for s in (1, -1))
-        assert float(ahead - behind) / 0.1 == pytest.approx(float((found[gradient] * reached).sum()), rel=1e-3, abs=0.01)
+        assert float(ahead - behind) / 0.1 == pytest.approx(
+            float((found[gradient] * reached).sum()), rel=1e-3, abs=0.01
+        )
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @shared_or_not
 def test_sparse_adam_takes_the_gradient(shared: bool, device: str) -> None:
-    """Three steps beside an nn.Embedding(sparse=True) with the same numbers: the same table, untouched rows untouched."""
+    """Three steps beside an nn.Embedding(sparse=True) with the same numbers: the same table,
+    untouched rows untouched.
+    """
     t = moved(make(8, 20, 60, 12, shared=shared), device)
     real, target = (t["index"] >= 0).expand(8, 20), (t["dlogits"].nan_to_num() > 0.5).float()
     tables, found = {}, {}
@@ -92,7 +106,9 @@ def test_sparse_adam_takes_the_gradient(shared: bool, device: str) -> None:
                 z = ops.shortlist_matmul(t["x"], table.weight, None, t["index"])
             else:
                 z = (table(t["index"].clamp(min=0)).expand(8, 20, 12) * t["x"][:, None]).sum(-1)
-            torch.nn.functional.binary_cross_entropy_with_logits(z[real], target[real], reduction="sum").backward()
+            torch.nn.functional.binary_cross_entropy_with_logits(
+                z[real], target[real], reduction="sum"
+            ).backward()
             optimizer.step()
         tables[kind], found[kind] = table.weight.detach(), table.weight.grad.coalesce().to_dense()
     torch.testing.assert_close(found["op"], found["embedding"], rtol=1e-4, atol=1e-5)
@@ -116,7 +132,9 @@ def test_the_gradient_is_coalesced_and_backward_keeps_its_order(device: str) -> 
 
 
 def test_a_table_that_moved_since_is_refused_by_the_backward() -> None:
-    """The gradient of x needs the rows that were scored: silently taking the updated ones would be wrong."""
+    """The gradient of x needs the rows that were scored: silently taking the updated ones would be
+    wrong.
+    """
     x, weight = torch.randn(2, 8, requires_grad=True), torch.randn(5, 8)
     logits = ops.shortlist_matmul(x, weight, None, torch.tensor([0, 3]))
     hyper, counter = torch.tensor([0.1, 0, 0, 0, 0, 1, 1]), torch.tensor([1, 0])

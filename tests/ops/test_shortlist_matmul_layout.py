@@ -1,4 +1,6 @@
-"""What `shortlist_matmul` and its backward promise torch, the machine and whoever errs: schemas, memory, messages."""
+"""What `shortlist_matmul` and its backward promise torch, the machine and whoever errs: schemas,
+memory, messages.
+"""
 
 import gc
 import json
@@ -35,14 +37,20 @@ shared_or_not = pytest.mark.parametrize("shared", BOTH, ids=["per sample", "shar
 def test_opcheck(dtype: torch.dtype, bias: bool, grad: bool, shared: bool, device: str) -> None:
     t = {k: v.to(device) for k, v in make(5, 7, 20, 9, dtype, shared=shared).items()}
     x, weight, b = (t[k].requires_grad_(grad) for k in ("x", "weight", "bias"))
-    opcheck(torch.ops.xmlkernels.shortlist_matmul.default, (x, weight, b if bias else None, t["index"]))
+    opcheck(
+        torch.ops.xmlkernels.shortlist_matmul.default, (x, weight, b if bias else None, t["index"])
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @shared_or_not
-@pytest.mark.parametrize("needs", [{}, {"need_dx": False, "need_dbias": True}, {"need_dweight": False}], ids=str)
+@pytest.mark.parametrize(
+    "needs", [{}, {"need_dx": False, "need_dbias": True}, {"need_dweight": False}], ids=str
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_opcheck_of_the_backward(dtype: torch.dtype, needs: dict[str, bool], shared: bool, device: str) -> None:
+def test_opcheck_of_the_backward(
+    dtype: torch.dtype, needs: dict[str, bool], shared: bool, device: str
+) -> None:
     t = {k: v.to(device) for k, v in make(5, 7, 20, 9, dtype, shared=shared).items()}
     args = tuple(t[k] for k in ("dlogits", "x", "weight", "index"))
     opcheck(torch.ops.xmlkernels.shortlist_backward.default, args, needs)
@@ -83,11 +91,16 @@ def huge() -> Iterator[Tensor]:
 @shared_or_not
 def test_beyond_2_31_numbers(huge: Tensor, shared: bool) -> None:
     """As a table of the named rows alone."""
-    named = torch.cat([torch.arange(8), torch.arange(2**20, 2**20 + 4), torch.arange(ROWS - 8, ROWS)])
+    named = torch.cat(
+        [torch.arange(8), torch.arange(2**20, 2**20 + 4), torch.arange(ROWS - 8, ROWS)]
+    )
     t = make(3, 300, len(named), WIDTH, BF16, shared=shared)
     small = t | {"weight": huge[named], "bias": torch.zeros(len(named))}
     there = torch.where(t["index"] >= 0, named[t["index"]], -1)
-    got, expected = everything(small | {"weight": huge, "bias": torch.zeros(ROWS), "index": there}), everything(small)
+    got, expected = (
+        everything(small | {"weight": huge, "bias": torch.zeros(ROWS), "index": there}),
+        everything(small),
+    )
     assert torch.equal(got.pop("rows"), named[expected.pop("rows")])
     for name, value in got.items():
         assert torch.equal(value, expected[name]), name
@@ -121,9 +134,14 @@ print(json.dumps(grown))
 @needs_kernels
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc")
 def test_memory_beyond_the_results_stays_small() -> None:
-    """128,000 entries of 384 columns: the gathered rows would be 94 MB in bf16. O(B S) is 6 MB here."""
+    """128,000 entries of 384 columns: the gathered rows would be 94 MB in bf16. O(B S) is 6 MB
+    here.
+    """
     done = subprocess.run(
-        [sys.executable, "-c", GROWTH, str(Path(__file__).parent)], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", GROWTH, str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     grown = json.loads(done.stdout)
@@ -132,7 +150,9 @@ def test_memory_beyond_the_results_stays_small() -> None:
 
 # 7. Instruction sets
 def by_reference(t: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = reference_backward(t["dlogits"], t["x"], t["weight"], t["index"], t.get("row_scale"), need_dbias=True)
+    found = reference_backward(
+        t["dlogits"], t["x"], t["weight"], t["index"], t.get("row_scale"), need_dbias=True
+    )
     z = reference(t["x"], t["weight"], t["bias"], t["index"], t.get("row_scale"))
     return {"logits": z} | dict(zip(("dx", "rows", "grad", "dbias"), found, strict=True))
 
@@ -149,7 +169,9 @@ print(json.dumps(shortlists.exact_results(shortlists.everything)))
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", instruction_sets()[1:])  # the first is in use: all other tests are its own
+@pytest.mark.parametrize(
+    "name", instruction_sets()[1:]
+)  # the first is in use: all other tests are its own
 def test_every_instruction_set(name: str) -> None:
     done = run_child(name, CHILD)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -162,39 +184,138 @@ B, S, N, D = 4, 5, 6, 3
 FLOATS = "torch.float32 or torch.bfloat16 or torch.float16"
 TABLES = f"{FLOATS} or torch.float8_e4m3fn"
 MESSAGES = [
-    ("weight", torch.zeros(N, D).double(), f"{TABLES} [any, any] on cpu", "torch.float64 [6, 3]", "convert"),
-    ("weight", torch.zeros(N), f"{TABLES} [any, any] on cpu", "torch.float32 [6] on cpu", "reshape"),
-    ("weight", torch.zeros(D, N).T, "a contiguous tensor", "strides (1, 6) for shape [6, 3]", "call .contiguous() on it"),
-    ("weight", torch.zeros(N, 0), "a table with at least one column", "torch.float32 [6, 0]", "a width of 1 or more"),
-    ("weight", torch.zeros(N, D).to(torch.float8_e5m2), f"a {FLOATS.replace(' or', ',', 1)} table",
-     "torch.float8_e5m2 [6, 3] on cpu", "convert it"),
+    (
+        "weight",
+        torch.zeros(N, D).double(),
+        f"{TABLES} [any, any] on cpu",
+        "torch.float64 [6, 3]",
+        "convert",
+    ),
+    (
+        "weight",
+        torch.zeros(N),
+        f"{TABLES} [any, any] on cpu",
+        "torch.float32 [6] on cpu",
+        "reshape",
+    ),
+    (
+        "weight",
+        torch.zeros(D, N).T,
+        "a contiguous tensor",
+        "strides (1, 6) for shape [6, 3]",
+        "call .contiguous() on it",
+    ),
+    (
+        "weight",
+        torch.zeros(N, 0),
+        "a table with at least one column",
+        "torch.float32 [6, 0]",
+        "a width of 1 or more",
+    ),
+    (
+        "weight",
+        torch.zeros(N, D).to(torch.float8_e5m2),
+        f"a {FLOATS.replace(' or', ',', 1)} table",
+        "torch.float8_e5m2 [6, 3] on cpu",
+        "convert it",
+    ),
     ("row_scale", torch.ones(N, 2), "None for a torch.float32 table", "a tensor", "leave it out"),
-    ("x", torch.zeros(B, D + 1), "[any, 3] on cpu", "torch.float32 [4, 4] on cpu", "convert, reshape or move it"),
+    (
+        "x",
+        torch.zeros(B, D + 1),
+        "[any, 3] on cpu",
+        "torch.float32 [4, 4] on cpu",
+        "convert, reshape or move it",
+    ),
     ("x", torch.zeros(B, D).double(), FLOATS, "torch.float64 [4, 3] on cpu", "convert"),
-    ("x", torch.zeros(D, B).T, "a contiguous tensor", "strides (1, 4) for shape [4, 3]", "call .contiguous()"),
+    (
+        "x",
+        torch.zeros(D, B).T,
+        "a contiguous tensor",
+        "strides (1, 4) for shape [4, 3]",
+        "call .contiguous()",
+    ),
     ("x", torch.zeros(B, D, device="meta"), "on cpu", "torch.float32 [4, 3] on meta", "move it"),
-    ("bias", torch.zeros(N, dtype=BF16), "torch.float32 [6] on cpu", "torch.bfloat16 [6] on cpu", "convert"),
+    (
+        "bias",
+        torch.zeros(N, dtype=BF16),
+        "torch.float32 [6] on cpu",
+        "torch.bfloat16 [6] on cpu",
+        "convert",
+    ),
     ("bias", torch.zeros(N + 1), "torch.float32 [6] on cpu", "torch.float32 [7] on cpu", "reshape"),
-    ("index", torch.zeros(B, S).int(), "torch.int64 [4, any] on cpu", "torch.int32 [4, 5] on cpu", "convert"),
-    ("index", torch.zeros(B + 1, S).long(), "torch.int64 [4, any] on cpu", "torch.int64 [5, 5] on cpu", "reshape"),
+    (
+        "index",
+        torch.zeros(B, S).int(),
+        "torch.int64 [4, any] on cpu",
+        "torch.int32 [4, 5] on cpu",
+        "convert",
+    ),
+    (
+        "index",
+        torch.zeros(B + 1, S).long(),
+        "torch.int64 [4, any] on cpu",
+        "torch.int64 [5, 5] on cpu",
+        "reshape",
+    ),
     ("index", torch.zeros(S).int(), "torch.int64 [5] on cpu", "torch.int32 [5] on cpu", "convert"),
-    ("index", torch.zeros(B, S, 1).long(), "torch.int64 [4, any] on cpu", "torch.int64 [4, 5, 1] on cpu", "reshape"),
+    (
+        "index",
+        torch.zeros(B, S, 1).long(),
+        "torch.int64 [4, any] on cpu",
+        "torch.int64 [4, 5, 1] on cpu",
+        "reshape",
+    ),
     ("index", torch.tensor(3), "torch.int64 [4, any] on cpu", "torch.int64 [] on cpu", "reshape"),
-    ("index", torch.zeros(S, B).long().T, "a contiguous tensor", "strides (1, 4)", "call .contiguous()"),
-    ("index", torch.zeros(B, S, device="meta").long(), "[4, any] on cpu", "torch.int64 [4, 5] on meta", "move it"),
-    ("index", torch.full((B, S), N), "rows from 0 to 5, or -1 for a pad", "entries from 6 to 6", "number the rows within"),
-    ("index", torch.tensor([0, -2, 5]), "rows from 0 to 5, or -1 for a pad", "entries from -2 to 5", "pad with -1"),
-    ("index", torch.full((B, S), 2**62), "rows from 0 to 5", f"entries from {2**62} to {2**62}", "within weight"),
-]  # fmt: skip
+    (
+        "index",
+        torch.zeros(S, B).long().T,
+        "a contiguous tensor",
+        "strides (1, 4)",
+        "call .contiguous()",
+    ),
+    (
+        "index",
+        torch.zeros(B, S, device="meta").long(),
+        "[4, any] on cpu",
+        "torch.int64 [4, 5] on meta",
+        "move it",
+    ),
+    (
+        "index",
+        torch.full((B, S), N),
+        "rows from 0 to 5, or -1 for a pad",
+        "entries from 6 to 6",
+        "number the rows within",
+    ),
+    (
+        "index",
+        torch.tensor([0, -2, 5]),
+        "rows from 0 to 5, or -1 for a pad",
+        "entries from -2 to 5",
+        "pad with -1",
+    ),
+    (
+        "index",
+        torch.full((B, S), 2**62),
+        "rows from 0 to 5",
+        f"entries from {2**62} to {2**62}",
+        "within weight",
+    ),
+]
 
 
 def good() -> dict[str, Any]:
     return {k: v for k, v in make(B, S, N, D).items() if k != "dlogits"}
 
 
-@pytest.mark.parametrize("argument, value, expected, got, mend", MESSAGES, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    "argument, value, expected, got, mend", MESSAGES, ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_message(argument: str, value: Tensor, expected: str, got: str, mend: str) -> None:
-    args = good() | {argument: value} | ({"x": torch.zeros(B, 0)} if value.shape[1:] == (0,) else {})
+    args = (
+        good() | {argument: value} | ({"x": torch.zeros(B, 0)} if value.shape[1:] == (0,) else {})
+    )
     with pytest.raises(InputError) as raised:
         ops.shortlist_matmul(**args)
     error = raised.value
@@ -215,10 +336,17 @@ def test_the_kernels_refuse_what_would_corrupt_memory(entry: int, shared: bool) 
     """Called past the checks of `xmlkernels.ops`."""
     t = make(B, S, N, D, shared=shared)
     t["index"].view(-1)[2] = entry
-    with pytest.raises(RuntimeError, match=f"argument index: expected rows from 0 to 5 or -1, got {entry}"):
+    with pytest.raises(
+        RuntimeError, match=f"argument index: expected rows from 0 to 5 or -1, got {entry}"
+    ):
         torch.ops.xmlkernels.shortlist_matmul(t["x"], t["weight"], None, t["index"])
-    with pytest.raises(RuntimeError, match=f"argument index: expected rows from 0 to 5 or -1, got {entry}"):
+    with pytest.raises(
+        RuntimeError, match=f"argument index: expected rows from 0 to 5 or -1, got {entry}"
+    ):
         backward(t)
-    expected = rf"argument dlogits: expected torch.float32 \[{B}, {S}\] on cpu, got torch.float32 \[{B}, {S - 1}\]"
+    expected = (
+        rf"argument dlogits: expected torch.float32 \[{B}, {S}\] on cpu, got torch.float32 \[{B}, "
+        rf"{S - 1}\]"
+    )
     with pytest.raises(RuntimeError, match=expected):
         backward(make(B, S, N, D, shared=shared) | {"dlogits": torch.zeros(B, S - 1)})

@@ -1,4 +1,6 @@
-"""What the sparse updates and `bag_step_` promise torch and the machine: schemas, memory, addresses, instruction sets."""
+"""What the sparse updates and `bag_step_` promise torch and the machine: schemas, memory,
+addresses, instruction sets.
+"""
 
 import gc
 import json
@@ -9,7 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import DEVICES, DTYPES, assert_same_bits, huge_table, make_counter, make_hyper, name_of, needs_kernels, opcheck
+from common import (
+    DEVICES,
+    DTYPES,
+    assert_same_bits,
+    huge_table,
+    make_counter,
+    make_hyper,
+    name_of,
+    needs_kernels,
+    opcheck,
+)
 from sparse_common import RULES, RowStep, dyadic_rows, random_bags, random_rows
 from test_instruction_sets import digest, instruction_sets, run_child
 from xmlkernels import ops
@@ -32,7 +44,9 @@ def cases() -> list[RowStep]:
 
 # 5. opcheck
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("step", cases(), ids=lambda s: f"{s.op} {s.rule} {name_of(s.tensors['param'].dtype)}")
+@pytest.mark.parametrize(
+    "step", cases(), ids=lambda s: f"{s.op} {s.rule} {name_of(s.tensors['param'].dtype)}"
+)
 def test_opcheck(step: RowStep, device: str) -> None:
     positional, named = step.to(device).arguments()
     opcheck(getattr(torch.ops.xmlkernels, step.op).default, positional, named)
@@ -48,7 +62,9 @@ def test_nothing_is_read_on_another_device() -> None:
     """On meta tensors no value can be read: the checks must not try."""
     for step in (random_rows("adam", (5, 40, 9), BF16), random_bags("adam", (5, 30, 40, 9), BF16)):
         step.tensors["param"] = torch.empty(2**28, 768, dtype=BF16, device="meta")
-        step.tensors |= {k: torch.empty(2**28, 768, dtype=BF16, device="meta") for k in ("momentum", "second")}
+        step.tensors |= {
+            k: torch.empty(2**28, 768, dtype=BF16, device="meta") for k in ("momentum", "second")
+        }
         step.tensors["grad"] = torch.empty(5, 768)
         positional, named = step.to("meta").arguments()
         assert getattr(ops, step.op)(*positional, **named) is None
@@ -87,12 +103,19 @@ def test_beyond_2_31_numbers(op: str, huge: list[torch.Tensor]) -> None:
 
     def make(table: list[torch.Tensor], ids: torch.Tensor, part: slice, offset: int) -> RowStep:
         named = {"token": ids, "offset": torch.arange(ids.shape[0] + 1)} if bags else {"rows": ids}
-        tensors = dict(zip(names, table, strict=True)) | named | call | {"grad": call["grad"][part].contiguous()}
+        tensors = (
+            dict(zip(names, table, strict=True))
+            | named
+            | call
+            | {"grad": call["grad"][part].contiguous()}
+        )
         return RowStep("adam", tensors, {"row_offset": offset})
 
     first = make([t[:KEPT].clone() for t in huge], rows[:3], slice(0, 3), 2**32).run()
     start = ROWS - KEPT
-    last = make([t[-KEPT:].clone() for t in huge], rows[3:] - start, slice(3, 5), 2**32 + start).run()
+    last = make(
+        [t[-KEPT:].clone() for t in huge], rows[3:] - start, slice(3, 5), 2**32 + start
+    ).run()
     positional, named = make(huge, rows, slice(0, 5), 2**32).arguments()
     getattr(ops, op)(*positional, **named)
     assert_same_bits({k: t[:KEPT] for k, t in zip(names, huge, strict=True)}, first)
@@ -110,7 +133,9 @@ m, v = torch.zeros(n, d), torch.zeros(n, d)
 token, offset = torch.randint(0, n, (count,)), torch.arange(bags + 1) * (count // bags)
 
 def adam(k): ops.sparse_adam_(weight, m, v, rows[:k], grad[:k], hyper, counter)
-def bag(k): ops.bag_step_(weight, grad[:bags], token, offset.clamp(max=k), hyper, counter, momentum=m, second=v)
+def bag(k):
+    at = offset.clamp(max=k)
+    ops.bag_step_(weight, grad[:bags], token, at, hyper, counter, momentum=m, second=v)
 
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 def now(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
@@ -130,7 +155,9 @@ print(json.dumps(grown))
 @needs_kernels
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
 def test_memory_beyond_the_table_stays_small() -> None:
-    """A copy of the touched rows would be 41 to 51 MB, a dense gradient 205 MB; sorting takes 48 bytes an occurrence."""
+    """A copy of the touched rows would be 41 to 51 MB, a dense gradient 205 MB; sorting takes 48
+    bytes an occurrence.
+    """
     done = run_child("", GROWTH)
     assert done.returncode == 0, done.stderr[-2000:]
     grown = json.loads(done.stdout)
@@ -163,14 +190,18 @@ import sparse_common, test_sparse_layout as t
 from test_sparse_update import check_against_exact
 for rule in t.RULES:
     for dtype in t.DTYPES:
-        check_against_exact(sparse_common.random_rows(rule, (9, 40, 70), dtype, grad=t.BF16, lazy=True))
-        check_against_exact(sparse_common.random_bags(rule, (9, 90, 40, 7), dtype, grad=t.F16, row_wise=True))
+        rows = sparse_common.random_rows(rule, (9, 40, 70), dtype, grad=t.BF16, lazy=True)
+        check_against_exact(rows)
+        bags = sparse_common.random_bags(rule, (9, 90, 40, 7), dtype, grad=t.F16, row_wise=True)
+        check_against_exact(bags)
 print(json.dumps(t.results(False)))
 """
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", instruction_sets()[1:])  # the first is in use: all other tests are its own
+@pytest.mark.parametrize(
+    "name", instruction_sets()[1:]
+)  # the first is in use: all other tests are its own
 def test_every_instruction_set(name: str) -> None:
     done = run_child(name, CHILD)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -182,7 +213,13 @@ def test_every_instruction_set(name: str) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
 def test_the_kernels_refuse_tensors_of_two_cards() -> None:
     """Called past the checks of `xmlkernels.ops`."""
-    table, rows, grad = torch.zeros(4, 8, device="cuda:0"), torch.arange(2, device="cuda:0"), torch.ones(2, 8, device="cuda:1")
+    table, rows, grad = (
+        torch.zeros(4, 8, device="cuda:0"),
+        torch.arange(2, device="cuda:0"),
+        torch.ones(2, 8, device="cuda:1"),
+    )
     steer = torch.zeros(7, device="cuda:0"), torch.zeros(2, dtype=torch.int64, device="cuda:0")
-    with pytest.raises(RuntimeError, match=r"argument grad: expected .* on cuda:0, got .* on cuda:1"):
+    with pytest.raises(
+        RuntimeError, match=r"argument grad: expected .* on cuda:0, got .* on cuda:1"
+    ):
         torch.ops.xmlkernels.sparse_sgd_(table, None, rows, grad, *steer)

@@ -1,4 +1,6 @@
-"""The sparse updates and `bag_step_` at the edges: inputs that are not finite, the largest numbers, the arguments' messages."""
+"""The sparse updates and `bag_step_` at the edges: inputs that are not finite, the largest numbers,
+the arguments' messages.
+"""
 
 import math
 from typing import Any
@@ -20,7 +22,9 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("grad", DTYPES, ids=name_of)
 @pytest.mark.parametrize("rule", RULES)
-def test_a_non_finite_gradient_leaves_everything_as_it_was(rule: str, grad: torch.dtype, bad: float, device: str) -> None:
+def test_a_non_finite_gradient_leaves_everything_as_it_was(
+    rule: str, grad: torch.dtype, bad: float, device: str
+) -> None:
     every = {"row_step": rule == "adam", "lazy": True, "kahan": True}
     for shape, places in (((1, 1, 1), ((0, 0),)), ((130, 300, 33), ((0, 0), (129, 32), (64, 16)))):
         for place in places:
@@ -41,13 +45,19 @@ def test_a_non_finite_gradient_far_behind_is_found(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("rule", RULES)
-def test_stores_saturate_at_the_largest_finite_value(rule: str, dtype: torch.dtype, device: str) -> None:
-    """Gradients of ±2^60, states of 0: steps of 3e38 or more, from a weight that is not far from the format's end."""
+def test_stores_saturate_at_the_largest_finite_value(
+    rule: str, dtype: torch.dtype, device: str
+) -> None:
+    """Gradients of ±2^60, states of 0: steps of 3e38 or more, from a weight that is not far from
+    the format's end.
+    """
     sign, largest = torch.tensor([[1.0, -1.0]]).repeat(65, 9), torch.finfo(dtype).max
     step = random_rows(rule, (65, 65, 18), dtype, hyper=make_hyper(3e38, 0.0, 0.5, 0.5, 1e-8))
     param = (-sign * 3e38).clamp(-largest, largest).to(dtype)
     step = step.replace(grad=sign * 2.0**60, param=param, counter=make_counter(step=0))
-    got = step.replace(**{k: torch.zeros_like(step.tensors[k]) for k in RULES[rule]}).to(device).run()
+    got = (
+        step.replace(**{k: torch.zeros_like(step.tensors[k]) for k in RULES[rule]}).to(device).run()
+    )
     assert torch.equal(got["param"].cpu(), (-sign * largest).to(dtype))
     for name in RULES[rule]:
         assert got[name].isfinite().all() and (got[name].float().abs() > 1e4).all(), name
@@ -57,14 +67,18 @@ def test_stores_saturate_at_the_largest_finite_value(rule: str, dtype: torch.dty
 @pytest.mark.parametrize("lr", [1e-3, 1.0, 1e30])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("rule", RULES)
-def test_nothing_becomes_non_finite_at_the_edges(rule: str, dtype: torch.dtype, lr: float, device: str) -> None:
+def test_nothing_becomes_non_finite_at_the_edges(
+    rule: str, dtype: torch.dtype, lr: float, device: str
+) -> None:
     """|g| = |w| = 65,504 (65,280 in bf16), again and again on the states of the step before."""
     edge = 65280.0 if dtype == BF16 else 65504.0
     hyper = make_hyper(lr, 0.1, 0.9, 0.999, 1e-8)
     for row_wise in {False, "second" in RULES[rule]}:
         step = random_rows(rule, (65, 70, 33), dtype, hyper=hyper, row_wise=row_wise)
         t = step.tensors
-        step = step.replace(param=(t["param"].sign() * edge).to(dtype), grad=t["grad"].sign() * edge).to(device)
+        step = step.replace(
+            param=(t["param"].sign() * edge).to(dtype), grad=t["grad"].sign() * edge
+        ).to(device)
         for number in range(3):
             got = step.run()
             for name, value in got.items():
@@ -77,8 +91,12 @@ def test_nothing_becomes_non_finite_at_the_edges(rule: str, dtype: torch.dtype, 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", LOW, ids=name_of)
 def test_kahan_follows_the_exact_path(dtype: torch.dtype, device: str) -> None:
-    """Thirty updates, each far below half a unit of the weight: plain rounding to nearest would not move at all."""
-    step = random_rows("sgd", (65, 70, 24), dtype, hyper=make_hyper(1e-5 if dtype == BF16 else 1e-6))
+    """Thirty updates, each far below half a unit of the weight: plain rounding to nearest would not
+    move at all.
+    """
+    step = random_rows(
+        "sgd", (65, 70, 24), dtype, hyper=make_hyper(1e-5 if dtype == BF16 else 1e-6)
+    )
     weight = (step.tensors["param"].float().sign() * 0.75).to(dtype)
     got = step.replace(param=weight, kahan=torch.zeros_like(weight)).to(device)
     for _ in range(30):
@@ -89,7 +107,9 @@ def test_kahan_follows_the_exact_path(dtype: torch.dtype, device: str) -> None:
     # each step may lose half a unit of the rest, which lies below half a unit of the weight
     rest = float(unit(0.499 * unit(torch.tensor(0.75), dtype), dtype))
     assert 0 < moved.abs().max() < 0.5 * torch.finfo(dtype).eps
-    assert (whole - (weight[rows].double() - moved)).abs().max() <= 30 * 0.5 * rest + 0.01 * float(moved.abs().max())
+    assert (whole - (weight[rows].double() - moved)).abs().max() <= 30 * 0.5 * rest + 0.01 * float(
+        moved.abs().max()
+    )
 
 
 # 8. Every argument that does not fit is told in one sentence.
@@ -98,59 +118,271 @@ F64, LONG = torch.float64, torch.int64
 Case = tuple[str, dict[str, Any], str, str, str]
 FLOATS = "torch.float32 or torch.bfloat16 or torch.float16"
 TABLE: list[Case] = [
-    ("param", {"param": torch.zeros(N, D, dtype=F64)}, f"{FLOATS} [any, any] on cpu", "torch.float64 [6, 3] on cpu", "convert"),
-    ("param", {"param": torch.zeros(N)}, f"{FLOATS} [any, any] on cpu", "torch.float32 [6] on cpu", "reshape"),
-    ("param", {"param": torch.zeros(D, N).T}, "a contiguous tensor", "strides (1, 6) for shape [6, 3]", "call .contiguous()"),
-    ("param", {"param": torch.zeros(N, 0)}, "a table with at least one column", "torch.float32 [6, 0] on cpu", "width of 1"),
-    ("param", {"param": torch.zeros(N, D, requires_grad=True)},
-     "a tensor that requires no gradient", "one that does", "pass .detach()"),
-    ("hyper", {"hyper": torch.zeros(6)}, "torch.float32 [7] on cpu", "torch.float32 [6] on cpu", "reshape"),
-    ("counter", {"counter": make_counter().int()}, "torch.int64 [2] on cpu", "torch.int32 [2] on cpu", "convert"),
-    ("momentum", {"momentum": torch.zeros(N, D + 1)}, f"{FLOATS} [6, 3] on cpu", "torch.float32 [6, 4] on cpu", "reshape"),
-    ("second", {"second": torch.zeros(N, 1)}, f"{FLOATS} [6, 3] on cpu", "torch.float32 [6, 1] on cpu", "reshape"),
-    ("second", {"second": torch.zeros(D)}, f"{FLOATS} [6] on cpu", "torch.float32 [3] on cpu", "reshape"),
-    ("second", {"second": torch.zeros(N, D, 1)}, "shape [6, 3], or [6] for one value per row",
-     "torch.float32 [6, 3, 1] on cpu", "reshape"),
-    ("kahan", {"kahan": torch.zeros(N, D)}, "a table below fp32", "an fp32 table", "leave kahan out"),
-    ("kahan", {"kahan": torch.zeros(N, D, dtype=F16)}, "torch.float32 [6, 3] on cpu", "torch.float16 [6, 3] on cpu", "convert"),
-    ("row_step", {"row_step": torch.zeros(N)}, "torch.int64 [6] on cpu", "torch.float32 [6] on cpu", "convert"),
+    (
+        "param",
+        {"param": torch.zeros(N, D, dtype=F64)},
+        f"{FLOATS} [any, any] on cpu",
+        "torch.float64 [6, 3] on cpu",
+        "convert",
+    ),
+    (
+        "param",
+        {"param": torch.zeros(N)},
+        f"{FLOATS} [any, any] on cpu",
+        "torch.float32 [6] on cpu",
+        "reshape",
+    ),
+    (
+        "param",
+        {"param": torch.zeros(D, N).T},
+        "a contiguous tensor",
+        "strides (1, 6) for shape [6, 3]",
+        "call .contiguous()",
+    ),
+    (
+        "param",
+        {"param": torch.zeros(N, 0)},
+        "a table with at least one column",
+        "torch.float32 [6, 0] on cpu",
+        "width of 1",
+    ),
+    (
+        "param",
+        {"param": torch.zeros(N, D, requires_grad=True)},
+        "a tensor that requires no gradient",
+        "one that does",
+        "pass .detach()",
+    ),
+    (
+        "hyper",
+        {"hyper": torch.zeros(6)},
+        "torch.float32 [7] on cpu",
+        "torch.float32 [6] on cpu",
+        "reshape",
+    ),
+    (
+        "counter",
+        {"counter": make_counter().int()},
+        "torch.int64 [2] on cpu",
+        "torch.int32 [2] on cpu",
+        "convert",
+    ),
+    (
+        "momentum",
+        {"momentum": torch.zeros(N, D + 1)},
+        f"{FLOATS} [6, 3] on cpu",
+        "torch.float32 [6, 4] on cpu",
+        "reshape",
+    ),
+    (
+        "second",
+        {"second": torch.zeros(N, 1)},
+        f"{FLOATS} [6, 3] on cpu",
+        "torch.float32 [6, 1] on cpu",
+        "reshape",
+    ),
+    (
+        "second",
+        {"second": torch.zeros(D)},
+        f"{FLOATS} [6] on cpu",
+        "torch.float32 [3] on cpu",
+        "reshape",
+    ),
+    (
+        "second",
+        {"second": torch.zeros(N, D, 1)},
+        "shape [6, 3], or [6] for one value per row",
+        "torch.float32 [6, 3, 1] on cpu",
+        "reshape",
+    ),
+    (
+        "kahan",
+        {"kahan": torch.zeros(N, D)},
+        "a table below fp32",
+        "an fp32 table",
+        "leave kahan out",
+    ),
+    (
+        "kahan",
+        {"kahan": torch.zeros(N, D, dtype=F16)},
+        "torch.float32 [6, 3] on cpu",
+        "torch.float16 [6, 3] on cpu",
+        "convert",
+    ),
+    (
+        "row_step",
+        {"row_step": torch.zeros(N)},
+        "torch.int64 [6] on cpu",
+        "torch.float32 [6] on cpu",
+        "convert",
+    ),
     ("row_decay", {"row_decay": torch.zeros(N)}, "both or neither", "row_decay alone", "pass both"),
     ("row_decay", {"decay_sum": torch.zeros(1)}, "both or neither", "decay_sum alone", "pass both"),
-    ("row_decay", {"row_decay": torch.zeros(N), "decay_sum": torch.zeros(1)},
-     "decoupled=True beside it", "decoupled=False", "pass decoupled=True"),
-    ("row_decay", {"row_decay": torch.zeros(D), "decay_sum": torch.zeros(1), "decoupled": True},
-     "torch.float32 [6] on cpu", "torch.float32 [3] on cpu", "reshape"),
-    ("decay_sum", {"row_decay": torch.zeros(N), "decay_sum": torch.zeros(2), "decoupled": True},
-     "torch.float32 [1] on cpu", "torch.float32 [2] on cpu", "reshape"),
+    (
+        "row_decay",
+        {"row_decay": torch.zeros(N), "decay_sum": torch.zeros(1)},
+        "decoupled=True beside it",
+        "decoupled=False",
+        "pass decoupled=True",
+    ),
+    (
+        "row_decay",
+        {"row_decay": torch.zeros(D), "decay_sum": torch.zeros(1), "decoupled": True},
+        "torch.float32 [6] on cpu",
+        "torch.float32 [3] on cpu",
+        "reshape",
+    ),
+    (
+        "decay_sum",
+        {"row_decay": torch.zeros(N), "decay_sum": torch.zeros(2), "decoupled": True},
+        "torch.float32 [1] on cpu",
+        "torch.float32 [2] on cpu",
+        "reshape",
+    ),
     ("row_offset", {"row_offset": -1}, "0 or more", "-1", "pass the global row of"),
-]  # fmt: skip
+]
 ROWS: list[Case] = [
-    ("rows", {"rows": torch.zeros(2, dtype=torch.int32)}, "torch.int64 [any] on cpu", "torch.int32 [2] on cpu", "convert"),
-    ("rows", {"rows": torch.tensor([-1, 4])}, "rows from 0 to 5, and 6 or more as fill", "-1 at 0", "number rows within"),
-    ("rows", {"rows": torch.tensor([4, 1])}, "unique rows in ascending order", "1 after 4 at 1", "sort them"),
-    ("rows", {"rows": torch.tensor([4, 4])}, "unique rows in ascending order", "4 after 4 at 1", "add up the gradients"),
-    ("grad", {"grad": torch.zeros(2, D, dtype=F64)}, f"{FLOATS} [2, 3] on cpu", "torch.float64 [2, 3] on cpu", "convert"),
-    ("grad", {"grad": torch.zeros(3, D)}, f"{FLOATS} [2, 3] on cpu", "torch.float32 [3, 3] on cpu", "reshape"),
-]  # fmt: skip
+    (
+        "rows",
+        {"rows": torch.zeros(2, dtype=torch.int32)},
+        "torch.int64 [any] on cpu",
+        "torch.int32 [2] on cpu",
+        "convert",
+    ),
+    (
+        "rows",
+        {"rows": torch.tensor([-1, 4])},
+        "rows from 0 to 5, and 6 or more as fill",
+        "-1 at 0",
+        "number rows within",
+    ),
+    (
+        "rows",
+        {"rows": torch.tensor([4, 1])},
+        "unique rows in ascending order",
+        "1 after 4 at 1",
+        "sort them",
+    ),
+    (
+        "rows",
+        {"rows": torch.tensor([4, 4])},
+        "unique rows in ascending order",
+        "4 after 4 at 1",
+        "add up the gradients",
+    ),
+    (
+        "grad",
+        {"grad": torch.zeros(2, D, dtype=F64)},
+        f"{FLOATS} [2, 3] on cpu",
+        "torch.float64 [2, 3] on cpu",
+        "convert",
+    ),
+    (
+        "grad",
+        {"grad": torch.zeros(3, D)},
+        f"{FLOATS} [2, 3] on cpu",
+        "torch.float32 [3, 3] on cpu",
+        "reshape",
+    ),
+]
 BAGS: list[Case] = [
-    ("grad", {"grad": torch.zeros(2, D + 1)}, f"{FLOATS} [any, 3] on cpu", "torch.float32 [2, 4] on cpu", "reshape"),
-    ("token", {"token": torch.zeros(5)}, "torch.int64 [any] on cpu", "torch.float32 [5] on cpu", "convert"),
-    ("token", {"token": torch.tensor([0, 6, -1, 2, 2])}, "rows from 0 to 5, or -1 as fill", "-1 to 6", "number tokens within"),
-    ("token", {"token": torch.tensor([0, 5, -2, 2, 2])}, "rows from 0 to 5, or -1 as fill", "-2 to 5", "number tokens within"),
-    ("offset", {"offset": torch.zeros(2, dtype=LONG)}, "torch.int64 [3] on cpu", "torch.int64 [2] on cpu", "reshape"),
-    ("offset", {"offset": torch.tensor([0, 3, 6])}, "ascending numbers from 0 to at most 5", "0 to 6", "let bag b begin"),
-    ("offset", {"offset": torch.tensor([0, 6, 5])}, "ascending numbers", "0 to 5, not ascending", "let bag b begin"),
-    ("offset", {"offset": torch.tensor([-1, 3, 5])}, "ascending numbers", "-1 to 5", "let bag b begin"),
-    ("token_weight", {"token_weight": torch.zeros(4)}, "torch.float32 [5] on cpu", "torch.float32 [4] on cpu", "reshape"),
-    ("token_weight", {"token_weight": torch.zeros(5).double()}, "torch.float32 [5]", "torch.float64 [5]", "convert"),
-    ("row_step", {"row_step": torch.zeros(N, dtype=LONG), "drop": "second"},
-     "momentum and second beside it", "second=None", "leave it out"),
-    ("row_step", {"row_step": torch.zeros(N, dtype=LONG), "drop": "momentum"},
-     "momentum and second beside it", "momentum=None", "leave it out"),
-]  # fmt: skip
-NOT_TAKEN = {"sparse_sgd_": ("second", "row_step"), "sparse_adagrad_": ("momentum", "row_step"), "sparse_adam_": ()}
+    (
+        "grad",
+        {"grad": torch.zeros(2, D + 1)},
+        f"{FLOATS} [any, 3] on cpu",
+        "torch.float32 [2, 4] on cpu",
+        "reshape",
+    ),
+    (
+        "token",
+        {"token": torch.zeros(5)},
+        "torch.int64 [any] on cpu",
+        "torch.float32 [5] on cpu",
+        "convert",
+    ),
+    (
+        "token",
+        {"token": torch.tensor([0, 6, -1, 2, 2])},
+        "rows from 0 to 5, or -1 as fill",
+        "-1 to 6",
+        "number tokens within",
+    ),
+    (
+        "token",
+        {"token": torch.tensor([0, 5, -2, 2, 2])},
+        "rows from 0 to 5, or -1 as fill",
+        "-2 to 5",
+        "number tokens within",
+    ),
+    (
+        "offset",
+        {"offset": torch.zeros(2, dtype=LONG)},
+        "torch.int64 [3] on cpu",
+        "torch.int64 [2] on cpu",
+        "reshape",
+    ),
+    (
+        "offset",
+        {"offset": torch.tensor([0, 3, 6])},
+        "ascending numbers from 0 to at most 5",
+        "0 to 6",
+        "let bag b begin",
+    ),
+    (
+        "offset",
+        {"offset": torch.tensor([0, 6, 5])},
+        "ascending numbers",
+        "0 to 5, not ascending",
+        "let bag b begin",
+    ),
+    (
+        "offset",
+        {"offset": torch.tensor([-1, 3, 5])},
+        "ascending numbers",
+        "-1 to 5",
+        "let bag b begin",
+    ),
+    (
+        "token_weight",
+        {"token_weight": torch.zeros(4)},
+        "torch.float32 [5] on cpu",
+        "torch.float32 [4] on cpu",
+        "reshape",
+    ),
+    (
+        "token_weight",
+        {"token_weight": torch.zeros(5).double()},
+        "torch.float32 [5]",
+        "torch.float64 [5]",
+        "convert",
+    ),
+    (
+        "row_step",
+        {"row_step": torch.zeros(N, dtype=LONG), "drop": "second"},
+        "momentum and second beside it",
+        "second=None",
+        "leave it out",
+    ),
+    (
+        "row_step",
+        {"row_step": torch.zeros(N, dtype=LONG), "drop": "momentum"},
+        "momentum and second beside it",
+        "momentum=None",
+        "leave it out",
+    ),
+]
+NOT_TAKEN = {
+    "sparse_sgd_": ("second", "row_step"),
+    "sparse_adagrad_": ("momentum", "row_step"),
+    "sparse_adam_": (),
+}
 CASES = [("bag_step_", *case) for case in TABLE + BAGS]
-CASES += [(op, *case) for op, without in NOT_TAKEN.items() for case in TABLE + ROWS if not set(case[1]) & set(without)]
+CASES += [
+    (op, *case)
+    for op, without in NOT_TAKEN.items()
+    for case in TABLE + ROWS
+    if not set(case[1]) & set(without)
+]
 
 
 def good(op: str) -> RowStep:
@@ -160,8 +392,14 @@ def good(op: str) -> RowStep:
     return random_rows({"sparse_sgd_": "momentum"}.get(op, op[7:-1]), (2, N, D), F32)
 
 
-@pytest.mark.parametrize("op, argument, changed, expected, got, mend", CASES, ids=lambda v: v if isinstance(v, str) else "")
-def test_message(op: str, argument: str, changed: dict[str, Any], expected: str, got: str, mend: str) -> None:
+@pytest.mark.parametrize(
+    "op, argument, changed, expected, got, mend",
+    CASES,
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_message(
+    op: str, argument: str, changed: dict[str, Any], expected: str, got: str, mend: str
+) -> None:
     base = good(op)
     step = RowStep(base.rule, dict(base.tensors), dict(base.options))
     for name, value in changed.items():

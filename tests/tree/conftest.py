@@ -12,7 +12,9 @@ from xmlkernels import parallel
 
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
-    """Sets the number of threads: numba's, or, where its setter refuses more than the machine has, what we read of it."""
+    """Sets the number of threads: numba's, or, where its setter refuses more than the machine has,
+    what we read of it.
+    """
     before = numba.get_num_threads()
 
     def choose(count: int) -> None:

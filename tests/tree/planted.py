@@ -9,7 +9,8 @@ from scipy.sparse import csr_matrix
 def planted(
     branching: tuple[int, ...], per_leaf: int, seed: int, *, words: int = 12, noise: int = 12
 ) -> tuple[np.ndarray, csr_matrix]:
-    """(leaf of each label, features): every node of the hierarchy gives its labels the same words, heavier the coarser.
+    """(leaf of each label, features): every node of the hierarchy gives its labels the same words,
+    heavier the coarser.
 
     Siblings are numbered together: with branching (a, b), leaf // b is the node of the level above.
     """
@@ -28,7 +29,10 @@ def planted(
     value.append(random.uniform(0, 1, (len(leaf), noise)))
     columns = np.concatenate(index, axis=1)
     row = np.repeat(np.arange(len(leaf)), columns.shape[1])
-    matrix = csr_matrix((np.concatenate(value, axis=1).ravel(), (row, columns.ravel())), shape=(len(leaf), base + 500))
+    matrix = csr_matrix(
+        (np.concatenate(value, axis=1).ravel(), (row, columns.ravel())),
+        shape=(len(leaf), base + 500),
+    )
     return leaf, csr_matrix(matrix, dtype=np.float32)
 
 

@@ -1,4 +1,6 @@
-"""Balanced 2-means: planted hierarchies, the best of all splits, sizes, threads, labels without features."""
+"""Balanced 2-means: planted hierarchies, the best of all splits, sizes, threads, labels without
+features.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,12 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(module, "SAMPLE", 1 << 40 if request.param == "pairwise" else 64)
 
 
-@pytest.mark.parametrize(("branching", "counts"), [((2, 2, 4), [2, 4, 16]), ((3, 4), [3, 12]), ((5, 2), [10])])
-def test_recovers_a_planted_hierarchy(path: None, branching: tuple[int, ...], counts: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("branching", "counts"), [((2, 2, 4), [2, 4, 16]), ((3, 4), [3, 12]), ((5, 2), [10])]
+)
+def test_recovers_a_planted_hierarchy(
+    path: None, branching: tuple[int, ...], counts: list[int]
+) -> None:
     for seed in range(3):
         leaf, features = planted(branching, 9, seed)
         found = cluster(label_features(features), counts, Means(seed=seed))
@@ -47,7 +53,11 @@ def test_recovers_a_planted_hierarchy(path: None, branching: tuple[int, ...], co
 
 def objective(features: LabelFeatures, first: np.ndarray) -> float:
     blocks = [features.sparse.toarray(), *([] if features.dense is None else [features.dense])]
-    return sum(float(np.linalg.norm(block[half].sum(axis=0))) for block in blocks for half in (first, ~first))
+    return sum(
+        float(np.linalg.norm(block[half].sum(axis=0)))
+        for block in blocks
+        for half in (first, ~first)
+    )
 
 
 @pytest.mark.parametrize("blocks", ["sparse", "dense", "both"])
@@ -56,7 +66,8 @@ def test_finds_the_best_of_all_splits(path: None, blocks: str, labels: int) -> N
     best = 0
     for seed in range(5):
         features = label_features(
-            None if blocks == "dense" else noise(labels, seed), None if blocks == "sparse" else dense_noise(labels, seed)
+            None if blocks == "dense" else noise(labels, seed),
+            None if blocks == "sparse" else dense_noise(labels, seed),
         )
         every = []
         for chosen in combinations(range(labels), (labels + 1) // 2):
@@ -75,7 +86,10 @@ def test_a_split_is_a_fixed_point(path: None) -> None:
     first = cluster(features, [2], Means(tolerance=0))[0] == 0
     score = np.zeros(200)
     for block in (features.sparse.toarray(), features.dense):
-        centres = [block[half].sum(axis=0) / np.linalg.norm(block[half].sum(axis=0)) for half in (first, ~first)]
+        centres = [
+            block[half].sum(axis=0) / np.linalg.norm(block[half].sum(axis=0))
+            for half in (first, ~first)
+        ]
         score += block @ (centres[0] - centres[1])
     assert first.sum() == 100 and score[first].min() >= score[~first].max() - 1e-4
 
@@ -89,7 +103,8 @@ def test_levels_nest_and_clusters_are_of_like_size(counts: list[int]) -> None:
         sizes = np.bincount(found[level])
         power = count & (count - 1) == 0
         assert sizes.max() - sizes.min() <= (1 if power else 403 / count + 1)
-    # numbered in tree order: the tree of the partitions has the same clusters under the same numbers
+    # numbered in tree order: the tree of the partitions has the same clusters under the same
+    # numbers
     assert all((part[tree.order] == tree.ancestors(r)).all() for r, part in enumerate(found))
 
 
@@ -106,7 +121,9 @@ def test_nearly_as_many_clusters_as_labels() -> None:
 
 
 @pytest.mark.parametrize("kind", ["sparse", "both"])
-def test_threads_do_not_change_the_tree(threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_threads_do_not_change_the_tree(
+    threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     monkeypatch.setattr(module, "LARGE", 300)
     monkeypatch.setattr(module, "SAMPLE", 100)
     features = label_features(noise(700, columns=200), dense_noise(700) if kind == "both" else None)
@@ -115,20 +132,30 @@ def test_threads_do_not_change_the_tree(threads: Callable[[int], None], monkeypa
         threads(count)
         found.append(cluster(features, [4, 60, 200]))
     assert all((a == b).all() for other in found[1:] for a, b in zip(found[0], other, strict=True))
-    assert any((a != b).any() for a, b in zip(found[0], cluster(features, [4, 60, 200], Means(seed=1)), strict=True))
+    assert any(
+        (a != b).any()
+        for a, b in zip(found[0], cluster(features, [4, 60, 200], Means(seed=1)), strict=True)
+    )
 
 
 def bare(labels: int, empty: list[int]) -> LabelFeatures:
     keep = np.ones((labels, 1), np.float32)
     keep[empty] = 0
     full = noise(labels, columns=30) + csr_matrix(np.eye(labels, 30, dtype=np.float32))
-    full = csr_matrix(full + csr_matrix((np.ones(labels, np.float32), (np.arange(labels), np.arange(labels) % 30))))
+    full = csr_matrix(
+        full
+        + csr_matrix((np.ones(labels, np.float32), (np.arange(labels), np.arange(labels) % 30)))
+    )
     return label_features(csr_matrix(full.multiply(keep), dtype=np.float32))
 
 
-@pytest.mark.parametrize("empty", [[5], [0, 7, 50, 99], list(range(0, 100, 2)), list(range(2, 100))])
+@pytest.mark.parametrize(
+    "empty", [[5], [0, 7, 50, 99], list(range(0, 100, 2)), list(range(2, 100))]
+)
 @pytest.mark.parametrize("counts", [[16], [2, 16], [4, 8, 40]])
-def test_labels_without_features_have_leaves_of_their_own(empty: list[int], counts: list[int]) -> None:
+def test_labels_without_features_have_leaves_of_their_own(
+    empty: list[int], counts: list[int]
+) -> None:
     found = cluster(bare(100, empty), counts)
     without = np.isin(np.arange(100), empty)
     leaves = [without[found[-1] == leaf] for leaf in range(found[-1].max() + 1)]
@@ -158,7 +185,7 @@ def test_equal_labels_are_split_by_number() -> None:
         ([2], {"tolerance": -1.0}, "tolerance: expected 0 or more, got -1"),
         ([2], {"seed": -1}, "seed: expected an integer from 0"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_cannot_be(counts: list[int], means: dict[str, float], says: str) -> None:
     with pytest.raises(InputError, match=says):
         cluster(label_features(noise(5)), counts, Means(**means))  # type: ignore[arg-type]

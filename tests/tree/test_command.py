@@ -1,4 +1,6 @@
-"""`xmlkernels tree`: a dataset folder → a tree folder, made once for each content; what it refuses."""
+"""`xmlkernels tree`: a dataset folder → a tree folder, made once for each content; what it
+refuses.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ LABELS, SUBJECTS = 24, 4
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Documents of four subjects, six labels each, the last of which no document has; its name is of its subject."""
+    """Documents of four subjects, six labels each, the last of which no document has; its name is
+    of its subject.
+    """
     base = tmp_path_factory.mktemp("tree")
     make_tokenizer(base / "tokenizer")
     random = np.random.default_rng(0)
@@ -47,32 +51,48 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for _ in range(count):
             subject = int(random.integers(SUBJECTS))
             labels = sorted(random.choice(5, 2, replace=False) * SUBJECTS + subject)
-            words = [f"w{subject * 20 + word}" for word in random.integers(0, 20, 8)] + [f"w{100 + label}" for label in labels]
+            words = [f"w{subject * 20 + word}" for word in random.integers(0, 20, 8)] + [
+                f"w{100 + label}" for label in labels
+            ]
             texts.append(" ".join(words))
             rows.append(" ".join(f"{label}:1" for label in labels))
         (base / f"{split}.txt").write_text("\n".join(texts) + "\n")
         (base / f"{split}_labels.txt").write_text(f"{count} {LABELS}\n" + "\n".join(rows) + "\n")
     (base / "names.txt").write_text(
-        "".join(f"w{label % SUBJECTS * 20} w{label % SUBJECTS * 20 + 1}\n" for label in range(LABELS))
+        "".join(
+            f"w{label % SUBJECTS * 20} w{label % SUBJECTS * 20 + 1}\n" for label in range(LABELS)
+        )
     )
     for name, keep in (("texts", True), ("tokens", False)):
         config = PrepareConfig(
-            base / name, str(base / "tokenizer"), 16, keep_texts=keep, train_text=base / "train.txt",
-            train_labels=base / "train_labels.txt", validation_text=base / "val.txt",
-            validation_labels=base / "val_labels.txt", label_text=base / "names.txt",
-        )  # fmt: skip
+            base / name,
+            str(base / "tokenizer"),
+            16,
+            keep_texts=keep,
+            train_text=base / "train.txt",
+            train_labels=base / "train_labels.txt",
+            validation_text=base / "val.txt",
+            validation_labels=base / "val_labels.txt",
+            label_text=base / "names.txt",
+        )
         prepare(config)
     for split, count in (("train", 200), ("val", 40)):  # word w{i} is column i
         rows = (base / f"{split}_labels.txt").read_text().splitlines()[1:]
         texts = (base / f"{split}.txt").read_text().splitlines()
-        lines = [f"{row.replace(':1', '').replace(' ', ',')} {as_bag(text)}" for row, text in zip(rows, texts, strict=True)]
+        lines = [
+            f"{row.replace(':1', '').replace(' ', ',')} {as_bag(text)}"
+            for row, text in zip(rows, texts, strict=True)
+        ]
         (base / f"{split}_bags.txt").write_text(f"{count} 200 {LABELS}\n" + "\n".join(lines) + "\n")
     names = (base / "names.txt").read_text().splitlines()
     (base / "name_bags.txt").write_text(f"{LABELS} 200\n" + "\n".join(map(as_bag, names)) + "\n")
     config = PrepareConfig(
-        base / "bags", source="bow", train_text=base / "train_bags.txt", validation_text=base / "val_bags.txt",
+        base / "bags",
+        source="bow",
+        train_text=base / "train_bags.txt",
+        validation_text=base / "val_bags.txt",
         label_text=base / "name_bags.txt",
-    )  # fmt: skip
+    )
     prepare(config)
     np.save(base / "vectors.npy", np.eye(SUBJECTS, dtype=np.float32)[np.arange(LABELS) % SUBJECTS])
     yield base
@@ -85,24 +105,32 @@ def as_bag(text: str) -> str:
 
 @pytest.fixture
 def options(folder: Path, tmp_path: Path) -> TreeConfig:
-    return TreeConfig(str(folder / "texts"), output=str(tmp_path / "tree"), depths=(2, 3), plot=False, visits=50)
+    return TreeConfig(
+        str(folder / "texts"), output=str(tmp_path / "tree"), depths=(2, 3), plot=False, visits=50
+    )
 
 
 def by_subject(tree: LabelTree) -> bool:
     """Whether the four clusters of the first level are the four subjects."""
     subject = tree.order % SUBJECTS
-    return tree.sizes[0] == SUBJECTS and all(len(set(subject[tree.ancestors(0) == c])) == 1 for c in range(SUBJECTS))
+    return tree.sizes[0] == SUBJECTS and all(
+        len(set(subject[tree.ancestors(0) == c])) == 1 for c in range(SUBJECTS)
+    )
 
 
 @pytest.mark.parametrize("source", ["texts", "tokens", "bags"])
 @pytest.mark.parametrize("graph", [True, False])
-def test_subjects_become_clusters(options: TreeConfig, folder: Path, source: str, graph: bool) -> None:
+def test_subjects_become_clusters(
+    options: TreeConfig, folder: Path, source: str, graph: bool
+) -> None:
     """Labels without documents too, by their names."""
     tree = build_tree(replace(options, dataset=str(folder / source), graph=graph))
     assert by_subject(tree) and tree.sizes == (4, 8, LABELS)
     manifest = json.loads((folder / source / "manifest.json").read_text())
     tree.check_dataset(manifest["content_hash"], LABELS)
-    assert tree.settings["features"] == ("text" if source == "texts" else source) and tree.settings["clusters"] == [4, 8]
+    assert tree.settings["features"] == ("text" if source == "texts" else source) and tree.settings[
+        "clusters"
+    ] == [4, 8]
 
 
 def test_what_the_folder_gets(options: TreeConfig, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,25 +139,44 @@ def test_what_the_folder_gets(options: TreeConfig, capsys: pytest.CaptureFixture
     assert sorted(path.name for path in folder.iterdir()) == ["report.json", "tree.png", FILE]
     assert (folder / "tree.png").read_bytes()[:4] == b"\x89PNG"
     facts = json.loads((folder / "report.json").read_text())
-    assert [level["clusters"] for level in facts["levels"]] == [4, 8] and facts["levels"][0]["recall"]["1"] > 0.9
+    assert [level["clusters"] for level in facts["levels"]] == [4, 8] and facts["levels"][0][
+        "recall"
+    ]["1"] > 0.9
     assert set(facts["seconds"]) == {"features", "graph", "smoothing", "clusters", "report"}
     assert LabelTree.load(folder).content_hash == tree.content_hash
     out = capsys.readouterr().out
-    assert "level 0: 4 clusters of 6 to 6 labels" in out and "true children kept by the nearest 1: " in out
+    assert (
+        "level 0: 4 clusters of 6 to 6 labels" in out
+        and "true children kept by the nearest 1: " in out
+    )
 
 
-def test_made_once_for_each_content(options: TreeConfig, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_made_once_for_each_content(
+    options: TreeConfig, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = build_tree(options)
     stamp = (Path(options.output) / FILE).stat().st_mtime_ns
     capsys.readouterr()
     # neither threads nor another way to say the same levels make another tree
-    assert build_tree(replace(options, threads=1, depths=(9,), clusters=(4, 8))).content_hash == first.content_hash
-    assert "used again" in capsys.readouterr().out and (Path(options.output) / FILE).stat().st_mtime_ns == stamp
+    assert (
+        build_tree(replace(options, threads=1, depths=(9,), clusters=(4, 8))).content_hash
+        == first.content_hash
+    )
+    assert (
+        "used again" in capsys.readouterr().out
+        and (Path(options.output) / FILE).stat().st_mtime_ns == stamp
+    )
     for other in (
-        replace(options, seed=1), replace(options, depths=(1, 3)), replace(options, dataset=str(folder / "tokens")),
-        replace(options, label_vectors=str(folder / "vectors.npy")), replace(options, graph=False),
-    ):  # fmt: skip
-        with pytest.raises(InputError, match="expected a tree made from these inputs and settings, got one made from others"):
+        replace(options, seed=1),
+        replace(options, depths=(1, 3)),
+        replace(options, dataset=str(folder / "tokens")),
+        replace(options, label_vectors=str(folder / "vectors.npy")),
+        replace(options, graph=False),
+    ):
+        with pytest.raises(
+            InputError,
+            match="expected a tree made from these inputs and settings, got one made from others",
+        ):
             build_tree(other)
     assert build_tree(replace(options, depths=(1, 3), overwrite=True)).sizes == (2, 8, LABELS)
 
@@ -144,14 +191,20 @@ def test_files_count_by_content(options: TreeConfig, folder: Path, tmp_path: Pat
         build_tree(replace(options, label_vectors=str(vectors)))
 
 
-def test_given_features_and_label_vectors(options: TreeConfig, folder: Path, tmp_path: Path) -> None:
+def test_given_features_and_label_vectors(
+    options: TreeConfig, folder: Path, tmp_path: Path
+) -> None:
     given = scipy.sparse.csr_matrix(np.random.default_rng(0).random((200, 30), np.float32))
     scipy.sparse.save_npz(tmp_path / "features.npz", given)
     tree = build_tree(replace(options, features=str(tmp_path / "features.npz"), clusters=(3, 5)))
     assert tree.sizes == (3, 5, LABELS)
     vectors = str(folder / "vectors.npy")
     for number, more in enumerate(({"features": "none"}, {"features": "text"}, {"prune": 0.5})):
-        assert by_subject(build_tree(replace(options, output=f"{options.output}{number}", label_vectors=vectors, **more)))  # type: ignore[arg-type]
+        assert by_subject(
+            build_tree(
+                replace(options, output=f"{options.output}{number}", label_vectors=vectors, **more)
+            )
+        )  # type: ignore[arg-type]
 
 
 def test_label_texts_by_an_encoder(options: TreeConfig, folder: Path, tmp_path: Path) -> None:
@@ -161,17 +214,25 @@ def test_label_texts_by_an_encoder(options: TreeConfig, folder: Path, tmp_path: 
     encoder = LabelEncoder(str(source))
     names = (folder / "names.txt").read_text().splitlines()
     alone = np.concatenate([encoder.embed([name]) for name in names])
-    assert np.allclose(encoder.embed(names, batch=5), alone, atol=1e-5) and encoder.hash == LabelEncoder(str(source)).hash
+    assert (
+        np.allclose(encoder.embed(names, batch=5), alone, atol=1e-5)
+        and encoder.hash == LabelEncoder(str(source)).hash
+    )
     tree = build_tree(replace(options, features="none", label_text=str(source), clusters=(4,)))
     assert by_subject(tree) and tree.settings["label_text"] == encoder.hash
     Encoder.tiny(204, seed=1).model.save_pretrained(source)
     assert LabelEncoder(str(source)).hash != encoder.hash
 
 
-def test_without_matplotlib(options: TreeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_matplotlib(
+    options: TreeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     build_tree(replace(options, plot=True))
-    assert "no tree.png" in capsys.readouterr().out and not (Path(options.output) / "tree.png").exists()
+    assert (
+        "no tree.png" in capsys.readouterr().out
+        and not (Path(options.output) / "tree.png").exists()
+    )
     assert tree_report.plot({"levels": []}, Path(options.output) / "x.png") is False
 
 
@@ -183,8 +244,14 @@ def test_without_matplotlib(options: TreeConfig, monkeypatch: pytest.MonkeyPatch
         ({"depths": (3, 2)}, "--depths: expected levels from coarse to fine"),
         ({"depths": (70,)}, "--depths: expected exponents from 0 to 62"),
         ({"clusters": (0,)}, "--depths: expected levels from coarse to fine"),
-        ({"label_text": "a", "label_vectors": "b"}, "--label-vectors: expected one of label-text and label-vectors, got both"),
-        ({"features": "none"}, "--features none: expected label-text or label-vectors, got neither"),
+        (
+            {"label_text": "a", "label_vectors": "b"},
+            "--label-vectors: expected one of label-text and label-vectors, got both",
+        ),
+        (
+            {"features": "none"},
+            "--features none: expected label-text or label-vectors, got neither",
+        ),
         ({"prune": 0.1}, "--prune: expected label-text or label-vectors, got neither"),
         ({"keep": 0}, "--keep: expected 1 or more, got 0"),
         ({"threads": -1}, "--threads: expected 0"),
@@ -193,7 +260,7 @@ def test_without_matplotlib(options: TreeConfig, monkeypatch: pytest.MonkeyPatch
         ({"label_vectors": "missing.npy"}, "missing.npy: expected a file"),
         ({"restart": 2.0}, "restart: expected a probability"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(options: TreeConfig, change: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         build_tree(replace(options, **change))
@@ -203,12 +270,20 @@ def test_what_is_refused(options: TreeConfig, change: dict[str, Any], says: str)
 def test_files_that_are_refused(options: TreeConfig, folder: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     bad.write_bytes(b"nothing")
-    with pytest.raises(InputError, match="expected a scipy sparse .npz file, got one that cannot be read"):
+    with pytest.raises(
+        InputError, match="expected a scipy sparse .npz file, got one that cannot be read"
+    ):
         build_tree(replace(options, features=str(bad)))
-    with pytest.raises(InputError, match="expected an array that NumPy wrote, got a header that cannot be read"):
+    with pytest.raises(
+        InputError, match="expected an array that NumPy wrote, got a header that cannot be read"
+    ):
         build_tree(replace(options, label_vectors=str(bad)))
     # A header that asks for 86 GiB, before anything is read.
-    huge = (folder / "vectors.npy").read_bytes().replace(f"({LABELS}, ".encode(), f"({LABELS}, 99999999".encode())
+    huge = (
+        (folder / "vectors.npy")
+        .read_bytes()
+        .replace(f"({LABELS}, ".encode(), f"({LABELS}, 99999999".encode())
+    )
     bad.write_bytes(huge)
     with pytest.raises(InputError, match="bytes of values, as its header says, got"):
         build_tree(replace(options, label_vectors=str(bad)))
@@ -218,16 +293,23 @@ def test_files_that_are_refused(options: TreeConfig, folder: Path, tmp_path: Pat
     with pytest.raises(InputError, match=r"place \[3, 1\]: expected a finite number, got nan"):
         build_tree(replace(options, label_vectors=str(tmp_path / "nan.npy")))
     np.save(tmp_path / "short.npy", np.zeros((3, 2), np.float32))
-    with pytest.raises(InputError, match=r"expected finite floats \[24, width\], got float32 \[3, 2\]"):
+    with pytest.raises(
+        InputError, match=r"expected finite floats \[24, width\], got float32 \[3, 2\]"
+    ):
         build_tree(replace(options, label_vectors=str(tmp_path / "short.npy")))
     scipy.sparse.save_npz(tmp_path / "short.npz", scipy.sparse.csr_matrix((3, 2)))
     with pytest.raises(InputError, match="expected 200 rows, got 3"):
         build_tree(replace(options, features=str(tmp_path / "short.npz")))
-    with pytest.raises(InputError, match="expected the documents' texts, got no such file; prepare the data with --keep-texts"):
+    with pytest.raises(
+        InputError,
+        match="expected the documents' texts, got no such file; prepare the data with --keep-texts",
+    ):
         build_tree(replace(options, dataset=str(folder / "tokens"), features="text"))
 
 
-def test_a_changed_label_id_is_told_before_the_tree_is_made(options: TreeConfig, folder: Path, tmp_path: Path) -> None:
+def test_a_changed_label_id_is_told_before_the_tree_is_made(
+    options: TreeConfig, folder: Path, tmp_path: Path
+) -> None:
     """One id beyond the labels made the tree a segfault, a negative one gave a tree."""
     for wrong in (LABELS, 2**31 - 1, -5):
         shutil.rmtree(tmp_path / "changed", ignore_errors=True)
@@ -239,17 +321,23 @@ def test_a_changed_label_id_is_told_before_the_tree_is_made(options: TreeConfig,
         np.savez(path, **parts)
         manifest = json.loads((tmp_path / "changed" / "manifest.json").read_text())
         manifest["files"]["train/labels.npz"] = {
-            "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()
-        }  # fmt: skip
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
         manifest["content_hash"] = content_hash(manifest)
         del manifest["checksums"]  # as a dataset from before there were any
         (tmp_path / "changed" / "manifest.json").write_text(json.dumps(manifest))
-        with pytest.raises(InputError, match=rf"labels.npz, indices, entry 7: expected indices from 0 to 23, got {wrong}"):
+        with pytest.raises(
+            InputError,
+            match=rf"labels.npz, indices, entry 7: expected indices from 0 to 23, got {wrong}",
+        ):
             build_tree(replace(options, dataset=str(tmp_path / "changed")))
 
 
 def test_one_cache_for_two_at_once(options: TreeConfig, tmp_path: Path) -> None:
-    """The second waits, says so, and uses what the first has made; where none is to wait it is refused."""
+    """The second waits, says so, and uses what the first has made; where none is to wait it is
+    refused.
+    """
     told: list[str] = []
     with own_folder(options.folder):
         with pytest.raises(InputError, match="--cache: .*held by process"):
@@ -279,7 +367,9 @@ def test_other_peoples_files_stay(options: TreeConfig, tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "mine").write_text("x")
     for overwrite in (False, True):
-        with pytest.raises(InputError, match="expected a free place or the folder of a label tree, got other files"):
+        with pytest.raises(
+            InputError, match="expected a free place or the folder of a label tree, got other files"
+        ):
             build_tree(replace(options, overwrite=overwrite))
     with pytest.raises(InputError, match="got a file; choose another --output"):
         build_tree(replace(options, output=str(tmp_path / "tree" / "mine")))
@@ -291,13 +381,26 @@ def test_other_peoples_files_stay(options: TreeConfig, tmp_path: Path) -> None:
 
 
 def test_from_the_command_line(folder: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "xmlkernels", "tree", str(folder / "texts"), "--output", str(tmp_path / "t")]
+    words = [
+        sys.executable,
+        "-m",
+        "xmlkernels",
+        "tree",
+        str(folder / "texts"),
+        "--output",
+        str(tmp_path / "t"),
+    ]
     done = subprocess.run(
-        [*words, "--clusters", "3", "7", "--no-plot", "--no-graph"], capture_output=True, text=True, cwd=tmp_path
+        [*words, "--clusters", "3", "7", "--no-plot", "--no-graph"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert done.returncode == 0 and "3 → 7 → 24, content" in done.stdout, done.stderr
     done = subprocess.run([*words, "--depths", "1"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    )
 
 
 def test_the_folder_stands_beside_the_dataset() -> None:

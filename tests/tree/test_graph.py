@@ -1,4 +1,6 @@
-"""Random walks over documents and labels: the definition in plain Python, probabilities, edges, threads."""
+"""Random walks over documents and labels: the definition in plain Python, probabilities, edges,
+threads.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from xmlkernels.tree.graph import label_graph, normalised, prune, smooth
 
 
 def matrix(documents: int, labels: int, seed: int = 0) -> csr_matrix:
-    return csr_matrix(random(documents, labels, 0.1, "csr", np.float32, np.random.default_rng(seed)) != 0)
+    return csr_matrix(
+        random(documents, labels, 0.1, "csr", np.float32, np.random.default_rng(seed)) != 0
+    )
 
 
 def words(seed: int, number: int, step: int) -> list[int]:
@@ -27,7 +31,9 @@ def words(seed: int, number: int, step: int) -> list[int]:
     return [int(word) % 2**32 for word in found]
 
 
-def walk(labels: csr_matrix, origin: int, visits: int, restart: float, top: int, seed: int) -> dict[int, int]:
+def walk(
+    labels: csr_matrix, origin: int, visits: int, restart: float, top: int, seed: int
+) -> dict[int, int]:
     """What the module says, written a second time."""
     dense = labels.toarray() != 0
     if not dense[:, origin].any():
@@ -70,7 +76,9 @@ def test_visits_have_the_probabilities_of_the_walk() -> None:
         assert np.abs(graph[origin].toarray()[0] / 100_000 - visited).max() < 0.01
 
 
-def test_what_threads_and_seeds_change(threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_threads_and_seeds_change(
+    threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_LABELS", 7)
     labels, found = matrix(80, 60), []
     for count in (1, 2, 5):
@@ -91,7 +99,9 @@ def test_frequent_labels_and_labels_without_documents_stand_alone() -> None:
 
 
 def test_the_label_itself_stays_beside_the_top() -> None:
-    """A label hardly ever visited from itself: one document of it among thousands of labels, restart never."""
+    """A label hardly ever visited from itself: one document of it among thousands of labels,
+    restart never.
+    """
     labels = csr_matrix(np.concatenate([np.ones((1, 200)), np.tile(np.arange(200) > 0, (3, 1))]))
     graph = label_graph(labels, visits=30, restart=0.0, top=5)
     row = graph[0]
@@ -117,11 +127,16 @@ def test_edges_between_unlike_labels_go(monkeypatch: pytest.MonkeyPatch) -> None
     graph = label_graph(matrix(60, 20), visits=60)
     vectors = np.random.default_rng(0).normal(size=(20, 3))
     vectors[4] = 0
-    unit = vectors / np.where(np.linalg.norm(vectors, axis=1) > 0, np.linalg.norm(vectors, axis=1), 1)[:, None]
+    unit = (
+        vectors
+        / np.where(np.linalg.norm(vectors, axis=1) > 0, np.linalg.norm(vectors, axis=1), 1)[:, None]
+    )
     stays = (unit @ unit.T >= 0.2) | np.eye(20, dtype=bool)
     stays[4] = stays[:, 4] = True
     expected = np.where(stays, graph.toarray(), 0)
-    assert (prune(graph, vectors, 0.2).toarray() == expected).all() and 0 < (expected > 0).sum() < graph.nnz
+    assert (prune(graph, vectors, 0.2).toarray() == expected).all() and 0 < (
+        expected > 0
+    ).sum() < graph.nnz
     with pytest.raises(InputError, match=r"vectors: expected \[20, D\], one a label, got \[3, 3\]"):
         prune(graph, vectors[:3], 0.2)
 
@@ -129,12 +144,14 @@ def test_edges_between_unlike_labels_go(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ({"visits": 0}, "visits: expected 1 to"), ({"restart": 1.5}, "restart: expected a probability, got 1.5"),
+        ({"visits": 0}, "visits: expected 1 to"),
+        ({"restart": 1.5}, "restart: expected a probability, got 1.5"),
         ({"restart": float("nan")}, "restart: expected a probability, got nan"),
         ({"top": 0}, "top: expected at least 1, got 0"),
-        ({"most_documents": -1}, "most_documents: expected 0"), ({"seed": 2**64}, "seed: expected an integer from 0"),
+        ({"most_documents": -1}, "most_documents: expected 0"),
+        ({"seed": 2**64}, "seed: expected an integer from 0"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_cannot_be(setting: dict[str, float], says: str) -> None:
     with pytest.raises(InputError, match=says):
         label_graph(matrix(5, 5), **setting)  # type: ignore[arg-type]

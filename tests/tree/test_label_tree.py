@@ -19,7 +19,9 @@ FINE = np.array([9, 4, 2, 9, 4, 2, 9])
 
 @pytest.fixture
 def tree() -> LabelTree:
-    return LabelTree.from_partitions([COARSE, FINE], {"dataset": "abc", "depths": [1, 2], "seed": 3})
+    return LabelTree.from_partitions(
+        [COARSE, FINE], {"dataset": "abc", "depths": [1, 2], "seed": 3}
+    )
 
 
 def test_levels_of_nested_partitions(tree: LabelTree) -> None:
@@ -34,7 +36,9 @@ def test_levels_of_nested_partitions(tree: LabelTree) -> None:
 
 def test_place_is_the_inverse_of_order(tree: LabelTree) -> None:
     assert tree.place[tree.order].tolist() == tree.order[tree.place].tolist() == list(range(7))
-    assert all(a.dtype == np.int64 for a in (*tree.children, tree.order, tree.place, tree.ancestors(1)))
+    assert all(
+        a.dtype == np.int64 for a in (*tree.children, tree.order, tree.place, tree.ancestors(1))
+    )
 
 
 @pytest.mark.parametrize("levels", [2, 3, 4, 5])
@@ -56,7 +60,9 @@ def test_any_raggedness_against_sets(levels: int) -> None:
 
 def test_one_label_and_one_cluster() -> None:
     tree = LabelTree.from_partitions([np.zeros(1, np.int64)])
-    assert (tree.sizes, tree.levels, tree.widest(0)) == ((1, 1), 2, 1) and tree.ancestors(0).tolist() == [0]
+    assert (tree.sizes, tree.levels, tree.widest(0)) == ((1, 1), 2, 1) and tree.ancestors(
+        0
+    ).tolist() == [0]
 
 
 def test_the_arrays_are_copies_and_read_only(tree: LabelTree) -> None:
@@ -85,36 +91,63 @@ def test_the_hash_is_of_the_content(tree: LabelTree) -> None:
 @pytest.mark.parametrize(
     ("children", "order", "says"),
     [
-        ([[0, 2, 3]], [0, 1, 1], r"order: expected each label in one cluster, got label 1 in 2 clusters and label 2 in none"),
+        (
+            [[0, 2, 3]],
+            [0, 1, 1],
+            r"order: expected each label in one cluster, got label 1 in 2 clusters and label 2 in "
+            r"none",
+        ),
         ([[0, 2, 3]], [0, 1, 3], r"order: expected label ids from 0 to 2, got 3"),
         ([[0, 2, 3]], [0, 1, -1], r"order: expected label ids from 0 to 2, got -1"),
         ([[0, 2, 4]], [0, 1, 2], r"children\[0\]: expected bounds from 0 to 3, .* got 0 to 4"),
         ([[1, 2, 3]], [0, 1, 2], r"children\[0\]: expected bounds from 0 to 3, .* got 1 to 3"),
-        ([[0, 1, 1, 3]], [0, 1, 2], r"children\[0\]: expected at least one child of each cluster, got 0 of cluster 1"),
-        ([[0, 2, 1, 3]], [0, 1, 2], r"children\[0\]: expected at least one child of each cluster, got -1 of cluster 1"),
-        ([[0, 1], [0, 2, 3]], [0, 1, 2], r"children\[0\]: expected bounds from 0 to 2, the nodes .*, got 0 to 1"),
+        (
+            [[0, 1, 1, 3]],
+            [0, 1, 2],
+            r"children\[0\]: expected at least one child of each cluster, got 0 of cluster 1",
+        ),
+        (
+            [[0, 2, 1, 3]],
+            [0, 1, 2],
+            r"children\[0\]: expected at least one child of each cluster, got -1 of cluster 1",
+        ),
+        (
+            [[0, 1], [0, 2, 3]],
+            [0, 1, 2],
+            r"children\[0\]: expected bounds from 0 to 2, the nodes .*, got 0 to 1",
+        ),
         ([[0]], [], r"children\[0\]: expected bounds"),
         ([], [0, 1], r"children: expected 2 to 5 levels, the label level included, got 1"),
         ([[0, 1]] * 5, [0], r"children: expected 2 to 5 levels, the label level included, got 6"),
-        ([[0.0, 3.0]], [0, 1, 2], r"children\[0\]: expected integers in one dimension, got float64"),
+        (
+            [[0.0, 3.0]],
+            [0, 1, 2],
+            r"children\[0\]: expected integers in one dimension, got float64",
+        ),
         ([[0, 3]], [[0, 1, 2]], r"order: expected integers in one dimension"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_tree(children: list[list[int]], order: list[int], says: str) -> None:
     with pytest.raises(InputError, match=says):
-        LabelTree(tuple(np.array(c) for c in children), np.array(order, np.int64) if not order else np.array(order))
+        LabelTree(
+            tuple(np.array(c) for c in children),
+            np.array(order, np.int64) if not order else np.array(order),
+        )
 
 
 @pytest.mark.parametrize(
     ("parts", "says"),
     [
-        ([COARSE, np.where(np.arange(7) == 1, 9, FINE)], r"partition 1: expected clusters inside one .* got cluster 9 in two"),
+        (
+            [COARSE, np.where(np.arange(7) == 1, 9, FINE)],
+            r"partition 1: expected clusters inside one .* got cluster 9 in two",
+        ),
         ([COARSE, FINE[:-1]], r"partition 1: expected an integer for each of 7 labels"),
         ([COARSE.astype(float)], r"partition 0: expected an integer for each of 7 labels"),
         ([], r"partitions: expected 1 to 4, one for each level, got 0"),
         ([COARSE] * 5, r"partitions: expected 1 to 4, one for each level, got 5"),
     ],
-)  # fmt: skip
+)
 def test_partitions_that_do_not_nest(parts: list[np.ndarray], says: str) -> None:
     with pytest.raises(InputError, match=says):
         LabelTree.from_partitions(parts)
@@ -129,9 +162,13 @@ def test_levels_that_do_not_exist(tree: LabelTree) -> None:
 def test_of_another_dataset(tree: LabelTree) -> None:
     tree.check_dataset("abc", 7)
     LabelTree.from_partitions([FINE]).check_dataset("abc", 7)  # made by hand, of no dataset
-    with pytest.raises(InputError, match="expected 8 labels, as the dataset has, got 7; make the tree again"):
+    with pytest.raises(
+        InputError, match="expected 8 labels, as the dataset has, got 7; make the tree again"
+    ):
         tree.check_dataset("abc", 8)
-    with pytest.raises(InputError, match="expected a tree of the dataset xyz, got one of abc; make the tree again"):
+    with pytest.raises(
+        InputError, match="expected a tree of the dataset xyz, got one of abc; make the tree again"
+    ):
         tree.check_dataset("xyz", 7)
 
 
@@ -148,13 +185,19 @@ def damaged(path: Path, **head: str | None) -> None:
     """The same tree with another head."""
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
-    metadata = {k: v for k, v in (json.loads(content[8 : 8 + length])["__metadata__"] | head).items() if v is not None}
+    metadata = {
+        k: v
+        for k, v in (json.loads(content[8 : 8 + length])["__metadata__"] | head).items()
+        if v is not None
+    }
     path.write_bytes(save(load(content), metadata=metadata))
 
 
 def test_files_that_are_refused(tree: LabelTree, tmp_path: Path) -> None:
     path = tmp_path / FILE
-    with pytest.raises(InputError, match="expected a label tree, got no such file; run xmlkernels tree"):
+    with pytest.raises(
+        InputError, match="expected a label tree, got no such file; run xmlkernels tree"
+    ):
         LabelTree.load(tmp_path)
     tree.save(path)
     whole = path.read_bytes()
@@ -176,7 +219,12 @@ def test_files_that_are_refused(tree: LabelTree, tmp_path: Path) -> None:
     refused("settings: expected JSON")
     damaged(path, settings=None)
     refused("settings: expected JSON")
-    path.write_bytes(save({"order": np.asarray(tree.order), "children.1": np.asarray(tree.children[0])}, metadata=None))
+    path.write_bytes(
+        save(
+            {"order": np.asarray(tree.order), "children.1": np.asarray(tree.children[0])},
+            metadata=None,
+        )
+    )
     refused("expected the format")
     damaged_tensors = load(whole)
     damaged_tensors["order"] = damaged_tensors["order"][[1, 0, 2, 3, 4, 5, 6]]
@@ -199,7 +247,10 @@ def test_a_save_that_fails_leaves_the_old_tree(tree: LabelTree, tmp_path: Path) 
         bad.save(tmp_path)
     with pytest.raises(InputError, match="expected a folder that can be written"):
         tree.save(tmp_path / "missing" / "tree")
-    assert LabelTree.load(tmp_path).content_hash == tree.content_hash and len(list(tmp_path.iterdir())) == 1
+    assert (
+        LabelTree.load(tmp_path).content_hash == tree.content_hash
+        and len(list(tmp_path.iterdir())) == 1
+    )
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:

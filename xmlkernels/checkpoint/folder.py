@@ -1,11 +1,13 @@
-"""Checkpoints: a folder of `tensors.safetensors` and `state.json` that is either the old one or the new one, never half.
+"""Checkpoints: a folder of `tensors.safetensors` and `state.json` that is either the old one or the
+new one, never half.
 
-A save writes a folder beside the target, syncs it, moves the old one to `.NAME.old`, moves the new one in, and removes
-the old one or keeps it as `NAME.1`. Whoever finds the target missing reads `.NAME.old`: at every instant one of the two is
-whole. Both files carry the same random identity, so that a reader beside a running save never mixes two checkpoints.
+A save writes a folder beside the target, syncs it, moves the old one to `.NAME.old`, moves the new
+one in, and removes the old one or keeps it as `NAME.1`. Whoever finds the target missing reads
+`.NAME.old`: at every instant one of the two is whole. Both files carry the same random identity, so
+that a reader beside a running save never mixes two checkpoints.
 
-Every bit is under a checksum: `state.json` has one of each tensor, the header of the tensors has one of `state.json`. What
-was written before there were checksums is read without them.
+Every bit is under a checksum: `state.json` has one of each tensor, the header of the tensors has
+one of `state.json`. What was written before there were checksums is read without them.
 """
 
 from __future__ import annotations
@@ -20,22 +22,41 @@ from typing import Any
 import torch
 
 from xmlkernels.checkpoint.contents import read, refuse_foreign, stat, write
-from xmlkernels.checkpoint.places import STATE, TENSORS, earlier, holds_one, old, recover, replace, swap_in, sync, temporary
+from xmlkernels.checkpoint.places import (
+    STATE,
+    TENSORS,
+    earlier,
+    holds_one,
+    old,
+    recover,
+    replace,
+    swap_in,
+    sync,
+    temporary,
+)
 from xmlkernels.checkpoint.state import encode
 from xmlkernels.errors import InputError
 
 
 def save(
-    folder: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], *, keep: int = 0
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+    *,
+    keep: int = 0,
 ) -> None:
-    """Write a checkpoint, replacing the one that stands there; a crash at any instant leaves the old or the new one.
+    """Write a checkpoint, replacing the one that stands there; a crash at any instant leaves the
+    old or the new one.
 
     Args:
-        folder: where it shall stand. Anything else than an earlier checkpoint there is left alone and told.
-        tensors: dense; any shape, dtype, strides and device. Names that share one tensor are stored once and come
-            back as one tensor; other overlapping views are stored apart.
-        state: JSON values; non-finite floats and integers of any size come back exactly, tuples as lists.
-        keep: checkpoints before this one that stay, as `FOLDER.1` (the latest), `FOLDER.2`, …; others of that name go.
+        folder: where it shall stand. Anything else than an earlier checkpoint there is left alone
+            and told.
+        tensors: dense; any shape, dtype, strides and device. Names that share one tensor are stored
+            once and come back as one tensor; other overlapping views are stored apart.
+        state: JSON values; non-finite floats and integers of any size come back exactly, tuples as
+            lists.
+        keep: checkpoints before this one that stay, as `FOLDER.1` (the latest), `FOLDER.2`, …;
+            others of that name go.
 
     Raises:
         InputError: `state` is no JSON, a tensor is not dense, or something else stands at `folder`.
@@ -59,17 +80,20 @@ def save(
 def load(
     folder: str | os.PathLike[str], keep: Callable[[str], bool] = lambda name: True
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read a checkpoint: (tensors on the CPU, state), compared with the names, shapes, dtypes and checksums in it.
+    """Read a checkpoint: (tensors on the CPU, state), compared with the names, shapes, dtypes and
+    checksums in it.
 
     Args:
         keep: which tensors to read, by name: prediction needs no optimizer state.
 
     Raises:
-        InputError: no checkpoint there, another format version, a file missing, damaged, cut short or foreign.
+        InputError: no checkpoint there, another format version, a file missing, damaged, cut short
+            or foreign.
     """
     target = Path(folder).resolve()
     for _ in range(16):
-        # Beside a running save the folder may move between the two reads: begin again with the one now in place.
+        # Beside a running save the folder may move between the two reads: begin again with the one
+        # now in place.
         found = target if (target / STATE).exists() else old(target)
         if not (found / STATE).exists():
             found = target
@@ -81,15 +105,19 @@ def load(
                 raise
             continue
         return result
-    raise InputError(str(target), "a checkpoint that stands still", "one replaced all the time", "try again")
+    raise InputError(
+        str(target), "a checkpoint that stands still", "one replaced all the time", "try again"
+    )
 
 
 class CheckpointFolder:
-    """The `last` and the `best` checkpoint of a run, in one folder, and the ones before the last: `last.1`, `last.2`, …
+    """The `last` and the `best` checkpoint of a run, in one folder, and the ones before the last:
+    `last.1`, `last.2`, …
 
     Args:
         folder: holds them; made by the first save.
-        keep: checkpoints before the last that stay. They stand in for it when it turns out to be damaged.
+        keep: checkpoints before the last that stay. They stand in for it when it turns out to be
+            damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 1) -> None:
@@ -108,7 +136,9 @@ class CheckpointFolder:
         source, target = (self.folder / "last").resolve(), (self.folder / "best").resolve()
         recover(source, self.keep)
         if not (source / STATE).exists():
-            raise InputError(str(source), "a checkpoint to keep as best", "none", "call save_last first")
+            raise InputError(
+                str(source), "a checkpoint to keep as best", "none", "call save_last first"
+            )
         refuse_foreign(target)
         recover(target)
         fresh = temporary(target)
@@ -145,10 +175,12 @@ class CheckpointFolder:
         keep: Callable[[str], bool] = lambda name: True,
         check: Callable[[Mapping[str, Any]], None] = lambda state: None,
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any], str, InputError | None]:
-        """The first whole checkpoint of `order`, where "earlier" stands for those before the last, the latest first.
+        """The first whole checkpoint of `order`, where "earlier" stands for those before the last,
+        the latest first.
 
         Args:
-            check: raises an InputError where a state is not what it should be; the checkpoint then counts as damaged.
+            check: raises an InputError where a state is not what it should be; the checkpoint then
+                counts as damaged.
 
         Returns:
             Tensors, state, its name, and why the first of them was not taken; None where it was.
@@ -177,7 +209,11 @@ class CheckpointFolder:
 
     def resumable(self) -> bool:
         """Whether there is any to go on from (whole or not)."""
-        return self.exists("last") or bool(earlier((self.folder / "last").resolve())) or self.exists("best")
+        return (
+            self.exists("last")
+            or bool(earlier((self.folder / "last").resolve()))
+            or self.exists("best")
+        )
 
     def _path(self, which: str) -> Path:
         kind, _, number = which.partition(".")

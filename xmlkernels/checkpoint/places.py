@@ -1,7 +1,8 @@
 """Where a checkpoint stands on the disk while it is replaced, and where the ones before it go.
 
-`checkpoint.py` tells why. `NAME` is the checkpoint, `.NAME.old` the one that it is about to replace, `NAME.1` the one
-before it and `NAME.2` the one before that, `.NAME.new-…` what is being written or removed.
+`checkpoint.py` tells why. `NAME` is the checkpoint, `.NAME.old` the one that it is about to
+replace, `NAME.1` the one before it and `NAME.2` the one before that, `.NAME.new-…` what is being
+written or removed.
 """
 
 from __future__ import annotations
@@ -49,9 +50,12 @@ def temporary(target: Path) -> Path:
 
 
 def recover(target: Path, keep: int = 0) -> None:
-    """Put right what a crash left: the old checkpoint back in its place, unfinished and outlived ones away."""
+    """Put right what a crash left: the old checkpoint back in its place, unfinished and outlived
+    ones away.
+    """
     if target.is_dir() and not any(target.iterdir()):
-        target.rmdir()  # made by a caller; taken for a checkpoint it would cost the old one its life below
+        # made by a caller; taken for a checkpoint it would cost the old one its life below
+        target.rmdir()
     if not target.exists() and old(target).exists():
         os.rename(old(target), target)
         sync(target.parent)
@@ -62,8 +66,11 @@ def recover(target: Path, keep: int = 0) -> None:
 
 
 def swap_in(fresh: Path, target: Path, keep: int = 0) -> None:
-    """The new checkpoint in place of the old one, which becomes the first of the earlier ones that are kept."""
-    # rename() cannot replace a folder that holds files, hence two steps; between them readers use the old one.
+    """The new checkpoint in place of the old one, which becomes the first of the earlier ones that
+    are kept.
+    """
+    # rename() cannot replace a folder that holds files, hence two steps; between them readers use
+    # the old one.
     if target.exists():
         os.rename(target, old(target))
     os.rename(fresh, target)
@@ -82,12 +89,18 @@ def replace(fresh: Path, target: Path) -> None:
 
 
 def retire(target: Path, keep: int) -> None:
-    """Make `.NAME.old` the first of the earlier checkpoints; more than `keep` of them do not stay."""
+    """Make `.NAME.old` the first of the earlier checkpoints; more than `keep` of them do not
+    stay.
+    """
     before = old(target)
     if before.exists() and keep:
-        place = next(n for n in range(1, keep + 1) if n == keep or not _numbered(target, n).exists())
+        place = next(
+            n for n in range(1, keep + 1) if n == keep or not _numbered(target, n).exists()
+        )
         _make_room(target, _numbered(target, place))
-        for number in range(place, 1, -1):  # up to the first gap: whatever a crash leaves of this, it can be gone through again
+        for number in range(
+            place, 1, -1
+        ):  # up to the first gap: whatever a crash leaves of this, it can be gone through again
             os.rename(_numbered(target, number - 1), _numbered(target, number))
         os.rename(before, _numbered(target, 1))
         sync(target.parent)
@@ -117,14 +130,18 @@ def _numbered(target: Path, number: int) -> Path:
 
 
 def _make_room(target: Path, place: Path) -> None:
-    """An earlier checkpoint goes; one that somebody has put a file of his own into is moved aside, with all it has."""
+    """An earlier checkpoint goes; one that somebody has put a file of his own into is moved aside,
+    with all it has.
+    """
     _drop(place)
     if place.exists():
         os.rename(place, target.with_name(f"{target.name}.aside-{secrets.token_hex(4)}"))
 
 
 def _drop(path: Path) -> None:
-    """Remove an earlier checkpoint: first its name, so that nobody finds half of it. A folder of anything else stays."""
+    """Remove an earlier checkpoint: first its name, so that nobody finds half of it. A folder of
+    anything else stays.
+    """
     if path.exists() and holds_nothing_else(path):
         away = path.with_name(f".{path.name.rpartition('.')[0]}.new-{secrets.token_hex(4)}")
         os.rename(path, away)

@@ -1,4 +1,5 @@
-"""What a checkpoint needs beside weights: exact JSON, generator states, optimizer states by parameter name.
+"""What a checkpoint needs beside weights: exact JSON, generator states, optimizer states by
+parameter name.
 
 `checkpoint.py` gives these names to the outside.
 """
@@ -44,10 +45,12 @@ _STATELESS = "none"
 
 
 def encode(value: Any, path: str = "state") -> Any:
-    """`value` in strict JSON: non-finite floats as {"__float__": "nan"}, NumPy scalars as numbers, tuples as lists.
+    """`value` in strict JSON: non-finite floats as {"__float__": "nan"}, NumPy scalars as numbers,
+    tuples as lists.
 
     Raises:
-        InputError: anything else than None, bool, int, float, str, list, tuple, or dict with str keys; names its place.
+        InputError: anything else than None, bool, int, float, str, list, tuple, or dict with str
+            keys; names its place.
     """
     if isinstance(value, np.generic):
         value = value.item()
@@ -64,11 +67,15 @@ def encode(value: Any, path: str = "state") -> Any:
                 raise InputError(path, f"keys of type str other than {_FLOAT!r}", repr(key), mend)
         return {key: encode(item, f"{path}.{key}") for key, item in value.items()}
     mend = "put tensors and arrays among the tensors"
-    raise InputError(path, "a JSON value (None, bool, int, float, str, list, dict)", type(value).__name__, mend)
+    raise InputError(
+        path, "a JSON value (None, bool, int, float, str, list, dict)", type(value).__name__, mend
+    )
 
 
 def decode(value: Any) -> Any:
-    """The inverse of `encode`; tuples come back as lists. InputError where a number is none that `encode` writes."""
+    """The inverse of `encode`; tuples come back as lists. InputError where a number is none that
+    `encode` writes.
+    """
     if isinstance(value, list):
         return [decode(item) for item in value]
     if isinstance(value, dict):
@@ -82,12 +89,16 @@ def decode(value: Any) -> Any:
 
 
 def rng_state() -> dict[str, Any]:
-    """States of the default generators of Python, NumPy (legacy), torch's CPU and every CUDA device, JSON-ready."""
+    """States of the default generators of Python, NumPy (legacy), torch's CPU and every CUDA
+    device, JSON-ready.
+    """
     version, words, gauss = random.getstate()
     state: dict[str, Any] = {
         "python": [version, list(words), gauss],
         "torch": _text(torch.get_rng_state()),
-        "cuda": [_text(s) for s in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        "cuda": [_text(s) for s in torch.cuda.get_rng_state_all()]
+        if torch.cuda.is_available()
+        else [],
     }
     legacy: Any = np.random.get_state(legacy=False)
     legacy["state"] = {"key": legacy["state"]["key"].tolist(), "pos": legacy["state"]["pos"]}
@@ -98,7 +109,8 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     """Restore what `rng_state()` gave. Nothing is changed unless every part is there.
 
     Raises:
-        InputError: a part is missing or malformed, or the state has CUDA generators and their number is another here.
+        InputError: a part is missing or malformed, or the state has CUDA generators and their
+            number is another here.
     """
     where = "random generator state"
     check_record(state, _Generators, where=where, mend="save it anew")
@@ -112,7 +124,9 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         _apply(state)
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         _apply(before)
-        raise InputError(where, "what rng_state() gives", f"{type(error).__name__} {error}", "save it anew") from error
+        raise InputError(
+            where, "what rng_state() gives", f"{type(error).__name__} {error}", "save it anew"
+        ) from error
 
 
 def _apply(state: Mapping[str, Any]) -> None:
@@ -137,13 +151,15 @@ def _bytes(text: str) -> torch.Tensor:
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, named_params: Iterable[tuple[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
-    """State of every parameter under "NAME/KEY", as "model.bias/exp_avg": no numbers that hang on an order of groups.
+    """State of every parameter under "NAME/KEY", as "model.bias/exp_avg": no numbers that hang on
+    an order of groups.
 
-    A parameter that has no state yet (it never had a gradient) leaves an empty "NAME/none". Rates and other settings of
-    the groups belong to the run's configuration and are not here.
+    A parameter that has no state yet (it never had a gradient) leaves an empty "NAME/none". Rates
+    and other settings of the groups belong to the run's configuration and are not here.
 
     Args:
-        named_params: `module.named_parameters()`, or its items; every parameter of the optimizer must be among them.
+        named_params: `module.named_parameters()`, or its items; every parameter of the optimizer
+            must be among them.
 
     Raises:
         InputError: a parameter without a name, or state that is no tensor.
@@ -155,7 +171,9 @@ def optimizer_tensors(
         for key, value in entries.items():
             if not isinstance(value, torch.Tensor):
                 mend = "use an optimizer that keeps tensors"
-                raise InputError(f"optimizer state {name}/{key}", "a tensor", type(value).__name__, mend)
+                raise InputError(
+                    f"optimizer state {name}/{key}", "a tensor", type(value).__name__, mend
+                )
             tensors[f"{name}/{key}"] = value
         if not entries:
             tensors[f"{name}/{_STATELESS}"] = torch.empty(0)
@@ -167,10 +185,12 @@ def load_optimizer_tensors(
     named_params: Iterable[tuple[str, torch.Tensor]],
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
-    """Take over what `optimizer_tensors` gave, copied, moments on the parameter's device; groups stay as they are.
+    """Take over what `optimizer_tensors` gave, copied, moments on the parameter's device; groups
+    stay as they are.
 
     Raises:
-        InputError: names missing or left over, or a state of another shape. The optimizer is then unchanged.
+        InputError: names missing or left over, or a state of another shape. The optimizer is then
+            unchanged.
     """
     saved: dict[str, dict[str, torch.Tensor]] = {}
     for full, tensor in tensors.items():
@@ -181,17 +201,26 @@ def load_optimizer_tensors(
     if names != saved.keys():
         gone, extra = sorted(names - saved.keys()), sorted(saved.keys() - names)
         got = f"none for {gone[:3]} ({len(gone)}), beyond them {extra[:3]} ({len(extra)})"
-        raise InputError("optimizer state", f"state of {len(names)} parameters", got, "build the same model")
+        raise InputError(
+            "optimizer state", f"state of {len(names)} parameters", got, "build the same model"
+        )
     state: dict[int, dict[str, torch.Tensor]] = {}
     for number, (name, parameter) in enumerate(order):
         entries = {k: v for k, v in saved[name].items() if k != _STATELESS}
         for key, value in entries.items():
             if value.numel() != 1 and value.shape != parameter.shape:
                 shape = f"shape {tuple(parameter.shape)}"
-                raise InputError(f"optimizer state {name}/{key}", shape, str(tuple(value.shape)), "build the same model")
+                raise InputError(
+                    f"optimizer state {name}/{key}",
+                    shape,
+                    str(tuple(value.shape)),
+                    "build the same model",
+                )
         if entries:
             state[number] = {key: value.clone() for key, value in entries.items()}
-    full_state = optimizer.state_dict()  # numbers its parameters in the order of its groups, as `order` does
+    full_state = (
+        optimizer.state_dict()
+    )  # numbers its parameters in the order of its groups, as `order` does
     optimizer.load_state_dict({**full_state, "state": state})
 
 

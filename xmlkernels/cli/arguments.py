@@ -1,4 +1,6 @@
-"""The command line of the commands: tyro reads the values; help and mistakes are told here, as every other mistake is."""
+"""The command line of the commands: tyro reads the values; help and mistakes are told here, as
+every other mistake is.
+"""
 
 import contextlib
 import difflib
@@ -15,21 +17,46 @@ T = TypeVar("T")
 
 # What other tools call it: flags here that mean it, those that the command has.
 _ELSEWHERE = {
-    "learning_rate": ("encoder_lr", "table_lr"), "lr": ("encoder_lr", "table_lr"),
-    "weight_decay": ("encoder_decay", "table_decay"), "batch_size": ("batch",), "num_epochs": ("epochs",),
-    "num_train_epochs": ("epochs",), "max_seq_length": ("max_length",), "max_seq_len": ("max_length",),
-    "max_len": ("max_length",), "model_name": ("encoder",), "model_name_or_path": ("encoder",), "output_dir": ("output",),
-    "save_dir": ("output",), "data": ("dataset", "input"), "data_dir": ("dataset",), "gpu": ("device",),
-    "num_workers": ("threads",), "num_threads": ("threads",), "workers": ("threads",), "n_jobs": ("threads",),
-    "k": ("top_k",), "gradient_accumulation_steps": ("accumulate",), "max_grad_norm": ("clip",), "fp16": ("precision",),
-    "bf16": ("precision",), "embedding_dim": ("bow_width",), "texts": ("input", "train_text"), "labels": ("train_labels",),
-}  # fmt: skip
+    "learning_rate": ("encoder_lr", "table_lr"),
+    "lr": ("encoder_lr", "table_lr"),
+    "weight_decay": ("encoder_decay", "table_decay"),
+    "batch_size": ("batch",),
+    "num_epochs": ("epochs",),
+    "num_train_epochs": ("epochs",),
+    "max_seq_length": ("max_length",),
+    "max_seq_len": ("max_length",),
+    "max_len": ("max_length",),
+    "model_name": ("encoder",),
+    "model_name_or_path": ("encoder",),
+    "output_dir": ("output",),
+    "save_dir": ("output",),
+    "data": ("dataset", "input"),
+    "data_dir": ("dataset",),
+    "gpu": ("device",),
+    "num_workers": ("threads",),
+    "num_threads": ("threads",),
+    "workers": ("threads",),
+    "n_jobs": ("threads",),
+    "k": ("top_k",),
+    "gradient_accumulation_steps": ("accumulate",),
+    "max_grad_norm": ("clip",),
+    "fp16": ("precision",),
+    "bf16": ("precision",),
+    "embedding_dim": ("bow_width",),
+    "texts": ("input", "train_text"),
+    "labels": ("train_labels",),
+}
 
 
 def parse(
-    kind: type[T], prog: str, told: str, *, positional: bool = False, default: T | None = None,
+    kind: type[T],
+    prog: str,
+    told: str,
+    *,
+    positional: bool = False,
+    default: T | None = None,
     words: Sequence[str] | None = None,
-) -> T:  # fmt: skip
+) -> T:
     """The options of a command from its command line.
 
     Args:
@@ -47,14 +74,28 @@ def parse(
     flags = flags_of(kind, positional=positional, default=default)
     words = texts_joined(sys.argv[1:] if words is None else words, flags)
     if "-h" in words or "--help" in words:
-        print(help_of(flags, prog, told, only=[word[2:].replace("-", "_") for word in words if word not in ("-h", "--help")]))
+        print(
+            help_of(
+                flags,
+                prog,
+                told,
+                only=[word[2:].replace("-", "_") for word in words if word not in ("-h", "--help")],
+            )
+        )
         raise SystemExit(0)
     refuse_unknown(words, flags, prog)
     return _by_tyro(kind, prog, words, flags, positional, default)
 
 
-def parse_named(named: Mapping[str, tuple[str, T]], what: str, prog: str, told: str, words: Sequence[str] | None = None) -> T:
-    """The same for a command whose first word is the name of a complete set of options, which flags then change.
+def parse_named(
+    named: Mapping[str, tuple[str, T]],
+    what: str,
+    prog: str,
+    told: str,
+    words: Sequence[str] | None = None,
+) -> T:
+    """The same for a command whose first word is the name of a complete set of options, which flags
+    then change.
 
     Args:
         named: name → what it is, and its options.
@@ -62,12 +103,20 @@ def parse_named(named: Mapping[str, tuple[str, T]], what: str, prog: str, told: 
     """
     words = sys.argv[1:] if words is None else list(words)
     if words[:1] in (["-h"], ["--help"]):
-        usage = f"usage: {prog} {what.upper()} [--flag value …]      ({prog} {what.upper()} --help: its flags)"
+        usage = (
+            f"usage: {prog} {what.upper()} [--flag value …]      ({prog} {what.upper()} --help: "
+            "its flags)"
+        )
         lines = [line for name, (text, _) in named.items() for line in entry(name, text, 30)]
         print("\n".join([usage, "", told.strip(), "", f"{what}s:", *lines]))
         raise SystemExit(0)
     if not words or words[0] not in named:
-        raise InputError(prog, f"a {what}", repr(words[0]) if words else "none", _nearest(words[:1], list(named), prog))
+        raise InputError(
+            prog,
+            f"a {what}",
+            repr(words[0]) if words else "none",
+            _nearest(words[:1], list(named), prog),
+        )
     text, default = named[words[0]]
     return parse(type(default), f"{prog} {words[0]}", text, default=default, words=words[1:])
 
@@ -76,18 +125,30 @@ def _nearest(word: Sequence[str], names: Sequence[str], prog: str) -> str:
     """The names like this one, and the list in short: names of one beginning count together."""
     first = [name.partition("-")[0] for name in names]
     families = {head: [name for name in names if name.partition("-")[0] == head] for head in first}
-    short = ", ".join(f"{head}-… ({len(own)})" if len(own) > 3 else ", ".join(own) for head, own in families.items())
+    short = ", ".join(
+        f"{head}-… ({len(own)})" if len(own) > 3 else ", ".join(own)
+        for head, own in families.items()
+    )
     near = [name for name in names if word and word[0] and word[0] in name][:4]
     near = near or (difflib.get_close_matches(word[0], names, 2, 0.5) if word else [])
-    return f"{f'did you mean {either(near)}? there are' if near else 'choose one of'} {short}; {prog} --help tells of each"
+    return (
+        f"{f'did you mean {either(near)}? there are' if near else 'choose one of'} {short}; {prog} "
+        "--help tells of each"
+    )
 
 
 def texts_joined(words: Sequence[str], flags: Sequence[Flag]) -> list[str]:
-    """The words with `--text=-a` for `--text -a`: a text may begin with a dash, but not be a flag of the command."""
+    """The words with `--text=-a` for `--text -a`: a text may begin with a dash, but not be a flag
+    of the command.
+    """
     known = {name: flag for flag in flags for name in flag.spellings}
     joined: list[str] = []
     for word in words:
-        before = known.get(joined[-1][2:].replace("-", "_")) if joined and joined[-1].startswith("--") else None
+        before = (
+            known.get(joined[-1][2:].replace("-", "_"))
+            if joined and joined[-1].startswith("--")
+            else None
+        )
         flag = word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in known
         if before is not None and before.verbatim and word.startswith("-") and not flag:
             joined[-1] += f"={word}"
@@ -109,7 +170,12 @@ def refuse_unknown(words: Sequence[str], flags: Sequence[Flag], prog: str) -> No
         elif name in known:
             value_of = None if "=" in word else known[name]
         else:
-            raise InputError(word.partition("=")[0], "a flag of this command", "none of that name", _mend(name, known, prog))
+            raise InputError(
+                word.partition("=")[0],
+                "a flag of this command",
+                "none of that name",
+                _mend(name, known, prog),
+            )
 
 
 def _mend(name: str, known: dict[str, Flag], prog: str) -> str:
@@ -117,7 +183,11 @@ def _mend(name: str, known: dict[str, Flag], prog: str) -> str:
     meant = [f"--{other.replace('_', '-')}" for other in _ELSEWHERE.get(name, ()) if other in known]
     if not meant:
         near = difflib.get_close_matches(name, known, 1, 0.65)
-        parts = [other for other in known if len(other) > 3 and other in name or len(name) > 3 and name in other]
+        parts = [
+            other
+            for other in known
+            if len(other) > 3 and other in name or len(name) > 3 and name in other
+        ]
         meant = [f"--{other.replace('_', '-')}" for other in (near or sorted(parts, key=len)[:3])]
     return f"did you mean {either(meant)}? ({listed})" if meant else listed
 
@@ -127,7 +197,14 @@ def either(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-def _by_tyro(kind: type[T], prog: str, words: Sequence[str], flags: Sequence[Flag], positional: bool, default: T | None) -> T:
+def _by_tyro(
+    kind: type[T],
+    prog: str,
+    words: Sequence[str],
+    flags: Sequence[Flag],
+    positional: bool,
+    default: T | None,
+) -> T:
     import tyro
 
     config: tuple[Any, ...] = (tyro.conf.OmitArgPrefixes,)
@@ -144,33 +221,52 @@ def _by_tyro(kind: type[T], prog: str, words: Sequence[str], flags: Sequence[Fla
 
 
 def _refuse(box: str, prog: str, words: Sequence[str], flags: Sequence[Flag]) -> NoReturn:
-    """InputError in place of what tyro says in a box: its first part, in the words of the others here."""
+    """InputError in place of what tyro says in a box: its first part, in the words of the others
+    here.
+    """
     lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    rule = next((number for number, line in enumerate(lines) if line and not line.strip("─")), len(lines))
+    rule = next(
+        (number for number, line in enumerate(lines) if line and not line.strip("─")), len(lines)
+    )
     text = " ".join(filter(None, lines[:rule]))
     by_name = {name: flag for flag in flags for name in flag.spellings}
     if missing := [flag for flag in flags if flag.required and not _given(flag, words)]:
         first, what = missing[0], missing[0].sentence.rstrip(".")
-        raise InputError(first.shown, what[:1].lower() + what[1:], "none", f"name it ({prog} --help)")
+        raise InputError(
+            first.shown, what[:1].lower() + what[1:], "none", f"name it ({prog} --help)"
+        )
     if found := re.search(r"(--[a-z][\w-]*)", text):
         flag = by_name.get(found[1][2:].replace("-", "_"))
         if flag is not None:
             values = _values(words, flag)
-            raise InputError(found[1], flag.expected, " ".join(map(repr, values)) or "nothing", "correct it")
-    if found := re.search(r"Error parsing \w+: (\w+): expected (.*), got (.*?); (.*)", text):  # what a dataclass itself refuses
+            raise InputError(
+                found[1], flag.expected, " ".join(map(repr, values)) or "nothing", "correct it"
+            )
+    if found := re.search(
+        r"Error parsing \w+: (\w+): expected (.*), got (.*?); (.*)", text
+    ):  # what a dataclass itself refuses
         flag = by_name.get(found[1])
         if flag is not None:
             raise InputError(flag.shown, found[2], found[3], found[4])
     rest = text.removeprefix("Unrecognized options: ")
     if rest != text:
-        raise InputError("arguments", "flags and their values", repr(rest), f"put its flag before it ({prog} --help)")
+        raise InputError(
+            "arguments",
+            "flags and their values",
+            repr(rest),
+            f"put its flag before it ({prog} --help)",
+        )
     raise InputError("arguments", "what --help says", text, f"see {prog} --help")
 
 
 def _given(flag: Flag, words: Sequence[str]) -> bool:
     if flag.positional:
         return any(not word.startswith("-") for word in words[:1])
-    return any(word[2:].partition("=")[0].replace("-", "_") in flag.spellings for word in words if word.startswith("--"))
+    return any(
+        word[2:].partition("=")[0].replace("-", "_") in flag.spellings
+        for word in words
+        if word.startswith("--")
+    )
 
 
 def _values(words: Sequence[str], flag: Flag) -> list[str]:

@@ -23,7 +23,6 @@ SKIPPED = ("skipped_steps", "skipped_encoder_steps")
 _COURTESY = 5.0  # seconds; torchrun ends the others in less
 
 
-
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         raise  # noqa: PLE0704  (rich calls it inside `except`, and would end with status 1)
@@ -42,7 +41,9 @@ def say(text: str) -> None:
 
 
 class _Printed(logging.Handler):
-    """Print what the library logs; what the terminal refuses ends the command, as it does for `say`."""
+    """Print what the library logs; what the terminal refuses ends the command, as it does for
+    `say`.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage())
@@ -73,22 +74,28 @@ def _here(path: Path) -> str:
     return str(path) if inside.startswith("..") else inside
 
 
-def command(main: Callable[[], Any], *, interrupted: str = "interrupted", several: bool = False) -> None:
+def command(
+    main: Callable[[], Any], *, interrupted: str = "interrupted", several: bool = False
+) -> None:
     """Runs a command; whatever ends it is told in one sentence on stderr.
 
-    Exit statuses: 0 done; 2 a user's mistake, before any work or with nothing changed; 1 the work began and failed (a full
-    disk, a lost process); 130, 143 and 129 ended by SIGINT, SIGTERM and SIGHUP; 141 the reader of the output has left.
+    Exit statuses: 0 done; 2 a user's mistake, before any work or with nothing changed; 1 the work
+    began and failed (a full disk, a lost process); 130, 143 and 129 ended by SIGINT, SIGTERM and
+    SIGHUP; 141 the reader of the output has left.
 
-    Warnings of this project are for the owner of the data: they are shown as `note: …`, without a line of source. What all
-    processes of torchrun meet is told once: the others give the first, whose end ends them, the time to tell it. In the
-    same way one that only misses another leaves the word to that one.
+    Warnings of this project are for the owner of the data: they are shown as `note: …`, without a
+        line of source. What all
+    processes of torchrun meet is told once: the others give the first, whose end ends them, the
+    time to tell it. In the same way one that only misses another leaves the word to that one.
 
     Args:
         interrupted: what Ctrl-C is answered with, where the command itself says nothing better.
         several: whether torchrun may start it; others would write the same files at once.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end the work
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a name that the terminal cannot show must not end the work
     print_logs()
     with warnings.catch_warnings(), listening():
         warnings.simplefilter("always", DataWarning)
@@ -123,7 +130,8 @@ def command(main: Callable[[], Any], *, interrupted: str = "interrupted", severa
                 print(stop.told or f"{interrupted} ({stop.name})", file=sys.stderr)
             _leave(stop.status)
         except BrokenPipeError:
-            # The reader (`| head`) has what it wanted; without this the interpreter's last flush would complain.
+            # The reader (`| head`) has what it wanted; without this the interpreter's last flush
+            # would complain.
             _close_output()
             sys.exit(128 + 13)
         except OSError as error:
@@ -145,8 +153,8 @@ def _close_output() -> None:
 
 
 def _leave(status: int) -> NoReturn:
-    """Ends the process; one of several without the interpreter's own end, in which a thread of gloo that still lets go of a
-    tensor aborts it (pytorch/pytorch, pull request 179291)."""
+    """Ends the process; one of several without the interpreter's own end, in which a thread of gloo
+    that still lets go of a tensor aborts it (pytorch/pytorch, pull request 179291)."""
     if not dist.running():
         sys.exit(status)
     dist.stop(failed=status != 0)
@@ -156,21 +164,36 @@ def _leave(status: int) -> NoReturn:
 
 
 def _first() -> bool:
-    """Whether this process is the first that torchrun started, whatever else its environment holds."""
+    """Whether this process is the first that torchrun started, whatever else its environment
+    holds.
+    """
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def _show_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: object = None, line: str | None = None
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: str | None = None,
 ) -> None:
     if dist.rank() > 0:
         return
     plain = category.__module__.partition(".")[0] == "xmlkernels"
-    text = f"note: {message}" if plain else warnings.formatwarning(message, category, filename, lineno, line).rstrip()
+    text = (
+        f"note: {message}"
+        if plain
+        else warnings.formatwarning(message, category, filename, lineno, line).rstrip()
+    )
     print(text, file=sys.stderr, flush=True)
 
 
-def metrics_table(title: str, rows: dict[str, dict[str, float]], kinds: tuple[str, ...] = ("P", "nDCG", "PSP", "R")) -> Table:
+def metrics_table(
+    title: str,
+    rows: dict[str, dict[str, float]],
+    kinds: tuple[str, ...] = ("P", "nDCG", "PSP", "R"),
+) -> Table:
     """Percentages at 1, 3 and 5; one row for each named set of metrics."""
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("percent")
@@ -178,16 +201,23 @@ def metrics_table(title: str, rows: dict[str, dict[str, float]], kinds: tuple[st
     for name in names:
         table.add_column(name, justify="right")
     for label, metrics in rows.items():
-        table.add_row(label, *(f"{metrics[name]:.2f}" if name in metrics else "–" for name in names))
+        table.add_row(
+            label, *(f"{metrics[name]:.2f}" if name in metrics else "–" for name in names)
+        )
     return table
 
 
 def print_metrics(report: dict[str, Any], output: Path) -> None:
-    """The metrics of a finished run, by split and by label frequency; of several processes the first prints them."""
+    """The metrics of a finished run, by split and by label frequency; of several processes the
+    first prints them.
+    """
     if dist.rank() > 0:
         return
     a, b = report["propensity"]
-    title = f"{report['dataset']} (hash {report['dataset_hash'][:12]}), propensity constants A={a}, B={b}"
+    title = (
+        f"{report['dataset']} (hash {report['dataset_hash'][:12]}), propensity constants A={a}, "
+        f"B={b}"
+    )
     rows = {name: report[name] for name in ("validation", "test") if name in report}
     if rows:
         _console.print(metrics_table(title, rows))
@@ -197,48 +227,77 @@ def print_metrics(report: dict[str, Any], output: Path) -> None:
     if "macro" in report:
         macro = report["macro"]
         told = ", ".join(
-            f"{name} {macro[name]:.2f}" for name in ("macroP@5", "macroR@5", "macroF1@5", "coverage@5", "abandonment@5")
+            f"{name} {macro[name]:.2f}"
+            for name in ("macroP@5", "macroR@5", "macroF1@5", "coverage@5", "abandonment@5")
         )
         say(f"over labels: {told}")
     if "deciles" in report:
         print_deciles(report["deciles"])
     seconds = report["seconds"]
     say(
-        f"{report['steps']:,} steps, train {seconds['train']:.0f} s, evaluate {seconds['evaluate']:.0f} s, "
+        f"{report['steps']:,} steps, train {seconds['train']:.0f} s, evaluate "
+        f"{seconds['evaluate']:.0f} s, "
         f"peak memory {report['peak_rss_mb']:.0f} MB; written to {output}/"
     )
-    if told := ", ".join(f"{report[name]:,} {name.replace('_', ' ')}" for name in SKIPPED if report[name]):
+    if told := ", ".join(
+        f"{report[name]:,} {name.replace('_', ' ')}" for name in SKIPPED if report[name]
+    ):
         say(f"note: {told}, where something was not finite")
     if lost := report.get("lost_positives"):
-        say(f"note: {lost:,} times a true cluster found no place in a training shortlist; --positives-bound makes room")
+        say(
+            f"note: {lost:,} times a true cluster found no place in a training shortlist; "
+            "--positives-bound makes room"
+        )
 
 
 def print_levels(name: str, levels: list[dict[str, Any]]) -> None:
-    """How the clusters of each level fare, and how many true labels were still in the shortlist after it."""
-    table = Table(title=f"{name}: levels of clusters, coarse to fine (percent)", title_justify="left")
+    """How the clusters of each level fare, and how many true labels were still in the shortlist
+    after it.
+    """
+    table = Table(
+        title=f"{name}: levels of clusters, coarse to fine (percent)", title_justify="left"
+    )
     shown = ("P@1", "P@3", "P@5", "R@5")
     for column in ("level", "clusters", "kept", *shown, "true labels kept"):
         table.add_column(column, justify="right")
     for x in levels:
-        numbers = [f"{x['level']}", f"{x['clusters']:,}", f"{x['kept']:,.1f}", *(f"{x[key]:.2f}" for key in shown)]
+        numbers = [
+            f"{x['level']}",
+            f"{x['clusters']:,}",
+            f"{x['kept']:,.1f}",
+            *(f"{x[key]:.2f}" for key in shown),
+        ]
         table.add_row(*numbers, f"{x['shortlist_recall']:.2f}")
     _console.print(table)
 
 
 def print_deciles(deciles: list[dict[str, Any]]) -> None:
-    """Recall by label frequency: labels sorted by training frequency, ten groups of equal size, rarest first."""
-    table = Table(title="by label frequency in train (ten groups of equally many labels)", title_justify="left")
+    """Recall by label frequency: labels sorted by training frequency, ten groups of equal size,
+    rarest first.
+    """
+    table = Table(
+        title="by label frequency in train (ten groups of equally many labels)",
+        title_justify="left",
+    )
     for name in deciles[0]:
         table.add_column(name, justify="right")
     for row in deciles:
         table.add_row(
             *(
-                f"{value:.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+                f"{value:.2f}"
+                if isinstance(value, float)
+                else f"{value:,}"
+                if isinstance(value, int)
+                else str(value)
                 for value in row.values()
             )
         )
     _console.print(table)
 
 
-def print_comparison(title: str, rows: dict[str, dict[str, float]], kinds: tuple[str, ...] = ("P", "nDCG", "PSP", "R")) -> None:
+def print_comparison(
+    title: str,
+    rows: dict[str, dict[str, float]],
+    kinds: tuple[str, ...] = ("P", "nDCG", "PSP", "R"),
+) -> None:
     _console.print(metrics_table(title, rows, kinds))

@@ -1,7 +1,8 @@
-"""What `make demo` runs: train on part of the built-in corpus, a linear ranker beside it, compare both with a nearest-neighbour
-baseline, answer queries.
+"""What `make demo` runs: train on part of the built-in corpus, a linear ranker beside it, compare
+both with a nearest-neighbour baseline, answer queries.
 
-The task: which functions will the function that does this need to call? What stands from an earlier call is used again.
+The task: which functions will the function that does this need to call? What stands from an earlier
+    call is used again.
 """
 
 import json
@@ -38,20 +39,31 @@ QUERIES = (
 
 def run() -> None:
     _, config = RECIPES["demo"]
-    say("Which functions does a function call? Texts: first paragraphs of docstrings of Python packages; labels: the calls.")
+    say(
+        "Which functions does a function call? Texts: first paragraphs of docstrings of Python "
+        "packages; labels: the calls."
+    )
     dataset = open_dataset(config)
     report, stands = trained(config, dataset)
     options = RankerConfig(
-        str(dataset.folder), f"{config.output}-ranker", checkpoint=config.output, device=config.device, **DEMO_RANKER
+        str(dataset.folder),
+        f"{config.output}-ranker",
+        checkpoint=config.output,
+        device=config.device,
+        **DEMO_RANKER,
     )
     ranked = with_ranker(options, dataset, stands=stands)
     baseline = nearest_neighbours(dataset, Path(config.output) / "baseline.json", stands=stands)
     print_comparison(
-        f"test split of the built-in corpus, hash {dataset.content_hash[:12]}; model: end to end, all-MiniLM-L6-v2",
+        f"test split of the built-in corpus, hash {dataset.content_hash[:12]}; model: end to end, "
+        "all-MiniLM-L6-v2",
         {"TF-IDF neighbours": baseline, "model": report["test"], "model + ranker": ranked},
     )
     answer(RankedPredictor.load(options.output, config.output))
-    say(f'\nAsk both more: {typed("predict")} --checkpoint {config.output} --ranker {options.output} --text "…"')
+    say(
+        f"\nAsk both more: {typed('predict')} --checkpoint {config.output} --ranker "
+        f'{options.output} --text "…"'
+    )
 
 
 def trained(config: Config, dataset: Dataset) -> tuple[dict[str, Any], bool]:
@@ -68,8 +80,13 @@ def trained(config: Config, dataset: Dataset) -> tuple[dict[str, Any], bool]:
             say(f"{folder}/ holds a run of other settings: training again")
         elif (folder / "metrics.json").exists():
             report = read_json(folder / "metrics.json")
-            if same_code(report.get("commit"), commit()) and report.get("dataset_hash") == dataset.content_hash:
-                say(f"{folder}/ holds this run already: nothing to train (remove it to train again)")
+            if (
+                same_code(report.get("commit"), commit())
+                and report.get("dataset_hash") == dataset.content_hash
+            ):
+                say(
+                    f"{folder}/ holds this run already: nothing to train (remove it to train again)"
+                )
                 return report, True
             say(f"{folder}/ holds a run of other code or data: training again")
         elif can_go_on(folder, dataset):
@@ -85,7 +102,9 @@ def trained(config: Config, dataset: Dataset) -> tuple[dict[str, Any], bool]:
 def same_settings(before: Mapping[str, Any], config: Config) -> bool:
     """Whether config.json says what this configuration does, in all that shapes the result."""
     now = recorded(config)
-    return before.keys() == now.keys() and all(before[key] == now[key] for key in now if key not in MAY_CHANGE)
+    return before.keys() == now.keys() and all(
+        before[key] == now[key] for key in now if key not in MAY_CHANGE
+    )
 
 
 def same_code(before: str | None, now: str) -> bool:
@@ -94,33 +113,45 @@ def same_code(before: str | None, now: str) -> bool:
 
 
 def can_go_on(folder: Path, dataset: Dataset) -> bool:
-    """Whether the last checkpoint of an unfinished run, if it got so far, is of this commit and data."""
+    """Whether the last checkpoint of an unfinished run, if it got so far, is of this commit and
+    data.
+    """
     checkpoints = CheckpointFolder(folder / "checkpoint")
     if not checkpoints.exists("last"):
         return True
     _, state = checkpoints.load("last", keep=lambda name: False)
-    return bool(state["dataset"] == dataset.content_hash and state.get("commits", [None])[-1] == commit())
+    return bool(
+        state["dataset"] == dataset.content_hash and state.get("commits", [None])[-1] == commit()
+    )
 
 
 def with_ranker(options: RankerConfig, dataset: Dataset, *, stands: bool) -> dict[str, float]:
-    """Metrics of model and ranker together on the test split; the ranker is trained where none of this run stands.
+    """Metrics of model and ranker together on the test split; the ranker is trained where none of
+    this run stands.
 
     Args:
-        stands: the run was not trained now, so a ranker that was trained beside it may be used again.
+        stands: the run was not trained now, so a ranker that was trained beside it may be used
+            again.
     """
     kept = Path(options.output) / "metrics.json"
     if stands and kept.exists():
         found = read_json(kept)
         try:
-            if found.get("dataset_hash") == dataset.content_hash and found.get("options") == plain(options):
-                RankedPredictor.load(options.output, options.checkpoint)  # of this very run, and whole
+            if found.get("dataset_hash") == dataset.content_hash and found.get("options") == plain(
+                options
+            ):
+                RankedPredictor.load(
+                    options.output, options.checkpoint
+                )  # of this very run, and whole
                 say(f"{options.output}/ holds the ranker of this run already")
                 return dict(found["test"]["both"])
         except InputError as error:
             say(f"{options.output}/ cannot be used again ({error}): training again")
     say(
-        f"a linear ranker of [embedding, TF-IDF] on the model's {options.shortlist} best labels (xmlkernels rank); --min-df "
-        f"{options.min_df} was chosen on validation for this recipe, the ranker's share is chosen there now"
+        f"a linear ranker of [embedding, TF-IDF] on the model's {options.shortlist} best labels "
+        "(xmlkernels rank); --min-df "
+        f"{options.min_df} was chosen on validation for this recipe, the ranker's share is chosen "
+        "there now"
     )
     return dict(train_ranker(options)["test"]["both"])
 
@@ -131,20 +162,27 @@ def plain(options: RankerConfig) -> dict[str, Any]:
 
 
 def nearest_neighbours(dataset: Dataset, kept: Path, *, stands: bool) -> dict[str, float]:
-    """Metrics of the baseline on the same documents: measured beside the training, and kept with its run.
+    """Metrics of the baseline on the same documents: measured beside the training, and kept with
+    its run.
 
     Args:
-        stands: the run was not trained now, so its baseline may be used again if it is of the same data.
+        stands: the run was not trained now, so its baseline may be used again if it is of the same
+            data.
     """
     if stands and kept.exists():
         found = read_json(kept)
         if found.get("dataset_hash") == dataset.content_hash:
-            say(f"TF-IDF baseline: measured beside this run ({found['seconds']:.0f} s), on the same documents")
+            say(
+                f"TF-IDF baseline: measured beside this run ({found['seconds']:.0f} s), on the "
+                "same documents"
+            )
             return dict(found["metrics"])
     started = time.perf_counter()
     fit, test = dataset.splits["train"], dataset.splits["test"]
     _, rows = KNNBaseline(fit.texts, fit.labels).predict(test.texts, 5)
-    metrics = evaluate(np.asarray(rows), test.labels, inverse_propensity(fit.labels, *dataset.propensity))
+    metrics = evaluate(
+        np.asarray(rows), test.labels, inverse_propensity(fit.labels, *dataset.propensity)
+    )
     seconds = time.perf_counter() - started
     write_json(kept, {"dataset_hash": dataset.content_hash, "seconds": seconds, "metrics": metrics})
     say(f"TF-IDF baseline: measured now ({seconds:.0f} s), on the same documents")

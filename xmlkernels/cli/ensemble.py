@@ -1,18 +1,22 @@
-"""Sum score files and measure them: `xmlkernels ensemble a.npz b.npz c.txt --dataset DIR [--output sum.npz]`.
+"""Sum score files and measure them: `xmlkernels ensemble a.npz b.npz c.txt --dataset DIR [--output
+sum.npz]`.
 
-One file alone is measured as it is. A file is a scipy CSR .npz [documents, labels] or a text file of the Extreme Classification
-Repository: `documents labels`, then a line of `label:score` for each document (plain or .gz). Rows are the documents of the
-split, columns the labels of the dataset. A stored logit of exactly 0 is a score in an .npz file; readers of text files leave
-zeros out, so that one is written there as the smallest number above 0.
+One file alone is measured as it is. A file is a scipy CSR .npz [documents, labels] or a text file
+of the Extreme Classification Repository: `documents labels`, then a line of `label:score` for each
+document (plain or .gz). Rows are the documents of the split, columns the labels of the dataset. A
+stored logit of exactly 0 is a score in an .npz file; readers of text files leave zeros out, so that
+one is written there as the smallest number above 0.
 
-A forest, as Parabel's three trees, is the sum of rankers, each trained on a tree of its own (`xmlkernels tree --seed N`,
-`xmlkernels rank --tree TREE`): `xmlkernels ensemble runs/tree*/predictions.npz --dataset DIR`, and for new texts
-`xmlkernels predict --ranker runs/tree* --input FILE`.
+A forest, as Parabel's three trees, is the sum of rankers, each trained on a tree of its own
+(`xmlkernels tree --seed N`, `xmlkernels rank --tree TREE`): `xmlkernels ensemble
+runs/tree*/predictions.npz --dataset DIR`, and for new texts `xmlkernels predict --ranker runs/tree*
+--input FILE`.
 
-Files hold logits, as this project writes them and CascadeXML reads text files, or probabilities (`--scores probability`, as
-CascadeXML's .npz files do). The sum is one of probabilities, where an absent label counts 0, or of log-odds, where it counts as
-much as the lowest label that the file has for this document: it cannot have had more; a file that has none for it has no say.
-Pairs that the dataset filters out are removed before the cut, in every row of the table.
+Files hold logits, as this project writes them and CascadeXML reads text files, or probabilities
+(`--scores probability`, as CascadeXML's .npz files do). The sum is one of probabilities, where an
+absent label counts 0, or of log-odds, where it counts as much as the lowest label that the file has
+for this document: it cannot have had more; a file that has none for it has no say. Pairs that the
+dataset filters out are removed before the cut, in every row of the table.
 """
 
 import math
@@ -57,8 +61,8 @@ class Options:
     sum: Literal["probability", "log_odds"] = "probability"
     """What is summed."""
     output: str = ""
-    """.npz or .txt(.gz) for the summed scores, as logits: the log-odds of the weighted mean of the probabilities, or the
-    weighted mean of the log-odds."""
+    """.npz or .txt(.gz) for the summed scores, as logits: the log-odds of the weighted mean of the
+    probabilities, or the weighted mean of the log-odds."""
     top_k: int = 100
     """Labels per document in the output."""
     metrics: str = ""
@@ -71,26 +75,47 @@ def check(options: Options) -> None:
     if not count:
         raise InputError("arguments", "one score file or more", "none", "name .npz or .txt files")
     if not options.dataset:
-        raise InputError("--dataset", "a dataset folder", "none", "name the one that the scores are of")
+        raise InputError(
+            "--dataset", "a dataset folder", "none", "name the one that the scores are of"
+        )
     if options.weights and len(options.weights) != count:
         got = f"{len(options.weights)}"
-        raise InputError("--weights", f"{count} numbers, one for each file", got, "give as many or leave them out")
-    if any(not 0 <= weight < math.inf for weight in options.weights) or (options.weights and not sum(options.weights)):
+        raise InputError(
+            "--weights",
+            f"{count} numbers, one for each file",
+            got,
+            "give as many or leave them out",
+        )
+    if any(not 0 <= weight < math.inf for weight in options.weights) or (
+        options.weights and not sum(options.weights)
+    ):
         got = " ".join(map(str, options.weights))
-        raise InputError("--weights", "finite numbers from 0, not all of them 0", got, "correct them")
+        raise InputError(
+            "--weights", "finite numbers from 0, not all of them 0", got, "correct them"
+        )
     if len(options.scores) not in (1, count) or not set(options.scores) <= set(KINDS):
         got = " ".join(options.scores)
-        raise InputError("--scores", f"logit or probability, once or {count} times", repr(got), "give one for all files")
+        raise InputError(
+            "--scores",
+            f"logit or probability, once or {count} times",
+            repr(got),
+            "give one for all files",
+        )
     if options.top_k < MEASURED:
-        raise InputError("--top-k", f"{MEASURED} or more", str(options.top_k), "metrics go down to that place")
+        raise InputError(
+            "--top-k", f"{MEASURED} or more", str(options.top_k), "metrics go down to that place"
+        )
     if options.output and not options.output.endswith((".npz", *TEXT)):
-        raise InputError("--output", "a name that ends in .npz, .txt or .txt.gz", options.output, "rename it")
+        raise InputError(
+            "--output", "a name that ends in .npz, .txt or .txt.gz", options.output, "rename it"
+        )
     if options.metrics and not options.metrics.endswith(".json"):
         raise InputError("--metrics", "a name that ends in .json", options.metrics, "rename it")
 
 
 def read_scores(path: str, documents: int, labels: int, *, keep_zeros: bool = True) -> csr_matrix:
-    """A score file as CSR float32 [documents, labels]; stored zeros of an .npz file stay if they are to be kept.
+    """A score file as CSR float32 [documents, labels]; stored zeros of an .npz file stay if they
+    are to be kept.
 
     CascadeXML's .npz files have a last column for padding: it is dropped where it is empty.
 
@@ -99,7 +124,12 @@ def read_scores(path: str, documents: int, labels: int, *, keep_zeros: bool = Tr
     """
     check_file(path)
     if not path.endswith((".npz", *TEXT)):
-        raise InputError(path, "a score file that ends in .npz, .txt or .txt.gz", "another", "rename or convert it")
+        raise InputError(
+            path,
+            "a score file that ends in .npz, .txt or .txt.gz",
+            "another",
+            "rename or convert it",
+        )
     if path.endswith(".npz"):
         matrix = read_npz(path, rows=documents, keep_zeros=keep_zeros)
     else:
@@ -108,7 +138,9 @@ def read_scores(path: str, documents: int, labels: int, *, keep_zeros: bool = Tr
         matrix = matrix[:, :labels]
     if matrix.shape[1] != labels:
         mend = "name the scores of this dataset"
-        raise InputError(path, f"{labels} columns, the labels of the dataset", str(matrix.shape[1]), mend)
+        raise InputError(
+            path, f"{labels} columns, the labels of the dataset", str(matrix.shape[1]), mend
+        )
     return matrix
 
 
@@ -125,7 +157,12 @@ def log_odds(matrix: csr_matrix, kind: str, path: str) -> np.ndarray:
     if bad.size:
         row = int(np.searchsorted(matrix.indptr, bad[0], "right")) - 1
         where = f"{path}, row {row}, label {matrix.indices[bad[0]]}"
-        raise InputError(where, "a probability from 0 to 1", f"{values[bad[0]]:g}", "say --scores logit if they are logits")
+        raise InputError(
+            where,
+            "a probability from 0 to 1",
+            f"{values[bad[0]]:g}",
+            "say --scores logit if they are logits",
+        )
     return to_log_odds(values)
 
 
@@ -148,7 +185,12 @@ def run(options: Options) -> dict[str, dict[str, float]]:
 def _run(options: Options) -> dict[str, dict[str, float]]:
     dataset = Dataset.open(options.dataset)
     if options.split not in dataset.splits:
-        raise InputError("--split", f"one of {', '.join(dataset.splits)}", options.split, f"{dataset.folder} has no other")
+        raise InputError(
+            "--split",
+            f"one of {', '.join(dataset.splits)}",
+            options.split,
+            f"{dataset.folder} has no other",
+        )
     split = dataset.splits[options.split]
     weight = inverse_propensity(dataset.splits["train"].labels, *dataset.propensity)
     kinds = options.scores * (len(options.files) if len(options.scores) == 1 else 1)
@@ -157,13 +199,17 @@ def _run(options: Options) -> dict[str, dict[str, float]]:
         read_scores(path, len(split), dataset.num_labels, keep_zeros=kind == "logit")
         for path, kind in zip(options.files, kinds, strict=True)
     ]
-    odds = [log_odds(m, kind, path) for m, kind, path in zip(files, kinds, options.files, strict=True)]
+    odds = [
+        log_odds(m, kind, path) for m, kind, path in zip(files, kinds, options.files, strict=True)
+    ]
     measured = {}
     for number, (matrix, z) in enumerate(zip(files, odds, strict=True)):
         alone = csr_matrix((z, matrix.indices, matrix.indptr), matrix.shape)
         path = options.files[number]
         name = path if path not in measured else f"{path} ({number + 1})"
-        measured[name] = evaluate(best(alone, split.filter_pairs, MEASURED)[1], split.labels, weight)
+        measured[name] = evaluate(
+            best(alone, split.filter_pairs, MEASURED)[1], split.labels, weight
+        )
     if len(files) > 1 or options.output:
         total = combine(files, odds, options.weights or [1.0] * len(files), options.sum)
         values, rows = best(total, split.filter_pairs, options.top_k)
@@ -177,7 +223,12 @@ def _run(options: Options) -> dict[str, dict[str, float]]:
                 kept.data[kept.data == 0] = np.finfo(np.float32).tiny
                 write_sparse(options.output, kept)
     if options.metrics:
-        facts = {"dataset": dataset.name, "dataset_hash": dataset.content_hash, "split": split.name, "sum": options.sum}
+        facts = {
+            "dataset": dataset.name,
+            "dataset_hash": dataset.content_hash,
+            "split": split.name,
+            "sum": options.sum,
+        }
         write_json(Path(options.metrics), {**facts, "metrics": measured})
     return measured
 

@@ -8,9 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from xmlkernels import __version__
+from xmlkernels import __version__, native
 from xmlkernels.cli.arguments import parse
-from xmlkernels.native import missing_cuda
 from xmlkernels.ops import missing
 from xmlkernels.training.environment import PACKAGES
 
@@ -30,6 +29,10 @@ def main(words: Sequence[str]) -> None:
             print(f"{package}: not installed")
     print(f"native library: {'loaded' if missing is None else 'not loaded, ' + missing}")
     if torch.version.cuda is not None:
-        print(f"CUDA library: {'loaded' if missing_cuda is None else 'not loaded, ' + missing_cuda}")
+        cuda = native.missing_cuda
+        print(f"CUDA library: {'loaded' if cuda is None else 'not loaded, ' + cuda}")
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"devices: {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}; {', '.join(cards) or 'no GPU'}")
+    print(
+        f"devices: {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}; "
+        f"{', '.join(cards) or 'no GPU'}"
+    )

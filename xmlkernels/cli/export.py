@@ -1,14 +1,18 @@
-"""Write what a trained model knows as arrays: `xmlkernels export --checkpoint DIR --output FOLDER [--what …]`.
+"""Write what a trained model knows as arrays: `xmlkernels export --checkpoint DIR --output FOLDER
+[--what …]`.
 
-label_vectors: `label_vectors.npy` (fp32 [L, D], memory-mappable, one row a label) and `label_names.txt`, for an index of
-nearest neighbours. With unit length, as Renee's deployment has it (MLSys 2023, section 6), maximum inner product becomes cosine
-similarity, which every index serves; rankings then differ from the exact ones of xmlkernels predict, because the lengths of
-the rows are gone.
+label_vectors: `label_vectors.npy` (fp32 [L, D], memory-mappable, one row a label) and
+`label_names.txt`, for an index of nearest neighbours. With unit length, as Renee's deployment has
+it (MLSys 2023, section 6), maximum inner product becomes cosine similarity, which every index
+serves; rankings then differ from the exact ones of xmlkernels predict, because the lengths of the
+rows are gone.
 
-embeddings: `embeddings_SPLIT.npy` (fp32 [N, D]) of every split: what the label table meets of a document.
+embeddings: `embeddings_SPLIT.npy` (fp32 [N, D]) of every split: what the label table meets of a
+    document.
 
-shortlists: `shortlist_SPLIT.npz` (scipy CSR [N, L] of logits) of every split: the labels that a linear ranker has to choose
-from. Of a cascade they are candidates of its last level; pairs that a filter bars are not among them.
+shortlists: `shortlist_SPLIT.npz` (scipy CSR [N, L] of logits) of every split: the labels that a
+linear ranker has to choose from. Of a cascade they are candidates of its last level; pairs that a
+filter bars are not among them.
 """
 
 from collections.abc import Sequence
@@ -37,7 +41,9 @@ from xmlkernels.training.inputs import open_dataset
 from xmlkernels.training.owned import refuse_others
 
 WRITTEN = ("label_vectors.npy", "label_names.txt") + tuple(
-    name for split in ("train", "val", "test") for name in (f"embeddings_{split}.npy", f"shortlist_{split}.npz")
+    name
+    for split in ("train", "val", "test")
+    for name in (f"embeddings_{split}.npy", f"shortlist_{split}.npz")
 )
 _ROWS = 1 << 16  # rows turned into fp32 at a time
 
@@ -59,7 +65,9 @@ class Options:
     batch: int = 256
     """embeddings, shortlists: documents per pass."""
     which: Literal["best", "last"] | None = None
-    """The best checkpoint by validation, or the last one; by default the best, or the last while there is no best yet."""
+    """The best checkpoint by validation, or the last one; by default the best, or the last while
+    there is no best yet.
+    """
     device: str = "cpu"
     """cpu, cuda, cuda:1, or auto."""
 
@@ -68,7 +76,9 @@ def export(options: Options) -> None:
     check_least(options, 1, "top_k", "batch")
     refuse_others(options.output, run=False)
     with own_folder(options.output, writes=WRITTEN) as folder:
-        predictor = Predictor.load(options.checkpoint, which=options.which, device=resolved_device(options.device))
+        predictor = Predictor.load(
+            options.checkpoint, which=options.which, device=resolved_device(options.device)
+        )
         if options.what == "label_vectors":
             label_vectors(options, predictor, folder)
         else:
@@ -84,11 +94,19 @@ def documents(options: Options, predictor: Predictor, folder: Path) -> None:
             found = embed_split(predictor.model, split, **more)
             with replacing(folder / f"embeddings_{name}.npy") as file:
                 np.save(file, found)
-            say(f"{folder}/embeddings_{name}.npy: {found.shape[0]:,} documents, width {found.shape[1]}")
+            say(
+                f"{folder}/embeddings_{name}.npy: {found.shape[0]:,} documents, width "
+                f"{found.shape[1]}"
+            )
         else:
-            scores = score_matrix(*predict_split(predictor.model, split, options.top_k, **more), dataset.num_labels)
+            scores = score_matrix(
+                *predict_split(predictor.model, split, options.top_k, **more), dataset.num_labels
+            )
             write_npz(folder / f"shortlist_{name}.npz", scores, keep_zeros=True)
-            say(f"{folder}/shortlist_{name}.npz: {scores.shape[0]:,} documents, {scores.nnz:,} labels")
+            say(
+                f"{folder}/shortlist_{name}.npz: {scores.shape[0]:,} documents, {scores.nnz:,} "
+                "labels"
+            )
 
 
 def dataset_of(options: Options, predictor: Predictor) -> Dataset:
@@ -98,13 +116,20 @@ def dataset_of(options: Options, predictor: Predictor) -> Dataset:
         InputError: none is named and none found, or one that the model does not know.
     """
     path = Path(options.checkpoint)
-    settings = next((p for p in (path / "config.json", path.parent / "config.json") if p.exists()), None)
+    settings = next(
+        (p for p in (path / "config.json", path.parent / "config.json") if p.exists()), None
+    )
     if options.dataset:
         dataset = Dataset.open(options.dataset)
     elif settings is not None:
         dataset = open_dataset(replace(Config(), **began_with(read_json(settings))))
     else:
-        raise InputError("--dataset", "a dataset folder", "none, and no config.json beside the checkpoint", "name one")
+        raise InputError(
+            "--dataset",
+            "a dataset folder",
+            "none, and no config.json beside the checkpoint",
+            "name one",
+        )
     check_dataset(dataset, predictor.labels, predictor.inputs)
     return dataset
 
@@ -113,16 +138,27 @@ def label_vectors(options: Options, predictor: Predictor, folder: Path) -> None:
     """Writes the rows of the label table, and the names of the labels."""
     model = predictor.model
     if not isinstance(model, EndToEnd) or model.head.bias is not None:
-        got = "one with a bias for each label" if isinstance(model, EndToEnd) else "a cascade, which has a bias for each label"
+        got = (
+            "one with a bias for each label"
+            if isinstance(model, EndToEnd)
+            else "a cascade, which has a bias for each label"
+        )
         mend = "an inner product cannot carry it; train end to end without --bias"
         raise InputError("--checkpoint", "a label table without bias", got, mend)
     head = model.head
     with replacing(folder / "label_vectors.npy") as file:
         shape = tuple(head.weight.shape)
-        np.lib.format.write_array_header_2_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        np.lib.format.write_array_header_2_0(
+            file, {"descr": "<f4", "fortran_order": False, "shape": shape}
+        )
         for start in range(0, shape[0], _ROWS):
             rows = head.rows(start, start + _ROWS)
-            file.write((torch.nn.functional.normalize(rows) if options.normalize else rows).cpu().numpy().tobytes())
+            file.write(
+                (torch.nn.functional.normalize(rows) if options.normalize else rows)
+                .cpu()
+                .numpy()
+                .tobytes()
+            )
     if predictor.label_names is not None:
         with replacing(folder / "label_names.txt") as file:
             file.write("".join(f"{name}\n" for name in predictor.label_names).encode())

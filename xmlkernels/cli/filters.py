@@ -21,9 +21,15 @@ class Barred:
 
     @classmethod
     def read(cls, path: str, labels: int) -> "Barred":
-        """Those of a file, or none. InputError where a line holds no pair, or a label that the model does not have."""
+        """Those of a file, or none. InputError where a line holds no pair, or a label that the
+        model does not have.
+        """
         none = np.zeros((0, 2), np.int64)
-        return cls(path, np.unique(read_filter_pairs(path, labels=labels), axis=0) if path else none, labels)
+        return cls(
+            path,
+            np.unique(read_filter_pairs(path, labels=labels), axis=0) if path else none,
+            labels,
+        )
 
     def needed(self, k: int) -> int:
         """How many labels of a text leave k when its pairs are gone."""
@@ -37,7 +43,9 @@ class Barred:
         """InputError where a pair names a text beyond the last: the file belongs to other texts."""
         if len(self.pairs) and self.pairs[-1, 0] >= texts:
             got, mend = str(self.pairs[-1, 0]), "name the file that belongs to these texts"
-            raise InputError(self.name, f"texts from 0 to {texts - 1}, as there are {texts}", got, mend)
+            raise InputError(
+                self.name, f"texts from 0 to {texts - 1}, as there are {texts}", got, mend
+            )
 
     def kept(self, answers: Iterator[Sequence[Label]], k: int) -> Iterator[list[Label]]:
         """The k best labels of each text that no pair bars."""
@@ -47,7 +55,9 @@ class Barred:
             yield [label for label in labels if label.id not in barred][:k]
         self._check(count)
 
-    def kept_arrays(self, values: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def kept_arrays(
+        self, values: np.ndarray, rows: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The same of logits [N, K] and labels [N, K]; -inf and -1 where fewer are left."""
         self._check(len(rows))
         rows, values = drop_filtered(rows, values, self.pairs, k, num_labels=self.labels)

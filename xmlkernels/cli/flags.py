@@ -1,4 +1,6 @@
-"""The flags of a command, as its dataclass has them: names, values, help and the groups that its comments make."""
+"""The flags of a command, as its dataclass has them: names, values, help and the groups that its
+comments make.
+"""
 
 import ast
 import inspect
@@ -49,7 +51,13 @@ class Flag:
     def shown(self) -> str:
         """As the help has it, without its values."""
         dashed = self.name.replace("_", "-")
-        return self.name.upper() if self.positional else f"--[no-]{dashed}" if self.default == "on" else f"--{dashed}"
+        return (
+            self.name.upper()
+            if self.positional
+            else f"--[no-]{dashed}"
+            if self.default == "on"
+            else f"--{dashed}"
+        )
 
     @property
     def sentence(self) -> str:
@@ -72,16 +80,24 @@ def flags_of(kind: type, *, positional: bool = False, default: Any = None) -> li
         values, expected = _values(hint)
         found.append(
             Flag(
-                field.name, group, texts.get(field.name, ""), values, expected, "" if required else _typed(value), required,
-                positional=positional and required, switch=hint is bool, verbatim=get_origin(hint) is Annotated,
+                field.name,
+                group,
+                texts.get(field.name, ""),
+                values,
+                expected,
+                "" if required else _typed(value),
+                required,
+                positional=positional and required,
+                switch=hint is bool,
+                verbatim=get_origin(hint) is Annotated,
             )
-        )  # fmt: skip
+        )
     return found
 
 
 def _documented(kind: type) -> tuple[dict[str, str], dict[str, str]]:
-    """field → its help; field → its group. Help is the string behind a field or what `Attributes:` says; a comment
-    `# ---- name ----` begins a group."""
+    """field → its help; field → its group. Help is the string behind a field or what `Attributes:`
+    says; a comment `# ---- name ----` begins a group."""
     source = textwrap.dedent(inspect.getsource(kind))
     lines = source.splitlines()
     body = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)).body
@@ -90,9 +106,17 @@ def _documented(kind: type) -> tuple[dict[str, str], dict[str, str]]:
     for node, after in zip(body, [*body[1:], None], strict=True):
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             continue
-        heading = [found[1] for line in lines[: node.lineno] if (found := re.match(r"\s+# ---- (.*?) ----", line))]
+        heading = [
+            found[1]
+            for line in lines[: node.lineno]
+            if (found := re.match(r"\s+# ---- (.*?) ----", line))
+        ]
         groups[node.target.id] = heading[-1] if heading else ""
-        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
+        if (
+            isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+            and isinstance(after.value.value, str)
+        ):
             texts[node.target.id] = " ".join(after.value.value.split())
     return texts, groups
 
@@ -114,7 +138,10 @@ def _values(hint: Any) -> tuple[str, str]:
         return "|".join(map(str, get_args(hint))), f"one of {', '.join(map(str, get_args(hint)))}"
     if get_origin(hint) is tuple:
         one, told = _values(get_args(hint)[0])
-        return f"{one} …", f"{told.removeprefix('a ').removeprefix('an ')}s, with spaces between them"
+        return (
+            f"{one} …",
+            f"{told.removeprefix('a ').removeprefix('an ')}s, with spaces between them",
+        )
     if hint is bool:
         return "", "no value (it is a switch)"
     if hint is Path:
@@ -131,11 +158,14 @@ def _typed(value: Any) -> str:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-EXIT_STATUS = """exit status: 0 done; 1 the work began and failed (a full disk, a lost process); 2 a mistake in flags or
-files; 130, 143, 129 stopped by SIGINT, SIGTERM, SIGHUP; 141 the reader of the output has left"""
+EXIT_STATUS = """exit status: 0 done; 1 the work began and failed (a full disk, a lost process);
+2 a mistake in flags or files; 130, 143, 129 stopped by SIGINT, SIGTERM, SIGHUP;
+141 the reader of the output has left"""
 
 
-def help_of(flags: Sequence[Flag], prog: str, told: str, *, only: Sequence[str] = (), brief: int = 50) -> str:
+def help_of(
+    flags: Sequence[Flag], prog: str, told: str, *, only: Sequence[str] = (), brief: int = 50
+) -> str:
     """The help of a command, wrapped to the terminal.
 
     Args:
@@ -146,27 +176,42 @@ def help_of(flags: Sequence[Flag], prog: str, told: str, *, only: Sequence[str] 
     if chosen := [flag for flag in flags if set(flag.spellings) & set(only)]:
         return "\n".join(line for flag in chosen for line in _entry(flag, flag.told))
     places = "".join(f" {flag.shown}" for flag in flags if flag.positional)
-    required = "".join(f" {flag.shown} {flag.values}" for flag in flags if flag.required and not flag.positional)
-    lines = [f"usage: {prog}{places}{required} {'[--flag value …]' if flags else ''}".rstrip(), "", told.strip()]
+    required = "".join(
+        f" {flag.shown} {flag.values}" for flag in flags if flag.required and not flag.positional
+    )
+    lines = [
+        f"usage: {prog}{places}{required} {'[--flag value …]' if flags else ''}".rstrip(),
+        "",
+        told.strip(),
+    ]
     short = len(flags) > brief
     for group in dict.fromkeys(flag.group for flag in flags):
         lines += ["", f"{group or 'flags'}:"]
         for flag in (flag for flag in flags if flag.group == group):
             lines += _entry(flag, flag.sentence if short else flag.told)
     if short:
-        lines += ["", f"All about one flag: {prog} --help --{flags[-1].name.replace('_', '-')}, say."]
+        lines += [
+            "",
+            f"All about one flag: {prog} --help --{flags[-1].name.replace('_', '-')}, say.",
+        ]
     lines += ["", EXIT_STATUS]
     return "\n".join(lines)
 
 
 def _entry(flag: Flag, text: str) -> list[str]:
     default = f" [{flag.default}]" if flag.default not in ("", "off") else ""
-    return entry(f"{flag.shown} {flag.values}".rstrip(), text + (" (required)" if flag.required else default), 28)
+    return entry(
+        f"{flag.shown} {flag.values}".rstrip(),
+        text + (" (required)" if flag.required else default),
+        28,
+    )
 
 
 def entry(name: str, text: str, column: int) -> list[str]:
     """A name and what it is, in two columns of the terminal."""
     width = min(shutil.get_terminal_size().columns, _WIDEST)
-    body = textwrap.wrap(text, max(30, width - column), break_long_words=False, break_on_hyphens=False) or [""]
+    body = textwrap.wrap(
+        text, max(30, width - column), break_long_words=False, break_on_hyphens=False
+    ) or [""]
     head, rest = f"  {name}", [" " * column + line for line in body]
     return [head, *rest] if len(head) + 1 > column else [head.ljust(column) + body[0], *rest[1:]]

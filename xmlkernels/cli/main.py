@@ -7,7 +7,8 @@ from importlib import import_module
 
 from xmlkernels.cli import waiting
 
-# Each is a module of this package with a `main(words)`; nothing of it is loaded before it is asked for.
+# Each is a module of this package with a `main(words)`; nothing of it is loaded before it is asked
+# for.
 COMMANDS = {
     "prepare": "raw files → a dataset folder",
     "train": "train a model by a recipe",
@@ -56,7 +57,9 @@ def _help() -> str:
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name:<{width}}{told}" for name, told in COMMANDS.items()]
     head = "usage: xmlkernels COMMAND [ARGUMENTS]   (xmlkernels COMMAND --help tells of each)"
-    return "\n".join([head, "", "Train and serve text classifiers with millions of labels.", "", *lines])
+    return "\n".join(
+        [head, "", "Train and serve text classifiers with millions of labels.", "", *lines]
+    )
 
 
 def _unknown(name: str) -> str:

@@ -1,7 +1,8 @@
-"""Ask a trained model for labels: `xmlkernels predict --checkpoint DIR (--text "…" | --input FILE) [--output FILE]`.
+"""Ask a trained model for labels: `xmlkernels predict --checkpoint DIR (--text "…" | --input FILE)
+[--output FILE]`.
 
-With --ranker the output folder of xmlkernels rank answers, with the checkpoint that it was made with or, where it was made
-without one, alone.
+With --ranker the output folder of xmlkernels rank answers, with the checkpoint that it was made
+with or, where it was made without one, alone.
 """
 
 import io
@@ -46,34 +47,44 @@ class Options:
     checkpoint: str = ""
     """A run's output folder, or the checkpoint folder in it."""
     ranker: tuple[str, ...] = ()
-    """An output folder of xmlkernels rank; of several the mean of their probabilities is taken (a forest)."""
+    """An output folder of xmlkernels rank; of several the mean of their probabilities is taken (a
+    forest).
+    """
     # ---- texts ----
     text: Annotated[str | None, VERBATIM] = None
     """One text to label; it may be empty."""
     input: str | None = None
-    """A .txt file (one text a line), a .jsonl file (a string, or an object with "text" or "title" and "content", a line;
-    its "id" or "uid" is given back), both also packed as .gz, .bz2 or .xz, or - for lines from standard input, each
-    answered before the next is read."""
+    """A .txt file (one text a line), a .jsonl file (a string, or an object with "text" or "title"
+    and "content", a line; its "id" or "uid" is given back), both also packed as .gz, .bz2 or .xz,
+    or - for lines from standard input, each answered before the next is read."""
     ranker_text: Annotated[str | None, VERBATIM] = None
-    """With --text: what a ranker's TF-IDF is made of, where the ranker was trained with --train-text beside a checkpoint."""
+    """With --text: what a ranker's TF-IDF is made of, where the ranker was trained with
+    --train-text beside a checkpoint.
+    """
     ranker_input: str | None = None
     """The same with --input: a file of as many texts."""
     filter: str = ""
-    """A file of lines `text label`, both counted from 0: pairs that are never predicted, as prepare's --test-filter."""
+    """A file of lines `text label`, both counted from 0: pairs that are never predicted, as
+    prepare's --test-filter.
+    """
     # ---- answers ----
     output: str = ""
-    """.jsonl: one line a text; .npz: a scipy CSR matrix of scores [texts, labels]. Printed when not given.
-    A score is log-odds, ln p / (1 - p), of one model, of a ranker and of a forest alike."""
+    """.jsonl: one line a text; .npz: a scipy CSR matrix of scores [texts, labels]. Printed when not
+    given. A score is log-odds, ln p / (1 - p), of one model, of a ranker and of a forest alike."""
     top_k: int = 10
     """Labels per text."""
     batch: int | None = None
-    """Texts per pass: 64, or 1 for standard input; a larger one is faster there and answers later."""
+    """Texts per pass: 64, or 1 for standard input; a larger one is faster there and answers
+    later.
+    """
     # ---- model and machine ----
     which: Literal["best", "last"] | None = None
-    """The best checkpoint by validation, or the last one; by default the best, or the last while there is no best yet."""
+    """The best checkpoint by validation, or the last one; by default the best, or the last while
+    there is no best yet.
+    """
     latency: bool = False
-    """Label the texts one by one and tell how long one takes (median, 95th, 99th percentile) on standard error, after one
-    call that is not counted."""
+    """Label the texts one by one and tell how long one takes (median, 95th, 99th percentile) on
+    standard error, after one call that is not counted."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, or auto."""
     threads: int = 0
@@ -81,7 +92,9 @@ class Options:
 
 
 def texts_of(options: Options, parts: TextParts) -> tuple[Texts, Any]:
-    """The texts to label, and what the model or the rankers read: them, or pairs where the rankers have texts of their own."""
+    """The texts to label, and what the model or the rankers read: them, or pairs where the rankers
+    have texts of their own.
+    """
     texts = Texts(options.text, options.input, parts)
     if options.ranker_text is None and options.ranker_input is None:
         return texts, iter(texts)
@@ -92,9 +105,12 @@ def texts_of(options: Options, parts: TextParts) -> tuple[Texts, Any]:
 def written(path: str) -> Iterator[IO[str]]:
     """Standard output, or a file that appears only when it is whole."""
     if not path:
-        # Names in any script: as UTF-8 into files and pipes, and on a terminal with escapes for what it cannot show.
+        # Names in any script: as UTF-8 into files and pipes, and on a terminal with escapes for
+        # what it cannot show.
         if isinstance(sys.stdout, io.TextIOWrapper):
-            how: dict[str, str] = {"errors": "backslashreplace"} if sys.stdout.isatty() else {"encoding": "utf-8"}
+            how: dict[str, str] = (
+                {"errors": "backslashreplace"} if sys.stdout.isatty() else {"encoding": "utf-8"}
+            )
             sys.stdout.reconfigure(**how)  # type: ignore[arg-type]
         yield sys.stdout
         return
@@ -105,60 +121,114 @@ def written(path: str) -> Iterator[IO[str]]:
         text.detach()  # `replacing` still has to sync the stream below
 
 
-def one_by_one(predictor: Predictor | Ranked, texts: Iterator[Any], k: int) -> Iterator[list[Label]]:
-    """Predictions as a server would make them, one text a call, and at the end how long a call took."""
+def one_by_one(
+    predictor: Predictor | Ranked, texts: Iterator[Any], k: int
+) -> Iterator[list[Label]]:
+    """Predictions as a server would make them, one text a call, and at the end how long a call
+    took.
+    """
     taken = []
     for text in texts:
         if not taken:
-            next(predictor.predict([text], k, batch_size=1, window=1, prefetch=0))  # the first call allocates and loads
+            next(
+                predictor.predict([text], k, batch_size=1, window=1, prefetch=0)
+            )  # the first call allocates and loads
         started = time.perf_counter()
         labels = next(predictor.predict([text], k, batch_size=1, window=1, prefetch=0))
         taken.append((time.perf_counter() - started) * 1e3)
         yield labels
     if taken:
         p50, p95, p99 = np.percentile(taken, (50, 95, 99))
-        print(f"{len(taken)} texts one by one: median {p50:.1f} ms, 95% {p95:.1f} ms, 99% {p99:.1f} ms", file=sys.stderr)
+        print(
+            f"{len(taken)} texts one by one: median {p50:.1f} ms, 95% {p95:.1f} ms, 99% {p99:.1f} "
+            "ms",
+            file=sys.stderr,
+        )
 
 
 def check(options: Options) -> None:
     """Refuses options that cannot be used, before the model is loaded."""
     if (options.text is None) == (options.input is None):
         got = "neither" if options.text is None else "both"
-        raise InputError("arguments", "either --text or --input", got, 'give --text "…" or --input FILE')
+        raise InputError(
+            "arguments", "either --text or --input", got, 'give --text "…" or --input FILE'
+        )
     if not options.checkpoint and not options.ranker:
-        raise InputError("--checkpoint", "a run's output folder, or --ranker and a ranker's", "neither", "name one")
+        raise InputError(
+            "--checkpoint",
+            "a run's output folder, or --ranker and a ranker's",
+            "neither",
+            "name one",
+        )
     for name, other in (("ranker_text", "text"), ("ranker_input", "input")):
-        if getattr(options, name) is not None and (getattr(options, other) is None or not options.ranker):
-            raise InputError(flag(name), f"--ranker and {flag(other)} beside it", "no such two", "leave it out, or give them")
+        if getattr(options, name) is not None and (
+            getattr(options, other) is None or not options.ranker
+        ):
+            raise InputError(
+                flag(name),
+                f"--ranker and {flag(other)} beside it",
+                "no such two",
+                "leave it out, or give them",
+            )
     if options.ranker_input == "-":
-        raise InputError("--ranker-input", "a file", "standard input", "name a file of the same documents' texts")
+        raise InputError(
+            "--ranker-input", "a file", "standard input", "name a file of the same documents' texts"
+        )
     if options.which and not options.checkpoint:
-        raise InputError("--which", "--checkpoint beside it", "none", "leave it out: it would do nothing")
+        raise InputError(
+            "--which", "--checkpoint beside it", "none", "leave it out: it would do nothing"
+        )
     check_least(options, 1, "top_k", "batch")
     check_least(options, 0, "threads")
     if options.output and not options.output.endswith((".jsonl", ".npz")):
-        raise InputError("--output", "a name that ends in .jsonl or .npz", options.output, "rename it")
+        raise InputError(
+            "--output", "a name that ends in .jsonl or .npz", options.output, "rename it"
+        )
     if options.latency and options.output.endswith(".npz"):
-        raise InputError("--latency", "answers one by one", "--output .npz, which takes all at once", "write .jsonl")
+        raise InputError(
+            "--latency",
+            "answers one by one",
+            "--output .npz, which takes all at once",
+            "write .jsonl",
+        )
 
 
 def loaded(options: Options) -> Predictor | Ranked:
-    """The model, or the ranker with its model; InputError where it needs other texts than the options name."""
+    """The model, or the ranker with its model; InputError where it needs other texts than the
+    options name.
+    """
     device = resolved_device(options.device)
     if not options.ranker:
-        return Predictor.load(options.checkpoint, which=options.which, device=device, threads=options.threads)
+        return Predictor.load(
+            options.checkpoint, which=options.which, device=device, threads=options.threads
+        )
     more = {"which": options.which, "device": device, "threads": options.threads}
-    predictor = Forest([RankedPredictor.load(folder, options.checkpoint or None, **more) for folder in options.ranker])
+    predictor = Forest(
+        [
+            RankedPredictor.load(folder, options.checkpoint or None, **more)
+            for folder in options.ranker
+        ]
+    )
     given = options.ranker_text is not None or options.ranker_input is not None
     if given != predictor.takes_pairs:
         name = "--ranker-text" if options.text is not None else "--ranker-input"
-        expected = "the texts of its TF-IDF, which was not made of the model's" if predictor.takes_pairs else "no texts"
-        mend = "give both, equal ones too" if predictor.takes_pairs else "leave it out: this ranker has no texts of its own"
+        expected = (
+            "the texts of its TF-IDF, which was not made of the model's"
+            if predictor.takes_pairs
+            else "no texts"
+        )
+        mend = (
+            "give both, equal ones too"
+            if predictor.takes_pairs
+            else "leave it out: this ranker has no texts of its own"
+        )
         raise InputError(name, expected, "some" if given else "none", mend)
     return predictor
 
 
-def answers_of(options: Options, predictor: Predictor | Ranked, texts: Any, barred: Barred) -> Iterator[list[Label]]:
+def answers_of(
+    options: Options, predictor: Predictor | Ranked, texts: Any, barred: Barred
+) -> Iterator[list[Label]]:
     """The answers to `texts`, without the pairs of --filter."""
     k = barred.needed(options.top_k)
     if options.latency:
@@ -186,7 +256,9 @@ def answer(options: Options, predictor: Predictor | Ranked) -> None:
     barred = Barred.read(options.filter, predictor.labels)
     if options.output.endswith(".npz"):
         size = options.batch or 64
-        values, rows = predictor.predict_arrays(given, barred.needed(options.top_k), batch_size=size)
+        values, rows = predictor.predict_arrays(
+            given, barred.needed(options.top_k), batch_size=size
+        )
         values, rows = barred.kept_arrays(values, rows, options.top_k)
         write_npz(options.output, score_matrix(values, rows, predictor.labels), keep_zeros=True)
         return
@@ -194,14 +266,22 @@ def answer(options: Options, predictor: Predictor | Ranked) -> None:
         for number, labels in enumerate(answers_of(options, predictor, given, barred)):
             own = texts.ids.popleft()
             found = [
-                {"id": x.id, "name": x.name, "score": round(x.score, 4), "probability": round(x.probability, 6)} for x in labels
+                {
+                    "id": x.id,
+                    "name": x.name,
+                    "score": round(x.score, 4),
+                    "probability": round(x.probability, 6),
+                }
+                for x in labels
             ]
             if options.output or not sys.stdout.isatty():
                 named = {"text": number} | ({} if own is None else {"id": own})
                 out.write(json.dumps(named | {"labels": found}, ensure_ascii=False) + "\n")
             else:
                 out.write("" if own is None else f"{own}\n")
-                out.write("\n".join(f"{x['probability']:8.4f}  {x['name']}" for x in found) + "\n\n")
+                out.write(
+                    "\n".join(f"{x['probability']:8.4f}  {x['name']}" for x in found) + "\n\n"
+                )
             if not options.output:
                 out.flush()
 

@@ -1,11 +1,13 @@
 """Raw files → a dataset folder: `xmlkernels prepare --help`.
 
---tokenizer takes a Hugging Face name, a local folder, or "minilm": the installed all-MiniLM-L6-v2, as train/run.py's
---encoder does. The tokenizer must be the one of the encoder that will be trained. --source bow needs none.
+--tokenizer takes a Hugging Face name, a local folder, or "minilm": the installed all-MiniLM-L6-v2,
+as train/run.py's --encoder does. The tokenizer must be the one of the encoder that will be trained.
+--source bow needs none.
 
-A text file has one document per line, its label file one row per document: label ids, divided by spaces or commas, that
-count from 0 (line 1 of the label names is label 0); a blank line has no label. Or, behind a header of the numbers of documents
-and labels, `id:1` for each. Three documents with the labels 0 and 4, 3, 1 and 2:
+A text file has one document per line, its label file one row per document: label ids, divided by
+spaces or commas, that count from 0 (line 1 of the label names is label 0); a blank line has no
+label. Or, behind a header of the numbers of documents and labels, `id:1` for each. Three documents
+with the labels 0 and 4, 3, 1 and 2:
 
     0 4         3 6
     3      or   0:1 4:1

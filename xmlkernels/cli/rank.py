@@ -1,14 +1,17 @@
-"""Train a linear ranker over shortlists: `xmlkernels rank --checkpoint RUN --dataset DIR --output FOLDER`.
+"""Train a linear ranker over shortlists: `xmlkernels rank --checkpoint RUN --dataset DIR --output
+FOLDER`.
 
-For every label a sparse classifier of [embedding || TF-IDF] is trained on the documents whose shortlist holds the label, and
-measured beside the plain model: the model alone, the ranker alone on the model's shortlists, and both together, with the
-share of either chosen on validation. Without --checkpoint it works on TF-IDF alone: with --tree on the shortlists of linear
-classifiers of its clusters, with --one-vs-all without any.
+For every label a sparse classifier of [embedding || TF-IDF] is trained on the documents whose
+shortlist holds the label, and measured beside the plain model: the model alone, the ranker alone on
+the model's shortlists, and both together, with the share of either chosen on validation. Without
+--checkpoint it works on TF-IDF alone: with --tree on the shortlists of linear classifiers of its
+clusters, with --one-vs-all without any.
 
-TF-IDF is made from the texts kept in the dataset, from text files (--train-text …: they may say more than the texts that
-the model was trained on), or read from a folder of features. The folder gets ranker.safetensors, predictions.npz (logits of
-the test split), metrics.json, label_names.txt, vectorizer/, with --tree clusters/, and with --checkpoint inputs/ (embeddings
-and shortlists, used again). `xmlkernels predict --ranker FOLDER` asks it for the labels of new texts.
+TF-IDF is made from the texts kept in the dataset, from text files (--train-text …: they may say
+more than the texts that the model was trained on), or read from a folder of features. The folder
+gets ranker.safetensors, predictions.npz (logits of the test split), metrics.json, label_names.txt,
+vectorizer/, with --tree clusters/, and with --checkpoint inputs/ (embeddings and shortlists, used
+again). `xmlkernels predict --ranker FOLDER` asks it for the labels of new texts.
 """
 
 from collections.abc import Sequence
@@ -21,10 +24,18 @@ from xmlkernels.training.ranker import SHOWN, RankerConfig, train_ranker
 
 def main(words: Sequence[str]) -> None:
     report = train_ranker(parse(RankerConfig, "xmlkernels rank", __doc__ or "", words=words))
-    rows = {f"{split}, {what}": numbers for split in SHOWN.values() for what, numbers in report.get(split, {}).items()}
+    rows = {
+        f"{split}, {what}": numbers
+        for split in SHOWN.values()
+        for what, numbers in report.get(split, {}).items()
+    }
     if rows:
         a, b = report["propensity"]
-        print_comparison(f"{report['dataset']} (hash {report['dataset_hash'][:12]}), propensity constants A={a}, B={b}", rows)
+        print_comparison(
+            f"{report['dataset']} (hash {report['dataset_hash'][:12]}), propensity constants "
+            f"A={a}, B={b}",
+            rows,
+        )
     say(f"written to {report['options']['output']}/")
     say(next_command(report["options"]))
 
@@ -32,7 +43,10 @@ def main(words: Sequence[str]) -> None:
 def next_command(options: dict[str, Any]) -> str:
     """How to ask the ranker for labels; one of ready features cannot be asked."""
     if options["features"]:
-        return "a ranker of ready features scores the splits of its dataset alone: predictions.npz has those of the test split"
+        return (
+            "a ranker of ready features scores the splits of its dataset alone: predictions.npz "
+            "has those of the test split"
+        )
     model = f"--checkpoint {options['checkpoint']} " if options["checkpoint"] else ""
     own = ' --ranker-text "…"' if model and options["train_text"] else ""
     return f'ask it: {typed("predict")} {model}--ranker {options["output"]} --text "…"{own}'

@@ -1,4 +1,6 @@
-"""The texts that xmlkernels predict labels, read as they are used: from a flag, a file or standard input."""
+"""The texts that xmlkernels predict labels, read as they are used: from a flag, a file or standard
+input.
+"""
 
 import io
 import json
@@ -27,7 +29,8 @@ class Texts:
 
     Attributes:
         parts: how the model was given title and body.
-        ids: what their owner calls the texts that were read and not yet answered, in order; None where they have no name.
+        ids: what their owner calls the texts that were read and not yet answered, in order; None
+            where they have no name.
     """
 
     text: str | None
@@ -59,7 +62,9 @@ def paired(texts: Texts, words: Texts) -> Iterator[tuple[str, str]]:
         if text is None or word is None:
             got = "fewer" if word is None else "more"
             mend = "name the same documents' texts"
-            raise InputError(str(words.path), "as many texts as --input has", f"{got} (text {number})", mend)
+            raise InputError(
+                str(words.path), "as many texts as --input has", f"{got} (text {number})", mend
+            )
         yield text, word
 
 
@@ -71,7 +76,9 @@ def json_texts(path: str, parts: TextParts) -> Iterator[tuple[str, Id]]:
             blank = blank or number
             continue
         if blank:
-            raise InputError(f"{path}:{blank}", "a JSON string or object", "a blank line", "take the line out")
+            raise InputError(
+                f"{path}:{blank}", "a JSON string or object", "a blank line", "take the line out"
+            )
         yield text_of(line, f"{path}:{number}", parts)
 
 
@@ -90,16 +97,25 @@ def text_of(line: str, where: str, parts: TextParts) -> tuple[str, Id]:
     if isinstance(value, str):
         return value, None
     known = value if isinstance(value, dict) else {}
-    found = {key: known[key] for key in ("text", "title", "content") if isinstance(known.get(key), str)}
+    found = {
+        key: known[key] for key in ("text", "title", "content") if isinstance(known.get(key), str)
+    }
     if not found:
-        raise InputError(where, 'a string, or an object with "text" or "title"', line[:40], "name the text's key so")
+        raise InputError(
+            where,
+            'a string, or an object with "text" or "title"',
+            line[:40],
+            "name the text's key so",
+        )
     joined = parts.join(found.get("title", ""), found.get("content", ""))
     text = " ".join(found.values()) if "text" in found else joined
     return text, _id_of(known)
 
 
 def _id_of(record: dict[str, Any]) -> Id:
-    """What the record is called; half characters that JSON escapes can make are replaced, for no file can hold them."""
+    """What the record is called; half characters that JSON escapes can make are replaced, for no
+    file can hold them.
+    """
     for key in _IDS:
         if isinstance(own := record.get(key), str):
             return own.encode("utf-8", "replace").decode()
@@ -109,7 +125,8 @@ def _id_of(record: dict[str, Any]) -> Id:
 
 
 def lines_of(stream: IO[bytes]) -> Iterator[str]:
-    """Lines as soon as they are there; broken UTF-8 becomes U+FFFD, is counted and told once, at the end.
+    """Lines as soon as they are there; broken UTF-8 becomes U+FFFD, is counted and told once, at
+    the end.
 
     Raises:
         InputError: the stream does not begin as a text does.
@@ -130,11 +147,17 @@ def lines_of(stream: IO[bytes]) -> Iterator[str]:
     finally:
         if broken:
             lines = "1 line" if broken == 1 else f"{broken} lines"
-            warnings.warn(f"standard input: broken UTF-8 replaced in {lines} (first: line {first})", DataWarning, 2)
+            warnings.warn(
+                f"standard input: broken UTF-8 replaced in {lines} (first: line {first})",
+                DataWarning,
+                2,
+            )
 
 
 def check_stream(stream: io.BufferedReader) -> None:
-    """InputError where what stands ready on standard input is packed, binary, or holds more than a text a line."""
+    """InputError where what stands ready on standard input is packed, binary, or holds more than a
+    text a line.
+    """
     head = stream.peek(1)
     if unpacked(stream) is not stream:
         mend = "unpack it on the way: `zcat FILE | …`, bzcat or xzcat"

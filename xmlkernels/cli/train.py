@@ -26,5 +26,9 @@ def main(words: Sequence[str], prog: str = "xmlkernels train") -> None:
     check(config, given=given)
     dist.start(resolved_device(config.device), config.timeout)
     print_metrics(train(config), Path(config.output))
-    say(f'ask it: {typed("predict")} --checkpoint {config.output} --text "…"   (--input FILE for many texts)')
-    dist.wait()  # the first process may still be writing, and torchrun takes a lost one for a failure
+    say(
+        f'ask it: {typed("predict")} --checkpoint {config.output} --text "…"   (--input FILE for '
+        "many texts)"
+    )
+    # the first process may still be writing, and torchrun takes a lost one for a failure
+    dist.wait()

@@ -1,8 +1,9 @@
 """The label tree of a dataset: `xmlkernels tree DATASET --depths 10 13 16`.
 
-Clusters of labels whose documents use the same words: TF-IDF centroids, smoothed over the graph of labels that occur
-together, halved again and again by balanced 2-means. OUTPUT gets tree.safetensors (for train/run.py --tree), report.json and,
-where matplotlib is installed, tree.png. A tree is known by the content of all that made it and is made once.
+Clusters of labels whose documents use the same words: TF-IDF centroids, smoothed over the graph of
+labels that occur together, halved again and again by balanced 2-means. OUTPUT gets tree.safetensors
+(for train/run.py --tree), report.json and, where matplotlib is installed, tree.png. A tree is known
+by the content of all that made it and is made once.
 """
 
 from collections.abc import Sequence

@@ -1,11 +1,14 @@
-"""Whether torch's threads may spin while they wait for each other: what a command sets before torch is loaded.
+"""Whether torch's threads may spin while they wait for each other: what a command sets before torch
+is loaded.
 
-OpenMP's threads wait by spinning for some ten milliseconds. On a machine of their own that is the fastest way; where other
-programs want the same cores, threads that only wait take them away from those that work, and everything becomes several to
-twenty times slower. Sleeping threads cost 10 to 40 % where nobody else is there, so a command looks first. The library reads
-no environment and writes none: servers choose for themselves (docs/serving.md).
+OpenMP's threads wait by spinning for some ten milliseconds. On a machine of their own that is the
+fastest way; where other programs want the same cores, threads that only wait take them away from
+those that work, and everything becomes several to twenty times slower. Sleeping threads cost 10 to
+40 % where nobody else is there, so a command looks first. The library reads no environment and
+writes none: servers choose for themselves (docs/serving.md).
 
-`python -m xmlkernels.cli.waiting` prints what a command would choose now: "spin" or "sleep" and the reason.
+`python -m xmlkernels.cli.waiting` prints what a command would choose now: "spin" or "sleep" and the
+reason.
 """
 
 import os
@@ -16,16 +19,22 @@ from pathlib import Path
 
 _SAID = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _BUSY = 0.75  # of one core: less than that is what systems do beside
-_FIRST, _SECOND = 0.1, 0.4  # seconds of looking; the second time only where the first one saw something
+_FIRST, _SECOND = (
+    0.1,
+    0.4,
+)  # seconds of looking; the second time only where the first one saw something
 _HELP = {"-h", "--help"}
 
 
 def choose(words: Sequence[str]) -> None:
-    """Lets threads wait asleep where others use the cores, and says so; where the user has chosen, nothing.
+    """Lets threads wait asleep where others use the cores, and says so; where the user has chosen,
+    nothing.
 
     Call it before torch is imported: OpenMP reads the environment once, when it is loaded.
     """
-    alone = os.environ.get("OMP_NUM_THREADS") == "1"  # as torchrun has it: no thread waits for another
+    alone = (
+        os.environ.get("OMP_NUM_THREADS") == "1"
+    )  # as torchrun has it: no thread waits for another
     chosen = any(name in os.environ for name in _SAID)
     if alone or chosen or "torch" in sys.modules or _HELP & set(words):
         return
@@ -33,7 +42,11 @@ def choose(words: Sequence[str]) -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0":
             mend = "OMP_WAIT_POLICY=ACTIVE has them spin"
-            print(f"note: {reason}; threads sleep while they wait ({mend})", file=sys.stderr, flush=True)
+            print(
+                f"note: {reason}; threads sleep while they wait ({mend})",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def crowded(root: Path = Path("/"), sleep: Callable[[float], None] = time.sleep) -> str:
@@ -62,7 +75,9 @@ def _cores() -> set[int]:
 
 
 def _busy(root: Path, cores: set[int], seconds: float, sleep: Callable[[float], None]) -> float:
-    """How many of these cores others keep busy: this process sleeps meanwhile. 0 where the system does not say."""
+    """How many of these cores others keep busy: this process sleeps meanwhile. 0 where the system
+    does not say.
+    """
     before = _times(root, cores)
     sleep(seconds)
     after = _times(root, cores)
@@ -83,7 +98,9 @@ def _times(root: Path, cores: set[int]) -> dict[int, tuple[int, int]]:
     for line in lines:
         name, *ticks = line.split() or [""]
         if name[:3] == "cpu" and name[3:].isdecimal() and int(name[3:]) in cores:
-            numbers = [int(tick) for tick in ticks[:8]]  # user nice system idle iowait irq softirq steal
+            numbers = [
+                int(tick) for tick in ticks[:8]
+            ]  # user nice system idle iowait irq softirq steal
             found[int(name[3:])] = numbers[3] + numbers[4], sum(numbers)
     return found
 

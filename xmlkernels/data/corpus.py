@@ -1,18 +1,21 @@
-"""The built-in corpus: which functions does a function call, told from the first paragraph of its docstring?
+"""The built-in corpus: which functions does a function call, told from the first paragraph of its
+docstring?
 
-Documents: the functions, methods and coroutines, nested ones too, of the Python standard library and of a fixed list of
-packages, as far as they have a docstring. Text: its first paragraph, white space made single. Labels: the names that the
-function's body calls, `f(…)` → f and `a.b.f(…)` → f; a nested function's calls count for the function around it too.
+Documents: the functions, methods and coroutines, nested ones too, of the Python standard library
+and of a fixed list of packages, as far as they have a docstring. Text: its first paragraph, white
+space made single. Labels: the names that the function's body calls, `f(…)` → f and `a.b.f(…)` → f;
+a nested function's calls count for the function around it too.
 Nothing is imported or run: files are parsed.
 
 1. Documents with the same text are one, with the labels of all.
-2. Names called by fewer than 2 documents or by more than a tenth of them are no labels; documents without a label are left
-   out.
-3. A file belongs to train, val or test (80, 10, 10 %) by a hash of its path inside its package: the same on every machine,
-   and functions of one file never meet across splits. A text from files of more than one split goes to train.
+2. Names called by fewer than 2 documents or by more than a tenth of them are no labels; documents
+   without a label are left out.
+3. A file belongs to train, val or test (80, 10, 10 %) by a hash of its path inside its package: the
+   same on every machine, and functions of one file never meet across splits. A text from files of
+   more than one split goes to train.
 
-Test folders of the standard library are left out, because many distributions of Python leave them out; those of packages
-come with every wheel and stay.
+Test folders of the standard library are left out, because many distributions of Python leave them
+out; those of packages come with every wheel and stay.
 """
 
 import ast
@@ -47,21 +50,51 @@ STDLIB = "stdlib"
 """The name of the standard library in a list of packages."""
 
 PACKAGES = (
-    STDLIB, "PIL", "fontTools", "functorch", "huggingface_hub", "joblib", "llvmlite", "matplotlib", "mpmath", "networkx",
-    "numba", "numpy", "pyarrow", "rich", "safetensors", "scipy", "setuptools", "sklearn", "sympy", "tokenizers", "torch",
-    "torchgen", "transformers", "tyro",
-)  # fmt: skip
-"""Import names: the run-time requirements that hold Python source, and what they always bring along."""
+    STDLIB,
+    "PIL",
+    "fontTools",
+    "functorch",
+    "huggingface_hub",
+    "joblib",
+    "llvmlite",
+    "matplotlib",
+    "mpmath",
+    "networkx",
+    "numba",
+    "numpy",
+    "pyarrow",
+    "rich",
+    "safetensors",
+    "scipy",
+    "setuptools",
+    "sklearn",
+    "sympy",
+    "tokenizers",
+    "torch",
+    "torchgen",
+    "transformers",
+    "tyro",
+)
+"""Import names: the run-time requirements that hold Python source, and what they always bring
+along.
+"""
 
 SPLITS = ("train", "val", "test")
-_DISTRIBUTIONS = {"PIL": "pillow", "functorch": "torch", "sklearn": "scikit-learn", "torchgen": "torch"}
+_DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "functorch": "torch",
+    "sklearn": "scikit-learn",
+    "torchgen": "torch",
+}
 _SKIPPED = {"__pycache__", "site-packages", "dist-packages"}
 _SKIPPED_IN_STDLIB = {"test", "tests", "idle_test"}
 _OPERATORS = (ast.expr_context, ast.boolop, ast.operator, ast.unaryop, ast.cmpop)
 _LEAVES = {ast.Name, ast.Constant}.union(*(kind.__subclasses__() for kind in _OPERATORS))
 
 _File = tuple[str, str]  # package/path, path on disk
-_Parsed = tuple[str, list[tuple[str, tuple[str, ...]]] | None]  # package/path, text and names called; None: cannot be parsed
+_Parsed = tuple[
+    str, list[tuple[str, tuple[str, ...]]] | None
+]  # package/path, text and names called; None: cannot be parsed
 
 
 @dataclass(frozen=True)
@@ -82,34 +115,51 @@ class Corpus:
     report: dict[str, int]
 
 
-def build_corpus(documents: int | None = None, *, packages: Iterable[str] = PACKAGES, workers: int | None = None) -> Corpus:
-    """Builds the corpus from the source files of this Python installation; about a minute on two cores.
+def build_corpus(
+    documents: int | None = None, *, packages: Iterable[str] = PACKAGES, workers: int | None = None
+) -> Corpus:
+    """Builds the corpus from the source files of this Python installation; about a minute on two
+    cores.
 
     Args:
-        documents: a part with at least this many documents in all three splits together, more by at most about one
-            file's. The part is made of whole files, taken folder by folder in the order of a hash of the folder's path,
-            and the rules are applied to it alone: its labels have 2 documents inside it, and neighbours stay together.
-            None: everything.
-        packages: import names, `STDLIB` for the standard library; the result does not depend on their order.
-        workers: processes that parse, by default one per available core. They are spawned, so with more than one a
-            script needs `if __name__ == "__main__":` around its work; 1 parses in this process.
+        documents: a part with at least this many documents in all three splits together, more by at
+            most about one file's. The part is made of whole files, taken folder by folder in the
+            order of a hash of the folder's path, and the rules are applied to it alone: its labels
+            have 2 documents inside it, and neighbours stay together. None: everything.
+        packages: import names, `STDLIB` for the standard library; the result does not depend on
+            their order.
+        workers: processes that parse, by default one per available core. They are spawned, so with
+            more than one a script needs `if __name__ == "__main__":` around its work; 1 parses in
+            this process.
 
     Raises:
-        InputError: a package that is not there or has no Python source, or more documents asked for than there are.
+        InputError: a package that is not there or has no Python source, or more documents asked for
+            than there are.
     """
     for argument, value in (("documents", documents), ("workers", workers)):
         if value is not None and value < 1:
-            raise InputError(argument, "a whole number from 1, or None", str(value), "ask for at least one")
+            raise InputError(
+                argument, "a whole number from 1, or None", str(value), "ask for at least one"
+            )
     names = sorted(set(packages))
     if not names:
-        raise InputError("packages", "at least one package", "none", f"leave it out, or name for example {STDLIB!r}")
+        raise InputError(
+            "packages",
+            "at least one package",
+            "none",
+            f"leave it out, or name for example {STDLIB!r}",
+        )
     files = sorted(file for name in names for file in _files(name))
     with _parser(workers or _cores()) as parse:
         parsed = parse(files) if documents is None else _part(files, documents, parse)
     broken = [file for file, functions in parsed if functions is None]
     if broken:
         shown = ", ".join(broken[:3]) + (", …" if len(broken) > 3 else "")
-        warnings.warn(f"built-in corpus: {len(broken)} files cannot be parsed and are left out: {shown}", DataWarning, 2)
+        warnings.warn(
+            f"built-in corpus: {len(broken)} files cannot be parsed and are left out: {shown}",
+            DataWarning,
+            2,
+        )
     return _assemble(parsed, {name: _version(name) for name in names})
 
 
@@ -121,14 +171,21 @@ def _files(package: str) -> list[_File]:
     for root in roots:
         for folder, below, names in os.walk(root):
             # The folder of build settings is named after the machine.
-            below[:] = [name for name in below if name not in skipped and not name.startswith("config-")]
+            below[:] = [
+                name for name in below if name not in skipped and not name.startswith("config-")
+            ]
             paths = [Path(folder, name) for name in names if name.endswith(".py")]
-            found += [(f"{package}/{path.relative_to(root).as_posix()}", str(path)) for path in paths]
+            found += [
+                (f"{package}/{path.relative_to(root).as_posix()}", str(path)) for path in paths
+            ]
     if not found:
         raise InputError(
-            f"built-in corpus, package {package!r}", "an installed package with Python source", "none",
-            f"install it (pip install {_DISTRIBUTIONS.get(package, package)}) or leave it out of the list of packages",
-        )  # fmt: skip
+            f"built-in corpus, package {package!r}",
+            "an installed package with Python source",
+            "none",
+            f"install it (pip install {_DISTRIBUTIONS.get(package, package)}) or leave it out of "
+            "the list of packages",
+        )
     return found
 
 
@@ -137,7 +194,11 @@ def _package_folders(package: str) -> list[str]:
     with suppress(ImportError, ValueError):
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
     # A folder without __init__.py of the same name in the working folder is no such package.
-    return list(spec.submodule_search_locations or ()) if spec is not None and spec.origin is not None else []
+    return (
+        list(spec.submodule_search_locations or ())
+        if spec is not None and spec.origin is not None
+        else []
+    )
 
 
 def _version(package: str) -> str:
@@ -168,8 +229,11 @@ def _parser(workers: int) -> Iterator[Callable[[Sequence[_File]], list[_Parsed]]
     if workers == 1:
         yield lambda files: [_parse(file) for file in files]
         return
-    # Spawned: a fork of a process in which torch or numba run threads may hang. Syntax trees hold no cycles to collect.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=gc.disable) as pool:
+    # Spawned: a fork of a process in which torch or numba run threads may hang. Syntax trees hold
+    # no cycles to collect.
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=gc.disable
+    ) as pool:
         try:
             yield lambda files: list(pool.map(_parse, files, chunksize=16))
         except BrokenProcessPool as error:
@@ -193,7 +257,11 @@ def _parse(file: _File) -> _Parsed:
     while stack:
         node, around = stack.pop()
         if around and type(node) is ast.Call:
-            called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", None)
+            called = (
+                node.func.id
+                if isinstance(node.func, ast.Name)
+                else getattr(node.func, "attr", None)
+            )
             for calls in around if called is not None else ():
                 calls.add(str(called))
         inside, body = around, set[int]()
@@ -203,17 +271,22 @@ def _parse(file: _File) -> _Parsed:
                 calls = set()
                 found.append((node.lineno, text, calls))
                 inside, body = (*around, calls), {id(child) for child in node.body}
-        # What stands in decorators, defaults and annotations is called by whoever defines the function.
+        # What stands in decorators, defaults and annotations is called by whoever defines the
+        # function.
         for child in _children(node):
             below = inside if id(child) in body else around
             # Outside of documents only statements matter: no expression holds a `def`.
             if below or not isinstance(child, ast.expr):
                 stack.append((child, below))
-    return name, [(text, tuple(sorted(calls))) for _, text, calls in sorted(found, key=lambda entry: entry[0])]
+    return name, [
+        (text, tuple(sorted(calls))) for _, text, calls in sorted(found, key=lambda entry: entry[0])
+    ]
 
 
 def _children(node: ast.AST) -> Iterator[ast.AST]:
-    """Child nodes without names, constants, operators and contexts, which call nothing: most nodes are such."""
+    """Child nodes without names, constants, operators and contexts, which call nothing: most nodes
+    are such.
+    """
     for value in node.__dict__.values():  # half the time of ast.iter_child_nodes
         for child in value if type(value) is list else (value,):
             if isinstance(child, ast.AST) and type(child) not in _LEAVES:
@@ -226,8 +299,12 @@ def _first_paragraph(docstring: str) -> str:
     return " ".join(paragraph.encode("utf-8", "replace").decode().split())
 
 
-def _part(files: list[_File], documents: int, parse: Callable[[Sequence[_File]], list[_Parsed]]) -> list[_Parsed]:
-    """The first files, by folder hash, that give the documents asked for; parses no more than it needs."""
+def _part(
+    files: list[_File], documents: int, parse: Callable[[Sequence[_File]], list[_Parsed]]
+) -> list[_Parsed]:
+    """The first files, by folder hash, that give the documents asked for; parses no more than it
+    needs.
+    """
     files = sorted(files, key=lambda file: (_fraction("part\0" + file[0].rpartition("/")[0]), file))
     parsed: list[_Parsed] = []
     before, count = 0, 0
@@ -236,12 +313,22 @@ def _part(files: list[_File], documents: int, parse: Callable[[Sequence[_File]],
         parsed += parse(files[before:end])
         count = len(_select(_merge(parsed))[0])
     if count < documents:
-        raise InputError("documents", f"at most {count}, all there are", str(documents), "ask for fewer, or for all")
-    # The rules make the count not quite monotone: a file may push a name over the tenth. Bisection settles on one answer.
+        raise InputError(
+            "documents",
+            f"at most {count}, all there are",
+            str(documents),
+            "ask for fewer, or for all",
+        )
+    # The rules make the count not quite monotone: a file may push a name over the tenth. Bisection
+    # settles on one answer.
     low, high = before, len(parsed)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_select(_merge(parsed[:middle]))[0]) >= documents else (middle, high)
+        low, high = (
+            (low, middle)
+            if len(_select(_merge(parsed[:middle]))[0]) >= documents
+            else (middle, high)
+        )
     return sorted(parsed[:high], key=lambda file: file[0])
 
 
@@ -265,7 +352,9 @@ def _assemble(parsed: Sequence[_Parsed], versions: dict[str, str]) -> Corpus:
     merged = _merge(parsed)
     documents, kept, count = _select(merged)
     if not documents:
-        raise InputError("built-in corpus", "at least one document with a label", "none", "name more packages")
+        raise InputError(
+            "built-in corpus", "at least one document with a label", "none", "name more packages"
+        )
     sides: dict[str, set[str]] = {}
     for file, functions in parsed:
         for text, _ in functions or ():
@@ -274,7 +363,10 @@ def _assemble(parsed: Sequence[_Parsed], versions: dict[str, str]) -> Corpus:
     names = sorted(kept)
     number = {name: index for index, name in enumerate(names)}
     texts = {split: [text for text in documents if side[text] == split] for split in SPLITS}
-    rows = {split: [sorted(number[name] for name in documents[text]) for text in texts[split]] for split in SPLITS}
+    rows = {
+        split: [sorted(number[name] for name in documents[text]) for text in texts[split]]
+        for split in SPLITS
+    }
     labels = {split: _matrix(rows[split], len(names)) for split in SPLITS}
     digest = hashlib.sha256()
     for split in SPLITS:
@@ -282,15 +374,19 @@ def _assemble(parsed: Sequence[_Parsed], versions: dict[str, str]) -> Corpus:
             digest.update(json.dumps([split, text, sorted(documents[text])]).encode() + b"\n")
     with_docstring = sum(len(functions or ()) for _, functions in parsed)
     report = {
-        "files": len(parsed), "unparsable files": sum(functions is None for _, functions in parsed),
+        "files": len(parsed),
+        "unparsable files": sum(functions is None for _, functions in parsed),
         "functions with a docstring": with_docstring,
         "merged into another of the same text": with_docstring - len(merged),
         "texts from more than one split, in train": sum(len(sides[text]) > 1 for text in documents),
         "names of one document, no labels": sum(n == 1 for n in count.values()),
-        "names of more than a tenth of the documents, no labels": sum(n > len(merged) / 10 for n in count.values()),
+        "names of more than a tenth of the documents, no labels": sum(
+            n > len(merged) / 10 for n in count.values()
+        ),
         "documents without a label, left out": len(merged) - len(documents),
-        "documents": len(documents), "labels": len(names),
-    } | {split: len(texts[split]) for split in SPLITS}  # fmt: skip
+        "documents": len(documents),
+        "labels": len(names),
+    } | {split: len(texts[split]) for split in SPLITS}
     return Corpus(texts, labels, names, digest.hexdigest(), versions, report)
 
 

@@ -6,10 +6,11 @@
     label_names.txt          one name a line (optional)
     label_tokens.bin         tokens of the label texts, for label-text augmentation (optional)
     tokenizer/               the tokenizer that made the tokens
-    {train,val,test}/        tokens.bin · labels.npz (scipy CSR) · filter.npy (int64 pairs) · texts.jsonl (optional)
+    {train,val,test}/        tokens.bin · labels.npz (scipy CSR) · filter.npy (int64 pairs) ·
+    texts.jsonl (optional)
 
-A dataset of bags of words has {train,val,test}/features.npz and label_features.npz (optional) in place of tokens and
-tokenizer.
+A dataset of bags of words has {train,val,test}/features.npz and label_features.npz (optional) in
+place of tokens and tokenizer.
 """
 
 from __future__ import annotations
@@ -91,8 +92,8 @@ class Manifest(TypedDict):
 
 @dataclass(frozen=True)
 class Split:
-    """Documents of one split: their tokens or features (N rows), labels CSR [N, L], pairs (document, label) never to be
-    predicted."""
+    """Documents of one split: their tokens or features (N rows), labels CSR [N, L], pairs
+    (document, label) never to be predicted."""
 
     name: str
     folder: Path
@@ -112,7 +113,9 @@ class Split:
 
     @property
     def features(self) -> csr_matrix:
-        """The documents' bags of words, CSR fp32 [N, V]. InputError where the dataset holds tokens."""
+        """The documents' bags of words, CSR fp32 [N, V]. InputError where the dataset holds
+        tokens.
+        """
         if not isinstance(self.documents, TokenStore):
             return self.documents
         mend = "prepare it from a bag-of-words file with --source bow, or vectorise its texts"
@@ -123,15 +126,27 @@ class Split:
         """The documents' texts. InputError where the dataset was prepared without keeping them."""
         path = self.folder / "texts.jsonl"
         if not path.is_file():
-            raise InputError(str(path), "the documents' texts", "no such file", "prepare the data with --keep-texts")
+            raise InputError(
+                str(path),
+                "the documents' texts",
+                "no such file",
+                "prepare the data with --keep-texts",
+            )
         if (self.folder.parent / MANIFEST).is_file():  # here, for they are many bytes that few need
             manifest = read_manifest(self.folder.parent)
             name = f"{self.name}/{path.name}"
-            _check_content(path, manifest["files"].get(name, {}), manifest.get("checksums", {}).get("files", {}).get(name))
+            _check_content(
+                path,
+                manifest["files"].get(name, {}),
+                manifest.get("checksums", {}).get("files", {}).get(name),
+            )
         lines = _read_text(path, "ascii").split("\n")[:-1]
         if len(lines) != len(self):
             raise InputError(str(path), f"{len(self)} lines", str(len(lines)), PREPARE_AGAIN)
-        return [parse_record(line, str, where=f"{path}:{n}", mend=PREPARE_AGAIN) for n, line in enumerate(lines, 1)]
+        return [
+            parse_record(line, str, where=f"{path}:{n}", mend=PREPARE_AGAIN)
+            for n, line in enumerate(lines, 1)
+        ]
 
 
 class Dataset:
@@ -157,7 +172,10 @@ class Dataset:
         self.label_tokens, self.label_features = label_tokens, label_features
         self.name: str = manifest["name"]
         self.num_labels: int = manifest["num_labels"]
-        self.propensity: tuple[float, float] = (manifest["propensity"]["A"], manifest["propensity"]["B"])
+        self.propensity: tuple[float, float] = (
+            manifest["propensity"]["A"],
+            manifest["propensity"]["B"],
+        )
         self.content_hash: str = manifest["content_hash"]
         self.key: str = manifest["key"]
         self.vocabulary: int | None = manifest.get("vocabulary")
@@ -169,7 +187,9 @@ class Dataset:
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest text at most; like the two below, InputError where the dataset holds bags of words."""
+        """Tokens of the longest text at most; like the two below, InputError where the dataset
+        holds bags of words.
+        """
         return int(self._tokenizer()["max_length"])
 
     @property
@@ -187,11 +207,13 @@ class Dataset:
     def open(cls, folder: str | Path, *, verify: bool = False) -> Dataset:
         """Open a dataset folder and check that its files are whole.
 
-        Sizes, row counts and checksums are compared with the manifest: those of texts when they are read, those of token files
-        that were written before there was a fast one only with `verify`, which reads every file and compares its sha256.
+        Sizes, row counts and checksums are compared with the manifest: those of texts when they are
+        read, those of token files that were written before there was a fast one only with `verify`,
+        which reads every file and compares its sha256.
 
         Raises:
-            InputError: no dataset, another format version, a file missing, cut short or from another dataset.
+            InputError: no dataset, another format version, a file missing, cut short or from
+                another dataset.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
@@ -201,9 +223,13 @@ class Dataset:
         splits = {name: _open_split(folder, name, manifest) for name in manifest["splits"]}
         label_tokens = label_features = None
         if "label_tokens.bin" in manifest["files"]:
-            label_tokens = _open_tokens(folder / "label_tokens.bin", manifest["num_labels"], manifest)
+            label_tokens = _open_tokens(
+                folder / "label_tokens.bin", manifest["num_labels"], manifest
+            )
         if LABEL_FEATURES in manifest["files"]:
-            label_features = _open_features(folder / LABEL_FEATURES, (manifest["num_labels"], manifest["vocabulary"]))
+            label_features = _open_features(
+                folder / LABEL_FEATURES, (manifest["num_labels"], manifest["vocabulary"])
+            )
         return cls(folder, manifest, splits, label_tokens, label_features)
 
     @cached_property
@@ -214,7 +240,12 @@ class Dataset:
         path = self.folder / "label_names.txt"
         names = _read_text(path, "utf-8").split("\n")[:-1]
         if len(names) != self.num_labels:
-            raise InputError(str(path), f"{self.num_labels} lines, one for each label", str(len(names)), PREPARE_AGAIN)
+            raise InputError(
+                str(path),
+                f"{self.num_labels} lines, one for each label",
+                str(len(names)),
+                PREPARE_AGAIN,
+            )
         return names
 
 
@@ -228,33 +259,53 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a dataset folder, every value of the type that `Manifest` says.
 
     Raises:
-        InputError: no manifest there, not one of this format and version, a value of another type, a file outside the
-            folder, or another split than train, val and test.
+        InputError: no manifest there, not one of this format and version, a value of another type,
+            a file outside the folder, or another split than train, val and test.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise InputError(str(folder), f"a dataset folder with {MANIFEST}", "none", "run xmlkernels prepare to make it")
+        raise InputError(
+            str(folder),
+            f"a dataset folder with {MANIFEST}",
+            "none",
+            "run xmlkernels prepare to make it",
+        )
     kind = {"format": FORMAT, "version": FORMAT_VERSION}
     manifest = read_record(path, Manifest, mend=PREPARE_AGAIN, kind=kind)
     for name in manifest["files"]:
         if not _stays_inside(name):
-            raise InputError(f"{path}, $.files", "names of files inside the folder", repr(name), PREPARE_AGAIN)
+            raise InputError(
+                f"{path}, $.files", "names of files inside the folder", repr(name), PREPARE_AGAIN
+            )
     if wrong := sorted(manifest["splits"].keys() - set(SPLITS)):
-        raise InputError(f"{path}, $.splits", f"splits among {', '.join(SPLITS)}", repr(wrong[0]), PREPARE_AGAIN)
+        raise InputError(
+            f"{path}, $.splits", f"splits among {', '.join(SPLITS)}", repr(wrong[0]), PREPARE_AGAIN
+        )
     if (manifest["tokenizer"] is None) == (manifest.get("vocabulary") is None):
         got = "neither" if manifest["tokenizer"] is None else "both"
-        raise InputError(str(path), "a tokenizer, or the vocabulary of bags of words", got, PREPARE_AGAIN)
+        raise InputError(
+            str(path), "a tokenizer, or the vocabulary of bags of words", got, PREPARE_AGAIN
+        )
     if (found := content_hash(manifest)) != manifest["content_hash"]:
-        raise InputError(f"{path}, $.content_hash", f"{found}, that of its files", manifest["content_hash"][:64], PREPARE_AGAIN)
+        raise InputError(
+            f"{path}, $.content_hash",
+            f"{found}, that of its files",
+            manifest["content_hash"][:64],
+            PREPARE_AGAIN,
+        )
     if "checksums" in manifest:
-        compare(manifest_checksum(manifest), manifest["checksums"]["manifest"], str(path), PREPARE_AGAIN)
+        compare(
+            manifest_checksum(manifest), manifest["checksums"]["manifest"], str(path), PREPARE_AGAIN
+        )
     return dict(manifest)
 
 
 def content_hash(manifest: Mapping[str, Any]) -> str:
     """sha256 of what a dataset is: its labels, propensities and files."""
     facts = {key: manifest[key] for key in ("num_labels", "propensity")}
-    return hashlib.sha256(json.dumps([facts, manifest["files"]], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([facts, manifest["files"]], sort_keys=True).encode()
+    ).hexdigest()
 
 
 def manifest_checksum(manifest: Mapping[str, Any]) -> str:
@@ -276,7 +327,9 @@ def _read_text(path: Path, encoding: str) -> str:
     try:
         return path.read_text(encoding=encoding)
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(str(path), f"a text in {encoding.upper()}", str(error), PREPARE_AGAIN) from None
+        raise InputError(
+            str(path), f"a text in {encoding.upper()}", str(error), PREPARE_AGAIN
+        ) from None
 
 
 def _check_file(path: Path, facts: Mapping[str, Any], fast: str | None, verify: bool) -> None:
@@ -284,7 +337,12 @@ def _check_file(path: Path, facts: Mapping[str, Any], fast: str | None, verify: 
         raise InputError(str(path), "a file the manifest names", "no such file", PREPARE_AGAIN)
     size = path.stat().st_size
     if size != facts["bytes"]:
-        raise InputError(str(path), f"{facts['bytes']} bytes, as the manifest says", f"{size} bytes", PREPARE_AGAIN)
+        raise InputError(
+            str(path),
+            f"{facts['bytes']} bytes, as the manifest says",
+            f"{size} bytes",
+            PREPARE_AGAIN,
+        )
     if verify:
         _check_content(path, facts, None)
     elif path.suffix != ".jsonl" and (fast is not None or path.suffix != ".bin"):
@@ -302,7 +360,9 @@ def _check_content(path: Path, facts: Mapping[str, Any], fast: str | None) -> No
             if digest != facts["sha256"]:
                 raise InputError(str(path), f"sha256 {facts['sha256']}", digest, PREPARE_AGAIN)
     except OSError as error:
-        raise InputError(str(path), "a file that can be read", str(error.strerror or error), PREPARE_AGAIN) from None
+        raise InputError(
+            str(path), "a file that can be read", str(error.strerror or error), PREPARE_AGAIN
+        ) from None
 
 
 def _open_tokens(path: Path, rows: int, manifest: Mapping[str, Any]) -> TokenStore:
@@ -310,7 +370,9 @@ def _open_tokens(path: Path, rows: int, manifest: Mapping[str, Any]) -> TokenSto
     if len(store) != rows:
         raise InputError(str(path), f"{rows} rows", str(len(store)), PREPARE_AGAIN)
     if store.header.tokenizer_hash != manifest["tokenizer"]["hash"]:
-        raise InputError(str(path), "tokens of the manifest's tokenizer", "tokens of another", PREPARE_AGAIN)
+        raise InputError(
+            str(path), "tokens of the manifest's tokenizer", "tokens of another", PREPARE_AGAIN
+        )
     return store
 
 
@@ -323,10 +385,20 @@ def _open_split(folder: Path, name: str, manifest: Mapping[str, Any]) -> Split:
     inside = folder / name
     labels = read_npz(inside / "labels.npz", rows=documents, cols=labels_count)
     pairs = read_npy(
-        inside / "filter.npy", kinds="i", dtype=np.int64, shape=(None, 2), expected="int64 pairs [n, 2]", mend=PREPARE_AGAIN
+        inside / "filter.npy",
+        kinds="i",
+        dtype=np.int64,
+        shape=(None, 2),
+        expected="int64 pairs [n, 2]",
+        mend=PREPARE_AGAIN,
     )
     if pairs.size and (pairs.min() < 0 or (pairs.max(axis=0) >= labels.shape).any()):
-        raise InputError(str(inside / "filter.npy"), f"pairs inside {labels.shape}", str(pairs.max(axis=0)), PREPARE_AGAIN)
+        raise InputError(
+            str(inside / "filter.npy"),
+            f"pairs inside {labels.shape}",
+            str(pairs.max(axis=0)),
+            PREPARE_AGAIN,
+        )
     found: TokenStore | csr_matrix
     if manifest.get("vocabulary") is not None:
         found = _open_features(inside / FEATURES, (documents, manifest["vocabulary"]))

@@ -1,4 +1,6 @@
-"""Writing a dataset folder: its parts, its manifest, and the whole of it in place of an older one."""
+"""Writing a dataset folder: its parts, its manifest, and the whole of it in place of an older
+one.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,13 @@ from scipy import sparse
 from scipy.sparse import csr_matrix
 
 from xmlkernels.checksums import file_checksum
-from xmlkernels.data.dataset import FORMAT, FORMAT_VERSION, MANIFEST, content_hash, manifest_checksum
+from xmlkernels.data.dataset import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    content_hash,
+    manifest_checksum,
+)
 from xmlkernels.errors import InputError
 from xmlkernels.files import naming
 
@@ -31,7 +39,9 @@ def write_split(
     filter_pairs: np.ndarray,
     texts: Sequence[str] | None = None,
 ) -> None:
-    """Write labels [N, L], filter pairs [n, 2] and texts of one split; its tokens.bin is written apart."""
+    """Write labels [N, L], filter pairs [n, 2] and texts of one split; its tokens.bin is written
+    apart.
+    """
     target = folder / name
     target.mkdir(parents=True, exist_ok=True)
     sparse.save_npz(target / "labels.npz", labels)
@@ -74,13 +84,28 @@ def write_manifest(
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
         inner = path.relative_to(folder).as_posix()
-        files[inner], fast[inner] = {"bytes": path.stat().st_size, "sha256": digest}, file_checksum(path)
+        files[inner], fast[inner] = (
+            {"bytes": path.stat().st_size, "sha256": digest},
+            file_checksum(path),
+        )
     facts = {"num_labels": num_labels, "propensity": dict(zip("AB", propensity, strict=True))}
     content = content_hash(facts | {"files": files})
-    manifest = {"format": FORMAT, "version": FORMAT_VERSION, "name": name, "key": key, "content_hash": content, **facts}
+    manifest = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "name": name,
+        "key": key,
+        "content_hash": content,
+        **facts,
+    }
     if vocabulary is not None:
         manifest["vocabulary"] = vocabulary
-    manifest |= {"tokenizer": tokenizer and dict(tokenizer), "splits": dict(splits), "source": dict(source), "files": files}
+    manifest |= {
+        "tokenizer": tokenizer and dict(tokenizer),
+        "splits": dict(splits),
+        "source": dict(source),
+        "files": files,
+    }
     manifest["checksums"] = {"files": fast}
     manifest = json.loads(json.dumps(manifest))  # as it will be read, tuples as lists
     manifest["checksums"]["manifest"] = manifest_checksum(manifest)
@@ -92,7 +117,8 @@ def write_manifest(
         sync_folder(below)
 
 
-# What the writers above, and those of tokens and bags of words, call their files: known also without a manifest.
+# What the writers above, and those of tokens and bags of words, call their files: known also
+# without a manifest.
 _OURS = re.compile(
     r"manifest\.json|label_(names\.txt|tokens\.bin|features\.npz)|tokenizer/[^/]+"
     r"|(train|val|test)/(labels\.npz|filter\.npy|texts\.jsonl|tokens\.bin|features\.npz)"
@@ -100,8 +126,14 @@ _OURS = re.compile(
 
 
 def refuse_foreign(folder: Path) -> None:
-    """InputError where a dataset folder that is about to be replaced holds anything but a dataset's own files."""
-    held = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    """InputError where a dataset folder that is about to be replaced holds anything but a dataset's
+    own files.
+    """
+    held = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    )
     own: set[str] = set()
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
@@ -114,15 +146,21 @@ def refuse_foreign(folder: Path) -> None:
             own = {MANIFEST, *(listed if isinstance(listed, dict) else ())}
     if damaged or own:
         own |= {name for name in held if _OURS.fullmatch(name)}
-    foreign = [name for name in held if name not in own] or (held if damaged and held == [MANIFEST] else [])
+    foreign = [name for name in held if name not in own] or (
+        held if damaged and held == [MANIFEST] else []
+    )
     if foreign:
         got = foreign[0] if len(foreign) == 1 else f"{foreign[0]} and {len(foreign) - 1} more"
         mend = "nothing was deleted: move them, or choose another --output"
-        raise InputError(str(folder), "nothing but a dataset to replace", f"other files in it: {got}", mend)
+        raise InputError(
+            str(folder), "nothing but a dataset to replace", f"other files in it: {got}", mend
+        )
 
 
 def recover(output: Path) -> None:
-    """Put right what a process left that was killed while it replaced a folder; only for whoever holds the place."""
+    """Put right what a process left that was killed while it replaced a folder; only for whoever
+    holds the place.
+    """
     for old in output.parent.glob(f".{glob.escape(output.name)}.*.old"):
         if not re.fullmatch(re.escape(f".{output.name}") + r"\.[0-9a-f]{12}\.old", old.name):
             continue
@@ -134,14 +172,16 @@ def recover(output: Path) -> None:
 
 @contextmanager
 def building(output: Path, *, replace: bool) -> Iterator[Path]:
-    """A new folder that takes the place of `output` when the block ends well, and vanishes when it does not.
+    """A new folder that takes the place of `output` when the block ends well, and vanishes when it
+    does not.
 
     Args:
-        replace: whether a dataset folder that stands there goes; the new one is whole before the old one moves.
+        replace: whether a dataset folder that stands there goes; the new one is whole before the
+            old one moves.
 
     Raises:
-        InputError: the folder cannot be made, what stands there is more than a dataset, or another process put one there
-            meanwhile.
+        InputError: the folder cannot be made, what stands there is more than a dataset, or another
+            process put one there meanwhile.
         OSError: the disk refuses (full, say), with a file name; what stood there stays.
     """
     output = output.resolve()
@@ -150,7 +190,9 @@ def building(output: Path, *, replace: bool) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise InputError(str(output), "a place to make a folder", str(error.strerror), "choose another") from error
+        raise InputError(
+            str(output), "a place to make a folder", str(error.strerror), "choose another"
+        ) from error
     try:
         with naming(output):
             yield folder
@@ -162,7 +204,9 @@ def building(output: Path, *, replace: bool) -> Iterator[Path]:
         except OSError as error:
             if old.exists():
                 os.rename(old, output)
-            raise InputError(str(output), "nothing there", "a folder made meanwhile", "run the command again") from error
+            raise InputError(
+                str(output), "nothing there", "a folder made meanwhile", "run the command again"
+            ) from error
         sync_folder(output.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

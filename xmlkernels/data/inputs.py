@@ -1,4 +1,6 @@
-"""How documents become what an encoder takes: batches of a split for training, batches of raw texts for serving."""
+"""How documents become what an encoder takes: batches of a split for training, batches of raw texts
+for serving.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class TextParts:
 
     @classmethod
     def of(cls, dataset: Dataset | None) -> TextParts:
-        """Those of a dataset, as its manifest keeps them; of older and of other datasets a space joins all."""
+        """Those of a dataset, as its manifest keeps them; of older and of other datasets a space
+        joins all.
+        """
         source: Any = {} if dataset is None else dataset.manifest.get("source")
         if not isinstance(source, dict) or "separator" not in source:
             return cls()
@@ -51,7 +55,11 @@ class TextParts:
         """The text of a line, which may hold a title and a body."""
         if not self.marked:
             return line
-        return join_parts(line, self.separator) if self.fields == "all" else self.join(*split_title(line))
+        return (
+            join_parts(line, self.separator)
+            if self.fields == "all"
+            else self.join(*split_title(line))
+        )
 
     def words(self, text: str) -> str:
         """A text without the separator of a tokenizer, for bags of words."""
@@ -80,13 +88,16 @@ class Inputs(Protocol):
             seed, shuffle: see `Batches`.
             label_text: add the labels' own texts as documents.
             order: int64 [L], label id of each table row; None where rows are label ids.
-            ancestors: the cluster of each table row, int64 [L], one array for each level of clusters.
+            ancestors: the cluster of each table row, int64 [L], one array for each level of
+                clusters.
         """
 
     def text_batches(
         self, texts: Iterable[str], batch_size: int, *, window: int = 1, prefetch: int = 2
     ) -> Iterator[Batch] | Iterator[BagBatch]:
-        """Batches of raw texts, read as they are used; see `xmlkernels.data.batches.tokens.text_batches`."""
+        """Batches of raw texts, read as they are used; see
+        `xmlkernels.data.batches.tokens.text_batches`.
+        """
 
     def check(self, dataset: Dataset) -> None:
         """InputError where the documents of a dataset cannot be read this way."""
@@ -109,7 +120,12 @@ class TokenInputs:
     """
 
     def __init__(
-        self, dataset: Dataset | None, tokenizer: Tokenizer, max_length: int, *, parts: TextParts | None = None
+        self,
+        dataset: Dataset | None,
+        tokenizer: Tokenizer,
+        max_length: int,
+        *,
+        parts: TextParts | None = None,
     ) -> None:
         self.dataset, self.tokenizer, self.max_length = dataset, tokenizer, max_length
         self.parts = TextParts.of(dataset) if parts is None else parts
@@ -125,19 +141,39 @@ class TokenInputs:
         order: np.ndarray | None = None,
         ancestors: Sequence[np.ndarray] = (),
     ) -> Batches:
-        label_tokens = self.dataset.label_tokens if label_text and self.dataset is not None else None
+        label_tokens = (
+            self.dataset.label_tokens if label_text and self.dataset is not None else None
+        )
         if label_text and label_tokens is None:
-            raise InputError("--label-text", "a dataset with label texts", "one without", "prepare it with --label-text")
+            raise InputError(
+                "--label-text",
+                "a dataset with label texts",
+                "one without",
+                "prepare it with --label-text",
+            )
         arranged: dict[str, Any] = {} if order is None else {"order": order, "ancestors": ancestors}
-        return Batches(split, batch_size, seed=seed, shuffle=shuffle, label_tokens=label_tokens, **arranged)
+        return Batches(
+            split, batch_size, seed=seed, shuffle=shuffle, label_tokens=label_tokens, **arranged
+        )
 
-    def text_batches(self, texts: Iterable[str], batch_size: int, *, window: int = 1, prefetch: int = 2) -> Iterator[Batch]:
-        return text_batches(texts, self.tokenizer, self.max_length, batch_size, bucket_window=window, prefetch=prefetch)
+    def text_batches(
+        self, texts: Iterable[str], batch_size: int, *, window: int = 1, prefetch: int = 2
+    ) -> Iterator[Batch]:
+        return text_batches(
+            texts,
+            self.tokenizer,
+            self.max_length,
+            batch_size,
+            bucket_window=window,
+            prefetch=prefetch,
+        )
 
     def check(self, dataset: Dataset) -> None:
         if self.tokenizer.hash != dataset.tokenizer_hash:
             mend = "prepare it with the tokenizer beside the checkpoint"
-            raise InputError(str(dataset.folder), "tokens of the model's tokenizer", "those of another", mend)
+            raise InputError(
+                str(dataset.folder), "tokens of the model's tokenizer", "those of another", mend
+            )
 
     def save(self, folder: Path) -> None:
         self.tokenizer.save(folder / "tokenizer")
@@ -147,12 +183,15 @@ class TokenInputs:
 
 
 class BowInputs:
-    """Bags of words: TF-IDF of a text's words, by a vocabulary learnt of the training texts, or a dataset's own features.
+    """Bags of words: TF-IDF of a text's words, by a vocabulary learnt of the training texts, or a
+    dataset's own features.
 
     Args:
         dataset: where the labels' own texts (their names) are taken from; None for serving alone.
-        vectorizer: fitted; None for a dataset of bags of words, whose columns nobody can make from a text.
-        features: of splits that are vectorised already, by name; others are vectorised on first use and kept.
+        vectorizer: fitted; None for a dataset of bags of words, whose columns nobody can make from
+            a text.
+        features: of splits that are vectorised already, by name; others are vectorised on first use
+            and kept.
         columns: V of a model that is served without vectorizer and without dataset.
         parts: of its texts; those of the dataset when not given.
     """
@@ -188,7 +227,9 @@ class BowInputs:
         return cls(dataset, vectorizer, {"train": vectorizer.fit(dataset.splits["train"].texts)})
 
     def features(self, split: Split) -> csr_matrix:
-        """CSR fp32 [N, V] of a split. InputError where the dataset was prepared without keeping them."""
+        """CSR fp32 [N, V] of a split. InputError where the dataset was prepared without keeping
+        them.
+        """
         if self.vectorizer is None:
             return split.features
         if split.name not in self._features:
@@ -208,44 +249,77 @@ class BowInputs:
     ) -> BagBatches:
         own = self.label_features() if label_text else None
         if label_text and own is None:
-            raise InputError("--label-text", "a dataset with label texts", "one without", "prepare it with --label-text")
+            raise InputError(
+                "--label-text",
+                "a dataset with label texts",
+                "one without",
+                "prepare it with --label-text",
+            )
         return BagBatches(
-            self.features(split), split.labels, batch_size, seed=seed, shuffle=shuffle, order=order, ancestors=ancestors,
+            self.features(split),
+            split.labels,
+            batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            order=order,
+            ancestors=ancestors,
             label_features=own,
-        )  # fmt: skip
+        )
 
     def label_features(self) -> csr_matrix | None:
         """CSR fp32 [L, V] of the labels' own texts, or None where the dataset has none."""
         if self.dataset is None or self.vectorizer is None:
             return None if self.dataset is None else self.dataset.label_features
-        return None if self.dataset.label_names is None else self.vectorizer.transform(self.dataset.label_names)
+        return (
+            None
+            if self.dataset.label_names is None
+            else self.vectorizer.transform(self.dataset.label_names)
+        )
 
-    def text_batches(self, texts: Iterable[str], batch_size: int, *, window: int = 1, prefetch: int = 2) -> Iterator[BagBatch]:
+    def text_batches(
+        self, texts: Iterable[str], batch_size: int, *, window: int = 1, prefetch: int = 2
+    ) -> Iterator[BagBatch]:
         if self.vectorizer is None:
             mend = "predict splits of its dataset, or train on a dataset of texts"
-            raise InputError("texts", "a model with a vocabulary", "one trained on a bag-of-words file", mend)
-        return bag_text_batches(texts, self.vectorizer, batch_size, window=window, prefetch=prefetch)
+            raise InputError(
+                "texts", "a model with a vocabulary", "one trained on a bag-of-words file", mend
+            )
+        return bag_text_batches(
+            texts, self.vectorizer, batch_size, window=window, prefetch=prefetch
+        )
 
     def check(self, dataset: Dataset) -> None:
         where, found = str(dataset.folder), dataset.vocabulary
         if self.vectorizer is not None and found is not None:
             got = "one of bags of words, which are of another vocabulary"
-            raise InputError(where, "a dataset of texts, for the model's own vocabulary", got, "prepare it from the texts")
+            raise InputError(
+                where,
+                "a dataset of texts, for the model's own vocabulary",
+                got,
+                "prepare it from the texts",
+            )
         if self.vectorizer is None and found != self.vocabulary:
             got = "one of texts" if found is None else f"{found:,} columns"
             expected = f"bags of words of {self.vocabulary:,} columns, as the model was trained on"
-            raise InputError(where, expected, got, "prepare it from the bag-of-words files of that dataset")
+            raise InputError(
+                where, expected, got, "prepare it from the bag-of-words files of that dataset"
+            )
 
     def save(self, folder: Path) -> None:
         if self.vectorizer is not None:
             self.vectorizer.save(folder / "vocabulary")
 
     def config(self) -> dict[str, Any]:
-        return {"kind": "bow", "vocabulary": self.vectorizer and self.vectorizer.content_hash} | _kept(self.parts)
+        return {
+            "kind": "bow",
+            "vocabulary": self.vectorizer and self.vectorizer.content_hash,
+        } | _kept(self.parts)
 
 
 def _kept(parts: TextParts) -> dict[str, Any]:
-    """What a checkpoint says of them: nothing where they are the usual ones, as before there were others."""
+    """What a checkpoint says of them: nothing where they are the usual ones, as before there were
+    others.
+    """
     return {} if parts == TextParts() else {"parts": asdict(parts)}
 
 
@@ -254,8 +328,8 @@ def check_dataset(dataset: Dataset, labels: int, inputs: Inputs) -> None:
 
     Args:
         labels: L of the model.
-        inputs: of the model, as `load_inputs` gives them. Of bags of words without a vocabulary the number of columns is all
-            that is known.
+        inputs: of the model, as `load_inputs` gives them. Of bags of words without a vocabulary the
+            number of columns is all that is known.
 
     Raises:
         InputError: another number of labels, another tokenizer, or words that are not the model's.
@@ -299,21 +373,35 @@ def load_inputs(folder: Path, state: Mapping[str, Any]) -> Inputs:
         state: of a checkpoint, with `config()` as its `inputs`; older ones hold `max_length` alone.
 
     Raises:
-        InputError: a kind that this version does not know, files missing, or a vocabulary of another model.
+        InputError: a kind that this version does not know, files missing, or a vocabulary of
+            another model.
     """
     config: Any = state.get("inputs") or {"kind": "tokens", "max_length": state.get("max_length")}
-    where, mend = "checkpoint, $.inputs", "read it with a newer xmlkernels, or use another checkpoint"
+    where, mend = (
+        "checkpoint, $.inputs",
+        "read it with a newer xmlkernels, or use another checkpoint",
+    )
     kind = check_record(config, _Kind, where=where, mend=mend)["kind"]
     parts = _parts(config.get("parts", {}), f"{where}.parts", mend)
     if kind == "tokens":
         longest = check_record(config, _Tokens, where=where, mend=mend)["max_length"]
         return TokenInputs(None, load_tokenizer(folder / "tokenizer"), longest, parts=parts)
     if kind != "bow":
-        raise InputError("checkpoint", "inputs of kind tokens or bow", repr(kind), "read it with a newer xmlkernels")
+        raise InputError(
+            "checkpoint",
+            "inputs of kind tokens or bow",
+            repr(kind),
+            "read it with a newer xmlkernels",
+        )
     if check_record(config, _Words, where=where, mend=mend)["vocabulary"] is None:
         return BowInputs(None, None, columns=state["model"]["encoder"]["vocabulary"])
     vectorizer = Vectorizer.load(folder / "vocabulary")
     if vectorizer.content_hash != config["vocabulary"]:
         expected = f"the vocabulary {config['vocabulary'][:12]} of this checkpoint"
-        raise InputError(str(folder / "vocabulary"), expected, vectorizer.content_hash[:12], "copy the whole folder again")
+        raise InputError(
+            str(folder / "vocabulary"),
+            expected,
+            vectorizer.content_hash[:12],
+            "copy the whole folder again",
+        )
     return BowInputs(None, vectorizer, parts=parts)

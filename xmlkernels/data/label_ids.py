@@ -1,4 +1,6 @@
-"""Label ids as they came: how many are used, whether they are too sparse to be columns, and new numbers for them."""
+"""Label ids as they came: how many are used, whether they are too sparse to be columns, and new
+numbers for them.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +14,29 @@ from xmlkernels.data.raw import Raw, RawSplit
 from xmlkernels.errors import InputError
 
 MOST_LABELS = 2**31 - 1
-# Beyond this share of labels without a document, ids that nothing declares are those of a database, not numbers.
+# Beyond this share of labels without a document, ids that nothing declares are those of a database,
+# not numbers.
 _SPARSE, _FEW = 100, 10_000
 _DIVIDERS = re.compile(r"[,;|\t]")
 
 
 def used_labels(raw: Raw) -> np.ndarray:
     """int64 [n]: the labels that any document of any split has, ascending."""
-    return np.unique(np.concatenate([split.labels.indices for split in raw.splits.values()])).astype(np.int64)
+    return np.unique(
+        np.concatenate([split.labels.indices for split in raw.splits.values()])
+    ).astype(np.int64)
 
 
 def check_width(raw: Raw, where: str) -> None:
-    """Refuse a width that no table of labels can have, or that the largest of a few far-apart ids makes.
+    """Refuse a width that no table of labels can have, or that the largest of a few far-apart ids
+    makes.
 
     Args:
         where: the label file, for the message.
 
     Raises:
-        InputError: more than 2^31 - 1 labels, or ids so sparse that fewer than one label of a hundred has a document.
+        InputError: more than 2^31 - 1 labels, or ids so sparse that fewer than one label of a
+            hundred has a document.
     """
     labels, used = raw.num_labels, used_labels(raw)
     if labels > MOST_LABELS or (not raw.declared and labels > max(_FEW, _SPARSE * len(used))):
@@ -41,13 +48,19 @@ def check_width(raw: Raw, where: str) -> None:
 
 
 def remap_labels(raw: Raw) -> None:
-    """Number the labels that any document has from 0, in the order of their ids; names keep the ids where there are none.
+    """Number the labels that any document has from 0, in the order of their ids; names keep the ids
+    where there are none.
 
-    Texts, names, features and token maps of the labels, and the filter pairs, follow; those of other labels go.
+    Texts, names, features and token maps of the labels, and the filter pairs, follow; those of
+    other labels go.
     """
     used = used_labels(raw)
     names = raw.label_names
-    raw.label_names = [str(label) for label in used.tolist()] if names is None else [names[label] for label in used]
+    raw.label_names = (
+        [str(label) for label in used.tolist()]
+        if names is None
+        else [names[label] for label in used]
+    )
     if raw.label_texts is not None:
         raw.label_texts = [raw.label_texts[label] for label in used]
     if raw.label_features is not None:
@@ -61,24 +74,36 @@ def remap_labels(raw: Raw) -> None:
 def _renumber(split: RawSplit, used: np.ndarray) -> None:
     labels, pairs = split.labels, split.filter_pairs
     columns = np.searchsorted(used, labels.indices)
-    split.labels = csr_matrix((labels.data, columns, labels.indptr), shape=(labels.shape[0], len(used)))
+    split.labels = csr_matrix(
+        (labels.data, columns, labels.indptr), shape=(labels.shape[0], len(used))
+    )
     kept = pairs[np.isin(pairs[:, 1], used)]
     split.filter_pairs = np.stack([kept[:, 0], np.searchsorted(used, kept[:, 1])], axis=1)
 
 
 def label_lines(raw: Raw) -> list[str]:
-    """What a person should know of the labels, a sentence each: how many have no document, where ids seem to begin."""
+    """What a person should know of the labels, a sentence each: how many have no document, where
+    ids seem to begin.
+    """
     used, labels = used_labels(raw), raw.num_labels
     told = []
     if (unused := labels - len(used)) > 0:
-        told.append(f"note: labels: {labels:,}, of which {unused:,} ({unused / labels:.1%}) have no document in any split")
+        told.append(
+            f"note: labels: {labels:,}, of which {unused:,} ({unused / labels:.1%}) have no "
+            "document in any split"
+        )
     if len(used) > 1 and used[0] == 1 and 2 * len(used) > labels:
-        told.append("note: labels: no document has label 0: do the ids begin at 1? Line 1 of the names is label 0")
+        told.append(
+            "note: labels: no document has label 0: do the ids begin at 1? Line 1 of the names is "
+            "label 0"
+        )
     return told
 
 
 def name_lines(names: Sequence[str]) -> list[str]:
-    """The same of label names that were read beside documents: the first five, and those that look like several."""
+    """The same of label names that were read beside documents: the first five, and those that look
+    like several.
+    """
     told = [f"labels: {len(names):,}, the first {', '.join(repr(name[:60]) for name in names[:5])}"]
     known = set(names)
     several = [name for name in names if len(parts := _parts(name)) > 1 and known.issuperset(parts)]

@@ -1,7 +1,8 @@
 """Raw files → a dataset folder, made once for each content of the inputs.
 
-The folder is built beside its place and renamed, so it is there whole or not at all. Its key is a hash of the content
-of every input, of the tokenizer and of the settings; a name alone never decides that a folder can be used again.
+The folder is built beside its place and renamed, so it is there whole or not at all. Its key is a
+hash of the content of every input, of the tokenizer and of the settings; a name alone never decides
+that a folder can be used again.
 """
 
 from __future__ import annotations
@@ -20,14 +21,23 @@ from xmlkernels.data.formats.labels import Divider, LabelFormat
 from xmlkernels.data.formats.lf_json import is_lf_json
 from xmlkernels.data.label_ids import label_lines, name_lines
 from xmlkernels.data.raw import Files
-from xmlkernels.data.raw_files import Fields, Reading, Source, docstrings_digest, map_files, read_docstrings, read_files
+from xmlkernels.data.raw_files import (
+    Fields,
+    Reading,
+    Source,
+    docstrings_digest,
+    map_files,
+    read_docstrings,
+    read_files,
+)
 from xmlkernels.data.tokens import Tokenizer, load_tokenizer
 from xmlkernels.errors import InputError
 from xmlkernels.locks import check_place, own_place
 
 # A and B of Jain et al. 2016, as the published results use them; never guessed from a name.
 PROPENSITIES = {"default": (0.55, 1.5), "amazon": (0.6, 2.6), "wikipedia": (0.5, 0.4)}
-# Settings that came later: left as they were they are no part of the key, so that folders made before are known again.
+# Settings that came later: left as they were they are no part of the key, so that folders made
+# before are known again.
 NEWER = {"label_divider": None, "remap_labels": False}
 # Bump when the same inputs would give another folder.
 RECIPE_VERSION = 1
@@ -44,18 +54,20 @@ class PrepareConfig:
     max_length: int = 128
     """Tokens kept of each text, special tokens included."""
     source: Source = "text"
-    """text: a text a line beside a label file; lf: JSON lines with texts and targets; attentionxml: raw texts with
-    /SEP/ and label names; bow: bags of words; docstrings: the built-in corpus, which needs no files."""
+    """text: a text a line beside a label file; lf: JSON lines with texts and targets; attentionxml:
+    raw texts with /SEP/ and label names; bow: bags of words; docstrings: the built-in corpus, which
+    needs no files."""
     name: str | None = None
     """Name of the dataset; the output folder's by default."""
     # ---- raw files ----
     train_text: Path | None = None
-    """Training texts, one a line; plain, .gz, .bz2 or .xz (lf: the JSON lines; bow: train.txt with its labels, or
-    features alone)."""
+    """Training texts, one a line; plain, .gz, .bz2 or .xz (lf: the JSON lines; bow: train.txt with
+    its labels, or features alone)."""
     train_labels: Path | None = None
-    """Training labels, a row a document: label ids (`3 17`, `3,17`; a blank line has none), the same behind a header
-    (`documents labels`, then `3:1 17:1`), an old bag-of-words file, .npz or JSON lines (bow: beside features alone).
-    attentionxml: label names divided by tabs, commas or spaces."""
+    """Training labels, a row a document: label ids (`3 17`, `3,17`; a blank line has none), the
+    same behind a header (`documents labels`, then `3:1 17:1`), an old bag-of-words file, .npz or
+    JSON lines (bow: beside features alone). attentionxml: label names divided by tabs, commas or
+    spaces."""
     train_filter: Path | None = None
     """Pairs `row label` never to be predicted."""
     validation_text: Path | None = None
@@ -71,18 +83,20 @@ class PrepareConfig:
     test_filter: Path | None = None
     """Pairs `row label` of the test split."""
     label_text: Path | None = None
-    """Label texts, one a line (lf: lbl.json): names, and the virtual documents of label-text augmentation (bow: features
-    of the labels)."""
+    """Label texts, one a line (lf: lbl.json): names, and the virtual documents of label-text
+    augmentation (bow: features of the labels)."""
     label_names: Path | None = None
     """Label names, one a line, where they are not the label texts."""
     token_maps: Path | None = None
-    """Folder of upstream's {trn_doc,tst_doc,lbl}_{input_ids,attention_mask}.dat to take instead of texts."""
+    """Folder of upstream's {trn_doc,tst_doc,lbl}_{input_ids,attention_mask}.dat to take instead of
+    texts.
+    """
     # ---- how they are read ----
     label_format: LabelFormat | None = None
     """Format of the label files, where it cannot be seen: sparse has a header, lines has none."""
     label_divider: Divider | None = None
-    """attentionxml: what divides the label names of a line; by default tabs where there is any, else commas where most
-    lines of several words have one, else spaces."""
+    """attentionxml: what divides the label names of a line; by default tabs where there is any,
+    else commas where most lines of several words have one, else spaces."""
     fields: Fields = "all"
     """lf and attentionxml: which part of a text to use."""
     num_labels: int | None = None
@@ -90,7 +104,9 @@ class PrepareConfig:
     merge_duplicates: bool = False
     """Count a label once that a row names twice; otherwise that is an error."""
     remap_labels: bool = False
-    """Number the labels that documents have anew from 0, as ids of a database need; the old ids stay as their names."""
+    """Number the labels that documents have anew from 0, as ids of a database need; the old ids
+    stay as their names.
+    """
     # ---- documents and metrics ----
     documents: int | None = None
     """docstrings: take a deterministic part of about this many documents."""
@@ -99,7 +115,9 @@ class PrepareConfig:
     seed: int = 0
     """Draws the validation share."""
     unlabelled: Literal["keep", "drop-train", "drop"] = "keep"
-    """Documents without a label: keep them, drop them from training (and its validation share), or drop them all."""
+    """Documents without a label: keep them, drop them from training (and its validation share), or
+    drop them all.
+    """
     propensity: Literal["default", "amazon", "wikipedia"] = "default"
     """PSP constants A and B: 0.55 and 1.5, 0.6 and 2.6, 0.5 and 0.4."""
     propensity_a: float | None = None
@@ -126,7 +144,13 @@ class PrepareConfig:
     def reading(self) -> Reading:
         """How the files are read."""
         own = {field.name for field in fields(self)}
-        return Reading(**{field.name: getattr(self, field.name) for field in fields(Reading) if field.name in own})
+        return Reading(
+            **{
+                field.name: getattr(self, field.name)
+                for field in fields(Reading)
+                if field.name in own
+            }
+        )
 
     @property
     def dataset_name(self) -> str:
@@ -142,7 +166,11 @@ class PrepareConfig:
 
 
 def prepare(
-    config: PrepareConfig, tell: Tell = lambda line: None, *, flag: str = "--output", wait: bool = False
+    config: PrepareConfig,
+    tell: Tell = lambda line: None,
+    *,
+    flag: str = "--output",
+    wait: bool = False,
 ) -> Dataset:
     """Make the dataset folder, or open the one that already holds just this.
 
@@ -152,14 +180,21 @@ def prepare(
         wait: for another process that makes a dataset there; otherwise it is refused.
 
     Raises:
-        InputError: a setting or file that cannot be used, or `output` holds something else or is in use. Nothing is
-            then left behind, and an older dataset stays.
+        InputError: a setting or file that cannot be used, or `output` holds something else or is in
+            use. Nothing is then left behind, and an older dataset stays.
     """
     check(config)
     check_place(config.output, flag)
     tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
-    if tokenizer and tokenizer.model_max_length is not None and config.max_length > tokenizer.model_max_length:
-        tell(f"--max-length {config.max_length} is beyond the {tokenizer.model_max_length} tokens the tokenizer is made for")
+    if (
+        tokenizer
+        and tokenizer.model_max_length is not None
+        and config.max_length > tokenizer.model_max_length
+    ):
+        tell(
+            f"--max-length {config.max_length} is beyond the {tokenizer.model_max_length} tokens "
+            "the tokenizer is made for"
+        )
     separator = _separator(config, tokenizer)
     key = cache_key(config, tokenizer, separator)
     standing = _standing(config, key, flag)
@@ -180,19 +215,32 @@ def _make(
     reading = replace(config.reading, separator=separator)
     raw = read_docstrings(config.documents) if built_in else read_files(reading, config.files)
     if built_in:
-        tell(f"built-in corpus {raw.facts['corpus_hash'][:16]} of {len(raw.facts['corpus_versions'])} packages")
+        tell(
+            f"built-in corpus {raw.facts['corpus_hash'][:16]} of "
+            f"{len(raw.facts['corpus_versions'])} packages"
+        )
     _tell_separator(config, tokenizer, tell)
-    for line in label_lines(raw) + (name_lines(raw.label_names or []) if config.source == "attentionxml" else []):
+    for line in label_lines(raw) + (
+        name_lines(raw.label_names or []) if config.source == "attentionxml" else []
+    ):
         tell(line)
-    drop = {"keep": (), "drop-train": ("train",), "drop": ("train", "val", "test")}[config.unlabelled]
+    drop = {"keep": (), "drop-train": ("train",), "drop": ("train", "val", "test")}[
+        config.unlabelled
+    ]
     choose_rows(raw, drop=drop, validation_share=config.validation_share, seed=config.seed)
     with building(config.output, replace=config.overwrite) as folder:
-        counts = write_splits(raw, tokenizer, config.max_length, folder, keep_texts=config.keep_texts, tell=tell)
+        counts = write_splits(
+            raw, tokenizer, config.max_length, folder, keep_texts=config.keep_texts, tell=tell
+        )
         write_labels(raw, tokenizer, config.max_length, folder, tell=tell)
         made_by: dict[str, Any] | None = None
         if tokenizer is not None:
             tokenizer.save(folder / "tokenizer")
-            made_by = {"name": config.tokenizer, "hash": tokenizer.hash, "max_length": config.max_length}
+            made_by = {
+                "name": config.tokenizer,
+                "hash": tokenizer.hash,
+                "max_length": config.max_length,
+            }
         write_manifest(
             folder,
             name=config.dataset_name,
@@ -202,13 +250,20 @@ def _make(
             tokenizer=made_by,
             splits=counts,
             vocabulary=raw.vocabulary,
-            source={"kind": config.source, "seed": config.seed, "unlabelled": config.unlabelled, **raw.facts},
+            source={
+                "kind": config.source,
+                "seed": config.seed,
+                "unlabelled": config.unlabelled,
+                **raw.facts,
+            },
         )
     return Dataset.open(config.output)
 
 
 def _separator(config: PrepareConfig, tokenizer: Tokenizer | None) -> str:
-    """What stands between title and body: the tokenizer's separator, as CascadeXML's texts have it, or a space."""
+    """What stands between title and body: the tokenizer's separator, as CascadeXML's texts have it,
+    or a space.
+    """
     joined = config.source in ("lf", "attentionxml") and config.fields == "all"
     return f" {tokenizer.separator} " if joined and tokenizer and tokenizer.separator else " "
 
@@ -216,34 +271,46 @@ def _separator(config: PrepareConfig, tokenizer: Tokenizer | None) -> str:
 def _tell_separator(config: PrepareConfig, tokenizer: Tokenizer | None, tell: Tell) -> None:
     if config.source in ("lf", "attentionxml") and config.fields == "all":
         own = tokenizer and tokenizer.separator
-        tell(f"title and body: joined by {own}" if own else "title and body: joined by a space: the tokenizer has no separator")
+        tell(
+            f"title and body: joined by {own}"
+            if own
+            else "title and body: joined by a space: the tokenizer has no separator"
+        )
 
 
 def _standing(config: PrepareConfig, key: str, flag: str) -> Dataset | None:
-    """The dataset that stands at `output`, if it is the one asked for; None if the place is free or may be cleared."""
+    """The dataset that stands at `output`, if it is the one asked for; None if the place is free or
+    may be cleared.
+    """
     output = config.output
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     if not (output / MANIFEST).is_file():
         # Never cleared, whatever the flags: these are somebody's files.
         got = "other files" if output.is_dir() else "a file"
-        raise InputError(str(output), "a free place or a dataset folder", got, f"choose another {flag}")
+        raise InputError(
+            str(output), "a free place or a dataset folder", got, f"choose another {flag}"
+        )
     try:
         found = read_manifest(output)["key"]
         if found == key:
             return Dataset.open(output, verify=config.overwrite)
     except InputError as error:
         if not config.overwrite:
-            raise InputError(error.where, error.expected, error.got, "make it again with --overwrite") from error
+            raise InputError(
+                error.where, error.expected, error.got, "make it again with --overwrite"
+            ) from error
         refuse_foreign(output)
         return None
     if config.overwrite:
         refuse_foreign(output)
     else:
         raise InputError(
-            str(output), "a dataset made from these inputs and settings", "one made from others",
+            str(output),
+            "a dataset made from these inputs and settings",
+            "one made from others",
             f"choose another {flag}, or replace it with --overwrite",
-        )  # fmt: skip
+        )
     return None
 
 
@@ -251,46 +318,160 @@ def check(config: PrepareConfig) -> None:
     """Raises InputError for settings that contradict each other, before any file is read."""
     texts = [files.text for files in config.files.values()]
     rules = [
-        (config.max_length >= 1, "--max-length", "at least 1", config.max_length, "choose a longer one"),
-        (0 <= config.validation_share < 1, "--validation-share", "from 0 to below 1", config.validation_share, "mend it"),
-        (0 <= config.seed < 2**64, "--seed", "an integer from 0 to 2**64 - 1", config.seed, "choose another"),
-        (not config.validation_share or ("val" not in config.files and config.source != "docstrings"), "--validation-share",
-         "0 beside a validation split", config.validation_share, "give one of the two"),
-        (min(config.constants) > 0, "--propensity", "positive A and B", config.constants, "mend them"),
-        (config.num_labels is None or config.num_labels > 0, "--num-labels", "at least 1", config.num_labels, "mend it"),
-        (config.documents is None or config.documents > 0, "--documents", "at least 1", config.documents, "mend it"),
-        (config.documents is None or config.source == "docstrings", "--documents", "--source docstrings",
-         config.source, "leave it out"),
-        ((config.source == "docstrings") != ("train" in config.files), "--source", "training files, or docstrings without",
-         config.source, "give --train-text and --train-labels, or --source docstrings alone"),
-        (config.source == "bow" or config.tokenizer is not None, "--tokenizer", "a name or a folder", "none",
-         "give --tokenizer, or bags of words with --source bow"),
-        (config.source != "bow" or config.tokenizer is None, "--tokenizer", "none for bags of words", config.tokenizer,
-         "leave it out"),
-        (config.source != "bow" or not config.keep_texts, "--keep-texts", "texts", "bags of words", "leave it out"),
-        (config.source != "text" or not any(path and is_lf_json(path) for path in texts), "--source", "lf for JSON lines",
-         config.source, "give --source lf"),
-        (config.token_maps is None or config.source == "text", "--token-maps", "--source text", config.source, "leave it out"),
-        (config.token_maps is not None or config.source == "docstrings" or None not in texts, "--train-text",
-         "a text file for each split", "none", "give --train-text, --validation-text and --test-text as needed"),
-        (config.source != "lf" or not any(files.labels for files in config.files.values()), "--train-labels",
-         "none beside JSON lines, which hold their targets", "a label file", "leave it out"),
-        (not config.keep_texts or config.token_maps is None or None not in texts, "--keep-texts", "text files", "none",
-         "give the texts beside the token maps"),
-        (config.fields == "all" or config.source in ("lf", "attentionxml"), "--fields", "--source lf or attentionxml",
-         config.source, "leave it out"),
-        (config.label_divider is None or config.source == "attentionxml", "--label-divider", "--source attentionxml",
-         config.source, "leave it out"),
-    ]  # fmt: skip
+        (
+            config.max_length >= 1,
+            "--max-length",
+            "at least 1",
+            config.max_length,
+            "choose a longer one",
+        ),
+        (
+            0 <= config.validation_share < 1,
+            "--validation-share",
+            "from 0 to below 1",
+            config.validation_share,
+            "mend it",
+        ),
+        (
+            0 <= config.seed < 2**64,
+            "--seed",
+            "an integer from 0 to 2**64 - 1",
+            config.seed,
+            "choose another",
+        ),
+        (
+            not config.validation_share
+            or ("val" not in config.files and config.source != "docstrings"),
+            "--validation-share",
+            "0 beside a validation split",
+            config.validation_share,
+            "give one of the two",
+        ),
+        (
+            min(config.constants) > 0,
+            "--propensity",
+            "positive A and B",
+            config.constants,
+            "mend them",
+        ),
+        (
+            config.num_labels is None or config.num_labels > 0,
+            "--num-labels",
+            "at least 1",
+            config.num_labels,
+            "mend it",
+        ),
+        (
+            config.documents is None or config.documents > 0,
+            "--documents",
+            "at least 1",
+            config.documents,
+            "mend it",
+        ),
+        (
+            config.documents is None or config.source == "docstrings",
+            "--documents",
+            "--source docstrings",
+            config.source,
+            "leave it out",
+        ),
+        (
+            (config.source == "docstrings") != ("train" in config.files),
+            "--source",
+            "training files, or docstrings without",
+            config.source,
+            "give --train-text and --train-labels, or --source docstrings alone",
+        ),
+        (
+            config.source == "bow" or config.tokenizer is not None,
+            "--tokenizer",
+            "a name or a folder",
+            "none",
+            "give --tokenizer, or bags of words with --source bow",
+        ),
+        (
+            config.source != "bow" or config.tokenizer is None,
+            "--tokenizer",
+            "none for bags of words",
+            config.tokenizer,
+            "leave it out",
+        ),
+        (
+            config.source != "bow" or not config.keep_texts,
+            "--keep-texts",
+            "texts",
+            "bags of words",
+            "leave it out",
+        ),
+        (
+            config.source != "text" or not any(path and is_lf_json(path) for path in texts),
+            "--source",
+            "lf for JSON lines",
+            config.source,
+            "give --source lf",
+        ),
+        (
+            config.token_maps is None or config.source == "text",
+            "--token-maps",
+            "--source text",
+            config.source,
+            "leave it out",
+        ),
+        (
+            config.token_maps is not None or config.source == "docstrings" or None not in texts,
+            "--train-text",
+            "a text file for each split",
+            "none",
+            "give --train-text, --validation-text and --test-text as needed",
+        ),
+        (
+            config.source != "lf" or not any(files.labels for files in config.files.values()),
+            "--train-labels",
+            "none beside JSON lines, which hold their targets",
+            "a label file",
+            "leave it out",
+        ),
+        (
+            not config.keep_texts or config.token_maps is None or None not in texts,
+            "--keep-texts",
+            "text files",
+            "none",
+            "give the texts beside the token maps",
+        ),
+        (
+            config.fields == "all" or config.source in ("lf", "attentionxml"),
+            "--fields",
+            "--source lf or attentionxml",
+            config.source,
+            "leave it out",
+        ),
+        (
+            config.label_divider is None or config.source == "attentionxml",
+            "--label-divider",
+            "--source attentionxml",
+            config.source,
+            "leave it out",
+        ),
+    ]
     for good, where, expected, got, mend in rules:
         if not good:
             raise InputError(where, expected, str(got), mend)
 
 
 def cache_key(config: PrepareConfig, tokenizer: Tokenizer | None, separator: str = " ") -> str:
-    """sha256 over the content of every input file, the tokenizer and the settings that shape the folder."""
+    """sha256 over the content of every input file, the tokenizer and the settings that shape the
+    folder.
+    """
     settings = asdict(config)
-    for name in ("output", "overwrite", "tokenizer", "propensity", "propensity_a", "propensity_b", "token_maps"):
+    for name in (
+        "output",
+        "overwrite",
+        "tokenizer",
+        "propensity",
+        "propensity_a",
+        "propensity_b",
+        "token_maps",
+    ):
         del settings[name]
     for name, usual in NEWER.items():
         if settings[name] == usual:
@@ -301,7 +482,9 @@ def cache_key(config: PrepareConfig, tokenizer: Tokenizer | None, separator: str
         settings["divided"] = 2  # how lines of label names are: by white space alone in version 1
     inputs = {name: _digest(value) for name, value in settings.items() if isinstance(value, Path)}
     if config.token_maps is not None:
-        inputs |= {path.name: _digest(path) for path in map_files(config.token_maps, list(config.files))}
+        inputs |= {
+            path.name: _digest(path) for path in map_files(config.token_maps, list(config.files))
+        }
     if config.source == "docstrings":
         inputs["corpus"] = docstrings_digest()
     settings |= {"name": config.dataset_name, "constants": config.constants} | inputs
@@ -312,6 +495,8 @@ def cache_key(config: PrepareConfig, tokenizer: Tokenizer | None, separator: str
 
 def _digest(path: Path) -> str:
     if not path.is_file():
-        raise InputError(str(path), "a file", "a folder" if path.is_dir() else "no such file", "check the path")
+        raise InputError(
+            str(path), "a file", "a folder" if path.is_dir() else "no such file", "check the path"
+        )
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

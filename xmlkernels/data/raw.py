@@ -1,4 +1,6 @@
-"""What the readers of every layout give: texts, labels, filter pairs, and what the labels themselves have."""
+"""What the readers of every layout give: texts, labels, filter pairs, and what the labels
+themselves have.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ class Files:
 class RawSplit:
     """N documents: texts, labels [N, L], filter pairs [n, 2].
 
-    `features` [N, V] are the bags of words of a set without texts. `maps` are upstream's padded ids and masks [M, T] to
-    take instead of texts: their rows `map_rows` [N], or all.
+    `features` [N, V] are the bags of words of a set without texts. `maps` are upstream's padded ids
+    and masks [M, T] to take instead of texts: their rows `map_rows` [N], or all.
     """
 
     texts: list[str] | None
@@ -41,15 +43,22 @@ class RawSplit:
         texts = None if self.texts is None else [self.texts[row] for row in rows]
         map_rows = rows if self.map_rows is None else self.map_rows[rows]
         features = None if self.features is None else self.features[rows]
-        return RawSplit(texts, self.labels[rows], select_pairs(self.filter_pairs, rows), self.maps, map_rows, features)
+        return RawSplit(
+            texts,
+            self.labels[rows],
+            select_pairs(self.filter_pairs, rows),
+            self.maps,
+            map_rows,
+            features,
+        )
 
 
 @dataclass
 class Raw:
     """Everything read: the splits, and of the L labels their names and texts where there are any.
 
-    `declared` is whether anything says how many labels there are, beside the largest id. `separator` stands between
-    the title and the body of the texts; `facts` go into the manifest.
+    `declared` is whether anything says how many labels there are, beside the largest id.
+    `separator` stands between the title and the body of the texts; `facts` go into the manifest.
     """
 
     splits: dict[str, RawSplit]

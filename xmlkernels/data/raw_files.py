@@ -13,7 +13,12 @@ from typing import Any, Literal
 from scipy.sparse import csr_matrix
 
 from xmlkernels.data import corpus as docstrings
-from xmlkernels.data.formats.label_files import cut_blank_end, filled_lines, read_label_files, same_width
+from xmlkernels.data.formats.label_files import (
+    cut_blank_end,
+    filled_lines,
+    read_label_files,
+    same_width,
+)
 from xmlkernels.data.formats.labels import (
     DataWarning,
     Divider,
@@ -44,9 +49,11 @@ MAP_NAMES = {"train": "trn_doc", "val": "val_doc", "test": "tst_doc", "labels": 
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read. `num_labels` None: taken from the label texts, a header, or the largest label number.
+    """How to read. `num_labels` None: taken from the label texts, a header, or the largest label
+    number.
 
-    `separator` stands between title and body; `remap_labels` gives the labels that documents have new numbers.
+    `separator` stands between title and body; `remap_labels` gives the labels that documents have
+    new numbers.
     """
 
     source: Source = "text"
@@ -67,9 +74,15 @@ def read_files(reading: Reading, files: Mapping[str, Files]) -> Raw:
     """Read the splits of `files` ("train", and "val" and "test" where they have files).
 
     Raises:
-        InputError: names the file and line that cannot be read, or the two files that do not belong together.
+        InputError: names the file and line that cannot be read, or the two files that do not belong
+            together.
     """
-    kinds = {"text": _text_source, "lf": _lf_source, "attentionxml": _attentionxml_source, "bow": _bow_source}
+    kinds = {
+        "text": _text_source,
+        "lf": _lf_source,
+        "attentionxml": _attentionxml_source,
+        "bow": _bow_source,
+    }
     raw = kinds[reading.source](reading, files)
     if reading.label_names is not None:
         raw.label_names = read_lines(reading.label_names)
@@ -78,7 +91,9 @@ def read_files(reading: Reading, files: Mapping[str, Files]) -> Raw:
     for name, split in raw.splits.items():
         path = files[name].filter
         if path is not None:
-            split.filter_pairs = read_filter_pairs(path, rows=split.labels.shape[0], labels=raw.num_labels)
+            split.filter_pairs = read_filter_pairs(
+                path, rows=split.labels.shape[0], labels=raw.num_labels
+            )
     _tell_nameless(reading.label_names or reading.label_text, raw.label_names)
     path = files["train"].labels or files["train"].text
     if reading.remap_labels:
@@ -90,31 +105,47 @@ def read_files(reading: Reading, files: Mapping[str, Files]) -> Raw:
 def read_docstrings(documents: int | None) -> Raw:
     """The built-in corpus; its label names are its label texts."""
     corpus = docstrings.build_corpus(documents)
-    splits = {name: RawSplit(list(texts), corpus.labels[name]) for name, texts in corpus.texts.items()}
+    splits = {
+        name: RawSplit(list(texts), corpus.labels[name]) for name, texts in corpus.texts.items()
+    }
     names = list(corpus.label_names)
     return Raw(
         splits,
         names,
         names,
-        facts={"corpus_hash": corpus.hash, "corpus_versions": corpus.versions, "corpus_report": corpus.report},
+        facts={
+            "corpus_hash": corpus.hash,
+            "corpus_versions": corpus.versions,
+            "corpus_report": corpus.report,
+        },
     )
 
 
 def docstrings_digest() -> str:
     """sha256 over every file that the built-in corpus reads and over the rules that read them.
 
-    About a second for some 200 MB, where building takes a minute: that is how a finished corpus is known again.
+    About a second for some 200 MB, where building takes a minute: that is how a finished corpus is
+        known again.
     """
     digest = hashlib.sha256(Path(docstrings.__file__).read_bytes())
-    for name, path in sorted(file for package in docstrings.PACKAGES for file in docstrings._files(package)):
+    for name, path in sorted(
+        file for package in docstrings.PACKAGES for file in docstrings._files(package)
+    ):
         digest.update(name.encode() + b"\0" + hashlib.sha256(Path(path).read_bytes()).digest())
     return digest.hexdigest()
 
 
 def _text_source(reading: Reading, files: Mapping[str, Files]) -> Raw:
-    """A text a line beside any label format: the Extreme Classification Repository, Renee, DEXML, PECOS."""
-    texts = {name: None if split.text is None else read_lines(split.text, documents=True) for name, split in files.items()}
-    label_texts = None if reading.label_text is None else read_lines(reading.label_text, documents=True)
+    """A text a line beside any label format: the Extreme Classification Repository, Renee, DEXML,
+    PECOS.
+    """
+    texts = {
+        name: None if split.text is None else read_lines(split.text, documents=True)
+        for name, split in files.items()
+    }
+    label_texts = (
+        None if reading.label_text is None else read_lines(reading.label_text, documents=True)
+    )
     if reading.label_text is not None and label_texts is not None and not label_texts[-1].strip():
         # A blank line at the end is a label only where something else says so.
         widths, _ = _label_files(reading, files, texts, reading.num_labels)
@@ -137,7 +168,11 @@ def _lf_source(reading: Reading, files: Mapping[str, Files]) -> Raw:
     count = _label_count(reading, None if label_texts is None else len(label_texts))
     splits = {}
     for name, split in files.items():
-        records = read_lf_json(_needed(split.text, name, "text"), num_labels=count, merge_duplicates=reading.merge_duplicates)
+        records = read_lf_json(
+            _needed(split.text, name, "text"),
+            num_labels=count,
+            merge_duplicates=reading.merge_duplicates,
+        )
         splits[name] = RawSplit(_lf_texts(records, reading), records.labels)
     same_width({name: split.labels for name, split in splits.items()})
     return Raw(splits, label_names, label_texts, declared=count is not None, **_parts(reading))
@@ -150,23 +185,37 @@ def _lf_texts(records: Any, reading: Reading) -> list[str]:
 
 
 def _parts(reading: Reading) -> dict[str, Any]:
-    """How the parts of a text were taken, as the manifest keeps it: texts to predict must be joined alike."""
-    return {"separator": reading.separator, "facts": {"fields": reading.fields, "separator": reading.separator}}
+    """How the parts of a text were taken, as the manifest keeps it: texts to predict must be joined
+    alike.
+    """
+    return {
+        "separator": reading.separator,
+        "facts": {"fields": reading.fields, "separator": reading.separator},
+    }
 
 
 def _attentionxml_source(reading: Reading, files: Mapping[str, Files]) -> Raw:
-    """AttentionXML's and LightXML's sets: raw texts with /SEP/, labels as strings that are numbered here."""
+    """AttentionXML's and LightXML's sets: raw texts with /SEP/, labels as strings that are numbered
+    here.
+    """
     texts = {
-        name: read_raw_texts(_needed(split.text, name, "text"), part=reading.fields, joiner=reading.separator)
+        name: read_raw_texts(
+            _needed(split.text, name, "text"), part=reading.fields, joiner=reading.separator
+        )
         for name, split in files.items()
     }
     paths = {name: _needed(split.labels, name, "labels") for name, split in files.items()}
     divider = reading.label_divider or label_divider(list(paths.values()))
     merge: Literal["merge", "error"] = "merge" if reading.merge_duplicates else "error"
-    rows = {name: read_label_strings(path, duplicates=merge, divider=divider) for name, path in paths.items()}
+    rows = {
+        name: read_label_strings(path, duplicates=merge, divider=divider)
+        for name, path in paths.items()
+    }
     for name, split in files.items():
         cut_blank_end(paths[name], rows[name], len(texts[name]))
-        check_same_length(_needed(split.text, name, "text"), len(texts[name]), paths[name], len(rows[name]))
+        check_same_length(
+            _needed(split.text, name, "text"), len(texts[name]), paths[name], len(rows[name])
+        )
     others = [name for name in files if name != "train"]
     encoded = encode_label_strings(rows["train"], *(rows[name] for name in others))
     matrices = dict(zip(["train", *others], encoded.splits, strict=True))
@@ -177,7 +226,9 @@ def _attentionxml_source(reading: Reading, files: Mapping[str, Files]) -> Raw:
 
 
 def _bow_source(reading: Reading, files: Mapping[str, Files]) -> Raw:
-    """Bags of words: `train.txt`, which holds its labels, or features (`trn_X_Xf.txt`) beside any label file."""
+    """Bags of words: `train.txt`, which holds its labels, or features (`trn_X_Xf.txt`) beside any
+    label file.
+    """
     duplicates: Duplicates = "max" if reading.merge_duplicates else "error"
     features, labels = {}, {}
     for name, split in files.items():
@@ -201,17 +252,24 @@ def _bow_source(reading: Reading, files: Mapping[str, Files]) -> Raw:
     splits = {name: RawSplit(None, labels[name], features=features[name]) for name in files}
     raw = Raw(splits, declared=declared)
     if reading.label_text is not None:
-        raw.label_features = read_sparse(reading.label_text, rows=raw.num_labels, cols=words, duplicates=duplicates)
+        raw.label_features = read_sparse(
+            reading.label_text, rows=raw.num_labels, cols=words, duplicates=duplicates
+        )
     return raw
 
 
 def _label_files(
-    reading: Reading, files: Mapping[str, Files], documents: Mapping[str, Sequence[str] | range | None], count: int | None
+    reading: Reading,
+    files: Mapping[str, Files],
+    documents: Mapping[str, Sequence[str] | range | None],
+    count: int | None,
 ) -> tuple[dict[str, csr_matrix], bool]:
     paths = {name: _needed(split.labels, name, "labels") for name, split in files.items()}
     texts = {name: split.text for name, split in files.items()}
     duplicates: Duplicates = "max" if reading.merge_duplicates else "error"
-    return read_label_files(paths, documents, texts, count, format=reading.label_format, duplicates=duplicates)
+    return read_label_files(
+        paths, documents, texts, count, format=reading.label_format, duplicates=duplicates
+    )
 
 
 def _label_count(reading: Reading, label_texts: int | None) -> int | None:
@@ -220,7 +278,10 @@ def _label_count(reading: Reading, label_texts: int | None) -> int | None:
     if label_texts is not None:
         if count is not None and count != label_texts:
             raise InputError(
-                str(reading.label_text), f"{count} label texts, as --num-labels says", str(label_texts), "mend one"
+                str(reading.label_text),
+                f"{count} label texts, as --num-labels says",
+                str(label_texts),
+                "mend one",
             )
         return label_texts
     if count is None and reading.label_names is not None:
@@ -229,11 +290,17 @@ def _label_count(reading: Reading, label_texts: int | None) -> int | None:
 
 
 def _add_maps(folder: Path, max_length: int, raw: Raw) -> None:
-    """Upstream's tokenised caches in place of texts. Their row counts must be those of the labels."""
+    """Upstream's tokenised caches in place of texts. Their row counts must be those of the
+    labels.
+    """
     for name, split in raw.splits.items():
-        split.maps = open_token_maps(folder / MAP_NAMES[name], rows=split.labels.shape[0], max_length=max_length)
+        split.maps = open_token_maps(
+            folder / MAP_NAMES[name], rows=split.labels.shape[0], max_length=max_length
+        )
     if (folder / f"{MAP_NAMES['labels']}_input_ids.dat").exists():
-        raw.label_maps = open_token_maps(folder / MAP_NAMES["labels"], rows=raw.num_labels, max_length=max_length)
+        raw.label_maps = open_token_maps(
+            folder / MAP_NAMES["labels"], rows=raw.num_labels, max_length=max_length
+        )
 
 
 def map_files(folder: Path, splits: Sequence[str]) -> list[Path]:
@@ -241,22 +308,32 @@ def map_files(folder: Path, splits: Sequence[str]) -> list[Path]:
     names = [MAP_NAMES[name] for name in splits]
     if (folder / f"{MAP_NAMES['labels']}_input_ids.dat").exists():
         names.append(MAP_NAMES["labels"])
-    return [folder / f"{name}_{part}.dat" for name in names for part in ("input_ids", "attention_mask")]
+    return [
+        folder / f"{name}_{part}.dat" for name in names for part in ("input_ids", "attention_mask")
+    ]
 
 
 def _one_per_label(path: Path, names: Sequence[str], labels: int) -> None:
     if len(names) != labels:
-        raise InputError(os.fspath(path), f"{labels} lines, one for each label", str(len(names)), "mend the file")
+        raise InputError(
+            os.fspath(path), f"{labels} lines, one for each label", str(len(names)), "mend the file"
+        )
 
 
 def _tell_nameless(path: Path | None, names: Sequence[str] | None) -> None:
     blank = [number for number, name in enumerate(names or (), 1) if not name.strip()]
     if blank and path is not None:
         what = "1 label has" if len(blank) == 1 else f"{len(blank)} labels have"
-        warnings.warn(f"{path}:{blank[0]}: {what} no name (the first: label {blank[0] - 1})", DataWarning, stacklevel=3)
+        warnings.warn(
+            f"{path}:{blank[0]}: {what} no name (the first: label {blank[0] - 1})",
+            DataWarning,
+            stacklevel=3,
+        )
 
 
 def _needed(path: Path | None, split: str, kind: str) -> Path:
     if path is None:
-        raise InputError(f"{split} split", f"a file with {kind}", "none", f"name it with --{FLAGS[split]}-{kind}")
+        raise InputError(
+            f"{split} split", f"a file with {kind}", "none", f"name it with --{FLAGS[split]}-{kind}"
+        )
     return path

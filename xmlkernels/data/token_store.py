@@ -8,7 +8,8 @@ The file, little-endian throughout::
     then           int64 offsets [rows + 1], counted in tokens
     then           tokens, uint16 where the vocabulary has fewer than 65,536 entries, else uint32
 
-Only real tokens are stored: no padding, no attention mask (upstream's int64 maps take 16 bytes for every position).
+Only real tokens are stored: no padding, no attention mask (upstream's int64 maps take 16 bytes for
+    every position).
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ MAGIC = b"XMKTOKEN"
 FORMAT_VERSION = 1
 HEADER_BYTES = 1024
 SCAN_BYTES = 64 << 20
-"""Tokens of a file up to this size are all read when it is opened; those of a larger one when a batch takes them."""
+"""Tokens of a file up to this size are all read when it is opened; those of a larger one when a
+batch takes them.
+"""
 
 
 class HeaderValues(TypedDict):
@@ -51,7 +54,9 @@ class HeaderValues(TypedDict):
 
 @dataclass(frozen=True)
 class TokenHeader:
-    """What a token file says of itself. `tokens` counts all rows together, `max_length` is the cut per row."""
+    """What a token file says of itself. `tokens` counts all rows together, `max_length` is the cut
+    per row.
+    """
 
     rows: int
     tokens: int
@@ -85,11 +90,20 @@ class TokenWriter:
     """
 
     def __init__(
-        self, path: str | Path, rows: int, *, vocab_size: int, tokenizer_hash: str, max_length: int, pad_id: int
+        self,
+        path: str | Path,
+        rows: int,
+        *,
+        vocab_size: int,
+        tokenizer_hash: str,
+        max_length: int,
+        pad_id: int,
     ) -> None:
         self.path, self.rows = Path(path), rows
         self._dtype = token_dtype(vocab_size)
-        self._header = TokenHeader(rows, 0, self._dtype.str, vocab_size, tokenizer_hash, max_length, pad_id)
+        self._header = TokenHeader(
+            rows, 0, self._dtype.str, vocab_size, tokenizer_hash, max_length, pad_id
+        )
         self._offsets = np.zeros(rows + 1, np.dtype("<i8"))
         self._done = 0
 
@@ -100,10 +114,14 @@ class TokenWriter:
         return self
 
     def append(self, tokens: Sequence[np.ndarray]) -> None:
-        """Add one row per array of integer ids. ValueError for an id outside the vocabulary or a row too many."""
+        """Add one row per array of integer ids. ValueError for an id outside the vocabulary or a
+        row too many.
+        """
         if not tokens:
             return
-        self.append_flat(np.concatenate(tokens), np.fromiter((len(row) for row in tokens), np.int64, len(tokens)))
+        self.append_flat(
+            np.concatenate(tokens), np.fromiter((len(row) for row in tokens), np.int64, len(tokens))
+        )
 
     def append_flat(self, flat: np.ndarray, lengths: np.ndarray) -> None:
         """Add `len(lengths)` rows whose ids lie one behind the other in `flat`."""
@@ -111,13 +129,20 @@ class TokenWriter:
             raise ValueError(f"{self.path}: more rows than the {self.rows} announced")
         if flat.size and (flat.min() < 0 or flat.max() >= self._header.vocab_size):
             bad = int(flat.min()) if flat.min() < 0 else int(flat.max())
-            raise ValueError(f"{self.path}: token id {bad} outside a vocabulary of {self._header.vocab_size}")
+            raise ValueError(
+                f"{self.path}: token id {bad} outside a vocabulary of {self._header.vocab_size}"
+            )
         stop = self._done + len(lengths)
         self._offsets[self._done + 1 : stop + 1] = self._offsets[self._done] + np.cumsum(lengths)
         self._done = stop
         self._file.write(flat.astype(self._dtype).tobytes())
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         if kind is not None:
             self._replacing.__exit__(kind, error, at)
             return
@@ -141,15 +166,17 @@ class TokenWriter:
 
 
 class TokenStore:
-    """Read-only rows of token ids; nothing but a small file's ids is read from disk before it is asked for.
+    """Read-only rows of token ids; nothing but a small file's ids is read from disk before it is
+    asked for.
 
-    `store[i]` is row i, uint16 or uint32; `lengths` int32 [rows]; `offsets` int64 [rows + 1], in memory.
-    Pickling carries the path, so a process that receives a store opens the same file again.
+    `store[i]` is row i, uint16 or uint32; `lengths` int32 [rows]; `offsets` int64 [rows + 1], in
+    memory. Pickling carries the path, so a process that receives a store opens the same file again.
 
-    Rows are read, not mapped: a map of a file that is cut ends the process (SIGBUS), a read comes back short. Ids are below
-    the vocabulary's size: all are read for that when a file of up to `SCAN_BYTES` of them is opened, those of a larger one
-    whenever they are handed out. Before they are, the file is looked at too: one that was cut or written to since it was
-    opened is an InputError.
+    Rows are read, not mapped: a map of a file that is cut ends the process (SIGBUS), a read comes
+    back short. Ids are below the vocabulary's size: all are read for that when a file of up to
+    `SCAN_BYTES` of them is opened, those of a larger one whenever they are handed out. Before they
+    are, the file is looked at too: one that was cut or written to since it was opened is an
+    InputError.
     """
 
     def __init__(self, path: Path, header: TokenHeader) -> None:
@@ -159,7 +186,12 @@ class TokenStore:
         self._stood = self._stands()
         if self._stood[0] != header.file_bytes:
             got = f"{self._stood[0]} bytes"
-            raise InputError(str(path), f"{header.file_bytes} bytes, as its header says", got, "copy or prepare it again")
+            raise InputError(
+                str(path),
+                f"{header.file_bytes} bytes, as its header says",
+                got,
+                "copy or prepare it again",
+            )
         self.offsets = np.empty(header.rows + 1, "<i8")
         self._first = HEADER_BYTES + self.offsets.nbytes  # where the ids begin
         self._read_into(self.offsets, HEADER_BYTES)
@@ -170,14 +202,23 @@ class TokenStore:
         """Open a token file.
 
         Raises:
-            InputError: the file is missing, is no token file, has another format version, was cut short, or has rows
-                or ids that its header does not allow.
+            InputError: the file is missing, is no token file, has another format version, was cut
+                short, or has rows or ids that its header does not allow.
         """
         path = Path(path)
         store = cls(path, _read_header(path))
         header, lengths = store.header, np.diff(store.offsets)
-        if store.offsets[0] != 0 or store.offsets[-1] != header.tokens or (store.offsets[1:] < store.offsets[:-1]).any():
-            raise InputError(str(path), "row offsets that rise from 0 to the number of tokens", "others", "prepare it again")
+        if (
+            store.offsets[0] != 0
+            or store.offsets[-1] != header.tokens
+            or (store.offsets[1:] < store.offsets[:-1]).any()
+        ):
+            raise InputError(
+                str(path),
+                "row offsets that rise from 0 to the number of tokens",
+                "others",
+                "prepare it again",
+            )
         if lengths.size and lengths.max() > header.max_length:
             row = int(lengths.argmax())
             expected = f"at most {header.max_length} tokens, as its header says"
@@ -203,7 +244,12 @@ class TokenStore:
         while len(view):
             if not (count := _read_at(self._handle, view, at)):
                 self._check_file()
-                raise InputError(str(self.path), "a file that stands still", "one that ends early", "start the run again")
+                raise InputError(
+                    str(self.path),
+                    "a file that stands still",
+                    "one that ends early",
+                    "start the run again",
+                )
             view, at = view[count:], at + count
 
     def _stands(self) -> tuple[int, int]:
@@ -214,7 +260,12 @@ class TokenStore:
         if (now := self._stands()) != self._stood:
             got = f"{now[0]} bytes" if now[0] != self._stood[0] else "one that was written to"
             mend = "leave a dataset alone while a run uses it, and start the run again"
-            raise InputError(str(self.path), f"the {self._stood[0]} bytes that were there when it was opened", got, mend)
+            raise InputError(
+                str(self.path),
+                f"the {self._stood[0]} bytes that were there when it was opened",
+                got,
+                mend,
+            )
 
     def _check_ids(self, ids: np.ndarray) -> None:
         if ids.size and ids.max() >= self.header.vocab_size:
@@ -239,7 +290,9 @@ class TokenStore:
         return np.diff(self.offsets).astype(np.int32)
 
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of `rows`, one row behind the other, and the length of each: (ids [sum of n], n int64 [rows])."""
+        """The tokens of `rows`, one row behind the other, and the length of each: (ids [sum of n],
+        n int64 [rows]).
+        """
         self._check_file()
         starts = self.offsets[rows]
         lengths = self.offsets[rows + 1] - starts
@@ -271,21 +324,43 @@ else:
 
 def _read_header(path: Path) -> TokenHeader:
     if not path.is_file():
-        raise InputError(str(path), "a token file", "no such file", "run xmlkernels prepare to make it")
+        raise InputError(
+            str(path), "a token file", "no such file", "run xmlkernels prepare to make it"
+        )
     with open(path, "rb") as file:
         head = file.read(HEADER_BYTES)
     if head[:8] != MAGIC:
-        raise InputError(str(path), f"a token file, which starts with {MAGIC!r}", repr(head[:8]), "prepare it again")
+        raise InputError(
+            str(path),
+            f"a token file, which starts with {MAGIC!r}",
+            repr(head[:8]),
+            "prepare it again",
+        )
     if len(head) < HEADER_BYTES:
-        raise InputError(str(path), f"a header of {HEADER_BYTES} bytes", f"{len(head)} bytes", "copy it again")
+        raise InputError(
+            str(path), f"a header of {HEADER_BYTES} bytes", f"{len(head)} bytes", "copy it again"
+        )
     version, length = (int(value) for value in np.frombuffer(head, "<u4", 2, 8))
     if version != FORMAT_VERSION:
-        raise InputError(str(path), f"format version {FORMAT_VERSION}", f"version {version}", "prepare it again")
+        raise InputError(
+            str(path), f"format version {FORMAT_VERSION}", f"version {version}", "prepare it again"
+        )
     where = f"{path}, header"
     if length > HEADER_BYTES - 16:
-        raise InputError(where, f"JSON of at most {HEADER_BYTES - 16} bytes", f"{length} bytes", "prepare it again")
-    values = parse_record(head[16 : 16 + length], HeaderValues, where=where, mend="prepare it again")
+        raise InputError(
+            where,
+            f"JSON of at most {HEADER_BYTES - 16} bytes",
+            f"{length} bytes",
+            "prepare it again",
+        )
+    values = parse_record(
+        head[16 : 16 + length], HeaderValues, where=where, mend="prepare it again"
+    )
     header = TokenHeader(**{field.name: values[field.name] for field in fields(TokenHeader)})  # type: ignore[literal-required]
-    if header.vocab_size > 2**32 or header.dtype != token_dtype(header.vocab_size).str or header.pad_id >= header.vocab_size:
+    if (
+        header.vocab_size > 2**32
+        or header.dtype != token_dtype(header.vocab_size).str
+        or header.pad_id >= header.vocab_size
+    ):
         raise InputError(where, "a consistent header", str(values), "prepare it again")
     return header

@@ -1,4 +1,6 @@
-"""Tokenizers: the only module that loads one. The file format of what they make is `token_store`'s."""
+"""Tokenizers: the only module that loads one. The file format of what they make is
+`token_store`'s.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +28,26 @@ __all__ = [
     "tokenize_to_file",
 ]
 
-PROBE = ["", "Ünïcode  and\tspaces", "Mixed CASE: a-b_c.d/e!", "数字 12345 ½", "[CLS] <s> </s> [SEP] <unk>"]
+PROBE = [
+    "",
+    "Ünïcode  and\tspaces",
+    "Mixed CASE: a-b_c.d/e!",
+    "数字 12345 ½",
+    "[CLS] <s> </s> [SEP] <unk>",
+]
 Progress = Callable[[int, int], None]
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer, reduced to what training needs; its own special tokens, whatever the model.
+    """A Hugging Face tokenizer, reduced to what training needs; its own special tokens, whatever
+    the model.
 
     Attributes:
-        pad_id: the pad token's id, 0 where the tokenizer has none (padding is masked, so the id does not matter).
+        pad_id: the pad token's id, 0 where the tokenizer has none (padding is masked, so the id
+            does not matter).
         vocab_size: one more than the largest id.
-        model_max_length: the longest sequence the tokenizer's own settings allow, None where they set no bound.
+        model_max_length: the longest sequence the tokenizer's own settings allow, None where they
+            set no bound.
         separator: the token between two texts ("[SEP]"), None where the tokenizer has none.
     """
 
@@ -51,10 +62,11 @@ class Tokenizer:
         self.separator = None if inner.split_special_tokens else inner.sep_token
 
     def encode_batch(self, texts: Sequence[str], max_length: int) -> list[np.ndarray]:
-        """Ids of each text with the tokenizer's special tokens, at most `max_length` of them, int32.
+        """Ids of each text with the tokenizer's special tokens, at most `max_length` of them,
+        int32.
 
-        An empty text gives the special tokens alone. A tokenizer that adds none would give a row of no token, which
-        has no mean: that row is one end-of-text (else begin, unknown, pad) token.
+        An empty text gives the special tokens alone. A tokenizer that adds none would give a row of
+        no token, which has no mean: that row is one end-of-text (else begin, unknown, pad) token.
 
         Raises:
             InputError: `max_length` leaves no room for a token of the text, or a text is no string.
@@ -85,7 +97,9 @@ class Tokenizer:
             yield encoding.ids
 
     def _truncating(self, max_length: int) -> Any:
-        """A copy for one length: truncation is state of the tokenizer, and two threads may ask for two lengths."""
+        """A copy for one length: truncation is state of the tokenizer, and two threads may ask for
+        two lengths.
+        """
         import tokenizers
 
         backend = tokenizers.Tokenizer.from_str(self._inner.backend_tokenizer.to_str())
@@ -102,7 +116,9 @@ class Tokenizer:
 
     @cached_property
     def class_position(self) -> str | None:
-        """Where `encode_batch` puts the class token: "first" (BERT), "last" (XLNet), None where there is none."""
+        """Where `encode_batch` puts the class token: "first" (BERT), "last" (XLNet), None where
+        there is none.
+        """
         token = self._inner.cls_token_id
         row = self.encode_batch(["a"], 64)[0].tolist()
         if token is None or token not in (row[0], row[-1]):
@@ -111,53 +127,77 @@ class Tokenizer:
 
     @cached_property
     def hash(self) -> str:
-        """sha256 of everything that decides the ids: the serialized tokenizer (its saved truncation and padding left
-        out, they are not used), special tokens and truncation side."""
+        """sha256 of everything that decides the ids: the serialized tokenizer (its saved truncation
+        and padding left out, they are not used), special tokens and truncation side."""
         inner = self._inner
         content: Any
         if inner.is_fast:
-            content = json.loads(inner.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+            content = json.loads(inner.backend_tokenizer.to_str()) | {
+                "truncation": None,
+                "padding": None,
+            }
         else:
-            # Settings of a tokenizer written in Python do not survive saving word for word; what they do does.
-            content = [type(inner).__name__, inner.get_vocab(), [ids.tolist() for ids in self.encode_batch(PROBE, 64)]]
+            # Settings of a tokenizer written in Python do not survive saving word for word; what
+            # they do does.
+            content = [
+                type(inner).__name__,
+                inner.get_vocab(),
+                [ids.tolist() for ids in self.encode_batch(PROBE, 64)],
+            ]
         special = {key: str(value) for key, value in inner.special_tokens_map.items()}
         extra = [special, self.pad_id, inner.truncation_side, inner.split_special_tokens]
         return hashlib.sha256(json.dumps([content, extra], sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files; `load_tokenizer(folder)` gives the same ids and the same hash."""
+        """Write the tokenizer's files; `load_tokenizer(folder)` gives the same ids and the same
+        hash.
+        """
         self._inner.save_pretrained(str(folder))
 
 
 def _writable(text: str) -> str:
-    """The text with "?" for lone surrogates, which JSON escapes can bring in and UTF-8 cannot hold."""
+    """The text with "?" for lone surrogates, which JSON escapes can bring in and UTF-8 cannot
+    hold.
+    """
     if not isinstance(text, str):
-        raise InputError("text", "a string", f"{text!r} ({type(text).__name__})", "convert it first")
+        raise InputError(
+            "text", "a string", f"{text!r} ({type(text).__name__})", "convert it first"
+        )
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """A tokenizer by hub name or from a local folder. Code that a folder or repository brings along never runs.
+    """A tokenizer by hub name or from a local folder. Code that a folder or repository brings along
+    never runs.
 
     Raises:
-        InputError: no such folder or name, no tokenizer files in it, or ones that need code of their own.
+        InputError: no such folder or name, no tokenizer files in it, or ones that need code of
+            their own.
     """
     from transformers import AutoTokenizer
 
     name = str(name_or_path)
-    looks_local = isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    looks_local = (
+        isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    )
     path = Path(name).expanduser()
     if looks_local and not path.is_dir():
-        raise InputError(f"tokenizer {name}", "a folder with tokenizer files", "no such folder", "check the path")
+        raise InputError(
+            f"tokenizer {name}", "a folder with tokenizer files", "no such folder", "check the path"
+        )
     if path.is_dir():
         refuse_code(path)
     try:
-        inner = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name, trust_remote_code=False)
+        inner = AutoTokenizer.from_pretrained(
+            str(path) if path.is_dir() else name, trust_remote_code=False
+        )
         refuse_auto_map(inner.init_kwargs, f"tokenizer {name}")
         return Tokenizer(inner)
     except InputError:
         raise
-    except Exception as error:  # damaged files end in whatever tokenizers and transformers happen to raise
+    except (
+        Exception
+    ) as error:  # damaged files end in whatever tokenizers and transformers happen to raise
         reason = str(error).strip().split("\n")[0].rstrip(" .:") or type(error).__name__
         if path.is_dir() and not any(path.glob("tokenizer*")) and not any(path.glob("vocab*")):
             reason = "a folder that holds no tokenizer.json and no vocabulary"
@@ -180,7 +220,8 @@ def tokenize_to_file(
 ) -> TokenStore:
     """Tokenize `texts` into a token file, `chunk` texts at a time by the tokenizer's own threads.
 
-    Never more than one chunk's tokens are in memory. `progress(done, all)` is called after each chunk.
+    Never more than one chunk's tokens are in memory. `progress(done, all)` is called after each
+    chunk.
     """
     with TokenWriter(
         path,

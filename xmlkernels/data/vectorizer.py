@@ -31,8 +31,8 @@ _WORD = r"(?u)\b\w+\b"  # single letters are words too: names of concepts hold t
 class Vectorizer:
     """TF-IDF of words and of neighbouring words, from a vocabulary learnt of the training texts.
 
-    A value is (1 + ln tf) · (1 + ln((1 + N) / (1 + df))), each row of norm 1. Columns stand in the order of their words, so
-    equal texts give equal columns.
+    A value is (1 + ln tf) · (1 + ln((1 + N) / (1 + df))), each row of norm 1. Columns stand in the
+    order of their words, so equal texts give equal columns.
 
     Args:
         longest: words of the longest phrase: 2 takes single words and pairs.
@@ -58,18 +58,30 @@ class Vectorizer:
         at_least("min_df", min_df, 1)
         at_least("max_features", 1 if max_features is None else max_features, 1)
         self.settings: dict[str, Any] = {
-            "longest": longest, "min_df": min_df, "max_features": max_features, "sublinear": sublinear, "normalize": normalize,
-        }  # fmt: skip
+            "longest": longest,
+            "min_df": min_df,
+            "max_features": max_features,
+            "sublinear": sublinear,
+            "normalize": normalize,
+        }
         self._inner = self._make()
         self._fitted = False
 
     def _make(self, words: list[str] | None = None) -> TfidfVectorizer:
         settings = self.settings
-        choice = {"vocabulary": words} if words is not None else {key: settings[key] for key in ("min_df", "max_features")}
+        choice = (
+            {"vocabulary": words}
+            if words is not None
+            else {key: settings[key] for key in ("min_df", "max_features")}
+        )
         return TfidfVectorizer(
-            ngram_range=(1, settings["longest"]), sublinear_tf=settings["sublinear"], token_pattern=_WORD,
-            norm="l2" if settings["normalize"] else None, dtype=np.float32, **choice,
-        )  # fmt: skip
+            ngram_range=(1, settings["longest"]),
+            sublinear_tf=settings["sublinear"],
+            token_pattern=_WORD,
+            norm="l2" if settings["normalize"] else None,
+            dtype=np.float32,
+            **choice,
+        )
 
     def __len__(self) -> int:
         """V."""
@@ -108,13 +120,17 @@ class Vectorizer:
         except ValueError as error:
             mend = "choose a smaller min_df, or check the texts"
             raise InputError(
-                "training texts", f"words in at least {self.settings['min_df']} texts", str(error), mend
+                "training texts",
+                f"words in at least {self.settings['min_df']} texts",
+                str(error),
+                mend,
             ) from error
         self._fitted = True
         return csr_matrix(found)
 
     def transform(self, texts: Iterable[str]) -> csr_matrix:
-        """Features of N texts, CSR fp32 [N, V], columns ascending; words outside the vocabulary are left out.
+        """Features of N texts, CSR fp32 [N, V], columns ascending; words outside the vocabulary are
+        left out.
 
         Raises:
             InputError: no vocabulary yet, one string instead of many, or an item that is no string.
@@ -130,7 +146,13 @@ class Vectorizer:
         """Write vocabulary.json and idf.safetensors into `folder`, made where it does not exist."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        head = {"format": FORMAT, "version": VERSION, "hash": self.content_hash, "settings": self.settings, "words": self.words}
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "hash": self.content_hash,
+            "settings": self.settings,
+            "words": self.words,
+        }
         with replacing(folder / VOCABULARY) as file:
             file.write(json.dumps(head, ensure_ascii=False).encode())
         with replacing(folder / IDF) as file:
@@ -141,16 +163,26 @@ class Vectorizer:
         """What `save` wrote; it gives the same features.
 
         Raises:
-            InputError: a file is missing, of another format, damaged, or the two do not belong together.
+            InputError: a file is missing, of another format, damaged, or the two do not belong
+                together.
         """
         folder, mend = Path(folder), "save the vocabulary again"
         kind = {"format": FORMAT, "version": VERSION}
-        head: Any = read_record(folder / VOCABULARY, Head, mend=mend, kind=kind, most_bytes=MOST_BYTES)
+        head: Any = read_record(
+            folder / VOCABULARY, Head, mend=mend, kind=kind, most_bytes=MOST_BYTES
+        )
         _, found = read_tensors(folder / IDF, "the weights of a vocabulary", mend)
         idf, words = found.get("idf"), head["words"]
-        if idf is None or idf.dtype != np.float32 or idf.shape != (len(words),) or not np.isfinite(idf).all():
+        if (
+            idf is None
+            or idf.dtype != np.float32
+            or idf.shape != (len(words),)
+            or not np.isfinite(idf).all()
+        ):
             got = "none" if idf is None else f"{idf.dtype} {list(idf.shape)}"
-            raise InputError(str(folder / IDF), f"{len(words)} finite float32, one for each word", got, mend)
+            raise InputError(
+                str(folder / IDF), f"{len(words)} finite float32, one for each word", got, mend
+            )
         out = cls(**{key: head["settings"][key] for key in SettingsValues.__annotations__})
         try:
             out._inner = out._make(words)
@@ -158,9 +190,13 @@ class Vectorizer:
             out._fitted = True
             same = out.content_hash == head["hash"]
         except (TypeError, ValueError) as error:
-            raise InputError(str(folder), "a vocabulary with its weights", str(error), mend) from error
+            raise InputError(
+                str(folder), "a vocabulary with its weights", str(error), mend
+            ) from error
         if not same:
-            raise InputError(str(folder), f"the content hash {head['hash']}", out.content_hash, mend)
+            raise InputError(
+                str(folder), f"the content hash {head['hash']}", out.content_hash, mend
+            )
         return out
 
 
@@ -184,7 +220,9 @@ class Head(TypedDict):
 
 def _strings(texts: Iterable[str]) -> Iterator[str]:
     if isinstance(texts, str):
-        raise InputError("texts", "a list or other iterable of strings", "one string", "put it into a list")
+        raise InputError(
+            "texts", "a list or other iterable of strings", "one string", "put it into a list"
+        )
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise InputError(f"text {number}", "a string", type(text).__name__, "convert it first")
@@ -192,9 +230,15 @@ def _strings(texts: Iterable[str]) -> Iterator[str]:
 
 
 def bag_text_batches(
-    texts: Iterable[str], vectorizer: Vectorizer, batch_size: int, *, window: int = 1, prefetch: int = 2
+    texts: Iterable[str],
+    vectorizer: Vectorizer,
+    batch_size: int,
+    *,
+    window: int = 1,
+    prefetch: int = 2,
 ) -> Iterator[BagBatch]:
-    """Batches of raw texts in their order, vectorised in a background thread; `texts` may be endless and is read as it is used.
+    """Batches of raw texts in their order, vectorised in a background thread; `texts` may be
+    endless and is read as it is used.
 
     Args:
         window: batches of texts vectorised in one call, which is cheaper than one by one.
@@ -216,6 +260,8 @@ def bag_text_batches(
             for start in range(0, len(part), batch_size):
                 rows = np.arange(start, min(start + batch_size, len(part)))
                 bags = gather_bags([features], rows)
-                yield BagBatch(*bags, nothing, nothing.to(torch.int32), torch.from_numpy(first + rows), 0)
+                yield BagBatch(
+                    *bags, nothing, nothing.to(torch.int32), torch.from_numpy(first + rows), 0
+                )
 
     return in_background(make, prefetch)

@@ -1,4 +1,6 @@
-"""The cascade: encoder layers → coarse clusters → finer clusters → a shortlist of labels (CascadeXML, NeurIPS 2022)."""
+"""The cascade: encoder layers → coarse clusters → finer clusters → a shortlist of labels
+(CascadeXML, NeurIPS 2022).
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +11,12 @@ from torch import Tensor, nn
 
 from xmlkernels.errors import InputError
 from xmlkernels.models.base import Documents
-from xmlkernels.models.cascade_state import cascade_tensors, check_fit, load_cascade_tensors, saved_tree
+from xmlkernels.models.cascade_state import (
+    cascade_tensors,
+    check_fit,
+    load_cascade_tensors,
+    saved_tree,
+)
 from xmlkernels.models.cascade_training import CascadeTraining, cascade_optimizer, set_rates
 from xmlkernels.models.descent import (
     Descent,
@@ -34,20 +41,23 @@ __all__ = ["Cascade", "CascadeTraining", "LevelPrediction", "saved_tree"]
 class Cascade(nn.Module):
     """Encoder, one head per level of a label tree, and the step that trains them together.
 
-    A step is vectors of the encoder's layers → features of each level → for each level, coarse to fine, `cluster_step_` on the
-    children of the clusters kept above (dx, scores, tables updated in place) and the next shortlist from those scores → one
-    backward from all features → AdamW. A non-finite feature at any level skips every update, decided before level 0; a gradient
-    that overflows in the encoder's own backward (fp16 autocast) skips the encoder's alone. Both are counted on the device,
-    without a host sync. Table rows stand in tree order; label ids go in and out of `predict` alone.
+    A step is vectors of the encoder's layers → features of each level → for each level, coarse to
+    fine, `cluster_step_` on the children of the clusters kept above (dx, scores, tables updated in
+    place) and the next shortlist from those scores → one backward from all features → AdamW. A
+    non-finite feature at any level skips every update, decided before level 0; a gradient that
+    overflows in the encoder's own backward (fp16 autocast) skips the encoder's alone. Both are
+    counted on the device, without a host sync. Table rows stand in tree order; label ids go in and
+    out of `predict` alone.
 
     Attributes:
         tree: the label tree.
-        lost_positives: int64 [R - 1], (document, cluster) pairs that no shortlist had room for, since the start.
+        lost_positives: int64 [R - 1], (document, cluster) pairs that no shortlist had room for,
+            since the start.
         sums_loss: False: losses are means over candidates, summed over levels.
 
     Args:
-        encoder: has `layer_vectors(recipe, *batch.inputs)`, `autocast` and `encoder_config()`; one that trains a table of its
-            own has `update(lr)`, called after backward.
+        encoder: has `layer_vectors(recipe, *batch.inputs)`, `autocast` and `encoder_config()`; one
+            that trains a table of its own has `update(lr)`, called after backward.
         heads: made for the tree's sizes.
         tree: a LabelTree of as many levels.
         training: None for prediction alone.
@@ -66,7 +76,11 @@ class Cascade(nn.Module):
     root: Tensor
 
     def __init__(
-        self, encoder: nn.Module, heads: CascadeHeads, tree: LabelTree, training: CascadeTraining | None = None
+        self,
+        encoder: nn.Module,
+        heads: CascadeHeads,
+        tree: LabelTree,
+        training: CascadeTraining | None = None,
     ) -> None:
         super().__init__()
         check_fit(encoder, heads, tree)
@@ -77,7 +91,9 @@ class Cascade(nn.Module):
         self.register_buffer("skipped_encoder_steps", torch.zeros(1))
         self.register_buffer("lost_positives", torch.zeros(tree.levels - 1, dtype=torch.int64))
         self.register_buffer("order", torch.from_numpy(np.array(tree.order, np.int64)))
-        self.register_buffer("place", torch.from_numpy(np.array(tree.place, np.int64)), persistent=False)
+        self.register_buffer(
+            "place", torch.from_numpy(np.array(tree.place, np.int64)), persistent=False
+        )
         self.register_buffer("root", torch.tensor([0, tree.sizes[0]]), persistent=False)
         for r, children in enumerate(tree.children):
             self.register_buffer(f"children_{r}", torch.from_numpy(np.array(children, np.int64)))
@@ -89,9 +105,14 @@ class Cascade(nn.Module):
         for level in self.heads.levels:
             level.set_decay(training.table_decay())  # type: ignore[operator]
         self.optimizer = cascade_optimizer(self.encoder, self.heads.projections, training)
-        # Only fp16 needs a scale; elsewhere it stays 1 and the scaler is the check for non-finite gradients.
+        # Only fp16 needs a scale; elsewhere it stays 1 and the scaler is the check for non-finite
+        # gradients.
         half = getattr(self.encoder, "autocast", None) == torch.float16
-        self.scaler = LossScaler(self.device) if half else LossScaler(self.device, init_scale=1.0, growth=1.0, backoff=1.0)
+        self.scaler = (
+            LossScaler(self.device)
+            if half
+            else LossScaler(self.device, init_scale=1.0, growth=1.0, backoff=1.0)
+        )
         self.average = begun(self.encoder, self._averaged(), training.mean)
 
     def _averaged(self) -> dict[str, Tensor]:
@@ -128,7 +149,8 @@ class Cascade(nn.Module):
         """Trains on one batch.
 
         Returns:
-            The loss [1]: the levels' means over candidates, each times its rw_loss, summed; or [0] when not asked.
+            The loss [1]: the levels' means over candidates, each times its rw_loss, summed; or [0]
+            when not asked.
 
         Raises:
             InputError: the batch has no cluster positives of this tree.
@@ -154,16 +176,23 @@ class Cascade(nn.Module):
         """(node, sample) of every level, the labels last."""
         if len(batch.levels) != self.tree.levels - 1:
             raise InputError(
-                "batch", f"positives of {self.tree.levels - 1} cluster levels", f"those of {len(batch.levels)}",
+                "batch",
+                f"positives of {self.tree.levels - 1} cluster levels",
+                f"those of {len(batch.levels)}",
                 "make the batches with this tree's order and ancestors",
-            )  # fmt: skip
+            )
         return [*batch.levels, (batch.pos_row, batch.pos_sample)]
 
     def _features(self, *inputs: Tensor) -> list[Tensor]:
         return self.heads.features(self.encoder.layer_vectors(self.heads.layers, *inputs))  # type: ignore[operator]
 
     def _train_tables(
-        self, x: list[Tensor], positives: list[tuple[Tensor, Tensor]], lr: float, beta1: float | None, need_loss: bool
+        self,
+        x: list[Tensor],
+        positives: list[tuple[Tensor, Tensor]],
+        lr: float,
+        beta1: float | None,
+        need_loss: bool,
     ) -> tuple[list[Tensor], Tensor]:
         """dx of every level, and the loss."""
         settings = self.training_settings
@@ -171,20 +200,32 @@ class Cascade(nn.Module):
         tree, out = self._tree(), list[Tensor]()
         losses = torch.zeros(1 if need_loss else 0, device=self.device)
         clusters = torch.zeros(x[0].shape[0], 1, dtype=torch.int64, device=self.device)
-        for r, (level, weight) in enumerate(zip(self.heads.levels, settings.weights(self.tree.levels), strict=True)):
+        for r, (level, weight) in enumerate(
+            zip(self.heads.levels, settings.weights(self.tree.levels), strict=True)
+        ):
             row_ptr, most = tree.row_ptr[r], tree.most[r]
             scale, pads = loss_scale(count(clusters, row_ptr), weight, settings.reference_loss)
             dx, scores, loss = level.step(  # type: ignore[operator]
-                x[r], clusters, row_ptr, most, positives[r], lr=lr, beta1=beta1, scale=scale, dx_scale=self.scaler.scale,
+                x[r],
+                clusters,
+                row_ptr,
+                most,
+                positives[r],
+                lr=lr,
+                beta1=beta1,
+                scale=scale,
+                dx_scale=self.scaler.scale,
                 need_loss=need_loss,
-            )  # fmt: skip
+            )
             out.append(dx)
             if need_loss:
                 losses += loss + scale * pads
             if r + 1 < self.tree.levels:
                 k = self.heads.topk[r]
                 width = k + settings.positives_bound
-                clusters, _, forced = select(scores, clusters, row_ptr, k, width=width, positives=positives[r])
+                clusters, _, forced = select(
+                    scores, clusters, row_ptr, k, width=width, positives=positives[r]
+                )
                 there = (positives[r][0] < level.nodes).sum()  # type: ignore[operator]
                 self.lost_positives[r : r + 1] += there - forced
         return out, losses
@@ -193,7 +234,9 @@ class Cascade(nn.Module):
         settings = self.training_settings
         assert settings is not None
         if self.optimizer is not None:
-            self.skipped_encoder_steps += scaled_step(self.optimizer, self.scaler, overflow, clip=settings.clip)
+            self.skipped_encoder_steps += scaled_step(
+                self.optimizer, self.scaler, overflow, clip=settings.clip
+            )
         if update := getattr(self.encoder, "update", None):
             update(lr)
         self.skipped_steps += overflow
@@ -203,17 +246,21 @@ class Cascade(nn.Module):
     def config(self) -> dict[str, Any]:
         """What prediction needs to build the model again, beside its tensors; see `saved_tree`."""
         return {
-            "kind": "cascade", "encoder": self.encoder.encoder_config(), "head": self.heads.config,  # type: ignore[operator]
+            "kind": "cascade",
+            "encoder": self.encoder.encoder_config(),
+            "head": self.heads.config,  # type: ignore[operator]
             "tree": dict(self.tree.settings),
-        }  # fmt: skip
+        }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that must survive a stop, by name: weights, tree, optimizer states, counters, loss scale, mean weights."""
+        """Everything that must survive a stop, by name: weights, tree, optimizer states, counters,
+        loss scale, mean weights.
+        """
         return cascade_tensors(self)
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Puts back what `tensors` gave; a model without training takes the share that prediction needs (where there
-        are mean weights, those).
+        """Puts back what `tensors` gave; a model without training takes the share that prediction
+        needs (where there are mean weights, those).
 
         Raises:
             InputError: the tensors are those of another tree or another model.
@@ -221,22 +268,26 @@ class Cascade(nn.Module):
         load_cascade_tensors(self, tensors)
 
     @evaluating
-    def predict(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def predict(
+        self, batch: Documents, k: int, exclude: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The k best labels of each document by the heads' scheme.
 
         Args:
             exclude: int64 [B, E], label ids never to be given; -1 pads.
 
         Returns:
-            values: fp32 [B, k], descending; sigmoid(value) is the scheme's probability. labels: int64 [B, k], label ids. -inf
-            and -1 where a shortlist has fewer than k labels.
+            values: fp32 [B, k], descending; sigmoid(value) is the scheme's probability. labels:
+            int64 [B, k], label ids. -inf and -1 where a shortlist has fewer than k labels.
         """
         return self._best_labels(self._features(*batch.inputs), k, exclude)
 
     @evaluating
-    def predict_levels(self, batch: Documents, k: int, exclude: Tensor | None = None) -> list[LevelPrediction]:
-        """What each level says, coarse to fine, and what it hands on: shortlist recall is read from `kept`. `exclude` is for
-        the labels, as of `predict`."""
+    def predict_levels(
+        self, batch: Documents, k: int, exclude: Tensor | None = None
+    ) -> list[LevelPrediction]:
+        """What each level says, coarse to fine, and what it hands on: shortlist recall is read from
+        `kept`. `exclude` is for the labels, as of `predict`."""
         scheme = self.heads.scheme
         return self._levels(self._features(*batch.inputs), k, exclude, (scheme,))[scheme]
 
@@ -244,7 +295,9 @@ class Cascade(nn.Module):
     def levels_and_loss(
         self, batch: Documents, k: int, exclude: Tensor | None, schemes: Sequence[str]
     ) -> tuple[dict[str, list[LevelPrediction]], Tensor]:
-        """`predict_levels` under each of some schemes, and `loss`, for one pass of the encoder; nodes are scored once."""
+        """`predict_levels` under each of some schemes, and `loss`, for one pass of the encoder;
+        nodes are scored once.
+        """
         x = self._features(*batch.inputs)
         return self._levels(x, k, exclude, schemes), self._loss(x, batch)
 
@@ -254,13 +307,17 @@ class Cascade(nn.Module):
         return self._features(*batch.inputs)[-1]
 
     @evaluating
-    def predict_and_embed(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def predict_and_embed(
+        self, batch: Documents, k: int, exclude: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """`predict` and `embed` for one pass of the encoder."""
         x = self._features(*batch.inputs)
         return *self._best_labels(x, k, exclude), x[-1]
 
     @evaluating
-    def predict_and_loss(self, batch: Documents, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def predict_and_loss(
+        self, batch: Documents, k: int, exclude: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """`predict` and `loss` for one pass of the encoder."""
         x = self._features(*batch.inputs)
         return *self._best_labels(x, k, exclude), self._loss(x, batch)
@@ -274,7 +331,9 @@ class Cascade(nn.Module):
         settings = self.training_settings or CascadeTraining(encoder_lr=0.0, total=1)
         positives, total = self._positives(batch), torch.zeros(1, device=self.device)
         weights = settings.weights(self.tree.levels)
-        levels = descend(self.heads, x, self._tree(), positives=positives, bound=settings.positives_bound)
+        levels = descend(
+            self.heads, x, self._tree(), positives=positives, bound=settings.positives_bound
+        )
         for level, pairs, weight in zip(levels, positives, weights, strict=True):
             total += loss_of(level, pairs, weight, settings.reference_loss)
         return total
@@ -286,18 +345,24 @@ class Cascade(nn.Module):
         return {
             scheme: [
                 self._said(r, level, scores, k, exclude, scheme)
-                for r, (level, scores) in enumerate(zip(levels, scores_by(scheme, levels), strict=True))
+                for r, (level, scores) in enumerate(
+                    zip(levels, scores_by(scheme, levels), strict=True)
+                )
             ]
             for scheme in schemes
         }
 
-    def _best_labels(self, x: list[Tensor], k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _best_labels(
+        self, x: list[Tensor], k: int, exclude: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         levels = list(descend(self.heads, x, self._tree()))
         *_, scores = scores_by(self.heads.scheme, levels)
         said = self._said(self.tree.levels - 1, levels[-1], scores, k, exclude, self.heads.scheme)
         return said.values, said.nodes
 
-    def _said(self, r: int, level: Descent, scores: Tensor, k: int, exclude: Tensor | None, scheme: str) -> LevelPrediction:
+    def _said(
+        self, r: int, level: Descent, scores: Tensor, k: int, exclude: Tensor | None, scheme: str
+    ) -> LevelPrediction:
         if r + 1 < self.tree.levels:
             return LevelPrediction(*ranked(level, scores, k, scheme), level.kept)
         if exclude is not None:

@@ -1,4 +1,6 @@
-"""What of a cascade survives a stop: its tensors by name, their way back, and what must fit for that."""
+"""What of a cascade survives a stop: its tensors by name, their way back, and what must fit for
+that.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ def cascade_tensors(model: Cascade) -> dict[str, Tensor]:
     if model.training_settings is None:
         return out
     if model.optimizer is not None:
-        out |= {f"optimizer.{k}": v for k, v in optimizer_tensors(model.optimizer, model.named_parameters()).items()}
+        out |= {
+            f"optimizer.{k}": v
+            for k, v in optimizer_tensors(model.optimizer, model.named_parameters()).items()
+        }
     out |= {f"scaler.{name}": value for name, value in model.scaler.tensors().items()}
     if model.average is not None:
         out |= model.average.tensors()
@@ -38,7 +43,9 @@ def cascade_tensors(model: Cascade) -> dict[str, Tensor]:
 
 def load_cascade_tensors(model: Cascade, tensors: Mapping[str, Tensor]) -> None:
     """See `Cascade.load_tensors`."""
-    parts = {p: {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in _PARTS}
+    parts = {
+        p: {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in _PARTS
+    }
     rest = {k: v for k, v in tensors.items() if not k.startswith(_PARTS)}
     means, own = parts[PREFIX], model.state_dict()
     if model.training_settings is None:
@@ -71,7 +78,9 @@ def saved_tree(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Labe
     """
     children = [tensors[f"children_{r}"] for r in range(4) if f"children_{r}" in tensors]
     if not children or "order" not in tensors:
-        raise InputError("checkpoint", "a cascade with its label tree", "none", "use the checkpoint of a cascade")
+        raise InputError(
+            "checkpoint", "a cascade with its label tree", "none", "use the checkpoint of a cascade"
+        )
     arrays = tuple(c.cpu().numpy() for c in children)
     return LabelTree(arrays, tensors["order"].cpu().numpy(), dict(config.get("tree", {})))
 
@@ -82,9 +91,12 @@ def _check_tree(model: Cascade, rest: Mapping[str, Tensor]) -> None:
     own = model.state_dict()
     if there != names or any(not torch.equal(rest[k].cpu(), own[k].cpu()) for k in names):
         raise InputError(
-            "checkpoint", f"a cascade on this label tree ({model.tree.content_hash[:12]}, sizes {list(model.tree.sizes)})",
-            "one on another tree", "pass the tree that it was trained with",
-        )  # fmt: skip
+            "checkpoint",
+            f"a cascade on this label tree ({model.tree.content_hash[:12]}, sizes "
+            f"{list(model.tree.sizes)})",
+            "one on another tree",
+            "pass the tree that it was trained with",
+        )
 
 
 def check_fit(encoder: nn.Module, heads: CascadeHeads, tree: LabelTree) -> None:
@@ -92,19 +104,31 @@ def check_fit(encoder: nn.Module, heads: CascadeHeads, tree: LabelTree) -> None:
     sizes = tuple(level.nodes for level in heads.levels)
     if sizes != tuple(tree.sizes):
         raise InputError(
-            "cascade", f"heads of {list(tree.sizes)} nodes, the sizes of the label tree", f"{list(sizes)}",
+            "cascade",
+            f"heads of {list(tree.sizes)} nodes, the sizes of the label tree",
+            f"{list(sizes)}",
             "make the heads with tree.sizes",
-        )  # fmt: skip
+        )
     most = tuple(tree.widest(r) for r in range(tree.levels - 1))
     if heads.most != most:
         got = f"{list(heads.most)}"
-        raise InputError("cascade", f"heads for clusters of up to {list(most)} children", got, "pass tree.widest of each level")
+        raise InputError(
+            "cascade",
+            f"heads for clusters of up to {list(most)} children",
+            got,
+            "pass tree.widest of each level",
+        )
     width = getattr(encoder, "hidden", None) or encoder.width
     if heads.width != width:
         raise InputError(
-            "cascade", f"heads of width {width}, the encoder's", str(heads.width), "make the heads for this encoder"
+            "cascade",
+            f"heads of width {width}, the encoder's",
+            str(heads.width),
+            "make the heads for this encoder",
         )
     if getattr(encoder, "bottleneck", None) is not None:
         mend = "build the encoder without one"
-        raise InputError("encoder of a cascade", "no bottleneck (every level reads a layer itself)", "one", mend)
+        raise InputError(
+            "encoder of a cascade", "no bottleneck (every level reads a layer itself)", "one", mend
+        )
     checked_layers(heads.layers, tree.levels, getattr(encoder, "layers", None))

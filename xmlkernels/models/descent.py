@@ -1,4 +1,6 @@
-"""Scoring with a cascade, without training: down the tree level by level, and the scores that come of it."""
+"""Scoring with a cascade, without training: down the tree level by level, and the scores that come
+of it.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,9 +21,12 @@ class LevelPrediction:
     """What a cascade says at one level.
 
     Attributes:
-        values: fp32 [B, k], logits of the scheme's probability, descending; -inf where there are fewer.
-        nodes: int64 [B, k], clusters of the level, or label ids at the last; -1 where there are fewer.
-        kept: int64 [B, K], clusters handed on to the next level, ascending, -1 pads; [B, 0] at the last.
+        values: fp32 [B, k], logits of the scheme's probability, descending; -inf where there are
+            fewer.
+        nodes: int64 [B, k], clusters of the level, or label ids at the last; -1 where there are
+            fewer.
+        kept: int64 [B, K], clusters handed on to the next level, ascending, -1 pads; [B, 0] at the
+            last.
     """
 
     values: Tensor
@@ -54,16 +59,24 @@ class Descent:
 
 @dataclass(frozen=True)
 class TreeOnDevice:
-    """The label tree on the device: for each level, row_ptr int64 [C + 1] of the level above (C = 1 for the first) and M."""
+    """The label tree on the device: for each level, row_ptr int64 [C + 1] of the level above (C = 1
+    for the first) and M.
+    """
 
     row_ptr: tuple[Tensor, ...]
     most: tuple[int, ...]
 
 
 def descend(
-    heads: CascadeHeads, x: Sequence[Tensor], tree: TreeOnDevice, *, positives: Positives | None = None, bound: int = 0
+    heads: CascadeHeads,
+    x: Sequence[Tensor],
+    tree: TreeOnDevice,
+    *,
+    positives: Positives | None = None,
+    bound: int = 0,
 ) -> Iterator[Descent]:
-    """Scores level by level: all nodes of the first, then the children of the `heads.topk` best by the level's own logit.
+    """Scores level by level: all nodes of the first, then the children of the `heads.topk` best by
+    the level's own logit.
 
     Args:
         x: fp32 [B, D] for each level.
@@ -80,13 +93,22 @@ def descend(
         if r + 1 < len(heads.levels):
             k = heads.topk[r]
             forced = None if positives is None else positives[r]
-            kept, place, _ = select(logits, clusters, row_ptr, k, width=k if forced is None else k + bound, positives=forced)
+            kept, place, _ = select(
+                logits,
+                clusters,
+                row_ptr,
+                k,
+                width=k if forced is None else k + bound,
+                positives=forced,
+            )
         yield Descent(clusters, row_ptr, most, node, real, logits, kept, place)
         clusters = kept
 
 
 def scores_by(scheme: str, levels: Iterable[Descent]) -> Iterator[Tensor]:
-    """Scores fp32 [B, K, M] of each level's candidates, coarse to fine: the logits ("level"), else logs of probabilities."""
+    """Scores fp32 [B, K, M] of each level's candidates, coarse to fine: the logits ("level"), else
+    logs of probabilities.
+    """
     above: Tensor | None = None
     for level in levels:
         if scheme == "level":
@@ -98,7 +120,9 @@ def scores_by(scheme: str, levels: Iterable[Descent]) -> Iterator[Tensor]:
         above = (scores if scheme == "path" else own).flatten(1).gather(1, level.place)
 
 
-def ranked(level: Descent, scores: Tensor, k: int, scheme: str, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def ranked(
+    level: Descent, scores: Tensor, k: int, scheme: str, exclude: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The k best candidates of a level.
 
     Args:
@@ -106,8 +130,9 @@ def ranked(level: Descent, scores: Tensor, k: int, scheme: str, exclude: Tensor 
         exclude: int64 [B, E], nodes never to be given; -1 pads.
 
     Returns:
-        values: fp32 [B, k], descending: logits of the scheme's probability, -inf where there are fewer than k. nodes: int64
-        [B, k]; equal values in ascending order of node, -1 where there are fewer.
+        values: fp32 [B, k], descending: logits of the scheme's probability, -inf where there are
+        fewer than k. nodes: int64 [B, k]; equal values in ascending order of node, -1 where there
+        are fewer.
     """
     size = level.node.shape[0]
     real = (level.real & ~level.logits.isnan()).flatten(1)
@@ -122,19 +147,30 @@ def ranked(level: Descent, scores: Tensor, k: int, scheme: str, exclude: Tensor 
     values = scores.gather(1, place)
     if scheme != "level":
         values = logit_of_log(values)
-    return torch.where(there, values, -torch.inf), torch.where(there, level.node.flatten(1).gather(1, place), -1)
+    return torch.where(there, values, -torch.inf), torch.where(
+        there, level.node.flatten(1).gather(1, place), -1
+    )
 
 
 def logit_of_log(log_p: Tensor) -> Tensor:
-    """log(p / (1 - p)) of log p, fp32, to a few units in the last place near p = 0 and near p = 1 alike."""
+    """log(p / (1 - p)) of log p, fp32, to a few units in the last place near p = 0 and near p = 1
+    alike.
+    """
     exact = log_p.double().clamp(max=_SATURATED)
-    # 1 - p as -expm1(log p) where p is near 1, as 1 - exp(log p) where it is near 0: each loses nothing there.
-    other = torch.where(exact > -0.6931471805599453, (-torch.expm1(exact)).log(), torch.log1p(-exact.exp()))
+    # 1 - p as -expm1(log p) where p is near 1, as 1 - exp(log p) where it is near 0: each loses
+    # nothing there.
+    other = torch.where(
+        exact > -0.6931471805599453, (-torch.expm1(exact)).log(), torch.log1p(-exact.exp())
+    )
     return (exact - other).float()
 
 
-def loss_of(level: Descent, positives: tuple[Tensor, Tensor], weight: float, reference: bool) -> Tensor:
-    """The level's share of the loss [1]: weight times the mean BCE over its candidates; see `loss_scale`."""
+def loss_of(
+    level: Descent, positives: tuple[Tensor, Tensor], weight: float, reference: bool
+) -> Tensor:
+    """The level's share of the loss [1]: weight times the mean BCE over its candidates; see
+    `loss_scale`.
+    """
     place, found = locate(*positives, level.clusters, level.row_ptr, level.most)
     hit = torch.where(found, level.logits.flatten()[place], 0).sum()
     total = torch.where(level.real, softplus(level.logits), 0).sum() - hit
@@ -148,10 +184,12 @@ def loss_scale(counts: Tensor, weight: float, reference: bool) -> tuple[Tensor, 
     Args:
         counts: int64 [B], candidates of each sample.
         weight: rw_loss of the level.
-        reference: divide by the B x (longest list) matrix as CascadeXML's code does, pads included, each of which adds ln 2.
+        reference: divide by the B x (longest list) matrix as CascadeXML's code does, pads included,
+            each of which adds ln 2.
 
     Returns:
-        scale: fp32 [1], weight / number of candidates. pads: fp32 [1], what the pads add to the sum (0 but for `reference`).
+        scale: fp32 [1], weight / number of candidates. pads: fp32 [1], what the pads add to the sum
+            (0 but for `reference`).
     """
     real = counts.sum()
     whole = counts.max() * counts.shape[0] if reference else real

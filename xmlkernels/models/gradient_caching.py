@@ -1,4 +1,6 @@
-"""Gradient caching (Gao et al., 2021): a batch's tables see all of it at once, its encoder a few documents at a time."""
+"""Gradient caching (Gao et al., 2021): a batch's tables see all of it at once, its encoder a few
+documents at a time.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +15,14 @@ from xmlkernels.errors import InputError
 class EncoderPass:
     """The features of a batch and the way back through the encoder.
 
-    With a micro-batch below the batch, features are first computed without a graph, part by part; `backward` computes each
-    part again, with a graph and from the state that the generator had then, so that dropout drops the same units.
+    With a micro-batch below the batch, features are first computed without a graph, part by part;
+    `backward` computes each part again, with a graph and from the state that the generator had
+    then, so that dropout drops the same units.
 
-    Of several processes each encodes its own documents, has the features of all, and takes back the gradient of its own. One
-    without a document encodes the stand-in that the batch gives it (`AnyBatches.shared`), with a gradient of zero: each process
-    then has gradients of the same parameters, as their sum needs.
+    Of several processes each encodes its own documents, has the features of all, and takes back the
+    gradient of its own. One without a document encodes the stand-in that the batch gives it
+    (`AnyBatches.shared`), with a gradient of zero: each process then has gradients of the same
+    parameters, as their sum needs.
 
     Attributes:
         x: fp32 [B, D] of each level, without a graph.
@@ -30,11 +34,16 @@ class EncoderPass:
         micro_batch: documents of a part; 0 passes all at once.
 
     Raises:
-        InputError: parts of inputs that are no rows of documents, or inputs that are not this process's part of the batch.
+        InputError: parts of inputs that are no rows of documents, or inputs that are not this
+            process's part of the batch.
     """
 
     def __init__(
-        self, features: Callable[..., list[Tensor]], inputs: tuple[Tensor, ...], documents: int, micro_batch: int
+        self,
+        features: Callable[..., list[Tensor]],
+        inputs: tuple[Tensor, ...],
+        documents: int,
+        micro_batch: int,
     ) -> None:
         self._features = features
         self._counts = [part.stop - part.start for part in dist.parts(documents)]
@@ -76,7 +85,12 @@ def _parts(inputs: tuple[Tensor, ...], documents: int, size: int) -> list[tuple[
     if size <= 0 or size >= documents:
         return [inputs]
     if any(len(part) != documents for part in inputs):
-        raise InputError("micro_batch", "0 for bags of words", str(size), "leave it out: they need no gradient caching")
+        raise InputError(
+            "micro_batch",
+            "0 for bags of words",
+            str(size),
+            "leave it out: they need no gradient caching",
+        )
     return list(zip(*(part.split(size) for part in inputs), strict=True))
 
 
@@ -95,7 +109,11 @@ def _generator_state(device: torch.device) -> Tensor:
 def _generator_at(device: torch.device, state: Tensor) -> Iterator[None]:
     """Draws from `state` inside, and goes on after it from where the generator stood."""
     before = _generator_state(device)
-    put = (lambda s: torch.cuda.set_rng_state(s, device)) if device.type == "cuda" else torch.set_rng_state
+    put = (
+        (lambda s: torch.cuda.set_rng_state(s, device))
+        if device.type == "cuda"
+        else torch.set_rng_state
+    )
     put(state)
     try:
         yield

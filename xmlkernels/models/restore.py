@@ -18,7 +18,8 @@ from xmlkernels.nn.full_head import FullHead
 from xmlkernels.records import Count, Meta, Positive, check_record
 
 DIVERGED = (
-    "the training has diverged: use an earlier checkpoint (the best in place of the last), or train again with lower learning "
+    "the training has diverged: use an earlier checkpoint (the best in place of the last), or "
+    "train again with lower learning "
     "rates"
 )
 _MEND = "use another checkpoint, or a newer xmlkernels"
@@ -71,18 +72,25 @@ class _Config(TypedDict):
 
 
 def check_config(config: Any) -> None:
-    """InputError where a model's `config()` has a value of another type, a key too many or a kind that is not known."""
+    """InputError where a model's `config()` has a value of another type, a key too many or a kind
+    that is not known.
+    """
     where = "checkpoint, $.model"
     check_record(config, _Config, where=where, mend=_MEND)
     heads: dict[str, Any] = {"end_to_end": _FullHead, "cascade": _CascadeHeads}
     if config["kind"] not in heads:
         expected, mend = "a model of kind end_to_end or cascade", "read it with a newer xmlkernels"
         raise InputError("checkpoint", expected, repr(config["kind"]), mend)
-    parts = {"head": heads[config["kind"]], "encoder": _Bow if config["encoder"].get("kind") == "bow" else _Encoder}
+    parts = {
+        "head": heads[config["kind"]],
+        "encoder": _Bow if config["encoder"].get("kind") == "bow" else _Encoder,
+    }
     for name, shape in parts.items():
         check_record(config[name], shape, where=f"{where}.{name}", mend=_MEND)
         if more := sorted(config[name].keys() - shape.__annotations__.keys()):
-            raise InputError(f"{where}.{name}", "keys that this version knows", repr(more[0]), _MEND)
+            raise InputError(
+                f"{where}.{name}", "keys that this version knows", repr(more[0]), _MEND
+            )
 
 
 def check_finite(model: nn.Module, where: str) -> None:
@@ -104,9 +112,15 @@ def check_finite(model: nn.Module, where: str) -> None:
 def _finite(values: Tensor) -> bool:
     if values.numel() == 0 or not values.is_floating_point():
         return True
-    if values.dtype == torch.float8_e4m3fn:  # no infinity; its NaNs are 0xFF and 0x7F, the largest byte without and with a sign
-        return int(values.view(torch.uint8).max()) < 0xFF and int(values.view(torch.int8).max()) < 0x7F
-    return all(bool(torch.isfinite(end)) for end in values.aminmax())  # one pass, no copy, and NaN comes through
+    if (
+        values.dtype == torch.float8_e4m3fn
+    ):  # no infinity; its NaNs are 0xFF and 0x7F, the largest byte without and with a sign
+        return (
+            int(values.view(torch.uint8).max()) < 0xFF and int(values.view(torch.int8).max()) < 0x7F
+        )
+    return all(
+        bool(torch.isfinite(end)) for end in values.aminmax()
+    )  # one pass, no copy, and NaN comes through
 
 
 def restored(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Model:
@@ -116,8 +130,9 @@ def restored(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Model:
         tensors: of the same checkpoint; a cascade's hold its label tree.
 
     Raises:
-        InputError: a kind of model that this version does not know, values of other types, no label tree, or sizes other
-            than those of the tensors: nothing of a size that the checkpoint does not hold is made.
+        InputError: a kind of model that this version does not know, values of other types, no label
+            tree, or sizes other than those of the tensors: nothing of a size that the checkpoint
+            does not hold is made.
     """
     check_config(config)
     check_sizes(config, tensors)
@@ -137,21 +152,35 @@ def check_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Non
     if config["kind"] == "end_to_end":
         expected["head.weight"] = (head["labels"], head["width"])
     else:
-        expected |= {f"heads.levels.{r}.weight": (size, head["width"]) for r, size in enumerate(head["sizes"])}
+        expected |= {
+            f"heads.levels.{r}.weight": (size, head["width"])
+            for r, size in enumerate(head["sizes"])
+        }
     if encoder.get("kind") == "bow":
         expected["encoder.table"] = (encoder["vocabulary"], encoder["width"])
     elif encoder["bottleneck"]:
         found = tensors.get("encoder.bottleneck.weight")
-        expected["encoder.bottleneck.weight"] = (encoder["bottleneck"], int(found.shape[1]) if found is not None else 0)
+        expected["encoder.bottleneck.weight"] = (
+            encoder["bottleneck"],
+            int(found.shape[1]) if found is not None else 0,
+        )
     for name, shape in expected.items():
         got = tuple(tensors[name].shape) if name in tensors else None
         if got != shape:
             mend = "use the checkpoint's own configuration"
-            raise InputError(f"checkpoint: {name}", f"shape {list(shape)}", "none" if got is None else str(list(got)), mend)
+            raise InputError(
+                f"checkpoint: {name}",
+                f"shape {list(shape)}",
+                "none" if got is None else str(list(got)),
+                mend,
+            )
 
 
 def _encoder(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
     if config.get("kind") == "bow":
         return BowEncoder.from_config(config)
     inside = "encoder.model."
-    return Encoder.from_config(config, {k.removeprefix(inside): t.shape for k, t in tensors.items() if k.startswith(inside)})
+    return Encoder.from_config(
+        config,
+        {k.removeprefix(inside): t.shape for k, t in tensors.items() if k.startswith(inside)},
+    )

@@ -1,4 +1,6 @@
-"""A running mean of a model's weights, which predictions use while training goes on from the weights themselves."""
+"""A running mean of a model's weights, which predictions use while training goes on from the
+weights themselves.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ class MeanSettings:
     """How the mean is taken.
 
     Attributes:
-        decay: of the mean from one value that it takes in to the next; 1: the plain mean (SWA, Izmailov et al., UAI 2018);
-            0: no mean.
+        decay: of the mean from one value that it takes in to the next; 1: the plain mean (SWA,
+            Izmailov et al., UAI 2018); 0: no mean.
         start: updates before it begins.
         every: updates from one value to the next; each is what the last of them left.
         tables: of the tables, too, and not of the encoder and linear layers alone.
@@ -38,17 +40,25 @@ class MeanSettings:
     def check(self) -> None:
         """Raises InputError when one is out of range."""
         if not 0 <= self.decay <= 1:
-            raise InputError("running mean: decay", "from 0 (none) to 1 (the plain mean)", str(self.decay), "correct it")
+            raise InputError(
+                "running mean: decay",
+                "from 0 (none) to 1 (the plain mean)",
+                str(self.decay),
+                "correct it",
+            )
         for name, value, least in (("start", self.start, 0), ("every", self.every, 1)):
             if value < least:
-                raise InputError(f"running mean: {name}", f"{least} or more", str(value), "correct it")
+                raise InputError(
+                    f"running mean: {name}", f"{least} or more", str(value), "correct it"
+                )
 
 
 class RunningMean:
     """The mean, beside the weights and in fp32: exponential (EMA) or plain (SWA).
 
-    The n-th value (from 0) moves the mean by max(1 − decay, 1/(n + 1)) towards it: it begins as their plain mean, so no start
-    value lingers, and goes on as an EMA; with decay = 1 it stays the plain mean.
+    The n-th value (from 0) moves the mean by max(1 − decay, 1/(n + 1)) towards it: it begins as
+    their plain mean, so no start value lingers, and goes on as an EMA; with decay = 1 it stays the
+    plain mean.
 
     Attributes:
         names, count: of the weights, in their order; values taken in so far.
@@ -64,11 +74,18 @@ class RunningMean:
 
     def __init__(self, weights: Mapping[str, Tensor], settings: MeanSettings) -> None:
         if any(w.dtype.itemsize < 2 for w in weights.values()):
-            raise InputError("running mean", "tables in fp32, bf16 or fp16", "an fp8 one", "leave the tables out of the mean")
+            raise InputError(
+                "running mean",
+                "tables in fp32, bf16 or fp16",
+                "an fp8 one",
+                "leave the tables out of the mean",
+            )
         self.settings, self.names, self.count = settings, list(weights), 0
         self._weights = list(weights.values())
         self.means = [w.detach().to(torch.float32, copy=True) for w in self._weights]
-        self._rounded: list[Tensor] = []  # the means in the weights' formats, made when they are first used
+        self._rounded: list[
+            Tensor
+        ] = []  # the means in the weights' formats, made when they are first used
 
     @torch.no_grad()
     def step(self, number: int) -> None:
@@ -77,14 +94,18 @@ class RunningMean:
         if late < 0 or (late + 1) % self.settings.every:
             return
         share = max(1 - self.settings.decay, 1 / (self.count + 1))
-        together: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}  # few launches for the many weights of an encoder
+        together: dict[
+            torch.device, tuple[list[Tensor], list[Tensor]]
+        ] = {}  # few launches for the many weights of an encoder
         for mean, weight in zip(self.means, self._weights, strict=True):
             if weight.dtype == torch.float32:
                 means, own = together.setdefault(weight.device, ([], []))
                 means.append(mean)
                 own.append(weight.detach())
                 continue
-            for start in range(0, len(weight), _ROWS):  # never a whole table in fp32 beside its mean
+            for start in range(
+                0, len(weight), _ROWS
+            ):  # never a whole table in fp32 beside its mean
                 mean[start : start + _ROWS].lerp_(weight[start : start + _ROWS].float(), share)
         for means, own in together.values():
             torch._foreach_lerp_(means, own, share)
@@ -93,11 +114,15 @@ class RunningMean:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """The means stand in the weights inside; nothing before the first value. Means of fp32 weights are not copied."""
+        """The means stand in the weights inside; nothing before the first value. Means of fp32
+        weights are not copied.
+        """
         if self.count == 0:
             yield
             return
-        self._rounded = self._rounded or [m.to(w.dtype) for m, w in zip(self.means, self._weights, strict=True)]
+        self._rounded = self._rounded or [
+            m.to(w.dtype) for m, w in zip(self.means, self._weights, strict=True)
+        ]
         held = [w.data for w in self._weights]
         self._put(self._rounded)
         try:
@@ -128,31 +153,42 @@ class RunningMean:
 
 
 def averaged(model: nn.Module, tables: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """What is averaged, by its name in the model: its parameters but frozen ones, and weights and biases of these tables."""
-    found: dict[str, Tensor] = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    """What is averaged, by its name in the model: its parameters but frozen ones, and weights and
+    biases of these tables.
+    """
+    found: dict[str, Tensor] = {
+        name: weight for name, weight in model.named_parameters() if weight.requires_grad
+    }
     for prefix, table in tables.items():
         own = {f"{prefix}.{name}": getattr(table, name) for name in ("weight", "bias")}
         found |= {name: value for name, value in own.items() if value is not None}
     return found
 
 
-def begun(encoder: nn.Module, weights: Mapping[str, Tensor], settings: MeanSettings) -> RunningMean | None:
+def begun(
+    encoder: nn.Module, weights: Mapping[str, Tensor], settings: MeanSettings
+) -> RunningMean | None:
     """The mean that the settings ask for; None for a decay of 0.
 
     Raises:
-        InputError: a setting is out of range, a table is fp8, or the encoder trains a table of its own.
+        InputError: a setting is out of range, a table is fp8, or the encoder trains a table of its
+            own.
     """
     settings.check()
     if settings.decay == 0:
         return None
     if hasattr(encoder, "update"):
         got = str(settings.decay)
-        raise InputError("running mean: decay", "0 for an encoder with a table of its own", got, "leave it out")
+        raise InputError(
+            "running mean: decay", "0 for an encoder with a table of its own", got, "leave it out"
+        )
     return RunningMean(weights, settings)
 
 
 def evaluating(method: Method) -> Method:
-    """A method of a model that runs without gradients and, where there is one, on the `average` of its weights."""
+    """A method of a model that runs without gradients and, where there is one, on the `average` of
+    its weights.
+    """
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **options: Any) -> Any:
@@ -163,18 +199,24 @@ def evaluating(method: Method) -> Method:
 
 
 def for_prediction(tensors: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors with its means (names without their prefix) in place of the weights, in the weights' formats.
+    """A checkpoint's tensors with its means (names without their prefix) in place of the weights,
+    in the weights' formats.
 
     Raises:
         InputError: a mean of something that is not among the tensors.
     """
     if foreign := sorted(means.keys() - tensors.keys() - {"count"}):
         raise InputError(
-            "checkpoint", "running means of its weights", f"one of {foreign[0]}", "use one that train/run.py wrote"
+            "checkpoint",
+            "running means of its weights",
+            f"one of {foreign[0]}",
+            "use one that train/run.py wrote",
         )
     if not means or int(means["count"]) == 0:
         return dict(tensors)
-    return {name: means[name].to(own.dtype) if name in means else own for name, own in tensors.items()}
+    return {
+        name: means[name].to(own.dtype) if name in means else own for name, own in tensors.items()
+    }
 
 
 def check_means(average: RunningMean | None, means: Mapping[str, Tensor]) -> None:
@@ -183,6 +225,8 @@ def check_means(average: RunningMean | None, means: Mapping[str, Tensor]) -> Non
     missing, extra = sorted(expected - means.keys()), sorted(means.keys() - expected)
     if missing or extra:
         raise InputError(
-            "checkpoint", "the running means of this model", f"missing {missing[:3]}, left over {extra[:3]}",
+            "checkpoint",
+            "the running means of this model",
+            f"missing {missing[:3]}, left over {extra[:3]}",
             "use the checkpoint's own configuration (--ema, --ema-tables)",
-        )  # fmt: skip
+        )

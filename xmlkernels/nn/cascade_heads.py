@@ -1,4 +1,6 @@
-"""The heads of a cascade: one table per level of the label tree, and what stands between encoder and tables."""
+"""The heads of a cascade: one table per level of the label tree, and what stands between encoder
+and tables.
+"""
 
 import warnings
 from collections.abc import Sequence
@@ -22,10 +24,12 @@ class ShortlistWarning(UserWarning):
 
 
 class CascadeHeads(nn.Module):
-    """One head per level (CascadeXML, NeurIPS 2022, section 3): features of the encoder's layers → logits of nodes.
+    """One head per level (CascadeXML, NeurIPS 2022, section 3): features of the encoder's layers →
+    logits of nodes.
 
-    A level that reads two layers (the coarsest) passes them through dropout and a linear layer 2D → D; every level then has a
-    dropout of its own. Rows stand in tree order: the model translates label ids.
+    A level that reads two layers (the coarsest) passes them through dropout and a linear layer 2D →
+    D; every level then has a dropout of its own. Rows stand in tree order: the model translates
+    label ids.
 
     Attributes:
         config: what prediction needs to build it again: CascadeHeads(**config, fill=False).
@@ -38,13 +42,16 @@ class CascadeHeads(nn.Module):
         width: D, of the encoder's vectors.
         layers: the encoder's layers that each level reads; see `default_layers`.
         topk: k of each cluster level (R - 1 of them).
-        scheme: score of a label or cluster: "level" its own probability, "weighted" times its parent's, "path" the product
-            from the coarsest level on. Shortlists always go by the level's own.
+        scheme: score of a label or cluster: "level" its own probability, "weighted" times its
+            parent's, "path" the product from the coarsest level on. Shortlists always go by the
+            level's own.
         dtype: of the label table: "fp32", "bf16", "fp16", "fp8".
         cluster_dtype: of the other tables; None: as `dtype`, but bf16 beside fp8.
-        optimizer, row_wise, betas, epsilon, state_dtype: of the tables; see `CascadeLevel`, and `DenseLevel` for "adamw_dense".
-        label_device: where the label level stands, and stays whatever `.to` says to the rest; None: with the rest. It is no
-            part of `config`, nor of a checkpoint: either is read with any placement.
+        optimizer, row_wise, betas, epsilon, state_dtype: of the tables; see `CascadeLevel`, and
+            `DenseLevel` for "adamw_dense".
+        label_device: where the label level stands, and stays whatever `.to` says to the rest; None:
+            with the rest. It is no part of `config`, nor of a checkpoint: either is read with any
+            placement.
         drops: dropout of each level; one number serves all.
         projection_drop: dropout before the linear layer 2D → D.
         seed: of the initial values and of stochastic rounding.
@@ -81,32 +88,55 @@ class CascadeHeads(nn.Module):
         super().__init__()
         count = len(sizes)
         if not 2 <= count <= 5:
-            raise InputError("levels of the cascade", "2 to 5", str(count), "build the label tree with 1 to 4 depths")
+            raise InputError(
+                "levels of the cascade",
+                "2 to 5",
+                str(count),
+                "build the label tree with 1 to 4 depths",
+            )
         if scheme not in SCHEMES:
-            raise InputError("scheme", f"one of {', '.join(SCHEMES)}", repr(scheme), "choose one of them")
+            raise InputError(
+                "scheme", f"one of {', '.join(SCHEMES)}", repr(scheme), "choose one of them"
+            )
         self.layers: Recipe = checked_layers(layers, count, None)
         self.width, self.scheme = width, scheme
         self.topk, self.most = _clamped(topk, sizes, most), tuple(most)
         self.drops = _per_level(drops, count)
         cluster_dtype = cluster_dtype or ("bf16" if dtype == "fp8" else dtype)
         self.config: dict[str, Any] = {
-            "sizes": list(sizes), "most": list(most), "width": width, "layers": [list(level) for level in self.layers],
-            "topk": list(self.topk), "scheme": scheme, "dtype": dtype, "cluster_dtype": cluster_dtype,
-        }  # fmt: skip
+            "sizes": list(sizes),
+            "most": list(most),
+            "width": width,
+            "layers": [list(level) for level in self.layers],
+            "topk": list(self.topk),
+            "scheme": scheme,
+            "dtype": dtype,
+            "cluster_dtype": cluster_dtype,
+        }
         self.dropouts = nn.ModuleList(Dropout(p) for p in self.drops)
         self.projection_drop = Dropout(projection_drop)
         self.projections = nn.ModuleDict(
-            {str(r): _linear(2 * width, width, seed + r) for r, level in enumerate(self.layers) if len(level) > 1}
+            {
+                str(r): _linear(2 * width, width, seed + r)
+                for r, level in enumerate(self.layers)
+                if len(level) > 1
+            }
         )
         seen = (sizes[0], *(k * m for k, m in zip(self.topk, most, strict=True)))
         options: dict[str, Any] = {
-            "optimizer": optimizer, "row_wise": row_wise, "betas": betas, "epsilon": epsilon, "state_dtype": state_dtype,
+            "optimizer": optimizer,
+            "row_wise": row_wise,
+            "betas": betas,
+            "epsilon": epsilon,
+            "state_dtype": state_dtype,
             "fill": fill,
-        }  # fmt: skip
+        }
         kind = DenseLevel if optimizer in DenseLevel.OPTIMIZERS else CascadeLevel
         formats = [cluster_dtype] * (count - 1) + [dtype]
         self.levels = nn.ModuleList(
-            kind(n, width, min(n, seen[r]), dtype=formats[r], seed=seed + _SEEDS * (r + 1), **options)
+            kind(
+                n, width, min(n, seen[r]), dtype=formats[r], seed=seed + _SEEDS * (r + 1), **options
+            )
             for r, n in enumerate(sizes)
         )
         if label_device is not None:
@@ -119,11 +149,15 @@ class CascadeHeads(nn.Module):
             InputError: no such scheme.
         """
         if scheme not in SCHEMES:
-            raise InputError("scheme", f"one of {', '.join(SCHEMES)}", repr(scheme), "choose one of them")
+            raise InputError(
+                "scheme", f"one of {', '.join(SCHEMES)}", repr(scheme), "choose one of them"
+            )
         self.scheme = self.config["scheme"] = scheme
 
     def features(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """What each level's table meets: fp32 [B, D] from the encoder's vectors [B, D] or [B, 2D]."""
+        """What each level's table meets: fp32 [B, D] from the encoder's vectors [B, D] or [B,
+        2D].
+        """
         out = []
         for r, (vector, drop) in enumerate(zip(vectors, self.dropouts, strict=True)):
             if str(r) in self.projections:
@@ -136,25 +170,41 @@ def _clamped(topk: Sequence[int], sizes: Sequence[int], most: Sequence[int]) -> 
     where = "topk"
     if len(topk) != len(sizes) - 1:
         mend = "name one number for each level of the tree but the labels"
-        raise InputError(where, f"{len(sizes) - 1} numbers, one for each cluster level", f"{len(topk)}", mend)
+        raise InputError(
+            where, f"{len(sizes) - 1} numbers, one for each cluster level", f"{len(topk)}", mend
+        )
     if min(topk) < 1:
         raise InputError(where, "numbers of 1 or more", str(min(topk)), "keep at least one cluster")
     out: list[int] = []
     for r, k in enumerate(topk):
         there = sizes[r] if r == 0 else min(sizes[r], out[-1] * most[r - 1])
         if k > there:
-            text = f"topk of level {r} is {k}, but a sample has at most {there} candidates there; {there} are kept"
+            text = (
+                f"topk of level {r} is {k}, but a sample has at most {there} candidates there; "
+                f"{there} are kept"
+            )
             warnings.warn(text, ShortlistWarning, stacklevel=3)
         out.append(min(k, there))
     return tuple(out)
 
 
 def _per_level(drops: float | Sequence[float], count: int) -> tuple[float, ...]:
-    out = (float(drops),) * count if isinstance(drops, int | float) else tuple(float(p) for p in drops)
+    out = (
+        (float(drops),) * count
+        if isinstance(drops, int | float)
+        else tuple(float(p) for p in drops)
+    )
     if len(out) != count:
-        raise InputError("dropout of the heads", f"one number, or {count}, one for each level", str(len(out)), "name them all")
+        raise InputError(
+            "dropout of the heads",
+            f"one number, or {count}, one for each level",
+            str(len(out)),
+            "name them all",
+        )
     if not all(0 <= p < 1 for p in out):
-        raise InputError("dropout of the heads", "probabilities in [0, 1)", str(out), "correct them")
+        raise InputError(
+            "dropout of the heads", "probabilities in [0, 1)", str(out), "correct them"
+        )
     return out
 
 

@@ -1,12 +1,13 @@
 """Dropout and attention for training a transformer on a CPU.
 
 Two stock pieces are slow there. `bernoulli_` draws one 53-bit number per element in one thread
-(only Intel CPUs get a parallel path), and `scaled_dot_product_attention` with dropout leaves its fused kernel for a
-path of small passes, while without dropout its fused backward is slower still at the lengths of titles. Here an element
-costs 16 random bits, compared in parallel, and attention is two batched products around a softmax.
+(only Intel CPUs get a parallel path), and `scaled_dot_product_attention` with dropout leaves its
+fused kernel for a path of small passes, while without dropout its fused backward is slower still at
+the lengths of titles. Here an element costs 16 random bits, compared in parallel, and attention is
+two batched products around a softmax.
 
-On other devices, and in evaluation, the stock implementations run: torch offers no dispatcher op to hang this on, so the
-choice by device stands here.
+On other devices, and in evaluation, the stock implementations run: torch offers no dispatcher op to
+hang this on, so the choice by device stands here.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ _UNIT = 1 << 16
 
 
 def _keep(shape: torch.Size, dtype: torch.dtype, drop: int) -> torch.Tensor:
-    """A tensor of 0 and 1/(1 − drop/65,536): inverted dropout's factors (Srivastava et al. 2014)."""
+    """A tensor of 0 and 1/(1 − drop/65,536): inverted dropout's factors (Srivastava et al.
+    2014).
+    """
     count = shape.numel()
-    # One draw of torch's generator names the whole stream: saving and restoring that generator, as a checkpoint or a
-    # second forward pass does, brings the same mask back. It does not depend on the number of threads.
+    # One draw of torch's generator names the whole stream: saving and restoring that generator, as
+    # a checkpoint or a second forward pass does, brings the same mask back. It does not depend on
+    # the number of threads.
     seed = int(torch.randint(2**62, ()).item())
     bits = np.random.SFC64(seed).random_raw((count + 3) // 4).view(np.int16)[:count]
     keep = torch.empty(count, dtype=dtype)
@@ -50,8 +54,9 @@ class _Dropout(torch.autograd.Function):
 def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     """Inverted dropout of `x`, any shape, floating point: zero with probability p, else x/(1 − p).
 
-    On a CPU p is rounded to a multiple of 1/65,536, the scale fits the rounded value (so the mean stays x), and the
-    mask follows from one draw of torch's default generator. The caller decides whether it is training.
+    On a CPU p is rounded to a multiple of 1/65,536, the scale fits the rounded value (so the mean
+    stays x), and the mask follows from one draw of torch's default generator. The caller decides
+    whether it is training.
     """
     drop = round(p * _UNIT)
     if drop <= 0:
@@ -68,17 +73,20 @@ class Dropout(nn.Dropout):
         return dropout(input, self.p) if self.training else input
 
 
-def training_attention(stock: Callable[..., tuple[torch.Tensor, Any]]) -> Callable[..., tuple[torch.Tensor, Any]]:
-    """Softmax attention (Vaswani et al. 2017, §3.2.1) in the form that transformers' AttentionInterface calls.
+def training_attention(
+    stock: Callable[..., tuple[torch.Tensor, Any]],
+) -> Callable[..., tuple[torch.Tensor, Any]]:
+    """Softmax attention (Vaswani et al. 2017, §3.2.1) in the form that transformers'
+    AttentionInterface calls.
 
     Args:
-        stock: the SDPA function of transformers. It serves other devices, evaluation, causal attention without a mask,
-            grouped keys and position biases.
+        stock: the SDPA function of transformers. It serves other devices, evaluation, causal
+            attention without a mask, grouped keys and position biases.
 
     Returns:
-        A function of (layer, query, key, value [B, heads, T, width of a head], attention_mask bool with True = may be
-        attended, broadcast to [B, heads, T, T], or None = all) that gives [B, T, heads, width of a head], contiguous,
-        and None for the probabilities, which are not kept.
+        A function of (layer, query, key, value [B, heads, T, width of a head], attention_mask bool
+        with True = may be attended, broadcast to [B, heads, T, T], or None = all) that gives [B, T,
+        heads, width of a head], contiguous, and None for the probabilities, which are not kept.
     """
 
     def attention(
@@ -93,7 +101,8 @@ def training_attention(stock: Callable[..., tuple[torch.Tensor, Any]]) -> Callab
         causal = getattr(module, "is_causal", True) if causal is None else causal
         if (
             query.device.type != "cpu"
-            # A training pass without a graph (the first of gradient caching) must draw as the one with it does.
+            # A training pass without a graph (the first of gradient caching) must draw as the one
+            # with it does.
             or not (torch.is_grad_enabled() or module.training)
             or query.shape[1] != key.shape[1]
             or (causal and attention_mask is None)
@@ -102,7 +111,9 @@ def training_attention(stock: Callable[..., tuple[torch.Tensor, Any]]) -> Callab
         ):
             return stock(module, query, key, value, attention_mask, **options)
         scaling = options.get("scaling")
-        scores = torch.matmul(query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key.transpose(-1, -2))
+        scores = torch.matmul(
+            query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key.transpose(-1, -2)
+        )
         if attention_mask is not None:
             # The smallest number, not -inf: a row that may attend to nothing must give no NaN.
             barred = torch.zeros(attention_mask.shape, dtype=scores.dtype)

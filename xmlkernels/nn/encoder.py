@@ -1,7 +1,7 @@
 """A text encoder: any Hugging Face transformer, pooled to one fp32 vector per document.
 
-Source: Renee (Jain et al., MLSys 2023, §3): encoder, masked mean of the last hidden state, optional bottleneck without
-bias, dropout last. This is the only module that loads transformers models.
+Source: Renee (Jain et al., MLSys 2023, §3): encoder, masked mean of the last hidden state, optional
+bottleneck without bias, dropout last. This is the only module that loads transformers models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from torch import nn
 from xmlkernels.errors import InputError
 from xmlkernels.foreign import refuse_model, refuse_settings
 from xmlkernels.nn.dropout import Dropout, training_attention
-from xmlkernels.nn.hf import AUTOCAST, check_depth, check_options, check_shapes, checked_width, longest, told_of
+from xmlkernels.nn.hf import (
+    AUTOCAST,
+    check_depth,
+    check_options,
+    check_shapes,
+    checked_width,
+    longest,
+    told_of,
+)
 from xmlkernels.nn.layer_recipe import Recipe, checked_layers
 from xmlkernels.nn.ngame import few, load_ngame
 
@@ -32,12 +40,17 @@ _ATTENTION = "xmlkernels"  # the name under which transformers finds `training_a
 def default_autocast(device: torch.device | str) -> torch.dtype | None:
     """The half precision that pays on `device`, or None for fp32.
 
-    CPU: bf16 where the CPU has AVX512-BF16 or AMX-BF16 instructions (elsewhere it is emulated and slower than fp32).
+    CPU: bf16 where the CPU has AVX512-BF16 or AMX-BF16 instructions (elsewhere it is emulated and
+        slower than fp32).
     CUDA: bf16 from compute capability 8.0 on, below it fp16 (which wants a loss scaler).
     """
     kind = torch.device(device).type
     if kind == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16
+        )
     if kind == "cpu":
         found = torch.cpu.get_capabilities()
         return torch.bfloat16 if found.get("avx512_bf16") or found.get("amx_bf16") else None
@@ -49,16 +62,18 @@ class Encoder(nn.Module):
 
     Args:
         model: a transformers encoder whose output has `last_hidden_state` [B, T, H].
-        pooling: "mean" = mean over real tokens, in fp32; "cls" = the class token of each row, which is its first or its
-            last real one (`class_token`). With left padding the first is the one after the padding; models with absolute
-            positions counted from the left edge (BERT, DistilBERT) still see shifted positions there, so pad those on
-            the right.
+        pooling: "mean" = mean over real tokens, in fp32; "cls" = the class token of each row, which
+            is its first or its last real one (`class_token`). With left padding the first is the
+            one after the padding; models with absolute positions counted from the left edge (BERT,
+            DistilBERT) still see shifted positions there, so pad those on the right.
         class_token: "first", as BERT has it, or "last", as XLNet; see `Tokenizer.class_position`.
-        bottleneck: width of a bias-free fp32 linear layer after pooling, drawn from U(−1/√H, 1/√H); 0 = none.
+        bottleneck: width of a bias-free fp32 linear layer after pooling, drawn from U(−1/√H, 1/√H);
+            0 = none.
         dropout: probability of dropout on the finished embedding.
         autocast: torch.bfloat16, torch.float16, or None for fp32; see `default_autocast`.
-        compile: run the transformer through torch.compile with dynamic shapes (needs a C++ compiler or CUDA; state
-            dicts keep their keys). On a CPU the stock path measured here was faster than the compiled one.
+        compile: run the transformer through torch.compile with dynamic shapes (needs a C++ compiler
+            or CUDA; state dicts keep their keys). On a CPU the stock path measured here was faster
+            than the compiled one.
 
     Raises:
         InputError: the model cannot serve as an encoder, or an option is out of range.
@@ -79,7 +94,12 @@ class Encoder(nn.Module):
         check_options(pooling, class_token, bottleneck, dropout, autocast)
         self.hidden = checked_width(model)
         self.model = model
-        self.pooling, self.class_token, self.autocast, self.compiled = pooling, class_token, autocast, compile
+        self.pooling, self.class_token, self.autocast, self.compiled = (
+            pooling,
+            class_token,
+            autocast,
+            compile,
+        )
         self.width = bottleneck or self.hidden
         self.max_length = longest(model)
         self.bottleneck: nn.Linear | None = None
@@ -88,7 +108,9 @@ class Encoder(nn.Module):
             nn.init.uniform_(self.bottleneck.weight, -(self.hidden**-0.5), self.hidden**-0.5)
         self.dropout = nn.Dropout(dropout)
         if compile:
-            model.compile(dynamic=True)  # in place: a wrapped module would put `_orig_mod.` into every key
+            model.compile(
+                dynamic=True
+            )  # in place: a wrapped module would put `_orig_mod.` into every key
         else:
             _use_training_path(model)
 
@@ -96,11 +118,12 @@ class Encoder(nn.Module):
     def from_pretrained(cls, name_or_path: str | PathLike[str], **options: Any) -> Encoder:
         """Load a hub name or a local folder; weights become fp32. `options` as for `Encoder`.
 
-        Weights are read from safetensors alone, and code that a folder or repository brings along never runs.
+        Weights are read from safetensors alone, and code that a folder or repository brings along
+        never runs.
 
         Raises:
-            InputError: nothing loadable there, an encoder-decoder, weights that the file does not hold, or a model of
-                pickles or of code of its own.
+            InputError: nothing loadable there, an encoder-decoder, weights that the file does not
+                hold, or a model of pickles or of code of its own.
         """
         from transformers import AutoConfig, AutoModel
 
@@ -112,24 +135,39 @@ class Encoder(nn.Module):
             refuse_settings(config.to_dict(), where)  # of a hub name; a folder has been looked at
             extra = _loading_options(config, where)
             model, report = AutoModel.from_pretrained(
-                name_or_path, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False,
-                use_safetensors=True, **extra,
-            )  # fmt: skip
+                name_or_path,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                **extra,
+            )
         missing = sorted(k for k in report["missing_keys"] if not k.startswith("pooler."))
         if missing:
             # transformers would train on from random numbers after a log line.
-            raise InputError(where, "a weight for every parameter", f"none for {few(missing)}", "use a complete checkpoint")
+            raise InputError(
+                where,
+                "a weight for every parameter",
+                f"none for {few(missing)}",
+                "use a complete checkpoint",
+            )
         return cls(model, **options)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], shapes: Mapping[str, torch.Size] | None = None) -> Encoder:
-        """Rebuild the encoder that `encoder_config()` describes, with random weights: load a state dict into it.
+    def from_config(
+        cls, config: Mapping[str, Any], shapes: Mapping[str, torch.Size] | None = None
+    ) -> Encoder:
+        """Rebuild the encoder that `encoder_config()` describes, with random weights: load a state
+        dict into it.
 
         Args:
-            shapes: of the weights that the transformer will be given: compared before memory is taken for any.
+            shapes: of the weights that the transformer will be given: compared before memory is
+                taken for any.
 
         Raises:
-            InputError: the dict does not describe an encoder known to the installed transformers, or one of other shapes.
+            InputError: the dict does not describe an encoder known to the installed transformers,
+                or one of other shapes.
         """
         from transformers import AutoConfig, AutoModel
 
@@ -137,16 +175,26 @@ class Encoder(nn.Module):
         options = dict(config)
         try:
             inner = dict(options.pop("model"))
-            inner.pop("auto_map", None)  # a repository's own code, beside the class that was trained and is built here
+            inner.pop(
+                "auto_map", None
+            )  # a repository's own code, beside the class that was trained and is built here
             kind = inner.pop("model_type")
         except (KeyError, TypeError) as error:
-            raise InputError(where, "a `model` with a `model_type`", f"{error}", "pass encoder_config()") from error
+            raise InputError(
+                where, "a `model` with a `model_type`", f"{error}", "pass encoder_config()"
+            ) from error
         name = options.pop("autocast", None)
         if name is not None and name not in AUTOCAST:
-            raise InputError(where, f"autocast null or one of {sorted(AUTOCAST)}", repr(name), "correct it")
+            raise InputError(
+                where, f"autocast null or one of {sorted(AUTOCAST)}", repr(name), "correct it"
+            )
         with _quiet(), told_of(where):
             hf_config = type(AutoConfig.for_model(kind)).from_dict(inner)
-            how = {"dtype": torch.float32, "trust_remote_code": False, **_loading_options(hf_config, where)}
+            how = {
+                "dtype": torch.float32,
+                "trust_remote_code": False,
+                **_loading_options(hf_config, where),
+            }
             if shapes is not None:
                 check_depth(hf_config, shapes)
                 with torch.device("meta"):
@@ -155,11 +203,17 @@ class Encoder(nn.Module):
         try:
             return cls(model, autocast=AUTOCAST.get(name), **options)
         except TypeError as error:
-            raise InputError(where, "the options of Encoder", str(error), "pass encoder_config()") from error
+            raise InputError(
+                where, "the options of Encoder", str(error), "pass encoder_config()"
+            ) from error
 
     @classmethod
-    def tiny(cls, vocab_size: int, width: int = 32, layers: int = 2, seed: int = 0, **options: Any) -> Encoder:
-        """A random BERT of 4 heads for tests; the same `seed` gives the same weights. Nothing is downloaded."""
+    def tiny(
+        cls, vocab_size: int, width: int = 32, layers: int = 2, seed: int = 0, **options: Any
+    ) -> Encoder:
+        """A random BERT of 4 heads for tests; the same `seed` gives the same weights. Nothing is
+        downloaded.
+        """
         from transformers import BertConfig, BertModel
 
         config = BertConfig(
@@ -172,13 +226,20 @@ class Encoder(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             with _quiet(), told_of("tiny encoder"):
-                model = BertModel._from_config(config, add_pooling_layer=False, attn_implementation="sdpa")
+                model = BertModel._from_config(
+                    config, add_pooling_layer=False, attn_implementation="sdpa"
+                )
             return cls(model, **options)
 
     def encoder_config(self) -> dict[str, Any]:
-        """JSON-ready description for `from_config`: architecture and options, no weights and no paths."""
+        """JSON-ready description for `from_config`: architecture and options, no weights and no
+        paths.
+        """
         model = json.loads(self.model.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
-        for key in ("_name_or_path", "dtype"):  # a path of this machine; weights are fp32 whatever the file held
+        for key in (
+            "_name_or_path",
+            "dtype",
+        ):  # a path of this machine; weights are fp32 whatever the file held
             model.pop(key, None)
         names = {dtype: name for name, dtype in AUTOCAST.items()}
         described = {
@@ -189,8 +250,11 @@ class Encoder(nn.Module):
             "autocast": None if self.autocast is None else names[self.autocast],
             "compile": self.compiled,
         }
-        # Left out where it is the first, as it was for all before: older checkpoints and today's are alike.
-        return described | ({} if self.class_token == "first" else {"class_token": self.class_token})
+        # Left out where it is the first, as it was for all before: older checkpoints and today's
+        # are alike.
+        return described | (
+            {} if self.class_token == "first" else {"class_token": self.class_token}
+        )
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """int64 [B, T] ids and a mask of 1 = real token, 0 = padding → fp32 [B, D], contiguous.
@@ -206,13 +270,17 @@ class Encoder(nn.Module):
                 pooled = self.bottleneck(pooled)
             return self.dropout(pooled).contiguous()
 
-    def layer_vectors(self, recipe: Recipe, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[torch.Tensor]:
-        """One vector per level from the hidden states of chosen layers, pooled as this encoder pools, without more.
+    def layer_vectors(
+        self, recipe: Recipe, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """One vector per level from the hidden states of chosen layers, pooled as this encoder
+        pools, without more.
 
         Source: CascadeXML (NeurIPS 2022), section 3, whose pooling is "cls".
 
         Args:
-            recipe: for each level one or two layer numbers: 0 the embeddings' output, `layers` the last.
+            recipe: for each level one or two layer numbers: 0 the embeddings' output, `layers` the
+                last.
             input_ids, attention_mask: as `forward` takes them.
 
         Returns:
@@ -224,15 +292,23 @@ class Encoder(nn.Module):
         checked_layers(recipe, len(recipe), self.layers)
         states = self._transform(input_ids, attention_mask, output_hidden_states=True).hidden_states
         with torch.autocast(input_ids.device.type, enabled=False):
-            pooled = {j: self._pool(states[j].float(), attention_mask) for j in sorted({j for level in recipe for j in level})}
-            return [torch.cat([pooled[j] for j in level], 1) if len(level) > 1 else pooled[level[0]] for level in recipe]
+            pooled = {
+                j: self._pool(states[j].float(), attention_mask)
+                for j in sorted({j for level in recipe for j in level})
+            }
+            return [
+                torch.cat([pooled[j] for j in level], 1) if len(level) > 1 else pooled[level[0]]
+                for level in recipe
+            ]
 
     @property
     def layers(self) -> int:
         """Layers of the transformer."""
         return int(self.model.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
 
-    def _transform(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: bool) -> Any:
+    def _transform(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: bool
+    ) -> Any:
         if self.max_length is not None and input_ids.shape[1] > self.max_length:
             raise InputError(
                 "input_ids",
@@ -240,7 +316,9 @@ class Encoder(nn.Module):
                 f"{input_ids.shape[1]}",
                 "prepare the data with a smaller maximum length",
             )
-        with torch.autocast(input_ids.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+        with torch.autocast(
+            input_ids.device.type, dtype=self.autocast, enabled=self.autocast is not None
+        ):
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **options)
 
     def _pool(self, hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -262,14 +340,18 @@ def _loading_options(config: Any, where: str) -> dict[str, Any]:
         raise InputError(where, "an encoder", f"the encoder-decoder {config.model_type!r}", mend)
     found = MODEL_MAPPING[type(config)]
     classes: tuple[Any, ...] = found if isinstance(found, tuple) else (found,)
-    options: dict[str, Any] = {"attn_implementation": "sdpa" if all(c._supports_sdpa for c in classes) else "eager"}
+    options: dict[str, Any] = {
+        "attn_implementation": "sdpa" if all(c._supports_sdpa for c in classes) else "eager"
+    }
     if all("add_pooling_layer" in inspect.signature(c).parameters for c in classes):
         options["add_pooling_layer"] = False
     return options
 
 
 def _use_training_path(model: nn.Module) -> None:
-    """Exchange modules of exactly torch's Dropout, and SDPA where transformers lets it be exchanged, in place."""
+    """Exchange modules of exactly torch's Dropout, and SDPA where transformers lets it be
+    exchanged, in place.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -287,7 +369,9 @@ def _use_training_path(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and load reports; what matters of them is raised here as an InputError."""
+    """Silence transformers' progress bars and load reports; what matters of them is raised here as
+    an InputError.
+    """
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

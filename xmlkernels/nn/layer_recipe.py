@@ -6,26 +6,25 @@ from xmlkernels.errors import InputError
 
 Recipe = tuple[tuple[int, ...], ...]
 
-# Layers counted from 1 (0 is the embeddings' output), coarsest level first. Source: CascadeXML (NeurIPS 2022), section 4
-# and its released settings for R = 3, 4; XMC_HTC for R = 2, 5 and for encoders of 24 layers.
+# Layers counted from 1 (0 is the embeddings' output), coarsest level first. Source: CascadeXML
+# (NeurIPS 2022), section 4 and its released settings for R = 3, 4; XMC_HTC for R = 2, 5 and for
+# encoders of 24 layers.
 _TWELVE: dict[int, Recipe] = {
     2: ((9, 10), (12,)),
     3: ((7, 8), (10,), (12,)),
     4: ((5, 6), (8,), (10,), (12,)),
     5: ((5, 6), (8,), (10,), (11,), (12,)),
 }
-_TWENTY_FOUR: dict[int, Recipe] = {
-    3: ((16, 18), (22,), (24,)),
-    4: ((15, 16), (18,), (22,), (24,)),
-}
+_TWENTY_FOUR: dict[int, Recipe] = {3: ((16, 18), (22,), (24,)), 4: ((15, 16), (18,), (22,), (24,))}
 
 
 def default_layers(num_layers: int, levels: int) -> Recipe:
     """Layers of each level, coarsest first; a level with two layers reads both, side by side.
 
-    12 layers, and 24 with R = 3 or 4, take the published recipes. Any other depth n takes the one for 12: its layer j becomes
-    floor(j n / 12), lowered where two would fall together so that layers ascend; a coarsest level whose lower layer would be
-    the embeddings reads the upper one alone. Six layers (MiniLM, DistilBERT), R = 4: (2, 3), 4, 5, 6.
+    12 layers, and 24 with R = 3 or 4, take the published recipes. Any other depth n takes the one
+    for 12: its layer j becomes floor(j n / 12), lowered where two would fall together so that
+    layers ascend; a coarsest level whose lower layer would be the embeddings reads the upper one
+    alone. Six layers (MiniLM, DistilBERT), R = 4: (2, 3), 4, 5, 6.
 
     Args:
         num_layers: n, of the encoder.
@@ -35,13 +34,21 @@ def default_layers(num_layers: int, levels: int) -> Recipe:
         InputError: R is out of range, or the encoder has fewer layers than levels.
     """
     if levels not in _TWELVE:
-        raise InputError("levels of the cascade", "2 to 5", str(levels), "build the label tree with 1 to 4 depths")
+        raise InputError(
+            "levels of the cascade",
+            "2 to 5",
+            str(levels),
+            "build the label tree with 1 to 4 depths",
+        )
     if num_layers < levels:
         raise InputError(
-            "encoder", f"{levels} layers or more, one for each level of the tree", str(num_layers),
-            "take a deeper encoder or a tree with fewer depths, or name the layers of each level yourself (a layer may serve "
+            "encoder",
+            f"{levels} layers or more, one for each level of the tree",
+            str(num_layers),
+            "take a deeper encoder or a tree with fewer depths, or name the layers of each level "
+            "yourself (a layer may serve "
             "several)",
-        )  # fmt: skip
+        )
     published = _TWENTY_FOUR.get(levels) if num_layers == 24 else None
     if published is not None:
         return published
@@ -61,10 +68,12 @@ def checked_layers(recipe: Sequence[Sequence[int]], levels: int, num_layers: int
 
     Args:
         levels: R.
-        num_layers: of the encoder; None for one without layers (a bag of words), which gives every level the same.
+        num_layers: of the encoder; None for one without layers (a bag of words), which gives every
+            level the same.
 
     Raises:
-        InputError: not one entry for each level, an entry without layers, more than two, or a layer that the encoder lacks.
+        InputError: not one entry for each level, an entry without layers, more than two, or a layer
+            that the encoder lacks.
     """
     layers = tuple(tuple(int(j) for j in level) for level in recipe)
     where = "layers of the levels"
@@ -77,6 +86,9 @@ def checked_layers(recipe: Sequence[Sequence[int]], levels: int, num_layers: int
         if num_layers is not None and (min(level) < 0 or max(level) > num_layers):
             got = f"layer {max(level) if max(level) > num_layers else min(level)}"
             raise InputError(
-                where, f"layers from 0 to {num_layers}, those of this encoder", got, "take a deeper encoder or other layers"
+                where,
+                f"layers from 0 to {num_layers}, those of this encoder",
+                got,
+                "take a deeper encoder or other layers",
             )
     return layers

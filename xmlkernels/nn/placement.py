@@ -7,8 +7,9 @@ from torch import Tensor
 def moved(device: torch.device, *tensors: Tensor) -> list[Tensor]:
     """The tensors on `device`; one that is there already is handed on as it is.
 
-    Between host and card the copies are asynchronous and go through page-locked memory, which torch's allocator keeps until
-    they are done. The host waits once, for all of them together, and only where it is the one who reads them next.
+    Between host and card the copies are asynchronous and go through page-locked memory, which
+    torch's allocator keeps until they are done. The host waits once, for all of them together, and
+    only where it is the one who reads them next.
 
     Args:
         device: with its number, as a tensor's `.device` says it.

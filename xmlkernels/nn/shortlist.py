@@ -1,9 +1,11 @@
-"""Which clusters a sample keeps, and where a node stands among its candidates: whole batches at a time, no host sync.
+"""Which clusters a sample keeps, and where a node stands among its candidates: whole batches at a
+time, no host sync.
 
-A cascade's candidates of a level are the nodes of the clusters that a sample kept at the level above. `clusters` int64
-[B, K] holds those clusters, ascending within a row, -1 pads at the end; cluster c owns the nodes row_ptr[c]:row_ptr[c + 1],
-at most M, and a candidate's place is (slot in the row) * M + (number within the cluster). So candidates stand in ascending
-order of their number too, and "the earlier place" is "the lower node". Source: CascadeXML (NeurIPS 2022), section 3; that
+A cascade's candidates of a level are the nodes of the clusters that a sample kept at the level
+above. `clusters` int64 [B, K] holds those clusters, ascending within a row, -1 pads at the end;
+cluster c owns the nodes row_ptr[c]:row_ptr[c + 1], at most M, and a candidate's place is (slot in
+the row) * M + (number within the cluster). So candidates stand in ascending order of their number
+too, and "the earlier place" is "the lower node". Source: CascadeXML (NeurIPS 2022), section 3; that
 positives are never lost while there is room is ours.
 """
 
@@ -39,7 +41,9 @@ def count(clusters: Tensor, row_ptr: Tensor) -> Tensor:
     return torch.where(clusters >= 0, row_ptr[held + 1] - row_ptr[held], 0).sum(1)
 
 
-def locate(node: Tensor, sample: Tensor, clusters: Tensor, row_ptr: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def locate(
+    node: Tensor, sample: Tensor, clusters: Tensor, row_ptr: Tensor, most: int
+) -> tuple[Tensor, Tensor]:
     """Where nodes stand among the candidates.
 
     Args:
@@ -55,7 +59,8 @@ def locate(node: Tensor, sample: Tensor, clusters: Tensor, row_ptr: Tensor, most
     size, slots = clusters.shape
     owner = torch.searchsorted(row_ptr, node, right=True) - 1
     inside = (owner >= 0) & (owner < total)
-    # One ascending list for the whole batch: the pads, as cluster `total`, keep each row's end in order.
+    # One ascending list for the whole batch: the pads, as cluster `total`, keep each row's end in
+    # order.
     base = torch.arange(size, device=clusters.device)[:, None] * (total + 1)
     keys = (torch.where(clusters >= 0, clusters, total) + base).flatten()
     wanted = sample.to(torch.int64) * (total + 1) + owner
@@ -66,22 +71,28 @@ def locate(node: Tensor, sample: Tensor, clusters: Tensor, row_ptr: Tensor, most
 
 
 def rank(scores: Tensor, real: Tensor) -> Tensor:
-    """One int64 per candidate, all different: by score, equal scores by place (the lower first), -1 where there is none.
+    """One int64 per candidate, all different: by score, equal scores by place (the lower first), -1
+    where there is none.
 
-    Exact ties are common (a fresh table scores zeros alike, bf16 rounds), and torch.topk leaves open which one it takes.
+    Exact ties are common (a fresh table scores zeros alike, bf16 rounds), and torch.topk leaves
+    open which one it takes.
 
     Args:
         scores: fp32 [B, S]; -0 and 0 are equal.
         real: bool [B, S].
     """
     bits = (scores + 0.0).view(torch.int32)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # ascending as integers where the scores are as numbers
+    ordered = bits ^ (
+        (bits >> 31) & 0x7FFFFFFF
+    )  # ascending as integers where the scores are as numbers
     place = _PLACES - torch.arange(scores.shape[1], device=scores.device)
     return torch.where(real, ((ordered.to(torch.int64) + (1 << 31)) << _PLACE_BITS) | place, -1)
 
 
 def best(scores: Tensor, real: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Places int64 [B, k] of the k best candidates, best first, and whether there is one there (bool [B, k])."""
+    """Places int64 [B, k] of the k best candidates, best first, and whether there is one there
+    (bool [B, k]).
+    """
     keys = rank(scores, real)
     top = keys.topk(min(k, keys.shape[1]), dim=1).values
     if top.shape[1] < k:
@@ -101,13 +112,15 @@ def select(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The clusters that each sample hands on: its k best nodes; with `positives`, those first.
 
-    A sample with more than k positives keeps them all, up to `width`; one with fewer fills up to k with the best others.
+    A sample with more than k positives keeps them all, up to `width`; one with fewer fills up to k
+    with the best others.
 
     Args:
         scores: fp32 [B, K, M] of the candidates.
         clusters, row_ptr: where the candidates come from.
         k: nodes to keep.
-        width: columns of the result, k or more (k when not given); fewer where there are fewer candidates.
+        width: columns of the result, k or more (k when not given); fewer where there are fewer
+            candidates.
         positives: (node int64 [P], sample int [P]), unique pairs.
 
     Returns:
@@ -121,7 +134,8 @@ def select(
     keys = rank(scores.flatten(1), real.flatten(1))
     if positives is not None:
         at, found = locate(*positives, clusters, row_ptr, most)
-        # One more element takes the positives that are no candidates: to leave them out would need their number.
+        # One more element takes the positives that are no candidates: to leave them out would need
+        # their number.
         mark = torch.zeros(keys.numel() + 1, dtype=torch.bool, device=keys.device)
         mark[torch.where(found, at, keys.numel())] = True
         keys = torch.where(mark[:-1].view(keys.shape), keys | _FORCED, keys)

@@ -1,4 +1,6 @@
-"""What every table of rows has in common: number formats, first values, rows read and written as fp32."""
+"""What every table of rows has in common: number formats, first values, rows read and written as
+fp32.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -16,7 +18,11 @@ Draw = Callable[[int, int, torch.Generator], Tensor]
 
 def normal(std: float) -> Draw | None:
     """N(0, std²); None for 0, a table that is filled from a checkpoint."""
-    return (lambda rows, width, generator: torch.randn(rows, width, generator=generator) * std) if std != 0 else None
+    return (
+        (lambda rows, width, generator: torch.randn(rows, width, generator=generator) * std)
+        if std != 0
+        else None
+    )
 
 
 def xavier(nodes: int) -> Draw:
@@ -29,12 +35,22 @@ def xavier(nodes: int) -> Draw:
     return draw
 
 
-def new_table(rows: int, width: int, dtype: torch.dtype, seed: int, draw: Draw | None) -> tuple[Tensor, Tensor | None]:
-    """A table [n, D] of first values, zeros without `draw`, and the row_scale fp32 [n, 2] of an fp8 one."""
+def new_table(
+    rows: int, width: int, dtype: torch.dtype, seed: int, draw: Draw | None
+) -> tuple[Tensor, Tensor | None]:
+    """A table [n, D] of first values, zeros without `draw`, and the row_scale fp32 [n, 2] of an fp8
+    one.
+    """
     table = torch.zeros(rows, width, dtype=dtype)
-    row_scale = torch.tensor([[_FIRST_SCALE, 0.0]]).repeat(rows, 1) if dtype == TABLE_DTYPES["fp8"] else None
+    row_scale = (
+        torch.tensor([[_FIRST_SCALE, 0.0]]).repeat(rows, 1)
+        if dtype == TABLE_DTYPES["fp8"]
+        else None
+    )
     if draw is not None:
-        generator = torch.Generator().manual_seed(seed)  # its own: the table must not depend on what was drawn before it
+        generator = torch.Generator().manual_seed(
+            seed
+        )  # its own: the table must not depend on what was drawn before it
         for start, end in blocks(table):
             fill_rows(table, row_scale, start, draw(end - start, width, generator))
     return table, row_scale
@@ -48,7 +64,9 @@ def blocks(table: Tensor) -> Iterator[tuple[int, int]]:
 
 
 def fill_rows(table: Tensor, row_scale: Tensor | None, start: int, values: Tensor) -> None:
-    """Rows start … from fp32 values; an fp8 table gets them by its scale, and row_scale their largest."""
+    """Rows start … from fp32 values; an fp8 table gets them by its scale, and row_scale their
+    largest.
+    """
     end = start + values.shape[0]
     if row_scale is None:
         table[start:end].copy_(values)

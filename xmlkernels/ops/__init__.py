@@ -1,4 +1,6 @@
-"""The public ops. Torch's dispatcher chooses the kernel: native where one is loaded for the device, else the reference."""
+"""The public ops. Torch's dispatcher chooses the kernel: native where one is loaded for the device,
+else the reference.
+"""
 
 from xmlkernels.ops._registry import missing
 from xmlkernels.ops.bag_step import bag_step_
@@ -11,6 +13,16 @@ from xmlkernels.ops.shortlist_matmul import shortlist_backward, shortlist_matmul
 from xmlkernels.ops.sparse_update import sparse_adagrad_, sparse_adam_, sparse_sgd_
 
 __all__ = [
-    "bag_step_", "bce_loss", "bce_step_", "cluster_step_", "matmul_topk", "missing", "rescale_rows_", "shortlist_backward",
-    "shortlist_matmul", "sparse_adagrad_", "sparse_adam_", "sparse_sgd_",
-]  # fmt: skip
+    "bag_step_",
+    "bce_loss",
+    "bce_step_",
+    "cluster_step_",
+    "matmul_topk",
+    "missing",
+    "rescale_rows_",
+    "shortlist_backward",
+    "shortlist_matmul",
+    "sparse_adagrad_",
+    "sparse_adam_",
+    "sparse_sgd_",
+]

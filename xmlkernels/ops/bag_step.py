@@ -5,7 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xmlkernels.ops._registry import STATE_DTYPES, check_tensor, define, expect, mark_written, public
+from xmlkernels.ops._registry import (
+    STATE_DTYPES,
+    check_tensor,
+    define,
+    expect,
+    mark_written,
+    public,
+)
 from xmlkernels.ops._update import check_table_shape, check_updated_table
 from xmlkernels.reference.bag_step import bag_step_ as reference
 
@@ -31,48 +38,75 @@ def bag_step_(
 ) -> None:
     """Takes the gradient of summed bags to the rows in them and updates each such row once.
 
-    Bag b is the sum over j from offset[b] to offset[b + 1] of token_weight[j] weight[token[j]] (a mean: weights of
-    1 / length). A row's gradient is the sum of token_weight[j] grad[bag of j] over its occurrences j, in ascending order
-    and in fp32; neither `n x D` nor `T x D` values are ever held. Then the row takes one step: SGD; SGD with momentum
-    where `momentum` is given; Adagrad with `second` alone; Adam with both. Other rows and their states are untouched.
+    Bag b is the sum over j from offset[b] to offset[b + 1] of token_weight[j] weight[token[j]] (a
+    mean: weights of 1 / length). A row's gradient is the sum of token_weight[j] grad[bag of j] over
+    its occurrences j, in ascending order and in fp32; neither `n x D` nor `T x D` values are ever
+    held. Then the row takes one step: SGD; SGD with momentum where `momentum` is given; Adagrad
+    with `second` alone; Adam with both. Other rows and their states are untouched.
 
     Args:
         weight: [n, D] fp32, bf16 or fp16, updated; rounding and saturation as in `sparse_update`.
-        grad: [B, D] fp32, bf16 or fp16, gradient of the bags. A non-finite value in grad or token_weight, anywhere, leaves
-            every tensor as it was.
+        grad: [B, D] fp32, bf16 or fp16, gradient of the bags. A non-finite value in grad or
+            token_weight, anywhere, leaves every tensor as it was.
         token: int64 [T], row of each occurrence; -1 is fill and is ignored.
-        offset: int64 [B + 1], ascending, from 0 to at most T: bag b is token[offset[b]:offset[b + 1]]. Occurrences that
-            lie in no bag are ignored.
+        offset: int64 [B + 1], ascending, from 0 to at most T: bag b is token[offset[b]:offset[b +
+            1]]. Occurrences that lie in no bag are ignored.
         hyper, counter: as in `sparse_update`.
         token_weight: fp32 [T]; 1 when not given.
         momentum: [n, D] fp32, bf16 or fp16, updated.
         second: [n, D], or [n] for one value per row, fp32, bf16 or fp16, updated.
-        kahan, row_step, row_decay, decay_sum, row_offset, decoupled: as in `sparse_update`; row_step needs Adam.
+        kahan, row_step, row_decay, decay_sum, row_offset, decoupled: as in `sparse_update`;
+            row_step needs Adam.
 
     Raises:
-        InputError: an argument's type, dtype, shape, device or layout does not fit, a tensor that is updated shares memory
-            with another, or, on the CPU, tokens or offsets lie outside or hyper is not finite.
+        InputError: an argument's type, dtype, shape, device or layout does not fit, a tensor that
+            is updated shares memory with another, or, on the CPU, tokens or offsets lie outside or
+            hyper is not finite.
     """
     states = {"momentum": momentum, "second": second, "kahan": kahan, "row_step": row_step}
-    decay = {"row_decay": row_decay, "decay_sum": decay_sum, "row_offset": row_offset, "decoupled": decoupled}
-    _check(weight, grad, token, offset, hyper, counter, token_weight=token_weight, **states, **decay)
+    decay = {
+        "row_decay": row_decay,
+        "decay_sum": decay_sum,
+        "row_offset": row_offset,
+        "decoupled": decoupled,
+    }
+    _check(
+        weight, grad, token, offset, hyper, counter, token_weight=token_weight, **states, **decay
+    )
     mark_written(weight, momentum, second, kahan, row_step, row_decay)
     torch.ops.xmlkernels.bag_step_(
-        weight, grad.detach(), token, offset, hyper, counter, token_weight=token_weight, **states, **decay
+        weight,
+        grad.detach(),
+        token,
+        offset,
+        hyper,
+        counter,
+        token_weight=token_weight,
+        **states,
+        **decay,
     )
 
 
 def _check(
-    weight: Tensor, grad: Tensor, token: Tensor, offset: Tensor, hyper: Tensor, counter: Tensor, *,
-    token_weight: Tensor | None = None, **given: Any,
-) -> None:  # fmt: skip
+    weight: Tensor,
+    grad: Tensor,
+    token: Tensor,
+    offset: Tensor,
+    hyper: Tensor,
+    counter: Tensor,
+    *,
+    token_weight: Tensor | None = None,
+    **given: Any,
+) -> None:
     op = "bag_step_"
     check_table_shape(op, "weight", weight)
     check_tensor(op, "grad", grad, STATE_DTYPES, (None, weight.shape[1]), weight.device)
     check_tensor(op, "token", token, (torch.int64,), (None,), weight.device)
     check_tensor(op, "offset", offset, (torch.int64,), (grad.shape[0] + 1,), weight.device)
     if token_weight is not None:
-        check_tensor(op, "token_weight", token_weight, (torch.float32,), (token.shape[0],), weight.device)
+        check_tensor(
+            op, "token_weight", token_weight, (torch.float32,), (token.shape[0],), weight.device
+        )
     _check_bags(op, token, offset, weight.shape[0])
     rest = {"grad": grad, "token": token, "offset": offset, "token_weight": token_weight}
     check_updated_table(op, "weight", weight, hyper, counter, **given, rest=rest)
@@ -84,16 +118,20 @@ def _check_bags(op: str, token: Tensor, offset: Tensor, n: int) -> None:
     low, high = int(offset[0]), int(offset[-1])
     expect(
         low >= 0 and high <= token.shape[0] and bool((offset[1:] >= offset[:-1]).all()),
-        f"{op}: argument offset", f"ascending numbers from 0 to at most {token.shape[0]}, the occurrences",
+        f"{op}: argument offset",
+        f"ascending numbers from 0 to at most {token.shape[0]}, the occurrences",
         f"{low} to {high}" + ("" if bool((offset[1:] >= offset[:-1]).all()) else ", not ascending"),
         "let bag b begin at offset[b] and end at offset[b + 1]",
-    )  # fmt: skip
+    )
     if token.numel():
         low, high = (int(v) for v in torch.aminmax(token))
         expect(
-            low >= -1 and high < n, f"{op}: argument token", f"rows from 0 to {n - 1}, or -1 as fill", f"{low} to {high}",
+            low >= -1 and high < n,
+            f"{op}: argument token",
+            f"rows from 0 to {n - 1}, or -1 as fill",
+            f"{low} to {high}",
             "number tokens within weight",
-        )  # fmt: skip
+        )
 
 
 def _fake(*_: object, **__: object) -> None:
@@ -101,9 +139,12 @@ def _fake(*_: object, **__: object) -> None:
 
 
 define(
-    "bag_step_(Tensor(a!) weight, Tensor grad, Tensor token, Tensor offset, Tensor hyper, Tensor counter, *, "
-    "Tensor? token_weight=None, Tensor(b!)? momentum=None, Tensor(c!)? second=None, Tensor(d!)? kahan=None, "
-    "Tensor(e!)? row_step=None, Tensor(f!)? row_decay=None, Tensor? decay_sum=None, int row_offset=0, "
+    "bag_step_(Tensor(a!) weight, Tensor grad, Tensor token, Tensor offset, Tensor hyper, Tensor "
+    "counter, *, "
+    "Tensor? token_weight=None, Tensor(b!)? momentum=None, Tensor(c!)? second=None, Tensor(d!)? "
+    "kahan=None, "
+    "Tensor(e!)? row_step=None, Tensor(f!)? row_decay=None, Tensor? decay_sum=None, int "
+    "row_offset=0, "
     "bool decoupled=False) -> ()",
     reference,
     _fake,

@@ -6,7 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from xmlkernels.ops._registry import check_positives, check_table, define, expect, public, register_cuda
+from xmlkernels.ops._registry import (
+    check_positives,
+    check_table,
+    define,
+    expect,
+    public,
+    register_cuda,
+)
 from xmlkernels.reference.bce_loss import bce_loss as reference
 from xmlkernels.reference.bce_loss import bce_loss_backward as backward_reference
 
@@ -23,14 +30,17 @@ def bce_loss(
     row_scale: Tensor | None = None,
     rows: int = -1,
 ) -> Tensor:
-    """Binary cross-entropy summed over samples and all labels, in the tiles of `bce_step_`: no `B x L` logits.
+    """Binary cross-entropy summed over samples and all labels, in the tiles of `bce_step_`: no `B x
+    L` logits.
 
-    For validation loss, frozen tables and optimizers of one's own. Differentiable in x, weight and bias; the dense weight
-    gradient is formed only when weight requires it. The backward scores the tiles once more.
+    For validation loss, frozen tables and optimizers of one's own. Differentiable in x, weight and
+    bias; the dense weight gradient is formed only when weight requires it. The backward scores the
+    tiles once more.
 
     Args:
         x: [B, D] fp32, bf16 or fp16. A non-finite value makes the loss NaN.
-        weight: [n, D] label table, fp32, bf16, fp16, or e4m3 with `row_scale` (that one without a gradient).
+        weight: [n, D] label table, fp32, bf16, fp16, or e4m3 with `row_scale` (that one without a
+            gradient).
         bias: fp32 [n] or None.
         pos_row, pos_sample, pos_value, row_scale, rows: as in `bce_step_`.
 
@@ -38,20 +48,35 @@ def bce_loss(
         fp32 [1]: the sum of softplus(z) - y z with z = x Wᵀ + bias.
 
     Raises:
-        InputError: an argument's type, dtype, shape, device or layout does not fit, or, on the CPU, positives are not sorted.
+        InputError: an argument's type, dtype, shape, device or layout does not fit, or, on the CPU,
+            positives are not sorted.
     """
     _check(x, weight, bias, pos_row, pos_sample, pos_value, row_scale, rows=rows)
     expect(
-        row_scale is None or not weight.requires_grad, "bce_loss: argument weight", "no gradient asked of an 8-bit table",
-        "a tensor that requires one", "freeze it: 8 bits hold no gradient; bce_step_ trains such tables",
-    )  # fmt: skip
-    return torch.ops.xmlkernels.bce_loss(x, weight, bias, pos_row, pos_sample, pos_value, row_scale, rows=rows)
+        row_scale is None or not weight.requires_grad,
+        "bce_loss: argument weight",
+        "no gradient asked of an 8-bit table",
+        "a tensor that requires one",
+        "freeze it: 8 bits hold no gradient; bce_step_ trains such tables",
+    )
+    return torch.ops.xmlkernels.bce_loss(
+        x, weight, bias, pos_row, pos_sample, pos_value, row_scale, rows=rows
+    )
 
 
 def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, pos_row: Tensor, pos_sample: Tensor,
-    pos_value: Tensor | None = None, row_scale: Tensor | None = None, *, rows: int = -1, op: str = "bce_loss", **_: object,
-) -> None:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_row: Tensor,
+    pos_sample: Tensor,
+    pos_value: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    *,
+    rows: int = -1,
+    op: str = "bce_loss",
+    **_: object,
+) -> None:
     check_table(op, x, weight, bias, rows, row_scale, scaled=True)
     check_positives(op, x, pos_row, pos_sample, pos_value, weight.shape[0] if rows < 0 else rows)
 
@@ -61,16 +86,26 @@ def _fake(x: Tensor, *_: object, **__: object) -> Tensor:
 
 
 def _backward_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, pos_row: Tensor, pos_sample: Tensor,
-    pos_value: Tensor | None = None, row_scale: Tensor | None = None,
-    *, need_dweight: bool = False, need_dbias: bool = False, **_: object,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_row: Tensor,
+    pos_sample: Tensor,
+    pos_value: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    *,
+    need_dweight: bool = False,
+    need_dbias: bool = False,
+    **_: object,
+) -> tuple[Tensor, Tensor, Tensor]:
     dweight = weight.new_empty(weight.shape if need_dweight else (0,), dtype=torch.float32)
     dbias = weight.new_empty(weight.shape[0] if need_dbias else 0, dtype=torch.float32)
     return x.new_empty(x.shape, dtype=torch.float32), dweight, dbias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+) -> None:
     ctx.save_for_backward(*inputs)
     ctx.rows = keyword_only_inputs["rows"]
 
@@ -79,9 +114,17 @@ def _backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, pos_row, pos_sample, pos_value, row_scale = ctx.saved_tensors
     _, need_dweight, need_dbias, *_ = ctx.needs_input_grad
     dx, dweight, dbias = torch.ops.xmlkernels.bce_loss_backward(
-        x, weight, bias, pos_row, pos_sample, pos_value, row_scale, rows=ctx.rows,
-        need_dweight=need_dweight, need_dbias=need_dbias,
-    )  # fmt: skip
+        x,
+        weight,
+        bias,
+        pos_row,
+        pos_sample,
+        pos_value,
+        row_scale,
+        rows=ctx.rows,
+        need_dweight=need_dweight,
+        need_dbias=need_dbias,
+    )
     return (
         (dx * dloss).to(x.dtype),
         (dweight * dloss).to(weight.dtype) if need_dweight else None,
@@ -95,7 +138,8 @@ def _backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
 
 # row_scale stands before the star: torch's autograd registration takes no tensors behind it.
 _OPTIONS = (
-    "Tensor x, Tensor weight, Tensor? bias, Tensor pos_row, Tensor pos_sample, Tensor? pos_value=None, "
+    "Tensor x, Tensor weight, Tensor? bias, Tensor pos_row, Tensor pos_sample, Tensor? "
+    "pos_value=None, "
     "Tensor? row_scale=None, *, int rows=-1"
 )
 define(f"bce_loss({_OPTIONS}) -> Tensor", reference, _fake, _check)

@@ -47,69 +47,107 @@ def cluster_step_(
     decoupled: bool = False,
     need_loss: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`bce_step_` on the clusters that each sample selects: scores, gradient and update of those rows alone.
+    """`bce_step_` on the clusters that each sample selects: scores, gradient and update of those
+    rows alone.
 
-    A candidate is a pair (sample b, row r) with r in one of b's clusters and r < rows. With z = x_b · w_r + bias_r and
-    g = scale (σ(z) - y) for candidates: dx_b = dx_scale Σ_r g w_r, from the rows as they were before the step, and each row
-    that is anybody's candidate is updated once, with Σ_b g x_b. A row that no sample selects, and its states, are neither
-    read nor written. The gathered `B x S x D` rows and the `N x D` gradient are never held. Not differentiable: pass dx to
-    `embedding.backward(dx)`. Source: the shortlists of CascadeXML (NeurIPS 2022), section 3; the fusion by cluster is ours.
+    A candidate is a pair (sample b, row r) with r in one of b's clusters and r < rows. With z = x_b
+    · w_r + bias_r and g = scale (σ(z) - y) for candidates: dx_b = dx_scale Σ_r g w_r, from the rows
+    as they were before the step, and each row that is anybody's candidate is updated once, with Σ_b
+    g x_b. A row that no sample selects, and its states, are neither read nor written. The gathered
+    `B x S x D` rows and the `N x D` gradient are never held. Not differentiable: pass dx to
+    `embedding.backward(dx)`. Source: the shortlists of CascadeXML (NeurIPS 2022), section 3; the
+    fusion by cluster is ours.
 
     Args:
-        weight: [n, D] label table, fp32, bf16, fp16 or fp8 e4m3 (with row_scale); updated as `bce_step_` does.
-        x: [B, D] embeddings, fp32, bf16 or fp16. A non-finite value anywhere leaves every tensor as it was, and dx, loss and
-            all scores become NaN. On bf16 and e4m3 tables the products may take x rounded to bf16.
-        clusters: int64 [B, K], the clusters of each sample; -1 pads; a cluster stands at most once in a row. Level 0 of a
-            cascade is K = 1: one cluster of all rows.
+        weight: [n, D] label table, fp32, bf16, fp16 or fp8 e4m3 (with row_scale); updated as
+            `bce_step_` does.
+        x: [B, D] embeddings, fp32, bf16 or fp16. A non-finite value anywhere leaves every tensor as
+            it was, and dx, loss and all scores become NaN. On bf16 and e4m3 tables the products may
+            take x rounded to bf16.
+        clusters: int64 [B, K], the clusters of each sample; -1 pads; a cluster stands at most once
+            in a row. Level 0 of a cascade is K = 1: one cluster of all rows.
         row_ptr: int64 [C + 1], ascending: cluster c owns the rows row_ptr[c] : row_ptr[c + 1].
         cluster_rows: M, at least the size of the largest cluster.
-        pos_row: int64 [P], table rows of the positives, ascending; rows from `rows` on are fill and are ignored, and so are
-            pairs whose row lies in none of the sample's clusters.
+        pos_row: int64 [P], table rows of the positives, ascending; rows from `rows` on are fill and
+            are ignored, and so are pairs whose row lies in none of the sample's clusters.
         pos_sample: int32 [P], their samples; pairs sorted by (row, sample), unique.
-        hyper: fp32 [7]: lr, decay, momentum (or beta1), beta2, epsilon, scale, dx_scale, on the table's device. For the mean
-            over candidates scale is 1 / their number.
-        counter: int64 [2]: seed and step (from 0), on the table's device. The random words depend on these, the global row
-            and the column alone. Adam's bias correction counts these steps, also for rows that were not in all of them.
+        hyper: fp32 [7]: lr, decay, momentum (or beta1), beta2, epsilon, scale, dx_scale, on the
+            table's device. For the mean over candidates scale is 1 / their number.
+        counter: int64 [2]: seed and step (from 0), on the table's device. The random words depend
+            on these, the global row and the column alone. Adam's bias correction counts these
+            steps, also for rows that were not in all of them.
         pos_value: fp32 [P], target of each pair; 1 when not given.
         bias: fp32 [n], updated by plain SGD with the same lr, without decay.
-        momentum: [n, D] fp32, bf16 or fp16, updated. Alone: SGD momentum (dampening 0). With `second`: Adam's first moment.
-        second: [n, D], Adam's second moment, or [n], one for each row, from the mean of the squared gradient over D; updated;
-            needs `momentum`.
-        kahan: [n, D] of the table's dtype (bf16 or fp16), updated: holds what rounding left over; stores then round to nearest.
-        row_scale: fp32 [n, 2], for e4m3 tables alone, as `bce_step_` takes it: column 0 the row's scale, a power of two;
-            column 1 the largest |value| stored so far, updated.
+        momentum: [n, D] fp32, bf16 or fp16, updated. Alone: SGD momentum (dampening 0). With
+            `second`: Adam's first moment.
+        second: [n, D], Adam's second moment, or [n], one for each row, from the mean of the squared
+            gradient over D; updated; needs `momentum`.
+        kahan: [n, D] of the table's dtype (bf16 or fp16), updated: holds what rounding left over;
+            stores then round to nearest.
+        row_scale: fp32 [n, 2], for e4m3 tables alone, as `bce_step_` takes it: column 0 the row's
+            scale, a power of two; column 1 the largest |value| stored so far, updated.
         row_offset: global row of weight[0], for a table that is one shard of a larger one.
         rows: number of real rows; those beyond are padding, never scored or trained. -1: all.
-        decoupled: decay shrinks the weights (w -= lr decay w) instead of entering the gradient (L2); candidates' rows alone.
+        decoupled: decay shrinks the weights (w -= lr decay w) instead of entering the gradient
+            (L2); candidates' rows alone.
         need_loss: also return the loss.
 
     Returns:
         dx: fp32 [B, D].
-        scores: fp32 [B, K, M], z of the m-th row of each cluster, before the update; -inf where a cluster has fewer rows, the
-            row is padding or the cluster is -1.
-        loss: fp32 [1], scale times the sum over candidates of softplus(z) - y z; [0] when not asked.
+        scores: fp32 [B, K, M], z of the m-th row of each cluster, before the update; -inf where a
+            cluster has fewer rows, the row is padding or the cluster is -1.
+        loss: fp32 [1], scale times the sum over candidates of softplus(z) - y z; [0] when not
+            asked.
 
     Raises:
-        InputError: an argument's type, dtype, shape, device or layout does not fit, a tensor that is updated shares memory
-            with another, or, on the CPU, positives are not sorted, clusters or row_ptr do not fit the table, or hyper is not
-            finite.
+        InputError: an argument's type, dtype, shape, device or layout does not fit, a tensor that
+            is updated shares memory with another, or, on the CPU, positives are not sorted,
+            clusters or row_ptr do not fit the table, or hyper is not finite.
     """
-    options: dict[str, Any] = {"pos_value": pos_value, "bias": bias, "momentum": momentum, "second": second, "kahan": kahan}
+    options: dict[str, Any] = {
+        "pos_value": pos_value,
+        "bias": bias,
+        "momentum": momentum,
+        "second": second,
+        "kahan": kahan,
+    }
     options["row_scale"] = row_scale
     args = (weight, x, clusters, row_ptr, cluster_rows, pos_row, pos_sample, hyper, counter)
     _check(*args, **options, row_offset=row_offset, rows=rows)
     mark_written(weight, bias, momentum, second, kahan, row_scale)
     return torch.ops.xmlkernels.cluster_step_(
-        weight, x.detach(), *args[2:], **options, row_offset=row_offset, rows=rows, decoupled=decoupled, need_loss=need_loss
+        weight,
+        x.detach(),
+        *args[2:],
+        **options,
+        row_offset=row_offset,
+        rows=rows,
+        decoupled=decoupled,
+        need_loss=need_loss,
     )
 
 
 def _check(
-    weight: Tensor, x: Tensor, clusters: Tensor, row_ptr: Tensor, cluster_rows: int, pos_row: Tensor, pos_sample: Tensor,
-    hyper: Tensor, counter: Tensor, *, pos_value: Tensor | None = None, bias: Tensor | None = None,
-    momentum: Tensor | None = None, second: Tensor | None = None, kahan: Tensor | None = None,
-    row_scale: Tensor | None = None, row_offset: int = 0, rows: int = -1, **_: object,
-) -> None:  # fmt: skip
+    weight: Tensor,
+    x: Tensor,
+    clusters: Tensor,
+    row_ptr: Tensor,
+    cluster_rows: int,
+    pos_row: Tensor,
+    pos_sample: Tensor,
+    hyper: Tensor,
+    counter: Tensor,
+    *,
+    pos_value: Tensor | None = None,
+    bias: Tensor | None = None,
+    momentum: Tensor | None = None,
+    second: Tensor | None = None,
+    kahan: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    row_offset: int = 0,
+    rows: int = -1,
+    **_: object,
+) -> None:
     op = "cluster_step_"
     check_table(op, x, weight, bias, rows, row_scale, scaled=True)
     check_clusters(op, x, weight, clusters, row_ptr, cluster_rows)
@@ -118,66 +156,121 @@ def _check(
     check_states(op, weight, momentum, second, kahan)
     check_row_offset(op, row_offset, weight.shape[0])
     expect(
-        not weight.requires_grad, f"{op}: argument weight", "a tensor that requires no gradient", "one that does",
-        "keep the table out of autograd (a buffer, not an nn.Parameter): the step is its whole training",
-    )  # fmt: skip
-    written = {"weight": weight, "bias": bias, "momentum": momentum, "second": second, "kahan": kahan}
-    read = {"x": x, "pos_row": pos_row, "pos_sample": pos_sample, "pos_value": pos_value, "hyper": hyper, "counter": counter}
-    check_memory(op, written | {"row_scale": row_scale}, read | {"clusters": clusters, "row_ptr": row_ptr})
+        not weight.requires_grad,
+        f"{op}: argument weight",
+        "a tensor that requires no gradient",
+        "one that does",
+        "keep the table out of autograd (a buffer, not an nn.Parameter): the step is its whole "
+        "training",
+    )
+    written = {
+        "weight": weight,
+        "bias": bias,
+        "momentum": momentum,
+        "second": second,
+        "kahan": kahan,
+    }
+    read = {
+        "x": x,
+        "pos_row": pos_row,
+        "pos_sample": pos_sample,
+        "pos_value": pos_value,
+        "hyper": hyper,
+        "counter": counter,
+    }
+    check_memory(
+        op, written | {"row_scale": row_scale}, read | {"clusters": clusters, "row_ptr": row_ptr}
+    )
 
 
-def check_states(op: str, weight: Tensor, momentum: Tensor | None, second: Tensor | None, kahan: Tensor | None) -> None:
+def check_states(
+    op: str, weight: Tensor, momentum: Tensor | None, second: Tensor | None, kahan: Tensor | None
+) -> None:
     """The optimizer states of the table, the second moment whole or one for each row."""
     n, d = weight.shape
     if momentum is not None:
         check_tensor(op, "momentum", momentum, STATE_DTYPES, (n, d), weight.device)
     if second is not None:
-        check_tensor(op, "second", second, STATE_DTYPES, (n,) if second.dim() == 1 else (n, d), weight.device)
+        check_tensor(
+            op, "second", second, STATE_DTYPES, (n,) if second.dim() == 1 else (n, d), weight.device
+        )
         expect(
-            momentum is not None, f"{op}: argument second", "momentum beside it (Adam has both moments)", "momentum=None",
+            momentum is not None,
+            f"{op}: argument second",
+            "momentum beside it (Adam has both moments)",
+            "momentum=None",
             "pass momentum too",
-        )  # fmt: skip
+        )
     if kahan is not None:
         expect(
-            "float8" not in str(weight.dtype), f"{op}: argument kahan", "None for an 8-bit table", "a tensor",
-            "leave it out: e4m3 stores round stochastically, without bias; take a bf16 table for compensation",
-        )  # fmt: skip
+            "float8" not in str(weight.dtype),
+            f"{op}: argument kahan",
+            "None for an 8-bit table",
+            "a tensor",
+            "leave it out: e4m3 stores round stochastically, without bias; take a bf16 table for "
+            "compensation",
+        )
         check_tensor(op, "kahan", kahan, (weight.dtype,), (n, d), weight.device)
         expect(
-            weight.dtype != torch.float32, f"{op}: argument kahan", "a table below fp32", "an fp32 table",
+            weight.dtype != torch.float32,
+            f"{op}: argument kahan",
+            "a table below fp32",
+            "an fp32 table",
             "leave kahan out: fp32 needs no compensation",
-        )  # fmt: skip
+        )
 
 
-def check_clusters(op: str, x: Tensor, weight: Tensor, clusters: Tensor, row_ptr: Tensor, cluster_rows: int) -> None:
+def check_clusters(
+    op: str, x: Tensor, weight: Tensor, clusters: Tensor, row_ptr: Tensor, cluster_rows: int
+) -> None:
     """Clusters as ranges of rows, and each sample's choice of them."""
     check_tensor(op, "clusters", clusters, (torch.int64,), (x.shape[0], None), x.device)
     check_tensor(op, "row_ptr", row_ptr, (torch.int64,), (None,), x.device)
     expect(
-        row_ptr.shape[0] >= 1, f"{op}: argument row_ptr", "int64 [C + 1], at least one entry", describe(row_ptr),
+        row_ptr.shape[0] >= 1,
+        f"{op}: argument row_ptr",
+        "int64 [C + 1], at least one entry",
+        describe(row_ptr),
         "give the first row of each cluster, and the end of the last",
-    )  # fmt: skip
+    )
     where = f"{op}: argument cluster_rows"
-    expect(cluster_rows >= 0, where, "0 or more", str(cluster_rows), "pass the size of the largest cluster")
+    expect(
+        cluster_rows >= 0,
+        where,
+        "0 or more",
+        str(cluster_rows),
+        "pass the size of the largest cluster",
+    )
     if x.device.type != "cpu":
         return  # reading the values would wait for the device; there the collator's word is taken
     n, count = weight.shape[0], row_ptr.shape[0] - 1
     sizes = row_ptr.diff()
     if int(row_ptr[0]) < 0 or int(row_ptr[-1]) > n or (count and int(sizes.min()) < 0):
         raise InputError(
-            f"{op}: argument row_ptr", f"ascending rows from 0 to {n}, the rows of weight",
-            f"first {int(row_ptr[0])}, last {int(row_ptr[-1])}, smallest step {int(sizes.min()) if count else 0}",
+            f"{op}: argument row_ptr",
+            f"ascending rows from 0 to {n}, the rows of weight",
+            f"first {int(row_ptr[0])}, last {int(row_ptr[-1])}, smallest step "
+            f"{int(sizes.min()) if count else 0}",
             "number clusters in the order of their rows",
-        )  # fmt: skip
+        )
     largest = int(sizes.max()) if count else 0
-    expect(largest <= cluster_rows, where, f"{largest} or more, the size of the largest cluster", str(cluster_rows), "raise it")
+    expect(
+        largest <= cluster_rows,
+        where,
+        f"{largest} or more, the size of the largest cluster",
+        str(cluster_rows),
+        "raise it",
+    )
     if clusters.numel() == 0:
         return
     low, high = (int(v) for v in torch.aminmax(clusters))
     expect(
-        low >= -1 and high < count, f"{op}: argument clusters", f"clusters from 0 to {count - 1}, or -1 for none",
-        f"values from {low} to {high}", "number clusters as row_ptr does",
-    )  # fmt: skip
+        low >= -1 and high < count,
+        f"{op}: argument clusters",
+        f"clusters from 0 to {count - 1}, or -1 for none",
+        f"values from {low} to {high}",
+        "number clusters as row_ptr does",
+    )
     if clusters.shape[1] == 1:
         return
     order = clusters.sort(1).values
@@ -185,23 +278,37 @@ def check_clusters(op: str, x: Tensor, weight: Tensor, clusters: Tensor, row_ptr
     if bool(twice.any()):
         sample, at = (int(v) for v in twice.nonzero()[0])
         raise InputError(
-            f"{op}: argument clusters", "each cluster at most once in a sample",
-            f"cluster {int(order[sample, at])} twice in sample {sample}", "drop duplicates in the shortlist",
-        )  # fmt: skip
+            f"{op}: argument clusters",
+            "each cluster at most once in a sample",
+            f"cluster {int(order[sample, at])} twice in sample {sample}",
+            "drop duplicates in the shortlist",
+        )
 
 
 def _fake(
-    weight: Tensor, x: Tensor, clusters: Tensor, row_ptr: Tensor, cluster_rows: int, *_: object,
-    need_loss: bool = False, **__: object,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dx, loss = x.new_empty(x.shape, dtype=torch.float32), x.new_empty(int(need_loss), dtype=torch.float32)
+    weight: Tensor,
+    x: Tensor,
+    clusters: Tensor,
+    row_ptr: Tensor,
+    cluster_rows: int,
+    *_: object,
+    need_loss: bool = False,
+    **__: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, loss = (
+        x.new_empty(x.shape, dtype=torch.float32),
+        x.new_empty(int(need_loss), dtype=torch.float32),
+    )
     return dx, x.new_empty((*clusters.shape, cluster_rows), dtype=torch.float32), loss
 
 
 define(
-    "cluster_step_(Tensor(a!) weight, Tensor x, Tensor clusters, Tensor row_ptr, int cluster_rows, Tensor pos_row, "
-    "Tensor pos_sample, Tensor hyper, Tensor counter, *, Tensor? pos_value=None, Tensor(b!)? bias=None, "
-    "Tensor(c!)? momentum=None, Tensor(d!)? second=None, Tensor(e!)? kahan=None, Tensor(f!)? row_scale=None, "
+    "cluster_step_(Tensor(a!) weight, Tensor x, Tensor clusters, Tensor row_ptr, int cluster_rows, "
+    "Tensor pos_row, "
+    "Tensor pos_sample, Tensor hyper, Tensor counter, *, Tensor? pos_value=None, Tensor(b!)? "
+    "bias=None, "
+    "Tensor(c!)? momentum=None, Tensor(d!)? second=None, Tensor(e!)? kahan=None, Tensor(f!)? "
+    "row_scale=None, "
     "int row_offset=0, int rows=-1, bool decoupled=False, bool need_loss=False) "
     "-> (Tensor dx, Tensor scores, Tensor loss)",
     reference,

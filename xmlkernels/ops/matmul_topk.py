@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-from xmlkernels.ops._registry import check_row_offset, check_table, check_tensor, define, expect, public, register_cuda
+from xmlkernels.ops._registry import (
+    check_row_offset,
+    check_table,
+    check_tensor,
+    define,
+    expect,
+    public,
+    register_cuda,
+)
 from xmlkernels.reference.matmul_topk import matmul_topk as reference
 
 LARGEST_K = 65_536
@@ -35,38 +43,58 @@ def matmul_topk(
 
     Returns:
         values: fp32 [B, k], descending.
-        rows: int64 [B, k], global rows (row_offset added); equal scores stand in ascending order of row. Places that no
-            row can fill hold -inf and -1; a NaN score is never returned.
+        rows: int64 [B, k], global rows (row_offset added); equal scores stand in ascending order of
+            row. Places that no row can fill hold -inf and -1; a NaN score is never returned.
 
     Raises:
         InputError: an argument's type, dtype, shape, device or layout does not fit.
     """
-    _check(x, weight, bias, k, exclude=exclude, row_scale=row_scale, row_offset=row_offset, rows=rows)
+    _check(
+        x, weight, bias, k, exclude=exclude, row_scale=row_scale, row_offset=row_offset, rows=rows
+    )
     return torch.ops.xmlkernels.matmul_topk(
         x, weight, bias, k, exclude=exclude, row_scale=row_scale, row_offset=row_offset, rows=rows
     )
 
 
 def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, *, exclude: Tensor | None = None,
-    row_scale: Tensor | None = None, row_offset: int = 0, rows: int = -1,
-) -> None:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    *,
+    exclude: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    row_offset: int = 0,
+    rows: int = -1,
+) -> None:
     op = "matmul_topk"
     check_table(op, x, weight, bias, rows, row_scale, scaled=True)
     expect(k >= 1, f"{op}: argument k", "1 or more", str(k), "ask for at least one label")
     most = max(weight.shape[0], LARGEST_K)
-    expect(k <= most, f"{op}: argument k", f"at most {most}", str(k), "ask for no more labels than there are")
+    expect(
+        k <= most,
+        f"{op}: argument k",
+        f"at most {most}",
+        str(k),
+        "ask for no more labels than there are",
+    )
     check_row_offset(op, row_offset, weight.shape[0])
     if exclude is not None:
         check_tensor(op, "exclude", exclude, (torch.int64,), (x.shape[0], None), x.device)
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, **_: object) -> tuple[Tensor, Tensor]:
-    return x.new_empty((x.shape[0], k), dtype=torch.float32), x.new_empty((x.shape[0], k), dtype=torch.int64)
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, **_: object
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[0], k), dtype=torch.float32), x.new_empty(
+        (x.shape[0], k), dtype=torch.int64
+    )
 
 
 define(
-    "matmul_topk(Tensor x, Tensor weight, Tensor? bias, int k, *, Tensor? exclude=None, Tensor? row_scale=None, "
+    "matmul_topk(Tensor x, Tensor weight, Tensor? bias, int k, *, Tensor? exclude=None, Tensor? "
+    "row_scale=None, "
     "int row_offset=0, int rows=-1) -> (Tensor values, Tensor rows)",
     reference,
     _fake,

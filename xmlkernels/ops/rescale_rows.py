@@ -1,4 +1,6 @@
-"""`rescale_rows_`: gives rows of an 8-bit table that outgrow their scale a larger one, between steps."""
+"""`rescale_rows_`: gives rows of an 8-bit table that outgrow their scale a larger one, between
+steps.
+"""
 
 import torch
 from torch import Tensor
@@ -19,18 +21,23 @@ from xmlkernels.reference.rescale_rows import rescale_rows_ as reference
 
 
 @public
-def rescale_rows_(weight: Tensor, row_scale: Tensor, counter: Tensor, row_offset: int = 0) -> Tensor:
-    """Doubles the scale of each row whose largest |value| exceeds half its range, and codes that row anew.
+def rescale_rows_(
+    weight: Tensor, row_scale: Tensor, counter: Tensor, row_offset: int = 0
+) -> Tensor:
+    """Doubles the scale of each row whose largest |value| exceeds half its range, and codes that
+    row anew.
 
-    A row with scale s holds values up to 448 s. Where row_scale[row, 1] > 224 s, s doubles as often as needed (at most to
-    2^100), the row is rounded stochastically to the coarser grid (random stream 3), so without bias, and column 1 becomes
-    the true maximum of the new row. Other rows are not touched: of them the kernel reads row_scale alone, so a call after
-    every step costs little; half the range is left when a row is noticed, so a call now and then may do. Not differentiable.
+    A row with scale s holds values up to 448 s. Where row_scale[row, 1] > 224 s, s doubles as often
+    as needed (at most to 2^100), the row is rounded stochastically to the coarser grid (random
+    stream 3), so without bias, and column 1 becomes the true maximum of the new row. Other rows are
+    not touched: of them the kernel reads row_scale alone, so a call after every step costs little;
+    half the range is left when a row is noticed, so a call now and then may do. Not differentiable.
 
     Args:
         weight: e4m3 [n, D] table, updated.
         row_scale: fp32 [n, 2], as in `bce_step_`; updated.
-        counter: int64 [2]: seed and step; the random words depend on these, the global row and the column alone.
+        counter: int64 [2]: seed and step; the random words depend on these, the global row and the
+            column alone.
         row_offset: global row of weight[0].
 
     Returns:
@@ -47,14 +54,23 @@ def rescale_rows_(weight: Tensor, row_scale: Tensor, counter: Tensor, row_offset
 def _check(weight: Tensor, row_scale: Tensor, counter: Tensor, row_offset: int = 0) -> None:
     op = "rescale_rows_"
     check_tensor(op, "weight", weight, (E4M3,), (None, None), weight.device)
-    expect(weight.shape[1] >= 1, f"{op}: argument weight", "a table with at least one column", "none", "give it a width")
+    expect(
+        weight.shape[1] >= 1,
+        f"{op}: argument weight",
+        "a table with at least one column",
+        "none",
+        "give it a width",
+    )
     check_row_scale(op, weight, row_scale)
     check_tensor(op, "counter", counter, (torch.int64,), (2,), weight.device)
     check_row_offset(op, row_offset, weight.shape[0])
     expect(
-        not weight.requires_grad, f"{op}: argument weight", "a tensor that requires no gradient", "one that does",
+        not weight.requires_grad,
+        f"{op}: argument weight",
+        "a tensor that requires no gradient",
+        "one that does",
         "keep the table out of autograd (a buffer, not an nn.Parameter)",
-    )  # fmt: skip
+    )
     check_memory(op, {"weight": weight, "row_scale": row_scale}, {"counter": counter})
 
 
@@ -63,7 +79,8 @@ def _fake(weight: Tensor, *_: object) -> Tensor:
 
 
 define(
-    "rescale_rows_(Tensor(a!) weight, Tensor(b!) row_scale, Tensor counter, int row_offset=0) -> Tensor",
+    "rescale_rows_(Tensor(a!) weight, Tensor(b!) row_scale, Tensor counter, int row_offset=0) -> "
+    "Tensor",
     reference,
     _fake,
     _check,

@@ -1,25 +1,33 @@
-"""`sparse_sgd_`, `sparse_adagrad_`, `sparse_adam_`: an optimizer step on the touched rows of a table alone.
+"""`sparse_sgd_`, `sparse_adagrad_`, `sparse_adam_`: an optimizer step on the touched rows of a
+table alone.
 
 Common to the three:
 
-    param: [n, D] fp32, bf16 or fp16; updated. Below fp32, stores round stochastically without bias; every store saturates
-        at the format's largest finite value. A row that is not in `rows`, and its state, is neither read nor written.
-    rows: int64 [N], unique, ascending. Entries of n or more are fill, at the end, and are ignored with their gradient.
+    param: [n, D] fp32, bf16 or fp16; updated. Below fp32, stores round stochastically without bias;
+        every store saturates at the format's largest finite value. A row that is not in `rows`, and
+        its state, is neither read nor written.
+    rows: int64 [N], unique, ascending. Entries of n or more are fill, at the end, and are ignored
+        with their gradient.
     grad: [N, D] fp32, bf16 or fp16. A non-finite value in a real row leaves every tensor as it was.
-    hyper: fp32 [7]: lr, decay, momentum (or beta1), beta2, epsilon, scale, dx_scale (unused here), on the table's device.
-        scale multiplies grad, before everything else. epsilon is to be above 0 for Adagrad and Adam: with 0, a gradient
-        of 0 on a second moment of 0 gives NaN, as in torch.
-    counter: int64 [2]: seed and step (from 0), on the table's device. The random words depend on these, the global row
-        and the column alone.
-    kahan: [n, D] of param's dtype (below fp32), updated: holds what rounding left over; stores then round to nearest.
-    row_decay, decay_sum: fp32 [n] (updated) and fp32 [1], together, with decoupled=True: the exact decay applied late.
-        decay_sum is the sum of log1p(-lr decay) over all steps up to and including this one, kept by the caller; a row is
-        multiplied by exp(decay_sum - row_decay[row]) in place of 1 - lr decay, and row_decay[row] becomes decay_sum.
+    hyper: fp32 [7]: lr, decay, momentum (or beta1), beta2, epsilon, scale, dx_scale (unused here),
+        on the table's device. scale multiplies grad, before everything else. epsilon is to be above
+        0 for Adagrad and Adam: with 0, a gradient of 0 on a second moment of 0 gives NaN, as in
+        torch.
+    counter: int64 [2]: seed and step (from 0), on the table's device. The random words depend on
+        these, the global row and the column alone.
+    kahan: [n, D] of param's dtype (below fp32), updated: holds what rounding left over; stores then
+        round to nearest.
+    row_decay, decay_sum: fp32 [n] (updated) and fp32 [1], together, with decoupled=True: the exact
+        decay applied late. decay_sum is the sum of log1p(-lr decay) over all steps up to and
+        including this one, kept by the caller; a row is multiplied by exp(decay_sum -
+        row_decay[row]) in place of 1 - lr decay, and row_decay[row] becomes decay_sum.
     row_offset: global row of param[0], for a table that is one shard of a larger one.
-    decoupled: decay shrinks the weights (w *= 1 - lr decay) instead of entering the gradient (g += decay w).
+    decoupled: decay shrinks the weights (w *= 1 - lr decay) instead of entering the gradient (g +=
+        decay w).
 
-Each raises InputError where an argument's type, dtype, shape, device or layout does not fit, a tensor that is updated shares
-memory with another, or, on the CPU, rows are not ascending or hyper is not finite.
+Each raises InputError where an argument's type, dtype, shape, device or layout does not fit, a
+tensor that is updated shares memory with another, or, on the CPU, rows are not ascending or hyper
+is not finite.
 """
 
 from typing import Any
@@ -50,13 +58,21 @@ def sparse_sgd_(
     """SGD on N rows of a table: m = momentum m + g, w -= lr m; without momentum w -= lr g.
 
     Args:
-        param, rows, grad, hyper, counter, kahan, row_decay, decay_sum, row_offset, decoupled: see the top of this module.
-        momentum: [n, D] fp32, bf16 or fp16, updated (dampening 0, no Nesterov), or None for plain SGD.
+        param, rows, grad, hyper, counter, kahan, row_decay, decay_sum, row_offset, decoupled: see
+            the top of this module.
+        momentum: [n, D] fp32, bf16 or fp16, updated (dampening 0, no Nesterov), or None for plain
+            SGD.
 
     Raises:
         InputError: see the top of this module.
     """
-    steer = {"kahan": kahan, "row_decay": row_decay, "decay_sum": decay_sum, "row_offset": row_offset, "decoupled": decoupled}
+    steer = {
+        "kahan": kahan,
+        "row_decay": row_decay,
+        "decay_sum": decay_sum,
+        "row_offset": row_offset,
+        "decoupled": decoupled,
+    }
     _check_sgd(param, momentum, rows, grad, hyper, counter, **steer)
     mark_written(param, momentum, kahan, row_decay)
     torch.ops.xmlkernels.sparse_sgd_(param, momentum, rows, grad.detach(), hyper, counter, **steer)
@@ -77,19 +93,30 @@ def sparse_adagrad_(
     row_offset: int = 0,
     decoupled: bool = False,
 ) -> None:
-    """Adagrad (Duchi, Hazan, Singer, JMLR 2011) on N rows of a table: v += g², w -= lr g / (sqrt(v) + epsilon).
+    """Adagrad (Duchi, Hazan, Singer, JMLR 2011) on N rows of a table: v += g², w -= lr g / (sqrt(v)
+    + epsilon).
 
     Args:
-        param, rows, grad, hyper, counter, kahan, row_decay, decay_sum, row_offset, decoupled: see the top of this module.
-        second: v, fp32, bf16 or fp16, updated: [n, D], or [n] for one value per row, fed by the mean of g² over the row.
+        param, rows, grad, hyper, counter, kahan, row_decay, decay_sum, row_offset, decoupled: see
+            the top of this module.
+        second: v, fp32, bf16 or fp16, updated: [n, D], or [n] for one value per row, fed by the
+            mean of g² over the row.
 
     Raises:
         InputError: see the top of this module.
     """
-    steer = {"kahan": kahan, "row_decay": row_decay, "decay_sum": decay_sum, "row_offset": row_offset, "decoupled": decoupled}
+    steer = {
+        "kahan": kahan,
+        "row_decay": row_decay,
+        "decay_sum": decay_sum,
+        "row_offset": row_offset,
+        "decoupled": decoupled,
+    }
     _check_adagrad(param, second, rows, grad, hyper, counter, **steer)
     mark_written(param, second, kahan, row_decay)
-    torch.ops.xmlkernels.sparse_adagrad_(param, second, rows, grad.detach(), hyper, counter, **steer)
+    torch.ops.xmlkernels.sparse_adagrad_(
+        param, second, rows, grad.detach(), hyper, counter, **steer
+    )
 
 
 @public
@@ -109,22 +136,32 @@ def sparse_adam_(
     row_offset: int = 0,
     decoupled: bool = False,
 ) -> None:
-    """Adam (Kingma, Ba, ICLR 2015) on N rows of a table; the moments of other rows stand still ("lazy" Adam).
+    """Adam (Kingma, Ba, ICLR 2015) on N rows of a table; the moments of other rows stand still
+    ("lazy" Adam).
 
     m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g²,
     w -= lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon),
     where t is counter's step + 1, or the row's own count with `row_step`.
 
     Args:
-        param, rows, grad, hyper, counter, kahan, row_decay, decay_sum, row_offset, decoupled: see the top of this module.
+        param, rows, grad, hyper, counter, kahan, row_decay, decay_sum, row_offset, decoupled: see
+            the top of this module.
         momentum: m [n, D] fp32, bf16 or fp16, updated.
-        second: v, fp32, bf16 or fp16, updated: [n, D], or [n] for one value per row, fed by the mean of g² over the row.
-        row_step: int64 [n], each row's number of updates so far; raised by 1 here, and then the row's t.
+        second: v, fp32, bf16 or fp16, updated: [n, D], or [n] for one value per row, fed by the
+            mean of g² over the row.
+        row_step: int64 [n], each row's number of updates so far; raised by 1 here, and then the
+            row's t.
 
     Raises:
         InputError: see the top of this module.
     """
-    steer = {"kahan": kahan, "row_decay": row_decay, "decay_sum": decay_sum, "row_offset": row_offset, "decoupled": decoupled}
+    steer = {
+        "kahan": kahan,
+        "row_decay": row_decay,
+        "decay_sum": decay_sum,
+        "row_offset": row_offset,
+        "decoupled": decoupled,
+    }
     _check_adam(param, momentum, second, rows, grad, hyper, counter, row_step=row_step, **steer)
     mark_written(param, momentum, second, kahan, row_step, row_decay)
     torch.ops.xmlkernels.sparse_adam_(
@@ -132,10 +169,14 @@ def sparse_adam_(
     )
 
 
-def _check(op: str, param: Tensor, rows: Tensor, grad: Tensor, hyper: Tensor, counter: Tensor, **given: Any) -> None:
+def _check(
+    op: str, param: Tensor, rows: Tensor, grad: Tensor, hyper: Tensor, counter: Tensor, **given: Any
+) -> None:
     check_table_shape(op, "param", param)
     check_touched_rows(op, rows, grad, param)
-    check_updated_table(op, "param", param, hyper, counter, **given, rest={"rows": rows, "grad": grad})
+    check_updated_table(
+        op, "param", param, hyper, counter, **given, rest={"rows": rows, "grad": grad}
+    )
 
 
 def _check_sgd(param: Tensor, momentum: Tensor | None, *rest: Tensor, **given: Any) -> None:
@@ -146,7 +187,9 @@ def _check_adagrad(param: Tensor, second: Tensor, *rest: Tensor, **given: Any) -
     _check("sparse_adagrad_", param, *rest, second=second, **given)
 
 
-def _check_adam(param: Tensor, momentum: Tensor, second: Tensor, *rest: Tensor, **given: Any) -> None:
+def _check_adam(
+    param: Tensor, momentum: Tensor, second: Tensor, *rest: Tensor, **given: Any
+) -> None:
     _check("sparse_adam_", param, *rest, momentum=momentum, second=second, **given)
 
 
@@ -157,19 +200,22 @@ def _fake(*_: object, **__: object) -> None:
 _STEP = "Tensor rows, Tensor grad, Tensor hyper, Tensor counter, *, "
 _DECAY = "Tensor? decay_sum=None, int row_offset=0, bool decoupled=False) -> ()"
 define(
-    f"sparse_sgd_(Tensor(a!) param, Tensor(b!)? momentum, {_STEP}Tensor(c!)? kahan=None, Tensor(d!)? row_decay=None, {_DECAY}",
+    f"sparse_sgd_(Tensor(a!) param, Tensor(b!)? momentum, {_STEP}Tensor(c!)? kahan=None, "
+    f"Tensor(d!)? row_decay=None, {_DECAY}",
     reference.sparse_sgd_,
     _fake,
     _check_sgd,
 )
 define(
-    f"sparse_adagrad_(Tensor(a!) param, Tensor(b!) second, {_STEP}Tensor(c!)? kahan=None, Tensor(d!)? row_decay=None, {_DECAY}",
+    f"sparse_adagrad_(Tensor(a!) param, Tensor(b!) second, {_STEP}Tensor(c!)? kahan=None, "
+    f"Tensor(d!)? row_decay=None, {_DECAY}",
     reference.sparse_adagrad_,
     _fake,
     _check_adagrad,
 )
 define(
-    f"sparse_adam_(Tensor(a!) param, Tensor(b!) momentum, Tensor(c!) second, {_STEP}Tensor(d!)? kahan=None, "
+    f"sparse_adam_(Tensor(a!) param, Tensor(b!) momentum, Tensor(c!) second, {_STEP}Tensor(d!)? "
+    "kahan=None, "
     f"Tensor(e!)? row_step=None, Tensor(f!)? row_decay=None, {_DECAY}",
     reference.sparse_adam_,
     _fake,

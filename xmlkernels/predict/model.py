@@ -29,7 +29,11 @@ from xmlkernels.records import check_record
 from xmlkernels.threads import check_threads, torch_threads
 
 NAMES = "label_names.txt"  # beside a checkpoint or a ranker, one a line
-BESIDE = (NAMES, "tokenizer", "vocabulary")  # beside the checkpoints of a run: what predictions need of it
+BESIDE = (
+    NAMES,
+    "tokenizer",
+    "vocabulary",
+)  # beside the checkpoints of a run: what predictions need of it
 _AHEAD = 16  # batches of texts read ahead, so that texts of like length share a batch
 _TRAINING_ONLY = ("optimizer.", "scaler.", "head.momentum", "head.second", "head.kahan")
 _TRAINING_ENDS = (".momentum", ".second")  # of a cascade's tables and of a bag of words'
@@ -50,8 +54,9 @@ class Label:
     Attributes:
         id: its number.
         name: its name, the number where names are unknown.
-        score: log-odds, ln p / (1 - p), whoever gives them: one model, a ranker (whose own margin is taken for log-odds
-            where it has the whole say) or a forest. Not bounded: where p rounds to 0 or 1, log-odds still tell labels apart.
+        score: log-odds, ln p / (1 - p), whoever gives them: one model, a ranker (whose own margin
+            is taken for log-odds where it has the whole say) or a forest. Not bounded: where p
+            rounds to 0 or 1, log-odds still tell labels apart.
     """
 
     id: int
@@ -65,9 +70,13 @@ class Label:
 
 
 def named(values: np.ndarray, rows: np.ndarray, names: Sequence[str] | None) -> list[Label]:
-    """One text's answer: logits [k] and labels [k], -1 where there are fewer; without names the numbers stand for them."""
+    """One text's answer: logits [k] and labels [k], -1 where there are fewer; without names the
+    numbers stand for them.
+    """
     pairs = zip(values.tolist(), rows.tolist(), strict=True)
-    return [Label(row, names[row] if names else str(row), value) for value, row in pairs if row >= 0]
+    return [
+        Label(row, names[row] if names else str(row), value) for value, row in pairs if row >= 0
+    ]
 
 
 def read_names(folder: Path, labels: int) -> list[str] | None:
@@ -84,7 +93,9 @@ def read_names(folder: Path, labels: int) -> list[str] | None:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(str(path), "names in UTF-8, one a line", str(error), mend) from None
     if names.pop() or len(names) != labels:
-        raise InputError(str(path), f"{labels:,} lines, a name for each label", f"{len(names):,}", mend)
+        raise InputError(
+            str(path), f"{labels:,} lines, a name for each label", f"{len(names):,}", mend
+        )
     return names
 
 
@@ -108,7 +119,12 @@ class Predictor:
         *,
         threads: int = 0,
     ) -> None:
-        self.model, self.inputs, self.label_names, self.identity = model, inputs, label_names, identity
+        self.model, self.inputs, self.label_names, self.identity = (
+            model,
+            inputs,
+            label_names,
+            identity,
+        )
         self.threads = check_threads(threads)
         model.eval()
 
@@ -133,25 +149,32 @@ class Predictor:
     ) -> "Predictor":
         """From the `checkpoint` folder of a run.
 
-        A process that has loaded a model and not yet asked it can still fork, and its children answer: on the CPU, loading
-        starts no threads that a child would wait for. After the first prediction that is over, as with torch itself.
+        A process that has loaded a model and not yet asked it can still fork, and its children
+        answer: on the CPU, loading starts no threads that a child would wait for. After the first
+        prediction that is over, as with torch itself.
 
         Args:
             folder: a run's `checkpoint` folder, or the run's output folder.
-            which: "best" or "last". When not given it is the best one. While a run has none yet, or where it is damaged, it is
-                the last one or, where that is damaged too, the newest of those before it, with a CheckpointWarning.
-            threads: CPU threads that this predictor's model computes on, whatever the rest of the process uses; 0 leaves
-                torch's choice. Tokenisers have threads of their own (TOKENIZERS_PARALLELISM=false does without).
+            which: "best" or "last". When not given it is the best one. While a run has none yet, or
+                where it is damaged, it is the last one or, where that is damaged too, the newest of
+                those before it, with a CheckpointWarning.
+            threads: CPU threads that this predictor's model computes on, whatever the rest of the
+                process uses; 0 leaves torch's choice. Tokenisers have threads of their own
+                (TOKENIZERS_PARALLELISM=false does without).
 
         Raises:
-            InputError: no such checkpoint, one that is damaged, damaged files beside it, or one whose training has diverged.
+            InputError: no such checkpoint, one that is damaged, damaged files beside it, or one
+                whose training has diverged.
         """
         check_threads(threads)
         checkpoints, order = _located(folder, which)
         tensors, state, found = _first(checkpoints, order, _for_prediction)
         path = checkpoints.folder
-        check_files(path, files_beside(state, str(path / found)), "copy the whole checkpoint folder again")
-        # Not slower: new memory is filled at the speed at which the system hands it out, on one thread or on several.
+        check_files(
+            path, files_beside(state, str(path / found)), "copy the whole checkpoint folder again"
+        )
+        # Not slower: new memory is filled at the speed at which the system hands it out, on one
+        # thread or on several.
         with torch_threads(1):
             model = restored(model_config(state), tensors)
             model.load_tensors(tensors)
@@ -161,20 +184,32 @@ class Predictor:
         return cls(model, load_inputs(path, state), names, _identity(state), threads=threads)
 
     def predict(
-        self, texts: Iterable[str], k: int = 10, *, batch_size: int = 64, window: int = _AHEAD, prefetch: int = 2
+        self,
+        texts: Iterable[str],
+        k: int = 10,
+        *,
+        batch_size: int = 64,
+        window: int = _AHEAD,
+        prefetch: int = 2,
     ) -> Iterator[list[Label]]:
-        """The k best labels of each text, best first, in the order of the texts; `texts` is read as it is used.
+        """The k best labels of each text, best first, in the order of the texts; `texts` is read as
+        it is used.
 
         Args:
-            window: batches of texts read before the first answer, so that texts of like length share a batch; with 1 and
-                `batch_size` 1 each text is answered before the next one is read.
+            window: batches of texts read before the first answer, so that texts of like length
+                share a batch; with 1 and `batch_size` 1 each text is answered before the next one
+                is read.
             prefetch: batches tokenised ahead by a background thread; 0 does without the thread.
         """
         for values, rows in self._in_order(texts, k, batch_size, window, prefetch):
             yield named(values, rows, self.label_names)
 
-    def predict_arrays(self, texts: Iterable[str], k: int = 10, *, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (log-odds) fp32 [N, k] and labels int64 [N, k] of N texts; -inf and -1 where there are fewer than k labels."""
+    def predict_arrays(
+        self, texts: Iterable[str], k: int = 10, *, batch_size: int = 64
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (log-odds) fp32 [N, k] and labels int64 [N, k] of N texts; -inf and -1 where there
+        are fewer than k labels.
+        """
         pairs = list(self._in_order(texts, k, batch_size, _AHEAD, 2))
         if not pairs:
             return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
@@ -183,20 +218,37 @@ class Predictor:
     def predict_and_embed(
         self, texts: Sequence[str], k: int, *, batch_size: int = 64
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What `predict_arrays` gives of one text or more, and fp32 [N, D]: what the label table meets of each."""
-        values, rows, embedding = zip(*self._in_order(texts, k, batch_size, _AHEAD, 0, embed=True), strict=True)
+        """What `predict_arrays` gives of one text or more, and fp32 [N, D]: what the label table
+        meets of each.
+        """
+        values, rows, embedding = zip(
+            *self._in_order(texts, k, batch_size, _AHEAD, 0, embed=True), strict=True
+        )
         return np.stack(values), np.stack(rows), np.stack(embedding)
 
     def _in_order(
-        self, texts: Iterable[str], k: int, batch_size: int, window: int, prefetch: int, *, embed: bool = False
+        self,
+        texts: Iterable[str],
+        k: int,
+        batch_size: int,
+        window: int,
+        prefetch: int,
+        *,
+        embed: bool = False,
     ) -> Iterator[tuple[np.ndarray, ...]]:
         """Logits [k], labels [k] and, if asked, the embedding [D] of each text."""
         waiting: dict[int, tuple[np.ndarray, ...]] = {}
         following = 0
         for batch in self.inputs.text_batches(texts, batch_size, window=window, prefetch=prefetch):
-            with torch_threads(self.threads):  # never across a yield: the caller's own work is not ours to slow down
+            with torch_threads(
+                self.threads
+            ):  # never across a yield: the caller's own work is not ours to slow down
                 there = batch.to(self.model.device)
-                found = self.model.predict_and_embed(there, k) if embed else self.model.predict(there, k)
+                found = (
+                    self.model.predict_and_embed(there, k)
+                    if embed
+                    else self.model.predict(there, k)
+                )
             _check_answers(*found[:2])
             rows_of = zip(*(t.cpu().numpy() for t in found), strict=True)
             waiting.update(zip(batch.index.tolist(), rows_of, strict=True))
@@ -206,20 +258,28 @@ class Predictor:
 
 
 def _check_answers(values: torch.Tensor, rows: torch.Tensor) -> None:
-    """Refuses scores that overflowed though the weights have not: every text has one label or more, with a finite score."""
+    """Refuses scores that overflowed though the weights have not: every text has one label or more,
+    with a finite score.
+    """
     if rows.shape[1] and not bool(torch.isfinite(values[:, 0]).all() & (rows[:, 0] >= 0).all()):
         got = "NaN or infinity for a text"
         raise InputError("model", "scores that are finite numbers", got, DIVERGED)
 
 
 def checkpoint_identity(folder: str | Path, which: str | None = None) -> str:
-    """Tells one checkpoint from every other, also from later ones of its run; a copy has the same. Arguments as of `load`."""
+    """Tells one checkpoint from every other, also from later ones of its run; a copy has the same.
+    Arguments as of `load`.
+    """
     return _identity(_first(*_located(folder, which), keep=lambda name: False)[1])
 
 
 def files_beside(state: Mapping[str, Any], where: str) -> Files:
-    """Sizes and checksums of the files beside a checkpoint or a ranker, as it has them; none where it is older than they."""
-    return check_record(state.get("beside", {}), Files, where=f"{where}, $.beside", mend="use another one")
+    """Sizes and checksums of the files beside a checkpoint or a ranker, as it has them; none where
+    it is older than they.
+    """
+    return check_record(
+        state.get("beside", {}), Files, where=f"{where}, $.beside", mend="use another one"
+    )
 
 
 def _identity(state: Mapping[str, Any]) -> str:
@@ -228,7 +288,9 @@ def _identity(state: Mapping[str, Any]) -> str:
 
 
 def _located(folder: str | Path, which: str | None) -> tuple[CheckpointFolder, tuple[str, ...]]:
-    """The checkpoints in a run's output folder or in the folder itself, and in which order they are tried."""
+    """The checkpoints in a run's output folder or in the folder itself, and in which order they are
+    tried.
+    """
     path = Path(folder)
     checkpoints = CheckpointFolder(path / "checkpoint" if (path / "checkpoint").is_dir() else path)
     if which is not None:
@@ -244,7 +306,9 @@ def _located(folder: str | Path, which: str | None) -> tuple[CheckpointFolder, t
 def _first(
     checkpoints: CheckpointFolder, order: tuple[str, ...], keep: Callable[[str], bool]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any], str]:
-    """The first that is whole and its name, with a warning where an earlier one of the order is not."""
+    """The first that is whole and its name, with a warning where an earlier one of the order is
+    not.
+    """
     tensors, state, found, reason = checkpoints.load_first(order, keep)
     if reason is not None:
         told = f"{reason.where}: {reason.got}; {checkpoints.folder / found} is used in its place"

@@ -56,7 +56,8 @@ class Source:
 
     Attributes:
         shortlist: the best labels of a trained model, those of a tree's kept clusters, or all.
-        words: the texts of TF-IDF: the same as the model's, texts of its own, ready features in their place, or no TF-IDF.
+        words: the texts of TF-IDF: the same as the model's, texts of its own, ready features in
+            their place, or no TF-IDF.
         checkpoint: the model's `checkpoint_identity`; "" where there is no model.
         listed: labels that the model lists per text; 0 where there is no model.
         vectorizer: content hash of the vocabulary; "" where there is none.
@@ -74,7 +75,9 @@ class Source:
     def __post_init__(self) -> None:
         for name, kind in (("shortlist", Shortlist), ("words", Words)):
             if getattr(self, name) not in get_args(kind):
-                raise InputError(name, f"one of {', '.join(get_args(kind))}", repr(getattr(self, name)), _AGAIN)
+                raise InputError(
+                    name, f"one of {', '.join(get_args(kind))}", repr(getattr(self, name)), _AGAIN
+                )
 
 
 class Ranked(ABC):
@@ -93,7 +96,9 @@ class Ranked(ABC):
     parts: TextParts
 
     @abstractmethod
-    def scores(self, texts: Sequence[str], words: Sequence[str], k: int, *, batch_size: int = 64) -> csr_matrix:
+    def scores(
+        self, texts: Sequence[str], words: Sequence[str], k: int, *, batch_size: int = 64
+    ) -> csr_matrix:
         """The last word on the shortlist of each text.
 
         Args:
@@ -106,26 +111,40 @@ class Ranked(ABC):
         """
 
     def predict(
-        self, texts: Iterable[Text], k: int = 10, *, batch_size: int = 64, window: int = 16, prefetch: int = 0
+        self,
+        texts: Iterable[Text],
+        k: int = 10,
+        *,
+        batch_size: int = 64,
+        window: int = 16,
+        prefetch: int = 0,
     ) -> Iterator[list[Label]]:
-        """The k best labels of each text, best first, in the order of the texts; `texts` is read as it is used.
+        """The k best labels of each text, best first, in the order of the texts; `texts` is read as
+        it is used.
 
         Args:
             texts: strings or, where `takes_pairs`, pairs of them.
             window: batches of texts read before the first answer.
-            prefetch: of `Predictor.predict`, which may stand in this one's place; texts are not read ahead here.
+            prefetch: of `Predictor.predict`, which may stand in this one's place; texts are not
+                read ahead here.
         """
         for values, rows in self._in_order(texts, k, batch_size, window):
             yield named(values, rows, self.label_names)
 
-    def predict_arrays(self, texts: Iterable[Text], k: int = 10, *, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (log-odds) fp32 [N, k] and labels int64 [N, k] of N texts; -inf and -1 where there are fewer than k labels."""
+    def predict_arrays(
+        self, texts: Iterable[Text], k: int = 10, *, batch_size: int = 64
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (log-odds) fp32 [N, k] and labels int64 [N, k] of N texts; -inf and -1 where there
+        are fewer than k labels.
+        """
         pairs = list(self._in_order(texts, k, batch_size, 16))
         if not pairs:
             return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
         return np.stack([v for v, _ in pairs]), np.stack([r for _, r in pairs])
 
-    def _in_order(self, texts: Iterable[Text], k: int, batch_size: int, window: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _in_order(
+        self, texts: Iterable[Text], k: int, batch_size: int, window: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         source, count = iter(texts), 0
         while some := list(islice(source, batch_size * window)):
             read, words = self._apart(some, count)
@@ -134,14 +153,22 @@ class Ranked(ABC):
             count += len(some)
 
     def _apart(self, texts: Sequence[Text], first: int) -> tuple[list[str], list[str]]:
-        """What the model reads and what TF-IDF is made of; `first` is the number of the first text."""
+        """What the model reads and what TF-IDF is made of; `first` is the number of the first
+        text.
+        """
         read, words = [], []
         for number, text in enumerate(texts, first):
             pair = isinstance(text, tuple)
             if pair != self.takes_pairs:
-                expected = "a pair of texts, for the model and for TF-IDF" if self.takes_pairs else "one text"
+                expected = (
+                    "a pair of texts, for the model and for TF-IDF"
+                    if self.takes_pairs
+                    else "one text"
+                )
                 got = "a pair" if pair else "one"
-                raise InputError(f"text {number}", expected, got, "give the texts that the ranker was trained on")
+                raise InputError(
+                    f"text {number}", expected, got, "give the texts that the ranker was trained on"
+                )
             read.append(text[0] if isinstance(text, tuple) else text)
             words.append(text[1] if isinstance(text, tuple) else text)
         return read, words
@@ -151,7 +178,8 @@ class RankedPredictor(Ranked):
     """A ranker with everything that its shortlists and features are made by.
 
     Args:
-        reranker: the classifiers, the weights of their blocks of features and their share in the score.
+        reranker: the classifiers, the weights of their blocks of features and their share in the
+            score.
         source: what it was made of; decides which of the others are needed.
         model: for `source.shortlist` "model".
         matcher: for "tree".
@@ -190,49 +218,91 @@ class RankedPredictor(Ranked):
         """From the output folder of xmlkernels rank.
 
         Args:
-            checkpoint: what it was made with: a run's output folder or the checkpoint folder in it; None where it was made
-                without one.
+            checkpoint: what it was made with: a run's output folder or the checkpoint folder in it;
+                None where it was made without one.
             which, device: as of `Predictor.load`.
-            threads: CPU threads of the ranker and of its model, whatever the rest of the process uses; 0 leaves the choice
-                to numba and torch.
+            threads: CPU threads of the ranker and of its model, whatever the rest of the process
+                uses; 0 leaves the choice to numba and torch.
 
         Raises:
-            InputError: no ranker there, a damaged one, one of ready features, another checkpoint than the ranker's, or one
-                where there is none to give.
+            InputError: no ranker there, a damaged one, one of ready features, another checkpoint
+                than the ranker's, or one where there is none to give.
         """
         check_threads(threads)
         path = Path(folder)
         reranker = Reranker.load(path / RANKER)
         source = _source(reranker, path)
-        check_files(path, files_beside(reranker.ranker.facts, f"{path / RANKER}, head, facts"), "copy the whole folder again")
+        check_files(
+            path,
+            files_beside(reranker.ranker.facts, f"{path / RANKER}, head, facts"),
+            "copy the whole folder again",
+        )
         vectorizer = matcher = model = None
         if source.words in ("same", "own"):
             vectorizer = Vectorizer.load(path / VECTORIZER)
             if vectorizer.content_hash != source.vectorizer:
                 expected = f"the vocabulary {source.vectorizer[:12]} of this ranker"
-                raise InputError(str(path / VECTORIZER), expected, vectorizer.content_hash[:12], "copy the whole folder again")
+                raise InputError(
+                    str(path / VECTORIZER),
+                    expected,
+                    vectorizer.content_hash[:12],
+                    "copy the whole folder again",
+                )
         if source.shortlist == "tree":
             matcher = ClusterMatcher.load(path / CLUSTERS)
         if (source.shortlist == "model") != (checkpoint is not None):
-            needs = "the checkpoint that it was made with" if checkpoint is None else "no checkpoint: it was made without one"
-            raise InputError(str(path), needs, str(checkpoint or "none"), "name it" if checkpoint is None else "leave it out")
+            needs = (
+                "the checkpoint that it was made with"
+                if checkpoint is None
+                else "no checkpoint: it was made without one"
+            )
+            raise InputError(
+                str(path),
+                needs,
+                str(checkpoint or "none"),
+                "name it" if checkpoint is None else "leave it out",
+            )
         if checkpoint is not None:
             model = Predictor.load(checkpoint, which=which, device=device, threads=threads)
             if model.identity != source.checkpoint:
                 expected = f"the checkpoint {source.checkpoint[:12]}, with which {path} was made"
-                raise InputError(str(checkpoint), expected, model.identity[:12], "name that one, or train the ranker again")
+                raise InputError(
+                    str(checkpoint),
+                    expected,
+                    model.identity[:12],
+                    "name that one, or train the ranker again",
+                )
         names = read_names(path, len(reranker.ranker.bias))
-        return cls(reranker, source, model=model, matcher=matcher, vectorizer=vectorizer, label_names=names, threads=threads)
+        return cls(
+            reranker,
+            source,
+            model=model,
+            matcher=matcher,
+            vectorizer=vectorizer,
+            label_names=names,
+            threads=threads,
+        )
 
-    def scores(self, texts: Sequence[str], words: Sequence[str], k: int, *, batch_size: int = 64) -> csr_matrix:
+    def scores(
+        self, texts: Sequence[str], words: Sequence[str], k: int, *, batch_size: int = 64
+    ) -> csr_matrix:
         reranker = self.reranker
         logits = embedding = None
         if self.model is not None and reranker.ranker.dense.shape[1]:
-            values, rows, embedding = self.model.predict_and_embed(texts, self.source.listed, batch_size=batch_size)
+            values, rows, embedding = self.model.predict_and_embed(
+                texts, self.source.listed, batch_size=batch_size
+            )
             logits = score_matrix(values, rows, self.labels)
         elif self.model is not None:
-            logits = score_matrix(*self.model.predict_arrays(texts, self.source.listed, batch_size=batch_size), self.labels)
-        tfidf = None if self.vectorizer is None else self.vectorizer.transform(map(self.parts.words, words))
+            logits = score_matrix(
+                *self.model.predict_arrays(texts, self.source.listed, batch_size=batch_size),
+                self.labels,
+            )
+        tfidf = (
+            None
+            if self.vectorizer is None
+            else self.vectorizer.transform(map(self.parts.words, words))
+        )
         features = reranker.features(embedding, tfidf)
         if self.matcher is not None:
             logits = self.matcher.shortlist(features, threads=self.threads)
@@ -242,8 +312,8 @@ class RankedPredictor(Ranked):
 
 
 class Forest(Ranked):
-    """Several rankers as one: the mean of their probabilities, where a label that a shortlist lacks has 0; given as log-odds,
-    which keep labels apart whose probabilities all round to 0 or to 1.
+    """Several rankers as one: the mean of their probabilities, where a label that a shortlist lacks
+    has 0; given as log-odds, which keep labels apart whose probabilities all round to 0 or to 1.
 
     Source: Prabhu et al., "Parabel" (WWW 2018), section 4: an ensemble of label trees.
 
@@ -257,25 +327,47 @@ class Forest(Ranked):
     def __init__(self, rankers: Sequence[RankedPredictor]) -> None:
         kinds = {(ranker.labels, ranker.takes_pairs) for ranker in rankers}
         if len(kinds) != 1:
-            got = " and ".join(f"{labels:,} labels of {'pairs' if pairs else 'texts'}" for labels, pairs in sorted(kinds))
-            raise InputError("rankers", "rankers of the same labels and texts", got or "none", "train them on one dataset")
+            got = " and ".join(
+                f"{labels:,} labels of {'pairs' if pairs else 'texts'}"
+                for labels, pairs in sorted(kinds)
+            )
+            raise InputError(
+                "rankers",
+                "rankers of the same labels and texts",
+                got or "none",
+                "train them on one dataset",
+            )
         self.rankers, self.label_names = tuple(rankers), rankers[0].label_names
         self.labels, self.takes_pairs = rankers[0].labels, rankers[0].takes_pairs
         self.parts = rankers[0].parts
 
-    def scores(self, texts: Sequence[str], words: Sequence[str], k: int, *, batch_size: int = 64) -> csr_matrix:
+    def scores(
+        self, texts: Sequence[str], words: Sequence[str], k: int, *, batch_size: int = 64
+    ) -> csr_matrix:
         parts = [ranker.scores(texts, words, k, batch_size=batch_size) for ranker in self.rankers]
-        return combine(parts, [part.data.astype(np.float64) for part in parts], [1.0] * len(parts), "probability")
+        return combine(
+            parts,
+            [part.data.astype(np.float64) for part in parts],
+            [1.0] * len(parts),
+            "probability",
+        )
 
 
 def _source(reranker: Reranker, folder: Path) -> Source:
     where, facts = f"{folder / RANKER}, head, facts", reranker.ranker.facts
     if "source" not in facts:
-        raise InputError(str(folder / RANKER), "a ranker that says what it was made of", "one without it", _AGAIN)
+        raise InputError(
+            str(folder / RANKER), "a ranker that says what it was made of", "one without it", _AGAIN
+        )
     values: Any = check_record(facts["source"], SourceValues, where=f"{where}.source", mend=_AGAIN)
     known = {f.name for f in fields(Source)}
     source = Source(**{key: value for key, value in values.items() if key in known})
     if source.words == "features":
         mend = "train one on texts, or score splits of its dataset with xmlkernels rank"
-        raise InputError(str(folder), "a ranker of texts", "one of ready features, which nobody can make of a text", mend)
+        raise InputError(
+            str(folder),
+            "a ranker of texts",
+            "one of ready features, which nobody can make of a text",
+            mend,
+        )
     return source

@@ -42,9 +42,10 @@ class Reranker:
 
     The final score is either of
     - log_odds: (1 - share) · logit + share · margin,
-    - product: (1 - share) · ln p_model + share · ln p_ranker, a weighted product of probabilities, given as log-odds.
-    At share 0 it is the plain model's logit, at share 1 the ranker's margin. A product that float64 cannot tell from 1 has
-    the log-odds 708.4 and, beyond that, what its margin has above 1: such labels keep the order of their margins.
+    - product: (1 - share) · ln p_model + share · ln p_ranker, a weighted product of probabilities,
+    given as log-odds. At share 0 it is the plain model's logit, at share 1 the ranker's margin. A
+    product that float64 cannot tell from 1 has the log-odds 708.4 and, beyond that, what its margin
+    has above 1: such labels keep the order of their margins.
 
     Attributes:
         ranker: the classifiers.
@@ -61,17 +62,31 @@ class Reranker:
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
-            raise InputError("share", "a number from 0 to 1", repr(self.share), "0 is the plain model, 1 the ranker alone")
+            raise InputError(
+                "share",
+                "a number from 0 to 1",
+                repr(self.share),
+                "0 is the plain model, 1 the ranker alone",
+            )
         if self.how not in HOW:
             raise InputError("how", " or ".join(HOW), repr(self.how), "choose one of them")
 
     def features(self, embedding: np.ndarray | None, tfidf: csr_matrix | None) -> Features:
-        """What the ranker takes: a block that it was trained without may be given all the same, and is left out."""
+        """What the ranker takes: a block that it was trained without may be given all the same, and
+        is left out.
+        """
         embedding = embedding if self.ranker.dense.shape[1] else None
         tfidf = tfidf if self.ranker.sparse.shape[1] else None
-        return Features.join(embedding, tfidf, embedding_weight=self.embedding_weight, tfidf_weight=self.tfidf_weight)
+        return Features.join(
+            embedding, tfidf, embedding_weight=self.embedding_weight, tfidf_weight=self.tfidf_weight
+        )
 
-    def rerank(self, logits: csr_matrix, embedding: np.ndarray | None = None, tfidf: csr_matrix | None = None) -> csr_matrix:
+    def rerank(
+        self,
+        logits: csr_matrix,
+        embedding: np.ndarray | None = None,
+        tfidf: csr_matrix | None = None,
+    ) -> csr_matrix:
         """New logits of the stored pairs of a shortlist.
 
         Args:
@@ -92,8 +107,13 @@ class Reranker:
         """New logits from the model's and from the ranker's margins, stored for the same pairs."""
         plain = logits.tocsr()
         check_shape(margins.shape, plain.shape[0], plain.shape[1], "margins")
-        if not (np.array_equal(plain.indptr, margins.indptr) and np.array_equal(plain.indices, margins.indices)):
-            raise InputError("margins", "the pairs of the logits", "other pairs", "score this shortlist")
+        if not (
+            np.array_equal(plain.indptr, margins.indptr)
+            and np.array_equal(plain.indices, margins.indices)
+        ):
+            raise InputError(
+                "margins", "the pairs of the logits", "other pairs", "score this shortlist"
+            )
         if self.share in (0, 1):
             return margins if self.share else plain.astype(np.float32)
         z, margin = plain.data.astype(np.float64), margins.data.astype(np.float64)
@@ -107,20 +127,33 @@ class Reranker:
 
     def save(self, path: str | Path) -> None:
         """Writes ranker and weights into one file, whole or not at all."""
-        weights = {name: getattr(self, name) for name in ("share", "how", "embedding_weight", "tfidf_weight")}
+        weights = {
+            name: getattr(self, name)
+            for name in ("share", "how", "embedding_weight", "tfidf_weight")
+        }
         replace(self.ranker, facts=self.ranker.facts | {"weights": weights}).save(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Reranker:
-        """What `save` wrote. InputError where it is no ranker, a damaged one, or one that was saved without weights."""
-        ranker, name, mend = LinearRanker.load(path), f"{path}, head, facts", "train the ranker again"
+        """What `save` wrote. InputError where it is no ranker, a damaged one, or one that was saved
+        without weights.
+        """
+        ranker, name, mend = (
+            LinearRanker.load(path),
+            f"{path}, head, facts",
+            "train the ranker again",
+        )
         if "weights" not in ranker.facts:
             raise InputError(str(path), "a ranker with its weights", "none", mend)
-        weights: Any = check_record(ranker.facts["weights"], Weights, where=f"{name}.weights", mend=mend)
+        weights: Any = check_record(
+            ranker.facts["weights"], Weights, where=f"{name}.weights", mend=mend
+        )
         try:
             return cls(ranker, **weights)
         except TypeError as error:
-            raise InputError(f"{name}.weights", "the weights of a ranker", str(error), mend) from error
+            raise InputError(
+                f"{name}.weights", "the weights of a ranker", str(error), mend
+            ) from error
 
 
 def log_odds(log_probability: np.ndarray) -> np.ndarray:
@@ -138,7 +171,8 @@ def choose_share(
     *,
     by: tuple[str, ...] = ("P@1", "P@3", "P@5"),
 ) -> tuple[Reranker, dict[tuple[How, float], dict[str, float]]]:
-    """The kind of blend and the share with the best mean of some metrics on held-out documents; of equals the first tried.
+    """The kind of blend and the share with the best mean of some metrics on held-out documents; of
+    equals the first tried.
 
     Args:
         reranker: its own share and kind of blend are not looked at.
@@ -158,13 +192,18 @@ def choose_share(
     known = tried[HOW[0], 0.0]
     wrong = [name for name in by if name not in known]
     if wrong or not by:
-        raise InputError("by", f"some of {', '.join(known)}", " ".join(wrong) or "none", "choose of these")
+        raise InputError(
+            "by", f"some of {', '.join(known)}", " ".join(wrong) or "none", "choose of these"
+        )
     how, share = max(tried, key=lambda key: sum(tried[key][name] for name in by))
     return replace(reranker, share=share, how=how), tried
 
 
-def combine(files: Sequence[csr_matrix], odds: Sequence[np.ndarray], weights: Sequence[float], how: str) -> csr_matrix:
-    """The weighted mean over files, as log-odds: float64 CSR [N, L] with every pair that any file has.
+def combine(
+    files: Sequence[csr_matrix], odds: Sequence[np.ndarray], weights: Sequence[float], how: str
+) -> csr_matrix:
+    """The weighted mean over files, as log-odds: float64 CSR [N, L] with every pair that any file
+    has.
 
     Args:
         files: CSR [N, L] each; only where they have entries counts.
@@ -175,27 +214,36 @@ def combine(files: Sequence[csr_matrix], odds: Sequence[np.ndarray], weights: Se
     """
     shape, total = files[0].shape, sum(weights)
     used = [(m, z, w / total) for m, z, w in zip(files, odds, weights, strict=True) if w > 0]
-    if len(used) == 1:  # as it is: there is nothing to add, and no way through probabilities that could make ties
+    if (
+        len(used) == 1
+    ):  # as it is: there is nothing to add, and no way through probabilities that could make ties
         matrix, z, _ = used[0]
         return csr_matrix((z, matrix.indices, matrix.indptr), shape)
     return _mean_probability(used, shape) if how == "probability" else _mean_odds(used, shape)
 
 
-_Used = Sequence[tuple[csr_matrix, np.ndarray, float]]  # of each file: its pairs, their log-odds, its share; shares add up to 1
+_Used = Sequence[
+    tuple[csr_matrix, np.ndarray, float]
+]  # of each file: its pairs, their log-odds, its share; shares add up to 1
 
 
 def _mean_probability(used: _Used, shape: tuple[int, int]) -> csr_matrix:
     """Log-odds of the mean probability of each pair, an absent one counting 0.
 
-    In logarithms throughout: p or 1 - p of log-odds beyond ±708 is 0 in float64, and all such labels would tie.
+    In logarithms throughout: p or 1 - p of log-odds beyond ±708 is 0 in float64, and all such
+        labels would tie.
     """
-    rows = np.concatenate([np.repeat(np.arange(shape[0]), np.diff(matrix.indptr)) for matrix, _, _ in used])
+    rows = np.concatenate(
+        [np.repeat(np.arange(shape[0]), np.diff(matrix.indptr)) for matrix, _, _ in used]
+    )
     columns = np.concatenate([matrix.indices for matrix, _, _ in used])
     order = np.lexsort((columns, rows))
     rows, columns = rows[order], columns[order]
     z = np.concatenate([odds for _, odds, _ in used])[order]
     weight = np.concatenate([np.full(len(odds), share) for _, odds, share in used])[order]
-    first = np.flatnonzero((np.diff(rows, prepend=-1) != 0) | (np.diff(columns, prepend=-1) != 0))  # of each pair
+    first = np.flatnonzero(
+        (np.diff(rows, prepend=-1) != 0) | (np.diff(columns, prepend=-1) != 0)
+    )  # of each pair
     if not first.size:
         return csr_matrix(shape)
     yes = np.logaddexp.reduceat(np.log(weight) - np.logaddexp(0, -z), first)
@@ -209,7 +257,9 @@ def _mean_probability(used: _Used, shape: tuple[int, int]) -> csr_matrix:
 
 
 def _mean_odds(used: _Used, shape: tuple[int, int]) -> csr_matrix:
-    """Mean log-odds of each pair, an absent one counting as the lowest of its document in that file."""
+    """Mean log-odds of each pair, an absent one counting as the lowest of its document in that
+    file.
+    """
     base, heard = np.zeros(shape[0]), np.zeros(shape[0])
     parts = []
     for matrix, z, share in used:
@@ -217,7 +267,9 @@ def _mean_odds(used: _Used, shape: tuple[int, int]) -> csr_matrix:
         lowest = np.full(shape[0], np.inf)
         np.minimum.at(lowest, rows, z)
         known = np.isfinite(lowest)
-        lowest[~known] = 0  # a document for which this file has nothing to say: the others' mean is taken
+        lowest[~known] = (
+            0  # a document for which this file has nothing to say: the others' mean is taken
+        )
         base += share * lowest
         heard += share * known
         parts.append((rows, matrix.indices, share * (z - lowest[rows])))
@@ -229,15 +281,22 @@ def _mean_odds(used: _Used, shape: tuple[int, int]) -> csr_matrix:
     return mean
 
 
-def best_of_all(ranker: LinearRanker, features: Features, k: int, *, threads: int = 0) -> csr_matrix:
-    """Margins of the k labels with the largest ones, of all L, for each document; CSR float32 [N, L]."""
+def best_of_all(
+    ranker: LinearRanker, features: Features, k: int, *, threads: int = 0
+) -> csr_matrix:
+    """Margins of the k labels with the largest ones, of all L, for each document; CSR float32 [N,
+    L].
+    """
     labels = len(ranker.bias)
     step = max(1, _PAIRS // max(1, labels))
     parts = []
     for first in range(0, len(features), step):
         some = features.rows(first, first + step)
         every = np.tile(np.arange(labels, dtype=np.int32), len(some))
-        pairs = csr_matrix((np.ones(every.size, np.int8), every, np.arange(len(some) + 1) * labels), (len(some), labels))
+        pairs = csr_matrix(
+            (np.ones(every.size, np.int8), every, np.arange(len(some) + 1) * labels),
+            (len(some), labels),
+        )
         values, rows = top_rows_from_csr(ranker.score(some, pairs, threads=threads), k)
         place = np.nonzero(rows >= 0)
         parts.append(csr_matrix((values[place], (place[0], rows[place])), pairs.shape))
@@ -245,7 +304,9 @@ def best_of_all(ranker: LinearRanker, features: Features, k: int, *, threads: in
 
 
 def best(scores: csr_matrix, filter_pairs: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Values and labels [N, k] of the k best stored pairs of each document, best first; filtered pairs go before the cut."""
+    """Values and labels [N, k] of the k best stored pairs of each document, best first; filtered
+    pairs go before the cut.
+    """
     labels = scores.shape[1]
     values, rows = top_rows_from_csr(scores, candidates_needed(k, filter_pairs, labels))
     rows, values = drop_filtered(rows, values, filter_pairs, k, num_labels=labels)

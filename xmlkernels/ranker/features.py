@@ -1,10 +1,12 @@
-"""What a linear ranker sees of a document: [a · embedding || b · TF-IDF], the rows of both blocks of unit length.
+"""What a linear ranker sees of a document: [a · embedding || b · TF-IDF], the rows of both blocks
+of unit length.
 
 Letters: N documents, D width of the embedding, V columns of the sparse block.
 
-Source: Zhang, Chang, Yu & Dhillon, "Fast Multi-Resolution Transformer Fine-tuning for Extreme Multi-label Text
-Classification" (NeurIPS 2021), section 3.3: the final ranker of XR-Transformer sees the normalised dense vector beside the
-TF-IDF vector; CascadeXML (NeurIPS 2022) has its TF-IDF variant from there.
+Source: Zhang, Chang, Yu & Dhillon, "Fast Multi-Resolution Transformer Fine-tuning for Extreme
+Multi-label Text Classification" (NeurIPS 2021), section 3.3: the final ranker of XR-Transformer
+sees the normalised dense vector beside the TF-IDF vector; CascadeXML (NeurIPS 2022) has its TF-IDF
+variant from there.
 """
 
 from __future__ import annotations
@@ -56,14 +58,21 @@ class Features:
         Args:
             embedding: float [N, D], or None for none.
             tfidf: [N, V] sparse, or None for none.
-            embedding_weight, tfidf_weight: a and b above. Their ratio says how much one block's weights cost the regulariser.
+            embedding_weight, tfidf_weight: a and b above. Their ratio says how much one block's
+                weights cost the regulariser.
 
         Raises:
-            InputError: neither block, documents of different number, a value that is not finite, or a weight not above 0.
+            InputError: neither block, documents of different number, a value that is not finite, or
+                a weight not above 0.
         """
         for name, value in (("embedding_weight", embedding_weight), ("tfidf_weight", tfidf_weight)):
             if not (np.isfinite(value) and value > 0):
-                raise InputError(name, "a finite number above 0", repr(value), "leave the block out to do without it")
+                raise InputError(
+                    name,
+                    "a finite number above 0",
+                    repr(value),
+                    "leave the block out to do without it",
+                )
         if embedding is None and tfidf is None:
             raise InputError("features", "an embedding, TF-IDF or both", "neither", "give one")
         dense = None if embedding is None else _unit_dense(embedding, embedding_weight)
@@ -72,18 +81,31 @@ class Features:
         if dense is None:
             dense = np.zeros((sparse.shape[0], 0), np.float32)
         if len(dense) != sparse.shape[0]:
-            raise InputError("tfidf", f"{len(dense)} rows, as the embedding has", f"{sparse.shape[0]}", "pass one split's")
+            raise InputError(
+                "tfidf",
+                f"{len(dense)} rows, as the embedding has",
+                f"{sparse.shape[0]}",
+                "pass one split's",
+            )
         return cls(dense, sparse)
 
 
 def _unit_dense(embedding: np.ndarray, weight: float) -> np.ndarray:
     if issparse(embedding) or embedding.ndim != 2 or embedding.dtype.kind != "f":
-        got = f"{type(embedding).__name__} {getattr(embedding, 'dtype', '')} {getattr(embedding, 'shape', '')}"
+        got = (
+            f"{type(embedding).__name__} {getattr(embedding, 'dtype', '')} "
+            f"{getattr(embedding, 'shape', '')}"
+        )
         raise InputError("embedding", "a float array [N, D]", got, "pass one row a document")
     dense = np.array(embedding, np.float32, order="C")
     if not np.isfinite(dense).all():
         bad = int(np.flatnonzero(~np.isfinite(dense).all(1))[0])
-        raise InputError(f"embedding, row {bad}", "finite numbers", "NaN or infinity", "look for them in the model")
+        raise InputError(
+            f"embedding, row {bad}",
+            "finite numbers",
+            "NaN or infinity",
+            "look for them in the model",
+        )
     length = np.sqrt(np.einsum("nd,nd->n", dense, dense, dtype=np.float64))
     dense *= (weight / np.where(length > 0, length, 1)).astype(np.float32)[:, None]
     return dense

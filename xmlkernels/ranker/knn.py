@@ -14,9 +14,10 @@ _BLOCK = 256  # texts whose similarities to all N training texts are held at onc
 class KNNBaseline:
     """Labels of the most similar training texts; N training texts, L labels.
 
-    Features: words of letters and digits (`snake_case` is two), lower case, 1 + ln(tf), smoothed idf, unit length. A
-    label's score is the sum of cosine similarity to the power `power` over those of the nearest training texts that carry
-    it. The settings were chosen on the validation split of the built-in corpus.
+    Features: words of letters and digits (`snake_case` is two), lower case, 1 + ln(tf), smoothed
+    idf, unit length. A label's score is the sum of cosine similarity to the power `power` over
+    those of the nearest training texts that carry it. The settings were chosen on the validation
+    split of the built-in corpus.
 
     Args:
         train_texts: N texts.
@@ -29,13 +30,20 @@ class KNNBaseline:
     def __init__(self, train_texts: Sequence[str], train_labels: csr_matrix) -> None:
         if len(train_texts) != train_labels.shape[0]:
             raise InputError(
-                "train_labels", f"{len(train_texts)} rows, one per text", str(train_labels.shape[0]), "pass one split's"
+                "train_labels",
+                f"{len(train_texts)} rows, one per text",
+                str(train_labels.shape[0]),
+                "pass one split's",
             )
-        self._vectorizer = TfidfVectorizer(token_pattern=r"[^\W_]+", sublinear_tf=True, dtype=np.float32)
+        self._vectorizer = TfidfVectorizer(
+            token_pattern=r"[^\W_]+", sublinear_tf=True, dtype=np.float32
+        )
         try:
             vectors = self._vectorizer.fit_transform(train_texts)
         except ValueError as error:
-            raise InputError("train_texts", "at least one word", "none", "pass texts with words") from error
+            raise InputError(
+                "train_texts", "at least one word", "none", "pass texts with words"
+            ) from error
         self._by_word = vectors.T.tocsr()
         self._labels = csr_matrix(train_labels != 0, dtype=np.float32)
 
@@ -44,8 +52,8 @@ class KNNBaseline:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k best labels of each text, best first.
 
-        Equally similar training texts: the earlier one is nearer. Equal scores: the lower label first. A text none of
-        whose words the training texts have gets no label.
+        Equally similar training texts: the earlier one is nearer. Equal scores: the lower label
+        first. A text none of whose words the training texts have gets no label.
 
         Args:
             texts: B texts.
@@ -54,7 +62,8 @@ class KNNBaseline:
             power: of the similarity that a neighbour votes with.
 
         Returns:
-            values float32 [B, k] and rows int64 [B, k]; -inf and -1 where fewer than k labels have a score.
+            values float32 [B, k] and rows int64 [B, k]; -inf and -1 where fewer than k labels have
+            a score.
 
         Raises:
             InputError: k, neighbours or power not above 0.
@@ -63,9 +72,14 @@ class KNNBaseline:
             if not value > 0:
                 raise InputError(name, "a number above 0", str(value), "ask for at least one")
         queries = self._vectorizer.transform(texts)
-        values, rows = np.full((len(texts), k), -np.inf, np.float32), np.full((len(texts), k), -1, np.int64)
+        values, rows = (
+            np.full((len(texts), k), -np.inf, np.float32),
+            np.full((len(texts), k), -1, np.int64),
+        )
         for start in range(0, len(texts), _BLOCK):
-            nearest = _largest((queries[start : start + _BLOCK] @ self._by_word).tocsr(), neighbours)
+            nearest = _largest(
+                (queries[start : start + _BLOCK] @ self._by_word).tocsr(), neighbours
+            )
             nearest.data **= power
             best = _largest((nearest @ self._labels).tocsr(), k)
             point, place = _places(best)
@@ -76,7 +90,9 @@ class KNNBaseline:
 def _places(matrix: csr_matrix) -> tuple[np.ndarray, np.ndarray]:
     """Row, and number within the row, of each stored entry."""
     count = np.diff(matrix.indptr)
-    return np.repeat(np.arange(len(count)), count), np.arange(matrix.nnz) - np.repeat(matrix.indptr[:-1], count)
+    return np.repeat(np.arange(len(count)), count), np.arange(matrix.nnz) - np.repeat(
+        matrix.indptr[:-1], count
+    )
 
 
 def _largest(matrix: csr_matrix, k: int) -> csr_matrix:
@@ -84,8 +100,13 @@ def _largest(matrix: csr_matrix, k: int) -> csr_matrix:
     kept: list[np.ndarray] = []
     for start, end in zip(matrix.indptr[:-1], matrix.indptr[1:], strict=True):
         data = matrix.data[start:end]
-        # A common word makes a row nearly dense: the threshold first, then a sort of the few above it and at it.
-        above = np.arange(len(data)) if len(data) <= k else np.flatnonzero(data >= np.partition(data, -k)[-k])
+        # A common word makes a row nearly dense: the threshold first, then a sort of the few above
+        # it and at it.
+        above = (
+            np.arange(len(data))
+            if len(data) <= k
+            else np.flatnonzero(data >= np.partition(data, -k)[-k])
+        )
         kept.append(start + above[np.lexsort((matrix.indices[start + above], -data[above]))[:k]])
     order = np.concatenate([np.zeros(0, np.int64), *kept])
     ends = np.cumsum([0, *map(len, kept)])

@@ -1,8 +1,9 @@
-"""A linear ranker: one sparse classifier a label, trained on the documents whose shortlist holds the label.
+"""A linear ranker: one sparse classifier a label, trained on the documents whose shortlist holds
+the label.
 
 ranker = fit(features, labels, shortlist, Settings(loss="squared_hinge"))
-margins = ranker.score(test_features, test_shortlist)      # CSR [N, L]: a margin for every pair of the shortlist
-ranker.save("ranker.safetensors")
+margins = ranker.score(test_features, test_shortlist)      # CSR [N, L]: a margin for every pair of
+the shortlist ranker.save("ranker.safetensors")
 
 Letters: N documents, L labels, D width of the embedding, V columns of TF-IDF.
 """
@@ -33,9 +34,12 @@ from xmlkernels.records import Count, parse_record
 FORMAT = "xmlkernels-ranker 1"
 _BLOCK_BYTES = 1 << 28  # dense weights of the labels in training at one time
 _TENSORS = {
-    "dense": (np.float32, 2), "bias": (np.float32, 1),
-    "indptr": (np.int64, 1), "indices": (np.int32, 1), "data": (np.float32, 1),
-}  # fmt: skip
+    "dense": (np.float32, 2),
+    "bias": (np.float32, 1),
+    "indptr": (np.int64, 1),
+    "indices": (np.int32, 1),
+    "data": (np.float32, 1),
+}
 
 
 class SettingsValues(TypedDict, total=False):
@@ -69,11 +73,12 @@ class Settings:
         cost: C, the weight of a document's loss against ½‖w‖².
         positive_weight: of a positive's cost against a negative's.
         bias: the constant feature; 0 does without.
-        tolerance: training of a label ends when no document's projected gradient is larger: for the squared hinge the spread of
-            them, for the logistic loss the largest.
+        tolerance: training of a label ends when no document's projected gradient is larger: for the
+            squared hinge the spread of them, for the logistic loss the largest.
         epochs: most passes over a label's documents.
         negatives: random documents, up to this many, beside the shortlisted ones.
-        prune: TF-IDF weights of this size and smaller become 0. The embedding's weights stay, for they are few and dense.
+        prune: TF-IDF weights of this size and smaller become 0. The embedding's weights stay, for
+            they are few and dense.
         seed: of the order of visits and of the random documents.
 
     Raises:
@@ -92,17 +97,27 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.loss not in ("squared_hinge", "logistic"):
-            raise InputError("loss", "squared_hinge or logistic", repr(self.loss), "choose one of them")
+            raise InputError(
+                "loss", "squared_hinge or logistic", repr(self.loss), "choose one of them"
+            )
         for name in ("cost", "positive_weight", "tolerance"):
             if not 0 < getattr(self, name) < math.inf:
-                raise InputError(name, "a finite number above 0", repr(getattr(self, name)), "choose another")
+                raise InputError(
+                    name, "a finite number above 0", repr(getattr(self, name)), "choose another"
+                )
         for name in ("bias", "prune", "negatives"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(name, "a finite number from 0", repr(getattr(self, name)), "choose another")
+                raise InputError(
+                    name, "a finite number from 0", repr(getattr(self, name)), "choose another"
+                )
         if self.epochs < 1:
-            raise InputError("epochs", "1 or more", repr(self.epochs), "train for at least one pass")
+            raise InputError(
+                "epochs", "1 or more", repr(self.epochs), "train for at least one pass"
+            )
         if not 0 <= self.seed < 2**63:
-            raise InputError("seed", "an integer from 0 to 2**63 - 1", repr(self.seed), "choose another")
+            raise InputError(
+                "seed", "an integer from 0 to 2**63 - 1", repr(self.seed), "choose another"
+            )
 
 
 @dataclass(frozen=True)
@@ -124,22 +139,35 @@ class LinearRanker:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def score(self, features: Features, shortlist: csr_matrix, *, threads: int = 0) -> csr_matrix:
-        """The margin of every stored pair of a shortlist [N, L], whatever its value; float32 CSR with the same pattern.
+        """The margin of every stored pair of a shortlist [N, L], whatever its value; float32 CSR
+        with the same pattern.
 
         Raises:
-            InputError: features of other widths than those of the training, or a shortlist of another shape.
+            InputError: features of other widths than those of the training, or a shortlist of
+                another shape.
         """
         labels = len(self.bias)
-        check_shape((self.dense.shape[1], self.sparse.shape[1]), *features.widths, "features: width and TF-IDF columns")
+        check_shape(
+            (self.dense.shape[1], self.sparse.shape[1]),
+            *features.widths,
+            "features: width and TF-IDF columns",
+        )
         check_shape(shortlist.shape, len(features), labels, "shortlist")
         pairs = shortlist.tocsr()
         place = csr_matrix((np.arange(pairs.nnz), pairs.indices, pairs.indptr), pairs.shape).tocsc()
         out = np.empty(pairs.nnz, np.float32)
         weights = (self.dense, *_arrays(self.sparse), self.sparse.shape[1])
         listed = (place.indptr.astype(np.int64), place.indices.astype(np.int64), place.data)
-        step = max(1, labels // 64)  # each piece makes a full row of V zeros: not one for each label
+        step = max(
+            1, labels // 64
+        )  # each piece makes a full row of V zeros: not one for each label
         keep_compiled(score)
-        in_parallel(lambda a, b: score(a, b, weights, self.bias, _inputs(features), listed, out), labels, step, threads)
+        in_parallel(
+            lambda a, b: score(a, b, weights, self.bias, _inputs(features), listed, out),
+            labels,
+            step,
+            threads,
+        )
         return csr_matrix((out, pairs.indices, pairs.indptr), pairs.shape)
 
     def log_probability(self, margins: np.ndarray) -> np.ndarray:
@@ -153,10 +181,17 @@ class LinearRanker:
         return np.asarray(-np.square(np.maximum(0, 1 - margins)))
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file, settings and facts as JSON in its header; it appears whole or not at all."""
+        """Writes one safetensors file, settings and facts as JSON in its header; it appears whole
+        or not at all.
+        """
         indptr, indices, data = _arrays(self.sparse)
         tensors = dict(zip(_TENSORS, (self.dense, self.bias, indptr, indices, data), strict=True))
-        told = {"format": FORMAT, "settings": asdict(self.settings), "facts": self.facts, "columns": self.sparse.shape[1]}
+        told = {
+            "format": FORMAT,
+            "settings": asdict(self.settings),
+            "facts": self.facts,
+            "columns": self.sparse.shape[1],
+        }
         head = {"ranker": json.dumps(told)}
         with replacing(path) as file:
             file.write(save(tensors, head | {ALGORITHM: seal(tensors, head)}))
@@ -172,22 +207,34 @@ class LinearRanker:
         head, found = read_tensors(path, "a ranker's file", mend)
         check_seal(head, found, {"ranker"}, name, mend)
         where = f"{name}, head"
-        told: Any = parse_record(head.get("ranker", ""), Head, where=where, mend=mend, kind={"format": FORMAT})
+        told: Any = parse_record(
+            head.get("ranker", ""), Head, where=where, mend=mend, kind={"format": FORMAT}
+        )
         for key, (kind, dimensions) in _TENSORS.items():
             if key not in found or found[key].dtype != kind or found[key].ndim != dimensions:
                 got = f"{found[key].dtype} {list(found[key].shape)}" if key in found else "none"
-                raise InputError(f"{name}, {key}", f"{np.dtype(kind)} of {dimensions} dimensions", got, mend)
+                raise InputError(
+                    f"{name}, {key}", f"{np.dtype(kind)} of {dimensions} dimensions", got, mend
+                )
             if kind == np.float32 and not np.isfinite(found[key]).all():
                 raise InputError(f"{name}, {key}", "finite weights", "a NaN or an infinity", mend)
         shape = (len(found["bias"]), told["columns"])
         if len(found["dense"]) != shape[0]:
-            raise InputError(f"{name}, dense", f"{shape[0]} rows, as bias has", str(len(found["dense"])), mend)
-        sparse = compressed({key: found[key] for key in ("data", "indices", "indptr")}, shape, name, mend)
+            raise InputError(
+                f"{name}, dense", f"{shape[0]} rows, as bias has", str(len(found["dense"])), mend
+            )
+        sparse = compressed(
+            {key: found[key] for key in ("data", "indices", "indptr")}, shape, name, mend
+        )
         known = {f.name for f in fields(Settings)}
         try:
-            settings = Settings(**{key: value for key, value in told["settings"].items() if key in known})
+            settings = Settings(
+                **{key: value for key, value in told["settings"].items() if key in known}
+            )
         except InputError as error:
-            raise InputError(f"{where}, settings.{error.where}", error.expected, error.got, mend) from None
+            raise InputError(
+                f"{where}, settings.{error.where}", error.expected, error.got, mend
+            ) from None
         return cls(found["dense"], sparse, found["bias"], settings, told["facts"])
 
 
@@ -207,8 +254,8 @@ def fit(
     Args:
         features: of N training documents.
         labels: [N, L] sparse; stored non-zeros are positives.
-        shortlist: [N, L] sparse; every stored pair counts, whatever its value. None trains each label on every document
-            (one-vs-all).
+        shortlist: [N, L] sparse; every stored pair counts, whatever its value. None trains each
+            label on every document (one-vs-all).
         settings: the defaults when not given.
         threads: of numba; 0 leaves its number. The result does not depend on it.
         facts: JSON values to keep beside the ranker.
@@ -239,9 +286,14 @@ def _blocks(
     squares = np.einsum("nd,nd->n", features.dense, features.dense)
     squares += np.asarray(features.sparse.multiply(features.sparse).sum(1)).ravel()
     how = (
-        settings.loss == "logistic", float(settings.cost), float(settings.positive_weight), float(settings.bias),
-        float(settings.tolerance), settings.epochs, settings.negatives,
-    )  # fmt: skip
+        settings.loss == "logistic",
+        float(settings.cost),
+        float(settings.positive_weight),
+        float(settings.bias),
+        float(settings.tolerance),
+        settings.epochs,
+        settings.negatives,
+    )
     x = _inputs(features)
     dense, bias = np.zeros((count, width), np.float32), np.zeros(count, np.float32)
     # The heaviest labels first, so that no thread is left with one at the end.
@@ -252,12 +304,32 @@ def _blocks(
     keep_compiled(solve, keep)
     for first in range(0, count, size):
         part = order[first : first + size]
-        block, places = np.zeros((len(part), width + columns), np.float32), np.empty((len(part), columns), np.int32)
-        constant, passes, held = np.zeros(len(part)), np.zeros(len(part), np.int64), np.zeros(len(part), np.int64)
+        block, places = (
+            np.zeros((len(part), width + columns), np.float32),
+            np.empty((len(part), columns), np.int32),
+        )
+        constant, passes, held = (
+            np.zeros(len(part)),
+            np.zeros(len(part), np.int64),
+            np.zeros(len(part), np.int64),
+        )
 
         def train(a: int, b: int) -> None:
-            solve(a, b, part, listed, positives, squares, x, how, settings.seed, block, constant, passes)  # noqa: B023
-            keep(a, b, block, width, settings.prune, held, places)  # noqa: B023
+            solve(
+                a,
+                b,
+                part,
+                listed,
+                positives,
+                squares,
+                x,
+                how,
+                settings.seed,
+                block,
+                constant,
+                passes,
+            )
+            keep(a, b, block, width, settings.prune, held, places)
 
         in_parallel(train, len(part), 4, threads)
         dense[part], bias[part], kept[part] = block[:, :width], constant * settings.bias, held
@@ -266,9 +338,16 @@ def _blocks(
     return dense, _in_label_order(order, kept, rows, columns), bias
 
 
-def _in_label_order(order: np.ndarray, kept: np.ndarray, rows: list[Arrays], columns: int) -> csr_matrix:
-    """CSR [L, V] from the blocks' columns and weights, which stand in the order of their training."""
-    parts = [np.concatenate([np.zeros(0, kind), *(row[n] for row in rows)]) for n, kind in ((0, np.int32), (1, np.float32))]
+def _in_label_order(
+    order: np.ndarray, kept: np.ndarray, rows: list[Arrays], columns: int
+) -> csr_matrix:
+    """CSR [L, V] from the blocks' columns and weights, which stand in the order of their
+    training.
+    """
+    parts = [
+        np.concatenate([np.zeros(0, kind), *(row[n] for row in rows)])
+        for n, kind in ((0, np.int32), (1, np.float32))
+    ]
     pointers = np.concatenate([[0], np.cumsum(kept[order])])
     stacked = csr_matrix((parts[1], parts[0], pointers), (len(order), columns))
     return stacked[np.argsort(order)] if len(order) else stacked
@@ -288,7 +367,9 @@ def _transposed(matrix: csr_matrix, *, drop_zeros: bool = False) -> Arrays:
 
 
 def _arrays(matrix: csr_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """indptr int64, indices int32, data float32: one set of types, so that a kernel is compiled once."""
+    """indptr int64, indices int32, data float32: one set of types, so that a kernel is compiled
+    once.
+    """
     return (
         matrix.indptr.astype(np.int64, copy=False),
         matrix.indices.astype(np.int32, copy=False),

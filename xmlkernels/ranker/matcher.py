@@ -1,9 +1,11 @@
-"""Shortlists without a neural model: linear classifiers of label clusters, level by level, down a tree with a beam.
+"""Shortlists without a neural model: linear classifiers of label clusters, level by level, down a
+tree with a beam.
 
 Letters: N documents, L labels, R cluster levels, n_r clusters of level r (coarse to fine).
 
-Source: Prabhu et al., "Parabel" (WWW 2018), and Yu et al., "PECOS: Prediction for Enormous and Correlated Output Spaces"
-(JMLR 2022), section 4: a cluster's classifier sees the documents for which its parent was kept or is true.
+Source: Prabhu et al., "Parabel" (WWW 2018), and Yu et al., "PECOS: Prediction for Enormous and
+Correlated Output Spaces" (JMLR 2022), section 4: a cluster's classifier sees the documents for
+which its parent was kept or is true.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class ClusterMatcher:
 
     Attributes:
         rankers: one for each cluster level, coarse to fine.
-        clusters: int64 [L] for each level: the cluster of each label id. Finer clusters lie inside coarser ones.
+        clusters: int64 [L] for each level: the cluster of each label id. Finer clusters lie inside
+            coarser ones.
         beam: clusters kept at every level.
     """
 
@@ -59,12 +62,14 @@ class ClusterMatcher:
         settings: Settings | None = None,
         threads: int = 0,
     ) -> ClusterMatcher:
-        """Trains the clusters' classifiers: the coarsest on every document, the others below the clusters kept or true.
+        """Trains the clusters' classifiers: the coarsest on every document, the others below the
+        clusters kept or true.
 
         Args:
             features: of N training documents.
             labels: [N, L].
-            clusters: the attribute of this class; `tree.ancestors(r)[tree.place]` of a LabelTree, for each r.
+            clusters: the attribute of this class; `tree.ancestors(r)[tree.place]` of a LabelTree,
+                for each r.
             beam: clusters kept at every level, here and when it is used.
             settings: of the classifiers.
 
@@ -85,7 +90,9 @@ class ClusterMatcher:
         return cls(tuple(rankers), parts, beam)
 
     def shortlist(self, features: Features, *, threads: int = 0) -> csr_matrix:
-        """The labels of the kept clusters, CSR float32 [N, L]; their values are the log-odds of the clusters."""
+        """The labels of the kept clusters, CSR float32 [N, L]; their values are the log-odds of the
+        clusters.
+        """
         kept = self._kept(features, threads)
         listed = kept @ _members(self.clusters[-1]).T
         listed.data = log_odds(listed.data).astype(np.float32)
@@ -93,11 +100,15 @@ class ClusterMatcher:
         return listed.astype(np.float32)
 
     def save(self, folder: str | Path) -> None:
-        """Writes level0.safetensors, level1.safetensors … into a folder, made where it does not exist; each file is whole."""
+        """Writes level0.safetensors, level1.safetensors … into a folder, made where it does not
+        exist; each file is whole.
+        """
         Path(folder).mkdir(parents=True, exist_ok=True)
         for level, (ranker, part) in enumerate(zip(self.rankers, self.clusters, strict=True)):
             facts = {"clusters": part.tolist(), "beam": self.beam, "levels": len(self.rankers)}
-            replace(ranker, facts=ranker.facts | facts).save(Path(folder) / f"level{level}.safetensors")
+            replace(ranker, facts=ranker.facts | facts).save(
+                Path(folder) / f"level{level}.safetensors"
+            )
 
     @classmethod
     def load(cls, folder: str | Path) -> ClusterMatcher:
@@ -109,27 +120,49 @@ class ClusterMatcher:
             level = len(rankers) - 1
             where = f"{Path(folder) / f'level{level}.safetensors'}, head, facts"
             if level == 0 and "clusters" not in rankers[0].facts:
-                raise InputError(str(folder), "the levels of a cluster matcher", "none (no clusters)", mend)
+                raise InputError(
+                    str(folder), "the levels of a cluster matcher", "none (no clusters)", mend
+                )
             facts.append(check_record(rankers[level].facts, Facts, where=where, mend=mend))
             if len(rankers) == facts[0]["levels"]:
                 break
             rankers.append(LinearRanker.load(Path(folder) / f"level{len(rankers)}.safetensors"))
-        parts = _checked([np.array(f["clusters"], np.int64) for f in facts], len(facts[0]["clusters"]), facts[0]["beam"])
+        parts = _checked(
+            [np.array(f["clusters"], np.int64) for f in facts],
+            len(facts[0]["clusters"]),
+            facts[0]["beam"],
+        )
         for level, (ranker, part) in enumerate(zip(rankers, parts, strict=True)):
             count = int(part.max(initial=-1)) + 1
             if len(ranker.bias) != count:
                 got = str(len(ranker.bias))
-                raise InputError(f"{folder}, level {level}", f"{count} classifiers, one for each cluster", got, mend)
+                raise InputError(
+                    f"{folder}, level {level}",
+                    f"{count} classifiers, one for each cluster",
+                    got,
+                    mend,
+                )
         return cls(tuple(rankers), parts, facts[0]["beam"])
 
     def _kept(self, features: Features, threads: int) -> csr_matrix:
-        """The best clusters of the last level, CSR float64 [N, n_r] of ln of the product of probabilities."""
+        """The best clusters of the last level, CSR float64 [N, n_r] of ln of the product of
+        probabilities.
+        """
         step = max(1, _PAIRS // max(ranker.sparse.shape[0] for ranker in self.rankers))
-        parts = [self._walk(features.rows(first, first + step), threads) for first in range(0, len(features), step)]
-        return csr_matrix(vstack(parts, "csr")) if parts else csr_matrix((0, self.rankers[-1].sparse.shape[0]))
+        parts = [
+            self._walk(features.rows(first, first + step), threads)
+            for first in range(0, len(features), step)
+        ]
+        return (
+            csr_matrix(vstack(parts, "csr"))
+            if parts
+            else csr_matrix((0, self.rankers[-1].sparse.shape[0]))
+        )
 
     def _walk(self, features: Features, threads: int) -> csr_matrix:
-        kept = csr_matrix(np.full((len(features), 1), -np.finfo(np.float64).tiny))  # the root, all but certain
+        kept = csr_matrix(
+            np.full((len(features), 1), -np.finfo(np.float64).tiny)
+        )  # the root, all but certain
         above = np.zeros(len(self.clusters[0]), np.int64)
         for ranker, part in zip(self.rankers, self.clusters, strict=True):
             listed = kept @ _children(above, part)
@@ -145,12 +178,24 @@ class ClusterMatcher:
 
 def _checked(clusters: Sequence[np.ndarray], labels: int, beam: int) -> tuple[np.ndarray, ...]:
     parts = tuple(np.asarray(part) for part in clusters)
-    if not parts or any(p.shape != (labels,) or p.dtype.kind not in "iu" or (labels and p.min() < 0) for p in parts):
+    if not parts or any(
+        p.shape != (labels,) or p.dtype.kind not in "iu" or (labels and p.min() < 0) for p in parts
+    ):
         got = ", ".join(f"{p.dtype} {list(p.shape)}" for p in parts) or "none"
-        raise InputError("clusters", f"the cluster of each of {labels} labels, level by level", got, "take them from one tree")
+        raise InputError(
+            "clusters",
+            f"the cluster of each of {labels} labels, level by level",
+            got,
+            "take them from one tree",
+        )
     for level, (coarse, fine) in enumerate(zip(parts, parts[1:], strict=False)):
         if len(np.unique(np.stack([coarse, fine]), axis=1).T) != len(np.unique(fine)):
-            raise InputError(f"clusters, level {level + 1}", "clusters inside those above", "one in two", "take one tree's")
+            raise InputError(
+                f"clusters, level {level + 1}",
+                "clusters inside those above",
+                "one in two",
+                "take one tree's",
+            )
     if beam < 1:
         raise InputError("beam", "1 or more", repr(beam), "keep at least one cluster")
     return tuple(part.astype(np.int64) for part in parts)

@@ -1,15 +1,19 @@
-"""Many small linear classifiers: dual coordinate descent, label by label, in loops that numba compiles.
+"""Many small linear classifiers: dual coordinate descent, label by label, in loops that numba
+compiles.
 
-Letters: N documents, D dense columns, V sparse columns, n labels of a block, m documents that a label is trained on.
+Letters: N documents, D dense columns, V sparse columns, n labels of a block, m documents that a
+    label is trained on.
 
-The classifier of a label minimises ½‖w‖² + Σ cost_i · loss(y_i · w·x_i) over its documents, with a constant feature for the
-bias (so the bias is regularised too). A label's result depends on its own documents and the seed alone: neither on the
-threads nor on the labels beside it. The loops hold no lock of the interpreter; who calls them spreads them over threads. They
-are compiled at the first call: loops stand where numpy's own functions (unique, where, slices) would take seconds for that.
+The classifier of a label minimises ½‖w‖² + Σ cost_i · loss(y_i · w·x_i) over its documents, with a
+constant feature for the bias (so the bias is regularised too). A label's result depends on its own
+documents and the seed alone: neither on the threads nor on the labels beside it. The loops hold no
+lock of the interpreter; who calls them spreads them over threads. They are compiled at the first
+call: loops stand where numpy's own functions (unique, where, slices) would take seconds for that.
 
-Sources: Hsieh, Chang, Lin, Keerthi & Sundararajan, "A Dual Coordinate Descent Method for Large-scale Linear SVM" (ICML
-2008), algorithm 3 (random order, shrinking), squared hinge; Yu, Huang & Lin, "Dual coordinate descent methods for logistic
-regression and maximum entropy models" (Machine Learning 2011), algorithm 5, logistic loss.
+Sources: Hsieh, Chang, Lin, Keerthi & Sundararajan, "A Dual Coordinate Descent Method for
+Large-scale Linear SVM" (ICML 2008), algorithm 3 (random order, shrinking), squared hinge; Yu, Huang
+& Lin, "Dual coordinate descent methods for logistic regression and maximum entropy models" (Machine
+Learning 2011), algorithm 5, logistic loss.
 """
 
 from __future__ import annotations
@@ -26,7 +30,14 @@ _INNER = 0.1  # a Newton step past the border goes this share of the way to it (
 
 
 @numba.njit(fastmath=_FAST)
-def dot(i: int, dense: np.ndarray, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, u: np.ndarray) -> np.float32:
+def dot(
+    i: int,
+    dense: np.ndarray,
+    indptr: np.ndarray,
+    indices: np.ndarray,
+    data: np.ndarray,
+    u: np.ndarray,
+) -> np.float32:
     """Document i times the weights u [D + V]."""
     width = dense.shape[1]
     total = np.float32(0)
@@ -39,7 +50,13 @@ def dot(i: int, dense: np.ndarray, indptr: np.ndarray, indices: np.ndarray, data
 
 @numba.njit
 def _add(
-    i: int, times: float, dense: np.ndarray, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, u: np.ndarray
+    i: int,
+    times: float,
+    dense: np.ndarray,
+    indptr: np.ndarray,
+    indices: np.ndarray,
+    data: np.ndarray,
+    u: np.ndarray,
 ) -> None:
     """u += times · document i."""
     width = dense.shape[1]
@@ -52,7 +69,9 @@ def _add(
 
 @numba.njit
 def _below(state: np.ndarray, bound: int) -> np.int64:
-    """A number from 0 to bound - 1; splitmix64, whose remainder is even enough for an order of visits."""
+    """A number from 0 to bound - 1; splitmix64, whose remainder is even enough for an order of
+    visits.
+    """
     state[0] += np.uint64(0x9E3779B97F4A7C15)
     z = state[0]
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -68,9 +87,11 @@ def _shuffle(order: np.ndarray, count: int, state: np.ndarray) -> None:
 
 
 @numba.njit
-def _listed(listed: np.ndarray, positive: np.ndarray, negatives: int, n: int, state: np.ndarray) -> Arrays:
-    """Documents a label is trained on, ascending, and +1 or -1 of each: listed ones, positives and up to `negatives` random
-    others. The first two come ascending.
+def _listed(
+    listed: np.ndarray, positive: np.ndarray, negatives: int, n: int, state: np.ndarray
+) -> Arrays:
+    """Documents a label is trained on, ascending, and +1 or -1 of each: listed ones, positives and
+    up to `negatives` random others. The first two come ascending.
 
     Work and memory grow with the lists, not with N. What is drawn twice counts once.
     """
@@ -114,7 +135,9 @@ def _every(positive: np.ndarray, n: int) -> Arrays:
 
 @numba.njit
 def _squared_hinge(docs, y, cost, squares, x, bias, tolerance, epochs, state, u):  # type: ignore[no-untyped-def]
-    """Algorithm 3 of Hsieh et al. with D_ii = 1/(2·cost_i); returns the bias weight and the passes made."""
+    """Algorithm 3 of Hsieh et al. with D_ii = 1/(2·cost_i); returns the bias weight and the passes
+    made.
+    """
     dense, indptr, indices, data = x
     m = len(docs)
     alpha = np.zeros(m)
@@ -128,7 +151,11 @@ def _squared_hinge(docs, y, cost, squares, x, bias, tolerance, epochs, state, u)
             k = order[at]
             i, sign = docs[k], float(y[k])
             own = 0.5 / cost[k]
-            gradient = sign * (dot(i, dense, indptr, indices, data, u) + bias * constant) - 1 + own * alpha[k]
+            gradient = (
+                sign * (dot(i, dense, indptr, indices, data, u) + bias * constant)
+                - 1
+                + own * alpha[k]
+            )
             if alpha[k] == 0 and gradient > bound:
                 active -= 1
                 order[at], order[active] = order[active], order[at]
@@ -153,7 +180,9 @@ def _squared_hinge(docs, y, cost, squares, x, bias, tolerance, epochs, state, u)
 
 @numba.njit
 def _logistic(docs, y, cost, squares, x, bias, tolerance, epochs, state, u):  # type: ignore[no-untyped-def]
-    """Algorithm 5 of Yu et al.: alpha and cost - alpha are both kept, so that neither loses its digits near 0."""
+    """Algorithm 5 of Yu et al.: alpha and cost - alpha are both kept, so that neither loses its
+    digits near 0.
+    """
     dense, indptr, indices, data = x
     m = len(docs)
     low = np.minimum(0.001 * cost, 1e-8)
@@ -198,12 +227,13 @@ def _logistic(docs, y, cost, squares, x, bias, tolerance, epochs, state, u):  # 
 
 @numba.njit(nogil=True)
 def solve(begin, end, labels, lists, positives, squares, x, how, seed, block, constant, passes):  # type: ignore[no-untyped-def]
-    """Trains labels[begin:end]; fills their rows of block float32 [n, D + V] (zeros before), constant and passes [n].
+    """Trains labels[begin:end]; fills their rows of block float32 [n, D + V] (zeros before),
+    constant and passes [n].
 
     Args:
         labels: int64 [n], label ids.
-        lists, positives: (indptr, indices) of CSR [L, N]: each label's listed documents and its positives. An empty
-            `lists[0]` lists every document for every label.
+        lists, positives: (indptr, indices) of CSR [L, N]: each label's listed documents and its
+            positives. An empty `lists[0]` lists every document for every label.
         squares: float32 [N], squared length of each document.
         x: (dense, indptr, indices, data) of the features.
         how: (logistic, cost, positive_weight, bias, tolerance, epochs, negatives).
@@ -227,14 +257,27 @@ def solve(begin, end, labels, lists, positives, squares, x, how, seed, block, co
         for k in range(len(docs)):
             costs[k] = cost * positive_weight if y[k] > 0 else cost
         if logistic:
-            constant[b], passes[b] = _logistic(docs, y, costs, squares, x, bias, tolerance, epochs, state, block[b])
+            constant[b], passes[b] = _logistic(
+                docs, y, costs, squares, x, bias, tolerance, epochs, state, block[b]
+            )
         else:
-            constant[b], passes[b] = _squared_hinge(docs, y, costs, squares, x, bias, tolerance, epochs, state, block[b])
+            constant[b], passes[b] = _squared_hinge(
+                docs, y, costs, squares, x, bias, tolerance, epochs, state, block[b]
+            )
 
 
 @numba.njit(nogil=True)
-def keep(begin: int, end: int, block: np.ndarray, width: int, threshold: float, kept: np.ndarray, columns: np.ndarray) -> None:
-    """Moves the sparse weights above the threshold (in size) of rows begin to end of block [n, D + V] to the front.
+def keep(
+    begin: int,
+    end: int,
+    block: np.ndarray,
+    width: int,
+    threshold: float,
+    kept: np.ndarray,
+    columns: np.ndarray,
+) -> None:
+    """Moves the sparse weights above the threshold (in size) of rows begin to end of block [n, D +
+    V] to the front.
 
     Args:
         kept: int64 [n], filled with how many they are.

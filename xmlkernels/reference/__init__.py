@@ -1,1 +1,3 @@
-"""What each op means, in plain torch. These functions are the definition that every kernel is tested against."""
+"""What each op means, in plain torch. These functions are the definition that every kernel is
+tested against.
+"""

@@ -1,4 +1,6 @@
-"""Reference of `bag_step_`: every occurrence's gradient, added up by row, then the sparse update."""
+"""Reference of `bag_step_`: every occurrence's gradient, added up by row, then the sparse
+update.
+"""
 
 import torch
 from torch import Tensor
@@ -29,12 +31,25 @@ def bag_step_(
     factor = torch.ones_like(token, dtype=work) if token_weight is None else token_weight.to(work)
     place = torch.arange(token.shape[0], device=token.device)
     real = (token >= 0) & (place >= offset[0]) & (place < offset[-1])
-    bag = torch.searchsorted(offset[1:], place[real], right=True)  # the first bag that ends behind the occurrence
+    bag = torch.searchsorted(
+        offset[1:], place[real], right=True
+    )  # the first bag that ends behind the occurrence
     rows, at = torch.unique(token[real], return_inverse=True)
     summed = torch.zeros(rows.shape[0], weight.shape[1], dtype=work, device=weight.device)
     summed.index_add_(0, at, factor[real][:, None] * grad[bag].to(work))
     update_rows_at_(
-        weight, rows, hyper[5].to(work) * summed, hyper, counter, torch.isfinite(grad).all() & torch.isfinite(factor).all(),
-        momentum=momentum, second=second, kahan=kahan, row_step=row_step, row_decay=row_decay, decay_sum=decay_sum,
-        row_offset=row_offset, decoupled=decoupled,
-    )  # fmt: skip
+        weight,
+        rows,
+        hyper[5].to(work) * summed,
+        hyper,
+        counter,
+        torch.isfinite(grad).all() & torch.isfinite(factor).all(),
+        momentum=momentum,
+        second=second,
+        kahan=kahan,
+        row_step=row_step,
+        row_decay=row_decay,
+        decay_sum=decay_sum,
+        row_offset=row_offset,
+        decoupled=decoupled,
+    )

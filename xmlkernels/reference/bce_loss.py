@@ -17,7 +17,9 @@ def logits_and_targets(
     n: int,
     row_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits [B, n], targets [B, n], and the operands (weight [n, D], x [B, D]) in the working precision."""
+    """Logits [B, n], targets [B, n], and the operands (weight [n, D], x [B, D]) in the working
+    precision.
+    """
     w = decode(weight[:n], None if row_scale is None else row_scale[:n])
     work = w.dtype
     e = x.to(work)
@@ -26,7 +28,8 @@ def logits_and_targets(
         z = z + bias[:n].to(work)
     real = pos_row < n  # a graph of fixed capacity is filled with rows beyond the last
     value = torch.ones_like(pos_row, dtype=work) if pos_value is None else pos_value.to(work)
-    # Filled entries become a zero added at a place that exists, so that no shape depends on the data.
+    # Filled entries become a zero added at a place that exists, so that no shape depends on the
+    # data.
     y = torch.zeros(z.shape[0] * n + 1, dtype=work, device=z.device)
     place = torch.where(real, pos_sample.to(torch.int64) * n + pos_row, z.shape[0] * n)
     y = y.index_add(0, place, torch.where(real, value, 0))
@@ -68,7 +71,9 @@ def bce_loss_backward(
     need_dweight: bool = False,
     need_dbias: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of the sum: dx [B, D], dweight [L, D] and dbias [L] in the working precision ([0] where not asked)."""
+    """Gradient of the sum: dx [B, D], dweight [L, D] and dbias [L] in the working precision ([0]
+    where not asked).
+    """
     n = weight.shape[0] if rows < 0 else rows
     z, y, w, e = logits_and_targets(x, weight, bias, pos_row, pos_sample, pos_value, n, row_scale)
     g = torch.sigmoid(z) - y

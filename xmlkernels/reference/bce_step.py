@@ -53,10 +53,13 @@ def bce_step_(
 
     ids = torch.arange(n, device=weight.device) + row_offset
     states = (view(momentum), view(second), view(kahan))
-    writes = update_rows(weight[:n], g.T @ e, hyper, counter, ids, *states, decoupled, row_scale=view(row_scale))
+    writes = update_rows(
+        weight[:n], g.T @ e, hyper, counter, ids, *states, decoupled, row_scale=view(row_scale)
+    )
     if bias is not None:
         writes.append((bias[:n], saturate(bias[:n] - hyper[0] * g.sum(0), bias.dtype)))
-    # Without state and decay a skipped row is not even stored again: its largest |value| of an e4m3 table stays, too.
+    # Without state and decay a skipped row is not even stored again: its largest |value| of an e4m3
+    # table stays, too.
     still = idle & (hyper[1] == 0) if momentum is None and kahan is None else torch.zeros_like(idle)
     for target, value in writes:
         keep = still if target.dim() == 1 else still[:, None]
@@ -64,12 +67,18 @@ def bce_step_(
     return dx, loss
 
 
-def idle_rows(z: Tensor, e: Tensor, pos_row: Tensor, hyper: Tensor, bias: bool, skip_below: float) -> tuple[Tensor, Tensor]:
-    """Rows to skip, bool [n], for logits z [B, n] and x e [B, D]; and int64 [2], groups skipped and seen."""
+def idle_rows(
+    z: Tensor, e: Tensor, pos_row: Tensor, hyper: Tensor, bias: bool, skip_below: float
+) -> tuple[Tensor, Tensor]:
+    """Rows to skip, bool [n], for logits z [B, n] and x e [B, D]; and int64 [2], groups skipped and
+    seen.
+    """
     b, n = z.shape
     groups = -(-n // GROUP)
     # A row of zeros beside the batch, so that the maxima of an empty batch exist.
-    peak = pad(torch.sigmoid(z), (0, groups * GROUP - n, 0, 1)).view(b + 1, groups, GROUP).amax((0, 2))
+    peak = (
+        pad(torch.sigmoid(z), (0, groups * GROUP - n, 0, 1)).view(b + 1, groups, GROUP).amax((0, 2))
+    )
     reach = e.abs().sum(0).amax()
     reach = reach.clamp(min=b) if bias else reach  # a bias is a weight of an x that is 1
     busy = torch.zeros(groups + 1, dtype=torch.bool, device=z.device)

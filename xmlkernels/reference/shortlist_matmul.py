@@ -1,4 +1,6 @@
-"""Reference of `shortlist_matmul` and its backward: the gathered `B x S x D` rows at once, in fp32 (or fp64)."""
+"""Reference of `shortlist_matmul` and its backward: the gathered `B x S x D` rows at once, in fp32
+(or fp64).
+"""
 
 import torch
 from torch import Tensor
@@ -6,8 +8,12 @@ from torch import Tensor
 from xmlkernels.reference.rounding import decode
 
 
-def gathered_rows(x: Tensor, weight: Tensor, index: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows [B, S, D] with zeros at pads, places of real entries [B, S], index [B, S] and x, in the working precision."""
+def gathered_rows(
+    x: Tensor, weight: Tensor, index: Tensor, row_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows [B, S, D] with zeros at pads, places of real entries [B, S], index [B, S] and x, in the
+    working precision.
+    """
     work = decode(weight[:0], None if row_scale is None else row_scale[:0]).dtype
     wide = index.expand(x.shape[0], index.shape[-1])
     real = wide >= 0
@@ -17,7 +23,9 @@ def gathered_rows(x: Tensor, weight: Tensor, index: Tensor, row_scale: Tensor | 
     return rows, real, wide, x.to(work)
 
 
-def shortlist_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, row_scale: Tensor | None = None) -> Tensor:
+def shortlist_matmul(
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, row_scale: Tensor | None = None
+) -> Tensor:
     """See `xmlkernels.ops.shortlist_matmul`."""
     rows, real, wide, e = gathered_rows(x, weight, index, row_scale)
     z = torch.einsum("bd,bsd->bs", e, rows)
@@ -45,7 +53,8 @@ def shortlist_backward(
 
     Returns:
         dx: [B, D] in the working precision; [0] when not asked.
-        rows: int64 [U], the table rows that a sample names, each once, ascending; [0] when neither of the next is asked.
+        rows: int64 [U], the table rows that a sample names, each once, ascending; [0] when neither
+            of the next is asked.
         grad: [U, D], gradient of those rows; [0, D] when not asked.
         dbias: [U], gradient of their bias; [0] when not asked.
     """

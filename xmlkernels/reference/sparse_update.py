@@ -1,4 +1,6 @@
-"""Reference of `sparse_sgd_`, `sparse_adagrad_` and `sparse_adam_`: the touched rows gathered, updated, put back."""
+"""Reference of `sparse_sgd_`, `sparse_adagrad_` and `sparse_adam_`: the touched rows gathered,
+updated, put back.
+"""
 
 from typing import Any
 
@@ -8,7 +10,9 @@ from torch import Tensor
 from xmlkernels.reference.update import update_rows_at_
 
 
-def _step(param: Tensor, rows: Tensor, grad: Tensor, hyper: Tensor, counter: Tensor, **given: Any) -> None:
+def _step(
+    param: Tensor, rows: Tensor, grad: Tensor, hyper: Tensor, counter: Tensor, **given: Any
+) -> None:
     work = torch.promote_types(param.dtype, torch.float32)
     real = rows < param.shape[0]  # a graph of fixed capacity is filled with rows beyond the last
     scaled = hyper[5].to(work) * torch.where(real[:, None], grad, 0).to(work)
@@ -32,7 +36,17 @@ def sparse_sgd_(
 ) -> None:
     """See `xmlkernels.ops.sparse_sgd_`."""
     decay = {"row_decay": row_decay, "decay_sum": decay_sum, "decoupled": decoupled}
-    _step(param, rows, grad, hyper, counter, momentum=momentum, kahan=kahan, row_offset=row_offset, **decay)
+    _step(
+        param,
+        rows,
+        grad,
+        hyper,
+        counter,
+        momentum=momentum,
+        kahan=kahan,
+        row_offset=row_offset,
+        **decay,
+    )
 
 
 def sparse_adagrad_(
@@ -51,7 +65,17 @@ def sparse_adagrad_(
 ) -> None:
     """See `xmlkernels.ops.sparse_adagrad_`."""
     decay = {"row_decay": row_decay, "decay_sum": decay_sum, "decoupled": decoupled}
-    _step(param, rows, grad, hyper, counter, second=second, kahan=kahan, row_offset=row_offset, **decay)
+    _step(
+        param,
+        rows,
+        grad,
+        hyper,
+        counter,
+        second=second,
+        kahan=kahan,
+        row_offset=row_offset,
+        **decay,
+    )
 
 
 def sparse_adam_(

@@ -1,4 +1,6 @@
-"""The update that every in-place op applies to table rows: SGD, SGD with momentum, Adagrad, or Adam."""
+"""The update that every in-place op applies to table rows: SGD, SGD with momentum, Adagrad, or
+Adam.
+"""
 
 import torch
 from torch import Tensor
@@ -32,14 +34,18 @@ def update_rows(
         hyper: [7] lr, decay, momentum or beta1, beta2, epsilon, scale, dx_scale.
         counter: int64 [2] seed, step (counted from 0).
         rows: int64 [N], their global numbers: they choose the random words.
-        momentum: [N, D]; alone it is SGD's momentum (dampening 0, no Nesterov); with `second` it is Adam's first moment.
-        second: [N, D], or row-wise [N] (from the mean over D of the squared gradient): Adam's second moment; alone,
-            Adagrad's sum of squares.
-        kahan: [N, D], what rounding left over; given, the store rounds to nearest and keeps the rest.
+        momentum: [N, D]; alone it is SGD's momentum (dampening 0, no Nesterov); with `second` it is
+            Adam's first moment.
+        second: [N, D], or row-wise [N] (from the mean over D of the squared gradient): Adam's
+            second moment; alone, Adagrad's sum of squares.
+        kahan: [N, D], what rounding left over; given, the store rounds to nearest and keeps the
+            rest.
         decoupled: decay shrinks the weight (AdamW) instead of entering the gradient (L2).
-        row_step: int64 [N], updates that each row has had; in place of the counter's step in the bias correction.
-        row_decay, decay_sum: [N] and [1], sums of log1p(-lr decay) that the row has had and should have: the row is shrunk
-            by exp of the difference in place of 1 - lr decay. With `decoupled` only.
+        row_step: int64 [N], updates that each row has had; in place of the counter's step in the
+            bias correction.
+        row_decay, decay_sum: [N] and [1], sums of log1p(-lr decay) that the row has had and should
+            have: the row is shrunk by exp of the difference in place of 1 - lr decay. With
+            `decoupled` only.
         row_scale: [N, 2] for e4m3 rows: scale and largest |value| so far. Without kahan.
 
     Returns:
@@ -68,7 +74,11 @@ def update_rows(
     new = shrunk - lr * direction
     if row_scale is not None:
         code, largest = encode(new, row_scale, counter, rows, WEIGHT)
-        return [(weight, code), (row_scale, torch.stack([row_scale[:, 0], row_scale[:, 1].maximum(largest)], 1)), *out]
+        return [
+            (weight, code),
+            (row_scale, torch.stack([row_scale[:, 0], row_scale[:, 1].maximum(largest)], 1)),
+            *out,
+        ]
     if kahan is None:
         return [(weight, store(new, weight.dtype, counter, rows, WEIGHT)), *out]
     return [*_compensated(new, weight, kahan), *out]
@@ -82,7 +92,13 @@ def _compensated(new: Tensor, weight: Tensor, kahan: Tensor) -> Writes:
 
 
 def _direction(
-    grad: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor, steps: Tensor, momentum: Tensor | None, second: Tensor | None
+    grad: Tensor,
+    beta1: Tensor,
+    beta2: Tensor,
+    eps: Tensor,
+    steps: Tensor,
+    momentum: Tensor | None,
+    second: Tensor | None,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor, int]]]:
     """What lr multiplies [N, D], and each state with its new value and random stream."""
     m, v, states = grad, None, []
@@ -121,9 +137,11 @@ def update_rows_at_(
     row_offset: int = 0,
     decoupled: bool = False,
 ) -> None:
-    """Updates rows `rows` (int64 [N], unique; those from n on are fill) of a table [n, D] with their gradient [N, D].
+    """Updates rows `rows` (int64 [N], unique; those from n on are fill) of a table [n, D] with
+    their gradient [N, D].
 
-    The states are whole, as long as the table. `apply`, bool []: False leaves every tensor as it was.
+    The states are whole, as long as the table. `apply`, bool []: False leaves every tensor as it
+    was.
     """
     real = rows < weight.shape[0]
     rows, grad = rows[real], grad[real]
@@ -131,9 +149,20 @@ def update_rows_at_(
     w, parts = weight[rows], [None if s is None else s[rows] for s in whole]
     m, v, k, t, r, s = parts
     writes = update_rows(
-        w, grad, hyper, counter, rows + row_offset, m, v, k, decoupled,
-        row_step=t, row_decay=r, decay_sum=decay_sum, row_scale=s,
-    )  # fmt: skip
+        w,
+        grad,
+        hyper,
+        counter,
+        rows + row_offset,
+        m,
+        v,
+        k,
+        decoupled,
+        row_step=t,
+        row_decay=r,
+        decay_sum=decay_sum,
+        row_scale=s,
+    )
     value = {id(old): new for old, new in writes}
     for state, old in zip((weight, *whole), (w, *parts), strict=True):
         if state is not None and old is not None:

@@ -38,16 +38,30 @@ from xmlkernels.tree.label_tree import LabelTree
 
 log = logging.getLogger(__name__)
 
-# CascadeXML's for three and four levels (README of its repository); for two and five, those levels of them that remain.
-_DROPS = {2: (0.3, 0.4), 3: (0.3, 0.3, 0.4), 4: (0.2, 0.25, 0.4, 0.5), 5: (0.2, 0.25, 0.3, 0.4, 0.5)}
+# CascadeXML's for three and four levels (README of its repository); for two and five, those levels
+# of them that remain.
+_DROPS = {
+    2: (0.3, 0.4),
+    3: (0.3, 0.3, 0.4),
+    4: (0.2, 0.25, 0.4, 0.5),
+    5: (0.2, 0.25, 0.3, 0.4, 0.5),
+}
 _FIRST_TOPK = 128
 _APART = 1 << 40  # between the seeds of processes: more than a run has steps
 
 
 def build_model(
-    config: Config, dataset: Dataset, inputs: Inputs, steps: int, device: torch.device, *, tree: LabelTree | None, epoch: int
+    config: Config,
+    dataset: Dataset,
+    inputs: Inputs,
+    steps: int,
+    device: torch.device,
+    *,
+    tree: LabelTree | None,
+    epoch: int,
 ) -> Model:
-    """Encoder, tables and their training; says what they will take of the memory before the tables are made.
+    """Encoder, tables and their training; says what they will take of the memory before the tables
+    are made.
 
     Args:
         inputs: how its documents are read.
@@ -61,10 +75,17 @@ def build_model(
     torch.manual_seed(config.seed)
     if isinstance(inputs, BowInputs):
         encoder: nn.Module = BowEncoder(
-            inputs.vocabulary, config.bow_width, dropout=config.dropout, word_dropout=config.word_dropout,
-            activation=config.bow_activation, optimizer="adam", decay=config.encoder_decay, std=config.word_std,
-            seed=config.seed, epsilon=config.encoder_epsilon or 1e-8,
-        )  # fmt: skip
+            inputs.vocabulary,
+            config.bow_width,
+            dropout=config.dropout,
+            word_dropout=config.word_dropout,
+            activation=config.bow_activation,
+            optimizer="adam",
+            decay=config.encoder_decay,
+            std=config.word_std,
+            seed=config.seed,
+            epsilon=config.encoder_epsilon or 1e-8,
+        )
     else:
         encoder = build_encoder(config, dataset, device)
     if tree is None:
@@ -76,7 +97,8 @@ def build_model(
 
 
 def draw_apart(config: Config, step: int) -> None:
-    """Lets every process but the first drop units of its own from here on; the first draws on as one alone would.
+    """Lets every process but the first drop units of its own from here on; the first draws on as
+    one alone would.
 
     Args:
         step: of the run: draws of a run that goes on do not begin again.
@@ -85,62 +107,146 @@ def draw_apart(config: Config, step: int) -> None:
         torch.manual_seed((config.seed + _APART * dist.rank() + step) % 2**63)
 
 
-def _end_to_end(config: Config, dataset: Dataset, encoder: nn.Module, steps: int, epoch: int, device: torch.device) -> EndToEnd:
-    dtype, optimizer, width = resolved_table(config, device), resolved_optimizer(config), int(encoder.width)  # type: ignore
+def _end_to_end(
+    config: Config,
+    dataset: Dataset,
+    encoder: nn.Module,
+    steps: int,
+    epoch: int,
+    device: torch.device,
+) -> EndToEnd:
+    dtype, optimizer, width = (
+        resolved_table(config, device),
+        resolved_optimizer(config),
+        int(encoder.width),
+    )  # type: ignore
     table = Table(
-        "label table", dataset.num_labels, width, dtype, optimizer, config.momentum, config.state, bias=config.bias,
-        kahan=config.kahan, mean=config.ema_tables,
-    )  # fmt: skip
+        "label table",
+        dataset.num_labels,
+        width,
+        dtype,
+        optimizer,
+        config.momentum,
+        config.state,
+        bias=config.bias,
+        kahan=config.kahan,
+        mean=config.ema_tables,
+    )
     documents = documents_of(config, dataset, _pass(config))
-    parts = plan(encoder, [table], documents=documents, tokens=longest_row(config, dataset), mean=config.ema > 0)
+    parts = plan(
+        encoder,
+        [table],
+        documents=documents,
+        tokens=longest_row(config, dataset),
+        mean=config.ema > 0,
+    )
     announce(config, parts, device)
     head = FullHead(
-        dataset.num_labels, width, dtype=dtype, bias=config.bias, optimizer=optimizer, momentum=config.momentum,
-        state_dtype=config.state, decay=config.table_decay, decoupled=config.decoupled, kahan=config.kahan,
-        skip_units=config.skip_tiles, epsilon=config.table_epsilon, seed=config.seed,
-    )  # fmt: skip
+        dataset.num_labels,
+        width,
+        dtype=dtype,
+        bias=config.bias,
+        optimizer=optimizer,
+        momentum=config.momentum,
+        state_dtype=config.state,
+        decay=config.table_decay,
+        decoupled=config.decoupled,
+        kahan=config.kahan,
+        skip_units=config.skip_tiles,
+        epsilon=config.table_epsilon,
+        seed=config.seed,
+    )
     training = Training(
-        config.encoder_lr, config.table_lr, config.encoder_decay, warmup_steps(config, epoch), steps, config.clip,
-        _micro_batch(config), _mean(config, epoch, steps), resolved_epsilon(config),
-    )  # fmt: skip
+        config.encoder_lr,
+        config.table_lr,
+        config.encoder_decay,
+        warmup_steps(config, epoch),
+        steps,
+        config.clip,
+        _micro_batch(config),
+        _mean(config, epoch, steps),
+        resolved_epsilon(config),
+    )
     return EndToEnd(encoder, head, training)
 
 
 def _cascade(
-    config: Config, dataset: Dataset, encoder: nn.Module, tree: LabelTree, steps: int, epoch: int, device: torch.device
+    config: Config,
+    dataset: Dataset,
+    encoder: nn.Module,
+    tree: LabelTree,
+    steps: int,
+    epoch: int,
+    device: torch.device,
 ) -> Cascade:
     most = tuple(tree.widest(r) for r in range(tree.levels - 1))
     topk = config.topk or default_topk(tree)
     layers = layers_of(config) or _layers(encoder, tree.levels)
     dtype, optimizer = resolved_table(config, device), resolved_optimizer(config)
     width = int(getattr(encoder, "hidden", None) or encoder.width)  # type: ignore
-    candidates = (tree.sizes[0], *(min(k, n) * m for k, n, m in zip(topk, tree.sizes, most, strict=False)))
+    candidates = (
+        tree.sizes[0],
+        *(min(k, n) * m for k, n, m in zip(topk, tree.sizes, most, strict=False)),
+    )
     tables = [
         Table(
-            "label table" if r + 1 == tree.levels else f"clusters of level {r}", n, width,
-            "bf16" if dtype == "fp8" and r + 1 < tree.levels else dtype, optimizer, config.momentum, config.state,
-            row_wise=True, bias=True, mean=config.ema_tables,
+            "label table" if r + 1 == tree.levels else f"clusters of level {r}",
+            n,
+            width,
+            "bf16" if dtype == "fp8" and r + 1 < tree.levels else dtype,
+            optimizer,
+            config.momentum,
+            config.state,
+            row_wise=True,
+            bias=True,
+            mean=config.ema_tables,
         )
         for r, n in enumerate(tree.sizes)
-    ]  # fmt: skip
+    ]
     _tell(config, dataset, encoder, tables, candidates, device)
     warmup = warmup_steps(config, epoch)
-    if warmup > steps and config.schedule == "three_phase":  # a cosine may end within its warm-up, and says so
+    if (
+        warmup > steps and config.schedule == "three_phase"
+    ):  # a cosine may end within its warm-up, and says so
         flag = "--warmup-epochs" if config.warmup_epochs else "--warmup"
-        raise InputError(flag, f"at most {steps:,} updates, all of this run", f"{warmup:,}", "shorten it or train for longer")
+        raise InputError(
+            flag,
+            f"at most {steps:,} updates, all of this run",
+            f"{warmup:,}",
+            "shorten it or train for longer",
+        )
     heads = CascadeHeads(
-        tree.sizes, most, width, layers=layers, topk=topk, scheme="weighted" if config.scheme == "auto" else config.scheme,
-        dtype=dtype, optimizer=optimizer, betas=(config.momentum if optimizer == "sgd" else 0.9, 0.999),
-        state_dtype=config.state, drops=config.embed_drops or _DROPS[tree.levels], seed=config.seed,
-        label_device=resolved_label_device(config), epsilon=config.table_epsilon,
-    )  # fmt: skip
+        tree.sizes,
+        most,
+        width,
+        layers=layers,
+        topk=topk,
+        scheme="weighted" if config.scheme == "auto" else config.scheme,
+        dtype=dtype,
+        optimizer=optimizer,
+        betas=(config.momentum if optimizer == "sgd" else 0.9, 0.999),
+        state_dtype=config.state,
+        drops=config.embed_drops or _DROPS[tree.levels],
+        seed=config.seed,
+        label_device=resolved_label_device(config),
+        epsilon=config.table_epsilon,
+    )
     training = CascadeTraining(
-        encoder_lr=config.encoder_lr, total=steps, warmup=warmup,
-        head_lr=config.encoder_lr * config.head_lr_factor, decay=config.encoder_decay, schedule=config.schedule,
-        cooldown=round(config.cooldown_epochs * epoch), rw_loss=config.rw_loss, positives_bound=config.positives_bound,
-        micro_batch=_micro_batch(config), clip=config.clip, mean=_mean(config, epoch, steps),
-        reference_loss=config.reference_loss, encoder_epsilon=resolved_epsilon(config),
-    )  # fmt: skip
+        encoder_lr=config.encoder_lr,
+        total=steps,
+        warmup=warmup,
+        head_lr=config.encoder_lr * config.head_lr_factor,
+        decay=config.encoder_decay,
+        schedule=config.schedule,
+        cooldown=round(config.cooldown_epochs * epoch),
+        rw_loss=config.rw_loss,
+        positives_bound=config.positives_bound,
+        micro_batch=_micro_batch(config),
+        clip=config.clip,
+        mean=_mean(config, epoch, steps),
+        reference_loss=config.reference_loss,
+        encoder_epsilon=resolved_epsilon(config),
+    )
     return Cascade(encoder, heads, tree, training)
 
 
@@ -156,9 +262,12 @@ def _tell(
     apart, tokens = resolved_label_device(config), longest_row(config, dataset)
     update = documents_of(config, dataset, config.batch * config.accumulate)
     whole = {
-        "documents": documents_of(config, dataset, _pass(config)), "tokens": tokens, "update": update,
-        "candidates": candidates, "mean": config.ema > 0,
-    }  # fmt: skip
+        "documents": documents_of(config, dataset, _pass(config)),
+        "tokens": tokens,
+        "update": update,
+        "candidates": candidates,
+        "mean": config.ema > 0,
+    }
     if apart is None:
         announce(config, plan(encoder, tables, **whole), device)
         return
@@ -168,24 +277,34 @@ def _tell(
 
 
 def _mean(config: Config, epoch: int, steps: int) -> MeanSettings:
-    settings = MeanSettings(config.ema, round(config.ema_start * epoch), config.ema_every, config.ema_tables)
+    settings = MeanSettings(
+        config.ema, round(config.ema_start * epoch), config.ema_every, config.ema_tables
+    )
     if settings.decay > 0 and settings.start + settings.every > steps:
         got = f"the first value after {settings.start + settings.every:,}"
         mend = "begin earlier (--ema-start), or take values more often (--ema-every)"
-        raise InputError("--ema", f"a mean that begins within the {steps:,} updates of this run", got, mend)
+        raise InputError(
+            "--ema", f"a mean that begins within the {steps:,} updates of this run", got, mend
+        )
     return settings
 
 
 def start_table(config: Config, dataset: Dataset, inputs: Inputs, model: Model) -> None:
-    """Puts the label table where the configuration wants it at the start of a run: at frequencies, at centroids."""
+    """Puts the label table where the configuration wants it at the start of a run: at frequencies,
+    at centroids.
+    """
     if not isinstance(model, EndToEnd):
         return
     train = dataset.splits["train"]
     if config.frequency_bias:
         counts = np.bincount(train.labels.indices, minlength=dataset.num_labels)
-        model.head.start_at_frequencies(torch.from_numpy(counts).to(model.device), train.labels.shape[0])
+        model.head.start_at_frequencies(
+            torch.from_numpy(counts).to(model.device), train.labels.shape[0]
+        )
     if config.centroid_norm:
-        batches = (pair[0] for pair in evaluation_batches(model, train, config.evaluate_batch, inputs))
+        batches = (
+            pair[0] for pair in evaluation_batches(model, train, config.evaluate_batch, inputs)
+        )
         vectors = ((model.embed(batch), batch.pos_row, batch.pos_sample) for batch in batches)
         model.head.start_at_centroids(vectors, config.centroid_norm)
 
@@ -196,28 +315,42 @@ def build_encoder(config: Config, dataset: Dataset, device: torch.device) -> nn.
     Raises:
         InputError: it cannot be loaded, or the data do not fit it.
     """
-    autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": default_autocast(device)}[config.precision]
+    autocast = {
+        "fp32": None,
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
+        "auto": default_autocast(device),
+    }[config.precision]
     options: dict[str, Any] = {
-        "pooling": config.pooling, "class_token": class_token(config, dataset), "bottleneck": config.bottleneck,
+        "pooling": config.pooling,
+        "class_token": class_token(config, dataset),
+        "bottleneck": config.bottleneck,
         "dropout": config.dropout,
-        "autocast": autocast, "compile": config.compile,
-    }  # fmt: skip
+        "autocast": autocast,
+        "compile": config.compile,
+    }
     if config.encoder == "tiny":
-        encoder = Encoder.tiny(load_tokenizer(dataset.tokenizer_folder).vocab_size, seed=config.seed, **options)
+        encoder = Encoder.tiny(
+            load_tokenizer(dataset.tokenizer_folder).vocab_size, seed=config.seed, **options
+        )
     else:
         source = source_of(config.encoder)
         encoder = Encoder.from_pretrained(source, **options)
         if load_tokenizer(source).hash != dataset.tokenizer_hash:
             raise InputError(
-                f"dataset {dataset.folder}", f"tokens made by the tokenizer of {config.encoder}", "tokens of another tokenizer",
+                f"dataset {dataset.folder}",
+                f"tokens made by the tokenizer of {config.encoder}",
+                "tokens of another tokenizer",
                 "prepare the data again with --tokenizer set to this encoder",
-            )  # fmt: skip
+            )
     longest = longest_row(config, dataset)
     if encoder.max_length is not None and longest > encoder.max_length:
         raise InputError(
-            f"dataset {dataset.folder}", f"rows of at most {encoder.max_length} tokens, the positions of {config.encoder}",
-            f"one of {longest}", f"prepare the data again with --max-length {encoder.max_length}",
-        )  # fmt: skip
+            f"dataset {dataset.folder}",
+            f"rows of at most {encoder.max_length} tokens, the positions of {config.encoder}",
+            f"one of {longest}",
+            f"prepare the data again with --max-length {encoder.max_length}",
+        )
     if config.init_state:
         load_ngame(encoder, config.init_state, config.init_prefix)
     if config.freeze:
@@ -231,12 +364,17 @@ def class_token(config: Config, dataset: Dataset) -> str:
         return "first"
     position = load_tokenizer(dataset.tokenizer_folder).class_position
     if position is None:
-        log.info("note: this tokenizer sets no class token; --pooling cls reads the first token of a document")
+        log.info(
+            "note: this tokenizer sets no class token; --pooling cls reads the first token of a "
+            "document"
+        )
     return position or "first"
 
 
 def keep_class_token(model: Model, state: Mapping[str, Any]) -> None:
-    """Reads the class token where a checkpoint's run did: one that began before tokenizers were asked read the first token."""
+    """Reads the class token where a checkpoint's run did: one that began before tokenizers were
+    asked read the first token.
+    """
     if isinstance(model.encoder, Encoder):
         model.encoder.class_token = model_config(state)["encoder"].get("class_token", "first")
 
@@ -249,11 +387,22 @@ def freeze(encoder: Encoder, count: int) -> None:
     """
     if count >= encoder.layers:
         mend = "leave one layer to train, or train a bag of words"
-        raise InputError("--freeze", f"fewer than {encoder.layers}, the layers of this encoder", str(count), mend)
-    stacks = [m for m in encoder.model.modules() if isinstance(m, nn.ModuleList) and len(m) == encoder.layers]
+        raise InputError(
+            "--freeze", f"fewer than {encoder.layers}, the layers of this encoder", str(count), mend
+        )
+    stacks = [
+        m
+        for m in encoder.model.modules()
+        if isinstance(m, nn.ModuleList) and len(m) == encoder.layers
+    ]
     embeddings = [m for name, m in encoder.model.named_children() if "embed" in name]
     if len(stacks) != 1 or not embeddings:
-        raise InputError("--freeze", "an encoder of embeddings and one stack of layers", "another build", "leave it out")
+        raise InputError(
+            "--freeze",
+            "an encoder of embeddings and one stack of layers",
+            "another build",
+            "leave it out",
+        )
     for module in (*embeddings, *stacks[0][:count]):
         module.requires_grad_(False)
 
@@ -269,7 +418,9 @@ def longest_row(config: Config, dataset: Dataset) -> int:
 
 
 def default_topk(tree: LabelTree) -> tuple[int, ...]:
-    """128 clusters of the coarsest level and twice as many of each next one, but never more than a document can have."""
+    """128 clusters of the coarsest level and twice as many of each next one, but never more than a
+    document can have.
+    """
     out: list[int] = []
     for r in range(tree.levels - 1):
         there = tree.sizes[r] if r == 0 else min(tree.sizes[r], out[-1] * tree.widest(r - 1))
@@ -294,4 +445,8 @@ def _micro_batch(config: Config) -> int:
 def _pass(config: Config) -> int:
     """Documents of an encoder pass of the first process, which has the largest part of a batch."""
     own = dist.parts(config.batch * config.accumulate)[0].stop
-    return _micro_batch(config) or config.batch if dist.size() == 1 else min(_micro_batch(config) or own, own)
+    return (
+        _micro_batch(config) or config.batch
+        if dist.size() == 1
+        else min(_micro_batch(config) or own, own)
+    )

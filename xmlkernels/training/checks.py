@@ -1,4 +1,6 @@
-"""What a run refuses before any work: settings out of range, unknown, contradictory or without effect."""
+"""What a run refuses before any work: settings out of range, unknown, contradictory or without
+effect.
+"""
 
 import difflib
 import math
@@ -19,18 +21,66 @@ from xmlkernels.training.config import (
 )
 
 OF_CASCADE = (
-    "tree", "tree_depths", "topk", "layers", "embed_drops", "rw_loss", "scheme", "positives_bound", "reference_loss",
-    "head_lr_factor", "schedule", "cooldown_epochs", "label_device",
-)  # fmt: skip
+    "tree",
+    "tree_depths",
+    "topk",
+    "layers",
+    "embed_drops",
+    "rw_loss",
+    "scheme",
+    "positives_bound",
+    "reference_loss",
+    "head_lr_factor",
+    "schedule",
+    "cooldown_epochs",
+    "label_device",
+)
 _FULL_TABLE = (
-    "bottleneck", "bias", "frequency_bias", "centroid_norm", "table_lr", "table_decay", "decoupled", "kahan", "skip_tiles",
-)  # fmt: skip
-_OFF = ("bottleneck", "bias", "frequency_bias", "centroid_norm", "decoupled", "kahan", "skip_tiles")  # off by default
-_BOW = ("bow_width", "bow_activation", "ngrams", "min_df", "max_features", "word_dropout", "word_std")
+    "bottleneck",
+    "bias",
+    "frequency_bias",
+    "centroid_norm",
+    "table_lr",
+    "table_decay",
+    "decoupled",
+    "kahan",
+    "skip_tiles",
+)
+_OFF = (
+    "bottleneck",
+    "bias",
+    "frequency_bias",
+    "centroid_norm",
+    "decoupled",
+    "kahan",
+    "skip_tiles",
+)  # off by default
+_BOW = (
+    "bow_width",
+    "bow_activation",
+    "ngrams",
+    "min_df",
+    "max_features",
+    "word_dropout",
+    "word_std",
+)
 _TRANSFORMER = (
-    "pooling", "bottleneck", "precision", "compile", "init_state", "init_prefix", "freeze", "layers", "micro_batch",
-    "accumulate", "clip", "ema", "ema_start", "ema_every", "ema_tables",
-)  # fmt: skip
+    "pooling",
+    "bottleneck",
+    "precision",
+    "compile",
+    "init_state",
+    "init_prefix",
+    "freeze",
+    "layers",
+    "micro_batch",
+    "accumulate",
+    "clip",
+    "ema",
+    "ema_start",
+    "ema_every",
+    "ema_tables",
+)
 
 
 def flag(name: str) -> str:
@@ -43,7 +93,9 @@ def check_least(options: object, least: int, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         if value is not None and value < least:
-            raise InputError(flag(name), f"{least} or more", str(value), "choose a larger one, or leave it out")
+            raise InputError(
+                flag(name), f"{least} or more", str(value), "choose a larger one, or leave it out"
+            )
 
 
 def check(config: Config, given: Collection[str] = ()) -> None:
@@ -71,12 +123,17 @@ def check(config: Config, given: Collection[str] = ()) -> None:
             check_levels(config, len(config.tree_depths) + 1, f"as --tree-depths {depths} has them")
     table = resolved_table(config, resolved_device(config.device))
     resolved_label_device(config)
-    for idle, name, needs, got in (*_without_effect(config, table, given), *_of_another(config, given)):
+    for idle, name, needs, got in (
+        *_without_effect(config, table, given),
+        *_of_another(config, given),
+    ):
         if idle:
             raise InputError(name, needs, got, "leave it out: it would do nothing")
     for both, name, other in _contradictions(config, given):
         if both:
-            raise InputError(flag(name), f"no {flag(other)} beside it", "both", "choose one of them")
+            raise InputError(
+                flag(name), f"no {flag(other)} beside it", "both", "choose one of them"
+            )
 
 
 def check_levels(config: Config, levels: int, why: str) -> None:
@@ -89,19 +146,34 @@ def check_levels(config: Config, levels: int, why: str) -> None:
     Raises:
         InputError: the first list of another length.
     """
-    for name, count in (("topk", levels - 1), ("layers", levels), ("embed_drops", levels), ("rw_loss", levels)):
+    for name, count in (
+        ("topk", levels - 1),
+        ("layers", levels),
+        ("embed_drops", levels),
+        ("rw_loss", levels),
+    ):
         found = len(getattr(config, name))
         if found and found != count:
             what = "level of clusters" if name == "topk" else "level, labels included"
             noun = "number" if count == 1 else "numbers"
-            raise InputError(flag(name), f"{count} {noun}, one for each {what}, {why}", str(found), "name them all, or none")
+            raise InputError(
+                flag(name),
+                f"{count} {noun}, one for each {what}, {why}",
+                str(found),
+                "name them all, or none",
+            )
 
 
 def _check_choices(config: Config) -> None:
     for field in fields(config):
         value: Any = getattr(config, field.name)
         if get_origin(field.type) is Literal and value not in get_args(field.type):
-            raise InputError(flag(field.name), f"one of {', '.join(get_args(field.type))}", repr(value), "choose one of them")
+            raise InputError(
+                flag(field.name),
+                f"one of {', '.join(get_args(field.type))}",
+                repr(value),
+                "choose one of them",
+            )
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
                 raise InputError(flag(field.name), "a finite number", repr(number), "correct it")
@@ -109,15 +181,44 @@ def _check_choices(config: Config) -> None:
 
 def _ranges(config: Config) -> Iterator[tuple[bool, str, str, str]]:
     for name in (
-        "epochs", "batch", "evaluate_batch", "evaluate_every", "log_every", "top_k", "max_length", "accumulate", "bow_width",
-        "ngrams", "min_df", "ema_every",
-    ):  # fmt: skip
+        "epochs",
+        "batch",
+        "evaluate_batch",
+        "evaluate_every",
+        "log_every",
+        "top_k",
+        "max_length",
+        "accumulate",
+        "bow_width",
+        "ngrams",
+        "min_df",
+        "ema_every",
+    ):
         yield getattr(config, name) >= 1, name, "1 or more", "choose a larger one"
     for name in (
-        "micro_batch", "save_every", "loss_every", "warmup", "clip", "documents", "threads", "bottleneck", "encoder_lr",
-        "table_lr", "encoder_decay", "table_decay", "freeze", "max_features", "positives_bound", "warmup_epochs",
-        "cooldown_epochs", "ema_start", "centroid_norm", "skip_tiles", "encoder_epsilon", "keep",
-    ):  # fmt: skip
+        "micro_batch",
+        "save_every",
+        "loss_every",
+        "warmup",
+        "clip",
+        "documents",
+        "threads",
+        "bottleneck",
+        "encoder_lr",
+        "table_lr",
+        "encoder_decay",
+        "table_decay",
+        "freeze",
+        "max_features",
+        "positives_bound",
+        "warmup_epochs",
+        "cooldown_epochs",
+        "ema_start",
+        "centroid_norm",
+        "skip_tiles",
+        "encoder_epsilon",
+        "keep",
+    ):
         yield getattr(config, name) >= 0, name, "0 or more", "choose 0 to switch it off"
     for name in ("dropout", "momentum", "word_dropout"):
         yield 0 <= getattr(config, name) < 1, name, "from 0 to below 1", "correct it"
@@ -139,48 +240,137 @@ def _ranges(config: Config) -> Iterator[tuple[bool, str, str, str]]:
     depths = config.tree_depths
     ascending = all(a < b for a, b in zip(depths, depths[1:], strict=False))
     good = 1 <= len(depths) <= 4 and ascending and depths[0] >= 0 and depths[-1] <= 30
-    yield good, "tree_depths", "one to four ascending exponents from 0 to 30", "name them coarse to fine, as 10 13 16"
-    yield all(k >= 1 for k in config.topk), "topk", "numbers of 1 or more", "keep at least one cluster"
-    yield all(0 <= p < 1 for p in config.embed_drops), "embed_drops", "numbers from 0 to below 1", "correct them"
+    yield (
+        good,
+        "tree_depths",
+        "one to four ascending exponents from 0 to 30",
+        "name them coarse to fine, as 10 13 16",
+    )
+    yield (
+        all(k >= 1 for k in config.topk),
+        "topk",
+        "numbers of 1 or more",
+        "keep at least one cluster",
+    )
+    yield (
+        all(0 <= p < 1 for p in config.embed_drops),
+        "embed_drops",
+        "numbers from 0 to below 1",
+        "correct them",
+    )
     yield all(w >= 0 for w in config.rw_loss), "rw_loss", "weights of 0 or more", "correct them"
-    yield not config.rw_loss or any(config.rw_loss), "rw_loss", "a weight above 0", "leave it out for 1 each"
+    yield (
+        not config.rw_loss or any(config.rw_loss),
+        "rw_loss",
+        "a weight above 0",
+        "leave it out for 1 each",
+    )
     dense = config.table_optimizer == "adamw_dense"
     mend = "choose adam, which trains every row there (--decoupled for AdamW's decay)"
-    yield not (dense and config.model == "end_to_end"), "table_optimizer", "auto, sgd or adam with --model end_to_end", mend
+    yield (
+        not (dense and config.model == "end_to_end"),
+        "table_optimizer",
+        "auto, sgd or adam with --model end_to_end",
+        mend,
+    )
     mend = "choose --table fp32, bf16 or fp16, or the row-sparse adam"
-    yield not (dense and config.table == "fp8"), "table_optimizer", "auto, sgd or adam with --table fp8", mend
+    yield (
+        not (dense and config.table == "fp8"),
+        "table_optimizer",
+        "auto, sgd or adam with --table fp8",
+        mend,
+    )
     mend = "choose --table fp32, bf16 or fp16, or leave the tables out of the mean"
-    yield not (config.ema_tables and config.table == "fp8"), "ema_tables", "no --ema-tables with --table fp8", mend
+    yield (
+        not (config.ema_tables and config.table == "fp8"),
+        "ema_tables",
+        "no --ema-tables with --table fp8",
+        mend,
+    )
     alone = config.model == "cascade" or config.label_device == "auto"
-    yield alone, "label_device", "auto with --model end_to_end, whose table stands with the model", "leave it out"
+    yield (
+        alone,
+        "label_device",
+        "auto with --model end_to_end, whose table stands with the model",
+        "leave it out",
+    )
 
 
-def _without_effect(config: Config, table: str, given: Collection[str]) -> Iterator[tuple[bool, str, str, str]]:
+def _without_effect(
+    config: Config, table: str, given: Collection[str]
+) -> Iterator[tuple[bool, str, str, str]]:
     """(would do nothing, flag, what it needs, what stands there)."""
-    yield config.kahan and table == "fp32", "--kahan", "a table below fp32", f"--table {config.table}, which is fp32 here"
-    yield config.kahan and table == "fp8", "--kahan", "a table in bf16 or fp16", "--table fp8, which rounds stochastically"
+    yield (
+        config.kahan and table == "fp32",
+        "--kahan",
+        "a table below fp32",
+        f"--table {config.table}, which is fp32 here",
+    )
+    yield (
+        config.kahan and table == "fp8",
+        "--kahan",
+        "a table in bf16 or fp16",
+        "--table fp8, which rounds stochastically",
+    )
     no_state = resolved_state(config) is None and config.state != "fp32"
     yield no_state, "--state", "an optimizer that keeps a state", "SGD without momentum"
     optimizer = resolved_optimizer(config)
-    yield "momentum" in given and optimizer != "sgd", "--momentum", "--table-optimizer sgd", optimizer
-    yield "table_epsilon" in given and optimizer == "sgd", "--table-epsilon", "--table-optimizer adam", optimizer
-    yield config.decoupled and config.table_decay == 0, "--decoupled", "a table decay", "--table-decay 0"
+    yield (
+        "momentum" in given and optimizer != "sgd",
+        "--momentum",
+        "--table-optimizer sgd",
+        optimizer,
+    )
+    yield (
+        "table_epsilon" in given and optimizer == "sgd",
+        "--table-epsilon",
+        "--table-optimizer adam",
+        optimizer,
+    )
+    yield (
+        config.decoupled and config.table_decay == 0,
+        "--decoupled",
+        "a table decay",
+        "--table-decay 0",
+    )
     alone = not config.init_state and config.init_prefix != Config.init_prefix
     yield alone, "--init-prefix", "--init-state beside it", "none"
     yield config.frequency_bias and not config.bias, "--frequency-bias", "--bias beside it", "none"
     for name in ("ema_start", "ema_every", "ema_tables"):
-        yield config.ema == 0 and getattr(config, name) != getattr(Config, name), flag(name), "--ema beside it", "none"
+        yield (
+            config.ema == 0 and getattr(config, name) != getattr(Config, name),
+            flag(name),
+            "--ema beside it",
+            "none",
+        )
     cosine = config.schedule == "warmup_cosine"
-    yield cosine and "cooldown_epochs" in given, "--cooldown-epochs", "--schedule three_phase", "warmup_cosine"
+    yield (
+        cosine and "cooldown_epochs" in given,
+        "--cooldown-epochs",
+        "--schedule three_phase",
+        "warmup_cosine",
+    )
     for name in ("documents", "max_length"):
         folder = config.dataset != "docstrings" and name in given
-        yield folder, flag(name), "the built-in corpus", f"the dataset folder {config.dataset}, which fixes its own"
+        yield (
+            folder,
+            flag(name),
+            "the built-in corpus",
+            f"the dataset folder {config.dataset}, which fixes its own",
+        )
     bow = config.encoder == "bow"
-    yield bow and "max_length" in given, "--max-length", "an encoder that reads tokens", "--encoder bow, which reads all words"
+    yield (
+        bow and "max_length" in given,
+        "--max-length",
+        "an encoder that reads tokens",
+        "--encoder bow, which reads all words",
+    )
 
 
 def _of_another(config: Config, given: Collection[str]) -> Iterator[tuple[bool, str, str, str]]:
-    """Settings of the model or of the encoder that was not chosen: named, or other than what leaving them out gives."""
+    """Settings of the model or of the encoder that was not chosen: named, or other than what
+    leaving them out gives.
+    """
     bow, cascade = config.encoder == "bow", config.model == "cascade"
     for name in OF_CASCADE:
         yield not cascade and name in given, flag(name), "--model cascade", "--model end_to_end"
@@ -191,10 +381,19 @@ def _of_another(config: Config, given: Collection[str]) -> Iterator[tuple[bool, 
         # What is off by default may be switched off by name: a recipe may have switched it on.
         set_so = bool(getattr(config, name)) if name in _OFF else name in given
         yield cascade and set_so, flag(name), "--model end_to_end", told
-    yield cascade and not bow and "dropout" in given, "--dropout", "--embed-drops, one for each level", "--model cascade"
+    yield (
+        cascade and not bow and "dropout" in given,
+        "--dropout",
+        "--embed-drops, one for each level",
+        "--model cascade",
+    )
     for name in _TRANSFORMER:
         unlike = getattr(config, name) != getattr(Config, name)
-        set_so = unlike if name == "layers" else name in given or (name not in ("pooling", "precision") and unlike)
+        set_so = (
+            unlike
+            if name == "layers"
+            else name in given or (name not in ("pooling", "precision") and unlike)
+        )
         yield bow and set_so, flag(name), "a transformer", "--encoder bow, which has no such part"
 
 

@@ -9,7 +9,8 @@ log = logging.getLogger(__name__)
 
 
 class Clock:
-    """Wall clock of a run by what it was spent on; every moment after `start` belongs to exactly one part.
+    """Wall clock of a run by what it was spent on; every moment after `start` belongs to exactly
+    one part.
 
     Attributes:
         spent: seconds of each part up to its last change; `seconds()` is up to now.
@@ -54,4 +55,6 @@ class Seconds:
         wall, cpu = time.perf_counter(), time.process_time()
         yield
         self.spent[part] = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-        log.info(f"{part}: {self.spent[part]['wall']:.1f} s, {self.spent[part]['cpu']:.1f} s of CPU time")
+        log.info(
+            f"{part}: {self.spent[part]['wall']:.1f} s, {self.spent[part]['cpu']:.1f} s of CPU time"
+        )

@@ -19,14 +19,28 @@ PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "safetensor
 
 
 def commit() -> str:
-    """The commit of the source tree, with -dirty for changed files; the version where there is no repository."""
+    """The commit of the source tree, with -dirty for changed files; the version where there is no
+    repository.
+    """
     try:
         out = subprocess.run(
-            # Without its optional locks: a run that is killed meanwhile must leave none in the user's repository.
-            ["git", "--no-optional-locks", "-C", str(Path(__file__).parent),
-             "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            # Without its optional locks: a run that is killed meanwhile must leave none in the
+            # user's repository.
+            [
+                "git",
+                "--no-optional-locks",
+                "-C",
+                str(Path(__file__).parent),
+                "describe",
+                "--always",
+                "--abbrev=12",
+                "--dirty",
+                "--exclude=*",
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     except (OSError, subprocess.CalledProcessError):
         return f"version {__version__}"
     return out.stdout.strip()
@@ -53,15 +67,22 @@ def environment(config: Config, model: Model) -> dict[str, Any]:
 
 
 def skipped(model: Model) -> dict[str, float]:
-    """What was left out so far: steps that were not finite, clusters that found no place, groups of labels."""
-    found = {"skipped_steps": int(model.skipped_steps), "skipped_encoder_steps": int(model.skipped_encoder_steps)}
+    """What was left out so far: steps that were not finite, clusters that found no place, groups of
+    labels.
+    """
+    found = {
+        "skipped_steps": int(model.skipped_steps),
+        "skipped_encoder_steps": int(model.skipped_encoder_steps),
+    }
     if isinstance(model, Cascade):
         return found | {"lost_positives": int(model.lost_positives.sum())}
     tiles = model.head.skipped if isinstance(model, EndToEnd) else None
     if tiles is None:
         return found
     left_out, seen = tiles.tolist()
-    return found | {"skipped_tiles": left_out / max(1, seen)}  # share since the start, or since it was resumed
+    return found | {
+        "skipped_tiles": left_out / max(1, seen)
+    }  # share since the start, or since it was resumed
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:
@@ -71,4 +92,8 @@ def dtype_name(dtype: torch.dtype | None) -> str:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What is not as it was, for one line; empty when all is the same."""
-    return ", ".join(f"{key} {now[key]} instead of {before[key]}" for key in now if key in before and before[key] != now[key])
+    return ", ".join(
+        f"{key} {now[key]} instead of {before[key]}"
+        for key in now
+        if key in before and before[key] != now[key]
+    )

@@ -23,28 +23,43 @@ from xmlkernels.tree.label_tree import LabelTree
 
 log = logging.getLogger(__name__)
 
-# In the order in which they are cleared: while config.json stands, the folder is known as a run that is not finished.
+# In the order in which they are cleared: while config.json stands, the folder is known as a run
+# that is not finished.
 RUN_FILES = ("metrics.json", "predictions.npz", "log.jsonl", "checkpoint", "config.json")
-# `tree` is a place: which tree it is, the checkpoint knows by content. Tables are the same tables on any `label_device`.
+# `tree` is a place: which tree it is, the checkpoint knows by content. Tables are the same tables
+# on any `label_device`.
 MAY_CHANGE = (
-    "resume", "overwrite", "output", "cache", "log_every", "save_every", "keep", "threads", "tree", "label_device",
-    "beyond_memory", "timeout",
-)  # fmt: skip
+    "resume",
+    "overwrite",
+    "output",
+    "cache",
+    "log_every",
+    "save_every",
+    "keep",
+    "threads",
+    "tree",
+    "label_device",
+    "beyond_memory",
+    "timeout",
+)
 
 
 class RunFolder:
     """config.json, log.jsonl, metrics.json, predictions.npz and checkpoint/ of one run.
 
-    Of several processes the first alone looks at what the folder holds, and writes; all read the checkpoints.
+    Of several processes the first alone looks at what the folder holds, and writes; all read the
+    checkpoints.
 
     Attributes:
         path: the folder.
         checkpoints: the last and the best checkpoint in it.
         writes: whether this process is the one that writes.
-        beside: sizes and checksums of the files beside the checkpoints that predictions need; each checkpoint holds them.
+        beside: sizes and checksums of the files beside the checkpoints that predictions need; each
+            checkpoint holds them.
 
     Raises:
-        InputError: the folder holds what this configuration may not touch. Nothing is written before `begin`.
+        InputError: the folder holds what this configuration may not touch. Nothing is written
+            before `begin`.
     """
 
     def __init__(self, config: Config) -> None:
@@ -63,9 +78,11 @@ class RunFolder:
             self._compare(read_json(self._settings))
         elif held and not config.overwrite:
             raise InputError(
-                f"--output {self.path}", "a new folder", f"a folder that holds a run ({held[-1]})",
+                f"--output {self.path}",
+                "a new folder",
+                f"a folder that holds a run ({held[-1]})",
                 "go on with it by --resume, replace it by --overwrite, or name another",
-            )  # fmt: skip
+            )
         elif held:
             refuse_foreign(self.path, RUN_FILES)
         elif config.resume:
@@ -84,7 +101,9 @@ class RunFolder:
 
     @property
     def resumable(self) -> bool:
-        """Whether there is a checkpoint to go on from, and the configuration asks for that; the word of the first process."""
+        """Whether there is a checkpoint to go on from, and the configuration asks for that; the
+        word of the first process.
+        """
         return dist.from_first(self._resumable() if self.writes else False)
 
     def _resumable(self) -> bool:
@@ -96,7 +115,9 @@ class RunFolder:
         return True
 
     def begin(self, dataset: Dataset, inputs: Inputs, tree: LabelTree | None) -> None:
-        """A run from its first step: what an earlier one left goes; settings, inputs, tree and label names are written."""
+        """A run from its first step: what an earlier one left goes; settings, inputs, tree and
+        label names are written.
+        """
         if not self.writes:
             return
         refuse_foreign(self.path, RUN_FILES)  # once more: data and model may have taken an hour
@@ -112,7 +133,9 @@ class RunFolder:
         self.log_file.touch()
 
     def go_on(self, beside: Files | None, dataset: Dataset, inputs: Inputs) -> None:
-        """A run from a checkpoint: files beside it that are no longer what they were are written again."""
+        """A run from a checkpoint: files beside it that are no longer what they were are written
+        again.
+        """
         if not self.writes:
             return
         inner = self.path / "checkpoint"
@@ -143,7 +166,9 @@ class RunFolder:
             file.write(json.dumps(strict(line), allow_nan=False) + "\n")
 
     def sync_log(self) -> int:
-        """Puts the log on the disk; returns its bytes. A checkpoint must never know of lines that a power cut takes."""
+        """Puts the log on the disk; returns its bytes. A checkpoint must never know of lines that a
+        power cut takes.
+        """
         if not self.writes:
             return 0
         with open(self.log_file, "ab") as file:
@@ -162,11 +187,16 @@ class RunFolder:
             file.seek(0)
             whole = file.read().rfind(b"\n") + 1
             file.truncate(whole)
-        log.info(f"note: {self.log_file} lost lines: {size:,} bytes were written up to the checkpoint, {found:,} are there")
+        log.info(
+            f"note: {self.log_file} lost lines: {size:,} bytes were written up to the checkpoint, "
+            f"{found:,} are there"
+        )
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Removes what a killed process left of writing checkpoints; only for whoever holds the folder."""
+    """Removes what a killed process left of writing checkpoints; only for whoever holds the
+    folder.
+    """
     for name in ("last", "best"):
         for found in (folder / "checkpoint").glob(f".{name}.new-*"):
             shutil.rmtree(found, ignore_errors=True)

@@ -30,7 +30,8 @@ def open_dataset(config: Config) -> Dataset:
     tokenizer = source_of(config.encoder)
     part = f"{config.documents}-documents" if config.documents else "all"
     folder = Path(config.cache) / f"docstrings-{part}-{config.max_length}-{Path(tokenizer).name}"
-    # A folder of this name made from other package versions or another tokenizer is only a cache: replace it.
+    # A folder of this name made from other package versions or another tokenizer is only a cache:
+    # replace it.
     settings = PrepareConfig(
         output=folder,
         tokenizer=tokenizer,
@@ -42,7 +43,10 @@ def open_dataset(config: Config) -> Dataset:
         overwrite=True,
     )
     if not folder.exists():
-        log.info(f"{folder}: the built-in corpus, made on first use from the Python packages installed here (about a minute)")
+        log.info(
+            f"{folder}: the built-in corpus, made on first use from the Python packages installed "
+            "here (about a minute)"
+        )
     # What was made a moment ago is no surprise: it is told once that a folder is used again.
     tell = (lambda line: None) if folder.resolve() in _opened else log.info
     dataset = prepare(settings, tell, flag="--cache", wait=True)
@@ -58,29 +62,56 @@ def open_inputs(config: Config, dataset: Dataset) -> Inputs:
     """
     train = dataset.splits.get("train")
     if train is None or not len(train):
-        raise InputError(f"dataset {dataset.folder}", "training documents", "none", "prepare it from a file that holds some")
+        raise InputError(
+            f"dataset {dataset.folder}",
+            "training documents",
+            "none",
+            "prepare it from a file that holds some",
+        )
     bow = config.encoder == "bow"
-    own = dataset.label_features if dataset.vocabulary else dataset.label_names if bow else dataset.label_tokens
+    own = (
+        dataset.label_features
+        if dataset.vocabulary
+        else dataset.label_names
+        if bow
+        else dataset.label_tokens
+    )
     if config.label_text and own is None:
         got = f"{dataset.folder} without"
-        raise InputError("--label-text", "a dataset with label texts", got, "prepare it with --label-text")
+        raise InputError(
+            "--label-text", "a dataset with label texts", got, "prepare it with --label-text"
+        )
     if bow and dataset.vocabulary:
-        if (config.ngrams, config.min_df, config.max_features) != (Config.ngrams, Config.min_df, Config.max_features):
-            log.info("note: the dataset holds bags of words: --ngrams, --min-df and --max-features do nothing")
+        if (config.ngrams, config.min_df, config.max_features) != (
+            Config.ngrams,
+            Config.min_df,
+            Config.max_features,
+        ):
+            log.info(
+                "note: the dataset holds bags of words: --ngrams, --min-df and --max-features do "
+                "nothing"
+            )
         return BowInputs(dataset, None)
     if bow:
         most = config.max_features or None
-        found = BowInputs.fitted(dataset, Vectorizer(longest=config.ngrams, min_df=config.min_df, max_features=most))
-        log.info(f"vocabulary: {found.vocabulary:,} terms of 1 to {config.ngrams} words, each in {config.min_df} documents or more")
+        found = BowInputs.fitted(
+            dataset, Vectorizer(longest=config.ngrams, min_df=config.min_df, max_features=most)
+        )
+        log.info(
+            f"vocabulary: {found.vocabulary:,} terms of 1 to {config.ngrams} words, each in "
+            f"{config.min_df} documents or more"
+        )
         return found
     return TokenInputs(dataset, load_tokenizer(dataset.tokenizer_folder), dataset.max_length)
 
 
 def open_tree(config: Config, dataset: Dataset) -> LabelTree | None:
-    """The label tree of a cascade: the one named, or one built on first use and kept in the cache; None end to end.
+    """The label tree of a cascade: the one named, or one built on first use and kept in the cache;
+    None end to end.
 
     Raises:
-        InputError: no tree there, damaged, of another dataset, or of another depth than the configuration's lists.
+        InputError: no tree there, damaged, of another dataset, or of another depth than the
+            configuration's lists.
     """
     if config.model != "cascade":
         return None
@@ -94,20 +125,32 @@ def open_tree(config: Config, dataset: Dataset) -> LabelTree | None:
     if not folder.exists():
         clusters = ", ".join(f"{2**depth:,}" for depth in config.tree_depths)
         log.info(f"label tree of {clusters} clusters, made on first use as xmlkernels tree does:")
-    threads = min(config.threads, most_threads())  # torch may be told of more than there are; the tree is the same
+    threads = min(
+        config.threads, most_threads()
+    )  # torch may be told of more than there are; the tree is the same
     # A tree of this name made by another version is only a cache: replace it.
     return build_tree(
         TreeConfig(
-            str(dataset.folder), str(folder), depths=config.tree_depths, seed=config.seed, threads=threads, plot=False,
+            str(dataset.folder),
+            str(folder),
+            depths=config.tree_depths,
+            seed=config.seed,
+            threads=threads,
+            plot=False,
             overwrite=True,
         ),
-        flag="--cache", wait=log.info,
-    )  # fmt: skip
+        flag="--cache",
+        wait=log.info,
+    )
 
 
-def training_batches(config: Config, dataset: Dataset, inputs: Inputs, tree: LabelTree | None) -> Batches | BagBatches:
-    """The training split in batches of one update each, with the labels' own texts where the configuration asks for them; of
-    several processes each reads its part of every batch."""
+def training_batches(
+    config: Config, dataset: Dataset, inputs: Inputs, tree: LabelTree | None
+) -> Batches | BagBatches:
+    """The training split in batches of one update each, with the labels' own texts where the
+    configuration asks for them; of several processes each reads its part of every batch."""
     documents, more = config.batch * config.accumulate, arrangement(tree)
-    batches = inputs.batches(dataset.splits["train"], documents, seed=config.seed, label_text=config.label_text, **more)
+    batches = inputs.batches(
+        dataset.splits["train"], documents, seed=config.seed, label_text=config.label_text, **more
+    )
     return batches.shared(dist.part) if dist.size() > 1 else batches

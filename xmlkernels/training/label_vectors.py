@@ -1,4 +1,6 @@
-"""What xmlkernels tree reads beside the dataset: document features, label vectors, and an encoder for label texts."""
+"""What xmlkernels tree reads beside the dataset: document features, label vectors, and an encoder
+for label texts.
+"""
 
 import hashlib
 import json
@@ -36,8 +38,13 @@ def read_vectors(path: str, labels: int) -> np.ndarray:
     Raises:
         InputError: no such array, not one row for each label, or a value that is not finite.
     """
-    expected, mend = f"finite floats [{labels}, width]", "pass one vector a label, written with numpy.save"
-    return read_npy(path, kinds="f", shape=(labels, None), expected=expected, mend=mend, finite=True)
+    expected, mend = (
+        f"finite floats [{labels}, width]",
+        "pass one vector a label, written with numpy.save",
+    )
+    return read_npy(
+        path, kinds="f", shape=(labels, None), expected=expected, mend=mend, finite=True
+    )
 
 
 class LabelEncoder:
@@ -60,7 +67,9 @@ class LabelEncoder:
         vectors = np.empty((len(rows), self.encoder.width), np.float32)
         for start in range(0, len(order), batch):
             some = order[start : start + batch]
-            ids = np.full((len(some), max(len(rows[i]) for i in some)), self.tokenizer.pad_id, np.int64)
+            ids = np.full(
+                (len(some), max(len(rows[i]) for i in some)), self.tokenizer.pad_id, np.int64
+            )
             mask = np.zeros_like(ids)
             for place, i in enumerate(some):
                 ids[place, : len(rows[i])], mask[place, : len(rows[i])] = rows[i], 1

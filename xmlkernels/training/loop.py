@@ -20,7 +20,9 @@ def train(config: Config) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     with running(config) as run:
         model = run.model.train()
-        run.clock.start("train")  # evaluation and checkpoints count apart; waiting for data counts here
+        run.clock.start(
+            "train"
+        )  # evaluation and checkpoints count apart; waiting for data counts here
         while run.epoch < config.epochs:
             for batch in run.batches.epoch(run.epoch, start=run.position):
                 need_loss = config.loss_every > 0 and model.steps % config.loss_every == 0
@@ -28,7 +30,8 @@ def train(config: Config) -> dict[str, Any]:
                 run.position += 1
                 run.collect(loss, batch)
                 if model.steps % config.log_every == 0:
-                    run.log_progress()  # here and in the next the loop waits for the device, nowhere else
+                    # here and in the next the loop waits for the device, nowhere else
+                    run.log_progress()
                 elif run.progress.due():
                     run.tell_progress()
                 if config.save_every and model.steps % config.save_every == 0:
@@ -36,7 +39,9 @@ def train(config: Config) -> dict[str, Any]:
                 run.stop_if_asked()
             run.epoch, run.position = run.epoch + 1, 0
             best = False
-            if run.validation is not None and (run.epoch % config.evaluate_every == 0 or run.epoch == config.epochs):
+            if run.validation is not None and (
+                run.epoch % config.evaluate_every == 0 or run.epoch == config.epochs
+            ):
                 best = run.improved(run.validate())
             if best or config.save_every or run.epoch == config.epochs:
                 run.save(best=best)

@@ -1,4 +1,6 @@
-"""What in an output folder this program wrote, told by content: nothing else is ever deleted or replaced."""
+"""What in an output folder this program wrote, told by content: nothing else is ever deleted or
+replaced.
+"""
 
 import json
 import re
@@ -13,8 +15,11 @@ from xmlkernels.checkpoint import FORMAT, STATE
 from xmlkernels.data.dataset import MANIFEST
 
 OURS, FOREIGN, DAMAGED = "ours", "foreign", "damaged"
-# Beside the checkpoints of a run: what reads its inputs, its tree, its labels' names; and what a kill left of writing them.
-_BESIDE = re.compile(r"tokenizer|vocabulary|label_names\.txt|tree\.safetensors|\..*\.[0-9a-f]{12}\.part")
+# Beside the checkpoints of a run: what reads its inputs, its tree, its labels' names; and what a
+# kill left of writing them.
+_BESIDE = re.compile(
+    r"tokenizer|vocabulary|label_names\.txt|tree\.safetensors|\..*\.[0-9a-f]{12}\.part"
+)
 _CHECKPOINT = re.compile(r"(last|best)([-.]\d+)?|\.(last|best)([-.]\d+)?\.(old|new-[0-9a-f]+)")
 
 
@@ -23,19 +28,30 @@ def refuse_foreign(folder: Path, names: tuple[str, ...]) -> None:
 
     A file that cannot be read counts as the run's where another one is.
     """
-    found = {name: _kind(folder / name) for name in names if (folder / name).exists() or (folder / name).is_symlink()}
+    found = {
+        name: _kind(folder / name)
+        for name in names
+        if (folder / name).exists() or (folder / name).is_symlink()
+    }
     alone = OURS not in found.values()
-    foreign = [name for name, kind in found.items() if kind == FOREIGN or (kind == DAMAGED and alone)]
+    foreign = [
+        name for name, kind in found.items() if kind == FOREIGN or (kind == DAMAGED and alone)
+    ]
     if foreign:
         inner = _stranger(folder / foreign[0]) if (folder / foreign[0]).is_dir() else None
         got = f"{folder / foreign[0]}, which {f'holds {inner}' if inner else 'no run wrote'}"
         raise InputError(
-            "--overwrite", "files of a run, to replace them", got, "nothing was deleted: move it, or name another --output"
+            "--overwrite",
+            "files of a run, to replace them",
+            got,
+            "nothing was deleted: move it, or name another --output",
         )
 
 
 def delete(path: Path) -> None:
-    """Deletes one of a run's names, after `refuse_foreign`; of a folder that is a symbolic link the content alone."""
+    """Deletes one of a run's names, after `refuse_foreign`; of a folder that is a symbolic link the
+    content alone.
+    """
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return
@@ -49,14 +65,23 @@ def delete(path: Path) -> None:
 
 
 def refuse_others(path: str, *, run: bool = True) -> None:
-    """InputError where --output names a dataset, a checkpoint or (`run`) a run, whose files would be replaced."""
+    """InputError where --output names a dataset, a checkpoint or (`run`) a run, whose files would
+    be replaced.
+    """
     folder = Path(path)
     for what, names in (("a dataset", (MANIFEST,)), ("checkpoints", ("last", "best"))):
         if any((folder / name).exists() for name in names):
-            raise InputError("--output", "a folder of its own", f"{path}, which holds {what}", "name another")
+            raise InputError(
+                "--output", "a folder of its own", f"{path}, which holds {what}", "name another"
+            )
     held = [name for name in ("config.json", "checkpoint") if (folder / name).exists()]
     if held and run:
-        raise InputError("--output", "a folder of its own", f"{path}, which holds a run ({held[0]})", "name another")
+        raise InputError(
+            "--output",
+            "a folder of its own",
+            f"{path}, which holds a run ({held[0]})",
+            "name another",
+        )
     if run and _kind(folder / "metrics.json") == FOREIGN:
         got = f"{folder / 'metrics.json'}, which no ranker wrote"
         raise InputError("--output", "a folder of its own", got, "move it, or name another")
@@ -97,7 +122,11 @@ def _stranger(folder: Path) -> str | None:
         if _CHECKPOINT.fullmatch(inner.name):
             if not inner.is_dir() or (inner / STATE).exists() and not _is_checkpoint(inner / STATE):
                 return inner.name
-            if strange := [p.name for p in inner.iterdir() if p.suffix not in (".safetensors", ".json", ".part")]:
+            if strange := [
+                p.name
+                for p in inner.iterdir()
+                if p.suffix not in (".safetensors", ".json", ".part")
+            ]:
                 return f"{inner.name}/{strange[0]}"
         elif not _BESIDE.fullmatch(inner.name):
             return inner.name

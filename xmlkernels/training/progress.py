@@ -1,4 +1,6 @@
-"""What the terminal shows while a model trains: by time, with what is left of it, and a loss beside what it is read against."""
+"""What the terminal shows while a model trains: by time, with what is left of it, and a loss beside
+what it is read against.
+"""
 
 import logging
 import math
@@ -15,7 +17,8 @@ from xmlkernels.records import parse_record
 
 log = logging.getLogger(__name__)
 
-# Seconds between lines: where the log gets one anyway, and elsewhere, so that slow steps are not silent ones.
+# Seconds between lines: where the log gets one anyway, and elsewhere, so that slow steps are not
+# silent ones.
 _LOGGED, _SLOW = 10.0, 30.0
 
 
@@ -24,32 +27,45 @@ class Progress:
 
     Args:
         total: steps of the whole run. step: where this part begins.
-        reference: what the loss is read against, in words: `frequencies alone: 31.0`; "": the first loss told here, or
-            the first of the log.
+        reference: what the loss is read against, in words: `frequencies alone: 31.0`; "": the first
+            loss told here, or the first of the log.
     """
 
-    def __init__(self, total: int, step: int, *, reference: str = "", log: Path | None = None) -> None:
+    def __init__(
+        self, total: int, step: int, *, reference: str = "", log: Path | None = None
+    ) -> None:
         self.total, self.first, self.reference = total, step, reference
         self._began, self._told = time.monotonic(), -math.inf
         if not reference and log is not None and log.exists():
             self._refer(_first_loss(log))
 
     def due(self, *, logged: bool = False) -> bool:
-        """Whether it is time for a line; the first comes with the first of the log, or after ten seconds."""
+        """Whether it is time for a line; the first comes with the first of the log, or after ten
+        seconds.
+        """
         if self._told == -math.inf:
             return logged or time.monotonic() - self._began >= _LOGGED
         return time.monotonic() - self._told >= (_LOGGED if logged else _SLOW)
 
-    def tell(self, step: int, epoch: float, loss: float | None, speed: float, *, a_sum: bool) -> None:
+    def tell(
+        self, step: int, epoch: float, loss: float | None, speed: float, *, a_sum: bool
+    ) -> None:
         """One line.
 
         Args:
-            loss: per document where it is `a_sum` over the labels, else a mean over candidates; None: not known.
+            loss: per document where it is `a_sum` over the labels, else a mean over candidates;
+                None: not known.
             speed: documents per second.
         """
         self._told = time.monotonic()
         share = 100 * step / max(self.total, 1)
-        told = "" if loss is None else f"  loss {loss:.1f} per document" if a_sum else f"  loss {loss:.3g}"
+        told = (
+            ""
+            if loss is None
+            else f"  loss {loss:.1f} per document"
+            if a_sum
+            else f"  loss {loss:.3g}"
+        )
         if loss is not None:
             told += f" ({self.reference})" if self.reference else ""
             self._refer(loss)
@@ -94,7 +110,8 @@ def _first_loss(log: Path) -> float | None:
 
 
 class Frequencies:
-    """What predicting every label at its frequency in training would cost, whatever the text: a loss to read others against.
+    """What predicting every label at its frequency in training would cost, whatever the text: a
+    loss to read others against.
 
     Args:
         labels: CSR [N, L] of the training documents.
@@ -107,9 +124,11 @@ class Frequencies:
         self.counts = np.bincount(labels.indices, minlength=count) + float(label_texts)
 
     def loss(self, labels: csr_matrix | None = None) -> float:
-        """Binary cross-entropy per document, summed over the labels, in nats: of the documents that were counted, or of
-        others."""
-        chance = (self.counts + 0.5) / (self.documents + 1)  # without the half an unseen label would cost infinity
+        """Binary cross-entropy per document, summed over the labels, in nats: of the documents that
+        were counted, or of others."""
+        chance = (self.counts + 0.5) / (
+            self.documents + 1
+        )  # without the half an unseen label would cost infinity
         shares = self.counts / max(self.documents, 1)
         if labels is not None:
             shares = np.bincount(labels.indices, minlength=len(chance)) / max(labels.shape[0], 1)

@@ -49,7 +49,8 @@ def read_features(folder: str, dataset: Dataset) -> dict[str, csr_matrix]:
     """{train,val,test}.npz of a folder.
 
     Raises:
-        InputError: a file is missing, of other rows than the split, or of other columns than train.npz.
+        InputError: a file is missing, of other rows than the split, or of other columns than
+            train.npz.
     """
     columns: int | None = None
     found = {}
@@ -65,7 +66,8 @@ def vectorize(
     """TF-IDF of the splits' texts, and the content hash of the vocabulary.
 
     Args:
-        texts: a file with one document a line for each split, or nothing: then the texts kept in the dataset are taken.
+        texts: a file with one document a line for each split, or nothing: then the texts kept in
+            the dataset are taken.
         settings: of the Vectorizer.
         folder: for the vocabulary of the training texts.
 
@@ -73,7 +75,11 @@ def vectorize(
         InputError: no texts, or as many as the split has documents.
     """
     vectorizer = Vectorizer(**settings)
-    found = {"train": _rows(vectorizer.fit(_texts(texts, dataset.splits["train"])), dataset.splits["train"], texts)}
+    found = {
+        "train": _rows(
+            vectorizer.fit(_texts(texts, dataset.splits["train"])), dataset.splits["train"], texts
+        )
+    }
     for name, split in dataset.splits.items():
         if name != "train":
             found[name] = _rows(vectorizer.transform(_texts(texts, split)), split, texts)
@@ -88,23 +94,37 @@ def _texts(texts: dict[str, str], split: Split) -> Iterable[str]:
 def _rows(features: csr_matrix, split: Split, texts: dict[str, str]) -> csr_matrix:
     if features.shape[0] != len(split):
         where = texts[split.name]
-        raise InputError(where, f"{len(split)} lines, the documents of {split.name}", str(features.shape[0]), "name its texts")
+        raise InputError(
+            where,
+            f"{len(split)} lines, the documents of {split.name}",
+            str(features.shape[0]),
+            "name its texts",
+        )
     return features
 
 
 def model_inputs(
-    checkpoint: str, dataset: Dataset, documents: dict[str, Documents], k: int, folder: Path, device: str, *,
-    embedding: bool = True, vocabulary: str = "",
-) -> str:  # fmt: skip
-    """Shortlist and embedding of every split from a trained model, into `documents`; returns the checkpoint's identity.
+    checkpoint: str,
+    dataset: Dataset,
+    documents: dict[str, Documents],
+    k: int,
+    folder: Path,
+    device: str,
+    *,
+    embedding: bool = True,
+    vocabulary: str = "",
+) -> str:
+    """Shortlist and embedding of every split from a trained model, into `documents`; returns the
+    checkpoint's identity.
 
-    They are kept in `folder` (embedding of each split as .npy, shortlist as .npz) and read from there when checkpoint,
-    dataset and k are the same.
+    They are kept in `folder` (embedding of each split as .npy, shortlist as .npz) and read from
+    there when checkpoint, dataset and k are the same.
 
     Args:
         k: labels of a shortlist.
         embedding: False computes none, and takes none that is kept.
-        vocabulary: content hash of the one that the documents' TF-IDF has: a bag of words of the same one takes that.
+        vocabulary: content hash of the one that the documents' TF-IDF has: a bag of words of the
+            same one takes that.
 
     Raises:
         InputError: no such checkpoint, or one of a model that does not know the dataset.
@@ -125,7 +145,9 @@ def model_inputs(
     for name, part in documents.items():
         vectors = folder / f"embeddings_{name}.npy"
         if embedding:
-            values, rows, part.embedding = predict_and_embed_split(model, part.split, k, inputs=inputs)
+            values, rows, part.embedding = predict_and_embed_split(
+                model, part.split, k, inputs=inputs
+            )
             with replacing(vectors) as file:
                 np.save(file, part.embedding)
         else:
@@ -134,14 +156,22 @@ def model_inputs(
         part.shortlist = score_matrix(values, rows, dataset.num_labels)
         write_npz(folder / f"shortlist_{name}.npz", part.shortlist, keep_zeros=True)
         log.info(f"{name}: {len(part.split):,} documents {'embedded' if embedding else 'listed'}")
-    # The run may have gone on since it was asked for its checkpoint: what counts is the one that was read.
+    # The run may have gone on since it was asked for its checkpoint: what counts is the one that
+    # was read.
     write_json(told, key | {"checkpoint": predictor.identity, "embedding": embedding})
     return predictor.identity
 
 
-def read_kept(folder: Path, key: dict[str, Any], dataset: Dataset, documents: dict[str, Documents], *, embedding: bool) -> bool:
-    """Whether shortlists of this key, and embeddings where they are asked for, lie in `folder`; if so they are put into
-    `documents`.
+def read_kept(
+    folder: Path,
+    key: dict[str, Any],
+    dataset: Dataset,
+    documents: dict[str, Documents],
+    *,
+    embedding: bool,
+) -> bool:
+    """Whether shortlists of this key, and embeddings where they are asked for, lie in `folder`; if
+    so they are put into `documents`.
 
     They are a cache: damaged ones are told, and count as none.
     """
@@ -156,17 +186,32 @@ def read_kept(folder: Path, key: dict[str, Any], dataset: Dataset, documents: di
             if embedding:
                 part.embedding = read_embedding(folder / f"embeddings_{name}.npy", len(part.split))
             path = folder / f"shortlist_{name}.npz"
-            part.shortlist = read_npz(path, rows=len(part.split), cols=dataset.num_labels, keep_zeros=True)
+            part.shortlist = read_npz(
+                path, rows=len(part.split), cols=dataset.num_labels, keep_zeros=True
+            )
     except InputError as error:
-        log.info(f"note: {error.where}: expected {error.expected}, got {error.got}; embeddings and shortlists are computed anew")
+        log.info(
+            f"note: {error.where}: expected {error.expected}, got {error.got}; embeddings and "
+            "shortlists are computed anew"
+        )
         return False
     return True
 
 
 def read_embedding(path: Path, rows: int) -> np.ndarray:
-    """float32 [N, D] of an .npy file. InputError where it is missing, damaged, not finite or of another number of rows."""
+    """float32 [N, D] of an .npy file. InputError where it is missing, damaged, not finite or of
+    another number of rows.
+    """
     expected, mend = f"finite float32 embeddings of {rows} documents", "compute them again"
-    return read_npy(path, kinds="f", dtype=np.float32, shape=(rows, None), expected=expected, mend=mend, finite=True)
+    return read_npy(
+        path,
+        kinds="f",
+        dtype=np.float32,
+        shape=(rows, None),
+        expected=expected,
+        mend=mend,
+        finite=True,
+    )
 
 
 def without_pairs(shortlist: csr_matrix, pairs: np.ndarray) -> csr_matrix:

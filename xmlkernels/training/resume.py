@@ -1,4 +1,6 @@
-"""Where a run stands, as its checkpoint says: every value by its type, and compared with the run that goes on."""
+"""Where a run stands, as its checkpoint says: every value by its type, and compared with the run
+that goes on.
+"""
 
 import logging
 from collections.abc import Mapping
@@ -50,8 +52,11 @@ class RunState(TypedDict):
     beside: NotRequired[Files]
 
 
-def newest(checkpoints: CheckpointFolder, config: Config, batches: int) -> tuple[dict[str, Tensor], RunState, str]:
-    """Tensors and state of the newest checkpoint that is whole, and its name; one that is not is told of.
+def newest(
+    checkpoints: CheckpointFolder, config: Config, batches: int
+) -> tuple[dict[str, Tensor], RunState, str]:
+    """Tensors and state of the newest checkpoint that is whole, and its name; one that is not is
+    told of.
 
     Args:
         batches: steps of an epoch.
@@ -66,7 +71,9 @@ def newest(checkpoints: CheckpointFolder, config: Config, batches: int) -> tuple
     tensors, state, which, reason = checkpoints.load_first(ORDER, check=check)
     if which != "last":
         why = "there is no last checkpoint" if reason is None else f"{reason.where}: {reason.got}"
-        log.info(f"note: {why}; going on from {checkpoints.folder / which}, the newest one that is whole")
+        log.info(
+            f"note: {why}; going on from {checkpoints.folder / which}, the newest one that is whole"
+        )
     found: Any = state  # as `check` has seen
     return tensors, found, which
 
@@ -79,26 +86,42 @@ def check_state(state: Mapping[str, Any], config: Config, batches: int, where: s
         check_config(state["model"])
     for name, most in (("epoch", config.epochs), ("position", batches)):
         if state[name] > most:
-            raise InputError(f"{where}, $.{name}", f"at most {most}, as long as the run is", str(state[name]), _MEND)
-    missing = sorted({config.best_by, "epoch", "step"} - state["best"].keys()) if state["best"] else []
+            raise InputError(
+                f"{where}, $.{name}",
+                f"at most {most}, as long as the run is",
+                str(state[name]),
+                _MEND,
+            )
+    missing = (
+        sorted({config.best_by, "epoch", "step"} - state["best"].keys()) if state["best"] else []
+    )
     if missing:
-        raise InputError(f"{where}, $.best", "the best metric with its epoch and step", f"no {missing[0]}", _MEND)
+        raise InputError(
+            f"{where}, $.best", "the best metric with its epoch and step", f"no {missing[0]}", _MEND
+        )
 
 
 def check_same(state: RunState, dataset: Dataset, inputs: Inputs, tree: LabelTree | None) -> None:
     """InputError where a run would go on with other data, inputs or tree than it began with."""
     if state["dataset"] != dataset.content_hash:
         raise InputError(
-            "--resume", f"dataset hash {state['dataset'][:12]}", dataset.content_hash[:12], "resume on the data it began with"
+            "--resume",
+            f"dataset hash {state['dataset'][:12]}",
+            dataset.content_hash[:12],
+            "resume on the data it began with",
         )
     if state.get("inputs", inputs.config()) != inputs.config():
         raise InputError(
-            "--resume", f"inputs {state['inputs']}, as the run began", str(inputs.config()),
+            "--resume",
+            f"inputs {state['inputs']}, as the run began",
+            str(inputs.config()),
             "resume with the packages and data it began with",
-        )  # fmt: skip
+        )
     own = tree and tree.content_hash
     if (began := state.get("tree")) != own:
         raise InputError(
-            "--resume", f"label tree {str(began)[:12]}, as the run began", str(own)[:12],
+            "--resume",
+            f"label tree {str(began)[:12]}, as the run began",
+            str(own)[:12],
             "resume with the tree it began with, which lies beside its checkpoint",
-        )  # fmt: skip
+        )

@@ -1,4 +1,6 @@
-"""A run while it goes on: its folder is its own, and whatever ends it is told together with how to go on."""
+"""A run while it goes on: its folder is its own, and whatever ends it is told together with how to
+go on.
+"""
 
 import os
 import sys
@@ -23,11 +25,13 @@ from xmlkernels.training.stops import Stopped, held
 def running(config: Config) -> Iterator[Session]:
     """The session of a run; its output folder is held until the end of the block.
 
-    A signal ends the opening at once. After it the loop ends by `Session.stop_if_asked`, and evaluations between batches;
-    several processes go through an evaluation together and end after it.
+    A signal ends the opening at once. After it the loop ends by `Session.stop_if_asked`, and
+    evaluations between batches; several processes go through an evaluation together and end after
+    it.
 
     Raises:
-        InputError: another process holds the folder, or the configuration cannot be used there; nothing was written.
+        InputError: another process holds the folder, or the configuration cannot be used there;
+            nothing was written.
         Failed: the disk refuses what the run has to write.
         Stopped: by a signal, with what the user is told.
     """
@@ -38,7 +42,11 @@ def running(config: Config) -> Iterator[Session]:
 
         def lost(told: str) -> None:
             """From a thread: the loop may be waiting for ever."""
-            print(f"error: {told} (--timeout {config.timeout:g}); {how_to_go_on(run, config)}", file=sys.stderr, flush=True)
+            print(
+                f"error: {told} (--timeout {config.timeout:g}); {how_to_go_on(run, config)}",
+                file=sys.stderr,
+                flush=True,
+            )
             os._exit(1)
 
         dist.when_lost(lost)
@@ -55,10 +63,14 @@ def running(config: Config) -> Iterator[Session]:
             stop.told = stop.told or f"stopped by {stop.name}; {how_to_go_on(run, config)}"
             raise
         except dist.ProcessLost as error:
-            raise dist.ProcessLost(f"{error}; {how_to_go_on(run, config)}", speaks=error.speaks) from error
+            raise dist.ProcessLost(
+                f"{error}; {how_to_go_on(run, config)}", speaks=error.speaks
+            ) from error
         except SafetensorError as error:
             reason = str(error).rpartition("error: ")[2]
-            raise Failed(f"the checkpoint could not be written: {reason}; {how_to_go_on(run, config)}") from error
+            raise Failed(
+                f"the checkpoint could not be written: {reason}; {how_to_go_on(run, config)}"
+            ) from error
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -68,8 +80,13 @@ def running(config: Config) -> Iterator[Session]:
 def how_to_go_on(run: Session | None, config: Config) -> str:
     """What is left of a run that ends early."""
     if run is not None and run.saved is not None:
-        return f"the checkpoint of step {run.saved:,} in {config.output}/ is whole: go on from it with --resume"
+        return (
+            f"the checkpoint of step {run.saved:,} in {config.output}/ is whole: go on from it "
+            "with --resume"
+        )
     if config.resume and CheckpointFolder(Path(config.output) / "checkpoint").resumable():
         return f"the checkpoints in {config.output}/ are untouched: go on from them with --resume"
     begun = (Path(config.output) / "config.json").exists()
-    return "no checkpoint was written yet: start the run again" + (" with --overwrite" if begun else "")
+    return "no checkpoint was written yet: start the run again" + (
+        " with --overwrite" if begun else ""
+    )

@@ -1,8 +1,9 @@
 """How SIGINT, SIGTERM and SIGHUP end a command: the first in order, a later one at once.
 
-The first raises Stopped where the command stands, so that every `with` cleans up on the way out. Inside `held` it is
-noted instead: a training loop looks at `asked` between its steps. The same signal comes twice at nearly the same time
-from a terminal and from torchrun, or from `timeout`: within a moment it counts once.
+The first raises Stopped where the command stands, so that every `with` cleans up on the way out.
+Inside `held` it is noted instead: a training loop looks at `asked` between its steps. The same
+signal comes twice at nearly the same time from a terminal and from torchrun, or from `timeout`:
+within a moment it counts once.
 """
 
 import logging
@@ -16,7 +17,9 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 _ONCE = 1.0  # seconds; torchrun passes a signal on within a tenth of one
 
 
@@ -44,7 +47,9 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Listener:
-    """Attributes: the first signal (0 before it) and when it came; how many `held` blocks are open; see `ending`."""
+    """Attributes: the first signal (0 before it) and when it came; how many `held` blocks are open;
+    see `ending`.
+    """
 
     def __init__(self) -> None:
         self.asked, self.when, self.held = 0, 0.0, 0
@@ -59,10 +64,16 @@ class _Listener:
             self.asked, self.when = number, time.monotonic()
             if not self.held:
                 raise Stopped(number)
-            if os.environ.get("WORLD_SIZE", "1") == "1":  # torchrun says so itself, and sends one too when a process is lost
+            if (
+                os.environ.get("WORLD_SIZE", "1") == "1"
+            ):  # torchrun says so itself, and sends one too when a process is lost
                 # os.write: the signal may have come in the middle of a print.
                 name = signal.Signals(number).name
-                os.write(2, f"{name}: ends after this step, with a checkpoint; a second signal ends at once\n".encode())
+                os.write(
+                    2,
+                    f"{name}: ends after this step, with a checkpoint; a second signal ends at "
+                    "once\n".encode(),
+                )
         elif time.monotonic() - self.when > _ONCE:
             os._exit(128 + number)
 
@@ -72,7 +83,9 @@ _listener = _Listener()
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Signals are answered as above inside; those that whoever started the command has switched off (nohup) stay off."""
+    """Signals are answered as above inside; those that whoever started the command has switched off
+    (nohup) stay off.
+    """
     global _listener
     _listener = _Listener()
     before: dict[int, Any] = {}
@@ -82,14 +95,16 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
-        if not _listener.asked:  # else the same signal, sent once more, would find the interpreter's own answer
+        if (
+            not _listener.asked
+        ):  # else the same signal, sent once more, would find the interpreter's own answer
             for number, handler in before.items():
                 signal.signal(number, handler)
 
 
 def ending(status: int, *, quiet: bool = False) -> None:
-    """The command ends by itself with this status: a signal changes nothing any more, but ends at once one that is only
-    `quiet` and leaves the word to another process."""
+    """The command ends by itself with this status: a signal changes nothing any more, but ends at
+    once one that is only `quiet` and leaves the word to another process."""
     _listener.status, _listener.quiet = status, quiet
 
 
@@ -100,7 +115,9 @@ def asked() -> int:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """A signal is noted inside, for whoever looks at `asked`; a block that then goes on to its end has done its work."""
+    """A signal is noted inside, for whoever looks at `asked`; a block that then goes on to its end
+    has done its work.
+    """
     _listener.held += 1
     try:
         yield
@@ -109,8 +126,8 @@ def held() -> Iterator[None]:
 
 
 class Watched:
-    """A model's inputs whose batches end by Stopped when a signal has asked for it: between two batches, where the model
-    is as it was before."""
+    """A model's inputs whose batches end by Stopped when a signal has asked for it: between two
+    batches, where the model is as it was before."""
 
     def __init__(self, inputs: Any) -> None:
         self._inputs = inputs

@@ -18,7 +18,14 @@ from xmlkernels.locks import Tell, check_place, is_ours, own_folder
 from xmlkernels.parallel import most_threads
 from xmlkernels.training.label_vectors import LabelEncoder, digest, read_features, read_vectors
 from xmlkernels.tree.cluster import Means, cluster
-from xmlkernels.tree.features import LabelFeatures, TextFeatures, TokenFeatures, fill_empty, label_centroids, label_features
+from xmlkernels.tree.features import (
+    LabelFeatures,
+    TextFeatures,
+    TokenFeatures,
+    fill_empty,
+    label_centroids,
+    label_features,
+)
 from xmlkernels.tree.graph import label_graph, prune, smooth
 from xmlkernels.tree.label_tree import FILE, MOST_LEVELS, LabelTree
 from xmlkernels.tree.picture import lines_of, plot
@@ -30,7 +37,18 @@ log = logging.getLogger(__name__)
 RECIPE_VERSION = 1
 WRITTEN = (FILE, "report.json", "tree.png")
 # Settings that decide where a tree is put or how fast it is made, not what it is.
-ASIDE = ("dataset", "output", "depths", "clusters", "features", "label_text", "label_vectors", "threads", "plot", "overwrite")
+ASIDE = (
+    "dataset",
+    "output",
+    "depths",
+    "clusters",
+    "features",
+    "label_text",
+    "label_vectors",
+    "threads",
+    "plot",
+    "overwrite",
+)
 
 
 @dataclass(frozen=True)
@@ -45,9 +63,9 @@ class TreeConfig:
     """Clusters of each level instead, any numbers that do not fall."""
     # ---- words of the labels ----
     features: str = "auto"
-    """text: TF-IDF of the texts kept in the dataset; tokens: of its token ids; bags: its bags of words; auto: the bags where it
-    has them, else the texts where they are kept, else the tokens; none: label texts alone; or an .npz with a CSR [training
-    documents, terms]."""
+    """text: TF-IDF of the texts kept in the dataset; tokens: of its token ids; bags: its bags of
+    words; auto: the bags where it has them, else the texts where they are kept, else the tokens;
+    none: label texts alone; or an .npz with a CSR [training documents, terms]."""
     ngrams: int = 1
     """text: longest run of words that is a term."""
     terms: int = 500_000
@@ -68,10 +86,14 @@ class TreeConfig:
     most_documents: int = 0
     """Labels of more documents stay out of the graph; 0: none."""
     prune: float = -1.0
-    """Edges between labels whose label vectors have a smaller cosine go; needs label-text or label-vectors."""
+    """Edges between labels whose label vectors have a smaller cosine go; needs label-text or
+    label-vectors.
+    """
     # ---- texts of the labels ----
     label_text: str = ""
-    """Encoder (hub name, folder or "minilm") whose embeddings of the label texts stand beside the centroids."""
+    """Encoder (hub name, folder or "minilm") whose embeddings of the label texts stand beside the
+    centroids.
+    """
     label_vectors: str = ""
     """Such embeddings made elsewhere: an .npy of floats [labels, width]."""
     # ---- clusters, output ----
@@ -99,15 +121,19 @@ class TreeConfig:
         return list(self.clusters) or [2**depth for depth in self.depths]
 
 
-def build_tree(options: TreeConfig, *, flag: str = "--output", wait: Tell | None = None) -> LabelTree:
-    """Make the tree, or open the one that stands there and was made from the same inputs and settings.
+def build_tree(
+    options: TreeConfig, *, flag: str = "--output", wait: Tell | None = None
+) -> LabelTree:
+    """Make the tree, or open the one that stands there and was made from the same inputs and
+    settings.
 
     Args:
         flag: what names the output, for messages.
         wait: told where another process makes a tree there, which is then waited for; None refuses.
 
     Raises:
-        InputError: a setting or file that cannot be used, something else stands at the output, or it is in use.
+        InputError: a setting or file that cannot be used, something else stands at the output, or
+            it is in use.
     """
     check(options)
     check_place(options.folder, flag)
@@ -118,30 +144,44 @@ def build_tree(options: TreeConfig, *, flag: str = "--output", wait: Tell | None
     standing = _standing(options, settings["key"], flag)
     if standing is None:
         with own_folder(options.folder, flag, writes=WRITTEN, wait=wait):
-            standing = _standing(options, settings["key"], flag)  # another process may have made it meanwhile
+            standing = _standing(
+                options, settings["key"], flag
+            )  # another process may have made it meanwhile
             if standing is None:
                 return _make(options, dataset, encoder, settings)
     log.info(f"{options.folder}: made from the same inputs before, used again")
     return standing
 
 
-def _make(options: TreeConfig, dataset: Dataset, encoder: LabelEncoder | None, settings: dict[str, Any]) -> LabelTree:
+def _make(
+    options: TreeConfig, dataset: Dataset, encoder: LabelEncoder | None, settings: dict[str, Any]
+) -> LabelTree:
     _set_threads(options.threads)
     clock = _Clock()
     vectors = _label_vectors(options, dataset, encoder)
     features, documents, labels = _features(options, dataset, vectors, clock)
     if bare := int(features.empty.sum()):
-        log.info(f"{bare:,} of {len(features):,} labels have no features; they get clusters of their own")
+        log.info(
+            f"{bare:,} of {len(features):,} labels have no features; they get clusters of their own"
+        )
     if options.counts[-1] >= len(features):
-        log.info(f"note: {options.counts[-1]:,} clusters for {len(features):,} labels: such a level has one label in each")
+        log.info(
+            f"note: {options.counts[-1]:,} clusters for {len(features):,} labels: such a level has "
+            "one label in each"
+        )
     means = Means(starts=options.starts, tolerance=options.tolerance, seed=options.seed)
-    tree = LabelTree.from_partitions(cluster(features, options.counts, means, tell=log.info), settings)
+    tree = LabelTree.from_partitions(
+        cluster(features, options.counts, means, tell=log.info), settings
+    )
     clock.told("clusters")
     facts = report(tree, features, documents, labels, options.seed)
     clock.told("report")
     _write(options, tree, facts | {"seconds": clock.seconds})
     log.info("\n".join(lines_of(facts)))
-    log.info(f"{options.folder}/: {' → '.join(f'{n:,}' for n in tree.sizes)}, content {tree.content_hash[:16]}")
+    log.info(
+        f"{options.folder}/: {' → '.join(f'{n:,}' for n in tree.sizes)}, content "
+        f"{tree.content_hash[:16]}"
+    )
     return tree
 
 
@@ -150,11 +190,31 @@ def check(options: TreeConfig) -> None:
     vectors = bool(options.label_text) + bool(options.label_vectors)
     counts = options.counts if all(depth < 63 for depth in options.depths) else []
     rules = [
-        (all(0 <= depth < 63 for depth in options.depths), "--depths", "exponents from 0 to 62", options.depths),
-        (1 <= len(counts) < MOST_LEVELS, "--depths", f"1 to {MOST_LEVELS - 1} levels", options.depths),
-        (counts == sorted(counts) and min(counts, default=1) >= 1, "--depths", "levels from coarse to fine", counts),
+        (
+            all(0 <= depth < 63 for depth in options.depths),
+            "--depths",
+            "exponents from 0 to 62",
+            options.depths,
+        ),
+        (
+            1 <= len(counts) < MOST_LEVELS,
+            "--depths",
+            f"1 to {MOST_LEVELS - 1} levels",
+            options.depths,
+        ),
+        (
+            counts == sorted(counts) and min(counts, default=1) >= 1,
+            "--depths",
+            "levels from coarse to fine",
+            counts,
+        ),
         (vectors < 2, "--label-vectors", "one of label-text and label-vectors", "both"),
-        (vectors or options.features != "none", "--features none", "label-text or label-vectors", "neither"),
+        (
+            vectors or options.features != "none",
+            "--features none",
+            "label-text or label-vectors",
+            "neither",
+        ),
         (vectors or options.prune <= -1, "--prune", "label-text or label-vectors", "neither"),
         (options.keep >= 1, "--keep", "1 or more", options.keep),
     ]
@@ -163,10 +223,16 @@ def check(options: TreeConfig) -> None:
             raise InputError(where, expected, str(got), "mend the setting")
 
 
-def settings_of(options: TreeConfig, dataset: Dataset, encoder: LabelEncoder | None) -> dict[str, Any]:
+def settings_of(
+    options: TreeConfig, dataset: Dataset, encoder: LabelEncoder | None
+) -> dict[str, Any]:
     """All that decides the tree, files by their content; `key` is its hash."""
     settings = {name: value for name, value in asdict(options).items() if name not in ASIDE}
-    settings |= {"dataset": dataset.content_hash, "clusters": options.counts, "recipe_version": RECIPE_VERSION}
+    settings |= {
+        "dataset": dataset.content_hash,
+        "clusters": options.counts,
+        "recipe_version": RECIPE_VERSION,
+    }
     named = options.features in ("text", "tokens", "bags", "none")
     settings["features"] = options.features if named else digest(options.features)
     settings["label_text"] = encoder.hash if encoder else None
@@ -177,22 +243,31 @@ def settings_of(options: TreeConfig, dataset: Dataset, encoder: LabelEncoder | N
 
 def _standing(options: TreeConfig, key: str, flag: str) -> LabelTree | None:
     folder = options.folder
-    if not folder.exists() or (folder.is_dir() and not any(p for p in folder.iterdir() if not is_ours(p.name, WRITTEN))):
+    if not folder.exists() or (
+        folder.is_dir() and not any(p for p in folder.iterdir() if not is_ours(p.name, WRITTEN))
+    ):
         return None
     if not (folder / FILE).is_file():
         # Never written over, whatever the flags: these are somebody's files.
         got = "other files" if folder.is_dir() else "a file"
-        raise InputError(str(folder), "a free place or the folder of a label tree", got, f"choose another {flag}")
+        raise InputError(
+            str(folder), "a free place or the folder of a label tree", got, f"choose another {flag}"
+        )
     try:
         tree = LabelTree.load(folder)
     except InputError as error:
         if options.overwrite:
             return None
-        raise InputError(error.where, error.expected, error.got, "make it again with --overwrite") from error
+        raise InputError(
+            error.where, error.expected, error.got, "make it again with --overwrite"
+        ) from error
     if tree.settings.get("key") == key:
         return tree
     if not options.overwrite:
-        expected, mend = "a tree made from these inputs and settings", f"choose another {flag}, or replace it with --overwrite"
+        expected, mend = (
+            "a tree made from these inputs and settings",
+            f"choose another {flag}, or replace it with --overwrite",
+        )
         raise InputError(str(folder), expected, "one made from others", mend)
     return None
 
@@ -210,7 +285,12 @@ def _set_threads(threads: int) -> None:
 
     most = most_threads()
     if not 0 <= threads <= most:
-        raise InputError("--threads", f"0 (all) to {most}", str(threads), "choose fewer, or set NUMBA_NUM_THREADS")
+        raise InputError(
+            "--threads",
+            f"0 (all) to {most}",
+            str(threads),
+            "choose fewer, or set NUMBA_NUM_THREADS",
+        )
     numba.set_num_threads(threads or most)
 
 
@@ -229,18 +309,28 @@ class _Clock:
 def _features(
     options: TreeConfig, dataset: Dataset, vectors: np.ndarray | None, clock: _Clock
 ) -> tuple[LabelFeatures, scipy.sparse.csr_matrix | None, scipy.sparse.csr_matrix | None]:
-    """Label features, and features and labels of the documents for the report: validation where there is any."""
+    """Label features, and features and labels of the documents for the report: validation where
+    there is any.
+    """
     train, checked = dataset.splits["train"], dataset.splits.get("val", dataset.splits["train"])
     if options.features == "none":
         return label_features(None, vectors), None, None
     texts = None
     if options.features == "text":
-        words = TextFeatures(train.texts, ngrams=options.ngrams, most_terms=options.terms, common=options.common)
-        found, documents = words.documents, words.documents if checked is train else words.transform(checked.texts)
+        words = TextFeatures(
+            train.texts, ngrams=options.ngrams, most_terms=options.terms, common=options.common
+        )
+        found, documents = (
+            words.documents,
+            words.documents if checked is train else words.transform(checked.texts),
+        )
         texts = None if dataset.label_names is None else words.transform(dataset.label_names)
     elif options.features == "tokens":
         tokens = TokenFeatures(train.tokens)
-        found, documents = tokens.documents, tokens.documents if checked is train else tokens.transform(checked.tokens)
+        found, documents = (
+            tokens.documents,
+            tokens.documents if checked is train else tokens.transform(checked.tokens),
+        )
         texts = None if dataset.label_tokens is None else tokens.transform(dataset.label_tokens)
     elif options.features == "bags":
         found, documents, texts = train.features, checked.features, dataset.label_features
@@ -253,9 +343,13 @@ def _features(
     clock.told("features")
     if options.graph:
         graph = label_graph(
-            train.labels, visits=options.visits, restart=options.restart, top=options.top,
-            most_documents=options.most_documents, seed=options.seed,
-        )  # fmt: skip
+            train.labels,
+            visits=options.visits,
+            restart=options.restart,
+            top=options.top,
+            most_documents=options.most_documents,
+            seed=options.seed,
+        )
         if options.prune > -1 and vectors is not None:
             graph = prune(graph, vectors, options.prune)
         clock.told("graph")
@@ -264,14 +358,21 @@ def _features(
     return label_features(centroids, vectors, in_place=True), documents, checked.labels
 
 
-def _label_vectors(options: TreeConfig, dataset: Dataset, encoder: LabelEncoder | None) -> np.ndarray | None:
+def _label_vectors(
+    options: TreeConfig, dataset: Dataset, encoder: LabelEncoder | None
+) -> np.ndarray | None:
     if encoder is not None:
         if dataset.label_names is None:
             raise InputError(
-                "--label-text", "a dataset with label names", "none", "prepare it with --label-text or --label-names"
+                "--label-text",
+                "a dataset with label names",
+                "none",
+                "prepare it with --label-text or --label-names",
             )
         return encoder.embed(dataset.label_names)
-    return read_vectors(options.label_vectors, dataset.num_labels) if options.label_vectors else None
+    return (
+        read_vectors(options.label_vectors, dataset.num_labels) if options.label_vectors else None
+    )
 
 
 def _write(options: TreeConfig, tree: LabelTree, facts: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""Balanced clusters of labels: spherical 2-means, halving again and again, to any number of clusters at any levels.
+"""Balanced clusters of labels: spherical 2-means, halving again and again, to any number of
+clusters at any levels.
 
-Source: Prabhu et al., Parabel (WWW 2018), section 3.1 (balanced spherical 2-means); the starts, the parts of unequal
-numbers and the threads are ours.
+Source: Prabhu et al., Parabel (WWW 2018), section 3.1 (balanced spherical 2-means); the starts, the
+parts of unequal numbers and the threads are ours.
 """
 
 from __future__ import annotations
@@ -21,14 +22,18 @@ from xmlkernels.tree.two_means import score_some, split_node, start_on_sample
 # None of these depends on the machine: they decide the clusters.
 LARGE = 4096  # rows from which all threads work on one node
 SAMPLE = 512  # rows of a node on which its starts are tried
-PAIRWISE = 64  # rows up to which a node is split by its pairwise similarities, from four times as many starts; at most SAMPLE
+# rows up to which a node is split by its pairwise similarities, from four times as many starts; at
+# most SAMPLE
+PAIRWISE = 64
 
 Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Means:
-    """Settings of 2-means: `starts` pairs of first centres, stop at this rise of the mean similarity, at most `rounds`."""
+    """Settings of 2-means: `starts` pairs of first centres, stop at this rise of the mean
+    similarity, at most `rounds`.
+    """
 
     starts: int = 8
     tolerance: float = 1e-4
@@ -50,22 +55,29 @@ class _Node:
 
 
 def cluster(
-    features: LabelFeatures, counts: Sequence[int], means: Means | None = None, tell: Tell = lambda line: None
+    features: LabelFeatures,
+    counts: Sequence[int],
+    means: Means | None = None,
+    tell: Tell = lambda line: None,
 ) -> list[np.ndarray]:
-    """Nested partitions of the labels into about counts[r] clusters at level r, of sizes as equal as halving makes them.
+    """Nested partitions of the labels into about counts[r] clusters at level r, of sizes as equal
+    as halving makes them.
 
-    A level of at least as many clusters as labels has one label in each. Labels without features are no neighbours of
-    anything: they make clusters of their own, in the order of their ids. The result depends on features, counts and
-    settings, not on the number of threads.
+    A level of at least as many clusters as labels has one label in each. Labels without features
+    are no neighbours of anything: they make clusters of their own, in the order of their ids. The
+    result depends on features, counts and settings, not on the number of threads.
 
     Args:
-        counts: clusters of each level, coarse to fine, not falling; no need to be powers of 2 or multiples.
+        counts: clusters of each level, coarse to fine, not falling; no need to be powers of 2 or
+            multiples.
 
     Returns:
-        One int64 array [L] per level, numbered from 0 in tree order: what `LabelTree.from_partitions` takes.
+        One int64 array [L] per level, numbered from 0 in tree order: what
+        `LabelTree.from_partitions` takes.
 
     Raises:
-        InputError: no level, a count below 1 or below the level above it, no labels, a setting out of range.
+        InputError: no level, a count below 1 or below the level above it, no labels, a setting out
+            of range.
     """
     means = means or Means()
     labels = len(features)
@@ -92,13 +104,21 @@ class _Splitter:
     def __init__(self, features: LabelFeatures, means: Means) -> None:
         keep_compiled(split_node, start_on_sample, score_some, add_columns, add_dense)
         self.features, self.means = features, means
-        self.sparse = (features.sparse.indptr.astype(np.int64), features.sparse.indices, features.sparse.data)
-        self.dense = np.zeros((len(features), 0), np.float32) if features.dense is None else features.dense
+        self.sparse = (
+            features.sparse.indptr.astype(np.int64),
+            features.sparse.indices,
+            features.sparse.data,
+        )
+        self.dense = (
+            np.zeros((len(features), 0), np.float32) if features.dense is None else features.dense
+        )
         self.empty = features.empty
         self._own = thread_local()
 
     def halve(self, order: np.ndarray, nodes: list[_Node], finest: bool) -> list[_Node]:
-        """One round: every node that must become several clusters is cut in two; `order` is rearranged inside nodes."""
+        """One round: every node that must become several clusters is cut in two; `order` is
+        rearranged inside nodes.
+        """
         made: list[list[_Node]] = [[node] for node in nodes]
         todo: list[int] = []
         for i, node in enumerate(nodes):
@@ -129,7 +149,10 @@ class _Splitter:
         if apart:
             order[node.begin : node.end] = np.concatenate([rows[~bare], rows[bare]])
             middle = node.end - bare_count
-            return [_Node(node.begin, middle, node.clusters - apart), _Node(middle, node.end, apart)]
+            return [
+                _Node(node.begin, middle, node.clusters - apart),
+                _Node(middle, node.end, apart),
+            ]
         left = (node.clusters + 1) // 2
         # Rounded half up; each side has at least as many labels as clusters because the node has.
         first = (2 * node.size * left + node.clusters) // (2 * node.clusters)
@@ -148,7 +171,9 @@ class _Splitter:
         if first >= n:
             return np.ones(n, bool)
         # A node is known by its place and size, which no other node of any round shares.
-        random = np.random.Generator(np.random.Philox(key=means.seed, counter=[node.begin, node.size, n, 0]))
+        random = np.random.Generator(
+            np.random.Philox(key=means.seed, counter=[node.begin, node.size, n, 0])
+        )
         taken = min(n, SAMPLE)
         sample = np.arange(n) if n <= SAMPLE else np.sort(random.choice(n, taken, replace=False))
         sample_first = min(max(round(taken * first / n), 1), taken - 1)
@@ -158,8 +183,12 @@ class _Splitter:
         noise = random.standard_normal((starts, taken), np.float32)
         tried = (rows, first, sample, sample_first, pairs, noise)
         if n >= LARGE:
-            return split_large(self.sparse, self.dense, *tried, means.tolerance, means.rounds, self._map())
-        return split_node(*self.sparse, self.dense, *tried, PAIRWISE, means.tolerance, means.rounds, self._map())
+            return split_large(
+                self.sparse, self.dense, *tried, means.tolerance, means.rounds, self._map()
+            )
+        return split_node(
+            *self.sparse, self.dense, *tried, PAIRWISE, means.tolerance, means.rounds, self._map()
+        )
 
     def _map(self) -> np.ndarray:
         """This thread's int32 [V] of −1, which the loops use and leave as it was."""
@@ -169,7 +198,9 @@ class _Splitter:
 
 
 def _clusters_apart(node: _Node, bare: int, finest: bool) -> int:
-    """Clusters for the labels without features: their share; 0 where it is less than one and a later level will see to it."""
+    """Clusters for the labels without features: their share; 0 where it is less than one and a
+    later level will see to it.
+    """
     share = round(node.clusters * bare / node.size)
     if share == 0 and not finest and node.clusters < 32:
         return 0
@@ -177,7 +208,8 @@ def _clusters_apart(node: _Node, bare: int, finest: bool) -> int:
 
 
 def _share(nodes: list[_Node], count: int) -> list[_Node]:
-    """The clusters of a level, handed out to the nodes of the level above: equally where it divides, else by size.
+    """The clusters of a level, handed out to the nodes of the level above: equally where it
+    divides, else by size.
 
     Every node gets at least one cluster and no more than it has labels; together they get `count`.
     """
@@ -185,7 +217,11 @@ def _share(nodes: list[_Node], count: int) -> list[_Node]:
     labels = int(sizes.sum())
     if count >= labels:
         return [replace(node, clusters=node.size) for node in nodes]
-    fair = np.full(len(nodes), count / len(nodes)) if count % len(nodes) == 0 else sizes * (count / labels)
+    fair = (
+        np.full(len(nodes), count / len(nodes))
+        if count % len(nodes) == 0
+        else sizes * (count / labels)
+    )
     shares = np.clip(np.floor(fair).astype(np.int64), 1, sizes)
     while (short := count - int(shares.sum())) != 0:
         step = 1 if short > 0 else -1
@@ -200,7 +236,12 @@ def _check(counts: Sequence[int], means: Means, labels: int) -> None:
     rules = [
         (labels >= 1, "features", "at least one label", labels),
         (len(counts) >= 1, "counts", "the clusters of at least one level", list(counts)),
-        (all(count >= 1 for count in counts), "counts", "at least one cluster at each level", list(counts)),
+        (
+            all(count >= 1 for count in counts),
+            "counts",
+            "at least one cluster at each level",
+            list(counts),
+        ),
         (list(counts) == sorted(counts), "counts", "levels from coarse to fine", list(counts)),
         (means.starts >= 1, "starts", "at least 1", means.starts),
         (means.rounds >= 1, "rounds", "at least 1", means.rounds),

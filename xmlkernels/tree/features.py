@@ -1,4 +1,6 @@
-"""Label vectors for clustering: TF-IDF centroids of the documents of each label, label-text embeddings, or both."""
+"""Label vectors for clustering: TF-IDF centroids of the documents of each label, label-text
+embeddings, or both.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ WORDS = r"[^\W_]+"  # `snake_case` is two words, as for the nearest-neighbour ba
 
 @dataclass(frozen=True, eq=False)
 class LabelFeatures:
-    """L labels, each a sparse and a dense block of length 1 (or 0, where it has none); similarities of the blocks add up.
+    """L labels, each a sparse and a dense block of length 1 (or 0, where it has none); similarities
+    of the blocks add up.
 
     Make it with `label_features`, which checks and scales.
 
@@ -41,7 +44,9 @@ class LabelFeatures:
         return bare if self.dense is None else bare & ~self.dense.any(axis=1)
 
 
-def label_features(sparse: csr_matrix | None, dense: np.ndarray | None = None, *, in_place: bool = False) -> LabelFeatures:
+def label_features(
+    sparse: csr_matrix | None, dense: np.ndarray | None = None, *, in_place: bool = False
+) -> LabelFeatures:
     """Features of unit length, block by block.
 
     Args:
@@ -53,11 +58,15 @@ def label_features(sparse: csr_matrix | None, dense: np.ndarray | None = None, *
         InputError: neither, not as many rows in one as in the other, or values that are not finite.
     """
     if sparse is None and dense is None:
-        raise InputError("label features", "a sparse or a dense block", "neither", "pass centroids or embeddings")
+        raise InputError(
+            "label features", "a sparse or a dense block", "neither", "pass centroids or embeddings"
+        )
     if dense is not None:
         dense = np.array(dense, np.float32, order="C", ndmin=2)
         if not np.isfinite(dense).all():
-            raise InputError("label embeddings", "finite numbers", "NaN or infinity", "make them again")
+            raise InputError(
+                "label embeddings", "finite numbers", "NaN or infinity", "make them again"
+            )
         norm = np.linalg.norm(dense.astype(np.float64), axis=1, keepdims=True)
         dense = (dense / np.where(norm > 0, norm, 1)).astype(np.float32)
     if sparse is None:
@@ -66,7 +75,10 @@ def label_features(sparse: csr_matrix | None, dense: np.ndarray | None = None, *
         raise InputError("label features", "finite numbers", "NaN or infinity", "make them again")
     if dense is not None and len(dense) != sparse.shape[0]:
         raise InputError(
-            "label embeddings", f"{sparse.shape[0]} rows, one a label", str(len(dense)), "pass those of the same labels"
+            "label embeddings",
+            f"{sparse.shape[0]} rows, one a label",
+            str(len(dense)),
+            "pass those of the same labels",
         )
     unit = unit_rows(sparse, in_place=in_place)
     unit.eliminate_zeros()
@@ -88,14 +100,22 @@ def label_centroids(documents: csr_matrix, labels: csr_matrix, keep: int = 1000)
     """
     if documents.shape[0] != labels.shape[0]:
         expected = f"{labels.shape[0]} rows, one a training document"
-        raise InputError("document features", expected, str(documents.shape[0]), "pass those of the training split")
+        raise InputError(
+            "document features",
+            expected,
+            str(documents.shape[0]),
+            "pass those of the training split",
+        )
     if not np.isfinite(documents.data).all():
-        raise InputError("document features", "finite numbers", "NaN or infinity", "make them again")
+        raise InputError(
+            "document features", "finite numbers", "NaN or infinity", "make them again"
+        )
     return top_product(csr_matrix((labels != 0).T, dtype=np.float32), unit_rows(documents), keep)
 
 
 def fill_empty(centroids: csr_matrix, text_features: csr_matrix, keep: int = 1000) -> csr_matrix:
-    """Centroids with the text features [L, V] of their own names in the rows of labels that have no documents.
+    """Centroids with the text features [L, V] of their own names in the rows of labels that have no
+    documents.
 
     Raises:
         InputError: another shape than the centroids.
@@ -103,12 +123,17 @@ def fill_empty(centroids: csr_matrix, text_features: csr_matrix, keep: int = 100
     if centroids.shape != text_features.shape:
         got = str(text_features.shape)
         raise InputError(
-            "label text features", f"the shape {centroids.shape} of the centroids", got, "use one vectorizer for both"
+            "label text features",
+            f"the shape {centroids.shape} of the centroids",
+            got,
+            "use one vectorizer for both",
         )
     empty = np.diff(centroids.indptr) == 0
     if not empty.any():
         return centroids
-    take = csr_matrix((np.ones(empty.sum(), np.float32), (np.flatnonzero(empty),) * 2), shape=(len(empty),) * 2)
+    take = csr_matrix(
+        (np.ones(empty.sum(), np.float32), (np.flatnonzero(empty),) * 2), shape=(len(empty),) * 2
+    )
     return csr_matrix(centroids + top_product(take, text_features, keep))
 
 
@@ -119,28 +144,45 @@ class TextFeatures:
         texts: the N training documents.
         ngrams: longest run of words that is a term.
         most_terms: only these many terms, the most frequent ones; None: all.
-        common: terms in a larger share of the documents are left out; they make all centroids alike.
+        common: terms in a larger share of the documents are left out; they make all centroids
+            alike.
 
     Raises:
         InputError: not a word is left, or a number out of range.
     """
 
-    def __init__(self, texts: Sequence[str], *, ngrams: int = 1, most_terms: int | None = None, common: float = 1.0) -> None:
+    def __init__(
+        self,
+        texts: Sequence[str],
+        *,
+        ngrams: int = 1,
+        most_terms: int | None = None,
+        common: float = 1.0,
+    ) -> None:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        for name, value in (("ngrams", ngrams), ("most_terms", 1 if most_terms is None else most_terms)):
+        for name, value in (
+            ("ngrams", ngrams),
+            ("most_terms", 1 if most_terms is None else most_terms),
+        ):
             if value < 1:
                 raise InputError(name, "at least 1", str(value), "mend it")
         if not 0 < common <= 1:
             raise InputError("common", "a share above 0, at most 1", str(common), "mend it")
         self._vectorizer = TfidfVectorizer(
-            token_pattern=WORDS, sublinear_tf=True, dtype=np.float32, ngram_range=(1, ngrams), max_features=most_terms,
+            token_pattern=WORDS,
+            sublinear_tf=True,
+            dtype=np.float32,
+            ngram_range=(1, ngrams),
+            max_features=most_terms,
             max_df=float(common),
-        )  # fmt: skip
+        )
         try:
             self.documents: csr_matrix = csr_matrix(self._vectorizer.fit_transform(texts))
         except ValueError as error:
-            raise InputError("training texts", "at least one word that not all share", "none", "use other texts") from error
+            raise InputError(
+                "training texts", "at least one word that not all share", "none", "use other texts"
+            ) from error
 
     def transform(self, texts: Sequence[str]) -> csr_matrix:
         """fp32 CSR [len(texts), V]."""
@@ -148,7 +190,8 @@ class TextFeatures:
 
 
 class TokenFeatures:
-    """The same weights for bags of token ids, where a dataset keeps no texts; V is the tokenizer's vocabulary.
+    """The same weights for bags of token ids, where a dataset keeps no texts; V is the tokenizer's
+    vocabulary.
 
     Tokens that every training document has, as the special ones, say nothing and weigh nothing.
 
@@ -162,7 +205,11 @@ class TokenFeatures:
         bags = _bags(tokens)
         self._tfidf: Any = TfidfTransformer(sublinear_tf=True).fit(bags)
         everywhere = np.bincount(bags.indices, minlength=bags.shape[1]) == bags.shape[0]
-        self._useful = (~everywhere).astype(np.float32) if bags.shape[0] > 1 else np.ones(bags.shape[1], np.float32)
+        self._useful = (
+            (~everywhere).astype(np.float32)
+            if bags.shape[0] > 1
+            else np.ones(bags.shape[1], np.float32)
+        )
         self.documents = self._weighted(bags)
 
     def transform(self, tokens: TokenStore) -> csr_matrix:
@@ -179,6 +226,8 @@ def _bags(tokens: TokenStore) -> csr_matrix:
     """fp32 CSR [rows, V] of counts."""
     shape = (len(tokens), tokens.header.vocab_size)
     found = np.asarray(tokens.tokens, np.int32)
-    bags = csr_matrix((np.ones(len(found), np.float32), found, np.asarray(tokens.offsets)), shape=shape)
+    bags = csr_matrix(
+        (np.ones(len(found), np.float32), found, np.asarray(tokens.offsets)), shape=shape
+    )
     bags.sum_duplicates()
     return bags

@@ -1,7 +1,9 @@
-"""The label graph: which labels are met together, by random walks with restart over documents and labels.
+"""The label graph: which labels are met together, by random walks with restart over documents and
+labels.
 
-Source: Mittal et al., ECLARE: Extreme classification with label graph correlations (WWW 2021), section 3, with the
-settings of CascadeXML (Kharbanda et al., NeurIPS 2022): 400 visits, restart 0.8, the 10 labels met most often.
+Source: Mittal et al., ECLARE: Extreme classification with label graph correlations (WWW 2021),
+section 3, with the settings of CascadeXML (Kharbanda et al., NeurIPS 2022): 400 visits, restart
+0.8, the 10 labels met most often.
 """
 
 from __future__ import annotations
@@ -21,21 +23,29 @@ _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
 def label_graph(
-    labels: csr_matrix, *, visits: int = 400, restart: float = 0.8, top: int = 10, most_documents: int = 0, seed: int = 0
+    labels: csr_matrix,
+    *,
+    visits: int = 400,
+    restart: float = 0.8,
+    top: int = 10,
+    most_documents: int = 0,
+    seed: int = 0,
 ) -> csr_matrix:
     """How often a walk from each label visits each other label.
 
-    A visit: from the current label to a document of it, from there to a label of that document (itself possible), both
-    uniformly; with probability `restart` the next visit starts from the origin, else from the label just visited.
+    A visit: from the current label to a document of it, from there to a label of that document
+    (itself possible), both uniformly; with probability `restart` the next visit starts from the
+    origin, else from the label just visited.
 
     Args:
         labels: [N, L]; non-zero is positive.
         visits: of the walk of each label.
-        top: labels kept for each, those visited most; of equals the lower id. The label itself stays beside them, with
-            its own count or 1.
-        most_documents: labels of more documents than this neither walk nor are met (0: no such bound). They and labels
-            without documents have an edge of 1 to themselves alone.
-        seed: with the label's number and that of the visit it decides every step; threads decide nothing.
+        top: labels kept for each, those visited most; of equals the lower id. The label itself
+            stays beside them, with its own count or 1.
+        most_documents: labels of more documents than this neither walk nor are met (0: no such
+            bound). They and labels without documents have an edge of 1 to themselves alone.
+        seed: with the label's number and that of the visit it decides every step; threads decide
+            nothing.
 
     Returns:
         fp32 CSR [L, L] of counts, columns ascending, at most top + 1 a row.
@@ -62,17 +72,25 @@ def label_graph(
     count, width = forward.shape[1], min(top, visits) + 1
     index, times = np.empty((count, width), np.int32), np.empty((count, width), np.float32)
     found = np.empty(count, np.int64)
-    edges = (backward.indptr.astype(np.int64), backward.indices, forward.indptr.astype(np.int64), forward.indices)
+    edges = (
+        backward.indptr.astype(np.int64),
+        backward.indices,
+        forward.indptr.astype(np.int64),
+        forward.indices,
+    )
     settings = (np.int64(visits), np.uint64(round(restart * 2**32)), np.int64(top), np.uint64(seed))
     keep_compiled(_walk)
-    in_parallel(lambda begin, end: _walk(begin, end, *edges, *settings, index, times, found), count, _LABELS)
+    in_parallel(
+        lambda begin, end: _walk(begin, end, *edges, *settings, index, times, found), count, _LABELS
+    )
     kept = np.arange(width) < found[:, None]
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(found)])
     return csr_matrix((times[kept], index[kept], ends), shape=(count, count))
 
 
 def prune(graph: csr_matrix, vectors: np.ndarray, least: float) -> csr_matrix:
-    """The graph without edges between labels whose cosine similarity is below `least`; edges to oneself stay.
+    """The graph without edges between labels whose cosine similarity is below `least`; edges to
+    oneself stay.
 
     Args:
         vectors: [L, D], of any length; a label whose vector is zero keeps its edges.
@@ -82,7 +100,10 @@ def prune(graph: csr_matrix, vectors: np.ndarray, least: float) -> csr_matrix:
     """
     if vectors.ndim != 2 or len(vectors) != graph.shape[0]:
         raise InputError(
-            "vectors", f"[{graph.shape[0]}, D], one a label", str(list(vectors.shape)), "pass those of the same labels"
+            "vectors",
+            f"[{graph.shape[0]}, D], one a label",
+            str(list(vectors.shape)),
+            "pass those of the same labels",
         )
     norm = np.linalg.norm(vectors, axis=1)
     row = np.repeat(np.arange(graph.shape[0]), np.diff(graph.indptr))
@@ -97,7 +118,9 @@ def prune(graph: csr_matrix, vectors: np.ndarray, least: float) -> csr_matrix:
 
 
 def normalised(graph: csr_matrix) -> csr_matrix:
-    """D_r^-1/2 G D_c^-1/2 with the sums of the rows and of the columns; every label has an edge to itself, so none is 0."""
+    """D_r^-1/2 G D_c^-1/2 with the sums of the rows and of the columns; every label has an edge to
+    itself, so none is 0.
+    """
     rows, columns = np.asarray(graph.sum(axis=1)).ravel(), np.asarray(graph.sum(axis=0)).ravel()
     row = np.repeat(np.arange(graph.shape[0]), np.diff(graph.indptr))
     data = graph.data / np.sqrt(rows[row] * columns[graph.indices])
@@ -105,18 +128,26 @@ def normalised(graph: csr_matrix) -> csr_matrix:
 
 
 def smooth(graph: csr_matrix, features: csr_matrix, keep: int = 1000) -> csr_matrix:
-    """Label features [L, V] mixed with those of the neighbours in a label graph [L, L]; the `keep` largest of each row."""
+    """Label features [L, V] mixed with those of the neighbours in a label graph [L, L]; the `keep`
+    largest of each row.
+    """
     return top_product(normalised(graph), features, keep)
 
 
 @njit(nogil=True)
 def _draw(seed, number, step):  # type: ignore[no-untyped-def]
-    """Philox-4x32-10, the project's generator: four uint32 words (in uint64) of key `seed` and counter (number, step).
+    """Philox-4x32-10, the project's generator: four uint32 words (in uint64) of key `seed` and
+    counter (number, step).
 
     Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
     """
     k0, k1 = np.uint64(seed) & _LOW, np.uint64(seed) >> _HALF
-    c0, c1, c2, c3 = np.uint64(number) & _LOW, np.uint64(number) >> _HALF, np.uint64(step) & _LOW, np.uint64(0)
+    c0, c1, c2, c3 = (
+        np.uint64(number) & _LOW,
+        np.uint64(number) >> _HALF,
+        np.uint64(step) & _LOW,
+        np.uint64(0),
+    )
     for _ in range(10):
         p0, p1 = _M0 * c0, _M1 * c2
         c0, c1, c2, c3 = (p1 >> _HALF) ^ c1 ^ k0, p1 & _LOW, (p0 >> _HALF) ^ c3 ^ k1, p0 & _LOW
@@ -126,13 +157,27 @@ def _draw(seed, number, step):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def _one_of(word, start, end):  # type: ignore[no-untyped-def]
-    """A uniform integer in [start, end) of a uint32 word; none likelier than another by more than (end - start) / 2^32."""
+    """A uniform integer in [start, end) of a uint32 word; none likelier than another by more than
+    (end - start) / 2^32.
+    """
     return start + np.int64((word * np.uint64(end - start)) >> _HALF)
 
 
 @njit(nogil=True)
 def _walk(  # type: ignore[no-untyped-def]
-    begin, end, to_document, documents, to_label, labels, visits, restart, top, seed, index, times, found
+    begin,
+    end,
+    to_document,
+    documents,
+    to_label,
+    labels,
+    visits,
+    restart,
+    top,
+    seed,
+    index,
+    times,
+    found,
 ):
     for origin in range(begin, end):
         if to_document[origin + 1] == to_document[origin]:
@@ -153,7 +198,9 @@ def _walk(  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def _most_visited(visited, origin, top, index, times):  # type: ignore[no-untyped-def]
-    """Of a sorted list of visits: writes the `top` labels visited most, and the origin, by label; returns their number."""
+    """Of a sorted list of visits: writes the `top` labels visited most, and the origin, by label;
+    returns their number.
+    """
     label, count = np.empty(len(visited) + 1, np.int32), np.zeros(len(visited) + 1, np.int64)
     n, own = 0, -1
     for i in range(len(visited)):
@@ -174,7 +221,10 @@ def _most_visited(visited, origin, top, index, times):  # type: ignore[no-untype
                 best = i
         chosen[best] = True
     chosen[own] = True
-    place, late = 0, own == n  # an origin never visited stands last in the list and has its place by label
+    place, late = (
+        0,
+        own == n,
+    )  # an origin never visited stands last in the list and has its place by label
     for i in range(n):
         if late and label[i] > origin:
             index[place], times[place], late = origin, 1, False

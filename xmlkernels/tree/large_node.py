@@ -1,6 +1,8 @@
-"""Balanced spherical 2-means of a node so large that all threads work on it: scores by rows, sums by columns.
+"""Balanced spherical 2-means of a node so large that all threads work on it: scores by rows, sums
+by columns.
 
-A column's sum is made by one thread in the order of the rows, so the result does not depend on the number of threads.
+A column's sum is made by one thread in the order of the rows, so the result does not depend on the
+number of threads.
 """
 
 from __future__ import annotations
@@ -17,13 +19,37 @@ Csr = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def split_large(
-    matrix: Csr, dense: np.ndarray, rows: np.ndarray, first: int, sample: np.ndarray, sample_first: int,
-    pairs: np.ndarray, noise: np.ndarray, tolerance: float, rounds: int, column_map: np.ndarray,
-) -> np.ndarray:  # fmt: skip
-    """As `two_means.split_node`, without a copy of the node's rows; columns of each row must ascend."""
-    direction, dense_direction = np.zeros(len(column_map), np.float32), np.zeros(dense.shape[1], np.float32)
+    matrix: Csr,
+    dense: np.ndarray,
+    rows: np.ndarray,
+    first: int,
+    sample: np.ndarray,
+    sample_first: int,
+    pairs: np.ndarray,
+    noise: np.ndarray,
+    tolerance: float,
+    rounds: int,
+    column_map: np.ndarray,
+) -> np.ndarray:
+    """As `two_means.split_node`, without a copy of the node's rows; columns of each row must
+    ascend.
+    """
+    direction, dense_direction = (
+        np.zeros(len(column_map), np.float32),
+        np.zeros(dense.shape[1], np.float32),
+    )
     start_on_sample(
-        *matrix, dense, rows[sample], sample_first, pairs, noise, tolerance, rounds, column_map, direction, dense_direction
+        *matrix,
+        dense,
+        rows[sample],
+        sample_first,
+        pairs,
+        noise,
+        tolerance,
+        rounds,
+        column_map,
+        direction,
+        dense_direction,
     )
     whole, half = np.zeros(len(direction)), np.zeros(len(direction))
     dense_whole, dense_half = np.zeros(dense.shape[1]), np.zeros(dense.shape[1])
@@ -31,7 +57,11 @@ def split_large(
     score, is_first = np.empty(len(rows), np.float32), np.zeros(len(rows), bool)
     before = -np.inf
     for _ in range(rounds):
-        in_parallel(lambda a, b: score_some(a, b, *matrix, dense, rows, direction, dense_direction, score), len(rows), _ROWS)
+        in_parallel(
+            lambda a, b: score_some(a, b, *matrix, dense, rows, direction, dense_direction, score),
+            len(rows),
+            _ROWS,
+        )
         chosen = np.zeros(len(rows), bool)
         chosen[np.argsort(-score, kind="stable")[:first]] = True
         moved = np.flatnonzero(chosen != is_first)
@@ -56,16 +86,29 @@ def _turn(whole: np.ndarray, half: np.ndarray, direction: np.ndarray) -> float:
 
 
 def _add(
-    matrix: Csr, dense: np.ndarray, rows: np.ndarray, sign: np.ndarray, total: np.ndarray, dense_total: np.ndarray
+    matrix: Csr,
+    dense: np.ndarray,
+    rows: np.ndarray,
+    sign: np.ndarray,
+    total: np.ndarray,
+    dense_total: np.ndarray,
 ) -> None:
-    """total += Σ sign · row; the columns are shared out among the threads, by the entries of some of the rows."""
+    """total += Σ sign · row; the columns are shared out among the threads, by the entries of some
+    of the rows.
+    """
     ptr, index, _ = matrix
     some = rows[:: max(1, len(rows) // 64)]
-    seen = np.sort(np.concatenate([index[ptr[row] : ptr[row + 1]] for row in some])) if len(rows) else index[:0]
+    seen = (
+        np.sort(np.concatenate([index[ptr[row] : ptr[row + 1]] for row in some]))
+        if len(rows)
+        else index[:0]
+    )
     parts = threads()
     inner = [int(seen[len(seen) * part // parts]) if len(seen) else 0 for part in range(1, parts)]
     bounds = [0, *inner, len(total)]
-    in_parallel(lambda a, _: add_columns(*matrix, rows, sign, bounds[a], bounds[a + 1], total), parts, 1)
+    in_parallel(
+        lambda a, _: add_columns(*matrix, rows, sign, bounds[a], bounds[a + 1], total), parts, 1
+    )
     add_dense(dense, rows, sign, dense_total)
 
 

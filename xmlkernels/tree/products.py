@@ -1,4 +1,6 @@
-"""Products of sparse matrices whose rows are cut to their largest entries, without the whole product in memory."""
+"""Products of sparse matrices whose rows are cut to their largest entries, without the whole
+product in memory.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ _ROWS = 1 << 11  # rows a thread does at a time; their kept entries are held unc
 def top_product(a: csr_matrix, b: csr_matrix, keep: int) -> csr_matrix:
     """The `keep` largest entries (by magnitude) of each row of a · b.
 
-    Every row is summed by one thread in the order of its entries, so the result does not depend on their number. Memory
-    beside the result: 12 bytes · V · threads, and one block of kept rows.
+    Every row is summed by one thread in the order of its entries, so the result does not depend on
+    their number. Memory beside the result: 12 bytes · V · threads, and one block of kept rows.
 
     Args:
         a: [n, m]; b: [m, V]; values are taken as fp32.
@@ -30,7 +32,10 @@ def top_product(a: csr_matrix, b: csr_matrix, keep: int) -> csr_matrix:
     """
     if a.shape[1] != b.shape[0]:
         raise InputError(
-            "product", f"{a.shape[1]} rows in the second matrix", str(b.shape[0]), "pass matrices that belong together"
+            "product",
+            f"{a.shape[1]} rows in the second matrix",
+            str(b.shape[0]),
+            "pass matrices that belong together",
         )
     if keep < 1:
         raise InputError("keep", "at least 1", str(keep), "keep more")
@@ -39,7 +44,10 @@ def top_product(a: csr_matrix, b: csr_matrix, keep: int) -> csr_matrix:
     blocks: dict[int, tuple[np.ndarray, ...]] = {}
 
     def block(begin: int, end: int) -> None:
-        index, value = np.empty((end - begin, keep), np.int32), np.empty((end - begin, keep), np.float32)
+        index, value = (
+            np.empty((end - begin, keep), np.int32),
+            np.empty((end - begin, keep), np.float32),
+        )
         count = np.zeros(end - begin, np.int64)
         _product(begin, *operands, width, keep, index, value, count)
         kept = np.arange(keep) < count[:, None]
@@ -47,11 +55,18 @@ def top_product(a: csr_matrix, b: csr_matrix, keep: int) -> csr_matrix:
 
     keep_compiled(_product)
     in_parallel(block, n, _ROWS)
-    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate([*_third(blocks), np.zeros(0, np.int64)]))])
+    ends = np.concatenate(
+        [np.zeros(1, np.int64), np.cumsum(np.concatenate([*_third(blocks), np.zeros(0, np.int64)]))]
+    )
     indices, values = np.empty(ends[-1], np.int32), np.empty(ends[-1], np.float32)
-    for begin in sorted(blocks):  # each block is freed as it is copied: the result is never in memory twice
+    for begin in sorted(
+        blocks
+    ):  # each block is freed as it is copied: the result is never in memory twice
         index, value, _ = blocks.pop(begin)
-        indices[ends[begin] : ends[begin] + len(index)], values[ends[begin] : ends[begin] + len(index)] = index, value
+        (
+            indices[ends[begin] : ends[begin] + len(index)],
+            values[ends[begin] : ends[begin] + len(index)],
+        ) = index, value
     return csr_matrix((values, indices, ends), shape=(n, width))
 
 
@@ -60,11 +75,19 @@ def _third(blocks: dict[int, tuple[np.ndarray, ...]]) -> list[np.ndarray]:
 
 
 def unit_rows(matrix: csr_matrix, *, in_place: bool = False) -> csr_matrix:
-    """fp32 with rows of length 1, columns ascending; rows of zeros stay. A copy, or the matrix itself (fp32 alone)."""
-    unit = matrix if in_place and matrix.dtype == np.float32 else csr_matrix(matrix, dtype=np.float32, copy=True)
+    """fp32 with rows of length 1, columns ascending; rows of zeros stay. A copy, or the matrix
+    itself (fp32 alone).
+    """
+    unit = (
+        matrix
+        if in_place and matrix.dtype == np.float32
+        else csr_matrix(matrix, dtype=np.float32, copy=True)
+    )
     unit.sum_duplicates()
     keep_compiled(_normalise)
-    in_parallel(lambda begin, end: _normalise(begin, end, unit.indptr, unit.data), unit.shape[0], _ROWS)
+    in_parallel(
+        lambda begin, end: _normalise(begin, end, unit.indptr, unit.data), unit.shape[0], _ROWS
+    )
     return unit
 
 
@@ -107,7 +130,9 @@ def _largest(total, touched, keep, index, value):  # type: ignore[no-untyped-def
             size[i] = abs(total[touched[i]])
         least = np.partition(size, len(size) - keep)[len(size) - keep]
     n = ties = 0
-    for column in touched:  # the places of `touched` already read take the columns of just this magnitude
+    for (
+        column
+    ) in touched:  # the places of `touched` already read take the columns of just this magnitude
         here = abs(total[column])
         if here > least:
             index[n] = column

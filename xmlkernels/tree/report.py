@@ -1,4 +1,6 @@
-"""What a tree is like: sizes, how alike the labels of a cluster are, and how well documents find their clusters."""
+"""What a tree is like: sizes, how alike the labels of a cluster are, and how well documents find
+their clusters.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +32,20 @@ def report(
 
     For each cluster level:
         clusters; labels and children: least, mean, most and standard deviation per cluster.
-        similarity: mean over pairs of different labels of one cluster of their similarity (cosine of the sparse blocks
-            plus that of the dense ones); of each label that is not alone in its cluster one pair at most, 20,000 in all.
+        similarity: mean over pairs of different labels of one cluster of their similarity (cosine
+            of the sparse blocks plus that of the dense ones); of each label that is not alone in
+            its cluster one pair at most, 20,000 in all.
         random_similarity: the same in clusters of the same sizes with the labels drawn at random.
         parents: mean and most clusters of the level in which a document's labels lie.
-        recall: {k: share}. Each document keeps the k clusters whose centroids (mean of the labels' unit vectors) are nearest
-            to it by cosine; the share, over all documents together, of its true nodes of the next level (clusters or
-            labels) whose parent is kept. Each level is measured by itself, so no model and no level above is part of it.
+        recall: {k: share}. Each document keeps the k clusters whose centroids (mean of the labels'
+            unit vectors) are nearest to it by cosine; the share, over all documents together, of
+            its true nodes of the next level (clusters or labels) whose parent is kept. Each level
+            is measured by itself, so no model and no level above is part of it.
 
     Args:
         features: what the labels look like; similarities are taken in them.
-        documents: [N, V] features of documents, in the columns of the sparse block; None leaves out parents and recall.
+        documents: [N, V] features of documents, in the columns of the sparse block; None leaves out
+            parents and recall.
         labels: [N, L] of these documents; at most 2,000 documents with labels are taken, by seed.
 
     Raises:
@@ -48,17 +53,30 @@ def report(
     """
     count = len(tree.order)
     if len(features) != count:
-        raise InputError("features", f"{count} labels, as the tree has", str(len(features)), "pass those the tree was made of")
-    facts = [_sizes(tree, level) | _similarity(tree, level, features, seed) for level in range(tree.levels - 1)]
+        raise InputError(
+            "features",
+            f"{count} labels, as the tree has",
+            str(len(features)),
+            "pass those the tree was made of",
+        )
+    facts = [
+        _sizes(tree, level) | _similarity(tree, level, features, seed)
+        for level in range(tree.levels - 1)
+    ]
     if documents is not None and labels is not None:
-        if labels.shape != (documents.shape[0], count) or documents.shape[1] != features.sparse.shape[1]:
+        if (
+            labels.shape != (documents.shape[0], count)
+            or documents.shape[1] != features.sparse.shape[1]
+        ):
             got = f"documents {documents.shape}, labels {labels.shape}"
             expected = f"documents [N, {features.sparse.shape[1]}] and labels [N, {count}]"
             raise InputError("documents", expected, got, "pass features and labels of one split")
         chosen = _some(np.flatnonzero(np.diff(labels.indptr)), _DOCUMENTS, seed)
         if len(chosen):
             place = csr_matrix(labels[chosen] != 0, dtype=np.float32)
-            place = csr_matrix((place.data, tree.place[place.indices], place.indptr), shape=place.shape)
+            place = csr_matrix(
+                (place.data, tree.place[place.indices], place.indptr), shape=place.shape
+            )
             queries = unit_rows(documents[chosen])
             for level in range(tree.levels - 1):
                 facts[level] |= _documents(tree, level, features, queries, place)
@@ -72,12 +90,21 @@ def _some(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
 
 
 def _spread(sizes: np.ndarray) -> dict[str, float]:
-    return {"least": int(sizes.min()), "mean": float(sizes.mean()), "most": int(sizes.max()), "deviation": float(sizes.std())}
+    return {
+        "least": int(sizes.min()),
+        "mean": float(sizes.mean()),
+        "most": int(sizes.max()),
+        "deviation": float(sizes.std()),
+    }
 
 
 def _sizes(tree: LabelTree, level: int) -> dict[str, Any]:
     labels = np.bincount(tree.ancestors(level))
-    return {"clusters": tree.sizes[level], "labels": _spread(labels), "children": _spread(np.diff(tree.children[level]))}
+    return {
+        "clusters": tree.sizes[level],
+        "labels": _spread(labels),
+        "children": _spread(np.diff(tree.children[level])),
+    }
 
 
 def _similarity(tree: LabelTree, level: int, features: LabelFeatures, seed: int) -> dict[str, Any]:
@@ -105,13 +132,15 @@ def _mean_similarity(features: LabelFeatures, a: np.ndarray, b: np.ndarray) -> f
         one, two = a[start : start + 1024], b[start : start + 1024]
         total += float(features.sparse[one].multiply(features.sparse[two]).sum(dtype=np.float64))
         if features.dense is not None:
-            total += float(np.einsum("ij,ij->", features.dense[one], features.dense[two], dtype=np.float64))
+            total += float(
+                np.einsum("ij,ij->", features.dense[one], features.dense[two], dtype=np.float64)
+            )
     return total / len(a)
 
 
 def _documents(
     tree: LabelTree, level: int, features: LabelFeatures, queries: csr_matrix, place: csr_matrix
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """`place` [n, L]: the true labels as table rows."""
     below = tree.ancestors(level + 1)[place.indices]
     document = np.repeat(np.arange(place.shape[0]), np.diff(place.indptr))
@@ -120,9 +149,12 @@ def _documents(
     parent = np.searchsorted(tree.children[level], node, side="right") - 1
     clusters = tree.sizes[level]
     of_cluster = csr_matrix(
-        (np.ones(len(tree.order), np.float32), tree.order, tree.bounds(level)), shape=(clusters, len(tree.order))
+        (np.ones(len(tree.order), np.float32), tree.order, tree.bounds(level)),
+        shape=(clusters, len(tree.order)),
     )
-    by_term = csr_matrix(unit_rows(top_product(of_cluster, features.sparse, _TERMS), in_place=True).T)
+    by_term = csr_matrix(
+        unit_rows(top_product(of_cluster, features.sparse, _TERMS), in_place=True).T
+    )
     rank = np.empty(len(node), np.int64)
     for start in range(0, place.shape[0], _BLOCK):
         inside = slice(*np.searchsorted(document, [start, start + _BLOCK]))
@@ -134,5 +166,10 @@ def _documents(
         rank[inside] = (rows > true[:, None]).sum(axis=1) + earlier.sum(axis=1)
     distinct = np.unique(np.stack([document, parent]), axis=1)[0]
     parents = np.bincount(distinct, minlength=place.shape[0])
-    recall = {str(k): float((rank < k).mean()) for k in (*(k for k in KEPT if k < clusters), clusters)}
-    return {"parents": {"mean": float(parents.mean()), "most": int(parents.max())}, "recall": recall}
+    recall = {
+        str(k): float((rank < k).mean()) for k in (*(k for k in KEPT if k < clusters), clusters)
+    }
+    return {
+        "parents": {"mean": float(parents.mean()), "most": int(parents.max())},
+        "recall": recall,
+    }

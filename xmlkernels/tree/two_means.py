@@ -1,14 +1,17 @@
 """Balanced spherical 2-means of one node of the tree: the compiled loops.
 
-Rows have two blocks, a sparse and a dense one, each of length 1 (or 0) with centres of its own; similarities add up. The
-rows most similar to the first centre rather than to the second are the first half, the centres are the halves' means, and
-both repeat until the mean similarity of a row to its own centre rises by less than the tolerance. That mean times n is
-‖Σ first‖ + ‖Σ second‖, block by block, so that the sums of the halves are all that is kept of the centres.
+Rows have two blocks, a sparse and a dense one, each of length 1 (or 0) with centres of its own;
+similarities add up. The rows most similar to the first centre rather than to the second are the
+first half, the centres are the halves' means, and both repeat until the mean similarity of a row to
+its own centre rises by less than the tolerance. That mean times n is ‖Σ first‖ + ‖Σ second‖, block
+by block, so that the sums of the halves are all that is kept of the centres.
 
-Even starts are the difference of two random rows; odd ones are random scores turned towards the direction in which the rows
-differ most (power iteration): on planted clusters the first kind alone ends in a worse optimum too often.
+Even starts are the difference of two random rows; odd ones are random scores turned towards the
+direction in which the rows differ most (power iteration): on planted clusters the first kind alone
+ends in a worse optimum too often.
 
-Dimension letters: n rows of the node, m columns that they use, D width of the dense block, S starts.
+Dimension letters: n rows of the node, m columns that they use, D width of the dense block, S
+    starts.
 """
 
 from __future__ import annotations
@@ -21,14 +24,28 @@ POWER = 8  # steps of the power iteration
 
 @njit(nogil=True)
 def split_node(  # type: ignore[no-untyped-def]
-    ptr, index, value, dense, rows, first, sample, sample_first, pairs, noise, pairwise, tolerance, rounds, column_map
+    ptr,
+    index,
+    value,
+    dense,
+    rows,
+    first,
+    sample,
+    sample_first,
+    pairs,
+    noise,
+    pairwise,
+    tolerance,
+    rounds,
+    column_map,
 ):
     """Which rows of the node make the first half: bool [n], `first` of them.
 
     Args:
         ptr, index, value: CSR of all labels; dense [L, D], D may be 0.
         rows: int64 [n], labels of the node.
-        sample: int64, positions in `rows` among which the starts are tried; `sample_first` of them make its first half.
+        sample: int64, positions in `rows` among which the starts are tried; `sample_first` of them
+            make its first half.
         pairs: int64 [S, 2], positions in `sample`: the two first centres of the even starts.
         noise: fp32 [S, len(sample)], the first scores of the odd starts.
         pairwise: nodes of up to this many rows are split by their similarities, computed once.
@@ -38,18 +55,25 @@ def split_node(  # type: ignore[no-untyped-def]
     near = dense[rows]
     if len(rows) <= pairwise:
         return _split_by_similarities(local, near, first, pairs, noise, tolerance, rounds)
-    direction, dense_direction = _best_start(local, near, sample, sample_first, pairs, noise, tolerance, rounds)
+    direction, dense_direction = _best_start(
+        local, near, sample, sample_first, pairs, noise, tolerance, rounds
+    )
     everyone = np.arange(len(rows))
     return _descend(local, near, everyone, direction, dense_direction, first, tolerance, rounds)[1]
 
 
 @njit(nogil=True)
 def _compacted(ptr, index, value, rows, column_map):  # type: ignore[no-untyped-def]
-    """CSR of the given rows with the m columns that they use numbered anew: (ptr, index, value, columns int32 [m])."""
+    """CSR of the given rows with the m columns that they use numbered anew: (ptr, index, value,
+    columns int32 [m]).
+    """
     local_ptr = np.zeros(len(rows) + 1, np.int64)
     for i in range(len(rows)):
         local_ptr[i + 1] = local_ptr[i] + ptr[rows[i] + 1] - ptr[rows[i]]
-    local_index, local_value = np.empty(local_ptr[-1], np.int32), np.empty(local_ptr[-1], np.float32)
+    local_index, local_value = (
+        np.empty(local_ptr[-1], np.int32),
+        np.empty(local_ptr[-1], np.float32),
+    )
     columns, m = np.empty(min(local_ptr[-1], len(column_map)), np.int32), 0
     for i in range(len(rows)):
         shift = local_ptr[i] - ptr[rows[i]]
@@ -67,7 +91,9 @@ def _compacted(ptr, index, value, rows, column_map):  # type: ignore[no-untyped-
 
 @njit(nogil=True)
 def _best_start(local, near, sample, first, pairs, noise, tolerance, rounds):  # type: ignore[no-untyped-def]
-    """The difference of the centres, float32 [m] and [D], after the best of the starts on the sample."""
+    """The difference of the centres, float32 [m] and [D], after the best of the starts on the
+    sample.
+    """
     ptr, index, value, columns = local
     best, direction = -np.inf, np.zeros(len(columns), np.float32)
     dense_direction = np.zeros(near.shape[1], np.float32)
@@ -119,20 +145,31 @@ def _centre(score):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def _descend(local, near, rows, direction, dense_direction, first, tolerance, rounds):  # type: ignore[no-untyped-def]
-    """Runs 2-means on some rows of a node; returns (objective, is_first bool [len(rows)]) and leaves the last directions."""
+    """Runs 2-means on some rows of a node; returns (objective, is_first bool [len(rows)]) and
+    leaves the last directions.
+    """
     ptr, index, value, columns = local
     n, m, width = len(rows), len(columns), near.shape[1]
     is_first = np.zeros(n, np.bool_)
     score = np.empty(n, np.float32)
-    whole, dense_whole, half, dense_half = np.zeros(m), np.zeros(width), np.zeros(m), np.zeros(width)
+    whole, dense_whole, half, dense_half = (
+        np.zeros(m),
+        np.zeros(width),
+        np.zeros(m),
+        np.zeros(width),
+    )
     _add(local, near, rows, np.ones(n), whole, dense_whole)
     before = -np.inf
     for _ in range(rounds):
         _score_rows(0, n, ptr, index, value, near, rows, direction, dense_direction, score)
         chosen = _highest(score, first)
-        _add(local, near, rows, chosen * 1.0 - is_first * 1.0, half, dense_half)  # only rows that moved
+        _add(
+            local, near, rows, chosen * 1.0 - is_first * 1.0, half, dense_half
+        )  # only rows that moved
         is_first = chosen
-        objective = _new_direction(whole, half, direction) + _new_direction(dense_whole, dense_half, dense_direction)
+        objective = _new_direction(whole, half, direction) + _new_direction(
+            dense_whole, dense_half, dense_direction
+        )
         if objective - before < tolerance * n:
             break
         before = objective
@@ -175,7 +212,9 @@ def _highest(score, first):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def _new_direction(whole, half, direction):  # type: ignore[no-untyped-def]
-    """Writes the difference of the two unit centres, fp32; returns ‖first‖ + ‖second‖ of the sums."""
+    """Writes the difference of the two unit centres, fp32; returns ‖first‖ + ‖second‖ of the
+    sums.
+    """
     a = b = 0.0
     for j in range(len(whole)):
         a += half[j] ** 2
@@ -235,7 +274,9 @@ def _split_by_similarities(local, near, first, pairs, noise, tolerance, rounds):
                         half[k] += similar[i, k]
                         dense_half[k] += dense_similar[i, k]
             score[:] = 0
-            objective = _add_scores(chosen, whole, half, score) + _add_scores(chosen, dense_whole, dense_half, score)
+            objective = _add_scores(chosen, whole, half, score) + _add_scores(
+                chosen, dense_whole, dense_half, score
+            )
             if objective > best:
                 best, is_first = objective, chosen
             if objective - before < tolerance * n:
@@ -246,7 +287,8 @@ def _split_by_similarities(local, near, first, pairs, noise, tolerance, rounds):
 
 @njit(nogil=True)
 def _add_scores(is_first, whole, half, score):  # type: ignore[no-untyped-def]
-    """Adds each row's similarity to the first centre less that to the second; returns ‖first‖ + ‖second‖ of the sums.
+    """Adds each row's similarity to the first centre less that to the second; returns ‖first‖ +
+    ‖second‖ of the sums.
 
     half[k] is the similarity of row k to the sum of the first half.
     """
@@ -274,18 +316,35 @@ def _score_rows(begin, end, ptr, index, value, dense, rows, direction, dense_dir
         score[i] = total
 
 
-# Of the functions below and above, Python calls only those whose names have no underscore, and no loop calls these: numba
-# cannot take a function from its cache that it has met inside another cached one.
+# Of the functions below and above, Python calls only those whose names have no underscore, and no
+# loop calls these: numba cannot take a function from its cache that it has met inside another
+# cached one.
 
 
 @njit(nogil=True)
 def start_on_sample(  # type: ignore[no-untyped-def]
-    ptr, index, value, dense, rows, first, pairs, noise, tolerance, rounds, column_map, direction, dense_direction
+    ptr,
+    index,
+    value,
+    dense,
+    rows,
+    first,
+    pairs,
+    noise,
+    tolerance,
+    rounds,
+    column_map,
+    direction,
+    dense_direction,
 ):
-    """Writes the best start of a sample of labels: the directions float32 [V] (zeros before) and [D]."""
+    """Writes the best start of a sample of labels: the directions float32 [V] (zeros before) and
+    [D].
+    """
     local = _compacted(ptr, index, value, rows, column_map)
     sample = np.arange(len(rows))
-    found, dense_direction[:] = _best_start(local, dense[rows], sample, first, pairs, noise, tolerance, rounds)
+    found, dense_direction[:] = _best_start(
+        local, dense[rows], sample, first, pairs, noise, tolerance, rounds
+    )
     columns = local[3]
     for i in range(len(columns)):
         direction[columns[i]] = found[i]

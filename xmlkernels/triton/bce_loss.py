@@ -10,10 +10,28 @@ from xmlkernels.triton.bce_tile import Plan, Tiles, bias_gradient, row_gradient
 
 @triton.jit
 def store_gradient(
-    x, gradient, column_sum, row_scale, dweight, dbias, flag, batch, rows, first, tile, D, b_blocks, G_SCALE: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, EMULATED: tl.constexpr,
-):  # fmt: skip
-    """dweight = Gᵀ x and dbias for a block of rows and columns; NaN where the batch is not finite."""
+    x,
+    gradient,
+    column_sum,
+    row_scale,
+    dweight,
+    dbias,
+    flag,
+    batch,
+    rows,
+    first,
+    tile,
+    D,
+    b_blocks,
+    G_SCALE: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STEP: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """dweight = Gᵀ x and dbias for a block of rows and columns; NaN where the batch is not
+    finite.
+    """
     d_blocks = tl.cdiv(D, BLOCK_D)
     d_block = tl.program_id(0) % d_blocks
     l_block = tl.program_id(0) // d_blocks
@@ -27,20 +45,32 @@ def store_gradient(
         total = bias_gradient(column_sum, local, mask, tile, b_blocks, BLOCK_L)
         tl.store(dbias + begin + lane, tl.where(good, total, float("nan")), mask=mask)
     if dweight is not None:
-        grad = row_gradient(x, gradient, local, column, real, batch, tile, D, BLOCK_L, BLOCK_D, STEP, EMULATED)
+        grad = row_gradient(
+            x, gradient, local, column, real, batch, tile, D, BLOCK_L, BLOCK_D, STEP, EMULATED
+        )
         at = dweight + begin * D + (lane[:, None] * D + column[None, :])
         grad *= 1.0 / G_SCALE
         if row_scale is not None:
             unit = tl.load(row_scale + 2 * (begin + lane), mask=real, other=1.0)
-            grad *= tl.div_rn(tl.full([BLOCK_L], 1.0, tl.float32), unit)[:, None]  # taken into G for the sake of dX
+            grad *= tl.div_rn(tl.full([BLOCK_L], 1.0, tl.float32), unit)[
+                :, None
+            ]  # taken into G for the sake of dX
         value = tl.where(good, grad, float("nan"))
         tl.store(at, value, mask=real[:, None] & (column < D)[None, :])
 
 
 def bce_loss(
-    x: Tensor, weight: Tensor, bias: Tensor | None, pos_row: Tensor, pos_sample: Tensor,
-    pos_value: Tensor | None = None, row_scale: Tensor | None = None, *, rows: int = -1, plan: Plan | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_row: Tensor,
+    pos_sample: Tensor,
+    pos_value: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    *,
+    rows: int = -1,
+    plan: Plan | None = None,
+) -> Tensor:
     """See `xmlkernels.ops.bce_loss`. plan: other block sizes than `make_plan` chooses."""
     tiles = Tiles(x, weight, bias, pos_row, pos_sample, pos_value, row_scale, rows, plan)
     tiles.buffers(gradient=False, dx=False, column_sum=False, loss=True)
@@ -50,11 +80,22 @@ def bce_loss(
 
 
 def bce_loss_backward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, pos_row: Tensor, pos_sample: Tensor,
-    pos_value: Tensor | None = None, row_scale: Tensor | None = None, *, rows: int = -1, need_dweight: bool = False,
-    need_dbias: bool = False, plan: Plan | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `xmlkernels.reference.bce_loss`: fp32 dx [B, D], dweight [L, D] and dbias [L] ([0] where not asked)."""
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_row: Tensor,
+    pos_sample: Tensor,
+    pos_value: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    *,
+    rows: int = -1,
+    need_dweight: bool = False,
+    need_dbias: bool = False,
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `xmlkernels.reference.bce_loss`: fp32 dx [B, D], dweight [L, D] and dbias [L] ([0] where
+    not asked).
+    """
     tiles = Tiles(x, weight, bias, pos_row, pos_sample, pos_value, row_scale, rows, plan)
     tiles.buffers(gradient=True, dx=True, column_sum=need_dbias, loss=False)
     dweight = tiles.empty(*weight.shape) if need_dweight else None
@@ -68,9 +109,31 @@ def bce_loss_backward(
         tiles.add_dx(first)
         if need_dweight or need_dbias:
             store_gradient[(tiles.tile_blocks(first) * tiles.d_blocks,)](
-                tiles.x, tiles.gradient, tiles.column_sum, row_scale, dweight, dbias, tiles.flag, tiles.batch, tiles.rows,
-                first, p.tile, tiles.width, tiles.b_blocks, tiles.g_scale, p.block_l, p.block_d, p.step, tiles.emulated,
-                num_warps=p.warps, num_stages=p.stages, **common.LAUNCH,
-            )  # fmt: skip
+                tiles.x,
+                tiles.gradient,
+                tiles.column_sum,
+                row_scale,
+                dweight,
+                dbias,
+                tiles.flag,
+                tiles.batch,
+                tiles.rows,
+                first,
+                p.tile,
+                tiles.width,
+                tiles.b_blocks,
+                tiles.g_scale,
+                p.block_l,
+                p.block_d,
+                p.step,
+                tiles.emulated,
+                num_warps=p.warps,
+                num_stages=p.stages,
+                **common.LAUNCH,
+            )
     dx = tiles.dx_result(None)
-    return dx, dx.new_empty(0) if dweight is None else dweight, dx.new_empty(0) if dbias is None else dbias
+    return (
+        dx,
+        dx.new_empty(0) if dweight is None else dweight,
+        dx.new_empty(0) if dbias is None else dbias,
+    )

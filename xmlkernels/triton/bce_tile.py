@@ -1,7 +1,8 @@
 """What the full-label ops share: one tile of labels from logits to gradient, and its share of dX.
 
-A tile is 8 to 16 thousand labels whose rows and gradient stay in a card's L2 between three products. Its gradient is
-stored unscaled in the table's format: sigma - y is formed in fp32 first, so that a fitted positive is not rounded to 0.
+A tile is 8 to 16 thousand labels whose rows and gradient stay in a card's L2 between three
+products. Its gradient is stored unscaled in the table's format: sigma - y is formed in fp32 first,
+so that a fitted positive is not rounded to 0.
 """
 
 from collections.abc import Iterator
@@ -18,13 +19,16 @@ from xmlkernels.triton.skip import GROUP, Groups
 
 TILE_BYTES = 32 << 20  # rows and gradient of a tile together, of the 40 to 50 MB of L2
 PROGRAMS = 128  # programs of the dX product; a constant, so that bits do not depend on the card
-# fp16 has no small numbers: what it stores of sigma - y is 2^8 times as large, and saturates at |y| = 255.
+# fp16 has no small numbers: what it stores of sigma - y is 2^8 times as large, and saturates at |y|
+# = 255.
 GRADIENT_SCALE = {torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 256.0}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Block sizes, powers of two >= 16. The last place of dX depends on them, and of rows through fp32 sums over D and B."""
+    """Block sizes, powers of two >= 16. The last place of dX depends on them, and of rows through
+    fp32 sums over D and B.
+    """
 
     tile: int  # labels of a tile, a multiple of block_l
     block_b: int
@@ -41,10 +45,16 @@ class Plan:
 
 
 def make_plan(batch: int, width: int, dtype: torch.dtype) -> Plan:
-    """Block sizes for a table of a format; all fit the 99 KB of shared memory that the smallest cards have."""
-    # 128 x 64 logits: with 128 x 128, logits and targets together do not fit the registers of eight warps.
+    """Block sizes for a table of a format; all fit the 99 KB of shared memory that the smallest
+    cards have.
+    """
+    # 128 x 64 logits: with 128 x 128, logits and targets together do not fit the registers of eight
+    # warps.
     wide = dtype == torch.float32
-    side, step = 64 if wide else 128, 64 if dtype.itemsize == 2 else 32  # e4m3 is converted in registers: shorter steps
+    side, step = (
+        64 if wide else 128,
+        64 if dtype.itemsize == 2 else 32,
+    )  # e4m3 is converted in registers: shorter steps
     block_b, block_d = common.power_of_2(batch, 16, side), common.power_of_2(width, 16, side)
     row_bytes = width * dtype.itemsize + batch * (4 if wide else 2)
     tile = 1 << max(10, min(16, (TILE_BYTES // row_bytes).bit_length() - 1))
@@ -55,15 +65,35 @@ def make_plan(batch: int, width: int, dtype: torch.dtype) -> Plan:
 
 @triton.jit
 def gradient_tile(
-    x, weight, bias, row_scale, starts, pos_row, pos_sample, pos_value, gradient, column_sum, loss,
-    peaks, batch, rows, first, tile, D,
-    G_SCALE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_L: tl.constexpr, STEP: tl.constexpr, EMULATED: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    bias,
+    row_scale,
+    starts,
+    pos_row,
+    pos_sample,
+    pos_value,
+    gradient,
+    column_sum,
+    loss,
+    peaks,
+    batch,
+    rows,
+    first,
+    tile,
+    D,
+    G_SCALE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    STEP: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
     """sigma(x W^T + bias) - y for a tile of labels; what is None is not asked for.
 
-    gradient [batch, tile]; of an e4m3 table it holds the rows' scales too, so that dX needs none. column_sum fp32
-    [b-blocks, tile], sums over the samples of a block; loss fp32 [b-blocks, l-blocks of the table], sums over a block;
-    peaks fp32 [b-blocks, l-blocks of a tile], largest sigmas.
+    gradient [batch, tile]; of an e4m3 table it holds the rows' scales too, so that dX needs none.
+    column_sum fp32 [b-blocks, tile], sums over the samples of a block; loss fp32 [b-blocks,
+    l-blocks of the table], sums over a block; peaks fp32 [b-blocks, l-blocks of a tile], largest
+    sigmas.
     """
     b_blocks = tl.cdiv(batch, BLOCK_B)
     b_block = tl.program_id(0) % b_blocks  # neighbours in time share the rows
@@ -72,8 +102,13 @@ def gradient_tile(
     sample = b_block * BLOCK_B + tl.arange(0, BLOCK_B)
     lane = tl.arange(0, BLOCK_L)
     real, k = begin + lane < rows, tl.arange(0, STEP)
-    # 64-bit bases, 32-bit offsets within a block: offsets are kept per element, and registers are few.
-    x_at = x + tl.cast(b_block * BLOCK_B, tl.int64) * D + (tl.arange(0, BLOCK_B)[:, None] * D + k[None, :])
+    # 64-bit bases, 32-bit offsets within a block: offsets are kept per element, and registers are
+    # few.
+    x_at = (
+        x
+        + tl.cast(b_block * BLOCK_B, tl.int64) * D
+        + (tl.arange(0, BLOCK_B)[:, None] * D + k[None, :])
+    )
     w_at = weight + begin * D + (lane[None, :] * D + k[:, None])
     z = tl.zeros([BLOCK_B, BLOCK_L], dtype=tl.float32)
     for d in range(0, D, STEP):
@@ -87,9 +122,18 @@ def gradient_tile(
         z += tl.load(bias + begin + lane, mask=real, other=0.0)[None, :]
     block = begin // BLOCK_L
     y = targets(
-        pos_row, pos_sample, pos_value, tl.load(starts + block), tl.load(starts + block + 1), begin, b_block * BLOCK_B,
-        BLOCK_B, BLOCK_L, x.dtype.element_ty, EMULATED,
-    )  # fmt: skip
+        pos_row,
+        pos_sample,
+        pos_value,
+        tl.load(starts + block),
+        tl.load(starts + block + 1),
+        begin,
+        b_block * BLOCK_B,
+        BLOCK_B,
+        BLOCK_L,
+        x.dtype.element_ty,
+        EMULATED,
+    )
     inside = (sample < batch)[:, None] & real[None, :]
     sigma, tail = common.sigmoid_and_tail(z)
     if loss is not None:
@@ -97,7 +141,9 @@ def gradient_tile(
         at = b_block.to(tl.int64) * tl.cdiv(rows, BLOCK_L) + block
         tl.store(loss + at, tl.sum(tl.sum(part, 1), 0))
     if peaks is not None:
-        told = tl.where(sigma == sigma, sigma, float("inf"))  # a maximum would lose a NaN, and its group be skipped
+        told = tl.where(
+            sigma == sigma, sigma, float("inf")
+        )  # a maximum would lose a NaN, and its group be skipped
         peak = tl.max(tl.max(tl.where(inside, told, 0.0), 1), 0)
         tl.store(peaks + b_block * (tile // BLOCK_L) + l_block, peak)
     g = tl.where(inside, sigma - y, 0.0)
@@ -108,17 +154,36 @@ def gradient_tile(
             g *= unit[None, :]
         base = gradient + tl.cast(b_block * BLOCK_B, tl.int64) * tile + l_block * BLOCK_L
         at = tl.arange(0, BLOCK_B)[:, None] * tile + lane[None, :]
-        tl.store(base + at, common.round_nearest(g * G_SCALE, gradient.dtype.element_ty, EMULATED), mask=inside)
+        tl.store(
+            base + at,
+            common.round_nearest(g * G_SCALE, gradient.dtype.element_ty, EMULATED),
+            mask=inside,
+        )
 
 
 @triton.jit
 def add_dx(
-    gradient, weight, partial, active, batch, rows, first, tile, D, segment_rows,
-    GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, EMULATED: tl.constexpr,
-):  # fmt: skip
-    """partial[segment] += G W over the segment's labels of this tile; partial fp32 [segments, batch, D].
+    gradient,
+    weight,
+    partial,
+    active,
+    batch,
+    rows,
+    first,
+    tile,
+    D,
+    segment_rows,
+    GROUP: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STEP: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """partial[segment] += G W over the segment's labels of this tile; partial fp32 [segments,
+    batch, D].
 
-    active: None, or the groups of `choose_groups` that are not skipped; then the segments share those evenly.
+    active: None, or the groups of `choose_groups` that are not skipped; then the segments share
+        those evenly.
     """
     b_blocks = tl.cdiv(batch, BLOCK_B)
     block, segment = tl.program_id(0), tl.program_id(1)
@@ -128,7 +193,10 @@ def add_dx(
     if active is not None:
         groups = tl.load(active)
         per = tl.cdiv(groups, tl.num_programs(1))
-        begin, end = tl.minimum(segment * per, groups) * GROUP, tl.minimum((segment + 1) * per, groups) * GROUP
+        begin, end = (
+            tl.minimum(segment * per, groups) * GROUP,
+            tl.minimum((segment + 1) * per, groups) * GROUP,
+        )
         last = tl.minimum(tile, rows - first).to(tl.int32)
     else:
         begin = segment * segment_rows
@@ -137,7 +205,11 @@ def add_dx(
     sample_block, lane = (block % b_blocks) * BLOCK_B, tl.arange(0, BLOCK_B)
     g_at = gradient + tl.cast(sample_block, tl.int64) * tile + (lane[:, None] * tile + k[None, :])
     w_at = weight + tl.cast(first, tl.int64) * D + (k[:, None] * D + column[None, :])
-    at = partial + (tl.cast(segment, tl.int64) * batch + sample_block) * D + (lane[:, None] * D + column[None, :])
+    at = (
+        partial
+        + (tl.cast(segment, tl.int64) * batch + sample_block) * D
+        + (lane[:, None] * D + column[None, :])
+    )
     inside = (sample < batch)[:, None] & (column < D)[None, :]
     total = tl.load(at, mask=inside, other=0.0)
     for i in range(begin, end, STEP):
@@ -145,26 +217,50 @@ def add_dx(
             r = tl.load(active + 1 + i // GROUP) * GROUP + i % GROUP
         else:
             r = i
-        left = tl.load(g_at + r, mask=(sample < batch)[:, None] & (r + k < last)[None, :], other=0.0)
-        right = tl.load(w_at + tl.cast(r, tl.int64) * D, mask=(r + k < last)[:, None] & (column < D)[None, :], other=0)
-        total = common.dot(left, common.operand(right, gradient.dtype.element_ty, EMULATED), total, EMULATED)
+        left = tl.load(
+            g_at + r, mask=(sample < batch)[:, None] & (r + k < last)[None, :], other=0.0
+        )
+        right = tl.load(
+            w_at + tl.cast(r, tl.int64) * D,
+            mask=(r + k < last)[:, None] & (column < D)[None, :],
+            other=0,
+        )
+        total = common.dot(
+            left, common.operand(right, gradient.dtype.element_ty, EMULATED), total, EMULATED
+        )
     tl.store(at, total, mask=inside)
 
 
 @triton.jit
 def row_gradient(
-    x, gradient, local, column, real, batch, tile, D,
-    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, EMULATED: tl.constexpr,
-):  # fmt: skip
-    """Gᵀ x [BLOCK_L, BLOCK_D] for rows `local` of the tile and some columns, summed over the batch."""
+    x,
+    gradient,
+    local,
+    column,
+    real,
+    batch,
+    tile,
+    D,
+    BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STEP: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """Gᵀ x [BLOCK_L, BLOCK_D] for rows `local` of the tile and some columns, summed over the
+    batch.
+    """
     k = tl.arange(0, STEP)
     g_at = gradient + (local[:, None] + k[None, :] * tile)
     x_at = x + (k[:, None] * D + column[None, :])
     grad = tl.zeros([BLOCK_L, BLOCK_D], dtype=tl.float32)
     for b in range(0, batch, STEP):
         here = b + k < batch
-        left = tl.load(g_at + tl.cast(b, tl.int64) * tile, mask=real[:, None] & here[None, :], other=0.0)
-        right = tl.load(x_at + tl.cast(b, tl.int64) * D, mask=here[:, None] & (column < D)[None, :], other=0.0)
+        left = tl.load(
+            g_at + tl.cast(b, tl.int64) * tile, mask=real[:, None] & here[None, :], other=0.0
+        )
+        right = tl.load(
+            x_at + tl.cast(b, tl.int64) * D, mask=here[:, None] & (column < D)[None, :], other=0.0
+        )
         grad = common.dot(left, right, grad, EMULATED)
     return grad
 
@@ -193,7 +289,9 @@ def sum_dx(partial, dx, hyper, flag, count, segments, G_SCALE: tl.constexpr, BLO
 
 @triton.jit
 def sum_loss(part, loss, hyper, flag, count, BLOCK: tl.constexpr):
-    """loss = scale (sum of all blocks, in order) by one program; NaN where the batch is not finite."""
+    """loss = scale (sum of all blocks, in order) by one program; NaN where the batch is not
+    finite.
+    """
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for i in range(0, count, BLOCK):
         at = i + tl.arange(0, BLOCK)
@@ -207,14 +305,24 @@ def sum_loss(part, loss, hyper, flag, count, BLOCK: tl.constexpr):
 class Tiles:
     """The work of one call over the tiles of a table: buffers, and the launches that the ops share.
 
-    All launches of a call are fixed by shapes: nothing is read on the host, so a CUDA graph can hold them.
+    All launches of a call are fixed by shapes: nothing is read on the host, so a CUDA graph can
+        hold them.
     """
 
     def __init__(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, pos_row: Tensor, pos_sample: Tensor,
-        pos_value: Tensor | None, row_scale: Tensor | None, rows: int, plan: Plan | None,
-        *, skips: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        pos_row: Tensor,
+        pos_sample: Tensor,
+        pos_value: Tensor | None,
+        row_scale: Tensor | None,
+        rows: int,
+        plan: Plan | None,
+        *,
+        skips: bool = False,
+    ) -> None:
         self.batch, self.width = x.shape
         self.rows = weight.shape[0] if rows < 0 else rows
         plan = plan or make_plan(self.batch, self.width, weight.dtype)
@@ -233,7 +341,14 @@ class Tiles:
         self.starts = self.empty(self.blocks + 1, dtype=torch.int64)
         grid = (triton.cdiv(self.blocks + 1, 128),)
         find_starts[grid](
-            pos_row, self.starts, pos_row.shape[0], self.rows, self.blocks, self.plan.block_l, 128, **common.LAUNCH
+            pos_row,
+            self.starts,
+            pos_row.shape[0],
+            self.rows,
+            self.blocks,
+            self.plan.block_l,
+            128,
+            **common.LAUNCH,
         )
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -244,7 +359,9 @@ class Tiles:
         p = self.plan
         self.gradient = self.empty(self.batch, p.tile, dtype=self.kind) if gradient else None
         self.column_sum = self.empty(self.b_blocks, p.tile) if column_sum else None
-        self.peaks = self.empty(self.b_blocks, p.tile // p.block_l) if self.groups is not None else None
+        self.peaks = (
+            self.empty(self.b_blocks, p.tile // p.block_l) if self.groups is not None else None
+        )
         self.loss = self.empty(self.b_blocks, self.blocks) if loss else None
         segments = p.segments if self.rows else 0
         self.partial = self.empty(segments, self.batch, self.width).zero_() if dx else None
@@ -257,23 +374,49 @@ class Tiles:
         return triton.cdiv(min(self.plan.tile, self.rows - first), self.plan.block_l)
 
     def skip(self, hyper: Tensor, skip_below: float, skipped: Tensor | None) -> None:
-        """From here on, `make_gradient` chooses groups of rows whose products are left out. Before `buffers`."""
-        self.groups = Groups(self.x, self.bias is not None, hyper, self.plan.tile, skip_below, skipped)
+        """From here on, `make_gradient` chooses groups of rows whose products are left out. Before
+        `buffers`.
+        """
+        self.groups = Groups(
+            self.x, self.bias is not None, hyper, self.plan.tile, skip_below, skipped
+        )
 
     def make_gradient(self, first: int) -> None:
         p, blocks = self.plan, self.tile_blocks(first)
         if self.batch:
             self._gradient(first, blocks)
         if self.groups is not None:
-            self.groups.choose(self.peaks, self.starts, self.flag, self.rows, first, p.tile, blocks, p.block_l)
+            self.groups.choose(
+                self.peaks, self.starts, self.flag, self.rows, first, p.tile, blocks, p.block_l
+            )
 
     def _gradient(self, first: int, blocks: int) -> None:
         p = self.plan
         gradient_tile[(blocks * self.b_blocks,)](
-            self.x, self.weight, self.bias, self.row_scale, self.starts, *self.positives, self.gradient, self.column_sum,
-            self.loss, self.peaks, self.batch, self.rows, first, p.tile, self.width, self.g_scale, p.block_b, p.block_l,
-            p.step, self.emulated, num_warps=p.warps, num_stages=p.stages, **common.LAUNCH,
-        )  # fmt: skip
+            self.x,
+            self.weight,
+            self.bias,
+            self.row_scale,
+            self.starts,
+            *self.positives,
+            self.gradient,
+            self.column_sum,
+            self.loss,
+            self.peaks,
+            self.batch,
+            self.rows,
+            first,
+            p.tile,
+            self.width,
+            self.g_scale,
+            p.block_b,
+            p.block_l,
+            p.step,
+            self.emulated,
+            num_warps=p.warps,
+            num_stages=p.stages,
+            **common.LAUNCH,
+        )
 
     def add_dx(self, first: int) -> None:
         p = self.plan
@@ -281,16 +424,41 @@ class Tiles:
             return
         segment_rows = triton.cdiv(triton.cdiv(p.tile, p.segments), p.step) * p.step
         add_dx[(self.b_blocks * self.d_blocks, p.segments)](
-            self.gradient, self.weight, self.partial, None if self.groups is None else self.groups.active, self.batch,
-            self.rows, first, p.tile, self.width, segment_rows, GROUP, p.block_b, p.block_d, p.step, self.emulated,
-            num_warps=p.warps, num_stages=p.stages, **common.LAUNCH,
-        )  # fmt: skip
+            self.gradient,
+            self.weight,
+            self.partial,
+            None if self.groups is None else self.groups.active,
+            self.batch,
+            self.rows,
+            first,
+            p.tile,
+            self.width,
+            segment_rows,
+            GROUP,
+            p.block_b,
+            p.block_d,
+            p.step,
+            self.emulated,
+            num_warps=p.warps,
+            num_stages=p.stages,
+            **common.LAUNCH,
+        )
 
     def dx_result(self, hyper: Tensor | None) -> Tensor:
         assert self.partial is not None
         dx = self.empty(self.batch, self.width)
         grid = (triton.cdiv(max(dx.numel(), 1), 1024),)
-        sum_dx[grid](self.partial, dx, hyper, self.flag, dx.numel(), self.partial.shape[0], self.g_scale, 1024, **common.LAUNCH)
+        sum_dx[grid](
+            self.partial,
+            dx,
+            hyper,
+            self.flag,
+            dx.numel(),
+            self.partial.shape[0],
+            self.g_scale,
+            1024,
+            **common.LAUNCH,
+        )
         return dx
 
     def loss_result(self, hyper: Tensor | None) -> Tensor:

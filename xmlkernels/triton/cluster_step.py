@@ -1,10 +1,12 @@
-"""`cluster_step_` on the GPU: one program for each tile of rows of each cluster that some sample selects.
+"""`cluster_step_` on the GPU: one program for each tile of rows of each cluster that some sample
+selects.
 
-Pairs (sample, cluster) are sorted by cluster on the device. A program scores its rows for all their samples, keeps the
-gradient of the logits in a workspace, and then goes over the columns: the rows' share of dx, the rows' own gradient, the
-update, the store. A row comes from memory once (the second look finds it in the cache of the same multiprocessor) and has
-one owner. The shares of dx lie apart for each (sample, cluster, tile) and are summed afterwards in the order of a sample's
-clusters, so that every sum has the same order in every run, without atomics.
+Pairs (sample, cluster) are sorted by cluster on the device. A program scores its rows for all their
+samples, keeps the gradient of the logits in a workspace, and then goes over the columns: the rows'
+share of dx, the rows' own gradient, the update, the store. A row comes from memory once (the second
+look finds it in the cache of the same multiprocessor) and has one owner. The shares of dx lie apart
+for each (sample, cluster, tile) and are summed afterwards in the order of a sample's clusters, so
+that every sum has the same order in every run, without atomics.
 """
 
 import torch
@@ -15,22 +17,49 @@ from torch import Tensor
 from xmlkernels.triton import common
 from xmlkernels.triton.update import bias_corrections, update_tile
 
-PART_BYTES = 192 << 20  # shares of dx held at a time; beyond that, columns and then tiles of rows are taken in turn
-# Rows, pairs and columns of a tile, at most. Gradients of fp16 tables are multiplied in fp32, too: fp16 has no room for
-# small ones.
+PART_BYTES = (
+    192 << 20
+)  # shares of dx held at a time; beyond that, columns and then tiles of rows are taken in turn
+# Rows, pairs and columns of a tile, at most. Gradients of fp16 tables are multiplied in fp32, too:
+# fp16 has no room for small ones.
 MOST, MOST_FP32 = (64, 32, 64), (32, 16, 32)
 SUMMANDS = 8  # shares of dx that are loaded together
 
 
 @triton.jit
 def _score(
-    weight, x, bias, unit, scores, gradient, order, pos_row, pos_sample, pos_value, scale,
-    row, is_row, place, first_pair, last_pair, first_pos, last_pos, chosen, cluster_rows, D: tl.constexpr,
-    NEED_LOSS: tl.constexpr, EMULATED: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Scores and gradients of a tile of rows for all its pairs; returns the sums of the gradient [BR] and of the loss.
+    weight,
+    x,
+    bias,
+    unit,
+    scores,
+    gradient,
+    order,
+    pos_row,
+    pos_sample,
+    pos_value,
+    scale,
+    row,
+    is_row,
+    place,
+    first_pair,
+    last_pair,
+    first_pos,
+    last_pos,
+    chosen,
+    cluster_rows,
+    D: tl.constexpr,
+    NEED_LOSS: tl.constexpr,
+    EMULATED: tl.constexpr,
+    BR: tl.constexpr,
+    BP: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Scores and gradients of a tile of rows for all its pairs; returns the sums of the gradient
+    [BR] and of the loss.
 
-    place: int32 [BR], number of each row in its cluster; chosen: clusters per sample; unit: fp32 [BR], scales (e4m3 tables).
+    place: int32 [BR], number of each row in its cluster; chosen: clusters per sample; unit: fp32
+        [BR], scales (e4m3 tables).
     """
     column = tl.arange(0, BD)
     total_g = tl.zeros((BR,), dtype=tl.float32)
@@ -43,7 +72,11 @@ def _score(
         z = tl.zeros((BR, BP), dtype=tl.float32)
         for start in range(0, D, BD):
             left = column < D - start
-            w = tl.load(weight + row[:, None] * D + start + column[None, :], mask=is_row[:, None] & left[None, :], other=0)
+            w = tl.load(
+                weight + row[:, None] * D + start + column[None, :],
+                mask=is_row[:, None] & left[None, :],
+                other=0,
+            )
             x_at = x + sample[None, :] * D + start + column[:, None]
             e = tl.load(x_at, mask=is_pair[None, :] & left[:, None], other=0.0)
             w = common.operand(w, e.dtype, EMULATED)
@@ -57,7 +90,9 @@ def _score(
             value = 1.0
             if pos_value is not None:
                 value = tl.load(pos_value + p)
-            hit = (row == tl.load(pos_row + p))[:, None] & (sample == tl.load(pos_sample + p))[None, :]
+            hit = (row == tl.load(pos_row + p))[:, None] & (sample == tl.load(pos_sample + p))[
+                None, :
+            ]
             y = tl.where(hit, value, y)
         real = is_row[:, None] & is_pair[None, :]
         tl.store(scores + pair[None, :] * cluster_rows + place[:, None], z, mask=real)
@@ -72,11 +107,31 @@ def _score(
 
 @triton.jit
 def _products(
-    x, gradient, order, parts, w, column, is_row, place, first_pair, last_pair, chosen, cluster_rows, part_at,
-    part_stride, D: tl.constexpr,
-    WRITE: tl.constexpr, LOW: tl.constexpr, EMULATED: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Gradient [BR, BD] of a tile of rows and columns. WRITE: also stores the tile's shares of dx."""
+    x,
+    gradient,
+    order,
+    parts,
+    w,
+    column,
+    is_row,
+    place,
+    first_pair,
+    last_pair,
+    chosen,
+    cluster_rows,
+    part_at,
+    part_stride,
+    D: tl.constexpr,
+    WRITE: tl.constexpr,
+    LOW: tl.constexpr,
+    EMULATED: tl.constexpr,
+    BR: tl.constexpr,
+    BP: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Gradient [BR, BD] of a tile of rows and columns. WRITE: also stores the tile's shares of
+    dx.
+    """
     grad = tl.zeros((BR, BD), dtype=tl.float32)
     left = column < D
     for first in range(first_pair, last_pair, BP):
@@ -85,7 +140,11 @@ def _products(
         pair = tl.load(order + at, mask=is_pair, other=0)
         real = is_row[:, None] & is_pair[None, :]
         g = tl.load(gradient + at[None, :] * cluster_rows + place[:, None], mask=real, other=0.0)
-        e = tl.load(x + (pair // chosen)[:, None] * D + column[None, :], mask=is_pair[:, None] & left[None, :], other=0.0)
+        e = tl.load(
+            x + (pair // chosen)[:, None] * D + column[None, :],
+            mask=is_pair[:, None] & left[None, :],
+            other=0.0,
+        )
         if LOW:
             g = common.round_nearest(g, e.dtype, EMULATED)
         else:
@@ -100,16 +159,54 @@ def _products(
 
 @triton.jit
 def _step_tiles(
-    weight, x, bias, momentum, second, kahan, row_scale, moment, scores, gradient, parts, losses, flag, order, group, edge,
-    pos_edge, pos_row, pos_sample, pos_value, hyper, counter, correction, row_offset, cluster_rows, chosen, tiles,
-    first_tile, part_tiles, first_column, last_column, D: tl.constexpr,
-    ROW_WISE: tl.constexpr, SCORE: tl.constexpr, NEED_LOSS: tl.constexpr, DECOUPLED: tl.constexpr, LOW: tl.constexpr,
-    EMULATED: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """One tile of rows of one group of pairs (those of one cluster): scores (SCORE), then columns first..last updated.
+    weight,
+    x,
+    bias,
+    momentum,
+    second,
+    kahan,
+    row_scale,
+    moment,
+    scores,
+    gradient,
+    parts,
+    losses,
+    flag,
+    order,
+    group,
+    edge,
+    pos_edge,
+    pos_row,
+    pos_sample,
+    pos_value,
+    hyper,
+    counter,
+    correction,
+    row_offset,
+    cluster_rows,
+    chosen,
+    tiles,
+    first_tile,
+    part_tiles,
+    first_column,
+    last_column,
+    D: tl.constexpr,
+    ROW_WISE: tl.constexpr,
+    SCORE: tl.constexpr,
+    NEED_LOSS: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    LOW: tl.constexpr,
+    EMULATED: tl.constexpr,
+    BR: tl.constexpr,
+    BP: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """One tile of rows of one group of pairs (those of one cluster): scores (SCORE), then columns
+    first..last updated.
 
-    group int64 [G + 1]: where each group's pairs begin in `order`. edge int64 [G, tiles + 1]: its tiles' rows; pos_edge the
-    same: where their positives begin. parts fp32 [pairs, part_tiles, last_column - first_column]. moment fp32 [G, tiles, BR].
+    group int64 [G + 1]: where each group's pairs begin in `order`. edge int64 [G, tiles + 1]: its
+    tiles' rows; pos_edge the same: where their positives begin. parts fp32 [pairs, part_tiles,
+    last_column - first_column]. moment fp32 [G, tiles, BR].
     """
     g = (tl.program_id(0) // part_tiles).to(tl.int64)
     part = tl.program_id(0) % part_tiles
@@ -127,10 +224,33 @@ def _step_tiles(
         unit = None if row_scale is None else tl.load(scale_at, mask=is_row, other=1.0)
         if SCORE:
             total_g, loss = _score(
-                weight, x, bias, unit, scores, gradient, order, pos_row, pos_sample, pos_value, tl.load(hyper + 5),
-                row, is_row, place, first_pair, last_pair, tl.load(pos_edge + cell), tl.load(pos_edge + cell + 1), chosen,
-                cluster_rows, D, NEED_LOSS, EMULATED, BR, BP, BD,
-            )  # fmt: skip
+                weight,
+                x,
+                bias,
+                unit,
+                scores,
+                gradient,
+                order,
+                pos_row,
+                pos_sample,
+                pos_value,
+                tl.load(hyper + 5),
+                row,
+                is_row,
+                place,
+                first_pair,
+                last_pair,
+                tl.load(pos_edge + cell),
+                tl.load(pos_edge + cell + 1),
+                chosen,
+                cluster_rows,
+                D,
+                NEED_LOSS,
+                EMULATED,
+                BR,
+                BP,
+                BD,
+            )
             if NEED_LOSS:
                 tl.store(losses + g * tiles + tile, loss)
             if bias is not None:
@@ -146,9 +266,28 @@ def _step_tiles(
                     at = row[:, None] * D + column[None, :]
                     mask = is_row[:, None] & (column < D)[None, :]
                     grad = _products(
-                        x, gradient, order, parts, None, column, is_row, place, first_pair, last_pair, chosen, cluster_rows,
-                        0, 0, D, False, LOW, EMULATED, BR, BP, BD,
-                    )  # fmt: skip
+                        x,
+                        gradient,
+                        order,
+                        parts,
+                        None,
+                        column,
+                        is_row,
+                        place,
+                        first_pair,
+                        last_pair,
+                        chosen,
+                        cluster_rows,
+                        0,
+                        0,
+                        D,
+                        False,
+                        LOW,
+                        EMULATED,
+                        BR,
+                        BP,
+                        BD,
+                    )
                     if not DECOUPLED:
                         full = tl.load(weight + at, mask=mask, other=0)
                         full = common.widen(common.scaled(full, unit, x.dtype.element_ty, EMULATED))
@@ -162,11 +301,20 @@ def _step_tiles(
                 # A row has one value, in column 0 of the draw.
                 wide = row_moment[:, None] + tl.zeros((BR, 8), dtype=tl.float32)
                 stored = common.to_stored(
-                    wide, tl.load(counter), tl.load(counter + 1), row + row_offset, 0, 8, common.SECOND, second.dtype.element_ty
+                    wide,
+                    tl.load(counter),
+                    tl.load(counter + 1),
+                    row + row_offset,
+                    0,
+                    8,
+                    common.SECOND,
+                    second.dtype.element_ty,
                 )
                 tl.debug_barrier()  # every warp has read the old value
                 eighth = tl.arange(0, 8)[None, :]
-                tl.store(second + row[:, None] + eighth, stored, mask=is_row[:, None] & (eighth == 0))
+                tl.store(
+                    second + row[:, None] + eighth, stored, mask=is_row[:, None] & (eighth == 0)
+                )
                 tl.store(moment_at, row_moment)
             else:
                 row_moment = tl.load(moment_at)
@@ -174,24 +322,77 @@ def _step_tiles(
             column = start + tl.arange(0, BD)
             at = row[:, None] * D + column[None, :]
             mask = is_row[:, None] & (column < D)[None, :]
-            w = common.scaled(tl.load(weight + at, mask=mask, other=0), unit, x.dtype.element_ty, EMULATED)
+            w = common.scaled(
+                tl.load(weight + at, mask=mask, other=0), unit, x.dtype.element_ty, EMULATED
+            )
             grad = _products(
-                x, gradient, order, parts, w if LOW else common.widen(w), column, is_row, place, first_pair, last_pair, chosen,
-                cluster_rows, part * width + start - first_column, part_tiles * width, D, True,
-                LOW, EMULATED, BR, BP, BD,
-            )  # fmt: skip
+                x,
+                gradient,
+                order,
+                parts,
+                w if LOW else common.widen(w),
+                column,
+                is_row,
+                place,
+                first_pair,
+                last_pair,
+                chosen,
+                cluster_rows,
+                part * width + start - first_column,
+                part_tiles * width,
+                D,
+                True,
+                LOW,
+                EMULATED,
+                BR,
+                BP,
+                BD,
+            )
             update_tile(
-                weight, momentum, second, kahan, scale_at, hyper, counter, correction, at, mask, is_row, grad, row + row_offset,
-                start, BD, DECOUPLED, EMULATED, row_moment if ROW_WISE else None,
-            )  # fmt: skip
+                weight,
+                momentum,
+                second,
+                kahan,
+                scale_at,
+                hyper,
+                counter,
+                correction,
+                at,
+                mask,
+                is_row,
+                grad,
+                row + row_offset,
+                start,
+                BD,
+                DECOUPLED,
+                EMULATED,
+                row_moment if ROW_WISE else None,
+            )
 
 
 @triton.jit
 def _sum_parts(
-    parts, clusters, row_ptr, hyper, flag, dx, chosen, rows, first_tile, part_tiles, first_column, last_column,
-    D: tl.constexpr, FIRST: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Adds the shares of one sample and BD columns to dx, in the order of its clusters and their tiles."""
+    parts,
+    clusters,
+    row_ptr,
+    hyper,
+    flag,
+    dx,
+    chosen,
+    rows,
+    first_tile,
+    part_tiles,
+    first_column,
+    last_column,
+    D: tl.constexpr,
+    FIRST: tl.constexpr,
+    BR: tl.constexpr,
+    BS: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Adds the shares of one sample and BD columns to dx, in the order of its clusters and their
+    tiles.
+    """
     width = last_column - first_column
     blocks = tl.cdiv(width, BD)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
@@ -205,7 +406,9 @@ def _sum_parts(
         cluster = tl.load(clusters + pair, mask=inside, other=-1)
         begin = tl.load(row_ptr + cluster, mask=cluster >= 0, other=0)
         end = tl.minimum(tl.load(row_ptr + cluster + 1, mask=cluster >= 0, other=0), rows)
-        written = begin + (first_tile + at % part_tiles).to(tl.int64) * BR < end  # the last tiles of a small cluster are not
+        written = (
+            begin + (first_tile + at % part_tiles).to(tl.int64) * BR < end
+        )  # the last tiles of a small cluster are not
         share_at = (pair * part_tiles + at % part_tiles)[:, None] * width + offset[None, :]
         total += tl.load(parts + share_at, mask=written[:, None] & left[None, :], other=0.0)
     out = tl.load(hyper + 6) * tl.sum(total, axis=0)
@@ -215,9 +418,12 @@ def _sum_parts(
     tl.store(dx_at, tl.where(tl.load(flag) == 0, out, float("nan")), mask=left)
 
 
-def _groups(clusters: Tensor, row_ptr: Tensor, n: int, most_rows: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs in the order of their clusters [P], where each group of one cluster begins [G + 1], and the rows at the edges of
-    its tiles [G, tiles + 1]. G is the most groups that there can be; groups that are not there have no rows."""
+def _groups(
+    clusters: Tensor, row_ptr: Tensor, n: int, most_rows: int, side: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs in the order of their clusters [P], where each group of one cluster begins [G + 1], and
+    the rows at the edges of its tiles [G, tiles + 1]. G is the most groups that there can be;
+    groups that are not there have no rows."""
     ids, order = torch.sort(clusters.reshape(-1), stable=True)
     most = min(ids.shape[0], row_ptr.shape[0])  # every cluster, and the pads
     number = torch.cat([ids.new_zeros(1), (ids[1:] != ids[:-1]).cumsum(0)])
@@ -225,20 +431,30 @@ def _groups(clusters: Tensor, row_ptr: Tensor, n: int, most_rows: int, side: int
     cluster = ids[group[:-1].clamp(max=ids.shape[0] - 1)]
     there = (group[:-1] < group[1:]) & (cluster >= 0)
     begin, end = (row_ptr[cluster.clamp(min=0) + i].clamp(max=n)[:, None] for i in (0, 1))
-    end = torch.minimum(end, begin + most_rows)  # a larger cluster, unchecked here, must not be written past its place
-    edge = torch.minimum(begin + side * torch.arange(triton.cdiv(most_rows, side) + 1, device=ids.device), end)
+    end = torch.minimum(
+        end, begin + most_rows
+    )  # a larger cluster, unchecked here, must not be written past its place
+    edge = torch.minimum(
+        begin + side * torch.arange(triton.cdiv(most_rows, side) + 1, device=ids.device), end
+    )
     return order, group, torch.where(there[:, None], edge, 0)
 
 
-def _sides(batch: int, chosen: int, count: int, cluster_rows: int, low: bool) -> tuple[int, int, int]:
-    """Rows, pairs and columns of a tile, from the shapes alone: as many pairs as a cluster has on average."""
+def _sides(
+    batch: int, chosen: int, count: int, cluster_rows: int, low: bool
+) -> tuple[int, int, int]:
+    """Rows, pairs and columns of a tile, from the shapes alone: as many pairs as a cluster has on
+    average.
+    """
     rows, pairs, columns = MOST if low else MOST_FP32
     average = min(batch, triton.cdiv(batch * chosen, max(count, 1)))
     return common.power_of_2(cluster_rows, 16, rows), common.power_of_2(average, 16, pairs), columns
 
 
 def pieces(pairs: int, tiles: int, width: int, block: int) -> list[tuple[int, int, int, int]]:
-    """Tiles (first, number) and columns (first, last) whose shares of dx are held at a time, in order."""
+    """Tiles (first, number) and columns (first, last) whose shares of dx are held at a time, in
+    order.
+    """
     most = max(1, PART_BYTES // (4 * pairs * block))  # tiles times blocks of columns
     blocks = triton.cdiv(width, block)
     columns = block * min(blocks, most)
@@ -251,19 +467,39 @@ def pieces(pairs: int, tiles: int, width: int, block: int) -> list[tuple[int, in
 
 
 def cluster_step_(
-    weight: Tensor, x: Tensor, clusters: Tensor, row_ptr: Tensor, cluster_rows: int, pos_row: Tensor, pos_sample: Tensor,
-    hyper: Tensor, counter: Tensor, *, pos_value: Tensor | None = None, bias: Tensor | None = None,
-    momentum: Tensor | None = None, second: Tensor | None = None, kahan: Tensor | None = None,
-    row_scale: Tensor | None = None, row_offset: int = 0, rows: int = -1, decoupled: bool = False, need_loss: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `xmlkernels.ops.cluster_step_`. Waits for nothing on the device; can be captured in a CUDA graph.
+    weight: Tensor,
+    x: Tensor,
+    clusters: Tensor,
+    row_ptr: Tensor,
+    cluster_rows: int,
+    pos_row: Tensor,
+    pos_sample: Tensor,
+    hyper: Tensor,
+    counter: Tensor,
+    *,
+    pos_value: Tensor | None = None,
+    bias: Tensor | None = None,
+    momentum: Tensor | None = None,
+    second: Tensor | None = None,
+    kahan: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    row_offset: int = 0,
+    rows: int = -1,
+    decoupled: bool = False,
+    need_loss: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `xmlkernels.ops.cluster_step_`. Waits for nothing on the device; can be captured in a
+    CUDA graph.
 
-    Beyond its results it holds the gradients of the logits, as large as the scores, and at most 192 MB of shares of dx
-    (more only where one block of columns of all pairs is more: beyond 750,000 of them).
+    Beyond its results it holds the gradients of the logits, as large as the scores, and at most 192
+    MB of shares of dx (more only where one block of columns of all pairs is more: beyond 750,000 of
+    them).
     """
     batch, chosen, width, count = x.shape[0], clusters.shape[1], x.shape[1], row_ptr.shape[0] - 1
     n = weight.shape[0] if rows < 0 else rows
-    kind = torch.bfloat16 if row_scale is not None else weight.dtype  # e4m3 is exact in bf16, scales included
+    kind = (
+        torch.bfloat16 if row_scale is not None else weight.dtype
+    )  # e4m3 is exact in bf16, scales included
     same = kind == torch.bfloat16 or x.dtype == kind
     x, flag = common.prepare_batch(x, kind if same else torch.float32)
     weight = common.table_bits(weight)
@@ -280,21 +516,81 @@ def cluster_step_(
     gradient = torch.empty(batch * chosen, cluster_rows, dtype=torch.float32, device=x.device)
     losses = torch.zeros(groups * tiles if need_loss else 1, dtype=torch.float32, device=x.device)
     row_wise = second is not None and second.dim() == 1
-    moment = torch.empty(groups * tiles * row_side if row_wise else 0, dtype=torch.float32, device=x.device)
+    moment = torch.empty(
+        groups * tiles * row_side if row_wise else 0, dtype=torch.float32, device=x.device
+    )
     correction = bias_corrections(hyper, counter) if second is not None else hyper
     todo = pieces(batch * chosen, tiles, width, block)
     _, number, _, columns = todo[0]
     parts = torch.empty(batch * chosen * number * columns, dtype=torch.float32, device=x.device)
     for tile, number, first, last in todo:
         _step_tiles[(groups * number,)](
-            weight, x, bias, momentum, second, kahan, row_scale, moment, scores, gradient, parts, losses, flag, order, group,
-            edge, pos_edge, pos_row, pos_sample, pos_value, hyper, counter, correction, row_offset, cluster_rows, chosen, tiles,
-            tile, number, first, last, D=width, ROW_WISE=row_wise, SCORE=first == 0, NEED_LOSS=need_loss,
-            DECOUPLED=decoupled, LOW=low, EMULATED=common.emulated(),
-            BR=row_side, BP=pair_side, BD=block, num_warps=8 if row_side == 64 else 4, **common.LAUNCH,
-        )  # fmt: skip
+            weight,
+            x,
+            bias,
+            momentum,
+            second,
+            kahan,
+            row_scale,
+            moment,
+            scores,
+            gradient,
+            parts,
+            losses,
+            flag,
+            order,
+            group,
+            edge,
+            pos_edge,
+            pos_row,
+            pos_sample,
+            pos_value,
+            hyper,
+            counter,
+            correction,
+            row_offset,
+            cluster_rows,
+            chosen,
+            tiles,
+            tile,
+            number,
+            first,
+            last,
+            D=width,
+            ROW_WISE=row_wise,
+            SCORE=first == 0,
+            NEED_LOSS=need_loss,
+            DECOUPLED=decoupled,
+            LOW=low,
+            EMULATED=common.emulated(),
+            BR=row_side,
+            BP=pair_side,
+            BD=block,
+            num_warps=8 if row_side == 64 else 4,
+            **common.LAUNCH,
+        )
         _sum_parts[(batch * triton.cdiv(last - first, block),)](
-            parts, clusters, row_ptr, hyper, flag, dx, chosen, n, tile, number, first, last,
-            D=width, FIRST=tile == 0, BR=row_side, BS=SUMMANDS, BD=block, **common.LAUNCH,
-        )  # fmt: skip
-    return dx, scores, hyper[5] * losses.sum().reshape(1) + nan if need_loss else losses.new_empty(0)
+            parts,
+            clusters,
+            row_ptr,
+            hyper,
+            flag,
+            dx,
+            chosen,
+            n,
+            tile,
+            number,
+            first,
+            last,
+            D=width,
+            FIRST=tile == 0,
+            BR=row_side,
+            BS=SUMMANDS,
+            BD=block,
+            **common.LAUNCH,
+        )
+    return (
+        dx,
+        scores,
+        hyper[5] * losses.sum().reshape(1) + nan if need_loss else losses.new_empty(0),
+    )

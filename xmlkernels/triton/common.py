@@ -1,7 +1,9 @@
-"""What all Triton kernels share: random words, rounding by bits, the sigmoid, and the check of the batch.
+"""What all Triton kernels share: random words, rounding by bits, the sigmoid, and the check of the
+batch.
 
-The generator and the rounding are those of `xmlkernels.reference.rounding`, bit for bit. Every conversion below fp32 is
-made of integer operations where the interpreter's own is wrong (fp32 -> bf16 and e4m3) and of the hardware's elsewhere.
+The generator and the rounding are those of `xmlkernels.reference.rounding`, bit for bit. Every
+conversion below fp32 is made of integer operations where the interpreter's own is wrong (fp32 ->
+bf16 and e4m3) and of the hardware's elsewhere.
 """
 
 import torch
@@ -19,7 +21,9 @@ LAUNCH = {"enable_fp_fusion": True}
 
 
 def emulated() -> bool:
-    """Whether kernels run in Triton's interpreter, whose bf16 products and conversions need help."""
+    """Whether kernels run in Triton's interpreter, whose bf16 products and conversions need
+    help.
+    """
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -28,18 +32,24 @@ def table_bits(weight: Tensor) -> Tensor:
     if weight.dtype != torch.float8_e4m3fn:
         return weight
     if not emulated() and torch.cuda.get_device_capability(weight.device) < (8, 9):
-        raise NotImplementedError("xmlkernels: Triton has e4m3 tables from sm_89 on only; use a bf16 table on this card")
+        raise NotImplementedError(
+            "xmlkernels: Triton has e4m3 tables from sm_89 on only; use a bf16 table on this card"
+        )
     return weight.view(torch.uint8)
 
 
 def power_of_2(n: int, low: int, high: int) -> int:
-    """The smallest power of two >= n, within low and high: the side of a block that need not be larger than n."""
+    """The smallest power of two >= n, within low and high: the side of a block that need not be
+    larger than n.
+    """
     return min(max(triton.next_power_of_2(max(n, 1)), low), high)
 
 
 @triton.jit
 def philox(k0, k1, c0, c1, c2, c3):
-    """Philox-4x32-10: four uint32 words for key (k0, k1) and counter (c0, c1, c2, c3); uint32 operands, which broadcast."""
+    """Philox-4x32-10: four uint32 words for key (k0, k1) and counter (c0, c1, c2, c3); uint32
+    operands, which broadcast.
+    """
     for _ in tl.static_range(10):
         high0 = tl.umulhi(c0, 0xD2511F53)
         high1 = tl.umulhi(c2, 0xCD9E8D57)
@@ -56,12 +66,14 @@ def philox(k0, k1, c0, c1, c2, c3):
 
 @triton.jit
 def row_words(seed, step, rows, first_group, GROUPS: tl.constexpr, STREAM: tl.constexpr):
-    """The draws of some rows: four uint32 [R, GROUPS] words for column groups first_group and following.
+    """The draws of some rows: four uint32 [R, GROUPS] words for column groups first_group and
+    following.
 
     seed, step: int64 scalars. rows: int64 [R], global.
     """
     group = (first_group + tl.arange(0, GROUPS)).to(tl.uint32)[None, :]
-    # Full tensors from the start: the high products of a broadcast operand would be of another shape.
+    # Full tensors from the start: the high products of a broadcast operand would be of another
+    # shape.
     zero = tl.zeros([rows.shape[0], GROUPS], dtype=tl.uint32)
     low = rows.to(tl.uint32)[:, None] + zero
     high = (rows >> 32).to(tl.uint32)[:, None] + zero
@@ -70,19 +82,24 @@ def row_words(seed, step, rows, first_group, GROUPS: tl.constexpr, STREAM: tl.co
 
 @triton.jit
 def random16(seed, step, rows, first_column, COLUMNS: tl.constexpr, STREAM: tl.constexpr):
-    """16 random bits per weight, as int32 [R, COLUMNS]; first_column and COLUMNS are multiples of 8.
+    """16 random bits per weight, as int32 [R, COLUMNS]; first_column and COLUMNS are multiples of
+    8.
 
-    One draw serves 8 columns: column c takes half c % 2 (low first) of word (c % 8) // 2 of draw c // 8.
+    One draw serves 8 columns: column c takes half c % 2 (low first) of word (c % 8) // 2 of draw c
+        // 8.
     """
     w0, w1, w2, w3 = row_words(seed, step, rows, first_column // 8, COLUMNS // 8, STREAM)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # last axes: high and low bit of the word's number
+    words = tl.join(
+        tl.join(w0, w2), tl.join(w1, w3)
+    )  # last axes: high and low bit of the word's number
     halves = tl.join(words & 0xFFFF, words >> 16)
     return tl.reshape(halves, [rows.shape[0], COLUMNS]).to(tl.int32)
 
 
 @triton.jit
 def random32(seed, step, rows, first_column, COLUMNS: tl.constexpr, STREAM: tl.constexpr):
-    """32 random bits per weight (e4m3 tables), as uint32 [R, COLUMNS]; first_column and COLUMNS are multiples of 4.
+    """32 random bits per weight (e4m3 tables), as uint32 [R, COLUMNS]; first_column and COLUMNS are
+    multiples of 4.
 
     One draw serves 4 columns: column c takes word c % 4 of draw c // 4.
     """
@@ -93,7 +110,9 @@ def random32(seed, step, rows, first_column, COLUMNS: tl.constexpr, STREAM: tl.c
 
 @triton.jit
 def round_stochastic(value, r16, DTYPE: tl.constexpr):
-    """fp32 to bf16 or fp16 with 16 random bits (int32); without bias, subnormals included; saturates."""
+    """fp32 to bf16 or fp16 with 16 random bits (int32); without bias, subnormals included;
+    saturates.
+    """
     tl.static_assert(DTYPE == tl.bfloat16 or DTYPE == tl.float16)
     bits = value.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
@@ -101,23 +120,28 @@ def round_stochastic(value, r16, DTYPE: tl.constexpr):
         half = tl.minimum((magnitude + r16.to(tl.uint32)) >> 16, 0x7F7F).to(tl.int32)
     else:
         exponent = (magnitude >> 23).to(tl.int32)
-        # Units of 2^-13 of the result's last place. Below 2^-14 that place stays 2^-24, so that more bits fall away; from
-        # 27 on they count for less than 2^-16 of it.
+        # Units of 2^-13 of the result's last place. Below 2^-14 that place stays 2^-24, so that
+        # more bits fall away; from 27 on they count for less than 2^-16 of it.
         shift = tl.where(exponent >= 113, 0, tl.minimum(113 - exponent, 27))
         mantissa = tl.where(exponent > 0, (magnitude & 0x7FFFFF) | 0x800000, 0).to(tl.int32)
         units = (((mantissa << 3) >> shift) + r16) >> 16
-        half = tl.minimum(tl.where(exponent >= 113, ((exponent - 113) << 10) + units, units), 0x7BFF)
+        half = tl.minimum(
+            tl.where(exponent >= 113, ((exponent - 113) << 10) + units, units), 0x7BFF
+        )
     half = half | ((bits >> 16) & 0x8000).to(tl.int32)
     return half.to(tl.int16).to(DTYPE, bitcast=True)
 
 
 @triton.jit
 def encode_e4m3(value, r32):
-    """fp32 to the bits of e4m3 (uint8) with 32 random bits (uint32); without bias, subnormals included; saturates at 448."""
+    """fp32 to the bits of e4m3 (uint8) with 32 random bits (uint32); without bias, subnormals
+    included; saturates at 448.
+    """
     bits = value.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     exponent = (magnitude >> 23).to(tl.int32)
-    # The last place of the result is worth 2^drop in units of the fp32 mantissa; it stays 2^-9 below 2^-6.
+    # The last place of the result is worth 2^drop in units of the fp32 mantissa; it stays 2^-9
+    # below 2^-6.
     drop = 20 + tl.where(exponent >= 121, 0, tl.minimum(121 - exponent, 36))
     mantissa = tl.where(exponent > 0, (magnitude & 0x7FFFFF) | 0x800000, 0).to(tl.uint32)
     left = tl.maximum(32 - drop, 0).to(tl.uint32)
@@ -142,7 +166,9 @@ def decode_e4m3(code):
 
 @triton.jit
 def operand(value, KIND: tl.constexpr, EMULATED: tl.constexpr):
-    """A loaded piece of a table as operand of a product: e4m3 (uint8 bits) as KIND, exactly; the others as they are."""
+    """A loaded piece of a table as operand of a product: e4m3 (uint8 bits) as KIND, exactly; the
+    others as they are.
+    """
     if value.dtype == tl.uint8:
         if EMULATED:
             out = round_nearest(decode_e4m3(value), KIND, True)
@@ -155,7 +181,9 @@ def operand(value, KIND: tl.constexpr, EMULATED: tl.constexpr):
 
 @triton.jit
 def scaled(value, unit, KIND: tl.constexpr, EMULATED: tl.constexpr):
-    """The same with rows [R, ...] times their scales unit [R], where they are e4m3 (unit None otherwise): exact, too."""
+    """The same with rows [R, ...] times their scales unit [R], where they are e4m3 (unit None
+    otherwise): exact, too.
+    """
     out = operand(value, KIND, EMULATED)
     if unit is not None:
         out = round_nearest(widen(out) * unit[:, None], KIND, EMULATED)
@@ -164,7 +192,9 @@ def scaled(value, unit, KIND: tl.constexpr, EMULATED: tl.constexpr):
 
 @triton.jit
 def widen(value):
-    """bf16, fp16 or fp32 to fp32, exactly (the interpreter's own conversion loses subnormals of bf16)."""
+    """bf16, fp16 or fp32 to fp32, exactly (the interpreter's own conversion loses subnormals of
+    bf16).
+    """
     if value.dtype == tl.bfloat16:
         out = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -190,7 +220,9 @@ def round_nearest(value, DTYPE: tl.constexpr, EMULATED: tl.constexpr):
     value = tl.minimum(tl.maximum(value, -limit), limit)
     if DTYPE == tl.bfloat16 and EMULATED:
         bits = value.to(tl.uint32, bitcast=True)
-        out = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        out = (
+            ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        )
     else:
         out = value.to(DTYPE)
     return out
@@ -198,19 +230,32 @@ def round_nearest(value, DTYPE: tl.constexpr, EMULATED: tl.constexpr):
 
 @triton.jit
 def to_stored(
-    value, seed, step, rows, first_column, COLUMNS: tl.constexpr, STREAM: tl.constexpr, DTYPE: tl.constexpr
-):  # fmt: skip
-    """fp32 [R, COLUMNS] in a table's own format: rounded without bias below fp32, saturated. rows: int64 [R], global."""
+    value,
+    seed,
+    step,
+    rows,
+    first_column,
+    COLUMNS: tl.constexpr,
+    STREAM: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """fp32 [R, COLUMNS] in a table's own format: rounded without bias below fp32, saturated. rows:
+    int64 [R], global.
+    """
     if DTYPE == tl.float32:
         out = tl.minimum(tl.maximum(value, -largest(tl.float32)), largest(tl.float32))
     else:
-        out = round_stochastic(value, random16(seed, step, rows, first_column, COLUMNS, STREAM), DTYPE)
+        out = round_stochastic(
+            value, random16(seed, step, rows, first_column, COLUMNS, STREAM), DTYPE
+        )
     return out
 
 
 @triton.jit
 def dot(a, b, acc, EMULATED: tl.constexpr):
-    """acc + a b in fp32. fp32 operands are multiplied as fp32, not tf32; the interpreter multiplies bf16 as fp32."""
+    """acc + a b in fp32. fp32 operands are multiplied as fp32, not tf32; the interpreter multiplies
+    bf16 as fp32.
+    """
     if EMULATED and a.dtype == tl.bfloat16:
         acc = tl.dot(widen(a), widen(b), acc, input_precision="ieee")
     elif a.dtype == tl.float32:
@@ -237,7 +282,9 @@ def softplus(z, tail):
 
 
 @triton.jit
-def _prepare_batch(x, out, flag, count, COPY: tl.constexpr, EMULATED: tl.constexpr, BLOCK: tl.constexpr):
+def _prepare_batch(
+    x, out, flag, count, COPY: tl.constexpr, EMULATED: tl.constexpr, BLOCK: tl.constexpr
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = widen(tl.load(x + at, mask=at < count, other=0.0))
     finite = (value.to(tl.uint32, bitcast=True) & 0x7F800000) != 0x7F800000
@@ -252,7 +299,8 @@ def prepare_batch(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     Args:
         x: [B, D] fp32, bf16 or fp16, contiguous.
-        dtype: the format of the result; x is rounded to nearest and saturated. Where formats agree x itself is returned.
+        dtype: the format of the result; x is rounded to nearest and saturated. Where formats agree
+            x itself is returned.
 
     Returns:
         x: [B, D] of `dtype`.
@@ -262,5 +310,7 @@ def prepare_batch(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     out = x if x.dtype == dtype else torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel():
         grid = (triton.cdiv(x.numel(), 1024),)
-        _prepare_batch[grid](x, out, flag, x.numel(), COPY=out is not x, EMULATED=emulated(), BLOCK=1024, **LAUNCH)
+        _prepare_batch[grid](
+            x, out, flag, x.numel(), COPY=out is not x, EMULATED=emulated(), BLOCK=1024, **LAUNCH
+        )
     return out, flag

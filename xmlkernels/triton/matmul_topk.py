@@ -1,9 +1,11 @@
-"""`matmul_topk` on the GPU: tiles of scores are filtered by each sample's running k-th best; what passes is kept in a list.
+"""`matmul_topk` on the GPU: tiles of scores are filtered by each sample's running k-th best; what
+passes is kept in a list.
 
-A score and its row are one int64 key, so that one integer comparison is the whole order: higher score first, then lower
-row. Labels are taken in chunks, in ascending order of row. A chunk's tiles append to the list of each sample the keys above
-its threshold (the k-th best of all chunks before; an equal score comes from a higher row and loses). Between chunks, lists
-that have grown are cut back to their best k. The set of keys in a list never depends on the order in which tiles finish,
+A score and its row are one int64 key, so that one integer comparison is the whole order: higher
+score first, then lower row. Labels are taken in chunks, in ascending order of row. A chunk's tiles
+append to the list of each sample the keys above its threshold (the k-th best of all chunks before;
+an equal score comes from a higher row and loses). Between chunks, lists that have grown are cut
+back to their best k. The set of keys in a list never depends on the order in which tiles finish,
 and a list has room for a whole chunk, so that nothing is lost whatever the scores are.
 """
 
@@ -14,10 +16,15 @@ from torch import Tensor
 
 from xmlkernels.triton import common
 
-LIST_BYTES = 200 << 20  # all lists together; with the final sort's copies the workspace stays within 256 MB
+LIST_BYTES = (
+    200 << 20
+)  # all lists together; with the final sort's copies the workspace stays within 256 MB
 FIRST_CHUNK = 4096  # labels before there is a threshold: all of them enter the lists
-BATCH = 1024  # samples at a time; from a few hundred on the product is bound by arithmetic, not by reading the table
-# Labels, samples and columns of a tile, and its warps; products of fp32 hold twice the bytes and run on no tensor core.
+# samples at a time; from a few hundred on the product is bound by arithmetic, not by reading the
+# table
+BATCH = 1024
+# Labels, samples and columns of a tile, and its warps; products of fp32 hold twice the bytes and
+# run on no tensor core.
 TILE, TILE_FP32 = (128, 128, 64, 8), (64, 64, 32, 4)
 CUT_BLOCK = 1024
 EMPTY = tl.constexpr(-(2**63))  # below the key of every score, -inf included
@@ -26,16 +33,32 @@ HIGHEST = tl.constexpr(2**63 - 1)
 
 @triton.jit
 def _score_tiles(
-    x, weight, bias, row_scale, threshold, used, keys,
-    begin, end, batch, capacity, D: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EMULATED: tl.constexpr, BL: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    bias,
+    row_scale,
+    threshold,
+    used,
+    keys,
+    begin,
+    end,
+    batch,
+    capacity,
+    D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EMULATED: tl.constexpr,
+    BL: tl.constexpr,
+    BB: tl.constexpr,
+    BD: tl.constexpr,
+):
     """Scores [BL labels, BB samples] of one tile; keys above the sample's threshold go to its list.
 
-    x [batch, D] in the format of the product; weight [n, D]; row_scale fp32 [n, 2] of an e4m3 table, or None; threshold fp32
-    [batch]; used int32 [batch], entries in each list; keys int64 [batch, capacity].
+    x [batch, D] in the format of the product; weight [n, D]; row_scale fp32 [n, 2] of an e4m3
+    table, or None; threshold fp32 [batch]; used int32 [batch], entries in each list; keys int64
+    [batch, capacity].
     """
-    # Tiles of one block of labels run next to each other: the block comes from memory once, then from the L2 cache.
+    # Tiles of one block of labels run next to each other: the block comes from memory once, then
+    # from the L2 cache.
     sample_tiles = tl.cdiv(batch, BB)
     pid = tl.program_id(0)
     label = begin + (pid // sample_tiles).to(tl.int64) * BL + tl.arange(0, BL)
@@ -58,8 +81,8 @@ def _score_tiles(
     best = tl.load(threshold + sample, mask=real_sample, other=float("inf"))
     keep = (z > best[None, :]) & real_label[:, None]  # false for NaN, and for -inf always
     if tl.max(tl.max(keep.to(tl.int32), axis=0), axis=0) > 0:
-        # 16 columns at a time, or keys and addresses spill registers. The columns c, c + 8, c + 16.. of a product lie in
-        # one thread, so that this selection moves nothing.
+        # 16 columns at a time, or keys and addresses spill registers. The columns c, c + 8, c +
+        # 16.. of a product lie in one thread, so that this selection moves nothing.
         pieces = tl.reshape(tl.where(keep, z, -float("inf")), (BL, BB // 16, 16))
         row_part = (0xFFFFFFFF - label)[:, None]
         for piece in range(0, BB // 16):
@@ -78,7 +101,9 @@ def _append(used, keys, score, row_part, sample, keep, capacity):
     place = tl.atomic_add(used + (one * 0 + sample[None, :]), one, mask=keep, sem="relaxed")
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # zeros of both signs tie
     order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
-    tl.store(keys + sample[None, :].to(tl.int64) * capacity + place, (order << 32) | row_part, mask=keep)
+    tl.store(
+        keys + sample[None, :].to(tl.int64) * capacity + place, (order << 32) | row_part, mask=keep
+    )
 
 
 @triton.jit
@@ -94,13 +119,24 @@ def _count_from(keys, used, bound, BLOCK: tl.constexpr):
 
 @triton.jit
 def _cut_lists(
-    exclude, threshold, used, keys, k, excluded, row_offset, capacity, slack,
-    LAST: tl.constexpr, HAS_EXCLUDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    exclude,
+    threshold,
+    used,
+    keys,
+    k,
+    excluded,
+    row_offset,
+    capacity,
+    slack,
+    LAST: tl.constexpr,
+    HAS_EXCLUDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Cuts one sample's list to its best k keys, without excluded rows, and moves its threshold up.
 
-    A list of at most k + slack keys is left for later: its threshold is then a little lower than it could be, which is
-    safe. LAST (the caller gives slack = -k - 1): the places up to k that are left are filled with EMPTY.
+    A list of at most k + slack keys is left for later: its threshold is then a little lower than it
+    could be, which is safe. LAST (the caller gives slack = -k - 1): the places up to k that are
+    left are filled with EMPTY.
     """
     sample = tl.program_id(0).to(tl.int64)
     keys += sample * capacity
@@ -116,7 +152,8 @@ def _cut_lists(
                     drop |= row == tl.load(exclude + sample * excluded + e)
                 tl.store(keys + at, tl.full((BLOCK,), EMPTY, tl.int64), mask=drop & (at < count))
             tl.debug_barrier()
-        # The largest bound that at least k keys reach, bit by bit from the top; done early where exactly k reach it.
+        # The largest bound that at least k keys reach, bit by bit from the top; done early where
+        # exactly k reach it.
         bound = tl.full((), EMPTY + 1, tl.int64)
         reach = _count_from(keys, count, bound, BLOCK)
         full = reach >= k
@@ -129,8 +166,8 @@ def _cut_lists(
                 bound = tl.where(number >= k, trial, bound)
                 reach = tl.where(number >= k, number, reach)
                 bit -= 1
-        # In place: a block's survivors go to places at or before it, after the whole block has been read (the scan and
-        # the barrier wait for all threads).
+        # In place: a block's survivors go to places at or before it, after the whole block has been
+        # read (the scan and the barrier wait for all threads).
         kept = tl.zeros((), tl.int32)
         least = tl.full((), HIGHEST, tl.int64)
         for start in range(0, count, BLOCK):
@@ -146,17 +183,23 @@ def _cut_lists(
         tl.store(used + sample, kept)
         if full:
             order = (least >> 32).to(tl.int32)
-            tl.store(threshold + sample, (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True))
+            tl.store(
+                threshold + sample,
+                (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True),
+            )
         if LAST:
             for start in range(0, k, BLOCK):
                 at = start + tl.arange(0, BLOCK)
-                tl.store(keys + at, tl.full((BLOCK,), EMPTY, tl.int64), mask=(at >= kept) & (at < k))
+                tl.store(
+                    keys + at, tl.full((BLOCK,), EMPTY, tl.int64), mask=(at >= kept) & (at < k)
+                )
 
 
 def plan(batch: int, n: int, k: int) -> tuple[int, int, int, list[tuple[int, int]]]:
     """Samples at a time, slack of a list, its capacity, and the chunks of labels [begin, end).
 
-    A list holds at most k + slack keys between chunks, so that a chunk of capacity - k - slack labels always fits.
+    A list holds at most k + slack keys between chunks, so that a chunk of capacity - k - slack
+    labels always fits.
     """
     slack = max(256, k)
     # The final sort takes a few copies of the first k places.
@@ -182,10 +225,15 @@ def matmul_topk(
     row_offset: int = 0,
     rows: int = -1,
 ) -> tuple[Tensor, Tensor]:
-    """See `xmlkernels.ops.matmul_topk`. Waits for nothing on the device; can be captured in a CUDA graph."""
+    """See `xmlkernels.ops.matmul_topk`. Waits for nothing on the device; can be captured in a CUDA
+    graph.
+    """
     batch, n = x.shape[0], weight.shape[0] if rows < 0 else rows
     if n > 2**32:
-        raise ValueError(f"matmul_topk: {n} rows on one device, at most 2**32; shard the table and merge the results")
+        raise ValueError(
+            f"matmul_topk: {n} rows on one device, at most 2**32; shard the table and merge the "
+            "results"
+        )
     values = torch.empty(batch, k, dtype=torch.float32, device=x.device)
     found = torch.empty(batch, k, dtype=torch.int64, device=x.device)
     if batch == 0 or n == 0:
@@ -198,14 +246,20 @@ def matmul_topk(
     keys = torch.empty(samples, capacity, dtype=torch.int64, device=x.device)
     for first in range(0, batch, samples):
         part = x[first : first + samples]
-        left = None if exclude is None or exclude.shape[1] == 0 else exclude[first : first + samples]
+        left = (
+            None if exclude is None or exclude.shape[1] == 0 else exclude[first : first + samples]
+        )
         best = _best_keys(part, weight, bias, row_scale, k, left, row_offset, keys, slack, chunks)
-        key = torch.sort(best, dim=1, descending=True).values  # no two keys are equal, but for empty places
+        key = torch.sort(
+            best, dim=1, descending=True
+        ).values  # no two keys are equal, but for empty places
         order = (key >> 32).to(torch.int32)
         score = (order ^ ((order >> 31) & 0x7FFFFFFF)).view(torch.float32)
         empty = key == EMPTY.value
         values[first : first + samples] = torch.where(empty, -torch.inf, score)
-        found[first : first + samples] = torch.where(empty, -1, 0xFFFFFFFF - (key & 0xFFFFFFFF) + row_offset)
+        found[first : first + samples] = torch.where(
+            empty, -1, 0xFFFFFFFF - (key & 0xFFFFFFFF) + row_offset
+        )
     return values, found
 
 
@@ -230,14 +284,42 @@ def _best_keys(
     for begin, end in chunks:
         tiles = triton.cdiv(end - begin, labels) * triton.cdiv(batch, block)
         _score_tiles[(tiles,)](
-            x, weight, bias, row_scale, threshold, used, keys, begin, end, batch, capacity, D=weight.shape[1],
-            HAS_BIAS=bias is not None, EMULATED=common.emulated(), BL=labels, BB=block, BD=width,
-            num_warps=warps, num_stages=3, **common.LAUNCH,
-        )  # fmt: skip
+            x,
+            weight,
+            bias,
+            row_scale,
+            threshold,
+            used,
+            keys,
+            begin,
+            end,
+            batch,
+            capacity,
+            D=weight.shape[1],
+            HAS_BIAS=bias is not None,
+            EMULATED=common.emulated(),
+            BL=labels,
+            BB=block,
+            BD=width,
+            num_warps=warps,
+            num_stages=3,
+            **common.LAUNCH,
+        )
         last = end == chunks[-1][1]
         _cut_lists[(batch,)](
-            exclude, threshold, used, keys, k, 0 if exclude is None else exclude.shape[1], row_offset, capacity,
-            -k - 1 if last else slack, LAST=last, HAS_EXCLUDE=exclude is not None, BLOCK=CUT_BLOCK,
-            num_warps=4, **common.LAUNCH,
-        )  # fmt: skip
+            exclude,
+            threshold,
+            used,
+            keys,
+            k,
+            0 if exclude is None else exclude.shape[1],
+            row_offset,
+            capacity,
+            -k - 1 if last else slack,
+            LAST=last,
+            HAS_EXCLUDE=exclude is not None,
+            BLOCK=CUT_BLOCK,
+            num_warps=4,
+            **common.LAUNCH,
+        )
     return keys[:batch, :k]

@@ -1,4 +1,6 @@
-"""The positives of a batch, sorted by row: where each block of labels begins, and its dense targets."""
+"""The positives of a batch, sorted by row: where each block of labels begins, and its dense
+targets.
+"""
 
 import triton
 import triton.language as tl
@@ -26,12 +28,25 @@ def find_starts(pos_row, starts, count, rows, blocks, BLOCK_L: tl.constexpr, BLO
 
 @triton.jit
 def targets(
-    pos_row, pos_sample, pos_value, begin, end, first, sample_block,
-    BLOCK_B: tl.constexpr, BLOCK_L: tl.constexpr, KIND: tl.constexpr, EMULATED: tl.constexpr,
-):  # fmt: skip
-    """Targets [BLOCK_B, BLOCK_L] of a block from its positives: products of indicator matrices, 16 positives at a time."""
+    pos_row,
+    pos_sample,
+    pos_value,
+    begin,
+    end,
+    first,
+    sample_block,
+    BLOCK_B: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    KIND: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """Targets [BLOCK_B, BLOCK_L] of a block from its positives: products of indicator matrices, 16
+    positives at a time.
+    """
     y = tl.zeros([BLOCK_B, BLOCK_L], dtype=tl.float32)
-    kind: tl.constexpr = tl.float32 if EMULATED else KIND  # the interpreter makes no bf16 of a truth value
+    kind: tl.constexpr = (
+        tl.float32 if EMULATED else KIND
+    )  # the interpreter makes no bf16 of a truth value
     for p in range(begin, end, 16):
         at = p + tl.arange(0, 16)
         inside = at < end
@@ -41,7 +56,9 @@ def targets(
         of_row = (lane[:, None] == tl.arange(0, BLOCK_L)[None, :]) & inside[:, None]
         if pos_value is not None:
             value = tl.load(pos_value + at, mask=inside, other=0.0)
-            y = common.dot(of_sample.to(tl.float32), tl.where(of_row, value[:, None], 0.0), y, EMULATED)
+            y = common.dot(
+                of_sample.to(tl.float32), tl.where(of_row, value[:, None], 0.0), y, EMULATED
+            )
         else:
             y = common.dot(of_sample.to(kind), of_row.to(kind), y, EMULATED)
     return y

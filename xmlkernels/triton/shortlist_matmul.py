@@ -1,8 +1,8 @@
 """`shortlist_matmul` and its backward on the GPU.
 
-Lists per sample: each gathered row is read once, multiplied and summed in registers; there is no `B x S x D`. One list for
-the whole batch is a dense product on gathered rows, so it runs on the tensor cores. The table's gradient is in
-shortlist_rows.py.
+Lists per sample: each gathered row is read once, multiplied and summed in registers; there is no `B
+x S x D`. One list for the whole batch is a dense product on gathered rows, so it runs on the tensor
+cores. The table's gradient is in shortlist_rows.py.
 """
 
 import torch
@@ -21,15 +21,29 @@ SPLITS = 16  # at most: parts of a shared list whose dx are summed apart, in an 
 
 @triton.jit
 def _number(w):
-    """Loaded numbers of a table in fp32; those of e4m3 (uint8 bits) as they are coded, without their row's scale."""
+    """Loaded numbers of a table in fp32; those of e4m3 (uint8 bits) as they are coded, without
+    their row's scale.
+    """
     return common.decode_e4m3(w) if w.dtype == tl.uint8 else common.widen(w)
 
 
 @triton.jit
 def _score_lists(
-    x, weight, bias, row_scale, index, logits, size, D: tl.constexpr, HAS_BIAS: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr
-):  # fmt: skip
-    """logits fp32 [B, size] for index int64 [B, size]: one program scores BS entries of one sample."""
+    x,
+    weight,
+    bias,
+    row_scale,
+    index,
+    logits,
+    size,
+    D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BS: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """logits fp32 [B, size] for index int64 [B, size]: one program scores BS entries of one
+    sample.
+    """
     tiles = tl.cdiv(size, BS)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     entry = (tl.program_id(0) % tiles) * BS + tl.arange(0, BS)
@@ -41,7 +55,11 @@ def _score_lists(
     for start in range(0, D, BD):
         left = column < D - start
         e = common.widen(tl.load(x + sample * D + start + column, mask=left, other=0.0))
-        w = tl.load(weight + row[:, None] * D + start + column[None, :], mask=real[:, None] & left[None, :], other=0)
+        w = tl.load(
+            weight + row[:, None] * D + start + column[None, :],
+            mask=real[:, None] & left[None, :],
+            other=0,
+        )
         z += e[None, :] * _number(w)
     out = tl.sum(z, axis=1)
     if row_scale is not None:
@@ -53,10 +71,24 @@ def _score_lists(
 
 @triton.jit
 def _score_shared(
-    x, weight, bias, row_scale, index, logits, batch, size, D: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EMULATED: tl.constexpr, BS: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """logits fp32 [batch, size] for index int64 [size]; x [batch, D] in the format of the product."""
+    x,
+    weight,
+    bias,
+    row_scale,
+    index,
+    logits,
+    batch,
+    size,
+    D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EMULATED: tl.constexpr,
+    BS: tl.constexpr,
+    BB: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """logits fp32 [batch, size] for index int64 [size]; x [batch, D] in the format of the
+    product.
+    """
     tiles = tl.cdiv(batch, BB)
     # Tiles with the same rows run next to each other and share them in the L2 cache.
     entry = (tl.program_id(0) // tiles) * BS + tl.arange(0, BS)
@@ -67,7 +99,11 @@ def _score_shared(
     z = tl.zeros((BS, BB), dtype=tl.float32)
     for start in range(0, D, BD):
         left = column < D - start
-        w = tl.load(weight + row[:, None] * D + start + column[None, :], mask=real[:, None] & left[None, :], other=0)
+        w = tl.load(
+            weight + row[:, None] * D + start + column[None, :],
+            mask=real[:, None] & left[None, :],
+            other=0,
+        )
         x_at = x + sample[None, :].to(tl.int64) * D + start + column[:, None]
         e = tl.load(x_at, mask=is_sample[None, :] & left[:, None], other=0.0)
         w = common.operand(w, e.dtype, EMULATED)
@@ -77,12 +113,20 @@ def _score_shared(
     if HAS_BIAS:
         z += tl.load(bias + row, mask=real, other=0.0)[:, None]
     at = logits + sample[None, :].to(tl.int64) * size + entry[:, None]
-    tl.store(at, tl.where(real[:, None], z, -float("inf")), mask=is_sample[None, :] & (entry < size)[:, None])
+    tl.store(
+        at,
+        tl.where(real[:, None], z, -float("inf")),
+        mask=is_sample[None, :] & (entry < size)[:, None],
+    )
 
 
 @triton.jit
-def _dx_lists(dlogits, weight, row_scale, index, dx, size, D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr):
-    """dx fp32 [B, D]: one program sums BD columns of one sample over its list, in the order of the list."""
+def _dx_lists(
+    dlogits, weight, row_scale, index, dx, size, D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr
+):
+    """dx fp32 [B, D]: one program sums BD columns of one sample over its list, in the order of the
+    list.
+    """
     tiles: tl.constexpr = (D + BD - 1) // BD
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     column = (tl.program_id(0) % tiles) * BD + tl.arange(0, BD)
@@ -92,20 +136,38 @@ def _dx_lists(dlogits, weight, row_scale, index, dx, size, D: tl.constexpr, BS: 
         entry = start + tl.arange(0, BS)
         row = tl.load(index + sample * size + entry, mask=entry < size, other=-1)
         real = row >= 0
-        g = tl.load(dlogits + sample * size + entry, mask=real, other=0.0)  # what stands at a pad is not even read
+        g = tl.load(
+            dlogits + sample * size + entry, mask=real, other=0.0
+        )  # what stands at a pad is not even read
         if row_scale is not None:
             g *= tl.load(row_scale + 2 * row, mask=real, other=1.0)
-        w = tl.load(weight + row[:, None] * D + column[None, :], mask=real[:, None] & left[None, :], other=0)
+        w = tl.load(
+            weight + row[:, None] * D + column[None, :], mask=real[:, None] & left[None, :], other=0
+        )
         total += g[:, None] * _number(w)
     tl.store(dx + sample * D + column, tl.sum(total, axis=0), mask=left)
 
 
 @triton.jit
 def _dx_shared(
-    dlogits, weight, row_scale, index, parts, batch, size, part_size, D: tl.constexpr,
-    LOW: tl.constexpr, EMULATED: tl.constexpr, BS: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """parts fp32 [splits, batch, D]: dx over one part of the shared list each. LOW: the product takes bf16 operands."""
+    dlogits,
+    weight,
+    row_scale,
+    index,
+    parts,
+    batch,
+    size,
+    part_size,
+    D: tl.constexpr,
+    LOW: tl.constexpr,
+    EMULATED: tl.constexpr,
+    BS: tl.constexpr,
+    BB: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """parts fp32 [splits, batch, D]: dx over one part of the shared list each. LOW: the product
+    takes bf16 operands.
+    """
     column_tiles: tl.constexpr = (D + BD - 1) // BD
     column = (tl.program_id(0) % column_tiles) * BD + tl.arange(0, BD)
     sample_tiles = tl.cdiv(batch, BB)
@@ -118,10 +180,16 @@ def _dx_shared(
         entry = start + tl.arange(0, BS)
         row = tl.load(index + entry, mask=entry < size, other=-1)
         real = row >= 0
-        g = tl.load(dlogits + sample[:, None] * size + entry[None, :], mask=is_sample[:, None] & real[None, :], other=0.0)
+        g = tl.load(
+            dlogits + sample[:, None] * size + entry[None, :],
+            mask=is_sample[:, None] & real[None, :],
+            other=0.0,
+        )
         if row_scale is not None:
             g *= tl.load(row_scale + 2 * row, mask=real, other=1.0)[None, :]
-        w = tl.load(weight + row[:, None] * D + column[None, :], mask=real[:, None] & left[None, :], other=0)
+        w = tl.load(
+            weight + row[:, None] * D + column[None, :], mask=real[:, None] & left[None, :], other=0
+        )
         if LOW:
             w = common.operand(w, tl.bfloat16, EMULATED)
             total = common.dot(common.round_nearest(g, tl.bfloat16, EMULATED), w, total, EMULATED)
@@ -137,14 +205,20 @@ def _in_bf16(weight: Tensor) -> bool:
 
 
 def _product_format(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The format in which x meets the table on the tensor cores; fp32 where the two formats share none."""
+    """The format in which x meets the table on the tensor cores; fp32 where the two formats share
+    none.
+    """
     if _in_bf16(weight):
         return torch.bfloat16
     return weight.dtype if weight.dtype == x.dtype else torch.float32
 
 
-def shortlist_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, row_scale: Tensor | None = None) -> Tensor:
-    """See `xmlkernels.ops.shortlist_matmul`. Waits for nothing on the device; can be captured in a CUDA graph."""
+def shortlist_matmul(
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, row_scale: Tensor | None = None
+) -> Tensor:
+    """See `xmlkernels.ops.shortlist_matmul`. Waits for nothing on the device; can be captured in a
+    CUDA graph.
+    """
     batch, size, width = x.shape[0], index.shape[-1], x.shape[1]
     logits = torch.empty(batch, size, dtype=torch.float32, device=x.device)
     weight = common.table_bits(weight)
@@ -153,17 +227,41 @@ def shortlist_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tens
     if index.dim() == 2:
         entries, columns = LIST_TILE
         _score_lists[(batch * triton.cdiv(size, entries),)](
-            x, weight, bias, row_scale, index, logits, size, D=width, HAS_BIAS=bias is not None, BS=entries, BD=columns,
+            x,
+            weight,
+            bias,
+            row_scale,
+            index,
+            logits,
+            size,
+            D=width,
+            HAS_BIAS=bias is not None,
+            BS=entries,
+            BD=columns,
             **common.LAUNCH,
-        )  # fmt: skip
+        )
         return logits
     x = x.to(_product_format(x, weight))
     entries, samples, columns, warps = SHARED_TILE_FP32 if x.dtype == torch.float32 else SHARED_TILE
     samples = common.power_of_2(batch, 16, samples)
     _score_shared[(triton.cdiv(size, entries) * triton.cdiv(batch, samples),)](
-        x, weight, bias, row_scale, index, logits, batch, size, D=width, HAS_BIAS=bias is not None, EMULATED=common.emulated(),
-        BS=entries, BB=samples, BD=columns, num_warps=warps, **common.LAUNCH,
-    )  # fmt: skip
+        x,
+        weight,
+        bias,
+        row_scale,
+        index,
+        logits,
+        batch,
+        size,
+        D=width,
+        HAS_BIAS=bias is not None,
+        EMULATED=common.emulated(),
+        BS=entries,
+        BB=samples,
+        BD=columns,
+        num_warps=warps,
+        **common.LAUNCH,
+    )
     return logits
 
 
@@ -180,8 +278,9 @@ def shortlist_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `xmlkernels.ops.shortlist_matmul`.
 
-    The number of rows is data: where they are asked for, the host waits for the device twice (for it, and for whether there
-    are pads), and the call cannot be captured in a CUDA graph. dx alone waits for nothing.
+    The number of rows is data: where they are asked for, the host waits for the device twice (for
+    it, and for whether there are pads), and the call cannot be captured in a CUDA graph. dx alone
+    waits for nothing.
     """
     empty = torch.empty(0, dtype=torch.float32, device=x.device)
     weight = common.table_bits(weight)
@@ -189,16 +288,28 @@ def shortlist_backward(
     if not (need_dweight or need_dbias):
         return dx, index.new_empty(0), empty.view(0, 1).expand(0, x.shape[1]).contiguous(), empty
     rows, order, start = occurrences(index if x.shape[0] else index[..., :0])
-    grad = torch.empty(rows.shape[0] if need_dweight else 0, x.shape[1], dtype=torch.float32, device=x.device)
+    grad = torch.empty(
+        rows.shape[0] if need_dweight else 0, x.shape[1], dtype=torch.float32, device=x.device
+    )
     dbias = torch.empty(rows.shape[0] if need_dbias else 0, dtype=torch.float32, device=x.device)
     if rows.shape[0]:
         low = _in_bf16(weight)
-        tile = (1, 1, LIST_TILE[1], 4) if index.dim() == 2 else SHARED_TILE if low else SHARED_TILE_FP32
-        row_gradients(dlogits, x, index, order, start, grad, dbias, need_dweight, need_dbias, low, tile)
+        tile = (
+            (1, 1, LIST_TILE[1], 4)
+            if index.dim() == 2
+            else SHARED_TILE
+            if low
+            else SHARED_TILE_FP32
+        )
+        row_gradients(
+            dlogits, x, index, order, start, grad, dbias, need_dweight, need_dbias, low, tile
+        )
     return dx, rows, grad, dbias
 
 
-def _input_gradient(dlogits: Tensor, x: Tensor, weight: Tensor, row_scale: Tensor | None, index: Tensor) -> Tensor:
+def _input_gradient(
+    dlogits: Tensor, x: Tensor, weight: Tensor, row_scale: Tensor | None, index: Tensor
+) -> Tensor:
     batch, size, width = x.shape[0], index.shape[-1], x.shape[1]
     dx = torch.empty(batch, width, dtype=torch.float32, device=x.device)
     if batch == 0 or size == 0:
@@ -206,18 +317,42 @@ def _input_gradient(dlogits: Tensor, x: Tensor, weight: Tensor, row_scale: Tenso
     if index.dim() == 2:
         entries, columns = LIST_TILE
         _dx_lists[(batch * triton.cdiv(width, columns),)](
-            dlogits, weight, row_scale, index, dx, size, D=width, BS=entries, BD=columns, **common.LAUNCH
+            dlogits,
+            weight,
+            row_scale,
+            index,
+            dx,
+            size,
+            D=width,
+            BS=entries,
+            BD=columns,
+            **common.LAUNCH,
         )
         return dx
     low = _in_bf16(weight)
     entries, samples, columns, warps = SHARED_TILE if low else SHARED_TILE_FP32
     samples = common.power_of_2(batch, 16, samples)
-    # From the shapes alone, so that the order of the sum is the same in every run and on every card.
+    # From the shapes alone, so that the order of the sum is the same in every run and on every
+    # card.
     part_size = triton.cdiv(triton.cdiv(size, SPLITS), entries) * entries
     splits = triton.cdiv(size, part_size)
     parts = torch.empty(splits, batch, width, dtype=torch.float32, device=x.device)
     _dx_shared[(splits * triton.cdiv(batch, samples) * triton.cdiv(width, columns),)](
-        dlogits, weight, row_scale, index, parts, batch, size, part_size, D=width, LOW=low, EMULATED=common.emulated(),
-        BS=entries, BB=samples, BD=columns, num_warps=warps, **common.LAUNCH,
-    )  # fmt: skip
+        dlogits,
+        weight,
+        row_scale,
+        index,
+        parts,
+        batch,
+        size,
+        part_size,
+        D=width,
+        LOW=low,
+        EMULATED=common.emulated(),
+        BS=entries,
+        BB=samples,
+        BD=columns,
+        num_warps=warps,
+        **common.LAUNCH,
+    )
     return parts.sum(0)

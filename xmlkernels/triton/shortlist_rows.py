@@ -1,5 +1,5 @@
-"""The table's gradient of `shortlist_matmul` on the GPU: reduced over the entries of one row at a time, in the order of a
-stable sort, the same in every run, and without atomics."""
+"""The table's gradient of `shortlist_matmul` on the GPU: reduced over the entries of one row at a
+time, in the order of a stable sort, the same in every run, and without atomics."""
 
 import torch
 import triton
@@ -13,10 +13,22 @@ OCCURRENCES = 4  # of one row, taken at a time
 
 @triton.jit
 def _rows_lists(
-    dlogits, x, order, start, grad, dbias, size, D: tl.constexpr,
-    NEED_GRAD: tl.constexpr, NEED_DBIAS: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """grad fp32 [U, D] and dbias fp32 [U] of rows whose occurrences are order[start[u] : start[u + 1]] (int64)."""
+    dlogits,
+    x,
+    order,
+    start,
+    grad,
+    dbias,
+    size,
+    D: tl.constexpr,
+    NEED_GRAD: tl.constexpr,
+    NEED_DBIAS: tl.constexpr,
+    BO: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """grad fp32 [U, D] and dbias fp32 [U] of rows whose occurrences are order[start[u] : start[u +
+    1]] (int64).
+    """
     tiles: tl.constexpr = (D + BD - 1) // BD if NEED_GRAD else 1
     row = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -31,7 +43,11 @@ def _rows_lists(
         g = tl.load(dlogits + place, mask=at < end, other=0.0)
         total_g += g
         if NEED_GRAD:
-            e = tl.load(x + (place // size)[:, None] * D + column[None, :], mask=(at < end)[:, None] & left[None, :], other=0.0)
+            e = tl.load(
+                x + (place // size)[:, None] * D + column[None, :],
+                mask=(at < end)[:, None] & left[None, :],
+                other=0.0,
+            )
             total += g[:, None] * common.widen(e)
     if NEED_GRAD:
         tl.store(grad + row * D + column, tl.sum(total, axis=0), mask=left)
@@ -41,11 +57,27 @@ def _rows_lists(
 
 @triton.jit
 def _rows_shared(
-    dlogits, x, order, start, grad, dbias, batch, size, unique, D: tl.constexpr,
-    NEED_GRAD: tl.constexpr, NEED_DBIAS: tl.constexpr, LOW: tl.constexpr, EMULATED: tl.constexpr,
-    BS: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """The same for a shared list, BS rows at a time: the batch is the inner dimension of a product."""
+    dlogits,
+    x,
+    order,
+    start,
+    grad,
+    dbias,
+    batch,
+    size,
+    unique,
+    D: tl.constexpr,
+    NEED_GRAD: tl.constexpr,
+    NEED_DBIAS: tl.constexpr,
+    LOW: tl.constexpr,
+    EMULATED: tl.constexpr,
+    BS: tl.constexpr,
+    BB: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """The same for a shared list, BS rows at a time: the batch is the inner dimension of a
+    product.
+    """
     tiles: tl.constexpr = (D + BD - 1) // BD if NEED_GRAD else 1
     row = ((tl.program_id(0) // tiles) * BS + tl.arange(0, BS)).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -65,19 +97,29 @@ def _rows_shared(
             g = tl.load(g_at, mask=is_sample[None, :] & (j < count)[:, None], other=0.0)
             total_g += g
             if NEED_GRAD:
-                e = tl.load(x + sample[:, None] * D + column[None, :], mask=is_sample[:, None] & left[None, :], other=0.0)
+                e = tl.load(
+                    x + sample[:, None] * D + column[None, :],
+                    mask=is_sample[:, None] & left[None, :],
+                    other=0.0,
+                )
                 if LOW:
-                    total = common.dot(common.round_nearest(g, e.dtype, EMULATED), e, total, EMULATED)
+                    total = common.dot(
+                        common.round_nearest(g, e.dtype, EMULATED), e, total, EMULATED
+                    )
                 else:
                     total = common.dot(g, common.widen(e), total, EMULATED)
     if NEED_GRAD:
-        tl.store(grad + row[:, None] * D + column[None, :], total, mask=is_row[:, None] & left[None, :])
+        tl.store(
+            grad + row[:, None] * D + column[None, :], total, mask=is_row[:, None] & left[None, :]
+        )
     if NEED_DBIAS:
         tl.store(dbias + row, tl.sum(total_g, axis=1), mask=is_row & (tile == 0))
 
 
 def occurrences(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Unique rows [U], the places that name them in order of row and place [N], and where each row's begin [U + 1]."""
+    """Unique rows [U], the places that name them in order of row and place [N], and where each
+    row's begin [U + 1].
+    """
     ids, order = torch.sort(index.reshape(-1), stable=True)
     rows, counts = torch.unique_consecutive(ids, return_counts=True)
     start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -87,23 +129,59 @@ def occurrences(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def row_gradients(
-    dlogits: Tensor, x: Tensor, index: Tensor, order: Tensor, start: Tensor, grad: Tensor, dbias: Tensor,
-    need_grad: bool, need_dbias: bool, low: bool, tile: tuple[int, int, int, int],
-) -> None:  # fmt: skip
-    """Fills grad and dbias. low: the products of a shared list take bf16 operands; tile: its entries, samples, columns and
-    warps (of lists per sample the columns alone)."""
+    dlogits: Tensor,
+    x: Tensor,
+    index: Tensor,
+    order: Tensor,
+    start: Tensor,
+    grad: Tensor,
+    dbias: Tensor,
+    need_grad: bool,
+    need_dbias: bool,
+    low: bool,
+    tile: tuple[int, int, int, int],
+) -> None:
+    """Fills grad and dbias. low: the products of a shared list take bf16 operands; tile: its
+    entries, samples, columns and warps (of lists per sample the columns alone)."""
     batch, size, width, unique = x.shape[0], index.shape[-1], x.shape[1], start.shape[0] - 1
     need = {"NEED_GRAD": need_grad, "NEED_DBIAS": need_dbias}
     entries, samples, columns, warps = tile
     tiles = triton.cdiv(width, columns) if need_grad else 1
     if index.dim() == 2:
         _rows_lists[(unique * tiles,)](
-            dlogits, x, order, start, grad, dbias, size, D=width, **need, BO=OCCURRENCES, BD=columns, **common.LAUNCH
+            dlogits,
+            x,
+            order,
+            start,
+            grad,
+            dbias,
+            size,
+            D=width,
+            **need,
+            BO=OCCURRENCES,
+            BD=columns,
+            **common.LAUNCH,
         )
         return
     x = x.to(torch.bfloat16) if low else x
     samples = common.power_of_2(batch, 16, samples)
     _rows_shared[(triton.cdiv(unique, entries) * tiles,)](
-        dlogits, x, order, start, grad, dbias, batch, size, unique, D=width, **need, LOW=low, EMULATED=common.emulated(),
-        BS=entries, BB=samples, BD=columns, num_warps=warps, **common.LAUNCH,
-    )  # fmt: skip
+        dlogits,
+        x,
+        order,
+        start,
+        grad,
+        dbias,
+        batch,
+        size,
+        unique,
+        D=width,
+        **need,
+        LOW=low,
+        EMULATED=common.emulated(),
+        BS=entries,
+        BB=samples,
+        BD=columns,
+        num_warps=warps,
+        **common.LAUNCH,
+    )

@@ -1,4 +1,6 @@
-"""The update of table rows as a device function: SGD, SGD with momentum, Adam; see `xmlkernels.reference.update`."""
+"""The update of table rows as a device function: SGD, SGD with momentum, Adam; see
+`xmlkernels.reference.update`.
+"""
 
 import triton
 import triton.language as tl
@@ -8,23 +10,44 @@ from xmlkernels.triton import common
 
 
 def bias_corrections(hyper: Tensor, counter: Tensor) -> Tensor:
-    """Adam's 1 - beta^t for both moments, fp32 [2], without a host sync; in float64 as the reference does."""
+    """Adam's 1 - beta^t for both moments, fp32 [2], without a host sync; in float64 as the
+    reference does.
+    """
     return (1 - hyper[2:4].double() ** (counter[1] + 1).double()).float()
 
 
 @triton.jit
 def update_tile(
-    weight, momentum, second, kahan, row_scale, hyper, counter, correction, at, mask, row_mask, grad, rows, first_column,
-    COLUMNS: tl.constexpr, DECOUPLED: tl.constexpr, EMULATED: tl.constexpr, row_moment=None,
-):  # fmt: skip
+    weight,
+    momentum,
+    second,
+    kahan,
+    row_scale,
+    hyper,
+    counter,
+    correction,
+    at,
+    mask,
+    row_mask,
+    grad,
+    rows,
+    first_column,
+    COLUMNS: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    EMULATED: tl.constexpr,
+    row_moment=None,
+):
     """Updates a tile of table rows in place from its gradient.
 
-    weight, momentum, second, kahan: pointers to which the offsets `at` [R, COLUMNS] are added; absent ones are None.
+    weight, momentum, second, kahan: pointers to which the offsets `at` [R, COLUMNS] are added;
+        absent ones are None.
     grad: fp32 [R, COLUMNS], already scaled. rows: int64 [R], global; first_column: a multiple of 8.
-    row_scale: pointers [R] to the rows' scales (e4m3 tables, without kahan); behind each stands the largest |value| stored.
-    correction: fp32 [2] of `bias_corrections`; read with `second` alone. row_moment: fp32 [R], the rows' second moments after
-    this step, where `second` has one for each row: the caller has formed and stored them. Nothing is read or written where
-    mask is false, nor at row_scale where row_mask is.
+    row_scale: pointers [R] to the rows' scales (e4m3 tables, without kahan); behind each stands the
+        largest |value| stored.
+    correction: fp32 [2] of `bias_corrections`; read with `second` alone. row_moment: fp32 [R], the
+    rows' second moments after this step, where `second` has one for each row: the caller has formed
+    and stored them. Nothing is read or written where mask is false, nor at row_scale where row_mask
+    is.
     """
     seed, step = tl.load(counter), tl.load(counter + 1)
     lr, decay, beta1 = tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2)
@@ -42,10 +65,18 @@ def update_tile(
         grad += decay * w
     if second is not None:
         beta2, eps = tl.load(hyper + 3), tl.load(hyper + 4)
-        m = beta1 * common.widen(tl.load(momentum + at, mask=mask, other=0.0)) + (1.0 - beta1) * grad
+        m = (
+            beta1 * common.widen(tl.load(momentum + at, mask=mask, other=0.0))
+            + (1.0 - beta1) * grad
+        )
         if row_moment is None:
-            v = beta2 * common.widen(tl.load(second + at, mask=mask, other=0.0)) + (1.0 - beta2) * grad * grad
-            stored = common.to_stored(v, seed, step, rows, first_column, COLUMNS, common.SECOND, second.dtype.element_ty)
+            v = (
+                beta2 * common.widen(tl.load(second + at, mask=mask, other=0.0))
+                + (1.0 - beta2) * grad * grad
+            )
+            stored = common.to_stored(
+                v, seed, step, rows, first_column, COLUMNS, common.SECOND, second.dtype.element_ty
+            )
             tl.store(second + at, stored, mask=mask)
         else:
             v = row_moment[:, None] + tl.zeros_like(m)
@@ -75,7 +106,9 @@ def update_tile(
         tl.atomic_max(row_scale + 1, size, mask=grows, sem="relaxed")
     elif kahan is not None:
         limit = common.largest(weight.dtype.element_ty)
-        new = tl.minimum(tl.maximum(new, -limit), limit)  # what saturation cuts off must not come back in the next step
+        new = tl.minimum(
+            tl.maximum(new, -limit), limit
+        )  # what saturation cuts off must not come back in the next step
         rounded = common.round_nearest(new, weight.dtype.element_ty, EMULATED)
         rest = common.round_nearest(new - common.widen(rounded), kahan.dtype.element_ty, EMULATED)
         tl.store(kahan + at, rest, mask=mask)

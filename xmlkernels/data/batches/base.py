@@ -1,4 +1,5 @@
-"""What batches of every kind share: their positives, the order of an epoch, and one thread that collates ahead.
+"""What batches of every kind share: their positives, the order of an epoch, and one thread that
+collates ahead.
 
 Dimension letters: B batch, T tokens, P positive (label, sample) pairs, L labels.
 """
@@ -21,18 +22,21 @@ Own = TypeVar("Own", bound="AnyBatch")
 
 
 class AnyBatch:
-    """The side of a batch that is the same whatever its documents are; its kinds are frozen dataclasses.
+    """The side of a batch that is the same whatever its documents are; its kinds are frozen
+    dataclasses.
 
-    For one of several processes `inputs` hold its own part of the documents, all else is of the whole batch: see
-    `AnyBatches.shared`.
+    For one of several processes `inputs` hold its own part of the documents, all else is of the
+    whole batch: see `AnyBatches.shared`.
 
     Attributes:
-        pos_row: int64 [P], table row of each positive pair, ascending: the label id where no `order` was given.
+        pos_row: int64 [P], table row of each positive pair, ascending: the label id where no
+            `order` was given.
         pos_sample: int32 [P], its place in the batch; pairs are sorted by (row, sample) and unique.
         index: int64 [B], document numbers; the virtual document of label l has number N + l.
         labels: L, 0 where the documents have no known labels.
-        levels: the positives of each cluster level of a label tree, coarse to fine: node int64 [P_r], ascending, and
-            sample int32 [P_r]; pairs are sorted by (node, sample) and unique. Empty without a tree.
+        levels: the positives of each cluster level of a label tree, coarse to fine: node int64
+            [P_r], ascending, and sample int32 [P_r]; pairs are sorted by (node, sample) and unique.
+            Empty without a tree.
     """
 
     pos_row: torch.Tensor
@@ -50,7 +54,11 @@ class AnyBatch:
         def moved(value: Any) -> Any:
             if isinstance(value, tuple):
                 return tuple(moved(item) for item in value)
-            return value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
+            return (
+                value.to(device, non_blocking=non_blocking)
+                if isinstance(value, torch.Tensor)
+                else value
+            )
 
         make: Any = type(self)
         return make(**{name: moved(value) for name, value in vars(self).items()})
@@ -64,16 +72,18 @@ class AnyBatches(ABC, Generic[Made]):
 
     Args:
         labels: [N, L] CSR; stored zeros and duplicates do not count.
-        lengths: int64 [M], length of each document, virtual ones included: like lengths share a batch. Equal lengths
-            leave the order to chance alone.
-        order: int64 [L], label id of each table row; `pos_row` then holds table rows. Default: row l is label l.
-        ancestors: one int64 [L] array for each cluster level, coarse to fine: the node of each table row, ascending.
-            `levels` is made from them.
+        lengths: int64 [M], length of each document, virtual ones included: like lengths share a
+            batch. Equal lengths leave the order to chance alone.
+        order: int64 [L], label id of each table row; `pos_row` then holds table rows. Default: row
+            l is label l.
+        ancestors: one int64 [L] array for each cluster level, coarse to fine: the node of each
+            table row, ascending. `levels` is made from them.
 
     The other arguments are those of `Batches`.
 
     Raises:
-        InputError: `order` is no permutation of the labels, `ancestors` does not fit, or a size is out of range.
+        InputError: `order` is no permutation of the labels, `ancestors` does not fit, or a size is
+            out of range.
     """
 
     def __init__(
@@ -94,19 +104,27 @@ class AnyBatches(ABC, Generic[Made]):
         at_least("bucket_window", bucket_window, 1)
         at_least("prefetch", prefetch, 0)
         if not 0 <= seed < 2**64:
-            raise InputError("seed", "an integer from 0 to 2**64 - 1", str(seed), "choose another seed")
+            raise InputError(
+                "seed", "an integer from 0 to 2**64 - 1", str(seed), "choose another seed"
+            )
         self.num_labels: int = labels.shape[1]
         self.place = None if order is None else _inverse(order, self.num_labels)
         self.labels = _in_table_order(labels, self.place)
         self.ancestors = _checked(ancestors, self.num_labels)
         self.lengths = lengths
-        self.batch_size, self.seed, self.shuffle, self.drop_last = batch_size, seed, shuffle, drop_last
+        self.batch_size, self.seed, self.shuffle, self.drop_last = (
+            batch_size,
+            seed,
+            shuffle,
+            drop_last,
+        )
         self.bucket_window, self.prefetch = bucket_window, prefetch
         self._part: Callable[[int], slice] | None = None
 
     def shared(self, part: Callable[[int], slice]) -> Self:
-        """These batches for one of several processes, which encodes a part of each: `inputs` then hold the documents at part(B)
-        alone (the first document where there is none: encoders take no empty batch), all else is of the whole batch."""
+        """These batches for one of several processes, which encodes a part of each: `inputs` then
+        hold the documents at part(B) alone (the first document where there is none: encoders take
+        no empty batch), all else is of the whole batch."""
         self._part = part
         return self
 
@@ -117,7 +135,9 @@ class AnyBatches(ABC, Generic[Made]):
 
     @property
     def num_documents(self) -> int:
-        """Documents of an epoch, virtual ones included (and those that `drop_last` will leave out)."""
+        """Documents of an epoch, virtual ones included (and those that `drop_last` will leave
+        out).
+        """
         return len(self.lengths)
 
     def __len__(self) -> int:
@@ -133,16 +153,23 @@ class AnyBatches(ABC, Generic[Made]):
         random = np.random.Generator(np.random.Philox(key=np.array([self.seed, epoch], np.uint64)))
         order = random.permutation(self.num_documents)[:kept]
         place = np.arange(kept)
-        # Ties keep the permutation's order, so documents of one length meet new company in each epoch.
-        by_length = np.lexsort((place, self.lengths[order], place // (self.bucket_window * self.batch_size)))
+        # Ties keep the permutation's order, so documents of one length meet new company in each
+        # epoch.
+        by_length = np.lexsort(
+            (place, self.lengths[order], place // (self.bucket_window * self.batch_size))
+        )
         batches = self._cut(order[by_length])
         return [batches[number] for number in random.permutation(len(batches))]
 
     def _cut(self, order: np.ndarray) -> list[np.ndarray]:
-        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        return [
+            order[start : start + self.batch_size]
+            for start in range(0, len(order), self.batch_size)
+        ]
 
     def epoch(self, epoch: int, start: int = 0, every: int = 1) -> Iterator[Made]:
-        """The batches of an epoch from number `start` on: exactly the tail of the uninterrupted sequence.
+        """The batches of an epoch from number `start` on: exactly the tail of the uninterrupted
+        sequence.
 
         Closing the iterator, or dropping it, ends its thread.
 
@@ -155,16 +182,23 @@ class AnyBatches(ABC, Generic[Made]):
         at_least("epoch", epoch, 0)
         at_least("every", every, 1)
         if not 0 <= start <= len(self):
-            raise InputError("start", f"a batch number from 0 to {len(self)}", str(start), "resume at another batch")
-        return in_background(lambda: map(self.collate, self.plan(epoch)[start::every]), self.prefetch)
+            raise InputError(
+                "start",
+                f"a batch number from 0 to {len(self)}",
+                str(start),
+                "resume at another batch",
+            )
+        return in_background(
+            lambda: map(self.collate, self.plan(epoch)[start::every]), self.prefetch
+        )
 
     @abstractmethod
     def collate(self, documents: np.ndarray) -> Made:
         """The batch of the given document numbers, int64 [B], in that order."""
 
     def _positives(self, documents: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, Levels]:
-        """Pairs sorted by (row, sample), of the labels and of each level. One 64-bit key sorts several times faster than
-        two-key sorting."""
+        """Pairs sorted by (row, sample), of the labels and of each level. One 64-bit key sorts
+        several times faster than two-key sorting."""
         count, real = len(documents), self.labels.shape[0]
         place = np.arange(count, dtype=np.int64)
         own, virtual = place[documents < real], place[documents >= real]
@@ -181,7 +215,9 @@ class AnyBatches(ABC, Generic[Made]):
         keys.sort()
         row, sample = np.divmod(keys, max(1, count))
         # A sample with two labels of one cluster names that cluster once.
-        levels = tuple(_pairs(np.unique(node[row] * count + sample), count) for node in self.ancestors)
+        levels = tuple(
+            _pairs(np.unique(node[row] * count + sample), count) for node in self.ancestors
+        )
         return (*_pairs(keys, count), levels)
 
 
@@ -196,14 +232,21 @@ def _inverse(order: np.ndarray, labels: int) -> np.ndarray:
     whole = order.shape == (labels,) and order.dtype.kind in "iu"
     if not whole or not np.array_equal(np.sort(order), np.arange(labels)):
         got = f"{order.dtype} {list(order.shape)}" + (", not a permutation" if whole else "")
-        raise InputError("order", f"each of the {labels} label ids once", got, "take the order of this dataset's label tree")
+        raise InputError(
+            "order",
+            f"each of the {labels} label ids once",
+            got,
+            "take the order of this dataset's label tree",
+        )
     place = np.empty(labels, np.int64)
     place[order] = np.arange(labels)
     return place
 
 
 def _in_table_order(labels: csr_matrix, place: np.ndarray | None) -> csr_matrix:
-    """Unique column numbers per row, no stored zeros, columns in table order; a copy only where the input is not so."""
+    """Unique column numbers per row, no stored zeros, columns in table order; a copy only where the
+    input is not so.
+    """
     labels = csr_matrix(labels)
     if not labels.has_canonical_format or (labels.data == 0).any():
         labels = labels.copy()
@@ -219,14 +262,23 @@ def _checked(ancestors: Sequence[np.ndarray], labels: int) -> list[np.ndarray]:
     for level, nodes in enumerate(ancestors):
         where, mend = f"ancestors of level {level}", "take `ancestors` of this dataset's label tree"
         if nodes.shape != (labels,) or nodes.dtype.kind not in "iu":
-            raise InputError(where, f"{labels} integers, one for each table row", f"{nodes.dtype} {list(nodes.shape)}", mend)
+            raise InputError(
+                where,
+                f"{labels} integers, one for each table row",
+                f"{nodes.dtype} {list(nodes.shape)}",
+                mend,
+            )
         if labels and (nodes[0] < 0 or (nodes[1:] < nodes[:-1]).any()):
             raise InputError(where, "ascending numbers from 0", "others", mend)
     return [np.asarray(nodes, np.int64) for nodes in ancestors]
 
 
-def gather_bags(matrices: Sequence[csr_matrix], rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows of CSR matrices [N_i, V], numbered through them all, as `BagBatch` holds them: (token, offset, token_weight)."""
+def gather_bags(
+    matrices: Sequence[csr_matrix], rows: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows of CSR matrices [N_i, V], numbered through them all, as `BagBatch` holds them: (token,
+    offset, token_weight).
+    """
     first = np.cumsum([0, *(matrix.shape[0] for matrix in matrices)])
     part = np.searchsorted(first, rows, side="right") - 1
     starts, lengths = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
@@ -238,7 +290,10 @@ def gather_bags(matrices: Sequence[csr_matrix], rows: np.ndarray) -> tuple[torch
     token, weight = np.empty(offset[-1], np.int64), np.empty(offset[-1], np.float32)
     for number, matrix in enumerate(matrices):
         member = part == number
-        here, there = ragged_positions(offset[:-1][member], lengths[member]), ragged_positions(starts[member], lengths[member])
+        here, there = (
+            ragged_positions(offset[:-1][member], lengths[member]),
+            ragged_positions(starts[member], lengths[member]),
+        )
         token[here], weight[here] = matrix.indices[there], matrix.data[there]
     return torch.from_numpy(token), torch.from_numpy(offset), torch.from_numpy(weight)
 

@@ -12,10 +12,12 @@ SECONDS_TO_STOP = 5.0
 
 
 def in_background(make: Callable[[], Iterator[Item]], ahead: int) -> Iterator[Item]:
-    """The items of `make()`, made up to `ahead` in advance by one daemon thread, which ends with the iterator.
+    """The items of `make()`, made up to `ahead` in advance by one daemon thread, which ends with
+    the iterator.
 
-    The thread takes a slot before it makes an item, so it never waits on a full queue and is stopped without polling.
-    What it raises is raised to the consumer. 0 makes items in line, without a thread.
+    The thread takes a slot before it makes an item, so it never waits on a full queue and is
+    stopped without polling. What it raises is raised to the consumer. 0 makes items in line,
+    without a thread.
     """
     if ahead == 0:
         yield from make()
@@ -49,5 +51,6 @@ def in_background(make: Callable[[], Iterator[Item]], ahead: int) -> Iterator[It
     finally:
         stopped.set()
         slots.release()
-        # A source that waits for a terminal or pipe cannot be interrupted: leave that (daemon) thread behind.
+        # A source that waits for a terminal or pipe cannot be interrupted: leave that (daemon)
+        # thread behind.
         thread.join(SECONDS_TO_STOP)

@@ -1,7 +1,7 @@
 """Batches of tokens and of bags of words: documents, their positives, and the order of an epoch.
 
-Dimension letters: B batch, T tokens (of the batch's longest document, or of all its bags), P positive (label, sample)
-pairs, L labels, V vocabulary.
+Dimension letters: B batch, T tokens (of the batch's longest document, or of all its bags), P
+positive (label, sample) pairs, L labels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,15 +16,23 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
-from xmlkernels.data.batches.base import AnyBatch, AnyBatches, Levels, at_least, check_label_rows, check_rows, gather_bags
+from xmlkernels.data.batches.base import (
+    AnyBatch,
+    AnyBatches,
+    Levels,
+    at_least,
+    check_label_rows,
+    check_rows,
+    gather_bags,
+)
 from xmlkernels.data.batches.prefetch import in_background
 from xmlkernels.data.token_store import TokenStore
 from xmlkernels.data.tokens import Tokenizer
 from xmlkernels.errors import InputError
 
 PAD_TO_MULTIPLE = 8
-"""T is rounded up to a multiple of this. On the CPU oneDNN keeps kernels and buffers for every width it meets: without it the
-process of `make demo` reaches 2.1 GB, with it 1.5 GB."""
+"""T is rounded up to a multiple of this. On the CPU oneDNN keeps kernels and buffers for every
+width it meets: without it the process of `make demo` reaches 2.1 GB, with it 1.5 GB."""
 
 
 @dataclass(frozen=True)
@@ -93,20 +101,26 @@ class Batches(AnyBatches[Batch]):
         split: token store of N rows and labels [N, L].
         batch_size: B; the last batch of an epoch may be shorter.
         seed: with the epoch number it decides the order, and nothing else does.
-        shuffle: False gives every document once, longest first, the same in every epoch (for evaluation; `index`
-            tells who is who).
-        bucket_window: documents are sorted by length inside windows of this many batches of the permutation.
-        drop_last: leave out N mod B documents, drawn anew each epoch, instead of giving a short batch.
+        shuffle: False gives every document once, longest first, the same in every epoch (for
+            evaluation; `index` tells who is who).
+        bucket_window: documents are sorted by length inside windows of this many batches of the
+            permutation.
+        drop_last: leave out N mod B documents, drawn anew each epoch, instead of giving a short
+            batch.
         pad_id: default: the token file's.
-        label_tokens: token store of L label texts; they become documents N … N + L − 1 whose one positive is their
-            own label (label-text augmentation). Propensities stay those of `split.labels`.
-        prefetch: batches made ahead by a background thread that shares the memory map; 0 makes them in line.
-        pad_to_multiple: T is rounded up to a multiple of this, but not beyond the tokens a text may have.
+        label_tokens: token store of L label texts; they become documents N … N + L − 1 whose one
+            positive is their own label (label-text augmentation). Propensities stay those of
+            `split.labels`.
+        prefetch: batches made ahead by a background thread that shares the memory map; 0 makes them
+            in line.
+        pad_to_multiple: T is rounded up to a multiple of this, but not beyond the tokens a text may
+            have.
         order, ancestors: a label tree's; see `AnyBatches`.
 
     Raises:
-        InputError: rows of tokens and labels differ in number, label texts and labels differ in number, they come
-            from different tokenizers, the tree's arrays do not fit, or a size is out of range.
+        InputError: rows of tokens and labels differ in number, label texts and labels differ in
+            number, they come from different tokenizers, the tree's arrays do not fit, or a size is
+            out of range.
     """
 
     def __init__(
@@ -128,9 +142,17 @@ class Batches(AnyBatches[Batch]):
         at_least("pad_to_multiple", pad_to_multiple, 1)
         self.stores = [split.tokens] if label_tokens is None else [split.tokens, label_tokens]
         super().__init__(
-            split.labels, np.concatenate([store.lengths for store in self.stores]), batch_size, seed=seed, shuffle=shuffle,
-            drop_last=drop_last, prefetch=prefetch, bucket_window=bucket_window, order=order, ancestors=ancestors,
-        )  # fmt: skip
+            split.labels,
+            np.concatenate([store.lengths for store in self.stores]),
+            batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            prefetch=prefetch,
+            bucket_window=bucket_window,
+            order=order,
+            ancestors=ancestors,
+        )
         self._check_stores()
         self.pad_to_multiple = pad_to_multiple
         self.pad_id = split.tokens.header.pad_id if pad_id is None else pad_id
@@ -141,7 +163,12 @@ class Batches(AnyBatches[Batch]):
         for texts in self.stores[1:]:
             check_label_rows(str(texts.path), len(texts), self.labels)
             if texts.header.tokenizer_hash != documents.header.tokenizer_hash:
-                raise InputError(str(texts.path), f"the tokenizer of {documents.path}", "another one", "prepare the data again")
+                raise InputError(
+                    str(texts.path),
+                    f"the tokenizer of {documents.path}",
+                    "another one",
+                    "prepare the data again",
+                )
 
     def collate(self, documents: np.ndarray) -> Batch:
         """The batch of the given document numbers, int64 [B], in that order."""
@@ -171,14 +198,15 @@ class BagBatches(AnyBatches[BagBatch]):
     Args:
         features: CSR [N, V], a row for each document; values are the weights of its words.
         labels: CSR [N, L].
-        shuffle: False gives the documents as they stand. Lengths decide nothing: bags need no padding.
+        shuffle: False gives the documents as they stand. Lengths decide nothing: bags need no
+            padding.
         label_features: CSR [L, V] of the label texts, the documents N … N + L − 1.
 
     The other arguments are those of `Batches`.
 
     Raises:
-        InputError: rows or columns of the matrices do not fit each other, a feature is not finite, the tree's arrays do
-            not fit, or a size is out of range.
+        InputError: rows or columns of the matrices do not fit each other, a feature is not finite,
+            the tree's arrays do not fit, or a size is out of range.
     """
 
     def __init__(
@@ -200,24 +228,43 @@ class BagBatches(AnyBatches[BagBatch]):
         if label_features is not None:
             check_label_rows("label_features", label_features.shape[0], labels)
             if label_features.shape[1] != features.shape[1]:
-                expected, mend = f"{features.shape[1]} columns, those of features", "make both with one vocabulary"
+                expected, mend = (
+                    f"{features.shape[1]} columns, those of features",
+                    "make both with one vocabulary",
+                )
                 raise InputError("label_features", expected, str(label_features.shape[1]), mend)
             self.features.append(csr_matrix(label_features))
         for matrix in self.features:
             if not np.isfinite(matrix.data).all():
-                raise InputError("features", "finite values", "a NaN or an infinity", "mend the features")
+                raise InputError(
+                    "features", "finite values", "a NaN or an infinity", "mend the features"
+                )
         count = sum(matrix.shape[0] for matrix in self.features)
         super().__init__(
-            labels, np.zeros(count, np.int64), batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last,
-            prefetch=prefetch, order=order, ancestors=ancestors,
-        )  # fmt: skip
+            labels,
+            np.zeros(count, np.int64),
+            batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            prefetch=prefetch,
+            order=order,
+            ancestors=ancestors,
+        )
 
     def collate(self, documents: np.ndarray) -> BagBatch:
         """The batch of the given document numbers, int64 [B], in that order."""
         documents = np.asarray(documents, np.int64)
         row, sample, levels = self._positives(documents)
         index = torch.from_numpy(documents.copy())
-        return BagBatch(*gather_bags(self.features, self.own(documents)), row, sample, index, self.num_labels, levels)
+        return BagBatch(
+            *gather_bags(self.features, self.own(documents)),
+            row,
+            sample,
+            index,
+            self.num_labels,
+            levels,
+        )
 
 
 def text_batches(
@@ -229,11 +276,12 @@ def text_batches(
     bucket_window: int = 1,
     prefetch: int = 2,
 ) -> Iterator[Batch]:
-    """Batches of raw texts, tokenised in a background thread; `texts` may be endless and is read as it is used.
+    """Batches of raw texts, tokenised in a background thread; `texts` may be endless and is read as
+    it is used.
 
     Args:
-        bucket_window: 1 keeps the order of the texts. More reads that many batches ahead and gives them longest
-            first; `Batch.index` (the number of the text) then tells who is who.
+        bucket_window: 1 keeps the order of the texts. More reads that many batches ahead and gives
+            them longest first; `Batch.index` (the number of the text) then tells who is who.
 
     Yields:
         Batches without positives and with labels = 0.
@@ -248,7 +296,11 @@ def text_batches(
     def make() -> Iterator[Batch]:
         for first, window in windows:
             tokens = tokenizer.encode_batch(window, max_length)
-            order = np.argsort([-len(row) for row in tokens], kind="stable") if bucket_window > 1 else range(len(tokens))
+            order = (
+                np.argsort([-len(row) for row in tokens], kind="stable")
+                if bucket_window > 1
+                else range(len(tokens))
+            )
             for start in range(0, len(window), batch_size):
                 yield _unlabelled(
                     [tokens[i] for i in order[start : start + batch_size]],
@@ -260,29 +312,39 @@ def text_batches(
     return in_background(make, prefetch)
 
 
-def text_windows(texts: Iterable[str], batch_size: int, batches: int = 1) -> Iterator[tuple[int, list[str]]]:
-    """The number of its first text, and the texts, of each window of up to `batches` batches; read as they are used.
+def text_windows(
+    texts: Iterable[str], batch_size: int, batches: int = 1
+) -> Iterator[tuple[int, list[str]]]:
+    """The number of its first text, and the texts, of each window of up to `batches` batches; read
+    as they are used.
 
     Raises:
-        InputError: one string instead of many, or batch_size < 1; while it is read, an item that is no string.
+        InputError: one string instead of many, or batch_size < 1; while it is read, an item that is
+            no string.
     """
     at_least("batch_size", batch_size, 1)
     if isinstance(texts, str):
-        raise InputError("texts", "a list or other iterable of strings", "one string", "put it into a list")
+        raise InputError(
+            "texts", "a list or other iterable of strings", "one string", "put it into a list"
+        )
 
     def windows() -> Iterator[tuple[int, list[str]]]:
         source, first = iter(texts), 0
         while window := list(islice(source, batch_size * batches)):
             for number, text in enumerate(window, first):
                 if not isinstance(text, str):
-                    raise InputError(f"text {number}", "a string", type(text).__name__, "convert it first")
+                    raise InputError(
+                        f"text {number}", "a string", type(text).__name__, "convert it first"
+                    )
             yield first, window
             first += len(window)
 
     return windows()
 
 
-def _unlabelled(tokens: Sequence[np.ndarray], index: np.ndarray, pad_id: int, max_length: int) -> Batch:
+def _unlabelled(
+    tokens: Sequence[np.ndarray], index: np.ndarray, pad_id: int, max_length: int
+) -> Batch:
     mask = _mask(np.array([len(row) for row in tokens]), max_length, PAD_TO_MULTIPLE)
     input_ids = np.full(mask.shape, pad_id, np.int64)
     input_ids[mask] = np.concatenate(tokens)
@@ -298,7 +360,9 @@ def _unlabelled(tokens: Sequence[np.ndarray], index: np.ndarray, pad_id: int, ma
 
 
 def _mask(lengths: np.ndarray, max_length: int, multiple: int) -> np.ndarray:
-    """bool [B, T], True on tokens: T is the longest of `lengths`, rounded up to `multiple` as far as `max_length` lets."""
+    """bool [B, T], True on tokens: T is the longest of `lengths`, rounded up to `multiple` as far
+    as `max_length` lets.
+    """
     longest = int(lengths.max())
     width = max(longest, min(math.ceil(longest / multiple) * multiple, max_length))
     return np.arange(width) < lengths[:, None]

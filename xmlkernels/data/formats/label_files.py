@@ -10,7 +10,14 @@ from typing import Any
 
 from scipy.sparse import csr_matrix
 
-from xmlkernels.data.formats.labels import DataWarning, Duplicates, LabelFormat, check_same_length, label_format, read_labels
+from xmlkernels.data.formats.labels import (
+    DataWarning,
+    Duplicates,
+    LabelFormat,
+    check_same_length,
+    label_format,
+    read_labels,
+)
 from xmlkernels.errors import InputError
 
 # Formats that say how many labels there are; the others only show the largest number used.
@@ -26,9 +33,11 @@ def read_label_files(
     format: LabelFormat | None = None,
     duplicates: Duplicates = "error",
 ) -> tuple[dict[str, csr_matrix], bool]:
-    """Label matrices of one width. A self-describing file is read first: it tells the others how many labels exist.
+    """Label matrices of one width. A self-describing file is read first: it tells the others how
+    many labels exist.
 
-    Blank lines behind the last row are none, of label lines and of `documents` alike: they are taken off both.
+    Blank lines behind the last row are none, of label lines and of `documents` alike: they are
+    taken off both.
 
     Args:
         paths: the label file of each split.
@@ -39,7 +48,8 @@ def read_label_files(
         duplicates: what a label that stands twice in a row means.
 
     Returns:
-        CSR float32 [rows, labels] of each split, and whether `count` or a file says how many labels there are.
+        CSR float32 [rows, labels] of each split, and whether `count` or a file says how many labels
+        there are.
 
     Raises:
         InputError: names file and line.
@@ -64,14 +74,24 @@ def read_label_files(
 
 
 def _format(path: Path, documents: Sequence[str] | range | None) -> LabelFormat:
-    """The format of a label file beside these documents, which may have blank lines at their end."""
+    """The format of a label file beside these documents, which may have blank lines at their
+    end.
+    """
     if documents is None:
         return label_format(path)
     kind = label_format(path, len(documents))
     filled = len(documents) if isinstance(documents, range) else filled_lines(documents)
     if filled != len(documents) and label_format(path, filled) != kind:
-        mend = "take the blank lines at the end of the texts out, or give --label-format sparse or lines"
-        raise InputError(f"{os.fspath(path)}:1", "a clear format", "two numbers that may be a header or a row", mend)
+        mend = (
+            "take the blank lines at the end of the texts out, or give --label-format sparse or "
+            "lines"
+        )
+        raise InputError(
+            f"{os.fspath(path)}:1",
+            "a clear format",
+            "two numbers that may be a header or a row",
+            mend,
+        )
     return kind
 
 
@@ -86,7 +106,9 @@ def _without_blank_end(path: Path, matrix: csr_matrix, rows: int) -> csr_matrix:
 def filled_lines(lines: Sequence[Any]) -> int:
     """How many there are without the blank ones (texts) or empty ones (rows) at the end."""
     count = len(lines)
-    while count and not (lines[count - 1].strip() if isinstance(lines[count - 1], str) else lines[count - 1]):
+    while count and not (
+        lines[count - 1].strip() if isinstance(lines[count - 1], str) else lines[count - 1]
+    ):
         count -= 1
     return count
 

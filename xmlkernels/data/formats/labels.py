@@ -13,7 +13,8 @@
 | filter pairs | `filter_labels_test.txt` | `read_filter_pairs` `write_filter_pairs` `select_pairs` |
 | Renee's token maps | `trn_doc_input_ids.dat` | `open_token_map` `open_token_maps` `token_rows` |
 
-A user's mistake is an InputError that names file and line; what was mended or left out is a DataWarning.
+A user's mistake is an InputError that names file and line; what was mended or left out is a
+DataWarning.
 """  # noqa: E501  (a table row cannot be broken)
 
 from __future__ import annotations
@@ -43,7 +44,13 @@ from xmlkernels.data.formats.matrices import (
     write_filter_pairs,
     write_npz,
 )
-from xmlkernels.data.formats.sparse_text import Duplicates, read_bow, read_label_lines, read_sparse, write_sparse
+from xmlkernels.data.formats.sparse_text import (
+    Duplicates,
+    read_bow,
+    read_label_lines,
+    read_sparse,
+    write_sparse,
+)
 from xmlkernels.data.formats.text_lines import (
     Divider,
     EncodedLabels,
@@ -116,10 +123,12 @@ def read_labels(
     """Read a label matrix from any of the label formats.
 
     Args:
-        path: .npz, .json(l)(.gz), or text: sparse with header, bag of words (its labels alone), or label lines.
+        path: .npz, .json(l)(.gz), or text: sparse with header, bag of words (its labels alone), or
+            label lines.
         rows, labels: the shape it must have.
         format: which one it is; by default `label_format` looks.
-        duplicates: what a label that stands twice in a row means (.npz and JSON merge unless "error").
+        duplicates: what a label that stands twice in a row means (.npz and JSON merge unless
+            "error").
 
     Returns:
         CSR float32 [rows, labels], canonical.
@@ -140,7 +149,9 @@ def read_labels(
     elif kind == "bow":
         matrix = read_bow(path, duplicates=duplicates)[1]
     else:
-        raise InputError("format", "npz, json, sparse, bow or lines", repr(kind), "choose one of them")
+        raise InputError(
+            "format", "npz, json, sparse, bow or lines", repr(kind), "choose one of them"
+        )
     check_shape(matrix.shape, rows, labels, os.fspath(path))
     return matrix
 
@@ -148,9 +159,9 @@ def read_labels(
 def label_format(path: PathLike, rows: int | None = None) -> LabelFormat:
     """Which label format a file has, by its suffix, else its first lines.
 
-    Text whose first line is two numbers is sparse with a header if a `:` follows, or if as many lines follow as it
-    says (blank ones at the end may or may not count); `rows` decides where both readings fit. Three numbers and a `:`
-    later are a bag of words. Label lines otherwise.
+    Text whose first line is two numbers is sparse with a header if a `:` follows, or if as many
+    lines follow as it says (blank ones at the end may or may not count); `rows` decides where both
+    readings fit. Three numbers and a `:` later are a bag of words. Label lines otherwise.
 
     Raises:
         InputError: no file, or the text can be read both ways.
@@ -176,11 +187,14 @@ def label_format(path: PathLike, rows: int | None = None) -> LabelFormat:
     return "lines"
 
 
-def _header_or_row(path: PathLike, numbers: list[int], filled: int, lines: int, rows: int | None) -> LabelFormat:
-    """What two numbers on the first line are, where `lines` lines of bare ids follow, the last `filled` of them not blank.
+def _header_or_row(
+    path: PathLike, numbers: list[int], filled: int, lines: int, rows: int | None
+) -> LabelFormat:
+    """What two numbers on the first line are, where `lines` lines of bare ids follow, the last
+    `filled` of them not blank.
 
-    A header that names one row more than there are may have a blank last row without a line end, or a row that was
-    cut off; read as a row of ids it would shift every row behind it.
+    A header that names one row more than there are may have a blank last row without a line end, or
+    a row that was cut off; read as a row of ids it would shift every row behind it.
     """
     says, cut = numbers[0], numbers[0] == lines + 1
     header = filled <= says <= lines
@@ -188,7 +202,10 @@ def _header_or_row(path: PathLike, numbers: list[int], filled: int, lines: int, 
         got = f"`{says} {numbers[1]}`, which may be a header or a row, and {lines} rows below"
         mend = "give --label-format sparse if it is a header, --label-format lines if it is a row"
         if cut:
-            mend += "; the file of a header is cut short by one row, or its last row is blank and lacks its line end"
+            mend += (
+                "; the file of a header is cut short by one row, or its last row is blank and "
+                "lacks its line end"
+            )
         raise InputError(at_line(path, 1), "a clear format", got, mend)
     if rows is None:
         return "sparse" if header else "lines"
@@ -199,14 +216,22 @@ def _count_rows(buffer: bytes | mmap.mmap, start: int) -> tuple[int, int]:
     """Lines to the last one that is not blank, and all lines."""
     text = buffer[start:]
     filled = text.rstrip()
-    return filled.count(b"\n") + (len(filled) > 0), text.count(b"\n") + (not text.endswith(b"\n") and len(text) > 0)
+    return filled.count(b"\n") + (len(filled) > 0), text.count(b"\n") + (
+        not text.endswith(b"\n") and len(text) > 0
+    )
 
 
 def check_same_length(text_path: PathLike, n_texts: int, label_path: PathLike, n_rows: int) -> None:
     """Raises InputError where a text file and a label file have different numbers of rows."""
     if n_texts != n_rows:
         short, long = (text_path, label_path) if n_texts < n_rows else (label_path, text_path)
-        mend = f"rows must agree one to one: either {os.fspath(short)} is cut short or the files belong to different sets"
+        mend = (
+            f"rows must agree one to one: either {os.fspath(short)} is cut short or the files "
+            "belong to different sets"
+        )
         where = at_line(long, min(n_texts, n_rows) + 1)
-        expected = f"{n_texts} texts in {os.fspath(text_path)} and as many label rows in {os.fspath(label_path)}"
+        expected = (
+            f"{n_texts} texts in {os.fspath(text_path)} and as many label rows in "
+            f"{os.fspath(label_path)}"
+        )
         raise InputError(where, expected, f"{n_rows} label rows", mend)

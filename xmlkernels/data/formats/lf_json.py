@@ -1,4 +1,6 @@
-"""JSON lines of the LF-* sets of the Extreme Classification Repository (`trn.json.gz`, `tst.json.gz`, `lbl.json.gz`)."""
+"""JSON lines of the LF-* sets of the Extreme Classification Repository (`trn.json.gz`,
+`tst.json.gz`, `lbl.json.gz`).
+"""
 
 from __future__ import annotations
 
@@ -42,20 +44,26 @@ class LFRecords:
         """Title and content joined (what is empty is left out), or the titles alone."""
         if not content:
             return list(self.title)
-        return [joiner.join(filter(None, pair)) for pair in zip(self.title, self.content, strict=True)]
+        return [
+            joiner.join(filter(None, pair)) for pair in zip(self.title, self.content, strict=True)
+        ]
 
 
-def iter_lf_json(path: PathLike, *, num_labels: int | None = None, merge_duplicates: bool = False) -> Iterator[LFRecord]:
+def iter_lf_json(
+    path: PathLike, *, num_labels: int | None = None, merge_duplicates: bool = False
+) -> Iterator[LFRecord]:
     """Stream a file of one JSON object a line, plain or packed, in constant memory.
 
-    Keys: `uid` (text or number) and `title` must be there; `content`, `target_ind` (label numbers from 0) and
-    `target_rel` (their relevance) may be absent or null; other keys are ignored. Blank lines may stand at the end only.
-    Broken UTF-8 and lone surrogates are replaced by U+FFFD and told once. A relevance of 0 is no target.
+    Keys: `uid` (text or number) and `title` must be there; `content`, `target_ind` (label numbers
+    from 0) and `target_rel` (their relevance) may be absent or null; other keys are ignored. Blank
+    lines may stand at the end only. Broken UTF-8 and lone surrogates are replaced by U+FFFD and
+    told once. A relevance of 0 is no target.
 
     Args:
         path: the file.
         num_labels: label numbers must be below it.
-        merge_duplicates: whether a label twice in a record counts once, with the larger relevance, or is an error.
+        merge_duplicates: whether a label twice in a record counts once, with the larger relevance,
+            or is an error.
 
     Raises:
         InputError: names file and line.
@@ -68,8 +76,12 @@ def iter_lf_json(path: PathLike, *, num_labels: int | None = None, merge_duplica
                 blank = blank or number
                 continue
             if blank:
-                raise InputError(at_line(path, blank), "a JSON object", "a blank line", "take the line out")
-            yield _record(at_line(path, number), number, line, num_labels, merge_duplicates, repairs)
+                raise InputError(
+                    at_line(path, blank), "a JSON object", "a blank line", "take the line out"
+                )
+            yield _record(
+                at_line(path, number), number, line, num_labels, merge_duplicates, repairs
+            )
     finally:
         repairs.tell()
 
@@ -79,13 +91,15 @@ def count_lf_records(path: PathLike) -> int:
     return sum(1 for _, line in numbered_lines(path, Utf8Repairs(path)) if line.strip())
 
 
-def read_lf_json(path: PathLike, *, num_labels: int | PathLike | None = None, merge_duplicates: bool = False) -> LFRecords:
+def read_lf_json(
+    path: PathLike, *, num_labels: int | PathLike | None = None, merge_duplicates: bool = False
+) -> LFRecords:
     """The records of `iter_lf_json` as lists and a CSR matrix.
 
     Args:
         path: the file.
-        num_labels: width of the matrix: a number, or the path of the `lbl.json(.gz)` whose records are the labels;
-            by default the largest label number + 1.
+        num_labels: width of the matrix: a number, or the path of the `lbl.json(.gz)` whose records
+            are the labels; by default the largest label number + 1.
         merge_duplicates: as `iter_lf_json`.
 
     Raises:
@@ -111,25 +125,41 @@ def read_lf_json(path: PathLike, *, num_labels: int | PathLike | None = None, me
     return LFRecords(uid, title, content, labels)
 
 
-def _record(where: str, number: int, line: str, num_labels: int | None, merge: bool, repairs: Utf8Repairs) -> LFRecord:
+def _record(
+    where: str, number: int, line: str, num_labels: int | None, merge: bool, repairs: Utf8Repairs
+) -> LFRecord:
     try:
         fields = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
-        at = f" ({error.msg}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
+        at = (
+            f" ({error.msg}, column {error.colno})"
+            if isinstance(error, json.JSONDecodeError)
+            else ""
+        )
         raise InputError(where, "a JSON object", f"{quote(line)}{at}", "mend the line") from None
     except ValueError:  # Python reads no whole number of more than 4300 digits
-        raise InputError(where, "a JSON object", "a number of thousands of digits", "mend the line") from None
+        raise InputError(
+            where, "a JSON object", "a number of thousands of digits", "mend the line"
+        ) from None
     if not isinstance(fields, dict):
         raise InputError(where, "a JSON object", quote(line), "write one object a line")
     uid, title, content = fields.get("uid"), fields.get("title"), fields.get("content")
     if isinstance(uid, bool) or not isinstance(uid, str | int):
-        raise InputError(where, "a text or whole number as uid", _got(fields, "uid"), "give each record its uid")
+        raise InputError(
+            where, "a text or whole number as uid", _got(fields, "uid"), "give each record its uid"
+        )
     if not isinstance(title, str):
-        raise InputError(where, "a text as title", _got(fields, "title"), 'add it, "" if there is none')
+        raise InputError(
+            where, "a text as title", _got(fields, "title"), 'add it, "" if there is none'
+        )
     if content is not None and not isinstance(content, str):
-        raise InputError(where, "a text as content", _got(fields, "content"), "leave it out if there is none")
+        raise InputError(
+            where, "a text as content", _got(fields, "content"), "leave it out if there is none"
+        )
     indices, values = _targets(where, fields, num_labels, merge)
-    uid, title, content = (repairs.mend_escapes(text, number) for text in (str(uid), title, content or ""))
+    uid, title, content = (
+        repairs.mend_escapes(text, number) for text in (str(uid), title, content or "")
+    )
     return LFRecord(uid, title, content, indices, values)
 
 
@@ -140,24 +170,48 @@ def _got(fields: dict[str, Any], key: str) -> str:
         return "lists inside lists, too deep"
 
 
-def _targets(where: str, fields: dict[str, Any], limit: int | None, merge: bool) -> tuple[list[int], list[float]]:
+def _targets(
+    where: str, fields: dict[str, Any], limit: int | None, merge: bool
+) -> tuple[list[int], list[float]]:
     indices, values = fields.get("target_ind"), fields.get("target_rel")
     indices = [] if indices is None else indices
     if not isinstance(indices, list) or not all(type(index) is int for index in indices):
-        raise InputError(where, "a list of label numbers as target_ind", _got(fields, "target_ind"), "mend the list")
+        raise InputError(
+            where,
+            "a list of label numbers as target_ind",
+            _got(fields, "target_ind"),
+            "mend the list",
+        )
     values = [1.0] * len(indices) if values is None else values
     if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
-        raise InputError(where, "a list of numbers as target_rel", _got(fields, "target_rel"), "mend the list")
+        raise InputError(
+            where, "a list of numbers as target_rel", _got(fields, "target_rel"), "mend the list"
+        )
     if len(values) != len(indices):
-        raise InputError(where, f"{len(indices)} numbers in target_rel as in target_ind", f"{len(values)}", "mend the list")
+        raise InputError(
+            where,
+            f"{len(indices)} numbers in target_rel as in target_ind",
+            f"{len(values)}",
+            "mend the list",
+        )
     bound = 2**63 - 1 if limit is None else limit
     targets: dict[int, float] = {}
     for index, value in zip(indices, values, strict=True):
         if not 0 <= index < bound:
             allowed = f"from 0 to {limit - 1}" if limit is not None else "from 0"
-            raise InputError(where, f"label numbers {allowed}", quote(str(index)), "check that the label file belongs here")
+            raise InputError(
+                where,
+                f"label numbers {allowed}",
+                quote(str(index)),
+                "check that the label file belongs here",
+            )
         if not abs(value) <= float(np.finfo(np.float32).max):
-            raise InputError(where, "finite float32 relevances", quote(str(value)), "mend it or leave the label out")
+            raise InputError(
+                where,
+                "finite float32 relevances",
+                quote(str(value)),
+                "mend it or leave the label out",
+            )
         if index in targets and not merge:
             mend = "leave one out, or count it once with --merge-duplicates"
             raise InputError(where, "every label once", f"{index} twice", mend)

@@ -1,7 +1,9 @@
-"""The parser of sparse text in plain Python: what stands in where the native one (csrc/host) was not built.
+"""The parser of sparse text in plain Python: what stands in where the native one (csrc/host) was
+not built.
 
-Same arguments, same arrays, same problems found in the same order as `xmlkernels._host.parse_sparse`; much
-slower. Kept simple rather than fast: it is also what the native parser is tested against.
+Same arguments, same arrays, same problems found in the same order as
+`xmlkernels._host.parse_sparse`; much slower. Kept simple rather than fast: it is also what the
+native parser is tested against.
 """
 
 from __future__ import annotations
@@ -121,7 +123,9 @@ def _parse_token(token: bytes, limit: int, bare: bool) -> tuple[int, float]:
     return index, value
 
 
-def _parse_features(tokens: list[bytes], limit: int, bare: bool, duplicates: str) -> list[tuple[int, float]]:
+def _parse_features(
+    tokens: list[bytes], limit: int, bare: bool, duplicates: str
+) -> list[tuple[int, float]]:
     if tokens and tokens[0].startswith(b"qid:"):
         if not _QID.fullmatch(tokens[0]):
             raise _Fault("index", tokens[0])
@@ -132,8 +136,14 @@ def _parse_features(tokens: list[bytes], limit: int, bare: bool, duplicates: str
 def _csr(entries: list[list[tuple[int, float]]], narrow: bool) -> Arrays:
     indptr = np.zeros(len(entries) + 1, dtype=np.int64)
     np.cumsum([len(row) for row in entries], out=indptr[1:])
-    indices = np.array([index for row in entries for index, _ in row], dtype=np.int32 if narrow else np.int64)
-    return indptr, indices, np.array([value for row in entries for _, value in row], dtype=np.float32)
+    indices = np.array(
+        [index for row in entries for index, _ in row], dtype=np.int32 if narrow else np.int64
+    )
+    return (
+        indptr,
+        indices,
+        np.array([value for row in entries for _, value in row], dtype=np.float32),
+    )
 
 
 def parse_sparse(
@@ -167,5 +177,9 @@ def parse_sparse(
         except _Fault as problem:
             return (), (problem.fault, row, problem.token)
     narrow = 0 <= cols < 2**31 and (not bow or 0 <= labels < 2**31)
-    matrices = (_csr(feature_rows, narrow), _csr(label_rows, narrow)) if bow else (_csr(feature_rows, narrow),)
+    matrices = (
+        (_csr(feature_rows, narrow), _csr(label_rows, narrow))
+        if bow
+        else (_csr(feature_rows, narrow),)
+    )
     return matrices, None

@@ -15,7 +15,15 @@ from scipy.sparse import csr_matrix
 
 from xmlkernels.errors import InputError
 from xmlkernels.file_kinds import HEAD, check_documents
-from xmlkernels.files import DataWarning, PathLike, at_line, empty_file, open_bytes, quote, replacing
+from xmlkernels.files import (
+    DataWarning,
+    PathLike,
+    at_line,
+    empty_file,
+    open_bytes,
+    quote,
+    replacing,
+)
 
 LONGEST_LINE = 1 << 24
 """Characters of a line at most: of a file without line ends one line would be all of it."""
@@ -26,13 +34,17 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Utf8Repairs:
-    """Replaces what is not Unicode text by U+FFFD, counts the lines it did so in and tells it once per file."""
+    """Replaces what is not Unicode text by U+FFFD, counts the lines it did so in and tells it once
+    per file.
+    """
 
     def __init__(self, path: PathLike) -> None:
         self.path, self.lines, self.first, self._last = os.fspath(path), 0, 0, 0
 
     def mend(self, text: str, line: int) -> str:
-        """Text that was decoded with surrogateescape → clean text, one U+FFFD for each broken sequence."""
+        """Text that was decoded with surrogateescape → clean text, one U+FFFD for each broken
+        sequence.
+        """
         if text.isascii() or not _SURROGATE.search(text):
             return text
         self._count(line)
@@ -52,8 +64,10 @@ class Utf8Repairs:
     def tell(self) -> None:
         if self.lines:
             warnings.warn(
-                f"{at_line(self.path, self.first)}: not UTF-8; broken characters replaced by U+FFFD in {self.lines} "
-                f"line{'s' if self.lines > 1 else ''} of this file (the first is line {self.first})",
+                f"{at_line(self.path, self.first)}: not UTF-8; broken characters replaced by "
+                f"U+FFFD in {self.lines} "
+                f"line{'s' if self.lines > 1 else ''} of this file (the first is line "
+                f"{self.first})",
                 DataWarning,
                 stacklevel=3,
             )
@@ -62,19 +76,28 @@ class Utf8Repairs:
 def line_too_long(where: str) -> InputError:
     """The error for a line beyond `LONGEST_LINE`."""
     got = "a longer one"
-    return InputError(where, f"a line of at most {LONGEST_LINE:,} characters", got, "write one text a line, or cut it")
+    return InputError(
+        where,
+        f"a line of at most {LONGEST_LINE:,} characters",
+        got,
+        "write one text a line, or cut it",
+    )
 
 
-def numbered_lines(path: PathLike, repairs: Utf8Repairs, *, documents: bool = False) -> Iterator[tuple[int, str]]:
+def numbered_lines(
+    path: PathLike, repairs: Utf8Repairs, *, documents: bool = False
+) -> Iterator[tuple[int, str]]:
     """(line number from 1, text without line end), streamed; plain, .gz, .bz2 or .xz.
 
-    Lines end with \\n, \\r\\n or \\r and nothing else: U+2028, \\x0b, \\x0c, \\x85 stay inside a text, where Python's
-    splitlines would break it in two and shift every row behind it.
+    Lines end with \\n, \\r\\n or \\r and nothing else: U+2028, \\x0b, \\x0c, \\x85 stay inside a
+    text, where Python's splitlines would break it in two and shift every row behind it.
     """
     with open_bytes(path) as file:
         if documents:
             check_documents(path, file.peek(HEAD))
-        with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=None) as lines:
+        with io.TextIOWrapper(
+            file, encoding="utf-8-sig", errors="surrogateescape", newline=None
+        ) as lines:
             number = 0
             for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE + 1), ""), 1):
                 line = line.removesuffix("\n")
@@ -86,18 +109,20 @@ def numbered_lines(path: PathLike, repairs: Utf8Repairs, *, documents: bool = Fa
 
 
 def iter_lines(path: PathLike, *, documents: bool = False) -> Iterator[str]:
-    """Stream a file of one text a line (`trn_X.txt`, `Y.txt`), plain, .gz, .bz2 or .xz, in constant memory.
+    """Stream a file of one text a line (`trn_X.txt`, `Y.txt`), plain, .gz, .bz2 or .xz, in constant
+    memory.
 
-    UTF-8, with or without a byte order mark. Lines end with \\n, \\r\\n or \\r only. An empty line is an empty text:
-    row numbers always agree with the label file. Broken UTF-8 is replaced by U+FFFD and told once, as a DataWarning
-    that names the first line and the number of lines.
+    UTF-8, with or without a byte order mark. Lines end with \\n, \\r\\n or \\r only. An empty line
+    is an empty text: row numbers always agree with the label file. Broken UTF-8 is replaced by
+    U+FFFD and told once, as a DataWarning that names the first line and the number of lines.
 
     Args:
-        documents: whether the lines are documents or label texts: a table, JSON or a matrix is then refused, whose
-            labels would be read as words.
+        documents: whether the lines are documents or label texts: a table, JSON or a matrix is then
+            refused, whose labels would be read as words.
 
     Raises:
-        InputError: missing or empty file, no text (`kinds.check_text`), an archive cut short or damaged.
+        InputError: missing or empty file, no text (`kinds.check_text`), an archive cut short or
+            damaged.
     """
     repairs = Utf8Repairs(path)
     try:
@@ -116,23 +141,33 @@ def write_lines(path: PathLike, texts: Sequence[str]) -> None:
     """Write one text a line (label names, a label mapping); the file appears whole or not at all.
 
     Raises:
-        InputError: a text holds a line break (the rows behind it would shift), or the folder cannot be written.
+        InputError: a text holds a line break (the rows behind it would shift), or the folder cannot
+            be written.
     """
     for row, text in enumerate(texts):
         if "\n" in text or "\r" in text:
-            raise InputError(f"text {row} for {os.fspath(path)}", "one line", quote(text), "replace its line breaks")
+            raise InputError(
+                f"text {row} for {os.fspath(path)}",
+                "one line",
+                quote(text),
+                "replace its line breaks",
+            )
     with replacing(path) as file:
         file.writelines((text + "\n").encode("utf-8") for text in texts)
 
 
 def split_title(text: str) -> tuple[str, str]:
-    """Title and body of an AttentionXML raw text `title /SEP/ body`; without a separator all is body."""
+    """Title and body of an AttentionXML raw text `title /SEP/ body`; without a separator all is
+    body.
+    """
     title, separator, body = text.partition(SEPARATOR)
     return (title.strip(), body.strip()) if separator else ("", text.strip())
 
 
 def join_parts(text: str, joiner: str) -> str:
-    """A raw text with `joiner` in place of every `/SEP/`; none stands before or behind an empty part."""
+    """A raw text with `joiner` in place of every `/SEP/`; none stands before or behind an empty
+    part.
+    """
     return joiner.join(filter(None, map(str.strip, text.split(SEPARATOR))))
 
 
@@ -141,13 +176,17 @@ def without_separator(text: str, separator: str) -> str:
     return text.replace(separator, " ") if separator.strip() else text
 
 
-def read_raw_texts(path: PathLike, *, part: Literal["all", "title", "body"] = "all", joiner: str = " ") -> list[str]:
-    """Read `train_raw_texts.txt` of the AttentionXML sets: one text a line, `/SEP/` between title and body.
+def read_raw_texts(
+    path: PathLike, *, part: Literal["all", "title", "body"] = "all", joiner: str = " "
+) -> list[str]:
+    """Read `train_raw_texts.txt` of the AttentionXML sets: one text a line, `/SEP/` between title
+    and body.
 
     Args:
         path: plain or packed; as `iter_lines`.
         part: what to keep. "title" of a text without separator is empty.
-        joiner: what stands for the separator in "all", such as " " or the tokenizer's separator token.
+        joiner: what stands for the separator in "all", such as " " or the tokenizer's separator
+            token.
 
     Raises:
         InputError: as `iter_lines`.
@@ -162,8 +201,9 @@ def read_raw_texts(path: PathLike, *, part: Literal["all", "title", "body"] = "a
 def label_divider(paths: Sequence[PathLike]) -> Divider:
     """What divides the label names of a line, in all of these files (the splits of one dataset).
 
-    A tab anywhere means tabs. Otherwise commas divide where at least half of the lines of several words hold one, as in
-    "1,101" and "State aid, EU law"; else white space does, and a comma is part of a name.
+    A tab anywhere means tabs. Otherwise commas divide where at least half of the lines of several
+    words hold one, as in "1,101" and "State aid, EU law"; else white space does, and a comma is
+    part of a name.
 
     Raises:
         InputError: as `iter_lines`.
@@ -180,9 +220,13 @@ def label_divider(paths: Sequence[PathLike]) -> Divider:
 
 
 def read_label_strings(
-    path: PathLike, *, duplicates: Literal["error", "merge"] = "error", divider: Divider | None = None
+    path: PathLike,
+    *,
+    duplicates: Literal["error", "merge"] = "error",
+    divider: Divider | None = None,
 ) -> list[list[str]]:
-    """Read `train_labels.txt` of the AttentionXML sets: label names divided by tabs, commas or spaces, a row a line.
+    """Read `train_labels.txt` of the AttentionXML sets: label names divided by tabs, commas or
+    spaces, a row a line.
 
     Args:
         path: plain or packed; as `iter_lines`. A blank line has no labels.
@@ -202,13 +246,19 @@ def read_label_strings(
         raise InputError("divider", "tab, comma or space", repr(divider), "choose one of them")
     rows = []
     for number, line in enumerate(iter_lines(path), 1):
-        pieces = line.replace("\t", " ").split(" ") if divider == "space" else line.split(DIVIDERS[divider])
+        pieces = (
+            line.replace("\t", " ").split(" ")
+            if divider == "space"
+            else line.split(DIVIDERS[divider])
+        )
         names = [name for piece in pieces if (name := piece.strip(" \t"))]
         unique = list(dict.fromkeys(names))
         if len(unique) != len(names) and duplicates == "error":
             twice = next(name for name in unique if names.count(name) > 1)
             mend = "leave one out, or count it once with --merge-duplicates"
-            raise InputError(at_line(path, number), "every label once in a row", f"{quote(twice)} twice", mend)
+            raise InputError(
+                at_line(path, number), "every label once in a row", f"{quote(twice)} twice", mend
+            )
         rows.append(unique)
     return rows
 
@@ -217,22 +267,28 @@ def read_label_strings(
 class EncodedLabels:
     """String labels as matrices over one mapping: label id = position in `names`."""
 
-    names: list[str]  # sorted by code point: the same labels give the same ids everywhere; store with write_lines
-    splits: list[csr_matrix]  # CSR float32 [rows, len(names)] of ones: train first, then the others as given
+    names: list[
+        str
+    ]  # sorted by code point: the same labels give the same ids everywhere; store with write_lines
+    splits: list[
+        csr_matrix
+    ]  # CSR float32 [rows, len(names)] of ones: train first, then the others as given
     unseen: int  # distinct labels that train lacks
 
 
 def encode_label_strings(
-    train: Sequence[Sequence[str]], *others: Sequence[Sequence[str]], unseen: Literal["keep", "drop"] = "keep"
+    train: Sequence[Sequence[str]],
+    *others: Sequence[Sequence[str]],
+    unseen: Literal["keep", "drop"] = "keep",
 ) -> EncodedLabels:
     """Number string labels of train, test, … with one mapping.
 
     Args:
         train: label names of each training row.
         others: the same for further splits.
-        unseen: labels that train lacks. "keep": they have ids, so that recall and nDCG count what no model can find
-            (as the published AttentionXML sets do); "drop": they go from the other splits. Either way a DataWarning
-            tells how many there are.
+        unseen: labels that train lacks. "keep": they have ids, so that recall and nDCG count what
+            no model can find (as the published AttentionXML sets do); "drop": they go from the
+            other splits. Either way a DataWarning tells how many there are.
 
     Returns:
         mapping and matrices; names twice in a row count once.
@@ -248,7 +304,8 @@ def encode_label_strings(
         count = sum(name in new for rows in others for row in rows for name in row)
         what = "kept, though no training document has them" if unseen == "keep" else "dropped"
         warnings.warn(
-            f"{len(new)} labels (in {count} places) do not occur in the training rows, the first {quote(min(new))}; {what}",
+            f"{len(new)} labels (in {count} places) do not occur in the training rows, the first "
+            f"{quote(min(new))}; {what}",
             DataWarning,
             stacklevel=2,
         )
@@ -262,4 +319,6 @@ def _encode(rows: Sequence[Sequence[str]], ids: dict[str, int]) -> csr_matrix:
     indptr = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum([len(row) for row in encoded], out=indptr[1:])
     indices = np.array([label for row in encoded for label in row], dtype=np.int64)
-    return csr_matrix((np.ones(len(indices), dtype=np.float32), indices, indptr), shape=(len(rows), len(ids)))
+    return csr_matrix(
+        (np.ones(len(indices), dtype=np.float32), indices, indptr), shape=(len(rows), len(ids))
+    )
