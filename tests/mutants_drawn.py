@@ -11,13 +11,13 @@ from pathlib import Path
 from mutants_by_hand import FIELDS, Fault
 
 _STEP = (
-    "tests/test_cascade_step.py tests/test_cascade_predict.py tests/test_cascade_state.py "
-    "tests/test_cascade_heads.py"
+    "tests/models/test_cascade_step.py tests/models/test_cascade_predict.py "
+    "tests/models/test_cascade_state.py tests/nn/test_cascade_heads.py"
 )
-_CASCADE = f"{_STEP} tests/test_cascade_placement.py tests/test_cascade_settings.py"
-_SETTINGS = "tests/test_cascade_settings.py tests/test_train_settings.py"
+_CASCADE = f"{_STEP} tests/nn/test_cascade_placement.py tests/training/test_cascade_settings.py"
+_SETTINGS = "tests/training/test_cascade_settings.py tests/training/test_train_settings.py"
 _LOADER = "tests/data/test_loader.py tests/data/test_loader_bags.py"
-_END = "tests/test_end_to_end.py tests/test_running_mean.py"
+_END = "tests/models/test_end_to_end.py tests/models/test_running_mean.py"
 
 
 def _runs(fields: str) -> str:
@@ -26,20 +26,20 @@ def _runs(fields: str) -> str:
 
 
 _RUN = _runs("label_text save_every log_every best_by evaluate scheme resume overwrite threads")
-_TRAIN = "tests/test_train.py -k 'not killed and not rich'"
+_TRAIN = "tests/training/test_train.py -k 'not killed and not rich'"
 _TABLES = _runs("rw_loss reference positives head_lr embed_drops table momentum scheme")
 
 # file: the stages of its tests, narrow to wide; each a line of pytest arguments.
 TESTS: dict[str, tuple[str, ...]] = {
-    "xmlkernels/optim.py": ("tests/test_optim.py", f"tests/test_end_to_end.py {_STEP}"),
+    "xmlkernels/optim.py": ("tests/test_optim.py", f"tests/models/test_end_to_end.py {_STEP}"),
     "xmlkernels/metrics.py": ("tests/test_metrics.py", _runs("label_text best_by")),
     "xmlkernels/evaluation.py": (
-        "tests/test_predict.py",
+        "tests/predict/test_predict.py",
         _runs("evaluate_batch label_text top_k"),
-        "tests/test_model.py",
+        "tests/models/test_model.py",
     ),
     "xmlkernels/models/end_to_end.py": (_END, _runs("encoder_lr table_lr clip ema micro warmup")),
-    "xmlkernels/models/cascade.py": (_CASCADE, "tests/test_running_mean.py", _TABLES),
+    "xmlkernels/models/cascade.py": (_CASCADE, "tests/models/test_running_mean.py", _TABLES),
     "xmlkernels/models/descent.py": (_CASCADE, _TABLES),
     "xmlkernels/models/cascade_training.py": (
         _CASCADE,
@@ -47,45 +47,51 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "xmlkernels/models/cascade_state.py": (
         _CASCADE,
-        "tests/test_running_mean.py",
-        "tests/test_train_cascade.py",
+        "tests/models/test_running_mean.py",
+        "tests/training/test_train_cascade.py",
     ),
     "xmlkernels/models/gradient_caching.py": (
-        "tests/test_end_to_end.py",
-        "tests/test_cascade_step.py",
+        "tests/models/test_end_to_end.py",
+        "tests/models/test_cascade_step.py",
         "tests/test_processes.py",
     ),
-    "xmlkernels/models/running_mean.py": ("tests/test_running_mean.py", _runs("ema")),
-    "xmlkernels/models/base.py": (f"tests/test_end_to_end.py {_STEP}", "tests/test_old_formats.py"),
-    "xmlkernels/nn/bow.py": ("tests/test_bow_encoder.py", _runs("bow word dropout")),
+    "xmlkernels/models/running_mean.py": ("tests/models/test_running_mean.py", _runs("ema")),
+    "xmlkernels/models/base.py": (
+        f"tests/models/test_end_to_end.py {_STEP}",
+        "tests/test_old_formats.py",
+    ),
+    "xmlkernels/nn/bow.py": ("tests/nn/test_bow_encoder.py", _runs("bow word dropout")),
     "xmlkernels/nn/cascade_heads.py": (_CASCADE, _TABLES),
     "xmlkernels/nn/cascade_level.py": (_CASCADE, _TABLES),
-    "xmlkernels/nn/dense_level.py": ("tests/test_dense_level.py", _STEP),
+    "xmlkernels/nn/dense_level.py": ("tests/nn/test_dense_level.py", _STEP),
     "xmlkernels/nn/dropout.py": (
-        "tests/test_encoder.py tests/test_bow_encoder.py",
+        "tests/nn/test_encoder.py tests/nn/test_bow_encoder.py",
         _runs("dropout drops"),
     ),
     "xmlkernels/nn/encoder.py": (
-        "tests/test_encoder.py",
+        "tests/nn/test_encoder.py",
         _runs("pooling dropout precision compile layers"),
     ),
     "xmlkernels/nn/full_head.py": (
-        "tests/test_full_head.py tests/test_end_to_end.py",
+        "tests/nn/test_full_head.py tests/models/test_end_to_end.py",
         _runs("table bias centroid skip kahan"),
     ),
-    "xmlkernels/nn/layer_recipe.py": ("tests/test_layer_recipe.py", _STEP),
-    "xmlkernels/nn/shortlist.py": ("tests/test_shortlist.py", _STEP),
+    "xmlkernels/nn/layer_recipe.py": ("tests/nn/test_layer_recipe.py", _STEP),
+    "xmlkernels/nn/shortlist.py": ("tests/nn/test_shortlist.py", _STEP),
     "xmlkernels/nn/table.py": (
-        "tests/test_cascade_heads.py tests/test_full_head.py",
+        "tests/nn/test_cascade_heads.py tests/nn/test_full_head.py",
         _runs("table centroid word_std"),
     ),
     "xmlkernels/data/batches/base.py": (_LOADER, _runs("label_text seed batch")),
-    "xmlkernels/data/batches/tokens.py": (_LOADER, "tests/test_predict.py tests/test_serving.py"),
+    "xmlkernels/data/batches/tokens.py": (
+        _LOADER,
+        "tests/predict/test_predict.py tests/predict/test_serving.py",
+    ),
     "xmlkernels/data/vectorizer.py": ("tests/data/test_bow.py", _runs("ngrams min_df features")),
-    "xmlkernels/ranker/knn.py": ("tests/data/test_knn.py",),
+    "xmlkernels/ranker/knn.py": ("tests/ranker/test_knn.py",),
     "xmlkernels/data/inputs.py": (
         "tests/data/test_inputs.py",
-        f"{_LOADER} tests/test_predict.py",
+        f"{_LOADER} tests/predict/test_predict.py",
         _runs("label_text ngrams"),
     ),
     "xmlkernels/data/formats/sparse_python.py": (
@@ -97,20 +103,20 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/data/test_prepare.py tests/data/test_label_ids.py",
     ),
     "xmlkernels/training/build.py": (_SETTINGS, FIELDS),
-    "xmlkernels/training/config.py": (f"{_SETTINGS} tests/test_cascade_placement.py", FIELDS),
+    "xmlkernels/training/config.py": (f"{_SETTINGS} tests/nn/test_cascade_placement.py", FIELDS),
     "xmlkernels/training/checks.py": (
         _SETTINGS,
-        "tests/test_train_bow.py -k refused",
-        "tests/test_running_mean.py",
-        "tests/test_train_cascade.py -k fit",
+        "tests/training/test_train_bow.py -k refused",
+        "tests/models/test_running_mean.py",
+        "tests/training/test_train_cascade.py -k fit",
         FIELDS,
     ),
-    "xmlkernels/training/session.py": (_RUN, _TRAIN, "tests/test_train_cascade.py"),
+    "xmlkernels/training/session.py": (_RUN, _TRAIN, "tests/training/test_train_cascade.py"),
     "xmlkernels/training/loop.py": (_RUN, _TRAIN),
     "xmlkernels/training/inputs.py": (
         _RUN,
         _SETTINGS,
-        "tests/test_train_bow.py tests/test_train_cascade.py",
+        "tests/training/test_train_bow.py tests/training/test_train_cascade.py",
     ),
 }
 

@@ -7,8 +7,16 @@ from xmlkernels.data.prepare import PrepareConfig
 from xmlkernels.training import ranker, tree
 
 HERE = "fields/test_command_options.py::"
-_PREDICT, _RANKED, _TREE = "test_predict.py::", "test_ranked.py::", "tree/test_command.py::"
-_EXPORT, _ENSEMBLE, _RANKER = "test_export.py::", "test_ensemble.py::", "test_ranker_command.py::"
+_PREDICT, _RANKED, _TREE = (
+    "predict/test_predict.py::",
+    "predict/test_ranked.py::",
+    "tree/test_command.py::",
+)
+_EXPORT, _ENSEMBLE, _RANKER = (
+    "cli/test_export.py::",
+    "cli/test_ensemble.py::",
+    "cli/test_ranker_command.py::",
+)
 _PREPARE = "data/test_prepare.py::"
 _WITH_MODEL, _WITH_TREE = (
     HERE + "test_what_a_ranker_of_a_model_is_told",
@@ -34,7 +42,7 @@ HELD: dict[type, dict[str, str]] = {
             "threads",
         ),
         **_all(_PREDICT + "test_files_in_and_out", "input", "output"),
-        "filter": "test_predict_inputs.py::test_filter_pairs",
+        "filter": "predict/test_predict_inputs.py::test_filter_pairs",
         "ranker": _RANKED + "test_a_forest_is_the_mean_of_its_rankers",
         "ranker_input": _RANKED + "test_texts_of_the_test_split_are_answered_as_the_split_was",
         **_all(_RANKED + "test_one_text", "latency", "ranker_text"),

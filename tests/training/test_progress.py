@@ -194,7 +194,7 @@ def test_a_reader_that_leaves_ends_a_command_with_141() -> None:
         "from xmlkernels.cli import console as report; report.command(lambda: [report.say('a line "
         "' * 1000) for _ in range(1000)])"
     )
-    paths = str(Path(__file__).parents[1])
+    paths = str(Path(__file__).parents[2])
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": paths},

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import cases, cases_gpu, children, gpu_tests, gpu_worker, run, shapes
 from xmlkernels.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = shapes.Shape("tiny", 4, 300, 16, K=7)
 
 

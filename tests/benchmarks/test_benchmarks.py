@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import (
     busy,
@@ -98,7 +98,7 @@ def test_peak_counts_state_and_temporaries_but_not_inputs() -> None:
         [sys.executable, "-c", PEAK],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         check=True,
     )
     if sys.platform != "linux":

@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import card, cases, cases_gpu, floors, gpu_report, gpu_worker, plot, run, shapes
 from benchmarks.children import Outcome

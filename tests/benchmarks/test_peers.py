@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import cases, cases_gpu, peers, shapes
 from xmlkernels.errors import InputError
 from xmlkernels.reference.bce_step import bce_step_
 from xmlkernels.reference.matmul_topk import matmul_topk
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = shapes.Shape("tiny", 6, 300, 24, K=7)
 
 

@@ -28,7 +28,7 @@ CASES = [
 
 def run_script(name: str, *words: str | Path) -> list[dict[str, object]]:
     """The lines of JSON of a script beside this file, which has the paths of this process."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), *filter(None, sys.path)])}
     env |= {
         "OMP_NUM_THREADS": "1",
