@@ -218,10 +218,11 @@ def print_metrics(report: dict[str, Any], output: Path) -> None:
         f"{report['dataset']} (hash {report['dataset_hash'][:12]}), propensity constants A={a}, "
         f"B={b}"
     )
-    rows = {name: report[name] for name in ("validation", "test") if name in report}
+    names = [name for name in ("validation", "test") if name in report]
+    rows: dict[str, dict[str, float]] = {name: report[name] for name in names}
     if rows:
         _console.print(metrics_table(title, rows))
-    for name in rows:
+    for name in names:
         if "levels" in report[name]:
             print_levels(name, report[name]["levels"])
     if "macro" in report:

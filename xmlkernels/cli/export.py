@@ -18,7 +18,7 @@ filter bars are not among them.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ def documents(options: Options, predictor: Predictor, folder: Path) -> None:
     """Writes the embeddings or the shortlists of every split."""
     dataset = dataset_of(options, predictor)
     for name, split in dataset.splits.items():
-        more = {"batch_size": options.batch, "inputs": predictor.inputs}
+        more: dict[str, Any] = {"batch_size": options.batch, "inputs": predictor.inputs}
         if options.what == "embeddings":
             found = embed_split(predictor.model, split, **more)
             with replacing(folder / f"embeddings_{name}.npy") as file:

@@ -127,7 +127,7 @@ def one_by_one(
     """Predictions as a server would make them, one text a call, and at the end how long a call
     took.
     """
-    taken = []
+    taken: list[float] = []
     for text in texts:
         if not taken:
             next(
@@ -202,7 +202,7 @@ def loaded(options: Options) -> Predictor | Ranked:
         return Predictor.load(
             options.checkpoint, which=options.which, device=device, threads=options.threads
         )
-    more = {"which": options.which, "device": device, "threads": options.threads}
+    more: dict[str, Any] = {"which": options.which, "device": device, "threads": options.threads}
     predictor = Forest(
         [
             RankedPredictor.load(folder, options.checkpoint or None, **more)

@@ -247,8 +247,8 @@ class Cascade(nn.Module):
         """What prediction needs to build the model again, beside its tensors; see `saved_tree`."""
         return {
             "kind": "cascade",
-            "encoder": self.encoder.encoder_config(),
-            "head": self.heads.config,  # type: ignore[operator]
+            "encoder": self.encoder.encoder_config(),  # type: ignore[operator]
+            "head": self.heads.config,
             "tree": dict(self.tree.settings),
         }
 

@@ -136,9 +136,9 @@ class EndToEnd(nn.Module):
         """What prediction needs to build the model again; see `restored`."""
         return {
             "kind": "end_to_end",
-            "encoder": self.encoder.encoder_config(),
+            "encoder": self.encoder.encoder_config(),  # type: ignore[operator]
             "head": self.head.config,
-        }  # type: ignore[operator]
+        }
 
     def step(self, batch: Documents, *, need_loss: bool = False) -> Tensor:
         """Trains on one batch.

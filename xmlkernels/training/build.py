@@ -115,11 +115,8 @@ def _end_to_end(
     epoch: int,
     device: torch.device,
 ) -> EndToEnd:
-    dtype, optimizer, width = (
-        resolved_table(config, device),
-        resolved_optimizer(config),
-        int(encoder.width),
-    )  # type: ignore
+    dtype, optimizer = resolved_table(config, device), resolved_optimizer(config)
+    width = int(encoder.width)  # type: ignore[arg-type]
     table = Table(
         "label table",
         dataset.num_labels,
@@ -261,7 +258,7 @@ def _tell(
     """What each device will hold of a cascade whose tables these are, the labels' last."""
     apart, tokens = resolved_label_device(config), longest_row(config, dataset)
     update = documents_of(config, dataset, config.batch * config.accumulate)
-    whole = {
+    whole: dict[str, Any] = {
         "documents": documents_of(config, dataset, _pass(config)),
         "tokens": tokens,
         "update": update,

@@ -70,7 +70,7 @@ def skipped(model: Model) -> dict[str, float]:
     """What was left out so far: steps that were not finite, clusters that found no place, groups of
     labels.
     """
-    found = {
+    found: dict[str, float] = {
         "skipped_steps": int(model.skipped_steps),
         "skipped_encoder_steps": int(model.skipped_encoder_steps),
     }
@@ -80,9 +80,8 @@ def skipped(model: Model) -> dict[str, float]:
     if tiles is None:
         return found
     left_out, seen = tiles.tolist()
-    return found | {
-        "skipped_tiles": left_out / max(1, seen)
-    }  # share since the start, or since it was resumed
+    # The share since the start, or since the run was resumed.
+    return found | {"skipped_tiles": left_out / max(1, seen)}
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:

@@ -286,16 +286,15 @@ def clear_inner(folder: Path) -> None:
 
 def source_of(options: RankerConfig, checkpoint: str, vocabulary: str) -> Source:
     """What xmlkernels predict must know to make shortlists and features of new texts."""
+    shortlist: Literal["model", "tree", "all"]
     shortlist = "model" if options.checkpoint else "tree" if options.tree else "all"
-    words = (
-        "none"
-        if not options.tfidf
-        else "features"
-        if options.features
-        else "own"
-        if options.train_text
-        else "same"
-    )
+    words: Literal["same", "own", "features", "none"] = "same"
+    if not options.tfidf:
+        words = "none"
+    elif options.features:
+        words = "features"
+    elif options.train_text:
+        words = "own"
     return Source(
         shortlist, words, checkpoint, options.shortlist if options.checkpoint else 0, vocabulary
     )

@@ -144,7 +144,7 @@ class Session:
         )
         if self.tree is not None:
             levels = " → ".join(f"{size:,}" for size in self.tree.sizes)
-            heads = self.model.heads
+            heads: Any = self.model.heads  # type: ignore[attr-defined]
             log.info(
                 f"label tree {self.tree.content_hash[:12]}: {levels} labels; keeping "
                 f"{', '.join(map(str, heads.topk))} clusters"
@@ -167,7 +167,7 @@ class Session:
         self._draw_on(state)
         self.epoch, self.position, self.best = state["epoch"], state["position"], state["best"]
         self.clock.spent |= {
-            part: float(value)
+            part: float(value)  # type: ignore[arg-type]
             for part, value in state["seconds"].items()
             if part in self.clock.spent
         }
@@ -271,6 +271,7 @@ class Session:
         """The metrics of the validation split; a run that is stopped meanwhile goes on from the
         step before.
         """
+        assert self.validation is not None
         try:
             return self.evaluate(self.validation)[0]
         except Stopped:
