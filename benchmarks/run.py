@@ -19,10 +19,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from xml.etree import ElementTree
 
 # The tree's own package is timed, installed or not: the commit in the row is the tree's.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -94,7 +94,7 @@ def require_green(tests: Path) -> str:
         tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
         if done.returncode != 0 or not report.exists():
             raise RedTests(f"{tests.name} is not green, so nothing is timed:\n{tail}")
-        counts = {name: 0 for name in ("tests", "skipped", "failures", "errors")}
+        counts = dict.fromkeys(("tests", "skipped", "failures", "errors"), 0)
         for suite in ElementTree.parse(report).getroot().iter("testsuite"):
             counts = {name: count + int(suite.get(name, "0")) for name, count in counts.items()}
     passed = counts["tests"] - counts["skipped"] - counts["failures"] - counts["errors"]

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT / "tests" / "data") not in sys.path:
     sys.path.insert(0, str(ROOT / "tests" / "data"))
 
-from tiny_tokenizer import make_tokenizer  # noqa: E402
+from tiny_tokenizer import make_tokenizer
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.prepare import PrepareConfig, prepare

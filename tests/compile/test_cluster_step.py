@@ -35,20 +35,10 @@ def test_step_tiles(arch: str, states: str, large: bool) -> None:
         rows, pairs = 16, 16
     kinds: dict[str, Any] = dict.fromkeys(("momentum", "second", "kahan", "row_scale"))
     kinds |= {k: v for k, v in given.items() if k != "ROW_WISE"}
-    kinds |= {
-        name: F32
-        for name in (
-            "bias",
-            "moment",
-            "scores",
-            "gradient",
-            "parts",
-            "losses",
-            "pos_value",
-            "hyper",
-        )
-    }
-    kinds |= {name: I64 for name in ("order", "group", "edge", "pos_edge", "pos_row", "counter")}
+    kinds |= dict.fromkeys(
+        ("bias", "moment", "scores", "gradient", "parts", "losses", "pos_value", "hyper"), F32
+    )
+    kinds |= dict.fromkeys(("order", "group", "edge", "pos_edge", "pos_row", "counter"), I64)
     kinds |= {
         "weight": dtype,
         "x": BF16 if low else dtype,

@@ -26,7 +26,7 @@ NEED = {"D": 768, "NEED_GRAD": True, "NEED_DBIAS": True}
 def built(
     fn: Any, arch: str, dtype: torch.dtype, constants: dict[str, Any], warps: int = 4
 ) -> Compiled:
-    kinds = {name: F32 for name in ("bias", "logits", "dlogits", "dx", "parts", "grad", "dbias")}
+    kinds = dict.fromkeys(("bias", "logits", "dlogits", "dx", "parts", "grad", "dbias"), F32)
     small = dtype == torch.uint8
     kinds |= {
         "x": torch.bfloat16 if small else dtype,
@@ -36,7 +36,7 @@ def built(
         "order": I64,
         "start": I64,
     }
-    kinds |= {name: "i32" for name in ("batch", "size", "part_size", "unique")}
+    kinds |= dict.fromkeys(("batch", "size", "part_size", "unique"), "i32")
     kinds = {name: kinds[name] for name in fn.arg_names if name in kinds}
     got = compile_kernel(
         fn,

@@ -25,7 +25,7 @@ from xmlkernels.files import replacing
 from xmlkernels.nn.encoder import Encoder  # noqa: F401  # imported before the first fork
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
-from tiny_tokenizer import make_tokenizer  # noqa: E402
+from tiny_tokenizer import make_tokenizer
 from xmlkernels.cli.texts import Texts
 from xmlkernels.training.folder import read_json, write_json
 

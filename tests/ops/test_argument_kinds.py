@@ -55,10 +55,8 @@ def refusals() -> dict[str, str]:
             if Tensor not in getattr(parameter.annotation, "__args__", (parameter.annotation,)):
                 continue
             for value, told in NO_TENSORS:
-                if (
-                    value is None
-                    and parameter.default is None
-                    or (value is None and parameter.annotation is not Tensor)
+                if (value is None and parameter.default is None) or (
+                    value is None and parameter.annotation is not Tensor
                 ):
                     continue
                 with pytest.raises(InputError) as raised:

@@ -304,7 +304,7 @@ def rewritten(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path,
                     for name in file.keys()  # noqa: SIM118
                 },
                 file.metadata(),
-            )  # noqa: SIM118
+            )
         change(tensors)
         save_file(tensors, bad, metadata=head)
 

@@ -186,7 +186,7 @@ def _mend(name: str, known: dict[str, Flag], prog: str) -> str:
         parts = [
             other
             for other in known
-            if len(other) > 3 and other in name or len(name) > 3 and name in other
+            if (len(other) > 3 and other in name) or (len(name) > 3 and name in other)
         ]
         meant = [f"--{other.replace('_', '-')}" for other in (near or sorted(parts, key=len)[:3])]
     return f"did you mean {either(meant)}? ({listed})" if meant else listed

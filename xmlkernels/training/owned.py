@@ -120,7 +120,9 @@ def _stranger(folder: Path) -> str | None:
     """A name in a folder of checkpoints that no run writes."""
     for inner in sorted(folder.iterdir()):
         if _CHECKPOINT.fullmatch(inner.name):
-            if not inner.is_dir() or (inner / STATE).exists() and not _is_checkpoint(inner / STATE):
+            if not inner.is_dir() or (
+                (inner / STATE).exists() and not _is_checkpoint(inner / STATE)
+            ):
                 return inner.name
             if strange := [
                 p.name

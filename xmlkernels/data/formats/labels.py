@@ -198,7 +198,7 @@ def _header_or_row(
     """
     says, cut = numbers[0], numbers[0] == lines + 1
     header = filled <= says <= lines
-    if (rows is None and (header and filled or cut)) or (rows == says and cut):
+    if (rows is None and ((header and filled) or cut)) or (rows == says and cut):
         got = f"`{says} {numbers[1]}`, which may be a header or a row, and {lines} rows below"
         mend = "give --label-format sparse if it is a header, --label-format lines if it is a row"
         if cut:
