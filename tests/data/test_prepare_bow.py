@@ -15,8 +15,9 @@ import pytest
 from scipy.sparse import csr_matrix, load_npz, save_npz
 
 from xmlkernels.data.batches.tokens import BagBatches, Batches
-from xmlkernels.data.dataset import Dataset, content_hash, manifest_checksum
+from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.formats.labels import write_sparse
+from xmlkernels.data.manifest import content_hash, manifest_checksum
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.errors import InputError
 

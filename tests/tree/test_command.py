@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "data"))
 
 from tiny_tokenizer import make_tokenizer
-from xmlkernels.data.dataset import content_hash
+from xmlkernels.data.manifest import content_hash
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.errors import InputError
 from xmlkernels.locks import own_folder

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from xmlkernels.data.dataset import FEATURES, LABEL_FEATURES
 from xmlkernels.data.dataset_writer import write_label_names, write_split
 from xmlkernels.data.formats.labels import drop_unlabelled, write_npz
 from xmlkernels.data.formats.text_lines import without_separator
 from xmlkernels.data.formats.token_maps import from_padded_map
+from xmlkernels.data.manifest import FEATURES, LABEL_FEATURES
 from xmlkernels.data.raw import Raw, RawSplit
 from xmlkernels.data.token_store import TokenStore
 from xmlkernels.data.tokens import Tokenizer, tokenize_to_file

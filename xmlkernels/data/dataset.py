@@ -16,78 +16,28 @@ place of tokens and tokenizer.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, NotRequired, TypedDict
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from xmlkernels.checksums import Xxh3, checksum, compare, file_checksum
+from xmlkernels.checksums import compare, file_checksum
 from xmlkernels.data.formats.arrays import read_npy
 from xmlkernels.data.formats.matrices import read_npz
+from xmlkernels.data.manifest import (
+    FEATURES,
+    LABEL_FEATURES,
+    MANIFEST,
+    PREPARE_AGAIN,
+    read_manifest,
+)
 from xmlkernels.data.token_store import TokenStore
 from xmlkernels.errors import InputError
-from xmlkernels.records import Count, Positive, parse_record, read_record
-
-FORMAT = "xmlkernels-dataset"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-FEATURES, LABEL_FEATURES = "features.npz", "label_features.npz"
-SPLITS = ("train", "val", "test")
-PREPARE_AGAIN = "prepare the data again"
-
-
-class FileFacts(TypedDict):
-    """What the manifest says of a file."""
-
-    bytes: Count
-    sha256: str
-
-
-class SplitFacts(TypedDict):
-    """What the manifest says of a split, as far as a reader relies on it."""
-
-    documents: Count
-
-
-class TokenizerFacts(TypedDict):
-    """Which tokenizer made the tokens."""
-
-    hash: str
-    max_length: Positive
-
-
-class Propensity(TypedDict):
-    """The two constants of the propensity model."""
-
-    A: float
-    B: float
-
-
-class Checksums(TypedDict):
-    """XXH3 of every file, for the speed at which it is checked, and of the manifest itself."""
-
-    files: dict[str, Xxh3]
-    manifest: Xxh3
-
-
-class Manifest(TypedDict):
-    """The keys of manifest.json; others are kept for the reader."""
-
-    name: str
-    key: str
-    content_hash: str
-    num_labels: Count
-    propensity: Propensity
-    tokenizer: TokenizerFacts | None
-    vocabulary: NotRequired[Count | None]
-    splits: dict[str, SplitFacts]
-    files: dict[str, FileFacts]
-    checksums: NotRequired[Checksums]
+from xmlkernels.records import parse_record
 
 
 @dataclass(frozen=True)
@@ -253,74 +203,6 @@ def no_tokens(folder: Path) -> InputError:
     """The error for tokens wanted of a dataset that has none."""
     mend = "train with --encoder bow, or prepare the dataset from texts with --tokenizer"
     return InputError(str(folder), "a dataset of tokens", "one of bags of words", mend)
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a dataset folder, every value of the type that `Manifest` says.
-
-    Raises:
-        InputError: no manifest there, not one of this format and version, a value of another type,
-            a file outside the folder, or another split than train, val and test.
-    """
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        raise InputError(
-            str(folder),
-            f"a dataset folder with {MANIFEST}",
-            "none",
-            "run xmlkernels prepare to make it",
-        )
-    kind = {"format": FORMAT, "version": FORMAT_VERSION}
-    manifest = read_record(path, Manifest, mend=PREPARE_AGAIN, kind=kind)
-    for name in manifest["files"]:
-        if not _stays_inside(name):
-            raise InputError(
-                f"{path}, $.files", "names of files inside the folder", repr(name), PREPARE_AGAIN
-            )
-    if wrong := sorted(manifest["splits"].keys() - set(SPLITS)):
-        raise InputError(
-            f"{path}, $.splits", f"splits among {', '.join(SPLITS)}", repr(wrong[0]), PREPARE_AGAIN
-        )
-    if (manifest["tokenizer"] is None) == (manifest.get("vocabulary") is None):
-        got = "neither" if manifest["tokenizer"] is None else "both"
-        raise InputError(
-            str(path), "a tokenizer, or the vocabulary of bags of words", got, PREPARE_AGAIN
-        )
-    if (found := content_hash(manifest)) != manifest["content_hash"]:
-        raise InputError(
-            f"{path}, $.content_hash",
-            f"{found}, that of its files",
-            manifest["content_hash"][:64],
-            PREPARE_AGAIN,
-        )
-    if "checksums" in manifest:
-        compare(
-            manifest_checksum(manifest), manifest["checksums"]["manifest"], str(path), PREPARE_AGAIN
-        )
-    return dict(manifest)
-
-
-def content_hash(manifest: Mapping[str, Any]) -> str:
-    """sha256 of what a dataset is: its labels, propensities and files."""
-    facts = {key: manifest[key] for key in ("num_labels", "propensity")}
-    return hashlib.sha256(
-        json.dumps([facts, manifest["files"]], sort_keys=True).encode()
-    ).hexdigest()
-
-
-def manifest_checksum(manifest: Mapping[str, Any]) -> str:
-    """Of all that a manifest says, but for this."""
-    rest = dict(manifest) | {"checksums": {"files": manifest["checksums"]["files"]}}
-    return checksum(json.dumps(rest, sort_keys=True).encode())
-
-
-def _stays_inside(name: str) -> bool:
-    """Whether a name of the manifest means a file below its folder, on every system."""
-    for kind in (PurePosixPath, PureWindowsPath):
-        path = kind(name)
-        if not path.parts or path.is_absolute() or path.drive or ".." in path.parts or "\0" in name:
-            return False
-    return True
 
 
 def _read_text(path: Path, encoding: str) -> str:

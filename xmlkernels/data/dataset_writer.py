@@ -21,7 +21,7 @@ from scipy import sparse
 from scipy.sparse import csr_matrix
 
 from xmlkernels.checksums import file_checksum
-from xmlkernels.data.dataset import (
+from xmlkernels.data.manifest import (
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,

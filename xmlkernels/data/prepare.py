@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from xmlkernels.data import dataset, token_store
+from xmlkernels.data import manifest, token_store
 from xmlkernels.data.build import Tell, choose_rows, write_labels, write_splits
-from xmlkernels.data.dataset import MANIFEST, Dataset, read_manifest
+from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.dataset_writer import building, recover, refuse_foreign, write_manifest
 from xmlkernels.data.formats.labels import Divider, LabelFormat
 from xmlkernels.data.formats.lf_json import is_lf_json
 from xmlkernels.data.label_ids import label_lines, name_lines
+from xmlkernels.data.manifest import MANIFEST, read_manifest
 from xmlkernels.data.raw import Files
 from xmlkernels.data.raw_files import (
     Fields,
@@ -488,7 +489,7 @@ def cache_key(config: PrepareConfig, tokenizer: Tokenizer | None, separator: str
     if config.source == "docstrings":
         inputs["corpus"] = docstrings_digest()
     settings |= {"name": config.dataset_name, "constants": config.constants} | inputs
-    versions = [RECIPE_VERSION, dataset.FORMAT_VERSION, token_store.FORMAT_VERSION]
+    versions = [RECIPE_VERSION, manifest.FORMAT_VERSION, token_store.FORMAT_VERSION]
     settings |= {"tokenizer": tokenizer and tokenizer.hash, "versions": versions}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from xmlkernels import InputError
 from xmlkernels.checkpoint import FORMAT, STATE
-from xmlkernels.data.dataset import MANIFEST
+from xmlkernels.data.manifest import MANIFEST
 
 OURS, FOREIGN, DAMAGED = "ours", "foreign", "damaged"
 # Beside the checkpoints of a run: what reads its inputs, its tree, its labels' names; and what a

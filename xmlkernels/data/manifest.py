@@ -1,0 +1,137 @@
+"""The manifest of a dataset folder: what it says, and whether it says so of these files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NotRequired, TypedDict
+
+from xmlkernels.checksums import Xxh3, checksum, compare
+from xmlkernels.errors import InputError
+from xmlkernels.records import Count, Positive, read_record
+
+FORMAT = "xmlkernels-dataset"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+FEATURES, LABEL_FEATURES = "features.npz", "label_features.npz"
+SPLITS = ("train", "val", "test")
+PREPARE_AGAIN = "prepare the data again"
+
+
+class FileFacts(TypedDict):
+    """Size and hash of one file."""
+
+    bytes: Count
+    sha256: str
+
+
+class SplitFacts(TypedDict):
+    """What a reader relies on of a split; its other counts are for people."""
+
+    documents: Count
+
+
+class TokenizerFacts(TypedDict):
+    """Which tokenizer made the tokens."""
+
+    hash: str
+    max_length: Positive
+
+
+class Propensity(TypedDict):
+    """The two constants of the propensity model (Jain et al. 2016)."""
+
+    A: float
+    B: float
+
+
+class Checksums(TypedDict):
+    """XXH3 of every file and of the manifest itself: fast to compare."""
+
+    files: dict[str, Xxh3]
+    manifest: Xxh3
+
+
+class Manifest(TypedDict):
+    """The keys of manifest.json that are read; others are kept for people."""
+
+    name: str
+    key: str
+    content_hash: str
+    num_labels: Count
+    propensity: Propensity
+    tokenizer: TokenizerFacts | None
+    vocabulary: NotRequired[Count | None]
+    splits: dict[str, SplitFacts]
+    files: dict[str, FileFacts]
+    checksums: NotRequired[Checksums]
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Read the manifest of a dataset folder and check the type of every value.
+
+    Raises:
+        InputError: no manifest there, not one of this format and version, a value of another type,
+            a file outside the folder, or another split than train, val and test.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise InputError(
+            str(folder),
+            f"a dataset folder with {MANIFEST}",
+            "none",
+            "run xmlkernels prepare to make it",
+        )
+    kind = {"format": FORMAT, "version": FORMAT_VERSION}
+    manifest = read_record(path, Manifest, mend=PREPARE_AGAIN, kind=kind)
+    for name in manifest["files"]:
+        if not _stays_inside(name):
+            raise InputError(
+                f"{path}, $.files", "names of files inside the folder", repr(name), PREPARE_AGAIN
+            )
+    if wrong := sorted(manifest["splits"].keys() - set(SPLITS)):
+        raise InputError(
+            f"{path}, $.splits", f"splits among {', '.join(SPLITS)}", repr(wrong[0]), PREPARE_AGAIN
+        )
+    if (manifest["tokenizer"] is None) == (manifest.get("vocabulary") is None):
+        got = "neither" if manifest["tokenizer"] is None else "both"
+        raise InputError(
+            str(path), "a tokenizer, or the vocabulary of bags of words", got, PREPARE_AGAIN
+        )
+    if (found := content_hash(manifest)) != manifest["content_hash"]:
+        raise InputError(
+            f"{path}, $.content_hash",
+            f"{found}, that of its files",
+            manifest["content_hash"][:64],
+            PREPARE_AGAIN,
+        )
+    if "checksums" in manifest:
+        compare(
+            manifest_checksum(manifest), manifest["checksums"]["manifest"], str(path), PREPARE_AGAIN
+        )
+    return dict(manifest)
+
+
+def content_hash(manifest: Mapping[str, Any]) -> str:
+    """Return the sha256 of what a dataset is: its labels, propensities and files."""
+    facts = {key: manifest[key] for key in ("num_labels", "propensity")}
+    return hashlib.sha256(
+        json.dumps([facts, manifest["files"]], sort_keys=True).encode()
+    ).hexdigest()
+
+
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """Return the checksum of everything in a manifest but this checksum."""
+    rest = dict(manifest) | {"checksums": {"files": manifest["checksums"]["files"]}}
+    return checksum(json.dumps(rest, sort_keys=True).encode())
+
+
+def _stays_inside(name: str) -> bool:
+    """Return whether a name means a file below its folder, on every system."""
+    for kind in (PurePosixPath, PureWindowsPath):
+        path = kind(name)
+        if not path.parts or path.is_absolute() or path.drive or ".." in path.parts or "\0" in name:
+            return False
+    return True
