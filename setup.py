@@ -90,7 +90,7 @@ def cuda_archs() -> str:
     smi = shutil.which("nvidia-smi")
     if smi is not None:
         query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
-        done = subprocess.run(query, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
         cards = sorted(set(re.findall(r"^(\d+)\.(\d)$", done.stdout, re.MULTILINE)))
         if done.returncode == 0 and cards:
             return ";".join(

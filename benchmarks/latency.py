@@ -17,6 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -52,8 +54,7 @@ def tree_of(labels: int) -> LabelTree:
     """Neighbours share a cluster."""
     sizes = [min(2**depth, labels) for depth in DEPTHS] + [labels]
     children = tuple(
-        np.linspace(0, below, n + 1).astype(np.int64)
-        for n, below in zip(sizes, sizes[1:], strict=False)
+        np.linspace(0, below, n + 1).astype(np.int64) for n, below in itertools.pairwise(sizes)
     )
     return LabelTree(children, np.arange(labels), {})
 

@@ -134,9 +134,10 @@ def our_modules(path: Path) -> set[str]:
     for name in imported(path):
         if name.split(".")[0] != "xmlkernels" or name == "xmlkernels._host":
             continue
-        while name not in MODULES:
-            name = name.rpartition(".")[0]
-        found.add(name)
+        module = name
+        while module not in MODULES:
+            module = module.rpartition(".")[0]
+        found.add(module)
     return found - {"xmlkernels", module_of(path)}
 
 

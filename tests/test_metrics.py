@@ -1,5 +1,6 @@
 """Metrics: hand-computed figures, agreement with napkinxc, properties, filter pairs, mistakes."""
 
+import itertools
 import math
 
 import numpy as np
@@ -185,7 +186,7 @@ def test_properties(seed):
     got = metrics.evaluate(top, true, weight) | metrics.macro_metrics(top, true)
     assert all(-1e-9 <= value <= 100 + 1e-9 for value in got.values())
     gained = [got[f"P@{k}"] * k for k in KS]
-    assert all(a <= b + 1e-9 for a, b in zip(gained, gained[1:], strict=False))
+    assert all(a <= b + 1e-9 for a, b in itertools.pairwise(gained))
     assert all(got[f"R@{k}"] <= got[f"R@{k + 1}"] + 1e-9 for k in KS[:-1])
     order = np.random.default_rng(seed).permutation(len(top))
     again = metrics.evaluate(top[order], true[order], weight) | metrics.macro_metrics(
@@ -255,7 +256,7 @@ def test_top_rows_from_csr_breaks_ties_by_label():
 def test_top_rows_from_csr_by_blocks(monkeypatch):
     rng = np.random.default_rng(0)
     dense = np.round(rng.random((50, 20)), 1)
-    values, rows = metrics.top_rows_from_csr(csr_matrix(dense), 6)
+    _values, rows = metrics.top_rows_from_csr(csr_matrix(dense), 6)
     np.testing.assert_array_equal(rows, np.argsort(-dense, axis=1, kind="stable")[:, :6])
     monkeypatch.setattr("xmlkernels.topk._BLOCK", 30)
     np.testing.assert_array_equal(metrics.top_rows_from_csr(csr_matrix(dense), 6)[1], rows)

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import math
 
 import pytest
@@ -128,7 +129,7 @@ def test_schedule() -> None:
     assert factors[8] == pytest.approx(0.5)
     assert factors[11] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
     assert factors[12] == 0.0 == warmup_cosine(99, 4, 12)
-    assert all(a >= b for a, b in zip(factors[3:], factors[4:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(factors))
     assert warmup_cosine(0, 0, 1) == 1.0
     assert warmup_cosine(9, 20, 10) == 0.5
     for bad in [(-1, 0, 1), (0, -1, 1), (0, 0, 0)]:
@@ -154,7 +155,7 @@ def test_three_phases() -> None:
     assert at[14 * per_epoch - 1][0] == pytest.approx(0.25, abs=1e-3)
     assert at[15 * per_epoch - 1] == at[-1] == (pytest.approx(1e-3), pytest.approx(0.95))
     for phase in (at[:1000], [(-f, -b) for f, b in at[11_998:]]):
-        assert all(a[0] <= b[0] and a[1] >= b[1] for a, b in zip(phase, phase[1:], strict=False))
+        assert all(a[0] <= b[0] and a[1] >= b[1] for a, b in itertools.pairwise(phase))
     # The product of both cycles: where the rate is high the momentum is low.
     assert all(0.1 <= f <= 1 and b == pytest.approx(0.95 - (f - 0.1) / 9) for f, b in at[:1000])
 

@@ -109,7 +109,7 @@ def start(device: torch.device, patience: float = PATIENCE) -> None:
     # Predictions of a split are gathered in the host's memory, beside the vectors on the cards.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, timeout=_LONGEST)
-    global _heart
+    global _heart  # noqa: PLW0603  (one process belongs to one group)
     again = os.environ.get(
         "TORCHELASTIC_RESTART_COUNT", "0"
     )  # torchrun's store outlives the processes it starts anew
@@ -151,7 +151,7 @@ def stop(*, failed: bool = False) -> None:
         failed: tells them that this one has met an error, of which it says itself what it is, and
             breaks no connection yet.
     """
-    global _heart
+    global _heart  # noqa: PLW0603  (one process belongs to one group)
     if _heart is not None:
         _heart.stop(failed=failed)
     if running() and not failed:

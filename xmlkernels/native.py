@@ -29,7 +29,7 @@ def load() -> str | None:
             CUDA kernels are built but cannot be loaded; when XMLKERNELS_CUDA=1 and torch has CUDA
             and they are not there at all.
     """
-    global missing_cuda
+    global missing_cuda  # noqa: PLW0603  (the libraries load once per process)
     reason = _load(_LIBRARY)
     required = os.environ.get("XMLKERNELS_REQUIRE_NATIVE") == "1"
     if reason is not None and required:

@@ -33,9 +33,22 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
 import msgspec
-from msgspec import Meta as Meta
+from msgspec import Meta
 
 from xmlkernels.errors import InputError
+
+__all__ = [
+    "DEEPEST",
+    "MOST_BYTES",
+    "Count",
+    "Meta",
+    "Positive",
+    "Sha256",
+    "check_record",
+    "parse_json",
+    "parse_record",
+    "read_record",
+]
 
 MOST_BYTES = 64 << 20
 DEEPEST = 100

@@ -180,7 +180,7 @@ def vectorizer() -> Vectorizer:
 @pytest.mark.parametrize("window", [1, 3])
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_texts_in_order(vectorizer: Vectorizer, window: int, prefetch: int) -> None:
-    texts = (TEXTS + ["", "unknown"]) * 3
+    texts = [*TEXTS, "", "unknown"] * 3
     found = list(bag_text_batches(iter(texts), vectorizer, 4, window=window, prefetch=prefetch))
     assert [len(batch) for batch in found] == [4] * 5 + [1]
     assert torch.cat([batch.index for batch in found]).tolist() == list(range(21))

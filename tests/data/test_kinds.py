@@ -37,7 +37,7 @@ def test_packed_text_is_read(tmp_path: Path, kind: str, named: bool) -> None:
     path = tmp_path / (f"texts.txt.{kind}" if named else "texts.txt")
     pack = PACKERS[kind]
     path.write_bytes(pack(TEXT.encode()) + pack(b"a second stream\n"))
-    assert formats.read_lines(path, documents=True) == TEXT.splitlines() + ["a second stream"]
+    assert formats.read_lines(path, documents=True) == [*TEXT.splitlines(), "a second stream"]
     path.write_bytes(pack(b"2 3\n0:1\n2:1 1:1\n"))
     assert formats.read_labels(path).toarray().tolist() == [[1, 0, 0], [0, 1, 1]]
 

@@ -194,7 +194,8 @@ def test_like_lengths_share_a_batch(tmp_path: Path) -> None:
             b.attention_mask.numel() for b in found
         )
 
-    assert padding(50) < 0.05 < 0.3 < padding(1)
+    assert padding(50) < 0.05
+    assert padding(1) > 0.3
     widths = [batch.input_ids.shape[1] for batch in Batches(split, 20, bucket_window=100).epoch(0)]
     assert abs(np.corrcoef(widths, np.arange(len(widths)))[0, 1]) < 0.3, (
         "short and long batches must alternate"

@@ -68,7 +68,7 @@ def test_the_harness_sees_every_bad_end(tmp_path: Path) -> None:
             pass
 
     faults = {
-        "traceback": (lambda: [][1], "IndexError"),
+        "traceback": (lambda: list[int]()[1], "IndexError"),
         "segfault": (lambda: ctypes.string_at(0), "signal -11"),
         "memory": (lambda: bytearray(4 << 30), "memory"),
         "assertion": (lambda: (_ for _ in ()).throw(AssertionError("nonsense")), "AssertionError"),

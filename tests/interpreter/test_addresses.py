@@ -110,7 +110,7 @@ def test_lists_of_the_last_rows(shared: bool) -> None:
 
 def test_clusters_of_the_last_rows() -> None:
     """Table, momentum and their updates; rows before the two clusters stay zero."""
-    table, last = far_table()
+    table, _last = far_table()
     momentum = huge_table(ROWS, WIDTH, EDGE)
     momentum[-FAR:, :16] = (whole(FAR, 16, seed=3) / 8).to(torch.bfloat16)
     small = dyadic_step(5, FAR, WIDTH, torch.bfloat16, share=0.0).tensors

@@ -2,6 +2,7 @@
 chunks and cuts.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -159,7 +160,7 @@ def test_workspace(monkeypatch: pytest.MonkeyPatch, b: int, n: int, k: int) -> N
     monkeypatch.undo()
     samples, slack, capacity, chunks = kernel.plan(b, n, k)
     assert chunks[0][0] == 0 and chunks[-1][1] == n
-    assert all(a[1] == b[0] for a, b in zip(chunks[:-1], chunks[1:], strict=True))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(chunks))
     assert max(end - begin for begin, end in chunks) + k + slack <= capacity
     assert 1 <= samples <= min(b, kernel.BATCH)
     # The lists, and keys, indices and buffers of the sort of the first k places.

@@ -2,6 +2,8 @@
 finite.
 """
 
+from typing import ClassVar
+
 import pytest
 import torch
 from cascade_common import LABELS, Twin, make_batch, make_model, make_tree, positives_of, relative
@@ -312,7 +314,7 @@ def test_a_step_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> N
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Seen(TorchDispatchMode):
-        names: set[str] = set()
+        names: ClassVar[set[str]] = set()
 
         def __torch_dispatch__(
             self, func: object, types: object, args: tuple = (), kwargs: dict | None = None

@@ -4,7 +4,7 @@ stopped, served.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -192,7 +192,7 @@ def test_its_step_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) ->
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Seen(TorchDispatchMode):
-        names: set[str] = set()
+        names: ClassVar[set[str]] = set()
 
         def __torch_dispatch__(
             self, func: object, types: object, args: tuple = (), kwargs: dict | None = None

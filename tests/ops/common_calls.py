@@ -67,7 +67,7 @@ def bce_step(r: random.Random) -> Call:
 
 
 def cluster_step(r: random.Random) -> Call:
-    b, n, d = sizes(r)
+    b, _n, d = sizes(r)
     dtype = r.choice(DTYPES)
     several = [r.choice([0, 1, 3, 9, 40]) for _ in range(r.choice([0, 1, 3, 12]))]
     step = random_cluster_step(

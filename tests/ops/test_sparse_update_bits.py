@@ -205,10 +205,10 @@ def test_two_shards_are_the_whole(mix: str, device: str) -> None:
         random_rows(rule, (500, 1000, 40), dtype, **given),
         random_bags(rule, (30, 900, 1000, 40), dtype, **given),
     ):
-        step = step.replace(row_offset=2**33).to(device)
-        whole = step.run()
+        moved = step.replace(row_offset=2**33).to(device)
+        whole = moved.run()
         for cut in (0, 1, 437, 999):
-            a, b = shard(step, 0, cut).run(), shard(step, cut, 1000).run()
+            a, b = shard(moved, 0, cut).run(), shard(moved, cut, 1000).run()
             assert_same_bits({k: torch.cat([a[k], b[k]]) for k in a}, whole)
 
 

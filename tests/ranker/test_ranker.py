@@ -525,7 +525,7 @@ def test_inputs_that_do_not_fit(data: tuple[Features, csr_matrix], shortlist: cs
     features, labels = data
     ranker = fit(features, labels)
     wrong: list[tuple[str, Any]] = [
-        ("features: expected an embedding, TF-IDF or both", lambda: Features.join()),
+        ("features: expected an embedding, TF-IDF or both", Features.join),
         ("embedding: expected a float array", lambda: Features.join(np.zeros(3))),
         (
             "embedding, row 1: expected finite numbers",

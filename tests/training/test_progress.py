@@ -146,9 +146,7 @@ def test_lines_between_do_not_change_the_log(
         [json.loads(line) for line in (tmp_path / name / "log.jsonl").open()]
         for name in ("plain", "told")
     ]
-    assert [[(x["step"], x["loss"]) for x in log] for log in logs][0] == [
-        (x["step"], x["loss"]) for x in logs[1]
-    ]
+    assert [(x["step"], x["loss"]) for x in logs[0]] == [(x["step"], x["loss"]) for x in logs[1]]
     steps = logs[0][-1]["step"]
     assert asked == [step for step in range(1, steps + 1) if step % 4]
 

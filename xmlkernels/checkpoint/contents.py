@@ -82,13 +82,13 @@ def _unshared(
     alias: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
     storages: set[tuple[str, int]] = set()
-    for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_meta:
-            got = f"layout {tensor.layout} on {tensor.device}"
+    for name, given in tensors.items():
+        if given.layout != torch.strided or given.is_meta:
+            got = f"layout {given.layout} on {given.device}"
             raise InputError(
                 f"tensor {name!r}", "a dense tensor with values", got, "store its parts instead"
             )
-        tensor = tensor.detach()
+        tensor = given.detach()
         view = (
             str(tensor.device),
             tensor.data_ptr(),

@@ -40,10 +40,14 @@ from xmlkernels.training.folder import read_json
 from xmlkernels.training.inputs import open_dataset
 from xmlkernels.training.owned import refuse_others
 
-WRITTEN = ("label_vectors.npy", "label_names.txt") + tuple(
-    name
-    for split in ("train", "val", "test")
-    for name in (f"embeddings_{split}.npy", f"shortlist_{split}.npz")
+WRITTEN = (
+    "label_vectors.npy",
+    "label_names.txt",
+    *(
+        name
+        for split in ("train", "val", "test")
+        for name in (f"embeddings_{split}.npy", f"shortlist_{split}.npz")
+    ),
 )
 _ROWS = 1 << 16  # rows turned into fp32 at a time
 

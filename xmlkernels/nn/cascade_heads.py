@@ -159,9 +159,10 @@ class CascadeHeads(nn.Module):
         2D].
         """
         out = []
-        for r, (vector, drop) in enumerate(zip(vectors, self.dropouts, strict=True)):
+        for r, (given, drop) in enumerate(zip(vectors, self.dropouts, strict=True)):
+            vector = given
             if str(r) in self.projections:
-                vector = self.projections[str(r)](self.projection_drop(vector))
+                vector = self.projections[str(r)](self.projection_drop(given))
             out.append(drop(vector))
         return out
 

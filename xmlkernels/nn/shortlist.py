@@ -128,7 +128,7 @@ def select(
         place: int64 [B, width], where they stand among the sample's K * M candidates; 0 for pads.
         forced: int64 [1], positives among them.
     """
-    size, slots, most = scores.shape
+    _size, slots, most = scores.shape
     width = min(k if width is None else width, slots * most)
     node, real = candidates(clusters, row_ptr, most)
     keys = rank(scores.flatten(1), real.flatten(1))

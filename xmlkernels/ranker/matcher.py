@@ -10,6 +10,7 @@ which its parent was kept or is true.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -188,7 +189,7 @@ def _checked(clusters: Sequence[np.ndarray], labels: int, beam: int) -> tuple[np
             got,
             "take them from one tree",
         )
-    for level, (coarse, fine) in enumerate(zip(parts, parts[1:], strict=False)):
+    for level, (coarse, fine) in enumerate(itertools.pairwise(parts)):
         if len(np.unique(np.stack([coarse, fine]), axis=1).T) != len(np.unique(fine)):
             raise InputError(
                 f"clusters, level {level + 1}",

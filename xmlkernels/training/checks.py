@@ -3,6 +3,7 @@ effect.
 """
 
 import difflib
+import itertools
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import fields
@@ -238,7 +239,7 @@ def _ranges(config: Config) -> Iterator[tuple[bool, str, str, str]]:
     for name in ("dataset", "encoder", "output", "cache"):
         yield bool(getattr(config, name)), name, "a name", "give one, or leave the flag out"
     depths = config.tree_depths
-    ascending = all(a < b for a, b in zip(depths, depths[1:], strict=False))
+    ascending = all(a < b for a, b in itertools.pairwise(depths))
     good = 1 <= len(depths) <= 4 and ascending and depths[0] >= 0 and depths[-1] <= 30
     yield (
         good,

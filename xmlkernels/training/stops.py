@@ -86,7 +86,7 @@ def listening() -> Iterator[None]:
     """Signals are answered as above inside; those that whoever started the command has switched off
     (nohup) stay off.
     """
-    global _listener
+    global _listener  # noqa: PLW0603  (signals belong to the process)
     _listener = _Listener()
     before: dict[int, Any] = {}
     for number in SIGNALS:

@@ -119,7 +119,7 @@ def _best_start(local, near, sample, first, pairs, noise, tolerance, rounds):  #
 @njit(nogil=True)
 def _add(local, near, rows, factor, total, dense_total):  # type: ignore[no-untyped-def]
     """total += Σ factor of a row · row, block by block."""
-    ptr, index, value, columns = local
+    ptr, index, value, _columns = local
     for i in range(len(rows)):
         if factor[i] == 0:
             continue

@@ -500,7 +500,7 @@ def cluster_step_(
     kind = (
         torch.bfloat16 if row_scale is not None else weight.dtype
     )  # e4m3 is exact in bf16, scales included
-    same = kind == torch.bfloat16 or x.dtype == kind
+    same = kind in (torch.bfloat16, x.dtype)
     x, flag = common.prepare_batch(x, kind if same else torch.float32)
     weight = common.table_bits(weight)
     nan = torch.where(flag == 0, 0.0, torch.nan)

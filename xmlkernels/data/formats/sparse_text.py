@@ -13,6 +13,7 @@ Source: the formats of the Extreme Classification Repository and of pyxclib's da
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import re
@@ -201,7 +202,7 @@ def write_sparse(path: PathLike, matrix: Any) -> None:
             indices = matrix.indices[pointers[0] : pointers[-1]].tolist()
             entries = [f"{index}:{texts[i]}" for index, i in zip(indices, at.tolist(), strict=True)]
             ends = (pointers - pointers[0]).tolist()
-            lines = [" ".join(entries[a:b]) + "\n" for a, b in zip(ends, ends[1:], strict=False)]
+            lines = [" ".join(entries[a:b]) + "\n" for a, b in itertools.pairwise(ends)]
             file.write("".join(lines).encode("ascii"))
 
 
@@ -270,8 +271,8 @@ def _parse(
         fault, row, token = problem
         raise _explain(path, fault, row, token, rows, cols, labels, header, lines=comma)
     matrices = []
-    for (indptr, indices, data), width in zip(arrays, (cols, labels), strict=False):
-        width = width if width >= 0 else int(indices.max(initial=-1)) + 1
+    for (indptr, indices, data), given in zip(arrays, (cols, labels), strict=False):
+        width = given if given >= 0 else int(indices.max(initial=-1)) + 1
         matrix = csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, width), copy=False)
         matrix.has_canonical_format = True
         matrices.append(matrix)

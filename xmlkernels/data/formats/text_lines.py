@@ -99,8 +99,8 @@ def numbered_lines(
             file, encoding="utf-8-sig", errors="surrogateescape", newline=None
         ) as lines:
             number = 0
-            for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE + 1), ""), 1):
-                line = line.removesuffix("\n")
+            for number, read in enumerate(iter(lambda: lines.readline(LONGEST_LINE + 1), ""), 1):
+                line = read.removesuffix("\n")
                 if len(line) > LONGEST_LINE:
                     raise line_too_long(at_line(path, number))
                 yield number, repairs.mend(line, number)
