@@ -119,7 +119,7 @@ def test_mistakes_of_every_command(name: str) -> None:
 def test_what_settings_refuse_names_the_flag() -> None:
     words = ("--dataset", "d", "--output", "o", "--epochs", "0")
     assert (
-        mistake(*words, of="ranker")
+        mistake(*words, of="rank")
         == "--epochs: expected 1 or more, got 0; train for at least one pass"
     )
 
@@ -197,11 +197,10 @@ def test_the_demo_takes_no_flags(
     words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It trains for minutes: not where somebody asked what it is."""
-    demo = import_module("demo")
-    monkeypatch.setattr(demo, "main", lambda: pytest.fail("the demo began"))
-    monkeypatch.setattr(sys, "argv", ["xmlkernels demo", *words])
+    demo = import_module("xmlkernels.cli.demo")
+    monkeypatch.setattr(demo, "run", lambda: pytest.fail("the demo began"))
     with pytest.raises(SystemExit if words == ("--help",) else InputError):
-        demo.asked()
+        demo.main(words)
     assert ("baseline" in capsys.readouterr().out) == (words == ("--help",))
 
 

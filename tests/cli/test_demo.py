@@ -127,7 +127,7 @@ def test_the_whole_demo_twice(
     config, trained = tiny(dataset, tmp_path / "demo", epochs=1), []
     monkeypatch.setattr(demo, "RECIPES", {"demo": ("", config)})
     monkeypatch.setattr(demo, "commit", lambda: "aaa")
-    monkeypatch.setattr("session.commit", lambda: "aaa")
+    monkeypatch.setattr("xmlkernels.training.session.commit", lambda: "aaa")
 
     def train(config: Config) -> dict[str, Any]:
         trained.append(config)
@@ -169,7 +169,7 @@ def test_the_whole_demo_twice(
 def test_a_ranker_of_another_run_is_trained_again(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = demo.RankerOptions(
+    options = demo.RankerConfig(
         str(dataset), str(tmp_path), checkpoint="runs/demo", **demo.DEMO_RANKER
     )
     data, trained = Dataset.open(dataset), []

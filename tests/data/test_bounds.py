@@ -4,7 +4,6 @@ import bz2
 import gzip
 import io
 import lzma
-import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,9 @@ import pytest
 
 from xmlkernels import InputError
 from xmlkernels import file_kinds as kinds
+from xmlkernels.cli.texts import lines_of
 from xmlkernels.data.formats import labels as formats
 from xmlkernels.data.formats import text_lines
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "train"))
-from xmlkernels.cli.texts import lines_of
 
 BOMB = 1 << 28  # unpacked; packed it has some hundred thousand bytes
 PACK: dict[str, Callable[[bytes], bytes]] = {
@@ -108,7 +105,7 @@ def test_lines_up_to_the_bound_are_whole(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_line_without_an_end_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("texts.LONGEST_LINE", 1000)
+    monkeypatch.setattr("xmlkernels.cli.texts.LONGEST_LINE", 1000)
     lines = lines_of(io.BufferedReader(io.BytesIO(b"good\n" + b"x" * 100_000)))  # type: ignore[arg-type]
     assert next(lines) == "good"
     with pytest.raises(InputError, match="standard input:2: expected a line of at most"):

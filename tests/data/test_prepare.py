@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import runpy
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 from scipy.sparse import csr_matrix, save_npz
 
 from tiny_tokenizer import make_tokenizer
+from xmlkernels.cli.main import main
 from xmlkernels.data import corpus as docstrings
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.formats.labels import DataWarning
@@ -629,22 +628,16 @@ def test_settings_that_contradict(
     assert not config.output.exists()
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    script = Path(__file__).parents[2] / "train" / "prepare.py"
-    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
-    monkeypatch.syspath_prepend(str(script.parent))
+def command(*arguments: str) -> int:
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        main(["prepare", *arguments])
     except SystemExit as left:
         return int(left.code or 0)
     return 0
 
 
 def test_command(
-    config: PrepareConfig,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-    tokenizer: Tokenizer,
+    config: PrepareConfig, capsys: pytest.CaptureFixture[str], tokenizer: Tokenizer
 ) -> None:
     names = (
         "train_text",
@@ -660,7 +653,7 @@ def test_command(
         for name in names
         for part in (f"--{name.replace('_', '-')}", str(getattr(config, name)))
     ]
-    assert command(monkeypatch, *flags, "--max-length", "5", "--keep-texts") == 0
+    assert command(*flags, "--max-length", "5", "--keep-texts") == 0
     expect(Dataset.open(config.output), tokenizer)
     shown = capsys.readouterr()
     assert "4 labels, content" in shown.out
@@ -668,8 +661,8 @@ def test_command(
         "note: the train split: 1 of 5 documents have no label (first: row 2); kept\n" in shown.err
     )
     assert "test: 2 documents" in shown.err
-    assert command(monkeypatch, *flags, "--max-length", "6") == 2
+    assert command(*flags, "--max-length", "6") == 2
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.count("\n") == 1 and "--overwrite" in shown.err
-    assert command(monkeypatch, *flags, "--max-lenght", "6") == 2
+    assert command(*flags, "--max-lenght", "6") == 2
     assert "--max-length" in capsys.readouterr().err

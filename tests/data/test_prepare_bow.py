@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import runpy
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix, load_npz, save_npz
 
+from xmlkernels.cli import prepare as prepare_command
 from xmlkernels.data.batches.tokens import BagBatches, Batches
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.formats.labels import write_sparse
@@ -276,10 +275,7 @@ def test_settings_that_contradict(
         prepare(replace(config, **options))
 
 
-def test_command(config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("tyro")
-    train = Path(__file__).resolve().parents[2] / "train"
-    monkeypatch.syspath_prepend(str(train))
+def test_command(config: PrepareConfig, tmp_path: Path) -> None:
     arguments = [
         "--output",
         str(config.output),
@@ -288,6 +284,5 @@ def test_command(config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.Monk
         "--train-text",
         str(tmp_path / "train.txt"),
     ]
-    monkeypatch.setattr(sys, "argv", ["prepare.py", *arguments])
-    runpy.run_path(str(train / "prepare.py"), run_name="__main__")
+    prepare_command.main(arguments)
     assert Dataset.open(config.output).vocabulary == WORDS

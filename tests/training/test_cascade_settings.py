@@ -133,7 +133,7 @@ def test_the_table_of_flags_names_real_ones() -> None:
         for line in (ROOT / "docs" / "cascade_flags.md").read_text().splitlines()
         if line.startswith("| `")
     ]
-    rows = [cell for cell in here if ".py" not in cell]
+    rows = [cell for cell in here if "`xmlkernels " not in cell and "torchrun" not in cell]
     named = {word for cell in rows for word in re.findall(r"--[a-z][a-z-]+", cell)}
     assert named and not named - ours
     everywhere = (ROOT / "docs" / "cascade_flags.md").read_text()

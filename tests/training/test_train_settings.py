@@ -335,11 +335,11 @@ def test_metrics_json_is_strict(tmp_path: Path) -> None:
 
 
 def test_every_moment_belongs_to_one_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    from xmlkernels.training import environment as facts
+    from xmlkernels.training import clock as clocks
 
     now = 100.0
-    monkeypatch.setattr(facts.time, "perf_counter", lambda: now)
-    clock = facts.Clock()
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: now)
+    clock = clocks.Clock()
     now += 5  # before the start: nobody's
     clock.start("train")
     now += 1
