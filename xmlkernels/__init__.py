@@ -1,6 +1,110 @@
-"""Train and serve text classifiers with millions of labels, with kernels of their own."""
+"""Train and serve text classifiers with millions of labels, with kernels of their own.
+
+    import xmlkernels as xk
+
+    data = xk.Dataset.from_texts("cache/mine", train=(texts, label_lists), tokenizer="minilm")
+    xk.train(xk.RECIPES["docstrings"].replace(dataset="cache/mine", output="runs/mine"))
+    for labels in xk.load("runs/mine").predict(["a text to label"], k=5):
+        print(labels[0].name)
+
+Importing the package loads neither torch nor numba: a name is imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from xmlkernels.errors import InputError
 
+if TYPE_CHECKING:
+    from xmlkernels import ops
+    from xmlkernels.data.dataset import Dataset
+    from xmlkernels.data.prepare import PrepareConfig, prepare
+    from xmlkernels.metrics import evaluate, inverse_propensity
+    from xmlkernels.models.cascade import Cascade
+    from xmlkernels.models.cascade_training import CascadeTraining
+    from xmlkernels.models.end_to_end import EndToEnd, Training
+    from xmlkernels.nn.bow import BowEncoder
+    from xmlkernels.nn.cascade_heads import CascadeHeads
+    from xmlkernels.nn.encoder import Encoder
+    from xmlkernels.nn.full_head import FullHead
+    from xmlkernels.predict.folders import load
+    from xmlkernels.predict.model import Label, Predictor
+    from xmlkernels.predict.ranked import Forest, RankedPredictor
+    from xmlkernels.training.config import Config
+    from xmlkernels.training.loop import train
+    from xmlkernels.training.ranker import RankerConfig, train_ranker
+    from xmlkernels.training.recipes import RECIPES
+    from xmlkernels.training.tree import TreeConfig, build_tree
+    from xmlkernels.tree.label_tree import LabelTree
+
 __version__ = "0.1.0"
-__all__ = ["InputError", "__version__"]
+__all__ = [
+    "RECIPES",
+    "BowEncoder",
+    "Cascade",
+    "CascadeHeads",
+    "CascadeTraining",
+    "Config",
+    "Dataset",
+    "Encoder",
+    "EndToEnd",
+    "Forest",
+    "FullHead",
+    "InputError",
+    "Label",
+    "LabelTree",
+    "Predictor",
+    "PrepareConfig",
+    "RankedPredictor",
+    "RankerConfig",
+    "Training",
+    "TreeConfig",
+    "__version__",
+    "build_tree",
+    "evaluate",
+    "inverse_propensity",
+    "load",
+    "ops",
+    "prepare",
+    "train",
+    "train_ranker",
+]
+
+# Where each name is; the imports above say the same to type checkers, and a test compares both.
+_HOMES = {
+    "data.dataset": ("Dataset",),
+    "data.prepare": ("PrepareConfig", "prepare"),
+    "metrics": ("evaluate", "inverse_propensity"),
+    "models.cascade": ("Cascade",),
+    "models.cascade_training": ("CascadeTraining",),
+    "models.end_to_end": ("EndToEnd", "Training"),
+    "nn.bow": ("BowEncoder",),
+    "nn.cascade_heads": ("CascadeHeads",),
+    "nn.encoder": ("Encoder",),
+    "nn.full_head": ("FullHead",),
+    "predict.folders": ("load",),
+    "predict.model": ("Label", "Predictor"),
+    "predict.ranked": ("Forest", "RankedPredictor"),
+    "training.config": ("Config",),
+    "training.loop": ("train",),
+    "training.ranker": ("RankerConfig", "train_ranker"),
+    "training.recipes": ("RECIPES",),
+    "training.tree": ("TreeConfig", "build_tree"),
+    "tree.label_tree": ("LabelTree",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562)."""
+    if name == "ops":
+        return import_module("xmlkernels.ops")
+    if name not in _HOME:
+        raise AttributeError(f"module 'xmlkernels' has no attribute {name!r}")
+    value = getattr(import_module(f"xmlkernels.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

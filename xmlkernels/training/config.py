@@ -2,10 +2,11 @@
 cannot be used.
 """
 
+import difflib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -266,6 +267,19 @@ class Config:
     """Of several processes: seconds without a sign of life from one after which the others end and
     name it. Each gives one a second, also in long work that it does alone; only a call that keeps
     Python's lock is silent, which is why this is long."""
+
+    def replace(self, **changes: Any) -> "Config":
+        """Return a copy with other values: `config.replace(epochs=3)`.
+
+        Raises:
+            InputError: a setting that there is not.
+        """
+        known = [field.name for field in fields(self)]
+        if wrong := [name for name in changes if name not in known]:
+            near = difflib.get_close_matches(wrong[0], known, 1)
+            mend = f"did you mean {near[0]}?" if near else "see the fields of xmlkernels.Config"
+            raise InputError(wrong[0], "a setting of Config", "none of that name", mend)
+        return replace(self, **changes)
 
 
 def resolved_device(name: str, where: str = "--device") -> torch.device:

@@ -1,0 +1,70 @@
+"""Load whatever a training command has written: a run, a ranker, or several rankers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from xmlkernels.errors import InputError
+from xmlkernels.predict.model import Predictor
+from xmlkernels.predict.ranked import RANKER, Forest, Ranked, RankedPredictor
+
+_KNOWN = "the output folder of a run or of a ranker"
+
+
+def load(
+    folder: str | Path | Sequence[str | Path],
+    checkpoint: str | Path | None = None,
+    *,
+    which: str | None = None,
+    device: str | torch.device = "cpu",
+    threads: int = 0,
+) -> Predictor | Ranked:
+    """Load the predictor of a folder that training has written.
+
+    Args:
+        folder: the output folder of a run (or the `checkpoint` folder in it), that of a ranker, or
+            those of several rankers, whose mean is taken (a forest).
+        checkpoint: with a ranker: the run that it was trained beside, if there was one.
+        which: the run's checkpoint, "best" or "last"; see `Predictor.load`.
+        device: where the model computes.
+        threads: CPU threads of the predictor; 0 leaves the choice to torch and numba.
+
+    Returns:
+        A `Predictor`, `RankedPredictor` or `Forest`; each has `predict(texts, k)`.
+
+    Raises:
+        InputError: nothing of that kind there, or a damaged folder.
+    """
+    single = isinstance(folder, str | Path)
+    paths = [Path(folder)] if isinstance(folder, str | Path) else [Path(path) for path in folder]
+    rankers = [path for path in paths if _is_ranker(path)]
+    if single and not rankers:
+        if checkpoint is not None:
+            mend = "load the run alone, or name the ranker's folder first"
+            raise InputError(str(paths[0]), "a ranker beside a checkpoint", "a run", mend)
+        return Predictor.load(paths[0], which=which, device=device, threads=threads)
+    if other := [path for path in paths if path not in rankers]:
+        raise InputError(str(other[0]), "rankers alone", "a run", "load it by itself")
+    if which is not None and checkpoint is None:
+        raise InputError("which", "a checkpoint to choose from", "none", "leave it out")
+    found = [
+        RankedPredictor.load(path, checkpoint, which=which, device=device, threads=threads)
+        for path in paths
+    ]
+    return found[0] if single else Forest(found)
+
+
+def _is_ranker(path: Path) -> bool:
+    """Return whether the folder is a ranker's and not a run's; InputError where it is neither."""
+    if not path.is_dir():
+        got = "a file" if path.exists() else "no such folder"
+        raise InputError(str(path), _KNOWN, got, "check the path")
+    if (path / RANKER).is_file():
+        return True
+    if not any((path / name).is_dir() for name in ("checkpoint", "best", "last")):
+        got = f"a folder without checkpoint/ and {RANKER}"
+        raise InputError(str(path), _KNOWN, got, "check the path")
+    return False
