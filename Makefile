@@ -1,6 +1,7 @@
 # make demo   installs, builds, trains on the built-in corpus, predicts
 # make test   installs, builds, lints, type-checks, tests
 # make bench  the op benchmarks on the CPU
+# make docs   the pages under docs/ as HTML in build/docs, strict
 # make gpu-report  tests and times every op on this machine's NVIDIA card, with the calling python3 and its torch; OUT=folder
 # SYSTEM=1 make …  uses the calling python3 and its own torch; nothing is installed, the library is built in place.
 
@@ -24,7 +25,7 @@ endif
 NATIVE_SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 STAMP := build/.built$(SYSTEM)
 
-.PHONY: demo test bench gpu-report lint build clean
+.PHONY: demo test bench docs gpu-report lint build clean
 
 demo: build
 	$(PY) -m xmlkernels demo
@@ -50,6 +51,10 @@ bench: build $(INSTALLED_DEV)
 	$(PY) benchmarks/run.py --op cluster_step --device cpu
 	$(PY) benchmarks/run.py --op sparse_update --device cpu
 	$(PY) benchmarks/run.py --op bag_step --device cpu
+
+docs: $(INSTALLED_DEV)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -q
+	@echo "build/docs/index.html"
 
 # Builds in place and installs nothing: a machine with a card brings its own torch.
 gpu-report:

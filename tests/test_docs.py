@@ -1,0 +1,108 @@
+"""README, CONTRIBUTING, CHANGELOG and docs/: lines, links, navigation, commands, pictures."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from xmlkernels.cli import main as command
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+FRONT = [path for path in map(ROOT.joinpath, ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")) if path.exists()]  # fmt: skip
+COLUMNS = 100
+
+
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def prose(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines of a page by their number, without code blocks and tables."""
+    code = False
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            code = not code
+        elif not code and not line.lstrip().startswith("|"):
+            yield number, line
+
+
+def code(path: Path) -> Iterator[str]:
+    """Commands of a page: lines of code blocks with their continuations, and code in prose."""
+    text = path.read_text("utf-8")
+    blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    for block in blocks:
+        yield from re.sub(r" *\\\n *", " ", block).splitlines()
+    rest = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+    yield from (" ".join(word.split()) for word in re.findall(r"`([^`]+)`", rest))
+
+
+@pytest.mark.parametrize("path", [*PAGES, *FRONT], ids=named)
+def test_lines_of_prose_are_short(path: Path) -> None:
+    long = [number for number, line in prose(path) if len(line) > COLUMNS]
+    assert not long, f"{named(path)}: lines {long} are longer than {COLUMNS} columns"
+
+
+@pytest.mark.parametrize("path", FRONT, ids=named)
+def test_links_of_the_front_pages_lead_somewhere(path: Path) -> None:
+    """Those of docs/ are checked when the pages are built."""
+    text = "\n".join(line for _, line in prose(path)) + path.read_text("utf-8")
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) + re.findall(
+        r'(?:src|href)="([^"#]+)"', text
+    )
+    dead = [link for link in links if not link.startswith("http") and not (ROOT / link).exists()]
+    assert not dead
+
+
+@pytest.fixture(scope="module")
+def flags() -> dict[str, set[str]]:
+    """Every flag of each command, from its --help."""
+    found = {}
+    for name in command.COMMANDS:
+        words = ["tiny", "--help"] if name == "train" else ["--help"]
+        done = subprocess.run(
+            [sys.executable, "-m", "xmlkernels", name, *words],
+            capture_output=True, text=True, timeout=300, cwd=ROOT,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        shown = re.findall(r"--(?:\[no-\])?([a-z][a-z0-9-]*)", done.stdout)
+        found[name] = {*shown, *(f"no-{word}" for word in shown), "help", "version"}
+    return found
+
+
+COMMAND = re.compile(r"(?:\bxmlkernels |(train/run\.py )|-m xmlkernels )(\S+)")
+
+
+@pytest.mark.parametrize("path", [*PAGES, *FRONT], ids=named)
+def test_commands_that_pages_name_exist(path: Path, flags: dict[str, set[str]]) -> None:
+    if path.name == "CHANGELOG.md":
+        return  # it names what was
+    for line in code(path):
+        for part in re.split(r"&&|;|\||#", line):
+            match = COMMAND.search(part)
+            if match is None or part.lstrip().startswith(("import", "from", "pip", "git", ">>>")):
+                continue
+            name = "train" if match[1] else match[2]
+            if not re.fullmatch(r"[a-z]+", name):
+                continue
+            assert name in flags, f"{named(path)}: {line}"
+            told = set(re.findall(r"(?<=\s)--([a-z][a-z0-9-]*)", part[match.end() :]))
+            assert told <= flags[name], f"{named(path)}: {line}: {sorted(told - flags[name])}"
+
+
+def test_pages_are_built_without_a_warning_and_fetch_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the pages need requirements-dev.txt")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)],
+        capture_output=True, text=True, timeout=300, cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in tmp_path.rglob("*.html"):
+        tags = re.findall(r"<(?:script|img|link|iframe)\b[^>]*>", page.read_text("utf-8"))
+        fetched = [tag for tag in tags if re.search(r'(?:src|href)="(?:https?:)?//', tag)]
+        assert not fetched, f"{page.name}: {fetched}"
