@@ -13,7 +13,7 @@ from xmlkernels.cli import main as command
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-FRONT = [path for path in map(ROOT.joinpath, ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")) if path.exists()]  # fmt: skip
+FRONT = [ROOT / name for name in ("README.md", "CHANGELOG.md")]
 COLUMNS = 100
 
 
