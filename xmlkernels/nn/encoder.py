@@ -19,6 +19,7 @@ from torch import nn
 
 from xmlkernels.errors import InputError
 from xmlkernels.foreign import refuse_model, refuse_settings
+from xmlkernels.installed import MINILM, minilm_folder, need_transformers
 from xmlkernels.nn.dropout import Dropout, training_attention
 from xmlkernels.nn.hf import (
     AUTOCAST,
@@ -121,12 +122,18 @@ class Encoder(nn.Module):
         Weights are read from safetensors alone, and code that a folder or repository brings along
         never runs.
 
+        Args:
+            name_or_path: "minilm" is the installed all-MiniLM-L6-v2.
+
         Raises:
             InputError: nothing loadable there, an encoder-decoder, weights that the file does not
-                hold, or a model of pickles or of code of its own.
+                hold, a model of pickles or of code of its own, or transformers is not installed.
         """
+        need_transformers(f"encoder {name_or_path}")
         from transformers import AutoConfig, AutoModel
 
+        if name_or_path == MINILM:
+            name_or_path = minilm_folder("encoder")
         where, folder = f"encoder {str(name_or_path)!r}", Path(name_or_path)
         if folder.is_dir():
             refuse_model(folder)
@@ -169,9 +176,10 @@ class Encoder(nn.Module):
             InputError: the dict does not describe an encoder known to the installed transformers,
                 or one of other shapes.
         """
+        where = "encoder configuration"
+        need_transformers(where)
         from transformers import AutoConfig, AutoModel
 
-        where = "encoder configuration"
         options = dict(config)
         try:
             inner = dict(options.pop("model"))
@@ -214,6 +222,7 @@ class Encoder(nn.Module):
         """A random BERT of 4 heads for tests; the same `seed` gives the same weights. Nothing is
         downloaded.
         """
+        need_transformers("tiny encoder")
         from transformers import BertConfig, BertModel
 
         config = BertConfig(

@@ -13,6 +13,7 @@ from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.inputs import BowInputs, Inputs
 from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.evaluation import evaluation_batches
+from xmlkernels.installed import source_of
 from xmlkernels.models.base import Model, model_config
 from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.cascade_training import CascadeTraining
@@ -32,7 +33,6 @@ from xmlkernels.training.config import (
     resolved_optimizer,
     resolved_table,
 )
-from xmlkernels.training.encoders import source_of
 from xmlkernels.training.memory_plan import announce, documents_of
 from xmlkernels.tree.label_tree import LabelTree
 

@@ -10,11 +10,11 @@ from xmlkernels.data.inputs import BowInputs, Inputs, TokenInputs
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.data.vectorizer import Vectorizer
+from xmlkernels.installed import source_of
 from xmlkernels.models.base import arrangement
 from xmlkernels.parallel import most_threads
 from xmlkernels.training.checks import check_levels
 from xmlkernels.training.config import Config
-from xmlkernels.training.encoders import source_of
 from xmlkernels.training.tree import TreeConfig, build_tree
 from xmlkernels.tree.label_tree import LabelTree
 

@@ -13,8 +13,8 @@ from xmlkernels.data.formats.arrays import read_npy
 from xmlkernels.data.formats.matrices import read_npz
 from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.files import check_file
+from xmlkernels.installed import source_of
 from xmlkernels.nn.encoder import Encoder
-from xmlkernels.training.encoders import source_of
 
 
 def digest(path: str) -> str:
