@@ -25,6 +25,7 @@ from benchmarks.shapes import Shape
 from benchmarks.timing import Step
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.shortlist import candidates, count, select
+from xmlkernels.nn.table import RowOptimizer
 
 POSITIVES, GROUP = 5, 8
 EPSILON = 1e-16  # SparseAdam adds it elsewhere: too small to matter, the peers do the same
@@ -70,9 +71,7 @@ def make_levels(shape: Shape, dtype: str, device: str, row_wise: bool = True) ->
         layers=[(1,)] * 3,
         topk=topk,
         dtype=dtype,
-        state_dtype=dtype,
-        epsilon=EPSILON,
-        row_wise=row_wise,
+        optimizer=RowOptimizer("adam", epsilon=EPSILON, state_dtype=dtype, row_wise=row_wise),
     )
     g = torch.Generator().manual_seed(1)
     x = [torch.randn(shape.B, shape.D, generator=g) for _ in levels]

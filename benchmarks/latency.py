@@ -70,7 +70,6 @@ def models(encoder: Encoder, labels: int, dtype: str) -> dict[str, Model]:
         topk=TOPK,
         dtype=dtype,
         optimizer="sgd",
-        betas=(0.0, 0.999),
     )
     return {
         "encoder alone": EndToEnd(encoder, FullHead(1, encoder.width, dtype=dtype)),

@@ -17,6 +17,7 @@ from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.cascade_training import CascadeTraining
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.encoder import Encoder
+from xmlkernels.nn.table import RowOptimizer
 from xmlkernels.tree.label_tree import LabelTree
 
 VOCABULARY = 60
@@ -75,6 +76,7 @@ def make_batch(tree: LabelTree, size: int, seed: int = 0, most: int = 3) -> Docu
     return Documents(inputs, row, sample, tuple(levels))
 
 
+ROW_OPTIONS = ("momentum", "betas", "epsilon", "state_dtype", "row_wise", "kahan")
 RECIPES = {
     2: ((1, 2), (3,)),
     3: ((1, 2), (3,), (4,)),
@@ -95,11 +97,15 @@ def make_model(
         k: v for k, v in options.items() if k not in names
     }
     training = rest.pop("training", True)
+    own = {k: rest.pop(k) for k in ROW_OPTIONS if k in rest}
+    optimizer = RowOptimizer(rest.pop("optimizer", "adam"), **{"row_wise": True} | own)
     encoder = Encoder.tiny(
         VOCABULARY, layers=4, width=16, seed=1, pooling="cls", autocast=rest.pop("autocast", None)
     )
     most = [tree.widest(r) for r in range(levels - 1)]
-    heads = CascadeHeads(tree.sizes, most, 16, topk=topk or [3] * (levels - 1), **rest)
+    heads = CascadeHeads(
+        tree.sizes, most, 16, topk=topk or [3] * (levels - 1), optimizer=optimizer, **rest
+    )
     model = Cascade(encoder, heads, tree, CascadeTraining(**settings) if training else None)
     return model.train("drops" in rest)
 

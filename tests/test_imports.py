@@ -22,6 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "records": {"errors"},
     "parallel": {"errors"},
     "threads": {"errors"},
+    "precision": set(),
     "free_memory": {"errors"},
     "files": {"errors", "file_kinds"},
     "locks": {"errors", "files"},
@@ -38,7 +39,7 @@ ARROWS: dict[str, set[str]] = {
         "errors", "checksums", "file_kinds", "files", "foreign", "free_memory", "installed",
         "locks", "records",
     },
-    "nn": {"errors", "dist", "foreign", "installed", "ops", "threads"},
+    "nn": {"errors", "dist", "foreign", "installed", "ops", "precision", "threads"},
     "tree": {"errors", "checksums", "data", "files", "parallel", "records"},
     "ranker": {
         "errors", "checksums", "data", "files", "metrics", "parallel", "records", "topk",
@@ -54,8 +55,8 @@ ARROWS: dict[str, set[str]] = {
     "memory": {"errors", "free_memory", "planner"},
     "training": {
         "errors", "checkpoint", "checksums", "data", "dist", "evaluation", "files", "installed",
-        "locks", "memory", "metrics", "models", "nn", "ops", "parallel", "planner", "predict",
-        "ranker", "records", "topk", "tree",
+        "locks", "memory", "metrics", "models", "nn", "ops", "parallel", "planner", "precision",
+        "predict", "ranker", "records", "topk", "tree",
     },
     "cli": {
         "errors", "checkpoint", "data", "dist", "evaluation", "file_kinds", "files", "installed",
@@ -80,6 +81,7 @@ PACKAGES: dict[str, set[str]] = {
     "ops": {"torch"},
     "optim": {"torch"},
     "threads": {"torch"},
+    "precision": {"torch"},
     "__main__": set(),
 }
 # Who alone may import a package.

@@ -1,20 +1,30 @@
-"""The memory told before a run is what its tensors then take."""
+"""The memory planned before a run is what its tensors then take."""
 
 import re
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from cascade_common import make_batch, make_model, make_tree
 
-from xmlkernels import InputError
 from xmlkernels.models.running_mean import MeanSettings
 from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
+from xmlkernels.nn.table import STATES, RowOptimizer
 from xmlkernels.optim import encoder_optimizer
-from xmlkernels.planner import Table, activation_bytes, encoder_parts, plan, shortlist_bytes, told
+from xmlkernels.planner import (
+    activation_bytes,
+    encoder_parts,
+    plan,
+    planned,
+    shortlist_bytes,
+    table_parts,
+    told,
+)
 
 
 def size(*tensors: torch.Tensor | None) -> int:
@@ -23,44 +33,48 @@ def size(*tensors: torch.Tensor | None) -> int:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "fp8"])
 @pytest.mark.parametrize(
-    "options",
+    "optimizer",
     [
-        {"momentum": 0.9},
-        {"momentum": 0.0, "bias": True},
-        {"optimizer": "adam", "state_dtype": "bf16"},
-        {"momentum": 0.9, "state_dtype": "fp16", "kahan": True},
+        RowOptimizer("sgd", momentum=0.9),
+        RowOptimizer("sgd"),
+        RowOptimizer("adam", state_dtype="bf16"),
+        RowOptimizer("sgd", momentum=0.9, state_dtype="fp16", kahan=True),
     ],
+    ids=str,
 )
-def test_a_full_table_takes_what_was_told(dtype: str, options: dict[str, object]) -> None:
-    if options.get("kahan") and dtype == "fp8":
-        options = options | {"kahan": False}
-    head = FullHead(70, 12, dtype=dtype, **options)  # type: ignore[arg-type]
-    settings = {"state" if key == "state_dtype" else key: value for key, value in options.items()}
-    table = Table("labels", 70, 12, dtype, **settings)  # type: ignore[arg-type]
-    assert table.weight_bytes() == size(head.weight, head.bias, head.row_scale)
-    assert table.state_bytes() == size(head.momentum, head.second, head.kahan)
+def test_a_full_table_takes_what_was_planned(dtype: str, optimizer: RowOptimizer) -> None:
+    if dtype == "fp8":
+        optimizer = replace(optimizer, kahan=False)
+    make = partial(FullHead, 70, 12, dtype=dtype, bias=True, optimizer=optimizer)
+    head, parts = make(), table_parts({"labels": planned(make)}, 1)
+    states = size(head.momentum, head.second, head.kahan)
+    assert parts["states of labels"] == states
+    assert parts["labels"] == size(*head.buffers()) - states
+    assert parts["labels"] >= size(head.weight, head.bias, head.row_scale)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_the_tables_of_a_cascade_take_what_was_told(dtype: str, optimizer: str) -> None:
-    heads = CascadeHeads(
-        (5, 40),
-        (9,),
-        16,
-        layers=((1,), (2,)),
-        topk=(2,),
-        dtype=dtype,
-        optimizer=optimizer,
-        state_dtype="bf16",
-    )
-    for r, level in enumerate(heads.levels):
-        own = "bf16" if dtype == "fp8" and r == 0 else dtype
-        table = Table(
-            "level", (5, 40)[r], 16, own, optimizer, 0.9, "bf16", row_wise=True, bias=True
-        )
-        assert table.weight_bytes() == size(level.weight, level.bias, level.row_scale)
-        assert table.state_bytes() == size(level.momentum, level.second)
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "adamw_dense"])
+def test_the_tables_of_a_cascade_take_what_was_planned(dtype: str, optimizer: str) -> None:
+    if (dtype, optimizer) == ("fp8", "adamw_dense"):
+        dtype = "fp16"
+    rows = RowOptimizer(optimizer, momentum=0.9, state_dtype="bf16", row_wise=True)
+    options = {"layers": ((1,), (2,)), "topk": (2,), "dtype": dtype, "optimizer": rows}
+    make = partial(CascadeHeads, (5, 40), (9,), 16, **options)
+    heads, parts = make().tables(), table_parts(planned(make).tables(), 1)
+    assert list(heads) == ["clusters of level 0", "label table"]
+    for name, level in heads.items():
+        states = [getattr(level, state) for state in STATES]
+        assert parts[f"states of {name}"] == size(*states) > 0
+        assert parts[name] + parts[f"states of {name}"] == size(*level.buffers())
+
+
+def test_planning_takes_no_memory_and_warns_no_one(recwarn: pytest.WarningsRecorder) -> None:
+    rows = 1 << 40  # of a PiB
+    head = planned(lambda: FullHead(rows, 1024, dtype="fp8", optimizer="adam"))
+    assert table_parts({"labels": head}, 1)["states of labels"] == 2 * 4 * 1024 * rows
+    planned(lambda: CascadeHeads((5, 40), (9,), 16, layers=((1,), (2,)), topk=(99,)))
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -73,10 +87,9 @@ def test_running_means_take_what_was_told(dtype: str) -> None:
         layers=((1,), (2,)),
         topk=[2],
     )
-    tables = [
-        Table(str(r), n, 16, dtype, bias=True, mean=True) for r, n in enumerate(model.tree.sizes)
-    ]
-    parts = plan(model.encoder, tables, documents=1, tokens=1, mean=True)
+    tables = {str(r): level for r, level in enumerate(model.heads.levels)}
+    sizes: dict[str, Any] = {"documents": 1, "tokens": 1}
+    parts = plan(model.encoder, tables, **sizes, mean=True, table_means=True)
     model.step(make_batch(model.tree, 3))
     assert model.average is not None
     with model.average.used():
@@ -87,12 +100,7 @@ def test_running_means_take_what_was_told(dtype: str) -> None:
         ]
         told = parts["its running mean"] + sum(parts[f"mean of {r}"] for r in range(2))
         assert told == size(*model.average.means, *rounded) and bool(rounded) == (dtype == "bf16")
-    assert (
-        plan(model.encoder, [replace(t, mean=False) for t in tables], documents=1, tokens=1).get(
-            "mean of 0"
-        )
-        == 0
-    )
+    assert plan(model.encoder, tables, **sizes)["mean of 0"] == 0
 
 
 def test_an_encoder_takes_what_was_told() -> None:
@@ -113,7 +121,7 @@ def test_an_encoder_takes_what_was_told() -> None:
 def test_a_bag_of_words_counts_its_table_and_its_states() -> None:
     encoder = BowEncoder(100, 8, optimizer="adam")
     assert encoder_parts(encoder)["encoder"] >= size(
-        encoder.table, encoder.momentum, encoder.second, encoder.bias
+        encoder.table.weight, encoder.table.momentum, encoder.table.second, encoder.bias
     )
     assert activation_bytes(encoder, 16, 0) == 16 * 8 * 4
 
@@ -131,24 +139,19 @@ def test_activations_grow_with_every_size() -> None:
 
 
 def test_the_line_names_every_part_and_the_total() -> None:
-    tables = [
-        Table("clusters", 1 << 10, 64, "bf16"),
-        Table("label table", 1 << 20, 64, "fp8", momentum=0.0),
-    ]
+    tables = {
+        "clusters": planned(lambda: FullHead(1 << 10, 64, dtype="bf16", optimizer="adam")),
+        "label table": planned(lambda: FullHead(1 << 20, 64, dtype="fp8")),
+    }
     parts = plan(Encoder.tiny(50), tables, documents=4, tokens=8, candidates=(1024, 640))
     line = told(parts)
     assert parts["shortlists"] == shortlist_bytes(4, (1024, 640)) == 4 * 1664 * 12
-    assert parts["label table"] == (1 << 20) * (64 + 8) and parts["states of label table"] == 0
+    steering = 7 * 4 + 2 * 8 + 8  # hyper, counter and rescaled
+    assert parts["label table"] == (1 << 20) * (64 + 8) + steering
+    assert parts["states of label table"] == 0
     assert "label table 72.0 MiB" in line and "label table 72.0 MiB, states" not in line
     assert "the rest" in line and "shortlists" not in line
     total = re.match(r"memory of the model: about ([\d.]+) MiB = ", line)
     assert total is not None and float(total.group(1)) == pytest.approx(
         sum(parts.values()) / 2**20, abs=0.06
     )
-
-
-def test_an_unknown_format_is_told() -> None:
-    with pytest.raises(
-        InputError, match="number format: expected one of fp32, bf16, fp16, fp8, got 'int8'"
-    ):
-        Table("labels", 4, 4, "int8").weight_bytes()

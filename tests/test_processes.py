@@ -26,6 +26,7 @@ from xmlkernels.models.end_to_end import EndToEnd, Training
 from xmlkernels.models.running_mean import MeanSettings
 from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.full_head import FullHead
+from xmlkernels.nn.table import RowOptimizer
 
 SIZES = (8, 7, 1, 6)  # parts of one size, of two sizes, and a process without a document
 WORDS = 40
@@ -73,7 +74,8 @@ def bag_batch(size: int, seed: int) -> BagBatch:
 
 
 def bow_model() -> EndToEnd:
-    encoder = BowEncoder(WORDS, 12, optimizer="adam", decay=0.01, seed=3)
+    adam = RowOptimizer("adam", row_wise=True, decay=0.01, decoupled=True)
+    encoder = BowEncoder(WORDS, 12, optimizer=adam, seed=3)
     settings = Training(encoder_lr=0.01, head_lr=0.05, encoder_decay=0.01, warmup=0, total=100)
     return EndToEnd(encoder, FullHead(23, 12, optimizer="adam", seed=2, bias=True), settings).eval()
 

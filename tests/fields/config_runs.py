@@ -139,12 +139,9 @@ def _tables(model: nn.Module) -> list[Tensor]:
 
 def _trained(model: Any) -> dict[str, Tensor]:
     """Parameters and tables, copied."""
-    names = dict(model.named_parameters()) | {
-        name: value
-        for name, value in model.named_buffers()
-        if name.endswith((".weight", ".bias", ".table"))
-    }
-    return {name: value.detach().clone() for name, value in names.items()}
+    trained, ends = dict(model.named_parameters()), (".weight", ".bias", ".table")
+    held = {k: v for k, v in model.state_dict().items() if k in trained or k.endswith(ends)}
+    return {name: value.detach().clone() for name, value in held.items()}
 
 
 def _watch(seen: Seen, model: Any) -> None:

@@ -12,6 +12,7 @@ from xmlkernels.data.batches.tokens import Batch
 from xmlkernels.models.end_to_end import EndToEnd, Training
 from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
+from xmlkernels.nn.table import RowOptimizer
 
 LABELS = 23
 VOCABULARY = 60
@@ -48,7 +49,7 @@ def make_model(*, dropout: float = 0.0, **training: Any) -> EndToEnd:
         **training,
     }
     encoder = Encoder.tiny(VOCABULARY, dropout=dropout, seed=1)
-    head = FullHead(LABELS, encoder.width, momentum=0.9, seed=2)
+    head = FullHead(LABELS, encoder.width, optimizer=RowOptimizer("sgd", momentum=0.9), seed=2)
     return EndToEnd(encoder, head, Training(**settings)).train(dropout > 0)
 
 

@@ -19,6 +19,7 @@ from xmlkernels.models.end_to_end import EndToEnd, Training
 from xmlkernels.models.running_mean import MeanSettings, RunningMean
 from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
+from xmlkernels.nn.table import RowOptimizer
 
 TREE = make_tree(3)
 LABELS = TREE.sizes[-1]
@@ -36,9 +37,8 @@ def cascade(mean: MeanSettings | None, dtype: str = "fp32") -> Cascade:
 
 def end_to_end(mean: MeanSettings | None, dtype: str = "fp32") -> EndToEnd:
     encoder = Encoder.tiny(VOCABULARY, width=16, bottleneck=8, seed=1)
-    head = FullHead(
-        LABELS, encoder.width, dtype=dtype, bias=True, momentum=0.0 if mean is None else 0.9, seed=2
-    )
+    optimizer = RowOptimizer("sgd", momentum=0.0 if mean is None else 0.9)
+    head = FullHead(LABELS, encoder.width, dtype=dtype, bias=True, optimizer=optimizer, seed=2)
     training = None if mean is None else Training(0.05, 0.5, 0.0, 0, 100, mean=mean)
     return EndToEnd(encoder, head, training).eval()
 

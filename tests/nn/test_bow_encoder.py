@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from xmlkernels import InputError
 from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.full_head import FullHead
+from xmlkernels.nn.table import RowOptimizer
 
 V, D, B = 67, 21, 9
 
@@ -38,7 +39,7 @@ def dense(token: Tensor, offset: Tensor, weight: Tensor, words: int = V) -> Tens
 
 
 def make(**options: Any) -> BowEncoder:
-    return BowEncoder(V, D, **{"optimizer": "sgd", "first": 0.0, "seed": 3, **options})
+    return BowEncoder(V, D, **{"optimizer": "sgd", "seed": 3, **options})
 
 
 @pytest.mark.parametrize("activation", ["relu", "none"])
@@ -46,7 +47,7 @@ def test_forward(activation: str) -> None:
     encoder = make(activation=activation)
     nn.init.normal_(encoder.bias)
     inputs = bags()
-    z = dense(*inputs) @ encoder.table.double() + encoder.bias.double()
+    z = dense(*inputs) @ encoder.table.weight.double() + encoder.bias.double()
     expected = torch.relu(z) if activation == "relu" else z
     found = encoder(*inputs)
     assert (
@@ -63,11 +64,13 @@ def test_forward(activation: str) -> None:
 def test_initial_table() -> None:
     encoder = BowEncoder(3000, 200, std=0.5, seed=1)
     assert (
-        abs(float(encoder.table.std()) - 0.5) < 0.005 and abs(float(encoder.table.mean())) < 0.005
+        abs(float(encoder.table.weight.std()) - 0.5) < 0.005
+        and abs(float(encoder.table.weight.mean())) < 0.005
     )
-    assert torch.equal(encoder.table, BowEncoder(3000, 200, std=0.5, seed=1).table)
-    assert not torch.equal(encoder.table, BowEncoder(3000, 200, std=0.5, seed=2).table)
-    assert not BowEncoder(5, 4, std=0).table.any()
+    first = encoder.table.weight
+    assert torch.equal(first, BowEncoder(3000, 200, std=0.5, seed=1).table.weight)
+    assert not torch.equal(first, BowEncoder(3000, 200, std=0.5, seed=2).table.weight)
+    assert not BowEncoder(5, 4, std=0).table.weight.any()
 
 
 def torch_optimizer(name: str, table: nn.Parameter, lr: float) -> torch.optim.Optimizer:
@@ -83,15 +86,9 @@ def test_training_is_autograd_and_torchs_optimizer(name: str) -> None:
     """Five steps beside a float64 EmbeddingBag with sparse gradients, loss sum(c *
     encoder(bags)).
     """
-    encoder = make(
-        optimizer=name,
-        first=0.9 if name == "adam" else 0.0,
-        beta2=0.99,
-        epsilon=1e-12,
-        rowwise=False,
-    )
-    start = encoder.table.clone()
-    twin = nn.Parameter(encoder.table.double())
+    encoder = make(optimizer=RowOptimizer(name, betas=(0.9, 0.99), epsilon=1e-12))
+    start = encoder.table.weight.clone()
+    twin = nn.Parameter(encoder.table.weight.double())
     bias = nn.Parameter(encoder.bias.detach().double())
     optimizer = torch_optimizer(name, twin, 0.1)
     touched = set()
@@ -117,10 +114,10 @@ def test_training_is_autograd_and_torchs_optimizer(name: str) -> None:
         assert encoder.bias.grad is not None and bias.grad is not None
         torch.testing.assert_close(encoder.bias.grad.double(), bias.grad, rtol=1e-4, atol=1e-4)
         touched |= set(token.tolist())
-    torch.testing.assert_close(encoder.table.double(), twin.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(encoder.table.weight.double(), twin.detach(), rtol=1e-4, atol=1e-4)
     rest = sorted(set(range(V)) - touched)
-    assert len(rest) > 15 and torch.equal(encoder.table[rest], start[rest])
-    assert int(encoder.counter[1]) == 5
+    assert len(rest) > 15 and torch.equal(encoder.table.weight[rest], start[rest])
+    assert int(encoder.table.counter[1]) == 5
 
 
 def rowwise_by_hand(
@@ -146,8 +143,9 @@ def rowwise_by_hand(
 @pytest.mark.parametrize("decay", [0.0, 0.2])
 @pytest.mark.parametrize("name", ["adagrad", "adam"])
 def test_row_wise_states_and_decay(name: str, decay: float) -> None:
-    encoder = make(optimizer=name, first=0.9, beta2=0.99, decay=decay, activation="none")
-    start, steps = encoder.table.double(), []
+    optimizer = RowOptimizer(name, betas=(0.9, 0.99), row_wise=True, decay=decay, decoupled=True)
+    encoder = make(optimizer=optimizer, activation="none")
+    start, steps = encoder.table.weight.double(), []
     for number in range(6):
         token, offset, weight = bags(number)
         factor = torch.randn(B, D, generator=torch.Generator().manual_seed(number))
@@ -155,17 +153,17 @@ def test_row_wise_states_and_decay(name: str, decay: float) -> None:
         encoder.update(0.05)
         steps.append((dense(token, offset, weight).T @ factor.double(), token.unique()))
     torch.testing.assert_close(
-        encoder.table.double(),
+        encoder.table.weight.double(),
         rowwise_by_hand(name, start, steps, 0.05, decay),
         rtol=1e-4,
         atol=1e-4,
     )
-    assert encoder.second is not None and encoder.second.shape == (V,)
+    assert encoder.table.second is not None and encoder.table.second.shape == (V,)
 
 
 def test_momentum_of_sgd() -> None:
-    encoder = make(first=0.5, activation="none")
-    table, m = encoder.table.double(), torch.zeros(V, D).double()
+    encoder = make(optimizer=RowOptimizer("sgd", momentum=0.5), activation="none")
+    table, m = encoder.table.weight.double(), torch.zeros(V, D).double()
     for _ in range(3):
         token, offset, weight = bags()
         encoder(token, offset, weight).sum().backward()
@@ -173,7 +171,7 @@ def test_momentum_of_sgd() -> None:
         rows = token.unique()
         m[rows] = 0.5 * m[rows] + (dense(token, offset, weight).T @ torch.ones(B, D).double())[rows]
         table[rows] -= 0.1 * m[rows]
-    torch.testing.assert_close(encoder.table.double(), table, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(encoder.table.weight.double(), table, rtol=1e-4, atol=1e-4)
 
 
 def test_parts_of_a_batch_add_up() -> None:
@@ -193,8 +191,8 @@ def test_parts_of_a_batch_add_up() -> None:
             token[here], offset[first : last + 1] - offset[first], weight[here]
         ).square().sum().backward()
     parts.update(0.1)
-    torch.testing.assert_close(parts.table, whole.table, rtol=1e-5, atol=1e-6)
-    assert int(parts.counter[1]) == 1
+    torch.testing.assert_close(parts.table.weight, whole.table.weight, rtol=1e-5, atol=1e-6)
+    assert int(parts.table.counter[1]) == 1
 
 
 def test_nothing_to_do() -> None:
@@ -222,24 +220,26 @@ def test_a_non_finite_gradient_changes_nothing() -> None:
         assert torch.equal(encoder.state_dict()[name], before[name]), name
     encoder(*bags()).sum().backward()
     encoder.update(0.1)
-    assert torch.isfinite(encoder.table).all() and not torch.equal(encoder.table, before["table"])
+    table = encoder.table.weight
+    assert torch.isfinite(table).all() and not torch.equal(table, before["table"])
 
 
 def test_bf16_table_follows_the_fp32_one() -> None:
     """Small steps that rounding to nearest would lose: unbiased rounding keeps their sum."""
     half, full = make(dtype="bf16", activation="none"), make(activation="none")
-    full.table.copy_(half.table.float())
+    full.table.weight.copy_(half.table.weight.float())
     token, offset, weight = bags()
-    expected = dense(token, offset, weight) @ half.table.double()
+    expected = dense(token, offset, weight) @ half.table.weight.double()
     torch.testing.assert_close(half(token, offset, weight).double(), expected, rtol=0.02, atol=0.05)
-    start = full.table.clone()
+    start = full.table.weight.clone()
     for encoder in (half, full):
         for _ in range(200):
             encoder._passed.clear()
             encoder(token, offset, weight).sum().backward()
             encoder.update(2e-4)
-    moved, expected = (half.table.float() - start).sum(), (full.table - start).sum()
-    assert half.table.dtype == torch.bfloat16 and abs(float(moved / expected) - 1) < 0.05
+    half, full = half.table.weight, full.table.weight
+    moved, expected = (half.float() - start).sum(), (full - start).sum()
+    assert half.dtype == torch.bfloat16 and abs(float(moved / expected) - 1) < 0.05
 
 
 def test_dropouts_belong_to_training() -> None:
@@ -260,7 +260,7 @@ def test_dropouts_belong_to_training() -> None:
 
 def test_word_dropout_trains_the_words_that_stayed() -> None:
     encoder = make(activation="none", word_dropout=0.5)
-    before = encoder.table.clone()
+    before = encoder.table.weight.clone()
     token, offset = torch.arange(V), torch.tensor([0, V])
     bag = encoder(token, offset, torch.ones(V)).detach() - encoder.bias
     kept = encoder._passed[0][3]
@@ -268,8 +268,11 @@ def test_word_dropout_trains_the_words_that_stayed() -> None:
     encoder(token, offset, torch.ones(V)).sum().backward()
     stayed = encoder._passed[-1][3] > 0
     encoder.update(0.1)
-    torch.testing.assert_close(encoder.table[stayed], before[stayed] - 0.2)
-    assert torch.equal(encoder.table[~stayed], before[~stayed]) and 10 < int(stayed.sum()) < V - 10
+    torch.testing.assert_close(encoder.table.weight[stayed], before[stayed] - 0.2)
+    assert (
+        torch.equal(encoder.table.weight[~stayed], before[~stayed])
+        and 10 < int(stayed.sum()) < V - 10
+    )
 
 
 def test_configuration_and_state() -> None:
@@ -281,6 +284,7 @@ def test_configuration_and_state() -> None:
     again.load_state_dict(kept)
     assert torch.equal(again.eval()(*bags()), encoder.eval()(*bags()))
     assert again.encoder_config() == encoder.encoder_config()
+    assert encoder.state_dict().keys() == {"bias", "table", "momentum", "second", "counter"}
     resumed = make(optimizer="adam", dropout=0.3, word_dropout=0.1, activation="none", dtype="bf16")
     resumed.load_state_dict(encoder.state_dict())
     for one in (resumed, encoder):
@@ -326,7 +330,10 @@ def test_it_learns_with_a_label_table() -> None:
         ({"word_dropout": -0.1}, "word_dropout: expected a probability"),
         ({"activation": "gelu"}, "activation: expected one of relu, none, got 'gelu'"),
         ({"dtype": "fp8"}, "dtype: expected one of fp32, bf16, got 'fp8'"),
-        ({"state_dtype": "fp8"}, "state_dtype"),
+        (
+            {"optimizer": RowOptimizer(state_dtype="fp16")},
+            "state_dtype: expected one of fp32, bf16",
+        ),
         ({"optimizer": "lamb"}, "optimizer: expected one of sgd, adagrad, adam"),
     ],
 )

@@ -7,6 +7,7 @@ import torch
 
 from xmlkernels import InputError
 from xmlkernels.nn.cascade_heads import CascadeHeads
+from xmlkernels.nn.table import RowOptimizer
 
 SIZES, MOST, WIDTH = [40, 300, 5000], [9, 20], 24
 LAYERS = [(1, 2), (3,), (4,)]
@@ -67,15 +68,16 @@ def test_formats_hold_the_same_first_values(dtype: str, clusters: str) -> None:
 def test_state_is_kept_only_where_the_optimizer_needs_it() -> None:
     row, full, sgd = (
         make_heads(),
-        make_heads(row_wise=False, state_dtype="bf16"),
-        make_heads(optimizer="sgd", betas=(0.0, 0.9)),
+        make_heads(optimizer=RowOptimizer("adam", state_dtype="bf16")),
+        make_heads(optimizer="sgd"),
     )
     assert row.levels[2].second.shape == (5000,) and full.levels[2].second.shape == (5000, WIDTH)
     assert full.levels[2].second.dtype == torch.bfloat16
     assert (
         sgd.levels[2].momentum is None and sgd.levels[2].second is None and sgd.levels[2].gain == 1
     )
-    assert make_heads(optimizer="sgd").levels[2].momentum is not None
+    sgd = make_heads(optimizer=RowOptimizer("sgd", momentum=0.9))
+    assert sgd.levels[2].momentum is not None
     # The tables of a cascade are no parameters: only the linear layer stands in a torch optimizer.
     assert [name for name, _ in row.named_parameters()] == [
         "projections.0.weight",

@@ -22,14 +22,17 @@ from xmlkernels.checkpoint import load, save
 from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.restore import restored
 from xmlkernels.models.running_mean import MeanSettings
-from xmlkernels.nn import cascade_level, placement
+from xmlkernels.nn import cascade_level, table
+from xmlkernels.nn.bow import BowEncoder
+from xmlkernels.nn.full_head import FullHead
+from xmlkernels.planner import planned
 from xmlkernels.training import build
 
 CPU = torch.device("cpu")
 MODELS = {
     "fp32": {},
     "fp8": {"dtype": "fp8", "drops": 0.2},
-    "sgd": {"optimizer": "sgd", "betas": (0.9, 0.9)},
+    "sgd": {"optimizer": "sgd", "momentum": 0.9},
     "dense": {"optimizer": "adamw_dense"},
     "mean": {"mean": MeanSettings(0.9, tables=True), "dtype": "bf16"},
 }
@@ -96,10 +99,11 @@ class Watched:
         self.devices: list[str] = []
         self.moves: list[tuple[str, str, int]] = []
         patch.setattr(cascade_level, "cluster_step_", self.step)
-        patch.setattr(cascade_level, "shortlist_matmul", self.scores)
+        patch.setattr(table, "shortlist_matmul", self.scores)
+        self.plainly = cascade_level.moved
         patch.setattr(cascade_level, "moved", self.moved)
         patch.setattr(
-            placement, "wait_for", lambda device: self.moves.append((str(device), "waited", 0))
+            cascade_level, "wait_for", lambda device: self.moves.append((str(device), "waited", 0))
         )
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
 
@@ -135,7 +139,7 @@ class Watched:
         self.moves += [
             (str(t.device), str(device), t.numel()) for t in tensors if t.device != device
         ]
-        return placement.moved(device, *tensors)
+        return self.plainly(device, *tensors)
 
 
 def on(device: str, batch: Documents) -> Documents:
@@ -290,11 +294,11 @@ def test_memory_is_told_for_each_device(
         "beyond_memory": True,
     }
     config = replace(RECIPES["cascade-tiny"][1], **settings)
-    encoder = torch.nn.Linear(4, 4)
-    tables = [
-        build.Table(name, rows, 64, "bf16", "adam")
+    encoder = BowEncoder(4, 4)
+    tables = {
+        name: planned(lambda rows=rows: FullHead(rows, 64, dtype="bf16", optimizer="adam"))
         for name, rows in (("clusters", 1 << 10), ("labels", 1 << 16))
-    ]
+    }
 
     def lines(**changes: Any) -> list[str]:
         build._tell(

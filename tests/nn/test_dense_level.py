@@ -13,10 +13,11 @@ from torch import Tensor
 from train_runs import Config, cascade, check, make_dataset, make_tree, run, weights
 
 from xmlkernels import InputError
+from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.cascade_heads import CascadeHeads
-from xmlkernels.nn.cascade_level import CascadeLevel
-from xmlkernels.nn.dense_level import DenseLevel
-from xmlkernels.planner import Table, plan
+from xmlkernels.nn.cascade_level import CascadeLevel, DenseLevel
+from xmlkernels.nn.table import RowOptimizer
+from xmlkernels.planner import plan, planned
 from xmlkernels.predict.model import Predictor
 
 BETA2, EPSILON = 0.999, 1e-8
@@ -86,16 +87,10 @@ def test_steps_equal_adamw_by_hand(levels: int) -> None:
 
 def test_it_equals_the_row_sparse_rule_where_every_row_is_a_candidate() -> None:
     """One cluster of all rows; biases, which follow another rule, are put back after every step."""
-    options = {
-        "row_wise": False,
-        "betas": (0.9, BETA2),
-        "epsilon": EPSILON,
-        "state_dtype": "fp32",
-        "seed": 5,
-        "fill": True,
-    }
-    sparse = CascadeLevel(30, 12, 30, dtype="fp32", optimizer="adam", **options)
-    dense = DenseLevel(30, 12, 30, dtype="fp32", optimizer="adamw_dense", **options)
+    sparse, dense = (
+        level(30, 12, 30, dtype="fp32", optimizer=RowOptimizer(kind), seed=5, fill=True)
+        for level, kind in ((CascadeLevel, "adam"), (DenseLevel, "adamw_dense"))
+    )
     first = sparse.weight.clone()
     assert torch.equal(dense.weight, first) and dense.gain == 1
     clusters, row_ptr = torch.zeros(8, 1, dtype=torch.int64), torch.tensor([0, 30])
@@ -179,7 +174,7 @@ def test_a_stopped_model_goes_on_bit_for_bit_and_is_served(dtype: str) -> None:
         "bias_momentum",
         "bias_second",
     }
-    served = make_model(3, training=False, dtype=dtype, optimizer="sgd", betas=(0.0, 0.9))
+    served = make_model(3, training=False, dtype=dtype, optimizer="sgd")
     served.load_tensors({k: v.clone() for k, v in model.tensors().items()})
     batch = make_batch(model.tree, 4, seed=8)
     assert all(
@@ -207,7 +202,7 @@ def test_its_step_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) ->
     # The ops' own checks of values run on the CPU alone.
     monkeypatch.setattr("xmlkernels.ops.sparse_update.check_touched_rows", nothing)
     monkeypatch.setattr(
-        "xmlkernels.nn.dense_level.shortlist_matmul", torch.ops.xmlkernels.shortlist_matmul
+        "xmlkernels.nn.cascade_level.shortlist_matmul", torch.ops.xmlkernels.shortlist_matmul
     )
     options = {"lr": 1e-2, "beta1": 0.9, "scale": one, "dx_scale": one, "need_loss": True}
     with Seen() as seen:
@@ -225,44 +220,18 @@ def test_its_step_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) ->
     assert [name for name in seen.names if any(wait in name for wait in waits)] == []
 
 
-@pytest.mark.parametrize("state", ["fp32", "bf16"])
-def test_it_takes_the_memory_that_was_told(state: str) -> None:
-    heads = CascadeHeads(
-        (5, 40),
-        (9,),
-        16,
-        layers=((1,), (2,)),
-        topk=(2,),
-        optimizer="adamw_dense",
-        state_dtype=state,
-    )
-    tables = []
-    for size, level in zip((5, 40), heads.levels, strict=True):
-        tables.append(
-            Table(
-                f"{size} rows",
-                size,
-                16,
-                "fp32",
-                "adamw_dense",
-                0.9,
-                state,
-                row_wise=True,
-                bias=True,
-            )
-        )
-        held = {
-            name: value.numel() * value.element_size() for name, value in level.state_dict().items()
-        }
-        assert tables[-1].weight_bytes() == held["weight"] + held["bias"]
-        states = ("momentum", "second", "bias_momentum", "bias_second")
-        assert tables[-1].state_bytes() == sum(held[name] for name in states)
-    parts = plan(torch.nn.Linear(2, 2), tables, documents=3, tokens=0, update=12)
-    assert parts["gradients of one table"] == 4 * 40 * (
-        16 + 12
-    )  # [n, D] and [B, n] of the larger one
-    sparse = [replace(table, optimizer="adam") for table in tables]
-    assert plan(torch.nn.Linear(2, 2), sparse, documents=3, tokens=0)["gradients of one table"] == 0
+def test_it_takes_the_memory_that_was_planned() -> None:
+    """The gradients of a step: [n, D] and, of the documents of an update, [B, n]; the larger table
+    decides."""
+
+    def gradients(kind: str) -> int:
+        options = {"layers": ((1,), (2,)), "topk": (2,), "optimizer": kind}
+        heads = planned(lambda: CascadeHeads((5, 40), (9,), 16, **options))
+        parts = plan(BowEncoder(2, 2), heads.tables(), documents=3, tokens=0, update=12)
+        return parts["gradients of one table"]
+
+    assert gradients("adamw_dense") == 4 * 40 * (16 + 12)
+    assert gradients("adam") == 0
 
 
 def test_what_makes_no_sense_is_refused() -> None:
@@ -274,9 +243,9 @@ def test_what_makes_no_sense_is_refused() -> None:
         make_model(2, optimizer="adamw_dense", dtype="fp8")
     with pytest.raises(
         InputError,
-        match="cascade table: optimizer: expected one of adam, sgd, adamw_dense, got 'adamw'",
+        match="cascade table: optimizer: expected one of adam, sgd, adamw_dense, got 'adagrad'",
     ):
-        make_model(2, optimizer="adamw")
+        make_model(2, optimizer="adagrad")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import nn
 
 from xmlkernels.errors import InputError
 from xmlkernels.nn.dropout import Dropout, dropout
-from xmlkernels.nn.encoder import Encoder, default_autocast, load_ngame
+from xmlkernels.nn.encoder import Encoder, load_ngame
 
 transformers = pytest.importorskip("transformers")
 PREFIX = "embedding_labels.encoder.transformer.0.auto_model."
@@ -191,22 +191,6 @@ def test_bottleneck_and_autocast() -> None:
     assert weight.grad is not None and weight.grad.dtype == torch.float32
     encoder.autocast = None
     torch.testing.assert_close(encoder(ids, mask), exact, rtol=1e-5, atol=1e-6)
-
-
-def test_default_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    for found, expected in [
-        ({"avx512_bf16": True}, torch.bfloat16),
-        ({"amx_bf16": True}, torch.bfloat16),
-        ({"avx512_bf16": False, "avx2": True}, None),
-        ({"architecture": "aarch64"}, None),
-    ]:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
-        assert default_autocast("cpu") == expected
-    for supported, half in [(True, torch.bfloat16), (False, torch.float16)]:
-        monkeypatch.setattr(
-            torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s
-        )
-        assert default_autocast(torch.device("cuda", 0)) == half
 
 
 def test_tiny_is_seeded_and_leaves_the_generator() -> None:

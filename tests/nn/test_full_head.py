@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from xmlkernels import InputError
-from xmlkernels.nn.full_head import FullHead, default_table_dtype
+from xmlkernels.nn.full_head import FullHead
+from xmlkernels.nn.table import RowOptimizer
 
 
 def positives(pairs: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,9 +35,8 @@ def test_initial_table_is_normal_and_depends_on_the_seed_alone() -> None:
 def test_steps_follow_torch(optimizer: str, decoupled: bool) -> None:
     """Ten fp32 steps beside nn.Linear, BCEWithLogits(sum) and torch's own optimizer."""
     labels, width, batch, lr, decay = 37, 12, 6, 0.05, 0.1
-    head = FullHead(
-        labels, width, optimizer=optimizer, momentum=0.9, decay=decay, decoupled=decoupled, seed=1
-    )
+    rows = RowOptimizer(optimizer, momentum=0.9, decay=decay, decoupled=decoupled)
+    head = FullHead(labels, width, optimizer=rows, seed=1)
     twin = nn.Linear(width, labels, bias=False)
     twin.weight.data.copy_(head.weight)
     make = {
@@ -78,15 +78,13 @@ def test_the_counter_moves_so_that_rounding_differs_between_steps() -> None:
 
 
 def test_state_is_kept_only_where_the_optimizer_needs_it() -> None:
-    assert FullHead(4, 4, momentum=0.0).momentum is None
-    assert FullHead(4, 4, momentum=0.9).second is None
-    adam = FullHead(4, 4, optimizer="adam", state_dtype="bf16")
-    assert (
-        adam.momentum is not None
-        and adam.second is not None
-        and adam.second.dtype == torch.bfloat16
-    )
-    assert FullHead(4, 4, kahan=True).kahan is None  # fp32 leaves nothing over
+    assert FullHead(4, 4).momentum is None
+    assert FullHead(4, 4, optimizer=RowOptimizer("sgd", momentum=0.9)).second is None
+    adam = FullHead(4, 4, optimizer=RowOptimizer("adam", state_dtype="bf16"))
+    assert adam.momentum is not None and adam.momentum.dtype == torch.bfloat16
+    assert adam.second is not None and adam.second.dtype == torch.bfloat16
+    exact = FullHead(4, 4, optimizer=RowOptimizer(kahan=True))
+    assert exact.kahan is None  # fp32 leaves nothing over
     assert not any(p.requires_grad for p in FullHead(4, 4, bias=True).parameters())
 
 
@@ -123,7 +121,7 @@ def test_an_fp8_table_learns_what_an_fp32_table_learns() -> None:
 
 def test_an_fp8_table_has_no_kahan() -> None:
     with pytest.raises(InputError, match="label table: kahan: expected False for fp8"):
-        FullHead(4, 4, dtype="fp8", kahan=True)
+        FullHead(4, 4, dtype="fp8", optimizer=RowOptimizer(kahan=True))
 
 
 def test_topk_ranks_by_logit() -> None:
@@ -136,23 +134,15 @@ def test_topk_ranks_by_logit() -> None:
     assert rows.tolist() == [[2, 0]]
 
 
-def test_default_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    for found, dtype in (
-        ({"avx512_bf16": True}, "bf16"),
-        ({"amx_bf16": True}, "bf16"),
-        ({"avx2": True}, "fp32"),
+def test_options_that_no_full_head_takes_are_named() -> None:
+    for options, message in (
+        ({"dtype": "fp4"}, "dtype: expected one of fp32, bf16, fp16, fp8, got 'fp4'"),
+        ({"optimizer": "lamb"}, "optimizer: expected one of sgd, adam, got 'lamb'"),
+        ({"optimizer": RowOptimizer("adagrad")}, "optimizer: expected one of sgd, adam, got 'ada"),
+        ({"optimizer": RowOptimizer("adam", row_wise=True)}, "row_wise: expected False, got True"),
     ):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
-        assert default_table_dtype(torch.device("cpu")) == dtype
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("dtype", "fp4"), ("state_dtype", "fp8"), ("state_dtype", "int8"), ("optimizer", "lamb")],
-)
-def test_unknown_options_are_named(key: str, value: str) -> None:
-    with pytest.raises(InputError, match=f"label table: {key}: expected .*{value}"):
-        FullHead(4, 4, **{key: value})
+        with pytest.raises(InputError, match=f"label table: {message}"):
+            FullHead(4, 4, **options)  # type: ignore[arg-type]
 
 
 def test_biases_start_at_the_frequencies() -> None:

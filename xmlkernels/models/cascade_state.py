@@ -16,13 +16,13 @@ from xmlkernels.models.base import check_tensors
 from xmlkernels.models.running_mean import PREFIX, check_means, for_prediction
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.layer_recipe import checked_layers
+from xmlkernels.nn.table import without_states
 from xmlkernels.tree.label_tree import LabelTree
 
 if TYPE_CHECKING:
     from xmlkernels.models.cascade import Cascade
 
 _PARTS = ("optimizer.", "scaler.", PREFIX)
-_STATES = (".momentum", ".second", ".bias_momentum", ".bias_second")
 
 
 def cascade_tensors(model: Cascade) -> dict[str, Tensor]:
@@ -49,7 +49,7 @@ def load_cascade_tensors(model: Cascade, tensors: Mapping[str, Tensor]) -> None:
     rest = {k: v for k, v in tensors.items() if not k.startswith(_PARTS)}
     means, own = parts[PREFIX], model.state_dict()
     if model.training_settings is None:
-        rest = {k: v for k, v in rest.items() if not k.endswith(_STATES) or k in own}
+        rest = without_states(rest, own)
         rest = for_prediction(rest, means)
     _check_tree(model, rest)
     check_tensors(own, rest)

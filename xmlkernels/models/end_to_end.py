@@ -23,6 +23,7 @@ from xmlkernels.models.running_mean import (
     for_prediction,
 )
 from xmlkernels.nn.full_head import FullHead
+from xmlkernels.nn.table import without_states
 from xmlkernels.optim import (
     LossScaler,
     encoder_optimizer,
@@ -211,11 +212,7 @@ class EndToEnd(nn.Module):
         }
         if self.training_settings is None:
             rest = for_prediction(rest, means)
-            rest = {
-                k: v
-                for k, v in rest.items()
-                if k not in ("head.momentum", "head.second", "head.kahan")
-            }
+            rest = without_states(rest, self.state_dict())
         check_tensors(self.state_dict(), rest)
         if self.training_settings is not None:
             check_means(self.average, means)

@@ -140,8 +140,8 @@ def restored(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Model:
     if kind == "end_to_end":
         return EndToEnd(_encoder(config["encoder"], tensors), FullHead(**config["head"], std=0))
     tree = saved_tree(config, tensors)
-    # SGD without momentum keeps no states, which prediction has no use for.
-    heads = CascadeHeads(**config["head"], optimizer="sgd", betas=(0.0, 0.999), fill=False)
+    # SGD without momentum keeps no state, and prediction needs none.
+    heads = CascadeHeads(**config["head"], optimizer="sgd", fill=False)
     return Cascade(_encoder(config["encoder"], tensors), heads, tree)
 
 

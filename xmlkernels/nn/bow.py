@@ -1,16 +1,15 @@
 """A bag-of-words encoder: weighted sum of word vectors, bias, ReLU, dropout.
 
 Source: the input side of AnnexML and of fastText (Joulin et al., EACL 2017), with a hidden layer's
-    bias and ReLU. The word
-table is trained as the label tables are: it never meets a gradient tensor. `forward` keeps the
-bags, autograd leaves their gradient there, and `update` takes it to the rows of the words that
-occurred (`bag_step_`).
+bias and ReLU. The word table is trained as the label tables are: it never meets a gradient tensor.
+`forward` keeps the bags, autograd leaves their gradient there, and `update` takes it to the rows of
+the words that occurred (`bag_step_`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +17,45 @@ from torch import Tensor, nn
 from xmlkernels import dist
 from xmlkernels.errors import InputError
 from xmlkernels.nn.dropout import Dropout, dropout
-from xmlkernels.nn.table import new_table, normal
+from xmlkernels.nn.table import RowOptimizer, Table, check_choice, normal
 from xmlkernels.ops import bag_step_
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-OPTIMIZERS = ("sgd", "adagrad", "adam")
+DTYPES = ("fp32", "bf16")  # of the table and of its optimizer's state
 ACTIVATIONS = ("relu", "none")
+_NAME = "bag-of-words encoder"
+# Buffers of the word table by their names in a state dict, which are older than `Table`.
+_SAVED = {
+    "table": "weight",
+    "momentum": "momentum",
+    "second": "second",
+    "kahan": "kahan",
+    "counter": "counter",
+}
+
+
+class WordTable(Table):
+    """The word vectors of a bag-of-words encoder."""
+
+    NAME: ClassVar[str] = _NAME
+
+    @classmethod
+    def check_options(cls, dtype: str, optimizer: RowOptimizer) -> None:
+        """Raise InputError unless `bag_step_` takes the formats and the optimizer."""
+        check_choice(f"{_NAME}: dtype", dtype, DTYPES)
+        check_choice(f"{_NAME}: state_dtype", optimizer.state_dtype, DTYPES)
+        super().check_options(dtype, optimizer)
 
 
 class BowEncoder(nn.Module):
     """Bags of words → one fp32 vector per document: dropout(relu(bag + bias)).
 
-    `update` is the whole of the word table's training; only `bias` is a parameter, for the torch
-    optimizer beside it. As many bags as were passed forward since the last `update` are trained at
-    once: micro-batches add up.
+    `update` is the whole of the word table's training; only `bias` is a parameter, for a torch
+    optimizer. All bags passed forward since the last `update` are trained at once: micro-batches
+    add up.
 
     Attributes:
-        table: [V, D] word vectors, fp32 or bf16.
-        momentum, second: the optimizer's state, None where it has none.
+        table: a `Table` of the word vectors, [V, D]. In a state dict its buffers are `table`,
+            `momentum`, `second`, `kahan` and `counter`, as in every checkpoint so far.
         width: D.
         autocast, max_length: None: it computes in fp32 and takes bags of any length.
 
@@ -43,17 +63,14 @@ class BowEncoder(nn.Module):
         vocabulary: V.
         width: D.
         dropout: probability of dropout on the finished vector.
-        word_dropout: probability that an occurrence is left out in training; the rest weighs 1/(1 −
-            p) more.
+        word_dropout: probability that an occurrence is left out in training; the rest weighs
+            1/(1 − p) more.
         activation: "relu", or "none" for a linear (low-rank) model.
         dtype: of the table, "fp32" or "bf16". Below fp32, sums use the words' weights rounded to
             bf16 too.
-        optimizer: "adam", "adagrad" or "sgd"; None for prediction alone.
-        first: Adam's beta1, or SGD's momentum (0 keeps no state).
-        beta2, epsilon: Adam's and Adagrad's.
-        rowwise: one second moment per word instead of one per value.
-        state_dtype: of the optimizer's state; below fp32 it rounds stochastically.
-        decay: decoupled weight decay of the words that occur.
+        optimizer: of the table: "adam" or "adagrad" (with one second moment per word, and a
+            decoupled decay), "sgd", or a RowOptimizer; None for prediction alone. Decay concerns
+            the words that occur.
         std: standard deviation of the initial N(0, std²). The bags of a normalised TF-IDF have norm
             1, so the hidden units begin with this deviation.
         seed: of the initial table and of the stochastic rounding.
@@ -61,12 +78,6 @@ class BowEncoder(nn.Module):
     Raises:
         InputError: an option is out of range.
     """
-
-    table: Tensor
-    momentum: Tensor | None
-    second: Tensor | None
-    hyper: Tensor
-    counter: Tensor
 
     def __init__(
         self,
@@ -77,81 +88,64 @@ class BowEncoder(nn.Module):
         word_dropout: float = 0.0,
         activation: str = "relu",
         dtype: str = "fp32",
-        optimizer: str | None = None,
-        first: float = 0.9,
-        beta2: float = 0.999,
-        epsilon: float = 1e-8,
-        rowwise: bool = True,
-        state_dtype: str = "fp32",
-        decay: float = 0.0,
+        optimizer: RowOptimizer | str | None = None,
         std: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check(
-            vocabulary,
-            width,
-            {"dropout": dropout, "word_dropout": word_dropout},
-            activation,
-            dtype,
-            optimizer,
-            state_dtype,
-        )
+        for name, size in (("vocabulary", vocabulary), ("width", width)):
+            if size < 1:
+                raise InputError(f"{_NAME}: {name}", "at least 1", str(size), "correct it")
+        for name, share in (("dropout", dropout), ("word_dropout", word_dropout)):
+            if not 0.0 <= share < 1.0:
+                expected = "a probability in [0, 1)"
+                raise InputError(f"{_NAME}: {name}", expected, str(share), "correct it")
+        check_choice(f"{_NAME}: activation", activation, ACTIVATIONS)
         self.width = width
         self.autocast: torch.dtype | None = None
         self.max_length: int | None = None
         self.activation, self.dtype, self.word_dropout = activation, dtype, word_dropout
         self.bias = nn.Parameter(torch.zeros(width))
         self.dropout = Dropout(dropout)
-        shape = (vocabulary, width)
-        adam, state = optimizer == "adam", DTYPES[state_dtype]
-        squares = torch.zeros(vocabulary if rowwise else shape, dtype=state)
-        self.register_buffer(
-            "table", new_table(vocabulary, width, DTYPES[dtype], seed, normal(std))[0]
-        )
-        keeps = adam or (optimizer == "sgd" and first > 0)
-        self.register_buffer("momentum", torch.zeros(shape, dtype=state) if keeps else None)
-        self.register_buffer("second", squares if optimizer in ("adam", "adagrad") else None)
-        self.register_buffer(
-            "hyper", torch.tensor([0.0, decay, first, beta2, epsilon, 1.0, 1.0]), persistent=False
-        )
-        self.register_buffer("counter", torch.tensor([seed, 0]))
         self.trained = optimizer is not None
+        if isinstance(optimizer, str):
+            check_choice(f"{_NAME}: optimizer", optimizer, WordTable.OPTIMIZERS)
+            optimizer = RowOptimizer(optimizer, row_wise=True, decoupled=True)
+        self.table = WordTable(
+            vocabulary,
+            width,
+            dtype=dtype,
+            optimizer=optimizer or RowOptimizer(),
+            draw=normal(std),
+            seed=seed,
+        )
         self._passed: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.register_state_dict_post_hook(_saved_names)
+        self.register_load_state_dict_pre_hook(_table_names)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> BowEncoder:
-        """Rebuild the encoder that `encoder_config()` describes, for prediction: load a state dict
-        into it.
+        """Rebuild the encoder that `encoder_config()` describes, for prediction.
+
+        Its weights are still to be loaded from a state dict.
 
         Raises:
             InputError: the dict does not describe one.
         """
+        where, mend = "encoder configuration", "pass encoder_config()"
         options = dict(config)
         if options.pop("kind", None) != "bow":
-            raise InputError(
-                "encoder configuration",
-                "the kind `bow`",
-                repr(config.get("kind")),
-                "pass encoder_config()",
-            )
+            raise InputError(where, "the kind `bow`", repr(config.get("kind")), mend)
         try:
             return cls(**options, std=0.0)
         except TypeError as error:
-            raise InputError(
-                "encoder configuration",
-                "the options of BowEncoder",
-                str(error),
-                "pass encoder_config()",
-            ) from error
+            raise InputError(where, "the options of BowEncoder", str(error), mend) from error
 
     def encoder_config(self) -> dict[str, Any]:
-        """JSON-ready description for `from_config`: shape and options of the forward pass, no
-        weights.
-        """
+        """Describe the encoder for `from_config`, JSON-ready: shape and options, no weights."""
         return {
             "kind": "bow",
-            "vocabulary": self.table.shape[0],
+            "vocabulary": self.table.weight.shape[0],
             "width": self.width,
             "dropout": self.dropout.p,
             "word_dropout": self.word_dropout,
@@ -160,7 +154,7 @@ class BowEncoder(nn.Module):
         }
 
     def forward(self, token: Tensor, offset: Tensor, token_weight: Tensor) -> Tensor:
-        """Bags of words → fp32 [B, D].
+        """Encode bags of words: fp32 [B, D].
 
         With gradients on, the bags wait for `update`; an encoder built without an optimizer keeps
         none.
@@ -172,13 +166,14 @@ class BowEncoder(nn.Module):
         """
         if self.training and self.word_dropout > 0:
             token_weight = dropout(token_weight, self.word_dropout)
+        table = self.table.weight
         with torch.no_grad():
             bag = nn.functional.embedding_bag(
                 token,
-                self.table,
+                table,
                 offset,
                 mode="sum",
-                per_sample_weights=token_weight.to(self.table.dtype),
+                per_sample_weights=token_weight.to(table.dtype),
                 include_last_offset=True,
             ).float()
         if self.trained and torch.is_grad_enabled():
@@ -187,20 +182,22 @@ class BowEncoder(nn.Module):
         return self.dropout(torch.relu(x) if self.activation == "relu" else x)
 
     def layer_vectors(self, levels: int | Sequence[object], *inputs: Tensor) -> list[Tensor]:
-        """The same vector, fp32 [B, D], for each level of a cascade: their number, or a recipe with
-        an entry for each.
+        """Give each level of a cascade the same vector, fp32 [B, D].
+
+        Args:
+            levels: their number, or a recipe with an entry for each.
+            inputs: as `forward` takes them.
         """
         count = levels if isinstance(levels, int) else len(levels)
         return [self(*inputs)] * count
 
     @torch.no_grad()
     def update(self, lr: float) -> None:
-        """Takes one optimizer step on the words of the bags passed since the last call; nothing
-        where no gradient came.
+        """Take one optimizer step on the words of the bags passed since the last call.
 
-        A non-finite gradient leaves the table and its state as they were. Call it after every
-        backward: bags are kept until then. Of several processes each takes the step on the bags of
-        all.
+        Call it after every backward: bags are kept until then. Without a gradient nothing happens;
+        a non-finite one leaves the table and its state as they were. With several processes, each
+        takes the step on the bags of all.
 
         Args:
             lr: learning rate of this step.
@@ -213,60 +210,42 @@ class BowEncoder(nn.Module):
         )
         before = torch.tensor([0, *(len(token) for token in tokens)]).cumsum(0).tolist()
         ends = [offset[1:] + start for offset, start in zip(offsets, before, strict=False)]
-        grad, token, offset, weight = (
-            torch.cat(grads),
-            torch.cat(tokens),
-            torch.cat([offsets[0][:1], *ends]),
-            torch.cat(weights),
-        )
+        grad, token, weight = torch.cat(grads), torch.cat(tokens), torch.cat(weights)
+        offset = torch.cat([offsets[0][:1], *ends])
         if dist.size() > 1:
             grad, token, weight, lengths = (
                 dist.gather_ragged(own) for own in (grad, token, weight, offset.diff())
             )
             offset = nn.functional.pad(lengths.cumsum(0), (1, 0))
-        self.hyper[0] = lr
+        table = self.table
+        table.hyper[0] = lr
         bag_step_(
-            self.table,
+            table.weight,
             grad,
             token,
             offset,
-            self.hyper,
-            self.counter,
+            table.hyper,
+            table.counter,
             token_weight=weight,
-            momentum=self.momentum,
-            second=self.second,
-            decoupled=True,
+            momentum=table.momentum,
+            second=table.second,
+            kahan=table.kahan,
+            decoupled=table.optimizer.decoupled,
         )
-        self.counter[1] += 1
+        table.after_step()
 
 
-def _check(
-    vocabulary: int,
-    width: int,
-    shares: dict[str, float],
-    activation: str,
-    dtype: str,
-    optimizer: str | None,
-    state: str,
+def _saved_names(
+    module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object
 ) -> None:
-    for name, size in (("vocabulary", vocabulary), ("width", width)):
-        if size < 1:
-            raise InputError(f"bag-of-words encoder: {name}", "at least 1", str(size), "correct it")
-    for name, share in shares.items():
-        if not 0.0 <= share < 1.0:
-            raise InputError(
-                f"bag-of-words encoder: {name}", "a probability in [0, 1)", str(share), "correct it"
-            )
-    choices = (
-        ("activation", activation, ACTIVATIONS),
-        ("dtype", dtype, DTYPES),
-        ("state_dtype", state, DTYPES),
-    )
-    for name, value, known in (*choices, ("optimizer", optimizer or OPTIMIZERS[0], OPTIMIZERS)):
-        if value not in known:
-            raise InputError(
-                f"bag-of-words encoder: {name}",
-                f"one of {', '.join(known)}",
-                repr(value),
-                "choose one of them",
-            )
+    """Give the word table's buffers their names in a state dict."""
+    for saved, name in _SAVED.items():
+        if f"{prefix}table.{name}" in state:
+            state[prefix + saved] = state.pop(f"{prefix}table.{name}")
+
+
+def _table_names(module: nn.Module, state: dict[str, Tensor], prefix: str, *_rest: object) -> None:
+    """Give what a state dict holds of the word table its names in the module."""
+    for saved, name in _SAVED.items():
+        if prefix + saved in state:
+            state[f"{prefix}table.{name}"] = state.pop(prefix + saved)

@@ -1,19 +1,17 @@
-"""The heads of a cascade: one table per level of the label tree, and what stands between encoder
-and tables.
-"""
+"""The heads of a cascade: a table per level of the label tree, and the layers in front of them."""
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from xmlkernels.errors import InputError
-from xmlkernels.nn.cascade_level import CascadeLevel
-from xmlkernels.nn.dense_level import DenseLevel
+from xmlkernels.nn.cascade_level import LEVEL_OPTIMIZERS, CascadeLevel, DenseLevel
 from xmlkernels.nn.dropout import Dropout
 from xmlkernels.nn.layer_recipe import Recipe, checked_layers
+from xmlkernels.nn.table import RowOptimizer, check_choice
 
 SCHEMES = ("level", "weighted", "path")
 _SEEDS = 1_000_003  # apart, so that levels draw different tables and different rounding
@@ -24,21 +22,21 @@ class ShortlistWarning(UserWarning):
 
 
 class CascadeHeads(nn.Module):
-    """One head per level (CascadeXML, NeurIPS 2022, section 3): features of the encoder's layers →
-    logits of nodes.
+    """One head per level: features of the encoder's layers → logits of nodes.
 
-    A level that reads two layers (the coarsest) passes them through dropout and a linear layer 2D →
-    D; every level then has a dropout of its own. Rows stand in tree order: the model translates
-    label ids.
+    A level that reads two layers (the coarsest) passes them through dropout and a linear layer
+    2D → D; every level then has a dropout of its own. Rows are in tree order: the model translates
+    label ids. Source: CascadeXML (NeurIPS 2022), section 3.
 
     Attributes:
-        config: what prediction needs to build it again: CascadeHeads(**config, fill=False).
+        config: what prediction needs to build it again:
+            CascadeHeads(**config, optimizer="sgd", fill=False).
         levels: a `CascadeLevel` each, coarsest first; the last one holds the labels.
         topk: clusters kept after each cluster level, never more than there are.
 
     Args:
         sizes: nodes of each level, coarse to fine, the number of labels last (`LabelTree.sizes`).
-        most: largest number of children of a node, for each cluster level (`LabelTree.widest`).
+        most: largest number of children of a node, per cluster level (`LabelTree.widest`).
         width: D, of the encoder's vectors.
         layers: the encoder's layers that each level reads; see `default_layers`.
         topk: k of each cluster level (R - 1 of them).
@@ -46,10 +44,10 @@ class CascadeHeads(nn.Module):
             parent's, "path" the product from the coarsest level on. Shortlists always go by the
             level's own.
         dtype: of the label table: "fp32", "bf16", "fp16", "fp8".
-        cluster_dtype: of the other tables; None: as `dtype`, but bf16 beside fp8.
-        optimizer, row_wise, betas, epsilon, state_dtype: of the tables; see `CascadeLevel`, and
-            `DenseLevel` for "adamw_dense".
-        label_device: where the label level stands, and stays whatever `.to` says to the rest; None:
+        cluster_dtype: of the other tables; None: as `dtype`, but bf16 where that is fp8.
+        optimizer: of the tables: "adam" (with one second moment per row), "sgd" or "adamw_dense"
+            (see `DenseLevel`), or a RowOptimizer. The training of a model sets its decay.
+        label_device: where the label level lives, and stays whatever `.to` does to the rest; None:
             with the rest. It is no part of `config`, nor of a checkpoint: either is read with any
             placement.
         drops: dropout of each level; one number serves all.
@@ -74,11 +72,7 @@ class CascadeHeads(nn.Module):
         scheme: str = "weighted",
         dtype: str = "fp32",
         cluster_dtype: str | None = None,
-        optimizer: str = "adam",
-        row_wise: bool = True,
-        betas: tuple[float, float] = (0.9, 0.999),
-        epsilon: float = 1e-8,
-        state_dtype: str = "fp32",
+        optimizer: RowOptimizer | str = "adam",
         drops: float | Sequence[float] = 0.0,
         projection_drop: float = 0.2,
         seed: int = 0,
@@ -88,16 +82,9 @@ class CascadeHeads(nn.Module):
         super().__init__()
         count = len(sizes)
         if not 2 <= count <= 5:
-            raise InputError(
-                "levels of the cascade",
-                "2 to 5",
-                str(count),
-                "build the label tree with 1 to 4 depths",
-            )
-        if scheme not in SCHEMES:
-            raise InputError(
-                "scheme", f"one of {', '.join(SCHEMES)}", repr(scheme), "choose one of them"
-            )
+            mend = "build the label tree with 1 to 4 depths"
+            raise InputError("levels of the cascade", "2 to 5", str(count), mend)
+        check_choice("scheme", scheme, SCHEMES)
         self.layers: Recipe = checked_layers(layers, count, None)
         self.width, self.scheme = width, scheme
         self.topk, self.most = _clamped(topk, sizes, most), tuple(most)
@@ -115,49 +102,47 @@ class CascadeHeads(nn.Module):
         }
         self.dropouts = nn.ModuleList(Dropout(p) for p in self.drops)
         self.projection_drop = Dropout(projection_drop)
+        doubled = [r for r, level in enumerate(self.layers) if len(level) > 1]
         self.projections = nn.ModuleDict(
-            {
-                str(r): _linear(2 * width, width, seed + r)
-                for r, level in enumerate(self.layers)
-                if len(level) > 1
-            }
+            {str(r): _linear(2 * width, width, seed + r) for r in doubled}
         )
+        if isinstance(optimizer, str):
+            check_choice("cascade table: optimizer", optimizer, LEVEL_OPTIMIZERS)
+            optimizer = RowOptimizer(optimizer, row_wise=True)
+        kind = DenseLevel if optimizer.kind == "adamw_dense" else CascadeLevel
         seen = (sizes[0], *(k * m for k, m in zip(self.topk, most, strict=True)))
-        options: dict[str, Any] = {
-            "optimizer": optimizer,
-            "row_wise": row_wise,
-            "betas": betas,
-            "epsilon": epsilon,
-            "state_dtype": state_dtype,
-            "fill": fill,
-        }
-        kind = DenseLevel if optimizer in DenseLevel.OPTIMIZERS else CascadeLevel
-        formats = [cluster_dtype] * (count - 1) + [dtype]
         self.levels = nn.ModuleList(
             kind(
-                n, width, min(n, seen[r]), dtype=formats[r], seed=seed + _SEEDS * (r + 1), **options
+                n,
+                width,
+                min(n, seen[r]),
+                dtype=dtype if r + 1 == count else cluster_dtype,
+                optimizer=optimizer,
+                seed=seed + _SEEDS * (r + 1),
+                fill=fill,
             )
             for r, n in enumerate(sizes)
         )
         if label_device is not None:
             self.levels[-1].place(label_device)  # type: ignore[operator]
 
+    def tables(self) -> dict[str, CascadeLevel]:
+        """Name the levels' tables as reports do, coarsest first, the labels' last."""
+        *clusters, labels = cast(list[CascadeLevel], list(self.levels))
+        named = {f"clusters of level {r}": level for r, level in enumerate(clusters)}
+        return named | {"label table": labels}
+
     def use_scheme(self, scheme: str) -> None:
-        """Scores labels by another scheme from now on: training does not depend on it.
+        """Score labels by another scheme from now on; training does not depend on it.
 
         Raises:
             InputError: no such scheme.
         """
-        if scheme not in SCHEMES:
-            raise InputError(
-                "scheme", f"one of {', '.join(SCHEMES)}", repr(scheme), "choose one of them"
-            )
+        check_choice("scheme", scheme, SCHEMES)
         self.scheme = self.config["scheme"] = scheme
 
     def features(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """What each level's table meets: fp32 [B, D] from the encoder's vectors [B, D] or [B,
-        2D].
-        """
+        """Turn the encoder's vectors [B, D] or [B, 2D] into each level's features, fp32 [B, D]."""
         out = []
         for r, (given, drop) in enumerate(zip(vectors, self.dropouts, strict=True)):
             vector = given
@@ -168,14 +153,13 @@ class CascadeHeads(nn.Module):
 
 
 def _clamped(topk: Sequence[int], sizes: Sequence[int], most: Sequence[int]) -> tuple[int, ...]:
-    where = "topk"
     if len(topk) != len(sizes) - 1:
+        expected = f"{len(sizes) - 1} numbers, one for each cluster level"
         mend = "name one number for each level of the tree but the labels"
-        raise InputError(
-            where, f"{len(sizes) - 1} numbers, one for each cluster level", f"{len(topk)}", mend
-        )
+        raise InputError("topk", expected, f"{len(topk)}", mend)
     if min(topk) < 1:
-        raise InputError(where, "numbers of 1 or more", str(min(topk)), "keep at least one cluster")
+        mend = "keep at least one cluster"
+        raise InputError("topk", "numbers of 1 or more", str(min(topk)), mend)
     out: list[int] = []
     for r, k in enumerate(topk):
         there = sizes[r] if r == 0 else min(sizes[r], out[-1] * most[r - 1])
@@ -190,27 +174,19 @@ def _clamped(topk: Sequence[int], sizes: Sequence[int], most: Sequence[int]) -> 
 
 
 def _per_level(drops: float | Sequence[float], count: int) -> tuple[float, ...]:
-    out = (
-        (float(drops),) * count
-        if isinstance(drops, int | float)
-        else tuple(float(p) for p in drops)
-    )
+    each = [drops] * count if isinstance(drops, int | float) else drops
+    out = tuple(float(p) for p in each)
+    where = "dropout of the heads"
     if len(out) != count:
-        raise InputError(
-            "dropout of the heads",
-            f"one number, or {count}, one for each level",
-            str(len(out)),
-            "name them all",
-        )
+        expected = f"one number, or {count}, one for each level"
+        raise InputError(where, expected, str(len(out)), "name them all")
     if not all(0 <= p < 1 for p in out):
-        raise InputError(
-            "dropout of the heads", "probabilities in [0, 1)", str(out), "correct them"
-        )
+        raise InputError(where, "probabilities in [0, 1)", str(out), "correct them")
     return out
 
 
 def _linear(wide: int, width: int, seed: int) -> nn.Linear:
-    """Xavier-uniform weight; the bias as nn.Linear draws it (both from `seed` alone)."""
+    """Make a layer with a Xavier-uniform weight, its bias as nn.Linear draws it, from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         linear = nn.Linear(wide, width)

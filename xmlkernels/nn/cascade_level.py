@@ -1,66 +1,61 @@
-"""One level of a cascade: a table with a row per node, its optimizer's state, and the step that
-trains it in place.
+"""The levels of a cascade: a table with a row per node, and the steps that train it in place.
+
+`CascadeLevel` trains the rows that are candidates of a batch, `DenseLevel` all of them. A level may
+be placed on a device of its own; `moved` takes a step's tensors there and back.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import softplus
 
 from xmlkernels.errors import InputError
-from xmlkernels.nn.placement import moved
-from xmlkernels.nn.table import DTYPES, TABLE_DTYPES, new_table, rows_of, xavier
-from xmlkernels.ops import cluster_step_, rescale_rows_, shortlist_matmul
+from xmlkernels.nn.shortlist import candidates, locate
+from xmlkernels.nn.table import RowOptimizer, Table, check_choice, xavier
+from xmlkernels.ops import cluster_step_, shortlist_matmul, sparse_adam_
 
-_KNOWN = ("adam", "sgd", "adamw_dense")  # the last one is `DenseLevel`'s
+LEVEL_OPTIMIZERS = ("adam", "sgd", "adamw_dense")  # of both kinds of level
 _BATCH = 64  # the batch size that biases are tuned to; see `CascadeLevel`
 
 
-class CascadeLevel(nn.Module):
-    """Table of one level. Nothing here requires a gradient or stands in a torch optimizer: `step`
-    is all of its training.
+class CascadeLevel(Table):
+    """The table of one level, whose candidates alone are trained. `step` is all of its training.
 
-    Biases follow plain SGD beside the table's Adam, and the mean over candidates makes their
+    Biases follow plain SGD while the table follows Adam, and the mean over candidates makes their
     gradient about 1e-5 of what SGD needs. Adam does not see a constant factor of the gradient
-    (epsilon is multiplied by it too), so the whole step runs on a gradient `gain` times as large
+    (epsilon is multiplied by it too). So the whole step runs on a gradient `gain` times as large,
     and dx and loss are divided by it: a bias then moves by lr * rw_loss * 64 * the batch's mean of
-    (σ - y), a table's weights by exactly what they would without. With optimizer "sgd" gain is 1.
+    (σ - y), the table's weights by exactly what they would without. With SGD, gain is 1.
 
-    A level may stand on a device of its own (`place`): the host, a second card. What a step needs
-    then goes there and its results come back: B D floats, the numbers of B K clusters and the
-    positives one way, dx and the scores the other. The table and its states never move. To move the
-    active rows would be no saving: 64 documents with 400 to 1,000 of 65,536 clusters each, drawn at
-    random, hold a third to two thirds of the table between them, which would go there and back in
-    every step with its momentum, while the host's own kernel updates it where it is, at the rate of
-    its memory.
+    A level may live on a device of its own (`place`): the host, or a second card. A step then sends
+    there what it needs and takes the results back: B D floats, the numbers of B K clusters and the
+    positives one way, dx and the scores the other. The table and its states never move. Moving the
+    active rows would save nothing: 64 documents with 400 to 1,000 of 65,536 clusters each, drawn at
+    random, hold a third to two thirds of the table between them. Those would go there and back in
+    every step with their momentum, while the host's own kernel updates them in place, at the rate
+    of its memory.
 
     Args:
         nodes: n, rows of the table.
         width: D.
         per_sample: candidates that a sample typically has; decides `gain` alone.
-        dtype: "fp32", "bf16", "fp16" or "fp8" (e4m3 with a power-of-two scale per row); below fp32
-            updates round stochastically, without bias.
-        optimizer: "adam" or "sgd"; `DenseLevel` has another one.
-        row_wise: Adam's second moment once for a row, from the mean over D, in place of [n, D].
-        betas, epsilon: Adam's; betas[0] is SGD's momentum (0: no state). Epsilon belongs to the
+        dtype: "fp32", "bf16", "fp16" or "fp8", as of `Table`.
+        optimizer: "adam" or "sgd"; `DenseLevel` has another one. Adam's epsilon belongs to the
             gradient of the mean loss.
-        state_dtype: of the [n, D] states; a row-wise second moment is fp32.
         seed: of the initial table and of the rounding.
         fill: draw the initial table, Xavier uniform; False for one that is filled from a
             checkpoint.
     """
 
-    OPTIMIZERS: tuple[str, ...] = ("adam", "sgd")
+    NAME: ClassVar[str] = "cascade table"
+    OPTIMIZERS: ClassVar[tuple[str, ...]] = ("adam", "sgd")
 
-    weight: Tensor
     bias: Tensor
-    momentum: Tensor | None
-    second: Tensor | None
-    row_scale: Tensor | None
-    rescaled: Tensor | None
-    hyper: Tensor
-    counter: Tensor
 
     def __init__(
         self,
@@ -69,91 +64,64 @@ class CascadeLevel(nn.Module):
         per_sample: int,
         *,
         dtype: str,
-        optimizer: str,
-        row_wise: bool,
-        betas: tuple[float, float],
-        epsilon: float,
-        state_dtype: str,
+        optimizer: RowOptimizer,
         seed: int,
         fill: bool,
     ) -> None:
-        super().__init__()
-        for name, value, known in (
-            ("dtype", dtype, TABLE_DTYPES),
-            ("state_dtype", state_dtype, DTYPES),
-        ):
-            if value not in known:
-                raise InputError(
-                    f"cascade table: {name}",
-                    f"one of {', '.join(known)}",
-                    repr(value),
-                    "choose one of them",
-                )
-        if optimizer not in self.OPTIMIZERS:
-            names = ", ".join(_KNOWN)
-            raise InputError(
-                "cascade table: optimizer", f"one of {names}", repr(optimizer), "choose one of them"
-            )
-        adam, shape, state = optimizer != "sgd", (nodes, width), DTYPES[state_dtype]
-        # A power of two, so that multiplying by it rounds nothing.
-        self.gain = (
-            2.0 ** round(math.log2(_BATCH * max(1, per_sample))) if optimizer == "adam" else 1.0
+        super().__init__(
+            nodes,
+            width,
+            dtype=dtype,
+            bias=True,
+            optimizer=optimizer,
+            draw=xavier(nodes) if fill else None,
+            seed=seed,
         )
+        self.gain = 1.0
+        if optimizer.kind == "adam":
+            # A power of two, so that multiplying by it rounds nothing.
+            self.gain = 2.0 ** round(math.log2(_BATCH * max(1, per_sample)))
+        self.hyper[4] = optimizer.epsilon * self.gain
         self._placed = False
-        self._row_ptr: tuple[Tensor, Tensor] | None = (
-            None  # the tree's, and the same beside the table
-        )
-        weight, row_scale = new_table(
-            nodes, width, TABLE_DTYPES[dtype], seed, xavier(nodes) if fill else None
-        )
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", torch.zeros(nodes))
-        self.register_buffer("row_scale", row_scale)
-        self.register_buffer(
-            "rescaled", None if row_scale is None else torch.zeros(1, dtype=torch.int64)
-        )
-        self.register_buffer(
-            "momentum", torch.zeros(shape, dtype=state) if adam or betas[0] > 0 else None
-        )
-        second = (
-            torch.zeros(nodes)
-            if row_wise and optimizer == "adam"
-            else torch.zeros(shape, dtype=state)
-        )
-        self.register_buffer("second", second if adam else None)
-        hyper = [0.0, 0.0, betas[0], betas[1], epsilon * self.gain, 1.0, 1.0]
-        self.register_buffer("hyper", torch.tensor(hyper), persistent=False)
-        self.register_buffer("counter", torch.tensor([seed, 0]))
+        # The tree's own tensor, and its copy on the table's device.
+        self._row_ptr: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def check_options(cls, dtype: str, optimizer: RowOptimizer) -> None:
+        """Raise InputError unless a level takes the format and the optimizer."""
+        check_choice(f"{cls.NAME}: optimizer", optimizer.kind, LEVEL_OPTIMIZERS)
+        super().check_options(dtype, optimizer)
+        if optimizer.decay > 0 and not optimizer.decoupled:
+            mend = "say decoupled=True"
+            raise InputError(f"{cls.NAME}: decay", "a decoupled one", "L2 in the gradient", mend)
 
     def set_decay(self, decay: float) -> None:
-        """Decoupled decay of the rows that are anybody's candidate: w -= lr decay w."""
+        """Set the decoupled decay of the rows that are anybody's candidate: w -= lr decay w."""
         self.hyper[1] = decay
 
     @property
     def nodes(self) -> int:
+        """Rows of the table."""
         return self.weight.shape[0]
 
     def place(self, device: torch.device) -> None:
-        """Moves the level to a device of its own, where it stays: `.to` of the model passes it by.
+        """Move the level to a device of its own, where it stays: a model's `.to` passes it by.
 
         Raises:
-            InputError: no device of that name, or not in this machine.
+            InputError: no device of that name, or none in this machine.
         """
         try:
             super()._apply(lambda tensor: tensor.to(device))
         except torch.OutOfMemoryError:
             raise
-        except (
-            RuntimeError,
-            AssertionError,
-        ) as error:  # torch says so, in a sentence or several, whichever part is missing
+        except (RuntimeError, AssertionError) as error:
+            # Torch's message has one sentence or several, depending on which part is missing.
             got = f"{device} ({str(error).splitlines()[0]})"
-            raise InputError(
-                "device of the label table", "a device of this machine", got, "choose cpu or a card"
-            ) from error
+            where, expected = "device of the label table", "a device of this machine"
+            raise InputError(where, expected, got, "choose cpu or a card") from error
         self._placed = True
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CascadeLevel":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CascadeLevel:
         return self if self._placed else super()._apply(fn, recurse)
 
     @torch.no_grad()
@@ -171,15 +139,15 @@ class CascadeLevel(nn.Module):
         dx_scale: Tensor | float,
         need_loss: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Trains the rows of each sample's clusters.
+        """Train the rows of each sample's clusters.
 
         Args:
-            x: [B, D]; a non-finite value leaves the table as it was. Wherever it is, the results
-                are too.
+            x: [B, D]; a non-finite value leaves the table as it was. The results are returned on
+                its device.
             clusters: int64 [B, K], -1 pads; row_ptr: int64 [C + 1]; most: M. See `cluster_step_`.
             positives: (node, sample), sorted by both.
             lr: of this step.
-            beta1: of this step, where the table has Adam; None leaves what it was.
+            beta1: of this step, where the table has Adam; None keeps the last one.
             scale: fp32 [1] or [], factor of the loss and its gradient: rw_loss over the number of
                 candidates.
             dx_scale: multiplies dx alone.
@@ -188,24 +156,25 @@ class CascadeLevel(nn.Module):
             dx: fp32 [B, D]. scores: fp32 [B, K, M], before the update. loss: fp32 [1], or [0].
         """
         self.hyper[0] = lr
-        if (
-            beta1 is not None and self.second is not None
-        ):  # the cycle is Adam's: SGD keeps its own momentum
+        if beta1 is not None and self.second is not None:
+            # The cycle of beta1 is Adam's: SGD keeps its own momentum.
             self.hyper[2] = beta1
         here = self.weight.device
         if not isinstance(dx_scale, Tensor):
             dx_scale = torch.full((1,), dx_scale, device=here)
         held = moved(here, x, clusters, *positives, scale, dx_scale)
-        out = self._train(held, self._beside(row_ptr), most, need_loss)
-        self.counter[1] += 1
+        out = self._train(held, self._tree_here(row_ptr), most, need_loss)
+        self.after_step()
         dx, scores, loss = moved(x.device, *out)
         return dx, scores, loss
 
     def _train(
         self, held: list[Tensor], row_ptr: Tensor, most: int, need_loss: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`step` with everything beside the table: x, clusters, positives' nodes and samples,
-        scale, dx_scale.
+        """Take a step whose tensors are all on the table's device.
+
+        Args:
+            held: x, clusters, the positives' nodes and samples, scale, dx_scale.
         """
         x, clusters, node, sample, scale, dx_scale = held
         self.hyper[5:6] = scale * self.gain
@@ -223,18 +192,15 @@ class CascadeLevel(nn.Module):
             bias=self.bias,
             momentum=self.momentum,
             second=self.second,
+            kahan=self.kahan,
             row_scale=self.row_scale,
             decoupled=True,
             need_loss=need_loss,
         )
-        if self.row_scale is not None and self.rescaled is not None:
-            self.rescaled += rescale_rows_(self.weight, self.row_scale, self.counter)
         return dx, scores, loss / self.gain
 
-    def _beside(self, row_ptr: Tensor) -> Tensor:
-        """The tree's tensor on the table's device; while it is the same one it is copied once, not
-        in every step.
-        """
+    def _tree_here(self, row_ptr: Tensor) -> Tensor:
+        """Give the tree's tensor on the table's device; as long as it is the same, copy it once."""
         if row_ptr.device == self.weight.device:
             return row_ptr
         if self._row_ptr is None or self._row_ptr[0] is not row_ptr:
@@ -243,14 +209,121 @@ class CascadeLevel(nn.Module):
 
     @torch.no_grad()
     def scores(self, x: Tensor, index: Tensor) -> Tensor:
-        """Logits fp32 [B, S] of the rows index int64 [B, S] (or [S], the same for all), -1 pads
-        (-inf); nothing is trained.
-        """
+        """Score chosen rows, as `Table.scores`; the result is on the device of x."""
         held = moved(self.weight.device, x, index)
-        return moved(
-            x.device, shortlist_matmul(held[0], self.weight, self.bias, held[1], self.row_scale)
-        )[0]
+        return moved(x.device, super().scores(*held))[0]
 
-    def rows(self, start: int, end: int) -> Tensor:
-        """Table rows start:end in fp32 [end - start, D], a copy."""
-        return rows_of(self.weight, self.row_scale, start, end)
+
+class DenseLevel(CascadeLevel):
+    """A level whose every row is trained in every step, for small numbers of labels.
+
+    This is CascadeXML without its `--sparse`: AdamW (Loshchilov & Hutter, ICLR 2019) on the whole
+    table. Candidates, loss and dx are those of `CascadeLevel`. What differs: rows that are nobody's
+    candidate decay too and go on moving by their momentum; the second moment is always [n, D];
+    biases follow Adam as well, without decay; and there is no gain. The price is the gradient
+    [n, D], the gradient of the logits [B, n], and two moments and weights that are read and written
+    whole in every step.
+
+    The arguments are those of `CascadeLevel`, with optimizer "adamw_dense" and without "fp8".
+    """
+
+    OPTIMIZERS: ClassVar[tuple[str, ...]] = ("adamw_dense",)
+
+    bias_momentum: Tensor
+    bias_second: Tensor
+
+    @classmethod
+    def check_options(cls, dtype: str, optimizer: RowOptimizer) -> None:
+        """Raise InputError unless a level takes the format and the optimizer."""
+        if dtype == "fp8":
+            expected = "fp32, bf16 or fp16 for optimizer adamw_dense"
+            mend = "choose one of them, or the row-sparse adam"
+            raise InputError("cascade table: dtype", expected, dtype, mend)
+        super().check_options(dtype, optimizer)
+
+    def step_bytes(self, documents: int) -> int:
+        """Bytes of the gradients of the weights and, of B documents, of the logits."""
+        return 4 * self.nodes * (self.width + documents)
+
+    def _train(
+        self, held: list[Tensor], row_ptr: Tensor, most: int, need_loss: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, clusters, node, sample, scale, dx_scale = held
+        listed, real = candidates(clusters, row_ptr, most)
+        finite = torch.isfinite(x).all()
+        x = torch.where(finite, x.float(), torch.nan).requires_grad_()
+        index = torch.where(real, listed, -1).flatten(1)
+        with torch.enable_grad():
+            z = shortlist_matmul(x, self.weight, self.bias, index)
+        scores = torch.where(finite, z.detach().view(real.shape), torch.nan)
+        # One more element takes the positives that are no candidates.
+        target = torch.zeros(real.numel() + 1, device=x.device)
+        place, found = locate(node, sample, clusters, row_ptr, most)
+        target[torch.where(found, place, real.numel())] = 1
+        y = target[:-1].view(real.shape)
+        g = torch.where(real, scale * (torch.sigmoid(scores) - y), 0)
+        (dx,) = torch.autograd.grad(z, x, (dx_scale * g).flatten(1))
+        loss = x.new_empty(0)
+        if need_loss:
+            total = torch.where(real, softplus(scores) - y * scores, 0).sum()
+            loss = torch.where(finite, scale * total, torch.nan).reshape(1)
+        self._adamw(x.detach(), g, torch.where(real, listed, self.nodes), finite)
+        return torch.where(finite, dx, torch.nan), scores, loss
+
+    def _adamw(self, x: Tensor, g: Tensor, listed: Tensor, finite: Tensor) -> None:
+        """Update every row, unless x was not finite: the op then leaves all as it was.
+
+        Args:
+            x: [B, D].
+            g: [B, K, M], gradient of the logits, 0 at pads.
+            listed: int64 [B, K, M], their rows; n at pads.
+        """
+        # The last column takes the pads.
+        whole = torch.zeros(x.shape[0], self.nodes + 1, device=x.device)
+        whole.scatter_(1, listed.flatten(1), g.flatten(1))
+        g, rows = whole[:, : self.nodes], torch.arange(self.nodes, device=x.device)
+        assert self.momentum is not None and self.second is not None
+        sparse_adam_(
+            self.weight,
+            self.momentum,
+            self.second,
+            rows,
+            g.T @ x,
+            self.hyper,
+            self.counter,
+            kahan=self.kahan,
+            decoupled=True,
+        )
+        plain = self.hyper.clone()
+        plain[1] = 0  # biases do not decay
+        grad = torch.where(finite, g.sum(0), torch.nan)[:, None]
+        bias = self.bias.view(-1, 1)
+        sparse_adam_(bias, self.bias_momentum, self.bias_second, rows, grad, plain, self.counter)
+
+
+def moved(device: torch.device, *tensors: Tensor) -> list[Tensor]:
+    """Take tensors to a device; one that is there already is handed on as it is.
+
+    Between host and card the copies are asynchronous and go through page-locked memory, which
+    torch's allocator keeps until they are done. The host waits once, for all of them together, and
+    only where it reads them next.
+
+    Args:
+        device: with its number, as a tensor's `.device` has it.
+        tensors: of any shapes and devices.
+    """
+    sources = {t.device for t in tensors if t.device != device}
+    if not sources:
+        return list(tensors)
+    if device.type == "cuda":
+        tensors = tuple(t.pin_memory() if t.device.type == "cpu" else t for t in tensors)
+    out = [t.to(device, non_blocking=True) for t in tensors]
+    if device.type == "cpu":
+        for source in sources:
+            wait_for(source)
+    return out
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until all that was asked of a card's current stream is done."""
+    torch.cuda.current_stream(device).synchronize()

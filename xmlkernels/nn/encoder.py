@@ -33,29 +33,9 @@ from xmlkernels.nn.hf import (
 from xmlkernels.nn.layer_recipe import Recipe, checked_layers
 from xmlkernels.nn.ngame import few, load_ngame
 
-__all__ = ["Encoder", "default_autocast", "load_ngame"]
+__all__ = ["Encoder", "load_ngame"]
 
 _ATTENTION = "xmlkernels"  # the name under which transformers finds `training_attention`
-
-
-def default_autocast(device: torch.device | str) -> torch.dtype | None:
-    """The half precision that pays on `device`, or None for fp32.
-
-    CPU: bf16 where the CPU has AVX512-BF16 or AMX-BF16 instructions (elsewhere it is emulated and
-        slower than fp32).
-    CUDA: bf16 from compute capability 8.0 on, below it fp16 (which wants a loss scaler).
-    """
-    kind = torch.device(device).type
-    if kind == "cuda":
-        return (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
-    if kind == "cpu":
-        found = torch.cpu.get_capabilities()
-        return torch.bfloat16 if found.get("avx512_bf16") or found.get("amx_bf16") else None
-    return None
 
 
 class Encoder(nn.Module):
@@ -71,7 +51,7 @@ class Encoder(nn.Module):
         bottleneck: width of a bias-free fp32 linear layer after pooling, drawn from U(−1/√H, 1/√H);
             0 = none.
         dropout: probability of dropout on the finished embedding.
-        autocast: torch.bfloat16, torch.float16, or None for fp32; see `default_autocast`.
+        autocast: torch.bfloat16, torch.float16, or None for fp32; see `precision.default_autocast`.
         compile: run the transformer through torch.compile with dynamic shapes (needs a C++ compiler
             or CUDA; state dicts keep their keys). On a CPU the stock path measured here was faster
             than the compiled one.

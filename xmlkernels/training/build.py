@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,12 @@ from xmlkernels.models.end_to_end import EndToEnd, Training
 from xmlkernels.models.running_mean import MeanSettings
 from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.cascade_heads import CascadeHeads
-from xmlkernels.nn.encoder import Encoder, default_autocast, load_ngame
+from xmlkernels.nn.encoder import Encoder, load_ngame
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.nn.layer_recipe import default_layers
-from xmlkernels.planner import Table, plan, table_parts
+from xmlkernels.nn.table import RowOptimizer, Table
+from xmlkernels.planner import plan, planned, table_parts
+from xmlkernels.precision import default_autocast
 from xmlkernels.training.config import (
     Config,
     layers_of,
@@ -80,11 +83,15 @@ def build_model(
             dropout=config.dropout,
             word_dropout=config.word_dropout,
             activation=config.bow_activation,
-            optimizer="adam",
-            decay=config.encoder_decay,
+            optimizer=RowOptimizer(
+                "adam",
+                epsilon=config.encoder_epsilon or 1e-8,
+                row_wise=True,
+                decay=config.encoder_decay,
+                decoupled=True,
+            ),
             std=config.word_std,
             seed=config.seed,
-            epsilon=config.encoder_epsilon or 1e-8,
         )
     else:
         encoder = build_encoder(config, dataset, device)
@@ -115,44 +122,34 @@ def _end_to_end(
     epoch: int,
     device: torch.device,
 ) -> EndToEnd:
-    dtype, optimizer = resolved_table(config, device), resolved_optimizer(config)
-    width = int(encoder.width)  # type: ignore[arg-type]
-    table = Table(
-        "label table",
+    make = partial(
+        FullHead,
         dataset.num_labels,
-        width,
-        dtype,
-        optimizer,
-        config.momentum,
-        config.state,
+        int(encoder.width),  # type: ignore[arg-type]
+        dtype=resolved_table(config, device),
         bias=config.bias,
-        kahan=config.kahan,
-        mean=config.ema_tables,
-    )
-    documents = documents_of(config, dataset, _pass(config))
-    parts = plan(
-        encoder,
-        [table],
-        documents=documents,
-        tokens=longest_row(config, dataset),
-        mean=config.ema > 0,
-    )
-    announce(config, parts, device)
-    head = FullHead(
-        dataset.num_labels,
-        width,
-        dtype=dtype,
-        bias=config.bias,
-        optimizer=optimizer,
-        momentum=config.momentum,
-        state_dtype=config.state,
-        decay=config.table_decay,
-        decoupled=config.decoupled,
-        kahan=config.kahan,
+        optimizer=RowOptimizer(
+            resolved_optimizer(config),
+            momentum=config.momentum,
+            epsilon=config.table_epsilon,
+            state_dtype=config.state,
+            decay=config.table_decay,
+            decoupled=config.decoupled,
+            kahan=config.kahan,
+        ),
         skip_units=config.skip_tiles,
-        epsilon=config.table_epsilon,
         seed=config.seed,
     )
+    parts = plan(
+        encoder,
+        {"label table": planned(make)},
+        documents=documents_of(config, dataset, _pass(config)),
+        tokens=longest_row(config, dataset),
+        mean=config.ema > 0,
+        table_means=config.ema_tables,
+    )
+    announce(config, parts, device)
+    head = make()
     training = Training(
         config.encoder_lr,
         config.table_lr,
@@ -179,28 +176,31 @@ def _cascade(
     most = tuple(tree.widest(r) for r in range(tree.levels - 1))
     topk = config.topk or default_topk(tree)
     layers = layers_of(config) or _layers(encoder, tree.levels)
-    dtype, optimizer = resolved_table(config, device), resolved_optimizer(config)
     width = int(getattr(encoder, "hidden", None) or encoder.width)  # type: ignore
     candidates = (
         tree.sizes[0],
         *(min(k, n) * m for k, n, m in zip(topk, tree.sizes, most, strict=False)),
     )
-    tables = [
-        Table(
-            "label table" if r + 1 == tree.levels else f"clusters of level {r}",
-            n,
-            width,
-            "bf16" if dtype == "fp8" and r + 1 < tree.levels else dtype,
-            optimizer,
-            config.momentum,
-            config.state,
+    make = partial(
+        CascadeHeads,
+        tree.sizes,
+        most,
+        width,
+        layers=layers,
+        topk=topk,
+        scheme="weighted" if config.scheme == "auto" else config.scheme,
+        dtype=resolved_table(config, device),
+        optimizer=RowOptimizer(
+            resolved_optimizer(config),
+            momentum=config.momentum,
+            epsilon=config.table_epsilon,
+            state_dtype=config.state,
             row_wise=True,
-            bias=True,
-            mean=config.ema_tables,
-        )
-        for r, n in enumerate(tree.sizes)
-    ]
-    _tell(config, dataset, encoder, tables, candidates, device)
+        ),
+        drops=config.embed_drops or _DROPS[tree.levels],
+        seed=config.seed,
+    )
+    _tell(config, dataset, encoder, planned(make).tables(), candidates, device)
     warmup = warmup_steps(config, epoch)
     if (
         warmup > steps and config.schedule == "three_phase"
@@ -212,22 +212,7 @@ def _cascade(
             f"{warmup:,}",
             "shorten it or train for longer",
         )
-    heads = CascadeHeads(
-        tree.sizes,
-        most,
-        width,
-        layers=layers,
-        topk=topk,
-        scheme="weighted" if config.scheme == "auto" else config.scheme,
-        dtype=dtype,
-        optimizer=optimizer,
-        betas=(config.momentum if optimizer == "sgd" else 0.9, 0.999),
-        state_dtype=config.state,
-        drops=config.embed_drops or _DROPS[tree.levels],
-        seed=config.seed,
-        label_device=resolved_label_device(config),
-        epsilon=config.table_epsilon,
-    )
+    heads = make(label_device=resolved_label_device(config))
     training = CascadeTraining(
         encoder_lr=config.encoder_lr,
         total=steps,
@@ -251,7 +236,7 @@ def _tell(
     config: Config,
     dataset: Dataset,
     encoder: nn.Module,
-    tables: list[Table],
+    tables: Mapping[str, Table],
     candidates: tuple[int, ...],
     device: torch.device,
 ) -> None:
@@ -264,13 +249,17 @@ def _tell(
         "update": update,
         "candidates": candidates,
         "mean": config.ema > 0,
+        "table_means": config.ema_tables,
     }
     if apart is None:
         announce(config, plan(encoder, tables, **whole), device)
         return
     # The scores of the label level are on both: there they are made, here they are ranked.
-    announce(config, plan(encoder, tables[:-1], **whole), device, named=True)
-    announce(config, table_parts(tables[-1:], update, candidates[-1:]), apart, named=True)
+    *clusters, last = tables
+    here = {name: tables[name] for name in clusters}
+    announce(config, plan(encoder, here, **whole), device, named=True)
+    there = table_parts({last: tables[last]}, update, candidates[-1:], means=config.ema_tables)
+    announce(config, there, apart, named=True)
 
 
 def _mean(config: Config, epoch: int, steps: int) -> MeanSettings:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from xmlkernels import InputError, dist
-from xmlkernels.nn.full_head import default_table_dtype
+from xmlkernels.precision import default_table_dtype
 
 log = logging.getLogger(__name__)
 
