@@ -25,6 +25,7 @@ import torch
 from benchmarks.timing import Clock, Load, alternate, load_average, machine_name
 from xmlkernels.data.inputs import TokenInputs
 from xmlkernels.data.tokens import load_tokenizer
+from xmlkernels.installed import source_of
 from xmlkernels.models.base import Model
 from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.end_to_end import EndToEnd
@@ -33,7 +34,6 @@ from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.nn.layer_recipe import default_layers
 from xmlkernels.predict.model import Predictor
-from xmlkernels.training.encoders import source_of
 from xmlkernels.tree.label_tree import LabelTree
 
 DEPTHS, TOPK = (10, 13), (128, 256)
