@@ -9,7 +9,7 @@ from torch import nn
 
 from xmlkernels.errors import InputError
 from xmlkernels.nn.dropout import Dropout, dropout
-from xmlkernels.nn.encoder import Encoder, load_ngame
+from xmlkernels.nn.encoder import Encoder
 
 transformers = pytest.importorskip("transformers")
 PREFIX = "embedding_labels.encoder.transformer.0.auto_model."
@@ -302,7 +302,7 @@ def test_too_long_is_told() -> None:
         encoder(torch.full((1, 33), 5), torch.ones(1, 33, dtype=torch.int64))
 
 
-def test_ngame(tmp_path: Path) -> None:
+def test_weights_of_another_project(tmp_path: Path) -> None:
     config = transformers.DistilBertConfig(
         vocab_size=50, dim=16, hidden_dim=32, n_layers=1, n_heads=2
     )
@@ -316,7 +316,7 @@ def test_ngame(tmp_path: Path) -> None:
     save_file(state, tmp_path / "a.safetensors")
     for name in ("a.pt", "a.safetensors"):
         encoder = Encoder(transformers.DistilBertModel(config))
-        load_ngame(encoder, tmp_path / name)
+        encoder.load_weights(tmp_path / name, PREFIX)
         assert all(
             torch.equal(v, source.state_dict()[k]) for k, v in encoder.model.state_dict().items()
         )
@@ -327,7 +327,7 @@ def test_ngame(tmp_path: Path) -> None:
     def refused(changed: object, match: str) -> None:
         torch.save(changed, tmp_path / "bad.pt")
         with pytest.raises(InputError, match=match):
-            load_ngame(encoder, tmp_path / "bad.pt")
+            encoder.load_weights(tmp_path / "bad.pt", PREFIX)
 
     refused(
         {k: v for k, v in state.items() if k != key}, "none for embeddings.word_embeddings.weight"
@@ -341,7 +341,7 @@ def test_ngame(tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:999])
     for name in ("cut.pt", "cut.safetensors", "none.pt"):
         with pytest.raises(InputError, match=name):
-            load_ngame(encoder, tmp_path / name)
+            encoder.load_weights(tmp_path / name, PREFIX)
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
 
 

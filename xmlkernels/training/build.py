@@ -22,7 +22,7 @@ from xmlkernels.models.end_to_end import EndToEnd, Training
 from xmlkernels.models.running_mean import MeanSettings
 from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.cascade_heads import CascadeHeads
-from xmlkernels.nn.encoder import Encoder, load_ngame
+from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.nn.layer_recipe import default_layers
 from xmlkernels.nn.table import RowOptimizer, Table
@@ -338,9 +338,9 @@ def build_encoder(config: Config, dataset: Dataset, device: torch.device) -> nn.
             f"prepare the data again with --max-length {encoder.max_length}",
         )
     if config.init_state:
-        load_ngame(encoder, config.init_state, config.init_prefix)
+        encoder.load_weights(config.init_state, config.init_prefix)
     if config.freeze:
-        freeze(encoder, config.freeze)
+        encoder.freeze(config.freeze, where="--freeze")
     return encoder
 
 
@@ -363,34 +363,6 @@ def keep_class_token(model: Model, state: Mapping[str, Any]) -> None:
     """
     if isinstance(model.encoder, Encoder):
         model.encoder.class_token = model_config(state)["encoder"].get("class_token", "first")
-
-
-def freeze(encoder: Encoder, count: int) -> None:
-    """Keeps the embeddings and the first layers of a transformer as they are.
-
-    Raises:
-        InputError: it has no more layers than that.
-    """
-    if count >= encoder.layers:
-        mend = "leave one layer to train, or train a bag of words"
-        raise InputError(
-            "--freeze", f"fewer than {encoder.layers}, the layers of this encoder", str(count), mend
-        )
-    stacks = [
-        m
-        for m in encoder.model.modules()
-        if isinstance(m, nn.ModuleList) and len(m) == encoder.layers
-    ]
-    embeddings = [m for name, m in encoder.model.named_children() if "embed" in name]
-    if len(stacks) != 1 or not embeddings:
-        raise InputError(
-            "--freeze",
-            "an encoder of embeddings and one stack of layers",
-            "another build",
-            "leave it out",
-        )
-    for module in (*embeddings, *stacks[0][:count]):
-        module.requires_grad_(False)
 
 
 def longest_row(config: Config, dataset: Dataset) -> int:
