@@ -34,6 +34,7 @@ from benchmarks.shapes import Shape
 from benchmarks.timing import Step
 from xmlkernels import ops
 from xmlkernels.errors import InputError
+from xmlkernels.ops import Hyper
 from xmlkernels.reference.bce_step import GROUP
 from xmlkernels.reference.bce_step import bce_step_ as bce_step_reference
 from xmlkernels.reference.matmul_topk import matmul_topk as matmul_topk_reference
@@ -79,7 +80,7 @@ def own_step(
 ) -> Step:
     """`bce_step_`, or its reference. The momentum has the table's format."""
     device = head.weight.device
-    hyper = torch.tensor([LR, 0, MOMENTUM if momentum else 0, 0.999, 1e-8, 1, 1], device=device)
+    hyper = Hyper(LR, beta1=MOMENTUM if momentum else 0).tensor(device)
     counter = torch.tensor([1, 0], device=device)
     state = torch.zeros_like(head.weight) if momentum else None
 

@@ -14,6 +14,7 @@ from benchmarks.case import DTYPES, LR, REFERENCE_ELEMENTS, Case
 from benchmarks.shapes import Shape
 from benchmarks.timing import Step
 from xmlkernels import ops
+from xmlkernels.ops import Hyper
 from xmlkernels.reference import bag_step as reference
 
 RULES = {"sgd": (0, 2), "adam": (2, 14)}
@@ -64,7 +65,7 @@ def make_bags(shape: Shape, dtype: str, device: str) -> Bags:
 def own_step(held: Bags, *, rule: str, op: Callable[..., Any]) -> Step:
     """`bag_step_`, or its reference, with states of the table's format."""
     device = held.param.device
-    hyper = torch.tensor([LR, 0, 0.9, 0.999, 1e-8, 1, 1], device=device)
+    hyper = Hyper(LR, beta1=0.9).tensor(device)
     counter = torch.tensor([1, 0], device=device)
     states = {
         name: torch.zeros_like(held.param) for name in ("momentum", "second")[: RULES[rule][0]]

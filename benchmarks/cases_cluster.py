@@ -22,6 +22,7 @@ from benchmarks.case import DTYPES, LR, Case
 from benchmarks.shapes import Shape
 from benchmarks.timing import Step
 from xmlkernels import ops
+from xmlkernels.ops import Hyper
 from xmlkernels.reference.cluster_step import cluster_step_ as reference
 
 POSITIVES = 5
@@ -90,7 +91,7 @@ def cluster_work(shape: Shape, s: int, m: int = 0) -> tuple[int, int]:
 def own_step(held: Level, *, op: Callable[..., Any], adam: bool) -> Step:
     """`cluster_step_`, or its reference. The moments have the table's format."""
     device, rows = held.weight.device, int(held.row_ptr[1])
-    hyper = torch.tensor([LR, 0, 0.9 if adam else 0, 0.999, 1e-8, 1, 1], device=device)
+    hyper = Hyper(LR, beta1=0.9 if adam else 0).tensor(device)
     counter = torch.tensor([1, 0], device=device)
     states = {k: torch.zeros_like(held.weight) for k in (("momentum", "second") if adam else ())}
     h = held
@@ -116,7 +117,7 @@ def own_step(held: Level, *, op: Callable[..., Any], adam: bool) -> Step:
 
 def full_step(held: Level) -> Step:
     """`bce_step_`, which does the same where one cluster holds all rows."""
-    hyper = torch.tensor([LR, 0, 0, 0.999, 1e-8, 1, 1], device=held.weight.device)
+    hyper = Hyper(LR).tensor(held.weight.device)
     counter = torch.tensor([1, 0], device=held.weight.device)
 
     def step() -> Tensor:

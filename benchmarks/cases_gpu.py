@@ -13,6 +13,7 @@ from benchmarks.cases import Case, Head, bce_work, make_head, topk_work
 from benchmarks.shapes import Shape
 from benchmarks.timing import Step
 from xmlkernels import ops
+from xmlkernels.ops import Hyper
 
 FP8, SCALE = torch.float8_e4m3fn, 2.0**-8
 SYNCING = frozenset(
@@ -63,7 +64,7 @@ def make_fp8_head(shape: Shape, device: str) -> Fp8Head:
 def own_fp8_step(head: Fp8Head) -> Step:
     """`bce_step_` on a table in e4m3, SGD."""
     device = head.weight.device
-    hyper = torch.tensor([cases.LR, 0, 0, 0.999, 1e-8, 1, 1], device=device)
+    hyper = Hyper(cases.LR).tensor(device)
     counter = torch.tensor([1, 0], device=device)
 
     def step() -> Tensor:

@@ -25,6 +25,7 @@ from benchmarks.case import DTYPES, LR, Case
 from benchmarks.shapes import Shape
 from benchmarks.timing import Step
 from xmlkernels import ops
+from xmlkernels.ops import Hyper
 
 
 @dataclass
@@ -83,7 +84,7 @@ def own_step(held: Shortlists) -> Step:
         held.weight.detach().requires_grad_(),
     )  # autograd's view of the same memory
     momentum, second = torch.zeros_like(held.weight), torch.zeros_like(held.weight)
-    hyper = torch.tensor([LR, 0, 0.9, 0.999, 1e-8, 1, 1], device=device)
+    hyper = Hyper(LR, beta1=0.9).tensor(device)
     counter = torch.tensor([1, 0], device=device)
     x = held.x.clone().requires_grad_()
 
@@ -103,7 +104,7 @@ def fused_step(held: Shortlists) -> Step:
     """The same in one call: `cluster_step_` with every label a cluster of its own."""
     device, n = held.weight.device, held.weight.shape[0]
     momentum, second = torch.zeros_like(held.weight), torch.zeros_like(held.weight)
-    hyper = torch.tensor([LR, 0, 0.9, 0.999, 1e-8, 1, 1], device=device)
+    hyper = Hyper(LR, beta1=0.9).tensor(device)
     counter = torch.tensor([1, 0], device=device)
     row_ptr = torch.arange(n + 1, device=device)
     pos_row, pos_sample = held.index[:, 0].sort(

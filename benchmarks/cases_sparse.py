@@ -15,6 +15,7 @@ from benchmarks.case import DTYPES, LR, REFERENCE_ELEMENTS, Case
 from benchmarks.shapes import Shape
 from benchmarks.timing import Step
 from xmlkernels import ops
+from xmlkernels.ops import Hyper
 from xmlkernels.reference import sparse_update as reference
 
 RULES = {"sgd": (0, 2), "adagrad": (1, 7), "adam": (2, 14)}
@@ -60,7 +61,7 @@ def own_step(held: Touched, *, rule: str, room: ModuleType) -> Step:
     table's format.
     """
     device, op = held.param.device, getattr(room, f"sparse_{rule}_")
-    hyper = torch.tensor([LR, 0, 0.9, 0.999, 1e-8, 1, 1], device=device)
+    hyper = Hyper(LR, beta1=0.9).tensor(device)
     counter = torch.tensor([1, 0], device=device)
     states: list[Tensor | None] = [torch.zeros_like(held.param) for _ in range(RULES[rule][0])]
     if rule == "sgd":

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from xmlkernels.ops import bce_step_, matmul_topk
+from xmlkernels.ops import Hyper, bce_step_, matmul_topk
 
 UNIT = 2.0**-13  # of bf16 at 2^-6
 CLUSTER, PER_DOCUMENT, LATE = (
@@ -96,7 +96,7 @@ def train(
             torch.arange(batch, dtype=torch.int32).repeat_interleave(PER_DOCUMENT),
         )
         order = torch.argsort(rows * batch + samples)
-        hyper = torch.tensor([lr * (1 - step / steps), 0, 0, 0, 0, 1, 1])
+        hyper = Hyper(lr * (1 - step / steps)).tensor()
         if step == steps - steps // LATE:
             late, begin = skipped.clone(), time.perf_counter()
         bce_step_(

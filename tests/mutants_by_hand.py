@@ -152,21 +152,21 @@ BY_HAND: tuple[Fault, ...] = (
     # Tables and heads.
     Fault(_LEVEL, "if beta1 is not None and self.second is not None:", "if beta1 is not None:"),
     Fault(_LEVEL, "return dx, scores, loss / self.gain", "return dx, scores, loss"),
-    Fault(_LEVEL, "betas[1], epsilon * self.gain, 1.0, 1.0]", "betas[1], epsilon, 1.0, 1.0]"),
+    Fault(_LEVEL, "optimizer.epsilon * self.gain", "optimizer.epsilon"),
     Fault(
         _HEAD,
         "share = (positives.double() + 0.5) / (documents + 1)",
         "share = positives.double() / documents",
     ),
     Fault(_HEAD, "torch.where(seen > 0, rows, self.rows(start, end))", "rows"),
-    Fault(_HEAD, "        self.hyper[6] = dx_scale\n", ""),
+    Fault(_HEAD, "        self.hyper[DX_SCALE] = dx_scale\n", ""),
     Fault(
         "xmlkernels/nn/shortlist.py",
         "    bits = (scores + 0.0).view(torch.int32)",
         "    bits = scores.view(torch.int32)",
     ),
     Fault("xmlkernels/nn/shortlist.py", "keep = forced | (", "keep = ("),
-    Fault("xmlkernels/nn/dense_level.py", "        plain[1] = 0  # biases do not decay\n", ""),
+    Fault(_LEVEL, "        plain[DECAY] = 0  # biases do not decay\n", ""),
     Fault("xmlkernels/nn/bow.py", "decoupled=True,", "decoupled=False,"),
     Fault("xmlkernels/nn/encoder.py", "mask.sum(dim=1).clamp(min=1e-9)", "mask.shape[1]"),
     # Optimizer, schedules, scaler.

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import cases, cases_gpu, peers, shapes
 from xmlkernels.errors import InputError
+from xmlkernels.ops import Hyper
 from xmlkernels.reference.bce_step import bce_step_
 from xmlkernels.reference.matmul_topk import matmul_topk
 
@@ -34,7 +35,7 @@ def test_elmo_is_a_step_of_sgd_in_chunks(rows: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(peers, "LR", 0.05)  # at the benchmark's rate nothing would move by a unit
     head = cases.make_head(TINY, "bf16", "cpu")
     wide, x = head.weight.float(), head.x.to(torch.bfloat16).float()
-    hyper, counter = torch.tensor([0.05, 0, 0, 0, 0, 1, 1]), torch.tensor([0, 0])
+    hyper, counter = Hyper(0.05).tensor(), torch.tensor([0, 0])
     expected, _ = bce_step_(wide, x, head.pos_row, head.pos_sample, hyper, counter)
     before = head.weight.clone()
     dx = peers.elmo_step(head, rows=rows)()

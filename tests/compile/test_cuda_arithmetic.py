@@ -10,6 +10,7 @@ from cuda_arithmetic import DTYPES as CODES
 from cuda_arithmetic import call, run_on_host
 from nvcc import need_nvcc
 from sparse_common import RULES, RowStep, dyadic_rows, multiples, random_bags, random_rows
+from xmlkernels.ops.hyper import DECAY
 from xmlkernels.reference.rounding import (
     MOMENTUM,
     SECOND,
@@ -123,7 +124,7 @@ def test_update_bits(rule: str, dtype: torch.dtype) -> None:
 def test_kahan_bits(rule: str, dtype: torch.dtype) -> None:
     for size in ((3, 37, 7), (130, 300, 64)):
         step = dyadic_rows(rule, size, dtype)
-        step.tensors["hyper"][1] = 0
+        step.tensors["hyper"][DECAY] = 0
         step.tensors["kahan"] = multiples(
             step.tensors["param"].shape, -14, dtype, torch.Generator().manual_seed(3)
         )

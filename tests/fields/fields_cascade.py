@@ -23,6 +23,7 @@ from config_runs import (
 )
 from train_runs import make_tree
 
+from xmlkernels.ops.hyper import SCALE
 from xmlkernels.training import build, config
 from xmlkernels.tree.label_tree import LabelTree
 
@@ -143,7 +144,7 @@ def pads_in_the_mean(plain: Seen, changed: Seen) -> None:
     """Of the labels' loss alone: (sum over candidates + pads ln 2) over documents times the longest
     list.
     """
-    real, whole = (round(1 / float(seen.steps[0].hyper[2][5])) for seen in (plain, changed))
+    real, whole = (round(1 / float(seen.steps[0].hyper[2][SCALE])) for seen in (plain, changed))
     assert whole > real and whole % 160 == 0
     ours, theirs = (seen.progress[0]["loss"] for seen in (plain, changed))
     assert theirs == pytest.approx((ours * real + (whole - real) * math.log(2)) / whole, rel=1e-5)

@@ -7,6 +7,8 @@ import torch
 from config_runs import ONE_STEP, Case, Runs, Seen
 from torch import Tensor
 
+from xmlkernels.ops.hyper import BETA1, EPSILON, LR
+
 RATE = 0.02  # of the table in its only step
 WEIGHT, MOMENTUM = "head.weight", "head.momentum"
 
@@ -30,17 +32,17 @@ def decays_apart(plain: Seen, changed: Seen) -> None:
 
 
 def momenta(plain: Seen, changed: Seen) -> None:
-    assert MOMENTUM not in plain.tensors and float(changed.steps[0].hyper[-1][2]) == 0.5
+    assert MOMENTUM not in plain.tensors and float(changed.steps[0].hyper[-1][BETA1]) == 0.5
     # Of a second step, whose gradient is what is left of the momentum: m2 = 0.5 m1 + g2, and w
     # moves by rate m2.
     first, second = changed.steps[0], changed.steps[1]
-    m2 = (first.weights[WEIGHT] - second.weights[WEIGHT]) / float(second.hyper[-1][0])
+    m2 = (first.weights[WEIGHT] - second.weights[WEIGHT]) / float(second.hyper[-1][LR])
     assert torch.allclose(m2, changed.tensors[MOMENTUM], atol=1e-4)
 
 
 def momenta_of_levels(plain: Seen, changed: Seen) -> None:
     for seen, value in ((plain, 0.9), (changed, 0.5)):
-        assert [float(hyper[2]) for hyper in seen.steps[-1].hyper] == pytest.approx([value] * 3)
+        assert [float(hyper[BETA1]) for hyper in seen.steps[-1].hyper] == pytest.approx([value] * 3)
 
 
 def formats(changed: dict[str, torch.dtype]) -> None:
@@ -117,8 +119,8 @@ def centroids(plain: Seen, changed: Seen) -> None:
 
 def table_epsilons(plain: Seen, changed: Seen) -> None:
     """Adam's step is rate g / (|g| + epsilon): with a large one it is the gradient, scaled."""
-    assert float(plain.steps[0].hyper[-1][4]) == pytest.approx(1e-8)
-    assert float(changed.steps[0].hyper[-1][4]) == pytest.approx(1e4)
+    assert float(plain.steps[0].hyper[-1][EPSILON]) == pytest.approx(1e-8)
+    assert float(changed.steps[0].hyper[-1][EPSILON]) == pytest.approx(1e4)
     step, g = (
         changed.start[WEIGHT] - changed.steps[0].weights[WEIGHT],
         changed.tensors[MOMENTUM] / 0.1,
@@ -131,7 +133,8 @@ def epsilons_of_levels(plain: Seen, changed: Seen) -> None:
     gains = [level.gain for level in changed.model.heads.levels]
     for seen, value in ((plain, 1e-8), (changed, 3e-5)):
         found = [
-            float(hyper[4]) / gain for hyper, gain in zip(seen.steps[0].hyper, gains, strict=True)
+            float(hyper[EPSILON]) / gain
+            for hyper, gain in zip(seen.steps[0].hyper, gains, strict=True)
         ]
         assert found == pytest.approx([value] * 3)
 

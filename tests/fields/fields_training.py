@@ -10,6 +10,8 @@ import torch
 from config_runs import PER_EPOCH, STEPS, Case, Seen
 from torch import Tensor
 
+from xmlkernels.ops.hyper import DECAY, EPSILON, LR
+
 LINEAR = {"layers": ("1,2", "2", "2")}  # a cascade whose coarsest level has the linear layer
 
 
@@ -44,7 +46,7 @@ def rates_follow(plain: list[float], changed: list[float]) -> Callable[[Seen, Se
 
 
 def table_rates(seen: Seen, table: int = -1) -> list[float]:
-    return [float(step.hyper[table][0]) for step in seen.steps]
+    return [float(step.hyper[table][LR]) for step in seen.steps]
 
 
 def encoder_rates(plain: Seen, changed: Seen) -> None:
@@ -77,7 +79,7 @@ def head_rates(plain: Seen, changed: Seen) -> None:
     for seen, factor in ((plain, 10.0), (changed, 3.5)):
         for step in seen.steps:
             assert step.rate(head=True) == pytest.approx(factor * step.rate())
-            assert [float(hyper[0]) for hyper in step.hyper] == pytest.approx(
+            assert [float(hyper[LR]) for hyper in step.hyper] == pytest.approx(
                 [factor * step.rate()] * 3
             )
 
@@ -93,14 +95,15 @@ def cascade_decays(plain: Seen, changed: Seen) -> None:
     for seen, decay in ((plain, 0.05), (changed, 0.3)):
         decays = [group["weight_decay"] for group in seen.steps[0].groups]
         assert decays == pytest.approx([decay, 0.0, decay / 10, 0.0])
-        assert [float(hyper[1]) for hyper in seen.steps[0].hyper] == pytest.approx([decay / 10] * 3)
+        tables = [float(hyper[DECAY]) for hyper in seen.steps[0].hyper]
+        assert tables == pytest.approx([decay / 10] * 3)
 
 
 def word_decays(plain: Seen, changed: Seen) -> None:
-    assert float(plain.steps[0].hyper[0][1]) == 0 and float(
-        changed.steps[0].hyper[0][1]
-    ) == pytest.approx(0.3)
-    assert float(changed.steps[0].hyper[1][1]) == 0  # of the label table, which has --table-decay
+    assert float(plain.steps[0].hyper[0][DECAY]) == 0
+    assert float(changed.steps[0].hyper[0][DECAY]) == pytest.approx(0.3)
+    label_table = changed.steps[0].hyper[1]
+    assert float(label_table[DECAY]) == 0  # it has --table-decay
 
 
 def epsilons(
@@ -114,8 +117,8 @@ def epsilons(
         for number, (seen, value) in enumerate(((before, plain), (after, changed))):
             assert all({group["eps"] for group in step.groups} == {value} for step in seen.steps)
             if words is not None:
-                assert float(seen.steps[0].hyper[0][4]) == pytest.approx(words[number])
-        last = [float(seen.steps[0].hyper[-1][4]) for seen in (before, after)]
+                assert float(seen.steps[0].hyper[0][EPSILON]) == pytest.approx(words[number])
+        last = [float(seen.steps[0].hyper[-1][EPSILON]) for seen in (before, after)]
         assert last[0] == last[1]
 
     return holds

@@ -9,6 +9,7 @@ import torch
 from cascade_common import LABELS, Twin, make_batch, make_model, make_tree, positives_of, relative
 
 from xmlkernels.models.running_mean import MeanSettings
+from xmlkernels.ops.hyper import BETA1
 
 
 @pytest.mark.parametrize("levels", [2, 3, 4, 5])
@@ -359,6 +360,6 @@ def test_the_cycle_of_beta1_is_adams_alone() -> None:
     ):
         model = make_model(2, topk=[2], schedule="three_phase", warmup=10, **optimizer)
         model.step(make_batch(model.tree, 4))
-        assert [float(level.hyper[2]) for level in model.heads.levels] == pytest.approx(
+        assert [float(level.hyper[BETA1]) for level in model.heads.levels] == pytest.approx(
             [expected] * 2
         )

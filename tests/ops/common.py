@@ -17,6 +17,7 @@ from torch import Tensor, library
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from xmlkernels import ops
+from xmlkernels.ops import Hyper
 from xmlkernels.reference import bce_step as reference_step
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -69,7 +70,7 @@ def make_hyper(
     scale: float = 1.0,
     dx_scale: float = 1.0,
 ) -> Tensor:
-    return torch.tensor([lr, decay, beta1, beta2, eps, scale, dx_scale])
+    return Hyper(lr, decay, beta1, beta2, eps, scale, dx_scale).tensor()
 
 
 def make_counter(seed: int = 11, step: int = 3) -> Tensor:
@@ -247,7 +248,8 @@ def torch_step(step: Step) -> dict[str, Tensor]:
     Products accumulate in fp32 and the optimizer computes in fp32, as torch's own fused kernels do.
     """
     t, dtype = step.tensors, step.tensors["weight"].dtype
-    lr, scale, dx_scale = (float(t["hyper"][i]) for i in (0, 5, 6))
+    hyper = Hyper(*t["hyper"].tolist())
+    lr, scale, dx_scale = hyper.lr, hyper.scale, hyper.dx_scale
     w, x = t["weight"].float(), t["x"].to(dtype).float()
     if "kahan" in t:
         w = (w + t["kahan"].float()).to(dtype).float()
@@ -265,7 +267,7 @@ def torch_update(t: dict[str, Tensor], grad: Tensor, decoupled: bool) -> dict[st
     """The table and its states after torch's own optimizer took `grad` [n, D] in fp32, rounded to
     nearest.
     """
-    lr, decay, beta1, beta2, eps = (float(h) for h in t["hyper"][:5])
+    lr, decay, beta1, beta2, eps, *_ = Hyper(*t["hyper"].tolist())
     dtype = t["weight"].dtype
     w = (
         (t["weight"].float() + t["kahan"].float()).to(dtype).float()

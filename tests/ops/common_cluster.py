@@ -18,6 +18,7 @@ from common import (
     torch_update,
 )
 from xmlkernels import ops
+from xmlkernels.ops import Hyper
 from xmlkernels.reference import cluster_step as reference_step
 
 # name: (B, sizes of the clusters, K, D). Those from 32 rows and 16 samples on are large, the
@@ -153,7 +154,7 @@ def torch_row_wise(t: dict[str, Tensor], grad: Tensor, decoupled: bool) -> dict[
     """Adam with one second moment for each row, which torch does not have, from torch's own
     arithmetic in fp32.
     """
-    lr, decay, beta1, beta2, eps = (float(h) for h in t["hyper"][:5])
+    lr, decay, beta1, beta2, eps, *_ = Hyper(*t["hyper"].tolist())
     w, step = t["weight"].float(), int(t["counter"][1]) + 1
     if not decoupled:
         grad = grad + decay * w
@@ -173,7 +174,8 @@ def torch_cluster_step(step: ClusterStep) -> dict[str, Tensor]:
     `common.torch_step`.
     """
     t, dtype, mask = step.tensors, step.tensors["weight"].dtype, step.mask()
-    lr, scale, dx_scale = (float(t["hyper"][i]) for i in (0, 5, 6))
+    hyper = Hyper(*t["hyper"].tolist())
+    lr, scale, dx_scale = hyper.lr, hyper.scale, hyper.dx_scale
     w, x = t["weight"].float(), t["x"].to(dtype).float()
     y = dense_targets(t, w.shape[0])
     z = (x @ w.T + t["bias"] if "bias" in t else x @ w.T).to(dtype)

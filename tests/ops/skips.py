@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from common import Step, dyadic_step, random_step
+from xmlkernels.ops.hyper import LR, SCALE
 from xmlkernels.reference.bce_step import GROUP
 
 
@@ -16,7 +17,7 @@ def reach(step: Step) -> float:
 def rate(step: Step) -> float:
     """lr |scale| times the reach: what multiplies sigma in the bound."""
     hyper = step.tensors["hyper"].double()
-    return float(hyper[0] * hyper[5].abs()) * reach(step)
+    return float(hyper[LR] * hyper[SCALE].abs()) * reach(step)
 
 
 def clear_step(b: int, n: int, d: int, dtype: torch.dtype, **more: object) -> tuple[Step, Tensor]:

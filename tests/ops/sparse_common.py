@@ -8,6 +8,7 @@ from torch import Tensor
 
 from common import make_counter, make_hyper
 from xmlkernels import ops
+from xmlkernels.ops import Hyper
 from xmlkernels.reference import bag_step as bag_reference
 from xmlkernels.reference import sparse_update as sparse_reference
 
@@ -245,7 +246,7 @@ def torch_step(step: RowStep) -> dict[str, Tensor]:
     t, dtype, rows = step.tensors, step.tensors["param"].dtype, touched(step)
     if t.keys() & {"row_step", "row_decay"} or ("second" in t and t["second"].dim() == 1):
         return {k: v[rows].to(t[k].dtype) for k, v in step.exact().items()}
-    lr, decay, beta1, beta2, eps, scale, _ = (float(h) for h in t["hyper"])
+    lr, decay, beta1, beta2, eps, scale, _ = Hyper(*t["hyper"].tolist())
     w = t["param"][rows].float()
     if "kahan" in t:
         w = (w + t["kahan"][rows].float()).to(dtype).float()

@@ -20,7 +20,7 @@ from common import (
 )
 from sparse_common import ROW_STATES, RULES, RowStep, random_bags, some_rows
 from test_sparse_update import VARIANTS, check_against_exact, check_untouched
-from xmlkernels.ops import bag_step_
+from xmlkernels.ops import Hyper, bag_step_
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # (B, T, n, D): single, no occurrences, no bags, ragged, aligned, many occurrences of few rows, more
@@ -68,7 +68,7 @@ def test_reference_is_autograd_of_embedding_bag(rule: str, mode: str) -> None:
     }
     for name in t.keys() & {"momentum", "second"}:
         t[name].zero_()
-    lr, _, beta1, beta2, eps, *_ = (float(h) for h in t["hyper"])
+    lr, _, beta1, beta2, eps, *_ = Hyper(*t["hyper"].tolist())
     p = torch.nn.Parameter(t["param"].clone())
     optimizer: torch.optim.Optimizer = {
         "sgd": lambda: torch.optim.SGD([p], lr),

@@ -25,6 +25,7 @@ from common import (
     unit,
 )
 from xmlkernels.ops import bce_step_
+from xmlkernels.ops.hyper import LR, Hyper
 from xmlkernels.reference.bce_step import bce_step_ as reference
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -131,7 +132,7 @@ def test_by_hand(device: str) -> None:
 def torch_optimizer(
     p: torch.nn.Parameter, kind: str, hyper: Step, decoupled: bool
 ) -> torch.optim.Optimizer:
-    lr, decay, beta1, beta2, eps = (float(h) for h in hyper.tensors["hyper"][:5])
+    lr, decay, beta1, beta2, eps, *_ = Hyper(*hyper.tensors["hyper"].tolist())
     if kind == "adam":
         return (torch.optim.AdamW if decoupled else torch.optim.Adam)(
             [p], lr, (beta1, beta2), eps, decay
@@ -158,8 +159,8 @@ def test_reference_is_autograd_and_torch_optim(kind: str, decoupled: bool) -> No
     weight, bias = t["weight"].clone(), torch.randn(n).double()
     p, p_bias = torch.nn.Parameter(weight.clone()), torch.nn.Parameter(bias.clone())
     optimizer = torch_optimizer(p, kind, step, decoupled)
-    bias_optimizer = torch.optim.SGD([p_bias], float(t["hyper"][0]))
-    lr, decay, scale, dx_scale = (float(t["hyper"][i]) for i in (0, 1, 5, 6))
+    bias_optimizer = torch.optim.SGD([p_bias], float(t["hyper"][LR]))
+    lr, decay, *_, scale, dx_scale = Hyper(*t["hyper"].tolist())
     y = dense_targets(step.tensors, n).double()
     for number in range(6):
         x = torch.randn(b, d).double().requires_grad_()

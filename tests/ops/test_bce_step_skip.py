@@ -23,6 +23,7 @@ from common import (
 from skips import GROUP, clear_step, exact_step, groups_of, reach
 from xmlkernels import ops
 from xmlkernels.ops import bce_step_
+from xmlkernels.ops.hyper import DX_SCALE, LR
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SGD = make_hyper(0.05, 0.0, 0.0, 0.0, 0.0, 0.5, 2.0)
@@ -201,9 +202,9 @@ def test_what_is_left_out_is_within_the_bounds(bias: bool, device: str) -> None:
         assert change[~idle].max() == 0 and 0 < change[idle].max() < below
     hyper = step.tensors["hyper"].double()
     most = (
-        hyper[6]
+        hyper[DX_SCALE]
         * below
-        / (hyper[0] * reach(step))
+        / (hyper[LR] * reach(step))
         * step.tensors["weight"][idle].double().abs().sum(0)
     )
     difference = (got["dx"] - whole["dx"]).double().abs()

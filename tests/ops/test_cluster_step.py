@@ -24,7 +24,7 @@ from common_cluster import (
     random_cluster_step,
     torch_cluster_step,
 )
-from xmlkernels.ops import cluster_step_
+from xmlkernels.ops import Hyper, cluster_step_
 from xmlkernels.reference.cluster_step import cluster_step_ as reference
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -175,7 +175,7 @@ def test_reference_is_autograd_and_torch_optim(kind: str, decoupled: bool) -> No
     state = {name: torch.zeros(n, d).double() for name in names}
     weight, bias = t["weight"].clone(), torch.randn(n).double()
     p, p_bias = torch.nn.Parameter(weight[touched]), torch.nn.Parameter(bias[touched])
-    lr, decay, beta1, beta2, eps, scale, dx_scale = (float(h) for h in t["hyper"])
+    lr, decay, beta1, beta2, eps, scale, dx_scale = Hyper(*t["hyper"].tolist())
     optimizer: torch.optim.Optimizer
     if kind == "adam":
         optimizer = (torch.optim.AdamW if decoupled else torch.optim.Adam)(

@@ -21,6 +21,7 @@ from common import (
 )
 from sparse_common import ADAM, RULES, SGD, SHAPES, RowStep, random_rows, torch_step, touched
 from xmlkernels.ops import sparse_adagrad_, sparse_adam_, sparse_sgd_
+from xmlkernels.ops.hyper import DECAY, LR
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -262,7 +263,7 @@ def test_reference_late_decay_is_decay_at_every_step() -> None:
     step, moves = steps_of("sgd", hyper, lazy=True)
     step = step.replace(row_decay=torch.zeros(11).double(), decay_sum=torch.zeros(1).double())
     moves[-1] = (torch.arange(11), torch.randn(11, 5).double())  # the last step reaches every row
-    lr, decay = float(hyper[0]), float(hyper[1])
+    lr, decay = float(hyper[LR]), float(hyper[DECAY])
     dense = step.tensors["param"].clone()
     for number, (rows, grad) in enumerate(moves):
         dense *= 1 - lr * decay

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from common import assert_same_bits, decoded, make_counter, make_hyper, to_fp8
+from xmlkernels.ops.hyper import DECAY, LR, Hyper
 from xmlkernels.reference.update import update_rows, update_rows_at_
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -105,12 +106,11 @@ def test_full_states_equal_torch(decoupled: bool) -> None:
     """
     rows, grad = some()
     hyper = make_hyper(0.05, 0.0 if decoupled else 0.1, 0.9, 0.99, 1e-6).to(F64)
+    h = Hyper(*hyper.tolist())
     t = table(second=F64)
     p = torch.nn.Parameter(t["weight"][rows].clone())
     p.grad = grad.clone()
-    adagrad = torch.optim.Adagrad(
-        [p], float(hyper[0]), eps=float(hyper[4]), weight_decay=float(hyper[1])
-    )
+    adagrad = torch.optim.Adagrad([p], h.lr, eps=h.epsilon, weight_decay=h.decay)
     adagrad.state[p]["sum"] = t["second"][rows].clone()
     adagrad.step()
     got = run(t, rows, grad, hyper, decoupled=decoupled)
@@ -121,9 +121,7 @@ def test_full_states_equal_torch(decoupled: bool) -> None:
     p = torch.nn.Parameter(t["weight"][rows].clone())
     p.grad = grad.clone()
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
-    adam = kind(
-        [p], float(hyper[0]), (float(hyper[2]), float(hyper[3])), float(hyper[4]), float(hyper[1])
-    )
+    adam = kind([p], h.lr, (h.beta1, h.beta2), h.epsilon, h.decay)
     adam.state[p] = {
         "step": torch.tensor(3.0),
         "exp_avg": t["momentum"][rows],
@@ -162,7 +160,7 @@ def test_lazy_decay_equals_the_dense_decay_of_every_step(rule: dict[str, torch.d
     total, generator = torch.zeros(1, dtype=F64), torch.Generator().manual_seed(3)
     for step in range(8):
         hyper = make_hyper(0.1 / (1 + step), 0.3, 0.9, 0.99, 1e-6).to(F64)
-        total += torch.log1p(-hyper[0] * hyper[1])
+        total += torch.log1p(-hyper[LR] * hyper[DECAY])
         rows = torch.randperm(9, generator=generator)[:3].sort()[0] if step < 7 else torch.arange(9)
         grad = torch.randn(len(rows), 5, generator=generator, dtype=F64)
         counter = make_counter(step=step)
@@ -171,7 +169,7 @@ def test_lazy_decay_equals_the_dense_decay_of_every_step(rule: dict[str, torch.d
         )
         still = torch.ones(9, dtype=torch.bool)
         still[rows] = False
-        dense["weight"][still] *= 1 - hyper[0] * hyper[1]
+        dense["weight"][still] *= 1 - hyper[LR] * hyper[DECAY]
         dense = run(dense, rows, grad, hyper, counter=counter, decoupled=True)
         assert torch.equal(lazy["row_decay"][rows], total.expand(len(rows)))
     torch.testing.assert_close(lazy["weight"], dense["weight"], rtol=1e-12, atol=1e-14)

@@ -38,7 +38,7 @@ QUERIES = (
 
 
 def run() -> None:
-    config: Config = RECIPES["demo"].config
+    _, config = RECIPES["demo"]
     say(
         "Which functions does a function call? Texts: first paragraphs of docstrings of Python "
         "packages; labels: the calls."

@@ -19,6 +19,7 @@ from xmlkernels.errors import InputError
 from xmlkernels.nn.dropout import Dropout, dropout
 from xmlkernels.nn.table import RowOptimizer, Table, check_choice, normal
 from xmlkernels.ops import bag_step_
+from xmlkernels.ops.hyper import LR
 
 DTYPES = ("fp32", "bf16")  # of the table and of its optimizer's state
 ACTIVATIONS = ("relu", "none")
@@ -218,7 +219,7 @@ class BowEncoder(nn.Module):
             )
             offset = nn.functional.pad(lengths.cumsum(0), (1, 0))
         table = self.table
-        table.hyper[0] = lr
+        table.hyper[LR] = lr
         bag_step_(
             table.weight,
             grad,

@@ -18,6 +18,7 @@ from xmlkernels.errors import InputError
 from xmlkernels.nn.shortlist import candidates, locate
 from xmlkernels.nn.table import RowOptimizer, Table, check_choice, xavier
 from xmlkernels.ops import cluster_step_, shortlist_matmul, sparse_adam_
+from xmlkernels.ops.hyper import BETA1, DECAY, DX_SCALE, EPSILON, LR, SCALE
 
 LEVEL_OPTIMIZERS = ("adam", "sgd", "adamw_dense")  # of both kinds of level
 _BATCH = 64  # the batch size that biases are tuned to; see `CascadeLevel`
@@ -81,7 +82,7 @@ class CascadeLevel(Table):
         if optimizer.kind == "adam":
             # A power of two, so that multiplying by it rounds nothing.
             self.gain = 2.0 ** round(math.log2(_BATCH * max(1, per_sample)))
-        self.hyper[4] = optimizer.epsilon * self.gain
+        self.hyper[EPSILON] = optimizer.epsilon * self.gain
         self._placed = False
         # The tree's own tensor, and its copy on the table's device.
         self._row_ptr: tuple[Tensor, Tensor] | None = None
@@ -97,7 +98,7 @@ class CascadeLevel(Table):
 
     def set_decay(self, decay: float) -> None:
         """Set the decoupled decay of the rows that are anybody's candidate: w -= lr decay w."""
-        self.hyper[1] = decay
+        self.hyper[DECAY] = decay
 
     @property
     def nodes(self) -> int:
@@ -155,10 +156,10 @@ class CascadeLevel(Table):
         Returns:
             dx: fp32 [B, D]. scores: fp32 [B, K, M], before the update. loss: fp32 [1], or [0].
         """
-        self.hyper[0] = lr
+        self.hyper[LR] = lr
         if beta1 is not None and self.second is not None:
             # The cycle of beta1 is Adam's: SGD keeps its own momentum.
-            self.hyper[2] = beta1
+            self.hyper[BETA1] = beta1
         here = self.weight.device
         if not isinstance(dx_scale, Tensor):
             dx_scale = torch.full((1,), dx_scale, device=here)
@@ -177,8 +178,8 @@ class CascadeLevel(Table):
             held: x, clusters, the positives' nodes and samples, scale, dx_scale.
         """
         x, clusters, node, sample, scale, dx_scale = held
-        self.hyper[5:6] = scale * self.gain
-        self.hyper[6:7] = dx_scale / self.gain
+        self.hyper[SCALE] = scale * self.gain
+        self.hyper[DX_SCALE] = dx_scale / self.gain
         dx, scores, loss = cluster_step_(
             self.weight,
             x,
@@ -295,7 +296,7 @@ class DenseLevel(CascadeLevel):
             decoupled=True,
         )
         plain = self.hyper.clone()
-        plain[1] = 0  # biases do not decay
+        plain[DECAY] = 0  # biases do not decay
         grad = torch.where(finite, g.sum(0), torch.nan)[:, None]
         bias = self.bias.view(-1, 1)
         sparse_adam_(bias, self.bias_momentum, self.bias_second, rows, grad, plain, self.counter)

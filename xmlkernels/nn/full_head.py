@@ -10,6 +10,7 @@ from xmlkernels import dist
 from xmlkernels.errors import InputError
 from xmlkernels.nn.table import RowOptimizer, Table, blocks, fill_rows, normal
 from xmlkernels.ops import bce_step_
+from xmlkernels.ops.hyper import DX_SCALE, LR
 
 
 class FullHead(Table):
@@ -186,8 +187,8 @@ class FullHead(Table):
             dx: fp32 [B, D], the gradient of the summed loss.
             loss: fp32 [1], summed over samples and labels; [0] when not asked.
         """
-        self.hyper[0] = lr
-        self.hyper[6] = dx_scale
+        self.hyper[LR] = lr
+        self.hyper[DX_SCALE] = dx_scale
         out = bce_step_(
             self.weight,
             x,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from xmlkernels.errors import InputError
-from xmlkernels.ops import bce_loss, matmul_topk, rescale_rows_, shortlist_matmul
+from xmlkernels.ops import Hyper, bce_loss, matmul_topk, rescale_rows_, shortlist_matmul
 from xmlkernels.precision import DTYPES, TABLE_DTYPES
 
 KINDS = ("sgd", "adagrad", "adam", "adamw_dense")
@@ -111,7 +111,7 @@ class Table(nn.Module):
         rescaled: int64 [1] of an fp8 table: how often a row has outgrown its scale; else None.
         momentum, second, kahan, bias_momentum, bias_second: the optimizer's state, each None where
             it keeps none; see `RowOptimizer.states`.
-        hyper: fp32 [7], as the ops take it.
+        hyper: fp32 [7], see `xmlkernels.ops.Hyper`.
         counter: int64 [2], seed and step.
         optimizer: a RowOptimizer.
 
@@ -172,8 +172,9 @@ class Table(nn.Module):
         for name in STATES:
             zeros = torch.zeros(states[name][0], dtype=states[name][1]) if name in states else None
             self.register_buffer(name, zeros)
-        hyper = [0.0, optimizer.decay, optimizer.first, optimizer.betas[1], optimizer.epsilon, 1, 1]
-        self.register_buffer("hyper", torch.tensor(hyper), persistent=False)
+        beta1, beta2 = optimizer.first, optimizer.betas[1]
+        hyper = Hyper(0.0, optimizer.decay, beta1, beta2, optimizer.epsilon)
+        self.register_buffer("hyper", hyper.tensor(), persistent=False)
         self.register_buffer("counter", torch.tensor([seed, 0]))
 
     @classmethod

@@ -5,6 +5,7 @@ update.
 import torch
 from torch import Tensor
 
+from xmlkernels.reference.hyper import SCALE
 from xmlkernels.reference.update import update_rows_at_
 
 
@@ -40,7 +41,7 @@ def bag_step_(
     update_rows_at_(
         weight,
         rows,
-        hyper[5].to(work) * summed,
+        hyper[SCALE].to(work) * summed,
         hyper,
         counter,
         torch.isfinite(grad).all() & torch.isfinite(factor).all(),

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from xmlkernels.reference.bce_loss import bce_sum, logits_and_targets
+from xmlkernels.reference.hyper import DECAY, DX_SCALE, LR, SCALE
 from xmlkernels.reference.rounding import saturate
 from xmlkernels.reference.update import update_rows
 
@@ -35,7 +36,7 @@ def bce_step_(
     """See `xmlkernels.ops.bce_step_`."""
     n = weight.shape[0] if rows < 0 else rows
     z, y, w, e = logits_and_targets(x, weight, bias, pos_row, pos_sample, pos_value, n, row_scale)
-    scale, dx_scale = hyper[5].to(w.dtype), hyper[6].to(w.dtype)
+    scale, dx_scale = hyper[SCALE].to(w.dtype), hyper[DX_SCALE].to(w.dtype)
     finite = torch.isfinite(x).all()
     g = scale * (torch.sigmoid(z) - y)
     idle = torch.zeros(n, dtype=torch.bool, device=w.device)
@@ -57,10 +58,11 @@ def bce_step_(
         weight[:n], g.T @ e, hyper, counter, ids, *states, decoupled, row_scale=view(row_scale)
     )
     if bias is not None:
-        writes.append((bias[:n], saturate(bias[:n] - hyper[0] * g.sum(0), bias.dtype)))
+        writes.append((bias[:n], saturate(bias[:n] - hyper[LR] * g.sum(0), bias.dtype)))
     # Without state and decay a skipped row is not even stored again: its largest |value| of an e4m3
     # table stays, too.
-    still = idle & (hyper[1] == 0) if momentum is None and kahan is None else torch.zeros_like(idle)
+    stateless = momentum is None and kahan is None
+    still = idle & (hyper[DECAY] == 0) if stateless else torch.zeros_like(idle)
     for target, value in writes:
         keep = still if target.dim() == 1 else still[:, None]
         target.copy_(torch.where(finite & ~keep, value, target))
@@ -83,6 +85,6 @@ def idle_rows(
     reach = reach.clamp(min=b) if bias else reach  # a bias is a weight of an x that is 1
     busy = torch.zeros(groups + 1, dtype=torch.bool, device=z.device)
     busy[torch.where(pos_row < n, pos_row // GROUP, groups)] = True
-    idle = ~busy[:-1] & ((hyper[0] * hyper[5]).abs() * peak * reach < skip_below)
+    idle = ~busy[:-1] & ((hyper[LR] * hyper[SCALE]).abs() * peak * reach < skip_below)
     count = torch.stack([idle.sum(), torch.full_like(idle.sum(), groups)])
     return idle.repeat_interleave(GROUP)[:n], count

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from xmlkernels.reference.bce_loss import logits_and_targets
+from xmlkernels.reference.hyper import DX_SCALE, LR, SCALE
 from xmlkernels.reference.rounding import saturate
 from xmlkernels.reference.update import update_rows_at_
 
@@ -57,7 +58,7 @@ def cluster_step_(
     mask, row = candidates(clusters, row_ptr, cluster_rows, n)
     touched = mask.any(0)
     z, y, w, e = logits_and_targets(x, weight, bias, pos_row, pos_sample, pos_value, n, row_scale)
-    scale, dx_scale = hyper[5].to(w.dtype), hyper[6].to(w.dtype)
+    scale, dx_scale = hyper[SCALE].to(w.dtype), hyper[DX_SCALE].to(w.dtype)
     finite = torch.isfinite(x).all()
     nan = torch.full((), torch.nan, dtype=w.dtype, device=w.device)
     g = torch.where(mask, scale * (torch.sigmoid(z) - y), 0)
@@ -74,7 +75,7 @@ def cluster_step_(
         )
 
     if bias is not None:
-        moved = saturate(bias[:n] - hyper[0] * g.sum(0), bias.dtype)
+        moved = saturate(bias[:n] - hyper[LR] * g.sum(0), bias.dtype)
         bias[:n] = torch.where(finite & touched, moved, bias[:n])
     ids = torch.where(touched, torch.arange(n, device=weight.device), weight.shape[0])
     update_rows_at_(

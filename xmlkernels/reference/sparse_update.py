@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xmlkernels.reference.hyper import SCALE
 from xmlkernels.reference.update import update_rows_at_
 
 
@@ -15,7 +16,7 @@ def _step(
 ) -> None:
     work = torch.promote_types(param.dtype, torch.float32)
     real = rows < param.shape[0]  # a graph of fixed capacity is filled with rows beyond the last
-    scaled = hyper[5].to(work) * torch.where(real[:, None], grad, 0).to(work)
+    scaled = hyper[SCALE].to(work) * torch.where(real[:, None], grad, 0).to(work)
     finite = torch.isfinite(torch.where(real[:, None], grad, 0)).all()
     update_rows_at_(param, rows, scaled, hyper, counter, finite, **given)
 

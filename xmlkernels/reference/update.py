@@ -5,6 +5,7 @@ Adam.
 import torch
 from torch import Tensor
 
+from xmlkernels.reference.hyper import BETA1, BETA2, DECAY, EPSILON, LR
 from xmlkernels.reference.rounding import MOMENTUM, SECOND, WEIGHT, decode, encode, saturate, store
 
 Writes = list[tuple[Tensor, Tensor]]
@@ -31,7 +32,7 @@ def update_rows(
     Args:
         weight: [N, D], the rows to update.
         grad: [N, D] fp32 (or fp64), their gradient.
-        hyper: [7] lr, decay, momentum or beta1, beta2, epsilon, scale, dx_scale.
+        hyper: [7], see `xmlkernels.ops.Hyper`; scale and dx_scale are the caller's.
         counter: int64 [2] seed, step (counted from 0).
         rows: int64 [N], their global numbers: they choose the random words.
         momentum: [N, D]; alone it is SGD's momentum (dampening 0, no Nesterov); with `second` it is
@@ -51,7 +52,9 @@ def update_rows(
     Returns:
         Pairs (tensor, new value) for each of weight and the states that is given.
     """
-    lr, decay, beta1, beta2, eps = hyper[:5].to(grad.dtype).unbind()
+    wide = hyper.to(grad.dtype)
+    lr, decay, beta1, beta2 = wide[LR], wide[DECAY], wide[BETA1], wide[BETA2]
+    eps = wide[EPSILON]
     w = decode(weight, row_scale).to(grad.dtype)
     if kahan is not None:
         w = w + kahan.to(grad.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xmlkernels.triton import common
 from xmlkernels.triton.bce_tile import Plan, Tiles, bias_gradient, row_gradient
+from xmlkernels.triton.hyper import DECAY, LR, SCALE
 from xmlkernels.triton.skip import GROUP
 from xmlkernels.triton.update import bias_corrections, update_tile
 
@@ -58,7 +59,7 @@ def update_rows(
     if quiet is not None:
         idle = tl.load(quiet + l_block * BLOCK_L // GROUP) != 0
         if momentum is None and kahan is None:
-            still = idle & (tl.load(hyper + 1) == 0.0)  # nothing would change
+            still = idle & (tl.load(hyper + DECAY) == 0.0)  # nothing would change
             if weight.dtype.element_ty == tl.float32:
                 good = good & (
                     still == 0
@@ -77,10 +78,10 @@ def update_rows(
     grad = row_gradient(
         x, gradient, local, column, real, batch, tile, D, BLOCK_L, BLOCK_D, STEP, EMULATED
     )
-    scale = tl.load(hyper + 5)
+    scale = tl.load(hyper + SCALE)
     if bias is not None:
         mask = real & trained & (d_block == 0)
-        step = tl.load(hyper) * (
+        step = tl.load(hyper + LR) * (
             scale * bias_gradient(column_sum, local, mask, tile, b_blocks, BLOCK_L)
         )
         value = tl.load(bias + begin + lane, mask=mask, other=0.0) - step

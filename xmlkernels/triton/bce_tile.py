@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xmlkernels.triton import common
+from xmlkernels.triton.hyper import DX_SCALE, SCALE
 from xmlkernels.triton.positives import find_starts, targets
 from xmlkernels.triton.skip import GROUP, Groups
 
@@ -283,7 +284,7 @@ def sum_dx(partial, dx, hyper, flag, count, segments, G_SCALE: tl.constexpr, BLO
         total += tl.load(partial + tl.cast(s, tl.int64) * count + at, mask=at < count, other=0.0)
     total *= 1.0 / G_SCALE
     if hyper is not None:
-        total = tl.load(hyper + 6) * (tl.load(hyper + 5) * total)
+        total = tl.load(hyper + DX_SCALE) * (tl.load(hyper + SCALE) * total)
     tl.store(dx + at, tl.where(tl.load(flag) == 0, total, float("nan")), mask=at < count)
 
 
@@ -298,7 +299,7 @@ def sum_loss(part, loss, hyper, flag, count, BLOCK: tl.constexpr):
         total += tl.load(part + at, mask=at < count, other=0.0)
     value = tl.sum(total, 0)
     if hyper is not None:
-        value *= tl.load(hyper + 5)
+        value *= tl.load(hyper + SCALE)
     tl.store(loss, tl.where(tl.load(flag) == 0, value, float("nan")))
 
 

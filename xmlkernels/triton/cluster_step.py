@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xmlkernels.triton import common
+from xmlkernels.triton.hyper import BETA2, DECAY, DX_SCALE, LR, SCALE
 from xmlkernels.triton.update import bias_corrections, update_tile
 
 PART_BYTES = (
@@ -218,7 +219,7 @@ def _step_tiles(
         is_row = row < end
         place = tile * BR + tl.arange(0, BR)
         first_pair, last_pair = tl.load(group + g), tl.load(group + g + 1)
-        lr, decay = tl.load(hyper), tl.load(hyper + 1)
+        lr, decay = tl.load(hyper + LR), tl.load(hyper + DECAY)
         width = last_column - first_column
         scale_at = None if row_scale is None else row_scale + 2 * row
         unit = None if row_scale is None else tl.load(scale_at, mask=is_row, other=1.0)
@@ -234,7 +235,7 @@ def _step_tiles(
                 pos_row,
                 pos_sample,
                 pos_value,
-                tl.load(hyper + 5),
+                tl.load(hyper + SCALE),
                 row,
                 is_row,
                 place,
@@ -295,7 +296,7 @@ def _step_tiles(
                             full += common.widen(tl.load(kahan + at, mask=mask, other=0.0))
                         grad += decay * full
                     row_moment += tl.sum(tl.where(mask, grad * grad, 0.0), axis=1)
-                beta2 = tl.load(hyper + 3)
+                beta2 = tl.load(hyper + BETA2)
                 old = common.widen(tl.load(second + row, mask=is_row, other=0.0))
                 row_moment = beta2 * old + (1.0 - beta2) * (row_moment / D)
                 # A row has one value, in column 0 of the draw.
@@ -411,7 +412,7 @@ def _sum_parts(
         )  # the last tiles of a small cluster are not
         share_at = (pair * part_tiles + at % part_tiles)[:, None] * width + offset[None, :]
         total += tl.load(parts + share_at, mask=written[:, None] & left[None, :], other=0.0)
-    out = tl.load(hyper + 6) * tl.sum(total, axis=0)
+    out = tl.load(hyper + DX_SCALE) * tl.sum(total, axis=0)
     dx_at = dx + sample * D + first_column + offset
     if not FIRST:
         out += tl.load(dx_at, mask=left, other=0.0)
@@ -592,5 +593,5 @@ def cluster_step_(
     return (
         dx,
         scores,
-        hyper[5] * losses.sum().reshape(1) + nan if need_loss else losses.new_empty(0),
+        hyper[SCALE.value] * losses.sum().reshape(1) + nan if need_loss else losses.new_empty(0),
     )

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xmlkernels.triton import common
+from xmlkernels.triton.hyper import LR, SCALE
 
 GROUP = 128  # rows that are skipped together; the reference's number
 
@@ -52,7 +53,7 @@ def choose_groups(
     end = tl.load(starts + before + block + 1, mask=here, other=0)
     positives = tl.sum(end - begin, 1)
     real = group * GROUP < tl.minimum(tile, rows - first)
-    rate = tl.abs(tl.load(hyper) * tl.load(hyper + 5)) * tl.load(reach)
+    rate = tl.abs(tl.load(hyper + LR) * tl.load(hyper + SCALE)) * tl.load(reach)
     still = real & (positives == 0) & (rate * tl.max(peak, 1) < skip_below)
     tl.store(quiet + group, still.to(tl.int32), mask=real)
     busy = (real & (still == 0)).to(tl.int32)

@@ -7,13 +7,15 @@ import triton.language as tl
 from torch import Tensor
 
 from xmlkernels.triton import common
+from xmlkernels.triton.hyper import BETA1, BETA2, DECAY, EPSILON, LR
 
 
 def bias_corrections(hyper: Tensor, counter: Tensor) -> Tensor:
     """Adam's 1 - beta^t for both moments, fp32 [2], without a host sync; in float64 as the
     reference does.
     """
-    return (1 - hyper[2:4].double() ** (counter[1] + 1).double()).float()
+    betas = hyper[BETA1.value : BETA2.value + 1]
+    return (1 - betas.double() ** (counter[1] + 1).double()).float()
 
 
 @triton.jit
@@ -50,7 +52,7 @@ def update_tile(
     is.
     """
     seed, step = tl.load(counter), tl.load(counter + 1)
-    lr, decay, beta1 = tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2)
+    lr, decay, beta1 = tl.load(hyper + LR), tl.load(hyper + DECAY), tl.load(hyper + BETA1)
     if row_scale is not None:
         unit = tl.load(row_scale, mask=row_mask, other=1.0)[:, None]
         w = common.decode_e4m3(tl.load(weight + at, mask=mask, other=0)) * unit
@@ -64,7 +66,7 @@ def update_tile(
         shrunk = w
         grad += decay * w
     if second is not None:
-        beta2, eps = tl.load(hyper + 3), tl.load(hyper + 4)
+        beta2, eps = tl.load(hyper + BETA2), tl.load(hyper + EPSILON)
         m = (
             beta1 * common.widen(tl.load(momentum + at, mask=mask, other=0.0))
             + (1.0 - beta1) * grad
