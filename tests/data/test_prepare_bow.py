@@ -263,7 +263,10 @@ def test_files_that_do_not_belong_together(config: PrepareConfig, tmp_path: Path
     ("options", "message"),
     [
         ({"tokenizer": "some"}, "--tokenizer: expected none for bags of words, got some"),
-        ({"source": "text"}, "--tokenizer: expected a name or a folder, got none.*--source bow"),
+        (
+            {"source": "text", "token_maps": Path("maps")},
+            "--tokenizer: expected the one that made the",
+        ),
         ({"keep_texts": True}, "--keep-texts: expected texts, got bags of words"),
         ({"test_text": None, "test_labels": Path("y")}, "a text file for each split"),
     ],

@@ -3,23 +3,149 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
-from xmlkernels.data.dataset_writer import write_label_names, write_split
+from xmlkernels.data.dataset_writer import (
+    building,
+    recover,
+    refuse_foreign,
+    write_label_names,
+    write_manifest,
+    write_split,
+)
 from xmlkernels.data.formats.labels import drop_unlabelled, write_npz
 from xmlkernels.data.formats.text_lines import without_separator
 from xmlkernels.data.formats.token_maps import from_padded_map
-from xmlkernels.data.manifest import FEATURES, LABEL_FEATURES
+from xmlkernels.data.manifest import FEATURES, LABEL_FEATURES, MANIFEST, read_manifest
 from xmlkernels.data.raw import Raw, RawSplit
 from xmlkernels.data.token_store import TokenStore
 from xmlkernels.data.tokens import Tokenizer, tokenize_to_file
 from xmlkernels.errors import InputError
+from xmlkernels.locks import own_place
 
 Tell = Callable[[str], None]
+T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0
+
+
+def make_once(
+    output: Path,
+    key: str,
+    opened: Callable[[], T],
+    make: Callable[[Path], None],
+    *,
+    overwrite: bool,
+    flag: str,
+    wait: Tell | None = None,
+) -> tuple[T, bool]:
+    """Open the dataset folder of this key, and make it first where it is not there.
+
+    Args:
+        opened: opens `output` and checks it.
+        make: makes the folder of the path that it is given.
+        overwrite: whether another dataset that stands there goes.
+        flag: what names the output, for messages.
+        wait: receives a line when another process makes a dataset there, which is then waited for;
+            None refuses.
+
+    Returns:
+        What `opened` gives, and whether the folder stood already.
+
+    Raises:
+        InputError: something else stands there, or the place is in use.
+    """
+    found = _standing(output, key, opened, overwrite, flag)
+    if found is None:
+        with own_place(output, flag, make=True, wait=wait) as place:
+            recover(place)
+            # Another process may have made it meanwhile.
+            found = _standing(output, key, opened, overwrite, flag)
+            if found is None:
+                make(output)
+                return opened(), False
+    return found, True
+
+
+def _standing(
+    output: Path, key: str, opened: Callable[[], T], overwrite: bool, flag: str
+) -> T | None:
+    """What stands at `output`, if it is the dataset of this key; None where the place is free or
+    may be cleared.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    if not (output / MANIFEST).is_file():
+        # Never cleared, whatever the flags: these are somebody's files.
+        got = "other files" if output.is_dir() else "a file"
+        raise InputError(
+            str(output), "a free place or a dataset folder", got, f"choose another {flag}"
+        )
+    try:
+        if read_manifest(output)["key"] == key:
+            return opened()
+    except InputError as error:
+        if not overwrite:
+            raise InputError(
+                error.where, error.expected, error.got, "make it again with --overwrite"
+            ) from error
+    if not overwrite:
+        raise InputError(
+            str(output),
+            "a dataset made from these inputs and settings",
+            "one made from others",
+            f"choose another {flag}, or replace it with --overwrite",
+        )
+    refuse_foreign(output)
+    return None
+
+
+def write_folder(
+    output: Path,
+    raw: Raw,
+    tokenizer: Tokenizer | None,
+    *,
+    name: str,
+    key: str,
+    max_length: int,
+    keep_texts: bool,
+    propensity: tuple[float, float],
+    tokenizer_name: str | None,
+    source: Mapping[str, Any],
+    overwrite: bool,
+    tell: Tell = lambda line: None,
+) -> None:
+    """Write a whole dataset folder in the place of `output`.
+
+    Args:
+        raw: its documents and labels, rows chosen.
+        key: what decides whether the folder can be used again.
+        tokenizer_name: what the manifest calls the tokenizer.
+        source: where the data came from, for the manifest.
+        overwrite: whether a dataset that stands there goes.
+        tell: receives a line now and then.
+    """
+    with building(output, replace=overwrite) as folder:
+        counts = write_splits(raw, tokenizer, max_length, folder, keep_texts=keep_texts, tell=tell)
+        write_labels(raw, tokenizer, max_length, folder, tell=tell)
+        made_by: dict[str, Any] | None = None
+        if tokenizer is not None:
+            tokenizer.save(folder / "tokenizer")
+            made_by = {"name": tokenizer_name, "hash": tokenizer.hash, "max_length": max_length}
+        write_manifest(
+            folder,
+            name=name,
+            key=key,
+            num_labels=raw.num_labels,
+            propensity=propensity,
+            tokenizer=made_by,
+            splits=counts,
+            vocabulary=raw.vocabulary,
+            source=source,
+        )
 
 
 def choose_rows(raw: Raw, *, drop: tuple[str, ...], validation_share: float, seed: int) -> None:
@@ -64,12 +190,15 @@ def write_splits(
     keep_texts: bool,
     tell: Tell,
 ) -> dict[str, dict[str, int]]:
-    """Write every split into `folder`; returns its counts for the manifest.
+    """Write every split into `folder`; return its counts for the manifest.
+
+    Without tokenizer and features the texts are kept: there is nothing else of the documents.
 
     Label values other than 1 (relevances) are stored as 1: training and metrics know only positive
     and negative.
     """
     counts = {}
+    kept = keep_texts or (tokenizer is None and raw.vocabulary is None)
     for name, split in raw.splits.items():
         labels = split.labels
         graded = int((labels.data != 1).sum())
@@ -79,7 +208,7 @@ def write_splits(
             labels.data[:] = 1
         pairs = np.unique(split.filter_pairs, axis=0)
         write_split(
-            folder, name, labels, pairs, _words(split.texts, raw.separator) if keep_texts else None
+            folder, name, labels, pairs, _words(split.texts, raw.separator) if kept else None
         )
         counts[name] = {
             "documents": labels.shape[0],
@@ -104,11 +233,12 @@ def _write_documents(
     max_length: int,
     tell: Tell,
 ) -> dict[str, int]:
-    """Write the documents' tokens, or their features where there is no tokenizer; returns what is
-    counted of them.
+    """Write the documents' tokens or, where there is no tokenizer, their features, if they have
+    any; return what is counted of them.
     """
     if tokenizer is None:
-        assert split.features is not None
+        if split.features is None:
+            return {}
         write_npz(folder / FEATURES, split.features)
         return {"words": int(split.features.nnz)}
     store = _write_tokens(folder / "tokens.bin", name, split, tokenizer, max_length, tell)
@@ -122,6 +252,8 @@ def _told(name: str, count: dict[str, int]) -> str:
     documents = max(1, count["documents"])
     if "words" in count:
         length = f"{count['words'] / documents:.1f} words each"
+    elif "tokens" not in count:
+        length = "texts alone"
     else:
         share = count["at_max_length"] / documents
         length = f"{count['tokens'] / documents:.1f} tokens each ({share:.1%} at the maximum)"

@@ -10,13 +10,13 @@
     texts.jsonl (optional)
 
 A dataset of bags of words has {train,val,test}/features.npz and label_features.npz (optional) in
-place of tokens and tokenizer.
+place of tokens and tokenizer; one of texts alone, for a bag of words and the ranker, has neither.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from scipy.sparse import csr_matrix
 from xmlkernels.checksums import compare, file_checksum
 from xmlkernels.data.formats.arrays import read_npy
 from xmlkernels.data.formats.matrices import read_npz
+from xmlkernels.data.from_memory import Documents, Memory, write
 from xmlkernels.data.manifest import (
     FEATURES,
     LABEL_FEATURES,
@@ -36,18 +37,24 @@ from xmlkernels.data.manifest import (
     read_manifest,
 )
 from xmlkernels.data.token_store import TokenStore
+from xmlkernels.data.tokens import Tokenizer
 from xmlkernels.errors import InputError
 from xmlkernels.records import parse_record
 
 
 @dataclass(frozen=True)
 class Split:
-    """Documents of one split: their tokens or features (N rows), labels CSR [N, L], pairs
-    (document, label) never to be predicted."""
+    """Documents of one split.
+
+    Attributes:
+        documents: their tokens or features (N rows); None where the texts are all there is.
+        labels: CSR [N, L].
+        filter_pairs: int64 [n, 2], (document, label) never to be predicted.
+    """
 
     name: str
     folder: Path
-    documents: TokenStore | csr_matrix
+    documents: TokenStore | csr_matrix | None
     labels: csr_matrix
     filter_pairs: np.ndarray
 
@@ -59,17 +66,18 @@ class Split:
         """The documents' tokens. InputError where the dataset holds bags of words."""
         if isinstance(self.documents, TokenStore):
             return self.documents
-        raise no_tokens(self.folder)
+        raise no_tokens(self.folder, bags=self.documents is not None)
 
     @property
     def features(self) -> csr_matrix:
         """The documents' bags of words, CSR fp32 [N, V]. InputError where the dataset holds
         tokens.
         """
-        if not isinstance(self.documents, TokenStore):
+        if isinstance(self.documents, csr_matrix):
             return self.documents
+        got = "one of texts" if self.documents is None else "one of tokens"
         mend = "prepare it from a bag-of-words file with --source bow, or vectorise its texts"
-        raise InputError(str(self.folder), "a dataset of bags of words", "one of tokens", mend)
+        raise InputError(str(self.folder), "a dataset of bags of words", got, mend)
 
     @cached_property
     def texts(self) -> list[str]:
@@ -131,8 +139,8 @@ class Dataset:
         self.vocabulary: int | None = manifest.get("vocabulary")
 
     def _tokenizer(self) -> dict[str, Any]:
-        if self.vocabulary is not None:
-            raise no_tokens(self.folder)
+        if self.manifest["tokenizer"] is None:
+            raise no_tokens(self.folder, bags=self.vocabulary is not None)
         return dict(self.manifest["tokenizer"])
 
     @property
@@ -182,6 +190,61 @@ class Dataset:
             )
         return cls(folder, manifest, splits, label_tokens, label_features)
 
+    @classmethod
+    def from_texts(
+        cls,
+        folder: str | Path,
+        train: Documents,
+        *,
+        validation: Documents | None = None,
+        test: Documents | None = None,
+        tokenizer: str | Path | Tokenizer | None = None,
+        label_names: Sequence[str] | None = None,
+        num_labels: int | None = None,
+        max_length: int = 128,
+        validation_share: float = 0.0,
+        seed: int = 0,
+        propensity: tuple[float, float] = (0.55, 1.5),
+        keep_texts: bool = True,
+        overwrite: bool = False,
+    ) -> Dataset:
+        """Make a dataset folder of texts and labels in memory, or open the one that holds them.
+
+        Args:
+            folder: where; made when it is not there.
+            train: texts, and a list of labels for each: names, or ids that count from 0.
+            validation, test: the same.
+            tokenizer: that of the encoder to train: a Hugging Face name, a folder or "minilm".
+                None keeps the texts alone, which is all that a bag of words and the ranker read.
+            label_names: names in the order of ids; by default those of the lists, sorted.
+            num_labels: of ids without names; by default one more than the largest.
+            max_length: tokens kept of each text.
+            validation_share: share of the training documents, drawn by `seed`, that becomes the
+                validation split.
+            propensity: A and B of the propensity model (Jain et al. 2016).
+            keep_texts: False saves the disk where a tokenizer has read the texts.
+            overwrite: replace a dataset of other texts or settings that `folder` holds.
+
+        Raises:
+            InputError: texts or labels that cannot be used, or `folder` holds something else.
+        """
+        parts = {"train": train, "val": validation, "test": test}
+        memory = Memory(
+            {name: part for name, part in parts.items() if part is not None},
+            tokenizer,
+            label_names,
+            num_labels,
+            max_length,
+            validation_share,
+            seed,
+            propensity,
+            keep_texts,
+        )
+        path = Path(folder)
+        return write(
+            path, memory, opened=lambda: cls.open(path, verify=overwrite), overwrite=overwrite
+        )
+
     @cached_property
     def label_names(self) -> list[str] | None:
         """Names of the L labels, or None where the dataset has none."""
@@ -199,10 +262,11 @@ class Dataset:
         return names
 
 
-def no_tokens(folder: Path) -> InputError:
-    """The error for tokens wanted of a dataset that has none."""
+def no_tokens(folder: Path, *, bags: bool) -> InputError:
+    """Return the error for tokens wanted of a dataset of bags of words, or of texts alone."""
+    got = "one of bags of words" if bags else "one of texts alone"
     mend = "train with --encoder bow, or prepare the dataset from texts with --tokenizer"
-    return InputError(str(folder), "a dataset of tokens", "one of bags of words", mend)
+    return InputError(str(folder), "a dataset of tokens", got, mend)
 
 
 def _read_text(path: Path, encoding: str) -> str:
@@ -281,9 +345,9 @@ def _open_split(folder: Path, name: str, manifest: Mapping[str, Any]) -> Split:
             str(pairs.max(axis=0)),
             PREPARE_AGAIN,
         )
-    found: TokenStore | csr_matrix
+    found: TokenStore | csr_matrix | None = None
     if manifest.get("vocabulary") is not None:
         found = _open_features(inside / FEATURES, (documents, manifest["vocabulary"]))
-    else:
+    elif manifest["tokenizer"] is not None:
         found = _open_tokens(inside / "tokens.bin", documents, manifest)
     return Split(name, inside, found, labels, pairs)

@@ -95,8 +95,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise InputError(
             f"{path}, $.splits", f"splits among {', '.join(SPLITS)}", repr(wrong[0]), PREPARE_AGAIN
         )
-    if (manifest["tokenizer"] is None) == (manifest.get("vocabulary") is None):
-        got = "neither" if manifest["tokenizer"] is None else "both"
+    kinds = [manifest["tokenizer"] is not None, manifest.get("vocabulary") is not None]
+    # With neither, all that there is of the documents is their texts.
+    texts = all(f"{name}/texts.jsonl" in manifest["files"] for name in manifest["splits"])
+    if all(kinds) or not (any(kinds) or texts):
+        got = "both" if all(kinds) else "neither, and no texts"
         raise InputError(
             str(path), "a tokenizer, or the vocabulary of bags of words", got, PREPARE_AGAIN
         )

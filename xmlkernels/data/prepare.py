@@ -11,16 +11,14 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from xmlkernels.data import manifest, token_store
-from xmlkernels.data.build import Tell, choose_rows, write_labels, write_splits
+from xmlkernels.data.build import Tell, choose_rows, make_once, write_folder
 from xmlkernels.data.dataset import Dataset
-from xmlkernels.data.dataset_writer import building, recover, refuse_foreign, write_manifest
 from xmlkernels.data.formats.labels import Divider, LabelFormat
 from xmlkernels.data.formats.lf_json import is_lf_json
 from xmlkernels.data.label_ids import label_lines, name_lines
-from xmlkernels.data.manifest import MANIFEST, read_manifest
 from xmlkernels.data.raw import Files
 from xmlkernels.data.raw_files import (
     Fields,
@@ -33,7 +31,7 @@ from xmlkernels.data.raw_files import (
 )
 from xmlkernels.data.tokens import Tokenizer, load_tokenizer
 from xmlkernels.errors import InputError
-from xmlkernels.locks import check_place, own_place
+from xmlkernels.locks import check_place
 
 # A and B of Jain et al. 2016, as the published results use them; never guessed from a name.
 PROPENSITIES = {"default": (0.55, 1.5), "amazon": (0.6, 2.6), "wikipedia": (0.5, 0.4)}
@@ -51,7 +49,8 @@ class PrepareConfig:
     output: Path
     """Folder to make."""
     tokenizer: str | None = None
-    """Hugging Face name, or a local folder; none with --source bow."""
+    """Hugging Face name, a local folder, or "minilm", the installed all-MiniLM-L6-v2. Without one
+    the folder holds the texts alone, for a bag of words and the ranker."""
     max_length: int = 128
     """Tokens kept of each text, special tokens included."""
     source: Source = "text"
@@ -198,20 +197,24 @@ def prepare(
         )
     separator = _separator(config, tokenizer)
     key = cache_key(config, tokenizer, separator)
-    standing = _standing(config, key, flag)
-    if standing is None:
-        with own_place(config.output, flag, make=True, wait=tell if wait else None) as output:
-            recover(output)
-            standing = _standing(config, key, flag)  # another process may have made it meanwhile
-            if standing is None:
-                return _make(config, tokenizer, separator, key, tell)
-    tell(f"{config.output}: made from the same inputs before, used again")
-    return standing
+    output = config.output
+    dataset, stood = make_once(
+        output,
+        key,
+        lambda: Dataset.open(output, verify=config.overwrite),
+        lambda _: _make(config, tokenizer, separator, key, tell),
+        overwrite=config.overwrite,
+        flag=flag,
+        wait=tell if wait else None,
+    )
+    if stood:
+        tell(f"{output}: made from the same inputs before, used again")
+    return dataset
 
 
 def _make(
     config: PrepareConfig, tokenizer: Tokenizer | None, separator: str, key: str, tell: Tell
-) -> Dataset:
+) -> None:
     built_in = config.source == "docstrings"
     reading = replace(config.reading, separator=separator)
     raw = read_docstrings(config.documents) if built_in else read_files(reading, config.files)
@@ -221,6 +224,8 @@ def _make(
             f"{len(raw.facts['corpus_versions'])} packages"
         )
     _tell_separator(config, tokenizer, tell)
+    if tokenizer is None and config.source != "bow":
+        tell("no --tokenizer: the texts alone, for a bag of words and the ranker")
     for line in label_lines(raw) + (
         name_lines(raw.label_names or []) if config.source == "attentionxml" else []
     ):
@@ -229,36 +234,21 @@ def _make(
         config.unlabelled
     ]
     choose_rows(raw, drop=drop, validation_share=config.validation_share, seed=config.seed)
-    with building(config.output, replace=config.overwrite) as folder:
-        counts = write_splits(
-            raw, tokenizer, config.max_length, folder, keep_texts=config.keep_texts, tell=tell
-        )
-        write_labels(raw, tokenizer, config.max_length, folder, tell=tell)
-        made_by: dict[str, Any] | None = None
-        if tokenizer is not None:
-            tokenizer.save(folder / "tokenizer")
-            made_by = {
-                "name": config.tokenizer,
-                "hash": tokenizer.hash,
-                "max_length": config.max_length,
-            }
-        write_manifest(
-            folder,
-            name=config.dataset_name,
-            key=key,
-            num_labels=raw.num_labels,
-            propensity=config.constants,
-            tokenizer=made_by,
-            splits=counts,
-            vocabulary=raw.vocabulary,
-            source={
-                "kind": config.source,
-                "seed": config.seed,
-                "unlabelled": config.unlabelled,
-                **raw.facts,
-            },
-        )
-    return Dataset.open(config.output)
+    facts = {"kind": config.source, "seed": config.seed, "unlabelled": config.unlabelled}
+    write_folder(
+        config.output,
+        raw,
+        tokenizer,
+        name=config.dataset_name,
+        key=key,
+        max_length=config.max_length,
+        keep_texts=config.keep_texts,
+        propensity=config.constants,
+        tokenizer_name=config.tokenizer,
+        source=facts | raw.facts,
+        overwrite=config.overwrite,
+        tell=tell,
+    )
 
 
 def _separator(config: PrepareConfig, tokenizer: Tokenizer | None) -> str:
@@ -277,42 +267,6 @@ def _tell_separator(config: PrepareConfig, tokenizer: Tokenizer | None, tell: Te
             if own
             else "title and body: joined by a space: the tokenizer has no separator"
         )
-
-
-def _standing(config: PrepareConfig, key: str, flag: str) -> Dataset | None:
-    """The dataset that stands at `output`, if it is the one asked for; None if the place is free or
-    may be cleared.
-    """
-    output = config.output
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return None
-    if not (output / MANIFEST).is_file():
-        # Never cleared, whatever the flags: these are somebody's files.
-        got = "other files" if output.is_dir() else "a file"
-        raise InputError(
-            str(output), "a free place or a dataset folder", got, f"choose another {flag}"
-        )
-    try:
-        found = read_manifest(output)["key"]
-        if found == key:
-            return Dataset.open(output, verify=config.overwrite)
-    except InputError as error:
-        if not config.overwrite:
-            raise InputError(
-                error.where, error.expected, error.got, "make it again with --overwrite"
-            ) from error
-        refuse_foreign(output)
-        return None
-    if config.overwrite:
-        refuse_foreign(output)
-    else:
-        raise InputError(
-            str(output),
-            "a dataset made from these inputs and settings",
-            "one made from others",
-            f"choose another {flag}, or replace it with --overwrite",
-        )
-    return None
 
 
 def check(config: PrepareConfig) -> None:
@@ -384,11 +338,11 @@ def check(config: PrepareConfig) -> None:
             "give --train-text and --train-labels, or --source docstrings alone",
         ),
         (
-            config.source == "bow" or config.tokenizer is not None,
+            config.tokenizer is not None or config.token_maps is None,
             "--tokenizer",
-            "a name or a folder",
+            "the one that made the token maps",
             "none",
-            "give --tokenizer, or bags of words with --source bow",
+            "give its name or folder",
         ),
         (
             config.source != "bow" or config.tokenizer is None,
