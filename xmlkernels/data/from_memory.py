@@ -98,10 +98,11 @@ def read(memory: Memory) -> Raw:
     if len(kinds) > 1:
         got = "both in the lists"
         raise InputError("labels", "names alone, or ids alone", got, "write one kind")
+    names: list[str] | None = given
     if str in kinds:
         names, labels = _by_name(rows, given)
     else:
-        names, labels = given, _by_id(rows, given, memory.num_labels)
+        labels = _by_id(rows, given, memory.num_labels)
     splits = {name: RawSplit(texts[name], labels[name]) for name in texts}
     raw = Raw(splits, names, names, declared=bool(names) or memory.num_labels is not None)
     check_width(raw, "labels")
