@@ -95,7 +95,7 @@ def tiny(dataset: Path, output: Path, **changes: Any) -> Config:
         "dropout": 0.1,
         "save_every": 4,
     } | changes
-    return replace(RECIPES["tiny"][1], dataset=str(dataset), output=str(output), **settings)
+    return replace(RECIPES["tiny"].config, dataset=str(dataset), output=str(output), **settings)
 
 
 def make_tree(dataset: Path, file: Path, seed: int = 0) -> Path:

@@ -125,7 +125,7 @@ def test_the_whole_demo_twice(
     it.
     """
     config, trained = tiny(dataset, tmp_path / "demo", epochs=1), []
-    monkeypatch.setattr(demo, "RECIPES", {"demo": ("", config)})
+    monkeypatch.setattr(demo, "RECIPES", {"demo": replace(demo.RECIPES["demo"], config=config)})
     monkeypatch.setattr(demo, "commit", lambda: "aaa")
     monkeypatch.setattr("xmlkernels.training.session.commit", lambda: "aaa")
 
@@ -211,7 +211,7 @@ def test_a_corpus_made_now_is_not_told_as_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run opens what the demo has just made; the next process says that it stood already."""
-    config = replace(demo.RECIPES["demo"][1], documents=40, cache=str(tmp_path / "cache"))
+    config = replace(demo.RECIPES["demo"].config, documents=40, cache=str(tmp_path / "cache"))
     monkeypatch.setattr(docstrings, "PACKAGES", ("rich",))
     monkeypatch.setattr(sources, "_opened", set())
     made = sources.open_dataset(config)

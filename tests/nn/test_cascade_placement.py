@@ -293,7 +293,7 @@ def test_memory_is_told_for_each_device(
         "accumulate": 2,
         "beyond_memory": True,
     }
-    config = replace(RECIPES["cascade-tiny"][1], **settings)
+    config = replace(RECIPES["cascade-tiny"].config, **settings)
     encoder = BowEncoder(4, 4)
     tables = {
         name: planned(lambda rows=rows: FullHead(rows, 64, dtype="bf16", optimizer="adam"))

@@ -139,7 +139,8 @@ def test_no_recipe_is_refused_for_its_batch_on_a_machine_of_16_gib() -> None:
     take.
     """
     hidden, layers = 384, 6
-    for name, (_, config) in RECIPES.items():
-        if config.encoder == "minilm":
+    for name, recipe in RECIPES.items():
+        config = recipe.config
+        if getattr(config, "encoder", "") == "minilm":
             documents = config.micro_batch or config.batch
             assert 68 * hidden * layers * documents * config.max_length < 16 * GIB, name

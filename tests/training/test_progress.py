@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse import csr_matrix
-from train_runs import cascade, make_dataset, make_tree, run, threads_kept, tiny
+from train_runs import RECIPES, cascade, make_dataset, make_tree, run, threads_kept, tiny
 
 from xmlkernels.cli import train as command
 from xmlkernels.training import progress
@@ -177,7 +178,7 @@ def test_a_finished_run_names_the_next_command(
 ) -> None:
     output = tmp_path / "run"
     config = tiny(dataset, output, epochs=1)
-    monkeypatch.setattr(command, "RECIPES", {"tiny": ("", config)})
+    monkeypatch.setattr(command, "RECIPES", {"tiny": replace(RECIPES["tiny"], config=config)})
     with threads_kept():
         command.main(["tiny", "--epochs", "1"])
     last = capsys.readouterr().out.splitlines()[-1]

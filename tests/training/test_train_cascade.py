@@ -273,7 +273,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     """
 
     def ask(config: Config) -> str:
-        known, flags, output = recorded(RECIPES["tiny"][1]), ["tiny"], Path(config.output)
+        known, flags, output = recorded(RECIPES["tiny"].config), ["tiny"], Path(config.output)
         for name, value in recorded(config).items():
             if value is True:
                 flags.append(f"--{name}")

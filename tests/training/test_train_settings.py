@@ -41,7 +41,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_sound(name: str) -> None:
-    check(RECIPES[name][1])
+    check(RECIPES[name].config)
 
 
 @pytest.mark.parametrize(
@@ -96,11 +96,11 @@ def test_settings_out_of_range_are_refused(changes: dict[str, Any], expected: st
 
 @pytest.mark.parametrize("name", ["documents", "max_length"])
 def test_flags_of_the_corpus_are_refused_beside_a_dataset_folder(name: str) -> None:
-    demo = replace(RECIPES["demo"][1], dataset="cache/mine")
+    demo = replace(RECIPES["demo"].config, dataset="cache/mine")
     check(demo, given={"dataset"})  # the recipe's own values are nobody's wish
     with pytest.raises(InputError, match="dataset folder cache/mine, which fixes its own"):
         check(demo, given={"dataset", name})
-    check(RECIPES["demo"][1], given={name})
+    check(RECIPES["demo"].config, given={name})
 
 
 def test_an_epsilon_without_adam_is_refused() -> None:

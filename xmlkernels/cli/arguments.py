@@ -8,12 +8,13 @@ import io
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from xmlkernels import InputError
 from xmlkernels.cli.flags import Flag, entry, flags_of, help_of
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 # What other tools call it: flags here that mean it, those that the command has.
 _ELSEWHERE = {
@@ -87,38 +88,72 @@ def parse(
     return _by_tyro(kind, prog, words, flags, positional, default)
 
 
+class Named(Protocol[T_co]):
+    """A complete set of options with a name, as `parse_named` takes it."""
+
+    @property
+    def config(self) -> T_co:
+        """The options."""
+
+    @property
+    def group(self) -> str:
+        """The heading that it is listed under."""
+
+    @property
+    def line(self) -> str:
+        """What it is, for the list."""
+
+    @property
+    def help(self) -> str:
+        """All about it, for its own --help."""
+
+
 def parse_named(
-    named: Mapping[str, tuple[str, T]],
+    named: Mapping[str, Named[T]],
     what: str,
     prog: str,
     told: str,
     words: Sequence[str] | None = None,
 ) -> T:
-    """The same for a command whose first word is the name of a complete set of options, which flags
-    then change.
+    """Read a command whose first word names a complete set of options, which flags then change.
 
     Args:
-        named: name → what it is, and its options.
+        named: name → a set.
         what: what such a set is called.
+        prog: the command as one types it.
+        told: what it does, for --help.
+        words: the command line behind the command; by default the one of this process.
+
+    Raises:
+        InputError: a name that is none, or what `parse` refuses.
+        SystemExit: 0, after --help; 2, after the list of sets, where no word is given.
     """
     words = sys.argv[1:] if words is None else list(words)
-    if words[:1] in (["-h"], ["--help"]):
-        usage = (
-            f"usage: {prog} {what.upper()} [--flag value …]      ({prog} {what.upper()} --help: "
-            "its flags)"
-        )
-        lines = [line for name, (text, _) in named.items() for line in entry(name, text, 30)]
-        print("\n".join([usage, "", told.strip(), "", f"{what}s:", *lines]))
-        raise SystemExit(0)
-    if not words or words[0] not in named:
-        raise InputError(
-            prog,
-            f"a {what}",
-            repr(words[0]) if words else "none",
-            _nearest(words[:1], list(named), prog),
-        )
-    text, default = named[words[0]]
-    return parse(type(default), f"{prog} {words[0]}", text, default=default, words=words[1:])
+    if not words or words[0] in ("-h", "--help"):
+        print(listing(named, what, prog, told), file=sys.stdout if words else sys.stderr)
+        raise SystemExit(0 if words else 2)
+    if words[0] not in named:
+        raise InputError(prog, f"a {what}", repr(words[0]), _nearest(words[:1], list(named), prog))
+    chosen = named[words[0]]
+    default = chosen.config
+    prog = f"{prog} {words[0]}"
+    return parse(type(default), prog, chosen.help, default=default, words=words[1:])
+
+
+def listing(named: Mapping[str, Named[T]], what: str, prog: str, told: str) -> str:
+    """Return the help of such a command: what it does, and every set under its heading."""
+    name = what.upper()
+    lines = [
+        f"usage: {prog} {name} [--flag value …]      ({prog} {name} --help: all about one)",
+        "",
+        told.strip(),
+    ]
+    for group in dict.fromkeys(one.group for one in named.values()):
+        lines += ["", f"{group}:"]
+        for name, one in named.items():
+            if one.group == group:
+                lines += entry(name, one.line, 30)
+    return "\n".join(lines)
 
 
 def _nearest(word: Sequence[str], names: Sequence[str], prog: str) -> str:

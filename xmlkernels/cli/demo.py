@@ -38,7 +38,7 @@ QUERIES = (
 
 
 def run() -> None:
-    _, config = RECIPES["demo"]
+    config: Config = RECIPES["demo"].config
     say(
         "Which functions does a function call? Texts: first paragraphs of docstrings of Python "
         "packages; labels: the calls."

@@ -1,29 +1,39 @@
-"""Train a classifier over all labels: `xmlkernels train RECIPE [--key value …]`.
+"""Train a classifier by a recipe: `xmlkernels train RECIPE [--key value …]`.
 
-On N GPUs of a machine: `torchrun --nproc-per-node N -m xmlkernels train RECIPE …`; each encodes its
-part of every batch. `python train/run.py RECIPE` is the same command in a clone. Writes into its
-output folder: config.json, log.jsonl, metrics.json, predictions.npz and checkpoint/.
+Without a recipe it lists them; RECIPE --help says all about one. On N GPUs of a machine:
+`torchrun --nproc-per-node N -m xmlkernels train RECIPE …`; each encodes its part of every batch.
+`python train/run.py RECIPE` is the same command in a clone. The output folder gets config.json,
+log.jsonl, metrics.json, predictions.npz and checkpoint/.
 
 SIGINT, SIGTERM and SIGHUP end a run after the step, with a checkpoint to go on from by --resume; a
 second one ends it at once.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from xmlkernels import dist
 from xmlkernels.cli.arguments import parse_named
 from xmlkernels.cli.console import print_metrics, say, typed
 from xmlkernels.training.checks import check
-from xmlkernels.training.config import resolved_device
+from xmlkernels.training.config import Config, resolved_device
 from xmlkernels.training.loop import train
 from xmlkernels.training.recipes import RECIPES
 
+log = logging.getLogger(__name__)
+
 
 def main(words: Sequence[str], prog: str = "xmlkernels train") -> None:
-    config = parse_named(RECIPES, "recipe", prog, __doc__ or "", words)
+    """Train by the recipe that the first word names."""
+    # found once, so that an old name is told once
+    known = {words[0]: RECIPES[words[0]]} if words and words[0] in RECIPES else RECIPES
+    config = parse_named(known, "recipe", prog, __doc__ or "", words)
+    recipe = known[words[0]]
     given = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    config = recipe.fit(config, given | {name.removeprefix("no_") for name in given})
     check(config, given=given)
+    tell_of_batch(config, recipe.config, given)
     dist.start(resolved_device(config.device), config.timeout)
     print_metrics(train(config), Path(config.output))
     say(
@@ -32,3 +42,16 @@ def main(words: Sequence[str], prog: str = "xmlkernels train") -> None:
     )
     # the first process may still be writing, and torchrun takes a lost one for a failure
     dist.wait()
+
+
+def tell_of_batch(config: Config, recipe: Config, given: Collection[str]) -> None:
+    """Say that a table's rate belongs to its batch, where the batch changes alone."""
+    before, now = (one.batch * one.accumulate for one in (recipe, config))
+    summed = config.model == "end_to_end" and config.table_optimizer in ("auto", "sgd")
+    if summed and now != before and "table_lr" not in given:
+        log.info(
+            f"note: batch {now:,} in place of the recipe's {before:,} with its --table-lr "
+            f"{config.table_lr:g}: the loss is a sum, so a step of the table is now "
+            f"{now / before:.3g} times as long; where the loss grows, lower the rate to "
+            f"{config.table_lr * before / now:.2g}"
+        )
