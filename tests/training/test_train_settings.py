@@ -41,7 +41,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_sound(name: str) -> None:
-    check(RECIPES[name].config)
+    if isinstance(config := RECIPES[name].config, Config):
+        check(config)
+    else:
+        assert name == "linear"
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,11 @@ from xmlkernels.training.ranker import SHOWN, RankerConfig, train_ranker
 
 
 def main(words: Sequence[str]) -> None:
-    report = train_ranker(parse(RankerConfig, "xmlkernels rank", __doc__ or "", words=words))
+    print_ranker(train_ranker(parse(RankerConfig, "xmlkernels rank", __doc__ or "", words=words)))
+
+
+def print_ranker(report: dict[str, Any]) -> None:
+    """Print the metrics of a trained ranker, where it is, and the command that asks it."""
     rows = {
         f"{split}, {what}": numbers
         for split in SHOWN.values()

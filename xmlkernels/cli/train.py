@@ -13,11 +13,13 @@ import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from xmlkernels import dist
+from xmlkernels import InputError, dist
 from xmlkernels.cli.arguments import parse_named
 from xmlkernels.cli.console import print_metrics, say, typed
+from xmlkernels.cli.rank import print_ranker
 from xmlkernels.training.checks import check
 from xmlkernels.training.config import Config, resolved_device
+from xmlkernels.training.linear import LinearConfig, train_linear
 from xmlkernels.training.loop import train
 from xmlkernels.training.recipes import RECIPES
 
@@ -30,6 +32,12 @@ def main(words: Sequence[str], prog: str = "xmlkernels train") -> None:
     known = {words[0]: RECIPES[words[0]]} if words and words[0] in RECIPES else RECIPES
     config = parse_named(known, "recipe", prog, __doc__ or "", words)
     recipe = known[words[0]]
+    if isinstance(config, LinearConfig):
+        if (count := dist.launched()[1]) > 1:
+            mend = "start it without torchrun: it trains on all threads of one process"
+            raise InputError("torchrun", "one process for this recipe", str(count), mend)
+        print_ranker(train_linear(config))
+        return
     given = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
     config = recipe.fit(config, given | {name.removeprefix("no_") for name in given})
     check(config, given=given)

@@ -120,28 +120,51 @@ def open_tree(config: Config, dataset: Dataset) -> LabelTree | None:
         tree.check_dataset(dataset.content_hash, dataset.num_labels)
         check_levels(config, tree.levels, f"as the tree {config.tree} has them")
         return tree
-    place = f"{dataset.content_hash[:16]}-{'-'.join(map(str, config.tree_depths))}-{config.seed}"
-    folder = Path(config.cache) / "trees" / place
+    return cached_tree(
+        dataset,
+        config.tree_depths,
+        cache=config.cache,
+        seed=config.seed,
+        threads=config.threads,
+    )
+
+
+def cached_tree(
+    dataset: Dataset, depths: tuple[int, ...], *, cache: str, seed: int, threads: int
+) -> LabelTree:
+    """Return the tree of these depths that `xmlkernels tree` makes, from the cache after first use.
+
+    Args:
+        dataset: whose labels it is of.
+        depths: 2^depth clusters per level, coarse to fine.
+        cache: the folder that keeps it, as trees/CONTENT-DEPTHS-SEED.
+        seed: of its walks and first centres.
+        threads: 0 takes all; they do not change the tree.
+    """
+    folder = cached_tree_folder(dataset, depths, cache=cache, seed=seed)
     if not folder.exists():
-        clusters = ", ".join(f"{2**depth:,}" for depth in config.tree_depths)
+        clusters = ", ".join(f"{2**depth:,}" for depth in depths)
         log.info(f"label tree of {clusters} clusters, made on first use as xmlkernels tree does:")
-    threads = min(
-        config.threads, most_threads()
-    )  # torch may be told of more than there are; the tree is the same
     # A tree of this name made by another version is only a cache: replace it.
     return build_tree(
         TreeConfig(
             str(dataset.folder),
             str(folder),
-            depths=config.tree_depths,
-            seed=config.seed,
-            threads=threads,
+            depths=depths,
+            seed=seed,
+            threads=min(threads, most_threads()),  # torch may have been given more than there are
             plot=False,
             overwrite=True,
         ),
         flag="--cache",
         wait=log.info,
     )
+
+
+def cached_tree_folder(dataset: Dataset, depths: tuple[int, ...], *, cache: str, seed: int) -> Path:
+    """Return where `cached_tree` keeps that tree."""
+    name = f"{dataset.content_hash[:16]}-{'-'.join(map(str, depths))}-{seed}"
+    return Path(cache) / "trees" / name
 
 
 def training_batches(

@@ -1,0 +1,142 @@
+"""The recipe `linear`: a label tree and a ranker on it, in one command."""
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from train_runs import make_dataset
+
+from xmlkernels import InputError
+from xmlkernels.cli import predict
+from xmlkernels.cli import train as command
+from xmlkernels.data.dataset import Dataset
+from xmlkernels.ranker.linear import Settings
+from xmlkernels.training import inputs, linear
+from xmlkernels.training.linear import LinearConfig, train_linear, tree_depths
+from xmlkernels.training.ranker import RankerConfig, train_ranker
+from xmlkernels.training.recipes import RECIPES
+from xmlkernels.training.tree import TreeConfig, build_tree
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("raw"), keep_texts=True)
+
+
+def test_it_is_tree_and_rank_in_one(dataset: Path, tmp_path: Path) -> None:
+    """The same predictions as the two commands; a second run takes the tree from the cache."""
+    config = RECIPES["linear"].replace(
+        dataset=str(dataset), output=str(tmp_path / "one"), cache=str(tmp_path / "cache"),
+        depths=(2,), min_df=1, threads=1,
+    )  # fmt: skip
+    report = train_linear(config)
+    tree = build_tree(TreeConfig(str(dataset), str(tmp_path / "tree"), depths=(2,), plot=False))
+    two = RankerConfig(
+        str(dataset), str(tmp_path / "two"), tree=str(tmp_path / "tree"), longest=1, min_df=1,
+        threads=1,
+    )  # fmt: skip
+    other = train_ranker(two)
+    assert report["test"] == other["test"] and report["test"]["both"]["P@1"] > 50
+    assert (tmp_path / "one" / "clusters").is_dir()
+    (kept,) = (tmp_path / "cache" / "trees").iterdir()
+    assert report["options"]["tree"] == str(kept)
+    assert json.loads((kept / "report.json").read_text()) and tree.sizes[0] == 4
+    before = (kept / "tree.safetensors").stat().st_mtime_ns
+    train_linear(replace(config, output=str(tmp_path / "again"), beam=2))
+    assert (kept / "tree.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_command_trains_predicts_and_says_how(
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Few labels have no tree; the last line is the command that asks the ranker."""
+    output = tmp_path / "words"
+    words = ["--dataset", str(dataset), "--output", str(output), "--min-df", "1"]
+    monkeypatch.setattr(linear, "cached_tree", pytest.fail)
+    command.main(["linear", *words, "--threads", "1"])
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1].startswith("ask it: ") and f"predict --ranker {output} --text" in told[-1]
+    assert json.loads((output / "metrics.json").read_text())["options"]["one_vs_all"]
+    answers = tmp_path / "answers.jsonl"
+    predict.main(
+        ["--ranker", str(output), "--text", "w3 w4 w5", "--top-k", "1", "--output", str(answers)]
+    )
+    assert "w3" in answers.read_text()
+
+
+def test_without_validation_the_share_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = make_dataset(tmp_path, splits=("train", "test"), keep_texts=True, label_text=None)
+    found: list[RankerConfig] = []
+    monkeypatch.setattr(linear, "train_ranker", lambda options: found.append(options) or {})
+    caplog.set_level("INFO", "xmlkernels")
+    cache = str(tmp_path / "cache")
+    config = LinearConfig(str(own), output=str(tmp_path / "x"), cache=cache, depths=(2,))
+    train_linear(config)
+    assert (found[-1].share, found[-1].blend) == (0.7, "product")
+    assert "no validation split: --share 0.7 --blend product" in caplog.text
+    train_linear(replace(config, share=0.2))
+    assert (found[-1].share, found[-1].blend) == (0.2, "log_odds")
+
+
+def test_every_option_reaches_tree_and_ranker(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(linear, "train_ranker", lambda options: found.update(ranker=options) or {})
+    monkeypatch.setattr(inputs, "build_tree", lambda options, **_: found.update(tree=options))
+    changes: dict[str, Any] = {
+        "dataset": str(dataset), "output": "o", "cache": str(tmp_path), "depths": (1, 3),
+        "beam": 3, "longest": 4, "min_df": 5, "max_features": 6,
+        "training": Settings(cost=2.0, seed=7), "threads": 1, "share": 0.5, "blend": "product",
+        "top_k": 8,
+    }  # fmt: skip
+    assert changes.keys() == {field.name for field in fields(LinearConfig)} - {"documents"}
+    train_linear(LinearConfig(**changes))
+    tree, ranker = found["tree"], found["ranker"]
+    assert (tree.depths, tree.seed, tree.threads) == ((1, 3), 7, 1)
+    assert tree.output.startswith(str(tmp_path)) and ranker.tree == tree.output
+    for name in changes.keys() - {"cache", "depths"}:
+        assert getattr(ranker, name) == changes[name], name
+
+
+def test_mistakes(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="--documents: expected the built-in corpus"):
+        train_linear(LinearConfig(str(dataset), documents=5))
+    with pytest.raises(InputError, match="--output: expected a folder of its own"):
+        train_linear(LinearConfig(str(dataset), output=str(dataset)))
+    monkeypatch.setattr("xmlkernels.dist.launched", lambda: (0, 2))
+    with pytest.raises(InputError, match="torchrun: expected one process for this recipe"):
+        command.main(["linear", "--dataset", str(dataset)])
+
+
+def test_depths_fit_the_labels() -> None:
+    """debian-deps has the depth that was measured on it; none beyond what a tree can have."""
+    assert tree_depths(11_862) == (7,) and tree_depths(670_091) == (5, 9, 13)
+    assert tree_depths(200) == () and tree_depths(201) == (1,)
+    for labels in np.geomspace(201, 1e8, 60).astype(int):
+        depths = tree_depths(int(labels))
+        assert 1 <= len(depths) <= 4 and depths[0] >= 1 and list(depths) == sorted(set(depths))
+        assert 50 <= labels / 2 ** depths[-1] <= 160
+
+
+def test_the_built_in_corpus_is_the_default(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def opened(config: Any) -> Dataset:
+        asked.append(config)
+        return Dataset.open(dataset)
+
+    monkeypatch.setattr(linear, "open_dataset", opened)
+    monkeypatch.setattr(linear, "train_ranker", lambda options: {})
+    train_linear(LinearConfig(output=str(tmp_path / "x"), documents=500, cache="c"))
+    assert (asked[0].dataset, asked[0].documents, asked[0].cache) == ("docstrings", 500, "c")
