@@ -41,7 +41,8 @@ def model_and_batches(name: str) -> tuple[Any, Callable[[int], Any]]:
     import torch
 
     from xmlkernels.data.batches.tokens import BagBatch, Batch
-    from xmlkernels.models.end_to_end import EndToEnd, Training
+    from xmlkernels.models.end_to_end import EndToEnd
+    from xmlkernels.models.training import Training
     from xmlkernels.nn.bow import BowEncoder
     from xmlkernels.nn.encoder import Encoder
     from xmlkernels.nn.full_head import FullHead
@@ -100,11 +101,11 @@ def measure(name: str, seconds: float) -> dict[str, float]:
     rate = steps * documents / (time.perf_counter() - started)
     model.eval()
     one, taken = batch(1), list[float]()
-    model.predict(one, 10)
+    model.score(one, 10)
     until = time.perf_counter() + seconds
     while not taken or time.perf_counter() < until:
         asked = time.perf_counter()
-        model.predict(one, 10)
+        model.score(one, 10)
         taken.append((time.perf_counter() - asked) * 1e3)
     median, late = np.percentile(taken, (50, 95))
     return {"documents/s": rate, "ms": float(median), "ms 95%": float(late)}

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from xmlkernels.models.cascade import Cascade
-from xmlkernels.models.cascade_training import CascadeTraining
+from xmlkernels.models.scored import LevelPrediction
+from xmlkernels.models.training import CascadeTraining
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.table import RowOptimizer
@@ -91,7 +92,9 @@ def make_model(
     """A tiny cascade, in evaluation mode without dropout unless `drops` says otherwise, so that two
     ways of computing one step can be compared."""
     tree = make_tree(levels) if tree is None else tree
-    names = CascadeTraining.__dataclass_fields__
+    names = set(CascadeTraining.__dataclass_fields__)
+    if isinstance(options.get("optimizer"), str):  # that of the tables
+        names.remove("optimizer")
     settings = {"encoder_lr": 1e-3, "total": 100} | {k: v for k, v in options.items() if k in names}
     rest = {"layers": RECIPES[levels], "seed": 3} | {
         k: v for k, v in options.items() if k not in names
@@ -228,6 +231,20 @@ class Twin:
             * (m[hit] / (1 - beta1**self.step_number))
             / (root if v.dim() == 2 else root[:, None])
         )
+
+
+def best(model: Any, batch: Any, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Logits and labels of the k best labels."""
+    found = model.score(batch, k, exclude=exclude)
+    return found.values, found.labels
+
+
+def best_of_levels(
+    model: Cascade, batch: Any, k: int, exclude: Tensor | None = None
+) -> tuple[LevelPrediction, ...]:
+    """What each level predicts under the model's own scheme."""
+    found = model.score(batch, k, exclude=exclude, schemes=[model.scheme])
+    return found.by_scheme[model.scheme].levels
 
 
 def relative(a: Tensor, b: Tensor) -> float:

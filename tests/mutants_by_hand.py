@@ -31,7 +31,8 @@ def _of(fields: str) -> str:
 
 
 _BUILD, _CASCADE = "xmlkernels/training/build.py", "xmlkernels/models/cascade.py"
-_TRAINING, _END = "xmlkernels/models/cascade_training.py", "xmlkernels/models/end_to_end.py"
+_TRAINING, _END = "xmlkernels/models/training.py", "xmlkernels/models/end_to_end.py"
+_BASE = "xmlkernels/models/base.py"
 _HEADS, _LEVEL, _HEAD = (
     "xmlkernels/nn/cascade_heads.py",
     "xmlkernels/nn/cascade_level.py",
@@ -113,24 +114,23 @@ BY_HAND: tuple[Fault, ...] = (
     Fault(_CASCADE, "losses += loss + scale * pads", "losses += loss"),
     Fault(
         _CASCADE,
-        "clusters, _, forced = select(scores, clusters, row_ptr, k, width=width, "
-        "positives=positives[r])",
-        "clusters, _, forced = select(scores, clusters, row_ptr, k, width=width)",
+        "scores, clusters, row_ptr, k, width=width, positives=positives[r]\n",
+        "scores, clusters, row_ptr, k, width=width\n",
     ),
     Fault(_CASCADE, "self.lost_positives[r : r + 1] += there - forced", "pass"),
     Fault(
         _CASCADE,
-        "        x = [torch.where(finite, f, torch.nan) for f in held.x]",
-        "        x = list(held.x)",
+        "        x = [torch.where(finite, f, torch.nan) for f in encoded.x]",
+        "        x = list(encoded.x)",
     ),
     Fault(
         _END,
-        "set_learning_rate(self.optimizer, [settings.encoder_lr]",
-        "set_learning_rate(self.optimizer, [settings.head_lr]",
+        "rates = [settings.encoder_lr]",
+        "rates = [settings.head_lr]",
     ),
     Fault(_END, "lr=settings.head_lr * factor", "lr=settings.head_lr"),
-    Fault(_END, "self.skipped_steps += overflow", "pass"),
-    Fault(_END, "update(settings.encoder_lr * factor)", "update(settings.encoder_lr)"),
+    Fault(_BASE, "self.skipped_steps += overflow", "pass"),
+    Fault(_END, "overflow, settings.encoder_lr * factor)", "overflow, settings.encoder_lr)"),
     Fault("xmlkernels/models/gradient_caching.py", "    put(state)\n", ""),
     Fault(
         "xmlkernels/models/running_mean.py",
@@ -144,9 +144,8 @@ BY_HAND: tuple[Fault, ...] = (
     ),
     Fault(
         "xmlkernels/models/descent.py",
-        "torch.where(exact > -0.6931471805599453, (-torch.expm1(exact)).log(), "
-        "torch.log1p(-exact.exp()))",
-        "torch.log1p(-exact.exp())",
+        "exact > -0.6931471805599453, (-torch.expm1(exact)).log(), torch.log1p(-exact.exp())",
+        "exact > 0, exact, torch.log1p(-exact.exp())",
     ),
     Fault("xmlkernels/models/descent.py", '(scores if scheme == "path" else own)', "own"),
     # Tables and heads.
@@ -193,8 +192,8 @@ BY_HAND: tuple[Fault, ...] = (
     ),
     Fault(
         "xmlkernels/evaluation.py",
-        "losses.append(float(loss) * (1 if model.sums_loss else len(batch)))",
-        "losses.append(float(loss))",
+        "losses.append(float(found.loss) * (1 if model.sums_loss else len(batch)))",
+        "losses.append(float(found.loss))",
     ),
     Fault(
         "xmlkernels/evaluation.py",

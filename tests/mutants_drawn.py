@@ -41,14 +41,14 @@ TESTS: dict[str, tuple[str, ...]] = {
     "xmlkernels/models/end_to_end.py": (_END, _runs("encoder_lr table_lr clip ema micro warmup")),
     "xmlkernels/models/cascade.py": (_CASCADE, "tests/models/test_running_mean.py", _TABLES),
     "xmlkernels/models/descent.py": (_CASCADE, _TABLES),
-    "xmlkernels/models/cascade_training.py": (
+    "xmlkernels/models/training.py": (
         _CASCADE,
         _runs("head_lr schedule cooldown encoder_decay rw_loss epsilon clip"),
     ),
-    "xmlkernels/models/cascade_state.py": (
+    "xmlkernels/models/saved.py": (
         _CASCADE,
         "tests/models/test_running_mean.py",
-        "tests/training/test_train_cascade.py",
+        "tests/training/test_train_cascade.py tests/test_old_formats.py",
     ),
     "xmlkernels/models/gradient_caching.py": (
         "tests/models/test_end_to_end.py",
@@ -57,7 +57,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "xmlkernels/models/running_mean.py": ("tests/models/test_running_mean.py", _runs("ema")),
     "xmlkernels/models/base.py": (
-        f"tests/models/test_end_to_end.py {_STEP}",
+        f"tests/models/test_end_to_end.py tests/models/test_running_mean.py {_STEP}",
         "tests/test_old_formats.py",
     ),
     "xmlkernels/nn/bow.py": ("tests/nn/test_bow_encoder.py", _runs("bow word dropout")),

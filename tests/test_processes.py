@@ -22,8 +22,9 @@ from xmlkernels import InputError, dist
 from xmlkernels.data.batches.tokens import BagBatch, BagBatches, Batch
 from xmlkernels.evaluation import embed_split, evaluate_split, evaluation_batches, predict_split
 from xmlkernels.models.base import Model
-from xmlkernels.models.end_to_end import EndToEnd, Training
+from xmlkernels.models.end_to_end import EndToEnd
 from xmlkernels.models.running_mean import MeanSettings
+from xmlkernels.models.training import Training
 from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.nn.table import RowOptimizer

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from xmlkernels.data.prepare import PrepareConfig, prepare
     from xmlkernels.metrics import evaluate, inverse_propensity
     from xmlkernels.models.cascade import Cascade
-    from xmlkernels.models.cascade_training import CascadeTraining
-    from xmlkernels.models.end_to_end import EndToEnd, Training
+    from xmlkernels.models.end_to_end import EndToEnd
+    from xmlkernels.models.training import CascadeTraining, Training
     from xmlkernels.nn.bow import BowEncoder
     from xmlkernels.nn.cascade_heads import CascadeHeads
     from xmlkernels.nn.encoder import Encoder
@@ -76,8 +76,8 @@ _HOMES = {
     "data.prepare": ("PrepareConfig", "prepare"),
     "metrics": ("evaluate", "inverse_propensity"),
     "models.cascade": ("Cascade",),
-    "models.cascade_training": ("CascadeTraining",),
-    "models.end_to_end": ("EndToEnd", "Training"),
+    "models.end_to_end": ("EndToEnd",),
+    "models.training": ("CascadeTraining", "Training"),
     "nn.bow": ("BowEncoder",),
     "nn.cascade_heads": ("CascadeHeads",),
     "nn.encoder": ("Encoder",),

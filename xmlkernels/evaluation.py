@@ -1,5 +1,4 @@
-"""A model over a whole split: predictions, embeddings, loss, and what each level of a cascade
-contributes.
+"""A model over a whole split: predictions, embeddings, loss, and how the levels of a tree fare.
 
 Of several processes each takes batches of its own; all of them have the results of all.
 """
@@ -17,15 +16,18 @@ from xmlkernels import dist
 from xmlkernels.data.batches.tokens import Batches
 from xmlkernels.data.dataset import Split
 from xmlkernels.data.inputs import Inputs
-from xmlkernels.levels import LevelScores
-from xmlkernels.models.base import Documents, Model, arrangement, tree_of
-from xmlkernels.models.cascade import Cascade
+from xmlkernels.metrics import evaluate
+from xmlkernels.models.base import Documents, Model, arrangement
+from xmlkernels.models.scored import LevelPrediction
+from xmlkernels.tree.label_tree import LabelTree
+
+_DEEPEST = 5  # cut-off of the metrics of clusters
 
 
 def predict_split(
     model: Model, split: Split, k: int, *, batch_size: int = 256, inputs: Inputs | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k best labels of every document of a split, filter pairs left out before the cut.
+    """Predict the k best labels of every document of a split, without those that a filter bars.
 
     Args:
         inputs: how the model reads documents; the split's own tokens when not given.
@@ -39,20 +41,97 @@ def predict_split(
     own = []
     for batch, exclude in evaluation_batches(model, split, batch_size, inputs):
         own.append(batch.index.cpu().numpy())
-        values[own[-1]], rows[own[-1]] = (t.cpu().numpy() for t in model.predict(batch, k, exclude))
+        found = model.score(batch, k, exclude=exclude)
+        values[own[-1]], rows[own[-1]] = found.values.cpu().numpy(), found.labels.cpu().numpy()
     dist.fill_rows(own, values, rows)
     return values, rows
 
 
+class LevelScores:
+    """Collects, batch by batch, how the levels of a label tree fare on a split.
+
+    A model cannot predict a label whose cluster it dropped, so the last level's shortlist recall
+    bounds its recall.
+
+    Args:
+        tree: the model's.
+        labels: CSR [N, L] of the split.
+    """
+
+    def __init__(self, tree: LabelTree, labels: csr_matrix) -> None:
+        self.sizes = tree.sizes[:-1]
+        documents = np.repeat(np.arange(labels.shape[0]), np.diff(labels.indptr))
+        place = tree.place[labels.indices]
+        # True labels of each cluster, [N, n_r]: a cluster with two of a document's labels counts
+        # twice in recall.
+        self.counts = [
+            csr_matrix(
+                (np.ones(len(place), np.int64), (documents, tree.ancestors(r)[place])),
+                shape=(labels.shape[0], n),
+            )
+            for r, n in enumerate(self.sizes)
+        ]
+        self.nodes = [np.full((labels.shape[0], _DEEPEST), -1, np.int64) for _ in self.sizes]
+        self.kept = np.zeros(len(self.sizes), np.int64)
+        self.found = np.zeros(len(self.sizes), np.int64)
+        self.own: list[np.ndarray] = []
+
+    def add(self, index: np.ndarray, levels: Sequence[LevelPrediction]) -> None:
+        """Take in one batch.
+
+        Args:
+            index: int64 [B], its document numbers.
+            levels: of an `Answer`; the label level is left out.
+        """
+        self.own.append(index)
+        for r, (size, level) in enumerate(zip(self.sizes, levels[:-1], strict=True)):
+            nodes = level.nodes[:, :_DEEPEST].cpu().numpy()
+            self.nodes[r][index, : nodes.shape[1]] = nodes
+            kept = level.kept.cpu().numpy()
+            place, column = np.nonzero(kept >= 0)
+            keys = np.sort(place * size + kept[place, column])
+            self.kept[r] += len(keys)
+            true = self.counts[r][index].tocoo()
+            inside = np.isin(true.row.astype(np.int64) * size + true.col, keys, assume_unique=True)
+            self.found[r] += int(true.data[inside].sum())
+
+    def result(self) -> list[dict[str, Any]]:
+        """Measure each level of clusters, coarse to fine.
+
+        Of several processes each has taken in documents of its own; the result is that of all.
+
+        Returns:
+            Per level: `clusters`, `kept` (mean per document), `shortlist_recall` (percent of the
+            true labels whose cluster was kept) and P, nDCG and R of the clusters at 1 to 5, in
+            percent.
+        """
+        out, seen = [], sum(map(len, self.own))
+        if dist.size() > 1:
+            dist.fill_rows(self.own, *self.nodes)
+            sums = dist.sum_(torch.tensor([*self.kept, *self.found, seen])).numpy()
+            (self.kept, self.found), seen = sums[:-1].reshape(2, -1), int(sums[-1])
+        for r, size in enumerate(self.sizes):
+            labels = int(self.counts[r].sum())
+            line = {
+                "level": r,
+                "clusters": size,
+                "kept": self.kept[r] / max(1, seen),
+                "shortlist_recall": 100 * self.found[r] / max(1, labels),
+            }
+            out.append({k: v.item() if isinstance(v, np.generic) else v for k, v in line.items()})
+            out[-1] |= evaluate(self.nodes[r], (self.counts[r] > 0).astype(np.int64).tocsr())
+        return out
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """What one pass over a split gives.
+    """The result of one pass over a split.
 
     Attributes:
         values, labels: logits fp32 [N, k] and labels int64 [N, k], as of `predict_split`.
-        loss: per document: of the end-to-end model summed over all labels, of a cascade the mean
-            over candidates.
-        levels: of a cascade, see `LevelScores.result`; else empty.
+        loss: per document: summed over all labels, or the mean over candidates of a model whose
+            losses are means (`Model.sums_loss`).
+        levels: of a model on a label tree, see `LevelScores.result`; else empty.
     """
 
     values: np.ndarray
@@ -64,25 +143,24 @@ class Evaluation:
 def evaluate_split(
     model: Model, split: Split, k: int, *, batch_size: int = 256, inputs: Inputs | None = None
 ) -> Evaluation:
-    """Predictions, loss and, of a cascade, what each level contributes, for one pass of the
-    encoder.
+    """Predictions, loss and, on a label tree, what each level contributes, in one pass.
 
     Of several processes each evaluates whole batches of its own and has the result of all: every
     document is seen once, in the batch in which one process alone would see it, so that the result
     is the same to the bit.
     """
-    own = model.heads.scheme if isinstance(model, Cascade) else ""
-    return _evaluated(model, split, k, (own,), batch_size, inputs)[own]
+    own = model.scheme
+    return _evaluate(model, split, k, (own,), batch_size, inputs)[own]
 
 
 def evaluate_schemes(
-    model: Cascade, split: Split, k: int, *, batch_size: int = 256, inputs: Inputs | None = None
+    model: Model, split: Split, k: int, *, batch_size: int = 256, inputs: Inputs | None = None
 ) -> dict[str, Evaluation]:
-    """What `evaluate_split` would find under each scheme, for one pass of the encoder."""
-    return _evaluated(model, split, k, model.schemes, batch_size, inputs)
+    """What `evaluate_split` would find under each of the model's schemes, in one pass."""
+    return _evaluate(model, split, k, model.schemes, batch_size, inputs)
 
 
-def _evaluated(
+def _evaluate(
     model: Model,
     split: Split,
     k: int,
@@ -90,44 +168,37 @@ def _evaluated(
     batch_size: int,
     inputs: Inputs | None,
 ) -> dict[str, Evaluation]:
-    """An evaluation for each scheme; the end-to-end model has one, without a name."""
-    count = split.labels.shape[0]
+    """An evaluation for each scheme."""
+    count, tree = split.labels.shape[0], model.tree
     values = {scheme: np.empty((count, k), np.float32) for scheme in schemes}
     labels = {scheme: np.empty((count, k), np.int64) for scheme in schemes}
-    scores = (
-        {scheme: LevelScores(model, split.labels) for scheme in schemes}
-        if isinstance(model, Cascade)
-        else {}
-    )
+    scores = {} if tree is None else {s: LevelScores(tree, split.labels) for s in schemes}
+    # Of a tree, answers go as deep as the metrics of its clusters.
+    deepest = k if tree is None else max(k, _DEEPEST)
     own, losses = [], []
     for batch, exclude in evaluation_batches(model, split, batch_size, inputs):
         index = batch.index.cpu().numpy()
         own.append(index)
-        if isinstance(model, Cascade):
-            levels, loss = model.levels_and_loss(batch, max(k, 5), exclude, schemes)
-            for scheme in schemes:
-                scores[scheme].add(index, levels[scheme])
-            best = {
-                scheme: (levels[scheme][-1].values[:, :k], levels[scheme][-1].nodes[:, :k])
-                for scheme in schemes
-            }
-        else:
-            value, ids, loss = model.predict_and_loss(batch, k, exclude)
-            best = {schemes[0]: (value, ids)}
-        for scheme, (value, ids) in best.items():
-            values[scheme][index], labels[scheme][index] = value.cpu().numpy(), ids.cpu().numpy()
-        losses.append(float(loss) * (1 if model.sums_loss else len(batch)))
+        found = model.score(batch, deepest, exclude=exclude, loss=True, schemes=schemes)
+        for scheme, answer in found.by_scheme.items():
+            values[scheme][index] = answer.values[:, :k].cpu().numpy()
+            labels[scheme][index] = answer.labels[:, :k].cpu().numpy()
+            if scheme in scores:
+                scores[scheme].add(index, answer.levels)
+        assert found.loss is not None
+        losses.append(float(found.loss) * (1 if model.sums_loss else len(batch)))
     dist.fill_rows(own, *values.values(), *labels.values())
     mean = sum(_in_turn(losses)) / max(1, count)
     return {
-        s: Evaluation(values[s], labels[s], mean, scores[s].result() if scores else [])
+        s: Evaluation(values[s], labels[s], mean, scores[s].result() if s in scores else [])
         for s in schemes
     }
 
 
 def _in_turn(own: list[float]) -> list[float]:
-    """What all processes have of batches that they took in turn, in the order of the batches: a sum
-    hangs on it.
+    """Gather a number per batch from all processes, in the order of the batches.
+
+    They took the batches in turn; the sum of the numbers depends on their order.
     """
     number = dist.rank() + dist.size() * np.arange(len(own))
     pairs = dist.gather_ragged(torch.from_numpy(np.stack([number, np.array(own, np.float64)], 1)))
@@ -137,7 +208,7 @@ def _in_turn(own: list[float]) -> list[float]:
 def predict_and_embed_split(
     model: Model, split: Split, k: int, *, batch_size: int = 256, inputs: Inputs | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `predict_split` and `embed_split` give, for one pass of the encoder."""
+    """What `predict_split` and `embed_split` give, in one pass."""
     count, own = split.labels.shape[0], []
     out = [
         np.empty((count, k), np.float32),
@@ -146,7 +217,9 @@ def predict_and_embed_split(
     ]
     for batch, exclude in evaluation_batches(model, split, batch_size, inputs):
         own.append(batch.index.cpu().numpy())
-        for whole, part in zip(out, model.predict_and_embed(batch, k, exclude), strict=True):
+        found = model.score(batch, k, exclude=exclude, embedding=True)
+        assert found.embedding is not None
+        for whole, part in zip(out, (found.values, found.labels, found.embedding), strict=True):
             whole[own[-1]] = part.cpu().numpy()
     dist.fill_rows(own, *out)
     return out[0], out[1], out[2]
@@ -167,14 +240,15 @@ def embed_split(
 def evaluation_batches(
     model: Model, split: Split, batch_size: int, inputs: Inputs | None = None
 ) -> Iterator[tuple[Documents, Tensor | None]]:
-    """Every document of a split once, on the model's device and with the model in evaluation mode
-    until the end; of several processes each takes every so many-th batch.
+    """Iterate over every document of a split once, with the model in evaluation mode meanwhile.
+
+    Of several processes each takes every so many-th batch.
 
     Yields:
-        A batch with positives as the model wants them, and its filter pairs int64 [B, E] (-1 pads)
-        or None.
+        A batch on the model's device, with positives as the model wants them, and its filter pairs
+        int64 [B, E] (-1 pads) or None.
     """
-    wanted = arrangement(tree_of(model))
+    wanted = arrangement(model.tree)
     made: Any = Batches(split, batch_size, shuffle=False, **wanted) if inputs is None else None
     if inputs is not None:
         made = inputs.batches(split, batch_size, shuffle=False, **wanted)
@@ -202,9 +276,9 @@ def _excluded(batch: Documents, pairs: np.ndarray) -> Tensor | None:
 
 
 def score_matrix(values: np.ndarray, rows: np.ndarray, labels: int) -> csr_matrix:
-    """Predictions as CSR [N, L] of logits; labels stand in ascending order within a row.
+    """Turn predictions into CSR [N, L] of logits, labels in ascending order within a row.
 
-    A logit may be 0 or negative and is stored all the same: what is not stored was not predicted.
+    A logit of 0 is stored, too: what is not stored was not predicted.
     """
     kept = rows >= 0
     indptr = np.concatenate([[0], np.cumsum(kept.sum(1))])

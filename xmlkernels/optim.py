@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +29,33 @@ def _is_norm(module: nn.Module) -> bool:
     )
 
 
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the trainable parameters of `module` into what decays and what does not.
+
+    Two groups, in the order of `module.named_parameters()`: first those that decay, then biases and
+    every parameter of a normalisation layer, which do not. Norms are known by the type of their
+    module, not by the parameter's name: by name Renee decays DistilBERT's `sa_layer_norm`.
+
+    Raises:
+        InputError: nothing to train.
+    """
+    in_norm = {id(p) for m in module.modules() if _is_norm(m) for p in m.parameters(recurse=False)}
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():  # a shared parameter comes once
+        if parameter.requires_grad:
+            stays = id(parameter) in in_norm or name.endswith("bias")
+            (plain if stays else decayed).append(parameter)
+    if not decayed and not plain:
+        raise InputError(
+            "encoder_optimizer", "at least one trainable parameter", "none", "unfreeze a part of it"
+        )
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+
+
 def encoder_optimizer(
     module: nn.Module,
     lr: float,
@@ -35,39 +63,16 @@ def encoder_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-6,
 ) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of `module`, fused where torch has it (CPU and CUDA).
-
-    Two groups, in the order of `module.named_parameters()`: first those that decay, then biases and
-    every parameter of a normalisation layer, which do not. Norms are known by the type of their
-    module, not by the parameter's name: by name Renee decays DistilBERT's `sa_layer_norm`.
+    """AdamW over the `parameter_groups` of `module`, fused where torch has it (CPU and CUDA).
 
     Raises:
         InputError: nothing to train, or a rate, decay, beta or eps out of range.
     """
     if lr < 0 or weight_decay < 0 or eps <= 0 or not all(0 <= b < 1 for b in betas):
         got = f"lr {lr}, weight_decay {weight_decay}, betas {betas}, eps {eps}"
-        raise InputError(
-            "encoder_optimizer",
-            "lr and weight_decay ≥ 0, eps > 0, betas in [0, 1)",
-            got,
-            "correct it",
-        )
-    in_norm = {id(p) for m in module.modules() if _is_norm(m) for p in m.parameters(recurse=False)}
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():  # a shared parameter comes once
-        if parameter.requires_grad:
-            (plain if id(parameter) in in_norm or name.endswith("bias") else decayed).append(
-                parameter
-            )
-    if not decayed and not plain:
-        raise InputError(
-            "encoder_optimizer", "at least one trainable parameter", "none", "unfreeze a part of it"
-        )
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+        expected = "lr and weight_decay ≥ 0, eps > 0, betas in [0, 1)"
+        raise InputError("encoder_optimizer", expected, got, "correct it")
+    groups = parameter_groups(module, weight_decay)
     try:
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
     except RuntimeError:  # no fused kernel for this device or dtype

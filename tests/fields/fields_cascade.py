@@ -72,7 +72,8 @@ def a_tree_made_on_first_use(runs: Runs, folder: Path) -> None:
 
 def shortlists(plain: Seen, changed: Seen) -> None:
     for seen, topk in ((plain, (2, 4)), (changed, (1, 2))):
-        levels = seen.model.predict_levels(documents(seen), 5)
+        found = seen.model.score(documents(seen), 5, schemes=["level"])
+        levels = found.by_scheme["level"].levels
         assert tuple(level.kept.shape[1] for level in levels[:2]) == topk == seen.model.heads.topk
         assert all((level.kept >= 0).all() for level in levels[:2])
         assert f"keeping {topk[0]}, {topk[1]} clusters" in seen.told
@@ -174,7 +175,8 @@ def schemes(plain: Seen, changed: Seen) -> None:
     assert changed.report["scheme"] == changed.model.heads.scheme == changed.config.scheme
     assert "--scheme auto" in plain.told and "--scheme auto" not in changed.told
     x = changed.model._features(*documents(changed).inputs)
-    values, labels = changed.model.predict(documents(changed), 1)
+    found = changed.model.score(documents(changed), 1)
+    values, labels = found.values, found.labels
     tree, heads = changed.tree, changed.model.heads
     logs = []
     for r in range(3):

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from cascade_common import LABELS, Twin, make_batch, make_model
+from cascade_common import LABELS, Twin, best, best_of_levels, make_batch, make_model
 
-from xmlkernels.models.cascade_state import saved_tree
 from xmlkernels.models.descent import logit_of_log
+from xmlkernels.models.saved import saved_tree
 from xmlkernels.nn.cascade_heads import CascadeHeads
 
 
@@ -55,19 +55,19 @@ def test_every_level_equals_brute_force(levels: int, scheme: str) -> None:
     model = trained(levels, scheme=scheme)
     batch = make_batch(model.tree, 6, seed=9)
     expected, k = brute_force(model, batch), 7
-    for r, (level, found) in enumerate(zip(model.predict_levels(batch, k), expected, strict=True)):
+    for r, (level, found) in enumerate(zip(best_of_levels(model, batch, k), expected, strict=True)):
         label = r + 1 == levels
         for s, scores in enumerate(found):
-            best = sorted(scores, key=lambda n, scores=scores: (-scores[n], n))[:k]
-            nodes = [int(model.tree.order[n]) for n in best] if label else best
+            first = sorted(scores, key=lambda n, scores=scores: (-scores[n], n))[:k]
+            nodes = [int(model.tree.order[n]) for n in first] if label else first
             assert level.nodes[s].tolist() == nodes + [-1] * (k - len(nodes))
             torch.testing.assert_close(
-                level.values[s, : len(best)],
-                torch.tensor([scores[n] for n in best]),
+                level.values[s, : len(first)],
+                torch.tensor([scores[n] for n in first]),
                 rtol=1e-4,
                 atol=1e-5,
             )
-            assert level.values[s, len(best) :].eq(-torch.inf).all()
+            assert level.values[s, len(first) :].eq(-torch.inf).all()
         if not label:
             handed = [
                 sorted({int(np.searchsorted(model.tree.children[r], n, "right")) - 1 for n in f})
@@ -76,7 +76,7 @@ def test_every_level_equals_brute_force(levels: int, scheme: str) -> None:
             assert [[c for c in row if c >= 0] for row in level.kept.tolist()] == handed
         else:
             assert level.kept.shape == (6, 0)
-    values, labels = model.predict(batch, k)
+    values, labels = best(model, batch, k)
     assert torch.equal(values, level.values) and torch.equal(labels, level.nodes)
 
 
@@ -85,7 +85,7 @@ def test_low_precision_tables_predict_what_their_rows_say(dtype: str) -> None:
     """bf16 products may round x; decoded fp8 rows are scored in fp32."""
     model = trained(3, dtype=dtype, cluster_dtype="fp32", scheme="level", topk=[4, 19])
     batch = make_batch(model.tree, 5, seed=9)
-    values, labels = model.predict(batch, LABELS)
+    values, labels = best(model, batch, LABELS)
     level = model.heads.levels[2]
     x = model._features(*batch.inputs)[2].detach().double()
     exact = x @ level.rows(0, LABELS).double().T + level.bias.double()
@@ -101,9 +101,9 @@ def test_low_precision_tables_predict_what_their_rows_say(dtype: str) -> None:
 def test_excluded_labels_are_never_given() -> None:
     model = trained(3)
     batch = make_batch(model.tree, 4)
-    values, labels = model.predict(batch, 50)
+    values, labels = best(model, batch, 50)
     exclude = torch.stack([labels[:, 0], torch.full((4,), -1), labels[:, 2]], 1)
-    kept, names = model.predict(batch, 48, exclude)
+    kept, names = best(model, batch, 48, exclude)
     assert torch.equal(names, torch.cat([labels[:, 1:2], labels[:, 3:]], 1))
     assert torch.equal(kept, torch.cat([values[:, 1:2], values[:, 3:]], 1))
     outside = torch.tensor(
@@ -111,13 +111,13 @@ def test_excluded_labels_are_never_given() -> None:
     )[:, None]
     assert all(
         torch.equal(a, b)
-        for a, b in zip(model.predict(batch, 50, outside), (values, labels), strict=True)
+        for a, b in zip(best(model, batch, 50, outside), (values, labels), strict=True)
     )
 
 
 def test_places_beyond_the_shortlist_are_empty() -> None:
     model = trained(3, topk=[1, 1])
-    values, labels = model.predict(make_batch(model.tree, 4), 40)
+    values, labels = best(model, make_batch(model.tree, 4), 40)
     there = labels >= 0
     assert there[:, 0].all() and not there[:, -1].any()
     assert torch.equal(values == -torch.inf, ~there)
@@ -130,12 +130,17 @@ def test_levels_under_every_scheme_for_one_pass() -> None:
         make_batch(model.tree, 64),
         torch.tensor([[0, -1], [1, 2], [3, -1], [-1, -1]]).repeat(16, 1),
     )
-    found, loss = model.levels_and_loss(batch, 6, exclude, model.schemes)
-    assert set(found) == {"level", "weighted", "path"} and torch.equal(loss, model.loss(batch))
+    whole = model.score(batch, 6, exclude=exclude, loss=True, schemes=model.schemes)
+    found = {scheme: answer.levels for scheme, answer in whole.by_scheme.items()}
+    assert set(found) == {"level", "weighted", "path"}
+    assert torch.equal(whole.loss, model.loss(batch)) and whole.embedding is None
+    assert torch.equal(whole.labels, best(model, batch, 6, exclude)[1])
     for scheme, levels in found.items():
-        model.heads.use_scheme(scheme)
-        assert torch.equal(levels[-1].nodes, model.predict(batch, 6, exclude)[1])
-        for said, alone in zip(levels, model.predict_levels(batch, 6, exclude), strict=True):
+        model.use_scheme(scheme)
+        assert model.scheme == scheme
+        assert torch.equal(whole.by_scheme[scheme].labels, levels[-1].nodes)
+        assert torch.equal(levels[-1].nodes, best(model, batch, 6, exclude)[1])
+        for said, alone in zip(levels, best_of_levels(model, batch, 6, exclude), strict=True):
             assert torch.equal(said.values, alone.values) and torch.equal(said.nodes, alone.nodes)
     assert not torch.equal(found["level"][-1].nodes, found["path"][-1].nodes)
 
@@ -143,17 +148,22 @@ def test_levels_under_every_scheme_for_one_pass() -> None:
 def test_predictions_and_embeddings_for_one_pass() -> None:
     model = trained(3, topk=[2, 3])
     batch = make_batch(model.tree, 5)
-    *own, x = model.predict_and_embed(batch, 6)
-    assert all(torch.equal(a, b) for a, b in zip(own, model.predict(batch, 6), strict=True))
+    passes: list[int] = []
+    model.encoder.model.register_forward_hook(lambda *_: passes.append(1))
+    found = model.score(batch, 6, embedding=True, loss=True)
+    assert len(passes) == 1
+    own = found.values, found.labels
+    assert all(torch.equal(a, b) for a, b in zip(own, best(model, batch, 6), strict=True))
+    x = found.embedding
     assert torch.equal(x, model.embed(batch)) and x.shape == (5, model.width)
 
 
 def test_equal_scores_stand_in_table_order() -> None:
     model = make_model(3, fill=False, topk=[2, 2])
-    assert [level.kept.tolist() for level in model.predict_levels(make_batch(model.tree, 1), 3)][
+    assert [level.kept.tolist() for level in best_of_levels(model, make_batch(model.tree, 1), 3)][
         :2
     ] == [[[0, 1]], [[0, 1]]]
-    _, labels = model.predict(make_batch(model.tree, 1), 3)
+    _, labels = best(model, make_batch(model.tree, 1), 3)
     assert labels.tolist() == [model.tree.order[:3].tolist()]
 
 
@@ -162,11 +172,11 @@ def test_prediction_trains_nothing_and_its_loss_is_the_steps() -> None:
         model = make_model(3, **options)
         batch = make_batch(model.tree, 6)
         before = {k: v.clone() for k, v in model.tensors().items()}
-        values, labels, loss = model.predict_and_loss(batch, 5)
+        found = model.score(batch, 5, loss=True)
+        values, labels, loss = found.values, found.labels, found.loss
         assert all(torch.equal(v, before[k]) for k, v in model.tensors().items())
         assert all(
-            torch.equal(a, b)
-            for a, b in zip(model.predict(batch, 5), (values, labels), strict=True)
+            torch.equal(a, b) for a, b in zip(best(model, batch, 5), (values, labels), strict=True)
         )
         torch.testing.assert_close(loss, model.loss(batch))
         torch.testing.assert_close(loss, model.step(batch, need_loss=True), rtol=1e-5, atol=0)
@@ -190,7 +200,7 @@ def test_a_checkpoint_rebuilds_the_model_for_prediction() -> None:
     ).eval()
     again.load_tensors(tensors)
     batch = make_batch(model.tree, 5)
-    for a, b in zip(model.predict(batch, 9), again.predict(batch, 9), strict=True):
+    for a, b in zip(best(model, batch, 9), best(again, batch, 9), strict=True):
         assert torch.equal(a, b)
     assert (
         again.tree.settings == {"dataset": "test"}

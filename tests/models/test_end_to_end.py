@@ -9,7 +9,8 @@ from torch import nn
 
 from xmlkernels import InputError
 from xmlkernels.data.batches.tokens import Batch
-from xmlkernels.models.end_to_end import EndToEnd, Training
+from xmlkernels.models.end_to_end import EndToEnd
+from xmlkernels.models.training import Training
 from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.nn.table import RowOptimizer

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from cascade_common import VOCABULARY, make_batch, make_tree
+from cascade_common import VOCABULARY, best, best_of_levels, make_batch, make_tree
 from cascade_common import make_model as make_cascade
 from torch import nn
 
 from xmlkernels import InputError
 from xmlkernels.models.base import Documents
 from xmlkernels.models.cascade import Cascade
-from xmlkernels.models.end_to_end import EndToEnd, Training
+from xmlkernels.models.end_to_end import EndToEnd
 from xmlkernels.models.running_mean import MeanSettings, RunningMean
+from xmlkernels.models.training import Training
 from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.nn.table import RowOptimizer
@@ -45,17 +46,16 @@ def end_to_end(mean: MeanSettings | None, dtype: str = "fp32") -> EndToEnd:
 
 MODELS: dict[str, Callable[..., Any]] = {"cascade": cascade, "end_to_end": end_to_end}
 SAID: dict[str, Callable[[Any, Documents], Any]] = {
-    "predict": lambda m, batch: m.predict(batch, 5),
-    "predict_and_embed": lambda m, batch: m.predict_and_embed(batch, 5),
-    "predict_and_loss": lambda m, batch: m.predict_and_loss(batch, 5),
+    "best": lambda m, batch: best(m, batch, 5),
+    "score with a loss": lambda m, batch: [m.score(batch, 5, loss=True).loss],
+    "score with an embedding": lambda m, batch: [m.score(batch, 5, embedding=True).embedding],
     "loss": lambda m, batch: [m.loss(batch)],
     "embed": lambda m, batch: [m.embed(batch)],
 }
 SAID_BY_CASCADE: dict[str, Callable[[Any, Documents], Any]] = {
-    "predict_levels": lambda m, batch: [level.values for level in m.predict_levels(batch, 5)],
-    "levels_and_loss": lambda m, batch: [
-        level.values for level in m.levels_and_loss(batch, 5, None, ["path"])[0]["path"]
-    ],
+    "levels": lambda m, batch: [level.values for level in best_of_levels(m, batch, 5)],
+    "level_losses": lambda m, batch: [m.level_losses(batch)],
+    "candidates": lambda m, batch: [level.logits for level in m.candidates(batch)],
 }
 
 
@@ -164,7 +164,7 @@ def test_a_model_predicts_by_its_means_and_trains_its_weights(
         assert all(map(torch.equal, ours, ask(loaded, batch))), what
         for a, b in zip(ours, ask(expected, batch), strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, msg=what)
-    assert not torch.equal(model.predict(batch, 5)[0], plain.predict(batch, 5)[0])
+    assert not torch.equal(best(model, batch, 5)[0], best(plain, batch, 5)[0])
     for key, value in model.state_dict().items():
         assert torch.equal(value, seen[-1][key]), f"predictions must leave {key} as it was"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cascade_common import Documents, make_batch, make_model, relative
+from cascade_common import Documents, best, make_batch, make_model, relative
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from train_runs import RECIPES, Config, cascade, check, make_dataset, make_tree, run, weights
@@ -60,7 +60,7 @@ def test_on_the_models_device_nothing_changes(options: dict[str, Any], tmp_path:
     plain.eval(), placed.eval()
     assert all(
         torch.equal(a, b)
-        for a, b in zip(plain.predict(batch, 5), placed.predict(batch, 5), strict=True)
+        for a, b in zip(best(plain, batch, 5), best(placed, batch, 5), strict=True)
     )
     assert torch.equal(plain.loss(batch), placed.loss(batch))
     assert placed.config() == plain.config()
@@ -74,7 +74,7 @@ def test_on_the_models_device_nothing_changes(options: dict[str, Any], tmp_path:
     served.load_tensors(tensors)
     assert all(
         torch.equal(a, b)
-        for a, b in zip(served.eval().predict(batch, 5), plain.predict(batch, 5), strict=True)
+        for a, b in zip(best(served.eval(), batch, 5), best(plain, batch, 5), strict=True)
     )
 
 
@@ -184,8 +184,8 @@ def test_a_step_takes_what_it_needs_to_the_labels_and_back(
         model.step(held)
         assert tree not in [count for _, _, count in watched.moves], "the tree is there already"
         watched.devices.clear()
-        values, labels = model.predict(
-            held, 4, exclude=torch.zeros(5, 1, dtype=torch.int64, device=home)
+        values, labels = best(
+            model, held, 4, exclude=torch.zeros(5, 1, dtype=torch.int64, device=home)
         )
         assert watched.devices == [home, home, apart] and {
             str(values.device),
@@ -214,11 +214,11 @@ def test_labels_on_the_host_beside_a_card(name: str) -> None:
     if name != "fp8":  # whose stores draw another way where a bit of dx differs
         assert relative(model.heads.levels[2].weight, host.heads.levels[2].weight) < 1e-2
     batch = on("cuda:0", make_batch(host.tree, 5, seed=9))
-    values, labels = model.eval().predict(batch, 5)
+    values, labels = best(model.eval(), batch, 5)
     whole = make_model(3, **options).to(card).eval()
     whole.load_tensors(model.tensors())
     assert whole.heads.levels[2].weight.device == card
-    torch.testing.assert_close(whole.predict(batch, 5)[0], values, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(best(whole, batch, 5)[0], values, rtol=1e-3, atol=1e-3)
     assert values.device == labels.device == card and same(whole, model)
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from cascade_common import Twin, make_batch, make_model, relative
+from cascade_common import Twin, best, make_batch, make_model, relative
 from torch import Tensor
 from train_runs import Config, cascade, check, make_dataset, make_tree, run, weights
 
@@ -179,7 +179,7 @@ def test_a_stopped_model_goes_on_bit_for_bit_and_is_served(dtype: str) -> None:
     batch = make_batch(model.tree, 4, seed=8)
     assert all(
         torch.equal(a, b)
-        for a, b in zip(served.predict(batch, 5), model.predict(batch, 5), strict=True)
+        for a, b in zip(best(served, batch, 5), best(model, batch, 5), strict=True)
     )
 
 

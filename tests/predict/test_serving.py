@@ -19,7 +19,7 @@ from xmlkernels import InputError
 from xmlkernels.checkpoint import CheckpointFolder, save
 from xmlkernels.cli import console as report
 from xmlkernels.cli import predict
-from xmlkernels.models.end_to_end import EndToEnd
+from xmlkernels.models.base import Model
 from xmlkernels.models.restore import check_finite
 from xmlkernels.predict.model import Predictor
 from xmlkernels.predict.ranked import Forest, RankedPredictor
@@ -107,15 +107,15 @@ def test_a_loaded_model_answers_in_a_forked_child(tokens: Path, bags: Path, rank
 # ---- threads ----
 
 
-def used_threads(predictor: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+def used_threads(predictor: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
-    whole = getattr(EndToEnd, name)
+    whole = Model.score
 
-    def watched(self: EndToEnd, *args: Any, **more: Any) -> Any:
+    def watched(self: Model, *args: Any, **more: Any) -> Any:
         seen.append(torch.get_num_threads())
         return whole(self, *args, **more)
 
-    monkeypatch.setattr(EndToEnd, name, watched)
+    monkeypatch.setattr(Model, "score", watched)
     list(predictor.predict(["w3 w4 w5"] * 3, k=2))
     return seen
 
@@ -124,12 +124,12 @@ def test_a_predictor_has_threads_of_its_own(
     tokens: Path, ranked: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with torch_threads(2):
-        assert used_threads(Predictor.load(tokens, threads=1), monkeypatch, "predict") == [1]
-        assert used_threads(Predictor.load(tokens), monkeypatch, "predict") == [2]
-        assert used_threads(Predictor.load(tokens, threads=3), monkeypatch, "predict") == [3]
+        assert used_threads(Predictor.load(tokens, threads=1), monkeypatch) == [1]
+        assert used_threads(Predictor.load(tokens), monkeypatch) == [2]
+        assert used_threads(Predictor.load(tokens, threads=3), monkeypatch) == [3]
         together = RankedPredictor.load(ranked, tokens, threads=1)
         assert together.threads == 1
-        assert used_threads(together, monkeypatch, "predict_and_embed") == [1]
+        assert used_threads(together, monkeypatch) == [1]
         assert torch.get_num_threads() == 2  # the caller's own number
 
 

@@ -10,7 +10,7 @@ import pytest
 from train_runs import ROOT, Config, check
 
 from xmlkernels import InputError
-from xmlkernels.models.cascade_training import CascadeTraining
+from xmlkernels.models.training import CascadeTraining
 from xmlkernels.training.checks import OF_CASCADE
 from xmlkernels.training.checks import flag as flag_of
 

@@ -38,7 +38,7 @@ from xmlkernels.cli.console import command
 from xmlkernels.cli.train import main
 from xmlkernels.data.dataset import Dataset, Split
 from xmlkernels.evaluation import Evaluation, evaluate_schemes, evaluate_split
-from xmlkernels.models.cascade import Cascade
+from xmlkernels.models.base import Model
 from xmlkernels.predict.model import Predictor
 from xmlkernels.training.config import recorded
 from xmlkernels.tree.label_tree import LabelTree
@@ -130,7 +130,7 @@ def test_the_scheme_is_that_of_the_best_validation_not_of_the_last(
     steps: list[int] = []
 
     def path_is_right_after_one_epoch_alone(
-        model: Cascade, split: Split, k: int, **how: Any
+        model: Model, split: Split, k: int, **how: Any
     ) -> dict[str, Evaluation]:
         steps.append(model.steps)
         found = evaluate_schemes(model, split, k, **how)
@@ -148,9 +148,9 @@ def test_the_scheme_is_that_of_the_best_validation_not_of_the_last(
         and metrics["best"]["epoch"] == 1
         and metrics["validation"]["P@1"] == 100
     )
-    assert Predictor.load(tmp_path / "run").model.heads.scheme == "path"
+    assert Predictor.load(tmp_path / "run").model.scheme == "path"
     model = Predictor.load(tmp_path / "run", which="last").model
-    assert isinstance(model, Cascade) and model.heads.scheme != "path"
+    assert model.scheme != "path"
 
 
 def test_shortlist_recall_counts_labels_whose_cluster_was_kept(

@@ -32,7 +32,6 @@ from xmlkernels.data.inputs import check_dataset
 from xmlkernels.evaluation import embed_split, predict_split, score_matrix
 from xmlkernels.files import replacing
 from xmlkernels.locks import own_folder
-from xmlkernels.models.end_to_end import EndToEnd
 from xmlkernels.predict.model import Predictor
 from xmlkernels.training.checks import check_least
 from xmlkernels.training.config import Config, began_with, resolved_device
@@ -141,22 +140,17 @@ def dataset_of(options: Options, predictor: Predictor) -> Dataset:
 def label_vectors(options: Options, predictor: Predictor, folder: Path) -> None:
     """Writes the rows of the label table, and the names of the labels."""
     model = predictor.model
-    if not isinstance(model, EndToEnd) or model.head.bias is not None:
-        got = (
-            "one with a bias for each label"
-            if isinstance(model, EndToEnd)
-            else "a cascade, which has a bias for each label"
-        )
-        mend = "an inner product cannot carry it; train end to end without --bias"
-        raise InputError("--checkpoint", "a label table without bias", got, mend)
-    head = model.head
+    try:
+        model.label_rows(0, 0)
+    except InputError as error:
+        raise InputError("--checkpoint", error.expected, error.got, error.mend) from None
+    shape = model.labels, model.width
     with replacing(folder / "label_vectors.npy") as file:
-        shape = tuple(head.weight.shape)
         np.lib.format.write_array_header_2_0(
             file, {"descr": "<f4", "fortran_order": False, "shape": shape}
         )
         for start in range(0, shape[0], _ROWS):
-            rows = head.rows(start, start + _ROWS)
+            rows = model.label_rows(start, min(start + _ROWS, shape[0]))
             file.write(
                 (torch.nn.functional.normalize(rows) if options.normalize else rows)
                 .cpu()

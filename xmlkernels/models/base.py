@@ -1,161 +1,398 @@
-"""What every model does, whichever way it scores its labels: the interface that training,
-evaluation and serving use.
+"""The base of every model: counters, optimizer, loss scaler, running mean, scoring, checkpoints.
+
+A model of a new kind subclasses `Model`; docs/adding-a-model.md is the recipe.
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from xmlkernels.checkpoint import load_optimizer_tensors, optimizer_tensors
 from xmlkernels.data.batches.tokens import BagBatch, Batch
 from xmlkernels.errors import InputError
-from xmlkernels.records import check_record
+from xmlkernels.models.gradient_caching import EncoderPass
+from xmlkernels.models.running_mean import (
+    PREFIX,
+    RunningMean,
+    averaged_weights,
+    check_means,
+    evaluating,
+    start_mean,
+    with_means,
+)
+from xmlkernels.models.saved import check_tensors
+from xmlkernels.models.scored import Answer, Scored
+from xmlkernels.models.training import TrainingSettings
+from xmlkernels.nn.table import without_states
+from xmlkernels.optim import LossScaler, scaled_step
 
 if TYPE_CHECKING:
     from xmlkernels.tree.label_tree import LabelTree
 
 Documents = Batch | BagBatch
 
+_PARTS = ("optimizer.", "scaler.", PREFIX)
 
-class Model(Protocol):
+
+class Model(nn.Module):
     """A classifier over L labels with the step that trains it.
 
+    A subclass makes its modules, calls `_start_training` where it is to be trained, and defines
+    `step`, `tables`, `_answer`, `_loss`, `config` and `restore`.
+
     Attributes:
-        steps: steps trained so far.
-        skipped_steps, skipped_encoder_steps: fp32 [1], steps that something not finite kept from
-            either part.
-        labels: L.
-        width: D, of what `embed` gives.
-        device: where the model is.
-        encoder: called as `encoder(*batch.inputs)`; one with a table of its own has `update(lr)`,
-            called after backward.
-        training: the mode of `nn.Module`.
+        kind: its name in `config()` and in `xmlkernels.models.kinds.KINDS`.
+        head_config: the TypedDict of `config()["head"]`.
         sums_loss: whether losses are sums over the documents of a batch; otherwise they are means
             over its candidates.
+        schemes: ways of scoring a label that `score` can be asked for; a model with one way has
+            one without a name.
+        tree: the label tree that the model scores along, or None.
+        steps: steps trained so far.
+        skipped_steps, skipped_encoder_steps: fp32 [1], steps in which something not finite kept
+            every update, or the encoder's alone, from being taken.
+        optimizer: of everything that is no table; None without training, or with nothing to train.
+        average: the running mean of the weights, where the settings ask for one.
+
+    Args:
+        encoder: called as `encoder(*batch.inputs)`, with `width`, `autocast` and
+            `encoder_config()`. One that trains a table of its own has `update(lr)`, called after
+            every backward.
+        training: None for prediction alone.
     """
 
-    steps: int
+    kind: ClassVar[str]
+    head_config: ClassVar[Any]
+    sums_loss: ClassVar[bool] = True
+    schemes: ClassVar[tuple[str, ...]] = ("",)
+    tree: "LabelTree | None" = None
+    training_settings: TrainingSettings | None
+    optimizer: torch.optim.Optimizer | None
+    encoder: nn.Module
     skipped_steps: Tensor
     skipped_encoder_steps: Tensor
-    training: bool
+
+    def __init__(self, encoder: nn.Module, training: TrainingSettings | None) -> None:
+        super().__init__()
+        self.encoder, self.training_settings = encoder, training
+        self.optimizer = None
+        self.scaler: LossScaler | None = None
+        self.average: RunningMean | None = None
+        self.steps = 0
+        self.register_buffer("skipped_steps", torch.zeros(1))
+        self.register_buffer("skipped_encoder_steps", torch.zeros(1))
+
+    def _start_training(
+        self, settings: TrainingSettings, optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        """Make what training needs beside the modules, which must all be there."""
+        self.optimizer = optimizer
+        # Only fp16 needs a scale; elsewhere it stays 1 and the scaler is the check for non-finite
+        # gradients.
+        if getattr(self.encoder, "autocast", None) == torch.float16:
+            self.scaler = LossScaler(self.device)
+        else:
+            self.scaler = LossScaler(self.device, init_scale=1.0, growth=1.0, backoff=1.0)
+        self.average = start_mean(self.encoder, self._averaged(), settings.mean)
+
+    def _averaged(self) -> dict[str, Tensor]:
+        settings = self.training_settings
+        wanted = settings is not None and settings.mean.tables
+        return averaged_weights(self, self.tables() if wanted else {})
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `.to(device)` must take the loss scaler and the mean weights along; they are no modules.
+        whole: Any = super()
+        whole._apply(fn, recurse)
+        if self.scaler is not None:
+            self.scaler.move(fn)
+        if self.average is not None:
+            self.average.follow(self._averaged())
+        return self
+
+    # ---- what it is ----
 
     @property
-    def sums_loss(self) -> bool: ...
-    @property
-    def labels(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def encoder(self) -> nn.Module: ...
+    def labels(self) -> int:
+        """L."""
+        raise NotImplementedError
 
-    def train(self, mode: bool = True) -> Any: ...
-    def eval(self) -> Any: ...
-    def to(self, device: torch.device) -> Any: ...
+    @property
+    def width(self) -> int:
+        """D, the width of an embedding."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """The device that batches go to."""
+        return self.skipped_steps.device
+
+    @property
+    def scheme(self) -> str:
+        """The scheme that `score` answers by; one of `schemes`."""
+        return self.schemes[0]
+
+    def use_scheme(self, scheme: str) -> None:
+        """Answer by another scheme from here on.
+
+        Raises:
+            InputError: the model has no such scheme.
+        """
+        self._check_schemes([scheme])
+
+    def _check_schemes(self, schemes: Iterable[str]) -> None:
+        if unknown := [scheme for scheme in schemes if scheme not in self.schemes]:
+            expected = f"one of {', '.join(map(repr, self.schemes))}"
+            raise InputError("scheme", expected, repr(unknown[0]), "choose one of them")
+
+    def tables(self) -> dict[str, nn.Module]:
+        """Tables that are trained in place, by their names in the model.
+
+        Each has `weight`, `bias` (or None) and `counter`, whose second entry counts its steps; the
+        first table's counts the model's.
+        """
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """Say in a few words what the kind of model alone decides; empty where there is nothing."""
+        return ""
+
+    def counters(self) -> dict[str, float]:
+        """Count what was left out since the start: steps that were not finite, and more per kind.
+
+        Reads the device.
+        """
+        return {
+            "skipped_steps": int(self.skipped_steps),
+            "skipped_encoder_steps": int(self.skipped_encoder_steps),
+        }
+
+    def label_rows(self, start: int, end: int) -> Tensor:
+        """Rows of the label table for labels start to end - 1, fp32 [end - start, D].
+
+        Raises:
+            InputError: a logit is more than the inner product of such a row and an embedding.
+        """
+        raise InputError(
+            "model",
+            "a label table without bias",
+            f"a model of kind {self.kind}, whose logits are no inner products",
+            "train end to end without --bias",
+        )
+
+    def start_at_frequencies(self, positives: Tensor, documents: int) -> None:
+        """Set each label's bias so that the first predictions are the labels' frequencies.
+
+        Raises InputError where a kind of model has no such start; positives [L] counts the
+        documents that have each label.
+        """
+        raise self._no_start("frequencies")
+
+    def start_at_centroids(
+        self, vectors: Iterable[tuple[Tensor, Tensor, Tensor]], norm: float
+    ) -> None:
+        """Point each label's row to the mean embedding of its documents, off the mean of all.
+
+        Raises InputError where a kind of model has no such start; vectors are (embeddings [B, D],
+        pos_row, pos_sample) of every batch of training documents.
+        """
+        raise self._no_start("centroids")
+
+    def _no_start(self, what: str) -> InputError:
+        got = f"a model of kind {self.kind}"
+        return InputError("model", f"a label table that can start at {what}", got, "leave it out")
+
+    # ---- training ----
 
     def step(self, batch: Documents, *, need_loss: bool = False) -> Tensor:
-        """Trains on one batch; its loss [1], or [0] when not asked. Several processes call it
-        together, each with its own `inputs` (`AnyBatches.shared`): all take the step of the whole
-        batch, and have its loss."""
+        """Train on one batch.
 
-    def predict(
-        self, batch: Documents, k: int, exclude: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Logits fp32 [B, k] and label ids int64 [B, k], best first; -inf and -1 where there are
-        fewer than k.
+        Several processes call it together, each with its own `inputs` (`AnyBatches.shared`): all
+        take the step of the whole batch, and have its loss.
+
+        Returns:
+            The loss [1], or [0] when not asked for.
+        """
+        raise NotImplementedError
+
+    def _encode(self, batch: Documents, micro_batch: int) -> EncoderPass:
+        """Features of a batch and the way back through the encoder."""
+        return EncoderPass(self._features, batch.inputs, len(batch), micro_batch)
+
+    def _finish_step(self, overflow: Tensor, encoder_lr: float) -> None:
+        """Update the encoder, its own table and the mean, and count the step.
 
         Args:
+            overflow: fp32 [1], 1 where the forward was not finite.
+            encoder_lr: of this step, for an encoder with a table of its own.
+        """
+        settings = self.training_settings
+        assert settings is not None and self.scaler is not None
+        if self.optimizer is not None:
+            self.skipped_encoder_steps += scaled_step(
+                self.optimizer, self.scaler, overflow, clip=settings.clip
+            )
+        if update := getattr(self.encoder, "update", None):
+            update(encoder_lr)
+        self.skipped_steps += overflow
+        if self.average is not None:
+            self.average.step(self.steps)
+        self.steps += 1
+
+    # ---- scoring ----
+
+    def _features(self, *inputs: Tensor) -> list[Tensor]:
+        """What the tables meet of each document: fp32 [B, D] per level, the labels' last."""
+        return [self.encoder(*inputs)]
+
+    def _answer(self, x: list[Tensor], k: int, exclude: Tensor | None) -> Answer:
+        """The k best labels by the model's own scheme; levels are left out."""
+        raise NotImplementedError
+
+    def _answers(
+        self, x: list[Tensor], k: int, exclude: Tensor | None, schemes: Sequence[str]
+    ) -> dict[str, Answer]:
+        """An answer with levels for each scheme."""
+        return {scheme: self._answer(x, k, exclude) for scheme in schemes}
+
+    def _loss(self, x: list[Tensor], batch: Documents) -> Tensor:
+        """The loss [1] of a batch, from its features."""
+        raise NotImplementedError
+
+    @evaluating
+    def score(
+        self,
+        batch: Documents,
+        k: int,
+        *,
+        exclude: Tensor | None = None,
+        loss: bool = False,
+        embedding: bool = False,
+        schemes: Sequence[str] = (),
+    ) -> Scored:
+        """Answer a batch with one pass of the encoder, without training.
+
+        Args:
+            batch: on the model's device.
+            k: labels per document.
             exclude: int64 [B, E], label ids never to be given; -1 pads.
+            loss: give the batch's loss, too; it must have its positives.
+            embedding: give the embeddings, too.
+            schemes: give an answer, with the levels of the label tree, for each of these.
+
+        Raises:
+            InputError: a scheme that the model does not have.
         """
+        self._check_schemes(schemes)
+        x = self._features(*batch.inputs)
+        answers = self._answers(x, k, exclude, schemes)
+        own = answers[self.scheme] if self.scheme in answers else self._answer(x, k, exclude)
+        return Scored(
+            own.values,
+            own.labels,
+            self._loss(x, batch) if loss else None,
+            x[-1] if embedding else None,
+            answers,
+        )
 
-    def predict_and_loss(
-        self, batch: Documents, k: int, exclude: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What `predict` gives and the loss [1] of the batch without training, for one pass of the
-        encoder.
-        """
-
-    def predict_and_embed(
-        self, batch: Documents, k: int, exclude: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What `predict` and `embed` give, for one pass of the encoder."""
-
+    @evaluating
     def embed(self, batch: Documents) -> Tensor:
         """fp32 [B, D]: what the label table meets of each document."""
+        return self._features(*batch.inputs)[-1]
+
+    @evaluating
+    def loss(self, batch: Documents) -> Tensor:
+        """The loss [1] that `step` would report, without training."""
+        return self._loss(self._features(*batch.inputs), batch)
+
+    # ---- checkpoints ----
 
     def config(self) -> dict[str, Any]:
-        """JSON from which `restored` builds the model again: {"kind": …, "encoder": {…}, "head":
-        {…}}.
+        """JSON from which `restored` builds the model for prediction.
+
+        {"kind": …, "encoder": {…}, "head": {…}}; its tensors are the rest.
         """
+        raise NotImplementedError
+
+    @classmethod
+    def table_shapes(cls, head: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+        """Shapes of the tables that `config()["head"]` describes, by name of their tensor."""
+        raise NotImplementedError
+
+    @classmethod
+    def restore(
+        cls, config: Mapping[str, Any], encoder: nn.Module, tensors: Mapping[str, Tensor]
+    ) -> Self:
+        """Build the model that a checked `config()` describes; its weights are still to be loaded.
+
+        Args:
+            config: `config()` of the model that was saved.
+            encoder: the one that it describes.
+            tensors: of the same checkpoint, for a kind that keeps more than weights there.
+        """
+        raise NotImplementedError
+
+    def _optimized(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Everything that the optimizer trains, by its name in a checkpoint."""
+        return self.named_parameters()
+
+    def _check_loaded(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse a checkpoint's tensors for more than names, shapes and formats."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that must survive a stop, by name."""
+        """Everything that must survive a stop, by name.
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Puts back what `tensors` gave; a model without training takes the share that prediction
-        needs.
+        Weights, optimizer states, counters, loss scale, mean weights.
         """
+        out = {name: value.detach() for name, value in self.state_dict().items()}
+        if self.optimizer is not None:
+            states = optimizer_tensors(self.optimizer, self._optimized())
+            out |= {f"optimizer.{name}": value for name, value in states.items()}
+        if self.scaler is not None:
+            out |= {f"scaler.{name}": value for name, value in self.scaler.tensors().items()}
+        if self.average is not None:
+            out |= self.average.tensors()
+        return out
 
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `tensors` gave.
 
-def tree_of(model: Model) -> "LabelTree | None":
-    """The label tree that a model stands on, or None."""
-    return getattr(model, "tree", None)
+        A model without training takes the share that prediction needs: where there are mean
+        weights, those.
+
+        Raises:
+            InputError: the tensors are those of another model.
+        """
+        parts = {
+            p: {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in _PARTS
+        }
+        rest = {k: v for k, v in tensors.items() if not k.startswith(_PARTS)}
+        own, means = self.state_dict(), parts[PREFIX]
+        if self.training_settings is None:
+            rest = with_means(without_states(rest, own), means)
+        self._check_loaded(rest)
+        check_tensors(own, rest)
+        if self.training_settings is not None:
+            check_means(self.average, means)
+        self.load_state_dict(rest)
+        first = next(iter(self.tables().values()))
+        self.steps = int(first.counter[1])  # type: ignore[index]
+        if self.optimizer is not None:
+            load_optimizer_tensors(self.optimizer, self._optimized(), parts["optimizer."])
+        if self.scaler is not None:
+            self.scaler.load_tensors(parts["scaler."])
+        if self.average is not None:
+            self.average.load_tensors(means)
 
 
 def arrangement(tree: "LabelTree | None") -> dict[str, Any]:
-    """How a model on this tree wants its positives: the `order` and `ancestors` of
-    `Inputs.batches`; nothing without one.
-    """
+    """The `order` and `ancestors` of `Inputs.batches` for a model on this tree; nothing without."""
     if tree is None:
         return {}
     return {
         "order": np.asarray(tree.order),
         "ancestors": tuple(tree.ancestors(r) for r in range(tree.levels - 1)),
     }
-
-
-def model_config(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's `config()` in the state of a checkpoint.
-
-    Checkpoints written before there was more than one kind of model hold encoder and head alone.
-
-    Raises:
-        InputError: the state describes no model.
-    """
-    if "model" in state:
-        return dict(
-            check_record(
-                state["model"],
-                dict[str, Any],
-                where="checkpoint, $.model",
-                mend="use another checkpoint",
-            )
-        )
-    if {"encoder", "head"} <= state.keys():
-        return {"kind": "end_to_end", "encoder": state["encoder"], "head": state["head"]}
-    raise InputError(
-        "checkpoint", "the description of a model", "none", "use one that train/run.py wrote"
-    )
-
-
-def check_tensors(own: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> None:
-    """Raises InputError unless a checkpoint's tensors have the names, shapes and formats of a
-    model's own.
-    """
-    mend = "use the checkpoint's own configuration"
-    missing, extra = sorted(own.keys() - there.keys()), sorted(there.keys() - own.keys())
-    if missing or extra:
-        got = f"missing {missing[:3]}, left over {extra[:3]}"
-        raise InputError("checkpoint", "the tensors of this model", got, mend)
-    for name, mine in own.items():
-        other = there[name]
-        if mine.shape != other.shape or mine.dtype != other.dtype:
-            raise InputError(
-                f"checkpoint: {name}",
-                f"{mine.dtype} {list(mine.shape)}",
-                f"{other.dtype} {list(other.shape)}",
-                f"{mend} (table formats are chosen by --table and --state)",
-            )

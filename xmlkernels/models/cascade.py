@@ -1,44 +1,54 @@
-"""The cascade: encoder layers → coarse clusters → finer clusters → a shortlist of labels
-(CascadeXML, NeurIPS 2022).
+"""The cascade: encoder layers → coarse clusters → finer clusters → a shortlist of labels.
+
+Source: Kharbanda et al., "CascadeXML" (NeurIPS 2022).
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from xmlkernels.errors import InputError
-from xmlkernels.models.base import Documents
-from xmlkernels.models.cascade_state import (
-    cascade_tensors,
-    check_fit,
-    load_cascade_tensors,
-    saved_tree,
-)
-from xmlkernels.models.cascade_training import CascadeTraining, cascade_optimizer, set_rates
+from xmlkernels.models.base import Documents, Model
 from xmlkernels.models.descent import (
     Descent,
-    LevelPrediction,
     TreeOnDevice,
+    candidates_of,
     descend,
     loss_of,
     loss_scale,
     ranked,
     scores_by,
 )
-from xmlkernels.models.gradient_caching import EncoderPass
-from xmlkernels.models.running_mean import RunningMean, averaged, begun, evaluating
+from xmlkernels.models.running_mean import evaluating
+from xmlkernels.models.saved import saved_tree
+from xmlkernels.models.scored import Answer, Candidates, LevelPrediction
+from xmlkernels.models.training import CascadeTraining, no_training, set_rates
 from xmlkernels.nn.cascade_heads import SCHEMES, CascadeHeads
+from xmlkernels.nn.layer_recipe import checked_layers
 from xmlkernels.nn.shortlist import count, select
-from xmlkernels.optim import LossScaler, scaled_step
+from xmlkernels.records import Count, Positive
 from xmlkernels.tree.label_tree import LabelTree
 
-__all__ = ["Cascade", "CascadeTraining", "LevelPrediction", "saved_tree"]
+_AT_DEFAULTS = CascadeTraining(encoder_lr=0.0, total=1)  # for losses without training
 
 
-class Cascade(nn.Module):
+class CascadeHeadsConfig(TypedDict):
+    """`CascadeHeads.config`, in a checkpoint."""
+
+    sizes: list[Positive]
+    most: list[Positive]
+    width: Positive
+    layers: list[list[Count]]
+    topk: list[Positive]
+    scheme: str
+    dtype: str
+    cluster_dtype: str
+
+
+class Cascade(Model):
     """Encoder, one head per level of a label tree, and the step that trains them together.
 
     A step is vectors of the encoder's layers → features of each level → for each level, coarse to
@@ -46,14 +56,13 @@ class Cascade(nn.Module):
     place) and the next shortlist from those scores → one backward from all features → AdamW. A
     non-finite feature at any level skips every update, decided before level 0; a gradient that
     overflows in the encoder's own backward (fp16 autocast) skips the encoder's alone. Both are
-    counted on the device, without a host sync. Table rows stand in tree order; label ids go in and
-    out of `predict` alone.
+    counted on the device, without a host sync. Table rows are in tree order; label ids are
+    translated where they enter and leave the model, nowhere inside.
 
     Attributes:
         tree: the label tree.
         lost_positives: int64 [R - 1], (document, cluster) pairs that no shortlist had room for,
             since the start.
-        sums_loss: False: losses are means over candidates, summed over levels.
 
     Args:
         encoder: has `layer_vectors(recipe, *batch.inputs)`, `autocast` and `encoder_config()`; one
@@ -66,10 +75,12 @@ class Cascade(nn.Module):
         InputError: heads, tree and encoder do not fit together.
     """
 
+    kind = "cascade"
+    head_config = CascadeHeadsConfig
     sums_loss = False
     schemes = SCHEMES
-    skipped_steps: Tensor
-    skipped_encoder_steps: Tensor
+    tree: LabelTree
+    training_settings: CascadeTraining | None
     lost_positives: Tensor
     order: Tensor
     place: Tensor
@@ -82,105 +93,120 @@ class Cascade(nn.Module):
         tree: LabelTree,
         training: CascadeTraining | None = None,
     ) -> None:
-        super().__init__()
-        check_fit(encoder, heads, tree)
-        self.encoder, self.heads, self.tree, self.training_settings = encoder, heads, tree, training
-        self.steps = 0
-        self.average: RunningMean | None = None
-        self.register_buffer("skipped_steps", torch.zeros(1))
-        self.register_buffer("skipped_encoder_steps", torch.zeros(1))
+        super().__init__(encoder, training)
+        _check_fit(encoder, heads, tree)
+        self.heads, self.tree = heads, tree
         self.register_buffer("lost_positives", torch.zeros(tree.levels - 1, dtype=torch.int64))
-        self.register_buffer("order", torch.from_numpy(np.array(tree.order, np.int64)))
-        self.register_buffer(
-            "place", torch.from_numpy(np.array(tree.place, np.int64)), persistent=False
-        )
+        self.register_buffer("order", _tensor(tree.order))
+        self.register_buffer("place", _tensor(tree.place), persistent=False)
         self.register_buffer("root", torch.tensor([0, tree.sizes[0]]), persistent=False)
         for r, children in enumerate(tree.children):
-            self.register_buffer(f"children_{r}", torch.from_numpy(np.array(children, np.int64)))
+            self.register_buffer(f"children_{r}", _tensor(children))
         if training is not None:
-            self._prepare_training(training)
-
-    def _prepare_training(self, training: CascadeTraining) -> None:
-        training.check(self.tree.levels)
-        for level in self.heads.levels:
-            level.set_decay(training.table_decay())  # type: ignore[operator]
-        self.optimizer = cascade_optimizer(self.encoder, self.heads.projections, training)
-        # Only fp16 needs a scale; elsewhere it stays 1 and the scaler is the check for non-finite
-        # gradients.
-        half = getattr(self.encoder, "autocast", None) == torch.float16
-        self.scaler = (
-            LossScaler(self.device)
-            if half
-            else LossScaler(self.device, init_scale=1.0, growth=1.0, backoff=1.0)
-        )
-        self.average = begun(self.encoder, self._averaged(), training.mean)
-
-    def _averaged(self) -> dict[str, Tensor]:
-        settings = self.training_settings
-        tables = self.heads.levels if settings is not None and settings.mean.tables else ()
-        return averaged(self, {f"heads.levels.{r}": level for r, level in enumerate(tables)})
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Cascade":
-        # `.to(device)` must take the loss scaler and the mean weights along; they are no modules.
-        super()._apply(fn, recurse)
-        if self.training_settings is not None:
-            self.scaler.move(fn)
-        if self.average is not None:
-            self.average.follow(self._averaged())
-        return self
+            training.check(tree.levels)
+            for level in heads.levels:
+                level.set_decay(training.table_decay())  # type: ignore[operator]
+            self._start_training(training, training.make_optimizer(encoder, heads.projections))
 
     @property
     def labels(self) -> int:
+        """L."""
         return self.order.shape[0]
 
     @property
     def width(self) -> int:
+        """D, the width of an embedding."""
         return self.heads.width
 
     @property
-    def device(self) -> torch.device:
-        return self.order.device
+    def scheme(self) -> str:
+        """The scheme that `score` answers by."""
+        return self.heads.scheme
 
-    def _tree(self) -> TreeOnDevice:
-        children = (getattr(self, f"children_{r}") for r in range(self.tree.levels - 1))
-        return TreeOnDevice((self.root, *children), (self.tree.sizes[0], *self.heads.most))
+    def use_scheme(self, scheme: str) -> None:
+        """Answer by another scheme from here on; see `Model.use_scheme`."""
+        self._check_schemes([scheme])
+        self.heads.use_scheme(scheme)
+
+    def tables(self) -> dict[str, nn.Module]:
+        """The tables of the levels, coarse to fine; see `Model.tables`."""
+        return {f"heads.levels.{r}": level for r, level in enumerate(self.heads.levels)}
+
+    def describe(self) -> str:
+        """Say how many clusters each level keeps."""
+        return f"keeping {', '.join(map(str, self.heads.topk))} clusters"
+
+    def counters(self) -> dict[str, float]:
+        """Count skipped steps and lost positives; see `Model.counters`."""
+        return super().counters() | {"lost_positives": int(self.lost_positives.sum())}
+
+    def label_rows(self, start: int, end: int) -> Tensor:
+        """Refuse: a logit has a bias per label; see `Model.label_rows`."""
+        mend = "an inner product cannot carry it; train end to end without --bias"
+        got = "a cascade, which has a bias for each label"
+        raise InputError("model", "a label table without bias", got, mend)
+
+    def labels_under(self, level: int) -> tuple[Tensor, Tensor]:
+        """The label ids under each node of a level, as rows of different lengths.
+
+        Args:
+            level: 0 (the coarsest) to R - 1, where each node is one label.
+
+        Returns:
+            start: int64 [n_r + 1]; labels: int64 [L], on the CPU. The label ids under node c are
+            labels[start[c]:start[c + 1]].
+
+        Raises:
+            InputError: the tree has no such level.
+        """
+        return _tensor(self.tree.bounds(level)), _tensor(self.tree.order)
+
+    def clusters_of(self, level: int) -> Tensor:
+        """The node of a level that each label belongs to, int64 [L] by label id, on the CPU.
+
+        Raises:
+            InputError: the tree has no such level.
+        """
+        return _tensor(self.tree.ancestors(level)[self.tree.place])
 
     def step(self, batch: Documents, *, need_loss: bool = False) -> Tensor:
-        """Trains on one batch.
+        """Train on one batch.
 
         Returns:
             The loss [1]: the levels' means over candidates, each times its rw_loss, summed; or [0]
-            when not asked.
+            when not asked for.
 
         Raises:
-            InputError: the batch has no cluster positives of this tree.
+            InputError: the batch has no cluster positives of this tree, or the model was built
+                without training settings.
         """
         settings = self.training_settings
-        assert settings is not None, "this model was built without training settings"
+        if settings is None:
+            raise no_training()
         positives = self._positives(batch)
         encoder_lr, head_lr, beta1 = settings.rates(self.steps)
         if self.optimizer is not None:
             set_rates(self.optimizer, encoder_lr, head_lr, beta1)
             self.optimizer.zero_grad(set_to_none=True)
-        held = EncoderPass(self._features, batch.inputs, len(batch), settings.micro_batch)
-        finite = torch.stack([torch.isfinite(f).all() for f in held.x]).all()
+        encoded = self._encode(batch, settings.micro_batch)
+        finite = torch.stack([torch.isfinite(f).all() for f in encoded.x]).all()
         # One bad level must keep every table as it is, and each op looks at its own x alone.
-        x = [torch.where(finite, f, torch.nan) for f in held.x]
-        dx, loss = self._train_tables(x, positives, head_lr, beta1, need_loss)
-        held.backward(dx)
-        self._encoder_step((~finite).float().reshape(1), encoder_lr)
-        self.steps += 1
+        x = [torch.where(finite, f, torch.nan) for f in encoded.x]
+        dx, loss = self._train_tables(x, positives, settings, head_lr, beta1, need_loss)
+        encoded.backward(dx)
+        self._finish_step((~finite).float().reshape(1), encoder_lr)
         return loss
+
+    def _tree(self) -> TreeOnDevice:
+        children = (getattr(self, f"children_{r}") for r in range(self.tree.levels - 1))
+        return TreeOnDevice((self.root, *children), (self.tree.sizes[0], *self.heads.most))
 
     def _positives(self, batch: Documents) -> list[tuple[Tensor, Tensor]]:
         """(node, sample) of every level, the labels last."""
         if len(batch.levels) != self.tree.levels - 1:
-            raise InputError(
-                "batch",
-                f"positives of {self.tree.levels - 1} cluster levels",
-                f"those of {len(batch.levels)}",
-                "make the batches with this tree's order and ancestors",
-            )
+            expected = f"positives of {self.tree.levels - 1} cluster levels"
+            mend = "make the batches with this tree's order and ancestors"
+            raise InputError("batch", expected, f"those of {len(batch.levels)}", mend)
         return [*batch.levels, (batch.pos_row, batch.pos_sample)]
 
     def _features(self, *inputs: Tensor) -> list[Tensor]:
@@ -190,19 +216,18 @@ class Cascade(nn.Module):
         self,
         x: list[Tensor],
         positives: list[tuple[Tensor, Tensor]],
+        settings: CascadeTraining,
         lr: float,
         beta1: float | None,
         need_loss: bool,
     ) -> tuple[list[Tensor], Tensor]:
         """dx of every level, and the loss."""
-        settings = self.training_settings
-        assert settings is not None
+        assert self.scaler is not None
         tree, out = self._tree(), list[Tensor]()
         losses = torch.zeros(1 if need_loss else 0, device=self.device)
         clusters = torch.zeros(x[0].shape[0], 1, dtype=torch.int64, device=self.device)
-        for r, (level, weight) in enumerate(
-            zip(self.heads.levels, settings.weights(self.tree.levels), strict=True)
-        ):
+        weights = settings.weights(self.tree.levels)
+        for r, (level, weight) in enumerate(zip(self.heads.levels, weights, strict=True)):
             row_ptr, most = tree.row_ptr[r], tree.most[r]
             scale, pads = loss_scale(count(clusters, row_ptr), weight, settings.reference_loss)
             dx, scores, loss = level.step(  # type: ignore[operator]
@@ -230,137 +255,73 @@ class Cascade(nn.Module):
                 self.lost_positives[r : r + 1] += there - forced
         return out, losses
 
-    def _encoder_step(self, overflow: Tensor, lr: float) -> None:
-        settings = self.training_settings
-        assert settings is not None
-        if self.optimizer is not None:
-            self.skipped_encoder_steps += scaled_step(
-                self.optimizer, self.scaler, overflow, clip=settings.clip
-            )
-        if update := getattr(self.encoder, "update", None):
-            update(lr)
-        self.skipped_steps += overflow
-        if self.average is not None:
-            self.average.step(self.steps)
-
-    def config(self) -> dict[str, Any]:
-        """What prediction needs to build the model again, beside its tensors; see `saved_tree`."""
-        return {
-            "kind": "cascade",
-            "encoder": self.encoder.encoder_config(),  # type: ignore[operator]
-            "head": self.heads.config,
-            "tree": dict(self.tree.settings),
-        }
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that must survive a stop, by name: weights, tree, optimizer states, counters,
-        loss scale, mean weights.
-        """
-        return cascade_tensors(self)
-
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Puts back what `tensors` gave; a model without training takes the share that prediction
-        needs (where there are mean weights, those).
+    @evaluating
+    def level_losses(self, batch: Documents) -> Tensor:
+        """Each level's share of the loss, fp32 [R], true clusters forced in, without training.
 
         Raises:
-            InputError: the tensors are those of another tree or another model.
+            InputError: the batch has no cluster positives of this tree.
         """
-        load_cascade_tensors(self, tensors)
+        return torch.cat(self._level_losses(self._features(*batch.inputs), batch))
 
     @evaluating
-    def predict(
-        self, batch: Documents, k: int, exclude: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The k best labels of each document by the heads' scheme.
+    def candidates(self, batch: Documents) -> list[Candidates]:
+        """What each level would train on for this batch, coarse to fine, the labels last.
 
-        Args:
-            exclude: int64 [B, E], label ids never to be given; -1 pads.
+        The coarsest level's candidates are all its nodes; each next one's are the children of the
+        best clusters and, as in training, of the true ones.
 
-        Returns:
-            values: fp32 [B, k], descending; sigmoid(value) is the scheme's probability. labels:
-            int64 [B, k], label ids. -inf and -1 where a shortlist has fewer than k labels.
+        Raises:
+            InputError: the batch has no cluster positives of this tree.
         """
-        return self._best_labels(self._features(*batch.inputs), k, exclude)
+        x, positives = self._features(*batch.inputs), self._positives(batch)
+        levels = self._training_descent(x, positives)
+        *above, last = map(candidates_of, levels, positives)
+        return [*above, Candidates(self._label_ids(last.nodes), last.logits, last.positive)]
 
-    @evaluating
-    def predict_levels(
-        self, batch: Documents, k: int, exclude: Tensor | None = None
-    ) -> list[LevelPrediction]:
-        """What each level says, coarse to fine, and what it hands on: shortlist recall is read from
-        `kept`. `exclude` is for the labels, as of `predict`."""
-        scheme = self.heads.scheme
-        return self._levels(self._features(*batch.inputs), k, exclude, (scheme,))[scheme]
+    def _training_descent(
+        self, x: list[Tensor], positives: list[tuple[Tensor, Tensor]]
+    ) -> list[Descent]:
+        bound = (self.training_settings or _AT_DEFAULTS).positives_bound
+        return list(descend(self.heads, x, self._tree(), positives=positives, bound=bound))
 
-    @evaluating
-    def levels_and_loss(
-        self, batch: Documents, k: int, exclude: Tensor | None, schemes: Sequence[str]
-    ) -> tuple[dict[str, list[LevelPrediction]], Tensor]:
-        """`predict_levels` under each of some schemes, and `loss`, for one pass of the encoder;
-        nodes are scored once.
-        """
-        x = self._features(*batch.inputs)
-        return self._levels(x, k, exclude, schemes), self._loss(x, batch)
-
-    @evaluating
-    def embed(self, batch: Documents) -> Tensor:
-        """fp32 [B, D]: what the label table meets of each document."""
-        return self._features(*batch.inputs)[-1]
-
-    @evaluating
-    def predict_and_embed(
-        self, batch: Documents, k: int, exclude: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`predict` and `embed` for one pass of the encoder."""
-        x = self._features(*batch.inputs)
-        return *self._best_labels(x, k, exclude), x[-1]
-
-    @evaluating
-    def predict_and_loss(
-        self, batch: Documents, k: int, exclude: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`predict` and `loss` for one pass of the encoder."""
-        x = self._features(*batch.inputs)
-        return *self._best_labels(x, k, exclude), self._loss(x, batch)
-
-    @evaluating
-    def loss(self, batch: Documents) -> Tensor:
-        """The loss [1] that `step` would report, true clusters forced in, without training."""
-        return self._loss(self._features(*batch.inputs), batch)
+    def _level_losses(self, x: list[Tensor], batch: Documents) -> list[Tensor]:
+        settings, positives = self.training_settings or _AT_DEFAULTS, self._positives(batch)
+        levels = self._training_descent(x, positives)
+        weights = settings.weights(self.tree.levels)
+        return [
+            loss_of(level, pairs, weight, settings.reference_loss)
+            for level, pairs, weight in zip(levels, positives, weights, strict=True)
+        ]
 
     def _loss(self, x: list[Tensor], batch: Documents) -> Tensor:
-        settings = self.training_settings or CascadeTraining(encoder_lr=0.0, total=1)
-        positives, total = self._positives(batch), torch.zeros(1, device=self.device)
-        weights = settings.weights(self.tree.levels)
-        levels = descend(
-            self.heads, x, self._tree(), positives=positives, bound=settings.positives_bound
-        )
-        for level, pairs, weight in zip(levels, positives, weights, strict=True):
-            total += loss_of(level, pairs, weight, settings.reference_loss)
+        total = torch.zeros(1, device=self.device)
+        for loss in self._level_losses(x, batch):
+            total += loss
         return total
 
-    def _levels(
+    def _answers(
         self, x: list[Tensor], k: int, exclude: Tensor | None, schemes: Sequence[str]
-    ) -> dict[str, list[LevelPrediction]]:
-        levels = list(descend(self.heads, x, self._tree()))
-        return {
-            scheme: [
-                self._said(r, level, scores, k, exclude, scheme)
-                for r, (level, scores) in enumerate(
-                    zip(levels, scores_by(scheme, levels), strict=True)
-                )
+    ) -> dict[str, Answer]:
+        if not schemes:
+            return {}
+        levels, out = list(descend(self.heads, x, self._tree())), {}
+        for scheme in schemes:
+            scored = zip(levels, scores_by(scheme, levels), strict=True)
+            found = [
+                self._best(r, level, scores, k, exclude, scheme)
+                for r, (level, scores) in enumerate(scored)
             ]
-            for scheme in schemes
-        }
+            out[scheme] = Answer(found[-1].values, found[-1].nodes, tuple(found))
+        return out
 
-    def _best_labels(
-        self, x: list[Tensor], k: int, exclude: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        levels = list(descend(self.heads, x, self._tree()))
-        *_, scores = scores_by(self.heads.scheme, levels)
-        said = self._said(self.tree.levels - 1, levels[-1], scores, k, exclude, self.heads.scheme)
-        return said.values, said.nodes
+    def _answer(self, x: list[Tensor], k: int, exclude: Tensor | None) -> Answer:
+        levels, scheme = list(descend(self.heads, x, self._tree())), self.scheme
+        *_, scores = scores_by(scheme, levels)
+        found = self._best(self.tree.levels - 1, levels[-1], scores, k, exclude, scheme)
+        return Answer(found.values, found.nodes)
 
-    def _said(
+    def _best(
         self, r: int, level: Descent, scores: Tensor, k: int, exclude: Tensor | None, scheme: str
     ) -> LevelPrediction:
         if r + 1 < self.tree.levels:
@@ -372,3 +333,70 @@ class Cascade(nn.Module):
 
     def _label_ids(self, rows: Tensor) -> Tensor:
         return torch.where(rows >= 0, self.order[rows.clamp(min=0)], -1)
+
+    def config(self) -> dict[str, Any]:
+        """JSON from which the model is built again for prediction; see `Model.config`."""
+        return {
+            "kind": self.kind,
+            "encoder": self.encoder.encoder_config(),  # type: ignore[operator]
+            "head": self.heads.config,
+            "tree": dict(self.tree.settings),
+        }
+
+    @classmethod
+    def table_shapes(cls, head: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+        """Shapes of the levels' tables; see `Model.table_shapes`."""
+        sizes, width = head["sizes"], head["width"]
+        return {f"heads.levels.{r}.weight": (size, width) for r, size in enumerate(sizes)}
+
+    @classmethod
+    def restore(
+        cls, config: Mapping[str, Any], encoder: nn.Module, tensors: Mapping[str, Tensor]
+    ) -> Self:
+        """Build the model that a `config()` describes, for prediction; see `Model.restore`.
+
+        Raises:
+            InputError: the tensors hold no label tree.
+        """
+        tree = saved_tree(config, tensors)
+        # SGD without momentum keeps no state, and prediction needs none.
+        heads = CascadeHeads(**config["head"], optimizer="sgd", fill=False)
+        return cls(encoder, heads, tree)
+
+    def _check_loaded(self, tensors: Mapping[str, Tensor]) -> None:
+        own = self.state_dict()
+        names = {"order", *(f"children_{r}" for r in range(self.tree.levels - 1))}
+        there = {k for k in tensors if k == "order" or k.startswith("children_")}
+        if there != names or any(not torch.equal(tensors[k].cpu(), own[k].cpu()) for k in names):
+            raise InputError(
+                "checkpoint",
+                f"a cascade on this label tree ({self.tree.content_hash[:12]}, sizes "
+                f"{list(self.tree.sizes)})",
+                "one on another tree",
+                "pass the tree that it was trained with",
+            )
+
+
+def _check_fit(encoder: nn.Module, heads: CascadeHeads, tree: LabelTree) -> None:
+    """Refuse heads, tree and encoder that do not fit together."""
+    sizes = [level.nodes for level in heads.levels]
+    if sizes != list(tree.sizes):
+        expected = f"heads of {list(tree.sizes)} nodes, the sizes of the label tree"
+        raise InputError("cascade", expected, str(sizes), "make the heads with tree.sizes")
+    most = [tree.widest(r) for r in range(tree.levels - 1)]
+    if list(heads.most) != most:
+        expected = f"heads for clusters of up to {most} children"
+        got, mend = str(list(heads.most)), "pass tree.widest of each level"
+        raise InputError("cascade", expected, got, mend)
+    width = getattr(encoder, "hidden", None) or encoder.width
+    if heads.width != width:
+        expected = f"heads of width {width}, the encoder's"
+        raise InputError("cascade", expected, str(heads.width), "make the heads for this encoder")
+    if getattr(encoder, "bottleneck", None) is not None:
+        expected = "no bottleneck (every level reads a layer itself)"
+        raise InputError("encoder of a cascade", expected, "one", "build the encoder without one")
+    checked_layers(heads.layers, tree.levels, getattr(encoder, "layers", None))
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(values, np.int64))

@@ -1,6 +1,4 @@
-"""Scoring with a cascade, without training: down the tree level by level, and the scores that come
-of it.
-"""
+"""Score documents down a label tree, level by level, without training."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,29 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from xmlkernels.models.scored import Candidates
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.shortlist import best, candidates, count, locate, select
 
 Positives = Sequence[tuple[Tensor, Tensor]]
 _SATURATED = -1e-38  # log probability: above, fp32 would give a logit of infinity; it stays at 87
-
-
-@dataclass(frozen=True)
-class LevelPrediction:
-    """What a cascade says at one level.
-
-    Attributes:
-        values: fp32 [B, k], logits of the scheme's probability, descending; -inf where there are
-            fewer.
-        nodes: int64 [B, k], clusters of the level, or label ids at the last; -1 where there are
-            fewer.
-        kept: int64 [B, K], clusters handed on to the next level, ascending, -1 pads; [B, 0] at the
-            last.
-    """
-
-    values: Tensor
-    nodes: Tensor
-    kept: Tensor
 
 
 @dataclass(frozen=True)
@@ -163,6 +144,17 @@ def logit_of_log(log_p: Tensor) -> Tensor:
         exact > -0.6931471805599453, (-torch.expm1(exact)).log(), torch.log1p(-exact.exp())
     )
     return (exact - other).float()
+
+
+def candidates_of(level: Descent, positives: tuple[Tensor, Tensor]) -> Candidates:
+    """The candidates of a level with their logits, and which of them are positive."""
+    place, found = locate(*positives, level.clusters, level.row_ptr, level.most)
+    hit = torch.zeros(level.node.numel() + 1, dtype=torch.bool, device=place.device)
+    hit[torch.where(found, place, level.node.numel())] = True
+    nodes = torch.where(level.real, level.node, -1)
+    logits = torch.where(level.real, level.logits, -torch.inf)
+    hit = hit[:-1].view(level.node.shape)
+    return Candidates(nodes.flatten(1), logits.flatten(1), hit.flatten(1))
 
 
 def loss_of(

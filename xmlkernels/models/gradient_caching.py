@@ -91,7 +91,7 @@ def _parts(inputs: tuple[Tensor, ...], documents: int, size: int) -> list[tuple[
             str(size),
             "leave it out: they need no gradient caching",
         )
-    return list(zip(*(part.split(size) for part in inputs), strict=True))
+    return list(zip(*(torch.split(part, size) for part in inputs), strict=True))
 
 
 def _backward(features: Sequence[Tensor], dx: Sequence[Tensor]) -> None:

@@ -8,13 +8,9 @@ from torch import Tensor, nn
 
 from xmlkernels.errors import InputError
 from xmlkernels.models.base import Model
-from xmlkernels.models.cascade import Cascade
-from xmlkernels.models.cascade_state import saved_tree
-from xmlkernels.models.end_to_end import EndToEnd
+from xmlkernels.models.kinds import KINDS
 from xmlkernels.nn.bow import BowEncoder
-from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.encoder import Encoder
-from xmlkernels.nn.full_head import FullHead
 from xmlkernels.records import Count, Meta, Positive, check_record
 
 DIVERGED = (
@@ -24,24 +20,6 @@ DIVERGED = (
 )
 _MEND = "use another checkpoint, or a newer xmlkernels"
 _Share = Annotated[float, Meta(ge=0, lt=1)]
-
-
-class _FullHead(TypedDict):
-    labels: Positive
-    width: Positive
-    dtype: str
-    bias: bool
-
-
-class _CascadeHeads(TypedDict):
-    sizes: list[Positive]
-    most: list[Positive]
-    width: Positive
-    layers: list[list[Count]]
-    topk: list[Positive]
-    scheme: str
-    dtype: str
-    cluster_dtype: str
 
 
 class _Bow(TypedDict):
@@ -77,12 +55,12 @@ def check_config(config: Any) -> None:
     """
     where = "checkpoint, $.model"
     check_record(config, _Config, where=where, mend=_MEND)
-    heads: dict[str, Any] = {"end_to_end": _FullHead, "cascade": _CascadeHeads}
-    if config["kind"] not in heads:
-        expected, mend = "a model of kind end_to_end or cascade", "read it with a newer xmlkernels"
+    kind = KINDS.get(config["kind"])
+    if kind is None:
+        expected, mend = f"a model of kind {' or '.join(KINDS)}", "read it with a newer xmlkernels"
         raise InputError("checkpoint", expected, repr(config["kind"]), mend)
     parts = {
-        "head": heads[config["kind"]],
+        "head": kind.head_config,
         "encoder": _Bow if config["encoder"].get("kind") == "bow" else _Encoder,
     }
     for name, shape in parts.items():
@@ -136,26 +114,14 @@ def restored(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Model:
     """
     check_config(config)
     check_sizes(config, tensors)
-    kind = config["kind"]
-    if kind == "end_to_end":
-        return EndToEnd(_encoder(config["encoder"], tensors), FullHead(**config["head"], std=0))
-    tree = saved_tree(config, tensors)
-    # SGD without momentum keeps no state, and prediction needs none.
-    heads = CascadeHeads(**config["head"], optimizer="sgd", fill=False)
-    return Cascade(_encoder(config["encoder"], tensors), heads, tree)
+    encoder = _encoder(config["encoder"], tensors)
+    return KINDS[config["kind"]].restore(config, encoder, tensors)
 
 
 def check_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """InputError where the tables that a configuration describes are not among the tensors."""
     head, encoder = config["head"], config["encoder"]
-    expected: dict[str, tuple[int, int]] = {}
-    if config["kind"] == "end_to_end":
-        expected["head.weight"] = (head["labels"], head["width"])
-    else:
-        expected |= {
-            f"heads.levels.{r}.weight": (size, head["width"])
-            for r, size in enumerate(head["sizes"])
-        }
+    expected = KINDS[config["kind"]].table_shapes(head)
     if encoder.get("kind") == "bow":
         expected["encoder.table"] = (encoder["vocabulary"], encoder["width"])
     elif encoder["bottleneck"]:

@@ -152,7 +152,7 @@ class RunningMean:
             mean.copy_(means[name])
 
 
-def averaged(model: nn.Module, tables: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+def averaged_weights(model: nn.Module, tables: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """What is averaged, by its name in the model: its parameters but frozen ones, and weights and
     biases of these tables.
     """
@@ -165,7 +165,7 @@ def averaged(model: nn.Module, tables: Mapping[str, nn.Module]) -> dict[str, Ten
     return found
 
 
-def begun(
+def start_mean(
     encoder: nn.Module, weights: Mapping[str, Tensor], settings: MeanSettings
 ) -> RunningMean | None:
     """The mean that the settings ask for; None for a decay of 0.
@@ -198,7 +198,7 @@ def evaluating(method: Method) -> Method:
     return cast(Method, run)
 
 
-def for_prediction(tensors: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_means(tensors: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A checkpoint's tensors with its means (names without their prefix) in place of the weights,
     in the weights' formats.
 

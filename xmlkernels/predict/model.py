@@ -13,18 +13,18 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.checksums import Files, check_files
 from xmlkernels.data.inputs import Inputs, TextParts, load_inputs
 from xmlkernels.errors import InputError
-from xmlkernels.models.base import Model, model_config
+from xmlkernels.models.base import Model
 from xmlkernels.models.restore import DIVERGED, check_finite, restored
+from xmlkernels.models.saved import model_config, needed_for_prediction
 from xmlkernels.records import check_record
 from xmlkernels.threads import check_threads, torch_threads
 
@@ -35,12 +35,6 @@ BESIDE = (
     "vocabulary",
 )  # beside the checkpoints of a run: what predictions need of it
 _AHEAD = 16  # batches of texts read ahead, so that texts of like length share a batch
-_TRAINING_ONLY = ("optimizer.", "scaler.", "head.momentum", "head.second", "head.kahan")
-_TRAINING_ENDS = (".momentum", ".second")  # of a cascade's tables and of a bag of words'
-
-
-def _for_prediction(name: str) -> bool:
-    return not name.startswith(_TRAINING_ONLY) and not name.endswith(_TRAINING_ENDS)
 
 
 class CheckpointWarning(UserWarning):
@@ -168,7 +162,7 @@ class Predictor:
         """
         check_threads(threads)
         checkpoints, order = _located(folder, which)
-        tensors, state, found = _first(checkpoints, order, _for_prediction)
+        tensors, state, found = _first(checkpoints, order, needed_for_prediction)
         path = checkpoints.folder
         check_files(
             path, files_beside(state, str(path / found)), "copy the whole checkpoint folder again"
@@ -178,7 +172,7 @@ class Predictor:
         with torch_threads(1):
             model = restored(model_config(state), tensors)
             model.load_tensors(tensors)
-            check_finite(cast(nn.Module, model), str(path / found))
+            check_finite(model, str(path / found))
             model = model.to(torch.device(device))
         names = read_names(path, model.labels)
         return cls(model, load_inputs(path, state), names, _identity(state), threads=threads)
@@ -244,13 +238,10 @@ class Predictor:
                 self.threads
             ):  # never across a yield: the caller's own work is not ours to slow down
                 there = batch.to(self.model.device)
-                found = (
-                    self.model.predict_and_embed(there, k)
-                    if embed
-                    else self.model.predict(there, k)
-                )
-            _check_answers(*found[:2])
-            rows_of = zip(*(t.cpu().numpy() for t in found), strict=True)
+                found = self.model.score(there, k, embedding=embed)
+            _check_answers(found.values, found.labels)
+            parts = [t for t in (found.values, found.labels, found.embedding) if t is not None]
+            rows_of = zip(*(t.cpu().numpy() for t in parts), strict=True)
             waiting.update(zip(batch.index.tolist(), rows_of, strict=True))
             while following in waiting:
                 yield waiting.pop(following)

@@ -15,11 +15,12 @@ from xmlkernels.data.inputs import BowInputs, Inputs
 from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.evaluation import evaluation_batches
 from xmlkernels.installed import source_of
-from xmlkernels.models.base import Model, model_config
+from xmlkernels.models.base import Model
 from xmlkernels.models.cascade import Cascade
-from xmlkernels.models.cascade_training import CascadeTraining
-from xmlkernels.models.end_to_end import EndToEnd, Training
+from xmlkernels.models.end_to_end import EndToEnd
 from xmlkernels.models.running_mean import MeanSettings
+from xmlkernels.models.saved import model_config
+from xmlkernels.models.training import CascadeTraining, Training
 from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.encoder import Encoder
@@ -279,20 +280,16 @@ def start_table(config: Config, dataset: Dataset, inputs: Inputs, model: Model) 
     """Puts the label table where the configuration wants it at the start of a run: at frequencies,
     at centroids.
     """
-    if not isinstance(model, EndToEnd):
-        return
     train = dataset.splits["train"]
     if config.frequency_bias:
         counts = np.bincount(train.labels.indices, minlength=dataset.num_labels)
-        model.head.start_at_frequencies(
-            torch.from_numpy(counts).to(model.device), train.labels.shape[0]
-        )
+        model.start_at_frequencies(torch.from_numpy(counts).to(model.device), train.labels.shape[0])
     if config.centroid_norm:
         batches = (
             pair[0] for pair in evaluation_batches(model, train, config.evaluate_batch, inputs)
         )
         vectors = ((model.embed(batch), batch.pos_row, batch.pos_sample) for batch in batches)
-        model.head.start_at_centroids(vectors, config.centroid_norm)
+        model.start_at_centroids(vectors, config.centroid_norm)
 
 
 def build_encoder(config: Config, dataset: Dataset, device: torch.device) -> nn.Module:

@@ -10,8 +10,6 @@ import torch
 
 from xmlkernels import __version__, dist
 from xmlkernels.models.base import Model
-from xmlkernels.models.cascade import Cascade
-from xmlkernels.models.end_to_end import EndToEnd
 from xmlkernels.ops import missing
 from xmlkernels.training.config import Config, resolved_label_device, resolved_state, resolved_table
 
@@ -64,24 +62,6 @@ def environment(config: Config, model: Model) -> dict[str, Any]:
         "table": resolved_table(config, model.device),
         "state": resolved_state(config),
     }
-
-
-def skipped(model: Model) -> dict[str, float]:
-    """What was left out so far: steps that were not finite, clusters that found no place, groups of
-    labels.
-    """
-    found: dict[str, float] = {
-        "skipped_steps": int(model.skipped_steps),
-        "skipped_encoder_steps": int(model.skipped_encoder_steps),
-    }
-    if isinstance(model, Cascade):
-        return found | {"lost_positives": int(model.lost_positives.sum())}
-    tiles = model.head.skipped if isinstance(model, EndToEnd) else None
-    if tiles is None:
-        return found
-    left_out, seen = tiles.tolist()
-    # The share since the start, or since the run was resumed.
-    return found | {"skipped_tiles": left_out / max(1, seen)}
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:

@@ -20,8 +20,8 @@ from xmlkernels.data.formats.matrices import write_npz
 from xmlkernels.evaluation import Evaluation, evaluate_schemes, evaluate_split, score_matrix
 from xmlkernels.files import naming
 from xmlkernels.metrics import decile_table, evaluate, inverse_propensity, macro_metrics
-from xmlkernels.models.base import Documents
-from xmlkernels.models.cascade import Cascade
+from xmlkernels.models.base import Documents, Model
+from xmlkernels.models.saved import model_config
 from xmlkernels.training.build import (
     build_model,
     draw_apart,
@@ -31,7 +31,7 @@ from xmlkernels.training.build import (
 )
 from xmlkernels.training.clock import Clock
 from xmlkernels.training.config import Config, recorded, resolved_device
-from xmlkernels.training.environment import commit, differences, environment, skipped
+from xmlkernels.training.environment import commit, differences, environment
 from xmlkernels.training.folder import RunFolder, write_json
 from xmlkernels.training.inputs import open_dataset, open_inputs, open_tree, training_batches
 from xmlkernels.training.progress import Frequencies, Progress
@@ -144,10 +144,9 @@ class Session:
         )
         if self.tree is not None:
             levels = " → ".join(f"{size:,}" for size in self.tree.sizes)
-            heads: Any = self.model.heads  # type: ignore[attr-defined]
             log.info(
-                f"label tree {self.tree.content_hash[:12]}: {levels} labels; keeping "
-                f"{', '.join(map(str, heads.topk))} clusters"
+                f"label tree {self.tree.content_hash[:12]}: {levels} labels; "
+                f"{self.model.describe()}"
             )
         if (warmup := warmup_steps(self.config, len(self.batches))) >= self.total:
             log.info(
@@ -198,8 +197,8 @@ class Session:
         when it was written.
         """
         self.model.load_tensors(tensors)
-        if isinstance(self.model, Cascade):
-            self.model.heads.use_scheme(state["model"]["head"]["scheme"])
+        scheme = model_config(state)["head"].get("scheme", self.model.scheme)
+        self.model.use_scheme(scheme)
 
     def _draw_on(self, state: Mapping[str, Any]) -> None:
         """Draws as the run would have; a process that it did not have, or had with other devices,
@@ -307,7 +306,7 @@ class Session:
                 "documents_per_second": speed,
                 "seconds": seconds,
             }
-            | skipped(self.model)
+            | self.model.counters()
         )
         if self.progress.due(logged=True):
             self.progress.tell(self.model.steps, epoch, loss, speed, a_sum=self.model.sums_loss)
@@ -361,11 +360,7 @@ class Session:
         inputs = self.inputs if dist.size() > 1 else Watched(self.inputs)
         how: dict[str, Any] = {"batch_size": self.config.evaluate_batch, "inputs": inputs}
         with self.clock.on("evaluate"):
-            if (
-                isinstance(model, Cascade)
-                and self.config.scheme == "auto"
-                and split is self.validation
-            ):
+            if len(model.schemes) > 1 and self.config.scheme == "auto" and split is self.validation:
                 metrics, found = self._best_scheme(
                     model, split, evaluate_schemes(model, split, k, **how)
                 )
@@ -394,18 +389,18 @@ class Session:
         return metrics, found
 
     def _best_scheme(
-        self, model: Cascade, split: Split, found: dict[str, Evaluation]
+        self, model: Model, split: Split, found: dict[str, Evaluation]
     ) -> tuple[dict[str, Any], Evaluation]:
         """Puts the scheme that does best into the model, of equals the model's own; its metrics and
         evaluation.
         """
-        by, own = self.config.best_by, model.heads.scheme
+        by, own = self.config.best_by, model.scheme
         metrics = {
             scheme: evaluate(found[scheme].labels, split.labels, self.inverse_propensity)
             for scheme in found
         }
         best = max(metrics, key=lambda scheme: (metrics[scheme][by], scheme == own))
-        model.heads.use_scheme(best)
+        model.use_scheme(best)
         told = ", ".join(f"{scheme} {metrics[scheme][by]:.2f}" for scheme in metrics)
         log.info(f"--scheme auto: {best} is best by validation {by} ({told})")
         return metrics[best], found[best]
@@ -431,7 +426,7 @@ class Session:
         """The one look at the test split; writes predictions.npz and metrics.json."""
         counters = {
             "steps": self.model.steps,
-            **skipped(self.model),
+            **self.model.counters(),
         }  # of the run, not of its best step
         self.clock.start(None)
         report: dict[str, Any] = {
@@ -439,11 +434,8 @@ class Session:
             "dataset_hash": self.dataset.content_hash,
         }
         report["best"] = self._put_best()
-        if isinstance(self.model, Cascade):
-            report |= {
-                "scheme": self.model.heads.scheme,
-                "tree": self.tree and self.tree.content_hash,
-            }
+        if self.tree is not None:
+            report |= {"scheme": self.model.scheme, "tree": self.tree.content_hash}
         for split in (self.validation, self.test):
             if split is None:
                 continue
