@@ -8,8 +8,12 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+
+import xmlkernels
 
 ROOT = Path(__file__).parents[1]
 
@@ -142,7 +146,8 @@ def test_a_wheel_says_whether_it_is_of_a_platform_and_holds_nothing_of_an_earlie
         and libraries(files) == []
         and "Root-Is-Purelib: true" in about
     )
-    assert "xmlkernels/predict/model.py" in files and "xmlkernels/no_more.py" not in files
+    assert {"xmlkernels/predict/model.py", "xmlkernels/py.typed"} <= set(files)
+    assert f"Version: {xmlkernels.__version__}\n" in about and "xmlkernels/no_more.py" not in files
 
     for place in ("lib", *(p.name for p in (sources / "build").glob("lib*"))):
         stale = sources / "build" / place / "xmlkernels" / "_cpu.so"
@@ -153,9 +158,30 @@ def test_a_wheel_says_whether_it_is_of_a_platform_and_holds_nothing_of_an_earlie
     assert "Requires-Dist: torch" in about and "pyarrow" not in about
 
 
+def project() -> dict[str, Any]:
+    return dict(tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"])
+
+
+def test_what_is_installed_for_tests_is_what_the_package_names() -> None:
+    """requirements.txt pins every package of pyproject.toml, within its bounds."""
+    extras = project()["optional-dependencies"]
+    named = project()["dependencies"] + [
+        name for extra, names in extras.items() if extra != "all" for name in names
+    ]
+    pins = dict(
+        re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "requirements.txt").read_text("utf-8"), re.M)
+    )
+    for requirement in map(Requirement, named):
+        assert requirement.name in pins, f"requirements.txt lacks {requirement.name}"
+        assert requirement.specifier.contains(pins[requirement.name]), requirement
+    (everything,) = map(Requirement, extras["all"])
+    assert everything.extras == set(extras) - {"all"}
+
+
 def test_every_dependency_is_imported_somewhere() -> None:
     """One that nothing imports is a download for nothing."""
-    named = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+    named = [name for names in project()["optional-dependencies"].values() for name in names]
+    named = project()["dependencies"] + [name for name in named if "xmlkernels" not in name]
     imports = {"scikit-learn": "sklearn"}
     sources = "".join(path.read_text("utf-8") for path in (ROOT / "xmlkernels").rglob("*.py"))
     for requirement in named:

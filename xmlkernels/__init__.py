@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from xmlkernels.nn.cascade_heads import CascadeHeads
     from xmlkernels.nn.encoder import Encoder
     from xmlkernels.nn.full_head import FullHead
+    from xmlkernels.nn.table import RowOptimizer, Table
     from xmlkernels.predict.folders import load
     from xmlkernels.predict.model import Label, Predictor
     from xmlkernels.predict.ranked import Forest, RankedPredictor
@@ -57,6 +58,8 @@ __all__ = [
     "PrepareConfig",
     "RankedPredictor",
     "RankerConfig",
+    "RowOptimizer",
+    "Table",
     "Training",
     "TreeConfig",
     "__version__",
@@ -82,6 +85,7 @@ _HOMES = {
     "nn.cascade_heads": ("CascadeHeads",),
     "nn.encoder": ("Encoder",),
     "nn.full_head": ("FullHead",),
+    "nn.table": ("RowOptimizer", "Table"),
     "predict.folders": ("load",),
     "predict.model": ("Label", "Predictor"),
     "predict.ranked": ("Forest", "RankedPredictor"),
