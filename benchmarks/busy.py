@@ -40,7 +40,8 @@ def model_and_batches(name: str) -> tuple[Any, Callable[[int], Any]]:
     import numpy as np
     import torch
 
-    from xmlkernels.data.batches.tokens import BagBatch, Batch
+    from xmlkernels.data.batches.bags import BagBatch
+    from xmlkernels.data.batches.tokens import Batch
     from xmlkernels.models.end_to_end import EndToEnd
     from xmlkernels.models.training import Training
     from xmlkernels.nn.bow import BowEncoder

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from sklearn.datasets import load_svmlight_file
 
-from xmlkernels.data.formats.labels import read_bow
+from xmlkernels.data.formats import read_bow
 
 FEATURES, LABELS = 135_909, 670_091
 

@@ -17,8 +17,7 @@ from typing import Any
 from train_runs import make_dataset, make_tree, tiny, weights
 
 from xmlkernels.checkpoint import CheckpointFolder
-from xmlkernels.cli import console as report
-from xmlkernels.cli import ensemble, export, predict, prepare, rank
+from xmlkernels.cli import console, ensemble, export, predict, prepare, rank
 from xmlkernels.cli import tree as tree_command
 from xmlkernels.data import prepare as preparing
 from xmlkernels.locks import LOCK
@@ -61,7 +60,7 @@ class Child:
                     os.dup2(file.fileno(), 1)
                     os.dup2(file.fileno(), 2)
                 before()
-                report.command(work)
+                console.command(work)
                 status = 0
             except SystemExit as end:
                 status = int(end.code or 0)

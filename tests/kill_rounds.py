@@ -18,7 +18,7 @@ from typing import Any
 
 from train_runs import make_dataset, tiny, weights
 
-from xmlkernels.cli import console as report
+from xmlkernels.cli import console
 from xmlkernels.locks import LOCK
 from xmlkernels.training.loop import train
 
@@ -51,7 +51,7 @@ def started(config: Any, log: Path) -> int:
             os.dup2(file.fileno(), 2)
         status = 1
         try:
-            report.command(lambda: train(config))
+            console.command(lambda: train(config))
             status = 0
         except SystemExit as end:
             status = int(end.code or 0)

@@ -83,6 +83,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         _runs("table centroid word_std"),
     ),
     "xmlkernels/data/batches/base.py": (_LOADER, _runs("label_text seed batch")),
+    "xmlkernels/data/batches/bags.py": ("tests/data/test_loader_bags.py tests/data/test_bow.py",),
     "xmlkernels/data/batches/tokens.py": (
         _LOADER,
         "tests/predict/test_predict.py tests/predict/test_serving.py",

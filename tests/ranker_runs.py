@@ -11,12 +11,12 @@ from typing import Any
 import train_runs  # noqa: F401  (puts train/ on the path)
 
 from xmlkernels.ranker.linear import Settings
-from xmlkernels.training import ranker as command
+from xmlkernels.training import ranker
 
 SMALL: dict[str, Any] = {"min_df": 1, "longest": 1, "shortlist": 12, "top_k": 8}
 
 
-def options(folder: Path, output: Path, **changes: Any) -> command.RankerConfig:
+def options(folder: Path, output: Path, **changes: Any) -> ranker.RankerConfig:
     """Small ones, without those that would do nothing beside the changes; settings of the solver
     are taken too.
     """
@@ -30,4 +30,4 @@ def options(folder: Path, output: Path, **changes: Any) -> command.RankerConfig:
             for name in {field.name for field in fields(Settings)} & changes.keys()
         }
     )
-    return command.RankerConfig(str(folder), str(output), training=training, **(small | changes))
+    return ranker.RankerConfig(str(folder), str(output), training=training, **(small | changes))

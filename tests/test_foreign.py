@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from train_runs import make_dataset, run, tiny
 
 from xmlkernels import InputError
-from xmlkernels.cli import predict as command
+from xmlkernels.cli import predict
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.nn.encoder import Encoder
@@ -226,7 +226,7 @@ def test_commands_refuse_foreign_code(
     shutil.copy(folder / "foreign_code.py", tmp_path / "old" / "checkpoint" / "tokenizer")
     shutil.copy(folder / "tokenizer_config.json", tmp_path / "old" / "checkpoint" / "tokenizer")
     with pytest.raises(InputError, match="no other code runs"):
-        command.run(command.Options(str(tmp_path / "old"), text="w0"))
+        predict.run(predict.Options(str(tmp_path / "old"), text="w0"))
     assert (
         not marker.exists()
         and not (tmp_path / "run").exists()

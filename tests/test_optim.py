@@ -129,7 +129,7 @@ def test_schedule() -> None:
     assert factors[8] == pytest.approx(0.5)
     assert factors[11] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
     assert factors[12] == 0.0 == warmup_cosine(99, 4, 12)
-    assert all(a >= b for a, b in itertools.pairwise(factors))
+    assert all(a >= b for a, b in itertools.pairwise(factors[3:]))
     assert warmup_cosine(0, 0, 1) == 1.0
     assert warmup_cosine(9, 20, 10) == 0.5
     for bad in [(-1, 0, 1), (0, -1, 1), (0, 0, 0)]:

@@ -19,7 +19,8 @@ from test_end_to_end import make_batch, make_model
 from torch import Tensor
 
 from xmlkernels import InputError, dist
-from xmlkernels.data.batches.tokens import BagBatch, BagBatches, Batch
+from xmlkernels.data.batches.bags import BagBatch, BagBatches
+from xmlkernels.data.batches.tokens import Batch
 from xmlkernels.evaluation import embed_split, evaluate_split, evaluation_batches, predict_split
 from xmlkernels.models.base import Model
 from xmlkernels.models.end_to_end import EndToEnd

@@ -110,14 +110,14 @@ def start(device: torch.device, patience: float = PATIENCE) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, timeout=_LONGEST)
     global _heart  # noqa: PLW0603  (one process belongs to one group)
-    again = os.environ.get(
-        "TORCHELASTIC_RESTART_COUNT", "0"
-    )  # torchrun's store outlives the processes it starts anew
+    # torchrun's store outlives the processes that it restarts.
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     port = int(found["MASTER_PORT"])
-    store = torch.distributed.TCPStore(
+    distributed: Any = torch.distributed  # its stores are not in the stubs
+    store = distributed.TCPStore(
         found["MASTER_ADDR"], port, timeout=timedelta(seconds=30), wait_for_workers=False
     )
-    _heart = Heartbeat(torch.distributed.PrefixStore(again, store), rank(), size(), patience)
+    _heart = Heartbeat(distributed.PrefixStore(restarts, store), rank(), size(), patience)
     wait()
     _heart.start()
 
@@ -251,7 +251,8 @@ def gather_texts(own: str) -> list[str]:
         return [own]
     content = torch.tensor(list(own.encode()), dtype=torch.uint8)
     lengths = gather_rows(torch.tensor([len(content)])).tolist()
-    return [bytes(part.tolist()).decode() for part in gather_rows(content, lengths).split(lengths)]
+    parts = torch.split(gather_rows(content, lengths), lengths)
+    return [bytes(part.tolist()).decode() for part in parts]
 
 
 def from_first(value: bool) -> bool:
@@ -316,7 +317,8 @@ def _sum_together(gradients: list[Tensor]) -> None:
         some = [g for g in gradients if g.dtype == dtype]
         flat = torch.cat([g.reshape(-1) for g in some])
         _talk(torch.distributed.all_reduce, flat)
-        for gradient, summed in zip(some, flat.split([g.numel() for g in some]), strict=True):
+        parts = torch.split(flat, [g.numel() for g in some])
+        for gradient, summed in zip(some, parts, strict=True):
             gradient.copy_(summed.view_as(gradient))
 
 

@@ -5,13 +5,16 @@ whole.
 from __future__ import annotations
 
 import errno
+import glob
 import gzip
 import io
 import mmap
 import os
+import re
 import secrets
+import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, cast
@@ -27,6 +30,23 @@ from xmlkernels.file_kinds import (
     check_text,
     unpacked,
 )
+
+__all__ = [
+    "DataWarning",
+    "PathLike",
+    "at_line",
+    "check_file",
+    "empty_file",
+    "map_bytes",
+    "naming",
+    "open_bytes",
+    "quote",
+    "reason_of",
+    "recover_folder",
+    "replacing",
+    "replacing_folder",
+    "sync",
+]
 
 
 class DataWarning(UserWarning):
@@ -199,11 +219,86 @@ def replacing(path: PathLike) -> Iterator[IO[bytes]]:
         part.unlink(missing_ok=True)
         raise
     with suppress(OSError):  # not every file system lets a folder be synced
-        folder = os.open(path.parent, os.O_RDONLY)
+        sync(path.parent)
+
+
+@contextmanager
+def replacing_folder(
+    path: PathLike, *, replace: bool, check: Callable[[Path], None]
+) -> Iterator[Path]:
+    """Give a new folder that takes the place of `path` when the block ends without an exception.
+
+    The block writes and syncs what it puts there. An exception removes the new folder and leaves
+    what was at `path`. Between the two renames nothing is at `path`: `recover_folder` puts the old
+    folder back if the process is killed there.
+
+    Args:
+        path: Place of the folder.
+        replace: Whether an existing folder goes; only once the new one is whole.
+        check: Raises an InputError for an existing folder that must stay.
+
+    Raises:
+        InputError: The folder cannot be made, `check` refuses, or another process made one here
+            meanwhile.
+        OSError: The disk refuses (full, say), with a file name.
+    """
+    output = Path(path).resolve()
+    folder = output.with_name(f".{output.name}.{secrets.token_hex(6)}.part")
+    old = folder.with_suffix(".old")
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(
+            str(output), "a place to make a folder", str(error.strerror), "choose another"
+        ) from error
+    try:
+        with naming(output):
+            yield folder
+        if replace and output.exists():
+            check(output)
+            os.rename(output, old)
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            os.rename(folder, output)
+        except OSError as error:
+            if old.exists():
+                os.rename(old, output)
+            raise InputError(
+                str(output), "nothing there", "a folder made meanwhile", "run the command again"
+            ) from error
+        sync(output.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if output.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.exists():  # stopped between the two renames
+            os.rename(old, output)
+
+
+def recover_folder(path: Path, marker: str) -> None:
+    """Repair what a process killed inside `replacing_folder` left; call it while holding the place.
+
+    Args:
+        path: Place of the folder.
+        marker: Name of the file that a whole folder holds.
+    """
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
+        if not re.fullmatch(re.escape(f".{path.name}") + r"\.[0-9a-f]{12}\.old", old.name):
+            continue
+        if not path.exists() and (old / marker).is_file():
+            os.rename(old, path)
+        else:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Call fsync for a file or, where the system allows it, for a folder and the renames in it."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def reason_of(error: Exception) -> str:

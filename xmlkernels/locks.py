@@ -33,7 +33,7 @@ except ImportError:  # not a POSIX system: the content of the file decides alone
 
 LOCK = ".lock"
 Tell = Callable[[str], None]
-_PART = r"\.[0-9a-f]{12}\.part"  # what `replacing` and `building` put after a name while they write
+_PART = r"\.[0-9a-f]{12}\.part"  # what the writers of `files` add to a name
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 

@@ -318,7 +318,8 @@ def _between(ks: tuple[int, ...]) -> list[slice]:
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """above / below, 0 where below is 0."""
-    return np.divide(above, below, out=np.zeros(np.shape(below)), where=below != 0)
+    ratio: np.ndarray = np.divide(above, below, out=np.zeros(np.shape(below)), where=below != 0)
+    return ratio
 
 
 def _canonical(matrix: csr_matrix, where: str) -> csr_matrix:

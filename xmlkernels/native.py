@@ -54,7 +54,7 @@ def _load(library: Path) -> str | None:
     if not library.exists():
         return "the package was built without native code"
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"{library.name} does not load under torch {torch.__version__}: {error}"
     return None

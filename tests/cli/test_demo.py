@@ -14,10 +14,10 @@ from train_runs import Config, make_dataset, run, tiny
 
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.cli import demo
-from xmlkernels.data import corpus as docstrings
+from xmlkernels.data import corpus
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.errors import InputError
-from xmlkernels.training import inputs as sources
+from xmlkernels.training import inputs
 
 
 @pytest.fixture(scope="module")
@@ -212,14 +212,14 @@ def test_a_corpus_made_now_is_not_told_as_used_again(
 ) -> None:
     """A run opens what the demo has just made; the next process says that it stood already."""
     config = replace(demo.RECIPES["demo"].config, documents=40, cache=str(tmp_path / "cache"))
-    monkeypatch.setattr(docstrings, "PACKAGES", ("rich",))
-    monkeypatch.setattr(sources, "_opened", set())
-    made = sources.open_dataset(config)
-    assert sources.open_dataset(config).content_hash == made.content_hash
+    monkeypatch.setattr(corpus, "PACKAGES", ("rich",))
+    monkeypatch.setattr(inputs, "_opened", set())
+    made = inputs.open_dataset(config)
+    assert inputs.open_dataset(config).content_hash == made.content_hash
     first = capsys.readouterr().out
     assert "made on first use" in first and "used again" not in first
-    monkeypatch.setattr(sources, "_opened", set())
-    sources.open_dataset(config)
+    monkeypatch.setattr(inputs, "_opened", set())
+    inputs.open_dataset(config)
     again = capsys.readouterr().out
     assert again.count("used again") == 1 and "made on first use" not in again
 

@@ -14,9 +14,9 @@ import scipy.sparse
 from train_runs import LABELS, make_dataset
 
 from xmlkernels import InputError
-from xmlkernels.cli import ensemble as command
+from xmlkernels.cli import ensemble
 from xmlkernels.data.dataset import Dataset, Split
-from xmlkernels.data.formats.labels import write_npz, write_sparse
+from xmlkernels.data.formats import write_npz, write_sparse
 from xmlkernels.metrics import evaluate, inverse_propensity
 
 TEST_DOCUMENTS = 50
@@ -59,7 +59,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def run(files: tuple[str, ...], dataset: Path, **changes: Any) -> dict[str, dict[str, float]]:
-    return command.run(command.Options(files, str(dataset), **changes))
+    return ensemble.run(ensemble.Options(files, str(dataset), **changes))
 
 
 def sigmoid(matrix: scipy.sparse.csr_matrix) -> np.ndarray:
@@ -139,11 +139,11 @@ def test_probabilities_and_logits_of_the_same_scores_agree(
 
 def test_certain_and_impossible_labels(folder: Path, tmp_path: Path) -> None:
     """Log-odds of 0 and 1 are finite, and the sum keeps pairs that add up to 0."""
-    z = command.to_log_odds(np.array([0.0, 0.5, 1.0]))
+    z = ensemble.to_log_odds(np.array([0.0, 0.5, 1.0]))
     assert np.isfinite(z).all() and z[0] < -700 and z[1] == 0 and z[2] > 30
     one = scipy.sparse.csr_matrix(np.array([[2.0, 0, 0], [0, 0, 0]]))
     other = scipy.sparse.csr_matrix(np.array([[-2.0, 0, 1.0], [0, 0, 0]]))
-    total = command.combine([one, other], [one.data, other.data], [1, 1], "log_odds")
+    total = ensemble.combine([one, other], [one.data, other.data], [1, 1], "log_odds")
     assert total.toarray()[0].tolist() == [0, 0, 1.5] and total.nnz == 2
 
 
@@ -157,7 +157,7 @@ def test_stored_zero_is_a_score(folder: Path, tmp_path: Path, name: str) -> None
     path, again = str(tmp_path / "z.npz"), str(tmp_path / name)
     write_npz(path, scores, keep_zeros=True)
     run((path,), folder, output=again)
-    found = command.read_scores(again, TEST_DOCUMENTS, LABELS)
+    found = ensemble.read_scores(again, TEST_DOCUMENTS, LABELS)
     assert found[10].indices.tolist() == [7, 8] and found[10].data.tolist() == pytest.approx(
         [0, -1], abs=1e-37
     )
@@ -167,13 +167,13 @@ def test_large_logits_stay_apart() -> None:
     """Probabilities that all round to 1 still have an order, in one file and in a sum."""
     z = np.array([[40.0, 60, 50]])
     one = scipy.sparse.csr_matrix(z)
-    assert command.combine([one], [one.data], [1], "probability").toarray().tolist() == z.tolist()
+    assert ensemble.combine([one], [one.data], [1], "probability").toarray().tolist() == z.tolist()
     assert (
-        command.combine([one] * 2, [one.data, -one.data], [1, 0], "probability").toarray().tolist()
+        ensemble.combine([one] * 2, [one.data, -one.data], [1, 0], "probability").toarray().tolist()
         == z.tolist()
     )
     np.testing.assert_allclose(
-        command.combine([one] * 3, [one.data] * 3, [1, 2, 4], "probability").toarray(), z
+        ensemble.combine([one] * 3, [one.data] * 3, [1, 2, 4], "probability").toarray(), z
     )
 
 
@@ -183,7 +183,7 @@ def test_labels_beyond_the_range_of_probabilities_do_not_tie() -> None:
     """
     z = scipy.sparse.csr_matrix([[-2000.0, -1000, -800, -708, 3, 708, 800, 1000, 2000]])
     near = scipy.sparse.csr_matrix([[-2001.0, -1001, -801, -709, 2, 709, 801, 1001, 2001]])
-    mean = command.combine([z, near], [z.data, near.data], [1, 1], "probability").toarray()[0]
+    mean = ensemble.combine([z, near], [z.data, near.data], [1, 1], "probability").toarray()[0]
     assert (np.diff(mean) > 0).all()
     p = 0.5 / (1 + np.exp(-3)) + 0.5 / (1 + np.exp(-2))
     assert mean[4] == pytest.approx(np.log(p / (1 - p)))
@@ -191,12 +191,11 @@ def test_labels_beyond_the_range_of_probabilities_do_not_tie() -> None:
     low, high = -1000 + np.log((1 + np.exp(-1)) / 2), 800 - np.log((1 + np.exp(-1)) / 2)
     assert mean[1] == pytest.approx(low) and mean[6] == pytest.approx(high)
     alone = scipy.sparse.csr_matrix((z.data[:1], z.indices[:1], [0, 1]), z.shape)
-    half = command.combine([near, alone], [near.data, alone.data], [1, 1], "probability").toarray()[
-        0
-    ]
+    values = [near.data, alone.data]
+    half = ensemble.combine([near, alone], values, [1, 1], "probability").toarray()[0]
     assert half[8] == pytest.approx(0, abs=1e-9)  # p = 1 in one file, absent in the other
     nothing = scipy.sparse.csr_matrix(z.shape)
-    assert command.combine([nothing, nothing], [nothing.data] * 2, [1, 1], "probability").nnz == 0
+    assert ensemble.combine([nothing, nothing], [nothing.data] * 2, [1, 1], "probability").nnz == 0
 
 
 def test_log_odds_of_a_document_that_one_file_lacks() -> None:
@@ -204,7 +203,7 @@ def test_log_odds_of_a_document_that_one_file_lacks() -> None:
         scipy.sparse.csr_matrix([[2.0, -4.0], [6.0, 0]]),
         scipy.sparse.csr_matrix([[0, 0], [2.0, 0]]),
     )
-    total = command.combine([one, other], [one.data, other.data], [1, 3], "log_odds")
+    total = ensemble.combine([one, other], [one.data, other.data], [1, 3], "log_odds")
     assert total.toarray().tolist() == [[2, -4], [3, 0]]
 
 
@@ -249,7 +248,7 @@ def test_settings_that_cannot_be_used(
 ) -> None:
     settings = {"files": files, "dataset": str(folder)} | changes
     with pytest.raises(InputError, match=message):
-        command.run(command.Options(**settings))
+        ensemble.run(ensemble.Options(**settings))
 
 
 def test_files_that_cannot_be_used(files: tuple[str, str], folder: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from train_runs import (
 )
 
 from xmlkernels import InputError
-from xmlkernels.cli import export as command
+from xmlkernels.cli import export
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.evaluation import predict_split
@@ -48,14 +48,14 @@ def tree_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "cascade"
 
 
-def export(checkpoint: Path, output: Path, **options: Any) -> None:
-    command.export(command.Options(str(checkpoint), str(output), **options))
+def run_export(checkpoint: Path, output: Path, **options: Any) -> None:
+    export.export(export.Options(str(checkpoint), str(output), **options))
 
 
 def test_label_vectors(full: Path, tmp_path: Path) -> None:
     head = Predictor.load(full).model.head
-    export(full, tmp_path / "trained", normalize=False)
-    export(full, tmp_path / "unit")
+    run_export(full, tmp_path / "trained", normalize=False)
+    run_export(full, tmp_path / "unit")
     own, unit = (np.load(tmp_path / name / "label_vectors.npy") for name in ("trained", "unit"))
     assert np.array_equal(own, head.rows(0, LABELS).numpy()) and own.dtype == np.float32
     assert np.allclose(unit, own / np.linalg.norm(own, axis=1, keepdims=True), atol=1e-6)
@@ -72,8 +72,8 @@ def test_embeddings_are_what_the_label_table_meets(
     of order.
     """
     folder = request.getfixturevalue(which)
-    export(folder, tmp_path, what="embeddings", batch=7)
-    export(folder, tmp_path, what="shortlists", batch=9, top_k=LABELS)
+    run_export(folder, tmp_path, what="embeddings", batch=7)
+    run_export(folder, tmp_path, what="shortlists", batch=9, top_k=LABELS)
     predictor = Predictor.load(folder)
     model = predictor.model
     head, order = (
@@ -106,7 +106,7 @@ def test_embeddings_are_what_the_label_table_meets(
 
 
 def test_shortlists_are_cut(tree_run: Path, dataset: Path, tmp_path: Path) -> None:
-    export(tree_run, tmp_path, what="shortlists", top_k=2, dataset=str(dataset))
+    run_export(tree_run, tmp_path, what="shortlists", top_k=2, dataset=str(dataset))
     assert set(scipy.sparse.load_npz(tmp_path / "shortlist_test.npz").getnnz(1)) == {2}
 
 
@@ -118,9 +118,9 @@ def test_mistakes_are_told(full: Path, tree_run: Path, tmp_path: Path) -> None:
         ({"what": "embeddings", "dataset": str(tmp_path / "nowhere")}, "nowhere"),
     ):
         with pytest.raises(InputError, match=expected):
-            export(full, tmp_path / "out", **options)
+            run_export(full, tmp_path / "out", **options)
     with pytest.raises(InputError, match="a cascade, which has a bias for each label"):
-        export(tree_run, tmp_path / "out")
+        run_export(tree_run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -133,7 +133,7 @@ def test_a_dataset_of_another_tokenizer_or_other_labels_is_refused(
     labels.write_text("2 2\n0:1\n1:1\n")
     other = {"splits": (), "train_text": text, "train_labels": labels, "label_text": None}
     with pytest.raises(InputError, match="expected 30 labels, as the model has, got 2"):
-        export(
+        run_export(
             full,
             tmp_path / "out",
             what="embeddings",
@@ -149,5 +149,5 @@ def test_a_dataset_of_another_tokenizer_or_other_labels_is_refused(
     with pytest.raises(
         InputError, match="expected tokens of the model's tokenizer, got those of another"
     ):
-        export(full, tmp_path / "out", what="shortlists", dataset=str(tmp_path / "set"))
+        run_export(full, tmp_path / "out", what="shortlists", dataset=str(tmp_path / "set"))
     assert not (tmp_path / "out").exists()

@@ -21,14 +21,13 @@ from train_runs import LABELS, finished_run, make_dataset, make_tree, run, tiny
 from xmlkernels import InputError
 from xmlkernels.cli import ensemble, export
 from xmlkernels.data.dataset import Dataset
-from xmlkernels.data.formats.labels import read_npz, write_npz
+from xmlkernels.data.formats import read_npz, write_npz
 from xmlkernels.data.vectorizer import Vectorizer
 from xmlkernels.evaluation import predict_split, score_matrix
 from xmlkernels.metrics import evaluate, inverse_propensity
 from xmlkernels.predict.model import Predictor
 from xmlkernels.ranker.blend import Reranker, best
-from xmlkernels.training import ranker as command
-from xmlkernels.training import ranker_inputs
+from xmlkernels.training import ranker, ranker_inputs
 from xmlkernels.tree.label_tree import LabelTree
 
 
@@ -55,7 +54,7 @@ def trained(
     folder: Path, finished: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
     output = tmp_path_factory.mktemp("ranker")
-    return output, command.train_ranker(options(folder, output, checkpoint=str(finished)))
+    return output, ranker.train_ranker(options(folder, output, checkpoint=str(finished)))
 
 
 def test_ranker_beside_the_plain_model(
@@ -110,10 +109,10 @@ def test_inputs_are_taken_again_for_the_same_checkpoint_alone(
 ) -> None:
     output, report = trained
     monkeypatch.setattr(ranker_inputs, "Predictor", None)  # a second pass of the model would fail
-    again = command.train_ranker(options(folder, output, checkpoint=str(finished)))
+    again = ranker.train_ranker(options(folder, output, checkpoint=str(finished)))
     assert again["test"] == report["test"]
     with pytest.raises(AttributeError):
-        command.train_ranker(options(folder, output, checkpoint=str(finished), shortlist=5))
+        ranker.train_ranker(options(folder, output, checkpoint=str(finished), shortlist=5))
 
 
 @pytest.mark.parametrize("name", ["embeddings_test.npy", "shortlist_val.npz", "inputs.json"])
@@ -158,16 +157,16 @@ def test_damaged_inputs_are_told_and_computed_anew(
 def test_wrong_texts_are_told_before_the_model_runs(
     folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "model_inputs", None)  # a pass of the model would fail
+    monkeypatch.setattr(ranker, "model_inputs", None)  # a pass of the model would fail
     parts = {"train_text": "trn", "validation_text": "val", "test_text": "val"}
     texts = {name: str(folder.parent / f"{part}_X.txt") for name, part in parts.items()}
     with pytest.raises(InputError, match="expected 50 lines, the documents of test, got 40"):
-        command.train_ranker(options(folder, tmp_path, checkpoint=str(finished), **texts))
+        ranker.train_ranker(options(folder, tmp_path, checkpoint=str(finished), **texts))
     monkeypatch.setattr(
-        command, "load_tfidf", None
+        ranker, "load_tfidf", None
     )  # and so would TF-IDF, which is not made for nothing
     with pytest.raises(InputError, match="nowhere"):
-        command.train_ranker(options(folder, tmp_path, checkpoint=str(tmp_path / "nowhere")))
+        ranker.train_ranker(options(folder, tmp_path, checkpoint=str(tmp_path / "nowhere")))
 
 
 @pytest.mark.parametrize(("words", "passes"), [(1, 2), (2, 5)])
@@ -193,7 +192,7 @@ def test_a_bag_of_words_takes_the_tfidf_of_the_same_vocabulary(
 
     monkeypatch.setattr(Vectorizer, "transform", counted)
     wanted = options(folder, tmp_path / "ranker", checkpoint=str(tmp_path / "bow"), embedding=False)
-    report = command.train_ranker(wanted)
+    report = ranker.train_ranker(wanted)
     assert len(calls) == passes
     predictor, inputs = Predictor.load(tmp_path / "bow"), tmp_path / "ranker" / "inputs"
     for name, split in Dataset.open(folder).splits.items():
@@ -209,9 +208,9 @@ def test_a_bag_of_words_takes_the_tfidf_of_the_same_vocabulary(
         )
     assert not list(inputs.glob("*.npy"))  # no embedding, no file of one
     monkeypatch.setattr(ranker_inputs, "Predictor", None)  # a second pass of the model would fail
-    assert command.train_ranker(wanted)["test"] == report["test"]
+    assert ranker.train_ranker(wanted)["test"] == report["test"]
     with pytest.raises(AttributeError):  # but an embedding is not there
-        command.train_ranker(replace(wanted, embedding=True))
+        ranker.train_ranker(replace(wanted, embedding=True))
 
 
 def test_given_share_and_no_embedding(
@@ -225,24 +224,24 @@ def test_given_share_and_no_embedding(
         ranker_inputs, "Predictor", None
     )  # kept inputs with an embedding serve those who want none
     changed = options(folder, output, checkpoint=str(finished), share=0.0, embedding=False)
-    report = command.train_ranker(changed)
+    report = ranker.train_ranker(changed)
     assert report["test"]["both"] == report["test"]["plain model"] and report["share"] == 0
     assert Reranker.load(output / "ranker.safetensors").ranker.dense.shape == (LABELS, 0)
-    report = command.train_ranker(
+    report = ranker.train_ranker(
         replace(changed, embedding=True, tfidf=False, share=1.0, min_df=2, longest=2)
     )
     assert report["test"]["both"] == report["test"]["ranker"] and report["weights_per_label"] == 0
 
 
 def test_tfidf_alone_one_vs_all_and_by_clusters(folder: Path, tmp_path: Path) -> None:
-    whole = command.train_ranker(options(folder, tmp_path, one_vs_all=True))
+    whole = ranker.train_ranker(options(folder, tmp_path, one_vs_all=True))
     assert list(whole["test"]) == ["ranker"] and whole["test"]["ranker"]["P@1"] > 80
     dataset = Dataset.open(folder)
     tree = LabelTree.from_partitions(
         [np.arange(LABELS) // 10, np.arange(LABELS) // 5], {"dataset": dataset.content_hash}
     )
     tree.save(tmp_path / "tree.safetensors")
-    report = command.train_ranker(
+    report = ranker.train_ranker(
         options(folder, tmp_path / "by_tree", tree=str(tmp_path / "tree.safetensors"), beam=3)
     )
     assert report["test"]["both"]["P@1"] > 80 > report["test"]["clusters alone"]["P@1"]
@@ -255,7 +254,7 @@ def test_tfidf_alone_one_vs_all_and_by_clusters(folder: Path, tmp_path: Path) ->
         tmp_path / "other"
     )
     with pytest.raises(InputError, match="a tree of the dataset"):
-        command.train_ranker(options(folder, tmp_path / "x", tree=str(tmp_path / "other")))
+        ranker.train_ranker(options(folder, tmp_path / "x", tree=str(tmp_path / "other")))
 
 
 def test_a_forest_is_the_sum_of_rankers_on_trees_of_their_own(folder: Path, tmp_path: Path) -> None:
@@ -265,7 +264,7 @@ def test_a_forest_is_the_sum_of_rankers_on_trees_of_their_own(folder: Path, tmp_
     files, alone = [], []
     for seed in range(3):
         tree = make_tree(folder, tmp_path / f"tree{seed}.safetensors", seed)
-        report = command.train_ranker(options(folder, tmp_path / str(seed), tree=str(tree), beam=2))
+        report = ranker.train_ranker(options(folder, tmp_path / str(seed), tree=str(tree), beam=2))
         files.append(str(tmp_path / str(seed) / "predictions.npz"))
         alone.append(report["test"]["both"])
     measured = ensemble.run(
@@ -287,24 +286,24 @@ def test_a_forest_is_the_sum_of_rankers_on_trees_of_their_own(folder: Path, tmp_
 
 def test_texts_and_features_from_files(folder: Path, tmp_path: Path) -> None:
     """The dataset's own texts give the same figures from its files, and as ready features."""
-    whole = command.train_ranker(options(folder, tmp_path / "a", one_vs_all=True))
+    whole = ranker.train_ranker(options(folder, tmp_path / "a", one_vs_all=True))
     raw = folder.parent
     names = {"train": "trn", "validation": "val", "test": "tst"}
     texts = {f"{name}_text": str(raw / f"{part}_X.txt") for name, part in names.items()}
     assert (
-        command.train_ranker(options(folder, tmp_path / "b", one_vs_all=True, **texts))["test"]
+        ranker.train_ranker(options(folder, tmp_path / "b", one_vs_all=True, **texts))["test"]
         == whole["test"]
     )
     vectorizer = Vectorizer.load(tmp_path / "a" / "vectorizer")
     for name, split in Dataset.open(folder).splits.items():
         write_npz(tmp_path / f"{name}.npz", vectorizer.transform(split.texts))
     ready = options(folder, tmp_path / "c", one_vs_all=True, features=str(tmp_path))
-    assert command.train_ranker(ready)["test"] == whole["test"]
+    assert ranker.train_ranker(ready)["test"] == whole["test"]
     write_npz(tmp_path / "val.npz", csr_matrix((3, len(vectorizer)), dtype=np.float32))
     with pytest.raises(InputError, match=r"val\.npz: expected 40 rows, got 3"):
-        command.train_ranker(ready)
+        ranker.train_ranker(ready)
     with pytest.raises(InputError, match="expected 50 lines, the documents of test, got 40"):
-        command.train_ranker(
+        ranker.train_ranker(
             options(
                 folder,
                 tmp_path / "d",
@@ -313,7 +312,7 @@ def test_texts_and_features_from_files(folder: Path, tmp_path: Path) -> None:
             )
         )
     with pytest.raises(InputError, match="--test-text: expected a file"):
-        command.train_ranker(
+        ranker.train_ranker(
             options(folder, tmp_path / "d", one_vs_all=True, **(texts | {"test_text": ""}))
         )
 
@@ -381,7 +380,7 @@ def test_options_that_cannot_be_used(
     folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        command.train_ranker(options(folder, tmp_path, **changes))
+        ranker.train_ranker(options(folder, tmp_path, **changes))
 
 
 def test_outputs_that_cannot_be_used(folder: Path, finished: Path, tmp_path: Path) -> None:
@@ -390,14 +389,14 @@ def test_outputs_that_cannot_be_used(folder: Path, finished: Path, tmp_path: Pat
         InputError,
         match=r"--output: expected a folder of its own, got .* which holds a run \(config\.json\)",
     ):
-        command.train_ranker(options(folder, finished, checkpoint=str(finished)))
+        ranker.train_ranker(options(folder, finished, checkpoint=str(finished)))
     assert (finished / "metrics.json").read_bytes() == kept
     (tmp_path / "file").touch()
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(
             InputError, match="--output: expected a folder, or a name for a new one"
         ):
-            command.train_ranker(options(folder, output, one_vs_all=True))
+            ranker.train_ranker(options(folder, output, one_vs_all=True))
         with pytest.raises(InputError, match="--output: expected a folder"):
             export.export(export.Options(str(finished), str(output), what="embeddings"))
 
@@ -406,9 +405,9 @@ def test_an_interrupted_ranker_leaves_no_old_figures(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "metrics.json").write_text('{"dataset_hash": "", "seconds": {}}')
-    monkeypatch.setattr(command, "fit", None)
+    monkeypatch.setattr(ranker, "fit", None)
     with pytest.raises(TypeError):
-        command.train_ranker(options(folder, tmp_path, one_vs_all=True))
+        ranker.train_ranker(options(folder, tmp_path, one_vs_all=True))
     assert not (tmp_path / "metrics.json").exists()
 
 
@@ -417,9 +416,9 @@ def test_datasets_that_do_not_fit(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match="expected a validation split, to choose the ranker's share on"
     ):
-        command.train_ranker(options(lone, tmp_path / "a", checkpoint=str(finished)))
+        ranker.train_ranker(options(lone, tmp_path / "a", checkpoint=str(finished)))
     with pytest.raises(InputError, match="keep-texts"):
-        command.train_ranker(options(lone, tmp_path / "a", one_vs_all=True))
+        ranker.train_ranker(options(lone, tmp_path / "a", one_vs_all=True))
 
 
 def test_the_command(folder: Path, tmp_path: Path) -> None:

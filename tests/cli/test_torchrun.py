@@ -13,7 +13,7 @@ import torch
 from train_runs import ROOT, make_dataset
 
 from xmlkernels import InputError, dist
-from xmlkernels.cli import console as report
+from xmlkernels.cli import console
 
 FAILING = """
 import sys
@@ -128,14 +128,14 @@ def test_what_all_meet_is_told_once_and_never_lost(
 ) -> None:
     """The first tells it at once; the others only if nobody ends them meanwhile."""
     waited: list[float] = []
-    monkeypatch.setattr(report.time, "sleep", waited.append)
+    monkeypatch.setattr(console.time, "sleep", waited.append)
 
     def ending(error: Exception) -> int:
         def main() -> None:
             raise error
 
         with pytest.raises(SystemExit) as end:
-            report.command(main, several=True)
+            console.command(main, several=True)
         return int(str(end.value.code))
 
     mistake = InputError("--flag", "a", "b", "c")
@@ -150,9 +150,9 @@ def test_what_all_meet_is_told_once_and_never_lost(
         "error: process 1 is lost",
     ]
     with pytest.raises(SystemExit):
-        report.command(lambda: pytest.fail("it ran"))
+        console.command(lambda: pytest.fail("it ran"))
     assert "torchrun: expected one process for this command, got 2" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(SystemExit):
-        report.command(lambda: pytest.fail("it ran"), several=True)
+        console.command(lambda: pytest.fail("it ran"), several=True)
     assert "environment: expected numbers as RANK and WORLD_SIZE" in capsys.readouterr().err

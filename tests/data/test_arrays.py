@@ -14,8 +14,8 @@ import scipy.sparse
 from scipy.sparse import csr_matrix, save_npz
 
 from xmlkernels import InputError
+from xmlkernels.data import formats
 from xmlkernels.data.formats import arrays
-from xmlkernels.data.formats import labels as formats
 from xmlkernels.data.formats.arrays import read_npy
 from xmlkernels.data.formats.matrices import canonical_csr
 from xmlkernels.free_memory import free_memory

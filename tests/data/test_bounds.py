@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from xmlkernels import InputError
-from xmlkernels import file_kinds as kinds
+from xmlkernels import InputError, file_kinds
 from xmlkernels.cli.texts import lines_of
-from xmlkernels.data.formats import labels as formats
+from xmlkernels.data import formats
 from xmlkernels.data.formats import text_lines
 
 BOMB = 1 << 28  # unpacked; packed it has some hundred thousand bytes
@@ -60,7 +59,7 @@ def test_a_packed_file_that_unpacks_to_far_more_than_text_does(
         rf"{kind}: expected text, which unpacks to at most 100 times its {kind} file, got [\d,]+ "
         r"bytes out of"
     )
-    most = kinds.FREE_BYTES + 110 * path.stat().st_size
+    most = file_kinds.FREE_BYTES + 110 * path.stat().st_size
     assert peak(lambda: formats.read_label_lines(path), expected) < 2.2 * most < BOMB
 
 
@@ -68,8 +67,8 @@ def test_a_packed_file_that_unpacks_to_far_more_than_text_does(
 def test_every_reader_ends_at_the_bound(
     bombs: dict[str, Path], reader: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kinds, "FREE_BYTES", 1 << 20)
-    monkeypatch.setattr(kinds, "MOST_RATIO", 2)
+    monkeypatch.setattr(file_kinds, "FREE_BYTES", 1 << 20)
+    monkeypatch.setattr(file_kinds, "MOST_RATIO", 2)
     with pytest.raises(InputError, match="expected text, which unpacks to at most"):
         READERS[reader](bombs["gzip"])
 
@@ -77,7 +76,7 @@ def test_every_reader_ends_at_the_bound(
 def test_text_that_packs_well_is_read(tmp_path: Path) -> None:
     """Zeros and ones of 1,000 rows to one: beyond the ratio, and below the bytes that are free."""
     (tmp_path / "Y.txt.gz").write_bytes(gzip.compress(b"0,1\n" * 1_000_000, 9))
-    assert (tmp_path / "Y.txt.gz").stat().st_size * kinds.MOST_RATIO < 4_000_000
+    assert (tmp_path / "Y.txt.gz").stat().st_size * file_kinds.MOST_RATIO < 4_000_000
     assert formats.read_label_lines(tmp_path / "Y.txt.gz").shape == (1_000_000, 2)
 
 

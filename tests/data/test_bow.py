@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from xmlkernels.data.vectorizer import IDF, VOCABULARY, Vectorizer, bag_text_batches
+from xmlkernels.data.batches.bags import bag_text_batches
+from xmlkernels.data.vectorizer import IDF, VOCABULARY, Vectorizer
 from xmlkernels.errors import InputError
 
 TEXTS = [

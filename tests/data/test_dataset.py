@@ -11,8 +11,8 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from xmlkernels.data.dataset import Dataset
-from xmlkernels.data.dataset_writer import write_label_names, write_manifest, write_split
-from xmlkernels.data.manifest import content_hash, manifest_checksum
+from xmlkernels.data.dataset_writer import write_label_names, write_split
+from xmlkernels.data.manifest import content_hash, manifest_checksum, write_manifest
 from xmlkernels.data.tokens import Tokenizer, TokenWriter, tokenize_to_file
 from xmlkernels.errors import InputError
 

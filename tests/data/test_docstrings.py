@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from xmlkernels import InputError
-from xmlkernels.data import corpus as docstrings
+from xmlkernels.data import corpus
 from xmlkernels.data.corpus import build_corpus
 from xmlkernels.files import DataWarning
 
@@ -84,12 +84,12 @@ def write_package(folder: Path, name: str, files: dict[str, str], monkeypatch) -
     monkeypatch.syspath_prepend(str(folder))
 
 
-def labelled(corpus) -> dict[str, tuple[str, set[str]]]:
+def labelled(built) -> dict[str, tuple[str, set[str]]]:
     """Text → split, label names."""
     return {
-        text: (split, {corpus.label_names[label] for label in corpus.labels[split][row].indices})
-        for split in corpus.texts
-        for row, text in enumerate(corpus.texts[split])
+        text: (split, {built.label_names[label] for label in built.labels[split][row].indices})
+        for split in built.texts
+        for row, text in enumerate(built.texts[split])
     }
 
 
@@ -100,16 +100,14 @@ def filler(count: int) -> str:
 def path_in(split: str, package: str, stem: str) -> str:
     """A file name of that package whose hash puts it into the split."""
     return next(
-        f"{stem}{i}.py"
-        for i in range(1000)
-        if docstrings._split_of(f"{package}/{stem}{i}.py") == split
+        f"{stem}{i}.py" for i in range(1000) if corpus._split_of(f"{package}/{stem}{i}.py") == split
     )
 
 
 def test_documents_and_labels_by_hand(tmp_path, monkeypatch):
     write_package(tmp_path, "pkg_rules", {"rules.py": RULES, "filler.py": filler(60)}, monkeypatch)
-    corpus = build_corpus(packages=["pkg_rules"], workers=1)
-    got = {text: labels for text, (_, labels) in labelled(corpus).items()}
+    built = build_corpus(packages=["pkg_rules"], workers=1)
+    got = {text: labels for text, (_, labels) in labelled(built).items()}
     # open: first alone (`without` has no docstring, `silent` an empty one); once_only: one
     # document; both are no labels
     assert got == {
@@ -123,11 +121,11 @@ def test_documents_and_labels_by_hand(tmp_path, monkeypatch):
         "Calls what a call returns.": {"read", "strip"},
         "Half a ? pair.": {"close"},
     }
-    assert corpus.label_names == ["close", "read", "strip"]
-    assert corpus.report["functions with a docstring"] == 67
-    assert corpus.report["documents without a label, left out"] == 61  # the fillers and `plain`
-    assert corpus.report["names of one document, no labels"] == 3  # open, once_only, wraps
-    assert corpus.report["documents"] == 6 and corpus.report["labels"] == 3
+    assert built.label_names == ["close", "read", "strip"]
+    assert built.report["functions with a docstring"] == 67
+    assert built.report["documents without a label, left out"] == 61  # the fillers and `plain`
+    assert built.report["names of one document, no labels"] == 3  # open, once_only, wraps
+    assert built.report["documents"] == 6 and built.report["labels"] == 3
 
 
 def test_frequent_and_rare_names_are_no_labels(tmp_path, monkeypatch):
@@ -145,17 +143,17 @@ def test_frequent_and_rare_names_are_no_labels(tmp_path, monkeypatch):
         function(i, [name for name, of in callers.items() if i in of]) for i in range(40)
     )
     write_package(tmp_path, "pkg_counts", {"a.py": text}, monkeypatch)
-    corpus = build_corpus(packages=["pkg_counts"], workers=1)
-    assert corpus.label_names == ["tenth", "twice"]
-    assert set(labelled(corpus)) == {f"Document {i}." for i in (0, 1, 2, 3, 7, 8)}
-    assert corpus.report["names of more than a tenth of the documents, no labels"] == 1
+    built = build_corpus(packages=["pkg_counts"], workers=1)
+    assert built.label_names == ["tenth", "twice"]
+    assert set(labelled(built)) == {f"Document {i}." for i in (0, 1, 2, 3, 7, 8)}
+    assert built.report["names of more than a tenth of the documents, no labels"] == 1
 
 
 def test_copies_are_merged_and_a_text_on_both_sides_goes_to_train(tmp_path, monkeypatch):
     def function(text: str, call: str) -> str:
         return f'def g():\n    """{text}"""\n    {call}()\n\n'
 
-    train, val, test = (path_in(split, "pkg_sides", "m") for split in docstrings.SPLITS)
+    train, val, test = (path_in(split, "pkg_sides", "m") for split in corpus.SPLITS)
     files = {
         train: function("In train.", "a")
         + function("In train.", "b")
@@ -166,26 +164,26 @@ def test_copies_are_merged_and_a_text_on_both_sides_goes_to_train(tmp_path, monk
         test: function("In test.", "b") + function("In val and test.", "c") + filler(45),
     }
     write_package(tmp_path, "pkg_sides", files, monkeypatch)
-    corpus = build_corpus(packages=["pkg_sides"], workers=1)
-    assert labelled(corpus) == {
+    built = build_corpus(packages=["pkg_sides"], workers=1)
+    assert labelled(built) == {
         "In train.": ("train", {"a", "b"}),
         "Everywhere.": ("train", {"a", "c"}),
         "In val and test.": ("train", {"b", "c"}),
         "In val.": ("val", {"a"}),
         "In test.": ("test", {"b"}),
     }
-    assert corpus.report["texts from more than one split, in train"] == 2
-    assert [corpus.labels[split].shape for split in docstrings.SPLITS] == [(3, 3), (1, 3), (1, 3)]
+    assert built.report["texts from more than one split, in train"] == 2
+    assert [built.labels[split].shape for split in corpus.SPLITS] == [(3, 3), (1, 3), (1, 3)]
 
 
 def test_the_split_is_a_hash_of_the_path_alone():
     # worked by hand: the first six bytes of sha256 as a fraction
     place = int(hashlib.sha256(b"split\0json/decoder.py").hexdigest()[:12], 16) / 2**48
-    assert docstrings._split_of("json/decoder.py") == (
+    assert corpus._split_of("json/decoder.py") == (
         "train" if place < 0.8 else "val" if place < 0.9 else "test"
     )
-    share = [docstrings._split_of(f"p/{i}.py") for i in range(5000)]
-    assert [share.count(split) / 5000 for split in docstrings.SPLITS] == pytest.approx(
+    share = [corpus._split_of(f"p/{i}.py") for i in range(5000)]
+    assert [share.count(split) / 5000 for split in corpus.SPLITS] == pytest.approx(
         [0.8, 0.1, 0.1], abs=0.02
     )
 
@@ -204,39 +202,35 @@ def test_broken_files_are_counted_and_told(tmp_path, monkeypatch):
     with pytest.warns(
         DataWarning, match="2 files cannot be parsed.*pkg_broken/bad.py, pkg_broken/null.py"
     ) as told:
-        corpus = build_corpus(packages=["pkg_broken"], workers=1)
+        built = build_corpus(packages=["pkg_broken"], workers=1)
     assert (
-        len(told) == 1
-        and corpus.report["unparsable files"] == 2
-        and corpus.report["documents"] == 6
+        len(told) == 1 and built.report["unparsable files"] == 2 and built.report["documents"] == 6
     )
 
 
 def test_standard_library_packages_and_determinism():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        corpus = build_corpus(packages=["json", "email"], workers=1)
+        built = build_corpus(packages=["json", "email"], workers=1)
         again = build_corpus(
             packages=("email", "json", "email"), workers=2
         )  # spawned processes, another order
     assert (
-        corpus.hash == again.hash
-        and corpus.texts == again.texts
-        and corpus.label_names == again.label_names
+        built.hash == again.hash
+        and built.texts == again.texts
+        and built.label_names == again.label_names
     )
-    assert all((corpus.labels[split] != again.labels[split]).nnz == 0 for split in corpus.labels)
-    assert corpus.report == again.report and set(corpus.versions) == {"json", "email"}
-    assert corpus.report["documents"] > 100 and corpus.label_names == sorted(
-        set(corpus.label_names)
-    )
-    texts = [text for split in corpus.texts.values() for text in split]
-    assert len(texts) == len(set(texts)) == corpus.report["documents"]
+    assert all((built.labels[split] != again.labels[split]).nnz == 0 for split in built.labels)
+    assert built.report == again.report and set(built.versions) == {"json", "email"}
+    assert built.report["documents"] > 100 and built.label_names == sorted(set(built.label_names))
+    texts = [text for split in built.texts.values() for text in split]
+    assert len(texts) == len(set(texts)) == built.report["documents"]
     assert any("JSON document" in text for text in texts)
-    frequency = sum(np.asarray(matrix.sum(0)).ravel() for matrix in corpus.labels.values())
+    frequency = sum(np.asarray(matrix.sum(0)).ravel() for matrix in built.labels.values())
     assert frequency.min() >= 2 and all(
-        np.diff(matrix.indptr).min(initial=1) >= 1 for matrix in corpus.labels.values()
+        np.diff(matrix.indptr).min(initial=1) >= 1 for matrix in built.labels.values()
     )
-    for matrix in corpus.labels.values():
+    for matrix in built.labels.values():
         assert matrix.has_canonical_format and matrix.dtype == np.float32
 
 
@@ -265,11 +259,11 @@ def test_the_hash_tells_texts_labels_and_split_apart(tmp_path, monkeypatch):
 
 
 def test_test_folders_of_the_standard_library_are_left_out():
-    names = [name for name, _ in docstrings._files(docstrings.STDLIB)]
+    names = [name for name, _ in corpus.files_of(corpus.STDLIB)]
     assert "stdlib/json/decoder.py" in names and not any(
         "/test/" in name or "/site-packages/" in name for name in names
     )
-    assert any("/tests/" in name for name, _ in docstrings._files("scipy"))
+    assert any("/tests/" in name for name, _ in corpus.files_of("scipy"))
 
 
 @pytest.mark.parametrize(

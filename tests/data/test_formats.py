@@ -10,7 +10,7 @@ import pytest
 import scipy.sparse
 from scipy.sparse import csr_matrix
 
-from xmlkernels.data.formats import labels as formats
+from xmlkernels.data import formats
 from xmlkernels.errors import InputError
 from xmlkernels.files import DataWarning
 

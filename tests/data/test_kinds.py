@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xmlkernels.data.formats import labels as formats
+from xmlkernels.data import formats
 from xmlkernels.errors import InputError
 from xmlkernels.file_kinds import _XZ_MEMORY, is_json_lines
 from xmlkernels.files import map_bytes

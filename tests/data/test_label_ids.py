@@ -14,11 +14,11 @@ from scipy.sparse import csr_matrix
 
 from tiny_tokenizer import make_tokenizer
 from xmlkernels.data.dataset import Dataset
-from xmlkernels.data.formats.labels import DataWarning
 from xmlkernels.data.label_ids import MOST_LABELS, label_lines, name_lines
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.data.raw import Raw, RawSplit
 from xmlkernels.errors import InputError
+from xmlkernels.files import DataWarning
 
 RAW_IDS = "48213377\n7\n4000000000 7\n"
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 from scipy.sparse import random as sparse_random
 
-from xmlkernels.data.batches.tokens import BagBatch, BagBatches, Batches
+from xmlkernels.data.batches.bags import BagBatch, BagBatches
+from xmlkernels.data.batches.tokens import Batches
 from xmlkernels.data.tokens import TokenStore, TokenWriter
 from xmlkernels.errors import InputError
 

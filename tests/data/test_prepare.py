@@ -15,12 +15,12 @@ from scipy.sparse import csr_matrix, save_npz
 
 from tiny_tokenizer import make_tokenizer
 from xmlkernels.cli.main import main
-from xmlkernels.data import corpus as docstrings
+from xmlkernels.data import corpus
 from xmlkernels.data.dataset import Dataset
-from xmlkernels.data.formats.labels import DataWarning
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.data.tokens import Tokenizer
 from xmlkernels.errors import InputError
+from xmlkernels.files import DataWarning
 from xmlkernels.locks import own_place
 
 TRAIN = ["w1 w2", "w3", "", "w4 w5 w6 w7", "w8 W9"]
@@ -71,7 +71,7 @@ def config(tmp_path: Path, tokenizer_folder: Path) -> PrepareConfig:
     return PrepareConfig(tmp_path / "out" / "small", str(tokenizer_folder), 5, **files)  # type: ignore[arg-type]
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::xmlkernels.data.formats.labels.DataWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::xmlkernels.files.DataWarning")
 
 
 def expect(
@@ -248,30 +248,32 @@ def test_attentionxml(config: PrepareConfig, tokenizer: Tokenizer, tmp_path: Pat
 def test_built_in_corpus(
     tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(docstrings, "PACKAGES", ("json", "email"))
-    build = docstrings.build_corpus
-    corpus = build(packages=("json", "email"), workers=1)
-    built: list[int | None] = []
+    monkeypatch.setattr(corpus, "PACKAGES", ("json", "email"))
+    build = corpus.build_corpus
+    built = build(packages=("json", "email"), workers=1)
+    builds: list[int | None] = []
 
-    def count(documents: int | None) -> docstrings.Corpus:
-        built.append(documents)
-        return build(documents, packages=docstrings.PACKAGES, workers=1)
+    def count(documents: int | None) -> corpus.Corpus:
+        builds.append(documents)
+        return build(documents, packages=corpus.PACKAGES, workers=1)
 
-    monkeypatch.setattr(docstrings, "build_corpus", count)
+    monkeypatch.setattr(corpus, "build_corpus", count)
     config = PrepareConfig(
         tmp_path / "docs", str(tokenizer_folder), 16, source="docstrings", keep_texts=True
     )
     dataset = prepare(config)
-    assert dataset.label_names == corpus.label_names and dataset.label_tokens is not None
-    assert dataset.manifest["source"]["corpus_hash"] == corpus.hash
-    assert {name: split.texts for name, split in dataset.splits.items()} == corpus.texts
+    assert dataset.label_names == built.label_names and dataset.label_tokens is not None
+    assert dataset.manifest["source"]["corpus_hash"] == built.hash
+    assert {name: split.texts for name, split in dataset.splits.items()} == built.texts
     assert all(
-        (split.labels != corpus.labels[name]).nnz == 0 for name, split in dataset.splits.items()
+        (split.labels != built.labels[name]).nnz == 0 for name, split in dataset.splits.items()
     )
-    assert prepare(config).key == dataset.key and built == [None], "known again without building it"
+    assert prepare(config).key == dataset.key and builds == [None], (
+        "known again without building it"
+    )
     with pytest.raises(InputError, match="--overwrite"):
         prepare(replace(config, documents=20))
-    monkeypatch.setattr(docstrings, "PACKAGES", ("json",))
+    monkeypatch.setattr(corpus, "PACKAGES", ("json",))
     with pytest.raises(InputError, match="--overwrite"):
         prepare(config)
 

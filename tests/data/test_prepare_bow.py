@@ -13,14 +13,15 @@ import pytest
 from scipy.sparse import csr_matrix, load_npz, save_npz
 
 from xmlkernels.cli import prepare as prepare_command
-from xmlkernels.data.batches.tokens import BagBatches, Batches
+from xmlkernels.data.batches.bags import BagBatches
+from xmlkernels.data.batches.tokens import Batches
 from xmlkernels.data.dataset import Dataset
-from xmlkernels.data.formats.labels import write_sparse
+from xmlkernels.data.formats import write_sparse
 from xmlkernels.data.manifest import content_hash, manifest_checksum
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.errors import InputError
 
-pytestmark = pytest.mark.filterwarnings("ignore::xmlkernels.data.formats.labels.DataWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::xmlkernels.files.DataWarning")
 ROWS, WORDS, LABELS = {"train": 40, "test": 13}, 19, 7
 
 

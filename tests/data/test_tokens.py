@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tiny_tokenizer import WORDS, make_tokenizer
-from xmlkernels.data.formats.labels import open_token_maps
+from xmlkernels.data.formats import open_token_maps
 from xmlkernels.data.tokens import (
     Tokenizer,
     TokenStore,

@@ -13,14 +13,15 @@ from harness import Kind
 from scipy.sparse import csr_matrix
 
 from xmlkernels.checksums import checksum
-from xmlkernels.data.batches.tokens import BagBatches, Batches
+from xmlkernels.data import formats
+from xmlkernels.data.batches.bags import BagBatches
+from xmlkernels.data.batches.tokens import Batches
 from xmlkernels.data.dataset import Dataset
-from xmlkernels.data.dataset_writer import write_label_names, write_manifest, write_split
-from xmlkernels.data.formats import labels as formats
+from xmlkernels.data.dataset_writer import write_label_names, write_split
 from xmlkernels.data.formats.arrays import read_npy
 from xmlkernels.data.formats.token_maps import from_padded_map, token_rows
 from xmlkernels.data.inputs import TextParts
-from xmlkernels.data.manifest import content_hash, manifest_checksum
+from xmlkernels.data.manifest import content_hash, manifest_checksum, write_manifest
 from xmlkernels.data.tokens import load_tokenizer, tokenize_to_file
 from xmlkernels.files import replacing
 from xmlkernels.nn.encoder import Encoder  # noqa: F401  # imported before the first fork

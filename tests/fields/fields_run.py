@@ -16,13 +16,12 @@ from config_runs import PER_EPOCH, STEPS, Case, Config, Runs, Seen, recorded
 from fields_cascade import TABLES, WEIGHT, a_tree_made_on_first_use
 
 from xmlkernels import InputError, memory
-from xmlkernels.cli import train as command
+from xmlkernels.cli import train
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.prepare import PrepareConfig
 from xmlkernels.metrics import evaluate, inverse_propensity, top_rows_from_csr
 from xmlkernels.models.base import arrangement
-from xmlkernels.training import inputs as sources
-from xmlkernels.training import session
+from xmlkernels.training import inputs, session
 
 
 def models(runs: Runs, folder: Path) -> None:
@@ -56,8 +55,8 @@ def the_corpus_asked_for(**changes: object) -> PrepareConfig:
         raise Asked
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Asked):
-        patch.setattr(sources, "prepare", ask)
-        sources.open_dataset(replace(Config(encoder="tiny", dataset="docstrings"), **changes))
+        patch.setattr(inputs, "prepare", ask)
+        inputs.open_dataset(replace(Config(encoder="tiny", dataset="docstrings"), **changes))
     return asked[0]
 
 
@@ -259,14 +258,14 @@ def timeouts(runs: Runs, folder: Path) -> None:
     """
     told: list[object] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command.dist, "start", lambda device, patience: told.append(patience))
-        patch.setattr(command, "train", lambda config: None)
+        patch.setattr(train.dist, "start", lambda device, patience: told.append(patience))
+        patch.setattr(train, "train", lambda config: None)
         for words in ([], ["--timeout", "7"]):
-            patch.setattr(command, "print_metrics", lambda *_: None)
-            command.main(["tiny", "--dataset", str(runs.dataset), *words])
+            patch.setattr(train, "print_metrics", lambda *_: None)
+            train.main(["tiny", "--dataset", str(runs.dataset), *words])
     assert told == [600, 7]
     with pytest.raises(InputError, match="--timeout: expected 1 or more seconds, got 0.5"):
-        command.check(runs.config("tiny", timeout=0.5))
+        train.check(runs.config("tiny", timeout=0.5))
 
 
 FIELDS = {

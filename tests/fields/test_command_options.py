@@ -23,7 +23,7 @@ from train_runs import LABELS, ROOT, make_dataset, make_tokenizer, make_tree
 
 from xmlkernels.cli import ensemble, export, predict
 from xmlkernels.data.dataset import Dataset
-from xmlkernels.data.formats.labels import write_npz
+from xmlkernels.data.formats import write_npz
 from xmlkernels.data.inputs import TextParts
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.metrics import evaluate

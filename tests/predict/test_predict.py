@@ -20,7 +20,7 @@ from damage import without_checksums
 from train_runs import LABELS, finished_run, make_dataset
 
 from xmlkernels import InputError
-from xmlkernels.cli import predict as command
+from xmlkernels.cli import predict
 from xmlkernels.data.batches.tokens import Batches
 from xmlkernels.data.dataset import Dataset, Split
 from xmlkernels.evaluation import (
@@ -262,7 +262,7 @@ def test_score_matrix_keeps_zero_and_negative_logits() -> None:
 
 
 def ask(finished: Path, **options: Any) -> None:
-    command.run(command.Options(str(finished), **options))
+    predict.run(predict.Options(str(finished), **options))
 
 
 def test_files_in_and_out(

@@ -20,8 +20,7 @@ import scipy.sparse
 from train_runs import ROOT, make_dataset, run, tiny
 
 from xmlkernels import InputError
-from xmlkernels.cli import console as report
-from xmlkernels.cli import predict as command
+from xmlkernels.cli import console, predict
 from xmlkernels.cli.arguments import parse
 from xmlkernels.cli.filters import Barred
 from xmlkernels.cli.texts import Texts, lines_of, paired
@@ -40,7 +39,7 @@ def read(path: Path, parts: TextParts = PLAIN) -> tuple[list[str], list[Any]]:
 
 
 def ask(**options: Any) -> None:
-    command.run(command.Options(str(RUN), **options))
+    predict.run(predict.Options(str(RUN), **options))
 
 
 # ---- what is read ----
@@ -161,7 +160,7 @@ def test_a_text_may_begin_with_a_dash(text: str) -> None:
     if text != "--text":
         assert (
             parse(
-                command.Options,
+                predict.Options,
                 "predict",
                 "",
                 words=["--checkpoint", "x", "--text", text, "--top-k", "2"],
@@ -170,7 +169,7 @@ def test_a_text_may_begin_with_a_dash(text: str) -> None:
         )
     assert (
         parse(
-            command.Options,
+            predict.Options,
             "predict",
             "",
             words=["--checkpoint", "x", f"--text={text}", "--top-k", "2"],
@@ -181,7 +180,7 @@ def test_a_text_may_begin_with_a_dash(text: str) -> None:
 
 def test_a_forgotten_text_is_no_flag() -> None:
     with pytest.raises(InputError, match="--text"):
-        parse(command.Options, "predict", "", words=["--text", "--top-k", "2"])
+        parse(predict.Options, "predict", "", words=["--text", "--top-k", "2"])
 
 
 # ---- ids and encodings of the output ----
@@ -216,12 +215,12 @@ def test_names_outside_the_encoding_of_standard_output(
     fake = SimpleNamespace(
         labels=1, parts=TextParts(), predict=lambda texts, k, **_: ([*answer] for _ in texts)
     )
-    monkeypatch.setattr(command, "loaded", lambda options: fake)
+    monkeypatch.setattr(predict, "loaded", lambda options: fake)
     written = io.BytesIO()
     out = io.TextIOWrapper(written, encoding=encoding)
     monkeypatch.setattr(out, "isatty", lambda: terminal)
     monkeypatch.setattr(sys, "stdout", out)
-    command.run(command.Options("x", text="a"))
+    predict.run(predict.Options("x", text="a"))
     if terminal:
         assert "\\u96f2 \\u03bb" in written.getvalue().decode(encoding)
     else:
@@ -234,10 +233,10 @@ def test_no_command_ends_at_a_name_that_the_terminal_cannot_show(
 ) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
-    monkeypatch.setattr(report, "_console", report.Console(highlight=False, width=120))
+    monkeypatch.setattr(console, "_console", console.Console(highlight=False, width=120))
     names = {"雲 λ": {"P@1": 1.0}}
-    report.command(
-        lambda: (report.say("雲"), report.print_comparison("λ – 雲", names), print("雲"))
+    console.command(
+        lambda: (console.say("雲"), console.print_comparison("λ – 雲", names), print("雲"))
     )
     sys.stdout.flush()
     assert written.getvalue().decode(encoding).count("\\u96f2") == 4
@@ -311,7 +310,7 @@ def test_filter_pairs_of_a_ranker(tmp_path: Path) -> None:
         "top_k": 3,
     }
     for name in ("plain", "barred"):
-        command.run(command.Options(**given, output=str(tmp_path / f"{name}.jsonl")))
+        predict.run(predict.Options(**given, output=str(tmp_path / f"{name}.jsonl")))
         lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
         given |= {"filter": str(tmp_path / "pairs.txt")}
         if name == "plain":
@@ -347,14 +346,14 @@ def test_a_run_writes_no_filtered_pair(tmp_path: Path) -> None:
     run(tiny(dataset, tmp_path / "run", epochs=1))
     written = scipy.sparse.load_npz(tmp_path / "run" / "predictions.npz")
     assert written.nnz and not any(written[text, label] for text, label in pairs)
-    options = command.Options(
+    options = predict.Options(
         str(tmp_path / "run"),
         input=str(raw / "tst_X.txt"),
         filter=str(raw / "pairs.txt"),
         top_k=5,
         output=str(tmp_path / "out.npz"),
     )
-    command.run(options)
+    predict.run(options)
     own = scipy.sparse.load_npz(tmp_path / "out.npz").tocsr()
     stored = set(zip(*own.nonzero(), strict=True))
     assert stored and not stored & set(pairs)
@@ -394,8 +393,8 @@ def test_a_model_joins_title_and_body_as_its_dataset_did(tmp_path: Path) -> None
     predictor = Predictor.load(tmp_path / "run")
     assert predictor.parts == LF
     (tmp_path / "x.jsonl").write_text('{"title": "w3", "content": "w9"}\n')
-    command.run(
-        command.Options(
+    predict.run(
+        predict.Options(
             str(tmp_path / "run"),
             input=str(tmp_path / "x.jsonl"),
             output=str(tmp_path / "out.jsonl"),

@@ -14,10 +14,9 @@ from ranker_runs import options
 from train_runs import LABELS, finished_run, make_dataset, make_tree, run, tiny
 
 from xmlkernels import InputError
-from xmlkernels.cli import ensemble
-from xmlkernels.cli import predict as command
+from xmlkernels.cli import ensemble, predict
 from xmlkernels.data.dataset import Dataset
-from xmlkernels.data.formats.labels import read_npz, write_npz
+from xmlkernels.data.formats import read_npz, write_npz
 from xmlkernels.data.vectorizer import Vectorizer
 from xmlkernels.predict.model import Predictor, checkpoint_identity
 from xmlkernels.predict.ranked import Forest, RankedPredictor
@@ -80,8 +79,8 @@ def asked(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ask(ranker: Path, asked: Path, output: Path, **changes: Any) -> None:
-    command.run(
-        command.Options(
+    predict.run(
+        predict.Options(
             ranker=(str(ranker),), input=str(asked), output=str(output), **({"top_k": 8} | changes)
         )
     )
@@ -127,15 +126,15 @@ def test_lines_name_the_labels(made: Path, finished: Path, asked: Path, tmp_path
 
 
 def test_one_text(made: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command.run(
-        command.Options(
+    predict.run(
+        predict.Options(
             str(finished), (str(made / "model"),), text="w9 w10 w11", top_k=1, latency=True
         )
     )
     out, err = capsys.readouterr()
     assert json.loads(out)["labels"][0]["id"] == 3 and "1 texts one by one: median" in err
-    command.run(
-        command.Options(
+    predict.run(
+        predict.Options(
             str(finished),
             (str(made / "own"),),
             text="w9",
@@ -171,8 +170,8 @@ def test_a_forest_is_the_mean_of_its_rankers(
             tuple(f"{name}/predictions.npz" for name in forest), str(folder), output=summed
         )
     )
-    command.run(
-        command.Options(
+    predict.run(
+        predict.Options(
             ranker=forest, input=str(asked), top_k=LABELS, output=str(tmp_path / "a.npz")
         )
     )
@@ -337,4 +336,4 @@ def test_damage_to_a_ranker_is_found(made: Path, tmp_path: Path, name: str) -> N
 )
 def test_options_that_cannot_be_used(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        command.run(command.Options(**changes))
+        predict.run(predict.Options(**changes))

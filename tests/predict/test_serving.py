@@ -17,8 +17,7 @@ from train_runs import ROOT, finished_run, make_dataset, run, tiny
 
 from xmlkernels import InputError
 from xmlkernels.checkpoint import CheckpointFolder, save
-from xmlkernels.cli import console as report
-from xmlkernels.cli import predict
+from xmlkernels.cli import console, predict
 from xmlkernels.models.base import Model
 from xmlkernels.models.restore import check_finite
 from xmlkernels.predict.model import Predictor
@@ -217,7 +216,7 @@ def test_scores_that_overflow_are_refused_and_the_command_says_so(
     with pytest.raises(InputError, match="scores that are finite numbers"):
         list(Predictor.load(bad).predict(["w3 w4"]))
     with pytest.raises(SystemExit) as left:
-        report.command(lambda: predict.run(predict.Options(str(bad), text="w3 w4")))
+        console.command(lambda: predict.run(predict.Options(str(bad), text="w3 w4")))
     out, err = capsys.readouterr()
     assert left.value.code == 2 and out == "" and err.startswith("error: ") and "diverged" in err
 

@@ -18,7 +18,7 @@ import torch
 from scipy.sparse import csr_matrix
 from train_runs import RECIPES, cascade, make_dataset, make_tree, run, threads_kept, tiny
 
-from xmlkernels.cli import train as command
+from xmlkernels.cli import train
 from xmlkernels.training import progress
 from xmlkernels.training.progress import Frequencies, Progress, duration
 
@@ -178,9 +178,9 @@ def test_a_finished_run_names_the_next_command(
 ) -> None:
     output = tmp_path / "run"
     config = tiny(dataset, output, epochs=1)
-    monkeypatch.setattr(command, "RECIPES", {"tiny": replace(RECIPES["tiny"], config=config)})
+    monkeypatch.setattr(train, "RECIPES", {"tiny": replace(RECIPES["tiny"], config=config)})
     with threads_kept():
-        command.main(["tiny", "--epochs", "1"])
+        train.main(["tiny", "--epochs", "1"])
     last = capsys.readouterr().out.splitlines()[-1]
     assert (
         last.startswith("ask it: ") and f"xmlkernels predict --checkpoint {output} --text" in last

@@ -32,8 +32,8 @@ from xmlkernels.nn.encoder import Encoder
 from xmlkernels.training import tree as command
 from xmlkernels.training.label_vectors import LabelEncoder
 from xmlkernels.training.tree import TreeConfig, build_tree
-from xmlkernels.tree import picture as tree_report
 from xmlkernels.tree.label_tree import FILE, LabelTree
+from xmlkernels.tree.report import plot
 
 LABELS, SUBJECTS = 24, 4
 
@@ -233,7 +233,7 @@ def test_without_matplotlib(
         "no tree.png" in capsys.readouterr().out
         and not (Path(options.output) / "tree.png").exists()
     )
-    assert tree_report.plot({"levels": []}, Path(options.output) / "x.png") is False
+    assert plot({"levels": []}, Path(options.output) / "x.png") is False
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ from typing import Any, NotRequired, TypedDict
 
 import torch
 
-from xmlkernels.checkpoint.places import STATE, TENSORS, holds_nothing_else, sync
+from xmlkernels.checkpoint.places import STATE, TENSORS, holds_nothing_else
 from xmlkernels.checkpoint.state import decode
 from xmlkernels.checksums import ALGORITHM, Xxh3, checksum, compare
 from xmlkernels.errors import InputError
+from xmlkernels.files import sync
 from xmlkernels.records import MOST_BYTES, Count, parse_record
 
 FORMAT, VERSION = "xmlkernels checkpoint", 1

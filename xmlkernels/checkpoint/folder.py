@@ -31,11 +31,11 @@ from xmlkernels.checkpoint.places import (
     recover,
     replace,
     swap_in,
-    sync,
     temporary,
 )
 from xmlkernels.checkpoint.state import encode
 from xmlkernels.errors import InputError
+from xmlkernels.files import sync
 
 
 def save(

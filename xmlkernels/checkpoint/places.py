@@ -13,6 +13,10 @@ import secrets
 import shutil
 from pathlib import Path
 
+from xmlkernels.files import sync
+
+# Not `files.replacing_folder`, which keeps what it replaces under a random name that no reader
+# knows: readers look for `.NAME.old` between the two renames, and `.NAME.old` becomes `NAME.1`.
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
@@ -108,17 +112,6 @@ def retire(target: Path, keep: int) -> None:
     for path in earlier(target):
         if int(path.name.rpartition(".")[2]) > keep:
             _drop(path)
-
-
-def sync(path: Path) -> None:
-    """fsync of a file or, where the system allows it, of a folder."""
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _aside(target: Path) -> Path:

@@ -33,7 +33,7 @@ from xmlkernels import InputError
 from xmlkernels.cli.arguments import parse
 from xmlkernels.cli.console import print_comparison
 from xmlkernels.data.dataset import Dataset
-from xmlkernels.data.formats.labels import read_npz, read_sparse, write_npz, write_sparse
+from xmlkernels.data.formats import read_npz, read_sparse, write_npz, write_sparse
 from xmlkernels.evaluation import score_matrix
 from xmlkernels.files import check_file
 from xmlkernels.locks import own_place

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from xmlkernels import InputError
-from xmlkernels.data.formats.labels import read_filter_pairs
+from xmlkernels.data.formats import read_filter_pairs
 from xmlkernels.predict.model import Label
 from xmlkernels.topk import candidates_needed, drop_filtered
 

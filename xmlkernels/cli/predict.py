@@ -22,7 +22,7 @@ from xmlkernels import InputError
 from xmlkernels.cli.arguments import parse
 from xmlkernels.cli.filters import Barred
 from xmlkernels.cli.texts import Texts, paired
-from xmlkernels.data.formats.labels import write_npz
+from xmlkernels.data.formats import write_npz
 from xmlkernels.data.inputs import TextParts
 from xmlkernels.evaluation import score_matrix
 from xmlkernels.files import replacing

@@ -13,10 +13,11 @@ from itertools import zip_longest
 from typing import IO, Any
 
 from xmlkernels import InputError
-from xmlkernels.data.formats.labels import DataWarning, iter_lines
+from xmlkernels.data.formats import iter_lines
 from xmlkernels.data.formats.text_lines import LONGEST_LINE, line_too_long
 from xmlkernels.data.inputs import TextParts
 from xmlkernels.file_kinds import check_documents, check_text, is_json_lines, unpacked
+from xmlkernels.files import DataWarning
 
 # A document's own name in a JSON object, in the order in which they are looked for.
 _IDS = ("id", "uid", "_id")

@@ -149,7 +149,7 @@ def build_corpus(
             "none",
             f"leave it out, or name for example {STDLIB!r}",
         )
-    files = sorted(file for name in names for file in _files(name))
+    files = sorted(file for name in names for file in files_of(name))
     with _parser(workers or _cores()) as parse:
         parsed = parse(files) if documents is None else _part(files, documents, parse)
     broken = [file for file, functions in parsed if functions is None]
@@ -163,7 +163,7 @@ def build_corpus(
     return _assemble(parsed, {name: _version(name) for name in names})
 
 
-def _files(package: str) -> list[_File]:
+def files_of(package: str) -> list[_File]:
     """The source files of a package."""
     roots = [sysconfig.get_paths()["stdlib"]] if package == STDLIB else _package_folders(package)
     skipped = _SKIPPED | (_SKIPPED_IN_STDLIB if package == STDLIB else set())

@@ -1,35 +1,305 @@
-"""Writing a dataset folder: its parts, its manifest, and the whole of it in place of an older
-one.
-"""
+"""Write a dataset folder: its documents and labels, whole or not at all, once for each key."""
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import json
-import os
 import re
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from scipy import sparse
 from scipy.sparse import csr_matrix
 
-from xmlkernels.checksums import file_checksum
+from xmlkernels.data.formats.matrices import write_npz
+from xmlkernels.data.formats.text_lines import without_separator
+from xmlkernels.data.formats.token_maps import from_padded_map
 from xmlkernels.data.manifest import (
-    FORMAT,
-    FORMAT_VERSION,
+    FEATURES,
+    LABEL_FEATURES,
     MANIFEST,
-    content_hash,
-    manifest_checksum,
+    read_manifest,
+    refuse_foreign,
+    write_manifest,
 )
+from xmlkernels.data.raw import Raw, RawSplit
+from xmlkernels.data.token_store import TokenStore
+from xmlkernels.data.tokens import Tokenizer, tokenize_to_file
 from xmlkernels.errors import InputError
-from xmlkernels.files import naming
+from xmlkernels.files import recover_folder, replacing_folder
+from xmlkernels.locks import own_place
+
+Tell = Callable[[str], None]
+T = TypeVar("T")
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def make_once(
+    output: Path,
+    key: str,
+    opened: Callable[[], T],
+    make: Callable[[Path], None],
+    *,
+    overwrite: bool,
+    flag: str,
+    wait: Tell | None = None,
+) -> tuple[T, bool]:
+    """Open the dataset folder of this key, and make it first where it is not there.
+
+    Args:
+        opened: opens `output` and checks it.
+        make: makes the folder of the path that it is given.
+        overwrite: whether another dataset that stands there goes.
+        flag: what names the output, for messages.
+        wait: receives a line when another process makes a dataset there, which is then waited for;
+            None refuses.
+
+    Returns:
+        What `opened` gives, and whether the folder stood already.
+
+    Raises:
+        InputError: something else stands there, or the place is in use.
+    """
+    found = _standing(output, key, opened, overwrite, flag)
+    if found is None:
+        with own_place(output, flag, make=True, wait=wait) as place:
+            recover_folder(place, MANIFEST)
+            # Another process may have made it meanwhile.
+            found = _standing(output, key, opened, overwrite, flag)
+            if found is None:
+                make(output)
+                return opened(), False
+    return found, True
+
+
+def _standing(
+    output: Path, key: str, opened: Callable[[], T], overwrite: bool, flag: str
+) -> T | None:
+    """What stands at `output`, if it is the dataset of this key; None where the place is free or
+    may be cleared.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    if not (output / MANIFEST).is_file():
+        # Never cleared, whatever the flags: these are somebody's files.
+        got = "other files" if output.is_dir() else "a file"
+        raise InputError(
+            str(output), "a free place or a dataset folder", got, f"choose another {flag}"
+        )
+    try:
+        if read_manifest(output)["key"] == key:
+            return opened()
+    except InputError as error:
+        if not overwrite:
+            raise InputError(
+                error.where, error.expected, error.got, "make it again with --overwrite"
+            ) from error
+    if not overwrite:
+        raise InputError(
+            str(output),
+            "a dataset made from these inputs and settings",
+            "one made from others",
+            f"choose another {flag}, or replace it with --overwrite",
+        )
+    refuse_foreign(output)
+    return None
+
+
+def write_folder(
+    output: Path,
+    raw: Raw,
+    tokenizer: Tokenizer | None,
+    *,
+    name: str,
+    key: str,
+    max_length: int,
+    keep_texts: bool,
+    propensity: tuple[float, float],
+    tokenizer_name: str | None,
+    source: Mapping[str, Any],
+    overwrite: bool,
+    tell: Tell = lambda line: None,
+) -> None:
+    """Write a whole dataset folder in the place of `output`.
+
+    Args:
+        raw: its documents and labels, rows chosen.
+        key: what decides whether the folder can be used again.
+        tokenizer_name: what the manifest calls the tokenizer.
+        source: where the data came from, for the manifest.
+        overwrite: whether a dataset that stands there goes.
+        tell: receives a line now and then.
+    """
+    with replacing_folder(output, replace=overwrite, check=refuse_foreign) as folder:
+        counts = write_splits(raw, tokenizer, max_length, folder, keep_texts=keep_texts, tell=tell)
+        write_labels(raw, tokenizer, max_length, folder, tell=tell)
+        made_by: dict[str, Any] | None = None
+        if tokenizer is not None:
+            tokenizer.save(folder / "tokenizer")
+            made_by = {"name": tokenizer_name, "hash": tokenizer.hash, "max_length": max_length}
+        write_manifest(
+            folder,
+            name=name,
+            key=key,
+            num_labels=raw.num_labels,
+            propensity=propensity,
+            tokenizer=made_by,
+            splits=counts,
+            vocabulary=raw.vocabulary,
+            source=source,
+        )
+
+
+def write_splits(
+    raw: Raw,
+    tokenizer: Tokenizer | None,
+    max_length: int,
+    folder: Path,
+    *,
+    keep_texts: bool,
+    tell: Tell,
+) -> dict[str, dict[str, int]]:
+    """Write every split into `folder`; return its counts for the manifest.
+
+    Without tokenizer and features the texts are kept: there is nothing else of the documents.
+
+    Label values other than 1 (relevances) are stored as 1: training and metrics know only positive
+    and negative.
+    """
+    counts = {}
+    kept = keep_texts or (tokenizer is None and raw.vocabulary is None)
+    for name, split in raw.splits.items():
+        labels = split.labels
+        graded = int((labels.data != 1).sum())
+        if graded:
+            tell(f"{name}: {graded:,} label values are not 1 and count as 1")
+            labels = labels.copy()
+            labels.data[:] = 1
+        pairs = np.unique(split.filter_pairs, axis=0)
+        write_split(
+            folder, name, labels, pairs, _words(split.texts, raw.separator) if kept else None
+        )
+        counts[name] = {
+            "documents": labels.shape[0],
+            "positives": int(labels.nnz),
+            "unlabelled": int((np.diff(labels.indptr) == 0).sum()),
+            "filter_pairs": len(pairs),
+            **_write_documents(folder / name, name, split, tokenizer, max_length, tell),
+        }
+        tell(_summary(name, counts[name]))
+    return counts
+
+
+def _words(texts: list[str] | None, separator: str) -> list[str] | None:
+    return None if texts is None else [without_separator(text, separator) for text in texts]
+
+
+def _write_documents(
+    folder: Path,
+    name: str,
+    split: RawSplit,
+    tokenizer: Tokenizer | None,
+    max_length: int,
+    tell: Tell,
+) -> dict[str, int]:
+    """Write the documents' tokens or, where there is no tokenizer, their features, if they have
+    any; return what is counted of them.
+    """
+    if tokenizer is None:
+        if split.features is None:
+            return {}
+        write_npz(folder / FEATURES, split.features)
+        return {"words": int(split.features.nnz)}
+    store = _write_tokens(folder / "tokens.bin", name, split, tokenizer, max_length, tell)
+    return {
+        "tokens": store.header.tokens,
+        "at_max_length": int((store.lengths == max_length).sum()),
+    }
+
+
+def _summary(name: str, count: dict[str, int]) -> str:
+    documents = max(1, count["documents"])
+    if "words" in count:
+        length = f"{count['words'] / documents:.1f} words each"
+    elif "tokens" not in count:
+        length = "texts alone"
+    else:
+        share = count["at_max_length"] / documents
+        length = f"{count['tokens'] / documents:.1f} tokens each ({share:.1%} at the maximum)"
+    return (
+        f"{name}: {count['documents']:,} documents, {count['positives'] / documents:.2f} labels "
+        "each "
+        f"({count['unlabelled']:,} without), {length}"
+    )
+
+
+def write_labels(
+    raw: Raw, tokenizer: Tokenizer | None, max_length: int, folder: Path, *, tell: Tell
+) -> None:
+    """Write label names, and tokens or features of the label texts, where there are any."""
+    if raw.label_names is not None:
+        write_label_names(folder, raw.label_names)
+    if raw.label_features is not None:
+        write_npz(folder / LABEL_FEATURES, raw.label_features)
+    if tokenizer is None:
+        return
+    if raw.label_maps is not None or raw.label_texts is not None:
+        labels = RawSplit(raw.label_texts, raw.splits["train"].labels, maps=raw.label_maps)
+        _write_tokens(
+            folder / "label_tokens.bin", "label texts", labels, tokenizer, max_length, tell
+        )
+
+
+def _write_tokens(
+    path: Path, name: str, split: RawSplit, tokenizer: Tokenizer, max_length: int, tell: Tell
+) -> TokenStore:
+    if split.maps is not None:
+        return _from_maps(path, name, split.maps, split.map_rows, tokenizer)
+    if split.texts is None:
+        raise InputError(f"{name} split", "texts or token maps", "neither", "give one of them")
+    last = time.monotonic()
+
+    def progress(done: int, every: int) -> None:
+        nonlocal last
+        if done < every and time.monotonic() - last > SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            tell(f"{name}: {done:,} of {every:,} tokenised")
+
+    return tokenize_to_file(split.texts, path, tokenizer, max_length, progress=progress)
+
+
+def _from_maps(
+    path: Path,
+    name: str,
+    maps: tuple[np.ndarray, np.ndarray],
+    rows: np.ndarray | None,
+    tokenizer: Tokenizer,
+) -> TokenStore:
+    ids, mask = maps
+    (empty,) = tokenizer.encode_batch([""], max(ids.shape[1], 8))
+    rows = np.arange(len(ids)) if rows is None else rows
+    first = np.asarray(ids[rows[:1000], 0])
+    # Every text of one tokenizer starts with its first special token; maps of another mostly do
+    # not.
+    if len(empty) > 1 and (first != empty[0]).any():
+        raise InputError(
+            f"token map of the {name} split",
+            f"rows that start with {empty[0]}, as this tokenizer's do",
+            str(first[first != empty[0]][0]),
+            "give the tokenizer the maps were made with",
+        )
+    return from_padded_map(
+        path,
+        ids,
+        mask,
+        rows=rows,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_hash=tokenizer.hash,
+        pad_id=tokenizer.pad_id,
+        name=f"token map of the {name} split",
+    )
 
 
 def write_split(
@@ -55,169 +325,3 @@ def write_label_names(folder: Path, names: Sequence[str]) -> None:
     """One name a line; a line break inside a name becomes a space."""
     with open(folder / "label_names.txt", "w", encoding="utf-8", newline="\n") as file:
         file.writelines(re.sub(r"[\r\n]+", " ", name) + "\n" for name in names)
-
-
-def write_manifest(
-    folder: Path,
-    *,
-    name: str,
-    key: str,
-    num_labels: int,
-    propensity: tuple[float, float],
-    tokenizer: Mapping[str, Any] | None,
-    splits: Mapping[str, Mapping[str, int]],
-    source: Mapping[str, Any],
-    vocabulary: int | None = None,
-) -> None:
-    """Hash and fsync every file of the folder, then write the manifest over them.
-
-    Args:
-        key: what decides whether a folder can be reused (a hash of inputs and settings).
-        tokenizer: `name`, `hash`, `max_length`; None for bags of words.
-        vocabulary: their V; None for tokens.
-        splits: per split its counts: `documents`, `positives`, `unlabelled`, `filter_pairs`.
-        source: where the data came from; kept for the reader, never interpreted.
-    """
-    files, fast = {}, {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        inner = path.relative_to(folder).as_posix()
-        files[inner], fast[inner] = (
-            {"bytes": path.stat().st_size, "sha256": digest},
-            file_checksum(path),
-        )
-    facts = {"num_labels": num_labels, "propensity": dict(zip("AB", propensity, strict=True))}
-    content = content_hash(facts | {"files": files})
-    manifest = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "name": name,
-        "key": key,
-        "content_hash": content,
-        **facts,
-    }
-    if vocabulary is not None:
-        manifest["vocabulary"] = vocabulary
-    manifest |= {
-        "tokenizer": tokenizer and dict(tokenizer),
-        "splits": dict(splits),
-        "source": dict(source),
-        "files": files,
-    }
-    manifest["checksums"] = {"files": fast}
-    manifest = json.loads(json.dumps(manifest))  # as it will be read, tuples as lists
-    manifest["checksums"]["manifest"] = manifest_checksum(manifest)
-    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
-        file.write(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    for below in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        sync_folder(below)
-
-
-# What the writers above, and those of tokens and bags of words, call their files: known also
-# without a manifest.
-_OURS = re.compile(
-    r"manifest\.json|label_(names\.txt|tokens\.bin|features\.npz)|tokenizer/[^/]+"
-    r"|(train|val|test)/(labels\.npz|filter\.npy|texts\.jsonl|tokens\.bin|features\.npz)"
-)
-
-
-def refuse_foreign(folder: Path) -> None:
-    """InputError where a dataset folder that is about to be replaced holds anything but a dataset's
-    own files.
-    """
-    held = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_symlink() or not path.is_dir()
-    )
-    own: set[str] = set()
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        damaged = True  # the names of the files beside it must speak for it
-    else:
-        damaged = False
-        if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
-            listed = manifest.get("files")
-            own = {MANIFEST, *(listed if isinstance(listed, dict) else ())}
-    if damaged or own:
-        own |= {name for name in held if _OURS.fullmatch(name)}
-    foreign = [name for name in held if name not in own] or (
-        held if damaged and held == [MANIFEST] else []
-    )
-    if foreign:
-        got = foreign[0] if len(foreign) == 1 else f"{foreign[0]} and {len(foreign) - 1} more"
-        mend = "nothing was deleted: move them, or choose another --output"
-        raise InputError(
-            str(folder), "nothing but a dataset to replace", f"other files in it: {got}", mend
-        )
-
-
-def recover(output: Path) -> None:
-    """Put right what a process left that was killed while it replaced a folder; only for whoever
-    holds the place.
-    """
-    for old in output.parent.glob(f".{glob.escape(output.name)}.*.old"):
-        if not re.fullmatch(re.escape(f".{output.name}") + r"\.[0-9a-f]{12}\.old", old.name):
-            continue
-        if not output.exists() and (old / MANIFEST).is_file():
-            os.rename(old, output)
-        else:
-            shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def building(output: Path, *, replace: bool) -> Iterator[Path]:
-    """A new folder that takes the place of `output` when the block ends well, and vanishes when it
-    does not.
-
-    Args:
-        replace: whether a dataset folder that stands there goes; the new one is whole before the
-            old one moves.
-
-    Raises:
-        InputError: the folder cannot be made, what stands there is more than a dataset, or another
-            process put one there meanwhile.
-        OSError: the disk refuses (full, say), with a file name; what stood there stays.
-    """
-    output = output.resolve()
-    folder = output.with_name(f".{output.name}.{secrets.token_hex(6)}.part")
-    old = folder.with_suffix(".old")
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(
-            str(output), "a place to make a folder", str(error.strerror), "choose another"
-        ) from error
-    try:
-        with naming(output):
-            yield folder
-        if replace and output.exists():
-            refuse_foreign(output)
-            os.rename(output, old)
-        try:
-            os.rename(folder, output)
-        except OSError as error:
-            if old.exists():
-                os.rename(old, output)
-            raise InputError(
-                str(output), "nothing there", "a folder made meanwhile", "run the command again"
-            ) from error
-        sync_folder(output.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if output.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        elif old.exists():  # stopped between the two renames
-            os.rename(old, output)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)

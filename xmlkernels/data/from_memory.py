@@ -18,10 +18,10 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from xmlkernels.data import manifest, token_store
-from xmlkernels.data.build import choose_rows, make_once, write_folder
+from xmlkernels.data.dataset_writer import make_once, write_folder
 from xmlkernels.data.formats.text_lines import encode_label_strings
 from xmlkernels.data.label_ids import check_width
-from xmlkernels.data.raw import Raw, RawSplit
+from xmlkernels.data.raw import Raw, RawSplit, choose_rows
 from xmlkernels.data.tokens import Tokenizer, load_tokenizer
 from xmlkernels.errors import InputError
 from xmlkernels.locks import check_place

@@ -12,11 +12,12 @@ from typing import Any, Literal, NotRequired, Protocol, TypedDict
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from xmlkernels.data.batches.tokens import BagBatch, BagBatches, Batch, Batches, text_batches
+from xmlkernels.data.batches.bags import BagBatch, BagBatches, bag_text_batches
+from xmlkernels.data.batches.tokens import Batch, Batches, text_batches
 from xmlkernels.data.dataset import Dataset, Split
 from xmlkernels.data.formats.text_lines import join_parts, split_title, without_separator
 from xmlkernels.data.tokens import Tokenizer, load_tokenizer
-from xmlkernels.data.vectorizer import Vectorizer, bag_text_batches
+from xmlkernels.data.vectorizer import Vectorizer
 from xmlkernels.errors import InputError
 from xmlkernels.records import Positive, check_record
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NotRequired, TypedDict
 
-from xmlkernels.checksums import Xxh3, checksum, compare
+from xmlkernels.checksums import Xxh3, checksum, compare, file_checksum
 from xmlkernels.errors import InputError
+from xmlkernels.files import sync
 from xmlkernels.records import Count, Positive, read_record
 
 FORMAT = "xmlkernels-dataset"
@@ -138,3 +141,102 @@ def _stays_inside(name: str) -> bool:
         if not path.parts or path.is_absolute() or path.drive or ".." in path.parts or "\0" in name:
             return False
     return True
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    name: str,
+    key: str,
+    num_labels: int,
+    propensity: tuple[float, float],
+    tokenizer: Mapping[str, Any] | None,
+    splits: Mapping[str, Mapping[str, int]],
+    source: Mapping[str, Any],
+    vocabulary: int | None = None,
+) -> None:
+    """Hash and fsync every file of the folder, then write the manifest over them.
+
+    Args:
+        key: what decides whether a folder can be reused (a hash of inputs and settings).
+        tokenizer: `name`, `hash`, `max_length`; None for bags of words.
+        vocabulary: their V; None for tokens.
+        splits: per split its counts: `documents`, `positives`, `unlabelled`, `filter_pairs`.
+        source: where the data came from; kept for the reader, never interpreted.
+    """
+    files, fast = {}, {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        inner = path.relative_to(folder).as_posix()
+        files[inner], fast[inner] = (
+            {"bytes": path.stat().st_size, "sha256": digest},
+            file_checksum(path),
+        )
+    facts = {"num_labels": num_labels, "propensity": dict(zip("AB", propensity, strict=True))}
+    content = content_hash(facts | {"files": files})
+    manifest = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "name": name,
+        "key": key,
+        "content_hash": content,
+        **facts,
+    }
+    if vocabulary is not None:
+        manifest["vocabulary"] = vocabulary
+    manifest |= {
+        "tokenizer": tokenizer and dict(tokenizer),
+        "splits": dict(splits),
+        "source": dict(source),
+        "files": files,
+    }
+    manifest["checksums"] = {"files": fast}
+    manifest = json.loads(json.dumps(manifest))  # as it will be read, tuples as lists
+    manifest["checksums"]["manifest"] = manifest_checksum(manifest)
+    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
+        file.write(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    for below in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        sync(below)
+
+
+# Names of the files of a dataset, which count as its own even where the manifest is damaged.
+_OURS = re.compile(
+    r"manifest\.json|label_(names\.txt|tokens\.bin|features\.npz)|tokenizer/[^/]+"
+    r"|(train|val|test)/(labels\.npz|filter\.npy|texts\.jsonl|tokens\.bin|features\.npz)"
+)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """InputError where a dataset folder that is about to be replaced holds anything but a dataset's
+    own files.
+    """
+    held = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    )
+    own: set[str] = set()
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        damaged = True  # the names of the files beside it must speak for it
+    else:
+        damaged = False
+        if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
+            listed = manifest.get("files")
+            own = {MANIFEST, *(listed if isinstance(listed, dict) else ())}
+    if damaged or own:
+        own |= {name for name in held if _OURS.fullmatch(name)}
+    foreign = [name for name in held if name not in own] or (
+        held if damaged and held == [MANIFEST] else []
+    )
+    if foreign:
+        got = foreign[0] if len(foreign) == 1 else f"{foreign[0]} and {len(foreign) - 1} more"
+        mend = "nothing was deleted: move them, or choose another --output"
+        raise InputError(
+            str(folder), "nothing but a dataset to replace", f"other files in it: {got}", mend
+        )

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Literal
 
 from xmlkernels.data import manifest, token_store
-from xmlkernels.data.build import Tell, choose_rows, make_once, write_folder
 from xmlkernels.data.dataset import Dataset
-from xmlkernels.data.formats.labels import Divider, LabelFormat
+from xmlkernels.data.dataset_writer import Tell, make_once, write_folder
+from xmlkernels.data.formats import Divider, LabelFormat
 from xmlkernels.data.formats.lf_json import is_lf_json
 from xmlkernels.data.label_ids import label_lines, name_lines
-from xmlkernels.data.raw import Files
-from xmlkernels.data.raw_files import (
+from xmlkernels.data.layouts import (
     Fields,
     Reading,
     Source,
@@ -29,6 +28,7 @@ from xmlkernels.data.raw_files import (
     read_docstrings,
     read_files,
 )
+from xmlkernels.data.raw import Files, choose_rows
 from xmlkernels.data.tokens import Tokenizer, load_tokenizer
 from xmlkernels.errors import InputError
 from xmlkernels.locks import check_place

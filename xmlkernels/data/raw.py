@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from xmlkernels.data.formats.matrices import select_pairs
+from xmlkernels.data.formats.matrices import drop_unlabelled, select_pairs
+from xmlkernels.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -79,3 +80,36 @@ class Raw:
         """V of bags of words; None for texts."""
         features = self.splits["train"].features
         return None if features is None else int(features.shape[1])
+
+
+def choose_rows(raw: Raw, *, drop: tuple[str, ...], validation_share: float, seed: int) -> None:
+    """Leave out unlabelled documents of the splits in `drop`, then draw the validation split from
+    the training rows.
+
+    The draw is a pure function of (seed, number of training rows left). Both parts keep the order
+    of the file.
+
+    Raises:
+        InputError: a split without any label, or a share that leaves one side empty.
+    """
+    for name, split in raw.splits.items():
+        rows = drop_unlabelled(split.labels, keep=name not in drop, name=f"the {name} split")
+        if len(rows) < split.labels.shape[0]:
+            raw.splits[name] = split.take(rows)
+    if not validation_share:
+        return
+    train = raw.splits["train"]
+    count = train.labels.shape[0]
+    held_out = max(1, round(validation_share * count))
+    if held_out >= count:
+        raise InputError(
+            "--validation-share",
+            f"a share that leaves some of {count} documents for training",
+            str(validation_share),
+            "choose a smaller one",
+        )
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(count)
+    val, test = train.take(np.sort(order[:held_out])), raw.splits.pop("test", None)
+    raw.splits |= {"train": train.take(np.sort(order[held_out:])), "val": val} | (
+        {"test": test} if test else {}
+    )

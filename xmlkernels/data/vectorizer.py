@@ -1,4 +1,4 @@
-"""Texts → TF-IDF bags of words (Salton, Buckley, 1988), by scikit-learn, and batches of them."""
+"""Texts → TF-IDF bags of words (Salton, Buckley, 1988), by scikit-learn."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
-import torch
 from safetensors.numpy import save
 from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from xmlkernels.data.batches.base import at_least, gather_bags
-from xmlkernels.data.batches.prefetch import in_background
-from xmlkernels.data.batches.tokens import BagBatch, text_windows
+from xmlkernels.data.batches.base import at_least
 from xmlkernels.data.formats.arrays import read_tensors
 from xmlkernels.errors import InputError
 from xmlkernels.files import replacing
@@ -227,41 +224,3 @@ def _strings(texts: Iterable[str]) -> Iterator[str]:
         if not isinstance(text, str):
             raise InputError(f"text {number}", "a string", type(text).__name__, "convert it first")
         yield text
-
-
-def bag_text_batches(
-    texts: Iterable[str],
-    vectorizer: Vectorizer,
-    batch_size: int,
-    *,
-    window: int = 1,
-    prefetch: int = 2,
-) -> Iterator[BagBatch]:
-    """Batches of raw texts in their order, vectorised in a background thread; `texts` may be
-    endless and is read as it is used.
-
-    Args:
-        window: batches of texts vectorised in one call, which is cheaper than one by one.
-
-    Yields:
-        Batches without positives and with labels = 0.
-
-    Raises:
-        InputError: one string instead of many, an item that is no string, or a size out of range.
-    """
-    at_least("window", window, 1)
-    at_least("prefetch", prefetch, 0)
-    windows = text_windows(texts, batch_size, window)
-
-    def make() -> Iterator[BagBatch]:
-        nothing = torch.zeros(0, dtype=torch.int64)
-        for first, part in windows:
-            features = vectorizer.transform(part)
-            for start in range(0, len(part), batch_size):
-                rows = np.arange(start, min(start + batch_size, len(part)))
-                bags = gather_bags([features], rows)
-                yield BagBatch(
-                    *bags, nothing, nothing.to(torch.int32), torch.from_numpy(first + rows), 0
-                )
-
-    return in_background(make, prefetch)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from xmlkernels.checkpoint import load_optimizer_tensors, optimizer_tensors
-from xmlkernels.data.batches.tokens import BagBatch, Batch
+from xmlkernels.data.batches.bags import BagBatch
+from xmlkernels.data.batches.tokens import Batch
 from xmlkernels.errors import InputError
 from xmlkernels.models.gradient_caching import EncoderPass
 from xmlkernels.models.running_mean import (

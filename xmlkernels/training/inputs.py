@@ -4,7 +4,8 @@ import logging
 from pathlib import Path
 
 from xmlkernels import InputError, dist
-from xmlkernels.data.batches.tokens import BagBatches, Batches
+from xmlkernels.data.batches.bags import BagBatches
+from xmlkernels.data.batches.tokens import Batches
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.inputs import BowInputs, Inputs, TokenInputs
 from xmlkernels.data.prepare import PrepareConfig, prepare

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from xmlkernels import InputError
 from xmlkernels.checksums import of_files
 from xmlkernels.data.dataset import Dataset
-from xmlkernels.data.formats.labels import write_npz
+from xmlkernels.data.formats import write_npz
 from xmlkernels.evaluation import score_matrix
 from xmlkernels.files import check_file
 from xmlkernels.locks import own_folder

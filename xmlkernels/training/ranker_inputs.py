@@ -11,8 +11,8 @@ from scipy.sparse import csr_matrix
 
 from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset, Split
+from xmlkernels.data.formats import iter_lines, read_npz, write_npz
 from xmlkernels.data.formats.arrays import read_npy
-from xmlkernels.data.formats.labels import iter_lines, read_npz, write_npz
 from xmlkernels.data.inputs import BowInputs, check_dataset
 from xmlkernels.data.vectorizer import Vectorizer
 from xmlkernels.evaluation import predict_and_embed_split, predict_split, score_matrix

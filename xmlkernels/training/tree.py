@@ -28,8 +28,7 @@ from xmlkernels.tree.features import (
 )
 from xmlkernels.tree.graph import label_graph, prune, smooth
 from xmlkernels.tree.label_tree import FILE, MOST_LEVELS, LabelTree
-from xmlkernels.tree.picture import lines_of, plot
-from xmlkernels.tree.report import report
+from xmlkernels.tree.report import lines_of, plot, report
 
 log = logging.getLogger(__name__)
 

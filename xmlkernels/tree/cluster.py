@@ -182,19 +182,20 @@ class _Splitter:
         pairs = np.stack([pair, (pair + second) % taken], axis=1)
         noise = random.standard_normal((starts, taken), np.float32)
         tried = (rows, first, sample, sample_first, pairs, noise)
+        bounds = (means.tolerance, means.rounds, self._map())
+        side: np.ndarray
         if n >= LARGE:
-            return split_large(
-                self.sparse, self.dense, *tried, means.tolerance, means.rounds, self._map()
-            )
-        return split_node(
-            *self.sparse, self.dense, *tried, PAIRWISE, means.tolerance, means.rounds, self._map()
-        )
+            side = split_large(self.sparse, self.dense, *tried, *bounds)
+        else:
+            side = split_node(*self.sparse, self.dense, *tried, PAIRWISE, *bounds)
+        return side
 
     def _map(self) -> np.ndarray:
         """This thread's int32 [V] of −1, which the loops use and leave as it was."""
         if not hasattr(self._own, "map"):
             self._own.map = np.full(self.features.sparse.shape[1], -1, np.int32)
-        return self._own.map
+        own: np.ndarray = self._own.map
+        return own
 
 
 def _clusters_apart(node: _Node, bare: int, finest: bool) -> int:

@@ -40,8 +40,8 @@ class LabelFeatures:
     @cached_property
     def empty(self) -> np.ndarray:
         """bool [L]: labels without any feature."""
-        bare = np.diff(self.sparse.indptr) == 0
-        return bare if self.dense is None else bare & ~self.dense.any(axis=1)
+        bare: np.ndarray = np.diff(self.sparse.indptr) == 0
+        return bare if self.dense is None else np.logical_and(bare, ~self.dense.any(axis=1))
 
 
 def label_features(

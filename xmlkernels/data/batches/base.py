@@ -7,7 +7,8 @@ Dimension letters: B batch, T tokens, P positive (label, sample) pairs, L labels
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
@@ -54,13 +55,11 @@ class AnyBatch:
         def moved(value: Any) -> Any:
             if isinstance(value, tuple):
                 return tuple(moved(item) for item in value)
-            return (
-                value.to(device, non_blocking=non_blocking)
-                if isinstance(value, torch.Tensor)
-                else value
-            )
+            if isinstance(value, torch.Tensor):
+                return value.to(device, non_blocking=non_blocking)
+            return value
 
-        make: Any = type(self)
+        make: Callable[..., Own] = type(self)
         return make(**{name: moved(value) for name, value in vars(self).items()})
 
 
@@ -273,31 +272,6 @@ def _checked(ancestors: Sequence[np.ndarray], labels: int) -> list[np.ndarray]:
     return [np.asarray(nodes, np.int64) for nodes in ancestors]
 
 
-def gather_bags(
-    matrices: Sequence[csr_matrix], rows: np.ndarray
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows of CSR matrices [N_i, V], numbered through them all, as `BagBatch` holds them: (token,
-    offset, token_weight).
-    """
-    first = np.cumsum([0, *(matrix.shape[0] for matrix in matrices)])
-    part = np.searchsorted(first, rows, side="right") - 1
-    starts, lengths = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
-    for number, matrix in enumerate(matrices):
-        own = rows[part == number] - first[number]
-        starts[part == number] = matrix.indptr[own]
-        lengths[part == number] = matrix.indptr[own + 1] - matrix.indptr[own]
-    offset = np.concatenate([[0], np.cumsum(lengths)])
-    token, weight = np.empty(offset[-1], np.int64), np.empty(offset[-1], np.float32)
-    for number, matrix in enumerate(matrices):
-        member = part == number
-        here, there = (
-            ragged_positions(offset[:-1][member], lengths[member]),
-            ragged_positions(starts[member], lengths[member]),
-        )
-        token[here], weight[here] = matrix.indices[there], matrix.data[there]
-    return torch.from_numpy(token), torch.from_numpy(offset), torch.from_numpy(weight)
-
-
 def check_rows(where: str, rows: int, labels: csr_matrix) -> None:
     """Raises InputError where documents and rows of labels differ in number."""
     if rows != labels.shape[0]:
@@ -318,8 +292,40 @@ def at_least(name: str, value: int, least: int) -> None:
         raise InputError(name, f"at least {least}", str(value), "choose a larger one")
 
 
+def text_windows(
+    texts: Iterable[str], batch_size: int, batches: int = 1
+) -> Iterator[tuple[int, list[str]]]:
+    """The number of its first text, and the texts, of each window of up to `batches` batches; read
+    as they are used.
+
+    Raises:
+        InputError: one string instead of many, or batch_size < 1; while it is read, an item that is
+            no string.
+    """
+    at_least("batch_size", batch_size, 1)
+    if isinstance(texts, str):
+        raise InputError(
+            "texts", "a list or other iterable of strings", "one string", "put it into a list"
+        )
+
+    def windows() -> Iterator[tuple[int, list[str]]]:
+        source, first = iter(texts), 0
+        while window := list(islice(source, batch_size * batches)):
+            for number, text in enumerate(window, first):
+                if not isinstance(text, str):
+                    raise InputError(
+                        f"text {number}", "a string", type(text).__name__, "convert it first"
+                    )
+            yield first, window
+            first += len(window)
+
+    return windows()
+
+
 def ragged_positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Concatenation of the ranges starts[i] … starts[i] + lengths[i] − 1, int64."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - lengths), lengths)
+    positions = np.arange(total, dtype=np.int64)
+    positions += np.repeat(starts - (ends - lengths), lengths)
+    return positions

@@ -1,7 +1,7 @@
-"""Batches of tokens and of bags of words: documents, their positives, and the order of an epoch.
+"""Batches of tokenised documents, of a dataset's split or of raw texts.
 
-Dimension letters: B batch, T tokens (of the batch's longest document, or of all its bags), P
-positive (label, sample) pairs, L labels, V vocabulary.
+Dimension letters: B batch, T tokens of the batch's longest document, P positive (label, sample)
+pairs, L labels.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -23,7 +22,7 @@ from xmlkernels.data.batches.base import (
     at_least,
     check_label_rows,
     check_rows,
-    gather_bags,
+    text_windows,
 )
 from xmlkernels.data.batches.prefetch import in_background
 from xmlkernels.data.token_store import TokenStore
@@ -57,32 +56,6 @@ class Batch(AnyBatch):
     def inputs(self) -> tuple[torch.Tensor, ...]:
         """What the encoder takes: (input_ids, attention_mask)."""
         return self.input_ids, self.attention_mask
-
-
-@dataclass(frozen=True)
-class BagBatch(AnyBatch):
-    """One batch of bags of words with its positives.
-
-    Attributes:
-        token: int64 [T], column of each occurrence in the features.
-        offset: int64 [B + 1], ascending from 0 to T: bag b is token[offset[b]:offset[b + 1]].
-        token_weight: fp32 [T], value of each occurrence.
-        pos_row, pos_sample, index, labels, levels: see `AnyBatch`.
-    """
-
-    token: torch.Tensor
-    offset: torch.Tensor
-    token_weight: torch.Tensor
-    pos_row: torch.Tensor
-    pos_sample: torch.Tensor
-    index: torch.Tensor
-    labels: int
-    levels: Levels = ()
-
-    @property
-    def inputs(self) -> tuple[torch.Tensor, ...]:
-        """What the encoder takes: (token, offset, token_weight)."""
-        return self.token, self.offset, self.token_weight
 
 
 class TokensAndLabels(Protocol):
@@ -192,81 +165,6 @@ class Batches(AnyBatches[Batch]):
         )
 
 
-class BagBatches(AnyBatches[BagBatch]):
-    """Batches of a split of bags of words.
-
-    Args:
-        features: CSR [N, V], a row for each document; values are the weights of its words.
-        labels: CSR [N, L].
-        shuffle: False gives the documents as they stand. Lengths decide nothing: bags need no
-            padding.
-        label_features: CSR [L, V] of the label texts, the documents N … N + L − 1.
-
-    The other arguments are those of `Batches`.
-
-    Raises:
-        InputError: rows or columns of the matrices do not fit each other, a feature is not finite,
-            the tree's arrays do not fit, or a size is out of range.
-    """
-
-    def __init__(
-        self,
-        features: csr_matrix,
-        labels: csr_matrix,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        shuffle: bool = True,
-        drop_last: bool = False,
-        prefetch: int = 2,
-        label_features: csr_matrix | None = None,
-        order: np.ndarray | None = None,
-        ancestors: Sequence[np.ndarray] = (),
-    ) -> None:
-        check_rows("features", features.shape[0], labels)
-        self.features = [csr_matrix(features)]
-        if label_features is not None:
-            check_label_rows("label_features", label_features.shape[0], labels)
-            if label_features.shape[1] != features.shape[1]:
-                expected, mend = (
-                    f"{features.shape[1]} columns, those of features",
-                    "make both with one vocabulary",
-                )
-                raise InputError("label_features", expected, str(label_features.shape[1]), mend)
-            self.features.append(csr_matrix(label_features))
-        for matrix in self.features:
-            if not np.isfinite(matrix.data).all():
-                raise InputError(
-                    "features", "finite values", "a NaN or an infinity", "mend the features"
-                )
-        count = sum(matrix.shape[0] for matrix in self.features)
-        super().__init__(
-            labels,
-            np.zeros(count, np.int64),
-            batch_size,
-            seed=seed,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            prefetch=prefetch,
-            order=order,
-            ancestors=ancestors,
-        )
-
-    def collate(self, documents: np.ndarray) -> BagBatch:
-        """The batch of the given document numbers, int64 [B], in that order."""
-        documents = np.asarray(documents, np.int64)
-        row, sample, levels = self._positives(documents)
-        index = torch.from_numpy(documents.copy())
-        return BagBatch(
-            *gather_bags(self.features, self.own(documents)),
-            row,
-            sample,
-            index,
-            self.num_labels,
-            levels,
-        )
-
-
 def text_batches(
     texts: Iterable[str],
     tokenizer: Tokenizer,
@@ -310,36 +208,6 @@ def text_batches(
                 )
 
     return in_background(make, prefetch)
-
-
-def text_windows(
-    texts: Iterable[str], batch_size: int, batches: int = 1
-) -> Iterator[tuple[int, list[str]]]:
-    """The number of its first text, and the texts, of each window of up to `batches` batches; read
-    as they are used.
-
-    Raises:
-        InputError: one string instead of many, or batch_size < 1; while it is read, an item that is
-            no string.
-    """
-    at_least("batch_size", batch_size, 1)
-    if isinstance(texts, str):
-        raise InputError(
-            "texts", "a list or other iterable of strings", "one string", "put it into a list"
-        )
-
-    def windows() -> Iterator[tuple[int, list[str]]]:
-        source, first = iter(texts), 0
-        while window := list(islice(source, batch_size * batches)):
-            for number, text in enumerate(window, first):
-                if not isinstance(text, str):
-                    raise InputError(
-                        f"text {number}", "a string", type(text).__name__, "convert it first"
-                    )
-            yield first, window
-            first += len(window)
-
-    return windows()
 
 
 def _unlabelled(

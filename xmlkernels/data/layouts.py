@@ -1,4 +1,4 @@
-"""Raw files of every layout → texts and label matrices in one shape, as `prepare` wants them."""
+"""Read raw files of every layout into texts and label matrices of one shape, for `prepare`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,8 @@ from typing import Any, Literal
 
 from scipy.sparse import csr_matrix
 
-from xmlkernels.data import corpus as docstrings
-from xmlkernels.data.formats.label_files import (
-    cut_blank_end,
-    filled_lines,
-    read_label_files,
-    same_width,
-)
-from xmlkernels.data.formats.labels import (
-    DataWarning,
+from xmlkernels.data import corpus
+from xmlkernels.data.formats import (
     Divider,
     Duplicates,
     LabelFormat,
@@ -36,10 +29,17 @@ from xmlkernels.data.formats.labels import (
     read_raw_texts,
     read_sparse,
 )
+from xmlkernels.data.formats.labels import (
+    cut_blank_end,
+    filled_lines,
+    read_label_files,
+    same_width,
+)
 from xmlkernels.data.formats.matrices import check_shape
 from xmlkernels.data.label_ids import check_width, remap_labels
 from xmlkernels.data.raw import Files, Raw, RawSplit
 from xmlkernels.errors import InputError
+from xmlkernels.files import DataWarning
 
 Source = Literal["text", "lf", "attentionxml", "bow", "docstrings"]
 Fields = Literal["all", "title", "body"]
@@ -104,19 +104,19 @@ def read_files(reading: Reading, files: Mapping[str, Files]) -> Raw:
 
 def read_docstrings(documents: int | None) -> Raw:
     """The built-in corpus; its label names are its label texts."""
-    corpus = docstrings.build_corpus(documents)
+    built = corpus.build_corpus(documents)
     splits = {
-        name: RawSplit(list(texts), corpus.labels[name]) for name, texts in corpus.texts.items()
+        name: RawSplit(list(texts), built.labels[name]) for name, texts in built.texts.items()
     }
-    names = list(corpus.label_names)
+    names = list(built.label_names)
     return Raw(
         splits,
         names,
         names,
         facts={
-            "corpus_hash": corpus.hash,
-            "corpus_versions": corpus.versions,
-            "corpus_report": corpus.report,
+            "corpus_hash": built.hash,
+            "corpus_versions": built.versions,
+            "corpus_report": built.report,
         },
     )
 
@@ -127,9 +127,9 @@ def docstrings_digest() -> str:
     About a second for some 200 MB, where building takes a minute: that is how a finished corpus is
         known again.
     """
-    digest = hashlib.sha256(Path(docstrings.__file__).read_bytes())
+    digest = hashlib.sha256(Path(corpus.__file__).read_bytes())
     for name, path in sorted(
-        file for package in docstrings.PACKAGES for file in docstrings._files(package)
+        file for package in corpus.PACKAGES for file in corpus.files_of(package)
     ):
         digest.update(name.encode() + b"\0" + hashlib.sha256(Path(path).read_bytes()).digest())
     return digest.hexdigest()
