@@ -1,7 +1,10 @@
 """README, CONTRIBUTING, CHANGELOG and docs/: lines, links, navigation, commands, pictures."""
 
+import contextlib
+import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from xmlkernels.cli import main as command
+from xmlkernels.cli import waiting
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -62,15 +66,16 @@ def test_links_of_the_front_pages_lead_somewhere(path: Path) -> None:
 def flags() -> dict[str, set[str]]:
     """Every flag of each command, from its --help."""
     found = {}
-    for name in command.COMMANDS:
-        words = ["tiny", "--help"] if name == "train" else ["--help"]
-        done = subprocess.run(
-            [sys.executable, "-m", "xmlkernels", name, *words],
-            capture_output=True, text=True, timeout=300, cwd=ROOT,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        shown = re.findall(r"--(?:\[no-\])?([a-z][a-z0-9-]*)", done.stdout)
-        found[name] = {*shown, *(f"no-{word}" for word in shown), "help", "version"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(waiting, "choose", lambda words: None)  # torch has been loaded
+        for name in command.COMMANDS:
+            shown = io.StringIO()
+            words = [name, *(["tiny"] if name == "train" else []), "--help"]
+            with pytest.raises(SystemExit) as ended, contextlib.redirect_stdout(shown):
+                command.main(words)
+            assert ended.value.code in (0, None), words
+            own = re.findall(r"--(?:\[no-\])?([a-z][a-z0-9-]*)", shown.getvalue())
+            found[name] = {*own, *(f"no-{word}" for word in own), "help", "version"}
     return found
 
 
@@ -106,3 +111,32 @@ def test_pages_are_built_without_a_warning_and_fetch_nothing(tmp_path: Path) -> 
         tags = re.findall(r"<(?:script|img|link|iframe)\b[^>]*>", page.read_text("utf-8"))
         fetched = [tag for tag in tags if re.search(r'(?:src|href)="(?:https?:)?//', tag)]
         assert not fetched, f"{page.name}: {fetched}"
+
+
+BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```', re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["guide/formats.md", "guide/own-data.md"])
+def test_files_and_commands_of_a_page_work(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every file of the page is written, every command run, in the order of the page."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(waiting, "choose", lambda words: None)  # torch has been loaded
+    for kind, title, body in BLOCK.findall((ROOT / "docs" / page).read_text("utf-8")):
+        if title:
+            Path(title).write_text(body, "utf-8")
+        for line in re.sub(r" *\\\n *", " ", body).splitlines() if kind == "bash" else ():
+            program, *words = shlex.split(line, comments=True)
+            assert program == "xmlkernels"
+            with pytest.raises(SystemExit) as ended:
+                command.main(words)
+                sys.exit(0)
+            assert ended.value.code in (0, None), f"{line}\n{capsys.readouterr().err}"
+
+
+def test_the_example_of_the_metrics_works(capsys: pytest.CaptureFixture[str]) -> None:
+    for kind, _, body in BLOCK.findall((ROOT / "docs" / "guide" / "metrics.md").read_text("utf-8")):
+        if kind == "python":
+            exec(compile(body, "metrics.md", "exec"), {})
+    assert "'P@1': 100.0" in capsys.readouterr().out
