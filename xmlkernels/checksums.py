@@ -56,8 +56,9 @@ def compare(found: str, expected: str, where: str, mend: str) -> None:
 
 
 def seal(arrays: Mapping[str, Any], texts: Mapping[str, str]) -> str:
-    """One checksum of NumPy arrays and texts with their names, types and shapes, for the header of
-    the file they stand in.
+    """Return a checksum of NumPy arrays and texts with their names, types and shapes.
+
+    It is for the header of the file that holds them.
     """
     digest = xxhash.xxh3_128()
     for name, array in sorted(arrays.items()):
@@ -72,8 +73,9 @@ def seal(arrays: Mapping[str, Any], texts: Mapping[str, str]) -> str:
 def check_seal(
     head: Mapping[str, str], arrays: Mapping[str, Any], keys: set[str], where: str, mend: str
 ) -> None:
-    """Compare a header and arrays with the checksum in the header; a file from before there were
-    any has none.
+    """Compare a header and arrays with the checksum in the header.
+
+    A file from before there were checksums has none.
 
     Args:
         keys: of the header, beside its checksum.
@@ -93,8 +95,9 @@ def check_seal(
 
 
 def of_files(folder: Path, names: Iterable[str]) -> Files:
-    """Sizes and checksums of files, and of all files below those of the names that are folders;
-    missing ones are left out.
+    """Return sizes and checksums of files, and of all files below named folders.
+
+    Missing ones are left out.
     """
     found: Files = {}
     for name in names:

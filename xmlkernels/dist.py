@@ -1,5 +1,6 @@
-"""Several processes that train one model; the only caller of torch.distributed, and nothing at
-world size 1.
+"""Several processes that train one model; nothing happens at world size 1.
+
+The only caller of torch.distributed.
 
 Every process draws the same global batch and encodes its own part of it (`part`). The vectors of
 all parts are gathered (`gather_rows`), each process takes the same step on its copy of the label
@@ -54,8 +55,9 @@ class ProcessLost(RuntimeError):
 
 
 def launched() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun's environment has them, also before
-    `start`; (0, 1) without.
+    """Return this process's number and the number of processes; (0, 1) without torchrun.
+
+    From torchrun's environment, also before `start`.
 
     Raises:
         InputError: they are no numbers.
@@ -69,8 +71,9 @@ def launched() -> tuple[int, int]:
 
 
 def start(device: torch.device, patience: float = PATIENCE) -> None:
-    """Joins the processes that torchrun started; nothing where it did not start this one, or
-    started it alone.
+    """Join the processes that torchrun started.
+
+    Does nothing where it did not start this one, or started it alone.
 
     Args:
         device: where the model will be: NCCL sends tensors of a GPU, gloo those of a CPU.
@@ -123,9 +126,11 @@ def start(device: torch.device, patience: float = PATIENCE) -> None:
 
 
 def when_lost(call: Callable[[str], None]) -> None:
-    """`call` is given a sentence when another process has shown no sign of life for `patience`
-    seconds, from a thread: the program itself may be waiting for that process for ever. Of several
-    processes that are left one is called at once, the others a little later."""
+    """Call `call` with a sentence when another process gives no sign for `patience` seconds.
+
+    The call comes from a thread, for the program itself may be waiting for that process for ever.
+    Of several processes that are left one is called at once, the others a little later.
+    """
     if (heart := _heart) is None:
         return
 
@@ -138,8 +143,9 @@ def when_lost(call: Callable[[str], None]) -> None:
 
 
 def missing() -> str | None:
-    """A sentence that names a process which ended without a word or stands still; None where all
-    live, or say why not.
+    """Return a sentence that names a process which ended without a word or does not move.
+
+    None where all are alive, or say why not.
     """
     return None if _heart is None else _heart.find()
 
@@ -165,7 +171,7 @@ def running() -> bool:
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Return this process's number, from 0."""
     return torch.distributed.get_rank() if running() else 0
 
 
@@ -175,13 +181,14 @@ def size() -> int:
 
 
 def local_rank() -> int:
-    """This process's number on its machine: the GPU that is its own."""
+    """Return this process's number on its machine: the GPU that is its own."""
     return int(os.environ.get("LOCAL_RANK", "0")) if running() or "WORLD_SIZE" in os.environ else 0
 
 
 def parts(count: int) -> list[slice]:
-    """`count` things in consecutive parts, one a process, whose sizes differ by one at most; the
-    first ones are larger.
+    """Return `count` things in consecutive parts, one per process.
+
+    Sizes differ by one at most; the first ones are larger.
     """
     whole, rest = divmod(count, size())
     ends = [whole * (r + 1) + min(r + 1, rest) for r in range(size())]
@@ -189,12 +196,12 @@ def parts(count: int) -> list[slice]:
 
 
 def part(count: int) -> slice:
-    """This process's part of `count` things."""
+    """Return this process's part of `count` things."""
     return parts(count)[rank()]
 
 
 def gather_rows(own: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-    """The rows of all processes, in the order of their numbers.
+    """Return the rows of all processes, in the order of their numbers.
 
     Args:
         own: [n, ...], this process's rows; n is counts[rank()].
@@ -222,8 +229,9 @@ def gather_rows(own: Tensor, counts: Sequence[int] | None = None) -> Tensor:
 
 
 def gather_ragged(own: Tensor) -> Tensor:
-    """`gather_rows` where no process knows how many rows the others have: [sum of n, ...]. Waits
-    for the device.
+    """Gather rows where no process knows how many the others have: [sum of n, ...].
+
+    Waits for the device.
     """
     if size() == 1:
         return own
@@ -232,7 +240,7 @@ def gather_ragged(own: Tensor) -> Tensor:
 
 
 def fill_rows(own: Sequence[np.ndarray], *arrays: np.ndarray) -> None:
-    """Puts into [N, ...] arrays the rows that the other processes have found.
+    """Fill [N, ...] arrays with the rows that the other processes have found.
 
     Args:
         own: numbers of the rows that this process has found, in any parts.
@@ -246,7 +254,7 @@ def fill_rows(own: Sequence[np.ndarray], *arrays: np.ndarray) -> None:
 
 
 def gather_texts(own: str) -> list[str]:
-    """The text of every process, in the order of their numbers."""
+    """Return the text of every process, in the order of their numbers."""
     if size() == 1:
         return [own]
     content = torch.tensor(list(own.encode()), dtype=torch.uint8)
@@ -256,14 +264,15 @@ def gather_texts(own: str) -> list[str]:
 
 
 def from_first(value: bool) -> bool:
-    """What the first process says."""
+    """Return what the first process says."""
     return bool(gather_rows(torch.tensor([value], dtype=torch.uint8))[0]) if size() > 1 else value
 
 
 @contextmanager
 def first_alone() -> Iterator[None]:
-    """The first process goes through the block alone, then all others at once: they find the files
-    that it has made.
+    """Let the first process go through the block alone, then all others at once.
+
+    They find the files that it has made.
     """
     if rank() > 0:
         wait()
@@ -273,24 +282,23 @@ def first_alone() -> Iterator[None]:
 
 
 def sum_(tensor: Tensor) -> Tensor:
-    """Replaces `tensor` by its sum over all processes, the same bits on each of them; returns
-    it.
-    """
+    """Replace `tensor` by its sum over all processes, the same bits on each; return it."""
     if size() > 1:
         _talk(torch.distributed.all_reduce, tensor)
     return tensor
 
 
 def max_(tensor: Tensor) -> Tensor:
-    """Replaces `tensor` by its elementwise maximum over all processes; returns it."""
+    """Replace `tensor` by its elementwise maximum over all processes; return it."""
     if size() > 1:
         _talk(torch.distributed.all_reduce, tensor, torch.distributed.ReduceOp.MAX)
     return tensor
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Sums every gradient over all processes, in few large messages; a parameter without one counts
-    as zero.
+    """Sum every gradient over all processes, in few large messages.
+
+    A parameter without a gradient counts as zero.
 
     A parameter that no process gave a gradient stays without one only where it is left out of
     `parameters`: what each process sends must have the same size.
@@ -323,7 +331,7 @@ def _sum_together(gradients: list[Tensor]) -> None:
 
 
 def merge_topk(values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of what every process found in its own rows of the table.
+    """Return the k best of what every process found in its own rows of the table.
 
     Args:
         values: fp32 [B, j], best first; -inf where there was none. j is the same on every process.
@@ -346,8 +354,9 @@ def merge_topk(values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def agree(what: str, text: str, device: torch.device) -> None:
-    """Refuses to go on unless `text` (a configuration, a data set's hash) is the same on every
-    process.
+    """Refuse to go on unless `text` is the same on every process.
+
+    It is a configuration, or the hash of a dataset.
 
     Raises:
         InputError: on every process, where it is not.
@@ -367,8 +376,9 @@ def agree(what: str, text: str, device: torch.device) -> None:
 
 
 def agree_on_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Refuses to go on where copies that ought to be the same have drifted apart: compares sums of
-    their bytes.
+    """Refuse to go on where copies that ought to be the same differ.
+
+    Compares sums of their bytes.
 
     Raises:
         RuntimeError: on every process, naming the first tensor that differs.
@@ -388,8 +398,7 @@ def agree_on_tensors(tensors: Mapping[str, Tensor]) -> None:
 
 
 class Vote:
-    """A question that is put again and again, at the same places of every process: does any of them
-    say yes?
+    """A repeated question to all processes, at the same places of each: does any say yes?
 
     Of several processes the answer is that of the question before: it travels while the work goes
         on, and nobody waits.
@@ -399,7 +408,7 @@ class Vote:
         self._asked: tuple[Any, Tensor] | None = None
 
     def yes(self, own: bool) -> bool:
-        """The answer, the same on every process."""
+        """Return the answer, the same on every process."""
         if size() == 1:
             return own
         answer = False
@@ -414,7 +423,7 @@ class Vote:
 
 
 def wait() -> None:
-    """Returns when every process has come here."""
+    """Return when every process has come here."""
     sum_(torch.zeros(1))
 
 
@@ -431,9 +440,11 @@ def _talk(call: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
 
 
 def _lost(reason: str) -> ProcessLost | None:
-    """The error that names the process which does not answer, if it can be told; None where all
-    live: the fault is in this process's own work (an error of the card that shows in the next call,
-    say)."""
+    """Make the error that names the process which does not answer.
+
+    None where all are alive: the fault is then in this process's own work (an error of the card
+    that shows in the next call, say).
+    """
     own = (
         f"process {rank()} of {size()} has no answer from the others, one of which ended: {reason}"
     )

@@ -22,6 +22,4 @@ class InputError(ValueError):
 
 
 class Failed(Exception):
-    """Work that began and could not be done to its end: one sentence, which is told with exit
-    status 1.
-    """
+    """Work that began and could not be finished: one sentence, exit status 1."""

@@ -156,7 +156,7 @@ def evaluate_split(
 def evaluate_schemes(
     model: Model, split: Split, k: int, *, batch_size: int = 256, inputs: Inputs | None = None
 ) -> dict[str, Evaluation]:
-    """What `evaluate_split` would find under each of the model's schemes, in one pass."""
+    """Evaluate a split under each of the model's schemes, in one pass."""
     return _evaluate(model, split, k, model.schemes, batch_size, inputs)
 
 
@@ -168,7 +168,7 @@ def _evaluate(
     batch_size: int,
     inputs: Inputs | None,
 ) -> dict[str, Evaluation]:
-    """An evaluation for each scheme."""
+    """Evaluate each scheme."""
     count, tree = split.labels.shape[0], model.tree
     values = {scheme: np.empty((count, k), np.float32) for scheme in schemes}
     labels = {scheme: np.empty((count, k), np.int64) for scheme in schemes}
@@ -208,7 +208,7 @@ def _in_turn(own: list[float]) -> list[float]:
 def predict_and_embed_split(
     model: Model, split: Split, k: int, *, batch_size: int = 256, inputs: Inputs | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `predict_split` and `embed_split` give, in one pass."""
+    """Return what `predict_split` and `embed_split` return, in one pass."""
     count, own = split.labels.shape[0], []
     out = [
         np.empty((count, k), np.float32),

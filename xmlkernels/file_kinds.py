@@ -1,5 +1,6 @@
-"""What a file holds, by its first bytes: packed text is unpacked, anything that is no text is
-refused in a sentence.
+"""What a file holds, by its first bytes.
+
+Packed text is unpacked; anything that is no text is refused in a sentence.
 """
 
 from __future__ import annotations
@@ -139,8 +140,10 @@ class _Counted:
 
 
 class _Bounded(io.RawIOBase):
-    """What an archive unpacks to, as long as that is no more than text can be packed to: some
-    megabytes may hold terabytes of one byte."""
+    """What an archive unpacks to, up to what text can be packed to.
+
+    Some megabytes may hold terabytes of one byte.
+    """
 
     def __init__(self, kind: str, inner: IO[bytes], packed: _Counted) -> None:
         self.kind, self._inner, self._packed, self._given = kind, inner, packed, 0
@@ -158,7 +161,9 @@ class _Bounded(io.RawIOBase):
 
 
 def unpacked(file: io.BufferedReader) -> io.BufferedReader:
-    """The stream behind gzip, bzip2 or xz, whatever the file's name; any other stream as it is.
+    """Return the stream behind gzip, bzip2 or xz; any other stream as it is.
+
+    The name of the file does not matter.
 
     Reading it raises TooMuch where it unpacks to more than `FREE_BYTES` and `MOST_RATIO` times what
     was packed.
@@ -181,8 +186,9 @@ def unpacked(file: io.BufferedReader) -> io.BufferedReader:
 
 
 def archive(file: io.BufferedReader) -> str:
-    """What `unpacked` made this stream of: "gzip", "bzip2", "xz", or "" where its bytes are those
-    of the file.
+    """Return what `unpacked` made this stream of: "gzip", "bzip2", "xz" or "".
+
+    "" means that its bytes are those of the file.
     """
     return file.raw.kind if isinstance(file.raw, _Bounded) else ""
 
@@ -296,7 +302,7 @@ _COUNTS = re.compile(r"\s*\d+(\s+\d+){1,2}\s*")
 
 
 def bare_suffix(path: PathLike) -> str:
-    """The suffix in lower case, without that of an archive: ".csv" of `x.csv.gz`."""
+    """Return the suffix in lower case, without that of an archive: ".csv" of `x.csv.gz`."""
     name = os.path.basename(os.fspath(path)).lower()
     for packed in PACKED:
         name = name.removesuffix(packed)
@@ -309,8 +315,9 @@ def is_json_lines(path: PathLike) -> bool:
 
 
 def check_documents(path: PathLike, head: bytes) -> None:
-    """Refuse a file that holds more than one document a line: a table would be labelled line by
-    line, labels and all.
+    """Refuse a file that holds more than one document per line.
+
+    A table would be labelled line by line, labels and all.
 
     Args:
         path: a file of texts, one a line.
@@ -360,8 +367,9 @@ def check_documents(path: PathLike, head: bytes) -> None:
 
 
 def _columns(line: str) -> list[str]:
-    """The column names of a table's header by its commonest divider; none where the line reads as a
-    text.
+    """Return the column names of a table's header by its commonest divider.
+
+    None where the line reads as a text.
     """
     divider = max("\t,;|", key=line.count)
     columns = [column.strip().strip("\"'") for column in line.split(divider)]
@@ -370,7 +378,7 @@ def _columns(line: str) -> list[str]:
 
 
 def _from_table(name: str, header: str, words: list[str]) -> str:
-    """The command that writes the texts of a table, one a line."""
+    """Return the command that writes the texts of a table, one per line."""
     divider = "" if header.count(",") >= header.count("\t") else ", delimiter='\\t'"
     reader = f"csv.DictReader(sys.stdin{divider})"
     joined = " + ' ' + ".join(f"row['{word}']" for word in words) or "row['COLUMN']"
@@ -379,8 +387,9 @@ def _from_table(name: str, header: str, words: list[str]) -> str:
 
 
 def _source(name: str) -> str:
-    """The beginning of a pipe that gives a file's text; nothing for standard input, which has no
-    name.
+    """Return the beginning of a pipe that gives a file's text.
+
+    Nothing for standard input, which has no name.
     """
     if not os.path.exists(name):
         return ""

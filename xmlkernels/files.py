@@ -1,6 +1,4 @@
-"""What every reader and writer of files shares: opening, decompressing, quoting, replacing a file
-whole.
-"""
+"""What readers and writers of files share: opening, unpacking, quoting, replacing whole."""
 
 from __future__ import annotations
 
@@ -50,24 +48,25 @@ __all__ = [
 
 
 class DataWarning(UserWarning):
-    """Something in a data file was mended or left out; the message names the file, the place and
-    the count.
+    """Something in a data file was changed or left out.
+
+    The message names the file, the place and the count.
     """
 
 
 def quote(token: bytes | str, limit: int = 40) -> str:
-    """A token as it stands in a message: quoted, printable, at most `limit` characters of it."""
+    """Return a token for a message: quoted, printable, at most `limit` characters of it."""
     text = token.decode("utf-8", "backslashreplace") if isinstance(token, bytes) else token
     return repr(text) if len(text) <= limit else f"{text[:limit]!r}…"
 
 
 def at_line(path: PathLike, line: int) -> str:
-    """`file:line`, lines counted from 1."""
+    """Return `file:line`, lines counted from 1."""
     return f"{os.fspath(path)}:{line}"
 
 
 def check_file(path: PathLike, *, may_be_empty: bool = False) -> Path:
-    """The path of a file that exists and holds something.
+    """Return the path of a file that exists and holds something.
 
     Raises:
         InputError: nothing stands there, a folder does, or the file is empty.
@@ -89,7 +88,7 @@ def check_file(path: PathLike, *, may_be_empty: bool = False) -> Path:
 
 
 def empty_file(path: PathLike) -> InputError:
-    """The error for a file without content."""
+    """Make the error for a file without content."""
     return InputError(
         os.fspath(path), "at least one line", "an empty file", "make or fetch the file again"
     )
@@ -97,8 +96,9 @@ def empty_file(path: PathLike) -> InputError:
 
 @contextmanager
 def open_bytes(path: PathLike, *, may_be_empty: bool = False) -> Iterator[io.BufferedReader]:
-    """The text file as a stream of bytes, unpacked where it starts as gzip, bzip2 or xz do,
-    whatever its name.
+    """Open a text file as a stream of bytes, unpacked where it starts as gzip, bzip2 or xz do.
+
+    The name of the file does not matter.
 
     Raises:
         InputError: as `check_file`; the file holds no text (`kinds.check_text`); or an archive is
@@ -136,8 +136,9 @@ def open_bytes(path: PathLike, *, may_be_empty: bool = False) -> Iterator[io.Buf
 
 @contextmanager
 def map_bytes(path: PathLike, *, may_be_empty: bool = False) -> Iterator[bytes | mmap.mmap]:
-    """The whole (decompressed) file as one buffer: memory-mapped where it can be, else in
-    memory.
+    """Give the whole (unpacked) file as one buffer.
+
+    Memory-mapped where it can be, else in memory.
     """
     with open_bytes(path, may_be_empty=may_be_empty) as file:
         if archive(file) or not Path(path).is_file() or os.fstat(file.fileno()).st_size == 0:
@@ -162,8 +163,9 @@ def _all(file: io.BufferedReader, name: str) -> bytes:
 
 @contextmanager
 def naming(path: PathLike) -> Iterator[None]:
-    """Gives an OSError of the block, which may come from a stream without a name, the name of the
-    file.
+    """Give an OSError of the block the name of the file.
+
+    It may come from a stream without a name.
     """
     try:
         yield
@@ -175,7 +177,7 @@ def naming(path: PathLike) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: PathLike) -> Iterator[IO[bytes]]:
-    """A stream whose content takes the place of `path` when the block ends without an exception.
+    """Give a stream whose content takes the place of `path` when the block ends well.
 
     Written beside the target, synced, then renamed: a reader or a crash sees the old file or the
     new one, never a part. A name that ends in `.gz` is compressed, with no time stamp inside, so
@@ -302,7 +304,7 @@ def sync(path: Path) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """One sentence for what the system refused: which file, why, and what to do."""
+    """Return one sentence for what the system refused: which file, why, and what to do."""
     if not isinstance(error, OSError):
         return str(error)
     # NumPy says how many values it could not write, and no reason.

@@ -1,5 +1,4 @@
-"""Refuse a folder of a model or tokenizer that is of use only to those who run its code or unpickle
-its weights.
+"""Refuse folders of models or tokenizers that need code of their own or pickled weights.
 
 Nothing is loaded here: names of files and JSON alone are looked at. Weights are read from
 safetensors, which hold numbers and nothing else; code of a repository (`auto_map`) never runs,
@@ -32,14 +31,15 @@ def refuse_model(folder: Path) -> None:
 
 
 def refuse_settings(settings: Mapping[str, Any], where: str) -> None:
-    """The same for a configuration that is loaded before its weights."""
+    """Refuse the same in a configuration that is loaded before its weights."""
     refuse_auto_map(settings, where)
     _refuse_weights_name(settings, where)
 
 
 def refuse_code(folder: Path) -> None:
-    """InputError where a JSON file of settings names Python code of its own (`auto_map`), or is no
-    JSON object.
+    """Raise InputError where a JSON file of settings names Python code of its own (`auto_map`).
+
+    So does a file that is no JSON object.
     """
     for path in (folder / CONFIG, folder / "tokenizer_config.json"):
         if not path.is_file():
@@ -49,8 +49,9 @@ def refuse_code(folder: Path) -> None:
 
 
 def refuse_auto_map(settings: Mapping[str, Any], where: str) -> None:
-    """InputError where settings, or settings inside them, name Python code in place of a class of
-    transformers.
+    """Raise InputError where settings name Python code in place of a class of transformers.
+
+    Settings inside them count too.
     """
     if code := next(_auto_maps(settings), None):
         raise InputError(
@@ -62,8 +63,9 @@ def refuse_auto_map(settings: Mapping[str, Any], where: str) -> None:
 
 
 def _refuse_pickle(folder: Path) -> None:
-    """InputError where a folder's weights are no safetensors; whether there are any, their loader
-    says.
+    """Raise InputError where a folder's weights are no safetensors.
+
+    Whether there are any, their loader says.
     """
     if (folder / "adapter_config.json").exists():
         mend = "merge it into its model (merge_and_unload) and save that"
@@ -131,7 +133,7 @@ def _is_plain(name: Any, ends: tuple[str, ...]) -> bool:
 
 
 def _auto_maps(value: Any) -> Iterator[str]:
-    """What every `auto_map` that is not empty names first."""
+    """Yield what every non-empty `auto_map` names first."""
     if isinstance(value, list):
         for item in value:
             yield from _auto_maps(item)

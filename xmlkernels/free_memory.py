@@ -1,5 +1,6 @@
-"""How much memory this process can still take: of the machine, of its control groups and of its own
-limit.
+"""How much memory this process can still take.
+
+The machine, its control groups and its own limit count.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ _CACHE = ("inactive_file", "active_file", "total_inactive_file", "total_active_f
 
 
 def control_groups(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
-    """(limit, bytes in use without the cache of files) of every group on the way from this
-    process's own up that has a limit, of version 2 and of version 1.
+    """Return (limit, bytes in use without the cache of files) of every group with a limit.
+
+    Groups are those from this process's own up, of version 2 and of version 1.
 
     Args:
         root: where the system's files are; another one in tests.

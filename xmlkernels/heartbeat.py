@@ -21,9 +21,11 @@ ALIVE, FAILED, DONE = b"", b"failed", b"done"
 class Store(Protocol):
     """What is used of torch.distributed.Store."""
 
-    def set(self, key: str, value: str) -> None: ...
+    def set(self, key: str, value: str) -> None:
+        """Set a value."""
 
-    def multi_get(self, keys: list[str]) -> list[bytes]: ...
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        """Return the values of several keys."""
 
 
 class Heartbeat:
@@ -74,7 +76,7 @@ class Heartbeat:
             self._thread.join(2 * self.interval)
 
     def missing(self, silence: float) -> list[int]:
-        """Processes that have given no sign for so many seconds and did not say that they end."""
+        """Return processes that gave no sign for so many seconds and did not say that they end."""
         now = time.monotonic()
         return [
             r for r in self._others if self._state[r] == ALIVE and now - self._last[r] > silence
@@ -89,8 +91,10 @@ class Heartbeat:
         return all(state == ALIVE for state in self._state.values())
 
     def find(self) -> str | None:
-        """After a call that another process did not answer: a sentence that names it; None where
-        one that failed tells so itself, or all are alive."""
+        """Return a sentence that names the process which did not answer a call.
+
+        None where one that failed tells so itself, or all are alive.
+        """
         end = time.monotonic() + 5 * self.interval
         while time.monotonic() < end and not self.failed():
             if gone := self.missing(3 * self.interval):

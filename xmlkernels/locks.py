@@ -1,5 +1,6 @@
-"""Who may write to a place: one process at a time, told by a lock that the kernel lets go of when
-its holder dies.
+"""Who may write to a place: one process at a time.
+
+The kernel releases the lock when its holder dies.
 
 The lock is `flock` on a small file that says who holds it. For a folder that stays where it is the
 file lies inside, so that nothing but the folder need be writable; for a file, or a folder that is
@@ -41,8 +42,9 @@ _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 def own_folder(
     path: PathLike, flag: str = "--output", *, writes: Iterable[str] = (), wait: Tell | None = None
 ) -> Iterator[Path]:
-    """Hold a folder for the block, and make it where it is not there; one that was made and stays
-    empty goes again.
+    """Hold a folder for the block, and make it where it does not exist.
+
+    One that was made and stays empty is removed.
 
     Args:
         path: the folder, or a symbolic link to one.
@@ -100,8 +102,9 @@ def own_place(
 
 
 def check_place(path: PathLike, flag: str = "--output") -> None:
-    """InputError where no folder can be made at `path`, before long work: a file is in the way, or
-    no right to write.
+    """Raise InputError where no folder can be made at `path`, before long work.
+
+    A file is in the way, or there is no right to write.
     """
     place = Path(os.path.realpath(path))
     above = next(folder for folder in (place, *place.parents) if folder.exists())
@@ -122,15 +125,14 @@ def check_place(path: PathLike, flag: str = "--output") -> None:
 
 
 def is_ours(name: str, writes: Iterable[str]) -> bool:
-    """Whether a file in a folder is its lock, or an unfinished copy of one of those written
-    there.
-    """
+    """Return whether a file is a folder's lock, or an unfinished copy of a file written there."""
     return name == LOCK or any(re.fullmatch(re.escape(f".{own}") + _PART, name) for own in writes)
 
 
 def clear_parts(folder: Path, name: str) -> None:
-    """Remove what a killed process left of writing `name` in `folder`; only for whoever holds the
-    place.
+    """Remove what a killed process left of writing `name` in `folder`.
+
+    Only the holder of the place may call it.
     """
     for found in folder.glob(f".{glob.escape(name)}.*"):
         if re.fullmatch(re.escape(f".{name}") + _PART, found.name):
@@ -184,7 +186,7 @@ def _locked(place: Path, lock: Path, flag: str, wait: Tell | None) -> Iterator[N
 
 
 def _take(lock: Path, place: Path, flag: str) -> int | InputError:
-    """The locked file's descriptor, or the error that tells who holds it."""
+    """Return the locked file's descriptor, or the error that names its holder."""
     while True:
         try:
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
@@ -260,8 +262,9 @@ def _command() -> str:
 
 
 def _boot() -> str:
-    """What tells this kernel from others, also where containers have host names of their own; ""
-    where it is not known.
+    """Return what tells this kernel from others; "" where it is not known.
+
+    Containers may have host names of their own.
     """
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -269,7 +272,10 @@ def _boot() -> str:
 
 
 def _holder(lock: Path, *, patient: bool = False) -> dict[str, Any]:
-    """What the file says; it may have been taken an instant ago and say nothing yet."""
+    """Return what the file says.
+
+    It may have been taken an instant ago and say nothing yet.
+    """
     for _ in range(10 if patient else 1):
         with suppress(OSError, ValueError):
             found = json.loads(lock.read_text())

@@ -15,8 +15,9 @@ MARGIN = 1.1
 
 
 def machine_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory that this process may use: those of the machine or, where it is less, what
-    its cgroup allows.
+    """Return the bytes of memory that this process may use.
+
+    Those of the machine or, where it is less, what its cgroup allows.
 
     What other programs hold at the moment does not count, nor does swap: a run goes on for long,
         and they come and go.

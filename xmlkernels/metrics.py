@@ -34,8 +34,9 @@ _BLOCK = 1 << 20  # predictions looked at together: bounds the working memory at
 
 
 def inverse_propensity(train_labels: csr_matrix, A: float, B: float) -> np.ndarray:
-    """Inverse propensity of each label, float64 [L]: 1 + C·(n_l + B)^-A with C = (ln N - 1)·(B +
-    1)^A.
+    """Return the inverse propensity of each label, float64 [L].
+
+    It is 1 + C·(n_l + B)^-A with C = (ln N - 1)·(B + 1)^A.
 
     Args:
         train_labels: [N, L], the training matrix without label texts or other virtual points: they
@@ -154,7 +155,9 @@ def decile_table(
     train_labels: csr_matrix,
     ks: Sequence[int] = (1, 3, 5),
 ) -> list[dict[str, float | int]]:
-    """What each tenth of the labels, by training frequency, holds and gains; rarest labels first.
+    """Return what each tenth of the labels, by training frequency, holds and gains.
+
+    Rarest labels first.
 
     Labels are sorted by training frequency (equal frequency: by number) and cut into ten groups of
     equal label count, the first L mod 10 groups one label larger; labels that no training point has
@@ -252,9 +255,7 @@ def _curves(
 def _blocks(
     top_rows: np.ndarray, targets: csr_matrix, deepest: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, csr_matrix]]:
-    """Blocks of points: labels [n, deepest] filled up with -1, whether each is a positive, targets
-    [n, L].
-    """
+    """Yield blocks of points: labels [n, deepest] padded by -1, hits, targets [n, L]."""
     n, labels = targets.shape
     size = max(1, _BLOCK // max(deepest, 1))
     for start in range(0, n, size):
@@ -297,8 +298,9 @@ def _hits(rows: np.ndarray, targets: csr_matrix) -> np.ndarray:
 
 
 def _best_weights(targets: csr_matrix, weight: np.ndarray, deepest: int) -> np.ndarray:
-    """The `deepest` largest weights among each point's positives, descending, 0 where it has fewer;
-    float64 [n, deepest].
+    """Return the `deepest` largest weights among each point's positives, descending.
+
+    0 where it has fewer; float64 [n, deepest].
     """
     count = np.diff(targets.indptr)
     point = np.repeat(np.arange(len(count)), count)
@@ -312,12 +314,12 @@ def _best_weights(targets: csr_matrix, weight: np.ndarray, deepest: int) -> np.n
 
 
 def _between(ks: tuple[int, ...]) -> list[slice]:
-    """The places that each cut-off adds to the one before it."""
+    """Return the places that each cut-off adds to the one before it."""
     return [slice(start, end) for start, end in zip((0, *ks), ks, strict=False)]
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """above / below, 0 where below is 0."""
+    """Return above / below, 0 where below is 0."""
     ratio: np.ndarray = np.divide(above, below, out=np.zeros(np.shape(below)), where=below != 0)
     return ratio
 

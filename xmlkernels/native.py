@@ -18,7 +18,7 @@ missing_cuda: str | None = "not asked for yet"
 
 
 def load() -> str | None:
-    """Loads the CPU kernels into torch's dispatcher, and the CUDA ones where torch has CUDA.
+    """Load the CPU kernels into torch's dispatcher, and the CUDA ones where torch has CUDA.
 
     Returns:
         None when the CPU kernels are loaded, else the reason why not; `missing_cuda` has that of
@@ -61,8 +61,9 @@ def _load(library: Path) -> str | None:
 
 
 def _cuda_can_load() -> bool:
-    """Whether the CUDA library is there and is meant for this torch: a CPU-only torch lacks what it
-    is linked with.
+    """Return whether the CUDA library is there and fits this torch.
+
+    A CPU-only torch lacks what it is linked with.
     """
     return (
         torch.version.cuda is not None
@@ -82,8 +83,9 @@ def _missing_cuda() -> str | None:
 
 
 def warn_reference(device: str, reason: str) -> None:
-    """Tells once per device type that an op runs on its slow reference, which may hold whole
-    matrices (`B x L`).
+    """Warn once per device type that an op runs on its slow reference.
+
+    The reference may hold whole matrices (`B x L`).
     """
     if device not in _warned:
         _warned.add(device)

@@ -1,5 +1,6 @@
-"""The encoder's optimizer, its schedules, gradient clipping and the loss scaler; none waits for the
-device.
+"""The encoder's optimizer, schedules, gradient clipping and loss scaler.
+
+None waits for the device.
 
 Sources: AdamW (Loshchilov & Hutter, ICLR 2019); dynamic loss scaling (Micikevicius et al., ICLR
     2018, §3.2).
@@ -80,8 +81,9 @@ def encoder_optimizer(
 
 
 def step_unless(optimizer: torch.optim.Optimizer, found_inf: torch.Tensor) -> None:
-    """`optimizer.step()`, except that found_inf = 1 leaves parameters, moments and step counters
-    bit for bit unchanged.
+    """Call `optimizer.step()`, which found_inf = 1 turns into a step without effect.
+
+    Parameters, moments and step counters are then bit for bit unchanged.
 
     Args:
         optimizer: if fused, the decision is taken inside its kernel; otherwise `found_inf` is read
@@ -121,8 +123,9 @@ def warmup_cosine(step: int, warmup: int, total: int) -> float:
 
 
 def three_phase(step: int, warmup: int, total: int, cooldown: int) -> tuple[float, float]:
-    """Factor of the learning rate and beta1 in step 0, 1, …, total − 1: the one-cycle policy with a
-    plateau.
+    """Return the factor of the rate, and beta1, in a step: one-cycle with a plateau.
+
+    Steps are 0, 1, …, total − 1.
 
     Phase 1 rises by a cosine from 1/10 to 1 and ends in step warmup − 1; phase 2 stays at 1 until
     step total − cooldown − 2; phase 3 falls by a cosine to 1/1000 in step total − 1, where it
@@ -184,8 +187,9 @@ def set_learning_rate(
 
 
 def clip_gradients(params: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
-    """Scale all gradients so that their joint 2-norm is at most `max_norm`; the norm before, fp32
-    [], stays on the device.
+    """Scale all gradients so that their joint 2-norm is at most `max_norm`.
+
+    Returns the norm before, fp32 [], on the device.
 
     A norm that is not finite makes every gradient non-finite: pass it to the check that skips the
     step.
@@ -239,8 +243,9 @@ class LossScaler:
         self.skipped = torch.zeros(1, dtype=torch.int64, device=device)
 
     def unscale_(self, params: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Divide every gradient by the scale, in place; fp32 [1]: 1 if any was not finite, else
-        0.
+        """Divide every gradient by the scale, in place.
+
+        Returns fp32 [1]: 1 if any was not finite, else 0.
         """
         grads = [p.grad for p in params if p.grad is not None]
         found_inf = torch.zeros_like(self.scale)
@@ -295,8 +300,9 @@ def scaled_step(
     *,
     clip: float = 0.0,
 ) -> torch.Tensor:
-    """Sum over processes, unscale, clip, step and adjust the scale: what follows the backward of a
-    step.
+    """Sum over processes, unscale, clip, step and adjust the scale.
+
+    This is what follows the backward of a step.
 
     Args:
         optimizer: holds every parameter with a gradient; of several processes each has gradients of

@@ -19,8 +19,9 @@ _kept: set[Any] = set()
 
 
 def keep_compiled(*loops: Any) -> None:
-    """Keep the machine code of compiled loops on disk from their first call on: it takes seconds to
-    make.
+    """Keep the machine code of compiled loops on disk: it takes seconds to make.
+
+    It is kept from the first call on.
 
     Not `njit(cache=True)`, which makes folders when a module is imported. Numba's cache sees
     changes of the loop's own file alone, so the loops of a file must not call those of another.
@@ -45,8 +46,9 @@ def threads() -> int:
 
 
 def in_parallel(work: Callable[[int, int], None], count: int, step: int, workers: int = 0) -> None:
-    """Calls work(begin, end) for the pieces of `step` of range(count). Who does which piece must
-    not change the result.
+    """Call work(begin, end) for the pieces of `step` of range(count).
+
+    Who does which piece must not change the result.
 
     Args:
         workers: threads; 0 is `threads()`.

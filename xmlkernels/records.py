@@ -1,5 +1,6 @@
-"""Read JSON, and check every value by its type: the one place for manifests, heads and settings
-that stand in files.
+"""Read JSON and check every value by its type.
+
+The one place for manifests, heads and settings in files.
 
 Say the shape of a record as a TypedDict and read it::
 
@@ -83,7 +84,7 @@ def read_record(
     kind: Mapping[str, Any] | None = None,
     most_bytes: int = MOST_BYTES,
 ) -> T:
-    """The record of a JSON file.
+    """Read the record of a JSON file.
 
     Args:
         path: the file.
@@ -119,8 +120,9 @@ def parse_record(
     mend: str,
     kind: Mapping[str, Any] | None = None,
 ) -> T:
-    """The record that a text holds; arguments and errors as `read_record`, `where` is what messages
-    call the text.
+    """Parse the record that a text holds.
+
+    Arguments and errors are those of `read_record`; `where` is what messages call the text.
     """
     value = parse_json(text, where, mend)
     if kind is not None:
@@ -133,8 +135,9 @@ def parse_record(
 
 
 def check_record(value: Any, shape: type[T], *, where: str, mend: str) -> T:
-    """A value that was parsed before, if it has the type. It is returned as it stands, keys beyond
-    the type included.
+    """Return a value that was parsed before, if it has the type.
+
+    It is returned unchanged, keys beyond the type included.
 
     Raises:
         InputError: names the key, what was expected and what stands there.
@@ -214,8 +217,9 @@ _LAX = json.JSONDecoder()
 
 
 def _depth(value: Any) -> int:
-    """Levels of lists and objects; not recursive, and it stops one level behind the deepest that is
-    allowed.
+    """Count the levels of lists and objects.
+
+    Not recursive; stops one level behind the deepest that is allowed.
     """
     level, depth = [value], 0
     while level and depth <= DEEPEST:
@@ -232,8 +236,9 @@ def _inside(value: Any) -> Iterator[Any]:
 
 
 def _told(value: Any, shape: Any, report: str, where: str, mend: str) -> InputError:
-    """The sentence for msgspec's, such as "Expected `int` >= 0, got `str` - at
-    `$.splits[...].documents`".
+    """Make our sentence of msgspec's.
+
+    Such as "Expected `int` >= 0, got `str` - at `$.splits[...].documents`".
     """
     parts = _REPORT.fullmatch(report)
     assert parts is not None  # every part is optional
@@ -281,7 +286,7 @@ def _located(value: Any, shape: Any, report: str, path: str) -> tuple[list[str |
 
 
 def _report(value: Any, shape: Any, steps: list[str | int], key: str) -> str:
-    """What msgspec says of the value when the dict at `steps` holds `key` alone."""
+    """Return what msgspec says of the value when the dict at `steps` holds `key` alone."""
     try:
         msgspec.convert(_pruned(value, steps, key), shape, strict=True)
     except msgspec.ValidationError as error:
@@ -305,8 +310,9 @@ def _step(step: str | int) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as it stands in JSON, at most 60 characters of it; of lists and objects how many
-    items they have.
+    """Return a value as JSON, at most 60 characters of it.
+
+    Of lists and objects the number of items.
     """
     if isinstance(value, dict | list):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"

@@ -11,7 +11,11 @@ from xmlkernels.errors import InputError
 
 
 def check_threads(count: int) -> int:
-    """The number itself. InputError where it is negative or no whole number."""
+    """Return the number itself.
+
+    Raises:
+        InputError: Where it is negative or no whole number.
+    """
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         mend = "leave it out: 0 leaves torch's choice"
         raise InputError("threads", "a whole number, 0 or more", repr(count), mend)

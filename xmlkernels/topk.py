@@ -1,5 +1,4 @@
-"""The k best candidates of each point: from a score matrix, and without the pairs that a dataset
-filters out.
+"""The k best candidates of each point, from scores, without filtered pairs.
 
 Letters: N points, L labels, K candidates kept per point, k predictions wanted. Rankings are pairs
 (values, rows) [N, K] in descending order of score; a place without a candidate holds row -1 and
@@ -15,7 +14,7 @@ _BLOCK = 1 << 22  # stored scores or candidates looked at together
 
 
 def top_rows_from_csr(scores: csr_matrix, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best stored labels of each point; equal scores: the lower label first.
+    """Return the k best stored labels of each point; of equal scores the lower label first.
 
     Every stored entry is a candidate, also one with score 0 or below; an absent label is never one.
 
@@ -91,8 +90,9 @@ def drop_filtered(
     *,
     num_labels: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k best candidates of each point that are not filtered: pairs are removed before the cut
-    to k.
+    """Return the k best candidates of each point that are not filtered.
+
+    Pairs are removed before the cut to k.
 
     Args:
         top_rows: int64 [N, K], best first, -1 where there is none.
@@ -162,7 +162,10 @@ def drop_filtered(
 def _without(
     rows: np.ndarray, values: np.ndarray, point: np.ndarray, label: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The candidates [n, K] without the pairs (point, label), moved up; -1 and -inf behind them."""
+    """Remove the pairs (point, label) from candidates [n, K] and move the rest up.
+
+    -1 and -inf fill the end.
+    """
     pair, place = np.nonzero(rows[point] == label[:, None])
     removed = np.zeros(rows.shape, bool)
     removed[point[pair], place] = True

@@ -1,6 +1,4 @@
-"""The two files of a checkpoint: written, read, compared with each other and with their
-checksums.
-"""
+"""Write, read and verify the two files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -76,9 +74,7 @@ def write(fresh: Path, tensors: Mapping[str, torch.Tensor], text: str) -> None:
 def _unshared(
     tensors: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Contiguous tensors with memory of their own, and name → stored name for those that are one
-    and the same.
-    """
+    """Return contiguous tensors that share no memory, and name → stored name of repeated ones."""
     stored: dict[str, torch.Tensor] = {}
     alias: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
@@ -117,8 +113,10 @@ def _unshared(
 def read(
     found: Path, target: Path, keep: Callable[[str], bool]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors that are asked for, and the state, from where they were found; messages name the
-    target.
+    """Read the state and the tensors asked for.
+
+    Files are read from `found`; messages name `target`, for `found` may be the place of an
+    unfinished save.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -178,8 +176,9 @@ def read(
 
 
 def _check_size(path: Path, head: _Head, where: str) -> None:
-    """InputError where a file is not as long as its tensors make it: before anything of its length
-    is mapped.
+    """Raise InputError where a file is not as long as its tensors make it.
+
+    Checked before anything of its length is mapped.
     """
     values = 0
     for name, told in head["tensors"].items():
@@ -205,7 +204,7 @@ def _check_size(path: Path, head: _Head, where: str) -> None:
 
 
 def _check_state(content: bytes, head: _Head, metadata: Mapping[str, str], target: Path) -> bool:
-    """Compares state.json with its checksum; whether there are any, which either file says."""
+    """Compare state.json with its checksum; return whether the checkpoint has checksums."""
     summed = ["xxh3_128" in told for told in head["tensors"].values()]
     if ALGORITHM in metadata:
         compare(checksum(content), metadata[ALGORITHM], str(target / STATE), _MEND)
@@ -263,7 +262,7 @@ def _dtype(tensor: torch.Tensor) -> str:
 
 
 def stat(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is replaced; None where there is none."""
+    """Return inode and time of change, which differ when a file is replaced; None for no file."""
     with contextlib.suppress(OSError):
         found = path.stat()
         return found.st_ino, found.st_mtime_ns

@@ -1,5 +1,6 @@
-"""Checkpoints: a folder of `tensors.safetensors` and `state.json` that is either the old one or the
-new one, never half.
+"""Checkpoints: `tensors.safetensors` and `state.json` in a folder, replaced as a whole.
+
+A reader finds the old checkpoint or the new one, never half of one.
 
 A save writes a folder beside the target, syncs it, moves the old one to `.NAME.old`, moves the new
 one in, and removes the old one or keeps it as `NAME.1`. Whoever finds the target missing reads
@@ -45,8 +46,9 @@ def save(
     *,
     keep: int = 0,
 ) -> None:
-    """Write a checkpoint, replacing the one that stands there; a crash at any instant leaves the
-    old or the new one.
+    """Write a checkpoint in place of an earlier one.
+
+    A crash at any instant leaves the old checkpoint or the new one.
 
     Args:
         folder: where it shall stand. Anything else than an earlier checkpoint there is left alone
@@ -80,8 +82,9 @@ def save(
 def load(
     folder: str | os.PathLike[str], keep: Callable[[str], bool] = lambda name: True
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read a checkpoint: (tensors on the CPU, state), compared with the names, shapes, dtypes and
-    checksums in it.
+    """Read a checkpoint: (tensors on the CPU, state).
+
+    Names, shapes, dtypes and checksums are compared with what the checkpoint says of them.
 
     Args:
         keep: which tensors to read, by name: prediction needs no optimizer state.
@@ -111,8 +114,9 @@ def load(
 
 
 class CheckpointFolder:
-    """The `last` and the `best` checkpoint of a run, in one folder, and the ones before the last:
-    `last.1`, `last.2`, …
+    """The checkpoints of a run in one folder: `last`, `best`, and earlier ones.
+
+    The earlier ones are `last.1` (the latest), `last.2`, …
 
     Args:
         folder: holds them; made by the first save.
@@ -128,7 +132,7 @@ class CheckpointFolder:
         save(self.folder / "last", tensors, state, keep=self.keep)
 
     def save_best(self) -> None:
-        """Makes `last` the `best` too, by hard links (copies where the file system has none).
+        """Make `last` the `best` too, by hard links (copies where the file system has none).
 
         Raises:
             InputError: there is no `last` to link.
@@ -151,7 +155,7 @@ class CheckpointFolder:
             raise
 
     def put_back(self, which: str) -> None:
-        """Makes another checkpoint of the run the `last`, in place of a damaged one, which goes."""
+        """Put another checkpoint of the run in the place of a damaged `last`, which is removed."""
         source, target = self._path(which).resolve(), (self.folder / "last").resolve()
         if holds_one(target):
             refuse_foreign(target)
@@ -175,8 +179,9 @@ class CheckpointFolder:
         keep: Callable[[str], bool] = lambda name: True,
         check: Callable[[Mapping[str, Any]], None] = lambda state: None,
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any], str, InputError | None]:
-        """The first whole checkpoint of `order`, where "earlier" stands for those before the last,
-        the latest first.
+        """Load the first whole checkpoint of `order`.
+
+        "earlier" means the checkpoints before the last, the latest first.
 
         Args:
             check: raises an InputError where a state is not what it should be; the checkpoint then

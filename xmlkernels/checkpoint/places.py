@@ -1,4 +1,8 @@
-"""Where a checkpoint stands on the disk while it is replaced, and where the ones before it go.
+"""Where a checkpoint is on the disk while it is replaced, and where earlier ones go.
+
+`folder.py` explains why. `NAME` is the checkpoint, `.NAME.old` the one that it is about to replace,
+`NAME.1` the one before it and `NAME.2` the one before that, `.NAME.new-…` what is being written or
+removed.
 
 `checkpoint.py` tells why. `NAME` is the checkpoint, `.NAME.old` the one that it is about to
 replace, `NAME.1` the one before it and `NAME.2` the one before that, `.NAME.new-…` what is being
@@ -47,15 +51,16 @@ def holds_nothing_else(folder: Path) -> bool:
 
 
 def temporary(target: Path) -> Path:
-    """A new folder to write the next checkpoint into."""
+    """Make a new folder to write the next checkpoint into."""
     fresh = _aside(target)
     fresh.mkdir()
     return fresh
 
 
 def recover(target: Path, keep: int = 0) -> None:
-    """Put right what a crash left: the old checkpoint back in its place, unfinished and outlived
-    ones away.
+    """Repair what a crash left.
+
+    The old checkpoint goes back to its place; unfinished and superseded ones are removed.
     """
     if target.is_dir() and not any(target.iterdir()):
         # made by a caller; taken for a checkpoint it would cost the old one its life below
@@ -70,8 +75,9 @@ def recover(target: Path, keep: int = 0) -> None:
 
 
 def swap_in(fresh: Path, target: Path, keep: int = 0) -> None:
-    """The new checkpoint in place of the old one, which becomes the first of the earlier ones that
-    are kept.
+    """Put the new checkpoint in place of the old one.
+
+    The old one becomes the first of the earlier checkpoints that are kept.
     """
     # rename() cannot replace a folder that holds files, hence two steps; between them readers use
     # the old one.
@@ -83,7 +89,7 @@ def swap_in(fresh: Path, target: Path, keep: int = 0) -> None:
 
 
 def replace(fresh: Path, target: Path) -> None:
-    """The new folder in place of a damaged checkpoint, which goes."""
+    """Put the new folder in place of a damaged checkpoint, which is removed."""
     away = _aside(target)
     if target.exists():
         os.rename(target, away)
@@ -93,9 +99,7 @@ def replace(fresh: Path, target: Path) -> None:
 
 
 def retire(target: Path, keep: int) -> None:
-    """Make `.NAME.old` the first of the earlier checkpoints; more than `keep` of them do not
-    stay.
-    """
+    """Make `.NAME.old` the first of the earlier checkpoints, of which `keep` remain."""
     before = old(target)
     if before.exists() and keep:
         place = next(
@@ -123,8 +127,9 @@ def _numbered(target: Path, number: int) -> Path:
 
 
 def _make_room(target: Path, place: Path) -> None:
-    """An earlier checkpoint goes; one that somebody has put a file of his own into is moved aside,
-    with all it has.
+    """Remove an earlier checkpoint.
+
+    One that holds a file of somebody else's is moved aside with all it holds.
     """
     _drop(place)
     if place.exists():
@@ -132,8 +137,9 @@ def _make_room(target: Path, place: Path) -> None:
 
 
 def _drop(path: Path) -> None:
-    """Remove an earlier checkpoint: first its name, so that nobody finds half of it. A folder of
-    anything else stays.
+    """Remove an earlier checkpoint; a folder of anything else stays.
+
+    It is renamed first, so that nobody finds half of it.
     """
     if path.exists() and holds_nothing_else(path):
         away = path.with_name(f".{path.name.rpartition('.')[0]}.new-{secrets.token_hex(4)}")

@@ -1,5 +1,4 @@
-"""What a checkpoint needs beside weights: exact JSON, generator states, optimizer states by
-parameter name.
+"""Checkpoint content besides weights: exact JSON, generator states, optimizer states by name.
 
 `checkpoint.py` gives these names to the outside.
 """
@@ -45,8 +44,9 @@ _STATELESS = "none"
 
 
 def encode(value: Any, path: str = "state") -> Any:
-    """`value` in strict JSON: non-finite floats as {"__float__": "nan"}, NumPy scalars as numbers,
-    tuples as lists.
+    """Return `value` in strict JSON.
+
+    Non-finite floats become {"__float__": "nan"}, NumPy scalars numbers, tuples lists.
 
     Raises:
         InputError: anything else than None, bool, int, float, str, list, tuple, or dict with str
@@ -73,8 +73,10 @@ def encode(value: Any, path: str = "state") -> Any:
 
 
 def decode(value: Any) -> Any:
-    """The inverse of `encode`; tuples come back as lists. InputError where a number is none that
-    `encode` writes.
+    """Invert `encode`; tuples come back as lists.
+
+    Raises:
+        InputError: For a float that `encode` does not write.
     """
     if isinstance(value, list):
         return [decode(item) for item in value]
@@ -89,8 +91,9 @@ def decode(value: Any) -> Any:
 
 
 def rng_state() -> dict[str, Any]:
-    """States of the default generators of Python, NumPy (legacy), torch's CPU and every CUDA
-    device, JSON-ready.
+    """Return the states of all default generators, JSON-ready.
+
+    Those of Python, NumPy (legacy), torch's CPU and every CUDA device.
     """
     version, words, gauss = random.getstate()
     state: dict[str, Any] = {
@@ -151,8 +154,9 @@ def _bytes(text: str) -> torch.Tensor:
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, named_params: Iterable[tuple[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
-    """State of every parameter under "NAME/KEY", as "model.bias/exp_avg": no numbers that hang on
-    an order of groups.
+    """Return the state of every parameter under "NAME/KEY", as "model.bias/exp_avg".
+
+    Names do not depend on the order of parameter groups.
 
     A parameter that has no state yet (it never had a gradient) leaves an empty "NAME/none". Rates
     and other settings of the groups belong to the run's configuration and are not here.
@@ -185,8 +189,9 @@ def load_optimizer_tensors(
     named_params: Iterable[tuple[str, torch.Tensor]],
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
-    """Take over what `optimizer_tensors` gave, copied, moments on the parameter's device; groups
-    stay as they are.
+    """Restore what `optimizer_tensors` returned.
+
+    Tensors are copied, moments onto the parameter's device; groups stay as they are.
 
     Raises:
         InputError: names missing or left over, or a state of another shape. The optimizer is then

@@ -1,5 +1,4 @@
-"""The built-in corpus: which functions does a function call, told from the first paragraph of its
-docstring?
+"""The built-in corpus: from the first paragraph of its docstring, which functions does one call?
 
 Documents: the functions, methods and coroutines, nested ones too, of the Python standard library
 and of a fixed list of packages, as far as they have a docstring. Text: its first paragraph, white
@@ -118,8 +117,9 @@ class Corpus:
 def build_corpus(
     documents: int | None = None, *, packages: Iterable[str] = PACKAGES, workers: int | None = None
 ) -> Corpus:
-    """Builds the corpus from the source files of this Python installation; about a minute on two
-    cores.
+    """Build the corpus from the source files of this Python installation.
+
+    About a minute on two cores.
 
     Args:
         documents: a part with at least this many documents in all three splits together, more by at
@@ -164,7 +164,7 @@ def build_corpus(
 
 
 def files_of(package: str) -> list[_File]:
-    """The source files of a package."""
+    """List the source files of a package."""
     roots = [sysconfig.get_paths()["stdlib"]] if package == STDLIB else _package_folders(package)
     skipped = _SKIPPED | (_SKIPPED_IN_STDLIB if package == STDLIB else set())
     found = []
@@ -211,7 +211,7 @@ def _version(package: str) -> str:
 
 
 def _fraction(key: str) -> float:
-    """A number in [0, 1), the same on every machine."""
+    """Return a number in [0, 1), the same on every machine."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
 
 
@@ -242,7 +242,7 @@ def _parser(workers: int) -> Iterator[Callable[[Sequence[_File]], list[_Parsed]]
 
 
 def _parse(file: _File) -> _Parsed:
-    """A file's functions with a docstring, in the order of the file."""
+    """Return a file's functions with a docstring, in the order of the file."""
     name, path = file
     try:
         source = Path(path).read_bytes()
@@ -284,8 +284,9 @@ def _parse(file: _File) -> _Parsed:
 
 
 def _children(node: ast.AST) -> Iterator[ast.AST]:
-    """Child nodes without names, constants, operators and contexts, which call nothing: most nodes
-    are such.
+    """Yield child nodes other than names, constants, operators and contexts.
+
+    Those call nothing, and most nodes are such.
     """
     for value in node.__dict__.values():  # half the time of ast.iter_child_nodes
         for child in value if type(value) is list else (value,):
@@ -302,8 +303,9 @@ def _first_paragraph(docstring: str) -> str:
 def _part(
     files: list[_File], documents: int, parse: Callable[[Sequence[_File]], list[_Parsed]]
 ) -> list[_Parsed]:
-    """The first files, by folder hash, that give the documents asked for; parses no more than it
-    needs.
+    """Return the first files, by folder hash, that give the documents asked for.
+
+    Parses no more than it needs.
     """
     files = sorted(files, key=lambda file: (_fraction("part\0" + file[0].rpartition("/")[0]), file))
     parsed: list[_Parsed] = []

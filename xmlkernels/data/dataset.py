@@ -70,8 +70,10 @@ class Split:
 
     @property
     def features(self) -> csr_matrix:
-        """The documents' bags of words, CSR fp32 [N, V]. InputError where the dataset holds
-        tokens.
+        """The documents' bags of words, CSR fp32 [N, V].
+
+        Raises:
+            InputError: Where the dataset holds tokens.
         """
         if isinstance(self.documents, csr_matrix):
             return self.documents
@@ -145,8 +147,10 @@ class Dataset:
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest text at most; like the two below, InputError where the dataset
-        holds bags of words.
+        """Tokens of the longest text at most.
+
+        Raises:
+            InputError: Where the dataset holds bags of words, as the two below.
         """
         return int(self._tokenizer()["max_length"])
 
@@ -296,7 +300,7 @@ def _check_file(path: Path, facts: Mapping[str, Any], fast: str | None, verify: 
 
 
 def _check_content(path: Path, facts: Mapping[str, Any], fast: str | None) -> None:
-    """Compares the fast checksum or, where there is none, the sha256."""
+    """Compare the fast checksum or, where there is none, the sha256."""
     try:
         if fast is not None:
             compare(file_checksum(path), fast, str(path), PREPARE_AGAIN)

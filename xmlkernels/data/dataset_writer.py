@@ -77,8 +77,9 @@ def make_once(
 def _standing(
     output: Path, key: str, opened: Callable[[], T], overwrite: bool, flag: str
 ) -> T | None:
-    """What stands at `output`, if it is the dataset of this key; None where the place is free or
-    may be cleared.
+    """Open what is at `output`, if it is the dataset of this key.
+
+    None where the place is free or may be cleared.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
@@ -204,8 +205,9 @@ def _write_documents(
     max_length: int,
     tell: Tell,
 ) -> dict[str, int]:
-    """Write the documents' tokens or, where there is no tokenizer, their features, if they have
-    any; return what is counted of them.
+    """Write the documents' tokens or, where there is no tokenizer, their features, if any.
+
+    Returns their counts.
     """
     if tokenizer is None:
         if split.features is None:
@@ -309,8 +311,9 @@ def write_split(
     filter_pairs: np.ndarray,
     texts: Sequence[str] | None = None,
 ) -> None:
-    """Write labels [N, L], filter pairs [n, 2] and texts of one split; its tokens.bin is written
-    apart.
+    """Write labels [N, L], filter pairs [n, 2] and texts of one split.
+
+    Its tokens.bin is written apart.
     """
     target = folder / name
     target.mkdir(parents=True, exist_ok=True)

@@ -141,7 +141,7 @@ def _texts(split: str, texts: Iterable[str]) -> list[str]:
 
 
 def _rows(split: str, rows: Names | Ids, documents: int) -> list[list[str]] | list[list[int]]:
-    """The labels of each document as plain strings or ints."""
+    """Return the labels of each document as plain strings or ints."""
     if len(rows) != documents:
         got = f"{len(rows)} lists for {documents} texts"
         raise InputError(f"{split} labels", "a list of labels for each text", got, "add the rest")

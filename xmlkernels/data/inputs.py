@@ -1,6 +1,4 @@
-"""How documents become what an encoder takes: batches of a split for training, batches of raw texts
-for serving.
-"""
+"""What an encoder takes of documents: batches of a split to train, of raw texts to serve."""
 
 from __future__ import annotations
 
@@ -38,8 +36,9 @@ class TextParts:
 
     @classmethod
     def of(cls, dataset: Dataset | None) -> TextParts:
-        """Those of a dataset, as its manifest keeps them; of older and of other datasets a space
-        joins all.
+        """Return those of a dataset, as its manifest keeps them.
+
+        In older and in other datasets a space joins all parts.
         """
         source: Any = {} if dataset is None else dataset.manifest.get("source")
         if not isinstance(source, dict) or "separator" not in source:
@@ -47,13 +46,13 @@ class TextParts:
         return cls(source["fields"], source["separator"], source.get("kind") == "attentionxml")
 
     def join(self, title: str, body: str) -> str:
-        """The text of a title and a body, one of which may be empty."""
+        """Join a title and a body, one of which may be empty."""
         if self.fields != "all":
             return title if self.fields == "title" else body
         return self.separator.join(filter(None, (title, body)))
 
     def of_line(self, line: str) -> str:
-        """The text of a line, which may hold a title and a body."""
+        """Return the text of a line, which may hold a title and a body."""
         if not self.marked:
             return line
         return (
@@ -63,7 +62,7 @@ class TextParts:
         )
 
     def words(self, text: str) -> str:
-        """A text without the separator of a tokenizer, for bags of words."""
+        """Return a text without the separator of a tokenizer, for bags of words."""
         return without_separator(text, self.separator)
 
 
@@ -96,15 +95,13 @@ class Inputs(Protocol):
     def text_batches(
         self, texts: Iterable[str], batch_size: int, *, window: int = 1, prefetch: int = 2
     ) -> Iterator[Batch] | Iterator[BagBatch]:
-        """Batches of raw texts, read as they are used; see
-        `xmlkernels.data.batches.tokens.text_batches`.
-        """
+        """Batch raw texts, read as they are used; see `batches.tokens.text_batches`."""
 
     def check(self, dataset: Dataset) -> None:
         """InputError where the documents of a dataset cannot be read this way."""
 
     def save(self, folder: Path) -> None:
-        """Writes beside a checkpoint what `load_inputs` reads again."""
+        """Write next to a checkpoint what `load_inputs` reads."""
 
     def config(self) -> dict[str, Any]:
         """JSON for the state of a checkpoint."""
@@ -142,6 +139,7 @@ class TokenInputs:
         order: np.ndarray | None = None,
         ancestors: Sequence[np.ndarray] = (),
     ) -> Batches:
+        """Batch the split's tokens; see `Inputs.batches`."""
         label_tokens = (
             self.dataset.label_tokens if label_text and self.dataset is not None else None
         )
@@ -160,6 +158,7 @@ class TokenInputs:
     def text_batches(
         self, texts: Iterable[str], batch_size: int, *, window: int = 1, prefetch: int = 2
     ) -> Iterator[Batch]:
+        """Batch raw texts, tokenised; see `Inputs.text_batches`."""
         return text_batches(
             texts,
             self.tokenizer,
@@ -170,6 +169,7 @@ class TokenInputs:
         )
 
     def check(self, dataset: Dataset) -> None:
+        """Refuse a dataset made by another tokenizer; see `Inputs.check`."""
         if self.tokenizer.hash != dataset.tokenizer_hash:
             mend = "prepare it with the tokenizer beside the checkpoint"
             raise InputError(
@@ -177,15 +177,18 @@ class TokenInputs:
             )
 
     def save(self, folder: Path) -> None:
+        """Write the tokenizer's files; see `Inputs.save`."""
         self.tokenizer.save(folder / "tokenizer")
 
     def config(self) -> dict[str, Any]:
+        """Return the settings that a checkpoint keeps; see `Inputs.config`."""
         return {"kind": "tokens", "max_length": self.max_length} | _kept(self.parts)
 
 
 class BowInputs:
-    """Bags of words: TF-IDF of a text's words, by a vocabulary learnt of the training texts, or a
-    dataset's own features.
+    """Bags of words: TF-IDF of a text's words, or a dataset's own features.
+
+    The vocabulary is learnt from the training texts.
 
     Args:
         dataset: where the labels' own texts (their names) are taken from; None for serving alone.
@@ -228,8 +231,10 @@ class BowInputs:
         return cls(dataset, vectorizer, {"train": vectorizer.fit(dataset.splits["train"].texts)})
 
     def features(self, split: Split) -> csr_matrix:
-        """CSR fp32 [N, V] of a split. InputError where the dataset was prepared without keeping
-        them.
+        """Return the features of a split, CSR fp32 [N, V].
+
+        Raises:
+            InputError: Where the dataset was prepared without keeping texts.
         """
         if self.vectorizer is None:
             return split.features
@@ -248,6 +253,7 @@ class BowInputs:
         order: np.ndarray | None = None,
         ancestors: Sequence[np.ndarray] = (),
     ) -> BagBatches:
+        """Batch the split's features; see `Inputs.batches`."""
         own = self.label_features() if label_text else None
         if label_text and own is None:
             raise InputError(
@@ -280,6 +286,7 @@ class BowInputs:
     def text_batches(
         self, texts: Iterable[str], batch_size: int, *, window: int = 1, prefetch: int = 2
     ) -> Iterator[BagBatch]:
+        """Batch raw texts, vectorised; see `Inputs.text_batches`."""
         if self.vectorizer is None:
             mend = "predict splits of its dataset, or train on a dataset of texts"
             raise InputError(
@@ -290,6 +297,7 @@ class BowInputs:
         )
 
     def check(self, dataset: Dataset) -> None:
+        """Refuse a dataset with other features; see `Inputs.check`."""
         where, found = str(dataset.folder), dataset.vocabulary
         if self.vectorizer is not None and found is not None:
             got = "one of bags of words, which are of another vocabulary"
@@ -307,10 +315,12 @@ class BowInputs:
             )
 
     def save(self, folder: Path) -> None:
+        """Write the vocabulary; see `Inputs.save`."""
         if self.vectorizer is not None:
             self.vectorizer.save(folder / "vocabulary")
 
     def config(self) -> dict[str, Any]:
+        """Return the settings that a checkpoint keeps; see `Inputs.config`."""
         return {
             "kind": "bow",
             "vocabulary": self.vectorizer and self.vectorizer.content_hash,
@@ -318,8 +328,9 @@ class BowInputs:
 
 
 def _kept(parts: TextParts) -> dict[str, Any]:
-    """What a checkpoint says of them: nothing where they are the usual ones, as before there were
-    others.
+    """Return what a checkpoint says of text parts.
+
+    Nothing where they are the usual ones, as before there were others.
     """
     return {} if parts == TextParts() else {"parts": asdict(parts)}
 
@@ -367,7 +378,7 @@ def _parts(value: Any, where: str, mend: str) -> TextParts:
 
 
 def load_inputs(folder: Path, state: Mapping[str, Any]) -> Inputs:
-    """The inputs of a trained model, for serving.
+    """Load the inputs of a trained model, for serving.
 
     Args:
         folder: where `save` wrote.

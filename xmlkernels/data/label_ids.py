@@ -1,6 +1,4 @@
-"""Label ids as they came: how many are used, whether they are too sparse to be columns, and new
-numbers for them.
-"""
+"""Label ids of raw files: how many are used, whether they fit a table, and new numbers for them."""
 
 from __future__ import annotations
 
@@ -28,8 +26,7 @@ def used_labels(raw: Raw) -> np.ndarray:
 
 
 def check_width(raw: Raw, where: str) -> None:
-    """Refuse a width that no table of labels can have, or that the largest of a few far-apart ids
-    makes.
+    """Refuse a width that no table can have, or that comes from a few far-apart ids.
 
     Args:
         where: the label file, for the message.
@@ -48,8 +45,9 @@ def check_width(raw: Raw, where: str) -> None:
 
 
 def remap_labels(raw: Raw) -> None:
-    """Number the labels that any document has from 0, in the order of their ids; names keep the ids
-    where there are none.
+    """Give the labels that any document has numbers from 0, in the order of their ids.
+
+    Names keep the ids where there are no names.
 
     Texts, names, features and token maps of the labels, and the filter pairs, follow; those of
     other labels go.
@@ -82,9 +80,7 @@ def _renumber(split: RawSplit, used: np.ndarray) -> None:
 
 
 def label_lines(raw: Raw) -> list[str]:
-    """What a person should know of the labels, a sentence each: how many have no document, where
-    ids seem to begin.
-    """
+    """Describe the labels in sentences: how many have no document, where ids seem to begin."""
     used, labels = used_labels(raw), raw.num_labels
     told = []
     if (unused := labels - len(used)) > 0:
@@ -101,9 +97,7 @@ def label_lines(raw: Raw) -> list[str]:
 
 
 def name_lines(names: Sequence[str]) -> list[str]:
-    """The same of label names that were read beside documents: the first five, and those that look
-    like several.
-    """
+    """Describe label names read with documents: the first five, and any that look like several."""
     told = [f"labels: {len(names):,}, the first {', '.join(repr(name[:60]) for name in names[:5])}"]
     known = set(names)
     several = [name for name in names if len(parts := _parts(name)) > 1 and known.issuperset(parts)]

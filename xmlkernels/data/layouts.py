@@ -49,8 +49,9 @@ MAP_NAMES = {"train": "trn_doc", "val": "val_doc", "test": "tst_doc", "labels": 
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read. `num_labels` None: taken from the label texts, a header, or the largest label
-    number.
+    """How to read raw files.
+
+    `num_labels` None: taken from the label texts, a header, or the largest label number.
 
     `separator` stands between title and body; `remap_labels` gives the labels that documents have
     new numbers.
@@ -103,7 +104,7 @@ def read_files(reading: Reading, files: Mapping[str, Files]) -> Raw:
 
 
 def read_docstrings(documents: int | None) -> Raw:
-    """The built-in corpus; its label names are its label texts."""
+    """Read the built-in corpus; its label names are its label texts."""
     built = corpus.build_corpus(documents)
     splits = {
         name: RawSplit(list(texts), built.labels[name]) for name, texts in built.texts.items()
@@ -136,8 +137,9 @@ def docstrings_digest() -> str:
 
 
 def _text_source(reading: Reading, files: Mapping[str, Files]) -> Raw:
-    """A text a line beside any label format: the Extreme Classification Repository, Renee, DEXML,
-    PECOS.
+    """Read one text per line and any label format.
+
+    As the Extreme Classification Repository, Renee, DEXML and PECOS have it.
     """
     texts = {
         name: None if split.text is None else read_lines(split.text, documents=True)
@@ -185,8 +187,9 @@ def _lf_texts(records: Any, reading: Reading) -> list[str]:
 
 
 def _parts(reading: Reading) -> dict[str, Any]:
-    """How the parts of a text were taken, as the manifest keeps it: texts to predict must be joined
-    alike.
+    """Return how the parts of a text were joined, for the manifest.
+
+    Texts to predict must be joined alike.
     """
     return {
         "separator": reading.separator,
@@ -195,9 +198,7 @@ def _parts(reading: Reading) -> dict[str, Any]:
 
 
 def _attentionxml_source(reading: Reading, files: Mapping[str, Files]) -> Raw:
-    """AttentionXML's and LightXML's sets: raw texts with /SEP/, labels as strings that are numbered
-    here.
-    """
+    """Read AttentionXML's and LightXML's sets: raw texts with /SEP/, labels as strings."""
     texts = {
         name: read_raw_texts(
             _needed(split.text, name, "text"), part=reading.fields, joiner=reading.separator
@@ -226,9 +227,7 @@ def _attentionxml_source(reading: Reading, files: Mapping[str, Files]) -> Raw:
 
 
 def _bow_source(reading: Reading, files: Mapping[str, Files]) -> Raw:
-    """Bags of words: `train.txt`, which holds its labels, or features (`trn_X_Xf.txt`) beside any
-    label file.
-    """
+    """Read bags of words: `train.txt` with its labels, or features and any label file."""
     duplicates: Duplicates = "max" if reading.merge_duplicates else "error"
     features, labels = {}, {}
     for name, split in files.items():
@@ -273,7 +272,7 @@ def _label_files(
 
 
 def _label_count(reading: Reading, label_texts: int | None) -> int | None:
-    """The declared number of labels, None where nothing declares it."""
+    """Return the declared number of labels, None where nothing declares it."""
     count = reading.num_labels
     if label_texts is not None:
         if count is not None and count != label_texts:
@@ -290,9 +289,7 @@ def _label_count(reading: Reading, label_texts: int | None) -> int | None:
 
 
 def _add_maps(folder: Path, max_length: int, raw: Raw) -> None:
-    """Upstream's tokenised caches in place of texts. Their row counts must be those of the
-    labels.
-    """
+    """Take token maps in place of texts; their row counts must be those of the labels."""
     for name, split in raw.splits.items():
         split.maps = open_token_maps(
             folder / MAP_NAMES[name], rows=split.labels.shape[0], max_length=max_length
@@ -304,7 +301,7 @@ def _add_maps(folder: Path, max_length: int, raw: Raw) -> None:
 
 
 def map_files(folder: Path, splits: Sequence[str]) -> list[Path]:
-    """The map files that `read_files` would open."""
+    """List the map files that `read_files` would open."""
     names = [MAP_NAMES[name] for name in splits]
     if (folder / f"{MAP_NAMES['labels']}_input_ids.dat").exists():
         names.append(MAP_NAMES["labels"])

@@ -1,4 +1,4 @@
-"""The manifest of a dataset folder: what it says, and whether it says so of these files."""
+"""The manifest of a dataset folder: written, read, and compared with the files."""
 
 from __future__ import annotations
 
@@ -211,9 +211,7 @@ _OURS = re.compile(
 
 
 def refuse_foreign(folder: Path) -> None:
-    """InputError where a dataset folder that is about to be replaced holds anything but a dataset's
-    own files.
-    """
+    """Raise InputError where a folder to be replaced holds anything but a dataset's own files."""
     held = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")

@@ -252,8 +252,9 @@ def _make(
 
 
 def _separator(config: PrepareConfig, tokenizer: Tokenizer | None) -> str:
-    """What stands between title and body: the tokenizer's separator, as CascadeXML's texts have it,
-    or a space.
+    """Return what joins title and body: the tokenizer's separator or a space.
+
+    The separator is what CascadeXML's texts have.
     """
     joined = config.source in ("lf", "attentionxml") and config.fields == "all"
     return f" {tokenizer.separator} " if joined and tokenizer and tokenizer.separator else " "
@@ -270,7 +271,7 @@ def _tell_separator(config: PrepareConfig, tokenizer: Tokenizer | None, tell: Te
 
 
 def check(config: PrepareConfig) -> None:
-    """Raises InputError for settings that contradict each other, before any file is read."""
+    """Raise InputError for settings that contradict each other, before any file is read."""
     texts = [files.text for files in config.files.values()]
     rules = [
         (
@@ -414,8 +415,9 @@ def check(config: PrepareConfig) -> None:
 
 
 def cache_key(config: PrepareConfig, tokenizer: Tokenizer | None, separator: str = " ") -> str:
-    """sha256 over the content of every input file, the tokenizer and the settings that shape the
-    folder.
+    """Return the sha256 of the content of every input file, the tokenizer and the settings.
+
+    Settings are those that shape the folder.
     """
     settings = asdict(config)
     for name in (

@@ -1,6 +1,4 @@
-"""What the readers of every layout give: texts, labels, filter pairs, and what the labels
-themselves have.
-"""
+"""What the readers of all layouts return: documents, labels, filter pairs, facts of labels."""
 
 from __future__ import annotations
 
@@ -40,7 +38,7 @@ class RawSplit:
     features: csr_matrix | None = None
 
     def take(self, rows: np.ndarray) -> RawSplit:
-        """The split of the given rows (ascending), its filter pairs renumbered."""
+        """Return the split of the given rows (ascending), its filter pairs renumbered."""
         texts = None if self.texts is None else [self.texts[row] for row in rows]
         map_rows = rows if self.map_rows is None else self.map_rows[rows]
         features = None if self.features is None else self.features[rows]
@@ -73,6 +71,7 @@ class Raw:
 
     @property
     def num_labels(self) -> int:
+        """L."""
         return int(self.splits["train"].labels.shape[1])
 
     @property
@@ -83,8 +82,9 @@ class Raw:
 
 
 def choose_rows(raw: Raw, *, drop: tuple[str, ...], validation_share: float, seed: int) -> None:
-    """Leave out unlabelled documents of the splits in `drop`, then draw the validation split from
-    the training rows.
+    """Drop unlabelled documents of the splits in `drop`, then draw the validation split.
+
+    It is drawn from the training rows.
 
     The draw is a pure function of (seed, number of training rows left). Both parts keep the order
     of the file.

@@ -54,8 +54,9 @@ class HeaderValues(TypedDict):
 
 @dataclass(frozen=True)
 class TokenHeader:
-    """What a token file says of itself. `tokens` counts all rows together, `max_length` is the cut
-    per row.
+    """The header of a token file.
+
+    `tokens` counts all rows together; `max_length` is the cut per row.
     """
 
     rows: int
@@ -114,8 +115,10 @@ class TokenWriter:
         return self
 
     def append(self, tokens: Sequence[np.ndarray]) -> None:
-        """Add one row per array of integer ids. ValueError for an id outside the vocabulary or a
-        row too many.
+        """Add one row per array of integer ids.
+
+        Raises:
+            ValueError: For an id outside the vocabulary or a row too many.
         """
         if not tokens:
             return
@@ -166,8 +169,9 @@ class TokenWriter:
 
 
 class TokenStore:
-    """Read-only rows of token ids; nothing but a small file's ids is read from disk before it is
-    asked for.
+    """Read-only rows of token ids.
+
+    Nothing but a small file's ids is read from disk before it is asked for.
 
     `store[i]` is row i, uint16 or uint32; `lengths` int32 [rows]; `offsets` int64 [rows + 1], in
     memory. Pickling carries the path, so a process that receives a store opens the same file again.
@@ -239,7 +243,11 @@ class TokenStore:
         return ids
 
     def _read_into(self, target: np.ndarray, at: int) -> None:
-        """Fills an array with the file's bytes from `at` on; InputError where it ends before."""
+        """Fill an array with the file's bytes from `at` on.
+
+        Raises:
+            InputError: Where the file ends before.
+        """
         view = target.view(np.uint8).data
         while len(view):
             if not (count := _read_at(self._handle, view, at)):
@@ -290,8 +298,9 @@ class TokenStore:
         return np.diff(self.offsets).astype(np.int32)
 
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of `rows`, one row behind the other, and the length of each: (ids [sum of n],
-        n int64 [rows]).
+        """Return the tokens of `rows`, concatenated, and the length of each.
+
+        (ids [sum of n], n int64 [rows]).
         """
         self._check_file()
         starts = self.offsets[rows]

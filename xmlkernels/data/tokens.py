@@ -1,5 +1,6 @@
-"""Tokenizers: the only module that loads one. The file format of what they make is
-`token_store`'s.
+"""Tokenizers: the only module that loads one.
+
+The file format of tokens is in `token_store`.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ Progress = Callable[[int, int], None]
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer, reduced to what training needs; its own special tokens, whatever
-    the model.
+    """A Hugging Face tokenizer, reduced to what training needs.
+
+    Special tokens are its own, whatever the model.
 
     Attributes:
         pad_id: the pad token's id, 0 where the tokenizer has none (padding is masked, so the id
@@ -63,8 +65,7 @@ class Tokenizer:
         self.separator = None if inner.split_special_tokens else inner.sep_token
 
     def encode_batch(self, texts: Sequence[str], max_length: int) -> list[np.ndarray]:
-        """Ids of each text with the tokenizer's special tokens, at most `max_length` of them,
-        int32.
+        """Return the ids of each text with special tokens, at most `max_length` of them, int32.
 
         An empty text gives the special tokens alone. A tokenizer that adds none would give a row of
         no token, which has no mean: that row is one end-of-text (else begin, unknown, pad) token.
@@ -98,8 +99,9 @@ class Tokenizer:
             yield encoding.ids
 
     def _truncating(self, max_length: int) -> Any:
-        """A copy for one length: truncation is state of the tokenizer, and two threads may ask for
-        two lengths.
+        """Return a copy of the tokenizer for one length.
+
+        Truncation is state of the tokenizer, and two threads may ask for two lengths.
         """
         import tokenizers
 
@@ -117,8 +119,9 @@ class Tokenizer:
 
     @cached_property
     def class_position(self) -> str | None:
-        """Where `encode_batch` puts the class token: "first" (BERT), "last" (XLNet), None where
-        there is none.
+        """Where `encode_batch` puts the class token.
+
+        "first" (BERT), "last" (XLNet), None where there is none.
         """
         token = self._inner.cls_token_id
         row = self.encode_batch(["a"], 64)[0].tolist()
@@ -128,8 +131,11 @@ class Tokenizer:
 
     @cached_property
     def hash(self) -> str:
-        """sha256 of everything that decides the ids: the serialized tokenizer (its saved truncation
-        and padding left out, they are not used), special tokens and truncation side."""
+        """The sha256 of everything that decides the ids.
+
+        That is the serialized tokenizer (its saved truncation and padding left out, they are not
+        used), special tokens and truncation side.
+        """
         inner = self._inner
         content: Any
         if inner.is_fast:
@@ -150,15 +156,14 @@ class Tokenizer:
         return hashlib.sha256(json.dumps([content, extra], sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files; `load_tokenizer(folder)` gives the same ids and the same
-        hash.
-        """
+        """Write the tokenizer's files; `load_tokenizer(folder)` gives the same ids and hash."""
         self._inner.save_pretrained(str(folder))
 
 
 def _writable(text: str) -> str:
-    """The text with "?" for lone surrogates, which JSON escapes can bring in and UTF-8 cannot
-    hold.
+    """Return the text with "?" for lone surrogates.
+
+    JSON escapes can bring them in, and UTF-8 cannot hold them.
     """
     if not isinstance(text, str):
         raise InputError(

@@ -126,8 +126,9 @@ class Vectorizer:
         return csr_matrix(found)
 
     def transform(self, texts: Iterable[str]) -> csr_matrix:
-        """Features of N texts, CSR fp32 [N, V], columns ascending; words outside the vocabulary are
-        left out.
+        """Return the features of N texts, CSR fp32 [N, V], columns ascending.
+
+        Words outside the vocabulary are left out.
 
         Raises:
             InputError: no vocabulary yet, one string instead of many, or an item that is no string.
@@ -157,7 +158,7 @@ class Vectorizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Vectorizer:
-        """What `save` wrote; it gives the same features.
+        """Load what `save` wrote; it gives the same features.
 
         Raises:
             InputError: a file is missing, of another format, damaged, or the two do not belong

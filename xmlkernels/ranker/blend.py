@@ -72,8 +72,9 @@ class Reranker:
             raise InputError("how", " or ".join(HOW), repr(self.how), "choose one of them")
 
     def features(self, embedding: np.ndarray | None, tfidf: csr_matrix | None) -> Features:
-        """What the ranker takes: a block that it was trained without may be given all the same, and
-        is left out.
+        """Return the ranker's features.
+
+        A block that the ranker was trained without may be passed and is left out.
         """
         embedding = embedding if self.ranker.dense.shape[1] else None
         tfidf = tfidf if self.ranker.sparse.shape[1] else None
@@ -87,7 +88,7 @@ class Reranker:
         embedding: np.ndarray | None = None,
         tfidf: csr_matrix | None = None,
     ) -> csr_matrix:
-        """New logits of the stored pairs of a shortlist.
+        """Return new logits for the stored pairs of a shortlist.
 
         Args:
             logits: [N, L] sparse, the plain model's logits of the pairs to score.
@@ -104,7 +105,7 @@ class Reranker:
         return self.mix(logits, margins)
 
     def mix(self, logits: csr_matrix, margins: csr_matrix) -> csr_matrix:
-        """New logits from the model's and from the ranker's margins, stored for the same pairs."""
+        """Return new logits from margins of model and ranker, stored for the same pairs."""
         plain = logits.tocsr()
         check_shape(margins.shape, plain.shape[0], plain.shape[1], "margins")
         if not (
@@ -126,7 +127,7 @@ class Reranker:
         return csr_matrix((mixed.astype(np.float32), plain.indices, plain.indptr), plain.shape)
 
     def save(self, path: str | Path) -> None:
-        """Writes ranker and weights into one file, whole or not at all."""
+        """Write ranker and weights into one file, whole or not at all."""
         weights = {
             name: getattr(self, name)
             for name in ("share", "how", "embedding_weight", "tfidf_weight")
@@ -135,8 +136,10 @@ class Reranker:
 
     @classmethod
     def load(cls, path: str | Path) -> Reranker:
-        """What `save` wrote. InputError where it is no ranker, a damaged one, or one that was saved
-        without weights.
+        """Load what `save` wrote.
+
+        Raises:
+            InputError: Where the file is no ranker, is damaged, or was saved without weights.
         """
         ranker, name, mend = (
             LinearRanker.load(path),
@@ -157,7 +160,7 @@ class Reranker:
 
 
 def log_odds(log_probability: np.ndarray) -> np.ndarray:
-    """ln p/(1-p) of ln p ≤ 0, finite at p = 1 too; strictly rising up to there."""
+    """Return ln p/(1-p) for ln p ≤ 0: finite at p = 1 too, and strictly rising up to there."""
     log_p = np.minimum(log_probability, -_TINY)
     return np.asarray(log_p - np.log(-np.expm1(log_p)))
 
@@ -171,8 +174,9 @@ def choose_share(
     *,
     by: tuple[str, ...] = ("P@1", "P@3", "P@5"),
 ) -> tuple[Reranker, dict[tuple[How, float], dict[str, float]]]:
-    """The kind of blend and the share with the best mean of some metrics on held-out documents; of
-    equals the first tried.
+    """Choose the kind of blend and the share with the best mean of some metrics.
+
+    The metrics are those of held-out documents; the first tried of equals wins.
 
     Args:
         reranker: its own share and kind of blend are not looked at.
@@ -202,8 +206,9 @@ def choose_share(
 def combine(
     files: Sequence[csr_matrix], odds: Sequence[np.ndarray], weights: Sequence[float], how: str
 ) -> csr_matrix:
-    """The weighted mean over files, as log-odds: float64 CSR [N, L] with every pair that any file
-    has.
+    """Return the weighted mean over files, as log-odds.
+
+    float64 CSR [N, L] with every pair that any file has.
 
     Args:
         files: CSR [N, L] each; only where they have entries counts.
@@ -257,8 +262,9 @@ def _mean_probability(used: _Used, shape: tuple[int, int]) -> csr_matrix:
 
 
 def _mean_odds(used: _Used, shape: tuple[int, int]) -> csr_matrix:
-    """Mean log-odds of each pair, an absent one counting as the lowest of its document in that
-    file.
+    """Return the mean log-odds of each pair.
+
+    A pair that a file lacks counts as the lowest of its document in that file.
     """
     base, heard = np.zeros(shape[0]), np.zeros(shape[0])
     parts = []
@@ -284,8 +290,9 @@ def _mean_odds(used: _Used, shape: tuple[int, int]) -> csr_matrix:
 def best_of_all(
     ranker: LinearRanker, features: Features, k: int, *, threads: int = 0
 ) -> csr_matrix:
-    """Margins of the k labels with the largest ones, of all L, for each document; CSR float32 [N,
-    L].
+    """Return the margins of the k labels with the largest ones, of all L, for each document.
+
+    CSR float32 [N, L].
     """
     labels = len(ranker.bias)
     step = max(1, _PAIRS // max(1, labels))
@@ -304,8 +311,9 @@ def best_of_all(
 
 
 def best(scores: csr_matrix, filter_pairs: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Values and labels [N, k] of the k best stored pairs of each document, best first; filtered
-    pairs go before the cut.
+    """Return values and labels [N, k] of the k best stored pairs of each document, best first.
+
+    Filtered pairs are removed before the cut.
     """
     labels = scores.shape[1]
     values, rows = top_rows_from_csr(scores, candidates_needed(k, filter_pairs, labels))

@@ -1,5 +1,4 @@
-"""What a linear ranker sees of a document: [a · embedding || b · TF-IDF], the rows of both blocks
-of unit length.
+"""The features of a linear ranker: [a · embedding || b · TF-IDF], each block with unit rows.
 
 Letters: N documents, D width of the embedding, V columns of the sparse block.
 
@@ -112,7 +111,7 @@ def _unit_dense(embedding: np.ndarray, weight: float) -> np.ndarray:
 
 
 def _unit_rows(matrix: csr_matrix, weight: float) -> csr_matrix:
-    """The same matrix with its rows scaled in place."""
+    """Scale the rows of a matrix to length 1 in place and return it."""
     count = np.diff(matrix.indptr)
     squares = np.concatenate([[0.0], np.cumsum(np.square(matrix.data, dtype=np.float64))])
     length = np.sqrt(squares[matrix.indptr[1:]] - squares[matrix.indptr[:-1]])

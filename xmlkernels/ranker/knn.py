@@ -1,4 +1,4 @@
-"""The baseline beside every model: nearest neighbours of TF-IDF vectors."""
+"""A baseline for every model: nearest neighbours of TF-IDF vectors."""
 
 from collections.abc import Sequence
 
@@ -50,7 +50,7 @@ class KNNBaseline:
     def predict(
         self, texts: Sequence[str], k: int, *, neighbours: int = 200, power: float = 3.0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k best labels of each text, best first.
+        """Return the k best labels of each text, best first.
 
         Equally similar training texts: the earlier one is nearer. Equal scores: the lower label
         first. A text none of whose words the training texts have gets no label.
@@ -96,7 +96,7 @@ def _places(matrix: csr_matrix) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _largest(matrix: csr_matrix, k: int) -> csr_matrix:
-    """The k largest entries of each row, descending; equal entries: the lower column first."""
+    """Return the k largest entries of each row, descending; of equals the lower column first."""
     kept: list[np.ndarray] = []
     for start, end in zip(matrix.indptr[:-1], matrix.indptr[1:], strict=True):
         data = matrix.data[start:end]

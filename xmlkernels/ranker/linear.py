@@ -1,5 +1,6 @@
-"""A linear ranker: one sparse classifier a label, trained on the documents whose shortlist holds
-the label.
+"""A linear ranker: one sparse classifier per label.
+
+Each is trained on the documents whose shortlist holds the label.
 
 ranker = fit(features, labels, shortlist, Settings(loss="squared_hinge"))
 margins = ranker.score(test_features, test_shortlist)      # CSR [N, L]: a margin for every pair of
@@ -139,8 +140,9 @@ class LinearRanker:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def score(self, features: Features, shortlist: csr_matrix, *, threads: int = 0) -> csr_matrix:
-        """The margin of every stored pair of a shortlist [N, L], whatever its value; float32 CSR
-        with the same pattern.
+        """Return the margin of every stored pair of a shortlist [N, L], whatever its value.
+
+        float32 CSR of the same pattern.
 
         Raises:
             InputError: features of other widths than those of the training, or a shortlist of
@@ -171,7 +173,7 @@ class LinearRanker:
         return csr_matrix((out, pairs.indices, pairs.indptr), pairs.shape)
 
     def log_probability(self, margins: np.ndarray) -> np.ndarray:
-        """ln of how probable the ranker takes a label to be, for margins of any shape; float64.
+        """Return the log of the probability of a label for margins of any shape; float64.
 
         Logistic: ln σ(m). Squared hinge: -max(0, 1 - m)², the loss of a positive (as PECOS has it).
         """
@@ -181,8 +183,9 @@ class LinearRanker:
         return np.asarray(-np.square(np.maximum(0, 1 - margins)))
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file, settings and facts as JSON in its header; it appears whole
-        or not at all.
+        """Write one safetensors file, whole or not at all.
+
+        Settings and facts are JSON in its header.
         """
         indptr, indices, data = _arrays(self.sparse)
         tensors = dict(zip(_TENSORS, (self.dense, self.bias, indptr, indices, data), strict=True))
@@ -198,7 +201,7 @@ class LinearRanker:
 
     @classmethod
     def load(cls, path: str | Path) -> LinearRanker:
-        """What `save` wrote.
+        """Load what `save` wrote.
 
         Raises:
             InputError: no such file, or not a ranker, or a damaged one.
@@ -341,9 +344,7 @@ def _blocks(
 def _in_label_order(
     order: np.ndarray, kept: np.ndarray, rows: list[Arrays], columns: int
 ) -> csr_matrix:
-    """CSR [L, V] from the blocks' columns and weights, which stand in the order of their
-    training.
-    """
+    """Build CSR [L, V] from the blocks' columns and weights, which are in training order."""
     parts = [
         np.concatenate([np.zeros(0, kind), *(row[n] for row in rows)])
         for n, kind in ((0, np.int32), (1, np.float32))
@@ -367,9 +368,7 @@ def _transposed(matrix: csr_matrix, *, drop_zeros: bool = False) -> Arrays:
 
 
 def _arrays(matrix: csr_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """indptr int64, indices int32, data float32: one set of types, so that a kernel is compiled
-    once.
-    """
+    """Return indptr int64, indices int32, data float32: one set of types, compiled once."""
     return (
         matrix.indptr.astype(np.int64, copy=False),
         matrix.indices.astype(np.int32, copy=False),

@@ -1,5 +1,4 @@
-"""Shortlists without a neural model: linear classifiers of label clusters, level by level, down a
-tree with a beam.
+"""Shortlists without a neural model: linear classifiers of clusters, down a tree by beam search.
 
 Letters: N documents, L labels, R cluster levels, n_r clusters of level r (coarse to fine).
 
@@ -63,8 +62,10 @@ class ClusterMatcher:
         settings: Settings | None = None,
         threads: int = 0,
     ) -> ClusterMatcher:
-        """Trains the clusters' classifiers: the coarsest on every document, the others below the
-        clusters kept or true.
+        """Train the clusters' classifiers.
+
+        Those of the coarsest level see every document, the others those below the clusters kept or
+        true.
 
         Args:
             features: of N training documents.
@@ -91,8 +92,9 @@ class ClusterMatcher:
         return cls(tuple(rankers), parts, beam)
 
     def shortlist(self, features: Features, *, threads: int = 0) -> csr_matrix:
-        """The labels of the kept clusters, CSR float32 [N, L]; their values are the log-odds of the
-        clusters.
+        """Return the labels of the kept clusters, CSR float32 [N, L].
+
+        Values are the log-odds of the clusters.
         """
         kept = self._kept(features, threads)
         listed = kept @ _members(self.clusters[-1]).T
@@ -101,8 +103,9 @@ class ClusterMatcher:
         return listed.astype(np.float32)
 
     def save(self, folder: str | Path) -> None:
-        """Writes level0.safetensors, level1.safetensors … into a folder, made where it does not
-        exist; each file is whole.
+        """Write level0.safetensors, level1.safetensors … into a folder, each file whole.
+
+        The folder is made where it does not exist.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
         for level, (ranker, part) in enumerate(zip(self.rankers, self.clusters, strict=True)):
@@ -113,7 +116,11 @@ class ClusterMatcher:
 
     @classmethod
     def load(cls, folder: str | Path) -> ClusterMatcher:
-        """What `save` wrote. InputError where a level is missing, damaged or of another matcher."""
+        """Load what `save` wrote.
+
+        Raises:
+            InputError: Where a level is missing, damaged or of another matcher.
+        """
         mend = "train it again"
         rankers = [LinearRanker.load(Path(folder) / "level0.safetensors")]
         facts: list[Facts] = []
@@ -146,8 +153,9 @@ class ClusterMatcher:
         return cls(tuple(rankers), parts, facts[0]["beam"])
 
     def _kept(self, features: Features, threads: int) -> csr_matrix:
-        """The best clusters of the last level, CSR float64 [N, n_r] of ln of the product of
-        probabilities.
+        """Return the best clusters of the last level.
+
+        CSR float64 [N, n_r] of the log of the product of probabilities.
         """
         step = max(1, _PAIRS // max(ranker.sparse.shape[0] for ranker in self.rankers))
         parts = [

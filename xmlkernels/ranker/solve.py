@@ -1,5 +1,4 @@
-"""Many small linear classifiers: dual coordinate descent, label by label, in loops that numba
-compiles.
+"""Many small linear classifiers: dual coordinate descent, label by label, compiled by numba.
 
 Letters: N documents, D dense columns, V sparse columns, n labels of a block, m documents that a
     label is trained on.
@@ -58,7 +57,7 @@ def _add(
     data: np.ndarray,
     u: np.ndarray,
 ) -> None:
-    """u += times · document i."""
+    """Add times · document i to u."""
     width = dense.shape[1]
     scale = np.float32(times)
     for j in range(width):
@@ -69,8 +68,9 @@ def _add(
 
 @numba.njit
 def _below(state: np.ndarray, bound: int) -> np.int64:
-    """A number from 0 to bound - 1; splitmix64, whose remainder is even enough for an order of
-    visits.
+    """Draw a number from 0 to bound - 1.
+
+    splitmix64, whose remainder is even enough for an order of visits.
     """
     state[0] += np.uint64(0x9E3779B97F4A7C15)
     z = state[0]
@@ -90,8 +90,9 @@ def _shuffle(order: np.ndarray, count: int, state: np.ndarray) -> None:
 def _listed(
     listed: np.ndarray, positive: np.ndarray, negatives: int, n: int, state: np.ndarray
 ) -> Arrays:
-    """Documents a label is trained on, ascending, and +1 or -1 of each: listed ones, positives and
-    up to `negatives` random others. The first two come ascending.
+    """List the documents of a label, ascending, and +1 or -1 for each.
+
+    Listed ones, positives and up to `negatives` random others; the first two arrive ascending.
 
     Work and memory grow with the lists, not with N. What is drawn twice counts once.
     """
@@ -135,8 +136,9 @@ def _every(positive: np.ndarray, n: int) -> Arrays:
 
 @numba.njit
 def _squared_hinge(docs, y, cost, squares, x, bias, tolerance, epochs, state, u):  # type: ignore[no-untyped-def]
-    """Algorithm 3 of Hsieh et al. with D_ii = 1/(2·cost_i); returns the bias weight and the passes
-    made.
+    """Run algorithm 3 of Hsieh et al. with D_ii = 1/(2·cost_i).
+
+    Returns the bias weight and the passes made.
     """
     dense, indptr, indices, data = x
     m = len(docs)
@@ -180,8 +182,9 @@ def _squared_hinge(docs, y, cost, squares, x, bias, tolerance, epochs, state, u)
 
 @numba.njit
 def _logistic(docs, y, cost, squares, x, bias, tolerance, epochs, state, u):  # type: ignore[no-untyped-def]
-    """Algorithm 5 of Yu et al.: alpha and cost - alpha are both kept, so that neither loses its
-    digits near 0.
+    """Run algorithm 5 of Yu et al.
+
+    alpha and cost - alpha are both kept, so that neither loses its digits near 0.
     """
     dense, indptr, indices, data = x
     m = len(docs)
@@ -227,8 +230,9 @@ def _logistic(docs, y, cost, squares, x, bias, tolerance, epochs, state, u):  # 
 
 @numba.njit(nogil=True)
 def solve(begin, end, labels, lists, positives, squares, x, how, seed, block, constant, passes):  # type: ignore[no-untyped-def]
-    """Trains labels[begin:end]; fills their rows of block float32 [n, D + V] (zeros before),
-    constant and passes [n].
+    """Train labels[begin:end].
+
+    Fills their rows of block float32 [n, D + V] (zeros before), constant and passes [n].
 
     Args:
         labels: int64 [n], label ids.
@@ -276,8 +280,9 @@ def keep(
     kept: np.ndarray,
     columns: np.ndarray,
 ) -> None:
-    """Moves the sparse weights above the threshold (in size) of rows begin to end of block [n, D +
-    V] to the front.
+    """Move the sparse weights above the threshold (in size) of rows begin to end to the front.
+
+    Rows are those of block [n, D + V].
 
     Args:
         kept: int64 [n], filled with how many they are.

@@ -1,1 +1,1 @@
-"""The label tree: label vectors, label graph, balanced clusters, and the levels made of them."""
+"""Label trees: features of labels, balanced clusters, the tree, and reports on it."""

@@ -1,5 +1,4 @@
-"""Balanced clusters of labels: spherical 2-means, halving again and again, to any number of
-clusters at any levels.
+"""Balanced clusters of labels by repeated spherical 2-means, at any levels.
 
 Source: Prabhu et al., Parabel (WWW 2018), section 3.1 (balanced spherical 2-means); the starts, the
 parts of unequal numbers and the threads are ours.
@@ -31,8 +30,10 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Means:
-    """Settings of 2-means: `starts` pairs of first centres, stop at this rise of the mean
-    similarity, at most `rounds`.
+    """Settings of 2-means.
+
+    `starts` pairs of first centres are tried; iteration stops at this rise of the mean similarity,
+    or after `rounds`.
     """
 
     starts: int = 8
@@ -60,8 +61,9 @@ def cluster(
     means: Means | None = None,
     tell: Tell = lambda line: None,
 ) -> list[np.ndarray]:
-    """Nested partitions of the labels into about counts[r] clusters at level r, of sizes as equal
-    as halving makes them.
+    """Partition the labels into about counts[r] clusters at level r, nested in the level above.
+
+    Sizes are as equal as halving makes them.
 
     A level of at least as many clusters as labels has one label in each. Labels without features
     are no neighbours of anything: they make clusters of their own, in the order of their ids. The
@@ -116,8 +118,9 @@ class _Splitter:
         self._own = thread_local()
 
     def halve(self, order: np.ndarray, nodes: list[_Node], finest: bool) -> list[_Node]:
-        """One round: every node that must become several clusters is cut in two; `order` is
-        rearranged inside nodes.
+        """Cut every node that must become several clusters in two.
+
+        `order` is rearranged inside nodes.
         """
         made: list[list[_Node]] = [[node] for node in nodes]
         todo: list[int] = []
@@ -191,7 +194,7 @@ class _Splitter:
         return side
 
     def _map(self) -> np.ndarray:
-        """This thread's int32 [V] of −1, which the loops use and leave as it was."""
+        """Return this thread's int32 [V] of −1, which the loops use and restore."""
         if not hasattr(self._own, "map"):
             self._own.map = np.full(self.features.sparse.shape[1], -1, np.int32)
         own: np.ndarray = self._own.map
@@ -199,8 +202,9 @@ class _Splitter:
 
 
 def _clusters_apart(node: _Node, bare: int, finest: bool) -> int:
-    """Clusters for the labels without features: their share; 0 where it is less than one and a
-    later level will see to it.
+    """Return the number of clusters for labels without features: their share of all.
+
+    0 where the share is less than one and a later level will make some.
     """
     share = round(node.clusters * bare / node.size)
     if share == 0 and not finest and node.clusters < 32:
@@ -209,8 +213,9 @@ def _clusters_apart(node: _Node, bare: int, finest: bool) -> int:
 
 
 def _share(nodes: list[_Node], count: int) -> list[_Node]:
-    """The clusters of a level, handed out to the nodes of the level above: equally where it
-    divides, else by size.
+    """Share the clusters of a level among the nodes of the level above.
+
+    Equally where it divides, else by size.
 
     Every node gets at least one cluster and no more than it has labels; together they get `count`.
     """

@@ -1,6 +1,4 @@
-"""Label vectors for clustering: TF-IDF centroids of the documents of each label, label-text
-embeddings, or both.
-"""
+"""Label vectors for clustering: TF-IDF centroids of documents, label-text embeddings, or both."""
 
 from __future__ import annotations
 
@@ -21,8 +19,9 @@ WORDS = r"[^\W_]+"  # `snake_case` is two words, as for the nearest-neighbour ba
 
 @dataclass(frozen=True, eq=False)
 class LabelFeatures:
-    """L labels, each a sparse and a dense block of length 1 (or 0, where it has none); similarities
-    of the blocks add up.
+    """L labels, each with a sparse and a dense block of length 1 (or 0, where it has none).
+
+    The similarities of the blocks add up.
 
     Make it with `label_features`, which checks and scales.
 
@@ -39,7 +38,7 @@ class LabelFeatures:
 
     @cached_property
     def empty(self) -> np.ndarray:
-        """bool [L]: labels without any feature."""
+        """Return which labels have no feature, bool [L]."""
         bare: np.ndarray = np.diff(self.sparse.indptr) == 0
         return bare if self.dense is None else np.logical_and(bare, ~self.dense.any(axis=1))
 
@@ -114,8 +113,7 @@ def label_centroids(documents: csr_matrix, labels: csr_matrix, keep: int = 1000)
 
 
 def fill_empty(centroids: csr_matrix, text_features: csr_matrix, keep: int = 1000) -> csr_matrix:
-    """Centroids with the text features [L, V] of their own names in the rows of labels that have no
-    documents.
+    """Fill the centroids of labels without documents with the features [L, V] of their own names.
 
     Raises:
         InputError: another shape than the centroids.
@@ -190,8 +188,9 @@ class TextFeatures:
 
 
 class TokenFeatures:
-    """The same weights for bags of token ids, where a dataset keeps no texts; V is the tokenizer's
-    vocabulary.
+    """The same weights for bags of token ids, for a dataset without texts.
+
+    V is the tokenizer's vocabulary.
 
     Tokens that every training document has, as the special ones, say nothing and weigh nothing.
 

@@ -1,5 +1,4 @@
-"""The label graph: which labels are met together, by random walks with restart over documents and
-labels.
+"""The label graph: which labels occur together, by random walks over documents and labels.
 
 Source: Mittal et al., ECLARE: Extreme classification with label graph correlations (WWW 2021),
 section 3, with the settings of CascadeXML (Kharbanda et al., NeurIPS 2022): 400 visits, restart
@@ -89,8 +88,9 @@ def label_graph(
 
 
 def prune(graph: csr_matrix, vectors: np.ndarray, least: float) -> csr_matrix:
-    """The graph without edges between labels whose cosine similarity is below `least`; edges to
-    oneself stay.
+    """Remove edges between labels whose cosine similarity is below `least`.
+
+    Edges of a label to itself stay.
 
     Args:
         vectors: [L, D], of any length; a label whose vector is zero keeps its edges.
@@ -118,8 +118,9 @@ def prune(graph: csr_matrix, vectors: np.ndarray, least: float) -> csr_matrix:
 
 
 def normalised(graph: csr_matrix) -> csr_matrix:
-    """D_r^-1/2 G D_c^-1/2 with the sums of the rows and of the columns; every label has an edge to
-    itself, so none is 0.
+    """Return D_r^-1/2 G D_c^-1/2 with the sums of the rows and of the columns.
+
+    Every label has an edge to itself, so no sum is 0.
     """
     rows, columns = np.asarray(graph.sum(axis=1)).ravel(), np.asarray(graph.sum(axis=0)).ravel()
     row = np.repeat(np.arange(graph.shape[0]), np.diff(graph.indptr))
@@ -128,16 +129,18 @@ def normalised(graph: csr_matrix) -> csr_matrix:
 
 
 def smooth(graph: csr_matrix, features: csr_matrix, keep: int = 1000) -> csr_matrix:
-    """Label features [L, V] mixed with those of the neighbours in a label graph [L, L]; the `keep`
-    largest of each row.
+    """Mix label features [L, V] with those of the neighbours in a label graph [L, L].
+
+    The `keep` largest entries of each row remain.
     """
     return top_product(normalised(graph), features, keep)
 
 
 @njit(nogil=True)
 def _draw(seed, number, step):  # type: ignore[no-untyped-def]
-    """Philox-4x32-10, the project's generator: four uint32 words (in uint64) of key `seed` and
-    counter (number, step).
+    """Draw four uint32 words (in uint64) by Philox-4x32-10, the project's generator.
+
+    Key: `seed`; counter: (number, step).
 
     Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
     """
@@ -157,8 +160,9 @@ def _draw(seed, number, step):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def _one_of(word, start, end):  # type: ignore[no-untyped-def]
-    """A uniform integer in [start, end) of a uint32 word; none likelier than another by more than
-    (end - start) / 2^32.
+    """Map a uint32 word to a uniform integer in [start, end).
+
+    No integer is likelier than another by more than (end - start) / 2^32.
     """
     return start + np.int64((word * np.uint64(end - start)) >> _HALF)
 
@@ -198,8 +202,9 @@ def _walk(  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def _most_visited(visited, origin, top, index, times):  # type: ignore[no-untyped-def]
-    """Of a sorted list of visits: writes the `top` labels visited most, and the origin, by label;
-    returns their number.
+    """Write the `top` labels visited most, and the origin, by label.
+
+    Visits are a sorted list; returns the number of labels written.
     """
     label, count = np.empty(len(visited) + 1, np.int32), np.zeros(len(visited) + 1, np.int64)
     n, own = 0, -1

@@ -1,5 +1,6 @@
-"""The label tree: clusters of clusters of labels, and the order of the label table that makes a
-cluster's labels neighbours.
+"""The label tree: clusters of clusters of labels, and the order of the label table.
+
+The order makes the labels of a cluster neighbours.
 
 One safetensors file: `order` and `children.0` … `children.R-2` (int64), and a JSON text of the
     settings in its header.
@@ -67,8 +68,9 @@ class LabelTree:
     def from_partitions(
         cls, partitions: Sequence[np.ndarray], settings: Mapping[str, Any] | None = None
     ) -> LabelTree:
-        """A tree of nested partitions, coarse to fine; clusters may have any size and any number of
-        children.
+        """Build a tree of nested partitions, coarse to fine.
+
+        Clusters may have any size and any number of children.
 
         Args:
             partitions: R − 1 integer arrays [L], the cluster of each label. Cluster numbers need
@@ -144,8 +146,9 @@ class LabelTree:
         return int(np.diff(self.children[level]).max())
 
     def ancestors(self, level: int) -> np.ndarray:
-        """int64 [L], the node of `level` that each table row belongs to, ascending; level R − 1:
-        the rows themselves.
+        """Return the node of `level` that each table row belongs to, ascending; int64 [L].
+
+        Level R − 1 gives the rows themselves.
         """
         rows = self.bounds(level)
         return np.repeat(np.arange(len(rows) - 1), np.diff(rows))
@@ -169,8 +172,9 @@ class LabelTree:
 
     @cached_property
     def content_hash(self) -> str:
-        """sha256 of children and order: the same for every tree that gives the same table and the
-        same clusters.
+        """Return the sha256 of children and order.
+
+        Equal for all trees that give the same table and the same clusters.
         """
         digest = hashlib.sha256()
         for array in (*self.children, self.order):
@@ -178,9 +182,7 @@ class LabelTree:
         return digest.hexdigest()
 
     def check_dataset(self, content_hash: str, num_labels: int) -> None:
-        """Raises InputError when the tree has other labels, or says it was made from another
-        dataset.
-        """
+        """Raise InputError where the tree has other labels, or was made from another dataset."""
         if len(self.order) != num_labels:
             raise InputError(
                 "label tree",
@@ -199,8 +201,9 @@ class LabelTree:
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the tree to a file, or as `tree.safetensors` into a folder that exists; whole or
-        not at all.
+        """Write the tree to a file, whole or not at all.
+
+        A folder that exists gets a file `tree.safetensors`.
 
         Raises:
             InputError: the place cannot be written, or `settings` is no JSON.
@@ -295,7 +298,7 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
 
 
 def _frozen(name: str, array: np.ndarray) -> np.ndarray:
-    """A read-only int64 copy: the cached properties must stay true."""
+    """Return a read-only int64 copy: the cached properties must remain true."""
     array = np.asarray(array)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise InputError(
@@ -344,7 +347,7 @@ def _check_order(order: np.ndarray) -> None:
 
 
 def _in_two_clusters(fine: np.ndarray, coarse: np.ndarray) -> int:
-    """The first cluster of `fine` whose labels lie in more than one cluster of `coarse`."""
+    """Return the first cluster of `fine` whose labels are in more than one cluster of `coarse`."""
     order = np.lexsort((coarse, fine))
     same, moved = np.diff(fine[order]) == 0, np.diff(coarse[order]) != 0
     at = np.flatnonzero(same & moved)

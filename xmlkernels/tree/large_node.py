@@ -1,5 +1,4 @@
-"""Balanced spherical 2-means of a node so large that all threads work on it: scores by rows, sums
-by columns.
+"""Balanced spherical 2-means of a large node by all threads: scores by rows, sums by columns.
 
 A column's sum is made by one thread in the order of the rows, so the result does not depend on the
 number of threads.
@@ -31,8 +30,9 @@ def split_large(
     rounds: int,
     column_map: np.ndarray,
 ) -> np.ndarray:
-    """As `two_means.split_node`, without a copy of the node's rows; columns of each row must
-    ascend.
+    """Split a node as `two_means.split_node` does, without a copy of its rows.
+
+    Columns of each row must ascend.
     """
     direction, dense_direction = (
         np.zeros(len(column_map), np.float32),
@@ -75,7 +75,7 @@ def split_large(
 
 
 def _turn(whole: np.ndarray, half: np.ndarray, direction: np.ndarray) -> float:
-    """Writes the difference of the two unit centres; returns ‖first‖ + ‖second‖ of the sums.
+    """Write the difference of the two unit centres; return ‖first‖ + ‖second‖ of the sums.
 
     No BLAS: the order of its sums depends on its threads.
     """
@@ -93,8 +93,9 @@ def _add(
     total: np.ndarray,
     dense_total: np.ndarray,
 ) -> None:
-    """total += Σ sign · row; the columns are shared out among the threads, by the entries of some
-    of the rows.
+    """Add Σ sign · row to total.
+
+    The threads share the columns, by the entries of some of the rows.
     """
     ptr, index, _ = matrix
     some = rows[:: max(1, len(rows) // 64)]
@@ -114,7 +115,7 @@ def _add(
 
 @njit(nogil=True)
 def add_columns(ptr, index, value, rows, sign, low, high, total):  # type: ignore[no-untyped-def]
-    """total += Σ sign · row, in columns low:high alone."""
+    """Add Σ sign · row to total, in columns low:high alone."""
     for i in range(len(rows)):
         end = ptr[rows[i] + 1]
         a, b = ptr[rows[i]], end
@@ -131,7 +132,7 @@ def add_columns(ptr, index, value, rows, sign, low, high, total):  # type: ignor
 
 @njit(nogil=True)
 def add_dense(dense, rows, sign, total):  # type: ignore[no-untyped-def]
-    """total += Σ sign · row of the dense block."""
+    """Add Σ sign · row of the dense block to total."""
     for i in range(len(rows)):
         for k in range(dense.shape[1]):
             total[k] += sign[i] * dense[rows[i], k]

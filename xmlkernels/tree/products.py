@@ -1,6 +1,4 @@
-"""Products of sparse matrices whose rows are cut to their largest entries, without the whole
-product in memory.
-"""
+"""Products of sparse matrices, each row cut to its largest entries as it is made."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ _ROWS = 1 << 11  # rows a thread does at a time; their kept entries are held unc
 
 
 def top_product(a: csr_matrix, b: csr_matrix, keep: int) -> csr_matrix:
-    """The `keep` largest entries (by magnitude) of each row of a · b.
+    """Return the `keep` largest entries (by magnitude) of each row of a · b.
 
     Every row is summed by one thread in the order of its entries, so the result does not depend on
     their number. Memory beside the result: 12 bytes · V · threads, and one block of kept rows.
@@ -75,8 +73,9 @@ def _third(blocks: dict[int, tuple[np.ndarray, ...]]) -> list[np.ndarray]:
 
 
 def unit_rows(matrix: csr_matrix, *, in_place: bool = False) -> csr_matrix:
-    """fp32 with rows of length 1, columns ascending; rows of zeros stay. A copy, or the matrix
-    itself (fp32 alone).
+    """Return fp32 with rows of length 1, columns ascending; rows of zeros stay.
+
+    A copy, or the matrix itself (fp32 alone).
     """
     unit = (
         matrix
@@ -122,7 +121,7 @@ def _product(  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def _largest(total, touched, keep, index, value):  # type: ignore[no-untyped-def]
-    """Writes the entries that stay, by column; returns their number."""
+    """Write the entries that stay, by column; return their number."""
     least = np.float32(0)
     if len(touched) > keep:
         size = np.empty(len(touched), np.float32)

@@ -1,6 +1,4 @@
-"""What a tree is like: sizes, how alike the labels of a cluster are, and how well documents find
-their clusters.
-"""
+"""What a tree is like: sizes, similarity inside clusters, and how well documents find them."""
 
 from __future__ import annotations
 
@@ -178,7 +176,7 @@ def _documents(
 
 
 def lines_of(facts: dict[str, Any]) -> list[str]:
-    """The report as lines of text, one or two a level."""
+    """Return the report as lines of text, one or two per level."""
     lines = []
     for level, fact in enumerate(facts["levels"]):
         labels, children = fact["labels"], fact["children"]
@@ -203,8 +201,9 @@ def lines_of(facts: dict[str, Any]) -> list[str]:
 
 
 def plot(facts: dict[str, Any], path: Path) -> bool:
-    """Write a PNG of what `xmlkernels.tree.report` says; False, and nothing written, where
-    matplotlib is not installed.
+    """Draw a report as a PNG.
+
+    Returns False, and writes nothing, where matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -64,8 +64,9 @@ def split_node(  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def _compacted(ptr, index, value, rows, column_map):  # type: ignore[no-untyped-def]
-    """CSR of the given rows with the m columns that they use numbered anew: (ptr, index, value,
-    columns int32 [m]).
+    """Return CSR of the given rows with the m columns they use renumbered.
+
+    (ptr, index, value, columns int32 [m]).
     """
     local_ptr = np.zeros(len(rows) + 1, np.int64)
     for i in range(len(rows)):
@@ -91,8 +92,9 @@ def _compacted(ptr, index, value, rows, column_map):  # type: ignore[no-untyped-
 
 @njit(nogil=True)
 def _best_start(local, near, sample, first, pairs, noise, tolerance, rounds):  # type: ignore[no-untyped-def]
-    """The difference of the centres, float32 [m] and [D], after the best of the starts on the
-    sample.
+    """Return the difference of the centres after the best start on the sample.
+
+    float32 [m] and [D].
     """
     ptr, index, value, columns = local
     best, direction = -np.inf, np.zeros(len(columns), np.float32)
@@ -118,7 +120,7 @@ def _best_start(local, near, sample, first, pairs, noise, tolerance, rounds):  #
 
 @njit(nogil=True)
 def _add(local, near, rows, factor, total, dense_total):  # type: ignore[no-untyped-def]
-    """total += Σ factor of a row · row, block by block."""
+    """Add Σ factor of a row · row to total, block by block."""
     ptr, index, value, _columns = local
     for i in range(len(rows)):
         if factor[i] == 0:
@@ -145,8 +147,9 @@ def _centre(score):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def _descend(local, near, rows, direction, dense_direction, first, tolerance, rounds):  # type: ignore[no-untyped-def]
-    """Runs 2-means on some rows of a node; returns (objective, is_first bool [len(rows)]) and
-    leaves the last directions.
+    """Run 2-means on some rows of a node.
+
+    Returns (objective, is_first bool [len(rows)]) and leaves the last directions.
     """
     ptr, index, value, columns = local
     n, m, width = len(rows), len(columns), near.shape[1]
@@ -195,7 +198,7 @@ def _sparse_dot(begin, end, index, value, direction):  # type: ignore[no-untyped
 
 @njit(nogil=True)
 def _highest(score, first):  # type: ignore[no-untyped-def]
-    """bool [n]: the `first` rows of highest score; of equal ones those that stand first."""
+    """Return bool [n]: the `first` rows of highest score; of equal ones the earlier."""
     chosen = np.zeros(len(score), np.bool_)
     least = np.partition(score, len(score) - first)[len(score) - first]
     room = first
@@ -212,9 +215,7 @@ def _highest(score, first):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def _new_direction(whole, half, direction):  # type: ignore[no-untyped-def]
-    """Writes the difference of the two unit centres, fp32; returns ‖first‖ + ‖second‖ of the
-    sums.
-    """
+    """Write the difference of the two unit centres, fp32; return ‖first‖ + ‖second‖ of the sums."""
     a = b = 0.0
     for j in range(len(whole)):
         a += half[j] ** 2
@@ -228,7 +229,7 @@ def _new_direction(whole, half, direction):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def _split_by_similarities(local, near, first, pairs, noise, tolerance, rounds):  # type: ignore[no-untyped-def]
-    """The same iteration on the n × n similarities of a small node, from every start to its end."""
+    """Run the same iteration on the n × n similarities of a small node, from every start."""
     ptr, index, value, columns = local
     n = len(ptr) - 1
     similar, dense_similar = np.empty((n, n), np.float32), np.empty((n, n), np.float32)
@@ -287,8 +288,9 @@ def _split_by_similarities(local, near, first, pairs, noise, tolerance, rounds):
 
 @njit(nogil=True)
 def _add_scores(is_first, whole, half, score):  # type: ignore[no-untyped-def]
-    """Adds each row's similarity to the first centre less that to the second; returns ‖first‖ +
-    ‖second‖ of the sums.
+    """Add to each row its similarity to the first centre less that to the second.
+
+    Returns ‖first‖ + ‖second‖ of the sums.
 
     half[k] is the similarity of row k to the sum of the first half.
     """
@@ -337,8 +339,9 @@ def start_on_sample(  # type: ignore[no-untyped-def]
     direction,
     dense_direction,
 ):
-    """Writes the best start of a sample of labels: the directions float32 [V] (zeros before) and
-    [D].
+    """Write the best start on a sample of labels.
+
+    The directions are float32 [V] (zeros before) and [D].
     """
     local = _compacted(ptr, index, value, rows, column_map)
     sample = np.arange(len(rows))

@@ -1,1 +1,1 @@
-""""""
+"""Batches of documents with their positives."""

@@ -118,7 +118,7 @@ class BagBatches(AnyBatches[BagBatch]):
         )
 
     def collate(self, documents: np.ndarray) -> BagBatch:
-        """The batch of the given document numbers, int64 [B], in that order."""
+        """Make the batch of the given document numbers, int64 [B], in that order."""
         documents = np.asarray(documents, np.int64)
         row, sample, levels = self._positives(documents)
         index = torch.from_numpy(documents.copy())
@@ -140,8 +140,9 @@ def bag_text_batches(
     window: int = 1,
     prefetch: int = 2,
 ) -> Iterator[BagBatch]:
-    """Batches of raw texts in their order, vectorised in a background thread; `texts` may be
-    endless and is read as it is used.
+    """Batch raw texts in their order, vectorised in a background thread.
+
+    `texts` may be endless and is read as it is used.
 
     Args:
         window: batches of texts vectorised in one call, which is cheaper than one by one.
@@ -173,8 +174,9 @@ def bag_text_batches(
 def gather_bags(
     matrices: Sequence[csr_matrix], rows: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows of CSR matrices [N_i, V], numbered through them all, as `BagBatch` holds them: (token,
-    offset, token_weight).
+    """Gather rows of CSR matrices [N_i, V], numbered through all of them.
+
+    Returns (token, offset, token_weight), as in `BagBatch`.
     """
     first = np.cumsum([0, *(matrix.shape[0] for matrix in matrices)])
     part = np.searchsorted(first, rows, side="right") - 1

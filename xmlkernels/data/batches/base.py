@@ -1,5 +1,4 @@
-"""What batches of every kind share: their positives, the order of an epoch, and one thread that
-collates ahead.
+"""What batches of all kinds share: positives, the order of an epoch, and collating ahead.
 
 Dimension letters: B batch, T tokens, P positive (label, sample) pairs, L labels.
 """
@@ -23,8 +22,9 @@ Own = TypeVar("Own", bound="AnyBatch")
 
 
 class AnyBatch:
-    """The side of a batch that is the same whatever its documents are; its kinds are frozen
-    dataclasses.
+    """The part of a batch that does not depend on the kind of documents.
+
+    Its kinds are frozen dataclasses.
 
     For one of several processes `inputs` hold its own part of the documents, all else is of the
     whole batch: see `AnyBatches.shared`.
@@ -50,7 +50,7 @@ class AnyBatch:
         return len(self.index)
 
     def to(self: Own, device: torch.device | str, *, non_blocking: bool = False) -> Own:
-        """The same batch with every tensor on `device`."""
+        """Return the same batch with every tensor on `device`."""
 
         def moved(value: Any) -> Any:
             if isinstance(value, tuple):
@@ -121,22 +121,22 @@ class AnyBatches(ABC, Generic[Made]):
         self._part: Callable[[int], slice] | None = None
 
     def shared(self, part: Callable[[int], slice]) -> Self:
-        """These batches for one of several processes, which encodes a part of each: `inputs` then
-        hold the documents at part(B) alone (the first document where there is none: encoders take
-        no empty batch), all else is of the whole batch."""
+        """Make these the batches of one of several processes, each of which encodes a part.
+
+        `inputs` then hold the documents at part(B) alone (the first document where there is none:
+        encoders take no empty batch); all else is of the whole batch.
+        """
         self._part = part
         return self
 
     def own(self, documents: np.ndarray) -> np.ndarray:
-        """The documents of a batch whose inputs this process needs."""
+        """Return the documents of a batch whose inputs this process needs."""
         kept = documents if self._part is None else documents[self._part(len(documents))]
         return kept if len(kept) else documents[:1]
 
     @property
     def num_documents(self) -> int:
-        """Documents of an epoch, virtual ones included (and those that `drop_last` will leave
-        out).
-        """
+        """Documents of an epoch, virtual ones and those that `drop_last` leaves out included."""
         return len(self.lengths)
 
     def __len__(self) -> int:
@@ -167,8 +167,9 @@ class AnyBatches(ABC, Generic[Made]):
         ]
 
     def epoch(self, epoch: int, start: int = 0, every: int = 1) -> Iterator[Made]:
-        """The batches of an epoch from number `start` on: exactly the tail of the uninterrupted
-        sequence.
+        """Yield the batches of an epoch from number `start` on.
+
+        They are exactly the tail of the uninterrupted sequence.
 
         Closing the iterator, or dropping it, ends its thread.
 
@@ -193,11 +194,13 @@ class AnyBatches(ABC, Generic[Made]):
 
     @abstractmethod
     def collate(self, documents: np.ndarray) -> Made:
-        """The batch of the given document numbers, int64 [B], in that order."""
+        """Make the batch of the given document numbers, int64 [B], in that order."""
 
     def _positives(self, documents: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, Levels]:
-        """Pairs sorted by (row, sample), of the labels and of each level. One 64-bit key sorts
-        several times faster than two-key sorting."""
+        """Return the pairs of the labels and of each level, sorted by (row, sample).
+
+        One 64-bit key sorts several times faster than two keys.
+        """
         count, real = len(documents), self.labels.shape[0]
         place = np.arange(count, dtype=np.int64)
         own, virtual = place[documents < real], place[documents >= real]
@@ -243,8 +246,9 @@ def _inverse(order: np.ndarray, labels: int) -> np.ndarray:
 
 
 def _in_table_order(labels: csr_matrix, place: np.ndarray | None) -> csr_matrix:
-    """Unique column numbers per row, no stored zeros, columns in table order; a copy only where the
-    input is not so.
+    """Return labels with unique columns per row, no stored zeros, columns in table order.
+
+    A copy only where the input is not so.
     """
     labels = csr_matrix(labels)
     if not labels.has_canonical_format or (labels.data == 0).any():
@@ -273,21 +277,21 @@ def _checked(ancestors: Sequence[np.ndarray], labels: int) -> list[np.ndarray]:
 
 
 def check_rows(where: str, rows: int, labels: csr_matrix) -> None:
-    """Raises InputError where documents and rows of labels differ in number."""
+    """Raise InputError where documents and rows of labels differ in number."""
     if rows != labels.shape[0]:
         expected = f"{labels.shape[0]} rows, one for each row of labels"
         raise InputError(where, expected, str(rows), "prepare the data again")
 
 
 def check_label_rows(where: str, rows: int, labels: csr_matrix) -> None:
-    """Raises InputError where label texts and labels differ in number."""
+    """Raise InputError where label texts and labels differ in number."""
     if rows != labels.shape[1]:
         mend = "prepare the data again with one label text for each label"
         raise InputError(where, f"{labels.shape[1]} rows, one for each label", str(rows), mend)
 
 
 def at_least(name: str, value: int, least: int) -> None:
-    """Raises InputError where a size is below its least."""
+    """Raise InputError where a size is below its least."""
     if value < least:
         raise InputError(name, f"at least {least}", str(value), "choose a larger one")
 
@@ -295,8 +299,9 @@ def at_least(name: str, value: int, least: int) -> None:
 def text_windows(
     texts: Iterable[str], batch_size: int, batches: int = 1
 ) -> Iterator[tuple[int, list[str]]]:
-    """The number of its first text, and the texts, of each window of up to `batches` batches; read
-    as they are used.
+    """Yield windows of up to `batches` batches: the number of the first text, and the texts.
+
+    Texts are read as they are used.
 
     Raises:
         InputError: one string instead of many, or batch_size < 1; while it is read, an item that is

@@ -12,8 +12,9 @@ SECONDS_TO_STOP = 5.0
 
 
 def in_background(make: Callable[[], Iterator[Item]], ahead: int) -> Iterator[Item]:
-    """The items of `make()`, made up to `ahead` in advance by one daemon thread, which ends with
-    the iterator.
+    """Yield the items of `make()`, made up to `ahead` in advance by one daemon thread.
+
+    The thread ends with the iterator.
 
     The thread takes a slot before it makes an item, so it never waits on a full queue and is
     stopped without polling. What it raises is raised to the consumer. 0 makes items in line,

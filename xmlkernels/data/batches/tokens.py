@@ -62,9 +62,12 @@ class TokensAndLabels(Protocol):
     """What `Batches` reads of a split: N rows of tokens and labels [N, L] in CSR."""
 
     @property
-    def tokens(self) -> TokenStore: ...
+    def tokens(self) -> TokenStore:
+        """The N rows of tokens."""
+
     @property
-    def labels(self) -> csr_matrix: ...
+    def labels(self) -> csr_matrix:
+        """CSR [N, L]."""
 
 
 class Batches(AnyBatches[Batch]):
@@ -144,7 +147,7 @@ class Batches(AnyBatches[Batch]):
                 )
 
     def collate(self, documents: np.ndarray) -> Batch:
-        """The batch of the given document numbers, int64 [B], in that order."""
+        """Make the batch of the given document numbers, int64 [B], in that order."""
         documents = np.asarray(documents, np.int64)
         own, real = self.own(documents), len(self.stores[0])
         mask = _mask(self.lengths[own], self.stores[0].header.max_length, self.pad_to_multiple)
@@ -174,8 +177,9 @@ def text_batches(
     bucket_window: int = 1,
     prefetch: int = 2,
 ) -> Iterator[Batch]:
-    """Batches of raw texts, tokenised in a background thread; `texts` may be endless and is read as
-    it is used.
+    """Batch raw texts, tokenised in a background thread.
+
+    `texts` may be endless and is read as it is used.
 
     Args:
         bucket_window: 1 keeps the order of the texts. More reads that many batches ahead and gives
@@ -228,8 +232,9 @@ def _unlabelled(
 
 
 def _mask(lengths: np.ndarray, max_length: int, multiple: int) -> np.ndarray:
-    """bool [B, T], True on tokens: T is the longest of `lengths`, rounded up to `multiple` as far
-    as `max_length` lets.
+    """Return bool [B, T], True on tokens.
+
+    T is the longest of `lengths`, rounded up to `multiple` as far as `max_length` allows.
     """
     longest = int(lengths.max())
     width = max(longest, min(math.ceil(longest / multiple) * multiple, max_length))

@@ -37,6 +37,7 @@ class Head:
 
     @property
     def bytes(self) -> int:
+        """Bytes of the values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __str__(self) -> str:
@@ -53,7 +54,7 @@ def read_npy(
     dtype: np.dtype | type | None = None,
     finite: bool = False,
 ) -> np.ndarray:
-    """The array of an .npy file.
+    """Read the array of an .npy file.
 
     Args:
         path: the file.
@@ -97,7 +98,7 @@ def read_npy(
 
 
 def read_head(file: IO[bytes], where: str, mend: str) -> Head:
-    """The header of an array at the stream's place.
+    """Read the header of an array at the stream's position.
 
     Raises:
         InputError: none stands there, it names a pickle, or a shape that no array has.
@@ -139,9 +140,7 @@ def read_head(file: IO[bytes], where: str, mend: str) -> Head:
 
 
 def check_memory(where: str, needed: int, *, copies: int = 1) -> None:
-    """Raises InputError where an array of `needed` bytes, held `copies` times, is larger than the
-    memory that is free.
-    """
+    """Raise InputError where `copies` arrays of `needed` bytes exceed the free memory."""
     free = free_memory()
     if free is not None and needed * copies > free:
         expected, got = (
@@ -190,8 +189,10 @@ class Members:
         return key in self._infos
 
     def head(self, key: str) -> Head:
-        """What the array claims to be. InputError where it is missing, or claims other bytes than
-        its member has.
+        """Return what the array claims to be.
+
+        Raises:
+            InputError: Where it is missing, or claims other bytes than its member has.
         """
         if key not in self._infos:
             raise self._bad(
@@ -207,7 +208,10 @@ class Members:
         return head
 
     def read(self, key: str) -> np.ndarray:
-        """The array, new, in C order and native byte order. Ask `head` and `check_memory` first."""
+        """Read the array: new, in C order and native byte order.
+
+        Call `head` and `check_memory` first.
+        """
         with self._archive.open(self._infos[key]) as file:
             where = f"{self.name}, {key}"
             array = _values(file, read_head(file, where, self._mend), where, self._mend)
@@ -217,7 +221,7 @@ class Members:
 
 @contextmanager
 def open_members(path: PathLike, mend: str) -> Iterator[Members]:
-    """The arrays of an .npz file.
+    """Open the arrays of an .npz file.
 
     Raises:
         InputError: no file, no zip file, or a damaged one (also while the block reads from it).
@@ -264,7 +268,11 @@ def _check_shape(
 
 
 def _values(file: IO[bytes], head: Head, where: str, mend: str) -> np.ndarray:
-    """The values behind a header: as many bytes as it says, or InputError."""
+    """Read the values behind a header.
+
+    Raises:
+        InputError: Where there are fewer bytes than the header says, or more.
+    """
     try:
         # Of its own type from the start: scipy copies an array whose base has many more elements.
         flat = np.empty(math.prod(head.shape), head.dtype)
@@ -284,8 +292,9 @@ def _values(file: IO[bytes], head: Head, where: str, mend: str) -> np.ndarray:
 def read_tensors(
     path: PathLike, expected: str, mend: str
 ) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """(text of the header, arrays) of a safetensors file; sizes and offsets are compared by that
-    library.
+    """Read a safetensors file: (text of the header, arrays).
+
+    That library compares sizes and offsets.
 
     Args:
         expected: what messages call the file.

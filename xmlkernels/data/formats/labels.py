@@ -103,8 +103,9 @@ def label_format(path: PathLike, rows: int | None = None) -> LabelFormat:
 def _header_or_row(
     path: PathLike, numbers: list[int], filled: int, lines: int, rows: int | None
 ) -> LabelFormat:
-    """What two numbers on the first line are, where `lines` lines of bare ids follow, the last
-    `filled` of them not blank.
+    """Decide what two numbers on the first line are.
+
+    `lines` lines of bare ids follow, the last `filled` of them not blank.
 
     A header that names one row more than there are may have a blank last row without a line end, or
     a row that was cut off; read as a row of ids it would shift every row behind it.
@@ -135,7 +136,7 @@ def _count_rows(buffer: bytes | mmap.mmap, start: int) -> tuple[int, int]:
 
 
 def check_same_length(text_path: PathLike, n_texts: int, label_path: PathLike, n_rows: int) -> None:
-    """Raises InputError where a text file and a label file have different numbers of rows."""
+    """Raise InputError where a text file and a label file have different numbers of rows."""
     if n_texts != n_rows:
         short, long = (text_path, label_path) if n_texts < n_rows else (label_path, text_path)
         mend = (
@@ -159,8 +160,9 @@ def read_label_files(
     format: LabelFormat | None = None,
     duplicates: Duplicates = "error",
 ) -> tuple[dict[str, csr_matrix], bool]:
-    """Label matrices of one width. A self-describing file is read first: it tells the others how
-    many labels exist.
+    """Read label matrices of one width.
+
+    A self-describing file is read first: it says how many labels the others have.
 
     Blank lines behind the last row are none, of label lines and of `documents` alike: they are
     taken off both.
@@ -200,9 +202,7 @@ def read_label_files(
 
 
 def _format(path: Path, documents: Sequence[str] | range | None) -> LabelFormat:
-    """The format of a label file beside these documents, which may have blank lines at their
-    end.
-    """
+    """Find the format of a label file of these documents, which may end in blank lines."""
     if documents is None:
         return label_format(path)
     kind = label_format(path, len(documents))

@@ -1,5 +1,6 @@
-"""JSON lines of the LF-* sets of the Extreme Classification Repository (`trn.json.gz`,
-`tst.json.gz`, `lbl.json.gz`).
+"""JSON lines of the LF-* sets of the Extreme Classification Repository.
+
+Files are `trn.json.gz`, `tst.json.gz` and `lbl.json.gz`.
 """
 
 from __future__ import annotations
@@ -87,14 +88,17 @@ def iter_lf_json(
 
 
 def count_lf_records(path: PathLike) -> int:
-    """Number of records: of `lbl.json.gz`, the number of labels. Lines are counted, not parsed."""
+    """Count the records: of `lbl.json.gz`, the number of labels.
+
+    Lines are counted, not parsed.
+    """
     return sum(1 for _, line in numbered_lines(path, Utf8Repairs(path)) if line.strip())
 
 
 def read_lf_json(
     path: PathLike, *, num_labels: int | PathLike | None = None, merge_duplicates: bool = False
 ) -> LFRecords:
-    """The records of `iter_lf_json` as lists and a CSR matrix.
+    """Read the records of `iter_lf_json` as lists and a CSR matrix.
 
     Args:
         path: the file.

@@ -22,8 +22,9 @@ _LONGEST_PAIR = 4096  # characters of a line of filter pairs
 def canonical_csr(
     matrix: Any, where: str, *, merge: bool = False, keep_zeros: bool = False
 ) -> csr_matrix:
-    """The matrix as CSR float32 with sorted, unique indices, finite values and, unless kept, no
-    stored zeros.
+    """Return the matrix as CSR float32 with sorted, unique indices and finite values.
+
+    Stored zeros are removed unless kept.
 
     Args:
         matrix: scipy sparse matrix or array [rows, cols]; left as it is.
@@ -81,7 +82,7 @@ def _entry(csr: csr_matrix, at: int) -> str:
 
 
 def check_shape(shape: tuple[int, int], rows: int | None, cols: int | None, where: str) -> None:
-    """Raises InputError where the shape is not the one expected; None expects nothing."""
+    """Raise InputError where the shape is not the one expected; None expects nothing."""
     for what, got, expected in (("rows", shape[0], rows), ("columns", shape[1], cols)):
         if expected is not None and got != expected:
             raise InputError(
@@ -97,8 +98,7 @@ def read_npz(
     merge_duplicates: bool = False,
     keep_zeros: bool = False,
 ) -> csr_matrix:
-    """Read a matrix written by `scipy.sparse.save_npz` (`Y.trn.npz`, `X.trn.npz`), any sparse
-    layout, no pickle.
+    """Read a matrix written by `scipy.sparse.save_npz` (`Y.trn.npz`), any sparse layout, no pickle.
 
     Dtypes, sizes, pointers and indices are checked on the arrays as they stand in the file, before
     scipy converts them and before anything larger than the file can hold is allocated.
@@ -206,7 +206,9 @@ def write_filter_pairs(path: PathLike, pairs: np.ndarray) -> None:
 
 
 def drop_unlabelled(labels: csr_matrix, *, keep: bool, name: str) -> np.ndarray:
-    """The rows to use, where some documents have no label; says how many have none.
+    """Return the rows to use, where some documents have no label.
+
+    A warning says how many have none.
 
     Args:
         labels: CSR [rows, labels].
@@ -239,8 +241,9 @@ def drop_unlabelled(labels: csr_matrix, *, keep: bool, name: str) -> np.ndarray:
 
 
 def select_pairs(pairs: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Filter pairs [n, 2] renumbered to the rows that `drop_unlabelled` kept (ascending); pairs of
-    dropped rows go.
+    """Renumber filter pairs [n, 2] to the rows (ascending) that `drop_unlabelled` kept.
+
+    Pairs of dropped rows are removed.
     """
     at = np.searchsorted(kept, pairs[:, 0])
     held = at < len(kept)

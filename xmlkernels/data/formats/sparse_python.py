@@ -1,5 +1,4 @@
-"""The parser of sparse text in plain Python: what stands in where the native one (csrc/host) was
-not built.
+"""Parse sparse text in plain Python, where the native parser (csrc/host) was not built.
 
 Same arguments, same arrays, same problems found in the same order as
 `xmlkernels._host.parse_sparse`; much slower. Kept simple rather than fast: it is also what the

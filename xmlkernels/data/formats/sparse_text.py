@@ -1,7 +1,6 @@
-"""Sparse matrices as text: labels, features, the old bag-of-words file and plain label lines, read
-in parallel.
+r"""Sparse matrices as text: labels, features, bags of words, label lines; read in parallel.
 
-Common to all of them: one row a line; `\\n` or `\\r\\n`; tokens divided by white space; `#` starts
+Common to all of them: one row a line; `\n` or `\r\n`; tokens divided by white space; `#` starts
 a comment that runs to the end of the line (a line that holds nothing else is an empty row); 0-based
 indices in any order; plain or packed; blank lines behind the last row are ignored. Values are
 float32 and finite. Zeros are not stored, since CSR users count stored entries. What stands twice in
@@ -72,8 +71,9 @@ def read_sparse(
     duplicates: Duplicates = "error",
     threads: int | None = None,
 ) -> csr_matrix:
-    """Read `trn_X_Xf.txt`, `trn_X_Y.txt`, `lbl_X_Xf.txt`: a header `rows cols`, then rows of
-    `index:value`.
+    """Read `trn_X_Xf.txt` and its like: a header `rows cols`, then rows of `index:value`.
+
+    Such files are `trn_X_Xf.txt`, `trn_X_Y.txt` and `lbl_X_Xf.txt`.
 
     A blank line is an empty row. A row may start with `qid:NUMBER`, which is skipped.
 
@@ -113,8 +113,7 @@ def read_sparse(
 def read_bow(
     path: PathLike, *, duplicates: Duplicates = "error", threads: int | None = None
 ) -> tuple[csr_matrix, csr_matrix]:
-    """Read the old bag-of-words file (`train.txt`): a header `rows features labels`, then `l1,l2
-    f:v f:v`.
+    """Read the old bag of words (`train.txt`): a header `rows features labels`, `l1,l2 f:v f:v`.
 
     A row that starts with white space, or with `f:v`, has no labels. `qid:NUMBER` may stand before
     the features.
@@ -146,8 +145,9 @@ def read_label_lines(
     duplicates: Duplicates = "error",
     threads: int | None = None,
 ) -> csr_matrix:
-    """Read `Y.trn.txt`: label ids divided by commas or white space, no header; a blank line has no
-    labels.
+    """Read `Y.trn.txt`: label ids divided by commas or white space, no header.
+
+    A blank line has no labels.
 
     Args:
         path: plain or packed.
@@ -178,8 +178,9 @@ def read_label_lines(
 
 
 def write_sparse(path: PathLike, matrix: Any) -> None:
-    """Write `rows cols`, then `index:value` rows, so that `read_sparse` gives the same matrix bit
-    for bit.
+    """Write `rows cols`, then `index:value` rows.
+
+    `read_sparse` gives the same matrix bit for bit.
 
     The file appears whole or not at all; a name that ends in .gz is compressed.
 
@@ -207,8 +208,9 @@ def write_sparse(path: PathLike, matrix: Any) -> None:
 
 
 def _shortest(value: np.float32) -> str:
-    """The shortest decimal that reads as the same float32 by way of a double, which is how both
-    parsers read.
+    """Return the shortest decimal that reads as the same float32 by way of a double.
+
+    That is how both parsers read.
     """
     small_or_large = not 1e-4 <= abs(value) < 1e9
     form = np.format_float_scientific if small_or_large else np.format_float_positional
@@ -291,7 +293,7 @@ def _explain(
     *,
     lines: bool,
 ) -> InputError:
-    """The sentence for what a parser found, in label lines or in one of the other formats."""
+    """Make the error for what a parser found, in label lines or in one of the other formats."""
     first = 2 if header else 1
     if fault == "rows":
         expected = f"{rows} rows" + (", as the header says" if header else "")

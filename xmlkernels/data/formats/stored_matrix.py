@@ -30,7 +30,7 @@ FREE_ROWS_BYTES = 64 << 20
 def read_stored(
     members: Members, name: str, mend: str, *, rows: int | None, cols: int | None
 ) -> Any:
-    """The matrix of the members, of the layout it was written in, every index inside it.
+    """Read the matrix of the members in the layout it was written in, with every index checked.
 
     Args:
         rows, cols: the shape it must have; None takes any.
@@ -69,8 +69,9 @@ def read_stored(
 
 
 def checked(matrix: Any, where: str) -> Any:
-    """A matrix in memory, of any layout, if every index lies inside it: scipy converts without
-    looking.
+    """Return a matrix in memory, of any layout, if every index is inside it.
+
+    scipy converts without looking.
 
     Raises:
         InputError: pointers fall, an index lies outside, or arrays do not fit the shape.
@@ -144,7 +145,7 @@ def _check_heads(
 
 
 def _within(array: np.ndarray, low: int, high: int, where: str, what: str, mend: str) -> None:
-    """Raises InputError unless every number is from `low` to `high` - 1."""
+    """Raise InputError unless every number is from `low` to `high` - 1."""
     if not array.size:
         return
     least, most = int(array.min()), int(array.max())
@@ -157,8 +158,9 @@ def _within(array: np.ndarray, low: int, high: int, where: str, what: str, mend:
 def _check_pointers(
     arrays: dict[str, np.ndarray], minor: int, name: str, mend: str
 ) -> dict[str, np.ndarray]:
-    """Pointers that rise from 0 to at most the number of entries, and indices below `minor`;
-    entries behind the last go.
+    """Check that pointers rise from 0 to at most the number of entries, indices are below `minor`.
+
+    Entries behind the last pointer are removed.
     """
     pointers, where = arrays["indptr"], f"{name}, indptr"
     if pointers[0] != 0:
@@ -188,15 +190,17 @@ def _check_pointers(
 
 
 def _signed(array: np.ndarray) -> np.ndarray:
-    """scipy knows int32 and int64; the values fit, as was checked."""
+    """Return int32 or int64, which scipy knows; the values fit, as was checked."""
     return array if array.dtype in (np.int32, np.int64) else array.astype(np.int64)
 
 
 def compressed(
     arrays: dict[str, np.ndarray], shape: tuple[int, int], name: str, mend: str
 ) -> csr_matrix:
-    """CSR of `data`, `indices` and `indptr`. InputError where they do not fit each other or the
-    shape.
+    """Return CSR of `data`, `indices` and `indptr`.
+
+    Raises:
+        InputError: Where they do not fit each other or the shape.
     """
     _check_heads(
         {key: Head(a.shape, a.dtype, False) for key, a in arrays.items()}, "csr", shape, name, mend

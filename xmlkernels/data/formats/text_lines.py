@@ -34,24 +34,20 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Utf8Repairs:
-    """Replaces what is not Unicode text by U+FFFD, counts the lines it did so in and tells it once
-    per file.
-    """
+    """Replace what is not Unicode text by U+FFFD; count the lines and warn once per file."""
 
     def __init__(self, path: PathLike) -> None:
         self.path, self.lines, self.first, self._last = os.fspath(path), 0, 0, 0
 
     def mend(self, text: str, line: int) -> str:
-        """Text that was decoded with surrogateescape → clean text, one U+FFFD for each broken
-        sequence.
-        """
+        """Clean text decoded with surrogateescape: one U+FFFD for each broken sequence."""
         if text.isascii() or not _SURROGATE.search(text):
             return text
         self._count(line)
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
     def mend_escapes(self, text: str, line: int) -> str:
-        """Text from JSON, where an escape such as \\ud800 may have made half a character."""
+        r"""Clean text from JSON, where an escape such as \ud800 may have made half a character."""
         if text.isascii() or not _SURROGATE.search(text):
             return text
         self._count(line)
@@ -62,6 +58,7 @@ class Utf8Repairs:
         self.first, self._last = self.first or line, line
 
     def tell(self) -> None:
+        """Warn of the lines that were changed, if any."""
         if self.lines:
             warnings.warn(
                 f"{at_line(self.path, self.first)}: not UTF-8; broken characters replaced by "
@@ -74,7 +71,7 @@ class Utf8Repairs:
 
 
 def line_too_long(where: str) -> InputError:
-    """The error for a line beyond `LONGEST_LINE`."""
+    """Make the error for a line beyond `LONGEST_LINE`."""
     got = "a longer one"
     return InputError(
         where,
@@ -87,9 +84,9 @@ def line_too_long(where: str) -> InputError:
 def numbered_lines(
     path: PathLike, repairs: Utf8Repairs, *, documents: bool = False
 ) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text without line end), streamed; plain, .gz, .bz2 or .xz.
+    r"""Stream (line number from 1, text without line end); plain, .gz, .bz2 or .xz.
 
-    Lines end with \\n, \\r\\n or \\r and nothing else: U+2028, \\x0b, \\x0c, \\x85 stay inside a
+    Lines end with \n, \r\n or \r and nothing else: U+2028, \x0b, \x0c, \x85 stay inside a
     text, where Python's splitlines would break it in two and shift every row behind it.
     """
     with open_bytes(path) as file:
@@ -109,10 +106,11 @@ def numbered_lines(
 
 
 def iter_lines(path: PathLike, *, documents: bool = False) -> Iterator[str]:
-    """Stream a file of one text a line (`trn_X.txt`, `Y.txt`), plain, .gz, .bz2 or .xz, in constant
-    memory.
+    r"""Stream a file of one text per line (`trn_X.txt`), plain or packed, in constant memory.
 
-    UTF-8, with or without a byte order mark. Lines end with \\n, \\r\\n or \\r only. An empty line
+    Packed files are .gz, .bz2 or .xz.
+
+    UTF-8, with or without a byte order mark. Lines end with \n, \r\n or \r only. An empty line
     is an empty text: row numbers always agree with the label file. Broken UTF-8 is replaced by
     U+FFFD and told once, as a DataWarning that names the first line and the number of lines.
 
@@ -133,7 +131,7 @@ def iter_lines(path: PathLike, *, documents: bool = False) -> Iterator[str]:
 
 
 def read_lines(path: PathLike, *, documents: bool = False) -> list[str]:
-    """The texts of `iter_lines` as a list."""
+    """Read the texts of `iter_lines` as a list."""
     return list(iter_lines(path, documents=documents))
 
 
@@ -157,30 +155,27 @@ def write_lines(path: PathLike, texts: Sequence[str]) -> None:
 
 
 def split_title(text: str) -> tuple[str, str]:
-    """Title and body of an AttentionXML raw text `title /SEP/ body`; without a separator all is
-    body.
-    """
+    """Split an AttentionXML raw text `title /SEP/ body`; without a separator all is body."""
     title, separator, body = text.partition(SEPARATOR)
     return (title.strip(), body.strip()) if separator else ("", text.strip())
 
 
 def join_parts(text: str, joiner: str) -> str:
-    """A raw text with `joiner` in place of every `/SEP/`; none stands before or behind an empty
-    part.
-    """
+    """Put `joiner` in place of every `/SEP/` of a raw text; none next to an empty part."""
     return joiner.join(filter(None, map(str.strip, text.split(SEPARATOR))))
 
 
 def without_separator(text: str, separator: str) -> str:
-    """A text as people and bags of words read it: a tokenizer's separator is no word of it."""
+    """Return a text as people and bags of words read it: without a tokenizer's separator."""
     return text.replace(separator, " ") if separator.strip() else text
 
 
 def read_raw_texts(
     path: PathLike, *, part: Literal["all", "title", "body"] = "all", joiner: str = " "
 ) -> list[str]:
-    """Read `train_raw_texts.txt` of the AttentionXML sets: one text a line, `/SEP/` between title
-    and body.
+    """Read `train_raw_texts.txt` of AttentionXML, one text per line.
+
+    `/SEP/` is between title and body.
 
     Args:
         path: plain or packed; as `iter_lines`.
@@ -199,7 +194,7 @@ def read_raw_texts(
 
 
 def label_divider(paths: Sequence[PathLike]) -> Divider:
-    """What divides the label names of a line, in all of these files (the splits of one dataset).
+    """Find what divides the label names of a line, in all files of one dataset's splits.
 
     A tab anywhere means tabs. Otherwise commas divide where at least half of the lines of several
     words hold one, as in "1,101" and "State aid, EU law"; else white space does, and a comma is
@@ -225,8 +220,9 @@ def read_label_strings(
     duplicates: Literal["error", "merge"] = "error",
     divider: Divider | None = None,
 ) -> list[list[str]]:
-    """Read `train_labels.txt` of the AttentionXML sets: label names divided by tabs, commas or
-    spaces, a row a line.
+    """Read `train_labels.txt` of AttentionXML: label names divided by tabs, commas or spaces.
+
+    One document per line.
 
     Args:
         path: plain or packed; as `iter_lines`. A blank line has no labels.
@@ -281,7 +277,7 @@ def encode_label_strings(
     *others: Sequence[Sequence[str]],
     unseen: Literal["keep", "drop"] = "keep",
 ) -> EncodedLabels:
-    """Number string labels of train, test, … with one mapping.
+    """Give the string labels of train, test, … numbers by one mapping.
 
     Args:
         train: label names of each training row.

@@ -1,5 +1,6 @@
-"""Renee's token maps: `*_input_ids.dat` and `*_attention_mask.dat`, raw int64 without any
-header.
+"""Renee's token maps: raw int64 without any header.
+
+`*_input_ids.dat` and `*_attention_mask.dat`.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ def open_token_map(path: PathLike, *, rows: int, max_length: int) -> np.memmap:
 
 
 def open_token_maps(prefix: PathLike, *, rows: int, max_length: int) -> tuple[np.memmap, np.memmap]:
-    """Open the pair `{prefix}_input_ids.dat` and `{prefix}_attention_mask.dat`, such as prefix
-    `…/trn_doc`.
+    """Open the pair `{prefix}_input_ids.dat` and `{prefix}_attention_mask.dat`.
+
+    The prefix is such as `…/trn_doc`.
 
     Returns:
         input ids and attention mask, each int64 [rows, max_length], read-only, memory-mapped.
