@@ -196,9 +196,8 @@ def bce_step_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
     add("eager", "momentum", "fp32", "fp32", 4, partial(eager_step, compiled=False))
     if compiled:
         add("compile", "momentum", "fp32", "fp32", 4, partial(eager_step, compiled=True))
-    for low in (
-        ("fp32", "bf16") if device == "cpu" else ("fp16",)
-    ):  # fp16 as published; a CPU multiplies it slowly
+    # fp16 as published; a CPU multiplies it slowly.
+    for low in ("fp32", "bf16") if device == "cpu" else ("fp16",):
         add("renee", "momentum", low, "fp32", 4, partial(renee_step, low=low))
     return cases
 

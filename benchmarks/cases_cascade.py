@@ -120,9 +120,8 @@ def make_levels(shape: Shape, dtype: str, device: str, row_wise: bool = True) ->
 def own_step(held: Levels) -> Step:
     """As the model's step: `cluster_step_` on each level, the next shortlist from its scores."""
     start = torch.zeros(held.x[0].shape[0], 1, dtype=torch.int64, device=held.x[0].device)
-    for level in (
-        held.heads.levels
-    ):  # states of its own, so that they count into its memory as the peer's do
+    # States of its own, so that they count into its memory as the peer's do.
+    for level in held.heads.levels:
         level.momentum, level.second = (
             torch.zeros_like(level.momentum),
             torch.zeros_like(level.second),

@@ -27,9 +27,8 @@ from xmlkernels.reference.cluster_step import cluster_step_ as reference
 
 POSITIVES = 5
 _REFERENCE_ELEMENTS = 1 << 23  # above, the reference's dense gradient would not fit common memories
-_FP32_ELEMENTS = (
-    1 << 28
-)  # above, tables in fp32 are left to the peer: table and moments of both would take 12 GB
+# above, tables in fp32 are left to the peer: table and moments of both would take 12 GB.
+_FP32_ELEMENTS = 1 << 28
 
 
 @dataclass

@@ -79,10 +79,9 @@ def own_step(held: Shortlists) -> Step:
     """Scores, summed BCE, autograd, `sparse_adam_` on the rows named; the moments have the table's
     format.
     """
-    device, table = (
-        held.weight.device,
-        held.weight.detach().requires_grad_(),
-    )  # autograd's view of the same memory
+    # autograd's view of the same memory.
+    device = held.weight.device
+    table = held.weight.detach().requires_grad_()
     momentum, second = torch.zeros_like(held.weight), torch.zeros_like(held.weight)
     hyper = Hyper(LR, beta1=0.9).tensor(device)
     counter = torch.tensor([1, 0], device=device)
@@ -107,9 +106,8 @@ def fused_step(held: Shortlists) -> Step:
     hyper = Hyper(LR, beta1=0.9).tensor(device)
     counter = torch.tensor([1, 0], device=device)
     row_ptr = torch.arange(n + 1, device=device)
-    pos_row, pos_sample = held.index[:, 0].sort(
-        stable=True
-    )  # the first entry of each list is its positive
+    # The first entry of each list is its positive.
+    pos_row, pos_sample = held.index[:, 0].sort(stable=True)
     positives = pos_row, pos_sample.to(torch.int32)
 
     def step() -> Tensor:

@@ -144,15 +144,15 @@ def modelled_bytes(row: Row, model: ModuleType | None) -> int | None:
         return model.bce_step_bytes(B, L, D, **options)["memory"]
     if op == "matmul_topk":
         return model.matmul_topk_memory(B, L, D, K or 1, element=element)
-    if (
-        op == "shortlist_matmul" and phase != "step"
-    ):  # most of a step is autograd and the optimizer's own op
+    # Most of a step is autograd and the optimizer's own op.
+    if op == "shortlist_matmul" and phase != "step":
         return model.shortlist_memory(B, S, D, shared=phase == "shared", element=element)
     if op == "cluster_step":
+        # Rows of a cluster, as benchmarks/cases_cluster.py makes them.
         K, rows = (
             K or 1,
             (S or L) // (K or 1),
-        )  # rows of a cluster, as benchmarks/cases_cluster.py makes them
+        )
         states = 2 if phase == "adam" else 0
         return model.cluster_step_memory(
             B, D, K, rows, L // rows, element=element, state_element=element, states=states

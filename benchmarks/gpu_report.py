@@ -261,10 +261,11 @@ def stages(report: Report) -> int:
     say("ceilings")
     measure_ceilings(report)
     wanted = card.plan(green, report.card.memory, say)
+    # What has a figure to reach, and its peers, of every shape before the rest of any.
     for rest in (
         False,
         True,
-    ):  # what has a figure to reach, and its peers, of every shape before the rest of any
+    ):
         for op, shape in wanted:
             measure(report, op, shape, rest)
     finish(report)

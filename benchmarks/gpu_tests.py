@@ -178,9 +178,8 @@ def run_all(
         error, against its op; one that does not end says so and decides nothing.
     """
     begin, timed, ops = time.monotonic(), ops, [*ops, *untimed()]
-    everything = files_by_op(
-        root, [*cases.OPS, *untimed()]
-    )  # of all, lest the files of an op left out count as shared
+    # Of all, lest the files of an op left out count as shared.
+    everything = files_by_op(root, [*cases.OPS, *untimed()])
     groups = {
         group: files for group, files in everything.items() if group in ops or group == SHARED
     }

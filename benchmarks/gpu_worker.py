@@ -46,9 +46,8 @@ def captured(step: timing.Step) -> timing.Step:
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(
-        stream
-    ):  # what a capture may not do (lazy set-up, first allocations) happens before it
+    # What a capture may not do (lazy set-up, first allocations) happens before it.
+    with torch.cuda.stream(stream):
         step()
         step()
     torch.cuda.current_stream().wait_stream(stream)

@@ -61,9 +61,8 @@ def make(labels: int, documents: int) -> tuple[csr_matrix, csr_matrix]:
     y.data[:] = 1
     words = np.empty((documents, 120), np.int32)
     words[:, :60] = (WORDS * random.random((documents, 60)) ** 3).astype(np.int32)
-    for level, size in enumerate(
-        (1, 8, 64)
-    ):  # words of the topic, of its group, of the group of groups
+    # Words of the topic, of its group, of the group of groups.
+    for level, size in enumerate((1, 8, 64)):
         base = topic[main] // size * (7919 + level * 13) % WORDS
         own = (400 * random.random((documents, 20)) ** 2).astype(np.int64) * 37
         words[:, 60 + 20 * level : 80 + 20 * level] = (base[:, None] + own) % WORDS

@@ -41,12 +41,10 @@ def bce_step_accesses(
     The search for each block's first positive is left out: it depends on the data, and is at most
     (ceil(L / block_l) + 1) (floor(log2(positives)) + 1) loads of pos_row.
     """
-    of_b, of_l, of_d, tiles = (
-        _up(B, blocks.block_b),
-        _up(L, blocks.block_l),
-        _up(D, blocks.block_d),
-        _up(L, blocks.tile),
-    )
+    of_b = _up(B, blocks.block_b)
+    of_l = _up(L, blocks.block_l)
+    of_d = _up(D, blocks.block_d)
+    tiles = _up(L, blocks.tile)
     partial = blocks.segments * B * D
     out = {
         "weight": (

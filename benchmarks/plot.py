@@ -145,9 +145,8 @@ def roofline(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
             "none",
             "run benchmarks/gpu_report.py again",
         )
-    places = [
-        1e3 * float(row["tflops"]) / float(row["gbps"]) for row in points
-    ]  # operations for each byte
+    # Operations for each byte.
+    places = [1e3 * float(row["tflops"]) / float(row["gbps"]) for row in points]
     ridges = [level / slope for level in top.values()]
     left, right = min(places + ridges) / 2, max(places + ridges) * 3
     figure = Figure(figsize=(11, 8), layout="constrained")

@@ -25,11 +25,10 @@ from torch import Tensor
 from xmlkernels.ops import Hyper, bce_step_, matmul_topk
 
 UNIT = 2.0**-13  # of bf16 at 2^-6
-CLUSTER, PER_DOCUMENT, LATE = (
-    64,
-    4,
-    4,
-)  # labels of a cluster, labels of a document, the last 1/LATE of the run
+# Labels of a cluster, labels of a document, the last 1/LATE of the run.
+CLUSTER = 64
+PER_DOCUMENT = 4
+LATE = 4
 
 
 @dataclass
@@ -59,9 +58,8 @@ def make(labels: int, width: int, documents: int, held: int, *, shuffled: bool) 
     x = torch.nn.functional.normalize(
         point[chosen].mean(1) + 0.3 * torch.randn(documents, width, generator=g)
     )
-    x = (
-        torch.cat([x[:, 1:], torch.ones(documents, 1)], 1) / 2**0.5
-    )  # what all texts share, as an encoder's vectors have it
+    # What all texts share, as an encoder's vectors have it.
+    x = torch.cat([x[:, 1:], torch.ones(documents, 1)], 1) / 2**0.5
     order = torch.randperm(labels, generator=g) if shuffled else torch.arange(labels)
     return Problem(x, order[chosen], held)
 
@@ -91,10 +89,8 @@ def train(
     count = len(problem.x) - problem.held
     for step in range(steps):
         pick = torch.randint(count, (batch,), generator=g)
-        rows, samples = (
-            problem.labels[pick].reshape(-1),
-            torch.arange(batch, dtype=torch.int32).repeat_interleave(PER_DOCUMENT),
-        )
+        rows = problem.labels[pick].reshape(-1)
+        samples = torch.arange(batch, dtype=torch.int32).repeat_interleave(PER_DOCUMENT)
         order = torch.argsort(rows * batch + samples)
         hyper = Hyper(lr * (1 - step / steps)).tensor()
         if step == steps - steps // LATE:

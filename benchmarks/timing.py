@@ -115,10 +115,11 @@ def peak_bytes(
     """
     held = inputs()
     warm = torch.ones(256, 256, device=device)
+    # A library's own one-off buffers are not the step's.
     for dtype in (
         torch.float32,
         torch.bfloat16,
-    ):  # a library's own one-off buffers are not the step's
+    ):
         torch.mm(warm.to(dtype), warm.to(dtype))
     if device == "cuda":
         torch.cuda.synchronize()
@@ -129,9 +130,8 @@ def peak_bytes(
         return torch.cuda.max_memory_allocated() - before
     gc.collect()
     if sys.platform == "linux":
-        trim = getattr(
-            ctypes.CDLL(None), "malloc_trim", None
-        )  # glibc: free heap pages go back, so reuse is seen
+        # glibc: free heap pages go back, so reuse is seen.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
     try:

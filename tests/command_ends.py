@@ -309,17 +309,14 @@ def cases(dataset: Path, folder: Path) -> Iterator[tuple[str, Callable[[Path], N
             nothing_left(place)
             (place / "real").mkdir()
             (place / "link").symlink_to("real")
-            for left in LEFT.get(
-                name, (f".{output}.0123456789ab.part",)
-            ):  # what kills leave behind
+            # What kills leave behind.
+            for left in LEFT.get(name, (f".{output}.0123456789ab.part",)):
                 (place / "real" / left).parent.mkdir(parents=True, exist_ok=True)
                 (place / "real" / left).touch()
             called(place, f"link/{output}", 0)
-            assert (
-                (place / "real" / output).exists()
-                and (place / "link").is_symlink()
-                and (place / "file").is_file()
-            )
+            assert (place / "real" / output).exists()
+            assert (place / "link").is_symlink()
+            assert (place / "file").is_file()
             nothing_left(place)
 
         return case

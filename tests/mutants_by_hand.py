@@ -33,11 +33,9 @@ def _of(fields: str) -> str:
 _BUILD, _CASCADE = "xmlkernels/training/build.py", "xmlkernels/models/cascade.py"
 _TRAINING, _END = "xmlkernels/models/training.py", "xmlkernels/models/end_to_end.py"
 _BASE = "xmlkernels/models/base.py"
-_HEADS, _LEVEL, _HEAD = (
-    "xmlkernels/nn/cascade_heads.py",
-    "xmlkernels/nn/cascade_level.py",
-    "xmlkernels/nn/full_head.py",
-)
+_HEADS = "xmlkernels/nn/cascade_heads.py"
+_LEVEL = "xmlkernels/nn/cascade_level.py"
+_HEAD = "xmlkernels/nn/full_head.py"
 _OPTIM, _SESSION = "xmlkernels/optim.py", "xmlkernels/training/session.py"
 
 BY_HAND: tuple[Fault, ...] = (

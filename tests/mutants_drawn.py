@@ -238,10 +238,8 @@ def drawn(root: Path, count: int, seed: int) -> list[Fault]:
         for node in ast.walk(tree):
             if id(node) in alone or not hasattr(node, "end_col_offset"):
                 continue
-            begin, end = (
-                starts[node.lineno - 1] + node.col_offset,
-                starts[node.end_lineno - 1] + node.end_col_offset,
-            )
+            begin = starts[node.lineno - 1] + node.col_offset
+            end = starts[node.end_lineno - 1] + node.end_col_offset
             for changed in _changes(node):
                 old = raw[starts[node.lineno - 1] : starts[node.end_lineno]].decode()
                 inner = ast.unparse(changed)
@@ -250,10 +248,8 @@ def drawn(root: Path, count: int, seed: int) -> list[Fault]:
                     if isinstance(changed, ast.expr) and not isinstance(changed, ast.Constant)
                     else inner
                 )
-                head, tail = (
-                    raw[starts[node.lineno - 1] : begin].decode(),
-                    raw[end : starts[node.end_lineno]].decode(),
-                )
+                head = raw[starts[node.lineno - 1] : begin].decode()
+                tail = raw[end : starts[node.end_lineno]].decode()
                 if text.count(old) == 1:
                     found.append((path, node.lineno, Fault(path, old, head + inside + tail)))
     # By content: an edit elsewhere leaves most of the draw as it was.

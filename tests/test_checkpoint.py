@@ -231,9 +231,8 @@ def test_death_while_one_is_put_back(tmp_path: Path) -> None:
         }, at
         both.put_back("last.1")
         both.save_last(value(3), {"number": 3})
-        assert names_of(root) == ["last", "last.1"] and [
-            whole(root / name) for name in names_of(root)
-        ] == [3, 1]
+        assert names_of(root) == ["last", "last.1"]
+        assert [whole(root / name) for name in names_of(root)] == [3, 1]
         if status == 0:
             break
     assert at > 4
@@ -461,10 +460,8 @@ def test_earlier_checkpoints_are_kept_and_counted(tmp_path: Path) -> None:
                 range(number, number - len(kept) - 1, -1)
             )
     CheckpointFolder(tmp_path / "3", 1).save_last(value(8), {"number": 8})  # fewer from now on
-    assert (
-        names_of(tmp_path / "3") == ["best", "last", "last.1"]
-        and whole(tmp_path / "3" / "last.1") == 7
-    )
+    assert names_of(tmp_path / "3") == ["best", "last", "last.1"]
+    assert whole(tmp_path / "3" / "last.1") == 7
 
 
 def test_a_folder_of_something_else_among_the_earlier_ones_stays(tmp_path: Path) -> None:
@@ -473,9 +470,8 @@ def test_a_folder_of_something_else_among_the_earlier_ones_stays(tmp_path: Path)
     (tmp_path / "last.7" / "thesis.txt").write_text("mine")
     for number in (1, 2):
         both.save_last(value(number), {"number": number})
-    assert names_of(tmp_path) == ["last", "last.7"] and names_of(tmp_path / "last.7") == [
-        "thesis.txt"
-    ]
+    assert names_of(tmp_path) == ["last", "last.7"]
+    assert names_of(tmp_path / "last.7") == ["thesis.txt"]
 
 
 def test_the_first_whole_one_is_found_and_put_back(tmp_path: Path) -> None:
@@ -488,9 +484,8 @@ def test_the_first_whole_one_is_found_and_put_back(tmp_path: Path) -> None:
     for name, number in (("last", 3), ("last.1", 2), ("last.2", 1)):
         flip(tmp_path / "run" / name / "tensors.safetensors", 5000)
         _, state, which, reason = both.load_first(order)
-        assert (
-            state == {"number": number} and which == {3: "last.1", 2: "last.2", 1: "best"}[number]
-        )
+        assert state == {"number": number}
+        assert which == {3: "last.1", 2: "last.2", 1: "best"}[number]
         assert reason is not None and "run/last/tensors" in str(reason)
     both.put_back("best")
     assert whole(tmp_path / "run" / "last") == whole(tmp_path / "run" / "best") == 1
@@ -500,9 +495,9 @@ def test_the_first_whole_one_is_found_and_put_back(tmp_path: Path) -> None:
         (tmp_path / "run" / name / "state.json").unlink()
     with pytest.raises(InputError, match="run/last/state.json"):
         both.load_first(order)
-    assert (
-        both.exists("last") and both.resumable()
-    )  # there is something that must not be started over
+    # There is something that must not be started over.
+    assert both.exists("last")
+    assert both.resumable()
     shutil.rmtree(tmp_path / "run" / "last")
     with pytest.raises(InputError, match="last.1/state.json"):
         both.load_first(order)
@@ -653,11 +648,9 @@ def test_a_choice_of_tensors(tmp_path: Path) -> None:
         {"step": 4},
     )
     tensors, state = load(tmp_path / "c", lambda name: name == "b.weight")
-    assert (
-        list(tensors) == ["b.weight"]
-        and torch.equal(tensors["b.weight"], weight)
-        and state == {"step": 4}
-    )
+    assert list(tensors) == ["b.weight"]
+    assert torch.equal(tensors["b.weight"], weight)
+    assert state == {"step": 4}
     assert load(tmp_path / "c")[0].keys() == {"a.weight", "b.weight", "optimizer.a"}
 
 

@@ -31,9 +31,8 @@ def _gathering() -> None:
 
 def _ragged() -> None:
     whole = _numbers(6, 2)
-    own = slice(
-        *[(0, 1), (1, 1), (1, 6)][dist.rank()]
-    )  # one, none, five: no process knows what the others have
+    # one, none, five: no process knows what the others have.
+    own = slice(*[(0, 1), (1, 1), (1, 6)][dist.rank()])
     assert torch.equal(dist.gather_ragged(whole[own]), whole)
     assert dist.gather_texts("é" * dist.rank()) == ["", "é", "éé"]
     values, names = np.full((6, 2), np.nan), np.zeros(6, np.int64)
@@ -74,9 +73,9 @@ def _sums() -> None:
     dist.sum_gradients([*parameters, frozen])
     assert parameters[0].grad.tolist() == [3.0, 3.0] and parameters[1].grad is not None
     assert parameters[1].grad.tolist() == [1.0] * 3 and frozen.grad is None
-    assert (
-        parameters[2].grad is not None and parameters[2].grad.isnan().all()
-    )  # every process learns of an overflow
+    # Every process learns of an overflow.
+    assert parameters[2].grad is not None
+    assert parameters[2].grad.isnan().all()
 
 
 def _merging() -> None:
@@ -87,16 +86,15 @@ def _merging() -> None:
     values = torch.cat([values, torch.full((2, 1), -torch.inf)], 1) if short else values
     rows = torch.cat([rows + own.start, torch.full((2, 1), -1)], 1) if short else rows + own.start
     best, where = dist.merge_topk(values, rows, 4)
-    assert best.tolist() == [[9, 9, 9, 5], [0, 0, 0, 0]] and where.tolist() == [
+    assert best.tolist() == [[9, 9, 9, 5], [0, 0, 0, 0]]
+    assert where.tolist() == [
         [1, 3, 5, 2],
         [0, 1, 2, 3],
     ]
     best, where = dist.merge_topk(values, rows, 100)
-    assert (
-        best.shape == (2, 9)
-        and where[0, 7:].tolist() == [-1, -1]
-        and best[0, 7:].tolist() == [-torch.inf] * 2
-    )
+    assert best.shape == (2, 9)
+    assert where[0, 7:].tolist() == [-1, -1]
+    assert best[0, 7:].tolist() == [-torch.inf] * 2
 
 
 def _agreeing() -> None:
@@ -124,12 +122,10 @@ def test_alone_everything_is_itself() -> None:
     assert dist.gather_rows(x) is x and dist.sum_(x) is x and dist.max_(x) is x
     values, rows = dist.merge_topk(torch.tensor([[2.0, 1.0]]), torch.tensor([[4, 7]]), 1)
     assert values.tolist() == [[2.0]] and rows.tolist() == [[4]]
-    assert (
-        dist.gather_ragged(x) is x
-        and dist.gather_texts("a") == ["a"]
-        and dist.from_first(True)
-        and not dist.from_first(False)
-    )
+    assert dist.gather_ragged(x) is x
+    assert dist.gather_texts("a") == ["a"]
+    assert dist.from_first(True)
+    assert not dist.from_first(False)
     array = np.full(3, 7)
     dist.fill_rows([np.array([1])], array)
     assert array.tolist() == [7, 7, 7] and dist.launched() == (0, 1)
@@ -148,11 +144,9 @@ def test_parts_cover_everything_once(size: int, monkeypatch: pytest.MonkeyPatch)
     for count in (0, 1, 4, 5, 11):
         found = [i for s in dist.parts(count) for i in range(count)[s]]
         lengths = [s.stop - s.start for s in dist.parts(count)]
-        assert (
-            found == list(range(count))
-            and len(lengths) == size
-            and max(lengths) - min(lengths) <= 1
-        )
+        assert found == list(range(count))
+        assert len(lengths) == size
+        assert max(lengths) - min(lengths) <= 1
 
 
 def test_an_environment_that_torchrun_did_not_make(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,11 +30,9 @@ def test_it_is_a_value_error_and_public() -> None:
 @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy])
 def test_copies_keep_message_and_parts(again) -> None:  # type: ignore[no-untyped-def]
     error = again(InputError(*PARTS))
-    assert (
-        type(error) is InputError
-        and str(error) == str(InputError(*PARTS))
-        and error.mend == PARTS[3]
-    )
+    assert type(error) is InputError
+    assert str(error) == str(InputError(*PARTS))
+    assert error.mend == PARTS[3]
 
 
 def fail(_: int) -> None:

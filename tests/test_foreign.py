@@ -227,11 +227,9 @@ def test_commands_refuse_foreign_code(
     shutil.copy(folder / "tokenizer_config.json", tmp_path / "old" / "checkpoint" / "tokenizer")
     with pytest.raises(InputError, match="no other code runs"):
         predict.run(predict.Options(str(tmp_path / "old"), text="w0"))
-    assert (
-        not marker.exists()
-        and not (tmp_path / "run").exists()
-        and not (tmp_path / "prepared").exists()
-    )
+    assert not marker.exists()
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "prepared").exists()
 
 
 def test_a_checkpoint_builds_the_class_of_transformers(tmp_path: Path, marker: Path) -> None:

@@ -51,9 +51,9 @@ def test_a_silent_process_is_named_and_one_that_says_why_it_ends_is_not() -> Non
         f"process 2 of 3 (process {os.getpid()} on {socket.gethostname()}) has ended or stands "
         "still" in told[0]
     )
-    assert (
-        hearts[0].speaks() and not hearts[1].speaks() and "process 2 of 3" in str(hearts[1].find())
-    )
+    assert hearts[0].speaks()
+    assert not hearts[1].speaks()
+    assert "process 2 of 3" in str(hearts[1].find())
     hearts[1].stop(failed=True)
     until(hearts[0].failed)
     assert hearts[0].find() is None
@@ -151,10 +151,8 @@ def test_a_lost_process_ends_the_other_with_its_name(
         _, told = first.communicate(timeout=60)
         errors = [line for line in told.splitlines() if line.startswith("error: ")]
         assert first.returncode == 1 and len(errors) == 1 and "Traceback" not in told, told
-        assert (
-            f"process 1 of 2 (process {second.pid} on " in errors[0]
-            and "has ended or stands still" in errors[0]
-        )
+        assert f"process 1 of 2 (process {second.pid} on " in errors[0]
+        assert "has ended or stands still" in errors[0]
         assert "is whole: go on from it with --resume" in errors[0]
 
 

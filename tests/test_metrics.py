@@ -106,9 +106,8 @@ def test_deciles_are_ten_groups_of_nearly_equal_size():
     group.
     """
     for labels, sizes in ((23, [3] * 3 + [2] * 7), (10, [1] * 10), (7, [1] * 7)):
-        train = csr_matrix(
-            np.tril(np.ones((labels, labels), np.float32))
-        )  # label l in labels - l documents
+        # Label l in labels - l documents.
+        train = csr_matrix(np.tril(np.ones((labels, labels), np.float32)))
         table = metrics.decile_table(np.zeros((labels, 1), np.int64), train, train, ks=(1,))
         assert [line["labels"] for line in table] == sizes
         assert [line["decile"] for line in table] == list(range(1, len(sizes) + 1))
@@ -116,9 +115,8 @@ def test_deciles_are_ten_groups_of_nearly_equal_size():
 
 
 def test_decile_table_by_hand():
-    train = csr_matrix(
-        np.array([[1, 1, 0, 1]] * 2 + [[1, 0, 0, 1]], np.float32)
-    )  # frequencies 3, 2, 0, 3
+    # Frequencies 3, 2, 0, 3.
+    train = csr_matrix(np.array([[1, 1, 0, 1]] * 2 + [[1, 0, 0, 1]], np.float32))
     table = metrics.decile_table(TOP, TRUE, train, ks=(1, 3))
     assert [line["labels"] for line in table] == [1, 1, 1, 1]
     assert [line["min_frequency"] for line in table] == [0, 2, 3, 3]  # labels 2, 1, 0, 3
@@ -145,9 +143,8 @@ def random_case(seed: int, n: int = 300, labels: int = 60, kept: int = 8):
 def test_equals_napkinxc(seed):
     top, true, train = random_case(seed)
     weight = metrics.inverse_propensity(train, 0.55, 1.5)
-    theirs_weight = napkin.Jain_et_al_inverse_propensity(
-        train.astype(np.float64), 0.55, 1.5
-    )  # computes in Y's own type
+    # Computes in Y's own type.
+    theirs_weight = napkin.Jain_et_al_inverse_propensity(train.astype(np.float64), 0.55, 1.5)
     np.testing.assert_allclose(weight, theirs_weight, rtol=1e-12)
     lists = [[int(label) for label in row if label >= 0] for row in top]
     truth = [true[i].indices.tolist() for i in range(true.shape[0])]
@@ -195,9 +192,8 @@ def test_properties(seed):
     assert again == pytest.approx(got)
     table = metrics.decile_table(top, true, train)
     assert sum(line["P@5"] for line in table) == pytest.approx(got["P@5"])
-    assert sum(line["labels"] for line in table) == 25 and sum(
-        line["share"] for line in table
-    ) == pytest.approx(100)
+    assert sum(line["labels"] for line in table) == 25
+    assert sum(line["share"] for line in table) == pytest.approx(100)
     best, _ = ideal(true, weight)
     full = metrics.evaluate(best, true, weight)
     assert full["PSP@5"] == pytest.approx(100) and full["PSnDCG@3"] == pytest.approx(100)
@@ -279,9 +275,8 @@ def test_too_few_candidates_are_refused():
     pairs = np.array([[0, 1]])
     with pytest.raises(InputError, match="keep 3 candidates"):
         metrics.drop_filtered(rows, values, pairs, 2)
-    got, _ = metrics.drop_filtered(
-        rows, values, pairs, 2, num_labels=2
-    )  # no label is missing: nothing was lost
+    # No label is missing: nothing was lost.
+    got, _ = metrics.drop_filtered(rows, values, pairs, 2, num_labels=2)
     np.testing.assert_array_equal(got, [[0, -1]])
 
 

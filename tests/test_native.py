@@ -122,18 +122,15 @@ def test_required_but_broken_or_switched_off_is_an_import_error(with_broken_libr
     done = python(
         ["-c", "import xmlkernels.ops"], with_broken_library, XMLKERNELS_REQUIRE_NATIVE="1"
     )
+    assert done.returncode == 1
     assert (
-        done.returncode == 1
-        and "ImportError: xmlkernels: XMLKERNELS_REQUIRE_NATIVE=1, but _cpu.so does not"
-        in done.stderr
+        "ImportError: xmlkernels: XMLKERNELS_REQUIRE_NATIVE=1, but _cpu.so does not" in done.stderr
     )
     done = python(
         ["-c", "import xmlkernels.ops"], XMLKERNELS_REQUIRE_NATIVE="1", XMLKERNELS_NATIVE="0"
     )
-    assert (
-        done.returncode == 1
-        and "XMLKERNELS_REQUIRE_NATIVE=1, but XMLKERNELS_NATIVE=0;" in done.stderr
-    )
+    assert done.returncode == 1
+    assert "XMLKERNELS_REQUIRE_NATIVE=1, but XMLKERNELS_NATIVE=0;" in done.stderr
 
 
 def test_the_module_prints_one_line(without_library: Path) -> None:
@@ -200,10 +197,8 @@ def test_the_reason_why_the_cuda_library_is_missing(
 
 def test_demanded_cuda_kernels_that_are_missing_are_an_import_error(without_library: Path) -> None:
     done = python(["-c", CUDA_TORCH], without_library, XMLKERNELS_CUDA="1")
-    assert (
-        done.returncode == 1
-        and "ImportError: xmlkernels: CUDA kernels are required, but the package" in done.stderr
-    )
+    assert done.returncode == 1
+    assert "ImportError: xmlkernels: CUDA kernels are required, but the package" in done.stderr
 
 
 @pytest.mark.skipif(ops.missing is not None, reason=f"CPU kernels are not loaded: {ops.missing}")
@@ -216,10 +211,8 @@ def test_native_code_required_reaches_a_cuda_library_that_is_there(tmp_path: Pat
     assert done.returncode == 0 and "built without CUDA kernels" in done.stdout, done.stderr
     (tmp_path / "xmlkernels" / "_cuda.so").write_bytes(b"not a library")
     done = python(["-c", CUDA_TORCH], tmp_path, XMLKERNELS_REQUIRE_NATIVE="1")
-    assert (
-        done.returncode == 1
-        and "CUDA kernels are required, but _cuda.so does not load" in done.stderr
-    )
+    assert done.returncode == 1
+    assert "CUDA kernels are required, but _cuda.so does not load" in done.stderr
     assert (
         python(
             ["-c", CUDA_TORCH], tmp_path, XMLKERNELS_REQUIRE_NATIVE="1", XMLKERNELS_CUDA="0"

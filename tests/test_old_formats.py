@@ -81,7 +81,8 @@ def test_an_old_run_goes_on_as_it_would_have() -> None:
     settings = began_with(json.loads(Path("unfinished/config.json").read_text()))
     config = Config(**{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()})
     metrics = run(replace(config, resume=True))
-    assert metrics["steps"] == 18 and {k: metrics["best"][k] for k in ("epoch", "step")} == {
+    assert metrics["steps"] == 18
+    assert {k: metrics["best"][k] for k in ("epoch", "step")} == {
         k: EXPECTED["run"]["best"][k] for k in ("epoch", "step")
     }
     assert metrics["test"]["loss"] == pytest.approx(EXPECTED["run"]["test"]["loss"], rel=1e-4)

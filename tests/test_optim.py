@@ -147,9 +147,8 @@ def test_three_phases() -> None:
     ]
     assert at[0] == (pytest.approx(0.1), pytest.approx(0.95))
     assert at[per_epoch - 1] == at[per_epoch] == at[12 * per_epoch - 2] == (1.0, 0.85)
-    assert at[499][0] == pytest.approx(0.55, abs=1e-3) and at[499][1] == pytest.approx(
-        0.9, abs=1e-3
-    )
+    assert at[499][0] == pytest.approx(0.55, abs=1e-3)
+    assert at[499][1] == pytest.approx(0.9, abs=1e-3)
     assert at[12 * per_epoch - 1][0] < 1.0
     assert at[13 * per_epoch - 1][0] == pytest.approx(0.75, abs=1e-3)
     assert at[14 * per_epoch - 1][0] == pytest.approx(0.25, abs=1e-3)
@@ -166,9 +165,8 @@ def test_three_phases_at_the_edges() -> None:
         [1.0, 0.75025, 0.25075, 1e-3]
     )
     assert three_phase(9, 10, 10, 0) == (1.0, 0.85)  # all of it is warm-up
-    assert (
-        three_phase(5, 4, 12, 99)[0] < 1 == three_phase(3, 4, 12, 99)[0]
-    )  # the cooldown begins where the warm-up ends
+    # The cooldown begins where the warm-up ends.
+    assert three_phase(5, 4, 12, 99)[0] < 1 == three_phase(3, 4, 12, 99)[0]
     for bad in [(-1, 0, 1, 0), (0, -1, 1, 0), (0, 0, 0, 0), (0, 0, 1, -1), (0, 5, 4, 0)]:
         with pytest.raises(InputError, match="schedule"):
             three_phase(*bad)

@@ -152,6 +152,5 @@ def test_the_line_names_every_part_and_the_total() -> None:
     assert "label table 72.0 MiB" in line and "label table 72.0 MiB, states" not in line
     assert "the rest" in line and "shortlists" not in line
     total = re.match(r"memory of the model: about ([\d.]+) MiB = ", line)
-    assert total is not None and float(total.group(1)) == pytest.approx(
-        sum(parts.values()) / 2**20, abs=0.06
-    )
+    assert total is not None
+    assert float(total.group(1)) == pytest.approx(sum(parts.values()) / 2**20, abs=0.06)

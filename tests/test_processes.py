@@ -219,10 +219,8 @@ def evaluated(folder: str) -> None:
             head.start_at_centroids(
                 ((model.embed(batch), batch.pos_row, batch.pos_sample) for batch in pairs), 0.5
             )
-            file, numbers = (
-                Path(folder, f"{name}-{size}-{dist.rank()}.npz"),
-                np.array(numbers, np.float64),
-            )
+            file = Path(folder, f"{name}-{size}-{dist.rank()}.npz")
+            numbers = np.array(numbers, np.float64)
             np.savez(
                 file,
                 values=values,
@@ -251,9 +249,8 @@ def test_an_evaluation_by_two_processes_is_that_of_one_to_the_bit(tmp_path: Path
         one = np.load(file)
         for rank in range(2):
             two = np.load(tmp_path / f"{file.stem[:-1]}{rank}.npz")
-            np.testing.assert_allclose(
-                two["centroids"], one["centroids"], atol=1e-5
-            )  # sums, in another order
+            # sums, in another order.
+            np.testing.assert_allclose(two["centroids"], one["centroids"], atol=1e-5)
             for key in set(one.files) - {"centroids"}:
                 assert np.array_equal(one[key], two[key]), (file.stem, key)
     assert len(list(alone.glob("*.npz"))) == 4

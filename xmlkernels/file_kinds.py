@@ -171,16 +171,14 @@ def unpacked(file: io.BufferedReader) -> io.BufferedReader:
     head, packed = file.peek(8), _Counted(file)
     kind, inner = "", cast(IO[bytes], packed)
     if head.startswith(b"\x1f\x8b"):
-        kind, inner = (
-            "gzip",
-            cast(IO[bytes], gzip.GzipFile(fileobj=cast(IO[bytes], packed), mode="rb")),
-        )
+        kind = "gzip"
+        inner = cast(IO[bytes], gzip.GzipFile(fileobj=cast(IO[bytes], packed), mode="rb"))
     elif head.startswith(b"BZh") and head[4:10] in (b"1AY&SY"[: len(head[4:10])], b"\x17rE8P\x90"):
         kind, inner = "bzip2", cast(IO[bytes], _Unpacked(inner, bz2.BZ2Decompressor))
     elif head.startswith(b"\xfd7zXZ\0"):
-        kind, inner = (
-            "xz",
-            cast(IO[bytes], _Unpacked(inner, lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY))),
+        kind = "xz"
+        inner = cast(
+            IO[bytes], _Unpacked(inner, lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY))
         )
     return io.BufferedReader(_Bounded(kind, inner, packed), _BLOCK) if kind else file
 
@@ -403,9 +401,8 @@ def _is_record(line: str) -> bool:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
-        return (
-            len(line) > HEAD // 4 and _RECORD.match(line) is not None
-        )  # its end lies beyond the head
+        # Its end lies beyond the head.
+        return len(line) > HEAD // 4 and _RECORD.match(line) is not None
     return isinstance(value, dict) and any(
         key in value for key in (*_TEXT_COLUMNS, *_LABEL_COLUMNS)
     )

@@ -220,9 +220,8 @@ def _curves(
     n, deepest = targets.shape[0], max(ks)
     weight = None if inv_propensity is None else _check_propensity(inv_propensity, targets.shape[1])
     gain = 1 / np.log2(np.arange(deepest) + 2)
-    best_gain = np.concatenate(
-        [[1.0], np.cumsum(gain)]
-    )  # by number of positives; [0] only divides zeros
+    # By number of positives; [0] only divides zeros.
+    best_gain = np.concatenate([[1.0], np.cumsum(gain)])
     sums: dict[str, np.ndarray] = {}
     for rows, hits, part in _blocks(top_rows, targets, deepest):
         count = np.diff(part.indptr)

@@ -29,9 +29,8 @@ def keep_compiled(*loops: Any) -> None:
     for loop in loops:
         if loop not in _kept and hasattr(loop, "enable_caching"):  # without NUMBA_DISABLE_JIT
             _kept.add(loop)
-            with suppress(
-                RuntimeError
-            ):  # no folder that can be written: compiled for this process alone
+            # No folder that can be written: compiled for this process alone.
+            with suppress(RuntimeError):
                 loop.enable_caching()
 
 

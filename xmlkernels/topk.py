@@ -152,10 +152,8 @@ def drop_filtered(
                 str(int(left[few.argmax()])),
                 f"keep {candidates_needed(k, pairs, num_labels)} candidates per point",
             )
-        rows[points, :candidates], values[points, :candidates] = (
-            kept_rows[:, :k],
-            kept_values[:, :k],
-        )
+        rows[points, :candidates] = kept_rows[:, :k]
+        values[points, :candidates] = kept_values[:, :k]
     return rows, values
 
 

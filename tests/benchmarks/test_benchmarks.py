@@ -141,9 +141,8 @@ def test_closed_forms() -> None:
         6_442_450_944,
         4 * 50_331_648 + 4 * 64 * 384 + 12 * 64 * 100,
     )
-    level = shapes.Shape(
-        "", 64, 131_072, 384, S=1024, K=128
-    )  # 64 draws of 128 of 16,384 clusters touch 51,729 rows
+    # 64 draws of 128 of 16,384 clusters touch 51,729 rows.
+    level = shapes.Shape("", 64, 131_072, 384, S=1024, K=128)
     moved = 51_729 * 384 * (2 + 4) * 4 + 4 * 65_536 + 8 * 64 * (128 + 384)
     assert cases_cluster.cluster_work(level, 4, 4) == (6 * 65_536 * 384, moved)
     table = 50_331_648
@@ -182,9 +181,8 @@ def test_inputs_are_legal_and_the_same_in_every_format() -> None:
         head, low = (cases.make_head(shape, dtype, "cpu") for dtype in ("fp32", "bf16"))
         assert torch.equal(head.x, low.x) and torch.equal(head.pos_row, low.pos_row)
         assert len(head.pos_row) == cases.positives(shape)
-        ops.bce_loss(
-            head.x, head.weight, None, head.pos_row, head.pos_sample
-        )  # refuses unsorted or repeated pairs
+        # Refuses unsorted or repeated pairs.
+        ops.bce_loss(head.x, head.weight, None, head.pos_row, head.pos_sample)
 
 
 @pytest.mark.parametrize("peer", ["eager", "compile", "renee"])
@@ -274,9 +272,8 @@ def test_cascade_peers_do_the_same() -> None:
     ]
     for case in built:
         if case.dtype == "fp32":
-            held = cases_cascade.make_levels(
-                shape, "fp32", "cpu", row_wise=False
-            )  # as SparseAdam has it
+            # As SparseAdam has it.
+            held = cases_cascade.make_levels(shape, "fp32", "cpu", row_wise=False)
             before = [level.weight.clone() for level in held.heads.levels]
             assert [tuple(w.shape) for w in before] == [(16, 16), (128, 16), (512, 16)]
             assert [tuple(i.shape) for i in held.index] == [(4, 16), (4, 48), (4, 48)]
@@ -484,10 +481,8 @@ def test_an_op_that_does_not_exist_is_told(
     monkeypatch.setitem(cases.OPS, "cluster_step", ("no_such_op_",))
     assert run.main(["--op", "cluster_step", "--out", str(tmp_path)]) == 2
     told = capsys.readouterr().err
-    assert (
-        told.count("\n") == 1
-        and "got no_such_op_, not in xmlkernels.ops; choose one of bce_step" in told
-    )
+    assert told.count("\n") == 1
+    assert "got no_such_op_, not in xmlkernels.ops; choose one of bce_step" in told
 
 
 def test_a_reference_is_never_timed_as_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -506,9 +501,8 @@ def test_rows_of_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(shapes.SHAPES, "matmul_topk", (TINY,))
-    monkeypatch.setattr(
-        cases, "require_op", lambda op, device: None
-    )  # native or not, the rows are made alike
+    # Native or not, the rows are made alike.
+    monkeypatch.setattr(cases, "require_op", lambda op, device: None)
     monkeypatch.setattr(run, "require_green", lambda tests: "1 tests passed")
     monkeypatch.setattr(timing, "alternate", partial(timing.alternate, rounds=2, budget_s=0))
     peaks = run.peak_mb
@@ -548,9 +542,8 @@ def test_a_failing_compiler_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch
 
     told: list[str] = []
     case = cases.Case("compile", "momentum", "fp32", 1, 1, lambda: None, broken)
-    assert run.start_all([case], told.append) == {} and told == [
-        "compile is left out: torch.compile failed here: no compiler"
-    ]
+    assert run.start_all([case], told.append) == {}
+    assert told == ["compile is left out: torch.compile failed here: no compiler"]
 
 
 def test_chart(tmp_path: Path) -> None:

@@ -111,10 +111,8 @@ class Machine:
             status, messages = (
                 self.measuring.pop(0) if "--rest" not in command else (0, [{"todo": []}])
             )
-            lines, errors = (
-                ["a library's warning", *map(json.dumps, messages)],
-                "Segmentation fault",
-            )
+            lines = ["a library's warning", *map(json.dumps, messages)]
+            errors = "Segmentation fault"
         self.now += limit_s if status is None else min(self.seconds, limit_s)
         for line in lines if on_line else ():
             on_line(line)  # type: ignore[misc]
@@ -205,10 +203,8 @@ def test_a_whole_run(machine: Machine, tmp_path: Path, capsys: pytest.CaptureFix
     assert eager.split()[3] == "momentum+graph" and eager.split()[-2:] == ["10.00x", "-"]
     worker, rest = machine.commands[-2:]
     assert rest[-3:-1] == ["--rest", "--commit"] and "--rest" not in worker
-    assert (
-        worker[worker.index("--commit") + 1] == "feedbeef"
-        and worker[worker.index("--shape") + 1] == SHAPE.name
-    )
+    assert worker[worker.index("--commit") + 1] == "feedbeef"
+    assert worker[worker.index("--shape") + 1] == SHAPE.name
 
 
 def test_the_floors_are_those_of_the_published_table() -> None:
@@ -233,9 +229,8 @@ def test_the_floors_are_those_of_the_published_table() -> None:
         assert found.times_floor(row(key, 10.0, op=op, shape=shape)) == pytest.approx(
             10 / ms, rel=0.01
         )
-    assert (
-        found.times_floor(row("xmlkernels/sgd/fp16", 1.0)) is None
-    )  # no torch.mm of that format was measured
+    # No torch.mm of that format was measured.
+    assert found.times_floor(row("xmlkernels/sgd/fp16", 1.0)) is None
 
 
 def test_a_peer_is_held_against_the_row_that_does_the_same() -> None:
@@ -247,15 +242,14 @@ def test_a_peer_is_held_against_the_row_that_does_the_same() -> None:
     held = {
         key: floors.own_row(own, row(key, 20.0)) for key in (ELMO, EAGER, "renee/momentum/fp16")
     }
+    # A figure to reach names elmo and renee.
     assert held == {
         ELMO: own[0],
         EAGER: own[2],
         "renee/momentum/fp16": own[0],
-    }  # a figure to reach names elmo and renee
-    assert (
-        floors.own_row(own[:1], row(EAGER, 20.0)) is own[0]
-        and floors.own_row([], row(EAGER, 20.0)) is None
-    )
+    }
+    assert floors.own_row(own[:1], row(EAGER, 20.0)) is own[0]
+    assert floors.own_row([], row(EAGER, 20.0)) is None
 
 
 def test_a_missed_figure_is_told() -> None:
@@ -263,12 +257,10 @@ def test_a_missed_figure_is_told() -> None:
     lines = floors.verdicts(
         [row(OWN, 9.0) | {"peak_mb": 700}, row("renee/momentum/fp16", 28.0)], found
     )
-    assert sum(
-        "MISSED" in line for line in lines
-    ) == 3 and "at least 5 x faster than renee: 3.11, MISSED" in "\n".join(lines)
-    assert floors.verdicts([row("xmlkernels/sgd/fp32", 9.0)], found)[0].endswith(
-        "not measured"
-    )  # another format's row
+    assert sum("MISSED" in line for line in lines) == 3
+    assert "at least 5 x faster than renee: 3.11, MISSED" in "\n".join(lines)
+    # Another format's row.
+    assert floors.verdicts([row("xmlkernels/sgd/fp32", 9.0)], found)[0].endswith("not measured")
 
 
 def test_without_a_card_one_sentence(
@@ -277,11 +269,9 @@ def test_without_a_card_one_sentence(
     monkeypatch.setattr(card.torch.cuda, "is_available", lambda: False)
     assert gpu_report.main([]) == 2
     told = capsys.readouterr()
-    assert (
-        told.out == ""
-        and told.err.count("\n") == 1
-        and "expected a CUDA device, got none" in told.err
-    )
+    assert told.out == ""
+    assert told.err.count("\n") == 1
+    assert "expected a CUDA device, got none" in told.err
 
 
 def test_a_folder_that_cannot_be_written_ends_it_before_it_begins(
@@ -303,11 +293,9 @@ def test_stages_that_fail_end_nothing(
     machine.measuring = [(0, messages(OWN))]
     assert gpu_report.main(["--out", str(tmp_path)]) == 0
     told = capsys.readouterr().out
-    assert (
-        "failed with status 1: nvcc fatal" in told
-        and "some ceilings are missing" in told
-        and "not finished within" in told
-    )
+    assert "failed with status 1: nvcc fatal" in told
+    assert "some ceilings are missing" in told
+    assert "not finished within" in told
     assert "at most 1.7 x floor: not measured" in told and len(stored(tmp_path)) == 1
     assert not (tmp_path / "fake-card.png").exists()
 
@@ -322,9 +310,8 @@ def test_red_ops_are_not_timed(
         gpu_report.gpu_tests, "run_all", lambda *_: {"bce_step": Verdict(passed=3, failed=["t"])}
     )
     assert gpu_report.main(["--out", str(tmp_path)]) == 1
-    assert all(r["op"] == "ceiling" for r in stored(tmp_path)) and not any(
-        "--op" in c for c in machine.commands
-    )
+    assert all(r["op"] == "ceiling" for r in stored(tmp_path))
+    assert not any("--op" in c for c in machine.commands)
     # A failure elsewhere, in an op that nothing times, is no reason to fail.
     machine.measuring = [(0, messages(OWN))]
     verdicts = {"bce_step": Verdict(passed=1), "bce_loss": Verdict(failed=["t"])}
@@ -360,19 +347,15 @@ def test_a_worker_that_dies_is_started_again_without_its_case(
     assert gpu_report.main(["--out", str(tmp_path)]) == 0
     told = capsys.readouterr().out
     assert f"{ELMO} ended the process with status -11: Segmentation fault" in told
-    assert (
-        f"{EAGER} cannot be captured in a graph (a sync)" in told
-        and "left out: RuntimeError: launch failed" in told
-    )
+    assert f"{EAGER} cannot be captured in a graph (a sync)" in told
+    assert "left out: RuntimeError: launch failed" in told
     asked = [
         [c[i + 1] for i, word in enumerate(c) if word == "--only"]
         for c in machine.commands
         if "--op" in c
     ]
-    assert (
-        asked == [[], everything[2:], everything[2:], []]
-        and machine.commands[-2].count("--plain") == 1
-    )
+    assert asked == [[], everything[2:], everything[2:], []]
+    assert machine.commands[-2].count("--plain") == 1
     assert [r["impl"] for r in stored(tmp_path)][3:] == ["xmlkernels", "eager"]
 
 
@@ -392,15 +375,12 @@ def test_the_deadline_keeps_what_was_measured(
     assert gpu_report.main(["--out", str(tmp_path), "--minutes", "8"]) == 0
     assert f"the time is up within {ELMO}" in capsys.readouterr().out
     assert stored(tmp_path)[-1]["impl"] == "xmlkernels"
-    assert (
-        machine.limits[0] == gpu_report.BUILD_S
-        and machine.limits[-1] == 8 * 60 - gpu_report.END_S - 265
-    )
+    assert machine.limits[0] == gpu_report.BUILD_S
+    assert machine.limits[-1] == 8 * 60 - gpu_report.END_S - 265
     machine.now, machine.seconds, machine.limits = 0.0, 1e9, []
     assert gpu_report.main(["--out", str(tmp_path / "b"), "--minutes", "3"]) == 1
-    assert (
-        "the time is up: not measured: any case of it" in capsys.readouterr().out
-    )  # and no worker was started for it
+    # And no worker was started for it.
+    assert "the time is up: not measured: any case of it" in capsys.readouterr().out
     assert machine.now <= 3 * 60
 
 
@@ -422,9 +402,8 @@ def test_shapes_that_do_not_fit_give_way_to_small_ones(monkeypatch: pytest.Monke
 
 
 def test_one_op_alone(machine: Machine, tmp_path: Path) -> None:
-    assert (
-        gpu_report.main(["--out", str(tmp_path), "--op", "matmul_topk"]) == 1
-    )  # the script's only op is another
+    # The script's only op is another.
+    assert gpu_report.main(["--out", str(tmp_path), "--op", "matmul_topk"]) == 1
     assert not any("--shape" in command for command in machine.commands)
     assert gpu_report.main(["--out", str(tmp_path), "--minutes", "-1"]) == 2
 
@@ -440,7 +419,8 @@ def test_the_model_is_shown_beside_the_row_it_models() -> None:
     model.bce_step_bytes = bce_step_bytes  # type: ignore[attr-defined]
     rows = [row(OWN, 4.0), row(ELMO, 9.0), row("xmlkernels/momentum/fp32", 9.0)]
     lines = floors.table(rows, floors.Ceilings(3000, {"bf16": 800}), model)
-    assert lines[1].split()[-3:] == ["1.39", "-", "1.50"] and lines[2].split()[-2:] == [
+    assert lines[1].split()[-3:] == ["1.39", "-", "1.50"]
+    assert lines[2].split()[-2:] == [
         "2.25x",
         "-",
     ]
@@ -448,9 +428,10 @@ def test_the_model_is_shown_beside_the_row_it_models() -> None:
         (128, SHAPE.L, 768),
         {"element": 2, "state_element": 2, "states": 0, "loss": False},
     )
-    assert (
-        asked[1][1]["states"] == 1 and asked[1][1]["element"] == 4 and lines[3].split()[-1] == "-"
-    )  # no fp32 ceiling
+    # No fp32 ceiling.
+    assert asked[1][1]["states"] == 1
+    assert asked[1][1]["element"] == 4
+    assert lines[3].split()[-1] == "-"
     assert floors.table(rows, floors.Ceilings(3000, {"bf16": 800}), None)[1].split()[-1] == "-"
 
 
@@ -463,9 +444,8 @@ def test_without_matplotlib_no_chart(
     machine.measuring = [(0, messages(OWN))]
     monkeypatch.setattr(gpu_report.importlib.util, "find_spec", lambda name: None)
     assert gpu_report.main(["--out", str(tmp_path)]) == 0
-    assert "no chart: matplotlib is not installed" in capsys.readouterr().out and not list(
-        tmp_path.glob("*.png")
-    )
+    assert "no chart: matplotlib is not installed" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_the_chart_of_a_file_is_that_of_its_last_run(tmp_path: Path) -> None:
@@ -473,11 +453,8 @@ def test_the_chart_of_a_file_is_that_of_its_last_run(tmp_path: Path) -> None:
     run.append(path, [row(OWN, 9.0) | {"date": "before"}, *CEILINGS, row(OWN, 4.0), row(ELMO, 8.0)])
     rows = plot.latest(plot.read_rows(path, dirty=False))
     assert len(rows) == 5 and {r["date"] for r in rows} == {"now"}
-    assert plot.main([str(path)]) == 0 and (tmp_path / "card.png").read_bytes().startswith(
-        b"\x89PNG"
-    )
+    assert plot.main([str(path)]) == 0
+    assert (tmp_path / "card.png").read_bytes().startswith(b"\x89PNG")
     run.append(path, [row(OWN, 4.0) | {"date": "later"}])
-    assert (
-        plot.main([str(path), "--out", str(tmp_path / "b.png")]) == 2
-        and not (tmp_path / "b.png").exists()
-    )
+    assert plot.main([str(path), "--out", str(tmp_path / "b.png")]) == 2
+    assert not (tmp_path / "b.png").exists()

@@ -61,9 +61,8 @@ def test_rows_of_a_worker(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert gpu_worker.main(arguments) == 0
     found = told(capsys)
-    assert found[0] == {
-        "todo": [only[0], only[2], only[1]]
-    }  # this shape has no figure to reach: all own cases first
+    # This shape has no figure to reach: all own cases first.
+    assert found[0] == {"todo": [only[0], only[2], only[1]]}
     rows = [message["row"] for message in found if "row" in message]
     assert [r["impl"] for r in rows] == ["xmlkernels", "renee", "elmo"]  # type: ignore[index]
     for row in rows:
@@ -75,11 +74,9 @@ def test_rows_of_a_worker(capsys: pytest.CaptureFixture[str]) -> None:
             300,
             7,
         )
-        assert (
-            row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
-            and row["peak_mb"] is None
-            and "+graph" not in row["phase"]
-        )
+        assert row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
+        assert row["peak_mb"] is None
+        assert "+graph" not in row["phase"]
     assert found[-1]["again"] == only[0] and float(str(found[-1]["ms"])) > 0
 
 
@@ -87,11 +84,9 @@ def test_what_has_a_figure_to_reach_and_its_peers_come_in_the_first_round() -> N
     todo = cases_gpu.build("bce_step", TINY, "cpu")
     first = gpu_worker.in_turn(todo, "bce_step", "B128-L8.6M-D768", rest=False)
     rest = gpu_worker.in_turn(todo, "bce_step", "B128-L8.6M-D768", rest=True)
-    assert (
-        first[0].key == ("xmlkernels", "sgd", "fp8")
-        and first[-1].impl == "compile"
-        and len(first) + len(rest) == len(todo)
-    )
+    assert first[0].key == ("xmlkernels", "sgd", "fp8")
+    assert first[-1].impl == "compile"
+    assert len(first) + len(rest) == len(todo)
     assert {case.impl for case in first[1:]} == {"eager", "compile", "renee", "elmo"}
     assert {case.impl for case in rest} == {"xmlkernels", "reference"}
     aimless = gpu_worker.in_turn(todo, "bce_step", "another", rest=True)
@@ -119,9 +114,8 @@ def test_ops_are_asked_for(
     monkeypatch.setattr(cases, "require_op", require)
     assert gpu_worker.main(["--ops", "--device", "cpu"]) == 0
     found = {str(message["op"]): message["why"] for message in told(capsys)}
-    assert set(found) == set(cases.OPS) and [op for op, why in found.items() if why is None] == [
-        "bce_step"
-    ]
+    assert set(found) == set(cases.OPS)
+    assert [op for op, why in found.items() if why is None] == ["bce_step"]
     assert found["matmul_topk"] == "matmul_topk: expected a kernel, got none; build it"
 
 
@@ -145,9 +139,8 @@ def test_a_case_that_fails_is_told(
     )
     found = told(capsys)
     assert {"left_out": "xmlkernels/sgd/bf16", "why": why} in found
-    assert any("row" in message for message in found) == (
-        status == 0
-    )  # after a broken launch nothing more is timed here
+    # After a broken launch nothing more is timed here.
+    assert any("row" in message for message in found) == (status == 0)
 
 
 def test_a_step_that_cannot_be_captured_is_told(
@@ -175,11 +168,12 @@ def test_a_step_that_cannot_be_captured_is_told(
         == 0
     )
     phases = [message["row"]["phase"] for message in told(capsys) if "row" in message]  # type: ignore[index]
+    # captured; one that waits for the device; one that failed before.
     assert phases == [
         "sgd+graph",
         "sgd",
         "sgd",
-    ]  # captured; one that waits for the device; one that failed before
+    ]
     assert asked == ["elmo", "SparseAdam", "renee", "elmo"]
 
 
@@ -210,9 +204,8 @@ def test_a_child_is_read_as_it_writes_and_ended_with_all_it_started() -> None:
         except (FileNotFoundError, ProcessLookupError):
             return True
 
-    while (
-        not ended() and time.monotonic() < until
-    ):  # it was killed, but on a busy machine it may die a moment later
+    # It was killed, but on a busy machine it may die a moment later.
+    while not ended() and time.monotonic() < until:
         time.sleep(0.05)
     assert ended()
 
@@ -225,11 +218,9 @@ def test_children_together() -> None:
     }
     found = children.run_together(commands, 60)
     assert [(name, outcome.status) for name, outcome in found.items()] == [("a", 0), ("b", 3)]
-    assert (
-        found["a"].last == "True"
-        and found["b"].last == "it said nothing"
-        and children.run_together({}, 1) == {}
-    )
+    assert found["a"].last == "True"
+    assert found["b"].last == "it said nothing"
+    assert children.run_together({}, 1) == {}
 
 
 REFUSE = """
@@ -284,7 +275,8 @@ def test_files_belong_to_the_op_that_their_name_tells(tmp_path: Path) -> None:
         "shared": ["test_layout.py", "test_full_head.py"],
     }
     assert gpu_tests.owner("test_bce_edges", ["bce_step", "bce_loss"]) == "shared"
-    assert "rescale_rows" in gpu_tests.untimed() and not {
+    assert "rescale_rows" in gpu_tests.untimed()
+    assert not {
         "bce_step",
         "sparse_adam",
         "missing",
@@ -359,13 +351,10 @@ def test_a_run_of_the_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "not timed" in text
     )
     assert "test_sparse_update.py::test_b" in text and "E   assert 1 == 2" in text
-    assert (
-        "memcheck, sparse_update: ERRORS: ========= Invalid write" in text
-        and "racecheck, sparse_update: no error" in text
-    )
-    assert (
-        found["cluster_step"].failed[0].endswith("test_cluster_step_e")
-    )  # a shared file's test that tells its op
+    assert "memcheck, sparse_update: ERRORS: ========= Invalid write" in text
+    assert "racecheck, sparse_update: no error" in text
+    # A shared file's test that tells its op.
+    assert found["cluster_step"].failed[0].endswith("test_cluster_step_e")
     assert "tests shared by the ops: 1 passed, 1 failed" in text and "bce_loss" not in text
 
 

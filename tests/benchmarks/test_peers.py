@@ -58,11 +58,9 @@ def test_elmo_rounds_without_bias_and_anew_in_each_chunk_and_step() -> None:
     peers.stochastic_sgd(other, grad, 1e-4, counter, 2)
     peers.stochastic_sgd(later, grad, 1e-4, counter + 1, 1)
     assert abs((first.float().mean() - 0.5).item() + 1e-4) < 1e-5
-    assert (
-        torch.equal(first, again)
-        and not torch.equal(first, other)
-        and not torch.equal(first, later)
-    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, later)
 
 
 KERNEL = """
@@ -164,10 +162,8 @@ def test_the_8_bit_table_is_what_its_scale_says(monkeypatch: pytest.MonkeyPatch)
     head = cases_gpu.make_fp8_head(TINY, "cpu")
     value = head.weight.float() * head.row_scale[:, :1]
     assert head.weight.shape == (300, 24) and abs(value.std() - 0.02) < 1e-3
-    assert (
-        torch.equal(head.row_scale[:, 1], value.abs().amax(1))
-        and (head.row_scale[:, 0] == 2.0**-8).all()
-    )
+    assert torch.equal(head.row_scale[:, 1], value.abs().amax(1))
+    assert (head.row_scale[:, 0] == 2.0**-8).all()
     assert torch.equal(head.x, cases.make_head(TINY, "fp32", "cpu").x)
     given = {}
 
@@ -179,11 +175,9 @@ def test_the_8_bit_table_is_what_its_scale_says(monkeypatch: pytest.MonkeyPatch)
     step = cases_gpu.own_fp8_step(head)
     assert torch.equal(step(), head.x) and given["step"] == 0  # type: ignore[arg-type]
     step()
-    assert (
-        given["step"] == 1
-        and given["weight"] is head.weight
-        and given["row_scale"] is head.row_scale
-    )
+    assert given["step"] == 1
+    assert given["weight"] is head.weight
+    assert given["row_scale"] is head.row_scale
 
 
 def test_every_shape_of_a_card_has_cases_with_keys_of_their_own() -> None:
@@ -208,6 +202,5 @@ def test_a_card_has_names_of_its_own() -> None:
         names = [shape.name for shape in (*shapes.for_card(op), *shapes.SHAPES.get(op, ()))]
         assert len(set(names)) == len(names)
     with pytest.raises(InputError, match="--shape of bce_step: expected one of B32-L4k, "):
-        shapes.pick(
-            "bce_step", shapes.GPU_SHAPES["bce_step"][0].name
-        )  # benchmarks/run.py keeps to the CPU's
+        # benchmarks/run.py keeps to the CPU's.
+        shapes.pick("bce_step", shapes.GPU_SHAPES["bce_step"][0].name)

@@ -15,7 +15,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     )
 if importlib.util.find_spec("triton") is None:
     raise pytest.UsageError("tests/compile needs Triton: `pip install -r requirements-dev.txt`")
+# Problems are those of the op tests.
 sys.path[:0] = [
     str(Path(__file__).parent),
     str(Path(__file__).parents[1] / "ops"),
-]  # problems are those of the op tests
+]

@@ -16,10 +16,11 @@ import triton
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+# Device code is optimized without being asked; host code need not be.
 FLAGS = [
     "-std=c++20",
     f"-I{ROOT / 'csrc'}",
-]  # device code is optimized without being asked; host code need not be
+]
 TORCH = Path(torch.__file__).parent
 LINKED = "sm_90a"  # for this one the host's part is compiled too, so that the objects link
 

@@ -258,9 +258,8 @@ def test_a_gradient_that_is_not_finite_touches_nothing(bad: float) -> None:
     for width in (64, 7):
         for grad in DTYPES:
             step = random_rows("adam", (30, 90, width), BF16, grad=grad, fill=3)
-            assert not torch.equal(
-                run_on_host(step)["param"], step.tensors["param"]
-            )  # fill holds NaN
+            # Fill holds NaN.
+            assert not torch.equal(run_on_host(step)["param"], step.tensors["param"])
             step.tensors["grad"][29, -1] = bad
             assert_same_bits(run_on_host(step), step.tensors)
     bags = random_bags("adam", (9, 200, 40, 64), BF16)

@@ -74,10 +74,11 @@ def test_shared(arch: str, dtype: torch.dtype) -> None:
     constants, warps = tile(dtype == F32)
     got = built(kernel._score_shared, arch, dtype, {"D": 768, "HAS_BIAS": True, **constants}, warps)
     assert got.mma == (dtype != F32) and got.wgmma == (dtype != F32 and arch == "sm_90a")
+    # Gradients of fp16 tables stay fp32: fp16 has no room for small ones.
     low = dtype in (
         torch.bfloat16,
         torch.uint8,
-    )  # gradients of fp16 tables stay fp32: fp16 has no room for small ones
+    )
     constants, warps = tile(not low)
     for fn, more in ((kernel._dx_shared, {"D": 768}), (shortlist_rows._rows_shared, NEED)):
         got = built(fn, arch, dtype, {**more, "LOW": low, **constants}, warps)

@@ -43,11 +43,9 @@ def test_npy_comes_back(tmp_path: Path, dtype: str, order: str) -> None:
     array = np.asarray(np.arange(6).reshape(2, 3), dtype, order=order)
     np.save(tmp_path / "a.npy", array)
     found = floats(tmp_path / "a.npy")
-    assert (
-        found.dtype == np.dtype(dtype).newbyteorder("=")
-        and found.flags.c_contiguous
-        and found.flags.writeable
-    )
+    assert found.dtype == np.dtype(dtype).newbyteorder("=")
+    assert found.flags.c_contiguous
+    assert found.flags.writeable
     np.testing.assert_array_equal(found, array)
     np.save(tmp_path / "a.npy", np.zeros((2, 0), dtype))
     assert floats(tmp_path / "a.npy").shape == (2, 0)
@@ -240,7 +238,8 @@ def test_arrays_beyond_the_free_memory_are_refused(
     zeros = write_npz(tmp_path / "z.npz", shape=[rows, 2], **empty)
     np.save(tmp_path / "z.npy", np.zeros((2, rows), np.float32))
     assert zeros.stat().st_size < 20_000  # honest: deflate shrinks zeros a thousand times
-    assert formats.read_npz(zeros).shape == (rows, 2) and floats(tmp_path / "z.npy").shape == (
+    assert formats.read_npz(zeros).shape == (rows, 2)
+    assert floats(tmp_path / "z.npy").shape == (
         2,
         rows,
     )

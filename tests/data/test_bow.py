@@ -76,11 +76,9 @@ def test_values_of_the_formula(longest: int, min_df: int, sublinear: bool, norma
 def test_unknown_words_and_single_letters() -> None:
     vectorizer = Vectorizer()
     vectorizer.fit(TEXTS)
-    assert (
-        "c" in vectorizer.words
-        and "vitamin c" in vectorizer.words
-        and "état" not in vectorizer.words
-    )
+    assert "c" in vectorizer.words
+    assert "vitamin c" in vectorizer.words
+    assert "état" not in vectorizer.words
     assert vectorizer.transform(["nothing known", ""]).nnz == 0
     assert vectorizer.transform([]).shape == (0, len(vectorizer))
 
@@ -187,11 +185,9 @@ def test_texts_in_order(vectorizer: Vectorizer, window: int, prefetch: int) -> N
     assert torch.cat([batch.index for batch in found]).tolist() == list(range(21))
     features = vectorizer.transform(texts)
     for batch in found:
-        assert (
-            batch.labels == 0
-            and batch.levels == ()
-            and batch.pos_row.numel() == batch.pos_sample.numel() == 0
-        )
+        assert batch.labels == 0
+        assert batch.levels == ()
+        assert batch.pos_row.numel() == batch.pos_sample.numel() == 0
         for place, number in enumerate(batch.index.tolist()):
             here = slice(int(batch.offset[place]), int(batch.offset[place + 1]))
             assert batch.token[here].tolist() == features[number].indices.tolist()

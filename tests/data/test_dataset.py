@@ -77,10 +77,8 @@ def test_what_was_written_comes_back(folder: Path, tokenizer: Tokenizer) -> None
     for name, split in dataset.splits.items():
         assert split.texts == TEXTS[name] and len(split) == len(TEXTS[name]) == len(split.tokens)
         assert (split.labels != LABELS[name]).nnz == 0 and split.labels.dtype == np.float32
-        assert (
-            split.filter_pairs.tolist() == PAIRS[name].tolist()
-            and split.filter_pairs.dtype == np.int64
-        )
+        assert split.filter_pairs.tolist() == PAIRS[name].tolist()
+        assert split.filter_pairs.dtype == np.int64
     assert (dataset.tokenizer_folder / "tokenizer.json").is_file()
 
 

@@ -196,30 +196,26 @@ def test_broken_files_are_counted_and_told(tmp_path, monkeypatch):
         monkeypatch,
     )
     (tmp_path / "pkg_broken" / "null.py").write_bytes(b"x = 1\0")
-    (tmp_path / "pkg_broken" / "escape.py").write_text(
-        'x = "\\d"\n'
-    )  # a SyntaxWarning that nobody asked for
+    # A SyntaxWarning that nobody asked for.
+    (tmp_path / "pkg_broken" / "escape.py").write_text('x = "\\d"\n')
     with pytest.warns(
         DataWarning, match="2 files cannot be parsed.*pkg_broken/bad.py, pkg_broken/null.py"
     ) as told:
         built = build_corpus(packages=["pkg_broken"], workers=1)
-    assert (
-        len(told) == 1 and built.report["unparsable files"] == 2 and built.report["documents"] == 6
-    )
+    assert len(told) == 1
+    assert built.report["unparsable files"] == 2
+    assert built.report["documents"] == 6
 
 
 def test_standard_library_packages_and_determinism():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         built = build_corpus(packages=["json", "email"], workers=1)
-        again = build_corpus(
-            packages=("email", "json", "email"), workers=2
-        )  # spawned processes, another order
-    assert (
-        built.hash == again.hash
-        and built.texts == again.texts
-        and built.label_names == again.label_names
-    )
+        # Spawned processes, another order.
+        again = build_corpus(packages=("email", "json", "email"), workers=2)
+    assert built.hash == again.hash
+    assert built.texts == again.texts
+    assert built.label_names == again.label_names
     assert all((built.labels[split] != again.labels[split]).nnz == 0 for split in built.labels)
     assert built.report == again.report and set(built.versions) == {"json", "email"}
     assert built.report["documents"] > 100 and built.label_names == sorted(set(built.label_names))
@@ -227,9 +223,8 @@ def test_standard_library_packages_and_determinism():
     assert len(texts) == len(set(texts)) == built.report["documents"]
     assert any("JSON document" in text for text in texts)
     frequency = sum(np.asarray(matrix.sum(0)).ravel() for matrix in built.labels.values())
-    assert frequency.min() >= 2 and all(
-        np.diff(matrix.indptr).min(initial=1) >= 1 for matrix in built.labels.values()
-    )
+    assert frequency.min() >= 2
+    assert all(np.diff(matrix.indptr).min(initial=1) >= 1 for matrix in built.labels.values())
     for matrix in built.labels.values():
         assert matrix.has_canonical_format and matrix.dtype == np.float32
 
@@ -260,9 +255,8 @@ def test_the_hash_tells_texts_labels_and_split_apart(tmp_path, monkeypatch):
 
 def test_test_folders_of_the_standard_library_are_left_out():
     names = [name for name, _ in corpus.files_of(corpus.STDLIB)]
-    assert "stdlib/json/decoder.py" in names and not any(
-        "/test/" in name or "/site-packages/" in name for name in names
-    )
+    assert "stdlib/json/decoder.py" in names
+    assert not any("/test/" in name or "/site-packages/" in name for name in names)
     assert any("/tests/" in name for name, _ in corpus.files_of("scipy"))
 
 

@@ -84,7 +84,8 @@ def test_lines_are_streamed(write):
 def test_write_lines(tmp_path):
     path = tmp_path / "Y.txt"
     formats.write_lines(path, ["a", "", "ü\u2028b"])
-    assert path.read_bytes() == "a\n\nü\u2028b\n".encode() and formats.read_lines(path) == [
+    assert path.read_bytes() == "a\n\nü\u2028b\n".encode()
+    assert formats.read_lines(path) == [
         "a",
         "",
         "ü\u2028b",
@@ -227,7 +228,8 @@ RECORDS = (
 @pytest.mark.parametrize("name", ["trn.json", "trn.json.gz"])
 def test_lf_json(write, name):
     records = silent(formats.read_lf_json, write(lines_of(*RECORDS) + "\n\n", name), num_labels=5)
-    assert records.uid == ["B01", "7", "x", "y"] and records.title == [
+    assert records.uid == ["B01", "7", "x", "y"]
+    assert records.title == [
         "A tïtle",
         "",
         "No content",
@@ -308,11 +310,9 @@ def test_lf_broken_text_is_told_once(write):
     with pytest.warns(DataWarning) as told:
         records = formats.read_lf_json(path)
     assert records.title == ["\ufffd", "x \ufffd", "\U0001f600"] and records.content[1] == "\ufffd"
-    assert (
-        len(told) == 1
-        and "trn.json:1" in str(told[0].message)
-        and "in 2 lines" in str(told[0].message)
-    )
+    assert len(told) == 1
+    assert "trn.json:1" in str(told[0].message)
+    assert "in 2 lines" in str(told[0].message)
 
 
 def test_lf_cut_short(tmp_path):
@@ -504,11 +504,9 @@ def test_token_maps(tmp_path):
     ids.tofile(tmp_path / "trn_doc_input_ids.dat")
     mask.tofile(tmp_path / "trn_doc_attention_mask.dat")
     read_ids, read_mask = formats.open_token_maps(tmp_path / "trn_doc", rows=3, max_length=4)
-    assert (
-        isinstance(read_ids, np.memmap)
-        and read_ids.dtype == np.int64
-        and not read_ids.flags.writeable
-    )
+    assert isinstance(read_ids, np.memmap)
+    assert read_ids.dtype == np.int64
+    assert not read_ids.flags.writeable
     np.testing.assert_array_equal(read_ids, ids)
     np.testing.assert_array_equal(read_mask, mask)
     rows = formats.token_rows(read_ids, read_mask, 1, 3, "trn_doc")
@@ -583,17 +581,15 @@ def test_a_header_or_a_row(write):
     assert formats.read_labels(path, rows=3).shape == (3, 4)
     assert formats.read_labels(path, rows=4).shape == (4, 5)
     assert formats.read_labels(path, format="lines").shape == (4, 5)
-    path = write(
-        "3 10\n1\n2\n", "Y.txt"
-    )  # of three documents, the last without labels and without line end
+    # Of three documents, the last without labels and without line end.
+    path = write("3 10\n1\n2\n", "Y.txt")
     for rows in (None, 3):
         with pytest.raises(
             InputError, match="Y.txt:1: .*cut short by one row, or its last row is blank and lacks"
         ):
             formats.label_format(path, rows)
-    assert formats.label_format(path, 2) == "lines" and formats.read_labels(
-        path, 3, format="lines"
-    ).shape == (3, 11)
+    assert formats.label_format(path, 2) == "lines"
+    assert formats.read_labels(path, 3, format="lines").shape == (3, 11)
     path = write("3 10\n1\n2\n\n", "Y.txt")
     assert [formats.label_format(path, rows) for rows in (3, 4)] == ["sparse", "lines"]
     assert formats.read_labels(path, 3).toarray().nonzero()[1].tolist() == [1, 2]

@@ -61,7 +61,8 @@ def test_far_apart_ids_are_refused_or_numbered_anew(made: Any, tmp_path: Path) -
         made(RAW_IDS)
     assert not (tmp_path / "out").exists()
     dataset = made(RAW_IDS, remap_labels=True, train_filter="0 7\n2 48213377\n1 5\n")
-    assert rows(dataset) == [[1], [0], [0, 2]] and dataset.label_names == [
+    assert rows(dataset) == [[1], [0], [0, 2]]
+    assert dataset.label_names == [
         "7",
         "48213377",
         "4000000000",
@@ -92,18 +93,16 @@ def test_ids_that_are_only_many_are_taken_when_told_so(made: Any) -> None:
 def test_names_texts_and_features_follow_new_numbers(made: Any) -> None:
     dataset = made("1\n4\n1 4\n", label_text="w0\nw1\nw2\nw3\nw4\n", remap_labels=True)
     assert dataset.label_names == ["w1", "w4"] and rows(dataset) == [[0], [1], [0, 1]]
-    assert dataset.label_tokens is not None and [
-        row.tolist()[1] for row in dataset.label_tokens
-    ] == [5, 8]
+    assert dataset.label_tokens is not None
+    assert [row.tolist()[1] for row in dataset.label_tokens] == [5, 8]
 
 
 def test_the_other_splits_decide_too_which_labels_there_are(made: Any, tmp_path: Path) -> None:
     (tmp_path / "test_y.txt").write_text("7 9000000\n")
     more = {"test_text": "w1\n", "test_labels": tmp_path / "test_y.txt", "remap_labels": True}
     dataset = made(RAW_IDS, **more)
-    assert dataset.label_names == ["7", "9000000", "48213377", "4000000000"] and rows(
-        dataset, "test"
-    ) == [[0, 1]]
+    assert dataset.label_names == ["7", "9000000", "48213377", "4000000000"]
+    assert rows(dataset, "test") == [[0, 1]]
 
 
 def raw_of(columns: list[int], labels: int) -> Raw:
@@ -206,10 +205,8 @@ def test_a_bare_header_over_too_few_rows(made: Any) -> None:
 def test_divided_names(made: Any) -> None:
     told: list[str] = []
     dataset = made("State aid\tEU law\nEU law\nState aid\n", told, source="attentionxml")
-    assert (
-        dataset.label_names == ["EU law", "State aid"]
-        and "labels: 2, the first 'EU law', 'State aid'" in told
-    )
+    assert dataset.label_names == ["EU law", "State aid"]
+    assert "labels: 2, the first 'EU law', 'State aid'" in told
     assert dataset.manifest["source"]["label_divider"] == "tab"
     assert made("1,101\n7\n101\n", output="b", source="attentionxml").label_names == [
         "1",

@@ -243,9 +243,10 @@ def test_options(tmp_path: Path) -> None:
     assert all((batch.input_ids[batch.attention_mask == 0] == 499).all() for batch in batches)
     batch = next(Batches(split, 10).epoch(0))
     moved = batch.to("meta")
-    assert (
-        moved.index.is_meta and moved.input_ids.is_meta and moved.labels == 31 and len(moved) == 10
-    )
+    assert moved.index.is_meta
+    assert moved.input_ids.is_meta
+    assert moved.labels == 31
+    assert len(moved) == 10
 
 
 def test_stored_zeros_and_duplicates_are_no_positives(tmp_path: Path) -> None:
@@ -265,11 +266,9 @@ def test_stored_zeros_and_duplicates_are_no_positives(tmp_path: Path) -> None:
 def test_documents_without_labels(tmp_path: Path) -> None:
     split = Documents(store(tmp_path / "tokens.bin", 3), csr_matrix((3, 5), dtype=np.float32))
     batch = Batches(split, 3).collate(np.arange(3))
-    assert (
-        batch.pos_row.shape == (0,)
-        and batch.pos_row.dtype == torch.int64
-        and batch.pos_sample.dtype == torch.int32
-    )
+    assert batch.pos_row.shape == (0,)
+    assert batch.pos_row.dtype == torch.int64
+    assert batch.pos_sample.dtype == torch.int32
 
 
 def test_large_label_numbers(tmp_path: Path) -> None:
@@ -384,11 +383,9 @@ def test_texts_in_order(tokenizer: Tokenizer) -> None:
     assert torch.cat([batch.index for batch in found]).tolist() == list(range(23))
     for batch in found:
         assert batch.input_ids.shape[1] == 6, "a multiple of 8, but no more than a text may have"
-        assert (
-            batch.labels == 0
-            and batch.pos_row.numel() == 0
-            and batch.pos_sample.dtype == torch.int32
-        )
+        assert batch.labels == 0
+        assert batch.pos_row.numel() == 0
+        assert batch.pos_sample.dtype == torch.int32
         for place, number in enumerate(batch.index.tolist()):
             expected = tokenizer.encode_batch([texts[number]], 6)[0].tolist()
             assert batch.input_ids[place][batch.attention_mask[place] == 1].tolist() == expected

@@ -32,11 +32,9 @@ def matrix(rows: int, columns: int, seed: int = 0, density: float = 0.1) -> csr_
     )
 
 
-FEATURES, TARGETS, LABEL_FEATURES = (
-    matrix(ROWS, WORDS),
-    matrix(*SHAPE, seed=1),
-    matrix(LABELS, WORDS, seed=2),
-)
+FEATURES = matrix(ROWS, WORDS)
+TARGETS = matrix(*SHAPE, seed=1)
+LABEL_FEATURES = matrix(LABELS, WORDS, seed=2)
 ORDER = np.random.default_rng(3).permutation(LABELS)
 # Ragged: clusters of 1 to 9 rows; the coarse level joins some of them.
 FINE = np.repeat(np.arange(7), [9, 1, 6, 4, 1, 7, 3])
@@ -61,9 +59,8 @@ def check(
         targets = targets[:, order]  # column r: the label of table row r
     numbers = batch.index.numpy()
     np.testing.assert_array_equal(dense(batch), every[numbers])
-    assert (int(batch.offset[0]), int(batch.offset[-1])) == (0, len(batch.token)) and len(
-        batch.offset
-    ) == len(batch) + 1
+    assert (int(batch.offset[0]), int(batch.offset[-1])) == (0, len(batch.token))
+    assert len(batch.offset) == len(batch) + 1
     assert pairs(batch.pos_row, batch.pos_sample) == sorted(
         zip(*np.nonzero(targets[numbers].T), strict=True)
     )
@@ -167,11 +164,9 @@ def test_a_batch_of_bags_moves_whole() -> None:
 def test_empty_bags_and_matrices_of_other_layouts() -> None:
     features = csr_matrix((3, WORDS), dtype=np.float64)
     batch = BagBatches(features, csr_matrix((3, 5)), 3).collate(np.arange(3))
-    assert (
-        batch.token.shape == (0,)
-        and batch.offset.tolist() == [0] * 4
-        and batch.token_weight.dtype == torch.float32
-    )
+    assert batch.token.shape == (0,)
+    assert batch.offset.tolist() == [0] * 4
+    assert batch.token_weight.dtype == torch.float32
     check(BagBatches(FEATURES.tocsc(), TARGETS.tocoo(), 3).collate(np.arange(3)))
 
 
@@ -200,17 +195,14 @@ def test_tokens_have_table_order_and_levels_too(tmp_path: Path) -> None:
     batches = Batches(split, 16, label_tokens=texts, order=ORDER, ancestors=(COARSE, FINE))
     for batch in batches.epoch(0):
         other = bags.collate(batch.index.numpy())
-        assert torch.equal(batch.pos_row, other.pos_row) and torch.equal(
-            batch.pos_sample, other.pos_sample
-        )
+        assert torch.equal(batch.pos_row, other.pos_row)
+        assert torch.equal(batch.pos_sample, other.pos_sample)
         for mine, there in zip(batch.levels, other.levels, strict=True):
             assert torch.equal(mine[0], there[0]) and torch.equal(mine[1], there[1])
         assert batch.inputs[0] is batch.input_ids and batch.inputs[1] is batch.attention_mask
         moved = batch.to("meta")
-        assert (
-            all(tensor.is_meta for level in moved.levels for tensor in level)
-            and len(moved.levels) == 2
-        )
+        assert all(tensor.is_meta for level in moved.levels for tensor in level)
+        assert len(moved.levels) == 2
     plain = Batches(split, 16, label_tokens=texts)
     assert [a.tolist() for a in plain.plan(3)] == [a.tolist() for a in batches.plan(3)], (
         "a tree changes no order of documents"
@@ -236,23 +228,18 @@ def test_processes_share_the_inputs_of_a_batch_and_know_all_its_positives(
             .collate(numbers)
         )
         bags = BagBatches(FEATURES, TARGETS, size, label_features=LABEL_FEATURES, **options)
-        bag, alone = (
-            bags.shared(lambda count, a=a, b=b: slice(a, b)).collate(numbers),
-            Batches(split, 9, label_tokens=texts),
-        )
+        bag = bags.shared(lambda count, a=a, b=b: slice(a, b)).collate(numbers)
+        alone = Batches(split, 9, label_tokens=texts)
         for batch in (tokens, bag):
-            assert (
-                len(batch) == size
-                and torch.equal(batch.index, whole.index)
-                and torch.equal(batch.pos_row, whole.pos_row)
-            )
+            assert len(batch) == size
+            assert torch.equal(batch.index, whole.index)
+            assert torch.equal(batch.pos_row, whole.pos_row)
             assert torch.equal(batch.pos_sample, whole.pos_sample)
             for mine, there in zip(batch.levels, whole.levels, strict=True):
                 assert torch.equal(mine[0], there[0]) and torch.equal(mine[1], there[1])
         expected = alone.collate(own)
-        assert torch.equal(tokens.input_ids, expected.input_ids) and torch.equal(
-            tokens.attention_mask, expected.attention_mask
-        )
+        assert torch.equal(tokens.input_ids, expected.input_ids)
+        assert torch.equal(tokens.attention_mask, expected.attention_mask)
         every = np.vstack([FEATURES.toarray(), LABEL_FEATURES.toarray()])
         np.testing.assert_array_equal(dense(bag)[: len(own)], every[own])
         assert len(bag.offset) == len(own) + 1
@@ -263,9 +250,8 @@ def test_batches_taken_in_turn() -> None:
     found = [[batch.index.tolist() for batch in batches.epoch(1, start, 3)] for start in range(3)]
     assert [len(part) for part in found] == [4, 4, 3]
     expected = [batch.index.tolist() for batch in batches.epoch(1)]
-    assert [expected[start::3] for start in range(3)] == found and list(
-        batches.epoch(1, 11, 3)
-    ) == []
+    assert [expected[start::3] for start in range(3)] == found
+    assert list(batches.epoch(1, 11, 3)) == []
     with pytest.raises(InputError, match="every: expected at least 1"):
         next(batches.epoch(0, 0, 0))
 

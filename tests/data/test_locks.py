@@ -135,11 +135,9 @@ def test_without_locks_of_the_file_system_the_process_decides(
 
 
 def test_what_a_killed_writer_left_is_cleared_and_nothing_else(tmp_path: Path) -> None:
-    folder, left, other = (
-        tmp_path / "out",
-        ".metrics.json.0123456789ab.part",
-        ".other.json.0123456789ab.part",
-    )
+    folder = tmp_path / "out"
+    left = ".metrics.json.0123456789ab.part"
+    other = ".other.json.0123456789ab.part"
     folder.mkdir()
     for name in (left, other, ".metrics.json.note.part", "metrics.json"):
         (folder / name).touch()

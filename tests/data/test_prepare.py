@@ -232,10 +232,8 @@ def test_attentionxml(config: PrepareConfig, tokenizer: Tokenizer, tmp_path: Pat
     config = replace(config, source="attentionxml", keep_texts=True, label_text=None, **files)  # type: ignore[arg-type]
     dataset = prepare(config)
     expect(dataset, tokenizer, joiner=" [SEP] ")
-    assert (
-        dataset.label_names == names
-        and "[SEP]" not in (dataset.folder / "train" / "texts.jsonl").read_text()
-    )
+    assert dataset.label_names == names
+    assert "[SEP]" not in (dataset.folder / "train" / "texts.jsonl").read_text()
     without, told = make_tokenizer(tmp_path / "other", sep=False), []  # type: ignore[var-annotated]
     plain = prepare(replace(config, output=tmp_path / "plain", tokenizer=str(without)), told.append)
     assert "title and body: joined by a space: the tokenizer has no separator" in told
@@ -358,9 +356,8 @@ def test_validation_share(config: PrepareConfig, tmp_path: Path) -> None:
         members = {
             name: [int(text[1:]) for text in found.splits[name].texts] for name in ("train", "val")
         }
-        assert len(members["val"]) == 10 and sorted(members["train"] + members["val"]) == list(
-            range(100)
-        )
+        assert len(members["val"]) == 10
+        assert sorted(members["train"] + members["val"]) == list(range(100))
         for name, numbers in members.items():
             assert numbers == sorted(numbers)
             assert found.splits[name].labels.indices.tolist() == [n % 7 for n in numbers]
@@ -527,10 +524,8 @@ def test_one_cache_for_two_at_once(config: PrepareConfig) -> None:
         made = prepare(replace(config, output=first / "other", name="small"))
         (first / "other").rename(config.output)  # as the first one does at its end
     waiting.join(60)
-    assert (
-        any("used again" in line for line in told)
-        and Dataset.open(config.output).content_hash == made.content_hash
-    )
+    assert any("used again" in line for line in told)
+    assert Dataset.open(config.output).content_hash == made.content_hash
 
 
 @pytest.mark.parametrize("standing", [False, True])

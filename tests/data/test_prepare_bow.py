@@ -69,11 +69,9 @@ def expect(dataset: Dataset) -> None:
         features, labels = matrices(name)
         np.testing.assert_array_equal(split.features.toarray(), features.toarray())
         np.testing.assert_array_equal(split.labels.toarray(), labels.toarray())
-        assert (
-            len(split) == ROWS[name]
-            and split.features.dtype == np.float32
-            and split.features.has_canonical_format
-        )
+        assert len(split) == ROWS[name]
+        assert split.features.dtype == np.float32
+        assert split.features.has_canonical_format
 
 
 def test_label_files_that_declare_many_labels(tmp_path: Path) -> None:
@@ -91,7 +89,8 @@ def test_label_files_that_declare_many_labels(tmp_path: Path) -> None:
         ),
         lambda line: None,
     )
-    assert dataset.num_labels == 670_091 and dataset.splits["train"].labels.indices.tolist() == [
+    assert dataset.num_labels == 670_091
+    assert dataset.splits["train"].labels.indices.tolist() == [
         670_090,
         5,
         77,

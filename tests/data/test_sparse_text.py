@@ -469,7 +469,8 @@ def test_writer(tmp_path):
         random_array((9_000, 50), density=0.05, rng=np.random.default_rng(1), dtype=np.float32)
     )
     write_sparse(path, big)
-    assert (read_sparse(path) != big).nnz == 0 and sorted(p.name for p in tmp_path.iterdir()) == [
+    assert (read_sparse(path) != big).nnz == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
         "m.txt",
         "m.txt.gz",
     ]

@@ -73,9 +73,8 @@ def test_cut_short(tmp_path: Path, cut: int) -> None:
         TokenStore.open(path)
     assert "tokens.bin" in str(caught.value)
     if cut >= 1024 or cut == -1:
-        assert f"{len(whole)} bytes" in str(
-            caught.value
-        ) and f"got {len(whole[:cut])} bytes" in str(caught.value)
+        assert f"{len(whole)} bytes" in str(caught.value)
+        assert f"got {len(whole[:cut])} bytes" in str(caught.value)
 
 
 def test_too_long_file(tmp_path: Path) -> None:
@@ -165,9 +164,8 @@ def test_ids_beyond_the_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         InputError, match="expected token ids below 1000, the size of the vocabulary, got 1000"
     ):
         TokenStore.open(path)
-    monkeypatch.setattr(
-        "xmlkernels.data.token_store.SCAN_BYTES", 4
-    )  # a large file: looked at as it is handed out
+    # A large file: looked at as it is handed out.
+    monkeypatch.setattr("xmlkernels.data.token_store.SCAN_BYTES", 4)
     store = TokenStore.open(path)
     assert store[0].tolist() == [1, 2] and store.gather(np.array([2, 0]))[0].tolist() == [4, 1, 2]
     for ask in (lambda: store[1], lambda: store.gather(np.array([0, 1])), lambda: store.tokens):
@@ -178,9 +176,8 @@ def test_ids_beyond_the_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("change", ["cut", "grow", "write"])
 def test_a_file_that_changes_while_it_is_mapped(tmp_path: Path, change: str) -> None:
     path = tmp_path / "tokens.bin"
-    store = write(
-        path, [[1, 2]] * 5000
-    )  # more than a page, so that reading a cut map would be SIGBUS
+    # More than a page, so that reading a cut map would be SIGBUS.
+    store = write(path, [[1, 2]] * 5000)
     assert store.gather(np.array([4999]))[0].tolist() == [1, 2]
     with open(path, "r+b") as file:
         if change == "write":
@@ -200,9 +197,8 @@ def test_a_file_that_is_replaced_while_it_is_mapped_is_still_the_old_one(tmp_pat
     path = tmp_path / "tokens.bin"
     store = write(path, [[1, 2]] * 5000)
     write(path, [[3]])  # written beside it and renamed, as every writer of ours does
-    assert store.gather(np.array([4999]))[0].tolist() == [1, 2] and TokenStore.open(path)[
-        0
-    ].tolist() == [3]
+    assert store.gather(np.array([4999]))[0].tolist() == [1, 2]
+    assert TokenStore.open(path)[0].tolist() == [3]
 
 
 def test_a_store_closes_its_file(tmp_path: Path) -> None:

@@ -134,10 +134,8 @@ def consume_dataset(folder: Path) -> None:
         assert len(split.texts) == len(split) and all(isinstance(text, str) for text in split.texts)
         if dataset.vocabulary is None:
             for batch in Batches(split, 4, label_tokens=dataset.label_tokens, prefetch=0).epoch(0):
-                assert (
-                    batch.input_ids.min() >= 0
-                    and batch.input_ids.max() < split.tokens.header.vocab_size
-                )
+                assert batch.input_ids.min() >= 0
+                assert batch.input_ids.max() < split.tokens.header.vocab_size
                 assert batch.input_ids.shape[1] <= max(8, split.tokens.header.max_length)
         else:
             assert_canonical(split.features)
@@ -183,9 +181,8 @@ def consume_text(folder: Path) -> None:
     for matrix in formats.read_bow(folder / "bow.txt"):
         assert_canonical(matrix)
     pairs = formats.read_filter_pairs(folder / "filter.txt", rows=20, labels=LABELS)
-    assert pairs.shape[1] == 2 and (
-        not pairs.size or (pairs.min() >= 0 and pairs[:, 1].max() < LABELS)
-    )
+    assert pairs.shape[1] == 2
+    assert not pairs.size or (pairs.min() >= 0 and pairs[:, 1].max() < LABELS)
     assert all("\n" not in text for text in formats.iter_lines(folder / "texts.txt.gz"))
 
 

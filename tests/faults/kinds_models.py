@@ -30,9 +30,8 @@ def make_tree(folder: Path) -> None:
 def consume_tree(folder: Path) -> None:
     tree = LabelTree.load(folder)
     for level in range(tree.levels):
-        assert len(tree.bounds(level)) == tree.sizes[level] + 1 and len(
-            tree.ancestors(level)
-        ) == len(tree.order)
+        assert len(tree.bounds(level)) == tree.sizes[level] + 1
+        assert len(tree.ancestors(level)) == len(tree.order)
     assert sorted(tree.place[tree.order]) == list(range(len(tree.order)))
 
 

@@ -80,9 +80,8 @@ OTHER = [
     np.int64(1),
     np.float32(0.5),
 ]
-LARGEST = (
-    6 << 30
-)  # bytes of address space beyond what the process has: a wish for more is refused by the allocator
+# Bytes of address space beyond what the process has: a wish for more is refused by the allocator.
+LARGEST = 6 << 30
 
 
 def embedded(t: Tensor) -> Tensor:

@@ -39,9 +39,9 @@ def test_damaged_files() -> None:
     assert done.returncode == 0 and "bad: 0" in done.stdout, done.stdout + done.stderr[-4000:]
     ends = re.findall(r" (refused|taken|bad) +(\d+)$", done.stdout, re.M)
     taken = sum(int(count) for end, count in ends if end == "taken")
-    assert (
-        sum(int(count) for _, count in ends) == 500 and 0 < taken < 400
-    )  # neither harmless nor all the same
+    # Neither harmless nor all the same.
+    assert sum(int(count) for _, count in ends) == 500
+    assert 0 < taken < 400
 
 
 def test_the_harness_sees_every_bad_end(tmp_path: Path) -> None:

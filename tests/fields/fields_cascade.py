@@ -65,9 +65,8 @@ def a_tree_made_on_first_use(runs: Runs, folder: Path) -> None:
     (kept,) = (folder / "cache" / "trees").iterdir()
     assert LabelTree.load(kept).content_hash == changed.report["tree"]
     deeper = recorded(replace(base, tree_depths=(1, 3), output=str(folder / "deeper")))
-    assert (
-        deeper.tree.sizes == (2, 8, 30) and len(list((folder / "cache" / "trees").iterdir())) == 2
-    )
+    assert deeper.tree.sizes == (2, 8, 30)
+    assert len(list((folder / "cache" / "trees").iterdir())) == 2
 
 
 def shortlists(plain: Seen, changed: Seen) -> None:
@@ -134,10 +133,8 @@ def weighted_sums(runs: Runs, folder: Path) -> None:
         )
 
     coarse, fine, labels = loss(1, 0, 0), loss(0, 1, 0), loss(0, 0, 1)
-    assert (
-        loss() == pytest.approx(coarse + fine + labels, rel=1e-5)
-        and min(coarse, fine, labels) > 0.1
-    )
+    assert loss() == pytest.approx(coarse + fine + labels, rel=1e-5)
+    assert min(coarse, fine, labels) > 0.1
     assert loss(2.0, 0.0, 3.5) == pytest.approx(2 * coarse + 3.5 * labels, rel=1e-5)
 
 
@@ -165,10 +162,8 @@ def lost_clusters(plain: Seen, changed: Seen) -> None:
         cluster = changed.tree.ancestors(r)[np.asarray(changed.tree.place)]
         rows = np.split(cluster[labels.indices], labels.indptr[1:-1])
         lost.append(EPOCHS * sum(len(set(row.tolist())) - 1 for row in rows if len(row)))
-    assert (
-        changed.tensors["lost_positives"].tolist() == lost
-        and changed.report["lost_positives"] == sum(lost) > 100
-    )
+    assert changed.tensors["lost_positives"].tolist() == lost
+    assert changed.report["lost_positives"] == sum(lost) > 100
 
 
 def schemes(plain: Seen, changed: Seen) -> None:

@@ -15,13 +15,10 @@ _INNER = "encoder.model."
 
 
 def kinds(plain: Seen, changed: Seen) -> None:
-    assert (
-        type(plain.model.encoder).__name__ == "Encoder"
-        and type(changed.model.encoder).__name__ == "BowEncoder"
-    )
-    assert "encoder.table" in changed.tensors and not [
-        name for name in changed.tensors if name.startswith(_INNER)
-    ]
+    assert type(plain.model.encoder).__name__ == "Encoder"
+    assert type(changed.model.encoder).__name__ == "BowEncoder"
+    assert "encoder.table" in changed.tensors
+    assert not [name for name in changed.tensors if name.startswith(_INNER)]
 
 
 def poolings(plain: Seen, changed: Seen) -> None:
@@ -37,15 +34,12 @@ def poolings(plain: Seen, changed: Seen) -> None:
 
 
 def narrow(plain: Seen, changed: Seen) -> None:
-    assert plain.tensors["head.weight"].shape == (30, 32) and changed.tensors[
-        "head.weight"
-    ].shape == (30, 8)
+    assert plain.tensors["head.weight"].shape == (30, 32)
+    assert changed.tensors["head.weight"].shape == (30, 8)
     x = changed.model.encoder.bottleneck
-    assert (
-        x.weight.shape == (8, 32)
-        and x.bias is None
-        and changed.moved("encoder.bottleneck.weight").any()
-    )
+    assert x.weight.shape == (8, 32)
+    assert x.bias is None
+    assert changed.moved("encoder.bottleneck.weight").any()
 
 
 def drops(plain: float, changed: float) -> None:
@@ -73,14 +67,11 @@ def lower_layers_stay(plain: Seen, changed: Seen) -> None:
         if name.startswith(f"{_INNER}encoder.layer.1.") and not name.endswith("key.bias")
     ]
     assert len(frozen) > 15 and len(above) > 14
-    assert not any(changed.moved(name).any() for name in frozen) and all(
-        changed.moved(name).any() for name in above
-    )
+    assert not any(changed.moved(name).any() for name in frozen)
+    assert all(changed.moved(name).any() for name in above)
     matrix = f"{_INNER}encoder.layer.0.output.dense.weight"
-    assert (
-        plain.moved(matrix).any()
-        and plain.moved(f"{_INNER}embeddings.word_embeddings.weight").any()
-    )
+    assert plain.moved(matrix).any()
+    assert plain.moved(f"{_INNER}embeddings.word_embeddings.weight").any()
 
 
 def autocasts(plain: Seen, changed: Seen) -> None:
@@ -137,9 +128,8 @@ def given_states(runs: Runs, folder: Path) -> None:
 
 def widths(plain: Seen, changed: Seen) -> None:
     terms = len(plain.inputs.vectorizer)
-    assert plain.tensors["encoder.table"].shape == (terms, 24) and changed.tensors[
-        "encoder.table"
-    ].shape == (terms, 16)
+    assert plain.tensors["encoder.table"].shape == (terms, 24)
+    assert changed.tensors["encoder.table"].shape == (terms, 16)
     assert changed.tensors["head.weight"].shape == (30, 16)
 
 

@@ -55,9 +55,8 @@ def encoder_rates(plain: Seen, changed: Seen) -> None:
         assert [step.rate() for step in seen.steps] == pytest.approx(
             [rate * f for f in factors], rel=1e-5
         )
-        assert table_rates(seen) == pytest.approx(
-            [0.02 * f for f in factors], rel=1e-5
-        )  # is not the table's
+        # Is not the table's.
+        assert table_rates(seen) == pytest.approx([0.02 * f for f in factors], rel=1e-5)
 
 
 def word_rates(plain: Seen, changed: Seen) -> None:
@@ -132,10 +131,8 @@ def small_steps(plain: Seen, changed: Seen) -> None:
     first = plain.steps[0].weights[name] - plain.start[name]
     assert float(first.abs().median()) == pytest.approx(plain.steps[0].rate(), rel=0.01)
     moved = changed.steps[0].weights[name] - changed.start[name]
-    assert (
-        float(moved.abs().max()) < changed.steps[0].rate() * changed.steps[0].norm / 1e4 * 1.01
-        and moved.any()
-    )
+    assert float(moved.abs().max()) < changed.steps[0].rate() * changed.steps[0].norm / 1e4 * 1.01
+    assert moved.any()
 
 
 def norms_are_clipped(limit: float) -> Callable[[Seen, Seen], None]:
@@ -163,13 +160,10 @@ def passes_of_steps(plain: list[int], changed: list[int]) -> Callable[[Seen, See
     """Documents of each pass of the encoder; with gradient caching each is passed twice."""
 
     def holds(before: Seen, after: Seen) -> None:
-        assert all(step.passes == plain for step in before.steps) and all(
-            step.passes == changed for step in after.steps
-        )
-        assert (
-            all(len(step.index) == 32 for step in (*before.steps, *after.steps))
-            and len(after.steps) == STEPS
-        )
+        assert all(step.passes == plain for step in before.steps)
+        assert all(step.passes == changed for step in after.steps)
+        assert all(len(step.index) == 32 for step in (*before.steps, *after.steps))
+        assert len(after.steps) == STEPS
 
     return holds
 

@@ -7,21 +7,15 @@ from xmlkernels.data.prepare import PrepareConfig
 from xmlkernels.training import ranker, tree
 
 HERE = "fields/test_command_options.py::"
-_PREDICT, _RANKED, _TREE = (
-    "predict/test_predict.py::",
-    "predict/test_ranked.py::",
-    "tree/test_command.py::",
-)
-_EXPORT, _ENSEMBLE, _RANKER = (
-    "cli/test_export.py::",
-    "cli/test_ensemble.py::",
-    "cli/test_ranker_command.py::",
-)
+_PREDICT = "predict/test_predict.py::"
+_RANKED = "predict/test_ranked.py::"
+_TREE = "tree/test_command.py::"
+_EXPORT = "cli/test_export.py::"
+_ENSEMBLE = "cli/test_ensemble.py::"
+_RANKER = "cli/test_ranker_command.py::"
 _PREPARE = "data/test_prepare.py::"
-_WITH_MODEL, _WITH_TREE = (
-    HERE + "test_what_a_ranker_of_a_model_is_told",
-    HERE + "test_what_a_ranker_of_a_tree_is_told",
-)
+_WITH_MODEL = HERE + "test_what_a_ranker_of_a_model_is_told"
+_WITH_TREE = HERE + "test_what_a_ranker_of_a_tree_is_told"
 _MADE_WITH = HERE + "test_what_a_tree_is_made_with"
 
 

@@ -104,12 +104,10 @@ def test_what_predict_asks_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert seen["load"] == (("run",), {"which": "last", "device": "device cuda:1", "threads": 2})
     (texts, k), how = seen["predict"]
-    assert (
-        list(texts) == ["a b"]
-        and k == 3
-        and how == {"batch_size": 5}
-        and seen["threads"] == ((2,), {})
-    )
+    assert list(texts) == ["a b"]
+    assert k == 3
+    assert how == {"batch_size": 5}
+    assert seen["threads"] == ((2,), {})
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"c\n")))
     predict.run(predict.Options("run", input="-", batch=4))
     assert seen["predict"][1] == {"batch_size": 4, "window": 1, "prefetch": 0}
@@ -204,11 +202,9 @@ def test_what_a_tree_is_made_with(
         "seed": 6,
     }
     assert np.array_equal(seen["prune"][0][1], vectors) and seen["prune"][0][2] == 0.25
-    assert (
-        seen["means"] == tree.Means(starts=5, tolerance=0.02, seed=6)
-        and seen["counts"] == [2, 8]
-        and threads == [2]
-    )
+    assert seen["means"] == tree.Means(starts=5, tolerance=0.02, seed=6)
+    assert seen["counts"] == [2, 8]
+    assert threads == [2]
     del seen["graph"]
     with pytest.raises(Asked):
         tree.build_tree(
@@ -320,9 +316,8 @@ def test_what_a_ranker_of_a_tree_is_told(
     _, how = seen["clusters"]
     assert how == {"beam": 3, "settings": Settings(negatives=0, **TRAINED), "threads": 2}  # type: ignore[arg-type]
     clusters = seen["clusters"][0][2]
-    assert [len(set(level.tolist())) for level in clusters] == [4, 10] and seen["shortlist"][1] == {
-        "threads": 2
-    }
+    assert [len(set(level.tolist())) for level in clusters] == [4, 10]
+    assert seen["shortlist"][1] == {"threads": 2}
 
 
 def test_scores_of_another_split_and_few_labels(dataset: Path, tmp_path: Path) -> None:
@@ -372,11 +367,13 @@ def test_what_prepare_reads_beside_the_texts(tmp_path: Path) -> None:
         )
     )
     train, held = found.splits["train"], found.splits["val"]
-    assert train.labels.toarray().nonzero()[1].tolist() == [2, 5, 1] and train.labels.shape == (
+    assert train.labels.toarray().nonzero()[1].tolist() == [2, 5, 1]
+    assert train.labels.shape == (
         2,
         12,
     )
-    assert held.labels.indices.tolist() == [7, 8, 1] and held.filter_pairs.tolist() == [
+    assert held.labels.indices.tolist() == [7, 8, 1]
+    assert held.filter_pairs.tolist() == [
         [0, 3],
         [2, 1],
     ]

@@ -51,11 +51,9 @@ def counted(patch: pytest.MonkeyPatch, named: dict[str, Tensor]) -> Iterator[Tra
     as its attributes.
     """
     traffic = Traffic(named)
-    load, store, buffers = (
-        interpreter_builder.create_masked_load,
-        interpreter_builder.create_masked_store,
-        Tiles.buffers,
-    )
+    load = interpreter_builder.create_masked_load
+    store = interpreter_builder.create_masked_store
+    buffers = Tiles.buffers
 
     def counting_load(ptrs: Any, mask: Any, *rest: Any) -> Any:
         traffic.count(traffic.loads, ptrs.data, mask.data)

@@ -18,9 +18,8 @@ WIDE = bce_tile.Plan(tile=4096, block_b=16, block_l=4096, block_d=16, step=128, 
 
 def test_rows_beyond_2_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     d, edge = 16, 1 << 21
-    n = (1 << 31) // d + (
-        edge // (2 * d)
-    )  # the last piece of memory, of its own, begins at element 2^31
+    # The last piece of memory, of its own, begins at element 2^31.
+    n = (1 << 31) // d + (edge // (2 * d))
     table = huge_table(n, d, edge)
     last = n - 4096
     small = dyadic_step(5, 4096, d, torch.bfloat16, row_offset=last)
@@ -46,11 +45,10 @@ def test_rows_beyond_2_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     ).all()  # nothing went elsewhere
 
 
-WIDTH, FAR, EDGE = (
-    1024,
-    64,
-    1 << 21,
-)  # the last FAR rows hold numbers; before them everything is zero
+# The last FAR rows hold numbers; before them everything is zero.
+WIDTH = 1024
+FAR = 64
+EDGE = 1 << 21
 ROWS = (1 << 31) // WIDTH + EDGE // (2 * WIDTH)
 
 
@@ -116,10 +114,8 @@ def test_clusters_of_the_last_rows() -> None:
     small = dyadic_step(5, FAR, WIDTH, torch.bfloat16, share=0.0).tensors
     table[-FAR:] = small["weight"]
     near = {"weight": small["weight"].clone(), "momentum": momentum[-FAR:].clone()}
-    clusters, row = (
-        torch.tensor([[1, 2], [2, -1], [1, -1], [-1, -1], [2, 1]]),
-        torch.tensor([0, 40, 63]),
-    )
+    clusters = torch.tensor([[1, 2], [2, -1], [1, -1], [-1, -1], [2, 1]])
+    row = torch.tensor([0, 40, 63])
     sample, ptr = torch.tensor([0, 1, 4], dtype=torch.int32), torch.tensor([0, 0, 40, FAR])
     steer = (small["hyper"], small["counter"])
     begin = ROWS - FAR
@@ -141,6 +137,5 @@ def test_clusters_of_the_last_rows() -> None:
     assert_same_bits({"weight": table[-FAR:], "momentum": momentum[-FAR:]}, near)
     assert torch.equal(dx, expected[0]) and torch.equal(scores, expected[1])
     for whole_table in (table, momentum):
-        assert (whole_table[: EDGE // (2 * WIDTH)] == 0).all() and (
-            whole_table[-2 * FAR : -FAR] == 0
-        ).all()
+        assert (whole_table[: EDGE // (2 * WIDTH)] == 0).all()
+        assert (whole_table[-2 * FAR : -FAR] == 0).all()

@@ -54,12 +54,10 @@ def test_only_what_is_asked_and_padding_without_gradient() -> None:
     assert dweight.shape == step.tensors["weight"].shape and dbias.shape == (0,)
     assert (dweight[50:] == 0).all() and (dweight[:50] != 0).any() and dx.isfinite().all()
     dx2, none, dbias = bce_loss_backward(*args, rows=50, need_dbias=True, plan=PLAN)
-    assert (
-        none.shape == (0,)
-        and dbias.shape == (SHAPE[1],)
-        and (dbias[50:] == 0).all()
-        and torch.equal(dx, dx2)
-    )
+    assert none.shape == (0,)
+    assert dbias.shape == (SHAPE[1],)
+    assert (dbias[50:] == 0).all()
+    assert torch.equal(dx, dx2)
     assert bce_loss(*args, rows=50, plan=PLAN).isfinite().all()
 
 
@@ -68,12 +66,10 @@ def test_empty(shape: tuple[int, int, int]) -> None:
     args = arguments(random_step(*shape, torch.float32))
     assert bce_loss(*args, plan=PLAN).tolist() == [0.0]
     dx, dweight, _ = bce_loss_backward(*args, need_dweight=True, plan=PLAN)
-    assert (
-        (dx == 0).all()
-        and dx.shape == (shape[0], 16)
-        and (dweight == 0).all()
-        and dweight.shape == shape[1:]
-    )
+    assert (dx == 0).all()
+    assert dx.shape == (shape[0], 16)
+    assert (dweight == 0).all()
+    assert dweight.shape == shape[1:]
 
 
 def test_a_non_finite_x_makes_all_nan() -> None:

@@ -109,10 +109,9 @@ def test_corner_positives_a_full_row_and_a_full_sample() -> None:
     b, n, d = SHAPE
     base = dyadic_step(b, n, d, BF16, share=0.0)
     y = torch.zeros(n, b)
-    y[40], y[:, 16] = (
-        1,
-        1,
-    )  # one block of labels has more than one load of positives, others begin at a block's edge
+    # One block of labels has more than one load of positives, others begin at a block's edge.
+    y[40] = 1
+    y[:, 16] = 1
     y[0, 0] = y[n - 1, b - 1] = y[0, b - 1] = y[n - 1, 0] = 1
     row, sample = y.nonzero(as_tuple=True)
     step = base.replace(pos_row=row, pos_sample=sample.to(torch.int32))
@@ -228,19 +227,16 @@ def test_accesses_are_the_model(extra: bool, monkeypatch: pytest.MonkeyPatch) ->
     for name in ("momentum", "second", "kahan"):
         assert traffic.loads[name] == traffic.stores[name] == model["state"][0] // 3, name
     most = (math.ceil(n / p.block_l) + 1) * count.bit_length()
-    assert (
-        0 <= traffic.loads["pos_row"] - model["pos_row"][0] <= most
-        and traffic.stores["pos_row"] == 0
-    )
+    assert 0 <= traffic.loads["pos_row"] - model["pos_row"][0] <= most
+    assert traffic.stores["pos_row"] == 0
 
 
 def test_the_models_blocks_are_the_kernels() -> None:
     p = bce_tile.make_plan(128, 768, BF16)
     assert Blocks() == Blocks(p.tile, p.block_b, p.block_l, p.block_d, p.segments)
     got = bce_step_bytes(128, 2_800_000, 768)
-    assert (
-        got["memory"] == 2 * 2_800_000 * 768 * 2 + 2 * 128 * 768 * 2
-    )  # each row once and back once, and the batch
+    # Each row once and back once, and the batch.
+    assert got["memory"] == 2 * 2_800_000 * 768 * 2 + 2 * 128 * 768 * 2
     with_momentum = bce_step_bytes(128, 2_800_000, 768, states=1)
     assert (
         with_momentum["memory"] - got["memory"]

@@ -164,10 +164,8 @@ def test_e4m3_bits_where_every_sum_is_exact(state: str | None) -> None:
     moved = bits(got["weight"]) != bits(t["weight"])
     assert moved.float().mean() > 0.3 and not moved[40:47].any() and not moved[57:].any()
     assert (got["weight"].float().abs() == 448).any()
-    assert (
-        torch.equal(got["row_scale"][1::2], t["row_scale"][1::2])
-        and (got["row_scale"][:36:2, 1] > 0).all()
-    )
+    assert torch.equal(got["row_scale"][1::2], t["row_scale"][1::2])
+    assert (got["row_scale"][:36:2, 1] > 0).all()
 
 
 def test_level_zero_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,9 +205,8 @@ def test_empty(b: int, k: int, clusters: int) -> None:
     args = (step, torch.full((b, k), -1), row_ptr, 2)
     got = run(kernel.cluster_step_, *args)
     assert torch.equal(got["weight"], step.tensors["weight"]) and got["loss"].tolist() == [0]
-    assert torch.equal(got["dx"], torch.zeros(b, 5)) and torch.equal(
-        got["scores"], torch.full((b, k, 2), -math.inf)
-    )
+    assert torch.equal(got["dx"], torch.zeros(b, 5))
+    assert torch.equal(got["scores"], torch.full((b, k, 2), -math.inf))
 
 
 @pytest.mark.parametrize(
@@ -228,19 +225,16 @@ def test_pieces_cover_all_within_the_workspace(
     ]
     assert sorted(cells) == [(t, c) for t in range(tiles) for c in range(0, width, block)]
     assert all(4 * pairs * number * (b - a) <= kernel.PART_BYTES for _, number, a, b in todo)
-    assert todo[0][3] - todo[0][2] == max(b - a for _, _, a, b in todo) and todo[0][1] == max(
-        t[1] for t in todo
-    )
+    assert todo[0][3] - todo[0][2] == max(b - a for _, _, a, b in todo)
+    assert todo[0][1] == max(t[1] for t in todo)
 
 
 def test_accesses_are_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of an active cluster is read for every block of its pairs (scores) and twice for its
     update, and written once.
     """
-    step, clusters = (
-        random_step(B, N, D, torch.float32, states={"momentum": torch.float32}),
-        chosen(),
-    )
+    step = random_step(B, N, D, torch.float32, states={"momentum": torch.float32})
+    clusters = chosen()
     t = {k: v.clone() for k, v in step.tensors.items()}
     named = {k: t[k] for k in ("weight", "x", "momentum")}
     with counted(monkeypatch, named) as traffic:

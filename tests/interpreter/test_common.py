@@ -162,10 +162,8 @@ def test_philox_known_answers(counter: str, key: str, expected: str) -> None:
 @pytest.mark.parametrize("first", [0, 24])
 @pytest.mark.parametrize("stream", [rounding.WEIGHT, rounding.MOMENTUM, rounding.SECOND])
 def test_random16_is_the_reference(stream: int, first: int) -> None:
-    rows, counter = (
-        torch.tensor([0, 1, 2**31, 2**32 + 5, 2**40 + 3, 7, 8, 9]),
-        torch.tensor([-3, 2**33 + 4]),
-    )
+    rows = torch.tensor([0, 1, 2**31, 2**32 + 5, 2**40 + 3, 7, 8, 9])
+    counter = torch.tensor([-3, 2**33 + 4])
     out = torch.empty(8, 32, dtype=torch.int64)
     random_kernel[(1,)](counter, rows, out, first, False, 8, 32, stream)
     assert torch.equal(out, rounding.random16(counter, rows, first + 32, stream)[:, first:])

@@ -122,10 +122,8 @@ def test_what_is_not_finite() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name_of)
 def test_no_worse_than_torch(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
-    x, weight = (
-        torch.randn(17, 37, generator=g).to(dtype),
-        torch.randn(50, 37, generator=g).to(dtype),
-    )
+    x = torch.randn(17, 37, generator=g).to(dtype)
+    weight = torch.randn(50, 37, generator=g).to(dtype)
     values, rows = kernel.matmul_topk(x, weight, None, 9)
     again = kernel.matmul_topk(x, weight, None, 9)
     assert torch.equal(values, again[0]) and torch.equal(rows, again[1])

@@ -48,11 +48,10 @@ def problem(
         )
 
     index = torch.randint(0, N, (S,) if shared else (B[shared], S), generator=g)
-    index[..., 3], index[..., 4], index[..., 11] = (
-        0,
-        N - 1,
-        5,
-    )  # the edges, and a row that everyone names
+    # The edges, and a row that everyone names.
+    index[..., 3] = 0
+    index[..., 4] = N - 1
+    index[..., 11] = 5
     index[..., 12] = 5  # twice
     index[index == 7] = 8  # named by nobody
     index[..., 6] = index[..., -1] = -1
@@ -148,11 +147,9 @@ def test_empty_lists_and_lists_of_pads(shape: tuple[int, ...]) -> None:
     dx, rows, grad, dbias = kernel.shortlist_backward(
         torch.full_like(logits, math.nan), x, weight, index, need_dbias=True
     )
-    assert (
-        torch.equal(dx, torch.zeros(batch, 5))
-        and rows.shape == dbias.shape == (0,)
-        and grad.shape == (0, 5)
-    )
+    assert torch.equal(dx, torch.zeros(batch, 5))
+    assert rows.shape == dbias.shape == (0,)
+    assert grad.shape == (0, 5)
 
 
 def test_an_empty_batch_names_no_row() -> None:

@@ -393,9 +393,10 @@ def huge_table(rows: int, width: int, edge: int) -> Tensor:
     file = os.memfd_create("table")
     os.ftruncate(file, piece)
     for at in range(edge, size - edge, piece):
+        # MAP_FIXED.
         got = libc.mmap(
             start + at, piece, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | 0x10, file, 0
-        )  # MAP_FIXED
+        )
         assert got == start + at, os.strerror(ctypes.get_errno())
     os.close(file)
     return torch.frombuffer(area, dtype=torch.bfloat16).view(rows, width)

@@ -133,10 +133,8 @@ def random_states(
     if row_step:
         out["row_step"] = torch.randint(0, 50, (n,), generator=g)
     if lazy:
-        out["row_decay"], out["decay_sum"] = (
-            -0.05 * torch.rand(n, generator=g),
-            torch.tensor([-0.07]),
-        )
+        out["row_decay"] = -0.05 * torch.rand(n, generator=g)
+        out["decay_sum"] = torch.tensor([-0.07])
     return out
 
 
@@ -252,10 +250,8 @@ def torch_step(step: RowStep) -> dict[str, Tensor]:
         w = (w + t["kahan"][rows].float()).to(dtype).float()
     p = torch.nn.Parameter(w.clone())
     p.grad = (summed_grad(step, dtype) * scale).float()
-    decoupled, state = (
-        step.options.get("decoupled", False),
-        {k: t[k][rows].float() for k in ROW_STATES[:2] if k in t},
-    )
+    decoupled = step.options.get("decoupled", False)
+    state = {k: t[k][rows].float() for k in ROW_STATES[:2] if k in t}
     optimizer: torch.optim.Optimizer
     if step.rule == "adam":
         optimizer = (torch.optim.AdamW if decoupled else torch.optim.Adam)(

@@ -120,10 +120,8 @@ def test_the_sentences_are_the_same_without_the_native_library() -> None:
 def test_numbers_are_held_to_their_kind(value: Any, told: str) -> None:
     with pytest.raises(InputError) as raised:
         ops.matmul_topk(**good("matmul_topk") | {"k": value})
-    assert (
-        raised.value.where == "matmul_topk: argument k"
-        and raised.value.expected == "an int of 64 bits"
-    )
+    assert raised.value.where == "matmul_topk: argument k"
+    assert raised.value.expected == "an int of 64 bits"
     assert raised.value.got.startswith(told)
     with pytest.raises(
         InputError, match="bce_step_: argument skip_below: expected a float, got a str"
@@ -349,10 +347,8 @@ def test_the_backward_of_a_shortlist_has_checks_of_its_own() -> None:
     ):
         with pytest.raises(InputError) as raised:
             ops.shortlist_backward(**call | {name: value})
-        assert (
-            raised.value.where == f"shortlist_backward: argument {name}"
-            and told in raised.value.expected
-        )
+        assert raised.value.where == f"shortlist_backward: argument {name}"
+        assert told in raised.value.expected
     for a, b in zip(
         ops.shortlist_backward(**call), torch.ops.xmlkernels.shortlist_backward(**call), strict=True
     ):

@@ -39,14 +39,10 @@ def test_by_hand(device: str) -> None:
     Gradients [1, 2], [7, 7], [10, 20]. Row 0: 1/2 [1, 2]; row 2: 2 [1, 2] + (1 + 3) [10, 20] = [42,
     84]. lr 1/10.
     """
-    weight, grad = (
-        torch.ones(3, 2, device=device),
-        torch.tensor([[1.0, 2], [7, 7], [10, 20]], device=device),
-    )
-    token, offset = (
-        torch.tensor([0, 2, -1, 2, 2, 1], device=device),
-        torch.tensor([0, 3, 3, 5], device=device),
-    )
+    weight = torch.ones(3, 2, device=device)
+    grad = torch.tensor([[1.0, 2], [7, 7], [10, 20]], device=device)
+    token = torch.tensor([0, 2, -1, 2, 2, 1], device=device)
+    offset = torch.tensor([0, 3, 3, 5], device=device)
     token_weight = torch.tensor([0.5, 2, 9, 1, 3, 9], device=device)
     hyper, counter = make_hyper(0.1).to(device), make_counter().to(device)
     bag_step_(weight, grad, token, offset, hyper, counter, token_weight=token_weight)
@@ -169,9 +165,8 @@ def dyadic_bags(rule: str, dtype: torch.dtype, shape: tuple[int, int, int, int])
     bags, count, n, d = shape
     g = torch.Generator().manual_seed(0)
     step = random_bags(rule, shape, dtype)
-    grad = torch.randint(
-        1, 32, (bags, d), generator=g
-    )  # positive: with epsilon 0 no sum may be zero
+    # positive: with epsilon 0 no sum may be zero.
+    grad = torch.randint(1, 32, (bags, d), generator=g)
     t = step.tensors | {
         "param": (torch.randint(-63, 64, (n, d), generator=g) / 64).to(dtype),
         "grad": grad / 64,

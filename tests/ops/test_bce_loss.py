@@ -91,10 +91,8 @@ def test_by_hand(device: str) -> None:
     x = torch.tensor([[1.0, 0], [0, 2]], device=device, requires_grad=True)
     weight = torch.tensor([[0, 0], [ln3, 0]], device=device, requires_grad=True)
     bias = torch.zeros(2, device=device, requires_grad=True)
-    row, sample = (
-        torch.tensor([0, 1], device=device),
-        torch.tensor([1, 0], dtype=torch.int32, device=device),
-    )
+    row = torch.tensor([0, 1], device=device)
+    sample = torch.tensor([1, 0], dtype=torch.int32, device=device)
     loss = bce_loss(x, weight, bias, row, sample)
     torch.testing.assert_close(loss.detach().cpu(), torch.tensor([5 * math.log(2) - ln3]))
     (3 * loss).backward()

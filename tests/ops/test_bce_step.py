@@ -71,10 +71,8 @@ def check_against_exact(step: Step) -> None:
         assert got["loss"].shape == (0,)
     kahan = "kahan" in got
     if kahan:
-        whole, wide = (
-            got["weight"].double() + got["kahan"].double(),
-            exact["weight"] + exact["kahan"],
-        )
+        whole = got["weight"].double() + got["kahan"].double()
+        wide = exact["weight"] + exact["kahan"]
         assert_no_worse(whole, low["weight"], wide, dtype, what="weight + kahan")
     assert_no_worse(
         got["weight"],
@@ -107,15 +105,11 @@ def test_by_hand(device: str) -> None:
     ln3 = math.log(3)
     weight = torch.tensor([[0, 0], [ln3, 0]], device=device)
     x = torch.tensor([[1.0, 0], [0, 2]], device=device)
-    row, sample = (
-        torch.tensor([0, 1], device=device),
-        torch.tensor([1, 0], dtype=torch.int32, device=device),
-    )
+    row = torch.tensor([0, 1], device=device)
+    sample = torch.tensor([1, 0], dtype=torch.int32, device=device)
     bias, momentum = torch.zeros(2, device=device), torch.tensor([[1.0, 0], [0, 1]], device=device)
-    hyper, counter = (
-        make_hyper(0.1, 0.5, 0.5, scale=1, dx_scale=4).to(device),
-        make_counter().to(device),
-    )
+    hyper = make_hyper(0.1, 0.5, 0.5, scale=1, dx_scale=4).to(device)
+    counter = make_counter().to(device)
     dx, loss = bce_step_(
         weight, x, row, sample, hyper, counter, bias=bias, momentum=momentum, need_loss=True
     )
@@ -234,10 +228,8 @@ def test_empty(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> 
     assert (got["dx"] == 0).all() and got["dx"].shape == (shape[0], shape[2])
     assert got["loss"].tolist() == [0.0]
     torch.testing.assert_close(got["momentum"], exact["momentum"].float())
-    error, slack = (
-        (got["weight"].double() - exact["weight"]).abs(),
-        4e-7 * exact["weight"].abs().clamp(min=0.1),
-    )
+    error = (got["weight"].double() - exact["weight"]).abs()
+    slack = 4e-7 * exact["weight"].abs().clamp(min=0.1)
     assert (error <= slack + (unit(exact["weight"], dtype) if dtype in LOW else 0)).all()
 
 
@@ -326,9 +318,8 @@ def test_fill_entries_are_ignored(values: bool, device: str) -> None:
     fill |= {"pos_value": torch.full((40,), math.nan)} if values else {}
     filled = step.replace(**{k: torch.cat([step.tensors[k], v]) for k, v in fill.items()})
     assert_same_bits(filled.to(device).run(), step.to(device).run())
-    whole = (
-        torch.arange(rows, rows + 9 * 6).reshape(-1, 9)[:, 0].repeat_interleave(9)
-    )  # every sample, on rows beyond
+    # Every sample, on rows beyond.
+    whole = torch.arange(rows, rows + 9 * 6).reshape(-1, 9)[:, 0].repeat_interleave(9)
     fill = {"pos_row": whole, "pos_sample": torch.arange(9, dtype=torch.int32).repeat(6)}
     fill |= {"pos_value": torch.ones(54)} if values else {}
     filled = step.replace(**{k: torch.cat([step.tensors[k], v]) for k, v in fill.items()})

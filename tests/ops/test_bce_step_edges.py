@@ -114,10 +114,8 @@ def test_stores_saturate_at_the_largest_finite_value(dtype: torch.dtype, device:
 def test_saturated_logits_have_exact_limits(device: str) -> None:
     """z = ±1000: sigma is 1 or 0, the loss is max(z, 0) - y z."""
     weight, x = torch.tensor([[1000.0], [-1000.0]], device=device), torch.ones(2, 1, device=device)
-    row, sample = (
-        torch.tensor([0, 1], device=device),
-        torch.tensor([0, 0], dtype=torch.int32, device=device),
-    )
+    row = torch.tensor([0, 1], device=device)
+    sample = torch.tensor([0, 0], dtype=torch.int32, device=device)
     dx, loss = bce_step_(
         weight,
         x,

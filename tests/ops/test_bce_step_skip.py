@@ -353,10 +353,8 @@ def test_a_group_with_a_nan_in_the_table_is_not_skipped(device: str) -> None:
     """What is wrong with a table must show in dx, not be skipped over."""
     weight = torch.full((2 * GROUP, 16), -1.0, device=device)
     weight[3, 5] = math.nan
-    none, count = (
-        torch.empty(0, dtype=torch.int64, device=device),
-        torch.zeros(2, dtype=torch.int64, device=device),
-    )
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    count = torch.zeros(2, dtype=torch.int64, device=device)
     x, hyper = torch.ones(33, 16, device=device), make_hyper(0.1).to(device)
     call = (x, none, none.int(), hyper, torch.tensor([0, 0], device=device))
     dx, _ = bce_step_(weight, *call, skip_below=1e3, skipped=count)

@@ -77,10 +77,8 @@ def check_against_exact(step: ClusterStep) -> None:
     else:
         assert got["loss"].shape == (0,)
     if "kahan" in got:
-        whole, wide = (
-            got["weight"].double() + got["kahan"].double(),
-            exact["weight"] + exact["kahan"],
-        )
+        whole = got["weight"].double() + got["kahan"].double()
+        wide = exact["weight"] + exact["kahan"]
         assert_no_worse(whole, low["weight"], wide, dtype, what="weight + kahan")
     rest = exact.get("kahan", 0)
     assert_no_worse(
@@ -112,22 +110,14 @@ def test_by_hand(device: str) -> None:
     ln3 = math.log(3)
     weight = torch.tensor([[0, 0], [ln3, 0], [7, 7]], device=device)
     x = torch.tensor([[1.0, 0], [0, 2]], device=device)
-    clusters, row_ptr = (
-        torch.tensor([[-1, 0], [-1, -1]], device=device),
-        torch.tensor([0, 2, 3], device=device),
-    )
-    row, sample = (
-        torch.tensor([0, 1, 2], device=device),
-        torch.tensor([1, 0, 0], dtype=torch.int32, device=device),
-    )
-    bias, momentum = (
-        torch.zeros(3, device=device),
-        torch.tensor([[1.0, 0], [0, 1], [5, 5]], device=device),
-    )
-    hyper, counter = (
-        make_hyper(0.1, 0.5, 0.5, scale=2, dx_scale=3).to(device),
-        make_counter().to(device),
-    )
+    clusters = torch.tensor([[-1, 0], [-1, -1]], device=device)
+    row_ptr = torch.tensor([0, 2, 3], device=device)
+    row = torch.tensor([0, 1, 2], device=device)
+    sample = torch.tensor([1, 0, 0], dtype=torch.int32, device=device)
+    bias = torch.zeros(3, device=device)
+    momentum = torch.tensor([[1.0, 0], [0, 1], [5, 5]], device=device)
+    hyper = make_hyper(0.1, 0.5, 0.5, scale=2, dx_scale=3).to(device)
+    counter = make_counter().to(device)
     dx, scores, loss = cluster_step_(
         weight,
         x,
@@ -253,11 +243,9 @@ def test_an_empty_shortlist_moves_nothing(device: str) -> None:
     step = make("momentum bf16", MIXED, BF16)
     step = step.replace(clusters=torch.full_like(step.tensors["clusters"], -1)).to(device)
     got = step.run()
-    assert (
-        (got["dx"] == 0).all()
-        and got["loss"].tolist() == [0.0]
-        and (got["scores"] == -math.inf).all()
-    )
+    assert (got["dx"] == 0).all()
+    assert got["loss"].tolist() == [0.0]
+    assert (got["scores"] == -math.inf).all()
     assert_same_bits({k: got[k] for k in ("weight", "momentum", "bias")}, step.tensors)
 
 

@@ -164,10 +164,8 @@ def test_the_order_of_a_samples_clusters_changes_nothing(mix: str, device: str) 
     step = random_cluster_step(*MIXED, dtype, states=states, hyper=ADAM, **options)
     clusters = step.tensors["clusters"]
     order = torch.stack([torch.randperm(clusters.shape[1]) for _ in clusters])
-    whole, other = (
-        step.to(device).run(),
-        step.replace(clusters=clusters.gather(1, order)).to(device).run(),
-    )
+    whole = step.to(device).run()
+    other = step.replace(clusters=clusters.gather(1, order)).to(device).run()
     whole["scores"] = whole["scores"].gather(
         1, order[:, :, None].expand_as(whole["scores"]).to(device)
     )
@@ -311,11 +309,9 @@ def test_step_beyond_2_31_numbers() -> None:
     dx, scores, loss = ops.cluster_step_(*args, 50, *rest, need_loss=True)
     got = {"dx": dx, "scores": scores, "loss": loss, "weight": table[-kept:][:count]}
     assert_same_bits(small.run(), got)
-    assert (
-        not table[:kept].any()
-        and not table[kept : kept + 4096].any()
-        and not table[-kept:][count:].any()
-    )
+    assert not table[:kept].any()
+    assert not table[kept : kept + 4096].any()
+    assert not table[-kept:][count:].any()
     del table, huge, args, got
     gc.collect()
 

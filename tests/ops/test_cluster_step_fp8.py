@@ -95,10 +95,8 @@ def test_opcheck(device: str) -> None:
     states = {k: t[k] for k in ("bias", "momentum", "second", "row_scale")}
     call = [t[k] for k in args]
     call.insert(4, 9)
-    function, before = (
-        torch.ops.xmlkernels.cluster_step_.default,
-        {k: v.clone() for k, v in t.items()},
-    )
+    function = torch.ops.xmlkernels.cluster_step_.default
+    before = {k: v.clone() for k, v in t.items()}
     some = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     opcheck(function, tuple(call), states, test_utils=some)
     assert_same_bits(before, t)  # opcheck works on copies

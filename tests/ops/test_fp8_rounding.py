@@ -28,9 +28,8 @@ def value_of(code: int) -> float:
 def test_the_reference_decodes_every_code(scale: float) -> None:
     expected = torch.tensor([value_of(c) * scale for c in range(256)])
     got = decode(CODES.view(E4M3)[:, None], torch.tensor([[scale, 0.0]]).expand(256, 2))[:, 0]
-    assert torch.equal(got.nan_to_num(-1), expected.nan_to_num(-1)) and torch.equal(
-        got.isnan(), expected.isnan()
-    )
+    assert torch.equal(got.nan_to_num(-1), expected.nan_to_num(-1))
+    assert torch.equal(got.isnan(), expected.isnan())
 
 
 def starts(scale: float) -> Tensor:
@@ -58,9 +57,8 @@ def test_rounding_is_unbiased_over_all_words(scale: float) -> None:
     value = torch.cat([starts(scale), tiny, -tiny])
     units = unit(value, E4M3)
     low = (value.double().abs() / units).floor()
-    chance = (
-        ((value.double().abs() / units - low) * 2.0**32).floor().to(torch.int64)
-    )  # words of 2^32 that round away
+    # Words of 2^32 that round away.
+    chance = ((value.double().abs() / units - low) * 2.0**32).floor().to(torch.int64)
     for word, away in (
         (2**32 - chance - 1, 0),
         (2**32 - chance, 1),

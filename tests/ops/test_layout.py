@@ -142,10 +142,8 @@ def to_device(value: Any, device: str) -> Any:
 @pytest.mark.parametrize("case", cases(), ids=lambda c: f"{c[0]} {c[1]} {name_of(c[2][0].dtype)}")
 def test_opcheck(case: tuple[str, str, tuple[Any, ...], dict[str, Any]], device: str) -> None:
     op, _, args, options = case
-    moved, named = (
-        tuple(to_device(a, device) for a in args),
-        {k: to_device(v, device) for k, v in options.items()},
-    )
+    moved = tuple(to_device(a, device) for a in args)
+    named = {k: to_device(v, device) for k, v in options.items()}
     opcheck(getattr(torch.ops.xmlkernels, op).default, moved, named)
 
 
@@ -164,14 +162,10 @@ def test_the_native_library_serves_the_op(op: str) -> None:
 def test_shapes_beyond_2_31_on_meta() -> None:
     """Shapes of results at sizes that no test machine holds."""
     n, d, b = 2**28, 768, 128
-    weight, x = (
-        torch.empty(n, d, dtype=BF16, device="meta"),
-        torch.empty(b, d, dtype=BF16, device="meta"),
-    )
-    row, sample = (
-        torch.empty(9, dtype=torch.int64, device="meta"),
-        torch.empty(9, dtype=torch.int32, device="meta"),
-    )
+    weight = torch.empty(n, d, dtype=BF16, device="meta")
+    x = torch.empty(b, d, dtype=BF16, device="meta")
+    row = torch.empty(9, dtype=torch.int64, device="meta")
+    sample = torch.empty(9, dtype=torch.int32, device="meta")
     hyper, counter = torch.empty(7, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
     dx, loss = ops.bce_step_(weight, x, row, sample, hyper, counter, need_loss=True)
     assert (dx.shape, dx.dtype, loss.shape) == ((b, d), F32, (1,))

@@ -33,17 +33,13 @@ def check_equal(
     def move(t: Any) -> Any:
         return t.to(device) if isinstance(t, Tensor) else t
 
-    args, options = (
-        [move(t) for t in (x, weight, bias, k)],
-        {key: move(v) for key, v in options.items()},
-    )
+    args = [move(t) for t in (x, weight, bias, k)]
+    options = {key: move(v) for key, v in options.items()}
     values, rows = matmul_topk(*args, **options)
     expected_values, expected_rows = reference(*args, **options)
-    assert (
-        values.dtype == F32
-        and rows.dtype == torch.int64
-        and values.shape == rows.shape == (x.shape[0], k)
-    )
+    assert values.dtype == F32
+    assert rows.dtype == torch.int64
+    assert values.shape == rows.shape == (x.shape[0], k)
     assert torch.equal(rows, expected_rows)
     assert torch.equal(values, expected_values)
 
@@ -93,10 +89,8 @@ def test_no_worse_than_torch(shape: tuple[int, int, int], dtype: torch.dtype, de
     b, n, d = shape
     k = 17
     g = torch.Generator().manual_seed(0)
-    x, weight = (
-        torch.randn(b, d, generator=g).to(dtype).to(device),
-        torch.randn(n, d, generator=g).to(dtype).to(device),
-    )
+    x = torch.randn(b, d, generator=g).to(dtype).to(device)
+    weight = torch.randn(n, d, generator=g).to(dtype).to(device)
     bias = torch.randn(n, generator=g).to(device)
     values, rows = matmul_topk(x, weight, bias, k)
     assert values.shape == rows.shape == (b, k)
@@ -281,11 +275,9 @@ def test_infinite_scores(dtype: torch.dtype, device: str) -> None:
     bias[[3, 50]], bias[[7, 80]] = INF, -INF
     check_equal(x, weight, bias, 90, device)
     values, rows = matmul_topk(x.to(device), weight.to(device), bias.to(device), 90)
-    assert (
-        rows[:, :2].tolist() == [[3, 50]] * 5
-        and (rows[:, 88:] == -1).all()
-        and (values[:, 88:] == -INF).all()
-    )
+    assert rows[:, :2].tolist() == [[3, 50]] * 5
+    assert (rows[:, 88:] == -1).all()
+    assert (values[:, 88:] == -INF).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -304,10 +296,8 @@ def test_scores_at_the_edges_are_finite(dtype: torch.dtype, device: str) -> None
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_threads_and_repeats_change_nothing(dtype: torch.dtype, threads: None) -> None:
     g = torch.Generator().manual_seed(0)
-    x, weight = (
-        torch.randn(70, 40, generator=g).to(dtype),
-        torch.randn(9001, 40, generator=g).to(dtype),
-    )
+    x = torch.randn(70, 40, generator=g).to(dtype)
+    weight = torch.randn(9001, 40, generator=g).to(dtype)
     weight[4000:8000] = weight[:4000]  # ties across tiles and workers
     torch.set_num_threads(1)
     first = matmul_topk(x, weight, None, 60)
@@ -326,9 +316,7 @@ def test_shards_merge_to_the_whole(device: str) -> None:
         for a, b in ((0, 20), (20, 1700), (1700, 3001))
     ]
     joined, their = torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1)
-    order = torch.sort(joined, dim=1, descending=True, stable=True).indices[
-        :, :50
-    ]  # parts stand in order of row
-    assert torch.equal(joined.gather(1, order), values) and torch.equal(
-        their.gather(1, order), rows
-    )
+    # Parts stand in order of row.
+    order = torch.sort(joined, dim=1, descending=True, stable=True).indices[:, :50]
+    assert torch.equal(joined.gather(1, order), values)
+    assert torch.equal(their.gather(1, order), rows)

@@ -73,10 +73,8 @@ def test_the_reference_bit_for_bit(shape: tuple[int, int], device: str) -> None:
 def test_values_stay_within_a_unit_and_the_range_is_free_again(op: object) -> None:
     t = random_table(700, 130)
     got = run(t, op)
-    old, new = (
-        decoded(t["weight"], t["row_scale"]).double(),
-        decoded(got["weight"], got["row_scale"]).double(),
-    )
+    old = decoded(t["weight"], t["row_scale"]).double()
+    new = decoded(got["weight"], got["row_scale"]).double()
     scale = got["row_scale"][:, :1].double()
     assert ((new - old).abs() < unit(old / scale, E4M3) * scale).all()
     touched = got["row_scale"][:, 0] != t["row_scale"][:, 0]
@@ -99,10 +97,8 @@ def test_it_is_unbiased(code: float, device: str) -> None:
     row_scale = torch.tensor([[S, 700 * S]], device=device).repeat(n, 1)
     rescale_rows_(weight, row_scale, make_counter().to(device))
     assert (row_scale[:, 0] == 4 * S).all()
-    mean, fraction = (
-        weight.float().double().mean().cpu(),
-        torch.tensor(code / 4, dtype=torch.float64),
-    )
+    mean = weight.float().double().mean().cpu()
+    fraction = torch.tensor(code / 4, dtype=torch.float64)
     assert abs(float(mean - fraction)) <= 5 * 0.5 * float(unit(fraction, E4M3)) / (n * d) ** 0.5
 
 

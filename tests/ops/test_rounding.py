@@ -73,9 +73,8 @@ def test_random16_is_balanced_and_uncorrelated(device: str) -> None:
         assert abs(ones - n / 2) < 5 * (n / 4) ** 0.5, f"bit {bit}"
     counts = torch.bincount(r.flatten() >> 8, minlength=256).double()
     chi_squared = float(((counts - n / 256) ** 2 / (n / 256)).sum())
-    assert (
-        255 - 5 * 22.6 < chi_squared < 255 + 5 * 22.6
-    )  # 255 degrees of freedom: sigma = sqrt(510)
+    # 255 degrees of freedom: sigma = sqrt(510)
+    assert 255 - 5 * 22.6 < chi_squared < 255 + 5 * 22.6
     centred = r.double() - 32767.5
     for name, a, b in (
         ("columns", centred[:, :-1], centred[:, 1:]),

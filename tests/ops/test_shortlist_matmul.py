@@ -34,11 +34,9 @@ def test_by_hand(device: str) -> None:
     assert dx.tolist() == [[1 * 1 + 2 * 2, 2], [4 * 2 + 5 * 1 + 6 * 2, 4 + 6]]
     assert dweight.is_coalesced() and dweight.indices().tolist() == [[0, 2]]
     assert dweight.values().tolist() == [[1 + 15, 2 - 5], [2 + 30, 4 - 10]]
-    assert (
-        dbias.is_coalesced()
-        and dbias.indices().tolist() == [[0, 2]]
-        and dbias.values().tolist() == [6, 12]
-    )
+    assert dbias.is_coalesced()
+    assert dbias.indices().tolist() == [[0, 2]]
+    assert dbias.values().tolist() == [6, 12]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -160,10 +158,8 @@ def test_unnamed_rows_are_not_read(dtype: torch.dtype, shared: bool, device: str
     """
     t = make(9, 50, 400, 17, dtype, shared=shared)
     t["index"] = torch.where(t["index"] >= 0, t["index"] // 2 * 2 + 1, -1)
-    clean, t = (
-        moved(t, device),
-        moved(t | {"weight": t["weight"].clone(), "bias": t["bias"].clone()}, device),
-    )
+    clean = moved(t, device)
+    t = moved(t | {"weight": t["weight"].clone(), "bias": t["bias"].clone()}, device)
     t["weight"][::2], t["bias"][::2] = math.nan, math.inf
     assert_same_bits(everything(t), everything(clean))
 
@@ -175,9 +171,9 @@ def test_all_pads(shared: bool, device: str) -> None:
     t["index"].fill_(-1)
     t["dlogits"].fill_(math.nan)
     got = everything(t)
-    assert (
-        (got["logits"] == -math.inf).all() and (got["dx"] == 0).all() and got["dx"].shape == (5, 6)
-    )
+    assert (got["logits"] == -math.inf).all()
+    assert (got["dx"] == 0).all()
+    assert got["dx"].shape == (5, 6)
     assert [got[k].shape for k in ("rows", "grad", "dbias")] == [(0,), (0, 6), (0,)]
 
 
@@ -218,13 +214,10 @@ def test_a_non_finite_sample_stays_its_own(bad: float, device: str) -> None:
     clean = everything(t)
     t["x"][2, 32] = bad
     got, others = everything(t), [0, 1, 3, 4]
-    assert torch.equal(got["logits"][others], clean["logits"][others]) and torch.equal(
-        got["dx"], clean["dx"]
-    )
-    assert (
-        not got["logits"][2][t["index"][2] >= 0].isfinite().any()
-        and not got["grad"][:, 32].isfinite().all()
-    )
+    assert torch.equal(got["logits"][others], clean["logits"][others])
+    assert torch.equal(got["dx"], clean["dx"])
+    assert not got["logits"][2][t["index"][2] >= 0].isfinite().any()
+    assert not got["grad"][:, 32].isfinite().all()
     assert torch.equal(got["grad"][:, :32], clean["grad"][:, :32])
 
 

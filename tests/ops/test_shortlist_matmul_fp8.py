@@ -73,9 +73,8 @@ def test_bits_where_sums_are_exact(
         "logits": logits
     }
     got = everything(t)
-    assert_same_bits(
-        {k: v + 0 for k, v in got.items()}, {k: v + 0 for k, v in expected.items()}
-    )  # zeros without their sign
+    # Zeros without their sign.
+    assert_same_bits({k: v + 0 for k, v in got.items()}, {k: v + 0 for k, v in expected.items()})
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -101,11 +100,12 @@ def test_no_worse_than_torch_in_bf16(shared: bool, device: str) -> None:
 def test_opcheck(shared: bool, device: str) -> None:
     t = moved(make_exact_fp8(5, 7, 20, 9, shared=shared), device)
     x, bias = t["x"].requires_grad_(), t["bias"].requires_grad_()
+    # test_schema multiplies in e4m3.
     some = (
         "test_autograd_registration",
         "test_faketensor",
         "test_aot_dispatch_dynamic",
-    )  # test_schema multiplies in e4m3
+    )
     opcheck(
         torch.ops.xmlkernels.shortlist_matmul.default,
         (x, t["weight"], bias, t["index"], t["row_scale"]),

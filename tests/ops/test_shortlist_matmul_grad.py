@@ -55,10 +55,8 @@ def test_what_is_not_asked_for_is_empty(
     needs: tuple[bool, bool, bool], shared: bool, device: str
 ) -> None:
     t = moved(make(6, 12, 30, 9, shared=shared), device)
-    whole, got = (
-        backward(t),
-        backward(t, need_dx=needs[0], need_dweight=needs[1], need_dbias=needs[2]),
-    )
+    whole = backward(t)
+    got = backward(t, need_dx=needs[0], need_dweight=needs[1], need_dbias=needs[2])
     asked = {"dx": needs[0], "grad": needs[1], "dbias": needs[2], "rows": needs[1] or needs[2]}
     empty = {"dx": (0,), "grad": (0, 9), "dbias": (0,), "rows": (0,)}
     for name, wanted in asked.items():

@@ -213,11 +213,9 @@ def test_every_instruction_set(name: str) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
 def test_the_kernels_refuse_tensors_of_two_cards() -> None:
     """Called past the checks of `xmlkernels.ops`."""
-    table, rows, grad = (
-        torch.zeros(4, 8, device="cuda:0"),
-        torch.arange(2, device="cuda:0"),
-        torch.ones(2, 8, device="cuda:1"),
-    )
+    table = torch.zeros(4, 8, device="cuda:0")
+    rows = torch.arange(2, device="cuda:0")
+    grad = torch.ones(2, 8, device="cuda:1")
     steer = torch.zeros(7, device="cuda:0"), torch.zeros(2, dtype=torch.int64, device="cuda:0")
     with pytest.raises(
         RuntimeError, match=r"argument grad: expected .* on cuda:0, got .* on cuda:1"

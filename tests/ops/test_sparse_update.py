@@ -29,12 +29,10 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 def check_against_exact(step: RowStep, device: str = "cpu") -> None:
     """Touched rows no worse than torch's, all others as they were."""
     got = {k: v.cpu() for k, v in step.to(device).run().items()}
-    exact, low, rows, dtype = (
-        step.exact(),
-        torch_step(step),
-        touched(step),
-        step.tensors["param"].dtype,
-    )
+    exact = step.exact()
+    low = torch_step(step)
+    rows = touched(step)
+    dtype = step.tensors["param"].dtype
     if "kahan" in got:
         whole, wide = (r["param"][rows].double() + r["kahan"][rows].double() for r in (got, exact))
         assert_no_worse(whole, low["param"], wide, dtype, what="param + kahan")
@@ -89,9 +87,8 @@ def test_sgd_by_hand(device: str) -> None:
     sparse_sgd_(param, momentum, rows, grad, hyper, counter)
     assert momentum.tolist() == [[1, 1], [4, 3], [1, 1]]
     torch.testing.assert_close(param.cpu(), torch.tensor([[1, 1], [3.6, 7.7], [1, 1]]))
-    sparse_sgd_(
-        param, None, rows, grad, hyper, counter, decoupled=True
-    )  # w (1 - 1/20) - [1, -2] / 10
+    # W (1 - 1/20) - [1, -2] / 10.
+    sparse_sgd_(param, None, rows, grad, hyper, counter, decoupled=True)
     torch.testing.assert_close(param.cpu(), torch.tensor([[1, 1], [3.32, 7.515], [1, 1]]))
 
 
@@ -103,10 +100,8 @@ def test_adagrad_by_hand(device: str) -> None:
     rows, grad, hyper, counter = on(
         device, ROWS, GRAD, make_hyper(0.1, eps=2.0, scale=0.5), make_counter()
     )
-    param, second = (
-        torch.ones(3, 2, device=device),
-        torch.tensor([[1.0, 1], [3, 0], [1, 1]], device=device),
-    )
+    param = torch.ones(3, 2, device=device)
+    second = torch.tensor([[1.0, 1], [3, 0], [1, 1]], device=device)
     sparse_adagrad_(param, second, rows, grad, hyper, counter)
     assert second.tolist() == [[1, 1], [4, 4], [1, 1]]
     torch.testing.assert_close(param.cpu(), torch.tensor([[1, 1], [0.975, 1.05], [1, 1]]))
@@ -125,15 +120,11 @@ def test_adam_by_hand(device: str) -> None:
     """
     hyper = make_hyper(0.1, 0.3, 0.5, 0.75, 1.0, scale=0.5)
     rows, grad, hyper, counter = on(device, ROWS, GRAD, hyper, make_counter(step=99))
-    param, m, v = (
-        torch.ones(3, 2, device=device),
-        torch.zeros(3, 2, device=device),
-        torch.zeros(3, 2, device=device),
-    )
-    row_step, row_decay = (
-        torch.tensor([1, 1, 1], device=device),
-        torch.tensor([-1.0, -1.0, -1.0], device=device),
-    )
+    param = torch.ones(3, 2, device=device)
+    m = torch.zeros(3, 2, device=device)
+    v = torch.zeros(3, 2, device=device)
+    row_step = torch.tensor([1, 1, 1], device=device)
+    row_decay = torch.tensor([-1.0, -1.0, -1.0], device=device)
     decay_sum = torch.tensor([-1 - math.log(2)], device=device)
     sparse_adam_(
         param,

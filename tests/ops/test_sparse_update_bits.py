@@ -62,9 +62,8 @@ def test_row_wise_bits(rule: str, state: torch.dtype, device: str) -> None:
             grad=odd / 64, second=step.tensors["second"].float().mul(8).round().div(8).to(state)
         ).to(device)
         got, expected, exact = step.run(), step.run(reference=True), step.exact()
-        but = (
-            ("param",) if size[2] & (size[2] - 1) == 0 else ("param", "second")
-        )  # else the mean itself is rounded
+        # Else the mean itself is rounded.
+        but = ("param",) if size[2] & (size[2] - 1) == 0 else ("param", "second")
         assert_same_bits(got, expected, but=but)
         assert (
             (got["param"].double() - exact["param"]).abs() <= 1.001 * unit(exact["param"], BF16)
@@ -98,9 +97,8 @@ def test_bits_of_a_decay_that_is_not_owed(rule: str, device: str) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_kahan_bits(rule: str, dtype: torch.dtype, device: str) -> None:
     for count, n, d in SIZES:
-        step = dyadic_rows(
-            rule, (count, n, d), dtype
-        )  # without decay: its factor has more bits than fp32 beside kahan's
+        # Without decay: its factor has more bits than fp32 beside kahan's.
+        step = dyadic_rows(rule, (count, n, d), dtype)
         step = step.replace(hyper=make_hyper(2.0**-8, 0.0, 0.5, 0.75, 0.0, scale=0.5))
         check_bits(
             step.replace(kahan=multiples((n, d), -14, dtype, torch.Generator().manual_seed(5))),

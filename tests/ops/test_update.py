@@ -67,11 +67,9 @@ def test_row_wise_adam_by_hand() -> None:
     corrections 3/4 and 7/16.
     """
     hyper = make_hyper(0.1, beta1=0.5, beta2=0.75, eps=0.01)
-    weight, momentum, second = (
-        torch.tensor([[1.0, 2]]),
-        torch.tensor([[1.0, 1]]),
-        torch.tensor([4.0]),
-    )
+    weight = torch.tensor([[1.0, 2]])
+    momentum = torch.tensor([[1.0, 1]])
+    second = torch.tensor([4.0])
     update_rows_at_(
         weight,
         torch.tensor([0]),
@@ -89,11 +87,9 @@ def test_row_wise_adam_by_hand() -> None:
 
 def test_row_wise_second_moment_takes_the_l2_term() -> None:
     hyper = make_hyper(0.1, decay=0.5, eps=0.01)
-    weight, second, kahan = (
-        torch.tensor([[4.0, -2]]).to(BF16),
-        torch.zeros(1),
-        torch.tensor([[2.0, 0]]).to(BF16),
-    )
+    weight = torch.tensor([[4.0, -2]]).to(BF16)
+    second = torch.zeros(1)
+    kahan = torch.tensor([[2.0, 0]]).to(BF16)
     args = (torch.tensor([0]), torch.tensor([[1.0, 1]]), hyper, make_counter(), TRUE)
     update_rows_at_(weight, *args, second=second, kahan=kahan)
     assert second.tolist() == [(4.0**2 + 0) / 2]  # g = (1 + 0.5 (4 + 2), 1 - 0.5 * 2)
@@ -187,9 +183,8 @@ def test_a_row_wise_second_moment_rounds_like_column_0() -> None:
     row_wise = run(t, rows, grad, hyper, row_offset=2**33)
     column = run(full, rows, grad[:, :1], hyper, row_offset=2**33)
     assert torch.equal(row_wise["second"], column["second"][:, 0])
-    assert not torch.equal(
-        row_wise["second"], run(t, rows, grad, hyper)["second"]
-    )  # global rows choose the words
+    # Global rows choose the words.
+    assert not torch.equal(row_wise["second"], run(t, rows, grad, hyper)["second"])
     mean = (row_wise["second"].double() - (0.999 * t["second"].double() + 0.001 * 0.49)).mean()
     assert abs(float(mean)) < 5 * 2**-9 / 200**0.5
 
@@ -240,9 +235,10 @@ def test_8_bit_rows_keep_their_scale_and_largest_value() -> None:
     update_rows_at_(
         weight, rows, -8 * grad, make_hyper(0.25), make_counter(), TRUE, row_scale=row_scale
     )
+    # 2.75 saturates.
     assert decoded(weight, row_scale).tolist() == [
         [1.75, -0.5],
         [0.25, -0.75],
         [1, 1],
-    ]  # 2.75 saturates
+    ]
     assert row_scale[:, 1].tolist() == [1.75, 0.75, 1]

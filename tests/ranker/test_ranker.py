@@ -151,11 +151,9 @@ def test_bias_is_a_feature_of_its_own_size(data: tuple[Features, csr_matrix]) ->
     features, labels = data
     settings = Settings(bias=3.0, tolerance=1e-5, epochs=5000, prune=0)
     ranker = fit(features, labels, None, settings)
-    x, y, cost = (
-        rows_of(features, 3.0),
-        np.where(labels.toarray() > 0, 1.0, -1.0),
-        np.ones(DOCUMENTS),
-    )
+    x = rows_of(features, 3.0)
+    y = np.where(labels.toarray() > 0, 1.0, -1.0)
+    cost = np.ones(DOCUMENTS)
     w = by_sklearn("squared_hinge", x, y[:, 0], cost)
     assert ranker.bias[0] == pytest.approx(3 * w[-1], rel=1e-3)
     assert (fit(features, labels, None, replace(settings, bias=0.0)).bias == 0).all()
@@ -185,10 +183,8 @@ def test_a_label_does_not_depend_on_the_others_beside_it(
     some[:, 3:] = 0
     fewer = fit(features, csr_matrix(some), shortlist)
     whole = fit(features, labels, shortlist)
-    assert (
-        np.array_equal(fewer.dense[:3], whole.dense[:3])
-        and (fewer.sparse[:3] != whole.sparse[:3]).nnz == 0
-    )
+    assert np.array_equal(fewer.dense[:3], whole.dense[:3])
+    assert (fewer.sparse[:3] != whole.sparse[:3]).nnz == 0
 
 
 def test_small_blocks_give_the_same(
@@ -228,20 +224,17 @@ def test_random_negatives_join_the_listed_documents() -> None:
         features, labels, positives, Settings(negatives=10**4, prune=0, tolerance=1e-4, epochs=2000)
     )
     one_vs_all = fit(features, labels, None, Settings(prune=0, tolerance=1e-4, epochs=2000))
-    assert np.allclose(
-        everything.dense, one_vs_all.dense, atol=1e-3
-    )  # so many draws meet every document
+    # So many draws meet every document.
+    assert np.allclose(everything.dense, one_vs_all.dense, atol=1e-3)
 
 
 def test_labels_without_documents_and_empty_blocks(data: tuple[Features, csr_matrix]) -> None:
     features, labels = data
     none = csr_matrix(labels.shape, dtype=np.float32)
     empty = fit(features, none, none)
-    assert (
-        empty.sparse.nnz == 0
-        and not empty.dense.any()
-        and (empty.score(features, labels).data == 0).all()
-    )
+    assert empty.sparse.nnz == 0
+    assert not empty.dense.any()
+    assert (empty.score(features, labels).data == 0).all()
     for part in (Features.join(features.dense), Features.join(None, features.sparse)):
         ranker = fit(part, labels)
         assert (ranker.dense.shape[1], ranker.sparse.shape[1]) == part.widths
@@ -279,11 +272,9 @@ def test_log_probabilities_and_their_log_odds() -> None:
     assert hinge.log_probability(margins) == pytest.approx([-16, -1, -0.25, 0, 0])
     assert logistic.log_probability(margins) == pytest.approx(-np.log1p(np.exp(-margins)))
     z = log_odds(np.array([-800.0, -1.0, -1e-20, 0.0]))
-    assert (
-        np.isfinite(z).all()
-        and (np.diff(z[:3]) > 0).all()
-        and z[1] == pytest.approx(np.log(np.exp(-1) / (1 - np.exp(-1))))
-    )
+    assert np.isfinite(z).all()
+    assert (np.diff(z[:3]) > 0).all()
+    assert z[1] == pytest.approx(np.log(np.exp(-1) / (1 - np.exp(-1))))
 
 
 def test_blends(data: tuple[Features, csr_matrix], shortlist: csr_matrix) -> None:
@@ -294,10 +285,8 @@ def test_blends(data: tuple[Features, csr_matrix], shortlist: csr_matrix) -> Non
     expected = (1 / (1 + np.exp(-shortlist.data))) ** 0.7 * np.exp(
         -(np.maximum(0, 1 - margins.data) ** 2)
     ) ** 0.3
-    assert (
-        np.allclose(1 / (1 + np.exp(-mixed.data)), expected, atol=1e-5)
-        and mixed.nnz == shortlist.nnz
-    )
+    assert np.allclose(1 / (1 + np.exp(-mixed.data)), expected, atol=1e-5)
+    assert mixed.nnz == shortlist.nnz
     odds = replace(product, how="log_odds")
     assert np.allclose(
         odds.mix(shortlist, margins).data, 0.7 * shortlist.data + 0.3 * margins.data, atol=1e-6
@@ -324,9 +313,8 @@ def test_share_is_the_best_one_on_validation(
     assert reached == max(m["P@1"] for m in tried.values())
     before = list(tried).index((chosen.how, chosen.share))
     assert all(m["P@1"] < reached for m in list(tried.values())[:before])
-    assert (
-        tried["product", 1.0]["P@1"] > tried["product", 0.0]["P@1"]
-    )  # the shortlist's own values are noise here
+    # The shortlist's own values are noise here.
+    assert tried["product", 1.0]["P@1"] > tried["product", 0.0]["P@1"]
     rows = best(replace(reranker, share=0.5).mix(shortlist, margins), pairs, LABELS)[1]
     assert not set(rows[0]) & {0, 1} and 2 not in rows[5]
     with pytest.raises(InputError, match="by: expected some of P@1"):
@@ -346,11 +334,9 @@ def test_round_trip(
     reranker = Reranker(ranker, 0.25, "product", embedding_weight=0.5)
     reranker.save(tmp_path / "r.safetensors")
     read = Reranker.load(tmp_path / "r.safetensors")
-    assert (
-        equal(read.ranker, ranker)
-        and read.ranker.settings == ranker.settings
-        and read.ranker.facts["name"] == "é"
-    )
+    assert equal(read.ranker, ranker)
+    assert read.ranker.settings == ranker.settings
+    assert read.ranker.facts["name"] == "é"
     assert (read.share, read.how, read.embedding_weight, read.tfidf_weight) == (
         0.25,
         "product",
@@ -466,9 +452,9 @@ def test_cluster_matcher_finds_the_labels_of_the_right_clusters(tmp_path: Path) 
         features, labels, clusters, beam=2, settings=Settings(tolerance=0.01)
     )
     listed = matcher.shortlist(features)
-    assert (
-        listed.shape == labels.shape and (np.diff(listed.indptr) == 8).all()
-    )  # two clusters of four
+    # Two clusters of four.
+    assert listed.shape == labels.shape
+    assert (np.diff(listed.indptr) == 8).all()
     assert (listed.astype(bool).multiply(labels).sum(1) == 1).all()
     rows = best(listed, NO_PAIRS, 4)[1]
     assert (

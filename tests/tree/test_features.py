@@ -49,11 +49,9 @@ def test_products_cut_by_row(keep: int, monkeypatch: pytest.MonkeyPatch) -> None
     a.data -= 0.5
     found = top_product(a, b, keep)
     assert np.allclose(found.toarray(), cut(a.toarray() @ b.toarray(), keep), atol=1e-6)
-    assert (
-        found.dtype == np.float32
-        and found.has_sorted_indices
-        and found.nnz == np.count_nonzero(found.data)
-    )
+    assert found.dtype == np.float32
+    assert found.has_sorted_indices
+    assert found.nnz == np.count_nonzero(found.data)
 
 
 def test_of_equal_entries_the_lower_columns_stay() -> None:
@@ -91,21 +89,17 @@ def test_unit_rows_copy_or_not() -> None:
     before, same = matrix.toarray(), matrix
     norm = np.linalg.norm(before, axis=1, keepdims=True)
     expected = before / np.where(norm > 0, norm, 1)
-    assert (
-        np.allclose(unit_rows(matrix).toarray(), expected, rtol=1e-6)
-        and (matrix.toarray() == before).all()
-    )
-    assert unit_rows(matrix, in_place=True) is same and np.allclose(
-        same.toarray(), expected, rtol=1e-6
-    )
+    assert np.allclose(unit_rows(matrix).toarray(), expected, rtol=1e-6)
+    assert (matrix.toarray() == before).all()
+    assert unit_rows(matrix, in_place=True) is same
+    assert np.allclose(same.toarray(), expected, rtol=1e-6)
     assert unit_rows(csr_matrix(before, dtype=np.float64), in_place=True).dtype == np.float32
 
 
 def test_centroids() -> None:
     documents = noise(30, 50)
-    labels = csr_matrix(
-        noise(30, 8, 1).toarray() * (np.arange(8) != 3) * 7
-    )  # weights of labels do not count
+    # Weights of labels do not count.
+    labels = csr_matrix(noise(30, 8, 1).toarray() * (np.arange(8) != 3) * 7)
     found = label_centroids(documents, labels, 10)
     unit = unit_rows(documents).toarray()
     assert np.allclose(
@@ -168,19 +162,16 @@ def test_texts() -> None:
     assert np.allclose(
         features.transform(["red sky"]).toarray(), expected.transform(["red sky"]).toarray()
     )
-    assert (
-        TextFeatures(TEXTS, ngrams=2).documents.shape[1] == 10
-        and TextFeatures(TEXTS, most_terms=2).documents.shape[1] == 2
-    )
+    assert TextFeatures(TEXTS, ngrams=2).documents.shape[1] == 10
+    assert TextFeatures(TEXTS, most_terms=2).documents.shape[1] == 2
     with pytest.raises(
         InputError, match="training texts: expected at least one word that not all share, got none"
     ):
         TextFeatures(["", "_"])
     with pytest.raises(InputError, match="ngrams: expected at least 1, got 0"):
         TextFeatures(TEXTS, ngrams=0)
-    assert (
-        TextFeatures(TEXTS, common=0.4).documents.shape[1] == 4
-    )  # "red" and "apple" stand in half of the texts
+    # "red" and "apple" stand in half of the texts.
+    assert TextFeatures(TEXTS, common=0.4).documents.shape[1] == 4
     with pytest.raises(InputError, match="common: expected a share above 0, at most 1, got 0"):
         TextFeatures(TEXTS, common=0)
     with pytest.raises(InputError, match="most_terms: expected at least 1, got 0"):
@@ -205,13 +196,11 @@ def test_tokens_weigh_as_words_do(tmp_path: Path) -> None:
     assert np.allclose(
         features.documents.toarray()[:, columns], expected.transform(texts).toarray()
     )
-    assert features.documents.shape == (3, 20) and features.documents.sum() == pytest.approx(
-        expected.transform(texts).sum()
-    )
+    assert features.documents.shape == (3, 20)
+    assert features.documents.sum() == pytest.approx(expected.transform(texts).sum())
     names = features.transform(stored(tmp_path / "labels", [[1, 6, 2], [1, 9, 2]]))
-    assert np.allclose(
-        names.toarray()[0, columns], expected.transform(["w6"]).toarray()
-    ) and names.shape == (2, 20)
+    assert np.allclose(names.toarray()[0, columns], expected.transform(["w6"]).toarray())
+    assert names.shape == (2, 20)
 
 
 def test_one_document_keeps_its_tokens(tmp_path: Path) -> None:

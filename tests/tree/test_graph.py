@@ -134,9 +134,8 @@ def test_edges_between_unlike_labels_go(monkeypatch: pytest.MonkeyPatch) -> None
     stays = (unit @ unit.T >= 0.2) | np.eye(20, dtype=bool)
     stays[4] = stays[:, 4] = True
     expected = np.where(stays, graph.toarray(), 0)
-    assert (prune(graph, vectors, 0.2).toarray() == expected).all() and 0 < (
-        expected > 0
-    ).sum() < graph.nnz
+    assert (prune(graph, vectors, 0.2).toarray() == expected).all()
+    assert 0 < (expected > 0).sum() < graph.nnz
     with pytest.raises(InputError, match=r"vectors: expected \[20, D\], one a label, got \[3, 3\]"):
         prune(graph, vectors[:3], 0.2)
 

@@ -60,9 +60,8 @@ def test_any_raggedness_against_sets(levels: int) -> None:
 
 def test_one_label_and_one_cluster() -> None:
     tree = LabelTree.from_partitions([np.zeros(1, np.int64)])
-    assert (tree.sizes, tree.levels, tree.widest(0)) == ((1, 1), 2, 1) and tree.ancestors(
-        0
-    ).tolist() == [0]
+    assert (tree.sizes, tree.levels, tree.widest(0)) == ((1, 1), 2, 1)
+    assert tree.ancestors(0).tolist() == [0]
 
 
 def test_the_arrays_are_copies_and_read_only(tree: LabelTree) -> None:
@@ -247,10 +246,8 @@ def test_a_save_that_fails_leaves_the_old_tree(tree: LabelTree, tmp_path: Path) 
         bad.save(tmp_path)
     with pytest.raises(InputError, match="expected a folder that can be written"):
         tree.save(tmp_path / "missing" / "tree")
-    assert (
-        LabelTree.load(tmp_path).content_hash == tree.content_hash
-        and len(list(tmp_path.iterdir())) == 1
-    )
+    assert LabelTree.load(tmp_path).content_hash == tree.content_hash
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:

@@ -43,9 +43,8 @@ def write(fresh: Path, tensors: Mapping[str, torch.Tensor], text: str) -> None:
     from safetensors.torch import save_file
 
     stored, alias = _unshared(tensors)
-    stored = {
-        name: tensor.cpu() for name, tensor in stored.items()
-    }  # once, for the checksums and for the file
+    # Once, for the checksums and for the file.
+    stored = {name: tensor.cpu() for name, tensor in stored.items()}
     manifest = {
         k: {"shape": list(t.shape), "dtype": _dtype(t), ALGORITHM: _checksum(t)}
         for k, t in stored.items()
@@ -191,10 +190,11 @@ def _check_size(path: Path, head: _Head, where: str) -> None:
                 _MEND,
             )
         values += math.prod(told["shape"]) * kind.itemsize
+    # A missing file is reported where it is opened.
     with (
         contextlib.suppress(OSError),
         open(path, "rb") as file,
-    ):  # a file that is missing is told of where it is opened
+    ):
         size, header = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
         if size != 8 + header + values:
             got = (

@@ -106,9 +106,8 @@ def retire(target: Path, keep: int) -> None:
             n for n in range(1, keep + 1) if n == keep or not _numbered(target, n).exists()
         )
         _make_room(target, _numbered(target, place))
-        for number in range(
-            place, 1, -1
-        ):  # up to the first gap: whatever a crash leaves of this, it can be gone through again
+        # Up to the first gap: whatever a crash leaves of this, it can be gone through again.
+        for number in range(place, 1, -1):
             os.rename(_numbered(target, number - 1), _numbered(target, number))
         os.rename(before, _numbered(target, 1))
         sync(target.parent)

@@ -223,9 +223,8 @@ def load_optimizer_tensors(
                 )
         if entries:
             state[number] = {key: value.clone() for key, value in entries.items()}
-    full_state = (
-        optimizer.state_dict()
-    )  # numbers its parameters in the order of its groups, as `order` does
+    # Numbers its parameters in the order of its groups, as `order` does.
+    full_state = optimizer.state_dict()
     optimizer.load_state_dict({**full_state, "state": state})
 
 

@@ -91,9 +91,8 @@ _OPERATORS = (ast.expr_context, ast.boolop, ast.operator, ast.unaryop, ast.cmpop
 _LEAVES = {ast.Name, ast.Constant}.union(*(kind.__subclasses__() for kind in _OPERATORS))
 
 _File = tuple[str, str]  # package/path, path on disk
-_Parsed = tuple[
-    str, list[tuple[str, tuple[str, ...]]] | None
-]  # package/path, text and names called; None: cannot be parsed
+# package/path, text and names called; None: cannot be parsed.
+_Parsed = tuple[str, list[tuple[str, tuple[str, ...]]] | None]
 
 
 @dataclass(frozen=True)

@@ -389,10 +389,8 @@ def load_inputs(folder: Path, state: Mapping[str, Any]) -> Inputs:
             another model.
     """
     config: Any = state.get("inputs") or {"kind": "tokens", "max_length": state.get("max_length")}
-    where, mend = (
-        "checkpoint, $.inputs",
-        "read it with a newer xmlkernels, or use another checkpoint",
-    )
+    where = "checkpoint, $.inputs"
+    mend = "read it with a newer xmlkernels, or use another checkpoint"
     kind = check_record(config, _Kind, where=where, mend=mend)["kind"]
     parts = _parts(config.get("parts", {}), f"{where}.parts", mend)
     if kind == "tokens":

@@ -170,10 +170,8 @@ def write_manifest(
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
         inner = path.relative_to(folder).as_posix()
-        files[inner], fast[inner] = (
-            {"bytes": path.stat().st_size, "sha256": digest},
-            file_checksum(path),
-        )
+        files[inner] = {"bytes": path.stat().st_size, "sha256": digest}
+        fast[inner] = file_checksum(path)
     facts = {"num_labels": num_labels, "propensity": dict(zip("AB", propensity, strict=True))}
     content = content_hash(facts | {"files": files})
     manifest = {

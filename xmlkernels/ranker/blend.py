@@ -219,17 +219,15 @@ def combine(
     """
     shape, total = files[0].shape, sum(weights)
     used = [(m, z, w / total) for m, z, w in zip(files, odds, weights, strict=True) if w > 0]
-    if (
-        len(used) == 1
-    ):  # as it is: there is nothing to add, and no way through probabilities that could make ties
+    # As it is: there is nothing to add, and no way through probabilities that could make ties.
+    if len(used) == 1:
         matrix, z, _ = used[0]
         return csr_matrix((z, matrix.indices, matrix.indptr), shape)
     return _mean_probability(used, shape) if how == "probability" else _mean_odds(used, shape)
 
 
-_Used = Sequence[
-    tuple[csr_matrix, np.ndarray, float]
-]  # of each file: its pairs, their log-odds, its share; shares add up to 1
+# Of each file: its pairs, their log-odds, its share; shares add up to 1.
+_Used = Sequence[tuple[csr_matrix, np.ndarray, float]]
 
 
 def _mean_probability(used: _Used, shape: tuple[int, int]) -> csr_matrix:
@@ -246,9 +244,8 @@ def _mean_probability(used: _Used, shape: tuple[int, int]) -> csr_matrix:
     rows, columns = rows[order], columns[order]
     z = np.concatenate([odds for _, odds, _ in used])[order]
     weight = np.concatenate([np.full(len(odds), share) for _, odds, share in used])[order]
-    first = np.flatnonzero(
-        (np.diff(rows, prepend=-1) != 0) | (np.diff(columns, prepend=-1) != 0)
-    )  # of each pair
+    # Of each pair.
+    first = np.flatnonzero((np.diff(rows, prepend=-1) != 0) | (np.diff(columns, prepend=-1) != 0))
     if not first.size:
         return csr_matrix(shape)
     yes = np.logaddexp.reduceat(np.log(weight) - np.logaddexp(0, -z), first)

@@ -72,10 +72,8 @@ class KNNBaseline:
             if not value > 0:
                 raise InputError(name, "a number above 0", str(value), "ask for at least one")
         queries = self._vectorizer.transform(texts)
-        values, rows = (
-            np.full((len(texts), k), -np.inf, np.float32),
-            np.full((len(texts), k), -1, np.int64),
-        )
+        values = np.full((len(texts), k), -np.inf, np.float32)
+        rows = np.full((len(texts), k), -1, np.int64)
         for start in range(0, len(texts), _BLOCK):
             nearest = _largest(
                 (queries[start : start + _BLOCK] @ self._by_word).tocsr(), neighbours

@@ -160,9 +160,8 @@ class LinearRanker:
         out = np.empty(pairs.nnz, np.float32)
         weights = (self.dense, *_arrays(self.sparse), self.sparse.shape[1])
         listed = (place.indptr.astype(np.int64), place.indices.astype(np.int64), place.data)
-        step = max(
-            1, labels // 64
-        )  # each piece makes a full row of V zeros: not one for each label
+        # Each piece makes a full row of V zeros: not one for each label.
+        step = max(1, labels // 64)
         keep_compiled(score)
         in_parallel(
             lambda a, b: score(a, b, weights, self.bias, _inputs(features), listed, out),
@@ -307,15 +306,11 @@ def _blocks(
     keep_compiled(solve, keep)
     for first in range(0, count, size):
         part = order[first : first + size]
-        block, places = (
-            np.zeros((len(part), width + columns), np.float32),
-            np.empty((len(part), columns), np.int32),
-        )
-        constant, passes, held = (
-            np.zeros(len(part)),
-            np.zeros(len(part), np.int64),
-            np.zeros(len(part), np.int64),
-        )
+        block = np.zeros((len(part), width + columns), np.float32)
+        places = np.empty((len(part), columns), np.int32)
+        constant = np.zeros(len(part))
+        passes = np.zeros(len(part), np.int64)
+        held = np.zeros(len(part), np.int64)
 
         def train(a: int, b: int) -> None:
             solve(

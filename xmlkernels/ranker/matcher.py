@@ -169,9 +169,8 @@ class ClusterMatcher:
         )
 
     def _walk(self, features: Features, threads: int) -> csr_matrix:
-        kept = csr_matrix(
-            np.full((len(features), 1), -np.finfo(np.float64).tiny)
-        )  # the root, all but certain
+        # The root, all but certain.
+        kept = csr_matrix(np.full((len(features), 1), -np.finfo(np.float64).tiny))
         above = np.zeros(len(self.clusters[0]), np.int64)
         for ranker, part in zip(self.rankers, self.clusters, strict=True):
             listed = kept @ _children(above, part)

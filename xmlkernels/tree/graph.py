@@ -145,12 +145,10 @@ def _draw(seed, number, step):  # type: ignore[no-untyped-def]
     Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
     """
     k0, k1 = np.uint64(seed) & _LOW, np.uint64(seed) >> _HALF
-    c0, c1, c2, c3 = (
-        np.uint64(number) & _LOW,
-        np.uint64(number) >> _HALF,
-        np.uint64(step) & _LOW,
-        np.uint64(0),
-    )
+    c0 = np.uint64(number) & _LOW
+    c1 = np.uint64(number) >> _HALF
+    c2 = np.uint64(step) & _LOW
+    c3 = np.uint64(0)
     for _ in range(10):
         p0, p1 = _M0 * c0, _M1 * c2
         c0, c1, c2, c3 = (p1 >> _HALF) ^ c1 ^ k0, p1 & _LOW, (p0 >> _HALF) ^ c3 ^ k1, p0 & _LOW
@@ -226,10 +224,9 @@ def _most_visited(visited, origin, top, index, times):  # type: ignore[no-untype
                 best = i
         chosen[best] = True
     chosen[own] = True
-    place, late = (
-        0,
-        own == n,
-    )  # an origin never visited stands last in the list and has its place by label
+    # An origin never visited stands last in the list and has its place by label.
+    place = 0
+    late = own == n
     for i in range(n):
         if late and label[i] > origin:
             index[place], times[place], late = origin, 1, False

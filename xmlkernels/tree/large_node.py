@@ -34,10 +34,8 @@ def split_large(
 
     Columns of each row must ascend.
     """
-    direction, dense_direction = (
-        np.zeros(len(column_map), np.float32),
-        np.zeros(dense.shape[1], np.float32),
-    )
+    direction = np.zeros(len(column_map), np.float32)
+    dense_direction = np.zeros(dense.shape[1], np.float32)
     start_on_sample(
         *matrix,
         dense,

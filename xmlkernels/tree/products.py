@@ -42,10 +42,8 @@ def top_product(a: csr_matrix, b: csr_matrix, keep: int) -> csr_matrix:
     blocks: dict[int, tuple[np.ndarray, ...]] = {}
 
     def block(begin: int, end: int) -> None:
-        index, value = (
-            np.empty((end - begin, keep), np.int32),
-            np.empty((end - begin, keep), np.float32),
-        )
+        index = np.empty((end - begin, keep), np.int32)
+        value = np.empty((end - begin, keep), np.float32)
         count = np.zeros(end - begin, np.int64)
         _product(begin, *operands, width, keep, index, value, count)
         kept = np.arange(keep) < count[:, None]
@@ -57,14 +55,11 @@ def top_product(a: csr_matrix, b: csr_matrix, keep: int) -> csr_matrix:
         [np.zeros(1, np.int64), np.cumsum(np.concatenate([*_third(blocks), np.zeros(0, np.int64)]))]
     )
     indices, values = np.empty(ends[-1], np.int32), np.empty(ends[-1], np.float32)
-    for begin in sorted(
-        blocks
-    ):  # each block is freed as it is copied: the result is never in memory twice
+    # Each block is freed as it is copied: the result is never in memory twice.
+    for begin in sorted(blocks):
         index, value, _ = blocks.pop(begin)
-        (
-            indices[ends[begin] : ends[begin] + len(index)],
-            values[ends[begin] : ends[begin] + len(index)],
-        ) = index, value
+        indices[ends[begin] : ends[begin] + len(index)] = index
+        values[ends[begin] : ends[begin] + len(index)] = value
     return csr_matrix((values, indices, ends), shape=(n, width))
 
 

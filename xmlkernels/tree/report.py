@@ -210,9 +210,8 @@ def plot(facts: dict[str, Any], path: Path) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(
-        figsize=(12, 3.4), layout="constrained"
-    )  # of its own: no window, no state shared with the process
+    # Of its own: no window, no state shared with the process.
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     sizes, alike, recall = figure.subplots(1, 3)
     levels = facts["levels"]

@@ -71,10 +71,8 @@ def _compacted(ptr, index, value, rows, column_map):  # type: ignore[no-untyped-
     local_ptr = np.zeros(len(rows) + 1, np.int64)
     for i in range(len(rows)):
         local_ptr[i + 1] = local_ptr[i] + ptr[rows[i] + 1] - ptr[rows[i]]
-    local_index, local_value = (
-        np.empty(local_ptr[-1], np.int32),
-        np.empty(local_ptr[-1], np.float32),
-    )
+    local_index = np.empty(local_ptr[-1], np.int32)
+    local_value = np.empty(local_ptr[-1], np.float32)
     columns, m = np.empty(min(local_ptr[-1], len(column_map)), np.int32), 0
     for i in range(len(rows)):
         shift = local_ptr[i] - ptr[rows[i]]
@@ -155,20 +153,17 @@ def _descend(local, near, rows, direction, dense_direction, first, tolerance, ro
     n, m, width = len(rows), len(columns), near.shape[1]
     is_first = np.zeros(n, np.bool_)
     score = np.empty(n, np.float32)
-    whole, dense_whole, half, dense_half = (
-        np.zeros(m),
-        np.zeros(width),
-        np.zeros(m),
-        np.zeros(width),
-    )
+    whole = np.zeros(m)
+    dense_whole = np.zeros(width)
+    half = np.zeros(m)
+    dense_half = np.zeros(width)
     _add(local, near, rows, np.ones(n), whole, dense_whole)
     before = -np.inf
     for _ in range(rounds):
         _score_rows(0, n, ptr, index, value, near, rows, direction, dense_direction, score)
         chosen = _highest(score, first)
-        _add(
-            local, near, rows, chosen * 1.0 - is_first * 1.0, half, dense_half
-        )  # only rows that moved
+        # Only rows that moved.
+        _add(local, near, rows, chosen * 1.0 - is_first * 1.0, half, dense_half)
         is_first = chosen
         objective = _new_direction(whole, half, direction) + _new_direction(
             dense_whole, dense_half, dense_direction

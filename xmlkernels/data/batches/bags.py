@@ -93,10 +93,8 @@ class BagBatches(AnyBatches[BagBatch]):
         if label_features is not None:
             check_label_rows("label_features", label_features.shape[0], labels)
             if label_features.shape[1] != features.shape[1]:
-                expected, mend = (
-                    f"{features.shape[1]} columns, those of features",
-                    "make both with one vocabulary",
-                )
+                expected = f"{features.shape[1]} columns, those of features"
+                mend = "make both with one vocabulary"
                 raise InputError("label_features", expected, str(label_features.shape[1]), mend)
             self.features.append(csr_matrix(label_features))
         for matrix in self.features:
@@ -189,9 +187,7 @@ def gather_bags(
     token, weight = np.empty(offset[-1], np.int64), np.empty(offset[-1], np.float32)
     for number, matrix in enumerate(matrices):
         member = part == number
-        here, there = (
-            ragged_positions(offset[:-1][member], lengths[member]),
-            ragged_positions(starts[member], lengths[member]),
-        )
+        here = ragged_positions(offset[:-1][member], lengths[member])
+        there = ragged_positions(starts[member], lengths[member])
         token[here], weight[here] = matrix.indices[there], matrix.data[there]
     return torch.from_numpy(token), torch.from_numpy(offset), torch.from_numpy(weight)

@@ -111,12 +111,10 @@ class AnyBatches(ABC, Generic[Made]):
         self.labels = _in_table_order(labels, self.place)
         self.ancestors = _checked(ancestors, self.num_labels)
         self.lengths = lengths
-        self.batch_size, self.seed, self.shuffle, self.drop_last = (
-            batch_size,
-            seed,
-            shuffle,
-            drop_last,
-        )
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.drop_last = drop_last
         self.bucket_window, self.prefetch = bucket_window, prefetch
         self._part: Callable[[int], slice] | None = None
 

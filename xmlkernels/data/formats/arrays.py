@@ -143,10 +143,8 @@ def check_memory(where: str, needed: int, *, copies: int = 1) -> None:
     """Raise InputError where `copies` arrays of `needed` bytes exceed the free memory."""
     free = free_memory()
     if free is not None and needed * copies > free:
-        expected, got = (
-            f"arrays for the {free:,} bytes of memory that are free",
-            f"{needed * copies:,} bytes of arrays",
-        )
+        expected = f"arrays for the {free:,} bytes of memory that are free"
+        got = f"{needed * copies:,} bytes of arrays"
         raise InputError(where, expected, got, _LARGER)
 
 

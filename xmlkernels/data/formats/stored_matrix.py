@@ -51,10 +51,8 @@ def read_stored(
     if layout != "csr":
         # The other layouts say nothing of empty rows: pointers of all rows are made from the
         # shape's word alone.
-        needed, most = (
-            8 * (shape[0] + 1),
-            FREE_ROWS_BYTES + DEFLATE_RATIO * sum(head.bytes for head in heads.values()),
-        )
+        needed = 8 * (shape[0] + 1)
+        most = FREE_ROWS_BYTES + DEFLATE_RATIO * sum(head.bytes for head in heads.values())
         if needed > most:
             raise InputError(
                 name,

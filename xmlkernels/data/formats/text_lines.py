@@ -263,12 +263,10 @@ def read_label_strings(
 class EncodedLabels:
     """String labels as matrices over one mapping: label id = position in `names`."""
 
-    names: list[
-        str
-    ]  # sorted by code point: the same labels give the same ids everywhere; store with write_lines
-    splits: list[
-        csr_matrix
-    ]  # CSR float32 [rows, len(names)] of ones: train first, then the others as given
+    # Sorted by code point: the same labels give the same ids everywhere; store with write_lines.
+    names: list[str]
+    # CSR float32 [rows, len(names)] of ones: train first, then the others as given.
+    splits: list[csr_matrix]
     unseen: int  # distinct labels that train lacks
 
 
