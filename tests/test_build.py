@@ -74,15 +74,19 @@ endforeach()
 """
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of all that a wheel is made of, without what was built before."""
-    folder = tmp_path_factory.mktemp("sources") / "xmlkernels"
+def copied(at: Path) -> Path:
+    """A copy of all that a wheel without native code is made of, and nothing that was built."""
+    folder = at / "sources" / "xmlkernels"
     ignored = shutil.ignore_patterns("*.so", "__pycache__", "build", "*.egg-info")
     shutil.copytree(ROOT / "xmlkernels", folder / "xmlkernels", ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
     return folder
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copied(tmp_path_factory.mktemp("sources"))
 
 
 def wheel_of(sources: Path, output: Path, **environment: str) -> tuple[str, list[str], str]:
