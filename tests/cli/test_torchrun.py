@@ -65,20 +65,9 @@ TWO_CARDS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two 
 )
 def test_a_run_by_torchrun(tmp_path: Path, device: str) -> None:
     dataset, output = make_dataset(tmp_path / "raw"), tmp_path / "run"
-    words = (
-        ROOT / "train" / "run.py",
-        "tiny",
-        "--dataset",
-        dataset,
-        "--output",
-        output,
-        "--epochs",
-        "1",
-        "--batch",
-        "15",
-    )
+    words = ("tiny", "--dataset", dataset, "--output", output, "--epochs", "1", "--batch", "15")
     words += ("--device", device)
-    done = torchrun(*words)
+    done = torchrun("-m", "xmlkernels", "train", *words)
     assert done.returncode == 0, done.stderr
     assert json.loads((output / "metrics.json").read_text())["steps"] == 11
     assert (
@@ -92,7 +81,7 @@ def test_a_run_by_torchrun(tmp_path: Path, device: str) -> None:
         len([line for line in (output / "log.jsonl").read_text().splitlines() if '"test"' in line])
         == 1
     )
-    again = torchrun(*words)
+    again = torchrun(ROOT / "train" / "run.py", *words)
     assert again.returncode != 0 and "Traceback" not in again.stderr.split("torch/distributed")[0]
     assert len(ours(again.stderr)) == 1 and "a folder that holds a run" in ours(again.stderr)[0]
 

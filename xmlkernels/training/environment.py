@@ -17,31 +17,26 @@ PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "safetensor
 
 
 def commit() -> str:
-    """The commit of the source tree, with -dirty for changed files; the version where there is no
-    repository.
+    """Return the commit of the source tree, with -dirty for changed files, else the version.
+
+    An installed package may lie inside somebody else's repository (a virtual environment in a
+    project, say): only the repository that tracks this very file is asked.
     """
+    here = Path(__file__).resolve()
     try:
-        out = subprocess.run(
-            # Without its optional locks: a run that is killed meanwhile must leave none in the
-            # user's repository.
-            [
-                "git",
-                "--no-optional-locks",
-                "-C",
-                str(Path(__file__).parent),
-                "describe",
-                "--always",
-                "--abbrev=12",
-                "--dirty",
-                "--exclude=*",
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        _git(here.parent, "ls-files", "--error-unmatch", here.name)
+        return _git(
+            here.parent, "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"
+        ).strip()
     except (OSError, subprocess.CalledProcessError):
         return f"version {__version__}"
-    return out.stdout.strip()
+
+
+def _git(folder: Path, *words: str) -> str:
+    # Without its optional locks: a run that is killed meanwhile must leave none in the user's
+    # repository.
+    command = ["git", "--no-optional-locks", "-C", str(folder), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def environment(config: Config, model: Model) -> dict[str, Any]:
