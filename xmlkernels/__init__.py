@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from xmlkernels.nn.encoder import Encoder
     from xmlkernels.nn.full_head import FullHead
     from xmlkernels.nn.table import RowOptimizer, Table
+    from xmlkernels.predict.base import Label
     from xmlkernels.predict.folders import load
-    from xmlkernels.predict.model import Label, Predictor
+    from xmlkernels.predict.model import Predictor
     from xmlkernels.predict.ranked import Forest, RankedPredictor
     from xmlkernels.training.config import Config
     from xmlkernels.training.loop import train
@@ -86,8 +87,9 @@ _HOMES = {
     "nn.encoder": ("Encoder",),
     "nn.full_head": ("FullHead",),
     "nn.table": ("RowOptimizer", "Table"),
+    "predict.base": ("Label",),
     "predict.folders": ("load",),
-    "predict.model": ("Label", "Predictor"),
+    "predict.model": ("Predictor",),
     "predict.ranked": ("Forest", "RankedPredictor"),
     "training.config": ("Config",),
     "training.loop": ("train",),

@@ -32,7 +32,8 @@ from xmlkernels.evaluation import (
     score_matrix,
 )
 from xmlkernels.files import DataWarning
-from xmlkernels.predict.model import CheckpointWarning, Label, Predictor
+from xmlkernels.predict.base import Label
+from xmlkernels.predict.model import CheckpointWarning, Predictor
 
 # Lengths differ much and in no order, so that batches of like length are not batches of neighbours.
 TEXTS = [" ".join(f"w{(7 * i + j) % 90}" for j in range(1 + (5 * i) % 13)) for i in range(41)]

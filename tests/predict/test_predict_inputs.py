@@ -25,7 +25,8 @@ from xmlkernels.cli.arguments import parse
 from xmlkernels.cli.filters import Barred
 from xmlkernels.cli.texts import Texts, lines_of, paired
 from xmlkernels.data.inputs import TextParts
-from xmlkernels.predict.model import Label, Predictor
+from xmlkernels.predict.base import Label
+from xmlkernels.predict.model import Predictor
 
 RUN = ROOT / "tests" / "fixtures" / "v1" / "run"  # 30 labels
 PLAIN = TextParts()

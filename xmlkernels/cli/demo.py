@@ -20,7 +20,8 @@ from xmlkernels.cli.arguments import parse
 from xmlkernels.cli.console import print_comparison, say, typed
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.metrics import evaluate, inverse_propensity
-from xmlkernels.predict.ranked import Ranked, RankedPredictor
+from xmlkernels.predict.base import TextPredictor
+from xmlkernels.predict.ranked import RankedPredictor
 from xmlkernels.ranker.knn import KNNBaseline
 from xmlkernels.training.config import Config, recorded
 from xmlkernels.training.environment import commit
@@ -189,7 +190,7 @@ def nearest_neighbours(dataset: Dataset, kept: Path, *, stands: bool) -> dict[st
     return metrics
 
 
-def answer(predictor: Ranked) -> None:
+def answer(predictor: TextPredictor) -> None:
     for query, labels in zip(QUERIES, predictor.predict(QUERIES, k=5), strict=True):
         say(f"\n{query}")
         say("   " + "   ".join(f"{label.name} {label.probability:.2f}" for label in labels))

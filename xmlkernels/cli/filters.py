@@ -7,7 +7,7 @@ import numpy as np
 
 from xmlkernels import InputError
 from xmlkernels.data.formats import read_filter_pairs
-from xmlkernels.predict.model import Label
+from xmlkernels.predict.base import Label
 from xmlkernels.topk import candidates_needed, drop_filtered
 
 

@@ -27,8 +27,9 @@ from xmlkernels.data.inputs import TextParts
 from xmlkernels.evaluation import score_matrix
 from xmlkernels.files import replacing
 from xmlkernels.locks import own_place
-from xmlkernels.predict.model import Label, Predictor
-from xmlkernels.predict.ranked import Forest, Ranked, RankedPredictor
+from xmlkernels.predict.base import Label, TextPredictor
+from xmlkernels.predict.model import Predictor
+from xmlkernels.predict.ranked import Forest, RankedPredictor
 from xmlkernels.training.checks import check_least, flag
 from xmlkernels.training.config import resolved_device
 
@@ -121,9 +122,7 @@ def written(path: str) -> Iterator[IO[str]]:
         text.detach()  # `replacing` still has to sync the stream below
 
 
-def one_by_one(
-    predictor: Predictor | Ranked, texts: Iterator[Any], k: int
-) -> Iterator[list[Label]]:
+def one_by_one(predictor: TextPredictor, texts: Iterator[Any], k: int) -> Iterator[list[Label]]:
     """Predictions as a server would make them, one text a call, and at the end how long a call
     took.
     """
@@ -193,7 +192,7 @@ def check(options: Options) -> None:
         )
 
 
-def loaded(options: Options) -> Predictor | Ranked:
+def loaded(options: Options) -> TextPredictor:
     """The model, or the ranker with its model; InputError where it needs other texts than the
     options name.
     """
@@ -227,7 +226,7 @@ def loaded(options: Options) -> Predictor | Ranked:
 
 
 def answers_of(
-    options: Options, predictor: Predictor | Ranked, texts: Any, barred: Barred
+    options: Options, predictor: TextPredictor, texts: Any, barred: Barred
 ) -> Iterator[list[Label]]:
     """The answers to `texts`, without the pairs of --filter."""
     k = barred.needed(options.top_k)
@@ -250,7 +249,7 @@ def run(options: Options) -> None:
         answer(options, loaded(options))
 
 
-def answer(options: Options, predictor: Predictor | Ranked) -> None:
+def answer(options: Options, predictor: TextPredictor) -> None:
     """Writes or prints what the model says to the texts."""
     texts, given = texts_of(options, predictor.parts)
     barred = Barred.read(options.filter, predictor.labels)

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from xmlkernels.errors import InputError
+from xmlkernels.predict.base import TextPredictor
 from xmlkernels.predict.model import Predictor
-from xmlkernels.predict.ranked import RANKER, Forest, Ranked, RankedPredictor
+from xmlkernels.predict.ranked import RANKER, Forest, RankedPredictor
 
 _KNOWN = "the output folder of a run or of a ranker"
 
@@ -21,7 +22,7 @@ def load(
     which: str | None = None,
     device: str | torch.device = "cpu",
     threads: int = 0,
-) -> Predictor | Ranked:
+) -> TextPredictor:
     """Load the predictor of a folder that training has written.
 
     Args:

@@ -1,16 +1,17 @@
-"""Prediction by a ranker: a folder of xmlkernels rank and texts in, labels and scores out.
+"""Predict labels of texts with a ranker, or with several as one.
 
-from xmlkernels.predict.ranked import RankedPredictor
-predictor = RankedPredictor.load("runs/ranker", checkpoint="runs/demo")
-for labels in predictor.predict(["open a file and read its lines"], k=5):
-    print([(label.name, round(label.probability, 3)) for label in labels])
+    from xmlkernels import RankedPredictor
+
+    predictor = RankedPredictor.load("runs/ranker", checkpoint="runs/demo")
+    for labels in predictor.predict(["open a file and read its lines"], k=5):
+        print([(label.name, round(label.probability, 3)) for label in labels])
 
 Letters: N texts, L labels, D width of the embedding, V columns of TF-IDF.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -26,14 +27,14 @@ from xmlkernels.data.inputs import TextParts
 from xmlkernels.data.vectorizer import Vectorizer
 from xmlkernels.errors import InputError
 from xmlkernels.evaluation import score_matrix
-from xmlkernels.predict.model import Label, Predictor, files_beside, named, read_names
+from xmlkernels.predict.base import Text, TextPredictor, read_names
+from xmlkernels.predict.model import Predictor, files_beside
 from xmlkernels.ranker.blend import Reranker, best, best_of_all, combine
 from xmlkernels.ranker.matcher import ClusterMatcher
 from xmlkernels.records import Count, check_record
 from xmlkernels.threads import check_threads
 
 RANKER, VECTORIZER, CLUSTERS = "ranker.safetensors", "vectorizer", "clusters"
-Text = str | tuple[str, str]
 Shortlist = Literal["model", "tree", "all"]
 Words = Literal["same", "own", "features", "none"]
 _NO_PAIRS = np.zeros((0, 2), np.int64)
@@ -80,71 +81,31 @@ class Source:
                 )
 
 
-class Ranked(ABC):
-    """What one ranker and several have in common: texts in, the best of their scores out.
+class Ranked(TextPredictor):
+    """What one ranker and several have in common: a matrix of scores, of which they give the best.
 
-    Attributes:
-        label_names: L names, or None.
-        labels: L.
-        takes_pairs: whether each text is a pair (what the model reads, what TF-IDF is made of).
-        parts: how title and body of a text become what the model reads.
+    Texts are not read ahead.
     """
-
-    label_names: list[str] | None
-    labels: int
-    takes_pairs: bool
-    parts: TextParts
 
     @abstractmethod
     def scores(
         self, texts: Sequence[str], words: Sequence[str], k: int, *, batch_size: int = 64
     ) -> csr_matrix:
-        """The last word on the shortlist of each text.
+        """Score the shortlist of each text.
 
         Args:
             texts: N ≥ 1, for the model.
             words: N, for TF-IDF.
-            k: labels kept where every label is scored; a shortlist comes whole.
+            k: labels kept where every label is scored; a shortlist is given whole.
+            batch_size: texts per pass of the model.
 
         Returns:
             CSR float [N, L] of log-odds.
         """
 
-    def predict(
-        self,
-        texts: Iterable[Text],
-        k: int = 10,
-        *,
-        batch_size: int = 64,
-        window: int = 16,
-        prefetch: int = 0,
-    ) -> Iterator[list[Label]]:
-        """The k best labels of each text, best first, in the order of the texts; `texts` is read as
-        it is used.
-
-        Args:
-            texts: strings or, where `takes_pairs`, pairs of them.
-            window: batches of texts read before the first answer.
-            prefetch: of `Predictor.predict`, which may stand in this one's place; texts are not
-                read ahead here.
-        """
-        for values, rows in self._in_order(texts, k, batch_size, window):
-            yield named(values, rows, self.label_names)
-
-    def predict_arrays(
-        self, texts: Iterable[Text], k: int = 10, *, batch_size: int = 64
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (log-odds) fp32 [N, k] and labels int64 [N, k] of N texts; -inf and -1 where there
-        are fewer than k labels.
-        """
-        pairs = list(self._in_order(texts, k, batch_size, 16))
-        if not pairs:
-            return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
-        return np.stack([v for v, _ in pairs]), np.stack([r for _, r in pairs])
-
     def _in_order(
-        self, texts: Iterable[Text], k: int, batch_size: int, window: int
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        self, texts: Iterable[Text], k: int, batch_size: int, window: int, prefetch: int
+    ) -> Iterator[tuple[np.ndarray, ...]]:
         source, count = iter(texts), 0
         while some := list(islice(source, batch_size * window)):
             read, words = self._apart(some, count)
@@ -153,34 +114,35 @@ class Ranked(ABC):
             count += len(some)
 
     def _apart(self, texts: Sequence[Text], first: int) -> tuple[list[str], list[str]]:
-        """What the model reads and what TF-IDF is made of; `first` is the number of the first
-        text.
+        """Separate what the model reads from what TF-IDF is made of.
+
+        Args:
+            texts: of one window.
+            first: number of the first of them.
         """
         read, words = [], []
         for number, text in enumerate(texts, first):
             pair = isinstance(text, tuple)
             if pair != self.takes_pairs:
-                expected = (
-                    "a pair of texts, for the model and for TF-IDF"
-                    if self.takes_pairs
-                    else "one text"
+                of_two = "a pair of texts, for the model and for TF-IDF"
+                expected, got = (
+                    of_two if self.takes_pairs else "one text",
+                    "a pair" if pair else "one",
                 )
-                got = "a pair" if pair else "one"
-                raise InputError(
-                    f"text {number}", expected, got, "give the texts that the ranker was trained on"
-                )
+                mend = "give the texts that the ranker was trained on"
+                raise InputError(f"text {number}", expected, got, mend)
             read.append(text[0] if isinstance(text, tuple) else text)
             words.append(text[1] if isinstance(text, tuple) else text)
         return read, words
 
 
 class RankedPredictor(Ranked):
-    """A ranker with everything that its shortlists and features are made by.
+    """A ranker with everything that makes its shortlists and features.
 
     Args:
         reranker: the classifiers, the weights of their blocks of features and their share in the
             score.
-        source: what it was made of; decides which of the others are needed.
+        source: what it was made of; it decides which of the others are needed.
         model: for `source.shortlist` "model".
         matcher: for "tree".
         vectorizer: where there is TF-IDF.
@@ -215,9 +177,10 @@ class RankedPredictor(Ranked):
         device: str | torch.device = "cpu",
         threads: int = 0,
     ) -> RankedPredictor:
-        """From the output folder of xmlkernels rank.
+        """Load the output folder of xmlkernels rank.
 
         Args:
+            folder: the output folder.
             checkpoint: what it was made with: a run's output folder or the checkpoint folder in it;
                 None where it was made without one.
             which, device: as of `Predictor.load`.
@@ -226,7 +189,7 @@ class RankedPredictor(Ranked):
 
         Raises:
             InputError: no ranker there, a damaged one, one of ready features, another checkpoint
-                than the ranker's, or one where there is none to give.
+                than the ranker's, or a checkpoint for a ranker without one.
         """
         check_threads(threads)
         path = Path(folder)
@@ -312,8 +275,10 @@ class RankedPredictor(Ranked):
 
 
 class Forest(Ranked):
-    """Several rankers as one: the mean of their probabilities, where a label that a shortlist lacks
-    has 0; given as log-odds, which keep labels apart whose probabilities all round to 0 or to 1.
+    """Several rankers as one: the mean of their probabilities, given as log-odds.
+
+    A label that a shortlist lacks has probability 0. Log-odds keep labels apart whose probabilities
+    all round to 0 or to 1.
 
     Source: Prabhu et al., "Parabel" (WWW 2018), section 4: an ensemble of label trees.
 

@@ -15,7 +15,8 @@ from xmlkernels.checksums import Files, check_files, of_files
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.inputs import Inputs
 from xmlkernels.files import naming, replacing
-from xmlkernels.predict.model import BESIDE, NAMES
+from xmlkernels.predict.base import NAMES
+from xmlkernels.predict.model import BESIDE
 from xmlkernels.records import parse_json
 from xmlkernels.training.config import Config, began_with, recorded
 from xmlkernels.training.owned import delete, refuse_foreign
