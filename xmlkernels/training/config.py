@@ -188,7 +188,8 @@ class Config:
     epochs: int = 10
     """Passes over the training documents."""
     batch: int = 32
-    """Documents of a step; several processes share them."""
+    """Documents of a step; several processes share them. The recipe's --table-lr belongs to it,
+    see there."""
     micro_batch: int = 0
     """Documents per encoder pass of a process (gradient caching); 0 passes the whole batch at once.
     Renee's `--accum A` is `--micro-batch` = batch / A: the same step within rounding. Its
@@ -200,8 +201,10 @@ class Config:
     encoder_lr: float = 2e-4
     """Learning rate of the encoder; of a cascade the tables' too, times --head-lr-factor."""
     table_lr: float = 0.02
-    """Learning rate of the full table. The loss is summed over the batch, so this belongs to
-    `batch`: change both in proportion."""
+    """Learning rate of the full table. It belongs to --batch, for the loss is a sum over documents:
+    with SGD a batch twice as large makes a step twice as long and half as many of them, which moves
+    the table as far. Where that makes the loss grow, lower it in proportion. (A rate for a mean
+    loss is this times the batch.)"""
     encoder_decay: float = 0.01
     """Weight decay of the encoder."""
     encoder_epsilon: float = 0.0

@@ -1,6 +1,6 @@
-"""Cascades with published settings: CascadeXML's own (README of its repository, v1) and LEVER's
-re-runs of it (table 18).
+"""Cascades with published settings.
 
+CascadeXML's own (README of its repository, v1) and LEVER's re-runs of it (table 18).
 Where a source is silent the value is CascadeXML's default. The trees were never released: where
 their depths are not published, the recipe says that they are ours.
 """

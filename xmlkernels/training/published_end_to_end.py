@@ -1,6 +1,7 @@
-"""End-to-end models with published settings: Renee's own (the commands of its repository, September
-2023, beside tables 14 and 15 of its paper), and the settings of its tables of speed (8 and 10).
+"""End-to-end models with published settings.
 
+Renee's own (the commands of its repository, September 2023, beside tables 14 and 15 of its paper),
+and the settings of its tables of speed (8 and 10).
 Where repository and paper differ, the value is the repository's and the recipe names the paper's.
 Batches are those of all processes together.
 """
