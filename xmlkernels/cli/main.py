@@ -1,14 +1,15 @@
 """The command `xmlkernels`: `xmlkernels COMMAND …`, also `python -m xmlkernels COMMAND …`."""
 
+import difflib
 import sys
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 
+from xmlkernels import InputError, __version__
 from xmlkernels.cli import waiting
 
-# Each is a module of this package with a `main(words)`; nothing of it is loaded before it is asked
-# for.
+# Each is a module of this package with a `main(words)`, loaded when it is called.
 COMMANDS = {
     "prepare": "raw files → a dataset folder",
     "train": "train a model by a recipe",
@@ -20,22 +21,20 @@ COMMANDS = {
     "demo": "train on the built-in corpus, compare, answer three questions",
     "env": "print versions, native libraries and devices",
 }
-_MODULES = {"env": "environment"}
+MODULES = {"env": "environment"}  # where the module has another name than the command
 _INTERRUPTED = {"demo": "interrupted; the next `make demo` goes on from the last checkpoint"}
-_SEVERAL = {"train"}  # commands that torchrun may start
+_SEVERAL = {"train"}  # torchrun may start these
 
 
 def main(words: Sequence[str] | None = None, prog: str = "") -> None:
-    """Run one command; leaves the process with its exit status.
+    """Run one command, and leave the process with its exit status.
 
     Args:
         words: the command and its arguments; by default those of this process.
-        prog: the command as one types it, where that is not `xmlkernels COMMAND`.
+        prog: the command as it is typed, where that is not `xmlkernels COMMAND`.
     """
     words = sys.argv[1:] if words is None else list(words)
     if words and words[0] == "--version":
-        from xmlkernels import __version__
-
         print(f"xmlkernels {__version__}")
         return
     if not words or words[0] in ("-h", "--help", "help"):
@@ -45,28 +44,25 @@ def main(words: Sequence[str] | None = None, prog: str = "") -> None:
     if name not in COMMANDS:
         print(f"error: {_unknown(name)}", file=sys.stderr)
         sys.exit(2)
-    waiting.choose(rest)  # before torch is loaded
+    if rest or name == "demo":  # without arguments no other command computes anything
+        waiting.choose(rest)  # before torch is loaded
     from xmlkernels.cli.console import command
 
-    module = import_module(f"xmlkernels.cli.{_MODULES.get(name, name)}")
+    module = import_module(f"xmlkernels.cli.{MODULES.get(name, name)}")
     run = partial(module.main, rest, **({"prog": prog} if prog else {}))
     command(run, interrupted=_INTERRUPTED.get(name, "interrupted"), several=name in _SEVERAL)
 
 
 def _help() -> str:
     width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:<{width}}{told}" for name, told in COMMANDS.items()]
-    head = "usage: xmlkernels COMMAND [ARGUMENTS]   (xmlkernels COMMAND --help tells of each)"
+    lines = [f"  {name:<{width}}{what}" for name, what in COMMANDS.items()]
+    head = "usage: xmlkernels COMMAND [ARGUMENTS]   (xmlkernels COMMAND --help: all about one)"
     return "\n".join(
         [head, "", "Train and serve text classifiers with millions of labels.", "", *lines]
     )
 
 
-def _unknown(name: str) -> str:
-    import difflib
-
-    from xmlkernels.errors import InputError
-
+def _unknown(name: str) -> InputError:
     near = difflib.get_close_matches(name, COMMANDS, 1)
     mend = f"did you mean {near[0]}?" if near else "xmlkernels --help lists them"
-    return str(InputError("xmlkernels", f"a command ({', '.join(COMMANDS)})", repr(name), mend))
+    return InputError("xmlkernels", f"a command ({', '.join(COMMANDS)})", repr(name), mend)
