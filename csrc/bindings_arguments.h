@@ -1,5 +1,6 @@
-// Tensors as the kernels' arguments, checked where a wrong value would corrupt memory. Included by bindings_cpu.cpp alone:
-// it reads positives and indices, which on a card would wait for the device.
+// Tensors as the kernels' arguments, checked where a wrong value would corrupt memory. Included by
+// bindings_cpu.cpp alone: it reads positives and indices, which on a card would wait for the
+// device.
 #pragma once
 
 #include "bindings.h"
@@ -11,7 +12,8 @@ inline xk::Batch batch_of(Arguments& args, const Tensor& x, const Tensor& weight
 
 inline int64_t real_rows(const Arguments& args, int64_t rows, int64_t n) {
   if (rows < -1 || rows > n)
-    args.refuse("rows", text("-1 (all) or a number from 0 to ", n), text(rows), "pass the number of real labels");
+    args.refuse("rows", text("-1 (all) or a number from 0 to ", n), text(rows),
+                "pass the number of real labels");
   return rows < 0 ? n : rows;
 }
 
@@ -25,14 +27,15 @@ inline xk::Table table_of(Arguments& args, const Tensor& weight, const Maybe& bi
 }
 
 // Samples index a buffer, and rows are searched by bisection.
-inline xk::Positives positives_of(Arguments& args, const Tensor& row, const Tensor& sample, const Maybe& value,
-                                  int64_t batch, int64_t rows) {
+inline xk::Positives positives_of(Arguments& args, const Tensor& row, const Tensor& sample,
+                                  const Maybe& value, int64_t batch, int64_t rows) {
   const xk::Positives p{args.read<int64_t>(row, "pos_row", {-1}),
                         args.read<int32_t>(sample, "pos_sample", {row.numel()}),
                         args.read<float>(value, "pos_value", {row.numel()}), row.numel()};
   for (int64_t i = 0; i < p.count; ++i) {
     if (p.row[i] < (i ? p.row[i - 1] : 0))
-      args.refuse("pos_row", "ascending rows from 0", text(p.row[i], " at ", i), "sort the pairs in the collator");
+      args.refuse("pos_row", "ascending rows from 0", text(p.row[i], " at ", i),
+                  "sort the pairs in the collator");
     if (p.row[i] < rows && (p.sample[i] < 0 || p.sample[i] >= batch))
       args.refuse("pos_sample", text("samples from 0 to ", batch - 1), text(p.sample[i], " at ", i),
                   "number samples within the batch");
@@ -48,7 +51,8 @@ inline xk::Shortlist shortlist_of(Arguments& args, const Tensor& index, int64_t 
                                       : args.read<int64_t>(index, "index", {batch, -1});
   const xk::Shortlist list{entry, index.size(shared ? 0 : 1), shared, batch ? index.numel() : 0};
   int64_t low = -1, high = -1;
-  for (int64_t i = 0; i < index.numel(); ++i) {  // of an empty batch too: a shared list's rows are gathered all the same
+  for (int64_t i = 0; i < index.numel(); ++i) {  // of an empty batch too: a shared list's rows are
+                                                 // gathered all the same
     low = list.index[i] < low ? list.index[i] : low;
     high = list.index[i] > high ? list.index[i] : high;
   }
@@ -59,24 +63,26 @@ inline xk::Shortlist shortlist_of(Arguments& args, const Tensor& index, int64_t 
 }
 
 // Clusters choose rows, so both are held to the table.
-inline xk::Clusters clusters_of(Arguments& args, const Tensor& clusters, const Tensor& row_ptr, int64_t most,
-                                int64_t batch, int64_t n) {
+inline xk::Clusters clusters_of(Arguments& args, const Tensor& clusters, const Tensor& row_ptr,
+                                int64_t most, int64_t batch, int64_t n) {
   const int64_t* const chosen = args.read<int64_t>(clusters, "clusters", {batch, -1});
   const int64_t* const starts = args.read<int64_t>(row_ptr, "row_ptr", {-1});
   args.expect(row_ptr.size(0) >= 1, "row_ptr", "int64 [C + 1], at least one entry", "none",
               "give the first row of each cluster, and the end of the last");
-  if (most < 0) args.refuse("cluster_rows", "0 or more", text(most), "pass the size of the largest cluster");
+  if (most < 0)
+    args.refuse("cluster_rows", "0 or more", text(most), "pass the size of the largest cluster");
   const xk::Clusters c{chosen, clusters.size(1), starts, row_ptr.size(0) - 1, most};
   for (int64_t i = 0; i <= c.count; ++i) {
     const int64_t before = i ? c.row_ptr[i - 1] : 0;
     if (c.row_ptr[i] < before || c.row_ptr[i] > n || (i && c.row_ptr[i] - before > most))
-      args.refuse("row_ptr", text("ascending rows from 0 to ", n, ", at most cluster_rows = ", most, " apart"),
+      args.refuse("row_ptr",
+                  text("ascending rows from 0 to ", n, ", at most cluster_rows = ", most, " apart"),
                   text(c.row_ptr[i], " at ", i), "number clusters in the order of their rows");
   }
   for (int64_t i = 0; i < clusters.numel(); ++i)
     if (c.chosen[i] < -1 || c.chosen[i] >= c.count)
-      args.refuse("clusters", text("clusters from 0 to ", c.count - 1, " or -1"), text(c.chosen[i], " at ", i),
-                  "number clusters as row_ptr does");
+      args.refuse("clusters", text("clusters from 0 to ", c.count - 1, " or -1"),
+                  text(c.chosen[i], " at ", i), "number clusters as row_ptr does");
   return c;
 }
 
@@ -93,10 +99,11 @@ inline void check_rows(const xk::SparseUpdate& a, const Arguments& args) {
 inline void check_bags(const xk::BagStep& a, const Arguments& args) {
   for (int64_t b = 0; b <= a.bags; ++b)
     if (a.offset[b] < (b ? a.offset[b - 1] : 0) || a.offset[b] > a.count)
-      args.refuse("offset", text("ascending numbers from 0 to ", a.count), text(a.offset[b], " at ", b),
+      args.refuse("offset", text("ascending numbers from 0 to ", a.count),
+                  text(a.offset[b], " at ", b),
                   "let bag b begin at offset[b] and end at offset[b + 1]");
   for (int64_t j = 0; j < a.count; ++j)
     if (a.token[j] < -1 || a.token[j] >= a.n)
-      args.refuse("token", text("rows from 0 to ", a.n - 1, ", or -1 as fill"), text(a.token[j], " at ", j),
-                  "number tokens within weight");
+      args.refuse("token", text("rows from 0 to ", a.n - 1, ", or -1 as fill"),
+                  text(a.token[j], " at ", j), "number tokens within weight");
 }

@@ -1,5 +1,5 @@
-// Torch's view of the CPU kernels, on the stable ABI. Arguments arrive checked by xmlkernels/ops; what would corrupt
-// memory is checked once more, since the dispatcher can be called without them.
+// Torch's view of the CPU kernels, on the stable ABI. Arguments arrive checked by xmlkernels/ops;
+// what would corrupt memory is checked once more, since the dispatcher can be called without them.
 #include "bindings_arguments.h"
 #include "bindings_rows.h"
 
@@ -10,7 +10,8 @@ void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* ctx) {
 }
 int threads() { return int(torch::stable::get_num_threads()); }
 constexpr xk::Host kHost{&parallel_for, &threads};
-constexpr int64_t kLargestK = 65536;  // results of a sample beyond the rows of the table, which are all padding
+constexpr int64_t kLargestK = 65536;  // results of a sample beyond the rows of the table, which are
+                                      // all padding
 
 // A kernel takes all its memory before it writes.
 template <class Args>
@@ -18,31 +19,29 @@ void run(const Arguments& args, void (*kernel)(const Args&, const xk::Host&), co
   try {
     kernel(a, kHost);
   } catch (const std::bad_alloc&) {
-    throw std::runtime_error(text(args.op, ": expected memory for its work, got none; ask for less at once"));
+    throw std::runtime_error(
+        text(args.op, ": expected memory for its work, got none; ask for less at once"));
   }
 }
 
-std::tuple<Tensor, Tensor> bce_step_(Tensor weight, Tensor x, Tensor pos_row, Tensor pos_sample, Tensor hyper,
-                                     Tensor counter, Maybe pos_value, Maybe bias, Maybe momentum, Maybe second,
-                                     Maybe kahan, Maybe row_scale, int64_t row_offset, int64_t rows, bool decoupled,
+std::tuple<Tensor, Tensor> bce_step_(Tensor weight, Tensor x, Tensor pos_row, Tensor pos_sample,
+                                     Tensor hyper, Tensor counter, Maybe pos_value, Maybe bias,
+                                     Maybe momentum, Maybe second, Maybe kahan, Maybe row_scale,
+                                     int64_t row_offset, int64_t rows, bool decoupled,
                                      bool need_loss, double skip_below, Maybe skipped) {
   Arguments args("bce_step_", weight, "weight");
-  args.expect(momentum || !second, "second", "momentum beside it (Adam has both moments)", "None", "pass momentum too");
-  const xk::RowState state = row_state_of(args, weight, "weight", {momentum, second, kahan, {}, {}, {}, row_scale}, hyper,
-                                          counter, row_offset, decoupled, true);
-  args.expect(!state.row_wise, "second", "one value for each of the table's", "one for each row", "reshape it");
-  const int64_t n = weight.size(0);
+  args.expect(momentum || !second, "second", "momentum beside it (Adam has both moments)", "None",
+              "pass momentum too");
   xk::BceStep a{};
+  a.state = row_state_of(args, weight, "weight", {momentum, second, kahan, {}, {}, {}, row_scale},
+                         hyper, counter, row_offset, decoupled, true);
+  args.expect(!a.state.row_wise, "second", "one value for each of the table's", "one for each row",
+              "reshape it");
+  const int64_t n = weight.size(0);
   a.batch = batch_of(args, x, weight);
-  a.table = {state.weight, state.dtype, real_rows(args, rows, n), args.write<float>(bias, "bias", {n}), state.row_scale};
-  a.positives = positives_of(args, pos_row, pos_sample, pos_value, a.batch.size, a.table.rows);
-  a.hyper = state.hyper;
-  a.counter = state.counter;
-  a.momentum = state.momentum;
-  a.second = state.second;
-  a.kahan = state.kahan;
-  a.row_offset = row_offset;
-  a.decoupled = decoupled;
+  a.rows = real_rows(args, rows, n);
+  a.bias = args.write<float>(bias, "bias", {n});
+  a.positives = positives_of(args, pos_row, pos_sample, pos_value, a.batch.size, a.rows);
   if (!(skip_below >= 0 && skip_below < std::numeric_limits<double>::infinity()))
     args.refuse("skip_below", "a finite number from 0 (skips nothing)", text(skip_below),
                 "pass the change of a weight that may be left out");
@@ -55,8 +54,8 @@ std::tuple<Tensor, Tensor> bce_step_(Tensor weight, Tensor x, Tensor pos_row, Te
   return {dx, loss};
 }
 
-Tensor bce_loss(Tensor x, Tensor weight, Maybe bias, Tensor pos_row, Tensor pos_sample, Maybe pos_value,
-                Maybe row_scale, int64_t rows) {
+Tensor bce_loss(Tensor x, Tensor weight, Maybe bias, Tensor pos_row, Tensor pos_sample,
+                Maybe pos_value, Maybe row_scale, int64_t rows) {
   Arguments args("bce_loss", weight, "weight");
   xk::BceLoss a{};
   a.table = table_of(args, weight, bias, rows, row_scale);
@@ -68,16 +67,18 @@ Tensor bce_loss(Tensor x, Tensor weight, Maybe bias, Tensor pos_row, Tensor pos_
   return loss;
 }
 
-std::tuple<Tensor, Tensor, Tensor> bce_loss_backward(Tensor x, Tensor weight, Maybe bias, Tensor pos_row,
-                                                     Tensor pos_sample, Maybe pos_value, Maybe row_scale,
-                                                     int64_t rows, bool need_dweight, bool need_dbias) {
+std::tuple<Tensor, Tensor, Tensor> bce_loss_backward(Tensor x, Tensor weight, Maybe bias,
+                                                     Tensor pos_row, Tensor pos_sample,
+                                                     Maybe pos_value, Maybe row_scale, int64_t rows,
+                                                     bool need_dweight, bool need_dbias) {
   Arguments args("bce_loss_backward", weight, "weight");
   xk::BceLossBackward a{};
   a.table = table_of(args, weight, bias, rows, row_scale);
   a.batch = batch_of(args, x, weight);
   a.positives = positives_of(args, pos_row, pos_sample, pos_value, a.batch.size, a.table.rows);
   const int64_t n = weight.size(0), d = weight.size(1);
-  Tensor dx = args.result({x.size(0), d}), dweight = need_dweight ? args.result({n, d}) : args.result({0}),
+  Tensor dx = args.result({x.size(0), d}),
+         dweight = need_dweight ? args.result({n, d}) : args.result({0}),
          dbias = args.result({need_dbias ? n : 0});
   // Padding rows have no gradient; the kernel writes the real ones.
   if (need_dweight && a.table.rows < n) torch::stable::zero_(dweight);
@@ -89,16 +90,19 @@ std::tuple<Tensor, Tensor, Tensor> bce_loss_backward(Tensor x, Tensor weight, Ma
   return {dx, dweight, dbias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> cluster_step_(Tensor weight, Tensor x, Tensor clusters, Tensor row_ptr,
-                                                 int64_t cluster_rows, Tensor pos_row, Tensor pos_sample, Tensor hyper,
-                                                 Tensor counter, Maybe pos_value, Maybe bias, Maybe momentum,
-                                                 Maybe second, Maybe kahan, Maybe row_scale, int64_t row_offset,
-                                                 int64_t rows, bool decoupled, bool need_loss) {
+std::tuple<Tensor, Tensor, Tensor> cluster_step_(Tensor weight, Tensor x, Tensor clusters,
+                                                 Tensor row_ptr, int64_t cluster_rows,
+                                                 Tensor pos_row, Tensor pos_sample, Tensor hyper,
+                                                 Tensor counter, Maybe pos_value, Maybe bias,
+                                                 Maybe momentum, Maybe second, Maybe kahan,
+                                                 Maybe row_scale, int64_t row_offset, int64_t rows,
+                                                 bool decoupled, bool need_loss) {
   Arguments args("cluster_step_", weight, "weight");
-  args.expect(momentum || !second, "second", "momentum beside it (Adam has both moments)", "None", "pass momentum too");
+  args.expect(momentum || !second, "second", "momentum beside it (Adam has both moments)", "None",
+              "pass momentum too");
   xk::ClusterStep a{};
-  a.state = row_state_of(args, weight, "weight", {momentum, second, kahan, {}, {}, {}, row_scale}, hyper, counter,
-                         row_offset, decoupled, true);
+  a.state = row_state_of(args, weight, "weight", {momentum, second, kahan, {}, {}, {}, row_scale},
+                         hyper, counter, row_offset, decoupled, true);
   const int64_t n = weight.size(0);
   a.batch = batch_of(args, x, weight);
   a.rows = real_rows(args, rows, n);
@@ -114,21 +118,24 @@ std::tuple<Tensor, Tensor, Tensor> cluster_step_(Tensor weight, Tensor x, Tensor
   return {dx, scores, loss};
 }
 
-std::tuple<Tensor, Tensor> matmul_topk(Tensor x, Tensor weight, Maybe bias, int64_t k, Maybe exclude,
-                                       Maybe row_scale, int64_t row_offset, int64_t rows) {
+std::tuple<Tensor, Tensor> matmul_topk(Tensor x, Tensor weight, Maybe bias, int64_t k,
+                                       Maybe exclude, Maybe row_scale, int64_t row_offset,
+                                       int64_t rows) {
   Arguments args("matmul_topk", weight, "weight");
   xk::MatmulTopk a{};
   a.table = table_of(args, weight, bias, rows, row_scale);
   a.batch = batch_of(args, x, weight);
   const int64_t n = weight.size(0), most = n > kLargestK ? n : kLargestK;
   if (k < 1 || k > most)
-    args.refuse("k", text("1 to ", most), text(k), "ask for at least one label, and no more than there are");
+    args.refuse("k", text("1 to ", most), text(k),
+                "ask for at least one label, and no more than there are");
   args.offset(row_offset, n);
   a.k = k;
   a.row_offset = row_offset;
   a.exclude = args.read<int64_t>(exclude, "exclude", {a.batch.size, -1});
   a.exclude_width = exclude ? exclude->size(1) : 0;
-  Tensor values = args.result({a.batch.size, k}), best = args.result({a.batch.size, k}, ScalarType::Long);
+  Tensor values = args.result({a.batch.size, k}),
+         best = args.result({a.batch.size, k}, ScalarType::Long);
   a.values = static_cast<float*>(values.mutable_data_ptr());
   a.rows = static_cast<int64_t*>(best.mutable_data_ptr());
   run(args, &xk::matmul_topk, a);
@@ -176,9 +183,10 @@ Tensor shortlist_matmul(Tensor x, Tensor weight, Maybe bias, Tensor index, Maybe
   return logits;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> shortlist_backward(Tensor dlogits, Tensor x, Tensor weight, Tensor index,
-                                                              Maybe row_scale, bool need_dx, bool need_dweight,
-                                                              bool need_dbias) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> shortlist_backward(Tensor dlogits, Tensor x,
+                                                              Tensor weight, Tensor index,
+                                                              Maybe row_scale, bool need_dx,
+                                                              bool need_dweight, bool need_dbias) {
   Arguments args("shortlist_backward", weight, "weight");
   xk::ShortlistBackward a{};
   a.table = table_of(args, weight, Maybe(), -1, row_scale);

@@ -1,5 +1,5 @@
-// Torch's view of the CUDA kernels, on the stable ABI; compiled with -DUSE_CUDA -DXK_CUDA into a library of its own. No
-// check here reads a tensor's values: that would wait for the device.
+// Torch's view of the CUDA kernels, on the stable ABI; compiled with -DUSE_CUDA -DXK_CUDA into a
+// library of its own. No check here reads a tensor's values: that would wait for the device.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
@@ -8,15 +8,17 @@
 
 namespace {
 
-// Runs a kernel on the table's device and current stream, with a workspace that torch's allocator takes back in the
-// stream's order.
+// Runs a kernel on the table's device and current stream, with a workspace that torch's allocator
+// takes back in the stream's order.
 template <class Args>
 void launch(const Tensor& table, const Args& args, int64_t (*workspace_bytes)(const Args&),
             void (*kernel)(const Args&, void*, void*)) {
   const torch::stable::accelerator::DeviceGuard guard(table.get_device_index());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(table.get_device_index(), &stream));
-  Tensor workspace = torch::stable::empty({workspace_bytes(args)}, ScalarType::Byte, std::nullopt, table.device());
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_current_cuda_stream(table.get_device_index(), &stream));
+  Tensor workspace =
+      torch::stable::empty({workspace_bytes(args)}, ScalarType::Byte, std::nullopt, table.device());
   kernel(args, workspace.mutable_data_ptr(), stream);
 }
 
@@ -27,8 +29,8 @@ void run_sparse_update(const xk::SparseUpdate& a, const Arguments&, const Tensor
 void run_bag_step(const xk::BagStep& a, const Arguments& args, const Tensor& weight) {
   if (a.count > xk::cuda::kMaxOccurrences || a.n > xk::cuda::kMaxBagRows)
     args.refuse("token and weight",
-                text("at most ", xk::cuda::kMaxOccurrences, " occurrences and ", xk::cuda::kMaxBagRows,
-                     " rows on a CUDA device"),
+                text("at most ", xk::cuda::kMaxOccurrences, " occurrences and ",
+                     xk::cuda::kMaxBagRows, " rows on a CUDA device"),
                 text(a.count, " and ", a.n), "shard the table, or take smaller batches");
   launch(weight, a, &xk::cuda::bag_step_workspace, &xk::cuda::bag_step);
 }

@@ -25,10 +25,11 @@ int64_t collect(const BagStep& a, Occurrence* out) {
   return count;
 }
 
-// Sorts by row and keeps the order of equal rows. Radix sort from the lowest digit up, in blocks of a fixed size: each
-// block's share of each digit has a place of its own, so threads neither meet nor reach the result. Returns the array
-// in which the result lies.
-Occurrence* sort_by_row(Occurrence* from, Occurrence* to, int64_t count, int64_t n, const Host& host) {
+// Sorts by row and keeps the order of equal rows. Radix sort from the lowest digit up, in blocks of
+// a fixed size: each block's share of each digit has a place of its own, so threads neither meet
+// nor reach the result. Returns the array in which the result lies.
+Occurrence* sort_by_row(Occurrence* from, Occurrence* to, int64_t count, int64_t n,
+                        const Host& host) {
   const int64_t blocks = ceil_div(count, kBlock);
   Buffer<int64_t> places(blocks * kDigits);
   const int bits = 64 - __builtin_clzll(uint64_t(max64(n - 1, 1)));
@@ -61,13 +62,14 @@ Occurrence* sort_by_row(Occurrence* from, Occurrence* to, int64_t count, int64_t
 
 // kChunkVecs vectors at a time stay in registers over all occurrences of the row.
 template <DType kType>
-void sum_columns(const BagStep& a, const Occurrence* first, const Occurrence* last, int64_t column, int64_t count,
-                 float scale, float* out) {
+void sum_columns(const BagStep& a, const Occurrence* first, const Occurrence* last, int64_t column,
+                 int64_t count, float scale, float* out) {
   const int64_t size = dtype_size(kType);
   Chunk sum{};
   for (const Occurrence* o = first; o < last; ++o) {
     alignas(64) unsigned char copy[kChunk * 4];
-    const void* from = static_cast<const unsigned char*>(a.grad) + (o->bag * a.state.width + column) * size;
+    const void* from =
+        static_cast<const unsigned char*>(a.grad) + (o->bag * a.state.width + column) * size;
     if (count < kChunk) {  // whole vectors would read past the last bag
       std::memset(copy, 0, sizeof copy);
       std::memcpy(copy, from, size_t(count * size));
@@ -75,14 +77,15 @@ void sum_columns(const BagStep& a, const Occurrence* first, const Occurrence* la
     }
     const vf weight = splat(o->weight);
 #pragma GCC unroll 8
-    for (int i = 0; i < kChunkVecs; ++i) sum.v[i] = sum.v[i] + weight * load_as_f32(from, kType, i * kLanes);
+    for (int i = 0; i < kChunkVecs; ++i)
+      sum.v[i] = sum.v[i] + weight * load_as_f32(from, kType, i * kLanes);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kChunkVecs; ++i) store(out + i * kLanes, sum.v[i] * scale);
 }
 
 void sum_row(const BagStep& a, const Occurrence* first, const Occurrence* last, float* out) {
-  const float scale = a.state.hyper[5];
+  const float scale = a.state.hyper->scale;
   for (int64_t c = 0; c < a.state.width; c += kChunk) {
     const int64_t count = min64(kChunk, a.state.width - c);
     if (a.grad_dtype == DType::f32)
@@ -106,7 +109,8 @@ void bag_step(const BagStep& a, const Host& host) {
   const RowPrefetch prefetch(a.state);
   GradientRows gradients(a.state.width, worker_count(host, items));
   for_each_item(host, items, [&](int64_t item, int64_t worker) {
-    // A work item owns the rows that begin in its share of the occurrences, and follows the last of them to its end.
+    // A work item owns the rows that begin in its share of the occurrences, and follows the last of
+    // them to its end.
     const int64_t share_end = min64(count, (item + 1) * kShare);
     int64_t at = item * kShare;
     while (at > 0 && at < share_end && sorted[at].row == sorted[at - 1].row) ++at;

@@ -1,8 +1,8 @@
 // The walk over all tiles that bce_step and bce_loss_backward share.
 //
-// Labels are cut into segments; a segment is one worker's until it is done, so a row has one owner. Each segment sums
-// its share of dX in an array of its own, and these arrays are added in ascending order at the end: neither the
-// number of threads nor their timing reaches the result.
+// Labels are cut into segments; a segment is one worker's until it is done, so a row has one owner.
+// Each segment sums its share of dX in an array of its own, and these arrays are added in ascending
+// order at the end: neither the number of threads nor their timing reaches the result.
 #pragma once
 
 #include <memory>
@@ -20,7 +20,8 @@ struct Pass {
   float* loss;     // [1] or null
   bool row_sums;   // the sink wants bias(row, gradient)
   bool gradients;  // the sink wants columns() and row()
-  // Tiles of kSkipGroup rows without a positive whose sigmoids all lie below it give no gradient; 0: there are none.
+  // Tiles of kSkipGroup rows without a positive whose sigmoids all lie below it give no gradient;
+  // 0: there are none.
   double skip_sigmoid = 0;
   bool idle_rows = true;       // the sink still wants the rows of such a tile, with a gradient of 0
   int64_t* skipped = nullptr;  // [2] their number and that of all tiles are added to it
@@ -37,7 +38,8 @@ static void idle_tile(const Plan& p, int64_t first, int64_t count, float* zeros,
 }
 
 // dx = dx_scale * sum of the partials [segments, B, width_pad].
-inline void sum_partials(const Plan& p, const float* partials, float dx_scale, float* dx, const Host& host) {
+inline void sum_partials(const Plan& p, const float* partials, float dx_scale, float* dx,
+                         const Host& host) {
   const int64_t stride = p.batch * p.width_pad;
   for_each_item(host, p.batch, [&](int64_t b, int64_t) {
     for (int64_t d = 0; d < p.width; d += kLanes) {
@@ -50,7 +52,8 @@ inline void sum_partials(const Plan& p, const float* partials, float dx_scale, f
   });
 }
 
-inline bool idle(const Plan& p, const Pass& pass, int64_t first, int64_t count, const float* logits) {
+inline bool idle(const Plan& p, const Pass& pass, int64_t first, int64_t count,
+                 const float* logits) {
   const int64_t at = first_positive(pass.positives, first);
   if (at < pass.positives.count && pass.positives.row[at] < first + count) return false;
   return largest_sigmoid(p, pass.table, first, count, logits) < pass.skip_sigmoid;
@@ -65,8 +68,10 @@ static void run_pass(const Pass& pass, const Host& host, const Sink& make) {
   Buffer<float> partials(p.segments * partial);
   Buffer<double> losses(p.segments);
   // All memory is taken before the first write, so that a failure leaves the table as it was.
-  std::unique_ptr<std::unique_ptr<TileSpace<T>>[]> spaces(new std::unique_ptr<TileSpace<T>>[size_t(workers)]);
-  for (int64_t w = 0; w < workers; ++w) spaces[size_t(w)].reset(new TileSpace<T>(p, pass.table.dtype != T::kDType));
+  std::unique_ptr<std::unique_ptr<TileSpace<T>>[]> spaces(
+      new std::unique_ptr<TileSpace<T>>[size_t(workers)]);
+  for (int64_t w = 0; w < workers; ++w)
+    spaces[size_t(w)].reset(new TileSpace<T>(p, pass.table.dtype != T::kDType));
   const int64_t row_bytes = p.width * dtype_size(pass.table.dtype);
   const bool sums = pass.loss || pass.row_sums;
   std::atomic<int64_t> skipped{0};
@@ -80,13 +85,13 @@ static void run_pass(const Pass& pass, const Host& host, const Sink& make) {
     for (int64_t first = segment * p.segment_rows; first < end; first += p.tile) {
       const int64_t count = min64(p.tile, end - first);
       const typename T::elem* rows = tile_rows<T>(p, pass.table, first, count, space);
-      gemm<T>(count, p.batch, p.width, rows, p.width, T::kPair, x.by_width.data, x.width_panel, space.logits.data,
-              p.z_row, false);
+      gemm<T>(count, p.batch, p.width, rows, p.width, T::kPair, x.by_width.data, x.width_panel,
+              space.logits.data, p.z_row, false);
       if (skips && idle(p, pass, first, count, space.logits.data)) {
         skipped.fetch_add(1, std::memory_order_relaxed);
         if (pass.loss)
-          loss += tile_gradient<T>(p, pass.table, pass.positives, first, count, pass.scale, true, space,
-                                   [](int64_t, double) {});
+          loss += tile_gradient<T>(p, pass.table, pass.positives, first, count, pass.scale, true,
+                                   space, [](int64_t, double) {});
         if (pass.idle_rows) idle_tile(p, first, count, space.dw.data, sink);
         continue;
       }
@@ -102,7 +107,8 @@ static void run_pass(const Pass& pass, const Host& host, const Sink& make) {
     losses.data[segment] = loss;
     for (int64_t i = 0; !accumulate && i < partial; ++i) partials.data[segment * partial + i] = 0;
   });
-  if (pass.skipped) pass.skipped[0] += skipped.load(), pass.skipped[1] += ceil_div(p.rows, kSkipGroup);
+  if (pass.skipped)
+    pass.skipped[0] += skipped.load(), pass.skipped[1] += ceil_div(p.rows, kSkipGroup);
   sum_partials(p, partials.data, pass.dx_scale, pass.dx, host);
   if (pass.loss) {
     double loss = 0;

@@ -8,26 +8,10 @@ namespace xk::XK_NS {
 
 namespace {
 
-RowState rows_of(const BceStep& a) {
-  RowState s{};
-  s.weight = const_cast<void*>(a.table.weight);
-  s.dtype = a.table.dtype;
-  s.width = a.batch.width;
-  s.momentum = a.momentum;
-  s.second = a.second;
-  s.kahan = a.kahan;
-  s.hyper = a.hyper;
-  s.counter = a.counter;
-  s.row_scale = const_cast<float*>(a.table.row_scale);
-  s.row_offset = a.row_offset;
-  s.decoupled = a.decoupled;
-  return s;
-}
-
 struct StepSink : Update {
   float* bias_data;
 
-  StepSink(const BceStep& a) : Update(rows_of(a)), bias_data(const_cast<float*>(a.table.bias)) {}
+  StepSink(const BceStep& a) : Update(a.state), bias_data(a.bias) {}
   void bias(int64_t row, double gradient) {
     if (!bias_data) return;
     const float b = float(bias_data[row] - double(lr) * gradient);
@@ -35,7 +19,8 @@ struct StepSink : Update {
   }
 };
 
-// The sigmoid below which lr |scale| sigmoid max_d(sum_b |x_bd|) < skip_below; a bias is a weight of an x that is 1.
+// The sigmoid below which lr |scale| sigmoid max_d(sum_b |x_bd|) < skip_below; a bias is a weight
+// of an x that is 1.
 double skip_sigmoid(const BceStep& a) {
   if (!(a.skip_below > 0)) return 0;
   Buffer<float> row(a.batch.width);
@@ -45,9 +30,11 @@ double skip_sigmoid(const BceStep& a) {
     widen(a.batch.x, a.batch.dtype, b * a.batch.width, a.batch.width, row.data);
     for (int64_t d = 0; d < a.batch.width; ++d) sum.data[d] += std::abs(double(row.data[d]));
   }
-  double reach = a.table.bias ? double(a.batch.size) : 0;
+  double reach = a.bias ? double(a.batch.size) : 0;
   for (int64_t d = 0; d < a.batch.width; ++d) reach = sum.data[d] > reach ? sum.data[d] : reach;
-  return a.skip_below / (std::abs(double(a.hyper[0]) * a.hyper[5]) * reach);  // infinity where nothing can change
+  const Hyper& hyper = *a.state.hyper;
+  return a.skip_below / (std::abs(double(hyper.lr) * hyper.scale) * reach);  // infinity where
+                                                                             // nothing can change
 }
 
 }  // namespace
@@ -59,10 +46,13 @@ void bce_step(const BceStep& a, const Host& host) {
     if (a.loss) *a.loss = nan;
     return;
   }
-  Pass pass{a.batch, a.table, a.positives, a.hyper[5], a.hyper[6], a.dx, a.loss, a.table.bias != nullptr, true};
+  const Hyper& hyper = *a.state.hyper;
+  const Table table = table_of(a.state, a.rows, a.bias);
+  Pass pass{a.batch, table,  a.positives,       hyper.scale, hyper.dx_scale,
+            a.dx,    a.loss, a.bias != nullptr, true};
   pass.skip_sigmoid = skip_sigmoid(a);
   // Nothing would change: plain SGD without decay.
-  pass.idle_rows = a.momentum.data || a.kahan.data || a.hyper[1] != 0;
+  pass.idle_rows = a.state.momentum.data || a.state.kahan.data || hyper.decay != 0;
   pass.skipped = a.skipped;
   run_pass_for(pass, host, StepSink(a));
 }

@@ -1,4 +1,5 @@
-// What the three BCE kernels share: sizes, packed batch, and one tile of labels from logits to gradient.
+// What the three BCE kernels share: sizes, packed batch, and one tile of labels from logits to
+// gradient.
 #pragma once
 
 #include <cmath>
@@ -8,31 +9,40 @@
 
 namespace xk::XK_NS {
 
-// Bytes of a tile's arrays (rows, packed rows, logits, gradient): with the packed batch they should stay in L2.
+// Bytes of a tile's arrays (rows, packed rows, logits, gradient): with the packed batch they should
+// stay in L2.
 constexpr int64_t kTileBytes = 320 << 10;
-constexpr int64_t kPartialBytes = 32 << 20;  // all partial sums of dX together, for B and D up to 1024
+constexpr int64_t kPartialBytes = 32 << 20;  // all partial sums of dX together, for B and D up to
+                                             // 1024
 constexpr int64_t kMaxSegments = 64, kMinSegments = 8, kMinSegmentRows = 256;
 
 // With the instruction for it; both formats are exact in bf16.
 inline bool products_in_bf16(DType table) { return table == DType::bf16 || table == DType::f8; }
 
-// Sizes of one call, a function of the shapes alone: which rows share a partial sum of dX decides its last bits.
+// A table that a step updates, as the tiles read it.
+inline Table table_of(const RowState& s, int64_t rows, const float* bias) {
+  return {s.weight, s.dtype, rows, bias, s.row_scale};
+}
+
+// Sizes of one call, a function of the shapes alone: which rows share a partial sum of dX decides
+// its last bits.
 struct Plan {
   int64_t batch, width, rows;
   int64_t batch_pad, width_pad;  // whole vectors
-  int64_t z_row;                 // row stride of logits and gradient; never a power of two, so that a column of them
-                                 // does not fall into one cache set
+  int64_t z_row;  // row stride of logits and gradient; never a power of two, so that a column of
+                  // them does not fall into one cache set
   int64_t tile, segments, segment_rows;
 
   // group: above 0, a tile is one such group of rows.
   Plan(const Batch& x, const Table& t, int64_t elem, int64_t group = 0)
-      : batch(x.size), width(x.width), rows(t.rows),
-        batch_pad(round_up(batch, kLanes)), width_pad(round_up(width, kLanes)), z_row(batch_pad + kLanes) {
+      : batch(x.size), width(x.width), rows(t.rows), batch_pad(round_up(batch, kLanes)),
+        width_pad(round_up(width, kLanes)), z_row(batch_pad + kLanes) {
     const int64_t partial = max64(1, batch * width_pad * 4);
     segments = max64(kMinSegments, min64(kMaxSegments, kPartialBytes / partial));
     segment_rows = round_up(max64(kMinSegmentRows, ceil_div(rows, segments)), max64(2, group));
     segments = ceil_div(rows, segment_rows);
-    // As large as the cache allows, and then all of one size: a short last tile costs a pass over dX all the same.
+    // As large as the cache allows, and then all of one size: a short last tile costs a pass over
+    // dX all the same.
     const int64_t row_bytes = 2 * width * elem + batch * (elem == 4 ? 4 : 8), step = 2 * kRows;
     tile = max64(8, min64(16, kTileBytes / row_bytes / step)) * step;
     tile = group ? group : round_up(ceil_div(segment_rows, ceil_div(segment_rows, tile)), step);
@@ -41,7 +51,8 @@ struct Plan {
 
 inline bool all_finite(const Batch& x) { return all_finite(x.x, x.dtype, 0, x.size * x.width); }
 
-// The batch as the two products over labels need it: `by_width` runs over d (logits), `by_batch` over b (dW).
+// The batch as the two products over labels need it: `by_width` runs over d (logits), `by_batch`
+// over b (dW).
 template <class T>
 struct PackedBatch {
   using elem = typename T::elem;
@@ -56,17 +67,22 @@ struct PackedBatch {
     convert<T>(x, plain.data);
     const elem* p = plain.data;
     const int64_t width = x.width, size = x.size, first = ceil_div(size, kPanel);
-    for_each_item(host, first + (need_by_batch ? ceil_div(width, kPanel) : 0), [&](int64_t item, int64_t) {
-      if (item < first) {
-        const int64_t b = item * kPanel;
-        pack_panel<T>(width, min64(kPanel, size - b), [=](int64_t k, int64_t j) { return p[(b + j) * width + k]; },
-                      by_width.data + item * width_panel);
-      } else {
-        const int64_t d = (item - first) * kPanel;
-        pack_panel<T>(size, min64(kPanel, width - d), [=](int64_t k, int64_t j) { return p[k * width + d + j]; },
-                      by_batch.data + (item - first) * batch_panel);
-      }
-    });
+    for_each_item(host, first + (need_by_batch ? ceil_div(width, kPanel) : 0),
+                  [&](int64_t item, int64_t) {
+                    if (item < first) {
+                      const int64_t b = item * kPanel;
+                      pack_panel<T>(
+                          width, min64(kPanel, size - b),
+                          [=](int64_t k, int64_t j) { return p[(b + j) * width + k]; },
+                          by_width.data + item * width_panel);
+                    } else {
+                      const int64_t d = (item - first) * kPanel;
+                      pack_panel<T>(
+                          size, min64(kPanel, width - d),
+                          [=](int64_t k, int64_t j) { return p[k * width + d + j]; },
+                          by_batch.data + (item - first) * batch_panel);
+                    }
+                  });
   }
 };
 
@@ -78,17 +94,14 @@ struct TileSpace {
   Buffer<elem> packed;   // the rows as right operand of dX
   Buffer<float> logits;  // [tile, z_row]; the fp32 gradient takes their place
   Buffer<uint16_t> half, half_pairs;  // the bf16 gradient [tile, z_row] and [tile / 2, z_row, 2]
-  Buffer<float> target;  // [z_row] zeros between rows
-  Buffer<float> dw;      // [kRows, kChunk]
+  Buffer<float> target;               // [z_row] zeros between rows
+  Buffer<float> dw;                   // [kRows, kChunk]
 
   TileSpace(const Plan& p, bool widened)
       : wide(widened ? p.tile * p.width : 0),
-        packed(ceil_div(p.width, kPanel) * panel_elems<T>(p.tile)),
-        logits(p.tile * p.z_row),
+        packed(ceil_div(p.width, kPanel) * panel_elems<T>(p.tile)), logits(p.tile * p.z_row),
         half(T::kPair == 2 ? p.tile * p.z_row : 0),
-        half_pairs(T::kPair == 2 ? p.tile * p.z_row : 0),
-        target(p.z_row),
-        dw(kRows * kChunk) {
+        half_pairs(T::kPair == 2 ? p.tile * p.z_row : 0), target(p.z_row), dw(kRows * kChunk) {
     for (int64_t i = 0; i < p.z_row; ++i) target.data[i] = 0;
   }
   elem* gradient() {
@@ -99,9 +112,11 @@ struct TileSpace {
   }
 };
 
-// Rows of an 8-bit table times their scale: exact in fp32, and in bf16 too, which has the bits for three of mantissa.
+// Rows of an 8-bit table times their scale: exact in fp32, and in bf16 too, which has the bits for
+// three of mantissa.
 template <class T>
-static void decode_rows(const Table& table, int64_t first, int64_t count, int64_t width, typename T::elem* out) {
+static void decode_rows(const Table& table, int64_t first, int64_t count, int64_t width,
+                        typename T::elem* out) {
   for (int64_t i = 0; i < count; ++i, out += width) {
     const uint8_t* row = static_cast<const uint8_t*>(table.weight) + (first + i) * width;
     const float scale = table.row_scale[2 * (first + i)];
@@ -121,11 +136,13 @@ static void decode_rows(const Table& table, int64_t first, int64_t count, int64_
   }
 }
 
-// Rows first..first+count of the table in the product's format, row stride D: in place where the formats agree.
+// Rows first..first+count of the table in the product's format, row stride D: in place where the
+// formats agree.
 template <class T>
-static const typename T::elem* tile_rows(const Plan& p, const Table& table, int64_t first, int64_t count,
-                                         TileSpace<T>& space) {
-  if (table.dtype == T::kDType) return static_cast<const typename T::elem*>(table.weight) + first * p.width;
+static const typename T::elem* tile_rows(const Plan& p, const Table& table, int64_t first,
+                                         int64_t count, TileSpace<T>& space) {
+  if (table.dtype == T::kDType)
+    return static_cast<const typename T::elem*>(table.weight) + first * p.width;
   if (table.dtype == DType::f8) {
     decode_rows<T>(table, first, count, p.width, space.wide.data);
   } else if constexpr (T::kPair == 1) {
@@ -151,9 +168,11 @@ struct RowSums {
   double loss = 0, gradient = 0;
 };
 
-// One row of logits -> scale * (sigmoid(z) - y), subtracted in fp32 before any narrower format, and the BCE sum.
+// One row of logits -> scale * (sigmoid(z) - y), subtracted in fp32 before any narrower format, and
+// the BCE sum.
 template <class T, bool kTargets, bool kLoss>
-XK_INLINE RowSums gradient_row(const Plan& p, float* z, float bias, const float* target, float scale, uint16_t* half) {
+XK_INLINE RowSums gradient_row(const Plan& p, float* z, float bias, const float* target,
+                               float scale, uint16_t* half) {
   vf loss{}, total{};
   for (int64_t j = 0; j < p.batch_pad; j += kLanes) {
     const vf v = load<vf>(z + j) + bias, e = exp_negative(-vabs(v)), r = 1.0f / (1.0f + e);
@@ -177,10 +196,11 @@ XK_INLINE RowSums gradient_row(const Plan& p, float* z, float bias, const float*
   return kLoss ? RowSums{lane_sum(loss), lane_sum(total)} : RowSums{};
 }
 
-// Logits of a tile become its gradient. `sums` asks for the loss and, through `row_sum`, the gradient of the bias.
+// Logits of a tile become its gradient. `sums` asks for the loss and, through `row_sum`, the
+// gradient of the bias.
 template <class T, class F>
-static double tile_gradient(const Plan& p, const Table& table, const Positives& pos, int64_t first, int64_t count,
-                            float scale, bool sums, TileSpace<T>& space, F row_sum) {
+static double tile_gradient(const Plan& p, const Table& table, const Positives& pos, int64_t first,
+                            int64_t count, float scale, bool sums, TileSpace<T>& space, F row_sum) {
   double loss = 0;
   int64_t at = first_positive(pos, first);
   for (int64_t i = 0; i < count; ++i) {
@@ -188,7 +208,8 @@ static double tile_gradient(const Plan& p, const Table& table, const Positives& 
     uint16_t* half = T::kPair == 2 ? space.half.data + i * p.z_row : nullptr;
     const float bias = table.bias ? table.bias[first + i] : 0;
     const int64_t begin = at;
-    for (; at < pos.count && pos.row[at] == first + i; ++at) target[pos.sample[at]] = pos.value ? pos.value[at] : 1;
+    for (; at < pos.count && pos.row[at] == first + i; ++at)
+      target[pos.sample[at]] = pos.value ? pos.value[at] : 1;
     RowSums s;
     if (begin == at)
       s = sums ? gradient_row<T, false, true>(p, z, bias, target, scale, half)
@@ -205,8 +226,10 @@ static double tile_gradient(const Plan& p, const Table& table, const Positives& 
   return loss;
 }
 
-// The largest sigmoid of a tile, from its logits; NaN where one of them is, which a comparison of vectors would lose.
-inline double largest_sigmoid(const Plan& p, const Table& table, int64_t first, int64_t count, const float* logits) {
+// The largest sigmoid of a tile, from its logits; NaN where one of them is, which a comparison of
+// vectors would lose.
+inline double largest_sigmoid(const Plan& p, const Table& table, int64_t first, int64_t count,
+                              const float* logits) {
   vf most = vf{} - INFINITY;
   auto unordered = most != most;
   for (int64_t i = 0; i < count; ++i, logits += p.z_row) {
@@ -228,13 +251,13 @@ inline double largest_sigmoid(const Plan& p, const Table& table, int64_t first, 
 
 // dX [B, width_pad] (+)= G^T W for one tile.
 template <class T>
-static void tile_dx(const Plan& p, const typename T::elem* rows, int64_t count, TileSpace<T>& space, float* dx,
-                    bool accumulate, Prefetch* prefetch) {
+static void tile_dx(const Plan& p, const typename T::elem* rows, int64_t count, TileSpace<T>& space,
+                    float* dx, bool accumulate, Prefetch* prefetch) {
   pack_rows<T>(rows, count, p.width, space.packed.data);
   const int64_t panel = panel_elems<T>(count);
   if constexpr (T::kPair == 1) {
-    gemm<T>(p.batch, p.width, count, space.logits.data, 1, p.z_row, space.packed.data, panel, dx, p.width_pad,
-            accumulate, prefetch);
+    gemm<T>(p.batch, p.width, count, space.logits.data, 1, p.z_row, space.packed.data, panel, dx,
+            p.width_pad, accumulate, prefetch);
   } else {
     const int64_t step = 2 * p.z_row;
     for (int64_t i = 0; i < count; i += 2) {
@@ -245,17 +268,26 @@ static void tile_dx(const Plan& p, const typename T::elem* rows, int64_t count, 
         store(pairs + 2 * j, load_u16(g0 + j) | (second << 16));
       }
     }
-    gemm<T>(p.batch, p.width, round_up(count, 2), space.half_pairs.data, 2, step, space.packed.data, panel, dx,
-            p.width_pad, accumulate, prefetch);
+    gemm<T>(p.batch, p.width, round_up(count, 2), space.half_pairs.data, 2, step, space.packed.data,
+            panel, dx, p.width_pad, accumulate, prefetch);
   }
 }
 
-// dW of a tile, kChunk columns of kRows rows at a time: sink.columns(c) before each run of columns, then
-// sink.row(row, c, count, gradient), where gradient has kChunk fp32 values. x: PackedBatch, or what has its by_batch.
+// dW of a tile, kChunk columns of kRows rows at a time: sink.columns(c) before each run of columns,
+// then sink.row(row, c, count, gradient), where gradient has kChunk fp32 values. x: PackedBatch, or
+// what has its by_batch.
 template <class T, class Packed, class Sink>
-static void tile_dw(const Plan& p, const Packed& x, int64_t first, int64_t count, TileSpace<T>& space,
-                    Sink& sink) {
-  Product<T> product{ceil_div(p.batch, T::kPair), false, nullptr, p.z_row, T::kPair, nullptr, nullptr, kChunk, false};
+static void tile_dw(const Plan& p, const Packed& x, int64_t first, int64_t count,
+                    TileSpace<T>& space, Sink& sink) {
+  Product<T> product{ceil_div(p.batch, T::kPair),
+                     false,
+                     nullptr,
+                     p.z_row,
+                     T::kPair,
+                     nullptr,
+                     nullptr,
+                     kChunk,
+                     false};
   for (int64_t c = 0; c < p.width; c += kChunk) {
     const int64_t columns = min64(kChunk, p.width - c);
     sink.columns(c);
@@ -267,7 +299,8 @@ static void tile_dw(const Plan& p, const Packed& x, int64_t first, int64_t count
         product.c = space.dw.data + j;
         run_micro(product, rows, min64(columns - j, kPanel));
       }
-      for (int64_t r = 0; r < rows; ++r) sink.row(first + i + r, c, columns, space.dw.data + r * kChunk);
+      for (int64_t r = 0; r < rows; ++r)
+        sink.row(first + i + r, c, columns, space.dw.data + r * kChunk);
     }
   }
 }

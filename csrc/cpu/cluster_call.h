@@ -30,24 +30,28 @@ struct PackedSamples {
     group = &g;
     batch_panel = panel_elems<T>(g.samples);
     for (int64_t b = 0; b < g.samples; b += kPanel)
-      pack_panel<T>(width, min64(kPanel, g.samples - b),
-                    [=](int64_t k, int64_t j) { return x[sample[b + j] * width + k]; },
-                    by_width.data + b / kPanel * width_panel);
+      pack_panel<T>(
+          width, min64(kPanel, g.samples - b),
+          [=](int64_t k, int64_t j) { return x[sample[b + j] * width + k]; },
+          by_width.data + b / kPanel * width_panel);
     for (int64_t d = 0; d < width; d += kPanel)
-      pack_panel<T>(g.samples, min64(kPanel, width - d),
-                    [=](int64_t k, int64_t j) { return x[sample[k] * width + d + j]; },
-                    by_batch.data + d / kPanel * batch_panel);
+      pack_panel<T>(
+          g.samples, min64(kPanel, width - d),
+          [=](int64_t k, int64_t j) { return x[sample[k] * width + d + j]; },
+          by_batch.data + d / kPanel * batch_panel);
   }
 };
 
-// Brings the rows of the next cluster, and their states, into the cache while the present one computes.
+// Brings the rows of the next cluster, and their states, into the cache while the present one
+// computes.
 struct ClusterAhead {
   Prefetch array[4] = {{nullptr, 0}, {nullptr, 0}, {nullptr, 0}, {nullptr, 0}};
   int64_t lines = 0;  // of each, at every call of some()
 
   ClusterAhead() = default;
   ClusterAhead(const RowState& s, int64_t first, int64_t rows, int64_t calls) {
-    const State all[4] = {{s.weight, s.dtype}, s.momentum, s.row_wise ? State{nullptr, s.dtype} : s.second, s.kahan};
+    const State all[4] = {
+        {s.weight, s.dtype}, s.momentum, s.row_wise ? State{nullptr, s.dtype} : s.second, s.kahan};
     for (int i = 0; i < 4; ++i) {
       if (!all[i].data) continue;
       const int64_t row = s.width * dtype_size(all[i].dtype);
@@ -70,17 +74,18 @@ struct ClusterCall {
   const Positives positives;
   const RowUpdate update;
   const bool sums;
-  int64_t small_rows;                     // rows of a small tile
+  int64_t small_rows;                      // rows of a small tile
   int64_t most_small = 0, most_large = 0;  // samples of a cluster, at most
-  Buffer<float> x;                        // [B, width_pad]
-  Buffer<typename T::elem> packable;      // [B, D], for large clusters
+  Buffer<float> x;                         // [B, width_pad]
+  Buffer<typename T::elem> packable;       // [B, D], for large clusters
 
   explicit ClusterCall(const ClusterStep& args)
       : a(args), groups(a.clusters, a.batch.size, a.rows, a.positives),
-        plan(a.batch, Table{a.state.weight, a.state.dtype, groups.rows, nullptr, nullptr}, sizeof(typename T::elem)),
-        table{a.state.weight, a.state.dtype, a.rows, a.bias, a.state.row_scale}, positives(groups.positives()),
-        update(a.state),
-        sums(a.loss || a.bias), small_rows(max64(8, min64(kLargeRows, kSmallBytes / (plan.width_pad * 4)))),
+        plan(a.batch, Table{a.state.weight, a.state.dtype, groups.rows, nullptr, nullptr},
+             sizeof(typename T::elem)),
+        table(table_of(a.state, a.rows, a.bias)), positives(groups.positives()), update(a.state),
+        sums(a.loss || a.bias),
+        small_rows(max64(8, min64(kLargeRows, kSmallBytes / (plan.width_pad * 4)))),
         x(plan.batch * plan.width_pad), packable(plan.batch * plan.width) {
     for (int64_t i = 0; i < groups.count; ++i) {
       int64_t& most = is_large(groups.group.data[i]) ? most_large : most_small;
@@ -109,11 +114,13 @@ struct ClusterSpace {
 
   explicit ClusterSpace(const ClusterCall<T>& c)
       : widened(c.table.dtype != DType::f32 || c.plan.width_pad != c.plan.width),
-        gradient_row(round_up(c.plan.width, kChunk)), wide(widened ? c.small_rows * c.plan.width_pad : 0),
+        gradient_row(round_up(c.plan.width, kChunk)),
+        wide(widened ? c.small_rows * c.plan.width_pad : 0),
         z(c.small_rows * c.most_small + kLanes), target(c.small_rows * c.most_small + kLanes),
-        gradient((c.a.state.row_wise && c.most_large ? max64(c.plan.tile, kSmallM) : kSmallM) * gradient_row),
-        dx(c.most_large * c.plan.width_pad), row(c.small_rows), sample(c.most_small), row_out(kSmallM),
-        sample_out(c.most_small), packed(c.most_large, c.plan.width),
+        gradient((c.a.state.row_wise && c.most_large ? max64(c.plan.tile, kSmallM) : kSmallM) *
+                 gradient_row),
+        dx(c.most_large * c.plan.width_pad), row(c.small_rows), sample(c.most_small),
+        row_out(kSmallM), sample_out(c.most_small), packed(c.most_large, c.plan.width),
         tile(c.most_large ? new TileSpace<T>(c.plan, c.table.dtype != T::kDType) : nullptr) {
     for (int64_t i = 0; i < c.small_rows * c.most_small + kLanes; ++i) target.data[i] = 0;
     for (int i = 0; i < kSmallM; ++i) row_out.data[i] = gradient.data + i * gradient_row;
@@ -129,7 +136,7 @@ static float* score_of(const ClusterCall<T>& c, const Group& g, int64_t s, int64
 template <class T>
 static void move_bias(const ClusterCall<T>& c, int64_t row, double gradient) {
   if (!c.a.bias) return;
-  const float b = float(c.a.bias[row] - double(c.a.state.hyper[0]) * gradient);
+  const float b = float(c.a.bias[row] - double(c.a.state.hyper->lr) * gradient);
   c.a.bias[row] = b > FLT_MAX ? FLT_MAX : b < -FLT_MAX ? -FLT_MAX : b;
 }
 

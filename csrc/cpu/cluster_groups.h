@@ -1,7 +1,9 @@
-// The shortlist turned around: which samples select a cluster, in place of which clusters a sample selects.
+// The shortlist turned around: which samples select a cluster, in place of which clusters a sample
+// selects.
 //
-// A counting sort, so clusters come in ascending order and the samples of each too: no result depends on the order in
-// which a sample lists its clusters. Only clusters with samples and real rows are kept ("active").
+// A counting sort, so clusters come in ascending order and the samples of each too: no result
+// depends on the order in which a sample lists its clusters. Only clusters with samples and real
+// rows are kept ("active").
 #pragma once
 
 #include "common.h"
@@ -26,14 +28,15 @@ struct Groups {
   int64_t positive_count = 0;
 
   Groups(const Clusters& c, int64_t batch, int64_t real_rows, const Positives& p)
-      : group(min64(c.count, batch * c.per_sample)), sample(batch * c.per_sample), slot(batch * c.per_sample),
-        positive_row(p.count), positive_place(p.count), positive_value(p.value ? p.count : 0),
-        has_values(p.value != nullptr) {
+      : group(min64(c.count, batch * c.per_sample)), sample(batch * c.per_sample),
+        slot(batch * c.per_sample), positive_row(p.count), positive_place(p.count),
+        positive_value(p.value ? p.count : 0), has_values(p.value != nullptr) {
     sort_pairs(c, batch * c.per_sample, real_rows);
     keep_positives(p);
   }
   Positives positives() const {
-    return {positive_row.data, positive_place.data, has_values ? positive_value.data : nullptr, positive_count};
+    return {positive_row.data, positive_place.data, has_values ? positive_value.data : nullptr,
+            positive_count};
   }
 
  private:
@@ -46,7 +49,8 @@ struct Groups {
       if (c.chosen[i] >= 0) ++next.data[c.chosen[i]];
     int64_t pairs = 0;
     for (int64_t i = 0; i < c.count; ++i) {
-      const int64_t samples = next.data[i], size = min64(c.row_ptr[i + 1], real_rows) - c.row_ptr[i];
+      const int64_t samples = next.data[i],
+                    size = min64(c.row_ptr[i + 1], real_rows) - c.row_ptr[i];
       next.data[i] = -1;
       if (samples == 0 || size <= 0) continue;
       group.data[count++] = {c.row_ptr[i], size, rows, pairs, samples};

@@ -1,9 +1,10 @@
 // cluster_step: bce_step on the rows of the clusters that samples select.
 //
-// The active rows, cluster after cluster, are cut into the segments of bce_pass.h: a segment is one worker's, so a row
-// has one owner, and its share of dX is summed apart. A cluster with many rows and many samples goes through the packed
-// tiles of bce_step; the others, most of a shortlist, through products that need no packing. Which way a cluster goes
-// depends on its own sizes alone, so the other clusters of a call change no bit of its rows.
+// The active rows, cluster after cluster, are cut into the segments of bce_pass.h: a segment is one
+// worker's, so a row has one owner, and its share of dX is summed apart. A cluster with many rows
+// and many samples goes through the packed tiles of bce_step; the others, most of a shortlist,
+// through products that need no packing. Which way a cluster goes depends on its own sizes alone,
+// so the other clusters of a call change no bit of its rows.
 #include <limits>
 
 #include "cluster_call.h"
@@ -22,9 +23,11 @@ struct RowsSink {
   }
 };
 
-// Logits [count, S] of some rows become their gradient, in space.z. Returns the BCE sum where it is asked for.
+// Logits [count, S] of some rows become their gradient, in space.z. Returns the BCE sum where it is
+// asked for.
 template <class T>
-double small_gradient(const ClusterCall<T>& c, const Group& g, int64_t first, int64_t count, ClusterSpace<T>& space) {
+double small_gradient(const ClusterCall<T>& c, const Group& g, int64_t first, int64_t count,
+                      ClusterSpace<T>& space) {
   const int64_t s = g.samples;
   float *const z = space.z.data, *const target = space.target.data;
   for (int64_t i = 0; i < count; ++i) {
@@ -42,7 +45,7 @@ double small_gradient(const ClusterCall<T>& c, const Group& g, int64_t first, in
   Plan flat = c.plan;  // the whole tile as one row
   flat.batch = count * s;
   flat.batch_pad = round_up(flat.batch, kLanes);
-  const float scale = c.a.state.hyper[5];
+  const float scale = c.a.state.hyper->scale;
   RowSums sums;
   if (c.sums)
     sums = gradient_row<F32, true, true>(flat, z, 0, target, scale, nullptr);
@@ -60,8 +63,8 @@ double small_gradient(const ClusterCall<T>& c, const Group& g, int64_t first, in
 
 // Rows first..first+count of a cluster with few rows or few samples.
 template <class T>
-double small_part(const ClusterCall<T>& c, const Group& g, int64_t first, int64_t count, ClusterSpace<T>& space,
-                  float* partial) {
+double small_part(const ClusterCall<T>& c, const Group& g, int64_t first, int64_t count,
+                  ClusterSpace<T>& space, float* partial) {
   const int64_t width = c.plan.width, pad = c.plan.width_pad, s = g.samples;
   for (int64_t j = 0; j < s; ++j) {
     const int64_t at = c.groups.sample.data[g.pair + j] * pad;
@@ -90,7 +93,8 @@ double small_part(const ClusterCall<T>& c, const Group& g, int64_t first, int64_
     for (int64_t i = 0; i < rows; i += kSmallM) {
       const int64_t block = min64(kSmallM, rows - i);
       space.ahead.some();
-      small_outer(space.z.data + i * s, s, 1, block, space.sample.data, s, pad, space.row_out.data, false);
+      small_outer(space.z.data + i * s, s, 1, block, space.sample.data, s, pad, space.row_out.data,
+                  false);
       for (int64_t k = 0; k < block; ++k) c.update.row(first + i + k, space.row_out.data[k]);
     }
   }
@@ -99,7 +103,8 @@ double small_part(const ClusterCall<T>& c, const Group& g, int64_t first, int64_
 
 // dW of a large tile and the update of its rows.
 template <class T>
-void large_update(const ClusterCall<T>& c, const Plan& p, int64_t first, int64_t count, ClusterSpace<T>& space) {
+void large_update(const ClusterCall<T>& c, const Plan& p, int64_t first, int64_t count,
+                  ClusterSpace<T>& space) {
   if (!c.a.state.row_wise) {
     Update sink = c.update.base;
     tile_dw<T>(p, space.packed, first, count, *space.tile, sink);
@@ -107,13 +112,15 @@ void large_update(const ClusterCall<T>& c, const Plan& p, int64_t first, int64_t
   }
   RowsSink sink{space.gradient.data, space.gradient_row, first};
   tile_dw<T>(p, space.packed, first, count, *space.tile, sink);
-  for (int64_t i = 0; i < count; ++i) c.update.row(first + i, space.gradient.data + i * space.gradient_row);
+  for (int64_t i = 0; i < count; ++i)
+    c.update.row(first + i, space.gradient.data + i * space.gradient_row);
 }
 
-// Rows first..first+count of a cluster with many rows and samples: the tiles of bce_step on its samples.
+// Rows first..first+count of a cluster with many rows and samples: the tiles of bce_step on its
+// samples.
 template <class T>
-double large_part(const ClusterCall<T>& c, const Group& g, int64_t first, int64_t count, ClusterSpace<T>& space,
-                  float* partial) {
+double large_part(const ClusterCall<T>& c, const Group& g, int64_t first, int64_t count,
+                  ClusterSpace<T>& space, float* partial) {
   const int32_t* const sample = c.groups.sample.data + g.pair;
   Plan p = c.plan;
   p.batch = g.samples;
@@ -125,14 +132,14 @@ double large_part(const ClusterCall<T>& c, const Group& g, int64_t first, int64_
   for (int64_t at = first; at < end; at += p.tile) {
     const int64_t n = min64(p.tile, end - at);
     const typename T::elem* rows = tile_rows<T>(p, c.table, at, n, tile);
-    gemm<T>(n, p.batch, p.width, rows, p.width, T::kPair, space.packed.by_width.data, space.packed.width_panel,
-            tile.logits.data, p.z_row, false);
+    gemm<T>(n, p.batch, p.width, rows, p.width, T::kPair, space.packed.by_width.data,
+            space.packed.width_panel, tile.logits.data, p.z_row, false);
     for (int64_t j = 0; j < p.batch; ++j) {
       float* const out = score_of(c, g, j, at);
       for (int64_t i = 0; i < n; ++i)
         out[i] = tile.logits.data[i * p.z_row + j] + (c.table.bias ? c.table.bias[at + i] : 0);
     }
-    loss += tile_gradient<T>(p, c.table, c.positives, at, n, c.a.state.hyper[5], c.sums, tile,
+    loss += tile_gradient<T>(p, c.table, c.positives, at, n, c.a.state.hyper->scale, c.sums, tile,
                              [&](int64_t row, double gradient) { move_bias(c, row, gradient); });
     const int64_t next = at + n;
     Prefetch prefetch(static_cast<const char*>(c.table.weight) + next * row_bytes,
@@ -163,7 +170,8 @@ inline int64_t group_at(const Groups& groups, int64_t row) {
 
 // Active rows begin..end. Returns their BCE sum.
 template <class T>
-double segment(const ClusterCall<T>& c, int64_t begin, int64_t end, ClusterSpace<T>& space, float* partial) {
+double segment(const ClusterCall<T>& c, int64_t begin, int64_t end, ClusterSpace<T>& space,
+               float* partial) {
   const Group* const group = c.groups.group.data;
   double loss = 0;
   for (int64_t i = group_at(c.groups, begin); i < c.groups.count && group[i].place < end; ++i) {
@@ -176,7 +184,8 @@ double segment(const ClusterCall<T>& c, int64_t begin, int64_t end, ClusterSpace
     space.ahead = ClusterAhead();
     if (i + 1 < c.groups.count && g.place + g.rows < end && !is_large(group[i + 1])) {
       const Group& next = group[i + 1];
-      space.ahead = ClusterAhead(c.a.state, next.first, min64(c.small_rows, next.rows), ceil_div(count, kSmallM));
+      space.ahead = ClusterAhead(c.a.state, next.first, min64(c.small_rows, next.rows),
+                                 ceil_div(count, kSmallM));
     }
     loss += small_part(c, g, g.first + skip, count, space, partial);
   }
@@ -191,19 +200,21 @@ void run(const ClusterStep& a, const Host& host) {
   Buffer<float> partials(p.segments * partial);
   Buffer<double> losses(p.segments);
   // All memory is taken before the first write, so that a failure leaves the table as it was.
-  std::unique_ptr<std::unique_ptr<ClusterSpace<T>>[]> spaces(new std::unique_ptr<ClusterSpace<T>>[size_t(workers)]);
+  std::unique_ptr<std::unique_ptr<ClusterSpace<T>>[]> spaces(
+      new std::unique_ptr<ClusterSpace<T>>[size_t(workers)]);
   for (int64_t w = 0; w < workers; ++w) spaces[size_t(w)].reset(new ClusterSpace<T>(call));
   for_each_item(host, p.segments, [&](int64_t s, int64_t worker) {
     float* const mine = partials.data + s * partial;
     std::memset(mine, 0, size_t(partial) * 4);
     const int64_t begin = s * p.segment_rows;
-    losses.data[s] = segment(call, begin, min64(p.rows, begin + p.segment_rows), *spaces[size_t(worker)], mine);
+    losses.data[s] =
+        segment(call, begin, min64(p.rows, begin + p.segment_rows), *spaces[size_t(worker)], mine);
   });
-  sum_partials(p, partials.data, a.state.hyper[6], a.dx, host);
+  sum_partials(p, partials.data, a.state.hyper->dx_scale, a.dx, host);
   if (!a.loss) return;
   double loss = 0;
   for (int64_t s = 0; s < p.segments; ++s) loss += losses.data[s];
-  *a.loss = float(a.state.hyper[5] * loss);
+  *a.loss = float(a.state.hyper->scale * loss);
 }
 
 void fill(float* out, int64_t count, float value) {

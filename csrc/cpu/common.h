@@ -1,9 +1,11 @@
-// What every CPU kernel shares: the namespace of one instruction set, memory, and the loop over work items.
+// What every CPU kernel shares: the namespace of one instruction set, memory, and the loop over
+// work items.
 //
 // Each kernel source is compiled once per instruction set with -DXK_ISA=<level>:
 //   0 portable (GCC vector extensions), 1 AVX2 + FMA, 2 AVX-512 + BF16, 3 AVX-512 without BF16.
-// Everything lives in a namespace of that level. Templates of the standard library are instantiated with types of
-// that namespace only: the linker keeps one copy of each template, and it must not be one with foreign instructions.
+// Everything lives in a namespace of that level. Templates of the standard library are instantiated
+// with types of that namespace only: the linker keeps one copy of each template, and it must not be
+// one with foreign instructions.
 #pragma once
 
 #include <atomic>
@@ -44,9 +46,10 @@ struct Buffer {
   ~Buffer() { std::free(data); }
 };
 
-// Calls f(item, worker) once for every item in 0..items. Workers take items from one counter as they become free, in
-// ascending order: on a machine that also does other things this keeps all cores busy to the end. What a kernel
-// computes must therefore belong to the item, never to the worker.
+// Calls f(item, worker) once for every item in 0..items. Workers take items from one counter as
+// they become free, in ascending order: on a machine that also does other things this keeps all
+// cores busy to the end. What a kernel computes must therefore belong to the item, never to the
+// worker.
 template <class F>
 struct WorkLoop {
   F* f;
@@ -56,11 +59,14 @@ struct WorkLoop {
   static void body(int64_t begin, int64_t end, void* ctx) {
     auto* loop = static_cast<WorkLoop*>(ctx);
     for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t i; (i = loop->next.fetch_add(1, std::memory_order_relaxed)) < loop->items;) (*loop->f)(i, worker);
+      for (int64_t i; (i = loop->next.fetch_add(1, std::memory_order_relaxed)) < loop->items;)
+        (*loop->f)(i, worker);
   }
 };
 
-inline int64_t worker_count(const Host& host, int64_t items) { return max64(1, min64(host.threads(), items)); }
+inline int64_t worker_count(const Host& host, int64_t items) {
+  return max64(1, min64(host.threads(), items));
+}
 
 template <class F>
 inline void for_each_item(const Host& host, int64_t items, F f) {

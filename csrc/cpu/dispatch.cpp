@@ -1,27 +1,15 @@
-// The one place that chooses an instruction set: the widest this processor and its operating system serve.
-// XMLKERNELS_CPU=<name> asks for another of those listed by `Kernels::name`, so that all can be tested on one machine.
+// The one place that chooses an instruction set: the widest this processor and its operating system
+// serve. XMLKERNELS_CPU=<name> asks for another of those listed by `Kernels::name`, so that all can
+// be tested on one machine.
 //
-// The build defines XK_HAS_ISA_<level> for each level that the kernels are compiled for (see common.h).
+// The build defines XK_HAS_ISA_<level> for each level that the kernels are compiled for (see
+// common.h).
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "../kernels.h"
-
-// Every kernel and the type of its arguments: the only list of them here.
-#define XK_EACH_KERNEL(X, ns)               \
-  X(ns, bce_step, BceStep)                  \
-  X(ns, bce_loss, BceLoss)                  \
-  X(ns, bce_loss_backward, BceLossBackward) \
-  X(ns, cluster_step, ClusterStep)          \
-  X(ns, matmul_topk, MatmulTopk)            \
-  X(ns, rescale_rows, RescaleRows)          \
-  X(ns, shortlist_matmul, ShortlistMatmul)  \
-  X(ns, shortlist_group, ShortlistBackward) \
-  X(ns, shortlist_rows, ShortlistBackward)  \
-  X(ns, sparse_update, SparseUpdate)        \
-  X(ns, bag_step, BagStep)
 
 #define XK_FUNCTION(ns, kernel, Args) void kernel(const Args&, const Host&);
 #define XK_POINTER(ns, kernel, Args) void (*kernel)(const Args&, const Host&);
@@ -53,8 +41,8 @@ struct Kernels {
 Kernels choose() {
 #if defined(XK_HAS_ISA_1) || defined(XK_HAS_ISA_2) || defined(XK_HAS_ISA_3)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-                    __builtin_cpu_supports("bmi2");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
   [[maybe_unused]] const bool avx512 =
       avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -77,8 +65,8 @@ Kernels choose() {
     if (k.usable && (!wanted || !*wanted || !std::strcmp(wanted, k.name))) return k;
     if (k.usable) names += names.empty() ? k.name : std::string(" or ") + k.name;
   }
-  throw std::runtime_error("environment variable XMLKERNELS_CPU: expected " + names + " on this processor, got '" +
-                           wanted + "'; unset it to use the fastest");
+  throw std::runtime_error("environment variable XMLKERNELS_CPU: expected " + names +
+                           " on this processor, got '" + wanted + "'; unset it to use the fastest");
 }
 
 const Kernels& kernels() {

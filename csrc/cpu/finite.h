@@ -24,7 +24,8 @@ inline bool all_finite(const void* data, DType dtype, int64_t count, const Host&
   constexpr int64_t kBlock = 1 << 18;
   std::atomic<int64_t> bad{0};
   for_each_item(host, ceil_div(count, kBlock), [&](int64_t i, int64_t) {
-    if (!all_finite(data, dtype, i * kBlock, min64(count, (i + 1) * kBlock))) bad.store(1, std::memory_order_relaxed);
+    if (!all_finite(data, dtype, i * kBlock, min64(count, (i + 1) * kBlock)))
+      bad.store(1, std::memory_order_relaxed);
   });
   return bad.load() == 0;
 }

@@ -1,9 +1,11 @@
-// The one matrix product under all kernels: C[m, n] (+)= A[m, k] * B[k, n], fp32 accumulators in registers.
+// The one matrix product under all kernels: C[m, n] (+)= A[m, k] * B[k, n], fp32 accumulators in
+// registers.
 //
-// A is read in place, one value (a pair for bf16) broadcast at a time, with free strides for rows and steps. B is
-// packed in panels of kPanel columns, kPair consecutive k side by side: panel [k / kPair][kPanel][kPair]. So a weight
-// tile serves as A where it is, and only the small operands are packed. Each element of C is summed over k in
-// ascending order whatever the tile around it: results do not depend on tile edges.
+// A is read in place, one value (a pair for bf16) broadcast at a time, with free strides for rows
+// and steps. B is packed in panels of kPanel columns, kPair consecutive k side by side: panel [k /
+// kPair][kPanel][kPair]. So a weight tile serves as A where it is, and only the small operands are
+// packed. Each element of C is summed over k in ascending order whatever the tile around it:
+// results do not depend on tile edges.
 #pragma once
 
 #include "simd.h"
@@ -14,7 +16,8 @@ struct F32 {
   using elem = float;
   static constexpr int kPair = 1;
   static constexpr DType kDType = DType::f32;
-  static constexpr int64_t kBlock = 96;  // steps of k per pass: kBlock * kPanel values of B stay in the L1 cache
+  static constexpr int64_t kBlock = 96;  // steps of k per pass: kBlock * kPanel values of B stay in
+                                         // the L1 cache
   using vec = vf;
   XK_INLINE vec broadcast(const elem* a) { return splat(*a); }
   XK_INLINE vec broadcast_last(const elem* a) { return splat(*a); }
@@ -37,7 +40,9 @@ struct BF16 {
   // The last k of an odd depth: its neighbour in memory belongs to somebody else.
   XK_INLINE vec broadcast_last(const elem* a) { return splat(uint32_t(*a)); }
   XK_INLINE vec load_b(const elem* b) { return load<vu>(b); }
-  XK_INLINE vf fma(vec a, vec b, vf c) { return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
+  XK_INLINE vf fma(vec a, vec b, vf c) {
+    return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+  }
 };
 #endif
 
@@ -87,7 +92,8 @@ __attribute__((noinline)) static void micro_kernel(const Product<T>& p) {
     for (int i = 0; i < M; ++i) {
       const typename T::vec row = T::broadcast_last(a + i * a_row);
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) acc[i][j] = T::fma(row, T::load_b(b + j * kLanes * T::kPair), acc[i][j]);
+      for (int j = 0; j < N; ++j)
+        acc[i][j] = T::fma(row, T::load_b(b + j * kLanes * T::kPair), acc[i][j]);
     }
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
@@ -106,20 +112,23 @@ constexpr MicroKernel<T> micro_or_null() {
     return nullptr;
 }
 
-#define XK_MICRO_ROW(M) \
-  {micro_or_null<T, M, 1>(), micro_or_null<T, M, 2>(), micro_or_null<T, M, 3>(), micro_or_null<T, M, 4>()}
+#define XK_MICRO_ROW(M)                                                          \
+  {micro_or_null<T, M, 1>(), micro_or_null<T, M, 2>(), micro_or_null<T, M, 3>(), \
+   micro_or_null<T, M, 4>()}
 template <class T>
 constexpr MicroKernel<T> kMicro[6][4] = {XK_MICRO_ROW(1), XK_MICRO_ROW(2), XK_MICRO_ROW(3),
                                          XK_MICRO_ROW(4), XK_MICRO_ROW(5), XK_MICRO_ROW(6)};
 #undef XK_MICRO_ROW
 
-// Runs the micro kernel of the right size; rows <= kRows, columns <= kPanel (rounded up to whole vectors).
+// Runs the micro kernel of the right size; rows <= kRows, columns <= kPanel (rounded up to whole
+// vectors).
 template <class T>
 XK_INLINE void run_micro(const Product<T>& p, int64_t rows, int64_t columns) {
   kMicro<T>[rows - 1][ceil_div(columns, kLanes) - 1](p);
 }
 
-// What to fetch into the cache while a product computes: the next tile of the table comes from memory.
+// What to fetch into the cache while a product computes: the next tile of the table comes from
+// memory.
 struct Prefetch {
   const char *next, *end;
 
@@ -130,19 +139,28 @@ struct Prefetch {
   }
 };
 
-// C[m, n rounded up to kLanes] (+)= A[m, k] * B; b points at the first panel, panels lie panel_size elements apart.
+// C[m, n rounded up to kLanes] (+)= A[m, k] * B; b points at the first panel, panels lie panel_size
+// elements apart.
 template <class T>
-static void gemm(int64_t m, int64_t n, int64_t k, const typename T::elem* a, int64_t a_row, int64_t a_step,
-                 const typename T::elem* b, int64_t panel_size, float* c, int64_t c_row, bool accumulate,
-                 Prefetch* prefetch = nullptr) {
+static void gemm(int64_t m, int64_t n, int64_t k, const typename T::elem* a, int64_t a_row,
+                 int64_t a_step, const typename T::elem* b, int64_t panel_size, float* c,
+                 int64_t c_row, bool accumulate, Prefetch* prefetch = nullptr) {
   const int64_t steps = k / T::kPair;
-  const int64_t calls = max64(1, ceil_div(n, kPanel) * ceil_div(m, kRows) * max64(1, ceil_div(steps, T::kBlock)));
+  const int64_t calls =
+      max64(1, ceil_div(n, kPanel) * ceil_div(m, kRows) * max64(1, ceil_div(steps, T::kBlock)));
   const int64_t lines = prefetch ? ceil_div(prefetch->lines(), calls) : 0;
   for (int64_t j = 0; j < n; j += kPanel, b += panel_size) {
     for (int64_t s = 0; s == 0 || s < steps; s += T::kBlock) {
       const int64_t todo = min64(steps - s, T::kBlock);
-      Product<T> p{todo, k % T::kPair != 0 && s + todo == steps, nullptr, a_row,
-                   a_step, b + s * kPanel * T::kPair, nullptr, c_row, accumulate || s > 0};
+      Product<T> p{todo,
+                   k % T::kPair != 0 && s + todo == steps,
+                   nullptr,
+                   a_row,
+                   a_step,
+                   b + s * kPanel * T::kPair,
+                   nullptr,
+                   c_row,
+                   accumulate || s > 0};
       for (int64_t i = 0; i < m; i += kRows) {
         p.a = a + i * a_row + s * a_step;
         p.c = c + i * c_row + j;
@@ -153,7 +171,7 @@ static void gemm(int64_t m, int64_t n, int64_t k, const typename T::elem* a, int
   }
 }
 
-// --- packing -------------------------------------------------------------------------------------------------------
+// --- packing ---
 
 // x [B, D] in the product's own format. Finite values saturate, infinity and NaN stay.
 template <class T>
@@ -196,9 +214,11 @@ static void pack_panel(int64_t k, int64_t columns, F value, typename T::elem* ou
       }
 }
 
-// Table rows as B: rows [t, width] at `rows` (row stride width) -> panels over the width, k running over the rows.
+// Table rows as B: rows [t, width] at `rows` (row stride width) -> panels over the width, k running
+// over the rows.
 template <class T>
-static void pack_rows(const typename T::elem* rows, int64_t t, int64_t width, typename T::elem* out) {
+static void pack_rows(const typename T::elem* rows, int64_t t, int64_t width,
+                      typename T::elem* out) {
   using elem = typename T::elem;
   alignas(64) static const elem zeros[kPanel] = {};
   for (int64_t j = 0; j < width; j += kPanel) {
@@ -216,7 +236,8 @@ static void pack_rows(const typename T::elem* rows, int64_t t, int64_t width, ty
         if constexpr (T::kPair == 1)
           store(out + v * kLanes, load<vf>(first + v * kLanes));
         else
-          store(out + v * kLanes * 2, load_u16(first + v * kLanes) | (load_u16(second + v * kLanes) << 16));
+          store(out + v * kLanes * 2,
+                load_u16(first + v * kLanes) | (load_u16(second + v * kLanes) << 16));
       }
     }
   }

@@ -1,7 +1,8 @@
 // matmul_topk: scores of one tile of labels at a time against each sample's running k-th best.
 //
-// The order (score descending, row ascending) is total, so the top k are one set whatever the split into tiles and
-// workers: each worker keeps candidates of its own, and the lists are merged at the end.
+// The order (score descending, row ascending) is total, so the top k are one set whatever the split
+// into tiles and workers: each worker keeps candidates of its own, and the lists are merged at the
+// end.
 #include <algorithm>
 #include <limits>
 #include <memory>
@@ -25,7 +26,8 @@ struct Better {
   }
 };
 
-// One worker's candidates for every sample: more than k are kept, and cut back to k when the room is full.
+// One worker's candidates for every sample: more than k are kept, and cut back to k when the room
+// is full.
 struct Candidates {
   int64_t k, room;
   Buffer<Candidate> list;
@@ -75,11 +77,13 @@ void scan_tile(const Plan& p, const float* scores, const float* bias, int64_t fi
 }
 
 // The k best of all workers' candidates for one sample.
-void merge(const MatmulTopk& a, int64_t b, std::unique_ptr<Candidates>* best, int64_t workers, Candidate* all) {
+void merge(const MatmulTopk& a, int64_t b, std::unique_ptr<Candidates>* best, int64_t workers,
+           Candidate* all) {
   int64_t total = 0;
   for (int64_t w = 0; w < workers; ++w) {
     const Candidates& c = *best[w];
-    std::memcpy(static_cast<void*>(all + total), c.list.data + b * c.room, size_t(c.count.data[b]) * sizeof(Candidate));
+    std::memcpy(static_cast<void*>(all + total), c.list.data + b * c.room,
+                size_t(c.count.data[b]) * sizeof(Candidate));
     total += c.count.data[b];
   }
   const int64_t found = min64(total, a.k);
@@ -93,12 +97,14 @@ void merge(const MatmulTopk& a, int64_t b, std::unique_ptr<Candidates>* best, in
 template <class T>
 void topk(const MatmulTopk& a, const Host& host) {
   const Plan p(a.batch, a.table, sizeof(typename T::elem));
-  const int64_t tiles = ceil_div(p.rows, p.tile), workers = worker_count(host, tiles), keep = min64(a.k, p.rows);
+  const int64_t tiles = ceil_div(p.rows, p.tile), workers = worker_count(host, tiles),
+                keep = min64(a.k, p.rows);
   const PackedBatch<T> x(a.batch, false, host);
   const Excluded excluded{a.exclude_width, a.exclude, a.row_offset};
   using Best = std::unique_ptr<Candidates>;
   std::unique_ptr<Best[]> best(new Best[size_t(workers)]);
-  std::unique_ptr<std::unique_ptr<TileSpace<T>>[]> spaces(new std::unique_ptr<TileSpace<T>>[size_t(workers)]);
+  std::unique_ptr<std::unique_ptr<TileSpace<T>>[]> spaces(
+      new std::unique_ptr<TileSpace<T>>[size_t(workers)]);
   for (int64_t w = 0; w < workers; ++w) {
     best[size_t(w)].reset(new Candidates(p.batch, p.batch_pad, keep));
     spaces[size_t(w)].reset(new TileSpace<T>(p, a.table.dtype != T::kDType));
@@ -112,14 +118,16 @@ void topk(const MatmulTopk& a, const Host& host) {
       const int64_t after = min64(p.rows, first + workers * p.tile);
       Prefetch prefetch(static_cast<const char*>(a.table.weight) + after * row_bytes,
                         min64(p.tile, p.rows - after) * row_bytes);
-      gemm<T>(count, p.batch, p.width, tile_rows<T>(p, a.table, first, count, space), p.width, T::kPair,
-              x.by_width.data, x.width_panel, space.logits.data, p.z_row, false, &prefetch);
+      gemm<T>(count, p.batch, p.width, tile_rows<T>(p, a.table, first, count, space), p.width,
+              T::kPair, x.by_width.data, x.width_panel, space.logits.data, p.z_row, false,
+              &prefetch);
       scan_tile(p, space.logits.data, a.table.bias, first, count, excluded, *best[size_t(worker)]);
     });
   const int64_t room = best[0]->room * workers;
   Buffer<Candidate> all(room * workers);
   for_each_item(host, workers, [&](int64_t part, int64_t) {
-    for (int64_t b = part; b < p.batch; b += workers) merge(a, b, best.get(), workers, all.data + part * room);
+    for (int64_t b = part; b < p.batch; b += workers)
+      merge(a, b, best.get(), workers, all.data + part * room);
   });
 }
 

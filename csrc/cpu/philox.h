@@ -1,18 +1,25 @@
-// Philox-4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011), one counter per
-// vector lane, and the stochastic rounding fed by it.
+// Philox-4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC
+// 2011), one counter per vector lane, and the stochastic rounding fed by it.
 //
-// key = low words of (seed, step); counter = (row low, row high, column group, stream) with the global row and
-// column group = column / 8. The 128 bits of a draw serve the 8 columns of its group with 16 bits each, in memory
-// order: column c takes word (c % 8) / 2, low half where c is even. An e4m3 store needs 32 bits a column: there column
-// group = column / 4, and column c takes word c % 4.
+// key = low words of (seed, step); counter = (row low, row high, column group, stream) with the
+// global row and column group = column / 8. The 128 bits of a draw serve the 8 columns of its group
+// with 16 bits each, in memory order: column c takes word (c % 8) / 2, low half where c is even. An
+// e4m3 store needs 32 bits a column: there column group = column / 4, and column c takes word c
+// % 4.
 #pragma once
 
 #include "simd.h"
 
 namespace xk::XK_NS {
 
-constexpr uint32_t kMul0 = 0xD2511F53u, kMul1 = 0xCD9E8D57u, kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
-enum Stream : uint32_t { kStreamWeight = 0, kStreamMomentum = 1, kStreamSecond = 2, kStreamRescale = 3 };
+constexpr uint32_t kMul0 = 0xD2511F53u, kMul1 = 0xCD9E8D57u, kWeyl0 = 0x9E3779B9u,
+                   kWeyl1 = 0xBB67AE85u;
+enum Stream : uint32_t {
+  kStreamWeight = 0,
+  kStreamMomentum = 1,
+  kStreamSecond = 2,
+  kStreamRescale = 3
+};
 
 struct PhiloxKey {
   uint32_t k0[10], k1[10];
@@ -44,8 +51,9 @@ XK_INLINE void mul_hi_lo(vu a, uint32_t m, vu& hi, vu& lo) {
 #endif
 }
 
-// Writes the four words of each lane's draw so that the 16-bit halves lie in column order: 4 x 4 transpositions
-// inside each 128-bit lane; PhiloxColumns deals the column groups to the lanes so that no wider exchange is needed.
+// Writes the four words of each lane's draw so that the 16-bit halves lie in column order: 4 x 4
+// transpositions inside each 128-bit lane; PhiloxColumns deals the column groups to the lanes so
+// that no wider exchange is needed.
 XK_INLINE void store_draws(vu w0, vu w1, vu w2, vu w3, uint16_t* out) {
 #if XK_ISA >= 2
   const __m512i a = (__m512i)w0, b = (__m512i)w1, c = (__m512i)w2, d = (__m512i)w3;
@@ -77,7 +85,8 @@ struct PhiloxColumns {
   vu hi, lo;
   explicit PhiloxColumns(int64_t column, int per_draw = 8) {
     vu group{};
-    for (int i = 0; i < kLanes; ++i) group[i] = uint32_t(column / per_draw) + uint32_t((kLanes / 4) * (i % 4) + i / 4);
+    for (int i = 0; i < kLanes; ++i)
+      group[i] = uint32_t(column / per_draw) + uint32_t((kLanes / 4) * (i % 4) + i / 4);
     mul_hi_lo(group, kMul1, hi, lo);
   }
 };
@@ -85,12 +94,15 @@ struct PhiloxColumns {
 // The same for the 32 bits that each of kChunk columns needs in e4m3: two runs of the generator.
 struct PhiloxColumns32 {
   PhiloxColumns half[2];
-  explicit PhiloxColumns32(int64_t column) : half{PhiloxColumns(column, 4), PhiloxColumns(column + kChunk / 2, 4)} {}
+  explicit PhiloxColumns32(int64_t column)
+      : half{PhiloxColumns(column, 4), PhiloxColumns(column + kChunk / 2, 4)} {}
 };
 
 // 16 random bits for each of the kChunk columns of `columns` in one global row.
-XK_INLINE void draw(const PhiloxKey& key, const PhiloxColumns& columns, uint64_t row, Stream stream, uint16_t* out) {
-  // Rounds 1 and 2: row and stream are the same in all lanes, so half of their products are scalars.
+XK_INLINE void draw(const PhiloxKey& key, const PhiloxColumns& columns, uint64_t row, Stream stream,
+                    uint16_t* out) {
+  // Rounds 1 and 2: row and stream are the same in all lanes, so half of their products are
+  // scalars.
   const uint64_t p = uint64_t(kMul0) * uint32_t(row);
   vu c0 = columns.hi ^ (uint32_t(row >> 32) ^ key.k0[0]);
   const uint64_t q = uint64_t(kMul1) * (uint32_t(p >> 32) ^ stream ^ key.k1[0]);
@@ -111,21 +123,23 @@ XK_INLINE void draw(const PhiloxKey& key, const PhiloxColumns& columns, uint64_t
 }
 
 // 32 random bits for each of kChunk columns.
-XK_INLINE void draw32(const PhiloxKey& key, const PhiloxColumns32& columns, uint64_t row, Stream stream,
-                      uint32_t* out) {
+XK_INLINE void draw32(const PhiloxKey& key, const PhiloxColumns32& columns, uint64_t row,
+                      Stream stream, uint32_t* out) {
   static_assert(kLanes * 4 == kChunk / 2);
   // Two halves in memory order, low first, are one word.
   draw(key, columns.half[0], row, stream, reinterpret_cast<uint16_t*>(out));
   draw(key, columns.half[1], row, stream, reinterpret_cast<uint16_t*>(out + kChunk / 2));
 }
 
-// Stochastic rounding to bf16: the discarded 16 bits are the chance to round away from zero. Exact in the subnormal
-// range too, where fp32 and bf16 patterns are linear in the value. Saturates. Result in the high half of each lane.
+// Stochastic rounding to bf16: the discarded 16 bits are the chance to round away from zero. Exact
+// in the subnormal range too, where fp32 and bf16 patterns are linear in the value. Saturates.
+// Result in the high half of each lane.
 XK_INLINE vu round_bf16(vf v, vu random) { return (vu)vclamp(v, kMaxBf16) + random; }
 
-// Stochastic rounding to fp16. Normal results drop 13 bits; below 2^-14 the spacing stays at 2^-24, so the mantissa
-// moves right with the exponent. A draw has 16 bits: beyond 31 dropped bits the mantissa is shifted first, which
-// keeps the chance proportional to the value down to 2^-16 of a spacing and 0 below. Result in the low half.
+// Stochastic rounding to fp16. Normal results drop 13 bits; below 2^-14 the spacing stays at 2^-24,
+// so the mantissa moves right with the exponent. A draw has 16 bits: beyond 31 dropped bits the
+// mantissa is shifted first, which keeps the chance proportional to the value down to 2^-16 of a
+// spacing and 0 below. Result in the low half.
 XK_INLINE vu round_f16(vf v, vu random) {
   v = vclamp(v, kMaxF16);
   const vu u = (vu)vabs(v), e = u >> 23;
@@ -134,16 +148,19 @@ XK_INLINE vu round_f16(vf v, vu random) {
   const vu excess = wanted - drop, shift = excess > 24u ? splat(24u) : excess;
   const vu mantissa = ((u & 0x7fffffu) | 0x800000u) >> shift;
   const vu sum = (mantissa + ((random << 16) >> (32u - drop))) >> drop;
-  // A carry out of the 11 bits moves into the exponent, which is what rounding up to the next power of two means.
+  // A carry out of the 11 bits moves into the exponent, which is what rounding up to the next power
+  // of two means.
   const vu bits = e >= 113u ? ((e - 113u) << 10) + sum : sum;
   return (bits > 0x7bffu ? splat(0x7bffu) : bits) | (((vu)v >> 16) & 0x8000u);
 }
 
-// Stochastic rounding to e4m3. What falls off the mantissa becomes a fraction of 32 bits, the chance that a 32-bit draw
-// carries: exact for normal results (20 bits drop) and down to 2^-32 of the subnormal spacing 2^-9. Saturates.
+// Stochastic rounding to e4m3. What falls off the mantissa becomes a fraction of 32 bits, the
+// chance that a 32-bit draw carries: exact for normal results (20 bits drop) and down to 2^-32 of
+// the subnormal spacing 2^-9. Saturates.
 XK_INLINE vu round_f8(vf v, vu random) {
   const vu u = (vu)vabs(v), e = u >> 23, mantissa = (u & 0x7fffffu) | 0x800000u;
-  // The mantissa moves up to the point where a unit of the result is 2^32: by 12 bits, fewer below 2^-6, then down.
+  // The mantissa moves up to the point where a unit of the result is 2^32: by 12 bits, fewer below
+  // 2^-6, then down.
   const vu up = e >= 121u ? splat(12u) : e >= 109u ? e - 109u : vu{};
   const vu far = 109u - e, down = e >= 109u ? vu{} : far > 31u ? splat(31u) : far;
   const vu whole = (mantissa >> 1) >> (31u - up), fraction = (mantissa << up) >> down;

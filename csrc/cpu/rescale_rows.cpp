@@ -1,4 +1,5 @@
-// rescale_rows: rows of an 8-bit table that fill more than half their range get a larger scale, and are coded anew.
+// rescale_rows: rows of an 8-bit table that fill more than half their range get a larger scale, and
+// are coded anew.
 #include <atomic>
 
 #include "update.h"
@@ -23,7 +24,8 @@ float encode_again(const RescaleRows& a, const Update& base, int64_t row, float 
     void* const p = slot.open(u.weight, row * a.width + column, count);
     load_chunk<DType::f8>(c, p);
     for (int i = 0; i < kChunkVecs; ++i) c.v[i] = c.v[i] * old;
-    const uint32_t code = store_f8(u, c, 1 / scale, p, count, uint64_t(row) + uint64_t(a.row_offset), kStreamRescale);
+    const uint32_t code =
+        store_f8(u, c, 1 / scale, p, count, uint64_t(row) + uint64_t(a.row_offset), kStreamRescale);
     slot.close(count);
     largest = code > largest ? code : largest;
   }
@@ -33,12 +35,12 @@ float encode_again(const RescaleRows& a, const Update& base, int64_t row, float 
 }  // namespace
 
 void rescale_rows(const RescaleRows& a, const Host& host) {
-  const float hyper[7] = {};
+  const Hyper hyper{};
   RowState state{};
   state.weight = a.weight;
   state.dtype = DType::f8;
   state.width = a.width;
-  state.hyper = hyper;
+  state.hyper = &hyper;
   state.counter = a.counter;
   const Update base(state);
   std::atomic<int64_t> count{0};

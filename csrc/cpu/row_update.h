@@ -1,12 +1,14 @@
-// The update of whole table rows, for the ops that touch few of them: what belongs to a row as one (a row-wise second
-// moment, its own count of updates, decay that it has not had yet) is settled first, then update.h treats its columns.
+// The update of whole table rows, for the ops that touch few of them: what belongs to a row as one
+// (a row-wise second moment, its own count of updates, decay that it has not had yet) is settled
+// first, then update.h treats its columns.
 #pragma once
 
 #include "update.h"
 
 namespace xk::XK_NS {
 
-// Mean over the row of g^2, g with its L2 term: lane by lane over the chunks, then across the lanes.
+// Mean over the row of g^2, g with its L2 term: lane by lane over the chunks, then across the
+// lanes.
 static inline float mean_square(const Update& u, int64_t row, const float* gradient) {
   vf sum{};
   for (int64_t column = 0; column < u.width; column += kChunk) {
@@ -48,7 +50,8 @@ static inline void store_row_value(const State& s, int64_t row, float value, con
       uint16_t(s.dtype == DType::bf16 ? round_bf16(v, r)[0] >> 16 : round_f16(v, r)[0]);
 }
 
-// Updates whole rows. Built once per call, before anything is written (it takes memory); then shared by all workers.
+// Updates whole rows. Built once per call, before anything is written (it takes memory); then
+// shared by all workers.
 struct RowUpdate {
   const RowState state;
   const Update base;
@@ -57,20 +60,23 @@ struct RowUpdate {
   Buffer<PhiloxColumns32> columns32;  // 8-bit tables
 
   explicit RowUpdate(const RowState& s)
-      : state(s), base(s), log_beta1(std::log(double(s.hyper[2]))), log_beta2(std::log(double(s.hyper[3]))),
-        columns(ceil_div(s.width, kChunk)), columns32(s.row_scale ? ceil_div(s.width, kChunk) : 0) {
+      : state(s), base(s), log_beta1(std::log(double(s.hyper->beta1))),
+        log_beta2(std::log(double(s.hyper->beta2))), columns(ceil_div(s.width, kChunk)),
+        columns32(s.row_scale ? ceil_div(s.width, kChunk) : 0) {
     for (int64_t c = 0; c * kChunk < s.width; ++c) {
       columns.data[c] = PhiloxColumns(c * kChunk);
       if (s.row_scale) columns32.data[c] = PhiloxColumns32(c * kChunk);
     }
   }
 
-  // gradient: fp32, scaled, readable up to width rounded up to kChunk; what it holds beyond the width does not matter.
+  // gradient: fp32, scaled, readable up to width rounded up to kChunk; what it holds beyond the
+  // width does not matter.
   void row(int64_t row, const float* gradient) const {
     this->row(row, gradient, [](int64_t) {});
   }
 
-  // before_chunk(c) is called before each chunk of columns: the place to ask for what comes next, a little at a time.
+  // before_chunk(c) is called before each chunk of columns: the place to ask for what comes next, a
+  // little at a time.
   template <class F>
   void row(int64_t row, const float* gradient, F before_chunk) const {
     Update u = base;
@@ -104,7 +110,8 @@ struct RowUpdate {
     v = u.rule == Rule::sgd ? v + square : u.beta2 * v + (1 - u.beta2) * square;
     u.rate = u.rate / (std::sqrt(v * u.inverse2) + u.eps);
     if (u.rule == Rule::sgd && u.l2 != 0) u.keep = 1 - u.rate * u.l2;
-    store_row_value(u.second, row, v, u.key, columns.data[0], uint64_t(row) + uint64_t(u.row_offset), kStreamSecond);
+    store_row_value(u.second, row, v, u.key, columns.data[0],
+                    uint64_t(row) + uint64_t(u.row_offset), kStreamSecond);
   }
 };
 

@@ -1,15 +1,18 @@
 // What the two forms of a shortlist share: the batch in fp32, and the products over scattered rows.
 //
-// A row is read where it lies and widened in registers. Each result is one chain of fp32 additions in ascending order
-// of entry (or column), whatever rows are handled beside it: neither blocks nor threads reach the bits.
+// A row is read where it lies and widened in registers. Each result is one chain of fp32 additions
+// in ascending order of entry (or column), whatever rows are handled beside it: neither blocks nor
+// threads reach the bits.
 #pragma once
 
 #include "simd.h"
 
 namespace xk::XK_NS {
 
-constexpr int kGroup = 4;    // rows handled at once: as many chains of additions hide each other's latency
-constexpr int kAhead = 16;   // rows asked for before their turn: memory answers more slowly than a group takes
+constexpr int kGroup = 4;   // rows handled at once: as many chains of additions hide each other's
+                            // latency
+constexpr int kAhead = 16;  // rows asked for before their turn: memory answers more slowly than a
+                            // group takes
 constexpr int64_t kEntries = 256;  // entries of a list in one work item
 
 // x [B, width_pad] in fp32, zeros beyond the width.
@@ -17,7 +20,8 @@ struct PaddedBatch {
   int64_t width_pad;
   Buffer<float> data;
 
-  explicit PaddedBatch(const Batch& x) : width_pad(round_up(x.width, kLanes)), data(x.size * width_pad) {
+  explicit PaddedBatch(const Batch& x)
+      : width_pad(round_up(x.width, kLanes)), data(x.size * width_pad) {
     for (int64_t b = 0; b < x.size; ++b) {
       float* row = data.data + b * width_pad;
       widen(x.x, x.dtype, b * x.width, x.width, row);
@@ -38,7 +42,8 @@ XK_INLINE float fold(vf v) {
 #endif
 }
 
-// The last `count` columns of a row, at `row`, and zeros: the memory after them belongs to the next row.
+// The last `count` columns of a row, at `row`, and zeros: the memory after them belongs to the next
+// row.
 template <DType kRow>
 XK_INLINE vf last_columns(const char* row, int64_t count) {
   alignas(64) char rest[kLanes * 4] = {};
@@ -48,7 +53,8 @@ XK_INLINE vf last_columns(const char* row, int64_t count) {
 
 // out[n] = x · row n. `next` are the rows to fetch meanwhile.
 template <DType kRow, int N>
-XK_INLINE void dot_rows(const float* x, const char* const* rows, const char* const* next, int64_t width, float* out) {
+XK_INLINE void dot_rows(const float* x, const char* const* rows, const char* const* next,
+                        int64_t width, float* out) {
   const int64_t kSize = dtype_size(kRow);
   vf sum[N] = {};
   int64_t d = 0;
@@ -62,15 +68,17 @@ XK_INLINE void dot_rows(const float* x, const char* const* rows, const char* con
   }
   if (d < width) {
     const vf e = load<vf>(x + d);
-    for (int n = 0; n < N; ++n) sum[n] = e * last_columns<kRow>(rows[n] + d * kSize, width - d) + sum[n];
+    for (int n = 0; n < N; ++n)
+      sum[n] = e * last_columns<kRow>(rows[n] + d * kSize, width - d) + sum[n];
   }
   for (int n = 0; n < N; ++n) out[n] = fold(sum[n]);
 }
 
-// out [width] (+)= sum over n of g[n] * row n, in ascending order of n. `next` are the rows to fetch meanwhile, or null.
+// out [width] (+)= sum over n of g[n] * row n, in ascending order of n. `next` are the rows to
+// fetch meanwhile, or null.
 template <DType kRow, int N>
-XK_INLINE void add_rows(const float* g, const char* const* rows, const char* const* next, int64_t width, bool fresh,
-                        float* out) {
+XK_INLINE void add_rows(const float* g, const char* const* rows, const char* const* next,
+                        int64_t width, bool fresh, float* out) {
   const int64_t kSize = dtype_size(kRow);
   int64_t d = 0;
   for (; d + kLanes <= width; d += kLanes) {
@@ -92,7 +100,9 @@ XK_INLINE void add_rows(const float* g, const char* const* rows, const char* con
 }
 
 // What a stored value of a row counts for: the row's scale where the table is e4m3, a power of two.
-inline float scale_of(const Table& table, int64_t row) { return table.row_scale ? table.row_scale[2 * row] : 1; }
+inline float scale_of(const Table& table, int64_t row) {
+  return table.row_scale ? table.row_scale[2 * row] : 1;
+}
 
 // Calls f.template operator()<DType>() for the table's format.
 template <class F>

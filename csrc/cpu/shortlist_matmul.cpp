@@ -1,7 +1,8 @@
-// shortlist_matmul and its backward for lists per sample: bound by memory, so every gathered row is read once a pass.
+// shortlist_matmul and its backward for lists per sample: bound by memory, so every gathered row is
+// read once a pass.
 //
-// Work is cut by (sample, block of entries) for the logits and dX, and by unique row for the table's gradient. Which
-// entries share a partial sum of dX depends on the shapes alone.
+// Work is cut by (sample, block of entries) for the logits and dX, and by unique row for the
+// table's gradient. Which entries share a partial sum of dX depends on the shapes alone.
 #include "shortlist.h"
 
 #include <limits>
@@ -14,9 +15,9 @@ namespace xk::XK_NS {
 
 namespace {
 
-constexpr int64_t kMinItems = 64;     // parts of dX: enough for the threads of a large machine
-constexpr int64_t kUniqueRows = 64;   // rows of the gradient in one work item
-constexpr int kDigit = 11;            // bits of one sorting pass: its counters stay in the L1 cache
+constexpr int64_t kMinItems = 64;    // parts of dX: enough for the threads of a large machine
+constexpr int64_t kUniqueRows = 64;  // rows of the gradient in one work item
+constexpr int kDigit = 11;           // bits of one sorting pass: its counters stay in the L1 cache
 
 // The real entries of a stretch of one sample's list.
 struct Entries {
@@ -24,14 +25,16 @@ struct Entries {
   int64_t at[kEntries];
   const char* row[kEntries + kAhead];
 
-  Entries(const Shortlist& list, int64_t b, int64_t first, int64_t last, const Table& table, int64_t row_bytes) {
+  Entries(const Shortlist& list, int64_t b, int64_t first, int64_t last, const Table& table,
+          int64_t row_bytes) {
     const char* weight = static_cast<const char*>(table.weight);
     for (int64_t i = b * list.size + first; i < b * list.size + last; ++i)
       if (list.index[i] >= 0) {
         at[count] = i;
         row[count++] = weight + list.index[i] * row_bytes;
       }
-    for (int i = 0; i < kAhead; ++i) row[count + i] = count ? row[count - 1] : weight;  // to be fetched once more
+    for (int i = 0; i < kAhead; ++i)
+      row[count + i] = count ? row[count - 1] : weight;  // to be fetched once more
   }
 };
 
@@ -88,24 +91,28 @@ struct DxPlan {
 
 template <DType kRow>
 void dx_part(const ShortlistBackward& a, const DxPlan& p, int64_t b, int64_t part, float* out) {
-  const int64_t row_bytes = a.batch.width * dtype_size(kRow), end = min64(a.list.size, (part + 1) * p.part_size);
+  const int64_t row_bytes = a.batch.width * dtype_size(kRow),
+                end = min64(a.list.size, (part + 1) * p.part_size);
   std::memset(out, 0, size_t(a.batch.width) * 4);
   for (int64_t first = part * p.part_size; first < end; first += kEntries)
-    add_entries<kRow>(a, Entries(a.list, b, first, min64(end, first + kEntries), a.table, row_bytes), false, out);
+    add_entries<kRow>(
+        a, Entries(a.list, b, first, min64(end, first + kEntries), a.table, row_bytes), false, out);
 }
 
 struct Entry {
   int64_t row, at;
 };
 
-// Entries of index sorted by row, stable, and where each row's begin. A radix sort: linear, and without comparisons.
+// Entries of index sorted by row, stable, and where each row's begin. A radix sort: linear, and
+// without comparisons.
 struct Grouping {
   const ShortlistBackward& a;
   Buffer<Entry> from, to;
   Buffer<int64_t> count;
 
   explicit Grouping(const ShortlistBackward& args)
-      : a(args), from(a.place ? a.list.entries : 0), to(a.place ? a.list.entries : 0), count(int64_t(1) << kDigit) {}
+      : a(args), from(a.place ? a.list.entries : 0), to(a.place ? a.list.entries : 0),
+        count(int64_t(1) << kDigit) {}
 
   void run() {
     int64_t real = 0;
@@ -134,18 +141,20 @@ struct Grouping {
       count.data[digit] = sum;
       sum += here;
     }
-    for (int64_t i = 0; i < real; ++i) target[count.data[(source[i].row >> shift) & (digits - 1)]++] = source[i];
+    for (int64_t i = 0; i < real; ++i)
+      target[count.data[(source[i].row >> shift) & (digits - 1)]++] = source[i];
   }
 };
 
-// Asks for pages of 2 MB where an array is large: touching it for the first time in pages of 4 KB costs as much as
-// filling it. A wish that the system may refuse.
+// Asks for pages of 2 MB where an array is large: touching it for the first time in pages of 4 KB
+// costs as much as filling it. A wish that the system may refuse.
 void ask_for_large_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t kPage = 2 << 20;
   const int64_t begin = round_up(reinterpret_cast<int64_t>(data), kPage);
   const int64_t end = (reinterpret_cast<int64_t>(data) + bytes) / kPage * kPage;
-  if (end - begin >= 4 * kPage) madvise(reinterpret_cast<void*>(begin), size_t(end - begin), MADV_HUGEPAGE);
+  if (end - begin >= 4 * kPage)
+    madvise(reinterpret_cast<void*>(begin), size_t(end - begin), MADV_HUGEPAGE);
 #else
   (void)data, (void)bytes;
 #endif
@@ -177,11 +186,13 @@ void gradient_row(const ShortlistBackward& a, const PaddedBatch& x, int64_t u) {
 
 void shortlist_matmul(const ShortlistMatmul& a, const Host& host) {
   if (a.list.shared) return shared_matmul(a, host);
-  const int64_t blocks = ceil_div(a.list.size, kEntries), row_bytes = a.batch.width * dtype_size(a.table.dtype);
+  const int64_t blocks = ceil_div(a.list.size, kEntries),
+                row_bytes = a.batch.width * dtype_size(a.table.dtype);
   const PaddedBatch x(a.batch);
   for_dtype(a.table.dtype, [&]<DType kRow>() {
     for_each_item(host, a.batch.size * blocks, [&](int64_t item, int64_t) {
-      const int64_t b = item / blocks, first = item % blocks * kEntries, last = min64(a.list.size, first + kEntries);
+      const int64_t b = item / blocks, first = item % blocks * kEntries,
+                    last = min64(a.list.size, first + kEntries);
       for (int64_t i = b * a.list.size + first; i < b * a.list.size + last; ++i)
         if (a.list.index[i] < 0) a.logits[i] = -std::numeric_limits<float>::infinity();
       logits_of<kRow>(a, x.row(b), Entries(a.list, b, first, last, a.table, row_bytes));

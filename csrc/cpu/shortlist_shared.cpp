@@ -1,5 +1,6 @@
-// shortlist_matmul and its backward where one shortlist serves the whole batch: dense products on gathered rows, in the
-// tiles of bce_step. The backward merges duplicates before the products, so each table row is read once.
+// shortlist_matmul and its backward where one shortlist serves the whole batch: dense products on
+// gathered rows, in the tiles of bce_step. The backward merges duplicates before the products, so
+// each table row is read once.
 #include <limits>
 #include <memory>
 
@@ -18,9 +19,11 @@ Plan plan_of(const Batch& x, int64_t rows) {
   return Plan(x, gathered, sizeof(typename T::elem));
 }
 
-// Table rows index[first..first+count] in the product's format, in the tile's room. row(i) < 0: a row of zeros.
+// Table rows index[first..first+count] in the product's format, in the tile's room. row(i) < 0: a
+// row of zeros.
 template <class T, class F>
-const typename T::elem* gather(const Plan& p, const Table& table, int64_t count, TileSpace<T>& space, F row) {
+const typename T::elem* gather(const Plan& p, const Table& table, int64_t count,
+                               TileSpace<T>& space, F row) {
   using elem = typename T::elem;
   elem* out = reinterpret_cast<elem*>(space.wide.data);
   const int64_t row_bytes = p.width * dtype_size(table.dtype);
@@ -36,14 +39,16 @@ const typename T::elem* gather(const Plan& p, const Table& table, int64_t count,
     else if constexpr (T::kPair == 1)
       widen(table.weight, table.dtype, row(i) * p.width, p.width, out);
     else
-      std::memcpy(out, static_cast<const elem*>(table.weight) + row(i) * p.width, size_t(p.width) * sizeof(elem));
+      std::memcpy(out, static_cast<const elem*>(table.weight) + row(i) * p.width,
+                  size_t(p.width) * sizeof(elem));
   }
   return reinterpret_cast<const elem*>(space.wide.data);
 }
 
 template <class T>
 std::unique_ptr<std::unique_ptr<TileSpace<T>>[]> tile_spaces(const Plan& p, int64_t workers) {
-  std::unique_ptr<std::unique_ptr<TileSpace<T>>[]> spaces(new std::unique_ptr<TileSpace<T>>[size_t(workers)]);
+  std::unique_ptr<std::unique_ptr<TileSpace<T>>[]> spaces(
+      new std::unique_ptr<TileSpace<T>>[size_t(workers)]);
   for (int64_t w = 0; w < workers; ++w) spaces[size_t(w)].reset(new TileSpace<T>(p, true));
   return spaces;
 }
@@ -59,12 +64,12 @@ void forward(const ShortlistMatmul& a, const Host& host) {
     const int64_t first = tile * p.tile, count = min64(p.tile, p.rows - first);
     const int64_t* index = a.list.index + first;
     const auto rows = gather<T>(p, a.table, count, space, [=](int64_t i) { return index[i]; });
-    gemm<T>(count, p.batch, p.width, rows, p.width, T::kPair, x.by_width.data, x.width_panel, space.logits.data,
-            p.z_row, false);
+    gemm<T>(count, p.batch, p.width, rows, p.width, T::kPair, x.by_width.data, x.width_panel,
+            space.logits.data, p.z_row, false);
     for (int64_t b = 0; b < p.batch; ++b)
       for (int64_t i = 0; i < count; ++i) {
         const float z = space.logits.data[i * p.z_row + b];
-        a.logits[b * p.rows + first + i] = index[i] < 0  ? -std::numeric_limits<float>::infinity()
+        a.logits[b * p.rows + first + i] = index[i] < 0   ? -std::numeric_limits<float>::infinity()
                                            : a.table.bias ? z + a.table.bias[index[i]]
                                                           : z;
       }
@@ -82,19 +87,21 @@ struct Transposed {
     for_each_item(host, ceil_div(size, kBlock), [&](int64_t item, int64_t) {
       const int64_t first = item * kBlock, last = min64(size, first + kBlock);
       for (int64_t b = 0; b < pad; ++b)
-        for (int64_t s = first; s < last; ++s) data.data[s * pad + b] = b < batch ? dlogits[b * size + s] : 0;
+        for (int64_t s = first; s < last; ++s)
+          data.data[s * pad + b] = b < batch ? dlogits[b * size + s] : 0;
     });
   }
 };
 
 // The gradient of unique row u's logits: the sum over its entries, in ascending order.
 template <class T>
-void gradient_of_row(const Plan& p, const ShortlistBackward& a, const Transposed& g, int64_t u, float* z,
-                     uint16_t* half) {
+void gradient_of_row(const Plan& p, const ShortlistBackward& a, const Transposed& g, int64_t u,
+                     float* z, uint16_t* half) {
   vf total{};
   for (int64_t j = 0; j < p.batch_pad; j += kLanes) {
     vf sum{};
-    for (int64_t i = a.start[u]; i < a.start[u + 1]; ++i) sum = sum + load<vf>(g.data.data + a.place[i] * g.batch_pad + j);
+    for (int64_t i = a.start[u]; i < a.start[u + 1]; ++i)
+      sum = sum + load<vf>(g.data.data + a.place[i] * g.batch_pad + j);
     total = total + sum;
     if constexpr (T::kPair == 1)
       store(z + j, sum);
@@ -133,8 +140,8 @@ void backward(const ShortlistBackward& a, const Host& host) {
                            T::kPair == 2 ? space.half.data + i * p.z_row : nullptr);
       if (a.dx) {
         const auto row = [&](int64_t i) { return a.list.index[a.place[a.start[first + i]]]; };
-        tile_dx<T>(p, gather<T>(p, a.table, count, space, row), count, space, partials.data + segment * partial,
-                   first != begin, nullptr);
+        tile_dx<T>(p, gather<T>(p, a.table, count, space, row), count, space,
+                   partials.data + segment * partial, first != begin, nullptr);
       }
       RowSink sink{a.grad, p.width};
       if (a.grad) tile_dw<T>(p, x, first, count, space, sink);

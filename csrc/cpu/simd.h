@@ -1,5 +1,6 @@
-// One vector type per instruction set, with the few operations the kernels need. GCC vector extensions carry the
-// arithmetic, so that one source serves all levels; intrinsics stand only where the extensions have no good word.
+// One vector type per instruction set, with the few operations the kernels need. GCC vector
+// extensions carry the arithmetic, so that one source serves all levels; intrinsics stand only
+// where the extensions have no good word.
 #pragma once
 
 #include <cfloat>
@@ -23,10 +24,11 @@ constexpr int kLanes = 16, kRows = 6, kVecs = 4;  // 24 accumulators of 32 regis
 #elif XK_ISA == 1
 constexpr int kLanes = 8, kRows = 6, kVecs = 2;  // 12 of 16
 #else
-constexpr int kLanes = 4, kRows = 4, kVecs = 2;  // 8 of 16: without FMA the product needs a register too
+constexpr int kLanes = 4, kRows = 4, kVecs = 2;  // 8 of 16: without FMA the product needs a
+                                                 // register too
 #endif
 constexpr int kPanel = kLanes * kVecs;  // columns of one packed panel
-constexpr int kChunk = kLanes * 8;      // columns served by one vector run of the generator: 8 per draw
+constexpr int kChunk = kLanes * 8;  // columns served by one vector run of the generator: 8 per draw
 
 typedef float vf __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
@@ -49,7 +51,8 @@ XK_INLINE void store(T* p, V v) {
 XK_INLINE vf splat(float x) { return x - vf{}; }
 XK_INLINE vu splat(uint32_t x) { return x + vu{}; }
 
-// 16-bit values, zero-extended; and back (the low half of each lane). GCC splits the plain conversions in pieces.
+// 16-bit values, zero-extended; and back (the low half of each lane). GCC splits the plain
+// conversions in pieces.
 XK_INLINE vu load_u16(const uint16_t* p) {
 #if XK_ISA >= 2
   return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -88,8 +91,9 @@ XK_INLINE void store_u8(uint8_t* p, vu v) {
 // The high halves of two vectors, one after the other.
 XK_INLINE void store_high_halves(uint16_t* p, vu a, vu b) {
 #if XK_ISA >= 2
-  alignas(64) static const uint16_t odd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-                                               33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  alignas(64) static const uint16_t odd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                               23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                               45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
   _mm512_storeu_si512(p, _mm512_permutex2var_epi16((__m512i)a, _mm512_load_si512(odd), (__m512i)b));
 #else
   store_u16(p, a >> 16);
@@ -149,7 +153,7 @@ XK_INLINE double lane_sum(vf v) {
   return sum;
 }
 
-// --- 16-bit floats -------------------------------------------------------------------------------------------------
+// --- 16-bit floats ---
 
 constexpr float kMaxBf16 = 0x1.fep127f, kMaxF16 = 65504.0f;
 
@@ -171,7 +175,8 @@ XK_INLINE vf f16_to_f32(vu h) {
 #elif XK_ISA == 1
   return (vf)_mm256_cvtph_ps((__m128i)low_halves(h));
 #else
-  // Moving the exponent by a product is exact for subnormals too; infinity and NaN need the top exponent.
+  // Moving the exponent by a product is exact for subnormals too; infinity and NaN need the top
+  // exponent.
   const vu em = (h & 0x7fffu) << 13;
   const vu v = (vu)((vf)em * 0x1p112f);
   return (vf)(v | (em >= 0x0f800000u ? splat(0x7f800000u) : vu{}) | ((h & 0x8000u) << 16));
@@ -182,26 +187,30 @@ XK_INLINE vu f32_to_f16(vf v) {
   v = vclamp(v, kMaxF16);
   const vu sign = ((vu)v >> 16) & 0x8000u, u = (vu)vabs(v);
   const vu normal = (u + 0xfffu + ((u >> 13) & 1u) - (112u << 23)) >> 13;
-  // Adding 1/2 puts the last place of the sum at 2^-24, the spacing of fp16 subnormals: the addition rounds.
+  // Adding 1/2 puts the last place of the sum at 2^-24, the spacing of fp16 subnormals: the
+  // addition rounds.
   const vu subnormal = (vu)(vabs(v) + 0.5f) - 0x3f000000u;
   return sign | (u >= (113u << 23) ? normal : subnormal);
 }
 
-// --- e4m3: one sign bit, 4 of exponent (bias 7), 3 of mantissa; 0x7f is NaN, there is no infinity --------------------
+// --- e4m3: 1 sign bit, 4 of exponent (bias 7), 3 of mantissa; 0x7f is NaN, no infinity ---
 
 constexpr float kMaxF8 = 448.0f;
 
-// Subnormals (below 2^-6, spacing 2^-9) go through an integer: a processor told to flush fp32 subnormals keeps them.
+// Subnormals (below 2^-6, spacing 2^-9) go through an integer: a processor told to flush fp32
+// subnormals keeps them.
 XK_INLINE vf f8_to_f32(vu bits) {
   const vu code = bits & 0x7fu;
-  const vu small = (vu)(__builtin_convertvector((vi)code, vf) * 0x1p-9f), normal = (code << 20) + (120u << 23);
+  const vu small = (vu)(__builtin_convertvector((vi)code, vf) * 0x1p-9f),
+           normal = (code << 20) + (120u << 23);
   const vu magnitude = code < 8u ? small : code == 0x7fu ? splat(0x7fc00000u) : normal;
   return (vf)(magnitude | ((bits & 0x80u) << 24));
 }
 
 XK_INLINE int64_t dtype_size(DType d) { return d == DType::f32 ? 4 : d == DType::f8 ? 1 : 2; }
 
-// kLanes consecutive values of any dtype as fp32; those of e4m3 as they are coded, without their row's scale.
+// kLanes consecutive values of any dtype as fp32; those of e4m3 as they are coded, without their
+// row's scale.
 XK_INLINE vf load_as_f32(const void* p, DType dtype, int64_t i) {
   if (dtype == DType::f32) return load<vf>(static_cast<const float*>(p) + i);
   if (dtype == DType::f8) return f8_to_f32(load_u8(static_cast<const uint8_t*>(p) + i));
@@ -222,14 +231,16 @@ static inline void widen(const void* src, DType dtype, int64_t offset, int64_t c
   uint16_t rest[kLanes] = {};
   float wide[kLanes];
   const int64_t size = dtype_size(dtype);
-  std::memcpy(rest, static_cast<const uint8_t*>(src) + (offset + i) * size, size_t((count - i) * size));
+  std::memcpy(rest, static_cast<const uint8_t*>(src) + (offset + i) * size,
+              size_t((count - i) * size));
   store(wide, load_as_f32(rest, dtype, 0));
   std::memcpy(dst + i, wide, size_t(count - i) * 4);
 }
 
-// --- exp and log1p -------------------------------------------------------------------------------------------------
+// --- exp and log1p ---
 
-// exp(x) for x <= 0, within 2 units in the last place; exactly 0 where it lies below half the smallest fp32; keeps NaN.
+// exp(x) for x <= 0, within 2 units in the last place; exactly 0 where it lies below half the
+// smallest fp32; keeps NaN.
 XK_INLINE vf exp_negative(vf x) {
   x = vmax(splat(-110.0f), x);
   // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.

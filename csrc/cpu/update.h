@@ -1,18 +1,21 @@
-// The update of a table row from its gradient: SGD, SGD with momentum, Adagrad, Adam; L2 or decoupled decay; fp32, or
-// bf16 and fp16 rounded stochastically or with Kahan compensation; e4m3 with a scale per row, rounded stochastically,
-// which keeps the row's largest |value| too. `Update` treats kChunk columns in registers, for the
-// tiles of bce_step; row_update.h a whole row, with what belongs to the row as one.
+// The update of a table row from its gradient: SGD, SGD with momentum, Adagrad, Adam; L2 or
+// decoupled decay; fp32, or bf16 and fp16 rounded stochastically or with Kahan compensation; e4m3
+// with a scale per row, rounded stochastically, which keeps the row's largest |value| too. `Update`
+// treats kChunk columns in registers, for the tiles of bce_step; row_update.h a whole row, with
+// what belongs to the row as one.
 //
 //   w = weight (+ kahan)                          g += decay w             (not decoupled)
 //   SGD:       d = g
 //   momentum:  m = mu m + g, d = m
 //   Adagrad:   v = v + g^2, d = g / (sqrt(v) + eps)
-//   Adam:      m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, d = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+//   Adam:      m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2,
+//              d = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 //   new = w (1 - lr decay when decoupled) - lr d
 //   weight = stochastic(new), or with Kahan: weight = nearest(new), kahan = nearest(new - weight)
-// The step uses m and v as computed; only what is kept is rounded. t = step + 1, or the row's own count of updates.
-// A row-wise v takes the mean of g^2 over the row. Lazy decay replaces 1 - lr decay by exp(decay_sum - row_decay): both
-// in row_update.h.
+//
+// The step uses m and v as computed; only what is kept is rounded. t = step + 1, or the row's own
+// count of updates. A row-wise v takes the mean of g^2 over the row. Lazy decay replaces 1 - lr
+// decay by exp(decay_sum - row_decay): both in row_update.h.
 #pragma once
 
 #include <cmath>
@@ -21,7 +24,8 @@
 
 namespace xk::XK_NS {
 
-// adam_row: Adam with a row-wise v, which is known before the first column. Row-wise Adagrad is then plain SGD.
+// adam_row: Adam with a row-wise v, which is known before the first column. Row-wise Adagrad is
+// then plain SGD.
 enum class Rule { sgd, momentum, adagrad, adam, adam_row };
 
 constexpr int kChunkVecs = kChunk / kLanes;
@@ -40,20 +44,22 @@ struct Update {
   State weight, momentum, second, kahan;
   int64_t width, row_offset;
   float lr, l2, beta1, beta2, eps;
-  // new = keep * w - rate * d: the corrections of Adam's bias and a row-wise denominator are in the rate.
+  // new = keep * w - rate * d: the corrections of Adam's bias and a row-wise denominator are in the
+  // rate.
   float keep, rate, inverse2;  // inverse2 = 1 / (1 - b2^t)
-  float* row_scale;  // of an 8-bit table
+  float* row_scale;            // of an 8-bit table
   PhiloxKey key;
   PhiloxColumns at{0};
   PhiloxColumns32 at32{0};  // kept up for 8-bit tables alone
 
   explicit Update(const RowState& s)
-      : rule(rule_of(s)), weight{s.weight, s.dtype}, momentum(s.momentum), second(s.second), kahan(s.kahan),
-        width(s.width), row_offset(s.row_offset), lr(s.hyper[0]), l2(s.decoupled ? 0 : s.hyper[1]),
-        beta1(s.hyper[2]), beta2(s.hyper[3]), eps(s.hyper[4]),
+      : rule(rule_of(s)), weight{s.weight, s.dtype}, momentum(s.momentum), second(s.second),
+        kahan(s.kahan), width(s.width), row_offset(s.row_offset), lr(s.hyper->lr),
+        l2(s.decoupled ? 0 : s.hyper->decay), beta1(s.hyper->beta1), beta2(s.hyper->beta2),
+        eps(s.hyper->epsilon),
         // Plain SGD's L2 term is linear, so it joins the factor on the weight.
-        keep(s.decoupled || rule == Rule::sgd ? 1 - s.hyper[0] * s.hyper[1] : 1), rate(lr), inverse2(1),
-        row_scale(s.row_scale), key(s.counter[0], s.counter[1]) {
+        keep(s.decoupled || rule == Rule::sgd ? 1 - s.hyper->lr * s.hyper->decay : 1), rate(lr),
+        inverse2(1), row_scale(s.row_scale), key(s.counter[0], s.counter[1]) {
     if (rule != Rule::adam && rule != Rule::adam_row) return;
     rate = float(lr / (1 - std::pow(double(beta1), double(s.counter[1] + 1))));
     inverse2 = float(1 / (1 - std::pow(double(beta2), double(s.counter[1] + 1))));
@@ -66,8 +72,8 @@ struct Update {
   void row(int64_t row, int64_t column, int64_t count, const float* gradient);
 };
 
-// kChunk values of a state: in place, or through a copy where fewer columns are left, since whole vectors would
-// touch the next row.
+// kChunk values of a state: in place, or through a copy where fewer columns are left, since whole
+// vectors would touch the next row.
 struct Slot {
   alignas(64) unsigned char copy[kChunk * 4];
   unsigned char* place;
@@ -107,7 +113,8 @@ template <DType kType>
 XK_INLINE void store_chunk(const Update& u, const Chunk& c, void* p, uint64_t row, Stream stream) {
   if constexpr (kType == DType::f32) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kChunkVecs; ++i) store(static_cast<float*>(p) + i * kLanes, vclamp(c.v[i], FLT_MAX));
+    for (int i = 0; i < kChunkVecs; ++i)
+      store(static_cast<float*>(p) + i * kLanes, vclamp(c.v[i], FLT_MAX));
   } else {
     alignas(64) uint16_t random[kChunk];
     draw(u.key, u.at, row, stream, random);
@@ -125,7 +132,8 @@ XK_INLINE void store_chunk(const Update& u, const Chunk& c, void* p, uint64_t ro
   }
 }
 
-static inline void store_state(const Update& u, const Chunk& c, void* p, DType dtype, uint64_t row, Stream stream) {
+static inline void store_state(const Update& u, const Chunk& c, void* p, DType dtype, uint64_t row,
+                               Stream stream) {
   if (dtype == DType::f32)
     store_chunk<DType::f32>(u, c, p, row, stream);
   else if (dtype == DType::bf16)
@@ -134,9 +142,10 @@ static inline void store_state(const Update& u, const Chunk& c, void* p, DType d
     store_chunk<DType::f16>(u, c, p, row, stream);
 }
 
-// Rounds to e4m3 in units of the row's scale and returns the largest code stored; the first `count` columns are real.
-static inline uint32_t store_f8(const Update& u, const Chunk& c, float inverse_scale, void* p, int64_t count,
-                                uint64_t row, Stream stream) {
+// Rounds to e4m3 in units of the row's scale and returns the largest code stored; the first `count`
+// columns are real.
+static inline uint32_t store_f8(const Update& u, const Chunk& c, float inverse_scale, void* p,
+                                int64_t count, uint64_t row, Stream stream) {
   alignas(64) uint32_t random[kChunk];
   draw32(u.key, u.at32, row, stream, random);
   auto* const out = static_cast<uint8_t*>(p);
@@ -162,12 +171,14 @@ XK_INLINE void store_compensated(const Chunk& c, void* weight, void* kahan) {
     // From the clamped value: what saturation cut off must not come back in the next step.
     const vf rest = v - (kType == DType::bf16 ? bf16_to_f32(w) : f16_to_f32(w));
     store_u16(static_cast<uint16_t*>(weight) + i * kLanes, w);
-    store_u16(static_cast<uint16_t*>(kahan) + i * kLanes, kType == DType::bf16 ? f32_to_bf16(rest) : f32_to_f16(rest));
+    store_u16(static_cast<uint16_t*>(kahan) + i * kLanes,
+              kType == DType::bf16 ? f32_to_bf16(rest) : f32_to_f16(rest));
   }
 }
 
 template <DType kType, Rule kRule, bool kKahan>
-static void update_chunk(const Update& u, int64_t row, int64_t column, int64_t count, const float* gradient) {
+static void update_chunk(const Update& u, int64_t row, int64_t column, int64_t count,
+                         const float* gradient) {
   const int64_t index = row * u.width + column;
   const uint64_t global = uint64_t(row) + uint64_t(u.row_offset);
   Slot weight, momentum, second, kahan;
@@ -183,7 +194,8 @@ static void update_chunk(const Update& u, int64_t row, int64_t column, int64_t c
   }
   if constexpr (kRule == Rule::sgd) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kChunkVecs; ++i) w.v[i] = w.v[i] * u.keep - u.rate * load<vf>(gradient + i * kLanes);
+    for (int i = 0; i < kChunkVecs; ++i)
+      w.v[i] = w.v[i] * u.keep - u.rate * load<vf>(gradient + i * kLanes);
   } else if constexpr (kRule == Rule::adagrad) {
     Chunk v;
     void* const v_at = second.open(u.second, index, count);
@@ -205,7 +217,8 @@ static void update_chunk(const Update& u, int64_t row, int64_t column, int64_t c
       }
     } else if constexpr (kRule == Rule::adam_row) {
       for (int i = 0; i < kChunkVecs; ++i) {
-        m.v[i] = u.beta1 * m.v[i] + (1 - u.beta1) * (load<vf>(gradient + i * kLanes) + u.l2 * w.v[i]);
+        m.v[i] =
+            u.beta1 * m.v[i] + (1 - u.beta1) * (load<vf>(gradient + i * kLanes) + u.l2 * w.v[i]);
         w.v[i] = w.v[i] * u.keep - u.rate * m.v[i];
       }
     } else {
@@ -228,7 +241,8 @@ static void update_chunk(const Update& u, int64_t row, int64_t column, int64_t c
     store_compensated<kType>(w, w_at, count == kChunk ? kahan.place : kahan.copy);
     kahan.close(count);
   } else if constexpr (kType == DType::f8) {
-    float* const scale = u.row_scale + 2 * row;  // powers of two: products and quotients by it are exact
+    float* const scale = u.row_scale + 2 * row;  // powers of two: products and quotients by it are
+                                                 // exact
     const uint32_t code = store_f8(u, w, 1 / scale[0], w_at, count, global, kStreamWeight);
     const float largest = f8_to_f32(splat(code))[0] * scale[0];
     if (largest > scale[1]) scale[1] = largest;
@@ -239,18 +253,24 @@ static void update_chunk(const Update& u, int64_t row, int64_t column, int64_t c
 }
 
 template <DType kType, bool kKahan>
-XK_INLINE void update_chunk(const Update& u, int64_t row, int64_t column, int64_t count, const float* gradient) {
+XK_INLINE void update_chunk(const Update& u, int64_t row, int64_t column, int64_t count,
+                            const float* gradient) {
   switch (u.rule) {
     case Rule::sgd: return update_chunk<kType, Rule::sgd, kKahan>(u, row, column, count, gradient);
-    case Rule::momentum: return update_chunk<kType, Rule::momentum, kKahan>(u, row, column, count, gradient);
-    case Rule::adagrad: return update_chunk<kType, Rule::adagrad, kKahan>(u, row, column, count, gradient);
-    case Rule::adam: return update_chunk<kType, Rule::adam, kKahan>(u, row, column, count, gradient);
-    case Rule::adam_row: return update_chunk<kType, Rule::adam_row, kKahan>(u, row, column, count, gradient);
+    case Rule::momentum:
+      return update_chunk<kType, Rule::momentum, kKahan>(u, row, column, count, gradient);
+    case Rule::adagrad:
+      return update_chunk<kType, Rule::adagrad, kKahan>(u, row, column, count, gradient);
+    case Rule::adam:
+      return update_chunk<kType, Rule::adam, kKahan>(u, row, column, count, gradient);
+    case Rule::adam_row:
+      return update_chunk<kType, Rule::adam_row, kKahan>(u, row, column, count, gradient);
   }
 }
 
 template <DType kType>
-XK_INLINE void update_chunk(const Update& u, int64_t row, int64_t column, int64_t count, const float* gradient) {
+XK_INLINE void update_chunk(const Update& u, int64_t row, int64_t column, int64_t count,
+                            const float* gradient) {
   if constexpr (kType == DType::bf16 || kType == DType::f16) {
     if (u.kahan.data) return update_chunk<kType, true>(u, row, column, count, gradient);
   }
@@ -258,9 +278,12 @@ XK_INLINE void update_chunk(const Update& u, int64_t row, int64_t column, int64_
 }
 
 inline void Update::row(int64_t row, int64_t column, int64_t count, const float* gradient) {
-  if (weight.dtype == DType::f32) return update_chunk<DType::f32>(*this, row, column, count, gradient);
-  if (weight.dtype == DType::bf16) return update_chunk<DType::bf16>(*this, row, column, count, gradient);
-  if (weight.dtype == DType::f16) return update_chunk<DType::f16>(*this, row, column, count, gradient);
+  if (weight.dtype == DType::f32)
+    return update_chunk<DType::f32>(*this, row, column, count, gradient);
+  if (weight.dtype == DType::bf16)
+    return update_chunk<DType::bf16>(*this, row, column, count, gradient);
+  if (weight.dtype == DType::f16)
+    return update_chunk<DType::f16>(*this, row, column, count, gradient);
   return update_chunk<DType::f8>(*this, row, column, count, gradient);
 }
 

@@ -1,4 +1,5 @@
-// The occurrences of an embedding bag's rows: how they are keyed, and how a run of them is added up.
+// The occurrences of an embedding bag's rows: how they are keyed, and how a run of them is added
+// up.
 #pragma once
 
 #include "common.cuh"
@@ -28,17 +29,20 @@ XK_FN Occurrence occurrence(const BagStep& a, int64_t j) {
       low = middle + 1;
   }
   const bool real = uint64_t(row) < uint64_t(a.n) && low < a.bags && j >= a.offset[0];
-  return {uint32_t(real ? row : a.n), make_uint2(uint32_t(low), bits_of(a.token_weight ? a.token_weight[j] : 1.0f))};
+  return {uint32_t(real ? row : a.n),
+          make_uint2(uint32_t(low), bits_of(a.token_weight ? a.token_weight[j] : 1.0f))};
 }
 
 // Adds up `count` columns over the occurrences first, first + step, ... below end.
 template <bool kVector>
-XK_FN Values sum_run(const BagStep& a, const Runs& runs, int64_t first, int64_t end, int step, int64_t column, int count) {
+XK_FN Values sum_run(const BagStep& a, const Runs& runs, int64_t first, int64_t end, int step,
+                     int64_t column, int count) {
   Values sum{};
 #pragma unroll 4
   for (int64_t p = first; p < end; p += step) {
     const uint2 value = runs.value[p];
-    const Raw raw = load_raw<kVector, false>(a.grad, a.grad_dtype, int64_t(value.x) * a.state.width + column, count);
+    const Raw raw = load_raw<kVector, false>(a.grad, a.grad_dtype,
+                                             int64_t(value.x) * a.state.width + column, count);
     const Values g = widen(raw, a.grad_dtype);
     const float weight = float_of(value.y);
 #pragma unroll

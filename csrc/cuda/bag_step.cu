@@ -1,8 +1,9 @@
 // bag_step: backward of an embedding bag and the update of its touched rows.
 //
-// Occurrences are sorted by row, so that a row's occurrences are one run. A group of lanes owns a short run: it adds up
-// the gradients of the bags in order and updates the row from registers. A long run is added up by many groups first
-// (block-wise, in an order that depends on its length alone) and then updated like any row of sparse_update.
+// Occurrences are sorted by row, so that a row's occurrences are one run. A group of lanes owns a
+// short run: it adds up the gradients of the bags in order and updates the row from registers. A
+// long run is added up by many groups first (block-wise, in an order that depends on its length
+// alone) and then updated like any row of sparse_update.
 #include "bag_runs.cuh"
 #include "sort.cuh"
 #include "stages.cuh"
@@ -11,14 +12,17 @@ namespace xk::cuda {
 
 namespace {
 
-constexpr int kLongRun = 128;    // longer ones would keep one warp busy when all others are done
-constexpr int kSumThreads = 512;  // of a block that adds up a piece of a long run: 64 slots of 8 lanes
+constexpr int kLongRun = 128;     // longer ones would keep one warp busy when all others are done
+constexpr int kSumThreads = 512;  // of a block that adds up a piece of a long run: 64 slots of 8
+                                  // lanes
 constexpr int kSumLanes = 8, kSumSlots = kSumThreads / kSumLanes, kSumColumns = kSumLanes * kChunk;
 constexpr int kSumBlocks = 1024;
 
-// Where the parts of the workspace begin, in bytes. T occurrences; no more than T / (kLongRun + 1) runs are long.
+// Where the parts of the workspace begin, in bytes. T occurrences; no more than T / (kLongRun + 1)
+// runs are long.
 struct Layout {
-  int64_t keys, values, sorted_keys, sorted_values, scratch, scratch_bytes, long_start, long_row, long_grad, bytes;
+  int64_t keys, values, sorted_keys, sorted_values, scratch, scratch_bytes, long_start, long_row,
+      long_grad, bytes;
   int64_t long_runs;
 
   explicit Layout(const BagStep& a) : long_runs(a.count / (kLongRun + 1)) {
@@ -42,8 +46,10 @@ struct Layout {
   }
 };
 
-// Key (row, or n for fill) and value (bag, weight) of each occurrence; raises not_finite for a weight that is not finite.
-__global__ void __launch_bounds__(kThreads) key_kernel(BagStep a, uint32_t* keys, uint2* values, Coefficients* c) {
+// Key (row, or n for fill) and value (bag, weight) of each occurrence; raises not_finite for a
+// weight that is not finite.
+__global__ void __launch_bounds__(kThreads)
+    key_kernel(BagStep a, uint32_t* keys, uint2* values, Coefficients* c) {
   const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (j >= a.count) return;
   const Occurrence o = occurrence(a, j);
@@ -55,7 +61,8 @@ __global__ void __launch_bounds__(kThreads) key_kernel(BagStep a, uint32_t* keys
 // One group of lanes per occurrence; the one at the head of a run goes on with it.
 template <bool kMomentum, bool kSecond, bool kVector>
 __global__ void __launch_bounds__(kThreads, kBlocks - 1)
-    bag_kernel(BagStep a, Runs runs, int lanes, uint32_t* long_start, int64_t* long_row, Coefficients* coefficients) {
+    bag_kernel(BagStep a, Runs runs, int lanes, uint32_t* long_start, int64_t* long_row,
+               Coefficients* coefficients) {
   __shared__ Coefficients c;
   share(c, coefficients);
   const int lane = threadIdx.x % lanes;
@@ -68,7 +75,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks - 1)
   int64_t end = begin;
   for (uint32_t same = all; same == all && end - begin <= kLongRun;) {
     const int64_t p = end + lane;
-    same = __ballot_sync(group, p < runs.count && runs.row[p < runs.count ? p : begin] == row) >> in_warp & all;
+    same = __ballot_sync(group, p < runs.count && runs.row[p < runs.count ? p : begin] == row) >>
+               in_warp &
+           all;
     end += __popc(same);  // equal keys are neighbours: the set bits are the lowest
   }
   if (end - begin > kLongRun) {
@@ -80,25 +89,28 @@ __global__ void __launch_bounds__(kThreads, kBlocks - 1)
     }
     return;
   }
-  update_row<kMomentum, kSecond, kVector>(a.state, c, row, lane, lanes, [&](int64_t column, int count) {
-    Values g = sum_run<kVector>(a, runs, begin, end, 1, column, count);
+  update_row<kMomentum, kSecond, kVector>(
+      a.state, c, row, lane, lanes, [&](int64_t column, int count) {
+        Values g = sum_run<kVector>(a, runs, begin, end, 1, column, count);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) g.v[i] *= c.scale;
-    return g;
-  });
+        for (int i = 0; i < kChunk; ++i) g.v[i] *= c.scale;
+        return g;
+      });
 }
 
-// Sums of long runs into long_grad [runs, D]: a block per run and piece of 64 columns. Slot s of a block adds up the
-// occurrences s, s + 64, ..., then the slots are added pairwise.
+// Sums of long runs into long_grad [runs, D]: a block per run and piece of 64 columns. Slot s of a
+// block adds up the occurrences s, s + 64, ..., then the slots are added pairwise.
 template <bool kVector>
 __global__ void __launch_bounds__(kSumThreads)
-    sum_kernel(BagStep a, Runs runs, const uint32_t* long_start, float* long_grad, const Coefficients* c) {
+    sum_kernel(BagStep a, Runs runs, const uint32_t* long_start, float* long_grad,
+               const Coefficients* c) {
   __shared__ Values part[kSumSlots][kSumLanes];
   const int lane = threadIdx.x % kSumLanes, slot = threadIdx.x / kSumLanes;
   const int64_t pieces = ceil_div(a.state.width, int64_t(kSumColumns));
   const int64_t items = c->not_finite ? 0 : int64_t(c->long_runs) * pieces;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const int64_t run = item / pieces, column = item % pieces * kSumColumns + int64_t(lane) * kChunk;
+    const int64_t run = item / pieces,
+                  column = item % pieces * kSumColumns + int64_t(lane) * kChunk;
     const int64_t begin = long_start[run], left = a.state.width - column;
     const uint32_t row = runs.row[begin];
     int64_t end = begin + 1, beyond = runs.count;
@@ -111,7 +123,8 @@ __global__ void __launch_bounds__(kSumThreads)
     }
     Values sum{};
     if (left > 0)
-      sum = sum_run<kVector>(a, runs, begin + slot, end, kSumSlots, column, left < kChunk ? int(left) : kChunk);
+      sum = sum_run<kVector>(a, runs, begin + slot, end, kSumSlots, column,
+                             left < kChunk ? int(left) : kChunk);
     part[slot][lane] = sum;
     for (int half = kSumSlots / 2; half > 0; half /= 2) {
       __syncthreads();
@@ -120,7 +133,8 @@ __global__ void __launch_bounds__(kSumThreads)
       for (int i = 0; i < kChunk; ++i) part[slot][lane].v[i] += part[slot + half][lane].v[i];
     }
     if (slot == 0)
-      for (int i = 0; i < kChunk && i < left; ++i) long_grad[run * a.state.width + column + i] = part[0][lane].v[i];
+      for (int i = 0; i < kChunk && i < left; ++i)
+        long_grad[run * a.state.width + column + i] = part[0][lane].v[i];
     __syncthreads();  // before the next item overwrites the parts
   }
 }
@@ -156,16 +170,19 @@ void bag_step(const BagStep& a, void* workspace, void* stream) {
   check_finite(nullptr, a.bags, a.n, a.grad, a.grad_dtype, a.state.width, c, s);
   XK_LAUNCH(key_kernel, uint32_t(ceil_div(a.count, kThreads)), kThreads, s)(a, keys, values, c);
   check_launch("bag_step keys");
-  sort_pairs(keys, sorted_keys, values, sorted_values, a.count, bits_of_key(a.n), base + at.scratch, at.scratch_bytes, s);
+  sort_pairs(keys, sorted_keys, values, sorted_values, a.count, bits_of_key(a.n), base + at.scratch,
+             at.scratch_bytes, s);
   for_rule(a.state, vector, [&](auto momentum, auto second, auto in_chunks) {
     const auto kernel = bag_kernel<momentum, second, in_chunks>;
-    XK_LAUNCH(kernel, blocks_for(a.count, lanes), kThreads, s)(a, runs, lanes, long_start, long_row, c);
+    XK_LAUNCH(kernel, blocks_for(a.count, lanes), kThreads, s)(a, runs, lanes, long_start, long_row,
+                                                               c);
   });
   check_launch("bag_step rows");
   if (at.long_runs == 0) return;
   const int64_t items = at.long_runs * ceil_div(a.state.width, kSumColumns);
   const auto sum = vector ? sum_kernel<true> : sum_kernel<false>;
-  XK_LAUNCH(sum, uint32_t(items < kSumBlocks ? items : kSumBlocks), kSumThreads, s)(a, runs, long_start, long_grad, c);
+  XK_LAUNCH(sum, uint32_t(items < kSumBlocks ? items : kSumBlocks), kSumThreads, s)(
+      a, runs, long_start, long_grad, c);
   check_launch("bag_step long rows");
   update_rows({a.state, a.n, long_row, at.long_runs, long_grad, DType::f32}, &c->long_runs, c, s);
 }

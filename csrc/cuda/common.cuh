@@ -1,6 +1,8 @@
-// What the CUDA kernels share: the generator, 16-bit floats and their rounding, and chunks of 8 columns in 16-byte pieces.
+// What the CUDA kernels share: the generator, 16-bit floats and their rounding, and chunks of 8
+// columns in 16-byte pieces.
 //
-// Everything that computes is host code too: the arithmetic is tested against the reference without a card.
+// Everything that computes is host code too: the arithmetic is tested against the reference without
+// a card.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -17,10 +19,11 @@ namespace xk::cuda {
 
 constexpr int kChunk = 8;  // columns of one lane, served by one draw of 128 bits
 
-// --- the generator -------------------------------------------------------------------------------------------------
-// Philox-4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
-// key = low words of (seed, step); counter = (row low, row high, column group, stream) with the global row and
-// column group = column / 8; column c takes word (c % 8) / 2, low half where c is even.
+// --- the generator ---
+// Philox-4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC
+// 2011). key = low words of (seed, step); counter = (row low, row high, column group, stream) with
+// the global row and column group = column / 8; column c takes word (c % 8) / 2, low half where c
+// is even.
 
 enum Stream : uint32_t { kStreamWeight = 0, kStreamMomentum = 1, kStreamSecond = 2 };
 
@@ -42,9 +45,11 @@ XK_FN Words philox(uint32_t k0, uint32_t k1, uint32_t c0, uint32_t c1, uint32_t 
   return {{c0, c1, c2, c3}};
 }
 
-XK_FN uint32_t random16(const Words& draw, int i) { return i % 2 ? draw.w[i / 2] >> 16 : draw.w[i / 2] & 0xffffu; }
+XK_FN uint32_t random16(const Words& draw, int i) {
+  return i % 2 ? draw.w[i / 2] >> 16 : draw.w[i / 2] & 0xffffu;
+}
 
-// --- 16-bit floats -------------------------------------------------------------------------------------------------
+// --- 16-bit floats ---
 
 constexpr float kMaxF32 = 3.40282347e38f, kMaxBf16 = 3.38953139e38f, kMaxF16 = 65504.0f;
 
@@ -85,13 +90,16 @@ XK_FN uint32_t nearest16(float v, DType dtype) {
   return __half_raw(__float2half_rn(v)).x;
 }
 
-// Stochastic rounding to bf16: the discarded 16 bits are the chance to round away from zero. Exact in the subnormal
-// range too, where fp32 and bf16 patterns are linear in the value. Saturates.
-XK_FN uint32_t stochastic_bf16(float v, uint32_t random) { return (bits_of(clamp(v, kMaxBf16)) + random) >> 16; }
+// Stochastic rounding to bf16: the discarded 16 bits are the chance to round away from zero. Exact
+// in the subnormal range too, where fp32 and bf16 patterns are linear in the value. Saturates.
+XK_FN uint32_t stochastic_bf16(float v, uint32_t random) {
+  return (bits_of(clamp(v, kMaxBf16)) + random) >> 16;
+}
 
-// Stochastic rounding to fp16. Normal results drop 13 bits; below 2^-14 the spacing stays at 2^-24, so the mantissa
-// moves right with the exponent. Beyond 31 dropped bits the mantissa is shifted first, which keeps the chance
-// proportional to the value down to 2^-16 of a spacing, and 0 below. Saturates.
+// Stochastic rounding to fp16. Normal results drop 13 bits; below 2^-14 the spacing stays at 2^-24,
+// so the mantissa moves right with the exponent. Beyond 31 dropped bits the mantissa is shifted
+// first, which keeps the chance proportional to the value down to 2^-16 of a spacing, and 0 below.
+// Saturates.
 XK_FN uint32_t stochastic_f16(float v, uint32_t random) {
   v = clamp(v, kMaxF16);
   const uint32_t u = bits_of(v) & 0x7fffffffu, e = u >> 23;
@@ -99,20 +107,22 @@ XK_FN uint32_t stochastic_f16(float v, uint32_t random) {
   const uint32_t excess = wanted - drop, shift = excess < 24u ? excess : 24u;
   const uint32_t mantissa = ((u & 0x7fffffu) | 0x800000u) >> shift;
   const uint32_t sum = (mantissa + ((random << 16) >> (32u - drop))) >> drop;
-  // A carry out of the 11 bits moves into the exponent, which is what rounding up to the next power of two means.
+  // A carry out of the 11 bits moves into the exponent, which is what rounding up to the next power
+  // of two means.
   const uint32_t half = e >= 113u ? ((e - 113u) << 10) + sum : sum;
   return (half < 0x7bffu ? half : 0x7bffu) | ((bits_of(v) >> 16) & 0x8000u);
 }
 
-// --- chunks --------------------------------------------------------------------------------------------------------
-// kVector: rows are whole chunks on 16-byte boundaries. Otherwise a chunk is taken value by value, `count` of them.
+// --- chunks ---
+// kVector: rows are whole chunks on 16-byte boundaries. Otherwise a chunk is taken value by value,
+// `count` of them.
 
 struct Values {
   float v[kChunk];
 };
 
-// A chunk as it lies in memory: 32 bytes of fp32 or 16 of a narrower format. Loading is apart from widening, so that a
-// lane has the loads of all its arrays in flight before it waits for the first.
+// A chunk as it lies in memory: 32 bytes of fp32 or 16 of a narrower format. Loading is apart from
+// widening, so that a lane has the loads of all its arrays in flight before it waits for the first.
 struct Raw {
   uint32_t w[8];
 };
@@ -166,7 +176,8 @@ XK_FN void store_raw(void* base, DType dtype, int64_t index, int count, const Ra
   if constexpr (kVector) {
     store_once(reinterpret_cast<uint4*>(p), make_uint4(raw.w[0], raw.w[1], raw.w[2], raw.w[3]));
     if (dtype == DType::f32)
-      store_once(reinterpret_cast<uint4*>(p) + 1, make_uint4(raw.w[4], raw.w[5], raw.w[6], raw.w[7]));
+      store_once(reinterpret_cast<uint4*>(p) + 1,
+                 make_uint4(raw.w[4], raw.w[5], raw.w[6], raw.w[7]));
   } else {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
@@ -183,18 +194,22 @@ XK_FN Values widen(const Raw& raw, DType dtype) {
   Values out;
 #pragma unroll
   for (int i = 0; i < kChunk; ++i)
-    out.v[i] = dtype == DType::f32 ? float_of(raw.w[i]) : widen16((raw.w[i / 2] >> (16 * (i % 2))) & 0xffffu, dtype);
+    out.v[i] = dtype == DType::f32 ? float_of(raw.w[i])
+                                   : widen16((raw.w[i / 2] >> (16 * (i % 2))) & 0xffffu, dtype);
   return out;
 }
 
 // Whether a pattern is infinite or NaN, by the format's exponent bits.
 XK_FN bool not_finite(uint32_t bits, uint32_t exponent) { return (bits & exponent) == exponent; }
 XK_FN bool not_finite(const Raw& raw, DType dtype) {
-  const uint32_t exponent = dtype == DType::f32 ? 0x7f800000u : dtype == DType::bf16 ? 0x7f80u : 0x7c00u;
+  const uint32_t exponent = dtype == DType::f32    ? 0x7f800000u
+                            : dtype == DType::bf16 ? 0x7f80u
+                                                   : 0x7c00u;
   bool bad = false;
 #pragma unroll
   for (int i = 0; i < kChunk; ++i)
-    bad |= not_finite(raw.w[i], exponent) || (dtype != DType::f32 && not_finite(raw.w[i] >> 16, exponent));
+    bad |= not_finite(raw.w[i], exponent) ||
+           (dtype != DType::f32 && not_finite(raw.w[i] >> 16, exponent));
   return bad;
 }
 
@@ -204,7 +219,8 @@ XK_FN Raw round_stochastic(const Values& x, DType dtype, const Words& draw) {
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
     const uint32_t r = random16(draw, i);
-    const uint32_t half = dtype == DType::bf16 ? stochastic_bf16(x.v[i], r) : stochastic_f16(x.v[i], r);
+    const uint32_t half =
+        dtype == DType::bf16 ? stochastic_bf16(x.v[i], r) : stochastic_f16(x.v[i], r);
     raw.w[i / 2] |= half << (16 * (i % 2));
   }
   return raw;

@@ -1,9 +1,11 @@
-// The update of one table row by a group of lanes, 8 columns each: SGD, momentum, Adagrad, Adam; L2, decoupled or late
-// decay; fp32, or bf16 and fp16 rounded stochastically or with Kahan compensation. One formula serves the four rules:
+// The update of one table row by a group of lanes, 8 columns each: SGD, momentum, Adagrad, Adam;
+// L2, decoupled or late decay; fp32, or bf16 and fp16 rounded stochastically or with Kahan
+// compensation. One formula serves the four rules:
 //
 //   g += l2 w
-//   m = beta1 m + gain1 g        (no momentum: m = g; SGD with momentum: gain1 = 1; Adam: 1 - beta1)
-//   v = beta2 v + gain2 g^2      (Adagrad: beta2 = gain2 = 1; Adam: 1 - beta2; row-wise: the mean of g^2 over the row)
+//   m = beta1 m + gain1 g      (no momentum: m = g; SGD's momentum: gain1 = 1; Adam: 1 - beta1)
+//   v = beta2 v + gain2 g^2    (Adagrad: beta2 = gain2 = 1; Adam: gain2 = 1 - beta2; row-wise: the
+//                              mean of g^2 over the row)
 //   new = keep w - rate m [ / (sqrt(inverse2 v) + eps) ]
 //   weight = stochastic(new), or with Kahan: weight = nearest(new), kahan = nearest(new - weight)
 //
@@ -16,7 +18,8 @@
 
 namespace xk::cuda {
 
-// What hyper and counter come to, computed once per call by one thread; lies at the head of the workspace.
+// What hyper and counter come to, computed once per call by one thread; lies at the head of the
+// workspace.
 struct Coefficients {
   float keep, l2, rate, beta1, gain1, beta2, gain2, inverse2, eps, scale, decay_sum;
   uint32_t seed, step;
@@ -28,26 +31,28 @@ struct Coefficients {
 
 XK_FN Coefficients coefficients(const RowState& s) {
   Coefficients c{};
-  const float *h = s.hyper, lr = h[0], decay = h[1];
+  const Hyper& h = *s.hyper;
+  const float lr = h.lr, decay = h.decay;
   const bool adam = s.momentum.data && s.second.data;
   c.lr = lr;
   c.keep = s.decoupled ? 1 - lr * decay : 1.0f;
   c.l2 = s.decoupled ? 0.0f : decay;
-  c.beta1 = h[2];
-  c.gain1 = adam ? 1 - h[2] : 1.0f;
-  c.beta2 = adam ? h[3] : 1.0f;
-  c.gain2 = adam ? 1 - h[3] : 1.0f;
-  c.eps = h[4];
-  c.scale = h[5];
+  c.beta1 = h.beta1;
+  c.gain1 = adam ? 1 - h.beta1 : 1.0f;
+  c.beta2 = adam ? h.beta2 : 1.0f;
+  c.gain2 = adam ? 1 - h.beta2 : 1.0f;
+  c.eps = h.epsilon;
+  c.scale = h.scale;
   c.decay_sum = s.decay_sum ? *s.decay_sum : 0.0f;
   c.seed = uint32_t(s.counter[0]);
   c.step = uint32_t(s.counter[1]);
   c.rate = lr;
   c.inverse2 = 1;
   if (adam) {
-    // 1 - beta^t by expm1: exact to fp32 where beta^t is close to 1, and cheap enough to repeat for each row.
-    c.log_beta1 = log(double(h[2]));
-    c.log_beta2 = log(double(h[3]));
+    // 1 - beta^t by expm1: exact to fp32 where beta^t is close to 1, and cheap enough to repeat for
+    // each row.
+    c.log_beta1 = log(double(h.beta1));
+    c.log_beta2 = log(double(h.beta2));
     const double t = double(s.counter[1] + 1);
     c.rate = float(double(lr) / -expm1(t * c.log_beta1));
     c.inverse2 = float(1 / -expm1(t * c.log_beta2));
@@ -90,7 +95,8 @@ XK_FN Words draw(const Coefficients& c, const Place& at, Stream stream) {
 }
 
 template <bool kVector>
-XK_FN void store_values(void* base, DType dtype, const Place& at, Values x, const Coefficients& c, Stream stream) {
+XK_FN void store_values(void* base, DType dtype, const Place& at, Values x, const Coefficients& c,
+                        Stream stream) {
   Raw raw;
   if (dtype == DType::f32) {
 #pragma unroll
@@ -101,8 +107,8 @@ XK_FN void store_values(void* base, DType dtype, const Place& at, Values x, cons
   store_raw<kVector>(base, dtype, at.index, at.count, raw);
 }
 
-// Rounds to nearest, keeps what the rounding left over. From the clamped value: what saturation cuts off must not come
-// back in the next step.
+// Rounds to nearest, keeps what the rounding left over. From the clamped value: what saturation
+// cuts off must not come back in the next step.
 template <bool kVector>
 XK_FN void store_compensated(const RowState& s, const Place& at, const Values& x) {
   const float limit = s.dtype == DType::bf16 ? kMaxBf16 : kMaxF16;
@@ -131,7 +137,8 @@ XK_FN Values widen_weight(const RowState& s, const Raw& weight, const Raw& kahan
 
 // Sum of the squared gradient over this lane's columns, for a row-wise second moment.
 template <bool kVector>
-XK_FN float square_sum(const RowState& s, const Coefficients& c, const Place& at, const Values& gradient) {
+XK_FN float square_sum(const RowState& s, const Coefficients& c, const Place& at,
+                       const Values& gradient) {
   Values w{};
   if (c.l2 != 0) {
     const Raw weight = load_raw<kVector, false>(s.weight, s.dtype, at.index, at.count);
@@ -148,14 +155,15 @@ XK_FN float square_sum(const RowState& s, const Coefficients& c, const Place& at
   return sum;
 }
 
-// Updates 8 columns: weight, momentum, a full second moment, kahan. v_row is the row's new second moment, if row-wise.
-// gradient() is called between the loads of the states and their use.
+// Updates 8 columns: weight, momentum, a full second moment, kahan. v_row is the row's new second
+// moment, if row-wise. gradient() is called between the loads of the states and their use.
 template <bool kMomentum, bool kSecond, bool kVector, class Gradient>
-XK_FN void update_chunk(const RowState& s, const Coefficients& c, const RowFactors& f, const Place& at, float v_row,
-                        const Gradient& gradient) {
+XK_FN void update_chunk(const RowState& s, const Coefficients& c, const RowFactors& f,
+                        const Place& at, float v_row, const Gradient& gradient) {
   const bool full = kSecond && !s.row_wise;
   Raw raw_m{}, raw_v{}, raw_k{};
-  if constexpr (kMomentum) raw_m = load_raw<kVector>(s.momentum.data, s.momentum.dtype, at.index, at.count);
+  if constexpr (kMomentum)
+    raw_m = load_raw<kVector>(s.momentum.data, s.momentum.dtype, at.index, at.count);
   if (full) raw_v = load_raw<kVector>(s.second.data, s.second.dtype, at.index, at.count);
   const Raw raw_w = load_raw<kVector>(s.weight, s.dtype, at.index, at.count);
   if (s.kahan.data) raw_k = load_raw<kVector>(s.kahan.data, s.dtype, at.index, at.count);
@@ -210,11 +218,11 @@ XK_FN void store_row_values(const RowState& s, const Coefficients& c, int64_t ro
   if (s.row_decay) s.row_decay[row] = c.decay_sum;
 }
 
-// One row by a group of `lanes` lanes (a power of two, neighbours in a warp). gradient(column, count) is the lane's part
-// of the row's gradient; it may be asked for twice.
+// One row by a group of `lanes` lanes (a power of two, neighbours in a warp). gradient(column,
+// count) is the lane's part of the row's gradient; it may be asked for twice.
 template <bool kMomentum, bool kSecond, bool kVector, class Gradient>
-__device__ __forceinline__ void update_row(const RowState& s, const Coefficients& c, int64_t row, int lane, int lanes,
-                                           const Gradient& gradient) {
+__device__ __forceinline__ void update_row(const RowState& s, const Coefficients& c, int64_t row,
+                                           int lane, int lanes, const Gradient& gradient) {
   const uint32_t group = (0xffffffffu >> (32 - lanes)) << (threadIdx.x % 32 - lane);
   const int64_t first = int64_t(lane) * kChunk, stride = int64_t(lanes) * kChunk;
   float v_row = 0;
@@ -231,7 +239,8 @@ __device__ __forceinline__ void update_row(const RowState& s, const Coefficients
   const RowFactors f = row_factors(s, c, row);
   for (int64_t column = first; column < s.width; column += stride) {
     const Place at = place_of(s, row, column);
-    update_chunk<kMomentum, kSecond, kVector>(s, c, f, at, v_row, [&] { return gradient(column, at.count); });
+    update_chunk<kMomentum, kSecond, kVector>(s, c, f, at, v_row,
+                                              [&] { return gradient(column, at.count); });
   }
   __syncwarp(group);  // every lane has read the row's own values
   if (lane == 0) store_row_values(s, c, row, v_row);
@@ -239,13 +248,15 @@ __device__ __forceinline__ void update_row(const RowState& s, const Coefficients
 
 // Whether every array of the table, and `other`, can be taken in chunks of 16 bytes.
 inline bool in_vectors(const RowState& s, const void* other) {
-  const void* const arrays[] = {s.weight, s.momentum.data, s.row_wise ? nullptr : s.second.data, s.kahan.data, other};
+  const void* const arrays[] = {s.weight, s.momentum.data, s.row_wise ? nullptr : s.second.data,
+                                s.kahan.data, other};
   for (const void* p : arrays)
     if (reinterpret_cast<uintptr_t>(p) % 16) return false;
   return s.width % kChunk == 0;
 }
 
-// Lanes that share a row: no more than there are chunks in it, so that narrow tables use whole warps.
+// Lanes that share a row: no more than there are chunks in it, so that narrow tables use whole
+// warps.
 inline int lanes_for(int64_t width) {
   int lanes = 32;
   while (lanes > 1 && (lanes / 2) * kChunk >= width) lanes /= 2;

@@ -16,11 +16,12 @@ int64_t sort_scratch(int64_t count) {
   return int64_t(bytes);
 }
 
-void sort_pairs(const uint32_t* keys, uint32_t* sorted_keys, const uint2* values, uint2* sorted_values, int64_t count,
-                int bits, void* scratch, int64_t scratch_bytes, cudaStream_t stream) {
+void sort_pairs(const uint32_t* keys, uint32_t* sorted_keys, const uint2* values,
+                uint2* sorted_values, int64_t count, int bits, void* scratch, int64_t scratch_bytes,
+                cudaStream_t stream) {
   size_t bytes = size_t(scratch_bytes);
-  check(cub::DeviceRadixSort::SortPairs(scratch, bytes, keys, sorted_keys, values, sorted_values, int32_t(count), 0, bits,
-                                        stream),
+  check(cub::DeviceRadixSort::SortPairs(scratch, bytes, keys, sorted_keys, values, sorted_values,
+                                        int32_t(count), 0, bits, stream),
         "sort_pairs");
 }
 

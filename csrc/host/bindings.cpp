@@ -22,7 +22,8 @@ py::array_t<T> hand_over(std::unique_ptr<T[]> values, std::int64_t size) {
 
 template <class Index>
 py::tuple hand_over(Matrix<Index>& matrix, std::int64_t rows) {
-    return py::make_tuple(hand_over(std::move(matrix.indptr), rows + 1), hand_over(std::move(matrix.indices), matrix.size),
+    return py::make_tuple(hand_over(std::move(matrix.indptr), rows + 1),
+                          hand_over(std::move(matrix.indices), matrix.size),
                           hand_over(std::move(matrix.data), matrix.size));
 }
 
@@ -59,7 +60,8 @@ py::tuple run(const char* begin, const char* end, const Options& options) {
     }
     const Problem& problem = parsed.problem;
     if (problem.fault != Fault::none) {
-        return py::make_tuple(py::tuple(), py::make_tuple(name(problem.fault), problem.row, py::bytes(problem.token)));
+        return py::make_tuple(py::tuple(), py::make_tuple(name(problem.fault), problem.row,
+                                                          py::bytes(problem.token)));
     }
     py::list matrices;
     matrices.append(hand_over(parsed.features, parsed.rows));
@@ -67,8 +69,9 @@ py::tuple run(const char* begin, const char* end, const Options& options) {
     return py::make_tuple(py::tuple(matrices), py::none());
 }
 
-py::tuple parse(const py::buffer& buffer, std::int64_t start, std::int64_t rows, std::int64_t cols, std::int64_t labels,
-                bool bow, bool bare, bool comma, const std::string& duplicates, int threads) {
+py::tuple parse(const py::buffer& buffer, std::int64_t start, std::int64_t rows, std::int64_t cols,
+                std::int64_t labels, bool bow, bool bare, bool comma, const std::string& duplicates,
+                int threads) {
     const py::buffer_info view = buffer.request();
     if (view.ndim != 1 || view.itemsize != 1 || (view.size > 1 && view.strides[0] != 1)) {
         throw std::invalid_argument("buffer: expected contiguous bytes");
@@ -87,10 +90,11 @@ py::tuple parse(const py::buffer& buffer, std::int64_t start, std::int64_t rows,
 
 PYBIND11_MODULE(_host, module) {
     module.doc() = "Native readers of text files; xmlkernels.data.sparse_text is the public face.";
-    module.def("parse_sparse", &parse, py::arg("buffer"), py::arg("start"), py::arg("rows"), py::arg("cols"),
-               py::arg("labels"), py::arg("bow"), py::arg("bare"), py::arg("comma"), py::arg("duplicates"),
-               py::arg("threads"),
+    module.def("parse_sparse", &parse, py::arg("buffer"), py::arg("start"), py::arg("rows"),
+               py::arg("cols"), py::arg("labels"), py::arg("bow"), py::arg("bare"),
+               py::arg("comma"), py::arg("duplicates"), py::arg("threads"),
                "Parse rows of sparse text from bytes.\n\n"
-               "Returns (matrices, None), each matrix (indptr int64 [rows + 1], indices, data float32), or\n"
+               "Returns (matrices, None), each matrix (indptr int64 [rows + 1], indices, data "
+               "float32), or\n"
                "((), (fault, row, token)) for the first thing that is wrong.");
 }

@@ -29,7 +29,8 @@ std::uint8_t is_space(char c, char comma) {
     return static_cast<std::uint8_t>((c == ' ') | ((c >= '\t') & (c <= '\r')) | (c == comma));
 }
 
-// Counters of one byte over short blocks: the compiler turns the loop into byte-wide vector instructions.
+// Counters of one byte over short blocks: the compiler turns the loop into byte-wide vector
+// instructions.
 Counts count(const char* begin, const char* end, bool comma_splits) {
     Counts total;
     const char comma = comma_splits ? ',' : ' ';
@@ -39,7 +40,8 @@ Counts count(const char* begin, const char* end, bool comma_splits) {
         std::uint8_t lines = 0, starts = 0, colons = 0, commas = 0;
         starts += static_cast<std::uint8_t>((is_space(p[0], comma) ^ 1) & carried);
         for (std::int64_t i = 1; i < n; ++i) {
-            starts += static_cast<std::uint8_t>((is_space(p[i], comma) ^ 1) & is_space(p[i - 1], comma));
+            starts +=
+                static_cast<std::uint8_t>((is_space(p[i], comma) ^ 1) & is_space(p[i - 1], comma));
         }
         for (std::int64_t i = 0; i < n; ++i) {
             lines += p[i] == '\n';
@@ -47,7 +49,8 @@ Counts count(const char* begin, const char* end, bool comma_splits) {
             commas += p[i] == ',';
         }
         carried = is_space(p[n - 1], comma);
-        total.lines += lines, total.tokens += starts, total.colons += colons, total.commas += commas;
+        total.lines += lines, total.tokens += starts, total.colons += colons,
+            total.commas += commas;
         p += n;
     }
     if (begin < end && end[-1] != '\n') ++total.lines;
@@ -55,7 +58,8 @@ Counts count(const char* begin, const char* end, bool comma_splits) {
 }
 
 std::vector<Chunk> split(const char* begin, const char* end, int threads) {
-    // Small enough to balance threads and to stay in the second pass's cache reach, large enough to cost nothing.
+    // Small enough to balance threads and to stay in the second pass's cache reach, large enough to
+    // cost nothing.
     constexpr std::int64_t kMost = std::int64_t{4} << 20, kLeast = std::int64_t{64} << 10;
     const std::int64_t size = std::clamp((end - begin) / (4 * threads) + 1, kLeast, kMost);
     std::vector<Chunk> chunks;
@@ -105,7 +109,8 @@ std::int64_t rows_without_blank_tail(const char* begin, const char* end, std::in
 
 template <class Index>
 void reserve(Matrix<Index>& matrix, std::int64_t rows, std::int64_t entries) {
-    matrix.indptr = std::make_unique_for_overwrite<std::int64_t[]>(static_cast<std::size_t>(rows) + 1);
+    matrix.indptr =
+        std::make_unique_for_overwrite<std::int64_t[]>(static_cast<std::size_t>(rows) + 1);
     matrix.indices = std::make_unique_for_overwrite<Index[]>(static_cast<std::size_t>(entries));
     matrix.data = std::make_unique_for_overwrite<float[]>(static_cast<std::size_t>(entries));
 }
@@ -130,7 +135,8 @@ class Slice {
 
 template <class Index>
 void parse_chunk(Chunk& chunk, Parsed<Index>& out, const Options& options) {
-    Slice<Index> features(out.features, chunk.feature_offset), labels(out.labels, chunk.label_offset);
+    Slice<Index> features(out.features, chunk.feature_offset),
+        labels(out.labels, chunk.label_offset);
     RowParser<Index> parser(options);
     std::int64_t row = chunk.first_row;
     for (const char* p = chunk.begin; p < chunk.end && row < out.rows; ++row) {
@@ -140,7 +146,8 @@ void parse_chunk(Chunk& chunk, Parsed<Index>& out, const Options& options) {
             chunk.problem = {parser.fault, row, parser.token};
             return;
         }
-        out.features.indptr[row + 1] = features.view.size;  // counted from the chunk's start; close_gaps makes it whole
+        out.features.indptr[row + 1] = features.view.size;  // counted from the chunk's start;
+                                                            // close_gaps makes it whole
         if (options.bow) out.labels.indptr[row + 1] = labels.view.size;
         p = stop + 1;
     }
@@ -157,10 +164,13 @@ void close_gaps(Matrix<Index>& matrix, const std::vector<Chunk>& chunks, std::in
         const Chunk& chunk = chunks[c];
         const std::int64_t from = chunk.*offset, n = chunk.*size, to = matrix.size;
         if (from != to && n > 0) {
-            std::memmove(&matrix.indices[to], &matrix.indices[from], static_cast<std::size_t>(n) * sizeof(Index));
-            std::memmove(&matrix.data[to], &matrix.data[from], static_cast<std::size_t>(n) * sizeof(float));
+            std::memmove(&matrix.indices[to], &matrix.indices[from],
+                         static_cast<std::size_t>(n) * sizeof(Index));
+            std::memmove(&matrix.data[to], &matrix.data[from],
+                         static_cast<std::size_t>(n) * sizeof(float));
         }
-        const std::int64_t last = c + 1 < chunks.size() ? std::min(chunks[c + 1].first_row, rows) : rows;
+        const std::int64_t last =
+            c + 1 < chunks.size() ? std::min(chunks[c + 1].first_row, rows) : rows;
         for (std::int64_t row = chunk.first_row; row < last; ++row) matrix.indptr[row + 1] += to;
         matrix.size += n;
     }
@@ -184,7 +194,8 @@ Parsed<Index> parse_sparse(const char* begin, const char* end, const Options& op
     }
     out.rows = options.rows >= 0 ? options.rows : lines;
     // More lines than rows are allowed only where the surplus is blank.
-    const std::int64_t found = lines > out.rows ? rows_without_blank_tail(begin, end, lines) : lines;
+    const std::int64_t found =
+        lines > out.rows ? rows_without_blank_tail(begin, end, lines) : lines;
     if (lines < out.rows || found > out.rows) {
         out.problem = {Fault::rows, found, {}};
         return out;
@@ -192,7 +203,8 @@ Parsed<Index> parse_sparse(const char* begin, const char* end, const Options& op
     reserve(out.features, out.rows, features);
     if (options.bow) reserve(out.labels, out.rows, labels);
 
-    // Chunks behind a failed one are skipped, those before it never: the problem told is the first in the text.
+    // Chunks behind a failed one are skipped, those before it never: the problem told is the first
+    // in the text.
     std::atomic<std::size_t> failed{chunks.size()};
     parallel_for(chunks.size(), options.threads, [&](std::size_t c) {
         if (c > failed) return;

@@ -1,5 +1,6 @@
-// Parallel parser of sparse text rows: `index:value index:value`, and of the old bag-of-words rows `l1,l2 f:v f:v`.
-// Knows nothing of Python, files or messages: bytes in, CSR arrays or one located problem out.
+// Parallel parser of sparse text rows: `index:value index:value`, and of the old bag-of-words rows
+// `l1,l2 f:v f:v`. Knows nothing of Python, files or messages: bytes in, CSR arrays or one located
+// problem out.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +11,8 @@ namespace xmlkernels::host {
 
 enum class Duplicates { error, sum, max, first };
 
-// What is wrong with a token. The sentence told to the user is made in xmlkernels/data/formats/sparse_text.py, so that the
-// Python parser tells the same.
+// What is wrong with a token. The sentence told to the user is made in
+// xmlkernels/data/formats/sparse_text.py, so that the Python parser tells the same.
 enum class Fault {
     none,
     rows,             // the number of rows is not the header's; Problem.row is the number found
@@ -61,7 +62,8 @@ struct Parsed {
     Problem problem;       // fault none: the matrices are whole; otherwise they are not filled
 };
 
-// Parses the rows in [begin, end); a header is already behind `begin`. Throws std::bad_alloc and std::system_error only.
+// Parses the rows in [begin, end); a header is already behind `begin`. Throws std::bad_alloc and
+// std::system_error only.
 template <class Index>
 Parsed<Index> parse_sparse(const char* begin, const char* end, const Options& options);
 

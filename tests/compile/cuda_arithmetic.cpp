@@ -51,7 +51,7 @@ RowState state_of(void* const* p, const int64_t* n) {
   s.row_step = static_cast<int64_t*>(p[4]);
   s.row_decay = static_cast<float*>(p[5]);
   s.decay_sum = static_cast<const float*>(p[6]);
-  s.hyper = static_cast<const float*>(p[7]);
+  s.hyper = static_cast<const xk::Hyper*>(p[7]);
   s.counter = static_cast<const int64_t*>(p[8]);
   s.row_wise = n[5], s.row_offset = n[6], s.decoupled = n[7];
   return s;

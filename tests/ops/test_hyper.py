@@ -1,10 +1,15 @@
 """`Hyper`: the names of the numbers that steer a step, and their places in every language."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from xmlkernels.ops import Hyper, hyper
 from xmlkernels.reference import hyper as reference
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 
 def test_the_tensor_holds_the_fields_in_order() -> None:
@@ -26,3 +31,12 @@ def test_the_reference_and_triton_agree(name: str) -> None:
     assert getattr(reference, name.upper()) == getattr(hyper, name.upper())
     triton = pytest.importorskip("xmlkernels.triton.hyper", exc_type=ImportError)
     assert getattr(triton, name.upper()).value == getattr(hyper, name.upper())
+
+
+def test_the_kernels_agree() -> None:
+    """The C++ struct has the same fields, floats all, in the same order."""
+    source = (CSRC / "kernels.h").read_text("utf-8")
+    body = re.search(r"struct Hyper \{(.*?)\};", source, re.DOTALL)
+    assert body is not None
+    code = re.sub(r"//[^\n]*", "", body[1])
+    assert re.findall(r"(\w+) (\w+);", code) == [("float", name) for name in Hyper._fields]
