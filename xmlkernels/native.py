@@ -1,7 +1,6 @@
-"""Finds and loads the native libraries, and says so when one is not there.
+"""Find and load the native libraries, and say so when one is missing.
 
-`python -m xmlkernels.native` prints what was found, in one line; with a torch that has CUDA, in
-two.
+`python -m xmlkernels.ops` prints what was found.
 """
 
 import os
@@ -21,8 +20,8 @@ def load() -> str | None:
     """Load the CPU kernels into torch's dispatcher, and the CUDA ones where torch has CUDA.
 
     Returns:
-        None when the CPU kernels are loaded, else the reason why not; `missing_cuda` has that of
-        the CUDA kernels.
+        None when the CPU kernels are loaded, else the reason why not. `missing_cuda` is the same
+        for the CUDA kernels.
 
     Raises:
         ImportError: when XMLKERNELS_REQUIRE_NATIVE=1 and the CPU kernels cannot be loaded, or the
@@ -95,8 +94,7 @@ def warn_reference(device: str, reason: str) -> None:
         )
         warnings.warn(
             f"xmlkernels: ops on {device} run on their slow reference: {reason}. The full-label "
-            "ops then hold all logits; "
-            f"{mend}",
+            f"ops then hold all logits; {mend}",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -1,12 +1,14 @@
-"""The public ops. Torch's dispatcher chooses the kernel: native where one is loaded for the device,
-else the reference.
+"""The public ops.
+
+Torch's dispatcher chooses the kernel: a native one where it is loaded for the device, else the
+reference.
 """
 
-from xmlkernels.ops._registry import missing
 from xmlkernels.ops.bag_step import bag_step_
 from xmlkernels.ops.bce_loss import bce_loss
 from xmlkernels.ops.bce_step import bce_step_
 from xmlkernels.ops.cluster_step import cluster_step_
+from xmlkernels.ops.define import missing
 from xmlkernels.ops.hyper import Hyper
 from xmlkernels.ops.matmul_topk import matmul_topk
 from xmlkernels.ops.rescale_rows import rescale_rows_

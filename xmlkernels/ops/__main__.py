@@ -1,4 +1,4 @@
-"""`python -m xmlkernels.ops`: whether the native libraries are loaded, and if not, why."""
+"""Say whether the native libraries are loaded, and if not, why: `python -m xmlkernels.ops`."""
 
 import torch
 

@@ -5,15 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xmlkernels.ops._registry import (
+from xmlkernels.ops.checks import (
     STATE_DTYPES,
+    check_table_shape,
     check_tensor,
-    define,
+    check_updated_table,
     expect,
-    mark_written,
-    public,
 )
-from xmlkernels.ops._update import check_table_shape, check_updated_table
+from xmlkernels.ops.define import define, mark_written, public
 from xmlkernels.reference.bag_step import bag_step_ as reference
 
 
@@ -36,7 +35,7 @@ def bag_step_(
     row_offset: int = 0,
     decoupled: bool = False,
 ) -> None:
-    """Takes the gradient of summed bags to the rows in them and updates each such row once.
+    """Take the gradient of summed bags to the rows in them and update each such row once.
 
     Bag b is the sum over j from offset[b] to offset[b + 1] of token_weight[j] weight[token[j]] (a
     mean: weights of 1 / length). A row's gradient is the sum of token_weight[j] grad[bag of j] over
@@ -63,28 +62,14 @@ def bag_step_(
             is updated shares memory with another, or, on the CPU, tokens or offsets lie outside or
             hyper is not finite.
     """
-    states = {"momentum": momentum, "second": second, "kahan": kahan, "row_step": row_step}
-    decay = {
-        "row_decay": row_decay,
-        "decay_sum": decay_sum,
-        "row_offset": row_offset,
-        "decoupled": decoupled,
-    }
-    _check(
-        weight, grad, token, offset, hyper, counter, token_weight=token_weight, **states, **decay
-    )
+    options: dict[str, Any] = {"token_weight": token_weight}
+    options |= {"momentum": momentum, "second": second, "kahan": kahan, "row_step": row_step}
+    options |= {"row_decay": row_decay, "decay_sum": decay_sum}
+    options |= {"row_offset": row_offset, "decoupled": decoupled}
+    _check(weight, grad, token, offset, hyper, counter, **options)
     mark_written(weight, momentum, second, kahan, row_step, row_decay)
-    torch.ops.xmlkernels.bag_step_(
-        weight,
-        grad.detach(),
-        token,
-        offset,
-        hyper,
-        counter,
-        token_weight=token_weight,
-        **states,
-        **decay,
-    )
+    op = torch.ops.xmlkernels.bag_step_
+    op(weight, grad.detach(), token, offset, hyper, counter, **options)
 
 
 def _check(
@@ -104,9 +89,8 @@ def _check(
     check_tensor(op, "token", token, (torch.int64,), (None,), weight.device)
     check_tensor(op, "offset", offset, (torch.int64,), (grad.shape[0] + 1,), weight.device)
     if token_weight is not None:
-        check_tensor(
-            op, "token_weight", token_weight, (torch.float32,), (token.shape[0],), weight.device
-        )
+        shape = (token.shape[0],)
+        check_tensor(op, "token_weight", token_weight, (torch.float32,), shape, weight.device)
     _check_bags(op, token, offset, weight.shape[0])
     rest = {"grad": grad, "token": token, "offset": offset, "token_weight": token_weight}
     check_updated_table(op, "weight", weight, hyper, counter, **given, rest=rest)
@@ -114,13 +98,14 @@ def _check(
 
 def _check_bags(op: str, token: Tensor, offset: Tensor, n: int) -> None:
     if token.device.type != "cpu":
-        return  # elsewhere reading the values would wait for the device
+        return
     low, high = int(offset[0]), int(offset[-1])
+    ascending = bool((offset[1:] >= offset[:-1]).all())
     expect(
-        low >= 0 and high <= token.shape[0] and bool((offset[1:] >= offset[:-1]).all()),
+        low >= 0 and high <= token.shape[0] and ascending,
         f"{op}: argument offset",
         f"ascending numbers from 0 to at most {token.shape[0]}, the occurrences",
-        f"{low} to {high}" + ("" if bool((offset[1:] >= offset[:-1]).all()) else ", not ascending"),
+        f"{low} to {high}" + ("" if ascending else ", not ascending"),
         "let bag b begin at offset[b] and end at offset[b + 1]",
     )
     if token.numel():
@@ -139,14 +124,8 @@ def _fake(*_: object, **__: object) -> None:
 
 
 define(
-    "bag_step_(Tensor(a!) weight, Tensor grad, Tensor token, Tensor offset, Tensor hyper, Tensor "
-    "counter, *, "
-    "Tensor? token_weight=None, Tensor(b!)? momentum=None, Tensor(c!)? second=None, Tensor(d!)? "
-    "kahan=None, "
-    "Tensor(e!)? row_step=None, Tensor(f!)? row_decay=None, Tensor? decay_sum=None, int "
-    "row_offset=0, "
-    "bool decoupled=False) -> ()",
     reference,
     _fake,
     _check,
+    writes=("weight", "momentum", "second", "kahan", "row_step", "row_decay"),
 )

@@ -6,14 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from xmlkernels.ops._registry import (
-    check_positives,
-    check_table,
-    define,
-    expect,
-    public,
-    register_cuda,
-)
+from xmlkernels.ops.checks import check_positives, check_table, expect
+from xmlkernels.ops.define import define, public
 from xmlkernels.reference.bce_loss import bce_loss as reference
 from xmlkernels.reference.bce_loss import bce_loss_backward as backward_reference
 
@@ -30,9 +24,9 @@ def bce_loss(
     row_scale: Tensor | None = None,
     rows: int = -1,
 ) -> Tensor:
-    """Binary cross-entropy summed over samples and all labels, in the tiles of `bce_step_`: no `B x
-    L` logits.
+    """Return the binary cross-entropy, summed over samples and all labels.
 
+    It works in the tiles of `bce_step_`: the `B x L` logits are never held.
     For validation loss, frozen tables and optimizers of one's own. Differentiable in x, weight and
     bias; the dense weight gradient is formed only when weight requires it. The backward scores the
     tiles once more.
@@ -111,45 +105,25 @@ def _setup_context(
 
 
 def _backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, pos_row, pos_sample, pos_value, row_scale = ctx.saved_tensors
+    x, weight, *_ = ctx.saved_tensors
     _, need_dweight, need_dbias, *_ = ctx.needs_input_grad
-    dx, dweight, dbias = torch.ops.xmlkernels.bce_loss_backward(
-        x,
-        weight,
-        bias,
-        pos_row,
-        pos_sample,
-        pos_value,
-        row_scale,
-        rows=ctx.rows,
-        need_dweight=need_dweight,
-        need_dbias=need_dbias,
-    )
+    wanted = {"need_dweight": need_dweight, "need_dbias": need_dbias}
+    op = torch.ops.xmlkernels.bce_loss_backward
+    dx, dweight, dbias = op(*ctx.saved_tensors, rows=ctx.rows, **wanted)
     return (
         (dx * dloss).to(x.dtype),
         (dweight * dloss).to(weight.dtype) if need_dweight else None,
         dbias * dloss if need_dbias else None,
-        None,
-        None,
-        None,
-        None,
+        *[None] * 4,
     )
 
 
-# row_scale stands before the star: torch's autograd registration takes no tensors behind it.
-_OPTIONS = (
-    "Tensor x, Tensor weight, Tensor? bias, Tensor pos_row, Tensor pos_sample, Tensor? "
-    "pos_value=None, "
-    "Tensor? row_scale=None, *, int rows=-1"
-)
-define(f"bce_loss({_OPTIONS}) -> Tensor", reference, _fake, _check)
+# row_scale is not keyword-only: torch's autograd registration takes no tensors that are.
+define(reference, _fake, _check, cuda="xmlkernels.triton.bce_loss")
 define(
-    f"bce_loss_backward({_OPTIONS}, bool need_dweight=False, bool need_dbias=False) "
-    "-> (Tensor dx, Tensor dweight, Tensor dbias)",
     backward_reference,
     _backward_fake,
     partial(_check, op="bce_loss_backward"),
+    cuda="xmlkernels.triton.bce_loss",
 )
 library.register_autograd("xmlkernels::bce_loss", _backward, setup_context=_setup_context)
-for _name in ("bce_loss", "bce_loss_backward"):
-    register_cuda(_name, "xmlkernels.triton.bce_loss")

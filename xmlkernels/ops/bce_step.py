@@ -5,20 +5,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xmlkernels.ops._registry import (
-    STATE_DTYPES,
+from xmlkernels.ops.checks import (
     check_memory,
+    check_no_gradient,
     check_positives,
     check_row_offset,
+    check_states,
     check_steering,
     check_table,
     check_tensor,
-    define,
     expect,
-    mark_written,
-    public,
-    register_cuda,
 )
+from xmlkernels.ops.define import define, mark_written, public
 from xmlkernels.reference.bce_step import bce_step_ as reference
 
 
@@ -44,8 +42,7 @@ def bce_step_(
     skip_below: float = 0.0,
     skipped: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scores all labels, forms the gradient of the summed binary cross-entropy and updates the
-    table, tile by tile.
+    """Score all labels and train the table on the summed binary cross-entropy, tile by tile.
 
     With z = x Wᵀ + bias and G = scale (σ(z) - y): dx = dx_scale G W, from the rows as they were
     before the step, and each row is updated in place with its gradient Gᵀ x. Neither the `B x L`
@@ -63,8 +60,7 @@ def bce_step_(
         pos_row: int64 [P], table rows of the positives, ascending; rows from `rows` on are fill and
             are ignored.
         pos_sample: int32 [P], their samples; pairs sorted by (row, sample), unique.
-        hyper: fp32 [7]: lr, decay, momentum (or beta1), beta2, epsilon (above 0 for Adam), scale,
-            dx_scale, on the same device.
+        hyper: fp32 [7], see `Hyper`; on the table's device.
         counter: int64 [2]: seed and step (from 0), on the table's device. The random words depend
             on these, the global row and the column alone.
         pos_value: fp32 [P], target of each pair; 1 when not given.
@@ -117,28 +113,15 @@ def bce_step_(
             is updated shares memory with another, or, on the CPU, positives are not sorted or hyper
             is not finite.
     """
-    options: dict[str, Any] = {
-        "pos_value": pos_value,
-        "bias": bias,
-        "momentum": momentum,
-        "second": second,
-        "kahan": kahan,
-    }
-    options |= {"row_scale": row_scale, "skipped": skipped}
-    options |= {"row_offset": row_offset, "rows": rows, "skip_below": skip_below}
-    _check(weight, x, pos_row, pos_sample, hyper, counter, **options)
+    positives = (pos_row, pos_sample)
+    options: dict[str, Any] = {"pos_value": pos_value, "bias": bias, "row_scale": row_scale}
+    options |= {"momentum": momentum, "second": second, "kahan": kahan}
+    options |= {"row_offset": row_offset, "rows": rows, "decoupled": decoupled}
+    options |= {"need_loss": need_loss, "skip_below": skip_below, "skipped": skipped}
+    _check(weight, x, *positives, hyper, counter, **options)
     mark_written(weight, bias, momentum, second, kahan, row_scale, skipped)
-    return torch.ops.xmlkernels.bce_step_(
-        weight,
-        x.detach(),
-        pos_row,
-        pos_sample,
-        hyper,
-        counter,
-        **options,
-        decoupled=decoupled,
-        need_loss=need_loss,
-    )
+    op = torch.ops.xmlkernels.bce_step_
+    return op(weight, x.detach(), *positives, hyper, counter, **options)
 
 
 def _check(
@@ -165,43 +148,9 @@ def _check(
     check_table(op, x, weight, bias, rows, row_scale, scaled=True)
     check_positives(op, x, pos_row, pos_sample, pos_value, weight.shape[0] if rows < 0 else rows)
     check_steering(op, hyper, counter, weight.device)
-    shape = (weight.shape[0], weight.shape[1])
-    for name, state in (("momentum", momentum), ("second", second)):
-        if state is not None:
-            check_tensor(op, name, state, STATE_DTYPES, shape, weight.device)
-    if kahan is not None:
-        expect(
-            row_scale is None,
-            f"{op}: argument kahan",
-            "None for an 8-bit table",
-            "a tensor",
-            "leave it out: e4m3 stores round stochastically, without bias; take a bf16 table for "
-            "compensation",
-        )
-        check_tensor(op, "kahan", kahan, (weight.dtype,), shape, weight.device)
-        expect(
-            weight.dtype != torch.float32,
-            f"{op}: argument kahan",
-            "a table below fp32",
-            "an fp32 table",
-            "leave kahan out: fp32 needs no compensation",
-        )
-    expect(
-        second is None or momentum is not None,
-        f"{op}: argument second",
-        "momentum beside it (Adam has both moments)",
-        "momentum=None",
-        "pass momentum too",
-    )
+    check_states(op, weight, momentum, second, kahan, row_wise=False)
     check_row_offset(op, row_offset, weight.shape[0])
-    expect(
-        not weight.requires_grad,
-        f"{op}: argument weight",
-        "a tensor that requires no gradient",
-        "one that does",
-        "keep the table out of autograd (a buffer, not an nn.Parameter): the step is its whole "
-        "training",
-    )
+    check_no_gradient(op, weight)
     expect(
         0 <= skip_below < float("inf"),
         f"{op}: argument skip_below",
@@ -218,22 +167,11 @@ def _check(
             str(skip_below),
             "leave it out: without skip_below nothing is skipped",
         )
-    written = {
-        "weight": weight,
-        "bias": bias,
-        "momentum": momentum,
-        "second": second,
-        "kahan": kahan,
-    }
-    read = {
-        "x": x,
-        "pos_row": pos_row,
-        "pos_sample": pos_sample,
-        "pos_value": pos_value,
-        "hyper": hyper,
-        "counter": counter,
-    }
-    check_memory(op, written | {"row_scale": row_scale, "skipped": skipped}, read)
+    written = {"weight": weight, "bias": bias, "row_scale": row_scale, "skipped": skipped}
+    written |= {"momentum": momentum, "second": second, "kahan": kahan}
+    read = {"x": x, "hyper": hyper, "counter": counter}
+    read |= {"pos_row": pos_row, "pos_sample": pos_sample, "pos_value": pos_value}
+    check_memory(op, written, read)
 
 
 def _fake(
@@ -247,22 +185,14 @@ def _fake(
     need_loss: bool = False,
     **_: object,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.float32), x.new_empty(
-        int(need_loss), dtype=torch.float32
-    )
+    loss = x.new_empty(int(need_loss), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.float32), loss
 
 
 define(
-    "bce_step_(Tensor(a!) weight, Tensor x, Tensor pos_row, Tensor pos_sample, Tensor hyper, "
-    "Tensor counter, *, "
-    "Tensor? pos_value=None, Tensor(b!)? bias=None, Tensor(c!)? momentum=None, Tensor(d!)? "
-    "second=None, "
-    "Tensor(e!)? kahan=None, Tensor(f!)? row_scale=None, int row_offset=0, int rows=-1, bool "
-    "decoupled=False, "
-    "bool need_loss=False, float skip_below=0.0, Tensor(g!)? skipped=None) -> (Tensor dx, Tensor "
-    "loss)",
     reference,
     _fake,
     _check,
+    writes=("weight", "bias", "momentum", "second", "kahan", "row_scale", "skipped"),
+    cuda="xmlkernels.triton.bce_step",
 )
-register_cuda("bce_step_", "xmlkernels.triton.bce_step")

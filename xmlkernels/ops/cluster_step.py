@@ -6,21 +6,19 @@ import torch
 from torch import Tensor
 
 from xmlkernels.errors import InputError
-from xmlkernels.ops._registry import (
-    STATE_DTYPES,
+from xmlkernels.ops.checks import (
     check_memory,
+    check_no_gradient,
     check_positives,
     check_row_offset,
+    check_states,
     check_steering,
     check_table,
     check_tensor,
-    define,
     describe,
     expect,
-    mark_written,
-    public,
-    register_cuda,
 )
+from xmlkernels.ops.define import define, mark_written, public
 from xmlkernels.reference.cluster_step import cluster_step_ as reference
 
 
@@ -47,8 +45,7 @@ def cluster_step_(
     decoupled: bool = False,
     need_loss: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`bce_step_` on the clusters that each sample selects: scores, gradient and update of those
-    rows alone.
+    """Score and train the rows in each sample's clusters, as `bce_step_` does all rows.
 
     A candidate is a pair (sample b, row r) with r in one of b's clusters and r < rows. With z = x_b
     · w_r + bias_r and g = scale (σ(z) - y) for candidates: dx_b = dx_scale Σ_r g w_r, from the rows
@@ -71,8 +68,8 @@ def cluster_step_(
         pos_row: int64 [P], table rows of the positives, ascending; rows from `rows` on are fill and
             are ignored, and so are pairs whose row lies in none of the sample's clusters.
         pos_sample: int32 [P], their samples; pairs sorted by (row, sample), unique.
-        hyper: fp32 [7]: lr, decay, momentum (or beta1), beta2, epsilon, scale, dx_scale, on the
-            table's device. For the mean over candidates scale is 1 / their number.
+        hyper: fp32 [7], see `Hyper`; on the table's device. For the mean over candidates, scale is
+            1 / their number.
         counter: int64 [2]: seed and step (from 0), on the table's device. The random words depend
             on these, the global row and the column alone. Adam's bias correction counts these
             steps, also for rows that were not in all of them.
@@ -104,27 +101,14 @@ def cluster_step_(
             is updated shares memory with another, or, on the CPU, positives are not sorted,
             clusters or row_ptr do not fit the table, or hyper is not finite.
     """
-    options: dict[str, Any] = {
-        "pos_value": pos_value,
-        "bias": bias,
-        "momentum": momentum,
-        "second": second,
-        "kahan": kahan,
-    }
-    options["row_scale"] = row_scale
-    args = (weight, x, clusters, row_ptr, cluster_rows, pos_row, pos_sample, hyper, counter)
-    _check(*args, **options, row_offset=row_offset, rows=rows)
+    given = (clusters, row_ptr, cluster_rows, pos_row, pos_sample, hyper, counter)
+    options: dict[str, Any] = {"pos_value": pos_value, "bias": bias, "row_scale": row_scale}
+    options |= {"momentum": momentum, "second": second, "kahan": kahan}
+    options |= {"row_offset": row_offset, "rows": rows, "decoupled": decoupled}
+    options |= {"need_loss": need_loss}
+    _check(weight, x, *given, **options)
     mark_written(weight, bias, momentum, second, kahan, row_scale)
-    return torch.ops.xmlkernels.cluster_step_(
-        weight,
-        x.detach(),
-        *args[2:],
-        **options,
-        row_offset=row_offset,
-        rows=rows,
-        decoupled=decoupled,
-        need_loss=need_loss,
-    )
+    return torch.ops.xmlkernels.cluster_step_(weight, x.detach(), *given, **options)
 
 
 def _check(
@@ -150,80 +134,23 @@ def _check(
 ) -> None:
     op = "cluster_step_"
     check_table(op, x, weight, bias, rows, row_scale, scaled=True)
-    check_clusters(op, x, weight, clusters, row_ptr, cluster_rows)
+    _check_clusters(op, x, weight, clusters, row_ptr, cluster_rows)
     check_positives(op, x, pos_row, pos_sample, pos_value, weight.shape[0] if rows < 0 else rows)
     check_steering(op, hyper, counter, weight.device)
-    check_states(op, weight, momentum, second, kahan)
+    check_states(op, weight, momentum, second, kahan, row_wise=True)
     check_row_offset(op, row_offset, weight.shape[0])
-    expect(
-        not weight.requires_grad,
-        f"{op}: argument weight",
-        "a tensor that requires no gradient",
-        "one that does",
-        "keep the table out of autograd (a buffer, not an nn.Parameter): the step is its whole "
-        "training",
-    )
-    written = {
-        "weight": weight,
-        "bias": bias,
-        "momentum": momentum,
-        "second": second,
-        "kahan": kahan,
-    }
-    read = {
-        "x": x,
-        "pos_row": pos_row,
-        "pos_sample": pos_sample,
-        "pos_value": pos_value,
-        "hyper": hyper,
-        "counter": counter,
-    }
-    check_memory(
-        op, written | {"row_scale": row_scale}, read | {"clusters": clusters, "row_ptr": row_ptr}
-    )
+    check_no_gradient(op, weight)
+    written = {"weight": weight, "bias": bias, "row_scale": row_scale}
+    written |= {"momentum": momentum, "second": second, "kahan": kahan}
+    read = {"x": x, "clusters": clusters, "row_ptr": row_ptr, "hyper": hyper, "counter": counter}
+    read |= {"pos_row": pos_row, "pos_sample": pos_sample, "pos_value": pos_value}
+    check_memory(op, written, read)
 
 
-def check_states(
-    op: str, weight: Tensor, momentum: Tensor | None, second: Tensor | None, kahan: Tensor | None
-) -> None:
-    """The optimizer states of the table, the second moment whole or one for each row."""
-    n, d = weight.shape
-    if momentum is not None:
-        check_tensor(op, "momentum", momentum, STATE_DTYPES, (n, d), weight.device)
-    if second is not None:
-        check_tensor(
-            op, "second", second, STATE_DTYPES, (n,) if second.dim() == 1 else (n, d), weight.device
-        )
-        expect(
-            momentum is not None,
-            f"{op}: argument second",
-            "momentum beside it (Adam has both moments)",
-            "momentum=None",
-            "pass momentum too",
-        )
-    if kahan is not None:
-        expect(
-            "float8" not in str(weight.dtype),
-            f"{op}: argument kahan",
-            "None for an 8-bit table",
-            "a tensor",
-            "leave it out: e4m3 stores round stochastically, without bias; take a bf16 table for "
-            "compensation",
-        )
-        check_tensor(op, "kahan", kahan, (weight.dtype,), (n, d), weight.device)
-        expect(
-            weight.dtype != torch.float32,
-            f"{op}: argument kahan",
-            "a table below fp32",
-            "an fp32 table",
-            "leave kahan out: fp32 needs no compensation",
-        )
-
-
-def check_clusters(
+def _check_clusters(
     op: str, x: Tensor, weight: Tensor, clusters: Tensor, row_ptr: Tensor, cluster_rows: int
 ) -> None:
-    """Clusters as ranges of rows, and each sample's choice of them."""
+    """Check clusters as ranges of rows, and each sample's choice of them."""
     check_tensor(op, "clusters", clusters, (torch.int64,), (x.shape[0], None), x.device)
     check_tensor(op, "row_ptr", row_ptr, (torch.int64,), (None,), x.device)
     expect(
@@ -234,15 +161,10 @@ def check_clusters(
         "give the first row of each cluster, and the end of the last",
     )
     where = f"{op}: argument cluster_rows"
-    expect(
-        cluster_rows >= 0,
-        where,
-        "0 or more",
-        str(cluster_rows),
-        "pass the size of the largest cluster",
-    )
+    mend = "pass the size of the largest cluster"
+    expect(cluster_rows >= 0, where, "0 or more", str(cluster_rows), mend)
     if x.device.type != "cpu":
-        return  # reading the values would wait for the device; there the collator's word is taken
+        return
     n, count = weight.shape[0], row_ptr.shape[0] - 1
     sizes = row_ptr.diff()
     if int(row_ptr[0]) < 0 or int(row_ptr[-1]) > n or (count and int(sizes.min()) < 0):
@@ -295,24 +217,15 @@ def _fake(
     need_loss: bool = False,
     **__: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, loss = (
-        x.new_empty(x.shape, dtype=torch.float32),
-        x.new_empty(int(need_loss), dtype=torch.float32),
-    )
-    return dx, x.new_empty((*clusters.shape, cluster_rows), dtype=torch.float32), loss
+    dx = x.new_empty(x.shape, dtype=torch.float32)
+    scores = x.new_empty((*clusters.shape, cluster_rows), dtype=torch.float32)
+    return dx, scores, x.new_empty(int(need_loss), dtype=torch.float32)
 
 
 define(
-    "cluster_step_(Tensor(a!) weight, Tensor x, Tensor clusters, Tensor row_ptr, int cluster_rows, "
-    "Tensor pos_row, "
-    "Tensor pos_sample, Tensor hyper, Tensor counter, *, Tensor? pos_value=None, Tensor(b!)? "
-    "bias=None, "
-    "Tensor(c!)? momentum=None, Tensor(d!)? second=None, Tensor(e!)? kahan=None, Tensor(f!)? "
-    "row_scale=None, "
-    "int row_offset=0, int rows=-1, bool decoupled=False, bool need_loss=False) "
-    "-> (Tensor dx, Tensor scores, Tensor loss)",
     reference,
     _fake,
     _check,
+    writes=("weight", "bias", "momentum", "second", "kahan", "row_scale"),
+    cuda="xmlkernels.triton.cluster_step",
 )
-register_cuda("cluster_step_", "xmlkernels.triton.cluster_step")

@@ -1,17 +1,12 @@
 """`matmul_topk`: the best labels of each sample, exactly, without the score matrix."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from xmlkernels.ops._registry import (
-    check_row_offset,
-    check_table,
-    check_tensor,
-    define,
-    expect,
-    public,
-    register_cuda,
-)
+from xmlkernels.ops.checks import check_row_offset, check_table, check_tensor, expect
+from xmlkernels.ops.define import define, public
 from xmlkernels.reference.matmul_topk import matmul_topk as reference
 
 LARGEST_K = 65_536
@@ -29,7 +24,7 @@ def matmul_topk(
     row_offset: int = 0,
     rows: int = -1,
 ) -> tuple[Tensor, Tensor]:
-    """Exact top-k of x Wᵀ + bias over all labels; `B x L` is never held.
+    """Return the exact top-k of x Wᵀ + bias over all labels; `B x L` is never held.
 
     Args:
         x: [B, D] fp32, bf16 or fp16. On bf16 and e4m3 tables the product takes x rounded to bf16.
@@ -43,18 +38,16 @@ def matmul_topk(
 
     Returns:
         values: fp32 [B, k], descending.
-        rows: int64 [B, k], global rows (row_offset added); equal scores stand in ascending order of
+        rows: int64 [B, k], global rows (row_offset added); equal scores come in ascending order of
             row. Places that no row can fill hold -inf and -1; a NaN score is never returned.
 
     Raises:
         InputError: an argument's type, dtype, shape, device or layout does not fit.
     """
-    _check(
-        x, weight, bias, k, exclude=exclude, row_scale=row_scale, row_offset=row_offset, rows=rows
-    )
-    return torch.ops.xmlkernels.matmul_topk(
-        x, weight, bias, k, exclude=exclude, row_scale=row_scale, row_offset=row_offset, rows=rows
-    )
+    options: dict[str, Any] = {"exclude": exclude, "row_scale": row_scale}
+    options |= {"row_offset": row_offset, "rows": rows}
+    _check(x, weight, bias, k, **options)
+    return torch.ops.xmlkernels.matmul_topk(x, weight, bias, k, **options)
 
 
 def _check(
@@ -72,13 +65,8 @@ def _check(
     check_table(op, x, weight, bias, rows, row_scale, scaled=True)
     expect(k >= 1, f"{op}: argument k", "1 or more", str(k), "ask for at least one label")
     most = max(weight.shape[0], LARGEST_K)
-    expect(
-        k <= most,
-        f"{op}: argument k",
-        f"at most {most}",
-        str(k),
-        "ask for no more labels than there are",
-    )
+    mend = "ask for no more labels than there are"
+    expect(k <= most, f"{op}: argument k", f"at most {most}", str(k), mend)
     check_row_offset(op, row_offset, weight.shape[0])
     if exclude is not None:
         check_tensor(op, "exclude", exclude, (torch.int64,), (x.shape[0], None), x.device)
@@ -87,17 +75,8 @@ def _check(
 def _fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, k: int, **_: object
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty((x.shape[0], k), dtype=torch.float32), x.new_empty(
-        (x.shape[0], k), dtype=torch.int64
-    )
+    values = x.new_empty((x.shape[0], k), dtype=torch.float32)
+    return values, x.new_empty((x.shape[0], k), dtype=torch.int64)
 
 
-define(
-    "matmul_topk(Tensor x, Tensor weight, Tensor? bias, int k, *, Tensor? exclude=None, Tensor? "
-    "row_scale=None, "
-    "int row_offset=0, int rows=-1) -> (Tensor values, Tensor rows)",
-    reference,
-    _fake,
-    _check,
-)
-register_cuda("matmul_topk", "xmlkernels.triton.matmul_topk")
+define(reference, _fake, _check, cuda="xmlkernels.triton.matmul_topk")

@@ -1,22 +1,17 @@
-"""`rescale_rows_`: gives rows of an 8-bit table that outgrow their scale a larger one, between
-steps.
-"""
+"""`rescale_rows_`: larger scales for rows of an 8-bit table that outgrow theirs, between steps."""
 
 import torch
 from torch import Tensor
 
-from xmlkernels.ops._registry import (
+from xmlkernels.ops.checks import (
     E4M3,
     check_memory,
     check_row_offset,
     check_row_scale,
     check_tensor,
-    define,
     expect,
-    mark_written,
-    public,
-    register_cuda,
 )
+from xmlkernels.ops.define import define, mark_written, public
 from xmlkernels.reference.rescale_rows import rescale_rows_ as reference
 
 
@@ -24,14 +19,13 @@ from xmlkernels.reference.rescale_rows import rescale_rows_ as reference
 def rescale_rows_(
     weight: Tensor, row_scale: Tensor, counter: Tensor, row_offset: int = 0
 ) -> Tensor:
-    """Doubles the scale of each row whose largest |value| exceeds half its range, and codes that
-    row anew.
+    """Double the scale of each row that fills half its range, and code that row anew.
 
     A row with scale s holds values up to 448 s. Where row_scale[row, 1] > 224 s, s doubles as often
     as needed (at most to 2^100), the row is rounded stochastically to the coarser grid (random
     stream 3), so without bias, and column 1 becomes the true maximum of the new row. Other rows are
-    not touched: of them the kernel reads row_scale alone, so a call after every step costs little;
-    half the range is left when a row is noticed, so a call now and then may do. Not differentiable.
+    not touched: of them the kernel reads row_scale alone, so a call after every step costs little.
+    Half the range is left when a row is noticed, so a call now and then may do. Not differentiable.
 
     Args:
         weight: e4m3 [n, D] table, updated.
@@ -79,10 +73,9 @@ def _fake(weight: Tensor, *_: object) -> Tensor:
 
 
 define(
-    "rescale_rows_(Tensor(a!) weight, Tensor(b!) row_scale, Tensor counter, int row_offset=0) -> "
-    "Tensor",
     reference,
     _fake,
     _check,
+    writes=("weight", "row_scale"),
+    cuda="xmlkernels.triton.rescale_rows",
 )
-register_cuda("rescale_rows_", "xmlkernels.triton.rescale_rows")

@@ -1,20 +1,12 @@
-"""`shortlist_matmul`: logits of some labels for each sample, differentiable, without the gathered
-rows.
-"""
+"""`shortlist_matmul`: logits of some labels for each sample, differentiable, no gathered rows."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
-from xmlkernels.ops._registry import (
-    check_table,
-    check_tensor,
-    define,
-    expect,
-    public,
-    register_cuda,
-)
+from xmlkernels.ops.checks import check_table, check_tensor, expect
+from xmlkernels.ops.define import define, public
 from xmlkernels.reference.shortlist_matmul import shortlist_backward as backward_reference
 from xmlkernels.reference.shortlist_matmul import shortlist_matmul as reference
 
@@ -23,9 +15,9 @@ from xmlkernels.reference.shortlist_matmul import shortlist_matmul as reference
 def shortlist_matmul(
     x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, row_scale: Tensor | None = None
 ) -> Tensor:
-    """Scores a shortlist of table rows for each sample: z[b, s] = x[b] · W[index[b, s]] +
-    bias[index[b, s]].
+    """Score a shortlist of table rows for each sample.
 
+    z[b, s] = x[b] · W[index[b, s]] + bias[index[b, s]].
     Each gathered row is read once and never stored: no `B x S x D` copy. Differentiable in x,
     weight and bias; the table's gradient is a coalesced sparse COO tensor that holds each row named
     by the shortlists once, as `torch.optim.SparseAdam` takes it. (Where `.backward()` stores it in
@@ -35,7 +27,7 @@ def shortlist_matmul(
     The backward is an op of its own, for the row-sparse optimizers: `shortlist_backward`.
 
     Source: the shortlisted heads of XR-Transformer and CascadeXML (NeurIPS 2021, 2022); the kernel
-        is ours.
+    is ours.
 
     Args:
         x: [B, D] fp32, bf16 or fp16. On bf16 and e4m3 tables a product may take x, and in the
@@ -44,7 +36,7 @@ def shortlist_matmul(
             gradient).
         bias: fp32 [n] or None.
         index: int64 [B, S] table rows of each sample, or [S], one shortlist for the whole batch. -1
-            pads. A row may stand in a shortlist more than once.
+            pads. A row may be in a shortlist more than once.
         row_scale: fp32 [n, 2] for an e4m3 table, as in `bce_step_`.
 
     Returns:
@@ -78,8 +70,9 @@ def shortlist_backward(
     need_dweight: bool = True,
     need_dbias: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `shortlist_matmul`, in the form that the row-sparse optimizers take. Not
-    differentiable.
+    """Return the gradients of `shortlist_matmul`, in the form that row-sparse optimizers take.
+
+    Not differentiable.
 
     Args:
         dlogits: fp32 [B, S], gradient of the logits; what it holds at pads is ignored, NaN
@@ -99,9 +92,8 @@ def shortlist_backward(
     """
     _check_backward(dlogits, x, weight, index, row_scale)
     given = dlogits.detach(), x.detach(), weight.detach(), index, row_scale
-    return torch.ops.xmlkernels.shortlist_backward(
-        *given, need_dx=need_dx, need_dweight=need_dweight, need_dbias=need_dbias
-    )
+    wanted = {"need_dx": need_dx, "need_dweight": need_dweight, "need_dbias": need_dbias}
+    return torch.ops.xmlkernels.shortlist_backward(*given, **wanted)
 
 
 def _check_backward(
@@ -114,9 +106,8 @@ def _check_backward(
 ) -> None:
     op = "shortlist_backward"
     _check(x, weight, None, index, row_scale, op=op)
-    check_tensor(
-        op, "dlogits", dlogits, (torch.float32,), (x.shape[0], index.shape[-1]), weight.device
-    )
+    shape = (x.shape[0], index.shape[-1])
+    check_tensor(op, "dlogits", dlogits, (torch.float32,), shape, weight.device)
 
 
 def _check(
@@ -177,16 +168,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, index, row_scale = ctx.saved_tensors
     need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
-    dx, rows, grad, dbias = torch.ops.xmlkernels.shortlist_backward(
-        dlogits.contiguous(),
-        x,
-        weight,
-        index,
-        row_scale,
-        need_dx=need_dx,
-        need_dweight=need_dweight,
-        need_dbias=need_dbias,
-    )
+    wanted = {"need_dx": need_dx, "need_dweight": need_dweight, "need_dbias": need_dbias}
+    op = torch.ops.xmlkernels.shortlist_backward
+    dx, rows, grad, dbias = op(dlogits.contiguous(), x, weight, index, row_scale, **wanted)
 
     def sparse(values: Tensor, like: Tensor, shape: torch.Size) -> Tensor:
         # The op's rows are unique and within the table: to check them again would read them all, or
@@ -204,22 +188,11 @@ def _backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
+define(reference, _fake, _check, cuda="xmlkernels.triton.shortlist_matmul")
 define(
-    "shortlist_matmul(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor? "
-    "row_scale=None) -> Tensor",
-    reference,
-    _fake,
-    _check,
-)
-define(
-    "shortlist_backward(Tensor dlogits, Tensor x, Tensor weight, Tensor index, Tensor? "
-    "row_scale=None, *, bool need_dx=True, "
-    "bool need_dweight=True, bool need_dbias=False) -> (Tensor dx, Tensor rows, Tensor grad, "
-    "Tensor dbias)",
     backward_reference,
     _backward_fake,
     _check_backward,
+    cuda="xmlkernels.triton.shortlist_matmul",
 )
 library.register_autograd("xmlkernels::shortlist_matmul", _backward, setup_context=_setup_context)
-register_cuda("shortlist_matmul", "xmlkernels.triton.shortlist_matmul")
-register_cuda("shortlist_backward", "xmlkernels.triton.shortlist_matmul")

@@ -1,5 +1,4 @@
-"""`sparse_sgd_`, `sparse_adagrad_`, `sparse_adam_`: an optimizer step on the touched rows of a
-table alone.
+"""`sparse_sgd_`, `sparse_adagrad_`, `sparse_adam_`: a step of an optimizer on touched rows alone.
 
 Common to the three:
 
@@ -9,10 +8,9 @@ Common to the three:
     rows: int64 [N], unique, ascending. Entries of n or more are fill, at the end, and are ignored
         with their gradient.
     grad: [N, D] fp32, bf16 or fp16. A non-finite value in a real row leaves every tensor as it was.
-    hyper: fp32 [7]: lr, decay, momentum (or beta1), beta2, epsilon, scale, dx_scale (unused here),
-        on the table's device. scale multiplies grad, before everything else. epsilon is to be above
-        0 for Adagrad and Adam: with 0, a gradient of 0 on a second moment of 0 gives NaN, as in
-        torch.
+    hyper: fp32 [7], see `Hyper`; on the table's device. scale multiplies grad, before everything
+        else; dx_scale is not used. epsilon is to be above 0 for Adagrad and Adam: with 0, a
+        gradient of 0 on a second moment of 0 gives NaN, as in torch.
     counter: int64 [2]: seed and step (from 0), on the table's device. The random words depend on
         these, the global row and the column alone.
     kahan: [n, D] of param's dtype (below fp32), updated: holds what rounding left over; stores then
@@ -35,8 +33,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xmlkernels.ops._registry import define, mark_written, public
-from xmlkernels.ops._update import check_table_shape, check_touched_rows, check_updated_table
+from xmlkernels.errors import InputError
+from xmlkernels.ops.checks import (
+    STATE_DTYPES,
+    check_table_shape,
+    check_tensor,
+    check_updated_table,
+    expect,
+)
+from xmlkernels.ops.define import define, mark_written, public
 from xmlkernels.reference import sparse_update as reference
 
 
@@ -55,7 +60,9 @@ def sparse_sgd_(
     row_offset: int = 0,
     decoupled: bool = False,
 ) -> None:
-    """SGD on N rows of a table: m = momentum m + g, w -= lr m; without momentum w -= lr g.
+    """Take a step of SGD on N rows of a table.
+
+    m = beta1 m + g, w -= lr m; without `momentum`, w -= lr g.
 
     Args:
         param, rows, grad, hyper, counter, kahan, row_decay, decay_sum, row_offset, decoupled: see
@@ -66,16 +73,12 @@ def sparse_sgd_(
     Raises:
         InputError: see the top of this module.
     """
-    steer = {
-        "kahan": kahan,
-        "row_decay": row_decay,
-        "decay_sum": decay_sum,
-        "row_offset": row_offset,
-        "decoupled": decoupled,
-    }
-    _check_sgd(param, momentum, rows, grad, hyper, counter, **steer)
+    options: dict[str, Any] = {"kahan": kahan, "row_decay": row_decay, "decay_sum": decay_sum}
+    options |= {"row_offset": row_offset, "decoupled": decoupled}
+    _check_sgd(param, momentum, rows, grad, hyper, counter, **options)
     mark_written(param, momentum, kahan, row_decay)
-    torch.ops.xmlkernels.sparse_sgd_(param, momentum, rows, grad.detach(), hyper, counter, **steer)
+    op = torch.ops.xmlkernels.sparse_sgd_
+    op(param, momentum, rows, grad.detach(), hyper, counter, **options)
 
 
 @public
@@ -93,8 +96,9 @@ def sparse_adagrad_(
     row_offset: int = 0,
     decoupled: bool = False,
 ) -> None:
-    """Adagrad (Duchi, Hazan, Singer, JMLR 2011) on N rows of a table: v += g², w -= lr g / (sqrt(v)
-    + epsilon).
+    """Take a step of Adagrad (Duchi, Hazan, Singer, JMLR 2011) on N rows of a table.
+
+    v += g², w -= lr g / (sqrt(v) + epsilon).
 
     Args:
         param, rows, grad, hyper, counter, kahan, row_decay, decay_sum, row_offset, decoupled: see
@@ -105,18 +109,12 @@ def sparse_adagrad_(
     Raises:
         InputError: see the top of this module.
     """
-    steer = {
-        "kahan": kahan,
-        "row_decay": row_decay,
-        "decay_sum": decay_sum,
-        "row_offset": row_offset,
-        "decoupled": decoupled,
-    }
-    _check_adagrad(param, second, rows, grad, hyper, counter, **steer)
+    options: dict[str, Any] = {"kahan": kahan, "row_decay": row_decay, "decay_sum": decay_sum}
+    options |= {"row_offset": row_offset, "decoupled": decoupled}
+    _check_adagrad(param, second, rows, grad, hyper, counter, **options)
     mark_written(param, second, kahan, row_decay)
-    torch.ops.xmlkernels.sparse_adagrad_(
-        param, second, rows, grad.detach(), hyper, counter, **steer
-    )
+    op = torch.ops.xmlkernels.sparse_adagrad_
+    op(param, second, rows, grad.detach(), hyper, counter, **options)
 
 
 @public
@@ -136,12 +134,11 @@ def sparse_adam_(
     row_offset: int = 0,
     decoupled: bool = False,
 ) -> None:
-    """Adam (Kingma, Ba, ICLR 2015) on N rows of a table; the moments of other rows stand still
-    ("lazy" Adam).
+    """Take a step of "lazy" Adam on N rows of a table; the moments of other rows are left alone.
 
     m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g²,
     w -= lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon),
-    where t is counter's step + 1, or the row's own count with `row_step`.
+    where t is counter's step + 1, or the row's own count with `row_step` (Kingma, Ba, ICLR 2015).
 
     Args:
         param, rows, grad, hyper, counter, kahan, row_decay, decay_sum, row_offset, decoupled: see
@@ -155,28 +152,48 @@ def sparse_adam_(
     Raises:
         InputError: see the top of this module.
     """
-    steer = {
-        "kahan": kahan,
-        "row_decay": row_decay,
-        "decay_sum": decay_sum,
-        "row_offset": row_offset,
-        "decoupled": decoupled,
-    }
-    _check_adam(param, momentum, second, rows, grad, hyper, counter, row_step=row_step, **steer)
+    options: dict[str, Any] = {"kahan": kahan, "row_decay": row_decay, "decay_sum": decay_sum}
+    options |= {"row_offset": row_offset, "decoupled": decoupled}
+    options["row_step"] = row_step
+    _check_adam(param, momentum, second, rows, grad, hyper, counter, **options)
     mark_written(param, momentum, second, kahan, row_step, row_decay)
-    torch.ops.xmlkernels.sparse_adam_(
-        param, momentum, second, rows, grad.detach(), hyper, counter, row_step=row_step, **steer
-    )
+    op = torch.ops.xmlkernels.sparse_adam_
+    op(param, momentum, second, rows, grad.detach(), hyper, counter, **options)
 
 
 def _check(
     op: str, param: Tensor, rows: Tensor, grad: Tensor, hyper: Tensor, counter: Tensor, **given: Any
 ) -> None:
     check_table_shape(op, "param", param)
-    check_touched_rows(op, rows, grad, param)
+    _check_touched_rows(op, rows, grad, param)
     check_updated_table(
         op, "param", param, hyper, counter, **given, rest={"rows": rows, "grad": grad}
     )
+
+
+def _check_touched_rows(op: str, rows: Tensor, grad: Tensor, param: Tensor) -> None:
+    """Check rows [N] and grad [N, D]: real rows ascending and unique, fill at the end."""
+    check_tensor(op, "rows", rows, (torch.int64,), (None,), param.device)
+    check_tensor(op, "grad", grad, STATE_DTYPES, (rows.shape[0], param.shape[1]), param.device)
+    if param.device.type != "cpu" or rows.numel() == 0:
+        return
+    expect(
+        int(rows[0]) >= 0,
+        f"{op}: argument rows",
+        f"rows from 0 to {param.shape[0] - 1}, and {param.shape[0]} or more as fill",
+        f"{int(rows[0])} at 0",
+        "number rows within param",
+    )
+    later = (rows[1:] > rows[:-1]) | ((rows[1:] == rows[:-1]) & (rows[1:] >= param.shape[0]))
+    if not bool(later.all()):
+        at = int((~later).nonzero()[0]) + 1
+        raise InputError(
+            f"{op}: argument rows",
+            "unique rows in ascending order",
+            f"{int(rows[at])} after {int(rows[at - 1])} at {at}",
+            "sort them and add up the gradients of equal rows (a coalesced sparse gradient has "
+            "both done)",
+        )
 
 
 def _check_sgd(param: Tensor, momentum: Tensor | None, *rest: Tensor, **given: Any) -> None:
@@ -197,27 +214,21 @@ def _fake(*_: object, **__: object) -> None:
     return None
 
 
-_STEP = "Tensor rows, Tensor grad, Tensor hyper, Tensor counter, *, "
-_DECAY = "Tensor? decay_sum=None, int row_offset=0, bool decoupled=False) -> ()"
 define(
-    f"sparse_sgd_(Tensor(a!) param, Tensor(b!)? momentum, {_STEP}Tensor(c!)? kahan=None, "
-    f"Tensor(d!)? row_decay=None, {_DECAY}",
     reference.sparse_sgd_,
     _fake,
     _check_sgd,
+    writes=("param", "momentum", "kahan", "row_decay"),
 )
 define(
-    f"sparse_adagrad_(Tensor(a!) param, Tensor(b!) second, {_STEP}Tensor(c!)? kahan=None, "
-    f"Tensor(d!)? row_decay=None, {_DECAY}",
     reference.sparse_adagrad_,
     _fake,
     _check_adagrad,
+    writes=("param", "second", "kahan", "row_decay"),
 )
 define(
-    f"sparse_adam_(Tensor(a!) param, Tensor(b!) momentum, Tensor(c!) second, {_STEP}Tensor(d!)? "
-    "kahan=None, "
-    f"Tensor(e!)? row_step=None, Tensor(f!)? row_decay=None, {_DECAY}",
     reference.sparse_adam_,
     _fake,
     _check_adam,
+    writes=("param", "momentum", "second", "kahan", "row_step", "row_decay"),
 )
