@@ -2,6 +2,7 @@
 shape; of a card's rows (those of benchmarks/gpu_report.py) the roofline of the latest run.
 
 python benchmarks/plot.py benchmarks/results/<machine>.csv [--out CHART.png] [--dirty]
+python benchmarks/plot.py benchmarks/results/<machine>.csv --front docs/images/step.svg
 """
 
 import argparse
@@ -13,6 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import front
 from benchmarks.cases import ceiling_dtype
 from benchmarks.floors import CEILING, OWN
 from benchmarks.run import check_results
@@ -194,11 +196,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("results", type=Path, help="a CSV that benchmarks/run.py wrote")
     parser.add_argument("--out", type=Path, help="PNG to write; without it, beside the CSV")
     parser.add_argument("--dirty", action="store_true", help="draw rows of edited trees too")
+    parser.add_argument("--front", type=Path, help="SVG to write: the picture of the front page")
     options = parser.parse_args(arguments)
-    out = options.out or options.results.with_suffix(".png")
+    out = options.front or options.out or options.results.with_suffix(".png")
     try:
         rows = read_rows(options.results, options.dirty)
-        if any(row["op"] == CEILING for row in rows):
+        if options.front:
+            out.write_text(front.draw(rows), "utf-8")
+        elif any(row["op"] == CEILING for row in rows):
             roofline(latest(rows), out)
         else:
             draw(rows, out)

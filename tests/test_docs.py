@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import front
+from benchmarks.plot import read_rows
 from xmlkernels.cli import main as command
 from xmlkernels.cli import waiting
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-FRONT = [ROOT / name for name in ("README.md", "CHANGELOG.md")]
+FRONT = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 COLUMNS = 100
 
 
@@ -58,6 +60,7 @@ def test_links_of_the_front_pages_lead_somewhere(path: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) + re.findall(
         r'(?:src|href)="([^"#]+)"', text
     )
+    links += re.findall(r"^\[\w+\]: ([^#\s]+)", text, re.MULTILINE)
     dead = [link for link in links if not link.startswith("http") and not (ROOT / link).exists()]
     assert not dead
 
@@ -126,6 +129,8 @@ def test_files_and_commands_of_a_page_work(
     for kind, title, body in BLOCK.findall((ROOT / "docs" / page).read_text("utf-8")):
         if title:
             Path(title).write_text(body, "utf-8")
+        if kind == "python":
+            exec(compile(body, page, "exec"), {})
         for line in re.sub(r" *\\\n *", " ", body).splitlines() if kind == "bash" else ():
             program, *words = shlex.split(line, comments=True)
             assert program == "xmlkernels"
@@ -140,3 +145,33 @@ def test_the_example_of_the_metrics_works(capsys: pytest.CaptureFixture[str]) ->
         if kind == "python":
             exec(compile(body, "metrics.md", "exec"), {})
     assert "'P@1': 100.0" in capsys.readouterr().out
+
+
+def test_the_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    assert len(lines) <= 150
+    assert not [line for line in lines if len(line) > COLUMNS]
+
+
+def test_there_are_twenty_pages_or_more() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text("utf-8").split("\nnav:\n")[1]
+    assert len(re.findall(r"\b[\w/-]+\.md$", nav, re.MULTILINE)) >= 20
+
+
+def test_the_picture_is_drawn_from_the_committed_rows() -> None:
+    rows = read_rows(ROOT / "benchmarks" / "results" / "amd-epyc-2c-avx512bf16.csv", False)
+    told = "benchmarks/plot.py benchmarks/results/amd-epyc-2c-avx512bf16.csv --front"
+    picture = ROOT / "docs" / "images" / "step.svg"
+    assert picture.read_text("utf-8") == front.draw(rows), f"{told} {named(picture)} draws it anew"
+
+
+def test_the_python_of_the_readme_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = BLOCK.findall((ROOT / "README.md").read_text("utf-8"))
+    blocks = [body for kind, _, body in found if kind == "python"]
+    assert len(blocks) == 2
+    for body in blocks:
+        exec(compile(body, "README.md", "exec"), {})
+    assert "eggs" in capsys.readouterr().out.splitlines()[-1]
