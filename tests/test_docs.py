@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import xmlkernels
 from benchmarks import front
 from benchmarks.plot import read_rows
 from xmlkernels.cli import main as command
@@ -151,6 +152,17 @@ def test_the_readme_is_short() -> None:
     lines = (ROOT / "README.md").read_text("utf-8").splitlines()
     assert len(lines) <= 150
     assert not [line for line in lines if len(line) > COLUMNS]
+
+
+def test_every_public_name_is_on_a_page() -> None:
+    api = (ROOT / "docs" / "api.md").read_text("utf-8")
+    ops = (ROOT / "docs" / "ops.md").read_text("utf-8")
+    apart = {"RECIPES", "__version__", "ops"}
+    missing = [name for name in xmlkernels.__all__ if f"::: xmlkernels.{name}\n" not in api]
+    assert set(missing) == apart and "RECIPES" in api
+    kinds = {name: getattr(xmlkernels.ops, name) for name in xmlkernels.ops.__all__}
+    shown = [name for name, kind in kinds.items() if callable(kind) and name != "missing"]
+    assert not [name for name in shown if f"::: xmlkernels.ops.{name}\n" not in ops]
 
 
 def test_there_are_twenty_pages_or_more() -> None:
