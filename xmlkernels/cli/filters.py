@@ -13,7 +13,13 @@ from xmlkernels.topk import candidates_needed, drop_filtered
 
 @dataclass
 class Barred:
-    """Pairs int64 [n, 2] of (text, label), of `labels` labels; `name` is their file."""
+    """The pairs of a file.
+
+    Attributes:
+        name: the file.
+        pairs: int64 [n, 2] of (text, label), sorted.
+        labels: L of the model.
+    """
 
     name: str
     pairs: np.ndarray
@@ -21,18 +27,17 @@ class Barred:
 
     @classmethod
     def read(cls, path: str, labels: int) -> "Barred":
-        """Those of a file, or none. InputError where a line holds no pair, or a label that the
-        model does not have.
+        """Read a file; without one there are no pairs.
+
+        Raises:
+            InputError: a line holds no pair, or a label that the model does not have.
         """
-        none = np.zeros((0, 2), np.int64)
-        return cls(
-            path,
-            np.unique(read_filter_pairs(path, labels=labels), axis=0) if path else none,
-            labels,
-        )
+        if not path:
+            return cls(path, np.zeros((0, 2), np.int64), labels)
+        return cls(path, np.unique(read_filter_pairs(path, labels=labels), axis=0), labels)
 
     def needed(self, k: int) -> int:
-        """How many labels of a text leave k when its pairs are gone."""
+        """Return how many labels per text leave k when its pairs are removed."""
         return candidates_needed(k, self.pairs, self.labels)
 
     def _of(self, text: int) -> set[int]:
@@ -40,7 +45,7 @@ class Barred:
         return set(self.pairs[first:last, 1].tolist())
 
     def _check(self, texts: int) -> None:
-        """InputError where a pair names a text beyond the last: the file belongs to other texts."""
+        """Check that no pair names a text beyond the last: the file would be of other texts."""
         if len(self.pairs) and self.pairs[-1, 0] >= texts:
             got, mend = str(self.pairs[-1, 0]), "name the file that belongs to these texts"
             raise InputError(
@@ -48,7 +53,7 @@ class Barred:
             )
 
     def kept(self, answers: Iterator[Sequence[Label]], k: int) -> Iterator[list[Label]]:
-        """The k best labels of each text that no pair bars."""
+        """Yield the k best labels of each text that no pair bars."""
         count = 0
         for count, labels in enumerate(answers, 1):
             barred = self._of(count - 1)
@@ -58,7 +63,7 @@ class Barred:
     def kept_arrays(
         self, values: np.ndarray, rows: np.ndarray, k: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The same of logits [N, K] and labels [N, K]; -inf and -1 where fewer are left."""
+        """Do the same with logits [N, K] and labels [N, K]; -inf and -1 where fewer are left."""
         self._check(len(rows))
         rows, values = drop_filtered(rows, values, self.pairs, k, num_labels=self.labels)
         return values, rows

@@ -1,6 +1,4 @@
-"""The flags of a command, as its dataclass has them: names, values, help and the groups that its
-comments make.
-"""
+"""Read the flags of a command from its dataclass: names, values, help, and groups from comments."""
 
 import ast
 import inspect
@@ -23,12 +21,15 @@ class Flag:
 
     Attributes:
         name: of its field.
-        group: the heading that it stands under; "" before the first.
+        group: its heading; "" before the first.
         told: its help, whole.
-        values: what stands behind it in the help: `N`, `a|b`, …; "" for a switch.
+        values: what follows it in the help: `N`, `a|b`, …; "" for a switch.
         expected: the same in words, for a mistake.
-        default: its value where it is not given, as one types it.
-        verbatim: the word behind it is its value, whatever it begins with.
+        default: its value where it is not given, as it is typed.
+        required: whether it has no default.
+        positional: whether it is given by place instead of by name.
+        switch: whether it takes no value.
+        verbatim: whether the next word is its value, whatever it begins with.
     """
 
     name: str
@@ -44,20 +45,16 @@ class Flag:
 
     @property
     def spellings(self) -> tuple[str, ...]:
-        """The names it goes by, as fields are named."""
+        """The names that it is known by, written as fields are."""
         return (self.name, f"no_{self.name}") if self.switch else (self.name,)
 
     @property
     def shown(self) -> str:
-        """As the help has it, without its values."""
+        """The flag as the help shows it, without values."""
         dashed = self.name.replace("_", "-")
-        return (
-            self.name.upper()
-            if self.positional
-            else f"--[no-]{dashed}"
-            if self.default == "on"
-            else f"--{dashed}"
-        )
+        if self.positional:
+            return self.name.upper()
+        return f"--[no-]{dashed}" if self.default == "on" else f"--{dashed}"
 
     @property
     def sentence(self) -> str:
@@ -66,7 +63,7 @@ class Flag:
 
 
 def flags_of(kind: type, *, positional: bool = False, default: Any = None) -> list[Flag]:
-    """The flags of a dataclass, those of a dataclass among its fields too."""
+    """Return the flags of a dataclass, with those of a dataclass among its fields."""
     found: list[Flag] = []
     texts, groups, hints = *_documented(kind), get_type_hints(kind, include_extras=True)
     for field in fields(kind):
@@ -96,8 +93,11 @@ def flags_of(kind: type, *, positional: bool = False, default: Any = None) -> li
 
 
 def _documented(kind: type) -> tuple[dict[str, str], dict[str, str]]:
-    """field → its help; field → its group. Help is the string behind a field or what `Attributes:`
-    says; a comment `# ---- name ----` begins a group."""
+    """Return the help and the group of each field.
+
+    Help is the string below a field, or its line in `Attributes:`; a comment `# ---- name ----`
+    begins a group.
+    """
     source = textwrap.dedent(inspect.getsource(kind))
     lines = source.splitlines()
     body = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)).body
@@ -129,7 +129,7 @@ def _attributes(doc: str) -> Iterator[tuple[str, str]]:
 
 
 def _values(hint: Any) -> tuple[str, str]:
-    """What a flag of this type takes: in the help, and in words."""
+    """Return what a flag of this type takes: for the help, and in words."""
     if get_origin(hint) is Annotated:
         return _values(get_args(hint)[0])
     if get_origin(hint) in (Union, UnionType):
@@ -138,10 +138,8 @@ def _values(hint: Any) -> tuple[str, str]:
         return "|".join(map(str, get_args(hint))), f"one of {', '.join(map(str, get_args(hint)))}"
     if get_origin(hint) is tuple:
         one, told = _values(get_args(hint)[0])
-        return (
-            f"{one} …",
-            f"{told.removeprefix('a ').removeprefix('an ')}s, with spaces between them",
-        )
+        plural = f"{told.removeprefix('a ').removeprefix('an ')}s"
+        return f"{one} …", f"{plural}, with spaces between them"
     if hint is bool:
         return "", "no value (it is a switch)"
     if hint is Path:
@@ -150,7 +148,7 @@ def _values(hint: Any) -> tuple[str, str]:
 
 
 def _typed(value: Any) -> str:
-    """A default as one types it; empty for none."""
+    """Return a default as it is typed; empty for none."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
@@ -166,12 +164,14 @@ EXIT_STATUS = """exit status: 0 done; 1 the work began and failed (a full disk, 
 def help_of(
     flags: Sequence[Flag], prog: str, told: str, *, only: Sequence[str] = (), brief: int = 50
 ) -> str:
-    """The help of a command, wrapped to the terminal.
+    """Return the help of a command, wrapped to the terminal.
 
     Args:
+        flags: the command's.
+        prog: the command as it is typed.
         told: what the command does.
-        only: names of flags to tell all of; none: every flag.
-        brief: of more flags than this only the first sentence of each is shown.
+        only: flags to show alone, with their whole help; none: every flag.
+        brief: with more flags than this, only the first sentence of each is shown.
     """
     if chosen := [flag for flag in flags if set(flag.spellings) & set(only)]:
         return "\n".join(line for flag in chosen for line in _entry(flag, flag.told))
@@ -208,7 +208,7 @@ def _entry(flag: Flag, text: str) -> list[str]:
 
 
 def entry(name: str, text: str, column: int) -> list[str]:
-    """A name and what it is, in two columns of the terminal."""
+    """Return a name and what it is, in two columns of the terminal."""
     width = min(shutil.get_terminal_size().columns, _WIDEST)
     body = textwrap.wrap(
         text, max(30, width - column), break_long_words=False, break_on_hyphens=False

@@ -1,6 +1,4 @@
-"""The texts that xmlkernels predict labels, read as they are used: from a flag, a file or standard
-input.
-"""
+"""Read the texts to label, one by one: from a flag, a file or standard input."""
 
 import io
 import json
@@ -19,7 +17,7 @@ from xmlkernels.data.inputs import TextParts
 from xmlkernels.file_kinds import check_documents, check_text, is_json_lines, unpacked
 from xmlkernels.files import DataWarning
 
-# A document's own name in a JSON object, in the order in which they are looked for.
+# Keys of a document's own name in a JSON object; the first one found counts.
 _IDS = ("id", "uid", "_id")
 Id = str | int | None
 
@@ -29,9 +27,11 @@ class Texts:
     """The text of --text, or those of --input.
 
     Attributes:
-        parts: how the model was given title and body.
-        ids: what their owner calls the texts that were read and not yet answered, in order; None
-            where they have no name.
+        text: the text of --text; None where there is a file.
+        path: the file; "-" is standard input.
+        parts: how title and body were joined for the model.
+        ids: the names, in order, of texts that were read and not yet answered; None for a text
+            without a name.
     """
 
     text: str | None
@@ -58,7 +58,7 @@ def _lines(path: str) -> Iterator[str]:
 
 
 def paired(texts: Texts, words: Texts) -> Iterator[tuple[str, str]]:
-    """Both together. InputError where one has more than the other."""
+    """Yield both together; InputError where one has more than the other."""
     for number, (text, word) in enumerate(zip_longest(texts, words)):
         if text is None or word is None:
             got = "fewer" if word is None else "more"
@@ -70,7 +70,7 @@ def paired(texts: Texts, words: Texts) -> Iterator[tuple[str, str]]:
 
 
 def json_texts(path: str, parts: TextParts) -> Iterator[tuple[str, Id]]:
-    """Text and id of each line of a JSON lines file; blank lines may stand at its end."""
+    """Yield text and id of each line of a JSON lines file; blank lines may end it."""
     blank = 0
     for number, line in enumerate(iter_lines(path), 1):
         if not line.strip():
@@ -84,7 +84,7 @@ def json_texts(path: str, parts: TextParts) -> Iterator[tuple[str, Id]]:
 
 
 def text_of(line: str, where: str, parts: TextParts) -> tuple[str, Id]:
-    """Text and id of a JSON string, or of an object with "text", or "title" and "content".
+    """Return text and id of a JSON string, or of an object with "text" or "title" and "content".
 
     Raises:
         InputError: no JSON, or none of these keys.
@@ -93,7 +93,7 @@ def text_of(line: str, where: str, parts: TextParts) -> tuple[str, Id]:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         got = f"{line[:40]!r} ({getattr(error, 'msg', type(error).__name__)})"
-        mend = "write one JSON value a line (of one list: `jq -c '.[]' FILE`)"
+        mend = "write one JSON value per line (from one list: `jq -c '.[]' FILE`)"
         raise InputError(where, "a JSON string or object", got, mend) from None
     if isinstance(value, str):
         return value, None
@@ -102,21 +102,15 @@ def text_of(line: str, where: str, parts: TextParts) -> tuple[str, Id]:
         key: known[key] for key in ("text", "title", "content") if isinstance(known.get(key), str)
     }
     if not found:
-        raise InputError(
-            where,
-            'a string, or an object with "text" or "title"',
-            line[:40],
-            "name the text's key so",
-        )
+        expected = 'a string, or an object with "text" or "title"'
+        raise InputError(where, expected, line[:40], "rename the key of the text")
     joined = parts.join(found.get("title", ""), found.get("content", ""))
     text = " ".join(found.values()) if "text" in found else joined
     return text, _id_of(known)
 
 
 def _id_of(record: dict[str, Any]) -> Id:
-    """What the record is called; half characters that JSON escapes can make are replaced, for no
-    file can hold them.
-    """
+    """Return the name of a record, with lone surrogates replaced: UTF-8 cannot hold them."""
     for key in _IDS:
         if isinstance(own := record.get(key), str):
             return own.encode("utf-8", "replace").decode()
@@ -126,8 +120,9 @@ def _id_of(record: dict[str, Any]) -> Id:
 
 
 def lines_of(stream: IO[bytes]) -> Iterator[str]:
-    """Lines as soon as they are there; broken UTF-8 becomes U+FFFD, is counted and told once, at
-    the end.
+    """Yield lines as soon as they arrive.
+
+    Broken UTF-8 becomes U+FFFD; one warning at the end says in how many lines.
 
     Raises:
         InputError: the stream does not begin as a text does.
@@ -148,20 +143,15 @@ def lines_of(stream: IO[bytes]) -> Iterator[str]:
     finally:
         if broken:
             lines = "1 line" if broken == 1 else f"{broken} lines"
-            warnings.warn(
-                f"standard input: broken UTF-8 replaced in {lines} (first: line {first})",
-                DataWarning,
-                2,
-            )
+            told = f"standard input: broken UTF-8 replaced in {lines} (first: line {first})"
+            warnings.warn(told, DataWarning, 2)
 
 
 def check_stream(stream: io.BufferedReader) -> None:
-    """InputError where what stands ready on standard input is packed, binary, or holds more than a
-    text a line.
-    """
+    """Refuse standard input that is packed, binary, or more than one text per line."""
     head = stream.peek(1)
     if unpacked(stream) is not stream:
         mend = "unpack it on the way: `zcat FILE | …`, bzcat or xzcat"
-        raise InputError("standard input", "texts, one a line", "a packed file", mend)
+        raise InputError("standard input", "one text per line", "a packed file", mend)
     check_text("standard input", head)
     check_documents("standard input", head)

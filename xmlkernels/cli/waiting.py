@@ -1,14 +1,13 @@
-"""Whether torch's threads may spin while they wait for each other: what a command sets before torch
-is loaded.
+"""Choose whether torch's threads spin or sleep while they wait, before torch is loaded.
 
-OpenMP's threads wait by spinning for some ten milliseconds. On a machine of their own that is the
-fastest way; where other programs want the same cores, threads that only wait take them away from
-those that work, and everything becomes several to twenty times slower. Sleeping threads cost 10 to
-40 % where nobody else is there, so a command looks first. The library reads no environment and
-writes none: servers choose for themselves (docs/serving.md).
+OpenMP's threads wait by spinning for some ten milliseconds. On an idle machine that is the fastest
+way. Where other programs want the same cores, waiting threads take them away from working ones, and
+everything becomes several to twenty times slower. Sleeping costs 10 to 40 % on an idle machine, so
+a command looks first. The library neither reads nor writes the environment: servers choose for
+themselves (docs/serving.md).
 
-`python -m xmlkernels.cli.waiting` prints what a command would choose now: "spin" or "sleep" and the
-reason.
+`python -m xmlkernels.cli.waiting` prints what a command would choose now: "spin", or "sleep" and
+why.
 """
 
 import os
@@ -17,43 +16,37 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-_SAID = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-_BUSY = 0.75  # of one core: less than that is what systems do beside
-_FIRST, _SECOND = (
-    0.1,
-    0.4,
-)  # seconds of looking; the second time only where the first one saw something
+_CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+_BUSY = 0.75  # cores; every system does less than that in the background
+_FIRST, _SECOND = 0.1, 0.4  # seconds to look; the second time only where the first saw something
 _HELP = {"-h", "--help"}
 
 
 def choose(words: Sequence[str]) -> None:
-    """Lets threads wait asleep where others use the cores, and says so; where the user has chosen,
-    nothing.
+    """Let threads sleep while they wait where other programs use the cores, and say so.
 
-    Call it before torch is imported: OpenMP reads the environment once, when it is loaded.
+    Nothing happens where the user has chosen already. Call it before torch is imported: OpenMP
+    reads the environment once, when it is loaded.
     """
-    alone = (
-        os.environ.get("OMP_NUM_THREADS") == "1"
-    )  # as torchrun has it: no thread waits for another
-    chosen = any(name in os.environ for name in _SAID)
+    # As torchrun sets it: with one thread nobody waits.
+    alone = os.environ.get("OMP_NUM_THREADS") == "1"
+    chosen = any(name in os.environ for name in _CHOSEN)
     if alone or chosen or "torch" in sys.modules or _HELP & set(words):
         return
     if reason := crowded():
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0":
             mend = "OMP_WAIT_POLICY=ACTIVE has them spin"
-            print(
-                f"note: {reason}; threads sleep while they wait ({mend})",
-                file=sys.stderr,
-                flush=True,
-            )
+            note = f"note: {reason}; threads sleep while they wait ({mend})"
+            print(note, file=sys.stderr, flush=True)
 
 
 def crowded(root: Path = Path("/"), sleep: Callable[[float], None] = time.sleep) -> str:
-    """Why threads should not spin here, or "".
+    """Return why threads should not spin here, or "".
 
     Args:
-        root: where the system's files are, and `sleep`: how to let time pass; others in tests.
+        root: where /proc and /sys are; another place in tests.
+        sleep: lets time pass; another one in tests.
     """
     cores = _cores()
     if len(cores) < 2:
@@ -75,8 +68,9 @@ def _cores() -> set[int]:
 
 
 def _busy(root: Path, cores: set[int], seconds: float, sleep: Callable[[float], None]) -> float:
-    """How many of these cores others keep busy: this process sleeps meanwhile. 0 where the system
-    does not say.
+    """Return how many of these cores others keep busy while this process sleeps.
+
+    0 where the system does not say.
     """
     before = _times(root, cores)
     sleep(seconds)
@@ -89,7 +83,7 @@ def _busy(root: Path, cores: set[int], seconds: float, sleep: Callable[[float], 
 
 
 def _times(root: Path, cores: set[int]) -> dict[int, tuple[int, int]]:
-    """Ticks that each core was idle (or waited for a disk), and all its ticks."""
+    """Return the ticks that each core was idle (or waited for a disk), and all its ticks."""
     try:
         lines = (root / "proc" / "stat").read_text().splitlines()
     except OSError:
@@ -98,15 +92,14 @@ def _times(root: Path, cores: set[int]) -> dict[int, tuple[int, int]]:
     for line in lines:
         name, *ticks = line.split() or [""]
         if name[:3] == "cpu" and name[3:].isdecimal() and int(name[3:]) in cores:
-            numbers = [
-                int(tick) for tick in ticks[:8]
-            ]  # user nice system idle iowait irq softirq steal
+            # user nice system idle iowait irq softirq steal
+            numbers = [int(tick) for tick in ticks[:8]]
             found[int(name[3:])] = numbers[3] + numbers[4], sum(numbers)
     return found
 
 
 def _quota(root: Path) -> float | None:
-    """Cores' worth of time that the cgroup grants this process, or None."""
+    """Return how many cores' time the cgroup grants this process, or None."""
     for place, period in (("cpu.max", None), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         try:
             words = (root / "sys" / "fs" / "cgroup" / place).read_text().split()
