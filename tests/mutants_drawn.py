@@ -16,7 +16,10 @@ _STEP = (
 )
 _CASCADE = f"{_STEP} tests/nn/test_cascade_placement.py tests/training/test_cascade_settings.py"
 _SETTINGS = "tests/training/test_cascade_settings.py tests/training/test_train_settings.py"
-_LOADER = "tests/data/test_loader.py tests/data/test_loader_bags.py"
+_LOADER = (
+    "tests/data/test_loader.py tests/data/test_loader_edges.py tests/data/test_prefetch.py "
+    "tests/data/test_loader_bags.py"
+)
 _END = "tests/models/test_end_to_end.py tests/models/test_running_mean.py"
 
 
@@ -96,12 +99,12 @@ TESTS: dict[str, tuple[str, ...]] = {
         _runs("label_text ngrams"),
     ),
     "xmlkernels/data/formats/sparse_python.py": (
-        "tests/data/test_sparse_text.py",
+        "tests/data/test_sparse_text.py tests/data/test_sparse_parsers.py",
         "tests/data/test_formats.py",
     ),
     "xmlkernels/data/formats/labels.py": (
-        "tests/data/test_formats.py",
-        "tests/data/test_prepare.py tests/data/test_label_ids.py",
+        "tests/data/test_label_formats.py",
+        "tests/data/test_prepare.py tests/data/test_prepare_refusals.py tests/data/test_label_ids.py",
     ),
     "xmlkernels/training/build.py": (_SETTINGS, FIELDS),
     "xmlkernels/training/config.py": (f"{_SETTINGS} tests/nn/test_cascade_placement.py", FIELDS),

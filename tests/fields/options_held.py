@@ -154,7 +154,7 @@ HELD: dict[type, dict[str, str]] = {
         "token_maps": _PREPARE + "test_upstream_token_maps",
         "documents": _PREPARE + "test_built_in_corpus",
         "label_names": "data/test_prepare_bow.py::test_features_and_labels_apart",
-        "overwrite": _PREPARE + "test_other_inputs_need_overwrite",
+        "overwrite": "data/test_prepare_again.py::test_other_inputs_need_overwrite",
         "remap_labels": "data/test_label_ids.py::test_far_apart_ids_are_refused_or_numbered_anew",
         "label_divider": "data/test_label_ids.py::test_divided_names",
     },
