@@ -104,7 +104,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "xmlkernels/data/formats/labels.py": (
         "tests/data/test_label_formats.py",
-        "tests/data/test_prepare.py tests/data/test_prepare_refusals.py tests/data/test_label_ids.py",
+        "tests/data/test_prepare.py tests/data/test_prepare_refusals.py",
+        "tests/data/test_label_ids.py",
     ),
     "xmlkernels/training/build.py": (_SETTINGS, FIELDS),
     "xmlkernels/training/config.py": (f"{_SETTINGS} tests/nn/test_cascade_placement.py", FIELDS),
