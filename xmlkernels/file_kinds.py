@@ -30,6 +30,7 @@ MOST_RATIO = 100
 _XZ_MEMORY = 1 << 28  # `xz -9` needs 65 MiB; a forged header may ask for 4 GiB
 _BLOCK = 1 << 16
 _CONVERT = "write its texts to a .txt file, one a line"
+_OR_PACK = "or pack it as .gz, .bz2 or .xz"
 # First bytes, where they stand, what the file then is, and how to get text out of it.
 _MAGIC: tuple[tuple[bytes, int, str, str], ...] = (
     (b"PAR1\x15", 0, "a Parquet table", f"{_CONVERT}, for example by pandas.read_parquet"),
@@ -49,18 +50,8 @@ _MAGIC: tuple[tuple[bytes, int, str, str], ...] = (
         "a zip archive (.npz and .xlsx are such)",
         "unpack it first, or name the .npz as one",
     ),
-    (
-        b"\x28\xb5\x2f\xfd",
-        0,
-        "a zstd archive",
-        "unpack it first with `zstd -d`, or pack it as .gz, .bz2 or .xz",
-    ),
-    (
-        b"\x04\x22\x4d\x18",
-        0,
-        "an lz4 archive",
-        "unpack it first with `lz4 -d`, or pack it as .gz, .bz2 or .xz",
-    ),
+    (b"\x28\xb5\x2f\xfd", 0, "a zstd archive", f"unpack it first with `zstd -d`, {_OR_PACK}"),
+    (b"\x04\x22\x4d\x18", 0, "an lz4 archive", f"unpack it first with `lz4 -d`, {_OR_PACK}"),
     (b"\x1f\x9d", 0, "an archive of `compress` (.Z)", "unpack it first with `uncompress`"),
     (b"7z\xbc\xaf\x27\x1c", 0, "a 7-Zip archive", "unpack it first"),
     (b"Rar!\x1a\x07", 0, "a RAR archive", "unpack it first"),

@@ -20,8 +20,8 @@ from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.dataset_writer import write_label_names, write_split
 from xmlkernels.data.formats.arrays import read_npy
 from xmlkernels.data.formats.token_maps import from_padded_map, token_rows
-from xmlkernels.data.inputs import TextParts
 from xmlkernels.data.manifest import content_hash, manifest_checksum, write_manifest
+from xmlkernels.data.text_parts import TextParts
 from xmlkernels.data.tokens import load_tokenizer, tokenize_to_file
 from xmlkernels.files import replacing
 from xmlkernels.nn.encoder import Encoder  # noqa: F401  # imported before the first fork

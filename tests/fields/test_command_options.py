@@ -24,23 +24,26 @@ from train_runs import LABELS, ROOT, make_dataset, make_tokenizer, make_tree
 from xmlkernels.cli import ensemble, export, predict
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.formats import write_npz
-from xmlkernels.data.inputs import TextParts
 from xmlkernels.data.prepare import PrepareConfig, prepare
+from xmlkernels.data.text_parts import TextParts
 from xmlkernels.metrics import evaluate
 from xmlkernels.ranker.linear import Settings
 from xmlkernels.training import ranker, tree
 
 
 def source_of(test: str) -> str:
-    """The code of a test with the functions of its file that it uses, fixtures among them."""
+    """The code of a test with the functions and fixtures of its file and folder that it uses."""
     name, _, function = test.partition("::")
-    text = (ROOT / "tests" / name).read_text()
-    tree = ast.parse(text)
-    made = {
-        node.name: ast.get_source_segment(text, node) or ""
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef)
-    }
+    path = ROOT / "tests" / name
+    helpers = [other for other in path.parent.glob("*.py") if not other.name.startswith("test_")]
+    made: dict[str, str] = {}
+    for file in (*helpers, path):
+        text = file.read_text()
+        made |= {
+            node.name: ast.get_source_segment(text, node) or ""
+            for node in ast.parse(text).body
+            if isinstance(node, ast.FunctionDef)
+        }
     wanted, out = [function], ""
     while wanted:
         code = made.pop(wanted.pop())

@@ -7,7 +7,7 @@ from typing import Any
 from train_runs import ROOT
 
 from xmlkernels.cli import predict
-from xmlkernels.data.inputs import TextParts
+from xmlkernels.data.text_parts import TextParts
 
 RUN = ROOT / "tests" / "fixtures" / "v1" / "run"  # 30 labels
 

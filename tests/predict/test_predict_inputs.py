@@ -19,7 +19,7 @@ from xmlkernels import InputError
 from xmlkernels.cli import console, predict
 from xmlkernels.cli.arguments import parse
 from xmlkernels.cli.texts import Texts, lines_of, paired
-from xmlkernels.data.inputs import TextParts
+from xmlkernels.data.text_parts import TextParts
 from xmlkernels.predict.base import Label
 
 PLAIN = TextParts()

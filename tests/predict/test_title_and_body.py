@@ -11,7 +11,7 @@ from prediction_inputs import LF, RUN
 from train_runs import make_dataset, run, tiny
 
 from xmlkernels.cli import predict
-from xmlkernels.data.inputs import TextParts
+from xmlkernels.data.text_parts import TextParts
 from xmlkernels.predict.model import Predictor
 
 # ---- texts as in training ----

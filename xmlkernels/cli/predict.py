@@ -23,7 +23,7 @@ from xmlkernels.cli.arguments import parse
 from xmlkernels.cli.filters import Barred
 from xmlkernels.cli.texts import Texts, paired
 from xmlkernels.data.formats import write_npz
-from xmlkernels.data.inputs import TextParts
+from xmlkernels.data.text_parts import TextParts
 from xmlkernels.evaluation import score_matrix
 from xmlkernels.files import replacing
 from xmlkernels.locks import own_place

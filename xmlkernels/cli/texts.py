@@ -13,7 +13,7 @@ from typing import IO, Any
 from xmlkernels import InputError
 from xmlkernels.data.formats import iter_lines
 from xmlkernels.data.formats.text_lines import LONGEST_LINE, line_too_long
-from xmlkernels.data.inputs import TextParts
+from xmlkernels.data.text_parts import TextParts
 from xmlkernels.file_kinds import check_documents, check_text, is_json_lines, unpacked
 from xmlkernels.files import DataWarning
 

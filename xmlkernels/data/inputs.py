@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
@@ -13,57 +13,11 @@ from scipy.sparse import csr_matrix
 from xmlkernels.data.batches.bags import BagBatch, BagBatches, bag_text_batches
 from xmlkernels.data.batches.tokens import Batch, Batches, text_batches
 from xmlkernels.data.dataset import Dataset, Split
-from xmlkernels.data.formats.text_lines import join_parts, split_title, without_separator
+from xmlkernels.data.text_parts import TextParts
 from xmlkernels.data.tokens import Tokenizer, load_tokenizer
 from xmlkernels.data.vectorizer import Vectorizer
 from xmlkernels.errors import InputError
 from xmlkernels.records import Positive, check_record
-
-
-@dataclass(frozen=True)
-class TextParts:
-    """How title and body of a training text became one, so that texts to predict become it alike.
-
-    Attributes:
-        fields: "all" takes both, "title" or "body" one of them.
-        separator: what stands between both.
-        marked: whether `/SEP/` in a line stands between title and body, as in AttentionXML's sets.
-    """
-
-    fields: Literal["all", "title", "body"] = "all"
-    separator: str = " "
-    marked: bool = False
-
-    @classmethod
-    def of(cls, dataset: Dataset | None) -> TextParts:
-        """Return those of a dataset, as its manifest keeps them.
-
-        In older and in other datasets a space joins all parts.
-        """
-        source: Any = {} if dataset is None else dataset.manifest.get("source")
-        if not isinstance(source, dict) or "separator" not in source:
-            return cls()
-        return cls(source["fields"], source["separator"], source.get("kind") == "attentionxml")
-
-    def join(self, title: str, body: str) -> str:
-        """Join a title and a body, one of which may be empty."""
-        if self.fields != "all":
-            return title if self.fields == "title" else body
-        return self.separator.join(filter(None, (title, body)))
-
-    def of_line(self, line: str) -> str:
-        """Return the text of a line, which may hold a title and a body."""
-        if not self.marked:
-            return line
-        return (
-            join_parts(line, self.separator)
-            if self.fields == "all"
-            else self.join(*split_title(line))
-        )
-
-    def words(self, text: str) -> str:
-        """Return a text without the separator of a tokenizer, for bags of words."""
-        return without_separator(text, self.separator)
 
 
 class Inputs(Protocol):

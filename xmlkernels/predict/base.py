@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xmlkernels.data.inputs import TextParts
+from xmlkernels.data.text_parts import TextParts
 from xmlkernels.errors import InputError
 
 NAMES = "label_names.txt"  # in the folder of checkpoints or of a ranker, one name per line

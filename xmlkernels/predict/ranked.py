@@ -23,7 +23,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 from xmlkernels.checksums import check_files
-from xmlkernels.data.inputs import TextParts
+from xmlkernels.data.text_parts import TextParts
 from xmlkernels.data.vectorizer import Vectorizer
 from xmlkernels.errors import InputError
 from xmlkernels.evaluation import score_matrix
