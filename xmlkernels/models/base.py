@@ -89,7 +89,7 @@ class Model(nn.Module):
     def _start_training(
         self, settings: TrainingSettings, optimizer: torch.optim.Optimizer | None
     ) -> None:
-        """Make what training needs beside the modules, which must all be there."""
+        """Make what training needs besides the modules, which must all be there."""
         self.optimizer = optimizer
         # Only fp16 needs a scale; elsewhere it stays 1 and the scaler is the check for non-finite
         # gradients.
@@ -150,7 +150,7 @@ class Model(nn.Module):
             raise InputError("scheme", expected, repr(unknown[0]), "choose one of them")
 
     def tables(self) -> dict[str, nn.Module]:
-        """Tables that are trained in place, by their names in the model.
+        """Name the tables that are trained in place, as `state_dict` does.
 
         Each has `weight`, `bias` (or None) and `counter`, whose second entry counts its steps; the
         first table's counts the model's.
@@ -172,7 +172,7 @@ class Model(nn.Module):
         }
 
     def label_rows(self, start: int, end: int) -> Tensor:
-        """Rows of the label table for labels start to end - 1, fp32 [end - start, D].
+        """Copy the rows of the label table for labels start to end - 1: fp32 [end - start, D].
 
         Raises:
             InputError: a logit is more than the inner product of such a row and an embedding.
@@ -220,7 +220,7 @@ class Model(nn.Module):
         raise NotImplementedError
 
     def _encode(self, batch: Documents, micro_batch: int) -> EncoderPass:
-        """Features of a batch and the way back through the encoder."""
+        """Encode a batch, and keep the way back through the encoder."""
         return EncoderPass(self._features, batch.inputs, len(batch), micro_batch)
 
     def _finish_step(self, overflow: Tensor, encoder_lr: float) -> None:
@@ -246,21 +246,21 @@ class Model(nn.Module):
     # ---- scoring ----
 
     def _features(self, *inputs: Tensor) -> list[Tensor]:
-        """What the tables meet of each document: fp32 [B, D] per level, the labels' last."""
+        """Encode documents for the tables: fp32 [B, D] per level, the labels' last."""
         return [self.encoder(*inputs)]
 
     def _answer(self, x: list[Tensor], k: int, exclude: Tensor | None) -> Answer:
-        """The k best labels by the model's own scheme; levels are left out."""
+        """Give the k best labels by the model's own scheme; levels are left out."""
         raise NotImplementedError
 
     def _answers(
         self, x: list[Tensor], k: int, exclude: Tensor | None, schemes: Sequence[str]
     ) -> dict[str, Answer]:
-        """An answer with levels for each scheme."""
+        """Give an answer with levels for each scheme."""
         return {scheme: self._answer(x, k, exclude) for scheme in schemes}
 
     def _loss(self, x: list[Tensor], batch: Documents) -> Tensor:
-        """The loss [1] of a batch, from its features."""
+        """Compute the loss [1] of a batch from its features."""
         raise NotImplementedError
 
     @evaluating
@@ -301,18 +301,18 @@ class Model(nn.Module):
 
     @evaluating
     def embed(self, batch: Documents) -> Tensor:
-        """fp32 [B, D]: what the label table meets of each document."""
+        """Encode documents for the label table: fp32 [B, D]."""
         return self._features(*batch.inputs)[-1]
 
     @evaluating
     def loss(self, batch: Documents) -> Tensor:
-        """The loss [1] that `step` would report, without training."""
+        """Compute the loss [1] that `step` would report, without training."""
         return self._loss(self._features(*batch.inputs), batch)
 
     # ---- checkpoints ----
 
     def config(self) -> dict[str, Any]:
-        """JSON from which `restored` builds the model for prediction.
+        """Describe the model as JSON from which `restored` builds it for prediction.
 
         {"kind": …, "encoder": {…}, "head": {…}}; its tensors are the rest.
         """
@@ -320,7 +320,7 @@ class Model(nn.Module):
 
     @classmethod
     def table_shapes(cls, head: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-        """Shapes of the tables that `config()["head"]` describes, by name of their tensor."""
+        """Name the tensors of the tables that `config()["head"]` describes, with their shapes."""
         raise NotImplementedError
 
     @classmethod
@@ -337,14 +337,14 @@ class Model(nn.Module):
         raise NotImplementedError
 
     def _optimized(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """Everything that the optimizer trains, by its name in a checkpoint."""
+        """Name everything that the optimizer trains, as checkpoints do."""
         return self.named_parameters()
 
     def _check_loaded(self, tensors: Mapping[str, Tensor]) -> None:
         """Refuse a checkpoint's tensors for more than names, shapes and formats."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that must survive a stop, by name.
+        """Collect everything that must survive a stop, by name.
 
         Weights, optimizer states, counters, loss scale, mean weights.
         """
@@ -390,7 +390,7 @@ class Model(nn.Module):
 
 
 def arrangement(tree: "LabelTree | None") -> dict[str, Any]:
-    """The `order` and `ancestors` of `Inputs.batches` for a model on this tree; nothing without."""
+    """Give the options of `Inputs.batches` for a model on this tree; none without a tree."""
     if tree is None:
         return {}
     return {

@@ -129,7 +129,7 @@ class Cascade(Model):
         self.heads.use_scheme(scheme)
 
     def tables(self) -> dict[str, nn.Module]:
-        """The tables of the levels, coarse to fine; see `Model.tables`."""
+        """Name the tables of the levels, coarse to fine; see `Model.tables`."""
         return {f"heads.levels.{r}": level for r, level in enumerate(self.heads.levels)}
 
     def describe(self) -> str:
@@ -147,7 +147,7 @@ class Cascade(Model):
         raise InputError("model", "a label table without bias", got, mend)
 
     def labels_under(self, level: int) -> tuple[Tensor, Tensor]:
-        """The label ids under each node of a level, as rows of different lengths.
+        """List the label ids under each node of a level, as rows of different lengths.
 
         Args:
             level: 0 (the coarsest) to R - 1, where each node is one label.
@@ -162,7 +162,7 @@ class Cascade(Model):
         return _tensor(self.tree.bounds(level)), _tensor(self.tree.order)
 
     def clusters_of(self, level: int) -> Tensor:
-        """The node of a level that each label belongs to, int64 [L] by label id, on the CPU.
+        """Find the node of a level that each label belongs to: int64 [L] by label id, on the CPU.
 
         Raises:
             InputError: the tree has no such level.
@@ -221,7 +221,7 @@ class Cascade(Model):
         beta1: float | None,
         need_loss: bool,
     ) -> tuple[list[Tensor], Tensor]:
-        """dx of every level, and the loss."""
+        """Train every level; give their dx, and the loss."""
         assert self.scaler is not None
         tree, out = self._tree(), list[Tensor]()
         losses = torch.zeros(1 if need_loss else 0, device=self.device)
@@ -257,7 +257,7 @@ class Cascade(Model):
 
     @evaluating
     def level_losses(self, batch: Documents) -> Tensor:
-        """Each level's share of the loss, fp32 [R], true clusters forced in, without training.
+        """Split the loss by level: fp32 [R], true clusters forced in, without training.
 
         Raises:
             InputError: the batch has no cluster positives of this tree.
@@ -266,7 +266,7 @@ class Cascade(Model):
 
     @evaluating
     def candidates(self, batch: Documents) -> list[Candidates]:
-        """What each level would train on for this batch, coarse to fine, the labels last.
+        """List what each level would train on for this batch, coarse to fine, the labels last.
 
         The coarsest level's candidates are all its nodes; each next one's are the children of the
         best clusters and, as in training, of the true ones.
@@ -335,7 +335,7 @@ class Cascade(Model):
         return torch.where(rows >= 0, self.order[rows.clamp(min=0)], -1)
 
     def config(self) -> dict[str, Any]:
-        """JSON from which the model is built again for prediction; see `Model.config`."""
+        """Describe the model as JSON; see `Model.config`."""
         return {
             "kind": self.kind,
             "encoder": self.encoder.encoder_config(),  # type: ignore[operator]
@@ -345,7 +345,7 @@ class Cascade(Model):
 
     @classmethod
     def table_shapes(cls, head: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-        """Shapes of the levels' tables; see `Model.table_shapes`."""
+        """Name the levels' tables, with their shapes; see `Model.table_shapes`."""
         sizes, width = head["sizes"], head["width"]
         return {f"heads.levels.{r}.weight": (size, width) for r, size in enumerate(sizes)}
 

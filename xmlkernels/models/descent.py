@@ -17,7 +17,7 @@ _SATURATED = -1e-38  # log probability: above, fp32 would give a logit of infini
 
 @dataclass(frozen=True)
 class Descent:
-    """What `descend` knows of one level.
+    """One level of a descent.
 
     Attributes:
         clusters: int64 [B, K], clusters kept at the level above.
@@ -25,7 +25,7 @@ class Descent:
         node: int64 [B, K, M], the candidates; real: bool [B, K, M].
         logits: fp32 [B, K, M], the level's own.
         kept: int64 [B, K'], what is handed on; empty at the last level.
-        place: int64 [B, K'], where `kept` stands among the K M candidates; empty at the last level.
+        place: int64 [B, K'], places of `kept` among the K M candidates; empty at the last level.
     """
 
     clusters: Tensor
@@ -40,8 +40,12 @@ class Descent:
 
 @dataclass(frozen=True)
 class TreeOnDevice:
-    """The label tree on the device: for each level, row_ptr int64 [C + 1] of the level above (C = 1
-    for the first) and M.
+    """The label tree on the device.
+
+    Attributes:
+        row_ptr: per level, int64 [C + 1]: its nodes under each of the C clusters above; C = 1 at
+            the first level.
+        most: per level, M: the largest number of nodes under one cluster.
     """
 
     row_ptr: tuple[Tensor, ...]
@@ -56,11 +60,14 @@ def descend(
     positives: Positives | None = None,
     bound: int = 0,
 ) -> Iterator[Descent]:
-    """Scores level by level: all nodes of the first, then the children of the `heads.topk` best by
-    the level's own logit.
+    """Score level by level: all nodes of the first, then the children of the best clusters.
+
+    The best are the `heads.topk` by the level's own logit.
 
     Args:
+        heads: tables of the levels.
         x: fp32 [B, D] for each level.
+        tree: of the heads, on their device.
         positives: pairs of every level, to be kept as training keeps them; None at prediction.
         bound: how many clusters beyond k a row may keep for its positives.
     """
@@ -87,8 +94,10 @@ def descend(
 
 
 def scores_by(scheme: str, levels: Iterable[Descent]) -> Iterator[Tensor]:
-    """Scores fp32 [B, K, M] of each level's candidates, coarse to fine: the logits ("level"), else
-    logs of probabilities.
+    """Score each level's candidates under a scheme, coarse to fine: fp32 [B, K, M].
+
+    Yields:
+        The logits for "level", logs of probabilities for the other schemes.
     """
     above: Tensor | None = None
     for level in levels:
@@ -104,10 +113,13 @@ def scores_by(scheme: str, levels: Iterable[Descent]) -> Iterator[Tensor]:
 def ranked(
     level: Descent, scores: Tensor, k: int, scheme: str, exclude: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The k best candidates of a level.
+    """Give the k best candidates of a level.
 
     Args:
+        level: of `descend`.
         scores: fp32 [B, K, M], by the scheme; see `scores_by`.
+        k: nodes per document.
+        scheme: of the scores.
         exclude: int64 [B, E], nodes never to be given; -1 pads.
 
     Returns:
@@ -134,8 +146,9 @@ def ranked(
 
 
 def logit_of_log(log_p: Tensor) -> Tensor:
-    """log(p / (1 - p)) of log p, fp32, to a few units in the last place near p = 0 and near p = 1
-    alike.
+    """Turn log p into log(p / (1 - p)), fp32.
+
+    Exact to a few units in the last place near p = 0 and near p = 1 alike.
     """
     exact = log_p.double().clamp(max=_SATURATED)
     # 1 - p as -expm1(log p) where p is near 1, as 1 - exp(log p) where it is near 0: each loses
@@ -147,7 +160,7 @@ def logit_of_log(log_p: Tensor) -> Tensor:
 
 
 def candidates_of(level: Descent, positives: tuple[Tensor, Tensor]) -> Candidates:
-    """The candidates of a level with their logits, and which of them are positive."""
+    """List the candidates of a level with their logits, and which of them are positive."""
     place, found = locate(*positives, level.clusters, level.row_ptr, level.most)
     hit = torch.zeros(level.node.numel() + 1, dtype=torch.bool, device=place.device)
     hit[torch.where(found, place, level.node.numel())] = True
@@ -160,8 +173,9 @@ def candidates_of(level: Descent, positives: tuple[Tensor, Tensor]) -> Candidate
 def loss_of(
     level: Descent, positives: tuple[Tensor, Tensor], weight: float, reference: bool
 ) -> Tensor:
-    """The level's share of the loss [1]: weight times the mean BCE over its candidates; see
-    `loss_scale`.
+    """Compute the level's share of the loss [1]: weight times the mean BCE over its candidates.
+
+    See `loss_scale` for the mean.
     """
     place, found = locate(*positives, level.clusters, level.row_ptr, level.most)
     hit = torch.where(found, level.logits.flatten()[place], 0).sum()
@@ -171,7 +185,7 @@ def loss_of(
 
 
 def loss_scale(counts: Tensor, weight: float, reference: bool) -> tuple[Tensor, Tensor]:
-    """What multiplies a level's summed BCE.
+    """Compute what multiplies a level's summed BCE.
 
     Args:
         counts: int64 [B], candidates of each sample.

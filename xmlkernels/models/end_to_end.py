@@ -66,7 +66,7 @@ class EndToEnd(Model):
         return self.head.weight.shape[1]
 
     def tables(self) -> dict[str, nn.Module]:
-        """The label table; see `Model.tables`."""
+        """Name the label table; see `Model.tables`."""
         return {"head": self.head}
 
     def counters(self) -> dict[str, float]:
@@ -81,7 +81,7 @@ class EndToEnd(Model):
         return found | {"skipped_tiles": left_out / max(1, seen)}
 
     def label_rows(self, start: int, end: int) -> Tensor:
-        """Rows of the label table for labels start to end - 1, fp32; see `Model.label_rows`."""
+        """Copy the rows of labels start to end - 1, fp32; see `Model.label_rows`."""
         if self.head.bias is not None:
             mend = "an inner product cannot carry it; train end to end without --bias"
             got = "one with a bias for each label"
@@ -138,7 +138,7 @@ class EndToEnd(Model):
         return self.head.loss(x[-1], batch.pos_row, batch.pos_sample)
 
     def config(self) -> dict[str, Any]:
-        """JSON from which the model is built again for prediction; see `Model.config`."""
+        """Describe the model as JSON; see `Model.config`."""
         return {
             "kind": self.kind,
             "encoder": self.encoder.encoder_config(),  # type: ignore[operator]
@@ -147,7 +147,7 @@ class EndToEnd(Model):
 
     @classmethod
     def table_shapes(cls, head: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-        """The shape of the label table; see `Model.table_shapes`."""
+        """Name the label table, with its shape; see `Model.table_shapes`."""
         return {"head.weight": (head["labels"], head["width"])}
 
     @classmethod

@@ -1,5 +1,7 @@
-"""Gradient caching (Gao et al., 2021): a batch's tables see all of it at once, its encoder a few
-documents at a time.
+"""Gradient caching: tables see a whole batch at once, the encoder a few documents at a time.
+
+Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"
+(RepL4NLP 2021).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -68,7 +70,7 @@ class EncoderPass:
         return [torch.cat(level) for level in zip(*out, strict=True)]
 
     def backward(self, dx: Sequence[Tensor]) -> None:
-        """Adds the parameters' gradients from those of the features, dx: [B, D] of each level."""
+        """Add the parameters' gradients from those of the features, dx: [B, D] per level."""
         dx = [torch.zeros_like(d[:1]) if self._idle else d[self._own] for d in dx]
         if len(self._parts) == 1:
             _backward(self._graph, dx)

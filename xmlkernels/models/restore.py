@@ -15,8 +15,7 @@ from xmlkernels.records import Count, Meta, Positive, check_record
 
 DIVERGED = (
     "the training has diverged: use an earlier checkpoint (the best in place of the last), or "
-    "train again with lower learning "
-    "rates"
+    "train again with lower learning rates"
 )
 _MEND = "use another checkpoint, or a newer xmlkernels"
 _Share = Annotated[float, Meta(ge=0, lt=1)]
@@ -50,8 +49,10 @@ class _Config(TypedDict):
 
 
 def check_config(config: Any) -> None:
-    """InputError where a model's `config()` has a value of another type, a key too many or a kind
-    that is not known.
+    """Check the types, the keys and the kind of a model's `config()`.
+
+    Raises:
+        InputError: a value of another type, a key too many, or a kind that is not known.
     """
     where = "checkpoint, $.model"
     check_record(config, _Config, where=where, mend=_MEND)
@@ -72,7 +73,7 @@ def check_config(config: Any) -> None:
 
 
 def check_finite(model: nn.Module, where: str) -> None:
-    """Refuses weights that are no numbers: such a model answers every text with nothing.
+    """Refuse weights that are not finite: such a model answers every text with nothing.
 
     Args:
         model: on the CPU.
@@ -90,21 +91,19 @@ def check_finite(model: nn.Module, where: str) -> None:
 def _finite(values: Tensor) -> bool:
     if values.numel() == 0 or not values.is_floating_point():
         return True
-    if (
-        values.dtype == torch.float8_e4m3fn
-    ):  # no infinity; its NaNs are 0xFF and 0x7F, the largest byte without and with a sign
-        return (
-            int(values.view(torch.uint8).max()) < 0xFF and int(values.view(torch.int8).max()) < 0x7F
-        )
-    return all(
-        bool(torch.isfinite(end)) for end in values.aminmax()
-    )  # one pass, no copy, and NaN comes through
+    if values.dtype == torch.float8_e4m3fn:
+        # No infinity; its NaNs are 0xFF and 0x7F, the largest byte without and with a sign.
+        largest = int(values.view(torch.uint8).max()), int(values.view(torch.int8).max())
+        return largest[0] < 0xFF and largest[1] < 0x7F
+    # One pass, no copy, and NaN comes through.
+    return all(bool(torch.isfinite(end)) for end in values.aminmax())
 
 
 def restored(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Model:
-    """The model that `config()` of a trained one describes; its weights are still to be loaded.
+    """Build the model that `config()` of a trained one describes, without loading its weights.
 
     Args:
+        config: of the checkpoint.
         tensors: of the same checkpoint; a cascade's hold its label tree.
 
     Raises:
@@ -119,7 +118,7 @@ def restored(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Model:
 
 
 def check_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """InputError where the tables that a configuration describes are not among the tensors."""
+    """Raise InputError where the tables that a configuration describes are not in the tensors."""
     head, encoder = config["head"], config["encoder"]
     expected = KINDS[config["kind"]].table_shapes(head)
     if encoder.get("kind") == "bow":

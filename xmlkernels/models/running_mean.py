@@ -1,6 +1,4 @@
-"""A running mean of a model's weights, which predictions use while training goes on from the
-weights themselves.
-"""
+"""A running mean of a model's weights: predictions use it, training goes on from the weights."""
 
 from __future__ import annotations
 
@@ -38,7 +36,7 @@ class MeanSettings:
     tables: bool = False
 
     def check(self) -> None:
-        """Raises InputError when one is out of range."""
+        """Raise InputError when one is out of range."""
         if not 0 <= self.decay <= 1:
             raise InputError(
                 "running mean: decay",
@@ -54,7 +52,7 @@ class MeanSettings:
 
 
 class RunningMean:
-    """The mean, beside the weights and in fp32: exponential (EMA) or plain (SWA).
+    """The mean of weights, kept next to them in fp32: exponential (EMA) or plain (SWA).
 
     The n-th value (from 0) moves the mean by max(1 − decay, 1/(n + 1)) towards it: it begins as
     their plain mean, so no start value lingers, and goes on as an EMA; with decay = 1 it stays the
@@ -83,29 +81,25 @@ class RunningMean:
         self.settings, self.names, self.count = settings, list(weights), 0
         self._weights = list(weights.values())
         self.means = [w.detach().to(torch.float32, copy=True) for w in self._weights]
-        self._rounded: list[
-            Tensor
-        ] = []  # the means in the weights' formats, made when they are first used
+        self._rounded: list[Tensor] = []  # the means in the weights' formats, made on first use
 
     @torch.no_grad()
     def step(self, number: int) -> None:
-        """Takes in the weights as update `number` (from 0) left them, where that is one to take."""
+        """Take in the weights as update `number` (from 0) left them, where that is one to take."""
         late = number - self.settings.start
         if late < 0 or (late + 1) % self.settings.every:
             return
         share = max(1 - self.settings.decay, 1 / (self.count + 1))
-        together: dict[
-            torch.device, tuple[list[Tensor], list[Tensor]]
-        ] = {}  # few launches for the many weights of an encoder
+        # Few launches for the many weights of an encoder.
+        together: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
         for mean, weight in zip(self.means, self._weights, strict=True):
             if weight.dtype == torch.float32:
                 means, own = together.setdefault(weight.device, ([], []))
                 means.append(mean)
                 own.append(weight.detach())
                 continue
-            for start in range(
-                0, len(weight), _ROWS
-            ):  # never a whole table in fp32 beside its mean
+            # Never a whole table in fp32 next to its mean.
+            for start in range(0, len(weight), _ROWS):
                 mean[start : start + _ROWS].lerp_(weight[start : start + _ROWS].float(), share)
         for means, own in together.values():
             torch._foreach_lerp_(means, own, share)
@@ -114,8 +108,9 @@ class RunningMean:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """The means stand in the weights inside; nothing before the first value. Means of fp32
-        weights are not copied.
+        """Put the means in place of the weights inside the block; none before the first value.
+
+        Means of fp32 weights are not copied.
         """
         if self.count == 0:
             yield
@@ -135,27 +130,25 @@ class RunningMean:
             weight.data = value
 
     def follow(self, weights: Mapping[str, Tensor]) -> None:
-        """Goes where a move to a device took the weights, which it may have replaced."""
+        """Attach to the weights again after `.to(device)`, which may have replaced them."""
         self._weights = [weights[name] for name in self.names]
         self.means = [m.to(w.device) for m, w in zip(self.means, self._weights, strict=True)]
         self._rounded = []
 
     def tensors(self) -> dict[str, Tensor]:
-        """What must survive a stop, by its name in a checkpoint."""
+        """Collect what must survive a stop, by its name in a checkpoint."""
         means = {PREFIX + name: mean for name, mean in zip(self.names, self.means, strict=True)}
         return means | {PREFIX + "count": torch.tensor([self.count])}
 
     def load_tensors(self, means: Mapping[str, Tensor]) -> None:
-        """Puts back what `tensors` gave, names without their prefix."""
+        """Put back what `tensors` gave, names without their prefix."""
         self.count, self._rounded = int(means["count"]), []
         for name, mean in zip(self.names, self.means, strict=True):
             mean.copy_(means[name])
 
 
 def averaged_weights(model: nn.Module, tables: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """What is averaged, by its name in the model: its parameters but frozen ones, and weights and
-    biases of these tables.
-    """
+    """Name what is averaged: trainable parameters, and these tables' weights and biases."""
     found: dict[str, Tensor] = {
         name: weight for name, weight in model.named_parameters() if weight.requires_grad
     }
@@ -168,7 +161,7 @@ def averaged_weights(model: nn.Module, tables: Mapping[str, nn.Module]) -> dict[
 def start_mean(
     encoder: nn.Module, weights: Mapping[str, Tensor], settings: MeanSettings
 ) -> RunningMean | None:
-    """The mean that the settings ask for; None for a decay of 0.
+    """Start the mean that the settings ask for; None for a decay of 0.
 
     Raises:
         InputError: a setting is out of range, a table is fp8, or the encoder trains a table of its
@@ -186,9 +179,7 @@ def start_mean(
 
 
 def evaluating(method: Method) -> Method:
-    """A method of a model that runs without gradients and, where there is one, on the `average` of
-    its weights.
-    """
+    """Run a method of a model without gradients and, where there is one, on the running mean."""
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **options: Any) -> Any:
@@ -199,8 +190,11 @@ def evaluating(method: Method) -> Method:
 
 
 def with_means(tensors: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors with its means (names without their prefix) in place of the weights,
-    in the weights' formats.
+    """Put a checkpoint's means in place of its weights, in the weights' formats.
+
+    Args:
+        tensors: of the checkpoint.
+        means: its means, names without their prefix.
 
     Raises:
         InputError: a mean of something that is not among the tensors.
@@ -210,7 +204,7 @@ def with_means(tensors: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> di
             "checkpoint",
             "running means of its weights",
             f"one of {foreign[0]}",
-            "use one that train/run.py wrote",
+            "use one that xmlkernels train wrote",
         )
     if not means or int(means["count"]) == 0:
         return dict(tensors)
@@ -220,7 +214,7 @@ def with_means(tensors: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> di
 
 
 def check_means(average: RunningMean | None, means: Mapping[str, Tensor]) -> None:
-    """Raises InputError unless a checkpoint has the means that a model is to go on with."""
+    """Raise InputError unless a checkpoint has the means that a model is to go on with."""
     expected = set() if average is None else {"count", *average.names}
     missing, extra = sorted(expected - means.keys()), sorted(means.keys() - expected)
     if missing or extra:

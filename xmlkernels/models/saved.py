@@ -19,7 +19,7 @@ def needed_for_prediction(name: str) -> bool:
 
 
 def model_config(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's `config()` in the state of a checkpoint.
+    """Read the model's `config()` from the state of a checkpoint.
 
     Checkpoints written before there was more than one kind of model hold encoder and head alone.
 

@@ -213,7 +213,7 @@ class CascadeTraining:
 
 
 def no_training() -> InputError:
-    """The error of a model that is to train without settings for it."""
+    """Make the error of a model that is to train without settings for it."""
     got, mend = "one for prediction alone", "pass its training settings when it is built"
     return InputError("model", "a model built for training", got, mend)
 

@@ -1,1 +1,1 @@
-""""""
+"""Predictors: folders that training has written, and texts, to labels."""

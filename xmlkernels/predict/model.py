@@ -85,7 +85,7 @@ class Predictor(TextPredictor):
                 (TOKENIZERS_PARALLELISM=false turns them off).
 
         Raises:
-            InputError: no such checkpoint, one that is damaged, damaged files beside it, or one
+            InputError: no such checkpoint, one that is damaged, damaged files next to it, or one
                 whose training has diverged.
         """
         check_threads(threads)
@@ -184,8 +184,8 @@ def _located(folder: str | Path, which: str | None) -> tuple[CheckpointFolder, t
         return checkpoints, (which,)
     order: tuple[str, ...] = ("best", "last", "earlier")
     if not checkpoints.exists("best") and checkpoints.resumable():
-        told = f"{checkpoints.folder} holds no best checkpoint yet; the last one is used"
-        warnings.warn(told, CheckpointWarning, stacklevel=3)
+        note = f"{checkpoints.folder} holds no best checkpoint yet; the last one is used"
+        warnings.warn(note, CheckpointWarning, stacklevel=3)
         order = order[1:]
     return checkpoints, order
 
@@ -196,6 +196,6 @@ def _first(
     """Load the first checkpoint that is whole; warn where an earlier one of the order is not."""
     tensors, state, found, reason = checkpoints.load_first(order, keep)
     if reason is not None:
-        told = f"{reason.where}: {reason.got}; {checkpoints.folder / found} is used in its place"
-        warnings.warn(told, CheckpointWarning, stacklevel=3)
+        note = f"{reason.where}: {reason.got}; {checkpoints.folder / found} is used in its place"
+        warnings.warn(note, CheckpointWarning, stacklevel=3)
     return tensors, state, found

@@ -249,6 +249,7 @@ class RankedPredictor(Ranked):
     def scores(
         self, texts: Sequence[str], words: Sequence[str], k: int, *, batch_size: int = 64
     ) -> csr_matrix:
+        """Score the shortlist of each text; see `Ranked.scores`."""
         reranker = self.reranker
         logits = embedding = None
         if self.model is not None and reranker.ranker.dense.shape[1]:
@@ -286,7 +287,7 @@ class Forest(Ranked):
         rankers: one or more, of the same labels.
 
     Raises:
-        InputError: none, rankers of different labels, or of one text beside others of pairs.
+        InputError: none, rankers of different labels, or some of single texts and some of pairs.
     """
 
     def __init__(self, rankers: Sequence[RankedPredictor]) -> None:
@@ -309,6 +310,7 @@ class Forest(Ranked):
     def scores(
         self, texts: Sequence[str], words: Sequence[str], k: int, *, batch_size: int = 64
     ) -> csr_matrix:
+        """Score what is on any ranker's shortlist; see `Ranked.scores`."""
         parts = [ranker.scores(texts, words, k, batch_size=batch_size) for ranker in self.rankers]
         return combine(
             parts,
