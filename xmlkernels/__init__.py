@@ -3,7 +3,7 @@
     import xmlkernels as xk
 
     data = xk.Dataset.from_texts("cache/mine", train=(texts, label_lists), tokenizer="minilm")
-    xk.train(xk.RECIPES["docstrings"].replace(dataset="cache/mine", output="runs/mine"))
+    xk.train(xk.RECIPES["minilm"].replace(dataset="cache/mine", output="runs/mine"))
     for labels in xk.load("runs/mine").predict(["a text to label"], k=5):
         print(labels[0].name)
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from xmlkernels.predict.model import Predictor
     from xmlkernels.predict.ranked import Forest, RankedPredictor
     from xmlkernels.training.config import Config
+    from xmlkernels.training.linear import LinearConfig, train_linear
     from xmlkernels.training.loop import train
     from xmlkernels.training.ranker import RankerConfig, train_ranker
     from xmlkernels.training.recipes import RECIPES
@@ -55,6 +56,7 @@ __all__ = [
     "InputError",
     "Label",
     "LabelTree",
+    "LinearConfig",
     "Predictor",
     "PrepareConfig",
     "RankedPredictor",
@@ -71,6 +73,7 @@ __all__ = [
     "ops",
     "prepare",
     "train",
+    "train_linear",
     "train_ranker",
 ]
 
@@ -92,6 +95,7 @@ _HOMES = {
     "predict.model": ("Predictor",),
     "predict.ranked": ("Forest", "RankedPredictor"),
     "training.config": ("Config",),
+    "training.linear": ("LinearConfig", "train_linear"),
     "training.loop": ("train",),
     "training.ranker": ("RankerConfig", "train_ranker"),
     "training.recipes": ("RECIPES",),

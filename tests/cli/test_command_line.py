@@ -194,7 +194,7 @@ def test_a_recipe_s_help_begins_with_its_own_text(capsys: pytest.CaptureFixture[
         with pytest.raises(SystemExit):
             train.main([name, "--help"])
         shown = capsys.readouterr().out
-        told = " ".join(shown.split("\n\ndata:\n")[0].split())
+        told = " ".join(shown.split("\n\ndata:\n")[0].replace("\\\n", "").split())
         recipe = RECIPES[name]
         assert shown.startswith(f"usage: xmlkernels train {name} ")
         for text in (recipe.what, recipe.time, recipe.needs, *recipe.commands):

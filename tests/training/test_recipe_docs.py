@@ -35,7 +35,7 @@ def rows(page: str) -> list[list[str]]:
 def test_the_page_of_recipes_has_each_as_it_is(name: str) -> None:
     recipe = RECIPES[name]
     text = (ROOT / "docs" / "recipes.md").read_text("utf-8")
-    row = f"| `{name}` | {recipe.what} | {' '.join([recipe.when, recipe.time]).strip()} |"
+    row = f"| `{name}` | {recipe.what} | {f'{recipe.when} {recipe.time}'.strip()} |"
     section = text.partition(f"## {recipe.group[0].upper()}{recipe.group[1:]}\n")[2]
     assert row in section.partition("\n## ")[0], f"docs/recipes.md needs\n{row}"
 

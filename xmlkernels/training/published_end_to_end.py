@@ -13,8 +13,8 @@ from xmlkernels.training.config import Config
 from xmlkernels.training.data_sets import DATA_SETS
 from xmlkernels.training.recipe import Recipe
 
-GROUP = "published settings, end to end (Renee)"
-SPEED = "published settings of speed measurements, one epoch (Renee, tables 8 and 10)"
+GROUP = "published settings, end to end (Renee), to reproduce them on GPUs; none was trained here"
+SPEED = "published settings of speed (Renee, tables 8 and 10), one epoch; none was measured here"
 
 # No loss while training, the encoder compiled, evaluation after every fifth epoch.
 END_TO_END = Config(
@@ -169,7 +169,7 @@ def _recipe(name: str, setting: Setting) -> Recipe[Config]:
             f" NGAME's first module as {state} (--init-state names another place; "
             "--init-state '' does without, which is another setting)."
         )
-    time = f" Published: {setting.time}." if setting.time else ""
+    time = f"Published: {setting.time}." if setting.time else "No time is published."
     columns = (
         "encoder", "batch", "epochs", "encoder_lr", "table_lr", "table_decay", "encoder_decay",
         "dropout", "warmup",
@@ -180,7 +180,7 @@ def _recipe(name: str, setting: Setting) -> Recipe[Config]:
         f"{data.title}, {setting.tokens} tokens, {_SHORT[setting.encoder]}"
         f"{' from NGAME' if state else ''}; published P@1 {setting.score}.",
         "",
-        f"Not measured here.{time}",
+        time,
         needs,
         replace(
             END_TO_END,
@@ -213,7 +213,7 @@ def _speed(name: str, speed: Speed) -> Recipe[Config]:
         SPEED,
         f"{data.title}, {speed.tokens} tokens, {_SHORT[speed.encoder]}, batch {speed.batch:,}.",
         "",
-        f"Not measured here. Published: an epoch in {speed.time}.",
+        f"Published: an epoch in {speed.time}.",
         f"The dataset folder {dataset} and {speed.encoder}, GPUs.",
         config,
         source=data.told,

