@@ -1,4 +1,4 @@
-"""Checksums: XXH3 of 128 bits, written beside what they are of, compared when that is read.
+"""Checksums: XXH3 of 128 bits, written next to their data and compared when it is read.
 
 They find damage (a flipped bit, a cut, another run's file), not forgery. XXH3 is chosen for its
 speed: it costs a small part of what reading the file costs.
@@ -78,7 +78,7 @@ def check_seal(
     A file from before there were checksums has none.
 
     Args:
-        keys: of the header, beside its checksum.
+        keys: of the header, besides its checksum.
 
     Raises:
         InputError: other content, or a key that no writer writes.

@@ -33,7 +33,7 @@ from xmlkernels.heartbeat import Heartbeat
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _BUCKET = 1 << 24  # values of gradients sent at once
 # Of one message. One process makes a label tree or writes a checkpoint while the others wait:
-# whether it lives is told by its heartbeat, in `PATIENCE` seconds.
+# whether it lives shows its heartbeat, in `PATIENCE` seconds.
 _LONGEST = timedelta(days=7)
 # Long enough for a call that keeps Python's lock (a large sort, a swap to disk), in which no heart
 # beats.
@@ -42,10 +42,10 @@ _heart: Heartbeat | None = None
 
 
 class ProcessLost(RuntimeError):
-    """Another process does not answer: it ended or stands still.
+    """Another process does not answer: it ended or hangs.
 
     Attributes:
-        speaks: whether this process is the one to tell it; False where the other one tells why
+        speaks: whether this process reports it; False where the other one says why
             itself, or another does.
     """
 
@@ -109,7 +109,7 @@ def start(device: torch.device, patience: float = PATIENCE) -> None:
     # they would keep it for ever, with threads that want to free a tensor while the interpreter
     # ends: SIGABRT, now and then.
     importlib.import_module("torch.distributed.nn.functional")
-    # Predictions of a split are gathered in the host's memory, beside the vectors on the cards.
+    # Predictions of a split are gathered in the host's memory, besides the vectors on the cards.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, timeout=_LONGEST)
     global _heart  # noqa: PLW0603  (one process belongs to one group)
@@ -335,7 +335,7 @@ def merge_topk(values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Args:
         values: fp32 [B, j], best first; -inf where there was none. j is the same on every process.
-        rows: int64 [B, j], global rows; -1 beside -inf.
+        rows: int64 [B, j], global rows; -1 with -inf.
 
     Returns:
         values [B, min(k, j size())] and rows, best first; equal values: the lower row first.

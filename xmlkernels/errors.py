@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-    """A file, argument or setting that cannot be used, told in one sentence.
+    """A file, argument or setting that cannot be used, in one sentence.
 
     Args:
         where: which file and line, which op and argument, or which setting.

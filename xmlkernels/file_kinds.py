@@ -29,9 +29,9 @@ MOST_RATIO = 100
 """
 _XZ_MEMORY = 1 << 28  # `xz -9` needs 65 MiB; a forged header may ask for 4 GiB
 _BLOCK = 1 << 16
-_CONVERT = "write its texts to a .txt file, one a line"
+_CONVERT = "write its texts to a .txt file, one per line"
 _OR_PACK = "or pack it as .gz, .bz2 or .xz"
-# First bytes, where they stand, what the file then is, and how to get text out of it.
+# First bytes, their offset, what the file then is, and how to get text out of it.
 _MAGIC: tuple[tuple[bytes, int, str, str], ...] = (
     (b"PAR1\x15", 0, "a Parquet table", f"{_CONVERT}, for example by pandas.read_parquet"),
     (b"ARROW1", 0, "an Arrow table", f"{_CONVERT}, for example by pandas.read_feather"),
@@ -309,7 +309,7 @@ def check_documents(path: PathLike, head: bytes) -> None:
     A table would be labelled line by line, labels and all.
 
     Args:
-        path: a file of texts, one a line.
+        path: a file of texts, one per line.
         head: its first bytes, unpacked.
 
     Raises:
@@ -330,29 +330,29 @@ def check_documents(path: PathLike, head: bytes) -> None:
         )
         raise InputError(
             name,
-            "texts, one a line",
+            "texts, one per line",
             got,
             f"write its texts to a file: {_from_table(name, first, words)}",
         )
     if suffix in _OTHERS:
-        raise InputError(name, "texts, one a line", f"a {suffix} file", _CONVERT)
+        raise InputError(name, "texts, one per line", f"a {suffix} file", _CONVERT)
     if suffix in _JSON or _is_record(first):
         mend = (
             "xmlkernels prepare reads it with --source lf; elsewhere write its texts to a .txt "
-            "file, one a line"
+            "file, one per line"
         )
         if suffix not in _JSON:
             mend = f"name the file .jsonl; {mend}"
-        raise InputError(f"{name}:1", "texts, one a line", "JSON", mend)
+        raise InputError(f"{name}:1", "texts, one per line", "JSON", mend)
     if first.startswith("__label__"):
         mend = f"divide them: `{_source(name)}sed 's/__label__[^ ]* *//g'` gives the texts"
         raise InputError(
-            f"{name}:1", "texts, one a line", "texts behind their labels (fastText)", mend
+            f"{name}:1", "texts, one per line", "texts behind their labels (fastText)", mend
         )
     rows = [line for line in lines[1:-1] if line.strip()]
     if rows and _COUNTS.fullmatch(first) and all(map(_ENTRIES.fullmatch, rows)):
         mend = "name the raw texts; bags of words are read with --source bow"
-        raise InputError(f"{name}:1", "texts, one a line", "a sparse matrix", mend)
+        raise InputError(f"{name}:1", "texts, one per line", "a sparse matrix", mend)
 
 
 def _columns(line: str) -> list[str]:

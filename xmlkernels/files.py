@@ -69,7 +69,7 @@ def check_file(path: PathLike, *, may_be_empty: bool = False) -> Path:
     """Return the path of a file that exists and holds something.
 
     Raises:
-        InputError: nothing stands there, a folder does, or the file is empty.
+        InputError: there is nothing, or a folder, or the file is empty.
     """
     name, path = os.fspath(path), Path(path)
     try:
@@ -179,7 +179,7 @@ def naming(path: PathLike) -> Iterator[None]:
 def replacing(path: PathLike) -> Iterator[IO[bytes]]:
     """Give a stream whose content takes the place of `path` when the block ends well.
 
-    Written beside the target, synced, then renamed: a reader or a crash sees the old file or the
+    Written next to the target, synced, then renamed: a reader or a crash sees the old file or the
     new one, never a part. A name that ends in `.gz` is compressed, with no time stamp inside, so
     equal content gives equal bytes.
 

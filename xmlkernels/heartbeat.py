@@ -68,7 +68,7 @@ class Heartbeat:
         self._thread.start()
 
     def stop(self, *, failed: bool = False) -> None:
-        """Says that this process ends: in order, or with an error that it tells itself."""
+        """Say that this process ends: in order, or with an error that it reports itself."""
         self._stopped.set()
         with suppress(Exception):  # the store's own process may have ended before
             self._write("state", (FAILED if failed else DONE).decode())
@@ -83,7 +83,7 @@ class Heartbeat:
         ]
 
     def failed(self) -> bool:
-        """Whether another process has ended by an error that it tells itself."""
+        """Return whether another process has ended by an error that it reports itself."""
         return FAILED in self._state.values()
 
     def all_alive(self) -> bool:
@@ -93,7 +93,7 @@ class Heartbeat:
     def find(self) -> str | None:
         """Return a sentence that names the process which did not answer a call.
 
-        None where one that failed tells so itself, or all are alive.
+        None where one that failed says so itself, or all are alive.
         """
         end = time.monotonic() + 5 * self.interval
         while time.monotonic() < end and not self.failed():
@@ -110,7 +110,7 @@ class Heartbeat:
         return f"{names} {many}: no sign of life for {seconds:.0f} s"
 
     def speaks(self) -> bool:
-        """Whether this process is the one of those left that tells it."""
+        """Return whether this process is the one of those left that reports it."""
         gone = self.missing(3 * self.interval)
         return all(r > self._rank or r in gone for r in self._others)
 

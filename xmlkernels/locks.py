@@ -3,8 +3,8 @@
 The kernel releases the lock when its holder dies.
 
 The lock is `flock` on a small file that says who holds it. For a folder that stays where it is the
-file lies inside, so that nothing but the folder need be writable; for a file, or a folder that is
-replaced whole, it lies beside. It is removed when the holder ends; one that a kill left behind is
+file is inside, so that nothing but the folder need be writable; for a file, or a folder that is
+replaced whole, it is next to it. It is removed when the holder ends; one that a kill left behind is
 taken over.
 """
 
@@ -76,7 +76,7 @@ def own_place(
 ) -> Iterator[Path]:
     """Hold the place of a file, or of a folder that is replaced whole, for the block.
 
-    A symbolic link stands for what it points to.
+    A symbolic link means what it points to.
 
     Args:
         make: the folder above where it is not there; otherwise that is an error.

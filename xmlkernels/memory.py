@@ -55,7 +55,7 @@ def check_memory(
 
     Args:
         parts: bytes by part of one process, as `plan` gives them.
-        device: where they will stand.
+        device: where they will be.
         mends: what helps against a part, by how its name begins; the largest part decides.
         processes: that share the device's memory.
 

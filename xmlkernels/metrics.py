@@ -244,7 +244,7 @@ def _curves(
         "R": sums["R"] / n,
     }
     if weight is not None:
-        # 1/k stands above and below in PSP@k and falls out.
+        # 1/k is above and below the line in PSP@k and cancels.
         curves |= {
             name: _ratio(sums[name], sums[f"best {name}"]) for name in ("PSP", "PSnDCG", "PSR")
         }

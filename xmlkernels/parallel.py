@@ -35,7 +35,7 @@ def keep_compiled(*loops: Any) -> None:
 
 
 def most_threads() -> int:
-    """How many numba can be told to use: the processors, or NUMBA_NUM_THREADS."""
+    """Return how many threads numba can use: the processors, or NUMBA_NUM_THREADS."""
     return int(config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]  # numba fills its config when it is imported
 
 

@@ -8,15 +8,15 @@ Say the shape of a record as a TypedDict and read it::
         name: str
         rows: Count
         vocabulary: NotRequired[Count | None]
-        state: dict[str, Any]                  # free-form: passed on as it stands
+        state: dict[str, Any]                  # free-form: passed on as it is
 
     head = read_record(folder / "head.json", Head, mend="save it again", kind={"format":
     "xmlkernels-head", "version": 1})
 
-`parse_record` does the same for JSON that stands in a header, `check_record` for a value that was
+`parse_record` does the same for JSON in a header, `check_record` for a value that was
 parsed before. Keys that a type does not name are kept and not looked at, so a newer writer may add
 some. A type may be anything that msgspec knows: TypedDict, dict, list, Literal, unions, and
-`Annotated[int, Meta(ge=0)]` for ranges (`Meta` stands here).
+`Annotated[int, Meta(ge=0)]` for ranges (`Meta` is here).
 
 JSON here is strict: no NaN or Infinity, no number beyond a double, no key twice, UTF-8, at most
 `DEEPEST` levels, a bounded size. What breaks a rule is an InputError that names the file, the key
@@ -140,7 +140,7 @@ def check_record(value: Any, shape: type[T], *, where: str, mend: str) -> T:
     It is returned unchanged, keys beyond the type included.
 
     Raises:
-        InputError: names the key, what was expected and what stands there.
+        InputError: names the key, what was expected and what is there.
     """
     try:
         msgspec.convert(value, shape, strict=True)
@@ -155,7 +155,7 @@ def parse_json(text: bytes | str, where: str, mend: str, *, strict: bool = True)
     """JSON of any type.
 
     Args:
-        strict: False takes NaN, Infinity and keys that stand twice (the last counts), as Python's
+        strict: False takes NaN, Infinity and keys that occur twice (the last counts), as Python's
             own writers and readers do: for files that others wrote.
 
     Raises:

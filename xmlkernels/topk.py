@@ -19,7 +19,7 @@ def top_rows_from_csr(scores: csr_matrix, k: int) -> tuple[np.ndarray, np.ndarra
     Every stored entry is a candidate, also one with score 0 or below; an absent label is never one.
 
     Args:
-        scores: [N, L] sparse; entries that stand twice are added; left as it is.
+        scores: [N, L] sparse; entries that occur twice are added; left as it is.
         k: labels per point.
 
     Returns:
@@ -70,7 +70,7 @@ def candidates_needed(k: int, filter_pairs: np.ndarray, num_labels: int | None =
 
     Args:
         k: predictions wanted per point.
-        filter_pairs: int64 [n, 2] of (point, label); pairs that stand twice count once.
+        filter_pairs: int64 [n, 2] of (point, label); pairs that occur twice count once.
         num_labels: L, where known: never more are needed.
 
     Raises:
@@ -143,7 +143,7 @@ def drop_filtered(
             top_rows[points], top_values[points], of_pair[here] - start, pairs[here, 1]
         )
         left = (kept_rows >= 0).sum(1)
-        # A row that was not full has lost nothing: no candidate stands behind its last one.
+        # A row that was not full has lost nothing: no candidate comes after its last one.
         few = (top_rows[points] >= 0).all(1) & (left < k) & (left < candidates)
         if few.any() and (num_labels is None or candidates < num_labels):
             raise InputError(

@@ -237,7 +237,7 @@ def _head(content: bytes, target: Path) -> _Head:
 
 
 def refuse_foreign(target: Path) -> None:
-    """InputError where something else than a checkpoint stands; a damaged one is one."""
+    """Raise InputError where something other than a checkpoint is; a damaged one is one."""
     if not target.exists() or (target.is_dir() and holds_nothing_else(target)):
         return
     if not target.is_dir():

@@ -2,10 +2,10 @@
 
 A reader finds the old checkpoint or the new one, never half of one.
 
-A save writes a folder beside the target, syncs it, moves the old one to `.NAME.old`, moves the new
+A save writes a folder next to the target, syncs it, moves the old one to `.NAME.old`, moves the new
 one in, and removes the old one or keeps it as `NAME.1`. Whoever finds the target missing reads
 `.NAME.old`: at every instant one of the two is whole. Both files carry the same random identity, so
-that a reader beside a running save never mixes two checkpoints.
+that a reader during a save never mixes two checkpoints.
 
 Every bit is under a checksum: `state.json` has one of each tensor, the header of the tensors has
 one of `state.json`. What was written before there were checksums is read without them.
@@ -51,8 +51,8 @@ def save(
     A crash at any instant leaves the old checkpoint or the new one.
 
     Args:
-        folder: where it shall stand. Anything else than an earlier checkpoint there is left alone
-            and told.
+        folder: place of the checkpoint. Anything there but an earlier checkpoint is left alone
+            and refused.
         tensors: dense; any shape, dtype, strides and device. Names that share one tensor are stored
             once and come back as one tensor; other overlapping views are stored apart.
         state: JSON values; non-finite floats and integers of any size come back exactly, tuples as
@@ -61,7 +61,7 @@ def save(
             others of that name go.
 
     Raises:
-        InputError: `state` is no JSON, a tensor is not dense, or something else stands at `folder`.
+        InputError: `state` is no JSON, a tensor is not dense, or something else is at `folder`.
         OSError: the disk refuses (full, read-only); the old checkpoint is then unchanged.
     """
     target = Path(folder).resolve()
@@ -120,7 +120,7 @@ class CheckpointFolder:
 
     Args:
         folder: holds them; made by the first save.
-        keep: checkpoints before the last that stay. They stand in for it when it turns out to be
+        keep: checkpoints before the last that stay. They replace it when it turns out to be
             damaged.
     """
 
@@ -229,7 +229,7 @@ class CheckpointFolder:
 
 def _link(source: Path, fresh: Path) -> None:
     for name in (TENSORS, STATE):
-        # Safe to share: a save never writes into a file that stands, it makes new ones.
+        # Safe to share: a save never writes into an existing file, it makes new ones.
         try:
             os.link(source / name, fresh / name)
         except OSError:

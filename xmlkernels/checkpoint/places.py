@@ -25,7 +25,7 @@ TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
 def old(target: Path) -> Path:
-    """Where the checkpoint stands between the two renames of a save."""
+    """Return where the checkpoint is between the two renames of a save."""
     return target.with_name(f".{target.name}.old")
 
 

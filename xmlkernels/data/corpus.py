@@ -270,7 +270,7 @@ def _parse(file: _File) -> _Parsed:
                 calls = set()
                 found.append((node.lineno, text, calls))
                 inside, body = (*around, calls), {id(child) for child in node.body}
-        # What stands in decorators, defaults and annotations is called by whoever defines the
+        # What is in decorators, defaults and annotations is called by whoever defines the
         # function.
         for child in _children(node):
             below = inside if id(child) in body else around

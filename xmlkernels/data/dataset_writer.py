@@ -51,7 +51,7 @@ def make_once(
     Args:
         opened: opens `output` and checks it.
         make: makes the folder of the path that it is given.
-        overwrite: whether another dataset that stands there goes.
+        overwrite: whether another dataset there is replaced.
         flag: what names the output, for messages.
         wait: receives a line when another process makes a dataset there, which is then waited for;
             None refuses.
@@ -60,7 +60,7 @@ def make_once(
         What `opened` gives, and whether the folder stood already.
 
     Raises:
-        InputError: something else stands there, or the place is in use.
+        InputError: something else is there, or the place is in use.
     """
     found = _standing(output, key, opened, overwrite, flag)
     if found is None:
@@ -130,7 +130,7 @@ def write_folder(
         key: what decides whether the folder can be used again.
         tokenizer_name: what the manifest calls the tokenizer.
         source: where the data came from, for the manifest.
-        overwrite: whether a dataset that stands there goes.
+        overwrite: whether a dataset there is replaced.
         tell: receives a line now and then.
     """
     with replacing_folder(output, replace=overwrite, check=refuse_foreign) as folder:

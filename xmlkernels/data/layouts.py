@@ -53,7 +53,7 @@ class Reading:
 
     `num_labels` None: taken from the label texts, a header, or the largest label number.
 
-    `separator` stands between title and body; `remap_labels` gives the labels that documents have
+    `separator` joins title and body; `remap_labels` gives the labels that documents have
     new numbers.
     """
 

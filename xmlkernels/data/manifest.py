@@ -219,7 +219,7 @@ def refuse_foreign(folder: Path) -> None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
-        damaged = True  # the names of the files beside it must speak for it
+        damaged = True  # the names of the other files must do
     else:
         damaged = False
         if isinstance(manifest, dict) and manifest.get("format") == FORMAT:

@@ -1,6 +1,6 @@
-"""Raw files → a dataset folder, made once for each content of the inputs.
+"""Make a dataset folder from raw files, once for each content of the inputs.
 
-The folder is built beside its place and renamed, so it is there whole or not at all. Its key is a
+The folder is built next to its place and renamed: it is there whole or not at all. Its key is a
 hash of the content of every input, of the tokenizer and of the settings; a name alone never decides
 that a folder can be used again.
 """

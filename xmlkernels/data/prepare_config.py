@@ -32,19 +32,19 @@ class PrepareConfig:
     max_length: int = 128
     """Tokens kept of each text, special tokens included."""
     source: Source = "text"
-    """text: a text a line beside a label file; lf: JSON lines with texts and targets; attentionxml:
-    raw texts with /SEP/ and label names; bow: bags of words; docstrings: the built-in corpus, which
-    needs no files."""
+    """text: one text per line and a label file; lf: JSON lines with texts and targets;
+    attentionxml: raw texts with /SEP/ and label names; bow: bags of words; docstrings: the built-in
+    corpus, which needs no files."""
     name: str | None = None
     """Name of the dataset; the output folder's by default."""
     # ---- raw files ----
     train_text: Path | None = None
-    """Training texts, one a line; plain, .gz, .bz2 or .xz (lf: the JSON lines; bow: train.txt with
+    """Training texts, one per line; plain, .gz, .bz2 or .xz (lf: the JSON lines; bow: train.txt with
     its labels, or features alone)."""
     train_labels: Path | None = None
     """Training labels, a row a document: label ids (`3 17`, `3,17`; a blank line has none), the
     same behind a header (`documents labels`, then `3:1 17:1`), an old bag-of-words file, .npz or
-    JSON lines (bow: beside features alone). attentionxml: label names divided by tabs, commas or
+    JSON lines (bow: with features alone). attentionxml: label names divided by tabs, commas or
     spaces."""
     train_filter: Path | None = None
     """Pairs `row label` never to be predicted."""
@@ -61,10 +61,10 @@ class PrepareConfig:
     test_filter: Path | None = None
     """Pairs `row label` of the test split."""
     label_text: Path | None = None
-    """Label texts, one a line (lf: lbl.json): names, and the virtual documents of label-text
+    """Label texts, one per line (lf: lbl.json): names, and the virtual documents of label-text
     augmentation (bow: features of the labels)."""
     label_names: Path | None = None
-    """Label names, one a line, where they are not the label texts."""
+    """Label names, one per line, where they are not the label texts."""
     token_maps: Path | None = None
     """Folder of upstream's {trn_doc,tst_doc,lbl}_{input_ids,attention_mask}.dat to take instead of
     texts.
@@ -78,12 +78,12 @@ class PrepareConfig:
     fields: Fields = "all"
     """lf and attentionxml: which part of a text to use."""
     num_labels: int | None = None
-    """Number of labels, where neither a header nor label texts tell it."""
+    """Number of labels, where neither a header nor label texts say it."""
     merge_duplicates: bool = False
     """Count a label once that a row names twice; otherwise that is an error."""
     remap_labels: bool = False
-    """Number the labels that documents have anew from 0, as ids of a database need; the old ids
-    stay as their names.
+    """Give the labels that documents have new numbers from 0, as ids of a database need. The old
+    ids stay as their names.
     """
     # ---- documents and metrics ----
     documents: int | None = None
@@ -104,7 +104,7 @@ class PrepareConfig:
     """B, instead of the preset's."""
     # ---- the folder ----
     keep_texts: bool = False
-    """Keep the texts in the folder, to show them beside predictions."""
+    """Keep the texts in the folder, to show them with predictions."""
     overwrite: bool = False
     """Replace a dataset folder made from other inputs or damaged."""
 

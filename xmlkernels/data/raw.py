@@ -56,8 +56,8 @@ class RawSplit:
 class Raw:
     """Everything read: the splits, and of the L labels their names and texts where there are any.
 
-    `declared` is whether anything says how many labels there are, beside the largest id.
-    `separator` stands between the title and the body of the texts; `facts` go into the manifest.
+    `declared` is whether anything but the largest id says how many labels there are.
+    `separator` joins the title and the body of the texts; `facts` go into the manifest.
     """
 
     splits: dict[str, RawSplit]

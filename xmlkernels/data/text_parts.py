@@ -11,12 +11,12 @@ from xmlkernels.data.formats.text_lines import join_parts, split_title, without_
 
 @dataclass(frozen=True)
 class TextParts:
-    """How title and body of a training text became one, so that texts to predict become it alike.
+    """How title and body of a training text were joined; texts to predict are joined alike.
 
     Attributes:
         fields: "all" takes both, "title" or "body" one of them.
-        separator: what stands between both.
-        marked: whether `/SEP/` in a line stands between title and body, as in AttentionXML's sets.
+        separator: what joins both.
+        marked: whether `/SEP/` in a line divides title and body, as in AttentionXML's sets.
     """
 
     fields: Literal["all", "title", "body"] = "all"

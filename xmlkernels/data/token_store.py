@@ -82,7 +82,7 @@ class TokenWriter:
     """Writes a token file row by row; it appears under its name only when all rows are there.
 
     Args:
-        path: the file to make (replaced when it stands already).
+        path: the file to make (replaced when it exists).
         rows: number of rows that will be appended.
         vocab_size: ids are checked to lie in [0, vocab_size).
         tokenizer_hash, max_length, pad_id: copied into the header.

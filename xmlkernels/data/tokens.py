@@ -61,7 +61,7 @@ class Tokenizer:
         self.vocab_size = max(len(inner), 1 + max(inner.get_vocab().values(), default=-1))
         limit = int(min(inner.model_max_length, 2**62))
         self.model_max_length = limit if limit < 1_000_000 else None
-        # Read as a token wherever it stands in a text, unless the tokenizer splits special tokens.
+        # Read as a token anywhere in a text, unless the tokenizer splits special tokens.
         self.separator = None if inner.split_special_tokens else inner.sep_token
 
     def encode_batch(self, texts: Sequence[str], max_length: int) -> list[np.ndarray]:

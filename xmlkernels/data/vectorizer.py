@@ -28,7 +28,7 @@ _WORD = r"(?u)\b\w+\b"  # single letters are words too: names of concepts hold t
 class Vectorizer:
     """TF-IDF of words and of neighbouring words, from a vocabulary learnt of the training texts.
 
-    A value is (1 + ln tf) · (1 + ln((1 + N) / (1 + df))), each row of norm 1. Columns stand in the
+    A value is (1 + ln tf) · (1 + ln((1 + N) / (1 + df))), each row of norm 1. Columns are in the
     order of their words, so equal texts give equal columns.
 
     Args:

@@ -4,7 +4,7 @@ Letters: N documents, D width of the embedding, V columns of the sparse block.
 
 Source: Zhang, Chang, Yu & Dhillon, "Fast Multi-Resolution Transformer Fine-tuning for Extreme
 Multi-label Text Classification" (NeurIPS 2021), section 3.3: the final ranker of XR-Transformer
-sees the normalised dense vector beside the TF-IDF vector; CascadeXML (NeurIPS 2022) has its TF-IDF
+sees the normalised dense vector and the TF-IDF vector; CascadeXML (NeurIPS 2022) has its TF-IDF
 variant from there.
 """
 

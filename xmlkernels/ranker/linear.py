@@ -77,7 +77,7 @@ class Settings:
         tolerance: training of a label ends when no document's projected gradient is larger: for the
             squared hinge the spread of them, for the logistic loss the largest.
         epochs: most passes over a label's documents.
-        negatives: random documents, up to this many, beside the shortlisted ones.
+        negatives: random documents, up to this many, besides the shortlisted ones.
         prune: TF-IDF weights of this size and smaller become 0. The embedding's weights stay, for
             they are few and dense.
         seed: of the order of visits and of the random documents.
@@ -130,7 +130,7 @@ class LinearRanker:
         sparse: float32 CSR [L, V], weights of TF-IDF.
         bias: float32 [L].
         settings: what trained it.
-        facts: JSON values that the owner wants kept beside it.
+        facts: JSON values to keep with the ranker.
     """
 
     dense: np.ndarray
@@ -260,7 +260,7 @@ def fit(
             label on every document (one-vs-all).
         settings: the defaults when not given.
         threads: of numba; 0 leaves its number. The result does not depend on it.
-        facts: JSON values to keep beside the ranker.
+        facts: JSON values to keep with the ranker.
 
     Raises:
         InputError: matrices of other shapes.

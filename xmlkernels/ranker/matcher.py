@@ -29,7 +29,7 @@ _PAIRS = 1 << 23  # pairs (document, cluster) scored at one time
 
 
 class Facts(TypedDict):
-    """What the file of each level keeps beside its classifiers."""
+    """What the file of each level keeps besides its classifiers."""
 
     clusters: list[Count]
     beam: Positive

@@ -5,9 +5,9 @@ Letters: N documents, D dense columns, V sparse columns, n labels of a block, m 
 
 The classifier of a label minimises ½‖w‖² + Σ cost_i · loss(y_i · w·x_i) over its documents, with a
 constant feature for the bias (so the bias is regularised too). A label's result depends on its own
-documents and the seed alone: neither on the threads nor on the labels beside it. The loops hold no
-lock of the interpreter; who calls them spreads them over threads. They are compiled at the first
-call: loops stand where numpy's own functions (unique, where, slices) would take seconds for that.
+documents and the seed alone: neither on the threads nor on the other labels. The loops hold no
+lock of the interpreter; the caller spreads them over threads. They are compiled at the first
+call, so loops replace numpy's own functions (unique, where, slices), which take seconds to compile.
 
 Sources: Hsieh, Chang, Lin, Keerthi & Sundararajan, "A Dual Coordinate Descent Method for
 Large-scale Linear SVM" (ICML 2008), algorithm 3 (random order, shrinking), squared hinge; Yu, Huang

@@ -40,7 +40,7 @@ def label_graph(
         labels: [N, L]; non-zero is positive.
         visits: of the walk of each label.
         top: labels kept for each, those visited most; of equals the lower id. The label itself
-            stays beside them, with its own count or 1.
+            stays with them, with its own count or 1.
         most_documents: labels of more documents than this neither walk nor are met (0: no such
             bound). They and labels without documents have an edge of 1 to themselves alone.
         seed: with the label's number and that of the visit it decides every step; threads decide
@@ -224,7 +224,7 @@ def _most_visited(visited, origin, top, index, times):  # type: ignore[no-untype
                 best = i
         chosen[best] = True
     chosen[own] = True
-    # An origin never visited stands last in the list and has its place by label.
+    # An origin never visited is last in the list and is placed by label.
     place = 0
     late = own == n
     for i in range(n):

@@ -35,7 +35,7 @@ MAKE_AGAIN = "make the tree again with xmlkernels tree"
 class LabelTree:
     """R levels, coarse to fine; the last one is the label table. n_r nodes at level r, n_{R-1} = L.
 
-    Nodes of every level stand in tree order: the children of a node are neighbours, and so are the
+    Nodes of every level are in tree order: the children of a node are neighbours, and so are the
         labels of a cluster.
 
     Args:
@@ -74,7 +74,7 @@ class LabelTree:
 
         Args:
             partitions: R − 1 integer arrays [L], the cluster of each label. Cluster numbers need
-                not be dense; siblings stand in the order of their numbers, labels of a cluster in
+                not be dense; siblings are in the order of their numbers, labels of a cluster in
                 the order of their ids.
 
         Raises:

@@ -16,7 +16,7 @@ def top_product(a: csr_matrix, b: csr_matrix, keep: int) -> csr_matrix:
     """Return the `keep` largest entries (by magnitude) of each row of a · b.
 
     Every row is summed by one thread in the order of its entries, so the result does not depend on
-    their number. Memory beside the result: 12 bytes · V · threads, and one block of kept rows.
+    their number. Memory besides the result: 12 bytes · V · threads, and one block of kept rows.
 
     Args:
         a: [n, m]; b: [m, V]; values are taken as fp32.

@@ -63,7 +63,7 @@ class BagBatches(AnyBatches[BagBatch]):
     Args:
         features: CSR [N, V], a row for each document; values are the weights of its words.
         labels: CSR [N, L].
-        shuffle: False gives the documents as they stand. Lengths decide nothing: bags need no
+        shuffle: False gives the documents in their order. Lengths decide nothing: bags need no
             padding.
         label_features: CSR [L, V] of the label texts, the documents N … N + L − 1.
 

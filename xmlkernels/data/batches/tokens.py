@@ -78,10 +78,10 @@ class Batches(AnyBatches[Batch]):
         batch_size: B; the last batch of an epoch may be shorter.
         seed: with the epoch number it decides the order, and nothing else does.
         shuffle: False gives every document once, longest first, the same in every epoch (for
-            evaluation; `index` tells who is who).
+            evaluation; `index` says which is which).
         bucket_window: documents are sorted by length inside windows of this many batches of the
             permutation.
-        drop_last: leave out N mod B documents, drawn anew each epoch, instead of giving a short
+        drop_last: leave out N mod B documents, drawn afresh each epoch, instead of giving a short
             batch.
         pad_id: default: the token file's.
         label_tokens: token store of L label texts; they become documents N … N + L − 1 whose one
@@ -183,7 +183,7 @@ def text_batches(
 
     Args:
         bucket_window: 1 keeps the order of the texts. More reads that many batches ahead and gives
-            them longest first; `Batch.index` (the number of the text) then tells who is who.
+            them longest first; `Batch.index` (the number of the text) then says which is which.
 
     Yields:
         Batches without positives and with labels = 0.

@@ -2,7 +2,7 @@
 
 | format | files | functions |
 |---|---|---|
-| texts, one a line | `trn_X.txt`, `Y.txt` | `iter_lines` `read_lines` `write_lines` |
+| texts, one per line | `trn_X.txt`, `Y.txt` | `iter_lines` `read_lines` `write_lines` |
 | sparse text | `trn_X_Y.txt`, `trn_X_Xf.txt` | `read_sparse` `write_sparse` |
 | old bag of words | `train.txt` | `read_bow` |
 | label lines | `Y.trn.txt` | `read_label_lines` |

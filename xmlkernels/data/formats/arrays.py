@@ -101,7 +101,7 @@ def read_head(file: IO[bytes], where: str, mend: str) -> Head:
     """Read the header of an array at the stream's position.
 
     Raises:
-        InputError: none stands there, it names a pickle, or a shape that no array has.
+        InputError: there is none, it names a pickle, or a shape that no array has.
     """
     try:
         version = np.lib.format.read_magic(file)

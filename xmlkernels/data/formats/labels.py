@@ -40,7 +40,7 @@ def read_labels(
             label lines.
         rows, labels: the shape it must have.
         format: which one it is; by default `label_format` looks.
-        duplicates: what a label that stands twice in a row means (.npz and JSON merge unless
+        duplicates: what a label that occurs twice in a row means (.npz and JSON merge unless
             "error").
 
     Returns:
@@ -173,7 +173,7 @@ def read_label_files(
         texts: the file of the documents, for messages.
         count: number of labels; None takes what a file says, or the largest id + 1.
         format: of every file; None looks.
-        duplicates: what a label that stands twice in a row means.
+        duplicates: what a label that occurs twice in a row means.
 
     Returns:
         CSR float32 [rows, labels] of each split, and whether `count` or a file says how many labels

@@ -57,8 +57,8 @@ def iter_lf_json(
 
     Keys: `uid` (text or number) and `title` must be there; `content`, `target_ind` (label numbers
     from 0) and `target_rel` (their relevance) may be absent or null; other keys are ignored. Blank
-    lines may stand at the end only. Broken UTF-8 and lone surrogates are replaced by U+FFFD and
-    told once. A relevance of 0 is no target.
+    lines may be at the end only. Broken UTF-8 and lone surrogates are replaced by U+FFFD and
+    reported once. A relevance of 0 is no target.
 
     Args:
         path: the file.

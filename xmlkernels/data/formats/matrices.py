@@ -29,7 +29,7 @@ def canonical_csr(
     Args:
         matrix: scipy sparse matrix or array [rows, cols]; left as it is.
         where: what messages call it.
-        merge: whether entries that stand twice are added rather than an error.
+        merge: whether entries that occur twice are added rather than an error.
         keep_zeros: whether stored zeros stay: a score of 0 is not a missing one.
 
     Raises:
@@ -100,13 +100,13 @@ def read_npz(
 ) -> csr_matrix:
     """Read a matrix written by `scipy.sparse.save_npz` (`Y.trn.npz`), any sparse layout, no pickle.
 
-    Dtypes, sizes, pointers and indices are checked on the arrays as they stand in the file, before
+    Dtypes, sizes, pointers and indices are checked on the arrays of the file, before
     scipy converts them and before anything larger than the file can hold is allocated.
 
     Args:
         path: the .npz file.
         rows, cols: the shape it must have.
-        merge_duplicates: whether entries that stand twice are added rather than an error.
+        merge_duplicates: whether entries that occur twice are added rather than an error.
         keep_zeros: whether stored zeros stay, as they must in a file of scores.
 
     Returns:
@@ -128,7 +128,7 @@ def write_npz(path: PathLike, matrix: Any, *, keep_zeros: bool = False) -> None:
     others.
 
     Raises:
-        InputError: a value is not finite, an entry stands twice, or the folder cannot be written.
+        InputError: a value is not finite, an entry occurs twice, or the folder cannot be written.
     """
     matrix = canonical_csr(matrix, f"the matrix for {os.fspath(path)}", keep_zeros=keep_zeros)
     with replacing(path) as file:

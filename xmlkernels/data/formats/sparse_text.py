@@ -3,7 +3,7 @@ r"""Sparse matrices as text: labels, features, bags of words, label lines; read 
 Common to all of them: one row a line; `\n` or `\r\n`; tokens divided by white space; `#` starts
 a comment that runs to the end of the line (a line that holds nothing else is an empty row); 0-based
 indices in any order; plain or packed; blank lines behind the last row are ignored. Values are
-float32 and finite. Zeros are not stored, since CSR users count stored entries. What stands twice in
+float32 and finite. Zeros are not stored, since CSR users count stored entries. What occurs twice in
 a row is an error unless `duplicates` says otherwise: "sum" adds the values, "max" keeps the
 largest, "first" the first. Matrices are canonical: sorted, unique indices.
 
@@ -84,7 +84,7 @@ def read_sparse(
         rows: number of rows the file must have.
         cols: number of columns the file must have; indices are below it.
         bare: whether `index` alone means `index:1`, as label files have it.
-        duplicates: what an index that stands twice in a row means (module docstring).
+        duplicates: what an index that occurs twice in a row means (module docstring).
         threads: of the native parser; the CPUs of the process by default.
 
     Returns:
@@ -115,12 +115,12 @@ def read_bow(
 ) -> tuple[csr_matrix, csr_matrix]:
     """Read the old bag of words (`train.txt`): a header `rows features labels`, `l1,l2 f:v f:v`.
 
-    A row that starts with white space, or with `f:v`, has no labels. `qid:NUMBER` may stand before
+    A row that starts with white space, or with `f:v`, has no labels. `qid:NUMBER` may come before
     the features.
 
     Args:
         path: plain or packed.
-        duplicates: what a feature or label that stands twice in a row means (module docstring).
+        duplicates: what a feature or label that occurs twice in a row means (module docstring).
         threads: of the native parser; the CPUs of the process by default.
 
     Returns:
@@ -153,7 +153,7 @@ def read_label_lines(
         path: plain or packed.
         rows: number of rows the file must have; by default every line is one.
         labels: number of labels; by default the largest id + 1.
-        duplicates: what a label that stands twice in a row means (module docstring).
+        duplicates: what a label that occurs twice in a row means (module docstring).
         threads: of the native parser; the CPUs of the process by default.
 
     Returns:
@@ -190,7 +190,7 @@ def write_sparse(path: PathLike, matrix: Any) -> None:
             left out.
 
     Raises:
-        InputError: a value is not finite, an entry stands twice, or the folder cannot be written.
+        InputError: a value is not finite, an entry occurs twice, or the folder cannot be written.
     """
     matrix = canonical_csr(matrix, f"the matrix for {os.fspath(path)}")
     with replacing(path) as file:

@@ -1,4 +1,4 @@
-"""Texts, one a line, and AttentionXML's string labels."""
+"""Texts, one per line, and AttentionXML's string labels."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def iter_lines(path: PathLike, *, documents: bool = False) -> Iterator[str]:
 
     UTF-8, with or without a byte order mark. Lines end with \n, \r\n or \r only. An empty line
     is an empty text: row numbers always agree with the label file. Broken UTF-8 is replaced by
-    U+FFFD and told once, as a DataWarning that names the first line and the number of lines.
+    U+FFFD and reported once, by a DataWarning that names the first line and the number of lines.
 
     Args:
         documents: whether the lines are documents or label texts: a table, JSON or a matrix is then
@@ -180,7 +180,7 @@ def read_raw_texts(
     Args:
         path: plain or packed; as `iter_lines`.
         part: what to keep. "title" of a text without separator is empty.
-        joiner: what stands for the separator in "all", such as " " or the tokenizer's separator
+        joiner: what replaces the separator in "all", such as " " or the tokenizer's separator
             token.
 
     Raises:
@@ -226,7 +226,7 @@ def read_label_strings(
 
     Args:
         path: plain or packed; as `iter_lines`. A blank line has no labels.
-        duplicates: whether a label that stands twice in a row is an error or counts once.
+        duplicates: whether a label that occurs twice in a row is an error or counts once.
         divider: what divides names; by default what `label_divider` sees in this file alone.
 
     Returns:
@@ -282,7 +282,7 @@ def encode_label_strings(
         others: the same for further splits.
         unseen: labels that train lacks. "keep": they have ids, so that recall and nDCG count what
             no model can find (as the published AttentionXML sets do); "drop": they go from the
-            other splits. Either way a DataWarning tells how many there are.
+            other splits. Either way a DataWarning says how many there are.
 
     Returns:
         mapping and matrices; names twice in a row count once.
