@@ -39,8 +39,8 @@ class PrepareConfig:
     """Name of the dataset; the output folder's by default."""
     # ---- raw files ----
     train_text: Path | None = None
-    """Training texts, one per line; plain, .gz, .bz2 or .xz (lf: the JSON lines; bow: train.txt with
-    its labels, or features alone)."""
+    """Training texts, one per line; plain, .gz, .bz2 or .xz (lf: the JSON lines; bow: train.txt
+    with its labels, or features alone)."""
     train_labels: Path | None = None
     """Training labels, a row a document: label ids (`3 17`, `3,17`; a blank line has none), the
     same behind a header (`documents labels`, then `3:1 17:1`), an old bag-of-words file, .npz or
