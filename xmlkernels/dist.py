@@ -401,7 +401,7 @@ class Vote:
     """A repeated question to all processes, at the same places of each: does any say yes?
 
     Of several processes the answer is that of the question before: it travels while the work goes
-        on, and nobody waits.
+    on, and nobody waits.
     """
 
     def __init__(self) -> None:

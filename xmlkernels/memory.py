@@ -20,7 +20,7 @@ def machine_memory(root: Path = Path("/")) -> int | None:
     Those of the machine or, where it is less, what its cgroup allows.
 
     What other programs hold at the moment does not count, nor does swap: a run goes on for long,
-        and they come and go.
+    and they come and go.
 
     Args:
         root: where the system's files are; another one in tests.

@@ -126,7 +126,7 @@ def docstrings_digest() -> str:
     """sha256 over every file that the built-in corpus reads and over the rules that read them.
 
     About a second for some 200 MB, where building takes a minute: that is how a finished corpus is
-        known again.
+    known again.
     """
     digest = hashlib.sha256(Path(corpus.__file__).read_bytes())
     for name, path in sorted(

@@ -9,7 +9,7 @@ The file, little-endian throughout::
     then           tokens, uint16 where the vocabulary has fewer than 65,536 entries, else uint32
 
 Only real tokens are stored: no padding, no attention mask (upstream's int64 maps take 16 bytes for
-    every position).
+every position).
 """
 
 from __future__ import annotations

@@ -234,7 +234,7 @@ def _mean_probability(used: _Used, shape: tuple[int, int]) -> csr_matrix:
     """Log-odds of the mean probability of each pair, an absent one counting 0.
 
     In logarithms throughout: p or 1 - p of log-odds beyond ±708 is 0 in float64, and all such
-        labels would tie.
+    labels would tie.
     """
     rows = np.concatenate(
         [np.repeat(np.arange(shape[0]), np.diff(matrix.indptr)) for matrix, _, _ in used]

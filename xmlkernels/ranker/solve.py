@@ -1,7 +1,7 @@
 """Many small linear classifiers: dual coordinate descent, label by label, compiled by numba.
 
 Letters: N documents, D dense columns, V sparse columns, n labels of a block, m documents that a
-    label is trained on.
+label is trained on.
 
 The classifier of a label minimises ½‖w‖² + Σ cost_i · loss(y_i · w·x_i) over its documents, with a
 constant feature for the bias (so the bias is regularised too). A label's result depends on its own

@@ -3,7 +3,7 @@
 The order makes the labels of a cluster neighbours.
 
 One safetensors file: `order` and `children.0` … `children.R-2` (int64), and a JSON text of the
-    settings in its header.
+settings in its header.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LabelTree:
     """R levels, coarse to fine; the last one is the label table. n_r nodes at level r, n_{R-1} = L.
 
     Nodes of every level are in tree order: the children of a node are neighbours, and so are the
-        labels of a cluster.
+    labels of a cluster.
 
     Args:
         children: R − 1 int64 arrays [n_r + 1]; node c of level r owns the nodes

@@ -11,7 +11,7 @@ direction in which the rows differ most (power iteration): on planted clusters t
 ends in a worse optimum too often.
 
 Dimension letters: n rows of the node, m columns that they use, D width of the dense block, S
-    starts.
+starts.
 """
 
 from __future__ import annotations
