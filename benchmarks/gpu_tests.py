@@ -5,6 +5,7 @@ Each test file runs in a process of its own, all at once: a kernel that breaks i
 own file's tests alone, and Triton compiles on many cores.
 """
 
+import inspect
 import re
 import shutil
 import time
@@ -58,7 +59,9 @@ def untimed() -> list[str]:
     """The public functions that no benchmark times: their failures are their own."""
     timed = {stem for op in cases.OPS for stem in stems(op)}
     public = [
-        name.rstrip("_") for name in package_ops.__all__ if callable(getattr(package_ops, name))
+        name.rstrip("_")
+        for name in package_ops.__all__
+        if inspect.isfunction(getattr(package_ops, name))
     ]
     return [name for name in public if name not in timed]
 
