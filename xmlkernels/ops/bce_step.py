@@ -169,8 +169,8 @@ def _check(
         )
     written = {"weight": weight, "bias": bias, "row_scale": row_scale, "skipped": skipped}
     written |= {"momentum": momentum, "second": second, "kahan": kahan}
-    read = {"x": x, "hyper": hyper, "counter": counter}
-    read |= {"pos_row": pos_row, "pos_sample": pos_sample, "pos_value": pos_value}
+    read = {"x": x, "pos_row": pos_row, "pos_sample": pos_sample, "pos_value": pos_value}
+    read |= {"hyper": hyper, "counter": counter}
     check_memory(op, written, read)
 
 

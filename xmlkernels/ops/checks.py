@@ -5,6 +5,7 @@ word is taken.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def check_tensor(
 
 
 def check_memory(
-    op: str, written: dict[str, Tensor | None], read: dict[str, Tensor | None]
+    op: str, written: Mapping[str, Tensor | None], read: Mapping[str, Tensor | None]
 ) -> None:
     """Check that no tensor that the op writes shares memory with another argument.
 
@@ -308,13 +309,8 @@ def check_no_gradient(op: str, weight: Tensor) -> None:
 def check_table_shape(op: str, name: str, weight: Tensor) -> None:
     """Check the table `name` [n, D]; the shapes of other arguments are compared with its own."""
     check_tensor(op, name, weight, TABLE_DTYPES, (None, None), weight.device)
-    expect(
-        weight.shape[1] >= 1,
-        f"{op}: argument {name}",
-        "a table with at least one column",
-        describe(weight),
-        "give it a width of 1 or more",
-    )
+    where, expected = f"{op}: argument {name}", "a table with at least one column"
+    expect(weight.shape[1] >= 1, where, expected, describe(weight), "give it a width of 1 or more")
 
 
 def check_updated_table(

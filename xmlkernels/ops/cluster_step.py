@@ -142,8 +142,8 @@ def _check(
     check_no_gradient(op, weight)
     written = {"weight": weight, "bias": bias, "row_scale": row_scale}
     written |= {"momentum": momentum, "second": second, "kahan": kahan}
-    read = {"x": x, "clusters": clusters, "row_ptr": row_ptr, "hyper": hyper, "counter": counter}
-    read |= {"pos_row": pos_row, "pos_sample": pos_sample, "pos_value": pos_value}
+    read = {"x": x, "pos_row": pos_row, "pos_sample": pos_sample, "pos_value": pos_value}
+    read |= {"clusters": clusters, "row_ptr": row_ptr, "hyper": hyper, "counter": counter}
     check_memory(op, written, read)
 
 

@@ -1,3 +1,1 @@
-"""What each op means, in plain torch. These functions are the definition that every kernel is
-tested against.
-"""
+"""What each op means, in plain torch: the definition that every kernel is tested against."""

@@ -1,6 +1,4 @@
-"""Reference of `bag_step_`: every occurrence's gradient, added up by row, then the sparse
-update.
-"""
+"""Reference of `bag_step_`: gradients of all occurrences summed by row, then a sparse update."""
 
 import torch
 from torch import Tensor

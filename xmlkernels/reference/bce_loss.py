@@ -17,9 +17,7 @@ def logits_and_targets(
     n: int,
     row_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits [B, n], targets [B, n], and the operands (weight [n, D], x [B, D]) in the working
-    precision.
-    """
+    """Return logits, targets [B, n], weight [n, D] and x [B, D], in the working precision."""
     w = decode(weight[:n], None if row_scale is None else row_scale[:n])
     work = w.dtype
     e = x.to(work)
@@ -37,7 +35,7 @@ def logits_and_targets(
 
 
 def bce_sum(z: Tensor, y: Tensor) -> Tensor:
-    """Sum over samples and labels of softplus(z) - y z, shape [1]."""
+    """Return the sum over samples and labels of softplus(z) - y z, shape [1]."""
     return (softplus(z) - y * z).sum().reshape(1)
 
 
@@ -71,9 +69,7 @@ def bce_loss_backward(
     need_dweight: bool = False,
     need_dbias: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of the sum: dx [B, D], dweight [L, D] and dbias [L] in the working precision ([0]
-    where not asked).
-    """
+    """Return the gradient of the sum: dx [B, D], dweight [L, D], dbias [L]; [0] where not asked."""
     n = weight.shape[0] if rows < 0 else rows
     z, y, w, e = logits_and_targets(x, weight, bias, pos_row, pos_sample, pos_value, n, row_scale)
     g = torch.sigmoid(z) - y

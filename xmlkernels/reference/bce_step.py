@@ -72,8 +72,13 @@ def bce_step_(
 def idle_rows(
     z: Tensor, e: Tensor, pos_row: Tensor, hyper: Tensor, bias: bool, skip_below: float
 ) -> tuple[Tensor, Tensor]:
-    """Rows to skip, bool [n], for logits z [B, n] and x e [B, D]; and int64 [2], groups skipped and
-    seen.
+    """Return the rows to skip, bool [n], and the numbers of groups skipped and seen, int64 [2].
+
+    Args:
+        z: logits [B, n].
+        e: x [B, D] in the working precision.
+        pos_row, hyper, skip_below: as in `bce_step_`.
+        bias: whether the table has one.
     """
     b, n = z.shape
     groups = -(-n // GROUP)

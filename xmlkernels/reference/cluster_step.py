@@ -1,6 +1,4 @@
-"""Reference of `cluster_step_`: the whole `B x L` matrix at once, in fp32 (or fp64), masked to each
-sample's clusters.
-"""
+"""Reference of `cluster_step_`: the whole `B x L` matrix, masked to each sample's clusters."""
 
 import torch
 from torch import Tensor
@@ -15,9 +13,7 @@ from xmlkernels.reference.update import update_rows_at_
 def candidates(
     clusters: Tensor, row_ptr: Tensor, cluster_rows: int, n: int
 ) -> tuple[Tensor, Tensor]:
-    """The rows that each sample selects: as a mask [B, n], and listed as [B, K, M] with -1 where
-    there is none.
-    """
+    """Return the rows that each sample selects: a mask [B, n] and a list [B, K, M] (-1: none)."""
     count = row_ptr.shape[0] - 1
     chosen = torch.zeros(clusters.shape[0], count + 1, dtype=torch.bool, device=clusters.device)
     chosen.scatter_(1, torch.where(clusters >= 0, clusters, count), True)

@@ -1,5 +1,4 @@
-"""Counter-based random words and unbiased rounding, shared by the references of all ops that update
-in place.
+"""Counter-based random words and unbiased rounding, for all ops that update in place.
 
 Generator: Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
 with key (seed, step) and counter (row low, row high, column group, stream). One 128-bit draw serves
@@ -19,7 +18,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 def philox(
     key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, ...]:
-    """Four 32-bit words (in int64 tensors) for each counter; operands broadcast."""
+    """Return four 32-bit words (in int64 tensors) for each counter; operands broadcast."""
     k0, k1 = (k & MASK for k in key)
     c0, c1, c2, c3 = (c & MASK for c in counter)
     for _ in range(10):
@@ -42,7 +41,7 @@ def _draws(counter: Tensor, rows: Tensor, groups: int, stream: int) -> tuple[Ten
 
 
 def random16(counter: Tensor, rows: Tensor, columns: int, stream: int) -> Tensor:
-    """16 random bits for each weight of some rows.
+    """Return 16 random bits for each weight of some rows.
 
     Args:
         counter: int64 [2], seed and step.
@@ -51,8 +50,8 @@ def random16(counter: Tensor, rows: Tensor, columns: int, stream: int) -> Tensor
         stream: WEIGHT, MOMENTUM or SECOND.
 
     Returns:
-        int64 [N, D], values in [0, 65536): column c takes half c % 2 of word (c % 8) // 2 of draw c
-        // 8.
+        int64 [N, D], values in [0, 65536): column c takes half c % 2 of word (c % 8) // 2 of draw
+        c // 8.
     """
     words = _draws(counter, rows, (columns + 7) // 8, stream)
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
@@ -60,8 +59,9 @@ def random16(counter: Tensor, rows: Tensor, columns: int, stream: int) -> Tensor
 
 
 def random32(counter: Tensor, rows: Tensor, columns: int, stream: int) -> Tensor:
-    """32 random bits for each weight, int64 [N, D] below 2^32: column c takes word c % 4 of draw c
-    // 4.
+    """Return 32 random bits for each weight, int64 [N, D] below 2^32.
+
+    Column c takes word c % 4 of draw c // 4.
     """
     return torch.stack(_draws(counter, rows, (columns + 3) // 4, stream), dim=-1).flatten(1)[
         :, :columns
@@ -69,8 +69,11 @@ def random32(counter: Tensor, rows: Tensor, columns: int, stream: int) -> Tensor
 
 
 def round_e4m3(value: Tensor, r32: Tensor) -> Tensor:
-    """Rounds finite fp32 values to e4m3 so that the mean over all 2^32 values of `r32` is the value
-    itself (to 2^-32 of a unit, subnormals included). Saturates at 448."""
+    """Round finite fp32 values to e4m3, without bias.
+
+    The mean over all 2^32 values of `r32` is the value itself (to 2^-32 of a unit, subnormals
+    included). Saturates at 448.
+    """
     bits = value.contiguous().view(torch.int32).to(torch.int64) & MASK
     exponent = (bits & 0x7FFFFFFF) >> 23
     normal = exponent >= 121  # from 2^-6; below, the unit stays 2^-9
@@ -82,8 +85,9 @@ def round_e4m3(value: Tensor, r32: Tensor) -> Tensor:
 
 
 def decode(weight: Tensor, row_scale: Tensor | None = None) -> Tensor:
-    """Table rows [N, D] in the working precision: fp32, or fp64 as they are; e4m3 times the row's
-    scale (row_scale[:, 0]).
+    """Return table rows [N, D] in the working precision.
+
+    fp64 stays fp64, all else becomes fp32; e4m3 is multiplied by the row's scale, row_scale[:, 0].
     """
     if row_scale is None:
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -93,18 +97,18 @@ def decode(weight: Tensor, row_scale: Tensor | None = None) -> Tensor:
 def encode(
     value: Tensor, row_scale: Tensor, counter: Tensor, rows: Tensor, stream: int
 ) -> tuple[Tensor, Tensor]:
-    """fp32 values [N, D] as e4m3 in units of the row's scale, and the largest |value| stored in
-    each row [N].
-    """
+    """Return fp32 values [N, D] as e4m3 in units of the row's scale, and each row's maximum."""
     scale = row_scale[:, :1]  # a power of two: the quotient is exact
     code = round_e4m3(value / scale, random32(counter, rows, value.shape[1], stream))
     return code, decode(code, row_scale).abs().amax(1)
 
 
 def round_stochastic(value: Tensor, r16: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounds finite fp32 values to bf16 or fp16 so that the mean over all 65,536 values of `r16` is
-    the value itself (to 2^-16 of a unit, subnormals included). Saturates at the format's largest
-    finite value."""
+    """Round finite fp32 values to bf16 or fp16, without bias.
+
+    The mean over all 65,536 values of `r16` is the value itself (to 2^-16 of a unit, subnormals
+    included). Saturates at the format's largest finite value.
+    """
     bits = value.contiguous().view(torch.int32).to(torch.int64) & MASK
     sign, magnitude = bits & 0x80000000, bits & 0x7FFFFFFF
     if dtype == torch.bfloat16:
@@ -126,15 +130,13 @@ def round_stochastic(value: Tensor, r16: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def store(value: Tensor, dtype: torch.dtype, counter: Tensor, rows: Tensor, stream: int) -> Tensor:
-    """`value` [N, D] in a table's own format: rounded without bias below fp32, saturated at the
-    largest finite value.
-    """
+    """Return `value` [N, D] in a table's format: below fp32 rounded without bias; saturated."""
     if dtype in (torch.bfloat16, torch.float16):
         return round_stochastic(value, random16(counter, rows, value.shape[1], stream), dtype)
     return saturate(value, dtype)
 
 
 def saturate(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value` rounded to nearest in `dtype`, infinities replaced by the largest finite value."""
+    """Round `value` to nearest in `dtype`; infinities become the largest finite value."""
     limit = torch.finfo(dtype).max
     return value.clamp(-limit, limit).to(dtype)

@@ -1,6 +1,4 @@
-"""Reference of `shortlist_matmul` and its backward: the gathered `B x S x D` rows at once, in fp32
-(or fp64).
-"""
+"""Reference of `shortlist_matmul` and its backward: the gathered `B x S x D` rows at once."""
 
 import torch
 from torch import Tensor
@@ -11,8 +9,9 @@ from xmlkernels.reference.rounding import decode
 def gathered_rows(
     x: Tensor, weight: Tensor, index: Tensor, row_scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows [B, S, D] with zeros at pads, places of real entries [B, S], index [B, S] and x, in the
-    working precision.
+    """Return rows [B, S, D], places of real entries [B, S], index [B, S], and x [B, D].
+
+    Rows (zeros at pads) and x are in the working precision: fp32, or fp64.
     """
     work = decode(weight[:0], None if row_scale is None else row_scale[:0]).dtype
     wide = index.expand(x.shape[0], index.shape[-1])

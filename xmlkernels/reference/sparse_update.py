@@ -1,6 +1,4 @@
-"""Reference of `sparse_sgd_`, `sparse_adagrad_` and `sparse_adam_`: the touched rows gathered,
-updated, put back.
-"""
+"""Reference of the sparse updates: the touched rows gathered, updated, put back."""
 
 from typing import Any
 

@@ -1,6 +1,4 @@
-"""The update that every in-place op applies to table rows: SGD, SGD with momentum, Adagrad, or
-Adam.
-"""
+"""The update that in-place ops apply to table rows: SGD, SGD with momentum, Adagrad, Adam."""
 
 import torch
 from torch import Tensor
@@ -27,7 +25,7 @@ def update_rows(
     decay_sum: Tensor | None = None,
     row_scale: Tensor | None = None,
 ) -> Writes:
-    """New values of table rows, without writing them.
+    """Return new values of table rows, without writing them.
 
     Args:
         weight: [N, D], the rows to update.
@@ -103,7 +101,7 @@ def _direction(
     momentum: Tensor | None,
     second: Tensor | None,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor, int]]]:
-    """What lr multiplies [N, D], and each state with its new value and random stream."""
+    """Return what lr multiplies [N, D], and each state with its new value and stream."""
     m, v, states = grad, None, []
     if momentum is not None:
         m = beta1 * momentum.to(grad.dtype) + (grad if second is None else (1 - beta1) * grad)
@@ -140,11 +138,13 @@ def update_rows_at_(
     row_offset: int = 0,
     decoupled: bool = False,
 ) -> None:
-    """Updates rows `rows` (int64 [N], unique; those from n on are fill) of a table [n, D] with
-    their gradient [N, D].
+    """Update rows of a table [n, D] from their gradient [N, D].
 
-    The states are whole, as long as the table. `apply`, bool []: False leaves every tensor as it
-    was.
+    Args:
+        weight, momentum, second, kahan, row_step, row_decay, row_scale: whole, as long as the
+        table. rows: int64 [N], unique; those from n on are fill. grad: [N, D] fp32 (or fp64).
+        hyper, counter, decay_sum, row_offset, decoupled: as in `update_rows`. apply: bool []; False
+        leaves every tensor as it was.
     """
     real = rows < weight.shape[0]
     rows, grad = rows[real], grad[real]

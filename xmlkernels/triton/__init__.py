@@ -1,3 +1,1 @@
-"""GPU kernels in Triton, one file per op. `xmlkernels.ops` imports them on the first call with CUDA
-tensors.
-"""
+"""GPU kernels in Triton, one file per op, imported by an op's first call with CUDA tensors."""

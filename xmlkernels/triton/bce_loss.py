@@ -29,8 +29,9 @@ def store_gradient(
     STEP: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """dweight = Gᵀ x and dbias for a block of rows and columns; NaN where the batch is not
-    finite.
+    """Store dweight = Gᵀ x and dbias of a block of rows and columns.
+
+    NaN where the batch is not finite.
     """
     d_blocks = tl.cdiv(D, BLOCK_D)
     d_block = tl.program_id(0) % d_blocks
@@ -93,8 +94,10 @@ def bce_loss_backward(
     need_dbias: bool = False,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `xmlkernels.reference.bce_loss`: fp32 dx [B, D], dweight [L, D] and dbias [L] ([0] where
-    not asked).
+    """See `xmlkernels.reference.bce_loss`.
+
+    Returns:
+        fp32 dx [B, D], dweight [L, D] and dbias [L]; [0] where not asked.
     """
     tiles = Tiles(x, weight, bias, pos_row, pos_sample, pos_value, row_scale, rows, plan)
     tiles.buffers(gradient=True, dx=True, column_sum=need_dbias, loss=False)

@@ -1,5 +1,4 @@
-"""`bce_step_` on the GPU: per tile of labels three products, the last with the update of the rows
-as its epilogue.
+"""`bce_step_` on the GPU: three products per tile of labels, the last one updates the rows.
 
 A row of the table comes from memory once (for the logits) and goes back once (after its update);
 the dX product between them reads it, as it was before the step, from L2.
@@ -47,10 +46,10 @@ def update_rows(
     DECOUPLED: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """Gradient Gᵀ x of a block of rows and columns, and their update in place. Nothing is written
-    if flag is set.
+    """Form the gradient Gᵀ x of a block of rows and columns, and update them in place.
 
-    quiet: None, or int32 [groups of the tile], 1 where the gradient is left out.
+    Nothing is written if flag is set. quiet: None, or int32 [groups of the tile], 1 where the
+    gradient is left out.
     """
     d_blocks = tl.cdiv(D, BLOCK_D)
     d_block = tl.program_id(0) % d_blocks

@@ -27,8 +27,9 @@ GRADIENT_SCALE = {torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 256.0}
 
 @dataclass(frozen=True)
 class Plan:
-    """Block sizes, powers of two >= 16. The last place of dX depends on them, and of rows through
-    fp32 sums over D and B.
+    """Block sizes, powers of two >= 16.
+
+    The last place of dX depends on them, and that of rows through fp32 sums over D and B.
     """
 
     tile: int  # labels of a tile, a multiple of block_l
@@ -41,13 +42,14 @@ class Plan:
     stages: int = 3
 
     def with_tile(self, rows: int, unit: int) -> "Plan":
-        """The same for a table smaller than a tile, which is a multiple of unit."""
+        """Return the same plan for a table smaller than a tile, which is a multiple of unit."""
         return replace(self, tile=min(self.tile, triton.cdiv(max(rows, 1), unit) * unit))
 
 
 def make_plan(batch: int, width: int, dtype: torch.dtype) -> Plan:
-    """Block sizes for a table of a format; all fit the 99 KB of shared memory that the smallest
-    cards have.
+    """Return block sizes for a table of a format.
+
+    All fit the 99 KB of shared memory that the smallest cards have.
     """
     # 128 x 64 logits: with 128 x 128, logits and targets together do not fit the registers of eight
     # warps.
@@ -180,11 +182,10 @@ def add_dx(
     STEP: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """partial[segment] += G W over the segment's labels of this tile; partial fp32 [segments,
-    batch, D].
+    """Add G W over the segment's labels of this tile: partial fp32 [segments, batch, D].
 
     active: None, or the groups of `choose_groups` that are not skipped; then the segments share
-        those evenly.
+    those evenly.
     """
     b_blocks = tl.cdiv(batch, BLOCK_B)
     block, segment = tl.program_id(0), tl.program_id(1)
@@ -247,9 +248,7 @@ def row_gradient(
     STEP: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """Gᵀ x [BLOCK_L, BLOCK_D] for rows `local` of the tile and some columns, summed over the
-    batch.
-    """
+    """Return Gᵀ x [BLOCK_L, BLOCK_D] for rows `local` of the tile and some columns."""
     k = tl.arange(0, STEP)
     g_at = gradient + (local[:, None] + k[None, :] * tile)
     x_at = x + (k[:, None] * D + column[None, :])
@@ -277,7 +276,7 @@ def bias_gradient(column_sum, local, mask, tile, b_blocks, BLOCK_L: tl.constexpr
 
 @triton.jit
 def sum_dx(partial, dx, hyper, flag, count, segments, G_SCALE: tl.constexpr, BLOCK: tl.constexpr):
-    """dx = dx_scale scale (sum of the segments, in order); NaN where the batch is not finite."""
+    """Sum the segments in order: dx = dx_scale scale sum; NaN where the batch is not finite."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for s in range(0, segments):
@@ -290,9 +289,7 @@ def sum_dx(partial, dx, hyper, flag, count, segments, G_SCALE: tl.constexpr, BLO
 
 @triton.jit
 def sum_loss(part, loss, hyper, flag, count, BLOCK: tl.constexpr):
-    """loss = scale (sum of all blocks, in order) by one program; NaN where the batch is not
-    finite.
-    """
+    """Sum all blocks in order, in one program: loss = scale sum; NaN if the batch is not finite."""
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for i in range(0, count, BLOCK):
         at = i + tl.arange(0, BLOCK)
@@ -353,6 +350,7 @@ class Tiles:
         )
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return an uninitialized fp32 tensor on the batch's device."""
         return torch.empty(shape, dtype=dtype, device=self.weight.device)
 
     def buffers(self, *, gradient: bool, dx: bool, column_sum: bool, loss: bool) -> None:
@@ -372,17 +370,20 @@ class Tiles:
         return iter(range(0, self.rows, self.plan.tile))
 
     def tile_blocks(self, first: int) -> int:
+        """Return the number of blocks of labels in the tile that begins at `first`."""
         return triton.cdiv(min(self.plan.tile, self.rows - first), self.plan.block_l)
 
     def skip(self, hyper: Tensor, skip_below: float, skipped: Tensor | None) -> None:
-        """From here on, `make_gradient` chooses groups of rows whose products are left out. Before
-        `buffers`.
+        """Let `make_gradient` choose groups of rows whose products are left out.
+
+        To be called before `buffers`.
         """
         self.groups = Groups(
             self.x, self.bias is not None, hyper, self.plan.tile, skip_below, skipped
         )
 
     def make_gradient(self, first: int) -> None:
+        """Score a tile and form the gradient of its logits."""
         p, blocks = self.plan, self.tile_blocks(first)
         if self.batch:
             self._gradient(first, blocks)
@@ -420,6 +421,7 @@ class Tiles:
         )
 
     def add_dx(self, first: int) -> None:
+        """Add the tile's share of dX to the partial sums."""
         p = self.plan
         if not self.batch:
             return
@@ -446,6 +448,7 @@ class Tiles:
         )
 
     def dx_result(self, hyper: Tensor | None) -> Tensor:
+        """Return dx fp32 [B, D], the sum of all segments."""
         assert self.partial is not None
         dx = self.empty(self.batch, self.width)
         grid = (triton.cdiv(max(dx.numel(), 1), 1024),)
@@ -463,6 +466,7 @@ class Tiles:
         return dx
 
     def loss_result(self, hyper: Tensor | None) -> Tensor:
+        """Return the loss fp32 [1], the sum of all blocks."""
         assert self.loss is not None
         loss = self.empty(1)
         sum_loss[(1,)](self.loss, loss, hyper, self.flag, self.loss.numel(), 1024, **common.LAUNCH)

@@ -1,5 +1,4 @@
-"""`cluster_step_` on the GPU: one program for each tile of rows of each cluster that some sample
-selects.
+"""`cluster_step_` on the GPU: one program per tile of rows of each selected cluster.
 
 Pairs (sample, cluster) are sorted by cluster on the device. A program scores its rows for all their
 samples, keeps the gradient of the logits in a workspace, and then goes over the columns: the rows'
@@ -56,11 +55,10 @@ def _score(
     BP: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Scores and gradients of a tile of rows for all its pairs; returns the sums of the gradient
-    [BR] and of the loss.
+    """Score a tile of rows for all its pairs and form the gradient of the logits.
 
-    place: int32 [BR], number of each row in its cluster; chosen: clusters per sample; unit: fp32
-        [BR], scales (e4m3 tables).
+    Returns the sums of the gradient [BR] and of the loss. place: int32 [BR], number of each row in
+    its cluster; chosen: clusters per sample; unit: fp32 [BR], scales (e4m3 tables).
     """
     column = tl.arange(0, BD)
     total_g = tl.zeros((BR,), dtype=tl.float32)
@@ -130,9 +128,7 @@ def _products(
     BP: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Gradient [BR, BD] of a tile of rows and columns. WRITE: also stores the tile's shares of
-    dx.
-    """
+    """Return the gradient [BR, BD] of a tile; WRITE: store the tile's shares of dx, too."""
     grad = tl.zeros((BR, BD), dtype=tl.float32)
     left = column < D
     for first in range(first_pair, last_pair, BP):
@@ -202,12 +198,11 @@ def _step_tiles(
     BP: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One tile of rows of one group of pairs (those of one cluster): scores (SCORE), then columns
-    first..last updated.
+    """Score one tile of rows of one group of pairs (SCORE), then update columns first..last.
 
-    group int64 [G + 1]: where each group's pairs begin in `order`. edge int64 [G, tiles + 1]: its
-    tiles' rows; pos_edge the same: where their positives begin. parts fp32 [pairs, part_tiles,
-    last_column - first_column]. moment fp32 [G, tiles, BR].
+    A group is the pairs of one cluster. group int64 [G + 1]: where each group's pairs begin in
+    `order`. edge int64 [G, tiles + 1]: its tiles' rows; pos_edge the same: where their positives
+    begin. parts fp32 [pairs, part_tiles, last_column - first_column]. moment fp32 [G, tiles, BR].
     """
     g = (tl.program_id(0) // part_tiles).to(tl.int64)
     part = tl.program_id(0) % part_tiles
@@ -391,9 +386,7 @@ def _sum_parts(
     BS: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Adds the shares of one sample and BD columns to dx, in the order of its clusters and their
-    tiles.
-    """
+    """Add the shares of one sample and BD columns to dx, in order of clusters and tiles."""
     width = last_column - first_column
     blocks = tl.cdiv(width, BD)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
@@ -422,9 +415,15 @@ def _sum_parts(
 def _groups(
     clusters: Tensor, row_ptr: Tensor, n: int, most_rows: int, side: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs in the order of their clusters [P], where each group of one cluster begins [G + 1], and
-    the rows at the edges of its tiles [G, tiles + 1]. G is the most groups that there can be;
-    groups that are not there have no rows."""
+    """Group the pairs by cluster.
+
+    Returns:
+        order: [P], pairs in the order of their clusters.
+        group: [G + 1], where each group of one cluster begins. G is the most groups that there can
+        be;
+            those that are not there have no rows.
+        edge: [G, tiles + 1], the rows at the edges of a group's tiles.
+    """
     ids, order = torch.sort(clusters.reshape(-1), stable=True)
     most = min(ids.shape[0], row_ptr.shape[0])  # every cluster, and the pads
     number = torch.cat([ids.new_zeros(1), (ids[1:] != ids[:-1]).cumsum(0)])
@@ -444,8 +443,9 @@ def _groups(
 def _sides(
     batch: int, chosen: int, count: int, cluster_rows: int, low: bool
 ) -> tuple[int, int, int]:
-    """Rows, pairs and columns of a tile, from the shapes alone: as many pairs as a cluster has on
-    average.
+    """Return rows, pairs and columns of a tile, from the shapes alone.
+
+    As many pairs as a cluster has on average.
     """
     rows, pairs, columns = MOST if low else MOST_FP32
     average = min(batch, triton.cdiv(batch * chosen, max(count, 1)))
@@ -453,8 +453,9 @@ def _sides(
 
 
 def pieces(pairs: int, tiles: int, width: int, block: int) -> list[tuple[int, int, int, int]]:
-    """Tiles (first, number) and columns (first, last) whose shares of dx are held at a time, in
-    order.
+    """Return the tiles and columns whose shares of dx are held at a time, in order.
+
+    Each piece: first tile, number of tiles, first column, end of columns.
     """
     most = max(1, PART_BYTES // (4 * pairs * block))  # tiles times blocks of columns
     blocks = triton.cdiv(width, block)
@@ -489,8 +490,7 @@ def cluster_step_(
     decoupled: bool = False,
     need_loss: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `xmlkernels.ops.cluster_step_`. Waits for nothing on the device; can be captured in a
-    CUDA graph.
+    """See `xmlkernels.ops.cluster_step_`; a CUDA graph can capture it.
 
     Beyond its results it holds the gradients of the logits, as large as the scores, and at most 192
     MB of shares of dx (more only where one block of columns of all pairs is more: beyond 750,000 of

@@ -1,5 +1,4 @@
-"""What all Triton kernels share: random words, rounding by bits, the sigmoid, and the check of the
-batch.
+"""What all Triton kernels share: random words, rounding, the sigmoid, the check of the batch.
 
 The generator and the rounding are those of `xmlkernels.reference.rounding`, bit for bit. Every
 conversion below fp32 is made of integer operations where the interpreter's own is wrong (fp32 ->
@@ -21,14 +20,15 @@ LAUNCH = {"enable_fp_fusion": True}
 
 
 def emulated() -> bool:
-    """Whether kernels run in Triton's interpreter, whose bf16 products and conversions need
-    help.
+    """Return whether kernels run in Triton's interpreter.
+
+    Its bf16 products and conversions need help.
     """
     return bool(triton.knobs.runtime.interpret)
 
 
 def table_bits(weight: Tensor) -> Tensor:
-    """The table as kernels take it: e4m3 as its bits, other formats as they are."""
+    """Return the table as kernels take it: e4m3 as its bits, other formats as they are."""
     if weight.dtype != torch.float8_e4m3fn:
         return weight
     if not emulated() and torch.cuda.get_device_capability(weight.device) < (8, 9):
@@ -39,16 +39,15 @@ def table_bits(weight: Tensor) -> Tensor:
 
 
 def power_of_2(n: int, low: int, high: int) -> int:
-    """The smallest power of two >= n, within low and high: the side of a block that need not be
-    larger than n.
-    """
+    """Return the smallest power of two >= n, within low and high: the side of a block."""
     return min(max(triton.next_power_of_2(max(n, 1)), low), high)
 
 
 @triton.jit
 def philox(k0, k1, c0, c1, c2, c3):
-    """Philox-4x32-10: four uint32 words for key (k0, k1) and counter (c0, c1, c2, c3); uint32
-    operands, which broadcast.
+    """Philox-4x32-10: four uint32 words for key (k0, k1) and counter (c0, c1, c2, c3).
+
+    The operands are uint32 and broadcast.
     """
     for _ in tl.static_range(10):
         high0 = tl.umulhi(c0, 0xD2511F53)
@@ -66,8 +65,7 @@ def philox(k0, k1, c0, c1, c2, c3):
 
 @triton.jit
 def row_words(seed, step, rows, first_group, GROUPS: tl.constexpr, STREAM: tl.constexpr):
-    """The draws of some rows: four uint32 [R, GROUPS] words for column groups first_group and
-    following.
+    """Draw four uint32 [R, GROUPS] words of some rows for column groups from first_group on.
 
     seed, step: int64 scalars. rows: int64 [R], global.
     """
@@ -82,11 +80,10 @@ def row_words(seed, step, rows, first_group, GROUPS: tl.constexpr, STREAM: tl.co
 
 @triton.jit
 def random16(seed, step, rows, first_column, COLUMNS: tl.constexpr, STREAM: tl.constexpr):
-    """16 random bits per weight, as int32 [R, COLUMNS]; first_column and COLUMNS are multiples of
-    8.
+    """Draw 16 bits per weight, as int32 [R, COLUMNS].
 
-    One draw serves 8 columns: column c takes half c % 2 (low first) of word (c % 8) // 2 of draw c
-        // 8.
+    first_column and COLUMNS are multiples of 8. One draw serves 8 columns: column c takes half c %
+    2 (low first) of word (c % 8) // 2 of draw c // 8.
     """
     w0, w1, w2, w3 = row_words(seed, step, rows, first_column // 8, COLUMNS // 8, STREAM)
     words = tl.join(
@@ -98,10 +95,10 @@ def random16(seed, step, rows, first_column, COLUMNS: tl.constexpr, STREAM: tl.c
 
 @triton.jit
 def random32(seed, step, rows, first_column, COLUMNS: tl.constexpr, STREAM: tl.constexpr):
-    """32 random bits per weight (e4m3 tables), as uint32 [R, COLUMNS]; first_column and COLUMNS are
-    multiples of 4.
+    """Draw 32 bits per weight (e4m3 tables), as uint32 [R, COLUMNS].
 
-    One draw serves 4 columns: column c takes word c % 4 of draw c // 4.
+    first_column and COLUMNS are multiples of 4. One draw serves 4 columns: column c takes word c %
+    4 of draw c // 4.
     """
     w0, w1, w2, w3 = row_words(seed, step, rows, first_column // 4, COLUMNS // 4, STREAM)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
@@ -110,8 +107,9 @@ def random32(seed, step, rows, first_column, COLUMNS: tl.constexpr, STREAM: tl.c
 
 @triton.jit
 def round_stochastic(value, r16, DTYPE: tl.constexpr):
-    """fp32 to bf16 or fp16 with 16 random bits (int32); without bias, subnormals included;
-    saturates.
+    """Round fp32 to bf16 or fp16 with 16 random bits (int32).
+
+    Without bias, subnormals included; saturates.
     """
     tl.static_assert(DTYPE == tl.bfloat16 or DTYPE == tl.float16)
     bits = value.to(tl.uint32, bitcast=True)
@@ -134,8 +132,9 @@ def round_stochastic(value, r16, DTYPE: tl.constexpr):
 
 @triton.jit
 def encode_e4m3(value, r32):
-    """fp32 to the bits of e4m3 (uint8) with 32 random bits (uint32); without bias, subnormals
-    included; saturates at 448.
+    """Round fp32 to the bits of e4m3 (uint8) with 32 random bits (uint32).
+
+    Without bias, subnormals included; saturates at 448.
     """
     bits = value.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
@@ -155,7 +154,7 @@ def encode_e4m3(value, r32):
 
 @triton.jit
 def decode_e4m3(code):
-    """The bits of e4m3 (uint8) to fp32, exactly."""
+    """Convert the bits of e4m3 (uint8) to fp32, exactly."""
     c = code.to(tl.int32)
     exponent = (c >> 3) & 15
     normal = ((exponent + 120) << 23) | ((c & 7) << 20)
@@ -166,8 +165,9 @@ def decode_e4m3(code):
 
 @triton.jit
 def operand(value, KIND: tl.constexpr, EMULATED: tl.constexpr):
-    """A loaded piece of a table as operand of a product: e4m3 (uint8 bits) as KIND, exactly; the
-    others as they are.
+    """Return a loaded piece of a table as operand of a product.
+
+    e4m3 (uint8 bits) becomes KIND, exactly; the others stay as they are.
     """
     if value.dtype == tl.uint8:
         if EMULATED:
@@ -181,8 +181,9 @@ def operand(value, KIND: tl.constexpr, EMULATED: tl.constexpr):
 
 @triton.jit
 def scaled(value, unit, KIND: tl.constexpr, EMULATED: tl.constexpr):
-    """The same with rows [R, ...] times their scales unit [R], where they are e4m3 (unit None
-    otherwise): exact, too.
+    """Return the same, with e4m3 rows [R, ...] times their scales unit [R]: exact, too.
+
+    unit is None for other formats.
     """
     out = operand(value, KIND, EMULATED)
     if unit is not None:
@@ -192,8 +193,9 @@ def scaled(value, unit, KIND: tl.constexpr, EMULATED: tl.constexpr):
 
 @triton.jit
 def widen(value):
-    """bf16, fp16 or fp32 to fp32, exactly (the interpreter's own conversion loses subnormals of
-    bf16).
+    """Convert bf16, fp16 or fp32 to fp32, exactly.
+
+    The interpreter's own conversion loses subnormals of bf16.
     """
     if value.dtype == tl.bfloat16:
         out = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -204,7 +206,7 @@ def widen(value):
 
 @triton.jit
 def largest(DTYPE: tl.constexpr):
-    """The largest finite number of a format."""
+    """Return the largest finite number of a format."""
     if DTYPE == tl.bfloat16:
         return 3.3895313892515355e38
     elif DTYPE == tl.float16:
@@ -239,8 +241,9 @@ def to_stored(
     STREAM: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """fp32 [R, COLUMNS] in a table's own format: rounded without bias below fp32, saturated. rows:
-    int64 [R], global.
+    """Round fp32 [R, COLUMNS] to a table's format: below fp32 without bias; saturated.
+
+    rows: int64 [R], global.
     """
     if DTYPE == tl.float32:
         out = tl.minimum(tl.maximum(value, -largest(tl.float32)), largest(tl.float32))
@@ -253,8 +256,9 @@ def to_stored(
 
 @triton.jit
 def dot(a, b, acc, EMULATED: tl.constexpr):
-    """acc + a b in fp32. fp32 operands are multiplied as fp32, not tf32; the interpreter multiplies
-    bf16 as fp32.
+    """Return acc + a b in fp32.
+
+    fp32 operands are multiplied as fp32, not tf32; the interpreter multiplies bf16 as fp32.
     """
     if EMULATED and a.dtype == tl.bfloat16:
         acc = tl.dot(widen(a), widen(b), acc, input_precision="ieee")
@@ -295,7 +299,7 @@ def _prepare_batch(
 
 
 def prepare_batch(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The batch in a product's format, and whether it may be used; no host sync.
+    """Return the batch in a product's format, and whether it may be used; no host sync.
 
     Args:
         x: [B, D] fp32, bf16 or fp16, contiguous.

@@ -1,5 +1,4 @@
-"""`matmul_topk` on the GPU: tiles of scores are filtered by each sample's running k-th best; what
-passes is kept in a list.
+"""`matmul_topk` on the GPU: scores beyond each sample's running k-th best are kept in a list.
 
 A score and its row are one int64 key, so that one integer comparison is the whole order: higher
 score first, then lower row. Labels are taken in chunks, in ascending order of row. A chunk's tiles
@@ -96,7 +95,7 @@ def _score_tiles(
 
 @triton.jit
 def _append(used, keys, score, row_part, sample, keep, capacity):
-    """Adds the kept scores [rows, samples] to the lists of their samples."""
+    """Add the kept scores [rows, samples] to the lists of their samples."""
     one = keep.to(tl.int32)
     place = tl.atomic_add(used + (one * 0 + sample[None, :]), one, mask=keep, sem="relaxed")
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # zeros of both signs tie
@@ -196,7 +195,7 @@ def _cut_lists(
 
 
 def plan(batch: int, n: int, k: int) -> tuple[int, int, int, list[tuple[int, int]]]:
-    """Samples at a time, slack of a list, its capacity, and the chunks of labels [begin, end).
+    """Return samples at a time, slack and capacity of a list, and chunks of labels [begin, end).
 
     A list holds at most k + slack keys between chunks, so that a chunk of capacity - k - slack
     labels always fits.
@@ -225,9 +224,7 @@ def matmul_topk(
     row_offset: int = 0,
     rows: int = -1,
 ) -> tuple[Tensor, Tensor]:
-    """See `xmlkernels.ops.matmul_topk`. Waits for nothing on the device; can be captured in a CUDA
-    graph.
-    """
+    """See `xmlkernels.ops.matmul_topk`; a CUDA graph can capture it."""
     batch, n = x.shape[0], weight.shape[0] if rows < 0 else rows
     if n > 2**32:
         raise ValueError(
@@ -275,7 +272,7 @@ def _best_keys(
     slack: int,
     chunks: list[tuple[int, int]],
 ) -> Tensor:
-    """The best k keys of each sample, in any order; int64 [B, k], a view of `keys`."""
+    """Return the best k keys of each sample, in any order; int64 [B, k], a view of `keys`."""
     batch, capacity = x.shape[0], keys.shape[1]
     threshold = torch.full((batch,), -torch.inf, device=x.device)
     used = torch.zeros(batch, dtype=torch.int32, device=x.device)

@@ -1,6 +1,4 @@
-"""The positives of a batch, sorted by row: where each block of labels begins, and its dense
-targets.
-"""
+"""Positives sorted by row: where each block of labels begins, and its dense targets."""
 
 import triton
 import triton.language as tl
@@ -40,8 +38,9 @@ def targets(
     KIND: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """Targets [BLOCK_B, BLOCK_L] of a block from its positives: products of indicator matrices, 16
-    positives at a time.
+    """Return the targets [BLOCK_B, BLOCK_L] of a block from its positives.
+
+    They are products of indicator matrices, 16 positives at a time.
     """
     y = tl.zeros([BLOCK_B, BLOCK_L], dtype=tl.float32)
     kind: tl.constexpr = (

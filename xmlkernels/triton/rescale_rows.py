@@ -1,6 +1,4 @@
-"""`rescale_rows_` on the GPU: reads every row's scale and maximum, and of the table the rows alone
-that outgrow their scale.
-"""
+"""`rescale_rows_` on the GPU: reads all scales, and of the table only rows that outgrow theirs."""
 
 import torch
 import triton
@@ -16,9 +14,7 @@ LARGEST = tl.constexpr(127 + 100)  # the exponent of the largest scale, as fp32 
 
 @triton.jit
 def _grown(scale, largest):
-    """The scales [R] doubled until largest <= 224 scale, at most to 2^100; unchanged where largest
-    is NaN.
-    """
+    """Double scales [R] until largest <= 224 scale, at most to 2^100; not where largest is NaN."""
     bits = tl.div_rn(largest, tl.full(largest.shape, HALF, tl.float32)).to(tl.int32, bitcast=True)
     # The least power of two at or above the quotient, by its exponent. Rounding hides no excess:
     # between two neighbouring numbers above 224 2^i lies less than a unit of the quotient, but more
@@ -32,8 +28,9 @@ def _grown(scale, largest):
 def _rescale(
     weight, row_scale, counter, changed, rows, D, row_offset, BR: tl.constexpr, BD: tl.constexpr
 ):
-    """BR rows of weight uint8 [rows, D] (bits of e4m3) and row_scale fp32 [rows, 2]; adds to
-    changed int64 [1].
+    """Rescale BR rows of weight uint8 [rows, D] (bits of e4m3) and row_scale fp32 [rows, 2].
+
+    Adds their number to changed, int64 [1].
     """
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     scale_at = row_scale + 2 * row
@@ -66,8 +63,7 @@ def _rescale(
 def rescale_rows_(
     weight: Tensor, row_scale: Tensor, counter: Tensor, row_offset: int = 0
 ) -> Tensor:
-    """See `xmlkernels.ops.rescale_rows_`. Waits for nothing on the device; can be captured in a
-    CUDA graph.
+    """See `xmlkernels.ops.rescale_rows_`; a CUDA graph can capture it.
 
     Integer operations alone touch the codes, so that every card has it.
     """

@@ -21,9 +21,7 @@ SPLITS = 16  # at most: parts of a shared list whose dx are summed apart, in an 
 
 @triton.jit
 def _number(w):
-    """Loaded numbers of a table in fp32; those of e4m3 (uint8 bits) as they are coded, without
-    their row's scale.
-    """
+    """Return loaded numbers of a table in fp32; e4m3 (uint8 bits) without its row's scale."""
     return common.decode_e4m3(w) if w.dtype == tl.uint8 else common.widen(w)
 
 
@@ -41,8 +39,9 @@ def _score_lists(
     BS: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """logits fp32 [B, size] for index int64 [B, size]: one program scores BS entries of one
-    sample.
+    """Write logits fp32 [B, size] for index int64 [B, size].
+
+    One program scores BS entries of one sample.
     """
     tiles = tl.cdiv(size, BS)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
@@ -86,8 +85,9 @@ def _score_shared(
     BB: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """logits fp32 [batch, size] for index int64 [size]; x [batch, D] in the format of the
-    product.
+    """Write logits fp32 [batch, size] for index int64 [size].
+
+    x [batch, D] has the format of the product.
     """
     tiles = tl.cdiv(batch, BB)
     # Tiles with the same rows run next to each other and share them in the L2 cache.
@@ -124,8 +124,9 @@ def _score_shared(
 def _dx_lists(
     dlogits, weight, row_scale, index, dx, size, D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr
 ):
-    """dx fp32 [B, D]: one program sums BD columns of one sample over its list, in the order of the
-    list.
+    """Write dx fp32 [B, D].
+
+    One program sums BD columns of one sample over its list, in the order of the list.
     """
     tiles: tl.constexpr = (D + BD - 1) // BD
     sample = (tl.program_id(0) // tiles).to(tl.int64)
@@ -165,8 +166,9 @@ def _dx_shared(
     BB: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """parts fp32 [splits, batch, D]: dx over one part of the shared list each. LOW: the product
-    takes bf16 operands.
+    """Write parts fp32 [splits, batch, D]: dx over one part of the shared list each.
+
+    LOW: the product takes bf16 operands.
     """
     column_tiles: tl.constexpr = (D + BD - 1) // BD
     column = (tl.program_id(0) % column_tiles) * BD + tl.arange(0, BD)
@@ -205,8 +207,9 @@ def _in_bf16(weight: Tensor) -> bool:
 
 
 def _product_format(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The format in which x meets the table on the tensor cores; fp32 where the two formats share
-    none.
+    """Return the format in which x meets the table on the tensor cores.
+
+    fp32 where the two formats share none.
     """
     if _in_bf16(weight):
         return torch.bfloat16
@@ -216,9 +219,7 @@ def _product_format(x: Tensor, weight: Tensor) -> torch.dtype:
 def shortlist_matmul(
     x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, row_scale: Tensor | None = None
 ) -> Tensor:
-    """See `xmlkernels.ops.shortlist_matmul`. Waits for nothing on the device; can be captured in a
-    CUDA graph.
-    """
+    """See `xmlkernels.ops.shortlist_matmul`; a CUDA graph can capture it."""
     batch, size, width = x.shape[0], index.shape[-1], x.shape[1]
     logits = torch.empty(batch, size, dtype=torch.float32, device=x.device)
     weight = common.table_bits(weight)

@@ -1,5 +1,7 @@
-"""The table's gradient of `shortlist_matmul` on the GPU: reduced over the entries of one row at a
-time, in the order of a stable sort, the same in every run, and without atomics."""
+"""The table's gradient of `shortlist_matmul` on the GPU, reduced row by row.
+
+A row's entries are summed in the order of a stable sort, the same in every run, without atomics.
+"""
 
 import torch
 import triton
@@ -26,8 +28,9 @@ def _rows_lists(
     BO: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """grad fp32 [U, D] and dbias fp32 [U] of rows whose occurrences are order[start[u] : start[u +
-    1]] (int64).
+    """Write grad fp32 [U, D] and dbias fp32 [U] of unique rows.
+
+    Row u has the occurrences order[start[u] : start[u + 1]] (int64).
     """
     tiles: tl.constexpr = (D + BD - 1) // BD if NEED_GRAD else 1
     row = (tl.program_id(0) // tiles).to(tl.int64)
@@ -75,8 +78,9 @@ def _rows_shared(
     BB: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """The same for a shared list, BS rows at a time: the batch is the inner dimension of a
-    product.
+    """Write the same for a shared list, BS rows at a time.
+
+    The batch is the inner dimension of a product.
     """
     tiles: tl.constexpr = (D + BD - 1) // BD if NEED_GRAD else 1
     row = ((tl.program_id(0) // tiles) * BS + tl.arange(0, BS)).to(tl.int64)
@@ -117,9 +121,7 @@ def _rows_shared(
 
 
 def occurrences(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Unique rows [U], the places that name them in order of row and place [N], and where each
-    row's begin [U + 1].
-    """
+    """Return unique rows [U], their places by row and place [N], and where each begins [U + 1]."""
     ids, order = torch.sort(index.reshape(-1), stable=True)
     rows, counts = torch.unique_consecutive(ids, return_counts=True)
     start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -141,8 +143,11 @@ def row_gradients(
     low: bool,
     tile: tuple[int, int, int, int],
 ) -> None:
-    """Fills grad and dbias. low: the products of a shared list take bf16 operands; tile: its
-    entries, samples, columns and warps (of lists per sample the columns alone)."""
+    """Fill grad and dbias.
+
+    low: the products of a shared list take bf16 operands. tile: its entries, samples, columns and
+    warps (of lists per sample the columns alone).
+    """
     batch, size, width, unique = x.shape[0], index.shape[-1], x.shape[1], start.shape[0] - 1
     need = {"NEED_GRAD": need_grad, "NEED_DBIAS": need_dbias}
     entries, samples, columns, warps = tile

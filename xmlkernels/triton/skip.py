@@ -1,6 +1,4 @@
-"""Which groups of rows `bce_step_` skips: decided on the device, between the logits and the two
-products that follow.
-"""
+"""Which groups of rows `bce_step_` skips, decided on the device once their logits are known."""
 
 import torch
 import triton
@@ -33,11 +31,11 @@ def choose_groups(
     BLOCK_L: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """One program for a tile: quiet int32 [groups], 1 where a group is skipped; active int32 [1 +
-    groups], how many are not, then those in ascending order.
+    """Choose the groups of a tile that are skipped; one program.
 
-    peaks fp32 [b-blocks, tile / BLOCK_L]: largest sigma of a block; reach fp32 [1]: max over d of
-    the sum over b of |x_bd|.
+    Writes quiet int32 [groups], 1 where a group is skipped, and active int32 [1 + groups]: how many
+    are not, then those in ascending order. peaks fp32 [b-blocks, tile / BLOCK_L]: largest sigma of
+    a block; reach fp32 [1]: max over d of the sum over b of |x_bd|.
     """
     BLOCKS: tl.constexpr = GROUP // BLOCK_L
     group = tl.arange(0, GROUPS)
@@ -98,6 +96,7 @@ class Groups:
         l_blocks: int,
         block_l: int,
     ) -> None:
+        """Choose the groups of one tile."""
         assert peaks is not None
         choose_groups[(1,)](
             peaks,

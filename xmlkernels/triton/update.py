@@ -1,6 +1,4 @@
-"""The update of table rows as a device function: SGD, SGD with momentum, Adam; see
-`xmlkernels.reference.update`.
-"""
+"""The update of table rows on the GPU; see `xmlkernels.reference.update`."""
 
 import triton
 import triton.language as tl
@@ -11,8 +9,9 @@ from xmlkernels.triton.hyper import BETA1, BETA2, DECAY, EPSILON, LR
 
 
 def bias_corrections(hyper: Tensor, counter: Tensor) -> Tensor:
-    """Adam's 1 - beta^t for both moments, fp32 [2], without a host sync; in float64 as the
-    reference does.
+    """Return Adam's 1 - beta^t for both moments, fp32 [2], without a host sync.
+
+    In float64, as the reference does.
     """
     betas = hyper[BETA1.value : BETA2.value + 1]
     return (1 - betas.double() ** (counter[1] + 1).double()).float()
@@ -39,7 +38,7 @@ def update_tile(
     EMULATED: tl.constexpr,
     row_moment=None,
 ):
-    """Updates a tile of table rows in place from its gradient.
+    """Update a tile of table rows in place from its gradient.
 
     weight, momentum, second, kahan: pointers to which the offsets `at` [R, COLUMNS] are added;
         absent ones are None.
