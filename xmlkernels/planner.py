@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from xmlkernels.memory import readable
 from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.table import Table
 
@@ -142,16 +143,6 @@ def told(parts: Mapping[str, int], device: str = "") -> str:
     where = f" on {device}" if device else ""
     named = ", ".join(f"{name} {readable(count)}" for name, count in large.items() if count)
     return f"memory of the model{where}: about {readable(total)} = {named}"
-
-
-def readable(count: int) -> str:
-    """Write a number of bytes in the unit that suits it."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} GiB"
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""How many CPU threads torch computes on, for a while."""
+"""Let torch compute on a chosen number of CPU threads, for a while."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ from xmlkernels.errors import InputError
 
 
 def check_threads(count: int) -> int:
-    """Return the number itself.
-
-    Raises:
-        InputError: Where it is negative or no whole number.
-    """
+    """Return the number itself; InputError where it is negative or no whole number."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         mend = "leave it out: 0 leaves torch's choice"
         raise InputError("threads", "a whole number, 0 or more", repr(count), mend)
@@ -27,8 +23,8 @@ def torch_threads(count: int) -> Iterator[None]:
     """Let torch compute on `count` CPU threads inside; 0 changes nothing.
 
     Neither entering nor leaving starts a thread. With 1, nothing that torch does inside starts its
-    pool of OpenMP threads, which no child made by `fork` can use. The number is that of the calling
-    thread; the same thread has its own number back afterwards.
+    pool of OpenMP threads, which a child made by `fork` could not use. The number is that of the
+    calling thread, which has its own back afterwards.
     """
     if count == 0:
         yield

@@ -18,7 +18,7 @@ from xmlkernels.data import formats
 from xmlkernels.data.formats import arrays
 from xmlkernels.data.formats.arrays import read_npy
 from xmlkernels.data.formats.matrices import canonical_csr
-from xmlkernels.free_memory import free_memory
+from xmlkernels.memory import free_memory
 
 
 def npy(header: str | dict[str, Any], content: bytes = b"", version: int = 1) -> bytes:

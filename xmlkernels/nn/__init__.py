@@ -1,1 +1,1 @@
-""""""
+"""Encoders, tables and heads: the modules that models are made of."""

@@ -23,9 +23,7 @@ _UNIT = 1 << 16
 
 
 def _keep(shape: torch.Size, dtype: torch.dtype, drop: int) -> torch.Tensor:
-    """A tensor of 0 and 1/(1 − drop/65,536): inverted dropout's factors (Srivastava et al.
-    2014).
-    """
+    """Draw inverted dropout's factors, 0 and 1/(1 − drop/65,536) (Srivastava et al., 2014)."""
     count = shape.numel()
     # One draw of torch's generator names the whole stream: saving and restoring that generator, as
     # a checkpoint or a second forward pass does, brings the same mask back. It does not depend on
@@ -52,9 +50,9 @@ class _Dropout(torch.autograd.Function):
 
 
 def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
-    """Inverted dropout of `x`, any shape, floating point: zero with probability p, else x/(1 − p).
+    """Drop values of a floating-point tensor: zero with probability p, else x/(1 − p).
 
-    On a CPU p is rounded to a multiple of 1/65,536, the scale fits the rounded value (so the mean
+    On a CPU, p is rounded to a multiple of 1/65,536, the scale fits the rounded value (so the mean
     stays x), and the mask follows from one draw of torch's default generator. The caller decides
     whether it is training.
     """
@@ -70,14 +68,16 @@ class Dropout(nn.Dropout):
     """`torch.nn.Dropout` over `dropout`; it has no parameters, so state dicts do not change."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Drop values in training; hand the tensor on in evaluation."""
         return dropout(input, self.p) if self.training else input
 
 
 def training_attention(
     stock: Callable[..., tuple[torch.Tensor, Any]],
 ) -> Callable[..., tuple[torch.Tensor, Any]]:
-    """Softmax attention (Vaswani et al. 2017, §3.2.1) in the form that transformers'
-    AttentionInterface calls.
+    """Make softmax attention in the form that transformers' AttentionInterface calls.
+
+    Source: Vaswani et al., 2017, section 3.2.1.
 
     Args:
         stock: the SDPA function of transformers. It serves other devices, evaluation, causal

@@ -1,4 +1,4 @@
-"""Which layers of the encoder each level of a cascade reads."""
+"""Choose the layers of the encoder that each level of a cascade reads."""
 
 from collections.abc import Sequence
 
@@ -19,12 +19,12 @@ _TWENTY_FOUR: dict[int, Recipe] = {3: ((16, 18), (22,), (24,)), 4: ((15, 16), (1
 
 
 def default_layers(num_layers: int, levels: int) -> Recipe:
-    """Layers of each level, coarsest first; a level with two layers reads both, side by side.
+    """Choose the layers of each level, coarsest first; two layers of a level are concatenated.
 
     12 layers, and 24 with R = 3 or 4, take the published recipes. Any other depth n takes the one
-    for 12: its layer j becomes floor(j n / 12), lowered where two would fall together so that
-    layers ascend; a coarsest level whose lower layer would be the embeddings reads the upper one
-    alone. Six layers (MiniLM, DistilBERT), R = 4: (2, 3), 4, 5, 6.
+    for 12: its layer j becomes floor(j n / 12), lowered where two would coincide, so that layers
+    ascend. A coarsest level whose lower layer would be the embeddings reads the upper one alone.
+    Six layers (MiniLM, DistilBERT), R = 4: (2, 3), 4, 5, 6.
 
     Args:
         num_layers: n, of the encoder.
@@ -34,21 +34,15 @@ def default_layers(num_layers: int, levels: int) -> Recipe:
         InputError: R is out of range, or the encoder has fewer layers than levels.
     """
     if levels not in _TWELVE:
-        raise InputError(
-            "levels of the cascade",
-            "2 to 5",
-            str(levels),
-            "build the label tree with 1 to 4 depths",
-        )
+        mend = "build the label tree with 1 to 4 depths"
+        raise InputError("levels of the cascade", "2 to 5", str(levels), mend)
     if num_layers < levels:
-        raise InputError(
-            "encoder",
-            f"{levels} layers or more, one for each level of the tree",
-            str(num_layers),
+        expected = f"{levels} layers or more, one for each level of the tree"
+        mend = (
             "take a deeper encoder or a tree with fewer depths, or name the layers of each level "
-            "yourself (a layer may serve "
-            "several)",
+            "yourself (a layer may serve several)"
         )
+        raise InputError("encoder", expected, str(num_layers), mend)
     published = _TWENTY_FOUR.get(levels) if num_layers == 24 else None
     if published is not None:
         return published
@@ -64,12 +58,13 @@ def default_layers(num_layers: int, levels: int) -> Recipe:
 
 
 def checked_layers(recipe: Sequence[Sequence[int]], levels: int, num_layers: int | None) -> Recipe:
-    """The recipe as tuples.
+    """Check a recipe and return it as tuples.
 
     Args:
+        recipe: layers of each level, coarsest first.
         levels: R.
-        num_layers: of the encoder; None for one without layers (a bag of words), which gives every
-            level the same.
+        num_layers: of the encoder; None where it is not known, or where it has no layers (a bag of
+            words) and gives every level the same.
 
     Raises:
         InputError: not one entry for each level, an entry without layers, more than two, or a layer
@@ -84,11 +79,7 @@ def checked_layers(recipe: Sequence[Sequence[int]], levels: int, num_layers: int
         if len(level) not in (1, 2):
             raise InputError(where, "one or two layers for a level", str(level), "correct it")
         if num_layers is not None and (min(level) < 0 or max(level) > num_layers):
+            expected = f"layers from 0 to {num_layers}, those of this encoder"
             got = f"layer {max(level) if max(level) > num_layers else min(level)}"
-            raise InputError(
-                where,
-                f"layers from 0 to {num_layers}, those of this encoder",
-                got,
-                "take a deeper encoder or other layers",
-            )
+            raise InputError(where, expected, got, "take a deeper encoder or other layers")
     return layers

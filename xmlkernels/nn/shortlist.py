@@ -1,12 +1,11 @@
-"""Which clusters a sample keeps, and where a node stands among its candidates: whole batches at a
-time, no host sync.
+"""Shortlists: the clusters that each sample keeps, and the place of a node among its candidates.
 
-A cascade's candidates of a level are the nodes of the clusters that a sample kept at the level
-above. `clusters` int64 [B, K] holds those clusters, ascending within a row, -1 pads at the end;
-cluster c owns the nodes row_ptr[c]:row_ptr[c + 1], at most M, and a candidate's place is (slot in
-the row) * M + (number within the cluster). So candidates stand in ascending order of their number
-too, and "the earlier place" is "the lower node". Source: CascadeXML (NeurIPS 2022), section 3; that
-positives are never lost while there is room is ours.
+All functions take whole batches and never wait for the device. A cascade's candidates of a level
+are the nodes of the clusters that a sample kept at the level above. `clusters` int64 [B, K] holds
+those clusters, ascending within a row, -1 pads at the end; cluster c owns the nodes
+row_ptr[c]:row_ptr[c + 1], at most M. A candidate's place is (slot in the row) * M + (number within
+the cluster). So places ascend as nodes do, and "the earlier place" is "the lower node". Source:
+CascadeXML (NeurIPS 2022), section 3; that positives are never lost while there is room is ours.
 """
 
 import torch
@@ -14,11 +13,11 @@ from torch import Tensor
 
 _PLACE_BITS = 30
 _PLACES = (1 << _PLACE_BITS) - 1
-_FORCED = 1 << 62  # above every score: 32 bits of score stand on 30 bits of place
+_FORCED = 1 << 62  # above every score, whose 32 bits are above 30 bits of place
 
 
 def candidates(clusters: Tensor, row_ptr: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The candidates of each sample.
+    """List the candidates of each sample.
 
     Args:
         clusters: int64 [B, K], -1 pads.
@@ -36,7 +35,7 @@ def candidates(clusters: Tensor, row_ptr: Tensor, most: int) -> tuple[Tensor, Te
 
 
 def count(clusters: Tensor, row_ptr: Tensor) -> Tensor:
-    """Candidates of each sample, int64 [B]."""
+    """Count the candidates of each sample, int64 [B]."""
     held = clusters.clamp(min=0)
     return torch.where(clusters >= 0, row_ptr[held + 1] - row_ptr[held], 0).sum(1)
 
@@ -44,12 +43,14 @@ def count(clusters: Tensor, row_ptr: Tensor) -> Tensor:
 def locate(
     node: Tensor, sample: Tensor, clusters: Tensor, row_ptr: Tensor, most: int
 ) -> tuple[Tensor, Tensor]:
-    """Where nodes stand among the candidates.
+    """Find the places of nodes among the candidates.
 
     Args:
-        node: int64 [P], any order; a number outside row_ptr stands nowhere.
+        node: int64 [P], any order; a number outside row_ptr is no candidate.
         sample: int [P], 0 to B - 1.
         clusters: int64 [B, K], ascending, pads last.
+        row_ptr: int64 [C + 1].
+        most: M.
 
     Returns:
         place: int64 [P], sample * K * M + place within the sample; 0 where it is no candidate.
@@ -71,27 +72,27 @@ def locate(
 
 
 def rank(scores: Tensor, real: Tensor) -> Tensor:
-    """One int64 per candidate, all different: by score, equal scores by place (the lower first), -1
-    where there is none.
+    """Give each candidate an int64 of its own that orders as its score does.
 
-    Exact ties are common (a fresh table scores zeros alike, bf16 rounds), and torch.topk leaves
-    open which one it takes.
+    Of equal scores the lower place comes first; -1 where there is no candidate. Exact ties are
+    common (a fresh table scores zeros alike, bf16 rounds), and torch.topk leaves open which one it
+    takes.
 
     Args:
         scores: fp32 [B, S]; -0 and 0 are equal.
         real: bool [B, S].
     """
     bits = (scores + 0.0).view(torch.int32)
-    ordered = bits ^ (
-        (bits >> 31) & 0x7FFFFFFF
-    )  # ascending as integers where the scores are as numbers
+    # Ascending as integers where the scores ascend as numbers.
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     place = _PLACES - torch.arange(scores.shape[1], device=scores.device)
     return torch.where(real, ((ordered.to(torch.int64) + (1 << 31)) << _PLACE_BITS) | place, -1)
 
 
 def best(scores: Tensor, real: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Places int64 [B, k] of the k best candidates, best first, and whether there is one there
-    (bool [B, k]).
+    """Find the k best candidates: places int64 [B, k], best first, and whether each exists.
+
+    The latter is bool [B, k]: a sample may have fewer than k.
     """
     keys = rank(scores, real)
     top = keys.topk(min(k, keys.shape[1]), dim=1).values
@@ -110,14 +111,15 @@ def select(
     width: int | None = None,
     positives: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The clusters that each sample hands on: its k best nodes; with `positives`, those first.
+    """Choose the clusters that each sample hands on: its k best nodes, but `positives` first.
 
     A sample with more than k positives keeps them all, up to `width`; one with fewer fills up to k
     with the best others.
 
     Args:
         scores: fp32 [B, K, M] of the candidates.
-        clusters, row_ptr: where the candidates come from.
+        clusters: int64 [B, K], where the candidates come from.
+        row_ptr: int64 [C + 1].
         k: nodes to keep.
         width: columns of the result, k or more (k when not given); fewer where there are fewer
             candidates.
@@ -125,7 +127,7 @@ def select(
 
     Returns:
         kept: int64 [B, width], ascending, -1 pads last.
-        place: int64 [B, width], where they stand among the sample's K * M candidates; 0 for pads.
+        place: int64 [B, width], their places among the sample's K * M candidates; 0 for pads.
         forced: int64 [1], positives among them.
     """
     _size, slots, most = scores.shape
@@ -142,7 +144,7 @@ def select(
     top = keys.topk(width, dim=1).values
     forced = top >= _FORCED
     keep = forced | ((top >= 0) & (torch.arange(width, device=top.device) < k))
-    # Candidates stand in ascending order, so sorting places sorts nodes.
+    # Places ascend as nodes do, so sorting places sorts nodes.
     place = torch.where(keep, _PLACES - (top & _PLACES), _PLACES).sort(1).values
     there = place < _PLACES
     place = torch.where(there, place, 0)

@@ -19,7 +19,7 @@ import numpy as np
 
 from xmlkernels.errors import InputError
 from xmlkernels.files import PathLike, check_file
-from xmlkernels.free_memory import free_memory
+from xmlkernels.memory import free_memory
 
 DEFLATE_RATIO = 1032
 """The most that deflate can shrink anything: a member that claims more is a lie."""
