@@ -121,8 +121,8 @@ class BowEncoder(nn.Module):
             seed=seed,
         )
         self._passed: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self.register_state_dict_post_hook(_saved_names)
-        self.register_load_state_dict_pre_hook(_table_names)
+        self.register_state_dict_post_hook(_saved_names)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_table_names)  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> BowEncoder:
@@ -180,7 +180,8 @@ class BowEncoder(nn.Module):
         if self.trained and torch.is_grad_enabled():
             self._passed.append((bag.requires_grad_(), token, offset, token_weight))
         x = bag + self.bias
-        return self.dropout(torch.relu(x) if self.activation == "relu" else x)
+        out: Tensor = self.dropout(torch.relu(x) if self.activation == "relu" else x)
+        return out
 
     def layer_vectors(self, levels: int | Sequence[object], *inputs: Tensor) -> list[Tensor]:
         """Give each level of a cascade the same vector, fp32 [B, D].

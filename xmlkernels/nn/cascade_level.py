@@ -112,7 +112,7 @@ class CascadeLevel(Table):
             InputError: no device of that name, or none in this machine.
         """
         try:
-            super()._apply(lambda tensor: tensor.to(device))
+            super()._apply(lambda tensor: tensor.to(device))  # type: ignore[no-untyped-call]
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, AssertionError) as error:
@@ -123,7 +123,7 @@ class CascadeLevel(Table):
         self._placed = True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CascadeLevel:
-        return self if self._placed else super()._apply(fn, recurse)
+        return self if self._placed else super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def step(

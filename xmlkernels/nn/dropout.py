@@ -61,7 +61,8 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
         return x
     if x.device.type != "cpu" or drop >= _UNIT:
         return nn.functional.dropout(x, p)
-    return _Dropout.apply(x, drop)
+    dropped: torch.Tensor = _Dropout.apply(x, drop)  # type: ignore[no-untyped-call]
+    return dropped
 
 
 class Dropout(nn.Dropout):

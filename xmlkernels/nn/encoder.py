@@ -201,7 +201,8 @@ class Encoder(nn.Module):
             pooled = self._pool(hidden.float(), attention_mask)
             if self.bottleneck is not None:
                 pooled = self.bottleneck(pooled)
-            return self.dropout(pooled).contiguous()
+            embedding: Tensor = self.dropout(pooled)
+        return embedding.contiguous()
 
     def layer_vectors(
         self, recipe: Recipe, input_ids: Tensor, attention_mask: Tensor
