@@ -21,7 +21,7 @@ from xmlkernels.cli import console, ensemble, export, predict, prepare, rank
 from xmlkernels.cli import tree as tree_command
 from xmlkernels.data import prepare as preparing
 from xmlkernels.locks import LOCK
-from xmlkernels.training import session, stops, tree
+from xmlkernels.training import run_state, session, stops, tree
 from xmlkernels.training.loop import train
 
 COMMANDS = {"tree": tree_command, "ranker": rank} | {
@@ -153,7 +153,7 @@ def cases(dataset: Path, folder: Path) -> Iterator[tuple[str, Callable[[Path], N
 
     def second(place: Path) -> None:
         def deaf() -> None:
-            session.Session.stop_if_asked = lambda self: None  # type: ignore[method-assign]
+            run_state.RunState.stop_if_asked = lambda self: None  # type: ignore[method-assign]
 
         child = Child(place, lambda: train(endless(place)), deaf)
         wait_for(place / "run" / "log.jsonl", child)
@@ -226,14 +226,14 @@ def cases(dataset: Path, folder: Path) -> Iterator[tuple[str, Callable[[Path], N
         saves = iter(range(100))
 
         def limit() -> None:
-            save = session.Session.save
+            save = run_state.RunState.save
 
             def then(self: Any, *, best: bool = False) -> None:
                 if next(saves) == 1:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 10, -1))
                 save(self, best=best)
 
-            session.Session.save = then  # type: ignore[method-assign]
+            run_state.RunState.save = then  # type: ignore[method-assign]
 
         config = replace(tiny(dataset, place / "run", **more), save_every=4)
         child = Child(place, lambda: train(config), limit)

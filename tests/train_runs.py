@@ -22,7 +22,7 @@ from tiny_tokenizer import make_tokenizer
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.prepare import PrepareConfig, prepare
-from xmlkernels.training import session
+from xmlkernels.training import evaluator, run_state, session
 from xmlkernels.training.checks import check
 from xmlkernels.training.config import Config
 from xmlkernels.training.loop import train
@@ -37,11 +37,14 @@ __all__ = [
     "Config",
     "cascade",
     "check",
+    "evaluator",
     "finished_run",
     "make_dataset",
     "make_tokenizer",
     "make_tree",
+    "opened",
     "run",
+    "run_state",
     "session",
     "threads_kept",
     "tiny",
@@ -138,6 +141,13 @@ def run(config: Config) -> dict[str, Any]:
     """`train` in this process, which keeps its thread count."""
     with threads_kept():
         return train(config)
+
+
+def opened(config: Config) -> tuple[session.Session, run_state.RunState]:
+    """A run before its first step, or where it goes on."""
+    with threads_kept():
+        found = session.Session(config)
+        return found, run_state.RunState(found)
 
 
 def finished_run(dataset: Path, base: Path) -> Path:

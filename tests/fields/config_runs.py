@@ -248,9 +248,9 @@ def recorded(config: Config) -> Seen:
     seen, told = Seen(config, Path(config.output)), io.StringIO()
     build, save = session.build_model, CheckpointFolder.save_last
 
-    def built(config: Config, dataset: Dataset, inputs: Any, *rest: Any, **options: Any) -> Any:
-        model = build(config, dataset, inputs, *rest, **options)
-        seen.dataset, seen.inputs, seen.tree, seen.model = dataset, inputs, options["tree"], model
+    def built(plan: Any, dataset: Dataset, inputs: Any, tree: Any) -> Any:
+        model = build(plan, dataset, inputs, tree)
+        seen.dataset, seen.inputs, seen.tree, seen.model = dataset, inputs, tree, model
         _watch(seen, model)
         return model
 

@@ -13,6 +13,7 @@ import torch
 from config_runs import (
     EPOCHS,
     ONE_STEP,
+    PER_EPOCH,
     Case,
     Runs,
     Seen,
@@ -24,7 +25,8 @@ from config_runs import (
 from train_runs import make_tree
 
 from xmlkernels.ops.hyper import SCALE
-from xmlkernels.training import build, config
+from xmlkernels.training.build import build_model
+from xmlkernels.training.plan import resolve
 from xmlkernels.tree.label_tree import LabelTree
 
 # SGD without momentum, decay or dropout of the features: a level's table moves in proportion to the
@@ -197,7 +199,12 @@ def labels_elsewhere(runs: Runs, folder: Path) -> None:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 2)
         places = [
-            config.resolved_label_device(replace(plain.config, device=home, label_device=apart))
+            resolve(
+                replace(plain.config, precision="fp32", device=home, label_device=apart),
+                plain.dataset,
+                plain.tree,
+                PER_EPOCH,
+            ).label_device
             for home, apart in (
                 ("cuda", "auto"),
                 ("cuda", "cuda:0"),
@@ -206,24 +213,12 @@ def labels_elsewhere(runs: Runs, folder: Path) -> None:
             )
         ]
     assert [str(place) for place in places] == ["None", "None", "cpu", "cuda:1"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            build,
-            "resolved_label_device",
-            lambda config: {"cuda:1": torch.device("meta")}.get(config.label_device),
-        )
-        for name, device in (("auto", "cpu"), ("cuda:1", "meta")):
-            model = build.build_model(
-                replace(plain.config, label_device=name),
-                plain.dataset,
-                plain.inputs,
-                10,
-                torch.device("cpu"),
-                tree=plain.tree,
-                epoch=5,
-            )
-            devices = [level.weight.device.type for level in model.heads.levels]
-            assert devices == ["cpu", "cpu", device]
+    plan = resolve(plain.config, plain.dataset, plain.tree, PER_EPOCH)
+    for apart, device in ((None, "cpu"), (torch.device("meta"), "meta")):
+        made = replace(plan, label_device=apart)
+        model = build_model(made, plain.dataset, plain.inputs, plain.tree)
+        devices = [level.weight.device.type for level in model.heads.levels]
+        assert devices == ["cpu", "cpu", device]
 
 
 WEIGHT = "head.weight"

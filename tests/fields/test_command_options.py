@@ -95,7 +95,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_predict_asks_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setattr(torch, "set_num_threads", keeping(seen, "threads"))
-    monkeypatch.setattr(predict, "resolved_device", lambda name: f"device {name}")
+    monkeypatch.setattr(predict, "find_device", lambda name: f"device {name}")
     model = SimpleNamespace(
         predict=keeping(seen, "predict", iter([])), parts=TextParts(), labels=LABELS
     )
@@ -123,7 +123,7 @@ def test_what_export_asks_of_a_model(
     model = SimpleNamespace(
         model="a model", labels=LABELS, inputs=SimpleNamespace(check=lambda dataset: None)
     )
-    monkeypatch.setattr(export, "resolved_device", lambda name: f"device {name}")
+    monkeypatch.setattr(export, "find_device", lambda name: f"device {name}")
     monkeypatch.setattr(export.Predictor, "load", keeping(seen, "load", model))
     monkeypatch.setattr(
         export, "embed_split", keeping(seen, "embeddings", np.zeros((2, 3), np.float32))

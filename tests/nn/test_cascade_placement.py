@@ -27,6 +27,7 @@ from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.planner import planned
 from xmlkernels.training import build
+from xmlkernels.training.plan import before_data
 
 CPU = torch.device("cpu")
 MODELS = {
@@ -284,11 +285,10 @@ def test_memory_is_told_for_each_device(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(build, "longest_row", lambda *_: 10)
-    dataset = SimpleNamespace(splits={"train": range(1000)})
     settings = {
         "label_device": "cpu",
         "device": "cuda",
+        "table": "bf16",
         "batch": 8,
         "accumulate": 2,
         "beyond_memory": True,
@@ -301,14 +301,10 @@ def test_memory_is_told_for_each_device(
     }
 
     def lines(**changes: Any) -> list[str]:
-        build._tell(
-            replace(config, **changes),
-            dataset,
-            encoder,
-            tables,
-            (1 << 10, 640),
-            torch.device("cuda"),
-        )
+        settings = replace(config, **changes)
+        places = vars(before_data(settings))
+        plan = SimpleNamespace(config=settings, **places, documents=8, longest=10, update=16)
+        build.announce_cascade(plan, encoder, tables, (1 << 10, 640))
         return capsys.readouterr().out.splitlines()
 
     card, host = lines()

@@ -11,7 +11,7 @@ import pytest
 import torch
 import train_runs
 import transformers
-from train_runs import LABELS, cascade, make_dataset, make_tree, run, session, tiny
+from train_runs import LABELS, cascade, evaluator, make_dataset, make_tree, run, tiny
 
 from xmlkernels import InputError
 from xmlkernels.checkpoint import CheckpointFolder, save
@@ -95,9 +95,9 @@ def test_a_run_from_before_goes_on_as_it_began(
     """Its checkpoint says nothing of a class token, and was trained on the first one."""
     config = tiny(dataset, tmp_path / "run", encoder=str(model), pooling="cls", epochs=1)
     seen: list[str] = []
-    whole = session.Session.finish
+    whole = evaluator.Evaluator.finish
     monkeypatch.setattr(
-        session.Session,
+        evaluator.Evaluator,
         "finish",
         lambda self: seen.append(self.model.encoder.class_token) or whole(self),
     )

@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 from damage import flip, without_checksums
-from train_runs import ROOT, Config, make_dataset, run, threads_kept, tiny, weights
+from train_runs import ROOT, Config, make_dataset, opened, run, tiny, weights
 
 from xmlkernels import InputError
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.predict.model import CheckpointWarning, Predictor
 from xmlkernels.training.config import began_with
-from xmlkernels.training.session import Session
 
 V1 = ROOT / "tests" / "fixtures" / "v1"
 TEXTS = ["w0 w1 w2", "w30 w31", ""]
@@ -228,13 +227,12 @@ def test_resume_states_of_other_types_are_told(
     head, what = exchange(json.loads(states[0].read_text()), random.Random(seed))
     states[0].write_text(json.dumps(head))
     shutil.rmtree(states[1].parent)
-    with threads_kept():
-        try:
-            Session(config)
-        except InputError as error:
-            assert str(error)
-        except Exception as error:
-            raise AssertionError(what) from error
+    try:
+        opened(config)
+    except InputError as error:
+        assert str(error)
+    except Exception as error:
+        raise AssertionError(what) from error
 
 
 def test_served_states_of_other_types_are_told(damaged: Path) -> None:

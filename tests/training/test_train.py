@@ -24,10 +24,12 @@ from train_runs import (
     ROOT,
     TRAIN_DOCUMENTS,
     Config,
+    evaluator,
     make_dataset,
+    opened,
     run,
+    run_state,
     session,
-    threads_kept,
     tiny,
     weights,
 )
@@ -37,7 +39,7 @@ from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.predict.model import Predictor
 from xmlkernels.training import stops
 from xmlkernels.training.config import recorded
-from xmlkernels.training.session import Session
+from xmlkernels.training.run_state import RunState
 
 STEPS = 3 * (TRAIN_DOCUMENTS // 16)
 TIMING = ("documents_per_second", "seconds")
@@ -89,14 +91,14 @@ class Stopped(Exception):
 
 def stop_at_save(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """The run ends, without a word, just before its save of this number."""
-    save, count = session.Session.save, iter(range(1, 1000))
+    save, count = run_state.RunState.save, iter(range(1, 1000))
 
-    def counted(self: session.Session, *, best: bool = False) -> None:
+    def counted(self: run_state.RunState, *, best: bool = False) -> None:
         if next(count) == number:
             raise Stopped
         save(self, best=best)
 
-    monkeypatch.setattr(session.Session, "save", counted)
+    monkeypatch.setattr(run_state.RunState, "save", counted)
 
 
 def stopped_run(config: Config, at_save: int) -> None:
@@ -205,9 +207,9 @@ def test_without_save_every_the_best_and_the_last_epoch_alone_are_written(
 
     found = iter([7.0, 5.0])
     monkeypatch.setattr(CheckpointFolder, "save_last", told)
-    better = Session.improved
+    better = RunState.improved
     monkeypatch.setattr(
-        Session, "improved", lambda self, metrics: better(self, metrics | {"P@1": next(found)})
+        RunState, "improved", lambda self, metrics: better(self, metrics | {"P@1": next(found)})
     )
     run(tiny(dataset, tmp_path / "few", save_every=0, evaluate_every=2))
     assert written == [(2, 2), (3, 2)]
@@ -255,8 +257,7 @@ def test_a_stop_between_last_and_best_is_mended(
         run(tiny(dataset, tmp_path))
     assert not CheckpointFolder(tmp_path / "checkpoint").exists("best")
     monkeypatch.setattr(CheckpointFolder, "save_best", link)
-    with threads_kept():
-        session.Session(tiny(dataset, tmp_path, resume=True))
+    opened(tiny(dataset, tmp_path, resume=True))
     assert weights(tmp_path, "best") == weights(tmp_path, "last")
     run(tiny(dataset, tmp_path, resume=True))
     assert_same_run(tmp_path, finished)
@@ -266,15 +267,15 @@ def test_a_run_stopped_in_its_validation_goes_on_from_the_step_before(
     dataset: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its checkpoint is one of the end of the second epoch, not validated yet."""
-    evaluate = session.Session.evaluate
+    evaluate = evaluator.Evaluator.evaluate
 
-    def asked_to_stop(self: session.Session, split: Any) -> Any:
-        if self.epoch == 2:
+    def asked_to_stop(self: evaluator.Evaluator, split: Any) -> Any:
+        if self.run.epoch == 2:
             raise stops.Stopped(signal.SIGTERM)
         return evaluate(self, split)
 
     with monkeypatch.context() as patch, pytest.raises(stops.Stopped, match="15"):
-        patch.setattr(session.Session, "evaluate", asked_to_stop)
+        patch.setattr(evaluator.Evaluator, "evaluate", asked_to_stop)
         run(tiny(dataset, tmp_path / "run", save_every=0))
     _, state = CheckpointFolder(tmp_path / "run" / "checkpoint").load("last")
     assert (state["epoch"], state["position"], state["steps"]) == (1, STEPS // 3, 2 * STEPS // 3)
@@ -286,9 +287,9 @@ def test_counters_are_those_of_the_run_not_of_its_best_step(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first epoch is made the best; one step after it is skipped."""
-    real = session.Session.improved
+    real = RunState.improved
     monkeypatch.setattr(
-        session.Session, "improved", lambda self, metrics: self.epoch == 1 and real(self, metrics)
+        RunState, "improved", lambda self, metrics: self.epoch == 1 and real(self, metrics)
     )
     calls = []
 
@@ -404,8 +405,7 @@ def test_what_changed_before_a_resume_is_told_and_recorded(
 
 
 def test_losses_that_are_not_finite_stay_out_of_the_mean(dataset: Path, tmp_path: Path) -> None:
-    with threads_kept():
-        state = session.Session(tiny(dataset, tmp_path))
+    _, state = opened(tiny(dataset, tmp_path))
     infinite, four = torch.tensor([float("inf")]), torch.tensor([4.0])
     for pending in ([(infinite, 2), (four, 2)], [(infinite, 2)]):
         state.pending = pending

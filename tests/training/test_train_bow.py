@@ -23,7 +23,7 @@ from train_runs import (
     make_dataset,
     make_tree,
     run,
-    session,
+    run_state,
     tiny,
     weights,
 )
@@ -147,15 +147,15 @@ def test_under_a_cascade_with_label_texts(
     }
     report = run(cascade(dataset, tmp_path / "whole", tree, **options))
     assert report["test"]["P@1"] > 30 and len(report["test"]["levels"]) == 2
-    log = session.Session.log_progress
+    log = run_state.RunState.log_progress
 
-    def stop(self: session.Session) -> None:
+    def stop(self: run_state.RunState) -> None:
         log(self)
         if self.epoch == 1 and self.position >= 6:
             raise Stopped
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(session.Session, "log_progress", stop)
+        patch.setattr(run_state.RunState, "log_progress", stop)
         run(cascade(dataset, tmp_path / "parts", tree, **options))
     run(cascade(dataset, tmp_path / "parts", tree, **options, resume=True))
     assert weights(tmp_path / "parts", "last") == weights(tmp_path / "whole", "last")

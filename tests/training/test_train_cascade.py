@@ -24,10 +24,11 @@ from train_runs import (
     ROOT,
     Config,
     cascade,
+    evaluator,
     make_dataset,
     make_tree,
     run,
-    session,
+    run_state,
     threads_kept,
     weights,
 )
@@ -139,7 +140,7 @@ def test_the_scheme_is_that_of_the_best_validation_not_of_the_last(
             labels[:, 0] = [row.indices[0] for row in split.labels]
         return found | {"path": replace(found["path"], labels=labels)}
 
-    monkeypatch.setattr(session, "evaluate_schemes", path_is_right_after_one_epoch_alone)
+    monkeypatch.setattr(evaluator, "evaluate_schemes", path_is_right_after_one_epoch_alone)
     run(cascade(dataset, tmp_path / "run", tree, epochs=2))
     metrics = metrics_of(tmp_path / "run")
     assert len(steps) == 3 and steps[0] == steps[2] < steps[1]  # each epoch, and the best again
@@ -216,15 +217,15 @@ def test_a_stopped_run_resumes_bit_for_bit(
     """Stopped without a word in the second epoch, between two checkpoints and two log lines."""
     settings = {"epochs": 2, "save_every": 5, "loss_every": 1} | options
     run(cascade(dataset, tmp_path / "whole", tree, **settings))
-    log = session.Session.log_progress
+    log = run_state.RunState.log_progress
 
-    def stop(self: session.Session) -> None:
+    def stop(self: run_state.RunState) -> None:
         log(self)
         if self.epoch == 1 and self.position >= 6:
             raise Stopped
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(session.Session, "log_progress", stop)
+        patch.setattr(run_state.RunState, "log_progress", stop)
         run(cascade(dataset, tmp_path / "parts", tree, **settings))
     run(cascade(dataset, tmp_path / "parts", tree, **settings, resume=True))
     ours, theirs = tmp_path / "parts", tmp_path / "whole"

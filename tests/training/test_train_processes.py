@@ -17,7 +17,7 @@ from train_runs import (
     make_dataset,
     make_tree,
     run,
-    session,
+    run_state,
     tiny,
     weights,
 )
@@ -25,9 +25,9 @@ from train_runs import (
 from xmlkernels import InputError, dist
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.data.dataset import Dataset
+from xmlkernels.devices import find_device
 from xmlkernels.evaluation import evaluate_split, score_matrix
 from xmlkernels.predict.model import Predictor
-from xmlkernels.training.config import resolved_device
 
 TIMING = ("documents_per_second", "seconds")
 ON: dict[str, Any] = {"device": "cpu"}  # auto would want a card for each process
@@ -49,15 +49,15 @@ class Stopped(Exception):
 
 def stopped(config: Any, at_save: int) -> None:
     """A run that both processes leave just before its save of this number."""
-    save, count = session.Session.save, iter(range(1, 1000))
+    save, count = run_state.RunState.save, iter(range(1, 1000))
 
-    def counted(self: session.Session, *, best: bool = False) -> None:
+    def counted(self: run_state.RunState, *, best: bool = False) -> None:
         if next(count) == at_save:
             raise Stopped
         save(self, best=best)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(session.Session, "save", counted)
+        patch.setattr(run_state.RunState, "save", counted)
         run(config)
 
 
@@ -172,19 +172,19 @@ def test_a_batch_has_a_document_for_each_process(
 def test_each_process_has_a_card_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert resolved_device("auto") == torch.device("cuda") and resolved_device(
+    assert find_device("auto") == torch.device("cuda") and find_device("cuda:1") == torch.device(
         "cuda:1"
-    ) == torch.device("cuda:1")
+    )
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert resolved_device("auto") == resolved_device("cuda") == torch.device("cuda:1")
-    assert resolved_device("cpu") == torch.device("cpu")
+    assert find_device("auto") == find_device("cuda") == torch.device("cuda:1")
+    assert find_device("cpu") == torch.device("cpu")
     with pytest.raises(
         InputError, match="--device: expected cuda, cpu or auto for several processes, got 'cuda:1'"
     ):
-        resolved_device("cuda:1")
+        find_device("cuda:1")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(
         InputError, match="a GPU for each process, got 2 GPUs for process 3 .*--nproc-per-node 2"
     ):
-        resolved_device("auto")
+        find_device("auto")

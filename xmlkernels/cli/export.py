@@ -29,12 +29,13 @@ from xmlkernels.cli.console import say
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.formats.matrices import write_npz
 from xmlkernels.data.inputs import check_dataset
+from xmlkernels.devices import find_device
 from xmlkernels.evaluation import embed_split, predict_split, score_matrix
 from xmlkernels.files import replacing
 from xmlkernels.locks import own_folder
 from xmlkernels.predict.model import Predictor
 from xmlkernels.training.checks import check_least
-from xmlkernels.training.config import Config, began_with, resolved_device
+from xmlkernels.training.config import Config, began_with
 from xmlkernels.training.folder import read_json
 from xmlkernels.training.inputs import open_dataset
 from xmlkernels.training.owned import refuse_others
@@ -80,7 +81,7 @@ def export(options: Options) -> None:
     refuse_others(options.output, run=False)
     with own_folder(options.output, writes=WRITTEN) as folder:
         predictor = Predictor.load(
-            options.checkpoint, which=options.which, device=resolved_device(options.device)
+            options.checkpoint, which=options.which, device=find_device(options.device)
         )
         if options.what == "label_vectors":
             label_vectors(options, predictor, folder)

@@ -24,6 +24,7 @@ from xmlkernels.cli.filters import Barred
 from xmlkernels.cli.texts import Texts, paired
 from xmlkernels.data.formats import write_npz
 from xmlkernels.data.text_parts import TextParts
+from xmlkernels.devices import find_device
 from xmlkernels.evaluation import score_matrix
 from xmlkernels.files import replacing
 from xmlkernels.locks import own_place
@@ -31,7 +32,6 @@ from xmlkernels.predict.base import Label, TextPredictor
 from xmlkernels.predict.model import Predictor
 from xmlkernels.predict.ranked import Forest, RankedPredictor
 from xmlkernels.training.checks import check_least, flag
-from xmlkernels.training.config import resolved_device
 
 # tyro would take the text "None" for no text.
 VERBATIM: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
@@ -196,7 +196,7 @@ def loaded(options: Options) -> TextPredictor:
     """The model, or the ranker with its model; InputError where it needs other texts than the
     options name.
     """
-    device = resolved_device(options.device)
+    device = find_device(options.device)
     if not options.ranker:
         return Predictor.load(
             options.checkpoint, which=options.which, device=device, threads=options.threads

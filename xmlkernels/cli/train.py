@@ -18,7 +18,7 @@ from xmlkernels.cli.arguments import parse_named
 from xmlkernels.cli.console import print_metrics, say, typed
 from xmlkernels.cli.rank import print_ranker
 from xmlkernels.training.checks import check
-from xmlkernels.training.config import Config, resolved_device
+from xmlkernels.training.config import Config
 from xmlkernels.training.linear import LinearConfig, train_linear
 from xmlkernels.training.loop import train
 from xmlkernels.training.recipes import RECIPES
@@ -40,9 +40,9 @@ def main(words: Sequence[str], prog: str = "xmlkernels train") -> None:
         return
     given = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
     config = recipe.fit(config, given | {name.removeprefix("no_") for name in given})
-    check(config, given=given)
+    early = check(config, given=given)
     tell_of_batch(config, recipe.config, given)
-    dist.start(resolved_device(config.device), config.timeout)
+    dist.start(early.device, config.timeout)
     print_metrics(train(config), Path(config.output))
     say(
         f'ask it: {typed("predict")} --checkpoint {config.output} --text "…"   (--input FILE for '

@@ -10,16 +10,8 @@ from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
 from xmlkernels import InputError, dist
-from xmlkernels.training.config import (
-    BEST_BY,
-    Config,
-    layers_of,
-    resolved_device,
-    resolved_label_device,
-    resolved_optimizer,
-    resolved_state,
-    resolved_table,
-)
+from xmlkernels.training.config import BEST_BY, Config, layers_of
+from xmlkernels.training.plan import BeforeData, before_data
 
 OF_CASCADE = (
     "tree",
@@ -99,11 +91,15 @@ def check_least(options: object, least: int, *names: str) -> None:
             )
 
 
-def check(config: Config, given: Collection[str] = ()) -> None:
-    """Refuses settings that cannot be used, before any work.
+def check(config: Config, given: Collection[str] = ()) -> BeforeData:
+    """Refuse settings that cannot be used, before any work.
 
     Args:
+        config: the settings.
         given: the fields named on the command line, to refuse the ones that would do nothing.
+
+    Returns:
+        What the settings resolve to before any data are read.
 
     Raises:
         InputError: the first setting out of range, unknown, contradictory or without effect.
@@ -122,10 +118,9 @@ def check(config: Config, given: Collection[str] = ()) -> None:
         if not config.tree:
             depths = " ".join(map(str, config.tree_depths))
             check_levels(config, len(config.tree_depths) + 1, f"as --tree-depths {depths} has them")
-    table = resolved_table(config, resolved_device(config.device))
-    resolved_label_device(config)
+    early = before_data(config)
     for idle, name, needs, got in (
-        *_without_effect(config, table, given),
+        *_without_effect(config, early, given),
         *_of_another(config, given),
     ):
         if idle:
@@ -135,6 +130,7 @@ def check(config: Config, given: Collection[str] = ()) -> None:
             raise InputError(
                 flag(name), f"no {flag(other)} beside it", "both", "choose one of them"
             )
+    return early
 
 
 def check_levels(config: Config, levels: int, why: str) -> None:
@@ -298,24 +294,24 @@ def _ranges(config: Config) -> Iterator[tuple[bool, str, str, str]]:
 
 
 def _without_effect(
-    config: Config, table: str, given: Collection[str]
+    config: Config, early: BeforeData, given: Collection[str]
 ) -> Iterator[tuple[bool, str, str, str]]:
     """(would do nothing, flag, what it needs, what stands there)."""
     yield (
-        config.kahan and table == "fp32",
+        config.kahan and early.table == "fp32",
         "--kahan",
         "a table below fp32",
         f"--table {config.table}, which is fp32 here",
     )
     yield (
-        config.kahan and table == "fp8",
+        config.kahan and early.table == "fp8",
         "--kahan",
         "a table in bf16 or fp16",
         "--table fp8, which rounds stochastically",
     )
-    no_state = resolved_state(config) is None and config.state != "fp32"
+    no_state = early.state is None and config.state != "fp32"
     yield no_state, "--state", "an optimizer that keeps a state", "SGD without momentum"
-    optimizer = resolved_optimizer(config)
+    optimizer = early.optimizer
     yield (
         "momentum" in given and optimizer != "sgd",
         "--momentum",

@@ -1,16 +1,16 @@
-"""Where the time of a run goes."""
+"""Clocks: where the time of a run goes."""
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 log = logging.getLogger(__name__)
 
 
 class Clock:
-    """Wall clock of a run by what it was spent on; every moment after `start` belongs to exactly
-    one part.
+    """Wall clock of a run by part; every moment after `start` belongs to exactly one.
 
     Attributes:
         spent: seconds of each part up to its last change; `seconds()` is up to now.
@@ -22,16 +22,20 @@ class Clock:
         self._since = 0.0
 
     def start(self, part: str | None) -> str | None:
-        """From now on time belongs to `part` (None: to nothing); returns the part before."""
+        """Count from now on for `part` (None: for nothing); return the part before."""
         before, now = self._part, time.perf_counter()
         if before is not None:
             self.spent[before] += now - self._since
         self._part, self._since = part, now
         return before
 
+    def go_on(self, spent: Mapping[str, Any]) -> None:
+        """Count on from the seconds of a run that was stopped."""
+        self.spent |= {part: float(value) for part, value in spent.items() if part in self.spent}
+
     @contextmanager
     def on(self, part: str) -> Iterator[None]:
-        """`part` inside the block, and what it was before after it."""
+        """Count the block's time for `part`, and what follows for the part before."""
         before = self.start(part)
         try:
             yield
@@ -39,19 +43,20 @@ class Clock:
             self.start(before)
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each part, up to now."""
+        """Return the seconds of each part, up to now."""
         self.start(self._part)
         return dict(self.spent)
 
 
 class Seconds:
-    """Wall and CPU seconds of each part of the work; a shared machine makes the former long."""
+    """Wall and CPU seconds of each part of the work; on a shared machine they differ."""
 
     def __init__(self) -> None:
         self.spent: dict[str, dict[str, float]] = {}
 
     @contextmanager
     def on(self, part: str) -> Iterator[None]:
+        """Measure and log the block's time."""
         wall, cpu = time.perf_counter(), time.process_time()
         yield
         self.spent[part] = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}

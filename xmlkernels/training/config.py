@@ -4,17 +4,11 @@ cannot be used.
 
 import difflib
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-import torch
-
 from xmlkernels import InputError, dist
-from xmlkernels.precision import default_table_dtype
-
-log = logging.getLogger(__name__)
 
 BEST_BY = tuple(f"{kind}@{k}" for kind in ("P", "nDCG", "PSP", "PSnDCG", "R") for k in range(1, 6))
 
@@ -283,89 +277,6 @@ class Config:
             mend = f"did you mean {near[0]}?" if near else "see the fields of xmlkernels.Config"
             raise InputError(wrong[0], "a setting of Config", "none of that name", mend)
         return replace(self, **changes)
-
-
-def resolved_device(name: str, where: str = "--device") -> torch.device:
-    """The device that "auto" stands for, or the one named; of several processes on a machine each
-    has a GPU of its own.
-
-    Args:
-        where: the flag that named it.
-
-    Raises:
-        InputError: no device of that name, not in this machine, or one for several processes.
-    """
-    mend = "choose cpu, cuda, cuda:NUMBER or auto"
-    several, gpus = (
-        dist.launched()[1] > 1,
-        torch.cuda.device_count() if torch.cuda.is_available() else 0,
-    )
-    if name == "auto":
-        name = "cuda" if gpus else "cpu"
-    if several and name == "cuda" and gpus:
-        if (own := dist.local_rank()) >= gpus:
-            got = f"{gpus} GPUs for process {own + 1} of this machine"
-            raise InputError(
-                where, "a GPU for each process", got, f"start it with --nproc-per-node {gpus}"
-            )
-        return torch.device("cuda", own)
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(where, "a device", repr(name), mend) from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(where, "cpu or cuda", repr(name), mend)
-    if several and device.index is not None:
-        raise InputError(
-            where,
-            "cuda, cpu or auto for several processes",
-            repr(name),
-            "leave the number out: each has its own",
-        )
-    found = torch.cuda.device_count() if device.type == "cuda" else 1
-    if (device.index or 0) >= found:
-        raise InputError(
-            where, "a device of this machine", f"{name!r} ({found} found)", "choose cpu or auto"
-        )
-    return device
-
-
-def resolved_label_device(config: Config) -> torch.device | None:
-    """The label table's own device; None where it stands with the model.
-
-    Raises:
-        InputError: no device of that name, or not in this machine.
-    """
-    if config.label_device == "auto":
-        return None
-    model, own = (
-        resolved_device(config.device),
-        resolved_device(config.label_device, "--label-device"),
-    )
-    return None if (own.type, own.index or 0) == (model.type, model.index or 0) else own
-
-
-def resolved_table(config: Config, device: torch.device) -> str:
-    """The number format that "auto" stands for on the model's device, or the one named."""
-    if config.table != "auto":
-        return config.table
-    return "fp32" if config.table_optimizer == "adamw_dense" else default_table_dtype(device)
-
-
-def resolved_optimizer(config: Config) -> str:
-    """The table optimizer that "auto" stands for, or the one named."""
-    auto = "adam" if config.model == "cascade" else "sgd"
-    return auto if config.table_optimizer == "auto" else config.table_optimizer
-
-
-def resolved_epsilon(config: Config) -> float:
-    """Epsilon of the encoder's AdamW: the one given, or the model's own."""
-    return config.encoder_epsilon or (1e-8 if config.model == "cascade" else 1e-6)
-
-
-def resolved_state(config: Config) -> str | None:
-    """The number format of the table's optimizer state; None where the optimizer keeps none."""
-    return None if resolved_optimizer(config) == "sgd" and config.momentum == 0 else config.state
 
 
 def recorded(config: Config) -> dict[str, Any]:

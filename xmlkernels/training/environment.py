@@ -1,4 +1,4 @@
-"""What a run says about itself: commit, versions, devices, formats."""
+"""Facts that a run records about itself: commit, versions, devices, number formats."""
 
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +11,7 @@ import torch
 from xmlkernels import __version__, dist
 from xmlkernels.models.base import Model
 from xmlkernels.ops import missing
-from xmlkernels.training.config import Config, resolved_label_device, resolved_state, resolved_table
+from xmlkernels.training.plan import Plan
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "safetensors")
 
@@ -39,8 +39,8 @@ def _git(folder: Path, *words: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def environment(config: Config, model: Model) -> dict[str, Any]:
-    """Everything beside settings and data that the bits of a result depend on, as flat JSON."""
+def environment(plan: Plan, model: Model) -> dict[str, Any]:
+    """Collect what the bits of a result depend on besides settings and data, as flat JSON."""
     versions = {"python": python_version(), "xmlkernels": __version__}
     for name in PACKAGES:
         try:
@@ -49,23 +49,23 @@ def environment(config: Config, model: Model) -> dict[str, Any]:
             versions[name] = "unknown"
     return versions | {
         "device": str(model.device),
-        "label_device": str(resolved_label_device(config) or model.device),
+        "label_device": str(plan.label_device or model.device),
         "threads": torch.get_num_threads(),
         "processes": dist.size(),
         "native": missing is None,
         "autocast": dtype_name(getattr(model.encoder, "autocast", None)),
-        "table": resolved_table(config, model.device),
-        "state": resolved_state(config),
+        "table": plan.table,
+        "state": plan.state,
     }
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:
-    """fp32, bf16 or fp16; None is autocast switched off."""
+    """Name a dtype: fp32, bf16 or fp16; None is autocast switched off."""
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype or torch.float32, "fp32")
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What is not as it was, for one line; empty when all is the same."""
+    """Describe what has changed on one line; empty when nothing has."""
     return ", ".join(
         f"{key} {now[key]} instead of {before[key]}"
         for key in now

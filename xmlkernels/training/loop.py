@@ -1,36 +1,53 @@
-"""The training loop of both models."""
+"""The training loop of both models, and how a run that ends early is reported."""
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from xmlkernels import dist
+from xmlkernels.checkpoint import CheckpointFolder
+from xmlkernels.errors import Failed
+from xmlkernels.files import reason_of
+from xmlkernels.locks import own_folder
 from xmlkernels.training.checks import check
 from xmlkernels.training.config import Config
-from xmlkernels.training.running import running
+from xmlkernels.training.evaluator import Evaluator
+from xmlkernels.training.folder import RUN_FILES, clear_leftovers
+from xmlkernels.training.run_state import RunState
+from xmlkernels.training.session import Session
+from xmlkernels.training.stops import Stopped, held
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Run one configuration from data to metrics; returns what metrics.json holds.
+    """Run one configuration from data to metrics.
+
+    Returns:
+        What metrics.json holds.
 
     Raises:
-        InputError: settings or data that cannot be used; told before any work.
+        InputError: settings or data that cannot be used; before any work.
     """
     check(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    with running(config) as run:
-        model = run.model.train()
-        run.clock.start(
-            "train"
-        )  # evaluation and checkpoints count apart; waiting for data counts here
+    with running(config) as (session, run, evaluator):
+        model = session.model.train()
+        # Evaluation and checkpoints are counted apart; waiting for data belongs to training.
+        run.clock.start("train")
         while run.epoch < config.epochs:
-            for batch in run.batches.epoch(run.epoch, start=run.position):
+            for batch in session.batches.epoch(run.epoch, start=run.position):
                 need_loss = config.loss_every > 0 and model.steps % config.loss_every == 0
-                loss = model.step(batch.to(run.device, non_blocking=True), need_loss=need_loss)
+                loss = model.step(batch.to(session.device, non_blocking=True), need_loss=need_loss)
                 run.position += 1
                 run.collect(loss, batch)
+                # The loop waits for the device in these two lines and nowhere else.
                 if model.steps % config.log_every == 0:
-                    # here and in the next the loop waits for the device, nowhere else
                     run.log_progress()
                 elif run.progress.due():
                     run.tell_progress()
@@ -38,11 +55,79 @@ def train(config: Config) -> dict[str, Any]:
                     run.save()
                 run.stop_if_asked()
             run.epoch, run.position = run.epoch + 1, 0
-            best = False
-            if run.validation is not None and (
-                run.epoch % config.evaluate_every == 0 or run.epoch == config.epochs
-            ):
-                best = run.improved(run.validate())
-            if best or config.save_every or run.epoch == config.epochs:
+            best, last = False, run.epoch == config.epochs
+            due = run.epoch % config.evaluate_every == 0 or last
+            if session.validation is not None and due:
+                best = run.improved(evaluator.validate())
+            if best or config.save_every or last:
                 run.save(best=best)
-        return run.finish()
+        return evaluator.finish()
+
+
+@contextmanager
+def running(config: Config) -> Iterator[tuple[Session, RunState, Evaluator]]:
+    """Open a run and hold its output folder until the end of the block.
+
+    A signal ends the opening at once. After it the loop ends by `RunState.stop_if_asked`, and
+    evaluations between batches. Several processes go through an evaluation together and end after
+    it.
+
+    Raises:
+        InputError: another process holds the folder, or the configuration cannot be used there;
+            nothing was written.
+        Failed: the disk refuses what the run has to write.
+        Stopped: by a signal, with what the user is told.
+    """
+    # Of several processes the first alone writes: they are one run.
+    first = dist.rank() == 0
+    with own_folder(config.output, writes=RUN_FILES) if first else nullcontext():
+        run: RunState | None = None
+
+        def lost(told: str) -> None:
+            """From a thread: the loop may be waiting for ever."""
+            print(
+                f"error: {told} (--timeout {config.timeout:g}); {how_to_go_on(run, config)}",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)
+
+        dist.when_lost(lost)
+        try:
+            if first:
+                clear_leftovers(Path(config.output))
+            session = Session(config)
+            run = RunState(session)
+            with held():
+                yield session, run, Evaluator(session, run)
+        except Stopped as stop:
+            # torchrun stops all where one is lost; those that stopped in order have met since.
+            if not stop.told and (found := dist.missing()) is not None:
+                raise dist.ProcessLost(f"{found}; {how_to_go_on(run, config)}") from stop
+            stop.told = stop.told or f"stopped by {stop.name}; {how_to_go_on(run, config)}"
+            raise
+        except dist.ProcessLost as error:
+            told = f"{error}; {how_to_go_on(run, config)}"
+            raise dist.ProcessLost(told, speaks=error.speaks) from error
+        except SafetensorError as error:
+            reason = str(error).rpartition("error: ")[2]
+            told = f"the checkpoint could not be written: {reason}; {how_to_go_on(run, config)}"
+            raise Failed(told) from error
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise Failed(f"{reason_of(error)}; {how_to_go_on(run, config)}") from error
+
+
+def how_to_go_on(run: RunState | None, config: Config) -> str:
+    """Say what is left of a run that ends early, and how to go on."""
+    if run is not None and run.saved is not None:
+        return (
+            f"the checkpoint of step {run.saved:,} in {config.output}/ is whole: go on from it "
+            "with --resume"
+        )
+    if config.resume and CheckpointFolder(Path(config.output) / "checkpoint").resumable():
+        return f"the checkpoints in {config.output}/ are untouched: go on from them with --resume"
+    begun = (Path(config.output) / "config.json").exists()
+    again = " with --overwrite" if begun else ""
+    return f"no checkpoint was written yet: start the run again{again}"

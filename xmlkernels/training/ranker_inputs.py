@@ -15,11 +15,11 @@ from xmlkernels.data.formats import iter_lines, read_npz, write_npz
 from xmlkernels.data.formats.arrays import read_npy
 from xmlkernels.data.inputs import BowInputs, check_dataset
 from xmlkernels.data.vectorizer import Vectorizer
+from xmlkernels.devices import find_device
 from xmlkernels.evaluation import predict_and_embed_split, predict_split, score_matrix
 from xmlkernels.files import replacing
 from xmlkernels.predict.model import Predictor, checkpoint_identity
 from xmlkernels.ranker.features import Features
-from xmlkernels.training.config import resolved_device
 from xmlkernels.training.folder import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def model_inputs(
     if read_kept(folder, key, dataset, documents, embedding=embedding):
         log.info(f"embeddings and shortlists of this checkpoint are taken from {folder}/")
         return str(key["checkpoint"])
-    predictor = Predictor.load(checkpoint, device=resolved_device(device))
+    predictor = Predictor.load(checkpoint, device=find_device(device))
     model, inputs = predictor.model, predictor.inputs
     check_dataset(dataset, predictor.labels, inputs)
     if isinstance(inputs, BowInputs) and vocabulary and inputs.config()["vocabulary"] == vocabulary:

@@ -1,0 +1,177 @@
+"""Measure a run's model on the validation and the test split, and report."""
+
+import logging
+import resource
+from typing import Any
+
+from xmlkernels import dist
+from xmlkernels.data.dataset import Split
+from xmlkernels.data.formats.matrices import write_npz
+from xmlkernels.evaluation import Evaluation, evaluate_schemes, evaluate_split, score_matrix
+from xmlkernels.metrics import decile_table, evaluate, macro_metrics
+from xmlkernels.training.folder import write_json
+from xmlkernels.training.run_state import RunState
+from xmlkernels.training.session import Session
+from xmlkernels.training.stops import Stopped, Watched
+
+log = logging.getLogger(__name__)
+
+_SHOWN = {"val": "validation"}
+
+
+class Evaluator:
+    """Looks at the splits of a run; what was measured last is not measured again."""
+
+    def __init__(self, session: Session, run: RunState) -> None:
+        self.session, self.run = session, run
+        self.model, self.config, self.folder = session.model, session.config, session.folder
+        self._measured: tuple[Any, dict[str, Any], Evaluation] | None = None  # split and step first
+
+    def validate(self) -> dict[str, float]:
+        """Measure the validation split.
+
+        A run that is stopped meanwhile goes on from the step before.
+        """
+        assert self.session.validation is not None
+        try:
+            return self.evaluate(self.session.validation)[0]
+        except Stopped:
+            self.run.back_to_last_batch()
+            self.run.save_and_stop()
+
+    def evaluate(self, split: Split) -> tuple[dict[str, Any], Evaluation]:
+        """Measure a split.
+
+        With --scheme auto the validation split chooses the cascade's scheme.
+
+        Returns:
+            Metrics in percent, the loss and, of a cascade, `levels`; and the predictions that they
+            were computed from.
+        """
+        which = (split.name, self.model.steps)
+        if self._measured is None or self._measured[0] != which:
+            self._measured = (which, *self._measure(split))
+        return self._measured[1:]
+
+    def _measure(self, split: Split) -> tuple[dict[str, Any], Evaluation]:
+        session, model = self.session, self.model
+        k = max(self.config.top_k, 5)  # the metrics go to 5, however few are kept
+        # Several processes meet in an evaluation: they go through it together.
+        inputs = session.inputs if dist.size() > 1 else Watched(session.inputs)
+        how: dict[str, Any] = {"batch_size": self.config.evaluate_batch, "inputs": inputs}
+        chooses = self.config.scheme == "auto" and split is session.validation
+        with self.run.clock.on("evaluate"):
+            if chooses and len(model.schemes) > 1:
+                schemes = evaluate_schemes(model, split, k, **how)
+                metrics, found = self._best_scheme(split, schemes)
+            else:
+                found = evaluate_split(model, split, k, **how)
+                metrics = evaluate(found.labels, split.labels, session.inverse_propensity)
+        metrics |= {"loss": found.loss} | ({"levels": found.levels} if found.levels else {})
+        self._tell(split, metrics, found)
+        return metrics, found
+
+    def _tell(self, split: Split, metrics: dict[str, Any], found: Evaluation) -> None:
+        name, content = _SHOWN.get(split.name, split.name), self.session.dataset.content_hash
+        line = {"step": self.model.steps, "epoch": self.run.epoch, "split": name}
+        self.folder.log(line | metrics | {"dataset": content})
+        keys = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@5")
+        shown = "  ".join(f"{key} {metrics[key]:.2f}" for key in keys)
+        loss = f"{found.loss:.3g}"
+        if self.session.frequencies:
+            reference = self.session.frequencies.told(split.labels)
+            loss = f"{found.loss:.1f} per document ({reference})"
+        log.info(
+            f"{name} after epoch {self.run.epoch}: {shown}  loss {loss}  (dataset {content[:12]})"
+        )
+        if found.levels:
+            log.info(_levels_line(found.levels))
+
+    def _best_scheme(
+        self, split: Split, found: dict[str, Evaluation]
+    ) -> tuple[dict[str, Any], Evaluation]:
+        """Set the model's scheme to the best one, its own among equals.
+
+        Returns:
+            That scheme's metrics and evaluation.
+        """
+        by, own = self.config.best_by, self.model.scheme
+        metrics = {
+            scheme: evaluate(found[scheme].labels, split.labels, self.session.inverse_propensity)
+            for scheme in found
+        }
+        best = max(metrics, key=lambda scheme: (metrics[scheme][by], scheme == own))
+        self.model.use_scheme(best)
+        told = ", ".join(f"{scheme} {metrics[scheme][by]:.2f}" for scheme in metrics)
+        log.info(f"--scheme auto: {best} is best by validation {by} ({told})")
+        return metrics[best], found[best]
+
+    def _load_best(self) -> dict[str, float]:
+        """Load the best checkpoint by validation; without a validation split keep the last step."""
+        checkpoints, run = self.folder.checkpoints, self.run
+        if self.session.validation is None:
+            if self.folder.writes:
+                checkpoints.save_best()
+            log.info("no validation split: the last step is kept as the best checkpoint")
+            return {"epoch": run.epoch, "step": self.model.steps}
+        dist.wait()  # until the first has written it
+        if run.best["step"] != self.model.steps:
+            run.load(*checkpoints.load("best"))
+            run.epoch = int(run.best["epoch"])
+        log.info(f"the best checkpoint by validation {self.config.best_by} is epoch {run.epoch}'s")
+        return run.best
+
+    def finish(self) -> dict[str, Any]:
+        """Measure the best checkpoint, once on the test split; write predictions and metrics."""
+        session, run = self.session, self.run
+        # Of the run, not of its best step.
+        counters = {"steps": self.model.steps, **self.model.counters()}
+        run.clock.start(None)
+        report: dict[str, Any] = {
+            "dataset": session.dataset.name,
+            "dataset_hash": session.dataset.content_hash,
+            "best": self._load_best(),
+        }
+        if session.tree is not None:
+            report |= {"scheme": self.model.scheme, "tree": session.tree.content_hash}
+        for split in (session.validation, session.test):
+            if split is None:
+                continue
+            metrics, found = self.evaluate(split)
+            report[_SHOWN.get(split.name, split.name)] = metrics
+            if self.folder.writes and (split is session.test or session.test is None):
+                report |= self._write_predictions(split, found)
+        if session.validation is None and session.test is None:
+            log.info("no validation and no test split: no metrics and no predictions.npz")
+        report |= counters | {
+            "seconds": run.clock.seconds(),
+            "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "commit": run.commits[0],
+            "propensity": session.dataset.propensity,
+            "environment": session.environment,
+        }
+        if len(run.commits) > 1:
+            report["commits"] = run.commits
+        if self.folder.writes:
+            write_json(self.folder.path / "metrics.json", report)
+        return report
+
+    def _write_predictions(self, split: Split, found: Evaluation) -> dict[str, Any]:
+        """Write predictions.npz; return the metrics that are reported of its split alone."""
+        kept, data = self.config.top_k, self.session.dataset
+        scores = score_matrix(found.values[:, :kept], found.labels[:, :kept], data.num_labels)
+        write_npz(self.folder.path / "predictions.npz", scores, keep_zeros=True)
+        train = data.splits["train"].labels
+        return {
+            "macro": macro_metrics(found.labels, split.labels),
+            "deciles": decile_table(found.labels, split.labels, train),
+        }
+
+
+def _levels_line(levels: list[dict[str, Any]]) -> str:
+    """What the shortlists kept, on one line."""
+    told = ", ".join(
+        f"{x['shortlist_recall']:.2f}% in {x['kept']:,.0f} of {x['clusters']:,} clusters"
+        for x in levels
+    )
+    return f"   true labels still in the shortlist: {told}"

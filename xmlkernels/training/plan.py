@@ -1,0 +1,245 @@
+"""The plan of a run: every value that "auto", other settings or the data decide, resolved once."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from xmlkernels import InputError, dist
+from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.tokens import load_tokenizer
+from xmlkernels.devices import find_device
+from xmlkernels.models.running_mean import MeanSettings
+from xmlkernels.precision import DTYPES, default_autocast, default_table_dtype
+from xmlkernels.training.config import Config, layers_of
+from xmlkernels.tree.label_tree import LabelTree
+
+log = logging.getLogger(__name__)
+
+# CascadeXML's for three and four levels (README of its repository). Two and five levels take the
+# values of the levels that remain.
+_DROPS = {
+    2: (0.3, 0.4),
+    3: (0.3, 0.3, 0.4),
+    4: (0.2, 0.25, 0.4, 0.5),
+    5: (0.2, 0.25, 0.3, 0.4, 0.5),
+}
+_FIRST_TOPK = 128
+
+
+@dataclass(frozen=True)
+class BeforeData:
+    """What is known before any data are read.
+
+    Attributes:
+        device: of the model.
+        label_device: of a cascade's label table; None: the model's.
+        table: number format of the label table.
+        optimizer: of the tables.
+        state: number format of its state; None where it keeps none.
+    """
+
+    device: torch.device
+    label_device: torch.device | None
+    table: str
+    optimizer: str
+    state: str | None
+
+
+@dataclass(frozen=True)
+class CascadePlan:
+    """What a cascade needs besides.
+
+    Attributes:
+        topk: clusters kept after each level of clusters.
+        layers: encoder layers of each level; None: the encoder's depth decides.
+        drops: dropout of each level, labels last.
+        scheme: how labels are scored until validation chooses.
+        cooldown: updates of the last of three phases.
+    """
+
+    topk: tuple[int, ...]
+    layers: tuple[tuple[int, ...], ...] | None
+    drops: tuple[float, ...]
+    scheme: str
+    cooldown: int
+
+
+@dataclass(frozen=True)
+class Plan(BeforeData):
+    """A run's settings with nothing left to decide.
+
+    Attributes:
+        config: the settings as given.
+        autocast: number format of the encoder's autocast; None is fp32.
+        encoder_epsilon: of the encoder's AdamW.
+        word_epsilon: of the Adam that trains word vectors.
+        class_token: where the class token of a document is: "first" or "last".
+        longest: tokens of the longest document of this run; 0 for a bag of words.
+        epoch: updates per epoch.
+        steps: updates of the whole run.
+        warmup: updates of the warm-up.
+        update: documents per update.
+        micro_batch: documents per encoder pass; 0: all of an update at once.
+        documents: documents of the largest encoder pass of a process.
+        mean: how the running mean is taken.
+        cascade: None end to end.
+    """
+
+    config: Config
+    autocast: torch.dtype | None
+    encoder_epsilon: float
+    word_epsilon: float
+    class_token: str
+    longest: int
+    epoch: int
+    steps: int
+    warmup: int
+    update: int
+    micro_batch: int
+    documents: int
+    mean: MeanSettings
+    cascade: CascadePlan | None
+
+
+def before_data(config: Config) -> BeforeData:
+    """Resolve what needs no data: devices, number formats, the tables' optimizer.
+
+    Raises:
+        InputError: no device of that name, or not in this machine.
+    """
+    device = find_device(config.device)
+    cascade, dense = config.model == "cascade", config.table_optimizer == "adamw_dense"
+    table: str = config.table
+    if table == "auto":
+        table = "fp32" if dense else default_table_dtype(device)
+    optimizer: str = config.table_optimizer
+    if optimizer == "auto":
+        optimizer = "adam" if cascade else "sgd"
+    state = None if optimizer == "sgd" and config.momentum == 0 else config.state
+    return BeforeData(device, _label_device(config, device), table, optimizer, state)
+
+
+def resolve(config: Config, dataset: Dataset, tree: LabelTree | None, epoch: int) -> Plan:
+    """Resolve every setting of a run.
+
+    Args:
+        config: the settings, checked.
+        dataset: what the run reads.
+        tree: of a cascade; None end to end.
+        epoch: updates per epoch.
+
+    Raises:
+        InputError: a warm-up longer than the run, or a running mean that would begin after it.
+    """
+    early, steps = before_data(config), config.epochs * epoch
+    warmup = round(config.warmup_epochs * epoch) if config.warmup_epochs else config.warmup
+    update = config.batch * config.accumulate
+    micro_batch = config.batch if config.accumulate > 1 else config.micro_batch
+    cascade = None if tree is None else _cascade(config, tree, epoch, steps, warmup)
+    return Plan(
+        early.device,
+        early.label_device,
+        early.table,
+        early.optimizer,
+        early.state,
+        config=config,
+        autocast=_autocast(config.precision, early.device),
+        encoder_epsilon=config.encoder_epsilon or (1e-6 if cascade is None else 1e-8),
+        word_epsilon=config.encoder_epsilon or 1e-8,
+        class_token=_class_token(config, dataset),
+        longest=_longest(config, dataset),
+        epoch=epoch,
+        steps=steps,
+        warmup=warmup,
+        update=_at_most(config, dataset, update),
+        micro_batch=micro_batch,
+        documents=_at_most(config, dataset, _largest_pass(config, update, micro_batch)),
+        mean=_mean(config, epoch, steps),
+        cascade=cascade,
+    )
+
+
+def _autocast(precision: str, device: torch.device) -> torch.dtype | None:
+    if precision == "auto":
+        return default_autocast(device)
+    return None if precision == "fp32" else DTYPES[precision]
+
+
+def _label_device(config: Config, model: torch.device) -> torch.device | None:
+    if config.label_device == "auto":
+        return None
+    own = find_device(config.label_device, "--label-device")
+    return None if (own.type, own.index or 0) == (model.type, model.index or 0) else own
+
+
+def _cascade(config: Config, tree: LabelTree, epoch: int, steps: int, warmup: int) -> CascadePlan:
+    # A cosine may end within its warm-up: that is noted, not refused.
+    if warmup > steps and config.schedule == "three_phase":
+        flag = "--warmup-epochs" if config.warmup_epochs else "--warmup"
+        expected = f"at most {steps:,} updates, all of this run"
+        raise InputError(flag, expected, f"{warmup:,}", "shorten it or train for longer")
+    return CascadePlan(
+        topk=config.topk or default_topk(tree),
+        layers=layers_of(config) or None,
+        drops=config.embed_drops or _DROPS[tree.levels],
+        scheme="weighted" if config.scheme == "auto" else config.scheme,
+        cooldown=round(config.cooldown_epochs * epoch),
+    )
+
+
+def default_topk(tree: LabelTree) -> tuple[int, ...]:
+    """Keep 128 clusters of the coarsest level and twice as many of each next one.
+
+    It is never more than a document can have.
+    """
+    out: list[int] = []
+    for r in range(tree.levels - 1):
+        most = tree.sizes[r] if r == 0 else min(tree.sizes[r], out[-1] * tree.widest(r - 1))
+        out.append(min(_FIRST_TOPK * 2**r, most))
+    return tuple(out)
+
+
+def _mean(config: Config, epoch: int, steps: int) -> MeanSettings:
+    start = round(config.ema_start * epoch)
+    first = start + config.ema_every
+    if config.ema > 0 and first > steps:
+        expected = f"a mean that begins within the {steps:,} updates of this run"
+        mend = "begin earlier (--ema-start), or take values more often (--ema-every)"
+        raise InputError("--ema", expected, f"the first value after {first:,}", mend)
+    return MeanSettings(config.ema, start, config.ema_every, config.ema_tables)
+
+
+def _class_token(config: Config, dataset: Dataset) -> str:
+    if config.encoder == "bow" or config.pooling != "cls":
+        return "first"
+    position = load_tokenizer(dataset.tokenizer_folder).class_position
+    if position is None:
+        log.info(
+            "note: this tokenizer sets no class token; --pooling cls reads the first token of a "
+            "document"
+        )
+    return position or "first"
+
+
+def _longest(config: Config, dataset: Dataset) -> int:
+    if config.encoder == "bow":
+        return 0
+    stores = [split.tokens for split in dataset.splits.values()]
+    if config.label_text and dataset.label_tokens is not None:
+        stores.append(dataset.label_tokens)
+    return max(int(store.lengths.max(initial=0)) for store in stores)
+
+
+def _largest_pass(config: Config, update: int, micro_batch: int) -> int:
+    """Documents of an encoder pass of the first process, which has the largest part of a batch."""
+    if dist.size() == 1:
+        return micro_batch or config.batch
+    own = int(dist.parts(update)[0].stop)
+    return min(micro_batch or own, own)
+
+
+def _at_most(config: Config, dataset: Dataset, count: int) -> int:
+    """So many documents, or all that there are to train on."""
+    extra = dataset.num_labels if config.label_text else 0
+    return min(count, len(dataset.splits["train"]) + extra)

@@ -1,0 +1,367 @@
+"""Where a run is: its position, its best metric and its losses; saved, checked and resumed."""
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from signal import SIGTERM, Signals
+from typing import Annotated, Any, NoReturn, NotRequired, TypedDict
+
+import torch
+from torch import Tensor
+
+from xmlkernels import InputError, dist
+from xmlkernels.checkpoint import CheckpointFolder, rng_state, set_rng_state
+from xmlkernels.checksums import Files
+from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.inputs import Inputs
+from xmlkernels.files import naming
+from xmlkernels.models.base import Documents
+from xmlkernels.models.restore import check_config
+from xmlkernels.models.saved import model_config
+from xmlkernels.records import Count, Meta, check_record
+from xmlkernels.training.build import draw_apart, keep_class_token, start_table
+from xmlkernels.training.clock import Clock
+from xmlkernels.training.config import Config
+from xmlkernels.training.environment import differences
+from xmlkernels.training.progress import Progress
+from xmlkernels.training.session import Session
+from xmlkernels.training.stops import Stopped, asked
+from xmlkernels.tree.label_tree import LabelTree
+
+log = logging.getLogger(__name__)
+
+_ORDER = ("last", "earlier", "best")  # in which a run looks for a checkpoint that is whole
+_MEND = "restore the checkpoint from a copy, or start over with --overwrite"
+_Time = Annotated[float, Meta(ge=0)]
+
+
+class _Seconds(TypedDict):
+    train: _Time
+    evaluate: NotRequired[_Time]
+    save: NotRequired[_Time]
+
+
+class Saved(TypedDict):
+    """A checkpoint's state, as `RunState` writes it; older ones lack the keys that may be missing.
+
+    Attributes:
+        position: batches of the epoch that were trained on.
+        pending: losses not logged yet, with their documents.
+        beside: files beside the checkpoint that predictions need.
+    """
+
+    dataset: str
+    epoch: Count
+    position: Count
+    documents: Count
+    log_bytes: Count
+    best: dict[str, float]
+    seconds: _Seconds
+    pending: list[tuple[float, Count]]
+    rng: dict[str, Any]
+    other_rngs: NotRequired[list[dict[str, Any]]]
+    inputs: NotRequired[dict[str, Any]]
+    tree: NotRequired[str | None]
+    model: NotRequired[dict[str, Any]]
+    commits: NotRequired[list[str]]
+    environment: NotRequired[dict[str, Any]]
+    beside: NotRequired[Files]
+
+
+class RunState:
+    """How far a run has come, from its start or from its checkpoint.
+
+    Attributes:
+        epoch, position: epochs that are done, and batches of the next that were trained on.
+        clock: seconds in the training loop, in evaluation and in writing checkpoints, over all
+            resumed parts.
+        best: the best validation metric so far, with its epoch and step; empty before the first
+            evaluation.
+        saved: the step of the last checkpoint; None before there is one.
+        documents: trained on so far.
+        pending: losses not logged yet, with their documents.
+        commits: of the source tree at the start of the run and wherever a resumed part had another
+            one.
+
+    Raises:
+        InputError: there is a checkpoint, but the run cannot go on from it.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.config = session, session.config
+        self.model, self.folder = session.model, session.folder
+        self.clock = Clock()
+        self.epoch = self.position = self.documents = 0
+        self.best: dict[str, float] = {}
+        self.pending: list[tuple[Tensor, int]] = []
+        self.saved: int | None = None
+        self.commits = [session.commit]
+        self._logged = (0, 0.0)  # documents and seconds at the last log line
+        self._stop = dist.Vote()
+        if self.folder.resumable:
+            self._resume()
+        else:
+            start_table(self.config, session.dataset, session.inputs, self.model)
+            self.folder.begin(session.dataset, session.inputs, session.tree)
+        frequencies = session.frequencies
+        self.progress = Progress(
+            session.plan.steps,
+            self.model.steps,
+            reference=frequencies.told() if frequencies else "",
+            log=self.folder.log_file if self.folder.writes else None,
+        )
+
+    # ---- checkpoints ----
+
+    def _resume(self) -> None:
+        session, checkpoints = self.session, self.folder.checkpoints
+        tensors, state, which = newest(checkpoints, self.config, session.plan.epoch)
+        dist.agree("the checkpoint to go on from", which, torch.device("cpu"))
+        check_same(state, session.dataset, session.inputs, session.tree)
+        self.load(tensors, state)
+        keep_class_token(self.model, state)
+        self._draw_on(state)
+        self.epoch, self.position, self.best = state["epoch"], state["position"], state["best"]
+        self.clock.go_on(state["seconds"])
+        self.pending = [(torch.tensor([value]), count) for value, count in state["pending"]]
+        self.documents = state["documents"]
+        self._logged = (state["documents"], state["seconds"]["train"])
+        before = state.get("commits", [])
+        self.commits = before + [c for c in self.commits if before[-1:] != [c]]
+        self.saved = self.model.steps
+        dist.wait()  # until all have read what the first may move
+        if which != "last" and self.folder.writes:
+            checkpoints.put_back(which)
+        self.folder.go_on(state.get("beside"), session.dataset, session.inputs)
+        if self.best.get("step") == self.model.steps and self.folder.writes:
+            # The run may have been stopped between writing `last` and linking `best` to it.
+            checkpoints.save_best()
+        self.folder.rewind_log(state["log_bytes"])
+        log.info(
+            f"resumed at step {self.model.steps:,} (epoch {self.epoch + 1}, batch {self.position})"
+        )
+        if changed := differences(state.get("environment", {}), session.environment):
+            log.info(f"note: {changed}; the run goes on, but not bit for bit as it would have")
+
+    def load(self, tensors: dict[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Load a checkpoint's weights into the model, with the scheme that was best by then."""
+        self.model.load_tensors(tensors)
+        scheme = model_config(state)["head"].get("scheme", self.model.scheme)
+        self.model.use_scheme(scheme)
+
+    def _draw_on(self, state: Mapping[str, Any]) -> None:
+        """Draw as the run would have.
+
+        A process that it did not have, or had with other devices, draws anew.
+        """
+        states = [state["rng"], *state.get("other_rngs", [])]
+        if dist.rank() < len(states):
+            set_rng_state(states[dist.rank()])
+        else:
+            draw_apart(self.config, self.model.steps)
+
+    def _state(self) -> dict[str, Any]:
+        session, model = self.session, self.model
+        rng, *others = map(json.loads, dist.gather_texts(json.dumps(rng_state())))
+        return {
+            "model": model.config(),
+            "inputs": session.inputs.config(),
+            "dataset": session.dataset.content_hash,
+            "epoch": self.epoch,
+            "position": self.position,
+            "steps": model.steps,
+            "seconds": self.clock.seconds(),
+            "best": self.best,
+            "documents": self.documents,
+            "pending": [(float(value), count) for value, count in self.pending],
+            "log_bytes": self.folder.sync_log(),
+            "rng": rng,
+            "commits": self.commits,
+            "environment": session.environment,
+            "tree": session.tree and session.tree.content_hash,
+            "beside": self.folder.beside,
+        } | ({"other_rngs": others} if others else {})
+
+    def save(self, *, best: bool = False) -> None:
+        """Write the last checkpoint and, where it is the best too, link it as that.
+
+        A stop in between is mended by resuming.
+        """
+        with self.clock.on("save"):
+            tensors, state = self.model.tensors(), self._state()
+            dist.agree_on_tensors(tensors)
+            if self.folder.writes:
+                with naming(self.folder.path / "checkpoint"):
+                    self.folder.checkpoints.save_last(tensors, state)
+            self.saved = self.model.steps
+            if best and self.folder.writes:
+                self.folder.checkpoints.save_best()
+
+    def stop_if_asked(self) -> None:
+        """Save and raise Stopped where a signal has asked for it.
+
+        Among several processes, all do at the same step.
+        """
+        if self._stop.yes(asked() != 0):
+            self.save_and_stop()
+
+    def save_and_stop(self) -> NoReturn:
+        """Save, unless this step is saved already, and raise Stopped."""
+        if self.saved != self.model.steps:
+            self.save()
+        dist.wait()  # torchrun ends all as soon as one has left
+        how = (
+            f"stopped at step {self.model.steps:,}, whose checkpoint is written: go on from it "
+            "with --resume"
+        )
+        number = asked() or SIGTERM  # another process may be the one that was asked
+        raise Stopped(number, f"{how} ({Signals(number).name})")
+
+    def back_to_last_batch(self) -> None:
+        """Return to the end of the last epoch's batches, before its validation."""
+        self.epoch, self.position = self.epoch - 1, self.session.plan.epoch
+
+    def improved(self, metrics: dict[str, float]) -> bool:
+        """Tell whether the validation metrics are the best so far; remember them if so."""
+        by = self.config.best_by
+        if self.best and not metrics[by] > self.best[by]:
+            return False
+        self.best = {by: metrics[by], "epoch": self.epoch, "step": self.model.steps}
+        return True
+
+    # ---- log ----
+
+    def collect(self, loss: Tensor, batch: Documents) -> None:
+        """Keep a step's loss for the next line of the log."""
+        self.documents += len(batch)
+        if loss.numel():
+            # Per document: a sum over the batch as it is, a mean once for each document.
+            self.pending.append((loss if self.model.sums_loss else loss * len(batch), len(batch)))
+
+    def log_progress(self) -> None:
+        """Log the mean of the finite losses since the last line, speed and skipped steps.
+
+        The terminal gets a line, too, where it is time for one.
+        """
+        loss, speed, seconds = self._since()
+        line = {
+            "step": self.model.steps,
+            "epoch": self._epochs(),
+            "loss": loss,
+            "documents_per_second": speed,
+            "seconds": seconds,
+        }
+        self.folder.log(line | self.model.counters())
+        if self.progress.due(logged=True):
+            self._tell(loss, speed)
+        self.pending, self._logged = [], (self.documents, seconds)
+
+    def tell_progress(self) -> None:
+        """Print a line between two of the log, which stays as it would have been."""
+        loss, speed, _ = self._since()
+        self._tell(loss, speed)
+
+    def _tell(self, loss: float | None, speed: float) -> None:
+        model = self.model
+        self.progress.tell(model.steps, self._epochs(), loss, speed, a_sum=model.sums_loss)
+
+    def _epochs(self) -> float:
+        return self.epoch + self.position / self.session.plan.epoch
+
+    def _since(self) -> tuple[float | None, float, float]:
+        """Compute the mean of the finite losses and documents per second since the last log line.
+
+        Returns:
+            Both, and the seconds of training so far. The first is None without a loss.
+        """
+        seconds = self.clock.seconds()["train"]
+        documents, before = self._logged
+        speed = (self.documents - documents) / max(seconds - before, 1e-9)
+        losses = [(float(value), count) for value, count in self.pending]
+        finite = [(value, count) for value, count in losses if math.isfinite(value)]
+        if not finite:
+            return None, speed, seconds
+        loss = sum(value for value, _ in finite) / sum(count for _, count in finite)
+        return loss, speed, seconds
+
+
+def newest(
+    checkpoints: CheckpointFolder, config: Config, batches: int
+) -> tuple[dict[str, Tensor], Saved, str]:
+    """Load the newest checkpoint that is whole; those that are not are logged.
+
+    Args:
+        checkpoints: of the run.
+        config: its settings.
+        batches: updates per epoch.
+
+    Returns:
+        Its tensors, its state and its name.
+
+    Raises:
+        InputError: why the last one cannot be used, where none can.
+    """
+
+    def check(state: Mapping[str, Any]) -> None:
+        check_state(state, config, batches, str(checkpoints.folder))
+
+    tensors, state, which, reason = checkpoints.load_first(_ORDER, check=check)
+    if which != "last":
+        why = "there is no last checkpoint" if reason is None else f"{reason.where}: {reason.got}"
+        log.info(
+            f"note: {why}; going on from {checkpoints.folder / which}, the newest one that is whole"
+        )
+    found: Any = state  # as `check` has seen
+    return tensors, found, which
+
+
+def check_state(state: Mapping[str, Any], config: Config, batches: int, where: str) -> None:
+    """Refuse a state that no `RunState` writes, or that lies beyond this run.
+
+    Raises:
+        InputError: the first value that is wrong.
+    """
+    where = f"{where}, state"
+    check_record(state, Saved, where=where, mend=_MEND)
+    if "model" in state:
+        check_config(state["model"])
+    for name, most in (("epoch", config.epochs), ("position", batches)):
+        if state[name] > most:
+            expected = f"at most {most}, as long as the run is"
+            raise InputError(f"{where}, $.{name}", expected, str(state[name]), _MEND)
+    if state["best"]:
+        missing = sorted({config.best_by, "epoch", "step"} - state["best"].keys())
+        if missing:
+            expected = "the best metric with its epoch and step"
+            raise InputError(f"{where}, $.best", expected, f"no {missing[0]}", _MEND)
+
+
+def check_same(state: Saved, dataset: Dataset, inputs: Inputs, tree: LabelTree | None) -> None:
+    """Refuse to resume a run with other data, inputs or tree than it began with.
+
+    Raises:
+        InputError: the first that differs.
+    """
+    if state["dataset"] != dataset.content_hash:
+        raise InputError(
+            "--resume",
+            f"dataset hash {state['dataset'][:12]}",
+            dataset.content_hash[:12],
+            "resume on the data it began with",
+        )
+    if state.get("inputs", inputs.config()) != inputs.config():
+        raise InputError(
+            "--resume",
+            f"inputs {state['inputs']}, as the run began",
+            str(inputs.config()),
+            "resume with the packages and data it began with",
+        )
+    own = tree and tree.content_hash
+    if (began := state.get("tree")) != own:
+        raise InputError(
+            "--resume",
+            f"label tree {str(began)[:12]}, as the run began",
+            str(own)[:12],
+            "resume with the tree it began with, which is beside its checkpoint",
+        )
