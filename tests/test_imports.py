@@ -20,6 +20,7 @@ ARROWS: dict[str, set[str]] = {
     "heartbeat": set(),
     "file_kinds": {"errors"},
     "records": {"errors"},
+    "options": {"errors"},
     "parallel": {"errors"},
     "threads": {"errors"},
     "precision": set(),
@@ -54,13 +55,13 @@ ARROWS: dict[str, set[str]] = {
     "planner": {"memory", "nn"},
     "training": {
         "errors", "checkpoint", "checksums", "data", "devices", "dist", "evaluation", "files",
-        "installed", "locks", "memory", "metrics", "models", "nn", "ops", "parallel", "planner",
-        "precision", "predict", "ranker", "records", "topk", "tree",
+        "installed", "locks", "memory", "metrics", "models", "nn", "ops", "options", "parallel",
+        "planner", "precision", "predict", "ranker", "records", "topk", "tree",
     },
     "cli": {
         "errors", "checkpoint", "data", "devices", "dist", "evaluation", "file_kinds", "files",
-        "installed",
-        "locks", "metrics", "models", "native", "ops", "predict", "ranker", "topk", "training",
+        "installed", "locks", "metrics", "models", "native", "ops", "options", "predict",
+        "ranker", "topk", "training",
     },
     "__main__": {"cli"},
 }  # fmt: skip
@@ -72,6 +73,7 @@ PACKAGES: dict[str, set[str]] = {
     "triton": {"torch", "triton"},
     "heartbeat": {"torch"},
     "file_kinds": set(),
+    "options": set(),
     "records": {"msgspec"},
     "foreign": set(),
     "installed": set(),

@@ -11,8 +11,9 @@ from train_runs import ROOT, Config, check
 
 from xmlkernels import InputError
 from xmlkernels.models.training import CascadeTraining
-from xmlkernels.training.checks import OF_CASCADE
-from xmlkernels.training.checks import flag as flag_of
+from xmlkernels.options import flag as flag_of
+from xmlkernels.options import names_in
+from xmlkernels.training.config import CASCADE as GROUP
 
 CASCADE = {"model": "cascade", "tree_depths": (3, 6)}
 
@@ -137,4 +138,6 @@ def test_the_table_of_flags_names_real_ones() -> None:
     named = {word for cell in rows for word in re.findall(r"--[a-z][a-z-]+", cell)}
     assert named and not named - ours
     everywhere = (ROOT / "docs" / "cascade_flags.md").read_text()
-    assert not [flag for flag in map(flag_of, OF_CASCADE) if f"`{flag}" not in everywhere]
+    assert not [
+        flag for flag in map(flag_of, names_in(Config, GROUP)) if f"`{flag}" not in everywhere
+    ]

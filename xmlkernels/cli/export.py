@@ -33,8 +33,8 @@ from xmlkernels.devices import find_device
 from xmlkernels.evaluation import embed_split, predict_split, score_matrix
 from xmlkernels.files import replacing
 from xmlkernels.locks import own_folder
+from xmlkernels.options import check_least
 from xmlkernels.predict.model import Predictor
-from xmlkernels.training.checks import check_least
 from xmlkernels.training.config import Config, began_with
 from xmlkernels.training.folder import read_json
 from xmlkernels.training.inputs import open_dataset

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from xmlkernels.options import group_of
+
 _WIDEST = 110
 _NUMBERS = {int: ("N", "a whole number"), float: ("X", "a number")}
 
@@ -69,7 +71,7 @@ def flags_of(kind: type, *, positional: bool = False, default: Any = None) -> li
     for field in fields(kind):
         usual = field.default_factory() if field.default_factory is not MISSING else field.default
         value = usual if default is None else getattr(default, field.name)
-        group = groups.get(field.name, "")
+        group = group_of(field) or groups.get(field.name, "")
         if is_dataclass(value) and not isinstance(value, type):
             found += [replace(flag, group=group) for flag in flags_of(type(value), default=value)]
             continue

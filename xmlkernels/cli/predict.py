@@ -28,10 +28,10 @@ from xmlkernels.devices import find_device
 from xmlkernels.evaluation import score_matrix
 from xmlkernels.files import replacing
 from xmlkernels.locks import own_place
+from xmlkernels.options import check_least, flag
 from xmlkernels.predict.base import Label, TextPredictor
 from xmlkernels.predict.model import Predictor
 from xmlkernels.predict.ranked import Forest, RankedPredictor
-from xmlkernels.training.checks import check_least, flag
 
 # tyro would take the text "None" for no text.
 VERBATIM: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(

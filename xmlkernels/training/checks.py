@@ -1,94 +1,16 @@
-"""What a run refuses before any work: settings out of range, unknown, contradictory or without
-effect.
-"""
+"""What a run refuses before any work: settings out of range, contradictory or without effect."""
 
 import difflib
-import itertools
-import math
 from collections.abc import Collection, Iterator
-from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin
 
 from xmlkernels import InputError, dist
+from xmlkernels.options import check_values, flag, names_only
 from xmlkernels.training.config import BEST_BY, Config, layers_of
 from xmlkernels.training.plan import BeforeData, before_data
 
-OF_CASCADE = (
-    "tree",
-    "tree_depths",
-    "topk",
-    "layers",
-    "embed_drops",
-    "rw_loss",
-    "scheme",
-    "positives_bound",
-    "reference_loss",
-    "head_lr_factor",
-    "schedule",
-    "cooldown_epochs",
-    "label_device",
-)
-_FULL_TABLE = (
-    "bottleneck",
-    "bias",
-    "frequency_bias",
-    "centroid_norm",
-    "table_lr",
-    "table_decay",
-    "decoupled",
-    "kahan",
-    "skip_tiles",
-)
-_OFF = (
-    "bottleneck",
-    "bias",
-    "frequency_bias",
-    "centroid_norm",
-    "decoupled",
-    "kahan",
-    "skip_tiles",
-)  # off by default
-_BOW = (
-    "bow_width",
-    "bow_activation",
-    "ngrams",
-    "min_df",
-    "max_features",
-    "word_dropout",
-    "word_std",
-)
-_TRANSFORMER = (
-    "pooling",
-    "bottleneck",
-    "precision",
-    "compile",
-    "init_state",
-    "init_prefix",
-    "freeze",
-    "layers",
-    "micro_batch",
-    "accumulate",
-    "clip",
-    "ema",
-    "ema_start",
-    "ema_every",
-    "ema_tables",
-)
-
-
-def flag(name: str) -> str:
-    """The flag of a field."""
-    return f"--{name.replace('_', '-')}"
-
-
-def check_least(options: object, least: int, *names: str) -> None:
-    """InputError where one of these flags of a command is below the least that it takes."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise InputError(
-                flag(name), f"{least} or more", str(value), "choose a larger one, or leave it out"
-            )
+# Of a bag of words: settings of a transformer that a recipe may have on. Only by name they are
+# refused.
+_BY_NAME = ("pooling", "precision")
 
 
 def check(config: Config, given: Collection[str] = ()) -> BeforeData:
@@ -104,8 +26,8 @@ def check(config: Config, given: Collection[str] = ()) -> BeforeData:
     Raises:
         InputError: the first setting out of range, unknown, contradictory or without effect.
     """
-    _check_choices(config)
-    for good, name, expected, mend in _ranges(config):
+    check_values(config)
+    for good, name, expected, mend in _together(config):
         if not good:
             raise InputError(flag(name), expected, repr(getattr(config, name)), mend)
     if config.best_by not in BEST_BY:
@@ -161,64 +83,8 @@ def check_levels(config: Config, levels: int, why: str) -> None:
             )
 
 
-def _check_choices(config: Config) -> None:
-    for field in fields(config):
-        value: Any = getattr(config, field.name)
-        if get_origin(field.type) is Literal and value not in get_args(field.type):
-            raise InputError(
-                flag(field.name),
-                f"one of {', '.join(get_args(field.type))}",
-                repr(value),
-                "choose one of them",
-            )
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise InputError(flag(field.name), "a finite number", repr(number), "correct it")
-
-
-def _ranges(config: Config) -> Iterator[tuple[bool, str, str, str]]:
-    for name in (
-        "epochs",
-        "batch",
-        "evaluate_batch",
-        "evaluate_every",
-        "log_every",
-        "top_k",
-        "max_length",
-        "accumulate",
-        "bow_width",
-        "ngrams",
-        "min_df",
-        "ema_every",
-    ):
-        yield getattr(config, name) >= 1, name, "1 or more", "choose a larger one"
-    for name in (
-        "micro_batch",
-        "save_every",
-        "loss_every",
-        "warmup",
-        "clip",
-        "documents",
-        "threads",
-        "bottleneck",
-        "encoder_lr",
-        "table_lr",
-        "encoder_decay",
-        "table_decay",
-        "freeze",
-        "max_features",
-        "positives_bound",
-        "warmup_epochs",
-        "cooldown_epochs",
-        "ema_start",
-        "centroid_norm",
-        "skip_tiles",
-        "encoder_epsilon",
-        "keep",
-    ):
-        yield getattr(config, name) >= 0, name, "0 or more", "choose 0 to switch it off"
-    for name in ("dropout", "momentum", "word_dropout"):
-        yield 0 <= getattr(config, name) < 1, name, "from 0 to below 1", "correct it"
+def _together(config: Config) -> Iterator[tuple[bool, str, str, str]]:
+    """List what settings must be together: whether they are, the field, what it needs, the mend."""
     many = dist.launched()[1]
     yield (
         config.batch * config.accumulate >= many,
@@ -226,36 +92,6 @@ def _ranges(config: Config) -> Iterator[tuple[bool, str, str, str]]:
         f"{many} or more, a document for each process",
         "choose a larger one",
     )
-    yield 0 <= config.ema <= 1, "ema", "from 0 to 1", "correct it"
-    for name in ("word_std", "table_epsilon"):
-        yield getattr(config, name) > 0, name, "more than 0", "correct it"
-    yield config.timeout >= 1, "timeout", "1 or more seconds", "choose a longer one"
-    yield config.head_lr_factor > 0, "head_lr_factor", "more than 0", "correct it"
-    yield 0 <= config.seed < 2**63, "seed", "an integer from 0 to 2**63 - 1", "choose another"
-    for name in ("dataset", "encoder", "output", "cache"):
-        yield bool(getattr(config, name)), name, "a name", "give one, or leave the flag out"
-    depths = config.tree_depths
-    ascending = all(a < b for a, b in itertools.pairwise(depths))
-    good = 1 <= len(depths) <= 4 and ascending and depths[0] >= 0 and depths[-1] <= 30
-    yield (
-        good,
-        "tree_depths",
-        "one to four ascending exponents from 0 to 30",
-        "name them coarse to fine, as 10 13 16",
-    )
-    yield (
-        all(k >= 1 for k in config.topk),
-        "topk",
-        "numbers of 1 or more",
-        "keep at least one cluster",
-    )
-    yield (
-        all(0 <= p < 1 for p in config.embed_drops),
-        "embed_drops",
-        "numbers from 0 to below 1",
-        "correct them",
-    )
-    yield all(w >= 0 for w in config.rw_loss), "rw_loss", "weights of 0 or more", "correct them"
     yield (
         not config.rw_loss or any(config.rw_loss),
         "rw_loss",
@@ -369,29 +205,26 @@ def _of_another(config: Config, given: Collection[str]) -> Iterator[tuple[bool, 
     leaving them out gives.
     """
     bow, cascade = config.encoder == "bow", config.model == "cascade"
-    for name in OF_CASCADE:
+    for name in names_only(config, "cascade"):
         yield not cascade and name in given, flag(name), "--model cascade", "--model end_to_end"
-    for name in _BOW:
+    for name in names_only(config, "bow"):
         yield not bow and name in given, flag(name), "--encoder bow", f"--encoder {config.encoder}"
-    told = "--model cascade, which has no such part"
-    for name in _FULL_TABLE:
+    got = "--model cascade, which has no such part"
+    for name in names_only(config, "end_to_end"):
         # What is off by default may be switched off by name: a recipe may have switched it on.
-        set_so = bool(getattr(config, name)) if name in _OFF else name in given
-        yield cascade and set_so, flag(name), "--model end_to_end", told
-    yield (
-        cascade and not bow and "dropout" in given,
-        "--dropout",
-        "--embed-drops, one for each level",
-        "--model cascade",
-    )
-    for name in _TRANSFORMER:
-        unlike = getattr(config, name) != getattr(Config, name)
-        set_so = (
-            unlike
-            if name == "layers"
-            else name in given or (name not in ("pooling", "precision") and unlike)
-        )
-        yield bow and set_so, flag(name), "a transformer", "--encoder bow, which has no such part"
+        by_default = getattr(Config, name)
+        chosen = name in given if by_default else bool(getattr(config, name))
+        yield cascade and chosen, flag(name), "--model end_to_end", got
+    drops = cascade and not bow and "dropout" in given
+    yield drops, "--dropout", "--embed-drops, one for each level", "--model cascade"
+    got = "--encoder bow, which has no such part"
+    for name in names_only(config, "transformer"):
+        chosen = getattr(config, name) != getattr(Config, name)
+        if name in _BY_NAME:
+            chosen = name in given
+        elif name != "layers":  # which may be emptied by name
+            chosen = chosen or name in given
+        yield bow and chosen, flag(name), "a transformer", got
 
 
 def _contradictions(config: Config, given: Collection[str]) -> Iterator[tuple[bool, str, str]]:

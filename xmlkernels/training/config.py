@@ -1,16 +1,55 @@
-"""The settings of one training run: one flat dataclass, saved with the run; checks.py refuses what
-cannot be used.
+"""The settings of one training run: one flat dataclass, saved with the run.
+
+The metadata of a field hold its group, what its value must be and what it has an effect with;
+checks.py refuses what cannot be used.
 """
 
 import difflib
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from xmlkernels import InputError, dist
+from xmlkernels.options import COUNT, NAME, OFF_AT_0, POSITIVE, SHARE, Rule, of
 
 BEST_BY = tuple(f"{kind}@{k}" for kind in ("P", "nDCG", "PSP", "PSnDCG", "R") for k in range(1, 6))
+
+
+DATA, ENCODER, TABLE, TRAINING = "data", "encoder", "label table", "training"
+BOW, CASCADE = "bag of words (--encoder bow)", "cascade (--model cascade)"
+SAVING = "evaluation, saving"
+
+
+def _depths(value: tuple[int, ...]) -> bool:
+    ascending = all(a < b for a, b in itertools.pairwise(value))
+    return 1 <= len(value) <= 4 and ascending and value[0] >= 0 and value[-1] <= 30
+
+
+_SECONDS = Rule("1 or more seconds", "choose a longer one", lambda value: value >= 1)
+_SEED = Rule("an integer from 0 to 2**63 - 1", "choose another", lambda value: 0 <= value < 2**63)
+_UP_TO_1 = Rule("from 0 to 1", "correct it", lambda value: 0 <= value <= 1)
+_DEPTHS = Rule(
+    "one to four ascending exponents from 0 to 30",
+    "name them coarse to fine, as 10 13 16",
+    _depths,
+)
+_KEPT = Rule(
+    "numbers of 1 or more",
+    "keep at least one cluster",
+    lambda value: all(k >= 1 for k in value),
+)
+_SHARES = Rule(
+    "numbers from 0 to below 1",
+    "correct them",
+    lambda value: all(0 <= p < 1 for p in value),
+)
+_WEIGHTS = Rule(
+    "weights of 0 or more",
+    "correct them",
+    lambda value: all(w >= 0 for w in value),
+)
 
 
 @dataclass(frozen=True)
@@ -24,243 +63,238 @@ class Config:
     shortlist (CascadeXML).
     """
 
-    # ---- data ----
-    dataset: str = "docstrings"
+    dataset: str = of(DATA, "docstrings", NAME)
     """A folder made by xmlkernels prepare, or "docstrings": the built-in corpus, made on first
     use.
     """
-    documents: int = 0
+    documents: int = of(DATA, 0, OFF_AT_0)
     """Built-in corpus only: take a deterministic part of about this many documents; 0 takes all."""
-    cache: str = "cache"
+    cache: str = of(DATA, "cache", NAME)
     """Where the built-in corpus is kept, by content: it is rebuilt when code, tokenizer or packages
     change.
     """
-    output: str = "runs/run"
+    output: str = of(DATA, "runs/run", NAME)
     """Folder for config.json, log.jsonl, metrics.json, predictions.npz and checkpoint/."""
-    label_text: bool = False
+    label_text: bool = of(DATA, False)
     """Add each label's text as a document whose only target is itself (Renee's augmentation)."""
-    max_length: int = 64
+    max_length: int = of(DATA, 64, COUNT)
     """Built-in corpus only: tokens per document; a dataset folder fixes its own."""
 
-    # ---- encoder ----
-    encoder: str = "minilm"
+    encoder: str = of(ENCODER, "minilm", NAME)
     """Hub name or local folder of any Hugging Face encoder; "minilm" is the installed
     all-MiniLM-L6-v2; "tiny" is a small random one; "bow" is a bag of words, fast on a CPU and good
     for short texts."""
-    pooling: Literal["mean", "cls"] = "mean"
+    pooling: Literal["mean", "cls"] = of(ENCODER, "mean", only="transformer")
     """Over the encoder's last layer: the mean of the tokens, or the class token, wherever the
     tokenizer sets it.
     """
-    bottleneck: int = 0
+    bottleneck: int = of(ENCODER, 0, OFF_AT_0, only="end_to_end transformer")
     """Width of a bias-free linear layer after pooling; 0 is none."""
-    dropout: float = 0.2
+    dropout: float = of(ENCODER, 0.2, SHARE)
     """Dropout on the embedding (end to end, and the bag of words of either model; a cascade's
     levels have --embed-drops).
     """
-    freeze: int = 0
+    freeze: int = of(ENCODER, 0, OFF_AT_0, only="transformer")
     """Layers of the encoder that stay as they are, from the first on, with the embeddings below
     them.
     """
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = of(ENCODER, "auto", only="transformer")
     """Number format of the encoder's autocast; auto: bf16 where the device multiplies it
     natively.
     """
-    compile: bool = False
+    compile: bool = of(ENCODER, False, only="transformer")
     """Run the encoder through torch.compile."""
-    init_state: str = ""
+    init_state: str = of(ENCODER, "", only="transformer")
     """A state dict to start the encoder from (NGAME's first module, say); keys lose `init_prefix`,
     all must fit.
     """
-    init_prefix: str = "embedding_labels.encoder.transformer.0.auto_model."
+    init_prefix: str = of(
+        ENCODER, "embedding_labels.encoder.transformer.0.auto_model.", only="transformer"
+    )
     """What the keys of `init_state` begin with before the encoder's own names; other keys are left
     alone.
     """
 
-    # ---- bag of words (--encoder bow) ----
-    bow_width: int = 512
+    bow_width: int = of(BOW, 512, COUNT, only="bow")
     """Width of the embedding."""
-    ngrams: int = 2
+    ngrams: int = of(BOW, 2, COUNT, only="bow")
     """Words in a row that make a term, at most: 1 takes single words alone."""
-    min_df: int = 2
+    min_df: int = of(BOW, 2, COUNT, only="bow")
     """Training documents that a term must be in."""
-    max_features: int = 0
+    max_features: int = of(BOW, 0, OFF_AT_0, only="bow")
     """Terms kept, the most frequent ones; 0 keeps all."""
-    bow_activation: Literal["relu", "none"] = "relu"
+    bow_activation: Literal["relu", "none"] = of(BOW, "relu", only="bow")
     """After the sum of word vectors; none is a linear model of low rank."""
-    word_dropout: float = 0.0
+    word_dropout: float = of(BOW, 0.0, SHARE, only="bow")
     """Share of a text's terms left out in each step."""
-    word_std: float = 1.0
+    word_std: float = of(BOW, 1.0, POSITIVE, only="bow")
     """Standard deviation of the first word vectors. Their table is trained by Adam with
     --encoder-lr and --encoder-decay.
     """
 
-    # ---- cascade (--model cascade) ----
-    tree: str = ""
+    tree: str = of(CASCADE, "", only="cascade")
     """A label tree of xmlkernels tree; by default one is built on first use, from --tree-depths,
     and kept in --cache.
     """
-    tree_depths: tuple[int, ...] = (10, 13, 16)
+    tree_depths: tuple[int, ...] = of(CASCADE, (10, 13, 16), _DEPTHS, only="cascade")
     """The tree built on first use has 2**d clusters for each d: `10 13 16`."""
-    topk: tuple[int, ...] = ()
+    topk: tuple[int, ...] = of(CASCADE, (), _KEPT, only="cascade")
     """Clusters kept after each level of clusters, coarse to fine; by default 128, 256, 512, …"""
-    layers: tuple[str, ...] = ()
+    layers: tuple[str, ...] = of(CASCADE, (), only="cascade transformer")
     """Encoder layers that each level reads, coarse to fine, labels last: `5,6 8 10 12`; by default
     those of CascadeXML, scaled to the depth of the encoder."""
-    embed_drops: tuple[float, ...] = ()
+    embed_drops: tuple[float, ...] = of(CASCADE, (), _SHARES, only="cascade")
     """Dropout of each level, coarse to fine, labels last; by default `.2 .25 .4 .5` for four
     levels, `.3 .3 .4` for three.
     """
-    rw_loss: tuple[float, ...] = ()
+    rw_loss: tuple[float, ...] = of(CASCADE, (), _WEIGHTS, only="cascade")
     """Weight of each level's loss; by default 1 each. A loss is a mean over the level's candidates,
     so a level with many counts for little beside one with few: weights in proportion to the
     candidates (`1 6 25` for 64, 384 and 1,600) make them equal. With --table-optimizer sgd the
     tables move in proportion to it, too."""
-    scheme: Literal["auto", "level", "weighted", "path"] = "auto"
+    scheme: Literal["auto", "level", "weighted", "path"] = of(CASCADE, "auto", only="cascade")
     """Score of a label: its own probability, times its cluster's, or the product from the coarsest
     cluster on. auto: the one that is best on the validation split, chosen anew in each validation
     (weighted without one)."""
-    positives_bound: int = 32
+    positives_bound: int = of(CASCADE, 32, OFF_AT_0, only="cascade")
     """Clusters beyond --topk that a training document with many true ones may keep; those beyond
     are lost, and counted.
     """
-    reference_loss: bool = False
+    reference_loss: bool = of(CASCADE, False, only="cascade")
     """Count pads in the mean of the loss as CascadeXML's code does; for comparisons."""
-    head_lr_factor: float = 10.0
+    head_lr_factor: float = of(CASCADE, 10.0, POSITIVE, only="cascade")
     """Learning rate of the tables and of the linear layer before the coarsest one, in units of
     --encoder-lr.
     """
-    schedule: Literal["three_phase", "warmup_cosine"] = "three_phase"
+    schedule: Literal["three_phase", "warmup_cosine"] = of(CASCADE, "three_phase", only="cascade")
     """Warm-up, plateau and cool-down with Adam's beta1 moving against them; or warm-up and cosine
     to 0.
     """
-    cooldown_epochs: float = 3.0
+    cooldown_epochs: float = of(CASCADE, 3.0, OFF_AT_0, only="cascade")
     """Length of the last of the three phases."""
-    label_device: str = "auto"
+    label_device: str = of(CASCADE, "auto", only="cascade")
     """Where the label table and its optimizer's state stand, and are trained: cpu, cuda:1, …; auto:
     with the model. For tables that its card has no room for."""
 
-    # ---- label table ----
-    table: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
+    table: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = of(TABLE, "auto")
     """Number format of the label table; auto: bf16 where the device multiplies it natively, else
     fp32, as with adamw_dense. fp8 is e4m3 with a power-of-two scale per row."""
-    bias: bool = False
+    bias: bool = of(TABLE, False, only="end_to_end")
     """One fp32 bias per label; off in Renee. A table with one cannot serve a maximum-inner-product
     index.
     """
-    frequency_bias: bool = False
+    frequency_bias: bool = of(TABLE, False, only="end_to_end")
     """Start each bias at its label's frequency; with Adam the first steps are else spent on
     learning that labels are rare.
     """
-    centroid_norm: float = 0.0
+    centroid_norm: float = of(TABLE, 0.0, OFF_AT_0, only="end_to_end")
     """Start each row as a vector of this length from the mean of all documents to that of its
     label's; 0 draws it. It helps labels of few documents, and needs an encoder whose first vectors
     say something: a bag of words, or a trained one."""
-    table_optimizer: Literal["auto", "sgd", "adam", "adamw_dense"] = "auto"
+    table_optimizer: Literal["auto", "sgd", "adam", "adamw_dense"] = of(TABLE, "auto")
     """auto: sgd end to end, adam in a cascade: there on the rows that a step touches, with one
     second moment for a row. adamw_dense, for a cascade of few labels: AdamW on every row in every
     step, at the cost of a gradient as large as the table and of two moments of that size."""
-    momentum: float = 0.9
+    momentum: float = of(TABLE, 0.9, SHARE)
     """Momentum of the table's SGD; 0 keeps no state at all."""
-    state: Literal["fp32", "bf16", "fp16"] = "fp32"
+    state: Literal["fp32", "bf16", "fp16"] = of(TABLE, "fp32")
     """Number format of the table's optimizer state."""
-    table_decay: float = 1e-4
+    table_decay: float = of(TABLE, 1e-4, OFF_AT_0, only="end_to_end")
     """Weight decay of the full table; a cascade's tables take a tenth of --encoder-decay."""
-    table_epsilon: float = 1e-8
+    table_epsilon: float = of(TABLE, 1e-8, POSITIVE)
     """Epsilon of the tables' Adam, beside the corrected root: it belongs to gradients of the loss,
     in a cascade of its mean.
     """
-    decoupled: bool = False
+    decoupled: bool = of(TABLE, False, only="end_to_end")
     """Weight decay shrinks the table instead of entering its gradient."""
-    kahan: bool = False
+    kahan: bool = of(TABLE, False, only="end_to_end")
     """Kahan compensation for bf16 and fp16 tables, instead of stochastic rounding."""
-    skip_tiles: float = 0.0
+    skip_tiles: float = of(TABLE, 0.0, OFF_AT_0, only="end_to_end")
     """Skip groups of 128 labels without positives whose weights a step would change by less than so
     many units of the table's format (its spacing at 2^-6); an approximation that saves up to half
     of the table's step. 0 is off."""
 
-    # ---- training ----
-    epochs: int = 10
+    epochs: int = of(TRAINING, 10, COUNT)
     """Passes over the training documents."""
-    batch: int = 32
+    batch: int = of(TRAINING, 32, COUNT)
     """Documents of a step; several processes share them. The recipe's --table-lr belongs to it,
     see there."""
-    micro_batch: int = 0
+    micro_batch: int = of(TRAINING, 0, OFF_AT_0, only="transformer")
     """Documents per encoder pass of a process (gradient caching); 0 passes the whole batch at once.
     Renee's `--accum A` is `--micro-batch` = batch / A: the same step within rounding. Its
     classifier micro-batches are not needed."""
-    accumulate: int = 1
+    accumulate: int = of(TRAINING, 1, COUNT, only="transformer")
     """Encoder passes of `batch` documents per update: `--batch 64 --accumulate 4` is `--batch 256
     --micro-batch 64`.
     """
-    encoder_lr: float = 2e-4
+    encoder_lr: float = of(TRAINING, 2e-4, OFF_AT_0)
     """Learning rate of the encoder; of a cascade the tables' too, times --head-lr-factor."""
-    table_lr: float = 0.02
+    table_lr: float = of(TRAINING, 0.02, OFF_AT_0, only="end_to_end")
     """Learning rate of the full table. It belongs to --batch, for the loss is a sum over documents:
     with SGD a batch twice as large makes a step twice as long and half as many of them, which moves
     the table as far. Where that makes the loss grow, lower it in proportion. (A rate for a mean
     loss is this times the batch.)"""
-    encoder_decay: float = 0.01
+    encoder_decay: float = of(TRAINING, 0.01, OFF_AT_0)
     """Weight decay of the encoder."""
-    encoder_epsilon: float = 0.0
+    encoder_epsilon: float = of(TRAINING, 0.0, OFF_AT_0)
     """Epsilon of the encoder's Adam, beside the corrected root; 0: 1e-6 end to end, 1e-8 in a
     cascade (its losses are means, its gradients small) and for word vectors."""
-    warmup: int = 200
+    warmup: int = of(TRAINING, 200, OFF_AT_0)
     """Steps of warm-up. Step t of W, from 1, has t/W of the rate; Renee's has (t - 1)/W, and its
     first moves nothing.
     """
-    warmup_epochs: float = 0.0
+    warmup_epochs: float = of(TRAINING, 0.0, OFF_AT_0)
     """The same in epochs; where it is not 0 it stands in place of `warmup`."""
-    clip: float = 0.0
+    clip: float = of(TRAINING, 0.0, OFF_AT_0, only="transformer")
     """Largest norm of the encoder's gradient; 0 is off."""
-    ema: float = 0.0
+    ema: float = of(TRAINING, 0.0, _UP_TO_1, only="transformer")
     """Decay of a running mean of encoder and linear layers that predictions use; 1 is their plain
     mean (SWA); 0 is off.
     """
-    ema_start: float = 0.0
+    ema_start: float = of(TRAINING, 0.0, OFF_AT_0, only="transformer")
     """Epochs before that mean begins."""
-    ema_every: int = 1
+    ema_every: int = of(TRAINING, 1, COUNT, only="transformer")
     """Updates from one value that the mean takes in to the next; --ema is its decay from one to the
     next.
     """
-    ema_tables: bool = False
+    ema_tables: bool = of(TRAINING, False, only="transformer")
     """The tables have a mean, too: 4 bytes more for each of their values, 6 below fp32."""
-    loss_every: int = 10
+    loss_every: int = of(TRAINING, 10, OFF_AT_0)
     """Compute the exact loss over all labels every so many steps; 1 always, 0 never."""
-    seed: int = 0
+    seed: int = of(TRAINING, 0, _SEED)
     """Of first weights, order of documents and dropout."""
 
-    # ---- evaluation, saving ----
-    evaluate_every: int = 1
+    evaluate_every: int = of(SAVING, 1, COUNT)
     """Epochs between looks at the validation split."""
-    best_by: str = "P@1"
+    best_by: str = of(SAVING, "P@1")
     """Validation metric that chooses the best checkpoint: P, nDCG, PSP, PSnDCG or R, @1 to @5; the
     first of equals is kept. Without a validation split the last step is kept."""
-    top_k: int = 100
+    top_k: int = of(SAVING, 100, COUNT)
     """Labels kept per document in predictions.npz."""
-    evaluate_batch: int = 256
+    evaluate_batch: int = of(SAVING, 256, COUNT)
     """Documents of a pass of evaluation."""
-    save_every: int = 500
+    save_every: int = of(SAVING, 500, OFF_AT_0)
     """Steps between checkpoints; one is written after every epoch too. 0: only where validation is
     the best so far, and at the end."""
-    keep: int = 1
+    keep: int = of(SAVING, 1, OFF_AT_0)
     """Checkpoints before the last that are kept beside it and the best one: where the last turns
     out damaged, the run goes on from the one before. The disk holds so many more, and another one
     while one is written."""
-    log_every: int = 50
+    log_every: int = of(SAVING, 50, COUNT)
     """Steps between lines of log.jsonl."""
-    resume: bool = False
+    resume: bool = of(SAVING, False)
     """Go on from the last checkpoint in `output`, bit for bit (with as many processes as
     before).
     """
-    overwrite: bool = False
+    overwrite: bool = of(SAVING, False)
     """Replace the run that `output` holds."""
-    beyond_memory: bool = False
+    beyond_memory: bool = of(SAVING, False)
     """Start all the same where the planner says that the run needs more memory than there is."""
-    device: str = "auto"
+    device: str = of(SAVING, "auto")
     """Where the model is trained: cpu, cuda, cuda:1; auto: cuda where there is one."""
-    threads: int = 0
+    threads: int = of(SAVING, 0, OFF_AT_0)
     """CPU threads; 0 leaves torch's choice."""
-    timeout: float = dist.PATIENCE
+    timeout: float = of(SAVING, dist.PATIENCE, _SECONDS)
     """Of several processes: seconds without a sign of life from one after which the others end and
     name it. Each gives one a second, also in long work that it does alone; only a call that keeps
     Python's lock is silent, which is why this is long."""

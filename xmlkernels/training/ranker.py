@@ -14,6 +14,7 @@ from xmlkernels.evaluation import score_matrix
 from xmlkernels.files import check_file
 from xmlkernels.locks import own_folder
 from xmlkernels.metrics import candidates_needed, evaluate, inverse_propensity
+from xmlkernels.options import check_least, flag
 from xmlkernels.predict.base import NAMES
 from xmlkernels.predict.model import checkpoint_identity
 from xmlkernels.predict.ranked import CLUSTERS, RANKER, VECTORIZER, Source
@@ -21,7 +22,6 @@ from xmlkernels.ranker.blend import Reranker, best, best_of_all, choose_share
 from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.linear import Settings, fit
 from xmlkernels.ranker.matcher import ClusterMatcher
-from xmlkernels.training.checks import check_least, flag
 from xmlkernels.training.clock import Seconds
 from xmlkernels.training.folder import write_json, write_text
 from xmlkernels.training.owned import refuse_others
