@@ -53,9 +53,9 @@ def bce_loss(
         "a tensor that requires one",
         "freeze it: 8 bits hold no gradient; bce_step_ trains such tables",
     )
-    return torch.ops.xmlkernels.bce_loss(
-        x, weight, bias, pos_row, pos_sample, pos_value, row_scale, rows=rows
-    )
+    op = torch.ops.xmlkernels.bce_loss
+    loss: Tensor = op(x, weight, bias, pos_row, pos_sample, pos_value, row_scale, rows=rows)
+    return loss
 
 
 def _check(

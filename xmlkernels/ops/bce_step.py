@@ -121,7 +121,8 @@ def bce_step_(
     _check(weight, x, *positives, hyper, counter, **options)
     mark_written(weight, bias, momentum, second, kahan, row_scale, skipped)
     op = torch.ops.xmlkernels.bce_step_
-    return op(weight, x.detach(), *positives, hyper, counter, **options)
+    out: tuple[Tensor, Tensor] = op(weight, x.detach(), *positives, hyper, counter, **options)
+    return out
 
 
 def _check(

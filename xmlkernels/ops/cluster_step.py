@@ -108,7 +108,9 @@ def cluster_step_(
     options |= {"need_loss": need_loss}
     _check(weight, x, *given, **options)
     mark_written(weight, bias, momentum, second, kahan, row_scale)
-    return torch.ops.xmlkernels.cluster_step_(weight, x.detach(), *given, **options)
+    op = torch.ops.xmlkernels.cluster_step_
+    out: tuple[Tensor, Tensor, Tensor] = op(weight, x.detach(), *given, **options)
+    return out
 
 
 def _check(

@@ -15,7 +15,8 @@ from xmlkernels import native
 from xmlkernels.errors import InputError
 from xmlkernels.ops.checks import describe
 
-_library = library.Library("xmlkernels", "DEF")
+_untyped: Any = library  # `Library` has no types in torch
+_library = _untyped.Library("xmlkernels", "DEF")
 missing: str | None = native.load()
 """Why the native library is not loaded; None when it is."""
 
@@ -50,15 +51,15 @@ def define(
     _library.define(schema.replace("SymInt ", "int "))
 
     def default(*args: Any, **kwargs: Any) -> Any:
-        device = _device(args).type
-        reasons = {"cpu": missing, "cuda": native.missing_cuda}
-        reason = reasons.get(device) or f"no kernel of `{name}` is built for {device}"
-        native.warn_reference(device, reason)
         arguments = getattr(torch.ops.xmlkernels, name).default._schema.arguments
         for argument, value in zip(arguments, args, strict=False):
             # The dispatcher takes None for a tensor that is not defined.
             if value is None and str(argument.type) == "Tensor":
                 _check_type(name, argument.name, value, Tensor, optional=False)
+        device = _device(args).type
+        reasons = {"cpu": missing, "cuda": native.missing_cuda}
+        reason = reasons.get(device) or f"no kernel of `{name}` is built for {device}"
+        native.warn_reference(device, reason)
         check(*args, **kwargs)
         return reference(*args, **kwargs)
 

@@ -47,7 +47,8 @@ def matmul_topk(
     options: dict[str, Any] = {"exclude": exclude, "row_scale": row_scale}
     options |= {"row_offset": row_offset, "rows": rows}
     _check(x, weight, bias, k, **options)
-    return torch.ops.xmlkernels.matmul_topk(x, weight, bias, k, **options)
+    out: tuple[Tensor, Tensor] = torch.ops.xmlkernels.matmul_topk(x, weight, bias, k, **options)
+    return out
 
 
 def _check(

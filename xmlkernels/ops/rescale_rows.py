@@ -42,7 +42,9 @@ def rescale_rows_(
     """
     _check(weight, row_scale, counter, row_offset)
     mark_written(weight, row_scale)
-    return torch.ops.xmlkernels.rescale_rows_(weight, row_scale, counter, row_offset)
+    op = torch.ops.xmlkernels.rescale_rows_
+    changed: Tensor = op(weight, row_scale, counter, row_offset)
+    return changed
 
 
 def _check(weight: Tensor, row_scale: Tensor, counter: Tensor, row_offset: int = 0) -> None:

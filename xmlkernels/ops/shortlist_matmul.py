@@ -55,7 +55,8 @@ def shortlist_matmul(
         "a tensor that requires one",
         "freeze it: 8 bits hold no gradient; cluster_step_ trains such tables",
     )
-    return torch.ops.xmlkernels.shortlist_matmul(x, weight, bias, index, row_scale)
+    logits: Tensor = torch.ops.xmlkernels.shortlist_matmul(x, weight, bias, index, row_scale)
+    return logits
 
 
 @public
@@ -93,7 +94,9 @@ def shortlist_backward(
     _check_backward(dlogits, x, weight, index, row_scale)
     given = dlogits.detach(), x.detach(), weight.detach(), index, row_scale
     wanted = {"need_dx": need_dx, "need_dweight": need_dweight, "need_dbias": need_dbias}
-    return torch.ops.xmlkernels.shortlist_backward(*given, **wanted)
+    op = torch.ops.xmlkernels.shortlist_backward
+    out: tuple[Tensor, Tensor, Tensor, Tensor] = op(*given, **wanted)
+    return out
 
 
 def _check_backward(
