@@ -111,6 +111,8 @@ def test_pages_are_built_without_a_warning_and_fetch_nothing(tmp_path: Path) -> 
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    shown = re.sub(r"<[^>]+>", "", (tmp_path / "examples.html").read_text("utf-8"))
+    assert shown.count("import xmlkernels as xk") >= 4  # the programs are in the page
     for page in tmp_path.rglob("*.html"):
         tags = re.findall(r"<(?:script|img|link|iframe)\b[^>]*>", page.read_text("utf-8"))
         fetched = [tag for tag in tags if re.search(r'(?:src|href)="(?:https?:)?//', tag)]
