@@ -73,7 +73,7 @@ def test_json_lines(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="x.jsonl:2: .*got a blank line"):
         read(path)
     path.write_text('[\n{"text": "a"}\n]\n')
-    with pytest.raises(InputError, match=r"x.jsonl:1: .*of one list: `jq -c '.\[\]' FILE`"):
+    with pytest.raises(InputError, match=r"x.jsonl:1: .*from one list: `jq -c '.\[\]' FILE`"):
         read(path)
     path.write_text("[" * 100_000 + "\n")
     with pytest.raises(InputError, match="x.jsonl:1: expected a JSON string or object"):

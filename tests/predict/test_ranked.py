@@ -318,11 +318,11 @@ def test_damage_to_a_ranker_is_found(made: Path, tmp_path: Path, name: str) -> N
         ({"text": "a"}, "--checkpoint: expected a run's output folder, or --ranker"),
         (
             {"checkpoint": "c", "text": "a", "ranker_text": "b"},
-            "--ranker-text: expected --ranker and --text beside it",
+            "--ranker-text: expected --ranker and --text with it",
         ),
         (
             {"ranker": ("r",), "text": "a", "ranker_input": "b"},
-            "--ranker-input: expected --ranker and --input beside it",
+            "--ranker-input: expected --ranker and --input with it",
         ),
         (
             {"ranker": ("r",), "input": "a", "ranker_input": "-"},
@@ -330,7 +330,7 @@ def test_damage_to_a_ranker_is_found(made: Path, tmp_path: Path, name: str) -> N
         ),
         (
             {"ranker": ("r",), "text": "a", "which": "last"},
-            "--which: expected --checkpoint beside it",
+            "--which: expected --checkpoint with it",
         ),
     ],
 )

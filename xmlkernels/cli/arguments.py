@@ -1,6 +1,4 @@
-"""The command line of the commands: tyro reads the values; help and mistakes are told here, as
-every other mistake is.
-"""
+"""Read a command line: tyro parses the values, help and mistakes are worded here."""
 
 import contextlib
 import difflib
@@ -16,7 +14,7 @@ from xmlkernels.cli.flags import Flag, entry, flags_of, help_of
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
-# What other tools call it: flags here that mean it, those that the command has.
+# Flags of other tools, and those that mean the same here, where the command has them.
 _ELSEWHERE = {
     "learning_rate": ("encoder_lr", "table_lr"),
     "lr": ("encoder_lr", "table_lr"),
@@ -58,15 +56,15 @@ def parse(
     default: T | None = None,
     words: Sequence[str] | None = None,
 ) -> T:
-    """The options of a command from its command line.
+    """Read the options of a command.
 
     Args:
-        kind: a dataclass; its fields are the flags, those of a dataclass among them too.
-        prog: the command as one types it.
+        kind: a dataclass; its fields are the flags, with those of a dataclass among them.
+        prog: the command as it is typed.
         told: what it does, for --help.
         positional: fields without a default are given by place instead of by name.
-        default: where the flags start from; by default what the fields say.
-        words: the command line behind the command; by default the one of this process.
+        default: what the flags start from; by default the fields' own defaults.
+        words: the arguments of the command; by default those of this process.
 
     Raises:
         InputError: an unknown flag, a value that it does not take, or one that is missing.
@@ -75,14 +73,8 @@ def parse(
     flags = flags_of(kind, positional=positional, default=default)
     words = texts_joined(sys.argv[1:] if words is None else words, flags)
     if "-h" in words or "--help" in words:
-        print(
-            help_of(
-                flags,
-                prog,
-                told,
-                only=[word[2:].replace("-", "_") for word in words if word not in ("-h", "--help")],
-            )
-        )
+        only = [word[2:].replace("-", "_") for word in words if word not in ("-h", "--help")]
+        print(help_of(flags, prog, told, only=only))
         raise SystemExit(0)
     refuse_unknown(words, flags, prog)
     return _by_tyro(kind, prog, words, flags, positional, default)
@@ -157,7 +149,7 @@ def listing(named: Mapping[str, Named[T]], what: str, prog: str, told: str) -> s
 
 
 def _nearest(word: Sequence[str], names: Sequence[str], prog: str) -> str:
-    """The names like this one, and the list in short: names of one beginning count together."""
+    """Name those like this one, and the rest in short: names of one beginning count together."""
     first = [name.partition("-")[0] for name in names]
     families = {head: [name for name in names if name.partition("-")[0] == head] for head in first}
     short = ", ".join(
@@ -173,17 +165,15 @@ def _nearest(word: Sequence[str], names: Sequence[str], prog: str) -> str:
 
 
 def texts_joined(words: Sequence[str], flags: Sequence[Flag]) -> list[str]:
-    """The words with `--text=-a` for `--text -a`: a text may begin with a dash, but not be a flag
-    of the command.
+    """Return the words with `--text=-a` for `--text -a`.
+
+    A text may begin with a dash, but not be a flag of the command.
     """
     known = {name: flag for flag in flags for name in flag.spellings}
     joined: list[str] = []
     for word in words:
-        before = (
-            known.get(joined[-1][2:].replace("-", "_"))
-            if joined and joined[-1].startswith("--")
-            else None
-        )
+        last = joined[-1] if joined else ""
+        before = known.get(last[2:].replace("-", "_")) if last.startswith("--") else None
         flag = word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in known
         if before is not None and before.verbatim and word.startswith("-") and not flag:
             joined[-1] += f"={word}"
@@ -193,7 +183,7 @@ def texts_joined(words: Sequence[str], flags: Sequence[Flag]) -> list[str]:
 
 
 def refuse_unknown(words: Sequence[str], flags: Sequence[Flag], prog: str) -> None:
-    """InputError for the first word that looks like a flag and is none; it names the nearest."""
+    """Refuse the first word that looks like a flag and is none; name the nearest flag."""
     known = {name: flag for flag in flags for name in flag.spellings}
     value_of: Flag | None = None
     for word in words:
@@ -228,7 +218,7 @@ def _mend(name: str, known: dict[str, Flag], prog: str) -> str:
 
 
 def either(names: Sequence[str]) -> str:
-    """`a`, `a or b`, `a, b or c`."""
+    """Join names as in `a`, `a or b`, `a, b or c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
@@ -256,14 +246,10 @@ def _by_tyro(
 
 
 def _refuse(box: str, prog: str, words: Sequence[str], flags: Sequence[Flag]) -> NoReturn:
-    """InputError in place of what tyro says in a box: its first part, in the words of the others
-    here.
-    """
+    """Raise tyro's first complaint, which it draws in a box, as an InputError."""
     lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    rule = next(
-        (number for number, line in enumerate(lines) if line and not line.strip("─")), len(lines)
-    )
-    text = " ".join(filter(None, lines[:rule]))
+    rules = (number for number, line in enumerate(lines) if line and not line.strip("─"))
+    text = " ".join(filter(None, lines[: next(rules, len(lines))]))
     by_name = {name: flag for flag in flags for name in flag.spellings}
     if missing := [flag for flag in flags if flag.required and not _given(flag, words)]:
         first, what = missing[0], missing[0].sentence.rstrip(".")
@@ -277,9 +263,8 @@ def _refuse(box: str, prog: str, words: Sequence[str], flags: Sequence[Flag]) ->
             raise InputError(
                 found[1], flag.expected, " ".join(map(repr, values)) or "nothing", "correct it"
             )
-    if found := re.search(
-        r"Error parsing \w+: (\w+): expected (.*), got (.*?); (.*)", text
-    ):  # what a dataclass itself refuses
+    # What a dataclass itself refuses:
+    if found := re.search(r"Error parsing \w+: (\w+): expected (.*), got (.*?); (.*)", text):
         flag = by_name.get(found[1])
         if flag is not None:
             raise InputError(flag.shown, found[2], found[3], found[4])
@@ -305,7 +290,7 @@ def _given(flag: Flag, words: Sequence[str]) -> bool:
 
 
 def _values(words: Sequence[str], flag: Flag) -> list[str]:
-    """What stands behind a flag."""
+    """Return the words that follow a flag."""
     found: list[str] | None = None
     for word in words:
         name, equals, value = word[2:].partition("=")

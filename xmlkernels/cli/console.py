@@ -1,4 +1,4 @@
-"""What the commands say to a person: progress lines, tables, and one sentence for a mistake."""
+"""Talk to the person at the terminal: progress lines, tables, one sentence for a mistake."""
 
 import io
 import logging
@@ -41,9 +41,7 @@ def say(text: str) -> None:
 
 
 class _Printed(logging.Handler):
-    """Print what the library logs; what the terminal refuses ends the command, as it does for
-    `say`.
-    """
+    """Print what the library logs; a closed output ends the command, as it does in `say`."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage())
@@ -77,25 +75,25 @@ def _here(path: Path) -> str:
 def command(
     main: Callable[[], Any], *, interrupted: str = "interrupted", several: bool = False
 ) -> None:
-    """Runs a command; whatever ends it is told in one sentence on stderr.
+    """Run a command; whatever ends it is said in one sentence on standard error.
 
     Exit statuses: 0 done; 2 a user's mistake, before any work or with nothing changed; 1 the work
     began and failed (a full disk, a lost process); 130, 143 and 129 ended by SIGINT, SIGTERM and
     SIGHUP; 141 the reader of the output has left.
 
     Warnings of this project are for the owner of the data: they are shown as `note: …`, without a
-        line of source. What all
-    processes of torchrun meet is told once: the others give the first, whose end ends them, the
-    time to tell it. In the same way one that only misses another leaves the word to that one.
+    line of source. What all processes of torchrun meet is said once: the others give the first,
+    whose end ends them, the time to say it. Likewise a process that only misses another leaves the
+    word to that one.
 
     Args:
-        interrupted: what Ctrl-C is answered with, where the command itself says nothing better.
-        several: whether torchrun may start it; others would write the same files at once.
+        main: the command.
+        interrupted: the answer to Ctrl-C, where the command itself says nothing better.
+        several: whether torchrun may start it; other commands would write the same files at once.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # a name that the terminal cannot show must not end the work
+        # A name that the terminal cannot show must not end the work.
+        sys.stdout.reconfigure(errors="backslashreplace")
     print_logs()
     with warnings.catch_warnings(), listening():
         warnings.simplefilter("always", DataWarning)
@@ -145,7 +143,7 @@ def command(
 
 
 def _close_output() -> None:
-    """So that the interpreter's last flush does not fail again."""
+    """Close standard output, so that the interpreter's last flush does not fail again."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -153,8 +151,11 @@ def _close_output() -> None:
 
 
 def _leave(status: int) -> NoReturn:
-    """Ends the process; one of several without the interpreter's own end, in which a thread of gloo
-    that still lets go of a tensor aborts it (pytorch/pytorch, pull request 179291)."""
+    """End the process.
+
+    One of several ends without the interpreter's own shutdown, in which a thread of gloo that still
+    lets go of a tensor aborts it (pytorch/pytorch, pull request 179291).
+    """
     if not dist.running():
         sys.exit(status)
     dist.stop(failed=status != 0)
@@ -164,9 +165,7 @@ def _leave(status: int) -> NoReturn:
 
 
 def _first() -> bool:
-    """Whether this process is the first that torchrun started, whatever else its environment
-    holds.
-    """
+    """Return whether this is torchrun's first process, whatever else the environment holds."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
@@ -180,12 +179,10 @@ def _show_warning(
 ) -> None:
     if dist.rank() > 0:
         return
-    plain = category.__module__.partition(".")[0] == "xmlkernels"
-    text = (
-        f"note: {message}"
-        if plain
-        else warnings.formatwarning(message, category, filename, lineno, line).rstrip()
-    )
+    if category.__module__.partition(".")[0] == "xmlkernels":
+        text = f"note: {message}"
+    else:
+        text = warnings.formatwarning(message, category, filename, lineno, line).rstrip()
     print(text, file=sys.stderr, flush=True)
 
 
@@ -194,22 +191,22 @@ def metrics_table(
     rows: dict[str, dict[str, float]],
     kinds: tuple[str, ...] = ("P", "nDCG", "PSP", "R"),
 ) -> Table:
-    """Percentages at 1, 3 and 5; one row for each named set of metrics."""
+    """Return a table of percentages at 1, 3 and 5, one row per named set of metrics."""
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("percent")
     names = [f"{kind}@{k}" for kind in kinds for k in (1, 3, 5)]
     for name in names:
         table.add_column(name, justify="right")
     for label, metrics in rows.items():
-        table.add_row(
-            label, *(f"{metrics[name]:.2f}" if name in metrics else "–" for name in names)
-        )
+        shown = (f"{metrics[name]:.2f}" if name in metrics else "–" for name in names)
+        table.add_row(label, *shown)
     return table
 
 
 def print_metrics(report: dict[str, Any], output: Path) -> None:
-    """The metrics of a finished run, by split and by label frequency; of several processes the
-    first prints them.
+    """Print the metrics of a finished run, by split and by label frequency.
+
+    Of several processes the first prints them.
     """
     if dist.rank() > 0:
         return
@@ -236,14 +233,13 @@ def print_metrics(report: dict[str, Any], output: Path) -> None:
         print_deciles(report["deciles"])
     seconds = report["seconds"]
     say(
-        f"{report['steps']:,} steps, train {seconds['train']:.0f} s, evaluate "
-        f"{seconds['evaluate']:.0f} s, "
-        f"peak memory {report['peak_rss_mb']:.0f} MB; written to {output}/"
+        f"{report['steps']:,} steps, train {seconds['train']:.0f} s, "
+        f"evaluate {seconds['evaluate']:.0f} s, peak memory {report['peak_rss_mb']:.0f} MB; "
+        f"written to {output}/"
     )
-    if told := ", ".join(
-        f"{report[name]:,} {name.replace('_', ' ')}" for name in SKIPPED if report[name]
-    ):
-        say(f"note: {told}, where something was not finite")
+    skipped = [f"{report[name]:,} {name.replace('_', ' ')}" for name in SKIPPED if report[name]]
+    if skipped:
+        say(f"note: {', '.join(skipped)}, where something was not finite")
     if lost := report.get("lost_positives"):
         say(
             f"note: {lost:,} times a true cluster found no place in a training shortlist; "
@@ -252,12 +248,9 @@ def print_metrics(report: dict[str, Any], output: Path) -> None:
 
 
 def print_levels(name: str, levels: list[dict[str, Any]]) -> None:
-    """How the clusters of each level fare, and how many true labels were still in the shortlist
-    after it.
-    """
-    table = Table(
-        title=f"{name}: levels of clusters, coarse to fine (percent)", title_justify="left"
-    )
+    """Print metrics of each level of clusters, and how many true labels are left after it."""
+    title = f"{name}: levels of clusters, coarse to fine (percent)"
+    table = Table(title=title, title_justify="left")
     shown = ("P@1", "P@3", "P@5", "R@5")
     for column in ("level", "clusters", "kept", *shown, "true labels kept"):
         table.add_column(column, justify="right")
@@ -273,27 +266,20 @@ def print_levels(name: str, levels: list[dict[str, Any]]) -> None:
 
 
 def print_deciles(deciles: list[dict[str, Any]]) -> None:
-    """Recall by label frequency: labels sorted by training frequency, ten groups of equal size,
-    rarest first.
-    """
-    table = Table(
-        title="by label frequency in train (ten groups of equally many labels)",
-        title_justify="left",
-    )
+    """Print recall by label frequency in training: ten groups of equal size, rarest first."""
+    title = "by label frequency in train (ten groups of equally many labels)"
+    table = Table(title=title, title_justify="left")
     for name in deciles[0]:
         table.add_column(name, justify="right")
     for row in deciles:
-        table.add_row(
-            *(
-                f"{value:.2f}"
-                if isinstance(value, float)
-                else f"{value:,}"
-                if isinstance(value, int)
-                else str(value)
-                for value in row.values()
-            )
-        )
+        table.add_row(*map(_cell, row.values()))
     _console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def print_comparison(
@@ -301,4 +287,5 @@ def print_comparison(
     rows: dict[str, dict[str, float]],
     kinds: tuple[str, ...] = ("P", "nDCG", "PSP", "R"),
 ) -> None:
+    """Print `metrics_table`."""
     _console.print(metrics_table(title, rows, kinds))

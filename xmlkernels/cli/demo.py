@@ -1,8 +1,7 @@
-"""What `make demo` runs: train on part of the built-in corpus, a linear ranker beside it, compare
-both with a nearest-neighbour baseline, answer queries.
+"""Train a model and a ranker on part of the built-in corpus, compare them, answer three questions.
 
-The task: which functions will the function that does this need to call? What stands from an earlier
-    call is used again.
+The task: which functions will the function that does this need to call? Both are compared with a
+baseline of nearest neighbours. What an earlier call finished is used again. `make demo` runs this.
 """
 
 import json
@@ -39,6 +38,7 @@ QUERIES = (
 
 
 def run() -> None:
+    """Run the demo."""
     config: Config = RECIPES["demo"].config
     say(
         "Which functions does a function call? Texts: first paragraphs of docstrings of Python "
@@ -68,7 +68,7 @@ def run() -> None:
 
 
 def trained(config: Config, dataset: Dataset) -> tuple[dict[str, Any], bool]:
-    """The report of a run of this configuration, data and code, and whether it stood already.
+    """Return the report of a run of this configuration, and whether it was finished before.
 
     A finished one is used again, an unfinished one goes on, anything else is replaced.
     """
@@ -101,7 +101,7 @@ def trained(config: Config, dataset: Dataset) -> tuple[dict[str, Any], bool]:
 
 
 def same_settings(before: Mapping[str, Any], config: Config) -> bool:
-    """Whether config.json says what this configuration does, in all that shapes the result."""
+    """Return whether config.json agrees with a configuration in all that shapes the result."""
     now = recorded(config)
     return before.keys() == now.keys() and all(
         before[key] == now[key] for key in now if key not in MAY_CHANGE
@@ -109,14 +109,12 @@ def same_settings(before: Mapping[str, Any], config: Config) -> bool:
 
 
 def same_code(before: str | None, now: str) -> bool:
-    """Changed files have no name: what is called -dirty twice need not be the same twice."""
+    """Return whether two runs are of one commit; -dirty twice need not be the same twice."""
     return before == now and not now.endswith("-dirty")
 
 
 def can_go_on(folder: Path, dataset: Dataset) -> bool:
-    """Whether the last checkpoint of an unfinished run, if it got so far, is of this commit and
-    data.
-    """
+    """Return whether an unfinished run's last checkpoint, if any, is of this commit and data."""
     checkpoints = CheckpointFolder(folder / "checkpoint")
     if not checkpoints.exists("last"):
         return True
@@ -127,12 +125,12 @@ def can_go_on(folder: Path, dataset: Dataset) -> bool:
 
 
 def with_ranker(options: RankerConfig, dataset: Dataset, *, stands: bool) -> dict[str, float]:
-    """Metrics of model and ranker together on the test split; the ranker is trained where none of
-    this run stands.
+    """Return the metrics of model and ranker together on the test split.
 
     Args:
-        stands: the run was not trained now, so a ranker that was trained beside it may be used
-            again.
+        options: of the ranker.
+        dataset: of the run.
+        stands: whether the run was finished before: then a ranker trained for it may be used again.
     """
     kept = Path(options.output) / "metrics.json"
     if stands and kept.exists():
@@ -141,9 +139,8 @@ def with_ranker(options: RankerConfig, dataset: Dataset, *, stands: bool) -> dic
             if found.get("dataset_hash") == dataset.content_hash and found.get("options") == plain(
                 options
             ):
-                RankedPredictor.load(
-                    options.output, options.checkpoint
-                )  # of this very run, and whole
+                # Is it of this very run, and whole?
+                RankedPredictor.load(options.output, options.checkpoint)
                 say(f"{options.output}/ holds the ranker of this run already")
                 return dict(found["test"]["both"])
         except InputError as error:
@@ -158,17 +155,18 @@ def with_ranker(options: RankerConfig, dataset: Dataset, *, stands: bool) -> dic
 
 
 def plain(options: RankerConfig) -> dict[str, Any]:
-    """The options as a ranker's metrics.json holds them."""
+    """Return the options as a ranker's metrics.json holds them."""
     return dict(json.loads(json.dumps(asdict(options))))
 
 
 def nearest_neighbours(dataset: Dataset, kept: Path, *, stands: bool) -> dict[str, float]:
-    """Metrics of the baseline on the same documents: measured beside the training, and kept with
-    its run.
+    """Return the metrics of the baseline on the same documents, and keep them with the run.
 
     Args:
-        stands: the run was not trained now, so its baseline may be used again if it is of the same
-            data.
+        dataset: of the run.
+        kept: the file of an earlier measurement.
+        stands: whether the run was finished before: then its baseline of the same data may be used
+            again.
     """
     if stands and kept.exists():
         found = read_json(kept)
@@ -191,6 +189,7 @@ def nearest_neighbours(dataset: Dataset, kept: Path, *, stands: bool) -> dict[st
 
 
 def answer(predictor: TextPredictor) -> None:
+    """Print the labels of the three questions."""
     for query, labels in zip(QUERIES, predictor.predict(QUERIES, k=5), strict=True):
         say(f"\n{query}")
         say("   " + "   ".join(f"{label.name} {label.probability:.2f}" for label in labels))
@@ -202,5 +201,6 @@ class Options:
 
 
 def main(words: Sequence[str]) -> None:
+    """Run the demo, which takes no arguments."""
     parse(Options, "xmlkernels demo", __doc__ or "", words=words)
     run()

@@ -1,11 +1,10 @@
-"""Sum score files and measure them: `xmlkernels ensemble a.npz b.npz c.txt --dataset DIR [--output
-sum.npz]`.
+"""Sum score files and measure them: `xmlkernels ensemble a.npz b.npz c.txt --dataset DIR`.
 
-One file alone is measured as it is. A file is a scipy CSR .npz [documents, labels] or a text file
-of the Extreme Classification Repository: `documents labels`, then a line of `label:score` for each
-document (plain or .gz). Rows are the documents of the split, columns the labels of the dataset. A
-stored logit of exactly 0 is a score in an .npz file; readers of text files leave zeros out, so that
-one is written there as the smallest number above 0.
+--output writes the sum. One file alone is measured as it is. A file is a scipy CSR .npz [documents,
+labels] or a text file of the Extreme Classification Repository: `documents labels`, then a line of
+`label:score` per document (plain or .gz). Rows are the documents of the split, columns the labels
+of the dataset. A stored logit of exactly 0 is a score in an .npz file; readers of text files leave
+zeros out, so that one is written there as the smallest number above 0.
 
 A forest, as Parabel's three trees, is the sum of rankers, each trained on a tree of its own
 (`xmlkernels tree --seed N`, `xmlkernels rank --tree TREE`): `xmlkernels ensemble
@@ -48,6 +47,8 @@ KINDS = ("logit", "probability")
 
 @dataclass(frozen=True)
 class Options:
+    """Which score files, of which dataset, and how they are summed."""
+
     files: tuple[str, ...]
     """Score files, .npz or .txt(.gz)."""
     dataset: str = ""
@@ -70,7 +71,7 @@ class Options:
 
 
 def check(options: Options) -> None:
-    """Refuses options that cannot be used, before a file is read."""
+    """Refuse options that cannot be used, before a file is read."""
     count = len(options.files)
     if not count:
         raise InputError("arguments", "one score file or more", "none", "name .npz or .txt files")
@@ -114,9 +115,9 @@ def check(options: Options) -> None:
 
 
 def read_scores(path: str, documents: int, labels: int, *, keep_zeros: bool = True) -> csr_matrix:
-    """A score file as CSR float32 [documents, labels]; stored zeros of an .npz file stay if they
-    are to be kept.
+    """Read a score file as CSR float32 [documents, labels].
 
+    With `keep_zeros`, zeros stored in an .npz file stay: they are scores.
     CascadeXML's .npz files have a last column for padding: it is dropped where it is empty.
 
     Raises:
@@ -145,10 +146,10 @@ def read_scores(path: str, documents: int, labels: int, *, keep_zeros: bool = Tr
 
 
 def log_odds(matrix: csr_matrix, kind: str, path: str) -> np.ndarray:
-    """The stored scores as finite log-odds, float64 [nnz].
+    """Return the stored scores as finite log-odds, float64 [nnz].
 
     Raises:
-        InputError: a probability that is none.
+        InputError: a probability outside 0 to 1.
     """
     values = matrix.data.astype(np.float64)
     if kind == "logit":
@@ -167,13 +168,13 @@ def log_odds(matrix: csr_matrix, kind: str, path: str) -> np.ndarray:
 
 
 def to_log_odds(probability: np.ndarray) -> np.ndarray:
-    """ln p/(1-p), finite also at 0 and 1."""
+    """Return ln p/(1-p), finite also at 0 and 1."""
     p = np.clip(probability, np.finfo(np.float64).tiny, 1 - np.finfo(np.float64).epsneg)
     return np.asarray(np.log(p) - np.log1p(-p))
 
 
 def run(options: Options) -> dict[str, dict[str, float]]:
-    """Metrics in percent of every file and, where there are more, of their sum (named "sum")."""
+    """Return metrics in percent of every file and, of several, of their sum (named "sum")."""
     check(options)
     with ExitStack() as held:  # before the work: a place that cannot be written, or is in use
         for flag, path in (("--output", options.output), ("--metrics", options.metrics)):
@@ -234,6 +235,7 @@ def _run(options: Options) -> dict[str, dict[str, float]]:
 
 
 def main(words: Sequence[str]) -> None:
+    """Sum and measure the files that the arguments name."""
     options = parse(Options, "xmlkernels ensemble", __doc__ or "", positional=True, words=words)
     measured = run(options)
     title = f"{options.dataset}, {options.split}"

@@ -20,6 +20,7 @@ class Options:
 
 
 def main(words: Sequence[str]) -> None:
+    """Print versions, native libraries and devices."""
     parse(Options, "xmlkernels env", __doc__ or "", words=words)
     print(f"xmlkernels {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in dict.fromkeys([*PACKAGES, "triton", "scikit-learn", "numba"]):

@@ -1,14 +1,15 @@
-"""Write what a trained model knows as arrays: `xmlkernels export --checkpoint DIR --output FOLDER
-[--what …]`.
+"""Write what a trained model knows as arrays: `xmlkernels export --checkpoint DIR --output FOLDER`.
 
-label_vectors: `label_vectors.npy` (fp32 [L, D], memory-mappable, one row a label) and
+--what chooses one of three:
+
+label_vectors: `label_vectors.npy` (fp32 [L, D], memory-mappable, one row per label) and
 `label_names.txt`, for an index of nearest neighbours. With unit length, as Renee's deployment has
 it (MLSys 2023, section 6), maximum inner product becomes cosine similarity, which every index
 serves; rankings then differ from the exact ones of xmlkernels predict, because the lengths of the
 rows are gone.
 
-embeddings: `embeddings_SPLIT.npy` (fp32 [N, D]) of every split: what the label table meets of a
-    document.
+embeddings: `embeddings_SPLIT.npy` (fp32 [N, D]) of every split: the vectors that the label table
+scores.
 
 shortlists: `shortlist_SPLIT.npz` (scipy CSR [N, L] of logits) of every split: the labels that a
 linear ranker has to choose from. Of a cascade they are candidates of its last level; pairs that a
@@ -54,6 +55,8 @@ _ROWS = 1 << 16  # rows turned into fp32 at a time
 
 @dataclass(frozen=True)
 class Options:
+    """Which model, what of it, and where to."""
+
     checkpoint: str
     """A run's output folder, or the checkpoint folder in it."""
     output: str
@@ -77,6 +80,7 @@ class Options:
 
 
 def export(options: Options) -> None:
+    """Write the arrays that the options name."""
     check_least(options, 1, "top_k", "batch")
     refuse_others(options.output, run=False)
     with own_folder(options.output, writes=WRITTEN) as folder:
@@ -90,7 +94,7 @@ def export(options: Options) -> None:
 
 
 def documents(options: Options, predictor: Predictor, folder: Path) -> None:
-    """Writes the embeddings or the shortlists of every split."""
+    """Write the embeddings or the shortlists of every split."""
     dataset = dataset_of(options, predictor)
     for name, split in dataset.splits.items():
         more: dict[str, Any] = {"batch_size": options.batch, "inputs": predictor.inputs}
@@ -114,7 +118,7 @@ def documents(options: Options, predictor: Predictor, folder: Path) -> None:
 
 
 def dataset_of(options: Options, predictor: Predictor) -> Dataset:
-    """The dataset to walk over.
+    """Open the dataset whose documents are exported.
 
     Raises:
         InputError: none is named and none found, or one that the model does not know.
@@ -139,7 +143,7 @@ def dataset_of(options: Options, predictor: Predictor) -> Dataset:
 
 
 def label_vectors(options: Options, predictor: Predictor, folder: Path) -> None:
-    """Writes the rows of the label table, and the names of the labels."""
+    """Write the rows of the label table, and the names of the labels."""
     model = predictor.model
     try:
         model.label_rows(0, 0)
@@ -165,4 +169,5 @@ def label_vectors(options: Options, predictor: Predictor, folder: Path) -> None:
 
 
 def main(words: Sequence[str]) -> None:
+    """Export what the arguments name."""
     export(parse(Options, "xmlkernels export", __doc__ or "", words=words))

@@ -1,7 +1,6 @@
-"""Ask a trained model for labels: `xmlkernels predict --checkpoint DIR (--text "…" | --input FILE)
-[--output FILE]`.
+"""Label texts with a trained model: `xmlkernels predict --checkpoint DIR --text "…"`.
 
-With --ranker the output folder of xmlkernels rank answers, with the checkpoint that it was made
+With --ranker the output folder of xmlkernels rank answers: with the checkpoint that it was made
 with or, where it was made without one, alone.
 """
 
@@ -45,47 +44,47 @@ VERBATIM: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
 
 @dataclass(frozen=True)
 class Options:
+    """What to label, with which model, and where the answers go."""
+
     checkpoint: str = ""
     """A run's output folder, or the checkpoint folder in it."""
     ranker: tuple[str, ...] = ()
-    """An output folder of xmlkernels rank; of several the mean of their probabilities is taken (a
-    forest).
+    """An output folder of xmlkernels rank; several are a forest, the mean of their
+    probabilities.
     """
     # ---- texts ----
     text: Annotated[str | None, VERBATIM] = None
     """One text to label; it may be empty."""
     input: str | None = None
-    """A .txt file (one text a line), a .jsonl file (a string, or an object with "text" or "title"
-    and "content", a line; its "id" or "uid" is given back), both also packed as .gz, .bz2 or .xz,
-    or - for lines from standard input, each answered before the next is read."""
+    """A .txt file (one text per line) or a .jsonl file (per line a string, or an object with "text"
+    or "title" and "content", whose "id" or "uid" is given back), both also packed as .gz, .bz2 or
+    .xz; - reads lines from standard input and answers each before the next is read."""
     ranker_text: Annotated[str | None, VERBATIM] = None
     """With --text: what a ranker's TF-IDF is made of, where the ranker was trained with
     --train-text beside a checkpoint.
     """
     ranker_input: str | None = None
-    """The same with --input: a file of as many texts."""
+    """The same with --input: a file with as many texts."""
     filter: str = ""
-    """A file of lines `text label`, both counted from 0: pairs that are never predicted, as
+    """A file of lines `text label`, both counted from 0: pairs that are never predicted, like
     prepare's --test-filter.
     """
     # ---- answers ----
     output: str = ""
-    """.jsonl: one line a text; .npz: a scipy CSR matrix of scores [texts, labels]. Printed when not
-    given. A score is log-odds, ln p / (1 - p), of one model, of a ranker and of a forest alike."""
+    """.jsonl: one line per text; .npz: a scipy CSR matrix of scores [texts, labels]. Printed when
+    not given. A score is log-odds, ln p / (1 - p), of a model, a ranker and a forest alike."""
     top_k: int = 10
     """Labels per text."""
     batch: int | None = None
-    """Texts per pass: 64, or 1 for standard input; a larger one is faster there and answers
-    later.
-    """
+    """Texts per pass: 64, or 1 for standard input, where more are faster but answered later."""
     # ---- model and machine ----
     which: Literal["best", "last"] | None = None
     """The best checkpoint by validation, or the last one; by default the best, or the last while
     there is no best yet.
     """
     latency: bool = False
-    """Label the texts one by one and tell how long one takes (median, 95th, 99th percentile) on
-    standard error, after one call that is not counted."""
+    """Label the texts one by one and say on standard error how long one takes (median, 95th and
+    99th percentile), after one call that is not counted."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, or auto."""
     threads: int = 0
@@ -93,9 +92,7 @@ class Options:
 
 
 def texts_of(options: Options, parts: TextParts) -> tuple[Texts, Any]:
-    """The texts to label, and what the model or the rankers read: them, or pairs where the rankers
-    have texts of their own.
-    """
+    """Return the texts to label, and what the model reads: them, or pairs with a ranker's texts."""
     texts = Texts(options.text, options.input, parts)
     if options.ranker_text is None and options.ranker_input is None:
         return texts, iter(texts)
@@ -104,7 +101,7 @@ def texts_of(options: Options, parts: TextParts) -> tuple[Texts, Any]:
 
 @contextmanager
 def written(path: str) -> Iterator[IO[str]]:
-    """Standard output, or a file that appears only when it is whole."""
+    """Open standard output, or a file that appears only when it is whole."""
     if not path:
         # Names in any script: as UTF-8 into files and pipes, and on a terminal with escapes for
         # what it cannot show.
@@ -123,78 +120,58 @@ def written(path: str) -> Iterator[IO[str]]:
 
 
 def one_by_one(predictor: TextPredictor, texts: Iterator[Any], k: int) -> Iterator[list[Label]]:
-    """Predictions as a server would make them, one text a call, and at the end how long a call
-    took.
-    """
+    """Predict as a server would, one text per call, and say at the end how long a call took."""
     taken: list[float] = []
     for text in texts:
-        if not taken:
-            next(
-                predictor.predict([text], k, batch_size=1, window=1, prefetch=0)
-            )  # the first call allocates and loads
+        if not taken:  # the first call allocates and loads
+            next(predictor.predict([text], k, batch_size=1, window=1, prefetch=0))
         started = time.perf_counter()
         labels = next(predictor.predict([text], k, batch_size=1, window=1, prefetch=0))
         taken.append((time.perf_counter() - started) * 1e3)
         yield labels
     if taken:
         p50, p95, p99 = np.percentile(taken, (50, 95, 99))
-        print(
-            f"{len(taken)} texts one by one: median {p50:.1f} ms, 95% {p95:.1f} ms, 99% {p99:.1f} "
-            "ms",
-            file=sys.stderr,
-        )
+        times = f"median {p50:.1f} ms, 95% {p95:.1f} ms, 99% {p99:.1f} ms"
+        print(f"{len(taken)} texts one by one: {times}", file=sys.stderr)
 
 
 def check(options: Options) -> None:
-    """Refuses options that cannot be used, before the model is loaded."""
+    """Refuse options that cannot be used, before the model is loaded."""
     if (options.text is None) == (options.input is None):
         got = "neither" if options.text is None else "both"
         raise InputError(
             "arguments", "either --text or --input", got, 'give --text "…" or --input FILE'
         )
     if not options.checkpoint and not options.ranker:
-        raise InputError(
-            "--checkpoint",
-            "a run's output folder, or --ranker and a ranker's",
-            "neither",
-            "name one",
-        )
+        expected = "a run's output folder, or --ranker and a ranker's"
+        raise InputError("--checkpoint", expected, "neither", "name one")
     for name, other in (("ranker_text", "text"), ("ranker_input", "input")):
         if getattr(options, name) is not None and (
             getattr(options, other) is None or not options.ranker
         ):
-            raise InputError(
-                flag(name),
-                f"--ranker and {flag(other)} beside it",
-                "no such two",
-                "leave it out, or give them",
-            )
+            expected = f"--ranker and {flag(other)} with it"
+            raise InputError(flag(name), expected, "no such two", "leave it out, or give them")
     if options.ranker_input == "-":
-        raise InputError(
-            "--ranker-input", "a file", "standard input", "name a file of the same documents' texts"
-        )
+        mend = "name a file of the same documents' texts"
+        raise InputError("--ranker-input", "a file", "standard input", mend)
     if options.which and not options.checkpoint:
-        raise InputError(
-            "--which", "--checkpoint beside it", "none", "leave it out: it would do nothing"
-        )
+        mend = "leave it out: it would do nothing"
+        raise InputError("--which", "--checkpoint with it", "none", mend)
     check_least(options, 1, "top_k", "batch")
     check_least(options, 0, "threads")
     if options.output and not options.output.endswith((".jsonl", ".npz")):
-        raise InputError(
-            "--output", "a name that ends in .jsonl or .npz", options.output, "rename it"
-        )
+        expected = "a name that ends in .jsonl or .npz"
+        raise InputError("--output", expected, options.output, "rename it")
     if options.latency and options.output.endswith(".npz"):
-        raise InputError(
-            "--latency",
-            "answers one by one",
-            "--output .npz, which takes all at once",
-            "write .jsonl",
-        )
+        got = "--output .npz, which takes all at once"
+        raise InputError("--latency", "answers one by one", got, "write .jsonl")
 
 
 def loaded(options: Options) -> TextPredictor:
-    """The model, or the ranker with its model; InputError where it needs other texts than the
-    options name.
+    """Load the model, or the ranker with its model.
+
+    Raises:
+        InputError: it needs other texts than the options name.
     """
     device = find_device(options.device)
     if not options.ranker:
@@ -202,25 +179,16 @@ def loaded(options: Options) -> TextPredictor:
             options.checkpoint, which=options.which, device=device, threads=options.threads
         )
     more: dict[str, Any] = {"which": options.which, "device": device, "threads": options.threads}
-    predictor = Forest(
-        [
-            RankedPredictor.load(folder, options.checkpoint or None, **more)
-            for folder in options.ranker
-        ]
-    )
+    checkpoint = options.checkpoint or None
+    predictor = Forest([RankedPredictor.load(path, checkpoint, **more) for path in options.ranker])
     given = options.ranker_text is not None or options.ranker_input is not None
     if given != predictor.takes_pairs:
         name = "--ranker-text" if options.text is not None else "--ranker-input"
-        expected = (
-            "the texts of its TF-IDF, which was not made of the model's"
-            if predictor.takes_pairs
-            else "no texts"
-        )
-        mend = (
-            "give both, equal ones too"
-            if predictor.takes_pairs
-            else "leave it out: this ranker has no texts of its own"
-        )
+        if predictor.takes_pairs:
+            expected = "the texts of its TF-IDF, which was not made of the model's"
+            mend = "give both, equal ones too"
+        else:
+            expected, mend = "no texts", "leave it out: this ranker has no texts of its own"
         raise InputError(name, expected, "some" if given else "none", mend)
     return predictor
 
@@ -228,12 +196,12 @@ def loaded(options: Options) -> TextPredictor:
 def answers_of(
     options: Options, predictor: TextPredictor, texts: Any, barred: Barred
 ) -> Iterator[list[Label]]:
-    """The answers to `texts`, without the pairs of --filter."""
+    """Yield the answers to `texts`, without the pairs of --filter."""
     k = barred.needed(options.top_k)
     if options.latency:
         answers = one_by_one(predictor, texts, k)
     elif options.input == "-":
-        # No thread: one that waits for a terminal would hold up the end.
+        # No thread: one that waits for a terminal would delay the end.
         answers = predictor.predict(texts, k, batch_size=options.batch or 1, window=1, prefetch=0)
     else:
         answers = predictor.predict(texts, k, batch_size=options.batch or 64)
@@ -241,16 +209,17 @@ def answers_of(
 
 
 def run(options: Options) -> None:
+    """Label the texts that the options name."""
     check(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    # The output before the work: a place that cannot be written, or is in use, is told at once.
+    # The output before the work: one that cannot be written, or is in use, is refused at once.
     with own_place(options.output) if options.output else nullcontext():
         answer(options, loaded(options))
 
 
 def answer(options: Options, predictor: TextPredictor) -> None:
-    """Writes or prints what the model says to the texts."""
+    """Write or print the labels of the texts."""
     texts, given = texts_of(options, predictor.parts)
     barred = Barred.read(options.filter, predictor.labels)
     if options.output.endswith(".npz"):
@@ -286,4 +255,5 @@ def answer(options: Options, predictor: TextPredictor) -> None:
 
 
 def main(words: Sequence[str]) -> None:
+    """Label the texts that the arguments name."""
     run(parse(Options, "xmlkernels predict", __doc__ or "", words=words))

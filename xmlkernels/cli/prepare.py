@@ -1,13 +1,13 @@
-"""Raw files → a dataset folder: `xmlkernels prepare --help`.
+"""Make a dataset folder from raw files: `xmlkernels prepare --output DIR …`.
 
---tokenizer takes a Hugging Face name, a local folder, or "minilm": the installed all-MiniLM-L6-v2,
-as train/run.py's --encoder does. The tokenizer must be the one of the encoder that will be trained.
---source bow needs none.
+--tokenizer takes a Hugging Face name, a local folder, or "minilm", the installed all-MiniLM-L6-v2,
+as --encoder of `xmlkernels train` does. It must be the tokenizer of the encoder to be trained.
+Without it the folder holds the texts alone, which is all that a bag of words and the ranker read.
 
-A text file has one document per line, its label file one row per document: label ids, divided by
-spaces or commas, that count from 0 (line 1 of the label names is label 0); a blank line has no
-label. Or, behind a header of the numbers of documents and labels, `id:1` for each. Three documents
-with the labels 0 and 4, 3, 1 and 2:
+A text file has one document per line. Its label file has one row per document: label ids, divided
+by spaces or commas, that count from 0 (line 1 of the label names is label 0); a blank line has no
+label. Or it has a header, the numbers of documents and labels, and `id:1` per label. Three
+documents with the labels 0 and 4, 3, 1 and 2:
 
     0 4         3 6
     3      or   0:1 4:1
@@ -27,11 +27,12 @@ from xmlkernels.installed import source_of
 
 
 def tell(line: str) -> None:
-    """Progress goes to standard error; standard output gets the one line of the result."""
+    """Print progress to standard error; standard output gets the one line of the result."""
     print(line, file=sys.stderr, flush=True)
 
 
 def main(words: Sequence[str]) -> None:
+    """Make the dataset folder that the arguments describe."""
     config = parse(PrepareConfig, "xmlkernels prepare", __doc__ or "", words=words)
     tokenizer = None if config.tokenizer is None else source_of(config.tokenizer, "--tokenizer")
     dataset = prepare(replace(config, tokenizer=tokenizer), tell)

@@ -1,17 +1,17 @@
-"""Train a linear ranker over shortlists: `xmlkernels rank --checkpoint RUN --dataset DIR --output
-FOLDER`.
+"""Train a linear ranker over shortlists: `xmlkernels rank --dataset DIR --output FOLDER …`.
 
 For every label a sparse classifier of [embedding || TF-IDF] is trained on the documents whose
-shortlist holds the label, and measured beside the plain model: the model alone, the ranker alone on
-the model's shortlists, and both together, with the share of either chosen on validation. Without
---checkpoint it works on TF-IDF alone: with --tree on the shortlists of linear classifiers of its
-clusters, with --one-vs-all without any.
+shortlist holds the label. With --checkpoint RUN the shortlists and embeddings are a model's, and
+the result is compared with the plain model: the model alone, the ranker alone on the model's
+shortlists, and both together, the share of each chosen on validation. Without it the ranker works
+on TF-IDF alone: with --tree on the shortlists of linear classifiers of the tree's clusters, with
+--one-vs-all on all labels. Transformers are needed for the model of --checkpoint only.
 
-TF-IDF is made from the texts kept in the dataset, from text files (--train-text …: they may say
+TF-IDF is made from the texts kept in the dataset, from text files (--train-text …, which may say
 more than the texts that the model was trained on), or read from a folder of features. The folder
 gets ranker.safetensors, predictions.npz (logits of the test split), metrics.json, label_names.txt,
-vectorizer/, with --tree clusters/, and with --checkpoint inputs/ (embeddings and shortlists, used
-again). `xmlkernels predict --ranker FOLDER` asks it for the labels of new texts.
+vectorizer/, with --tree clusters/, and with --checkpoint inputs/ (embeddings and shortlists, to be
+used again). `xmlkernels predict --ranker FOLDER` labels new texts with it.
 """
 
 from collections.abc import Sequence
@@ -23,11 +23,12 @@ from xmlkernels.training.ranker import SHOWN, RankerConfig, train_ranker
 
 
 def main(words: Sequence[str]) -> None:
+    """Train the ranker that the arguments describe."""
     print_ranker(train_ranker(parse(RankerConfig, "xmlkernels rank", __doc__ or "", words=words)))
 
 
 def print_ranker(report: dict[str, Any]) -> None:
-    """Print the metrics of a trained ranker, where it is, and the command that asks it."""
+    """Print the metrics of a trained ranker, its folder, and the command that asks it."""
     rows = {
         f"{split}, {what}": numbers
         for split in SHOWN.values()
@@ -35,17 +36,14 @@ def print_ranker(report: dict[str, Any]) -> None:
     }
     if rows:
         a, b = report["propensity"]
-        print_comparison(
-            f"{report['dataset']} (hash {report['dataset_hash'][:12]}), propensity constants "
-            f"A={a}, B={b}",
-            rows,
-        )
+        dataset = f"{report['dataset']} (hash {report['dataset_hash'][:12]})"
+        print_comparison(f"{dataset}, propensity constants A={a}, B={b}", rows)
     say(f"written to {report['options']['output']}/")
     say(next_command(report["options"]))
 
 
 def next_command(options: dict[str, Any]) -> str:
-    """How to ask the ranker for labels; one of ready features cannot be asked."""
+    """Return how to ask the ranker for labels; one of ready features cannot be asked."""
     if options["features"]:
         return (
             "a ranker of ready features scores the splits of its dataset alone: predictions.npz "

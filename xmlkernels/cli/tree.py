@@ -1,9 +1,9 @@
-"""The label tree of a dataset: `xmlkernels tree DATASET --depths 10 13 16`.
+"""Build the label tree of a dataset: `xmlkernels tree DATASET --depths 10 13 16`.
 
-Clusters of labels whose documents use the same words: TF-IDF centroids, smoothed over the graph of
-labels that occur together, halved again and again by balanced 2-means. OUTPUT gets tree.safetensors
-(for train/run.py --tree), report.json and, where matplotlib is installed, tree.png. A tree is known
-by the content of all that made it and is made once.
+A cluster holds labels whose documents use the same words: TF-IDF centroids, smoothed over the graph
+of labels that occur together, are halved again and again by balanced 2-means. --output gets
+tree.safetensors (for --tree of `xmlkernels train` and `rank`), report.json and, where matplotlib is
+installed, tree.png. The same inputs and settings make a tree once; later calls open it.
 """
 
 from collections.abc import Sequence
@@ -13,4 +13,5 @@ from xmlkernels.training.tree import TreeConfig, build_tree
 
 
 def main(words: Sequence[str]) -> None:
+    """Build the tree that the arguments describe."""
     build_tree(parse(TreeConfig, "xmlkernels tree", __doc__ or "", positional=True, words=words))
