@@ -1,12 +1,13 @@
-"""Plants faults in the source, one at a time, and asks the tests: which ones let a fault pass?
+"""Plant faults in the source, one at a time, and run the tests: which faults do they let pass?
 
     python tests/mutants.py [--seeded 60] [--seed 0] [--only TEXT] [--list] [--report FILE]
 
-By hand, not by pytest: minutes. The faults are those of mutants_by_hand.py and, for --seeded, as
-many drawn at random from the syntax trees of the files in TESTS. Each is planted in a working tree
-of HEAD in a temporary folder, with this checkout's libraries; the tests of its file run there until
-one fails, the narrow ones first, and only what survives them meets the wide ones. A process that
-has imported torch forks for each fault: seconds are spent on tests, not on imports.
+Run it by hand: it takes from minutes to hours, and pytest does not collect it. The faults are those
+of mutants_by_hand.py and, for --seeded, as many drawn at random from the syntax trees of the files
+in mutants_drawn.TESTS. Each is planted in a working tree of HEAD in a temporary folder, with the
+libraries built in this checkout. The tests of its file run there, narrow stages first, until one
+fails. A process that has imported torch forks for each stage, so that time goes into tests and not
+into imports. test_mutants.py checks in seconds that every fault still applies.
 """
 
 from __future__ import annotations
@@ -30,14 +31,23 @@ from mutants_drawn import TESTS, drawn
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 400.0  # seconds of one stage of tests, on a machine that others use too
-# Faults that change nothing a user can see: what they would change, and why it does not matter.
+MISUSED, NO_TESTS = 4, 5  # pytest's exit statuses
+# Faults that change nothing a user can see, by their description: why they do not matter.
 EQUIVALENT: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
 class Verdict:
+    """How the tests took a fault.
+
+    Attributes:
+        outcome: "killed", "survived", "timeout", or "stale" where the fault no longer applies or a
+            stage selects no test.
+        by: the first failure.
+    """
+
     fault: Fault
-    outcome: str  # killed, timeout, survived, stale
+    outcome: str
     seconds: float
     by: str = ""
 
@@ -46,23 +56,22 @@ class Verdict:
 
 
 def stages(fault: Fault) -> tuple[str, ...]:
-    own = TESTS.get(fault.path, ())
-    return (fault.tests,) if fault.tests else own
+    """The tests of a fault, narrow to wide: a line of pytest arguments each."""
+    return (fault.tests,) if fault.tests else TESTS[fault.path]
 
 
-def plant(tree: Path, fault: Fault) -> bool:
-    """Whether the text to change stood there, once."""
-    file = tree / fault.path
-    text = file.read_text()
-    if text.count(fault.old) != 1:
-        return False
-    file.write_text(text.replace(fault.old, fault.new))
-    return True
+def planted(root: Path, fault: Fault) -> str | None:
+    """The text of the fault's file with the fault in it; None unless its old text occurs once."""
+    file = root / fault.path
+    text = file.read_text("utf-8") if file.exists() else ""
+    return text.replace(fault.old, fault.new) if text.count(fault.old) == 1 else None
 
 
-def tested(tree: Path, arguments: str, limit: float) -> tuple[str, str]:
-    """(killed, survived or timeout, the first failure) of a forked process that runs these
-    tests.
+def run_tests(tree: Path, arguments: str, limit: float) -> tuple[str, str]:
+    """Run tests in a forked process.
+
+    Returns:
+        The outcome, as in Verdict, and the first failure.
     """
     log = tree / ".mutant.log"
     child = os.fork()
@@ -79,49 +88,52 @@ def tested(tree: Path, arguments: str, limit: float) -> tuple[str, str]:
         ]
         import pytest
 
-        os._exit(
-            int(
-                pytest.main(
-                    ["-x", "-q", "-p", "no:cacheprovider", "--tb=line", *shlex.split(arguments)]
-                )
-            )
-        )
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=line"]
+        os._exit(int(pytest.main([*options, *shlex.split(arguments)])))
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            code = os.waitstatus_to_exitcode(status)
-            failed = [
-                line
-                for line in log.read_text(errors="replace").splitlines()
-                if line.startswith(("FAILED", "ERROR"))
-            ]
-            return ("survived" if code == 0 else "killed"), (failed or [f"exit {code}"])[
-                0
-            ] if code else ""
+            return judge(os.waitstatus_to_exitcode(status), log.read_text(errors="replace"))
         time.sleep(0.1)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return "timeout", arguments
 
 
+def judge(code: int, output: str) -> tuple[str, str]:
+    """The outcome and the first failure, from pytest's exit status and output."""
+    if code == 0:
+        return "survived", ""
+    failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    # A status of its own says that no test was selected; a missing file shares one with a
+    # conftest.py that the fault breaks.
+    if code == NO_TESTS or (code == MISUSED and "not found: " in output):
+        return "stale", (failed or ["no test was selected"])[0]
+    return "killed", (failed or [f"exit {code}"])[0]
+
+
 def verdict(tree: Path, fault: Fault, limit: float) -> Verdict:
+    """Plant a fault, run its stages until one fails, and take it out again."""
     began = time.monotonic()
-    held = (tree / fault.path).read_text()
-    if not plant(tree, fault):
+    faulty = planted(tree, fault)
+    if faulty is None:
         return Verdict(fault, "stale", 0.0)
+    file = tree / fault.path
+    sound = file.read_text("utf-8")
+    file.write_text(faulty, "utf-8")
     try:
         for arguments in stages(fault):
-            outcome, by = tested(tree, arguments, limit)
+            outcome, by = run_tests(tree, arguments, limit)
             if outcome != "survived":
                 return Verdict(fault, outcome, time.monotonic() - began, by)
         return Verdict(fault, "survived", time.monotonic() - began)
     finally:
-        (tree / fault.path).write_text(held)
+        file.write_text(sound, "utf-8")
 
 
 def working_tree(folder: Path) -> Path:
-    """HEAD in a folder of its own, with the libraries that this checkout has built."""
+    """Check out HEAD into a folder of its own, with the libraries built in this checkout."""
     tree = folder / "tree"
     subprocess.run(
         ["git", "-C", str(ROOT), "worktree", "add", "-q", "--detach", str(tree), "HEAD"], check=True
@@ -131,7 +143,8 @@ def working_tree(folder: Path) -> Path:
     return tree
 
 
-def told(fault: Fault) -> str:
+def describe(fault: Fault) -> str:
+    """One line: the file, the old text and the new."""
     old, new = (" ".join(text.split()) for text in (fault.old, fault.new))
     return f"{fault.path}: {old!r} -> {new!r}"
 
@@ -142,25 +155,25 @@ def main() -> None:
     )
     parser.add_argument("--seeded", type=int, default=60, help="faults drawn at random")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="faults whose line holds this text")
+    parser.add_argument("--only", default="", help="faults whose description contains this")
     parser.add_argument(
-        "--sound", action="store_true", help="run every stage of tests without a fault first"
+        "--sound", action="store_true", help="first run every stage without a fault"
     )
-    parser.add_argument("--list", action="store_true", help="name the faults and end")
+    parser.add_argument("--list", action="store_true", help="list the faults and exit")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of one stage of tests")
     parser.add_argument(
         "--report",
         type=Path,
-        help="JSON lines, one for each fault; those in it already are not tried again",
+        help="JSON lines, one per fault; faults in it already are not tried again",
     )
     options = parser.parse_args()
     faults = [
         fault
         for fault in (*BY_HAND, *drawn(ROOT, options.seeded, options.seed))
-        if options.only in told(fault)
+        if options.only in describe(fault)
     ]
     if options.list:
-        print("\n".join(map(told, faults)))
+        print("\n".join(map(describe, faults)))
         return
     done = set()
     if options.report and options.report.exists():
@@ -184,41 +197,30 @@ def main() -> None:
         try:
             if options.sound:
                 for arguments in sorted({stage for fault in faults for stage in stages(fault)}):
-                    print(
-                        f"without a fault: {' '.join(tested(tree, arguments, options.limit))}  "
-                        f"{arguments}",
-                        flush=True,
-                    )
+                    outcome, by = run_tests(tree, arguments, options.limit)
+                    print(f"without a fault: {outcome} {by}  {arguments}", flush=True)
             for number, fault in enumerate(faults, 1):
-                if told(fault) in done:
+                if describe(fault) in done:
                     continue
                 found = verdict(tree, fault, options.limit)
-                outcome = (
-                    "equivalent"
-                    if found.outcome == "survived" and told(fault) in EQUIVALENT
-                    else found.outcome
-                )
+                outcome = found.outcome
+                if outcome == "survived" and describe(fault) in EQUIVALENT:
+                    outcome = "equivalent"
                 counts[outcome] += 1
-                print(
-                    f"{number}/{len(faults)} {outcome:10} {found.seconds:5.1f} s  {told(fault)}  "
-                    f"{found.by[:90]}",
-                    flush=True,
-                )
+                seen = f"{outcome:10} {found.seconds:5.1f} s  {describe(fault)}  {found.by[:90]}"
+                print(f"{number}/{len(faults)} {seen}", flush=True)
                 if options.report:
+                    line = {"fault": describe(fault), "outcome": outcome, "by": found.by}
                     with options.report.open("a") as file:
-                        file.write(
-                            json.dumps({"fault": told(fault), "outcome": outcome, "by": found.by})
-                            + "\n"
-                        )
+                        file.write(json.dumps(line) + "\n")
         finally:
             subprocess.run(
                 ["git", "-C", str(ROOT), "worktree", "remove", "--force", str(tree)], check=False
             )
-    # A timeout may be the machine's: it is not counted as caught.
+    # A timeout may be the machine's fault: it does not count as caught.
     caught, tried = counts["killed"], counts["killed"] + counts["survived"] + counts["timeout"]
-    print(
-        f"{caught} of {tried} faults caught ({100 * caught / max(1, tried):.1f} %): {dict(counts)}"
-    )
+    share = 100 * caught / max(1, tried)
+    print(f"{caught} of {tried} faults caught ({share:.1f} %): {dict(counts)}")
 
 
 if __name__ == "__main__":

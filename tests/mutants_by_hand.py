@@ -1,6 +1,4 @@
-"""Faults that tests/mutants.py plants, written by hand: rules that a run could lose without a
-word.
-"""
+"""Faults that tests/mutants.py plants, written by hand: rules that a run could lose silently."""
 
 from __future__ import annotations
 
@@ -15,9 +13,10 @@ class Fault:
 
     Attributes:
         path: of the file, from the root.
-        old: text that stands there exactly once; new: what stands in its place.
+        old: text that occurs exactly once in it.
+        new: its replacement.
         tests: pytest arguments, the narrowest that should notice; empty: those of the file
-            (`mutants.TESTS`).
+            (`mutants_drawn.TESTS`).
     """
 
     path: str
@@ -30,13 +29,28 @@ def _of(fields: str) -> str:
     return f"{FIELDS} -k {' or '.join(fields.split())!r}"
 
 
-_BUILD, _CASCADE = "xmlkernels/training/build.py", "xmlkernels/models/cascade.py"
-_TRAINING, _END = "xmlkernels/models/training.py", "xmlkernels/models/end_to_end.py"
-_BASE = "xmlkernels/models/base.py"
-_HEADS = "xmlkernels/nn/cascade_heads.py"
-_LEVEL = "xmlkernels/nn/cascade_level.py"
+_BUILD, _PLAN = "xmlkernels/training/build.py", "xmlkernels/training/plan.py"
+_SESSION, _STATE = "xmlkernels/training/session.py", "xmlkernels/training/run_state.py"
+_LOOP = "xmlkernels/training/loop.py"
+_BASE, _CASCADE = "xmlkernels/models/base.py", "xmlkernels/models/cascade.py"
+_END = "xmlkernels/models/end_to_end.py"
+_HEADS, _LEVEL = "xmlkernels/nn/cascade_heads.py", "xmlkernels/nn/cascade_level.py"
 _HEAD = "xmlkernels/nn/full_head.py"
-_OPTIM, _SESSION = "xmlkernels/optim.py", "xmlkernels/training/session.py"
+_OPTIM = "xmlkernels/optim.py"
+
+# Documents and, where label texts are trained on, one more document of every label.
+_LABELS_COUNTED = """(
+            __import__("scipy.sparse").sparse.vstack(
+                [
+                    train,
+                    __import__("scipy.sparse").sparse.eye_array(
+                        self.dataset.num_labels, format="csr"
+                    ),
+                ]
+            ).tocsr()
+            if config.label_text
+            else train
+        )"""
 
 BY_HAND: tuple[Fault, ...] = (
     # Flags that the suite once let pass.
@@ -46,16 +60,16 @@ BY_HAND: tuple[Fault, ...] = (
         "config.encoder_lr * 10",
         _of("head_lr_factor"),
     ),
-    Fault(_BUILD, "rw_loss=config.rw_loss, ", "", _of("rw_loss")),
-    Fault(_BUILD, "steps, config.clip,\n", "steps, 0.0,\n", _of("clip")),
-    Fault(_BUILD, "clip=config.clip, ", "", _of("clip")),
+    Fault(_BUILD, "        rw_loss=config.rw_loss,\n", "", _of("rw_loss")),
+    Fault(_BUILD, "        config.clip,\n", "        0.0,\n", _of("clip")),
+    Fault(_BUILD, "        clip=config.clip,\n", "", _of("clip")),
     Fault(
-        _BUILD,
+        _PLAN,
         "drops=config.embed_drops or _DROPS[tree.levels]",
         "drops=_DROPS[tree.levels]",
         _of("embed_drops"),
     ),
-    Fault(_BUILD, "reference_loss=config.reference_loss, ", "", _of("reference_loss")),
+    Fault(_BUILD, "        reference_loss=config.reference_loss,\n", "", _of("reference_loss")),
     Fault(
         _BUILD,
         "positives_bound=config.positives_bound,",
@@ -63,8 +77,8 @@ BY_HAND: tuple[Fault, ...] = (
         _of("positives_bound"),
     ),
     Fault(_BUILD, "schedule=config.schedule,", "", _of("schedule")),
-    Fault(_BUILD, "decoupled=config.decoupled, ", "", _of("decoupled")),
-    Fault(_BUILD, "decay=config.table_decay, ", "decay=1e-4, ", _of("table_decay")),
+    Fault(_BUILD, "            decoupled=config.decoupled,\n", "", _of("decoupled")),
+    Fault(_BUILD, "decay=config.table_decay,", "decay=1e-4,", _of("table_decay")),
     Fault(
         _HEADS,
         "            out.append(drop(vector))",
@@ -73,32 +87,30 @@ BY_HAND: tuple[Fault, ...] = (
     ),
     Fault(
         _SESSION,
-        'inverse_propensity(splits["train"].labels, *self.dataset.propensity)',
-        "inverse_propensity(__import__('scipy.sparse').sparse.vstack([splits['train'].labels, "
-        "__import__('scipy.sparse')"
-        ".sparse.eye_array(self.dataset.num_labels, format='csr')]).tocsr() if config.label_text "
-        "else splits['train'].labels,"
-        " *self.dataset.propensity)",
+        "inverse_propensity(train, *self.dataset.propensity)",
+        f"inverse_propensity({_LABELS_COUNTED}, *self.dataset.propensity)",
         _of("label_text"),
     ),
-    Fault(_BUILD, "epsilon=config.table_epsilon, seed", "seed", _of("table_epsilon")),
-    Fault(_BUILD, ", encoder_epsilon=resolved_epsilon(config)", "", _of("encoder_epsilon")),
     Fault(
         _BUILD,
-        "_mean(config, epoch, steps), resolved_epsilon(config),",
-        "_mean(config, epoch, steps),",
-        _of("encoder_epsilon"),
+        "            epsilon=config.table_epsilon,\n"
+        "            state_dtype=config.state,\n"
+        "            decay=",
+        "            state_dtype=config.state,\n            decay=",
+        _of("table_epsilon"),
     ),
+    Fault(_BUILD, "        encoder_epsilon=plan.encoder_epsilon,\n", "", _of("encoder_epsilon")),
+    Fault(_BUILD, "        plan.encoder_epsilon,\n", "", _of("encoder_epsilon")),
     Fault(
-        _BUILD,
+        _PLAN,
         "cooldown=round(config.cooldown_epochs * epoch)",
         "cooldown=3 * epoch",
         _of("cooldown_epochs"),
     ),
     Fault(
-        _BUILD,
-        "round(config.ema_start * epoch), config.ema_every",
-        "round(config.ema_start * epoch), 1",
+        _PLAN,
+        "MeanSettings(config.ema, start, config.ema_every,",
+        "MeanSettings(config.ema, start, 1,",
         _of("ema_every"),
     ),
     Fault(_BUILD, "skip_units=config.skip_tiles", "skip_units=0.0", _of("skip_tiles")),
@@ -164,12 +176,14 @@ BY_HAND: tuple[Fault, ...] = (
     ),
     Fault("xmlkernels/nn/shortlist.py", "keep = forced | (", "keep = ("),
     Fault(_LEVEL, "        plain[DECAY] = 0  # biases do not decay\n", ""),
-    Fault("xmlkernels/nn/bow.py", "decoupled=True,", "decoupled=False,"),
+    Fault(
+        "xmlkernels/nn/bow.py",
+        "            decoupled=table.optimizer.decoupled,",
+        "            decoupled=False,",
+    ),
     Fault("xmlkernels/nn/encoder.py", "mask.sum(dim=1).clamp(min=1e-9)", "mask.shape[1]"),
     # Optimizer, schedules, scaler.
-    Fault(
-        _OPTIM, 'if id(parameter) in in_norm or name.endswith("bias")', 'if name.endswith("bias")'
-    ),
+    Fault(_OPTIM, 'id(parameter) in in_norm or name.endswith("bias")', 'name.endswith("bias")'),
     Fault(_OPTIM, "        return (step + 1) / warmup", "        return step / warmup"),
     Fault(
         _OPTIM,
@@ -216,15 +230,15 @@ BY_HAND: tuple[Fault, ...] = (
     ),
     # Sessions.
     Fault(
-        _SESSION,
+        _STATE,
         "if self.best and not metrics[by] > self.best[by]:",
         "if self.best and not metrics[by] >= self.best[by]:",
     ),
-    Fault(_SESSION, '        self.folder.rewind_log(state["log_bytes"])\n', ""),
+    Fault(_STATE, '        self.folder.rewind_log(state["log_bytes"])\n', ""),
     Fault(
-        "xmlkernels/training/loop.py",
-        "run.batches.epoch(run.epoch, start=run.position)",
-        "run.batches.epoch(run.epoch)",
+        _LOOP,
+        "session.batches.epoch(run.epoch, start=run.position)",
+        "session.batches.epoch(run.epoch)",
     ),
-    Fault("xmlkernels/training/loop.py", " == 0 or run.epoch == config.epochs):", " == 0):"),
+    Fault(_LOOP, "% config.evaluate_every == 0 or last", "% config.evaluate_every == 0"),
 )

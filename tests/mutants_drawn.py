@@ -1,4 +1,4 @@
-"""Faults drawn at random from the syntax trees of the source, and the tests that each file has."""
+"""Faults drawn at random from the syntax trees of the source, and the tests of each file."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ _END = "tests/models/test_end_to_end.py tests/models/test_running_mean.py"
 
 
 def _runs(fields: str) -> str:
-    """Tiny runs that hold these fields."""
+    """Tiny runs that test these fields."""
     return f"{FIELDS} -k {' or '.join(fields.split())!r}"
 
 
+_PREDICT = "tests/predict/test_predict.py tests/predict/test_serving.py"
 _RUN = _runs("label_text save_every log_every best_by evaluate scheme resume overwrite threads")
 _TRAIN = "tests/training/test_train.py -k 'not killed and not rich'"
 _TABLES = _runs("rw_loss reference positives head_lr embed_drops table momentum scheme")
 
-# file: the stages of its tests, narrow to wide; each a line of pytest arguments.
+# The stages of a file's tests, narrow to wide; each is a line of pytest arguments.
 TESTS: dict[str, tuple[str, ...]] = {
     "xmlkernels/optim.py": ("tests/test_optim.py", f"tests/models/test_end_to_end.py {_STEP}"),
     "xmlkernels/metrics.py": ("tests/test_metrics.py", _runs("label_text best_by")),
@@ -53,6 +54,12 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/models/test_running_mean.py",
         "tests/training/test_train_cascade.py tests/test_old_formats.py",
     ),
+    "xmlkernels/models/scored.py": (_CASCADE, _PREDICT),
+    "xmlkernels/models/restore.py": (
+        "tests/models/test_cascade_predict.py tests/test_old_formats.py",
+        _PREDICT,
+        "tests/test_checkpoint_damage.py",
+    ),
     "xmlkernels/models/gradient_caching.py": (
         "tests/models/test_end_to_end.py",
         "tests/models/test_cascade_step.py",
@@ -65,8 +72,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "xmlkernels/nn/bow.py": ("tests/nn/test_bow_encoder.py", _runs("bow word dropout")),
     "xmlkernels/nn/cascade_heads.py": (_CASCADE, _TABLES),
-    "xmlkernels/nn/cascade_level.py": (_CASCADE, _TABLES),
-    "xmlkernels/nn/dense_level.py": ("tests/nn/test_dense_level.py", _STEP),
+    "xmlkernels/nn/cascade_level.py": ("tests/nn/test_dense_level.py", _CASCADE, _TABLES),
     "xmlkernels/nn/dropout.py": (
         "tests/nn/test_encoder.py tests/nn/test_bow_encoder.py",
         _runs("dropout drops"),
@@ -79,18 +85,24 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/nn/test_full_head.py tests/models/test_end_to_end.py",
         _runs("table bias centroid skip kahan"),
     ),
+    "xmlkernels/nn/hf.py": (
+        "tests/nn/test_encoder.py tests/nn/test_class_token.py",
+        "tests/test_foreign.py",
+    ),
     "xmlkernels/nn/layer_recipe.py": ("tests/nn/test_layer_recipe.py", _STEP),
     "xmlkernels/nn/shortlist.py": ("tests/nn/test_shortlist.py", _STEP),
     "xmlkernels/nn/table.py": (
-        "tests/nn/test_cascade_heads.py tests/nn/test_full_head.py",
+        "tests/nn/test_table.py tests/nn/test_cascade_heads.py tests/nn/test_full_head.py",
+        "tests/test_planner.py tests/nn/test_bow_encoder.py",
         _runs("table centroid word_std"),
     ),
     "xmlkernels/data/batches/base.py": (_LOADER, _runs("label_text seed batch")),
     "xmlkernels/data/batches/bags.py": ("tests/data/test_loader_bags.py tests/data/test_bow.py",),
     "xmlkernels/data/batches/tokens.py": (
         _LOADER,
-        "tests/predict/test_predict.py tests/predict/test_serving.py",
+        _PREDICT,
     ),
+    "xmlkernels/data/batches/prefetch.py": ("tests/data/test_prefetch.py", _LOADER),
     "xmlkernels/data/vectorizer.py": ("tests/data/test_bow.py", _runs("ngrams min_df features")),
     "xmlkernels/ranker/knn.py": ("tests/ranker/test_knn.py",),
     "xmlkernels/data/inputs.py": (
@@ -116,7 +128,22 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/training/test_train_cascade.py -k fit",
         FIELDS,
     ),
+    "xmlkernels/training/plan.py": (
+        f"{_SETTINGS} tests/nn/test_class_token.py tests/nn/test_cascade_placement.py",
+        "tests/training/test_memory.py tests/models/test_running_mean.py",
+        FIELDS,
+    ),
     "xmlkernels/training/session.py": (_RUN, _TRAIN, "tests/training/test_train_cascade.py"),
+    "xmlkernels/training/run_state.py": (
+        _RUN,
+        f"{_TRAIN} tests/training/test_progress.py",
+        "tests/training/test_damaged_runs.py tests/training/test_train_cascade.py",
+    ),
+    "xmlkernels/training/evaluator.py": (
+        _RUN,
+        f"{_TRAIN} tests/training/test_progress.py",
+        "tests/training/test_train_cascade.py",
+    ),
     "xmlkernels/training/loop.py": (_RUN, _TRAIN),
     "xmlkernels/training/inputs.py": (
         _RUN,
@@ -147,11 +174,12 @@ _COUNTED = {
 }
 
 
-_MESSAGE = {"expected", "got", "mend", "told", "where", "what", "text"}  # names of what is told
+# Names of parts of a message.
+_MESSAGE = {"expected", "got", "mend", "told", "where", "what", "text", "note"}
 
 
 def _changes(node: ast.AST) -> Iterator[ast.AST]:
-    """What may stand in a node's place."""
+    """Yield faulty versions of a node."""
     other = copy.deepcopy(node)
     if isinstance(other, ast.Compare) and len(other.ops) == 1:
         other.ops = [_COMPARED[type(other.ops[0])]()]
@@ -182,18 +210,20 @@ def _holds_text(node: ast.AST) -> bool:
 
 
 def _is_text(node: ast.AST) -> bool:
-    """A docstring, or a line that only speaks."""
+    """Whether it is a docstring, or a call that only prints or logs."""
     value = getattr(node, "value", None)
-    called = getattr(value, "func", None)
-    return isinstance(value, ast.Constant) or (
-        isinstance(called, ast.Name) and called.id in ("say", "print")
-    )
+    return isinstance(value, ast.Constant) or (isinstance(value, ast.Call) and _prints(value))
+
+
+def _prints(call: ast.Call) -> bool:
+    called = call.func
+    if isinstance(called, ast.Attribute):
+        return isinstance(called.value, ast.Name) and called.value.id == "log"
+    return isinstance(called, ast.Name) and called.id == "print"
 
 
 def _left_alone(tree: ast.AST) -> set[int]:
-    """Nodes inside of annotations, messages of errors and warnings, decorators, and what only
-    checks our own code.
-    """
+    """Nodes in annotations, decorators, messages, and what only checks our own code."""
     return {
         id(inner)
         for node in ast.walk(tree)
@@ -203,8 +233,9 @@ def _left_alone(tree: ast.AST) -> set[int]:
 
 
 def _untouched(node: ast.AST) -> list[ast.AST]:
-    called = node.func if isinstance(node, ast.Call) else None
-    speaks = isinstance(called, ast.Name) and called.id in ("say", "InputError")
+    speaks = isinstance(node, ast.Call) and (
+        _prints(node) or (isinstance(node.func, ast.Name) and node.func.id == "InputError")
+    )
     typed = (
         isinstance(node, ast.If)
         and isinstance(node.test, ast.Name)
@@ -229,7 +260,7 @@ def _untouched(node: ast.AST) -> list[ast.AST]:
 
 
 def drawn(root: Path, count: int, seed: int) -> list[Fault]:
-    """Faults at random: each file of TESTS in proportion to its code, never two on one line."""
+    """Draw faults from each file of TESTS in proportion to its code, never two on one line."""
     found: list[tuple[str, int, Fault]] = []
     for path in TESTS:
         text = (root / path).read_text()
@@ -256,7 +287,7 @@ def drawn(root: Path, count: int, seed: int) -> list[Fault]:
                 tail = raw[end : starts[node.end_lineno]].decode()
                 if text.count(old) == 1:
                     found.append((path, node.lineno, Fault(path, old, head + inside + tail)))
-    # By content: an edit elsewhere leaves most of the draw as it was.
+    # By content: an edit elsewhere changes little of the draw.
     found.sort(key=lambda one: hashlib.sha256(f"{seed} {one[2]}".encode()).digest())
     out, seen = [], set()
     for path, line, fault in found:
