@@ -200,7 +200,7 @@ def test_its_step_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) ->
     positives = torch.tensor([0, 3]), torch.tensor([0, 1], dtype=torch.int32)
     x, one = torch.randn(2, 16), torch.ones(1)
     # The ops' own checks of values run on the CPU alone.
-    monkeypatch.setattr("xmlkernels.ops.sparse_update.check_touched_rows", nothing)
+    monkeypatch.setattr("xmlkernels.ops.sparse_update._check_touched_rows", nothing)
     monkeypatch.setattr(
         "xmlkernels.nn.cascade_level.shortlist_matmul", torch.ops.xmlkernels.shortlist_matmul
     )

@@ -27,6 +27,7 @@ from xmlkernels.models.running_mean import (
 from xmlkernels.models.saved import check_tensors
 from xmlkernels.models.scored import Answer, Scored
 from xmlkernels.models.training import TrainingSettings
+from xmlkernels.nn.protocol import check_encoder
 from xmlkernels.nn.table import without_states
 from xmlkernels.optim import LossScaler, scaled_step
 
@@ -78,6 +79,7 @@ class Model(nn.Module):
 
     def __init__(self, encoder: nn.Module, training: TrainingSettings | None) -> None:
         super().__init__()
+        check_encoder(encoder)
         self.encoder, self.training_settings = encoder, training
         self.optimizer = None
         self.scaler: LossScaler | None = None
@@ -93,7 +95,7 @@ class Model(nn.Module):
         self.optimizer = optimizer
         # Only fp16 needs a scale; elsewhere it stays 1 and the scaler is the check for non-finite
         # gradients.
-        if getattr(self.encoder, "autocast", None) == torch.float16:
+        if self.encoder.autocast == torch.float16:
             self.scaler = LossScaler(self.device)
         else:
             self.scaler = LossScaler(self.device, init_scale=1.0, growth=1.0, backoff=1.0)

@@ -27,7 +27,7 @@ from xmlkernels.models.saved import saved_tree
 from xmlkernels.models.scored import Answer, Candidates, LevelPrediction
 from xmlkernels.models.training import CascadeTraining, no_training, set_rates
 from xmlkernels.nn.cascade_heads import SCHEMES, CascadeHeads
-from xmlkernels.nn.layer_recipe import checked_layers
+from xmlkernels.nn.protocol import check_encoder
 from xmlkernels.nn.shortlist import count, select
 from xmlkernels.records import Count, Positive
 from xmlkernels.tree.label_tree import LabelTree
@@ -388,14 +388,10 @@ def _check_fit(encoder: nn.Module, heads: CascadeHeads, tree: LabelTree) -> None
         expected = f"heads for clusters of up to {most} children"
         got, mend = str(list(heads.most)), "pass tree.widest of each level"
         raise InputError("cascade", expected, got, mend)
-    width = getattr(encoder, "hidden", None) or encoder.width
-    if heads.width != width:
-        expected = f"heads of width {width}, the encoder's"
+    check_encoder(encoder, heads.layers)
+    if heads.width != encoder.width:
+        expected = f"heads of width {encoder.width}, the encoder's"
         raise InputError("cascade", expected, str(heads.width), "make the heads for this encoder")
-    if getattr(encoder, "bottleneck", None) is not None:
-        expected = "no bottleneck (every level reads a layer itself)"
-        raise InputError("encoder of a cascade", expected, "one", "build the encoder without one")
-    checked_layers(heads.layers, tree.levels, getattr(encoder, "layers", None))
 
 
 def _tensor(values: np.ndarray) -> Tensor:

@@ -204,6 +204,14 @@ class Encoder(nn.Module):
             embedding: Tensor = self.dropout(pooled)
         return embedding.contiguous()
 
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Raise InputError unless `layer_vectors` can serve this recipe of a cascade."""
+        if self.bottleneck is not None:
+            expected = "no bottleneck (every level reads a layer itself)"
+            mend = "build the encoder without one"
+            raise InputError("encoder of a cascade", expected, "one", mend)
+        checked_layers(recipe, len(recipe), self.layers)
+
     def layer_vectors(
         self, recipe: Recipe, input_ids: Tensor, attention_mask: Tensor
     ) -> list[Tensor]:

@@ -141,7 +141,7 @@ def _end_to_end(plan: Plan, encoder: nn.Module, labels: int) -> EndToEnd:
 def _cascade(plan: Plan, own: CascadePlan, encoder: nn.Module, tree: LabelTree) -> Cascade:
     config = plan.config
     most = tuple(tree.widest(r) for r in range(tree.levels - 1))
-    width = int(getattr(encoder, "hidden", None) or encoder.width)  # type: ignore
+    width = int(encoder.width)  # type: ignore[arg-type]
     kept = (min(k, n) * m for k, n, m in zip(own.topk, tree.sizes, most, strict=False))
     make = partial(
         CascadeHeads,
@@ -184,8 +184,9 @@ def _cascade(plan: Plan, own: CascadePlan, encoder: nn.Module, tree: LabelTree) 
 
 
 def _layers(encoder: nn.Module, levels: int) -> tuple[tuple[int, ...], ...]:
-    count = getattr(encoder, "layers", None)
-    return default_layers(int(count), levels) if count is not None else ((0,),) * levels
+    if isinstance(encoder, Encoder):
+        return default_layers(encoder.layers, levels)
+    return ((0,),) * levels  # a bag of words gives every level the same
 
 
 def announce_cascade(
