@@ -56,9 +56,10 @@ def check(config: Config, given: Collection[str] = ()) -> BeforeData:
 
 
 def check_levels(config: Config, levels: int, why: str) -> None:
-    """Refuses lists that do not have one entry for each level of the tree.
+    """Refuse lists that do not have one entry per level of the tree.
 
     Args:
+        config: the settings.
         levels: R, the label level included.
         why: which tree has so many.
 
@@ -201,8 +202,9 @@ def _without_effect(
 
 
 def _of_another(config: Config, given: Collection[str]) -> Iterator[tuple[bool, str, str, str]]:
-    """Settings of the model or of the encoder that was not chosen: named, or other than what
-    leaving them out gives.
+    """List settings of the model or the encoder that was not chosen.
+
+    They are named, or differ from what leaving them out gives.
     """
     bow, cascade = config.encoder == "bow", config.model == "cascade"
     for name in names_only(config, "cascade"):

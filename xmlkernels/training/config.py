@@ -54,8 +54,9 @@ _WEIGHTS = Rule(
 
 @dataclass(frozen=True)
 class Config:
-    """One run. Every field is a flag: `python train/run.py RECIPE --epochs 3`. Lists are words:
-    `--topk 64 128`.
+    """One run.
+
+    Every field is a flag: `xmlkernels train RECIPE --epochs 3`. Lists are words: `--topk 64 128`.
     """
 
     model: Literal["end_to_end", "cascade"] = "end_to_end"
@@ -319,8 +320,9 @@ def recorded(config: Config) -> dict[str, Any]:
 
 
 def began_with(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of config.json, also of a run that began before some of them existed: it had
-    what is now their default.
+    """Complete the settings of config.json.
+
+    A run that began before a setting existed had what is now its default.
     """
     before = recorded(Config()) | dict(settings)
     if "model" not in settings and before["table_optimizer"] == "sgd":

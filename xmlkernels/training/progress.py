@@ -1,5 +1,6 @@
-"""What the terminal shows while a model trains: by time, with what is left of it, and a loss beside
-what it is read against.
+"""What the terminal shows while a model trains: a line every few seconds.
+
+It tells how much time is left, and the loss beside the one that it is compared with.
 """
 
 import logging
@@ -40,8 +41,9 @@ class Progress:
             self._refer(_first_loss(log))
 
     def due(self, *, logged: bool = False) -> bool:
-        """Whether it is time for a line; the first comes with the first of the log, or after ten
-        seconds.
+        """Tell whether it is time for a line.
+
+        The first comes with the first of the log, or after ten seconds.
         """
         if self._told == -math.inf:
             return logged or time.monotonic() - self._began >= _LOGGED
@@ -110,8 +112,9 @@ def _first_loss(log: Path) -> float | None:
 
 
 class Frequencies:
-    """What predicting every label at its frequency in training would cost, whatever the text: a
-    loss to read others against.
+    """The loss of predicting every label at its frequency in training, whatever the text.
+
+    Other losses are compared with it.
 
     Args:
         labels: CSR [N, L] of the training documents.
@@ -124,8 +127,10 @@ class Frequencies:
         self.counts = np.bincount(labels.indices, minlength=count) + float(label_texts)
 
     def loss(self, labels: csr_matrix | None = None) -> float:
-        """Binary cross-entropy per document, summed over the labels, in nats: of the documents that
-        were counted, or of others."""
+        """Compute the binary cross-entropy per document, summed over the labels, in nats.
+
+        It is that of the documents that were counted, or of others.
+        """
         chance = (self.counts + 0.5) / (
             self.documents + 1
         )  # without the half an unseen label would cost infinity

@@ -83,8 +83,9 @@ _listener = _Listener()
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Signals are answered as above inside; those that whoever started the command has switched off
-    (nohup) stay off.
+    """Answer signals as above inside the block.
+
+    Those that whoever started the command has switched off (nohup) stay off.
     """
     global _listener  # noqa: PLW0603  (signals belong to the process)
     _listener = _Listener()
@@ -103,20 +104,23 @@ def listening() -> Iterator[None]:
 
 
 def ending(status: int, *, quiet: bool = False) -> None:
-    """The command ends by itself with this status: a signal changes nothing any more, but ends at
-    once one that is only `quiet` and leaves the word to another process."""
+    """Note that the command ends by itself with this status, which no signal changes any more.
+
+    A signal ends at once a command that is `quiet`: it leaves the message to another process.
+    """
     _listener.status, _listener.quiet = status, quiet
 
 
 def asked() -> int:
-    """The signal that has asked for the end; 0 before one has."""
+    """Return the signal that has asked for the end; 0 before one has."""
     return _listener.asked
 
 
 @contextmanager
 def held() -> Iterator[None]:
-    """A signal is noted inside, for whoever looks at `asked`; a block that then goes on to its end
-    has done its work.
+    """Note a signal inside the block for whoever looks at `asked`.
+
+    A block that then goes on to its end has done its work.
     """
     _listener.held += 1
     try:
@@ -126,8 +130,10 @@ def held() -> Iterator[None]:
 
 
 class Watched:
-    """A model's inputs whose batches end by Stopped when a signal has asked for it: between two
-    batches, where the model is as it was before."""
+    """A model's inputs whose batches end by Stopped when a signal has asked for it.
+
+    They end between two batches, where the model is as it was before.
+    """
 
     def __init__(self, inputs: Any) -> None:
         self._inputs = inputs
