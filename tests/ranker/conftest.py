@@ -1,4 +1,4 @@
-"""Fixtures of this folder."""
+"""Fixtures of the ranker: documents of a few words and a shortlist."""
 
 import numpy as np
 import pytest
