@@ -238,7 +238,8 @@ def _by_tyro(
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, prog=prog, args=list(words), config=config, **start)
+            found: T = tyro.cli(kind, prog=prog, args=list(words), config=config, **start)
+            return found
     except SystemExit as error:
         if not error.code:
             raise

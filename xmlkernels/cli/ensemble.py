@@ -151,7 +151,7 @@ def log_odds(matrix: csr_matrix, kind: str, path: str) -> np.ndarray:
     Raises:
         InputError: a probability outside 0 to 1.
     """
-    values = matrix.data.astype(np.float64)
+    values: np.ndarray = matrix.data.astype(np.float64)
     if kind == "logit":
         return values
     bad = np.flatnonzero((values < 0) | (values > 1))
