@@ -38,7 +38,7 @@ def names_of(path: Path) -> set[str]:
 def test_no_room_above_models_asks_for_the_class_of_a_model() -> None:
     classes = {model.__name__ for model in KINDS.values()}
     modules = {model.__module__ for model in KINDS.values()}
-    assert classes == {"EndToEnd", "Cascade"}
+    assert classes >= {"EndToEnd", "Cascade"}
     users = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "xmlkernels").rglob("*.py")
