@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ from xmlkernels.nn.table import RowOptimizer, Table
 from xmlkernels.planner import plan as memory_plan
 from xmlkernels.planner import planned, table_parts, told
 from xmlkernels.training.config import Config
-from xmlkernels.training.plan import CascadePlan, Plan
+from xmlkernels.training.plan import Plan
 from xmlkernels.tree.label_tree import LabelTree
 
 log = logging.getLogger(__name__)
@@ -75,10 +75,7 @@ def build_model(plan: Plan, dataset: Dataset, inputs: Inputs, tree: LabelTree | 
         )
     else:
         encoder = build_encoder(plan, dataset)
-    if tree is None or plan.cascade is None:
-        model: Model = _end_to_end(plan, encoder, dataset.num_labels).to(plan.device)
-    else:
-        model = _cascade(plan, plan.cascade, encoder, tree).to(plan.device)
+    model = BUILDERS[config.model](plan, encoder, dataset.num_labels, tree).to(plan.device)
     draw_apart(config, 0)
     return model
 
@@ -94,12 +91,19 @@ def draw_apart(config: Config, step: int) -> None:
         torch.manual_seed((config.seed + _APART * dist.rank() + step) % 2**63)
 
 
-def _end_to_end(plan: Plan, encoder: nn.Module, labels: int) -> EndToEnd:
+def _end_to_end(plan: Plan, encoder: nn.Module, labels: int, tree: LabelTree | None) -> Model:
+    return EndToEnd(encoder, *_full_table(plan, encoder, labels, int(encoder.width)))  # type: ignore[arg-type]
+
+
+def _full_table(
+    plan: Plan, encoder: nn.Module, labels: int, width: int
+) -> tuple[FullHead, Training]:
+    """A table of all labels and its training; says first what they will take of the memory."""
     config = plan.config
     make = partial(
         FullHead,
         labels,
-        int(encoder.width),  # type: ignore[arg-type]
+        width,
         dtype=plan.table,
         bias=config.bias,
         optimizer=RowOptimizer(
@@ -123,7 +127,6 @@ def _end_to_end(plan: Plan, encoder: nn.Module, labels: int) -> EndToEnd:
         table_means=config.ema_tables,
     )
     announce(config, parts, plan.device)
-    head = make()
     training = Training(
         config.encoder_lr,
         config.table_lr,
@@ -135,11 +138,12 @@ def _end_to_end(plan: Plan, encoder: nn.Module, labels: int) -> EndToEnd:
         plan.mean,
         plan.encoder_epsilon,
     )
-    return EndToEnd(encoder, head, training)
+    return make(), training
 
 
-def _cascade(plan: Plan, own: CascadePlan, encoder: nn.Module, tree: LabelTree) -> Cascade:
-    config = plan.config
+def _cascade(plan: Plan, encoder: nn.Module, labels: int, tree: LabelTree | None) -> Model:
+    config, own = plan.config, plan.cascade
+    assert tree is not None and own is not None, "the plan of a cascade has its tree"
     most = tuple(tree.widest(r) for r in range(tree.levels - 1))
     width = int(encoder.width)  # type: ignore[arg-type]
     kept = (min(k, n) * m for k, n, m in zip(own.topk, tree.sizes, most, strict=False))
@@ -181,6 +185,13 @@ def _cascade(plan: Plan, own: CascadePlan, encoder: nn.Module, tree: LabelTree) 
         encoder_epsilon=plan.encoder_epsilon,
     )
     return Cascade(encoder, heads, tree, training)
+
+
+# By `Config.model`: from the plan, an encoder, L and the label tree (of a cascade) to a model.
+BUILDERS: dict[str, Callable[[Plan, nn.Module, int, LabelTree | None], Model]] = {
+    "end_to_end": _end_to_end,
+    "cascade": _cascade,
+}
 
 
 def _layers(encoder: nn.Module, levels: int) -> tuple[tuple[int, ...], ...]:
