@@ -5,7 +5,10 @@ import torch
 from xmlkernels import native
 from xmlkernels.ops import missing
 
-print(f"xmlkernels: native library: {'loaded' if missing is None else 'not loaded, ' + missing}")
-if torch.version.cuda is not None:
-    cuda = native.missing_cuda
-    print(f"xmlkernels: CUDA library: {'loaded' if cuda is None else 'not loaded, ' + cuda}")
+if __name__ == "__main__":
+    print(
+        f"xmlkernels: native library: {'loaded' if missing is None else 'not loaded, ' + missing}"
+    )
+    if torch.version.cuda is not None:
+        cuda = native.missing_cuda
+        print(f"xmlkernels: CUDA library: {'loaded' if cuda is None else 'not loaded, ' + cuda}")
