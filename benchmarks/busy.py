@@ -1,13 +1,12 @@
-"""What another program on the cores costs, and what lets torch's threads sleep or spin while they
-wait.
+"""Measure what another program on the cores costs, with waiting threads that sleep or spin.
 
     python benchmarks/busy.py [--seconds 3] [--busy 1]
 
-Each row is a process of its own under one setting of OpenMP, first alone, then beside `--busy`
+Each row is a process of its own under one setting of OpenMP, first alone, then next to `--busy`
 processes that count for ever: training in documents per second, and one prediction at a time in
 milliseconds (median, 95th percentile), of a bag of words over 8,192 labels and of an encoder of
-MiniLM's shape. "as a command" is what train/waiting.py chooses at that moment. Run it where nothing
-else runs: the load average before the first row tells.
+MiniLM's shape. "as a command" is what `xmlkernels.cli.waiting` chooses at that moment. Run it on an
+idle machine: the load average is printed before the first row.
 """
 
 import argparse

@@ -8,8 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import train_runs  # noqa: F401  (puts train/ on the path)
-
 from xmlkernels.ranker.linear import Settings
 from xmlkernels.training import ranker
 

@@ -1,6 +1,4 @@
-"""Which test holds each option of the commands beside train/run.py: file::test, from tests/."""
-
-import train_runs  # noqa: F401  (puts train/ on the path)
+"""The test of each option of the commands other than `train`: file::test, from tests/."""
 
 from xmlkernels.cli import ensemble, export, predict
 from xmlkernels.data.prepare import PrepareConfig

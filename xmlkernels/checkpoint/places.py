@@ -3,10 +3,6 @@
 `folder.py` explains why. `NAME` is the checkpoint, `.NAME.old` the one that it is about to replace,
 `NAME.1` the one before it and `NAME.2` the one before that, `.NAME.new-…` what is being written or
 removed.
-
-`checkpoint.py` tells why. `NAME` is the checkpoint, `.NAME.old` the one that it is about to
-replace, `NAME.1` the one before it and `NAME.2` the one before that, `.NAME.new-…` what is being
-written or removed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Checkpoint content besides weights: exact JSON, generator states, optimizer states by name.
 
-`checkpoint.py` gives these names to the outside.
+The public names are those of `xmlkernels.checkpoint`.
 """
 
 from __future__ import annotations
