@@ -1,6 +1,10 @@
-"""Commands that are stopped, or that the disk refuses: `command_ends.py FOLDER` tries each in a
-child forked after the imports, which take seconds, and prints a line of JSON for each: {"case": …,
-"wrong": what is not as it must be, or ""}."""
+"""Stop commands, or let the disk refuse what they write.
+
+    python tests/command_ends.py FOLDER
+
+Each case is a child that is forked after the imports, which take seconds. Prints a line of JSON per
+case: {"case": …, "wrong": what is not as it must be, or ""}.
+"""
 
 import json
 import os
@@ -28,8 +32,8 @@ COMMANDS = {"tree": tree_command, "ranker": rank} | {
     module.__name__.rpartition(".")[2]: module for module in (ensemble, export, predict, prepare)
 }
 
-# What a kill leaves of writing into an output folder, beside the unfinished copy of a file or
-# folder of the output's name.
+# What a kill leaves of the files in an output folder. Other commands leave the unfinished copy of
+# the whole output.
 LEFT = {
     "tree": ("tree/.tree.safetensors.0123456789ab.part", "tree/.report.json.0123456789ab.part"),
     "ranker": (
@@ -45,7 +49,7 @@ LEFT = {
 
 
 class Child:
-    """A command in a process of its own, its words in a file."""
+    """A command in a process of its own; what it prints goes to a file."""
 
     def __init__(
         self, place: Path, work: Callable[[], Any], before: Callable[[], Any] = lambda: None

@@ -1,12 +1,11 @@
-"""Commands that are stopped, that find a file in their way, or that the disk refuses, each in a
-process of its own.
-"""
+"""Commands in processes of their own: stopped, with a file in their way, or with a full disk."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,14 +25,12 @@ CASES = [
 ]
 
 
-def run_script(name: str, *words: str | Path) -> list[dict[str, object]]:
-    """The lines of JSON of a script beside this file, which has the paths of this process."""
+def run_script(name: str, *words: str | Path) -> list[dict[str, Any]]:
+    """Run a script of tests/ with the paths of this process; return its lines of JSON."""
     here = Path(__file__).parents[1]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), *filter(None, sys.path)])}
-    env |= {
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }  # threads do not live on in a fork
+    # Threads do not survive a fork.
+    env |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, str(here / name), *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -61,3 +58,4 @@ def test_every_case_is_named(wrong: dict[object, object]) -> None:
 def test_killed_runs_end_as_one_that_was_left_alone(rounds: int, tmp_path: Path) -> None:
     found = run_script("kill_rounds.py", tmp_path, str(rounds), "7")
     assert len(found) == rounds and all(line["differ"] == [] for line in found)
+    assert all(any(not end.endswith(" 0") for end in line["ends"]) for line in found)
