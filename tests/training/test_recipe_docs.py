@@ -8,7 +8,8 @@ from train_runs import RECIPES, ROOT, Config
 
 from xmlkernels.cli import main as command
 from xmlkernels.data.prepare import PrepareConfig
-from xmlkernels.training.checks import OF_CASCADE, flag
+from xmlkernels.options import flag, names_in
+from xmlkernels.training.config import CASCADE
 
 # Every flag of Renee's main.py, CreateTokenizedFiles.py and CreateAugData.py.
 RENEE = set(
@@ -84,4 +85,4 @@ def test_every_option_end_to_end_is_named() -> None:
         "evaluate_every", "best_by", "top_k", "save_every", "keep", "resume", "overwrite",
     ):  # fmt: skip
         assert flag(name) in named, name
-    assert not {flag(name) for name in OF_CASCADE} & named
+    assert not {flag(name) for name in names_in(Config, CASCADE)} & named
