@@ -44,13 +44,7 @@ lint: build $(INSTALLED_DEV)
 	$(PY) -m mypy
 
 bench: build $(INSTALLED_DEV)
-	$(PY) benchmarks/run.py --op bce_step --device cpu
-	$(PY) benchmarks/run.py --op bce_loss --device cpu
-	$(PY) benchmarks/run.py --op matmul_topk --device cpu
-	$(PY) benchmarks/run.py --op shortlist_matmul --device cpu
-	$(PY) benchmarks/run.py --op cluster_step --device cpu
-	$(PY) benchmarks/run.py --op sparse_update --device cpu
-	$(PY) benchmarks/run.py --op bag_step --device cpu
+	$(PY) benchmarks/run.py --op all --device cpu
 
 docs: $(INSTALLED_DEV)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -q

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import floors, shapes, timing
+from benchmarks import cases, floors, shapes, timing
 from xmlkernels.errors import InputError
 
 
@@ -21,7 +21,11 @@ class Card:
 
 
 def find() -> Card:
-    """Raises InputError where torch finds no CUDA device."""
+    """Return the card at hand.
+
+    Raises:
+        InputError: torch finds no CUDA device.
+    """
     if not torch.cuda.is_available():
         raise InputError(
             "gpu_report",
@@ -33,8 +37,10 @@ def find() -> Card:
 
 
 def check_out(out: Path) -> None:
-    """Raises InputError unless files can be written into `out`, which is made if need be: before
-    minutes are spent.
+    """Refuse a folder without room for files before minutes are spent; make it if need be.
+
+    Raises:
+        InputError: no file can be written there.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -50,36 +56,35 @@ def check_out(out: Path) -> None:
 
 
 def fits(op: str, shape: shapes.Shape, memory: int) -> bool:
-    """Whether at least the narrowest table of a full-label op fits; 1 GiB is left to the context
-    and the batch.
+    """Say whether the narrowest table of a full-label op fits.
+
+    1 GiB is left to the context and the batch.
     """
-    narrowest = min(
-        (1 if goal.dtype == "fp8" else 2 for goal in floors.GOALS if goal.shape == shape.name),
-        default=2,
-    )
+    aims = [goal for goal in floors.GOALS if goal.shape == shape.name]
+    narrowest = min((1 if goal.dtype == "fp8" else 2 for goal in aims), default=2)
     return shape.L * shape.D * narrowest + (1 << 30) <= memory
 
 
 def plan(
     ops: Sequence[str], memory: int, say: Callable[[str], None]
 ) -> list[tuple[str, shapes.Shape]]:
-    """What to measure, in order: every op's first shape, then every op's second; small ones for
-    those that do not fit.
+    """Return what to measure, in order: every op's first shape, then every op's second.
+
+    Small shapes take the place of those that do not fit.
     """
     lists: list[list[tuple[str, shapes.Shape]]] = []
     for op in ops:
-        large = shapes.GPU_SHAPES.get(op)
-        if large is None:
-            lists.append([(op, shape) for shape in shapes.for_card(op)])
+        benchmark = cases.BENCHMARKS[op]
+        large = benchmark.gpu_shapes
+        if not large:
+            lists.append([(op, shape) for shape in benchmark.for_card()])
             continue
         good = [shape for shape in large if fits(op, shape, memory)]
         for shape in large:
             if shape not in good:
-                say(
-                    f"  {op} {shape.name} is left out: its table does not fit {memory / 2**30:.0f} "
-                    "GiB"
-                )
-        small = shapes.SMALL_GPU_SHAPES.get(op, ()) if len(good) < len(large) else ()
+                size = f"{memory / 2**30:.0f} GiB"
+                say(f"  {op} {shape.name} is left out: its table does not fit {size}")
+        small = benchmark.small_gpu_shapes if len(good) < len(large) else ()
         lists.append([(op, shape) for shape in (*good, *small)])
     longest = max(map(len, lists), default=0)
     return [found[i] for i in range(longest) for found in lists if i < len(found)]

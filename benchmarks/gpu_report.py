@@ -287,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--op",
         action="append",
-        choices=list(cases.OPS),
+        choices=list(cases.BENCHMARKS),
         help="one op, with the whole time; may be repeated",
     )
     parser.add_argument("--minutes", type=float, default=8.6, help="for all of it")

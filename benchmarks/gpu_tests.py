@@ -52,12 +52,13 @@ class Verdict:
 
 def stems(op: str) -> tuple[str, ...]:
     """How the names of an op's test files may begin, behind `test_`."""
-    return (op, *(name.rstrip("_") for name in cases.OPS.get(op, ())))
+    benchmark = cases.BENCHMARKS.get(op)
+    return (op, *(name.rstrip("_") for name in (benchmark.functions if benchmark else ())))
 
 
 def untimed() -> list[str]:
     """The public functions that no benchmark times: their failures are their own."""
-    timed = {stem for op in cases.OPS for stem in stems(op)}
+    timed = {stem for op in cases.BENCHMARKS for stem in stems(op)}
     public = [
         name.rstrip("_")
         for name in package_ops.__all__
@@ -182,7 +183,7 @@ def run_all(
     """
     begin, timed, ops = time.monotonic(), ops, [*ops, *untimed()]
     # Of all, lest the files of an op left out count as shared.
-    everything = files_by_op(root, [*cases.OPS, *untimed()])
+    everything = files_by_op(root, [*cases.BENCHMARKS, *untimed()])
     groups = {
         group: files for group, files in everything.items() if group in ops or group == SHARED
     }
@@ -195,7 +196,7 @@ def run_all(
             f"{shared if shared.passed or shared.failed or shared.reason else 'none for a card'}"
         )
         for test in shared.failed:
-            guilty = owner(test.partition("::")[2], [*cases.OPS, *untimed()])
+            guilty = owner(test.partition("::")[2], [*cases.BENCHMARKS, *untimed()])
             for op in ops if guilty == SHARED else (guilty,):
                 if op in verdicts:
                     verdicts[op].failed.append(test)

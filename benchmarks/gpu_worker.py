@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks import cases, cases_gpu, floors, run, shapes, timing
+from benchmarks import cases, floors, run, shapes, timing
 from xmlkernels.errors import InputError
 
 CAPTURE_FAILED, BROKE = 3, 4
@@ -118,21 +118,9 @@ def make_row(
     peak: float | None,
     graph: bool,
 ) -> run.Row:
-    p20, p50, p80 = timing.quantiles(times)
-    row = about | {
-        "impl": case.impl,
-        "phase": case.phase + floors.GRAPH * graph,
-        "dtype": case.dtype,
-        "shape": shape.name,
-    }
-    row |= {letter: getattr(shape, letter) for letter in "BLDSK"}
-    row |= {
-        "ms_p20": round(p20, 4),
-        "ms_p50": round(p50, 4),
-        "ms_p80": round(p80, 4),
-        "peak_mb": peak,
-    }
-    row |= {"gbps": round(case.bytes / p50 / 1e6, 2), "tflops": round(case.flops / p50 / 1e9, 4)}
+    """Return the row of one case; its phase says whether it was replayed from a graph."""
+    row = about | {"shape": shape.name} | run.measured(case, shape, times, peak)
+    row["phase"] = case.phase + floors.GRAPH * graph
     return {column: row[column] for column in run.COLUMNS}
 
 
@@ -204,7 +192,7 @@ def measure_all(
     measured: list[tuple[cases.Case, bool]] = []
     tell(todo=[name_of(case) for case in todo])
     for case in todo:
-        syncs = (str(about["op"]), case.impl, case.phase) in cases_gpu.SYNCING
+        syncs = (case.impl, case.phase) in cases.BENCHMARKS[str(about["op"])].syncing
         graph = device == "cuda" and not syncs and name_of(case) not in plain
         tell(begin=name_of(case))
         status = attempt(
@@ -248,7 +236,7 @@ def tell_ops(device: str) -> None:
     """Asked of a process started after the build: one that was there before has not loaded what was
     built.
     """
-    for op in cases.OPS:
+    for op in cases.BENCHMARKS:
         try:
             cases.require_op(op, device)
             tell(op=op, why=None)
@@ -264,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--ops", action="store_true", help="tell which ops have cases and a kernel for the device"
     )
     parser.add_argument("--ceilings", action="store_true", help="measure a large copy and torch.mm")
-    parser.add_argument("--op", choices=list(cases.OPS))
+    parser.add_argument("--op", choices=list(cases.BENCHMARKS))
     parser.add_argument("--shape")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rest", action="store_true", help="the cases of the second round")
@@ -286,16 +274,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.ceilings:
         ceilings(options.device, about)
         return 0
-    shape = next(s for s in shapes.for_card(options.op) if s.name == options.shape)
-    todo = in_turn(
-        cases_gpu.build(options.op, shape, options.device), options.op, shape.name, options.rest
-    )
-    return measure_all(
-        [c for c in todo if options.only is None or name_of(c) in options.only],
-        shape,
-        about,
-        options.plain,
-    )
+    shape = next(s for s in cases.BENCHMARKS[options.op].for_card() if s.name == options.shape)
+    found = cases.build_for_card(options.op, shape, options.device)
+    todo = in_turn(found, options.op, shape.name, options.rest)
+    if options.only is not None:
+        todo = [case for case in todo if name_of(case) in options.only]
+    return measure_all(todo, shape, about, options.plain)
 
 
 if __name__ == "__main__":

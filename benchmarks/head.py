@@ -13,8 +13,12 @@ POSITIVES = 5
 
 @dataclass
 class Head:
-    """weight [L, D]; x [B, D] fp32; positives sorted by (row, sample): pos_row int64 [P],
-    pos_sample int32 [P].
+    """A table and a batch.
+
+    Attributes:
+        weight: [L, D].
+        x: [B, D] fp32.
+        pos_row, pos_sample: int64 [P] and int32 [P], the positives sorted by (row, sample).
     """
 
     weight: Tensor
@@ -24,17 +28,21 @@ class Head:
 
 
 def positives(shape: Shape) -> int:
+    """Count the positives of a batch."""
     return min(POSITIVES, shape.L) * shape.B
 
 
+def make_table(shape: Shape, dtype: str, device: str) -> Tensor:
+    """Draw [L, D] numbers from N(0, 0.02²), the same in every process."""
+    table = torch.empty(shape.L, shape.D, dtype=DTYPES[dtype], device=device)
+    return table.normal_(0, 0.02, generator=torch.Generator(device).manual_seed(0))
+
+
 def make_head(shape: Shape, dtype: str, device: str) -> Head:
-    """The same numbers in every format and process: N(0, 0.02²) rows, unit-scale embeddings, 5
-    labels per sample.
+    """Make a table and a batch of unit-scale embeddings with 5 labels per sample.
+
+    The numbers are the same in every format and process.
     """
-    g = torch.Generator(device).manual_seed(0)
-    weight = torch.empty(shape.L, shape.D, dtype=DTYPES[dtype], device=device).normal_(
-        0, 0.02, generator=g
-    )
     g = torch.Generator().manual_seed(1)
     x = torch.randn(shape.B, shape.D, generator=g)
     count = min(POSITIVES, shape.L)
@@ -44,4 +52,5 @@ def make_head(shape: Shape, dtype: str, device: str) -> Head:
     samples = torch.arange(shape.B)[:, None].expand_as(rows)
     order = torch.argsort(rows.reshape(-1) * shape.B + samples.reshape(-1))
     pos_row, pos_sample = rows.reshape(-1)[order], samples.reshape(-1)[order].to(torch.int32)
-    return Head(weight, *(t.contiguous().to(device) for t in (x, pos_row, pos_sample)))
+    batch = (t.contiguous().to(device) for t in (x, pos_row, pos_sample))
+    return Head(make_table(shape, dtype, device), *batch)

@@ -1,5 +1,4 @@
-"""The peers' methods, written anew from their descriptions, that no file of cases for both devices
-holds.
+"""Methods of peers that a card alone measures, written anew from their descriptions.
 
 Each function takes what a caller holds anyway and returns the call to time. Where a peer waits for
 the device in the middle of its step, the wait that its method does not need is left out, in its
@@ -12,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import LR, Head
+from benchmarks.case import LR
+from benchmarks.head import Head
 from benchmarks.timing import Step
 
 ELMO_ROWS = 351_536
@@ -22,12 +22,14 @@ SOFTMAX = {"liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
 
 
 def installed(impl: str) -> bool:
+    """Say whether the package of a peer of another loss is installed."""
     return importlib.util.find_spec(SOFTMAX[impl]) is not None
 
 
 def stochastic_sgd(weight: Tensor, grad: Tensor, lr: float, counter: Tensor, chunk: int) -> None:
-    """w -= lr * grad, rounded stochastically to bf16, by torch's own functions; `peers_triton` has
-    the one-pass form.
+    """Subtract lr * grad, rounded stochastically to bf16, by torch's own functions.
+
+    `peers_triton` has the one-pass form.
     """
     g = torch.Generator(weight.device).manual_seed(int(counter) * 4096 + chunk)
     noise = torch.randint(65536, weight.shape, dtype=torch.int32, device=weight.device, generator=g)
@@ -36,7 +38,7 @@ def stochastic_sgd(weight: Tensor, grad: Tensor, lr: float, counter: Tensor, chu
 
 
 def elmo_step(head: Head, *, rows: int = ELMO_ROWS) -> Step:
-    """After ELMO (ICML 2025), its bf16 path, from the description.
+    """Return a step after ELMO (ICML 2025), its bf16 path, from the description.
 
     Label chunks one after another: bf16 logits; in place sigmoid, then minus one at the positives;
     the chunk's share of dX added in fp32; dW written out in bf16; SGD without momentum or decay
@@ -52,12 +54,8 @@ def elmo_step(head: Head, *, rows: int = ELMO_ROWS) -> Step:
     for start in range(0, weight.shape[0], rows):
         stop = min(start + rows, weight.shape[0])
         first, last = (int(torch.searchsorted(head.pos_row, row)) for row in (start, stop))
-        pieces.append(
-            (
-                weight[start:stop],
-                (head.pos_sample[first:last].long(), head.pos_row[first:last] - start),
-            )
-        )
+        places = head.pos_sample[first:last].long(), head.pos_row[first:last] - start
+        pieces.append((weight[start:stop], places))
 
     def step() -> Tensor:
         x = head.x.to(torch.bfloat16)
@@ -74,12 +72,12 @@ def elmo_step(head: Head, *, rows: int = ELMO_ROWS) -> Step:
 
 
 def topk_step(head: Head, *, k: int) -> Step:
-    """Score matrix in the table's format, then `torch.topk` of it."""
+    """Return the score matrix in the table's format, then `torch.topk` of it."""
     return lambda: torch.topk(head.x.to(head.weight.dtype) @ head.weight.T, k)
 
 
 def softmax_step(head: Head, *, impl: str) -> Step:
-    """Forward and backward of a fused linear cross-entropy over all labels.
+    """Return forward and backward of a fused linear cross-entropy over all labels.
 
     Another loss (softmax) on one label for each sample, and no update of the table: its gradient is
     a whole `L x D` tensor.

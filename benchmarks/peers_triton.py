@@ -1,6 +1,4 @@
-"""The ELMO-like peer's update on a card: SGD with stochastic rounding as one pass over the table.
-Needs triton.
-"""
+"""The ELMO-like peer's update on a card, as one pass over the table; needs triton."""
 
 import triton
 import triton.language as tl
@@ -15,15 +13,14 @@ def _sgd(weight, grad, counter, lr, size, chunk, BLOCK: tl.constexpr):
     inside = at < size
     # One whole draw for each element, three of its four words unused: as the peer does it.
     noise = tl.randint(tl.load(counter) * 4096 + chunk, at).to(tl.uint32) & 0xFFFF
-    value = tl.load(weight + at, mask=inside).to(tl.float32) - lr * tl.load(
-        grad + at, mask=inside
-    ).to(tl.float32)
+    slope = tl.load(grad + at, mask=inside).to(tl.float32)
+    value = tl.load(weight + at, mask=inside).to(tl.float32) - lr * slope
     bits = value.to(tl.uint32, bitcast=True) + noise
     tl.store(weight + at, (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=inside)
 
 
 def stochastic_sgd(weight: Tensor, grad: Tensor, lr: float, counter: Tensor, chunk: int) -> None:
-    """w -= lr * grad, rounded stochastically to bf16.
+    """Subtract lr * grad from weight, rounded stochastically to bf16.
 
     Args:
         weight, grad: bf16 [C, D], contiguous, fewer than 2³¹ elements: the peer's chunks are, and

@@ -1,10 +1,12 @@
-"""Times one op against its peers and appends the rows to `benchmarks/results/<machine>.csv`.
+"""Time ops against their peers and append the rows to `benchmarks/results/<machine>.csv`.
 
     python benchmarks/run.py --op bce_step --device cpu [--shape B64-L131k] [--json]
+    python benchmarks/run.py --op all --device cpu [--json]
 
-The op's own tests run first; nothing is timed unless they pass. All implementations of a shape take
-turns in one process, torch.mm of the same format among them. Exit status: 0 done, 1 tests not
-green, 2 an input that cannot be used.
+An op's own tests run first; nothing is timed unless they pass. All implementations of a shape take
+turns in one process, torch.mm of the same format among them. `--op all` runs one process per op and
+ends at the first that fails. Exit status: 0 done, 1 tests not green, 2 an input that cannot be
+used.
 """
 
 import argparse
@@ -34,31 +36,11 @@ from benchmarks.floors import OWN
 from xmlkernels.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-COLUMNS = (
-    "date",
-    "commit",
-    "machine",
-    "device",
-    "threads",
-    "torch",
-    "triton",
-    "op",
-    "impl",
-    "phase",
-    "dtype",
-    "shape",
-    "B",
-    "L",
-    "D",
-    "S",
-    "K",
-    "ms_p20",
-    "ms_p50",
-    "ms_p80",
-    "peak_mb",
-    "gbps",
-    "tflops",
-)
+_RUN = ("date", "commit", "machine", "device", "threads", "torch", "triton")
+_CASE = ("op", "impl", "phase", "dtype", "shape", "B", "L", "D", "S", "K")
+_MEASURED = ("ms_p20", "ms_p50", "ms_p80", "peak_mb", "gbps", "tflops")
+COLUMNS = (*_RUN, *_CASE, *_MEASURED)
+ALL = "all"
 Row = dict[str, str | int | float | None]
 Key = tuple[str, str, str]
 
@@ -68,7 +50,7 @@ class RedTests(Exception):
 
 
 def require_green(tests: Path) -> str:
-    """Runs an op's tests to their end, in a process of their own.
+    """Run an op's tests to their end, in a process of their own.
 
     Returns:
         What passed, in words.
@@ -80,16 +62,8 @@ def require_green(tests: Path) -> str:
         raise RedTests(f"{tests} does not exist: an op without tests is not timed")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            f"--junitxml={report}",
-            str(tests),
-        ]
+        options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", *options, str(tests)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
         if done.returncode != 0 or not report.exists():
@@ -104,15 +78,17 @@ def require_green(tests: Path) -> str:
 
 
 def commit(root: Path) -> str:
-    """Short hash, with `-dirty` where the tree differs from it; `unknown` outside a git checkout.
+    """Return the short hash of HEAD, or `unknown` outside a git checkout.
+
+    It ends in `-dirty` where the tree differs from it.
 
     The results folder is left aside: appending one op's rows must not mark the next op's.
     """
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        command = ["git", *arguments]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
 
     try:
         head = git("rev-parse", "--short=12", "HEAD")
@@ -123,8 +99,10 @@ def commit(root: Path) -> str:
 
 
 def check_results(path: Path) -> None:
-    """Raises InputError unless rows can be appended to `path`: it is absent, or a whole table of
-    these columns.
+    """Refuse a file to which no rows can be appended.
+
+    Raises:
+        InputError: it is there and no whole table of these columns.
     """
     if not path.exists():
         return
@@ -155,8 +133,9 @@ def check_results(path: Path) -> None:
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:
-    """Adds rows, and the header where the file is new, in one write: a reader or a crash sees all
-    of them or none.
+    """Add rows, and the header where the file is new.
+
+    It is one write: a reader or a crash sees all of them or none.
     """
     check_results(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +150,7 @@ def append(path: Path, rows: Sequence[Row]) -> None:
 
 
 def measure_peak(op: str, shape: shapes.Shape, device: str, key: Key) -> int | None:
-    """Runs in a fresh process: builds one case again and measures its memory.
+    """Build one case again and measure its memory, in bytes; to be run in a fresh process.
 
     A peer takes two steps of a tiny shape before, so that what torch imports and sets up once is
     not held against it. The op itself has no such head start: buffers that it would keep from one
@@ -191,8 +170,9 @@ def measure_peak(op: str, shape: shapes.Shape, device: str, key: Key) -> int | N
 
 
 def peak_mb(op: str, shape: shapes.Shape, device: str, case: cases.Case) -> float | None:
-    """10⁶ bytes beyond table and batch. Empty for the ceiling, and for `compile`, whose compiler
-    would be counted.
+    """Measure a case's memory beyond table and batch, in 10⁶ bytes.
+
+    None for the ceiling, and for `compile`, whose compiler would be counted.
     """
     if case.impl in ("mm", "compile"):
         return None
@@ -202,7 +182,7 @@ def peak_mb(op: str, shape: shapes.Shape, device: str, case: cases.Case) -> floa
 
 
 def start_all(todo: Sequence[cases.Case], say: Callable[[str], None]) -> dict[Key, timing.Step]:
-    """The calls to time; cases of one table format share the table and the batch."""
+    """Return the calls to time; cases of one table format share the table and the batch."""
     held: dict[Callable[[], object], object] = {}
     steps: dict[Key, timing.Step] = {}
     for case in todo:
@@ -212,20 +192,17 @@ def start_all(todo: Sequence[cases.Case], say: Callable[[str], None]) -> dict[Ke
         if case.impl == "compile":
             try:
                 step()
-            except (
-                Exception
-            ) as error:  # the compiler's failures share no base class, and are the compiler's alone
-                say(
-                    "compile is left out: torch.compile failed here: "
-                    f"{str(error).strip().splitlines()[0]}"
-                )
+            # The compiler's failures share no base class, and are the compiler's alone.
+            except Exception as error:
+                why = str(error).strip().splitlines()[0]
+                say(f"compile is left out: torch.compile failed here: {why}")
                 continue
         steps[case.key] = step
     return steps
 
 
 def setting(op: str, device: str) -> Row:
-    """The columns that all rows of a run share."""
+    """Return the columns that all rows of a run share."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -244,19 +221,15 @@ def setting(op: str, device: str) -> Row:
 def make_rows(
     about: Row, shape: shapes.Shape, with_compile: bool, say: Callable[[str], None]
 ) -> list[Row]:
-    """Measures one shape and tells what it found. Rows of one date took turns with each other."""
+    """Measure one shape and say what was found; rows of one date took turns with each other."""
     op, device = str(about["op"]), str(about["device"])
     todo = cases.build(op, shape, device, with_compile)
-    todo += [
-        cases.ceiling(d, device)
-        for d in sorted({cases.ceiling_dtype(c.dtype, device) for c in todo})
-    ]
+    formats = {cases.ceiling_dtype(case.dtype, device) for case in todo}
+    todo += [cases.ceiling(dtype, device) for dtype in sorted(formats)]
     peaks = {case.key: peak_mb(op, shape, device, case) for case in todo}
     steps = start_all(todo, say)
-    about = about | {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "shape": shape.name,
-    }
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    about = about | {"date": now, "shape": shape.name}
     load = timing.Load()
     samples = timing.alternate(steps, timing.Clock(device))
     others, average = load.others(), timing.load_average()
@@ -266,37 +239,26 @@ def make_rows(
             "be reported"
         )
     median = {key: statistics.median(times) for key, times in samples.items()}
-    say(
-        f"{op} {shape.name}: load average {shown(average)}, other processes {shown(others)} "
-        "processors"
-    )
+    about_load = f"load average {shown(average)}, other processes {shown(others)} processors"
+    say(f"{op} {shape.name}: {about_load}")
     rows = []
     for case in (case for case in todo if case.key in samples):
-        p20, p50, p80 = timing.quantiles(samples[case.key])
         n = cases.CEILING_SIZE[device]
-        sizes = (
-            (n, n, n, None, None)
-            if case.impl == "mm"
-            else (shape.B, shape.L, shape.D, shape.S, shape.K)
-        )
-        row = (
-            about
-            | {"impl": case.impl, "phase": case.phase, "dtype": case.dtype}
-            | dict(zip("BLDSK", sizes, strict=True))
-        )
-        row |= {
-            "ms_p20": round(p20, 4),
-            "ms_p50": round(p50, 4),
-            "ms_p80": round(p80, 4),
-            "peak_mb": peaks[case.key],
-        }
-        row |= {
-            "gbps": round(case.bytes / p50 / 1e6, 2),
-            "tflops": round(case.flops / p50 / 1e9, 4),
-        }
+        sizes = shapes.Shape("", n, n, n) if case.impl == "mm" else shape
+        row = about | measured(case, sizes, samples[case.key], peaks[case.key])
         rows.append({column: row[column] for column in COLUMNS})
         say(line(case, samples[case.key], peaks[case.key], median, device, average))
     return rows
+
+
+def measured(case: cases.Case, sizes: shapes.Shape, times: list[float], peak: float | None) -> Row:
+    """Return the columns that one case and its milliseconds fill."""
+    p20, p50, p80 = timing.quantiles(times)
+    row: Row = {"impl": case.impl, "phase": case.phase, "dtype": case.dtype, "peak_mb": peak}
+    row |= {letter: getattr(sizes, letter) for letter in "BLDSK"}
+    row |= {"ms_p20": round(p20, 4), "ms_p50": round(p50, 4), "ms_p80": round(p80, 4)}
+    gbps, tflops = round(case.bytes / p50 / 1e6, 2), round(case.flops / p50 / 1e9, 4)
+    return row | {"gbps": gbps, "tflops": tflops}
 
 
 def line(
@@ -307,8 +269,9 @@ def line(
     device: str,
     average: float | None,
 ) -> str:
-    """One result for people: min, median and max, rate, share of the mm rate, ratio to eager,
-    load.
+    """Return one result for people.
+
+    Min, median and max; rate, and its share of the mm rate; ratio to eager; load.
     """
     mid = statistics.median(times)
     rate = case.flops / mid / 1e9
@@ -318,46 +281,68 @@ def line(
     # The eager version of the same phase, where there is one.
     eager = next((ms for phase, ms in peers if phase == case.phase), peers[0][1] if peers else None)
     ratio = "" if eager is None or case.impl == "mm" else f", {eager / mid:.2f}x eager"
+    spread = f"(min {min(times):.3f}, max {max(times):.3f}, {len(times)} rounds)"
     return (
-        f"  {case.impl:<10} {case.phase:<8} {case.dtype}  {mid:9.3f} ms (min {min(times):.3f}, max "
-        f"{max(times):.3f}, "
-        f"{len(times)} rounds), peak {shown(peak)} MB, {case.bytes / mid / 1e6:.1f} GB/s, "
-        f"{rate * 1e3:.1f} GFLOP/s, "
-        f"mm {mm.dtype} {mm_rate * 1e3:.1f}, share {rate / mm_rate:.3f}{ratio}, load "
-        f"{shown(average)}"
+        f"  {case.impl:<10} {case.phase:<8} {case.dtype}  {mid:9.3f} ms {spread}, peak "
+        f"{shown(peak)} MB, {case.bytes / mid / 1e6:.1f} GB/s, {rate * 1e3:.1f} GFLOP/s, mm "
+        f"{mm.dtype} {mm_rate * 1e3:.1f}, share {rate / mm_rate:.3f}{ratio}, load {shown(average)}"
     )
 
 
 def shown(value: float | None) -> str:
+    """Return a number with two places, or a dash."""
     return "-" if value is None else f"{value:.2f}"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/run.py", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--op", required=True, choices=list(cases.OPS))
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument(
-        "--shape", help="one shape of benchmarks/shapes.py; without it, all of the op's"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="rows as JSON lines on stdout, all else on stderr"
-    )
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of <machine>.csv"
-    )
+    """Read the command line."""
+    summary = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="benchmarks/run.py", description=summary)
+    add, out = parser.add_argument, ROOT / "benchmarks" / "results"
+    add("--op", required=True, choices=[ALL, *cases.BENCHMARKS])
+    add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--shape", help="one shape of the op, by name; without it, all of them")
+    add("--json", action="store_true", help="rows as JSON lines on stdout, all else on stderr")
+    add("--no-compile", action="store_true", help="leave torch.compile out")
+    add("--out", type=Path, default=out, help="folder of <machine>.csv")
     return parser.parse_args(arguments)
 
 
+def run_all(options: argparse.Namespace) -> int:
+    """Time every op in a process of its own, up to the first that fails.
+
+    Returns:
+        The exit status of the last process.
+
+    Raises:
+        InputError: one shape is asked for.
+    """
+    if options.shape is not None:
+        raise InputError(
+            f"--op {ALL}", "no --shape", options.shape, "name the op that has it, or leave it out"
+        )
+    command = [sys.executable, __file__, "--device", options.device, "--out", str(options.out)]
+    command += ["--json"] * options.json + ["--no-compile"] * options.no_compile
+    for op in cases.BENCHMARKS:
+        if status := subprocess.run([*command, "--op", op], check=False).returncode:
+            return status
+    return 0
+
+
 def run(options: argparse.Namespace) -> None:
+    """Time one op.
+
+    Raises:
+        InputError: see `cases.require_op`, `cases.pick` and `check_results`.
+        RedTests: the op's tests are not green.
+    """
+
     def say(text: str) -> None:
         print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
 
     before = timing.load_average()  # taken before the tests and the timing themselves raise it
     cases.require_op(options.op, options.device)
-    wanted = shapes.pick(options.op, options.shape)
+    wanted = cases.pick(options.op, options.shape)
     about = setting(options.op, options.device)
     path = options.out / f"{about['machine']}.csv"
     check_results(path)
@@ -378,8 +363,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     try:
-        run(parse(arguments))
+        options = parse(arguments)
+        if options.op == ALL:
+            return run_all(options)
+        run(options)
     except InputError as error:
         print(f"benchmarks/run.py: {error}", file=sys.stderr)
         return 2

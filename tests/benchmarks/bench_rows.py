@@ -1,9 +1,6 @@
 """Rows of results, as benchmarks write them."""
 
-from benchmarks import (
-    run,
-    shapes,
-)
+from benchmarks import run, shapes
 
 TINY = shapes.Shape("tiny", 4, 300, 16, K=7)
 

@@ -1,6 +1,7 @@
 """Fixtures of the benchmarks' tests."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from gpu_machine import SHAPE, Machine
 
-from benchmarks import card, gpu_report, shapes
+from benchmarks import card, cases, gpu_report
 from benchmarks.gpu_tests import Verdict
 
 
@@ -25,5 +26,6 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         "run_all",
         lambda *_: {"bce_step": Verdict(passed=3), "bce_loss": Verdict()},
     )
-    monkeypatch.setitem(shapes.GPU_SHAPES, "bce_step", (SHAPE,))
+    only = replace(cases.BENCHMARKS["bce_step"], gpu_shapes=(SHAPE,))
+    monkeypatch.setitem(cases.BENCHMARKS, "bce_step", only)
     return found

@@ -5,12 +5,12 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import cases_gpu, run, shapes
+from benchmarks import cases, run, shapes
 from benchmarks.children import Outcome
 
 OWN, ELMO, EAGER = "xmlkernels/sgd/bf16", "elmo/sgd/bf16", "eager/momentum/fp32"
 
-SHAPE = shapes.GPU_SHAPES["bce_step"][0]
+SHAPE = cases.BENCHMARKS["bce_step"].gpu_shapes[0]
 
 
 def row(
@@ -25,7 +25,7 @@ def row(
         "dtype": dtype,
         "shape": shape.name,
     }
-    case = next(c for c in cases_gpu.build(op, shape, "cuda") if c.key == (impl, plain, dtype))
+    case = next(c for c in cases.build_for_card(op, shape, "cuda") if c.key == (impl, plain, dtype))
     found |= {
         "date": "now",
         "commit": "abc",

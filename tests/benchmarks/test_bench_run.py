@@ -2,7 +2,9 @@
 
 import csv
 import json
+import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,12 +12,9 @@ import pytest
 import torch
 from bench_rows import TINY, row
 
-from benchmarks import (
-    cases,
-    run,
-    shapes,
-    timing,
-)
+import benchmarks
+from benchmarks import cases, floors, run, shapes, timing
+from xmlkernels import ops
 from xmlkernels.errors import InputError
 
 
@@ -112,7 +111,8 @@ def test_red_tests_end_the_command(
 def test_an_op_that_does_not_exist_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(cases.OPS, "cluster_step", ("no_such_op_",))
+    absent = replace(cases.BENCHMARKS["cluster_step"], functions=("no_such_op_",))
+    monkeypatch.setitem(cases.BENCHMARKS, "cluster_step", absent)
     assert run.main(["--op", "cluster_step", "--out", str(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1
@@ -128,13 +128,68 @@ def test_a_reference_is_never_timed_as_the_kernel(monkeypatch: pytest.MonkeyPatc
         cases.require_op("bce_step", "cuda")
 
 
+# --- every op --------------------------------------------------------------------------------
+
+MODULE = """
+from benchmarks.case import Benchmark
+from benchmarks.shapes import Shape
+BENCHMARK = Benchmark(("row_norms",), lambda *_: [], (Shape("B1", 1, 2, 3),))
+"""
+
+
+def test_a_module_of_cases_is_all_that_an_op_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cases_row_norms.py").write_text(MODULE)
+    monkeypatch.setattr(cases, "__file__", str(tmp_path / "cases.py"))
+    monkeypatch.setattr(benchmarks, "__path__", [str(tmp_path)])
+    found = cases.find_benchmarks()
+    monkeypatch.delitem(sys.modules, "benchmarks.cases_row_norms")
+    assert list(found) == ["row_norms"]
+    assert found["row_norms"].functions == ("row_norms",)
+    assert found["row_norms"].for_card() == (shapes.Shape("B1", 1, 2, 3),)
+
+
+def test_benchmarks_time_ops_that_exist_and_begin_with_the_figures_to_reach() -> None:
+    assert "bce_step" in cases.BENCHMARKS
+    for op, benchmark in cases.BENCHMARKS.items():
+        assert (run.ROOT / "tests" / "ops" / f"test_{op}.py").exists()
+        assert benchmark.functions and set(benchmark.functions) <= set(ops.__all__)
+    aims = dict.fromkeys(goal.op for goal in floors.GOALS)
+    assert list(cases.BENCHMARKS)[: len(aims)] == list(aims)
+
+
+def test_all_ops_run_one_after_another_up_to_the_first_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[list[str]] = []
+
+    def act(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, int(command[-1] == failing))
+
+    monkeypatch.setattr(run.subprocess, "run", act)
+    arguments = ["--op", "all", "--no-compile", "--out", str(tmp_path)]
+    failing = ""
+    assert run.main(arguments) == 0
+    assert [command[-1] for command in commands] == list(cases.BENCHMARKS)
+    options = ["--device", "cpu", "--out", str(tmp_path), "--no-compile", "--op", "bce_step"]
+    assert commands[0] == [sys.executable, run.__file__, *options]
+    failing, commands[:] = list(cases.BENCHMARKS)[1], []
+    assert run.main(arguments) == 1
+    assert [command[-1] for command in commands] == list(cases.BENCHMARKS)[:2]
+    assert run.main([*arguments, "--shape", "tiny"]) == 2
+    assert "--op all: expected no --shape, got tiny" in capsys.readouterr().err
+
+
 # --- the whole command -----------------------------------------------------------------------
 
 
 def test_rows_of_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(shapes.SHAPES, "matmul_topk", (TINY,))
+    only = replace(cases.BENCHMARKS["matmul_topk"], shapes=(TINY,))
+    monkeypatch.setitem(cases.BENCHMARKS, "matmul_topk", only)
     # Native or not, the rows are made alike.
     monkeypatch.setattr(cases, "require_op", lambda op, device: None)
     monkeypatch.setattr(run, "require_green", lambda tests: "1 tests passed")
@@ -146,9 +201,8 @@ def test_rows_of_a_run(
         "peak_mb",
         lambda *a: peaks(*a) if a[-1].key == ("xmlkernels", "topk", "bf16") else None,
     )
-    assert (
-        run.main(["--op", "matmul_topk", "--shape", "tiny", "--json", "--out", str(tmp_path)]) == 0
-    )
+    arguments = ["--op", "matmul_topk", "--shape", "tiny", "--json", "--out", str(tmp_path)]
+    assert run.main(arguments) == 0
     told = capsys.readouterr()
     rows = [json.loads(line) for line in told.out.splitlines()]
     assert all(list(found) == list(run.COLUMNS) for found in rows)

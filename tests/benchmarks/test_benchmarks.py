@@ -11,17 +11,14 @@ import pytest
 import torch
 from bench_rows import TINY
 
-from benchmarks import (
-    cases,
-    cases_bag,
-    cases_cascade,
-    cases_cluster,
-    cases_loss,
-    cases_shortlist,
-    cases_sparse,
-    shapes,
-    timing,
-)
+from benchmarks import cascade, cases, cases_bce_loss, shapes, timing
+from benchmarks.cases_bag_step import bag_work, make_bags
+from benchmarks.cases_bce_step import bce_work, skip_work
+from benchmarks.cases_cluster_step import cluster_work, make_level
+from benchmarks.cases_matmul_topk import topk_work
+from benchmarks.cases_shortlist_matmul import shortlist_work
+from benchmarks.cases_sparse_update import make_touched, sparse_work
+from benchmarks.head import make_head, positives
 from xmlkernels import ops
 from xmlkernels.errors import InputError
 
@@ -113,49 +110,49 @@ def test_load_sees_this_process_as_its_own() -> None:
 
 def test_closed_forms() -> None:
     shape = shapes.Shape("x", 64, 131_072, 384, K=100)
-    assert cases.bce_work(shape, 2) == (
+    assert bce_work(shape, 2) == (
         19_327_352_832,
         2 * 2 * 50_331_648 + 8 * 64 * 384 + 12 * 320,
     )
-    assert cases.bce_work(shape, 4, 4)[1] - cases.bce_work(shape, 4)[1] == 2 * 4 * 50_331_648
+    assert bce_work(shape, 4, 4)[1] - bce_work(shape, 4)[1] == 2 * 4 * 50_331_648
     lists = shapes.Shape("", 64, 131_072, 384, S=1024)  # 64 lists of 1,024 name 51,729 rows
     moved = 65_536 * 384 * 4 + 51_729 * 384 * (2 + 4) * 4 + 12 * 65_536 + 8 * 64 * 384
-    assert cases_shortlist.shortlist_work(lists, "step", 4, 4) == (6 * 65_536 * 384, moved)
+    assert shortlist_work(lists, "step", 4, 4) == (6 * 65_536 * 384, moved)
     fused = moved - 65_536 * 384 * 4
-    assert cases_shortlist.shortlist_work(lists, "step", 4, 4, fused=True) == (
+    assert shortlist_work(lists, "step", 4, 4, fused=True) == (
         6 * 65_536 * 384,
         fused,
     )
-    assert cases.topk_work(shape, 4) == (
+    assert topk_work(shape, 4) == (
         6_442_450_944,
         4 * 50_331_648 + 4 * 64 * 384 + 12 * 64 * 100,
     )
     # 64 draws of 128 of 16,384 clusters touch 51,729 rows.
     level = shapes.Shape("", 64, 131_072, 384, S=1024, K=128)
     moved = 51_729 * 384 * (2 + 4) * 4 + 4 * 65_536 + 8 * 64 * (128 + 384)
-    assert cases_cluster.cluster_work(level, 4, 4) == (6 * 65_536 * 384, moved)
+    assert cluster_work(level, 4, 4) == (6 * 65_536 * 384, moved)
     table = 50_331_648
-    assert cases.skip_work(shape, 2) == (
+    assert skip_work(shape, 2) == (
         2 * 64 * table + 4 * 64 * 128 * 320 * 384,
         2 * (table + 128 * 320 * 384) + 200_448,
     )
-    assert cases_loss.loss_work(shape, "loss", 2) == (
+    assert cases_bce_loss.loss_work(shape, "loss", 2) == (
         2 * 64 * table,
         2 * table + 4 * 64 * 384 + 12 * 320,
     )
-    assert cases_loss.loss_work(shape, "backward", 4) == (
+    assert cases_bce_loss.loss_work(shape, "backward", 4) == (
         6 * 64 * table,
         2 * (4 * table + 4 * 64 * 384) + 12 * 320,
     )
     bags = shapes.Shape("", 64, 50_000, 256, S=64)  # 4,096 draws name 3,933 rows
     moved = 2 * 3_933 * 256 * 2 * 3 + 4 * 64 * 256 + 12 * 4_096 + 8 * 64
-    assert cases_bag.bag_work(bags, "adam", 2) == (2 * 4_096 * 256 + 14 * 3_933 * 256, moved)
+    assert bag_work(bags, "adam", 2) == (2 * 4_096 * 256 + 14 * 3_933 * 256, moved)
     few = shapes.Shape("x", 1, 670_000, 384, S=100_000)
-    assert cases_sparse.sparse_work(few, "adam", 2) == (
+    assert sparse_work(few, "adam", 2) == (
         14 * 38_400_000,
         2 * 3 * 2 * 38_400_000 + 4 * 38_400_000 + 800_000,
     )
-    assert cases_sparse.sparse_work(few, "sgd", 4) == (2 * 38_400_000, 3 * 4 * 38_400_000 + 800_000)
+    assert sparse_work(few, "sgd", 4) == (2 * 38_400_000, 3 * 4 * 38_400_000 + 800_000)
     mm = cases.ceiling("bf16", "cpu")
     assert (mm.flops, mm.bytes) == (2 * 2048**3, 3 * 2 * 2048**2)
     assert [cases.ceiling_dtype(d, "cpu") for d in ("fp32", "bf16", "fp16")] == [
@@ -167,9 +164,9 @@ def test_closed_forms() -> None:
 
 def test_inputs_are_legal_and_the_same_in_every_format() -> None:
     for shape in (TINY, shapes.Shape("narrow", 6, 3, 8)):
-        head, low = (cases.make_head(shape, dtype, "cpu") for dtype in ("fp32", "bf16"))
+        head, low = (make_head(shape, dtype, "cpu") for dtype in ("fp32", "bf16"))
         assert torch.equal(head.x, low.x) and torch.equal(head.pos_row, low.pos_row)
-        assert len(head.pos_row) == cases.positives(shape)
+        assert len(head.pos_row) == positives(shape)
         # Refuses unsorted or repeated pairs.
         ops.bce_loss(head.x, head.weight, None, head.pos_row, head.pos_sample)
 
@@ -191,7 +188,7 @@ def test_peers_compute_the_same_step(peer: str) -> None:
     (dx, weight), (peer_dx, peer_weight) = after
     torch.testing.assert_close(peer_dx, dx)
     torch.testing.assert_close(peer_weight, weight, rtol=1e-5, atol=1e-7)
-    assert not torch.equal(weight, cases.make_head(TINY, "fp32", "cpu").weight)
+    assert not torch.equal(weight, make_head(TINY, "fp32", "cpu").weight)
 
 
 def test_renee_keeps_its_products_low_and_its_table_full() -> None:
@@ -201,7 +198,7 @@ def test_renee_keeps_its_products_low_and_its_table_full() -> None:
     head = case.inputs()
     dx = case.start(head)()
     expected = ops.bce_step_(
-        cases.make_head(TINY, "fp32", "cpu").weight,
+        make_head(TINY, "fp32", "cpu").weight,
         head.x,
         head.pos_row,
         head.pos_sample,
@@ -242,7 +239,7 @@ def test_cluster_peers_do_the_same(phase: str, k: int) -> None:
         {"bce_step"} if k == 1 and phase == "sgd" else set()
     )
     found, weight = after["xmlkernels"]
-    assert not torch.equal(weight, cases_cluster.make_level(shape, "fp32", "cpu").weight)
+    assert not torch.equal(weight, make_level(shape, "fp32", "cpu").weight)
     for peer, peer_weight in after.values():
         torch.testing.assert_close(peer, found)
         torch.testing.assert_close(peer_weight, weight, rtol=1e-4, atol=1e-6)
@@ -262,7 +259,7 @@ def test_cascade_peers_do_the_same() -> None:
     for case in built:
         if case.dtype == "fp32":
             # As SparseAdam has it.
-            held = cases_cascade.make_levels(shape, "fp32", "cpu", row_wise=False)
+            held = cascade.make_levels(shape, "fp32", "cpu", row_wise=False)
             before = [level.weight.clone() for level in held.heads.levels]
             assert [tuple(w.shape) for w in before] == [(16, 16), (128, 16), (512, 16)]
             assert [tuple(i.shape) for i in held.index] == [(4, 16), (4, 48), (4, 48)]
@@ -284,7 +281,7 @@ def test_sparse_updates_agree() -> None:
     beside gradients of 1.
     """
     shape = shapes.Shape("few", 1, 300, 16, S=40)
-    before, after = cases_sparse.make_touched(shape, "fp32", "cpu"), {}
+    before, after = make_touched(shape, "fp32", "cpu"), {}
     for case in cases.build("sparse_update", shape, "cpu"):
         if case.dtype == "fp32":
             step = case.start(case.inputs())
@@ -304,7 +301,7 @@ def test_bag_steps_agree() -> None:
     SparseAdam's epsilon.
     """
     shape, after = shapes.Shape("few", 6, 40, 16, S=20), {}
-    before = cases_bag.make_bags(shape, "fp32", "cpu")
+    before = make_bags(shape, "fp32", "cpu")
     for case in cases.build("bag_step", shape, "cpu"):
         if case.dtype == "fp32":
             step = case.start(case.inputs())
@@ -350,7 +347,8 @@ def test_shortlist_peers_do_the_same(phase: str) -> None:
 
 
 def test_cases_have_keys_of_their_own_and_references_stay_small() -> None:
-    for op, listed in shapes.SHAPES.items():
+    for op, benchmark in cases.BENCHMARKS.items():
+        listed = benchmark.shapes
         assert len({shape.name for shape in listed}) == len(listed)
         for shape in listed:
             keys = [case.key for case in cases.build(op, shape, "cpu")]
@@ -361,7 +359,7 @@ def test_cases_have_keys_of_their_own_and_references_stay_small() -> None:
 
 
 def test_shapes_are_named() -> None:
-    assert [shape.name for shape in shapes.pick("bce_step", "B256-L131k")] == ["B256-L131k"]
-    assert shapes.pick("matmul_topk", None) == shapes.SHAPES["matmul_topk"]
+    assert [shape.name for shape in cases.pick("bce_step", "B256-L131k")] == ["B256-L131k"]
+    assert cases.pick("matmul_topk", None) == cases.BENCHMARKS["matmul_topk"].shapes
     with pytest.raises(InputError, match="did you mean B256-L670k"):
-        shapes.pick("matmul_topk", "B256-670k")
+        cases.pick("matmul_topk", "B256-670k")

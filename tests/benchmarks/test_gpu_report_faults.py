@@ -1,12 +1,13 @@
 """A run on a card goes on whatever fails, and tells it."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from gpu_machine import CEILINGS, EAGER, ELMO, OWN, SHAPE, Machine, messages, row, stored
 
-from benchmarks import card, floors, gpu_report, gpu_worker, plot, run, shapes
+from benchmarks import card, cases, floors, gpu_report, gpu_worker, plot, run
 from benchmarks.gpu_tests import Verdict
 
 
@@ -143,7 +144,8 @@ def test_shapes_that_do_not_fit_give_way_to_small_ones(monkeypatch: pytest.Monke
     some = [s.name for op, s in card.plan(["bce_step"], 6 << 30, told.append)]
     assert some == ["B128-L2.8M-D768", "B512-L1.3M-D768", "B128-L131k-D768", "B512-L131k-D768"]
     assert told == ["  bce_step B128-L8.6M-D768 is left out: its table does not fit 6 GiB"]
-    monkeypatch.setitem(shapes.SHAPES, "another", (SHAPE,))
+    another = replace(cases.BENCHMARKS["bag_step"], shapes=(SHAPE,), gpu_shapes=())
+    monkeypatch.setitem(cases.BENCHMARKS, "another", another)
     # An op without shapes of a card has those of the CPU.
     assert card.plan(["another"], 1 << 30, told.append) == [("another", SHAPE)]
 

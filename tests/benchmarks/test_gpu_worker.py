@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import cases, cases_gpu, children, gpu_tests, gpu_worker, run, shapes
+from benchmarks import cases, children, gpu_tests, gpu_worker, run, shapes
 from xmlkernels.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +32,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_worker, "BUDGET_S", 0)
     monkeypatch.setattr(cases, "CEILING_SIZE", {"cpu": 64})
     monkeypatch.setattr(gpu_worker, "COPY_BYTES", {"cpu": 1 << 16})
-    monkeypatch.setitem(shapes.GPU_SHAPES, "bce_step", (TINY,))
+    only = replace(cases.BENCHMARKS["bce_step"], gpu_shapes=(TINY,))
+    monkeypatch.setitem(cases.BENCHMARKS, "bce_step", only)
 
 
 def fake(impl: str, act: object = None, phase: str = "sgd") -> cases.Case:
@@ -47,18 +49,8 @@ def fake(impl: str, act: object = None, phase: str = "sgd") -> cases.Case:
 def test_rows_of_a_worker(capsys: pytest.CaptureFixture[str]) -> None:
     only = ["xmlkernels/sgd/bf16", "elmo/sgd/bf16", "renee/momentum/bf16"]
     arguments = [word for name in only for word in ("--only", name)]
-    arguments += [
-        "--op",
-        "bce_step",
-        "--shape",
-        "tiny",
-        "--device",
-        "cpu",
-        "--date",
-        "now",
-        "--commit",
-        "abc",
-    ]
+    arguments += ["--op", "bce_step", "--shape", "tiny", "--device", "cpu"]
+    arguments += ["--date", "now", "--commit", "abc"]
     assert gpu_worker.main(arguments) == 0
     found = told(capsys)
     # This shape has no figure to reach: all own cases first.
@@ -67,13 +59,8 @@ def test_rows_of_a_worker(capsys: pytest.CaptureFixture[str]) -> None:
     assert [r["impl"] for r in rows] == ["xmlkernels", "renee", "elmo"]  # type: ignore[index]
     for row in rows:
         assert isinstance(row, dict) and list(row) == list(run.COLUMNS)
-        assert (row["date"], row["commit"], row["B"], row["L"], row["K"]) == (
-            "now",
-            "abc",
-            4,
-            300,
-            7,
-        )
+        assert (row["date"], row["commit"]) == ("now", "abc")
+        assert (row["B"], row["L"], row["K"]) == (4, 300, 7)
         assert row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
         assert row["peak_mb"] is None
         assert "+graph" not in row["phase"]
@@ -81,7 +68,7 @@ def test_rows_of_a_worker(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_has_a_figure_to_reach_and_its_peers_come_in_the_first_round() -> None:
-    todo = cases_gpu.build("bce_step", TINY, "cpu")
+    todo = cases.build_for_card("bce_step", TINY, "cpu")
     first = gpu_worker.in_turn(todo, "bce_step", "B128-L8.6M-D768", rest=False)
     rest = gpu_worker.in_turn(todo, "bce_step", "B128-L8.6M-D768", rest=True)
     assert first[0].key == ("xmlkernels", "sgd", "fp8")
@@ -114,7 +101,7 @@ def test_ops_are_asked_for(
     monkeypatch.setattr(cases, "require_op", require)
     assert gpu_worker.main(["--ops", "--device", "cpu"]) == 0
     found = {str(message["op"]): message["why"] for message in told(capsys)}
-    assert set(found) == set(cases.OPS)
+    assert set(found) == set(cases.BENCHMARKS)
     assert [op for op, why in found.items() if why is None] == ["bce_step"]
     assert found["matmul_topk"] == "matmul_topk: expected a kernel, got none; build it"
 
@@ -133,10 +120,8 @@ def test_a_case_that_fails_is_told(
     error: Exception, status: int, why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     todo = [fake("xmlkernels", error), fake("elmo")]
-    assert (
-        gpu_worker.measure_all(todo, TINY, run.setting("bce_step", "cpu") | {"date": ""}, [])
-        == status
-    )
+    about = run.setting("bce_step", "cpu") | {"date": ""}
+    assert gpu_worker.measure_all(todo, TINY, about, []) == status
     found = told(capsys)
     assert {"left_out": "xmlkernels/sgd/bf16", "why": why} in found
     # After a broken launch nothing more is timed here.
@@ -158,22 +143,15 @@ def test_a_step_that_cannot_be_captured_is_told(
         gpu_worker, "measure", lambda case, clock, graph: asked.append(case.impl) or ([1.0], None)
     )
     monkeypatch.setattr(gpu_worker.timing, "Clock", lambda device: None)
-    monkeypatch.setattr(cases_gpu, "SYNCING", {("bce_step", "SparseAdam", "sgd")})
+    syncing = replace(cases.BENCHMARKS["bce_step"], syncing={("SparseAdam", "sgd")})
+    monkeypatch.setitem(cases.BENCHMARKS, "bce_step", syncing)
     about = run.setting("bce_step", "cpu") | {"date": "", "device": "cuda"}
     monkeypatch.setattr(gpu_worker, "free", lambda device: None)
-    assert (
-        gpu_worker.measure_all(
-            [fake("elmo"), fake("SparseAdam"), fake("renee")], TINY, about, ["renee/sgd/bf16"]
-        )
-        == 0
-    )
+    todo = [fake("elmo"), fake("SparseAdam"), fake("renee")]
+    assert gpu_worker.measure_all(todo, TINY, about, ["renee/sgd/bf16"]) == 0
     phases = [message["row"]["phase"] for message in told(capsys) if "row" in message]  # type: ignore[index]
-    # captured; one that waits for the device; one that failed before.
-    assert phases == [
-        "sgd+graph",
-        "sgd",
-        "sgd",
-    ]
+    # Captured; one that waits for the device; one that failed before.
+    assert phases == ["sgd+graph", "sgd", "sgd"]
     assert asked == ["elmo", "SparseAdam", "renee", "elmo"]
 
 
@@ -236,11 +214,13 @@ class Refuse(MetaPathFinder):
             raise ModuleNotFoundError(f"refused: {name}", name=name)
 sys.meta_path.insert(0, Refuse())
 import xmlkernels, xmlkernels.ops
-from benchmarks import gpu_report, gpu_tests, plot, run, shapes
-from benchmarks import cases, cases_gpu, gpu_worker
-for op in cases.BUILDERS:
-    cases_gpu.build(op, shapes.for_card(op)[0], "cuda")
-shapes.GPU_SHAPES["matmul_topk"] = (shapes.Shape("tiny", 4, 300, 16, K=7),)
+from dataclasses import replace
+from benchmarks import cases, gpu_report, gpu_tests, gpu_worker, plot, run
+from benchmarks.shapes import Shape
+for op, benchmark in cases.BENCHMARKS.items():
+    cases.build_for_card(op, benchmark.for_card()[0], "cuda")
+tiny = replace(cases.BENCHMARKS["matmul_topk"], gpu_shapes=(Shape("tiny", 4, 300, 16, K=7),))
+cases.BENCHMARKS["matmul_topk"] = tiny
 gpu_worker.ROUNDS, gpu_worker.BUDGET_S = 1, 0
 sys.exit(gpu_worker.main(["--op", "matmul_topk", "--shape", "tiny", "--device", "cpu"]))
 """
@@ -257,13 +237,8 @@ def test_nothing_but_torch_numpy_and_scipy_is_needed() -> None:
 
 
 def test_files_belong_to_the_op_that_their_name_tells(tmp_path: Path) -> None:
-    ops = (
-        "test_bce_step_bits.py",
-        "test_sparse_adam.py",
-        "test_sparse_layout.py",
-        "test_layout.py",
-    )
-    for name in (*(f"ops/{name}" for name in ops), "compile/test_bce_step.py"):
+    ops = "bce_step_bits", "sparse_adam", "sparse_layout", "layout"
+    for name in (*(f"ops/test_{name}.py" for name in ops), "compile/test_bce_step.py"):
         (tmp_path / "tests" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "tests" / name).touch()
     (tmp_path / "tests" / "test_train.py").touch()
@@ -276,11 +251,7 @@ def test_files_belong_to_the_op_that_their_name_tells(tmp_path: Path) -> None:
     }
     assert gpu_tests.owner("test_bce_edges", ["bce_step", "bce_loss"]) == "shared"
     assert "rescale_rows" in gpu_tests.untimed()
-    assert not {
-        "bce_step",
-        "sparse_adam",
-        "missing",
-    } & set(gpu_tests.untimed())
+    assert not {"bce_step", "sparse_adam", "missing"} & set(gpu_tests.untimed())
 
 
 def test_verdicts() -> None:
@@ -297,12 +268,8 @@ def test_verdicts() -> None:
         )
 
     found = read(1, lines)
-    assert (found.passed, found.skipped, found.failed, found.green) == (
-        1,
-        1,
-        ["tests/a.py::test_y"],
-        False,
-    )
+    assert (found.passed, found.skipped) == (1, 1)
+    assert found.failed == ["tests/a.py::test_y"] and not found.green
     assert read(0, lines[:1]).green
     cut = read(None, lines[:1])
     assert not cut.green and "a.py did not end within 9 s" in str(cut)
@@ -311,10 +278,8 @@ def test_verdicts() -> None:
     assert "failed before its tests: boom" in str(read(1, (), "boom"))
     assert "status -11" in str(read(-11, lines[:1]))
     both = {("a", f"{i}.py"): children.Outcome(0, lines[:1], "") for i in range(2)}
-    assert (
-        gpu_tests.read(both | {("a", "memcheck"): children.Outcome(9, lines, "")}, "a", 9).passed
-        == 2
-    )
+    both["a", "memcheck"] = children.Outcome(9, lines, "")
+    assert gpu_tests.read(both, "a", 9).passed == 2
 
 
 MARK = "import pytest\npytestmark = pytest.mark.gpu\n"
@@ -332,8 +297,8 @@ def test_a_run_of_the_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "tests/ops/test_sparse_update.py": MARK + "def test_a():\n    pass\n" + failing,
         "tests/ops/test_bce_step.py": MARK + "def test_c():\n    pass\n",
         "bin/compute-sanitizer": SANITIZER,
-        "tests/ops/test_matmul_topk.py": MARK
-        + failing,  # of an op that is not to be timed now: it is not run
+        # Of an op that is not to be timed now: it is not run.
+        "tests/ops/test_matmul_topk.py": MARK + failing,
         "tests/ops/test_layout.py": MARK
         + "def test_topk_d():\n    pass\ndef test_cluster_step_e():\n    assert False\n",
     }.items():

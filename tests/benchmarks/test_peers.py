@@ -15,7 +15,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import cases, cases_gpu, peers, shapes
+from benchmarks import cases, fp8_head, peers, shapes
+from benchmarks.cases_bce_step import ops, own_fp8_step
+from benchmarks.head import make_head
 from xmlkernels.errors import InputError
 from xmlkernels.ops import Hyper
 from xmlkernels.reference.bce_step import bce_step_
@@ -33,7 +35,7 @@ def one_unit(exact: Tensor) -> Tensor:
 @pytest.mark.parametrize("rows", [97, 300, 1000])
 def test_elmo_is_a_step_of_sgd_in_chunks(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "LR", 0.05)  # at the benchmark's rate nothing would move by a unit
-    head = cases.make_head(TINY, "bf16", "cpu")
+    head = make_head(TINY, "bf16", "cpu")
     wide, x = head.weight.float(), head.x.to(torch.bfloat16).float()
     hyper, counter = Hyper(0.05).tensor(), torch.tensor([0, 0])
     expected, _ = bce_step_(wide, x, head.pos_row, head.pos_sample, hyper, counter)
@@ -114,7 +116,7 @@ def test_the_peer_kernel_compiles(capability: int) -> None:
 
 
 def test_topk_in_the_format_of_the_table() -> None:
-    head = cases.make_head(TINY, "bf16", "cpu")
+    head = make_head(TINY, "bf16", "cpu")
     values, rows = peers.topk_step(head, k=7)()  # type: ignore[misc]
     expected, _ = matmul_topk(head.x, head.weight, None, 7)
     assert values.dtype == torch.bfloat16 and rows.shape == (6, 7)
@@ -143,10 +145,10 @@ def test_peers_of_another_loss_join_where_installed_and_say_so(
     package.__spec__ = importlib.machinery.ModuleSpec(package.__name__, None)
     package.linear_cross_entropy = lambda x, weight, target, reduction: loss(x, weight, target)  # type: ignore[attr-defined]
 
-    absent = {case.impl for case in cases_gpu.build("bce_step", TINY, "cpu", compiled=False)}
+    absent = {case.impl for case in cases.build_for_card("bce_step", TINY, "cpu", compiled=False)}
     monkeypatch.setitem(sys.modules, package.__name__, package)
     case = next(
-        c for c in cases_gpu.build("bce_step", TINY, "cpu", compiled=False) if c.impl == impl
+        c for c in cases.build_for_card("bce_step", TINY, "cpu", compiled=False) if c.impl == impl
     )
     assert impl not in absent and "softmax" in case.phase and "no update" in case.phase
     head = case.inputs()
@@ -158,21 +160,21 @@ def test_peers_of_another_loss_join_where_installed_and_say_so(
 
 
 def test_the_8_bit_table_is_what_its_scale_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cases_gpu, "_ROWS", 128)
-    head = cases_gpu.make_fp8_head(TINY, "cpu")
+    monkeypatch.setattr(fp8_head, "_ROWS", 128)
+    head = fp8_head.make_fp8_head(TINY, "cpu")
     value = head.weight.float() * head.row_scale[:, :1]
     assert head.weight.shape == (300, 24) and abs(value.std() - 0.02) < 1e-3
     assert torch.equal(head.row_scale[:, 1], value.abs().amax(1))
     assert (head.row_scale[:, 0] == 2.0**-8).all()
-    assert torch.equal(head.x, cases.make_head(TINY, "fp32", "cpu").x)
+    assert torch.equal(head.x, make_head(TINY, "fp32", "cpu").x)
     given = {}
 
     def op(weight: Tensor, x: Tensor, *rest: Tensor, row_scale: Tensor) -> tuple[Tensor, Tensor]:
         given.update(weight=weight, row_scale=row_scale, step=int(rest[-1][1]))
         return x, x
 
-    monkeypatch.setattr(cases_gpu.ops, "bce_step_", op)
-    step = cases_gpu.own_fp8_step(head)
+    monkeypatch.setattr(ops, "bce_step_", op)
+    step = own_fp8_step(head)
     assert torch.equal(step(), head.x) and given["step"] == 0  # type: ignore[arg-type]
     step()
     assert given["step"] == 1
@@ -181,26 +183,23 @@ def test_the_8_bit_table_is_what_its_scale_says(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_every_shape_of_a_card_has_cases_with_keys_of_their_own() -> None:
-    for op in cases.BUILDERS:
-        for shape in shapes.for_card(op):
+    for op, benchmark in cases.BENCHMARKS.items():
+        for shape in benchmark.for_card():
             for device in ("cpu", "cuda"):
-                keys = [case.key for case in cases_gpu.build(op, shape, device)]
+                keys = [case.key for case in cases.build_for_card(op, shape, device)]
                 assert len(set(keys)) == len(keys) and keys[0][0] == "xmlkernels"
-    keys = [
-        case.key for case in cases_gpu.build("bce_step", shapes.GPU_SHAPES["bce_step"][0], "cuda")
-    ]
-    assert {
-        ("xmlkernels", "sgd", "fp8"),
-        ("elmo", "sgd", "bf16"),
-        ("renee", "momentum", "fp16"),
-    } <= set(keys)
+    shape = cases.BENCHMARKS["bce_step"].gpu_shapes[0]
+    keys = [case.key for case in cases.build_for_card("bce_step", shape, "cuda")]
+    assert {("xmlkernels", "sgd", "fp8"), ("elmo", "sgd", "bf16")} <= set(keys)
+    assert ("renee", "momentum", "fp16") in keys
     assert {"eager", "compile"} <= {impl for impl, _, _ in keys}
 
 
 def test_a_card_has_names_of_its_own() -> None:
-    for op in shapes.GPU_SHAPES:
-        names = [shape.name for shape in (*shapes.for_card(op), *shapes.SHAPES.get(op, ()))]
-        assert len(set(names)) == len(names)
+    for benchmark in cases.BENCHMARKS.values():
+        names = {shape.name for shape in (*benchmark.for_card(), *benchmark.shapes)}
+        count = len(benchmark.for_card()) + len(benchmark.shapes)
+        assert benchmark.for_card() == benchmark.shapes or len(names) == count
     with pytest.raises(InputError, match="--shape of bce_step: expected one of B32-L4k, "):
         # benchmarks/run.py keeps to the CPU's.
-        shapes.pick("bce_step", shapes.GPU_SHAPES["bce_step"][0].name)
+        cases.pick("bce_step", cases.BENCHMARKS["bce_step"].gpu_shapes[0].name)

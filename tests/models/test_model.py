@@ -4,7 +4,7 @@ tests/interpreter.
 
 import pytest
 
-from benchmarks import cases_gpu, floors, model, shapes
+from benchmarks import cases, floors, model
 
 
 @pytest.mark.parametrize(
@@ -20,13 +20,13 @@ from benchmarks import cases_gpu, floors, model, shapes
     ],
 )
 def test_the_model_against_the_useful_bytes(op: str, key: str, over: float | None) -> None:
-    shape = shapes.GPU_SHAPES[op][0]
+    shape = cases.BENCHMARKS[op].gpu_shapes[0]
     impl, phase, dtype = key.split("/")
     letters = {letter: getattr(shape, letter) for letter in "BLDSK"}
     found = floors.modelled_bytes(
         {"op": op, "impl": impl, "phase": phase + floors.GRAPH, "dtype": dtype} | letters, model
     )
-    case = next(c for c in cases_gpu.build(op, shape, "cuda") if c.key == (impl, phase, dtype))
+    case = next(c for c in cases.build_for_card(op, shape, "cuda") if c.key == (impl, phase, dtype))
     assert (found is None) == (over is None) and (
         over is None or found == pytest.approx(over * case.bytes, rel=0.01)
     )

@@ -1,4 +1,4 @@
-"""What is timed of a cascade: the step of all its levels without the encoder, shortlists included.
+"""The cases of a whole cascade: the step of all levels, shortlists included, without the encoder.
 
 A shape says B, L, D, and of the last level S candidates in K clusters of M = S / K labels. The tree
 above is fixed: C = L / M clusters in groups of 8, so levels of C / 8, C and L nodes; K / 2 groups
@@ -14,13 +14,14 @@ ours makes its own.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from benchmarks.case import DTYPES, LR, Case
-from benchmarks.cases_cluster import cluster_work
+from benchmarks.cluster_work import cluster_work
 from benchmarks.shapes import Shape
 from benchmarks.timing import Step
 from xmlkernels.nn.cascade_heads import CascadeHeads
@@ -33,8 +34,15 @@ EPSILON = 1e-16  # SparseAdam adds it elsewhere: too small to matter, the peers 
 
 @dataclass
 class Levels:
-    """heads; x [B, D] fp32 per level; per level row_ptr, most, positives (node, sample), and for
-    the peer the candidates int64 [B, S_r] and targets fp32 [B, S_r]."""
+    """The levels' tables and a batch.
+
+    Attributes:
+        heads: the tables.
+        x: per level [B, D] fp32.
+        row_ptr, most: per level the clusters' rows, and the most rows of one.
+        positives: per level (node, sample).
+        index, target: per level the peer's candidates int64 [B, S_r], and targets fp32 [B, S_r].
+    """
 
     heads: CascadeHeads
     x: list[Tensor]
@@ -46,7 +54,7 @@ class Levels:
 
 
 def level_shapes(shape: Shape) -> list[Shape]:
-    """Each level as a shape of `cluster_step`."""
+    """Return each level as a shape of `cluster_step`."""
     k = shape.K or 2
     rows = (shape.S or shape.L) // k
     clusters = shape.L // rows
@@ -59,45 +67,31 @@ def level_shapes(shape: Shape) -> list[Shape]:
 
 
 def make_levels(shape: Shape, dtype: str, device: str, row_wise: bool = True) -> Levels:
-    """The same numbers in every process: unit-scale features, 5 labels per sample."""
+    """Make unit-scale features with 5 labels per sample, the same in every process."""
     levels = level_shapes(shape)
     rows = levels[2].S // levels[2].K  # type: ignore[operator]
     sizes, most = [level.L for level in levels], [GROUP, rows]
     topk = [level.K or 1 for level in levels[1:]]
+    optimizer = RowOptimizer("adam", epsilon=EPSILON, state_dtype=dtype, row_wise=row_wise)
+    layers = [(1,)] * 3
     heads = CascadeHeads(
-        sizes,
-        most,
-        shape.D,
-        layers=[(1,)] * 3,
-        topk=topk,
-        dtype=dtype,
-        optimizer=RowOptimizer("adam", epsilon=EPSILON, state_dtype=dtype, row_wise=row_wise),
+        sizes, most, shape.D, layers=layers, topk=topk, dtype=dtype, optimizer=optimizer
     )
     g = torch.Generator().manual_seed(1)
     x = [torch.randn(shape.B, shape.D, generator=g) for _ in levels]
     label = torch.stack([torch.randperm(shape.L, generator=g)[:POSITIVES] for _ in range(shape.B)])
-    keys = [
-        (label // size) * shape.B + torch.arange(shape.B)[:, None]
-        for size in (GROUP * rows, rows, 1)
-    ]
+    sample = torch.arange(shape.B)[:, None]
+    keys = [(label // size) * shape.B + sample for size in (GROUP * rows, rows, 1)]
     unique = [key.unique() for key in keys]
-    positives = [
-        ((u // shape.B).to(device), (u % shape.B).to(torch.int32).to(device)) for u in unique
-    ]
+    positives = [(u // shape.B, (u % shape.B).to(torch.int32)) for u in unique]
+    positives = [(node.to(device), sample.to(device)) for node, sample in positives]
     row_ptr = [
         torch.tensor([0, sizes[0]]),
         torch.arange(sizes[0] + 1) * GROUP,
         torch.arange(sizes[1] + 1) * rows,
     ]
-    held = Levels(
-        heads.to(device),
-        [f.to(device) for f in x],
-        [p.to(device) for p in row_ptr],
-        [sizes[0], *most],
-        positives,
-        [],
-        [],
-    )
+    x, row_ptr = ([t.to(device) for t in tensors] for tensors in (x, row_ptr))
+    held = Levels(heads.to(device), x, row_ptr, [sizes[0], *most], positives, [], [])
     clusters = torch.zeros(shape.B, 1, dtype=torch.int64, device=device)
     for r, level in enumerate(levels):
         index = candidates(clusters, held.row_ptr[r], held.most[r])[0].flatten(1)
@@ -107,66 +101,51 @@ def make_levels(shape: Shape, dtype: str, device: str, row_wise: bool = True) ->
         held.target.append(true.gather(1, index))
         if r < 2:
             scores = heads.levels[r].scores(held.x[r], index)  # type: ignore[operator]
-            clusters = select(
-                scores.view(*clusters.shape, -1),
-                clusters,
-                held.row_ptr[r],
-                topk[r],
-                positives=positives[r],
-            )[0]
+            scores = scores.view(*clusters.shape, -1)
+            clusters, _, _ = select(
+                scores, clusters, held.row_ptr[r], topk[r], positives=positives[r]
+            )
     return held
 
 
 def own_step(held: Levels) -> Step:
-    """As the model's step: `cluster_step_` on each level, the next shortlist from its scores."""
+    """Return the model's step.
+
+    `cluster_step_` on each level; its scores give the next shortlist.
+    """
     start = torch.zeros(held.x[0].shape[0], 1, dtype=torch.int64, device=held.x[0].device)
     # States of its own, so that they count into its memory as the peer's do.
     for level in held.heads.levels:
-        level.momentum, level.second = (
-            torch.zeros_like(level.momentum),
-            torch.zeros_like(level.second),
-        )  # type: ignore
+        level.momentum = torch.zeros_like(level.momentum)
+        level.second = torch.zeros_like(level.second)
+
+    options: dict[str, Any] = {"lr": LR, "beta1": None, "dx_scale": 1.0, "need_loss": False}
 
     def step() -> list[Tensor]:
         clusters, out = start, []
         for r, level in enumerate(held.heads.levels):
-            scale = 1 / count(clusters, held.row_ptr[r]).sum().reshape(1)
+            row_ptr, positives = held.row_ptr[r], held.positives[r]
+            scale = 1 / count(clusters, row_ptr).sum().reshape(1)
             dx, scores, _ = level.step(  # type: ignore[operator]
-                held.x[r],
-                clusters,
-                held.row_ptr[r],
-                held.most[r],
-                held.positives[r],
-                lr=LR,
-                beta1=None,
-                scale=scale,
-                dx_scale=1.0,
-                need_loss=False,
+                held.x[r], clusters, row_ptr, held.most[r], positives, scale=scale, **options
             )
             out.append(dx)
             if r < 2:
                 k = held.heads.topk[r]
-                clusters, _, _ = select(
-                    scores, clusters, held.row_ptr[r], k, positives=held.positives[r]
-                )
+                clusters, _, _ = select(scores, clusters, row_ptr, k, positives=positives)
         return out
 
     return step
 
 
 def eager_step(held: Levels) -> Step:
-    """What a user writes; see above."""
-    tables = [
-        nn.Embedding(*level.weight.shape, sparse=True, _weight=level.weight)
-        for level in held.heads.levels
-    ]  # type: ignore[misc, arg-type]
-    biases = [
-        nn.Embedding(t.num_embeddings, 1, sparse=True, _weight=torch.zeros_like(t.weight[:, :1]))
-        for t in tables
-    ]
-    optimizer = torch.optim.SparseAdam(
-        [p for e in (*tables, *biases) for p in e.parameters()], lr=LR, eps=EPSILON
-    )
+    """Return what a user writes; see above."""
+    weights: list[Tensor] = [level.weight for level in held.heads.levels]  # type: ignore[misc]
+    tables = [nn.Embedding(*w.shape, sparse=True, _weight=w) for w in weights]
+    zeros = [torch.zeros_like(table.weight[:, :1]) for table in tables]
+    biases = [nn.Embedding(len(zero), 1, sparse=True, _weight=zero) for zero in zeros]
+    parameters = [p for e in (*tables, *biases) for p in e.parameters()]
+    optimizer = torch.optim.SparseAdam(parameters, lr=LR, eps=EPSILON)
     x = [f.clone().requires_grad_() for f in held.x]
 
     def step() -> list[Tensor]:
@@ -174,9 +153,8 @@ def eager_step(held: Levels) -> Step:
             f.grad = None
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=x[0].device)
-        for f, table, bias, index, target in zip(
-            x, tables, biases, held.index, held.target, strict=True
-        ):
+        levels = zip(x, tables, biases, held.index, held.target, strict=True)
+        for f, table, bias, index, target in levels:
             scores = torch.bmm(table(index), f[:, :, None])[:, :, 0] + bias(index)[:, :, 0]
             total = total + bce(scores, target)
         total.backward()
@@ -187,27 +165,17 @@ def eager_step(held: Levels) -> Step:
 
 
 def cascade_cases(shape: Shape, device: str) -> list[Case]:
+    """Build the cases of all levels together."""
     cases: list[Case] = []
 
     def add(impl: str, dtype: str, start: Callable[[Levels], Step], row_wise: bool) -> None:
         size = DTYPES[dtype].itemsize
         # Four passes over a moment count two whole ones; with a row-wise second there is one.
-        work = [
-            cluster_work(level, size, size // 2 if row_wise else size)
-            for level in level_shapes(shape)
-        ]
+        moment = size // 2 if row_wise else size
+        work = [cluster_work(level, size, moment) for level in level_shapes(shape)]
         flops, moved = (sum(part) for part in zip(*work, strict=True))
-        cases.append(
-            Case(
-                impl,
-                "cascade",
-                dtype,
-                flops,
-                moved,
-                partial(make_levels, shape, dtype, device),
-                start,
-            )
-        )
+        inputs = partial(make_levels, shape, dtype, device)
+        cases.append(Case(impl, "cascade", dtype, flops, moved, inputs, start))
 
     for dtype in ("fp32", "bf16"):
         add("xmlkernels", dtype, own_step, True)

@@ -1,9 +1,9 @@
-"""What is timed of `cluster_step_`: the whole training step of one level of a cascade.
+"""The cases of `cluster_step_`: the training step of one level of a cascade, or of all levels.
 
 Clusters have M = S / K rows; each sample selects K of the C = L / M clusters at random, so that S
-rows are its candidates and U = L (1 - (1 - K / C)^B) different rows are expected to be touched.
-Closed forms, as in `benchmarks/cases.py`; s is the bytes of a table element, m of an element of one
-of Adam's two moments (0 in phase sgd).
+rows are its candidates and U = L (1 - (1 - K / C)^B) different rows are expected to be touched. Of
+Adam's two moments, m is the bytes of an element of one (0 in phase sgd). All levels: see
+`benchmarks/cascade.py`.
 
 FLOP: 6 B S D (scores, dX and dW). Bytes: U D (2 s + 4 m), each touched row of table and moments
 read and written once; 4 B S, scores; 8 B K; 8 B D.
@@ -18,7 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
-from benchmarks.case import DTYPES, LR, Case
+from benchmarks.cascade import cascade_cases
+from benchmarks.case import DTYPES, LR, REFERENCE_ELEMENTS, Benchmark, Case
+from benchmarks.cluster_work import cluster_work, sizes
+from benchmarks.head import make_table
 from benchmarks.shapes import Shape
 from benchmarks.timing import Step
 from xmlkernels import ops
@@ -26,15 +29,22 @@ from xmlkernels.ops import Hyper
 from xmlkernels.reference.cluster_step import cluster_step_ as reference
 
 POSITIVES = 5
-_REFERENCE_ELEMENTS = 1 << 23  # above, the reference's dense gradient would not fit common memories
-# above, tables in fp32 are left to the peer: table and moments of both would take 12 GB.
+# Larger tables in fp32 are left to the peer: table and moments of both would take 12 GB.
 _FP32_ELEMENTS = 1 << 28
 
 
 @dataclass
 class Level:
-    """weight [L, D]; x [B, D] fp32; clusters int64 [B, K]; row_ptr int64 [C + 1]; positives as the
-    op takes them; and for the peers the same as index int64 [B, S] and target fp32 [B, S]."""
+    """A table and a batch.
+
+    Attributes:
+        weight: [L, D].
+        x: [B, D] fp32.
+        clusters: int64 [B, K].
+        row_ptr: int64 [C + 1].
+        pos_row, pos_sample: the positives, as the op takes them.
+        index, target: the same for the peers, int64 and fp32 [B, S].
+    """
 
     weight: Tensor
     x: Tensor
@@ -46,22 +56,12 @@ class Level:
     target: Tensor
 
 
-def sizes(shape: Shape) -> tuple[int, int, int]:
-    """K, M and C."""
-    k = shape.K or 1
-    m = (shape.S or shape.L) // k
-    return k, m, shape.L // m
-
-
 def make_level(shape: Shape, dtype: str, device: str) -> Level:
-    """The same numbers in every format and process: N(0, 0.02²) rows, unit-scale embeddings,
-    positives in the shortlist.
+    """Make unit-scale embeddings with positives in the shortlist.
+
+    The numbers are the same in every format and process.
     """
     k, m, count = sizes(shape)
-    g = torch.Generator(device).manual_seed(0)
-    weight = torch.empty(shape.L, shape.D, dtype=DTYPES[dtype], device=device).normal_(
-        0, 0.02, generator=g
-    )
     g = torch.Generator().manual_seed(1)
     x = torch.randn(shape.B, shape.D, generator=g)
     clusters = torch.stack([torch.randperm(count, generator=g)[:k] for _ in range(shape.B)])
@@ -74,40 +74,20 @@ def make_level(shape: Shape, dtype: str, device: str) -> Level:
     order = torch.argsort(row * shape.B + sample)
     pos_row, pos_sample = row[order], sample[order].to(torch.int32)
     row_ptr = torch.arange(count + 1) * m
-    return Level(
-        weight, *(t.to(device) for t in (x, clusters, row_ptr, pos_row, pos_sample, index, target))
-    )
-
-
-def cluster_work(shape: Shape, s: int, m: int = 0) -> tuple[int, int]:
-    """FLOP and bytes of one call; s and m are the bytes of a table element and of a moment's."""
-    b, d = shape.B, shape.D
-    k, rows, count = sizes(shape)
-    touched = round(count * rows * (1 - (1 - k / count) ** b))
-    return 6 * b * k * rows * d, touched * d * (2 * s + 4 * m) + 4 * b * k * rows + 8 * b * (k + d)
+    batch = (t.to(device) for t in (x, clusters, row_ptr, pos_row, pos_sample, index, target))
+    return Level(make_table(shape, dtype, device), *batch)
 
 
 def own_step(held: Level, *, op: Callable[..., Any], adam: bool) -> Step:
-    """`cluster_step_`, or its reference. The moments have the table's format."""
-    device, rows = held.weight.device, int(held.row_ptr[1])
+    """Return `cluster_step_`, or its reference; the moments have the table's format."""
+    h, device, rows = held, held.weight.device, int(held.row_ptr[1])
     hyper = Hyper(LR, beta1=0.9 if adam else 0).tensor(device)
     counter = torch.tensor([1, 0], device=device)
     states = {k: torch.zeros_like(held.weight) for k in (("momentum", "second") if adam else ())}
-    h = held
+    batch = h.x, h.clusters, h.row_ptr, rows, h.pos_row, h.pos_sample
 
     def step() -> Tensor:
-        dx, *_ = op(
-            h.weight,
-            h.x,
-            h.clusters,
-            h.row_ptr,
-            rows,
-            h.pos_row,
-            h.pos_sample,
-            hyper,
-            counter,
-            **states,
-        )
+        dx, *_ = op(h.weight, *batch, hyper, counter, **states)
         counter[1] += 1
         return dx
 
@@ -115,7 +95,7 @@ def own_step(held: Level, *, op: Callable[..., Any], adam: bool) -> Step:
 
 
 def full_step(held: Level) -> Step:
-    """`bce_step_`, which does the same where one cluster holds all rows."""
+    """Return `bce_step_`, which does the same where one cluster holds all rows."""
     hyper = Hyper(LR).tensor(held.weight.device)
     counter = torch.tensor([1, 0], device=held.weight.device)
 
@@ -128,8 +108,9 @@ def full_step(held: Level) -> Step:
 
 
 def eager_step(held: Level, *, adam: bool) -> Step:
-    """What a user writes: nn.Embedding(sparse=True), bmm with the gathered rows, summed BCE,
-    backward, SparseAdam or SGD.
+    """Return what a user writes.
+
+    nn.Embedding(sparse=True), bmm with the gathered rows, summed BCE, backward, SparseAdam or SGD.
     """
     table = nn.Embedding(*held.weight.shape, sparse=True, _weight=held.weight)
     kind = torch.optim.SparseAdam if adam else torch.optim.SGD
@@ -148,8 +129,8 @@ def eager_step(held: Level, *, adam: bool) -> Step:
     return step
 
 
-def cluster_step_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
-    """`compiled` changes nothing: torch's sparse gradients stay outside its compiler."""
+def level_cases(shape: Shape, device: str) -> list[Case]:
+    """Build the cases of one level."""
     cases: list[Case] = []
     inputs = {name: partial(make_level, shape, name, device) for name in ("fp32", "bf16")}
 
@@ -164,10 +145,33 @@ def cluster_step_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
         for phase in ("sgd", "adam"):
             own = partial(own_step, adam=phase == "adam")
             add("xmlkernels", phase, name, partial(own, op=ops.cluster_step_))
-            if shape.L * shape.D <= _REFERENCE_ELEMENTS:
+            if shape.L * shape.D <= REFERENCE_ELEMENTS:
                 add("reference", phase, name, partial(own, op=reference))
         if sizes(shape)[2] == 1:
             add("bce_step", "sgd", name, full_step)
     for phase in ("sgd", "adam"):
         add("eager", phase, "fp32", partial(eager_step, adam=phase == "adam"))
     return cases
+
+
+def cluster_step_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
+    """Build the cases; none is compiled, as sparse gradients stay outside torch's compiler."""
+    whole = shape.name.endswith("cascade")
+    return cascade_cases(shape, device) if whole else level_cases(shape, device)
+
+
+BENCHMARK = Benchmark(
+    functions=("cluster_step_",),
+    cases=cluster_step_cases,
+    shapes=(  # K clusters of S / K rows for each sample
+        Shape("B64-L1k-level0", 64, 1_024, 384, S=1_024, K=1),  # one cluster of all rows
+        # The second level: most rows have several samples.
+        Shape("B64-L8k-S1024", 64, 8_192, 384, S=1_024, K=128),
+        Shape("B64-L131k-S1024", 64, 131_072, 384, S=1_024, K=128),
+        Shape("B64-L670k-S4400", 64, 670_000, 384, S=4_400, K=400),
+        Shape("B64-L670k-S4400-D768", 64, 670_000, 768, S=4_400, K=400),
+        Shape("B64-L131k-cascade", 64, 131_072, 384, S=4_096, K=256),  # all levels
+    ),
+    gpu_shapes=(Shape("B64-K400-L670k-D768", 64, 670_091, 768, S=4400, K=400),),  # 11 rows each
+    syncing=frozenset({("eager", "adam")}),  # the number of distinct rows
+)

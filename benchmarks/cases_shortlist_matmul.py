@@ -1,9 +1,7 @@
-"""What is timed of `shortlist_matmul`: scoring alone, and the whole training step of a shortlisted
-head.
+"""The cases of `shortlist_matmul`: scoring alone, and the training step of a shortlisted head.
 
-Closed forms, as in `benchmarks/cases.py`; s is the bytes of a table element, m of an element of one
-of Adam's two moments, U = L (1 - (1 - S/L)^B) the number of rows that B lists of S different ones
-are expected to name:
+m is the bytes of an element of one of Adam's two moments; B lists of S different rows are expected
+to name U = L (1 - (1 - S/L)^B) of them.
 
 | phase | FLOP | bytes |
 |---|---|---|
@@ -21,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
-from benchmarks.case import DTYPES, LR, Case
+from benchmarks.case import DTYPES, LR, Benchmark, Case
+from benchmarks.head import make_table
 from benchmarks.shapes import Shape
 from benchmarks.timing import Step
 from xmlkernels import ops
@@ -30,8 +29,13 @@ from xmlkernels.ops import Hyper
 
 @dataclass
 class Shortlists:
-    """weight [L, D]; x [B, D] fp32; index int64 [B, S], S different rows each; target fp32 [B, S],
-    the first of each list 1.
+    """A table and a batch.
+
+    Attributes:
+        weight: [L, D].
+        x: [B, D] fp32.
+        index: int64 [B, S], S different rows each.
+        target: fp32 [B, S], the first of each list 1.
     """
 
     weight: Tensor
@@ -41,25 +45,23 @@ class Shortlists:
 
 
 def make_shortlists(shape: Shape, dtype: str, device: str) -> Shortlists:
-    """The same numbers in every format and process: N(0, 0.02²) rows, unit-scale embeddings."""
-    g = torch.Generator(device).manual_seed(0)
-    weight = torch.empty(shape.L, shape.D, dtype=DTYPES[dtype], device=device).normal_(
-        0, 0.02, generator=g
-    )
-    g = torch.Generator().manual_seed(1)
+    """Make unit-scale embeddings and random lists, the same in every format and process."""
+    g, size = torch.Generator().manual_seed(1), shape.S or 1
     x = torch.randn(shape.B, shape.D, generator=g)
-    index = torch.stack(
-        [torch.randperm(shape.L, generator=g)[: shape.S or 1] for _ in range(shape.B)]
-    )
+    index = torch.stack([torch.randperm(shape.L, generator=g)[:size] for _ in range(shape.B)])
     target = torch.zeros(index.shape)
     target[:, 0] = 1
-    return Shortlists(weight, *(t.to(device) for t in (x, index, target)))
+    batch = (t.to(device) for t in (x, index, target))
+    return Shortlists(make_table(shape, dtype, device), *batch)
 
 
 def shortlist_work(
     shape: Shape, phase: str, s: int, m: int, *, fused: bool = False
 ) -> tuple[int, int]:
-    """FLOP and bytes of one call; s and m are the bytes of a table element and of a moment's."""
+    """Count FLOP and bytes of one call.
+
+    s and m are the bytes of an element of the table and of a moment.
+    """
     b, size, d = shape.B, shape.S or 1, shape.D
     if phase == "shared":
         return 2 * b * size * d, size * d * s + 8 * size + 4 * b * (size + d)
@@ -76,11 +78,12 @@ def _own(held: Shortlists, *, shared: bool) -> Step:
 
 
 def own_step(held: Shortlists) -> Step:
-    """Scores, summed BCE, autograd, `sparse_adam_` on the rows named; the moments have the table's
-    format.
+    """Return scores, summed BCE, autograd, and `sparse_adam_` on the rows named.
+
+    The moments have the table's format.
     """
-    # autograd's view of the same memory.
     device = held.weight.device
+    # Autograd's view of the same memory.
     table = held.weight.detach().requires_grad_()
     momentum, second = torch.zeros_like(held.weight), torch.zeros_like(held.weight)
     hyper = Hyper(LR, beta1=0.9).tensor(device)
@@ -90,9 +93,8 @@ def own_step(held: Shortlists) -> Step:
     def step() -> Tensor:
         z = ops.shortlist_matmul(x, table, None, held.index)
         dx, grad = torch.autograd.grad(bce(z, held.target, reduction="sum"), (x, table))
-        ops.sparse_adam_(
-            held.weight, momentum, second, grad.indices()[0], grad.values(), hyper, counter
-        )
+        rows, values = grad.indices()[0], grad.values()
+        ops.sparse_adam_(held.weight, momentum, second, rows, values, hyper, counter)
         counter[1] += 1
         return dx
 
@@ -100,29 +102,18 @@ def own_step(held: Shortlists) -> Step:
 
 
 def fused_step(held: Shortlists) -> Step:
-    """The same in one call: `cluster_step_` with every label a cluster of its own."""
+    """Return the same in one call: `cluster_step_` with every label a cluster of its own."""
     device, n = held.weight.device, held.weight.shape[0]
-    momentum, second = torch.zeros_like(held.weight), torch.zeros_like(held.weight)
+    states = {name: torch.zeros_like(held.weight) for name in ("momentum", "second")}
     hyper = Hyper(LR, beta1=0.9).tensor(device)
     counter = torch.tensor([1, 0], device=device)
     row_ptr = torch.arange(n + 1, device=device)
     # The first entry of each list is its positive.
     pos_row, pos_sample = held.index[:, 0].sort(stable=True)
-    positives = pos_row, pos_sample.to(torch.int32)
+    batch = held.x, held.index, row_ptr, 1, pos_row, pos_sample.to(torch.int32)
 
     def step() -> Tensor:
-        dx, _, _ = ops.cluster_step_(
-            held.weight,
-            held.x,
-            held.index,
-            row_ptr,
-            1,
-            *positives,
-            hyper,
-            counter,
-            momentum=momentum,
-            second=second,
-        )
+        dx, _, _ = ops.cluster_step_(held.weight, *batch, hyper, counter, **states)
         counter[1] += 1
         return dx
 
@@ -140,8 +131,9 @@ def _eager(held: Shortlists, *, shared: bool) -> Step:
 
 
 def eager_step(held: Shortlists) -> Step:
-    """What a user writes: nn.Embedding(sparse=True), bmm with the gathered rows, summed BCE,
-    backward, SparseAdam.
+    """Return what a user writes.
+
+    nn.Embedding(sparse=True), bmm with the gathered rows, summed BCE, backward, SparseAdam.
     """
     table = nn.Embedding(*held.weight.shape, sparse=True, _weight=held.weight)
     optimizer = torch.optim.SparseAdam(list(table.parameters()), lr=LR)
@@ -159,11 +151,10 @@ def eager_step(held: Shortlists) -> Step:
 
 
 def shortlist_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
-    """`compiled` changes nothing: torch's sparse gradients stay outside its compiler. The step
-    needs `sparse_adam_`.
+    """Build the cases; none is compiled, as sparse gradients stay outside torch's compiler.
 
-    No case of the reference: it holds the gathered rows, half a gigabyte at the smallest of these
-        shapes.
+    The reference has none: it holds the gathered rows, half a gigabyte at the smallest of these
+    shapes.
     """
     cases: list[Case] = []
     inputs = {name: partial(make_shortlists, shape, name, device) for name in ("fp32", "bf16")}
@@ -176,11 +167,23 @@ def shortlist_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
     for name in inputs:
         for phase in ("forward", "shared"):
             add("xmlkernels", phase, name, partial(_own, shared=phase == "shared"))
-        if hasattr(ops, "sparse_adam_"):
-            add("xmlkernels", "step", name, own_step)
-        if hasattr(ops, "cluster_step_"):
-            add("fused", "step", name, fused_step)
+        add("xmlkernels", "step", name, own_step)
+        add("fused", "step", name, fused_step)
     for phase in ("forward", "shared"):
         add("eager", phase, "fp32", partial(_eager, shared=phase == "shared"))
     add("eager", "step", "fp32", eager_step)
     return cases
+
+
+BENCHMARK = Benchmark(
+    functions=("shortlist_matmul",),
+    cases=shortlist_cases,
+    shapes=(
+        Shape("B64-S1024-L131k", 64, 131_072, 384, S=1024),
+        Shape("B64-S4096-L670k", 64, 670_000, 384, S=4096),
+    ),
+    # CascadeXML's lists for Amazon-670K.
+    gpu_shapes=(Shape("B64-S4400-L670k-D768", 64, 670_091, 768, S=4400),),
+    # The number of distinct rows.
+    syncing=frozenset({("xmlkernels", "step"), ("eager", "step")}),
+)

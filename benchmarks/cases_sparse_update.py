@@ -1,5 +1,7 @@
-"""The cases of `sparse_update`: an optimizer step on N touched rows of a table [L, D]; see cases.py
-for the closed forms.
+"""The cases of `sparse_update`: an optimizer's step on N touched rows of a table [L, D].
+
+FLOP: 2, 7 or 14 N D for SGD, Adagrad and Adam. Bytes: 2 N D (s + m), the rows and their states read
+and written once; 4 N D, the gradient; 8 N.
 """
 
 from collections.abc import Callable
@@ -11,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.case import DTYPES, LR, REFERENCE_ELEMENTS, Case
+from benchmarks.case import DTYPES, LR, REFERENCE_ELEMENTS, Benchmark, Case
+from benchmarks.head import make_table
 from benchmarks.shapes import Shape
 from benchmarks.timing import Step
 from xmlkernels import ops
@@ -19,14 +22,18 @@ from xmlkernels.ops import Hyper
 from xmlkernels.reference import sparse_update as reference
 
 RULES = {"sgd": (0, 2), "adagrad": (1, 7), "adam": (2, 14)}
-"""Of each rule the number of states, each of the table's format and size, and the operations per
-number.
-"""
+"""By rule: the number of states, each of the table's format and size; operations per number."""
 
 
 @dataclass
 class Touched:
-    """param [L, D]; rows int64 [N], ascending, spread over the table; grad fp32 [N, D]."""
+    """A table and a gradient.
+
+    Attributes:
+        param: [L, D].
+        rows: int64 [N], ascending, spread over the table.
+        grad: fp32 [N, D].
+    """
 
     param: Tensor
     rows: Tensor
@@ -34,31 +41,32 @@ class Touched:
 
 
 def touched_rows(shape: Shape) -> int:
+    """Return N."""
     return min(shape.S or 1, shape.L)
 
 
 def sparse_work(shape: Shape, rule: str, s: int) -> tuple[int, int]:
-    """FLOP and bytes of one step; s is the bytes of an element of the table and of its states."""
+    """Count FLOP and bytes of one step.
+
+    s is the bytes of an element of the table and of its states.
+    """
     states, each = RULES[rule]
     numbers = touched_rows(shape) * shape.D
     return each * numbers, 2 * numbers * s * (1 + states) + 4 * numbers + 8 * touched_rows(shape)
 
 
 def make_touched(shape: Shape, dtype: str, device: str) -> Touched:
-    """The same numbers in every format and process."""
-    g = torch.Generator(device).manual_seed(0)
-    param = torch.empty(shape.L, shape.D, dtype=DTYPES[dtype], device=device).normal_(
-        0, 0.02, generator=g
-    )
+    """Make the same numbers in every format and process."""
     g, count = torch.Generator().manual_seed(1), touched_rows(shape)
     rows = torch.randperm(shape.L, generator=g)[:count].sort().values
     grad = torch.randn(count, shape.D, generator=g)
-    return Touched(param, rows.to(device), grad.to(device))
+    return Touched(make_table(shape, dtype, device), rows.to(device), grad.to(device))
 
 
 def own_step(held: Touched, *, rule: str, room: ModuleType) -> Step:
-    """`sparse_sgd_`, `sparse_adagrad_` or `sparse_adam_`, or the reference, with states of the
-    table's format.
+    """Return `sparse_sgd_`, `sparse_adagrad_` or `sparse_adam_`, or the reference.
+
+    The states have the table's format.
     """
     device, op = held.param.device, getattr(room, f"sparse_{rule}_")
     hyper = Hyper(LR, beta1=0.9).tensor(device)
@@ -76,8 +84,9 @@ def own_step(held: Touched, *, rule: str, room: ModuleType) -> Step:
 
 
 def torch_step(held: Touched, *, make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Step:
-    """What a user writes: a coalesced sparse gradient, as `nn.Embedding(sparse=True)` gives, and an
-    optimizer of torch.
+    """Return what a user writes: a coalesced sparse gradient and an optimizer of torch.
+
+    Such a gradient is what `nn.Embedding(sparse=True)` gives.
     """
     param = torch.nn.Parameter(held.param)
     optimizer = make([param])
@@ -94,34 +103,35 @@ def torch_step(held: Touched, *, make: Callable[[list[Tensor]], torch.optim.Opti
 
 
 def sparse_update_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
-    """`compiled` changes nothing: torch compiles no optimizer on sparse gradients."""
+    """Build the cases; none is compiled, as torch compiles no optimizer on sparse gradients."""
     cases = []
     inputs = {name: partial(make_touched, shape, name, device) for name in ("fp32", "bf16")}
 
     def add(impl: str, rule: str, dtype: str, start: Callable[[Touched], Step]) -> None:
-        cases.append(
-            Case(
-                impl,
-                rule,
-                dtype,
-                *sparse_work(shape, rule, DTYPES[dtype].itemsize),
-                inputs[dtype],
-                start,
-            )
-        )
+        work = sparse_work(shape, rule, DTYPES[dtype].itemsize)
+        cases.append(Case(impl, rule, dtype, *work, inputs[dtype], start))
 
     for name in inputs:
         for rule in RULES:
             add("xmlkernels", rule, name, partial(own_step, rule=rule, room=ops))
             if shape.L * shape.D <= REFERENCE_ELEMENTS:
                 add("reference", rule, name, partial(own_step, rule=rule, room=reference))
-    sgd, adam = partial(torch.optim.SGD, lr=LR), partial(torch.optim.SparseAdam, lr=LR)
-    add("torch", "sgd", "fp32", partial(torch_step, make=sgd))
-    add(
-        "torch",
-        "adagrad",
-        "fp32",
-        partial(torch_step, make=partial(torch.optim.Adagrad, lr=LR, eps=1e-8)),
-    )
-    add("torch", "adam", "fp32", partial(torch_step, make=adam))
+    peers: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
+        "sgd": partial(torch.optim.SGD, lr=LR),
+        "adagrad": partial(torch.optim.Adagrad, lr=LR, eps=1e-8),
+        "adam": partial(torch.optim.SparseAdam, lr=LR),
+    }
+    for rule, make in peers.items():
+        add("torch", rule, "fp32", partial(torch_step, make=make))
     return cases
+
+
+BENCHMARK = Benchmark(
+    functions=("sparse_sgd_", "sparse_adagrad_", "sparse_adam_"),
+    cases=sparse_update_cases,
+    shapes=(  # S is N, the touched rows; there is no batch, so B is 1
+        Shape("N2k-L16k", 1, 16_384, 384, S=2_048),
+        Shape("N100k-L670k", 1, 670_000, 384, S=100_000),
+    ),
+    gpu_shapes=(Shape("N100k-L670k-D768", 1, 670_091, 768, S=100_000),),
+)
