@@ -173,10 +173,8 @@ def test_help_of_recipes_and_of_one_flag(capsys: pytest.CaptureFixture[str]) -> 
     assert all(f"  {name}" in shown for name in RECIPES)
     headings = [line for line in shown.splitlines() if line.endswith(":") and line[0] != " "]
     assert headings == [f"{group}:" for group in dict.fromkeys(r.group for r in RECIPES.values())]
-    assert (
-        "weights in proportion to the candidates" in " ".join(shown.split())
-        and "--epochs N" not in shown
-    )
+    assert "weights in proportion to the candidates" in " ".join(shown.split())
+    assert "--epochs N" not in shown
 
 
 def test_train_without_a_recipe_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,10 +207,8 @@ def test_a_mistake_ends_with_2(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 2 and done.stdout == ""
-    assert (
-        done.stderr.startswith("error: --thread: expected a flag of this command")
-        and "--threads?" in done.stderr
-    )
+    assert done.stderr.startswith("error: --thread: expected a flag of this command")
+    assert "--threads?" in done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 

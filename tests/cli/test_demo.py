@@ -139,21 +139,17 @@ def test_the_whole_demo_twice(
     demo.run()
     first = capsys.readouterr().out
     assert "TF-IDF baseline: measured now" in first and "holds this run unfinished" in first
-    assert (
-        "a linear ranker of" in first
-        and f"--checkpoint {config.output} --ranker {config.output}-ranker" in first
-    )
+    assert "a linear ranker of" in first
+    assert f"--checkpoint {config.output} --ranker {config.output}-ranker" in first
     monkeypatch.setattr(
         demo, "KNNBaseline", lambda *_: pytest.fail("the baseline was measured again")
     )
     monkeypatch.setattr(demo, "train_ranker", lambda _: pytest.fail("the ranker was trained again"))
     demo.run()
     second = capsys.readouterr().out
-    assert (
-        len(trained) == 1
-        and "nothing to train" in second
-        and "TF-IDF baseline: measured beside this run" in second
-    )
+    assert len(trained) == 1
+    assert "nothing to train" in second
+    assert "TF-IDF baseline: measured beside this run" in second
     tables = [
         [
             line

@@ -158,9 +158,8 @@ def test_stored_zero_is_a_score(folder: Path, tmp_path: Path, name: str) -> None
     write_npz(path, scores, keep_zeros=True)
     run((path,), folder, output=again)
     found = ensemble.read_scores(again, TEST_DOCUMENTS, LABELS)
-    assert found[10].indices.tolist() == [7, 8] and found[10].data.tolist() == pytest.approx(
-        [0, -1], abs=1e-37
-    )
+    assert found[10].indices.tolist() == [7, 8]
+    assert found[10].data.tolist() == pytest.approx([0, -1], abs=1e-37)
 
 
 def test_large_logits_stay_apart() -> None:
@@ -199,10 +198,8 @@ def test_labels_beyond_the_range_of_probabilities_do_not_tie() -> None:
 
 
 def test_log_odds_of_a_document_that_one_file_lacks() -> None:
-    one, other = (
-        scipy.sparse.csr_matrix([[2.0, -4.0], [6.0, 0]]),
-        scipy.sparse.csr_matrix([[0, 0], [2.0, 0]]),
-    )
+    one = scipy.sparse.csr_matrix([[2.0, -4.0], [6.0, 0]])
+    other = scipy.sparse.csr_matrix([[0, 0], [2.0, 0]])
     total = ensemble.combine([one, other], [one.data, other.data], [1, 3], "log_odds")
     assert total.toarray().tolist() == [[2, -4], [3, 0]]
 
@@ -284,8 +281,6 @@ def test_the_command(files: tuple[str, str], folder: Path) -> None:
     assert good.returncode == 0, good.stderr
     assert "PSnDCG@5" in good.stdout and "sum" in good.stdout
     bad = subprocess.run([*words, "--weights", "2"], capture_output=True, text=True, timeout=120)
-    assert (
-        bad.returncode == 2
-        and bad.stderr.startswith("error: --weights: expected 2 numbers")
-        and bad.stderr.count("\n") == 1
-    )
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("error: --weights: expected 2 numbers")
+    assert bad.stderr.count("\n") == 1

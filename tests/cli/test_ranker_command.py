@@ -112,11 +112,9 @@ def test_damaged_inputs_are_told_and_computed_anew(
             str(finished), dataset, documents, 12, tmp_path / "inputs", "cpu"
         )
         notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
-        assert (
-            len(notes) == 1
-            and str(path) in notes[0]
-            and notes[0].endswith("embeddings and shortlists are computed anew")
-        )
+        assert len(notes) == 1
+        assert str(path) in notes[0]
+        assert notes[0].endswith("embeddings and shortlists are computed anew")
         for split, part in documents.items():
             assert np.array_equal(
                 part.embedding, np.load(trained[0] / "inputs" / f"embeddings_{split}.npy")
@@ -139,9 +137,8 @@ def test_wrong_texts_are_told_before_the_model_runs(
     texts = {name: str(folder.parent / f"{part}_X.txt") for name, part in parts.items()}
     with pytest.raises(InputError, match="expected 50 lines, the documents of test, got 40"):
         ranker.train_ranker(options(folder, tmp_path, checkpoint=str(finished), **texts))
-    monkeypatch.setattr(
-        ranker, "load_tfidf", None
-    )  # and so would TF-IDF, which is not made for nothing
+    # And so would TF-IDF, which is not made for nothing.
+    monkeypatch.setattr(ranker, "load_tfidf", None)
     with pytest.raises(InputError, match="nowhere"):
         ranker.train_ranker(options(folder, tmp_path, checkpoint=str(tmp_path / "nowhere")))
 
@@ -176,13 +173,10 @@ def test_a_bag_of_words_takes_the_tfidf_of_the_same_vocabulary(
         values, rows = predict_split(
             predictor.model, split, SMALL["shortlist"], inputs=predictor.inputs
         )
-        expected, found = (
-            score_matrix(values, rows, LABELS),
-            read_npz(inputs / f"shortlist_{name}.npz", keep_zeros=True),
-        )
-        assert np.array_equal(found.indices, expected.indices) and np.allclose(
-            found.data, expected.data, atol=1e-5
-        )
+        expected = score_matrix(values, rows, LABELS)
+        found = read_npz(inputs / f"shortlist_{name}.npz", keep_zeros=True)
+        assert np.array_equal(found.indices, expected.indices)
+        assert np.allclose(found.data, expected.data, atol=1e-5)
     assert not list(inputs.glob("*.npy"))  # no embedding, no file of one
     monkeypatch.setattr(ranker_inputs, "Predictor", None)  # a second pass of the model would fail
     assert ranker.train_ranker(wanted)["test"] == report["test"]
@@ -197,9 +191,8 @@ def test_given_share_and_no_embedding(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output, _ = trained
-    monkeypatch.setattr(
-        ranker_inputs, "Predictor", None
-    )  # kept inputs with an embedding serve those who want none
+    # Kept inputs with an embedding serve those who want none.
+    monkeypatch.setattr(ranker_inputs, "Predictor", None)
     changed = options(folder, output, checkpoint=str(finished), share=0.0, embedding=False)
     report = ranker.train_ranker(changed)
     assert report["test"]["both"] == report["test"]["plain model"] and report["share"] == 0
@@ -255,10 +248,8 @@ def test_a_forest_is_the_sum_of_rankers_on_trees_of_their_own(folder: Path, tmp_
     assert not total[tuple(test.filter_pairs.T)].any()
     rows = np.argsort(-total, axis=1, kind="stable")[:, :5]
     weight = inverse_propensity(train.labels, *Dataset.open(folder).propensity)
-    assert (
-        measured["sum"] == pytest.approx(evaluate(rows, test.labels, weight))
-        and "PSnDCG@5" in measured["sum"]
-    )
+    assert measured["sum"] == pytest.approx(evaluate(rows, test.labels, weight))
+    assert "PSnDCG@5" in measured["sum"]
 
 
 def test_texts_and_features_from_files(folder: Path, tmp_path: Path) -> None:

@@ -70,13 +70,10 @@ def test_a_run_by_torchrun(tmp_path: Path, device: str) -> None:
     done = torchrun("-m", "xmlkernels", "train", *words)
     assert done.returncode == 0, done.stderr
     assert json.loads((output / "metrics.json").read_text())["steps"] == 11
-    assert (
-        done.stdout.count("validation after epoch 1") == 1
-    )  # the best epoch is the last, whose figures are known
-    assert (
-        done.stdout.count("test after epoch 1") == 1
-        and "1 threads in each of 2 processes; 11 steps" in done.stdout
-    )
+    # The best epoch is the last, whose figures are known.
+    assert done.stdout.count("validation after epoch 1") == 1
+    assert done.stdout.count("test after epoch 1") == 1
+    assert "1 threads in each of 2 processes; 11 steps" in done.stdout
     assert (
         len([line for line in (output / "log.jsonl").read_text().splitlines() if '"test"' in line])
         == 1

@@ -92,9 +92,8 @@ def test_low_precision_tables_predict_what_their_rows_say(dtype: str) -> None:
     got = torch.zeros(5, LABELS, dtype=torch.float64).scatter_(
         1, model.place[labels], values.double()
     )
-    assert sorted(labels[0].tolist()) == list(
-        range(LABELS)
-    )  # every cluster kept: every label is a candidate
+    # Every cluster kept: every label is a candidate.
+    assert sorted(labels[0].tolist()) == list(range(LABELS))
     torch.testing.assert_close(got, exact, rtol=0, atol=1e-5 if dtype == "fp8" else 0.02)
 
 
@@ -126,10 +125,8 @@ def test_places_beyond_the_shortlist_are_empty() -> None:
 
 def test_levels_under_every_scheme_for_one_pass() -> None:
     model = trained(3, topk=[2, 3])
-    batch, exclude = (
-        make_batch(model.tree, 64),
-        torch.tensor([[0, -1], [1, 2], [3, -1], [-1, -1]]).repeat(16, 1),
-    )
+    batch = make_batch(model.tree, 64)
+    exclude = torch.tensor([[0, -1], [1, 2], [3, -1], [-1, -1]]).repeat(16, 1)
     whole = model.score(batch, 6, exclude=exclude, loss=True, schemes=model.schemes)
     found = {scheme: answer.levels for scheme, answer in whole.by_scheme.items()}
     assert set(found) == {"level", "weighted", "path"}
@@ -202,8 +199,6 @@ def test_a_checkpoint_rebuilds_the_model_for_prediction() -> None:
     batch = make_batch(model.tree, 5)
     for a, b in zip(best(model, batch, 9), best(again, batch, 9), strict=True):
         assert torch.equal(a, b)
-    assert (
-        again.tree.settings == {"dataset": "test"}
-        and again.steps == 4
-        and config["kind"] == "cascade"
-    )
+    assert again.tree.settings == {"dataset": "test"}
+    assert again.steps == 4
+    assert config["kind"] == "cascade"

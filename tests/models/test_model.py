@@ -27,6 +27,5 @@ def test_the_model_against_the_useful_bytes(op: str, key: str, over: float | Non
         {"op": op, "impl": impl, "phase": phase + floors.GRAPH, "dtype": dtype} | letters, model
     )
     case = next(c for c in cases.build_for_card(op, shape, "cuda") if c.key == (impl, phase, dtype))
-    assert (found is None) == (over is None) and (
-        over is None or found == pytest.approx(over * case.bytes, rel=0.01)
-    )
+    assert (found is None) == (over is None)
+    assert over is None or found == pytest.approx(over * case.bytes, rel=0.01)

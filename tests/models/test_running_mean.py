@@ -105,25 +105,21 @@ def test_the_mean_of_a_table_below_fp32_is_fp32(dtype: torch.dtype) -> None:
     for number in range(3):
         average.step(number)
     mean = 2 - 0.999**3
-    assert (
-        average.means[0].dtype == torch.float32 and torch.tensor(1.001, dtype=torch.bfloat16) == 1
-    )
+    assert average.means[0].dtype == torch.float32
+    assert torch.tensor(1.001, dtype=torch.bfloat16) == 1
     for found in average.means:
         torch.testing.assert_close(found, torch.full_like(found, mean), atol=1e-5, rtol=0)
     held = table.data_ptr()
     with average.used():
-        assert (
-            table.dtype == dtype
-            and torch.equal(table, torch.full_like(table, mean))
-            and p.dtype == torch.float32
-        )
+        assert table.dtype == dtype
+        assert torch.equal(table, torch.full_like(table, mean))
+        assert p.dtype == torch.float32
     assert table.data_ptr() == held and torch.equal(table, torch.full_like(table, 2))
     for number in range(400):
         average.step(number)  # what was rounded before must not be used again
     with average.used():
-        assert torch.equal(table, average.means[0].to(dtype)) and not torch.equal(
-            table, torch.full_like(table, mean)
-        )
+        assert torch.equal(table, average.means[0].to(dtype))
+        assert not torch.equal(table, torch.full_like(table, mean))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -132,10 +128,8 @@ def test_the_mean_of_a_table_below_fp32_is_fp32(dtype: torch.dtype) -> None:
 def test_a_model_predicts_by_its_means_and_trains_its_weights(
     name: str, tables: bool, dtype: str
 ) -> None:
-    model, plain = (
-        MODELS[name](MeanSettings(1.0, 1, 2, tables), dtype),
-        MODELS[name](MeanSettings(), dtype),
-    )
+    model = MODELS[name](MeanSettings(1.0, 1, 2, tables), dtype)
+    plain = MODELS[name](MeanSettings(), dtype)
     seen = []
     for number in range(5):
         for each in (model, plain):

@@ -50,12 +50,10 @@ def test_forward(activation: str) -> None:
     z = dense(*inputs) @ encoder.table.weight.double() + encoder.bias.double()
     expected = torch.relu(z) if activation == "relu" else z
     found = encoder(*inputs)
-    assert (
-        found.dtype == torch.float32
-        and found.is_contiguous()
-        and found.shape == (B, D)
-        and encoder.width == D
-    )
+    assert found.dtype == torch.float32
+    assert found.is_contiguous()
+    assert found.shape == (B, D)
+    assert encoder.width == D
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     assert (found[0] - expected[0].float()).abs().max() < 1e-6, "the empty bag is the bias alone"
     assert (encoder.autocast, encoder.max_length) == (None, None)
@@ -63,10 +61,8 @@ def test_forward(activation: str) -> None:
 
 def test_initial_table() -> None:
     encoder = BowEncoder(3000, 200, std=0.5, seed=1)
-    assert (
-        abs(float(encoder.table.weight.std()) - 0.5) < 0.005
-        and abs(float(encoder.table.weight.mean())) < 0.005
-    )
+    assert abs(float(encoder.table.weight.std()) - 0.5) < 0.005
+    assert abs(float(encoder.table.weight.mean())) < 0.005
     first = encoder.table.weight
     assert torch.equal(first, BowEncoder(3000, 200, std=0.5, seed=1).table.weight)
     assert not torch.equal(first, BowEncoder(3000, 200, std=0.5, seed=2).table.weight)
@@ -244,10 +240,8 @@ def test_bf16_table_follows_the_fp32_one() -> None:
 
 def test_dropouts_belong_to_training() -> None:
     token, offset, weight = torch.arange(V).repeat(400), torch.arange(401) * V, torch.ones(400 * V)
-    plain, dropped = (
-        make(activation="none", std=0.1),
-        make(activation="none", std=0.1, word_dropout=0.4),
-    )
+    plain = make(activation="none", std=0.1)
+    dropped = make(activation="none", std=0.1, word_dropout=0.4)
     expected = plain(token[:V], offset[:2], weight[:V])[0].detach()
     found = dropped(token, offset, weight).detach()
     assert float(found.std(0).mean()) > 0.1
@@ -269,10 +263,8 @@ def test_word_dropout_trains_the_words_that_stayed() -> None:
     stayed = encoder._passed[-1][3] > 0
     encoder.update(0.1)
     torch.testing.assert_close(encoder.table.weight[stayed], before[stayed] - 0.2)
-    assert (
-        torch.equal(encoder.table.weight[~stayed], before[~stayed])
-        and 10 < int(stayed.sum()) < V - 10
-    )
+    assert torch.equal(encoder.table.weight[~stayed], before[~stayed])
+    assert 10 < int(stayed.sum()) < V - 10
 
 
 def test_configuration_and_state() -> None:
@@ -304,10 +296,8 @@ def test_vectors_of_the_levels() -> None:
 def test_it_learns_with_a_label_table() -> None:
     """Labels that are words: a few steps bring every positive label to the top."""
     torch.manual_seed(0)
-    encoder, head = (
-        BowEncoder(40, 32, optimizer="adam"),
-        FullHead(40, 32, optimizer="adam", bias=True),
-    )
+    encoder = BowEncoder(40, 32, optimizer="adam")
+    head = FullHead(40, 32, optimizer="adam", bias=True)
     bias = torch.optim.Adam(encoder.parameters(), 0.02)
     token, offset, weight = torch.arange(40), torch.arange(41), torch.ones(40)
     for _ in range(60):

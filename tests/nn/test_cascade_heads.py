@@ -29,18 +29,14 @@ def test_first_values_are_xavier_uniform_zero_biases_and_from_the_seed_alone() -
         assert 0.99 * bound < float(level.weight.abs().max()) <= bound
         assert abs(float(level.weight.mean())) < 0.05 * bound
         assert not level.bias.any() and level.bias.dtype == torch.float32
-        assert torch.equal(level.weight, same.weight) and not torch.equal(
-            level.weight, differs.weight
-        )
+        assert torch.equal(level.weight, same.weight)
+        assert not torch.equal(level.weight, differs.weight)
     linear = heads.projections["0"]
     bound = math.sqrt(6 / (3 * WIDTH))
-    assert (
-        tuple(linear.weight.shape) == (WIDTH, 2 * WIDTH)
-        and 0.99 * bound < float(linear.weight.detach().abs().max()) <= bound
-    )
-    assert torch.equal(linear.weight, again.projections["0"].weight) and torch.equal(
-        linear.bias, again.projections["0"].bias
-    )
+    assert tuple(linear.weight.shape) == (WIDTH, 2 * WIDTH)
+    assert 0.99 * bound < float(linear.weight.detach().abs().max()) <= bound
+    assert torch.equal(linear.weight, again.projections["0"].weight)
+    assert torch.equal(linear.bias, again.projections["0"].bias)
     assert not any(level.weight.any() for level in make_heads(fill=False).levels)
 
 
@@ -66,16 +62,14 @@ def test_formats_hold_the_same_first_values(dtype: str, clusters: str) -> None:
 
 
 def test_state_is_kept_only_where_the_optimizer_needs_it() -> None:
-    row, full, sgd = (
-        make_heads(),
-        make_heads(optimizer=RowOptimizer("adam", state_dtype="bf16")),
-        make_heads(optimizer="sgd"),
-    )
+    row = make_heads()
+    full = make_heads(optimizer=RowOptimizer("adam", state_dtype="bf16"))
+    sgd = make_heads(optimizer="sgd")
     assert row.levels[2].second.shape == (5000,) and full.levels[2].second.shape == (5000, WIDTH)
     assert full.levels[2].second.dtype == torch.bfloat16
-    assert (
-        sgd.levels[2].momentum is None and sgd.levels[2].second is None and sgd.levels[2].gain == 1
-    )
+    assert sgd.levels[2].momentum is None
+    assert sgd.levels[2].second is None
+    assert sgd.levels[2].gain == 1
     sgd = make_heads(optimizer=RowOptimizer("sgd", momentum=0.9))
     assert sgd.levels[2].momentum is not None
     # The tables of a cascade are no parameters: only the linear layer stands in a torch optimizer.
@@ -87,11 +81,12 @@ def test_state_is_kept_only_where_the_optimizer_needs_it() -> None:
 
 def test_the_gain_is_a_power_of_two_near_64_candidate_lists() -> None:
     gains = [level.gain for level in make_heads().levels]
+    # 64 times 40, 5 * 9 and 7 * 20 are 2560, 2880 and 8960.
     assert gains == [
         2.0**11,
         2.0**11,
         2.0**13,
-    ]  # 64 times 40, 5 * 9 and 7 * 20 are 2560, 2880 and 8960
+    ]
 
 
 def test_features_go_through_the_linear_layer_where_two_layers_are_read() -> None:

@@ -188,7 +188,8 @@ def test_a_step_takes_what_it_needs_to_the_labels_and_back(
         values, labels = best(
             model, held, 4, exclude=torch.zeros(5, 1, dtype=torch.int64, device=home)
         )
-        assert watched.devices == [home, home, apart] and {
+        assert watched.devices == [home, home, apart]
+        assert {
             str(values.device),
             str(labels.device),
         } == {home}
@@ -209,9 +210,8 @@ def test_labels_on_the_host_beside_a_card(name: str) -> None:
         assert float(model.step(there, need_loss=True)) == pytest.approx(
             expected, rel=1e-2 if name == "fp8" else 1e-3
         )
-    assert (
-        model.heads.levels[2].weight.device == CPU and model.heads.levels[1].weight.device == card
-    )
+    assert model.heads.levels[2].weight.device == CPU
+    assert model.heads.levels[1].weight.device == card
     if name != "fp8":  # whose stores draw another way where a bit of dx differs
         assert relative(model.heads.levels[2].weight, host.heads.levels[2].weight) < 1e-2
     batch = on("cuda:0", make_batch(host.tree, 5, seed=9))
@@ -308,23 +308,17 @@ def test_memory_is_told_for_each_device(
         return capsys.readouterr().out.splitlines()
 
     card, host = lines()
-    assert (
-        card.startswith("memory of the model on cuda: about ")
-        and "clusters 128 KiB" in card
-        and "labels" not in card
-    )
-    assert (
-        host.startswith("memory of the model on cpu: about ")
-        and "labels 8.0 MiB, states of labels 32.0 MiB" in host
-    )
+    assert card.startswith("memory of the model on cuda: about ")
+    assert "clusters 128 KiB" in card
+    assert "labels" not in card
+    assert host.startswith("memory of the model on cpu: about ")
+    assert "labels 8.0 MiB, states of labels 32.0 MiB" in host
     assert lines(label_device="cuda:1")[1].startswith("memory of the model on cuda:1: ")
     for same_place in ("auto", "cuda", "cuda:0"):
         (whole,) = lines(label_device=same_place)
-        assert (
-            whole.startswith("memory of the model: about ")
-            and "clusters" in whole
-            and "labels" in whole
-        )
+        assert whole.startswith("memory of the model: about ")
+        assert "clusters" in whole
+        assert "labels" in whole
 
 
 def test_a_run_may_go_on_with_its_labels_elsewhere(

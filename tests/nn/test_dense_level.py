@@ -97,14 +97,10 @@ def test_it_equals_the_row_sparse_rule_where_every_row_is_a_candidate() -> None:
     generator = torch.Generator().manual_seed(0)
     for number in range(5):
         x = torch.randn(8, 12, generator=generator)
-        node, sample = (
-            torch.sort(torch.randint(30, (8,), generator=generator)).values,
-            torch.arange(8, dtype=torch.int32),
-        )
-        scale, more = (
-            torch.full((1,), 1 / 240),
-            {"lr": 1e-2, "beta1": 0.85 + 0.01 * number, "need_loss": True},
-        )
+        node = torch.sort(torch.randint(30, (8,), generator=generator)).values
+        sample = torch.arange(8, dtype=torch.int32)
+        scale = torch.full((1,), 1 / 240)
+        more = {"lr": 1e-2, "beta1": 0.85 + 0.01 * number, "need_loss": True}
         out = []
         for level in (sparse, dense):
             level.set_decay(0.5)
@@ -285,10 +281,8 @@ def test_settings_that_make_no_sense_are_refused(
 
 def test_a_run_is_trained_and_served(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "raw")
-    tree, settings = (
-        make_tree(dataset, tmp_path / "tree.safetensors"),
-        {"table_optimizer": "adamw_dense", "save_every": 5},
-    )
+    tree = make_tree(dataset, tmp_path / "tree.safetensors")
+    settings = {"table_optimizer": "adamw_dense", "save_every": 5}
     report = run(cascade(dataset, tmp_path / "whole", tree, epochs=6, **settings))
     assert report["environment"]["table"] == "fp32" and report["test"]["P@1"] > 50  # 7 by chance
     names = weights(tmp_path / "whole", "last").keys()

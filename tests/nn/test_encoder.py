@@ -54,12 +54,10 @@ def test_mean_pooling_counts_real_tokens_only() -> None:
             torch.testing.assert_close(out[row], hidden[row, :real].mean(0))
             alone = encoder(ids[row : row + 1, :real], mask[row : row + 1, :real])
             torch.testing.assert_close(out[row], alone[0], rtol=1e-5, atol=1e-6)
-        assert (
-            out.dtype == torch.float32
-            and out.is_contiguous()
-            and out.shape == (3, 32)
-            and encoder.width == 32
-        )
+        assert out.dtype == torch.float32
+        assert out.is_contiguous()
+        assert out.shape == (3, 32)
+        assert encoder.width == 32
         changed = ids.clone()
         changed[mask == 0] = 7
         assert torch.equal(encoder(changed, mask), out)
@@ -82,9 +80,8 @@ def test_empty_rows_give_zero_not_nan(grad: bool) -> None:
 
 @pytest.mark.parametrize("pad_left", [False, True])
 def test_cls_is_the_first_real_token(pad_left: bool) -> None:
-    encoder = roberta(
-        pooling="cls"
-    )  # its positions count real tokens, so padding on the left changes nothing
+    # Its positions count real tokens, so padding on the left changes nothing.
+    encoder = roberta(pooling="cls")
     ids, mask = batch(pad_left=pad_left)
     with torch.no_grad():
         out = encoder(ids, mask)
@@ -151,9 +148,8 @@ def test_dropout_has_its_distribution_and_gradient() -> None:
 
 def test_generator_decides_the_masks() -> None:
     encoder = Encoder.tiny(50, dropout=0.3).train()
-    assert (
-        sum(type(m) is Dropout for m in encoder.model.modules()) == 7
-    )  # embedding, and three in each layer
+    # The embedding, and three in each layer.
+    assert sum(type(m) is Dropout for m in encoder.model.modules()) == 7
     ids, mask = batch()
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -349,9 +345,8 @@ def test_compile_keeps_the_keys() -> None:
     plain, compiled = Encoder.tiny(50), Encoder.tiny(50, compile=True)
     assert plain.state_dict().keys() == compiled.state_dict().keys()
     assert compiled.encoder_config()["compile"] is True
-    compiled.model.compile(
-        backend="eager", dynamic=True
-    )  # traces as the real one does, needs no compiler
+    # Traces as the real one does, needs no compiler.
+    compiled.model.compile(backend="eager", dynamic=True)
     ids, mask = batch()
     torch.testing.assert_close(
         compiled.eval()(ids, mask), plain.eval()(ids, mask), rtol=1e-5, atol=1e-6

@@ -172,10 +172,8 @@ def test_rows_start_at_the_centroids(dtype: str) -> None:
     parts = []
     for start, end in ((0, 4), (4, 9)):
         pairs = sorted((label, s) for s, found in enumerate(labels[start:end]) for label in found)
-        rows, samples = (
-            torch.tensor([r for r, _ in pairs]),
-            torch.tensor([s for _, s in pairs], dtype=torch.int32),
-        )
+        rows = torch.tensor([r for r, _ in pairs])
+        samples = torch.tensor([s for _, s in pairs], dtype=torch.int32)
         parts.append((x[start:end], rows, samples))
     head.start_at_centroids(iter(parts), 0.5)
     for label in (0, 1, 3):
@@ -199,10 +197,8 @@ def test_rows_start_at_the_centroids(dtype: str) -> None:
 
 def test_labels_that_would_hardly_change_are_skipped() -> None:
     labels, width = 4 * 128, 16
-    plain, skips = (
-        FullHead(labels, width, dtype="bf16"),
-        FullHead(labels, width, dtype="bf16", skip_units=0.5),
-    )
+    plain = FullHead(labels, width, dtype="bf16")
+    skips = FullHead(labels, width, dtype="bf16", skip_units=0.5)
     assert plain.skipped is None and skips.skip_below == 2.0**-14
     x = torch.rand(4, width) + 0.5
     for head in (plain, skips):

@@ -46,12 +46,10 @@ def test_every_depth_has_ascending_layers_that_end_at_the_last(depth: int) -> No
     for levels in range(2, min(5, depth) + 1):
         recipe = default_layers(depth, levels)
         flat = [j for level in recipe for j in level]
-        assert (
-            len(recipe) == levels
-            and flat == sorted(set(flat))
-            and flat[0] >= 1
-            and flat[-1] == depth
-        )
+        assert len(recipe) == levels
+        assert flat == sorted(set(flat))
+        assert flat[0] >= 1
+        assert flat[-1] == depth
         assert all(len(level) == 1 for level in recipe[1:])
 
 
@@ -101,9 +99,8 @@ def test_layer_vectors_are_the_pooled_hidden_states(pooling: str) -> None:
         for vector, level in zip(got, recipe, strict=True):
             torch.testing.assert_close(vector, torch.cat([pooled[j] for j in level], 1))
         torch.testing.assert_close(got[2], encoder(ids, mask))
-    assert [tuple(v.shape) for v in got] == [(4, 64), (4, 32), (4, 32)] and all(
-        v.dtype == torch.float32 for v in got
-    )
+    assert [tuple(v.shape) for v in got] == [(4, 64), (4, 32), (4, 32)]
+    assert all(v.dtype == torch.float32 for v in got)
 
 
 def test_gradients_of_all_levels_reach_the_layers_below() -> None:

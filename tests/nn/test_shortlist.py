@@ -57,11 +57,9 @@ def test_fewer_candidates_than_k_leave_pads() -> None:
     kept, _, _ = select(SCORES, CLUSTERS, ROW_PTR, 4)
     assert kept.tolist() == [[0, 1, 3, 4], [2, 6, -1, -1], [3, 4, 5, -1]]
     kept, place, _ = select(SCORES, CLUSTERS, ROW_PTR, 99)
-    assert (
-        kept.shape == (3, 6)
-        and kept[1].tolist() == [2, 6, -1, -1, -1, -1]
-        and place[1].tolist() == [0, 3, 0, 0, 0, 0]
-    )
+    assert kept.shape == (3, 6)
+    assert kept[1].tolist() == [2, 6, -1, -1, -1, -1]
+    assert place[1].tolist() == [0, 3, 0, 0, 0, 0]
 
 
 def test_positives_are_forced_in_before_better_ones() -> None:
@@ -78,11 +76,12 @@ def test_a_row_with_more_positives_than_k_grows_up_to_the_bound() -> None:
         [0, 1, 3, 5],
         [6, -1, -1, -1],
         [5, -1, -1, -1],
-    ] and forced.tolist() == [6]
+    ]
+    assert forced.tolist() == [6]
     kept, _, forced = select(SCORES, CLUSTERS, ROW_PTR, 1, width=3, positives=true)
-    assert kept.tolist() == [[0, 1, 3], [6, -1, -1], [5, -1, -1]] and forced.tolist() == [
-        5
-    ]  # 5, at -3, had no room
+    # 5, at -3, had no room.
+    assert kept.tolist() == [[0, 1, 3], [6, -1, -1], [5, -1, -1]]
+    assert forced.tolist() == [5]
     kept, _, forced = select(SCORES, CLUSTERS, ROW_PTR, 2, width=3, positives=positives((0, 5)))
     assert kept.tolist() == [[4, 5, -1], [2, 6, -1], [3, 4, -1]] and forced.tolist() == [1]
 
@@ -103,7 +102,8 @@ def test_nan_scores_still_give_real_nodes() -> None:
         [0, 1, 3, 4, 5],
         [2, 6, -1, -1, -1],
         [3, 4, 5, -1, -1],
-    ] and forced.tolist() == [1]
+    ]
+    assert forced.tolist() == [1]
 
 
 def test_ties_and_signs_are_ranked_by_place() -> None:
@@ -123,9 +123,8 @@ def test_random_shortlists_equal_sets(seed: int) -> None:
     for row in clusters:
         chosen = np.sort(rng.choice(30, rng.integers(1, slots + 1), replace=False))
         row[: len(chosen)] = torch.from_numpy(chosen)
-    scores = torch.from_numpy(
-        rng.integers(-3, 3, (batch, slots, 5)).astype(np.float32)
-    )  # many ties
+    # Many ties.
+    scores = torch.from_numpy(rng.integers(-3, 3, (batch, slots, 5)).astype(np.float32))
     pairs = [
         (s, int(n))
         for s in range(batch)

@@ -84,11 +84,9 @@ def test_answers_come_in_the_order_of_the_texts(
 
 def test_arrays_are_the_same_answers(predictor: Predictor) -> None:
     values, rows = predictor.predict_arrays(TEXTS, 6, batch_size=8)
-    assert (
-        values.shape == rows.shape == (len(TEXTS), 6)
-        and values.dtype == np.float32
-        and rows.dtype == np.int64
-    )
+    assert values.shape == rows.shape == (len(TEXTS), 6)
+    assert values.dtype == np.float32
+    assert rows.dtype == np.int64
     for own, value, row in zip(
         predictor.predict(TEXTS, 6, batch_size=8), values, rows, strict=True
     ):
@@ -240,10 +238,8 @@ def test_one_pass_gives_predictions_and_embeddings(predictor: Predictor, validat
             own, predict_split(predictor.model, validation, 4, batch_size=16), strict=True
         )
     )
-    assert (
-        np.array_equal(x, embed_split(predictor.model, validation, batch_size=16))
-        and x.shape[1] == predictor.model.width
-    )
+    assert np.array_equal(x, embed_split(predictor.model, validation, batch_size=16))
+    assert x.shape[1] == predictor.model.width
 
 
 def test_score_matrix_keeps_zero_and_negative_logits() -> None:
@@ -251,7 +247,8 @@ def test_score_matrix_keeps_zero_and_negative_logits() -> None:
     rows = np.array([[4, 1, 3], [0, -1, -1], [-1, -1, -1]])
     matrix = score_matrix(values, rows, 6)
     assert matrix.shape == (3, 6) and matrix.getnnz(1).tolist() == [3, 1, 0]
-    assert matrix.indices.tolist() == [1, 3, 4, 0] and matrix.data.tolist() == [
+    assert matrix.indices.tolist() == [1, 3, 4, 0]
+    assert matrix.data.tolist() == [
         -1.5,
         -2.0,
         0.0,
@@ -283,9 +280,8 @@ def test_files_in_and_out(
     found = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     for number, x in enumerate(found):
         own = alone(predictor, lines[number], 4)
-        assert x["text"] == number and [label["id"] for label in x["labels"]] == [
-            label.id for label in own
-        ]
+        assert x["text"] == number
+        assert [label["id"] for label in x["labels"]] == [label.id for label in own]
     ask(finished, input=str(tmp_path / "in.txt"), top_k=4, output=str(tmp_path / "out.npz"))
     scores = scipy.sparse.load_npz(tmp_path / "out.npz")
     assert scores.shape == (3, LABELS) and scores.getnnz(1).tolist() == [4, 4, 4]
@@ -380,16 +376,14 @@ def test_lines_are_answered_one_by_one_and_a_closed_pipe_ends_it_quietly(finishe
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-    watchdog = threading.Timer(
-        60, process.kill
-    )  # an answer that never comes must not stop the suite
+    # An answer that never comes must not stop the suite.
+    watchdog = threading.Timer(60, process.kill)
     watchdog.start()
     for number in range(2):
         process.stdin.write(b"w0 w1\n")
         process.stdin.flush()
-        assert (
-            json.loads(process.stdout.readline())["text"] == number
-        )  # while standard input stays open
+        # While standard input stays open.
+        assert json.loads(process.stdout.readline())["text"] == number
     process.stdout.close()
     process.stdin.write(b"w2\n")
     process.stdin.close()

@@ -92,21 +92,17 @@ def test_filter_pairs_of_a_ranker(tmp_path: Path) -> None:
             first = [[label["id"] for label in json.loads(line)["labels"]] for line in lines]
             (tmp_path / "pairs.txt").write_text(f"0 {first[0][1]}\n1 {first[1][0]}\n")
     left = [[label["id"] for label in json.loads(line)["labels"]] for line in lines]
-    assert (
-        left[0][:2] == [first[0][0], first[0][2]]
-        and left[1][:2] == first[1][1:]
-        and len(left[0]) == 3
-    )
+    assert left[0][:2] == [first[0][0], first[0][2]]
+    assert left[1][:2] == first[1][1:]
+    assert len(left[0]) == 3
     assert first[0][1] not in left[0] and first[1][0] not in left[1]
 
 
 def test_what_is_left_of_fewer_labels() -> None:
     barred = Barred("x", np.array([[0, 2], [1, 0], [1, 1], [1, 2]]), 3)
     assert barred.needed(2) == 3  # all there are
-    values, rows = (
-        np.array([[3, 2, 1], [3, 2, -np.inf]], np.float32),
-        np.array([[2, 0, 1], [1, 0, -1]]),
-    )
+    values = np.array([[3, 2, 1], [3, 2, -np.inf]], np.float32)
+    rows = np.array([[2, 0, 1], [1, 0, -1]])
     kept, left = barred.kept_arrays(values, rows, 2)
     assert left.tolist() == [[0, 1], [-1, -1]] and kept.tolist() == [[2, 1], [-np.inf, -np.inf]]
 

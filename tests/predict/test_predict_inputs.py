@@ -57,7 +57,8 @@ def test_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records) + "\n\n")
     texts, ids = read(path)
-    assert texts == ["plain", "t", "a b", "b", "t", "t", "t", "t"] and ids == [
+    assert texts == ["plain", "t", "a b", "b", "t", "t", "t", "t"]
+    assert ids == [
         None,
         "a-1",
         3,
@@ -188,7 +189,8 @@ def test_ids_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
             ["text", "labels"],
             ["text", "id", "labels"],
         ]
-        assert [x["text"] for x in found] == [0, 1, 2] and [x.get("id") for x in found] == [
+        assert [x["text"] for x in found] == [0, 1, 2]
+        assert [x.get("id") for x in found] == [
             "B01",
             None,
             0,

@@ -98,14 +98,11 @@ def test_texts_of_the_test_split_are_answered_as_the_split_was(
         **more,
         **({"ranker_input": str(made / "tst.txt")} if name == "own" else {}),
     )
-    found, expected = (
-        read_npz(tmp_path / "a.npz", keep_zeros=True),
-        read_npz(made / name / "predictions.npz", keep_zeros=True),
-    )
+    found = read_npz(tmp_path / "a.npz", keep_zeros=True)
+    expected = read_npz(made / name / "predictions.npz", keep_zeros=True)
     assert found.shape == expected.shape and expected.nnz > 5 * found.shape[0]
-    assert np.array_equal(found.indptr, expected.indptr) and np.array_equal(
-        found.indices, expected.indices
-    )
+    assert np.array_equal(found.indptr, expected.indptr)
+    assert np.array_equal(found.indices, expected.indices)
     assert np.allclose(found.data, expected.data, atol=1e-5)
 
 
@@ -144,9 +141,8 @@ def test_one_text(made: Path, finished: Path, capsys: pytest.CaptureFixture[str]
     )
     assert json.loads(capsys.readouterr().out)["labels"][0]["id"] == 3
     predictor = RankedPredictor.load(made / "tree")
-    assert predictor.labels == LABELS and [
-        x.id for x in next(predictor.predict(["w9 w10 w11"], 1))
-    ] == [3]
+    assert predictor.labels == LABELS
+    assert [x.id for x in next(predictor.predict(["w9 w10 w11"], 1))] == [3]
     assert [a.shape for a in predictor.predict_arrays([], 4)] == [(0, 4), (0, 4)]
     with pytest.raises(InputError, match="text 0: expected one text, got a pair"):
         predictor.predict_arrays([("w9", "w9")], 4)
@@ -175,13 +171,10 @@ def test_a_forest_is_the_mean_of_its_rankers(
             ranker=forest, input=str(asked), top_k=LABELS, output=str(tmp_path / "a.npz")
         )
     )
-    found, expected = (
-        read_npz(tmp_path / "a.npz", keep_zeros=True),
-        read_npz(summed, keep_zeros=True),
-    )
-    assert np.array_equal(found.indptr, expected.indptr) and np.array_equal(
-        found.indices, expected.indices
-    )
+    found = read_npz(tmp_path / "a.npz", keep_zeros=True)
+    expected = read_npz(summed, keep_zeros=True)
+    assert np.array_equal(found.indptr, expected.indptr)
+    assert np.array_equal(found.indices, expected.indices)
     assert np.allclose(found.data, expected.data, atol=1e-4)
     one, pairs = RankedPredictor.load(made / "tree"), RankedPredictor.load(made / "all")
     pairs.takes_pairs = True
@@ -257,9 +250,8 @@ def test_rankers_that_are_not_whole(folder: Path, made: Path, tmp_path: Path) ->
     Vectorizer.load(made / "own" / "vectorizer").save(tmp_path / "mixed" / "vectorizer")
     with pytest.raises(InputError, match="vectorizer/.*; copy the whole folder again"):
         RankedPredictor.load(tmp_path / "mixed")
-    aged = Reranker.load(
-        made / "tree" / "ranker.safetensors"
-    )  # as from before it had checksums of the files beside it
+    # As from before it had checksums of the files beside it.
+    aged = Reranker.load(made / "tree" / "ranker.safetensors")
     facts = {key: value for key, value in aged.ranker.facts.items() if key != "beside"}
     replace(aged, ranker=replace(aged.ranker, facts=facts)).save(
         tmp_path / "mixed" / "ranker.safetensors"

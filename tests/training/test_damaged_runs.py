@@ -64,11 +64,9 @@ def test_a_damaged_last_checkpoint_is_replaced_by_the_one_before(
     assert step_of(damaged, "last.1") < step_of(whole, "last")
     run(replace(settings_of(whole), output=str(damaged), resume=True))
     told = capsys.readouterr().out
-    assert (
-        "note: " in told
-        and "last/tensors.safetensors, tensor" in told
-        and "last.1, the newest one that is whole" in told
-    )
+    assert "note: " in told
+    assert "last/tensors.safetensors, tensor" in told
+    assert "last.1, the newest one that is whole" in told
     for which in ("last", "best"):  # bit for bit as the run that met no damage
         assert weights(damaged, which) == weights(whole, which)
     assert (damaged / "predictions.npz").read_bytes() == (whole / "predictions.npz").read_bytes()

@@ -86,7 +86,8 @@ def test_a_script_is_one_page_on_public_names(name: str) -> None:
     text = path.read_text("utf-8")
     assert text.count("\n") <= 100
     imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
-    assert imports and not any(
+    assert imports
+    assert not any(
         part.startswith("_")
         for node in imports
         for part in (*str(node.module).split("."), *(alias.name for alias in node.names))

@@ -75,9 +75,8 @@ def test_damaged_and_killed_runs_are_replaced(
         (output / left).mkdir()
         (output / left / "state.json").write_text("{")
     (output / "notes.txt").write_text(MINE)
-    if (
-        linked
-    ):  # a checkpoint folder on another disk: the link stays, and so does what lies beside it there
+    # A checkpoint folder on another disk: the link stays, and so does what lies beside it there.
+    if linked:
         elsewhere = tmp_path / "disk" / "checkpoint"
         elsewhere.parent.mkdir()
         (output / "checkpoint").rename(elsewhere)
@@ -85,12 +84,10 @@ def test_damaged_and_killed_runs_are_replaced(
         (output / "checkpoint").symlink_to(elsewhere)
     run(tiny(dataset, output, epochs=1, save_every=0, overwrite=True))
     assert json.loads((output / "metrics.json").read_text())["steps"] == 10
-    assert (output / "notes.txt").read_text() == MINE and not list(
-        (output / "checkpoint").glob(".*")
-    )
-    assert (output / "checkpoint").is_symlink() == linked and (
-        output / "checkpoint" / "last" / "state.json"
-    ).exists()
+    assert (output / "notes.txt").read_text() == MINE
+    assert not list((output / "checkpoint").glob(".*"))
+    assert (output / "checkpoint").is_symlink() == linked
+    assert (output / "checkpoint" / "last" / "state.json").exists()
     assert not linked or (tmp_path / "disk" / "beside").read_text() == MINE
 
 

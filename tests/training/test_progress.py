@@ -127,7 +127,8 @@ def test_a_run_tells_its_progress(
         r"[\d.]+\)",
         told,
     )
-    assert line and re.search(
+    assert line
+    assert re.search(
         r"validation after epoch 1: .* loss [\d.]+ per document \(frequencies alone: [\d.]+\)", told
     )
 
@@ -182,9 +183,8 @@ def test_a_finished_run_names_the_next_command(
     with threads_kept():
         train.main(["tiny", "--epochs", "1"])
     last = capsys.readouterr().out.splitlines()[-1]
-    assert (
-        last.startswith("ask it: ") and f"xmlkernels predict --checkpoint {output} --text" in last
-    )
+    assert last.startswith("ask it: ")
+    assert f"xmlkernels predict --checkpoint {output} --text" in last
 
 
 def test_a_reader_that_leaves_ends_a_command_with_141() -> None:

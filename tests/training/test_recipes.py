@@ -300,9 +300,8 @@ def test_a_tree_is_built_on_first_use_and_kept(
     assert reports[0]["tree"] == reports[1]["tree"] and reports[0]["test"] == reports[1]["test"]
     (folder,) = (tmp_path / "cache" / "trees").iterdir()
     tree = LabelTree.load(folder)
-    assert (
-        tree.sizes == (4, 16, LABELS) and tree.settings["dataset"] == Dataset.open(own).content_hash
-    )
+    assert tree.sizes == (4, 16, LABELS)
+    assert tree.settings["dataset"] == Dataset.open(own).content_hash
     with threads_kept():
         session.Session(tiny(own, tmp_path / "other", **options, seed=1))
     assert len(list((tmp_path / "cache" / "trees").iterdir())) == 2

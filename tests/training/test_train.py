@@ -109,9 +109,9 @@ def stopped_run(config: Config, at_save: int) -> None:
 
 def test_a_run_writes_all_it_promises(finished: Path) -> None:
     config = json.loads((finished / "config.json").read_text())
-    assert (
-        config["batch"] == 16 and config["encoder"] == "tiny" and len(config) == len(fields(Config))
-    )
+    assert config["batch"] == 16
+    assert config["encoder"] == "tiny"
+    assert len(config) == len(fields(Config))
     metrics = metrics_of(finished)
     for split in ("validation", "test"):
         for kind in ("P", "nDCG", "PSP", "PSnDCG", "R"):
@@ -141,9 +141,8 @@ def test_a_run_writes_all_it_promises(finished: Path) -> None:
         line["dataset"] == metrics["dataset_hash"] and line["loss"] > 0 for line in evaluations
     )
     files = list((finished / "checkpoint").rglob("*.safetensors"))
-    assert sorted(f.parent.name for f in files) == ["best", "last", "last.1"] and all(
-        load_file(f) for f in files
-    )
+    assert sorted(f.parent.name for f in files) == ["best", "last", "last.1"]
+    assert all(load_file(f) for f in files)
 
 
 def test_predictions_file_agrees_with_the_metrics(finished: Path, dataset: Path) -> None:
@@ -236,9 +235,8 @@ def test_a_rich_run_resumes_bit_for_bit(table: str, dataset: Path, tmp_path: Pat
     }
     run(tiny(dataset, tmp_path / "whole", **options))
     assert metrics_of(tmp_path / "whole")["steps"] == 2 * -(-(TRAIN_DOCUMENTS + LABELS) // 16)
-    stopped_run(
-        tiny(dataset, tmp_path / "parts", **options), 5
-    )  # the last checkpoint is of step 15, between two log lines
+    # The last checkpoint is of step 15, between two log lines.
+    stopped_run(tiny(dataset, tmp_path / "parts", **options), 5)
     run(tiny(dataset, tmp_path / "parts", **options, resume=True))
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
@@ -314,9 +312,8 @@ def test_counters_are_those_of_the_run_not_of_its_best_step(
     assert state["steps"] == STEPS // 3
     lines = log_of(tmp_path)  # strict JSON, whatever the loss of that step was
     validated = [line for line in lines if line.get("split") == "validation"]
-    assert [line["epoch"] for line in validated] == [1, 2, 3, 1] and validated[3] == validated[
-        0
-    ] != validated[2]
+    assert [line["epoch"] for line in validated] == [1, 2, 3, 1]
+    assert validated[3] == validated[0] != validated[2]
 
 
 @pytest.mark.parametrize("splits", [("train", "test"), ("train",)])

@@ -92,9 +92,8 @@ def test_it_learns_and_is_served_by_its_own_vocabulary(finished: Path, dataset: 
     predictor, split = Predictor.load(finished), Dataset.open(dataset).splits["test"]
     values, labels = predict_split(predictor.model, split, 5, inputs=predictor.inputs)
     served = predictor.predict_arrays(split.texts, 5, batch_size=7)
-    assert np.array_equal(served[1][:, 0], labels[:, 0]) and np.allclose(
-        served[0], values, atol=1e-4
-    )
+    assert np.array_equal(served[1][:, 0], labels[:, 0])
+    assert np.allclose(served[0], values, atol=1e-4)
 
 
 def test_a_killed_run_resumes_bit_for_bit(dataset: Path, finished: Path, tmp_path: Path) -> None:
@@ -161,9 +160,8 @@ def test_under_a_cascade_with_label_texts(
     assert weights(tmp_path / "parts", "last") == weights(tmp_path / "whole", "last")
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
     served = Predictor.load(tmp_path / "parts")
-    assert (
-        served.model.encoder.activation == "none" and len(next(served.predict(["w0 w1"], 3))) == 3
-    )
+    assert served.model.encoder.activation == "none"
+    assert len(next(served.predict(["w0 w1"], 3))) == 3
 
 
 def test_a_dataset_without_texts_is_refused(tmp_path: Path) -> None:
@@ -239,7 +237,8 @@ def test_a_cascade_on_a_dataset_of_bags(bags: Path, tmp_path: Path) -> None:
             cascade(bags, tmp_path / "run", Path(), **options), tree="", threads=most_threads() + 1
         )
     )
-    assert report["test"]["P@1"] > 60 and [x["clusters"] for x in report["test"]["levels"]] == [
+    assert report["test"]["P@1"] > 60
+    assert [x["clusters"] for x in report["test"]["levels"]] == [
         2,
         4,
     ]
@@ -274,9 +273,8 @@ def test_rows_that_start_at_centroids(dataset: Path, tmp_path: Path) -> None:
         check(replace(Config(), centroid_norm=-1.0))
     with pytest.raises(InputError, match="--centroid-norm: expected --model end_to_end"):
         check(replace(Config(), model="cascade", centroid_norm=0.5))
-    check(
-        replace(Config(), model="cascade", centroid_norm=0.0), given={"centroid_norm"}
-    )  # what a recipe set may be put off
+    # What a recipe sets may be switched off.
+    check(replace(Config(), model="cascade", centroid_norm=0.0), given={"centroid_norm"})
 
 
 def test_a_checkpoint_beside_another_vocabulary_is_refused(finished: Path, tmp_path: Path) -> None:

@@ -64,9 +64,8 @@ def stopped(config: Any, at_save: int) -> None:
 def all_runs(dataset: Path, tree: Path, folder: Path) -> None:
     whole = run(tiny(dataset, folder / "whole", **OPTIONS))
     assert whole["steps"] == STEPS and whole["environment"]["processes"] == 2
-    stopped(
-        tiny(dataset, folder / "parts", **OPTIONS), 5
-    )  # the last checkpoint is of step 12, within the second epoch
+    # The last checkpoint is of step 12, within the second epoch.
+    stopped(tiny(dataset, folder / "parts", **OPTIONS), 5)
     run(tiny(dataset, folder / "parts", **OPTIONS, resume=True))
     stopped(tiny(dataset, folder / "fewer", **OPTIONS), 3)
     run(cascade(dataset, folder / "cascade", tree, epochs=2, ema=0.9, ema_tables=True, **ON))
@@ -112,9 +111,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(runs: Path) -> None:
         runs / "whole" / "predictions.npz"
     ).read_bytes()
     _, state = CheckpointFolder(runs / "whole" / "checkpoint").load("last")
-    assert (
-        len(state["other_rngs"]) == 1 and state["other_rngs"][0]["torch"] != state["rng"]["torch"]
-    )
+    assert len(state["other_rngs"]) == 1
+    assert state["other_rngs"][0]["torch"] != state["rng"]["torch"]
 
 
 @pytest.mark.parametrize("name", ["whole", "cascade", "bow"])
@@ -130,18 +128,17 @@ def test_its_metrics_and_predictions_are_those_of_its_model(
     assert told["test"]["loss"] == found.loss and told["test"].get("levels", []) == found.levels
     expected = score_matrix(found.values, found.labels, LABELS)
     saved = scipy.sparse.load_npz(runs / name / "predictions.npz")
-    assert np.array_equal(saved.indices, expected.indices) and np.array_equal(
-        saved.data, expected.data
-    )
+    assert np.array_equal(saved.indices, expected.indices)
+    assert np.array_equal(saved.data, expected.data)
     first, *_, last = [
         line["loss"]
         for line in log_of(runs / name)
         if "split" not in line and line["loss"] is not None
     ]
     assert last < first and told["skipped_steps"] == told["skipped_encoder_steps"] == 0
-    assert (
-        {"PSP@5", "nDCG@3", "R@1"} <= told["test"].keys() and "macro" in told and "deciles" in told
-    )
+    assert {"PSP@5", "nDCG@3", "R@1"} <= told["test"].keys()
+    assert "macro" in told
+    assert "deciles" in told
 
 
 def test_another_number_of_processes_goes_on_with_a_note(
@@ -172,9 +169,8 @@ def test_a_batch_has_a_document_for_each_process(
 def test_each_process_has_a_card_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert find_device("auto") == torch.device("cuda") and find_device("cuda:1") == torch.device(
-        "cuda:1"
-    )
+    assert find_device("auto") == torch.device("cuda")
+    assert find_device("cuda:1") == torch.device("cuda:1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert find_device("auto") == find_device("cuda") == torch.device("cuda:1")

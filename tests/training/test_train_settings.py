@@ -208,9 +208,8 @@ def test_a_warm_up_without_end_is_told(
 def test_a_half_precision_table(dataset: Path, tmp_path: Path) -> None:
     report = run(tiny(dataset, tmp_path, table="fp16", momentum=0.0, epochs=2, kahan=True))
     tensors, state = CheckpointFolder(tmp_path / "checkpoint").load("best")
-    assert (
-        tensors["head.weight"].dtype == torch.float16 and state["model"]["head"]["dtype"] == "fp16"
-    )
+    assert tensors["head.weight"].dtype == torch.float16
+    assert state["model"]["head"]["dtype"] == "fp16"
     assert "head.momentum" not in tensors and tensors["head.kahan"].any()
     assert report["environment"]["table"] == "fp16" and report["environment"]["state"] is None
 
@@ -220,9 +219,9 @@ def test_the_share_of_skipped_tiles_is_logged(dataset: Path, tmp_path: Path) -> 
     report = run(tiny(dataset, tmp_path, skip_tiles=1e12, epochs=1))
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     shares = [line["skipped_tiles"] for line in lines if "skipped_tiles" in line]
-    assert (
-        shares and all(0 <= share < 1 for share in shares) and report["skipped_tiles"] == shares[-1]
-    )
+    assert shares
+    assert all(0 <= share < 1 for share in shares)
+    assert report["skipped_tiles"] == shares[-1]
 
 
 def test_an_8_bit_table(dataset: Path, tmp_path: Path) -> None:
@@ -230,10 +229,8 @@ def test_an_8_bit_table(dataset: Path, tmp_path: Path) -> None:
     report = run(tiny(dataset, tmp_path, table="fp8", state="bf16", epochs=2))
     assert report["environment"]["table"] == "fp8"
     tensors, state = CheckpointFolder(tmp_path / "checkpoint").load("last")
-    assert (
-        tensors["head.weight"].dtype == torch.float8_e4m3fn
-        and state["model"]["head"]["dtype"] == "fp8"
-    )
+    assert tensors["head.weight"].dtype == torch.float8_e4m3fn
+    assert state["model"]["head"]["dtype"] == "fp8"
     assert (tensors["head.row_scale"][:, 1] > 0).all()
     head = Predictor.load(tmp_path, which="last").model.head
     assert torch.equal(

@@ -125,10 +125,8 @@ class Ranked(TextPredictor):
             pair = isinstance(text, tuple)
             if pair != self.takes_pairs:
                 of_two = "a pair of texts, for the model and for TF-IDF"
-                expected, got = (
-                    of_two if self.takes_pairs else "one text",
-                    "a pair" if pair else "one",
-                )
+                expected = of_two if self.takes_pairs else "one text"
+                got = "a pair" if pair else "one"
                 mend = "give the texts that the ranker was trained on"
                 raise InputError(f"text {number}", expected, got, mend)
             read.append(text[0] if isinstance(text, tuple) else text)

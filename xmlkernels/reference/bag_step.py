@@ -30,9 +30,8 @@ def bag_step_(
     factor = torch.ones_like(token, dtype=work) if token_weight is None else token_weight.to(work)
     place = torch.arange(token.shape[0], device=token.device)
     real = (token >= 0) & (place >= offset[0]) & (place < offset[-1])
-    bag = torch.searchsorted(
-        offset[1:], place[real], right=True
-    )  # the first bag that ends behind the occurrence
+    # The first bag that ends behind the occurrence.
+    bag = torch.searchsorted(offset[1:], place[real], right=True)
     rows, at = torch.unique(token[real], return_inverse=True)
     summed = torch.zeros(rows.shape[0], weight.shape[1], dtype=work, device=weight.device)
     summed.index_add_(0, at, factor[real][:, None] * grad[bag].to(work))

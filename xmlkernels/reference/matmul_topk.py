@@ -31,9 +31,8 @@ def matmul_topk(
         dropped = torch.zeros(z.shape[0], n + 1, dtype=torch.bool, device=z.device)
         dropped.scatter_(1, torch.where(inside, local, n), True)
         z = z.masked_fill(dropped[:, :n], -torch.inf)
-    values, order = torch.sort(
-        z, dim=1, descending=True, stable=True
-    )  # stable: equal scores keep the lower row
+    # Stable: equal scores keep the lower row.
+    values, order = torch.sort(z, dim=1, descending=True, stable=True)
     values, order = values[:, :k].contiguous(), order[:, :k].contiguous()
     if values.shape[1] < k:
         pad = (values.shape[0], k - values.shape[1])

@@ -24,12 +24,10 @@ def philox(
     for _ in range(10):
         # The int64 product wraps, but its 64 bits are those of the unsigned one.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & MASK) ^ c1 ^ k0,
-            p1 & MASK,
-            ((p0 >> 32) & MASK) ^ c3 ^ k1,
-            p0 & MASK,
-        )
+        c0 = ((p1 >> 32) & MASK) ^ c1 ^ k0
+        c1 = p1 & MASK
+        c2 = ((p0 >> 32) & MASK) ^ c3 ^ k1
+        c3 = p0 & MASK
         k0, k1 = (k0 + _WEYL[0]) & MASK, (k1 + _WEYL[1]) & MASK
     return c0, c1, c2, c3
 

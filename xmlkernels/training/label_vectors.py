@@ -38,10 +38,8 @@ def read_vectors(path: str, labels: int) -> np.ndarray:
     Raises:
         InputError: no such array, not one row for each label, or a value that is not finite.
     """
-    expected, mend = (
-        f"finite floats [{labels}, width]",
-        "pass one vector a label, written with numpy.save",
-    )
+    expected = f"finite floats [{labels}, width]"
+    mend = "pass one vector a label, written with numpy.save"
     return read_npy(
         path, kinds="f", shape=(labels, None), expected=expected, mend=mend, finite=True
     )

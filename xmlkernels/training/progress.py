@@ -131,9 +131,8 @@ class Frequencies:
 
         It is that of the documents that were counted, or of others.
         """
-        chance = (self.counts + 0.5) / (
-            self.documents + 1
-        )  # without the half an unseen label would cost infinity
+        # Without the half an unseen label would cost infinity.
+        chance = (self.counts + 0.5) / (self.documents + 1)
         shares = self.counts / max(self.documents, 1)
         if labels is not None:
             shares = np.bincount(labels.indices, minlength=len(chance)) / max(labels.shape[0], 1)

@@ -96,9 +96,8 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
-        if (
-            not _listener.asked
-        ):  # else the same signal, sent once more, would find the interpreter's own answer
+        # Else the same signal, sent once more, would find the interpreter's own answer.
+        if not _listener.asked:
             for number, handler in before.items():
                 signal.signal(number, handler)
 

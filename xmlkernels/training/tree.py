@@ -143,9 +143,8 @@ def build_tree(
     standing = _standing(options, settings["key"], flag)
     if standing is None:
         with own_folder(options.folder, flag, writes=WRITTEN, wait=wait):
-            standing = _standing(
-                options, settings["key"], flag
-            )  # another process may have made it meanwhile
+            # Another process may have made it meanwhile.
+            standing = _standing(options, settings["key"], flag)
             if standing is None:
                 return _make(options, dataset, encoder, settings)
     log.info(f"{options.folder}: made from the same inputs before, used again")
@@ -263,10 +262,8 @@ def _standing(options: TreeConfig, key: str, flag: str) -> LabelTree | None:
     if tree.settings.get("key") == key:
         return tree
     if not options.overwrite:
-        expected, mend = (
-            "a tree made from these inputs and settings",
-            f"choose another {flag}, or replace it with --overwrite",
-        )
+        expected = "a tree made from these inputs and settings"
+        mend = f"choose another {flag}, or replace it with --overwrite"
         raise InputError(str(folder), expected, "one made from others", mend)
     return None
 
@@ -319,17 +316,13 @@ def _features(
         words = TextFeatures(
             train.texts, ngrams=options.ngrams, most_terms=options.terms, common=options.common
         )
-        found, documents = (
-            words.documents,
-            words.documents if checked is train else words.transform(checked.texts),
-        )
+        found = words.documents
+        documents = words.documents if checked is train else words.transform(checked.texts)
         texts = None if dataset.label_names is None else words.transform(dataset.label_names)
     elif options.features == "tokens":
         tokens = TokenFeatures(train.tokens)
-        found, documents = (
-            tokens.documents,
-            tokens.documents if checked is train else tokens.transform(checked.tokens),
-        )
+        found = tokens.documents
+        documents = tokens.documents if checked is train else tokens.transform(checked.tokens)
         texts = None if dataset.label_tokens is None else tokens.transform(dataset.label_tokens)
     elif options.features == "bags":
         found, documents, texts = train.features, checked.features, dataset.label_features

@@ -53,9 +53,8 @@ def store_gradient(
         grad *= 1.0 / G_SCALE
         if row_scale is not None:
             unit = tl.load(row_scale + 2 * (begin + lane), mask=real, other=1.0)
-            grad *= tl.div_rn(tl.full([BLOCK_L], 1.0, tl.float32), unit)[
-                :, None
-            ]  # taken into G for the sake of dX
+            # Taken into G for the sake of dX.
+            grad *= tl.div_rn(tl.full([BLOCK_L], 1.0, tl.float32), unit)[:, None]
         value = tl.where(good, grad, float("nan"))
         tl.store(at, value, mask=real[:, None] & (column < D)[None, :])
 

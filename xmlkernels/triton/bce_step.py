@@ -60,9 +60,8 @@ def update_rows(
         if momentum is None and kahan is None:
             still = idle & (tl.load(hyper + DECAY) == 0.0)  # nothing would change
             if weight.dtype.element_ty == tl.float32:
-                good = good & (
-                    still == 0
-                )  # a way out would cost a place on the stack here, and there is nothing to round
+                # A way out would cost a place on the stack here, and there is nothing to round.
+                good = good & (still == 0)
             elif still:
                 return
     begin = tl.cast(first, tl.int64) + l_block * BLOCK_L
@@ -89,9 +88,8 @@ def update_rows(
     if row_scale is not None:
         scale_at = row_scale + 2 * (begin + lane)
         unit = tl.load(scale_at, mask=real, other=1.0)
-        grad *= tl.div_rn(tl.full([BLOCK_L], 1.0, tl.float32), unit)[
-            :, None
-        ]  # taken into G for the sake of dX
+        # Taken into G for the sake of dX.
+        grad *= tl.div_rn(tl.full([BLOCK_L], 1.0, tl.float32), unit)[:, None]
     else:
         scale_at = None
     base = begin * D

@@ -54,10 +54,9 @@ def make_plan(batch: int, width: int, dtype: torch.dtype) -> Plan:
     # 128 x 64 logits: with 128 x 128, logits and targets together do not fit the registers of eight
     # warps.
     wide = dtype == torch.float32
-    side, step = (
-        64 if wide else 128,
-        64 if dtype.itemsize == 2 else 32,
-    )  # e4m3 is converted in registers: shorter steps
+    # e4m3 is converted in registers: shorter steps.
+    side = 64 if wide else 128
+    step = 64 if dtype.itemsize == 2 else 32
     block_b, block_d = common.power_of_2(batch, 16, side), common.power_of_2(width, 16, side)
     row_bytes = width * dtype.itemsize + batch * (4 if wide else 2)
     tile = 1 << max(10, min(16, (TILE_BYTES // row_bytes).bit_length() - 1))
@@ -144,9 +143,8 @@ def gradient_tile(
         at = b_block.to(tl.int64) * tl.cdiv(rows, BLOCK_L) + block
         tl.store(loss + at, tl.sum(tl.sum(part, 1), 0))
     if peaks is not None:
-        told = tl.where(
-            sigma == sigma, sigma, float("inf")
-        )  # a maximum would lose a NaN, and its group be skipped
+        # A maximum would lose a NaN, and its group be skipped.
+        told = tl.where(sigma == sigma, sigma, float("inf"))
         peak = tl.max(tl.max(tl.where(inside, told, 0.0), 1), 0)
         tl.store(peaks + b_block * (tile // BLOCK_L) + l_block, peak)
     g = tl.where(inside, sigma - y, 0.0)
@@ -195,10 +193,8 @@ def add_dx(
     if active is not None:
         groups = tl.load(active)
         per = tl.cdiv(groups, tl.num_programs(1))
-        begin, end = (
-            tl.minimum(segment * per, groups) * GROUP,
-            tl.minimum((segment + 1) * per, groups) * GROUP,
-        )
+        begin = tl.minimum(segment * per, groups) * GROUP
+        end = tl.minimum((segment + 1) * per, groups) * GROUP
         last = tl.minimum(tile, rows - first).to(tl.int32)
     else:
         begin = segment * segment_rows

@@ -17,9 +17,8 @@ from xmlkernels.triton import common
 from xmlkernels.triton.hyper import BETA2, DECAY, DX_SCALE, LR, SCALE
 from xmlkernels.triton.update import bias_corrections, update_tile
 
-PART_BYTES = (
-    192 << 20
-)  # shares of dx held at a time; beyond that, columns and then tiles of rows are taken in turn
+# Shares of dx held at a time; beyond that, columns and then tiles of rows are taken in turn.
+PART_BYTES = 192 << 20
 # Rows, pairs and columns of a tile, at most. Gradients of fp16 tables are multiplied in fp32, too:
 # fp16 has no room for small ones.
 MOST, MOST_FP32 = (64, 32, 64), (32, 16, 32)
@@ -400,9 +399,8 @@ def _sum_parts(
         cluster = tl.load(clusters + pair, mask=inside, other=-1)
         begin = tl.load(row_ptr + cluster, mask=cluster >= 0, other=0)
         end = tl.minimum(tl.load(row_ptr + cluster + 1, mask=cluster >= 0, other=0), rows)
-        written = (
-            begin + (first_tile + at % part_tiles).to(tl.int64) * BR < end
-        )  # the last tiles of a small cluster are not
+        # The last tiles of a small cluster are not.
+        written = begin + (first_tile + at % part_tiles).to(tl.int64) * BR < end
         share_at = (pair * part_tiles + at % part_tiles)[:, None] * width + offset[None, :]
         total += tl.load(parts + share_at, mask=written[:, None] & left[None, :], other=0.0)
     out = tl.load(hyper + DX_SCALE) * tl.sum(total, axis=0)
@@ -431,9 +429,8 @@ def _groups(
     cluster = ids[group[:-1].clamp(max=ids.shape[0] - 1)]
     there = (group[:-1] < group[1:]) & (cluster >= 0)
     begin, end = (row_ptr[cluster.clamp(min=0) + i].clamp(max=n)[:, None] for i in (0, 1))
-    end = torch.minimum(
-        end, begin + most_rows
-    )  # a larger cluster, unchecked here, must not be written past its place
+    # A larger cluster, unchecked here, must not be written past its place.
+    end = torch.minimum(end, begin + most_rows)
     edge = torch.minimum(
         begin + side * torch.arange(triton.cdiv(most_rows, side) + 1, device=ids.device), end
     )
@@ -498,9 +495,8 @@ def cluster_step_(
     """
     batch, chosen, width, count = x.shape[0], clusters.shape[1], x.shape[1], row_ptr.shape[0] - 1
     n = weight.shape[0] if rows < 0 else rows
-    kind = (
-        torch.bfloat16 if row_scale is not None else weight.dtype
-    )  # e4m3 is exact in bf16, scales included
+    # e4m3 is exact in bf16, scales included.
+    kind = torch.bfloat16 if row_scale is not None else weight.dtype
     same = kind in (torch.bfloat16, x.dtype)
     x, flag = common.prepare_batch(x, kind if same else torch.float32)
     weight = common.table_bits(weight)

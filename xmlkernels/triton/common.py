@@ -86,9 +86,8 @@ def random16(seed, step, rows, first_column, COLUMNS: tl.constexpr, STREAM: tl.c
     2 (low first) of word (c % 8) // 2 of draw c // 8.
     """
     w0, w1, w2, w3 = row_words(seed, step, rows, first_column // 8, COLUMNS // 8, STREAM)
-    words = tl.join(
-        tl.join(w0, w2), tl.join(w1, w3)
-    )  # last axes: high and low bit of the word's number
+    # Last axes: high and low bit of the word's number.
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     halves = tl.join(words & 0xFFFF, words >> 16)
     return tl.reshape(halves, [rows.shape[0], COLUMNS]).to(tl.int32)
 

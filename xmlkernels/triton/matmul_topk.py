@@ -15,9 +15,8 @@ from torch import Tensor
 
 from xmlkernels.triton import common
 
-LIST_BYTES = (
-    200 << 20
-)  # all lists together; with the final sort's copies the workspace stays within 256 MB
+# All lists together; with the final sort's copies the workspace stays within 256 MB.
+LIST_BYTES = 200 << 20
 FIRST_CHUNK = 4096  # labels before there is a threshold: all of them enter the lists
 # samples at a time; from a few hundred on the product is bound by arithmetic, not by reading the
 # table

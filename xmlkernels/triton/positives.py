@@ -43,9 +43,8 @@ def targets(
     They are products of indicator matrices, 16 positives at a time.
     """
     y = tl.zeros([BLOCK_B, BLOCK_L], dtype=tl.float32)
-    kind: tl.constexpr = (
-        tl.float32 if EMULATED else KIND
-    )  # the interpreter makes no bf16 of a truth value
+    # The interpreter makes no bf16 of a truth value.
+    kind: tl.constexpr = tl.float32 if EMULATED else KIND
     for p in range(begin, end, 16):
         at = p + tl.arange(0, 16)
         inside = at < end

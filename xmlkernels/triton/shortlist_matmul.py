@@ -137,9 +137,8 @@ def _dx_lists(
         entry = start + tl.arange(0, BS)
         row = tl.load(index + sample * size + entry, mask=entry < size, other=-1)
         real = row >= 0
-        g = tl.load(
-            dlogits + sample * size + entry, mask=real, other=0.0
-        )  # what stands at a pad is not even read
+        # What stands at a pad is not even read.
+        g = tl.load(dlogits + sample * size + entry, mask=real, other=0.0)
         if row_scale is not None:
             g *= tl.load(row_scale + 2 * row, mask=real, other=1.0)
         w = tl.load(

@@ -81,9 +81,8 @@ class Groups:
         self.quiet = torch.empty(self.count, dtype=torch.int32, device=x.device)
         self.active = torch.empty(1 + self.count, dtype=torch.int32, device=x.device)
         reach = torch.linalg.vector_norm(x, 1, dim=0, dtype=torch.float32).amax()
-        self.reach = (
-            reach.clamp(min=x.shape[0]) if bias else reach
-        )  # a bias is a weight of an x that is 1
+        # A bias is a weight of an x that is 1.
+        self.reach = reach.clamp(min=x.shape[0]) if bias else reach
 
     def choose(
         self,

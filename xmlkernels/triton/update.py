@@ -107,9 +107,8 @@ def update_tile(
         tl.atomic_max(row_scale + 1, size, mask=grows, sem="relaxed")
     elif kahan is not None:
         limit = common.largest(weight.dtype.element_ty)
-        new = tl.minimum(
-            tl.maximum(new, -limit), limit
-        )  # what saturation cuts off must not come back in the next step
+        # What saturation cuts off must not come back in the next step.
+        new = tl.minimum(tl.maximum(new, -limit), limit)
         rounded = common.round_nearest(new, weight.dtype.element_ty, EMULATED)
         rest = common.round_nearest(new - common.widen(rounded), kahan.dtype.element_ty, EMULATED)
         tl.store(kahan + at, rest, mask=mask)
