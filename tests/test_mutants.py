@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from mutants import describe, judge, planted, stages
+from mutants import EQUIVALENT, describe, judge, planted, stages
 from mutants_by_hand import BY_HAND, FIELDS, Fault
 from mutants_drawn import TESTS, drawn
 
@@ -27,6 +27,13 @@ def test_a_fault_written_by_hand_changes_the_code(fault: Fault) -> None:
 
 def test_no_fault_is_there_twice() -> None:
     assert len(set(map(describe, BY_HAND))) == len(BY_HAND) >= 59
+
+
+@pytest.mark.parametrize("line", EQUIVALENT)
+def test_equivalent_faults_still_apply(line: str) -> None:
+    path, _, change = line.partition(": ")
+    old = ast.literal_eval(change.partition(" -> ")[0])
+    assert " ".join((ROOT / path).read_text("utf-8").split()).count(old) == 1
 
 
 @pytest.mark.parametrize("path", TESTS)

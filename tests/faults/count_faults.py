@@ -1,9 +1,9 @@
-"""Damages files and reports how the readers end.
+"""Damage files and report how their readers end.
 
     python tests/faults/count_faults.py --count 7500 [--kind "label tree"] [--seed 0]
 
-With --case it runs one case of a report in this very process, with its traceback, and leaves the
-damaged folder behind.
+With --case it runs one case of a report in this process, with its traceback, and keeps the damaged
+folder.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Runs readers on damaged files, each batch in a forked process with limits, and counts how they
-end.
+"""Run readers on damaged files and count how they end, each batch in a forked process with limits.
 
-An end is good when the reader refused the file in a sentence (InputError on one line) or took it
-and what it gave holds together. Everything else is bad: another exception, a signal, too long, too
-much memory.
+An end is good when the reader refuses the file in a sentence (InputError on one line), or takes it
+and what it returns is consistent. Everything else is bad: another exception, a signal, too much
+time, too much memory.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ class Kind:
     Attributes:
         name: of the kind.
         make: writes a good one into a folder, by the project's own writers.
-        consume: reads it and hands it to whoever uses it; asserts what must hold of what it took.
-        reseal: mends sizes and checksums that stand in the folder itself, so that half of the
-            damages come behind those checks; None where there are none.
+        consume: reads it and passes it to its user; asserts what must be true of what it accepted.
+        reseal: renews sizes and checksums that the folder itself contains, so that half of the
+            damages are met behind those checks; None where there are none.
     """
 
     name: str
@@ -54,7 +53,7 @@ class Kind:
 
 @dataclass
 class Report:
-    """How damaged files ended: counts by kind and end, and what was bad."""
+    """How damaged files ended: counts by kind and end, and a line per bad end."""
 
     ends: Counter[tuple[str, str]] = field(default_factory=Counter)
     bad: list[str] = field(default_factory=list)
@@ -73,11 +72,14 @@ def run(
     seconds: float = 20,
     megabytes: int = 768,
 ) -> Report:
-    """Damage good files `count` times, the kinds in turn.
+    """Damage good files `count` times, kind by kind.
 
     Args:
+        kinds: what to damage.
+        count: damages in all.
+        seed: of the damages.
         work: an empty folder.
-        seconds: of the processor that one damaged file may take.
+        seconds: of processor time per damaged file.
         megabytes: address space beyond what the process has at its start.
     """
     report = Report()
@@ -101,7 +103,7 @@ def run(
 
 
 def make_good(kind: Kind, work: Path) -> Path:
-    """The folder of good files of a kind."""
+    """Write the good files of a kind; return their folder."""
     good = work / "good" / kind.name.replace(" ", "-")
     good.mkdir(parents=True)
     kind.make(good)
@@ -109,8 +111,10 @@ def make_good(kind: Kind, work: Path) -> Path:
 
 
 def damage(kind: Kind, case: int, seed: int, work: Path) -> tuple[Path, str]:
-    """The damaged folder of a case, and what was done: the same for the same kind, case and
-    seed.
+    """Damage a copy of the good files.
+
+    Returns:
+        Its folder, and what was done: the same for the same kind, case and seed.
     """
     target = work / "damaged"
     shutil.rmtree(target, ignore_errors=True)
@@ -126,7 +130,7 @@ def damage(kind: Kind, case: int, seed: int, work: Path) -> tuple[Path, str]:
 def _batch(
     kind: Kind, cases: range, seed: int, work: Path, seconds: float, megabytes: int, report: Report
 ) -> None:
-    """Runs cases in a process; where it dies, the rest in a new one."""
+    """Run cases in a process; where it dies, run the rest in a new one."""
     while cases:
         reader, writer = os.pipe()
         sys.stdout.flush()
@@ -151,8 +155,10 @@ def _listen(
     seconds: float,
     report: Report,
 ) -> int:
-    """Takes the answers of a process; returns how many cases it got through, the one that killed it
-    included.
+    """Read the answers of a process.
+
+    Returns:
+        How many cases it finished, including one that killed it.
     """
     done, end, what, began, used = 0, "", "", time.monotonic(), 0.0
     while done < len(cases):
@@ -186,7 +192,7 @@ def _listen(
 
 
 def _processor(child: int) -> float:
-    """Seconds of processor time that a process has had."""
+    """Return the processor time that a process has used, in seconds."""
     fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -222,7 +228,7 @@ def _tell(answers: IO[bytes], done: str, end: str) -> None:
 
 
 def end_of(kind: Kind, folder: Path) -> str:
-    """ "refused" or "taken", or what was bad."""
+    """Return "refused" or "taken", or what was bad."""
     try:
         _consume(kind, folder)
     except InputError as error:

@@ -36,7 +36,7 @@ LABELS, WORDS, LONGEST = 9, 30, 8
 
 
 def draw(rows: int, columns: int, each: int, seed: int) -> csr_matrix:
-    """A canonical float32 matrix with up to `each` entries in a row."""
+    """Draw a canonical float32 matrix with up to `each` entries per row."""
     random = np.random.default_rng(seed)
     dense = np.zeros((rows, columns), np.float32)
     for row in dense:
@@ -45,7 +45,7 @@ def draw(rows: int, columns: int, each: int, seed: int) -> csr_matrix:
 
 
 def assert_canonical(matrix: csr_matrix) -> None:
-    """What every consumer of a matrix relies on."""
+    """Assert what every user of a matrix relies on."""
     assert matrix.dtype == np.float32 and len(matrix.indptr) == matrix.shape[0] + 1
     assert matrix.indptr[0] == 0 and matrix.indptr[-1] == len(matrix.indices) == len(matrix.data)
     assert (np.diff(matrix.indptr) >= 0).all() and np.isfinite(matrix.data).all()
@@ -110,7 +110,7 @@ def make_bags(folder: Path) -> None:
 
 
 def reseal_manifest(folder: Path) -> None:
-    """Sizes and checksums of the manifest as the files now are."""
+    """Renew sizes and checksums in the manifest."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text())

@@ -82,7 +82,7 @@ def consume_matcher(folder: Path) -> None:
 
 
 def reseal(folder: Path) -> None:
-    """The checksum in the header of every safetensors file as its content now is."""
+    """Renew the checksum in the header of every safetensors file."""
     for path in folder.glob("*.safetensors"):
         try:
             with safe_open(path, "numpy") as file:

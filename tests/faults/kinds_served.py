@@ -1,5 +1,6 @@
-"""Models and rankers as they are served: with all that predictions need, asked for the answers that
-they gave when whole.
+"""Models and rankers as they are served.
+
+They are loaded with all that predictions need, and must give the answers of the good files.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _ANSWERS: dict[str, tuple[np.ndarray, np.ndarray, list[str] | None]] = {}
 
 def _serve(name: str) -> Kind:
     def make(folder: Path) -> None:
-        """The old run of that name, written anew by today's writers."""
+        """Write the old run of that name anew by today's writers."""
         inner = folder / "checkpoint"
         shutil.copytree(
             V1 / name / "checkpoint",
@@ -60,7 +61,7 @@ def consume_ranker(folder: Path) -> None:
 
 
 def _same(name: str, answers: tuple[np.ndarray, np.ndarray, list[str] | None]) -> None:
-    """The first are those of the good files, before any is damaged."""
+    """Compare with the first answers, which are those of the good files."""
     values, labels, names = _ANSWERS.setdefault(name, answers)
     assert (
         np.array_equal(values, answers[0])

@@ -1,8 +1,8 @@
-"""Damage to files, drawn from a seed: bytes, lengths, numbers of headers, JSON values, members of
-archives, whole files.
+"""Damage files by a seed: bytes, lengths, header numbers, JSON values, archives, whole files.
 
-`mutate(folder, random)` damages one file of a folder and says how. Files are known by their first
-bytes: JSON, token files, .npy, zip, gzip and safetensors are damaged inside as well as as bytes.
+`mutate(folder, random)` damages one file of a folder and returns what it did. Files are recognised
+by their first bytes: JSON, token files, .npy, zip, gzip and safetensors are also damaged by their
+structure.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ Damage = Callable[[bytes, random.Random], bytes]
 
 
 def mutate(folder: Path, random: random.Random) -> str:
-    """Damage one file below `folder`; returns what was done."""
+    """Damage one file below `folder`; return what was done."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     path = random.choice(files)
     name = path.relative_to(folder).as_posix()
@@ -150,7 +150,7 @@ def more(content: bytes, random: random.Random) -> bytes:
 
 
 def number(content: bytes, random: random.Random) -> bytes:
-    """A little-endian number somewhere becomes a notable one."""
+    """Replace a little-endian number by a notable one."""
     out, size = bytearray(content.ljust(8, b"\0")), random.choice((2, 4, 4, 8, 8))
     at = random.randrange(0, len(out) - size + 1)
     at -= at % size
@@ -159,7 +159,7 @@ def number(content: bytes, random: random.Random) -> bytes:
 
 
 def digits(content: bytes, random: random.Random) -> bytes:
-    """A number in the text becomes a notable one."""
+    """Replace a number in the text by a notable one."""
     places = [at for at, byte in enumerate(content[:100_000]) if 48 <= byte <= 57]
     if not places:
         return flip(content, random)
@@ -179,7 +179,7 @@ BYTES: tuple[Damage, ...] = (flip, flip, set_byte, cut, cut_out, twice, swap, mo
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
-    """(list or dict, key) of every value below the top."""
+    """Yield (list or dict, key) of every value below the top."""
     out: list[tuple[Any, Any]] = []
     stack = [value]
     while stack:
@@ -197,7 +197,7 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def json_value(content: bytes, random: random.Random) -> bytes:
-    """One value of another type, a key gone, twice or renamed, or JSON that is none."""
+    """Change a value to another type; remove, repeat or rename a key; or write broken JSON."""
     top = json.loads(content)
     places = _places(top)
     if not places:
@@ -236,9 +236,7 @@ def token_header(content: bytes, random: random.Random) -> bytes:
 
 
 def tensor_header(content: bytes, random: random.Random) -> bytes:
-    """The header of a safetensors file: shapes, dtypes, offsets, and JSON that stands in its
-    metadata.
-    """
+    """Change the header of a safetensors file: shapes, dtypes, offsets, JSON in its metadata."""
     (size,) = struct.unpack("<Q", content[:8])
     head = json.loads(content[8 : 8 + size])
     inner = [key for key, value in head.get("__metadata__", {}).items() if value[:1] in ("{", "[")]
@@ -259,7 +257,7 @@ def tensor_value(content: bytes, random: random.Random) -> bytes:
 
 
 def array_header(content: bytes, random: random.Random) -> bytes:
-    """Another dtype or shape in the header of an .npy."""
+    """Change dtype or shape in the header of an .npy."""
     size = struct.unpack("<H", content[8:10])[0]
     text = content[10 : 10 + size].decode("latin-1")
     kind = [
@@ -308,7 +306,7 @@ def array_value(content: bytes, random: random.Random) -> bytes:
 
 
 def member(content: bytes, random: random.Random) -> bytes:
-    """A member of a zip file damaged, gone, twice or in the place of another; compressed or not."""
+    """Damage, remove, repeat or swap a member of a zip file, compressed or not."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         parts = [(name, archive.read(name)) for name in archive.namelist()]
     at, other = random.randrange(len(parts)), random.randrange(len(parts))
@@ -335,7 +333,7 @@ def member(content: bytes, random: random.Random) -> bytes:
 
 
 def packed(content: bytes, random: random.Random) -> bytes:
-    """What a gzip file holds, damaged."""
+    """Damage the content of a gzip file."""
     inner = gzip.decompress(content)
     choice = json_line if inner[:1] == b"{" and random.random() < 0.7 else random.choice(BYTES)
     return gzip.compress(choice(inner, random), 1)
@@ -347,12 +345,12 @@ def _bomb(kind: bytes) -> bytes:
 
 
 def bomb(content: bytes, random: random.Random) -> bytes:
-    """A gzip file that goes on with 256 MB of one byte."""
+    """Append 256 MB of one byte to a gzip file."""
     return content + _bomb(random.choice((b"\0", b"\n", b"7", b" ")))
 
 
 def _inside(content: bytes) -> tuple[Damage, ...]:
-    """What can be done to a file of this kind beside damaging bytes."""
+    """Return the damages of the structure of this kind of file."""
     if content[:8] == b"XMKTOKEN":
         return (token_header,)
     if content[:6] == b"\x93NUMPY":

@@ -85,7 +85,7 @@ LARGEST = 6 << 30
 
 
 def embedded(t: Tensor) -> Tensor:
-    """The tensor again, inside a buffer with margins, for its own storage."""
+    """Copy a tensor into a buffer with margins, as its own storage."""
     size = t.numel() * t.element_size()
     buffer = torch.full((size + 2 * MARGIN,), CANARY, dtype=torch.uint8)
     inside = buffer[MARGIN : MARGIN + size]
@@ -94,7 +94,7 @@ def embedded(t: Tensor) -> Tensor:
 
 
 def whole(t: Tensor) -> Tensor:
-    """All bytes of the memory that a tensor lies in."""
+    """Return all bytes of the memory that a tensor is part of."""
     return torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
 
 
@@ -140,7 +140,7 @@ def strided(r: random.Random, call: Call, name: str) -> Any:
 
 
 def shared_memory(r: random.Random, call: Call, name: str) -> Any:
-    """Another argument itself, or another view of its bytes."""
+    """Pass another argument itself, or another view of its bytes."""
     t = call[name]
     other = call[r.choice([k for k in sorted(call) if plain(call[k])])]
     size = t.numel() * t.element_size()
@@ -218,7 +218,7 @@ def plain(value: Any) -> bool:
 
 
 def spoil(r: random.Random, call: Call, name: str) -> None:
-    """One argument of the call becomes another."""
+    """Replace one argument of the call."""
     if isinstance(call[name], Tensor):
         call[name] = r.choice(SPOIL)(r, call, name)
     elif isinstance(call[name], bool) or call[name] is None:
@@ -231,7 +231,7 @@ def spoil(r: random.Random, call: Call, name: str) -> None:
 
 
 def trial(kind: str, seed: int) -> tuple[str, str, str]:
-    """What became of one call: its op; "succeeded", "refused" or "bad"; and why."""
+    """Make one call; return its op, "succeeded", "refused" or "bad", and why."""
     r = random.Random(seed)
     torch.manual_seed(seed)
     makers = PUBLIC if kind == "public" else DIRECT
@@ -268,7 +268,7 @@ def trial(kind: str, seed: int) -> tuple[str, str, str]:
 
 
 def fault_of(kind: str, op: str, error: Exception) -> str | None:
-    """Why an exception is not a sentence for a user, or None."""
+    """Return why an exception is not a sentence for a user, or None."""
     text = str(error)
     told = ("allocate", "bad_alloc", "Storage size", "expected memory")
     memory = isinstance(error, MemoryError) or any(words in text for words in told)

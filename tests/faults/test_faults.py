@@ -1,6 +1,4 @@
-"""500 damaged files of every kind: each is refused in a sentence, or what was taken holds
-together.
-"""
+"""500 damaged files of every kind: each is refused in a sentence, or accepted and consistent."""
 
 import os
 import re
@@ -21,8 +19,9 @@ from xmlkernels import InputError
 
 
 def test_damaged_files() -> None:
-    """In a process of its own: a fork of one in which torch's or the tokenizers' threads run waits
-    for them for ever.
+    """Run in a separate process.
+
+    A fork of a process in which torch's or the tokenizers' threads run may wait for them for ever.
     """
     command = [
         sys.executable,
@@ -45,9 +44,7 @@ def test_damaged_files() -> None:
 
 
 def test_the_harness_sees_every_bad_end(tmp_path: Path) -> None:
-    """Readers with a fault each: were the harness blind to one, the test above could not fail for
-    it.
-    """
+    """Readers with one fault each: the test above could miss what the harness cannot see."""
     import ctypes
 
     def write(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tiny runs of train/run.py that record what every step used: for the tests that hold each flag."""
+"""Tiny training runs that record what every step used, for the tests of each flag."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Step:
     """What one update used.
 
     Attributes:
-        index: numbers of its documents; passes: documents of each pass of the transformer, its
-            second ones included.
+        index: numbers of its documents.
+        passes: documents per pass of the transformer; gradient caching passes each twice.
         groups: lr, betas, eps, weight_decay and `head` of each group of the encoder's optimizer.
         norm: of the gradient that the optimizer got, over all its parameters.
         hyper: of each table, in order of the model's modules: lr, decay, beta1, beta2, epsilon,
@@ -77,17 +77,19 @@ class Step:
     weights: dict[str, Tensor]
 
     def rate(self, *, head: bool = False) -> float:
-        """Of the encoder, or of the linear layer of a cascade."""
+        """Return the rate of the encoder, or of the linear layer of a cascade."""
         return float(next(group["lr"] for group in self.groups if group.get("head", False) == head))
 
 
 @dataclass(repr=False)
 class Seen:
-    """A run and what was seen of it.
+    """A run and what was recorded of it.
 
     Attributes:
-        told: what it printed. start: what is trained, as built. saved: steps of its checkpoints.
-            evaluated: documents of each pass of the transformer in evaluation.
+        told: what it printed.
+        start: the initial values of what is trained.
+        saved: steps of its checkpoints.
+        evaluated: documents per pass of the transformer in evaluation.
     """
 
     config: Config
@@ -113,7 +115,7 @@ class Seen:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Of the last checkpoint."""
+        """The tensors of the last checkpoint."""
         return CheckpointFolder(self.folder / "checkpoint").load("last")[0]
 
     @property
@@ -121,11 +123,11 @@ class Seen:
         return scipy.sparse.load_npz(self.folder / "predictions.npz").tocsr()
 
     def moved(self, name: str) -> Tensor:
-        """How far the last step left a weight from where it began."""
+        """Return how far the run has moved a weight from its initial value."""
         return self.steps[-1].weights[name] - self.start[name]
 
     def factors(self) -> list[float]:
-        """Rate of the encoder in every step, in units of --encoder-lr."""
+        """Return the rate of the encoder in every step, in units of --encoder-lr."""
         return [step.rate() / self.config.encoder_lr for step in self.steps]
 
 
@@ -138,14 +140,14 @@ def _tables(model: nn.Module) -> list[Tensor]:
 
 
 def _trained(model: Any) -> dict[str, Tensor]:
-    """Parameters and tables, copied."""
+    """Copy parameters and tables."""
     trained, ends = dict(model.named_parameters()), (".weight", ".bias", ".table")
     held = {k: v for k, v in model.state_dict().items() if k in trained or k.endswith(ends)}
     return {name: value.detach().clone() for name, value in held.items()}
 
 
 def _watch(seen: Seen, model: Any) -> None:
-    """Records every step of a model that is to be trained."""
+    """Record every step of a model."""
     passes: list[int] = []
     norms: list[float] = []
     inner = getattr(model.encoder, "model", None)
@@ -188,11 +190,11 @@ def _watch(seen: Seen, model: Any) -> None:
 
 
 class Runs:
-    """Makes runs on one small dataset and keeps them: cases that begin alike share theirs.
+    """Makes runs on one small dataset and keeps them: cases with the same settings share a run.
 
     Attributes:
-        dataset: 160 documents, 30 labels, with texts and label texts. other: 64 documents, 400
-            labels.
+        dataset: 160 documents, 30 labels, with texts and label texts.
+        other: 64 documents, 400 labels.
         tree: of the first.
     """
 
@@ -205,7 +207,10 @@ class Runs:
 
     @functools.cached_property
     def other(self) -> Path:
-        """Only its first ten labels occur: of four groups of 128 rows one has positives."""
+        """A dataset of whose labels only the first ten occur.
+
+        Of four groups of 128 rows one has positives.
+        """
         folder = self.folder / "other"
         folder.mkdir()
         for part, count in (("train", 64), ("test", 20)):
@@ -227,7 +232,7 @@ class Runs:
         return folder / "dataset"
 
     def config(self, base: str, **changes: Any) -> Config:
-        """A run of 10 steps into a folder of its own."""
+        """Configure a run of 10 steps with a folder of its own."""
         output = self.folder / f"run{next(self._number)}"
         made = (
             cascade(self.dataset, output, self.tree)
@@ -244,7 +249,7 @@ class Runs:
 
 
 def recorded(config: Config) -> Seen:
-    """Runs it."""
+    """Run a configuration and record it."""
     seen, told = Seen(config, Path(config.output)), io.StringIO()
     build, save = session.build_model, CheckpointFolder.save_last
 
@@ -272,12 +277,12 @@ def recorded(config: Config) -> Seen:
 
 @dataclass(frozen=True)
 class Case:
-    """How one field is held.
+    """How one field is tested.
 
     Attributes:
-        base: of BASES.
-        changes: what the field is set to, with what it needs beside it.
-        holds: asserts on (the run without the field's change, the run with it).
+        base: a key of BASES.
+        changes: the field's value, and whatever else it needs.
+        holds: asserts on (the run without the change, the run with it).
         beside: settings of both runs.
     """
 
@@ -293,13 +298,13 @@ class Case:
 
 
 def zero_share(values: Tensor) -> float:
-    """How many of them are exactly 0."""
+    """Return the share of exact zeros."""
     return float((values == 0).float().mean())
 
 
 @contextlib.contextmanager
 def training(model: nn.Module) -> Iterator[None]:
-    """The model in training mode, for a look at its dropout."""
+    """Put the model into training mode, to look at its dropout."""
     before = model.training
     model.train()
     try:
@@ -310,7 +315,7 @@ def training(model: nn.Module) -> Iterator[None]:
 
 
 def documents(seen: Seen, split: str = "test") -> Any:
-    """A batch of all documents of a split, as the run's model reads them."""
+    """Make one batch of all documents of a split, as the run reads them."""
     found = seen.dataset.splits[split]
     more: dict[str, Any] = {}
     if seen.tree is not None:

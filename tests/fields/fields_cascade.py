@@ -1,4 +1,4 @@
-"""How each setting of a cascade is held."""
+"""How each setting of a cascade is tested."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def its_tree(runs: Runs, folder: Path) -> None:
 
 
 def a_tree_made_on_first_use(runs: Runs, folder: Path) -> None:
-    """Of 2**d clusters for each depth, kept in the cache."""
+    """The tree has 2**d clusters for each depth and is kept in the cache."""
     base = runs.config(
         "cascade",
         epochs=1,
@@ -96,8 +96,9 @@ def layers_that_are_read(plain: Seen, changed: Seen) -> None:
 
 
 def drops_of_levels(plain: tuple[float, ...], changed: tuple[float, ...]) -> Any:
-    """Share of zeros in each level's features in training, the coarsest (behind its linear layer)
-    and the labels' included.
+    """The share of zeros in each level's features in training is as asked.
+
+    The coarsest level (behind its linear layer) and the labels are included.
     """
 
     def holds(before: Seen, after: Seen) -> None:
@@ -112,7 +113,7 @@ def drops_of_levels(plain: tuple[float, ...], changed: tuple[float, ...]) -> Any
 
 
 def weighted_losses(plain: Seen, changed: Seen) -> None:
-    """A level's gradient, and its share of the loss, are multiplied by its weight."""
+    """A level's gradient and its share of the loss are multiplied by its weight."""
     for name, weight in zip(TABLES, (2.0, 0.0, 3.5), strict=True):
         assert plain.moved(name).any()
         assert torch.allclose(
@@ -125,7 +126,7 @@ def weighted_losses(plain: Seen, changed: Seen) -> None:
 
 
 def weighted_sums(runs: Runs, folder: Path) -> None:
-    """The loss that is logged is the sum of the levels' own, weighted."""
+    """The logged loss is the weighted sum of the levels' losses."""
 
     def loss(*weights: float) -> float:
         return float(
@@ -141,8 +142,9 @@ def weighted_sums(runs: Runs, folder: Path) -> None:
 
 
 def pads_in_the_mean(plain: Seen, changed: Seen) -> None:
-    """Of the labels' loss alone: (sum over candidates + pads ln 2) over documents times the longest
-    list.
+    """The labels' loss alone counts pads.
+
+    It is (sum over candidates + pads ln 2) / (documents x length of the longest list).
     """
     real, whole = (round(1 / float(seen.steps[0].hyper[2][SCALE])) for seen in (plain, changed))
     assert whole > real and whole % 160 == 0
@@ -154,9 +156,7 @@ def pads_in_the_mean(plain: Seen, changed: Seen) -> None:
 
 
 def lost_clusters(plain: Seen, changed: Seen) -> None:
-    """Without room for them a document keeps one true cluster of each level and loses the
-    others.
-    """
+    """A document without room for more keeps one true cluster per level and loses the others."""
     assert not plain.tensors["lost_positives"].any() and plain.report["lost_positives"] == 0
     labels = changed.dataset.splits["train"].labels
     lost = []
@@ -191,8 +191,9 @@ def schemes(plain: Seen, changed: Seen) -> None:
 
 
 def labels_elsewhere(runs: Runs, folder: Path) -> None:
-    """The label level alone is put where the flag says; `auto`, and the model's own device, leave
-    it with the model.
+    """The label level alone goes where the flag says.
+
+    `auto` and the model's own device leave it with the model.
     """
     plain = runs.of("cascade")
     with pytest.MonkeyPatch.context() as patch:

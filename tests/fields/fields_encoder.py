@@ -1,4 +1,4 @@
-"""How each setting of the encoders is held."""
+"""How each setting of the encoders is tested."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def kinds(plain: Seen, changed: Seen) -> None:
 
 
 def poolings(plain: Seen, changed: Seen) -> None:
-    """The mean of the real tokens' last states; the state of the first."""
+    """One is the mean of the real tokens' last states, the other the state of the first."""
     for seen, cls in ((plain, False), (changed, True)):
         ids, mask = documents(seen).inputs
         with torch.no_grad():
@@ -43,7 +43,7 @@ def narrow(plain: Seen, changed: Seen) -> None:
 
 
 def drops(plain: float, changed: float) -> None:
-    """Share of zeros in the embedding, in training alone."""
+    """In training alone, the embedding has that share of zeros."""
 
     def holds(before: Seen, after: Seen) -> None:
         for seen, p in ((before, plain), (after, changed)):
@@ -104,7 +104,7 @@ def it_is_compiled(runs: Runs, folder: Path) -> None:
 
 
 def given_states(runs: Runs, folder: Path) -> None:
-    """The encoder begins at the file's values, whose keys begin with another prefix."""
+    """The encoder starts at the file's values, whose keys begin with another prefix."""
     plain = runs.of("tiny")
     given = {name: value + 0.25 for name, value in plain.start.items() if name.startswith(_INNER)}
     for prefix, changes in (
@@ -134,7 +134,7 @@ def widths(plain: Seen, changed: Seen) -> None:
 
 
 def terms_of(texts: list[str], longest: int) -> tuple[Counter[str], Counter[str]]:
-    """Terms of up to so many words: texts that each is in, and how often it occurs."""
+    """Count, per term of up to that many words, the texts that contain it and its occurrences."""
     texts_of: Counter[str] = Counter()
     times: Counter[str] = Counter()
     for text in texts:
@@ -150,7 +150,7 @@ def terms_of(texts: list[str], longest: int) -> tuple[Counter[str], Counter[str]
 
 
 def vocabularies(longest: int, least: int, most: int) -> None:
-    """The changed run's words are those that its settings choose of the training texts."""
+    """The changed run's words are those that its settings choose from the training texts."""
 
     def holds(plain: Seen, changed: Seen) -> None:
         texts_of, times = terms_of(list(changed.dataset.splits["train"].texts), longest)
@@ -189,7 +189,7 @@ def words_are_left_out(plain: Seen, changed: Seen) -> None:
 
 
 def first_words(plain: Seen, changed: Seen) -> None:
-    """The same draws, of the standard deviation that was asked for."""
+    """The draws are the same, with the standard deviation that was asked for."""
     table: Tensor = plain.start["encoder.table"]
     assert float(table.std()) == pytest.approx(1, rel=0.05)
     assert torch.allclose(changed.start["encoder.table"], 0.25 * table)

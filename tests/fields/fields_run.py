@@ -1,4 +1,4 @@
-"""How each setting of data, evaluation, saving and the machine is held."""
+"""How each setting of data, evaluation, saving and the machine is tested."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Asked(Exception):
 
 
 def the_corpus_asked_for(**changes: object) -> PrepareConfig:
-    """What preparing the built-in corpus is told."""
+    """Return the settings with which the built-in corpus is prepared."""
     asked: list[PrepareConfig] = []
 
     def ask(settings: PrepareConfig, *_: object, **__: object) -> None:
@@ -61,9 +61,7 @@ def the_corpus_asked_for(**changes: object) -> PrepareConfig:
 
 
 def of_the_corpus(name: str, field: str) -> Callable[[Runs, Path], None]:
-    """`--documents` and `--max-length` reach the corpus, and each has a folder of its own in the
-    cache.
-    """
+    """`--documents` and `--max-length` reach the corpus; each has its own folder in the cache."""
 
     def holds(runs: Runs, folder: Path) -> None:
         found = [the_corpus_asked_for(cache=str(folder), **{name: value}) for value in (17, 23)]
@@ -91,8 +89,9 @@ def outputs(runs: Runs, folder: Path) -> None:
 
 
 def label_texts(plain: Seen, changed: Seen) -> None:
-    """30 more documents, each with its own label alone; propensities are those of the documents
-    without them.
+    """30 documents are added, each with its own label alone.
+
+    Propensities are those of the documents without them.
     """
     assert plain.report["steps"] == STEPS and changed.report["steps"] == 2 * 6
     seen = [
@@ -113,7 +112,7 @@ def label_texts(plain: Seen, changed: Seen) -> None:
 
 
 def validated(plain: list[int], changed: list[int]) -> Callable[[Seen, Seen], None]:
-    """Epochs whose end was validated."""
+    """Test that these epochs end with a validation."""
 
     def holds(before: Seen, after: Seen) -> None:
         for seen, epochs in ((before, plain), (after, changed)):
@@ -133,7 +132,7 @@ def chosen_by(plain: Seen, changed: Seen) -> None:
 
 
 def the_first_of_equals(runs: Runs, folder: Path) -> None:
-    """Also against a metric that is no number."""
+    """The first of equal metrics stays the best, and one that is no number is never better."""
     held = {"R@2": 5.0, "epoch": 1, "step": 5}
     run = SimpleNamespace(
         config=Config(best_by="R@2"), best=dict(held), epoch=2, model=SimpleNamespace(steps=10)
@@ -161,8 +160,9 @@ def evaluated_at_once(plain: Seen, changed: Seen) -> None:
 
 
 def each_document_counts_once(plain: Seen, changed: Seen) -> None:
-    """A batch's loss is a mean over its candidates: the split's counts it once for each of its
-    documents, 16, 16 and 8.
+    """Every document counts once in the loss of a split.
+
+    A batch's loss is a mean over its candidates; the batches have 16, 16 and 8 documents.
     """
     split, arranged = changed.dataset.splits["val"], arrangement(changed.tree)
     batches = list(changed.inputs.batches(split, 16, shuffle=False, **arranged).epoch(0))
@@ -178,7 +178,7 @@ def saved_at(plain: Seen, changed: Seen) -> None:
 
 
 def kept(plain: Seen, changed: Seen) -> None:
-    """Of the checkpoints before the last; the best one is kept in any case."""
+    """Checkpoints before the last are kept as asked; the best one is kept in any case."""
     for seen, earlier in ((plain, ["last.1"]), (changed, [])):
         there = sorted(
             path.name
@@ -194,7 +194,7 @@ def logged_at(plain: Seen, changed: Seen) -> None:
 
 
 def resumed(runs: Runs, folder: Path) -> None:
-    """Nothing is left to train; the weights are those that it had."""
+    """Nothing is left to train, and the weights are unchanged."""
     first = recorded(runs.config("tiny", output=str(folder / "run")))
     again = recorded(replace(first.config, resume=True))
     assert not again.steps and "resumed at step 10" in again.told
@@ -211,7 +211,7 @@ def overwritten(runs: Runs, folder: Path) -> None:
 
 
 def beyond_memory(runs: Runs, folder: Path) -> None:
-    """A machine of one mebibyte: refused in a sentence, started when told."""
+    """With one mebibyte of memory, a run is refused in a sentence unless the flag is set."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "machine_memory", lambda: 1 << 20)
         with pytest.raises(
@@ -225,7 +225,7 @@ def beyond_memory(runs: Runs, folder: Path) -> None:
 
 
 def devices(runs: Runs, folder: Path) -> None:
-    """It is asked for by name, and one that is not there is refused."""
+    """A device is asked for by name; one that does not exist is refused."""
     asked: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "find_device", lambda name: asked.append(name) or torch.device("cpu"))
@@ -243,8 +243,9 @@ def threads(plain: Seen, changed: Seen) -> None:
 
 
 def timeouts(runs: Runs, folder: Path) -> None:
-    """It reaches the processes' signs of life, whose silence tests/test_lost_processes.py
-    measures.
+    """The flag reaches the processes' heartbeats.
+
+    tests/test_lost_processes.py measures what happens when they stop.
     """
     told: list[object] = []
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""How each setting of the label table is held, by its values after one step and by its states."""
+"""How each setting of the label table is tested, by its values after one step and by its states."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ WEIGHT, MOMENTUM = "head.weight", "head.momentum"
 
 
 def gradient(seen: Seen) -> Tensor:
-    """What plain SGD made of a first step: (before - after) / rate."""
+    """Derive the gradient of a first step of plain SGD: (before - after) / rate."""
     return (seen.start[WEIGHT] - seen.steps[0].weights[WEIGHT]) / RATE
 
 
 def decays(plain: Seen, changed: Seen) -> None:
-    """w - rate (gradient + decay w)."""
+    """The step is w - rate (gradient + decay w)."""
     assert torch.allclose(gradient(changed) - gradient(plain), 0.5 * plain.start[WEIGHT], atol=1e-5)
     assert float(changed.start[WEIGHT].abs().max()) > 0.05
 
 
 def decays_apart(plain: Seen, changed: Seen) -> None:
-    """L2 is in the first momentum, decoupled decay is not; both shrink the first weights alike."""
+    """L2 enters the first momentum, decoupled decay does not; both shrink the weights alike."""
     both = plain.tensors[MOMENTUM] - changed.tensors[MOMENTUM]
     assert torch.allclose(both, 0.5 * plain.start[WEIGHT], atol=1e-5)
     assert torch.allclose(gradient(plain), gradient(changed), atol=1e-4)
@@ -56,15 +56,16 @@ def formats(changed: dict[str, torch.dtype]) -> None:
 
 
 def adam(plain: Seen, changed: Seen) -> None:
-    """Its first step is the rate, whatever the gradient."""
+    """The first step equals the rate, whatever the gradient."""
     assert "head.second" not in plain.tensors and changed.tensors["head.second"].shape == (30, 32)
     moved = (changed.start[WEIGHT] - changed.steps[0].weights[WEIGHT]).abs()
     assert float(moved.median()) == pytest.approx(RATE, rel=0.01)
 
 
 def row_wise(plain: Seen, changed: Seen) -> None:
-    """A cascade's Adam has one second moment for a row; its SGD none; the dense AdamW moves every
-    row in every step.
+    """A cascade's Adam has one second moment per row, its SGD none.
+
+    The dense AdamW moves every row in every step.
     """
     kind = changed.config.table_optimizer
     labels, second = "heads.levels.2.weight", "heads.levels.2.second"
@@ -91,7 +92,7 @@ def biases(plain: Seen, changed: Seen) -> None:
 
 
 def frequencies(plain: Seen, changed: Seen) -> None:
-    """With a rate of 0 they are the logits of the labels' frequencies still."""
+    """With a rate of 0, biases stay the logits of the labels' frequencies."""
     counts = torch.tensor(changed.dataset.splits["train"].labels.sum(0)).flatten()
     assert not plain.tensors["head.bias"].any()
     assert torch.allclose(
@@ -100,8 +101,9 @@ def frequencies(plain: Seen, changed: Seen) -> None:
 
 
 def centroids(plain: Seen, changed: Seen) -> None:
-    """With rates of 0 each row still points from the mean of all documents to that of its
-    label's.
+    """With rates of 0, each row stays where it started.
+
+    It points from the mean of all documents to the mean of its label's.
     """
     train = changed.dataset.splits["train"]
     (batch,) = changed.inputs.batches(train, len(train), shuffle=False).epoch(0)
@@ -116,7 +118,7 @@ def centroids(plain: Seen, changed: Seen) -> None:
 
 
 def table_epsilons(plain: Seen, changed: Seen) -> None:
-    """Adam's step is rate g / (|g| + epsilon): with a large one it is the gradient, scaled."""
+    """Adam's step is rate g / (|g| + epsilon): a large epsilon gives the scaled gradient."""
     assert float(plain.steps[0].hyper[-1][EPSILON]) == pytest.approx(1e-8)
     assert float(changed.steps[0].hyper[-1][EPSILON]) == pytest.approx(1e4)
     step = changed.start[WEIGHT] - changed.steps[0].weights[WEIGHT]
@@ -125,7 +127,7 @@ def table_epsilons(plain: Seen, changed: Seen) -> None:
 
 
 def epsilons_of_levels(plain: Seen, changed: Seen) -> None:
-    """Times the gain of each level, which its gradient is multiplied by."""
+    """Each level multiplies epsilon by its gain, as it does its gradient."""
     gains = [level.gain for level in changed.model.heads.levels]
     for seen, value in ((plain, 1e-8), (changed, 3e-5)):
         found = [
@@ -141,7 +143,7 @@ def compensated(plain: Seen, changed: Seen) -> None:
 
 
 def groups_are_skipped(runs: Runs, folder: object) -> None:
-    """Labels from 128 on never occur: three of four groups of 128 are left as they are."""
+    """Labels from 128 on never occur: three of four groups of 128 stay as they are."""
     plain = runs.of("tiny", dataset=str(runs.other))
     changed = runs.of("tiny", dataset=str(runs.other), skip_tiles=1e12)
     assert "skipped_tiles" not in plain.report and changed.report["skipped_tiles"] == 0.75

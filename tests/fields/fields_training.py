@@ -1,4 +1,4 @@
-"""How each training setting is held: rates, schedules, clipping, running means, batches."""
+"""How each training setting is tested: rates, schedules, clipping, running means, batches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def phases(warmup: int, cooldown: int, total: int = STEPS) -> list[float]:
 
 
 def rates_follow(plain: list[float], changed: list[float]) -> Callable[[Seen, Seen], None]:
-    """The encoder's rates are those, in units of their peak, in every step."""
+    """In every step the encoder's rate, in units of its peak, is this one."""
 
     def holds(before: Seen, after: Seen) -> None:
         assert before.factors() == pytest.approx(plain, rel=1e-5)
@@ -74,7 +74,7 @@ def label_rates(plain: Seen, changed: Seen) -> None:
 
 
 def head_rates(plain: Seen, changed: Seen) -> None:
-    """Tables and linear layer: the factor times the encoder's rate, in every step."""
+    """In every step tables and linear layer have the factor times the encoder's rate."""
     for seen, factor in ((plain, 10.0), (changed, 3.5)):
         for step in seen.steps:
             assert step.rate(head=True) == pytest.approx(factor * step.rate())
@@ -108,8 +108,9 @@ def word_decays(plain: Seen, changed: Seen) -> None:
 def epsilons(
     plain: float, changed: float, words: tuple[float, float] | None = None
 ) -> Callable[[Seen, Seen], None]:
-    """Of every group of the encoder's AdamW and, of a bag of words, of its table; never of the
-    label table.
+    """Every group of the encoder's AdamW has this epsilon, and the table of a bag of words.
+
+    The label table never does.
     """
 
     def holds(before: Seen, after: Seen) -> None:
@@ -124,8 +125,9 @@ def epsilons(
 
 
 def small_steps(plain: Seen, changed: Seen) -> None:
-    """A large epsilon is beside the corrected root: with it Adam's first step is rate x gradient /
-    epsilon, not the rate.
+    """With a large epsilon, Adam's first step is rate x gradient / epsilon, not the rate.
+
+    Epsilon is added to the bias-corrected root.
     """
     name = "encoder.model.encoder.layer.1.output.dense.weight"
     first = plain.steps[0].weights[name] - plain.start[name]
@@ -146,7 +148,7 @@ def norms_are_clipped(limit: float) -> Callable[[Seen, Seen], None]:
 def documents_of_steps(
     plain: tuple[int, int], changed: tuple[int, int]
 ) -> Callable[[Seen, Seen], None]:
-    """(updates, documents of each)."""
+    """Test for this many updates with this many documents each."""
 
     def holds(before: Seen, after: Seen) -> None:
         for seen, (steps, documents) in ((before, plain), (after, changed)):
@@ -157,7 +159,7 @@ def documents_of_steps(
 
 
 def passes_of_steps(plain: list[int], changed: list[int]) -> Callable[[Seen, Seen], None]:
-    """Documents of each pass of the encoder; with gradient caching each is passed twice."""
+    """Test for this many documents per encoder pass; gradient caching passes each twice."""
 
     def holds(before: Seen, after: Seen) -> None:
         assert all(step.passes == plain for step in before.steps)
@@ -169,9 +171,7 @@ def passes_of_steps(plain: list[int], changed: list[int]) -> Callable[[Seen, See
 
 
 def means_follow(seen: Seen) -> None:
-    """The means in the checkpoint are those of the weights that the run had, from its own
-    settings.
-    """
+    """The checkpoint's means are those of the run's weights, by its own settings."""
     config, tensors = seen.config, seen.tensors
     start = round(config.ema_start * PER_EPOCH)
     taken = [
@@ -194,7 +194,7 @@ def means_follow(seen: Seen) -> None:
 
 
 def a_mean(plain: Seen, changed: Seen) -> None:
-    """There is none without the flag; predictions are the mean's."""
+    """Without the flag there is no mean; with it, predictions are the mean's."""
     assert not [name for name in plain.tensors if name.startswith("average.")]
     means_follow(changed)
     assert all(
@@ -212,7 +212,7 @@ def another_mean(plain: Seen, changed: Seen) -> None:
 
 
 def losses_at(plain: list[int], changed: list[int]) -> Callable[[Seen, Seen], None]:
-    """Steps (from 1) whose loss was computed."""
+    """Test that the loss of these steps (from 1) was computed."""
 
     def holds(before: Seen, after: Seen) -> None:
         for seen, steps in ((before, plain), (after, changed)):
@@ -222,8 +222,9 @@ def losses_at(plain: list[int], changed: list[int]) -> Callable[[Seen, Seen], No
 
 
 def another_seed(plain: Seen, changed: Seen) -> None:
-    """First values of encoder and table, the order of documents; the same documents all the
-    same.
+    """Initial encoder and table and the order of documents change.
+
+    The documents themselves do not.
     """
     for name in ("head.weight", "encoder.model.encoder.layer.0.output.dense.weight"):
         assert not torch.equal(plain.start[name], changed.start[name])

@@ -1,4 +1,4 @@
-"""Every option of the other commands is held: here, or by a test elsewhere that the table names."""
+"""Every option of the other commands has a test: here, or one that options_held.py names."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from xmlkernels.training import ranker, tree
 
 
 def source_of(test: str) -> str:
-    """The code of a test with the functions and fixtures of its file and folder that it uses."""
+    """Return the code of a test and of the functions and fixtures nearby that it uses."""
     name, _, function = test.partition("::")
     path = ROOT / "tests" / name
     helpers = [other for other in path.parent.glob("*.py") if not other.name.startswith("test_")]
@@ -70,7 +70,7 @@ def test_every_option_is_held(kind: type) -> None:
 
 
 class Asked(Exception):
-    """What had to be seen has been seen."""
+    """Ends a command once the test has seen what it looks for."""
 
 
 def stop(*_: Any, **__: Any) -> None:
@@ -78,7 +78,7 @@ def stop(*_: Any, **__: Any) -> None:
 
 
 def keeping(into: dict[str, Any], name: str, result: Any = None) -> Callable[..., Any]:
-    """A function that keeps what it is given, as into[name] = (arguments, options)."""
+    """Make a function that stores its arguments as into[name] = (arguments, options)."""
 
     def kept(*arguments: Any, **options: Any) -> Any:
         into[name] = (arguments, options)
@@ -219,7 +219,7 @@ def test_what_a_tree_is_made_with(
 def told_to_a_ranker(
     monkeypatch: pytest.MonkeyPatch, options: ranker.RankerConfig, labels: int
 ) -> dict[str, Any]:
-    """What each part of a ranker's training is given, up to the training itself."""
+    """Return what each part of a ranker's training is given, up to the training itself."""
     seen: dict[str, Any] = {}
 
     def inputs(
@@ -338,8 +338,10 @@ def test_scores_of_another_split_and_few_labels(dataset: Path, tmp_path: Path) -
 
 
 def test_what_prepare_reads_beside_the_texts(tmp_path: Path) -> None:
-    """A validation split of its own with filter pairs, labels whose format cannot be seen, and A in
-    place of the preset's.
+    """Test the options about other files.
+
+    A validation split with filter pairs, labels of an ambiguous format, and A instead of the
+    preset's.
     """
     files = {
         "x": "w1\nw2\n",

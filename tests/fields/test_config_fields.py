@@ -1,5 +1,6 @@
-"""Every field of Config is held: a run in which it was ignored fails here. The table stands in the
-fields_*.py files.
+"""Every field of Config has an effect: a run that ignored it would fail here.
+
+The table is in the fields_*.py files.
 """
 
 from __future__ import annotations
@@ -43,9 +44,7 @@ def test_every_field_is_in_the_table() -> None:
 
 
 def test_defaults_are_those_of_runs_that_began_before() -> None:
-    """A config.json that lacks a field was written when the field did not exist: it had what is the
-    default now.
-    """
+    """A config.json that lacks a field is older than the field: its run had today's default."""
     before = json.loads((Path(__file__).parent / "defaults.json").read_text())
     now = recorded(Config())
     assert {name: now[name] for name in before} == before
