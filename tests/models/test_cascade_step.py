@@ -255,6 +255,9 @@ def test_one_vector_may_serve_every_level() -> None:
         def update(self, lr: float) -> None:
             self.told.append(lr)
 
+        def encoder_config(self) -> dict[str, object]:
+            return {"kind": "bag"}
+
     like = make_model(3)
     heads = type(like.heads)(
         like.tree.sizes, like.heads.most, 16, layers=[(1,)] * 3, topk=[3, 3], seed=1
