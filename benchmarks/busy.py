@@ -35,7 +35,7 @@ _CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREAD
 
 
 def model_and_batches(name: str) -> tuple[Any, Callable[[int], Any]]:
-    """An untrained model, and what makes a batch of so many documents."""
+    """Return an untrained model, and what makes a batch of so many documents."""
     import numpy as np
     import torch
 
@@ -56,28 +56,23 @@ def model_and_batches(name: str) -> tuple[Any, Callable[[int], Any]]:
         "num_attention_heads": 12,
         "intermediate_size": 1536,
     }
-    encoder: Any = (
-        BowEncoder(VOCABULARY, 256, optimizer="adam")
-        if bags
-        else Encoder.from_config({"model": bert})
-    )
+    encoder: Any
+    if bags:
+        encoder = BowEncoder(VOCABULARY, 256, optimizer="adam")
+    else:
+        encoder = Encoder.from_config({"model": bert})
     training = Training(encoder_lr=1e-4, head_lr=1e-3, encoder_decay=0.0, warmup=0, total=1_000_000)
-    model = EndToEnd(
-        encoder, FullHead(LABELS, int(encoder.width), bias=True, optimizer="adam"), training
-    )
+    head = FullHead(LABELS, int(encoder.width), bias=True, optimizer="adam")
+    model = EndToEnd(encoder, head, training)
 
     def batch(documents: int) -> Any:
         labels = np.sort(random.choice(LABELS, documents, replace=False))
-        positives = (
-            torch.from_numpy(labels),
-            torch.from_numpy(random.permutation(documents).astype(np.int32)),
-        )
-        rest = (*positives, torch.arange(documents), LABELS)
+        samples = torch.from_numpy(random.permutation(documents).astype(np.int32))
+        rest = (torch.from_numpy(labels), samples, torch.arange(documents), LABELS)
         if bags:
             token = torch.from_numpy(random.integers(0, VOCABULARY, documents * WORDS))
-            return BagBatch(
-                token, torch.arange(0, documents * WORDS + 1, WORDS), torch.rand(len(token)), *rest
-            )
+            offset = torch.arange(0, documents * WORDS + 1, WORDS)
+            return BagBatch(token, offset, torch.rand(len(token)), *rest)
         ids = torch.from_numpy(random.integers(5, 30_000, (documents, TOKENS)))
         return Batch(ids, torch.ones_like(ids), *rest)
 
@@ -85,7 +80,7 @@ def model_and_batches(name: str) -> tuple[Any, Callable[[int], Any]]:
 
 
 def measure(name: str, seconds: float) -> dict[str, float]:
-    """Documents per second of training, and milliseconds of one prediction."""
+    """Measure documents per second of training, and milliseconds of one prediction."""
     import numpy as np
 
     model, batch = model_and_batches(name)
@@ -113,7 +108,7 @@ def measure(name: str, seconds: float) -> dict[str, float]:
 
 @contextmanager
 def others(count: int) -> Iterator[None]:
-    """So many processes that use one core each."""
+    """Keep so many cores busy, by a process each."""
     started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -124,7 +119,7 @@ def others(count: int) -> Iterator[None]:
 
 
 def row(setting: dict[str, str], name: str, seconds: float) -> dict[str, float]:
-    """One measurement in a process of its own: OpenMP reads its environment once."""
+    """Measure in a process of its own: OpenMP reads its environment once."""
     environment = {key: value for key, value in os.environ.items() if key not in _CHOSEN}
     environment |= {key: value for key, value in setting.items() if not key.startswith("--")}
     flags = [key for key in setting if key.startswith("--")]
@@ -134,6 +129,7 @@ def row(setting: dict[str, str], name: str, seconds: float) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Commands in processes of their own, each under a time limit. Knows nothing of what they do."""
+"""Commands in processes of their own, each under a time limit."""
 
 import contextlib
 import os
@@ -36,7 +36,7 @@ class Outcome:
 
     @property
     def last(self) -> str:
-        """The last line that says anything, standard error first: what a person looks for."""
+        """Return the last line that is not empty, of standard error if it has one."""
         told = [line.strip() for line in (*self.lines, *self.errors.splitlines()) if line.strip()]
         return told[-1] if told else "it said nothing"
 
@@ -47,8 +47,7 @@ def run(
     on_line: Callable[[str], None] | None = None,
     threads: int | None = None,
 ) -> Outcome:
-    """Runs a command in the project's folder, handing on each line of its standard output as it is
-    written.
+    """Run a command in the project's folder and hand on its output line by line.
 
     Past the limit the command is killed with all that it started, and what it wrote until then is
     kept.
@@ -89,8 +88,8 @@ def run(
         except (queue.Empty, subprocess.TimeoutExpired):
             status = None
         finally:
-            # Its own session, so what it started (pytest's children, a sanitizer's target) goes
-            # with it and nothing else does.
+            # Its own session: what it started (pytest's children, a sanitizer's target) ends with
+            # it, and nothing else does.
             _kill(process)
         errors.seek(0)
         tail = errors.read().decode(errors="replace").splitlines()[-_TAIL:]
@@ -98,8 +97,11 @@ def run(
 
 
 def run_together(commands: Mapping[Name, Sequence[str]], limit_s: float) -> dict[Name, Outcome]:
-    """Runs several commands at once, each under the same limit and on its share of the processors;
-    results by the given names, in the given order."""
+    """Run several commands at once, each under the same limit and on its share of the processors.
+
+    Returns:
+        Outcomes by the given names, in the given order.
+    """
     if not commands:
         return {}
     threads = max(1, (os.cpu_count() or 1) // len(commands))
@@ -112,7 +114,7 @@ def run_together(commands: Mapping[Name, Sequence[str]], limit_s: float) -> dict
 
 
 def python(*arguments: str) -> list[str]:
-    """The command that runs this same Python."""
+    """Return the command that runs this same Python."""
     return [sys.executable, *arguments]
 
 

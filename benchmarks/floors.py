@@ -1,9 +1,8 @@
-"""The floor of each row from the ceilings of its own run, the figures to reach, and the table that
-says both.
+"""Floors, figures to reach, and the table that shows both.
 
-Floor of a row: the longer of two times, its useful bytes over the copy rate and its useful
-operations over the torch.mm rate of its format (e4m3: that of bf16, the format of its products).
-Both closed forms are in `benchmarks/cases.py`.
+Floor of a row, from the ceilings of its own run: the longer of two times, its useful bytes over the
+copy rate and its useful operations over the torch.mm rate of its format (e4m3: that of bf16, the
+format of its products). The closed forms are in `benchmarks/cases_NAME.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,34 +49,41 @@ GOALS = (
 
 
 def number(row: Row, column: str) -> float:
+    """Return a column as a number; rows read from a file hold text."""
     return float(str(row[column]))
 
 
 def plain(phase: object) -> str:
-    """The phase without the mark of a graph."""
+    """Return the phase without the mark of a graph."""
     return str(phase).removesuffix(GRAPH)
 
 
 @dataclass
 class Ceilings:
-    """gbps: bytes read and written by a large copy; tflops: torch.mm by format."""
+    """What the device reached in one run.
+
+    Attributes:
+        gbps: 10⁹ bytes per second read and written by a large copy.
+        tflops: 10¹² operations per second of torch.mm, by format.
+    """
 
     gbps: float | None = None
     tflops: dict[str, float] = field(default_factory=dict)
 
     def add(self, row: Row) -> None:
+        """Take the row of a copy or of a torch.mm."""
         if row["impl"] == "copy":
             self.gbps = number(row, "gbps")
         else:
             self.tflops[str(row["dtype"])] = number(row, "tflops")
 
     def times_floor(self, row: Row) -> float | None:
-        """The row's median over its floor; None where a ceiling was not measured."""
+        """Return the row's median over its floor; None where a ceiling was not measured."""
         shares = self.shares(row)
         return None if shares is None else 1 / max(shares)
 
     def shares(self, row: Row) -> tuple[float, float] | None:
-        """What the row reaches of the copy rate and of the torch.mm rate."""
+        """Return what the row reaches of the copy rate and of the torch.mm rate."""
         name = str(row["dtype"])
         rate = self.tflops.get(PRODUCTS.get(name, name))
         if self.gbps is None or rate is None:
@@ -85,8 +91,9 @@ class Ceilings:
         return number(row, "gbps") / self.gbps, number(row, "tflops") / rate
 
     def modelled(self, row: Row, memory: int | None) -> float | None:
-        """The floor of a step that moves `memory` bytes, over the row's own floor; None where
-        either is not known.
+        """Return the floor of a step that moves `memory` bytes, over the row's own floor.
+
+        None where either is not known.
         """
         shares = self.shares(row)
         if shares is None or memory is None:
@@ -96,17 +103,21 @@ class Ceilings:
 
 
 def goal_row(rows: Sequence[Row], goal: Goal) -> Row | None:
-    """This package's row that a figure to reach speaks of."""
+    """Return this package's row that a figure to reach is about."""
     aim = (goal.op, goal.shape, "xmlkernels", goal.phase, goal.dtype)
-    return next(
-        (r for r in rows if (r["op"], r["shape"], r["impl"], plain(r["phase"]), r["dtype"]) == aim),
-        None,
-    )
+
+    def matches(row: Row) -> bool:
+        return (row["op"], row["shape"], row["impl"], plain(row["phase"]), row["dtype"]) == aim
+
+    return next(filter(matches, rows), None)
 
 
 def own_row(rows: Sequence[Row], peer: Row) -> Row | None:
-    """The row of this package that a peer's is held against: that of a figure to reach which names
-    the peer, else the fastest of the same phase and format, of the same phase, of the shape."""
+    """Return the row of this package that a peer's is held against.
+
+    It is that of a figure to reach which names the peer, else the fastest of the same phase and
+    format, of the same phase, of the shape.
+    """
     for goal in GOALS:
         named = (goal.op, goal.shape) == (peer["op"], peer["shape"]) and peer["impl"] in goal.peers
         if named and (found := goal_row(rows, goal)) is not None:
@@ -116,17 +127,15 @@ def own_row(rows: Sequence[Row], peer: Row) -> Row | None:
         other = plain(row["phase"]) != plain(peer["phase"])
         return other, other or row["dtype"] != peer["dtype"], number(row, "ms_p50")
 
-    own = [
-        row
-        for row in rows
-        if (row["op"], row["shape"], row["impl"]) == (peer["op"], peer["shape"], "xmlkernels")
-    ]
+    place = (peer["op"], peer["shape"], "xmlkernels")
+    own = [row for row in rows if (row["op"], row["shape"], row["impl"]) == place]
     return min(own, key=unlike, default=None)
 
 
 def modelled_bytes(row: Row, model: ModuleType | None) -> int | None:
-    """Bytes between memory and L2 by the schedule of this package's kernel, where
-    `benchmarks/model.py` counts them.
+    """Return the bytes between memory and L2 by the schedule of this package's kernel.
+
+    None where `benchmarks/model.py` does not count them.
     """
     if model is None or row["impl"] != "xmlkernels":
         return None
@@ -135,12 +144,8 @@ def modelled_bytes(row: Row, model: ModuleType | None) -> int | None:
     B, L, D = (int(number(row, letter)) for letter in "BLD")
     S, K = (int(str(row[letter])) if row[letter] not in (None, "") else 0 for letter in "SK")
     if op == "bce_step" and phase != "skip":  # what is skipped depends on the positives
-        options = {
-            "element": element,
-            "state_element": element,
-            "states": int(phase == "momentum"),
-            "loss": phase == "loss",
-        }
+        options = {"element": element, "state_element": element, "loss": phase == "loss"}
+        options["states"] = int(phase == "momentum")
         return model.bce_step_bytes(B, L, D, **options)["memory"]
     if op == "matmul_topk":
         return model.matmul_topk_memory(B, L, D, K or 1, element=element)
@@ -148,20 +153,17 @@ def modelled_bytes(row: Row, model: ModuleType | None) -> int | None:
     if op == "shortlist_matmul" and phase != "step":
         return model.shortlist_memory(B, S, D, shared=phase == "shared", element=element)
     if op == "cluster_step":
-        # Rows of a cluster, as benchmarks/cases_cluster.py makes them.
-        K, rows = (
-            K or 1,
-            (S or L) // (K or 1),
-        )
-        states = 2 if phase == "adam" else 0
-        return model.cluster_step_memory(
-            B, D, K, rows, L // rows, element=element, state_element=element, states=states
-        )
+        # Rows of a cluster, as benchmarks/cases_cluster_step.py makes them.
+        K = K or 1
+        rows = (S or L) // K
+        sizes = B, D, K, rows, L // rows
+        options = {"element": element, "state_element": element}
+        return model.cluster_step_memory(*sizes, states=2 if phase == "adam" else 0, **options)
     return None
 
 
 def table(rows: Sequence[Row], ceilings: Ceilings, model: ModuleType | None) -> list[str]:
-    """One line for each row, widths fitted.
+    """Return one line per row, widths fitted.
 
     Args:
         rows: of one run, ceilings left out.
@@ -172,20 +174,18 @@ def table(rows: Sequence[Row], ceilings: Ceilings, model: ModuleType | None) -> 
     lines = [[*names, "ms p50", "p20", "p80", "peak MB", "x floor", "ours faster", "model x floor"]]
     for row in rows:
         own, over = own_row(rows, row), ceilings.times_floor(row)
-        faster = (
-            "-"
-            if own is None or row["impl"] in OWN
-            else f"{number(row, 'ms_p50') / number(own, 'ms_p50'):.2f}x"
-        )
+        ratio = None
+        if own is not None and row["impl"] not in OWN:
+            ratio = number(row, "ms_p50") / number(own, "ms_p50")
         modelled = ceilings.modelled(row, modelled_bytes(row, model))
         lines.append(
             [
                 *(str(row[name]) for name in names),
                 *(f"{number(row, name):.3f}" for name in times),
                 "-" if row["peak_mb"] in (None, "") else f"{number(row, 'peak_mb'):.1f}",
-                "-" if over is None else f"{over:.2f}",
-                faster,
-                "-" if modelled is None else f"{modelled:.2f}",
+                _shown(over),
+                _shown(ratio, "x"),
+                _shown(modelled),
             ]
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -195,8 +195,12 @@ def table(rows: Sequence[Row], ceilings: Ceilings, model: ModuleType | None) -> 
     ]
 
 
+def _shown(value: float | None, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.2f}{unit}"
+
+
 def verdicts(rows: Sequence[Row], ceilings: Ceilings) -> list[str]:
-    """One line for each figure to reach: reached, missed, or not measured."""
+    """Return one line per figure to reach: reached, missed, or not measured."""
     lines = []
 
     def judge(what: str, found: float | None, limit: float, at_least: bool = False) -> None:
@@ -209,17 +213,12 @@ def verdicts(rows: Sequence[Row], ceilings: Ceilings) -> list[str]:
     for goal in GOALS:
         where = f"{goal.op} {goal.shape} {goal.phase} {goal.dtype}"
         own = goal_row(rows, goal)
-        judge(
-            f"{where}, at most {goal.floor} x floor",
-            None if own is None else ceilings.times_floor(own),
-            goal.floor,
-        )
+        over = None if own is None else ceilings.times_floor(own)
+        judge(f"{where}, at most {goal.floor} x floor", over, goal.floor)
         for impl, least in goal.peers.items():
-            here = [
-                r for r in rows if (r["op"], r["shape"], r["impl"]) == (goal.op, goal.shape, impl)
-            ]
-            # The peer's own form of the same step where it has one: its other phases are other
-            # work.
+            place = (goal.op, goal.shape, impl)
+            here = [r for r in rows if (r["op"], r["shape"], r["impl"]) == place]
+            # The peer's own form of the step where it has one: its other phases are other work.
             same = [r for r in here if plain(r["phase"]) == goal.phase] or here
             best = min((number(r, "ms_p50") for r in same), default=None)
             ratio = None if best is None or own is None else best / number(own, "ms_p50")

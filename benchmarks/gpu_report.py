@@ -1,5 +1,4 @@
-"""Proof with a card: builds, tests, measures the ceilings and every op beside its peers, in one
-command.
+"""Build, test and time every op on a card, beside its peers and the card's ceilings.
 
     python3 benchmarks/gpu_report.py [--out DIR] [--op OP …] [--minutes 8.6] [--commit HASH]
 
@@ -38,7 +37,7 @@ LEAST_S = 12.0  # below, a worker would hardly have started
 
 @dataclass
 class Report:
-    """What the stages share and find. `deadline` is in seconds of `time.monotonic`."""
+    """What the stages share and find; `deadline` is in seconds of `time.monotonic`."""
 
     card: card.Card
     out: Path
@@ -51,24 +50,31 @@ class Report:
 
     @property
     def path(self) -> Path:
+        """The file of the rows."""
         return self.out / f"{self.card.machine}.csv"
 
     def left(self, at_most: float = float("inf")) -> float:
-        """Seconds for a stage: its own limit, or what is left of the whole less the end's share."""
+        """Return the seconds of a stage.
+
+        They are its own limit, or what is left of the whole less the end's share.
+        """
         return max(0.0, min(at_most, self.deadline - END_S - time.monotonic()))
 
     def keep(self, row: run.Row) -> None:
+        """Write a row to the file at once."""
         run.append(self.path, [row])
         self.rows.append(row)
 
 
 def say(text: str) -> None:
+    """Print a line at once."""
     print(text, flush=True)
 
 
 def build(report: Report) -> None:
-    """The CPU and CUDA libraries, in place. A failure is told and ends nothing: Triton's ops need
-    no library.
+    """Build the CPU and CUDA libraries in place.
+
+    A failure is told and ends nothing: Triton's ops need no library.
     """
     limit = report.left(BUILD_S)
     outcome = children.run(children.python("setup.py", "-q", "build_ext", "--inplace"), limit)
@@ -85,21 +91,21 @@ def build(report: Report) -> None:
 
 
 def worker(report: Report, *arguments: str) -> list[str]:
+    """Return the command of a worker."""
     told = ["--device", report.card.device, "--date", report.date, *arguments]
     return children.python(WORKER, *told, *(["--commit", report.commit] if report.commit else []))
 
 
 def measure_ceilings(report: Report) -> None:
+    """Measure the card's own rates, as far as the time goes."""
+
     def read(line: str) -> None:
         row = parsed(line).get("row")
         if isinstance(row, dict):
             report.keep(row)
             report.ceilings.add(row)
-            rate = (
-                f"{row['gbps']} GB/s read and written"
-                if row["impl"] == "copy"
-                else f"{row['tflops']} TFLOP/s"
-            )
+            copy = f"{row['gbps']} GB/s read and written"
+            rate = copy if row["impl"] == "copy" else f"{row['tflops']} TFLOP/s"
             say(f"  {row['impl']} {row['dtype']}: {rate}")
 
     limit = report.left(CEILINGS_S)
@@ -107,12 +113,12 @@ def measure_ceilings(report: Report) -> None:
     if outcome.status != 0:
         why = f"not finished within {limit:.0f} s" if outcome.status is None else outcome.last
         say(
-            f"  some ceilings are missing, and so are the shares of the floor that need them: {why}"
+            "  some ceilings are missing, and so are the shares of the floor that need them: " + why
         )
 
 
 def parsed(line: str) -> dict[str, object]:
-    """A worker's message; {} for a line that is none, such as a library's own warning."""
+    """Return a worker's message; {} for a line that is none, such as a library's own warning."""
     try:
         message = json.loads(line)
     except ValueError:
@@ -122,8 +128,12 @@ def parsed(line: str) -> dict[str, object]:
 
 @dataclass
 class Progress:
-    """Where one op and shape stand: cases still to measure (None: all, not begun), those never
-    captured, the one begun.
+    """How far the measuring of one op at one shape has come.
+
+    Attributes:
+        only: cases still to measure; None before the first, which are all.
+        plain: cases that are never captured.
+        begun: the case that is being measured.
     """
 
     only: list[str] | None = None
@@ -132,20 +142,18 @@ class Progress:
 
 
 def measure(report: Report, op: str, shape: shapes.Shape, rest: bool) -> None:
-    """One op at one shape, one of its two rounds; a worker that dies is started again without the
-    case that ended it.
+    """Measure one op at one shape, one of its two rounds.
+
+    A worker that dies is started again without the case that ended it.
     """
     progress = Progress()
-    say(
-        f"{op} {shape.name} (B {shape.B}, L {shape.L:,}, D {shape.D}){', the rest' if rest else ''}"
-    )
+    sizes = f"(B {shape.B}, L {shape.L:,}, D {shape.D})"
+    say(f"{op} {shape.name} {sizes}{', the rest' if rest else ''}")
     while progress.only is None or progress.only:
         limit = report.left()
         if limit < LEAST_S:
-            say(
-                "  the time is up: not measured: "
-                f"{', '.join(progress.only) if progress.only else 'any case of it'}"
-            )
+            missing = ", ".join(progress.only) if progress.only else "any case of it"
+            say(f"  the time is up: not measured: {missing}")
             return
         arguments = ["--op", op, "--shape", shape.name, *(["--rest"] if rest else [])]
         for flag, names in (("--only", progress.only or []), ("--plain", progress.plain)):
@@ -157,25 +165,21 @@ def measure(report: Report, op: str, shape: shapes.Shape, rest: bool) -> None:
         if outcome.status == 0:
             return
         if outcome.status is None:
-            say(
-                f"  the time is up{f' within {begun}' if begun else ''}: what is missing above was "
-                "not measured"
-            )
+            where = f" within {begun}" if begun else ""
+            say(f"  the time is up{where}: what is missing above was not measured")
             return
         if progress.only is None:
             say(f"  not measured: {outcome.last}")
             return
-        if begun is not None and outcome.status not in (
-            gpu_worker.CAPTURE_FAILED,
-            gpu_worker.BROKE,
-        ):
+        told = outcome.status in (gpu_worker.CAPTURE_FAILED, gpu_worker.BROKE)
+        if begun is not None and not told:
             say(f"  {begun} ended the process with status {outcome.status}: {outcome.last}")
         elif begun is None:  # it died after its last case: nothing is left to try again
             return
 
 
 def read(report: Report, progress: Progress, line: str) -> None:
-    """Takes one message of a worker."""
+    """Take one message of a worker."""
     message = parsed(line)
     if isinstance(todo := message.get("todo"), list) and progress.only is None:
         progress.only = [str(name) for name in todo]
@@ -186,16 +190,13 @@ def read(report: Report, progress: Progress, line: str) -> None:
         report.keep(row)
         over = report.ceilings.times_floor(row)
         times = f"{row['ms_p50']:.3f} ms (p20 {row['ms_p20']:.3f}, p80 {row['ms_p80']:.3f})"
-        say(
-            f"  {row['impl']} {row['phase']} {row['dtype']}: "
-            f"{times}{'' if over is None else f', {over:.2f} x floor'}"
-        )
+        multiple = "" if over is None else f", {over:.2f} x floor"
+        say(f"  {row['impl']} {row['phase']} {row['dtype']}: {times}{multiple}")
     elif name := message.get("capture_failed"):
         progress.plain.append(str(name))
         progress.only = [str(name), *(progress.only or [])]
-        say(
-            f"  {name} cannot be captured in a graph ({message.get('why')}): timed launch by launch"
-        )
+        why = message.get("why")
+        say(f"  {name} cannot be captured in a graph ({why}): timed launch by launch")
     elif name := message.get("left_out"):
         say(f"  {name} is left out: {message.get('why')}")
     elif name := message.get("again"):
@@ -203,7 +204,7 @@ def read(report: Report, progress: Progress, line: str) -> None:
 
 
 def ops_to_time(report: Report) -> list[str]:
-    """The ops that have cases and a kernel for the device; the others are told."""
+    """Return the ops that have a kernel for the device, and say why the others are not timed."""
     found: list[str] = []
 
     def read(line: str) -> None:
@@ -220,7 +221,7 @@ def ops_to_time(report: Report) -> list[str]:
 
 
 def finish(report: Report) -> None:
-    """The table, the figures to reach, and the chart."""
+    """Show the table and the figures to reach, and draw the chart."""
     measured = [row for row in report.rows if row["op"] != floors.CEILING]
     say(
         "\nresults; x floor: median over the floor of this run's ceilings; +graph: replayed from "
@@ -230,16 +231,11 @@ def finish(report: Report) -> None:
         "model x floor: by the bytes that the kernel's schedule moves (benchmarks/model.py): a "
         "model, never measured"
     )
-    model = (
-        importlib.import_module("benchmarks.model")
-        if importlib.util.find_spec("benchmarks.model")
-        else None
-    )
-    for line in (
-        *floors.table(measured, report.ceilings, model),
-        "",
-        *floors.verdicts(measured, report.ceilings),
-    ):
+    found = importlib.util.find_spec("benchmarks.model")
+    model = importlib.import_module("benchmarks.model") if found else None
+    for line in floors.table(measured, report.ceilings, model):
+        say(line)
+    for line in ("", *floors.verdicts(measured, report.ceilings)):
         say(line)
     say(f"rows in {report.path}")
     if importlib.util.find_spec("matplotlib") is None:
@@ -252,6 +248,7 @@ def finish(report: Report) -> None:
 
 
 def stages(report: Report) -> int:
+    """Do all of it and return the exit status."""
     say("build")
     build(report)
     say("tests on the card")
@@ -262,10 +259,7 @@ def stages(report: Report) -> int:
     measure_ceilings(report)
     wanted = card.plan(green, report.card.memory, say)
     # What has a figure to reach, and its peers, of every shape before the rest of any.
-    for rest in (
-        False,
-        True,
-    ):
+    for rest in (False, True):
         for op, shape in wanted:
             measure(report, op, shape, rest)
     finish(report)
@@ -273,28 +267,27 @@ def stages(report: Report) -> int:
     return 0 if measured and green == ops else 1
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    begin = time.monotonic()
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/gpu_report.py", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=ROOT / "benchmarks" / "results",
-        help="folder of <card>.csv and <card>.png",
-    )
-    parser.add_argument(
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    summary, out = (__doc__ or "").split("\n")[0], ROOT / "benchmarks" / "results"
+    parser = argparse.ArgumentParser(prog="benchmarks/gpu_report.py", description=summary)
+    add = parser.add_argument
+    add("--out", type=Path, default=out, help="folder of <card>.csv and <card>.png")
+    add(
         "--op",
         action="append",
         choices=list(cases.BENCHMARKS),
         help="one op, with the whole time; may be repeated",
     )
-    parser.add_argument("--minutes", type=float, default=8.6, help="for all of it")
-    parser.add_argument(
-        "--commit", help="the tree's commit, for the rows, where the tree has no git folder"
-    )
-    options = parser.parse_args(arguments)
+    add("--minutes", type=float, default=8.6, help="for all of it")
+    add("--commit", help="the tree's commit, for the rows, where the tree has no git folder")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    begin = time.monotonic()
+    options = parse(arguments)
     try:
         if not 0 < options.minutes < float("inf"):
             raise InputError(
@@ -303,14 +296,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = card.find()
         card.check_out(options.out)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        report = Report(
-            found, options.out, begin + 60 * options.minutes, now, options.commit, options.op
-        )
+        deadline = begin + 60 * options.minutes
+        report = Report(found, options.out, deadline, now, options.commit, options.op)
         run.check_results(report.path)
-        say(
-            f"{found.machine}, {found.memory / 2**30:.0f} GiB, torch {torch.__version__}, "
-            f"{options.minutes} minutes"
-        )
+        memory = f"{found.memory / 2**30:.0f} GiB"
+        say(f"{found.machine}, {memory}, torch {torch.__version__}, {options.minutes} minutes")
         return stages(report)
     except InputError as error:
         print(f"benchmarks/gpu_report.py: {error}", file=sys.stderr)

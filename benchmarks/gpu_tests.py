@@ -1,5 +1,4 @@
-"""Which ops may be timed on a card: `pytest -m gpu` and compute-sanitizer, op by op, and what they
-found.
+"""Which ops may be timed on a card: `pytest -m gpu` and compute-sanitizer, op by op.
 
 Each test file runs in a process of its own, all at once: a kernel that breaks its context fails its
 own file's tests alone, and Triton compiles on many cores.
@@ -26,8 +25,12 @@ Key = tuple[str, str]
 
 @dataclass
 class Verdict:
-    """What one op's tests did: test ids that failed; counts; a reason beyond the tests why it is
-    not green.
+    """What one op's tests did.
+
+    Attributes:
+        passed, skipped: counts of tests.
+        failed: test ids.
+        reason: why it is not green beyond its tests, if so.
     """
 
     passed: int = 0
@@ -37,40 +40,38 @@ class Verdict:
 
     @property
     def green(self) -> bool:
+        """Whether the op may be timed."""
         return self.passed > 0 and not self.failed and self.reason is None
 
     def __str__(self) -> str:
         told = f"{self.passed} passed, {len(self.failed)} failed, {self.skipped} skipped"
         if self.reason:
             return f"{told}; {self.reason}"
-        return (
-            told
-            if self.passed or self.failed
-            else f"{told}; no test of it ran on the card, which proves nothing"
-        )
+        if self.passed or self.failed:
+            return told
+        return f"{told}; no test of it ran on the card, which proves nothing"
 
 
 def stems(op: str) -> tuple[str, ...]:
-    """How the names of an op's test files may begin, behind `test_`."""
+    """Return how the names of an op's test files may begin, behind `test_`."""
     benchmark = cases.BENCHMARKS.get(op)
     return (op, *(name.rstrip("_") for name in (benchmark.functions if benchmark else ())))
 
 
 def untimed() -> list[str]:
-    """The public functions that no benchmark times: their failures are their own."""
+    """Return the public functions that no benchmark times: their failures are their own."""
     timed = {stem for op in cases.BENCHMARKS for stem in stems(op)}
-    public = [
-        name.rstrip("_")
-        for name in package_ops.__all__
-        if inspect.isfunction(getattr(package_ops, name))
-    ]
+    functions = (n for n in package_ops.__all__ if inspect.isfunction(getattr(package_ops, n)))
+    public = [name.rstrip("_") for name in functions]
     return [name for name in public if name not in timed]
 
 
 def owner(name: str, ops: Sequence[str]) -> str:
-    """The op that a file or test name tells of, else `SHARED`; of several that fit, the longest. An
-    op's first word tells it too where it is no other's: `test_sparse_layout` is of
-    sparse_update."""
+    """Return the op that the name of a file or test is about, else `SHARED`.
+
+    Of several that fit it is the longest. An op's first word names it too where it is no other's:
+    `test_sparse_layout` is of sparse_update.
+    """
     fits = [(len(stem), op) for op in ops for stem in stems(op) if stem in name]
     words = [op.split("_")[0] for op in ops]
     fits = fits or [
@@ -82,8 +83,9 @@ def owner(name: str, ops: Sequence[str]) -> str:
 
 
 def files_by_op(root: Path, ops: Sequence[str]) -> dict[str, list[Path]]:
-    """Test files with tests for a card, by op. Outside tests/ops a file counts where it names the
-    marker.
+    """Return the test files with tests for a card, by op.
+
+    Outside tests/ops a file counts where it names the marker.
     """
     found: dict[str, list[Path]] = {}
     for path in sorted((root / "tests").rglob("test_*.py")):
@@ -96,9 +98,7 @@ def files_by_op(root: Path, ops: Sequence[str]) -> dict[str, list[Path]]:
 
 
 def commands(root: Path, groups: dict[str, list[Path]]) -> dict[Key, list[str]]:
-    """One pytest for each file, and one sanitizer of each kind for each op that has CUDA C++ of its
-    own.
-    """
+    """Return one pytest per file, and each sanitizer per op that has CUDA C++ of its own."""
     told = {
         (group, path.name): _pytest([path]) for group, files in groups.items() for path in files
     }
@@ -121,32 +121,22 @@ def commands(root: Path, groups: dict[str, list[Path]]) -> dict[Key, list[str]]:
 
 
 def sanitized(root: Path, groups: dict[str, list[Path]]) -> list[str]:
-    sources = [path.stem for path in (root / "csrc" / "cuda").glob("*.cu")]
-    return [
-        group
-        for group in groups
-        if any(owner(stem, [g for g in groups if g != SHARED]) == group for stem in sources)
-    ]
+    """Return the groups that have CUDA C++ of their own."""
+    ops = [group for group in groups if group != SHARED]
+    owners = {owner(path.stem, ops) for path in (root / "csrc" / "cuda").glob("*.cu")}
+    return [group for group in groups if group in owners]
 
 
 def _pytest(files: list[Path]) -> list[str]:
     # -o addopts: the project's own would turn -v off, and the line of each test is what a run cut
     # short leaves behind.
-    options = [
-        "-m",
-        "gpu",
-        "-v",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "addopts=--strict-markers",
-    ]
+    options = ["-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    options += ["-o", "addopts=--strict-markers"]
     return children.python("-m", "pytest", *options, *map(str, files))
 
 
 def read(outcomes: Mapping[Key, children.Outcome], group: str, limit_s: float) -> Verdict:
-    """One group's verdict from the lines of pytest over its files."""
+    """Return a group's verdict from the lines of pytest over its files."""
     verdict = Verdict()
     for (name, what), outcome in outcomes.items():
         if name != group or what in _SANITIZER:
@@ -168,7 +158,7 @@ def read(outcomes: Mapping[Key, children.Outcome], group: str, limit_s: float) -
 def run_all(
     root: Path, ops: Sequence[str], limit_s: float, say: Callable[[str], None]
 ) -> dict[str, Verdict]:
-    """Runs everything at once and tells it.
+    """Run everything at once and say what was found.
 
     Args:
         root: the project.
@@ -184,17 +174,14 @@ def run_all(
     begin, timed, ops = time.monotonic(), ops, [*ops, *untimed()]
     # Of all, lest the files of an op left out count as shared.
     everything = files_by_op(root, [*cases.BENCHMARKS, *untimed()])
-    groups = {
-        group: files for group, files in everything.items() if group in ops or group == SHARED
-    }
+    wanted = {*ops, SHARED}
+    groups = {group: files for group, files in everything.items() if group in wanted}
     outcomes = children.run_together(commands(root, groups), limit_s)
     verdicts = {op: read(outcomes, op, limit_s) for op in ops}
     if SHARED in groups:
         shared = read(outcomes, SHARED, limit_s)
-        say(
-            "  tests shared by the ops: "
-            f"{shared if shared.passed or shared.failed or shared.reason else 'none for a card'}"
-        )
+        some = shared.passed or shared.failed or shared.reason
+        say(f"  tests shared by the ops: {shared if some else 'none for a card'}")
         for test in shared.failed:
             guilty = owner(test.partition("::")[2], [*cases.BENCHMARKS, *untimed()])
             for op in ops if guilty == SHARED else (guilty,):
@@ -210,10 +197,9 @@ def run_all(
         say(f"  {op}: {verdict}{' -> not timed' if op in timed and not verdict.green else ''}")
         for test in verdict.failed[:10]:
             say(f"    failed: {test}")
-        lines = [
-            line for (name, _), outcome in outcomes.items() if name == op for line in outcome.lines
-        ]
-        for line in [line for line in lines if line.startswith("E  ")][:10]:
+        own = [outcome for (name, _), outcome in outcomes.items() if name == op]
+        errors = [line for outcome in own for line in outcome.lines if line.startswith("E  ")]
+        for line in errors[:10]:
             say(f"    {line}")
     say(f"  {time.monotonic() - begin:.0f} s in all")
     return verdicts
@@ -227,7 +213,7 @@ def say_sanitizer(
     limit_s: float,
     say: Callable[[str], None],
 ) -> None:
-    """Tells what compute-sanitizer found, and counts it against the op."""
+    """Say what compute-sanitizer found, and count it against the op."""
     wanted = sanitized(root, groups)
     if not wanted:
         say("  compute-sanitizer: no op has CUDA C++ of its own")
@@ -237,10 +223,8 @@ def say_sanitizer(
         if kind not in _SANITIZER:
             continue
         if outcome.status is None:
-            say(
-                f"  compute-sanitizer {kind}, {op}: not finished within {limit_s:.0f} s, so it "
-                "says nothing"
-            )
+            late = f"not finished within {limit_s:.0f} s, so it says nothing"
+            say(f"  compute-sanitizer {kind}, {op}: {late}")
         elif outcome.status == 9:
             errors = [line for line in outcome.lines if line.startswith("=========")]
             say(f"  compute-sanitizer {kind}, {op}: ERRORS: {' '.join(errors[:2]) or outcome.last}")

@@ -1,12 +1,11 @@
-"""How long a label tree takes: centroids, label graph, smoothing and balanced 2-means, on a made
-set of documents.
+"""Time a label tree on made documents: centroids, label graph, smoothing and balanced 2-means.
 
     python benchmarks/label_tree.py [--labels 131072] [--depths 10 13]
 
 294,805 documents (as many as LF-AmazonTitles-131K has) of up to 5 labels, on 4,096 topics in a
-hierarchy, 120 words each; centroids keep 1,000 terms of 100,000; the walk makes 400 visits a label.
-Numba compiles on a small piece before anything is timed. Each stage: wall clock, CPU seconds of
-this process, and the memory it stands at.
+hierarchy, 120 words each; centroids keep 1,000 terms of 100,000; the walk makes 400 visits per
+label. Numba compiles on a small piece before anything is timed. Each stage: wall clock, CPU seconds
+of this process, and the memory that it holds at the end.
 """
 
 import argparse
@@ -34,8 +33,9 @@ TOPICS, WORDS, KEEP = 4096, 100_000, 1000
 
 
 def make(labels: int, documents: int) -> tuple[csr_matrix, csr_matrix]:
-    """TF-IDF [N, V] and labels [N, L], always the same: a main label by Zipf's law, others of its
-    topic or of the next one.
+    """Make TF-IDF [N, V] and labels [N, L], always the same.
+
+    A document has a main label by Zipf's law, and others of its topic or of the next one.
     """
     random = np.random.default_rng(0)
     topic = random.integers(0, TOPICS, labels)
@@ -47,12 +47,8 @@ def make(labels: int, documents: int) -> tuple[csr_matrix, csr_matrix]:
     for number in range(4):
         near = topic[main] if number < 3 else topic[main] ^ 1
         near = np.where(start[near + 1] > start[near], near, topic[main])
-        columns.append(
-            order[
-                start[near]
-                + (random.random(documents) * (start[near + 1] - start[near])).astype(int)
-            ]
-        )
+        size = start[near + 1] - start[near]
+        columns.append(order[start[near] + (random.random(documents) * size).astype(int)])
     rows = np.tile(np.arange(documents), 5)
     y = csr_matrix(
         (np.ones(5 * documents, np.float32), (rows, np.concatenate(columns))),
@@ -75,30 +71,29 @@ def make(labels: int, documents: int) -> tuple[csr_matrix, csr_matrix]:
 
 
 class Laps:
-    """Prints what passed since the last one."""
+    """Print what passed since the last lap."""
 
     def __init__(self) -> None:
         self.before = self.now()
 
     @staticmethod
     def now() -> tuple[float, float]:
+        """Return wall clock and CPU seconds."""
         used = resource.getrusage(resource.RUSAGE_SELF)
         return time.monotonic(), used.ru_utime + used.ru_stime
 
-    def told(self, what: str) -> None:
+    def end(self, what: str) -> None:
+        """Print the seconds of a lap, and the memory that the process holds at its end."""
         now = self.now()
         wall, cpu = (b - a for a, b in zip(self.before, now, strict=True))
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        print(
-            f"{what:12}  {wall:8.1f}  {cpu:8.1f}  "
-            f"{pages * os.sysconf('SC_PAGE_SIZE') / 2**30:8.2f}",
-            flush=True,
-        )
+        memory = pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+        print(f"{what:12}  {wall:8.1f}  {cpu:8.1f}  {memory:8.2f}", flush=True)
         self.before = self.now()
 
 
 def compiled(x: csr_matrix, y: csr_matrix) -> None:
-    """Every loop once, that of large nodes too."""
+    """Run every loop once, that of large nodes too, so that Numba compiles it."""
     some, own = x[:50], y[:50, :40]
     centroids = label_centroids(some, own)
     cluster(label_features(smooth(label_graph(own), centroids, 50)), [2, 8])
@@ -108,6 +103,7 @@ def compiled(x: csr_matrix, y: csr_matrix) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -117,27 +113,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     o = parser.parse_args(argv)
     x, y = make(o.labels, o.documents)
     compiled(x, y)
-    print(
-        f"{machine_name('cpu')}, {numba.get_num_threads()} threads, {o.labels:,} labels, "
-        f"{o.documents:,} documents"
-    )
+    sizes = f"{o.labels:,} labels, {o.documents:,} documents"
+    print(f"{machine_name('cpu')}, {numba.get_num_threads()} threads, {sizes}")
     print("stage           wall s     CPU s       GiB")
     laps, load = Laps(), Load()
     centroids = label_centroids(x, y, KEEP)
-    laps.told("centroids")
+    laps.end("centroids")
     graph = label_graph(y)
-    laps.told("walk")
+    laps.end("walk")
     centroids = smooth(graph, centroids, KEEP)
-    laps.told("smoothing")
+    laps.end("smoothing")
     features = label_features(centroids, in_place=True)
-    laps.told("unit length")
+    laps.end("unit length")
     cluster(features, [2**depth for depth in o.depths])
-    laps.told("2-means")
+    laps.end("2-means")
     others = load.others()
-    print(
-        f"load average {load_average()}, processors busy with others "
-        f"{'unknown' if others is None else f'{others:.2f}'}"
-    )
+    busy = "unknown" if others is None else f"{others:.2f}"
+    print(f"load average {load_average()}, processors busy with others {busy}")
 
 
 if __name__ == "__main__":

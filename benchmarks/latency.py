@@ -1,5 +1,4 @@
-"""How long one query takes, text to labels: the encoder with its tokens, and with each head behind
-it.
+"""Time one query from text to labels: the encoder with its tokens, and with each head behind it.
 
     python benchmarks/latency.py [--labels 131072]
 
@@ -45,22 +44,21 @@ WORDS = [
 
 
 def texts(count: int) -> list[str]:
-    """Texts of 8 to 60 words, always the same."""
+    """Make texts of 8 to 60 words, always the same."""
     random = np.random.default_rng(0)
     return [" ".join(random.choice(WORDS, int(n))) for n in random.integers(8, 61, count)]
 
 
 def tree_of(labels: int) -> LabelTree:
-    """Neighbours share a cluster."""
+    """Return a tree in which neighbours share a cluster."""
     sizes = [min(2**depth, labels) for depth in DEPTHS] + [labels]
-    children = tuple(
-        np.linspace(0, below, n + 1).astype(np.int64) for n, below in itertools.pairwise(sizes)
-    )
+    pairs = itertools.pairwise(sizes)
+    children = tuple(np.linspace(0, below, n + 1).astype(np.int64) for n, below in pairs)
     return LabelTree(children, np.arange(labels), {})
 
 
 def models(encoder: Encoder, labels: int, dtype: str) -> dict[str, Model]:
-    """The encoder with a table of one label, with all labels, and with a cascade."""
+    """Return the encoder with a table of one label, with all labels, and with a cascade."""
     tree = tree_of(labels)
     heads = CascadeHeads(
         tree.sizes,
@@ -79,7 +77,7 @@ def models(encoder: Encoder, labels: int, dtype: str) -> dict[str, Model]:
 
 
 def query(predictor: Predictor, some: Sequence[str]) -> Callable[[], object]:
-    """One pass over the texts, one call each."""
+    """Return one pass over the texts, one call each."""
 
     def step() -> None:
         for text in some:
@@ -89,6 +87,7 @@ def query(predictor: Predictor, some: Sequence[str]) -> Callable[[], object]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -110,21 +109,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     load = Load()
     found = alternate(steps, Clock("cpu"), rounds=o.rounds, budget_s=0)
-    print(
-        f"{machine_name('cpu')}, {torch.get_num_threads()} threads, {o.labels:,} labels, {o.texts} "
-        "texts of 8 to 60 words"
-    )
+    what = f"{o.labels:,} labels, {o.texts} texts of 8 to 60 words"
+    print(f"{machine_name('cpu')}, {torch.get_num_threads()} threads, {what}")
     print("table  head            median ms  worst round ms")
     for (table, name), samples in found.items():
-        print(
-            f"{table:5}  {name:14}  {np.median(samples) / o.texts:9.2f}  "
-            f"{max(samples) / o.texts:14.2f}"
-        )
+        median, worst = np.median(samples) / o.texts, max(samples) / o.texts
+        print(f"{table:5}  {name:14}  {median:9.2f}  {worst:14.2f}")
     others = load.others()
-    print(
-        f"load average {load_average()}, processors busy with others "
-        f"{'unknown' if others is None else f'{others:.2f}'}"
-    )
+    busy = "unknown" if others is None else f"{others:.2f}"
+    print(f"load average {load_average()}, processors busy with others {busy}")
 
 
 if __name__ == "__main__":

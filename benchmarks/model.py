@@ -1,8 +1,7 @@
-"""What a kernel must move, by its schedule: closed forms, equal to what the interpreter counts
-(tests/interpreter).
+"""What a kernel must move by its schedule: closed forms of its loads and stores, and of bytes.
 
-Printed beside a floor and called "model": an account of accesses and what they come to in bytes, no
-measurement.
+They equal what the interpreter counts (tests/interpreter). Printed next to a floor and called
+"model": an account of accesses, no measurement.
 """
 
 from collections.abc import Sequence
@@ -35,10 +34,10 @@ def bce_step_accesses(
     bias: bool = False,
     loss: bool = False,
 ) -> dict[str, tuple[int, int]]:
-    """Elements that one `bce_step_` loads and stores, by tensor; `states` counts momentum, second
-    and kahan.
+    """Count the elements that one `bce_step_` loads and stores, by tensor.
 
-    The search for each block's first positive is left out: it depends on the data, and is at most
+    `states` is how many of momentum, second and kahan there are. The search for each block's first
+    positive is left out: it depends on the data, and is at most
     (ceil(L / block_l) + 1) (floor(log2(positives)) + 1) loads of pos_row.
     """
     of_b = _up(B, blocks.block_b)
@@ -47,15 +46,11 @@ def bce_step_accesses(
     tiles = _up(L, blocks.tile)
     partial = blocks.segments * B * D
     out = {
-        "weight": (
-            (2 * of_b + 1) * L * D,
-            L * D,
-        ),  # logits and dX by every block of samples, the update once
+        # Logits and dX by every block of samples, the update once.
+        "weight": ((2 * of_b + 1) * L * D, L * D),
         "state": (states * L * D, states * L * D),
-        "x": (
-            (2 * of_l + 1) * B * D,
-            0,
-        ),  # logits and update by every block of labels; the finite check once
+        # Logits and update by every block of labels, the finite check once.
+        "x": ((2 * of_l + 1) * B * D, 0),
         "gradient": (2 * of_d * B * L, B * L),
         "partial": ((tiles + 1) * partial, tiles * partial),
         "dx": (0, B * D),
@@ -83,7 +78,7 @@ def bce_step_bytes(
     loss: bool = False,
     blocks: Blocks | None = None,
 ) -> dict[str, int]:
-    """Model of one `bce_step_`: bytes between memory and L2, and between L2 and the processors.
+    """Model one `bce_step_`: bytes between memory and L2, and between L2 and the processors.
 
     The assumption: a tile's rows and gradient (tile * (D + B) elements), x and the partial sums of
     dX stay in L2 from one product to the next. Then memory sees each row once and back once, the
@@ -94,31 +89,20 @@ def bce_step_bytes(
             products.
     """
     blocks = blocks or Blocks(tile)
-    of = bce_step_accesses(
-        B, L, D, blocks, positives=positives, states=states, bias=bias, loss=loss
-    )
-    size = dict.fromkeys(of, 4) | {
-        "weight": element,
-        "x": element,
-        "gradient": element,
-        "state": state_element,
-        "pos_row": 8,
-    }
-    memory = (
-        2 * L * D * (element + states * state_element)
-        + 2 * B * D * element
-        + positives * 12
-        + (8 * L if bias else 0)
-    )
-    return {
-        "memory": memory,
-        "cache": sum((loads + stores) * size[name] for name, (loads, stores) in of.items()),
-    }
+    options = {"positives": positives, "states": states, "bias": bias, "loss": loss}
+    of = bce_step_accesses(B, L, D, blocks, **options)
+    size = dict.fromkeys(of, 4) | dict.fromkeys(("weight", "x", "gradient"), element)
+    size |= {"state": state_element, "pos_row": 8}
+    tables = 2 * L * D * (element + states * state_element)
+    rest = 2 * B * D * element + positives * 12 + (8 * L if bias else 0)
+    accesses = sum((loads + stores) * size[name] for name, (loads, stores) in of.items())
+    return {"memory": tables + rest, "cache": accesses}
 
 
 CACHE = 40 << 20
-"""Bytes of the smallest L2 of the large cards (A100): below, what a call writes and reads again
-stays in it.
+"""Bytes of the smallest L2 of the large cards (A100).
+
+What a call writes and reads again stays in it up to this size.
 """
 
 
@@ -132,10 +116,10 @@ def matmul_topk_accesses(
     block_l: int = 128,
     bias: bool = False,
 ) -> dict[str, tuple[int, int]]:
-    """Elements of table, batch and bias that one `matmul_topk` loads and stores; chunks: labels
-    taken between two cuts.
+    """Count the elements of table, batch and bias that one `matmul_topk` loads and stores.
 
-    The lists are left out: what enters them depends on the data.
+    chunks: labels taken between two cuts. The lists are left out: what enters them depends on the
+    data.
     """
     of_b, of_l = _up(B, block_b), sum(_up(labels, block_l) for labels in chunks)
     out = {"weight": (of_b * L * D, 0), "x": (of_l * B * D, 0)}
@@ -145,9 +129,11 @@ def matmul_topk_accesses(
 def matmul_topk_memory(
     B: int, L: int, D: int, K: int, *, element: int = 2, samples: int = 1024
 ) -> int:
-    """Model of one `matmul_topk`: bytes between memory and L2. The table comes once for each
-    `samples` of the batch: tiles of one block of labels run next to each other and share it in L2,
-    where x and the lists' new entries stay."""
+    """Model one `matmul_topk`: bytes between memory and L2.
+
+    The table comes once for each `samples` of the batch: tiles of one block of labels run next to
+    each other and share it in L2, where x and the lists' new entries stay.
+    """
     return _up(B, samples) * L * D * element + 4 * B * D + 12 * B * K
 
 
@@ -162,10 +148,10 @@ def shortlist_accesses(
     block_b: int = 1,
     block_d: int = 1,
 ) -> dict[str, dict[str, tuple[int, int]]]:
-    """Elements that `shortlist_matmul` loads and stores: "forward", and "dx" of its backward.
+    """Count the elements that `shortlist_matmul` loads and stores: "forward", and "dx" backward.
 
     named: entries of the index that are no pads. block_b: samples of a tile of a shared list; lists
-        per sample have one.
+    per sample have one.
     """
     of_b, of_s, of_d = _up(B, block_b) if shared else 1, _up(S, block_s), _up(D, block_d)
     weight = (of_b * named * D, 0)
@@ -177,9 +163,11 @@ def shortlist_accesses(
 
 
 def shortlist_memory(B: int, S: int, D: int, *, shared: bool, element: int = 2) -> int:
-    """Model of one forward `shortlist_matmul`: bytes between memory and L2. Every row that a list
-    names comes once, also one that other lists name (a shared list's once for the batch); index, x
-    and logits once."""
+    """Model one forward `shortlist_matmul`: bytes between memory and L2.
+
+    Every row that a list names comes once, also one that other lists name (a shared list's once for
+    the batch); index, x and logits once.
+    """
     lists = 1 if shared else B
     return lists * S * D * element + 8 * lists * S + 4 * B * S + 4 * B * D
 
@@ -194,25 +182,20 @@ def cluster_step_accesses(
     block_p: int,
     states: int = 0,
 ) -> dict[str, tuple[int, int]]:
-    """Elements that one `cluster_step_` loads and stores; sizes and pairs: rows of each cluster,
-    samples that select it.
+    """Count the elements that one `cluster_step_` loads and stores.
 
-    Without a row-wise moment, which reads rows and x once more, and where all shares of dx are held
-    at a time.
+    sizes: rows of each cluster. pairs: samples that select it. Without a row-wise moment, which
+    reads rows and x once more, and where all shares of dx are held at a time.
     """
     rows = sum(size for size, p in zip(sizes, pairs, strict=True) if p)
     scored = sum(_up(p, block_p) * size for size, p in zip(sizes, pairs, strict=True))
     used = sum(p * _up(size, block_r) for size, p in zip(sizes, pairs, strict=True))
     return {
-        "weight": (
-            (scored + 2 * rows) * D,
-            rows * D,
-        ),  # scores by every block of pairs; shares of dx; the update
+        # Scores by every block of pairs, shares of dx, the update.
+        "weight": ((scored + 2 * rows) * D, rows * D),
         "state": (states * rows * D, states * rows * D),
-        "x": (
-            2 * used * D + B * D,
-            0,
-        ),  # scores and gradient by every tile of rows; the finite check once
+        # Scores and gradient by every tile of rows, the finite check once.
+        "x": (2 * used * D + B * D, 0),
     }
 
 
@@ -227,12 +210,12 @@ def cluster_step_memory(
     state_element: int = 2,
     states: int = 0,
 ) -> int:
-    """Model of one `cluster_step_` with K of C clusters of M rows for each sample, at random: bytes
-    between memory and L2.
+    """Model one `cluster_step_`: bytes between memory and L2.
 
-    The assumption: a touched row and its states come once and go back once, however many samples
-    share it; the gradients of the logits and x stay in L2, and so do the shares of dx where they
-    fit, else they go to memory and come back.
+    Each sample selects K of C clusters of M rows at random. The assumption: a touched row and its
+    states come once and go back once, however many samples share it; the gradients of the logits
+    and x stay in L2, and so do the shares of dx where they fit, else they go to memory and come
+    back.
     """
     touched = round(C * M * (1 - (1 - K / C) ** B))
     block_r = min(64, max(16, 1 << max(0, M - 1).bit_length()))

@@ -1,5 +1,4 @@
-"""Read speed of the old bag-of-words file: our parser against sklearn's load_svmlight_file,
-alternately, same file.
+"""Time the reading of the old bag-of-words file by our parser and by sklearn, alternately.
 
     python benchmarks/parse_sparse.py --mb 256 --repeats 3
 
@@ -28,23 +27,23 @@ FEATURES, LABELS = 135_909, 670_091
 
 
 def rows_of_text(rows: int, seed: int) -> bytes:
-    """Rows like those of Amazon-670K's TF-IDF file: sorted features, short tail of labels."""
+    """Make rows like those of Amazon-670K's TF-IDF file: sorted features, short tail of labels."""
     rng = np.random.default_rng(seed)
     lines = []
     for _ in range(rows):
         features = np.unique((FEATURES * rng.power(0.4, rng.integers(20, 200))).astype(np.int64))
         values = rng.random(len(features)) / np.sqrt(len(features))
         labels = np.unique(rng.integers(0, LABELS, rng.integers(1, 10)))
-        entries = " ".join(
-            f"{f}:{v:.6f}" for f, v in zip(features.tolist(), values.tolist(), strict=True)
-        )
+        pairs = zip(features.tolist(), values.tolist(), strict=True)
+        entries = " ".join(f"{feature}:{value:.6f}" for feature, value in pairs)
         lines.append(f"{','.join(map(str, labels.tolist()))} {entries}\n")
     return "".join(lines).encode()
 
 
 def make_file(path: Path, megabytes: int) -> int:
-    """Writes the file and returns its number of rows. Blocks repeat: the parsers keep nothing
-    between rows.
+    """Write the file and return its number of rows.
+
+    Blocks repeat: the parsers keep nothing between rows.
     """
     blocks = [rows_of_text(2_000, seed) for seed in range(4)]
     count = max(1, round(megabytes * 1e6 / (sum(map(len, blocks)) / len(blocks))))
@@ -56,6 +55,7 @@ def make_file(path: Path, megabytes: int) -> int:
 
 
 def read_sklearn(path: Path) -> csr_matrix:
+    """Read the features as a user of sklearn would."""
     with path.open("rb") as file:
         file.readline()  # it does not know the header
         features, _ = load_svmlight_file(
@@ -65,12 +65,14 @@ def read_sklearn(path: Path) -> csr_matrix:
 
 
 def timed(read: Callable[[], csr_matrix]) -> tuple[float, csr_matrix]:
+    """Return the seconds of one call, and its result."""
     start = time.perf_counter()
     matrix = read()
     return time.perf_counter() - start, matrix
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -85,12 +87,8 @@ def main() -> None:
         help="skip sklearn, which takes minutes and memory at 1 GB",
     )
     options = parser.parse_args()
-    print(
-        "load average before",
-        *(f"{value:.2f}" for value in os.getloadavg()),
-        "| cpus",
-        os.cpu_count(),
-    )
+    before = (f"{value:.2f}" for value in os.getloadavg())
+    print("load average before", *before, "| cpus", os.cpu_count())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.txt"
         rows = make_file(path, options.mb)

@@ -1,5 +1,6 @@
-"""Draws committed rows: the share of the torch.mm rate that each implementation reaches, by op and
-shape; of a card's rows (those of benchmarks/gpu_report.py) the roofline of the latest run.
+"""Draw committed rows: by op and shape the share of the torch.mm rate; of a card, the roofline.
+
+The roofline is of the latest run of benchmarks/gpu_report.py.
 
 python benchmarks/plot.py benchmarks/results/<machine>.csv [--out CHART.png] [--dirty]
 python benchmarks/plot.py benchmarks/results/<machine>.csv --front docs/images/step.svg
@@ -24,7 +25,7 @@ Place = tuple[str, str]
 
 
 def read_rows(path: Path, dirty: bool) -> list[dict[str, str]]:
-    """Rows of a results file, in file order; those of an edited tree only if asked for.
+    """Return the rows of a results file, in its order; those of an edited tree only if asked for.
 
     Raises:
         InputError: the file is missing, has other columns, or holds no row to draw.
@@ -35,9 +36,8 @@ def read_rows(path: Path, dirty: bool) -> list[dict[str, str]]:
         )
     check_results(path)
     with open(path, encoding="utf-8", newline="") as file:
-        rows = [
-            row for row in csv.DictReader(file) if dirty or not row["commit"].endswith("-dirty")
-        ]
+        every = list(csv.DictReader(file))
+    rows = [row for row in every if dirty or not row["commit"].endswith("-dirty")]
     if not rows:
         raise InputError(
             str(path),
@@ -49,11 +49,10 @@ def read_rows(path: Path, dirty: bool) -> list[dict[str, str]]:
 
 
 def shares(rows: Sequence[dict[str, str]]) -> dict[Place, dict[str, float]]:
-    """Share of the mm rate by (op, shape), then by implementation; a later run of a shape replaces
-    an earlier one.
+    """Return the share of the mm rate by (op, shape), then by implementation.
 
-    A row is divided by the ceiling of its own turn alone: the rows of one op, shape, device and
-        date.
+    A later run of a shape replaces an earlier one. A row is divided by the ceiling of its own turn
+    alone: the rows of one op, shape, device and date.
     """
     latest = {(row["op"], row["shape"]): (row["date"], row["device"]) for row in rows}
     turn = [row for row in rows if latest[row["op"], row["shape"]] == (row["date"], row["device"])]
@@ -72,8 +71,10 @@ def shares(rows: Sequence[dict[str, str]]) -> dict[Place, dict[str, float]]:
 
 
 def draw(rows: Sequence[dict[str, str]], out: Path) -> None:
-    """Writes the chart as PNG: one panel per op and shape, bars in file order, the ceiling as a
-    line at 1.
+    """Write the chart as PNG: one panel per op and shape, bars in file order, a line at 1.
+
+    Raises:
+        InputError: no row has a ceiling.
     """
     from matplotlib.figure import Figure
 
@@ -101,7 +102,7 @@ def draw(rows: Sequence[dict[str, str]], out: Path) -> None:
 
 
 def save(figure: Any, rows: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """Names machine, torch and commits above the chart and writes it whole or not at all."""
+    """Name machine, torch and commits above the chart; write it whole or not at all."""
     commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in rows))
     figure.suptitle(f"{rows[-1]['machine']} · torch {rows[-1]['torch']} · {commits}", fontsize=9)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -111,35 +112,25 @@ def save(figure: Any, rows: Sequence[Mapping[str, Any]], out: Path) -> None:
 
 
 def roofline(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """Writes the roofline of one run as PNG: useful operations for each useful byte across, their
-    rate up.
+    """Write the roofline of one run as PNG: useful operations per useful byte, and their rate.
 
     Args:
         rows: of one run of benchmarks/gpu_report.py, its ceilings among them: the copy rate is the
             slope, the torch.mm rate of each format a level line. Points above a line are another
             format's.
         out: the file to write.
+
+    Raises:
+        InputError: the rows hold no ceilings, or nothing but ceilings.
     """
     from matplotlib.figure import Figure
 
-    top = {
-        str(row["dtype"]): float(row["tflops"])
-        for row in rows
-        if row["op"] == CEILING and row["impl"] == "mm"
-    }
-    slope = next(
-        (
-            float(row["gbps"]) / 1e3
-            for row in rows
-            if row["op"] == CEILING and row["impl"] == "copy"
-        ),
-        None,
-    )
-    points = [
-        row
-        for row in rows
-        if row["op"] != CEILING and float(row["tflops"]) > 0 and float(row["gbps"]) > 0
-    ]
+    ceilings = [row for row in rows if row["op"] == CEILING]
+    top = {str(row["dtype"]): float(row["tflops"]) for row in ceilings if row["impl"] == "mm"}
+    copies = (float(row["gbps"]) / 1e3 for row in ceilings if row["impl"] == "copy")
+    slope = next(copies, None)
+    points = [row for row in rows if row["op"] != CEILING]
+    points = [row for row in points if float(row["tflops"]) > 0 and float(row["gbps"]) > 0]
     if slope is None or not top or not points:
         raise InputError(
             "rows",
@@ -154,42 +145,28 @@ def roofline(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     figure = Figure(figsize=(11, 8), layout="constrained")
     panel = figure.subplots()
     for dtype, level in top.items():
-        panel.plot(
-            [left, level / slope, right], [left * slope, level, level], color="black", linewidth=0.8
-        )
+        line = [left, level / slope, right], [left * slope, level, level]
+        panel.plot(*line, color="black", linewidth=0.8)
         panel.text(right, level, f"mm {dtype}", fontsize=7, ha="right", va="bottom")
     for row, place in zip(points, places, strict=True):
-        own = row["impl"] in OWN
-        panel.plot(
-            [place],
-            [float(row["tflops"])],
-            "o" if own else "x",
-            color="tab:blue" if own else "tab:grey",
-            markersize=4,
-        )
+        rate = float(row["tflops"])
+        mark, colour = ("o", "tab:blue") if row["impl"] in OWN else ("x", "tab:grey")
+        panel.plot([place], [rate], mark, color=colour, markersize=4)
         name = f"{row['op']} {row['shape']} {row['impl']} {row['phase']} {row['dtype']}"
-        panel.annotate(
-            name,
-            (place, float(row["tflops"])),
-            xytext=(4, 2),
-            textcoords="offset points",
-            fontsize=5,
-        )
-    panel.set(
-        xscale="log",
-        yscale="log",
-        xlabel="useful FLOP for each useful byte",
-        ylabel="useful TFLOP/s",
-    )
+        label = {"xytext": (4, 2), "textcoords": "offset points", "fontsize": 5}
+        panel.annotate(name, (place, rate), **label)
+    panel.set(xscale="log", yscale="log")
+    panel.set(xlabel="useful FLOP for each useful byte", ylabel="useful TFLOP/s")
     save(figure, rows, out)
 
 
 def latest(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """The rows of the last run: those of the last row's date."""
+    """Return the rows of the last run: those of the last row's date."""
     return [row for row in rows if row["date"] == rows[-1]["date"]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="benchmarks/plot.py", description=(__doc__ or "").split("\n")[0]
     )

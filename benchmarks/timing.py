@@ -1,6 +1,4 @@
-"""Clocks, alternating rounds, quantiles, peak memory, the machine and its load. Knows nothing of
-any op.
-"""
+"""Clocks, alternating rounds, quantiles, peak memory, the machine and its load."""
 
 import ctypes
 import gc
@@ -42,7 +40,7 @@ class Clock:
             self._flush = torch.empty(max(size, 1), dtype=torch.uint8, device="cuda")
 
     def once(self, step: Step, repeats: int = 1) -> float:
-        """Milliseconds of one call."""
+        """Return the milliseconds of one call."""
         if self.device == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self._flush.zero_()
@@ -57,7 +55,10 @@ class Clock:
         return (time.perf_counter_ns() - begin) / 1e6 / repeats
 
     def repeats(self, step: Step) -> int:
-        """Calls per sample: a CPU sample of less than 20 ms would mostly measure the scheduler."""
+        """Return the calls per sample.
+
+        A CPU sample of less than 20 ms would mostly measure the scheduler.
+        """
         step()  # the first call compiles, allocates and faults pages in
         if self.device == "cuda":
             return 1
@@ -67,8 +68,7 @@ class Clock:
 def alternate(
     steps: Mapping[Key, Step], clock: Clock, *, rounds: int = ROUNDS, budget_s: float = 20.0
 ) -> dict[Key, list[float]]:
-    """Times every step once per round, in one process, so that a drift of the machine meets all of
-    them alike.
+    """Time every step once per round, in one process: a drift of the machine meets all alike.
 
     The order turns by one place each round, so that none always follows the same neighbour.
 
@@ -94,7 +94,7 @@ def alternate(
 
 
 def quantiles(samples: list[float]) -> tuple[float, float, float]:
-    """p20, p50 and p80, interpolated linearly between samples."""
+    """Return p20, p50 and p80, interpolated linearly between samples."""
     p20, p50, p80 = numpy.quantile(samples, (0.2, 0.5, 0.8))
     return float(p20), float(p50), float(p80)
 
@@ -102,13 +102,12 @@ def quantiles(samples: list[float]) -> tuple[float, float, float]:
 def peak_bytes(
     device: str, inputs: Callable[[], Held], start: Callable[[Held], Step], steps: int = 3
 ) -> int | None:
-    """Largest memory held during the first steps beyond what `inputs` made: state, caches and
-    temporaries alike.
+    """Measure the most memory held during the first steps beyond what `inputs` made.
 
-    On a CPU this is the kernel's own high-water mark of resident pages (`VmHWM`, reset after the
-    inputs are made), so no peak between two samples is missed. Call it in a fresh process: memory
-    that an allocator kept from earlier work would be taken again unseen. On CUDA it is the caching
-    allocator's mark.
+    State, caches and temporaries count alike. On a CPU this is the kernel's own high-water mark of
+    resident pages (`VmHWM`, reset after the inputs are made), so no peak between two samples is
+    missed. Call it in a fresh process: memory that an allocator kept from earlier work would be
+    taken again unseen. On CUDA it is the caching allocator's mark.
 
     Returns:
         Bytes; None where the platform cannot reset the mark (not Linux).
@@ -116,10 +115,7 @@ def peak_bytes(
     held = inputs()
     warm = torch.ones(256, 256, device=device)
     # A library's own one-off buffers are not the step's.
-    for dtype in (
-        torch.float32,
-        torch.bfloat16,
-    ):
+    for dtype in (torch.float32, torch.bfloat16):
         torch.mm(warm.to(dtype), warm.to(dtype))
     if device == "cuda":
         torch.cuda.synchronize()
@@ -172,20 +168,19 @@ class Load:
         return busy, sum(os.times()[:2]), time.monotonic()
 
     def others(self) -> float | None:
-        """Processors kept busy by others (other guests of the host too) since this was made; None
-        where unknown.
+        """Return how many processors others have kept busy since this was made.
+
+        Others are other guests of the host too. None where it is not known.
         """
         now = self._now()
         if now is None or self._before is None or now[2] <= self._before[2]:
             return None
-        busy, own, wall = (
-            later - earlier for later, earlier in zip(now, self._before, strict=True)
-        )
+        busy, own, wall = (a - b for a, b in zip(now, self._before, strict=True))
         return max(0.0, (busy - own) / wall)
 
 
 def load_average() -> float | None:
-    """Of the last minute; None where the platform has none."""
+    """Return the load average of the last minute; None where the platform has none."""
     try:
         return os.getloadavg()[0]
     except (AttributeError, OSError):
@@ -193,20 +188,20 @@ def load_average() -> float | None:
 
 
 def slug(text: str) -> str:
-    """Words of a hardware name that tell machines apart, for a file name."""
+    """Return the words of a hardware name that tell machines apart, for a file name."""
     text = re.sub(r"\((r|tm|c)\)|@.*|\b(cpu|processor|with .*|\d+-core)\b", " ", text.lower())
     return re.sub(r"[^a-z0-9]+", "-", text).strip("-")
 
 
 def instruction_set(flags: set[str]) -> str:
-    """The widest unit of the CPU that the kernels or the GEMM library can use."""
+    """Name the widest unit of the CPU that the kernels or the GEMM library can use."""
     known = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")
     names = ("amxbf16", "avx512bf16", "avx512", "avx2", "sve", "neon")
     return next((name for flag, name in zip(known, names, strict=True) if flag in flags), "scalar")
 
 
 def machine_name(device: str) -> str:
-    """For example `amd-epyc-2c-avx512bf16`, or the GPU's name."""
+    """Return for example `amd-epyc-2c-avx512bf16`, or the GPU's name."""
     if device == "cuda":
         return slug(torch.cuda.get_device_name(0))
     fields: dict[str, str] = {}
@@ -215,9 +210,8 @@ def machine_name(device: str) -> str:
             key, _, value = line.partition(":")
             fields.setdefault(key.strip(), value.strip())
     except OSError:
-        fields["flags"] = (
-            torch.backends.cpu.get_cpu_capability().lower().replace("avx512", "avx512f")
-        )
+        capability = torch.backends.cpu.get_cpu_capability().lower()
+        fields["flags"] = capability.replace("avx512", "avx512f")
     model = fields.get("model name") or platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     isa = instruction_set(set((fields.get("flags") or fields.get("Features") or "").split()))
