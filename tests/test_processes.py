@@ -11,11 +11,11 @@ import cascade_common
 import numpy as np
 import pytest
 import torch
+from end_to_end_common import make_batch, make_model
 from processes import together
 from safetensors.torch import load_file, save_file
 from scipy.sparse import csr_matrix
 from scipy.sparse import random as sparse_random
-from test_end_to_end import make_batch, make_model
 from torch import Tensor
 
 from xmlkernels import InputError, dist
