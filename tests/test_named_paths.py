@@ -1,5 +1,6 @@
-"""Paths of the project that its texts name exist: in docs, comments, docstrings and settings."""
+"""Paths and dotted names of the project that its texts name exist: docs, comments, code."""
 
+import pkgutil
 import re
 from pathlib import Path
 
@@ -13,10 +14,12 @@ SUFFIXES |= {".def", ".cpp", ".h", ".cu", ".cuh"}
 APART = ("CHANGELOG.md", "tests/fixtures/", "tests/test_named_paths.py")
 # Names that texts make up as examples, and files of other projects.
 INVENTED = {"row_norms", "low_rank", "x", "a", "b", "t", "no_more", "NAME", "app"}
+BUILT = {"_host", "parse_sparse"}  # not there before the native library is
 OTHERS = {"main_inference.py", "CreateTokenizedFiles.py", "CreateAugData.py", "library.h"}
 
 ROOTED = re.compile(rf"(?<![\w./<{{}}-])(?:{'|'.join(ROOMS)})/[\w./<>{{}}*-]*")
 SOURCE = re.compile(r"(?<![\w./<{}*-])[\w./-]+\.(?:py|cpp|cuh?|h|ipynb)\b")
+DOTTED = re.compile(r"([`'\"])(xmlkernels(?:\.\w+)+)\1")
 
 
 def _files() -> dict[str, Path]:
@@ -36,7 +39,7 @@ TEXTS = {
 
 
 def _invented(path: str) -> bool:
-    stem = Path(path).stem.removeprefix("test_")
+    stem = Path(path).stem.removeprefix("test_").removeprefix("cases_")
     return stem in INVENTED or path in OTHERS or bool(set("<>{}*") & set(path))
 
 
@@ -65,6 +68,23 @@ def test_paths_that_texts_name_exist(room: str) -> None:
     assert not [
         line for name, path in own.items() for line in _wrong(name, path.read_text("utf-8"))
     ]
+
+
+def test_dotted_names_in_quotes_exist() -> None:
+    """A test that replaces a function by its name would not find it, a reader neither."""
+    named = {
+        (dotted, name)
+        for name, path in TEXTS.items()
+        for _, dotted in DOTTED.findall(path.read_text("utf-8"))
+        if dotted.rpartition(".")[2] not in INVENTED | BUILT
+    }
+    gone = []
+    for dotted, name in sorted(named):
+        try:
+            pkgutil.resolve_name(dotted)
+        except (ImportError, AttributeError) as error:
+            gone.append(f"{name}: {dotted}: {error}")
+    assert len(named) > 20 and not gone
 
 
 @pytest.mark.parametrize(
