@@ -37,86 +37,38 @@ def cases() -> list[tuple[str, str, tuple[Any, ...], dict[str, Any]]]:
     """op, name, arguments, options of calls that between them use every argument."""
     out = []
     for dtype in DTYPES:
-        step = random_step(
-            5,
-            70,
-            9,
-            dtype,
-            share=0.1,
-            values=True,
-            states={"bias": F32, "momentum": BF16, "second": F32},
-        )
+        states = {"bias": F32, "momentum": BF16, "second": F32}
+        step = random_step(5, 70, 9, dtype, share=0.1, values=True, states=states)
         t = step.tensors | {"hyper": ADAM}
         call = (t["weight"], t["x"], t["pos_row"], t["pos_sample"], t["hyper"], t["counter"])
         states = {k: t[k] for k in ("pos_value", "bias", "momentum", "second")}
         out.append(("bce_step_", "plain", call, {}))
-        out.append(
-            (
-                "bce_step_",
-                "all",
-                call,
-                states | {"row_offset": 2**33, "rows": 60, "decoupled": True, "need_loss": True},
-            )
-        )
+        every = {"row_offset": 2**33, "rows": 60, "decoupled": True, "need_loss": True}
+        out.append(("bce_step_", "all", call, states | every))
+        kahan = {"kahan": torch.zeros_like(t["weight"]), "need_loss": True}
         if dtype != F32:
-            out.append(
-                (
-                    "bce_step_",
-                    "kahan",
-                    call,
-                    {"kahan": torch.zeros_like(t["weight"]), "need_loss": True},
-                )
-            )
+            out.append(("bce_step_", "kahan", call, kahan))
         for grad in (False, True):
             x, w = t["x"].clone().requires_grad_(grad), t["weight"].clone().requires_grad_(grad)
             bias = t["bias"].clone().requires_grad_(grad)
             pos = (t["pos_row"], t["pos_sample"])
             out.append(("bce_loss", f"grad {grad}", (x, w, None, *pos), {}))
-            out.append(
-                ("bce_loss", f"grad {grad} all", (x, w, bias, *pos, t["pos_value"]), {"rows": 60})
-            )
+            args = (x, w, bias, *pos, t["pos_value"])
+            out.append(("bce_loss", f"grad {grad} all", args, {"rows": 60}))
         t |= random_cluster_step(5, [9, 0, 30, 26], 3, 9, dtype, share=0.1, values=True).tensors
-        call = (
-            t["weight"],
-            t["x"],
-            t["clusters"],
-            t["row_ptr"],
-            30,
-            t["pos_row"],
-            t["pos_sample"],
-            t["hyper"],
-            t["counter"],
-        )
+        call = (t["weight"], t["x"], t["clusters"], t["row_ptr"], 30, t["pos_row"], t["pos_sample"])
+        call = (*call, t["hyper"], t["counter"])
         out.append(("cluster_step_", "plain", call, {}))
-        every = {"row_offset": 2**33, "rows": 60, "decoupled": True, "need_loss": True}
-        out.append(
-            (
-                "cluster_step_",
-                "all",
-                call,
-                {k: t[k] for k in states} | every | {"second": torch.ones(70)},
-            )
-        )
+        given = {k: t[k] for k in states} | every | {"second": torch.ones(70)}
+        out.append(("cluster_step_", "all", call, given))
+        kahan = {"kahan": torch.zeros_like(t["weight"]), "need_loss": True}
         if dtype != F32:
-            out.append(
-                (
-                    "cluster_step_",
-                    "kahan",
-                    call,
-                    {"kahan": torch.zeros_like(t["weight"]), "need_loss": True},
-                )
-            )
+            out.append(("cluster_step_", "kahan", call, kahan))
         pos = (t["pos_row"], t["pos_sample"])
         out.append(("bce_loss_backward", "plain", (t["x"], t["weight"], None, *pos), {}))
         every = {"rows": 60, "need_dweight": True, "need_dbias": True}
-        out.append(
-            (
-                "bce_loss_backward",
-                "all",
-                (t["x"], t["weight"], t["bias"], *pos, t["pos_value"]),
-                every,
-            )
-        )
+        args = (t["x"], t["weight"], t["bias"], *pos, t["pos_value"])
+        out.append(("bce_loss_backward", "all", args, every))
         out.append(("matmul_topk", "plain", (t["x"], t["weight"], None, 7), {}))
         exclude = torch.tensor([[2**33 + 3, -1]] * 5)
         every = {"exclude": exclude, "row_offset": 2**33, "rows": 60}

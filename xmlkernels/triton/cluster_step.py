@@ -513,81 +513,36 @@ def cluster_step_(
     gradient = torch.empty(batch * chosen, cluster_rows, dtype=torch.float32, device=x.device)
     losses = torch.zeros(groups * tiles if need_loss else 1, dtype=torch.float32, device=x.device)
     row_wise = second is not None and second.dim() == 1
-    moment = torch.empty(
-        groups * tiles * row_side if row_wise else 0, dtype=torch.float32, device=x.device
-    )
+    moments = groups * tiles * row_side if row_wise else 0
+    moment = torch.empty(moments, dtype=torch.float32, device=x.device)
     correction = bias_corrections(hyper, counter) if second is not None else hyper
     todo = pieces(batch * chosen, tiles, width, block)
     _, number, _, columns = todo[0]
     parts = torch.empty(batch * chosen * number * columns, dtype=torch.float32, device=x.device)
-    for tile, number, first, last in todo:
+    states = momentum, second, kahan, row_scale, moment
+    buffers = scores, gradient, parts, losses, flag
+    pairs = order, group, edge, pos_edge, pos_row, pos_sample, pos_value
+    numbers = hyper, counter, correction, row_offset, cluster_rows, chosen, tiles
+    blocks = {"D": width, "BR": row_side, "BD": block}
+    kinds = {"ROW_WISE": row_wise, "NEED_LOSS": need_loss, "DECOUPLED": decoupled, "LOW": low}
+    for piece in todo:
+        tile, number, first, last = piece
         _step_tiles[(groups * number,)](
-            weight,
-            x,
-            bias,
-            momentum,
-            second,
-            kahan,
-            row_scale,
-            moment,
-            scores,
-            gradient,
-            parts,
-            losses,
-            flag,
-            order,
-            group,
-            edge,
-            pos_edge,
-            pos_row,
-            pos_sample,
-            pos_value,
-            hyper,
-            counter,
-            correction,
-            row_offset,
-            cluster_rows,
-            chosen,
-            tiles,
-            tile,
-            number,
-            first,
-            last,
-            D=width,
-            ROW_WISE=row_wise,
+            *(weight, x, bias, *states, *buffers, *pairs, *numbers, *piece),
             SCORE=first == 0,
-            NEED_LOSS=need_loss,
-            DECOUPLED=decoupled,
-            LOW=low,
             EMULATED=common.emulated(),
-            BR=row_side,
             BP=pair_side,
-            BD=block,
             num_warps=8 if row_side == 64 else 4,
+            **blocks,
+            **kinds,
             **common.LAUNCH,
         )
         _sum_parts[(batch * triton.cdiv(last - first, block),)](
-            parts,
-            clusters,
-            row_ptr,
-            hyper,
-            flag,
-            dx,
-            chosen,
-            n,
-            tile,
-            number,
-            first,
-            last,
-            D=width,
+            *(parts, clusters, row_ptr, hyper, flag, dx, chosen, n, *piece),
             FIRST=tile == 0,
-            BR=row_side,
             BS=SUMMANDS,
-            BD=block,
+            **blocks,
             **common.LAUNCH,
         )
-    return (
-        dx,
-        scores,
-        hyper[SCALE.value] * losses.sum().reshape(1) + nan if need_loss else losses.new_empty(0),
-    )
+    loss = hyper[SCALE.value] * losses.sum().reshape(1) + nan if need_loss else losses.new_empty(0)
+    return dx, scores, loss
