@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from xmlkernels.training.config import Config
     from xmlkernels.training.linear import LinearConfig, train_linear
     from xmlkernels.training.loop import train
-    from xmlkernels.training.ranker import RankerConfig, train_ranker
+    from xmlkernels.training.ranker import train_ranker
+    from xmlkernels.training.ranker_config import RankerConfig
     from xmlkernels.training.recipes import RECIPES
     from xmlkernels.training.tree import TreeConfig, build_tree
     from xmlkernels.tree.label_tree import LabelTree
@@ -97,7 +98,8 @@ _HOMES = {
     "training.config": ("Config",),
     "training.linear": ("LinearConfig", "train_linear"),
     "training.loop": ("train",),
-    "training.ranker": ("RankerConfig", "train_ranker"),
+    "training.ranker": ("train_ranker",),
+    "training.ranker_config": ("RankerConfig",),
     "training.recipes": ("RECIPES",),
     "training.tree": ("TreeConfig", "build_tree"),
     "tree.label_tree": ("LabelTree",),

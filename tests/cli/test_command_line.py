@@ -13,7 +13,7 @@ from xmlkernels import InputError
 from xmlkernels.cli import arguments, train
 from xmlkernels.cli.flags import flags_of
 from xmlkernels.data.prepare import PrepareConfig
-from xmlkernels.training.ranker import RankerConfig
+from xmlkernels.training.ranker_config import RankerConfig
 from xmlkernels.training.tree import TreeConfig
 
 COMMANDS = {"prepare": PrepareConfig, "tree": TreeConfig, "rank": RankerConfig} | {

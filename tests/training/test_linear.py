@@ -16,7 +16,8 @@ from xmlkernels.data.dataset import Dataset
 from xmlkernels.ranker.linear import Settings
 from xmlkernels.training import inputs, linear
 from xmlkernels.training.linear import LinearConfig, train_linear, tree_depths
-from xmlkernels.training.ranker import RankerConfig, train_ranker
+from xmlkernels.training.ranker import train_ranker
+from xmlkernels.training.ranker_config import RankerConfig
 from xmlkernels.training.recipes import RECIPES
 from xmlkernels.training.tree import TreeConfig, build_tree
 

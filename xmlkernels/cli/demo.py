@@ -27,7 +27,8 @@ from xmlkernels.training.environment import commit
 from xmlkernels.training.folder import MAY_CHANGE, read_json, write_json
 from xmlkernels.training.inputs import open_dataset
 from xmlkernels.training.loop import train
-from xmlkernels.training.ranker import RankerConfig, train_ranker
+from xmlkernels.training.ranker import train_ranker
+from xmlkernels.training.ranker_config import RankerConfig
 from xmlkernels.training.recipes import DEMO_RANKER, RECIPES
 
 QUERIES = (

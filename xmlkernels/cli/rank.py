@@ -19,7 +19,8 @@ from typing import Any
 
 from xmlkernels.cli.arguments import parse
 from xmlkernels.cli.console import print_comparison, say, typed
-from xmlkernels.training.ranker import SHOWN, RankerConfig, train_ranker
+from xmlkernels.training.ranker import SHOWN, train_ranker
+from xmlkernels.training.ranker_config import RankerConfig
 
 
 def main(words: Sequence[str]) -> None:

@@ -1,1 +1,1 @@
-""""""
+"""Training: settings, recipes, the loop, its output folder; label trees and rankers."""

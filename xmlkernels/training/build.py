@@ -98,7 +98,7 @@ def _end_to_end(plan: Plan, encoder: nn.Module, labels: int, tree: LabelTree | N
 def _full_table(
     plan: Plan, encoder: nn.Module, labels: int, width: int
 ) -> tuple[FullHead, Training]:
-    """A table of all labels and its training; says first what they will take of the memory."""
+    """Build a table of all labels and its training; log first what they take of the memory."""
     config = plan.config
     make = partial(
         FullHead,

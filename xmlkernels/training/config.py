@@ -315,7 +315,7 @@ class Config:
 
 
 def recorded(config: Config) -> dict[str, Any]:
-    """The settings as config.json holds them."""
+    """Return the settings as config.json holds them."""
     return dict(json.loads(json.dumps(asdict(config))))
 
 

@@ -169,7 +169,7 @@ class Evaluator:
 
 
 def _levels_line(levels: list[dict[str, Any]]) -> str:
-    """What the shortlists kept, on one line."""
+    """Say on one line what the shortlists kept."""
     told = ", ".join(
         f"{x['shortlist_recall']:.2f}% in {x['kept']:,.0f} of {x['clusters']:,} clusters"
         for x in levels

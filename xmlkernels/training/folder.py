@@ -24,7 +24,7 @@ from xmlkernels.tree.label_tree import LabelTree
 
 log = logging.getLogger(__name__)
 
-# In the order in which they are cleared: while config.json stands, the folder is known as a run
+# In the order in which they are cleared: while config.json is there, the folder is known as a run
 # that is not finished.
 RUN_FILES = ("metrics.json", "predictions.npz", "log.jsonl", "checkpoint", "config.json")
 # `tree` is a place: which tree it is, the checkpoint knows by content. Tables are the same tables
@@ -102,9 +102,7 @@ class RunFolder:
 
     @property
     def resumable(self) -> bool:
-        """Whether there is a checkpoint to go on from, and the configuration asks for that; the
-        word of the first process.
-        """
+        """Whether the first process finds a checkpoint to resume, and the configuration asks to."""
         return dist.from_first(self._resumable() if self.writes else False)
 
     def _resumable(self) -> bool:
@@ -116,9 +114,7 @@ class RunFolder:
         return True
 
     def begin(self, dataset: Dataset, inputs: Inputs, tree: LabelTree | None) -> None:
-        """A run from its first step: what an earlier one left goes; settings, inputs, tree and
-        label names are written.
-        """
+        """Start a run: delete what an earlier one left; write settings, inputs, tree and names."""
         if not self.writes:
             return
         refuse_foreign(self.path, RUN_FILES)  # once more: data and model may have taken an hour
@@ -134,9 +130,7 @@ class RunFolder:
         self.log_file.touch()
 
     def go_on(self, beside: Files | None, dataset: Dataset, inputs: Inputs) -> None:
-        """A run from a checkpoint: files beside it that are no longer what they were are written
-        again.
-        """
+        """Resume a run: write again the files beside its checkpoint that have changed."""
         if not self.writes:
             return
         inner = self.path / "checkpoint"
@@ -153,22 +147,22 @@ class RunFolder:
     def _write_beside(self, dataset: Dataset, inputs: Inputs) -> None:
         inner = self.path / "checkpoint"
         inputs.save(inner)
-        if dataset.label_names is not None:
-            write_text(inner / NAMES, "".join(f"{name}\n" for name in dataset.label_names))
+        write_names(inner, dataset)
         self.beside = of_files(inner, BESIDE)
 
     # ---- log ----
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Appends one line of strict JSON."""
+        """Append one line of strict JSON."""
         if not self.writes:
             return
         with naming(self.log_file), open(self.log_file, "a", encoding="utf-8") as file:
             file.write(json.dumps(strict(line), allow_nan=False) + "\n")
 
     def sync_log(self) -> int:
-        """Puts the log on the disk; returns its bytes. A checkpoint must never know of lines that a
-        power cut takes.
+        """Put the log on the disk and return its bytes.
+
+        A checkpoint must never know of lines that a power cut takes.
         """
         if not self.writes:
             return 0
@@ -177,7 +171,7 @@ class RunFolder:
             return file.tell()
 
     def rewind_log(self, size: int) -> None:
-        """Back to the log as the checkpoint knew it; lines after it will be written again."""
+        """Cut the log to what the checkpoint knew; later lines will be written again."""
         if not self.writes:
             return
         with open(self.log_file, "a+b") as file:
@@ -195,8 +189,9 @@ class RunFolder:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Removes what a killed process left of writing checkpoints; only for whoever holds the
-    folder.
+    """Remove what a process killed while writing checkpoints left.
+
+    Only for whoever holds the folder.
     """
     for name in ("last", "best"):
         for found in (folder / "checkpoint").glob(f".{name}.new-*"):
@@ -204,7 +199,7 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def strict(value: Any) -> Any:
-    """The same for JSON, which knows no NaN and no infinity: null stands for them."""
+    """Replace NaN and infinity, which JSON lacks, by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -213,7 +208,11 @@ def strict(value: Any) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. InputError where the file holds none."""
+    """Read a JSON object.
+
+    Raises:
+        InputError: the file holds none.
+    """
     name, mend = str(path), "replace the run with --overwrite"
     try:
         value = parse_json(path.read_bytes(), name, mend, strict=False)
@@ -225,11 +224,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """A file that is there whole or not at all."""
+    """Write strict JSON, whole or not at all."""
     write_text(path, json.dumps(strict(value), indent=1, allow_nan=False) + "\n")
 
 
+def write_names(folder: Path, dataset: Dataset) -> None:
+    """Write the names of a dataset's labels; nothing where it has none."""
+    if dataset.label_names is not None:
+        write_text(folder / NAMES, "".join(f"{name}\n" for name in dataset.label_names))
+
+
 def write_text(path: Path, text: str) -> None:
-    """A file that is there whole or not at all."""
+    """Write a text, whole or not at all."""
     with replacing(path) as file:
         file.write(text.encode())

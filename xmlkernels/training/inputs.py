@@ -21,11 +21,11 @@ from xmlkernels.tree.label_tree import LabelTree
 
 log = logging.getLogger(__name__)
 
-_opened: set[Path] = set()  # built-in corpora that this process has made or opened, and told of
+_opened: set[Path] = set()  # built-in corpora that this process has made or opened, and logged
 
 
 def open_dataset(config: Config) -> Dataset:
-    """The dataset folder named by the configuration, or the built-in corpus, made on first use."""
+    """Open the dataset that the configuration names, or the built-in corpus, made on first use."""
     if config.dataset != "docstrings":
         return Dataset.open(config.dataset)
     tokenizer = source_of(config.encoder)
@@ -48,7 +48,7 @@ def open_dataset(config: Config) -> Dataset:
             f"{folder}: the built-in corpus, made on first use from the Python packages installed "
             "here (about a minute)"
         )
-    # What was made a moment ago is no surprise: it is told once that a folder is used again.
+    # That a folder is used again is logged once, and not of one made a moment ago.
     tell = (lambda line: None) if folder.resolve() in _opened else log.info
     dataset = prepare(settings, tell, flag="--cache", wait=True)
     _opened.add(folder.resolve())
@@ -56,7 +56,7 @@ def open_dataset(config: Config) -> Dataset:
 
 
 def open_inputs(config: Config, dataset: Dataset) -> Inputs:
-    """How this run reads documents.
+    """Choose how this run reads documents.
 
     Raises:
         InputError: no training documents, or no label texts where the configuration asks for them.
@@ -107,8 +107,10 @@ def open_inputs(config: Config, dataset: Dataset) -> Inputs:
 
 
 def open_tree(config: Config, dataset: Dataset) -> LabelTree | None:
-    """The label tree of a cascade: the one named, or one built on first use and kept in the cache;
-    None end to end.
+    """Open the label tree that a cascade names, or build and cache one on first use.
+
+    Returns:
+        The tree; None for a model that needs none.
 
     Raises:
         InputError: no tree there, damaged, of another dataset, or of another depth than the
@@ -171,8 +173,11 @@ def cached_tree_folder(dataset: Dataset, depths: tuple[int, ...], *, cache: str,
 def training_batches(
     config: Config, dataset: Dataset, inputs: Inputs, tree: LabelTree | None
 ) -> Batches | BagBatches:
-    """The training split in batches of one update each, with the labels' own texts where the
-    configuration asks for them; of several processes each reads its part of every batch."""
+    """Cut the training split into batches of one update each.
+
+    The labels' own texts are added where the configuration asks for them. Of several processes
+    each reads its part of every batch.
+    """
     documents, more = config.batch * config.accumulate, arrangement(tree)
     batches = inputs.batches(
         dataset.splits["train"], documents, seed=config.seed, label_text=config.label_text, **more

@@ -1,6 +1,4 @@
-"""What xmlkernels tree reads beside the dataset: document features, label vectors, and an encoder
-for label texts.
-"""
+"""What a label tree is built from besides the dataset: features, vectors, an encoder of texts."""
 
 import hashlib
 import json
@@ -18,13 +16,13 @@ from xmlkernels.nn.encoder import Encoder
 
 
 def digest(path: str) -> str:
-    """sha256 of a file."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with open(check_file(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_features(path: str, documents: int) -> scipy.sparse.csr_matrix:
-    """Document features [N, V] of an .npz that scipy wrote.
+    """Read document features [N, V] of an .npz that scipy wrote.
 
     Raises:
         InputError: no such matrix, or not one row for each training document.
@@ -33,13 +31,13 @@ def read_features(path: str, documents: int) -> scipy.sparse.csr_matrix:
 
 
 def read_vectors(path: str, labels: int) -> np.ndarray:
-    """Label vectors, floats [labels, D], of an .npy.
+    """Read label vectors, floats [labels, D], of an .npy.
 
     Raises:
         InputError: no such array, not one row for each label, or a value that is not finite.
     """
     expected = f"finite floats [{labels}, width]"
-    mend = "pass one vector a label, written with numpy.save"
+    mend = "pass one vector per label, written with numpy.save"
     return read_npy(
         path, kinds="f", shape=(labels, None), expected=expected, mend=mend, finite=True
     )
@@ -59,7 +57,7 @@ class LabelEncoder:
         self.hash = digest.hexdigest()
 
     def embed(self, texts: list[str], batch: int = 64) -> np.ndarray:
-        """fp32 [len(texts), D]; texts of like length share a batch."""
+        """Encode texts: fp32 [len(texts), D]; those of like length share a batch."""
         rows = self.tokenizer.encode_batch(texts, self.tokens)
         order = np.argsort([len(row) for row in rows], kind="stable")
         vectors = np.empty((len(rows), self.encoder.width), np.float32)

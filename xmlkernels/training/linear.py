@@ -11,7 +11,8 @@ from xmlkernels.ranker.linear import Settings
 from xmlkernels.training.config import Config
 from xmlkernels.training.inputs import cached_tree, cached_tree_folder, open_dataset
 from xmlkernels.training.owned import refuse_others
-from xmlkernels.training.ranker import RankerConfig, train_ranker
+from xmlkernels.training.ranker import train_ranker
+from xmlkernels.training.ranker_config import RankerConfig
 
 log = logging.getLogger(__name__)
 

@@ -1,5 +1,6 @@
-"""What in an output folder this program wrote, told by content: nothing else is ever deleted or
-replaced.
+"""Recognise by content what a run wrote in its output folder: nothing else is deleted or replaced.
+
+What a person put there stays.
 """
 
 import json
@@ -24,9 +25,12 @@ _CHECKPOINT = re.compile(r"(last|best)([-.]\d+)?|\.(last|best)([-.]\d+)?\.(old|n
 
 
 def refuse_foreign(folder: Path, names: tuple[str, ...]) -> None:
-    """InputError where one of a run's names in `folder` is somebody else's file.
+    """Refuse a folder where one of a run's names is somebody else's file.
 
     A file that cannot be read counts as the run's where another one is.
+
+    Raises:
+        InputError: naming the file.
     """
     found = {
         name: _kind(folder / name)
@@ -49,8 +53,9 @@ def refuse_foreign(folder: Path, names: tuple[str, ...]) -> None:
 
 
 def delete(path: Path) -> None:
-    """Deletes one of a run's names, after `refuse_foreign`; of a folder that is a symbolic link the
-    content alone.
+    """Delete a file or folder that `refuse_foreign` has passed.
+
+    A folder that is a symbolic link is emptied and stays.
     """
     if not path.is_dir():
         path.unlink(missing_ok=True)
@@ -65,8 +70,14 @@ def delete(path: Path) -> None:
 
 
 def refuse_others(path: str, *, run: bool = True) -> None:
-    """InputError where --output names a dataset, a checkpoint or (`run`) a run, whose files would
-    be replaced.
+    """Refuse an --output that holds a dataset, checkpoints or a run, whose files would be replaced.
+
+    Args:
+        path: the folder.
+        run: False allows one that holds a run.
+
+    Raises:
+        InputError: naming what it holds.
     """
     folder = Path(path)
     for what, names in (("a dataset", (MANIFEST,)), ("checkpoints", ("last", "best"))):
@@ -117,7 +128,7 @@ def _is_matrix(path: Path) -> bool:
 
 
 def _stranger(folder: Path) -> str | None:
-    """A name in a folder of checkpoints that no run writes."""
+    """Find a name in a folder of checkpoints that no run writes."""
     for inner in sorted(folder.iterdir()):
         if _CHECKPOINT.fullmatch(inner.name):
             if not inner.is_dir() or (

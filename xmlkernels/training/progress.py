@@ -101,7 +101,7 @@ class LogLine(TypedDict):
 
 
 def _first_loss(log: Path) -> float | None:
-    """The first loss of a run's log; lines that a kill cut short say nothing."""
+    """Find the first loss of a run's log; lines that a kill cut short are passed over."""
     with log.open("rb") as lines:
         for line in lines:
             with suppress(InputError):
@@ -139,5 +139,5 @@ class Frequencies:
         return float(-(shares * np.log(chance) + (1 - shares) * np.log1p(-chance)).sum())
 
     def told(self, labels: csr_matrix | None = None) -> str:
-        """The same in words, to stand behind a loss."""
+        """Say the same in words, to be shown after a loss."""
         return f"frequencies alone: {self.loss(labels):.1f}"

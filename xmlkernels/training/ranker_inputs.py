@@ -1,4 +1,4 @@
-"""What xmlkernels rank works on: TF-IDF features, embeddings and shortlists of every split."""
+"""What a ranker is trained on: TF-IDF features, embeddings and shortlists of every split."""
 
 import logging
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ NONE = Features(np.zeros((0, 0), np.float32), csr_matrix((0, 0), dtype=np.float3
 
 @dataclass
 class Documents:
-    """One split as the ranker meets it.
+    """A split as the ranker reads it.
 
     Attributes:
         tfidf: CSR float32 [N, V], or None.
@@ -46,7 +46,7 @@ class Documents:
 
 
 def read_features(folder: str, dataset: Dataset) -> dict[str, csr_matrix]:
-    """{train,val,test}.npz of a folder.
+    """Read {train,val,test}.npz of a folder.
 
     Raises:
         InputError: a file is missing, of other rows than the split, or of other columns than
@@ -63,16 +63,19 @@ def read_features(folder: str, dataset: Dataset) -> dict[str, csr_matrix]:
 def vectorize(
     texts: dict[str, str], dataset: Dataset, settings: dict[str, Any], folder: Path
 ) -> tuple[dict[str, csr_matrix], str]:
-    """TF-IDF of the splits' texts, and the content hash of the vocabulary.
+    """Compute TF-IDF of the splits' texts.
 
     Args:
-        texts: a file with one document a line for each split, or nothing: then the texts kept in
-            the dataset are taken.
+        texts: a file per split, with one document per line; empty takes the texts kept in the
+            dataset.
         settings: of the Vectorizer.
         folder: for the vocabulary of the training texts.
 
+    Returns:
+        The features by split, and the content hash of the vocabulary.
+
     Raises:
-        InputError: no texts, or as many as the split has documents.
+        InputError: no texts, or not as many as the split has documents.
     """
     vectorizer = Vectorizer(**settings)
     found = {
@@ -114,8 +117,7 @@ def model_inputs(
     embedding: bool = True,
     vocabulary: str = "",
 ) -> str:
-    """Shortlist and embedding of every split from a trained model, into `documents`; returns the
-    checkpoint's identity.
+    """Compute shortlist and embedding of every split by a trained model, into `documents`.
 
     They are kept in `folder` (embedding of each split as .npy, shortlist as .npz) and read from
     there when checkpoint, dataset and k are the same.
@@ -126,11 +128,14 @@ def model_inputs(
         vocabulary: content hash of the one that the documents' TF-IDF has: a bag of words of the
             same one takes that.
 
+    Returns:
+        The checkpoint's identity.
+
     Raises:
         InputError: no such checkpoint, or one of a model that does not know the dataset.
     """
     key = {"checkpoint": checkpoint_identity(checkpoint), "dataset": dataset.content_hash, "k": k}
-    told = folder / "inputs.json"
+    kept = folder / "inputs.json"
     if read_kept(folder, key, dataset, documents, embedding=embedding):
         log.info(f"embeddings and shortlists of this checkpoint are taken from {folder}/")
         return str(key["checkpoint"])
@@ -141,7 +146,7 @@ def model_inputs(
         ready = {name: part.tfidf for name, part in documents.items() if part.tfidf is not None}
         inputs = BowInputs(None, inputs.vectorizer, ready, parts=inputs.parts)
     folder.mkdir(parents=True, exist_ok=True)
-    told.unlink(missing_ok=True)
+    kept.unlink(missing_ok=True)
     for name, part in documents.items():
         vectors = folder / f"embeddings_{name}.npy"
         if embedding:
@@ -158,7 +163,7 @@ def model_inputs(
         log.info(f"{name}: {len(part.split):,} documents {'embedded' if embedding else 'listed'}")
     # The run may have gone on since it was asked for its checkpoint: what counts is the one that
     # was read.
-    write_json(told, key | {"checkpoint": predictor.identity, "embedding": embedding})
+    write_json(kept, key | {"checkpoint": predictor.identity, "embedding": embedding})
     return predictor.identity
 
 
@@ -170,16 +175,18 @@ def read_kept(
     *,
     embedding: bool,
 ) -> bool:
-    """Whether shortlists of this key, and embeddings where they are asked for, lie in `folder`; if
-    so they are put into `documents`.
+    """Read kept shortlists of this key, and embeddings where asked for, into `documents`.
 
-    They are a cache: damaged ones are told, and count as none.
+    They are a cache: damaged ones are logged, and count as none.
+
+    Returns:
+        Whether there were any.
     """
     if not (folder / "inputs.json").exists():
         return False
     try:
         told = read_json(folder / "inputs.json")
-        whole = told.pop("embedding", True)  # there was a time when embeddings were always kept
+        whole = told.pop("embedding", True)  # older ones were always kept with embeddings
         if told != key or (embedding and not whole):
             return False
         for name, part in documents.items():
@@ -199,8 +206,10 @@ def read_kept(
 
 
 def read_embedding(path: Path, rows: int) -> np.ndarray:
-    """float32 [N, D] of an .npy file. InputError where it is missing, damaged, not finite or of
-    another number of rows.
+    """Read the embeddings of an .npy file: float32 [rows, D].
+
+    Raises:
+        InputError: it is missing, damaged, not finite or of another number of rows.
     """
     expected, mend = f"finite float32 embeddings of {rows} documents", "compute them again"
     return read_npy(
@@ -215,7 +224,7 @@ def read_embedding(path: Path, rows: int) -> np.ndarray:
 
 
 def without_pairs(shortlist: csr_matrix, pairs: np.ndarray) -> csr_matrix:
-    """The shortlist without pairs [n, 2] of (document, label) that must not be predicted."""
+    """Remove from a shortlist the pairs [n, 2] of (document, label) that must not be predicted."""
     if not len(pairs):
         return shortlist
     labels = shortlist.shape[1]

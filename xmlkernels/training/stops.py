@@ -1,6 +1,6 @@
 """How SIGINT, SIGTERM and SIGHUP end a command: the first in order, a later one at once.
 
-The first raises Stopped where the command stands, so that every `with` cleans up on the way out.
+The first raises Stopped where the command is, so that every `with` cleans up on the way out.
 Inside `held` it is noted instead: a training loop looks at `asked` between its steps. The same
 signal comes twice at nearly the same time from a terminal and from torchrun, or from `timeout`:
 within a moment it counts once.
@@ -47,8 +47,14 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Listener:
-    """Attributes: the first signal (0 before it) and when it came; how many `held` blocks are open;
-    see `ending`.
+    """What answers the signals of this process.
+
+    Attributes:
+        asked: the first signal; 0 before it.
+        when: seconds, when it came.
+        held: how many `held` blocks are open.
+        status: the exit status of a command that ends by itself (see `ending`).
+        quiet: whether a signal ends such a command at once.
     """
 
     def __init__(self) -> None:
@@ -64,9 +70,8 @@ class _Listener:
             self.asked, self.when = number, time.monotonic()
             if not self.held:
                 raise Stopped(number)
-            if (
-                os.environ.get("WORLD_SIZE", "1") == "1"
-            ):  # torchrun says so itself, and sends one too when a process is lost
+            # torchrun says so itself, and sends a signal too when a process is lost.
+            if os.environ.get("WORLD_SIZE", "1") == "1":
                 # os.write: the signal may have come in the middle of a print.
                 name = signal.Signals(number).name
                 os.write(
@@ -138,6 +143,7 @@ class Watched:
         self._inputs = inputs
 
     def batches(self, *args: Any, **more: Any) -> Any:
+        """Return the inputs' batches, which end so."""
         return _Watched(self._inputs.batches(*args, **more))
 
 

@@ -52,6 +52,8 @@ ASIDE = (
 
 @dataclass(frozen=True)
 class TreeConfig:
+    """Settings of a label tree: the labels' features, their graph, the clusters."""
+
     dataset: str
     """Dataset folder made by xmlkernels prepare."""
     output: str = ""
@@ -90,8 +92,8 @@ class TreeConfig:
     """
     # ---- texts of the labels ----
     label_text: str = ""
-    """Encoder (hub name, folder or "minilm") whose embeddings of the label texts stand beside the
-    centroids.
+    """Encoder (hub name, folder or "minilm") whose embeddings of the label texts are used with
+    the centroids.
     """
     label_vectors: str = ""
     """Such embeddings made elsewhere: an .npy of floats [labels, width]."""
@@ -111,7 +113,7 @@ class TreeConfig:
 
     @property
     def folder(self) -> Path:
-        """Where the tree goes."""
+        """The output, DATASET.tree where none is given."""
         return Path(self.output) if self.output else Path(self.dataset.rstrip("/") + ".tree")
 
     @property
@@ -123,16 +125,17 @@ class TreeConfig:
 def build_tree(
     options: TreeConfig, *, flag: str = "--output", wait: Tell | None = None
 ) -> LabelTree:
-    """Make the tree, or open the one that stands there and was made from the same inputs and
-    settings.
+    """Make a label tree, or open the one made before from the same inputs and settings.
 
     Args:
+        options: inputs, settings and output.
         flag: what names the output, for messages.
-        wait: told where another process makes a tree there, which is then waited for; None refuses.
+        wait: called with a sentence before waiting for another process that makes a tree there;
+            None refuses instead.
 
     Raises:
-        InputError: a setting or file that cannot be used, something else stands at the output, or
-            it is in use.
+        InputError: a setting or file that cannot be used, something else at the output, or an
+            output that is in use.
     """
     check(options)
     check_place(options.folder, flag)
@@ -184,7 +187,11 @@ def _make(
 
 
 def check(options: TreeConfig) -> None:
-    """Raises InputError for settings that cannot be, before any file is read."""
+    """Refuse settings that cannot be, before any file is read.
+
+    Raises:
+        InputError: the first of them.
+    """
     vectors = bool(options.label_text) + bool(options.label_vectors)
     counts = options.counts if all(depth < 63 for depth in options.depths) else []
     rules = [
@@ -305,8 +312,9 @@ class _Clock:
 def _features(
     options: TreeConfig, dataset: Dataset, vectors: np.ndarray | None, clock: _Clock
 ) -> tuple[LabelFeatures, scipy.sparse.csr_matrix | None, scipy.sparse.csr_matrix | None]:
-    """Label features, and features and labels of the documents for the report: validation where
-    there is any.
+    """Compute label features, and for the report features and labels of documents.
+
+    Those are the validation split's, or the training split's where there is none.
     """
     train, checked = dataset.splits["train"], dataset.splits.get("val", dataset.splits["train"])
     if options.features == "none":
@@ -368,7 +376,7 @@ def _label_vectors(
 
 
 def _write(options: TreeConfig, tree: LabelTree, facts: dict[str, Any]) -> None:
-    """The tree last: a folder that holds it is finished."""
+    """Write the report, then the tree: a folder that holds it is finished."""
     with replacing(options.folder / "report.json") as file:
         file.write((json.dumps(facts, indent=1) + "\n").encode())
     if options.plot and not plot(facts, options.folder / "tree.png"):
