@@ -73,6 +73,8 @@ def test_a_run_by_torchrun(tmp_path: Path, device: str) -> None:
     # The best epoch is the last, whose figures are known.
     assert done.stdout.count("validation after epoch 1") == 1
     assert done.stdout.count("test after epoch 1") == 1
+    # Said before the processes have met.
+    assert done.stdout.count("note: batch 15 in place of the recipe's 32") == 1
     assert "1 threads in each of 2 processes; 11 steps" in done.stdout
     assert (
         len([line for line in (output / "log.jsonl").read_text().splitlines() if '"test"' in line])

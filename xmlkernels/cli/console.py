@@ -34,7 +34,7 @@ _console = _Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 def say(text: str) -> None:
     """Print one line at once; of several processes the first speaks for all."""
-    if dist.rank() > 0:
+    if _silent():
         return
     _console.print(text, markup=False, soft_wrap=True)
     sys.stdout.flush()
@@ -169,6 +169,11 @@ def _first() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
+def _silent() -> bool:
+    """Return whether another process speaks for this one, also before it has joined the others."""
+    return dist.rank() > 0 or not _first()
+
+
 def _show_warning(
     message: Warning | str,
     category: type[Warning],
@@ -177,7 +182,7 @@ def _show_warning(
     file: object = None,
     line: str | None = None,
 ) -> None:
-    if dist.rank() > 0:
+    if _silent():
         return
     if category.__module__.partition(".")[0] == "xmlkernels":
         text = f"note: {message}"
@@ -208,7 +213,7 @@ def print_metrics(report: dict[str, Any], output: Path) -> None:
 
     Of several processes the first prints them.
     """
-    if dist.rank() > 0:
+    if _silent():
         return
     a, b = report["propensity"]
     title = (
