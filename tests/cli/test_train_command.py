@@ -42,6 +42,17 @@ def test_the_dataset_decides_what_no_flag_does(
     assert not asked.config.label_text
 
 
+@pytest.mark.parametrize("words", [["--tree-depths", "2000"], ["--topk", "0"], ["--epochs", "0"]])
+def test_bad_settings_are_refused_before_the_dataset_decides(
+    words: list[str], asked: Asked, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = str(make_dataset(tmp_path))
+    caplog.set_level("INFO", "xmlkernels")
+    with pytest.raises(InputError) as error:
+        command.main(["cascade", "--dataset", own, *words])
+    assert error.value.where == words[0] and not caplog.text
+
+
 def test_an_old_name_is_told_once(asked: Asked, caplog: pytest.LogCaptureFixture) -> None:
     command.main(["docstrings", "--epochs", "3"])
     assert asked.config.output == "runs/docstrings" and asked.config.epochs == 3

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xmlkernels.data.manifest import LABEL_FEATURES, read_manifest
+from xmlkernels.options import check_values
 from xmlkernels.training.config import Config
 from xmlkernels.tree.label_tree import LabelTree
 
@@ -32,8 +33,10 @@ def fitted(config: Config, given: Collection[str], decided: Collection[str]) -> 
         decided: fields that the recipe leaves to the dataset.
 
     Raises:
-        InputError: the dataset, or a tree that is named, cannot be read.
+        InputError: a setting is out of range, or the dataset, or a tree that is named, cannot be
+            read.
     """
+    check_values(config)  # a shape is computed from them
     # The recipes' own values are those of the built-in corpus.
     if config.dataset == BUILT_IN or not (decided or Path(config.dataset).is_dir()):
         return config
