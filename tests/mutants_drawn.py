@@ -52,7 +52,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "xmlkernels/models/saved.py": (
         _CASCADE,
         "tests/models/test_running_mean.py",
-        "tests/training/test_train_cascade.py tests/test_old_formats.py",
+        "tests/training/test_cascade_refusals.py tests/test_old_formats.py",
     ),
     "xmlkernels/models/scored.py": (_CASCADE, _PREDICT),
     "xmlkernels/models/restore.py": (
@@ -125,7 +125,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         _SETTINGS,
         "tests/training/test_train_bow.py -k refused",
         "tests/models/test_running_mean.py",
-        "tests/training/test_train_cascade.py -k fit",
+        "tests/training/test_cascade_refusals.py",
         FIELDS,
     ),
     "xmlkernels/training/plan.py": (
@@ -137,7 +137,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "xmlkernels/training/run_state.py": (
         _RUN,
         f"{_TRAIN} tests/training/test_progress.py",
-        "tests/training/test_damaged_runs.py tests/training/test_train_cascade.py",
+        "tests/training/test_damaged_runs.py tests/training/test_cascade_refusals.py",
+        "tests/training/test_train_cascade.py",
     ),
     "xmlkernels/training/evaluator.py": (
         _RUN,
@@ -148,7 +149,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "xmlkernels/training/inputs.py": (
         _RUN,
         _SETTINGS,
-        "tests/training/test_train_bow.py tests/training/test_train_cascade.py",
+        "tests/training/test_train_bow.py tests/training/test_cascade_refusals.py",
+        "tests/training/test_train_cascade.py",
     ),
 }
 

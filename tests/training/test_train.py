@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import scipy.sparse
 import torch
+from runs_compared import Stopped, assert_same_run, log_of, metrics_of, stopped_at_save
 from safetensors.torch import load_file
 from train_runs import (
     LABELS,
@@ -28,7 +29,6 @@ from train_runs import (
     make_dataset,
     opened,
     run,
-    run_state,
     session,
     tiny,
     weights,
@@ -42,7 +42,6 @@ from xmlkernels.training.config import recorded
 from xmlkernels.training.run_state import RunState
 
 STEPS = 3 * (TRAIN_DOCUMENTS // 16)
-TIMING = ("documents_per_second", "seconds")
 
 
 @pytest.fixture(scope="module")
@@ -55,56 +54,6 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "whole"
     run(tiny(dataset, output))
     return output
-
-
-def metrics_of(output: Path) -> dict[str, Any]:
-    return json.loads((output / "metrics.json").read_text())
-
-
-def log_of(output: Path) -> list[dict[str, Any]]:
-    """The log without what a clock says; NaN would be no JSON."""
-
-    def refuse(name: str) -> None:
-        raise ValueError(name)
-
-    lines = [
-        json.loads(line, parse_constant=refuse)
-        for line in (output / "log.jsonl").read_text().splitlines()
-    ]
-    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
-
-
-def assert_same_run(ours: Path, theirs: Path, told: str = "") -> None:
-    for which in ("last", "best"):
-        assert weights(ours, which) == weights(theirs, which), f"{which}; {told}"
-    assert log_of(ours) == log_of(theirs), told
-    assert (ours / "predictions.npz").read_bytes() == (theirs / "predictions.npz").read_bytes(), (
-        told
-    )
-    for key in ("validation", "test", "best", "steps"):
-        assert metrics_of(ours)[key] == metrics_of(theirs)[key], told
-
-
-class Stopped(Exception):
-    pass
-
-
-def stop_at_save(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """The run ends, without a word, just before its save of this number."""
-    save, count = run_state.RunState.save, iter(range(1, 1000))
-
-    def counted(self: run_state.RunState, *, best: bool = False) -> None:
-        if next(count) == number:
-            raise Stopped
-        save(self, best=best)
-
-    monkeypatch.setattr(run_state.RunState, "save", counted)
-
-
-def stopped_run(config: Config, at_save: int) -> None:
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        stop_at_save(patch, at_save)
-        run(config)
 
 
 def test_a_run_writes_all_it_promises(finished: Path) -> None:
@@ -236,7 +185,7 @@ def test_a_rich_run_resumes_bit_for_bit(table: str, dataset: Path, tmp_path: Pat
     run(tiny(dataset, tmp_path / "whole", **options))
     assert metrics_of(tmp_path / "whole")["steps"] == 2 * -(-(TRAIN_DOCUMENTS + LABELS) // 16)
     # The last checkpoint is of step 15, between two log lines.
-    stopped_run(tiny(dataset, tmp_path / "parts", **options), 5)
+    stopped_at_save(tiny(dataset, tmp_path / "parts", **options), 5)
     run(tiny(dataset, tmp_path / "parts", **options, resume=True))
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
@@ -351,7 +300,7 @@ def test_overwrite_leaves_nothing_of_the_old_run(
     dataset: Path, finished: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(finished, tmp_path / "run")
-    stopped_run(tiny(dataset, tmp_path / "run", seed=5, overwrite=True), 1)
+    stopped_at_save(tiny(dataset, tmp_path / "run", seed=5, overwrite=True), 1)
     left = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert left == ["checkpoint", "config.json", "log.jsonl"]
     assert not list((tmp_path / "run" / "checkpoint").rglob("*.safetensors"))
@@ -371,7 +320,7 @@ def test_resume_without_a_run_says_so_and_begins(
 def test_the_log_after_a_stop(
     left: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stopped_run(tiny(dataset, tmp_path), 2)  # the checkpoint is of step 4, the log has 8 steps
+    stopped_at_save(tiny(dataset, tmp_path), 2)  # the checkpoint is of step 4, the log has 8 steps
     log = tmp_path / "log.jsonl"
     content = log.read_bytes()
     if left == "none":
@@ -394,7 +343,7 @@ def test_what_changed_before_a_resume_is_told_and_recorded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(session, "commit", lambda: "aaa")
-    stopped_run(tiny(dataset, tmp_path), 2)
+    stopped_at_save(tiny(dataset, tmp_path), 2)
     monkeypatch.setattr(session, "commit", lambda: "bbb")
     report = run(tiny(dataset, tmp_path, threads=2, resume=True))
     assert "threads 2 instead of 1; the run goes on, but not bit for bit" in capsys.readouterr().out

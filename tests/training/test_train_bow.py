@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from runs_compared import assert_same_run, log_of, stopped_in_second_epoch
 from train_runs import (
     ROOT,
     TRAIN_DOCUMENTS,
@@ -23,7 +24,6 @@ from train_runs import (
     make_dataset,
     make_tree,
     run,
-    run_state,
     tiny,
     weights,
 )
@@ -37,7 +37,6 @@ from xmlkernels.evaluation import predict_split
 from xmlkernels.parallel import most_threads
 from xmlkernels.predict.model import Predictor
 
-TIMING = ("documents_per_second", "seconds")
 BOW: dict[str, Any] = {
     "encoder": "bow",
     "bow_width": 24,
@@ -74,11 +73,6 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "whole"
     run(tiny(dataset, output, **BOW))
     return output
-
-
-def log_of(output: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
 
 
 def test_it_learns_and_is_served_by_its_own_vocabulary(finished: Path, dataset: Path) -> None:
@@ -121,19 +115,10 @@ def test_a_killed_run_resumes_bit_for_bit(dataset: Path, finished: Path, tmp_pat
     _, complaint = process.communicate()
     assert process.returncode == -signal.SIGKILL, complaint.decode()
     run(tiny(dataset, output, resume=True, **BOW))
-    for which in ("last", "best"):
-        assert weights(output, which) == weights(finished, which), which
-    assert log_of(output) == log_of(finished)
-    assert (output / "predictions.npz").read_bytes() == (finished / "predictions.npz").read_bytes()
+    assert_same_run(output, finished)
 
 
-class Stopped(Exception):
-    pass
-
-
-def test_under_a_cascade_with_label_texts(
-    dataset: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_under_a_cascade_with_label_texts(dataset: Path, tree: Path, tmp_path: Path) -> None:
     """Words of the label names are documents too; stopped and resumed it ends as the whole run
     does.
     """
@@ -146,16 +131,7 @@ def test_under_a_cascade_with_label_texts(
     }
     report = run(cascade(dataset, tmp_path / "whole", tree, **options))
     assert report["test"]["P@1"] > 30 and len(report["test"]["levels"]) == 2
-    log = run_state.RunState.log_progress
-
-    def stop(self: run_state.RunState) -> None:
-        log(self)
-        if self.epoch == 1 and self.position >= 6:
-            raise Stopped
-
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(run_state.RunState, "log_progress", stop)
-        run(cascade(dataset, tmp_path / "parts", tree, **options))
+    stopped_in_second_epoch(cascade(dataset, tmp_path / "parts", tree, **options))
     run(cascade(dataset, tmp_path / "parts", tree, **options, resume=True))
     assert weights(tmp_path / "parts", "last") == weights(tmp_path / "whole", "last")
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")

@@ -9,6 +9,7 @@ import pytest
 import scipy.sparse
 import torch
 from processes import together
+from runs_compared import log_of, stopped_at_save
 from train_runs import (
     LABELS,
     TRAIN_DOCUMENTS,
@@ -17,7 +18,6 @@ from train_runs import (
     make_dataset,
     make_tree,
     run,
-    run_state,
     tiny,
     weights,
 )
@@ -29,7 +29,6 @@ from xmlkernels.devices import find_device
 from xmlkernels.evaluation import evaluate_split, score_matrix
 from xmlkernels.predict.model import Predictor
 
-TIMING = ("documents_per_second", "seconds")
 ON: dict[str, Any] = {"device": "cpu"}  # auto would want a card for each process
 OPTIONS = ON | {"epochs": 2, "micro_batch": 3, "table": "bf16", "save_every": 4, "loss_every": 1}
 BOW = ON | {
@@ -43,31 +42,13 @@ BOW = ON | {
 STEPS = 2 * (TRAIN_DOCUMENTS // 16)
 
 
-class Stopped(Exception):
-    pass
-
-
-def stopped(config: Any, at_save: int) -> None:
-    """A run that both processes leave just before its save of this number."""
-    save, count = run_state.RunState.save, iter(range(1, 1000))
-
-    def counted(self: run_state.RunState, *, best: bool = False) -> None:
-        if next(count) == at_save:
-            raise Stopped
-        save(self, best=best)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(run_state.RunState, "save", counted)
-        run(config)
-
-
 def all_runs(dataset: Path, tree: Path, folder: Path) -> None:
     whole = run(tiny(dataset, folder / "whole", **OPTIONS))
     assert whole["steps"] == STEPS and whole["environment"]["processes"] == 2
     # The last checkpoint is of step 12, within the second epoch.
-    stopped(tiny(dataset, folder / "parts", **OPTIONS), 5)
+    stopped_at_save(tiny(dataset, folder / "parts", **OPTIONS), 5)
     run(tiny(dataset, folder / "parts", **OPTIONS, resume=True))
-    stopped(tiny(dataset, folder / "fewer", **OPTIONS), 3)
+    stopped_at_save(tiny(dataset, folder / "fewer", **OPTIONS), 3)
     run(cascade(dataset, folder / "cascade", tree, epochs=2, ema=0.9, ema_tables=True, **ON))
     run(
         tiny(
@@ -96,11 +77,6 @@ def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     together(2, all_runs, folder, dataset, make_tree(dataset, folder / "tree.safetensors"), folder)
     return folder
-
-
-def log_of(output: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(runs: Path) -> None:
