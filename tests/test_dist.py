@@ -61,7 +61,6 @@ def _drifting() -> None:
 def _sums() -> None:
     mine = torch.full((3,), float(dist.rank() + 1))
     assert dist.sum_(mine) is mine and mine.tolist() == [6.0] * 3
-    assert dist.max_(torch.tensor([dist.rank()])).tolist() == [2]
     parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (2, 3)] + [
         torch.nn.Parameter(torch.zeros(2).double())
     ]
@@ -78,25 +77,6 @@ def _sums() -> None:
     assert parameters[2].grad.isnan().all()
 
 
-def _merging() -> None:
-    scores = torch.tensor([[3.0, 9, 5, 9, 1, 9, 2], [0, 0, 0, 0, 0, 0, 0]])
-    own = dist.part(7)
-    values, rows = scores[:, own].sort(dim=1, descending=True, stable=True)
-    short = own.stop - own.start < 3
-    values = torch.cat([values, torch.full((2, 1), -torch.inf)], 1) if short else values
-    rows = torch.cat([rows + own.start, torch.full((2, 1), -1)], 1) if short else rows + own.start
-    best, where = dist.merge_topk(values, rows, 4)
-    assert best.tolist() == [[9, 9, 9, 5], [0, 0, 0, 0]]
-    assert where.tolist() == [
-        [1, 3, 5, 2],
-        [0, 1, 2, 3],
-    ]
-    best, where = dist.merge_topk(values, rows, 100)
-    assert best.shape == (2, 9)
-    assert where[0, 7:].tolist() == [-1, -1]
-    assert best[0, 7:].tolist() == [-torch.inf] * 2
-
-
 def _agreeing() -> None:
     dist.agree("--dataset", "the same", CPU)
     with pytest.raises(InputError, match="--dataset: .*another on process 1"):
@@ -106,7 +86,7 @@ def _agreeing() -> None:
 
 
 def _all(folder: str) -> None:
-    for work in (_gathering, _ragged, _sums, _merging, _agreeing, _drifting):
+    for work in (_gathering, _ragged, _sums, _agreeing, _drifting):
         work()
     _first_alone(folder)
 
@@ -119,9 +99,7 @@ def test_alone_everything_is_itself() -> None:
     dist.start(CPU)
     assert not dist.running() and (dist.rank(), dist.size(), dist.part(5)) == (0, 1, slice(0, 5))
     x = torch.ones(2, 3)
-    assert dist.gather_rows(x) is x and dist.sum_(x) is x and dist.max_(x) is x
-    values, rows = dist.merge_topk(torch.tensor([[2.0, 1.0]]), torch.tensor([[4, 7]]), 1)
-    assert values.tolist() == [[2.0]] and rows.tolist() == [[4]]
+    assert dist.gather_rows(x) is x and dist.sum_(x) is x
     assert dist.gather_ragged(x) is x
     assert dist.gather_texts("a") == ["a"]
     assert dist.from_first(True)

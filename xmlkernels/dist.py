@@ -7,8 +7,6 @@ all parts are gathered (`gather_rows`), each process takes the same step on its 
 tables with the whole batch, cuts the gradient of its own vectors from the result, and the gradients
 of the encoder are summed (`sum_gradients`): the step is that of one process with the whole batch,
 but for the order of additions. Labels are never sent: every process knows those of the whole batch.
-With tables in parts (`merge_topk`, and `sum_` of the vectors' gradients) it is the hybrid of data
-and model parallelism of Renee (MLSys 2023, section 4).
 """
 
 from __future__ import annotations
@@ -151,7 +149,7 @@ def missing() -> str | None:
 
 
 def stop(*, failed: bool = False) -> None:
-    """Leaves the other processes; nothing where there are none.
+    """Leave the other processes; nothing where there are none.
 
     Args:
         failed: tells them that this one has met an error, of which it says itself what it is, and
@@ -288,13 +286,6 @@ def sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def max_(tensor: Tensor) -> Tensor:
-    """Replace `tensor` by its elementwise maximum over all processes; return it."""
-    if size() > 1:
-        _talk(torch.distributed.all_reduce, tensor, torch.distributed.ReduceOp.MAX)
-    return tensor
-
-
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Sum every gradient over all processes, in few large messages.
 
@@ -328,29 +319,6 @@ def _sum_together(gradients: list[Tensor]) -> None:
         parts = torch.split(flat, [g.numel() for g in some])
         for gradient, summed in zip(some, parts, strict=True):
             gradient.copy_(summed.view_as(gradient))
-
-
-def merge_topk(values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k best of what every process found in its own rows of the table.
-
-    Args:
-        values: fp32 [B, j], best first; -inf where there was none. j is the same on every process.
-        rows: int64 [B, j], global rows; -1 with -inf.
-
-    Returns:
-        values [B, min(k, j size())] and rows, best first; equal values: the lower row first.
-    """
-    if size() == 1:
-        return values[:, :k], rows[:, :k]
-    pairs = []
-    for own in (values.contiguous(), rows.contiguous()):
-        everyone = [torch.empty_like(own) for _ in range(size())]
-        _talk(torch.distributed.all_gather, everyone, own)
-        pairs.append(torch.cat(everyone, dim=1))
-    values, rows = pairs
-    # Parts of the table ascend with the process, and a stable sort keeps the order of equal values.
-    values, order = values.sort(dim=1, descending=True, stable=True)
-    return values[:, :k].contiguous(), rows.gather(1, order)[:, :k].contiguous()
 
 
 def agree(what: str, text: str, device: torch.device) -> None:
