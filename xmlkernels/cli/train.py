@@ -17,6 +17,7 @@ from xmlkernels import InputError, dist
 from xmlkernels.cli.arguments import parse_named
 from xmlkernels.cli.console import print_metrics, say, typed
 from xmlkernels.cli.rank import print_ranker
+from xmlkernels.models.kinds import KINDS
 from xmlkernels.training.checks import check
 from xmlkernels.training.config import Config
 from xmlkernels.training.linear import LinearConfig, train_linear
@@ -55,7 +56,7 @@ def main(words: Sequence[str], prog: str = "xmlkernels train") -> None:
 def tell_of_batch(config: Config, recipe: Config, given: Collection[str]) -> None:
     """Say that a table's rate belongs to its batch, where the batch changes alone."""
     before, now = (one.batch * one.accumulate for one in (recipe, config))
-    summed = config.model == "end_to_end" and config.table_optimizer in ("auto", "sgd")
+    summed = KINDS[config.model].sums_loss and config.table_optimizer in ("auto", "sgd")
     if summed and now != before and "table_lr" not in given:
         log.info(
             f"note: batch {now:,} in place of the recipe's {before:,} with its --table-lr "

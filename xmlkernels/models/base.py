@@ -50,6 +50,8 @@ class Model(nn.Module):
         head_config: the TypedDict of `config()["head"]`.
         sums_loss: whether losses are sums over the documents of a batch; otherwise they are means
             over its candidates.
+        needs_frequencies: whether every new run calls `start_at_frequencies`; otherwise it does so
+            with `--frequency-bias` alone.
         schemes: ways of scoring a label that `score` can be asked for; a model with one way has
             one without a name.
         tree: the label tree that the model scores along, or None.
@@ -69,6 +71,7 @@ class Model(nn.Module):
     kind: ClassVar[str]
     head_config: ClassVar[Any]
     sums_loss: ClassVar[bool] = True
+    needs_frequencies: ClassVar[bool] = False
     schemes: ClassVar[tuple[str, ...]] = ("",)
     tree: "LabelTree | None" = None
     training_settings: TrainingSettings | None

@@ -39,8 +39,11 @@ class EndToEnd(Model):
         encoder: any module of fp32 [B, D] with `width`, `autocast` and `encoder_config()`, called
             with `batch.inputs`. One that trains a table of its own has `update(lr)`, called after
             every backward.
-        head: the label table, of the encoder's width.
+        head: the label table, of the width of `_features`: the encoder's, unless a subclass changes
+            it.
         training: None for prediction alone.
+        modules: of a subclass, by the attributes that they become. They are trained with the
+            encoder: its rate, its decay, its optimizer.
     """
 
     kind = "end_to_end"
@@ -48,12 +51,20 @@ class EndToEnd(Model):
     training_settings: Training | None
 
     def __init__(
-        self, encoder: nn.Module, head: FullHead, training: Training | None = None
+        self,
+        encoder: nn.Module,
+        head: FullHead,
+        training: Training | None = None,
+        **modules: nn.Module,
     ) -> None:
         super().__init__(encoder, training)
         self.head = head
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self._beside = tuple(modules)
         if training is not None:
-            self._start_training(training, training.make_optimizer(encoder))
+            trained = nn.ModuleList([encoder, *modules.values()]) if modules else encoder
+            self._start_training(training, training.make_optimizer(trained))
 
     @property
     def labels(self) -> int:
@@ -158,4 +169,5 @@ class EndToEnd(Model):
         return cls(encoder, FullHead(**config["head"], std=0))
 
     def _optimized(self) -> Iterable[tuple[str, nn.Parameter]]:
-        return self.encoder.named_parameters()
+        # A checkpoint of the plain model names the encoder's parameters without its attribute.
+        return self.named_parameters() if self._beside else self.encoder.named_parameters()

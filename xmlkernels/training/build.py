@@ -267,7 +267,7 @@ def announce(
 def start_table(config: Config, dataset: Dataset, inputs: Inputs, model: Model) -> None:
     """Set the label table at the start of a run: biases to frequencies, rows to centroids."""
     train = dataset.splits["train"]
-    if config.frequency_bias:
+    if config.frequency_bias or model.needs_frequencies:
         counts = np.bincount(train.labels.indices, minlength=dataset.num_labels)
         model.start_at_frequencies(torch.from_numpy(counts).to(model.device), train.labels.shape[0])
     if config.centroid_norm:

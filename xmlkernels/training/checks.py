@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Collection, Iterator
 
 from xmlkernels import InputError, dist
+from xmlkernels.models.kinds import KINDS
 from xmlkernels.options import check_values, flag, names_only
 from xmlkernels.training.config import BEST_BY, Config, layers_of
 from xmlkernels.training.plan import BeforeData, before_data
@@ -102,9 +103,9 @@ def _together(config: Config) -> Iterator[tuple[bool, str, str, str]]:
     dense = config.table_optimizer == "adamw_dense"
     mend = "choose adam, which trains every row there (--decoupled for AdamW's decay)"
     yield (
-        not (dense and config.model == "end_to_end"),
+        not (dense and config.model != "cascade"),
         "table_optimizer",
-        "auto, sgd or adam with --model end_to_end",
+        f"auto, sgd or adam with --model {config.model}",
         mend,
     )
     mend = "choose --table fp32, bf16 or fp16, or the row-sparse adam"
@@ -125,7 +126,7 @@ def _together(config: Config) -> Iterator[tuple[bool, str, str, str]]:
     yield (
         alone,
         "label_device",
-        "auto with --model end_to_end, whose table stands with the model",
+        f"auto with --model {config.model}, whose table stands with the model",
         "leave it out",
     )
 
@@ -207,8 +208,12 @@ def _of_another(config: Config, given: Collection[str]) -> Iterator[tuple[bool, 
     They are named, or differ from what leaving them out gives.
     """
     bow, cascade = config.encoder == "bow", config.model == "cascade"
-    for name in names_only(config, "cascade"):
-        yield not cascade and name in given, flag(name), "--model cascade", "--model end_to_end"
+    # Those of end_to_end serve every kind with a table of all labels; they follow below.
+    own = names_only(config, config.model)
+    for kind in (one for one in KINDS if one != "end_to_end"):
+        for name in names_only(config, kind):
+            idle = name in given and name not in own
+            yield idle, flag(name), f"--model {kind}", f"--model {config.model}"
     for name in names_only(config, "bow"):
         yield not bow and name in given, flag(name), "--encoder bow", f"--encoder {config.encoder}"
     got = "--model cascade, which has no such part"
