@@ -1,37 +1,15 @@
-"""A schedule and an optimizer of one's own, handed to either model."""
+"""A schedule and an optimizer of one's own, handed to a model of every kind."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cascade_common import VOCABULARY, make_batch, make_tree
-from cascade_common import make_model as make_cascade
+from cascade_common import make_batch
+from kinds_under_test import MODELS, TREE, cascade
 
 from xmlkernels import InputError
 from xmlkernels.models.base import Model
-from xmlkernels.models.end_to_end import EndToEnd
-from xmlkernels.models.training import Training
-from xmlkernels.nn.encoder import Encoder
-from xmlkernels.nn.full_head import FullHead
-from xmlkernels.nn.table import RowOptimizer
 from xmlkernels.optim import three_phase, warmup_cosine
-
-TREE = make_tree(3)
-
-
-def cascade(**settings: Any) -> Model:
-    return make_cascade(3, tree=TREE, encoder_lr=0.01, head_lr=0.1, **settings)
-
-
-def end_to_end(**settings: Any) -> Model:
-    encoder = Encoder.tiny(VOCABULARY, width=16, bottleneck=8, seed=1)
-    head = FullHead(TREE.sizes[-1], 8, optimizer=RowOptimizer("sgd", momentum=0.9), seed=2)
-    return EndToEnd(encoder, head, Training(0.01, 0.1, 0.01, 0, 100, **settings)).eval()
-
-
-MODELS: dict[str, Callable[..., Model]] = {"cascade": cascade, "end_to_end": end_to_end}
-GROUPS = {"cascade": 4, "end_to_end": 2}
 
 
 def trained(model: Model, steps: int = 3) -> dict[str, torch.Tensor]:
@@ -55,7 +33,7 @@ def test_a_schedule_of_ones_own_sets_every_rate(name: str) -> None:
         asked.append(step)
         return 0.0 if step < 2 else 0.5
 
-    model = MODELS[name](schedule=schedule)
+    model = MODELS[name].make(schedule=schedule)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     asked.clear()
     trained(model, 2)
@@ -69,7 +47,8 @@ def test_a_schedule_of_ones_own_sets_every_rate(name: str) -> None:
     assert asked == [0, 1, 2]
     rates = [g["lr"] for g in model.optimizer.param_groups]
     assert rates[:2] == [0.005, 0.005] and set(rates[2:]) <= {0.05}
-    assert {"encoder", "head" if name == "end_to_end" else "heads"} <= moved(model, before)
+    tables = {table.split(".")[0] for table in model.tables()}
+    assert {"encoder", *tables} <= moved(model, before)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -77,8 +56,8 @@ def test_the_default_schedule_handed_over_gives_the_same_bits(name: str) -> None
     def schedule(step: int) -> float:
         return warmup_cosine(step, 0, 100)
 
-    own = MODELS[name](schedule=schedule)
-    named = MODELS[name](**({"schedule": "warmup_cosine"} if name == "cascade" else {}))
+    own = MODELS[name].make(schedule=schedule)
+    named = MODELS[name].make(**({"schedule": "warmup_cosine"} if name == "cascade" else {}))
     ours, theirs = trained(own), trained(named)
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
@@ -100,35 +79,36 @@ def test_an_optimizer_of_ones_own_trains_everything_that_is_no_table(name: str) 
         seen.append(groups)
         return torch.optim.SGD(groups, lr=1.0, momentum=0.5)
 
-    model = MODELS[name](optimizer=make)
+    model = MODELS[name].make(optimizer=make)
     assert isinstance(model.optimizer, torch.optim.SGD)
     (groups,) = seen
-    assert len(groups) == GROUPS[name] and [g["weight_decay"] > 0 for g in groups[:2]][1] is False
+    assert len(groups) == MODELS[name].groups and groups[1]["weight_decay"] == 0
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     assert {id(p) for g in groups for p in g["params"]} == trainable
-    twin = MODELS[name](optimizer=make)
+    twin = MODELS[name].make(optimizer=make)
     trained(model, 2)
     twin.load_tensors({k: v.clone() for k, v in model.tensors().items()})
     ours, theirs = trained(model), trained(twin)
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
-    plain = trained(MODELS[name](), 5)
+    plain = trained(MODELS[name].make(), 5)
     assert any(not torch.equal(ours[k], plain[k]) for k in plain if k.startswith("encoder."))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_default_optimizer_handed_over_gives_the_same_bits(name: str) -> None:
-    epsilon = {"cascade": 1e-8, "end_to_end": 1e-6}[name]
-    own = MODELS[name](
-        optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.01, eps=epsilon, fused=True)
+    own = MODELS[name].make(
+        optimizer=lambda groups: torch.optim.AdamW(
+            groups, lr=0.01, eps=MODELS[name].epsilon, fused=True
+        )
     )
-    ours, theirs = trained(own), trained(MODELS[name]())
+    ours, theirs = trained(own), trained(MODELS[name].make())
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_neither_is_part_of_what_a_checkpoint_says(name: str) -> None:
-    own = MODELS[name](schedule=lambda step: 1.0, optimizer=torch.optim.SGD)
-    assert own.config() == MODELS[name]().config()
+    own = MODELS[name].make(schedule=lambda step: 1.0, optimizer=torch.optim.SGD)
+    assert own.config() == MODELS[name].make().config()
 
 
 def test_a_schedule_by_an_unknown_name_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Running means of the weights: how they are taken, that both models predict by them alone, what a
+"""Running means of the weights: how they are taken, that every kind predicts by them alone, what a
 checkpoint has of them.
 """
 
@@ -8,43 +8,28 @@ from typing import Any
 
 import pytest
 import torch
-from cascade_common import VOCABULARY, best, best_of_levels, make_batch, make_tree
-from cascade_common import make_model as make_cascade
+from cascade_common import best, best_of_levels, make_batch
+from kinds_under_test import MODELS, TREE
 from torch import nn
 
 from xmlkernels import InputError
 from xmlkernels.models.base import Documents
-from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.end_to_end import EndToEnd
 from xmlkernels.models.running_mean import MeanSettings, RunningMean
 from xmlkernels.models.training import Training
-from xmlkernels.nn.encoder import Encoder
-from xmlkernels.nn.full_head import FullHead
-from xmlkernels.nn.table import RowOptimizer
-
-TREE = make_tree(3)
-LABELS = TREE.sizes[-1]
 
 
 def documents(seed: int = 0) -> Documents:
     return make_batch(TREE, 6, seed=seed)
 
 
-def cascade(mean: MeanSettings | None, dtype: str = "fp32") -> Cascade:
+def make(name: str, mean: MeanSettings | None, dtype: str = "fp32") -> Any:
+    """A model with a running mean; with None one for prediction."""
     if mean is None:
-        return make_cascade(3, tree=TREE, training=False, dtype=dtype)
-    return make_cascade(3, tree=TREE, dtype=dtype, encoder_lr=0.05, head_lr=0.5, mean=mean)
+        return MODELS[name].make(dtype=dtype, training=False)
+    return MODELS[name].make(dtype=dtype, mean=mean, encoder_lr=0.05, head_lr=0.5)
 
 
-def end_to_end(mean: MeanSettings | None, dtype: str = "fp32") -> EndToEnd:
-    encoder = Encoder.tiny(VOCABULARY, width=16, bottleneck=8, seed=1)
-    optimizer = RowOptimizer("sgd", momentum=0.0 if mean is None else 0.9)
-    head = FullHead(LABELS, encoder.width, dtype=dtype, bias=True, optimizer=optimizer, seed=2)
-    training = None if mean is None else Training(0.05, 0.5, 0.0, 0, 100, mean=mean)
-    return EndToEnd(encoder, head, training).eval()
-
-
-MODELS: dict[str, Callable[..., Any]] = {"cascade": cascade, "end_to_end": end_to_end}
 SAID: dict[str, Callable[[Any, Documents], Any]] = {
     "best": lambda m, batch: best(m, batch, 5),
     "score with a loss": lambda m, batch: [m.score(batch, 5, loss=True).loss],
@@ -128,8 +113,8 @@ def test_the_mean_of_a_table_below_fp32_is_fp32(dtype: torch.dtype) -> None:
 def test_a_model_predicts_by_its_means_and_trains_its_weights(
     name: str, tables: bool, dtype: str
 ) -> None:
-    model = MODELS[name](MeanSettings(1.0, 1, 2, tables), dtype)
-    plain = MODELS[name](MeanSettings(), dtype)
+    model = make(name, MeanSettings(1.0, 1, 2, tables), dtype)
+    plain = make(name, MeanSettings(), dtype)
     seen = []
     for number in range(5):
         for each in (model, plain):
@@ -137,11 +122,8 @@ def test_a_model_predicts_by_its_means_and_trains_its_weights(
         seen.append({k: v.clone() for k, v in model.state_dict().items()})
     for key, value in plain.state_dict().items():
         assert torch.equal(value, seen[-1][key]), f"training must not know of the mean of {key}"
-    of_tables = {
-        k
-        for k in seen[0]
-        if k.startswith(("head.", "heads.levels.")) and k.endswith((".weight", ".bias"))
-    }
+    of_tables = {f"{table}.{part}" for table in model.tables() for part in ("weight", "bias")}
+    of_tables &= seen[0].keys()
     assert of_tables and model.average.count == 2
     assert set(model.average.names) == {k for k, _ in model.named_parameters()} | (
         of_tables if tables else set()
@@ -149,7 +131,7 @@ def test_a_model_predicts_by_its_means_and_trains_its_weights(
     means = {k: (seen[2][k].float() + seen[4][k].float()) / 2 for k in model.average.names}
     for key, mean in zip(model.average.names, model.average.means, strict=True):
         torch.testing.assert_close(mean, means[key], atol=1e-6, rtol=1e-6)
-    expected, loaded = MODELS[name](None, dtype), MODELS[name](None, dtype)
+    expected, loaded = make(name, None, dtype), make(name, None, dtype)
     expected.load_state_dict({k: means.get(k, seen[-1][k]) for k in expected.state_dict()})
     loaded.load_tensors({k: v.clone() for k, v in model.tensors().items()})
     batch = documents(9)
@@ -166,7 +148,7 @@ def test_a_model_predicts_by_its_means_and_trains_its_weights(
 @pytest.mark.parametrize("name", MODELS)
 def test_a_mean_survives_a_stop(name: str) -> None:
     settings = MeanSettings(0.9, 1, 2, True)
-    whole, twin = MODELS[name](settings), MODELS[name](settings)
+    whole, twin = make(name, settings), make(name, settings)
     for number in range(4):
         whole.step(documents(number))
     twin.load_tensors({k: v.clone() for k, v in whole.tensors().items()})
@@ -180,9 +162,9 @@ def test_a_mean_survives_a_stop(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_checkpoint_before_the_first_value_predicts_by_its_weights(name: str) -> None:
-    model = MODELS[name](MeanSettings(0.9, start=50))
+    model = make(name, MeanSettings(0.9, start=50))
     model.step(documents())
-    loaded = MODELS[name](None)
+    loaded = make(name, None)
     loaded.load_tensors(model.tensors())
     for key, value in loaded.state_dict().items():
         assert torch.equal(value, model.state_dict()[key]), key
@@ -190,7 +172,7 @@ def test_a_checkpoint_before_the_first_value_predicts_by_its_weights(name: str) 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_means_follow_a_model_to_another_device(name: str) -> None:
-    model = MODELS[name](MeanSettings(0.9, tables=True))
+    model = make(name, MeanSettings(0.9, tables=True))
     model.step(documents())
     model.to("meta")
     assert {mean.device.type for mean in model.average.means} == {"meta"}
@@ -202,8 +184,7 @@ def test_means_follow_a_model_to_another_device(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_means_that_a_model_does_not_go_on_with_are_refused(name: str) -> None:
     plain, mean, more = (
-        MODELS[name](MeanSettings(d, tables=t))
-        for d, t in ((0.0, False), (0.5, False), (0.5, True))
+        make(name, MeanSettings(d, tables=t)) for d, t in ((0.0, False), (0.5, False), (0.5, True))
     )
     for model, other in ((plain, mean), (mean, plain), (mean, more), (more, mean)):
         with pytest.raises(
@@ -214,14 +195,14 @@ def test_means_that_a_model_does_not_go_on_with_are_refused(name: str) -> None:
     with pytest.raises(
         InputError, match="checkpoint: expected running means of its weights, got one of word"
     ):
-        MODELS[name](None).load_tensors(
+        make(name, None).load_tensors(
             plain.tensors() | {"average.word": torch.zeros(1), "average.count": torch.tensor([1])}
         )
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_frozen_has_no_mean(name: str) -> None:
-    model = MODELS[name](MeanSettings())
+    model = make(name, MeanSettings())
     first, *_ = (key for key, _ in model.encoder.named_parameters())
     model.encoder.requires_grad_(False).get_parameter(first).requires_grad_(True)
     rest = (model.heads, TREE) if name == "cascade" else (model.head,)
@@ -244,16 +225,20 @@ def test_settings_of_a_mean_are_checked(name: str) -> None:
         (MeanSettings(0.5, every=0), "running mean: every: expected 1 or more, got 0"),
     ):
         with pytest.raises(InputError, match=expected):
-            MODELS[name](settings)
+            make(name, settings)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in MODELS.items() if kind.fp8])
+def test_an_fp8_table_has_no_mean(name: str) -> None:
     with pytest.raises(
         InputError, match="running mean: expected tables in fp32, bf16 or fp16, got an fp8 one"
     ):
-        MODELS[name](MeanSettings(0.5, tables=True), "fp8")
-    assert MODELS[name](MeanSettings(0.5), "fp8").average is not None
+        make(name, MeanSettings(0.5, tables=True), "fp8")
+    assert make(name, MeanSettings(0.5), "fp8").average is not None
 
 
 def test_an_encoder_with_its_own_table_has_no_mean() -> None:
-    model, settings = end_to_end(MeanSettings()), MeanSettings(0.9)
+    model, settings = make("end_to_end", MeanSettings()), MeanSettings(0.9)
     model.encoder.update = lambda lr: None
     with pytest.raises(
         InputError, match="running mean: decay: expected 0 for an encoder with a table of its own"
