@@ -59,6 +59,8 @@ def missing_piece() -> str | None:
     for tool in ("cmake", "ninja"):
         if find_tool(tool) is None:
             return f"no {tool}"
+    if importlib.util.find_spec("pybind11") is None:
+        return "no pybind11"
     return None
 
 

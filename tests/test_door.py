@@ -91,3 +91,26 @@ def test_a_configuration_is_changed_by_name() -> None:
     assert (changed.epochs, changed.output, changed.batch) == (3, "elsewhere", Config().batch)
     with pytest.raises(InputError, match="epoch: expected a setting of Config.*mean epochs"):
         Config().replace(epoch=3)
+
+
+def test_a_recipe_of_another_kind_is_changed_and_run_by_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="longst: expected a setting of LinearConfig.*longest"):
+        xmlkernels.RECIPES["linear"].replace(longst=1)
+    with pytest.raises(InputError, match="epoch: expected a setting of Config.*epochs"):
+        xmlkernels.RECIPES["minilm"].replace(epoch=1)
+    with pytest.raises(InputError, match="nowhere"):
+        xmlkernels.train(
+            xmlkernels.RECIPES["linear"].replace(
+                dataset=str(tmp_path / "nowhere"), output=str(tmp_path / "out")
+            )
+        )
+
+
+def test_a_ranker_and_a_run_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "ranker").mkdir()
+    (tmp_path / "ranker" / "ranker.safetensors").touch()
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    with pytest.raises(InputError, match="got one of a ranker; give it as --ranker"):
+        xmlkernels.Predictor.load(tmp_path / "ranker")
+    with pytest.raises(InputError, match="got one of a run; give it as --checkpoint"):
+        xmlkernels.RankedPredictor.load(tmp_path / "run")

@@ -88,7 +88,10 @@ def warn_reference(device: str, reason: str) -> None:
     """
     if device not in _warned:
         _warned.add(device)
-        builds = "`pip install --no-build-isolation .` builds kernels"
+        builds = (
+            "`pip install --no-build-isolation .` builds kernels, given a C++ compiler, cmake, "
+            "ninja and pybind11 (-v shows what is missing)"
+        )
         mend = {"cpu": builds, "cuda": f"{builds} where nvcc is installed"}.get(
             device, "kernels exist for CPU and CUDA alone"
         )

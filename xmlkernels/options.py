@@ -1,11 +1,14 @@
 """Options as fields of a dataclass: the group, the rule and the reach of each are its metadata."""
 
+import difflib
 import math
-from collections.abc import Callable
-from dataclasses import Field, dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from xmlkernels.errors import InputError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,3 +96,17 @@ def check_values(options: Any) -> None:
         rule: Rule | None = option.metadata.get("rule")
         if rule is not None and not rule.holds(value):
             raise InputError(flag(name), rule.expected, repr(value), rule.mend)
+
+
+def replaced(options: T, changes: Mapping[str, Any]) -> T:
+    """Return a copy of a dataclass with other values.
+
+    Raises:
+        InputError: a field that there is not.
+    """
+    known, kind = [field.name for field in fields(options)], type(options).__name__  # type: ignore[arg-type]
+    if wrong := [name for name in changes if name not in known]:
+        near = difflib.get_close_matches(wrong[0], known, 1)
+        mend = f"did you mean {near[0]}?" if near else f"see the fields of {kind}"
+        raise InputError(wrong[0], f"a setting of {kind}", "none of that name", mend)
+    return replace(options, **changes)  # type: ignore[type-var]

@@ -283,3 +283,15 @@ def test_missing_distribution_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(InputError, match="pip install scikit-learn"):
         build_corpus(packages=["sklearn"], workers=1)
+
+
+def test_packages_that_are_not_installed_are_left_out_and_named(monkeypatch):
+    there = corpus._package_folders
+    monkeypatch.setattr(corpus, "PACKAGES", (corpus.STDLIB, "tyro", "pyarrow"))
+    monkeypatch.setattr(
+        corpus, "_package_folders", lambda name: [] if name == "pyarrow" else there(name)
+    )
+    assert corpus.installed_packages() == [corpus.STDLIB, "tyro"]
+    with pytest.warns(DataWarning, match="without pyarrow, not installed here"):
+        built = corpus.build_corpus(20, workers=1)
+    assert set(built.versions) == {corpus.STDLIB, "tyro"}

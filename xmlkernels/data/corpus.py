@@ -114,7 +114,10 @@ class Corpus:
 
 
 def build_corpus(
-    documents: int | None = None, *, packages: Iterable[str] = PACKAGES, workers: int | None = None
+    documents: int | None = None,
+    *,
+    packages: Iterable[str] | None = None,
+    workers: int | None = None,
 ) -> Corpus:
     """Build the corpus from the source files of this Python installation.
 
@@ -126,7 +129,8 @@ def build_corpus(
             order of a hash of the folder's path, and the rules are applied to it alone: its labels
             have 2 documents inside it, and neighbours stay together. None: everything.
         packages: import names, `STDLIB` for the standard library; the result does not depend on
-            their order.
+            their order. None: those of PACKAGES that are installed; without some of them it is
+            another corpus, and a warning says so.
         workers: processes that parse, by default one per available core. They are spawned, so with
             more than one a script needs `if __name__ == "__main__":` around its work; 1 parses in
             this process.
@@ -139,6 +143,15 @@ def build_corpus(
         if value is not None and value < 1:
             raise InputError(
                 argument, "a whole number from 1, or None", str(value), "ask for at least one"
+            )
+    if packages is None:
+        packages = installed_packages()
+        if absent := sorted(set(PACKAGES) - set(packages)):
+            warnings.warn(
+                f"built-in corpus without {', '.join(absent)}, not installed here: figures are not "
+                "those of the whole corpus",
+                DataWarning,
+                2,
             )
     names = sorted(set(packages))
     if not names:
@@ -160,6 +173,11 @@ def build_corpus(
             2,
         )
     return _assemble(parsed, {name: _version(name) for name in names})
+
+
+def installed_packages() -> list[str]:
+    """List those of PACKAGES that are installed with Python source."""
+    return [name for name in PACKAGES if name == STDLIB or _package_folders(name)]
 
 
 def files_of(package: str) -> list[_File]:

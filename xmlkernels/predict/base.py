@@ -12,6 +12,7 @@ from xmlkernels.data.text_parts import TextParts
 from xmlkernels.errors import InputError
 
 NAMES = "label_names.txt"  # in the folder of checkpoints or of a ranker, one name per line
+RANKER = "ranker.safetensors"  # in the folder of a ranker
 AHEAD = 16  # batches of texts read ahead, so that texts of like length share a batch
 
 Text = str | tuple[str, str]

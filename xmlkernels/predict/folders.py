@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from xmlkernels.errors import InputError
-from xmlkernels.predict.base import TextPredictor
+from xmlkernels.predict.base import RANKER, TextPredictor
 from xmlkernels.predict.model import Predictor
-from xmlkernels.predict.ranked import RANKER, Forest, RankedPredictor
+from xmlkernels.predict.ranked import Forest, RankedPredictor
 
 _KNOWN = "the output folder of a run or of a ranker"
 

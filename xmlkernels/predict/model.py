@@ -24,7 +24,7 @@ from xmlkernels.errors import InputError
 from xmlkernels.models.base import Model
 from xmlkernels.models.restore import DIVERGED, check_finite, restored
 from xmlkernels.models.saved import model_config, needed_for_prediction
-from xmlkernels.predict.base import AHEAD, NAMES, Text, TextPredictor, read_names
+from xmlkernels.predict.base import AHEAD, NAMES, RANKER, Text, TextPredictor, read_names
 from xmlkernels.records import check_record
 from xmlkernels.threads import check_threads, torch_threads
 
@@ -89,6 +89,9 @@ class Predictor(TextPredictor):
                 whose training has diverged.
         """
         check_threads(threads)
+        if (Path(folder) / RANKER).is_file():
+            mend = "give it as --ranker; xmlkernels.load takes either"
+            raise InputError(str(folder), "the output folder of a run", "one of a ranker", mend)
         checkpoints, order = _located(folder, which)
         tensors, state, found = _first(checkpoints, order, needed_for_prediction)
         path = checkpoints.folder

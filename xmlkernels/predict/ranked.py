@@ -27,14 +27,14 @@ from xmlkernels.data.text_parts import TextParts
 from xmlkernels.data.vectorizer import Vectorizer
 from xmlkernels.errors import InputError
 from xmlkernels.evaluation import score_matrix
-from xmlkernels.predict.base import Text, TextPredictor, read_names
+from xmlkernels.predict.base import RANKER, Text, TextPredictor, read_names
 from xmlkernels.predict.model import Predictor, files_beside
 from xmlkernels.ranker.blend import Reranker, best, best_of_all, combine
 from xmlkernels.ranker.matcher import ClusterMatcher
 from xmlkernels.records import Count, check_record
 from xmlkernels.threads import check_threads
 
-RANKER, VECTORIZER, CLUSTERS = "ranker.safetensors", "vectorizer", "clusters"
+VECTORIZER, CLUSTERS = "vectorizer", "clusters"
 Shortlist = Literal["model", "tree", "all"]
 Words = Literal["same", "own", "features", "none"]
 _NO_PAIRS = np.zeros((0, 2), np.int64)
@@ -191,6 +191,9 @@ class RankedPredictor(Ranked):
         """
         check_threads(threads)
         path = Path(folder)
+        if not (path / RANKER).exists() and (path / "checkpoint").is_dir():
+            mend = "give it as --checkpoint; xmlkernels.load takes either"
+            raise InputError(str(folder), "the output folder of a ranker", "one of a run", mend)
         reranker = Reranker.load(path / RANKER)
         source = _source(reranker, path)
         check_files(

@@ -4,15 +4,14 @@ The metadata of a field hold its group, what its value must be and what it has a
 checks.py refuses what cannot be used.
 """
 
-import difflib
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from xmlkernels import InputError, dist
-from xmlkernels.options import COUNT, NAME, OFF_AT_0, POSITIVE, SHARE, Rule, of
+from xmlkernels.options import COUNT, NAME, OFF_AT_0, POSITIVE, SHARE, Rule, of, replaced
 
 BEST_BY = tuple(f"{kind}@{k}" for kind in ("P", "nDCG", "PSP", "PSnDCG", "R") for k in range(1, 6))
 
@@ -306,12 +305,7 @@ class Config:
         Raises:
             InputError: a setting that there is not.
         """
-        known = [field.name for field in fields(self)]
-        if wrong := [name for name in changes if name not in known]:
-            near = difflib.get_close_matches(wrong[0], known, 1)
-            mend = f"did you mean {near[0]}?" if near else "see the fields of xmlkernels.Config"
-            raise InputError(wrong[0], "a setting of Config", "none of that name", mend)
-        return replace(self, **changes)
+        return replaced(self, changes)
 
 
 def recorded(config: Config) -> dict[str, Any]:

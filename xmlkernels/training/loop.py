@@ -19,13 +19,14 @@ from xmlkernels.training.checks import check
 from xmlkernels.training.config import Config
 from xmlkernels.training.evaluator import Evaluator
 from xmlkernels.training.folder import RUN_FILES, clear_leftovers
+from xmlkernels.training.linear import LinearConfig, train_linear
 from xmlkernels.training.run_state import RunState
 from xmlkernels.training.session import Session
 from xmlkernels.training.stops import Stopped, held
 
 
-def train(config: Config) -> dict[str, Any]:
-    """Run one configuration from data to metrics.
+def train(config: Config | LinearConfig) -> dict[str, Any]:
+    """Run one configuration from data to metrics; one of the recipe `linear` by `train_linear`.
 
     Returns:
         What metrics.json holds.
@@ -33,6 +34,8 @@ def train(config: Config) -> dict[str, Any]:
     Raises:
         InputError: settings or data that cannot be used; before any work.
     """
+    if isinstance(config, LinearConfig):
+        return train_linear(config)
     check(config)
     if config.threads:
         torch.set_num_threads(config.threads)

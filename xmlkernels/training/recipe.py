@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
+from xmlkernels.options import replaced
 from xmlkernels.training.config import Config
 from xmlkernels.training.fitting import fitted
 
@@ -59,7 +60,7 @@ class Recipe(Generic[T]):
         Raises:
             InputError: no dataset there.
         """
-        config: T = dataclasses.replace(self.config, **changes)  # type: ignore[type-var]
+        config = replaced(self.config, changes)
         return self.fit(config, changes)
 
     def fit(self, config: T, given: Collection[str]) -> T:
