@@ -60,7 +60,7 @@ $(STAMP): $(NATIVE_SOURCES) $(INSTALLED)
 	@echo "building xmlkernels (about a minute the first time)"
 	@mkdir -p build
 	$(BUILD)
-	@$(PY) -m xmlkernels env
+	@$(PY) -m xmlkernels.ops
 	@# A pure-Python build leaves no stamp: once a compiler is there, the next call builds again.
 	@if ls xmlkernels/_cpu.so >/dev/null 2>&1; then touch $@; fi
 

@@ -1,6 +1,6 @@
 """Find and load the native libraries, and say so when one is missing.
 
-`xmlkernels env` prints what was found.
+`python -m xmlkernels.ops` prints what was found.
 """
 
 import os
