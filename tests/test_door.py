@@ -95,12 +95,12 @@ def test_a_configuration_is_changed_by_name() -> None:
 
 def test_a_recipe_of_another_kind_is_changed_and_run_by_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="longst: expected a setting of LinearConfig.*longest"):
-        xmlkernels.RECIPES["linear"].replace(longst=1)
+        xk.RECIPES["linear"].replace(longst=1)
     with pytest.raises(InputError, match="epoch: expected a setting of Config.*epochs"):
-        xmlkernels.RECIPES["minilm"].replace(epoch=1)
+        xk.RECIPES["minilm"].replace(epoch=1)
     with pytest.raises(InputError, match="nowhere"):
-        xmlkernels.train(
-            xmlkernels.RECIPES["linear"].replace(
+        xk.train(
+            xk.RECIPES["linear"].replace(
                 dataset=str(tmp_path / "nowhere"), output=str(tmp_path / "out")
             )
         )
@@ -111,6 +111,6 @@ def test_a_ranker_and_a_run_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "ranker" / "ranker.safetensors").touch()
     (tmp_path / "run" / "checkpoint").mkdir(parents=True)
     with pytest.raises(InputError, match="got one of a ranker; give it as --ranker"):
-        xmlkernels.Predictor.load(tmp_path / "ranker")
+        xk.Predictor.load(tmp_path / "ranker")
     with pytest.raises(InputError, match="got one of a run; give it as --checkpoint"):
-        xmlkernels.RankedPredictor.load(tmp_path / "run")
+        xk.RankedPredictor.load(tmp_path / "run")

@@ -258,7 +258,11 @@ def _own() -> dict[str, Any]:
 
 
 def _command() -> str:
-    return Path(sys.argv[0]).name or "python"
+    """Name this program; of a command of this package, which one."""
+    program = Path(sys.argv[0])
+    if program.name in ("__main__.py", "xmlkernels"):
+        return " ".join(["xmlkernels", *sys.argv[1:2]])
+    return program.name or "python"
 
 
 def _boot() -> str:

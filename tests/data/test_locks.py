@@ -182,3 +182,19 @@ def test_folders_that_cannot_be(tmp_path: Path) -> None:
     with own_folder(tmp_path / "a" / "b" / "c"):
         assert (tmp_path / "a" / "b" / "c" / LOCK).exists()
     assert not (tmp_path / "a").exists(), "what stays empty goes again"
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["/x/xmlkernels/__main__.py", "train", "tiny"], "xmlkernels train"),
+        (["/bin/xmlkernels", "tree", "d"], "xmlkernels tree"),
+        (["train/run.py", "tiny"], "run.py"),
+        ([""], "python"),
+    ],
+)
+def test_the_holder_is_named_as_one_types_it(
+    words: list[str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", words)
+    assert locks._command() == name

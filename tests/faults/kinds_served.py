@@ -14,8 +14,8 @@ from harness import Kind
 
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.checksums import of_files
-from xmlkernels.predict.model import BESIDE, Predictor
 from xmlkernels.predict.base import RANKER
+from xmlkernels.predict.model import BESIDE, Predictor
 from xmlkernels.predict.ranked import RankedPredictor
 from xmlkernels.ranker.blend import Reranker
 from xmlkernels.ranker.matcher import ClusterMatcher

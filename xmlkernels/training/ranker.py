@@ -12,9 +12,8 @@ from xmlkernels.data.formats import write_npz
 from xmlkernels.evaluation import score_matrix
 from xmlkernels.locks import own_folder
 from xmlkernels.metrics import candidates_needed, evaluate, inverse_propensity
-from xmlkernels.predict.base import NAMES
+from xmlkernels.predict.base import NAMES, RANKER
 from xmlkernels.predict.model import checkpoint_identity
-from xmlkernels.predict.base import RANKER
 from xmlkernels.predict.ranked import CLUSTERS, VECTORIZER, Source
 from xmlkernels.ranker.blend import Reranker, best, best_of_all, choose_share
 from xmlkernels.ranker.features import Features
