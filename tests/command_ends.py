@@ -23,7 +23,7 @@ from train_runs import make_dataset, make_tree, tiny, weights
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.cli import console, ensemble, export, predict, prepare, rank
 from xmlkernels.cli import tree as tree_command
-from xmlkernels.data import prepare as preparing
+from xmlkernels.data import dataset_writer
 from xmlkernels.locks import LOCK
 from xmlkernels.training import run_state, session, stops, tree
 from xmlkernels.training.loop import train
@@ -330,7 +330,7 @@ def cases(dataset: Path, folder: Path) -> Iterator[tuple[str, Callable[[Path], N
 
     def building(place: Path) -> None:
         def slow() -> None:
-            preparing.write_labels = sleeping(place / "marker")
+            dataset_writer.write_labels = sleeping(place / "marker")
 
         words = [*arguments["prepare"][0], "--output", str(place / "a" / "set")]
         child = Child(place, lambda: prepare.main(words), slow)
