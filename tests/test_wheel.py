@@ -51,7 +51,9 @@ class Environment:
 
 
 def run(words: list[str], cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
-    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    # What the caller demands of its own build (XMLKERNELS_REQUIRE_NATIVE=1) is not asked of these.
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("XMLKERNELS_")}
+    clean = {k: v for k, v in kept.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     done = subprocess.run(
         words, cwd=cwd, env=clean, capture_output=True, text=True, timeout=300, check=False
     )
