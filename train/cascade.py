@@ -15,9 +15,9 @@ import xmlkernels as xk
 from xmlkernels.data.inputs import TokenInputs
 from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.evaluation import evaluate_split
-from xmlkernels.models.base import arrangement
 from xmlkernels.models.training import set_rates
 from xmlkernels.nn.shortlist import count, select
+from xmlkernels.tree.label_tree import arrangement
 
 EPOCHS, BATCH, SEED = 8, 32, 0
 TOPK, BOUND = (4, 24), 32  # clusters kept per level, and more for the true ones while training

@@ -17,9 +17,9 @@ from xmlkernels.data.batches.tokens import Batches
 from xmlkernels.data.dataset import Split
 from xmlkernels.data.inputs import Inputs
 from xmlkernels.metrics import evaluate
-from xmlkernels.models.base import Documents, Model, arrangement
+from xmlkernels.models.base import Documents, Model
 from xmlkernels.models.scored import LevelPrediction
-from xmlkernels.tree.label_tree import LabelTree
+from xmlkernels.tree.label_tree import LabelTree, arrangement
 
 _DEEPEST = 5  # cut-off of the metrics of clusters
 

@@ -20,9 +20,9 @@ from xmlkernels.cli import train
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.prepare import PrepareConfig
 from xmlkernels.metrics import evaluate, inverse_propensity, top_rows_from_csr
-from xmlkernels.models.base import arrangement
 from xmlkernels.training import inputs, plan
 from xmlkernels.training.run_state import RunState
+from xmlkernels.tree.label_tree import arrangement
 
 
 def models(runs: Runs, folder: Path) -> None:

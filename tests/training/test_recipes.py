@@ -226,6 +226,18 @@ def test_label_texts_are_used_where_there_are_any(
     assert RECIPES[name].replace().label_text is RECIPES[name].config.label_text  # built-in
 
 
+def test_names_of_labels_are_no_texts_until_one_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("".join(f"name {label}\n" for label in range(LABELS)))
+    own = str(make_dataset(tmp_path, label_text=None, label_names=names))
+    caplog.set_level("INFO", "xmlkernels")
+    assert not RECIPES["bow"].replace(dataset=own).label_text
+    assert "has names of its labels: --label-text trains on each" in caplog.text
+    assert RECIPES["bow"].replace(dataset=own, label_text=True).label_text
+
+
 def test_a_recipe_that_wants_label_texts_does_without(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

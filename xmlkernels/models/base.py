@@ -6,7 +6,6 @@ A model of a new kind subclasses `Model`; docs/adding-a-model.md is the recipe.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -392,13 +391,3 @@ class Model(nn.Module):
             self.scaler.load_tensors(parts["scaler."])
         if self.average is not None:
             self.average.load_tensors(means)
-
-
-def arrangement(tree: "LabelTree | None") -> dict[str, Any]:
-    """Give the options of `Inputs.batches` for a model on this tree; none without a tree."""
-    if tree is None:
-        return {}
-    return {
-        "order": np.asarray(tree.order),
-        "ancestors": tuple(tree.ancestors(r) for r in range(tree.levels - 1)),
-    }

@@ -51,11 +51,12 @@ def fitted(config: Config, given: Collection[str], decided: Collection[str]) -> 
 def _with_label_text(config: Config, manifest: Mapping[str, Any], decided: bool) -> Config:
     own = bool({"label_tokens.bin", LABEL_FEATURES} & set(manifest["files"]))
     if decided:
-        told = (
-            "has label texts: each is a training document of its own label (--no-label-text: not)"
-            if own
-            else "has no label texts: trained on documents alone"
-        )
+        told = "has no label texts: trained on documents alone"
+        if own:
+            told = "has label texts: each is a training document of its own label "
+            told += "(--no-label-text: not)"
+        elif config.encoder == "bow" and "label_names.txt" in manifest["files"]:
+            told = "has names of its labels: --label-text trains on each as on a document"
         log.info(f"{config.dataset} {told}")
         return replace(config, label_text=own)
     # A bag of words of kept texts takes names for texts where it is told to.

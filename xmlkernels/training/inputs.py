@@ -12,12 +12,11 @@ from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.data.vectorizer import Vectorizer
 from xmlkernels.installed import source_of
-from xmlkernels.models.base import arrangement
 from xmlkernels.parallel import most_threads
 from xmlkernels.training.checks import check_levels
 from xmlkernels.training.config import Config
 from xmlkernels.training.tree import TreeConfig, build_tree
-from xmlkernels.tree.label_tree import LabelTree
+from xmlkernels.tree.label_tree import LabelTree, arrangement
 
 log = logging.getLogger(__name__)
 
@@ -70,13 +69,9 @@ def open_inputs(config: Config, dataset: Dataset) -> Inputs:
             "prepare it from a file that holds some",
         )
     bow = config.encoder == "bow"
-    own = (
-        dataset.label_features
-        if dataset.vocabulary
-        else dataset.label_names
-        if bow
-        else dataset.label_tokens
-    )
+    own: object = dataset.label_names if bow else dataset.label_tokens
+    if dataset.vocabulary:
+        own = dataset.label_features
     if config.label_text and own is None:
         got = f"{dataset.folder} without"
         raise InputError(

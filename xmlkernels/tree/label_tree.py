@@ -332,6 +332,16 @@ def _check_children(children: tuple[np.ndarray, ...], labels: int) -> None:
             )
 
 
+def arrangement(tree: LabelTree | None) -> dict[str, Any]:
+    """Give the options of `Inputs.batches` for a model on this tree; none without a tree."""
+    if tree is None:
+        return {}
+    return {
+        "order": np.asarray(tree.order),
+        "ancestors": tuple(tree.ancestors(r) for r in range(tree.levels - 1)),
+    }
+
+
 def _check_order(order: np.ndarray) -> None:
     labels = len(order)
     outside = np.flatnonzero((order < 0) | (order >= labels))
