@@ -343,6 +343,9 @@ def _step_tiles(
                 BP,
                 BD,
             )
+            # The weights were read in the layout of a product's operand; the update reads them in
+            # its own and stores them.
+            tl.debug_barrier()
             update_tile(
                 weight,
                 momentum,
