@@ -14,11 +14,13 @@ ifeq ($(SYSTEM),1)
   export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
   INSTALLED :=
   INSTALLED_DEV :=
+  OLDEST :=
   BUILD = $(PY) setup.py -q build_ext --inplace
 else
   PY := $(CURDIR)/.venv/bin/python
   INSTALLED := .venv/.installed
   INSTALLED_DEV := .venv/.installed-dev
+  OLDEST := .venv/.oldest
   BUILD = $(PY) -m pip install -qq --disable-pip-version-check --no-build-isolation --no-deps -e .
 endif
 
@@ -30,7 +32,7 @@ STAMP := build/.built$(SYSTEM)
 demo: build
 	$(PY) -m xmlkernels demo
 
-test: build lint $(INSTALLED_DEV)
+test: build lint $(INSTALLED_DEV) $(OLDEST)
 	$(PY) -m pytest
 	@# A system's own Python may lack Triton; the .venv has it.
 	@if [ -z "$(SYSTEM)" ] || $(PY) -c 'import triton' 2>/dev/null; then \
@@ -76,6 +78,10 @@ $(STAMP): $(NATIVE_SOURCES) $(INSTALLED)
 .venv/.installed-dev: requirements-dev.txt .venv/.installed
 	$(PY) -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
+
+# The oldest torch's headers and the oldest CMake, to compile against; without them those tests are skipped.
+.venv/.oldest: pyproject.toml tests/compile/oldest.py $(INSTALLED_DEV)
+	@if $(PY) tests/compile/oldest.py .venv/oldest; then touch $@; else echo "oldest torch and CMake: not fetched, not tested"; fi
 
 clean:
 	rm -rf build dist *.egg-info xmlkernels/*.so

@@ -15,8 +15,7 @@ void launch(const Tensor& table, const Args& args, int64_t (*workspace_bytes)(co
             void (*kernel)(const Args&, void*, void*)) {
   const torch::stable::accelerator::DeviceGuard guard(table.get_device_index());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(table.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(table.get_device_index(), &stream));
   Tensor workspace =
       torch::stable::empty({workspace_bytes(args)}, ScalarType::Byte, std::nullopt, table.device());
   kernel(args, workspace.mutable_data_ptr(), stream);

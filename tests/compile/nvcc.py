@@ -14,6 +14,8 @@ import pytest
 import torch
 import triton
 
+import oldest
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # Device code is optimized without being asked; host code need not be.
@@ -83,6 +85,22 @@ def compiled(source: Path, arch: str) -> Path:
             str(target),
         ]
     )
+    return target
+
+
+@functools.cache
+def bound(name: str, torch_of: str) -> Path:
+    """bindings_*.cpp compiled against the headers of the installed or the oldest torch."""
+    root = TORCH if torch_of == "installed" else oldest.folder() / "torch"
+    target = folder() / torch_of / f"{name}.o"
+    target.parent.mkdir(exist_ok=True)
+    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror"]
+    stable = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    if name == "bindings_cuda.cpp":
+        stable += ["-DUSE_CUDA", "-DXK_CUDA"]
+    include = ["-isystem", str(root / "include"), f"-I{ROOT / 'csrc'}"]
+    source = str(ROOT / "csrc" / name)
+    run(["c++", *flags, *stable, *include, "-c", source, "-o", str(target)])
     return target
 
 

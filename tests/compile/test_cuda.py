@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import nvcc
-from nvcc import LINKED, ROOT, SOURCES, TORCH, compiled, folder, resources, run
+from nvcc import LINKED, ROOT, SOURCES, TORCH, bound, compiled, folder, resources, run
 
 pytestmark = pytest.mark.compile
 ARCHES = ("sm_80", "sm_90a")
@@ -48,17 +48,14 @@ def test_the_row_kernels_leave_room_for_loads_in_flight(arch: str) -> None:
     assert max(needs["REG"] for kernel, needs in found.items() if "update_kernel" in kernel) <= 96
 
 
-def test_the_library_links() -> None:
-    """bindings_cuda.cpp compiles against torch's stable ABI, and all that it calls of ours is
-    there.
+@pytest.mark.parametrize("torch_of", ["installed", "oldest"])
+def test_the_library_links(torch_of: str) -> None:
+    """bindings_cuda.cpp compiles against torch's stable ABI, this one's and the oldest's, and all
+    that it calls of ours is there. Either library loads here.
     """
     compiler = nvcc.need_nvcc()
-    bindings, library = folder() / "bindings_cuda.o", folder() / "_cuda.so"
-    stable = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA", "-DXK_CUDA"]
-    include = ["-isystem", str(TORCH / "include"), f"-I{ROOT / 'csrc'}"]
-    source = str(ROOT / "csrc" / "bindings_cuda.cpp")
-    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror"]
-    run(["c++", *flags, *stable, *include, "-c", source, "-o", str(bindings)])
+    bindings = bound("bindings_cuda.cpp", torch_of)
+    library = folder() / torch_of / "_cuda.so"
     objects = [str(compiled(s, LINKED)) for s in SOURCES]
     libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
     run(
