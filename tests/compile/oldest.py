@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-HEADERS = ("csrc/stable/", "csrc/inductor/aoti_torch/", "headeronly/")  # below torch/include/torch
+HEADERS = ("csrc", "headeronly")  # folders below torch/include/torch
 LIBRARIES = ("libtorch_cpu.dylib", "libc10.dylib")
 EXPORTS = "exports.txt"
 ABI = ("aoti_torch_", "torch_")  # how the names of the stable ABI begin
@@ -75,7 +75,7 @@ def fetch(folder: Path) -> None:
         pip("download", f"torch=={oldest('torch')}", "--python-version", "3.11", *wanted)
         (wheel,) = Path(there).glob("torch-*.whl")
         with zipfile.ZipFile(wheel) as archive:
-            below = tuple(f"torch/include/torch/{name}" for name in HEADERS)
+            below = tuple(f"torch/include/torch/{name}/" for name in HEADERS)
             archive.extractall(folder, [n for n in archive.namelist() if n.startswith(below)])
             names = {
                 name
