@@ -11,6 +11,7 @@ import triton.language as tl
 
 import races
 from races import HARMLESS, RECORDER, Recorder, recorded
+from xmlkernels.triton import common
 
 TRITON = Path(__file__).resolve().parents[2] / "xmlkernels" / "triton"
 SIDE = 16
@@ -134,6 +135,12 @@ def test_two_stores_to_one_address() -> None:
     assert examine(lambda: store_twice[(1,)](out, SIDE)) == [("out", races.STORED_TWICE)]
     assert examine(lambda: store_lanes[(1,)](out, False, SIDE)) == []
     assert examine(lambda: store_lanes[(1,)](out, True, SIDE)) == [("out", races.LANES_DIFFER)]
+
+
+def test_all_programs_may_raise_the_flag() -> None:
+    with recorded(RECORDER):
+        _, flag = common.prepare_batch(torch.full((2, 1024), torch.nan), torch.float32)
+    assert flag == 1 and RECORDER.spared["flag", races.TWO_STORE]
 
 
 def launched(source: str) -> set[str]:

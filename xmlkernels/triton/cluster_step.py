@@ -248,10 +248,11 @@ def _step_tiles(
             )
             if NEED_LOSS:
                 tl.store(losses + g * tiles + tile, loss)
+            # The gradients that all threads wrote are read by all; all have read the bias.
+            tl.debug_barrier()
             if bias is not None:
                 moved = tl.load(bias + row, mask=is_row, other=0.0) - lr * total_g
                 tl.store(bias + row, common.round_nearest(moved, tl.float32, EMULATED), mask=is_row)
-            tl.debug_barrier()  # the gradients that all threads wrote are read by all
         row_moment = tl.zeros((BR,), dtype=tl.float32)
         if ROW_WISE:
             moment_at = moment + (g * tiles + tile) * BR + tl.arange(0, BR)
