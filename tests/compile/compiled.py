@@ -1,16 +1,15 @@
 """Compiles a Triton kernel for a card that is not here, and reads what the compiler says of it."""
 
-import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from benchmarks import sass
 
 ARCHES = {"sm_80": 80, "sm_90a": 90}
 E4M3_ARCHES = {"sm_89": 89, "sm_90a": 90}  # Triton has no e4m3 below sm_89
@@ -32,11 +31,29 @@ POINTER = {
 class Compiled:
     """What one kernel needs on one architecture."""
 
+    arch: str
+    warps: int
     registers: int
     stack: int
     local: int
     shared: int  # bytes, static and dynamic
     ptx: str
+    cubin: bytes
+
+    @cached_property
+    def code(self) -> sass.Code:
+        """Its machine code."""
+        (code,) = sass.disassemble(self.cubin).values()
+        return code
+
+    @property
+    def occupancy(self) -> int:
+        """Blocks that a multiprocessor holds at a time."""
+        return sass.occupancy(self.registers, self.shared, self.warps, self.arch)
+
+    def count(self, trips: sass.Trips | None = None) -> sass.Counts:
+        """What one warp executes, loops weighted by their trips."""
+        return self.code.count(trips)
 
     @property
     def wgmma(self) -> bool:
@@ -84,21 +101,11 @@ def compile_kernel(
     built = triton.compile(
         source, target=target, options={"num_warps": num_warps, "num_stages": num_stages, **options}
     )
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(built.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        report = subprocess.run(
-            [tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
-        ).stdout
-    # The first numbers may be those of device functions; a kernel's own line has REG, STACK, SHARED
-    # and LOCAL.
-    lines = [
-        dict(re.findall(r"(\w+):(\d+)", line)) for line in report.splitlines() if "REG:" in line
-    ]
-    assert lines, f"no resource line in {report!r}"
+    needs = sass.resources(built.asm["cubin"])
+    assert needs, "no kernel in the cubin"
     worst = {
-        key: max(int(line[key]) for line in lines) for key in ("REG", "STACK", "LOCAL", "SHARED")
+        key: max(getattr(n, key) for n in needs.values())
+        for key in ("registers", "stack", "local", "shared")
     }
-    shared = max(worst["SHARED"], built.metadata.shared)
-    return Compiled(worst["REG"], worst["STACK"], worst["LOCAL"], shared, built.asm["ptx"])
+    worst["shared"] = max(worst["shared"], built.metadata.shared)
+    return Compiled(arch, num_warps, **worst, ptx=built.asm["ptx"], cubin=built.asm["cubin"])
