@@ -114,6 +114,18 @@ BY_HAND: tuple[Fault, ...] = (
         _of("ema_every"),
     ),
     Fault(_BUILD, "skip_units=config.skip_tiles", "skip_units=0.0", _of("skip_tiles")),
+    Fault(
+        _BUILD,
+        'PlainHead if config.impl == "reference" else FullHead,',
+        "FullHead,",
+        _of("impl"),
+    ),
+    Fault(
+        _BUILD,
+        'level=PlainLevel if config.impl == "reference" else None',
+        "level=None",
+        _of("impl"),
+    ),
     # Steps of the models.
     Fault(
         _CASCADE,

@@ -7,6 +7,7 @@ import torch
 from config_runs import ONE_STEP, Case, Runs, Seen
 from torch import Tensor
 
+from xmlkernels.nn.plain import PlainHead, PlainLevel
 from xmlkernels.ops.hyper import BETA1, EPSILON, LR
 
 RATE = 0.02  # of the table in its only step
@@ -154,6 +155,15 @@ def groups_are_skipped(runs: Runs, folder: object) -> None:
     assert changed.moved(WEIGHT)[:128].any(1).all() and not changed.moved(WEIGHT)[128:].any()
 
 
+def plain_tables(before: Seen, after: Seen) -> None:
+    """The tables are those of plain PyTorch, and learn the same from the same batches."""
+    for seen, plain in ((before, False), (after, True)):
+        tables = seen.model.tables().values()
+        assert all(isinstance(table, PlainHead | PlainLevel) == plain for table in tables)
+    for name, weight in before.steps[1].weights.items():
+        assert torch.allclose(after.steps[1].weights[name], weight, rtol=0, atol=1e-4), name
+
+
 FP8 = torch.float8_e4m3fn
 STILL = {"table_lr": 0.0, "encoder_lr": 0.0, "epochs": 1}
 FIELDS = {
@@ -198,5 +208,9 @@ FIELDS = {
         ),
     ),
     "kahan": (Case("tiny", {"kahan": True}, compensated, {"table": "bf16"}),),
+    "impl": (
+        Case("tiny", {"impl": "reference"}, plain_tables),
+        Case("cascade", {"impl": "reference"}, plain_tables),
+    ),
     "skip_tiles": (groups_are_skipped,),
 }

@@ -85,6 +85,18 @@ def test_every_recipe_is_sound(name: str) -> None:
         ),
         ({"kahan": True, "table": "fp32"}, "--kahan: expected a table below fp32"),
         ({"skip_tiles": -1.0}, "--skip-tiles: expected 0 or more"),
+        (
+            {"impl": "reference", "table": "bf16"},
+            "--table: expected fp32 with --impl reference, got 'bf16'",
+        ),
+        (
+            {"impl": "reference", "state": "bf16"},
+            "--state: expected fp32 with --impl reference, got 'bf16'",
+        ),
+        (
+            {"impl": "reference", "skip_tiles": 0.1},
+            "--skip-tiles: expected 0 with --impl reference",
+        ),
         ({"momentum": 0.0, "state": "bf16"}, "--state: expected an optimizer that keeps a state"),
         ({"decoupled": True, "table_decay": 0.0}, "--decoupled: expected a table decay"),
         ({"init_prefix": "encoder."}, "--init-prefix: expected --init-state"),

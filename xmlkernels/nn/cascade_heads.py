@@ -1,7 +1,7 @@
 """The heads of a cascade: a table per level of the label tree, and the layers in front of them."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -54,6 +54,8 @@ class CascadeHeads(nn.Module):
         projection_drop: dropout before the linear layer 2D → D.
         seed: of the initial values and of stochastic rounding.
         fill: False leaves tables at zero, to be filled from a checkpoint.
+        level: makes a level, with the arguments of `CascadeLevel`: `PlainLevel`, say. None: the
+            optimizer decides between `CascadeLevel` and `DenseLevel`.
 
     Raises:
         InputError: a list of the wrong length, or an option out of range.
@@ -78,6 +80,7 @@ class CascadeHeads(nn.Module):
         seed: int = 0,
         fill: bool = True,
         label_device: torch.device | None = None,
+        level: Callable[..., CascadeLevel] | None = None,
     ) -> None:
         super().__init__()
         count = len(sizes)
@@ -109,10 +112,11 @@ class CascadeHeads(nn.Module):
         if isinstance(optimizer, str):
             check_choice("cascade table: optimizer", optimizer, LEVEL_OPTIMIZERS)
             optimizer = RowOptimizer(optimizer, row_wise=True)
-        kind = DenseLevel if optimizer.kind == "adamw_dense" else CascadeLevel
+        dense = optimizer.kind == "adamw_dense"
+        make = level or (DenseLevel if dense else CascadeLevel)
         seen = (sizes[0], *(k * m for k, m in zip(self.topk, most, strict=True)))
         self.levels = nn.ModuleList(
-            kind(
+            make(
                 n,
                 width,
                 min(n, seen[r]),

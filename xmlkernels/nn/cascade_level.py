@@ -44,7 +44,7 @@ class CascadeLevel(Table):
     Args:
         nodes: n, rows of the table.
         width: D.
-        per_sample: candidates that a sample typically has; decides `gain` alone.
+        per_sample: candidates that a sample typically has; decides `gain`.
         dtype: "fp32", "bf16", "fp16" or "fp8", as of `Table`.
         optimizer: "adam" or "sgd"; `DenseLevel` has another one. Adam's epsilon belongs to the
             gradient of the mean loss.
@@ -78,7 +78,7 @@ class CascadeLevel(Table):
             draw=xavier(nodes) if fill else None,
             seed=seed,
         )
-        self.gain = 1.0
+        self.per_sample, self.gain = per_sample, 1.0
         if optimizer.kind == "adam":
             # A power of two, so that multiplying by it rounds nothing.
             self.gain = 2.0 ** round(math.log2(_BATCH * max(1, per_sample)))

@@ -27,6 +27,7 @@ from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.nn.layer_recipe import default_layers
+from xmlkernels.nn.plain import PlainHead, PlainLevel
 from xmlkernels.nn.table import RowOptimizer, Table
 from xmlkernels.planner import plan as memory_plan
 from xmlkernels.planner import planned, table_parts, told
@@ -101,7 +102,7 @@ def _full_table(
     """Build a table of all labels and its training; log first what they take of the memory."""
     config = plan.config
     make = partial(
-        FullHead,
+        PlainHead if config.impl == "reference" else FullHead,
         labels,
         width,
         dtype=plan.table,
@@ -165,6 +166,7 @@ def _cascade(plan: Plan, encoder: nn.Module, labels: int, tree: LabelTree | None
         ),
         drops=own.drops,
         seed=config.seed,
+        level=PlainLevel if config.impl == "reference" else None,
     )
     announce_cascade(plan, encoder, planned(make).tables(), (tree.sizes[0], *kept))
     heads = make(label_device=plan.label_device)
@@ -254,9 +256,10 @@ def announce(
     smaller = "a smaller --batch"
     if config.encoder != "bow":
         smaller += " or --micro-batch (the same step in parts)"
+    step = "--impl fused" if config.impl == "reference" else "a smaller --batch"
     mends = {
         "activations": f"take {smaller}, {anyway}",
-        "gradients of one": f"take a smaller --batch, {anyway}",
+        "gradients of one": f"take {step}, {anyway}",
         "": f"take --table bf16 or fp8 and --state bf16, or fewer labels, {anyway}",
     }
     shared = device.type == "cpu" and dist.size() > 1

@@ -115,6 +115,20 @@ def _together(config: Config) -> Iterator[tuple[bool, str, str, str]]:
         "auto, sgd or adam with --table fp8",
         mend,
     )
+    fused, plain = "choose it, or --impl fused", config.impl == "reference"
+    for name, good in (("table", ("auto", "fp32")), ("state", ("fp32",))):
+        yield (
+            not plain or getattr(config, name) in good,
+            name,
+            "fp32 with --impl reference",
+            fused,
+        )
+    yield (
+        not (plain and config.skip_tiles),
+        "skip_tiles",
+        "0 with --impl reference, which trains every label",
+        fused,
+    )
     mend = "choose --table fp32, bf16 or fp16, or leave the tables out of the mean"
     yield (
         not (config.ema_tables and config.table == "fp8"),

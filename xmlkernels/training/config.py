@@ -209,6 +209,11 @@ class Config:
     """Weight decay shrinks the table instead of entering its gradient."""
     kahan: bool = of(TABLE, False, only="end_to_end")
     """Kahan compensation for bf16 and fp16 tables, instead of stochastic rounding."""
+    impl: Literal["fused", "reference"] = of(TABLE, "fused")
+    """How the tables are trained: fused, by this package's own kernels; reference, in plain PyTorch
+    with dense targets and autograd, to verify that and to compare speed with. The numbers are the
+    same within rounding; reference takes fp32 tables alone (auto is then fp32), and the memory of
+    the logits and of the table's gradient."""
     skip_tiles: float = of(TABLE, 0.0, OFF_AT_0, only="end_to_end")
     """Skip groups of 128 labels without positives whose weights a step would change by less than so
     many units of the table's format (its spacing at 2^-6); an approximation that saves up to half

@@ -112,7 +112,8 @@ def before_data(config: Config) -> BeforeData:
     cascade, dense = config.model == "cascade", config.table_optimizer == "adamw_dense"
     table: str = config.table
     if table == "auto":
-        table = "fp32" if dense else default_table_dtype(device)
+        wide = dense or config.impl == "reference"
+        table = "fp32" if wide else default_table_dtype(device)
     optimizer: str = config.table_optimizer
     if optimizer == "auto":
         optimizer = "adam" if cascade else "sgd"
