@@ -132,10 +132,11 @@ def own_row(rows: Sequence[Row], peer: Row) -> Row | None:
     return min(own, key=unlike, default=None)
 
 
-def modelled_bytes(row: Row, model: ModuleType | None) -> int | None:
-    """Return the bytes between memory and L2 by the schedule of this package's kernel.
+def modelled_bytes(row: Row, model: ModuleType | None) -> dict[str, int] | None:
+    """Return the bytes that the schedule of this package's kernel moves: "memory" and "cache".
 
-    None where `benchmarks/model.py` does not count them.
+    Between memory and L2, and between L2 and the processors. None where `benchmarks/model.py` does
+    not count them.
     """
     if model is None or row["impl"] != "xmlkernels":
         return None
@@ -146,20 +147,42 @@ def modelled_bytes(row: Row, model: ModuleType | None) -> int | None:
     if op == "bce_step" and phase != "skip":  # what is skipped depends on the positives
         options = {"element": element, "state_element": element, "loss": phase == "loss"}
         options["states"] = int(phase == "momentum")
-        return model.bce_step_bytes(B, L, D, **options)["memory"]
+        found = model.bce_step_bytes(B, L, D, **options)
+        return {"memory": found["memory"], "cache": found["cache"]}
     if op == "matmul_topk":
-        return model.matmul_topk_memory(B, L, D, K or 1, element=element)
+        memory = model.matmul_topk_memory(B, L, D, K or 1, element=element)
+        of = model.matmul_topk_accesses(B, L, D, [L])
+        return {"memory": memory, "cache": _bytes(of, {"weight": element, "x": element})}
     # Most of a step is autograd and the optimizer's own op.
     if op == "shortlist_matmul" and phase != "step":
-        return model.shortlist_memory(B, S, D, shared=phase == "shared", element=element)
+        shared = phase == "shared"
+        memory = model.shortlist_memory(B, S, D, shared=shared, element=element)
+        block_s, block_b = (64, 64) if shared else (64, 1)
+        options = {"shared": shared, "block_s": block_s, "block_b": block_b}
+        of = model.shortlist_accesses(B, S, D, S if shared else B * S, **options)["forward"]
+        return {"memory": memory, "cache": _bytes(of, {"weight": element, "x": 4})}
     if op == "cluster_step":
         # Rows of a cluster, as benchmarks/cases_cluster_step.py makes them.
         K = K or 1
-        rows = (S or L) // K
-        sizes = B, D, K, rows, L // rows
-        options = {"element": element, "state_element": element}
-        return model.cluster_step_memory(*sizes, states=2 if phase == "adam" else 0, **options)
+        rows, states = (S or L) // K, 2 if phase == "adam" else 0
+        count = L // rows
+        options = {"element": element, "state_element": element, "states": states}
+        memory = model.cluster_step_memory(B, D, K, rows, count, **options)
+        # The clusters that some sample selects, with the samples of all spread evenly over them.
+        touched = max(1, round(count * (1 - (1 - K / count) ** B)))
+        pairs = [B * K * (i + 1) // touched - B * K * i // touched for i in range(touched)]
+        block_r = min(64, max(16, 1 << (rows - 1).bit_length()))
+        sides = {"block_r": block_r, "block_p": 16, "states": states}
+        of = model.cluster_step_accesses(B, D, [rows] * touched, pairs, **sides)
+        return {
+            "memory": memory,
+            "cache": _bytes(of, {"weight": element, "state": element, "x": 4}),
+        }
     return None
+
+
+def _bytes(accesses: Mapping[str, tuple[int, int]], size: Mapping[str, int]) -> int:
+    return sum((loads + stores) * size[name] for name, (loads, stores) in accesses.items())
 
 
 def table(rows: Sequence[Row], ceilings: Ceilings, model: ModuleType | None) -> list[str]:
@@ -171,13 +194,15 @@ def table(rows: Sequence[Row], ceilings: Ceilings, model: ModuleType | None) -> 
         model: the module that counts what this package's kernels must move, where the tree has one.
     """
     names, times = ("op", "shape", "impl", "phase", "dtype"), ("ms_p50", "ms_p20", "ms_p80")
-    lines = [[*names, "ms p50", "p20", "p80", "peak MB", "x floor", "ours faster", "model x floor"]]
+    lines = [[*names, "ms p50", "p20", "p80", "peak MB", "x floor", "ours faster"]]
+    lines[0] += ["model x floor", "model GB memory", "GB L2"]
     for row in rows:
         own, over = own_row(rows, row), ceilings.times_floor(row)
         ratio = None
         if own is not None and row["impl"] not in OWN:
             ratio = number(row, "ms_p50") / number(own, "ms_p50")
-        modelled = ceilings.modelled(row, modelled_bytes(row, model))
+        moved = modelled_bytes(row, model)
+        modelled = ceilings.modelled(row, moved and moved["memory"])
         lines.append(
             [
                 *(str(row[name]) for name in names),
@@ -186,6 +211,7 @@ def table(rows: Sequence[Row], ceilings: Ceilings, model: ModuleType | None) -> 
                 _shown(over),
                 _shown(ratio, "x"),
                 _shown(modelled),
+                *(_shown(moved and moved[level] / 1e9) for level in ("memory", "cache")),
             ]
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]

@@ -228,8 +228,9 @@ def finish(report: Report) -> None:
         "one captured CUDA graph;"
     )
     say(
-        "model x floor: by the bytes that the kernel's schedule moves (benchmarks/model.py): a "
-        "model, never measured"
+        "model x floor, GB memory, GB L2: by the bytes that the kernel's schedule moves between "
+        "memory and L2, and between L2 and the processors (benchmarks/model.py): a model, never "
+        "measured"
     )
     found = importlib.util.find_spec("benchmarks.model")
     model = importlib.import_module("benchmarks.model") if found else None

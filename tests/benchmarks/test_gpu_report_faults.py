@@ -162,17 +162,17 @@ def test_the_model_is_shown_beside_the_row_it_models() -> None:
 
     def bce_step_bytes(*sizes: int, **options: int) -> dict[str, int]:
         asked.append((sizes, options))
-        return {"memory": 3 * SHAPE.L * SHAPE.D * 2, "cache": 0}  # half as much again as must be
+        return {
+            "memory": 3 * SHAPE.L * SHAPE.D * 2,
+            "cache": 9 * 10**9,
+        }  # half as much again as must be
 
     model = ModuleType("model")
     model.bce_step_bytes = bce_step_bytes  # type: ignore[attr-defined]
     rows = [row(OWN, 4.0), row(ELMO, 9.0), row("xmlkernels/momentum/fp32", 9.0)]
     lines = floors.table(rows, floors.Ceilings(3000, {"bf16": 800}), model)
-    assert lines[1].split()[-3:] == ["1.39", "-", "1.50"]
-    assert lines[2].split()[-2:] == [
-        "2.25x",
-        "-",
-    ]
+    assert lines[1].split()[-5:] == ["1.39", "-", "1.50", "12.96", "9.00"]
+    assert lines[2].split()[-4:] == ["2.25x", "-", "-", "-"]
     assert asked[0] == (
         (128, SHAPE.L, 768),
         {"element": 2, "state_element": 2, "states": 0, "loss": False},
@@ -180,7 +180,7 @@ def test_the_model_is_shown_beside_the_row_it_models() -> None:
     # No fp32 ceiling.
     assert asked[1][1]["states"] == 1
     assert asked[1][1]["element"] == 4
-    assert lines[3].split()[-1] == "-"
+    assert lines[3].split()[-3:] == ["-", "12.96", "9.00"]
     assert floors.table(rows, floors.Ceilings(3000, {"bf16": 800}), None)[1].split()[-1] == "-"
 
 
