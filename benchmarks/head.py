@@ -45,12 +45,17 @@ def make_head(shape: Shape, dtype: str, device: str) -> Head:
     """
     g = torch.Generator().manual_seed(1)
     x = torch.randn(shape.B, shape.D, generator=g)
+    pos_row, pos_sample = make_positives(shape, g)
+    batch = (t.contiguous().to(device) for t in (x, pos_row, pos_sample))
+    return Head(make_table(shape, dtype, device), *batch)
+
+
+def make_positives(shape: Shape, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw the positives of a batch: int64 [P] rows and int32 [P] samples, sorted by both."""
     count = min(POSITIVES, shape.L)
     start = torch.randint(shape.L, (shape.B, 1), generator=g)
     # Steps of one stride from a random start: distinct within a sample without drawing L numbers.
     rows = (start + torch.arange(count) * max(1, shape.L // count)) % shape.L
     samples = torch.arange(shape.B)[:, None].expand_as(rows)
     order = torch.argsort(rows.reshape(-1) * shape.B + samples.reshape(-1))
-    pos_row, pos_sample = rows.reshape(-1)[order], samples.reshape(-1)[order].to(torch.int32)
-    batch = (t.contiguous().to(device) for t in (x, pos_row, pos_sample))
-    return Head(make_table(shape, dtype, device), *batch)
+    return rows.reshape(-1)[order], samples.reshape(-1)[order].to(torch.int32)

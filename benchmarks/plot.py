@@ -64,7 +64,7 @@ def shares(rows: Sequence[dict[str, str]]) -> dict[Place, dict[str, float]]:
     found: dict[Place, dict[str, float]] = {}
     for row in turn:
         top = ceilings.get((row["op"], row["shape"], ceiling_dtype(row["dtype"], row["device"])))
-        if row["impl"] != "mm" and top:
+        if row["impl"] != "mm" and top and row["tflops"]:  # parts of a step may have no rate
             name = f"{row['impl']} {row['phase']} {row['dtype']}"
             found.setdefault((row["op"], row["shape"]), {})[name] = float(row["tflops"]) / top
     return found
