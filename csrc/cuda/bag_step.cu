@@ -17,6 +17,9 @@ constexpr int kSumThreads = 512;  // of a block that adds up a piece of a long r
                                   // lanes
 constexpr int kSumLanes = 8, kSumSlots = kSumThreads / kSumLanes, kSumColumns = kSumLanes * kChunk;
 constexpr int kSumBlocks = 1024;
+using BagFormats = Formats<Format<DType::f32, DType::f32, DType::f32>,
+                           Format<DType::bf16, DType::bf16, DType::f32>,
+                           Format<DType::bf16, DType::f32, DType::f32>>;
 
 // Where the parts of the workspace begin, in bytes. T occurrences; no more than T / (kLongRun + 1)
 // runs are long.
@@ -26,7 +29,7 @@ struct Layout {
   int64_t long_runs;
 
   explicit Layout(const BagStep& a) : long_runs(a.count / (kLongRun + 1)) {
-    bytes = aligned(sizeof(Coefficients));
+    bytes = aligned(sizeof(Head));
     keys = take(a.count * 4);
     values = take(a.count * 8);
     sorted_keys = take(a.count * 4);
@@ -59,15 +62,16 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // One group of lanes per occurrence; the one at the head of a run goes on with it.
-template <bool kMomentum, bool kSecond, bool kVector>
+template <bool kMomentum, bool kSecond, bool kVector, class Form>
 __global__ void __launch_bounds__(kThreads, kBlocks - 1)
     bag_kernel(BagStep a, Runs runs, int lanes, uint32_t* long_start, int64_t* long_row,
-               Coefficients* coefficients) {
+               Head* head) {
   __shared__ Coefficients c;
-  share(c, coefficients);
+  Form::pin(a.state, a.grad_dtype);
+  const bool finite = share(c, head);
   const int lane = threadIdx.x % lanes;
   const int64_t begin = int64_t(blockIdx.x) * (kThreads / lanes) + threadIdx.x / lanes;
-  if (c.not_finite || begin >= runs.count) return;
+  if (!finite || begin >= runs.count) return;
   const uint32_t row = runs.row[begin];
   if (row >= a.n || (begin > 0 && runs.row[begin - 1] == row)) return;
   const int in_warp = threadIdx.x % 32 - lane;
@@ -83,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks - 1)
   if (end - begin > kLongRun) {
     if (lane == 0) {
       // The order of the list is chance, what becomes of an entry is not.
-      const uint32_t entry = atomicAdd(&coefficients->long_runs, 1u);
+      const uint32_t entry = atomicAdd(&head->c.long_runs, 1u);
       long_start[entry] = uint32_t(begin);
       long_row[entry] = row;
     }
@@ -107,7 +111,7 @@ __global__ void __launch_bounds__(kSumThreads)
   __shared__ Values part[kSumSlots][kSumLanes];
   const int lane = threadIdx.x % kSumLanes, slot = threadIdx.x / kSumLanes;
   const int64_t pieces = ceil_div(a.state.width, int64_t(kSumColumns));
-  const int64_t items = c->not_finite ? 0 : int64_t(c->long_runs) * pieces;
+  const int64_t items = int64_t(c->long_runs) * pieces;  // none where a value is not finite
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     const int64_t run = item / pieces,
                   column = item % pieces * kSumColumns + int64_t(lane) * kChunk;
@@ -154,7 +158,7 @@ void bag_step(const BagStep& a, void* workspace, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   const Layout at(a);
   char* const base = static_cast<char*>(workspace);
-  auto* const c = reinterpret_cast<Coefficients*>(base);
+  auto* const head = reinterpret_cast<Head*>(base);
   auto* const keys = reinterpret_cast<uint32_t*>(base + at.keys);
   auto* const values = reinterpret_cast<uint2*>(base + at.values);
   auto* const sorted_keys = reinterpret_cast<uint32_t*>(base + at.sorted_keys);
@@ -166,25 +170,27 @@ void bag_step(const BagStep& a, void* workspace, void* stream) {
   const int lanes = lanes_for(a.state.width);
   const bool vector = in_vectors(a.state, a.grad);
 
-  prepare(a.state, c, s);
-  check_finite(nullptr, a.bags, a.n, a.grad, a.grad_dtype, a.state.width, c, s);
-  XK_LAUNCH(key_kernel, uint32_t(ceil_div(a.count, kThreads)), kThreads, s)(a, keys, values, c);
+  prepare(a.state, nullptr, a.bags, a.n, a.grad, a.grad_dtype, head, s);
+  XK_LAUNCH(key_kernel, uint32_t(ceil_div(a.count, kThreads)), kThreads, s)
+  (a, keys, values, &head->c);
   check_launch("bag_step keys");
   sort_pairs(keys, sorted_keys, values, sorted_values, a.count, bits_of_key(a.n), base + at.scratch,
              at.scratch_bytes, s);
-  for_rule(a.state, vector, [&](auto momentum, auto second, auto in_chunks) {
-    const auto kernel = bag_kernel<momentum, second, in_chunks>;
-    XK_LAUNCH(kernel, blocks_for(a.count, lanes), kThreads, s)(a, runs, lanes, long_start, long_row,
-                                                               c);
-  });
+  for_rule(a.state, a.grad_dtype, vector, BagFormats{},
+           [&](auto momentum, auto second, auto in_chunks, auto format) {
+             const auto kernel = bag_kernel<momentum, second, in_chunks, decltype(format)>;
+             XK_LAUNCH(kernel, blocks_for(a.count, lanes), kThreads, s)
+             (a, runs, lanes, long_start, long_row, head);
+           });
   check_launch("bag_step rows");
   if (at.long_runs == 0) return;
   const int64_t items = at.long_runs * ceil_div(a.state.width, kSumColumns);
   const auto sum = vector ? sum_kernel<true> : sum_kernel<false>;
-  XK_LAUNCH(sum, uint32_t(items < kSumBlocks ? items : kSumBlocks), kSumThreads, s)(
-      a, runs, long_start, long_grad, c);
+  XK_LAUNCH(sum, uint32_t(items < kSumBlocks ? items : kSumBlocks), kSumThreads, s)
+  (a, runs, long_start, long_grad, &head->c);
   check_launch("bag_step long rows");
-  update_rows({a.state, a.n, long_row, at.long_runs, long_grad, DType::f32}, &c->long_runs, c, s);
+  update_rows({a.state, a.n, long_row, at.long_runs, long_grad, DType::f32}, &head->c.long_runs,
+              head, s);
 }
 
 }  // namespace xk::cuda

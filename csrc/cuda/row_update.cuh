@@ -25,8 +25,34 @@ struct Coefficients {
   uint32_t seed, step;
   double log_beta1, log_beta2;  // for rows that count their own steps
   float lr;
-  int32_t not_finite;  // raised by the check of the gradient: then nothing is touched
+  int32_t not_finite;  // raised where a weight of bag_step's is not finite: then nothing is touched
   uint32_t long_runs;  // of bag_step: rows that one warp would take too long for
+};
+
+// --- formats ---
+// The kernels read the formats of a table at run time, or have them as constants: the common ones,
+// vectorised, without what few tables have (Kahan compensation, a row-wise second moment). Same
+// source, so same bits; constants halve the instructions.
+
+struct AnyFormat {
+  static XK_FN void pin(RowState&, DType&) {}
+};
+
+template <DType kTable, DType kState, DType kGrad>
+struct Format {
+  static constexpr bool kOneDtype = kTable == kState;  // others differ only where there is a state
+  static XK_FN void pin(RowState& s, DType& grad) {
+    s.dtype = kTable;
+    s.momentum.dtype = s.second.dtype = kState;
+    s.kahan.data = nullptr;
+    s.row_wise = false;
+    grad = kGrad;
+  }
+  static bool fits(const RowState& s, DType grad) {
+    const bool states = (!s.momentum.data || s.momentum.dtype == kState) &&
+                        (!s.second.data || s.second.dtype == kState);
+    return s.dtype == kTable && states && grad == kGrad && !s.kahan.data && !s.row_wise;
+  }
 };
 
 XK_FN Coefficients coefficients(const RowState& s) {

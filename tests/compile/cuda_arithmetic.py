@@ -17,7 +17,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def library() -> ctypes.CDLL:
     source, target = Path(__file__).with_suffix(".cpp"), folder() / "cuda_arithmetic.so"
     # As torch computes on the CPU: every product and sum rounded by itself.
-    host = "-O1,-fPIC,-ffp-contract=off,-Wall,-Wno-unknown-pragmas,-Werror"
+    host = "-O1,-fPIC,-ffp-contract=off,-Wall,-Wno-unknown-pragmas,-Werror,-fmax-errors=5"
     run(
         [
             need_nvcc(),

@@ -44,17 +44,24 @@ inline void fiber_main() {
   ++progress;
 }
 
-inline void arrive(uint64_t key, int expected) {
+// The last to arrive does what is `then` to be done, before any goes on.
+template <class F>
+void arrive(uint64_t key, int expected, const F& then) {
   Barrier& b = barriers[key];
   const int generation = b.generation;
   ++progress;
   if (++b.arrived == expected) {
     b.arrived = 0;
     ++b.generation;
+    then();
     return;
   }
   const uint32_t me = thread.x;
   while (barriers[key].generation == generation) swapcontext(&fibers[me].context, &scheduler);
+}
+
+inline void arrive(uint64_t key, int expected) {
+  arrive(key, expected, [] {});
 }
 
 inline void run_block(int threads) {
@@ -129,6 +136,14 @@ auto exchange(uint32_t mask, uint32_t value, const F& read) {
 #define XK_LAUNCH(kernel, blocks, threads, stream) emu::launch(kernel, blocks, threads)
 
 inline void __syncthreads() { emu::arrive(0, int(emu::fibers.size())); }
+inline int __syncthreads_or(int predicate) {
+  static int any[2];  // this barrier's, and the next one's: cleared while nobody reads it
+  static int turn = 0;
+  any[turn] |= predicate != 0;
+  const int mine = turn;
+  emu::arrive(0, int(emu::fibers.size()), [&] { turn = 1 - turn, any[turn] = 0; });
+  return any[mine];
+}
 inline void __syncwarp(uint32_t mask) {
   emu::exchange(mask, 0, [](const uint32_t*) { return 0; });
 }

@@ -5,19 +5,23 @@ Nothing runs here.
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import nvcc
+from benchmarks import sass
 from nvcc import LINKED, ROOT, SOURCES, TORCH, bound, compiled, folder, resources, run
 
 pytestmark = pytest.mark.compile
-ARCHES = ("sm_80", "sm_90a")
-# Kernels of ours in each source; CUB's are counted apart.
+ARCHES = ("sm_80", "sm_89", "sm_90a", "sm_100a")
+# Kernels of ours in each source, CUB's are counted apart: a rule's kernel in any format, in two
+# layouts, and those of the common formats, fewer where there are no states.
 OURS = {
-    "sparse_update": {"prepare_kernel": 1, "check_kernel": 2, "update_kernel": 8},
-    "bag_step": {"key_kernel": 1, "bag_kernel": 8, "sum_kernel": 2},
+    "sparse_update": {"prepare_kernel": 2, "update_kernel": 4 * 2 + 4 + 3 * 7},
+    "bag_step": {"key_kernel": 1, "bag_kernel": 4 * 2 + 2 + 3 * 3, "sum_kernel": 2},
     "sort": {},
 }
 
@@ -27,25 +31,55 @@ def test_every_source_is_here_and_in_the_build() -> None:
     assert "CONFIGURE_DEPENDS csrc/cuda/*.cu" in (ROOT / "CMakeLists.txt").read_text()
 
 
-@pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
-def test_no_kernel_spills(source: Path, arch: str) -> None:
-    found = resources(compiled(source, arch))
-    for name, count in OURS[source.stem].items():
-        assert sum(name in kernel for kernel in found) == count, sorted(found)
-    assert found
-    for kernel, needs in found.items():
-        assert (needs["STACK"], needs["LOCAL"]) == (0, 0), f"{kernel}: {needs}"
-        assert needs["SHARED"] <= 48 << 10, f"{kernel}: {needs}"  # static shared memory ends here
+def test_no_kernel_spills(source: Path) -> None:
+    folder()  # made once, before two threads ask for it
+    with ThreadPoolExecutor(2) as pool:
+        binaries = list(pool.map(partial(compiled, source), ARCHES))
+    for arch, binary in zip(ARCHES, binaries, strict=True):
+        found = resources(binary)
+        for name, count in OURS[source.stem].items():
+            assert sum(name in kernel for kernel in found) == count, sorted(found)
+        assert found
+        for kernel, needs in found.items():
+            # CUB's sort has a frame of 8 bytes on sm_100a, and no spill.
+            allowed = 8 if "_ZN3cub" in kernel and arch == "sm_100a" else 0
+            assert needs["STACK"] <= allowed and needs["LOCAL"] == 0, f"{arch} {kernel}: {needs}"
+            assert needs["SHARED"] <= 48 << 10, f"{arch} {kernel}: {needs}"  # static ends here
 
 
-@pytest.mark.parametrize("arch", ["sm_90a"])
+@pytest.mark.parametrize("arch", ARCHES)
 def test_the_row_kernels_leave_room_for_loads_in_flight(arch: str) -> None:
     """At most 96 registers: 5 blocks of 128 threads on a multiprocessor of 65,536, as the launch
     bounds ask.
     """
     found = resources(compiled(ROOT / "csrc" / "cuda" / "sparse_update.cu", arch))
     assert max(needs["REG"] for kernel, needs in found.items() if "update_kernel" in kernel) <= 96
+
+
+BUDGET = {"f32": 450, "bf16": 680, "f16": 1150}  # instructions for 8 columns of a lane
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_adam_keeps_its_budget_of_instructions(arch: str) -> None:
+    """The loop over a row's columns, with the calls of slow paths of roots and divisions that are
+    hardly ever taken; table and states of one format, a gradient of fp32. Philox draws once for 8
+    numbers and stream, by wide multiplications alone, of which the streams share the first; all
+    accesses are of 16 bytes.
+    """
+    codes = sass.disassemble(compiled(ROOT / "csrc" / "cuda" / "sparse_update.cu", arch))
+    for number, dtype in enumerate(BUDGET):
+        form = f"6FormatILNS_5DTypeE{number}ELS4_{number}ELS4_0EEE"
+        (code,) = (c for n, c in codes.items() if f"update_kernelILb1ELb1ELb1ENS0_{form}" in n)
+        (loop,) = (at for at in code.loops if len(at.path) == 1)
+        body = code.instructions[loop.first : loop.last + 1]
+        assert len(body) <= BUDGET[dtype], (dtype, len(body))
+        wide = sum(i.opcode.startswith("IMAD.WIDE") for i in body)
+        assert wide <= (3 * 20 if number else 4)
+        assert not any(i.opcode.startswith("IMAD.HI") for i in body)
+        assert all(i.opcode.endswith(".128") for i in body if i.kind in ("ldg", "stg"))
+        accesses = sum(i.kind in ("ldg", "stg") for i in body)
+        assert accesses == (14 if dtype == "f32" else 8)
 
 
 @pytest.mark.parametrize("torch_of", ["installed", "oldest"])

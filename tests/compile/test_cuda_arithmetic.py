@@ -262,6 +262,12 @@ def test_a_gradient_that_is_not_finite_touches_nothing(bad: float) -> None:
             assert not torch.equal(run_on_host(step)["param"], step.tensors["param"])
             step.tensors["grad"][29, -1] = bad
             assert_same_bits(run_on_host(step), step.tensors)
+    # More rows than 1,024 blocks check at a time: each of some blocks' rows is seen.
+    step = random_rows("sgd", (4500, 5000, 256), BF16)
+    for row in (0, 3, 4095, 4096, 4499):
+        broken = step.replace(grad=step.tensors["grad"].clone())
+        broken.tensors["grad"][row, row % 256] = bad
+        assert_same_bits(run_on_host(broken), broken.tensors)
     bags = random_bags("adam", (9, 200, 40, 64), BF16)
     for name in ("grad", "token_weight"):
         broken = bags.replace(**{name: bags.tensors[name].clone()})
