@@ -23,6 +23,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -82,6 +83,30 @@ def missing_cuda_piece(torch_root: Path) -> str | None:
     return None
 
 
+CARD = r"^(\d+)\.(\d)$"  # 9.0, a card's compute capability
+
+
+def known_archs() -> list[int]:
+    """The architectures that nvcc compiles for, ascending; none if it does not say."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return []
+    ask = [nvcc, "--list-gpu-code"]
+    done = subprocess.run(ask, capture_output=True, text=True, timeout=60, check=False)
+    return sorted({int(n) for n in re.findall(r"\bsm_(\d+)\b", done.stdout)})
+
+
+def cuda_arch(known: list[int], card: int) -> str:
+    """What CMake is told for one card.
+
+    A card newer than nvcc takes the newest older code, through its driver's compiler.
+    """
+    older = [arch for arch in known if arch < card]
+    if older and card not in known:
+        return str(older[-1])
+    return f"{card}{'a' if card == 90 else ''}-real"
+
+
 def cuda_archs() -> str:
     """CMake's list of architectures: as asked, else those of the cards here, else the common
     ones.
@@ -93,11 +118,10 @@ def cuda_archs() -> str:
     if smi is not None:
         query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
         done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
-        cards = sorted(set(re.findall(r"^(\d+)\.(\d)$", done.stdout, re.MULTILINE)))
+        cards = sorted({int(a) * 10 + int(b) for a, b in re.findall(CARD, done.stdout, re.M)})
         if done.returncode == 0 and cards:
-            return ";".join(
-                f"{major}{minor}{'a' if major == '9' else ''}-real" for major, minor in cards
-            )
+            named = dict.fromkeys(map(partial(cuda_arch, known_archs()), cards))
+            return ";".join(n for n in named if n.removesuffix("-real") not in named.keys() - {n})
     return "80-real;86-real;89;90a-real"  # newer cards take the 89 through their driver's compiler
 
 

@@ -247,5 +247,8 @@ def test_the_architectures_are_those_of_the_cards(tmp_path: Path) -> None:
     path = f"{smi}{os.pathsep}{os.environ.get('PATH', '')}"
     assert settings(TORCH=str(tmp_path), PATH=path)[1] == "89-real;90a-real"
     assert settings(TORCH=str(tmp_path), PATH=path, XMLKERNELS_CUDA_ARCHS="80;90a")[1] == "80;90a"
+    tool(tmp_path, "nvidia-smi", "printf '10.0\\n12.0\\n9.0\\n'")
+    nvcc = str(tool(tmp_path, "nvcc", "printf 'sm_80\\nsm_89\\nsm_90\\nsm_100\\n'"))
+    assert settings(TORCH=str(tmp_path), PATH=path, CUDACXX=nvcc)[1] == "90a-real;100"
     tool(tmp_path, "nvidia-smi", "echo no devices were found; exit 9")
     assert settings(TORCH=str(tmp_path), PATH=path)[1] == "80-real;86-real;89;90a-real"
