@@ -1,9 +1,22 @@
 """Fixtures of the op tests."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+import card
+
+_ROOM = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what -m does not name
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        here = item.path.parent == _ROOM and "gpu" in item.keywords
+        if here and card.chosen(item.path.name, item.name):
+            item.add_marker("card")
 
 
 @pytest.fixture(autouse=True)
