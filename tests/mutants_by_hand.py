@@ -116,16 +116,17 @@ BY_HAND: tuple[Fault, ...] = (
     Fault(_BUILD, "skip_units=config.skip_tiles", "skip_units=0.0", _of("skip_tiles")),
     Fault(
         _BUILD,
-        'PlainHead if config.impl == "reference" else FullHead,',
-        "FullHead,",
+        '    if config.impl == "reference":\n        return PlainHead\n',
+        "",
         _of("impl"),
     ),
     Fault(
         _BUILD,
-        'level=PlainLevel if config.impl == "reference" else None',
-        "level=None",
+        '    if config.impl == "reference":\n        return PlainLevel\n',
+        "",
         _of("impl"),
     ),
+    Fault(_BUILD, "level=_level(config)", "level=None", _of("table_compute")),
     # Steps of the models.
     Fault(
         _CASCADE,

@@ -7,6 +7,7 @@ import torch
 from config_runs import ONE_STEP, Case, Runs, Seen
 from torch import Tensor
 
+from xmlkernels.nn.mixed import MixedHead, MixedLevel
 from xmlkernels.nn.plain import PlainHead, PlainLevel
 from xmlkernels.ops.hyper import BETA1, EPSILON, LR
 
@@ -164,6 +165,19 @@ def plain_tables(before: Seen, after: Seen) -> None:
         assert torch.allclose(after.steps[1].weights[name], weight, rtol=0, atol=1e-4), name
 
 
+def mixed_tables(before: Seen, after: Seen) -> None:
+    """The tables stay fp32, and move as those of fp32 products do, but for their rounding."""
+    bf16 = after.config.table_compute == "bf16"
+    for table in after.model.tables().values():
+        assert isinstance(table, MixedHead | MixedLevel)
+        assert table.compute == after.config.table_compute and table.weight.dtype == torch.float32
+    for name in (WEIGHT, "heads.levels.2.weight"):
+        if name in after.start:
+            ours, theirs = after.moved(name), before.moved(name)
+            apart = float((ours - theirs).norm() / theirs.norm())
+            assert 1e-7 < apart < (0.05 if bf16 else 0.01)
+
+
 FP8 = torch.float8_e4m3fn
 STILL = {"table_lr": 0.0, "encoder_lr": 0.0, "epochs": 1}
 FIELDS = {
@@ -208,6 +222,10 @@ FIELDS = {
         ),
     ),
     "kahan": (Case("tiny", {"kahan": True}, compensated, {"table": "bf16"}),),
+    "table_compute": (
+        Case("tiny", {"table_compute": "fp16"}, mixed_tables),
+        Case("cascade", {"table_compute": "bf16"}, mixed_tables),
+    ),
     "impl": (
         Case("tiny", {"impl": "reference"}, plain_tables),
         Case("cascade", {"impl": "reference"}, plain_tables),

@@ -9,6 +9,8 @@ from xmlkernels import InputError
 from xmlkernels.nn.bow import BowEncoder, WordTable
 from xmlkernels.nn.cascade_level import CascadeLevel, DenseLevel
 from xmlkernels.nn.full_head import FullHead
+from xmlkernels.nn.mixed import MixedHead, MixedLevel
+from xmlkernels.nn.plain import PlainHead, PlainLevel
 from xmlkernels.nn.table import STATES, RowOptimizer, Table, normal, without_states
 from xmlkernels.planner import planned
 
@@ -70,6 +72,16 @@ OPTIMIZERS = [
     RowOptimizer("adamw_dense", state_dtype="bf16"),
 ]
 MADE = {
+    "mixed": lambda dtype, rows: MixedHead(
+        N, D, compute="fp16", dtype=dtype, bias=True, optimizer=rows
+    ),
+    "mixed level": lambda dtype, rows: MixedLevel(
+        N, D, 9, compute="bf16", dtype=dtype, optimizer=rows, seed=0, fill=True
+    ),
+    "plain": lambda dtype, rows: PlainHead(N, D, dtype=dtype, bias=True, optimizer=rows),
+    "plain level": lambda dtype, rows: PlainLevel(
+        N, D, 9, dtype=dtype, optimizer=rows, seed=0, fill=True
+    ),
     "full": lambda dtype, rows: FullHead(N, D, dtype=dtype, bias=True, optimizer=rows),
     "level": lambda dtype, rows: CascadeLevel(
         N, D, 9, dtype=dtype, optimizer=rows, seed=0, fill=True
@@ -79,7 +91,12 @@ MADE = {
     ),
     "words": lambda dtype, rows: BowEncoder(N, D, dtype=dtype, optimizer=rows).table,
 }
-KINDS = {"full": FullHead, "level": CascadeLevel, "dense": DenseLevel, "words": WordTable}
+KINDS = {
+    "mixed": MixedHead,
+    "mixed level": MixedLevel,
+    "plain": PlainHead,
+    "plain level": PlainLevel,
+} | {"full": FullHead, "level": CascadeLevel, "dense": DenseLevel, "words": WordTable}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "fp8"])

@@ -94,6 +94,22 @@ def test_every_recipe_is_sound(name: str) -> None:
             "--state: expected fp32 with --impl reference, got 'bf16'",
         ),
         (
+            {"table_compute": "fp16", "table": "bf16"},
+            "--table: expected auto or fp32 with --table-compute fp16, got 'bf16'",
+        ),
+        (
+            {"table_compute": "bf16", "impl": "reference"},
+            "--impl: expected fused with --table-compute bf16, got 'reference'",
+        ),
+        (
+            {"model": "cascade", "table_compute": "fp16", "table_optimizer": "adamw_dense"},
+            "--table-optimizer: expected auto or sgd or adam with --table-compute fp16",
+        ),
+        (
+            {"table_compute": "fp16", "skip_tiles": 0.1},
+            "--skip-tiles: expected 0 with --table-compute fp16",
+        ),
+        (
             {"impl": "reference", "skip_tiles": 0.1},
             "--skip-tiles: expected 0 with --impl reference",
         ),

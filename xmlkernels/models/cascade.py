@@ -189,7 +189,8 @@ class Cascade(Model):
             set_rates(self.optimizer, encoder_lr, head_lr, beta1)
             self.optimizer.zero_grad(set_to_none=True)
         encoded = self._encode(batch, settings.micro_batch)
-        finite = torch.stack([torch.isfinite(f).all() for f in encoded.x]).all()
+        levels = zip(self.heads.levels, encoded.x, strict=True)
+        finite = torch.stack([torch.isfinite(v.operand(f)).all() for v, f in levels]).all()  # type: ignore[operator]
         # One bad level must keep every table as it is, and each op looks at its own x alone.
         x = [torch.where(finite, f, torch.nan) for f in encoded.x]
         dx, loss = self._train_tables(x, positives, settings, head_lr, beta1, need_loss)

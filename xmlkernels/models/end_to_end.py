@@ -129,7 +129,7 @@ class EndToEnd(Model):
 
         encoded = self._encode(batch, settings.micro_batch)
         (x,) = encoded.x
-        overflow = (~torch.isfinite(x).all()).float().reshape(1)
+        overflow = (~torch.isfinite(self.head.operand(x)).all()).float().reshape(1)
         dx, loss = self.head.step(
             x,
             batch.pos_row,

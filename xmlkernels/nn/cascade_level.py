@@ -257,11 +257,7 @@ class DenseLevel(CascadeLevel):
         with torch.enable_grad():
             z = shortlist_matmul(x, self.weight, self.bias, index)
         scores = torch.where(finite, z.detach().view(real.shape), torch.nan)
-        # One more element takes the positives that are no candidates.
-        target = torch.zeros(real.numel() + 1, device=x.device)
-        place, found = locate(node, sample, clusters, row_ptr, most)
-        target[torch.where(found, place, real.numel())] = 1
-        y = target[:-1].view(real.shape)
+        y = targets(node, sample, clusters, row_ptr, most, real)
         g = torch.where(real, scale * (torch.sigmoid(scores) - y), 0)
         (dx,) = torch.autograd.grad(z, x, (dx_scale * g).flatten(1))
         loss = x.new_empty(0)
@@ -300,6 +296,17 @@ class DenseLevel(CascadeLevel):
         grad = torch.where(finite, g.sum(0), torch.nan)[:, None]
         bias = self.bias.view(-1, 1)
         sparse_adam_(bias, self.bias_momentum, self.bias_second, rows, grad, plain, self.counter)
+
+
+def targets(
+    node: Tensor, sample: Tensor, clusters: Tensor, row_ptr: Tensor, most: int, real: Tensor
+) -> Tensor:
+    """Give each candidate (`real`, of `candidates`) its target: fp32 [B, K, M], 1 at positives."""
+    # One more element takes the positives that are no candidates.
+    target = torch.zeros(real.numel() + 1, device=real.device)
+    place, found = locate(node, sample, clusters, row_ptr, most)
+    target[torch.where(found, place, real.numel())] = 1
+    return target[:-1].view(real.shape)
 
 
 def moved(device: torch.device, *tensors: Tensor) -> list[Tensor]:

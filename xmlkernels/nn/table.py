@@ -199,6 +199,10 @@ class Table(nn.Module):
         """
         return {name: held.numel() * held.element_size() for name, held in self.named_buffers()}
 
+    def operand(self, x: Tensor) -> Tensor:
+        """Give embeddings as a step's products take them; a narrower range may make infinity."""
+        return x
+
     def step_bytes(self, documents: int) -> int:
         """Bytes that a step of B documents holds for this table alone, beside its buffers."""
         return 0

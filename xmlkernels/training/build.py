@@ -24,9 +24,11 @@ from xmlkernels.models.saved import model_config
 from xmlkernels.models.training import CascadeTraining, Training
 from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.cascade_heads import CascadeHeads
+from xmlkernels.nn.cascade_level import CascadeLevel
 from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.nn.layer_recipe import default_layers
+from xmlkernels.nn.mixed import MixedHead, MixedLevel
 from xmlkernels.nn.plain import PlainHead, PlainLevel
 from xmlkernels.nn.table import RowOptimizer, Table
 from xmlkernels.planner import plan as memory_plan
@@ -102,7 +104,7 @@ def _full_table(
     """Build a table of all labels and its training; log first what they take of the memory."""
     config = plan.config
     make = partial(
-        PlainHead if config.impl == "reference" else FullHead,
+        _head(config),
         labels,
         width,
         dtype=plan.table,
@@ -166,7 +168,7 @@ def _cascade(plan: Plan, encoder: nn.Module, labels: int, tree: LabelTree | None
         ),
         drops=own.drops,
         seed=config.seed,
-        level=PlainLevel if config.impl == "reference" else None,
+        level=_level(config),
     )
     announce_cascade(plan, encoder, planned(make).tables(), (tree.sizes[0], *kept))
     heads = make(label_device=plan.label_device)
@@ -194,6 +196,20 @@ BUILDERS: dict[str, Callable[[Plan, nn.Module, int, LabelTree | None], Model]] =
     "end_to_end": _end_to_end,
     "cascade": _cascade,
 }
+
+
+def _head(config: Config) -> Callable[..., FullHead]:
+    if config.impl == "reference":
+        return PlainHead
+    mixed = config.table_compute != "auto"
+    return partial(MixedHead, compute=config.table_compute) if mixed else FullHead
+
+
+def _level(config: Config) -> Callable[..., CascadeLevel] | None:
+    if config.impl == "reference":
+        return PlainLevel
+    mixed = config.table_compute != "auto"
+    return partial(MixedLevel, compute=config.table_compute) if mixed else None
 
 
 def _layers(encoder: nn.Module, levels: int) -> tuple[tuple[int, ...], ...]:

@@ -116,9 +116,9 @@ def _together(config: Config) -> Iterator[tuple[bool, str, str, str]]:
         mend,
     )
     fused, plain = "choose it, or --impl fused", config.impl == "reference"
-    for name, good in (("table", ("auto", "fp32")), ("state", ("fp32",))):
+    for name, wide in (("table", ("auto", "fp32")), ("state", ("fp32",))):
         yield (
-            not plain or getattr(config, name) in good,
+            not plain or getattr(config, name) in wide,
             name,
             "fp32 with --impl reference",
             fused,
@@ -128,6 +128,22 @@ def _together(config: Config) -> Iterator[tuple[bool, str, str, str]]:
         "skip_tiles",
         "0 with --impl reference, which trains every label",
         fused,
+    )
+    mixed, mend = config.table_compute != "auto", "choose it, or --table-compute auto"
+    allowed: dict[str, tuple[str, ...]] = {"table": ("auto", "fp32"), "impl": ("fused",)}
+    allowed["table_optimizer"] = "auto", "sgd", "adam"
+    for name, good in allowed.items():
+        yield (
+            not mixed or getattr(config, name) in good,
+            name,
+            f"{' or '.join(good)} with --table-compute {config.table_compute}",
+            mend,
+        )
+    yield (
+        not (mixed and config.skip_tiles),
+        "skip_tiles",
+        f"0 with --table-compute {config.table_compute}, which trains every label",
+        mend,
     )
     mend = "choose --table fp32, bf16 or fp16, or leave the tables out of the mean"
     yield (

@@ -209,6 +209,10 @@ class Config:
     """Weight decay shrinks the table instead of entering its gradient."""
     kahan: bool = of(TABLE, False, only="end_to_end")
     """Kahan compensation for bf16 and fp16 tables, instead of stochastic rounding."""
+    table_compute: Literal["auto", "fp16", "bf16"] = of(TABLE, "auto")
+    """Number format of the products in the tables' steps: mixed precision with fp32 master weights,
+    as Renee's --fp16xfc. The table is fp32 (as --table auto is then); rows are rounded to nearest,
+    gradients and updates are fp32. auto: the table's own."""
     impl: Literal["fused", "reference"] = of(TABLE, "fused")
     """How the tables are trained: fused, by this package's own kernels; reference, in plain PyTorch
     with dense targets and autograd, to verify that and to compare speed with. The numbers are the

@@ -112,7 +112,7 @@ def before_data(config: Config) -> BeforeData:
     cascade, dense = config.model == "cascade", config.table_optimizer == "adamw_dense"
     table: str = config.table
     if table == "auto":
-        wide = dense or config.impl == "reference"
+        wide = dense or config.impl == "reference" or config.table_compute != "auto"
         table = "fp32" if wide else default_table_dtype(device)
     optimizer: str = config.table_optimizer
     if optimizer == "auto":
