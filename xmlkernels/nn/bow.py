@@ -8,6 +8,7 @@ the words that occurred (`bag_step_`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -210,7 +211,7 @@ class BowEncoder(nn.Module):
         grads, tokens, offsets, weights = zip(
             *((bag.grad, *rest) for bag, *rest in passed), strict=True
         )
-        before = torch.tensor([0, *(len(token) for token in tokens)]).cumsum(0).tolist()
+        before = itertools.accumulate((len(token) for token in tokens), initial=0)
         ends = [offset[1:] + start for offset, start in zip(offsets, before, strict=False)]
         grad, token, weight = torch.cat(grads), torch.cat(tokens), torch.cat(weights)
         offset = torch.cat([offsets[0][:1], *ends])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -200,8 +200,27 @@ def use_training_path(model: nn.Module) -> None:
     inner: Any = model
     if inner.config._attn_implementation == "sdpa" and inner._can_set_attn_implementation():
         AttentionInterface.register(_ATTENTION, training_attention(sdpa_attention_forward))
-        AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+        AttentionMaskInterface.register(_ATTENTION, _mask_of(sdpa_mask))
         inner.set_attn_implementation(_ATTENTION)
+
+
+def _mask_of(stock: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    """Make the mask of `training_attention`: transformers', which looks into it on the CPU alone.
+
+    Where no token is padding, transformers leaves the mask out. Elsewhere the host would wait for
+    the device to learn that, in every step, and a captured step cannot.
+    """
+
+    def mask(*sizes: Any, allow_is_bidirectional_skip: bool = False, **options: Any) -> Any:
+        if not _may_look(options.get("attention_mask")):
+            allow_is_bidirectional_skip = False
+        return stock(*sizes, allow_is_bidirectional_skip=allow_is_bidirectional_skip, **options)
+
+    return mask
+
+
+def _may_look(mask: Tensor | None) -> bool:
+    return mask is None or mask.device.type == "cpu"
 
 
 def load_weights(model: nn.Module, path: str | PathLike[str], prefix: str) -> None:
