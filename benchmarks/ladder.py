@@ -11,6 +11,7 @@ what the one before it has unless it says otherwise:
     sparse       no autograd: logits turn into σ - y in place, at the positives alone; exact loss
     sampled      the same with the loss in one of LOSS_EVERY steps
     none         the same without a loss
+    mixed        on a card: this package's fp32 master with fp16 products, piece by piece
     fused        this package's step, by table format
 
 All train the same encoder on the same batch: a random BERT of the shape's depth and of MiniLM's
@@ -54,12 +55,14 @@ from benchmarks.shapes import Shape
 from xmlkernels.errors import InputError
 from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
+from xmlkernels.nn.mixed import MixedHead
 from xmlkernels.nn.table import RowOptimizer
 from xmlkernels.optim import encoder_optimizer
 from xmlkernels.precision import default_autocast
 
 OP = "ladder"
 PIECES, LOSS_EVERY = 4, 100
+MIXED = "fp32 master, fp16 products"
 MOMENTUM, DECAY = 0.9, 1e-4
 VOCABULARY = 4096
 PARTS = ("encoder", "table", "optimizer")
@@ -97,7 +100,10 @@ class Held:
         """Return the table of a format, made on first use."""
         if dtype not in self.tables:
             shape, rule = self.setting.shape, RowOptimizer(momentum=MOMENTUM, decay=DECAY)
-            made = FullHead(shape.L, shape.D, dtype=dtype, optimizer=rule)
+            if dtype == MIXED:
+                made: FullHead = MixedHead(shape.L, shape.D, compute="fp16", optimizer=rule)
+            else:
+                made = FullHead(shape.L, shape.D, dtype=dtype, optimizer=rule)
             self.tables[dtype] = made.to(self.pos_row.device)
         return self.tables[dtype]
 
@@ -216,7 +222,7 @@ def sparse_step(held: Held, *, loss: bool, products: str = "fp32") -> TableStep:
 
 
 def fused_step(held: Held, *, dtype: str) -> TableStep:
-    """Make this package's step."""
+    """Make this package's step on a table of a format."""
     table = held.table(dtype)
 
     def gradients(x: Tensor) -> tuple[Tensor, None]:
@@ -250,6 +256,8 @@ def ladder(device: str, *, compiled: bool = True) -> list[Rung]:
         Rung("sampled", half, part(sparse_step, loss=True, products=half), timed=False),
         Rung("none", half, part(sparse_step, loss=False, products=half)),
     ]
+    if device == "cuda":
+        rungs.append(Rung("mixed", "fp16", part(fused_step, dtype=MIXED), MIXED))
     fused = ("fp32", "bf16") if device == "cpu" else ("fp16", "bf16", "fp8")
     rungs += [Rung("fused", dtype, part(fused_step, dtype=dtype), dtype) for dtype in fused]
     return [rung for rung in rungs if compiled or rung.name != "compiled"]

@@ -21,10 +21,8 @@ def stepped() -> dict[tuple[str, str], tuple[Tensor, float | None, Tensor, Tenso
     found = {}
     start = ladder.make_held(ladder.TINY, "cpu", ("fp32", "bf16"))
     rungs = [rung for rung in ladder.ladder("cpu") if rung.name != "compiled"]
-    # What a card's rungs multiply in, and a card's formats.
-    half = {"loss": True, "products": "fp16"}
-    rungs.append(ladder.Rung("sparse", "fp16", lambda held: ladder.sparse_step(held, **half)))
-    rungs.append(ladder.Rung("fused", "fp8", lambda h: ladder.fused_step(h, dtype="fp8"), "fp8"))
+    known = {rung.key for rung in rungs}
+    rungs += [rung for rung in ladder.ladder("cuda", compiled=False) if rung.key not in known]
     for rung in rungs:
         held = copy.copy(start)
         held.encoder = copy.deepcopy(start.encoder)
