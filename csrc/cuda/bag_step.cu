@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks - 1)
   if (end - begin > kLongRun) {
     if (lane == 0) {
       // The order of the list is chance, what becomes of an entry is not.
-      const uint32_t entry = atomicAdd(&head->c.long_runs, 1u);
+      const uint32_t entry = atomicAdd(&head->long_runs, 1u);
       long_start[entry] = uint32_t(begin);
       long_row[entry] = row;
     }
@@ -107,11 +107,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks - 1)
 template <bool kVector>
 __global__ void __launch_bounds__(kSumThreads)
     sum_kernel(BagStep a, Runs runs, const uint32_t* long_start, float* long_grad,
-               const Coefficients* c) {
+               const Head* head) {
   __shared__ Values part[kSumSlots][kSumLanes];
   const int lane = threadIdx.x % kSumLanes, slot = threadIdx.x / kSumLanes;
   const int64_t pieces = ceil_div(a.state.width, int64_t(kSumColumns));
-  const int64_t items = int64_t(c->long_runs) * pieces;  // none where a value is not finite
+  const int64_t items = int64_t(head->long_runs) * pieces;  // none where a value is not finite
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     const int64_t run = item / pieces,
                   column = item % pieces * kSumColumns + int64_t(lane) * kChunk;
@@ -178,8 +178,8 @@ void bag_step(const BagStep& a, void* workspace, void* stream) {
              at.scratch_bytes, s);
   for_rule(a.state, a.grad_dtype, vector, BagFormats{},
            [&](auto momentum, auto second, auto in_chunks, auto format) {
-             const auto kernel = bag_kernel<momentum, second, in_chunks, decltype(format)>;
-             XK_LAUNCH(kernel, blocks_for(a.count, lanes), kThreads, s)
+             const auto bags = bag_kernel<momentum, second, in_chunks, decltype(format)>;
+             XK_LAUNCH(bags, blocks_for(a.count, lanes), kThreads, s)
              (a, runs, lanes, long_start, long_row, head);
            });
   check_launch("bag_step rows");
@@ -187,10 +187,10 @@ void bag_step(const BagStep& a, void* workspace, void* stream) {
   const int64_t items = at.long_runs * ceil_div(a.state.width, kSumColumns);
   const auto sum = vector ? sum_kernel<true> : sum_kernel<false>;
   XK_LAUNCH(sum, uint32_t(items < kSumBlocks ? items : kSumBlocks), kSumThreads, s)
-  (a, runs, long_start, long_grad, &head->c);
+  (a, runs, long_start, long_grad, head);
   check_launch("bag_step long rows");
-  update_rows({a.state, a.n, long_row, at.long_runs, long_grad, DType::f32}, &head->c.long_runs,
-              head, s);
+  update_rows({a.state, a.n, long_row, at.long_runs, long_grad, DType::f32}, &head->long_runs, head,
+              s);
 }
 
 }  // namespace xk::cuda

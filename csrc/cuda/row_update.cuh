@@ -26,7 +26,6 @@ struct Coefficients {
   double log_beta1, log_beta2;  // for rows that count their own steps
   float lr;
   int32_t not_finite;  // raised where a weight of bag_step's is not finite: then nothing is touched
-  uint32_t long_runs;  // of bag_step: rows that one warp would take too long for
 };
 
 // --- formats ---

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads)
   const int checking = int(gridDim.x) - 1;
   if (int(blockIdx.x) == checking) {
     for (int i = checking + int(threadIdx.x); i < kFlags; i += kThreads) head->bad[i] = 0;
-    if (threadIdx.x == 0) head->c = coefficients(state);
+    if (threadIdx.x == 0) head->c = coefficients(state), head->long_runs = 0;
     return;
   }
   const int per_block = kThreads / lanes;
@@ -71,9 +71,9 @@ void prepare(const RowState& state, const int64_t* rows, int64_t count, int64_t 
              DType dtype, Head* head, cudaStream_t stream) {
   const int lanes = lanes_for(state.width);
   const bool vector = state.width % kChunk == 0 && reinterpret_cast<uintptr_t>(grad) % 16 == 0;
-  const auto kernel = vector ? prepare_kernel<true> : prepare_kernel<false>;
+  const auto check = vector ? prepare_kernel<true> : prepare_kernel<false>;
   const uint32_t blocks = blocks_for(count, lanes), checking = blocks < kFlags ? blocks : kFlags;
-  XK_LAUNCH(kernel, checking + 1, kThreads, stream)
+  XK_LAUNCH(check, checking + 1, kThreads, stream)
   (state, rows, count, n, grad, dtype, lanes, head);
   check_launch("prepare");
 }
@@ -84,8 +84,8 @@ void update_rows(const SparseUpdate& a, const uint32_t* limit, const Head* head,
   const int lanes = lanes_for(a.state.width);
   for_rule(a.state, a.grad_dtype, in_vectors(a.state, a.grad), SparseFormats{},
            [&](auto momentum, auto second, auto vector, auto format) {
-             const auto kernel = update_kernel<momentum, second, vector, decltype(format)>;
-             XK_LAUNCH(kernel, blocks_for(a.count, lanes), kThreads, stream)(a, limit, lanes, head);
+             const auto update = update_kernel<momentum, second, vector, decltype(format)>;
+             XK_LAUNCH(update, blocks_for(a.count, lanes), kThreads, stream)(a, limit, lanes, head);
            });
   check_launch("update_rows");
 }

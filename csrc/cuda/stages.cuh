@@ -43,6 +43,9 @@ inline uint32_t blocks_for(int64_t groups, int lanes) {
 constexpr int kFlags = 1024;  // as many blocks check the gradient at most
 struct Head {
   Coefficients c;
+  // Of bag_step: rows that one warp would take too long for. Not among the coefficients, which some
+  // blocks still copy while others count.
+  uint32_t long_runs;
   alignas(8) uint8_t bad[kFlags];  // by block: whether it saw a value that is not finite
 };
 

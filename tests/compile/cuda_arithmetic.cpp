@@ -37,7 +37,10 @@ void run(const Args& args, int64_t (*bytes)(const Args&), void (*kernel)(const A
   void* const workspace = std::aligned_alloc(kAlign, size_t(size));
   std::memset(workspace, 0x7f, size_t(size));
   emu::reverse = reverse;
+  // Set to 1 by whoever sees a weight that is not finite; the next launch reads it.
+  race::meant = {{"key_kernel", &static_cast<Head*>(workspace)->c.not_finite, 1}};
   kernel(args, workspace, nullptr);
+  race::meant.clear();
   std::free(workspace);
 }
 
@@ -57,9 +60,75 @@ RowState state_of(void* const* p, const int64_t* n) {
   return s;
 }
 
+// Races, and the same without: what the record must find, and what it must not.
+namespace planted {
+
+__global__ void blocks_write_one_place(int* out, bool fault) { out[fault ? threadIdx.x : threadIdx.x + 64 * blockIdx.x] = 1; }
+
+__global__ void block_reads_what_another_writes(int* out, bool fault) {
+  out[threadIdx.x + 64 * blockIdx.x] = out[threadIdx.x + 64 * (fault ? 1 - blockIdx.x : blockIdx.x)] + 1;
+}
+
+__global__ void no_barrier(int* out, bool fault) {
+  __shared__ int place[64];
+  place[threadIdx.x] = int(threadIdx.x);
+  if (!fault) __syncthreads();
+  out[threadIdx.x + 64 * blockIdx.x] = place[63 - threadIdx.x];
+}
+
+__global__ void no_barrier_before_the_next_turn(int* out, bool fault) {
+  __shared__ int place[64];
+  for (int turn = 0; turn < 2; ++turn) {
+    place[threadIdx.x] = turn;
+    __syncthreads();
+    out[threadIdx.x + 64 * blockIdx.x] = place[63 - threadIdx.x];
+    if (!fault) __syncthreads();
+  }
+}
+
+// Lanes of one warp are ordered, those of two are not.
+__global__ void barrier_of_a_warp(int* out, bool fault) {
+  __shared__ int place[64];
+  place[threadIdx.x] = int(threadIdx.x);
+  __syncwarp(0xffffffffu);
+  out[threadIdx.x + 64 * blockIdx.x] = place[fault ? 63 - threadIdx.x : threadIdx.x ^ 31];
+}
+
+// So are those that a mask names.
+__global__ void barrier_of_half_a_warp(int* out, bool fault) {
+  __shared__ int place[64];
+  place[threadIdx.x] = int(threadIdx.x);
+  __syncwarp(threadIdx.x % 32 < 16 ? 0x0000ffffu : 0xffff0000u);
+  out[threadIdx.x + 64 * blockIdx.x] = place[fault ? threadIdx.x ^ 31 : threadIdx.x ^ 15];
+}
+
+__global__ void atomic_and_plain(uint32_t* out, bool fault) {
+  if (fault && threadIdx.x == 5)
+    out[0] += 1;
+  else
+    atomicAdd(out, 1u);
+}
+
+}  // namespace planted
+
 }  // namespace
 
 extern "C" {
+
+void planted_races(int64_t which, int64_t fault) {
+  using namespace planted;
+  int out[128] = {};
+  uint32_t count = 0;
+  switch (which) {
+    case 0: XK_LAUNCH(blocks_write_one_place, 2, 64, nullptr)(&out[0], bool(fault)); break;
+    case 1: XK_LAUNCH(block_reads_what_another_writes, 2, 64, nullptr)(&out[0], bool(fault)); break;
+    case 2: XK_LAUNCH(no_barrier, 2, 64, nullptr)(&out[0], bool(fault)); break;
+    case 3: XK_LAUNCH(no_barrier_before_the_next_turn, 2, 64, nullptr)(&out[0], bool(fault)); break;
+    case 4: XK_LAUNCH(barrier_of_a_warp, 2, 64, nullptr)(&out[0], bool(fault)); break;
+    case 5: XK_LAUNCH(barrier_of_half_a_warp, 2, 64, nullptr)(&out[0], bool(fault)); break;
+    default: XK_LAUNCH(atomic_and_plain, 2, 64, nullptr)(&count, bool(fault));
+  }
+}
 
 void philox_words(const uint32_t* in, int64_t count, uint32_t* out) {
   for (int64_t i = 0; i < count; ++i, in += 6) {

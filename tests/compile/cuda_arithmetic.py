@@ -1,7 +1,9 @@
 """Calls the host code of cuda_arithmetic.cpp on CPU tensors."""
 
+import contextlib
 import ctypes
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,24 +17,36 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    source, target = Path(__file__).with_suffix(".cpp"), folder() / "cuda_arithmetic.so"
+    here, target = Path(__file__).parent, folder() / "cuda_arithmetic.so"
     # As torch computes on the CPU: every product and sum rounded by itself.
     host = "-O1,-fPIC,-ffp-contract=off,-Wall,-Wno-unknown-pragmas,-Werror,-fmax-errors=5"
-    run(
-        [
-            need_nvcc(),
-            "-x",
-            "c++",
-            *FLAGS,
-            "-shared",
-            "-Xcompiler",
-            host,
-            str(source),
-            "-o",
-            str(target),
-        ]
-    )
+    objects = []
+    # Kernels tell the race record of each access by the calls that a sanitizer gets.
+    for name, more in (("cuda_arithmetic", ",-fsanitize=thread"), ("race_record", "")):
+        objects.append(str(folder() / f"{name}.o"))
+        compiler = [need_nvcc(), "-x", "c++", *FLAGS, "-Xcompiler", host + more]
+        run([*compiler, "-c", str(here / f"{name}.cpp"), "-o", objects[-1]])
+    run([need_nvcc(), "-shared", *objects, "-Xlinker", "-zdefs", "-o", str(target)])
     return ctypes.CDLL(str(target))
+
+
+def races(report: list[str]) -> tuple[dict[str, int], list[str]]:
+    """Launches of each kernel (and "accesses" of all), and the races, in the lines of a report."""
+    counts = {k: int(n) for line in report for k, _, n in [line.partition(" ")] if n.isdigit()}
+    return counts, report[len(counts) :]
+
+
+@contextlib.contextmanager
+def recorded(report: list[str]) -> Iterator[None]:
+    """Records the accesses of every launch within, and reports at the end."""
+    library().record_races(ctypes.c_int64(1))
+    try:
+        yield
+    finally:
+        text = ctypes.create_string_buffer(1 << 16)
+        library().races_found(text, ctypes.c_int64(len(text)))
+        library().record_races(ctypes.c_int64(0))
+        report += text.value.decode().splitlines()
 
 
 def address(t: Tensor | None) -> int | None:

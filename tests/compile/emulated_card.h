@@ -1,6 +1,6 @@
 // Just enough of a card to run CUDA kernels as host code: the threads of a block are fibers that change at every sync,
-// blocks run one after another. It checks what threads exchange, and that every sync is reached by all that it names;
-// a race shows only as far as another order of threads and blocks changes a result (emu::reverse).
+// blocks run one after another. It checks what threads exchange, and that every sync is reached by all that it names.
+// Another order of threads and blocks (emu::reverse) must change no result, and the race record sees every access.
 #pragma once
 
 #include <cuda_runtime.h>  // types and declarations
@@ -14,13 +14,16 @@
 #include <memory>
 #include <vector>
 
+#include "race_record.h"
+
 namespace emu {
 
 struct Index {
   uint32_t x;
 };
 struct Barrier {
-  int arrived = 0, generation = 0;
+  std::vector<uint32_t> arrived;
+  int generation = 0;
 };
 struct Fiber {
   ucontext_t context;
@@ -40,6 +43,7 @@ inline int64_t progress = 0;
 
 inline void fiber_main() {
   body();
+  const race::Quiet quiet(thread.x);
   fibers[thread.x].done = true;
   ++progress;
 }
@@ -47,11 +51,14 @@ inline void fiber_main() {
 // The last to arrive does what is `then` to be done, before any goes on.
 template <class F>
 void arrive(uint64_t key, int expected, const F& then) {
+  const race::Quiet quiet(thread.x);
   Barrier& b = barriers[key];
   const int generation = b.generation;
   ++progress;
-  if (++b.arrived == expected) {
-    b.arrived = 0;
+  b.arrived.push_back(thread.x);
+  if (int(b.arrived.size()) == expected) {
+    race::join(b.arrived);
+    b.arrived.clear();
     ++b.generation;
     then();
     return;
@@ -80,7 +87,10 @@ inline void run_block(int threads) {
     for (int i = 0; i < threads; ++i) {
       thread.x = uint32_t(reverse ? threads - 1 - i : i);
       if (fibers[thread.x].done) continue;
+      const char* const stack = fibers[thread.x].stack.get();
+      race::enter(thread.x, stack, stack + kStack);
       swapcontext(&scheduler, &fibers[thread.x].context);
+      race::leave();
       left += !fibers[thread.x].done;
     }
     if (left && progress == before) {
@@ -92,6 +102,7 @@ inline void run_block(int threads) {
 
 template <class... P>
 struct Launch {
+  const char* name;
   void (*kernel)(P...);
   uint32_t blocks;
   int threads;
@@ -99,20 +110,24 @@ struct Launch {
   void operator()(const A&... args) const {
     body = [&] { kernel(args...); };
     grid.x = blocks;
+    race::begin_launch(name, threads);
     for (uint32_t i = 0; i < blocks; ++i) {
       block.x = reverse ? blocks - 1 - i : i;
+      race::begin_block(block.x);
       run_block(threads);
     }
+    race::end_launch();
   }
 };
 template <class... P>
-Launch<P...> launch(void (*kernel)(P...), uint32_t blocks, int threads) {
-  return {kernel, blocks, threads};
+Launch<P...> launch(const char* name, void (*kernel)(P...), uint32_t blocks, int threads) {
+  return {name, kernel, blocks, threads};
 }
 
 // A value of each lane that `mask` names, for all of them to read.
 template <class F>
 auto exchange(uint32_t mask, uint32_t value, const F& read) {
+  const race::Quiet quiet(thread.x);
   const uint32_t warp = thread.x / 32;
   const uint64_t key = (uint64_t(warp + 1) << 32) | mask;
   const int lanes = __builtin_popcount(mask);
@@ -132,11 +147,12 @@ auto exchange(uint32_t mask, uint32_t value, const F& read) {
 #define threadIdx emu::thread
 #define blockIdx emu::block
 #define gridDim emu::grid
-#define __shared__ static
-#define XK_LAUNCH(kernel, blocks, threads, stream) emu::launch(kernel, blocks, threads)
+#define __shared__ static thread_local  // which the race record finds together
+#define XK_LAUNCH(kernel, blocks, threads, stream) emu::launch(#kernel, kernel, blocks, threads)
 
 inline void __syncthreads() { emu::arrive(0, int(emu::fibers.size())); }
 inline int __syncthreads_or(int predicate) {
+  const race::Quiet quiet(emu::thread.x);
   static int any[2];  // this barrier's, and the next one's: cleared while nobody reads it
   static int turn = 0;
   any[turn] |= predicate != 0;
@@ -164,6 +180,8 @@ inline uint32_t __ballot_sync(uint32_t mask, bool predicate) {
 }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline uint32_t atomicAdd(uint32_t* p, uint32_t value) {
+  race::atomic(p, sizeof *p);
+  const race::Quiet quiet(emu::thread.x);
   const uint32_t before = *p;
   *p += value;
   return before;
