@@ -6,6 +6,7 @@ two are one.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import cascade_common
@@ -20,6 +21,7 @@ from xmlkernels.nn import mixed
 from xmlkernels.nn.cascade_level import CascadeLevel
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.nn.mixed import MixedHead, MixedLevel
+from xmlkernels.nn.plain import PlainHead, PlainLevel
 from xmlkernels.nn.table import RowOptimizer
 from xmlkernels.precision import DTYPES
 
@@ -242,6 +244,31 @@ def test_it_takes_fp32_tables_alone() -> None:
     dense: dict[str, Any] = {"optimizer": RowOptimizer("adamw_dense"), "seed": 0, "fill": True}
     with pytest.raises(InputError, match="optimizer: expected one of adam, sgd"):
         MixedLevel(4, 4, 2, compute="fp16", dtype="fp32", **dense)
+
+
+@pytest.mark.parametrize(
+    "kind", [FullHead, MixedHead, PlainHead, CascadeLevel, MixedLevel, PlainLevel]
+)
+def test_a_table_knows_whether_its_step_reads_the_device(kind: Any) -> None:
+    """On torch's meta device, which has no values, reading one raises."""
+    options: dict[str, Any] = {"compute": "fp16"} if kind in (MixedHead, MixedLevel) else {}
+    rule = RowOptimizer("adam")
+    level = issubclass(kind, CascadeLevel)
+    with torch.device("meta"):
+        if level:
+            table = kind(L, D, 9, dtype="fp32", optimizer=rule, seed=0, fill=False, **options)
+        else:
+            table = kind(L, D, bias=True, optimizer=rule, **options)
+    x, row, sample = (t.to("meta") for t in batch())
+    expected = pytest.raises((RuntimeError, NotImplementedError)) if kind.WAITS else nullcontext()
+    with expected:
+        if level:
+            clusters, row_ptr = torch.tensor([[0]] * B), torch.tensor([0, L])
+            more: dict[str, Any] = {"beta1": None, "scale": x.new_ones(1), "dx_scale": 1.0}
+            given = clusters.to("meta"), row_ptr.to("meta"), L, (row, sample)
+            table.step(x, *given, lr=0.1, need_loss=True, **more)
+        else:
+            table.step(x, row, sample, lr=0.1, need_loss=True)
 
 
 def test_what_a_step_holds_is_planned() -> None:

@@ -135,6 +135,7 @@ class MixedLevel(CascadeLevel):
     """
 
     OPTIMIZERS: ClassVar[tuple[str, ...]] = ("adam", "sgd")
+    WAITS: ClassVar[bool] = True
 
     def __init__(
         self, nodes: int, width: int, per_sample: int, *, compute: str, **options: Any

@@ -29,6 +29,8 @@ class PlainHead(FullHead):
     round to nearest, which loses small steps in narrower formats.
     """
 
+    WAITS: ClassVar[bool] = True
+
     def __init__(self, labels: int, width: int, **options: Any) -> None:
         super().__init__(labels, width, **options)
         if self.skip_below > 0:
@@ -106,6 +108,7 @@ class PlainLevel(CascadeLevel):
     """
 
     OPTIMIZERS: ClassVar[tuple[str, ...]] = LEVEL_OPTIMIZERS
+    WAITS: ClassVar[bool] = True
 
     @classmethod
     def check_options(cls, dtype: str, optimizer: RowOptimizer) -> None:

@@ -132,6 +132,7 @@ class Table(nn.Module):
     NAME: ClassVar[str] = "table"  # in messages
     OPTIMIZERS: ClassVar[tuple[str, ...]] = ("sgd", "adagrad", "adam")
     TRAINING_ONLY: ClassVar[tuple[str, ...]] = STATES  # buffers that prediction does without
+    WAITS: ClassVar[bool] = False  # a step reads the device: it cannot be captured in a CUDA graph
 
     weight: Tensor
     bias: Tensor | None
