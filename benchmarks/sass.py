@@ -126,14 +126,13 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """Instructions first to last of the code.
+    """Some blocks of the code, as indices of instructions.
 
     path: its place among the loops of the code. source: file, statement and line of the loop of the
     source that it came from.
     """
 
-    first: int
-    last: int
+    inside: frozenset[int]
     path: tuple[int, ...]
     source: tuple[str, str, int] | None
 
@@ -205,7 +204,7 @@ class Code:
                 )
             used.add(key)
             times = trips[key] if key == loop.path else self._unrolled(loop, trips[key])
-            for i in range(loop.first, loop.last + 1):
+            for i in loop.inside:
                 out[i] *= times
         branches = [key for key in trips if isinstance(key, str) and ": if " in key]
         for block in self.blocks:
@@ -248,7 +247,7 @@ class Code:
 
     def _work(self, loop: Loop) -> int:
         """Count what an iteration does, without its addresses and conditions."""
-        body = self.instructions[loop.first : loop.last + 1]
+        body = [self.instructions[i] for i in loop.inside]
         rest = ("alu", "imad", "move", "uniform", "control")
         return sum(i.kind not in rest for i in body) or len(body)
 
@@ -341,32 +340,76 @@ def _branches(source: tuple[str, int] | None) -> frozenset[str]:
     )
 
 
-def _find_loops(code: Sequence[Instruction], jumps: Mapping[int, int]) -> list[Loop]:
-    """Find jumps back, but for those that only wait for a barrier and the trap at the end."""
-    ends: dict[int, int] = {}
-    for index, target in jumps.items():
-        if target < index and not _waits(code[target : index + 1]):
-            ends[target] = max(index, ends.get(target, 0))
-    ranges = sorted(ends.items(), key=lambda r: (r[0], -r[1]))
-    claimed: list[tuple[tuple[int, int], tuple[str, str, int] | None]] = []
-    # Innermost first: a loop of the source belongs to the innermost loop that has its lines.
-    for first, last in sorted(ranges, key=lambda r: r[1] - r[0]):
-        inside = [(r, name) for r, name in claimed if first <= r[0] and r[1] <= last]
-        taken = {name for _, name in inside}
-        own = (i for i in range(first, last + 1) if not any(a <= i <= b for (a, b), _ in inside))
-        votes = Counter(_loop_of(code[i].source) for i in own)
-        names = [name for name, _ in votes.most_common() if name is not None and name not in taken]
-        claimed.append(((first, last), names[0] if names else None))
-    names_of, out = dict(claimed), []
-    paths: dict[tuple[int, int], tuple[int, ...]] = {}
-    children: Counter[tuple[int, ...]] = Counter()
-    for first, last in ranges:
-        around = [paths[r] for r in paths if r[0] <= first and last <= r[1]]
-        parent = max(around, key=len, default=())
-        paths[first, last] = (*parent, children[parent])
-        children[parent] += 1
-        out.append(Loop(first, last, paths[first, last], names_of[first, last]))
+def _dominators(after: Sequence[Sequence[int]]) -> list[set[int]]:
+    """For each block, those through which every way to it leads; none where no way does."""
+    before: list[list[int]] = [[] for _ in after]
+    for block, following in enumerate(after):
+        for other in following:
+            before[other].append(block)
+    reached, work = {0}, [0]
+    while work:
+        new = set(after[work.pop()]) - reached
+        reached |= new
+        work += new
+    out = [set(reached) if block in reached else set() for block in range(len(after))]
+    out[0], changed = {0}, True
+    while changed:
+        changed = False
+        for block in sorted(reached - {0}):
+            ways = [out[other] for other in before[block] if other in reached]
+            now = {block} | set.intersection(*ways)
+            changed |= now != out[block]
+            out[block] = now
     return out
+
+
+def _find_loops(
+    code: Sequence[Instruction], blocks: Sequence[range], after: Sequence[Sequence[int]]
+) -> list[Loop]:
+    """Find natural loops, but for those that only wait for a barrier.
+
+    Jumps back from a block that was set apart are none.
+    """
+    above = _dominators(after)
+    bodies: dict[int, set[int]] = {}
+    for tail, following in enumerate(after):
+        for head in following:
+            if head not in above[tail]:
+                continue
+            body, work = {head, tail}, [tail] if tail != head else []
+            while work:
+                now = work.pop()
+                new = {b for b, f in enumerate(after) if now in f and above[b]} - body
+                body |= new
+                work += new
+            if not _waits([code[i] for b in body for i in blocks[b]]):
+                bodies[head] = bodies.get(head, set()) | body
+    ranges = {
+        head: frozenset(i for b in body for i in blocks[b]) for head, body in sorted(bodies.items())
+    }
+    sources: dict[int, tuple[str, str, int] | None] = {}
+    # Innermost first: a loop of the source belongs to the innermost loop that has its lines.
+    for head, inside in sorted(ranges.items(), key=lambda item: len(item[1])):
+        within = [h for h in sources if ranges[h] < inside]
+        taken = {sources[h] for h in within}
+        own = inside.difference(*(ranges[h] for h in within))
+        votes = Counter(_loop_of(code[i].source) for i in sorted(own))
+        names = [name for name, _ in votes.most_common() if name is not None and name not in taken]
+        sources[head] = names[0] if names else None
+    out: list[Loop] = []
+    children: Counter[tuple[int, ...]] = Counter()
+    for head, inside in sorted(ranges.items(), key=lambda item: (-len(item[1]), item[0])):
+        around = [loop.path for loop in out if inside < loop.inside]
+        parent = max(around, key=len, default=())
+        out.append(Loop(inside, (*parent, head), sources[head]))
+    # Places count in the order of the code.
+    places: dict[tuple[int, ...], tuple[int, ...]] = {(): ()}
+    for loop in sorted(out, key=lambda loop: (len(loop.path), loop.path)):
+        parent = places[loop.path[:-1]]
+        places[loop.path] = (*parent, children[parent])
+        children[parent] += 1
+    placed = [Loop(loop.inside, places[loop.path], loop.source) for loop in out]
+    return sorted(placed, key=lambda loop: loop.path)
 
 
 def _waits(body: Sequence[Instruction]) -> bool:
@@ -400,16 +443,41 @@ def _parse(listing: str) -> Iterator[Code]:
                     branches[len(code)] = target[1]
                 code.append(Instruction(text, opcode, source))
         end = len(code) if end is None else end
-        # A jump to itself behind the last exit is a trap for what goes astray.
-        jumps = {i: labels[t] for i, t in branches.items() if t in labels and labels[t] != i < end}
         kernel = code[:end]
-        while kernel and kernel[-1].base in ("NOP", "BRA"):
+        while (
+            kernel and kernel[-1].base in ("NOP", "BRA") and _is_padding(kernel, branches, labels)
+        ):
             kernel.pop()
-        jumps = {i: t for i, t in jumps.items() if i < len(kernel)}
+        jumps = {i: labels[t] for i, t in branches.items() if i < len(kernel) and t in labels}
         starts = {0, *jumps.values(), *(i + 1 for i, c in enumerate(kernel) if c.base in BREAKS)}
         edges = sorted({*(s for s in starts if s < len(kernel)), len(kernel)})
         blocks = [range(a, b) for a, b in pairwise(edges)]
-        yield Code(name, kernel, _find_loops(kernel, jumps), blocks, len(code) - end)
+        block_at = {block.start: number for number, block in enumerate(blocks)}
+        after = []
+        for number, block in enumerate(blocks):
+            last, following = kernel[block[-1]], set()
+            if last.base == "BRA" and jumps.get(block[-1]) in block_at:
+                following.add(block_at[jumps[block[-1]]])
+            if number + 1 < len(blocks) and not _ends(last):
+                following.add(number + 1)
+            after.append(sorted(following))
+        yield Code(name, kernel, _find_loops(kernel, blocks, after), blocks, len(code) - end)
+
+
+def _is_padding(
+    kernel: Sequence[Instruction], branches: Mapping[int, str], labels: Mapping[str, int]
+) -> bool:
+    """Whether the last instruction is filling, or the trap behind the exit: a jump to itself."""
+    last = len(kernel) - 1
+    return kernel[last].base == "NOP" or labels.get(branches.get(last, ""), -1) == last
+
+
+def _ends(last: Instruction) -> bool:
+    """Whether what follows a block in the code does not follow it in time."""
+    if last.text.startswith("@") or last.base not in ("BRA", "EXIT", "RET"):
+        return False
+    # BRA.U and BRA.DIV have their condition among their operands.
+    return last.base != "BRA" or last.text.count(",") == 0
 
 
 BREAKS = ("BRA", "BRX", "EXIT", "CALL", "RET", "BREAK")

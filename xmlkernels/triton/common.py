@@ -43,6 +43,28 @@ def power_of_2(n: int, low: int, high: int) -> int:
     return min(max(triton.next_power_of_2(max(n, 1)), low), high)
 
 
+# From 32-bit factors the two halves of their product, in one instruction; written in the language,
+# the compiler takes it apart again.
+_WIDE = "{{ .reg .u64 wide; mul.wide.u32 wide, $2, {}; mov.b64 {{$0, $1}}, wide; }}"
+_FACTORS = (0xD2511F53, 0xCD9E8D57)
+_MULTIPLY = tuple(_WIDE.format(f"{factor:#x}") for factor in _FACTORS)
+FACTOR0, FACTOR1 = tl.constexpr(_FACTORS[0]), tl.constexpr(_FACTORS[1])
+MULTIPLY0, MULTIPLY1 = tl.constexpr(_MULTIPLY[0]), tl.constexpr(_MULTIPLY[1])
+INTERPRETED: tl.constexpr = tl.constexpr(emulated())
+
+
+@triton.jit
+def multiply_wide(a, FACTOR: tl.constexpr, MULTIPLY: tl.constexpr):
+    """Return the low and the high 32 bits of a product of uint32."""
+    if INTERPRETED:
+        low, high = a * FACTOR, tl.umulhi(a, FACTOR)
+    else:
+        low, high = tl.inline_asm_elementwise(
+            MULTIPLY, "=r,=r,r", [a], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1
+        )
+    return low, high
+
+
 @triton.jit
 def philox(k0, k1, c0, c1, c2, c3):
     """Philox-4x32-10: four uint32 words for key (k0, k1) and counter (c0, c1, c2, c3).
@@ -50,10 +72,8 @@ def philox(k0, k1, c0, c1, c2, c3):
     The operands are uint32 and broadcast.
     """
     for _ in tl.static_range(10):
-        high0 = tl.umulhi(c0, 0xD2511F53)
-        high1 = tl.umulhi(c2, 0xCD9E8D57)
-        low0 = c0 * 0xD2511F53
-        low1 = c2 * 0xCD9E8D57
+        low0, high0 = multiply_wide(c0, FACTOR0, MULTIPLY0)
+        low1, high1 = multiply_wide(c2, FACTOR1, MULTIPLY1)
         c0 = high1 ^ c1 ^ k0
         c1 = low1
         c2 = high0 ^ c3 ^ k1
@@ -88,7 +108,8 @@ def random16(seed, step, rows, first_column, COLUMNS: tl.constexpr, STREAM: tl.c
     w0, w1, w2, w3 = row_words(seed, step, rows, first_column // 8, COLUMNS // 8, STREAM)
     # Last axes: high and low bit of the word's number.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    halves = tl.join(words & 0xFFFF, words >> 16)
+    # As 16 bits: where they change threads, they do so in this size.
+    halves = tl.join(words.to(tl.uint16), (words >> 16).to(tl.uint16))
     return tl.reshape(halves, [rows.shape[0], COLUMNS]).to(tl.int32)
 
 
@@ -111,11 +132,14 @@ def round_stochastic(value, r16, DTYPE: tl.constexpr):
     Without bias, subnormals included; saturates.
     """
     tl.static_assert(DTYPE == tl.bfloat16 or DTYPE == tl.float16)
-    bits = value.to(tl.uint32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
     if DTYPE == tl.bfloat16:
-        half = tl.minimum((magnitude + r16.to(tl.uint32)) >> 16, 0x7F7F).to(tl.int32)
+        # The sum carries into the sign of a NaN alone. Saturated as 16 bits: two at a time.
+        half = ((value.to(tl.uint32, bitcast=True) + r16.to(tl.uint32)) >> 16).to(tl.uint16)
+        half = tl.minimum(half, tl.full([], 0xFF7F, tl.uint16)).to(tl.int16, bitcast=True)
+        half = tl.minimum(half, tl.full([], 0x7F7F, tl.int16))
     else:
+        bits = value.to(tl.uint32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
         exponent = (magnitude >> 23).to(tl.int32)
         # Units of 2^-13 of the result's last place. Below 2^-14 that place stays 2^-24, so that
         # more bits fall away; from 27 on they count for less than 2^-16 of it.
@@ -125,7 +149,7 @@ def round_stochastic(value, r16, DTYPE: tl.constexpr):
         half = tl.minimum(
             tl.where(exponent >= 113, ((exponent - 113) << 10) + units, units), 0x7BFF
         )
-    half = half | ((bits >> 16) & 0x8000).to(tl.int32)
+        half = half | ((bits >> 16) & 0x8000).to(tl.int32)
     return half.to(tl.int16).to(DTYPE, bitcast=True)
 
 
@@ -136,30 +160,31 @@ def encode_e4m3(value, r32):
     Without bias, subnormals included; saturates at 448.
     """
     bits = value.to(tl.uint32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    exponent = (magnitude >> 23).to(tl.int32)
-    # The last place of the result is worth 2^drop in units of the fp32 mantissa; it stays 2^-9
-    # below 2^-6.
-    drop = 20 + tl.where(exponent >= 121, 0, tl.minimum(121 - exponent, 36))
-    mantissa = tl.where(exponent > 0, (magnitude & 0x7FFFFF) | 0x800000, 0).to(tl.uint32)
-    left = tl.maximum(32 - drop, 0).to(tl.uint32)
-    right = tl.maximum(drop - 32, 0).to(tl.uint32)
-    rest = (mantissa << left) >> right  # what falls away, as a fraction of 2^32
-    units = tl.where(drop < 32, mantissa >> tl.minimum(drop, 31).to(tl.uint32), 0).to(tl.int32)
-    units += (rest + r32 < rest).to(tl.int32)  # the carry
-    code = tl.minimum(tl.where(exponent >= 121, ((exponent - 121) << 3) + units, units), 0x7E)
+    exponent = ((bits << 1) >> 24).to(tl.int32)
+    # In units of the result's last place, 2^-32 of it the last bit: that place stays 2^-9 below
+    # 2^-6, and nothing is left of what is 36 places smaller.
+    mantissa = ((bits << 7) & 0x3FFFFFFF) | 0x40000000
+    right = tl.minimum(tl.maximum(148 - exponent, 27), 63)
+    fixed = (mantissa.to(tl.uint64) << 32) >> right.to(tl.uint64)
+    units = ((fixed + r32) >> 32).to(tl.int32)
+    code = tl.minimum(units + (tl.maximum(exponent - 121, 0) << 3), 0x7E)
     return (code | ((bits >> 24) & 0x80).to(tl.int32)).to(tl.uint8)
 
 
 @triton.jit
 def decode_e4m3(code):
-    """Convert the bits of e4m3 (uint8) to fp32, exactly."""
-    c = code.to(tl.int32)
-    exponent = (c >> 3) & 15
-    normal = ((exponent + 120) << 23) | ((c & 7) << 20)
-    small = ((c & 7).to(tl.float32) * 0.001953125).to(tl.int32, bitcast=True)
-    # The sign as a bit: negation is 0 - x, which loses it at 0.
-    return (tl.where(exponent > 0, normal, small) | ((c & 0x80) << 24)).to(tl.float32, bitcast=True)
+    """Convert the bits of e4m3 (uint8) to fp32, exactly; no code is NaN."""
+    if INTERPRETED:
+        c = code.to(tl.int32)
+        exponent = (c >> 3) & 15
+        normal = ((exponent + 120) << 23) | ((c & 7) << 20)
+        small = ((c & 7).to(tl.float32) * 0.001953125).to(tl.int32, bitcast=True)
+        # The sign as a bit: negation is 0 - x, which loses it at 0.
+        out = tl.where(exponent > 0, normal, small) | ((c & 0x80) << 24)
+        out = out.to(tl.float32, bitcast=True)
+    else:
+        out = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    return out
 
 
 @triton.jit

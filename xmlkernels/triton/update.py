@@ -100,7 +100,8 @@ def update_tile(
         r32 = common.random32(seed, step, rows, first_column, COLUMNS, common.WEIGHT)
         code = common.encode_e4m3(new * tl.div_rn(tl.full(unit.shape, 1.0, tl.float32), unit), r32)
         tl.store(weight + at, code, mask=mask)
-        size = tl.max(tl.where(mask, tl.abs(common.decode_e4m3(code)), 0.0), 1)
+        # The bits of sizes are in their order.
+        size = common.decode_e4m3(tl.max(tl.where(mask, code & 0x7F, 0), 1).to(tl.uint8))
         size *= tl.load(row_scale, mask=row_mask, other=1.0)
         # A row's columns are several programs': the maximum is the same in any order.
         grows = row_mask & (size > tl.load(row_scale + 1, mask=row_mask, other=0.0))

@@ -1,0 +1,118 @@
+"""Budgets of machine code: what a weight's update may cost, whatever kernel it stands in."""
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from compiled import Compiled, compile_kernel
+from xmlkernels.triton.update import update_tile
+
+pytestmark = pytest.mark.compile
+F32, BF16, F16, U8, I64 = torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64
+ROWS, COLUMNS, WARPS = 64, 128, 8
+WEIGHTS = ROWS * COLUMNS / (32 * WARPS)  # of a thread
+LOOP = "update_tiles: for begin"
+# Tensors; instructions per weight for sm_90a. The same with both halves of Philox's products apart
+# and with rounding and e4m3 in 32-bit integers: 20, 34, 91, 41, 122.
+BUDGETS: dict[str, tuple[dict[str, Any], float]] = {
+    "bf16": ({"weight": BF16}, 15.5),
+    "fp16": ({"weight": F16}, 33.0),
+    "e4m3": ({"weight": U8, "row_scale": F32}, 42.0),
+    "bf16 momentum": ({"weight": BF16, "momentum": BF16}, 33.0),
+    "bf16 adam": ({"weight": BF16, "momentum": BF16, "second": BF16}, 107.0),
+}
+
+
+@triton.jit
+def update_tiles(
+    g,
+    x,
+    weight,
+    momentum,
+    second,
+    row_scale,
+    hyper,
+    counter,
+    correction,
+    rows,
+    D,
+    UPDATE: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+):
+    """A product for each tile, and its update; or the tile written back as it was."""
+    row, k = tl.arange(0, R), tl.arange(0, K)
+    column = tl.program_id(1) * C + tl.arange(0, C)
+    right = tl.load(x + k[:, None] * D + column[None, :])
+    at = row[:, None] * D + column[None, :]
+    grad = tl.zeros([R, C], dtype=tl.float32)
+    for begin in range(tl.program_id(0) * R, rows, tl.num_programs(0) * R):
+        first = begin.to(tl.int64)
+        left = tl.load(g + (first * K + row[:, None] * K + k[None, :]))
+        real = begin + row < rows
+        mask = real[:, None] & (column < D)[None, :]
+        if UPDATE:
+            update_tile(
+                weight + first * D,
+                momentum if momentum is None else momentum + first * D,
+                second if second is None else second + first * D,
+                None,
+                None if row_scale is None else row_scale + 2 * (first + row),
+                hyper,
+                counter,
+                correction,
+                at,
+                mask,
+                real,
+                tl.dot(left, right),
+                first + row,
+                tl.program_id(1) * C,
+                C,
+                True,
+                False,
+            )
+        else:
+            grad = tl.dot(left, right, grad)
+            tl.store(weight + first * D + at, tl.load(weight + first * D + at, mask=mask), mask)
+    if not UPDATE:
+        tl.store(hyper + at, grad)
+
+
+def build(tensors: dict[str, Any], arch: str, *, update: bool) -> Compiled:
+    kinds: dict[str, Any] = dict.fromkeys(("momentum", "second", "row_scale", "correction"))
+    kinds |= {"g": BF16, "x": BF16, "hyper": F32, "counter": I64, "rows": "i32", "D": "i32"}
+    kinds |= tensors | ({"correction": F32} if "second" in tensors else {})
+    constants = {"UPDATE": update, "R": ROWS, "C": COLUMNS, "K": 16}
+    options = {"divisible": ("rows", "D"), "num_warps": WARPS, "enable_fp_fusion": True}
+    return compile_kernel(update_tiles, arch, kinds, constants, **options)
+
+
+def of_a_tile(got: Compiled) -> float:
+    """Instructions of a thread for one more tile."""
+    return got.count({LOOP: 2}).issue - got.count({LOOP: 1}).issue
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_instructions_per_weight(name: str) -> None:
+    """A product and the update of its tile, less the product and the tile written back unchanged:
+    what is left is random words, conversions, the rule and the rounding.
+    """
+    tensors, budget = BUDGETS[name]
+    with_update = build(tensors, "sm_90a", update=True)
+    without = build({"weight": tensors["weight"]}, "sm_90a", update=False)
+    assert (with_update.stack, with_update.local) == (0, 0)
+    per_weight = (of_a_tile(with_update) - of_a_tile(without)) / WEIGHTS
+    assert 0.9 * budget < per_weight <= budget
+
+
+@pytest.mark.parametrize("name", ["bf16", "e4m3"])
+def test_philox_multiplies_once_for_both_halves(name: str) -> None:
+    got = build(BUDGETS[name][0], "sm_90a", update=True).count({LOOP: 1})
+    draws = WEIGHTS / (4 if name == "e4m3" else 8)
+    # Ten rounds of two products; in the first round some have one operand for all.
+    assert 16 * draws <= got.matching(r"IMAD\.WIDE") <= 21 * draws + 8
+    assert got.matching(r"IMAD\.HI") <= draws
