@@ -172,9 +172,12 @@ def encode_e4m3(value, r32):
 
 
 @triton.jit
-def decode_e4m3(code):
-    """Convert the bits of e4m3 (uint8) to fp32, exactly; no code is NaN."""
-    if INTERPRETED:
+def decode_e4m3(code, HARDWARE: tl.constexpr = True):
+    """Convert the bits of e4m3 (uint8) to fp32, exactly; no code is NaN.
+
+    HARDWARE: from sm_89 on alone.
+    """
+    if INTERPRETED or not HARDWARE:
         c = code.to(tl.int32)
         exponent = (c >> 3) & 15
         normal = ((exponent + 120) << 23) | ((c & 7) << 20)

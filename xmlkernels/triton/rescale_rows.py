@@ -48,13 +48,15 @@ def _rescale(
             column = start + tl.arange(0, BD)
             at = weight + row[:, None] * D + column[None, :]
             mask = change[:, None] & (column < D)[None, :]
-            value = common.decode_e4m3(tl.load(at, mask=mask, other=0)) * old[:, None]
+            value = common.decode_e4m3(tl.load(at, mask=mask, other=0), False) * old[:, None]
             code = common.encode_e4m3(
                 value * inverse,
                 common.random32(seed, step, row + row_offset, start, BD, common.RESCALE),
             )
             tl.store(at, code, mask=mask)
-            top = tl.maximum(top, tl.max(tl.where(mask, tl.abs(common.decode_e4m3(code)), 0.0), 1))
+            top = tl.maximum(
+                top, tl.max(tl.where(mask, tl.abs(common.decode_e4m3(code, False)), 0.0), 1)
+            )
         tl.store(scale_at, new, mask=change)
         tl.store(scale_at + 1, top * new, mask=change)
         tl.atomic_add(changed, count, sem="relaxed")
