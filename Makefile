@@ -2,7 +2,8 @@
 # make test   installs, builds, lints, type-checks, tests
 # make bench  the op benchmarks on the CPU
 # make docs   the pages under docs/ as HTML in build/docs, strict
-# make gpu-report  tests and times every op on this machine's NVIDIA card, with the calling python3 and its torch; OUT=folder
+# make gpu-report  tests and times every op on this machine's NVIDIA card, with the calling python3 and its torch; OUT=folder,
+#             STAGE=goals (5 minutes), card (5 minutes) or all (10)
 # SYSTEM=1 make …  uses the calling python3 and its own torch; nothing is installed, the library is built in place.
 
 PYTHON ?= python3
@@ -54,7 +55,7 @@ docs: $(INSTALLED_DEV)
 
 # Builds in place and installs nothing: a machine with a card brings its own torch.
 gpu-report:
-	$(PYTHON) benchmarks/gpu_report.py $(if $(OUT),--out "$(OUT)")
+	$(PYTHON) benchmarks/gpu_report.py $(if $(STAGE),--stage $(STAGE)) $(if $(OUT),--out "$(OUT)")
 
 build: $(STAMP)
 

@@ -36,6 +36,11 @@ def find() -> Card:
     return Card(timing.machine_name("cuda"), torch.cuda.get_device_properties(0).total_memory)
 
 
+def trial() -> Card:
+    """Return this machine's CPU in a card's place, to try a report; its rows are no results."""
+    return Card(f"trial-{timing.machine_name('cpu')}", 1 << 40, "cpu")
+
+
 def check_out(out: Path) -> None:
     """Refuse a folder without room for files before minutes are spent; make it if need be.
 

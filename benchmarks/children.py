@@ -41,6 +41,75 @@ class Outcome:
         return told[-1] if told else "it said nothing"
 
 
+class Child:
+    """A command in the project's folder that is read line by line, and may be written to.
+
+    Attributes:
+        status: exit status once all that it wrote has been read; None before.
+    """
+
+    def __init__(
+        self, command: Sequence[str], *, threads: int | None = None, nice: bool = False
+    ) -> None:
+        """Start it.
+
+        Args:
+            command: the program and its arguments.
+            threads: of its arithmetic on the CPU; its own choice when not given.
+            nice: whether it gives way to other processes.
+        """
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        self.status: int | None = None
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `end`)
+        self._process = subprocess.Popen(
+            [*(["nice"] if nice else []), *command],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        self._waiting: queue.Queue[str | None] = queue.Queue()
+        assert self._process.stdout is not None
+        arguments = (self._process.stdout, self._waiting)
+        threading.Thread(target=_read, args=arguments, daemon=True).start()
+
+    def send(self, line: str) -> None:
+        """Write one line to it; a command that has ended does not hear it."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+
+    def read(self, limit_s: float) -> str | None:
+        """Return its next line; None where it has ended (see `status`) or the time is up."""
+        if self.status is not None:
+            return None
+        try:
+            line = self._waiting.get(timeout=max(0.0, limit_s))
+            if line is None:
+                self.status = self._process.wait(timeout=max(0.1, limit_s))
+            return line
+        except (queue.Empty, subprocess.TimeoutExpired):
+            return None
+
+    def end(self) -> str:
+        """End it with all that it started, and return the last lines of its standard error."""
+        # Its own session: what it started (pytest's children, a sanitizer's target) ends with it,
+        # and nothing else does.
+        _kill(self._process)
+        if self._errors.closed:
+            return ""
+        with self._errors:
+            self._errors.seek(0)
+            return "\n".join(self._errors.read().decode(errors="replace").splitlines()[-_TAIL:])
+
+
 def run(
     command: Sequence[str],
     limit_s: float,
@@ -60,40 +129,15 @@ def run(
     """
     ends = time.monotonic() + limit_s
     lines: list[str] = []
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
-    if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )
-        waiting: queue.Queue[str | None] = queue.Queue()
-        assert process.stdout is not None
-        reader = threading.Thread(target=_read, args=(process.stdout, waiting), daemon=True)
-        reader.start()
-        status: int | None = None
-        try:
-            while (line := waiting.get(timeout=max(0.0, ends - time.monotonic()))) is not None:
-                lines.append(line)
-                if on_line is not None:
-                    on_line(line)
-            status = process.wait(timeout=max(0.1, ends - time.monotonic()))
-        except (queue.Empty, subprocess.TimeoutExpired):
-            status = None
-        finally:
-            # Its own session: what it started (pytest's children, a sanitizer's target) ends with
-            # it, and nothing else does.
-            _kill(process)
-        errors.seek(0)
-        tail = errors.read().decode(errors="replace").splitlines()[-_TAIL:]
-    return Outcome(status, tuple(lines), "\n".join(tail))
+    child = Child(command, threads=threads)
+    try:
+        while (line := child.read(ends - time.monotonic())) is not None:
+            lines.append(line)
+            if on_line is not None:
+                on_line(line)
+    finally:
+        tail = child.end()
+    return Outcome(child.status, tuple(lines), tail)
 
 
 def run_together(commands: Mapping[Name, Sequence[str]], limit_s: float) -> dict[Name, Outcome]:

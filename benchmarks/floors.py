@@ -80,7 +80,7 @@ class Ceilings:
     def times_floor(self, row: Row) -> float | None:
         """Return the row's median over its floor; None where a ceiling was not measured."""
         shares = self.shares(row)
-        return None if shares is None else 1 / max(shares)
+        return 1 / max(shares) if shares and max(shares) else None
 
     def shares(self, row: Row) -> tuple[float, float] | None:
         """Return what the row reaches of the copy rate and of the torch.mm rate."""
@@ -96,7 +96,7 @@ class Ceilings:
         None where either is not known.
         """
         shares = self.shares(row)
-        if shares is None or memory is None:
+        if shares is None or memory is None or not max(shares):
             return None
         useful = number(row, "gbps") * number(row, "ms_p50") * 1e6
         return max(shares[0] * memory / useful, shares[1]) / max(shares)

@@ -1,13 +1,15 @@
-"""Which ops may be timed on a card: `pytest -m gpu` and compute-sanitizer, op by op.
+"""What `pytest` and compute-sanitizer say of the ops on a card.
 
-Each test file runs in a process of its own, all at once: a kernel that breaks its context fails its
-own file's tests alone, and Triton compiles on many cores.
+The tests marked `card` run first, in two calls: those of Triton's ops while the libraries are
+built, then those that need a library. Tests of one file share a process; where pytest-xdist is
+installed, the files' tests share the processors.
 """
 
+import importlib.util
 import inspect
+import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +19,13 @@ from xmlkernels import ops as package_ops
 
 SHARED = "shared"
 """Name of the group of test files that belong to no single op."""
-_VERDICT = re.compile(r"^(\S+?\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
+_WORD = "(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)"
+# A line of pytest, and one of pytest-xdist: [gw3] [ 12%] PASSED tests/…
+_LINES = (
+    re.compile(rf"^(?P<test>\S+?\.py::.+?) (?P<word>{_WORD})\b"),
+    re.compile(rf"^\[gw\d+\] \[ *\d+%\] (?P<word>{_WORD}) (?P<test>\S+?\.py::.+?) *$"),
+)
+MOST_WORKERS = 14
 _SANITIZER = ("memcheck", "racecheck")
 Key = tuple[str, str]
 """The group, and the name of the test file or of the sanitizer's tool."""
@@ -31,25 +39,25 @@ class Verdict:
         passed, skipped: counts of tests.
         failed: test ids.
         reason: why it is not green beyond its tests, if so.
+        note: what is to be known of a green one.
     """
 
     passed: int = 0
     skipped: int = 0
     failed: list[str] = field(default_factory=list)
     reason: str | None = None
+    note: str | None = None
 
     @property
     def green(self) -> bool:
-        """Whether the op may be timed."""
+        """Whether the op's rows may be used."""
         return self.passed > 0 and not self.failed and self.reason is None
 
     def __str__(self) -> str:
         told = f"{self.passed} passed, {len(self.failed)} failed, {self.skipped} skipped"
-        if self.reason:
-            return f"{told}; {self.reason}"
-        if self.passed or self.failed:
-            return told
-        return f"{told}; no test of it ran on the card, which proves nothing"
+        if not self.passed and not self.failed:
+            told += "; no test of it ran on the card, which proves nothing"
+        return "; ".join([told, *filter(None, (self.reason, self.note))])
 
 
 def stems(op: str) -> tuple[str, ...]:
@@ -82,148 +90,150 @@ def owner(name: str, ops: Sequence[str]) -> str:
     return max(fits)[1] if fits else SHARED
 
 
-def files_by_op(root: Path, ops: Sequence[str]) -> dict[str, list[Path]]:
-    """Return the test files with tests for a card, by op.
-
-    Outside tests/ops a file counts where it names the marker.
-    """
-    found: dict[str, list[Path]] = {}
-    for path in sorted((root / "tests").rglob("test_*.py")):
-        room = path.relative_to(root / "tests").parts[0]
-        if room in ("interpreter", "compile"):
-            continue  # theirs are processes without a card
-        if room == "ops" or "mark.gpu" in path.read_text("utf-8"):
-            found.setdefault(owner(path.stem, ops), []).append(path)
-    return found
-
-
-def commands(root: Path, groups: dict[str, list[Path]]) -> dict[Key, list[str]]:
-    """Return one pytest per file, and each sanitizer per op that has CUDA C++ of its own."""
-    told = {
-        (group, path.name): _pytest([path]) for group, files in groups.items() for path in files
-    }
-    tool = shutil.which("compute-sanitizer")
-    for group in sanitized(root, groups) if tool else ():
-        for kind in _SANITIZER:
-            # The driver's own probing calls fail by design under torch; what counts is what kernels
-            # touch.
-            begin = [
-                str(tool),
-                "--tool",
-                kind,
-                "--report-api-errors",
-                "no",
-                "--error-exitcode",
-                "9",
-            ]
-            told[group, kind] = begin + _pytest(groups[group])
-    return told
-
-
-def sanitized(root: Path, groups: dict[str, list[Path]]) -> list[str]:
-    """Return the groups that have CUDA C++ of their own."""
-    ops = [group for group in groups if group != SHARED]
+def library_ops(root: Path) -> list[str]:
+    """Return the ops that have CUDA C++ of their own; sort.cu, say, is no single op's."""
+    ops = [*cases.BENCHMARKS, *untimed()]
     owners = {owner(path.stem, ops) for path in (root / "csrc" / "cuda").glob("*.cu")}
-    return [group for group in ops if group in owners]  # sort.cu, say, is no single op's
+    return [op for op in ops if op in owners]
 
 
-def _pytest(files: list[Path]) -> list[str]:
+def card_files(root: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files with tests marked `card`: of Triton's ops, and those that need a library.
+
+    tests/ops/card.py has the table.
+    """
+    path = root / "tests" / "ops" / "card.py"
+    spec = importlib.util.spec_from_file_location("card_table", path)
+    assert spec is not None and spec.loader is not None
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    library, ops = library_ops(root), [*cases.BENCHMARKS, *untimed()]
+    files: tuple[list[Path], list[Path]] = ([], [])
+    for name in table.FILES:
+        # test_graphs has tests of every op.
+        late = owner(name, ops) in library or name == "test_graphs.py"
+        files[late].append(path.with_name(name))
+    return files
+
+
+def pytest(files: Sequence[Path], mark: str, share: bool = True) -> list[str]:
+    """Return the command of the tests with a mark; `share`: among the processors."""
     # -o addopts: the project's own would turn -v off, and the line of each test is what a run cut
     # short leaves behind.
-    options = ["-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    options = ["-m", mark, "-v", "--tb=short", "-p", "no:cacheprovider"]
     options += ["-o", "addopts=--strict-markers"]
+    if share and importlib.util.find_spec("xdist") is not None:
+        options += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1))]
     return children.python("-m", "pytest", *options, *map(str, files))
 
 
-def read(outcomes: Mapping[Key, children.Outcome], group: str, limit_s: float) -> Verdict:
-    """Return a group's verdict from the lines of pytest over its files."""
-    verdict = Verdict()
-    for (name, what), outcome in outcomes.items():
-        if name != group or what in _SANITIZER:
-            continue
-        words = [match.groups() for match in map(_VERDICT.match, outcome.lines) if match]
-        failed = [test for test, word in words if word in ("FAILED", "ERROR")]
-        verdict.failed += failed
-        verdict.passed += sum(word == "PASSED" for _, word in words)
-        verdict.skipped += sum(word == "SKIPPED" for _, word in words)
+def read(outcomes: Mapping[str, children.Outcome], ops: Sequence[str]) -> dict[str, Verdict]:
+    """Return each op's verdict from the lines of pytest, by what was run.
+
+    A test is its file's op's, else that op's which its name tells; one of neither is `SHARED`'s and
+    takes no op's rows. A run cut short leaves green what passed until then, with a note.
+    """
+    verdicts = {op: Verdict() for op in (*ops, SHARED)}
+    for what, outcome in outcomes.items():
+        here: set[str] = set()
+        for line in outcome.lines:
+            match = next(filter(None, (pattern.match(line) for pattern in _LINES)), None)
+            if match is None:
+                continue
+            test, word = match["test"], match["word"]
+            path, _, name = test.partition("::")
+            op = owner(Path(path).stem, ops)
+            op = owner(name, ops) if op == SHARED else op
+            here.add(op)
+            verdict = verdicts[op]
+            verdict.passed += word == "PASSED"
+            verdict.skipped += word == "SKIPPED"
+            if word in ("FAILED", "ERROR") and test not in verdict.failed:
+                verdict.failed.append(test)
+        note = None
         if outcome.status is None:
-            verdict.reason = f"{what} did not end within {limit_s:.0f} s"
+            note = f"{what} did not end in time"
         elif outcome.status not in (0, 1, 5):  # 1: tests failed; 5: none collected
-            verdict.reason = f"{what} ended with status {outcome.status}: {outcome.last}"
-        elif outcome.status == 1 and not failed:
-            verdict.reason = f"{what} failed before its tests: {outcome.last}"
-    return verdict
+            note = f"{what} ended with status {outcome.status}: {outcome.last}"
+        elif outcome.status == 1 and not any(verdicts[op].failed for op in here):
+            note = f"{what} failed before its tests: {outcome.last}"
+        for op in verdicts if note else ():
+            verdicts[op].note = "; ".join(filter(None, (verdicts[op].note, note)))
+    return verdicts
 
 
-def run_all(
-    root: Path, ops: Sequence[str], limit_s: float, say: Callable[[str], None]
+def run_card(
+    root: Path,
+    built: Callable[[float], bool],
+    until: Callable[[str], Callable[[], float]],
+    say: Callable[[str], None],
 ) -> dict[str, Verdict]:
-    """Run everything at once and say what was found.
+    """Run the tests of a card, the sanitizers, and then the other tests while there is time.
 
     Args:
         root: the project.
-        ops: that may be timed.
-        limit_s: seconds of wall clock for all of it.
+        built: waits so many seconds for the build; returns whether it has ended.
+        until: by part of the plan, what tells the seconds left.
         say: told a line at a time.
 
     Returns:
-        A verdict for each op, also for those that no benchmark times. A failure in a shared file
-        counts against the op that its name tells of, else against all; a sanitizer that finds an
-        error, against its op; one that does not end says so and decides nothing.
+        A verdict for each op.
     """
-    begin, timed, ops = time.monotonic(), ops, [*ops, *untimed()]
-    # Of all, lest the files of an op left out count as shared.
-    everything = files_by_op(root, [*cases.BENCHMARKS, *untimed()])
-    wanted = {*ops, SHARED}
-    groups = {group: files for group, files in everything.items() if group in wanted}
-    outcomes = children.run_together(commands(root, groups), limit_s)
-    verdicts = {op: read(outcomes, op, limit_s) for op in ops}
-    if SHARED in groups:
-        shared = read(outcomes, SHARED, limit_s)
-        some = shared.passed or shared.failed or shared.reason
-        say(f"  tests shared by the ops: {shared if some else 'none for a card'}")
-        for test in shared.failed:
-            guilty = owner(test.partition("::")[2], [*cases.BENCHMARKS, *untimed()])
-            for op in ops if guilty == SHARED else (guilty,):
-                if op in verdicts:
-                    verdicts[op].failed.append(test)
-        if shared.reason:
-            for op in ops:
-                verdicts[op].reason = verdicts[op].reason or f"shared tests: {shared.reason}"
-    say_sanitizer(root, groups, outcomes, verdicts, limit_s, say)
-    for op, verdict in verdicts.items():
-        if op not in timed and op not in groups and not verdict.failed:
-            continue
-        say(f"  {op}: {verdict}{' -> not timed' if op in timed and not verdict.green else ''}")
+    ops = [*cases.BENCHMARKS, *untimed()]
+    triton, library = card_files(root)
+    outcomes = {"tests": children.run(pytest(triton, "card"), until("tests")())}
+    # Those of a library that is not there would say nothing: half of their time is left to them.
+    built(until("library tests")() / 2)
+    late = children.run(pytest(library, "card"), until("library tests")())
+    outcomes["library tests"] = late
+    sanitizers = children.run_together(sanitizer_commands(root), until("sanitizers")())
+    if until("sanitizers")() > 10:
+        every = sorted((root / "tests" / "ops").glob("test_*.py"))
+        more = children.run(pytest(every, "gpu and not card"), until("sanitizers")())
+        outcomes["the other tests"] = more
+    verdicts = read(outcomes, ops)
+    shared = verdicts.pop(SHARED)
+    say_sanitizer(root, sanitizers, verdicts, say)
+    for op, verdict in (*verdicts.items(), ("tests of no single op", shared)):
+        say(f"  {op}: {verdict}")
         for test in verdict.failed[:10]:
             say(f"    failed: {test}")
-        own = [outcome for (name, _), outcome in outcomes.items() if name == op]
-        errors = [line for outcome in own for line in outcome.lines if line.startswith("E  ")]
-        for line in errors[:10]:
-            say(f"    {line}")
-    say(f"  {time.monotonic() - begin:.0f} s in all")
+    errors = [line for o in outcomes.values() for line in o.lines if line.startswith("E  ")]
+    for line in errors[:40]:
+        say(f"    {line}")
     return verdicts
+
+
+def sanitizer_commands(root: Path) -> dict[Key, list[str]]:
+    """Return each sanitizer per op that has CUDA C++ of its own, where there are any."""
+    tool = shutil.which("compute-sanitizer")
+    _, files = card_files(root) if tool else ([], [])
+    ops = [*cases.BENCHMARKS, *untimed()]
+    told: dict[Key, list[str]] = {}
+    for op in library_ops(root):
+        mine = [path for path in files if owner(path.stem, ops) == op]
+        for kind in _SANITIZER if mine else ():
+            # The driver's own probing calls fail by design under torch; what counts is what kernels
+            # touch.
+            words = ["--report-api-errors", "no", "--error-exitcode", "9"]
+            told[op, kind] = [str(tool), "--tool", kind, *words, *pytest(mine, "card", False)]
+    return told
 
 
 def say_sanitizer(
     root: Path,
-    groups: dict[str, list[Path]],
     outcomes: Mapping[Key, children.Outcome],
     verdicts: dict[str, Verdict],
-    limit_s: float,
     say: Callable[[str], None],
 ) -> None:
     """Say what compute-sanitizer found, and count it against the op."""
-    wanted = sanitized(root, groups)
-    if not wanted:
+    if not library_ops(root):
         say("  compute-sanitizer: no op has CUDA C++ of its own")
-    elif not any(kind in _SANITIZER for _, kind in outcomes):
+    elif not outcomes:
         say("  compute-sanitizer: not on this machine, so the CUDA ops ran without it")
     for (op, kind), outcome in outcomes.items():
-        if kind not in _SANITIZER:
-            continue
         if outcome.status is None:
-            late = f"not finished within {limit_s:.0f} s, so it says nothing"
+            late = "not finished in time, so it says nothing"
             say(f"  compute-sanitizer {kind}, {op}: {late}")
         elif outcome.status == 9:
             errors = [line for line in outcome.lines if line.startswith("=========")]

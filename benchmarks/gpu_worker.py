@@ -1,15 +1,15 @@
-"""Measure one op at one shape, or the ceilings of a device, for `benchmarks/gpu_report.py`.
+"""Check and measure one op, for `benchmarks/gpu_report.py`; one process does all of its shapes.
 
-    python benchmarks/gpu_worker.py --ops
-    python benchmarks/gpu_worker.py --ceilings
-    python benchmarks/gpu_worker.py --op bce_step --shape B128-L2.8M-D768 [--rest]
-        [--only KEY …] [--plain KEY …]
+    python benchmarks/gpu_worker.py --op bce_step [--device cuda] [--checked] [--trial]
 
-It writes one JSON object per line, as things happen: {"op": NAME, "why": REASON or null}, {"todo":
-[KEY, …]}, {"begin": KEY}, {"row": …}, {"left_out": KEY, "why": …}, {"capture_failed": KEY, "why":
-…}, {"again": KEY, "ms": …}. A kernel that breaks the card's context breaks this process alone. Exit
-status: 0 done; 3 a step cannot be captured, call again with --plain; 4 a case broke, call again
-without it.
+It first checks the op (see `benchmarks/gpu_check.py`) and then waits for orders, one JSON object
+per line of its input: {"ceilings": true}, or {"shape": NAME, "round": "goal", "peers" or "rest",
+"skip": [KEY, …], "plain": [KEY, …]}. It writes one JSON object per line as things happen:
+{"untimed": REASON}, {"checked": KEY, "error": NUMBER}, {"wrong": KEY, "why": …}, {"ready": true},
+{"begin": KEY}, {"row": …}, {"left_out": KEY, "why": …}, {"capture_failed": KEY, "why": …},
+{"again": KEY, "ms": …}, {"done": true} at the end of an order. A kernel that breaks the card's
+context breaks this process alone. Exit status: 0 done; 3 a step cannot be captured, start another
+and say "plain"; 4 a case broke, start another and say "skip"; 5 the op is wrong.
 """
 
 import argparse
@@ -17,16 +17,17 @@ import gc
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks import cases, floors, run, shapes, timing
+from benchmarks import cases, floors, gpu_check, run, shapes, timing
 from xmlkernels.errors import InputError
 
-CAPTURE_FAILED, BROKE = 3, 4
+CAPTURE_FAILED, BROKE, WRONG = 3, 4, 5
 COPY_BYTES = {"cpu": 1 << 26, "cuda": 1 << 31}
 ROUNDS, BUDGET_S = 10, 0.5
 
@@ -163,36 +164,44 @@ def ceilings(device: str, about: run.Row) -> None:
         free(device)
 
 
-def in_turn(todo: Sequence[cases.Case], op: str, shape: str, rest: bool) -> list[cases.Case]:
-    """Return the cases of one of two rounds; a run cut short has what matters of every shape.
+def in_turn(todo: Sequence[cases.Case], op: str, shape: str, round_: str) -> list[cases.Case]:
+    """Return the cases of one of three rounds; a run cut short has what matters of every shape.
 
-    First round: the case with a figure to reach (every own case, where the shape has no figure),
-    then the peers, the one that must be compiled last. Second: all others.
+    "goal": the case with a figure to reach (every own case, where the shape has no figure).
+    "peers": those that a figure names, the others, the one that must be compiled last. "rest": all
+    that is left.
     """
-    goal = {(g.phase, g.dtype) for g in floors.GOALS if (g.op, g.shape) == (op, shape)}
+    goals = [g for g in floors.GOALS if (g.op, g.shape) == (op, shape)]
+    aims, named = {(g.phase, g.dtype) for g in goals}, {impl for g in goals for impl in g.peers}
 
-    def rank(case: cases.Case) -> int:
+    def rank(case: cases.Case) -> tuple[str, int]:
         if case.impl in floors.OWN:
-            return 0 if not goal or (case.phase, case.dtype) in goal else 3
-        return {"compile": 2, "reference": 3}.get(case.impl, 1)
+            return "goal" if not goals or (case.phase, case.dtype) in aims else "rest", 0
+        if case.impl == "reference":
+            return "rest", 1
+        alike = (case.phase, case.dtype) in aims
+        return "peers", 3 if case.impl == "compile" else 2 - (case.impl in named) - alike
 
-    return sorted((case for case in todo if (rank(case) == 3) == rest), key=rank)
+    return sorted((case for case in todo if rank(case)[0] == round_), key=rank)
 
 
 def measure_all(
-    todo: Sequence[cases.Case], shape: shapes.Shape, about: run.Row, plain: Sequence[str]
+    todo: Sequence[cases.Case],
+    shape: shapes.Shape,
+    about: run.Row,
+    plain: Sequence[str],
+    again: bool = True,
 ) -> int:
     """Measure every case alone, one after another.
 
-    The first is measured once more at the end, which shows how far a time swings.
+    The first is measured once more at the end where `again`, which shows how far a time swings.
 
     Returns:
-        The exit status.
+        The exit status, 0 where the process can go on.
     """
     device = str(about["device"])
     clock = timing.Clock(device)
     measured: list[tuple[cases.Case, bool]] = []
-    tell(todo=[name_of(case) for case in todo])
     for case in todo:
         syncs = (case.impl, case.phase) in cases.BENCHMARKS[str(about["op"])].syncing
         graph = device == "cuda" and not syncs and name_of(case) not in plain
@@ -206,7 +215,7 @@ def measure_all(
             return status
         measured.append((case, graph))
         free(device)
-    if len(measured) > 1:
+    if measured and again:
         case, graph = measured[0]
         return attempt(case, lambda: tell_again(case, measure(case, clock, graph)[0]))
     return 0
@@ -239,33 +248,56 @@ def attempt(case: cases.Case, act: Callable[[], None]) -> int:
     return 0
 
 
-def tell_ops(device: str) -> None:
-    """Write which ops can be timed.
-
-    It is for a process started after the build: one that was there before has not loaded what was
-    built.
-    """
-    for op in cases.BENCHMARKS:
+def check(op: str, todo: Sequence[shapes.Shape], device: str) -> int:
+    """Check an op with what stands for it; return 0, or the exit status of what went wrong."""
+    for shape, key in gpu_check.to_check(op, todo, device):
+        name = "/".join(key)
         try:
-            cases.require_op(op, device)
-            tell(op=op, why=None)
-        except InputError as error:
-            tell(op=op, why=first_line(error))
+            capture = captured if device == "cuda" else None
+            tell(checked=name, error=gpu_check.check(op, shape, key, device, capture))
+        except gpu_check.Wrong as error:
+            tell(wrong=f"{name} {shape.name}", why=str(error))
+            return WRONG
+        # A kernel that does not compile, or a step that cannot be captured.
+        except Exception as error:
+            why = f"{type(error).__name__}: {first_line(error)}"
+            tell(wrong=f"{name} {shape.name}", why=why)
+            return WRONG
+        free(device)
+    return 0
+
+
+def shapes_of(op: str, trial: bool) -> dict[str, shapes.Shape]:
+    """Return the shapes of a card by name; in a trial, tiny ones in their place."""
+    return {s.name: shapes.tiny(s) if trial else s for s in cases.BENCHMARKS[op].for_card()}
+
+
+def obey(order: dict[str, object], options: argparse.Namespace, about: run.Row) -> int:
+    """Do what one line of the input asks for; return the exit status, 0 to go on."""
+    op, device = str(options.op), str(options.device)
+    if order.get("ceilings"):
+        ceilings(device, about | {"op": floors.CEILING})
+        return 0
+    name, round_ = str(order["shape"]), str(order["round"])
+    shape = shapes_of(op, options.trial)[name]
+    found = cases.build_for_card(op, shape, device)
+    skip, plain = (list(map(str, order.get(key, []))) for key in ("skip", "plain"))  # type: ignore[call-overload]
+    todo = [case for case in in_turn(found, op, name, round_) if name_of(case) not in skip]
+    if options.trial:  # no figure of a trial is one of the shape's
+        shape = replace(shape, name=f"trial-{name}")
+    return measure_all(todo, shape, about, plain, again=round_ == "goal")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    summary, name = (__doc__ or "").split("\n")[0], "impl/phase/dtype"
+    summary = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="benchmarks/gpu_worker.py", description=summary)
     add = parser.add_argument
-    add("--ops", action="store_true", help="tell which ops have a kernel for the device")
-    add("--ceilings", action="store_true", help="measure a large copy and torch.mm")
-    add("--op", choices=list(cases.BENCHMARKS))
-    add("--shape")
+    add("--op", choices=list(cases.BENCHMARKS), required=True)
     add("--device", default="cuda")
-    add("--rest", action="store_true", help="the cases of the second round")
-    add("--only", action="append", help=f"{name}; without it, every case")
-    add("--plain", action="append", default=[], help=f"{name} never captured in a graph")
+    add("--shape", action="append", help="a shape that the card holds; without it, every one")
+    add("--checked", action="store_true", help="an earlier process has checked the op")
+    add("--trial", action="store_true", help="tiny shapes, to try the report without a card")
     add("--date", default="", help="of the whole run, for the rows")
     add("--commit", help="for the rows, where the tree has no git folder")
     return parser.parse_args(arguments)
@@ -274,22 +306,24 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     options = parse(arguments)
-    if options.ops:
-        tell_ops(options.device)
+    try:
+        cases.require_op(options.op, options.device)
+    except InputError as error:
+        tell(untimed=first_line(error))
         return 0
-    about = run.setting(floors.CEILING if options.ceilings else options.op, options.device)
-    about |= {"date": options.date}
+    about = run.setting(options.op, options.device) | {"date": options.date}
     about |= {"commit": options.commit} if options.commit else {}
     warm_up(options.device)
-    if options.ceilings:
-        ceilings(options.device, about)
-        return 0
-    shape = next(s for s in cases.BENCHMARKS[options.op].for_card() if s.name == options.shape)
-    found = cases.build_for_card(options.op, shape, options.device)
-    todo = in_turn(found, options.op, shape.name, options.rest)
-    if options.only is not None:
-        todo = [case for case in todo if name_of(case) in options.only]
-    return measure_all(todo, shape, about, options.plain)
+    known = shapes_of(options.op, options.trial)
+    wanted = [shape for name, shape in known.items() if name in (options.shape or known)]
+    if not options.checked and (status := check(options.op, wanted, options.device)):
+        return status
+    tell(ready=True)
+    for line in sys.stdin:
+        if status := obey(json.loads(line), options, about):
+            return status
+        tell(done=True)
+    return 0
 
 
 if __name__ == "__main__":

@@ -17,12 +17,19 @@ from benchmarks.timing import Step
 
 ELMO_ROWS = 351_536
 """Labels of one chunk: a table of 2.8 million in eight, as published for Amazon-3M."""
-SOFTMAX = {"liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
+SOFTMAX = {
+    "liger": "liger_kernel",
+    "cut-cross-entropy": "cut_cross_entropy",
+    "quack": "quack",
+    "torch-linear-cross-entropy": "torch",
+}
 """Peers of another loss, by the package that must be installed for them."""
 
 
 def installed(impl: str) -> bool:
-    """Say whether the package of a peer of another loss is installed."""
+    """Say whether the package of a peer of another loss is installed, and has it."""
+    if SOFTMAX[impl] == "torch":
+        return hasattr(nn.functional, "linear_cross_entropy")  # since torch 2.13
     return importlib.util.find_spec(SOFTMAX[impl]) is not None
 
 
@@ -84,7 +91,7 @@ def softmax_step(head: Head, *, impl: str) -> Step:
 
     Args:
         head: its table becomes a leaf of autograd; the first positive of each sample is its label.
-        impl: `liger` or `cut-cross-entropy`; the package must be installed.
+        impl: a key of `SOFTMAX`; the package must be installed.
     """
     weight = nn.Parameter(head.weight)
     x = head.x.to(weight.dtype).requires_grad_()
@@ -96,6 +103,13 @@ def softmax_step(head: Head, *, impl: str) -> Step:
 
         criterion = LigerFusedLinearCrossEntropyLoss(reduction="sum")
         loss = lambda: criterion(weight, x, target)  # noqa: E731
+    elif impl == "quack":
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy as chunked
+
+        loss = lambda: chunked(x, weight, target, reduction="sum")  # noqa: E731
+    elif impl == "torch-linear-cross-entropy":
+        whole = nn.functional.linear_cross_entropy  # type: ignore[attr-defined]
+        loss = lambda: whole(x, weight, target, reduction="sum")  # noqa: E731
     else:
         from cut_cross_entropy import linear_cross_entropy
 

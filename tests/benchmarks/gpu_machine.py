@@ -2,11 +2,10 @@
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import cases, run, shapes
-from benchmarks.children import Outcome
 
 OWN, ELMO, EAGER = "xmlkernels/sgd/bf16", "elmo/sgd/bf16", "eager/momentum/fp32"
 
@@ -69,52 +68,90 @@ CEILINGS = [
 ]
 
 
-class Machine:
-    """Answers `children.run` from a script; each call takes `seconds` of the faked clock."""
+HANGS = "hangs"
+READY: list[object] = [{"checked": OWN, "error": 0.001}, {"ready": True}]
 
-    def __init__(self, seconds: float = 1.0) -> None:
+
+class Machine:
+    """A machine under a faked clock: workers that check, obey and tell, each line in `seconds`.
+
+    Attributes:
+        starts: what the workers of an op tell when they begin, one list per start; READY without.
+        scripts: what they tell, by op, shape and round, one list per order; nothing without. A
+            number ends the process with that status.
+        build: seconds it takes and its status.
+    """
+
+    def __init__(self, seconds: float = 0.5) -> None:
         self.now, self.seconds = 0.0, seconds
         self.commands: list[list[str]] = []
-        self.limits: list[float] = []
-        self.measuring: list[tuple[int | None, list[dict[str, object]]]] = []
-        self.answers: dict[str, tuple[int | None, list[str], str]] = {
-            "setup.py": (0, [], ""),
-            "xmlkernels.ops": (0, ["native library: loaded", "CUDA library: loaded"], ""),
-            "--ops": (
-                0,
-                ['{"op": "bce_step", "why": null}', '{"op": "cluster_step", "why": "no kernel"}'],
-                "",
-            ),
-            "--ceilings": (0, [json.dumps({"row": r}) for r in CEILINGS], ""),
-        }
+        self.orders: list[tuple[str, dict[str, object]]] = []
+        self.starts: dict[str, list[list[object]]] = {}
+        self.scripts: dict[tuple[str, str, str], list[list[object]]] = {}
+        self.ceilings: list[object] = [{"row": r} for r in CEILINGS]
+        self.build: tuple[float, int] = (60.0, 0)
 
     def monotonic(self) -> float:
         return self.now
 
-    def run(
-        self, command: Sequence[str], limit_s: float, on_line: Callable[[str], None] | None = None
-    ) -> Outcome:
-        self.commands.append(list(command))
-        self.limits.append(limit_s)
-        asked = next((name for name in self.answers if name in command), None)
-        if asked is not None:
-            status, lines, errors = self.answers[asked]
-        else:
-            status, messages = (
-                self.measuring.pop(0) if "--rest" not in command else (0, [{"todo": []}])
-            )
-            lines = ["a library's warning", *map(json.dumps, messages)]
-            errors = "Segmentation fault"
-        self.now += limit_s if status is None else min(self.seconds, limit_s)
-        for line in lines if on_line else ():
-            on_line(line)  # type: ignore[misc]
-        return Outcome(status, tuple(lines), errors)
+    def child(
+        self, command: Sequence[str], *, threads: int | None = None, nice: bool = False
+    ) -> "Played":
+        return Played(self, list(command))
+
+    def measuring(self, *told: list[object]) -> None:
+        """What the worker of bce_step tells of its first shape, one list per order."""
+        self.scripts["bce_step", SHAPE.name, "goal"] = list(told)
 
 
-def messages(
-    *keys: str, ms: float = 4.0, todo: Sequence[str] | None = None
-) -> list[dict[str, object]]:
-    told: list[dict[str, object]] = [{"todo": list(todo or keys)}]
+class Played:
+    """A process of the machine."""
+
+    def __init__(self, machine: Machine, command: list[str]) -> None:
+        machine.commands.append(command)
+        self.machine, self.status = machine, None
+        self.begun = machine.now
+        self.op = command[command.index("--op") + 1] if "--op" in command else None
+        starts = machine.starts.get(self.op or "", [])
+        self.lines: list[object] = list(starts.pop(0) if starts else READY)
+        if "--checked" in command:
+            self.lines = [{"ready": True}]
+
+    def send(self, line: str) -> None:
+        order = json.loads(line)
+        assert self.op is not None
+        self.machine.orders.append((self.op, order))
+        told = self.machine.ceilings
+        if "round" in order:
+            scripts = self.machine.scripts.get((self.op, order["shape"], order["round"]), [])
+            told = scripts.pop(0) if scripts else []
+        self.lines += ["a library's warning", *told, {"done": True}]
+
+    def read(self, limit_s: float) -> str | None:
+        machine = self.machine
+        limit_s = max(0.0, limit_s)
+        if self.op is None:
+            left = self.begun + machine.build[0] - machine.now
+            machine.now += max(0.0, min(left, limit_s))
+            self.status = machine.build[1] if left <= limit_s else None
+            return None
+        line = self.lines[0] if self.lines else HANGS
+        if line == HANGS or machine.seconds > limit_s:
+            machine.now += limit_s
+            return None
+        machine.now += machine.seconds
+        self.lines.pop(0)
+        if isinstance(line, int):
+            self.status = line
+            return None
+        return json.dumps(line)
+
+    def end(self) -> str:
+        return "nvcc fatal: no such file" if self.op is None else "Segmentation fault\n"
+
+
+def messages(*keys: str, ms: float = 4.0) -> list[object]:
+    told: list[object] = []
     for place, key in enumerate(keys):
         told += [{"begin": key}, {"row": row(key, ms * (place + 1))}]
     return told

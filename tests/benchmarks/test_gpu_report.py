@@ -10,24 +10,19 @@ from benchmarks import cases, floors, gpu_report
 
 def test_a_whole_run(machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     graph = {"row": row(EAGER, 40.0, phase="momentum+graph")}
-    again = [{"begin": EAGER}, graph, {"again": OWN, "ms": 4.1}]
-    machine.measuring = [(0, messages(OWN, ELMO, todo=[OWN, ELMO, EAGER]) + again)]
-    assert gpu_report.main(["--out", str(tmp_path), "--commit", "feedbeef"]) == 0
+    machine.measuring([*messages(OWN), {"again": OWN, "ms": 4.1}])
+    peers = [*messages(ELMO, ms=8.0), {"begin": EAGER}, graph]
+    machine.scripts["bce_step", SHAPE.name, "peers"] = [peers]
+    out = ["--out", str(tmp_path), "--commit", "feedbeef", "--stage", "goals"]
+    assert gpu_report.main(out) == 0
     told = capsys.readouterr().out
-    assert [r["impl"] for r in stored(tmp_path)] == [
-        "copy",
-        "mm",
-        "mm",
-        "xmlkernels",
-        "elmo",
-        "eager",
-    ]
+    names = ["copy", "mm", "mm", "xmlkernels", "elmo", "eager"]
+    assert [r["impl"] for r in stored(tmp_path)] == names
     assert (tmp_path / "fake-card.png").read_bytes().startswith(b"\x89PNG")
-    assert told.index("tests on the card") < told.index("ceilings") < told.index(SHAPE.name)
+    assert told.index("checks against") < told.index("ceilings") < told.index(SHAPE.name)
     for text in (
-        "native library: loaded",
-        "CUDA library: loaded",
-        "cluster_step is not timed: no kernel",
+        "build: done",
+        f"bce_step {OWN}: checked, 1.0e-03 from plain PyTorch",
         "copy bf16: 3000 GB/s",
         "xmlkernels sgd bf16: 4.000 ms",
         "once more at the end: 4.1 ms",
@@ -43,10 +38,16 @@ def test_a_whole_run(machine: Machine, tmp_path: Path, capsys: pytest.CaptureFix
     assert own.split()[5:11] == ["4.000", "4.000", "4.000", "120.0", "1.39", "-"]
     assert eager.split()[3] == "momentum+graph"
     assert eager.split()[-4:] == ["10.00x", "-", "-", "-"]
-    worker, rest = machine.commands[-2:]
-    assert rest[-3:-1] == ["--rest", "--commit"] and "--rest" not in worker
-    assert worker[worker.index("--commit") + 1] == "feedbeef"
-    assert worker[worker.index("--shape") + 1] == SHAPE.name
+    workers = [command for command in machine.commands if "--op" in command]
+    # One process per op with a figure to reach, whatever it does.
+    started = [command[command.index("--op") + 1] for command in workers]
+    assert sorted(started) == sorted({goal.op for goal in floors.GOALS})
+    assert all(c[c.index("--commit") + 1] == "feedbeef" for c in workers)
+    # Every figure before any peer; what needs the library once it is built.
+    rounds = [str(order.get("round")) for _, order in machine.orders]
+    assert rounds[:4] == ["None", "goal", "goal", "goal"]
+    asked = [(op, order.get("round")) for op, order in machine.orders]
+    assert asked.index(("sparse_update", "goal")) > asked.index(("bce_step", "goal"))
 
 
 def test_the_floors_are_those_of_the_published_table() -> None:

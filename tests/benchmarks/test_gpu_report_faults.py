@@ -5,7 +5,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from gpu_machine import CEILINGS, EAGER, ELMO, OWN, SHAPE, Machine, messages, row, stored
+from gpu_machine import CEILINGS, EAGER, ELMO, HANGS, OWN, SHAPE, Machine, messages, row, stored
 
 from benchmarks import card, cases, floors, gpu_report, gpu_worker, plot, run
 from benchmarks.gpu_tests import Verdict
@@ -33,103 +33,128 @@ def test_a_folder_that_cannot_be_written_ends_it_before_it_begins(
     assert "line 1: expected the columns" in capsys.readouterr().err and machine.commands == []
 
 
+def goals(tmp_path: Path, *more: str) -> int:
+    return gpu_report.main(["--stage", "goals", "--out", str(tmp_path), *more])
+
+
 def test_stages_that_fail_end_nothing(
     machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    machine.answers["setup.py"] = (1, [], "nvcc fatal: no such file")
-    machine.answers["--ceilings"] = (None, [], "")
-    machine.measuring = [(0, messages(OWN))]
-    assert gpu_report.main(["--out", str(tmp_path)]) == 0
+    machine.build = (30.0, 1)
+    machine.ceilings = [HANGS]
+    machine.measuring(messages(OWN))
+    assert goals(tmp_path) == 0
     told = capsys.readouterr().out
-    assert "failed with status 1: nvcc fatal" in told
-    assert "some ceilings are missing" in told
-    assert "not finished within" in told
+    assert "build: failed with status 1\n  nvcc fatal" in told
     assert "at most 1.7 x floor: not measured" in told and len(stored(tmp_path)) == 1
     assert not (tmp_path / "fake-card.png").exists()
 
 
-def test_red_ops_are_not_timed(
-    machine: Machine,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_a_wrong_op_is_not_timed_and_takes_no_other(
+    machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        gpu_report.gpu_tests, "run_all", lambda *_: {"bce_step": Verdict(passed=3, failed=["t"])}
-    )
-    assert gpu_report.main(["--out", str(tmp_path)]) == 1
-    assert all(r["op"] == "ceiling" for r in stored(tmp_path))
-    assert not any("--op" in c for c in machine.commands)
-    # A failure elsewhere, in an op that nothing times, is no reason to fail.
-    machine.measuring = [(0, messages(OWN))]
-    verdicts = {"bce_step": Verdict(passed=1), "bce_loss": Verdict(failed=["t"])}
-    monkeypatch.setattr(gpu_report.gpu_tests, "run_all", lambda *_: verdicts)
-    assert gpu_report.main(["--out", str(tmp_path / "b")]) == 0
+    wrong = {"wrong": "xmlkernels/topk/bf16", "why": "result 0: 3e-01 from plain PyTorch"}
+    machine.starts = {"matmul_topk": [[wrong, 5]], "cluster_step": [[{"untimed": "no kernel"}, 0]]}
+    machine.measuring(messages(OWN))
+    assert goals(tmp_path) == 1
+    told = capsys.readouterr().out
+    assert "matmul_topk is not timed: xmlkernels/topk/bf16 is WRONG: result 0" in told
+    assert "cluster_step is not timed: no kernel" in told
+    assert {op for op, _ in machine.orders} == {"bce_step", "sparse_update"}
+    assert stored(tmp_path)[-1]["op"] == "bce_step"
+    # Without the wrong one, what has no kernel is no fault.
+    machine.starts = {"cluster_step": [[{"untimed": "no kernel"}, 0]]}
+    machine.measuring(messages(OWN))
+    assert goals(tmp_path / "b") == 0
 
 
 def test_a_worker_that_dies_is_started_again_without_its_case(
     machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    everything = [OWN, ELMO, EAGER, "renee/momentum/fp16"]
-    machine.measuring = [
-        (-11, [*messages(OWN, todo=everything), {"begin": ELMO}]),
-        (
-            gpu_worker.CAPTURE_FAILED,
-            [
-                {"todo": everything[2:]},
-                {"begin": EAGER},
-                {"capture_failed": EAGER, "why": "a sync"},
-            ],
-        ),
-        (
+    renee = "renee/momentum/fp16"
+    capture = {"capture_failed": EAGER, "why": "a sync"}
+    machine.scripts["bce_step", SHAPE.name, "peers"] = [
+        [*messages(OWN), {"begin": ELMO}, -11],
+        [{"begin": EAGER}, capture, gpu_worker.CAPTURE_FAILED],
+        [
+            *messages(EAGER),
+            {"begin": renee},
+            {"left_out": renee, "why": "RuntimeError: launch failed"},
             gpu_worker.BROKE,
-            [
-                {"todo": everything[2:]},
-                {"begin": EAGER},
-                {"row": row(EAGER, 9.0)},
-                {"begin": everything[3]},
-                {"left_out": everything[3], "why": "RuntimeError: launch failed"},
-            ],
-        ),
+        ],
     ]
-    assert gpu_report.main(["--out", str(tmp_path)]) == 0
+    assert goals(tmp_path) == 0
     told = capsys.readouterr().out
     assert f"{ELMO} ended the process with status -11: Segmentation fault" in told
     assert f"{EAGER} cannot be captured in a graph (a sync)" in told
     assert "left out: RuntimeError: launch failed" in told
-    asked = [
-        [c[i + 1] for i, word in enumerate(c) if word == "--only"]
-        for c in machine.commands
-        if "--op" in c
+    peers = [o for op, o in machine.orders if op == "bce_step" and o.get("round") == "peers"]
+    assert [order["skip"] for order in peers] == [
+        [],
+        [OWN, ELMO],
+        [OWN, ELMO],
+        [OWN, ELMO, EAGER, renee],
     ]
-    assert asked == [[], everything[2:], everything[2:], []]
-    assert machine.commands[-2].count("--plain") == 1
+    assert [order["plain"] for order in peers] == [[], [], [EAGER], [EAGER]]
+    again = [c for c in machine.commands if "bce_step" in c]
+    assert ["--checked" in command for command in again] == [False, True, True, True]
     assert [r["impl"] for r in stored(tmp_path)][3:] == ["xmlkernels", "eager"]
 
 
 def test_a_worker_that_cannot_begin_is_told(
     machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    machine.measuring = [(1, [])]
-    gpu_report.main(["--out", str(tmp_path)])
-    assert "not measured: Segmentation fault" in capsys.readouterr().out
+    machine.starts["bce_step"] = [[1]]
+    assert goals(tmp_path) == 1
+    assert "bce_step is not timed: its worker ended: Segmentation fault" in capsys.readouterr().out
 
 
-def test_the_deadline_keeps_what_was_measured(
-    machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_plans_leave_the_start_of_a_machine() -> None:
+    assert gpu_report.whole_s("goals") <= 290 and gpu_report.whole_s("card") <= 260
+    assert gpu_report.whole_s("all") <= 570
+    for plan in gpu_report.PLANS.values():
+        assert all(seconds > 0 for seconds in plan.values()) and list(plan)[-1] == "end"
+
+
+@pytest.mark.parametrize("seconds", [0.1, 2.0, 12.0, 70.0, 1e9])
+@pytest.mark.parametrize("build", [5.0, 150.0, 1e9])
+@pytest.mark.parametrize("hangs", ["nothing", "start", "goal", "peers"])
+def test_whatever_hangs_it_ends_in_time_with_its_rows(
+    machine: Machine, tmp_path: Path, seconds: float, build: float, hangs: str
 ) -> None:
-    machine.measuring = [(None, [*messages(OWN, todo=[OWN, ELMO]), {"begin": ELMO}])]
-    machine.seconds = 100
-    assert gpu_report.main(["--out", str(tmp_path), "--minutes", "8"]) == 0
-    assert f"the time is up within {ELMO}" in capsys.readouterr().out
-    assert stored(tmp_path)[-1]["impl"] == "xmlkernels"
-    assert machine.limits[0] == gpu_report.BUILD_S
-    assert machine.limits[-1] == 8 * 60 - gpu_report.END_S - 265
-    machine.now, machine.seconds, machine.limits = 0.0, 1e9, []
-    assert gpu_report.main(["--out", str(tmp_path / "b"), "--minutes", "3"]) == 1
-    # And no worker was started for it.
-    assert "the time is up: not measured: any case of it" in capsys.readouterr().out
-    assert machine.now <= 3 * 60
+    machine.seconds, machine.build = seconds, (build, 0)
+    machine.measuring(messages(OWN))
+    if hangs == "start":
+        machine.starts = {"matmul_topk": [[HANGS]]}
+    else:
+        for op, benchmark in cases.BENCHMARKS.items():
+            for shape in benchmark.gpu_shapes:
+                script = [*(messages(OWN) if op == "bce_step" else []), HANGS]
+                machine.scripts.setdefault((op, shape.name, hangs), []).insert(0, script)
+    status = goals(tmp_path)
+    plan = gpu_report.PLANS["goals"]
+    assert machine.now <= sum(plan.values()) - plan["end"] + 1e-6
+    rows = stored(tmp_path) if (tmp_path / "fake-card.csv").exists() else []
+    own = [row for row in rows if row["impl"] == "xmlkernels"]
+    assert (status == 0) == bool(own)
+    # What is quick enough has its row, whatever hangs beside it.
+    assert bool(own) == (seconds <= 12.0)
+
+
+def test_stage_all_goes_on_to_the_rest(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.measuring(messages(OWN))
+    verdicts = {"bce_step": Verdict(passed=1), "bag_step": Verdict(passed=1)}
+    monkeypatch.setattr(gpu_report.gpu_tests, "run_card", lambda *_: verdicts)
+    assert gpu_report.main(["--out", str(tmp_path)]) == 0
+    rounds = {(op, order.get("round")) for op, order in machine.orders}
+    assert {("bag_step", "goal"), ("bag_step", "rest"), ("bce_step", "rest")} <= rounds
+    verdicts["bce_step"] = Verdict(passed=3, failed=["t"])
+    machine.measuring(messages(OWN))
+    assert gpu_report.main(["--out", str(tmp_path / "b")]) == 1
+    assert gpu_report.main(["--out", str(tmp_path / "c"), "--stage", "card"]) == 1
+    assert not (tmp_path / "c" / "fake-card.csv").exists()
 
 
 def test_shapes_that_do_not_fit_give_way_to_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,10 +176,9 @@ def test_shapes_that_do_not_fit_give_way_to_small_ones(monkeypatch: pytest.Monke
 
 
 def test_one_op_alone(machine: Machine, tmp_path: Path) -> None:
-    # The script's only op is another.
-    assert gpu_report.main(["--out", str(tmp_path), "--op", "matmul_topk"]) == 1
-    assert not any("--shape" in command for command in machine.commands)
-    assert gpu_report.main(["--out", str(tmp_path), "--minutes", "-1"]) == 2
+    assert goals(tmp_path, "--op", "bag_step") == 1  # the script has no row of it
+    assert {op for op, _ in machine.orders} == {"bag_step"}
+    assert goals(tmp_path, "--minutes", "-1") == 2
 
 
 def test_the_model_is_shown_beside_the_row_it_models() -> None:
@@ -190,9 +214,14 @@ def test_without_matplotlib_no_chart(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    machine.measuring = [(0, messages(OWN))]
-    monkeypatch.setattr(gpu_report.importlib.util, "find_spec", lambda name: None)
-    assert gpu_report.main(["--out", str(tmp_path)]) == 0
+    machine.measuring(messages(OWN))
+    found = gpu_report.importlib.util.find_spec
+    monkeypatch.setattr(
+        gpu_report.importlib.util,
+        "find_spec",
+        lambda name: None if name == "matplotlib" else found(name),
+    )
+    assert goals(tmp_path) == 0
     assert "no chart: matplotlib is not installed" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.png"))
 
