@@ -15,12 +15,14 @@ ifeq ($(SYSTEM),1)
   export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
   INSTALLED :=
   INSTALLED_DEV :=
+  CARD_TRITON :=
   OLDEST :=
   BUILD = $(PY) setup.py -q build_ext --inplace
 else
   PY := $(CURDIR)/.venv/bin/python
   INSTALLED := .venv/.installed
   INSTALLED_DEV := .venv/.installed-dev
+  CARD_TRITON := .venv/triton-3.6.0/.installed
   OLDEST := .venv/.oldest
   BUILD = $(PY) -m pip install -qq --disable-pip-version-check --no-build-isolation --no-deps -e .
 endif
@@ -83,6 +85,12 @@ $(STAMP): $(NATIVE_SOURCES) $(INSTALLED)
 # The oldest torch's headers and the oldest CMake, to compile against; without them those tests are skipped.
 .venv/.oldest: pyproject.toml tests/compile/oldest.py $(INSTALLED_DEV)
 	@if $(PY) tests/compile/oldest.py .venv/oldest; then touch $@; else echo "oldest torch and CMake: not fetched, not tested"; fi
+
+# The Triton of the cards' machines, beside the one that is pinned; tests/compile/test_card_triton.py.
+.venv/triton-3.6.0/.installed: .venv/.installed
+	@rm -rf $(@D)
+	$(PY) -m pip install -qq --disable-pip-version-check --no-deps --target $(@D) triton==3.6.0
+	@touch $@
 
 clean:
 	rm -rf build dist *.egg-info xmlkernels/*.so
