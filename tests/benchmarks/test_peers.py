@@ -141,12 +141,23 @@ def test_peers_of_another_loss_join_where_installed_and_say_so(
             lambda weight, x, target: loss(x, weight, target)
         )  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "liger_kernel.transformers", inner)
+    whole = lambda x, weight, target, reduction: loss(x, weight, target)  # noqa: E731
+    if impl == "quack":
+        inner = types.ModuleType("quack.linear_cross_entropy")
+        inner.chunked_linear_cross_entropy = whole  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "quack.linear_cross_entropy", inner)
+    own = impl == "torch-linear-cross-entropy"
+    if own:  # an older torch
+        monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
     package = types.ModuleType(peers.SOFTMAX[impl])
     package.__spec__ = importlib.machinery.ModuleSpec(package.__name__, None)
-    package.linear_cross_entropy = lambda x, weight, target, reduction: loss(x, weight, target)  # type: ignore[attr-defined]
+    package.linear_cross_entropy = whole  # type: ignore[attr-defined]
 
     absent = {case.impl for case in cases.build_for_card("bce_step", TINY, "cpu", compiled=False)}
-    monkeypatch.setitem(sys.modules, package.__name__, package)
+    if own:
+        monkeypatch.setattr(torch.nn.functional, "linear_cross_entropy", whole, raising=False)
+    else:
+        monkeypatch.setitem(sys.modules, package.__name__, package)
     case = next(
         c for c in cases.build_for_card("bce_step", TINY, "cpu", compiled=False) if c.impl == impl
     )
