@@ -10,13 +10,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Blocks:
-    """Block sizes of the GPU kernel; the defaults are those of D=768, B=128 in bf16."""
+    """Block sizes of the GPU kernel; the defaults are those of D=768, B=128 in bf16.
 
-    tile: int = 16_384
+    `fused` is the second pass in one kernel, for one block of samples on sm_90 and later.
+    """
+
+    chunk: int = 786_432
     block_b: int = 128
-    block_l: int = 64
-    block_d: int = 128
-    segments: int = 21
+    block_l: int = 128
+    block_r: int = 64
+    block_d: int = 64
+    step: int = 64
+    splits: int = 22
+    score_b: int = 128
+    fused: bool = True
 
 
 def _up(a: int, b: int) -> int:
@@ -38,29 +45,40 @@ def bce_step_accesses(
 
     `states` is how many of momentum, second and kahan there are. The search for each block's first
     positive is left out: it depends on the data, and is at most
-    (ceil(L / block_l) + 1) (floor(log2(positives)) + 1) loads of pos_row.
+    (ceil(L / block_l) + 1) (floor(log2(positives)) + 1) loads of pos_row. `positives` are those
+    within the rows, each read once more for the loss.
     """
-    of_b = _up(B, blocks.block_b)
-    of_l = _up(L, blocks.block_l)
-    of_d = _up(D, blocks.block_d)
-    tiles = _up(L, blocks.tile)
-    partial = blocks.segments * B * D
+    p = blocks
+    of_b, of_s = _up(B, p.block_b), _up(B, p.score_b)
+    of_l, of_r, of_d = _up(L, p.block_l), _up(L, p.block_r), _up(D, p.block_d)
+    chunks, chunk = _up(L, p.chunk), min(p.chunk, of_l * p.block_l)
+    pitch, step = of_b * p.block_b, min(p.step, p.block_b)
+    partial = p.splits * B * D
+    # Once where one program forms both products of a tile, with x read once a program.
+    tiles = of_d * of_r * p.block_r
+    again = tiles * pitch if p.fused else tiles * (pitch + _up(B, step) * step)
+    x = chunks * partial if p.fused else of_r * B * D
+    read = of_s * positives * (2 if loss else 1)
     out = {
-        # Logits and dX by every block of samples, the update once.
-        "weight": ((2 * of_b + 1) * L * D, L * D),
+        # Logits by every block of samples; dX by every block of samples and the update once.
+        "weight": ((of_s + (1 if p.fused else of_b + 1)) * L * D, L * D),
         "state": (states * L * D, states * L * D),
-        # Logits and update by every block of labels, the finite check once.
-        "x": ((2 * of_l + 1) * B * D, 0),
-        "gradient": (2 * of_d * B * L, B * L),
-        "partial": ((tiles + 1) * partial, tiles * partial),
+        # Logits by every tile of labels, the update, the finite check once.
+        "x": (of_l * B * D + x + B * D, 0),
+        "gradient": (again, of_l * p.block_l * pitch),
+        "partial": (chunks * partial, chunks * partial),
         "dx": (0, B * D),
-        "pos_row": (of_b * positives, 0),
-        "pos_sample": (of_b * positives, 0),
+        "pos_row": (read, 0),
+        "pos_sample": (read, 0),
     }
     if bias:
-        out |= {"bias": ((of_b + 1) * L, L), "column_sum": (of_b * L, of_b * L)}
+        sums = of_s * of_l * p.block_l
+        out |= {"bias": ((of_s + 1) * L, L), "column_sum": (of_s * L, sums)}
     if loss:
-        out |= {"loss_part": (of_b * of_l, of_b * of_l), "loss": (0, 1)}
+        # Sums over the chunks, then over all blocks.
+        first = chunk // p.block_l
+        out |= {"loss_part": (of_s * of_l, of_s * of_l), "loss": (0, 1)}
+        assert first <= of_l
     return out
 
 
@@ -68,7 +86,6 @@ def bce_step_bytes(
     B: int,
     L: int,
     D: int,
-    tile: int = 16_384,
     *,
     element: int = 2,
     state_element: int = 2,
@@ -80,23 +97,27 @@ def bce_step_bytes(
 ) -> dict[str, int]:
     """Model one `bce_step_`: bytes between memory and L2, and between L2 and the processors.
 
-    The assumption: a tile's rows and gradient (tile * (D + B) elements), x and the partial sums of
-    dX stay in L2 from one product to the next. Then memory sees each row once and back once, the
-    states, bias and positives, and nothing else.
+    The assumption: L2 holds nothing from one pass over a chunk to the next, and programs that run
+    side by side share what they read. Then memory sees each row twice (three times where the second
+    pass is two kernels) and back once, the gradient once back and once (twice) again, the states,
+    bias, positives and the partial sums of dX.
 
     Returns:
         memory: bytes that must come from or go to memory. cache: bytes of all accesses of the three
             products.
     """
-    blocks = blocks or Blocks(tile)
+    p = blocks or Blocks()
     options = {"positives": positives, "states": states, "bias": bias, "loss": loss}
-    of = bce_step_accesses(B, L, D, blocks, **options)
-    size = dict.fromkeys(of, 4) | dict.fromkeys(("weight", "x", "gradient"), element)
+    of = bce_step_accesses(B, L, D, p, **options)
+    gradient = max(element, 2)  # of an e4m3 table it is bf16
+    size = dict.fromkeys(of, 4) | {"weight": element, "x": gradient, "gradient": gradient}
     size |= {"state": state_element, "pos_row": 8}
-    tables = 2 * L * D * (element + states * state_element)
-    rest = 2 * B * D * element + positives * 12 + (8 * L if bias else 0)
+    reads = 2 if p.fused else 3
+    tables = (reads + 1) * L * D * element + 2 * states * L * D * state_element
+    kept = reads * of["gradient"][1] * gradient + 4 * sum(of["partial"])
+    rest = 2 * B * D * gradient + positives * 12 + (8 * L if bias else 0)
     accesses = sum((loads + stores) * size[name] for name, (loads, stores) in of.items())
-    return {"memory": tables + rest, "cache": accesses}
+    return {"memory": tables + kept + rest, "cache": accesses}
 
 
 CACHE = 40 << 20

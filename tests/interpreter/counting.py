@@ -55,12 +55,13 @@ def counted(patch: pytest.MonkeyPatch, named: dict[str, Tensor]) -> Iterator[Tra
     store = interpreter_builder.create_masked_store
     buffers = Tiles.buffers
 
-    def counting_load(ptrs: Any, mask: Any, *rest: Any) -> Any:
-        traffic.count(traffic.loads, ptrs.data, mask.data)
-        return load(ptrs, mask, *rest)
+    def counting_load(ptrs: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        # A descriptor's mask is an array.
+        traffic.count(traffic.loads, ptrs.data, getattr(mask, "data", mask))
+        return load(ptrs, mask, *rest, **named)
 
     def counting_store(ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        traffic.count(traffic.stores, ptrs.data, mask.data)
+        traffic.count(traffic.stores, ptrs.data, getattr(mask, "data", mask))
         return store(ptrs, value, mask, *rest)
 
     def watching_buffers(self: Tiles, **asked: bool) -> None:

@@ -10,13 +10,16 @@ from tiny import step_op
 from xmlkernels.reference import cluster_step as reference_cluster
 from xmlkernels.reference import matmul_topk as reference_topk
 from xmlkernels.reference import shortlist_matmul as reference_shortlist
-from xmlkernels.triton import bce_tile, cluster_step, matmul_topk, shortlist_matmul
+from xmlkernels.triton import bce_plan, bce_tile, cluster_step, matmul_topk, shortlist_matmul
+from xmlkernels.triton.bce_plan import Plan
 
 # 4,096 labels are one block: the interpreter's time goes by programs, not by their size.
-WIDE = bce_tile.Plan(tile=4096, block_b=16, block_l=4096, block_d=16, step=128, segments=1)
+WIDE = Plan(chunk=4096, block_b=16, block_l=4096, block_r=4096, block_d=16, step=128, splits=1)
 
 
-def test_rows_beyond_2_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+def test_rows_beyond_2_31_elements(tma: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bce_plan, "card_has_tma", lambda device: tma)
     d, edge = 16, 1 << 21
     # The last piece of memory, of its own, begins at element 2^31.
     n = (1 << 31) // d + (edge // (2 * d))
@@ -24,8 +27,15 @@ def test_rows_beyond_2_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     last = n - 4096
     small = dyadic_step(5, 4096, d, torch.bfloat16, row_offset=last)
     table[last:] = small.tensors["weight"]
-    # The tiles before the last hold zeros and would take hours.
+    # The chunks before the last hold zeros and would take hours; they leave sums that are zero.
     monkeypatch.setattr(bce_tile.Tiles, "__iter__", lambda self: iter([self.rows - 4096]))
+    buffers = bce_tile.Tiles.buffers
+
+    def zeroed(self: bce_tile.Tiles, **asked: bool) -> None:
+        buffers(self, **asked)
+        self.partial.zero_()
+
+    monkeypatch.setattr(bce_tile.Tiles, "buffers", zeroed)
     t = small.replace(pos_row=small.tensors["pos_row"] + last).tensors
     dx, _ = step_op(
         table,
@@ -38,7 +48,7 @@ def test_rows_beyond_2_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
         need_loss=False,
     )
     wide = small.reference()
-    assert last % WIDE.tile == 0 and last * d >= 1 << 31
+    assert last % WIDE.chunk == 0 and last * d >= 1 << 31
     assert_same_bits({"weight": table[last:], "dx": dx}, wide)
     assert (table[: edge // (2 * d)] == 0).all() and (
         table[last - 8192 : last] == 0

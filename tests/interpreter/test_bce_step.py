@@ -3,9 +3,12 @@ reference.
 """
 
 import math
+from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 import torch
+from triton.runtime import interpreter
 
 from benchmarks.model import Blocks, bce_step_accesses, bce_step_bytes
 from common import (
@@ -23,11 +26,15 @@ from common import (
 )
 from counting import counted
 from tiny import PLAN, SHAPE, run, step_op
-from xmlkernels.triton import bce_tile
+from xmlkernels.triton import bce_plan
+from xmlkernels.triton.bce_plan import CHUNK, GROUP, Plan, make_plan
+from xmlkernels.triton.bce_step import bce_step_
+from xmlkernels.triton.bce_tile import Tiles
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SGD = make_hyper(0.05, 0.01, 0.9, 0.0, 0.0, 0.5, 2.0)
 ADAM = make_hyper(0.01, 0.1, 0.9, 0.999, 1e-8, 0.5, 2.0)
+ALIGNED = (13, 75, 24)  # as TMA descriptors ask for: rows of a multiple of 16 bytes
 # name: (table, states, hyper, options)
 VARIANTS = {
     "fp32 bias": (F32, {"bias": F32}, SGD, {}),
@@ -185,12 +192,15 @@ def test_repeats_and_shards_change_nothing() -> None:
     torch.testing.assert_close(parts[0]["dx"] + parts[1]["dx"], whole["dx"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
 @pytest.mark.parametrize("extra", [False, True], ids=["plain", "adam bias loss"])
-def test_accesses_are_the_model(extra: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accesses_are_the_model(extra: bool, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every load and store of every tensor, counted, against the closed form that the benchmarks
     print.
     """
-    b, n, d = SHAPE
+    b, n, d = ALIGNED if fused else SHAPE
+    monkeypatch.setattr(bce_plan, "card_has_tma", lambda device: fused)
+    blocks = replace(blocks_of(PLAN), fused=fused)
     states = {"bias": F32, "momentum": BF16, "second": BF16, "kahan": BF16} if extra else {}
     step = random_step(b, n, d, BF16, states=states, hyper=ADAM, need_loss=extra)
     t = {k: v.clone() for k, v in step.tensors.items()}
@@ -209,7 +219,6 @@ def test_accesses_are_the_model(extra: bool, monkeypatch: pytest.MonkeyPatch) ->
             **step.options,
         )
     p, count = PLAN, t["pos_row"].numel()
-    blocks = Blocks(p.tile, p.block_b, p.block_l, p.block_d, p.segments)
     model = bce_step_accesses(
         b, n, d, blocks, positives=count, states=3 if extra else 0, bias=extra, loss=extra
     )
@@ -231,15 +240,96 @@ def test_accesses_are_the_model(extra: bool, monkeypatch: pytest.MonkeyPatch) ->
     assert traffic.stores["pos_row"] == 0
 
 
+def blocks_of(p: Plan) -> Blocks:
+    return Blocks(**asdict(p), score_b=p.block_b)
+
+
 def test_the_models_blocks_are_the_kernels() -> None:
-    p = bce_tile.make_plan(128, 768, BF16)
-    assert Blocks() == Blocks(p.tile, p.block_b, p.block_l, p.block_d, p.segments)
-    got = bce_step_bytes(128, 2_800_000, 768)
-    # Each row once and back once, and the batch.
-    assert got["memory"] == 2 * 2_800_000 * 768 * 2 + 2 * 128 * 768 * 2
-    with_momentum = bce_step_bytes(128, 2_800_000, 768, states=1)
+    p = make_plan(128, 768, BF16)
+    assert Blocks() == blocks_of(p)
+    L, D = 3 * p.chunk, 768
+    got = bce_step_bytes(128, L, D)
+    # Each row twice and back once, its gradient back and again, the batch, the sums of dX.
+    sums = 3 * 2 * p.splits * 128 * D * 4
+    assert got["memory"] == 3 * L * D * 2 + 2 * L * 128 * 2 + 2 * 128 * D * 2 + sums
+    apart = bce_step_bytes(128, L, D, blocks=replace(Blocks(), fused=False))
+    assert apart["memory"] - got["memory"] == L * D * 2 + L * 128 * 2
+    with_momentum = bce_step_bytes(128, L, D, states=1)
     assert (
         with_momentum["memory"] - got["memory"]
         == with_momentum["cache"] - got["cache"]
-        == 2 * 2_800_000 * 768 * 2
+        == 2 * L * D * 2
     )
+
+
+@pytest.mark.parametrize("batch", [13, 18], ids=["one block of samples", "two"])
+@pytest.mark.parametrize("variant", ["fp16 bias decoupled", "bf16 adamw"])
+def test_descriptors_give_the_same_bits(
+    variant: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What sm_90 computes by TMA descriptors, in one kernel for one block of samples, is what older
+    cards compute by pointers.
+    """
+    dtype, states, hyper, options = VARIANTS[variant]
+    step = random_step(
+        batch, *ALIGNED[1:], dtype, states=states, hyper=hyper, share=0.05, **options
+    ).replace(rows=70)
+    plain = run(step)
+    monkeypatch.setattr(bce_plan, "card_has_tma", lambda device: True)
+    assert_same_bits(run(step), plain)
+
+
+@pytest.mark.parametrize("skips", [False, True], ids=["", "skips"])
+def test_a_step_is_few_launches(skips: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2.8M labels, 128 samples, 768 columns in bf16: nothing is computed, launches are counted."""
+    launches: list[str] = []
+
+    def launch(self: Any, *args: Any, **options: Any) -> None:
+        launches.append(self.fn.__name__)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+    monkeypatch.setattr(bce_plan, "card_has_tma", lambda device: True)
+    b, n, d = 128, 2_812_281, 768
+    table = torch.zeros(1, d, dtype=BF16).expand(n, d)
+    options: dict[str, Any] = {"need_loss": True}
+    if skips:
+        options |= {"skip_below": 1e-9, "skipped": torch.zeros(2, dtype=torch.int64)}
+    none = torch.empty(0, dtype=torch.int64)
+    steer = (make_hyper(0.1), make_counter())
+    bce_step_(table, torch.zeros(b, d), none, none.int(), *steer, **options)
+    assert len(launches) <= 16, launches
+    assert {"score_tiles", "step_tiles", "sum_dx", "sum_loss"} <= {*launches}
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn], ids=name_of)
+def test_scratch_is_bounded_at_every_shape(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """256 MB beyond the table and the results, skips, loss and bias included."""
+    taken: list[int] = []
+    kind = BF16 if dtype == torch.float8_e4m3fn else dtype
+
+    def empty(shape: Any, *, dtype: torch.dtype, **_: Any) -> torch.Tensor:
+        taken.append(math.prod(shape) * dtype.itemsize)
+        return torch.zeros(1, dtype=dtype).expand(shape)
+
+    for b in (1, 16, 17, 64, 128, 129, 500, 512, 2048, 4096):
+        for d in (1, 64, 384, 768, 1024, 4096):
+            p = make_plan(b, d, dtype)
+            assert p.chunk % p.block_l == p.block_l % p.block_r == 0 and p.chunk <= CHUNK
+            for n in (1, 4000, 2_800_000, 100_000_000):
+                taken.clear()
+                tiles = Tiles.__new__(Tiles)
+                tiles.batch, tiles.width, tiles.rows, tiles.kind = b, d, n, kind
+                tiles.plan = p.with_rows(n)
+                tiles.pitch, tiles.positives, tiles.tma = p.pitch(b), (None,) * 3, False
+                tiles.groups = object()
+                tiles.empty = lambda *shape, dtype=F32: empty(shape, dtype=dtype)
+                tiles.buffers(gradient=True, dx=True, column_sum=True, loss=True)
+                if tiles.partial.shape[0] == 1:
+                    taken.remove(b * d * 4)  # it becomes the result
+                copy = b * d * kind.itemsize
+                starts, groups = 8 * (n // p.block_l + 2), 2 * 4 * (p.chunk // GROUP + 1)
+                assert sum(taken) + copy + starts + groups <= 256_000_000, (b, d, n)
+                # A chunk is no smaller than it need be.
+                assert p.with_rows(n).chunk >= min(n, CHUNK) or max(taken) > 160_000_000

@@ -20,13 +20,13 @@ from common import (
 from counting import counted
 from skips import GROUP, clear_step, exact_step, groups_of
 from tiny import step_op
-from xmlkernels.triton import skip
-from xmlkernels.triton.bce_tile import Plan, make_plan
+from xmlkernels.triton import bce_plan
+from xmlkernels.triton.bce_plan import Plan, make_plan
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# Two groups a tile, two blocks a group; (B, L, D): two blocks of samples, two tiles, two blocks of
+# Two groups a chunk, two tiles a group; (B, L, D): two blocks of samples, two chunks, two blocks of
 # columns, all ragged.
-PLAN = Plan(tile=2 * GROUP, block_b=16, block_l=64, block_d=16, step=32, segments=3)
+PLAN = Plan(chunk=2 * GROUP, block_b=16, block_l=GROUP, block_r=64, block_d=16, step=32, splits=3)
 SHAPE = (18, 3 * GROUP + 40, 20)
 SGD = make_hyper(0.05, 0.0, 0.9, 0.0, 0.0, 0.5, 2.0)
 DECAY = make_hyper(0.05, 0.1, 0.9, 0.0, 0.0, 0.5, 2.0)
@@ -139,17 +139,35 @@ def test_skipped_rows_are_read_once(decay: float, monkeypatch: pytest.MonkeyPatc
     of_b, of_d = math.ceil(b / PLAN.block_b), math.ceil(d / PLAN.block_d)
     busy = n - skipped
     again = busy if decay == 0 else n
+    pitch, groups = of_b * PLAN.block_b, math.ceil(n / GROUP)
+    busy_groups = groups - int(t["skipped"][0])
     assert traffic.loads["weight"] == (of_b * n + of_b * busy + again) * d
     assert traffic.stores["weight"] == again * d
-    assert traffic.loads["gradient"] == 2 * of_d * b * busy and traffic.stores["gradient"] == b * n
+    # The gradient has no edges: whole groups of rows and blocks of samples.
+    assert traffic.loads["gradient"] == 2 * of_d * pitch * busy_groups * GROUP
+    assert traffic.stores["gradient"] == pitch * groups * GROUP
+
+
+@pytest.mark.parametrize("batch", [13, 18], ids=["one block of samples", "two"])
+def test_descriptors_give_the_same_bits(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one kernel for one block of samples: busy groups first, then what decay does to others."""
+    n = SHAPE[1]
+    for dtype, more in ((BF16, {}), (F16, {"momentum": torch.ones(n, 24) / 8})):
+        step = exact_step(batch, n, 24, dtype, hyper=DECAY).replace(bias=torch.zeros(n), **more)
+        with monkeypatch.context() as patch:
+            plain = run(step)
+            patch.setattr(bce_plan, "card_has_tma", lambda device: True)
+            got = run(step)
+        assert_same_bits(got, plain)
+        assert got["skipped"].tolist() == [3, 4]
 
 
 def test_the_blocks_fit_the_groups() -> None:
     for dtype in (*DTYPES, torch.float8_e4m3fn):
         for batch, width in ((1, 1), (64, 384), (512, 768), (4096, 1024)):
-            p = make_plan(batch, width, dtype).with_tile(1000, skip.GROUP)
-            assert skip.GROUP % p.block_l == skip.GROUP % p.step == p.tile % skip.GROUP == 0
-    assert skip.GROUP == GROUP
+            p = make_plan(batch, width, dtype).with_rows(1000)
+            assert p.block_l == GROUP and GROUP % p.block_r == p.chunk % GROUP == 0
+    assert bce_plan.GROUP == GROUP
 
 
 def test_a_group_with_a_nan_in_the_table_is_not_skipped() -> None:

@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from common import Step
+from xmlkernels.triton.bce_plan import Plan
 from xmlkernels.triton.bce_step import bce_step_
-from xmlkernels.triton.bce_tile import Plan
 
-PLAN = Plan(tile=64, block_b=16, block_l=32, block_d=16, step=16, segments=2)
-# (B, L, D): two blocks of samples, two tiles of three blocks of labels, two blocks of columns, all
+PLAN = Plan(chunk=64, block_b=16, block_l=32, block_r=32, block_d=16, step=16, splits=2)
+# (B, L, D): two blocks of samples, two chunks of three blocks of labels, two blocks of columns, all
 # ragged.
 SHAPE = (18, 75, 20)
 

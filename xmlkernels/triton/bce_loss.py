@@ -1,11 +1,11 @@
-"""`bce_loss` on the GPU, and its backward: the tiles of `bce_step_` without the update."""
+"""`bce_loss` on the GPU, and its backward: the passes of `bce_step_` without the update."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from xmlkernels.triton import common
-from xmlkernels.triton.bce_tile import Plan, Tiles, bias_gradient, row_gradient
+from xmlkernels.triton.bce_plan import Plan, update_options
+from xmlkernels.triton.bce_tile import Tiles, bias_gradient, row_gradient
 
 
 @triton.jit
@@ -20,43 +20,43 @@ def store_gradient(
     batch,
     rows,
     first,
-    tile,
+    chunk,
     D,
     b_blocks,
     G_SCALE: tl.constexpr,
-    BLOCK_L: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STEP: tl.constexpr,
+    TMA: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """Store dweight = Gᵀ x and dbias of a block of rows and columns.
+    """Store dweight = G x and dbias of a tile of rows and columns.
 
     NaN where the batch is not finite.
     """
     d_blocks = tl.cdiv(D, BLOCK_D)
-    d_block = tl.program_id(0) % d_blocks
-    l_block = tl.program_id(0) // d_blocks
-    begin = tl.cast(first, tl.int64) + l_block * BLOCK_L
-    lane = tl.arange(0, BLOCK_L)
-    local = l_block * BLOCK_L + lane
-    column = d_block * BLOCK_D + tl.arange(0, BLOCK_D)
+    column = (tl.program_id(0) % d_blocks) * BLOCK_D
+    local = (tl.program_id(0) // d_blocks) * BLOCK_R
+    begin = tl.cast(first, tl.int64) + local
+    lane, c = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     real, good = begin + lane < rows, tl.load(flag) == 0
     if dbias is not None:
-        mask = real & (d_block == 0)
-        total = bias_gradient(column_sum, local, mask, tile, b_blocks, BLOCK_L)
+        mask = real & (column == 0)
+        total = bias_gradient(column_sum, local + lane, mask, chunk, b_blocks, BLOCK_R)
         tl.store(dbias + begin + lane, tl.where(good, total, float("nan")), mask=mask)
     if dweight is not None:
         grad = row_gradient(
-            x, gradient, local, column, real, batch, tile, D, BLOCK_L, BLOCK_D, STEP, EMULATED
+            x, gradient, local, column, batch, D, BLOCK_B, BLOCK_R, BLOCK_D, STEP, TMA, EMULATED
         )
-        at = dweight + begin * D + (lane[:, None] * D + column[None, :])
+        at = dweight + (begin * D + column) + (lane[:, None] * D + c[None, :])
         grad *= 1.0 / G_SCALE
         if row_scale is not None:
             unit = tl.load(row_scale + 2 * (begin + lane), mask=real, other=1.0)
             # Taken into G for the sake of dX.
-            grad *= tl.div_rn(tl.full([BLOCK_L], 1.0, tl.float32), unit)[:, None]
+            grad *= tl.div_rn(tl.full([BLOCK_R], 1.0, tl.float32), unit)[:, None]
         value = tl.where(good, grad, float("nan"))
-        tl.store(at, value, mask=real[:, None] & (column < D)[None, :])
+        tl.store(at, value, mask=real[:, None] & (column + c < D)[None, :])
 
 
 def bce_loss(
@@ -110,9 +110,10 @@ def bce_loss_backward(
         tiles.make_gradient(first)
         tiles.add_dx(first)
         if need_dweight or need_dbias:
-            store_gradient[(tiles.tile_blocks(first) * tiles.d_blocks,)](
-                tiles.x,
-                tiles.gradient,
+            step = min(p.step, p.block_b)
+            store_gradient[(tiles.tiles_of(first, p.block_r) * tiles.d_blocks,)](
+                tiles.box(tiles.x, tiles.batch, step, p.block_d),
+                tiles.box(tiles.gradient, p.chunk, p.block_r, step),
                 tiles.column_sum,
                 row_scale,
                 dweight,
@@ -121,17 +122,17 @@ def bce_loss_backward(
                 tiles.batch,
                 tiles.rows,
                 first,
-                p.tile,
+                p.chunk,
                 tiles.width,
-                tiles.b_blocks,
+                tiles.score_blocks,
                 tiles.g_scale,
-                p.block_l,
+                p.block_b,
+                p.block_r,
                 p.block_d,
                 p.step,
+                tiles.tma,
                 tiles.emulated,
-                num_warps=p.warps,
-                num_stages=p.stages,
-                **common.LAUNCH,
+                **update_options(tiles.tma),
             )
     dx = tiles.dx_result(None)
     return (

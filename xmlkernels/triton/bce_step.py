@@ -1,7 +1,8 @@
-"""`bce_step_` on the GPU: three products per tile of labels, the last one updates the rows.
+"""`bce_step_` on the GPU: two passes over a chunk of labels.
 
-A row of the table comes from memory once (for the logits) and goes back once (after its update);
-the dX product between them reads it, as it was before the step, from L2.
+The first keeps the gradient of the logits. The second forms dX += Gᵀ W and the rows' gradient G x,
+and updates the rows: in one kernel that reads each row once more and keeps dX in registers (TMA
+descriptors, one block of samples), else in two.
 """
 
 import triton
@@ -9,10 +10,96 @@ import triton.language as tl
 from torch import Tensor
 
 from xmlkernels.triton import common
-from xmlkernels.triton.bce_tile import Plan, Tiles, bias_gradient, row_gradient
+from xmlkernels.triton.bce_plan import GROUP, Plan, step_options, update_options
+from xmlkernels.triton.bce_tile import (
+    Tiles,
+    bias_gradient,
+    busy_tiles,
+    load_tile,
+    partial_at,
+    place_of,
+    row_gradient,
+)
 from xmlkernels.triton.hyper import DECAY, LR, SCALE
-from xmlkernels.triton.skip import GROUP
 from xmlkernels.triton.update import bias_corrections, update_tile
+
+
+@triton.jit
+def apply_gradient(
+    grad,
+    loaded,
+    trained,
+    weight,
+    column_sum,
+    bias,
+    momentum,
+    second,
+    kahan,
+    row_scale,
+    hyper,
+    counter,
+    correction,
+    rows,
+    first,
+    local,
+    chunk,
+    D,
+    row_offset,
+    b_blocks,
+    column,
+    G_SCALE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    TMA: tl.constexpr,
+    EMULATED: tl.constexpr,
+    UNROLL: tl.constexpr = False,
+):
+    """Update some rows and columns from G x, and the rows' biases where trained is true.
+
+    loaded: the weights as they were read.
+    """
+    begin = tl.cast(first, tl.int64) + local
+    lane, c = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    real = begin + lane < rows
+    scale = tl.load(hyper + SCALE)
+    if bias is not None:
+        mask = real & trained & (column == 0)
+        step = tl.load(hyper + LR) * (
+            scale * bias_gradient(column_sum, local + lane, mask, chunk, b_blocks, BLOCK_R, UNROLL)
+        )
+        value = tl.load(bias + begin + lane, mask=mask, other=0.0) - step
+        tl.store(bias + begin + lane, common.round_nearest(value, tl.float32, EMULATED), mask=mask)
+    grad *= (1.0 / G_SCALE) * scale
+    if row_scale is not None:
+        scale_at = row_scale + 2 * (begin + lane)
+        unit = tl.load(scale_at, mask=real, other=1.0)
+        # Taken into G for the sake of dX.
+        grad *= tl.div_rn(tl.full([BLOCK_R], 1.0, tl.float32), unit)[:, None]
+    else:
+        scale_at = None
+    base = begin * D + column
+    update_tile(
+        weight if TMA else weight + base,
+        momentum if momentum is None else momentum + base,
+        second if second is None else second + base,
+        kahan if kahan is None else kahan + base,
+        scale_at,
+        hyper,
+        counter,
+        correction,
+        lane[:, None] * D + c[None, :],
+        real[:, None] & (column + c < D)[None, :],
+        real,
+        grad,
+        row_offset + begin + lane,
+        column,
+        BLOCK_D,
+        DECOUPLED,
+        EMULATED,
+        loaded=loaded,
+        place=begin.to(tl.int32) if TMA else None,
+    )
 
 
 @triton.jit
@@ -34,85 +121,198 @@ def update_rows(
     batch,
     rows,
     first,
-    tile,
+    chunk,
     D,
     row_offset,
     b_blocks,
     G_SCALE: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK_L: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STEP: tl.constexpr,
     DECOUPLED: tl.constexpr,
+    TMA: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """Form the gradient Gᵀ x of a block of rows and columns, and update them in place.
+    """Form the gradient G x of a tile of rows and columns, and update them in place.
 
-    Nothing is written if flag is set. quiet: None, or int32 [groups of the tile], 1 where the
+    Nothing is written if flag is set. quiet: None, or int32 [groups of the chunk], 1 where the
     gradient is left out.
     """
     d_blocks = tl.cdiv(D, BLOCK_D)
-    d_block = tl.program_id(0) % d_blocks
-    l_block = tl.program_id(0) // d_blocks
-    good = tl.load(flag) == 0
-    if quiet is not None:
-        idle = tl.load(quiet + l_block * BLOCK_L // GROUP) != 0
-        if momentum is None and kahan is None:
-            still = idle & (tl.load(hyper + DECAY) == 0.0)  # nothing would change
-            if weight.dtype.element_ty == tl.float32:
-                # A way out would cost a place on the stack here, and there is nothing to round.
-                good = good & (still == 0)
-            elif still:
-                return
-    begin = tl.cast(first, tl.int64) + l_block * BLOCK_L
-    lane = tl.arange(0, BLOCK_L)
-    local = l_block * BLOCK_L + lane
-    column = d_block * BLOCK_D + tl.arange(0, BLOCK_D)
-    real = begin + lane < rows
-    trained = good
-    if quiet is not None:
-        batch = tl.where(idle, 0, batch)
-        trained = good & (idle == 0)
-    grad = row_gradient(
-        x, gradient, local, column, real, batch, tile, D, BLOCK_L, BLOCK_D, STEP, EMULATED
+    column, local = (
+        (tl.program_id(0) % d_blocks) * BLOCK_D,
+        (tl.program_id(0) // d_blocks) * BLOCK_R,
     )
-    scale = tl.load(hyper + SCALE)
-    if bias is not None:
-        mask = real & trained & (d_block == 0)
-        step = tl.load(hyper + LR) * (
-            scale * bias_gradient(column_sum, local, mask, tile, b_blocks, BLOCK_L)
-        )
-        value = tl.load(bias + begin + lane, mask=mask, other=0.0) - step
-        tl.store(bias + begin + lane, common.round_nearest(value, tl.float32, EMULATED), mask=mask)
-    grad *= (1.0 / G_SCALE) * scale
-    if row_scale is not None:
-        scale_at = row_scale + 2 * (begin + lane)
-        unit = tl.load(scale_at, mask=real, other=1.0)
-        # Taken into G for the sake of dX.
-        grad *= tl.div_rn(tl.full([BLOCK_L], 1.0, tl.float32), unit)[:, None]
-    else:
-        scale_at = None
-    base = begin * D
-    mask = real[:, None] & (column < D)[None, :] & good
-    update_tile(
-        weight + base,
-        momentum if momentum is None else momentum + base,
-        second if second is None else second + base,
-        kahan if kahan is None else kahan + base,
-        scale_at,
+    if tl.load(flag) != 0:
+        return
+    trained = True
+    if quiet is not None:
+        idle = tl.load(quiet + local // GROUP) != 0
+        if momentum is None and kahan is None and tl.load(hyper + DECAY) == 0.0 and idle:
+            return  # nothing would change
+        batch = tl.where(idle, 0, batch)
+        trained = idle == 0
+    grad = row_gradient(
+        x, gradient, local, column, batch, D, BLOCK_B, BLOCK_R, BLOCK_D, STEP, TMA, EMULATED
+    )
+    begin = tl.cast(first, tl.int64) + local
+    loaded = load_tile(weight, begin, column, rows, D, D, BLOCK_R, BLOCK_D, TMA)
+    apply_gradient(
+        grad,
+        loaded,
+        trained,
+        weight,
+        column_sum,
+        bias,
+        momentum,
+        second,
+        kahan,
+        row_scale,
         hyper,
         counter,
         correction,
-        lane[:, None] * D + column[None, :],
-        mask,
-        real & good,
-        grad,
-        row_offset + begin + lane,
-        d_block * BLOCK_D,
+        rows,
+        first,
+        local,
+        chunk,
+        D,
+        row_offset,
+        b_blocks,
+        column,
+        G_SCALE,
+        BLOCK_R,
         BLOCK_D,
         DECOUPLED,
+        TMA,
         EMULATED,
     )
+
+
+@triton.jit
+def step_tiles(
+    x,
+    gradient,
+    partial,
+    column_sum,
+    weight,
+    bias,
+    momentum,
+    second,
+    kahan,
+    row_scale,
+    hyper,
+    counter,
+    correction,
+    flag,
+    order,
+    batch,
+    rows,
+    first,
+    chunk,
+    D,
+    row_offset,
+    B_BLOCKS: tl.constexpr,
+    G_SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """Add Gᵀ W and update the rows from G x, for some columns and every n-th tile of a chunk.
+
+    The samples are one block. x, gradient and weight are descriptors. partial fp32 [splits, batch,
+    D]. Nothing but it is written if flag is set. order: None, or the groups of `choose_groups`;
+    those that are skipped keep their weights, but for what decay and momentum do to them.
+    """
+    d_blocks = tl.cdiv(D, BLOCK_D)
+    split, splits = tl.program_id(0) // d_blocks, tl.num_programs(0) // d_blocks
+    column = (tl.program_id(0) % d_blocks) * BLOCK_D
+    if tl.load(flag) != 0:
+        return
+    at, inside = partial_at(partial, split, 0, column, batch, D, BLOCK_B, BLOCK_D)
+    total = tl.load(at, mask=inside & (first > 0), other=0.0)
+    samples = x.load([0, column])
+    tiles = busy_tiles(order, rows, first, chunk, GROUP, BLOCK_R)
+    for i in range(split, tiles, splits):
+        local = place_of(order, i, GROUP, BLOCK_R)
+        left = gradient.load([local, 0])
+        loaded = weight.load([first + local, column])
+        right = common.operand(loaded, left.dtype, EMULATED)
+        total = common.dot(left.T, right, total, EMULATED)
+        grad = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
+        grad = common.dot(left, samples, grad, EMULATED)
+        apply_gradient(
+            grad,
+            loaded,
+            True,
+            weight,
+            column_sum,
+            bias,
+            momentum,
+            second,
+            kahan,
+            row_scale,
+            hyper,
+            counter,
+            correction,
+            rows,
+            first,
+            local,
+            chunk,
+            D,
+            row_offset,
+            B_BLOCKS,
+            column,
+            G_SCALE,
+            BLOCK_R,
+            BLOCK_D,
+            DECOUPLED,
+            True,
+            EMULATED,
+            True,
+        )
+    tl.store(at, total, mask=inside)
+    if order is not None:
+        all_tiles = tl.cdiv(tl.minimum(chunk, rows - first), GROUP).to(tl.int32)
+        all_tiles *= GROUP // BLOCK_R
+        if momentum is None and kahan is None and tl.load(hyper + DECAY) == 0.0:
+            all_tiles = tiles  # nothing would change
+        for i in range(tiles + split, all_tiles, splits):
+            local = place_of(order, i, GROUP, BLOCK_R)
+            loaded = weight.load([first + local, column])
+            apply_gradient(
+                tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32),
+                loaded,
+                False,
+                weight,
+                column_sum,
+                None,
+                momentum,
+                second,
+                kahan,
+                row_scale,
+                hyper,
+                counter,
+                correction,
+                rows,
+                first,
+                local,
+                chunk,
+                D,
+                row_offset,
+                B_BLOCKS,
+                column,
+                G_SCALE,
+                BLOCK_R,
+                BLOCK_D,
+                DECOUPLED,
+                True,
+                EMULATED,
+            )
 
 
 def bce_step_(
@@ -138,49 +338,62 @@ def bce_step_(
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `xmlkernels.ops.bce_step_`. plan: other block sizes than `make_plan` chooses."""
-    tiles = Tiles(
-        x, weight, bias, pos_row, pos_sample, pos_value, row_scale, rows, plan, skips=skip_below > 0
-    )
+    tiles = Tiles(x, weight, bias, pos_row, pos_sample, pos_value, row_scale, rows, plan)
     if skip_below > 0:
         tiles.skip(hyper, skip_below, skipped)
     tiles.buffers(gradient=True, dx=True, column_sum=bias is not None, loss=need_loss)
+    p, groups = tiles.plan, tiles.groups
+    state = (bias, momentum, second, kahan, row_scale, hyper, counter)
     correction = bias_corrections(hyper, counter) if second is not None else None
-    p = tiles.plan
+    # An e4m3 table's states would take more registers than there are.
+    fused = tiles.tma and tiles.b_blocks == 1 and (row_scale is None or momentum is None)
     for first in tiles:
         tiles.make_gradient(first)
-        tiles.add_dx(first)
-        update_rows[(tiles.tile_blocks(first) * tiles.d_blocks,)](
-            tiles.x,
-            tiles.gradient,
-            tiles.column_sum,
-            tiles.weight,
-            bias,
-            momentum,
-            second,
-            kahan,
-            row_scale,
-            hyper,
-            counter,
-            correction,
-            tiles.flag,
-            None if tiles.groups is None else tiles.groups.quiet,
-            tiles.batch,
-            tiles.rows,
-            first,
-            p.tile,
-            tiles.width,
-            row_offset,
-            tiles.b_blocks,
-            tiles.g_scale,
-            GROUP,
-            p.block_l,
-            p.block_d,
-            p.step,
-            decoupled,
-            tiles.emulated,
-            num_warps=p.warps,
-            num_stages=p.stages,
-            **common.LAUNCH,
-        )
+        if not fused:
+            tiles.add_dx(first)
+        sizes = (tiles.batch, tiles.rows, first, p.chunk, tiles.width, row_offset)
+        numbers = (tiles.score_blocks, tiles.g_scale, GROUP, p.block_b, p.block_r, p.block_d)
+        gradient = tiles.gradient
+        if fused:
+            step_tiles[(tiles.d_blocks * p.splits,)](
+                tiles.box(tiles.x, tiles.batch, p.block_b, p.block_d),
+                tiles.box(gradient, p.chunk, p.block_r, p.block_b),
+                tiles.partial,
+                tiles.column_sum,
+                tiles.box(tiles.weight, tiles.rows, p.block_r, p.block_d),
+                *state,
+                correction,
+                tiles.flag,
+                None if groups is None else groups.order,
+                *sizes,
+                *numbers,
+                decoupled,
+                tiles.emulated,
+                **step_options(
+                    plain=row_scale is None
+                    and momentum is None
+                    and kahan is None
+                    and groups is None
+                ),
+            )
+        else:
+            step = min(p.step, p.block_b)
+            update_rows[(tiles.tiles_of(first, p.block_r) * tiles.d_blocks,)](
+                tiles.box(tiles.x, tiles.batch, step, p.block_d),
+                tiles.box(gradient, p.chunk, p.block_r, step),
+                tiles.column_sum,
+                tiles.box(tiles.weight, tiles.rows, p.block_r, p.block_d),
+                *state,
+                correction,
+                tiles.flag,
+                None if groups is None else groups.quiet,
+                *sizes,
+                *numbers,
+                p.step,
+                decoupled,
+                tiles.tma,
+                tiles.emulated,
+                **update_options(tiles.tma),
+            )
     dx = tiles.dx_result(hyper)
     return dx, tiles.loss_result(hyper) if need_loss else dx.new_empty(0)

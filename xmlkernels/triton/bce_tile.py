@@ -1,72 +1,72 @@
-"""What the full-label ops share: one tile of labels from logits to gradient, and its share of dX.
+"""What the full-label ops share: a chunk of labels from logits to gradient, and its share of dX.
 
-A tile is 8 to 16 thousand labels whose rows and gradient stay in a card's L2 between three
-products. Its gradient is stored unscaled in the table's format: sigma - y is formed in fp32 first,
-so that a fitted positive is not rounded to 0.
+The gradient of a chunk is stored unscaled in the table's format, one row per label: sigma - y is
+formed in fp32 first, so that a fitted positive is not rounded to 0. Labels are never the contiguous
+axis of a matrix, so that all accesses are wide for any number of them.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from xmlkernels.triton import common
+from xmlkernels.triton.bce_plan import (
+    GROUP,
+    Plan,
+    dx_options,
+    make_plan,
+    score_options,
+    serve_descriptors,
+)
 from xmlkernels.triton.hyper import DX_SCALE, SCALE
-from xmlkernels.triton.positives import find_starts, targets
-from xmlkernels.triton.skip import GROUP, Groups
+from xmlkernels.triton.positives import find_starts, target
+from xmlkernels.triton.skip import Groups
 
-TILE_BYTES = 32 << 20  # rows and gradient of a tile together, of the 40 to 50 MB of L2
-PROGRAMS = 128  # programs of the dX product; a constant, so that bits do not depend on the card
 # fp16 has no small numbers: what it stores of sigma - y is 2^8 times as large, and saturates at |y|
 # = 255.
 GRADIENT_SCALE = {torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 256.0}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Block sizes, powers of two >= 16.
+@triton.jit
+def load_tile(
+    source,
+    row,
+    column,
+    rows,
+    columns,
+    pitch,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Load [ROWS, COLUMNS] of a matrix from (row, column) on; zeros beyond its edges.
 
-    The last place of dX depends on them, and that of rows through fp32 sums over D and B.
+    source: a pointer, or with TMA a descriptor with that box and the same edges. An edge that is
+    None is never passed.
     """
-
-    tile: int  # labels of a tile, a multiple of block_l
-    block_b: int
-    block_l: int
-    block_d: int
-    step: int  # how far one product of the tensor cores reaches along the summed dimension
-    segments: int  # parts of a tile whose shares of dX are kept apart
-    warps: int = 8
-    stages: int = 3
-
-    def with_tile(self, rows: int, unit: int) -> "Plan":
-        """Return the same plan for a table smaller than a tile, which is a multiple of unit."""
-        return replace(self, tile=min(self.tile, triton.cdiv(max(rows, 1), unit) * unit))
-
-
-def make_plan(batch: int, width: int, dtype: torch.dtype) -> Plan:
-    """Return block sizes for a table of a format.
-
-    All fit the 99 KB of shared memory that the smallest cards have.
-    """
-    # 128 x 64 logits: with 128 x 128, logits and targets together do not fit the registers of eight
-    # warps.
-    wide = dtype == torch.float32
-    # e4m3 is converted in registers: shorter steps.
-    side = 64 if wide else 128
-    step = 64 if dtype.itemsize == 2 else 32
-    block_b, block_d = common.power_of_2(batch, 16, side), common.power_of_2(width, 16, side)
-    row_bytes = width * dtype.itemsize + batch * (4 if wide else 2)
-    tile = 1 << max(10, min(16, (TILE_BYTES // row_bytes).bit_length() - 1))
-    blocks = triton.cdiv(max(batch, 1), block_b) * triton.cdiv(width, block_d)
-    segments = max(1, min(PROGRAMS // blocks, tile // (2 * step)))
-    return Plan(tile, block_b, 64, block_d, step, segments, stages=2 if wide else 3)
+    if TMA:
+        out = source.load([row.to(tl.int32), column])
+    else:
+        r, c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+        # A 64-bit base and 32-bit offsets: offsets are kept per element, and registers are few.
+        at = source + (row.to(tl.int64) * pitch + column) + (r[:, None] * pitch + c[None, :])
+        if rows is not None and columns is not None:
+            mask = (row + r < rows)[:, None] & (column + c < columns)[None, :]
+            out = tl.load(at, mask=mask, other=0)
+        elif rows is not None:
+            out = tl.load(at, mask=(row + r < rows)[:, None], other=0)
+        else:
+            out = tl.load(at)
+    return out
 
 
 @triton.jit
-def gradient_tile(
+def score_tiles(
     x,
     weight,
     bias,
@@ -82,84 +82,76 @@ def gradient_tile(
     batch,
     rows,
     first,
-    tile,
+    chunk,
+    pitch,
     D,
     G_SCALE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_L: tl.constexpr,
     STEP: tl.constexpr,
+    TMA: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """sigma(x W^T + bias) - y for a tile of labels; what is None is not asked for.
+    """sigma(W xᵀ + bias) - y for a chunk of labels; what is None is not asked for.
 
-    gradient [batch, tile]; of an e4m3 table it holds the rows' scales too, so that dX needs none.
-    column_sum fp32 [b-blocks, tile], sums over the samples of a block; loss fp32 [b-blocks,
-    l-blocks of the table], sums over a block; peaks fp32 [b-blocks, l-blocks of a tile], largest
-    sigmas.
+    Each program takes every n-th tile of labels and samples; tiles are independent. gradient
+    [chunk, pitch], zeros beyond samples and rows; of an e4m3 table it
+    holds the rows' scales too, so that dX needs none. column_sum fp32 [b-blocks, chunk], sums over
+    the samples of a block; loss fp32 [b-blocks, l-blocks of a chunk], sums over a tile and the
+    chunks; peaks fp32 [b-blocks, l-blocks of a chunk], largest sigmas.
     """
-    b_blocks = tl.cdiv(batch, BLOCK_B)
-    b_block = tl.program_id(0) % b_blocks  # neighbours in time share the rows
-    l_block = tl.program_id(0) // b_blocks
-    begin = tl.cast(first, tl.int64) + l_block * BLOCK_L
-    sample = b_block * BLOCK_B + tl.arange(0, BLOCK_B)
+    b_blocks, l_blocks = tl.cdiv(batch, BLOCK_B), tl.cdiv(tl.minimum(chunk, rows - first), BLOCK_L)
+    blocks = chunk // BLOCK_L
     lane = tl.arange(0, BLOCK_L)
-    real, k = begin + lane < rows, tl.arange(0, STEP)
-    # 64-bit bases, 32-bit offsets within a block: offsets are kept per element, and registers are
-    # few.
-    x_at = (
-        x
-        + tl.cast(b_block * BLOCK_B, tl.int64) * D
-        + (tl.arange(0, BLOCK_B)[:, None] * D + k[None, :])
-    )
-    w_at = weight + begin * D + (lane[None, :] * D + k[:, None])
-    z = tl.zeros([BLOCK_B, BLOCK_L], dtype=tl.float32)
-    for d in range(0, D, STEP):
-        left = tl.load(x_at + d, mask=(sample < batch)[:, None] & (d + k < D)[None, :], other=0.0)
-        right = tl.load(w_at + d, mask=real[None, :] & (d + k < D)[:, None], other=0)
-        z = common.dot(left, common.operand(right, x.dtype.element_ty, EMULATED), z, EMULATED)
-    if row_scale is not None:
-        unit = tl.load(row_scale + 2 * (begin + lane), mask=real, other=1.0)
-        z *= unit[None, :]
-    if bias is not None:
-        z += tl.load(bias + begin + lane, mask=real, other=0.0)[None, :]
-    block = begin // BLOCK_L
-    y = targets(
-        pos_row,
-        pos_sample,
-        pos_value,
-        tl.load(starts + block),
-        tl.load(starts + block + 1),
-        begin,
-        b_block * BLOCK_B,
-        BLOCK_B,
-        BLOCK_L,
-        x.dtype.element_ty,
-        EMULATED,
-    )
-    inside = (sample < batch)[:, None] & real[None, :]
-    sigma, tail = common.sigmoid_and_tail(z)
-    if loss is not None:
-        part = tl.where(inside, common.softplus(z, tail) - y * z, 0.0)
-        at = b_block.to(tl.int64) * tl.cdiv(rows, BLOCK_L) + block
-        tl.store(loss + at, tl.sum(tl.sum(part, 1), 0))
-    if peaks is not None:
-        # A maximum would lose a NaN, and its group be skipped.
-        told = tl.where(sigma == sigma, sigma, float("inf"))
-        peak = tl.max(tl.max(tl.where(inside, told, 0.0), 1), 0)
-        tl.store(peaks + b_block * (tile // BLOCK_L) + l_block, peak)
-    g = tl.where(inside, sigma - y, 0.0)
-    if column_sum is not None:
-        tl.store(column_sum + b_block * tile + l_block * BLOCK_L + lane, tl.sum(g, 0), mask=real)
-    if gradient is not None:
+    for tile in tl.range(tl.program_id(0), l_blocks * b_blocks, tl.num_programs(0), flatten=TMA):
+        b_block, l_block = tile % b_blocks, tile // b_blocks  # neighbours in time share the rows
+        begin = tl.cast(first, tl.int64) + l_block * BLOCK_L
+        z = tl.zeros([BLOCK_L, BLOCK_B], dtype=tl.float32)
+        for d in range(0, D, STEP):
+            left = load_tile(weight, begin, d, rows, D, D, BLOCK_L, STEP, TMA)
+            right = load_tile(x, b_block * BLOCK_B, d, batch, D, D, BLOCK_B, STEP, TMA)
+            z = common.dot(common.operand(left, right.dtype, EMULATED), right.T, z, EMULATED)
+        sample, real = b_block * BLOCK_B + tl.arange(0, BLOCK_B), begin + lane < rows
         if row_scale is not None:
-            g *= unit[None, :]
-        base = gradient + tl.cast(b_block * BLOCK_B, tl.int64) * tile + l_block * BLOCK_L
-        at = tl.arange(0, BLOCK_B)[:, None] * tile + lane[None, :]
-        tl.store(
-            base + at,
-            common.round_nearest(g * G_SCALE, gradient.dtype.element_ty, EMULATED),
-            mask=inside,
-        )
+            unit = tl.load(row_scale + 2 * (begin + lane), mask=real, other=1.0)
+            z *= unit[:, None]
+        if bias is not None:
+            z += tl.load(bias + begin + lane, mask=real, other=0.0)[:, None]
+        block = begin // BLOCK_L
+        p_begin, p_end = tl.load(starts + block), tl.load(starts + block + 1)
+        inside = real[:, None] & (sample < batch)[None, :]
+        at = b_block * blocks + l_block
+        if loss is not None:
+            part = common.softplus(z, tl.exp(-tl.abs(z)))
+            for p in range(p_begin, p_end):
+                hit, value = target(pos_row, pos_sample, pos_value, p, begin, lane, sample)
+                part = tl.where(hit, part - value * z, part)
+            before = tl.load(loss + at, mask=first > 0, other=0.0)
+            part = tl.where(inside, part, 0.0)
+            tl.store(loss + at, before + tl.sum(tl.sum(part, 1), 0))
+        sigma = 1.0 / (1.0 + tl.exp(-z))
+        if peaks is not None:
+            # A maximum would lose a NaN, and its group be skipped.
+            told = tl.where(sigma == sigma, sigma, float("inf"))
+            tl.store(peaks + at, tl.max(tl.max(tl.where(inside, told, 0.0), 1), 0))
+        g = tl.where(inside, sigma, 0.0)
+        for p in range(p_begin, p_end):
+            hit, value = target(pos_row, pos_sample, pos_value, p, begin, lane, sample)
+            g = tl.where(hit, g - value, g)
+        if column_sum is not None:
+            tl.store(column_sum + b_block * chunk + l_block * BLOCK_L + lane, tl.sum(g, 1))
+        if gradient is not None:
+            if row_scale is not None:
+                g *= unit[:, None]
+            if TMA:
+                stored = common.round_nearest(g * G_SCALE, gradient.dtype, EMULATED)
+                gradient.store([l_block * BLOCK_L, b_block * BLOCK_B], stored)
+            else:
+                base = gradient + (tl.cast(l_block * BLOCK_L, tl.int64) * pitch + b_block * BLOCK_B)
+                tl.store(
+                    base + (lane[:, None] * pitch + tl.arange(0, BLOCK_B)[None, :]),
+                    common.round_nearest(g * G_SCALE, gradient.dtype.element_ty, EMULATED),
+                )
 
 
 @triton.jit
@@ -167,66 +159,67 @@ def add_dx(
     gradient,
     weight,
     partial,
-    active,
+    order,
     batch,
     rows,
     first,
-    tile,
+    chunk,
     D,
-    segment_rows,
     GROUP: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    STEP: tl.constexpr,
+    TMA: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """Add G W over the segment's labels of this tile: partial fp32 [segments, batch, D].
+    """Add Gᵀ W over every n-th tile of the chunk's labels: partial fp32 [splits, batch, D].
 
-    active: None, or the groups of `choose_groups` that are not skipped; then the segments share
-    those evenly.
+    order: None, or the groups of `choose_groups`: those that are skipped are not read.
     """
     b_blocks = tl.cdiv(batch, BLOCK_B)
-    block, segment = tl.program_id(0), tl.program_id(1)
-    sample = (block % b_blocks) * BLOCK_B + tl.arange(0, BLOCK_B)
-    column = (block // b_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
-    k = tl.arange(0, STEP)
-    if active is not None:
-        groups = tl.load(active)
-        per = tl.cdiv(groups, tl.num_programs(1))
-        begin = tl.minimum(segment * per, groups) * GROUP
-        end = tl.minimum((segment + 1) * per, groups) * GROUP
-        last = tl.minimum(tile, rows - first).to(tl.int32)
-    else:
-        begin = segment * segment_rows
-        end = tl.minimum(tl.minimum(begin + segment_rows, tile), rows - first).to(tl.int32)
-        last = end
-    sample_block, lane = (block % b_blocks) * BLOCK_B, tl.arange(0, BLOCK_B)
-    g_at = gradient + tl.cast(sample_block, tl.int64) * tile + (lane[:, None] * tile + k[None, :])
-    w_at = weight + tl.cast(first, tl.int64) * D + (k[:, None] * D + column[None, :])
-    at = (
-        partial
-        + (tl.cast(segment, tl.int64) * batch + sample_block) * D
-        + (lane[:, None] * D + column[None, :])
-    )
-    inside = (sample < batch)[:, None] & (column < D)[None, :]
-    total = tl.load(at, mask=inside, other=0.0)
-    for i in range(begin, end, STEP):
-        if active is not None:
-            r = tl.load(active + 1 + i // GROUP) * GROUP + i % GROUP
-        else:
-            r = i
-        left = tl.load(
-            g_at + r, mask=(sample < batch)[:, None] & (r + k < last)[None, :], other=0.0
+    block, split = tl.program_id(0), tl.program_id(1)
+    b, column = (block % b_blocks) * BLOCK_B, (block // b_blocks) * BLOCK_D
+    at, inside = partial_at(partial, split, b, column, batch, D, BLOCK_B, BLOCK_D)
+    total = tl.load(at, mask=inside & (first > 0), other=0.0)
+    tiles = busy_tiles(order, rows, first, chunk, GROUP, BLOCK_R)
+    for i in range(split, tiles, tl.num_programs(1)):
+        local = place_of(order, i, GROUP, BLOCK_R)
+        left = load_tile(gradient, local, b, None, None, b_blocks * BLOCK_B, BLOCK_R, BLOCK_B, TMA)
+        right = load_tile(
+            weight, tl.cast(first, tl.int64) + local, column, rows, D, D, BLOCK_R, BLOCK_D, TMA
         )
-        right = tl.load(
-            w_at + tl.cast(r, tl.int64) * D,
-            mask=(r + k < last)[:, None] & (column < D)[None, :],
-            other=0,
-        )
-        total = common.dot(
-            left, common.operand(right, gradient.dtype.element_ty, EMULATED), total, EMULATED
-        )
+        total = common.dot(left.T, common.operand(right, left.dtype, EMULATED), total, EMULATED)
     tl.store(at, total, mask=inside)
+
+
+@triton.jit
+def partial_at(partial, split, b, column, batch, D, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return where one split's sum of dX stands, and what of it is inside."""
+    sample, c = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_D)
+    base = partial + ((tl.cast(split, tl.int64) * batch + b) * D + column)
+    at = base + (sample[:, None] * D + c[None, :])
+    return at, (b + sample < batch)[:, None] & (column + c < D)[None, :]
+
+
+@triton.jit
+def busy_tiles(order, rows, first, chunk, GROUP: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Return how many tiles of a chunk have products."""
+    if order is not None:
+        count = tl.load(order) * (GROUP // BLOCK_R)
+    else:
+        count = tl.cdiv(tl.minimum(chunk, rows - first), BLOCK_R).to(tl.int32)
+    return count
+
+
+@triton.jit
+def place_of(order, i, GROUP: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Return where the i-th tile begins within its chunk."""
+    if order is not None:
+        of_group: tl.constexpr = GROUP // BLOCK_R
+        place = tl.load(order + 1 + i // of_group) * GROUP + i % of_group * BLOCK_R
+    else:
+        place = i * BLOCK_R
+    return place
 
 
 @triton.jit
@@ -235,38 +228,41 @@ def row_gradient(
     gradient,
     local,
     column,
-    real,
     batch,
-    tile,
     D,
-    BLOCK_L: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STEP: tl.constexpr,
+    TMA: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """Return Gᵀ x [BLOCK_L, BLOCK_D] for rows `local` of the tile and some columns."""
-    k = tl.arange(0, STEP)
-    g_at = gradient + (local[:, None] + k[None, :] * tile)
-    x_at = x + (k[:, None] * D + column[None, :])
-    grad = tl.zeros([BLOCK_L, BLOCK_D], dtype=tl.float32)
-    for b in range(0, batch, STEP):
-        here = b + k < batch
-        left = tl.load(
-            g_at + tl.cast(b, tl.int64) * tile, mask=real[:, None] & here[None, :], other=0.0
-        )
-        right = tl.load(
-            x_at + tl.cast(b, tl.int64) * D, mask=here[:, None] & (column < D)[None, :], other=0.0
-        )
+    """Return G x [BLOCK_R, BLOCK_D] for a tile of the chunk's rows and some columns."""
+    pitch = tl.cdiv(batch, BLOCK_B) * BLOCK_B
+    step: tl.constexpr = min(STEP, BLOCK_B)
+    grad = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
+    for b in range(0, batch, step):
+        left = load_tile(gradient, local, b, None, None, pitch, BLOCK_R, step, TMA)
+        right = load_tile(x, tl.cast(b, tl.int32), column, batch, D, D, step, BLOCK_D, TMA)
         grad = common.dot(left, right, grad, EMULATED)
     return grad
 
 
 @triton.jit
-def bias_gradient(column_sum, local, mask, tile, b_blocks, BLOCK_L: tl.constexpr):
-    """Column sums of the gradient over the whole batch, in the order of its blocks."""
-    total = tl.zeros([BLOCK_L], dtype=tl.float32)
-    for i in range(0, b_blocks):
-        total += tl.load(column_sum + i * tile + local, mask=mask, other=0.0)
+def bias_gradient(
+    column_sum, local, mask, chunk, b_blocks, BLOCK_R: tl.constexpr, UNROLL: tl.constexpr = False
+):
+    """Column sums of the gradient over the whole batch, in the order of its blocks.
+
+    UNROLL: b_blocks is known, and the sum no loop: a loop around it can be pipelined.
+    """
+    total = tl.zeros([BLOCK_R], dtype=tl.float32)
+    if UNROLL:
+        for i in tl.static_range(0, b_blocks):
+            total += tl.load(column_sum + i * chunk + local, mask=mask, other=0.0)
+    else:
+        for i in range(0, b_blocks):
+            total += tl.load(column_sum + i * chunk + local, mask=mask, other=0.0)
     return total
 
 
@@ -297,10 +293,10 @@ def sum_loss(part, loss, hyper, flag, count, BLOCK: tl.constexpr):
 
 
 class Tiles:
-    """The work of one call over the tiles of a table: buffers, and the launches that the ops share.
+    """The work of one call over the chunks of a table: scratch, and the launches the ops share.
 
     All launches of a call are fixed by shapes: nothing is read on the host, so a CUDA graph can
-        hold them.
+    hold them.
     """
 
     def __init__(
@@ -314,13 +310,10 @@ class Tiles:
         row_scale: Tensor | None,
         rows: int,
         plan: Plan | None,
-        *,
-        skips: bool = False,
     ) -> None:
         self.batch, self.width = x.shape
         self.rows = weight.shape[0] if rows < 0 else rows
-        plan = plan or make_plan(self.batch, self.width, weight.dtype)
-        self.plan = plan.with_tile(self.rows, GROUP if skips else plan.block_l)
+        self.plan = (plan or make_plan(self.batch, self.width, weight.dtype)).with_rows(self.rows)
         self.groups: Groups | None = None
         # e4m3 is exact in bf16: there its products run, the rows' scales applied outside.
         self.kind = torch.bfloat16 if row_scale is not None else weight.dtype
@@ -329,18 +322,20 @@ class Tiles:
         self.positives = (pos_row, pos_sample, pos_value)
         self.g_scale = GRADIENT_SCALE[self.kind]
         self.emulated = common.emulated()
-        self.b_blocks = triton.cdiv(self.batch, self.plan.block_b)
-        self.d_blocks = triton.cdiv(self.width, self.plan.block_d)
-        self.blocks = triton.cdiv(self.rows, self.plan.block_l)
+        self.tma = serve_descriptors(self.x, self.weight, self.rows)
+        p = self.plan
+        self.pitch = p.pitch(self.batch)
+        self.b_blocks = triton.cdiv(self.batch, p.block_b)
+        self.d_blocks = triton.cdiv(self.width, p.block_d)
+        self.blocks = triton.cdiv(self.rows, p.block_l)
         self.starts = self.empty(self.blocks + 1, dtype=torch.int64)
-        grid = (triton.cdiv(self.blocks + 1, 128),)
-        find_starts[grid](
+        find_starts[(triton.cdiv(self.blocks + 1, 128),)](
             pos_row,
             self.starts,
             pos_row.shape[0],
             self.rows,
             self.blocks,
-            self.plan.block_l,
+            p.block_l,
             128,
             **common.LAUNCH,
         )
@@ -349,104 +344,112 @@ class Tiles:
         """Return an uninitialized fp32 tensor on the batch's device."""
         return torch.empty(shape, dtype=dtype, device=self.weight.device)
 
+    def box(self, matrix: Tensor | None, rows: int, *block: int) -> Any:
+        """Return a matrix as kernels take it: a descriptor of such blocks, or itself."""
+        if matrix is None or not self.tma:
+            return matrix
+        return TensorDescriptor(matrix, [rows, matrix.shape[1]], [matrix.shape[1], 1], [*block])
+
     def buffers(self, *, gradient: bool, dx: bool, column_sum: bool, loss: bool) -> None:
-        """Allocates what the asked results need; zeros where sums begin."""
+        """Take the scratch that the asked results need."""
         p = self.plan
-        self.gradient = self.empty(self.batch, p.tile, dtype=self.kind) if gradient else None
-        self.column_sum = self.empty(self.b_blocks, p.tile) if column_sum else None
-        self.peaks = (
-            self.empty(self.b_blocks, p.tile // p.block_l) if self.groups is not None else None
-        )
-        self.loss = self.empty(self.b_blocks, self.blocks) if loss else None
-        segments = p.segments if self.rows else 0
-        self.partial = self.empty(segments, self.batch, self.width).zero_() if dx else None
+        # The loss and the values of positives need registers for a second tile; the sums of a bias
+        # are in the same order with and without them.
+        narrow = loss or column_sum or self.positives[2] is not None or not self.tma
+        self.score_b = min(p.block_b, 64) if narrow else p.block_b
+        self.score_blocks = triton.cdiv(self.batch, self.score_b)
+        blocks = p.chunk // p.block_l
+        self.gradient = self.empty(p.chunk, self.pitch, dtype=self.kind) if gradient else None
+        self.column_sum = self.empty(self.score_blocks, p.chunk) if column_sum else None
+        self.peaks = self.empty(self.score_blocks, blocks) if self.groups is not None else None
+        self.loss = self.empty(self.score_blocks, blocks if self.rows else 0) if loss else None
+        splits = p.splits if self.rows else 0
+        self.partial = self.empty(splits, self.batch, self.width) if dx else None
 
     def __iter__(self) -> Iterator[int]:
-        """First rows of the tiles."""
-        return iter(range(0, self.rows, self.plan.tile))
+        """First rows of the chunks."""
+        return iter(range(0, self.rows, self.plan.chunk))
 
-    def tile_blocks(self, first: int) -> int:
-        """Return the number of blocks of labels in the tile that begins at `first`."""
-        return triton.cdiv(min(self.plan.tile, self.rows - first), self.plan.block_l)
+    def tiles_of(self, first: int, block: int) -> int:
+        """Return the number of tiles of `block` labels in the chunk that begins at `first`."""
+        return triton.cdiv(min(self.plan.chunk, self.rows - first), block)
 
     def skip(self, hyper: Tensor, skip_below: float, skipped: Tensor | None) -> None:
         """Let `make_gradient` choose groups of rows whose products are left out.
 
         To be called before `buffers`.
         """
+        assert self.plan.block_l == GROUP
         self.groups = Groups(
-            self.x, self.bias is not None, hyper, self.plan.tile, skip_below, skipped
+            self.x, self.bias is not None, hyper, self.plan.chunk, skip_below, skipped
         )
 
     def make_gradient(self, first: int) -> None:
-        """Score a tile and form the gradient of its logits."""
-        p, blocks = self.plan, self.tile_blocks(first)
+        """Score a chunk and form the gradient of its logits."""
         if self.batch:
-            self._gradient(first, blocks)
+            self._score(first)
         if self.groups is not None:
-            self.groups.choose(
-                self.peaks, self.starts, self.flag, self.rows, first, p.tile, blocks, p.block_l
-            )
+            self.groups.choose(self.peaks, self.starts, self.flag, self.rows, first)
 
-    def _gradient(self, first: int, blocks: int) -> None:
-        p = self.plan
-        gradient_tile[(blocks * self.b_blocks,)](
-            self.x,
-            self.weight,
+    def _score(self, first: int) -> None:
+        p, narrow = self.plan, self.score_b < self.plan.block_b
+        tiles = self.tiles_of(first, p.block_l) * self.score_blocks
+        score_tiles[(min(tiles, common.resident(self.weight.device)),)](
+            self.box(self.x, self.batch, self.score_b, p.step),
+            self.box(self.weight, self.rows, p.block_l, p.step),
             self.bias,
             self.row_scale,
             self.starts,
             *self.positives,
-            self.gradient,
+            self.box(self.gradient, p.chunk, p.block_l, self.score_b),
             self.column_sum,
             self.loss,
             self.peaks,
             self.batch,
             self.rows,
             first,
-            p.tile,
+            p.chunk,
+            self.pitch,
             self.width,
             self.g_scale,
-            p.block_b,
+            self.score_b,
             p.block_l,
             p.step,
+            self.tma,
             self.emulated,
-            num_warps=p.warps,
-            num_stages=p.stages,
-            **common.LAUNCH,
+            **score_options(self.kind, self.tma, narrow),
         )
 
     def add_dx(self, first: int) -> None:
-        """Add the tile's share of dX to the partial sums."""
+        """Add the chunk's share of dX to the partial sums."""
         p = self.plan
         if not self.batch:
             return
-        segment_rows = triton.cdiv(triton.cdiv(p.tile, p.segments), p.step) * p.step
-        add_dx[(self.b_blocks * self.d_blocks, p.segments)](
-            self.gradient,
-            self.weight,
+        add_dx[(self.b_blocks * self.d_blocks, p.splits)](
+            self.box(self.gradient, p.chunk, p.block_r, p.block_b),
+            self.box(self.weight, self.rows, p.block_r, p.block_d),
             self.partial,
-            None if self.groups is None else self.groups.active,
+            None if self.groups is None else self.groups.order,
             self.batch,
             self.rows,
             first,
-            p.tile,
+            p.chunk,
             self.width,
-            segment_rows,
             GROUP,
             p.block_b,
+            p.block_r,
             p.block_d,
-            p.step,
+            self.tma,
             self.emulated,
-            num_warps=p.warps,
-            num_stages=p.stages,
-            **common.LAUNCH,
+            **dx_options(self.tma),
         )
 
     def dx_result(self, hyper: Tensor | None) -> Tensor:
-        """Return dx fp32 [B, D], the sum of all segments."""
+        """Return dx fp32 [B, D], the sum of all splits."""
         assert self.partial is not None
-        dx = self.empty(self.batch, self.width)
+        splits = self.partial.shape[0]
+        # One split's sum stands where the result will.
+        dx = self.partial[0] if splits == 1 else self.empty(self.batch, self.width)
         grid = (triton.cdiv(max(dx.numel(), 1), 1024),)
         sum_dx[grid](
             self.partial,
@@ -454,7 +457,7 @@ class Tiles:
             hyper,
             self.flag,
             dx.numel(),
-            self.partial.shape[0],
+            splits,
             self.g_scale,
             1024,
             **common.LAUNCH,

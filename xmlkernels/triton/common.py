@@ -38,6 +38,16 @@ def table_bits(weight: Tensor) -> Tensor:
     return weight.view(torch.uint8)
 
 
+def resident(device: torch.device) -> int:
+    """Return how many programs of 8 warps and 128 registers a card holds at a time.
+
+    For kernels that share out independent tiles among any number of programs.
+    """
+    if device.type != "cuda":
+        return 3
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def power_of_2(n: int, low: int, high: int) -> int:
     """Return the smallest power of two >= n, within low and high: the side of a block."""
     return min(max(triton.next_power_of_2(max(n, 1)), low), high)

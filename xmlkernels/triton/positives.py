@@ -1,9 +1,7 @@
-"""Positives sorted by row: where each block of labels begins, and its dense targets."""
+"""Positives sorted by row: where each block of labels begins, and one at a time."""
 
 import triton
 import triton.language as tl
-
-from xmlkernels.triton import common
 
 
 @triton.jit
@@ -25,38 +23,9 @@ def find_starts(pos_row, starts, count, rows, blocks, BLOCK_L: tl.constexpr, BLO
 
 
 @triton.jit
-def targets(
-    pos_row,
-    pos_sample,
-    pos_value,
-    begin,
-    end,
-    first,
-    sample_block,
-    BLOCK_B: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    KIND: tl.constexpr,
-    EMULATED: tl.constexpr,
-):
-    """Return the targets [BLOCK_B, BLOCK_L] of a block from its positives.
-
-    They are products of indicator matrices, 16 positives at a time.
-    """
-    y = tl.zeros([BLOCK_B, BLOCK_L], dtype=tl.float32)
-    # The interpreter makes no bf16 of a truth value.
-    kind: tl.constexpr = tl.float32 if EMULATED else KIND
-    for p in range(begin, end, 16):
-        at = p + tl.arange(0, 16)
-        inside = at < end
-        lane = (tl.load(pos_row + at, mask=inside, other=-1) - first).to(tl.int32)
-        sample = tl.load(pos_sample + at, mask=inside, other=-1) - sample_block
-        of_sample = tl.arange(0, BLOCK_B)[:, None] == sample[None, :]
-        of_row = (lane[:, None] == tl.arange(0, BLOCK_L)[None, :]) & inside[:, None]
-        if pos_value is not None:
-            value = tl.load(pos_value + at, mask=inside, other=0.0)
-            y = common.dot(
-                of_sample.to(tl.float32), tl.where(of_row, value[:, None], 0.0), y, EMULATED
-            )
-        else:
-            y = common.dot(of_sample.to(kind), of_row.to(kind), y, EMULATED)
-    return y
+def target(pos_row, pos_sample, pos_value, p, first, lane, sample):
+    """Return where the p-th positive is in a tile of labels and samples, and its value."""
+    row = (tl.load(pos_row + p) - first).to(tl.int32)
+    hit = (lane == row)[:, None] & (sample == tl.load(pos_sample + p))[None, :]
+    value = tl.load(pos_value + p) if pos_value is not None else 1.0
+    return hit, value

@@ -18,6 +18,15 @@ def bias_corrections(hyper: Tensor, counter: Tensor) -> Tensor:
 
 
 @triton.jit
+def put(target, at, mask, place, column, value):
+    """Store a tile: where mask is true, or by a descriptor from (place, column) on."""
+    if place is None:
+        tl.store(target + at, value, mask=mask)
+    else:
+        target.store([place, column], value)
+
+
+@triton.jit
 def update_tile(
     weight,
     momentum,
@@ -37,6 +46,8 @@ def update_tile(
     DECOUPLED: tl.constexpr,
     EMULATED: tl.constexpr,
     row_moment=None,
+    loaded=None,
+    place=None,
 ):
     """Update a tile of table rows in place from its gradient.
 
@@ -48,15 +59,19 @@ def update_tile(
     correction: fp32 [2] of `bias_corrections`; read with `second` alone. row_moment: fp32 [R], the
     rows' second moments after this step, where `second` has one for each row: the caller has formed
     and stored them. Nothing is read or written where mask is false, nor at row_scale where row_mask
-    is.
+    is. loaded: the weights [R, COLUMNS], where the caller has read them. place: None, or the first
+    row, with `weight` a descriptor of tiles.
     """
+    if loaded is None:
+        loaded = tl.load(weight + at, mask=mask, other=0)
+    kind_of_weight: tl.constexpr = loaded.dtype
     seed, step = tl.load(counter), tl.load(counter + 1)
     lr, decay, beta1 = tl.load(hyper + LR), tl.load(hyper + DECAY), tl.load(hyper + BETA1)
     if row_scale is not None:
         unit = tl.load(row_scale, mask=row_mask, other=1.0)[:, None]
-        w = common.decode_e4m3(tl.load(weight + at, mask=mask, other=0)) * unit
+        w = common.decode_e4m3(loaded) * unit
     else:
-        w = common.widen(tl.load(weight + at, mask=mask, other=0.0))
+        w = common.widen(loaded)
     if kahan is not None:
         w += common.widen(tl.load(kahan + at, mask=mask, other=0.0))
     if DECOUPLED:
@@ -99,7 +114,7 @@ def update_tile(
         # The scale is a power of two: its inverse, and products with either, are exact.
         r32 = common.random32(seed, step, rows, first_column, COLUMNS, common.WEIGHT)
         code = common.encode_e4m3(new * tl.div_rn(tl.full(unit.shape, 1.0, tl.float32), unit), r32)
-        tl.store(weight + at, code, mask=mask)
+        put(weight, at, mask, place, first_column, code)
         # The bits of sizes are in their order.
         size = common.decode_e4m3(tl.max(tl.where(mask, code & 0x7F, 0), 1).to(tl.uint8))
         size *= tl.load(row_scale, mask=row_mask, other=1.0)
@@ -107,14 +122,15 @@ def update_tile(
         grows = row_mask & (size > tl.load(row_scale + 1, mask=row_mask, other=0.0))
         tl.atomic_max(row_scale + 1, size, mask=grows, sem="relaxed")
     elif kahan is not None:
-        limit = common.largest(weight.dtype.element_ty)
+        limit = common.largest(kind_of_weight)
         # What saturation cuts off must not come back in the next step.
         new = tl.minimum(tl.maximum(new, -limit), limit)
-        rounded = common.round_nearest(new, weight.dtype.element_ty, EMULATED)
+        rounded = common.round_nearest(new, kind_of_weight, EMULATED)
         rest = common.round_nearest(new - common.widen(rounded), kahan.dtype.element_ty, EMULATED)
         tl.store(kahan + at, rest, mask=mask)
-        tl.store(weight + at, rounded, mask=mask)
+        put(weight, at, mask, place, first_column, rounded)
     else:
-        kind = weight.dtype.element_ty
-        stored = common.to_stored(new, seed, step, rows, first_column, COLUMNS, common.WEIGHT, kind)
-        tl.store(weight + at, stored, mask=mask)
+        stored = common.to_stored(
+            new, seed, step, rows, first_column, COLUMNS, common.WEIGHT, kind_of_weight
+        )
+        put(weight, at, mask, place, first_column, stored)
