@@ -106,7 +106,7 @@ def bce_step_bytes(
         memory: bytes that must come from or go to memory. cache: bytes of all accesses of the three
             products.
     """
-    p = blocks or Blocks()
+    p = blocks or Blocks(fused=Blocks.block_b >= B and element < 4)
     options = {"positives": positives, "states": states, "bias": bias, "loss": loss}
     of = bce_step_accesses(B, L, D, p, **options)
     gradient = max(element, 2)  # of an e4m3 table it is bf16

@@ -2,7 +2,7 @@
 
 No card is needed: Triton brings nvdisasm and cuobjdump. Every instruction stands with the line of
 source that it comes from, so a loop of the machine code is known by the loop of the source that it
-came from ("gradient_tile: for d"), whatever the compiler calls its labels. Counts are exact for the
+came from ("score_tiles: for d"), whatever the compiler calls its labels. Counts are exact for the
 path that the given trips describe; cycles made of them are a model, and no measurement.
 """
 

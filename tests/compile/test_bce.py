@@ -1,221 +1,211 @@
 """`bce_step_` and `bce_loss`: every kernel compiles for every architecture, within its registers
-and shared memory.
+and shared memory, with accesses as wide as they can be.
 """
 
+import re
 from typing import Any
 
 import pytest
 import torch
 
 from compiled import ARCHES, E4M3_ARCHES, LARGE, SMALL, Compiled, compile_kernel
-from xmlkernels.triton import bce_loss, bce_step, bce_tile, positives, skip
-from xmlkernels.triton.bce_tile import GRADIENT_SCALE, make_plan
+from xmlkernels.triton import bce_loss, bce_plan, bce_step, bce_tile, positives, skip
+from xmlkernels.triton.bce_plan import make_plan
+from xmlkernels.triton.bce_tile import GRADIENT_SCALE
 
 pytestmark = pytest.mark.compile
 F32, BF16, F16, I32, I64 = torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64
-# (B, dtype of the table); D = 768 as in the figures to reach
-TABLES = [(128, BF16), (512, F16), (128, F32)]
-SIZES = {"batch": "i32", "rows": "i32", "first": "i32", "tile": "i32", "D": "i32"}
-ALIGNED = ("D", "tile", "first", "batch")
+E4M3, BITS = torch.float8_e4m3fn, torch.uint8
+SIZES = dict.fromkeys(("batch", "rows", "first", "chunk", "pitch", "D", "b_blocks"), "i32")
+SIZES |= {"row_offset": "i64"}
+# rows and batch are odd in every benchmark; D = 768 as in the figures to reach.
+ALIGNED = ("D", "chunk", "pitch", "first")
+NARROW = r"(LD|ST)G\.E\.[US](8|16)\b"  # accesses of one or two bytes per thread
+ALL_STATES = {"momentum": BF16, "second": BF16, "kahan": BF16}
+# What is compiled: (batch, format of the table, by descriptors, arch).
+WAYS = [
+    (128, BF16, True, "sm_90a"),
+    (512, F16, True, "sm_90a"),
+    (128, BF16, False, "sm_80"),
+    (512, F16, False, "sm_80"),
+    (128, E4M3, True, "sm_90a"),
+    (512, E4M3, False, "sm_89"),
+    (128, F32, False, "sm_80"),
+    (128, F32, False, "sm_90a"),
+]
+Way = tuple[int, torch.dtype, bool, str]
 
 
-def name_of(value: object) -> str | None:
-    return f"B{value[0]}-{str(value[1])[6:]}" if isinstance(value, tuple) else None
+def name_of(way: Way) -> str:
+    batch, dtype, tma, arch = way
+    return f"B{batch}-{str(dtype)[6:]}-{'tma' if tma else 'pointers'}-{arch}"
+
+
+def kinds_of(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """Return how kernels take the table, and the format of its products."""
+    return (BITS, BF16) if dtype == E4M3 else (dtype, dtype)
 
 
 def build(
     kernel: Any,
-    arch: str,
-    table: tuple[int, torch.dtype],
+    way: Way,
     arguments: dict[str, Any],
+    matrices: dict[str, tuple[int, int]],
+    options: dict[str, Any],
     **constants: Any,
 ) -> Compiled:
-    p = make_plan(table[0], 768, table[1])
+    """Compile as the launcher does: `matrices` are the boxes of x, weight and gradient."""
+    batch, dtype, tma, arch = way
+    stored, kind = kinds_of(dtype)
+    p = make_plan(batch, 768, dtype)
+    for name, (r, c) in matrices.items():
+        element = stored if name == "weight" else kind
+        short = {F32: "fp32", BF16: "bf16", F16: "fp16", BITS: "u8"}[element]
+        arguments[name] = f"tensordesc<{short}[{r}, {c}]>" if tma else element
     blocks = {
         "BLOCK_B": p.block_b,
         "BLOCK_L": p.block_l,
+        "BLOCK_R": p.block_r,
         "BLOCK_D": p.block_d,
         "STEP": p.step,
+        "TMA": tma,
         "EMULATED": False,
-        "GROUP": skip.GROUP,
-    }
-    blocks["G_SCALE"] = GRADIENT_SCALE.get(table[1], 1.0)
+        "GROUP": bce_plan.GROUP,
+        "B_BLOCKS": 2,
+        "G_SCALE": GRADIENT_SCALE[kind],
+        "DECOUPLED": True,
+    } | constants
     blocks = {k: v for k, v in blocks.items() if k in kernel.arg_names}
-    aligned = tuple(name for name in (*ALIGNED, "segment_rows") if name in arguments)
-    options = {"num_warps": p.warps, "num_stages": p.stages, "enable_fp_fusion": True}
-    return compile_kernel(kernel, arch, arguments, blocks | constants, divisible=aligned, **options)
+    given = {k: v for k, v in (SIZES | arguments).items() if k in kernel.arg_names}
+    given = {k: v for k, v in given.items() if k not in blocks}
+    aligned = tuple(name for name in ALIGNED if name in given)
+    return compile_kernel(kernel, arch, given, blocks, divisible=aligned, **options)
 
 
-def check(got: Compiled, arch: str, table: tuple[int, torch.dtype]) -> None:
+def check(got: Compiled, way: Way) -> None:
+    _, dtype, tma, arch = way
     assert (got.stack, got.local) == (0, 0), got.registers
-    assert got.shared <= SMALL < LARGE  # one choice of blocks serves the smallest cards and sm_90a
-    if table[1] != F32:
+    assert got.shared <= (LARGE if tma else SMALL)
+    if dtype != F32:
         assert got.wgmma if arch == "sm_90a" else got.mma
+    code = "\n".join(i.text for i in got.code.instructions)
+    assert ("UTMALDG" in code) == tma
+    assert not re.search(NARROW, code), re.findall(NARROW + ".*", code)
+
+
+def scores(way: Way, narrow: bool, **more: Any) -> Compiled:
+    p, scaled = make_plan(way[0], 768, way[1]), F32 if way[1] == E4M3 else None
+    side = min(p.block_b, 64) if narrow else p.block_b
+    tensors = dict.fromkeys(("bias", "pos_value", "column_sum", "loss", "peaks"))
+    tensors |= {"row_scale": scaled, "starts": I64, "pos_row": I64, "pos_sample": I32} | more
+    matrices = {
+        "x": (side, p.step),
+        "weight": (p.block_l, p.step),
+        "gradient": (p.block_l, side),
+    }
+    options = bce_plan.score_options(way[1], narrow)
+    singly = not narrow or way[1] == F32
+    return build(bce_tile.score_tiles, way, tensors, matrices, options, BLOCK_B=side, SINGLY=singly)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way[2]], ids=name_of)
+def test_wide_scores(way: Way) -> None:
+    """Two programs a processor, so that one's epilogue overlaps the other's products."""
+    got = scores(way, narrow=False, peaks=None if way[1] == E4M3 else F32)
+    check(got, way)
+    assert got.occupancy >= 2
 
 
 @pytest.mark.parametrize("values", [None, F32], ids=["", "values"])
-@pytest.mark.parametrize("skips", [False, True], ids=["", "skips"])
-@pytest.mark.parametrize("table", TABLES, ids=name_of)
-@pytest.mark.parametrize("arch", ARCHES)
-def test_gradient_tile(
-    arch: str, table: tuple[int, torch.dtype], skips: bool, values: torch.dtype | None
-) -> None:
-    if values and skips:
-        pytest.skip("each compiled alone")
-    if values and table[1] == F16:
-        pytest.skip("compiled for bf16")
-    dtype = table[1]
-    tensors = {
-        "x": dtype,
-        "weight": dtype,
-        "bias": F32,
-        "row_scale": None,
-        "starts": I64,
-        "pos_row": I64,
-        "pos_sample": I32,
-        "pos_value": values,
-    }
-    tensors |= {"gradient": dtype, "column_sum": F32, "loss": F32, "peaks": F32 if skips else None}
-    check(build(bce_tile.gradient_tile, arch, table, tensors | SIZES), arch, table)
+@pytest.mark.parametrize("way", WAYS, ids=name_of)
+def test_narrow_scores(way: Way, values: torch.dtype | None) -> None:
+    if values and way[1] == F16:
+        pytest.skip("compiled for the other formats")
+    sums = dict.fromkeys(("bias", "column_sum", "loss", "peaks"), F32)
+    check(scores(way, narrow=True, pos_value=values, **sums), way)
 
 
-@pytest.mark.parametrize("skips", [False, True], ids=["", "skips"])
-@pytest.mark.parametrize("table", TABLES, ids=name_of)
-@pytest.mark.parametrize("arch", ARCHES)
-def test_add_dx(arch: str, table: tuple[int, torch.dtype], skips: bool) -> None:
-    tensors = {"gradient": table[1], "weight": table[1], "partial": F32, "segment_rows": "i32"}
-    tensors["active"] = I32 if skips else None
-    check(build(bce_tile.add_dx, arch, table, tensors | SIZES), arch, table)
+@pytest.mark.parametrize("way", WAYS, ids=name_of)
+def test_add_dx(way: Way) -> None:
+    p = make_plan(way[0], 768, way[1])
+    boxes = {"gradient": (p.block_r, p.block_b), "weight": (p.block_r, p.block_d)}
+    tensors = {"partial": F32, "order": I32}
+    check(build(bce_tile.add_dx, way, tensors, boxes, bce_plan.dx_options(way[2])), way)
 
 
-STATES = {
-    "sgd": {},
-    "momentum": {"momentum": BF16},
-    "kahan adam": {"momentum": BF16, "second": BF16, "kahan": BF16},
-}
+def updates(way: Way, states: dict[str, torch.dtype], **more: Any) -> dict[str, Any]:
+    """Return the tensors of an update."""
+    tensors = dict.fromkeys(("momentum", "second", "kahan")) | states
+    tensors |= {"column_sum": F32, "bias": F32, "hyper": F32, "counter": I64, "flag": I32}
+    tensors["correction"] = F32 if "second" in states else None
+    return tensors | {"row_scale": F32 if way[1] == E4M3 else None} | more
 
 
-@pytest.mark.parametrize("skips", [False, True], ids=["", "skips"])
-@pytest.mark.parametrize("states", STATES)
-@pytest.mark.parametrize("table", TABLES, ids=name_of)
-@pytest.mark.parametrize("arch", ARCHES)
-def test_update_rows(arch: str, table: tuple[int, torch.dtype], states: str, skips: bool) -> None:
-    dtype = table[1]
-    if skips and (table[0] == 512 or states == "momentum"):
-        pytest.skip("compiled for B=128, without state and with all of them")
-    if table[0] == 512 and states != "sgd":
-        pytest.skip("compiled for B=128")
-    given = dict.fromkeys(("momentum", "second", "kahan")) | STATES[states]
+def states_of(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return all states that a table of a format may have."""
     if dtype == F32:
-        given |= {"kahan": None} | {k: F32 for k, v in given.items() if v and k != "kahan"}
-    tensors = {
-        "x": dtype,
-        "gradient": dtype,
-        "column_sum": F32,
-        "weight": dtype,
-        "bias": F32,
-        **given,
-        "row_scale": None,
-        "hyper": F32,
+        return {"momentum": F32, "second": F32}
+    return {k: v for k, v in ALL_STATES.items() if dtype != E4M3 or k != "kahan"}
+
+
+@pytest.mark.parametrize("states", [False, True], ids=["sgd", "all states"])
+@pytest.mark.parametrize("way", WAYS, ids=name_of)
+def test_update_rows(way: Way, states: bool) -> None:
+    if not states and way[0] == 128 and way[2]:
+        pytest.skip("one kernel forms dX and updates the rows")
+    p = make_plan(way[0], 768, way[1])
+    step = min(p.step, p.block_b)
+    boxes = {
+        "x": (step, p.block_d),
+        "weight": (p.block_r, p.block_d),
+        "gradient": (p.block_r, step),
     }
-    tensors |= {
-        "counter": I64,
-        "correction": F32 if given["second"] else None,
-        "flag": I32,
-        "quiet": I32 if skips else None,
+    options = bce_plan.update_options(way[2], heavy=states and way[1] == E4M3)
+    given = states_of(way[1]) if states else {}
+    tensors = updates(way, given, quiet=I32 if states else None)
+    got = build(bce_step.update_rows, way, tensors, boxes, options)
+    check(got, way)
+    if not states and way[2]:
+        assert got.occupancy >= 2
+
+
+@pytest.mark.parametrize("states", [{}, {"momentum": BF16}, ALL_STATES], ids=len)
+@pytest.mark.parametrize("skips", [False, True], ids=["", "skips"])
+@pytest.mark.parametrize("dtype", [BF16, F16, E4M3], ids=lambda dtype: str(dtype)[6:])
+def test_step_tiles(dtype: torch.dtype, skips: bool, states: dict[str, torch.dtype]) -> None:
+    """DX and the update in one kernel: two programs a processor where there is no state."""
+    if (dtype != BF16 or len(states) == 1) and (states or skips) and (dtype, skips) != (E4M3, True):
+        pytest.skip("compiled for bf16")
+    if dtype == E4M3 and states:
+        pytest.skip("two kernels: the registers do not suffice")
+    way = (128, dtype, True, "sm_90a")
+    p = make_plan(128, 768, dtype)
+    boxes = {
+        "x": (p.block_b, p.block_d),
+        "weight": (p.block_r, p.block_d),
+        "gradient": (p.block_r, p.block_b),
     }
-    sizes = SIZES | {"row_offset": "i64", "b_blocks": "i32"}
-    check(build(bce_step.update_rows, arch, table, tensors | sizes, DECOUPLED=True), arch, table)
+    tensors = updates(way, states, partial=F32, order=I32 if skips else None)
+    plain = not states and not skips and dtype != E4M3
+    got = build(bce_step.step_tiles, way, tensors, boxes, bce_plan.step_options(plain))
+    check(got, way)
+    if plain:
+        assert got.occupancy == 2
+        tensors |= {"bias": None, "column_sum": None}
+        got = build(bce_step.step_tiles, way, tensors, boxes, bce_plan.step_options(plain))
+        check(got, way)
+        assert got.occupancy == 2
 
 
-@pytest.mark.parametrize("table", [(128, BF16), (128, F32)], ids=name_of)
-@pytest.mark.parametrize("arch", ARCHES)
-def test_store_gradient(arch: str, table: tuple[int, torch.dtype]) -> None:
-    tensors = {
-        "x": table[1],
-        "gradient": table[1],
-        "column_sum": F32,
-        "row_scale": None,
-        "dweight": F32,
-        "dbias": F32,
-        "flag": I32,
-    }
-    check(
-        build(bce_loss.store_gradient, arch, table, tensors | SIZES | {"b_blocks": "i32"}),
-        arch,
-        table,
-    )
-
-
-@pytest.mark.parametrize("part", ["gradient", "dx", "dweight", "update", "update adam"])
-@pytest.mark.parametrize("arch", E4M3_ARCHES)
-def test_e4m3_tables(arch: str, part: str) -> None:
-    """The table as uint8; its products run in bf16."""
-    table, weight = (128, torch.float8_e4m3fn), torch.uint8
-    if part == "gradient":
-        tensors = {
-            "x": BF16,
-            "weight": weight,
-            "bias": F32,
-            "row_scale": F32,
-            "starts": I64,
-            "pos_row": I64,
-            "pos_sample": I32,
-        }
-        tensors |= {
-            "pos_value": None,
-            "gradient": BF16,
-            "column_sum": F32,
-            "loss": F32,
-            "peaks": F32,
-        }
-        got = build(bce_tile.gradient_tile, arch, table, tensors | SIZES)
-    elif part == "dx":
-        tensors = {
-            "gradient": BF16,
-            "weight": weight,
-            "partial": F32,
-            "segment_rows": "i32",
-            "active": I32,
-        }
-        got = build(bce_tile.add_dx, arch, table, tensors | SIZES)
-    elif part == "dweight":
-        tensors = {
-            "x": BF16,
-            "gradient": BF16,
-            "column_sum": F32,
-            "row_scale": F32,
-            "dweight": F32,
-            "dbias": F32,
-            "flag": I32,
-        }
-        got = build(bce_loss.store_gradient, arch, table, tensors | SIZES | {"b_blocks": "i32"})
-    else:
-        state = BF16 if part == "update adam" else None
-        tensors = {
-            "x": BF16,
-            "gradient": BF16,
-            "column_sum": F32,
-            "weight": weight,
-            "bias": F32,
-            "momentum": state,
-        }
-        tensors |= {
-            "second": state,
-            "kahan": None,
-            "row_scale": F32,
-            "hyper": F32,
-            "counter": I64,
-            "flag": I32,
-        }
-        tensors |= {
-            "quiet": I32,
-            "correction": F32 if state else None,
-            "row_offset": "i64",
-            "b_blocks": "i32",
-        }
-        got = build(bce_step.update_rows, arch, table, tensors | SIZES, DECOUPLED=True)
-    check(got, arch, table)
+@pytest.mark.parametrize("way", [WAYS[0], WAYS[2], WAYS[4], WAYS[6]], ids=name_of)
+def test_store_gradient(way: Way) -> None:
+    p = make_plan(way[0], 768, way[1])
+    step = min(p.step, p.block_b)
+    boxes = {"x": (step, p.block_d), "gradient": (p.block_r, step)}
+    tensors = {"column_sum": F32, "dweight": F32, "dbias": F32, "flag": I32}
+    tensors["row_scale"] = F32 if way[1] == E4M3 else None
+    options = bce_plan.update_options(way[2])
+    check(build(bce_loss.store_gradient, way, tensors, boxes, options), way)
 
 
 @pytest.mark.parametrize("arch", ARCHES)
@@ -223,29 +213,19 @@ def test_the_small_kernels(arch: str) -> None:
     sums = {"partial": F32, "dx": F32, "hyper": F32, "flag": I32, "count": "i32", "segments": "i32"}
     losses = {"part": F32, "loss": F32, "hyper": F32, "flag": I32, "count": "i32"}
     starts = {"pos_row": I64, "starts": I64, "count": "i32", "rows": "i32", "blocks": "i32"}
-    groups = {
-        "peaks": F32,
-        "starts": I64,
-        "hyper": F32,
-        "reach": F32,
-        "flag": I32,
-        "quiet": I32,
-        "active": I32,
-        "skipped": I64,
-    }
-    groups |= {
-        "rows": "i32",
-        "first": "i32",
-        "tile": "i32",
-        "b_blocks": "i32",
-        "l_blocks": "i32",
-        "skip_below": "fp32",
-    }
-    for kernel, arguments, constants in (
-        (bce_tile.sum_dx, sums, {"G_SCALE": 1.0, "BLOCK": 1024}),
-        (bce_tile.sum_loss, losses, {"BLOCK": 1024}),
-        (positives.find_starts, starts, {"BLOCK_L": 64, "BLOCK": 512}),
-        (skip.choose_groups, groups, {"GROUP": skip.GROUP, "BLOCK_L": 64, "GROUPS": 512}),
+    groups = {"peaks": F32, "starts": I64, "hyper": F32, "reach": F32, "flag": I32}
+    groups |= {"quiet": I32, "order": I32, "skipped": I64, "skip_below": "fp32"}
+    groups |= dict.fromkeys(("rows", "first", "chunk", "b_blocks"), "i32")
+    most = bce_plan.CHUNK // bce_plan.GROUP
+    for kernel, arguments, constants, warps in (
+        (bce_tile.sum_dx, sums, {"G_SCALE": 1.0, "BLOCK": 1024}, 4),
+        (bce_tile.sum_loss, losses, {"BLOCK": 1024}, 4),
+        (positives.find_starts, starts, {"BLOCK_L": 128, "BLOCK": 128}, 4),
+        (skip.choose_groups, groups, {"GROUP": bce_plan.GROUP, "GROUPS": most}, 8),
     ):
-        got = compile_kernel(kernel, arch, arguments, constants)
+        got = compile_kernel(kernel, arch, arguments, constants, num_warps=warps)
         assert (got.stack, got.local) == (0, 0) and got.shared <= SMALL
+
+
+def test_architectures_are_those_of_the_other_kernels() -> None:
+    assert {arch for *_, arch in WAYS} == {*ARCHES, *E4M3_ARCHES}

@@ -10,16 +10,14 @@ from tiny import step_op
 from xmlkernels.reference import cluster_step as reference_cluster
 from xmlkernels.reference import matmul_topk as reference_topk
 from xmlkernels.reference import shortlist_matmul as reference_shortlist
-from xmlkernels.triton import bce_plan, bce_tile, cluster_step, matmul_topk, shortlist_matmul
+from xmlkernels.triton import bce_tile, cluster_step, matmul_topk, shortlist_matmul
 from xmlkernels.triton.bce_plan import Plan
 
 # 4,096 labels are one block: the interpreter's time goes by programs, not by their size.
 WIDE = Plan(chunk=4096, block_b=16, block_l=4096, block_r=4096, block_d=16, step=128, splits=1)
 
 
-@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
-def test_rows_beyond_2_31_elements(tma: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bce_plan, "card_has_tma", lambda device: tma)
+def test_rows_beyond_2_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     d, edge = 16, 1 << 21
     # The last piece of memory, of its own, begins at element 2^31.
     n = (1 << 31) // d + (edge // (2 * d))

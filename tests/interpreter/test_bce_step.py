@@ -322,8 +322,10 @@ def test_scratch_is_bounded_at_every_shape(
                 tiles = Tiles.__new__(Tiles)
                 tiles.batch, tiles.width, tiles.rows, tiles.kind = b, d, n, kind
                 tiles.plan = p.with_rows(n)
-                tiles.pitch, tiles.positives, tiles.tma = p.pitch(b), (None,) * 3, False
-                tiles.groups = object()
+                tiles.pitch, tiles.tma = p.pitch(b), False
+                tiles.positives = (torch.empty(0), None, None)
+                tiles.blocks, tiles.b_blocks = n, b
+                tiles.groups, tiles.row_scale = object(), None
                 tiles.empty = lambda *shape, dtype=F32: empty(shape, dtype=dtype)
                 tiles.buffers(gradient=True, dx=True, column_sum=True, loss=True)
                 if tiles.partial.shape[0] == 1:

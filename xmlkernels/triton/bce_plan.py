@@ -49,8 +49,8 @@ def make_plan(batch: int, width: int, dtype: torch.dtype) -> Plan:
     """Return block sizes for a table of a format.
 
     The gradient of a chunk takes `GRADIENT_BYTES` at most, and 256 labels at least; all scratch
-    takes `SCRATCH_BYTES` at most, unless the batch alone fills them. All tiles fit the 99 KB of shared
-    memory that the smallest cards have, but for those of `step_tiles`, for sm_90 and later.
+    takes `SCRATCH_BYTES` at most, unless the batch alone fills them. All tiles fit the 99 KB of
+    shared memory that the smallest cards have, but for those of `step_tiles`, for sm_90 and later.
     """
     wide = dtype == torch.float32
     side = 64 if wide else 128
@@ -94,10 +94,10 @@ def card_has_tma(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def score_options(dtype: torch.dtype, tma: bool, narrow: bool) -> dict[str, Any]:
-    """Return how `score_tiles` is compiled: two programs a processor."""
-    options = {"num_warps": 8, "num_stages": 2, **common.LAUNCH}
-    return options | ({"maxnreg": 128} if tma and not narrow else {})
+def score_options(dtype: torch.dtype, narrow: bool) -> dict[str, Any]:
+    """Return how `score_tiles` is compiled: two wide tiles a processor, or a narrow one."""
+    options = {"num_warps": 16 if dtype == torch.float32 else 8, "num_stages": 2, **common.LAUNCH}
+    return options if narrow else options | {"maxnreg": 128}
 
 
 def dx_options(tma: bool) -> dict[str, Any]:
@@ -105,12 +105,13 @@ def dx_options(tma: bool) -> dict[str, Any]:
     return {"num_warps": 8, "num_stages": 3 if tma else 2, **common.LAUNCH}
 
 
-def update_options(tma: bool) -> dict[str, Any]:
-    """Return how `update_rows` and `store_gradient` are compiled."""
-    return {"num_warps": 8, "num_stages": 3 if tma else 2, **common.LAUNCH}
+def update_options(tma: bool, heavy: bool = False) -> dict[str, Any]:
+    """Return how `update_rows` and `store_gradient` are compiled; heavy: e4m3 rows with states."""
+    warps = 16 if heavy else 8
+    return {"num_warps": warps, "num_stages": 3 if tma else 2, **common.LAUNCH}
 
 
 def step_options(plain: bool) -> dict[str, Any]:
     """Return how `step_tiles` is compiled: without states, two programs a processor."""
-    options = {"num_warps": 8, "num_stages": 3, **common.LAUNCH}
-    return options | ({"maxnreg": 128} if plain else {})
+    pipeline = {"num_stages": 2, "maxnreg": 128} if plain else {"num_stages": 3}
+    return {"num_warps": 8, **pipeline, **common.LAUNCH}

@@ -393,7 +393,7 @@ def bce_step_(
                 decoupled,
                 tiles.tma,
                 tiles.emulated,
-                **update_options(tiles.tma),
+                **update_options(tiles.tma, heavy=momentum is not None and row_scale is not None),
             )
     dx = tiles.dx_result(hyper)
     return dx, tiles.loss_result(hyper) if need_loss else dx.new_empty(0)

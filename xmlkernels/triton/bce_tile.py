@@ -24,7 +24,7 @@ from xmlkernels.triton.bce_plan import (
     serve_descriptors,
 )
 from xmlkernels.triton.hyper import DX_SCALE, SCALE
-from xmlkernels.triton.positives import find_starts, target
+from xmlkernels.triton.positives import find_starts, subtract_targets
 from xmlkernels.triton.skip import Groups
 
 # fp16 has no small numbers: what it stores of sigma - y is 2^8 times as large, and saturates at |y|
@@ -89,6 +89,7 @@ def score_tiles(
     BLOCK_B: tl.constexpr,
     BLOCK_L: tl.constexpr,
     STEP: tl.constexpr,
+    SINGLY: tl.constexpr,
     TMA: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
@@ -111,21 +112,33 @@ def score_tiles(
             left = load_tile(weight, begin, d, rows, D, D, BLOCK_L, STEP, TMA)
             right = load_tile(x, b_block * BLOCK_B, d, batch, D, D, BLOCK_B, STEP, TMA)
             z = common.dot(common.operand(left, right.dtype, EMULATED), right.T, z, EMULATED)
-        sample, real = b_block * BLOCK_B + tl.arange(0, BLOCK_B), begin + lane < rows
+        b = b_block * BLOCK_B
+        sample, real = b + tl.arange(0, BLOCK_B), begin + lane < rows
         if row_scale is not None:
             unit = tl.load(row_scale + 2 * (begin + lane), mask=real, other=1.0)
             z *= unit[:, None]
         if bias is not None:
             z += tl.load(bias + begin + lane, mask=real, other=0.0)[:, None]
         block = begin // BLOCK_L
-        p_begin, p_end = tl.load(starts + block), tl.load(starts + block + 1)
+        p, p_end = tl.load(starts + block), tl.load(starts + block + 1)
         inside = real[:, None] & (sample < batch)[None, :]
         at = b_block * blocks + l_block
         if loss is not None:
             part = common.softplus(z, tl.exp(-tl.abs(z)))
-            for p in range(p_begin, p_end):
-                hit, value = target(pos_row, pos_sample, pos_value, p, begin, lane, sample)
-                part = tl.where(hit, part - value * z, part)
+            part = subtract_targets(
+                part,
+                z,
+                pos_row,
+                pos_sample,
+                pos_value,
+                p,
+                p_end,
+                begin,
+                b,
+                BLOCK_L,
+                BLOCK_B,
+                SINGLY,
+            )
             before = tl.load(loss + at, mask=first > 0, other=0.0)
             part = tl.where(inside, part, 0.0)
             tl.store(loss + at, before + tl.sum(tl.sum(part, 1), 0))
@@ -135,9 +148,20 @@ def score_tiles(
             told = tl.where(sigma == sigma, sigma, float("inf"))
             tl.store(peaks + at, tl.max(tl.max(tl.where(inside, told, 0.0), 1), 0))
         g = tl.where(inside, sigma, 0.0)
-        for p in range(p_begin, p_end):
-            hit, value = target(pos_row, pos_sample, pos_value, p, begin, lane, sample)
-            g = tl.where(hit, g - value, g)
+        g = subtract_targets(
+            g,
+            None,
+            pos_row,
+            pos_sample,
+            pos_value,
+            p,
+            p_end,
+            begin,
+            b,
+            BLOCK_L,
+            BLOCK_B,
+            SINGLY,
+        )
         if column_sum is not None:
             tl.store(column_sum + b_block * chunk + l_block * BLOCK_L + lane, tl.sum(g, 1))
         if gradient is not None:
@@ -353,10 +377,12 @@ class Tiles:
     def buffers(self, *, gradient: bool, dx: bool, column_sum: bool, loss: bool) -> None:
         """Take the scratch that the asked results need."""
         p = self.plan
-        # The loss and the values of positives need registers for a second tile; the sums of a bias
-        # are in the same order with and without them.
-        narrow = loss or column_sum or self.positives[2] is not None or not self.tma
-        self.score_b = min(p.block_b, 64) if narrow else p.block_b
+        # The loss, many positives, and peaks of e4m3 rows need registers for a second tile; sums of
+        # a bias are in the same order with and without them.
+        second = loss or self.positives[0].shape[0] > 4 * self.blocks * self.b_blocks
+        second |= self.groups is not None and self.row_scale is not None
+        self.narrow = second or column_sum or self.positives[2] is not None or not self.tma
+        self.score_b = min(p.block_b, 64) if self.narrow else p.block_b
         self.score_blocks = triton.cdiv(self.batch, self.score_b)
         blocks = p.chunk // p.block_l
         self.gradient = self.empty(p.chunk, self.pitch, dtype=self.kind) if gradient else None
@@ -392,7 +418,7 @@ class Tiles:
             self.groups.choose(self.peaks, self.starts, self.flag, self.rows, first)
 
     def _score(self, first: int) -> None:
-        p, narrow = self.plan, self.score_b < self.plan.block_b
+        p = self.plan
         tiles = self.tiles_of(first, p.block_l) * self.score_blocks
         score_tiles[(min(tiles, common.resident(self.weight.device)),)](
             self.box(self.x, self.batch, self.score_b, p.step),
@@ -415,9 +441,10 @@ class Tiles:
             self.score_b,
             p.block_l,
             p.step,
+            not self.narrow or self.kind == torch.float32,
             self.tma,
             self.emulated,
-            **score_options(self.kind, self.tma, narrow),
+            **score_options(self.kind, self.narrow),
         )
 
     def add_dx(self, first: int) -> None:

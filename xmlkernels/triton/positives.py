@@ -23,9 +23,42 @@ def find_starts(pos_row, starts, count, rows, blocks, BLOCK_L: tl.constexpr, BLO
 
 
 @triton.jit
-def target(pos_row, pos_sample, pos_value, p, first, lane, sample):
-    """Return where the p-th positive is in a tile of labels and samples, and its value."""
-    row = (tl.load(pos_row + p) - first).to(tl.int32)
-    hit = (lane == row)[:, None] & (sample == tl.load(pos_sample + p))[None, :]
-    value = tl.load(pos_value + p) if pos_value is not None else 1.0
-    return hit, value
+def subtract_targets(
+    tile,
+    factor,
+    pos_row,
+    pos_sample,
+    pos_value,
+    begin,
+    end,
+    first,
+    first_sample,
+    BLOCK_L: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    SINGLY: tl.constexpr,
+):
+    """Return tile [BLOCK_L, BLOCK_B] - factor y for the targets y of its positives, begin to end.
+
+    factor: such a tile, or None for 1. The positives are taken one at a time, which needs no second
+    tile of registers, or (not SINGLY, and without values) 16 at a time, as products of indicator
+    matrices in fp16: exact, and half the registers.
+    """
+    lane, sample = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_B)
+    if SINGLY or pos_value is not None:
+        for p in range(begin, end):
+            row = (tl.load(pos_row + p) - first).to(tl.int32)
+            at = tl.load(pos_sample + p) - first_sample
+            y = tl.load(pos_value + p) if pos_value is not None else 1.0
+            hit = (lane == row)[:, None] & (sample == at)[None, :]
+            tile = tl.where(hit, tile - (y if factor is None else y * factor), tile)
+    else:
+        for p in range(begin, end, 16):
+            at = p + tl.arange(0, 16)
+            inside = at < end
+            row = (tl.load(pos_row + at, mask=inside, other=-1) - first).to(tl.int32)
+            some = tl.load(pos_sample + at, mask=inside, other=-1) - first_sample
+            of_row = (lane[:, None] == row[None, :]) & inside[None, :]
+            of_sample = some[:, None] == sample[None, :]
+            y = tl.dot(of_row.to(tl.float16), of_sample.to(tl.float16), out_dtype=tl.float16)
+            tile -= y if factor is None else y * factor
+    return tile
