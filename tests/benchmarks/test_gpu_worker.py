@@ -31,6 +31,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> list[dict[str, object]]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_worker, "ROUNDS", 2)
     monkeypatch.setattr(gpu_worker, "BUDGET_S", 0)
+    monkeypatch.setattr(gpu_check, "ROWS", 300)
     monkeypatch.setattr(cases, "CEILING_SIZE", {"cpu": 64})
     monkeypatch.setattr(gpu_worker, "COPY_BYTES", {"cpu": 1 << 16})
     only = replace(cases.BENCHMARKS["bce_step"], gpu_shapes=(TINY,))
