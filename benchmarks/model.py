@@ -134,7 +134,7 @@ def matmul_topk_accesses(
     chunks: Sequence[int],
     *,
     block_b: int = 128,
-    block_l: int = 128,
+    block_l: int = 256,
     bias: bool = False,
 ) -> dict[str, tuple[int, int]]:
     """Count the elements of table, batch and bias that one `matmul_topk` loads and stores.

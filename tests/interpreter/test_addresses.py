@@ -2,6 +2,8 @@
 multiplication.
 """
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -81,11 +83,10 @@ def test_top_of_the_last_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     table, last = far_table()
     bias, x = torch.zeros(ROWS), whole(3, WIDTH).to(torch.bfloat16)
     bias[-FAR:] = whole(FAR)
-    samples, slack, capacity, _ = matmul_topk.plan(3, FAR, 7)
+    small = matmul_topk.plan(3, FAR, 7)
     # The chunks before the last hold zeros and would take hours.
-    monkeypatch.setattr(
-        matmul_topk, "plan", lambda *_: (samples, slack, capacity, [(ROWS - FAR, ROWS)])
-    )
+    far = dataclasses.replace(small, chunks=[(ROWS - FAR, ROWS)])
+    monkeypatch.setattr(matmul_topk, "plan", lambda *_: far)
     values, rows = matmul_topk.matmul_topk(x, table, bias, 7, row_offset=5)
     expected, expected_rows = reference_topk.matmul_topk(
         x, last, bias[-FAR:], 7, row_offset=5 + ROWS - FAR

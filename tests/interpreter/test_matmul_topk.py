@@ -2,8 +2,10 @@
 chunks and cuts.
 """
 
+import dataclasses
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +27,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tables of a few dozen rows then span several chunks, and lists are cut in several blocks."""
     monkeypatch.setattr(kernel, "FIRST_CHUNK", 16)
     monkeypatch.setattr(kernel, "TILE", (16, 16, 16, 4))
+    monkeypatch.setattr(kernel, "TILE_TMA", (16, 16, 16, 4))
     monkeypatch.setattr(kernel, "TILE_FP32", (16, 16, 16, 4))
     monkeypatch.setattr(kernel, "CUT_BLOCK", 64)
     yield
@@ -108,6 +111,46 @@ def test_scores_that_rise_fall_and_tie() -> None:
     check_equal(torch.tensor([[1.0], [-1.0], [0.0], [-0.0]]), weight, None, 5)
 
 
+@pytest.mark.parametrize("excluded, descriptors", [(0, False), (2, True)], ids=str)
+def test_lists_that_overflow(
+    monkeypatch: pytest.MonkeyPatch, excluded: int, descriptors: bool
+) -> None:
+    """Lists of 21 keys and a chunk of 174 labels: scores that rise, tie, are NaN and infinite,
+    beside some that fit.
+    """
+    monkeypatch.setattr(kernel, "uses_descriptors", lambda *_: descriptors)
+    monkeypatch.setattr(kernel, "LIST_BYTES", 0)
+    monkeypatch.setattr(kernel, "MARGIN", 0.01)
+    n, k = 190, 5
+    how = kernel.plan(7, n, k, excluded)
+    assert how.samples == 1 and how.capacity == k + excluded + 16
+    assert how.chunks == [(0, 16), (16, n)]
+    monkeypatch.setattr(kernel, "plan", lambda *_: dataclasses.replace(how, samples=7))
+    weight, row = torch.zeros(n, 8), torch.arange(n)
+    # Rising; in steps; 90 equal ones above 100 equal ones; zeros.
+    weight[:, 0], weight[:, 1], weight[:, 2] = row, row // 8, row // 100
+    x = torch.zeros(7, 8)
+    x[0, 0], x[1, 0], x[2, 1], x[3, 2], x[4, 2], x[5, 0] = 1, -1, 1, 1, -1, math.nan
+    best = reference(x, weight, None, 2 * excluded + 1)[1][:, : 2 * excluded : 2].contiguous()
+    exclude = best if excluded else None
+    weight, x = weight.to(torch.bfloat16), x.to(torch.bfloat16)
+    check_equal(x, weight, None, k, exclude=exclude)
+    bias = torch.zeros(n)
+    bias[:60], bias[[70, 90]], bias[100:110] = -INF, INF, math.nan
+    check_equal(x, weight, bias, k, exclude=exclude)
+
+
+def test_lists_that_just_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list at its capacity is no overflow; one key more is."""
+    monkeypatch.setattr(kernel, "LIST_BYTES", 0)
+    monkeypatch.setattr(kernel, "MARGIN", 0.01)
+    assert kernel.plan(1, 60, 5).capacity == 21
+    for passing in (16, 17):
+        weight = torch.zeros(60, 1)
+        weight[20 : 20 + passing, 0] = 1 + torch.arange(passing)
+        check_equal(torch.ones(1, 1), weight, None, 5)
+
+
 def test_what_is_not_finite() -> None:
     """NaN is never returned; +inf is a score like others; a row at -inf is a place that no row
     fills.
@@ -148,30 +191,77 @@ def test_batches_that_do_not_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    "b, n, k",
-    [(512, 2_800_000, 100), (1, 10**8, 1), (4096, 670_000, 1000), (3, 70, 5), (1024, 10**6, 10**6)],
+    "b, n, k, excluded",
+    [
+        (512, 2_800_000, 100, 0),
+        (1, 10**8, 1, 30),
+        (4096, 670_000, 1000, 500),
+        (3, 70, 5, 2),
+        (1024, 10**6, 10**6, 0),
+        (1024, 8_600_000, 1000, 10**5),
+    ],
 )
-def test_workspace(monkeypatch: pytest.MonkeyPatch, b: int, n: int, k: int) -> None:
-    """Chunks cover the table once; a chunk fits beside a list that was not cut; lists and sort stay
-    within 256 MB.
-    """
+def test_workspace(monkeypatch: pytest.MonkeyPatch, b: int, n: int, k: int, excluded: int) -> None:
+    """Chunks cover the table once; lists, their bins and the sort stay within 256 MB."""
     monkeypatch.undo()
-    samples, slack, capacity, chunks = kernel.plan(b, n, k)
+    how = kernel.plan(b, n, k, excluded)
+    chunks = how.chunks
     assert chunks[0][0] == 0 and chunks[-1][1] == n
     assert all(a[1] == b[0] for a, b in itertools.pairwise(chunks))
-    assert max(end - begin for begin, end in chunks) + k + slack <= capacity
-    assert 1 <= samples <= min(b, kernel.BATCH)
+    assert all(begin < end for begin, end in chunks)
+    assert chunks[0][1] <= how.capacity
+    # Once all bits are known, a bound leaves at most so many keys.
+    assert k + excluded <= how.capacity
+    assert how.shifts[0] == 64 and how.shifts[-1] == 0
+    steps = {a - b for a, b in itertools.pairwise(how.shifts)}
+    assert min(steps) > 0 and 1 << max(steps) <= 2 * how.capacity
+    assert 1 <= how.samples <= min(b, kernel.BATCH)
     # The lists, and keys, indices and buffers of the sort of the first k places.
-    assert 8 * samples * (capacity + 5 * k) <= 256 << 20
+    assert 8 * how.samples * (how.capacity + 5 * k) <= 256 << 20
 
 
-def test_accesses_are_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("k", [5, 100, 1000])
+@pytest.mark.parametrize("b", [1, 64, 512, 1024])
+def test_launches(monkeypatch: pytest.MonkeyPatch, b: int, k: int) -> None:
+    """At most two cuts per million labels, and launches that the shape alone decides."""
+    monkeypatch.undo()
+    counts = launches_of(monkeypatch, b, 2_800_000, k)
+    assert 4 <= counts["_score_tiles"] <= 5 < 2 * 2.8
+    # The rest does nothing unless a list overflowed.
+    assert counts["_cut_lists"] == counts["_score_tiles"] + (counts["_recount_tiles"] > 0)
+    assert counts["_recount_tiles"] in (0, 6) and counts["_raise_bounds"] in (0, 5)
+    assert launches_of(monkeypatch, b, 8_600_000, k)["_score_tiles"] <= 6
+
+
+def launches_of(monkeypatch: pytest.MonkeyPatch, b: int, n: int, k: int) -> Counter[str]:
+    """Launches of one call by kernel; none of them runs."""
+    counts: Counter[str] = Counter()
+
+    def record(name: str) -> Any:
+        class Launch:
+            def __getitem__(self, grid: Any) -> Any:
+                return lambda *_, **__: counts.update([name])
+
+        return Launch()
+
+    with monkeypatch.context() as inner:
+        for name in ("_score_tiles", "_cut_lists", "_recount_tiles", "_raise_bounds"):
+            inner.setattr(kernel, name, record(name))
+        inner.setattr(torch, "sort", lambda best, **_: torch.return_types.sort((best, best)))
+        x, weight = torch.zeros(b, 1), torch.zeros(1, 1).expand(n, 1)
+        kernel.matmul_topk(x, weight, None, k)
+    return counts
+
+
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+def test_accesses_are_the_closed_form(monkeypatch: pytest.MonkeyPatch, descriptors: bool) -> None:
     """Each block of samples reads the table once, each block of labels the batch once."""
-    b, n, d, k = 19, 70, 20, 4
-    x, weight, bias = whole_numbers(b, n, d, torch.float32)
+    b, n, d, k = 19, 70, 24, 4
+    x, weight, bias = whole_numbers(b, n, d, torch.bfloat16)
+    monkeypatch.setattr(kernel, "uses_descriptors", lambda *_: descriptors)
     with counted(monkeypatch, {"x": x, "weight": weight, "bias": bias}) as traffic:
         kernel.matmul_topk(x, weight, bias, k)
-    chunks = [end - begin for begin, end in kernel.plan(b, n, k)[3]]
+    chunks = [end - begin for begin, end in kernel.plan(b, n, k).chunks]
     model = matmul_topk_accesses(b, n, d, chunks, block_b=16, block_l=16, bias=True)
     assert model["weight"] == (2 * n * d, 0) and len(chunks) > 1
     assert {name: (traffic.loads[name], traffic.stores[name]) for name in model} == model
@@ -179,10 +269,10 @@ def test_accesses_are_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_models_blocks_are_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    labels, samples, _, _ = kernel.TILE
+    labels, samples, _, _ = kernel.TILE_TMA
     given = (1000, 70_000, 8, [4096, 4096])
     assert matmul_topk_accesses(*given) == matmul_topk_accesses(
         *given, block_b=samples, block_l=labels
     )
     assert matmul_topk_memory(2500, 70_000, 8, 10) == 3 * 70_000 * 8 * 2 + 2500 * (4 * 8 + 12 * 10)
-    assert kernel.plan(2500, 70_000, 10)[0] == 1024
+    assert kernel.plan(2500, 70_000, 10).samples == 1024

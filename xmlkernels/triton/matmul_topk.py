@@ -1,32 +1,112 @@
 """`matmul_topk` on the GPU: scores beyond each sample's running k-th best are kept in a list.
 
 A score and its row are one int64 key, so that one integer comparison is the whole order: higher
-score first, then lower row. Labels are taken in chunks, in ascending order of row. A chunk's tiles
-append to the list of each sample the keys above its threshold (the k-th best of all chunks before;
-an equal score comes from a higher row and loses). Between chunks, lists that have grown are cut
-back to their best k. The set of keys in a list never depends on the order in which tiles finish,
-and a list has room for a whole chunk, so that nothing is lost whatever the scores are.
+score first, then lower row. Labels are taken in a few chunks, in ascending order of row, each many
+times as large as all before it. A chunk's tiles append to the list of each sample the keys above
+its threshold (the k-th best of all chunks before; an equal score comes from a higher row and
+loses). Between chunks the lists are cut back to their best k. The set of keys in a list never
+depends on the order in which tiles finish.
+
+A chunk may hold more labels than a list has room for, since few of them pass. Where more pass than
+there is room for (scores that rise with the row), the list's count says so: it counts what passes,
+not what is stored. Such a sample starts again after the last chunk. Passes over the table count
+its keys by their leading bits, until a bound is known that at least the best k keys reach, and no
+more than the list holds; one more pass collects these. Keys are distinct, so that all their bits
+bound them exactly: the list holds them whatever the scores are. The launches of these passes are
+always made, and return at once where no list overflowed.
 """
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from xmlkernels.triton import common
 
 # All lists together; with the final sort's copies the workspace stays within 256 MB.
 LIST_BYTES = 200 << 20
 FIRST_CHUNK = 4096  # labels before there is a threshold: all of them enter the lists
+# A chunk has at most so many times the labels of all chunks before: so many times k keys of a
+# sample pass then, if its best rows lie anywhere.
+GROWTH = 11
+# Lists have room for so many times the keys that are expected to pass.
+MARGIN = 4
 # samples at a time; from a few hundred on the product is bound by arithmetic, not by reading the
 # table
 BATCH = 1024
-# Labels, samples and columns of a tile, and its warps; products of fp32 hold twice the bytes and
-# run on no tensor core.
-TILE, TILE_FP32 = (128, 128, 64, 8), (64, 64, 32, 4)
+# Labels, samples and columns of a tile, and its warps. TILE_TMA needs the shared memory of sm_90;
+# products of fp32 hold twice the bytes and run on no tensor core.
+TILE_TMA, TILE, TILE_FP32 = (256, 128, 64, 8), (128, 128, 64, 8), (64, 64, 32, 4)
+STAGES_TMA, STAGES = 4, 3
 CUT_BLOCK = 1024
+BIN_BITS = 13  # of a key that one pass over the table finds, where a list's memory holds the bins
 EMPTY = tl.constexpr(-(2**63))  # below the key of every score, -inf included
 HIGHEST = tl.constexpr(2**63 - 1)
+OVERFLOWED, BOUNDED = tl.constexpr(1), tl.constexpr(2)  # states of a sample that starts again
+
+
+@triton.jit
+def _scores(
+    x,
+    weight,
+    bias,
+    row_scale,
+    first_label,
+    first_sample,
+    end,
+    batch,
+    D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TMA: tl.constexpr,
+    EMULATED: tl.constexpr,
+    BL: tl.constexpr,
+    BB: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Scores fp32 [BL labels, BB samples] of one tile; -inf or NaN for labels from `end` on.
+
+    x [batch, D] in the format of the product; weight [n, D]; row_scale fp32 [n, 2] of an e4m3
+    table, or None. TMA: x and weight are descriptors, which give zeros beyond their ends.
+    """
+    label = first_label + tl.arange(0, BL)
+    real_label = label < end
+    column = tl.arange(0, BD)
+    if not TMA:
+        sample = first_sample + tl.arange(0, BB)
+        real_sample = sample < batch
+        w_at = weight + label.to(tl.int64)[:, None] * D + column[None, :]
+        x_at = x + sample[None, :].to(tl.int64) * D + column[:, None]
+    z = tl.zeros((BL, BB), dtype=tl.float32)
+    for start in range(0, D, BD):
+        if TMA:
+            w = weight.load([first_label, start])
+            e = x.load([first_sample, start]).T
+        else:
+            left = column < D - start
+            w = tl.load(w_at + start, mask=real_label[:, None] & left[None, :], other=0)
+            e = tl.load(x_at + start, mask=real_sample[None, :] & left[:, None], other=0.0)
+        w = common.operand(w, e.dtype, EMULATED)
+        z = common.dot(w if w.dtype == e.dtype else common.widen(w), e, z, EMULATED)
+    if row_scale is not None:
+        z *= tl.load(row_scale + 2 * label.to(tl.int64), mask=real_label, other=1.0)[:, None]
+    # One addition is bias and mask: no sum with -inf is above a threshold.
+    if HAS_BIAS:
+        z += tl.load(bias + label, mask=real_label, other=-float("inf"))[:, None]
+    else:
+        z += tl.where(real_label, 0.0, -float("inf"))[:, None]
+    return z
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
 
 
 @triton.jit
@@ -44,64 +124,182 @@ def _score_tiles(
     capacity,
     D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    TMA: tl.constexpr,
     EMULATED: tl.constexpr,
     BL: tl.constexpr,
     BB: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Scores [BL labels, BB samples] of one tile; keys above the sample's threshold go to its list.
+    """Scores of labels [begin, end); keys above their sample's threshold go to its list.
 
-    x [batch, D] in the format of the product; weight [n, D]; row_scale fp32 [n, 2] of an e4m3
-    table, or None; threshold fp32 [batch]; used int32 [batch], entries in each list; keys int64
-    [batch, capacity].
+    threshold fp32 [batch]; used int32 [batch], keys that passed for each list; keys int64 [batch,
+    capacity]. A program takes every n-th tile.
     """
     # Tiles of one block of labels run next to each other: the block comes from memory once, then
     # from the L2 cache.
+    PIECE: tl.constexpr = 2048 // BL if BL > 128 else 16
     sample_tiles = tl.cdiv(batch, BB)
-    pid = tl.program_id(0)
-    label = begin + (pid // sample_tiles).to(tl.int64) * BL + tl.arange(0, BL)
-    sample = (pid % sample_tiles) * BB + tl.arange(0, BB)
-    real_label, real_sample = label < end, sample < batch
-    column = tl.arange(0, BD)
-    w_at = weight + label[:, None] * D + column[None, :]
-    x_at = x + sample[None, :].to(tl.int64) * D + column[:, None]
-    z = tl.zeros((BL, BB), dtype=tl.float32)
-    for start in range(0, D, BD):
-        left = column < D - start
-        w = tl.load(w_at + start, mask=real_label[:, None] & left[None, :], other=0)
-        e = tl.load(x_at + start, mask=real_sample[None, :] & left[:, None], other=0.0)
-        w = common.operand(w, e.dtype, EMULATED)
-        z = common.dot(w if w.dtype == e.dtype else common.widen(w), e, z, EMULATED)
-    if row_scale is not None:
-        z *= tl.load(row_scale + 2 * label, mask=real_label, other=1.0)[:, None]
-    if HAS_BIAS:
-        z += tl.load(bias + label, mask=real_label, other=0.0)[:, None]
-    best = tl.load(threshold + sample, mask=real_sample, other=float("inf"))
-    keep = (z > best[None, :]) & real_label[:, None]  # false for NaN, and for -inf always
-    if tl.max(tl.max(keep.to(tl.int32), axis=0), axis=0) > 0:
-        # 16 columns at a time, or keys and addresses spill registers. The columns c, c + 8, c +
-        # 16.. of a product lie in one thread, so that this selection moves nothing.
-        pieces = tl.reshape(tl.where(keep, z, -float("inf")), (BL, BB // 16, 16))
-        row_part = (0xFFFFFFFF - label)[:, None]
-        for piece in range(0, BB // 16):
-            mine = tl.arange(0, BB // 16)[None, :, None] == piece
-            part = tl.max(tl.where(mine, pieces, -float("inf")), axis=1)
-            passed = part > -float("inf")
-            if tl.max(tl.max(passed.to(tl.int32), axis=0), axis=0) > 0:
-                its_sample = (pid % sample_tiles) * BB + piece * 16 + tl.arange(0, 16)
-                _append(used, keys, part, row_part, its_sample, passed, capacity)
+    tiles = tl.cdiv(end - begin, BL) * sample_tiles
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+        first_label = begin + (tile // sample_tiles) * BL
+        first_sample = ((tile % sample_tiles) * BB).to(tl.int32)
+        z = _scores(
+            x,
+            weight,
+            bias,
+            row_scale,
+            first_label,
+            first_sample,
+            end,
+            batch,
+            D,
+            HAS_BIAS,
+            TMA,
+            EMULATED,
+            BL,
+            BB,
+            BD,
+        )
+        sample = first_sample + tl.arange(0, BB)
+        best = tl.load(threshold + sample, mask=sample < batch, other=float("inf"))
+        # NaN, which passes nowhere, where both are infinite.
+        over = z - best[None, :]
+        if tl.max(over) > 0.0:
+            # A few samples at a time, or keys and addresses spill registers. The columns c, c + 8,
+            # c + 16.. of a product lie in one thread, so that the selection moves nothing.
+            bit = (1 << (tl.arange(0, BB) // PIECE))[None, :]
+            hit = tl.reduce(tl.where(over > 0.0, bit, 0), None, _either)
+            pieces = tl.reshape(tl.where(over > 0.0, z, -float("inf")), (BL, BB // PIECE, PIECE))
+            row_part = (0xFFFFFFFF - (first_label.to(tl.int64) + tl.arange(0, BL)))[:, None]
+            for piece in tl.static_range(0, BB // PIECE):
+                if hit & (1 << piece):
+                    mine = tl.arange(0, BB // PIECE)[None, :, None] == piece
+                    part = tl.max(tl.where(mine, pieces, -float("inf")), axis=1)
+                    its_sample = first_sample + piece * PIECE + tl.arange(0, PIECE)
+                    key = _key(part, row_part)
+                    _append(used, keys, key, its_sample, part > -float("inf"), capacity)
 
 
 @triton.jit
-def _append(used, keys, score, row_part, sample, keep, capacity):
-    """Add the kept scores [rows, samples] to the lists of their samples."""
-    one = keep.to(tl.int32)
-    place = tl.atomic_add(used + (one * 0 + sample[None, :]), one, mask=keep, sem="relaxed")
+def _key(score, row_part):
+    """Make int64 keys of scores [rows, samples] and row_part = 2^32 - 1 - row [rows, 1]."""
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # zeros of both signs tie
     order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
-    tl.store(
-        keys + sample[None, :].to(tl.int64) * capacity + place, (order << 32) | row_part, mask=keep
-    )
+    return (order << 32) | row_part
+
+
+@triton.jit
+def _append(used, keys, key, sample, keep, capacity):
+    """Add the kept keys [rows, samples] to the lists of their samples, as far as there is room."""
+    one = keep.to(tl.int32)
+    place = tl.atomic_add(used + (one * 0 + sample[None, :]), one, mask=keep, sem="relaxed")
+    to = keys + sample[None, :].to(tl.int64) * capacity + place
+    tl.store(to, key, mask=keep & (place < capacity))
+
+
+@triton.jit
+def _recount_tiles(
+    x,
+    weight,
+    bias,
+    row_scale,
+    flag,
+    state,
+    low,
+    used,
+    keys,
+    bins,
+    end,
+    batch,
+    capacity,
+    shift,
+    span,
+    D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TMA: tl.constexpr,
+    EMULATED: tl.constexpr,
+    BL: tl.constexpr,
+    BB: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Count the keys of samples whose lists overflowed, by their distance from `low` >> shift.
+
+    bins int32 [batch, 2 capacity], the memory of the lists; distances from `span` on are left out.
+    A negative shift collects keys from `low` on into the lists. flag int32 [1]: whether any
+    list overflowed.
+    """
+    sample_tiles = tl.cdiv(batch, BB)
+    tiles = tl.cdiv(end, BL) * sample_tiles
+    tiles = tl.where(tl.load(flag) > 0, tiles, 0)
+    least = tl.where(shift < 0, BOUNDED, OVERFLOWED)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+        first_label = (tile // sample_tiles) * BL
+        first_sample = ((tile % sample_tiles) * BB).to(tl.int32)
+        sample = first_sample + tl.arange(0, BB)
+        its_state = tl.load(state + sample, mask=sample < batch, other=0)
+        if tl.max(((its_state > 0) & (its_state <= least)).to(tl.int32), axis=0) > 0:
+            z = _scores(
+                x,
+                weight,
+                bias,
+                row_scale,
+                first_label,
+                first_sample,
+                end,
+                batch,
+                D,
+                HAS_BIAS,
+                TMA,
+                EMULATED,
+                BL,
+                BB,
+                BD,
+            )
+            pieces = tl.reshape(z, (BL, BB // 8, 8))
+            row_part = (0xFFFFFFFF - (first_label.to(tl.int64) + tl.arange(0, BL)))[:, None]
+            for piece in range(0, BB // 8):
+                mine = tl.arange(0, BB // 8)[None, :, None] == piece
+                part = tl.max(tl.where(mine, pieces, -float("inf")), axis=1)
+                its_sample = first_sample + piece * 8 + tl.arange(0, 8)
+                real = its_sample < batch
+                piece_state = tl.load(state + its_sample, mask=real, other=0)
+                wanted = (piece_state > 0) & (piece_state <= least)
+                bound = tl.load(low + its_sample, mask=real, other=HIGHEST)[None, :]
+                key = _key(part, row_part)
+                keep = (part > -float("inf")) & (key >= bound) & wanted[None, :]
+                if shift < 0:
+                    _append(used, keys, key, its_sample, keep, capacity)
+                else:
+                    distance = (key - bound).to(tl.uint64) >> shift.to(tl.uint64)
+                    keep &= distance < span.to(tl.uint64)
+                    bin_at = its_sample[None, :].to(tl.int64) * (2 * capacity)
+                    bin_at += tl.where(keep, distance.to(tl.int64), 0)
+                    tl.atomic_add(bins + bin_at, 1, mask=keep, sem="relaxed")
+
+
+@triton.jit
+def _raise_bounds(state, low, above, bins, capacity, rank, shift, BINS: tl.constexpr):
+    """Move one sample's bound up to the last bin that `rank` keys reach, and empties the bins.
+
+    above int64 [batch]: keys beyond the bins.
+    """
+    sample = tl.program_id(0).to(tl.int64)
+    if tl.load(state + sample) == OVERFLOWED:
+        at = tl.arange(0, BINS)
+        number = tl.load(bins + sample * (2 * capacity) + at)
+        tl.store(bins + sample * (2 * capacity) + at, tl.zeros((BINS,), tl.int32))
+        number = number.to(tl.uint32, bitcast=True).to(tl.int64)
+        beyond = tl.load(above + sample)
+        reach = beyond + tl.cumsum(number, axis=0, reverse=True)
+        # The first bin where fewer reach even that: then all of the bins are wanted.
+        last = tl.max(tl.where(reach >= rank, at, 0), axis=0)
+        beyond += tl.sum(tl.where(at > last, number, 0), axis=0)
+        here = tl.sum(tl.where(at == last, number, 0), axis=0)
+        tl.store(above + sample, beyond)
+        bound = tl.load(low + sample)
+        tl.store(low + sample, bound + (last.to(tl.int64) << shift.to(tl.int64)))
+        if beyond + here <= capacity:
+            tl.store(state + sample, BOUNDED)
 
 
 @triton.jit
@@ -121,25 +319,41 @@ def _cut_lists(
     threshold,
     used,
     keys,
+    flag,
+    state,
+    low,
     k,
     excluded,
     row_offset,
     capacity,
-    slack,
+    AGAIN: tl.constexpr,
     LAST: tl.constexpr,
     HAS_EXCLUDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Cuts one sample's list to its best k keys, without excluded rows, and moves its threshold up.
 
-    A list of at most k + slack keys is left for later: its threshold is then a little lower than it
-    could be, which is safe. LAST (the caller gives slack = -k - 1): the places up to k that are
-    left are filled with EMPTY.
+    A list that overflowed becomes empty bins, and its sample starts again. AGAIN: only lists of
+    such samples are cut. LAST: the places up to k that are left are filled with EMPTY.
     """
     sample = tl.program_id(0).to(tl.int64)
     keys += sample * capacity
     count = tl.load(used + sample)
-    if count > k + slack:
+    again = tl.load(state + sample) > 0
+    if AGAIN:
+        wanted = again
+    else:
+        wanted = (not again) & (count <= capacity)
+        if (not again) & (count > capacity):
+            tl.store(threshold + sample, float("inf"))  # nothing more enters
+            tl.store(used + sample, 0)
+            tl.store(state + sample, OVERFLOWED)
+            tl.store(low + sample, EMPTY)
+            tl.store(flag, 1)
+            for start in range(0, capacity, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                tl.store(keys + at, tl.zeros((BLOCK,), tl.int64), mask=at < capacity)
+    if wanted & (LAST | (count > k)):
         if HAS_EXCLUDE:
             for start in range(0, count, BLOCK):
                 at = start + tl.arange(0, BLOCK)
@@ -193,23 +407,79 @@ def _cut_lists(
                 )
 
 
-def plan(batch: int, n: int, k: int) -> tuple[int, int, int, list[tuple[int, int]]]:
-    """Return samples at a time, slack and capacity of a list, and chunks of labels [begin, end).
+@dataclass(frozen=True)
+class Plan:
+    """How one call goes through batch and table; a constant of the shape.
 
-    A list holds at most k + slack keys between chunks, so that a chunk of capacity - k - slack
-    labels always fits.
+    Attributes:
+        samples: of the batch, at a time.
+        capacity: keys of one list.
+        chunks: labels [begin, end). The first fits into a list; so does any that is not many times
+            k keys' work.
+        shifts: bits of a key below those that are known after each pass of those that start again,
+            beginning with all 64.
     """
-    slack = max(256, k)
+
+    samples: int
+    capacity: int
+    chunks: list[tuple[int, int]]
+    shifts: list[int]
+
+
+def plan(batch: int, n: int, k: int, excluded: int = 0) -> Plan:
+    """Plan for `excluded` rows a sample that may have to be dropped from the best."""
     # The final sort takes a few copies of the first k places.
-    samples = max(1, min(batch, BATCH, LIST_BYTES // (8 * (6 * k + slack + FIRST_CHUNK))))
-    most = max(FIRST_CHUNK, LIST_BYTES // (8 * samples) - 6 * k - slack)
-    chunks, begin = [], 0
-    while begin < n:
-        # Twice as many labels as before: about k keys of a sample pass then, whatever the chunk.
-        size = min(most, max(begin, FIRST_CHUNK, min(2 * k, most)), n - begin)
-        chunks.append((begin, begin + size))
-        begin += size
-    return samples, slack, k + slack + min(most, n), chunks
+    kept = 6 * k + excluded
+    samples = max(1, min(batch, BATCH, LIST_BYTES // (8 * (kept + FIRST_CHUNK))))
+    room = max(FIRST_CHUNK, LIST_BYTES // (8 * samples) - kept)
+    capacity = k + excluded + min(room, n)
+    first = min(n, room, max(FIRST_CHUNK, 2 * k))
+    # Chunks all grow by one factor, so that the last is not a small rest.
+    growth = 1 + min(GROWTH, room / (MARGIN * k))
+    steps = math.ceil(math.log(n / first) / math.log(growth) - 1e-9)
+    ends = [first]
+    for step in range(1, steps + 1):
+        to = math.ceil(first * (n / first) ** (step / steps) / TILE_TMA[0]) * TILE_TMA[0]
+        if ends[-1] < n:
+            ends.append(min(to, n))
+    bits = min(BIN_BITS, (2 * capacity).bit_length() - 1)
+    return Plan(
+        samples,
+        capacity,
+        list(pairwise([0, *ends])),
+        [64, *range(64 - bits, 0, -bits), 0],
+    )
+
+
+def uses_descriptors(x: Tensor, weight: Tensor) -> bool:
+    """Return whether this card and these tensors (of the kernels' formats) allow TMA."""
+    if common.emulated() or torch.cuda.get_device_capability(x.device) < (9, 0):
+        return False
+    return fit_descriptors(x, weight)
+
+
+def fit_descriptors(x: Tensor, weight: Tensor) -> bool:
+    """Return whether TMA takes these tensors: 16-byte rows, 32-bit coordinates, 16-bit products."""
+    return (
+        x.element_size() == 2
+        and weight.shape[0] < 2**31 - TILE_TMA[0]
+        and all(
+            t.shape[1] * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, weight)
+        )
+    )
+
+
+def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
+    """Describe contiguous rows; a single row may have any stride of its own."""
+    return TensorDescriptor(t, list(t.shape), [t.shape[1], 1], block)
+
+
+def _programs(device: torch.device, descriptors: bool) -> int:
+    """Return programs of a launch: as many as run at a time. No result depends on it."""
+    if common.emulated():
+        return 3
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count if descriptors else 2 * count
 
 
 def matmul_topk(
@@ -225,10 +495,10 @@ def matmul_topk(
 ) -> tuple[Tensor, Tensor]:
     """See `xmlkernels.ops.matmul_topk`; a CUDA graph can capture it."""
     batch, n = x.shape[0], weight.shape[0] if rows < 0 else rows
-    if n > 2**32:
+    if n >= 2**32:
         raise ValueError(
-            f"matmul_topk: {n} rows on one device, at most 2**32; shard the table and merge the "
-            "results"
+            f"matmul_topk: {n} rows on one device, fewer than 2**32 are taken; shard the table "
+            "and merge the results"
         )
     values = torch.empty(batch, k, dtype=torch.float32, device=x.device)
     found = torch.empty(batch, k, dtype=torch.int64, device=x.device)
@@ -238,14 +508,15 @@ def matmul_topk(
     low = kind == torch.bfloat16 or (kind == torch.float16 and x.dtype == torch.float16)
     x = x.to(kind if low else torch.float32)
     weight = common.table_bits(weight)
-    samples, slack, capacity, chunks = plan(batch, n, k)
-    keys = torch.empty(samples, capacity, dtype=torch.int64, device=x.device)
+    if exclude is not None and exclude.shape[1] == 0:
+        exclude = None
+    how = plan(batch, n, k, 0 if exclude is None else exclude.shape[1])
+    samples = how.samples
+    keys = torch.empty(samples, how.capacity, dtype=torch.int64, device=x.device)
     for first in range(0, batch, samples):
         part = x[first : first + samples]
-        left = (
-            None if exclude is None or exclude.shape[1] == 0 else exclude[first : first + samples]
-        )
-        best = _best_keys(part, weight, bias, row_scale, k, left, row_offset, keys, slack, chunks)
+        left = None if exclude is None else exclude[first : first + samples]
+        best = _best_keys(part, weight, bias, row_scale, k, left, row_offset, keys, how)
         key = torch.sort(
             best, dim=1, descending=True
         ).values  # no two keys are equal, but for empty places
@@ -268,20 +539,65 @@ def _best_keys(
     exclude: Tensor | None,
     row_offset: int,
     keys: Tensor,
-    slack: int,
-    chunks: list[tuple[int, int]],
+    how: Plan,
 ) -> Tensor:
     """Return the best k keys of each sample, in any order; int64 [B, k], a view of `keys`."""
-    batch, capacity = x.shape[0], keys.shape[1]
+    batch, capacity, n = x.shape[0], keys.shape[1], how.chunks[-1][1]
     threshold = torch.full((batch,), -torch.inf, device=x.device)
-    used = torch.zeros(batch, dtype=torch.int32, device=x.device)
-    labels, most, width, warps = TILE_FP32 if x.dtype == torch.float32 else TILE
+    used, state = torch.zeros(2, batch, dtype=torch.int32, device=x.device)
+    flag = torch.zeros(1, dtype=torch.int32, device=x.device)
+    low = torch.full((batch,), HIGHEST.value, dtype=torch.int64, device=x.device)
+    above = torch.zeros(batch, dtype=torch.int64, device=x.device)
+    bins = keys.view(torch.int32)
+    descriptors = uses_descriptors(x, weight)
+    labels, most, width, warps = (
+        TILE_TMA if descriptors else TILE_FP32 if x.dtype == torch.float32 else TILE
+    )
     block = common.power_of_2(batch, 16, most)
-    for begin, end in chunks:
-        tiles = triton.cdiv(end - begin, labels) * triton.cdiv(batch, block)
-        _score_tiles[(tiles,)](
-            x,
-            weight,
+    programs = _programs(x.device, descriptors)
+    x_in: Any = _descriptor(x, [block, width]) if descriptors else x
+    w_in: Any = _descriptor(weight, [labels, width]) if descriptors else weight
+    tiles = {
+        "D": weight.shape[1],
+        "HAS_BIAS": bias is not None,
+        "TMA": descriptors,
+        "EMULATED": common.emulated(),
+        "BL": labels,
+        "BB": block,
+        "BD": width,
+        "num_warps": warps,
+        "num_stages": STAGES_TMA if descriptors else STAGES,
+        **common.LAUNCH,
+    }
+
+    def grid(size: int) -> tuple[int]:
+        return (min(programs, triton.cdiv(size, labels) * triton.cdiv(batch, block)),)
+
+    def cut(*, again: bool, last: bool) -> None:
+        _cut_lists[(batch,)](
+            exclude,
+            threshold,
+            used,
+            keys,
+            flag,
+            state,
+            low,
+            k,
+            0 if exclude is None else exclude.shape[1],
+            row_offset,
+            capacity,
+            AGAIN=again,
+            LAST=last,
+            HAS_EXCLUDE=exclude is not None,
+            BLOCK=CUT_BLOCK,
+            num_warps=4,
+            **common.LAUNCH,
+        )
+
+    for begin, end in how.chunks:
+        _score_tiles[grid(end - begin)](
+            x_in,
+            w_in,
             bias,
             row_scale,
             threshold,
@@ -291,31 +607,52 @@ def _best_keys(
             end,
             batch,
             capacity,
-            D=weight.shape[1],
-            HAS_BIAS=bias is not None,
-            EMULATED=common.emulated(),
-            BL=labels,
-            BB=block,
-            BD=width,
-            num_warps=warps,
-            num_stages=3,
-            **common.LAUNCH,
+            **tiles,
         )
-        last = end == chunks[-1][1]
-        _cut_lists[(batch,)](
-            exclude,
-            threshold,
-            used,
-            keys,
-            k,
-            0 if exclude is None else exclude.shape[1],
-            row_offset,
-            capacity,
-            -k - 1 if last else slack,
-            LAST=last,
-            HAS_EXCLUDE=exclude is not None,
-            BLOCK=CUT_BLOCK,
-            num_warps=4,
-            **common.LAUNCH,
+        cut(again=False, last=end == n)
+    if any(end - begin > capacity - k for begin, end in how.chunks):
+        _start_again(
+            lambda shift, span: _recount_tiles[grid(n)](
+                x_in,
+                w_in,
+                bias,
+                row_scale,
+                flag,
+                state,
+                low,
+                used,
+                keys,
+                bins,
+                n,
+                batch,
+                capacity,
+                shift,
+                span,
+                **tiles,
+            ),
+            lambda shift: _raise_bounds[(batch,)](
+                state,
+                low,
+                above,
+                bins,
+                capacity,
+                k + (0 if exclude is None else exclude.shape[1]),
+                shift,
+                BINS=1 << (64 - how.shifts[1]),
+                num_warps=8,
+                **common.LAUNCH,
+            ),
+            how.shifts,
         )
+        cut(again=True, last=True)
     return keys[:batch, :k]
+
+
+def _start_again(
+    recount: Callable[[int, int], object], raise_bounds: Callable[[int], object], shifts: list[int]
+) -> None:
+    """Find the bounds of samples whose lists overflowed, and collect the keys from there on."""
+    for known, shift in pairwise(shifts):
+        recount(shift, 1 << (known - shift))
+        raise_bounds(shift)
+    recount(-1, 0)
