@@ -220,6 +220,28 @@ def cluster_step_accesses(
     }
 
 
+PAIRS, SPAN, LIST = 4, 4, 16  # of xmlkernels/triton/cluster_pairs.py: FEW, SPAN and ROWS
+
+
+def cluster_pairs_accesses(
+    B: int, D: int, K: int, M: int, sizes: Sequence[int], pairs: Sequence[int], *, states: int = 0
+) -> dict[str, tuple[int, int]]:
+    """Count the same where clusters have few pairs: see `cluster_step_accesses`.
+
+    M: the most rows of a cluster.
+    """
+    rows = sum(size for size, p in zip(sizes, pairs, strict=True) if p)
+    candidates = sum(p * size for size, p in zip(sizes, pairs, strict=True))
+    tiles = B * _up(K * M, SPAN * LIST) * SPAN
+    return {
+        # Scores and shares of dx by every pair, the update by every row.
+        "weight": ((2 * candidates + rows) * D, rows * D),
+        "state": (states * rows * D, states * rows * D),
+        # Scores by every tile of candidates, the gradient by every row of a pair, the check.
+        "x": ((tiles + candidates + B) * D, 0),
+    }
+
+
 def cluster_step_memory(
     B: int,
     D: int,
@@ -236,9 +258,14 @@ def cluster_step_memory(
     Each sample selects K of C clusters of M rows at random. The assumption: a touched row and its
     states come once and go back once, however many samples share it; the gradients of the logits
     and x stay in L2, and so do the shares of dx where they fit, else they go to memory and come
-    back.
+    back. Where a cluster has few pairs, its rows come once for the scores of each pair, too.
     """
     touched = round(C * M * (1 - (1 - K / C) ** B))
+    if B * K <= PAIRS * C:
+        shares = 4 * B * _up(K * M, SPAN * LIST) * D
+        read = B * K * M * D * element if touched * D * element > CACHE else touched * D * element
+        rows = read + touched * D * (2 * (element + states * state_element))
+        return rows + (2 * shares if shares > CACHE else 0) + 4 * B * K * M + 8 * B * K + 8 * B * D
     block_r = min(64, max(16, 1 << max(0, M - 1).bit_length()))
     shares = 4 * B * K * _up(M, block_r) * D
     rows = 2 * touched * D * (element + states * state_element)

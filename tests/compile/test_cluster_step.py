@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from compiled import ARCHES, E4M3_ARCHES, SMALL, compile_kernel
+from compiled import ARCHES, E4M3_ARCHES, SMALL, Compiled, compile_kernel
+from xmlkernels.triton import cluster_pairs
 from xmlkernels.triton import cluster_step as kernel
 
 pytestmark = pytest.mark.compile
@@ -38,6 +39,7 @@ def test_step_tiles(arch: str, states: str, large: bool) -> None:
     kinds |= dict.fromkeys(
         ("bias", "moment", "scores", "gradient", "parts", "losses", "pos_value", "hyper"), F32
     )
+    kinds |= {"samples": I32}
     kinds |= dict.fromkeys(("order", "group", "edge", "pos_edge", "pos_row", "counter"), I64)
     kinds |= {
         "weight": dtype,
@@ -49,7 +51,6 @@ def test_step_tiles(arch: str, states: str, large: bool) -> None:
     }
     numbers = (
         "cluster_rows",
-        "chosen",
         "tiles",
         "first_tile",
         "part_tiles",
@@ -74,10 +75,96 @@ def test_step_tiles(arch: str, states: str, large: bool) -> None:
         kernel._step_tiles, arch, kinds, constants, divisible=divisible, num_warps=warps
     )
     assert (got.stack, got.local) == (0, 0) and got.shared <= SMALL
+    assert not got.code.static("I2F"), "a 64-bit division"
     assert got.mma == (dtype != F32)
     # wgmma takes 64 rows at a time: level 0 of a cascade has them, a cluster of a few labels has
     # not.
     assert got.wgmma == (arch == "sm_90a" and rows >= 64)
+
+
+def build_pairs(name: str, arch: str, states: str) -> Compiled:
+    """Compile a kernel for steps that go pair by pair, 400 clusters of 11 rows a sample."""
+    dtype, given = (STATES | EIGHT)[states]
+    low = dtype in (BF16, U8)
+    kinds: dict[str, Any] = dict.fromkeys(("momentum", "second", "kahan", "row_scale", "pos_value"))
+    kinds |= {k: v for k, v in given.items() if k != "ROW_WISE"}
+    kinds |= dict.fromkeys(("bias", "scores", "gradient", "parts", "losses"), F32)
+    kinds |= dict.fromkeys(("hyper", "correction"), F32)
+    kinds |= dict.fromkeys(("order", "group", "edge", "pos_edge", "pos_row", "counter"), I64)
+    kinds |= dict.fromkeys(("begin", "first_place"), I64)
+    kinds |= {"weight": dtype, "x": BF16 if low else dtype, "flag": I32, "pos_sample": I32}
+    kinds |= {"samples": I32, "owner": I32, "row_offset": "i64"}
+    numbers = ("cluster_rows", "chosen", "groups", "spans", "first_column", "last_column")
+    kinds |= dict.fromkeys(numbers, "i32")
+    score = name == "_score_slots"
+    columns = cluster_pairs.SCORED if score else cluster_pairs.UPDATED
+    constants = {
+        "M": 11,
+        "D": 768,
+        "ROW_WISE": given.get("ROW_WISE", False),
+        "SCORE": True,
+        "NEED_LOSS": False,
+        "DECOUPLED": False,
+        "EMULATED": False,
+        "SPAN": cluster_pairs.SPAN,
+        "BR": cluster_pairs.ROWS,
+        "BD": columns,
+    }
+    function = getattr(cluster_pairs, name)
+    kinds = {k: v for k, v in kinds.items() if k in function.arg_names}
+    constants = {k: v for k, v in constants.items() if k in function.arg_names}
+    divisible = ("first_column", "last_column") if score else ()
+    return compile_kernel(function, arch, kinds, constants, divisible=divisible)
+
+
+# The goal is 400; 1,381 where tensor cores multiply every cluster's padding.
+INSTRUCTIONS = 930
+PAIR_CASES = [(a, s) for a in ARCHES for s in ("fp32-adam", "bf16-adam", "bf16-row-adam")]
+PAIR_CASES += [(a, "e4m3-row-adam") for a in E4M3_ARCHES]
+
+
+@pytest.mark.parametrize("name", ["_score_slots", "_update_list"])
+@pytest.mark.parametrize(
+    "arch, states", [*PAIR_CASES, *((a, "e4m3-row-adam") for a in E4M3_ARCHES)]
+)
+def test_pair_by_pair(name: str, arch: str, states: str) -> None:
+    """No spill, no 64-bit division, and no access of 16 bits to tables."""
+    got = build_pairs(name, arch, states)
+    assert (got.stack, got.local) == (0, 0) and got.shared <= SMALL
+    assert not got.mma and not got.code.static(r"I2F\.U64")
+    assert states != "bf16-adam" or not got.code.static(r"(LDG|STG)\.E\.U16")
+
+
+def test_instructions_and_barriers_of_a_cluster() -> None:
+    """Amazon-670K: for 64 columns of a cluster of 11 rows, which 1.22 samples select; bf16, Adam.
+
+    A tile has 16 rows, without gaps. In most tiles of the update a row has two pairs at most.
+    """
+    score = build_pairs("_score_slots", "sm_90a", "bf16-adam")
+    update = build_pairs("_update_list", "sm_90a", "bf16-adam")
+    scored, shares = (loop for loop in score.code.loops if len(loop.path) == 1)
+    of_tile = next(loop for loop in score.code.loops if loop.path == (*shares.path, 0))
+    pairs = update.code.loops
+    assert scored.statement == of_tile.statement == "_score_slots: for tile"
+    assert {loop.statement for loop in pairs} <= {"_gradient: for p", "_update_list: for p"}
+    per_tile = 768 // cluster_pairs.SCORED
+    for kind, most in ((None, INSTRUCTIONS), ("barrier", 8)):
+
+        def work(code: Compiled, first: int, last: int, kind: str | None = kind) -> int:
+            found = code.code.instructions[first : last + 1]
+            return sum(kind in (None, i.kind) for i in found)
+
+        inside = work(score, of_tile.first, of_tile.last)
+        outside = work(score, shares.first, shares.last) - inside
+        of_score = work(score, scored.first, scored.last)
+        of_score += per_tile * (inside + outside / cluster_pairs.SPAN)
+        # From the pairs of the first columns' gradient to the end.
+        columns = [loop for loop in pairs if loop.statement == "_gradient: for p"]
+        of_update = work(update, columns[0].first, len(update.code.instructions))
+        in_loops = [work(update, loop.first, loop.last) for loop in columns]
+        of_update += 2 * min(in_loops) - sum(in_loops)
+        got = 11 / 16 * (1.22 * of_score / 12 + of_update)
+        assert got <= most, f"{got:.0f} {kind or 'instructions'}: {of_score / 12:.0f}, {of_update}"
 
 
 @pytest.mark.parametrize("arch", ARCHES)

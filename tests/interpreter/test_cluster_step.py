@@ -3,14 +3,18 @@ nothing else touched.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.model import cluster_step_accesses, cluster_step_memory
+from benchmarks.model import (
+    PAIRS,
+    cluster_pairs_accesses,
+    cluster_step_accesses,
+    cluster_step_memory,
+)
 from common import (
     DTYPES,
     Step,
@@ -25,6 +29,7 @@ from common import (
 )
 from counting import counted
 from xmlkernels.reference.cluster_step import cluster_step_ as reference
+from xmlkernels.triton import cluster_pairs
 from xmlkernels.triton import cluster_step as kernel
 
 NAMES = ("weight", "bias", "momentum", "second", "kahan", "row_scale")
@@ -34,11 +39,15 @@ ROW_PTR = torch.tensor([0, 1, 1, 36, 40, 47, 58])
 B, N, D, M = 18, 60, 21, 35
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(autouse=True, params=["tiles", "pairs"])
+def way(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """Both ways to do a step, in small tiles."""
     for name in ("MOST", "MOST_FP32"):
         monkeypatch.setattr(kernel, name, (16, 16, 16))
-    yield
+    for module, name in ((kernel, "SCORED"), (cluster_pairs, "SCORED"), (cluster_pairs, "UPDATED")):
+        monkeypatch.setattr(module, name, 16)
+    monkeypatch.setattr(kernel, "FEW", {"tiles": 0, "pairs": 1000}[request.param])
+    return request.param
 
 
 def run(
@@ -84,8 +93,9 @@ def test_bits_where_every_sum_is_exact(dtype: torch.dtype) -> None:
     want, got = (run(op, step, chosen(), ROW_PTR, M) for op in (reference, kernel.cluster_step_))
     assert want["loss"] > 0 and (want["scores"] == -math.inf).any()
     assert_same_bits(
-        {**got, "dx": got["dx"] + 0.0}, {**want, "dx": want["dx"] + 0.0}, but=("scores",)
+        {**got, "dx": got["dx"] + 0.0}, {**want, "dx": want["dx"] + 0.0}, but=("scores", "loss")
     )
+    torch.testing.assert_close(got["loss"], want["loss"], rtol=1e-6, atol=0.0)
     assert torch.equal(got["scores"], want["scores"])
 
 
@@ -229,9 +239,9 @@ def test_pieces_cover_all_within_the_workspace(
     assert todo[0][1] == max(t[1] for t in todo)
 
 
-def test_accesses_are_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accesses_are_the_closed_form(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """A row of an active cluster is read for every block of its pairs (scores) and twice for its
-    update, and written once.
+    update, and written once; pair by pair twice for each, and once for its update.
     """
     step = random_step(B, N, D, torch.float32, states={"momentum": torch.float32})
     clusters = chosen()
@@ -252,9 +262,11 @@ def test_accesses_are_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
         )
     sizes, pairs = ROW_PTR.diff(), torch.bincount(clusters[clusters >= 0], minlength=6)
     assert pairs.max() > 16 and sizes.max() > 32  # two blocks of pairs, three tiles of rows
-    model = cluster_step_accesses(
-        B, D, sizes.tolist(), pairs.tolist(), block_r=16, block_p=16, states=1
-    )
+    both = sizes.tolist(), pairs.tolist()
+    if way == "tiles":
+        model = cluster_step_accesses(B, D, *both, block_r=16, block_p=16, states=1)
+    else:
+        model = cluster_pairs_accesses(B, D, clusters.shape[1], M, *both, states=1)
     model["momentum"] = model.pop("state")
     assert model["momentum"] == (int(sizes[pairs > 0].sum()) * D,) * 2
     assert {name: (traffic.loads[name], traffic.stores[name]) for name in model} == model
@@ -267,3 +279,16 @@ def test_the_models_tiles_are_the_kernels(monkeypatch: pytest.MonkeyPatch, most:
     shares, rows = 4 * 64 * 400 * tiles * 768, round(600 * most * (1 - (1 - 400 / 600) ** 64))
     rest = 2 * rows * 768 * (2 + 2 * 2) + 64 * 400 * (4 * most + 8) + 8 * 64 * 768
     assert cluster_step_memory(64, 768, 400, most, 600, states=2) == rest + 2 * shares
+
+
+@pytest.mark.parametrize("count", [6_399, 6_400, 60_917])
+def test_the_model_knows_which_steps_go_pair_by_pair(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.undo()
+    assert kernel.takes_pairs(64, 400, count) == (64 * 400 <= PAIRS * count) == (count > 6_399)
+    rows = round(count * 11 * (1 - (1 - 400 / count) ** 64)) * 768
+    rest = 64 * 400 * (4 * 11 + 8) + 8 * 64 * 768 + 2 * rows * 2 * 3
+    # The weights once more for the scores of each pair; or shares of dx for each pair.
+    once_more = 2 * 64 * 400 * 11 * 768 if count > 6_399 else 2 * 4 * 64 * 400 * 768
+    assert cluster_step_memory(64, 768, 400, 11, count, states=2) - rest == once_more

@@ -14,6 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from xmlkernels.triton import common
+from xmlkernels.triton.cluster_pairs import (
+    FEW,
+    SCORED,
+    columns_of,
+    group_pairs,
+    spans_of,
+    step_pairs_,
+)
 from xmlkernels.triton.hyper import BETA2, DECAY, DX_SCALE, LR, SCALE
 from xmlkernels.triton.update import bias_corrections, update_tile
 
@@ -34,6 +42,7 @@ def _score(
     scores,
     gradient,
     order,
+    samples,
     pos_row,
     pos_sample,
     pos_value,
@@ -45,7 +54,6 @@ def _score(
     last_pair,
     first_pos,
     last_pos,
-    chosen,
     cluster_rows,
     D: tl.constexpr,
     NEED_LOSS: tl.constexpr,
@@ -57,7 +65,7 @@ def _score(
     """Score a tile of rows for all its pairs and form the gradient of the logits.
 
     Returns the sums of the gradient [BR] and of the loss. place: int32 [BR], number of each row in
-    its cluster; chosen: clusters per sample; unit: fp32 [BR], scales (e4m3 tables).
+    its cluster; unit: fp32 [BR], scales (e4m3 tables).
     """
     column = tl.arange(0, BD)
     total_g = tl.zeros((BR,), dtype=tl.float32)
@@ -66,7 +74,7 @@ def _score(
         at = first + tl.arange(0, BP)
         is_pair = at < last_pair
         pair = tl.load(order + at, mask=is_pair, other=0)
-        sample = pair // chosen
+        sample = tl.load(samples + at, mask=is_pair, other=0).to(tl.int64)
         z = tl.zeros((BR, BP), dtype=tl.float32)
         for start in range(0, D, BD):
             left = column < D - start
@@ -108,6 +116,7 @@ def _products(
     x,
     gradient,
     order,
+    samples,
     parts,
     w,
     column,
@@ -115,7 +124,6 @@ def _products(
     place,
     first_pair,
     last_pair,
-    chosen,
     cluster_rows,
     part_at,
     part_stride,
@@ -134,10 +142,11 @@ def _products(
         at = first + tl.arange(0, BP)
         is_pair = at < last_pair
         pair = tl.load(order + at, mask=is_pair, other=0)
+        sample = tl.load(samples + at, mask=is_pair, other=0).to(tl.int64)
         real = is_row[:, None] & is_pair[None, :]
         g = tl.load(gradient + at[None, :] * cluster_rows + place[:, None], mask=real, other=0.0)
         e = tl.load(
-            x + (pair // chosen)[:, None] * D + column[None, :],
+            x + sample[:, None] * D + column[None, :],
             mask=is_pair[:, None] & left[None, :],
             other=0.0,
         )
@@ -169,6 +178,7 @@ def _step_tiles(
     losses,
     flag,
     order,
+    samples,
     group,
     edge,
     pos_edge,
@@ -180,7 +190,6 @@ def _step_tiles(
     correction,
     row_offset,
     cluster_rows,
-    chosen,
     tiles,
     first_tile,
     part_tiles,
@@ -200,8 +209,9 @@ def _step_tiles(
     """Score one tile of rows of one group of pairs (SCORE), then update columns first..last.
 
     A group is the pairs of one cluster. group int64 [G + 1]: where each group's pairs begin in
-    `order`. edge int64 [G, tiles + 1]: its tiles' rows; pos_edge the same: where their positives
-    begin. parts fp32 [pairs, part_tiles, last_column - first_column]. moment fp32 [G, tiles, BR].
+    `order` and in `samples`, which has their samples. edge int64 [G, tiles + 1]: its tiles' rows;
+    pos_edge the same: where their positives begin. parts fp32 [pairs, part_tiles, last_column -
+    first_column]. moment fp32 [G, tiles, BR].
     """
     g = (tl.program_id(0) // part_tiles).to(tl.int64)
     part = tl.program_id(0) % part_tiles
@@ -226,6 +236,7 @@ def _step_tiles(
                 scores,
                 gradient,
                 order,
+                samples,
                 pos_row,
                 pos_sample,
                 pos_value,
@@ -237,7 +248,6 @@ def _step_tiles(
                 last_pair,
                 tl.load(pos_edge + cell),
                 tl.load(pos_edge + cell + 1),
-                chosen,
                 cluster_rows,
                 D,
                 NEED_LOSS,
@@ -265,6 +275,7 @@ def _step_tiles(
                         x,
                         gradient,
                         order,
+                        samples,
                         parts,
                         None,
                         column,
@@ -272,7 +283,6 @@ def _step_tiles(
                         place,
                         first_pair,
                         last_pair,
-                        chosen,
                         cluster_rows,
                         0,
                         0,
@@ -325,6 +335,7 @@ def _step_tiles(
                 x,
                 gradient,
                 order,
+                samples,
                 parts,
                 w if LOW else common.widen(w),
                 column,
@@ -332,7 +343,6 @@ def _step_tiles(
                 place,
                 first_pair,
                 last_pair,
-                chosen,
                 cluster_rows,
                 part * width + start - first_column,
                 part_tiles * width,
@@ -414,33 +424,6 @@ def _sum_parts(
     tl.store(dx_at, tl.where(tl.load(flag) == 0, out, float("nan")), mask=left)
 
 
-def _groups(
-    clusters: Tensor, row_ptr: Tensor, n: int, most_rows: int, side: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Group the pairs by cluster.
-
-    Returns:
-        order: [P], pairs in the order of their clusters.
-        group: [G + 1], where each group of one cluster begins. G is the most groups that there can
-        be;
-            those that are not there have no rows.
-        edge: [G, tiles + 1], the rows at the edges of a group's tiles.
-    """
-    ids, order = torch.sort(clusters.reshape(-1), stable=True)
-    most = min(ids.shape[0], row_ptr.shape[0])  # every cluster, and the pads
-    number = torch.cat([ids.new_zeros(1), (ids[1:] != ids[:-1]).cumsum(0)])
-    group = torch.searchsorted(number, torch.arange(most + 1, device=ids.device))
-    cluster = ids[group[:-1].clamp(max=ids.shape[0] - 1)]
-    there = (group[:-1] < group[1:]) & (cluster >= 0)
-    begin, end = (row_ptr[cluster.clamp(min=0) + i].clamp(max=n)[:, None] for i in (0, 1))
-    # A larger cluster, unchecked here, must not be written past its place.
-    end = torch.minimum(end, begin + most_rows)
-    edge = torch.minimum(
-        begin + side * torch.arange(triton.cdiv(most_rows, side) + 1, device=ids.device), end
-    )
-    return order, group, torch.where(there[:, None], edge, 0)
-
-
 def _sides(
     batch: int, chosen: int, count: int, cluster_rows: int, low: bool
 ) -> tuple[int, int, int]:
@@ -467,6 +450,15 @@ def pieces(pairs: int, tiles: int, width: int, block: int) -> list[tuple[int, in
         for tile in range(0, tiles, number)
         for column in range(0, width, columns)
     ]
+
+
+def takes_pairs(batch: int, chosen: int, count: int) -> bool:
+    """Return whether a step goes pair by pair: clusters have few on average, by shapes alone."""
+    return batch * chosen <= FEW * count
+
+
+def _total(losses: Tensor, hyper: Tensor, nan: Tensor, need_loss: bool) -> Tensor:
+    return hyper[SCALE.value] * losses.sum().reshape(1) + nan if need_loss else nan.new_empty(0)
 
 
 def cluster_step_(
@@ -510,23 +502,43 @@ def cluster_step_(
     if min(batch, chosen, cluster_rows, count) == 0:
         return dx, scores, nan if need_loss else nan.new_empty(0)
     low = kind == torch.bfloat16
+    correction = bias_corrections(hyper, counter) if second is not None else hyper
+    if takes_pairs(batch, chosen, count):
+        states = {"bias": bias, "momentum": momentum, "second": second, "kahan": kahan}
+        spans, block = spans_of(chosen, cluster_rows), columns_of(width, SCORED)
+        losses = step_pairs_(
+            *(weight, x, clusters, row_ptr, n, (pos_row, pos_sample, pos_value), hyper, counter),
+            {**states, "row_scale": row_scale},
+            flag=flag,
+            scores=scores,
+            dx=dx,
+            correction=correction,
+            pieces=[piece[2:] for piece in pieces(batch * spans, 1, width, block)],
+            row_offset=row_offset,
+            decoupled=decoupled,
+            need_loss=need_loss,
+        )
+        return dx, scores, _total(losses, hyper, nan, need_loss)
     row_side, pair_side, block = _sides(batch, chosen, count, cluster_rows, low)
     tiles = triton.cdiv(cluster_rows, row_side)
-    order, group, edge = _groups(clusters, row_ptr, n, cluster_rows, row_side)
+    order, group, begin, end = group_pairs(clusters, row_ptr, n, cluster_rows)
+    step = row_side * torch.arange(tiles + 1, device=x.device)
+    edge = torch.minimum(begin[:, None] + step, end[:, None])
     groups, pos_edge = edge.shape[0], torch.searchsorted(pos_row, edge)
     gradient = torch.empty(batch * chosen, cluster_rows, dtype=torch.float32, device=x.device)
     losses = torch.zeros(groups * tiles if need_loss else 1, dtype=torch.float32, device=x.device)
     row_wise = second is not None and second.dim() == 1
     moments = groups * tiles * row_side if row_wise else 0
     moment = torch.empty(moments, dtype=torch.float32, device=x.device)
-    correction = bias_corrections(hyper, counter) if second is not None else hyper
     todo = pieces(batch * chosen, tiles, width, block)
     _, number, _, columns = todo[0]
     parts = torch.empty(batch * chosen * number * columns, dtype=torch.float32, device=x.device)
     states = momentum, second, kahan, row_scale, moment
     buffers = scores, gradient, parts, losses, flag
-    pairs = order, group, edge, pos_edge, pos_row, pos_sample, pos_value
-    numbers = hyper, counter, correction, row_offset, cluster_rows, chosen, tiles
+    # Once: a division of 64-bit numbers is a routine on a card.
+    samples = (order // chosen).int()
+    pairs = order, samples, group, edge, pos_edge, pos_row, pos_sample, pos_value
+    numbers = hyper, counter, correction, row_offset, cluster_rows, tiles
     blocks = {"D": width, "BR": row_side, "BD": block}
     kinds = {"ROW_WISE": row_wise, "NEED_LOSS": need_loss, "DECOUPLED": decoupled, "LOW": low}
     for piece in todo:
@@ -548,5 +560,4 @@ def cluster_step_(
             **blocks,
             **common.LAUNCH,
         )
-    loss = hyper[SCALE.value] * losses.sum().reshape(1) + nan if need_loss else losses.new_empty(0)
-    return dx, scores, loss
+    return dx, scores, _total(losses, hyper, nan, need_loss)

@@ -1,0 +1,469 @@
+"""`cluster_step_` on the GPU where a cluster has few samples: no tensor cores.
+
+On the lowest level of a cascade most selected clusters belong to one sample of the batch. A product
+of tensor cores would multiply padding there. Two kernels do without: the first scores a sample's
+candidates and sums their shares of dx, the second updates the selected rows, which stand in one
+list without gaps. In both a tile has rows of several clusters. The weights change only when all
+shares of dx are formed. Every sum has an order that the shapes fix; there are no atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xmlkernels.triton import common
+from xmlkernels.triton.hyper import BETA2, DECAY, DX_SCALE, LR, SCALE
+from xmlkernels.triton.update import update_tile
+
+FEW = 4  # pairs that a cluster has on average, at most
+SPAN = 4  # tiles of a sample's candidates that one program scores
+ROWS = 16  # rows of a tile
+SCORED, UPDATED = 256, 64  # columns of a tile, at most
+
+
+@triton.jit
+def _number(w):
+    """Return loaded numbers of a table in fp32; e4m3 (uint8 bits) without its row's scale."""
+    return common.decode_e4m3(w) if w.dtype == tl.uint8 else common.widen(w)
+
+
+@triton.jit
+def _slots(
+    edge,
+    sample,
+    span,
+    tile,
+    chosen,
+    M: tl.constexpr,
+    SPAN: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """Return pair, row and existence of BR candidates of a sample, and their places in its list."""
+    slot = (span * SPAN + tile) * BR + tl.arange(0, BR)
+    inside = slot < chosen * M
+    which = (
+        slot // M
+    )  # M, the most rows of a cluster, is known to the compiler: no division is left
+    pair = sample * chosen + which
+    row = tl.load(edge + 2 * pair, mask=inside, other=0) + (slot - which * M)
+    is_row = inside & (row < tl.load(edge + 2 * pair + 1, mask=inside, other=0))
+    return pair, row, is_row, sample * chosen * M + slot
+
+
+@triton.jit
+def _score_slots(
+    weight,
+    x,
+    bias,
+    row_scale,
+    scores,
+    gradient,
+    parts,
+    losses,
+    flag,
+    edge,
+    pos_edge,
+    pos_row,
+    pos_sample,
+    pos_value,
+    hyper,
+    chosen,
+    spans,
+    first_column,
+    last_column,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    SCORE: tl.constexpr,
+    NEED_LOSS: tl.constexpr,
+    SPAN: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Score SPAN tiles of a sample's candidates (SCORE), then sum their shares of dx.
+
+    edge int64 [pairs, 2]: a pair's rows; pos_edge the same: their positives. gradient fp32 [pairs,
+    M], of the logits. parts fp32 [B, spans, last_column - first_column]. losses fp32 [B, spans].
+    """
+    sample = (tl.program_id(0) // spans).to(tl.int64)
+    span = tl.program_id(0) % spans
+    column = tl.arange(0, BD)
+    if tl.load(flag) == 0:
+        if SCORE:
+            scale = tl.load(hyper + SCALE)
+            loss = tl.zeros((BR,), dtype=tl.float32)
+            for tile in range(SPAN):
+                pair, row, is_row, here = _slots(edge, sample, span, tile, chosen, M, SPAN, BR)
+                total = tl.zeros((BR, BD), dtype=tl.float32)
+                for start in tl.static_range(0, D, BD):
+                    e_at = x + sample * D + start + column
+                    at = row[:, None] * D + start + column[None, :]
+                    if start + BD <= D:
+                        e = tl.load(e_at)
+                        w = tl.load(weight + at, mask=is_row[:, None], other=0)
+                    else:
+                        left = start + column < D
+                        e = tl.load(e_at, mask=left, other=0.0)
+                        w = tl.load(weight + at, mask=is_row[:, None] & left[None, :], other=0)
+                    total += _number(w) * common.widen(e)[None, :]
+                z = tl.sum(total, axis=1)
+                if row_scale is not None:
+                    z *= tl.load(row_scale + 2 * row, mask=is_row, other=1.0)
+                if bias is not None:
+                    z += tl.load(bias + row, mask=is_row, other=0.0)
+                y = tl.zeros((BR,), dtype=tl.float32)
+                first = tl.load(pos_edge + 2 * pair, mask=is_row, other=0)
+                count = tl.load(pos_edge + 2 * pair + 1, mask=is_row, other=0) - first
+                for p in range(tl.max(count.to(tl.int32))):
+                    real = is_row & (p < count)
+                    value = 1.0
+                    if pos_value is not None:
+                        value = tl.load(pos_value + first + p, mask=real, other=0.0)
+                    hit = tl.load(pos_row + first + p, mask=real, other=-1) == row
+                    hit = hit & (tl.load(pos_sample + first + p, mask=real, other=-1) == sample)
+                    y = tl.where(hit, value, y)
+                sigma, tail = common.sigmoid_and_tail(z)
+                tl.store(scores + here, z, mask=is_row)
+                tl.store(gradient + here, scale * (sigma - y), mask=is_row)
+                if NEED_LOSS:
+                    loss += tl.where(is_row, common.softplus(z, tail) - y * z, 0.0)
+            if NEED_LOSS:
+                tl.store(losses + tl.program_id(0), tl.sum(loss, axis=0))
+            tl.debug_barrier()  # the gradients that all threads wrote are read by all
+        width = last_column - first_column
+        for start in range(first_column, last_column, BD):
+            left = start + column < D
+            total = tl.zeros((BR, BD), dtype=tl.float32)
+            for tile in range(SPAN):
+                _, row, is_row, here = _slots(edge, sample, span, tile, chosen, M, SPAN, BR)
+                g = tl.load(gradient + here, mask=is_row, other=0.0)
+                if row_scale is not None:
+                    g *= tl.load(row_scale + 2 * row, mask=is_row, other=1.0)
+                mask = is_row[:, None] if D % BD == 0 else is_row[:, None] & left[None, :]
+                at = row[:, None] * D + start + column[None, :]
+                total += g[:, None] * _number(tl.load(weight + at, mask=mask, other=0))
+            out = parts + tl.program_id(0).to(tl.int64) * width + start - first_column + column
+            tl.store(out, tl.sum(total, axis=0), mask=left)
+
+
+@triton.jit
+def _sum_spans(
+    parts,
+    hyper,
+    flag,
+    dx,
+    spans,
+    first_column,
+    last_column,
+    D: tl.constexpr,
+    BS: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Write BD columns of one sample's dx: the sum of its spans' shares, in order."""
+    width = last_column - first_column
+    blocks = tl.cdiv(width, BD)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    offset = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
+    left = first_column + offset < D
+    total = tl.zeros((BS, BD), dtype=tl.float32)
+    for first in range(0, spans, BS):
+        at = first + tl.arange(0, BS)
+        share_at = (sample * spans + at)[:, None] * width + offset[None, :]
+        total += tl.load(parts + share_at, mask=(at < spans)[:, None] & left[None, :], other=0.0)
+    out = tl.load(hyper + DX_SCALE) * tl.sum(total, axis=0)
+    out = tl.where(tl.load(flag) == 0, out, float("nan"))
+    tl.store(dx + sample * D + first_column + offset, out, mask=left)
+
+
+@triton.jit
+def _gradient(
+    x,
+    gradient,
+    order,
+    samples,
+    is_row,
+    place,
+    first_pair,
+    count,
+    most,
+    column,
+    cluster_rows,
+    D: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Return the gradient of some rows [BR, BD], summed over the pairs of each."""
+    grad = tl.zeros((BR, BD), dtype=tl.float32)
+    for p in range(most):
+        real = is_row & (p < count)
+        pair = tl.load(order + first_pair + p, mask=real, other=0)
+        sample = tl.load(samples + first_pair + p, mask=real, other=0)
+        g = tl.load(gradient + pair * cluster_rows + place, mask=real, other=0.0)
+        e_at = x + sample.to(tl.int64)[:, None] * D + column[None, :]
+        mask = real[:, None] if D % BD == 0 else real[:, None] & (column < D)[None, :]
+        grad += g[:, None] * common.widen(tl.load(e_at, mask=mask, other=0.0))
+    return grad
+
+
+@triton.jit
+def _update_list(
+    weight,
+    x,
+    bias,
+    momentum,
+    second,
+    kahan,
+    row_scale,
+    gradient,
+    flag,
+    order,
+    samples,
+    group,
+    begin,
+    first_place,
+    owner,
+    hyper,
+    counter,
+    correction,
+    row_offset,
+    cluster_rows,
+    groups,
+    D: tl.constexpr,
+    ROW_WISE: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    EMULATED: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Update BR of the selected rows, all their columns.
+
+    group int64 [groups + 1]: where each group of pairs of one cluster begins in `order`; begin
+    int64 [groups]: its first row; first_place int64 [groups + 1]: where its rows begin in the list
+    of selected rows. owner int32 [a multiple of BR]: the group of each row of the list.
+    """
+    at = tl.program_id(0) * BR + tl.arange(0, BR)
+    size = tl.load(first_place + groups)
+    if (tl.program_id(0) * BR < size) & (tl.load(flag) == 0):
+        is_row = at < size
+        g = tl.load(owner + at, mask=is_row, other=0)
+        place = at - tl.load(first_place + g, mask=is_row, other=0)
+        row = tl.load(begin + g, mask=is_row, other=0) + place
+        first_pair = tl.load(group + g, mask=is_row, other=0)
+        count = (tl.load(group + g + 1, mask=is_row, other=0) - first_pair).to(tl.int32)
+        most = tl.max(count)
+        if bias is not None:
+            total = tl.zeros((BR,), dtype=tl.float32)
+            for p in range(most):
+                real = is_row & (p < count)
+                pair = tl.load(order + first_pair + p, mask=real, other=0)
+                total += tl.load(gradient + pair * cluster_rows + place, mask=real, other=0.0)
+            moved = tl.load(bias + row, mask=is_row, other=0.0) - tl.load(hyper + LR) * total
+            tl.store(bias + row, common.round_nearest(moved, tl.float32, EMULATED), mask=is_row)
+        scale_at = None if row_scale is None else row_scale + 2 * row
+        row_moment = None
+        if ROW_WISE:
+            unit = None if row_scale is None else tl.load(scale_at, mask=is_row, other=1.0)
+            decay = tl.load(hyper + DECAY)
+            squares = tl.zeros((BR,), dtype=tl.float32)
+            for start in range(0, D, BD):
+                column = start + tl.arange(0, BD)
+                here = row[:, None] * D + column[None, :]
+                mask = is_row[:, None] & (column < D)[None, :]
+                grad = _gradient(
+                    x,
+                    gradient,
+                    order,
+                    samples,
+                    is_row,
+                    place,
+                    first_pair,
+                    count,
+                    most,
+                    column,
+                    cluster_rows,
+                    D,
+                    BR,
+                    BD,
+                )
+                if not DECOUPLED:
+                    full = _number(tl.load(weight + here, mask=mask, other=0))
+                    if unit is not None:
+                        full *= unit[:, None]
+                    if kahan is not None:
+                        full += common.widen(tl.load(kahan + here, mask=mask, other=0.0))
+                    grad += decay * full
+                squares += tl.sum(tl.where(mask, grad * grad, 0.0), axis=1)
+            beta2 = tl.load(hyper + BETA2)
+            old = common.widen(tl.load(second + row, mask=is_row, other=0.0))
+            row_moment = beta2 * old + (1.0 - beta2) * (squares / D)
+            # A row has one value, in column 0 of the draw.
+            wide = row_moment[:, None] + tl.zeros((BR, 8), dtype=tl.float32)
+            stored = common.to_stored(
+                wide,
+                tl.load(counter),
+                tl.load(counter + 1),
+                row + row_offset,
+                0,
+                8,
+                common.SECOND,
+                second.dtype.element_ty,
+            )
+            tl.debug_barrier()  # every warp has read the old values, of rows and of moments
+            eighth = tl.arange(0, 8)[None, :]
+            one = is_row[:, None] & (eighth == 0)
+            tl.store(second + row[:, None] + eighth, stored, mask=one)
+        for start in range(0, D, BD):
+            column = start + tl.arange(0, BD)
+            here = row[:, None] * D + column[None, :]
+            mask = is_row[:, None] if D % BD == 0 else is_row[:, None] & (column < D)[None, :]
+            grad = _gradient(
+                x,
+                gradient,
+                order,
+                samples,
+                is_row,
+                place,
+                first_pair,
+                count,
+                most,
+                column,
+                cluster_rows,
+                D,
+                BR,
+                BD,
+            )
+            update_tile(
+                weight,
+                momentum,
+                second,
+                kahan,
+                scale_at,
+                hyper,
+                counter,
+                correction,
+                here,
+                mask,
+                is_row,
+                grad,
+                row + row_offset,
+                start,
+                BD,
+                DECOUPLED,
+                EMULATED,
+                row_moment,
+            )
+
+
+def columns_of(width: int, most: int) -> int:
+    """Return the columns of a tile: where it can be, a power of 2 that divides a row."""
+    divisor = min(width & -width, most)
+    return divisor if divisor >= min(64, most) else common.power_of_2(width, 16, most)
+
+
+def spans_of(chosen: int, cluster_rows: int) -> int:
+    """Return into how many parts a sample's candidates are divided."""
+    return triton.cdiv(chosen * cluster_rows, SPAN * ROWS)
+
+
+def group_pairs(
+    clusters: Tensor, row_ptr: Tensor, n: int, most_rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Group the pairs by cluster.
+
+    Returns:
+        order: [P], pairs in the order of their clusters.
+        group: [G + 1], where each group of one cluster begins. G is the most groups that there can
+            be; those that are not there have no rows.
+        begin, end: [G], the rows of each group.
+    """
+    ids, order = torch.sort(clusters.reshape(-1), stable=True)
+    most = min(ids.shape[0], row_ptr.shape[0])  # every cluster, and the pads
+    number = torch.cat([ids.new_zeros(1), (ids[1:] != ids[:-1]).cumsum(0)])
+    group = torch.searchsorted(number, torch.arange(most + 1, device=ids.device))
+    cluster = ids[group[:-1].clamp(max=ids.shape[0] - 1)]
+    there = group[:-1] < group[1:]
+    begin, end = rows_of(torch.where(there, cluster, -1), row_ptr, n, most_rows)
+    return order, group, begin, end
+
+
+def rows_of(clusters: Tensor, row_ptr: Tensor, n: int, most_rows: int) -> tuple[Tensor, Tensor]:
+    """Return where the rows of some clusters begin and end; both are 0 where clusters is -1."""
+    known = clusters.clamp(min=0)
+    begin, end = row_ptr[known].clamp(max=n), row_ptr[known + 1].clamp(max=n)
+    # A larger cluster, unchecked here, must not be written past its place.
+    end = torch.minimum(end, begin + most_rows)
+    return torch.where(clusters >= 0, begin, 0), torch.where(clusters >= 0, end, 0)
+
+
+def step_pairs_(
+    weight: Tensor,
+    x: Tensor,
+    clusters: Tensor,
+    row_ptr: Tensor,
+    n: int,
+    positives: tuple[Tensor, Tensor, Tensor | None],
+    hyper: Tensor,
+    counter: Tensor,
+    states: dict[str, Tensor | None],
+    *,
+    flag: Tensor,
+    scores: Tensor,
+    dx: Tensor,
+    correction: Tensor,
+    pieces: list[tuple[int, int]],
+    row_offset: int,
+    decoupled: bool,
+    need_loss: bool,
+) -> Tensor:
+    """Do the step; `scores` and `dx` are filled, and the loss's summands are returned.
+
+    weight: as kernels take it. x: checked, see flag. states: bias, momentum, second, kahan and
+    row_scale. pieces: first column and end of columns whose shares of dx are held at a time.
+    """
+    batch, chosen, cluster_rows = scores.shape
+    width, spans = x.shape[1], spans_of(chosen, cluster_rows)
+    pos_row, pos_sample, pos_value = positives
+    bias, row_scale, second = states["bias"], states["row_scale"], states["second"]
+    gradient = torch.empty(batch * chosen, cluster_rows, dtype=torch.float32, device=x.device)
+    losses = torch.zeros(batch * spans if need_loss else 1, dtype=torch.float32, device=x.device)
+    columns = max(last - first for first, last in pieces)
+    parts = torch.empty(batch * spans * columns, dtype=torch.float32, device=x.device)
+    edge = torch.stack(rows_of(clusters.reshape(-1), row_ptr, n, cluster_rows), 1)
+    pos_edge = torch.searchsorted(pos_row, edge)
+    block = columns_of(width, SCORED)
+    for first, last in pieces:
+        _score_slots[(batch * spans,)](
+            *(weight, x, bias, row_scale, scores, gradient, parts, losses, flag, edge, pos_edge),
+            *(pos_row, pos_sample, pos_value, hyper, chosen, spans, first, last),
+            M=cluster_rows,
+            D=width,
+            SCORE=first == 0,
+            NEED_LOSS=need_loss,
+            SPAN=SPAN,
+            BR=ROWS,
+            BD=block,
+            **common.LAUNCH,
+        )
+        _sum_spans[(batch * triton.cdiv(last - first, 64),)](
+            *(parts, hyper, flag, dx, spans, first, last), D=width, BS=16, BD=64, **common.LAUNCH
+        )
+    order, group, begin, end = group_pairs(clusters, row_ptr, n, cluster_rows)
+    groups = begin.shape[0]
+    first_place = torch.cat([begin.new_zeros(1), (end - begin).cumsum(0)])
+    tiles = triton.cdiv(min(n, batch * chosen * cluster_rows), ROWS)
+    place = torch.arange(tiles * ROWS, device=x.device)
+    # Beyond the last row stands no group's number; nothing reads it.
+    owner = (torch.searchsorted(first_place, place, right=True) - 1).int()
+    _update_list[(tiles,)](
+        *(weight, x, bias, states["momentum"], second, states["kahan"], row_scale, gradient, flag),
+        *(order, (order // chosen).int(), group, begin, first_place, owner),
+        *(hyper, counter, correction, row_offset, cluster_rows, groups),
+        D=width,
+        ROW_WISE=second is not None and second.dim() == 1,
+        DECOUPLED=decoupled,
+        EMULATED=common.emulated(),
+        BR=ROWS,
+        BD=columns_of(width, UPDATED),
+        **common.LAUNCH,
+    )
+    return losses
