@@ -115,8 +115,10 @@ def test_lists_of_the_last_rows(shared: bool) -> None:
         assert torch.equal(mine, theirs)
 
 
-def test_clusters_of_the_last_rows() -> None:
+@pytest.mark.parametrize("few", [0, 4], ids=["tiles", "pairs"])
+def test_clusters_of_the_last_rows(monkeypatch: pytest.MonkeyPatch, few: int) -> None:
     """Table, momentum and their updates; rows before the two clusters stay zero."""
+    monkeypatch.setattr(cluster_step, "FEW", few)
     table, _last = far_table()
     momentum = huge_table(ROWS, WIDTH, EDGE)
     momentum[-FAR:, :16] = (whole(FAR, 16, seed=3) / 8).to(torch.bfloat16)
