@@ -504,11 +504,11 @@ def cluster_step_(
     low = kind == torch.bfloat16
     correction = bias_corrections(hyper, counter) if second is not None else hyper
     if takes_pairs(batch, chosen, count):
-        states = {"bias": bias, "momentum": momentum, "second": second, "kahan": kahan}
+        held = {"bias": bias, "momentum": momentum, "second": second, "kahan": kahan}
         spans, block = spans_of(chosen, cluster_rows), columns_of(width, SCORED)
         losses = step_pairs_(
             *(weight, x, clusters, row_ptr, n, (pos_row, pos_sample, pos_value), hyper, counter),
-            {**states, "row_scale": row_scale},
+            {**held, "row_scale": row_scale},
             flag=flag,
             scores=scores,
             dx=dx,
