@@ -117,7 +117,7 @@ def build(launch: Launch, arch: str) -> Any:
         if multiple % 16 == 0:
             attributes[place,] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    target = GPUTarget("cuda", int(arch[3:5]), 32)
+    target = GPUTarget("cuda", int(arch[3:].rstrip("a")), 32)
     return triton.compile(source, target=target, options=launch.options)
 
 

@@ -13,6 +13,7 @@ from benchmarks import sass
 
 ARCHES = {"sm_80": 80, "sm_90a": 90}
 E4M3_ARCHES = {"sm_89": 89, "sm_90a": 90}  # Triton has no e4m3 below sm_89
+NEWER = {"sm_100a": 100}  # compiled, so that such cards are not refused; not tuned for
 # Shared memory of one block, in bytes: sm_86 and sm_89 have the least of those served, sm_90 the
 # most.
 SMALL, LARGE = 99 << 10, 227 << 10
@@ -81,7 +82,7 @@ def compile_kernel(
 
     Args:
         kernel: a @triton.jit function.
-        arch: "sm_80", "sm_89" or "sm_90a".
+        arch: "sm_80", "sm_89", "sm_90a" or "sm_100a".
         arguments: by name, in any order: a dtype for a pointer to it, "i32", "i64" or "fp32" for a
             number, None for an absent tensor.
         constants: the constexpr arguments.
@@ -97,7 +98,7 @@ def compile_kernel(
         (kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in pointers | set(divisible)
     }
     source = ASTSource(kernel, signature, constants | dict.fromkeys(absent), attributes)
-    target = GPUTarget("cuda", (ARCHES | E4M3_ARCHES)[arch], 32)
+    target = GPUTarget("cuda", (ARCHES | E4M3_ARCHES | NEWER)[arch], 32)
     built = triton.compile(
         source, target=target, options={"num_warps": num_warps, "num_stages": num_stages, **options}
     )

@@ -7,7 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from compiled import Compiled, compile_kernel
+from benchmarks import sass_model
+from compiled import LARGE, Compiled, compile_kernel
 from xmlkernels.triton.update import update_tile
 
 pytestmark = pytest.mark.compile
@@ -116,3 +117,22 @@ def test_philox_multiplies_once_for_both_halves(name: str) -> None:
     # Ten rounds of two products; in the first round some have one operand for all.
     assert 16 * draws <= got.matching(r"IMAD\.WIDE") <= 21 * draws + 8
     assert got.matching(r"IMAD\.HI") <= draws
+
+
+@pytest.mark.parametrize("name", ["bf16", "e4m3"])
+@pytest.mark.parametrize("arch", ["sm_89", "sm_90a", "sm_100a"])
+def test_the_update_spills_nothing_and_moves_wide_words(name: str, arch: str) -> None:
+    got = build(BUDGETS[name][0], arch, update=True)
+    assert (got.stack, got.local) == (0, 0) and got.code.static("STL|LDL") == 0
+    assert got.code.static(r"(LDG|STG)\.E\.[US](8|16)") == 0
+    assert got.mma or "tcgen05" in got.ptx
+
+
+def test_newer_cards_are_not_refused() -> None:
+    """Every kernel that a step launches compiles for sm_100a, and fits its shared memory."""
+    with sass_model.recorded() as launches:
+        sass_model.bce_step(128, 300_000, BF16)()
+    kernels = {launch.kernel.__name__: launch for launch in launches}
+    assert len(kernels) >= 4
+    for launch in kernels.values():
+        assert sass_model.build(launch, "sm_100a").metadata.shared <= LARGE
