@@ -272,10 +272,22 @@ SHAPES = {
 
 def loops_of_data(batch: int, labels: int) -> dict[str, Trips]:
     """Return trips that depend on data: five positives a sample, spread evenly."""
+    labels_of = {"score_tiles": "BLOCK_L", "add_dx": "BLOCK_R", "step_tiles": "BLOCK_R"}
+
+    def tiles(kernel: str, a: Mapping[str, Any]) -> float:
+        """Tiles of an average chunk."""
+        return labels / math.ceil(labels / a["chunk"]) / a[labels_of[kernel]]
+
     return {
-        "targets: for p": 5 * batch / labels * 64,
+        "subtract_targets: for p": 5 * batch / labels * 128,
         "find_starts: while length > 0": math.ceil(math.log2(5 * batch)) + 1,
-        "add_dx: for i": lambda a: a["segment_rows"] / a["STEP"],
+        # On the CPU, where launches are recorded, three programs share the tiles.
+        "score_tiles: for tile": lambda a: (
+            tiles("score_tiles", a) * math.ceil(a["batch"] / a["BLOCK_B"]) / 3
+        ),
+        "row_gradient: for b": lambda a: math.ceil(a["batch"] / a["STEP"]),
+        "add_dx: for i": lambda a: tiles("add_dx", a) / a["partial"].shape[0],
+        "step_tiles: for i": lambda a: tiles("step_tiles", a) / a["partial"].shape[0],
     }
 
 

@@ -91,7 +91,7 @@ def serve_descriptors(x: Tensor, weight: Tensor, rows: int) -> bool:
 
 def card_has_tma(device: torch.device) -> bool:
     """Return whether a card has the Tensor Memory Accelerator."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return not common.emulated() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def score_options(dtype: torch.dtype, narrow: bool) -> dict[str, Any]:
