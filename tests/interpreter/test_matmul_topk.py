@@ -121,6 +121,7 @@ def test_lists_that_overflow(
     monkeypatch.setattr(kernel, "uses_descriptors", lambda *_: descriptors)
     monkeypatch.setattr(kernel, "LIST_BYTES", 0)
     monkeypatch.setattr(kernel, "MARGIN", 0.01)
+    monkeypatch.setattr(kernel, "GROWTH", 11)
     n, k = 190, 5
     how = kernel.plan(7, n, k, excluded)
     assert how.samples == 1 and how.capacity == k + excluded + 16
@@ -144,6 +145,7 @@ def test_lists_that_just_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A list at its capacity is no overflow; one key more is."""
     monkeypatch.setattr(kernel, "LIST_BYTES", 0)
     monkeypatch.setattr(kernel, "MARGIN", 0.01)
+    monkeypatch.setattr(kernel, "GROWTH", 11)
     assert kernel.plan(1, 60, 5).capacity == 21
     for passing in (16, 17):
         weight = torch.zeros(60, 1)

@@ -34,8 +34,9 @@ from xmlkernels.triton import common
 LIST_BYTES = 200 << 20
 FIRST_CHUNK = 4096  # labels before there is a threshold: all of them enter the lists
 # A chunk has at most so many times the labels of all chunks before: so many times k keys of a
-# sample pass then, if its best rows lie anywhere.
-GROWTH = 11
+# sample pass then, if its best rows lie anywhere. Each that passes costs its tile time, each chunk
+# a cut: 5 cuts at 2.8M labels.
+GROWTH = 4.2
 # Lists have room for so many times the keys that are expected to pass.
 MARGIN = 4
 # samples at a time; from a few hundred on the product is bound by arithmetic, not by reading the
