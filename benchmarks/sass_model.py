@@ -14,11 +14,15 @@ import argparse
 import ast
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
@@ -60,6 +64,8 @@ KINDS = {
 }
 Trips = float | Callable[[Mapping[str, Any]], float]
 """Trips of a loop, or a function of the kernel's arguments that gives them."""
+Traffic = Callable[[Mapping[str, Any]], tuple[float, float]]
+"""Bytes of one launch between memory and L2, and of those that TMA moves from L2 and to it."""
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
 
@@ -74,8 +80,8 @@ class Launch:
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Record launches instead of making them, as on a card of the newest architecture."""
+def recorded(arch: str = "sm_90a") -> Iterator[list[Launch]]:
+    """Record launches instead of making them, as on a card of an architecture."""
     from triton.runtime.jit import JITFunction
 
     found: list[Launch] = []
@@ -87,7 +93,8 @@ def recorded() -> Iterator[list[Launch]]:
         size = grid(named) if callable(grid) else grid
         found.append(Launch(self, named, options, math.prod(size)))
 
-    capability = mock.patch.object(torch.cuda, "get_device_capability", lambda *a: (9, 0))
+    version = divmod(int(arch[3:].rstrip("a")), 10)
+    capability = mock.patch.object(torch.cuda, "get_device_capability", lambda *a: version)
     with mock.patch.object(JITFunction, "run", run), capability:
         yield found
 
@@ -175,13 +182,21 @@ class Line:
 
     @property
     def expected(self) -> float:
-        """The longest, and half of the others over the blocks held at a time."""
-        others = sum(t for name, t in self.times.items() if name != "ALU") - self.largest
-        return self.largest + max(others, 0.0) / 2 / self.occupancy
+        """The longest of a multiprocessor's, and half of its others over the blocks held.
+
+        Memory's is a bound of it: loads are under way while blocks compute.
+        """
+        own = {name: t for name, t in self.times.items() if name != "memory"}
+        longest = max(own.values())
+        others = sum(t for name, t in own.items() if name != "ALU") - longest
+        return max(longest + max(others, 0.0) / 2 / self.occupancy, self.times["memory"])
 
 
 def model(
-    call: Callable[[], object], card: Card, trips: Mapping[str, Trips] | None = None
+    call: Callable[[], object],
+    card: Card,
+    trips: Mapping[str, Trips] | None = None,
+    traffic: Mapping[str, Traffic] | None = None,
 ) -> list[Line]:
     """Model what a call launches, kernel by kernel.
 
@@ -189,11 +204,12 @@ def model(
         call: runs an op on CPU tensors.
         card: what it would run on.
         trips: of loops whose number of trips no argument tells; see `sass.Trips`.
+        traffic: by kernel; one that is not named moves what its instructions do, through L2 alone.
 
     Raises:
         ValueError: a loop has no trips.
     """
-    with recorded() as launches:
+    with recorded(card.arch) as launches:
         call()
     built: dict[str, tuple[sass.Counts, int, int]] = {}
     lines: dict[str, Line] = {}
@@ -219,6 +235,9 @@ def model(
         for resource, seconds in _times(counts, warps, card).items():
             total = line.times.get(resource, 0.0) + seconds * launch.blocks * 1e3
             line.times[resource] = total
+        memory, cache = (traffic or {}).get(name, lambda _: (0.0, 0.0))(launch.arguments)
+        line.times["memory"] = line.times.get("memory", 0.0) + memory / card.memory * 1e3
+        line.times["L2"] += cache / card.cache * 1e3
     return list(lines.values())
 
 
@@ -242,10 +261,10 @@ def _times(counts: sass.Counts, warps: int, card: Card) -> dict[str, float]:
 
 def table(lines: list[Line]) -> list[str]:
     """Return the lines of a table, milliseconds; every one of them a model."""
-    names = ("issue", "ALU", "tensor", "shared", "L2", "largest", "expected")
+    names = ("issue", "ALU", "tensor", "shared", "L2", "memory", "largest", "expected")
     out = [f"{'model, ms':24s} launches held " + " ".join(f"{n:>8s}" for n in names)]
     for line in lines:
-        cells = [*(line.times[n] for n in names[:5]), line.largest, line.expected]
+        cells = [*(line.times[n] for n in names[:6]), line.largest, line.expected]
         shown = " ".join(f"{c:8.3f}" for c in cells)
         out.append(f"{line.kernel:24s} {line.launches:8d} {line.occupancy:4d} {shown}")
     return out
@@ -291,6 +310,44 @@ def loops_of_data(batch: int, labels: int) -> dict[str, Trips]:
     }
 
 
+def moved(labels: int, element: int) -> dict[str, Traffic]:
+    """Return what the kernels of the full-label ops move, a chunk of average size a launch.
+
+    element: bytes of a number of the table; the gradient has two.
+    """
+
+    def with_tma(of: Callable[[Mapping[str, Any], float, float], tuple[float, float]]) -> Traffic:
+        def told(a: Mapping[str, Any]) -> tuple[float, float]:
+            share = labels / math.ceil(labels / a["chunk"])
+            gradient = 2 * share * math.ceil(a["batch"] / a["BLOCK_B"]) * a["BLOCK_B"]
+            memory, cache = of(a, share * a["D"], gradient)
+            by_tma = not isinstance(a["weight"], torch.Tensor)
+            return memory, cache if by_tma else 0.0
+
+        return told
+
+    def score(a: Mapping[str, Any], n: float, gradient: float) -> tuple[float, float]:
+        blocks = math.ceil(a["batch"] / a["BLOCK_B"])
+        batch = 2 * n / a["BLOCK_L"] * a["BLOCK_B"] * blocks
+        return n * element + gradient, blocks * n * element + batch + gradient
+
+    def dx(a: Mapping[str, Any], n: float, gradient: float) -> tuple[float, float]:
+        blocks, columns = math.ceil(a["batch"] / a["BLOCK_B"]), math.ceil(a["D"] / a["BLOCK_D"])
+        return n * element + gradient, blocks * n * element + columns * gradient
+
+    def update(a: Mapping[str, Any], n: float, gradient: float) -> tuple[float, float]:
+        columns = math.ceil(a["D"] / a["BLOCK_D"])
+        batch = 2 * n / a["BLOCK_R"] * a["batch"]
+        return 2 * n * element + gradient, 2 * n * element + columns * gradient + batch
+
+    def step(a: Mapping[str, Any], n: float, gradient: float) -> tuple[float, float]:
+        columns = math.ceil(a["D"] / a["BLOCK_D"])
+        return 2 * n * element + gradient, 2 * n * element + columns * gradient
+
+    kernels = {"score_tiles": score, "add_dx": dx, "update_rows": update, "step_tiles": step}
+    return {name: with_tma(of) for name, of in kernels.items()}
+
+
 def main() -> None:
     """Print the tables of the full-label shapes."""
     parser = argparse.ArgumentParser(description=inspect.getdoc(main))
@@ -298,7 +355,8 @@ def main() -> None:
     card = CARDS[parser.parse_args().card]
     for name, (batch, labels, dtype) in SHAPES.items():
         print(f"\n{name}, {card.arch}: a model, nothing is measured")
-        lines = model(bce_step(batch, labels, dtype), card, loops_of_data(batch, labels))
+        loops, traffic = loops_of_data(batch, labels), moved(labels, dtype.itemsize)
+        lines = model(bce_step(batch, labels, dtype), card, loops, traffic)
         print("\n".join(table(lines)))
         tables, products = 2 * labels * 768 * dtype.itemsize, 6 * batch * labels * 768
         floor = max(tables / card.memory, products / card.matmul) * 1e3
