@@ -133,7 +133,7 @@ BY_HAND: tuple[Fault, ...] = (
         "set_rates(self.optimizer, encoder_lr, head_lr, beta1)",
         "set_rates(self.optimizer, encoder_lr, head_lr, None)",
     ),
-    Fault(_CASCADE, "self.optimizer.zero_grad(set_to_none=True)", "pass"),
+    Fault(_BASE, "self.optimizer.zero_grad(set_to_none=True)", "pass"),
     Fault(_CASCADE, "losses += loss + scale * pads", "losses += loss"),
     Fault(
         _CASCADE,
@@ -151,7 +151,7 @@ BY_HAND: tuple[Fault, ...] = (
         "rates = [settings.encoder_lr]",
         "rates = [settings.head_lr]",
     ),
-    Fault(_END, "lr=settings.head_lr * factor", "lr=settings.head_lr"),
+    Fault(_END, "batch, settings.head_lr * factor", "batch, settings.head_lr"),
     Fault(_BASE, "self.skipped_steps += overflow", "pass"),
     Fault(_END, "overflow, settings.encoder_lr * factor)", "overflow, settings.encoder_lr)"),
     Fault("xmlkernels/models/gradient_caching.py", "    put(state)\n", ""),

@@ -237,6 +237,33 @@ def devices(runs: Runs, folder: Path) -> None:
         recorded(runs.config("tiny", device="cuda:99", output=str(folder / "none")))
 
 
+def cuda_graphs(runs: Runs, folder: Path) -> None:
+    """Asked for on a CPU they are refused; on a card, auto has them where a step has one shape."""
+    with pytest.raises(InputError, match="--cuda-graph: expected a card, got device cpu"):
+        recorded(runs.config("tiny", cuda_graph="on", output=str(folder / "none")))
+    assert not plan.before_data(runs.config("tiny", output=str(folder / "none"))).graphs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "find_device", lambda name: torch.device("cuda:0"))
+        patch.setattr(plan, "default_table_dtype", lambda device: "bf16")
+
+        def graphs(value: str, **more: object) -> bool:
+            config = runs.config("tiny", cuda_graph=value, output=str(folder / "none"), **more)
+            return plan.before_data(config).graphs
+
+        assert graphs("auto") and graphs("on") and not graphs("off")
+        for name, value in (
+            ("encoder", "bow"),
+            ("micro_batch", 2),
+            ("accumulate", 2),
+            ("compile", True),
+            ("impl", "reference"),
+            ("table_compute", "fp16"),
+        ):
+            assert not graphs("auto", **{name: value}), name
+            with pytest.raises(InputError, match=r"--cuda-graph: .*take auto or off"):
+                graphs("on", **{name: value})
+
+
 def threads(plain: Seen, changed: Seen) -> None:
     assert plain.report["environment"]["threads"] == 1
     assert changed.report["environment"]["threads"] == 2
@@ -285,6 +312,7 @@ FIELDS = {
     "overwrite": (overwritten,),
     "beyond_memory": (beyond_memory,),
     "device": (devices,),
+    "cuda_graph": (cuda_graphs,),
     "threads": (Case("tiny", {"threads": 2}, threads),),
     "timeout": (timeouts,),
 }

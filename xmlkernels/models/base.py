@@ -14,6 +14,7 @@ from xmlkernels.data.batches.bags import BagBatch
 from xmlkernels.data.batches.tokens import Batch
 from xmlkernels.errors import InputError
 from xmlkernels.models.gradient_caching import EncoderPass
+from xmlkernels.models.graphed import Capturer, Card, GraphedPasses
 from xmlkernels.models.running_mean import (
     PREFIX,
     RunningMean,
@@ -59,6 +60,7 @@ class Model(nn.Module):
             every update, or the encoder's alone, from being taken.
         optimizer: of everything that is no table; None without training, or with nothing to train.
         average: the running mean of the weights, where the settings ask for one.
+        graphs: what runs the passes of a step as CUDA graphs; None runs them as they are.
 
     Args:
         encoder: called as `encoder(*batch.inputs)`, with `width`, `autocast` and
@@ -86,6 +88,7 @@ class Model(nn.Module):
         self.optimizer = None
         self.scaler: LossScaler | None = None
         self.average: RunningMean | None = None
+        self.graphs: GraphedPasses | None = None
         self.steps = 0
         self.register_buffer("skipped_steps", torch.zeros(1))
         self.register_buffer("skipped_encoder_steps", torch.zeros(1))
@@ -116,6 +119,7 @@ class Model(nn.Module):
             self.scaler.move(fn)
         if self.average is not None:
             self.average.follow(self._averaged())
+        self.graphs = None  # they know where the tensors were
         return self
 
     # ---- what it is ----
@@ -222,6 +226,61 @@ class Model(nn.Module):
             The loss [1], or [0] when not asked for.
         """
         raise NotImplementedError
+
+    def capture(
+        self, tell: Callable[[str], None] | None = None, capturer: Capturer | None = None
+    ) -> None:
+        """Run the passes of every step from here on as CUDA graphs; see `GraphedPasses`.
+
+        A move of the model ends that. Without gradient caching, in one process, with all tables on
+        the model's device and an encoder of fixed shapes.
+
+        Args:
+            tell: told where a step cannot be captured and runs as it is; None raises InputError.
+            capturer: None for the card that the model is on.
+        """
+        owned = self.optimizer.param_groups if self.optimizer is not None else []
+        parameters = [parameter for group in owned for parameter in group["params"]]
+        self.graphs = GraphedPasses(
+            self._passes,
+            parameters,
+            self._rows(),
+            self.device,
+            Card(self.device) if capturer is None else capturer,
+            tell,
+        )
+
+    def _rows(self) -> list[int]:
+        """Count the rows of each table that a batch has positives of, the labels' last."""
+        return [len(table.weight) for table in self.tables().values()]  # type: ignore[arg-type]
+
+    def _passes(
+        self, batch: Documents, lr: float | Tensor, beta1: float | Tensor | None, need_loss: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Train the tables on a batch and compute the gradients of everything else.
+
+        It reads no value on the host, and takes no memory that depends on one.
+
+        Args:
+            batch: on the model's device.
+            lr: of the tables.
+            beta1: of their Adam; None leaves it.
+            need_loss: as in `step`.
+
+        Returns:
+            The loss, as `step` gives it; fp32 [1], 1 where the forward was not finite.
+        """
+        raise NotImplementedError
+
+    def _run_passes(
+        self, batch: Documents, lr: float, beta1: float | None, need_loss: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Run `_passes` from gradients of none, as a graph where there are any."""
+        if self.graphs is not None:
+            return self.graphs(batch, lr, beta1, need_loss)
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+        return self._passes(batch, lr, beta1, need_loss)
 
     def _encode(self, batch: Documents, micro_batch: int) -> EncoderPass:
         """Encode a batch, and keep the way back through the encoder."""

@@ -183,20 +183,28 @@ class Cascade(Model):
         settings = self.training_settings
         if settings is None:
             raise no_training()
-        positives = self._positives(batch)
+        self._positives(batch)  # refused before anything is done
         encoder_lr, head_lr, beta1 = settings.rates(self.steps)
         if self.optimizer is not None:
             set_rates(self.optimizer, encoder_lr, head_lr, beta1)
-            self.optimizer.zero_grad(set_to_none=True)
+        loss, overflow = self._run_passes(batch, head_lr, beta1, need_loss)
+        self._finish_step(overflow, encoder_lr)
+        return loss
+
+    def _passes(
+        self, batch: Documents, lr: float | Tensor, beta1: float | Tensor | None, need_loss: bool
+    ) -> tuple[Tensor, Tensor]:
+        settings = self.training_settings
+        assert settings is not None
+        positives = self._positives(batch)
         encoded = self._encode(batch, settings.micro_batch)
         levels = zip(self.heads.levels, encoded.x, strict=True)
         finite = torch.stack([torch.isfinite(v.operand(f)).all() for v, f in levels]).all()  # type: ignore[operator]
         # One bad level must keep every table as it is, and each op looks at its own x alone.
         x = [torch.where(finite, f, torch.nan) for f in encoded.x]
-        dx, loss = self._train_tables(x, positives, settings, head_lr, beta1, need_loss)
+        dx, loss = self._train_tables(x, positives, settings, lr, beta1, need_loss)
         encoded.backward(dx)
-        self._finish_step((~finite).float().reshape(1), encoder_lr)
-        return loss
+        return loss, (~finite).float().reshape(1)
 
     def _tree(self) -> TreeOnDevice:
         children = (getattr(self, f"children_{r}") for r in range(self.tree.levels - 1))
@@ -218,8 +226,8 @@ class Cascade(Model):
         x: list[Tensor],
         positives: list[tuple[Tensor, Tensor]],
         settings: CascadeTraining,
-        lr: float,
-        beta1: float | None,
+        lr: float | Tensor,
+        beta1: float | Tensor | None,
         need_loss: bool,
     ) -> tuple[list[Tensor], Tensor]:
         """Train every level; give their dx, and the loss."""

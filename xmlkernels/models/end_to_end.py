@@ -121,26 +121,31 @@ class EndToEnd(Model):
         settings = self.training_settings
         if settings is None:
             raise no_training()
-        assert self.optimizer is not None and self.scaler is not None
+        assert self.optimizer is not None
         factor = settings.factor(self.steps)
         rates = [settings.encoder_lr] * len(self.optimizer.param_groups)
         set_learning_rate(self.optimizer, rates, factor)
-        self.optimizer.zero_grad(set_to_none=True)
+        loss, overflow = self._run_passes(batch, settings.head_lr * factor, None, need_loss)
+        self._finish_step(overflow, settings.encoder_lr * factor)
+        return loss
 
-        encoded = self._encode(batch, settings.micro_batch)
+    def _passes(
+        self, batch: Documents, lr: float | Tensor, beta1: float | Tensor | None, need_loss: bool
+    ) -> tuple[Tensor, Tensor]:
+        assert self.training_settings is not None and self.scaler is not None
+        encoded = self._encode(batch, self.training_settings.micro_batch)
         (x,) = encoded.x
-        overflow = (~torch.isfinite(self.head.operand(x)).all()).float().reshape(1)
+        overflow = (~torch.isfinite(x).all()).float().reshape(1)
         dx, loss = self.head.step(
             x,
             batch.pos_row,
             batch.pos_sample,
-            lr=settings.head_lr * factor,
+            lr=lr,
             dx_scale=self.scaler.scale[0],
             need_loss=need_loss,
         )
         encoded.backward([dx])
-        self._finish_step(overflow, settings.encoder_lr * factor)
-        return loss
+        return loss, overflow
 
     def _answer(self, x: list[Tensor], k: int, exclude: Tensor | None) -> Answer:
         return Answer(*self.head.topk(x[-1], k, exclude))

@@ -170,7 +170,7 @@ class FullHead(Table):
         pos_row: Tensor,
         pos_sample: Tensor,
         *,
-        lr: float,
+        lr: float | Tensor,
         dx_scale: Tensor | float = 1.0,
         need_loss: bool = False,
     ) -> tuple[Tensor, Tensor]:

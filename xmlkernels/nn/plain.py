@@ -54,7 +54,7 @@ class PlainHead(FullHead):
         pos_row: Tensor,
         pos_sample: Tensor,
         *,
-        lr: float,
+        lr: float | Tensor,
         dx_scale: Tensor | float = 1.0,
         need_loss: bool = False,
     ) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ class PlainHead(FullHead):
         if self.optimizer.decoupled:
             weight.mul_(1 - lr * decay)
             decay = 0.0
-        self._optimizer(weight, lr, decay).step()
+        self._optimizer(weight, float(lr), decay).step()
         if bias is not None:
             torch.optim.SGD([bias], lr).step()
         self.after_step()

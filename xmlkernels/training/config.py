@@ -301,6 +301,11 @@ class Config:
     """Start all the same where the planner says that the run needs more memory than there is."""
     device: str = of(SAVING, "auto")
     """Where the model is trained: cpu, cuda, cuda:1; auto: cuda where there is one."""
+    cuda_graph: Literal["auto", "on", "off"] = of(SAVING, "auto")
+    """Launch the passes of a step (encoder, tables, the way back) as one CUDA graph for each shape,
+    with documents padded to multiples of 32 tokens. auto: on a card, where shapes repeat: not for
+    bags of words, --micro-batch, --compile, --impl reference, --table-compute, a --label-device of
+    its own, or several processes; on is refused there."""
     threads: int = of(SAVING, 0, OFF_AT_0)
     """CPU threads; 0 leaves torch's choice."""
     timeout: float = of(SAVING, dist.PATIENCE, _SECONDS)

@@ -15,10 +15,14 @@ from xmlkernels.installed import source_of
 from xmlkernels.parallel import most_threads
 from xmlkernels.training.checks import check_levels
 from xmlkernels.training.config import Config
+from xmlkernels.training.plan import before_data
 from xmlkernels.training.tree import TreeConfig, build_tree
 from xmlkernels.tree.label_tree import LabelTree, arrangement
 
 log = logging.getLogger(__name__)
+
+GRAPH_TOKENS = 32
+"""What widths of batches are multiples of where each width has a CUDA graph of its own."""
 
 _opened: set[Path] = set()  # built-in corpora that this process has made or opened, and logged
 
@@ -177,4 +181,6 @@ def training_batches(
     batches = inputs.batches(
         dataset.splits["train"], documents, seed=config.seed, label_text=config.label_text, **more
     )
+    if isinstance(batches, Batches) and before_data(config).graphs:
+        batches.pad_to_multiple = GRAPH_TOKENS
     return batches.shared(dist.part) if dist.size() > 1 else batches

@@ -37,6 +37,7 @@ class BeforeData:
         table: number format of the label table.
         optimizer: of the tables.
         state: number format of its state; None where it keeps none.
+        graphs: whether the passes of a step run as CUDA graphs.
     """
 
     device: torch.device
@@ -44,6 +45,7 @@ class BeforeData:
     table: str
     optimizer: str
     state: str | None
+    graphs: bool
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ def before_data(config: Config) -> BeforeData:
     """Resolve what needs no data: devices, number formats, the tables' optimizer.
 
     Raises:
-        InputError: no device of that name, or not in this machine.
+        InputError: no device of that name, or not in this machine, or CUDA graphs where a step has
+            none.
     """
     device = find_device(config.device)
     cascade, dense = config.model == "cascade", config.table_optimizer == "adamw_dense"
@@ -118,7 +121,34 @@ def before_data(config: Config) -> BeforeData:
     if optimizer == "auto":
         optimizer = "adam" if cascade else "sgd"
     state = None if optimizer == "sgd" and config.momentum == 0 else config.state
-    return BeforeData(device, _label_device(config, device), table, optimizer, state)
+    apart = _label_device(config, device)
+    return BeforeData(device, apart, table, optimizer, state, _graphs(config, device, apart))
+
+
+def _graphs(config: Config, device: torch.device, apart: torch.device | None) -> bool:
+    """Decide whether the passes of a step run as CUDA graphs."""
+    if config.cuda_graph == "off":
+        return False
+    for good, expected, got in (
+        (device.type == "cuda", "a card", f"device {device}"),
+        (config.encoder != "bow", "an encoder of fixed shapes", "--encoder bow"),
+        (config.micro_batch == 0, "no gradient caching", f"--micro-batch {config.micro_batch}"),
+        (config.accumulate == 1, "no gradient caching", f"--accumulate {config.accumulate}"),
+        (not config.compile, "an encoder that is not compiled", "--compile"),
+        (config.impl == "fused", "--impl fused", f"--impl {config.impl}"),
+        (
+            config.table_compute == "auto",
+            "a table of one format",
+            f"--table-compute {config.table_compute}",
+        ),
+        (apart is None, "all tables on one device", f"--label-device {config.label_device}"),
+        (dist.launched()[1] == 1, "one process", f"{dist.launched()[1]}"),
+    ):
+        if not good and config.cuda_graph == "on":
+            raise InputError("--cuda-graph", expected, got, "take auto or off")
+        if not good:
+            return False
+    return True
 
 
 def resolve(config: Config, dataset: Dataset, tree: LabelTree | None, epoch: int) -> Plan:
@@ -144,6 +174,7 @@ def resolve(config: Config, dataset: Dataset, tree: LabelTree | None, epoch: int
         early.table,
         early.optimizer,
         early.state,
+        early.graphs,
         config=config,
         autocast=_autocast(config.precision, early.device),
         encoder_epsilon=config.encoder_epsilon or (1e-6 if cascade is None else 1e-8),

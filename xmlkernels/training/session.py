@@ -60,6 +60,8 @@ class Session:
         self.inverse_propensity = inverse_propensity(train, *self.dataset.propensity)
         self.plan = resolve(config, self.dataset, self.tree, len(self.batches))
         self.model = build_model(self.plan, self.dataset, self.inputs, self.tree)
+        if self.plan.graphs:
+            self.model.capture(None if config.cuda_graph == "on" else log.info)
         self.environment = environment(self.plan, self.model)
         self._agree()
         self._introduce()
