@@ -20,6 +20,7 @@ FEW = 4  # pairs that a cluster has on average, at most
 SPAN = 4  # tiles of a sample's candidates that one program scores
 ROWS = 16  # rows of a tile
 SCORED, UPDATED = 256, 64  # columns of a tile, at most
+REGISTERS = 96  # of a thread of the update; left to itself, the compiler spills one to have 64
 
 
 @triton.jit
@@ -464,6 +465,7 @@ def step_pairs_(
         EMULATED=common.emulated(),
         BR=ROWS,
         BD=columns_of(width, UPDATED),
+        maxnreg=REGISTERS,
         **common.LAUNCH,
     )
     return losses

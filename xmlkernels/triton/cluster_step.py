@@ -30,6 +30,7 @@ PART_BYTES = 192 << 20
 # Rows, pairs and columns of a tile, at most. Gradients of fp16 tables are multiplied in fp32, too:
 # fp16 has no room for small ones.
 MOST, MOST_FP32 = (64, 32, 64), (32, 16, 32)
+REGISTERS_FP32 = 168  # of a thread, at most; said by name, it is reached without spilling
 SUMMANDS = 8  # shares of dx that are loaded together
 
 
@@ -549,6 +550,7 @@ def cluster_step_(
             EMULATED=common.emulated(),
             BP=pair_side,
             num_warps=8 if row_side == 64 else 4,
+            maxnreg=None if low else REGISTERS_FP32,
             **blocks,
             **kinds,
             **common.LAUNCH,
