@@ -135,7 +135,7 @@ class EndToEnd(Model):
         assert self.training_settings is not None and self.scaler is not None
         encoded = self._encode(batch, self.training_settings.micro_batch)
         (x,) = encoded.x
-        overflow = (~torch.isfinite(x).all()).float().reshape(1)
+        overflow = (~torch.isfinite(self.head.operand(x)).all()).float().reshape(1)
         dx, loss = self.head.step(
             x,
             batch.pos_row,
