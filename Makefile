@@ -35,7 +35,7 @@ STAMP := build/.built$(SYSTEM)
 demo: build
 	$(PY) -m xmlkernels demo
 
-test: build lint $(INSTALLED_DEV) $(OLDEST)
+test: build lint $(INSTALLED_DEV) $(CARD_TRITON) $(OLDEST)
 	$(PY) -m pytest
 	@# A system's own Python may lack Triton; the .venv has it.
 	@if [ -z "$(SYSTEM)" ] || $(PY) -c 'import triton' 2>/dev/null; then \
