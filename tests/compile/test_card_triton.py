@@ -45,7 +45,7 @@ def test_the_cards_triton_compiles_the_kernels() -> None:
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) >= 10 and "skipped" not in done.stdout, done.stdout[-5000:]
+    assert passed and int(passed[1]) >= 20, done.stdout[-5000:]
 
 
 @pytest.mark.parametrize("required", ["0", "1"])
