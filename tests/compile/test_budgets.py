@@ -16,8 +16,7 @@ F32, BF16, F16, U8, I64 = torch.float32, torch.bfloat16, torch.float16, torch.ui
 ROWS, COLUMNS, WARPS = 64, 128, 8
 WEIGHTS = ROWS * COLUMNS / (32 * WARPS)  # of a thread
 LOOP = "update_tiles: for begin"
-# Tensors; instructions per weight for sm_90a. Both halves of Philox's products apart, or rounding
-# and e4m3 in 32-bit integers, would exceed every one of them.
+# Tensors; instructions per weight for sm_90a.
 BUDGETS: dict[str, tuple[dict[str, Any], float]] = {
     "bf16": ({"weight": BF16}, 15.5),
     "fp16": ({"weight": F16}, 33.0),

@@ -160,6 +160,14 @@ def test_failed_capture_is_refused_where_graphs_were_asked_for() -> None:
         assert torch.equal(value, before[name]), name
 
 
+def test_tables_that_wait_for_the_device_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MODELS["full"]()
+    monkeypatch.setattr(model.head, "WAITS", True)
+    with pytest.raises(InputError, match="do not wait for the device, got head"):
+        model.capture(capturer=Recorder())
+    assert model.graphs is None
+
+
 def test_moved_model_has_no_graphs() -> None:
     model = MODELS["full"]()
     model.capture(capturer=Recorder())

@@ -238,7 +238,15 @@ class Model(nn.Module):
         Args:
             tell: told where a step cannot be captured and runs as it is; None raises InputError.
             capturer: None for the card that the model is on.
+
+        Raises:
+            InputError: a table's step reads the device.
         """
+        for name, table in self.tables().items():
+            if getattr(table, "WAITS", False):
+                expected = "tables whose steps do not wait for the device"
+                mend = "train without graphs, or with a table of another kind"
+                raise InputError("capture", expected, name, mend)
         owned = self.optimizer.param_groups if self.optimizer is not None else []
         parameters = [parameter for group in owned for parameter in group["params"]]
         self.graphs = GraphedPasses(
