@@ -32,6 +32,8 @@ COMMANDS = {"tree": tree_command, "ranker": rank} | {
     module.__name__.rpartition(".")[2]: module for module in (ensemble, export, predict, prepare)
 }
 
+PATIENCE = 120  # seconds for what takes one or two on an idle machine
+
 # What a kill leaves of the files in an output folder. Other commands leave the unfinished copy of
 # the whole output.
 LEFT = {
@@ -80,19 +82,30 @@ class Child:
     def alive(self) -> bool:
         return os.waitpid(self.pid, os.WNOHANG)[0] == 0
 
-    def end(self, status: int, *words: str, also: bool = True) -> None:
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+    def end(self, status: int, *words: str) -> None:
+        end = time.monotonic() + PATIENCE
+        while (ended := os.waitpid(self.pid, os.WNOHANG))[0] == 0:
+            if time.monotonic() > end:
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                raise AssertionError(f"still ran after {PATIENCE} s: {self.told.read_text()}")
+            time.sleep(0.01)
+        code = os.waitstatus_to_exitcode(ended[1])
         told = self.told.read_text()
         assert code == status, f"status {code}: {told}"
         assert "Traceback" not in told and told.count("error: ") == (status in (1, 2)), told
         assert all(word in told for word in words), (words, told)
 
 
-def wait_for(path: Path, child: Child, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not path.exists():
+def wait_until(true: Callable[[], bool], child: Child) -> None:
+    end = time.monotonic() + PATIENCE
+    while not true():
         assert time.monotonic() < end and child.alive(), child.told.read_text()
         time.sleep(0.01)
+
+
+def wait_for(path: Path, child: Child) -> None:
+    wait_until(path.exists, child)
 
 
 def nothing_left(folder: Path) -> None:
@@ -162,7 +175,9 @@ def cases(dataset: Path, folder: Path) -> Iterator[tuple[str, Callable[[Path], N
         child = Child(place, lambda: train(endless(place)), deaf)
         wait_for(place / "run" / "log.jsonl", child)
         os.kill(child.pid, signal.SIGTERM)
-        time.sleep(1.3)
+        # A second one counts a second after the first was heard, however late that is.
+        wait_until(lambda: "ends after this step" in child.told.read_text(), child)
+        time.sleep(stops._ONCE + 0.3)
         assert child.alive(), "the first one asks"
         os.kill(child.pid, signal.SIGTERM)
         child.end(143)
