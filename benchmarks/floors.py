@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 
+from benchmarks import modelled
+
 Row = Mapping[str, object]
 OWN = ("xmlkernels", "fused")
 """Implementations of ours; the others are peers."""
@@ -226,12 +228,17 @@ def _shown(value: float | None, unit: str = "") -> str:
 
 
 def verdicts(rows: Sequence[Row], ceilings: Ceilings) -> list[str]:
-    """Return one line per figure to reach: reached, missed, or not measured."""
-    lines = []
+    """Return one line per figure to reach: reached, missed, or not measured.
 
-    def judge(what: str, found: float | None, limit: float, at_least: bool = False) -> None:
+    Beside a multiple of the floor that was not measured stands the committed one of the model.
+    """
+    lines, figures = [], modelled.read()
+
+    def judge(
+        what: str, found: float | None, limit: float, at_least: bool = False, model: str = ""
+    ) -> None:
         if found is None:
-            lines.append(f"{what}: not measured")
+            lines.append(f"{what}: not measured{model}")
         else:
             reached = found >= limit if at_least else found <= limit
             lines.append(f"{what}: {found:.2f}, {'reached' if reached else 'MISSED'}")
@@ -240,7 +247,9 @@ def verdicts(rows: Sequence[Row], ceilings: Ceilings) -> list[str]:
         where = f"{goal.op} {goal.shape} {goal.phase} {goal.dtype}"
         own = goal_row(rows, goal)
         over = None if own is None else ceilings.times_floor(own)
-        judge(f"{where}, at most {goal.floor} x floor", over, goal.floor)
+        told = modelled.find(figures, goal.op, goal.shape, goal.phase, goal.dtype)
+        model = f"; model, {told.card}: {told.over:.1f} x floor" if told is not None else ""
+        judge(f"{where}, at most {goal.floor} x floor", over, goal.floor, model=model)
         for impl, least in goal.peers.items():
             place = (goal.op, goal.shape, impl)
             here = [r for r in rows if (r["op"], r["shape"], r["impl"]) == place]

@@ -1,5 +1,6 @@
 """A whole run on a card: its floors, peers and missed figures."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -101,4 +102,5 @@ def test_a_missed_figure_is_told() -> None:
     assert sum("MISSED" in line for line in lines) == 3
     assert "at least 5 x faster than renee: 3.11, MISSED" in "\n".join(lines)
     # Another format's row.
-    assert floors.verdicts([row("xmlkernels/sgd/fp32", 9.0)], found)[0].endswith("not measured")
+    told = floors.verdicts([row("xmlkernels/sgd/fp32", 9.0)], found)[0]
+    assert re.search(r": not measured; model, H200: \d+\.\d x floor$", told)

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import sass_model
+from benchmarks import sass_launch, sass_rows_bce
 from compiled import LARGE, Compiled, compile_kernel
 from xmlkernels.triton.update import update_tile
 
@@ -129,9 +129,9 @@ def test_the_update_spills_nothing_and_moves_wide_words(name: str, arch: str) ->
 
 def test_newer_cards_are_not_refused() -> None:
     """Every kernel that a step launches compiles for sm_100a, and fits its shared memory."""
-    with sass_model.recorded() as launches:
-        sass_model.bce_step(128, 300_000, BF16)()
+    with sass_launch.recorded() as launches:
+        sass_rows_bce.bce_step(128, 300_000, BF16)()
     kernels = {launch.kernel.__name__: launch for launch in launches}
     assert len(kernels) >= 4
     for launch in kernels.values():
-        assert sass_model.build(launch, "sm_100a").metadata.shared <= LARGE
+        assert sass_launch.build(launch, "sm_100a").metadata.shared <= LARGE

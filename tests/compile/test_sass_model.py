@@ -5,10 +5,11 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import sass_model
+from benchmarks import modelled, sass_model, sass_pages
+from benchmarks.sass_work import CARDS, Line, Row, lines_of, of_triton
 
 pytestmark = pytest.mark.compile
-CARD = sass_model.CARDS["H200"]
+CARD = CARDS["H200"]
 
 
 @triton.jit
@@ -31,9 +32,10 @@ def follow(x, out):
     tl.store(out, at)
 
 
-def lines(rows: int) -> list[sass_model.Line]:
+def lines(rows: int) -> list[Line]:
     x, out = torch.empty(1, dtype=torch.float32), torch.empty(1, dtype=torch.float32)
-    return sass_model.model(lambda: sum_rows[(32,)](x, out, rows, STEP=16, BLOCK=128), CARD)
+    works = of_triton(lambda: sum_rows[(32,)](x, out, rows, STEP=16, BLOCK=128))
+    return lines_of(works(CARD), CARD)
 
 
 @pytest.mark.parametrize("rows", [160, 320])
@@ -48,6 +50,35 @@ def test_loops_count_as_often_as_the_shape_says(rows: int) -> None:
 def test_trips_that_no_argument_tells_must_be_given() -> None:
     x, out = torch.empty(1, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
     with pytest.raises(ValueError, match="follow: no trips for 'follow: while at > 0'"):
-        sass_model.model(lambda: follow[(1,)](x, out), CARD)
-    (line,) = sass_model.model(lambda: follow[(1,)](x, out), CARD, {"follow: while at > 0": 1000})
+        lines_of(of_triton(lambda: follow[(1,)](x, out))(CARD), CARD)
+    works = of_triton(lambda: follow[(1,)](x, out), {"follow: while at > 0": 1000})
+    (line,) = lines_of(works(CARD), CARD)
     assert line.times["issue"] > 1000 * 4 / 4 / CARD.hertz / CARD.multiprocessors * 1e3
+
+
+ROWS = sass_model.rows()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.op} {row.dtype} {row.shape}")
+def test_the_committed_figures_are_of_these_kernels(row: Row) -> None:
+    """Where not: python benchmarks/sass_model.py --write."""
+    found = sass_model.figure(row, "H200", sass_model.lines(row, CARD))
+    told = modelled.find(modelled.read(), row.op, row.shape, row.phase, row.dtype)
+    assert told is not None
+    assert (found.ms, found.floor) == pytest.approx((told.ms, told.floor), rel=0.02)
+    assert found.ms > found.floor
+
+
+def test_every_figure_is_of_a_row() -> None:
+    """And of the cards, each row has one but for e4m3 on an A100."""
+    told = [(f.op, f.shape, f.phase, f.dtype, f.card) for f in modelled.read()]
+    expected = [(r.op, r.shape, r.phase, r.dtype, card) for card in CARDS for r in ROWS]
+    missing = [key for key in expected if key not in told]
+    assert all(key[3:] == ("fp8", "A100") for key in missing)
+    assert [key for key in expected if key in told] == told
+
+
+def test_the_documents_show_the_committed_figures() -> None:
+    for path, render in sass_pages.PAGES.items():
+        text = path.read_text("utf-8")
+        assert render(text, modelled.read()) == text, path.name
