@@ -26,7 +26,7 @@ from train_runs import make_tree
 
 from xmlkernels.ops.hyper import SCALE
 from xmlkernels.training.build import build_model
-from xmlkernels.training.plan import resolve
+from xmlkernels.training.plan import before_data, resolve
 from xmlkernels.tree.label_tree import LabelTree
 
 # SGD without momentum, decay or dropout of the features: a level's table moves in proportion to the
@@ -199,13 +199,8 @@ def labels_elsewhere(runs: Runs, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 2)
-        places = [
-            resolve(
-                replace(plain.config, precision="fp32", device=home, label_device=apart),
-                plain.dataset,
-                plain.tree,
-                PER_EPOCH,
-            ).label_device
+        settings = [
+            replace(plain.config, precision="fp32", device=home, label_device=apart)
             for home, apart in (
                 ("cuda", "auto"),
                 ("cuda", "cuda:0"),
@@ -213,8 +208,10 @@ def labels_elsewhere(runs: Runs, folder: Path) -> None:
                 ("cpu", "cuda:1"),
             )
         ]
+        rest = plain.dataset, plain.tree, PER_EPOCH
+        places = [resolve(one, before_data(one), *rest).label_device for one in settings]
     assert [str(place) for place in places] == ["None", "None", "cpu", "cuda:1"]
-    plan = resolve(plain.config, plain.dataset, plain.tree, PER_EPOCH)
+    plan = resolve(plain.config, before_data(plain.config), *rest)
     for apart, device in ((None, "cpu"), (torch.device("meta"), "meta")):
         made = replace(plan, label_device=apart)
         model = build_model(made, plain.dataset, plain.inputs, plain.tree)

@@ -47,6 +47,7 @@ class FullHead(Table):
 
     NAME: ClassVar[str] = "label table"
     OPTIMIZERS: ClassVar[tuple[str, ...]] = ("sgd", "adam")
+    WITHOUT_SKIPS: ClassVar[str] = ""  # why a kind of head takes no skip_units; empty: it does
 
     skipped: Tensor | None
 
@@ -62,6 +63,9 @@ class FullHead(Table):
         std: float = 0.02,
         seed: int = 0,
     ) -> None:
+        if skip_units > 0 and self.WITHOUT_SKIPS:
+            mend = f"leave it out: {self.WITHOUT_SKIPS}"
+            raise InputError(f"{self.NAME}: skip_units", "0", str(skip_units), mend)
         super().__init__(
             labels,
             width,

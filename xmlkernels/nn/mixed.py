@@ -31,7 +31,33 @@ COMPUTE = ("fp16", "bf16")
 _PIECE = 1 << 25  # weights at a time: 200 MB of their copy and gradient, whatever the table
 
 
-class MixedHead(FullHead):
+class MixedProducts(Table):
+    """What every table of mixed precision has; stands before the kind of table among its bases.
+
+    Args:
+        options: of that kind, by place and by name; dtype "fp32" alone.
+        compute: "fp16" or "bf16", the format of products.
+    """
+
+    def __init__(self, *options: Any, compute: str, **named: Any) -> None:
+        check_choice(f"{self.NAME}: compute", compute, COMPUTE)
+        super().__init__(*options, **named)
+        self.compute = compute
+
+    @classmethod
+    def check_options(cls, dtype: str, optimizer: RowOptimizer) -> None:
+        """Raise InputError unless the table is fp32: only that is a master copy."""
+        super().check_options(dtype, optimizer)
+        if dtype != "fp32":
+            mend = "choose fp32, or leave compute out"
+            raise InputError(f"{cls.NAME}: dtype", "fp32 for mixed precision", dtype, mend)
+
+    def operand(self, x: Tensor) -> Tensor:
+        """Round embeddings to the format of products; beyond fp16's range they become infinite."""
+        return x.detach().to(DTYPES[self.compute])
+
+
+class MixedHead(MixedProducts, FullHead):
     """A full head of fp32 weights whose products are in a narrower format.
 
     It works in pieces of rows: each is rounded, scored, and updated from its fp32 gradient, before
@@ -47,28 +73,12 @@ class MixedHead(FullHead):
         InputError: an option is out of range.
     """
 
-    def __init__(self, labels: int, width: int, *, compute: str, **options: Any) -> None:
-        check_choice(f"{self.NAME}: compute", compute, COMPUTE)
-        super().__init__(labels, width, **options)
-        self.compute = compute
-        if self.skip_below > 0:
-            mend = "leave it out: mixed precision trains every label"
-            raise InputError(f"{self.NAME}: skip_units", "0", str(options["skip_units"]), mend)
-
-    @classmethod
-    def check_options(cls, dtype: str, optimizer: RowOptimizer) -> None:
-        """Raise InputError unless the table is fp32."""
-        super().check_options(dtype, optimizer)
-        check_master(cls.NAME, dtype)
+    WITHOUT_SKIPS: ClassVar[str] = "mixed precision trains every label"
 
     @property
     def piece(self) -> int:
         """Rows at a time: a number of the width alone, so that bits depend on no device."""
         return max(1, _PIECE // self.width)
-
-    def operand(self, x: Tensor) -> Tensor:
-        """Round embeddings to the format of products; beyond fp16's range they become infinite."""
-        return x.detach().to(DTYPES[self.compute])
 
     def step_bytes(self, documents: int) -> int:
         """Bytes of a piece in the narrower format and of its gradient."""
@@ -122,7 +132,7 @@ class MixedHead(FullHead):
         )
 
 
-class MixedLevel(CascadeLevel):
+class MixedLevel(MixedProducts, CascadeLevel):
     """A level of fp32 weights whose products are in a narrower format.
 
     The rows that a step touches are copied, rounded, scored, and updated from their fp32 gradient.
@@ -136,23 +146,6 @@ class MixedLevel(CascadeLevel):
 
     OPTIMIZERS: ClassVar[tuple[str, ...]] = ("adam", "sgd")
     WAITS: ClassVar[bool] = True
-
-    def __init__(
-        self, nodes: int, width: int, per_sample: int, *, compute: str, **options: Any
-    ) -> None:
-        check_choice(f"{self.NAME}: compute", compute, COMPUTE)
-        super().__init__(nodes, width, per_sample, **options)
-        self.compute = compute
-
-    @classmethod
-    def check_options(cls, dtype: str, optimizer: RowOptimizer) -> None:
-        """Raise InputError unless the table is fp32."""
-        super().check_options(dtype, optimizer)
-        check_master(cls.NAME, dtype)
-
-    def operand(self, x: Tensor) -> Tensor:
-        """Round embeddings to the format of products; beyond fp16's range they become infinite."""
-        return x.detach().to(DTYPES[self.compute])
 
     def step_bytes(self, documents: int) -> int:
         """Bytes of the rows that a step touches at most, in the narrower format and as gradient."""
@@ -211,17 +204,6 @@ def rounded(weight: Tensor, compute: str) -> Tensor:
     """Copy rows in the format of products, rounded to nearest, at most its largest value."""
     largest = torch.finfo(DTYPES[compute]).max
     return weight.clamp(-largest, largest).to(DTYPES[compute])
-
-
-def check_master(where: str, dtype: str) -> None:
-    """Refuse a table other than fp32: only that is a master copy.
-
-    Raises:
-        InputError: it is another format.
-    """
-    if dtype != "fp32":
-        mend = "choose fp32, or leave compute out"
-        raise InputError(f"{where}: dtype", "fp32 for mixed precision", dtype, mend)
 
 
 def _within(pos_row: Tensor, pos_sample: Tensor, part: slice) -> tuple[Tensor, Tensor]:

@@ -30,12 +30,7 @@ class PlainHead(FullHead):
     """
 
     WAITS: ClassVar[bool] = True
-
-    def __init__(self, labels: int, width: int, **options: Any) -> None:
-        super().__init__(labels, width, **options)
-        if self.skip_below > 0:
-            mend = "leave it out: plain PyTorch scores and trains every label"
-            raise InputError(f"{self.NAME}: skip_units", "0", str(options["skip_units"]), mend)
+    WITHOUT_SKIPS: ClassVar[str] = "plain PyTorch scores and trains every label"
 
     @classmethod
     def check_options(cls, dtype: str, optimizer: RowOptimizer) -> None:

@@ -15,7 +15,6 @@ from xmlkernels.installed import source_of
 from xmlkernels.parallel import most_threads
 from xmlkernels.training.checks import check_levels
 from xmlkernels.training.config import Config
-from xmlkernels.training.plan import before_data
 from xmlkernels.training.tree import TreeConfig, build_tree
 from xmlkernels.tree.label_tree import LabelTree, arrangement
 
@@ -170,17 +169,23 @@ def cached_tree_folder(dataset: Dataset, depths: tuple[int, ...], *, cache: str,
 
 
 def training_batches(
-    config: Config, dataset: Dataset, inputs: Inputs, tree: LabelTree | None
+    config: Config, dataset: Dataset, inputs: Inputs, tree: LabelTree | None, *, graphs: bool
 ) -> Batches | BagBatches:
     """Cut the training split into batches of one update each.
 
     The labels' own texts are added where the configuration asks for them. Of several processes
     each reads its part of every batch.
+
+    Args:
+        config: the settings, checked.
+        dataset, inputs: what is read, and how.
+        tree: of a cascade; None end to end.
+        graphs: whether each width of a batch has a CUDA graph of its own.
     """
     documents, more = config.batch * config.accumulate, arrangement(tree)
     batches = inputs.batches(
         dataset.splits["train"], documents, seed=config.seed, label_text=config.label_text, **more
     )
-    if isinstance(batches, Batches) and before_data(config).graphs:
+    if isinstance(batches, Batches) and graphs:
         batches.pad_to_multiple = GRAPH_TOKENS
     return batches.shared(dist.part) if dist.size() > 1 else batches

@@ -151,11 +151,14 @@ def _graphs(config: Config, device: torch.device, apart: torch.device | None) ->
     return True
 
 
-def resolve(config: Config, dataset: Dataset, tree: LabelTree | None, epoch: int) -> Plan:
+def resolve(
+    config: Config, early: BeforeData, dataset: Dataset, tree: LabelTree | None, epoch: int
+) -> Plan:
     """Resolve every setting of a run.
 
     Args:
         config: the settings, checked.
+        early: what `before_data` makes of them.
         dataset: what the run reads.
         tree: of a cascade; None end to end.
         epoch: updates per epoch.
@@ -163,7 +166,7 @@ def resolve(config: Config, dataset: Dataset, tree: LabelTree | None, epoch: int
     Raises:
         InputError: a warm-up longer than the run, or a running mean that would begin after it.
     """
-    early, steps = before_data(config), config.epochs * epoch
+    steps = config.epochs * epoch
     warmup = round(config.warmup_epochs * epoch) if config.warmup_epochs else config.warmup
     update = config.batch * config.accumulate
     micro_batch = config.batch if config.accumulate > 1 else config.micro_batch

@@ -12,7 +12,7 @@ from xmlkernels.training.config import Config, recorded
 from xmlkernels.training.environment import commit, environment
 from xmlkernels.training.folder import RunFolder
 from xmlkernels.training.inputs import open_dataset, open_inputs, open_tree, training_batches
-from xmlkernels.training.plan import resolve
+from xmlkernels.training.plan import before_data, resolve
 from xmlkernels.training.progress import Frequencies
 
 log = logging.getLogger(__name__)
@@ -54,11 +54,14 @@ class Session:
         self.inputs = open_inputs(config, self.dataset)
         with dist.first_alone():
             self.tree = open_tree(config, self.dataset)
-        self.batches = training_batches(config, self.dataset, self.inputs, self.tree)
+        early = before_data(config)
+        self.batches = training_batches(
+            config, self.dataset, self.inputs, self.tree, graphs=early.graphs
+        )
         # Propensities always from the documents themselves, never from the labels' own texts.
         train = splits["train"].labels
         self.inverse_propensity = inverse_propensity(train, *self.dataset.propensity)
-        self.plan = resolve(config, self.dataset, self.tree, len(self.batches))
+        self.plan = resolve(config, early, self.dataset, self.tree, len(self.batches))
         self.model = build_model(self.plan, self.dataset, self.inputs, self.tree)
         if self.plan.graphs:
             self.model.capture(None if config.cuda_graph == "on" else log.info)
