@@ -26,7 +26,7 @@ from common import (
 )
 from counting import counted
 from tiny import PLAN, SHAPE, run, step_op
-from xmlkernels.triton import bce_plan
+from xmlkernels.triton import descriptors
 from xmlkernels.triton.bce_plan import CHUNK, GROUP, Plan, make_plan
 from xmlkernels.triton.bce_step import bce_step_
 from xmlkernels.triton.bce_tile import Tiles
@@ -199,7 +199,7 @@ def test_accesses_are_the_model(extra: bool, fused: bool, monkeypatch: pytest.Mo
     print.
     """
     b, n, d = ALIGNED if fused else SHAPE
-    monkeypatch.setattr(bce_plan, "card_has_tma", lambda device: fused)
+    monkeypatch.setattr(descriptors, "card_has_tma", lambda device: fused)
     blocks = replace(blocks_of(PLAN), fused=fused)
     states = {"bias": F32, "momentum": BF16, "second": BF16, "kahan": BF16} if extra else {}
     step = random_step(b, n, d, BF16, states=states, hyper=ADAM, need_loss=extra)
@@ -275,7 +275,7 @@ def test_descriptors_give_the_same_bits(
         batch, *ALIGNED[1:], dtype, states=states, hyper=hyper, share=0.05, **options
     ).replace(rows=70)
     plain = run(step)
-    monkeypatch.setattr(bce_plan, "card_has_tma", lambda device: True)
+    monkeypatch.setattr(descriptors, "card_has_tma", lambda device: True)
     assert_same_bits(run(step), plain)
 
 
@@ -288,7 +288,7 @@ def test_a_step_is_few_launches(skips: bool, monkeypatch: pytest.MonkeyPatch) ->
         launches.append(self.fn.__name__)
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
-    monkeypatch.setattr(bce_plan, "card_has_tma", lambda device: True)
+    monkeypatch.setattr(descriptors, "card_has_tma", lambda device: True)
     b, n, d = 128, 2_812_281, 768
     table = torch.zeros(1, d, dtype=BF16).expand(n, d)
     options: dict[str, Any] = {"need_loss": True}

@@ -20,7 +20,7 @@ from common import (
 from counting import counted
 from skips import GROUP, clear_step, exact_step, groups_of
 from tiny import step_op
-from xmlkernels.triton import bce_plan
+from xmlkernels.triton import bce_plan, descriptors
 from xmlkernels.triton.bce_plan import Plan, make_plan
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -157,7 +157,7 @@ def test_descriptors_give_the_same_bits(batch: int, monkeypatch: pytest.MonkeyPa
         step = exact_step(batch, n, 24, dtype, hyper=DECAY).replace(bias=torch.zeros(n), **more)
         with monkeypatch.context() as patch:
             plain = run(step)
-            patch.setattr(bce_plan, "card_has_tma", lambda device: True)
+            patch.setattr(descriptors, "card_has_tma", lambda device: True)
             got = run(step)
         assert_same_bits(got, plain)
         assert got["skipped"].tolist() == [3, 4]

@@ -17,6 +17,7 @@ from benchmarks.model import matmul_topk_accesses, matmul_topk_memory
 from common import DTYPES, assert_no_worse, name_of
 from counting import counted
 from xmlkernels.reference.matmul_topk import matmul_topk as reference
+from xmlkernels.triton import descriptors
 from xmlkernels.triton import matmul_topk as kernel
 
 INF = math.inf
@@ -111,14 +112,12 @@ def test_scores_that_rise_fall_and_tie() -> None:
     check_equal(torch.tensor([[1.0], [-1.0], [0.0], [-0.0]]), weight, None, 5)
 
 
-@pytest.mark.parametrize("excluded, descriptors", [(0, False), (2, True)], ids=str)
-def test_lists_that_overflow(
-    monkeypatch: pytest.MonkeyPatch, excluded: int, descriptors: bool
-) -> None:
+@pytest.mark.parametrize("excluded, tma", [(0, False), (2, True)], ids=str)
+def test_lists_that_overflow(monkeypatch: pytest.MonkeyPatch, excluded: int, tma: bool) -> None:
     """Lists of 21 keys and a chunk of 174 labels: scores that rise, tie, are NaN and infinite,
     beside some that fit.
     """
-    monkeypatch.setattr(kernel, "uses_descriptors", lambda *_: descriptors)
+    monkeypatch.setattr(descriptors, "card_has_tma", lambda device: tma)
     monkeypatch.setattr(kernel, "LIST_BYTES", 0)
     monkeypatch.setattr(kernel, "MARGIN", 0.01)
     monkeypatch.setattr(kernel, "GROWTH", 11)
@@ -255,12 +254,12 @@ def launches_of(monkeypatch: pytest.MonkeyPatch, b: int, n: int, k: int) -> Coun
     return counts
 
 
-@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
-def test_accesses_are_the_closed_form(monkeypatch: pytest.MonkeyPatch, descriptors: bool) -> None:
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+def test_accesses_are_the_closed_form(monkeypatch: pytest.MonkeyPatch, tma: bool) -> None:
     """Each block of samples reads the table once, each block of labels the batch once."""
     b, n, d, k = 19, 70, 24, 4
     x, weight, bias = whole_numbers(b, n, d, torch.bfloat16)
-    monkeypatch.setattr(kernel, "uses_descriptors", lambda *_: descriptors)
+    monkeypatch.setattr(descriptors, "card_has_tma", lambda device: tma)
     with counted(monkeypatch, {"x": x, "weight": weight, "bias": bias}) as traffic:
         kernel.matmul_topk(x, weight, bias, k)
     chunks = [end - begin for begin, end in kernel.plan(b, n, k).chunks]

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
 from xmlkernels.triton import common
 
@@ -74,24 +73,6 @@ def make_plan(batch: int, width: int, dtype: torch.dtype) -> Plan:
     kept = min(GRADIENT_BYTES, SCRATCH_BYTES - SMALL_BYTES - others)
     labels = max(0, kept) // (plan.pitch(batch) * element)
     return replace(plan, chunk=max(2 * GROUP, min(CHUNK, labels // 1024 * 1024)))
-
-
-def serve_descriptors(x: Tensor, weight: Tensor, rows: int) -> bool:
-    """Return whether kernels take x and the table by TMA descriptors.
-
-    That needs sm_90 and addresses that are multiples of 16 bytes. fp32 products have no tensor
-    cores, which descriptors feed. Results have the same bits either way.
-    """
-    wide = weight.dtype == torch.float32 or not x.shape[0] or not rows
-    aligned = all(
-        t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0 for t in (x, weight)
-    )
-    return not wide and aligned and card_has_tma(weight.device)
-
-
-def card_has_tma(device: torch.device) -> bool:
-    """Return whether a card has the Tensor Memory Accelerator."""
-    return not common.emulated() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def score_options(dtype: torch.dtype, narrow: bool) -> dict[str, Any]:

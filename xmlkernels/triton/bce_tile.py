@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from xmlkernels.triton import common
 from xmlkernels.triton.bce_plan import (
@@ -21,8 +20,8 @@ from xmlkernels.triton.bce_plan import (
     dx_options,
     make_plan,
     score_options,
-    serve_descriptors,
 )
+from xmlkernels.triton.descriptors import box, serve_descriptors
 from xmlkernels.triton.hyper import DX_SCALE, SCALE
 from xmlkernels.triton.positives import find_starts, subtract_targets
 from xmlkernels.triton.skip import Groups
@@ -370,9 +369,7 @@ class Tiles:
 
     def box(self, matrix: Tensor | None, rows: int, *block: int) -> Any:
         """Return a matrix as kernels take it: a descriptor of such blocks, or itself."""
-        if matrix is None or not self.tma:
-            return matrix
-        return TensorDescriptor(matrix, [rows, matrix.shape[1]], [matrix.shape[1], 1], [*block])
+        return None if matrix is None else box(matrix, rows, *block, tma=self.tma)
 
     def buffers(self, *, gradient: bool, dx: bool, column_sum: bool, loss: bool) -> None:
         """Take the scratch that the asked results need."""

@@ -38,14 +38,15 @@ def table_bits(weight: Tensor) -> Tensor:
     return weight.view(torch.uint8)
 
 
-def resident(device: torch.device) -> int:
-    """Return how many programs of 8 warps and 128 registers a card holds at a time.
+def resident(device: torch.device, held: int = 2) -> int:
+    """Return how many programs a card holds at a time, `held` on a multiprocessor.
 
-    For kernels that share out independent tiles among any number of programs.
+    Two are held of 8 warps and 128 registers. For kernels that share out independent tiles among
+    any number of programs: no result depends on it.
     """
     if device.type != "cuda":
         return 3
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return held * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def power_of_2(n: int, low: int, high: int) -> int:

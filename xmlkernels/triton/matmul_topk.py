@@ -20,15 +20,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from xmlkernels.triton import common
+from xmlkernels.triton.descriptors import box, serve_descriptors
 
 # All lists together; with the final sort's copies the workspace stays within 256 MB.
 LIST_BYTES = 200 << 20
@@ -452,37 +451,6 @@ def plan(batch: int, n: int, k: int, excluded: int = 0) -> Plan:
     )
 
 
-def uses_descriptors(x: Tensor, weight: Tensor) -> bool:
-    """Return whether this card and these tensors (of the kernels' formats) allow TMA."""
-    if common.emulated() or torch.cuda.get_device_capability(x.device) < (9, 0):
-        return False
-    return fit_descriptors(x, weight)
-
-
-def fit_descriptors(x: Tensor, weight: Tensor) -> bool:
-    """Return whether TMA takes these tensors: 16-byte rows, 32-bit coordinates, 16-bit products."""
-    return (
-        x.element_size() == 2
-        and weight.shape[0] < 2**31 - TILE_TMA[0]
-        and all(
-            t.shape[1] * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, weight)
-        )
-    )
-
-
-def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
-    """Describe contiguous rows; a single row may have any stride of its own."""
-    return TensorDescriptor(t, list(t.shape), [t.shape[1], 1], block)
-
-
-def _programs(device: torch.device, descriptors: bool) -> int:
-    """Return programs of a launch: as many as run at a time. No result depends on it."""
-    if common.emulated():
-        return 3
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count if descriptors else 2 * count
-
-
 def matmul_topk(
     x: Tensor,
     weight: Tensor,
@@ -550,14 +518,14 @@ def _best_keys(
     low = torch.full((batch,), HIGHEST.value, dtype=torch.int64, device=x.device)
     above = torch.zeros(batch, dtype=torch.int64, device=x.device)
     bins = keys.view(torch.int32)
-    descriptors = uses_descriptors(x, weight)
+    descriptors = serve_descriptors(x, weight, n)
     labels, most, width, warps = (
         TILE_TMA if descriptors else TILE_FP32 if x.dtype == torch.float32 else TILE
     )
     block = common.power_of_2(batch, 16, most)
-    programs = _programs(x.device, descriptors)
-    x_in: Any = _descriptor(x, [block, width]) if descriptors else x
-    w_in: Any = _descriptor(weight, [labels, width]) if descriptors else weight
+    programs = common.resident(x.device, 1 if descriptors else 2)
+    x_in = box(x, batch, block, width, tma=descriptors)
+    w_in = box(weight, n, labels, width, tma=descriptors)
     tiles = {
         "D": weight.shape[1],
         "HAS_BIAS": bias is not None,
