@@ -6,7 +6,6 @@ came from ("score_tiles: for d"), whatever the compiler calls its labels. Counts
 path that the given trips describe; cycles made of them are a model, and no measurement.
 """
 
-import ast
 import re
 import subprocess
 import tempfile
@@ -17,6 +16,23 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
+from benchmarks.sass_instructions import CLASSES, Instruction
+from benchmarks.sass_loops import Loop, branches_of, find_loops
+
+__all__ = (
+    "CLASSES",
+    "Code",
+    "Counts",
+    "Instruction",
+    "Loop",
+    "Resources",
+    "Trips",
+    "disassemble",
+    "occupancy",
+    "resources",
+    "tool",
+)
+
 Trips = Mapping[str | tuple[int, ...], float]
 """How often a loop runs, or the share of the times that a branch is taken.
 
@@ -24,122 +40,6 @@ A key is "function: for i", "function: while a < b" or "function: if hit" of the
 the source is not Python, the place of the loop: (0,) is the first, (1, 0) the first in the second.
 A short branch becomes predicates, whose instructions count as executed: no share is taken of it.
 """
-
-CLASSES = {
-    "mma": "HGMMA QGMMA HMMA QMMA IMMA IGMMA DMMA UTCHMMA UTCQMMA UTCIMMA",
-    "fma": "FFMA FMUL FADD FFMA2 FADD2 FMUL2 HADD2 HFMA2 HMUL2 FSWZADD",
-    "imad": "IMAD IDP IDP4A UIMAD",
-    "alu": "IADD3 IADD LOP3 LOP SHF SHL SHR ISETP FSETP HSETP2 SEL FSEL FMNMX FMNMX3 IMNMX PRMT LEA"
-    " IABS PLOP3 VIMNMX VIMNMX3 BMSK SGXT VIADD VIADDMNMX P2R R2P FCHK F2FP I2FP HMNMX2 VABSDIFF"
-    " ISCADD CSEL IMNMX3 VHMNMX",
-    "fp64": "DADD DFMA DMUL DSETP",
-    "move": "MOV MOV32I",
-    "convert": "F2F F2I I2F F2IP I2IP FRND POPC FLO BREV",
-    "mufu": "MUFU",
-    "ldg": "LDG LD",
-    "stg": "STG ST",
-    "ldgsts": "LDGSTS",
-    "lds": "LDS LDSM",
-    "sts": "STS STSM",
-    "tma": "UTMALDG UTMASTG UTMAREDG UTMAPF UBLKCP UBLKRED UBLKPF",
-    "atomic": "ATOM ATOMG ATOMS RED REDG REDUX CREDUX UCGABAR_ARV UCGABAR_WAIT",
-    "shuffle": "SHFL MOVM",
-    "barrier": "BAR SYNCS WARPSYNC WARPGROUP",
-    "fence": "MEMBAR FENCE ERRBAR CCTL",
-    "local": "LDL STL",
-}
-CLASSES["control"] = (
-    "BRA BRX JMP EXIT BSSY BSYNC NOP DEPBAR LDGDEPBAR UTMACMDFLUSH UTMACCTL S2R CS2R S2UR LDC LDCU"
-    " CALL RET BREAK YIELD NANOSLEEP B2R R2B ELECT VOTE MATCH BMOV BPT KILL PREEXIT ACQBULK RPCMOV"
-    " WARPEXIT LEPC"
-)
-KINDS = {opcode: kind for kind, opcodes in CLASSES.items() for opcode in opcodes.split()}
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One instruction: opcode "LDG.E.128", and (file, line) of its source where that is known."""
-
-    text: str
-    opcode: str
-    source: tuple[str, int] | None
-
-    @property
-    def base(self) -> str:
-        """The opcode without its modifiers."""
-        return self.opcode.partition(".")[0]
-
-    @property
-    def kind(self) -> str:
-        """Its class: a key of CLASSES, "uniform" or "control".
-
-        Raises:
-            ValueError: no class has the opcode.
-        """
-        base = self.base
-        if base in KINDS:
-            kind = KINDS[base]
-            # Moves and additions that the compiler gives to the multiplier are not multiplications.
-            if base == "IMAD" and re.search(r"\.(MOV|SHL|IADD)", self.opcode):
-                return "fma"
-            return kind
-        if base.startswith("U") or base in ("R2UR", "VOTEU"):
-            return "uniform"
-        raise ValueError(f"no class for the instruction {self.text!r}")
-
-    @property
-    def bits(self) -> int:
-        """How wide an access of one thread is."""
-        found = re.search(r"\.[US]?(128|64|16|8)\b", self.opcode)
-        return int(found[1]) if found else 32
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that a warp moves with it; 0 for what moves none."""
-        if self.base in ("LDSM", "STSM"):
-            return 128 * int((re.search(r"\.([24])\b", self.opcode) or [0, 1])[1])
-        return 4 * self.bits if self.kind in ("ldg", "stg", "ldgsts", "lds", "sts", "local") else 0
-
-    @property
-    def multiplications(self) -> float:
-        """Multiply-adds on the tensor cores for one warp."""
-        if found := re.match(r"[HQI]GMMA\.(\d+)x(\d+)x(\d+)", self.opcode):
-            m, n, k = map(int, found.groups())
-            return m * n * k / 4  # four warps issue it together
-        if found := re.match(r"[HIQ]MMA\.(\d+)", self.opcode):
-            shapes = {"1688": 16 * 8 * 8, "16816": 16 * 8 * 16, "16832": 16 * 8 * 32}
-            return shapes[found[1]]
-        return 0
-
-    @property
-    def operand_bytes(self) -> float:
-        """Bytes of shared memory that a warp's part of a wgmma reads."""
-        found = re.match(r"[HQI]GMMA\.(\d+)x(\d+)x(\d+)", self.opcode)
-        if not found:
-            return 0
-        m, n, k = map(int, found.groups())
-        size = 1 if self.opcode.startswith("Q") else 2
-        operands = [part.strip() for part in self.text.partition("GMMA")[2].split(",")]
-        in_registers = len(operands) > 2 and operands[1].startswith("R")
-        return (n * k + (0 if in_registers else m * k)) * size / 4
-
-
-@dataclass(frozen=True)
-class Loop:
-    """Some blocks of the code, as indices of instructions.
-
-    path: its place among the loops of the code. source: file, statement and line of the loop of the
-    source that it came from.
-    """
-
-    inside: frozenset[int]
-    path: tuple[int, ...]
-    source: tuple[str, str, int] | None
-
-    @property
-    def statement(self) -> str | None:
-        """The loop of the source, "function: for i"."""
-        return None if self.source is None else self.source[1]
 
 
 @dataclass
@@ -212,7 +112,7 @@ class Code:
                 key
                 for i in block
                 for key in branches
-                if key in _branches(self.instructions[i].source)
+                if key in branches_of(self.instructions[i].source)
             )
             sourced = sum(self.instructions[i].source is not None for i in block)
             for key, votes in around.items():
@@ -292,134 +192,6 @@ def occupancy(registers: int, shared: int, warps: int, arch: str) -> int:
     return min(by_registers, (SHARED[arch] << 10) // (shared + 1024), WARPS[arch] // warps, 32)
 
 
-@cache
-def _statements(path: str) -> list[tuple[str, str, range]]:
-    """Loops and branches of a source file: function, header, lines."""
-    file, found = Path(path), []
-    if file.suffix != ".py" or not file.is_file():
-        return []
-    for function in ast.walk(ast.parse(file.read_text("utf-8"))):
-        if not isinstance(function, ast.FunctionDef):
-            continue
-        for node in ast.walk(function):
-            if isinstance(node, ast.For) and "static_range" not in ast.unparse(node.iter):
-                header, last = f"for {ast.unparse(node.target)}", node.end_lineno
-            elif isinstance(node, ast.While):
-                header, last = f"while {ast.unparse(node.test)}", node.end_lineno
-            elif isinstance(node, ast.If):
-                header, last = f"if {ast.unparse(node.test)}", node.body[-1].end_lineno
-            else:
-                continue
-            first = node.body[0].lineno if isinstance(node, ast.If) else node.lineno
-            found.append((function.name, header, range(first, (last or first) + 1)))
-    return found
-
-
-@cache
-def _loop_of(source: tuple[str, int] | None) -> tuple[str, str, int] | None:
-    """Return the innermost loop of the source around a line: file, statement, line."""
-    if source is None:
-        return None
-    around = [
-        (len(lines), (source[0], f"{function}: {header}", lines.start))
-        for function, header, lines in _statements(source[0])
-        if source[1] in lines and not header.startswith("if ")
-    ]
-    return min(around)[1] if around else None
-
-
-@cache
-def _branches(source: tuple[str, int] | None) -> frozenset[str]:
-    """Return all branches of the source around a line."""
-    if source is None:
-        return frozenset()
-    return frozenset(
-        f"{function}: {header}"
-        for function, header, lines in _statements(source[0])
-        if source[1] in lines and header.startswith("if ")
-    )
-
-
-def _dominators(after: Sequence[Sequence[int]]) -> list[set[int]]:
-    """For each block, those through which every way to it leads; none where no way does."""
-    before: list[list[int]] = [[] for _ in after]
-    for block, following in enumerate(after):
-        for other in following:
-            before[other].append(block)
-    reached, work = {0}, [0]
-    while work:
-        new = set(after[work.pop()]) - reached
-        reached |= new
-        work += new
-    out = [set(reached) if block in reached else set() for block in range(len(after))]
-    out[0], changed = {0}, True
-    while changed:
-        changed = False
-        for block in sorted(reached - {0}):
-            ways = [out[other] for other in before[block] if other in reached]
-            now = {block} | set.intersection(*ways)
-            changed |= now != out[block]
-            out[block] = now
-    return out
-
-
-def _find_loops(
-    code: Sequence[Instruction], blocks: Sequence[range], after: Sequence[Sequence[int]]
-) -> list[Loop]:
-    """Find natural loops, but for those that only wait for a barrier.
-
-    Jumps back from a block that was set apart are none.
-    """
-    above = _dominators(after)
-    bodies: dict[int, set[int]] = {}
-    for tail, following in enumerate(after):
-        for head in following:
-            if head not in above[tail]:
-                continue
-            body, work = {head, tail}, [tail] if tail != head else []
-            while work:
-                now = work.pop()
-                new = {b for b, f in enumerate(after) if now in f and above[b]} - body
-                body |= new
-                work += new
-            if not _waits([code[i] for b in body for i in blocks[b]]):
-                bodies[head] = bodies.get(head, set()) | body
-    ranges = {
-        head: frozenset(i for b in body for i in blocks[b]) for head, body in sorted(bodies.items())
-    }
-    sources: dict[int, tuple[str, str, int] | None] = {}
-    # Innermost first: a loop of the source belongs to the innermost loop that has its lines.
-    for head, inside in sorted(ranges.items(), key=lambda item: len(item[1])):
-        within = [h for h in sources if ranges[h] < inside]
-        taken = {sources[h] for h in within}
-        own = inside.difference(*(ranges[h] for h in within))
-        votes = Counter(_loop_of(code[i].source) for i in sorted(own))
-        names = [name for name, _ in votes.most_common() if name is not None and name not in taken]
-        sources[head] = names[0] if names else None
-    out: list[Loop] = []
-    children: Counter[tuple[int, ...]] = Counter()
-    for head, inside in sorted(ranges.items(), key=lambda item: (-len(item[1]), item[0])):
-        around = [loop.path for loop in out if inside < loop.inside]
-        parent = max(around, key=len, default=())
-        out.append(Loop(inside, (*parent, head), sources[head]))
-    # Places count in the order of the code.
-    places: dict[tuple[int, ...], tuple[int, ...]] = {(): ()}
-    for loop in sorted(out, key=lambda loop: (len(loop.path), loop.path)):
-        parent = places[loop.path[:-1]]
-        places[loop.path] = (*parent, children[parent])
-        children[parent] += 1
-    placed = [Loop(loop.inside, places[loop.path], loop.source) for loop in out]
-    return sorted(placed, key=lambda loop: loop.path)
-
-
-def _waits(body: Sequence[Instruction]) -> bool:
-    """Whether a loop does nothing but look at a barrier again."""
-    idle = {"SYNCS", "BRA", "NANOSLEEP", "NOP", "YIELD", "CS2R", "ISETP", "IADD3", "MOV", "UMOV"}
-    return all(i.base in idle for i in body) and (
-        len(body) == 1 or any(i.base in ("SYNCS", "NANOSLEEP") for i in body)
-    )
-
-
 def _parse(listing: str) -> Iterator[Code]:
     """Read the kernels of what nvdisasm prints with lines of source."""
     for section in re.split(r"^//-+ \.text\.", listing, flags=re.M)[1:]:
@@ -461,7 +233,7 @@ def _parse(listing: str) -> Iterator[Code]:
             if number + 1 < len(blocks) and not _ends(last):
                 following.add(number + 1)
             after.append(sorted(following))
-        yield Code(name, kernel, _find_loops(kernel, blocks, after), blocks, len(code) - end)
+        yield Code(name, kernel, find_loops(kernel, blocks, after), blocks, len(code) - end)
 
 
 def _is_padding(
