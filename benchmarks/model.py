@@ -233,12 +233,15 @@ def cluster_pairs_accesses(
     rows = sum(size for size, p in zip(sizes, pairs, strict=True) if p)
     candidates = sum(p * size for size, p in zip(sizes, pairs, strict=True))
     tiles = B * _up(K * M, SPAN * LIST) * SPAN
+    # Two pairs of every row of a tile, whether it has them or not, and those beyond.
+    products = 2 * LIST * _up(rows, LIST)
+    products += sum(max(p - 2, 0) * size for size, p in zip(sizes, pairs, strict=True))
     return {
         # Scores and shares of dx by every pair, the update by every row.
         "weight": ((2 * candidates + rows) * D, rows * D),
         "state": (states * rows * D, states * rows * D),
-        # Scores by every tile of candidates, the gradient by every row of a pair, the check.
-        "x": ((tiles + candidates + B) * D, 0),
+        # Scores by every tile of candidates, the gradient, the check.
+        "x": ((tiles + products + B) * D, 0),
     }
 
 

@@ -22,7 +22,7 @@ BUDGETS: dict[str, tuple[dict[str, Any], float]] = {
     "fp16": ({"weight": F16}, 33.0),
     "e4m3": ({"weight": U8, "row_scale": F32}, 42.0),
     "bf16 momentum": ({"weight": BF16, "momentum": BF16}, 33.0),
-    "bf16 adam": ({"weight": BF16, "momentum": BF16, "second": BF16}, 107.0),
+    "bf16 adam": ({"weight": BF16, "momentum": BF16, "second": BF16}, 56.5),
 }
 
 

@@ -28,6 +28,8 @@ if importlib.util.find_spec("triton") is None:
 OPS = Path(__file__).resolve().parents[1] / "ops"
 sys.path.insert(0, str(OPS))
 sys.path.insert(0, str(Path(__file__).parent))
+from triton.runtime.interpreter import TensorHandle, interpreter_builder
+
 from races import RECORDER, recorded
 
 poisoned_memory = runpy.run_path(str(OPS / "conftest.py"))["poisoned_memory"]
@@ -35,6 +37,16 @@ poisoned_memory = runpy.run_path(str(OPS / "conftest.py"))["poisoned_memory"]
 # A masked-out lane may hold anything, and numpy computes it.
 numpy.seterr(all="ignore")
 warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
+
+
+def fused_multiply_add(x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+    """Round a multiply-add once, as a card does; the interpreter rounds the product, too."""
+    wide = numpy.longdouble if x.data.dtype == numpy.float64 else numpy.float64
+    total = x.data.astype(wide) * y.data + z.data
+    return TensorHandle(total.astype(x.data.dtype), z.dtype.scalar)
+
+
+interpreter_builder.create_fma = fused_multiply_add
 
 
 @pytest.fixture(autouse=True)

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from xmlkernels.triton import common
 from xmlkernels.triton.hyper import BETA2, DECAY, DX_SCALE, LR, SCALE
-from xmlkernels.triton.update import update_tile
+from xmlkernels.triton.update import load_numbers, update_tile
 
 FEW = 4  # pairs that a cluster has on average, at most
 SPAN = 4  # tiles of a sample's candidates that one program scores
 ROWS = 16  # rows of a tile
 SCORED, UPDATED = 256, 64  # columns of a tile, at most
-REGISTERS = 96  # of a thread of the update; left to itself, the compiler spills one to have 64
+# Registers of a thread of the update, at most, of tables below fp32 and in it. Said by name, they
+# are reached without spilling; left to itself, the compiler spills to have fewer.
+REGISTERS, REGISTERS_FP32 = 96, 128
 
 
 @triton.jit
@@ -30,26 +32,18 @@ def _number(w):
 
 
 @triton.jit
-def _slots(
-    edge,
-    sample,
-    span,
-    tile,
-    chosen,
-    M: tl.constexpr,
-    SPAN: tl.constexpr,
-    BR: tl.constexpr,
-):
-    """Return pair, row and existence of BR candidates of a sample, and their places in its list."""
-    slot = (span * SPAN + tile) * BR + tl.arange(0, BR)
-    inside = slot < chosen * M
-    which = (
-        slot // M
-    )  # M, the most rows of a cluster, is known to the compiler: no division is left
-    pair = sample * chosen + which
-    row = tl.load(edge + 2 * pair, mask=inside, other=0) + (slot - which * M)
-    is_row = inside & (row < tl.load(edge + 2 * pair + 1, mask=inside, other=0))
-    return pair, row, is_row, sample * chosen * M + slot
+def _targets(row, sample, first, count, is_row, pos_row, pos_sample, pos_value, S: tl.constexpr):
+    """Return the targets [S] of some rows and one sample; their pairs' positives begin at first."""
+    y = tl.zeros((S,), dtype=tl.float32)
+    for p in range(tl.max(count)):
+        real = is_row & (p < count)
+        value = 1.0
+        if pos_value is not None:
+            value = tl.load(pos_value + first + p, mask=real, other=0.0)
+        hit = tl.load(pos_row + first + p, mask=real, other=-1) == row
+        hit = hit & (tl.load(pos_sample + first + p, mask=real, other=-1) == sample)
+        y = tl.where(hit, value, y)
+    return y
 
 
 @triton.jit
@@ -60,6 +54,8 @@ def _score_slots(
     row_scale,
     scores,
     gradient,
+    rows,
+    shares,
     parts,
     losses,
     flag,
@@ -83,66 +79,83 @@ def _score_slots(
 ):
     """Score SPAN tiles of a sample's candidates (SCORE), then sum their shares of dx.
 
-    edge int64 [pairs, 2]: a pair's rows; pos_edge the same: their positives. gradient fp32 [pairs,
-    M], of the logits. parts fp32 [B, spans, last_column - first_column]. losses fp32 [B, spans].
+    What belongs to a candidate alone is done for all tiles at once: a thread has one or two, and
+    not those of its rows in a tile. edge int64 [pairs, 2]: a pair's rows; pos_edge the same: their
+    positives. gradient fp32 [pairs, M], of the logits. rows int64 [B, spans, SPAN * BR]: the
+    candidates' rows, -1 where there is none; shares fp32 alike: their factors in dx. parts fp32 [B,
+    spans, last_column - first_column]. losses fp32 [B, spans].
     """
     sample = (tl.program_id(0) // spans).to(tl.int64)
     span = tl.program_id(0) % spans
     column = tl.arange(0, BD)
+    listed = tl.program_id(0).to(tl.int64) * (SPAN * BR)
     if tl.load(flag) == 0:
         if SCORE:
-            scale = tl.load(hyper + SCALE)
-            loss = tl.zeros((BR,), dtype=tl.float32)
+            slot = span * (SPAN * BR) + tl.arange(0, SPAN * BR)
+            inside = slot < chosen * M
+            which = slot // M  # M is known to the compiler: no division is left
+            pair = sample * chosen + which
+            row = tl.load(edge + 2 * pair, mask=inside, other=0) + (slot - which * M)
+            is_row = inside & (row < tl.load(edge + 2 * pair + 1, mask=inside, other=0))
+            here = listed + tl.arange(0, SPAN * BR)
+            tl.store(rows + here, tl.where(is_row, row, -1))
+            tl.debug_barrier()  # the rows that all threads wrote are read by all
             for tile in range(SPAN):
-                pair, row, is_row, here = _slots(edge, sample, span, tile, chosen, M, SPAN, BR)
+                at = listed + tile * BR + tl.arange(0, BR)
+                tile_row = tl.load(rows + at)
+                there = (tile_row >= 0)[:, None]
+                w_at = weight + (tile_row * D)[:, None]
                 total = tl.zeros((BR, BD), dtype=tl.float32)
                 for start in tl.static_range(0, D, BD):
                     e_at = x + sample * D + start + column
-                    at = row[:, None] * D + start + column[None, :]
                     if start + BD <= D:
                         e = tl.load(e_at)
-                        w = tl.load(weight + at, mask=is_row[:, None], other=0)
+                        w = tl.load(w_at + start + column[None, :], mask=there, other=0)
                     else:
                         left = start + column < D
                         e = tl.load(e_at, mask=left, other=0.0)
-                        w = tl.load(weight + at, mask=is_row[:, None] & left[None, :], other=0)
+                        mask = there & left[None, :]
+                        w = tl.load(w_at + start + column[None, :], mask=mask, other=0)
                     total += _number(w) * common.widen(e)[None, :]
-                z = tl.sum(total, axis=1)
-                if row_scale is not None:
-                    z *= tl.load(row_scale + 2 * row, mask=is_row, other=1.0)
-                if bias is not None:
-                    z += tl.load(bias + row, mask=is_row, other=0.0)
-                y = tl.zeros((BR,), dtype=tl.float32)
-                first = tl.load(pos_edge + 2 * pair, mask=is_row, other=0)
-                count = tl.load(pos_edge + 2 * pair + 1, mask=is_row, other=0) - first
-                for p in range(tl.max(count.to(tl.int32))):
-                    real = is_row & (p < count)
-                    value = 1.0
-                    if pos_value is not None:
-                        value = tl.load(pos_value + first + p, mask=real, other=0.0)
-                    hit = tl.load(pos_row + first + p, mask=real, other=-1) == row
-                    hit = hit & (tl.load(pos_sample + first + p, mask=real, other=-1) == sample)
-                    y = tl.where(hit, value, y)
-                sigma, tail = common.sigmoid_and_tail(z)
-                tl.store(scores + here, z, mask=is_row)
-                tl.store(gradient + here, scale * (sigma - y), mask=is_row)
-                if NEED_LOSS:
-                    loss += tl.where(is_row, common.softplus(z, tail) - y * z, 0.0)
+                tl.store(shares + at, tl.sum(total, axis=1))
+            tl.debug_barrier()  # as are the logits
+            z = tl.load(shares + here)
+            tl.debug_barrier()  # some threads read what others overwrite
+            unit = 1.0
+            if row_scale is not None:
+                unit = tl.load(row_scale + 2 * row, mask=is_row, other=1.0)
+                z *= unit
+            if bias is not None:
+                z += tl.load(bias + row, mask=is_row, other=0.0)
+            first = tl.load(pos_edge + 2 * pair, mask=is_row, other=0)
+            last = tl.load(pos_edge + 2 * pair + 1, mask=is_row, other=0)
+            count = (last - first).to(tl.int32)
+            y = _targets(
+                row, sample, first, count, is_row, pos_row, pos_sample, pos_value, SPAN * BR
+            )
+            sigma, tail = common.sigmoid_and_tail(z)
+            g = tl.where(is_row, tl.load(hyper + SCALE) * (sigma - y), 0.0)
+            of_pairs = sample * chosen * M + slot
+            tl.store(scores + of_pairs, z, mask=is_row)
+            tl.store(gradient + of_pairs, g, mask=is_row)
+            tl.store(shares + here, g * unit)
             if NEED_LOSS:
+                loss = tl.where(is_row, common.softplus(z, tail) - y * z, 0.0)
                 tl.store(losses + tl.program_id(0), tl.sum(loss, axis=0))
-            tl.debug_barrier()  # the gradients that all threads wrote are read by all
+            tl.debug_barrier()  # and the shares
         width = last_column - first_column
         for start in range(first_column, last_column, BD):
             left = start + column < D
             total = tl.zeros((BR, BD), dtype=tl.float32)
             for tile in range(SPAN):
-                _, row, is_row, here = _slots(edge, sample, span, tile, chosen, M, SPAN, BR)
-                g = tl.load(gradient + here, mask=is_row, other=0.0)
-                if row_scale is not None:
-                    g *= tl.load(row_scale + 2 * row, mask=is_row, other=1.0)
-                mask = is_row[:, None] if D % BD == 0 else is_row[:, None] & left[None, :]
-                at = row[:, None] * D + start + column[None, :]
-                total += g[:, None] * _number(tl.load(weight + at, mask=mask, other=0))
+                at = listed + tile * BR + tl.arange(0, BR)
+                tile_row = tl.load(rows + at)
+                mask = (tile_row >= 0)[:, None]
+                if D % BD != 0:
+                    mask = mask & left[None, :]
+                w_at = weight + (tile_row * D + start)[:, None] + column[None, :]
+                w = _number(tl.load(w_at, mask=mask, other=0))
+                total += tl.load(shares + at)[:, None] * w
             out = parts + tl.program_id(0).to(tl.int64) * width + start - first_column + column
             tl.store(out, tl.sum(total, axis=0), mask=left)
 
@@ -177,6 +190,32 @@ def _sum_spans(
 
 
 @triton.jit
+def _pair(
+    x,
+    gradient,
+    order,
+    samples,
+    is_row,
+    place,
+    first_pair,
+    count,
+    p,
+    cluster_rows,
+    D: tl.constexpr,
+):
+    """Return where in x the sample of pair p of some rows stands, and its logit's gradient.
+
+    Where a row has no such pair: its first sample, and 0.
+    """
+    real = is_row & (p < count)
+    at = first_pair + tl.where(real, p, 0)
+    pair = tl.load(order + at, mask=is_row, other=0)
+    sample = tl.load(samples + at, mask=is_row, other=0)
+    g = tl.load(gradient + pair * cluster_rows + place, mask=real, other=0.0)
+    return x + sample.to(tl.int64) * D, g
+
+
+@triton.jit
 def _gradient(
     x,
     gradient,
@@ -187,22 +226,38 @@ def _gradient(
     first_pair,
     count,
     most,
+    sample0,
+    g0,
+    sample1,
+    g1,
     column,
     cluster_rows,
     D: tl.constexpr,
-    BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Return the gradient of some rows [BR, BD], summed over the pairs of each."""
-    grad = tl.zeros((BR, BD), dtype=tl.float32)
-    for p in range(most):
-        real = is_row & (p < count)
-        pair = tl.load(order + first_pair + p, mask=real, other=0)
-        sample = tl.load(samples + first_pair + p, mask=real, other=0)
-        g = tl.load(gradient + pair * cluster_rows + place, mask=real, other=0.0)
-        e_at = x + sample.to(tl.int64)[:, None] * D + column[None, :]
-        mask = real[:, None] if D % BD == 0 else real[:, None] & (column < D)[None, :]
-        grad += g[:, None] * common.widen(tl.load(e_at, mask=mask, other=0.0))
+    """Return the gradient of some rows [BR, BD], summed over the pairs of each.
+
+    The first two pairs of each row, more than most have, are those of `_pair`.
+    """
+    at0, at1 = sample0[:, None] + column[None, :], sample1[:, None] + column[None, :]
+    if D % BD == 0:
+        e0, e1 = tl.load(at0), tl.load(at1)
+    else:
+        left = (column < D)[None, :]
+        e0, e1 = tl.load(at0, mask=left, other=0.0), tl.load(at1, mask=left, other=0.0)
+    grad = g0[:, None] * common.widen(e0) + g1[:, None] * common.widen(e1)
+    if most > 2:
+        for p in range(2, most):
+            real = is_row & (p < count)
+            pair = tl.load(order + first_pair + p, mask=real, other=0)
+            sample = tl.load(samples + first_pair + p, mask=real, other=0)
+            g = tl.load(gradient + pair * cluster_rows + place, mask=real, other=0.0)
+            at = x + sample.to(tl.int64)[:, None] * D + column[None, :]
+            if D % BD == 0:
+                e = tl.load(at, mask=real[:, None], other=0.0)
+            else:
+                e = tl.load(at, mask=real[:, None] & left, other=0.0)
+            grad += g[:, None] * common.widen(e)
     return grad
 
 
@@ -252,15 +307,28 @@ def _update_list(
         first_pair = tl.load(group + g, mask=is_row, other=0)
         count = (tl.load(group + g + 1, mask=is_row, other=0) - first_pair).to(tl.int32)
         most = tl.max(count)
+        sample0, g0 = _pair(
+            x, gradient, order, samples, is_row, place, first_pair, count, 0, cluster_rows, D
+        )
+        sample1, g1 = _pair(
+            x, gradient, order, samples, is_row, place, first_pair, count, 1, cluster_rows, D
+        )
         if bias is not None:
-            total = tl.zeros((BR,), dtype=tl.float32)
-            for p in range(most):
+            total = g0 + g1
+            for p in range(2, most):
                 real = is_row & (p < count)
                 pair = tl.load(order + first_pair + p, mask=real, other=0)
                 total += tl.load(gradient + pair * cluster_rows + place, mask=real, other=0.0)
             moved = tl.load(bias + row, mask=is_row, other=0.0) - tl.load(hyper + LR) * total
             tl.store(bias + row, common.round_nearest(moved, tl.float32, EMULATED), mask=is_row)
         scale_at = None if row_scale is None else row_scale + 2 * row
+        # Where each row begins: addresses in the loops are one addition.
+        row_at = row[:, None] * D
+        w_at = weight + row_at
+        m_at = None if momentum is None else momentum + row_at
+        v_at = second if ROW_WISE or second is None else second + row_at
+        k_at = None if kahan is None else kahan + row_at
+        numbers = load_numbers(hyper, counter, correction)
         row_moment = None
         if ROW_WISE:
             unit = None if row_scale is None else tl.load(scale_at, mask=is_row, other=1.0)
@@ -268,7 +336,7 @@ def _update_list(
             squares = tl.zeros((BR,), dtype=tl.float32)
             for start in range(0, D, BD):
                 column = start + tl.arange(0, BD)
-                here = row[:, None] * D + column[None, :]
+                here = column[None, :]
                 mask = is_row[:, None] & (column < D)[None, :]
                 grad = _gradient(
                     x,
@@ -280,18 +348,21 @@ def _update_list(
                     first_pair,
                     count,
                     most,
+                    sample0,
+                    g0,
+                    sample1,
+                    g1,
                     column,
                     cluster_rows,
                     D,
-                    BR,
                     BD,
                 )
                 if not DECOUPLED:
-                    full = _number(tl.load(weight + here, mask=mask, other=0))
+                    full = _number(tl.load(w_at + here, mask=mask, other=0))
                     if unit is not None:
                         full *= unit[:, None]
                     if kahan is not None:
-                        full += common.widen(tl.load(kahan + here, mask=mask, other=0.0))
+                        full += common.widen(tl.load(k_at + here, mask=mask, other=0.0))
                     grad += decay * full
                 squares += tl.sum(tl.where(mask, grad * grad, 0.0), axis=1)
             beta2 = tl.load(hyper + BETA2)
@@ -315,7 +386,6 @@ def _update_list(
             tl.store(second + row[:, None] + eighth, stored, mask=one)
         for start in range(0, D, BD):
             column = start + tl.arange(0, BD)
-            here = row[:, None] * D + column[None, :]
             mask = is_row[:, None] if D % BD == 0 else is_row[:, None] & (column < D)[None, :]
             grad = _gradient(
                 x,
@@ -327,22 +397,25 @@ def _update_list(
                 first_pair,
                 count,
                 most,
+                sample0,
+                g0,
+                sample1,
+                g1,
                 column,
                 cluster_rows,
                 D,
-                BR,
                 BD,
             )
             update_tile(
-                weight,
-                momentum,
-                second,
-                kahan,
+                w_at,
+                m_at,
+                v_at,
+                k_at,
                 scale_at,
                 hyper,
                 counter,
                 correction,
-                here,
+                column[None, :],
                 mask,
                 is_row,
                 grad,
@@ -352,6 +425,7 @@ def _update_list(
                 DECOUPLED,
                 EMULATED,
                 row_moment,
+                numbers=numbers,
             )
 
 
@@ -410,7 +484,7 @@ def step_pairs_(
     flag: Tensor,
     scores: Tensor,
     dx: Tensor,
-    correction: Tensor,
+    correction: Tensor | None,
     pieces: list[tuple[int, int]],
     row_offset: int,
     decoupled: bool,
@@ -426,6 +500,8 @@ def step_pairs_(
     pos_row, pos_sample, pos_value = positives
     bias, row_scale, second = states["bias"], states["row_scale"], states["second"]
     gradient = torch.empty(batch * chosen, cluster_rows, dtype=torch.float32, device=x.device)
+    shares = torch.empty(batch * spans * SPAN * ROWS, dtype=torch.float32, device=x.device)
+    rows = torch.empty(shares.shape, dtype=torch.int64, device=x.device)
     losses = torch.zeros(batch * spans if need_loss else 1, dtype=torch.float32, device=x.device)
     columns = max(last - first for first, last in pieces)
     parts = torch.empty(batch * spans * columns, dtype=torch.float32, device=x.device)
@@ -434,8 +510,8 @@ def step_pairs_(
     block = columns_of(width, SCORED)
     for first, last in pieces:
         _score_slots[(batch * spans,)](
-            *(weight, x, bias, row_scale, scores, gradient, parts, losses, flag, edge, pos_edge),
-            *(pos_row, pos_sample, pos_value, hyper, chosen, spans, first, last),
+            *(weight, x, bias, row_scale, scores, gradient, rows, shares, parts, losses, flag),
+            *(edge, pos_edge, pos_row, pos_sample, pos_value, hyper, chosen, spans, first, last),
             M=cluster_rows,
             D=width,
             SCORE=first == 0,
@@ -465,7 +541,7 @@ def step_pairs_(
         EMULATED=common.emulated(),
         BR=ROWS,
         BD=columns_of(width, UPDATED),
-        maxnreg=REGISTERS,
+        maxnreg=REGISTERS_FP32 if weight.dtype == torch.float32 else REGISTERS,
         **common.LAUNCH,
     )
     return losses

@@ -503,7 +503,7 @@ def cluster_step_(
     if min(batch, chosen, cluster_rows, count) == 0:
         return dx, scores, nan if need_loss else nan.new_empty(0)
     low = kind == torch.bfloat16
-    correction = bias_corrections(hyper, counter) if second is not None else hyper
+    correction = bias_corrections(hyper, counter) if second is not None else None
     if takes_pairs(batch, chosen, count):
         held = {"bias": bias, "momentum": momentum, "second": second, "kahan": kahan}
         spans, block = spans_of(chosen, cluster_rows), columns_of(width, SCORED)
