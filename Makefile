@@ -17,6 +17,7 @@ ifeq ($(SYSTEM),1)
   INSTALLED_DEV :=
   CARD_TRITON :=
   OLDEST :=
+  CUTLASS :=
   BUILD = $(PY) setup.py -q build_ext --inplace
 else
   PY := $(CURDIR)/.venv/bin/python
@@ -24,6 +25,7 @@ else
   INSTALLED_DEV := .venv/.installed-dev
   CARD_TRITON := .venv/triton-3.6.0/.installed
   OLDEST := .venv/.oldest
+  CUTLASS := .venv/cutlass-4.2.0.0/.installed
   BUILD = $(PY) -m pip install -qq --disable-pip-version-check --no-build-isolation --no-deps -e .
 endif
 
@@ -35,7 +37,7 @@ STAMP := build/.built$(SYSTEM)
 demo: build
 	$(PY) -m xmlkernels demo
 
-test: build lint $(INSTALLED_DEV) $(CARD_TRITON) $(OLDEST)
+test: build lint $(INSTALLED_DEV) $(CARD_TRITON) $(OLDEST) $(CUTLASS)
 	$(PY) -m pytest
 	@# A system's own Python may lack Triton; the .venv has it.
 	@if [ -z "$(SYSTEM)" ] || $(PY) -c 'import triton' 2>/dev/null; then \
@@ -91,6 +93,12 @@ $(STAMP): $(NATIVE_SOURCES) $(INSTALLED)
 	@rm -rf $(@D)
 	$(PY) -m pip install -qq --disable-pip-version-check --no-deps --target $(@D) triton==3.6.0
 	@touch $@
+
+# The headers of CUTLASS, in a folder of their own: what that wheel asks for and brings besides, nothing here needs.
+.venv/cutlass-4.2.0.0/.installed: .venv/.installed
+	@rm -rf $(@D)
+	@if $(PY) -m pip install -qq --disable-pip-version-check --no-deps --target $(@D) nvidia-cutlass==4.2.0.0; \
+	then touch $@; else echo "CUTLASS: not fetched, its kernel is not compiled"; fi
 
 clean:
 	rm -rf build dist *.egg-info xmlkernels/*.so

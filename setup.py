@@ -10,7 +10,9 @@ The CUDA kernels are a library of their own, built after the others where nvcc a
 are found; without nvcc the build says so in one line and goes on. XMLKERNELS_CUDA=0 leaves them
 out, 1 demands them (and builds them against a CPU-only torch too, where they compile but cannot be
 loaded). XMLKERNELS_CUDA_ARCHS="80;90a" names the architectures; without it those of the cards
-found, or the common ones.
+found, or the common ones. For sm_90a the library has one kernel more where CUTLASS's headers are
+found: those of the wheel nvidia-cutlass (pip install --no-deps nvidia-cutlass==4.2.0.0), or in the
+folder that XMLKERNELS_CUTLASS names; without them the build says so in one line and goes on.
 
 XMLKERNELS_SANITIZE=1 builds the CPU kernels and the parser under AddressSanitizer and
 UndefinedBehaviorSanitizer, to look for faults of memory: LD_PRELOAD=$(gcc
@@ -125,6 +127,16 @@ def cuda_archs() -> str:
     return "80-real;86-real;89;90a-real"  # newer cards take the 89 through their driver's compiler
 
 
+def find_cutlass() -> Path | None:
+    """The folder with CUTLASS's headers."""
+    named = os.environ.get("XMLKERNELS_CUTLASS")
+    wheel = importlib.util.find_spec("cutlass_library")  # of nvidia-cutlass; not imported
+    places = [Path(named)] if named else []
+    if not named and wheel is not None and wheel.origin is not None:
+        places.append(Path(wheel.origin).parent / "source" / "include")
+    return next((p for p in places if (p / "cute" / "tensor.hpp").is_file()), None)
+
+
 class FreshBuild(build_py):
     """Begins with an empty package: what an earlier build left in build/ would go into the wheel,
     libraries of other sources and modules that are no more."""
@@ -181,8 +193,17 @@ class CMakeBuild(build_ext):
         (package / "xmlkernels" / "_cuda.so").unlink(missing_ok=True)
         if reason is None:
             try:
+                archs = cuda_archs()
+                cutlass = find_cutlass() if "90a" in archs else None
+                if "90a" in archs and cutlass is None:
+                    print(
+                        "xmlkernels: built without the CUTLASS kernel for sm_90a: no headers "
+                        "(nvidia-cutlass, XMLKERNELS_CUTLASS)",
+                        file=sys.stderr,
+                    )
                 options = [
-                    f"-DXMLKERNELS_CUDA_ARCHS={cuda_archs()}",
+                    f"-DXMLKERNELS_CUDA_ARCHS={archs}",
+                    f"-DXMLKERNELS_CUTLASS={cutlass or ''}",
                     f"-DCMAKE_CUDA_COMPILER={find_nvcc()}",
                 ]
                 self.build_with_cmake("cmake_cuda", *options)

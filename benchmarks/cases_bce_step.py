@@ -6,7 +6,9 @@
 | skip | 2 B L D and 4 B R D | L D s and R D s, R the rows of groups with positives; the rest as above |
 """  # noqa: E501  (a table row cannot be broken)
 
+import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,11 +21,13 @@ from benchmarks.fp8_head import Fp8Head, make_fp8_head
 from benchmarks.head import Head, make_head, positives
 from benchmarks.shapes import Shape
 from benchmarks.timing import Step
-from xmlkernels import ops
+from xmlkernels import native, ops
 from xmlkernels.ops import Hyper
 from xmlkernels.reference import bce_step as reference
 
 MOMENTUM = 0.9
+SMALL = 8_011
+"""Labels of the table that two passes are compared on; positives beyond it are fill."""
 
 
 def bce_work(shape: Shape, s: int, m: int = 0) -> tuple[int, int]:
@@ -140,6 +144,48 @@ def own_fp8_step(head: Fp8Head) -> Step:
     return step
 
 
+def pass_is_built(device: str) -> bool:
+    """Say whether a card has the second pass of csrc/cuda/sm90.
+
+    The library may be built while this process runs: then it is loaded now.
+    """
+    if torch.device(device).type != "cuda":
+        return False
+    from xmlkernels.triton import bce_pass
+
+    native.load_late()
+    return bce_pass.missing(torch.device(device)) is None
+
+
+def pass_step(head: Head) -> Step:
+    """Return `bce_step_` with the second pass of csrc/cuda/sm90, a peer of our own.
+
+    Raises:
+        RuntimeError: a step on a small table is not what Triton's pass makes of it.
+    """
+    from xmlkernels.triton import bce_pass
+
+    own = partial(own_step, op=ops.bce_step_, momentum=False, need_loss=False)
+    found = []
+    for choice in (contextlib.nullcontext, bce_pass.chosen):
+        small = replace(head, weight=head.weight[:SMALL].clone())
+        step = own(small)
+        with choice():
+            found.append((step(), small.weight))
+    (dx, table), (its_dx, its_table) = found
+    error, alike = float((its_dx - dx).norm() / dx.norm()), (its_table == table).double().mean()
+    if not error < 1e-5 or not alike > 0.999:
+        differing = f"dx is {error:.1e} from Triton's, {float(alike):.2%} of the table alike"
+        raise RuntimeError(differing)
+    timed = own(head)
+
+    def step_by_pass() -> Any:
+        with bce_pass.chosen():
+            return timed()
+
+    return step_by_pass
+
+
 def bce_step_cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
     """Build the cases of both devices."""
     cases = []
@@ -178,6 +224,8 @@ def gpu_cases(shape: Shape, device: str) -> list[Case]:
         Case("xmlkernels", "sgd", "fp8", *bce_work(shape, 1), fp8, own_fp8_step),
         Case("elmo", "sgd", "bf16", *work, inputs, peers.elmo_step),
     ]
+    if 64 < shape.B <= 128 and pass_is_built(device):
+        cases.append(Case("cutlass", "sgd", "bf16", *work, inputs, pass_step))
     phase = "softmax of one label, no update"
     for impl in filter(peers.installed, peers.SOFTMAX):
         start = partial(peers.softmax_step, impl=impl)

@@ -202,11 +202,14 @@ def test_setup_imports_no_torch() -> None:
 
 
 def settings(**environment: str) -> list[str]:
-    """What setup.py makes of the environment: why no CUDA kernels, and for which architectures."""
+    """What setup.py makes of the environment: where CUTLASS is, why no CUDA kernels, and for which
+    architectures.
+    """
     code = (
         "import runpy, sys, pathlib, os\n"
         "sys.argv = ['setup.py', '--version']\n"
         "s = runpy.run_path('setup.py')\n"
+        "print(s['find_cutlass']())\n"
         "print(s['missing_cuda_piece'](pathlib.Path(os.environ['TORCH'])))\n"
         "print(s['cuda_archs']())\n"
     )
@@ -218,7 +221,7 @@ def settings(**environment: str) -> list[str]:
         text=True,
         env=clean | environment,
     )
-    return done.stdout.splitlines()[-2:]
+    return done.stdout.splitlines()[-3:]
 
 
 def tool(folder: Path, name: str, text: str = "exit 0") -> Path:
@@ -235,20 +238,35 @@ def test_which_cuda_kernels_are_built(tmp_path: Path) -> None:
     library.touch()
     with_cuda, without = str(tmp_path / "cuda_torch"), str(tmp_path)
     nvcc = str(tool(tmp_path / "toolkit" / "bin", "nvcc"))
-    assert settings(TORCH=without, CUDACXX=nvcc)[0] == "this torch has no CUDA"
-    assert settings(TORCH=without, CUDACXX=nvcc, XMLKERNELS_CUDA="1")[0] == "None"
-    assert settings(TORCH=with_cuda, CUDACXX=nvcc)[0] == "None"
-    assert settings(TORCH=with_cuda, CUDA_HOME=str(tmp_path / "toolkit"))[0] == "None"
-    assert settings(TORCH=with_cuda, CUDACXX=nvcc, XMLKERNELS_CUDA="0")[0] == "XMLKERNELS_CUDA=0"
+    assert settings(TORCH=without, CUDACXX=nvcc)[1] == "this torch has no CUDA"
+    assert settings(TORCH=without, CUDACXX=nvcc, XMLKERNELS_CUDA="1")[1] == "None"
+    assert settings(TORCH=with_cuda, CUDACXX=nvcc)[1] == "None"
+    assert settings(TORCH=with_cuda, CUDA_HOME=str(tmp_path / "toolkit"))[1] == "None"
+    assert settings(TORCH=with_cuda, CUDACXX=nvcc, XMLKERNELS_CUDA="0")[1] == "XMLKERNELS_CUDA=0"
 
 
 def test_the_architectures_are_those_of_the_cards(tmp_path: Path) -> None:
     smi = tool(tmp_path, "nvidia-smi", "printf '9.0\\n8.9\\n9.0\\n'").parent
     path = f"{smi}{os.pathsep}{os.environ.get('PATH', '')}"
-    assert settings(TORCH=str(tmp_path), PATH=path)[1] == "89-real;90a-real"
-    assert settings(TORCH=str(tmp_path), PATH=path, XMLKERNELS_CUDA_ARCHS="80;90a")[1] == "80;90a"
+    assert settings(TORCH=str(tmp_path), PATH=path)[2] == "89-real;90a-real"
+    assert settings(TORCH=str(tmp_path), PATH=path, XMLKERNELS_CUDA_ARCHS="80;90a")[2] == "80;90a"
     tool(tmp_path, "nvidia-smi", "printf '10.0\\n12.0\\n9.0\\n'")
     nvcc = str(tool(tmp_path, "nvcc", "printf 'sm_80\\nsm_89\\nsm_90\\nsm_100\\n'"))
-    assert settings(TORCH=str(tmp_path), PATH=path, CUDACXX=nvcc)[1] == "90a-real;100"
+    assert settings(TORCH=str(tmp_path), PATH=path, CUDACXX=nvcc)[2] == "90a-real;100"
     tool(tmp_path, "nvidia-smi", "echo no devices were found; exit 9")
-    assert settings(TORCH=str(tmp_path), PATH=path)[1] == "80-real;86-real;89;90a-real"
+    assert settings(TORCH=str(tmp_path), PATH=path)[2] == "80-real;86-real;89;90a-real"
+
+
+def test_where_the_headers_of_cutlass_are_found(tmp_path: Path) -> None:
+    """In the folder that is named, which must have them; else in the wheel nvidia-cutlass."""
+    path, torch = tmp_path / "cutlass_library" / "__init__.py", str(tmp_path)
+    named, wheel = tmp_path / "named", path.parent / "source" / "include"
+    for include in (named, wheel):
+        (include / "cute").mkdir(parents=True)
+        (include / "cute" / "tensor.hpp").touch()
+    path.write_text("raise AssertionError('it was imported')\n")
+    assert settings(TORCH=torch, PYTHONPATH=torch)[0] == str(wheel)
+    both = {"TORCH": torch, "PYTHONPATH": torch}
+    assert settings(**both, XMLKERNELS_CUTLASS=str(named))[0] == str(named)
+    assert settings(**both, XMLKERNELS_CUTLASS=str(tmp_path))[0] == "None"
+    assert settings(TORCH=torch, PYTHONPATH="")[0] == "None"

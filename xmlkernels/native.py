@@ -47,6 +47,13 @@ def load() -> str | None:
     return reason
 
 
+def load_late() -> None:
+    """Load the CUDA kernels where they have been built since `load` looked for them."""
+    global missing_cuda  # noqa: PLW0603  (the libraries load once per process)
+    if missing_cuda is not None:
+        missing_cuda = _missing_cuda()
+
+
 def _load(library: Path) -> str | None:
     if os.environ.get("XMLKERNELS_NATIVE") == "0":
         return "XMLKERNELS_NATIVE=0"

@@ -17,4 +17,24 @@ constexpr int64_t kMaxBagRows = (int64_t(1) << 32) - 2;  // n of bag_step: the s
 int64_t bag_step_workspace(const BagStep& args);
 void bag_step(const BagStep& args, void* workspace, void* stream);
 
+// The second pass of bce_step over a chunk of labels, SGD of a bf16 table: adds Gᵀ W to partial and
+// updates the rows. In libraries that are built with CUTLASS, for sm_90a alone; needs no workspace.
+constexpr int64_t kPassSamples = 128;  // at most; of every matrix a multiple of 8 columns, addresses
+                                       // multiples of 16
+struct BcePass {
+  const void* x;         // bf16 [batch, width]
+  const void* gradient;  // bf16 [chunk, pitch], zeros beyond samples and rows
+  void* weight;          // bf16 [rows, width]
+  float* partial;        // [splits, batch, width]: sums of the chunks before, where first > 0
+  const Hyper* hyper;
+  const int64_t* counter;
+  const int32_t* flag;  // [1]: nothing is written where it is not 0
+  int64_t batch, pitch, rows, width;
+  int64_t first, chunk;  // the chunk's first row, and rows of a chunk
+  int64_t splits;        // blocks that share the labels of a chunk
+  int64_t row_offset;    // global row of weight[0]
+  bool decoupled;
+};
+void bce_pass(const BcePass& args, void* stream);
+
 }  // namespace xk::cuda

@@ -70,7 +70,8 @@ def test_files_belong_to_the_op_that_their_name_tells() -> None:
     triton, library = gpu_tests.card_files(ROOT)
     assert all(path.exists() for path in (*triton, *library))
     late = {path.name.removeprefix("test_").split("_")[0].split(".")[0] for path in library}
-    assert late == {"sparse", "bag", "graphs"}
+    assert late == {"sparse", "bag", "graphs", "bce"}
+    assert [path.name for path in library if "bce" in path.name] == ["test_bce_pass.py"]
     command = gpu_tests.pytest(triton[:1], "card", share=False)
     assert "-n" not in command and command[command.index("-m", 2) + 1] == "card"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import cases, fp8_head, peers, shapes
+from benchmarks import cases, cases_bce_step, fp8_head, peers, shapes
 from benchmarks.cases_bce_step import ops, own_fp8_step
 from benchmarks.head import make_head
 from xmlkernels.errors import InputError
@@ -204,6 +204,35 @@ def test_every_shape_of_a_card_has_cases_with_keys_of_their_own() -> None:
     assert {("xmlkernels", "sgd", "fp8"), ("elmo", "sgd", "bf16")} <= set(keys)
     assert ("renee", "momentum", "fp16") in keys
     assert {"eager", "compile"} <= {impl for impl, _, _ in keys}
+
+
+def test_the_pass_of_cutlass_is_a_peer_where_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+
+    def impls(batch: int, device: str = "cuda") -> set[str]:
+        shape = shapes.Shape("tiny", batch, 300, 24)
+        return {case.impl for case in cases.build_for_card("bce_step", shape, device)}
+
+    assert "cutlass" not in impls(128) | impls(128, "cpu")  # not built here
+    monkeypatch.setattr(cases_bce_step, "pass_is_built", lambda device: True)
+    assert "cutlass" in impls(128) and "cutlass" in impls(65)
+    assert "cutlass" not in impls(64) | impls(129)
+    head, other = make_head(TINY, "bf16", "cpu"), make_head(TINY, "bf16", "cpu")
+    # A CPU has one pass: the comparison before the timing finds nothing.
+    dx = cases_bce_step.pass_step(head)()
+    options = {"momentum": False, "need_loss": False}
+    expected = cases_bce_step.own_step(other, op=ops.bce_step_, **options)()
+    assert torch.equal(dx, expected) and torch.equal(head.weight, other.weight)
+    real = ops.bce_step_
+    calls = iter([1.0, 1.0001])
+
+    def wrong(*args: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+        dx, loss = real(*args, **options)
+        return dx * next(calls), loss
+
+    monkeypatch.setattr(ops, "bce_step_", wrong)
+    with pytest.raises(RuntimeError, match=r"dx is 1.0e-04 from Triton's, 100.00% of the table"):
+        cases_bce_step.pass_step(head)
 
 
 def test_a_card_has_names_of_its_own() -> None:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xmlkernels.triton import common
+from xmlkernels.triton import bce_pass, common
 from xmlkernels.triton.bce_plan import GROUP, Plan, step_options, update_options
 from xmlkernels.triton.bce_tile import (
     Tiles,
@@ -349,6 +349,18 @@ def bce_step_(
     fused = tiles.tma and tiles.b_blocks == 1 and (row_scale is None or momentum is None)
     for first in tiles:
         tiles.make_gradient(first)
+        if bce_pass.is_chosen():
+            plain = bias is None and momentum is None and kahan is None and groups is None
+            bce_pass.step_rows(
+                tiles,
+                first,
+                hyper,
+                counter,
+                plain=plain and row_scale is None,
+                row_offset=row_offset,
+                decoupled=decoupled,
+            )
+            continue
         if not fused:
             tiles.add_dx(first)
         sizes = (tiles.batch, tiles.rows, first, p.chunk, tiles.width, row_offset)
