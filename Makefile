@@ -38,12 +38,8 @@ demo: build
 	$(PY) -m xmlkernels demo
 
 test: build lint $(INSTALLED_DEV) $(CARD_TRITON) $(OLDEST) $(CUTLASS)
-	$(PY) -m pytest
 	@# A system's own Python may lack Triton; the .venv has it.
-	@if [ -z "$(SYSTEM)" ] || $(PY) -c 'import triton' 2>/dev/null; then \
-	  echo "GPU kernels in Triton's interpreter, then compiled ahead of time (no card is needed)"; \
-	  TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter && $(PY) -m pytest tests/compile; \
-	else echo "GPU kernels: not tested, this Python has no Triton (pip install -r requirements-dev.txt)"; fi
+	$(PY) tests/stages.py $(if $(SYSTEM),--if-triton)
 
 lint: build $(INSTALLED_DEV)
 	$(PY) -m ruff check .

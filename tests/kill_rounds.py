@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from patience import status_of
 from train_runs import make_dataset, tiny, weights
 
 from xmlkernels.cli import console
@@ -68,8 +69,7 @@ def started(config: Any, log: Path) -> int:
 def whole(config: Any, log: Path) -> float:
     """Train without a stop; return the seconds that it took."""
     before = time.monotonic()
-    _, status = os.waitpid(started(config, log), 0)
-    assert status == 0, log.read_text()
+    assert status_of(started(config, log), told=log.read_text) == 0, log.read_text()
     return time.monotonic() - before
 
 
@@ -83,10 +83,11 @@ def killed(dataset: Path, folder: Path, seconds: float, chance: random.Random) -
         # Longer each time: on a busy machine a run may not reach a checkpoint otherwise.
         time.sleep(chance.uniform(0.1, 0.9) * seconds * (1 + len(ends) / 4))
         done, status = os.waitpid(pid, os.WNOHANG)
-        if not done:
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+        else:
             os.kill(pid, how)
-            _, status = os.waitpid(pid, 0)
-        code = os.waitstatus_to_exitcode(status)
+            code = status_of(pid, told=(folder / "log").read_text)
         ends.append(f"{how.name} {code}" if not done else f"end {code}")
         if code == 0 and any(not end.endswith(" 0") for end in ends):
             return ends

@@ -142,7 +142,9 @@ def working_tree(folder: Path) -> Path:
     """Check out HEAD into a folder of its own, with the libraries built in this checkout."""
     tree = folder / "tree"
     subprocess.run(
-        ["git", "-C", str(ROOT), "worktree", "add", "-q", "--detach", str(tree), "HEAD"], check=True
+        ["git", "-C", str(ROOT), "worktree", "add", "-q", "--detach", str(tree), "HEAD"],
+        check=True,
+        timeout=300,
     )
     for library in (ROOT / "xmlkernels").glob("_*.so"):
         shutil.copy(library.resolve(), tree / "xmlkernels" / library.name)
@@ -221,7 +223,9 @@ def main() -> None:
                         file.write(json.dumps(line) + "\n")
         finally:
             subprocess.run(
-                ["git", "-C", str(ROOT), "worktree", "remove", "--force", str(tree)], check=False
+                ["git", "-C", str(ROOT), "worktree", "remove", "--force", str(tree)],
+                check=False,
+                timeout=300,
             )
     # A timeout may be the machine's fault: it does not count as caught.
     caught, tried = counts["killed"], counts["killed"] + counts["survived"] + counts["timeout"]

@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
+from patience import PATIENCE
 
 from xmlkernels import dist
 
@@ -63,8 +65,16 @@ def together(size: int, work: Callable[..., None], folder: Path, *args: Any) -> 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    given, end = (size, port, work, str(folder), args), time.monotonic() + PATIENCE
     try:
-        torch.multiprocessing.spawn(_child, (size, port, work, str(folder), args), nprocs=size)
+        running = torch.multiprocessing.spawn(_child, given, nprocs=size, join=False)
+        while not running.join(1.0):
+            if time.monotonic() > end:
+                left = [process for process in running.processes if process.is_alive()]
+                for process in left:
+                    process.kill()
+                    process.join(60)
+                pytest.fail(f"{len(left)} of {size} processes still ran after {PATIENCE:g} s")
     except Exception:
         told = [path.read_text() for path in sorted(folder.glob("error-*"))]
         pytest.fail("\n".join(told) or traceback.format_exc())

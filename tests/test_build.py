@@ -30,6 +30,7 @@ def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str
             "--build-temp",
             str(tmp_path / "temp"),
         ],
+        timeout=600,
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -197,7 +198,9 @@ def test_setup_imports_no_torch() -> None:
         "import runpy, sys; sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py'); "
         "print('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.stdout.splitlines()[-1] == "False", done.stderr
 
 
@@ -219,6 +222,7 @@ def settings(**environment: str) -> list[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
+        timeout=300,
         env=clean | environment,
     )
     return done.stdout.splitlines()[-3:]

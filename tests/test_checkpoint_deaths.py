@@ -3,7 +3,6 @@
 import os
 import random
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from checkpoints import names_of, value, whole
 from damage import flip
+from patience import killed, status_of
 
 from xmlkernels.checkpoint import (
     CheckpointFolder,
@@ -45,8 +45,7 @@ def test_kill_at_any_time_leaves_one_whole(tmp_path: Path) -> None:
     for _ in range(30):
         pid = in_child(lambda: endless(number + 1))  # noqa: B023
         time.sleep(rng.uniform(0.002, 0.08))
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        killed(pid)
         done, before, number = int(told.read_text()), number, whole(folder)
         assert max(done, before) <= number <= max(done, before) + 1
     assert number >= 3  # a loaded machine saves rarely; more would measure its speed
@@ -98,7 +97,7 @@ def test_death_while_the_earlier_ones_move_on(tmp_path: Path, kept: int) -> None
         for number in range(1, 4):
             both.save_last(value(number), {"number": number})
         pid = in_child(dying(at, lambda: both.save_last(value(4), {"number": 4})))  # noqa: B023
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        status = status_of(pid)
         found = {whole(root / name) for name in os.listdir(root) if not name.startswith(".")} | {
             whole(root / "last")
         }
@@ -134,7 +133,7 @@ def test_death_while_one_is_put_back(tmp_path: Path) -> None:
             both.save_last(value(number), {"number": number})
         flip(root / "last" / "state.json", 400)
         pid = in_child(dying(at, lambda: both.put_back("last.1")))  # noqa: B023
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        status = status_of(pid)
         assert both.resumable() and both.load_first(("last", "earlier", "best"))[1] == {
             "number": 1
         }, at
@@ -161,7 +160,7 @@ def test_death_between_any_two_steps(tmp_path: Path, kind: str) -> None:
         which = "best" if kind == "best" else "last"
         work = both.save_best if kind == "best" else lambda: both.save_last(value(2), {"number": 2})  # noqa: B023
         pid = in_child(dying(at, work))
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        status = status_of(pid)
         if kind != "first" or both.exists(which):
             assert whole(root / which) in ((2,) if status == 0 or kind == "first" else (1, 2)), at
         if kind == "best":
@@ -183,7 +182,7 @@ def test_empty_folder_in_the_way_does_not_cost_the_old_one(tmp_path: Path) -> No
     (tmp_path / "c").mkdir()
     assert whole(tmp_path / "c") == 1
     pid = in_child(dying(3, lambda: save(tmp_path / "c", value(2), {"number": 2})))
-    os.waitpid(pid, 0)
+    status_of(pid)
     assert whole(tmp_path / "c") == 1
 
 
@@ -216,6 +215,5 @@ def test_reader_beside_a_writer(tmp_path: Path) -> None:
     try:
         seen = {whole(folder) for _ in range(150)}
     finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        killed(pid)
     assert len(seen) > 3

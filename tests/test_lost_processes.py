@@ -129,12 +129,12 @@ def pair(dataset: Path, output: Path, *words: str) -> Iterator[list[subprocess.P
             ),
             120,
         )
-        assert started[0].poll() is None, started[0].communicate()
+        assert started[0].poll() is None, started[0].communicate(timeout=60)
         yield started
     finally:
         for one in started:
             one.kill()
-            one.wait()
+            one.wait(60)
 
 
 @pytest.fixture(scope="module")

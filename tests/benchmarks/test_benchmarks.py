@@ -84,6 +84,7 @@ def test_peak_counts_state_and_temporaries_but_not_inputs() -> None:
         [sys.executable, "-c", PEAK],
         capture_output=True,
         text=True,
+        timeout=300,
         cwd=Path(__file__).parents[2],
         check=True,
     )

@@ -202,6 +202,7 @@ def test_a_recipe_s_help_begins_with_its_own_text(capsys: pytest.CaptureFixture[
 def test_a_mistake_ends_with_2(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "xmlkernels", "tree", "--thread", "1"],
+        timeout=300,
         cwd=tmp_path,
         capture_output=True,
         text=True,

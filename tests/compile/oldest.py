@@ -64,6 +64,7 @@ def pip(*arguments: str) -> None:
             "--no-deps",
         ],
         check=True,
+        timeout=1500,
     )
 
 

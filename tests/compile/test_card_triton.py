@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,13 +37,12 @@ def test_the_cards_triton_compiles_the_kernels() -> None:
     path = os.pathsep.join([str(card_triton()), str(ROOT), os.environ.get("PYTHONPATH", "")])
     python = [sys.executable, "-c", "import triton; print(triton.__version__)"]
     environment = os.environ | {"PYTHONPATH": path}
-    found = subprocess.run(python, capture_output=True, text=True, env=environment, check=True)
+    given: dict[str, Any] = {"capture_output": True, "text": True, "env": environment}
+    found = subprocess.run(python, check=True, timeout=300, **given)
     assert found.stdout.strip() == VERSION
     files = [str(ROOT / "tests" / "compile" / name) for name in FILES]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", CHOICE, *files]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300
-    )
+    done = subprocess.run(command, cwd=ROOT, timeout=600, **given)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed and int(passed[1]) >= 20, done.stdout[-5000:]

@@ -173,7 +173,7 @@ def test_the_command_of_the_message_writes_the_texts(tmp_path: Path) -> None:
         with pytest.raises(InputError) as error:
             formats.read_lines(path, documents=True)
         command = str(error.value).split("`")[1]
-        subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path, timeout=60)
         red = f"one a fish{divider} red".replace("\t", "")
         assert (tmp_path / "texts.txt").read_text() == f"{red}\ntwo b\n"
 

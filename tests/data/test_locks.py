@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from patience import limited
 
 from xmlkernels import InputError, locks
 from xmlkernels.locks import LOCK, own_folder, own_place
@@ -43,7 +44,8 @@ def holder(kind: str, path: Path) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        with limited(process):
+            assert process.stdout is not None and process.stdout.readline() == "held\n"
         try:
             yield process
         finally:
@@ -62,7 +64,7 @@ def test_who_holds_a_place_is_told_and_a_killed_holder_holds_nothing(
         assert f"held by process {process.pid} (" in told
         assert socket.gethostname() in told and time.strftime("since %Y-") in told
         process.kill()
-        process.wait()
+        process.wait(60)
         left = [path.name for path in tmp_path.rglob(f"*{LOCK}")]
         assert len(left) == 1, "what a kill leaves behind"
         with own(place):

@@ -61,7 +61,7 @@ def test_lengths_do_not_disturb_each_other(tokenizer: Tokenizer) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(120)
     assert found == {5: {5}, 9: {9}, 17: {17}}
 
 

@@ -15,7 +15,6 @@ import random
 import resource
 import select
 import shutil
-import signal
 import sys
 import time
 import traceback
@@ -26,7 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mutate import mutate
+from patience import killed, status_of
 
 from xmlkernels import InputError
 
@@ -175,9 +176,7 @@ def _listen(
         if end:
             _count(report, kind, cases[done], seed, what, end)
             done, what, end, began, used = done + 1, "", "", time.monotonic(), _processor(child)
-    if end == "time":
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
+    status = killed(child) if end == "time" else status_of(child)
     if done < len(cases):
         _count(
             report,
@@ -185,7 +184,7 @@ def _listen(
             cases[done],
             seed,
             what,
-            end or f"signal {os.waitstatus_to_exitcode(status)}",
+            end or f"signal {status}",
         )
         done += 1
     return done

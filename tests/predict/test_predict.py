@@ -17,6 +17,7 @@ import pytest
 import scipy.sparse
 import torch
 from damage import without_checksums
+from patience import limited
 from train_runs import LABELS, finished_run, make_dataset
 
 from xmlkernels import InputError
@@ -376,18 +377,15 @@ def test_lines_are_answered_one_by_one_and_a_closed_pipe_ends_it_quietly(finishe
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-    # An answer that never comes must not stop the suite.
-    watchdog = threading.Timer(60, process.kill)
-    watchdog.start()
-    for number in range(2):
-        process.stdin.write(b"w0 w1\n")
-        process.stdin.flush()
-        # While standard input stays open.
-        assert json.loads(process.stdout.readline())["text"] == number
-    process.stdout.close()
-    process.stdin.write(b"w2\n")
-    process.stdin.close()
-    complaint = process.stderr.read().decode()
+    with limited(process):
+        for number in range(2):
+            process.stdin.write(b"w0 w1\n")
+            process.stdin.flush()
+            # While standard input stays open.
+            assert json.loads(process.stdout.readline())["text"] == number
+        process.stdout.close()
+        process.stdin.write(b"w2\n")
+        process.stdin.close()
+        complaint = process.stderr.read().decode()
     process.stderr.close()
-    watchdog.cancel()
     assert process.wait(60) == 128 + 13 and complaint == ""

@@ -14,7 +14,8 @@ from xmlkernels.training import environment
 def git(folder: Path, *words: str) -> str:
     person = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
     command = ["git", "-C", str(folder), *person, *words]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    return done.stdout.strip()
 
 
 @pytest.fixture

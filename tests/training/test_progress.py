@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from patience import limited
 from scipy.sparse import csr_matrix
 from train_runs import RECIPES, cascade, make_dataset, make_tree, run, threads_kept, tiny
 
@@ -201,7 +202,8 @@ def test_a_reader_that_leaves_ends_a_command_with_141() -> None:
         stderr=subprocess.PIPE,
     )
     assert process.stdout is not None and process.stderr is not None
-    process.stdout.readline()
+    with limited(process):
+        process.stdout.readline()
     process.stdout.close()
     assert process.wait(120) == 141 and process.stderr.read() == b""
     process.stderr.close()

@@ -133,7 +133,7 @@ def test_a_killed_run_resumes_bit_for_bit(
         time.sleep(0.002)
     time.sleep(chance.uniform(0, 0.05))
     process.send_signal(signal.SIGKILL)
-    _, complaint = process.communicate()
+    _, complaint = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL, (told, complaint.decode())
     assert not (output / "metrics.json").exists(), f"over before it could be killed; {told}"
     run(tiny(dataset, output, save_every=4, resume=True))

@@ -112,7 +112,7 @@ def test_a_killed_run_resumes_bit_for_bit(dataset: Path, finished: Path, tmp_pat
     ):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    _, complaint = process.communicate()
+    _, complaint = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL, complaint.decode()
     run(tiny(dataset, output, resume=True, **BOW))
     assert_same_run(output, finished)

@@ -200,7 +200,11 @@ def test_the_command_answers_for_a_cascade(finished: Path, dataset: Path, tmp_pa
     ]
     files = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.jsonl")]
     done = subprocess.run(
-        asked + files, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        asked + files,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0 and "3 texts one by one" in done.stderr, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]

@@ -173,6 +173,7 @@ def test_mistakes_on_the_command_line_are_told(
         ],
         capture_output=True,
         text=True,
+        timeout=300,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 2 and expected in done.stderr + done.stdout

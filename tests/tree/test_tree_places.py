@@ -77,12 +77,15 @@ def test_from_the_command_line(folder: Path, tmp_path: Path) -> None:
     ]
     done = subprocess.run(
         [*words, "--clusters", "3", "7", "--no-plot", "--no-graph"],
+        timeout=300,
         capture_output=True,
         text=True,
         cwd=tmp_path,
     )
     assert done.returncode == 0 and "3 → 7 → 24, content" in done.stdout, done.stderr
-    done = subprocess.run([*words, "--depths", "1"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [*words, "--depths", "1"], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
