@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import ladder, plot, run, timing
+from benchmarks import ladder, ladder_rungs, plot, run, timing
 
 LOSSES = {"plain", "accumulated", "compiled", "sparse", "sampled"}
 
@@ -19,10 +19,12 @@ LOSSES = {"plain", "accumulated", "compiled", "sparse", "sampled"}
 def stepped() -> dict[tuple[str, str], tuple[Tensor, float | None, Tensor, Tensor]]:
     """dx, loss, table and momentum of each rung after three steps from the same start."""
     found = {}
-    start = ladder.make_held(ladder.TINY, "cpu", ("fp32", "bf16"))
-    rungs = [rung for rung in ladder.ladder("cpu") if rung.name != "compiled"]
+    start = ladder_rungs.make_held(ladder_rungs.TINY, "cpu", ("fp32", "bf16"))
+    rungs = [rung for rung in ladder_rungs.rungs_of("cpu") if rung.name != "compiled"]
     known = {rung.key for rung in rungs}
-    rungs += [rung for rung in ladder.ladder("cuda", compiled=False) if rung.key not in known]
+    rungs += [
+        rung for rung in ladder_rungs.rungs_of("cuda", compiled=False) if rung.key not in known
+    ]
     for rung in rungs:
         held = copy.copy(start)
         held.encoder = copy.deepcopy(start.encoder)
@@ -55,14 +57,14 @@ def test_exact_rungs_agree(stepped: dict) -> None:
 
 def test_the_compiled_loss_is_the_plain_one() -> None:
     """By the same function, uncompiled: compiling takes minutes on some machines."""
-    rung = next(rung for rung in ladder.ladder("cpu") if rung.name == "compiled")
+    rung = next(rung for rung in ladder_rungs.rungs_of("cpu") if rung.name == "compiled")
     with pytest.MonkeyPatch.context() as patch:
         compiled: list[object] = []
         patch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
-        dx, loss = ladder.start(rung, ladder.make_held(ladder.TINY, "cpu"))()
-    assert compiled == [ladder.dense_loss]
-    plain, *_ = ladder.ladder("cpu")
-    expected, total = ladder.start(plain, ladder.make_held(ladder.TINY, "cpu"))()
+        dx, loss = ladder.start(rung, ladder_rungs.make_held(ladder_rungs.TINY, "cpu"))()
+    assert compiled == [ladder_rungs.dense_loss]
+    plain, *_ = ladder_rungs.rungs_of("cpu")
+    expected, total = ladder.start(plain, ladder_rungs.make_held(ladder_rungs.TINY, "cpu"))()
     torch.testing.assert_close(dx, expected)
     torch.testing.assert_close(loss, total)
 
@@ -91,7 +93,11 @@ def test_rows_of_a_run(
         assert min(parts) > 0 and 0.2 * whole < sum(parts) < 5 * whole
         assert by[name, dtype, "table"]["tflops"] and not by[name, dtype, "step"]["tflops"]
     assert by["sampled", "fp32", "step"]["peak_mb"] == "2.5"
-    assert "load average" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "load average" in told and "at commit abc" in told
+    table = [line[2:-2].split(" | ") for line in told.splitlines() if line.startswith("| ")]
+    assert [cells[0] for cells in table[1:]] == names and {len(cells) for cells in table} == {9}
+    assert table[1][-1] == "1.00×" and table[3][7] == "2.5" and table[1][7] == "-"
     assert plot.shares(plot.read_rows(path, dirty=True))  # rows without a rate are passed by
 
 
@@ -100,8 +106,8 @@ def test_a_sampled_loss_costs_its_share() -> None:
 
 
 def test_the_peak_counts_the_table_and_what_a_step_holds() -> None:
-    setting = ladder.Setting(ladder.Shape("small", 64, 16_384, 64), 1, 4)
-    (rung,) = (rung for rung in ladder.ladder("cpu") if rung.key == ("fused", "fp32"))
+    setting = ladder_rungs.Setting(ladder_rungs.Shape("small", 64, 16_384, 64), 1, 4)
+    (rung,) = (rung for rung in ladder_rungs.rungs_of("cpu") if rung.key == ("fused", "fp32"))
     found = ladder.peaks(setting, "cpu", [rung])
     if not found:
         pytest.skip("the platform cannot reset the mark")
