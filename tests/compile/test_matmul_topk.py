@@ -16,17 +16,25 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", E4M3: "u8"}
 
 
 def compiled(
-    kind: Any, arch: str, dtype: torch.dtype, *, samples: int = 128, descriptors: bool = False
+    kind: Any,
+    arch: str,
+    dtype: torch.dtype,
+    *,
+    samples: int = 128,
+    descriptors: bool = False,
+    bias: bool = True,
+    first: bool = False,
+    width: int = 768,
 ) -> Compiled:
     """Compile one kernel of tiles; an e4m3 table is uint8, and its products run in bf16."""
-    labels, most, width, warps = (
+    labels, most, step, warps = (
         kernel.TILE_TMA if descriptors else kernel.TILE_FP32 if dtype == F32 else kernel.TILE
     )
     block, format_x = min(samples, most), torch.bfloat16 if dtype == E4M3 else dtype
     kinds = {
         "x": format_x,
         "weight": dtype,
-        "bias": F32,
+        "bias": F32 if bias else None,
         "row_scale": F32 if dtype == E4M3 else None,
         "threshold": F32,
         "begin": "i32",
@@ -43,17 +51,19 @@ def compiled(
         "span": "i32",
     }
     if descriptors:
-        kinds["x"] = f"tensordesc<{NAMES[format_x]}[{block}, {width}]>"
-        kinds["weight"] = f"tensordesc<{NAMES[dtype]}[{labels}, {width}]>"
+        kinds["x"] = f"tensordesc<{NAMES[format_x]}[{block}, {step}]>"
+        kinds["weight"] = f"tensordesc<{NAMES[dtype]}[{labels}, {step}]>"
     constants = {
-        "D": 768,
-        "HAS_BIAS": True,
+        "D": width,
+        "HAS_BIAS": bias,
         "TMA": descriptors,
         "EMULATED": False,
         "BL": labels,
         "BB": block,
-        "BD": width,
+        "BD": step,
     }
+    if kind is kernel.score_labels:
+        constants["FIRST"] = first
     return compile_kernel(
         kind,
         arch,
@@ -71,22 +81,41 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("samples", [16, 128])
+@pytest.mark.parametrize("samples, first", [(16, False), (128, False), (128, True)])
 @pytest.mark.parametrize("arch, dtype", CASES, ids=str)
-def test_pointers(arch: str, dtype: torch.dtype, samples: int) -> None:
-    got = compiled(kernel._score_tiles, arch, dtype, samples=samples)
+def test_pointers(arch: str, dtype: torch.dtype, samples: int, first: bool) -> None:
+    got = compiled(kernel.score_labels, arch, dtype, samples=samples, first=first)
     assert (got.stack, got.local) == (0, 0) and got.shared <= SMALL
     assert got.mma == (dtype != F32) and got.wgmma == (dtype != F32 and arch == "sm_90a")
 
 
-@pytest.mark.parametrize("samples", [16, 128])
+@pytest.mark.parametrize("samples, first", [(16, False), (128, False), (128, True)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, E4M3], ids=str)
-def test_descriptors(dtype: torch.dtype, samples: int) -> None:
+def test_descriptors(dtype: torch.dtype, samples: int, first: bool) -> None:
     """Table and batch come by TMA alone: the loop holds no other load."""
-    got = compiled(kernel._score_tiles, "sm_90a", dtype, samples=samples, descriptors=True)
+    given = {"samples": samples, "descriptors": True, "first": first}
+    got = compiled(kernel.score_labels, "sm_90a", dtype, **given)
     assert (got.stack, got.local) == (0, 0) and got.shared <= LARGE
     assert got.wgmma and "cp.async.ca" not in got.ptx and "cp.async.cg" not in got.ptx
     assert got.code.static("UTMALDG") and not got.code.static("LDGSTS|LDG.*[US](8|16)")
+
+
+def test_a_tile_keeps_its_budget_of_instructions() -> None:
+    """256 labels by 128 samples, D = 768, a table without bias. The product; the search for what
+    passes, 1.5 instructions for each of 128 scores of a thread and what loads the thresholds; and
+    one key of each word of a row.
+    """
+    got = compiled(kernel.score_labels, "sm_90a", torch.bfloat16, descriptors=True, bias=False)
+    loops = {"score_labels: for tile": 1, "_scores: for start": 12}
+    none, one = (got.count(loops | {TURN: turns}) for turns in (0, 1))
+    none_at_all = got.count(loops | {TURN: 0, "score_labels: for tile": 0})
+    assert none.issue - none_at_all.issue <= BUDGET["tile"]
+    assert one.issue - none.issue <= BUDGET["turn"]
+    assert one.matching("BAR") - none.matching("BAR") <= BUDGET["barriers"]
+
+
+TURN = "_append_passing: while tl.max(tl.reshape(left, (4 * BL,)), axis=0) > 0"
+BUDGET = {"tile": 2210, "turn": 310, "barriers": 11}
 
 
 @pytest.mark.parametrize(
@@ -101,7 +130,7 @@ def test_descriptors(dtype: torch.dtype, samples: int) -> None:
     ids=str,
 )
 def test_lists_that_overflow(arch: str, dtype: torch.dtype, descriptors: bool) -> None:
-    got = compiled(kernel._recount_tiles, arch, dtype, descriptors=descriptors)
+    got = compiled(kernel.recount_labels, arch, dtype, descriptors=descriptors)
     assert (got.stack, got.local) == (0, 0) and got.shared <= (LARGE if descriptors else SMALL)
 
 
@@ -117,7 +146,7 @@ def test_raise_bounds(arch: str) -> None:
         "shift": "i32",
     }
     got = compile_kernel(
-        kernel._raise_bounds, arch, kinds, {"BINS": 1 << kernel.BIN_BITS}, num_warps=8
+        kernel.raise_bounds, arch, kinds, {"BINS": 1 << kernel.BIN_BITS}, num_warps=8
     )
     assert (got.stack, got.local) == (0, 0) and got.shared <= SMALL
 
@@ -137,9 +166,13 @@ def test_cut_lists(arch: str) -> None:
         "row_offset": "i64",
         "capacity": "i32",
     }
-    for again, last, exclude in ((False, False, False), (True, True, True)):
-        constants = {"AGAIN": again, "LAST": last, "HAS_EXCLUDE": exclude}
-        got = compile_kernel(
-            kernel._cut_lists, arch, kinds, constants | {"BLOCK": kernel.CUT_BLOCK}
-        )
+    for again, last, exclude, block in (
+        (False, False, False, kernel.CUT_BLOCK),
+        (True, True, True, kernel.CUT_BLOCK),
+        (False, True, True, kernel.CUT_MOST),
+    ):
+        constants = {"AGAIN": again, "ALWAYS": not last, "LAST": last, "HAS_EXCLUDE": exclude}
+        constants |= {"HELD": block, "BLOCK": kernel.CUT_BLOCK}
+        warps = min(max(block // 512, 4), 16)
+        got = compile_kernel(kernel.cut_lists, arch, kinds, constants, num_warps=warps)
         assert (got.stack, got.local) == (0, 0) and got.shared <= SMALL

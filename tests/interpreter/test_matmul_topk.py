@@ -30,7 +30,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(kernel, "TILE", (16, 16, 16, 4))
     monkeypatch.setattr(kernel, "TILE_TMA", (16, 16, 16, 4))
     monkeypatch.setattr(kernel, "TILE_FP32", (16, 16, 16, 4))
-    monkeypatch.setattr(kernel, "CUT_BLOCK", 64)
+    monkeypatch.setattr(kernel, "CUT_BLOCK", 16)
+    monkeypatch.setattr(kernel, "CUT_MOST", 64)
+    monkeypatch.setattr(kernel, "LABELS_OF_CUT", 30)
     yield
 
 
@@ -120,7 +122,7 @@ def test_lists_that_overflow(monkeypatch: pytest.MonkeyPatch, excluded: int, tma
     monkeypatch.setattr(descriptors, "card_has_tma", lambda device: tma)
     monkeypatch.setattr(kernel, "LIST_BYTES", 0)
     monkeypatch.setattr(kernel, "MARGIN", 0.01)
-    monkeypatch.setattr(kernel, "GROWTH", 11)
+    monkeypatch.setattr(kernel, "MOST_CUTS", 2)
     n, k = 190, 5
     how = kernel.plan(7, n, k, excluded)
     assert how.samples == 1 and how.capacity == k + excluded + 16
@@ -144,12 +146,27 @@ def test_lists_that_just_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A list at its capacity is no overflow; one key more is."""
     monkeypatch.setattr(kernel, "LIST_BYTES", 0)
     monkeypatch.setattr(kernel, "MARGIN", 0.01)
-    monkeypatch.setattr(kernel, "GROWTH", 11)
+    monkeypatch.setattr(kernel, "MOST_CUTS", 2)
     assert kernel.plan(1, 60, 5).capacity == 21
     for passing in (16, 17):
         weight = torch.zeros(60, 1)
         weight[20 : 20 + passing, 0] = 1 + torch.arange(passing)
         check_equal(torch.ones(1, 1), weight, None, 5)
+
+
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("samples", [32, 64, 128])
+def test_tiles_of_many_samples(monkeypatch: pytest.MonkeyPatch, samples: int, tma: bool) -> None:
+    """Every column of a tile's words, and rows of which several samples' lists take a key."""
+    monkeypatch.setattr(descriptors, "card_has_tma", lambda device: tma)
+    for name in ("TILE", "TILE_TMA"):
+        monkeypatch.setattr(kernel, name, (16, samples, 16, 4))
+    x, weight, bias = whole_numbers(samples + 3, 110, 24, torch.bfloat16)
+    # The best row of each sample is of the last chunk, and each sample's is another.
+    x[:, :7] = (torch.arange(samples + 3)[:, None] >> torch.arange(7)) % 2 * 2.0 - 1.0
+    weight[-40:, :7] = (torch.arange(40)[:, None] * 3 >> torch.arange(7)) % 2 * 2.0 - 1.0
+    check_equal(x, weight, bias, 5)
+    check_equal(x, weight, None, 5)
 
 
 def test_what_is_not_finite() -> None:
@@ -221,17 +238,31 @@ def test_workspace(monkeypatch: pytest.MonkeyPatch, b: int, n: int, k: int, excl
     assert 8 * how.samples * (how.capacity + 5 * k) <= 256 << 20
 
 
+@pytest.mark.parametrize("n", [1_000_000, 1_305_265, 2_000_000, 2_812_281, 8_600_000])
 @pytest.mark.parametrize("k", [5, 100, 1000])
 @pytest.mark.parametrize("b", [1, 64, 512, 1024])
-def test_launches(monkeypatch: pytest.MonkeyPatch, b: int, k: int) -> None:
-    """At most two cuts per million labels, and launches that the shape alone decides."""
+def test_launches(monkeypatch: pytest.MonkeyPatch, b: int, k: int, n: int) -> None:
+    """At most two cuts per million labels up to k = 100, and from 2M labels on up to k = 1000; and
+    launches that the shape alone decides.
+    """
     monkeypatch.undo()
-    counts = launches_of(monkeypatch, b, 2_800_000, k)
-    assert 4 <= counts["_score_tiles"] <= 5 < 2 * 2.8
+    counts = launches_of(monkeypatch, b, n, k)
+    most = 2 * n / 1e6 if k <= 100 or n >= 2_000_000 else 4
+    assert 2 <= counts["score_labels"] <= min(most, 5)
     # The rest does nothing unless a list overflowed.
-    assert counts["_cut_lists"] == counts["_score_tiles"] + (counts["_recount_tiles"] > 0)
-    assert counts["_recount_tiles"] in (0, 6) and counts["_raise_bounds"] in (0, 5)
-    assert launches_of(monkeypatch, b, 8_600_000, k)["_score_tiles"] <= 6
+    assert counts["cut_lists"] == counts["score_labels"] + (counts["recount_labels"] > 0)
+    assert counts["recount_labels"] in (0, 6) and counts["raise_bounds"] in (0, 5)
+
+
+@pytest.mark.parametrize("b, k", [(1, 1), (512, 100), (1024, 100), (1024, 1000)])
+def test_lists_have_room(monkeypatch: pytest.MonkeyPatch, b: int, k: int) -> None:
+    """For three times the keys that pass where the best rows lie anywhere; cuts hold such lists."""
+    monkeypatch.undo()
+    for n in (100_000, 1_305_265, 2_812_281, 8_600_000):
+        how = kernel.plan(b, n, k)
+        for begin, end in how.chunks[1:]:
+            passing = k * (end - begin) / begin
+            assert k + 2.9 * passing <= how.capacity and k + passing <= kernel.CUT_MOST + k
 
 
 def launches_of(monkeypatch: pytest.MonkeyPatch, b: int, n: int, k: int) -> Counter[str]:
@@ -246,7 +277,7 @@ def launches_of(monkeypatch: pytest.MonkeyPatch, b: int, n: int, k: int) -> Coun
         return Launch()
 
     with monkeypatch.context() as inner:
-        for name in ("_score_tiles", "_cut_lists", "_recount_tiles", "_raise_bounds"):
+        for name in ("score_labels", "cut_lists", "recount_labels", "raise_bounds"):
             inner.setattr(kernel, name, record(name))
         inner.setattr(torch, "sort", lambda best, **_: torch.return_types.sort((best, best)))
         x, weight = torch.zeros(b, 1), torch.zeros(1, 1).expand(n, 1)
