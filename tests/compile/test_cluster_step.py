@@ -80,6 +80,7 @@ def test_step_tiles(arch: str, states: str, large: bool) -> None:
         divisible=divisible,
         num_warps=warps,
         maxnreg=None if low else kernel.REGISTERS_FP32,
+        num_stages=3 if low else kernel.STAGES_FP32,
     )
     assert (got.stack, got.local) == (0, 0) and got.shared <= SMALL
     assert not re.search(r"\b(div|rem)\.[su]64", got.ptx)
@@ -97,11 +98,11 @@ def build_pairs(name: str, arch: str, states: str) -> Compiled:
     kinds |= {k: v for k, v in given.items() if k != "ROW_WISE"}
     kinds |= dict.fromkeys(("bias", "scores", "gradient", "parts", "losses"), F32)
     kinds |= dict.fromkeys(("hyper", "correction"), F32)
-    kinds |= dict.fromkeys(("order", "group", "edge", "pos_edge", "pos_row", "counter"), I64)
-    kinds |= dict.fromkeys(("begin", "first_place", "rows"), I64) | {"shares": F32}
+    kinds |= dict.fromkeys(("order", "edge", "pos_edge", "pos_row", "counter"), I64)
+    kinds |= dict.fromkeys(("begins", "places", "ends", "rows"), I64) | {"shares": F32}
     kinds |= {"weight": dtype, "x": BF16 if low else dtype, "flag": I32, "pos_sample": I32}
-    kinds |= {"samples": I32, "owner": I32, "row_offset": "i64"}
-    numbers = ("cluster_rows", "chosen", "groups", "spans", "first_column", "last_column")
+    kinds |= {"samples": I32, "counts": I32, "owner": I32, "row_offset": "i64"}
+    numbers = ("cluster_rows", "chosen", "pairs", "spans", "first_column", "last_column")
     kinds |= dict.fromkeys(numbers, "i32")
     score = name == "_score_slots"
     columns = cluster_pairs.SCORED if score else cluster_pairs.UPDATED

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xmlkernels.triton import common
+from xmlkernels.triton.cluster_lists import find_rows, list_rows
 from xmlkernels.triton.hyper import BETA2, DECAY, DX_SCALE, LR, SCALE
 from xmlkernels.triton.update import load_numbers, update_tile
 
@@ -136,12 +137,12 @@ def _score_slots(
             sigma, tail = common.sigmoid_and_tail(z)
             g = tl.where(is_row, tl.load(hyper + SCALE) * (sigma - y), 0.0)
             of_pairs = sample * chosen * M + slot
-            tl.store(scores + of_pairs, z, mask=is_row)
+            tl.store(scores + of_pairs, tl.where(is_row, z, float("-inf")), mask=inside)
             tl.store(gradient + of_pairs, g, mask=is_row)
             tl.store(shares + here, g * unit)
             if NEED_LOSS:
                 loss = tl.where(is_row, common.softplus(z, tail) - y * z, 0.0)
-                tl.store(losses + tl.program_id(0), tl.sum(loss, axis=0))
+                tl.store(losses + tl.program_id(0), tl.load(hyper + SCALE) * tl.sum(loss, axis=0))
             tl.debug_barrier()  # and the shares
         width = last_column - first_column
         for start in range(first_column, last_column, BD):
@@ -158,6 +159,12 @@ def _score_slots(
                 total += tl.load(shares + at)[:, None] * w
             out = parts + tl.program_id(0).to(tl.int64) * width + start - first_column + column
             tl.store(out, tl.sum(total, axis=0), mask=left)
+    elif SCORE:
+        slot = span * (SPAN * BR) + tl.arange(0, SPAN * BR)
+        nothing = tl.full((SPAN * BR,), float("nan"), tl.float32)
+        tl.store(scores + sample * chosen * M + slot, nothing, mask=slot < chosen * M)
+        if NEED_LOSS:
+            tl.store(losses + tl.program_id(0), float("nan"))
 
 
 @triton.jit
@@ -274,16 +281,17 @@ def _update_list(
     flag,
     order,
     samples,
-    group,
-    begin,
-    first_place,
+    counts,
+    begins,
+    places,
+    ends,
     owner,
     hyper,
     counter,
     correction,
     row_offset,
     cluster_rows,
-    groups,
+    pairs,
     D: tl.constexpr,
     ROW_WISE: tl.constexpr,
     DECOUPLED: tl.constexpr,
@@ -293,19 +301,16 @@ def _update_list(
 ):
     """Update BR of the selected rows, all their columns.
 
-    group int64 [groups + 1]: where each group of pairs of one cluster begins in `order`; begin
-    int64 [groups]: its first row; first_place int64 [groups + 1]: where its rows begin in the list
-    of selected rows. owner int32 [a multiple of BR]: the group of each row of the list.
+    order to owner: see `cluster_lists.list_rows`.
     """
     at = tl.program_id(0) * BR + tl.arange(0, BR)
-    size = tl.load(first_place + groups)
+    size = tl.load(ends + pairs - 1)
     if (tl.program_id(0) * BR < size) & (tl.load(flag) == 0):
         is_row = at < size
-        g = tl.load(owner + at, mask=is_row, other=0)
-        place = at - tl.load(first_place + g, mask=is_row, other=0)
-        row = tl.load(begin + g, mask=is_row, other=0) + place
-        first_pair = tl.load(group + g, mask=is_row, other=0)
-        count = (tl.load(group + g + 1, mask=is_row, other=0) - first_pair).to(tl.int32)
+        first_pair = tl.load(owner + at, mask=is_row, other=0)
+        place = at - tl.load(places + first_pair, mask=is_row, other=0)
+        row = tl.load(begins + first_pair, mask=is_row, other=0) + place
+        count = tl.load(counts + first_pair, mask=is_row, other=0)
         most = tl.max(count)
         sample0, g0 = _pair(
             x, gradient, order, samples, is_row, place, first_pair, count, 0, cluster_rows, D
@@ -440,36 +445,6 @@ def spans_of(chosen: int, cluster_rows: int) -> int:
     return triton.cdiv(chosen * cluster_rows, SPAN * ROWS)
 
 
-def group_pairs(
-    clusters: Tensor, row_ptr: Tensor, n: int, most_rows: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Group the pairs by cluster.
-
-    Returns:
-        order: [P], pairs in the order of their clusters.
-        group: [G + 1], where each group of one cluster begins. G is the most groups that there can
-            be; those that are not there have no rows.
-        begin, end: [G], the rows of each group.
-    """
-    ids, order = torch.sort(clusters.reshape(-1), stable=True)
-    most = min(ids.shape[0], row_ptr.shape[0])  # every cluster, and the pads
-    number = torch.cat([ids.new_zeros(1), (ids[1:] != ids[:-1]).cumsum(0)])
-    group = torch.searchsorted(number, torch.arange(most + 1, device=ids.device))
-    cluster = ids[group[:-1].clamp(max=ids.shape[0] - 1)]
-    there = group[:-1] < group[1:]
-    begin, end = rows_of(torch.where(there, cluster, -1), row_ptr, n, most_rows)
-    return order, group, begin, end
-
-
-def rows_of(clusters: Tensor, row_ptr: Tensor, n: int, most_rows: int) -> tuple[Tensor, Tensor]:
-    """Return where the rows of some clusters begin and end; both are 0 where clusters is -1."""
-    known = clusters.clamp(min=0)
-    begin, end = row_ptr[known].clamp(max=n), row_ptr[known + 1].clamp(max=n)
-    # A larger cluster, unchecked here, must not be written past its place.
-    end = torch.minimum(end, begin + most_rows)
-    return torch.where(clusters >= 0, begin, 0), torch.where(clusters >= 0, end, 0)
-
-
 def step_pairs_(
     weight: Tensor,
     x: Tensor,
@@ -490,7 +465,7 @@ def step_pairs_(
     decoupled: bool,
     need_loss: bool,
 ) -> Tensor:
-    """Do the step; `scores` and `dx` are filled, and the loss's summands are returned.
+    """Do the step; all of `scores` and `dx` is written, and the loss's summands are returned.
 
     weight: as kernels take it. x: checked, see flag. states: bias, momentum, second, kahan and
     row_scale. pieces: first column and end of columns whose shares of dx are held at a time.
@@ -502,11 +477,10 @@ def step_pairs_(
     gradient = torch.empty(batch * chosen, cluster_rows, dtype=torch.float32, device=x.device)
     shares = torch.empty(batch * spans * SPAN * ROWS, dtype=torch.float32, device=x.device)
     rows = torch.empty(shares.shape, dtype=torch.int64, device=x.device)
-    losses = torch.zeros(batch * spans if need_loss else 1, dtype=torch.float32, device=x.device)
+    losses = torch.empty(batch * spans if need_loss else 1, dtype=torch.float32, device=x.device)
     columns = max(last - first for first, last in pieces)
     parts = torch.empty(batch * spans * columns, dtype=torch.float32, device=x.device)
-    edge = torch.stack(rows_of(clusters.reshape(-1), row_ptr, n, cluster_rows), 1)
-    pos_edge = torch.searchsorted(pos_row, edge)
+    edge, pos_edge = find_rows(clusters, row_ptr, pos_row, n, cluster_rows)
     block = columns_of(width, SCORED)
     for first, last in pieces:
         _score_slots[(batch * spans,)](
@@ -524,17 +498,12 @@ def step_pairs_(
         _sum_spans[(batch * triton.cdiv(last - first, 64),)](
             *(parts, hyper, flag, dx, spans, first, last), D=width, BS=16, BD=64, **common.LAUNCH
         )
-    order, group, begin, end = group_pairs(clusters, row_ptr, n, cluster_rows)
-    groups = begin.shape[0]
-    first_place = torch.cat([begin.new_zeros(1), (end - begin).cumsum(0)])
     tiles = triton.cdiv(min(n, batch * chosen * cluster_rows), ROWS)
-    place = torch.arange(tiles * ROWS, device=x.device)
-    # Beyond the last row stands no group's number; nothing reads it.
-    owner = (torch.searchsorted(first_place, place, right=True) - 1).int()
+    lists = list_rows(clusters, edge, tiles * ROWS, cluster_rows)
     _update_list[(tiles,)](
         *(weight, x, bias, states["momentum"], second, states["kahan"], row_scale, gradient, flag),
-        *(order, (order // chosen).int(), group, begin, first_place, owner),
-        *(hyper, counter, correction, row_offset, cluster_rows, groups),
+        *lists,
+        *(hyper, counter, correction, row_offset, cluster_rows, batch * chosen),
         D=width,
         ROW_WISE=second is not None and second.dim() == 1,
         DECOUPLED=decoupled,

@@ -14,14 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from xmlkernels.triton import common
-from xmlkernels.triton.cluster_pairs import (
-    FEW,
-    SCORED,
-    columns_of,
-    group_pairs,
-    spans_of,
-    step_pairs_,
-)
+from xmlkernels.triton.cluster_lists import find_tiles
+from xmlkernels.triton.cluster_pairs import FEW, SCORED, columns_of, spans_of, step_pairs_
 from xmlkernels.triton.hyper import BETA2, DECAY, DX_SCALE, LR, SCALE
 from xmlkernels.triton.update import bias_corrections, update_tile
 
@@ -30,7 +24,9 @@ PART_BYTES = 192 << 20
 # Rows, pairs and columns of a tile, at most. Gradients of fp16 tables are multiplied in fp32, too:
 # fp16 has no room for small ones.
 MOST, MOST_FP32 = (64, 32, 64), (32, 16, 32)
-REGISTERS_FP32 = 168  # of a thread, at most; said by name, it is reached without spilling
+# Registers of a thread, at most: said by name, it is reached without spilling. A third stage of
+# loads has no room in them on every card.
+REGISTERS_FP32, STAGES_FP32 = 168, 2
 SUMMANDS = 8  # shares of dx that are loaded together
 
 
@@ -209,10 +205,9 @@ def _step_tiles(
 ):
     """Score one tile of rows of one group of pairs (SCORE), then update columns first..last.
 
-    A group is the pairs of one cluster. group int64 [G + 1]: where each group's pairs begin in
-    `order` and in `samples`, which has their samples. edge int64 [G, tiles + 1]: its tiles' rows;
-    pos_edge the same: where their positives begin. parts fp32 [pairs, part_tiles, last_column -
-    first_column]. moment fp32 [G, tiles, BR].
+    A group is the pairs of one cluster. order, samples, group, edge and pos_edge: see
+    `cluster_lists.find_tiles`. parts fp32 [pairs, part_tiles, last_column - first_column]. moment
+    fp32 [C, tiles, BR].
     """
     g = (tl.program_id(0) // part_tiles).to(tl.int64)
     part = tl.program_id(0) % part_tiles
@@ -458,10 +453,6 @@ def takes_pairs(batch: int, chosen: int, count: int) -> bool:
     return batch * chosen <= FEW * count
 
 
-def _total(losses: Tensor, hyper: Tensor, nan: Tensor, need_loss: bool) -> Tensor:
-    return hyper[SCALE.value] * losses.sum().reshape(1) + nan if need_loss else nan.new_empty(0)
-
-
 def cluster_step_(
     weight: Tensor,
     x: Tensor,
@@ -497,16 +488,17 @@ def cluster_step_(
     same = kind in (torch.bfloat16, x.dtype)
     x, flag = common.prepare_batch(x, kind if same else torch.float32)
     weight = common.table_bits(weight)
-    nan = torch.where(flag == 0, 0.0, torch.nan)
-    dx = nan.expand(batch, width).contiguous()
-    scores = (nan - torch.inf).expand(batch, chosen, cluster_rows).contiguous()
+    dx = torch.empty(batch, width, dtype=torch.float32, device=x.device)
     if min(batch, chosen, cluster_rows, count) == 0:
-        return dx, scores, nan if need_loss else nan.new_empty(0)
+        nan = torch.where(flag == 0, 0.0, torch.nan)
+        scores = (nan - torch.inf).expand(batch, chosen, cluster_rows).contiguous()
+        return dx.copy_(nan.expand_as(dx)), scores, nan if need_loss else nan.new_empty(0)
     low = kind == torch.bfloat16
     correction = bias_corrections(hyper, counter) if second is not None else None
     if takes_pairs(batch, chosen, count):
         held = {"bias": bias, "momentum": momentum, "second": second, "kahan": kahan}
         spans, block = spans_of(chosen, cluster_rows), columns_of(width, SCORED)
+        scores = dx.new_empty(batch, chosen, cluster_rows)
         losses = step_pairs_(
             *(weight, x, clusters, row_ptr, n, (pos_row, pos_sample, pos_value), hyper, counter),
             {**held, "row_scale": row_scale},
@@ -519,38 +511,38 @@ def cluster_step_(
             decoupled=decoupled,
             need_loss=need_loss,
         )
-        return dx, scores, _total(losses, hyper, nan, need_loss)
+        return dx, scores, losses.sum().reshape(1) if need_loss else losses.new_empty(0)
+    nan = torch.where(flag == 0, 0.0, torch.nan)
+    scores = (nan - torch.inf).expand(batch, chosen, cluster_rows).contiguous()
     row_side, pair_side, block = _sides(batch, chosen, count, cluster_rows, low)
     tiles = triton.cdiv(cluster_rows, row_side)
-    order, group, begin, end = group_pairs(clusters, row_ptr, n, cluster_rows)
-    step = row_side * torch.arange(tiles + 1, device=x.device)
-    edge = torch.minimum(begin[:, None] + step, end[:, None])
-    groups, pos_edge = edge.shape[0], torch.searchsorted(pos_row, edge)
+    order, samples, group, edge, pos_edge = find_tiles(
+        clusters, row_ptr, pos_row, n, cluster_rows, row_side
+    )
     gradient = torch.empty(batch * chosen, cluster_rows, dtype=torch.float32, device=x.device)
-    losses = torch.zeros(groups * tiles if need_loss else 1, dtype=torch.float32, device=x.device)
+    losses = torch.zeros(count * tiles if need_loss else 1, dtype=torch.float32, device=x.device)
     row_wise = second is not None and second.dim() == 1
-    moments = groups * tiles * row_side if row_wise else 0
+    moments = count * tiles * row_side if row_wise else 0
     moment = torch.empty(moments, dtype=torch.float32, device=x.device)
     todo = pieces(batch * chosen, tiles, width, block)
     _, number, _, columns = todo[0]
     parts = torch.empty(batch * chosen * number * columns, dtype=torch.float32, device=x.device)
     states = momentum, second, kahan, row_scale, moment
     buffers = scores, gradient, parts, losses, flag
-    # Once: a division of 64-bit numbers is a routine on a card.
-    samples = (order // chosen).int()
     pairs = order, samples, group, edge, pos_edge, pos_row, pos_sample, pos_value
     numbers = hyper, counter, correction, row_offset, cluster_rows, tiles
     blocks = {"D": width, "BR": row_side, "BD": block}
     kinds = {"ROW_WISE": row_wise, "NEED_LOSS": need_loss, "DECOUPLED": decoupled, "LOW": low}
     for piece in todo:
         tile, number, first, last = piece
-        _step_tiles[(groups * number,)](
+        _step_tiles[(count * number,)](
             *(weight, x, bias, *states, *buffers, *pairs, *numbers, *piece),
             SCORE=first == 0,
             EMULATED=common.emulated(),
             BP=pair_side,
             num_warps=8 if row_side == 64 else 4,
             maxnreg=None if low else REGISTERS_FP32,
+            num_stages=3 if low else STAGES_FP32,
             **blocks,
             **kinds,
             **common.LAUNCH,
@@ -562,4 +554,6 @@ def cluster_step_(
             **blocks,
             **common.LAUNCH,
         )
-    return dx, scores, _total(losses, hyper, nan, need_loss)
+    if not need_loss:
+        return dx, scores, losses.new_empty(0)
+    return dx, scores, hyper[SCALE.value] * losses.sum().reshape(1) + nan

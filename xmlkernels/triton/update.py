@@ -13,15 +13,34 @@ _RECIPROCAL = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
 _INVERSE_ROOT = tl.constexpr("rsqrt.approx.ftz.f32 $0, $1;")
 
 
+@triton.jit
+def _correct_biases(hyper, counter, out):
+    """Write the numbers of `bias_corrections`."""
+    beta1, beta2 = tl.load(hyper + BETA1).to(tl.float64), tl.load(hyper + BETA2).to(tl.float64)
+    power1, power2 = beta1, beta2
+    left = tl.load(counter + 1)  # powers of t + 1: the first factor is there
+    while left > 0:
+        odd = left % 2 == 1
+        power1, power2 = (
+            tl.where(odd, power1 * beta1, power1),
+            tl.where(odd, power2 * beta2, power2),
+        )
+        beta1, beta2 = beta1 * beta1, beta2 * beta2
+        left = left // 2
+    lr = tl.load(hyper + LR).to(tl.float64)
+    tl.store(out, (lr / (1.0 - power1)).to(tl.float32))
+    tl.store(out + 1, (1.0 / tl.sqrt(1.0 - power2)).to(tl.float32))
+
+
 def bias_corrections(hyper: Tensor, counter: Tensor) -> Tensor:
     """Return what Adam's bias corrections make of a step, fp32 [2], without a host sync.
 
     lr / (1 - beta1^t), and 1 / sqrt(1 - beta2^t): no weight divides by them. In float64, as the
-    reference does.
+    reference does, and in one launch.
     """
-    betas = hyper[BETA1.value : BETA2.value + 1]
-    first, second = 1 - betas.double() ** (counter[1] + 1).double()
-    return torch.stack([hyper[LR.value].double() / first, second.rsqrt()]).float()
+    out = torch.empty(2, dtype=torch.float32, device=hyper.device)
+    _correct_biases[(1,)](hyper, counter, out, num_warps=1, **common.LAUNCH)
+    return out
 
 
 @triton.jit
