@@ -5,14 +5,16 @@ They equal what the interpreter counts (tests/interpreter). Printed next to a fl
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Blocks:
     """Block sizes of the GPU kernel; the defaults are those of D=768, B=128 in bf16.
 
-    `fused` is the second pass in one kernel, for one block of samples on sm_90 and later.
+    `fused` is the second pass in one kernel, for one block of samples on sm_90 and later. `wide` is
+    how many times as many columns its kernels take where they are two, and rows where there are no
+    states; score_l, score_b: a tile of logits.
     """
 
     chunk: int = 786_432
@@ -22,6 +24,8 @@ class Blocks:
     block_d: int = 64
     step: int = 64
     splits: int = 22
+    wide: int = 2
+    score_l: int = 256
     score_b: int = 128
     fused: bool = True
 
@@ -50,21 +54,24 @@ def bce_step_accesses(
     """
     p = blocks
     of_b, of_s = _up(B, p.block_b), _up(B, p.score_b)
-    of_l, of_r, of_d = _up(L, p.block_l), _up(L, p.block_r), _up(D, p.block_d)
+    of_l, of_r = _up(L, p.block_l), _up(L, p.block_r)
+    side = 1 if states else p.wide  # of the update where it is a kernel of its own
+    rows = _up(L, side * p.block_r)
     chunks, chunk = _up(L, p.chunk), min(p.chunk, of_l * p.block_l)
     pitch, step = of_b * p.block_b, min(p.step, p.block_b)
     partial = p.splits * B * D
     # Once where one program forms both products of a tile, with x read once a program.
-    tiles = of_d * of_r * p.block_r
-    again = tiles * pitch if p.fused else tiles * (pitch + _up(B, step) * step)
-    x = chunks * partial if p.fused else of_r * B * D
+    dx = _up(D, (1 if p.fused else p.wide) * p.block_d) * of_r * p.block_r * pitch
+    update = _up(D, side * p.block_d) * rows * side * p.block_r * _up(B, step) * step
+    again = dx if p.fused else dx + update
+    x = chunks * partial if p.fused else rows * B * D
     read = of_s * positives * (2 if loss else 1)
     out = {
         # Logits by every block of samples; dX by every block of samples and the update once.
         "weight": ((of_s + (1 if p.fused else of_b + 1)) * L * D, L * D),
         "state": (states * L * D, states * L * D),
         # Logits by every tile of labels, the update, the finite check once.
-        "x": (of_l * B * D + x + B * D, 0),
+        "x": (_up(L, p.score_l) * B * D + x + B * D, 0),
         "gradient": (again, of_l * p.block_l * pitch),
         "partial": (chunks * partial, chunks * partial),
         "dx": (0, B * D),
@@ -107,6 +114,8 @@ def bce_step_bytes(
             products.
     """
     p = blocks or Blocks(fused=Blocks.block_b >= B and element < 4)
+    if blocks is None and (bias or loss):
+        p = replace(p, score_l=p.block_l, score_b=64)  # more is done for a logit
     options = {"positives": positives, "states": states, "bias": bias, "loss": loss}
     of = bce_step_accesses(B, L, D, p, **options)
     gradient = max(element, 2)  # of an e4m3 table it is bf16

@@ -38,6 +38,8 @@ Trips = Mapping[str | tuple[int, ...], float]
 
 A key is "function: for i", "function: while a < b" or "function: if hit" of the source; or, where
 the source is not Python, the place of the loop: (0,) is the first, (1, 0) the first in the second.
+"function: for i + function: for j": how often the inner loop runs in one trip of the outer, which
+has its own key, where the compiler made one loop of both.
 A short branch becomes predicates, whose instructions count as executed: no share is taken of it.
 """
 
@@ -97,6 +99,12 @@ class Code:
         out = [1.0] * len(self.instructions)
         used: set[str | tuple[int, ...]] = set()
         for loop in self.loops:
+            if joined := _joined(loop, trips):
+                outer = joined.partition(" + ")[0]
+                used |= {joined, outer}
+                for i in loop.inside:
+                    out[i] *= trips[outer] * (trips[joined] if i in loop.always else 1)
+                continue
             key = loop.path if loop.path in trips else loop.statement
             if key is None or key not in trips:
                 raise ValueError(
@@ -164,6 +172,12 @@ class Code:
             out.multiplications += times * instruction.multiplications
             out.operand_bytes += times * instruction.operand_bytes
         return out
+
+
+def _joined(loop: Loop, trips: Trips) -> str | None:
+    """Return the key of two loops of the source that this one was made of."""
+    names = (key for key in trips if isinstance(key, str) and " + " in key)
+    return next((key for key in names if loop.statement in key.split(" + ")), None)
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ KINDS = {
     torch.int64: "i64",
     torch.uint8: "u8",
 }
-Trips = float | Callable[[Mapping[str, Any]], float]
-"""Trips of a loop, or a function of the kernel's arguments that gives them."""
+Trips = float | Callable[[Mapping[str, Any]], float | None]
+"""Trips of a loop, or a function of the kernel's arguments that gives them; None: not so."""
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
 
@@ -93,20 +93,32 @@ def find_trips(
 ) -> dict[str | tuple[int, ...], float]:
     """Return the trips of every loop: given ones, or those of a range over the arguments.
 
+    Where the compiler made one loop of two, both stand in a key; see `sass.Trips`.
+
     Raises:
         ValueError: a loop's trips are not given, and its range is not of the arguments alone.
     """
     out: dict[str | tuple[int, ...], float] = {}
     numbers = {k: v for k, v in launch.arguments.items() if isinstance(v, int)}
-    for loop in code.loops:
+
+    def told(key: str) -> float | None:
+        trips = given.get(key)
+        return trips(launch.arguments) if callable(trips) else trips
+
+    left = {loop.statement or "" for loop in code.loops}
+    for key in (key for key in given if " + " in key):
+        pair = key.split(" + ")
+        if len(left.intersection(pair)) == 1 and (inner := told(key)) is not None:
+            out |= {key: inner, pair[0]: told(pair[0]) or 0.0}
+            left.difference_update(pair)
+    for loop in (loop for loop in code.loops if (loop.statement or "") in left):
         statement = loop.statement or ""
-        if statement in given:
-            told = given[statement]
-            out[statement] = told(launch.arguments) if callable(told) else told
-        elif loop.source is not None and (trips := _range_of(loop.source, numbers)) is not None:
-            out[statement] = trips
-        else:
+        trips = told(statement)
+        if trips is None and loop.source is not None:
+            trips = _range_of(loop.source, numbers)
+        if trips is None:
             raise ValueError(f"{code.name}: no trips for {statement or loop.path!r}")
+        out[statement] = trips
     return out
 
 

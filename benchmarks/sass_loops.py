@@ -5,9 +5,10 @@ its lines.
 """
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -19,12 +20,13 @@ class Loop:
     """Some blocks of the code, as indices of instructions.
 
     path: its place among the loops of the code. source: file, statement and line of the loop of the
-    source that it came from.
+    source that it came from. always: those of its instructions that every trip executes.
     """
 
     inside: frozenset[int]
     path: tuple[int, ...]
     source: tuple[str, str, int] | None
+    always: frozenset[int]
 
     @property
     def statement(self) -> str | None:
@@ -112,6 +114,7 @@ def find_loops(
     """
     above = _dominators(after)
     bodies: dict[int, set[int]] = {}
+    always: dict[int, set[int]] = {}
     for tail, following in enumerate(after):
         for head in following:
             if head not in above[tail]:
@@ -124,6 +127,7 @@ def find_loops(
                 work += new
             if not _waits([code[i] for b in body for i in blocks[b]]):
                 bodies[head] = bodies.get(head, set()) | body
+                always[head] = always.get(head, above[tail]) & above[tail]
     ranges = {
         head: frozenset(i for b in body for i in blocks[b]) for head, body in sorted(bodies.items())
     }
@@ -141,20 +145,22 @@ def find_loops(
     for head, inside in sorted(ranges.items(), key=lambda item: (-len(item[1]), item[0])):
         around = [loop.path for loop in out if inside < loop.inside]
         parent = max(around, key=len, default=())
-        out.append(Loop(inside, (*parent, head), sources[head]))
+        every = {i for b in always[head] & bodies[head] for i in blocks[b]}
+        out.append(Loop(inside, (*parent, head), sources[head], frozenset(every)))
     # Places count in the order of the code.
     places: dict[tuple[int, ...], tuple[int, ...]] = {(): ()}
     for loop in sorted(out, key=lambda loop: (len(loop.path), loop.path)):
         parent = places[loop.path[:-1]]
         places[loop.path] = (*parent, children[parent])
         children[parent] += 1
-    placed = [Loop(loop.inside, places[loop.path], loop.source) for loop in out]
+    placed = [replace(loop, path=places[loop.path]) for loop in out]
     return sorted(placed, key=lambda loop: loop.path)
 
 
 def _waits(body: Sequence[Instruction]) -> bool:
     """Whether a loop does nothing but look at a barrier again."""
     idle = {"SYNCS", "BRA", "NANOSLEEP", "NOP", "YIELD", "CS2R", "ISETP", "IADD3", "MOV", "UMOV"}
-    return all(i.base in idle for i in body) and (
+    moves = re.compile(r"IMAD\.(MOV|U32)\b.*RZ, RZ")
+    return all(i.base in idle or moves.search(i.text) for i in body) and (
         len(body) == 1 or any(i.base in ("SYNCS", "NANOSLEEP") for i in body)
     )

@@ -2,8 +2,14 @@
 
 A resource's time is what all blocks ask of it, spread over the card. "largest" is the longest of
 them; "expected" adds half of the others, divided by the blocks that a multiprocessor holds, which
-is how much of them such kernels leave uncovered. Latencies and the gaps between launches are in no
-column.
+is how much of them such kernels leave uncovered.
+
+What TMA loads is no such part of a block where the loads run on from tile to tile (`Work.ahead`):
+no warp waits for it while buffers are filled. Then the shorter of loads and the rest is uncovered
+by half over blocks and buffers, as work is by half over blocks: with one buffer, loads and products
+take turns. On the other hand all that TMA moves passes through shared memory, beside the operands.
+
+Latencies and the gaps between launches are in no column.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import sass
-from benchmarks.sass_launch import Trips, build, find_trips, recorded
+from benchmarks.sass_launch import Launch, Trips, build, find_trips, recorded
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ class Work:
         kernel: its name. counts: what a warp executes. warps: of a block. held: blocks that a
             multiprocessor holds. blocks: of the launch.
         memory: bytes between memory and L2. cache: bytes between L2 and the processors that no
-            instruction counts: those of TMA.
+            instruction counts: those of TMA. ahead: 0, or the buffers of TMA's loads where these
+            run on from tile to tile, whatever the block does.
     """
 
     kernel: str
@@ -63,6 +70,7 @@ class Work:
     blocks: int
     memory: float = 0.0
     cache: float = 0.0
+    ahead: int = 0
 
 
 Works = Callable[[Card], Iterable[Work]]
@@ -93,12 +101,17 @@ class Row:
 
 @dataclass
 class Line:
-    """The model of all launches of one kernel: milliseconds by resource."""
+    """The model of all launches of one kernel: milliseconds by resource.
+
+    ahead: of its launches, see `Work`; fed: what of L2's time these loads take.
+    """
 
     kernel: str
     launches: int
     occupancy: int
     times: dict[str, float]
+    ahead: int = 0
+    fed: float = 0.0
 
     @property
     def largest(self) -> float:
@@ -112,15 +125,21 @@ class Line:
         Memory's is a bound of it: loads are under way while blocks compute.
         """
         own = {name: t for name, t in self.times.items() if name != "memory"}
+        own["L2"] -= self.fed
         longest = max(own.values())
         others = sum(t for name, t in own.items() if name != "ALU") - longest
-        return max(longest + max(others, 0.0) / 2 / self.occupancy, self.times["memory"])
+        out = longest + max(others, 0.0) / 2 / self.occupancy
+        if self.fed:
+            uncovered = min(out, self.fed) / 2 / self.occupancy / self.ahead
+            out = max(out, self.fed) + uncovered
+        return max(out, self.times["memory"])
 
 
 def of_triton(
     call: Callable[[], object],
     trips: Mapping[str, Trips] | None = None,
     traffic: Mapping[str, Traffic] | None = None,
+    ahead: Callable[[Launch], int] = lambda _: 0,
 ) -> Works:
     """Return what a call of an op launches, from its Triton kernels.
 
@@ -129,6 +148,7 @@ def of_triton(
         trips: of loops whose number of trips no argument tells; see `sass.Trips`. Those of loops
             that a kernel does not have are left out.
         traffic: by kernel; one that is not named moves what its instructions do, through L2 alone.
+        ahead: of a launch, see `Work`.
 
     Raises:
         ValueError: a loop has no trips.
@@ -155,7 +175,7 @@ def of_triton(
                 held = sass.occupancy(needs.registers, shared, warps, card.arch)
                 built[key] = counts, warps, held
             moved = (traffic or {}).get(name, lambda _: (0.0, 0.0))(launch.arguments)
-            yield Work(name, *built[key], launch.blocks, *moved)
+            yield Work(name, *built[key], launch.blocks, *moved, ahead(launch))
 
     return works
 
@@ -168,13 +188,15 @@ def lines_of(works: Iterable[Work], card: Card) -> list[Line]:
     """Sum launches kernel by kernel."""
     lines: dict[str, Line] = {}
     for work in works:
-        line = lines.setdefault(work.kernel, Line(work.kernel, 0, work.held, {}))
+        line = lines.setdefault(work.kernel, Line(work.kernel, 0, work.held, {}, work.ahead))
         line.launches += 1
         for resource, seconds in _times(work.counts, work.warps, card).items():
             total = line.times.get(resource, 0.0) + seconds * work.blocks * 1e3
             line.times[resource] = total
         line.times["memory"] = line.times.get("memory", 0.0) + work.memory / card.memory * 1e3
         line.times["L2"] += work.cache / card.cache * 1e3
+        line.fed += work.cache / card.cache * 1e3 if work.ahead else 0.0
+        line.times["shared"] += work.cache / 128 / card.multiprocessors / card.hertz * 1e3
     return list(lines.values())
 
 

@@ -74,6 +74,8 @@ def build(
         "B_BLOCKS": 2,
         "G_SCALE": GRADIENT_SCALE[kind],
         "DECOUPLED": True,
+        "STARTS": 1,
+        "PARTS": 1,
     } | constants
     blocks = {k: v for k, v in blocks.items() if k in kernel.arg_names}
     given = {k: v for k, v in (SIZES | arguments).items() if k in kernel.arg_names}
@@ -93,19 +95,28 @@ def check(got: Compiled, way: Way) -> None:
     assert not re.search(NARROW, code), re.findall(NARROW + ".*", code)
 
 
-def scores(way: Way, narrow: bool, **more: Any) -> Compiled:
+def check_runs_on(got: Compiled, outer: str, inner: str) -> None:
+    """One loop was made of both: what descriptors load runs on while a tile is finished."""
+    (loop,) = (found for found in got.code.loops if found.statement in (outer, inner))
+    loads = [i for i, c in enumerate(got.code.instructions) if "UTMALDG" in c.opcode]
+    assert len(loop.always.intersection(loads)) == 2  # both operands, in every trip
+
+
+def scores(way: Way, narrow: bool, large: bool = False, **more: Any) -> Compiled:
     p, scaled = make_plan(way[0], 768, way[1]), F32 if way[1] == E4M3 else None
     side = min(p.block_b, 64) if narrow else p.block_b
+    labels, side = p.large_score(way[0]) if large else (p.block_l, side)
     tensors = dict.fromkeys(("bias", "pos_value", "column_sum", "loss", "peaks"))
     tensors |= {"row_scale": scaled, "starts": I64, "pos_row": I64, "pos_sample": I32} | more
     matrices = {
         "x": (side, p.step),
-        "weight": (p.block_l, p.step),
-        "gradient": (p.block_l, side),
+        "weight": (labels, p.step),
+        "gradient": (labels, side),
     }
-    options = bce_plan.score_options(way[1], narrow)
-    singly = not narrow or way[1] == F32
-    return build(bce_tile.score_tiles, way, tensors, matrices, options, BLOCK_B=side, SINGLY=singly)
+    options = bce_plan.score_options(way[1], narrow, large)
+    constants = {"BLOCK_L": labels, "BLOCK_B": side, "STARTS": labels // p.block_l}
+    constants["SINGLY"] = not narrow or way[1] == F32
+    return build(bce_tile.score_tiles, way, tensors, matrices, options, **constants)
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way[2]], ids=name_of)
@@ -114,6 +125,34 @@ def test_wide_scores(way: Way) -> None:
     got = scores(way, narrow=False, peaks=None if way[1] == E4M3 else F32)
     check(got, way)
     assert got.occupancy >= 2
+
+
+LARGER = [(batch, dtype, True, "sm_90a") for batch in (128, 512) for dtype in (BF16, F16)]
+"""Where tiles are larger than elsewhere."""
+
+
+@pytest.mark.parametrize("way", LARGER, ids=name_of)
+def test_large_scores(way: Way) -> None:
+    """One program a processor, whose loads run on during its epilogue."""
+    got = scores(way, narrow=False, large=True)
+    check(got, way)
+    check_runs_on(got, "score_tiles: for tile", "score_tiles: for d")
+    assert {make_plan(*w[:1], 768, w[1]).wide for w in WAYS if w[1] in (E4M3, F32)} == {1}
+
+
+@pytest.mark.parametrize("way", LARGER[2:], ids=name_of)
+def test_update_rows_in_parts(way: Way) -> None:
+    """The same, for the update of a table without states."""
+    p = make_plan(way[0], 768, way[1])
+    block_r, block_d = 2 * p.block_r, 2 * p.block_d
+    boxes = {"x": (p.step, block_d), "weight": (block_r, p.block_d), "gradient": (block_r, p.step)}
+    for bias in (None, F32):
+        tensors = updates(way, {}, quiet=None, bias=bias, column_sum=bias)
+        sizes = {"BLOCK_R": block_r, "BLOCK_D": block_d, "PARTS": 2}
+        options = bce_plan.update_options(tma=True)
+        got = build(bce_step.update_rows, way, tensors, boxes, options, **sizes)
+        check(got, way)
+        check_runs_on(got, "update_rows: for tile", "row_gradient: for b")
 
 
 @pytest.mark.parametrize("values", [None, F32], ids=["", "values"])
@@ -125,12 +164,16 @@ def test_narrow_scores(way: Way, values: torch.dtype | None) -> None:
     check(scores(way, narrow=True, pos_value=values, **sums), way)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=name_of)
+@pytest.mark.parametrize("way", [*WAYS, LARGER[2]], ids=name_of)
 def test_add_dx(way: Way) -> None:
     p = make_plan(way[0], 768, way[1])
-    boxes = {"gradient": (p.block_r, p.block_b), "weight": (p.block_r, p.block_d)}
-    tensors = {"partial": F32, "order": I32}
-    check(build(bce_tile.add_dx, way, tensors, boxes, bce_plan.dx_options(way[2])), way)
+    block_d = p.block_d * (p.wide if way[2] else 1)
+    boxes = {"gradient": (p.block_r, p.block_b), "weight": (p.block_r, block_d)}
+    options = bce_plan.dx_options(way[2], block_d > p.block_d)
+    for order in (None, I32):
+        tensors = {"partial": F32, "order": order}
+        got = build(bce_tile.add_dx, way, tensors, boxes, options, BLOCK_D=block_d)
+        check(got, way)
 
 
 def updates(way: Way, states: dict[str, torch.dtype], **more: Any) -> dict[str, Any]:
@@ -187,12 +230,12 @@ def test_step_tiles(dtype: torch.dtype, skips: bool, states: dict[str, torch.dty
     }
     tensors = updates(way, states, partial=F32, order=I32 if skips else None)
     plain = not states and not skips and dtype != E4M3
-    got = build(bce_step.step_tiles, way, tensors, boxes, bce_plan.step_options(plain))
+    got = build(bce_step.step_tiles, way, tensors, boxes, bce_plan.step_options(plain, dtype))
     check(got, way)
     if plain:
         assert got.occupancy == 2
         tensors |= {"bias": None, "column_sum": None}
-        got = build(bce_step.step_tiles, way, tensors, boxes, bce_plan.step_options(plain))
+        got = build(bce_step.step_tiles, way, tensors, boxes, bce_plan.step_options(plain, dtype))
         check(got, way)
         assert got.occupancy == 2
 

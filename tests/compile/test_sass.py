@@ -41,6 +41,19 @@ def product(a, b, c, width, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
     tl.store(c + m[:, None] * width + n[None, :], tl.dot(left, right).to(tl.bfloat16))
 
 
+@triton.jit
+def joined(out, x, outer, inner, WORK: tl.constexpr, BLOCK: tl.constexpr):
+    """A loop in a loop, with WORK stores after the inner one, made into one."""
+    lane = tl.arange(0, BLOCK)
+    tl.assume(inner > 0)
+    for i in tl.range(0, outer, flatten=True):
+        total = tl.zeros([BLOCK], dtype=tl.float32)
+        for j in range(0, inner):
+            total = tl.exp(total * tl.load(x + j * BLOCK + lane))
+        for k in tl.static_range(WORK):
+            tl.store(out + (i * WORK + k) * 2 * BLOCK + lane, total)
+
+
 def build_loops(work: int) -> Compiled:
     kinds = {"out": F32, "x": F32, "outer": "i32", "inner": "i32", "rare": "i32"}
     return compile_kernel(loops, "sm_90a", kinds, {"WORK": work, "BLOCK": 128})
@@ -55,6 +68,16 @@ def build_product(arch: str, divisible: tuple[str, ...] = ("width",)) -> Compile
     kinds = {"a": BF16, "b": BF16, "c": BF16, "width": "i32"}
     sides = {"M": 64, "N": 64, "K": 64}
     return compile_kernel(product, arch, kinds, sides, divisible=divisible)
+
+
+def test_two_loops_made_one_are_told_apart() -> None:
+    """What the inner one does counts in every trip, the rest once a trip of the outer."""
+    kinds = {"out": F32, "x": F32, "outer": "i32", "inner": "i32"}
+    got = compile_kernel(joined, "sm_90a", kinds, {"WORK": 64, "BLOCK": 128})
+    (loop,) = got.code.loops
+    assert loop.always < loop.inside
+    counts = got.count({"joined: for i": 7, "joined: for i + joined: for j": 11})
+    assert counts.kinds["ldg"] == 7 * 11 and counts.kinds["stg"] == 7 * 64
 
 
 @pytest.mark.parametrize("inner", [1, 13])

@@ -5,8 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import modelled, sass_model, sass_pages
-from benchmarks.sass_work import CARDS, Line, Row, lines_of, of_triton
+from benchmarks import modelled, sass, sass_model, sass_pages
+from benchmarks.sass_work import CARDS, Line, Row, Work, lines_of, of_triton
 
 pytestmark = pytest.mark.compile
 CARD = CARDS["H200"]
@@ -54,6 +54,26 @@ def test_trips_that_no_argument_tells_must_be_given() -> None:
     works = of_triton(lambda: follow[(1,)](x, out), {"follow: while at > 0": 1000})
     (line,) = lines_of(works(CARD), CARD)
     assert line.times["issue"] > 1000 * 4 / 4 / CARD.hertz / CARD.multiprocessors * 1e3
+
+
+@pytest.mark.parametrize("held", [1, 2])
+def test_loads_that_run_ahead_are_uncovered_by_blocks_and_buffers(held: int) -> None:
+    """2 ms of products and 3 of loads: nearly in turns with one buffer, side by side with many."""
+    counts = sass.Counts()
+    counts.multiplications = 2e-3 * CARD.multiprocessors * CARD.products * CARD.hertz
+    shared = 3 * CARD.cache / 128 / CARD.multiprocessors / CARD.hertz
+
+    def expected(ahead: int) -> float:
+        moved = {"memory": 1e-3 * CARD.memory, "cache": 3e-3 * CARD.cache}
+        (line,) = lines_of([Work("kernel", counts, 1, held, 1, **moved, ahead=ahead)], CARD)
+        assert line.times["shared"] == pytest.approx(shared) and line.largest == pytest.approx(3)
+        return line.expected
+
+    block = 2 + shared / 2 / held
+    assert expected(0) == pytest.approx(3 + (2 + shared) / 2 / held)
+    assert [expected(n) for n in (1, 3)] == pytest.approx(
+        [3 + block / 2 / held / n for n in (1, 3)]
+    )
 
 
 ROWS = sass_model.rows()

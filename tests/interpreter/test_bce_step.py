@@ -4,6 +4,7 @@ reference.
 
 import math
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -241,7 +242,8 @@ def test_accesses_are_the_model(extra: bool, fused: bool, monkeypatch: pytest.Mo
 
 
 def blocks_of(p: Plan) -> Blocks:
-    return Blocks(**asdict(p), score_b=p.block_b)
+    score_l, score_b = p.large_score(p.block_b)
+    return Blocks(**asdict(p), score_l=score_l, score_b=score_b)
 
 
 def test_the_models_blocks_are_the_kernels() -> None:
@@ -277,6 +279,33 @@ def test_descriptors_give_the_same_bits(
     plain = run(step)
     monkeypatch.setattr(descriptors, "card_has_tma", lambda device: True)
     assert_same_bits(run(step), plain)
+
+
+@pytest.mark.parametrize("batch", [13, 18, 40], ids="{} samples".format)
+@pytest.mark.parametrize("share", [0.005, 0.3], ids=["few positives", "many"])
+def test_larger_tiles_give_the_same_bits(
+    share: float, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With descriptors tiles are larger; a tile of logits may reach beyond its chunk."""
+    step = random_step(batch, 203, 72, BF16, share=share, need_loss=False).replace(rows=190)
+    plan = replace(PLAN, chunk=96)
+    plain = step.run(partial(step_op, plan=plan))
+    seen = {"parts": 1}
+    launch = interpreter.GridExecutor.__call__
+
+    def watch(self: Any, *given: Any, **options: Any) -> None:
+        named = dict(zip(self.arg_names, given, strict=False))
+        seen[self.fn.__name__] = named.get("BLOCK_L", 1) * named.get("BLOCK_B", 1)
+        if "PARTS" in named:
+            seen["parts"] = named["PARTS"]
+        launch(self, *given, **options)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", watch)
+    monkeypatch.setattr(descriptors, "card_has_tma", lambda device: True)
+    assert_same_bits(step.run(partial(step_op, plan=replace(plan, wide=2))), plain)
+    assert seen["score_tiles"] == plan.block_l * plan.block_b * (2 if share < 0.1 else 1)
+    assert ("update_rows" in seen) == (batch > plan.block_b)
+    assert seen["parts"] == (2 if batch > plan.block_b else 1)
 
 
 @pytest.mark.parametrize("skips", [False, True], ids=["", "skips"])

@@ -33,10 +33,23 @@ class Plan:
     block_d: int
     step: int  # how far one product of the tensor cores reaches along D or B
     splits: int  # programs that share the labels of a chunk, each with its own sum of dX
+    # Where descriptors feed them, tiles are so many times as large, for fewer bytes from L2: one
+    # side of logits, columns of dX, both sides of an update of its own. No sum depends on it.
+    wide: int = 1
 
     def pitch(self, batch: int) -> int:
         """Return the samples of a row of the gradient: all accesses are 128 bits wide."""
         return triton.cdiv(max(batch, 1), self.block_b) * self.block_b
+
+    def large_score(self, batch: int) -> tuple[int, int]:
+        """Return the labels and samples of a tile of logits that descriptors feed.
+
+        Samples where whole tiles take them all: their operands are read from shared memory less.
+        """
+        blocks = triton.cdiv(batch, self.block_b)
+        if blocks % self.wide:
+            return self.wide * self.block_l, self.block_b
+        return self.block_l, self.wide * self.block_b
 
     def with_rows(self, rows: int) -> "Plan":
         """Return the same plan for a table smaller than a chunk."""
@@ -66,6 +79,8 @@ def make_plan(batch: int, width: int, dtype: torch.dtype) -> Plan:
         # e4m3 is converted in registers: shorter steps.
         step=32 if wide else 64,
         splits=max(1, PROGRAMS // blocks),
+        # e4m3 is converted in registers, which then do not suffice.
+        wide=2 if dtype.itemsize == 2 and block_b == side else 1,
     )
     element = 4 if wide else 2
     # The batch in the table's format, and sums of dX: one alone stands where the result will.
@@ -75,15 +90,17 @@ def make_plan(batch: int, width: int, dtype: torch.dtype) -> Plan:
     return replace(plan, chunk=max(2 * GROUP, min(CHUNK, labels // 1024 * 1024)))
 
 
-def score_options(dtype: torch.dtype, narrow: bool) -> dict[str, Any]:
-    """Return how `score_tiles` is compiled: two wide tiles a processor, or a narrow one."""
+def score_options(dtype: torch.dtype, narrow: bool, large: bool = False) -> dict[str, Any]:
+    """Return how `score_tiles` is compiled: two wide tiles a processor, a narrow or a large one."""
     options = {"num_warps": 16 if dtype == torch.float32 else 8, "num_stages": 2, **common.LAUNCH}
+    if large:
+        return options | {"num_stages": 3}
     return options if narrow else options | {"maxnreg": 128}
 
 
-def dx_options(tma: bool) -> dict[str, Any]:
-    """Return how `add_dx` is compiled."""
-    return {"num_warps": 8, "num_stages": 3 if tma else 2, **common.LAUNCH}
+def dx_options(tma: bool, wide: bool = False) -> dict[str, Any]:
+    """Return how `add_dx` is compiled; wide: one tile a processor, with room for more buffers."""
+    return {"num_warps": 8, "num_stages": 4 if wide else 3 if tma else 2, **common.LAUNCH}
 
 
 def update_options(tma: bool, heavy: bool = False) -> dict[str, Any]:
@@ -92,7 +109,8 @@ def update_options(tma: bool, heavy: bool = False) -> dict[str, Any]:
     return {"num_warps": warps, "num_stages": 3 if tma else 2, **common.LAUNCH}
 
 
-def step_options(plain: bool) -> dict[str, Any]:
+def step_options(plain: bool, dtype: torch.dtype) -> dict[str, Any]:
     """Return how `step_tiles` is compiled: without states, two programs a processor."""
-    pipeline = {"num_stages": 2, "maxnreg": 128} if plain else {"num_stages": 3}
-    return {"num_warps": 8, **pipeline, **common.LAUNCH}
+    if plain and dtype == torch.float16:  # rounds in more registers
+        return {"num_warps": 8, "num_stages": 2, "maxnreg": 128, **common.LAUNCH}
+    return {"num_warps": 4 if plain else 8, "num_stages": 3, **common.LAUNCH}

@@ -134,60 +134,140 @@ def update_rows(
     DECOUPLED: tl.constexpr,
     TMA: tl.constexpr,
     EMULATED: tl.constexpr,
+    PARTS: tl.constexpr = 1,
 ):
     """Form the gradient G x of a tile of rows and columns, and update them in place.
 
     Nothing is written if flag is set. quiet: None, or int32 [groups of the chunk], 1 where the
-    gradient is left out.
+    gradient is left out. PARTS: 1, a program for every tile; 2, each takes every n-th one, what
+    descriptors load runs on from one to the next, and the halves of its columns are updated one
+    after the other, so that the registers suffice.
     """
+    tl.static_assert(PARTS == 1 or (PARTS == 2 and TMA and quiet is None))
     d_blocks = tl.cdiv(D, BLOCK_D)
-    column, local = (
-        (tl.program_id(0) % d_blocks) * BLOCK_D,
-        (tl.program_id(0) // d_blocks) * BLOCK_R,
-    )
+    begin, end, stride = tl.program_id(0), 0, tl.num_programs(0)
     if tl.load(flag) != 0:
         return
     trained = True
     if quiet is not None:
-        idle = tl.load(quiet + local // GROUP) != 0
+        idle = tl.load(quiet + begin // d_blocks * BLOCK_R // GROUP) != 0
         if momentum is None and kahan is None and tl.load(hyper + DECAY) == 0.0 and idle:
             return  # nothing would change
         batch = tl.where(idle, 0, batch)
         trained = idle == 0
+    state = (weight, column_sum, bias, momentum, second, kahan, row_scale)
+    numbers = (hyper, counter, correction)
+    sizes = (batch, rows, first, chunk, D, row_offset, b_blocks)
+    if PARTS > 1:
+        tl.assume(batch > 0)
+        end = tl.cdiv(tl.minimum(chunk, rows - first), BLOCK_R).to(tl.int32) * d_blocks
+        for tile in tl.range(begin, end, stride, flatten=True):
+            update_block(
+                x,
+                gradient,
+                state,
+                numbers,
+                sizes,
+                tile,
+                trained,
+                G_SCALE,
+                BLOCK_B,
+                BLOCK_R,
+                BLOCK_D,
+                STEP,
+                DECOUPLED,
+                TMA,
+                EMULATED,
+                PARTS,
+            )
+    else:
+        update_block(
+            x,
+            gradient,
+            state,
+            numbers,
+            sizes,
+            begin,
+            trained,
+            G_SCALE,
+            BLOCK_B,
+            BLOCK_R,
+            BLOCK_D,
+            STEP,
+            DECOUPLED,
+            TMA,
+            EMULATED,
+            PARTS,
+        )
+
+
+@triton.jit
+def update_block(
+    x,
+    gradient,
+    state,
+    numbers,
+    sizes,
+    tile,
+    trained,
+    G_SCALE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STEP: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    TMA: tl.constexpr,
+    EMULATED: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Form the gradient of one tile, and update it; the arguments are those of `update_rows`."""
+    weight, column_sum, bias, momentum, second, kahan, row_scale = state
+    hyper, counter, correction = numbers
+    batch, rows, first, chunk, D, row_offset, b_blocks = sizes
+    d_blocks = tl.cdiv(D, BLOCK_D)
+    width: tl.constexpr = BLOCK_D // PARTS
+    column, local = (tile % d_blocks) * BLOCK_D, (tile // d_blocks) * BLOCK_R
     grad = row_gradient(
         x, gradient, local, column, batch, D, BLOCK_B, BLOCK_R, BLOCK_D, STEP, TMA, EMULATED
     )
-    begin = tl.cast(first, tl.int64) + local
-    loaded = load_tile(weight, begin, column, rows, D, D, BLOCK_R, BLOCK_D, TMA)
-    apply_gradient(
-        grad,
-        loaded,
-        trained,
-        weight,
-        column_sum,
-        bias,
-        momentum,
-        second,
-        kahan,
-        row_scale,
-        hyper,
-        counter,
-        correction,
-        rows,
-        first,
-        local,
-        chunk,
-        D,
-        row_offset,
-        b_blocks,
-        column,
-        G_SCALE,
-        BLOCK_R,
-        BLOCK_D,
-        DECOUPLED,
-        TMA,
-        EMULATED,
-    )
+    if PARTS > 1:
+        grads = tl.split(tl.permute(tl.reshape(grad, [BLOCK_R, 2, width]), [0, 2, 1]))
+    else:
+        grads = (grad,)
+    for part in tl.static_range(0, PARTS):
+        c = column + part * width
+        loaded = load_tile(
+            weight, tl.cast(first, tl.int64) + local, c, rows, D, D, BLOCK_R, width, TMA
+        )
+        apply_gradient(
+            grads[part],
+            loaded,
+            trained,
+            weight,
+            column_sum,
+            bias,
+            momentum,
+            second,
+            kahan,
+            row_scale,
+            hyper,
+            counter,
+            correction,
+            rows,
+            first,
+            local,
+            chunk,
+            D,
+            row_offset,
+            b_blocks,
+            c,
+            G_SCALE,
+            BLOCK_R,
+            width,
+            DECOUPLED,
+            TMA,
+            EMULATED,
+        )
 
 
 @triton.jit
@@ -364,7 +444,6 @@ def bce_step_(
         if not fused:
             tiles.add_dx(first)
         sizes = (tiles.batch, tiles.rows, first, p.chunk, tiles.width, row_offset)
-        numbers = (tiles.score_blocks, tiles.g_scale, GROUP, p.block_b, p.block_r, p.block_d)
         gradient = tiles.gradient
         if fused:
             step_tiles[(tiles.d_blocks * p.splits,)](
@@ -378,33 +457,49 @@ def bce_step_(
                 tiles.flag,
                 None if groups is None else groups.order,
                 *sizes,
-                *numbers,
+                tiles.score_blocks,
+                tiles.g_scale,
+                GROUP,
+                p.block_b,
+                p.block_r,
+                p.block_d,
                 decoupled,
                 tiles.emulated,
                 **step_options(
                     plain=row_scale is None
                     and momentum is None
                     and kahan is None
-                    and groups is None
+                    and groups is None,
+                    dtype=tiles.kind,
                 ),
             )
         else:
-            step = min(p.step, p.block_b)
-            update_rows[(tiles.tiles_of(first, p.block_r) * tiles.d_blocks,)](
-                tiles.box(tiles.x, tiles.batch, step, p.block_d),
-                tiles.box(gradient, p.chunk, p.block_r, step),
+            step, parts = min(p.step, p.block_b), tiles.update_parts(momentum, kahan)
+            block_r, block_d = parts * p.block_r, parts * p.block_d
+            count = tiles.tiles_of(first, block_r) * triton.cdiv(tiles.width, block_d)
+            if parts > 1:
+                count = min(count, common.resident(x.device, 1))
+            update_rows[(count,)](
+                tiles.box(tiles.x, tiles.batch, step, block_d),
+                tiles.box(gradient, p.chunk, block_r, step),
                 tiles.column_sum,
-                tiles.box(tiles.weight, tiles.rows, p.block_r, p.block_d),
+                tiles.box(tiles.weight, tiles.rows, block_r, p.block_d),
                 *state,
                 correction,
                 tiles.flag,
                 None if groups is None else groups.quiet,
                 *sizes,
-                *numbers,
+                tiles.score_blocks,
+                tiles.g_scale,
+                GROUP,
+                p.block_b,
+                block_r,
+                block_d,
                 p.step,
                 decoupled,
                 tiles.tma,
                 tiles.emulated,
+                parts,
                 **update_options(tiles.tma, heavy=momentum is not None and row_scale is not None),
             )
     dx = tiles.dx_result(hyper)

@@ -91,10 +91,12 @@ def score_tiles(
     SINGLY: tl.constexpr,
     TMA: tl.constexpr,
     EMULATED: tl.constexpr,
+    STARTS: tl.constexpr = 1,
 ):
     """sigma(W xᵀ + bias) - y for a chunk of labels; what is None is not asked for.
 
-    Each program takes every n-th tile of labels and samples; tiles are independent. gradient
+    Each program takes every n-th tile of labels and samples; tiles are independent, and what
+    descriptors load runs on from one to the next. starts: of STARTS blocks a tile. gradient
     [chunk, pitch], zeros beyond samples and rows; of an e4m3 table it
     holds the rows' scales too, so that dX needs none. column_sum fp32 [b-blocks, chunk], sums over
     the samples of a block; loss fp32 [b-blocks, l-blocks of a chunk], sums over a tile and the
@@ -103,9 +105,11 @@ def score_tiles(
     b_blocks, l_blocks = tl.cdiv(batch, BLOCK_B), tl.cdiv(tl.minimum(chunk, rows - first), BLOCK_L)
     blocks = chunk // BLOCK_L
     lane = tl.arange(0, BLOCK_L)
+    tl.assume(D > 0)
     for tile in tl.range(tl.program_id(0), l_blocks * b_blocks, tl.num_programs(0), flatten=TMA):
         b_block, l_block = tile % b_blocks, tile // b_blocks  # neighbours in time share the rows
-        begin = tl.cast(first, tl.int64) + l_block * BLOCK_L
+        # Descriptors take places of 32 bits.
+        begin = tl.cast(first, tl.int32 if TMA else tl.int64) + l_block * BLOCK_L
         z = tl.zeros([BLOCK_L, BLOCK_B], dtype=tl.float32)
         for d in range(0, D, STEP):
             left = load_tile(weight, begin, d, rows, D, D, BLOCK_L, STEP, TMA)
@@ -118,8 +122,9 @@ def score_tiles(
             z *= unit[:, None]
         if bias is not None:
             z += tl.load(bias + begin + lane, mask=real, other=0.0)[:, None]
-        block = begin // BLOCK_L
-        p, p_end = tl.load(starts + block), tl.load(starts + block + 1)
+        block = begin // (BLOCK_L // STARTS)
+        last = tl.minimum(block + STARTS, tl.cdiv(rows, BLOCK_L // STARTS))
+        p, p_end = tl.load(starts + block), tl.load(starts + last)
         inside = real[:, None] & (sample < batch)[None, :]
         at = b_block * blocks + l_block
         if loss is not None:
@@ -284,8 +289,10 @@ def bias_gradient(
         for i in tl.static_range(0, b_blocks):
             total += tl.load(column_sum + i * chunk + local, mask=mask, other=0.0)
     else:
-        for i in range(0, b_blocks):
+        i = 0
+        while i < b_blocks:  # no `for`, so that the loops around it can be joined
             total += tl.load(column_sum + i * chunk + local, mask=mask, other=0.0)
+            i += 1
     return total
 
 
@@ -379,7 +386,10 @@ class Tiles:
         second = loss or self.positives[0].shape[0] > 4 * self.blocks * self.b_blocks
         second |= self.groups is not None and self.row_scale is not None
         self.narrow = second or column_sum or self.positives[2] is not None or not self.tma
-        self.score_b = min(p.block_b, 64) if self.narrow else p.block_b
+        self.score_l, self.score_b = p.block_l, min(p.block_b, 64) if self.narrow else p.block_b
+        self.large = not self.narrow and self.groups is None and p.wide > 1
+        if self.large:
+            self.score_l, self.score_b = p.large_score(self.batch)
         self.score_blocks = triton.cdiv(self.batch, self.score_b)
         blocks = p.chunk // p.block_l
         self.gradient = self.empty(p.chunk, self.pitch, dtype=self.kind) if gradient else None
@@ -388,6 +398,11 @@ class Tiles:
         self.loss = self.empty(self.score_blocks, blocks if self.rows else 0) if loss else None
         splits = p.splits if self.rows else 0
         self.partial = self.empty(splits, self.batch, self.width) if dx else None
+
+    def update_parts(self, *states: Tensor | None) -> int:
+        """Return how many halves of its columns an update of its own has; states need registers."""
+        plain = self.tma and self.groups is None and all(state is None for state in states)
+        return self.plan.wide if plain else 1
 
     def __iter__(self) -> Iterator[int]:
         """First rows of the chunks."""
@@ -416,15 +431,15 @@ class Tiles:
 
     def _score(self, first: int) -> None:
         p = self.plan
-        tiles = self.tiles_of(first, p.block_l) * self.score_blocks
-        score_tiles[(min(tiles, common.resident(self.weight.device)),)](
+        tiles = self.tiles_of(first, self.score_l) * self.score_blocks
+        score_tiles[(min(tiles, common.resident(self.weight.device, 1 if self.large else 2)),)](
             self.box(self.x, self.batch, self.score_b, p.step),
-            self.box(self.weight, self.rows, p.block_l, p.step),
+            self.box(self.weight, self.rows, self.score_l, p.step),
             self.bias,
             self.row_scale,
             self.starts,
             *self.positives,
-            self.box(self.gradient, p.chunk, p.block_l, self.score_b),
+            self.box(self.gradient, p.chunk, self.score_l, self.score_b),
             self.column_sum,
             self.loss,
             self.peaks,
@@ -436,22 +451,23 @@ class Tiles:
             self.width,
             self.g_scale,
             self.score_b,
-            p.block_l,
+            self.score_l,
             p.step,
             not self.narrow or self.kind == torch.float32,
             self.tma,
             self.emulated,
-            **score_options(self.kind, self.narrow),
+            self.score_l // p.block_l,
+            **score_options(self.kind, self.narrow, self.large),
         )
 
     def add_dx(self, first: int) -> None:
         """Add the chunk's share of dX to the partial sums."""
-        p = self.plan
+        p, block_d = self.plan, self.plan.block_d * (self.plan.wide if self.tma else 1)
         if not self.batch:
             return
-        add_dx[(self.b_blocks * self.d_blocks, p.splits)](
+        add_dx[(self.b_blocks * triton.cdiv(self.width, block_d), p.splits)](
             self.box(self.gradient, p.chunk, p.block_r, p.block_b),
-            self.box(self.weight, self.rows, p.block_r, p.block_d),
+            self.box(self.weight, self.rows, p.block_r, block_d),
             self.partial,
             None if self.groups is None else self.groups.order,
             self.batch,
@@ -462,10 +478,10 @@ class Tiles:
             GROUP,
             p.block_b,
             p.block_r,
-            p.block_d,
+            block_d,
             self.tma,
             self.emulated,
-            **dx_options(self.tma),
+            **dx_options(self.tma, block_d > p.block_d),
         )
 
     def dx_result(self, hyper: Tensor | None) -> Tensor:

@@ -45,12 +45,14 @@ def subtract_targets(
     """
     lane, sample = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_B)
     if SINGLY or pos_value is not None:
-        for p in range(begin, end):
+        p = begin
+        while p < end:  # no `for`, so that the loops around it can be joined
             row = (tl.load(pos_row + p) - first).to(tl.int32)
             at = tl.load(pos_sample + p) - first_sample
             y = tl.load(pos_value + p) if pos_value is not None else 1.0
             hit = (lane == row)[:, None] & (sample == at)[None, :]
             tile = tl.where(hit, tile - (y if factor is None else y * factor), tile)
+            p += 1
     else:
         for p in range(begin, end, 16):
             at = p + tl.arange(0, 16)
