@@ -225,7 +225,8 @@ def _parse(listing: str) -> Iterator[Code]:
                 text = re.sub(r"\s+", " ", found[1])
                 words = text.split()
                 opcode = words[1] if words[0].startswith("@") else words[0]
-                if target := re.search(r"\bBRA\b.*?\(([.$\w]+)\)", text):
+                # For sm_80 a jump to where warps meet again is a CALL that does not return.
+                if target := re.search(r"\b(?:BRA\b.*?|CALL\b.*?(?=\(\.))\(([.$\w]+)\)", text):
                     branches[len(code)] = target[1]
                 code.append(Instruction(text, opcode, source))
         end = len(code) if end is None else end
@@ -242,9 +243,10 @@ def _parse(listing: str) -> Iterator[Code]:
         after = []
         for number, block in enumerate(blocks):
             last, following = kernel[block[-1]], set()
-            if last.base == "BRA" and jumps.get(block[-1]) in block_at:
+            if jumps.get(block[-1]) in block_at:
                 following.add(block_at[jumps[block[-1]]])
-            if number + 1 < len(blocks) and not _ends(last):
+            jumps_away = last.base == "CALL" and block[-1] in jumps and last.text[0] != "@"
+            if number + 1 < len(blocks) and not jumps_away and not _ends(last):
                 following.add(number + 1)
             after.append(sorted(following))
         yield Code(name, kernel, find_loops(kernel, blocks, after), blocks, len(code) - end)

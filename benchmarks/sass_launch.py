@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 
 from benchmarks import sass
+from benchmarks.sass_loops import branches_of
 
 KINDS = {
     torch.float32: "fp32",
@@ -93,7 +94,8 @@ def find_trips(
 ) -> dict[str | tuple[int, ...], float]:
     """Return the trips of every loop: given ones, or those of a range over the arguments.
 
-    Where the compiler made one loop of two, both stand in a key; see `sass.Trips`.
+    Where the compiler made one loop of two, both stand in a key; see `sass.Trips`. With them stand
+    the given shares of the branches that the code has.
 
     Raises:
         ValueError: a loop's trips are not given, and its range is not of the arguments alone.
@@ -119,7 +121,8 @@ def find_trips(
         if trips is None:
             raise ValueError(f"{code.name}: no trips for {statement or loop.path!r}")
         out[statement] = trips
-    return out
+    branches = {key for i in code.instructions for key in branches_of(i.source)}
+    return out | {key: told(key) or 0.0 for key in given if key in branches}
 
 
 def _range_of(source: tuple[str, str, int], numbers: Mapping[str, int]) -> int | None:
