@@ -98,10 +98,19 @@ def compile_kernel(
         (kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in pointers | set(divisible)
     }
     source = ASTSource(kernel, signature, constants | dict.fromkeys(absent), attributes)
+    options |= {"num_warps": num_warps, "num_stages": num_stages}
+    key = (source.hash(), arch, str(sorted(options.items())))
+    if key not in _compiled:
+        _compiled[key] = _build(source, arch, options)
+    return _compiled[key]
+
+
+_compiled: dict[tuple[str, str, str], Compiled] = {}  # of this process: some tests ask alike
+
+
+def _build(source: ASTSource, arch: str, options: dict[str, Any]) -> Compiled:
     target = GPUTarget("cuda", (ARCHES | E4M3_ARCHES | NEWER)[arch], 32)
-    built = triton.compile(
-        source, target=target, options={"num_warps": num_warps, "num_stages": num_stages, **options}
-    )
+    built = triton.compile(source, target=target, options=options)
     needs = sass.resources(built.asm["cubin"])
     assert needs, "no kernel in the cubin"
     worst = {
@@ -109,4 +118,6 @@ def compile_kernel(
         for key in ("registers", "stack", "local", "shared")
     }
     worst["shared"] = max(worst["shared"], built.metadata.shared)
-    return Compiled(arch, num_warps, **worst, ptx=built.asm["ptx"], cubin=built.asm["cubin"])
+    return Compiled(
+        arch, options["num_warps"], **worst, ptx=built.asm["ptx"], cubin=built.asm["cubin"]
+    )
