@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+import nvcc
 from benchmarks import modelled, sass, sass_model, sass_pages
 from benchmarks.sass_work import CARDS, Line, Row, Work, lines_of, of_triton
 
@@ -82,6 +83,8 @@ ROWS = sass_model.rows()
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.op} {row.dtype} {row.shape}")
 def test_the_committed_figures_are_of_these_kernels(row: Row) -> None:
     """Where not: python benchmarks/sass_model.py --write."""
+    if row.op == "sparse_update":
+        nvcc.need_nvcc()
     found = sass_model.figure(row, "H200", sass_model.lines(row, CARD))
     told = modelled.find(modelled.read(), row.op, row.shape, row.phase, row.dtype)
     assert told is not None
