@@ -19,7 +19,7 @@
 namespace emu {
 
 struct Index {
-  uint32_t x;
+  uint32_t x, y = 0;
 };
 struct Barrier {
   std::vector<uint32_t> arrived;

@@ -24,6 +24,13 @@
 #include "../launch.h"
 #include "pair_update.cuh"
 
+// The tests put others in their place, to run without a card.
+#ifndef XK_LAUNCH_SHARED
+#define XK_LAUNCH_SHARED(kernel, grid, threads, bytes, stream) \
+  kernel<<<grid, threads, bytes, stream>>>
+#define XK_SHARED_MEMORY(name) extern __shared__ __align__(1024) char name[]
+#endif
+
 namespace xk::cuda {
 namespace {
 
@@ -236,7 +243,7 @@ __device__ void consume_tiles(Shared& s, const Maps& maps, const Sizes& a, int w
 template <bool kDecoupled>
 __global__ void __launch_bounds__(kThreads, 1)
     bce_pass_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Sizes a) {
-  extern __shared__ __align__(1024) char memory[];
+  XK_SHARED_MEMORY(memory);
   Shared& s = *reinterpret_cast<Shared*>(memory);
   if (*a.flag != 0) return;
   const int column = blockIdx.x * kColumns, split = blockIdx.y;
@@ -321,8 +328,9 @@ void bce_pass(const BcePass& args, void* stream) {
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   int(sizeof(Shared))),
              "shared memory of bce_pass");
-  kernel<<<dim3(uint32_t((args.width + kColumns - 1) / kColumns), uint32_t(args.splits)), kThreads, sizeof(Shared),
-                    static_cast<cudaStream_t>(stream)>>>(maps, sizes);
+  const dim3 grid(uint32_t((args.width + kColumns - 1) / kColumns), uint32_t(args.splits));
+  XK_LAUNCH_SHARED(kernel, grid, kThreads, sizeof(Shared), static_cast<cudaStream_t>(stream))
+  (maps, sizes);
   check_cuda(cudaGetLastError(), "bce_pass");
 }
 
