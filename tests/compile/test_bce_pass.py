@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import sass
+from benchmarks import sass, sass_pass
 from common import assert_same_bits, make_counter
 from cuda_arithmetic import address
 from nvcc import FLAGS, LINKED, ROOT, SOURCES, TORCH, compiled, folder, need_nvcc, run
@@ -84,13 +84,7 @@ def test_it_spills_nothing_and_runs_its_products_side_by_side() -> None:
 
 def turn(code: sass.Code) -> list[sass.Instruction]:
     """A tile of labels, as a warp of a consumer takes it."""
-    (loop,) = (at for at in code.loops if any(_is(code, i, "HGMMA") for i in at.inside))
-    assert len(loop.path) == 1
-    return [code.instructions[i] for i in sorted(loop.inside)]
-
-
-def _is(code: sass.Code, i: int, base: str) -> bool:
-    return code.instructions[i].base == base
+    return [code.instructions[i] for i in sorted(sass_pass.turn(code).inside)]
 
 
 def test_a_tile_takes_few_instructions_and_wide_ones() -> None:
@@ -133,6 +127,17 @@ def test_registers_are_shared_out_anew() -> None:
     assert stages == 5 and shared <= 227 << 10
     pieces = SAMPLES * COLUMNS + stages * LABELS * (COLUMNS + SAMPLES) + 2 * LABELS * COLUMNS
     assert shared >= 2 * pieces
+
+
+def test_the_model_of_its_time() -> None:
+    """docs/results/gpu.md has the figure. Memory is the largest of its resources."""
+    sizes = (sass_pass.SAMPLES, sass_pass.LABELS, sass_pass.COLUMNS)
+    assert sizes == (SAMPLES, LABELS, COLUMNS)
+    assert sass_pass.STAGES == int(told("sizes", 2)[0])
+    line = sass_pass.model(binary()[0])
+    print(f"\nbce_pass bf16 B128 L2.8M (model): {line.expected:.2f} ms")
+    assert line.expected < 2.85 and line.times["memory"] == line.largest < 2.2
+    assert line.launches == 4
 
 
 def box(rows: int) -> torch.Tensor:
