@@ -5,7 +5,7 @@
 The suite is printed as it comes. The GPU kernels, in Triton's interpreter and compiled ahead of
 time, are tested by processes of their own, which leave it the processor where it wants it; what
 they print follows when it has ended. A test that stands still ends its run after LIMIT seconds,
-with the stacks of all threads.
+with the stacks of all threads; one that stands still outside of tests is killed after LONGEST.
 
 Exit status: 0, or 1 if a run failed.
 """
@@ -26,6 +26,7 @@ from typing import IO
 LIMIT = 1200  # seconds of one test with its fixtures; what tests wait for has shorter limits
 GUARD = ["-o", f"faulthandler_timeout={LIMIT}", "-o", "faulthandler_exit_on_timeout=true"]
 PYTEST = [sys.executable, "-m", "pytest", *GUARD]
+LONGEST = 4500.0  # seconds of a whole run, which takes a third of it on two cores
 NICE = 5  # that the suite goes before the others
 
 
@@ -64,7 +65,11 @@ class Running:
 
     def end(self) -> bool:
         """Wait for its end and print what it told; return whether it passed."""
-        status = self.process.wait()
+        try:
+            status = self.process.wait(max(0.0, self.begin + LONGEST - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait(60)
         minutes = (time.monotonic() - self.begin) / 60
         if self.told is not None:
             print(f"\n{self.stage.name}", flush=True)

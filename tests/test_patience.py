@@ -85,7 +85,6 @@ ALLOWED = {
     "patience.py": "os.waitpid(pid, 0)",
     "mutants.py": "os.waitpid(child, 0)",
     "command_ends.py": "os.waitpid(self.pid, 0)",
-    "stages.py": "self.process.wait()",
     "processes.py": "dist.wait()",
     "test_dist.py": "dist.wait()",
 }

@@ -50,6 +50,14 @@ def test_a_failure_anywhere_fails_all(bad: int, capfd: pytest.CaptureFixture[str
     assert f"{bad}: FAILED with status 3" in told and told.count("passed") == 2
 
 
+def test_a_run_that_stands_still_is_killed(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stages, "LONGEST", 0.5)
+    assert not stages.run(stage("a", "pass"), [stage("b", "import time; time.sleep(600)")])
+    assert "b: FAILED with status -9" in capfd.readouterr().out
+
+
 def test_what_still_runs_when_it_is_interrupted_is_ended(tmp_path: Path) -> None:
     code = (
         "import signal, stages, sys\n"

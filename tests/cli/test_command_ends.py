@@ -25,14 +25,14 @@ CASES = [
 ]
 
 
-def run_script(name: str, *words: str | Path) -> list[dict[str, Any]]:
+def run_script(name: str, *words: str | Path, seconds: int = 1000) -> list[dict[str, Any]]:
     """Run a script of tests/ with the paths of this process; return its lines of JSON."""
     here = Path(__file__).parents[1]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), *filter(None, sys.path)])}
     # Threads do not survive a fork.
     env |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, str(here / name), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1500)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=seconds)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -56,6 +56,6 @@ def test_every_case_is_named(wrong: dict[object, object]) -> None:
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_runs_end_as_one_that_was_left_alone(rounds: int, tmp_path: Path) -> None:
-    found = run_script("kill_rounds.py", tmp_path, str(rounds), "7")
+    found = run_script("kill_rounds.py", tmp_path, str(rounds), "7", seconds=900 + 60 * rounds)
     assert len(found) == rounds and all(line["differ"] == [] for line in found)
     assert all(any(not end.endswith(" 0") for end in line["ends"]) for line in found)
