@@ -203,7 +203,7 @@ def test_update_rows(way: Way, states: bool) -> None:
         "weight": (p.block_r, p.block_d),
         "gradient": (p.block_r, step),
     }
-    options = bce_plan.update_options(way[2], heavy=states and way[1] == E4M3)
+    options = bce_plan.update_options(way[2], not states, heavy=states and way[1] == E4M3)
     given = states_of(way[1]) if states else {}
     tensors = updates(way, given, quiet=I32 if states else None)
     got = build(bce_step.update_rows, way, tensors, boxes, options)
@@ -229,13 +229,14 @@ def test_step_tiles(dtype: torch.dtype, skips: bool, states: dict[str, torch.dty
         "gradient": (p.block_r, p.block_b),
     }
     tensors = updates(way, states, partial=F32, order=I32 if skips else None)
-    plain = not states and not skips and dtype != E4M3
-    got = build(bce_step.step_tiles, way, tensors, boxes, bce_plan.step_options(plain, dtype))
+    plain = not states and not skips
+    options = bce_plan.step_options(plain)
+    got = build(bce_step.step_tiles, way, tensors, boxes, options)
     check(got, way)
     if plain:
         assert got.occupancy == 2
         tensors |= {"bias": None, "column_sum": None}
-        got = build(bce_step.step_tiles, way, tensors, boxes, bce_plan.step_options(plain, dtype))
+        got = build(bce_step.step_tiles, way, tensors, boxes, options)
         check(got, way)
         assert got.occupancy == 2
 
@@ -247,7 +248,7 @@ def test_store_gradient(way: Way) -> None:
     boxes = {"x": (step, p.block_d), "gradient": (p.block_r, step)}
     tensors = {"column_sum": F32, "dweight": F32, "dbias": F32, "flag": I32}
     tensors["row_scale"] = F32 if way[1] == E4M3 else None
-    options = bce_plan.update_options(way[2])
+    options = bce_plan.update_options(way[2], plain=True)
     check(build(bce_loss.store_gradient, way, tensors, boxes, options), way)
 
 

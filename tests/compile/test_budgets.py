@@ -18,11 +18,11 @@ WEIGHTS = ROWS * COLUMNS / (32 * WARPS)  # of a thread
 LOOP = "update_tiles: for begin"
 # Tensors; instructions per weight for sm_90a.
 BUDGETS: dict[str, tuple[dict[str, Any], float]] = {
-    "bf16": ({"weight": BF16}, 15.5),
-    "fp16": ({"weight": F16}, 33.0),
-    "e4m3": ({"weight": U8, "row_scale": F32}, 42.0),
-    "bf16 momentum": ({"weight": BF16, "momentum": BF16}, 33.0),
-    "bf16 adam": ({"weight": BF16, "momentum": BF16, "second": BF16}, 56.5),
+    "bf16": ({"weight": BF16}, 13.0),
+    "fp16": ({"weight": F16}, 18.5),
+    "e4m3": ({"weight": U8, "row_scale": F32}, 26.6),
+    "bf16 momentum": ({"weight": BF16, "momentum": BF16}, 22.6),
+    "bf16 adam": ({"weight": BF16, "momentum": BF16, "second": BF16}, 48.0),
 }
 
 

@@ -56,14 +56,14 @@ def round_kernel(
     if NEAREST:
         tl.store(out + at, common.round_nearest(v, DTYPE, True), mask=at < n)
     else:
-        tl.store(out + at, common.round_stochastic(v, r.to(tl.int32), DTYPE), mask=at < n)
+        tl.store(out + at, common.round_stochastic(v, r.to(tl.uint16), DTYPE), mask=at < n)
 
 
 @triton.jit
 def e4m3_kernel(value, words, code, back, n, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     r = tl.load(words + at, mask=at < n, other=0).to(tl.uint32)
-    got = common.encode_e4m3(tl.load(value + at, mask=at < n, other=0.0), r)
+    got, _ = common.encode_e4m3(tl.load(value + at, mask=at < n, other=0.0), r)
     tl.store(code + at, got, mask=at < n)
     tl.store(back + at, common.decode_e4m3(got), mask=at < n)
 

@@ -132,7 +132,7 @@ def bce_loss_backward(
                 p.step,
                 tiles.tma,
                 tiles.emulated,
-                **update_options(tiles.tma),
+                **update_options(tiles.tma, plain=True),
             )
     dx = tiles.dx_result(None)
     return (

@@ -103,14 +103,15 @@ def dx_options(tma: bool, wide: bool = False) -> dict[str, Any]:
     return {"num_warps": 8, "num_stages": 4 if wide else 3 if tma else 2, **common.LAUNCH}
 
 
-def update_options(tma: bool, heavy: bool = False) -> dict[str, Any]:
-    """Return how `update_rows` and `store_gradient` are compiled; heavy: e4m3 rows with states."""
-    warps = 16 if heavy else 8
-    return {"num_warps": warps, "num_stages": 3 if tma else 2, **common.LAUNCH}
+def update_options(tma: bool, plain: bool, heavy: bool = False) -> dict[str, Any]:
+    """Return how `update_rows` and `store_gradient` are compiled.
+
+    plain: without states, two programs a processor. heavy: e4m3 rows with states.
+    """
+    options = {"num_warps": 16 if heavy else 8, "num_stages": 3 if tma else 2, **common.LAUNCH}
+    return options | {"maxnreg": 128} if plain else options
 
 
-def step_options(plain: bool, dtype: torch.dtype) -> dict[str, Any]:
+def step_options(plain: bool) -> dict[str, Any]:
     """Return how `step_tiles` is compiled: without states, two programs a processor."""
-    if plain and dtype == torch.float16:  # rounds in more registers
-        return {"num_warps": 8, "num_stages": 2, "maxnreg": 128, **common.LAUNCH}
     return {"num_warps": 4 if plain else 8, "num_stages": 3, **common.LAUNCH}

@@ -20,8 +20,8 @@ from xmlkernels.triton.bce_tile import (
     place_of,
     row_gradient,
 )
-from xmlkernels.triton.hyper import DECAY, LR, SCALE
-from xmlkernels.triton.update import bias_corrections, update_tile
+from xmlkernels.triton.hyper import DECAY, SCALE
+from xmlkernels.triton.update import bias_corrections, load_numbers, update_tile
 
 
 @triton.jit
@@ -54,18 +54,22 @@ def apply_gradient(
     TMA: tl.constexpr,
     EMULATED: tl.constexpr,
     UNROLL: tl.constexpr = False,
+    numbers=None,
+    scale=None,
 ):
     """Update some rows and columns from G x, and the rows' biases where trained is true.
 
-    loaded: the weights as they were read.
+    loaded: the weights as they were read. numbers, scale: None, or what a caller's loop has read of
+    hyper before it began: what `load_numbers` returned, and the loss's scale.
     """
+    if numbers is None:
+        numbers, scale = load_numbers(hyper, counter, correction), tl.load(hyper + SCALE)
     begin = tl.cast(first, tl.int64) + local
     lane, c = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     real = begin + lane < rows
-    scale = tl.load(hyper + SCALE)
     if bias is not None:
         mask = real & trained & (column == 0)
-        step = tl.load(hyper + LR) * (
+        step = numbers[2] * (
             scale * bias_gradient(column_sum, local + lane, mask, chunk, b_blocks, BLOCK_R, UNROLL)
         )
         value = tl.load(bias + begin + lane, mask=mask, other=0.0) - step
@@ -75,7 +79,7 @@ def apply_gradient(
         scale_at = row_scale + 2 * (begin + lane)
         unit = tl.load(scale_at, mask=real, other=1.0)
         # Taken into G for the sake of dX.
-        grad *= tl.div_rn(tl.full([BLOCK_R], 1.0, tl.float32), unit)[:, None]
+        grad *= common.inverse(unit)[:, None]
     else:
         scale_at = None
     base = begin * D + column
@@ -99,6 +103,7 @@ def apply_gradient(
         EMULATED,
         loaded=loaded,
         place=begin.to(tl.int32) if TMA else None,
+        numbers=numbers,
     )
 
 
@@ -316,6 +321,7 @@ def step_tiles(
     at, inside = partial_at(partial, split, 0, column, batch, D, BLOCK_B, BLOCK_D)
     total = tl.load(at, mask=inside & (first > 0), other=0.0)
     samples = x.load([0, column])
+    numbers, scale = load_numbers(hyper, counter, correction), tl.load(hyper + SCALE)
     tiles = busy_tiles(order, rows, first, chunk, GROUP, BLOCK_R)
     for i in range(split, tiles, splits):
         local = place_of(order, i, GROUP, BLOCK_R)
@@ -354,7 +360,15 @@ def step_tiles(
             True,
             EMULATED,
             True,
+            numbers,
+            scale,
         )
+    # The flag is not set; asked again, so that the place is found again: kept, it would take
+    # registers through the loop.
+    base = tl.where(tl.load(flag) == 0, tl.program_id(0), 0)
+    at, inside = partial_at(
+        partial, base // d_blocks, 0, base % d_blocks * BLOCK_D, batch, D, BLOCK_B, BLOCK_D
+    )
     tl.store(at, total, mask=inside)
     if order is not None:
         all_tiles = tl.cdiv(tl.minimum(chunk, rows - first), GROUP).to(tl.int32)
@@ -392,6 +406,8 @@ def step_tiles(
                 DECOUPLED,
                 True,
                 EMULATED,
+                numbers=numbers,
+                scale=scale,
             )
 
 
@@ -465,13 +481,7 @@ def bce_step_(
                 p.block_d,
                 decoupled,
                 tiles.emulated,
-                **step_options(
-                    plain=row_scale is None
-                    and momentum is None
-                    and kahan is None
-                    and groups is None,
-                    dtype=tiles.kind,
-                ),
+                **step_options(plain=momentum is None and kahan is None and groups is None),
             )
         else:
             step, parts = min(p.step, p.block_b), tiles.update_parts(momentum, kahan)
@@ -500,7 +510,11 @@ def bce_step_(
                 tiles.tma,
                 tiles.emulated,
                 parts,
-                **update_options(tiles.tma, heavy=momentum is not None and row_scale is not None),
+                **update_options(
+                    tiles.tma,
+                    plain=momentum is None and kahan is None,
+                    heavy=momentum is not None and row_scale is not None,
+                ),
             )
     dx = tiles.dx_result(hyper)
     return dx, tiles.loss_result(hyper) if need_loss else dx.new_empty(0)

@@ -5,10 +5,14 @@ conversion below fp32 is made of integer operations where the interpreter's own 
 bf16 and e4m3) and of the hardware's elsewhere.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from xmlkernels.triton import ptx
 
 WEIGHT: tl.constexpr = tl.constexpr(0)
 MOMENTUM: tl.constexpr = tl.constexpr(1)
@@ -54,14 +58,19 @@ def power_of_2(n: int, low: int, high: int) -> int:
     return min(max(triton.next_power_of_2(max(n, 1)), low), high)
 
 
-# From 32-bit factors the two halves of their product, in one instruction; written in the language,
-# the compiler takes it apart again.
-_WIDE = "{{ .reg .u64 wide; mul.wide.u32 wide, $2, {}; mov.b64 {{$0, $1}}, wide; }}"
-_FACTORS = (0xD2511F53, 0xCD9E8D57)
-_MULTIPLY = tuple(_WIDE.format(f"{factor:#x}") for factor in _FACTORS)
-FACTOR0, FACTOR1 = tl.constexpr(_FACTORS[0]), tl.constexpr(_FACTORS[1])
-MULTIPLY0, MULTIPLY1 = tl.constexpr(_MULTIPLY[0]), tl.constexpr(_MULTIPLY[1])
 INTERPRETED: tl.constexpr = tl.constexpr(emulated())
+FACTOR0, FACTOR1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
+# Both halves of a product in one instruction; written in the language, the compiler takes it apart.
+MULTIPLY0, MULTIPLY1 = (tl.constexpr(ptx.multiply_wide(f.value)) for f in (FACTOR0, FACTOR1))
+ENCODE_E4M3 = tl.constexpr(ptx.encode_e4m3())
+ROUND_BF16, ROUND_BF16_ANY = tl.constexpr(ptx.round_bf16(True)), tl.constexpr(ptx.round_bf16(False))
+ROUND_FP16 = tl.constexpr(ptx.round_fp16())
+
+
+@tl.core.builtin
+def capability(_semantic: Any = None) -> tl.constexpr:
+    """Return what a kernel is compiled for, 80 for sm_80; not in the interpreter."""
+    return tl.constexpr(int(_semantic.builder.options.arch[2:].rstrip("a")))
 
 
 @triton.jit
@@ -111,7 +120,7 @@ def row_words(seed, step, rows, first_group, GROUPS: tl.constexpr, STREAM: tl.co
 
 @triton.jit
 def random16(seed, step, rows, first_column, COLUMNS: tl.constexpr, STREAM: tl.constexpr):
-    """Draw 16 bits per weight, as int32 [R, COLUMNS].
+    """Draw 16 bits per weight, as uint16 [R, COLUMNS].
 
     first_column and COLUMNS are multiples of 8. One draw serves 8 columns: column c takes half c %
     2 (low first) of word (c % 8) // 2 of draw c // 8.
@@ -119,9 +128,8 @@ def random16(seed, step, rows, first_column, COLUMNS: tl.constexpr, STREAM: tl.c
     w0, w1, w2, w3 = row_words(seed, step, rows, first_column // 8, COLUMNS // 8, STREAM)
     # Last axes: high and low bit of the word's number.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    # As 16 bits: where they change threads, they do so in this size.
     halves = tl.join(words.to(tl.uint16), (words >> 16).to(tl.uint16))
-    return tl.reshape(halves, [rows.shape[0], COLUMNS]).to(tl.int32)
+    return tl.reshape(halves, [rows.shape[0], COLUMNS])
 
 
 @triton.jit
@@ -138,39 +146,73 @@ def random32(seed, step, rows, first_column, COLUMNS: tl.constexpr, STREAM: tl.c
 
 @triton.jit
 def round_stochastic(value, r16, DTYPE: tl.constexpr):
-    """Round fp32 to bf16 or fp16 with 16 random bits (int32).
+    """Round fp32 to bf16 or fp16 with 16 random bits (uint16).
 
     Without bias, subnormals included; saturates.
     """
     tl.static_assert(DTYPE == tl.bfloat16 or DTYPE == tl.float16)
-    if DTYPE == tl.bfloat16:
-        # The sum carries into the sign of a NaN alone. Saturated as 16 bits: two at a time.
-        half = ((value.to(tl.uint32, bitcast=True) + r16.to(tl.uint32)) >> 16).to(tl.uint16)
-        half = tl.minimum(half, tl.full([], 0xFF7F, tl.uint16)).to(tl.int16, bitcast=True)
-        half = tl.minimum(half, tl.full([], 0x7F7F, tl.int16))
+    bits = value.to(tl.uint32, bitcast=True)
+    if INTERPRETED:
+        half = _round_stochastic(bits, r16.to(tl.uint32), DTYPE)
+    elif DTYPE == tl.float16:
+        half = tl.inline_asm_elementwise(
+            ROUND_FP16, "=r,r,r,r", [bits, r16], dtype=tl.uint16, is_pure=True, pack=2
+        )
+    elif capability() >= 86:
+        half = tl.inline_asm_elementwise(
+            ROUND_BF16, "=r,r,r,r", [bits, r16], dtype=tl.uint16, is_pure=True, pack=2
+        )
     else:
-        bits = value.to(tl.uint32, bitcast=True)
-        magnitude = bits & 0x7FFFFFFF
+        half = tl.inline_asm_elementwise(
+            ROUND_BF16_ANY, "=r,r,r,r", [bits, r16], dtype=tl.uint16, is_pure=True, pack=2
+        )
+    return half.to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def _round_stochastic(bits, r16, DTYPE: tl.constexpr):
+    """Return the same in the language's integers: the bits, from bits and uint32."""
+    magnitude, sign = bits & 0x7FFFFFFF, (bits >> 16) & 0x8000
+    if DTYPE == tl.bfloat16:
+        half = tl.minimum((magnitude + r16) >> 16, 0x7F7F)
+    else:
         exponent = (magnitude >> 23).to(tl.int32)
         # Units of 2^-13 of the result's last place. Below 2^-14 that place stays 2^-24, so that
         # more bits fall away; from 27 on they count for less than 2^-16 of it.
-        shift = tl.where(exponent >= 113, 0, tl.minimum(113 - exponent, 27))
-        mantissa = tl.where(exponent > 0, (magnitude & 0x7FFFFF) | 0x800000, 0).to(tl.int32)
+        shift = tl.where(exponent >= 113, 0, tl.minimum(113 - exponent, 27)).to(tl.uint32)
+        mantissa = tl.where(exponent > 0, (magnitude & 0x7FFFFF) | 0x800000, 0)
         units = (((mantissa << 3) >> shift) + r16) >> 16
-        half = tl.minimum(
-            tl.where(exponent >= 113, ((exponent - 113) << 10) + units, units), 0x7BFF
-        )
-        half = half | ((bits >> 16) & 0x8000).to(tl.int32)
-    return half.to(tl.int16).to(DTYPE, bitcast=True)
+        normal = tl.maximum(exponent - 113, 0).to(tl.uint32) << 10
+        half = tl.minimum(normal + units, 0x7BFF)
+    return (half | sign).to(tl.uint16)
 
 
 @triton.jit
 def encode_e4m3(value, r32):
     """Round fp32 to the bits of e4m3 (uint8) with 32 random bits (uint32).
 
-    Without bias, subnormals included; saturates at 448.
+    Without bias, subnormals included; saturates at 448. Also returns the magnitude of the bits
+    (uint16), whose order is that of sizes.
     """
     bits = value.to(tl.uint32, bitcast=True)
+    if INTERPRETED:
+        size = _round_e4m3(bits, r32)
+        code = (size | ((bits >> 24) & 0x80).to(tl.uint16)).to(tl.uint8)
+    else:
+        code, size = tl.inline_asm_elementwise(
+            ENCODE_E4M3,
+            "=r,=r,=r,r,r,r,r,r,r,r,r",
+            [bits, r32],
+            dtype=(tl.uint8, tl.uint16),
+            is_pure=True,
+            pack=4,
+        )
+    return code, size
+
+
+@triton.jit
+def _round_e4m3(bits, r32):
+    """Return the magnitude that `encode_e4m3` does, in the language's integers."""
     exponent = ((bits << 1) >> 24).to(tl.int32)
     # In units of the result's last place, 2^-32 of it the last bit: that place stays 2^-9 below
     # 2^-6, and nothing is left of what is 36 places smaller.
@@ -178,8 +220,7 @@ def encode_e4m3(value, r32):
     right = tl.minimum(tl.maximum(148 - exponent, 27), 63)
     fixed = (mantissa.to(tl.uint64) << 32) >> right.to(tl.uint64)
     units = ((fixed + r32) >> 32).to(tl.int32)
-    code = tl.minimum(units + (tl.maximum(exponent - 121, 0) << 3), 0x7E)
-    return (code | ((bits >> 24) & 0x80).to(tl.int32)).to(tl.uint8)
+    return tl.minimum(units + (tl.maximum(exponent - 121, 0) << 3), 0x7E).to(tl.uint16)
 
 
 @triton.jit
@@ -199,6 +240,23 @@ def decode_e4m3(code, HARDWARE: tl.constexpr = True):
     else:
         out = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     return out
+
+
+@triton.jit
+def settle(value):
+    """Return a tile [R, C] in a layout in which a thread holds four columns of a row or more."""
+    R: tl.constexpr = value.shape[0]
+    C: tl.constexpr = value.shape[1]
+    even, odd = tl.split(tl.reshape(value, [R, C // 4, 2, 2]))
+    c0, c2 = tl.split(even)
+    c1, c3 = tl.split(odd)
+    return tl.reshape(tl.join(tl.join(c0, c2), tl.join(c1, c3)), [R, C])
+
+
+@triton.jit
+def inverse(scale):
+    """Return 1 / scale for powers of two in fp32, exactly; both are normal numbers."""
+    return (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -49,7 +49,7 @@ def _rescale(
             at = weight + row[:, None] * D + column[None, :]
             mask = change[:, None] & (column < D)[None, :]
             value = common.decode_e4m3(tl.load(at, mask=mask, other=0), False) * old[:, None]
-            code = common.encode_e4m3(
+            code, _ = common.encode_e4m3(
                 value * inverse,
                 common.random32(seed, step, row + row_offset, start, BD, common.RESCALE),
             )

@@ -158,8 +158,9 @@ def update_tile(
     weight, momentum, second, kahan: pointers to which the offsets `at` [R, COLUMNS] are added;
         absent ones are None.
     grad: fp32 [R, COLUMNS], already scaled. rows: int64 [R], global; first_column: a multiple of 8.
-    row_scale: pointers [R] to the rows' scales (e4m3 tables, without kahan); behind each stands the
-        largest |value| stored.
+    row_scale: pointers [R] to the rows' scales (e4m3 tables, without kahan), powers of two from
+        2^-100 to 2^100; behind each stands the largest |value| stored. grad is 0 in columns where
+        mask is false.
     correction: fp32 [2] of `bias_corrections`, with `second` alone. row_moment: fp32 [R], the
     rows' second moments after this step, where `second` has one for each row: the caller has formed
     and stored them. Nothing is read or written where mask is false, nor at row_scale where row_mask
@@ -173,15 +174,22 @@ def update_tile(
     if numbers is None:
         numbers = load_numbers(hyper, counter, correction)
     seed, step, lr, decay, beta1, beta2, eps, rate, unbias = numbers
+    keep = 1.0 - lr * decay
+    if kind_of_weight != tl.float32:
+        grad = common.settle(grad)
     if row_scale is not None:
-        unit = tl.load(row_scale, mask=row_mask, other=1.0)[:, None]
-        w = common.decode_e4m3(loaded) * unit
+        # In units of the row's scale, a power of two: what is multiplied by it is not rounded.
+        unit = tl.load(row_scale, mask=row_mask, other=1.0)
+        inverse = common.inverse(unit)[:, None]
+        w, lr, decay = common.decode_e4m3(loaded), lr * inverse, decay * unit[:, None]
+        if second is not None:
+            rate *= inverse
     else:
         w = common.widen(loaded)
     if kahan is not None:
         w += common.widen(tl.load(kahan + at, mask=mask, other=0.0))
     if DECOUPLED:
-        shrunk = w * (1.0 - lr * decay)
+        shrunk = w * keep
     else:
         shrunk = w
         grad += decay * w
@@ -225,16 +233,15 @@ def update_tile(
     else:
         new = shrunk - lr * grad
     if row_scale is not None:
-        # The scale is a power of two: its inverse, and products with either, are exact.
         r32 = common.random32(seed, step, rows, first_column, COLUMNS, common.WEIGHT)
-        code = common.encode_e4m3(new * tl.div_rn(tl.full(unit.shape, 1.0, tl.float32), unit), r32)
+        code, size = common.encode_e4m3(new, r32)
         put(weight, at, mask, place, first_column, code)
-        # The bits of sizes are in their order.
-        size = common.decode_e4m3(tl.max(tl.where(mask, code & 0x7F, 0), 1).to(tl.uint8))
-        size *= tl.load(row_scale, mask=row_mask, other=1.0)
+        if second is not None:
+            size = tl.where(mask, size, 0)  # 0 / 0 beyond the columns, where epsilon is 0
+        largest = common.decode_e4m3(tl.max(size, 1).to(tl.uint8)) * unit
         # A row's columns are several programs': the maximum is the same in any order.
-        grows = row_mask & (size > tl.load(row_scale + 1, mask=row_mask, other=0.0))
-        tl.atomic_max(row_scale + 1, size, mask=grows, sem="relaxed")
+        grows = row_mask & (largest > tl.load(row_scale + 1, mask=row_mask, other=0.0))
+        tl.atomic_max(row_scale + 1, largest, mask=grows, sem="relaxed")
     elif kahan is not None:
         limit = common.largest(kind_of_weight)
         # What saturation cuts off must not come back in the next step.
