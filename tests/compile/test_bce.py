@@ -203,7 +203,7 @@ def test_update_rows(way: Way, states: bool) -> None:
         "weight": (p.block_r, p.block_d),
         "gradient": (p.block_r, step),
     }
-    options = bce_plan.update_options(way[2], not states, heavy=states and way[1] == E4M3)
+    options = bce_plan.update_options(way[2], plain=not states)
     given = states_of(way[1]) if states else {}
     tensors = updates(way, given, quiet=I32 if states else None)
     got = build(bce_step.update_rows, way, tensors, boxes, options)

@@ -103,12 +103,12 @@ def dx_options(tma: bool, wide: bool = False) -> dict[str, Any]:
     return {"num_warps": 8, "num_stages": 4 if wide else 3 if tma else 2, **common.LAUNCH}
 
 
-def update_options(tma: bool, plain: bool, heavy: bool = False) -> dict[str, Any]:
+def update_options(tma: bool, plain: bool) -> dict[str, Any]:
     """Return how `update_rows` and `store_gradient` are compiled.
 
-    plain: without states, two programs a processor. heavy: e4m3 rows with states.
+    plain: without states, two programs a processor.
     """
-    options = {"num_warps": 16 if heavy else 8, "num_stages": 3 if tma else 2, **common.LAUNCH}
+    options = {"num_warps": 8, "num_stages": 3 if tma else 2, **common.LAUNCH}
     return options | {"maxnreg": 128} if plain else options
 
 

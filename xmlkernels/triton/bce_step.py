@@ -510,11 +510,7 @@ def bce_step_(
                 tiles.tma,
                 tiles.emulated,
                 parts,
-                **update_options(
-                    tiles.tma,
-                    plain=momentum is None and kahan is None,
-                    heavy=momentum is not None and row_scale is not None,
-                ),
+                **update_options(tiles.tma, plain=momentum is None and kahan is None),
             )
     dx = tiles.dx_result(hyper)
     return dx, tiles.loss_result(hyper) if need_loss else dx.new_empty(0)
