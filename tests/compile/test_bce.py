@@ -149,7 +149,7 @@ def test_update_rows_in_parts(way: Way) -> None:
     for bias in (None, F32):
         tensors = updates(way, {}, quiet=None, bias=bias, column_sum=bias)
         sizes = {"BLOCK_R": block_r, "BLOCK_D": block_d, "PARTS": 2}
-        options = bce_plan.update_options(tma=True)
+        options = bce_plan.update_options(tma=True, plain=False)
         got = build(bce_step.update_rows, way, tensors, boxes, options, **sizes)
         check(got, way)
         check_runs_on(got, "update_rows: for tile", "row_gradient: for b")

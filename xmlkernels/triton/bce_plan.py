@@ -106,7 +106,7 @@ def dx_options(tma: bool, wide: bool = False) -> dict[str, Any]:
 def update_options(tma: bool, plain: bool) -> dict[str, Any]:
     """Return how `update_rows` and `store_gradient` are compiled.
 
-    plain: without states, two programs a processor.
+    plain: no states, and not in parts: two programs a processor.
     """
     options = {"num_warps": 8, "num_stages": 3 if tma else 2, **common.LAUNCH}
     return options | {"maxnreg": 128} if plain else options

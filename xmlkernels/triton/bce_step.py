@@ -161,7 +161,7 @@ def update_rows(
         batch = tl.where(idle, 0, batch)
         trained = idle == 0
     state = (weight, column_sum, bias, momentum, second, kahan, row_scale)
-    numbers = (hyper, counter, correction)
+    numbers = (load_numbers(hyper, counter, correction), tl.load(hyper + SCALE))
     sizes = (batch, rows, first, chunk, D, row_offset, b_blocks)
     if PARTS > 1:
         tl.assume(batch > 0)
@@ -225,9 +225,12 @@ def update_block(
     EMULATED: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Form the gradient of one tile, and update it; the arguments are those of `update_rows`."""
+    """Form the gradient of one tile, and update it; the arguments are those of `update_rows`.
+
+    numbers: what is read of hyper and counter, and the loss's scale.
+    """
     weight, column_sum, bias, momentum, second, kahan, row_scale = state
-    hyper, counter, correction = numbers
+    read, scale = numbers
     batch, rows, first, chunk, D, row_offset, b_blocks = sizes
     d_blocks = tl.cdiv(D, BLOCK_D)
     width: tl.constexpr = BLOCK_D // PARTS
@@ -255,9 +258,9 @@ def update_block(
             second,
             kahan,
             row_scale,
-            hyper,
-            counter,
-            correction,
+            None,
+            None,
+            None,
             rows,
             first,
             local,
@@ -272,6 +275,8 @@ def update_block(
             DECOUPLED,
             TMA,
             EMULATED,
+            numbers=read,
+            scale=scale,
         )
 
 
@@ -510,7 +515,9 @@ def bce_step_(
                 tiles.tma,
                 tiles.emulated,
                 parts,
-                **update_options(tiles.tma, plain=momentum is None and kahan is None),
+                **update_options(
+                    tiles.tma, plain=parts == 1 and momentum is None and kahan is None
+                ),
             )
     dx = tiles.dx_result(hyper)
     return dx, tiles.loss_result(hyper) if need_loss else dx.new_empty(0)
