@@ -173,9 +173,13 @@ def modelled_bytes(row: Row, model: ModuleType | None) -> dict[str, int] | None:
         # The clusters that some sample selects, with the samples of all spread evenly over them.
         touched = max(1, round(count * (1 - (1 - K / count) ** B)))
         pairs = [B * K * (i + 1) // touched - B * K * i // touched for i in range(touched)]
-        block_r = min(64, max(16, 1 << (rows - 1).bit_length()))
-        sides = {"block_r": block_r, "block_p": 16, "states": states}
-        of = model.cluster_step_accesses(B, D, [rows] * touched, pairs, **sides)
+        if model.PAIRS * count >= B * K:
+            sides = {"element": element, "states": states}
+            of = model.cluster_pairs_accesses(B, D, K, rows, [rows] * touched, pairs, **sides)
+        else:
+            block_r = min(64, max(16, 1 << (rows - 1).bit_length()))
+            sides = {"block_r": block_r, "block_p": 16, "states": states}
+            of = model.cluster_step_accesses(B, D, [rows] * touched, pairs, **sides)
         return {
             "memory": memory,
             "cache": _bytes(of, {"weight": element, "state": element, "x": 4}),

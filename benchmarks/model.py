@@ -230,15 +230,25 @@ def cluster_step_accesses(
 
 
 PAIRS, SPAN, LIST = 4, 4, 16  # of xmlkernels/triton/cluster_pairs.py: FEW, SPAN and ROWS
+HELD, HELD_BYTES = 768, 1536  # the same: the longest rows that are read once for scores and dx
 
 
 def cluster_pairs_accesses(
-    B: int, D: int, K: int, M: int, sizes: Sequence[int], pairs: Sequence[int], *, states: int = 0
+    B: int,
+    D: int,
+    K: int,
+    M: int,
+    sizes: Sequence[int],
+    pairs: Sequence[int],
+    *,
+    element: int = 2,
+    states: int = 0,
 ) -> dict[str, tuple[int, int]]:
     """Count the same where clusters have few pairs: see `cluster_step_accesses`.
 
-    M: the most rows of a cluster.
+    M: the most rows of a cluster. element: bytes of a number of the table.
     """
+    reads = 1 if D <= HELD and D * element <= HELD_BYTES else 2
     rows = sum(size for size, p in zip(sizes, pairs, strict=True) if p)
     candidates = sum(p * size for size, p in zip(sizes, pairs, strict=True))
     tiles = B * _up(K * M, SPAN * LIST) * SPAN
@@ -247,7 +257,7 @@ def cluster_pairs_accesses(
     products += sum(max(p - 2, 0) * size for size, p in zip(sizes, pairs, strict=True))
     return {
         # Scores and shares of dx by every pair, the update by every row.
-        "weight": ((2 * candidates + rows) * D, rows * D),
+        "weight": ((reads * candidates + rows) * D, rows * D),
         "state": (states * rows * D, states * rows * D),
         # Scores by every tile of candidates, the gradient, the check.
         "x": ((tiles + products + B) * D, 0),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import benchmarks.model
 from benchmarks.model import (
     PAIRS,
     cluster_pairs_accesses,
@@ -197,6 +198,19 @@ def test_level_zero_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_bits(run(kernel.cluster_step_, step, clusters, row_ptr, N + 3), whole)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn], ids=name_of)
+def test_rows_that_are_read_again(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Long ones, whose shares of dx are formed after all scores of a program."""
+    eight = dtype == torch.float8_e4m3fn
+    step = dyadic_step(B, N, D, torch.float32 if eight else dtype)
+    if eight:
+        step = fp8_step(step, 2.0 ** -(torch.arange(N) % 4 + 8).float())
+    held = run(kernel.cluster_step_, step, chosen(), ROW_PTR, M)
+    monkeypatch.setattr(cluster_pairs, "HELD", 0)
+    again = run(kernel.cluster_step_, step, chosen(), ROW_PTR, M)
+    assert_same_bits({**again, "dx": again["dx"] + 0.0}, {**held, "dx": held["dx"] + 0.0})
+
+
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_a_batch_that_is_not_finite_touches_nothing(value: float) -> None:
     step = random_step(
@@ -240,10 +254,17 @@ def test_pieces_cover_all_within_the_workspace(
     assert todo[0][1] == max(t[1] for t in todo)
 
 
-def test_accesses_are_the_closed_form(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+@pytest.mark.parametrize("held", [True, False], ids=["held", "read again"])
+def test_accesses_are_the_closed_form(
+    monkeypatch: pytest.MonkeyPatch, way: str, held: bool
+) -> None:
     """A row of an active cluster is read for every block of its pairs (scores) and twice for its
-    update, and written once; pair by pair twice for each, and once for its update.
+    update, and written once; pair by pair once for each where registers hold it, else twice, and
+    once for its update.
     """
+    if not held:
+        for module in (cluster_pairs, benchmarks.model):
+            monkeypatch.setattr(module, "HELD", D - 1)
     step = random_step(B, N, D, torch.float32, states={"momentum": torch.float32})
     clusters = chosen()
     t = {k: v.clone() for k, v in step.tensors.items()}

@@ -20,6 +20,8 @@ from xmlkernels.triton.update import load_numbers, update_tile
 FEW = 4  # pairs that a cluster has on average, at most
 SPAN = 4  # tiles of a sample's candidates that one program scores
 ROWS = 16  # rows of a tile
+APART = tl.constexpr(4)  # sums of a tile's rows in turn, one per warp
+HELD, HELD_BYTES = 768, 1536  # columns of a row, and its bytes, that registers hold, at most
 SCORED, UPDATED = 256, 64  # columns of a tile, at most
 # Registers of a thread of the update, at most, of tables below fp32 and in it. Said by name, they
 # are reached without spilling; left to itself, the compiler spills to have fewer.
@@ -73,92 +75,121 @@ def _score_slots(
     M: tl.constexpr,
     D: tl.constexpr,
     SCORE: tl.constexpr,
+    HOLD: tl.constexpr,
     NEED_LOSS: tl.constexpr,
     SPAN: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Score SPAN tiles of a sample's candidates (SCORE), then sum their shares of dx.
+    """Score SPAN tiles of a sample's candidates (SCORE), and sum their shares of dx.
 
-    What belongs to a candidate alone is done for all tiles at once: a thread has one or two, and
-    not those of its rows in a tile. edge int64 [pairs, 2]: a pair's rows; pos_edge the same: their
-    positives. gradient fp32 [pairs, M], of the logits. rows int64 [B, spans, SPAN * BR]: the
-    candidates' rows, -1 where there is none; shares fp32 alike: their factors in dx. parts fp32 [B,
-    spans, last_column - first_column]. losses fp32 [B, spans].
+    HOLD: all columns are summed while the weights that were scored are in registers; else they are
+    read again. edge int64 [pairs, 2]: a pair's rows; pos_edge the same: their positives. gradient
+    fp32 [pairs, M], of the logits. rows int64 [B, spans, SPAN * BR]: the candidates' rows, -1 where
+    there is none; shares fp32 alike: their targets, then their factors in dx. parts fp32 [B, spans,
+    last_column - first_column]. losses fp32 [B, spans].
     """
     sample = (tl.program_id(0) // spans).to(tl.int64)
     span = tl.program_id(0) % spans
     column = tl.arange(0, BD)
     listed = tl.program_id(0).to(tl.int64) * (SPAN * BR)
+    out = parts + tl.program_id(0).to(tl.int64) * (last_column - first_column) + column
     if tl.load(flag) == 0:
         if SCORE:
+            # What belongs to a candidate alone, for all tiles at once: a thread has one or two, and
+            # not those of its rows in a tile.
             slot = span * (SPAN * BR) + tl.arange(0, SPAN * BR)
-            inside = slot < chosen * M
             which = slot // M  # M is known to the compiler: no division is left
             pair = sample * chosen + which
+            inside = slot < chosen * M
             row = tl.load(edge + 2 * pair, mask=inside, other=0) + (slot - which * M)
             is_row = inside & (row < tl.load(edge + 2 * pair + 1, mask=inside, other=0))
-            here = listed + tl.arange(0, SPAN * BR)
-            tl.store(rows + here, tl.where(is_row, row, -1))
-            tl.debug_barrier()  # the rows that all threads wrote are read by all
-            for tile in range(SPAN):
-                at = listed + tile * BR + tl.arange(0, BR)
-                tile_row = tl.load(rows + at)
-                there = (tile_row >= 0)[:, None]
-                w_at = weight + (tile_row * D)[:, None]
-                total = tl.zeros((BR, BD), dtype=tl.float32)
-                for start in tl.static_range(0, D, BD):
-                    e_at = x + sample * D + start + column
-                    if start + BD <= D:
-                        e = tl.load(e_at)
-                        w = tl.load(w_at + start + column[None, :], mask=there, other=0)
-                    else:
-                        left = start + column < D
-                        e = tl.load(e_at, mask=left, other=0.0)
-                        mask = there & left[None, :]
-                        w = tl.load(w_at + start + column[None, :], mask=mask, other=0)
-                    total += _number(w) * common.widen(e)[None, :]
-                tl.store(shares + at, tl.sum(total, axis=1))
-            tl.debug_barrier()  # as are the logits
-            z = tl.load(shares + here)
-            tl.debug_barrier()  # some threads read what others overwrite
-            unit = 1.0
-            if row_scale is not None:
-                unit = tl.load(row_scale + 2 * row, mask=is_row, other=1.0)
-                z *= unit
-            if bias is not None:
-                z += tl.load(bias + row, mask=is_row, other=0.0)
             first = tl.load(pos_edge + 2 * pair, mask=is_row, other=0)
             last = tl.load(pos_edge + 2 * pair + 1, mask=is_row, other=0)
             count = (last - first).to(tl.int32)
             y = _targets(
                 row, sample, first, count, is_row, pos_row, pos_sample, pos_value, SPAN * BR
             )
-            sigma, tail = common.sigmoid_and_tail(z)
-            g = tl.where(is_row, tl.load(hyper + SCALE) * (sigma - y), 0.0)
-            of_pairs = sample * chosen * M + slot
-            tl.store(scores + of_pairs, tl.where(is_row, z, float("-inf")), mask=inside)
-            tl.store(gradient + of_pairs, g, mask=is_row)
-            tl.store(shares + here, g * unit)
-            if NEED_LOSS:
-                loss = tl.where(is_row, common.softplus(z, tail) - y * z, 0.0)
-                tl.store(losses + tl.program_id(0), tl.load(hyper + SCALE) * tl.sum(loss, axis=0))
-            tl.debug_barrier()  # and the shares
-        width = last_column - first_column
-        for start in range(first_column, last_column, BD):
-            left = start + column < D
-            total = tl.zeros((BR, BD), dtype=tl.float32)
+            here = listed + tl.arange(0, SPAN * BR)
+            tl.store(rows + here, tl.where(is_row, row, -1))
+            tl.store(shares + here, y)
+            tl.debug_barrier()  # what all threads wrote is read by all
+            scale = tl.load(hyper + SCALE)
+            loss = tl.zeros((BR,), dtype=tl.float32)
+            sums = ()
+            if HOLD:
+                for _ in tl.static_range(0, D, BD):
+                    sums += (tl.zeros((APART, BD), dtype=tl.float32),)
             for tile in range(SPAN):
                 at = listed + tile * BR + tl.arange(0, BR)
                 tile_row = tl.load(rows + at)
-                mask = (tile_row >= 0)[:, None]
-                if D % BD != 0:
-                    mask = mask & left[None, :]
-                w_at = weight + (tile_row * D + start)[:, None] + column[None, :]
-                w = _number(tl.load(w_at, mask=mask, other=0))
-                total += tl.load(shares + at)[:, None] * w
-            out = parts + tl.program_id(0).to(tl.int64) * width + start - first_column + column
-            tl.store(out, tl.sum(total, axis=0), mask=left)
+                target = tl.load(shares + at)
+                there = tile_row >= 0
+                w_at = weight + (tile_row * D)[:, None]
+                total = tl.zeros((BR, BD), dtype=tl.float32)
+                held = ()
+                for start in tl.static_range(0, D, BD):
+                    e_at = x + sample * D + start + column
+                    if start + BD <= D:
+                        e = tl.load(e_at)
+                        mask = there[:, None]
+                    else:
+                        left = start + column < D
+                        e = tl.load(e_at, mask=left, other=0.0)
+                        mask = there[:, None] & left[None, :]
+                    w = tl.load(w_at + start + column[None, :], mask=mask, other=0)
+                    total += _number(w) * common.widen(e)[None, :]
+                    if HOLD:
+                        held += (w,)
+                z = tl.sum(total, axis=1)
+                unit = 1.0
+                if row_scale is not None:
+                    unit = tl.load(row_scale + 2 * tile_row, mask=there, other=1.0)
+                    z *= unit
+                if bias is not None:
+                    z += tl.load(bias + tile_row, mask=there, other=0.0)
+                sigma, tail = common.sigmoid_and_tail(z)
+                g = tl.where(there, scale * (sigma - target), 0.0)
+                place = (span * SPAN + tile) * BR + tl.arange(0, BR)
+                of_pairs = sample * chosen * M + place
+                scored = tl.where(there, z, float("-inf"))
+                tl.store(scores + of_pairs, scored, mask=place < chosen * M)
+                tl.store(gradient + of_pairs, g, mask=there)
+                if NEED_LOSS:
+                    loss += tl.where(there, common.softplus(z, tail) - target * z, 0.0)
+                g *= unit
+                if HOLD:
+                    new = ()
+                    for i in tl.static_range(0, (D + BD - 1) // BD):
+                        product = tl.reshape(
+                            g[:, None] * _number(held[i]), [BR // APART, APART, BD]
+                        )
+                        new += (sums[i] + tl.sum(product, axis=0),)
+                    sums = new
+                else:
+                    tl.debug_barrier()  # all threads have the targets
+                    tl.store(shares + at, g)
+            if NEED_LOSS:
+                tl.store(losses + tl.program_id(0), scale * tl.sum(loss, axis=0))
+            if HOLD:
+                for i in tl.static_range(0, (D + BD - 1) // BD):
+                    tl.store(out + i * BD, tl.sum(sums[i], axis=0), mask=i * BD + column < D)
+            else:
+                tl.debug_barrier()  # and the shares
+        if not HOLD:
+            for start in range(first_column, last_column, BD):
+                left = start + column < D
+                total = tl.zeros((BR, BD), dtype=tl.float32)
+                for tile in range(SPAN):
+                    at = listed + tile * BR + tl.arange(0, BR)
+                    tile_row = tl.load(rows + at)
+                    mask = (tile_row >= 0)[:, None]
+                    if D % BD != 0:
+                        mask = mask & left[None, :]
+                    w_at = weight + (tile_row * D + start)[:, None] + column[None, :]
+                    w = _number(tl.load(w_at, mask=mask, other=0))
+                    total += tl.load(shares + at)[:, None] * w
+                tl.store(out + start - first_column, tl.sum(total, axis=0), mask=left)
     elif SCORE:
         slot = span * (SPAN * BR) + tl.arange(0, SPAN * BR)
         nothing = tl.full((SPAN * BR,), float("nan"), tl.float32)
@@ -440,6 +471,11 @@ def columns_of(width: int, most: int) -> int:
     return divisor if divisor >= min(64, most) else common.power_of_2(width, 16, most)
 
 
+def holds(width: int, element: int) -> bool:
+    """Return whether registers hold a tile of rows: of so many columns, so many bytes each."""
+    return width <= HELD and width * element <= HELD_BYTES
+
+
 def spans_of(chosen: int, cluster_rows: int) -> int:
     """Return into how many parts a sample's candidates are divided."""
     return triton.cdiv(chosen * cluster_rows, SPAN * ROWS)
@@ -489,6 +525,7 @@ def step_pairs_(
             M=cluster_rows,
             D=width,
             SCORE=first == 0,
+            HOLD=len(pieces) == 1 and holds(width, weight.element_size()),
             NEED_LOSS=need_loss,
             SPAN=SPAN,
             BR=ROWS,

@@ -477,8 +477,9 @@ def cluster_step_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `xmlkernels.ops.cluster_step_`; a CUDA graph can capture it.
 
-    Beyond its results it holds the gradients of the logits, as large as the scores, and at most 192
-    MB of shares of dx (more only where one block of columns of all pairs is more: beyond 750,000 of
+    Beyond its results it holds the gradients of the logits, as large as the scores, where it goes
+    pair by pair lists of candidates and rows, about five times as large, and at most 192 MB of
+    shares of dx (more only where one block of columns of all pairs is more: beyond 750,000 of
     them).
     """
     batch, chosen, width, count = x.shape[0], clusters.shape[1], x.shape[1], row_ptr.shape[0] - 1

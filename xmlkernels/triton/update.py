@@ -108,16 +108,6 @@ def put(target, at, mask, place, column, value):
 
 
 @triton.jit
-def apart(x):
-    """Return x, hidden from the compiler: it then rounds two numbers at a time, as it should."""
-    if not common.INTERPRETED:
-        x = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return x
-
-
-@triton.jit
 def load_numbers(hyper, counter, correction):
     """Load the numbers of a step: see `update_tile`; the last four are for Adam."""
     seed, step = tl.load(counter), tl.load(counter + 1)
@@ -209,7 +199,7 @@ def update_tile(
         new = shrunk - rate * divide(m, divisor, reciprocal(divisor))
         if row_moment is None:
             stored = common.to_stored(
-                apart(v),
+                v,
                 seed,
                 step,
                 rows,
@@ -220,9 +210,7 @@ def update_tile(
             )
             tl.store(second + at, stored, mask=mask)
         kind = momentum.dtype.element_ty
-        stored = common.to_stored(
-            apart(m), seed, step, rows, first_column, COLUMNS, common.MOMENTUM, kind
-        )
+        stored = common.to_stored(m, seed, step, rows, first_column, COLUMNS, common.MOMENTUM, kind)
         tl.store(momentum + at, stored, mask=mask)
     elif momentum is not None:
         m = beta1 * common.widen(tl.load(momentum + at, mask=mask, other=0.0)) + grad
