@@ -4,8 +4,8 @@
 // A block owns kColumns columns and every n-th tile of kLabels labels. One warp brings the tiles by
 // TMA. Two warpgroups take them in turns, so that one multiplies while the other rounds; each keeps
 // its own dX of all samples in registers over the whole loop. Their random words go through the
-// memory that the tile leaves by: drawn a group of 8 columns at a time, read back as the tensor cores
-// deal out columns.
+// memory that the tile leaves by: drawn a group of 8 columns at a time, read back as the tensor
+// cores deal out columns.
 //
 // CUTLASS (BSD-3) gives the instructions their names and the operands their descriptors; no PTX of
 // ours.
@@ -57,7 +57,8 @@ using XLayout = decltype(tile_to_shape(Across{}, Shape<Int<kColumns>, Int<kSampl
                                        Step<_2, _1>{}));
 using WLayout = decltype(tile_to_shape(Across{}, Shape<Int<kColumns>, Int<kLabels>, Int<kStages>>{},
                                        Step<_2, _1, _3>{}));
-using GLayout = decltype(tile_to_shape(Along{}, Shape<Int<kLabels>, Int<kSamples>, Int<kStages>>{}));
+using GLayout = decltype(tile_to_shape(Along{},
+                                       Shape<Int<kLabels>, Int<kSamples>, Int<kStages>>{}));
 using GtLayout = decltype(tile_to_shape(Across{},
                                         Shape<Int<kSamples>, Int<kLabels>, Int<kStages>>{},
                                         Step<_2, _1, _3>{}));
@@ -126,8 +127,9 @@ __device__ void load_tiles(Shared& s, const Maps& maps, const Sizes& a, int spli
   }
 }
 
-// A warpgroup's share of a tile of weights. Of the 16 rows of its warp and the p-th 16 columns a lane
-// addresses 8 values, 16 bytes: a row of one of the four 8 x 8 matrices that are moved at once.
+// A warpgroup's share of a tile of weights. Of the 16 rows of its warp and the p-th 16 columns a
+// lane addresses 8 values, 16 bytes: a row of one of the four 8 x 8 matrices that are moved at
+// once.
 XK_FN int row_of(int thread) { return thread / 32 * 16 + thread % 16; }
 XK_FN int first_group_of(int thread) { return thread % 32 / 16; }  // of 8 columns; p-th: + 2 p
 XK_FN int first_bytes_of(int thread) {
@@ -302,9 +304,9 @@ CUtensorMap map_of(const void* matrix, int64_t rows, int64_t columns, uint32_t b
   const cuuint64_t pitch[] = {cuuint64_t(columns) * sizeof(Bf16)};
   const cuuint32_t box[] = {kHalf, box_rows}, steps[] = {1, 1};
   const CUresult result = CUTLASS_CUDA_DRIVER_WRAPPER_CALL(cuTensorMapEncodeTiled)(
-      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(matrix), sizes, pitch, box, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(matrix), sizes, pitch, box,
+      steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("xmlkernels: no TMA descriptor: error " + std::to_string(int(result)));
   return map;

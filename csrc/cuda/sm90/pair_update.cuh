@@ -1,5 +1,5 @@
-// The update of two neighbouring weights of a bf16 table by SGD, as the warps of bce_pass hold them.
-// Host code too: tested against the CPU kernels bit for bit without a card.
+// The update of two neighbouring weights of a bf16 table by SGD, as the warps of bce_pass hold
+// them. Host code too: tested against the CPU kernels bit for bit without a card.
 #pragma once
 
 #include "../common.cuh"
