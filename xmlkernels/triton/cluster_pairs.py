@@ -116,7 +116,7 @@ def _score_slots(
             tl.debug_barrier()  # what all threads wrote is read by all
             scale = tl.load(hyper + SCALE)
             loss = tl.zeros((BR,), dtype=tl.float32)
-            sums = ()
+            sums = ()  # type: tuple[tl.tensor, ...]
             if HOLD:
                 for _ in tl.static_range(0, D, BD):
                     sums += (tl.zeros((APART, BD), dtype=tl.float32),)
@@ -127,7 +127,7 @@ def _score_slots(
                 there = tile_row >= 0
                 w_at = weight + (tile_row * D)[:, None]
                 total = tl.zeros((BR, BD), dtype=tl.float32)
-                held = ()
+                held = ()  # type: tuple[tl.tensor, ...]
                 for start in tl.static_range(0, D, BD):
                     e_at = x + sample * D + start + column
                     if start + BD <= D:
@@ -159,7 +159,7 @@ def _score_slots(
                     loss += tl.where(there, common.softplus(z, tail) - target * z, 0.0)
                 g *= unit
                 if HOLD:
-                    new = ()
+                    new = ()  # type: tuple[tl.tensor, ...]
                     for i in tl.static_range(0, (D + BD - 1) // BD):
                         product = tl.reshape(
                             g[:, None] * _number(held[i]), [BR // APART, APART, BD]
