@@ -48,7 +48,7 @@ def binary() -> tuple[Path, str]:
     command += ["-Xcompiler", "-fvisibility=hidden", "-c"]
     source = Path(__file__).with_name("bce_pass_layouts.cu")
     done = subprocess.run(
-        [*command, str(source), "-o", str(target)], capture_output=True, text=True, timeout=500
+        [*command, str(source), "-o", str(target)], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-6000:]
     return target, done.stdout + done.stderr
