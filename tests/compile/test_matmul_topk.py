@@ -28,7 +28,11 @@ def compiled(
 ) -> Compiled:
     """Compile one kernel of tiles; an e4m3 table is uint8, and its products run in bf16."""
     labels, most, step, warps = (
-        kernel.TILE_TMA if descriptors else kernel.TILE_FP32 if dtype == F32 else kernel.TILE
+        kernel.TILE_TMA
+        if descriptors
+        else kernel.TILE_SMALL
+        if dtype == F32 or width % 16
+        else kernel.TILE
     )
     block, format_x = min(samples, most), torch.bfloat16 if dtype == E4M3 else dtype
     kinds = {
@@ -116,6 +120,16 @@ def test_a_tile_keeps_its_budget_of_instructions() -> None:
 
 TURN = "_append_passing: while tl.max(tl.reshape(left, (4 * BL,)), axis=0) > 0"
 BUDGET = {"tile": 2210, "turn": 310, "barriers": 11}
+
+
+@pytest.mark.parametrize("kind", [kernel.score_labels, kernel.recount_labels], ids=str)
+@pytest.mark.parametrize(
+    "arch, dtype", [("sm_80", torch.bfloat16), ("sm_89", E4M3), ("sm_90a", torch.float16)], ids=str
+)
+def test_rows_of_any_width(kind: Any, arch: str, dtype: torch.dtype) -> None:
+    """Read number by number, where rows begin anywhere: slow, but nothing spills."""
+    got = compiled(kind, arch, dtype, width=767)
+    assert (got.stack, got.local) == (0, 0) and got.shared <= SMALL and got.mma
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def built(
         "index": I64,
         "order": I64,
         "start": I64,
+        "samples": torch.int32,
     }
     kinds |= dict.fromkeys(("batch", "size", "part_size", "unique"), "i32")
     kinds = {name: kinds[name] for name in fn.arg_names if name in kinds}
@@ -53,16 +54,19 @@ def built(
 @every
 def test_lists(arch: str, dtype: torch.dtype) -> None:
     entries, columns = kernel.LIST_TILE
-    built(
+    score = built(
         kernel._score_lists, arch, dtype, {"D": 768, "HAS_BIAS": True, "BS": entries, "BD": columns}
     )
-    built(kernel._dx_lists, arch, dtype, {"D": 768, "BS": entries, "BD": columns})
-    built(
+    dx = built(kernel._dx_lists, arch, dtype, {"D": 768, "BS": entries, "BD": columns})
+    rows = built(
         shortlist_rows._rows_lists,
         arch,
         dtype,
         {**NEED, "BO": shortlist_rows.OCCURRENCES, "BD": columns},
     )
+    for got in (score, dx, rows):
+        assert not got.code.static(r"(LDG|STG|LDGSTS)\.E\.[US](8|16)")
+        assert not got.code.subroutines  # a division of 64-bit numbers is one
 
 
 @every

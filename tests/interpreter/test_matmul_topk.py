@@ -29,7 +29,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(kernel, "FIRST_CHUNK", 16)
     monkeypatch.setattr(kernel, "TILE", (16, 16, 16, 4))
     monkeypatch.setattr(kernel, "TILE_TMA", (16, 16, 16, 4))
-    monkeypatch.setattr(kernel, "TILE_FP32", (16, 16, 16, 4))
+    monkeypatch.setattr(kernel, "TILE_SMALL", (16, 16, 16, 4))
     monkeypatch.setattr(kernel, "CUT_BLOCK", 16)
     monkeypatch.setattr(kernel, "CUT_MOST", 64)
     monkeypatch.setattr(kernel, "LABELS_OF_CUT", 30)

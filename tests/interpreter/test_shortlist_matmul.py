@@ -162,15 +162,25 @@ def test_an_empty_batch_names_no_row() -> None:
 @SHARED
 def test_accesses_are_the_closed_form(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and dx read a named row once for each block of samples (of columns, in dx, its
-    share), pads nothing.
+    share), pads nothing. Each entry of lists per sample reads the sample.
     """
     x, weight, bias, index, dlogits = problem(torch.float32, shared, True)
     named = int((index >= 0).sum())
     model = shortlist_accesses(
-        B[shared], S, D, named, shared=shared, block_s=16, block_b=16, block_d=16
+        B[shared],
+        S,
+        D,
+        named,
+        shared=shared,
+        block_s=16 if shared else 1,
+        block_b=16,
+        block_d=16,
     )
     of_b = 2 if shared else 1
-    assert model["forward"] == {"weight": (of_b * named * D, 0), "x": (2 * B[shared] * D, 0)}
+    assert model["forward"] == {
+        "weight": (of_b * named * D, 0),
+        "x": ((2 if shared else S) * B[shared] * D, 0),
+    }
     with counted(monkeypatch, {"x": x, "weight": weight}) as traffic:
         kernel.shortlist_matmul(x, weight, bias, index)
     assert {k: (traffic.loads[k], traffic.stores[k]) for k in model["forward"]} == model["forward"]

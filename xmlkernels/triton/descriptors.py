@@ -16,6 +16,11 @@ def card_has_tma(device: torch.device) -> bool:
     return not common.emulated() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def are_aligned(*matrices: Tensor) -> bool:
+    """Return whether all rows begin at multiples of 16 bytes: one access moves that many."""
+    return all(t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0 for t in matrices)
+
+
 def serve_descriptors(x: Tensor, weight: Tensor, rows: int) -> bool:
     """Return whether kernels take x and the table by TMA descriptors.
 
@@ -23,10 +28,7 @@ def serve_descriptors(x: Tensor, weight: Tensor, rows: int) -> bool:
     cores, which descriptors feed. Results have the same bits either way.
     """
     fits = x.element_size() == 2 and x.shape[0] > 0 and 0 < rows <= MOST_ROWS
-    aligned = all(
-        t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0 for t in (x, weight)
-    )
-    return fits and aligned and card_has_tma(weight.device)
+    return fits and are_aligned(x, weight) and card_has_tma(weight.device)
 
 
 def box(matrix: Tensor, rows: int, *block: int, tma: bool = True) -> Any:

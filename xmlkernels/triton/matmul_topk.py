@@ -26,7 +26,7 @@ import triton
 from torch import Tensor
 
 from xmlkernels.triton import common
-from xmlkernels.triton.descriptors import box, serve_descriptors
+from xmlkernels.triton.descriptors import are_aligned, box, serve_descriptors
 from xmlkernels.triton.topk_lists import EMPTY, HIGHEST, cut_lists, raise_bounds
 from xmlkernels.triton.topk_scores import recount_labels, score_labels
 
@@ -43,9 +43,10 @@ MARGIN = 3
 # samples at a time; from a few hundred on the product is bound by arithmetic, not by reading the
 # table
 BATCH = 1024
-# Labels, samples and columns of a tile, and its warps. TILE_TMA needs the shared memory of sm_90;
-# products of fp32 hold twice the bytes and run on no tensor core.
-TILE_TMA, TILE, TILE_FP32 = (256, 128, 64, 8), (128, 128, 64, 8), (64, 64, 32, 8)
+# Labels, samples and columns of a tile, and its warps. TILE_TMA needs the shared memory of sm_90.
+# Small tiles are for products of fp32, which hold twice the bytes and run on no tensor core, and
+# for rows that are no multiples of 16 bytes: read number by number, they take many registers.
+TILE_TMA, TILE, TILE_SMALL = (256, 128, 64, 8), (128, 128, 64, 8), (64, 64, 32, 8)
 STAGES_TMA, STAGES = 4, 3
 CUT_BLOCK, CUT_MOST = 1024, 16384  # keys that a cut holds in registers
 BIN_BITS = 13  # of a key that one pass over the table finds, where a list's memory holds the bins
@@ -171,9 +172,8 @@ def _best_keys(
     above = torch.zeros(batch, dtype=torch.int64, device=x.device)
     bins = keys.view(torch.int32)
     descriptors = serve_descriptors(x, weight, n)
-    labels, most, width, warps = (
-        TILE_TMA if descriptors else TILE_FP32 if x.dtype == torch.float32 else TILE
-    )
+    small = x.dtype == torch.float32 or not are_aligned(x, weight)
+    labels, most, width, warps = TILE_TMA if descriptors else TILE_SMALL if small else TILE
     block = common.power_of_2(batch, 16, most)
     programs = common.resident(x.device, 1 if descriptors else 2)
     x_in = box(x, batch, block, width, tma=descriptors)

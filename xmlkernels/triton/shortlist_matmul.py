@@ -53,13 +53,16 @@ def _score_lists(
     z = tl.zeros((BS, BD), dtype=tl.float32)
     for start in range(0, D, BD):
         left = column < D - start
-        e = common.widen(tl.load(x + sample * D + start + column, mask=left, other=0.0))
+        # By each entry's threads, all but the first from L1: they hold what they need, 16 bytes at
+        # a time; read once, it would be in words of 2 and change threads through shared memory.
+        e_at = x + sample * D + start + column[None, :] + entry[:, None] * 0
+        e = common.widen(tl.load(e_at, mask=left[None, :] & inside[:, None], other=0.0))
         w = tl.load(
             weight + row[:, None] * D + start + column[None, :],
             mask=real[:, None] & left[None, :],
             other=0,
         )
-        z += e[None, :] * _number(w)
+        z += e * _number(w)
     out = tl.sum(z, axis=1)
     if row_scale is not None:
         out *= tl.load(row_scale + 2 * row, mask=real, other=1.0)

@@ -18,10 +18,10 @@ def _rows_lists(
     dlogits,
     x,
     order,
+    samples,
     start,
     grad,
     dbias,
-    size,
     D: tl.constexpr,
     NEED_GRAD: tl.constexpr,
     NEED_DBIAS: tl.constexpr,
@@ -30,7 +30,7 @@ def _rows_lists(
 ):
     """Write grad fp32 [U, D] and dbias fp32 [U] of unique rows.
 
-    Row u has the occurrences order[start[u] : start[u + 1]] (int64).
+    Row u has the occurrences order[start[u] : start[u + 1]] (int64), of samples int32.
     """
     tiles: tl.constexpr = (D + BD - 1) // BD if NEED_GRAD else 1
     row = (tl.program_id(0) // tiles).to(tl.int64)
@@ -43,11 +43,12 @@ def _rows_lists(
     for first in range(tl.load(start + row), end, BO):
         at = first + tl.arange(0, BO)
         place = tl.load(order + at, mask=at < end, other=0)
+        sample = tl.load(samples + at, mask=at < end, other=0).to(tl.int64)
         g = tl.load(dlogits + place, mask=at < end, other=0.0)
         total_g += g
         if NEED_GRAD:
             e = tl.load(
-                x + (place // size)[:, None] * D + column[None, :],
+                x + sample[:, None] * D + column[None, :],
                 mask=(at < end)[:, None] & left[None, :],
                 other=0.0,
             )
@@ -157,10 +158,11 @@ def row_gradients(
             dlogits,
             x,
             order,
+            # Once: a division of 64-bit numbers is a routine on a card.
+            (order // size).int(),
             start,
             grad,
             dbias,
-            size,
             D=width,
             **need,
             BO=OCCURRENCES,
