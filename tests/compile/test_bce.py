@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compiled import ARCHES, E4M3_ARCHES, LARGE, SMALL, Compiled, compile_kernel
-from xmlkernels.triton import bce_loss, bce_plan, bce_step, bce_tile, positives, skip
+from xmlkernels.triton import bce_loss, bce_plan, bce_step, bce_tile, bce_update, positives, skip
 from xmlkernels.triton.bce_plan import make_plan
 from xmlkernels.triton.bce_tile import GRADIENT_SCALE
 
@@ -145,12 +145,13 @@ def test_update_rows_in_parts(way: Way) -> None:
     """The same, for the update of a table without states."""
     p = make_plan(way[0], 768, way[1])
     block_r, block_d = 2 * p.block_r, 2 * p.block_d
-    boxes = {"x": (p.step, block_d), "weight": (block_r, p.block_d), "gradient": (block_r, p.step)}
+    boxes = {"x": (p.step, block_d), "weight": (block_r, block_d // 4)}
+    boxes["gradient"] = (block_r, p.step)
     for bias in (None, F32):
         tensors = updates(way, {}, quiet=None, bias=bias, column_sum=bias)
-        sizes = {"BLOCK_R": block_r, "BLOCK_D": block_d, "PARTS": 2}
-        options = bce_plan.update_options(tma=True, plain=False)
-        got = build(bce_step.update_rows, way, tensors, boxes, options, **sizes)
+        sizes = {"BLOCK_R": block_r, "BLOCK_D": block_d, "PARTS": 4}
+        options = bce_plan.update_options(tma=True, plain=False, large=True)
+        got = build(bce_update.update_rows, way, tensors, boxes, options, **sizes)
         check(got, way)
         check_runs_on(got, "update_rows: for tile", "row_gradient: for b")
 
@@ -169,7 +170,7 @@ def test_add_dx(way: Way) -> None:
     p = make_plan(way[0], 768, way[1])
     block_d = p.block_d * (p.wide if way[2] else 1)
     boxes = {"gradient": (p.block_r, p.block_b), "weight": (p.block_r, block_d)}
-    options = bce_plan.dx_options(way[2], block_d > p.block_d)
+    options = bce_plan.dx_options(way[2], p.wide > 1)
     for order in (None, I32):
         tensors = {"partial": F32, "order": order}
         got = build(bce_tile.add_dx, way, tensors, boxes, options, BLOCK_D=block_d)
@@ -206,7 +207,7 @@ def test_update_rows(way: Way, states: bool) -> None:
     options = bce_plan.update_options(way[2], plain=not states)
     given = states_of(way[1]) if states else {}
     tensors = updates(way, given, quiet=I32 if states else None)
-    got = build(bce_step.update_rows, way, tensors, boxes, options)
+    got = build(bce_update.update_rows, way, tensors, boxes, options)
     check(got, way)
     if not states and way[2]:
         assert got.occupancy >= 2

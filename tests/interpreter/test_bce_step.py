@@ -305,7 +305,7 @@ def test_larger_tiles_give_the_same_bits(
     assert_same_bits(step.run(partial(step_op, plan=replace(plan, wide=2))), plain)
     assert seen["score_tiles"] == plan.block_l * plan.block_b * (2 if share < 0.1 else 1)
     assert ("update_rows" in seen) == (batch > plan.block_b)
-    assert seen["parts"] == (2 if batch > plan.block_b else 1)
+    assert seen["parts"] == (4 if batch > plan.block_b else 1)
 
 
 @pytest.mark.parametrize("skips", [False, True], ids=["", "skips"])

@@ -100,15 +100,16 @@ def score_options(dtype: torch.dtype, narrow: bool, large: bool = False) -> dict
 
 def dx_options(tma: bool, wide: bool = False) -> dict[str, Any]:
     """Return how `add_dx` is compiled; wide: one tile a processor, with room for more buffers."""
-    return {"num_warps": 8, "num_stages": 4 if wide else 3 if tma else 2, **common.LAUNCH}
+    return {"num_warps": 8, "num_stages": (4 if wide else 3) if tma else 2, **common.LAUNCH}
 
 
-def update_options(tma: bool, plain: bool) -> dict[str, Any]:
+def update_options(tma: bool, plain: bool, large: bool = False) -> dict[str, Any]:
     """Return how `update_rows` and `store_gradient` are compiled.
 
-    plain: no states, and not in parts: two programs a processor.
+    plain: no states, two programs a processor. large: one, with room for more buffers.
     """
-    options = {"num_warps": 8, "num_stages": 3 if tma else 2, **common.LAUNCH}
+    stages = 4 if large else 3 if tma else 2
+    options = {"num_warps": 8, "num_stages": stages, **common.LAUNCH}
     return options | {"maxnreg": 128} if plain else options
 
 

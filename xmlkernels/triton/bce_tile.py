@@ -399,11 +399,6 @@ class Tiles:
         splits = p.splits if self.rows else 0
         self.partial = self.empty(splits, self.batch, self.width) if dx else None
 
-    def update_parts(self, *states: Tensor | None) -> int:
-        """Return how many halves of its columns an update of its own has; states need registers."""
-        plain = self.tma and self.groups is None and all(state is None for state in states)
-        return self.plan.wide if plain else 1
-
     def __iter__(self) -> Iterator[int]:
         """First rows of the chunks."""
         return iter(range(0, self.rows, self.plan.chunk))
@@ -481,7 +476,7 @@ class Tiles:
             block_d,
             self.tma,
             self.emulated,
-            **dx_options(self.tma, block_d > p.block_d),
+            **dx_options(self.tma, p.wide > 1),
         )
 
     def dx_result(self, hyper: Tensor | None) -> Tensor:
