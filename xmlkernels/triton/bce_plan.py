@@ -106,11 +106,10 @@ def dx_options(tma: bool, wide: bool = False) -> dict[str, Any]:
 def update_options(tma: bool, plain: bool, large: bool = False) -> dict[str, Any]:
     """Return how `update_rows` and `store_gradient` are compiled.
 
-    plain: no states, two programs a processor. large: one, with room for more buffers.
+    plain: no states, two programs a processor, or more. large: one, with room for more buffers.
     """
     stages = 4 if large else 3 if tma else 2
-    options = {"num_warps": 8, "num_stages": stages, **common.LAUNCH}
-    return options | {"maxnreg": 128} if plain else options
+    return {"num_warps": 4 if plain else 8, "num_stages": stages, **common.LAUNCH}
 
 
 def step_options(plain: bool) -> dict[str, Any]:
