@@ -268,8 +268,10 @@ def operand(value, KIND: tl.constexpr, EMULATED: tl.constexpr):
     if value.dtype == tl.uint8:
         if EMULATED:
             out = round_nearest(decode_e4m3(value), KIND, True)
-        else:
+        elif capability() >= 90:
             out = value.to(tl.float8e4nv, bitcast=True).to(KIND)
+        else:  # by way of fp32, as no card below converts fp16 to bf16
+            out = decode_e4m3(value).to(KIND)
     else:
         out = value
     return out
