@@ -20,6 +20,7 @@ FILES = ("test_bce.py", "test_matmul_topk.py", "test_cluster_step.py", "test_bud
 # One format of each kernel, what comes nearest to spilling, and the instructions per weight.
 CHOICE = "sm_90a and (bf16 or bfloat16 or e4m3) and not kahan and not level0 or sm_80 and fp32-adam"
 CHOICE += " or per_weight and not momentum or sm_89 and (update_rows or add_dx)"
+CHOICE += " or sm_89 and e4m3-row-adam-level0"
 
 
 def card_triton() -> Path:

@@ -79,7 +79,7 @@ def test_step_tiles(arch: str, states: str, large: bool) -> None:
         constants,
         divisible=divisible,
         num_warps=warps,
-        maxnreg=None if low else kernel.REGISTERS_FP32,
+        maxnreg=kernel.REGISTERS if low else kernel.REGISTERS_FP32,
         num_stages=3 if low else kernel.STAGES_FP32,
     )
     assert (got.stack, got.local) == (0, 0) and got.shared <= SMALL

@@ -26,7 +26,7 @@ PART_BYTES = 192 << 20
 MOST, MOST_FP32 = (64, 32, 64), (32, 16, 32)
 # Registers of a thread, at most: said by name, it is reached without spilling. A third stage of
 # loads has no room in them on every card.
-REGISTERS_FP32, STAGES_FP32 = 168, 2
+REGISTERS, REGISTERS_FP32, STAGES_FP32 = 248, 168, 2
 SUMMANDS = 8  # shares of dx that are loaded together
 
 
@@ -542,7 +542,7 @@ def cluster_step_(
             EMULATED=common.emulated(),
             BP=pair_side,
             num_warps=8 if row_side == 64 else 4,
-            maxnreg=None if low else REGISTERS_FP32,
+            maxnreg=REGISTERS if low else REGISTERS_FP32,
             num_stages=3 if low else STAGES_FP32,
             **blocks,
             **kinds,
