@@ -1,5 +1,6 @@
 """Budgets of machine code: what a weight's update may cost, whatever kernel it stands in."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,13 +8,17 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import sass_launch, sass_rows_bce
+from benchmarks import sass_launch, sass_rows_bce, sass_rows_cluster_step, sass_rows_topk
 from compiled import LARGE, Compiled, compile_kernel
+from xmlkernels.triton import bce_loss as triton_bce_loss
+from xmlkernels.triton import shortlist_matmul as triton_shortlist
+from xmlkernels.triton.rescale_rows import rescale_rows_
 from xmlkernels.triton.update import update_tile
 
 pytestmark = pytest.mark.compile
 F32, BF16, F16, U8, I64 = torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64
 ROWS, COLUMNS, WARPS = 64, 128, 8
+AMAZON = sass_rows_cluster_step.BENCHMARK.gpu_shapes[0]
 WEIGHTS = ROWS * COLUMNS / (32 * WARPS)  # of a thread
 LOOP = "update_tiles: for begin"
 # Tensors; instructions per weight for sm_90a.
@@ -127,11 +132,45 @@ def test_the_update_spills_nothing_and_moves_wide_words(name: str, arch: str) ->
     assert got.mma or "tcgen05" in got.ptx
 
 
-def test_newer_cards_are_not_refused() -> None:
-    """Every kernel that a step launches compiles for sm_100a, and fits its shared memory."""
-    with sass_launch.recorded() as launches:
-        sass_rows_bce.bce_step(128, 300_000, BF16)()
+def bce_loss() -> None:
+    x, weight = torch.empty(128, 768), torch.empty(300_000, 768, dtype=BF16)
+    row, sample = torch.empty(640, dtype=I64), torch.empty(640, dtype=torch.int32)
+    triton_bce_loss.bce_loss(x, weight, None, row, sample)
+    triton_bce_loss.bce_loss_backward(x, weight, None, row, sample)
+
+
+def shortlist_matmul() -> None:
+    x, weight = torch.empty(128, 768), torch.empty(300_000, 768, dtype=BF16)
+    for index in (torch.empty(128, 512, dtype=I64), torch.empty(512, dtype=I64)):
+        logits = triton_shortlist.shortlist_matmul(x, weight, None, index)
+        triton_shortlist.shortlist_backward(logits, x, weight, index, need_dweight=False)
+
+
+def rescale_rows() -> None:
+    weight = torch.empty(300_000, 768, dtype=torch.float8_e4m3fn)
+    rescale_rows_(weight, torch.empty(300_000, 2), torch.zeros(2, dtype=I64))
+
+
+# By op: a call, and how many kernels it has at least.
+CALLS: dict[str, tuple[Callable[[], object], int]] = {
+    "bce_step bf16": (sass_rows_bce.bce_step(128, 300_000, BF16), 4),
+    "bce_step bf16 512": (sass_rows_bce.bce_step(512, 300_000, BF16), 5),
+    "bce_step fp8": (sass_rows_bce.bce_step(128, 300_000, torch.float8_e4m3fn), 4),
+    "bce_loss": (bce_loss, 3),
+    "matmul_topk": (sass_rows_topk.matmul_topk(128, 300_000, 100), 2),
+    "cluster_step": (sass_rows_cluster_step.cluster_step(AMAZON, BF16), 5),
+    "shortlist_matmul": (shortlist_matmul, 4),
+    "rescale_rows": (rescale_rows, 1),
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_newer_cards_are_not_refused(op: str) -> None:
+    """Every kernel that an op launches there compiles for sm_100a, and fits its shared memory."""
+    call, least = CALLS[op]
+    with sass_launch.recorded("sm_100a") as launches:
+        call()
     kernels = {launch.kernel.__name__: launch for launch in launches}
-    assert len(kernels) >= 4
+    assert len(kernels) >= least
     for launch in kernels.values():
         assert sass_launch.build(launch, "sm_100a").metadata.shared <= LARGE
