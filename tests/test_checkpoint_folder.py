@@ -112,3 +112,43 @@ def test_last_and_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert both.load("best")[1] == {"number": 2} and both.load()[1] == {"number": 3}
     with pytest.raises(InputError, match="'last' or 'best'"):
         both.load("first")
+
+
+def test_a_look_between_two_saves_is_not_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader may look at both places just when a save has taken the checkpoint from each."""
+    target, away = tmp_path / "c", tmp_path / "away"
+    checkpoint.save(target, value(3), {"number": 3})
+    os.rename(target, away)
+    slept = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 2:
+            os.rename(away, target)
+
+    monkeypatch.setattr("xmlkernels.checkpoint.folder.time.sleep", sleep)
+    assert whole(target) == 3 and len(slept) == 2
+    shutil.rmtree(target)
+    slept[:] = [0.0] * 2
+    with pytest.raises(InputError, match="expected a checkpoint, got no such file"):
+        checkpoint.load(target)
+    assert 10 < len(slept) < 20 and sum(slept) < 0.2
+
+
+def test_one_is_there_while_a_save_moves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.save_last(value(3), {"number": 3})
+    os.rename(tmp_path / "last", tmp_path / ".last.old")
+
+    def moved(target: Path) -> Path:
+        """Name the old one's place, as `old` does, when a save has just removed it."""
+        if (tmp_path / ".last.old").exists():
+            os.rename(tmp_path / ".last.old", target)
+        return target.with_name(f".{target.name}.old")
+
+    monkeypatch.setattr("xmlkernels.checkpoint.folder.old", moved)
+    assert folder.exists("last")

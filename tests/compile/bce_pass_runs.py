@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "ops")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "ops")]
 
 import torch
+from patience import status_of
 from torch import Tensor
 
 from common import bits, make_counter, make_hyper
@@ -110,7 +111,7 @@ def main() -> int:
         child = os.fork()
         if child == 0:
             os._exit(check(path, RUNS if sys.argv[1] == "all" else RUNS[-1:]))
-        statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        statuses.append(status_of(child))
     print(f"== {statuses}")
     return 0
 

@@ -84,13 +84,14 @@ def test_top_of_the_last_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     bias, x = torch.zeros(ROWS), whole(3, WIDTH).to(torch.bfloat16)
     bias[-FAR:] = whole(FAR)
     small = matmul_topk.plan(3, FAR, 7)
-    # The chunks before the last hold zeros and would take hours.
-    far = dataclasses.replace(small, chunks=[(ROWS - FAR, ROWS)])
+    # The chunks between the first and the last hold zeros and would take hours.
+    far = dataclasses.replace(small, chunks=[(0, FAR), (ROWS - FAR, ROWS)])
     monkeypatch.setattr(matmul_topk, "plan", lambda *_: far)
     values, rows = matmul_topk.matmul_topk(x, table, bias, 7, row_offset=5)
     expected, expected_rows = reference_topk.matmul_topk(
         x, last, bias[-FAR:], 7, row_offset=5 + ROWS - FAR
     )
+    assert (expected > 0).all()  # the first rows' scores are zero
     assert torch.equal(values, expected) and torch.equal(rows, expected_rows)
 
 

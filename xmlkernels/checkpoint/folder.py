@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ from xmlkernels.checkpoint.places import (
 from xmlkernels.checkpoint.state import encode
 from xmlkernels.errors import InputError
 from xmlkernels.files import sync
+
+_TRIES = 16
+_MOMENT = 0.005  # seconds, much longer than the two renames of a save
 
 
 def save(
@@ -94,7 +98,7 @@ def load(
             or foreign.
     """
     target = Path(folder).resolve()
-    for _ in range(16):
+    for left in reversed(range(_TRIES)):
         # Beside a running save the folder may move between the two reads: begin again with the one
         # now in place.
         found = target if (target / STATE).exists() else old(target)
@@ -104,8 +108,13 @@ def load(
         try:
             result = read(found, target, keep)
         except InputError:
-            if stat(target / STATE) in (before, None) and stat(found / STATE) == before:
+            same = stat(target / STATE) in (before, None) and stat(found / STATE) == before
+            # Each look may have met another save between its renames: only time tells that there
+            # is nothing.
+            if same and (before is not None or not left):
                 raise
+            if before is None:
+                time.sleep(_MOMENT)
             continue
         return result
     raise InputError(
@@ -209,8 +218,7 @@ class CheckpointFolder:
 
     def exists(self, which: str = "last") -> bool:
         """Whether there is one to load (whole or not)."""
-        path = self._path(which).resolve()
-        return holds_one(path) or holds_one(old(path))
+        return _is_there(self._path(which).resolve())
 
     def resumable(self) -> bool:
         """Whether there is any to go on from (whole or not)."""
@@ -225,6 +233,13 @@ class CheckpointFolder:
         if which not in ("last", "best") and not (kind == "last" and number.isdecimal()):
             raise InputError("checkpoint", "'last' or 'best'", repr(which), "choose one of the two")
         return self.folder / which
+
+
+def _is_there(target: Path) -> bool:
+    """Whether there is a checkpoint, also beside a running save."""
+    # Looked at last once more: a save may have put the new one in place and removed the old one
+    # between the first two looks.
+    return holds_one(target) or holds_one(old(target)) or holds_one(target)
 
 
 def _link(source: Path, fresh: Path) -> None:
