@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from benchmarks import sass_launch, sass_rows_bce, sass_rows_cluster_step, sass_rows_topk
-from compiled import LARGE, Compiled, compile_kernel
+from compiled import LARGE, SMALL, Compiled, compile_kernel
 from xmlkernels.triton import bce_loss as triton_bce_loss
 from xmlkernels.triton import shortlist_matmul as triton_shortlist
 from xmlkernels.triton.rescale_rows import rescale_rows_
@@ -168,9 +168,21 @@ CALLS: dict[str, tuple[Callable[[], object], int]] = {
 def test_newer_cards_are_not_refused(op: str) -> None:
     """Every kernel that an op launches there compiles for sm_100a, and fits its shared memory."""
     call, least = CALLS[op]
-    with sass_launch.recorded("sm_100a") as launches:
+    compiles(call, least, "sm_100a", LARGE)
+
+
+@pytest.mark.parametrize("op", ["bce_step bf16", "matmul_topk", "cluster_step"])
+def test_newer_cards_of_little_shared_memory_are_not_refused(op: str) -> None:
+    """As those of sm_120, which have TMA, too, but less than half of the room."""
+    call, least = CALLS[op]
+    compiles(call, least, "sm_120a", SMALL)
+
+
+def compiles(call: Callable[[], object], least: int, arch: str, shared: int) -> None:
+    with sass_launch.recorded(arch) as launches:
         call()
     kernels = {launch.kernel.__name__: launch for launch in launches}
     assert len(kernels) >= least
-    for launch in kernels.values():
-        assert sass_launch.build(launch, "sm_100a").metadata.shared <= LARGE
+    for name, launch in kernels.items():
+        got = sass_launch.build(launch, arch).metadata.shared
+        assert got <= shared, f"{name}: {got}"

@@ -62,7 +62,7 @@ def make_plan(batch: int, width: int, dtype: torch.dtype) -> Plan:
 
     The gradient of a chunk takes `GRADIENT_BYTES` at most, and 256 labels at least; all scratch
     takes `SCRATCH_BYTES` at most, unless the batch alone fills them. All tiles fit the 99 KB of
-    shared memory that the smallest cards have, but for those of `step_tiles`, for sm_90 and later.
+    shared memory that the smallest cards have, but for those that descriptors feed.
     """
     wide = dtype == torch.float32
     side = 64 if wide else 128

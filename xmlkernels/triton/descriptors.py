@@ -12,8 +12,12 @@ MOST_ROWS = (1 << 31) - (1 << 10)  # coordinates have 32 bits, those of a last b
 
 
 def card_has_tma(device: torch.device) -> bool:
-    """Return whether a card has the Tensor Memory Accelerator."""
-    return not common.emulated() and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Return whether a card has the Tensor Memory Accelerator, and room for what it feeds.
+
+    From sm_120 on, cards have it with 99 KB of shared memory a block, as those before sm_90: they
+    take the same tiles as those, by pointers.
+    """
+    return not common.emulated() and (9, 0) <= torch.cuda.get_device_capability(device) < (12, 0)
 
 
 def are_aligned(*matrices: Tensor) -> bool:
@@ -24,8 +28,8 @@ def are_aligned(*matrices: Tensor) -> bool:
 def serve_descriptors(x: Tensor, weight: Tensor, rows: int) -> bool:
     """Return whether kernels take x and the table by TMA descriptors.
 
-    That needs sm_90 and addresses that are multiples of 16 bytes. fp32 products have no tensor
-    cores, which descriptors feed. Results have the same bits either way.
+    That needs such a card and addresses that are multiples of 16 bytes. fp32 products have no
+    tensor cores, which descriptors feed. Results have the same bits either way.
     """
     fits = x.element_size() == 2 and x.shape[0] > 0 and 0 < rows <= MOST_ROWS
     return fits and are_aligned(x, weight) and card_has_tma(weight.device)
