@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ import torch
 from benchmarks import sass
 from benchmarks.sass_loops import branches_of
 
+CACHE = Path(__file__).resolve().parents[1] / "build" / "triton"
 KINDS = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -62,7 +64,6 @@ def recorded(arch: str = "sm_90a") -> Iterator[list[Launch]]:
 
 def build(launch: Launch, arch: str) -> Any:
     """Compile a launch as Triton would: numbers 1 and multiples of 16 are specialized."""
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -86,7 +87,20 @@ def build(launch: Launch, arch: str) -> Any:
             attributes[place,] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     target = GPUTarget("cuda", int(arch[3:].rstrip("a")), 32)
-    return triton.compile(source, target=target, options=launch.options)
+    return compile_here(source, target, launch.options)
+
+
+def compile_here(source: Any, target: Any, options: dict[str, Any]) -> Any:
+    """Compile for a card, with a cache of this tree alone.
+
+    Loops are known by their lines: what a user's cache holds may be compiled from another copy of
+    the sources, which it names and which may be gone.
+    """
+    import triton
+
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(CACHE)
+        return triton.compile(source, target=target, options=options)
 
 
 def find_trips(

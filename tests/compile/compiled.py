@@ -5,11 +5,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import sass
+from benchmarks.sass_launch import compile_here
 
 ARCHES = {"sm_80": 80, "sm_90a": 90}
 E4M3_ARCHES = {"sm_89": 89, "sm_90a": 90}  # Triton has no e4m3 below sm_89
@@ -110,7 +110,7 @@ _compiled: dict[tuple[str, str, str], Compiled] = {}  # of this process: some te
 
 def _build(source: ASTSource, arch: str, options: dict[str, Any]) -> Compiled:
     target = GPUTarget("cuda", (ARCHES | E4M3_ARCHES | NEWER)[arch], 32)
-    built = triton.compile(source, target=target, options=options)
+    built = compile_here(source, target, options)
     needs = sass.resources(built.asm["cubin"])
     assert needs, "no kernel in the cubin"
     worst = {

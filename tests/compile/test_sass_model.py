@@ -1,12 +1,14 @@
 """The model of launches: what it records, compiles and counts follows from the shapes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
 import nvcc
-from benchmarks import modelled, sass, sass_model, sass_pages
+from benchmarks import modelled, sass, sass_launch, sass_model, sass_pages, sass_rows_bce
 from benchmarks.sass_work import CARDS, Line, Row, Work, lines_of, of_triton
 
 pytestmark = pytest.mark.compile
@@ -105,3 +107,13 @@ def test_the_documents_show_the_committed_figures() -> None:
     for path, render in sass_pages.PAGES.items():
         text = path.read_text("utf-8")
         assert render(text, modelled.read()) == text, path.name
+
+
+def test_kernels_come_from_this_tree_whatever_the_cache_of_a_user_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with sass_launch.recorded() as launches:
+        sass_rows_bce.bce_step(16, 4096, torch.bfloat16)()
+    sass_launch.build(launches[0], "sm_90a")
+    assert not list(tmp_path.iterdir()) and any(sass_launch.CACHE.iterdir())
