@@ -7,7 +7,8 @@ goals (4.75 minutes): builds the libraries, checks each op with a figure to reac
 PyTorch in the process that times it, then its rows and its peers'. card (4.25 minutes): the tests
 marked `card`, the sanitizers, and of the other tests and rows as many as the time allows. all (9.4
 minutes): one after the other, and then the rows of every op. No minute is lost where a stage ends
-early. `--device cpu` tries all of it without a card on tiny shapes, whose rows are named `trial-…`.
+early. `--device cpu` tries all of it without a card on tiny shapes, whose rows are named `trial-…`,
+in a tree whose CPU library is built.
 
 Needs torch, numpy, scipy, triton and pytest; to build, setuptools, cmake, ninja, pybind11, a C++
 compiler and, for the CUDA C++ ops, nvcc; pytest-xdist where the tests are to share the processors;
@@ -137,6 +138,7 @@ class Build:
             command = children.python("-m", "xmlkernels.ops")
         # It gives way to the processes that time.
         self._child, self._told = children.Child(command, nice=True), False
+        self._done = "left as it was" if trial else "done"
 
     def ended(self, limit_s: float = 0.0) -> bool:
         """Wait for its end; say how it ended, once."""
@@ -147,7 +149,7 @@ class Build:
         if status is not None and not self._told:
             self._told = True
             lines = [line for line in self._child.end().splitlines() if line.strip()]
-            how = "done" if status == 0 else f"failed with status {status}"
+            how = self._done if status == 0 else f"failed with status {status}"
             say("\n  ".join([f"build: {how}", *(lines if status == 0 else lines[-1:])]))
         return status is not None
 

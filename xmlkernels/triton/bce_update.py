@@ -49,12 +49,13 @@ def apply_gradient(
     """
     if numbers is None:
         numbers, scale = load_numbers(hyper, counter, correction), tl.load(hyper + SCALE)
+    lr = numbers[2]
     begin = tl.cast(first, tl.int64) + local
     lane, c = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     real = begin + lane < rows
     if bias is not None:
         mask = real & trained & (column == 0)
-        step = numbers[2] * (
+        step = lr * (
             scale * bias_gradient(column_sum, local + lane, mask, chunk, b_blocks, BLOCK_R, UNROLL)
         )
         value = tl.load(bias + begin + lane, mask=mask, other=0.0) - step
