@@ -28,7 +28,8 @@ from xmlkernels.models.saved import check_tensors
 from xmlkernels.models.scored import Answer, Scored
 from xmlkernels.models.training import TrainingSettings
 from xmlkernels.nn.protocol import check_encoder
-from xmlkernels.nn.table import without_states
+from xmlkernels.nn.shard import Shard
+from xmlkernels.nn.table import Table, without_states
 from xmlkernels.optim import LossScaler, scaled_step
 
 if TYPE_CHECKING:
@@ -164,6 +165,15 @@ class Model(nn.Module):
         first table's counts the model's.
         """
         raise NotImplementedError
+
+    def shards(self) -> dict[str, Shard]:
+        """Name the tensors of which this process holds some rows alone, as `tensors` does."""
+        return {
+            f"{name}.{buffer}": table.shard
+            for name, table in self.tables().items()
+            if isinstance(table, Table) and not table.shard.whole
+            for buffer in table.row_buffers()
+        }
 
     def describe(self) -> str:
         """Say in a few words what the kind of model alone decides; empty where there is nothing."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from xmlkernels import dist
 from xmlkernels.errors import InputError
+from xmlkernels.nn.shard import Shard, own_positives
 from xmlkernels.nn.table import RowOptimizer, Table, blocks, fill_rows, normal
 from xmlkernels.ops import bce_step_
 from xmlkernels.ops.hyper import DX_SCALE, LR
@@ -40,6 +41,7 @@ class FullHead(Table):
         std: standard deviation of the initial N(0, std²); 0 for a table that is filled from a
             checkpoint.
         seed: of the initial table and of the stochastic rounding.
+        shard: the labels to hold, where several processes share the table; None holds all.
 
     Raises:
         InputError: an option is out of range.
@@ -62,6 +64,7 @@ class FullHead(Table):
         skip_units: float = 0.0,
         std: float = 0.02,
         seed: int = 0,
+        shard: Shard | None = None,
     ) -> None:
         if skip_units > 0 and self.WITHOUT_SKIPS:
             mend = f"leave it out: {self.WITHOUT_SKIPS}"
@@ -74,6 +77,7 @@ class FullHead(Table):
             optimizer=optimizer,
             draw=normal(std),
             seed=seed,
+            shard=shard,
         )
         self.config: dict[str, Any] = {
             "labels": labels,
@@ -95,8 +99,8 @@ class FullHead(Table):
 
     @property
     def labels(self) -> int:
-        """L."""
-        return self.weight.shape[0]
+        """L, also where this is a shard of the table."""
+        return self.shard.rows
 
     @torch.no_grad()
     def start_at_frequencies(self, positives: Tensor, documents: int) -> None:
@@ -182,15 +186,18 @@ class FullHead(Table):
 
         Args:
             x: [B, D] embeddings; a non-finite value leaves the table as it was.
-            pos_row, pos_sample: the positives, as `bce_step_` takes them.
+            pos_row, pos_sample: the positives, as `bce_step_` takes them; a shard takes those of
+                all labels, too, and cuts out its own.
             lr: learning rate of this step. The loss is a sum, so it belongs to a batch size.
             dx_scale: multiplies the returned gradient alone (a loss scaler's scale).
             need_loss: also return the loss.
 
         Returns:
-            dx: fp32 [B, D], the gradient of the summed loss.
-            loss: fp32 [1], summed over samples and labels; [0] when not asked.
+            dx: fp32 [B, D], the gradient of the summed loss; of a shard, its summand.
+            loss: fp32 [1], summed over samples and labels; [0] when not asked. Of a shard, its
+                summand.
         """
+        pos_row, pos_sample = own_positives(pos_row, pos_sample, self.shard)
         self.hyper[LR] = lr
         self.hyper[DX_SCALE] = dx_scale
         out = bce_step_(
@@ -205,6 +212,7 @@ class FullHead(Table):
             second=self.second,
             kahan=self.kahan,
             row_scale=self.row_scale,
+            row_offset=self.shard.first,
             decoupled=self.optimizer.decoupled,
             need_loss=need_loss,
             skip_below=self.skip_below,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from xmlkernels.errors import InputError
+from xmlkernels.nn.shard import Shard, own_positives, whole
 from xmlkernels.ops import Hyper, bce_loss, matmul_topk, rescale_rows_, shortlist_matmul
 from xmlkernels.precision import DTYPES, TABLE_DTYPES
 
@@ -102,7 +103,9 @@ class RowOptimizer:
 class Table(nn.Module):
     """A table [n, D] that its owner's step trains in place, with its optimizer's state.
 
-    Everything is a buffer: nothing here requires a gradient or belongs to a torch optimizer.
+    Everything is a buffer: nothing here requires a gradient or belongs to a torch optimizer. A
+    table that is one shard of a larger one holds rows `shard.first` to `shard.end` - 1 of that; n
+    is then their number, and first values and rounding are those of the whole table.
 
     Attributes:
         weight: [n, D].
@@ -114,9 +117,10 @@ class Table(nn.Module):
         hyper: fp32 [7], see `xmlkernels.ops.Hyper`.
         counter: int64 [2], seed and step.
         optimizer: a RowOptimizer.
+        shard: the rows that it holds.
 
     Args:
-        rows: n.
+        rows: of the whole table.
         width: D.
         dtype: "fp32", "bf16", "fp16", or "fp8" (e4m3 with a power-of-two scale per row). Below fp32
             updates round stochastically, without bias.
@@ -124,6 +128,7 @@ class Table(nn.Module):
         optimizer: a RowOptimizer, or the name of its kind.
         draw: gives the first values; None leaves zeros, to be filled from a checkpoint.
         seed: of the first values and of stochastic rounding.
+        shard: the rows to hold; None holds all.
 
     Raises:
         InputError: an option is out of range, or this kind of table does not take the optimizer.
@@ -156,6 +161,7 @@ class Table(nn.Module):
         optimizer: RowOptimizer | str = "sgd",
         draw: Draw | None = None,
         seed: int = 0,
+        shard: Shard | None = None,
     ) -> None:
         super().__init__()
         if isinstance(optimizer, str):
@@ -163,7 +169,9 @@ class Table(nn.Module):
             optimizer = RowOptimizer(optimizer)
         self.check_options(dtype, optimizer)
         self.optimizer = optimizer
-        weight, row_scale = new_table(rows, width, TABLE_DTYPES[dtype], seed, draw)
+        self.shard = whole(rows) if shard is None else shard
+        rows = self.shard.count
+        weight, row_scale = new_table(self.shard, width, TABLE_DTYPES[dtype], seed, draw)
         rescaled = None if row_scale is None else torch.zeros(1, dtype=torch.int64)
         self.register_buffer("weight", weight)
         self.register_buffer("row_scale", row_scale)
@@ -200,6 +208,12 @@ class Table(nn.Module):
         """
         return {name: held.numel() * held.element_size() for name, held in self.named_buffers()}
 
+    def row_buffers(self) -> dict[str, Tensor]:
+        """Name the buffers that have a row per row of the table: its shards, where it is one."""
+        names = ("weight", "bias", "row_scale", *STATES)
+        held = dict(self.named_buffers(recurse=False))
+        return {name: held[name] for name in names if name in held}
+
     def operand(self, x: Tensor) -> Tensor:
         """Give embeddings as a step's products take them; a narrower range may make infinity."""
         return x
@@ -226,12 +240,25 @@ class Table(nn.Module):
     def topk(self, x: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Find the k best rows of all: logits fp32 [B, k] and rows int64 [B, k], best first.
 
+        Rows are numbered as in the whole table; a shard looks among its own.
         `exclude` is that of `matmul_topk`.
         """
-        return matmul_topk(x, self.weight, self.bias, k, exclude=exclude, row_scale=self.row_scale)
+        return matmul_topk(
+            x,
+            self.weight,
+            self.bias,
+            k,
+            exclude=exclude,
+            row_scale=self.row_scale,
+            row_offset=self.shard.first,
+        )
 
     def loss(self, x: Tensor, pos_row: Tensor, pos_sample: Tensor) -> Tensor:
-        """Sum the loss [1] over samples and all rows, without training; differentiable in x."""
+        """Sum the loss [1] over samples and all rows, without training; differentiable in x.
+
+        Of a shard, the summand of its rows; positives are those of the whole table.
+        """
+        pos_row, pos_sample = own_positives(pos_row, pos_sample, self.shard)
         return bce_loss(x, self.weight, self.bias, pos_row, pos_sample, row_scale=self.row_scale)
 
     def after_step(self) -> None:
@@ -241,7 +268,8 @@ class Table(nn.Module):
         eight bytes per row.
         """
         if self.row_scale is not None and self.rescaled is not None:
-            self.rescaled += rescale_rows_(self.weight, self.row_scale, self.counter)
+            first = self.shard.first
+            self.rescaled += rescale_rows_(self.weight, self.row_scale, self.counter, first)
         self.counter[1] += 1
 
 
@@ -280,29 +308,39 @@ def xavier(nodes: int) -> Draw:
 
 
 def new_table(
-    rows: int, width: int, dtype: torch.dtype, seed: int, draw: Draw | None
+    shard: Shard, width: int, dtype: torch.dtype, seed: int, draw: Draw | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Make a table [n, D] of first values, and the row_scale fp32 [n, 2] of an fp8 one.
+    """Make a shard [n, D] of first values, and the row_scale fp32 [n, 2] of an fp8 one.
 
     Without `draw`, and on the meta device, where there are no values, it is not filled.
     """
-    table = torch.zeros(rows, width, dtype=dtype)
+    table = torch.zeros(shard.count, width, dtype=dtype)
     row_scale = None
     if dtype == TABLE_DTYPES["fp8"]:
-        row_scale = torch.tensor([[_FIRST_SCALE, 0.0]]).repeat(rows, 1)
+        row_scale = torch.tensor([[_FIRST_SCALE, 0.0]]).repeat(shard.count, 1)
     if draw is not None and not table.is_meta:
-        # A generator of its own: the table must not depend on what was drawn before it.
+        # A generator of its own: the table must not depend on what was drawn before it. It cannot
+        # skip, so a shard draws what comes before its rows, too.
         generator = torch.Generator().manual_seed(seed)
-        for start, end in blocks(table):
-            fill_rows(table, row_scale, start, draw(end - start, width, generator))
+        for start, end in _blocks(shard.end if shard.count else 0, width, shard.rows):
+            values = draw(end - start, width, generator)
+            first = max(start, shard.first)
+            if first < min(end, shard.end):
+                own = values[first - start : shard.end - start]
+                fill_rows(table, row_scale, first - shard.first, own)
     return table, row_scale
 
 
 def blocks(table: Tensor) -> Iterator[tuple[int, int]]:
     """(first, end) of its rows in turn, few enough to be held in fp32."""
-    rows = max(1, _BLOCK // max(1, table.shape[1]))
-    for start in range(0, table.shape[0], rows):
-        yield start, min(start + rows, table.shape[0])
+    yield from _blocks(table.shape[0], table.shape[1], table.shape[0])
+
+
+def _blocks(until: int, width: int, rows: int) -> Iterator[tuple[int, int]]:
+    """Yield the blocks of a table of `rows` rows that begin before row `until`."""
+    step = max(1, _BLOCK // max(1, width))
+    for start in range(0, until, step):
+        yield start, min(start + step, rows)
 
 
 def fill_rows(table: Tensor, row_scale: Tensor | None, start: int, values: Tensor) -> None:
