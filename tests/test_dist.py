@@ -8,6 +8,7 @@ import torch
 from processes import CPU, together
 
 from xmlkernels import InputError, dist
+from xmlkernels.dist import group
 
 
 def _numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -85,7 +86,58 @@ def _agreeing() -> None:
         dist.gather_rows(torch.zeros(5, 1), [1] * dist.size())
 
 
+def _scattering() -> None:
+    """Numbers whose sums are exact: the order of additions cannot show."""
+    for documents in (7, 2):  # a process without a row
+        every = [_numbers(documents, 3, seed=s).round() for s in range(dist.size())]
+        whole = torch.stack(every).sum(0)
+        own = dist.part(documents)
+        with dist.counted() as found:
+            assert torch.equal(dist.scatter_sum(every[dist.rank()]).rows(), whole[own])
+        received = (dist.size() - 1) * (own.stop - own.start) * 3 * 4
+        assert found == {"gathered": 0, "scattered": received, "summed": 0, "routed": 0}
+    # In the order of the processes, which loses the 1; any other order keeps it.
+    last = torch.full((3, 1), [1e8, 1.0, -1e8][dist.rank()])
+    own = dist.part(3)
+    assert dist.scatter_sum(last).rows().tolist() == [[0.0]] * (own.stop - own.start)
+    with pytest.raises(InputError, match="scatter_sum: counts: expected 3 rows in 3 parts"):
+        dist.scatter_sum(last, [1, 1, 2])
+
+
+def _merging() -> None:
+    """The best of all, of equal ones the lower row; pads last."""
+    values = [[2.0, 1.0], [2.0, -torch.inf], [3.0, 2.0]][dist.rank()]
+    rows = [[7, 8], [1, -1], [20, 4]][dist.rank()]
+    best, which = dist.merge_topk(torch.tensor([values, values]), torch.tensor([rows, rows]), 4)
+    assert best.tolist() == [[3.0, 2.0, 2.0, 2.0]] * 2 and which.tolist() == [[20, 1, 4, 7]] * 2
+    best, which = dist.merge_topk(torch.tensor([values]), torch.tensor([rows]), 7)
+    assert which.tolist() == [[20, 1, 4, 7, 8, -1, -1]] and best[0, 5:].isinf().all()
+
+
+def _collecting() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64):
+        whole = (10 * _numbers(7, 3)).to(dtype)
+        counts = [0, 5, 2]
+        first = sum(counts[: dist.rank()])
+        found = dist.collect_rows(whole[first : first + counts[dist.rank()]], counts)
+        assert (found is None) == (dist.rank() > 0)
+        if found is not None:
+            assert found.dtype == dtype and torch.equal(found.float(), whole.float())
+
+
+def _counting() -> None:
+    before = dist.traffic()
+    with dist.counted() as found:
+        dist.gather_rows(torch.zeros(2 + (dist.rank() == 0), 5), [3, 2, 2])
+        dist.sum_(torch.zeros(7))
+    # A ring of three: two thirds of the bytes twice, rounded up.
+    assert found == {"gathered": 2 * 3 * 5 * 4, "scattered": 0, "summed": 38, "routed": 0}
+    assert dist.traffic()["gathered"] == before["gathered"] + found["gathered"]
+
+
 def _all(folder: str) -> None:
+    for work in (_scattering, _merging, _collecting, _counting):
+        work()
     for work in (_gathering, _ragged, _sums, _agreeing, _drifting):
         work()
     _first_alone(folder)
@@ -109,6 +161,11 @@ def test_alone_everything_is_itself() -> None:
     assert array.tolist() == [7, 7, 7] and dist.launched() == (0, 1)
     with dist.first_alone():
         pass
+    assert dist.scatter_sum(x).rows() is x and dist.collect_rows(x, [2]) is x
+    values, rows = dist.merge_topk(torch.tensor([[1.0, 5.0]]), torch.tensor([[9, 3]]), 3)
+    assert values.tolist() == [[5.0, 1.0, -torch.inf]] and rows.tolist() == [[3, 9, -1]]
+    assert not any(dist.traffic().values())
+    assert not any(dist.step_traffic(5, [3], 1, summed=8).values())
     dist.agree_on_tensors({"x": x})
     dist.agree("--dataset", "anything", CPU)
     dist.sum_gradients([torch.nn.Parameter(x)])
@@ -118,7 +175,7 @@ def test_alone_everything_is_itself() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_parts_cover_everything_once(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "size", lambda: size)
+    monkeypatch.setattr(group, "size", lambda: size)
     for count in (0, 1, 4, 5, 11):
         found = [i for s in dist.parts(count) for i in range(count)[s]]
         lengths = [s.stop - s.start for s in dist.parts(count)]

@@ -93,7 +93,7 @@ ALONE = {
         "xmlkernels/data/tokens.py",
     },
     "tokenizers": {"xmlkernels/data/tokens.py"},
-    "torch.distributed": {"xmlkernels/dist.py"},
+    "torch.distributed": {"xmlkernels/dist/group.py", "xmlkernels/dist/messages.py"},
     "msgspec": {"xmlkernels/records.py"},
     "xxhash": {"xmlkernels/checksums.py"},
     "rich": {"xmlkernels/cli/console.py"},

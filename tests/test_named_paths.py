@@ -91,9 +91,9 @@ def test_dotted_names_in_quotes_exist() -> None:
     ("name", "text", "count"),
     [
         ("docs/a.md", "see xmlkernels/training/gone.py.", 1),
-        ("docs/a.md", "see `xmlkernels/dist.py`, csrc/kernels.h and tests/fields/.", 0),
+        ("docs/a.md", "see `xmlkernels/optim.py`, csrc/kernels.h and tests/fields/.", 0),
         ("docs/a.md", "all of xmlkernels/gone/ and `gone.py`", 2),
-        ("docs/a.md", "`dist.py` and `training/loop.py`", 0),
+        ("docs/a.md", "`optim.py` and `training/loop.py`", 0),
         ("docs/a.md", "csrc/cuda/<stem>.cu, tests/ops/test_row_norms.py, examples/NAME.py", 0),
         ("tests/a.py", 'write("rules.py", "train/labels.npz")', 0),
         ("tests/a.py", "# as in tests/test_gone.py", 1),

@@ -1,0 +1,214 @@
+"""The processes that work together: who they are, how they meet and part, which one is lost."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+
+from xmlkernels.errors import InputError
+from xmlkernels.heartbeat import Heartbeat
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# Of one message. One process makes a label tree or writes a checkpoint while the others wait:
+# whether it lives shows its heartbeat, in `PATIENCE` seconds.
+_LONGEST = timedelta(days=7)
+# Long enough for a call that keeps Python's lock (a large sort, a swap to disk), in which no heart
+# beats.
+PATIENCE = 600.0
+_heart: Heartbeat | None = None
+
+
+class ProcessLost(RuntimeError):
+    """Another process does not answer: it ended or hangs.
+
+    Attributes:
+        speaks: whether this process reports it; False where the other one says why
+            itself, or another does.
+    """
+
+    def __init__(self, told: str, *, speaks: bool = True) -> None:
+        super().__init__(told)
+        self.speaks = speaks
+
+
+def launched() -> tuple[int, int]:
+    """Return this process's number and the number of processes; (0, 1) without torchrun.
+
+    From torchrun's environment, also before `start`.
+
+    Raises:
+        InputError: they are no numbers.
+    """
+    found = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not all(value.isdecimal() for value in found):
+        raise InputError(
+            "environment", "numbers as RANK and WORLD_SIZE", str(found), "start it by torchrun"
+        )
+    return (int(found[0]), int(found[1])) if found[1] != "1" else (0, 1)
+
+
+def start(device: torch.device, patience: float = PATIENCE) -> None:
+    """Join the processes that torchrun started.
+
+    Does nothing where it did not start this one, or started it alone.
+
+    Args:
+        device: where the model will be: NCCL sends tensors of a GPU, gloo those of a CPU.
+        patience: seconds without a sign of life after which another process counts as lost
+            (`when_lost`).
+
+    Raises:
+        InputError: torchrun's environment is incomplete, or this torch cannot talk to other
+            processes.
+    """
+    found = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    if found.get("WORLD_SIZE", "1") == "1" or running():
+        return
+    missing = [name for name in _VARIABLES if name not in found]
+    if missing:
+        raise InputError(
+            "environment",
+            "all variables that torchrun sets",
+            f"no {', '.join(missing)}",
+            "start it by torchrun",
+        )
+    backends = ("gloo", "nccl") if device.type == "cuda" else ("gloo",)
+    if not torch.distributed.is_available() or not all(
+        map(torch.distributed.is_backend_available, backends)
+    ):
+        expected = f"one built with {' and '.join(backends)}"
+        raise InputError(
+            "torch", expected, "one without", "install another build, or use one process"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # Its functions have the group as a default argument: imported after this (transformers does)
+    # they would keep it for ever, with threads that want to free a tensor while the interpreter
+    # ends: SIGABRT, now and then.
+    importlib.import_module("torch.distributed.nn.functional")
+    # Predictions of a split are gathered in the host's memory, besides the vectors on the cards.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=_LONGEST)
+    global _heart  # noqa: PLW0603  (one process belongs to one group)
+    # torchrun's store outlives the processes that it restarts.
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    port = int(found["MASTER_PORT"])
+    distributed: Any = torch.distributed  # its stores are not in the stubs
+    store = distributed.TCPStore(
+        found["MASTER_ADDR"], port, timeout=timedelta(seconds=30), wait_for_workers=False
+    )
+    _heart = Heartbeat(distributed.PrefixStore(restarts, store), rank(), size(), patience)
+    talk(torch.distributed.all_reduce, torch.zeros(1))  # until all have made theirs
+    _heart.start()
+
+
+def when_lost(call: Callable[[str], None]) -> None:
+    """Call `call` with a sentence when another process gives no sign for `patience` seconds.
+
+    The call comes from a thread, for the program itself may be waiting for that process for ever.
+    Of several processes that are left one is called at once, the others a little later.
+    """
+    if (heart := _heart) is None:
+        return
+
+    def lost(sentence: str) -> None:
+        if not heart.speaks():
+            time.sleep(3 * heart.interval)
+        call(sentence)
+
+    heart.lost = lost
+
+
+def missing() -> str | None:
+    """Return a sentence that names a process which ended without a word or does not move.
+
+    None where all are alive, or say why not.
+    """
+    return None if _heart is None else _heart.find()
+
+
+def stop(*, failed: bool = False) -> None:
+    """Leave the other processes; nothing where there are none.
+
+    Args:
+        failed: tells them that this one has met an error, of which it says itself what it is, and
+            breaks no connection yet.
+    """
+    global _heart  # noqa: PLW0603  (one process belongs to one group)
+    if _heart is not None:
+        _heart.stop(failed=failed)
+    if running() and not failed:
+        _heart = None
+        torch.distributed.destroy_process_group()
+
+
+def running() -> bool:
+    """Whether `start` has joined other processes."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def rank() -> int:
+    """Return this process's number, from 0."""
+    return torch.distributed.get_rank() if running() else 0
+
+
+def size() -> int:
+    """How many processes there are."""
+    return torch.distributed.get_world_size() if running() else 1
+
+
+def local_rank() -> int:
+    """Return this process's number on its machine: the GPU that is its own."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if running() or "WORLD_SIZE" in os.environ else 0
+
+
+def parts(count: int) -> list[slice]:
+    """Return `count` things in consecutive parts, one per process.
+
+    Sizes differ by one at most; the first ones are larger.
+    """
+    whole, rest = divmod(count, size())
+    ends = [whole * (r + 1) + min(r + 1, rest) for r in range(size())]
+    return [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+
+
+def part(count: int) -> slice:
+    """Return this process's part of `count` things."""
+    return parts(count)[rank()]
+
+
+def talk(call: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+    """Call a function of torch.distributed; an error says which process is lost, if one is."""
+    try:
+        return call(*arguments, **more)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        lost = _lost(str(error).splitlines()[0])
+        if lost is None:
+            raise
+        raise lost from error
+
+
+def _lost(reason: str) -> ProcessLost | None:
+    """Make the error that names the process which does not answer.
+
+    None where all are alive: the fault is then in this process's own work (an error of the card
+    that shows in the next call, say).
+    """
+    own = (
+        f"process {rank()} of {size()} has no answer from the others, one of which ended: {reason}"
+    )
+    if _heart is None:
+        return ProcessLost(own)
+    found = _heart.find()
+    if found is not None:
+        return ProcessLost(found, speaks=_heart.speaks())
+    return None if _heart.all_alive() else ProcessLost(own, speaks=not _heart.failed())
