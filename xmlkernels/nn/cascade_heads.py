@@ -11,6 +11,7 @@ from xmlkernels.errors import InputError
 from xmlkernels.nn.cascade_level import LEVEL_OPTIMIZERS, CascadeLevel, DenseLevel
 from xmlkernels.nn.dropout import Dropout
 from xmlkernels.nn.layer_recipe import Recipe, checked_layers
+from xmlkernels.nn.shard import Shard
 from xmlkernels.nn.table import RowOptimizer, check_choice
 
 SCHEMES = ("level", "weighted", "path")
@@ -50,6 +51,8 @@ class CascadeHeads(nn.Module):
         label_device: where the label level lives, and stays whatever `.to` does to the rest; None:
             with the rest. It is no part of `config`, nor of a checkpoint: either is read with any
             placement.
+        label_shard: the rows of the label level to hold, where several processes share it
+            (`cluster_shards`); None holds all. It is no part of `config` either.
         drops: dropout of each level; one number serves all.
         projection_drop: dropout before the linear layer 2D → D.
         seed: of the initial values and of stochastic rounding.
@@ -80,6 +83,7 @@ class CascadeHeads(nn.Module):
         seed: int = 0,
         fill: bool = True,
         label_device: torch.device | None = None,
+        label_shard: Shard | None = None,
         level: Callable[..., CascadeLevel] | None = None,
     ) -> None:
         super().__init__()
@@ -124,6 +128,7 @@ class CascadeHeads(nn.Module):
                 optimizer=optimizer,
                 seed=seed + _SEEDS * (r + 1),
                 fill=fill,
+                shard=label_shard if r + 1 == count else None,
             )
             for r, n in enumerate(sizes)
         )

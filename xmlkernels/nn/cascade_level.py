@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from xmlkernels.errors import InputError
+from xmlkernels.nn.cluster_shard import OwnClusters, clusters_of
+from xmlkernels.nn.shard import Shard, own_positives
 from xmlkernels.nn.shortlist import candidates, locate
 from xmlkernels.nn.table import RowOptimizer, Table, check_choice, xavier
 from xmlkernels.ops import cluster_step_, shortlist_matmul, sparse_adam_
@@ -41,8 +43,12 @@ class CascadeLevel(Table):
     every step with their momentum, while the host's own kernel updates them in place, at the rate
     of its memory.
 
+    A level may be one shard of whole clusters of a larger one (`cluster_shards`). It is told all of
+    a step as the whole level would be, and takes the part of its own clusters: of dx and loss it
+    gives its summands, and its rows are those of the whole table.
+
     Args:
-        nodes: n, rows of the table.
+        nodes: rows of the table, of all its shards together.
         width: D.
         per_sample: candidates that a sample typically has; decides `gain`.
         dtype: "fp32", "bf16", "fp16" or "fp8", as of `Table`.
@@ -51,6 +57,7 @@ class CascadeLevel(Table):
         seed: of the initial table and of the rounding.
         fill: draw the initial table, Xavier uniform; False for one that is filled from a
             checkpoint.
+        shard: the rows to hold, those of whole clusters; None holds all.
     """
 
     NAME: ClassVar[str] = "cascade table"
@@ -68,6 +75,7 @@ class CascadeLevel(Table):
         optimizer: RowOptimizer,
         seed: int,
         fill: bool,
+        shard: Shard | None = None,
     ) -> None:
         super().__init__(
             nodes,
@@ -77,6 +85,7 @@ class CascadeLevel(Table):
             optimizer=optimizer,
             draw=xavier(nodes) if fill else None,
             seed=seed,
+            shard=shard,
         )
         self.per_sample, self.gain = per_sample, 1.0
         if optimizer.kind == "adam":
@@ -84,8 +93,9 @@ class CascadeLevel(Table):
             self.gain = 2.0 ** round(math.log2(_BATCH * max(1, per_sample)))
         self.hyper[EPSILON] = optimizer.epsilon * self.gain
         self._placed = False
-        # The tree's own tensor, and its copy on the table's device.
-        self._row_ptr: tuple[Tensor, Tensor] | None = None
+        # The tree's own tensor, the clusters of it that are here, and their rows on the table's
+        # device.
+        self._tree: tuple[Tensor, OwnClusters, Tensor] | None = None
 
     @classmethod
     def check_options(cls, dtype: str, optimizer: RowOptimizer) -> None:
@@ -102,7 +112,7 @@ class CascadeLevel(Table):
 
     @property
     def nodes(self) -> int:
-        """Rows of the table."""
+        """n, rows that are here."""
         return self.weight.shape[0]
 
     def place(self, device: torch.device) -> None:
@@ -146,7 +156,8 @@ class CascadeLevel(Table):
             x: [B, D]; a non-finite value leaves the table as it was. The results are returned on
                 its device.
             clusters: int64 [B, K], -1 pads; row_ptr: int64 [C + 1]; most: M. See `cluster_step_`.
-            positives: (node, sample), sorted by both.
+                A shard takes those of the whole level, too, ascending, pads last.
+            positives: (node, sample), sorted by both; of the whole level.
             lr: of this step.
             beta1: of this step, where the table has Adam; None keeps the last one.
             scale: fp32 [1] or [], factor of the loss and its gradient: rw_loss over the number of
@@ -154,7 +165,8 @@ class CascadeLevel(Table):
             dx_scale: multiplies dx alone.
 
         Returns:
-            dx: fp32 [B, D]. scores: fp32 [B, K, M], before the update. loss: fp32 [1], or [0].
+            dx: fp32 [B, D]. scores: fp32 [B, K, M], before the update; of a shard [B, K', M], of
+            its own clusters (`OwnClusters.chosen`). loss: fp32 [1], or [0].
         """
         self.hyper[LR] = lr
         if beta1 is not None and self.second is not None:
@@ -163,8 +175,14 @@ class CascadeLevel(Table):
         here = self.weight.device
         if not isinstance(dx_scale, Tensor):
             dx_scale = torch.full((1,), dx_scale, device=here)
+        own, rows_here = self._tree_here(row_ptr)
+        if not self.shard.whole:
+            chosen, _ = own.chosen(clusters)
+            clusters = torch.where(chosen >= 0, chosen - own.first, -1)
+            positives = own_positives(*positives, self.shard)
         held = moved(here, x, clusters, *positives, scale, dx_scale)
-        out = self._train(held, self._tree_here(row_ptr), most, need_loss)
+        train = self._train if self.nodes else self._nothing
+        out = train(held, rows_here, most, need_loss)
         self.after_step()
         dx, scores, loss = moved(x.device, *out)
         return dx, scores, loss
@@ -195,22 +213,49 @@ class CascadeLevel(Table):
             second=self.second,
             kahan=self.kahan,
             row_scale=self.row_scale,
+            row_offset=self.shard.first,
             decoupled=True,
             need_loss=need_loss,
         )
         return dx, scores, loss / self.gain
 
-    def _tree_here(self, row_ptr: Tensor) -> Tensor:
-        """Give the tree's tensor on the table's device; as long as it is the same, copy it once."""
-        if row_ptr.device == self.weight.device:
-            return row_ptr
-        if self._row_ptr is None or self._row_ptr[0] is not row_ptr:
-            self._row_ptr = row_ptr, moved(self.weight.device, row_ptr)[0]
-        return self._row_ptr[1]
+    def _nothing(
+        self, held: list[Tensor], row_ptr: Tensor, most: int, need_loss: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Take the step of a shard without rows, as `_train`."""
+        x, clusters, *_ = held
+        finite = torch.isfinite(self.operand(x)).all()
+        zero = torch.where(finite, 0.0, torch.nan)
+        scores = torch.where(finite, -torch.inf, torch.nan).expand(*clusters.shape, most)
+        return zero.repeat(*x.shape), scores, zero.repeat(int(need_loss))
+
+    def own(self, row_ptr: Tensor) -> OwnClusters:
+        """Find the clusters that are here; row_ptr is that of the whole level.
+
+        Raises:
+            InputError: a border of the shard lies within a cluster.
+        """
+        return self._tree_here(row_ptr)[0]
+
+    def _tree_here(self, row_ptr: Tensor) -> tuple[OwnClusters, Tensor]:
+        """Give the clusters that are here and their rows, on the table's device.
+
+        As long as the tree's tensor is the same, they are found and copied once.
+        """
+        if self._tree is None or self._tree[0] is not row_ptr:
+            if self.shard.whole:
+                own = OwnClusters(0, row_ptr.shape[0] - 1, row_ptr)
+            else:
+                own = clusters_of(self.shard, row_ptr)
+            self._tree = row_ptr, own, moved(self.weight.device, own.row_ptr)[0]
+        return self._tree[1:]
 
     @torch.no_grad()
     def scores(self, x: Tensor, index: Tensor) -> Tensor:
-        """Score chosen rows, as `Table.scores`; the result is on the device of x."""
+        """Score chosen rows, as `Table.scores`; the result is on the device of x.
+
+        A shard counts them from its first.
+        """
         held = moved(self.weight.device, x, index)
         return moved(x.device, super().scores(*held))[0]
 
@@ -289,6 +334,7 @@ class DenseLevel(CascadeLevel):
             self.hyper,
             self.counter,
             kahan=self.kahan,
+            row_offset=self.shard.first,
             decoupled=True,
         )
         plain = self.hyper.clone()

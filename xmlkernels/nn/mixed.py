@@ -173,10 +173,12 @@ class MixedLevel(MixedProducts, CascadeLevel):
             loss = (scale * torch.where(real, softplus(z) - y * z, 0).sum()).reshape(1)
         # The gain is a power of two: what it multiplies is rounded as it would be without.
         self.hyper[SCALE] = self.gain
-        update_rows_(self, rows, grad, decoupled=True)
+        update_rows_(self, rows, grad, row_offset=self.shard.first, decoupled=True)
         step = self.hyper[LR] * self.gain * dbias
         self.bias.index_add_(0, rows, torch.where(finite, -step, 0))
-        return dx_scale * own, torch.where(finite, z, torch.nan), loss
+        # Also of samples without a candidate here.
+        dx = torch.where(finite, dx_scale * own, torch.nan)
+        return dx, torch.where(finite, z, torch.nan), loss
 
 
 def update_rows_(

@@ -57,7 +57,7 @@ class PlainHead(FullHead):
         if not bool(torch.isfinite(x).all()):
             self.after_step()
             return torch.full_like(x, torch.nan).float(), x.new_full((int(need_loss),), torch.nan)
-        x, weight = x.float().requires_grad_(), self.weight.detach().requires_grad_()
+        x, weight = x.detach().float().requires_grad_(), self.weight.detach().requires_grad_()
         bias = None if self.bias is None else self.bias.detach().requires_grad_()
         real = pos_row < self.labels
         target = torch.zeros(x.shape[0], self.labels, device=x.device)
@@ -124,7 +124,7 @@ class PlainLevel(CascadeLevel):
         if not bool(torch.isfinite(x).all()):
             lost = torch.full(real.shape, torch.nan, device=x.device)
             return torch.full_like(x, torch.nan).float(), lost, lost.flatten()[: int(need_loss)]
-        x, weight = x.float().requires_grad_(), self.weight.detach().requires_grad_()
+        x, weight = x.detach().float().requires_grad_(), self.weight.detach().requires_grad_()
         bias = self.bias.detach().requires_grad_()
         index = torch.where(real, listed, 0)
         inside = node < self.nodes
