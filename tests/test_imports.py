@@ -42,7 +42,9 @@ ARROWS: dict[str, set[str]] = {
         "errors", "checksums", "file_kinds", "files", "foreign", "installed", "locks", "memory",
         "records",
     },
-    "nn": {"errors", "dist", "foreign", "installed", "ops", "precision", "rows", "threads"},
+    "nn": {
+        "errors", "dist", "foreign", "installed", "locks", "ops", "precision", "rows", "threads",
+    },
     "tree": {"errors", "checksums", "data", "files", "parallel", "records"},
     "ranker": {
         "errors", "checksums", "data", "files", "metrics", "parallel", "records", "topk",

@@ -112,6 +112,7 @@ class FileRows:
 
     Attributes:
         shape, dtype: of the tensor.
+        writes: whether it may be written.
 
     Args:
         path: of the file; it may be renamed or removed as soon as this is made.
@@ -133,6 +134,7 @@ class FileRows:
         writes: bool = False,
     ) -> None:
         self.path, self.shape, self.dtype = Path(path), torch.Size(shape), dtype
+        self.writes = writes
         self.offset, self._row = offset, torch.Size(shape)[1:].numel() * dtype.itemsize
         self._bounces = threading.local()
         how = os.O_RDWR | os.O_CREAT if writes else os.O_RDONLY

@@ -117,14 +117,18 @@ class FullHead(Table):
         Raises:
             InputError: the table has no bias, or there is not one number per label.
         """
+        self._check_frequencies(positives)
+        assert self.bias is not None
+        share = (positives.double() + 0.5) / (documents + 1)
+        self.bias.copy_(torch.logit(share))
+
+    def _check_frequencies(self, positives: Tensor) -> None:
         if self.bias is None:
             raise InputError("label table", "a bias", "none", "build it with bias=True")
         if positives.shape != (self.labels,):
             expected = f"{self.labels} numbers, one for each label"
             got = str(list(positives.shape))
             raise InputError("positives", expected, got, "count this dataset's labels")
-        share = (positives.double() + 0.5) / (documents + 1)
-        self.bias.copy_(torch.logit(share))
 
     @torch.no_grad()
     def start_at_centroids(
@@ -145,9 +149,7 @@ class FullHead(Table):
         Raises:
             InputError: norm is not above 0, or there is no document at all.
         """
-        if not norm > 0:
-            where = "norm of the first label rows"
-            raise InputError(where, "a number above 0", str(norm), "correct it")
+        self._check_norm(norm)
         device = self.weight.device
         total = torch.zeros(self.labels, self.width, device=device)
         count = torch.zeros(self.labels, 1, device=device)
@@ -162,14 +164,24 @@ class FullHead(Table):
             dist.sum_(part)
         documents = int(counted)
         if documents == 0:
-            mend = "give the batches of the training split"
-            raise InputError("first label rows", "training documents", "none", mend)
+            raise self._no_documents()
         mean /= documents
         for start, end in blocks(self.weight):
             seen = count[start:end]
             rows = norm * nn.functional.normalize(total[start:end] / seen.clamp(min=1) - mean)
             rows = torch.where(seen > 0, rows, self.rows(start, end))
             fill_rows(self.weight, self.row_scale, start, rows)
+
+    @staticmethod
+    def _check_norm(norm: float) -> None:
+        if not norm > 0:
+            where = "norm of the first label rows"
+            raise InputError(where, "a number above 0", str(norm), "correct it")
+
+    @staticmethod
+    def _no_documents() -> InputError:
+        mend = "give the batches of the training split"
+        return InputError("first label rows", "training documents", "none", mend)
 
     @torch.no_grad()
     def step(

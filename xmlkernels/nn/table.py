@@ -14,10 +14,11 @@ from xmlkernels.errors import InputError
 from xmlkernels.nn.shard import Shard, own_positives, whole
 from xmlkernels.ops import Hyper, bce_loss, matmul_topk, rescale_rows_, shortlist_matmul
 from xmlkernels.precision import DTYPES, TABLE_DTYPES
+from xmlkernels.rows import Rows
 
 KINDS = ("sgd", "adagrad", "adam", "adamw_dense")
 STATES = ("momentum", "second", "kahan", "bias_momentum", "bias_second")
-_FIRST_SCALE = 2.0**-8  # of each row of an fp8 table: values up to 1.75
+FIRST_SCALE = 2.0**-8  # of each row of an fp8 table: values up to 1.75
 _BLOCK = 1 << 22  # values at a time: a table below fp32 is never held in fp32 as a whole
 
 Draw = Callable[[int, int, torch.Generator], Tensor]
@@ -208,6 +209,17 @@ class Table(nn.Module):
         """
         return {name: held.numel() * held.element_size() for name, held in self.named_buffers()}
 
+    def stored(self) -> dict[str, Rows]:
+        """Give the rows of each buffer that no memory of the device holds, by its name; see `Rows`.
+
+        Such buffers are on the meta device.
+        """
+        return {}
+
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes of each of these, wherever they are; `bytes` counts what stands for them."""
+        return {}
+
     def row_buffers(self) -> dict[str, Tensor]:
         """Name the buffers that have a row per row of the table: its shards, where it is one."""
         names = ("weight", "bias", "row_scale", *STATES)
@@ -317,18 +329,23 @@ def new_table(
     table = torch.zeros(shard.count, width, dtype=dtype)
     row_scale = None
     if dtype == TABLE_DTYPES["fp8"]:
-        row_scale = torch.tensor([[_FIRST_SCALE, 0.0]]).repeat(shard.count, 1)
+        row_scale = torch.tensor([[FIRST_SCALE, 0.0]]).repeat(shard.count, 1)
     if draw is not None and not table.is_meta:
-        # A generator of its own: the table must not depend on what was drawn before it. It cannot
-        # skip, so a shard draws what comes before its rows, too.
-        generator = torch.Generator().manual_seed(seed)
-        for start, end in _blocks(shard.end if shard.count else 0, width, shard.rows):
-            values = draw(end - start, width, generator)
-            first = max(start, shard.first)
-            if first < min(end, shard.end):
-                own = values[first - start : shard.end - start]
-                fill_rows(table, row_scale, first - shard.first, own)
+        for first, values in first_values(shard, width, seed, draw):
+            fill_rows(table, row_scale, first, values)
     return table, row_scale
+
+
+def first_values(shard: Shard, width: int, seed: int, draw: Draw) -> Iterator[tuple[int, Tensor]]:
+    """Draw the first values of a shard's rows: (the first of some, counted in it; fp32 [m, D])."""
+    # A generator of its own: the table must not depend on what was drawn before it. It cannot skip,
+    # so a shard draws what comes before its rows, too.
+    generator = torch.Generator().manual_seed(seed)
+    for start, end in _blocks(shard.end if shard.count else 0, width, shard.rows):
+        values = draw(end - start, width, generator)
+        first = max(start, shard.first)
+        if first < min(end, shard.end):
+            yield first - shard.first, values[first - start : shard.end - start]
 
 
 def blocks(table: Tensor) -> Iterator[tuple[int, int]]:
