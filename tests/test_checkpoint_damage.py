@@ -45,7 +45,8 @@ def test_bad_checkpoints_are_told(tmp_path: Path) -> None:
     broken(weights.unlink, "tensors.safetensors.*no such file")
     broken(state.unlink, "state.json.*no such file")
     broken(lambda: os.truncate(state, 40), "state.json: expected JSON, got")
-    broken(lambda: edit(version=2), "version 1, got 2")
+    broken(lambda: edit(version=3), "version 2, got 3")
+    broken(lambda: edit(version=2), "a key 'files', got none")
     broken(lambda: edit(format="other"), 'format xmlkernels checkpoint, got "other"')
     broken(lambda: edit(identity="0"), "another checkpoint")
     scalar = {"shape": [], "dtype": "int64"}

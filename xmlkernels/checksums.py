@@ -39,6 +39,11 @@ def checksum(content: Any) -> str:
     return xxhash.xxh3_128_hexdigest(content)
 
 
+def new_digest() -> Any:
+    """Begin a checksum of bytes that come in parts: `update` it, then take its `hexdigest`."""
+    return xxhash.xxh3_128()
+
+
 def file_checksum(path: Path) -> str:
     """Of a file, a chunk at a time. OSError where it cannot be read."""
     digest = xxhash.xxh3_128()

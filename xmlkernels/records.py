@@ -124,17 +124,17 @@ def parse_record(
 
     Arguments and errors are those of `read_record`; `where` is what messages call the text.
     """
-    value = parse_json(text, where, mend)
-    if kind is not None:
-        found = value if isinstance(value, dict) else {}
-        for key, expected in kind.items():
-            if type(found.get(key)) is not type(expected) or found[key] != expected:
-                got = _shown(found[key]) if key in found else "none" if found else _shown(value)
-                raise InputError(where, f"{key} {expected}", got, mend)
-    return check_record(value, shape, where=where, mend=mend)
+    return check_record(parse_json(text, where, mend), shape, where=where, mend=mend, kind=kind)
 
 
-def check_record(value: Any, shape: type[T], *, where: str, mend: str) -> T:
+def check_record(
+    value: Any,
+    shape: type[T],
+    *,
+    where: str,
+    mend: str,
+    kind: Mapping[str, Any] | None = None,
+) -> T:
     """Return a value that was parsed before, if it has the type.
 
     It is returned unchanged, keys beyond the type included.
@@ -142,6 +142,12 @@ def check_record(value: Any, shape: type[T], *, where: str, mend: str) -> T:
     Raises:
         InputError: names the key, what was expected and what is there.
     """
+    if kind is not None:
+        found = value if isinstance(value, dict) else {}
+        for key, expected in kind.items():
+            if type(found.get(key)) is not type(expected) or found[key] != expected:
+                got = _shown(found[key]) if key in found else "none" if found else _shown(value)
+                raise InputError(where, f"{key} {expected}", got, mend)
     try:
         msgspec.convert(value, shape, strict=True)
     except msgspec.ValidationError as error:

@@ -1,7 +1,7 @@
-"""Checkpoints: two files that are either the old ones or the new ones, never half."""
+"""Checkpoints: a few files that are either the old ones or the new ones, never half."""
 
-from xmlkernels.checkpoint.contents import FORMAT
-from xmlkernels.checkpoint.folder import CheckpointFolder, load, save
+from xmlkernels.checkpoint.folder import CheckpointFolder, load, new_identity, save
+from xmlkernels.checkpoint.head import FORMAT, RowRange
 from xmlkernels.checkpoint.places import STATE, TENSORS
 from xmlkernels.checkpoint.state import (
     load_optimizer_tensors,
@@ -9,14 +9,20 @@ from xmlkernels.checkpoint.state import (
     rng_state,
     set_rng_state,
 )
+from xmlkernels.checkpoint.together import Content, Group, arrange
 
 __all__ = [
     "FORMAT",
     "STATE",
     "TENSORS",
     "CheckpointFolder",
+    "Content",
+    "Group",
+    "RowRange",
+    "arrange",
     "load",
     "load_optimizer_tensors",
+    "new_identity",
     "optimizer_tensors",
     "rng_state",
     "save",

@@ -1,41 +1,47 @@
-"""Checkpoints: `tensors.safetensors` and `state.json` in a folder, replaced as a whole.
+"""Checkpoints: `tensors.safetensors`, `state.json` and shards in a folder, replaced as a whole.
 
 A reader finds the old checkpoint or the new one, never half of one.
 
 A save writes a folder next to the target, syncs it, moves the old one to `.NAME.old`, moves the new
 one in, and removes the old one or keeps it as `NAME.1`. Whoever finds the target missing reads
-`.NAME.old`: at every instant one of the two is whole. Both files carry the same random identity, so
+`.NAME.old`: at every instant one of the two is whole. All files carry the same random identity, so
 that a reader during a save never mixes two checkpoints.
 
-Every bit is under a checksum: `state.json` has one of each tensor, the header of the tensors has
-one of `state.json`. What was written before there were checksums is read without them.
+Tables of which several processes hold some rows each are in a file per process (`shards.py`,
+`together.py`); any number of processes reads them. One process alone writes two files.
+
+Every bit is under a checksum: `state.json` has one of each tensor, of each block of rows and of the
+header of each shard, and the header of the tensors has one of `state.json`. What was written before
+there were checksums is read without them.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from xmlkernels.checkpoint.contents import read, refuse_foreign, stat, write
+from xmlkernels.checkpoint.contents import read, refuse_foreign
+from xmlkernels.checkpoint.head import RowRange
 from xmlkernels.checkpoint.places import (
     STATE,
     TENSORS,
     earlier,
     holds_one,
+    is_shard,
     old,
     recover,
     replace,
     swap_in,
     temporary,
 )
-from xmlkernels.checkpoint.state import encode
+from xmlkernels.checkpoint.together import Content, Group, arrange, write_together
+from xmlkernels.checkpoint.writing import stat
 from xmlkernels.errors import InputError
 from xmlkernels.files import sync
 
@@ -49,6 +55,9 @@ def save(
     state: Mapping[str, Any],
     *,
     keep: int = 0,
+    shards: Mapping[str, RowRange] | None = None,
+    group: Group | None = None,
+    identity: str = "",
 ) -> None:
     """Write a checkpoint in place of an earlier one.
 
@@ -60,31 +69,34 @@ def save(
         tensors: dense; any shape, dtype, strides and device. Names that share one tensor are stored
             once and come back as one tensor; other overlapping views are stored apart.
         state: JSON values; non-finite floats and integers of any size come back exactly, tuples as
-            lists.
+            lists. Of several processes, that of the first is saved.
         keep: checkpoints before this one that stay, as `FOLDER.1` (the latest), `FOLDER.2`, …;
             others of that name go.
+        shards: tensors of which this process holds some rows alone, and which; every process saves
+            its own. All others are the first process's.
+        group: several processes that call this together (`dist.board()`); None for one.
+        identity: of a group: the same text in every process, and never used before.
 
     Raises:
-        InputError: `state` is no JSON, a tensor is not dense, or something else is at `folder`.
-        OSError: the disk refuses (full, read-only); the old checkpoint is then unchanged.
+        InputError: `state` is no JSON, a tensor is not dense, something else is at `folder`, or
+            the processes share no file system.
+        OSError: the disk refuses (full, read-only); the old checkpoint is then unchanged. Every
+            process of a group raises what one of them met.
     """
-    target = Path(folder).resolve()
-    text = json.dumps(encode(state), ensure_ascii=False, allow_nan=False)
-    refuse_foreign(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    recover(target, keep)
-    fresh = temporary(target)
-    try:
-        write(fresh, tensors, text)
-        swap_in(fresh, target, keep)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        recover(target, keep)
-        raise
+    content = arrange(tensors, state, shards or {})
+    write_together(Path(folder).resolve(), content, keep, identity or new_identity(), group)
+
+
+def new_identity() -> str:
+    """Draw the identity of a checkpoint."""
+    return os.urandom(16).hex()
 
 
 def load(
-    folder: str | os.PathLike[str], keep: Callable[[str], bool] = lambda name: True
+    folder: str | os.PathLike[str],
+    keep: Callable[[str], bool] = lambda name: True,
+    rows: Mapping[str, RowRange] | None = None,
+    on_disk: Container[str] = (),
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read a checkpoint: (tensors on the CPU, state).
 
@@ -92,10 +104,15 @@ def load(
 
     Args:
         keep: which tensors to read, by name: prediction needs no optimizer state.
+        rows: which rows to read of some tensors, by name, whoever wrote them: of a table in parts
+            no others are touched, beside those under the same checksums. Other tensors are whole.
+        on_disk: names of tensors whose rows stay on the disk: tensors without memory stand in for
+            them (`xmlkernels.rows.rows_behind`), and what is read of a table in parts is verified
+            then. A save may replace the checkpoint meanwhile.
 
     Raises:
         InputError: no checkpoint there, another format version, a file missing, damaged, cut short
-            or foreign.
+            or foreign, or a tensor with another number of rows.
     """
     target = Path(folder).resolve()
     for left in reversed(range(_TRIES)):
@@ -106,7 +123,7 @@ def load(
             found = target
         before = stat(found / STATE)
         try:
-            result = read(found, target, keep)
+            result = read(found, target, keep, rows or {}, on_disk)
         except InputError:
             same = stat(target / STATE) in (before, None) and stat(found / STATE) == before
             # Each look may have met another save between its renames: only time tells that there
@@ -137,8 +154,13 @@ class CheckpointFolder:
         self.folder, self.keep = Path(folder), keep
 
     def save_last(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
-        """`save` as `last`."""
+        """`save` as `last`, by one process."""
         save(self.folder / "last", tensors, state, keep=self.keep)
+
+    def write_last(self, content: Content, group: Group | None = None, identity: str = "") -> None:
+        """Write what `arrange` has made ready as `last`; every process of a group calls it."""
+        last = (self.folder / "last").resolve()
+        write_together(last, content, self.keep, identity or new_identity(), group)
 
     def save_best(self) -> None:
         """Make `last` the `best` too, by hard links (copies where the file system has none).
@@ -177,24 +199,34 @@ class CheckpointFolder:
             raise
 
     def load(
-        self, which: str = "last", keep: Callable[[str], bool] = lambda name: True
+        self,
+        which: str = "last",
+        keep: Callable[[str], bool] = lambda name: True,
+        rows: Mapping[str, RowRange] | None = None,
+        on_disk: Container[str] = (),
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """`load` the "last" or the "best" one, or one of the earlier ones, "last.1" and so on."""
-        return load(self._path(which), keep)
+        return load(self._path(which), keep, rows, on_disk)
 
     def load_first(
         self,
         order: tuple[str, ...],
         keep: Callable[[str], bool] = lambda name: True,
         check: Callable[[Mapping[str, Any]], None] = lambda state: None,
+        rows: Mapping[str, RowRange] | None = None,
+        on_disk: Container[str] = (),
+        agree: Callable[[InputError | None], InputError | None] = lambda error: error,
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any], str, InputError | None]:
         """Load the first whole checkpoint of `order`.
 
         "earlier" means the checkpoints before the last, the latest first.
 
         Args:
+            keep: which tensors, as for `load`.
             check: raises an InputError where a state is not what it should be; the checkpoint then
                 counts as damaged.
+            rows, on_disk: of some tensors, as for `load`.
+            agree: gives all processes the error that one has met, or None where none has.
 
         Returns:
             Tensors, state, its name, and why the first of them was not taken; None where it was.
@@ -206,13 +238,16 @@ class CheckpointFolder:
         names = [name for entry in order for name in (before if entry == "earlier" else [entry])]
         reason: InputError | None = None
         for name in [name for name in names if self.exists(name)] or names[:1]:
+            found, error = None, None
             try:
-                tensors, state = self.load(name, keep)
-                check(state)
-            except InputError as error:
-                reason = reason or error
-                continue
-            return tensors, state, name, reason
+                found = self.load(name, keep, rows, on_disk)
+                check(found[1])
+            except InputError as met:
+                error = met
+            error = agree(error)
+            if error is None and found is not None:
+                return *found, name, reason
+            reason = reason or error
         assert reason is not None  # there is always a first
         raise reason
 
@@ -243,7 +278,8 @@ def _is_there(target: Path) -> bool:
 
 
 def _link(source: Path, fresh: Path) -> None:
-    for name in (TENSORS, STATE):
+    shards = sorted(path.name for path in source.iterdir() if is_shard(path.name))
+    for name in (TENSORS, *shards, STATE):
         # Safe to share: a save never writes into an existing file, it makes new ones.
         try:
             os.link(source / name, fresh / name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import secrets
 import shutil
 from pathlib import Path
@@ -18,6 +19,17 @@ from xmlkernels.files import sync
 # Not `files.replacing_folder`, which keeps what it replaces under a random name that no reader
 # knows: readers look for `.NAME.old` between the two renames, and `.NAME.old` becomes `NAME.1`.
 TENSORS, STATE = "tensors.safetensors", "state.json"
+_SHARD = re.compile(r"shard-[0-9]{5,9}-of-[0-9]{5,9}[.]safetensors")
+
+
+def shard_name(rank: int, size: int) -> str:
+    """Name the file of a process's rows."""
+    return f"shard-{rank:05}-of-{size:05}.safetensors"
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file of that name is one of a process's rows."""
+    return _SHARD.fullmatch(name) is not None
 
 
 def old(target: Path) -> Path:
@@ -41,8 +53,8 @@ def holds_one(folder: Path) -> bool:
 
 
 def holds_nothing_else(folder: Path) -> bool:
-    """Whether a folder is empty or has the two files of a checkpoint, or the tensors, alone."""
-    names = {path.name for path in folder.iterdir()}
+    """Whether a folder is empty or has the files of a checkpoint, or the tensors, alone."""
+    names = {path.name for path in folder.iterdir() if not is_shard(path.name)}
     return names <= {TENSORS, STATE} and (not names or TENSORS in names)
 
 

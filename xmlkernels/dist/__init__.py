@@ -18,6 +18,7 @@ from xmlkernels.dist.agreement import agree, agree_on_tensors
 from xmlkernels.dist.group import (
     PATIENCE,
     ProcessLost,
+    board,
     launched,
     local_rank,
     missing,
@@ -55,6 +56,7 @@ __all__ = [
     "Vote",
     "agree",
     "agree_on_tensors",
+    "board",
     "collect_rows",
     "counted",
     "fill_rows",

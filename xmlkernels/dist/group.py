@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+from xmlkernels.dist.board import Board
 from xmlkernels.errors import InputError
 from xmlkernels.heartbeat import Heartbeat
 
@@ -23,6 +24,7 @@ _LONGEST = timedelta(days=7)
 # beats.
 PATIENCE = 600.0
 _heart: Heartbeat | None = None
+_board: Board | None = None
 
 
 class ProcessLost(RuntimeError):
@@ -96,17 +98,37 @@ def start(device: torch.device, patience: float = PATIENCE) -> None:
     # Predictions of a split are gathered in the host's memory, besides the vectors on the cards.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, timeout=_LONGEST)
-    global _heart  # noqa: PLW0603  (one process belongs to one group)
-    # torchrun's store outlives the processes that it restarts.
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    port = int(found["MASTER_PORT"])
-    distributed: Any = torch.distributed  # its stores are not in the stubs
-    store = distributed.TCPStore(
-        found["MASTER_ADDR"], port, timeout=timedelta(seconds=30), wait_for_workers=False
-    )
-    _heart = Heartbeat(distributed.PrefixStore(restarts, store), rank(), size(), patience)
+    global _heart, _board  # noqa: PLW0603  (one process belongs to one group)
+    where = found["MASTER_ADDR"], int(found["MASTER_PORT"])
+    _heart = Heartbeat(_store(*where), rank(), size(), patience)
+    _board = Board(_store(*where), rank(), size(), _check_alive)
     talk(torch.distributed.all_reduce, torch.zeros(1))  # until all have made theirs
     _heart.start()
+
+
+def _store(host: str, port: int) -> Any:
+    """Connect once more to torchrun's store, which outlives the processes that it restarts."""
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    distributed: Any = torch.distributed  # its stores are not in the stubs
+    own = distributed.TCPStore(
+        host, port, timeout=timedelta(seconds=30), wait_for_workers=False
+    )
+    return distributed.PrefixStore(restarts, own)
+
+
+def _check_alive() -> None:
+    """Raise ProcessLost where another process has said that it ends, or gives no sign for long."""
+    if (heart := _heart) is None:
+        return
+    if gone := heart.missing(heart.patience):
+        raise ProcessLost(heart.sentence(gone), speaks=heart.speaks())
+    if not heart.all_alive():
+        raise ProcessLost("another process has ended", speaks=not heart.failed())
+
+
+def board() -> Board | None:
+    """Return where processes leave each other texts, from any thread; None for one process."""
+    return _board
 
 
 def when_lost(call: Callable[[str], None]) -> None:
@@ -141,11 +163,11 @@ def stop(*, failed: bool = False) -> None:
         failed: tells them that this one has met an error, of which it says itself what it is, and
             breaks no connection yet.
     """
-    global _heart  # noqa: PLW0603  (one process belongs to one group)
+    global _heart, _board  # noqa: PLW0603  (one process belongs to one group)
     if _heart is not None:
         _heart.stop(failed=failed)
     if running() and not failed:
-        _heart = None
+        _heart = _board = None
         torch.distributed.destroy_process_group()
 
 
