@@ -1,5 +1,6 @@
 """Starts several processes that know each other, on one CPU."""
 
+import multiprocessing
 import os
 import socket
 import sys
@@ -65,9 +66,13 @@ def together(size: int, work: Callable[..., None], folder: Path, *args: Any) -> 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    # One process imports torch, once for all tests; those that a test starts are forked from it.
+    multiprocessing.set_forkserver_preload(["xmlkernels.evaluation"])
     given, end = (size, port, work, str(folder), args), time.monotonic() + PATIENCE
     try:
-        running = torch.multiprocessing.spawn(_child, given, nprocs=size, join=False)
+        running = torch.multiprocessing.start_processes(
+            _child, given, nprocs=size, join=False, start_method="forkserver"
+        )
         while not running.join(1.0):
             if time.monotonic() > end:
                 left = [process for process in running.processes if process.is_alive()]

@@ -1,6 +1,7 @@
 """A model over a whole split: predictions, embeddings, loss, and how the levels of a tree fare.
 
-Of several processes each takes batches of its own; all of them have the results of all.
+Of several processes each takes batches of its own or, where they share the label table, its part of
+every batch; all of them have the results of all.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,8 +44,14 @@ def predict_split(
         own.append(batch.index.cpu().numpy())
         found = model.score(batch, k, exclude=exclude)
         values[own[-1]], rows[own[-1]] = found.values.cpu().numpy(), found.labels.cpu().numpy()
-    dist.fill_rows(own, values, rows)
+    _fill(model, own, values, rows)
     return values, rows
+
+
+def _fill(model: Model, own: Sequence[np.ndarray], *arrays: np.ndarray) -> None:
+    """Fill in what other processes have found; of a shared table each has found all."""
+    if not model.shared:
+        dist.fill_rows(own, *arrays)
 
 
 class LevelScores:
@@ -56,9 +63,11 @@ class LevelScores:
     Args:
         tree: the model's.
         labels: CSR [N, L] of the split.
+        whole: this process takes in every document; otherwise the others take in the rest.
     """
 
-    def __init__(self, tree: LabelTree, labels: csr_matrix) -> None:
+    def __init__(self, tree: LabelTree, labels: csr_matrix, *, whole: bool = False) -> None:
+        self.whole = whole or dist.size() == 1
         self.sizes = tree.sizes[:-1]
         documents = np.repeat(np.arange(labels.shape[0]), np.diff(labels.indptr))
         place = tree.place[labels.indices]
@@ -98,7 +107,7 @@ class LevelScores:
     def result(self) -> list[dict[str, Any]]:
         """Measure each level of clusters, coarse to fine.
 
-        Of several processes each has taken in documents of its own; the result is that of all.
+        The result is that of the documents of all processes.
 
         Returns:
             Per level: `clusters`, `kept` (mean per document), `shortlist_recall` (percent of the
@@ -106,7 +115,7 @@ class LevelScores:
             percent.
         """
         out, seen = [], sum(map(len, self.own))
-        if dist.size() > 1:
+        if not self.whole:
             dist.fill_rows(self.own, *self.nodes)
             sums = dist.sum_(torch.tensor([*self.kept, *self.found, seen])).numpy()
             (self.kept, self.found), seen = sums[:-1].reshape(2, -1), int(sums[-1])
@@ -145,9 +154,10 @@ def evaluate_split(
 ) -> Evaluation:
     """Predictions, loss and, on a label tree, what each level contributes, in one pass.
 
-    Of several processes each evaluates whole batches of its own and has the result of all: every
-    document is seen once, in the batch in which one process alone would see it, so that the result
-    is the same to the bit.
+    Every document is seen once, in the batch in which one process alone would see it. Of several
+    processes with copies of the tables each evaluates whole batches of its own, and the result is
+    that of one to the bit. With shared tables each encodes its part of a batch and scores it all by
+    its own rows: the best labels are merged exactly, and the loss is summed in another order.
     """
     own = model.scheme
     return _evaluate(model, split, k, (own,), batch_size, inputs)[own]
@@ -172,7 +182,11 @@ def _evaluate(
     count, tree = split.labels.shape[0], model.tree
     values = {scheme: np.empty((count, k), np.float32) for scheme in schemes}
     labels = {scheme: np.empty((count, k), np.int64) for scheme in schemes}
-    scores = {} if tree is None else {s: LevelScores(tree, split.labels) for s in schemes}
+    scores = (
+        {}
+        if tree is None
+        else {s: LevelScores(tree, split.labels, whole=model.shared) for s in schemes}
+    )
     # Of a tree, answers go as deep as the metrics of its clusters.
     deepest = k if tree is None else max(k, _DEEPEST)
     own, losses = [], []
@@ -187,8 +201,8 @@ def _evaluate(
                 scores[scheme].add(index, answer.levels)
         assert found.loss is not None
         losses.append(float(found.loss) * (1 if model.sums_loss else len(batch)))
-    dist.fill_rows(own, *values.values(), *labels.values())
-    mean = sum(_in_turn(losses)) / max(1, count)
+    _fill(model, own, *values.values(), *labels.values())
+    mean = sum(losses if model.shared else _in_turn(losses)) / max(1, count)
     return {
         s: Evaluation(values[s], labels[s], mean, scores[s].result() if s in scores else [])
         for s in schemes
@@ -221,7 +235,7 @@ def predict_and_embed_split(
         assert found.embedding is not None
         for whole, part in zip(out, (found.values, found.labels, found.embedding), strict=True):
             whole[own[-1]] = part.cpu().numpy()
-    dist.fill_rows(own, *out)
+    _fill(model, own, *out)
     return out[0], out[1], out[2]
 
 
@@ -233,7 +247,7 @@ def embed_split(
     for batch, _ in evaluation_batches(model, split, batch_size, inputs):
         own.append(batch.index.cpu().numpy())
         out[own[-1]] = model.embed(batch).cpu().numpy()
-    dist.fill_rows(own, out)
+    _fill(model, own, out)
     return out
 
 
@@ -242,7 +256,8 @@ def evaluation_batches(
 ) -> Iterator[tuple[Documents, Tensor | None]]:
     """Iterate over every document of a split once, with the model in evaluation mode meanwhile.
 
-    Of several processes each takes every so many-th batch.
+    Of several processes each takes every so many-th batch, or its part of every one where they
+    share the model's tables.
 
     Yields:
         A batch on the model's device, with positives as the model wants them, and its filter pairs
@@ -252,11 +267,14 @@ def evaluation_batches(
     made: Any = Batches(split, batch_size, shuffle=False, **wanted) if inputs is None else None
     if inputs is not None:
         made = inputs.batches(split, batch_size, shuffle=False, **wanted)
+    if model.shared:
+        made.shared(dist.part)
     pairs = split.filter_pairs[np.lexsort((split.filter_pairs[:, 1], split.filter_pairs[:, 0]))]
     was_training = model.training
     model.eval()
     try:
-        for batch in made.epoch(0, start=min(dist.rank(), len(made)), every=dist.size()):
+        first, every = (0, 1) if model.shared else (min(dist.rank(), len(made)), dist.size())
+        for batch in made.epoch(0, start=first, every=every):
             exclude = _excluded(batch, pairs)
             yield batch.to(model.device), None if exclude is None else exclude.to(model.device)
     finally:

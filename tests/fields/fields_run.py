@@ -264,6 +264,20 @@ def cuda_graphs(runs: Runs, folder: Path) -> None:
                 graphs("on", **{name: value})
 
 
+def shards(runs: Runs, folder: Path) -> None:
+    """Of several processes each builds its own rows, or with off a copy of all.
+
+    tests/training/test_train_processes.py runs both.
+    """
+    with pytest.raises(InputError, match="--shard-labels: expected several processes, got one"):
+        runs.of("tiny", shard_labels="on")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "3")
+        for value, sharded in (("auto", True), ("on", True), ("off", False)):
+            config = runs.config("tiny", shard_labels=value, output=str(folder / "none"))
+            assert plan.before_data(config).sharded is sharded, value
+
+
 def threads(plain: Seen, changed: Seen) -> None:
     assert plain.report["environment"]["threads"] == 1
     assert changed.report["environment"]["threads"] == 2
@@ -313,6 +327,7 @@ FIELDS = {
     "beyond_memory": (beyond_memory,),
     "device": (devices,),
     "cuda_graph": (cuda_graphs,),
+    "shard_labels": (shards,),
     "threads": (Case("tiny", {"threads": 2}, threads),),
     "timeout": (timeouts,),
 }

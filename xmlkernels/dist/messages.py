@@ -15,6 +15,10 @@ from xmlkernels.dist import wire
 from xmlkernels.dist.group import parts, rank, size, talk
 from xmlkernels.errors import InputError
 
+# torch 2.13 has renamed it.
+_all_gather: Any = getattr(
+    torch.distributed, "all_gather_single", torch.distributed.all_gather_into_tensor
+)
 _BUCKET = 1 << 24  # values of gradients sent at once
 
 
@@ -45,7 +49,7 @@ def gather_rows(own: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         padded[: own.shape[0]] = own
     everyone = own.new_empty(len(counts) * widest, *own.shape[1:])
     wire.note("gathered", (size() - 1) * padded.numel() * padded.element_size())
-    talk(torch.distributed.all_gather_into_tensor, everyone, padded)
+    talk(_all_gather, everyone, padded)
     if min(counts) == widest:
         return everyone
     starts = range(0, len(everyone), max(1, widest))

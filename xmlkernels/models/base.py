@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from xmlkernels import dist
 from xmlkernels.checkpoint import load_optimizer_tensors, optimizer_tensors
 from xmlkernels.data.batches.bags import BagBatch
 from xmlkernels.data.batches.tokens import Batch
 from xmlkernels.errors import InputError
-from xmlkernels.models.gradient_caching import EncoderPass
+from xmlkernels.models.gradient_caching import EncoderPass, gathered
 from xmlkernels.models.graphed import Capturer, Card, GraphedPasses
 from xmlkernels.models.running_mean import (
     PREFIX,
@@ -28,7 +29,7 @@ from xmlkernels.models.saved import check_tensors
 from xmlkernels.models.scored import Answer, Scored
 from xmlkernels.models.training import TrainingSettings
 from xmlkernels.nn.protocol import check_encoder
-from xmlkernels.nn.shard import Shard
+from xmlkernels.nn.shard import Shard, own_rows
 from xmlkernels.nn.table import Table, without_states
 from xmlkernels.optim import LossScaler, scaled_step
 
@@ -166,14 +167,24 @@ class Model(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def shared(self) -> bool:
+        """Whether several processes hold a table's rows between them.
+
+        All of them then train and score together, each with its part of every batch's `inputs`.
+        """
+        return any(getattr(table, "shared", False) for table in self.tables().values())
+
     def shards(self) -> dict[str, Shard]:
         """Name the tensors of which this process holds some rows alone, as `tensors` does."""
-        return {
+        found = {
             f"{name}.{buffer}": table.shard
             for name, table in self.tables().items()
-            if isinstance(table, Table) and not table.shard.whole
+            if isinstance(table, Table) and table.shared
             for buffer in table.row_buffers()
         }
+        means = () if self.average is None else self.average.names
+        return found | {PREFIX + name: found[name] for name in means if name in found}
 
     def describe(self) -> str:
         """Say in a few words what the kind of model alone decides; empty where there is nothing."""
@@ -330,6 +341,11 @@ class Model(nn.Module):
         """Encode documents for the tables: fp32 [B, D] per level, the labels' last."""
         return [self.encoder(*inputs)]
 
+    def _whole_features(self, batch: Documents) -> list[Tensor]:
+        """Encode a batch, of which each process has a part where tables are shared."""
+        x = self._features(*batch.inputs)
+        return gathered(x, len(batch)) if self.shared else x
+
     def _answer(self, x: list[Tensor], k: int, exclude: Tensor | None) -> Answer:
         """Give the k best labels by the model's own scheme; levels are left out."""
         raise NotImplementedError
@@ -357,6 +373,9 @@ class Model(nn.Module):
     ) -> Scored:
         """Answer a batch with one pass of the encoder, without training.
 
+        With shared tables all processes call it together, as they do `embed` and `loss`, each with
+        its own `inputs`; all have the answer to the whole batch.
+
         Args:
             batch: on the model's device.
             k: labels per document.
@@ -369,7 +388,7 @@ class Model(nn.Module):
             InputError: a scheme that the model does not have.
         """
         self._check_schemes(schemes)
-        x = self._features(*batch.inputs)
+        x = self._whole_features(batch)
         answers = self._answers(x, k, exclude, schemes)
         own = answers[self.scheme] if self.scheme in answers else self._answer(x, k, exclude)
         return Scored(
@@ -383,14 +402,22 @@ class Model(nn.Module):
     @evaluating
     def embed(self, batch: Documents) -> Tensor:
         """Encode documents for the label table: fp32 [B, D]."""
-        return self._features(*batch.inputs)[-1]
+        return self._whole_features(batch)[-1]
 
     @evaluating
     def loss(self, batch: Documents) -> Tensor:
         """Compute the loss [1] that `step` would report, without training."""
-        return self._loss(self._features(*batch.inputs), batch)
+        return self._loss(self._whole_features(batch), batch)
 
     # ---- checkpoints ----
+
+    def _own_counters(self) -> dict[str, Tensor]:
+        """Name the counters of shared tables that count this process's rows alone."""
+        return {
+            f"{name}.rescaled": table.rescaled
+            for name, table in self.tables().items()
+            if isinstance(table, Table) and table.shared and table.rescaled is not None
+        }
 
     def config(self) -> dict[str, Any]:
         """Describe the model as JSON from which `restored` builds it for prediction.
@@ -427,9 +454,12 @@ class Model(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """Collect everything that must survive a stop, by name.
 
-        Weights, optimizer states, counters, loss scale, mean weights.
+        Weights, optimizer states, counters, loss scale, mean weights. With shared tables all
+        processes call it together; each has its own rows of what `shards` names.
         """
         out = {name: value.detach() for name, value in self.state_dict().items()}
+        for name, counter in self._own_counters().items():
+            out[name] = dist.sum_(counter.clone())
         if self.optimizer is not None:
             states = optimizer_tensors(self.optimizer, self._optimized())
             out |= {f"optimizer.{name}": value for name, value in states.items()}
@@ -440,7 +470,7 @@ class Model(nn.Module):
         return out
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `tensors` gave.
+        """Put back what `tensors` gave, whole tables or the own rows of those that are shared.
 
         A model without training takes the share that prediction needs: where there are mean
         weights, those.
@@ -448,6 +478,7 @@ class Model(nn.Module):
         Raises:
             InputError: the tensors are those of another model.
         """
+        tensors = {name: own_rows(t, self.shards().get(name)) for name, t in tensors.items()}
         parts = {
             p: {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in _PARTS
         }
@@ -460,6 +491,9 @@ class Model(nn.Module):
         if self.training_settings is not None:
             check_means(self.average, means)
         self.load_state_dict(rest)
+        if dist.rank() > 0:
+            for counter in self._own_counters().values():
+                counter.zero_()
         first = next(iter(self.tables().values()))
         self.steps = int(first.counter[1])  # type: ignore[index]
         if self.optimizer is not None:

@@ -9,6 +9,7 @@ from typing import Any, Self, TypedDict
 import torch
 from torch import Tensor, nn
 
+from xmlkernels import dist
 from xmlkernels.errors import InputError
 from xmlkernels.models.base import Documents, Model
 from xmlkernels.models.scored import Answer
@@ -83,21 +84,31 @@ class EndToEnd(Model):
     def counters(self) -> dict[str, float]:
         """Count skipped steps and, where tiles are skipped, their share; see `Model.counters`.
 
+        Of a shared table all processes call it together.
+
         The share is that of the tiles since the start, or since the run was resumed.
         """
         found = super().counters()
         if self.head.skipped is None:
             return found
-        left_out, seen = self.head.skipped.tolist()
+        skipped = self.head.skipped.clone()
+        left_out, seen = (dist.sum_(skipped) if self.shared else skipped).tolist()
         return found | {"skipped_tiles": left_out / max(1, seen)}
 
     def label_rows(self, start: int, end: int) -> Tensor:
-        """Copy the rows of labels start to end - 1, fp32; see `Model.label_rows`."""
+        """Copy the rows of labels start to end - 1, fp32; see `Model.label_rows`.
+
+        Of a shared table all processes call it together, and each has the rows.
+        """
         if self.head.bias is not None:
             mend = "an inner product cannot carry it; train end to end without --bias"
             got = "one with a bias for each label"
             raise InputError("model", "a label table without bias", got, mend)
-        return self.head.rows(start, end)
+        if not self.shared:
+            return self.head.rows(start, end)
+        shard = self.head.shard
+        first, last = (min(max(row - shard.first, 0), shard.count) for row in (start, end))
+        return dist.gather_ragged(self.head.rows(first, last))
 
     def start_at_frequencies(self, positives: Tensor, documents: int) -> None:
         """Set each label's bias so that the first predictions are the labels' frequencies."""
@@ -108,6 +119,27 @@ class EndToEnd(Model):
     ) -> None:
         """Point each label's row to the mean embedding of its documents, off the mean of all."""
         self.head.start_at_centroids(vectors, norm)
+
+    def traffic(
+        self, documents: int, processes: int, *, need_loss: bool = False, terms: int = 0
+    ) -> dict[str, int]:
+        """Return the bytes that the first process receives in a step; see `dist.step_traffic`.
+
+        Args:
+            documents: B, of all processes together.
+            processes: G.
+            need_loss: of a step that reports its loss.
+            terms: of a bag-of-words encoder, those in the bags of the process that has most.
+        """
+        trained = [p for _, p in self._optimized() if p.requires_grad]
+        summed = sum(p.numel() * p.element_size() for p in trained)
+        loss = 4 if need_loss and self.shared else 0
+        found = dist.step_traffic(
+            documents, [self.width], processes, summed=summed + loss, scattered=self.shared
+        )
+        if own := getattr(self.encoder, "update_traffic", None):
+            found["gathered"] += own(documents, terms, processes)
+        return found
 
     def step(self, batch: Documents, *, need_loss: bool = False) -> Tensor:
         """Train on one batch.
@@ -136,7 +168,7 @@ class EndToEnd(Model):
         encoded = self._encode(batch, self.training_settings.micro_batch)
         (x,) = encoded.x
         overflow = (~torch.isfinite(self.head.operand(x)).all()).float().reshape(1)
-        dx, loss = self.head.step(
+        dx, loss = self.head.update(
             x,
             batch.pos_row,
             batch.pos_sample,
@@ -144,14 +176,21 @@ class EndToEnd(Model):
             dx_scale=self.scaler.scale[0],
             need_loss=need_loss,
         )
-        encoded.backward([dx])
+        # On their way while the table finishes its step.
+        back = encoded.scatter(dx) if self.shared else dx
+        self.head.after_step()
+        if need_loss and self.shared:
+            dist.sum_(loss)
+        encoded.backward([back])
         return loss, overflow
 
     def _answer(self, x: list[Tensor], k: int, exclude: Tensor | None) -> Answer:
-        return Answer(*self.head.topk(x[-1], k, exclude))
+        found = self.head.topk(x[-1], k, exclude)
+        return Answer(*(dist.merge_topk(*found, k) if self.shared else found))
 
     def _loss(self, x: list[Tensor], batch: Documents) -> Tensor:
-        return self.head.loss(x[-1], batch.pos_row, batch.pos_sample)
+        loss = self.head.loss(x[-1], batch.pos_row, batch.pos_sample)
+        return dist.sum_(loss) if self.shared else loss
 
     def config(self) -> dict[str, Any]:
         """Describe the model as JSON; see `Model.config`."""

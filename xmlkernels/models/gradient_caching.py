@@ -59,7 +59,7 @@ class EncoderPass:
             own = [f.detach() for f in self._graph]
         else:
             own = self._without_graph()
-        self.x = [dist.gather_rows(f[:0] if self._idle else f, self._counts) for f in own]
+        self.x = gathered(own, documents)
 
     @torch.no_grad()
     def _without_graph(self) -> list[Tensor]:
@@ -69,18 +69,42 @@ class EncoderPass:
             out.append(self._features(*part))
         return [torch.cat(level) for level in zip(*out, strict=True)]
 
-    def backward(self, dx: Sequence[Tensor]) -> None:
-        """Add the parameters' gradients from those of the features, dx: [B, D] per level."""
-        dx = [torch.zeros_like(d[:1]) if self._idle else d[self._own] for d in dx]
+    def scatter(self, dx: Tensor) -> dist.Scattered:
+        """Begin to sum shards' summands of a gradient [B, D], of which each takes back its own."""
+        return dist.scatter_sum(dx, self._counts)
+
+    def backward(self, dx: Sequence[Tensor | dist.Scattered]) -> None:
+        """Add the parameters' gradients from those of the features.
+
+        Of several parts the first is encoded again before a scattered gradient is waited for.
+
+        Args:
+            dx: for each level [B, D], or what `scatter` gave.
+        """
         if len(self._parts) == 1:
-            _backward(self._graph, dx)
+            _backward(self._graph, [self._own_rows(d) for d in dx])
             return
-        start = 0
+        start, own = 0, list[Tensor]()
         for part, state in zip(self._parts, self._states, strict=True):
             with _generator_at(part[0].device, state):
                 levels = self._features(*part)
-            _backward(levels, [d[start : start + len(part[0])] for d in dx])
+            own = own or [self._own_rows(d) for d in dx]
+            _backward(levels, [d[start : start + len(part[0])] for d in own])
             start += len(part[0])
+
+    def _own_rows(self, dx: Tensor | dist.Scattered) -> Tensor:
+        own = dx.rows() if isinstance(dx, dist.Scattered) else dx[self._own]
+        return own.new_zeros(1, *own.shape[1:]) if self._idle else own
+
+
+def gathered(own: Sequence[Tensor], documents: int) -> list[Tensor]:
+    """Gather the features [B, D] of a batch of B documents, of which each process encoded its part.
+
+    One without a document has those of the stand-in, which are left out.
+    """
+    counts = [part.stop - part.start for part in dist.parts(documents)]
+    idle = counts[dist.rank()] == 0
+    return [dist.gather_rows(f[:0] if idle else f, counts) for f in own]
 
 
 def _parts(inputs: tuple[Tensor, ...], documents: int, size: int) -> list[tuple[Tensor, ...]]:

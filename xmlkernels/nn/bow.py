@@ -194,6 +194,20 @@ class BowEncoder(nn.Module):
         count = levels if isinstance(levels, int) else len(levels)
         return [self(*inputs)] * count
 
+    def update_traffic(self, documents: int, terms: int, processes: int) -> int:
+        """Return the bytes that each process gathers in `update`, in closed form.
+
+        Args:
+            documents: B, of all processes together.
+            terms: occurrences in the bags of the process that has most.
+            processes: G.
+        """
+        if processes == 1:
+            return 0
+        counts = 4 * 8
+        largest = -(-documents // processes)
+        return (processes - 1) * (largest * (4 * self.width + 8) + 12 * terms + counts)
+
     @torch.no_grad()
     def update(self, lr: float) -> None:
         """Take one optimizer step on the words of the bags passed since the last call.

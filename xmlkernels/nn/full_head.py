@@ -119,6 +119,7 @@ class FullHead(Table):
         """
         self._check_frequencies(positives)
         assert self.bias is not None
+        positives = positives[self.shard.first : self.shard.end]
         share = (positives.double() + 0.5) / (documents + 1)
         self.bias.copy_(torch.logit(share))
 
@@ -137,13 +138,14 @@ class FullHead(Table):
         """Point each row from the mean of all documents to its label's mean, before training.
 
         A label of two or three documents then begins as a nearest-centroid classifier; a random row
-        would see them too seldom. Rows without a document stay as drawn. One fp32 table [L, D] is
-        held meanwhile. Source: "imprinting" (Qi, Brown, Lowe, CVPR 2018, section 3.2). The common
-        mean is subtracted because vectors behind a ReLU all lie in one corner.
+        would see them too seldom. Rows without a document stay as drawn. One fp32 table of the rows
+        here is held meanwhile. Source: "imprinting" (Qi, Brown, Lowe, CVPR 2018, section 3.2). The
+        common mean is subtracted because vectors behind a ReLU all lie in one corner.
 
         Args:
             vectors: (x [B, D], pos_row int64 [P], pos_sample int32 [P]) of every batch of training
-                documents, untrained. With several processes, each passes its own batches.
+                documents, untrained. With several processes, each passes its own batches, and those
+                with a shard pass all batches.
             norm: of every row.
 
         Raises:
@@ -151,17 +153,19 @@ class FullHead(Table):
         """
         self._check_norm(norm)
         device = self.weight.device
-        total = torch.zeros(self.labels, self.width, device=device)
-        count = torch.zeros(self.labels, 1, device=device)
-        mean = torch.zeros_like(total[0])
+        total = torch.zeros(self.shard.count, self.width, device=device)
+        count = torch.zeros(self.shard.count, 1, device=device)
+        mean = torch.zeros(self.width, device=device)
         counted = torch.zeros(1, dtype=torch.int64, device=device)
-        for x, row, sample in vectors:
+        for x, pos_row, pos_sample in vectors:
+            row, sample = own_positives(pos_row, pos_sample, self.shard)
             total.index_add_(0, row, x.float()[sample.long()])
             count.index_add_(0, row, torch.ones(len(row), 1, device=device))
             mean += x.float().sum(0)
             counted += len(x)
-        for part in (total, count, mean, counted):
-            dist.sum_(part)
+        if not self.shared:
+            for part in (total, count, mean, counted):
+                dist.sum_(part)
         documents = int(counted)
         if documents == 0:
             raise self._no_documents()
@@ -183,7 +187,6 @@ class FullHead(Table):
         mend = "give the batches of the training split"
         return InputError("first label rows", "training documents", "none", mend)
 
-    @torch.no_grad()
     def step(
         self,
         x: Tensor,
@@ -209,10 +212,27 @@ class FullHead(Table):
             loss: fp32 [1], summed over samples and labels; [0] when not asked. Of a shard, its
                 summand.
         """
+        options: dict[str, Any] = {"lr": lr, "dx_scale": dx_scale, "need_loss": need_loss}
+        out = self.update(x, pos_row, pos_sample, **options)
+        self.after_step()
+        return out
+
+    @torch.no_grad()
+    def update(
+        self,
+        x: Tensor,
+        pos_row: Tensor,
+        pos_sample: Tensor,
+        *,
+        lr: float | Tensor,
+        dx_scale: Tensor | float = 1.0,
+        need_loss: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Do what `step` does but for `after_step`, which the caller does once dx is on its way."""
         pos_row, pos_sample = own_positives(pos_row, pos_sample, self.shard)
         self.hyper[LR] = lr
         self.hyper[DX_SCALE] = dx_scale
-        out = bce_step_(
+        return bce_step_(
             self.weight,
             x,
             pos_row,
@@ -230,5 +250,3 @@ class FullHead(Table):
             skip_below=self.skip_below,
             skipped=self.skipped,
         )
-        self.after_step()
-        return out

@@ -15,6 +15,7 @@ from torch.nn.functional import softplus
 from xmlkernels.errors import InputError
 from xmlkernels.nn.cascade_level import CascadeLevel, targets
 from xmlkernels.nn.full_head import FullHead
+from xmlkernels.nn.shard import own_positives
 from xmlkernels.nn.shortlist import candidates
 from xmlkernels.nn.table import RowOptimizer, Table, check_choice
 from xmlkernels.ops import (
@@ -82,10 +83,10 @@ class MixedHead(MixedProducts, FullHead):
 
     def step_bytes(self, documents: int) -> int:
         """Bytes of a piece in the narrower format and of its gradient."""
-        return min(self.labels, self.piece) * self.width * (2 + 4)
+        return min(self.shard.count, self.piece) * self.width * (2 + 4)
 
     @torch.no_grad()
-    def step(
+    def update(
         self,
         x: Tensor,
         pos_row: Tensor,
@@ -95,15 +96,16 @@ class MixedHead(MixedProducts, FullHead):
         dx_scale: Tensor | float = 1.0,
         need_loss: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Train the table on one batch; see `FullHead.step`."""
+        """Train the table on one batch; see `FullHead.update`."""
+        pos_row, pos_sample = own_positives(pos_row, pos_sample, self.shard)
         self.hyper[LR], self.hyper[DX_SCALE] = lr, dx_scale
         x = self.operand(x)
         finite = torch.isfinite(x).all()
         x = torch.where(finite, x, torch.nan)
         dx = torch.zeros(x.shape, device=x.device)
         loss = torch.zeros(int(need_loss), device=x.device)
-        for start in range(0, self.labels, self.piece):
-            part = slice(start, min(start + self.piece, self.labels))
+        for start in range(0, self.shard.count, self.piece):
+            part = slice(start, min(start + self.piece, self.shard.count))
             weight = rounded(self.weight[part], self.compute)
             bias = None if self.bias is None else self.bias[part]
             positives = _within(pos_row, pos_sample, part)
@@ -117,7 +119,6 @@ class MixedHead(MixedProducts, FullHead):
             self._update(part, grad)
             if bias is not None:
                 bias -= torch.where(finite, self.hyper[LR] * dbias, 0)
-        self.after_step()
         return self.hyper[DX_SCALE] * dx, loss
 
     def _update(self, part: slice, grad: Tensor) -> None:
@@ -127,7 +128,7 @@ class MixedHead(MixedProducts, FullHead):
             rows,
             grad,
             part=part,
-            row_offset=part.start,
+            row_offset=self.shard.first + part.start,
             decoupled=self.optimizer.decoupled,
         )
 

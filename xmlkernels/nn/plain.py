@@ -16,6 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from xmlkernels.errors import InputError
 from xmlkernels.nn.cascade_level import LEVEL_OPTIMIZERS, CascadeLevel
 from xmlkernels.nn.full_head import FullHead
+from xmlkernels.nn.shard import own_positives
 from xmlkernels.nn.shortlist import candidates
 from xmlkernels.nn.table import RowOptimizer
 from xmlkernels.ops.hyper import BETA1, BETA2, DECAY, EPSILON, LR
@@ -40,10 +41,10 @@ class PlainHead(FullHead):
 
     def step_bytes(self, documents: int) -> int:
         """Bytes of the table's gradient with one temporary, and of four matrices [B, L]."""
-        return 4 * self.labels * (2 * self.width + 4 * documents)
+        return 4 * self.shard.count * (2 * self.width + 4 * documents)
 
     @torch.no_grad()
-    def step(
+    def update(
         self,
         x: Tensor,
         pos_row: Tensor,
@@ -53,14 +54,14 @@ class PlainHead(FullHead):
         dx_scale: Tensor | float = 1.0,
         need_loss: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Train the table on one batch; see `FullHead.step`. Waits for the device."""
+        """Train the table on one batch; see `FullHead.update`. Waits for the device."""
         if not bool(torch.isfinite(x).all()):
-            self.after_step()
             return torch.full_like(x, torch.nan).float(), x.new_full((int(need_loss),), torch.nan)
         x, weight = x.detach().float().requires_grad_(), self.weight.detach().requires_grad_()
         bias = None if self.bias is None else self.bias.detach().requires_grad_()
-        real = pos_row < self.labels
-        target = torch.zeros(x.shape[0], self.labels, device=x.device)
+        pos_row, pos_sample = own_positives(pos_row, pos_sample, self.shard)
+        real = pos_row < self.shard.count
+        target = torch.zeros(x.shape[0], self.shard.count, device=x.device)
         target[pos_sample[real].long(), pos_row[real]] = 1
         with torch.enable_grad():
             loss = bce(nn.functional.linear(x, weight, bias), target, reduction="sum")
@@ -72,7 +73,6 @@ class PlainHead(FullHead):
         self._optimizer(weight, float(lr), decay).step()
         if bias is not None:
             torch.optim.SGD([bias], lr).step()
-        self.after_step()
         assert x.grad is not None
         return dx_scale * x.grad, loss.detach().reshape(1)[: int(need_loss)]
 

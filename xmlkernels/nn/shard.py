@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+UNIT = 128  # rows of a tile, and of a group that is skipped
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -32,9 +34,35 @@ class Shard:
         return self.count == self.rows
 
 
+def shard_rows(rows: int, processes: int, rank: int, *, aligned: bool = False) -> Shard:
+    """Return one process's share of a table, in consecutive parts of nearly the same size.
+
+    Parts of a large table begin at multiples of 128 rows: groups of rows that are skipped, and
+    tiles of a GPU, are then those of the whole table. That makes the largest part at most a
+    hundredth larger; a smaller table is cut between any two rows.
+
+    Args:
+        rows: of the whole table.
+        processes, rank: how many there are, and which one.
+        aligned: begin at multiples of 128 however small the table is.
+    """
+    unit = UNIT if aligned or rows >= 100 * UNIT * processes else 1
+    each, rest = divmod(-(-rows // unit), processes)
+    first = each * rank + min(rank, rest)
+    end = first + each + (rank < rest)
+    return Shard(min(rows, unit * first), min(rows, unit * end), rows)
+
+
 def whole(rows: int) -> Shard:
     """Return the shard that is a table of `rows` rows itself."""
     return Shard(0, rows, rows)
+
+
+def own_rows(tensor: Tensor, shard: Shard | None) -> Tensor:
+    """Cut a shard's rows from a whole table; rows that are cut already, or no shard, stay."""
+    if shard is None or tensor.shape[:1] != (shard.rows,) or shard.whole:
+        return tensor
+    return tensor[shard.first : shard.end]
 
 
 def own_positives(pos_row: Tensor, pos_sample: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,7 @@ class StoredHead(StoredTable, FullHead):
             fill_rows(tile.weight, tile.row_scale, 0, rows)
 
     @torch.no_grad()
-    def step(
+    def update(
         self,
         x: Tensor,
         pos_row: Tensor,
@@ -104,6 +104,8 @@ class StoredHead(StoredTable, FullHead):
         need_loss: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Train the table on one batch, tile by tile; see `FullHead.step`.
+
+        Each tile ends its own step: nothing is left for `after_step`.
 
         A step that breaks off leaves half of a table: it takes no other one and no checkpoint.
         """
@@ -119,6 +121,9 @@ class StoredHead(StoredTable, FullHead):
             dx += own
             loss += part
         return dx, loss
+
+    def after_step(self) -> None:
+        """Do nothing: `update` has counted the step."""
 
     @torch.no_grad()
     def topk(self, x: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -119,6 +119,7 @@ class Table(nn.Module):
         counter: int64 [2], seed and step.
         optimizer: a RowOptimizer.
         shard: the rows that it holds.
+        shared: whether it was built as one shard of several; so may be the only one with rows.
 
     Args:
         rows: of the whole table.
@@ -170,6 +171,7 @@ class Table(nn.Module):
             optimizer = RowOptimizer(optimizer)
         self.check_options(dtype, optimizer)
         self.optimizer = optimizer
+        self.shared = shard is not None
         self.shard = whole(rows) if shard is None else shard
         rows = self.shard.count
         weight, row_scale = new_table(self.shard, width, TABLE_DTYPES[dtype], seed, draw)

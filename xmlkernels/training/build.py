@@ -30,6 +30,7 @@ from xmlkernels.nn.full_head import FullHead
 from xmlkernels.nn.layer_recipe import default_layers
 from xmlkernels.nn.mixed import MixedHead, MixedLevel
 from xmlkernels.nn.plain import PlainHead, PlainLevel
+from xmlkernels.nn.shard import shard_rows
 from xmlkernels.nn.table import RowOptimizer, Table
 from xmlkernels.planner import plan as memory_plan
 from xmlkernels.planner import planned, table_parts, told
@@ -102,7 +103,10 @@ def _full_table(
     plan: Plan, encoder: nn.Module, labels: int, width: int
 ) -> tuple[FullHead, Training]:
     """Build a table of all labels and its training; log first what they take of the memory."""
-    config = plan.config
+    config, shard = plan.config, None
+    if plan.sharded:
+        skips = config.skip_tiles > 0
+        shard = shard_rows(labels, dist.size(), dist.rank(), aligned=skips)
     make = partial(
         _head(config),
         labels,
@@ -120,6 +124,7 @@ def _full_table(
         ),
         skip_units=config.skip_tiles,
         seed=config.seed,
+        shard=shard,
     )
     parts = memory_plan(
         encoder,

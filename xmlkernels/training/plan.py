@@ -38,6 +38,7 @@ class BeforeData:
         optimizer: of the tables.
         state: number format of its state; None where it keeps none.
         graphs: whether the passes of a step run as CUDA graphs.
+        sharded: whether the processes share the label table.
     """
 
     device: torch.device
@@ -46,6 +47,7 @@ class BeforeData:
     optimizer: str
     state: str | None
     graphs: bool
+    sharded: bool
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,8 @@ def before_data(config: Config) -> BeforeData:
     """Resolve what needs no data: devices, number formats, the tables' optimizer.
 
     Raises:
-        InputError: no device of that name, or not in this machine, or CUDA graphs where a step has
-            none.
+        InputError: no device of that name, or not in this machine, CUDA graphs where a step has
+            none, or one process that is to share the table.
     """
     device = find_device(config.device)
     cascade, dense = config.model == "cascade", config.table_optimizer == "adamw_dense"
@@ -122,7 +124,17 @@ def before_data(config: Config) -> BeforeData:
         optimizer = "adam" if cascade else "sgd"
     state = None if optimizer == "sgd" and config.momentum == 0 else config.state
     apart = _label_device(config, device)
-    return BeforeData(device, apart, table, optimizer, state, _graphs(config, device, apart))
+    graphs, sharded = _graphs(config, device, apart), _sharded(config)
+    return BeforeData(device, apart, table, optimizer, state, graphs, sharded)
+
+
+def _sharded(config: Config) -> bool:
+    """Decide whether the processes share the label table."""
+    several = dist.launched()[1] > 1
+    if config.shard_labels == "on" and not several:
+        expected, mend = "several processes", "start it by torchrun, or take auto"
+        raise InputError("--shard-labels", expected, "one", mend)
+    return several and config.shard_labels != "off"
 
 
 def _graphs(config: Config, device: torch.device, apart: torch.device | None) -> bool:
@@ -178,6 +190,7 @@ def resolve(
         early.optimizer,
         early.state,
         early.graphs,
+        early.sharded,
         config=config,
         autocast=_autocast(config.precision, early.device),
         encoder_epsilon=config.encoder_epsilon or (1e-6 if cascade is None else 1e-8),

@@ -19,6 +19,7 @@ from xmlkernels.files import naming
 from xmlkernels.models.base import Documents
 from xmlkernels.models.restore import check_config
 from xmlkernels.models.saved import model_config
+from xmlkernels.nn.shard import Shard
 from xmlkernels.records import Count, Meta, check_record
 from xmlkernels.training.build import draw_apart, keep_class_token, start_table
 from xmlkernels.training.clock import Clock
@@ -190,7 +191,9 @@ class RunState:
         """
         with self.clock.on("save"):
             tensors, state = self.model.tensors(), self._state()
-            dist.agree_on_tensors(tensors)
+            shards = self.model.shards()
+            dist.agree_on_tensors({k: t for k, t in tensors.items() if k not in shards})
+            tensors = collected(tensors, shards)
             if self.folder.writes:
                 with naming(self.folder.path / "checkpoint"):
                     self.folder.checkpoints.save_last(tensors, state)
@@ -284,6 +287,17 @@ class RunState:
             return None, speed, seconds
         loss = sum(value for value, _ in finite) / sum(count for _, count in finite)
         return loss, speed, seconds
+
+
+def collected(tensors: Mapping[str, Tensor], shards: Mapping[str, Shard]) -> dict[str, Tensor]:
+    """Bring the rows of shared tables to the first process; the others keep what is not shared."""
+    found = {name: tensor for name, tensor in tensors.items() if name not in shards}
+    for name in shards:
+        counts = dist.gather_rows(torch.tensor([shards[name].count])).tolist()
+        whole = dist.collect_rows(tensors[name], counts)
+        if whole is not None:
+            found[name] = whole
+    return found
 
 
 def newest(
