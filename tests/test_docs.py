@@ -74,7 +74,7 @@ def flags() -> dict[str, set[str]]:
         patch.setattr(waiting, "choose", lambda words: None)  # torch has been loaded
         for name in command.COMMANDS:
             shown = io.StringIO()
-            words = [name, *(["tiny"] if name == "train" else []), "--help"]
+            words = [name, *(["tiny"] if name in ("train", "plan") else []), "--help"]
             with pytest.raises(SystemExit) as ended, contextlib.redirect_stdout(shown):
                 command.main(words)
             assert ended.value.code in (0, None), words

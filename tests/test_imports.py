@@ -57,7 +57,7 @@ ARROWS: dict[str, set[str]] = {
         "errors", "checkpoint", "checksums", "data", "evaluation", "models", "ranker", "records",
         "threads",
     },
-    "planner": {"memory", "nn"},
+    "planner": {"errors", "memory", "nn"},
     "training": {
         "errors", "checkpoint", "checksums", "data", "devices", "dist", "evaluation", "files",
         "installed", "locks", "memory", "metrics", "models", "nn", "ops", "options", "parallel",
@@ -65,8 +65,8 @@ ARROWS: dict[str, set[str]] = {
     },
     "cli": {
         "errors", "checkpoint", "data", "devices", "dist", "evaluation", "file_kinds", "files",
-        "installed", "locks", "metrics", "models", "native", "ops", "options", "predict",
-        "ranker", "topk", "training",
+        "installed", "locks", "memory", "metrics", "models", "native", "ops", "options", "planner",
+        "predict", "ranker", "topk", "training",
     },
     "__main__": {"cli"},
 }  # fmt: skip

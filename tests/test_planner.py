@@ -14,17 +14,21 @@ from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
+from xmlkernels.nn.shard import Shard
 from xmlkernels.nn.table import STATES, RowOptimizer
 from xmlkernels.optim import encoder_optimizer
 from xmlkernels.planner import (
+    Budget,
     activation_bytes,
     encoder_parts,
     plan,
     planned,
     shortlist_bytes,
+    summed,
     table_parts,
     told,
 )
+from xmlkernels.planner.parts import first_values_bytes, workspace_bytes
 
 
 def size(*tensors: torch.Tensor | None) -> int:
@@ -144,13 +148,63 @@ def test_the_line_names_every_part_and_the_total() -> None:
         "label table": planned(lambda: FullHead(1 << 20, 64, dtype="fp8")),
     }
     parts = plan(Encoder.tiny(50), tables, documents=4, tokens=8, candidates=(1024, 640))
-    line = told(parts)
     assert parts["shortlists"] == shortlist_bytes(4, (1024, 640)) == 4 * 1664 * 12
+    phases = {"a step": {"shortlists": parts.pop("shortlists")}, "a look": {"lists": 12}}
+    budget = Budget(parts, phases)
+    line = told(budget)
     steering = 7 * 4 + 2 * 8 + 8  # hyper, counter and rescaled
     assert parts["label table"] == (1 << 20) * (64 + 8) + steering
     assert parts["states of label table"] == 0
     assert "label table 72.0 MiB" in line and "label table 72.0 MiB, states" not in line
     assert "the rest" in line and "shortlists" not in line
-    total = re.match(r"memory of the model: about ([\d.]+) MiB = ", line)
+    total = re.match(r"memory of this run: about ([\d.]+) MiB, at most during a step = ", line)
     assert total is not None
-    assert float(total.group(1)) == pytest.approx(sum(parts.values()) / 2**20, abs=0.06)
+    assert float(total.group(1)) == pytest.approx(budget.peak / 2**20, abs=0.06)
+    assert told(Budget({"a table": 5 << 20}), "cuda:1") == (
+        "memory of this run on cuda:1: about 5.0 MiB = a table 5.0 MiB"
+    )
+
+
+def test_a_budget_peaks_in_the_phase_that_takes_most() -> None:
+    one = Budget({"table": 100}, {"a step": {"sums": 7, "lists": 1}, "a look": {"lists": 5}})
+    two = Budget({"data": 10}, {"a look": {"lists": 4, "metrics": 2}})
+    assert (one.phase, one.peak) == ("a step", 108)
+    both = summed([one, two])
+    assert both.held == {"table": 100, "data": 10}
+    assert (both.phase, both.peak) == ("a look", 121)
+    assert both.parts() == {"table": 100, "data": 10, "lists": 9, "metrics": 2}
+    assert Budget({"table": 3}).peak == 3 and Budget({}).phase == ""
+
+
+def test_first_values_from_centroids_hold_a_table_of_sums() -> None:
+    head = planned(lambda: FullHead(100, 16, dtype="bf16"))
+    assert first_values_bytes(head, centroids=False) == 3 * 4 * 100 * 16
+    assert first_values_bytes(head, centroids=True) == 4 * 100 * 17 + 8 * 4 * 100 * 16
+    large = planned(lambda: FullHead(1 << 20, 64))
+    assert first_values_bytes(large, centroids=False) == 3 * 4 * (1 << 22)
+
+
+def test_what_an_op_works_in() -> None:
+    small, large = planned(lambda: FullHead(1000, 16)), planned(lambda: FullHead(1 << 20, 64))
+    partial = 4 * 8 * 16
+    assert workspace_bytes(small, 8, cuda=False) == 4 * partial + 4 * partial
+    assert workspace_bytes(large, 64, cuda=False) == (64 + 4) * 4 * 64 * 64
+    assert workspace_bytes(large, 4096, cuda=False) == (32 + 4) * 4 * 4096 * 64
+    assert workspace_bytes(large, 512, cuda=True) == 256_000_000
+    assert workspace_bytes(small, 8, cuda=True) == 2 * 1000 * 8 * 4 + 22 * partial
+
+
+def test_a_shard_takes_its_rows_alone() -> None:
+    whole = planned(lambda: FullHead(1000, 64, dtype="bf16", bias=True, optimizer="adam"))
+    parts = [
+        planned(
+            lambda a=a, b=b: FullHead(
+                1000, 64, dtype="bf16", bias=True, optimizer="adam", shard=Shard(a, b, 1000)
+            )
+        )
+        for a, b in ((0, 334), (334, 667), (667, 1000))
+    ]
+    steering = 7 * 4 + 2 * 8
+    sums = [sum(part.bytes().values()) - steering for part in parts]
+    assert sum(sums) == sum(whole.bytes().values()) - steering
+    assert sums[0] == 334 * (64 * (2 + 4 + 4) + 4)

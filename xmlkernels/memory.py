@@ -66,6 +66,22 @@ def free_memory(root: Path = Path("/")) -> int | None:
     return max(0, min(found)) if found else None
 
 
+def resident_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of memory that this process holds now, files that it reads by mapping among them.
+
+    None where the system does not say.
+
+    Args:
+        root: where the system's files are; another one in tests.
+    """
+    with suppress(ImportError, OSError, ValueError, IndexError):
+        import resource
+
+        pages = int((root / "proc" / "self" / "statm").read_text("ascii").split()[1])
+        return pages * resource.getpagesize()
+    return None
+
+
 def control_groups(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
     """Yield (limit, bytes in use without the cache of files) of each control group with a limit.
 

@@ -2,7 +2,7 @@
 
 from xmlkernels.cli import ensemble, export, predict
 from xmlkernels.data.prepare import PrepareConfig
-from xmlkernels.training import ranker, tree
+from xmlkernels.training import planned_sizes, ranker, tree
 
 HERE = "fields/test_command_options.py::"
 _PREDICT = "predict/test_predict.py::"
@@ -11,6 +11,7 @@ _TREE = "tree/test_command.py::"
 _EXPORT = "cli/test_export.py::"
 _ENSEMBLE = "cli/test_ensemble.py::"
 _RANKER = "cli/test_ranker_command.py::"
+_PLAN = "cli/test_plan.py::"
 _PREPARE = "data/test_prepare.py::"
 _WITH_MODEL = HERE + "test_what_a_ranker_of_a_model_is_told"
 _WITH_TREE = HERE + "test_what_a_ranker_of_a_tree_is_told"
@@ -38,6 +39,23 @@ HELD: dict[type, dict[str, str]] = {
         "ranker": _RANKED + "test_a_forest_is_the_mean_of_its_rankers",
         "ranker_input": _RANKED + "test_texts_of_the_test_split_are_answered_as_the_split_was",
         **_all(_RANKED + "test_one_text", "latency", "ranker_text"),
+    },
+    planned_sizes.PlanConfig: {
+        **_all(
+            _PLAN + "test_sizes_that_are_given",
+            "labels",
+            "dim",
+            "validation",
+            "test",
+            "longest",
+            "words",
+            "positives",
+            "vocabulary",
+        ),
+        **_all(_PLAN + "test_processes_share_the_table", "gpus"),
+        **_all(_PLAN + "test_what_does_not_fit_is_mended", "memory", "host_memory"),
+        **_all(_PLAN + "test_rates_and_a_price", "copy_rate", "mm_rate", "wire_rate", "price"),
+        "run": _PLAN + "test_flags_of_the_run_are_planned_with",
     },
     tree.TreeConfig: {
         **_all(

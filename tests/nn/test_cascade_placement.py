@@ -25,8 +25,10 @@ from xmlkernels.models.running_mean import MeanSettings
 from xmlkernels.nn import cascade_level, table
 from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.full_head import FullHead
-from xmlkernels.planner import planned
+from xmlkernels.planner import Budget, planned
 from xmlkernels.training import build
+from xmlkernels.training.facts import BalancedTree, Facts
+from xmlkernels.training.forecast import memory_of
 from xmlkernels.training.plan import before_data
 
 CPU = torch.device("cpu")
@@ -299,26 +301,43 @@ def test_memory_is_told_for_each_device(
         name: planned(lambda rows=rows: FullHead(rows, 64, dtype="bf16", optimizer="adam"))
         for name, rows in (("clusters", 1 << 10), ("labels", 1 << 16))
     }
+    facts = Facts(labels=1 << 16, documents=64, validation=0, test=0, virtual=0, longest=10)
 
     def lines(**changes: Any) -> list[str]:
         settings = replace(config, **changes)
         places = vars(before_data(settings))
-        plan = SimpleNamespace(config=settings, **places, documents=8, longest=10, update=16)
-        build.announce_cascade(plan, encoder, tables, (1 << 10, 640))
+        cascade = SimpleNamespace(topk=(10,))
+        plan: Any = SimpleNamespace(
+            config=settings,
+            facts=facts,
+            cascade=cascade,
+            **places,
+            documents=8,
+            longest=10,
+            update=16,
+        )
+        tree = BalancedTree((1 << 10, 1 << 16))
+        memory = memory_of(plan, encoder, tables, tree, here={"so far": 1 << 20})
+        budgets.update(memory.budgets())
+        build.announce(plan, memory)
         return capsys.readouterr().out.splitlines()
 
+    budgets: dict[str, Budget] = {}
     card, host = lines()
-    assert card.startswith("memory of the model on cuda: about ")
-    assert "clusters 128 KiB" in card
-    assert "labels" not in card
-    assert host.startswith("memory of the model on cpu: about ")
-    assert "labels 8.0 MiB, states of labels 32.0 MiB" in host
-    assert lines(label_device="cuda:1")[1].startswith("memory of the model on cuda:1: ")
+    assert card.startswith("memory of this run on cuda: about ")
+    assert budgets["cuda"].held["clusters"] == (1 << 17) + (7 * 4 + 2 * 8)  # hyper and counter
+    assert "labels" not in card and "labels" not in budgets["cuda"].held
+    assert host.startswith("memory of this run on cpu: about ")
+    assert "labels 8.0 MiB, states of labels 32.0 MiB" in host and "so far 1.0 MiB" in host
+    assert budgets["cuda"].phases["a step"]["shortlists"] == 16 * (1024 + 10 * 64) * 12
+    assert budgets["cpu"].phases["a step"]["shortlists"] == 16 * 10 * 64 * 12
+    second = lines(label_device="cuda:1")[2]
+    assert second.startswith("memory of this run on cuda:1: ") and "labels 8.0 MiB" in second
     for same_place in ("auto", "cuda", "cuda:0"):
-        (whole,) = lines(label_device=same_place)
-        assert whole.startswith("memory of the model: about ")
-        assert "clusters" in whole
-        assert "labels" in whole
+        whole, host = lines(label_device=same_place)
+        assert whole.startswith("memory of this run on cuda: about ")
+        assert "states of labels" in whole and "labels" not in host
+        assert {"clusters", "labels"} <= budgets["cuda"].held.keys()
 
 
 def test_a_run_may_go_on_with_its_labels_elsewhere(

@@ -8,7 +8,8 @@ import torch
 from train_runs import RECIPES, make_dataset, make_tree, run, tiny
 
 from xmlkernels import InputError, memory
-from xmlkernels.memory import MARGIN, check_memory, machine_memory
+from xmlkernels.memory import MARGIN, check_memory, machine_memory, resident_memory
+from xmlkernels.training import forecast
 
 GIB = 1 << 30
 HERE = torch.device("cpu")
@@ -67,6 +68,31 @@ def test_this_machine_says_how_much_it_has(tmp_path: Path) -> None:
     assert machine_memory(tmp_path) is None
 
 
+def test_a_process_knows_what_it_holds(tmp_path: Path) -> None:
+    before = resident_memory()
+    assert before is not None
+    held = torch.ones(64 << 20, dtype=torch.uint8)
+    after = resident_memory()
+    assert after is not None and 60 << 20 < after - before < 80 << 20
+    del held
+    assert resident_memory(system(tmp_path)) is None  # a system that does not say
+
+
+def test_a_run_counts_what_its_process_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make_dataset(tmp_path / "raw")
+    monkeypatch.setattr(memory, "machine_memory", lambda: 1 << 30)
+    for held, good in ((100 << 20, True), (2 << 30, False)):
+        monkeypatch.setattr(forecast, "resident_memory", lambda held=held: held)
+        config = tiny(dataset, tmp_path / str(held), epochs=1)
+        if good:
+            run(config)
+            continue
+        with pytest.raises(InputError, match="memory of this run.*process so far 2.0 GiB"):
+            run(config)
+
+
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "machine_memory", lambda: 10 * GIB)
     parts = {
@@ -108,6 +134,7 @@ def test_a_batch_is_counted_by_the_documents_that_there_are(
     """
     dataset = make_dataset(tmp_path / "raw", keep_texts=True)
     tree = make_tree(dataset, tmp_path / "tree.safetensors")
+    monkeypatch.setattr(forecast, "resident_memory", lambda: 0)  # the model alone
     monkeypatch.setattr(memory, "machine_memory", lambda: 64 << 20)
     large: dict[str, Any] = {"batch": 1_000_000, "epochs": 1, "warmup": 0}
     run(tiny(dataset, tmp_path / "a", **large))

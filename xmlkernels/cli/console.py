@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -294,3 +294,13 @@ def print_comparison(
 ) -> None:
     """Print `metrics_table`."""
     _console.print(metrics_table(title, rows, kinds))
+
+
+def print_rows(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of texts, the first column on the left."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for number, name in enumerate(names):
+        table.add_column(name, justify="left" if number in (0, len(names) - 1) else "right")
+    for row in rows:
+        table.add_row(*row)
+    _console.print(table)

@@ -73,7 +73,8 @@ def flags_of(kind: type, *, positional: bool = False, default: Any = None) -> li
         value = usual if default is None else getattr(default, field.name)
         group = group_of(field) or groups.get(field.name, "")
         if is_dataclass(value) and not isinstance(value, type):
-            found += [replace(flag, group=group) for flag in flags_of(type(value), default=value)]
+            inner = flags_of(type(value), default=value)
+            found += [replace(flag, group=group or flag.group) for flag in inner]
             continue
         required, hint = value is MISSING, hints[field.name]
         values, expected = _values(hint)

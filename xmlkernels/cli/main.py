@@ -13,6 +13,7 @@ from xmlkernels.cli import waiting
 COMMANDS = {
     "prepare": "raw files → a dataset folder",
     "train": "train a model by a recipe",
+    "plan": "say what a run will take: memory, seconds, money",
     "tree": "build the label tree of a dataset",
     "rank": "train a linear ranker over shortlists",
     "predict": "label texts",

@@ -2,7 +2,8 @@
 
 Without a recipe it lists them; RECIPE --help says all about one. On N GPUs of a machine:
 `torchrun --nproc-per-node N -m xmlkernels train RECIPE …`; each encodes its part of every batch.
-`python train/run.py RECIPE` is the same command in a clone. The output folder gets config.json,
+`python train/run.py RECIPE` is the same command in a clone. RECIPE --plan says what the run will
+take, and starts nothing: see `xmlkernels plan --help`. The output folder gets config.json,
 log.jsonl, metrics.json, predictions.npz and checkpoint/.
 
 SIGINT, SIGTERM and SIGHUP end a run after the step, with a checkpoint to go on from by --resume; a
@@ -14,6 +15,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from xmlkernels import InputError, dist
+from xmlkernels.cli import plan
 from xmlkernels.cli.arguments import parse_named
 from xmlkernels.cli.console import print_metrics, say, typed
 from xmlkernels.cli.rank import print_ranker
@@ -29,6 +31,9 @@ log = logging.getLogger(__name__)
 
 def main(words: Sequence[str], prog: str = "xmlkernels train") -> None:
     """Train by the recipe that the first word names."""
+    if "--plan" in words:
+        plan.main([word for word in words if word != "--plan"], f"{prog} --plan")
+        return
     # found once, so that an old name is told once
     known = {words[0]: RECIPES[words[0]]} if words and words[0] in RECIPES else RECIPES
     config = parse_named(known, "recipe", prog, __doc__ or "", words)

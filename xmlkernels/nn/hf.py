@@ -93,6 +93,22 @@ def from_description(description: Any, shapes: Mapping[str, torch.Size] | None) 
     return model
 
 
+def describe_pretrained(name_or_path: str | PathLike[str]) -> dict[str, Any]:
+    """Describe the model of a hub name or a folder from its `config.json`; no weights are read.
+
+    Raises:
+        InputError: none there that transformers knows.
+    """
+    where = f"encoder {str(name_or_path)!r}"
+    need_transformers(where)
+    from transformers import AutoConfig
+
+    with _quiet(), _one_sentence(where):
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        refuse_settings(config.to_dict(), where)
+    return dict(config.to_dict())
+
+
 def describe(model: nn.Module) -> dict[str, Any]:
     """Describe a model's architecture for `from_description`: no weights and no paths."""
     described = json.loads(model.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
@@ -124,6 +140,8 @@ def tiny_bert(vocab_size: int, width: int, layers: int) -> nn.Module:
 def hidden_width(model: nn.Module) -> int:
     """Measure the width of the last hidden state with two tokens.
 
+    Of a model on the meta device it is what its configuration says.
+
     Raises:
         InputError: the model cannot serve as a text encoder.
     """
@@ -137,6 +155,8 @@ def hidden_width(model: nn.Module) -> int:
         raise InputError(where, expected, f"no {sorted(missing)}", _SUITABLE)
     training = model.training
     device = next(model.parameters()).device
+    if device.type == "meta":  # there is nothing to measure
+        return int(config.hidden_size)
     ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
     # A process that has only built a model may still fork: no OpenMP pool for two tokens.
     with torch_threads(1):

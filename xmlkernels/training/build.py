@@ -31,10 +31,11 @@ from xmlkernels.nn.layer_recipe import default_layers
 from xmlkernels.nn.mixed import MixedHead, MixedLevel
 from xmlkernels.nn.plain import PlainHead, PlainLevel
 from xmlkernels.nn.shard import shard_rows
-from xmlkernels.nn.table import RowOptimizer, Table
-from xmlkernels.planner import plan as memory_plan
-from xmlkernels.planner import planned, table_parts, told
+from xmlkernels.nn.table import RowOptimizer
+from xmlkernels.planner import planned, told
 from xmlkernels.training.config import Config
+from xmlkernels.training.facts import TreeShape
+from xmlkernels.training.forecast import RunMemory, memory_of, process_so_far
 from xmlkernels.training.plan import Plan
 from xmlkernels.tree.label_tree import LabelTree
 
@@ -61,27 +62,33 @@ def build_model(plan: Plan, dataset: Dataset, inputs: Inputs, tree: LabelTree | 
     config = plan.config
     torch.manual_seed(config.seed)
     if isinstance(inputs, BowInputs):
-        encoder: nn.Module = BowEncoder(
-            inputs.vocabulary,
-            config.bow_width,
-            dropout=config.dropout,
-            word_dropout=config.word_dropout,
-            activation=config.bow_activation,
-            optimizer=RowOptimizer(
-                "adam",
-                epsilon=plan.word_epsilon,
-                row_wise=True,
-                decay=config.encoder_decay,
-                decoupled=True,
-            ),
-            std=config.word_std,
-            seed=config.seed,
-        )
+        encoder: nn.Module = bag_of_words(plan, inputs.vocabulary)
     else:
         encoder = build_encoder(plan, dataset)
     model = BUILDERS[config.model](plan, encoder, dataset.num_labels, tree).to(plan.device)
     draw_apart(config, 0)
     return model
+
+
+def bag_of_words(plan: Plan, vocabulary: int) -> BowEncoder:
+    """Build the bag of words of a run; vocabulary: V."""
+    config = plan.config
+    return BowEncoder(
+        vocabulary,
+        config.bow_width,
+        dropout=config.dropout,
+        word_dropout=config.word_dropout,
+        activation=config.bow_activation,
+        optimizer=RowOptimizer(
+            "adam",
+            epsilon=plan.word_epsilon,
+            row_wise=True,
+            decay=config.encoder_decay,
+            decoupled=True,
+        ),
+        std=config.word_std,
+        seed=config.seed,
+    )
 
 
 def draw_apart(config: Config, step: int) -> None:
@@ -103,11 +110,34 @@ def _full_table(
     plan: Plan, encoder: nn.Module, labels: int, width: int
 ) -> tuple[FullHead, Training]:
     """Build a table of all labels and its training; log first what they take of the memory."""
+    config = plan.config
+    make = full_table(plan, labels, width, processes=dist.size(), rank=dist.rank())
+    tables = {"label table": planned(make)}
+    here = process_so_far(encoder)
+    memory = memory_of(plan, encoder, tables, here=here, processes=dist.size())
+    announce(plan, memory)
+    training = Training(
+        config.encoder_lr,
+        config.table_lr,
+        config.encoder_decay,
+        plan.warmup,
+        plan.steps,
+        config.clip,
+        plan.micro_batch,
+        plan.mean,
+        plan.encoder_epsilon,
+    )
+    return make(), training
+
+
+def full_table(
+    plan: Plan, labels: int, width: int, *, processes: int = 1, rank: int = 0
+) -> Callable[..., FullHead]:
+    """Return what makes a process's table of all labels, or its shard of it."""
     config, shard = plan.config, None
     if plan.sharded:
-        skips = config.skip_tiles > 0
-        shard = shard_rows(labels, dist.size(), dist.rank(), aligned=skips)
-    make = partial(
+        shard = shard_rows(labels, processes, rank, aligned=config.skip_tiles > 0)
+    return partial(
         _head(config),
         labels,
         width,
@@ -126,36 +156,43 @@ def _full_table(
         seed=config.seed,
         shard=shard,
     )
-    parts = memory_plan(
-        encoder,
-        {"label table": planned(make)},
-        documents=plan.documents,
-        tokens=plan.longest,
-        mean=config.ema > 0,
-        table_means=config.ema_tables,
-    )
-    announce(config, parts, plan.device)
-    training = Training(
-        config.encoder_lr,
-        config.table_lr,
-        config.encoder_decay,
-        plan.warmup,
-        plan.steps,
-        config.clip,
-        plan.micro_batch,
-        plan.mean,
-        plan.encoder_epsilon,
-    )
-    return make(), training
 
 
 def _cascade(plan: Plan, encoder: nn.Module, labels: int, tree: LabelTree | None) -> Model:
     config, own = plan.config, plan.cascade
     assert tree is not None and own is not None, "the plan of a cascade has its tree"
+    make = cascade_heads(plan, encoder, tree)
+    tables = planned(make).tables()
+    here = process_so_far(encoder)
+    memory = memory_of(plan, encoder, tables, tree, here=here, processes=dist.size())
+    announce(plan, memory)
+    heads = make(label_device=plan.label_device)
+    training = CascadeTraining(
+        encoder_lr=config.encoder_lr,
+        total=plan.steps,
+        warmup=plan.warmup,
+        head_lr=config.encoder_lr * config.head_lr_factor,
+        decay=config.encoder_decay,
+        schedule=config.schedule,
+        cooldown=own.cooldown,
+        rw_loss=config.rw_loss,
+        positives_bound=config.positives_bound,
+        micro_batch=plan.micro_batch,
+        clip=config.clip,
+        mean=plan.mean,
+        reference_loss=config.reference_loss,
+        encoder_epsilon=plan.encoder_epsilon,
+    )
+    return Cascade(encoder, heads, tree, training)
+
+
+def cascade_heads(plan: Plan, encoder: nn.Module, tree: TreeShape) -> Callable[..., CascadeHeads]:
+    """Return what makes the heads of the run's cascade."""
+    config, own = plan.config, plan.cascade
+    assert own is not None, "the plan of a cascade"
     most = tuple(tree.widest(r) for r in range(tree.levels - 1))
     width = int(encoder.width)  # type: ignore[arg-type]
-    kept = (min(k, n) * m for k, n, m in zip(own.topk, tree.sizes, most, strict=False))
-    make = partial(
+    return partial(
         CascadeHeads,
         tree.sizes,
         most,
@@ -175,25 +212,6 @@ def _cascade(plan: Plan, encoder: nn.Module, labels: int, tree: LabelTree | None
         seed=config.seed,
         level=_level(config),
     )
-    announce_cascade(plan, encoder, planned(make).tables(), (tree.sizes[0], *kept))
-    heads = make(label_device=plan.label_device)
-    training = CascadeTraining(
-        encoder_lr=config.encoder_lr,
-        total=plan.steps,
-        warmup=plan.warmup,
-        head_lr=config.encoder_lr * config.head_lr_factor,
-        decay=config.encoder_decay,
-        schedule=config.schedule,
-        cooldown=own.cooldown,
-        rw_loss=config.rw_loss,
-        positives_bound=config.positives_bound,
-        micro_batch=plan.micro_batch,
-        clip=config.clip,
-        mean=plan.mean,
-        reference_loss=config.reference_loss,
-        encoder_epsilon=plan.encoder_epsilon,
-    )
-    return Cascade(encoder, heads, tree, training)
 
 
 # By `Config.model`: from the plan, an encoder, L and the label tree (of a cascade) to a model.
@@ -223,69 +241,40 @@ def _layers(encoder: nn.Module, levels: int) -> tuple[tuple[int, ...], ...]:
     return ((0,),) * levels  # a bag of words gives every level the same
 
 
-def announce_cascade(
-    plan: Plan, encoder: nn.Module, tables: Mapping[str, Table], candidates: tuple[int, ...]
-) -> None:
-    """Log what each device will hold of a cascade.
+def announce(plan: Plan, memory: RunMemory) -> None:
+    """Log what each device will hold.
 
     Args:
         plan: the settings of the run.
-        encoder: of the cascade.
-        tables: of its levels by name, the labels' last.
-        candidates: rows per document of each level.
-
-    Raises:
-        InputError: it is more than there is.
-    """
-    means, apart = plan.config.ema_tables, plan.label_device
-    *clusters, last = tables
-    parts = memory_plan(
-        encoder,
-        tables if apart is None else {name: tables[name] for name in clusters},
-        documents=plan.documents,
-        tokens=plan.longest,
-        update=plan.update,
-        # The scores of the label level are on both devices: made on one, ranked on the other.
-        candidates=candidates,
-        mean=plan.config.ema > 0,
-        table_means=means,
-    )
-    announce(plan.config, parts, plan.device, named=apart is not None)
-    if apart is not None:
-        labels = table_parts({last: tables[last]}, plan.update, candidates[-1:], means=means)
-        announce(plan.config, labels, apart, named=True)
-
-
-def announce(
-    config: Config, parts: dict[str, int], device: torch.device, *, named: bool = False
-) -> None:
-    """Log what a device will hold.
-
-    Args:
-        config: the settings of the run, for advice.
-        parts: bytes by part.
-        device: that will hold them.
-        named: name the device in the message.
+        memory: what it takes.
 
     Raises:
         InputError: it is more than there is, and the settings do not allow that.
     """
-    log.info(told(parts, str(device) if named else ""))
-    if config.beyond_memory:
-        return
+    config, several = plan.config, len(memory.budgets()) > 1
+    for device, budget in memory.budgets().items():
+        log.info(told(budget, device if several else ""))
+        if config.beyond_memory:
+            continue
+        processes = 1
+        if torch.device(device).type == "cpu" and dist.size() > 1:
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        mends = _mends(config)
+        check_memory(budget.parts(), torch.device(device), mends, processes=processes)
+
+
+def _mends(config: Config) -> dict[str, str]:
     anyway = "or start all the same by --beyond-memory"
     smaller = "a smaller --batch"
     if config.encoder != "bow":
         smaller += " or --micro-batch (the same step in parts)"
     step = "--impl fused" if config.impl == "reference" else "a smaller --batch"
-    mends = {
+    return {
         "activations": f"take {smaller}, {anyway}",
         "gradients of one": f"take {step}, {anyway}",
+        "first values": f"leave out --centroid-norm, {anyway}",
         "": f"take --table bf16 or fp8 and --state bf16, or fewer labels, {anyway}",
     }
-    shared = device.type == "cpu" and dist.size() > 1
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if shared else 1
-    check_memory(parts, device, mends, processes=processes)
 
 
 def start_table(config: Config, dataset: Dataset, inputs: Inputs, model: Model) -> None:

@@ -14,12 +14,15 @@ from xmlkernels.training.plan import BeforeData, before_data
 _BY_NAME = ("pooling", "precision")
 
 
-def check(config: Config, given: Collection[str] = ()) -> BeforeData:
+def check(
+    config: Config, given: Collection[str] = (), early: BeforeData | None = None
+) -> BeforeData:
     """Refuse settings that cannot be used, before any work.
 
     Args:
         config: the settings.
         given: the fields named on the command line, to refuse the ones that would do nothing.
+        early: what they resolve to, on devices that are planned for; None: on this machine's.
 
     Returns:
         What the settings resolve to before any data are read.
@@ -41,7 +44,7 @@ def check(config: Config, given: Collection[str] = ()) -> BeforeData:
         if not config.tree:
             depths = " ".join(map(str, config.tree_depths))
             check_levels(config, len(config.tree_depths) + 1, f"as --tree-depths {depths} has them")
-    early = before_data(config)
+    early = before_data(config) if early is None else early
     for idle, name, needs, got in (
         *_without_effect(config, early, given),
         *_of_another(config, given),

@@ -1,20 +1,17 @@
 """The plan of a run: every value that "auto", other settings or the data decide, resolved once."""
 
-import logging
 from dataclasses import dataclass
 
 import torch
 
 from xmlkernels import InputError, dist
 from xmlkernels.data.dataset import Dataset
-from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.devices import find_device
 from xmlkernels.models.running_mean import MeanSettings
 from xmlkernels.precision import DTYPES, default_autocast, default_table_dtype
 from xmlkernels.training.config import Config, layers_of
+from xmlkernels.training.facts import Facts, TreeShape, facts_of
 from xmlkernels.tree.label_tree import LabelTree
-
-log = logging.getLogger(__name__)
 
 # CascadeXML's for three and four levels (README of its repository). Two and five levels take the
 # values of the levels that remain.
@@ -75,6 +72,7 @@ class Plan(BeforeData):
 
     Attributes:
         config: the settings as given.
+        facts: sizes of the data.
         autocast: number format of the encoder's autocast; None is fp32.
         encoder_epsilon: of the encoder's AdamW.
         word_epsilon: of the Adam that trains word vectors.
@@ -91,6 +89,7 @@ class Plan(BeforeData):
     """
 
     config: Config
+    facts: Facts
     autocast: torch.dtype | None
     encoder_epsilon: float
     word_epsilon: float
@@ -114,30 +113,51 @@ def before_data(config: Config) -> BeforeData:
             none, or one process that is to share the table.
     """
     device = find_device(config.device)
+    apart = _label_device(config, device)
+    usual = default_table_dtype(device) if config.table == "auto" else config.table
+    return early_on(config, device, apart, usual, dist.launched()[1])
+
+
+def early_on(
+    config: Config, device: torch.device, apart: torch.device | None, usual: str, processes: int
+) -> BeforeData:
+    """Resolve what needs no data on devices that need not be in this machine.
+
+    Args:
+        config: the settings.
+        device: of the model.
+        apart: of a cascade's label table; None: the model's.
+        usual: number format of a table there, where nothing else decides it.
+        processes: of the run.
+
+    Raises:
+        InputError: CUDA graphs where a step has none, or one process that is to share the table.
+    """
     cascade, dense = config.model == "cascade", config.table_optimizer == "adamw_dense"
     table: str = config.table
     if table == "auto":
         wide = dense or config.impl == "reference" or config.table_compute != "auto"
-        table = "fp32" if wide else default_table_dtype(device)
+        table = "fp32" if wide else usual
     optimizer: str = config.table_optimizer
     if optimizer == "auto":
         optimizer = "adam" if cascade else "sgd"
     state = None if optimizer == "sgd" and config.momentum == 0 else config.state
-    apart = _label_device(config, device)
-    graphs, sharded = _graphs(config, device, apart), _sharded(config)
+    graphs, sharded = _graphs(config, device, apart, processes), _sharded(config, processes)
     return BeforeData(device, apart, table, optimizer, state, graphs, sharded)
 
 
-def _sharded(config: Config) -> bool:
+def _sharded(config: Config, processes: int) -> bool:
     """Decide whether the processes share the label table."""
-    several = dist.launched()[1] > 1
+    several = processes > 1
     if config.shard_labels == "on" and not several:
         expected, mend = "several processes", "start it by torchrun, or take auto"
         raise InputError("--shard-labels", expected, "one", mend)
     return several and config.shard_labels != "off"
 
 
-def _graphs(config: Config, device: torch.device, apart: torch.device | None) -> bool:
+def _graphs(
+    config: Config, device: torch.device, apart: torch.device | None, processes: int
+) -> bool:
     """Decide whether the passes of a step run as CUDA graphs."""
     if config.cuda_graph == "off":
         return False
@@ -154,7 +174,7 @@ def _graphs(config: Config, device: torch.device, apart: torch.device | None) ->
             f"--table-compute {config.table_compute}",
         ),
         (apart is None, "all tables on one device", f"--label-device {config.label_device}"),
-        (dist.launched()[1] == 1, "one process", f"{dist.launched()[1]}"),
+        (processes == 1, "one process", f"{processes}"),
     ):
         if not good and config.cuda_graph == "on":
             raise InputError("--cuda-graph", expected, got, "take auto or off")
@@ -178,6 +198,34 @@ def resolve(
     Raises:
         InputError: a warm-up longer than the run, or a running mean that would begin after it.
     """
+    facts = facts_of(config, dataset)
+    autocast = autocast_of(config.precision, early.device)
+    return resolve_for(config, early, facts, tree, epoch, autocast, dist.size())
+
+
+def resolve_for(
+    config: Config,
+    early: BeforeData,
+    facts: Facts,
+    tree: TreeShape | None,
+    epoch: int,
+    autocast: torch.dtype | None,
+    processes: int,
+) -> Plan:
+    """Resolve every setting of a run of which only sizes are known.
+
+    Args:
+        config: the settings, checked.
+        early: what is known before the data.
+        facts: of the data.
+        tree: of a cascade; None end to end.
+        epoch: updates per epoch.
+        autocast: number format of the encoder's autocast.
+        processes: of the run.
+
+    Raises:
+        InputError: as `resolve`.
+    """
     steps = config.epochs * epoch
     warmup = round(config.warmup_epochs * epoch) if config.warmup_epochs else config.warmup
     update = config.batch * config.accumulate
@@ -192,23 +240,25 @@ def resolve(
         early.graphs,
         early.sharded,
         config=config,
-        autocast=_autocast(config.precision, early.device),
+        facts=facts,
+        autocast=autocast,
         encoder_epsilon=config.encoder_epsilon or (1e-6 if cascade is None else 1e-8),
         word_epsilon=config.encoder_epsilon or 1e-8,
-        class_token=_class_token(config, dataset),
-        longest=_longest(config, dataset),
+        class_token=facts.class_token,
+        longest=facts.longest,
         epoch=epoch,
         steps=steps,
         warmup=warmup,
-        update=_at_most(config, dataset, update),
+        update=min(update, facts.trained_on),
         micro_batch=micro_batch,
-        documents=_at_most(config, dataset, _largest_pass(config, update, micro_batch)),
+        documents=min(_largest_pass(config, update, micro_batch, processes), facts.trained_on),
         mean=_mean(config, epoch, steps),
         cascade=cascade,
     )
 
 
-def _autocast(precision: str, device: torch.device) -> torch.dtype | None:
+def autocast_of(precision: str, device: torch.device) -> torch.dtype | None:
+    """Resolve the number format of the encoder's autocast on a device of this machine."""
     if precision == "auto":
         return default_autocast(device)
     return None if precision == "fp32" else DTYPES[precision]
@@ -221,7 +271,7 @@ def _label_device(config: Config, model: torch.device) -> torch.device | None:
     return None if (own.type, own.index or 0) == (model.type, model.index or 0) else own
 
 
-def _cascade(config: Config, tree: LabelTree, epoch: int, steps: int, warmup: int) -> CascadePlan:
+def _cascade(config: Config, tree: TreeShape, epoch: int, steps: int, warmup: int) -> CascadePlan:
     # A cosine may end within its warm-up: that is noted, not refused.
     if warmup > steps and config.schedule == "three_phase":
         flag = "--warmup-epochs" if config.warmup_epochs else "--warmup"
@@ -236,7 +286,7 @@ def _cascade(config: Config, tree: LabelTree, epoch: int, steps: int, warmup: in
     )
 
 
-def default_topk(tree: LabelTree) -> tuple[int, ...]:
+def default_topk(tree: TreeShape) -> tuple[int, ...]:
     """Keep 128 clusters of the coarsest level and twice as many of each next one.
 
     It is never more than a document can have.
@@ -258,36 +308,9 @@ def _mean(config: Config, epoch: int, steps: int) -> MeanSettings:
     return MeanSettings(config.ema, start, config.ema_every, config.ema_tables)
 
 
-def _class_token(config: Config, dataset: Dataset) -> str:
-    if config.encoder == "bow" or config.pooling != "cls":
-        return "first"
-    position = load_tokenizer(dataset.tokenizer_folder).class_position
-    if position is None:
-        log.info(
-            "note: this tokenizer sets no class token; --pooling cls reads the first token of a "
-            "document"
-        )
-    return position or "first"
-
-
-def _longest(config: Config, dataset: Dataset) -> int:
-    if config.encoder == "bow":
-        return 0
-    stores = [split.tokens for split in dataset.splits.values()]
-    if config.label_text and dataset.label_tokens is not None:
-        stores.append(dataset.label_tokens)
-    return max(int(store.lengths.max(initial=0)) for store in stores)
-
-
-def _largest_pass(config: Config, update: int, micro_batch: int) -> int:
+def _largest_pass(config: Config, update: int, micro_batch: int, processes: int) -> int:
     """Documents of an encoder pass of the first process, which has the largest part of a batch."""
-    if dist.size() == 1:
+    if processes == 1:
         return micro_batch or config.batch
-    own = int(dist.parts(update)[0].stop)
+    own = -(-update // processes)
     return min(micro_batch or own, own)
-
-
-def _at_most(config: Config, dataset: Dataset, count: int) -> int:
-    """So many documents, or all that there are to train on."""
-    extra = dataset.num_labels if config.label_text else 0
-    return min(count, len(dataset.splits["train"]) + extra)

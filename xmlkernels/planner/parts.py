@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from xmlkernels.memory import readable
 from xmlkernels.nn.encoder import Encoder
-from xmlkernels.nn.table import Table
+from xmlkernels.nn.table import Table, blocks
+from xmlkernels.planner.budget import Budget
 
 Built = TypeVar("Built", bound=nn.Module)
+_UNSAVED = ("its gradients",)
 
 
 def planned(make: Callable[[], Built]) -> Built:
@@ -33,26 +35,39 @@ def encoder_parts(encoder: nn.Module, *, mean: bool = False) -> dict[str, int]:
     moments and, with `mean`, the running mean.
     """
     trained = sum(_bytes(p) for p in encoder.parameters() if p.requires_grad)
-    whole = sum(map(_bytes, encoder.parameters())) + sum(map(_bytes, encoder.buffers()))
-    parts = {"encoder": whole, "its gradients": trained, "its optimizer": 2 * trained}
+    parts = {
+        "encoder": module_bytes(encoder),
+        "its gradients": trained,
+        "its optimizer": 2 * trained,
+    }
     return parts | ({"its running mean": trained} if mean else {})
 
 
-def activation_bytes(encoder: nn.Module, documents: int, tokens: int) -> int:
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    return sum(map(_bytes, module.parameters())) + sum(map(_bytes, module.buffers()))
+
+
+def activation_bytes(
+    encoder: nn.Module, documents: int, tokens: int, *, training: bool = True
+) -> int:
     """Estimate what one training pass of an encoder keeps for its backward.
 
     For the transformer of an `Encoder` this is 34 H bytes per token and layer with 16-bit autocast,
     twice that without (Korthikanti et al., MLSys 2023, section 4.1, attention recomputed or fused).
-    Of any other encoder only the output [B, D] is counted.
+    Of any other encoder only the output [B, D] is counted. Without a backward one layer's are there
+    at a time, of a transformer's.
 
     Args:
         encoder: has `width`.
         documents, tokens: B and T.
+        training: a backward follows.
     """
     if not isinstance(encoder, Encoder):
         return 4 * documents * int(encoder.width)  # type: ignore[arg-type]
     wide = 1 if encoder.autocast is not None else 2
-    return 34 * wide * encoder.hidden * encoder.layers * documents * tokens
+    layers = encoder.layers if training else 1
+    return 34 * wide * encoder.hidden * layers * documents * tokens
 
 
 def shortlist_bytes(documents: int, candidates: Sequence[int]) -> int:
@@ -63,6 +78,27 @@ def shortlist_bytes(documents: int, candidates: Sequence[int]) -> int:
         candidates: K M of each level.
     """
     return documents * sum(candidates) * 12
+
+
+def descent_bytes(documents: int, candidates: Sequence[int]) -> int:
+    """Bytes of a cascade's evaluation: nodes, logits and marks of every level, and keys of one.
+
+    Args:
+        documents: B.
+        candidates: K M of each level.
+    """
+    return documents * (sum(candidates) * (8 + 4 + 1) + max(candidates, default=0) * (8 + 8 + 4))
+
+
+def vector_bytes(documents: int, widths: Sequence[int], *, whole: int = 0) -> int:
+    """Bytes of the embeddings of an update and their gradients, fp32, of every level.
+
+    Args:
+        documents: of this process.
+        widths: D of each level.
+        whole: documents of all processes, whose vectors are gathered; 0 alone.
+    """
+    return 2 * 4 * (documents + whole) * sum(widths)
 
 
 def plan(
@@ -91,6 +127,72 @@ def plan(
     parts = encoder_parts(encoder, mean=mean)
     parts |= table_parts(tables, update or documents, candidates, means=table_means)
     return parts | {"activations (estimate)": activation_bytes(encoder, documents, tokens)}
+
+
+def first_values_bytes(table: Table, *, centroids: bool) -> int:
+    """Bytes that the first values of a table take while they are made.
+
+    They are drawn block by block. From centroids, sums [n, D] and counts [n] in fp32 are held
+    meanwhile, and some copies of a block.
+    """
+    rows, width = table.weight.shape
+    first, end = next(blocks(table.weight), (0, 0))
+    block = 4 * (end - first) * width
+    return 4 * rows * (width + 1) + 8 * block if centroids else 3 * block
+
+
+def workspace_bytes(table: Table, documents: int, *, cuda: bool) -> int:
+    """Bytes that the op of a table's step works in: `bce_step_`, or less of `cluster_step_`.
+
+    On a CPU these are partial sums of dX, 8 to 64 of them and 32 MiB unless 8 are more. On a card
+    they are the gradient of a chunk of labels and partial sums, 256 MB at most.
+    """
+    rows, width = table.weight.shape
+    partial = max(1, 4 * documents * width)
+    if cuda:
+        element = max(2, table.weight.dtype.itemsize)
+        return min(256_000_000, 2 * rows * documents * element + 22 * partial)
+    sums = min(64, max(8, (32 << 20) // partial), -(-rows // 256))
+    return sums * partial + 4 * partial
+
+
+def label_bytes(labels: int, *, sums_loss: bool) -> int:
+    """Bytes of what a run keeps of each label on the host, in fp64.
+
+    It is the inverse propensity and, where losses are sums, the frequency.
+    """
+    return 8 * labels * (2 if sums_loss else 1)
+
+
+def evaluation_bytes(
+    documents: int, labels: int, kept: int, *, schemes: int = 1, sums_loss: bool = True
+) -> dict[str, int]:
+    """Bytes of an evaluation on the host, by part.
+
+    Args:
+        documents: of the split.
+        labels: L.
+        kept: labels per document.
+        schemes: predictions of one each are held together.
+        sums_loss: the loss is compared with that of frequencies, six arrays [L] of fp64.
+    """
+    return {
+        "predictions of a split": schemes * documents * kept * (4 + 8),
+        "metrics over labels": 6 * 8 * labels if sums_loss else 0,
+    }
+
+
+def report_bytes(documents: int, labels: int, kept: int) -> dict[str, int]:
+    """Bytes of the last report on the host: counts of 5 cut-offs per label, twice, and sums."""
+    return {
+        "predictions of a split": documents * kept * (4 + 8),
+        "metrics over labels": 24 * 8 * labels,
+    }
+
+
+def saved_bytes(parts: Mapping[str, int]) -> int:
+    """Bytes of a checkpoint's tensors, from the parts of a model: all but the gradients."""
+    return sum(count for name, count in parts.items() if name not in _UNSAVED)
 
 
 def table_parts(
@@ -130,19 +232,20 @@ def _mean_bytes(table: Table) -> int:
     return 4 * weight.numel() + rounded + (0 if bias is None else _bytes(bias))
 
 
-def told(parts: Mapping[str, int], device: str = "") -> str:
-    """Report a plan in one line: the total, every part of a hundredth of it or more, the rest.
+def told(budget: Budget, device: str = "") -> str:
+    """Report a budget in one line: the peak, its phase, every part of a hundredth of it or more.
 
     Args:
-        parts: bytes by part.
-        device: which one, where the model is on several.
+        budget: of a process.
+        device: which one, where the run is on several.
     """
-    total = sum(parts.values())
+    parts, total = budget.parts(), budget.peak
     large = {name: count for name, count in parts.items() if count >= total / 100}
     large |= {"the rest": total - sum(large.values())}
     where = f" on {device}" if device else ""
+    when = f", at most during {budget.phase}" if budget.phase else ""
     named = ", ".join(f"{name} {readable(count)}" for name, count in large.items() if count)
-    return f"memory of the model{where}: about {readable(total)} = {named}"
+    return f"memory of this run{where}: about {readable(total)}{when} = {named}"
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -1,0 +1,190 @@
+"""The memory of a run by device, phase and part: what a run logs and `xmlkernels plan` prints.
+
+Letters: B documents of an update, L labels, n rows of a table, D width.
+"""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from xmlkernels.memory import resident_memory
+from xmlkernels.models.kinds import KINDS
+from xmlkernels.nn.bow import BowEncoder
+from xmlkernels.nn.table import Table
+from xmlkernels.planner import Budget, label_bytes, summed, table_parts
+from xmlkernels.planner import plan as model_parts
+from xmlkernels.planner.parts import (
+    activation_bytes,
+    descent_bytes,
+    evaluation_bytes,
+    first_values_bytes,
+    module_bytes,
+    report_bytes,
+    saved_bytes,
+    vector_bytes,
+    workspace_bytes,
+)
+from xmlkernels.training.facts import TreeShape
+from xmlkernels.training.plan import Plan
+
+SO_FAR = "process so far"
+FIRST, STEP, EVALUATION = "the first values", "a step", "an evaluation"
+WRITING, READING, REPORT = "a checkpoint", "the best checkpoint read", "the last report"
+_CONTEXT = 600 << 20  # of a card: CUDA, its libraries and kernels; an estimate
+
+
+@dataclass(frozen=True)
+class RunMemory:
+    """The memory of one process.
+
+    Attributes:
+        device: that the model is on, its name, and what it holds; the host's too where that is it.
+        host: what the host holds of a model on a card; None where the model is on the host.
+        apart: the device of a cascade's label table, where it has one of its own.
+    """
+
+    device: tuple[str, Budget]
+    host: Budget | None = None
+    apart: tuple[str, Budget] | None = None
+
+    def budgets(self) -> dict[str, Budget]:
+        """Put together what each memory holds, by device."""
+        found = dict([self.device])
+        for name, budget in (("cpu", self.host), self.apart or ("", None)):
+            if budget is not None:
+                found[name] = summed([found[name], budget]) if name in found else budget
+        return found
+
+
+def process_so_far(encoder: nn.Module | None = None) -> dict[str, int]:
+    """Bytes that this process holds by now: interpreter, libraries, opened data.
+
+    What the first step loads anyway is loaded before.
+
+    Args:
+        encoder: in memory, to be counted by itself.
+    """
+    importlib.import_module("torch._dynamo")  # torch's optimizers load it
+    importlib.import_module("safetensors.torch")  # checkpoints
+    own = 0 if encoder is None else module_bytes(encoder)
+    found = resident_memory()
+    return {} if found is None else {SO_FAR: max(0, found - own)}
+
+
+def candidates_of(plan: Plan, tree: TreeShape | None) -> tuple[int, ...]:
+    """Candidates of a document at each level of a cascade; none end to end."""
+    if tree is None or plan.cascade is None:
+        return ()
+    kept = zip(plan.cascade.topk, tree.sizes, strict=False)
+    return (tree.sizes[0], *(min(k, n) * tree.widest(r) for r, (k, n) in enumerate(kept)))
+
+
+def memory_of(
+    plan: Plan,
+    encoder: nn.Module,
+    tables: Mapping[str, Table],
+    tree: TreeShape | None = None,
+    *,
+    here: Mapping[str, int],
+    processes: int = 1,
+) -> RunMemory:
+    """Count what a run will hold, before its tables are allocated.
+
+    Args:
+        plan: its settings.
+        encoder: of the run; its tensors may be on the meta device.
+        tables: by what to call them, the labels' last; see `planned`.
+        tree: of a cascade.
+        here: what a process holds on the host before it has a model.
+        processes: of the run.
+    """
+    config, cuda = plan.config, plan.device.type == "cuda"
+    candidates = candidates_of(plan, tree)
+    *clusters, last = tables
+    beside = tables if plan.label_device is None else {name: tables[name] for name in clusters}
+    parts = model_parts(
+        encoder,
+        beside,
+        documents=plan.documents,
+        tokens=plan.longest,
+        update=plan.update,
+        # The scores of the label level are on both devices: made on one, ranked on the other.
+        candidates=candidates,
+        mean=config.ema > 0,
+        table_means=config.ema_tables,
+    )
+    held, step = _split(parts)
+    whole = plan.update if processes > 1 else 0
+    vectors = vector_bytes(plan.update, [table.width for table in tables.values()], whole=whole)
+    step |= {"vectors": vectors, "working memory of the ops": _working(beside, plan.update, cuda)}
+    many = config.evaluate_batch
+    passed = activation_bytes(encoder, many, plan.longest, training=False)
+    evaluation = {
+        "activations (estimate)": passed,
+        "working memory of the ops": _working(beside, many, cuda),
+        "candidates": descent_bytes(many, candidates),
+    }
+    phases = {FIRST: _first(plan, beside), STEP: step, EVALUATION: evaluation}
+    context = {"CUDA (estimate)": _CONTEXT} if cuda else {}
+    device = Budget(context | held, phases)
+    apart = None
+    if plan.label_device is not None:
+        own = {last: tables[last]}
+        far = table_parts(own, plan.update, candidates[-1:], means=config.ema_tables)
+        far_held, far_step = _split(far)
+        held = held | far_held
+        far_step["working memory of the ops"] = _working(own, plan.update, cuda=False)
+        apart = str(plan.label_device), Budget(far_held, {STEP: far_step})
+    host = _host(plan, here, saved_bytes(held))
+    if cuda:
+        return RunMemory((str(plan.device), device), host, apart)
+    return RunMemory((str(plan.device), summed([host, device])), None, apart)
+
+
+def _host(plan: Plan, here: Mapping[str, int], saved: int) -> Budget:
+    """Count what the host holds wherever the model is; saved: bytes of its tensors."""
+    config, facts, kind = plan.config, plan.facts, KINDS[plan.config.model]
+    labels, kept = facts.labels, max(config.top_k, 5)
+    chooses = config.scheme == "auto" and facts.validation > 0
+    schemes = len(kind.schemes) if chooses else 1
+    held = dict(here) | {"propensities": label_bytes(labels, sums_loss=kind.sums_loss)}
+    phases: dict[str, dict[str, int]] = {}
+    if measured := max(facts.validation, facts.test):
+        phases[EVALUATION] = evaluation_bytes(
+            measured, labels, kept, schemes=schemes, sums_loss=kind.sums_loss
+        )
+        reported = facts.test or facts.validation
+        phases[REPORT] = report_bytes(reported, labels, kept)
+    if plan.device.type == "cuda":
+        phases[WRITING] = {"copy of the model": saved}
+    if facts.validation:
+        phases[READING] = {"checkpoint": saved}
+    return Budget(held, phases)
+
+
+_MEANWHILE = ("activations", "gradients of one table", "shortlists")
+
+
+def _split(parts: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """Divide the parts of a model into those that stay and those of a step."""
+    step = {name: count for name, count in parts.items() if name.startswith(_MEANWHILE)}
+    return {name: count for name, count in parts.items() if name not in step}, step
+
+
+def _first(plan: Plan, tables: Mapping[str, Table]) -> dict[str, int]:
+    centroids = plan.config.centroid_norm > 0
+    each = (first_values_bytes(table, centroids=centroids) for table in tables.values())
+    return {"first values": max(each, default=0)}
+
+
+def _working(tables: Mapping[str, Table], documents: int, cuda: bool) -> int:
+    """Bytes that the largest op works in: tables are trained one after the other."""
+    each = (workspace_bytes(table, documents, cuda=cuda) for table in tables.values())
+    return max(each, default=0)
+
+
+def words_of(encoder: nn.Module) -> Table | None:
+    """Find the word table of a bag of words; None of any other encoder."""
+    return encoder.table if isinstance(encoder, BowEncoder) else None

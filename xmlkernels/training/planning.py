@@ -1,0 +1,237 @@
+"""What a run will take, before its data or its devices are there: `xmlkernels plan`.
+
+Everything is built on the meta device: a plan takes no memory of the run's own. Letters: B
+documents of an update, D width, G processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from xmlkernels.nn import hf
+from xmlkernels.nn.bow import BowEncoder
+from xmlkernels.nn.encoder import Encoder
+from xmlkernels.nn.table import Table
+from xmlkernels.planner import planned
+from xmlkernels.planner.speed import (
+    Timed,
+    Work,
+    encoder_work,
+    full_table_work,
+    level_work,
+    search_work,
+    seconds,
+    timed,
+    words_work,
+)
+from xmlkernels.precision import DTYPES, default_autocast, default_table_dtype
+from xmlkernels.training.build import bag_of_words, cascade_heads, full_table
+from xmlkernels.training.checks import check
+from xmlkernels.training.forecast import (
+    SO_FAR,
+    RunMemory,
+    candidates_of,
+    memory_of,
+    process_so_far,
+)
+from xmlkernels.training.known_encoders import KNOWN
+from xmlkernels.training.plan import Plan, early_on, resolve_for
+from xmlkernels.training.planned_sizes import GB, PlanConfig, Subject, data_bytes, subject_of
+from xmlkernels.training.recipe import Recipe
+
+BASE, DATA = "interpreter and libraries", "documents and labels"
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take.
+
+    Attributes:
+        subject: what was planned.
+        plan: its settings, resolved.
+        here: bytes of the host before there is a model.
+        memory: of one process, the largest.
+        step, evaluation: how long each part of a step, and of an evaluation of all splits, takes.
+    """
+
+    subject: Subject
+    plan: Plan
+    here: Mapping[str, int]
+    memory: RunMemory
+    step: tuple[Timed, ...]
+    evaluation: tuple[Timed, ...]
+
+    @property
+    def hours(self) -> float:
+        """Hours of the run: its steps and evaluations."""
+        looks = -(-self.plan.config.epochs // self.plan.config.evaluate_every)
+        return (self.plan.steps * seconds(self.step) + looks * seconds(self.evaluation)) / 3600
+
+    @property
+    def money(self) -> float:
+        """The price of the run, in the unit of --price."""
+        return self.hours * self.subject.options.price * self.subject.options.gpus
+
+    def lacks(self) -> dict[str, tuple[int, int]]:
+        """List what does not fit: by device, bytes at the peak and bytes that there are."""
+        card, options = self.subject.card, self.subject.options
+        found = {}
+        for device, budget in self.memory.budgets().items():
+            main = device == self.memory.device[0]
+            limit = card.memory if main else (int(options.host_memory * GB) or None)
+            # Processes on one machine's processors share its memory.
+            shared = options.gpus if main and not card.cuda else 1
+            if limit is not None and budget.peak * shared > limit:
+                found[device] = budget.peak * shared, limit
+        return found
+
+
+def forecast_of(options: PlanConfig, recipe: Recipe[PlanConfig]) -> Forecast:
+    """Count what a run takes.
+
+    Raises:
+        InputError: a device that nobody knows, no sizes, or settings that no run can have.
+    """
+    subject = subject_of(options, recipe)
+    _built(subject)  # so that all that a run loads is loaded
+    here = process_so_far()
+    if not subject.opened:
+        here = {BASE: here.get(SO_FAR, 0), DATA: data_bytes(subject)}
+    return forecast(subject, here)
+
+
+def forecast(subject: Subject, here: Mapping[str, int]) -> Forecast:
+    """Count what a run takes.
+
+    Args:
+        subject: what is planned.
+        here: bytes of the host before there is a model, by part.
+
+    Raises:
+        InputError: settings that no run can have.
+    """
+    plan, encoder, tables = _built(subject)
+    processes = subject.options.gpus
+    memory = memory_of(plan, encoder, tables, subject.tree, here=here, processes=processes)
+    return Forecast(
+        subject,
+        plan,
+        here,
+        memory,
+        tuple(timed(work, subject.card) for work in _step(subject, plan, encoder, tables)),
+        tuple(timed(work, subject.card) for work in _looks(subject, plan, encoder, tables)),
+    )
+
+
+def _built(subject: Subject) -> tuple[Plan, nn.Module, dict[str, Table]]:
+    """Build the run on the meta device: its plan, its encoder, its tables by what to call them."""
+    config, card, facts = subject.config, subject.card, subject.facts
+    processes = subject.options.gpus
+    device = torch.device("cuda" if card.cuda else "cpu")
+    apart = None if config.label_device == "auto" else torch.device(config.label_device)
+    usual = "bf16" if card.cuda else default_table_dtype("cpu")
+    early = early_on(config, device, apart, usual, processes)
+    autocast = DTYPES[config.precision] if config.precision in ("bf16", "fp16") else None
+    if config.precision == "auto":
+        autocast = torch.bfloat16 if card.cuda else default_autocast("cpu")
+    check(replace(config, documents=0), early=early)
+    epoch = -(-facts.trained_on // (config.batch * config.accumulate))
+    plan = resolve_for(config, early, facts, subject.tree, epoch, autocast, processes)
+    encoder = planned_encoder(plan, subject.vocabulary)
+    if subject.tree is None:
+        width = int(encoder.width)  # type: ignore[arg-type]
+        # The first process has as many rows as any.
+        make = full_table(plan, facts.labels, width, processes=processes)
+        return plan, encoder, {"label table": planned(make)}
+    heads = cascade_heads(plan, encoder, subject.tree)
+    return plan, encoder, dict(planned(heads).tables())
+
+
+def planned_encoder(plan: Plan, vocabulary: int) -> nn.Module:
+    """Build the encoder of a run on the meta device.
+
+    Raises:
+        InputError: nobody knows its shape.
+    """
+    config = plan.config
+    if config.encoder == "bow":
+        return planned(lambda: bag_of_words(plan, vocabulary))
+    options = {"pooling": config.pooling, "bottleneck": config.bottleneck}
+
+    def make() -> Encoder:
+        if config.encoder == "tiny":
+            model = hf.tiny_bert(vocabulary, 32, 2)
+        else:
+            known = KNOWN.get(config.encoder)
+            found = hf.describe_pretrained(config.encoder) if known is None else known
+            model = hf.from_description(found, None)
+        return Encoder(model, autocast=plan.autocast, **options)  # type: ignore[arg-type]
+
+    encoder = planned(make)
+    if config.freeze:
+        encoder.freeze(config.freeze, where="--freeze")
+    return encoder
+
+
+def _step(
+    subject: Subject, plan: Plan, encoder: nn.Module, tables: Mapping[str, Table]
+) -> list[Work]:
+    """List the parts of a step of one process."""
+    own = -(-plan.update // subject.options.gpus)
+    work = _encoding(subject, encoder, own, cached=0 < plan.micro_batch < own)
+    candidates = candidates_of(plan, subject.tree)
+    if not candidates:
+        return [*work, *(full_table_work(table, plan.update) for table in tables.values())]
+    return [
+        *work,
+        *(
+            level_work(table, plan.update, count, what=name)
+            for (name, table), count in zip(tables.items(), candidates, strict=True)
+        ),
+    ]
+
+
+def _encoding(
+    subject: Subject, encoder: nn.Module, documents: int, *, cached: bool = False
+) -> list[Work]:
+    if isinstance(encoder, BowEncoder):
+        return [words_work(encoder.table, documents, subject.words)]
+    assert isinstance(encoder, Encoder)
+    work = [encoder_work(encoder, documents, subject.words)]
+    if cached:  # features are computed without a graph first
+        first = encoder_work(encoder, documents, subject.words, training=False)
+        work.append(replace(first, what="encoder, first pass"))
+    return work
+
+
+def _looks(
+    subject: Subject, plan: Plan, encoder: nn.Module, tables: Mapping[str, Table]
+) -> list[Work]:
+    """List the parts of an evaluation of the validation split."""
+    documents, options = subject.facts.validation, subject.options
+    if not documents:
+        return []
+    own = -(-documents // options.gpus)
+    out = []
+    if isinstance(encoder, Encoder):
+        passed = encoder_work(encoder, own, subject.words, training=False)
+        out.append(replace(passed, what="evaluation: encoder"))
+    candidates = candidates_of(plan, subject.tree)
+    if not candidates:
+        (table,) = tables.values()
+        batches = -(-documents // plan.config.evaluate_batch)
+        each = search_work(table, plan.config.evaluate_batch, with_loss=True)
+        times = documents / plan.config.evaluate_batch
+        work = replace(each, bytes=each.bytes * batches, operations=each.operations * times)
+        return [*out, work]
+    for (name, table), count in zip(tables.items(), candidates, strict=True):
+        per = 2 * 2 * count * table.width  # scored for the answer and for the loss
+        rows = 2 * count * table.width * table.weight.element_size()
+        half = "bf16" if table.weight.dtype != torch.float32 else "fp32"
+        op = "cluster_step"
+        out.append(Work(f"evaluation: {name}", op, half, own * rows, own * per))
+    return out
