@@ -2,6 +2,7 @@
 the same step.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -14,8 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from processes import together
 from train_runs import ROOT, make_dataset
 
+from xmlkernels import dist
+from xmlkernels.dist import group
 from xmlkernels.heartbeat import Heartbeat
 
 
@@ -80,6 +85,57 @@ def test_a_process_that_stood_still_itself_blames_nobody() -> None:
     time.sleep(1)
     assert told == [], "it ended in order"
     heart.stop()
+
+
+def locked() -> None:
+    """A call that keeps Python's lock is no silence: the other process does not miss this one."""
+    heart, told = group._heart, list[str]()
+    assert heart is not None and group._beater is not None
+    dist.when_lost(told.append)
+    dist.sum_(torch.zeros(1))
+    heart.patience = 4.0
+    if dist.rank() == 1:
+        ctypes.PyDLL(None).sleep(8)
+    dist.sum_(torch.zeros(1))
+    assert told == []
+
+
+def test_a_process_that_keeps_the_lock_is_not_lost(tmp_path: Path) -> None:
+    assert dist.PATIENCE + 10 <= 60, "a minute after one is lost the others have ended"
+    together(2, locked, tmp_path)
+
+
+def test_a_beater_stands_still_and_ends_with_its_process(tmp_path: Path) -> None:
+    """Beats stop while the process is stopped, go on after it, and end with SIGKILL."""
+    told = tmp_path / "beats"
+    told.touch()
+    code = (
+        "import sys, time; from pathlib import Path; from xmlkernels.life import Beater\n"
+        f"told = Path({str(told)!r})\n"
+        "Beater(lambda: lambda number: told.write_text(str(number)), 0.05); time.sleep(600)"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE)
+
+    def beats_more() -> bool:
+        before = told.read_text()
+        time.sleep(0.5)
+        return told.read_text() not in (before, "")
+
+    try:
+        until(beats_more, 60)
+        process.send_signal(signal.SIGSTOP)
+        until(lambda: not beats_more(), 60)
+        assert not beats_more()
+        process.send_signal(signal.SIGCONT)
+        until(beats_more, 60)
+        process.kill()
+        process.communicate(timeout=60)  # whose output the beater does not hold open
+        until(lambda: not beats_more(), 60)
+        assert not beats_more()
+    finally:
+        process.kill()
+        process.wait(60)
 
 
 @contextmanager

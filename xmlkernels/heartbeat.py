@@ -1,8 +1,8 @@
 """Signs of life between processes that work together: which of them is missing, and that it is.
 
-Each process counts up a number in a store that all of them reach, from a thread of its own: work
-that one does alone for hours is no silence. A process that is killed or stopped counts no more, and
-after a while the others know which it is.
+Each process counts up a number in a store that all of them reach, beside its work: what one does
+alone for hours is no silence. A process that is killed or stopped counts no more, and after a while
+the others know which it is.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ class Store(Protocol):
         """Return the values of several keys."""
 
 
+def interval(patience: float) -> float:
+    """Return the seconds from one sign of life to the next."""
+    return min(1.0, patience / 5)
+
+
 class Heartbeat:
     """This process's signs of life, and those of the others.
 
@@ -35,6 +40,8 @@ class Heartbeat:
         store: with a connection of its own: another thread's wait would hold this one up.
         rank, size: this process's number, and how many there are.
         patience: seconds without a sign after which a process counts as lost.
+        beats: whether this process's thread beats; otherwise something else does, for a thread is
+            silent while a call keeps Python's lock (`beat`).
         lost: called once with a sentence, from the thread, when one is lost; may end this process.
             None: nothing happens.
     """
@@ -46,9 +53,11 @@ class Heartbeat:
         size: int,
         patience: float,
         lost: Callable[[str], None] | None = None,
+        *,
+        beats: bool = True,
     ) -> None:
-        self.patience, self.lost = patience, lost
-        self.interval = min(1.0, patience / 5)
+        self.patience, self.lost, self._beats = patience, lost, beats
+        self.interval = interval(patience)
         self._store, self._rank, self._size = store, rank, size
         self._others = [r for r in range(size) if r != rank]
         self._stopped = threading.Event()
@@ -59,7 +68,7 @@ class Heartbeat:
         self._who = dict.fromkeys(self._others, b"not started yet")
         self._write("state", ALIVE.decode())
         self._write("who", f"process {os.getpid()} on {socket.gethostname()}")
-        self._write("beat", "0")
+        beat(store, rank, 0)
 
     def start(self) -> None:
         """Begins; every process must have made its own first."""
@@ -128,14 +137,20 @@ class Heartbeat:
                 # This process itself stood still, and the others' signs went by unseen.
                 self._last = dict.fromkeys(self._others, now)
             with suppress(Exception):  # no store: then no sign is seen, and patience decides
-                self._write("beat", str(number))
+                if self._beats:
+                    beat(self._store, self._rank, number)
                 beats, states = self._read("beat"), self._read("state")
-                for r, beat, state in zip(self._others, beats, states, strict=True):
+                for r, number_there, state in zip(self._others, beats, states, strict=True):
                     self._state[r] = state
-                    if beat != self._seen[r]:
-                        self._seen[r], self._last[r] = beat, time.monotonic()
+                    if number_there != self._seen[r]:
+                        self._seen[r], self._last[r] = number_there, time.monotonic()
             before = time.monotonic()
             gone = self.missing(self.patience)
             if gone and self.lost is not None and not self._stopped.is_set():
                 call, self.lost = self.lost, None
                 call(self.sentence(gone))
+
+
+def beat(store: Store, rank: int, number: int) -> None:
+    """Give a sign of life of one process."""
+    store.set(f"xmlkernels/beat/{rank}", str(number))

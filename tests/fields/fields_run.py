@@ -295,7 +295,7 @@ def timeouts(runs: Runs, folder: Path) -> None:
         for words in ([], ["--timeout", "7"]):
             patch.setattr(train, "print_metrics", lambda *_: None)
             train.main(["tiny", "--dataset", str(runs.dataset), *words])
-    assert told == [600, 7]
+    assert told == [45, 7]
     with pytest.raises(InputError, match="--timeout: expected 1 or more seconds, got 0.5"):
         train.check(runs.config("tiny", timeout=0.5))
 

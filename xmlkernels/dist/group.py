@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,15 +15,17 @@ import torch.distributed
 
 from xmlkernels.dist.board import Board
 from xmlkernels.errors import InputError
-from xmlkernels.heartbeat import Heartbeat
+from xmlkernels.heartbeat import Heartbeat, beat, interval
+from xmlkernels.life import Beater
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Of one message. One process makes a label tree or writes a checkpoint while the others wait:
 # whether it lives shows its heartbeat, in `PATIENCE` seconds.
 _LONGEST = timedelta(days=7)
-# Long enough for a call that keeps Python's lock (a large sort, a swap to disk), in which no heart
-# beats.
-PATIENCE = 600.0
+# A minute after one is lost all others have ended. Long enough for a machine that swaps; a call that
+# keeps Python's lock is no silence.
+PATIENCE = 45.0
+_beater: Beater | None = None
 _heart: Heartbeat | None = None
 _board: Board | None = None
 
@@ -97,10 +100,12 @@ def start(device: torch.device, patience: float = PATIENCE) -> None:
     importlib.import_module("torch.distributed.nn.functional")
     # Predictions of a split are gathered in the host's memory, besides the vectors on the cards.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    global _heart, _board, _beater  # noqa: PLW0603  (one process belongs to one group)
+    where, own = (found["MASTER_ADDR"], int(found["MASTER_PORT"])), int(found["RANK"])
+    if Beater.possible():  # before gloo has threads
+        _beater = Beater(lambda: partial(beat, _store(*where), own), interval(patience))
     torch.distributed.init_process_group(backend, timeout=_LONGEST)
-    global _heart, _board  # noqa: PLW0603  (one process belongs to one group)
-    where = found["MASTER_ADDR"], int(found["MASTER_PORT"])
-    _heart = Heartbeat(_store(*where), rank(), size(), patience)
+    _heart = Heartbeat(_store(*where), own, size(), patience, beats=_beater is None)
     _board = Board(_store(*where), rank(), size(), _check_alive)
     talk(torch.distributed.all_reduce, torch.zeros(1))  # until all have made theirs
     _heart.start()
@@ -163,9 +168,12 @@ def stop(*, failed: bool = False) -> None:
         failed: tells them that this one has met an error, of which it says itself what it is, and
             breaks no connection yet.
     """
-    global _heart, _board  # noqa: PLW0603  (one process belongs to one group)
+    global _heart, _board, _beater  # noqa: PLW0603  (one process belongs to one group)
     if _heart is not None:
         _heart.stop(failed=failed)
+    if _beater is not None:
+        _beater.stop()
+        _beater = None
     if running() and not failed:
         _heart = _board = None
         torch.distributed.destroy_process_group()

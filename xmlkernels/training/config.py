@@ -314,8 +314,7 @@ class Config:
     """CPU threads; 0 leaves torch's choice."""
     timeout: float = of(SAVING, dist.PATIENCE, _SECONDS)
     """Of several processes: seconds without a sign of life from one after which the others end and
-    name it. Each gives one a second, also in long work that it does alone; only a call that keeps
-    Python's lock is silent, which is why this is long."""
+    name it. Each gives one a second, also in long work that it does alone."""
 
     def replace(self, **changes: Any) -> "Config":
         """Return a copy with other values: `config.replace(epochs=3)`.

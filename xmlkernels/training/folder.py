@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "label_device",
     "beyond_memory",
     "timeout",
+    "shard_labels",
 )
 
 
