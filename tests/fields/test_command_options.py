@@ -238,9 +238,16 @@ def told_to_a_ranker(
     monkeypatch.setattr(
         ranker.Features, "join", lambda *a, **o: seen.update(weights=o) or join(*a, **o)
     )
-    matcher = SimpleNamespace(save=lambda folder: None, shortlist=keeping(seen, "shortlist"))
+    matcher = SimpleNamespace(
+        save=lambda folder: None,
+        kept=keeping(seen, "kept", "those kept"),
+        clusters=["coarse", "fine"],
+    )
     monkeypatch.setattr(ranker.ClusterMatcher, "fit", keeping(seen, "clusters", matcher))
-    monkeypatch.setattr(ranker, "fit", lambda *a, **o: seen.update(fit=(a, o)) or stop())
+    for name in ("fit", "fit_groups"):
+        monkeypatch.setattr(
+            ranker, name, lambda *a, name=name, **o: seen.update({name: (a, o)}) or stop()
+        )
     with pytest.raises(Asked):
         ranker.train_ranker(options)
     return seen
@@ -290,7 +297,9 @@ def test_what_a_ranker_of_a_model_is_told(
     mixed: list[tuple[float, str]] = []
     shown = scipy.sparse.csr_matrix(np.tile(np.arange(1, 10, dtype=np.float32), (50, 1)))
     part = SimpleNamespace(
-        split=Dataset.open(dataset).splits["test"], shortlist=shown, features=None
+        split=Dataset.open(dataset).splits["test"],
+        shortlist=shown,
+        features=SimpleNamespace(rows=lambda *a: None),
     )
     part.shortlist.resize(50, LABELS)
     sized: list[int] = []
@@ -304,7 +313,7 @@ def test_what_a_ranker_of_a_model_is_told(
     monkeypatch.setattr(
         ranker, "write_npz", lambda path, matrix, **_: sized.append(matrix.getnnz(1).max())
     )
-    ranker.measure(made, Dataset.open(dataset), {"test": part}, mixer)
+    ranker.measure(made, Dataset.open(dataset), {"test": part}, mixer, None)
     assert mixed == [(0.25, "product")] and sized == [6]
 
 
@@ -320,7 +329,10 @@ def test_what_a_ranker_of_a_tree_is_told(
     assert how == {"beam": 3, "settings": Settings(negatives=0, **TRAINED), "threads": 2}  # type: ignore[arg-type]
     clusters = seen["clusters"][0][2]
     assert [len(set(level.tolist())) for level in clusters] == [4, 10]
-    assert seen["shortlist"][1] == {"threads": 2}
+    assert seen["kept"][1] == {"threads": 2}
+    (_, _, group, listed, settings), how = seen["fit_groups"]
+    assert (group, listed) == ("fine", "those kept")
+    assert settings == Settings(negatives=7, **TRAINED) and how["threads"] == 2  # type: ignore[arg-type]
 
 
 def test_scores_of_another_split_and_few_labels(dataset: Path, tmp_path: Path) -> None:

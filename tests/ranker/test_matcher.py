@@ -59,7 +59,7 @@ def test_cluster_matcher_in_small_parts(
     features, labels = data
     matcher = ClusterMatcher.fit(features, labels, [np.arange(LABELS) // 2], beam=2)
     whole = matcher.shortlist(features)
-    monkeypatch.setattr("xmlkernels.ranker.matcher._PAIRS", 20)
+    monkeypatch.setattr("xmlkernels.ranker.matcher._ROWS", 20)
     assert (matcher.shortlist(features) != whole).nnz == 0
     monkeypatch.setattr("xmlkernels.ranker.blend._PAIRS", 20)
     ranker = fit(features, labels)

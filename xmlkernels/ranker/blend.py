@@ -16,12 +16,16 @@ from scipy.sparse import coo_matrix, csr_matrix, vstack
 from xmlkernels.data.formats.matrices import check_shape
 from xmlkernels.errors import InputError
 from xmlkernels.metrics import candidates_needed, drop_filtered, evaluate, top_rows_from_csr
+from xmlkernels.parallel import in_parallel, keep_compiled
+from xmlkernels.ranker.descend import best_stored, mark_undominated
 from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.linear import LinearRanker
 from xmlkernels.records import check_record
 
 _TINY = float(np.finfo(np.float64).tiny)
 _PAIRS = 1 << 23  # pairs (document, label) scored at one time
+_ROWS = 4096  # documents that a thread takes at one time
+_FEW = 256  # a list of so many is kept by insertion, a longer one is sorted
 SHARES = tuple(round(0.05 * step, 2) for step in range(21))
 How = Literal["log_odds", "product"]
 HOW: tuple[How, ...] = ("log_odds", "product")
@@ -301,10 +305,57 @@ def best_of_all(
             (np.ones(every.size, np.int8), every, np.arange(len(some) + 1) * labels),
             (len(some), labels),
         )
-        values, rows = top_rows_from_csr(ranker.score(some, pairs, threads=threads), k)
+        values, rows = _top_rows(ranker.score(some, pairs, threads=threads), k)
         place = np.nonzero(rows >= 0)
         parts.append(csr_matrix((values[place], (place[0], rows[place])), pairs.shape))
     return csr_matrix(vstack(parts, "csr")) if parts else csr_matrix((0, labels), dtype=np.float32)
+
+
+def contenders(
+    logits: csr_matrix, margins: csr_matrix, k: int, *, threads: int = 0
+) -> tuple[csr_matrix, csr_matrix]:
+    """Leave of a shortlist what can be among a document's k best under some blend.
+
+    A pair that k others of its document beat in logit and in margin is not, whatever their shares.
+    Of the hundred labels of a cluster, which have one logit, k are left.
+
+    Args:
+        logits, margins: CSR [N, L] with one pattern, as `Reranker.mix` takes them.
+    """
+    count = np.diff(logits.indptr)
+    order = np.lexsort((-logits.data, np.repeat(np.arange(len(count)), count)))
+    kept = np.empty(logits.nnz, np.bool_)
+    indptr, second = logits.indptr.astype(np.int64), margins.data.astype(np.float64)
+    keep_compiled(mark_undominated)
+    in_parallel(
+        lambda a, b: mark_undominated(a, b, indptr, order, second, k, kept),
+        len(count),
+        _ROWS,
+        threads,
+    )
+    ends = np.concatenate([[0], np.cumsum(kept)])[indptr]
+    some = [
+        csr_matrix((matrix.data[kept], logits.indices[kept], ends), logits.shape)
+        for matrix in (logits, margins)
+    ]
+    return some[0], some[1]
+
+
+def _top_rows(scores: csr_matrix, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Do as `top_rows_from_csr`, by a compiled loop where k is small."""
+    matrix = scores.tocsr()
+    plain = matrix.has_canonical_format and matrix.dtype in (np.float32, np.float64)
+    if k > _FEW or not plain or np.isnan(matrix.data).any():
+        return top_rows_from_csr(matrix, k)
+    n = matrix.shape[0]
+    values = np.full((n, k), -np.inf, matrix.dtype)
+    rows = np.full((n, k), -1, np.int64)
+    indptr, indices = matrix.indptr.astype(np.int64), matrix.indices.astype(np.int64)
+    keep_compiled(best_stored)
+    in_parallel(
+        lambda a, b: best_stored(a, b, indptr, indices, matrix.data, values, rows), n, _ROWS
+    )
+    return values, rows
 
 
 def best(scores: csr_matrix, filter_pairs: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -313,6 +364,6 @@ def best(scores: csr_matrix, filter_pairs: np.ndarray, k: int) -> tuple[np.ndarr
     Filtered pairs are removed before the cut.
     """
     labels = scores.shape[1]
-    values, rows = top_rows_from_csr(scores, candidates_needed(k, filter_pairs, labels))
+    values, rows = _top_rows(scores, candidates_needed(k, filter_pairs, labels))
     rows, values = drop_filtered(rows, values, filter_pairs, k, num_labels=labels)
     return values, rows

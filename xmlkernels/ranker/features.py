@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import csr_matrix, issparse
+from scipy.sparse import csr_matrix, hstack, issparse
 
 from xmlkernels.data.formats.matrices import canonical_csr
 from xmlkernels.errors import InputError
@@ -42,6 +42,14 @@ class Features:
     def rows(self, first: int, last: int) -> Features:
         """Documents first to last - 1."""
         return Features(self.dense[first:last], self.sparse[first:last])
+
+    def as_sparse(self) -> csr_matrix:
+        """Both blocks as one, float32 CSR [N, D + V]; without an embedding TF-IDF itself."""
+        if not self.dense.shape[1]:
+            return self.sparse
+        both = hstack([csr_matrix(self.dense), self.sparse], "csr", np.float32)
+        both.sort_indices()
+        return csr_matrix(both)
 
     @classmethod
     def join(

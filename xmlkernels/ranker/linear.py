@@ -158,7 +158,7 @@ class LinearRanker:
         pairs = shortlist.tocsr()
         place = csr_matrix((np.arange(pairs.nnz), pairs.indices, pairs.indptr), pairs.shape).tocsc()
         out = np.empty(pairs.nnz, np.float32)
-        weights = (self.dense, *_arrays(self.sparse), self.sparse.shape[1])
+        weights = (self.dense, *arrays_of(self.sparse), self.sparse.shape[1])
         listed = (place.indptr.astype(np.int64), place.indices.astype(np.int64), place.data)
         # Each piece makes a full row of V zeros: not one for each label.
         step = max(1, labels // 64)
@@ -170,6 +170,10 @@ class LinearRanker:
             threads,
         )
         return csr_matrix((out, pairs.indices, pairs.indptr), pairs.shape)
+
+    def as_sparse(self) -> csr_matrix:
+        """Both blocks of weights as one, float32 CSR [L, D + V]."""
+        return Features(self.dense, self.sparse).as_sparse()
 
     def log_probability(self, margins: np.ndarray) -> np.ndarray:
         """Return the log of the probability of a label for margins of any shape; float64.
@@ -186,7 +190,7 @@ class LinearRanker:
 
         Settings and facts are JSON in its header.
         """
-        indptr, indices, data = _arrays(self.sparse)
+        indptr, indices, data = arrays_of(self.sparse)
         tensors = dict(zip(_TENSORS, (self.dense, self.bias, indptr, indices, data), strict=True))
         told = {
             "format": FORMAT,
@@ -268,11 +272,11 @@ def fit(
     settings = settings or Settings()
     n = len(features)
     check_shape(labels.shape, n, None, "labels")
-    positives = _transposed(labels, drop_zeros=True)
+    positives = transposed(labels, drop_zeros=True)
     listed = (np.zeros(0, np.int64), np.zeros(0, np.int32))
     if shortlist is not None:
         check_shape(shortlist.shape, n, labels.shape[1], "shortlist")
-        listed = _transposed(shortlist)
+        listed = transposed(shortlist)
     dense, sparse, bias = _blocks(features, positives, listed, settings, threads)
     return LinearRanker(dense, sparse, bias, settings, facts or {})
 
@@ -349,8 +353,8 @@ def _in_label_order(
     return stacked[np.argsort(order)] if len(order) else stacked
 
 
-def _transposed(matrix: csr_matrix, *, drop_zeros: bool = False) -> Arrays:
-    """(indptr, indices) of the pattern of matrix.T in CSR, indices ascending."""
+def transposed(matrix: csr_matrix, *, drop_zeros: bool = False) -> Arrays:
+    """Return (indptr, indices) of the pattern of matrix.T in CSR, indices ascending."""
     csr = matrix.tocsr()
     pattern = csr_matrix((np.ones(csr.nnz, np.int8), csr.indices, csr.indptr), csr.shape)
     if drop_zeros:
@@ -362,7 +366,7 @@ def _transposed(matrix: csr_matrix, *, drop_zeros: bool = False) -> Arrays:
     return turned.indptr.astype(np.int64), turned.indices.astype(np.int32, copy=False)
 
 
-def _arrays(matrix: csr_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def arrays_of(matrix: csr_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return indptr int64, indices int32, data float32: one set of types, compiled once."""
     return (
         matrix.indptr.astype(np.int64, copy=False),
@@ -372,4 +376,4 @@ def _arrays(matrix: csr_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _inputs(features: Features) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    return (features.dense, *_arrays(features.sparse))
+    return (features.dense, *arrays_of(features.sparse))

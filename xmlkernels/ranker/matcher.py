@@ -16,16 +16,18 @@ from pathlib import Path
 from typing import Annotated, TypedDict
 
 import numpy as np
-from scipy.sparse import csr_matrix, vstack
+from scipy.sparse import csr_matrix
 
 from xmlkernels.errors import InputError
+from xmlkernels.parallel import in_parallel, keep_compiled
 from xmlkernels.ranker.blend import log_odds
+from xmlkernels.ranker.descend import keep_children
 from xmlkernels.ranker.features import Features
-from xmlkernels.ranker.linear import LinearRanker, Settings, fit
+from xmlkernels.ranker.grouped import fit_groups
+from xmlkernels.ranker.linear import LinearRanker, Settings, arrays_of
 from xmlkernels.records import Count, Meta, Positive, check_record
-from xmlkernels.topk import top_rows_from_csr
 
-_PAIRS = 1 << 23  # pairs (document, cluster) scored at one time
+_ROWS = 4096  # documents that a thread takes at one time
 
 
 class Facts(TypedDict):
@@ -80,15 +82,13 @@ class ClusterMatcher:
         """
         parts = _checked(clusters, labels.shape[1], beam)
         rankers: list[LinearRanker] = []
-        shortlist: csr_matrix | None = None
+        kept: csr_matrix | None = None
         for level, part in enumerate(parts):
             true = _binary(labels @ _members(part))
-            if level:
-                above = _binary(shortlist) + _binary(labels @ _members(parts[level - 1]))
-                shortlist = _binary(above @ _children(parts[level - 1], part))
-            rankers.append(fit(features, true, shortlist, settings, threads=threads))
+            parents = _parents(parts, level)
+            rankers.append(fit_groups(features, true, parents, kept, settings, threads=threads))
             if level + 1 < len(parts):
-                shortlist = cls(tuple(rankers), parts[: level + 1], beam)._kept(features, threads)
+                kept = cls(tuple(rankers), parts[: level + 1], beam).kept(features, threads=threads)
         return cls(tuple(rankers), parts, beam)
 
     def shortlist(self, features: Features, *, threads: int = 0) -> csr_matrix:
@@ -96,8 +96,7 @@ class ClusterMatcher:
 
         Values are the log-odds of the clusters.
         """
-        kept = self._kept(features, threads)
-        listed = kept @ _members(self.clusters[-1]).T
+        listed = self.kept(features, threads=threads) @ _members(self.clusters[-1]).T
         listed.data = log_odds(listed.data).astype(np.float32)
         listed.sort_indices()
         return listed.astype(np.float32)
@@ -152,36 +151,36 @@ class ClusterMatcher:
                 )
         return cls(tuple(rankers), parts, facts[0]["beam"])
 
-    def _kept(self, features: Features, threads: int) -> csr_matrix:
+    def kept(self, features: Features, *, threads: int = 0) -> csr_matrix:
         """Return the best clusters of the last level.
 
         CSR float64 [N, n_r] of the log of the product of probabilities.
         """
-        step = max(1, _PAIRS // max(ranker.sparse.shape[0] for ranker in self.rankers))
-        parts = [
-            self._walk(features.rows(first, first + step), threads)
-            for first in range(0, len(features), step)
-        ]
-        return (
-            csr_matrix(vstack(parts, "csr"))
-            if parts
-            else csr_matrix((0, self.rankers[-1].sparse.shape[0]))
-        )
-
-    def _walk(self, features: Features, threads: int) -> csr_matrix:
+        n, x = len(features), arrays_of(features.as_sparse())
         # The root, all but certain.
-        kept = csr_matrix(np.full((len(features), 1), -np.finfo(np.float64).tiny))
-        above = np.zeros(len(self.clusters[0]), np.int64)
-        for ranker, part in zip(self.rankers, self.clusters, strict=True):
-            listed = kept @ _children(above, part)
-            listed.sort_indices()
-            margins = ranker.score(features, listed, threads=threads)
-            listed.data += ranker.log_probability(margins.data)
-            values, rows = top_rows_from_csr(listed, self.beam)
-            place = np.nonzero(rows >= 0)
-            kept = csr_matrix((values[place], (place[0], rows[place])), listed.shape)
-            above = part
-        return kept
+        names = np.zeros((n, 1), np.int32)
+        values = np.full((n, 1), -np.finfo(np.float64).tiny)
+        keep_compiled(keep_children)
+        for level, ranker in enumerate(self.rankers):
+            above, parents = (names, values), _parents(self.clusters, level)
+            used = np.unique(self.clusters[level])
+            order = used[np.argsort(parents[used], kind="stable")]
+            ends = np.concatenate([[0], np.cumsum(np.bincount(parents[used]))])
+            weights = arrays_of(ranker.as_sparse()[order].T.tocsr())
+            names = np.full((n, self.beam), -1, np.int32)
+            values = np.full((n, self.beam), -np.inf)
+            how = (ends, weights, ranker.bias[order], ranker.settings.loss == "logistic")
+
+            def descend(begin: int, end: int) -> None:
+                keep_children(begin, end, x, above, *how, values, names)  # noqa: B023
+
+            in_parallel(descend, n, _ROWS, threads)
+            names = np.where(names >= 0, order[names], -1).astype(np.int32)
+        place = np.nonzero(names >= 0)
+        shape = (n, self.rankers[-1].sparse.shape[0])
+        found = csr_matrix((values[place], (place[0], names[place])), shape)
+        found.sort_indices()
+        return found
 
 
 def _checked(clusters: Sequence[np.ndarray], labels: int, beam: int) -> tuple[np.ndarray, ...]:
@@ -215,11 +214,12 @@ def _members(part: np.ndarray) -> csr_matrix:
     return csr_matrix((np.ones(len(part)), part, np.arange(len(part) + 1)), shape)
 
 
-def _children(coarse: np.ndarray, fine: np.ndarray) -> csr_matrix:
-    """float64 [n_r, n_{r+1}]: 1 where the finer cluster lies in the coarser one."""
-    pairs = np.unique(np.stack([coarse, fine]), axis=1)
-    shape = (int(coarse.max(initial=-1)) + 1, int(fine.max(initial=-1)) + 1)
-    return csr_matrix((np.ones(pairs.shape[1]), (pairs[0], pairs[1])), shape)
+def _parents(parts: Sequence[np.ndarray], level: int) -> np.ndarray:
+    """int64 [n_r]: the cluster of the level above in which each cluster lies; 0 at the first."""
+    parents = np.zeros(int(parts[level].max(initial=-1)) + 1, np.int64)
+    if level:
+        parents[parts[level]] = parts[level - 1]
+    return parents
 
 
 def _binary(matrix: csr_matrix) -> csr_matrix:

@@ -1,9 +1,13 @@
 """Train a linear ranker over shortlists, and compare it with the model that gave them."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+from scipy.sparse import csr_matrix, vstack
 
 from xmlkernels import InputError
 from xmlkernels.checksums import of_files
@@ -15,9 +19,10 @@ from xmlkernels.metrics import candidates_needed, evaluate, inverse_propensity
 from xmlkernels.predict.base import NAMES, RANKER
 from xmlkernels.predict.model import checkpoint_identity
 from xmlkernels.predict.ranked import CLUSTERS, VECTORIZER, Source
-from xmlkernels.ranker.blend import Reranker, best, best_of_all, choose_share
+from xmlkernels.ranker.blend import Reranker, best, best_of_all, choose_share, contenders
 from xmlkernels.ranker.features import Features
-from xmlkernels.ranker.linear import fit
+from xmlkernels.ranker.grouped import fit_groups
+from xmlkernels.ranker.linear import LinearRanker, fit
 from xmlkernels.ranker.matcher import ClusterMatcher
 from xmlkernels.training.clock import Seconds
 from xmlkernels.training.folder import write_json, write_names
@@ -34,6 +39,8 @@ from xmlkernels.tree.label_tree import LabelTree
 log = logging.getLogger(__name__)
 
 INPUTS, WRITTEN = "inputs", ("metrics.json", "predictions.npz")
+_PAIRS = 1 << 22  # pairs (document, label) scored at one time
+_CHOSEN_AT = 5  # the deepest cut of the metrics that choose a share
 SHOWN = {"val": "validation", "test": "test"}
 
 
@@ -80,29 +87,17 @@ def _train(options: RankerConfig, folder: Path) -> dict[str, Any]:
     weights = {name: getattr(options, name) for name in ("embedding_weight", "tfidf_weight")}
     for part in documents.values():
         part.features = Features.join(part.embedding, part.tfidf, **weights)
+    matcher = kept = None
     if tree is not None:
         with clock.on("clusters"):
-            match(options, tree, documents, folder / CLUSTERS)
-    first = documents["train"]
-    listed = (
-        None
-        if first.shortlist is None
-        else without_pairs(first.shortlist, first.split.filter_pairs)
-    )
+            matcher, kept = match(options, tree, documents["train"], folder / CLUSTERS)
     with clock.on("ranker"):
         facts = {
             "dataset": dataset.content_hash,
             "options": asdict(options),
             "source": asdict(source),
         }
-        ranker = fit(
-            first.features,
-            first.split.labels,
-            listed,
-            options.training,
-            threads=options.threads,
-            facts=facts,
-        )
+        ranker = fit_ranker(options, documents["train"], matcher, kept, facts)
     log.info(
         f"{ranker.sparse.nnz / dataset.num_labels:,.0f} TF-IDF weights a label are left of "
         f"{ranker.sparse.shape[1]:,}"
@@ -110,7 +105,7 @@ def _train(options: RankerConfig, folder: Path) -> dict[str, Any]:
     share = 1.0 if options.one_vs_all or options.share is None else options.share
     reranker = Reranker(ranker, share, options.blend, **weights)
     with clock.on("evaluation"):
-        report, reranker = measure(options, dataset, documents, reranker)
+        report, reranker = measure(options, dataset, documents, reranker, matcher)
     beside = [NAMES, *([VECTORIZER] if vocabulary else []), *([CLUSTERS] if options.tree else [])]
     facts = ranker.facts | {"beside": of_files(folder, beside)}
     replace(reranker, ranker=replace(ranker, facts=facts)).save(folder / RANKER)
@@ -228,27 +223,82 @@ def open_tree(path: str, dataset: Dataset) -> LabelTree:
 
 
 def match(
-    options: RankerConfig, tree: LabelTree, documents: dict[str, Documents], folder: Path
-) -> None:
-    """Shortlist every split by linear classifiers of the tree's clusters, into `documents`."""
+    options: RankerConfig, tree: LabelTree, first: Documents, folder: Path
+) -> tuple[ClusterMatcher, csr_matrix]:
+    """Train linear classifiers of the tree's clusters, and write them.
+
+    Returns:
+        The matcher, and the clusters that it keeps for the training documents.
+    """
     clusters = [tree.ancestors(level)[tree.place] for level in range(tree.levels - 1)]
-    settings = replace(options.training, negatives=0)
-    first = documents["train"]
     matcher = ClusterMatcher.fit(
         first.features,
         first.split.labels,
         clusters,
         beam=options.beam,
-        settings=settings,
+        settings=replace(options.training, negatives=0),
         threads=options.threads,
     )
     matcher.save(folder)
-    for part in documents.values():
-        part.shortlist = matcher.shortlist(part.features, threads=options.threads)
+    return matcher, matcher.kept(first.features, threads=options.threads)
+
+
+def fit_ranker(
+    options: RankerConfig,
+    first: Documents,
+    matcher: ClusterMatcher | None,
+    kept: csr_matrix | None,
+    facts: dict[str, Any],
+) -> LinearRanker:
+    """Train the labels' classifiers on the shortlists of a model, of clusters, or on everything."""
+    how: dict[str, Any] = {"threads": options.threads, "facts": facts}
+    if matcher is not None:
+        return fit_groups(
+            first.features,
+            first.split.labels,
+            matcher.clusters[-1],
+            kept,
+            options.training,
+            excluded=first.split.filter_pairs,
+            **how,
+        )
+    listed = first.shortlist
+    if listed is not None:
+        listed = without_pairs(listed, first.split.filter_pairs)
+    return fit(first.features, first.split.labels, listed, options.training, **how)
+
+
+def scored(
+    part: Documents, ranker: LinearRanker, matcher: ClusterMatcher | None, threads: int
+) -> Iterator[tuple[int, csr_matrix, csr_matrix]]:
+    """Score the shortlists of a split, some documents at a time.
+
+    Yields:
+        Number of the first document, and logits and margins of some, CSR [n, L] with one pattern.
+    """
+    count = len(part.split)
+    if matcher is None:
+        assert part.shortlist is not None
+        each = part.shortlist.nnz / max(1, count)
+    else:
+        each = matcher.beam * float(np.bincount(matcher.clusters[-1]).max(initial=1))
+    step = max(1, int(_PAIRS / max(1.0, each)))
+    for first in range(0, max(1, count), step):
+        some = part.features.rows(first, first + step)
+        if matcher is None:
+            assert part.shortlist is not None
+            logits = part.shortlist[first : first + step]
+        else:
+            logits = matcher.shortlist(some, threads=threads)
+        yield first, logits, ranker.score(some, logits, threads=threads)
 
 
 def measure(
-    options: RankerConfig, dataset: Dataset, documents: dict[str, Documents], reranker: Reranker
+    options: RankerConfig,
+    dataset: Dataset,
+    documents: dict[str, Documents],
+    reranker: Reranker,
+    matcher: ClusterMatcher | None,
 ) -> tuple[dict[str, Any], Reranker]:
     """Measure plain model, ranker and both on validation and test; write the test predictions.
 
@@ -261,33 +311,57 @@ def measure(
         if name not in documents:
             continue
         part = documents[name]
-        pairs, labels = part.split.filter_pairs, part.split.labels
-        depth = candidates_needed(options.top_k, pairs, dataset.num_labels)
-        if part.shortlist is None:
-            scores = {
-                "ranker": best_of_all(
-                    reranker.ranker, part.features, depth, threads=options.threads
-                )
-            }
-        else:
-            margins = reranker.ranker.score(part.features, part.shortlist, threads=options.threads)
-            if name == "val" and options.share is None:
-                reranker, _ = choose_share(reranker, part.shortlist, margins, labels, pairs)
-                log.info(
-                    f"best mean of P@1, P@3 and P@5 on validation: --share {reranker.share:g} "
-                    f"--blend {reranker.how}"
-                )
-            plain = "clusters alone" if options.tree else "plain model"
-            scores = {
-                plain: part.shortlist,
-                "ranker": margins,
-                "both": reranker.mix(part.shortlist, margins),
-            }
+        if name == "val" and options.share is None and not options.one_vs_all:
+            reranker = chosen(part, reranker, matcher, options.threads)
         report[SHOWN[name]] = {}
-        for what, matrix in scores.items():
-            values, rows = best(matrix, pairs, options.top_k)
-            report[SHOWN[name]][what] = evaluate(rows, labels, weight)
-        if name == "test":  # the last of the scores is the result
+        found = ranked(options, part, reranker, matcher)
+        for what, (_, rows) in found.items():
+            report[SHOWN[name]][what] = evaluate(rows, part.split.labels, weight)
+        if name == "test":
+            values, rows = found[list(found)[-1]]
             result = score_matrix(values, rows, dataset.num_labels)
             write_npz(Path(options.output) / "predictions.npz", result, keep_zeros=True)
     return report | {"share": reranker.share, "blend": reranker.how}, reranker
+
+
+def chosen(
+    part: Documents, reranker: Reranker, matcher: ClusterMatcher | None, threads: int
+) -> Reranker:
+    """Choose share and kind of blend on a split."""
+    pairs, labels = part.split.filter_pairs, part.split.labels
+    depth = candidates_needed(_CHOSEN_AT, pairs, labels.shape[1])
+    some = [
+        contenders(logits, margins, depth, threads=threads)
+        for _, logits, margins in scored(part, reranker.ranker, matcher, threads)
+    ]
+    logits, margins = (csr_matrix(vstack(column, "csr")) for column in zip(*some, strict=True))
+    best_one, _ = choose_share(reranker, logits, margins, labels, pairs)
+    log.info(
+        f"best mean of P@1, P@3 and P@5 on validation: --share {best_one.share:g} "
+        f"--blend {best_one.how}"
+    )
+    return best_one
+
+
+def ranked(
+    options: RankerConfig, part: Documents, reranker: Reranker, matcher: ClusterMatcher | None
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return values and labels [N, k] of the k best labels by each kind of score, the last best."""
+    pairs, (count, labels), k = part.split.filter_pairs, part.split.labels.shape, options.top_k
+    if options.one_vs_all:
+        depth = candidates_needed(k, pairs, labels)
+        every = best_of_all(reranker.ranker, part.features, depth, threads=options.threads)
+        return {"ranker": best(every, pairs, k)}
+    names = ("clusters alone" if matcher is not None else "plain model", "ranker", "both")
+    found = {
+        name: (np.empty((count, k), np.float32), np.empty((count, k), np.int64)) for name in names
+    }
+    for first, logits, margins in scored(part, reranker.ranker, matcher, options.threads):
+        last = first + logits.shape[0]
+        own = pairs[(pairs[:, 0] >= first) & (pairs[:, 0] < last)] - [first, 0]
+        for name, matrix in zip(
+            names, (logits, margins, reranker.mix(logits, margins)), strict=True
+        ):
+            values, rows = found[name]
+            values[first:last], rows[first:last] = best(matrix, own, k)
+    return found
