@@ -60,8 +60,8 @@ class Beater:
 def _beat(parent: int, connect: Callable[[], Callable[[int], None]], interval: float) -> None:
     # A signal to the group is the parent's; what it holds open ends with it.
     os.setsid()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
     nothing = os.open(os.devnull, os.O_RDWR)
     for standard in range(3):
         os.dup2(nothing, standard)

@@ -27,11 +27,13 @@ def agree(what: str, text: str, device: torch.device) -> None:
     everyone = gather_rows(digest[None].to(torch.int32).to(device))
     other = [r for r in range(size()) if not torch.equal(everyone[r], everyone[0])]
     if other:
+        *most, last = map(str, other)
+        names = f"processes {', '.join(most)} and {last}" if most else f"process {last}"
         raise InputError(
             what,
             "the same on every process",
-            f"another on process {other[0]} than on process 0",
-            "mend that one",
+            f"another on {names} than on process 0",
+            "mend that one" if not most else "mend those",
         )
 
 

@@ -18,6 +18,7 @@ from xmlkernels.locks import own_folder
 from xmlkernels.training.checks import check
 from xmlkernels.training.config import Config
 from xmlkernels.training.evaluator import Evaluator
+from xmlkernels.training.first_batch import agree_on_batch
 from xmlkernels.training.folder import RUN_FILES, clear_leftovers
 from xmlkernels.training.linear import LinearConfig, train_linear
 from xmlkernels.training.run_state import RunState
@@ -101,6 +102,7 @@ def running(config: Config) -> Iterator[tuple[Session, RunState, Evaluator]]:
                 clear_leftovers(Path(config.output))
             session = Session(config)
             run = RunState(session)
+            agree_on_batch(session.batches, run.epoch, run.position)
             with held():
                 yield session, run, Evaluator(session, run)
         except Stopped as stop:
