@@ -52,10 +52,3 @@ def test_a_command_ends_in_order(case: str, wrong: dict[object, object]) -> None
 
 def test_every_case_is_named(wrong: dict[object, object]) -> None:
     assert sorted(map(str, wrong)) == sorted(CASES)
-
-
-@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_runs_end_as_one_that_was_left_alone(rounds: int, tmp_path: Path) -> None:
-    found = run_script("kill_rounds.py", tmp_path, str(rounds), "7", seconds=900 + 60 * rounds)
-    assert len(found) == rounds and all(line["differ"] == [] for line in found)
-    assert all(any(not end.endswith(" 0") for end in line["ends"]) for line in found)
