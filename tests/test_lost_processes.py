@@ -231,3 +231,18 @@ def test_a_heart_that_has_not_begun_may_be_asked_and_stopped() -> None:
     found = heart.find()
     assert found is None or "process 1 of 2" in found
     heart.stop()
+
+
+def test_processes_meet_in_the_store_of_those_before_and_name_one_that_does_not_come() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "meeting_again.py")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    told = {(line["attempt"], line["rank"]): line["told"] for line in lines}
+    met = [told.get((attempt, rank)) for attempt in (0, 1) for rank in (0, 1)]
+    assert met == ["met"] * 4, done.stdout + done.stderr
+    assert "process 1 of 2 (process " in told[2, 0] and "has ended or stands still" in told[2, 0]

@@ -86,6 +86,8 @@ ALLOWED = {
     "mutants.py": "os.waitpid(child, 0)",
     "command_ends.py": "os.waitpid(self.pid, 0)",
     "processes.py": "dist.wait()",
+    "meeting_again.py": "dist.wait()",
+    "killed.py": "dist.wait()",
     "test_dist.py": "dist.wait()",
 }
 

@@ -70,6 +70,10 @@ class Heartbeat:
         self._write("who", f"process {os.getpid()} on {socket.gethostname()}")
         beat(store, rank, 0)
 
+    def keys(self) -> list[str]:
+        """Return the names in the store that are there once every process has made its own."""
+        return [f"xmlkernels/beat/{r}" for r in range(self._size)]
+
     def start(self) -> None:
         """Begins; every process must have made its own first."""
         self._last = dict.fromkeys(self._others, time.monotonic())

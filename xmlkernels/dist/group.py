@@ -22,6 +22,9 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Of one message. One process makes a label tree or writes a checkpoint while the others wait:
 # whether it lives shows its heartbeat, in `PATIENCE` seconds.
 _LONGEST = timedelta(days=7)
+# Until all have come, whose machines may be slow to start; then until they are connected: gloo would
+# wait as long as for a message for one that has ended since.
+_COMING, _CONNECTING = timedelta(minutes=10), timedelta(seconds=45)
 # A minute after one is lost all others have ended. Long enough for a machine that swaps; a call that
 # keeps Python's lock is no silence.
 PATIENCE = 45.0
@@ -72,6 +75,7 @@ def start(device: torch.device, patience: float = PATIENCE) -> None:
     Raises:
         InputError: torchrun's environment is incomplete, or this torch cannot talk to other
             processes.
+        ProcessLost: another process has not come, or ended before all were connected.
     """
     found = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     if found.get("WORLD_SIZE", "1") == "1" or running():
@@ -100,25 +104,56 @@ def start(device: torch.device, patience: float = PATIENCE) -> None:
     importlib.import_module("torch.distributed.nn.functional")
     # Predictions of a split are gathered in the host's memory, besides the vectors on the cards.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    _meet(backend, patience)
+
+
+def _meet(backend: str, patience: float) -> None:
+    """Meet the other processes: their hearts first, so that one which ends meanwhile is named."""
     global _heart, _board, _beater  # noqa: PLW0603  (one process belongs to one group)
-    where, own = (found["MASTER_ADDR"], int(found["MASTER_PORT"])), int(found["RANK"])
+    number, count = launched()
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    distributed: Any = torch.distributed  # its stores are not in the stubs
     if Beater.possible():  # before gloo has threads
-        _beater = Beater(lambda: partial(beat, _store(*where), own), interval(patience))
-    torch.distributed.init_process_group(backend, timeout=_LONGEST)
-    _heart = Heartbeat(_store(*where), own, size(), patience, beats=_beater is None)
-    _board = Board(_store(*where), rank(), size(), _check_alive)
+        _beater = Beater(lambda: partial(beat, _store(*where), number), interval(patience))
+    try:
+        shelf, _, _ = next(distributed.rendezvous("env://", timeout=_COMING))
+        store = _store(*where)
+        _heart = Heartbeat(store, number, count, patience, beats=_beater is None)
+        store.wait(_heart.keys(), _COMING)
+        _heart.start()
+    except RuntimeError as error:
+        told = f"process {number} of {count} has not met the others: {_reason(error)}"
+        raise ProcessLost(told) from error
+    # Without the prefix processes that torchrun starts again would connect to the addresses that
+    # those before them have left.
+    meeting = distributed.PrefixStore(f"attempt {_attempt()}", shelf)
+    how = {"store": meeting, "rank": number, "world_size": count, "timeout": _CONNECTING}
+    try:
+        talk(torch.distributed.init_process_group, backend, **how)
+    except ProcessLost:
+        raise
+    except RuntimeError as error:  # all are alive
+        told = f"process {number} of {count} got no connection to the others: {_reason(error)}"
+        raise ProcessLost(told) from error
+    torch.distributed.distributed_c10d._set_pg_timeout(_LONGEST)
+    _board = Board(_store(*where), number, count, _check_alive)
     talk(torch.distributed.all_reduce, torch.zeros(1))  # until all have made theirs
-    _heart.start()
+
+
+def _attempt() -> str:
+    """Return how often torchrun has started these processes again."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def _reason(error: RuntimeError) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _store(host: str, port: int) -> Any:
     """Connect once more to torchrun's store, which outlives the processes that it restarts."""
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     distributed: Any = torch.distributed  # its stores are not in the stubs
-    own = distributed.TCPStore(
-        host, port, timeout=timedelta(seconds=30), wait_for_workers=False
-    )
-    return distributed.PrefixStore(restarts, own)
+    own = distributed.TCPStore(host, port, timeout=timedelta(seconds=30), wait_for_workers=False)
+    return distributed.PrefixStore(_attempt(), own)
 
 
 def _check_alive() -> None:
@@ -221,7 +256,7 @@ def talk(call: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        lost = _lost(str(error).splitlines()[0])
+        lost = _lost(_reason(error))
         if lost is None:
             raise
         raise lost from error
@@ -233,9 +268,8 @@ def _lost(reason: str) -> ProcessLost | None:
     None where all are alive: the fault is then in this process's own work (an error of the card
     that shows in the next call, say).
     """
-    own = (
-        f"process {rank()} of {size()} has no answer from the others, one of which ended: {reason}"
-    )
+    number, count = launched()  # there may be no group yet
+    own = f"process {number} of {count} has no answer from the others, one of which ended: {reason}"
     if _heart is None:
         return ProcessLost(own)
     found = _heart.find()

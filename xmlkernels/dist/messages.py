@@ -190,7 +190,9 @@ def merge_topk(values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
             for part in (values, rows)
         )
     # Two stable sorts: of equal values the lower row stands first, pads behind every row.
-    order = torch.where(rows < 0, torch.iinfo(torch.int64).max, rows).sort(stable=True, dim=1).indices
+    order = (
+        torch.where(rows < 0, torch.iinfo(torch.int64).max, rows).sort(stable=True, dim=1).indices
+    )
     values, rows = values.gather(1, order), rows.gather(1, order)
     values, order = values.sort(stable=True, dim=1, descending=True)
     values, rows = values[:, :k], rows.gather(1, order)[:, :k]
