@@ -267,8 +267,8 @@ def test_one_vector_may_serve_every_level() -> None:
     vector = model.encoder.layer_vectors(heads.layers, *batch.inputs)[0].detach()
     seen = []
     for level in heads.levels:
-        original = level.step
-        level.step = lambda *a, original=original, **k: seen.append(original(*a, **k)) or seen[-1]
+        original = level.update
+        level.update = lambda *a, original=original, **k: seen.append(original(*a, **k)) or seen[-1]
     model.step(batch)
     total = sum(dx for dx, _, _ in seen)
     expected = torch.zeros(60, 16).index_put_(

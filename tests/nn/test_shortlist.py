@@ -145,3 +145,14 @@ def test_random_shortlists_equal_sets(seed: int) -> None:
         assert kept[s].tolist() == expected + [-1] * (kept.shape[1] - len(expected))
         total += min(many, width)
     assert forced.tolist() == [total]
+
+
+def test_no_sample_and_no_cluster_are_no_place_and_no_choice() -> None:
+    node, sample, row_ptr = torch.tensor([0, 3]), torch.tensor([0, 0]), torch.tensor([0, 2, 5])
+    for size, slots in ((0, 2), (2, 0)):
+        clusters = torch.zeros(size, slots, dtype=torch.int64)
+        place, found = locate(node, sample, clusters, row_ptr, 3)
+        assert place.tolist() == [0, 0] and not found.any()
+        scores = torch.zeros(size, slots, 3)
+        kept, place, forced = select(scores, clusters, row_ptr, 2, positives=(node, sample))
+        assert kept.shape == place.shape == (size, 2 if slots else 0) and int(forced) == 0

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from xmlkernels import dist
 from xmlkernels.errors import InputError
 from xmlkernels.models.base import Documents, Model
 from xmlkernels.models.descent import (
@@ -17,18 +18,18 @@ from xmlkernels.models.descent import (
     TreeOnDevice,
     candidates_of,
     descend,
+    joined,
     loss_of,
-    loss_scale,
     ranked,
     scores_by,
 )
+from xmlkernels.models.level_steps import train_levels
 from xmlkernels.models.running_mean import evaluating
 from xmlkernels.models.saved import saved_tree
 from xmlkernels.models.scored import Answer, Candidates, LevelPrediction
 from xmlkernels.models.training import CascadeTraining, no_training, set_rates
 from xmlkernels.nn.cascade_heads import SCHEMES, CascadeHeads
 from xmlkernels.nn.protocol import check_encoder
-from xmlkernels.nn.shortlist import count, select
 from xmlkernels.records import Count, Positive
 from xmlkernels.tree.label_tree import LabelTree
 
@@ -58,6 +59,10 @@ class Cascade(Model):
     overflows in the encoder's own backward (fp16 autocast) skips the encoder's alone. Both are
     counted on the device, without a host sync. Table rows are in tree order; label ids are
     translated where they enter and leave the model, nowhere inside.
+
+    Several processes may share the label level (`CascadeHeads`, label_shard). Each then takes the
+    whole batch through the levels of clusters, of which it has a copy, and the pairs of a document
+    and one of its own clusters through its rows of the label level.
 
     Attributes:
         tree: the label tree.
@@ -140,6 +145,36 @@ class Cascade(Model):
         """Count skipped steps and lost positives; see `Model.counters`."""
         return super().counters() | {"lost_positives": int(self.lost_positives.sum())}
 
+    def traffic(
+        self, documents: int, processes: int, *, need_loss: bool = False, terms: int = 0
+    ) -> dict[str, int]:
+        """Return the bytes that the first process receives in a step; see `dist.step_traffic`.
+
+        The vectors of every level are gathered. Where processes share the label level, its
+        gradients come back, those of the levels of clusters are everywhere, and each process sends
+        the shortlists of its own documents.
+
+        Args:
+            documents: B, of all processes together.
+            processes: G.
+            need_loss: of a step that reports its loss.
+            terms: of a bag-of-words encoder, those in the bags of the process that has most.
+        """
+        trained = [p for _, p in self._optimized() if p.requires_grad]
+        summed = sum(p.numel() * p.element_size() for p in trained)
+        loss = 4 if need_loss and self.shared else 0
+        widths = [self.width] * self.tree.levels
+        found = dist.step_traffic(
+            documents, widths, processes, summed=summed + loss, scattered=False
+        )
+        if self.shared and processes > 1:
+            found["scattered"] = dist.step_traffic(documents, [self.width], processes)["scattered"]
+            rows = -(-documents // processes) + 1
+            found["gathered"] += 8 * (processes - 1) * rows * sum(self._kept_in_training())
+        if own := getattr(self.encoder, "update_traffic", None):
+            found["gathered"] += own(documents, terms, processes)
+        return found
+
     def label_rows(self, start: int, end: int) -> Tensor:
         """Refuse: a logit has a bias per label; see `Model.label_rows`."""
         mend = "an inner product cannot carry it; train end to end without --bias"
@@ -195,20 +230,40 @@ class Cascade(Model):
         self, batch: Documents, lr: float | Tensor, beta1: float | Tensor | None, need_loss: bool
     ) -> tuple[Tensor, Tensor]:
         settings = self.training_settings
-        assert settings is not None
+        assert settings is not None and self.scaler is not None
         positives = self._positives(batch)
         encoded = self._encode(batch, settings.micro_batch)
         levels = zip(self.heads.levels, encoded.x, strict=True)
         finite = torch.stack([torch.isfinite(v.operand(f)).all() for v, f in levels]).all()  # type: ignore[operator]
         # One bad level must keep every table as it is, and each op looks at its own x alone.
         x = [torch.where(finite, f, torch.nan) for f in encoded.x]
-        dx, loss = self._train_tables(x, positives, settings, lr, beta1, need_loss)
-        encoded.backward(dx)
-        return loss, (~finite).float().reshape(1)
+        done = train_levels(
+            self.heads,
+            self._tree(),
+            x,
+            positives,
+            settings,
+            encoded.scatter,
+            lr=lr,
+            beta1=beta1,
+            dx_scale=self.scaler.scale,
+            need_loss=need_loss,
+        )
+        self.lost_positives += done.lost
+        encoded.backward(done.dx)
+        return done.loss, (~finite).float().reshape(1)
 
     def _tree(self) -> TreeOnDevice:
         children = (getattr(self, f"children_{r}") for r in range(self.tree.levels - 1))
         return TreeOnDevice((self.root, *children), (self.tree.sizes[0], *self.heads.most))
+
+    def _kept_in_training(self) -> list[int]:
+        """Count the columns of each level's shortlist in a step; see `select`."""
+        bound = (self.training_settings or _AT_DEFAULTS).positives_bound
+        kept = [1]
+        for k, most in zip(self.heads.topk, self._tree().most, strict=False):
+            kept.append(min(k + bound, kept[-1] * most))
+        return kept[1:]
 
     def _positives(self, batch: Documents) -> list[tuple[Tensor, Tensor]]:
         """(node, sample) of every level, the labels last."""
@@ -221,49 +276,6 @@ class Cascade(Model):
     def _features(self, *inputs: Tensor) -> list[Tensor]:
         return self.heads.features(self.encoder.layer_vectors(self.heads.layers, *inputs))  # type: ignore[operator]
 
-    def _train_tables(
-        self,
-        x: list[Tensor],
-        positives: list[tuple[Tensor, Tensor]],
-        settings: CascadeTraining,
-        lr: float | Tensor,
-        beta1: float | Tensor | None,
-        need_loss: bool,
-    ) -> tuple[list[Tensor], Tensor]:
-        """Train every level; give their dx, and the loss."""
-        assert self.scaler is not None
-        tree, out = self._tree(), list[Tensor]()
-        losses = torch.zeros(1 if need_loss else 0, device=self.device)
-        clusters = torch.zeros(x[0].shape[0], 1, dtype=torch.int64, device=self.device)
-        weights = settings.weights(self.tree.levels)
-        for r, (level, weight) in enumerate(zip(self.heads.levels, weights, strict=True)):
-            row_ptr, most = tree.row_ptr[r], tree.most[r]
-            scale, pads = loss_scale(count(clusters, row_ptr), weight, settings.reference_loss)
-            dx, scores, loss = level.step(  # type: ignore[operator]
-                x[r],
-                clusters,
-                row_ptr,
-                most,
-                positives[r],
-                lr=lr,
-                beta1=beta1,
-                scale=scale,
-                dx_scale=self.scaler.scale,
-                need_loss=need_loss,
-            )
-            out.append(dx)
-            if need_loss:
-                losses += loss + scale * pads
-            if r + 1 < self.tree.levels:
-                k = self.heads.topk[r]
-                width = k + settings.positives_bound
-                clusters, _, forced = select(
-                    scores, clusters, row_ptr, k, width=width, positives=positives[r]
-                )
-                there = (positives[r][0] < level.nodes).sum()  # type: ignore[operator]
-                self.lost_positives[r : r + 1] += there - forced
-        return out, losses
-
     @evaluating
     def level_losses(self, batch: Documents) -> Tensor:
         """Split the loss by level: fp32 [R], true clusters forced in, without training.
@@ -271,7 +283,7 @@ class Cascade(Model):
         Raises:
             InputError: the batch has no cluster positives of this tree.
         """
-        return torch.cat(self._level_losses(self._features(*batch.inputs), batch))
+        return torch.cat(self._level_losses(self._whole_features(batch), batch))
 
     @evaluating
     def candidates(self, batch: Documents) -> list[Candidates]:
@@ -283,8 +295,9 @@ class Cascade(Model):
         Raises:
             InputError: the batch has no cluster positives of this tree.
         """
-        x, positives = self._features(*batch.inputs), self._positives(batch)
+        x, positives = self._whole_features(batch), self._positives(batch)
         levels = self._training_descent(x, positives)
+        levels[-1] = joined(levels[-1], levels[-2].kept)
         *above, last = map(candidates_of, levels, positives)
         return [*above, Candidates(self._label_ids(last.nodes), last.logits, last.positive)]
 
@@ -388,7 +401,7 @@ class Cascade(Model):
 
 def _check_fit(encoder: nn.Module, heads: CascadeHeads, tree: LabelTree) -> None:
     """Refuse heads, tree and encoder that do not fit together."""
-    sizes = [level.nodes for level in heads.levels]
+    sizes = [level.shard.rows for level in heads.tables().values()]
     if sizes != list(tree.sizes):
         expected = f"heads of {list(tree.sizes)} nodes, the sizes of the label tree"
         raise InputError("cascade", expected, str(sizes), "make the heads with tree.sizes")

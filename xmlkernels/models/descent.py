@@ -1,12 +1,13 @@
 """Score documents down a label tree, level by level, without training."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from xmlkernels import dist
 from xmlkernels.models.scored import Candidates
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.shortlist import best, candidates, count, locate, select
@@ -19,6 +20,9 @@ _SATURATED = -1e-38  # log probability: above, fp32 would give a logit of infini
 class Descent:
     """One level of a descent.
 
+    Of a level that processes share, each has the candidates in its own clusters; nodes and clusters
+    keep their numbers in the whole level.
+
     Attributes:
         clusters: int64 [B, K], clusters kept at the level above.
         row_ptr, most: their nodes; see `xmlkernels.nn.shortlist`.
@@ -26,6 +30,9 @@ class Descent:
         logits: fp32 [B, K, M], the level's own.
         kept: int64 [B, K'], what is handed on; empty at the last level.
         place: int64 [B, K'], places of `kept` among the K M candidates; empty at the last level.
+        counts: int64 [B], candidates of the whole level.
+        slot: of a level that is shared, int64 [B, K]: the columns of `clusters` among all that were
+            kept; else None.
     """
 
     clusters: Tensor
@@ -36,6 +43,8 @@ class Descent:
     logits: Tensor
     kept: Tensor
     place: Tensor
+    counts: Tensor
+    slot: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -72,11 +81,14 @@ def descend(
         bound: how many clusters beyond k a row may keep for its positives.
     """
     clusters = torch.zeros(x[0].shape[0], 1, dtype=torch.int64, device=x[0].device)
-    for r, level in enumerate(heads.levels):
+    for r, level in enumerate(heads.tables().values()):
         row_ptr, most = tree.row_ptr[r], tree.most[r]
+        counts, slot = count(clusters, row_ptr), None
+        if level.shared:
+            clusters, slot = level.own(row_ptr).chosen(clusters)
         node, real = candidates(clusters, row_ptr, most)
-        index = torch.where(real, node, -1).flatten(1)
-        logits = level.scores(x[r], index[0] if r == 0 else index).view(node.shape)  # type: ignore[operator]
+        index = torch.where(real, node - level.shard.first, -1).flatten(1)
+        logits = level.scores(x[r], index[0] if r == 0 else index).view(node.shape)
         kept = place = clusters[:, :0]
         if r + 1 < len(heads.levels):
             k = heads.topk[r]
@@ -89,7 +101,7 @@ def descend(
                 width=k if forced is None else k + bound,
                 positives=forced,
             )
-        yield Descent(clusters, row_ptr, most, node, real, logits, kept, place)
+        yield Descent(clusters, row_ptr, most, node, real, logits, kept, place, counts, slot)
         clusters = kept
 
 
@@ -105,6 +117,8 @@ def scores_by(scheme: str, levels: Iterable[Descent]) -> Iterator[Tensor]:
             yield level.logits
             continue
         own = logsigmoid(level.logits)
+        if above is not None and level.slot is not None:
+            above = above.gather(1, level.slot)
         scores = own if above is None else own + above[:, :, None]
         yield scores
         above = (scores if scheme == "path" else own).flatten(1).gather(1, level.place)
@@ -113,7 +127,7 @@ def scores_by(scheme: str, levels: Iterable[Descent]) -> Iterator[Tensor]:
 def ranked(
     level: Descent, scores: Tensor, k: int, scheme: str, exclude: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Give the k best candidates of a level.
+    """Give the k best candidates of a level, of all processes where they share it.
 
     Args:
         level: of `descend`.
@@ -137,12 +151,14 @@ def ranked(
         real = real & ~barred[:-1].view(real.shape)
     scores = scores.flatten(1)
     place, there = best(scores, real, k)
-    values = scores.gather(1, place)
+    values = torch.where(there, scores.gather(1, place), -torch.inf)
+    nodes = torch.where(there, level.node.flatten(1).gather(1, place), -1)
+    if level.slot is not None:
+        # Scores, not logits: of two that differ in the last place the logits may be equal.
+        values, nodes = dist.merge_topk(values, nodes, k)
     if scheme != "level":
-        values = logit_of_log(values)
-    return torch.where(there, values, -torch.inf), torch.where(
-        there, level.node.flatten(1).gather(1, place), -1
-    )
+        values = torch.where(nodes >= 0, logit_of_log(values), -torch.inf)
+    return values, nodes
 
 
 def logit_of_log(log_p: Tensor) -> Tensor:
@@ -157,6 +173,25 @@ def logit_of_log(log_p: Tensor) -> Tensor:
         exact > -0.6931471805599453, (-torch.expm1(exact)).log(), torch.log1p(-exact.exp())
     )
     return (exact - other).float()
+
+
+def joined(level: Descent, clusters: Tensor) -> Descent:
+    """Bring the candidates of all processes together: the level as one alone would have it.
+
+    Args:
+        level: of which each process has its own clusters' candidates.
+        clusters: int64 [B, K], all that were kept at the level above.
+    """
+    if level.slot is None:
+        return level
+    node, real = candidates(clusters, level.row_ptr, level.most)
+    # One more column takes the pads.
+    slot = torch.where(level.clusters >= 0, level.slot, clusters.shape[1])
+    own = torch.where(level.real, level.logits, 0)
+    logits = own.new_zeros(len(own), clusters.shape[1] + 1, level.most)
+    logits.scatter_(1, slot[:, :, None].expand(own.shape), own)
+    logits = dist.sum_(logits[:, :-1].contiguous())  # each stands in one process; the others add 0
+    return replace(level, clusters=clusters, node=node, real=real, logits=logits, slot=None)
 
 
 def candidates_of(level: Descent, positives: tuple[Tensor, Tensor]) -> Candidates:
@@ -175,12 +210,14 @@ def loss_of(
 ) -> Tensor:
     """Compute the level's share of the loss [1]: weight times the mean BCE over its candidates.
 
-    See `loss_scale` for the mean.
+    See `loss_scale` for the mean. Of a level that processes share, the mean is over all of them.
     """
     place, found = locate(*positives, level.clusters, level.row_ptr, level.most)
     hit = torch.where(found, level.logits.flatten()[place], 0).sum()
     total = torch.where(level.real, softplus(level.logits), 0).sum() - hit
-    scale, pads = loss_scale(count(level.clusters, level.row_ptr), weight, reference)
+    if level.slot is not None:
+        dist.sum_(total)
+    scale, pads = loss_scale(level.counts, weight, reference)
     return scale * (total + pads)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -135,7 +135,6 @@ class CascadeLevel(Table):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CascadeLevel:
         return self if self._placed else super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
-    @torch.no_grad()
     def step(
         self,
         x: Tensor,
@@ -168,6 +167,27 @@ class CascadeLevel(Table):
             dx: fp32 [B, D]. scores: fp32 [B, K, M], before the update; of a shard [B, K', M], of
             its own clusters (`OwnClusters.chosen`). loss: fp32 [1], or [0].
         """
+        options: dict[str, Any] = {"lr": lr, "beta1": beta1, "scale": scale, "dx_scale": dx_scale}
+        out = self.update(x, clusters, row_ptr, most, positives, **options, need_loss=need_loss)
+        self.after_step()
+        return out
+
+    @torch.no_grad()
+    def update(
+        self,
+        x: Tensor,
+        clusters: Tensor,
+        row_ptr: Tensor,
+        most: int,
+        positives: tuple[Tensor, Tensor],
+        *,
+        lr: float | Tensor,
+        beta1: float | Tensor | None,
+        scale: Tensor,
+        dx_scale: Tensor | float,
+        need_loss: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Do what `step` does but for `after_step`, which the caller does once dx is on its way."""
         self.hyper[LR] = lr
         if beta1 is not None and self.second is not None:
             # The cycle of beta1 is Adam's: SGD keeps its own momentum.
@@ -183,7 +203,6 @@ class CascadeLevel(Table):
         held = moved(here, x, clusters, *positives, scale, dx_scale)
         train = self._train if self.nodes else self._nothing
         out = train(held, rows_here, most, need_loss)
-        self.after_step()
         dx, scores, loss = moved(x.device, *out)
         return dx, scores, loss
 

@@ -58,6 +58,9 @@ def locate(
     """
     total = row_ptr.shape[0] - 1
     size, slots = clusters.shape
+    if size * slots == 0:
+        nowhere = torch.zeros_like(node)
+        return nowhere, nowhere.bool()
     owner = torch.searchsorted(row_ptr, node, right=True) - 1
     inside = (owner >= 0) & (owner < total)
     # One ascending list for the whole batch: the pads, as cluster `total`, keep each row's end in

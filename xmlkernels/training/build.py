@@ -25,6 +25,7 @@ from xmlkernels.models.training import CascadeTraining, Training
 from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.cascade_level import CascadeLevel
+from xmlkernels.nn.cluster_shard import cluster_shards
 from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.nn.layer_recipe import default_layers
@@ -161,7 +162,7 @@ def full_table(
 def _cascade(plan: Plan, encoder: nn.Module, labels: int, tree: LabelTree | None) -> Model:
     config, own = plan.config, plan.cascade
     assert tree is not None and own is not None, "the plan of a cascade has its tree"
-    make = cascade_heads(plan, encoder, tree)
+    make = cascade_heads(plan, encoder, tree, processes=dist.size(), rank=dist.rank())
     tables = planned(make).tables()
     here = process_so_far(encoder)
     memory = memory_of(plan, encoder, tables, tree, here=here, processes=dist.size())
@@ -186,10 +187,15 @@ def _cascade(plan: Plan, encoder: nn.Module, labels: int, tree: LabelTree | None
     return Cascade(encoder, heads, tree, training)
 
 
-def cascade_heads(plan: Plan, encoder: nn.Module, tree: TreeShape) -> Callable[..., CascadeHeads]:
-    """Return what makes the heads of the run's cascade."""
-    config, own = plan.config, plan.cascade
+def cascade_heads(
+    plan: Plan, encoder: nn.Module, tree: TreeShape, *, processes: int = 1, rank: int = 0
+) -> Callable[..., CascadeHeads]:
+    """Return what makes a process's heads of the run's cascade: all labels, or its clusters'."""
+    config, own, shard = plan.config, plan.cascade, None
     assert own is not None, "the plan of a cascade"
+    if plan.sharded:
+        row_ptr = torch.tensor(tree.bounds(tree.levels - 2), device="cpu")
+        shard = cluster_shards(row_ptr, processes)[rank]
     most = tuple(tree.widest(r) for r in range(tree.levels - 1))
     width = int(encoder.width)  # type: ignore[arg-type]
     return partial(
@@ -210,6 +216,7 @@ def cascade_heads(plan: Plan, encoder: nn.Module, tree: TreeShape) -> Callable[.
         ),
         drops=own.drops,
         seed=config.seed,
+        label_shard=shard,
         level=_level(config),
     )
 

@@ -4,6 +4,8 @@ import logging
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.training.config import Config
@@ -51,6 +53,9 @@ class TreeShape(Protocol):
     def widest(self, level: int) -> int:
         """Count the children of the level's largest node."""
 
+    def bounds(self, level: int) -> np.ndarray:
+        """Give the first label row under each node of a level, and the end: int64 [n_r + 1]."""
+
 
 @dataclass(frozen=True)
 class BalancedTree:
@@ -70,6 +75,11 @@ class BalancedTree:
     def widest(self, level: int) -> int:
         """Count the children of a level's largest node."""
         return -(-self.sizes[level + 1] // self.sizes[level])
+
+    def bounds(self, level: int) -> np.ndarray:
+        """Give the first label row under each node of a level, and the end: int64 [n_r + 1]."""
+        nodes = self.sizes[level]
+        return np.arange(nodes + 1, dtype=np.int64) * self.sizes[-1] // nodes
 
 
 def facts_of(config: Config, dataset: Dataset) -> Facts:

@@ -147,7 +147,7 @@ def _built(subject: Subject) -> tuple[Plan, nn.Module, dict[str, Table]]:
         # The first process has as many rows as any.
         make = full_table(plan, facts.labels, width, processes=processes)
         return plan, encoder, {"label table": planned(make)}
-    heads = cascade_heads(plan, encoder, subject.tree)
+    heads = cascade_heads(plan, encoder, subject.tree, processes=processes)
     return plan, encoder, dict(planned(heads).tables())
 
 
