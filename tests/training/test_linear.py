@@ -10,7 +10,7 @@ import pytest
 from train_runs import make_dataset
 
 from xmlkernels import InputError
-from xmlkernels.cli import predict
+from xmlkernels.cli import ensemble, predict
 from xmlkernels.cli import train as command
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.ranker.linear import Settings
@@ -71,6 +71,34 @@ def test_the_command_trains_predicts_and_says_how(
     assert "w3" in answers.read_text()
 
 
+def test_several_trees_are_one_result(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A ranker on each tree, and the sum that `ensemble` makes of them; predict takes them all."""
+    output = tmp_path / "forest"
+    words = ["--dataset", str(dataset), "--output", str(output), "--cache", str(tmp_path / "c")]
+    more = ["--depths", "2", "--min-df", "1", "--threads", "1", "--seed", "5", "--trees", "2"]
+    command.main(["linear", *words, *more])
+    rankers = [output / "tree0", output / "tree1"]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f"--ranker {rankers[0]} {rankers[1]} --text" in last
+    heads = [json.loads((one / "metrics.json").read_text()) for one in rankers]
+    assert [head["options"]["training"]["seed"] for head in heads] == [5, 6]
+    assert heads[0]["options"]["tree"] != heads[1]["options"]["tree"]
+    files = tuple(str(one / "predictions.npz") for one in rankers)
+    summed = ensemble.run(ensemble.Options(files, str(dataset)))
+    report = json.loads((output / "metrics.json").read_text())
+    expected = summed["sum"]
+    assert report["test"]["all trees"] == pytest.approx(expected)
+    assert report["test"]["tree 1"] == heads[1]["test"]["both"]
+    alone = ensemble.run(ensemble.Options((str(output / "predictions.npz"),), str(dataset)))
+    assert next(iter(alone.values())) == pytest.approx(expected)
+    with pytest.raises(InputError, match="--trees: expected 1: 30 labels have no tree"):
+        train_linear(LinearConfig(str(dataset), output=str(tmp_path / "x"), trees=2))
+    with pytest.raises(InputError, match="--trees: expected 1 or more"):
+        train_linear(LinearConfig(str(dataset), output=str(tmp_path / "x"), trees=0))
+
+
 def test_without_validation_the_share_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -99,7 +127,8 @@ def test_every_option_reaches_tree_and_ranker(
         "training": Settings(cost=2.0, seed=7), "threads": 1, "share": 0.5, "blend": "product",
         "top_k": 8,
     }  # fmt: skip
-    assert changes.keys() == {field.name for field in fields(LinearConfig)} - {"documents"}
+    left = {"documents", "trees"}
+    assert changes.keys() == {field.name for field in fields(LinearConfig)} - left
     train_linear(LinearConfig(**changes))
     tree, ranker = found["tree"], found["ranker"]
     assert (tree.depths, tree.seed, tree.threads) == ((1, 3), 7, 1)

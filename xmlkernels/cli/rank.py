@@ -40,11 +40,16 @@ def print_ranker(report: dict[str, Any]) -> None:
         dataset = f"{report['dataset']} (hash {report['dataset_hash'][:12]})"
         print_comparison(f"{dataset}, propensity constants A={a}, B={b}", rows)
     say(f"written to {report['options']['output']}/")
-    say(next_command(report["options"]))
+    say(next_command(report["options"], report.get("rankers", ())))
 
 
-def next_command(options: dict[str, Any]) -> str:
-    """Return how to ask the ranker for labels; one of ready features cannot be asked."""
+def next_command(options: dict[str, Any], rankers: Sequence[str] = ()) -> str:
+    """Return how to ask the ranker for labels; one of ready features cannot be asked.
+
+    Args:
+        options: of its training.
+        rankers: the folders of a forest; none where the output is one ranker's.
+    """
     if options["features"]:
         return (
             "a ranker of ready features scores the splits of its dataset alone: predictions.npz "
@@ -52,4 +57,5 @@ def next_command(options: dict[str, Any]) -> str:
         )
     model = f"--checkpoint {options['checkpoint']} " if options["checkpoint"] else ""
     own = ' --ranker-text "…"' if model and options["train_text"] else ""
-    return f'ask it: {typed("predict")} {model}--ranker {options["output"]} --text "…"{own}'
+    folders = " ".join(rankers) or options["output"]
+    return f'ask it: {typed("predict")} {model}--ranker {folders} --text "…"{own}'

@@ -2,16 +2,27 @@
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.formats import read_npz, write_npz
+from xmlkernels.evaluation import score_matrix
+from xmlkernels.locks import own_folder
+from xmlkernels.metrics import evaluate, inverse_propensity
+from xmlkernels.options import check_least
+from xmlkernels.predict.base import RANKER
+from xmlkernels.ranker.blend import best, combine
 from xmlkernels.ranker.linear import Settings
 from xmlkernels.training.config import Config
+from xmlkernels.training.folder import write_json
 from xmlkernels.training.inputs import cached_tree, cached_tree_folder, open_dataset
 from xmlkernels.training.owned import refuse_others
-from xmlkernels.training.ranker import train_ranker
+from xmlkernels.training.ranker import WRITTEN, train_ranker
 from xmlkernels.training.ranker_config import RankerConfig
 
 log = logging.getLogger(__name__)
@@ -46,6 +57,9 @@ class LinearConfig:
     200 labels have no tree: each is trained and scored on every document."""
     beam: int = 10
     """Clusters kept per level, whose labels make the shortlist of a document."""
+    trees: int = 1
+    """Trees, from one seed after another, each with a ranker of its own in OUTPUT/tree0, tree1, …;
+    the mean of their probabilities is the result. Each takes as long as the first."""
 
     # ---- features ----
     longest: int = 1
@@ -72,7 +86,7 @@ class LinearConfig:
 
 
 def train_linear(options: LinearConfig) -> dict[str, Any]:
-    """Build the tree, train the classifiers and measure them; return what metrics.json holds.
+    """Build the trees, train the classifiers and measure them; return what metrics.json holds.
 
     Raises:
         InputError: options or data that cannot be used.
@@ -84,6 +98,7 @@ def train_linear(options: LinearConfig) -> dict[str, Any]:
             f"the dataset folder {options.dataset}",
             "leave it out: it would do nothing",
         )
+    check_least(options, 1, "trees")
     refuse_others(options.output)  # before a corpus or a tree is made for it
     dataset = open_dataset(
         Config(
@@ -94,21 +109,64 @@ def train_linear(options: LinearConfig) -> dict[str, Any]:
         )
     )
     depths = options.depths or tree_depths(dataset.num_labels)
+    if options.trees == 1:
+        return _one(options, dataset, depths)
+    if not depths:
+        expected = f"1: {dataset.num_labels:,} labels have no tree"
+        raise InputError("--trees", expected, str(options.trees), "leave it out")
+    with own_folder(options.output, writes=WRITTEN) as folder:
+        return _forest(options, dataset, depths, folder)
+
+
+def _one(options: LinearConfig, dataset: Dataset, depths: tuple[int, ...]) -> dict[str, Any]:
+    """Build a tree and train a ranker on it."""
     tree = ""
     if depths:
-        cached_tree(
-            dataset,
-            depths,
-            cache=options.cache,
-            seed=options.training.seed,
-            threads=options.threads,
-        )
-        tree = str(
-            cached_tree_folder(dataset, depths, cache=options.cache, seed=options.training.seed)
-        )
+        where: dict[str, Any] = {"cache": options.cache, "seed": options.training.seed}
+        cached_tree(dataset, depths, threads=options.threads, **where)
+        tree = str(cached_tree_folder(dataset, depths, **where))
     else:
         log.info(f"{dataset.num_labels:,} labels: no tree, each is trained on every document")
     return train_ranker(_ranker(options, dataset, tree))
+
+
+def _forest(
+    options: LinearConfig, dataset: Dataset, depths: tuple[int, ...], folder: Path
+) -> dict[str, Any]:
+    """Train a ranker on each of several trees, and measure the mean of their probabilities."""
+    (folder / RANKER).unlink(missing_ok=True)  # it would vouch for files that change now
+    reports = []
+    for number in range(options.trees):
+        log.info(f"tree {number + 1} of {options.trees}")
+        training = replace(options.training, seed=options.training.seed + number)
+        output = str(folder / f"tree{number}")
+        reports.append(_one(replace(options, output=output, training=training), dataset, depths))
+    report = {key: reports[0][key] for key in ("dataset", "dataset_hash", "propensity")}
+    report["rankers"] = [made["options"]["output"] for made in reports]
+    report["seconds"] = {f"tree{n}": made["seconds"] for n, made in enumerate(reports)}
+    report["options"] = reports[0]["options"] | {"output": options.output, "trees": options.trees}
+    if (split := dataset.splits.get("test")) is not None:
+        parts = [
+            read_npz(
+                Path(output) / "predictions.npz",
+                rows=len(split),
+                cols=dataset.num_labels,
+                keep_zeros=True,
+            )
+            for output in report["rankers"]
+        ]
+        odds = [part.data.astype(np.float64) for part in parts]
+        mean = combine(parts, odds, [1.0] * len(parts), "probability")
+        values, rows = best(mean, split.filter_pairs, options.top_k)
+        weight = inverse_propensity(dataset.splits["train"].labels, *dataset.propensity)
+        report["test"] = {
+            **{f"tree {n}": made["test"]["both"] for n, made in enumerate(reports)},
+            "all trees": evaluate(rows, split.labels, weight),
+        }
+        result = score_matrix(values.astype(np.float32), rows, dataset.num_labels)
+        write_npz(folder / "predictions.npz", result, keep_zeros=True)
+    write_json(folder / "metrics.json", report)
+    return report
 
 
 def _ranker(options: LinearConfig, dataset: Dataset, tree: str) -> RankerConfig:
