@@ -259,7 +259,7 @@ def cases(dataset: Path, folder: Path) -> Iterator[tuple[str, Callable[[Path], N
         left = "is whole: go on from it with --resume"
         child.end(
             1,
-            "checkpoint could not be written: File too large",
+            "checkpoint/last/tensors.safetensors could not be written: File too large",
             "the checkpoint of step 4 in ",
             left,
         )

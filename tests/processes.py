@@ -6,7 +6,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch.multiprocessing
 from patience import PATIENCE
 
 from xmlkernels import dist
+from xmlkernels.nn.shard import Shard
 
 CPU = torch.device("cpu")
 
@@ -83,3 +84,16 @@ def together(size: int, work: Callable[..., None], folder: Path, *args: Any) -> 
     except Exception:
         told = [path.read_text() for path in sorted(folder.glob("error-*"))]
         pytest.fail("\n".join(told) or traceback.format_exc())
+
+
+def collected(
+    tensors: dict[str, torch.Tensor], shards: Mapping[str, Shard]
+) -> dict[str, torch.Tensor]:
+    """Bring the rows of shared tables to the first process; the others keep what is not shared."""
+    found = {name: tensor for name, tensor in tensors.items() if name not in shards}
+    for name in shards:
+        counts = dist.gather_rows(torch.tensor([shards[name].count])).tolist()
+        whole = dist.collect_rows(tensors[name], counts)
+        if whole is not None:
+            found[name] = whole
+    return found

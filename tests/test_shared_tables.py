@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from end_to_end_common import LABELS, VOCABULARY, make_batch
-from processes import together
+from processes import collected, together
 from scipy.sparse import csr_matrix
 from scipy.sparse import random as sparse_random
 from torch import Tensor
@@ -36,7 +36,6 @@ from xmlkernels.nn.plain import PlainHead
 from xmlkernels.nn.shard import Shard, shard_rows
 from xmlkernels.nn.table import RowOptimizer
 from xmlkernels.precision import TABLE_DTYPES
-from xmlkernels.training.run_state import collected
 
 WORDS, WIDTH, DOCUMENTS = 40, 12, 45
 SIZES = (8, 7, 1)  # parts of one size, of several, and processes without a document

@@ -7,6 +7,7 @@ from bench_rows import row
 
 from benchmarks import (
     busy,
+    checkpoint_stall,
     label_tree,
     latency,
     plot,
@@ -119,3 +120,15 @@ def test_every_stage_of_a_label_tree_is_timed(capsys: pytest.CaptureFixture[str]
         "2-means",
     ]
     assert all(float(wall) >= 0 and float(memory) > 0 for _, wall, _, memory in lines)
+
+
+def test_the_stall_of_a_checkpoint_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--gb", "0.01", "--repeats", "2", "--steps", "1", "--folder", str(tmp_path)]
+    found = checkpoint_stall.main(words)
+    assert len(found) == 2 and list(tmp_path.iterdir()) == []
+    for line in found:
+        assert 0 < line["still"] < line["save"] and line["step_before"] > 0
+        assert line["share"] == line["still"] / line["save"]
+    assert "still / save: median" in capsys.readouterr().out

@@ -7,7 +7,7 @@ import functools
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from train_runs import Config, cascade, make_dataset, make_tree, run, session, tiny
 
-from xmlkernels.checkpoint import CheckpointFolder
+from xmlkernels.checkpoint import CheckpointFolder, Content
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.prepare import PrepareConfig, prepare
 
@@ -251,7 +251,7 @@ class Runs:
 def recorded(config: Config) -> Seen:
     """Run a configuration and record it."""
     seen, told = Seen(config, Path(config.output)), io.StringIO()
-    build, save = session.build_model, CheckpointFolder.save_last
+    build, save = session.build_model, CheckpointFolder.write_last
 
     def built(plan: Any, dataset: Dataset, inputs: Any, tree: Any) -> Any:
         model = build(plan, dataset, inputs, tree)
@@ -259,16 +259,14 @@ def recorded(config: Config) -> Seen:
         _watch(seen, model)
         return model
 
-    def saved(
-        self: CheckpointFolder, tensors: Any, state: Mapping[str, Any], *rest: Any, **options: Any
-    ) -> Any:
-        seen.saved.append(state["steps"])
-        return save(self, tensors, state, *rest, **options)
+    def saved(self: CheckpointFolder, content: Content, *rest: Any) -> None:
+        seen.saved.append(json.loads(content.text)["steps"])
+        save(self, content, *rest)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(told):
         patch.setattr(session, "build_model", built)
         patch.setattr(session, "commit", lambda: "a commit")
-        patch.setattr(CheckpointFolder, "save_last", saved)
+        patch.setattr(CheckpointFolder, "write_last", saved)
         seen.report = run(config)
     seen.told = told.getvalue()
     seen.model.eval()

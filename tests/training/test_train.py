@@ -35,7 +35,7 @@ from train_runs import (
 )
 
 from xmlkernels import InputError
-from xmlkernels.checkpoint import CheckpointFolder
+from xmlkernels.checkpoint import CheckpointFolder, Content
 from xmlkernels.predict.model import Predictor
 from xmlkernels.training import stops
 from xmlkernels.training.config import recorded
@@ -147,14 +147,15 @@ def test_without_save_every_the_best_and_the_last_epoch_alone_are_written(
     epoch is not.
     """
     written = []
-    write = CheckpointFolder.save_last
+    write = CheckpointFolder.write_last
 
-    def told(self: CheckpointFolder, tensors: Any, state: dict[str, Any]) -> None:
+    def told(self: CheckpointFolder, content: Content, *rest: Any) -> None:
+        state = json.loads(content.text)
         written.append((state["epoch"], state["best"]["epoch"]))
-        write(self, tensors, state)
+        write(self, content, *rest)
 
     found = iter([7.0, 5.0])
-    monkeypatch.setattr(CheckpointFolder, "save_last", told)
+    monkeypatch.setattr(CheckpointFolder, "write_last", told)
     better = RunState.improved
     monkeypatch.setattr(
         RunState, "improved", lambda self, metrics: better(self, metrics | {"P@1": next(found)})

@@ -3,6 +3,7 @@
 from xmlkernels.checkpoint.folder import CheckpointFolder, load, new_identity, save
 from xmlkernels.checkpoint.head import FORMAT, RowRange
 from xmlkernels.checkpoint.places import STATE, TENSORS
+from xmlkernels.checkpoint.saver import Saver
 from xmlkernels.checkpoint.state import (
     load_optimizer_tensors,
     optimizer_tensors,
@@ -19,6 +20,7 @@ __all__ = [
     "Content",
     "Group",
     "RowRange",
+    "Saver",
     "arrange",
     "load",
     "load_optimizer_tensors",

@@ -157,10 +157,19 @@ class CheckpointFolder:
         """`save` as `last`, by one process."""
         save(self.folder / "last", tensors, state, keep=self.keep)
 
-    def write_last(self, content: Content, group: Group | None = None, identity: str = "") -> None:
-        """Write what `arrange` has made ready as `last`; every process of a group calls it."""
+    def write_last(
+        self,
+        content: Content,
+        group: Group | None = None,
+        identity: str = "",
+        then: Callable[[], None] | None = None,
+    ) -> None:
+        """Write what `arrange` has made ready as `last`; every process of a group calls it.
+
+        The first process calls `then` when it is in place, and all raise its errors.
+        """
         last = (self.folder / "last").resolve()
-        write_together(last, content, self.keep, identity or new_identity(), group)
+        write_together(last, content, self.keep, identity or new_identity(), group, then)
 
     def save_best(self) -> None:
         """Make `last` the `best` too, by hard links (copies where the file system has none).

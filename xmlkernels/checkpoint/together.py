@@ -95,6 +95,7 @@ def write_together(
     keep: int,
     identity: str,
     group: Group | None = None,
+    then: Callable[[], None] | None = None,
 ) -> None:
     """Write a checkpoint in place of an earlier one; every process of a group calls it.
 
@@ -104,6 +105,7 @@ def write_together(
         keep: earlier checkpoints that stay.
         identity: of the checkpoint, the same in every process and never used before.
         group: None for one process.
+        then: what the first process does when the checkpoint is in place, and the others wait for.
 
     Raises:
         InputError: something else is at `target`, or the processes share no file system.
@@ -132,7 +134,10 @@ def write_together(
         files = None if meeting is None else _gather(fresh, content, meeting)
         write(fresh, content.stored, content.alias, content.text, identity, files)
         swap_in(fresh, target, keep)
+        if then is not None:
+            then()
     except BaseException as error:
+        _name(error, target)
         if meeting is not None:
             meeting.say("end", _told(error))
         if fresh is not None:
@@ -180,6 +185,7 @@ def _follow(target: Path, content: Content, meeting: _Meeting) -> None:
                 path = fresh / shard_name(rank, size)
                 own = write_shard(path, content.own, content.shards, meeting.identity)
         except BaseException as error:
+            _name(error, target)
             meeting.say(f"part/{rank}", _told(error))
             if not isinstance(error, (OSError, InputError)):
                 raise
@@ -212,6 +218,13 @@ class _Meeting:
         text = self.group.read(f"save/{key}")
         told: dict[str, Any] | None = None if text is None else json.loads(text)
         return told if told is not None and told["identity"] == self.identity else None
+
+
+def _name(error: BaseException, target: Path) -> None:
+    """Give an error of the disk the name that the file was to have."""
+    if isinstance(error, OSError):
+        inside = error.filename is not None and Path(error.filename).parent.parent == target.parent
+        error.filename = str(target / Path(error.filename).name if inside else target)
 
 
 def _told(error: BaseException) -> dict[str, Any]:

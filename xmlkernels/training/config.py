@@ -293,6 +293,12 @@ class Config:
     """Checkpoints before the last that are kept beside it and the best one: where the last turns
     out damaged, the run goes on from the one before. The disk holds so many more, and another one
     while one is written."""
+    background_save: Literal["auto", "on", "off"] = of(SAVING, "auto")
+    """Write checkpoints while training goes on, from a copy in memory as large as the checkpoint;
+    auto: where at most half of the free memory goes to it. off: training waits for the disk."""
+    save_failure: Literal["end", "continue"] = of(SAVING, "end")
+    """Where the disk refuses a checkpoint (full, broken): end the run, which --resume takes up from
+    the one before; or continue it without, and try again when the next one is due."""
     log_every: int = of(SAVING, 50, COUNT)
     """Steps between lines of log.jsonl."""
     resume: bool = of(SAVING, False)

@@ -33,6 +33,8 @@ class Evaluator:
         A run that is stopped meanwhile goes on from the step before.
         """
         assert self.session.validation is not None
+        if self.config.save_failure == "continue":
+            self.run.settle()  # a best one that the disk refuses is none to beat
         try:
             return self.evaluate(self.session.validation)[0]
         except Stopped:
@@ -109,14 +111,19 @@ class Evaluator:
     def _load_best(self) -> dict[str, float]:
         """Load the best checkpoint by validation; without a validation split keep the last step."""
         checkpoints, run = self.folder.checkpoints, self.run
-        if self.session.validation is None:
+        run.settle()
+        now: dict[str, float] = {"epoch": run.epoch, "step": self.model.steps}
+        if self.session.validation is None and run.saved == self.model.steps:
             if self.folder.writes:
                 checkpoints.save_best()
             log.info("no validation split: the last step is kept as the best checkpoint")
-            return {"epoch": run.epoch, "step": self.model.steps}
+            return now
+        if self.session.validation is None or not run.best:
+            log.info("note: the last step is measured, of which there is no checkpoint")
+            return now
         dist.wait()  # until the first has written it
         if run.best["step"] != self.model.steps:
-            run.load(*checkpoints.load("best"))
+            run.load(*checkpoints.load("best", rows=self.model.shards()))
             run.epoch = int(run.best["epoch"])
         log.info(f"the best checkpoint by validation {self.config.best_by} is epoch {run.epoch}'s")
         return run.best

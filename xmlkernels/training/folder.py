@@ -37,6 +37,8 @@ MAY_CHANGE = (
     "log_every",
     "save_every",
     "keep",
+    "background_save",
+    "save_failure",
     "threads",
     "tree",
     "label_device",

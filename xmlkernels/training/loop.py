@@ -103,7 +103,7 @@ def running(config: Config) -> Iterator[tuple[Session, RunState, Evaluator]]:
             session = Session(config)
             run = RunState(session)
             agree_on_batch(session.batches, run.epoch, run.position)
-            with held():
+            with held(), _saved(run):
                 yield session, run, Evaluator(session, run)
         except Stopped as stop:
             # torchrun stops all where one is lost; those that stopped in order have met since.
@@ -122,6 +122,19 @@ def running(config: Config) -> Iterator[tuple[Session, RunState, Evaluator]]:
             raise
         except OSError as error:
             raise Failed(f"{reason_of(error)}; {how_to_go_on(run, config)}") from error
+
+
+@contextmanager
+def _saved(run: RunState) -> Iterator[None]:
+    """Wait at the end of the block for a save under way, whatever has ended it."""
+    try:
+        yield
+        run.settle()
+    except dist.ProcessLost:
+        run.saver.give_up()
+        raise
+    finally:
+        run.saver.end()
 
 
 def how_to_go_on(run: RunState | None, config: Config) -> str:

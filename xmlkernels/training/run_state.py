@@ -3,7 +3,9 @@
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping
+from functools import partial
 from signal import SIGTERM, Signals
 from typing import Annotated, Any, NoReturn, NotRequired, TypedDict
 
@@ -11,15 +13,22 @@ import torch
 from torch import Tensor
 
 from xmlkernels import InputError, dist
-from xmlkernels.checkpoint import CheckpointFolder, rng_state, set_rng_state
+from xmlkernels.checkpoint import (
+    CheckpointFolder,
+    RowRange,
+    Saver,
+    new_identity,
+    rng_state,
+    set_rng_state,
+)
 from xmlkernels.checksums import Files
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.inputs import Inputs
-from xmlkernels.files import naming
+from xmlkernels.files import reason_of
+from xmlkernels.memory import free_memory, readable
 from xmlkernels.models.base import Documents
 from xmlkernels.models.restore import check_config
 from xmlkernels.models.saved import model_config
-from xmlkernels.nn.shard import Shard
 from xmlkernels.records import Count, Meta, check_record
 from xmlkernels.training.build import draw_apart, keep_class_token, start_table
 from xmlkernels.training.clock import Clock
@@ -79,7 +88,7 @@ class RunState:
             resumed parts.
         best: the best validation metric so far, with its epoch and step; empty before the first
             evaluation.
-        saved: the step of the last checkpoint; None before there is one.
+        saver: writes the checkpoints.
         documents: trained on so far.
         pending: losses not logged yet, with their documents.
         commits: of the source tree at the start of the run and wherever a resumed part had another
@@ -96,7 +105,11 @@ class RunState:
         self.epoch = self.position = self.documents = 0
         self.best: dict[str, float] = {}
         self.pending: list[tuple[Tensor, int]] = []
-        self.saved: int | None = None
+        # No method of this object: it would then live on, with messages that it waits for.
+        room = partial(has_room, self.config)
+        self.saver = Saver(self.folder.checkpoints, dist.board(), room)
+        self._best_there: dict[str, float] = {}  # of the best checkpoint on the disk
+        self._best_under_way: dict[str, float] | None = None
         self.commits = [session.commit]
         self._logged = (0, 0.0)  # documents and seconds at the last log line
         self._stop = dist.Vote()
@@ -117,7 +130,9 @@ class RunState:
 
     def _resume(self) -> None:
         session, checkpoints = self.session, self.folder.checkpoints
-        tensors, state, which = newest(checkpoints, self.config, session.plan.epoch)
+        tensors, state, which = newest(
+            checkpoints, self.config, session.plan.epoch, self.model.shards()
+        )
         dist.agree("the checkpoint to go on from", which, torch.device("cpu"))
         check_same(state, session.dataset, session.inputs, session.tree)
         self.load(tensors, state)
@@ -130,7 +145,8 @@ class RunState:
         self._logged = (state["documents"], state["seconds"]["train"])
         before = state.get("commits", [])
         self.commits = before + [c for c in self.commits if before[-1:] != [c]]
-        self.saved = self.model.steps
+        self.saver.saved = self.saver.begun = self.model.steps
+        self._best_there = dict(self.best)
         dist.wait()  # until all have read what the first may move
         if which != "last" and self.folder.writes:
             checkpoints.put_back(which)
@@ -162,10 +178,12 @@ class RunState:
         else:
             draw_apart(self.config, self.model.steps)
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> tuple[dict[str, Any], str]:
+        """Collect the state of the run, and draw the identity of its checkpoint: one for all."""
         session, model = self.session, self.model
-        rng, *others = map(json.loads, dist.gather_texts(json.dumps(rng_state())))
-        return {
+        told = json.dumps([rng_state(), new_identity()])
+        (rng, identity), *others = map(json.loads, dist.gather_texts(told))
+        state = {
             "model": model.config(),
             "inputs": session.inputs.config(),
             "dataset": session.dataset.content_hash,
@@ -182,44 +200,81 @@ class RunState:
             "environment": session.environment,
             "tree": session.tree and session.tree.content_hash,
             "beside": self.folder.beside,
-        } | ({"other_rngs": others} if others else {})
+        }
+        if others:
+            state["other_rngs"] = [generators for generators, _ in others]
+        return state, identity
+
+    @property
+    def saved(self) -> int | None:
+        """The step of the last checkpoint that is whole on the disk; None before there is one."""
+        return self.saver.saved
 
     def save(self, *, best: bool = False) -> None:
         """Write the last checkpoint and, where it is the best too, link it as that.
 
-        A stop in between is mended by resuming.
+        Where memory has room for a copy the file is written while the run goes on, and its errors
+        are raised by `settle`. A stop in between is mended by resuming.
+        """
+        self.settle()
+        with self.clock.on("save"):
+            tensors, shards = self.model.tensors(), self.model.shards()
+            state, identity = self._state()
+            dist.agree_on_tensors({k: t for k, t in tensors.items() if k not in shards})
+            self._best_under_way = dict(self.best) if best else None
+            self.saver.save(tensors, state, shards, identity, step=self.model.steps, best=best)
+        if self.saver.failed and self.saver.waits:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for a save that is under way.
+
+        Raises:
+            OSError: the disk refused it, unless --save-failure is continue: then a note says so.
         """
         with self.clock.on("save"):
-            tensors, state = self.model.tensors(), self._state()
-            shards = self.model.shards()
-            dist.agree_on_tensors({k: t for k, t in tensors.items() if k not in shards})
-            tensors = collected(tensors, shards)
-            if self.folder.writes:
-                with naming(self.folder.path / "checkpoint"):
-                    self.folder.checkpoints.save_last(tensors, state)
-            self.saved = self.model.steps
-            if best and self.folder.writes:
-                self.folder.checkpoints.save_best()
+            best, self._best_under_way = self._best_under_way, None
+            try:
+                self.saver.wait()
+            except OSError as error:
+                if self.config.save_failure == "end":
+                    raise
+                there = "there is none yet"
+                if self.saved is not None:
+                    there = f"the one of step {self.saved:,} is whole"
+                log.info(
+                    f"note: no checkpoint of step {self.saver.begun:,}: {reason_of(error)}; "
+                    f"{there}; training goes on (--save-failure continue)"
+                )
+                if best is not None:  # a later one is the best as soon as it beats what is there
+                    self.best = dict(self._best_there)
+            else:
+                self._best_there = best or self._best_there
 
     def stop_if_asked(self) -> None:
-        """Save and raise Stopped where a signal has asked for it.
+        """Save and raise Stopped where a signal has asked for it, or the disk has refused a save.
 
         Among several processes, all do at the same step.
         """
-        if self._stop.yes(asked() != 0):
+        failed = self.saver.failed and self.config.save_failure == "end"
+        if self._stop.yes(asked() != 0 or failed):
+            self.settle()
             self.save_and_stop()
 
     def save_and_stop(self) -> NoReturn:
         """Save, unless this step is saved already, and raise Stopped."""
-        if self.saved != self.model.steps:
+        if self.saver.begun != self.model.steps:
             self.save()
+        self.settle()
         dist.wait()  # torchrun ends all as soon as one has left
-        how = (
-            f"stopped at step {self.model.steps:,}, whose checkpoint is written: go on from it "
-            "with --resume"
-        )
         number = asked() or SIGTERM  # another process may be the one that was asked
-        raise Stopped(number, f"{how} ({Signals(number).name})")
+        told = ""
+        if self.saved == self.model.steps:
+            told = (
+                f"stopped at step {self.model.steps:,}, whose checkpoint is written: go on from it "
+                f"with --resume ({Signals(number).name})"
+            )
+        raise Stopped(number, told)
 
     def back_to_last_batch(self) -> None:
         """Return to the end of the last epoch's batches, before its validation."""
@@ -237,6 +292,8 @@ class RunState:
 
     def collect(self, loss: Tensor, batch: Documents) -> None:
         """Keep a step's loss for the next line of the log."""
+        if not self.saver.prepared:  # the first step has made the optimizer's states
+            self.saver.prepare(self.model.tensors())
         self.documents += len(batch)
         if loss.numel():
             # Per document: a sum over the batch as it is, a mean once for each document.
@@ -289,19 +346,33 @@ class RunState:
         return loss, speed, seconds
 
 
-def collected(tensors: Mapping[str, Tensor], shards: Mapping[str, Shard]) -> dict[str, Tensor]:
-    """Bring the rows of shared tables to the first process; the others keep what is not shared."""
-    found = {name: tensor for name, tensor in tensors.items() if name not in shards}
-    for name in shards:
-        counts = dist.gather_rows(torch.tensor([shards[name].count])).tolist()
-        whole = dist.collect_rows(tensors[name], counts)
-        if whole is not None:
-            found[name] = whole
-    return found
+def has_room(config: Config, size: int | None) -> bool:
+    """Tell whether checkpoints are written beside the loop: all processes take a copy, or none.
+
+    Args:
+        config: the settings of the run.
+        size: bytes of a copy; None where there can be none.
+    """
+    wanted, own = config.background_save, False
+    if size is not None and wanted != "off":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.size() > 1 else 1
+        free = free_memory()
+        own = wanted == "on" or free is None or 2 * local * size <= free
+    everyone = all(map(int, dist.gather_texts(str(int(own)))))
+    if wanted != "off" and not everyone:
+        copy = "rows in files" if size is None else f"a copy of {readable(size)}"
+        log.info(
+            "note: training waits while a checkpoint is written: memory has no room to spare for "
+            f"{copy} (--background-save)"
+        )
+    return everyone
 
 
 def newest(
-    checkpoints: CheckpointFolder, config: Config, batches: int
+    checkpoints: CheckpointFolder,
+    config: Config,
+    batches: int,
+    rows: Mapping[str, RowRange] | None = None,
 ) -> tuple[dict[str, Tensor], Saved, str]:
     """Load the newest checkpoint that is whole; those that are not are logged.
 
@@ -309,6 +380,7 @@ def newest(
         checkpoints: of the run.
         config: its settings.
         batches: updates per epoch.
+        rows: of shared tables, which this process holds.
 
     Returns:
         Its tensors, its state and its name.
@@ -320,7 +392,9 @@ def newest(
     def check(state: Mapping[str, Any]) -> None:
         check_state(state, config, batches, str(checkpoints.folder))
 
-    tensors, state, which, reason = checkpoints.load_first(_ORDER, check=check)
+    tensors, state, which, reason = checkpoints.load_first(
+        _ORDER, check=check, rows=rows, agree=_first_of_all
+    )
     if which != "last":
         why = "there is no last checkpoint" if reason is None else f"{reason.where}: {reason.got}"
         log.info(
@@ -328,6 +402,13 @@ def newest(
         )
     found: Any = state  # as `check` has seen
     return tensors, found, which
+
+
+def _first_of_all(error: InputError | None) -> InputError | None:
+    """Return the error of the first process that has met one: it may be among its rows alone."""
+    told = "" if error is None else json.dumps([error.where, error.expected, error.got, error.mend])
+    found = next(filter(None, dist.gather_texts(told)), None)
+    return error or (None if found is None else InputError(*json.loads(found)))
 
 
 def check_state(state: Mapping[str, Any], config: Config, batches: int, where: str) -> None:
