@@ -37,7 +37,8 @@ ARROWS: dict[str, set[str]] = {
     "ops": {"errors", "reference", "triton", "native"},
     "checkpoint": {"errors", "records", "checksums", "files", "rows"},
     "topk": {"errors"},
-    "metrics": {"errors", "topk"},
+    "label_counts": set(),
+    "metrics": {"errors", "label_counts", "topk"},
     "optim": {"errors", "dist"},
     "data": {
         "errors", "checksums", "file_kinds", "files", "foreign", "installed", "locks", "memory",
@@ -61,8 +62,8 @@ ARROWS: dict[str, set[str]] = {
     "planner": {"errors", "memory", "nn"},
     "training": {
         "errors", "checkpoint", "checksums", "data", "devices", "dist", "evaluation", "files",
-        "installed", "locks", "memory", "metrics", "models", "nn", "ops", "options", "parallel",
-        "planner", "precision", "predict", "ranker", "records", "topk", "tree",
+        "installed", "label_counts", "locks", "memory", "metrics", "models", "nn", "ops", "options",
+        "parallel", "planner", "precision", "predict", "ranker", "records", "topk", "tree",
     },
     "cli": {
         "errors", "checkpoint", "data", "devices", "dist", "evaluation", "file_kinds", "files",

@@ -17,6 +17,7 @@ import numpy as np
 from scipy.sparse import csr_matrix, issparse
 
 from xmlkernels.errors import InputError
+from xmlkernels.label_counts import LabelCounts
 from xmlkernels.topk import candidates_needed, drop_filtered, top_rows_from_csr
 
 __all__ = [
@@ -59,9 +60,10 @@ def inverse_propensity(train_labels: csr_matrix, A: float, B: float) -> np.ndarr
             f"A={A}, B={B}",
             "take 0.55 and 1.5 if in doubt",
         )
-    frequency = np.bincount(labels.indices, minlength=labels.shape[1]).astype(np.float64)
+    frequency = np.bincount(labels.indices, minlength=labels.shape[1])
     scale = (np.log(labels.shape[0]) - 1) * (B + 1) ** A
-    return np.asarray(1 + scale * (frequency + B) ** -A)
+    weight = 1 + scale * (np.arange(frequency.max() + 1, dtype=np.float64) + B) ** -A
+    return np.asarray(weight[frequency])
 
 
 def evaluate(
@@ -126,22 +128,29 @@ def macro_metrics(
     """
     targets, ks = _check(top_rows, targets, ks)
     n, labels = targets.shape
-    positives = np.bincount(targets.indices, minlength=labels)
-    predicted, right = np.zeros((2, len(ks), labels), np.int64)
+    known = np.unique(targets.indices)  # all other labels add 0 to every sum
+    for rows, _, _ in _blocks(top_rows, targets, max(ks)):
+        known = np.union1d(known, rows[rows >= 0])
+
+    def count(found: np.ndarray) -> np.ndarray:
+        return np.bincount(np.searchsorted(known, found), minlength=len(known))
+
+    positives = count(targets.indices)
+    predicted, right = np.zeros((2, len(ks), len(known)), np.int64)
     abandoned = np.zeros(max(ks), np.int64)
     for rows, hits, _ in _blocks(top_rows, targets, max(ks)):
         for number, places in enumerate(_between(ks)):
             shown, hit = rows[:, places], hits[:, places]
-            predicted[number] += np.bincount(shown[shown >= 0], minlength=labels)
-            right[number] += np.bincount(shown[hit], minlength=labels)
+            predicted[number] += count(shown[shown >= 0])
+            right[number] += count(shown[hit])
         abandoned += (~np.logical_or.accumulate(hits, axis=1)).sum(0)
     result: dict[str, dict[int, float]] = {
         name: {} for name in ("macroP", "macroR", "macroF1", "coverage", "abandonment")
     }
     for k, hit, shown in zip(ks, right.cumsum(0), predicted.cumsum(0), strict=True):
-        result["macroP"][k] = float(_ratio(hit, shown).mean())
-        result["macroR"][k] = float(_ratio(hit, positives).mean())
-        result["macroF1"][k] = float(_ratio(2 * hit, shown + positives).mean())
+        result["macroP"][k] = float(_ratio(hit, shown).sum() / labels)
+        result["macroR"][k] = float(_ratio(hit, positives).sum() / labels)
+        result["macroF1"][k] = float(_ratio(2 * hit, shown + positives).sum() / labels)
         result["coverage"][k] = float((hit > 0).sum() / max(1, (positives > 0).sum()))
         result["abandonment"][k] = float(abandoned[k - 1] / n)
     return {
@@ -182,26 +191,26 @@ def decile_table(
             f"{train.shape[1]}",
             "pass one dataset's matrices",
         )
-    frequency = np.bincount(train.indices, minlength=labels)
-    groups = np.array_split(np.argsort(frequency, kind="stable"), min(10, labels))
-    group_of = np.empty(labels, np.int64)
-    for number, group in enumerate(groups):
-        group_of[group] = number
-    positives = np.bincount(group_of[targets.indices], minlength=len(groups))
-    right = np.zeros((len(ks), len(groups)), np.int64)
+    order = LabelCounts(train)
+    count = min(10, labels)
+    ends = np.cumsum([labels // count + (number < labels % count) for number in range(count)])
+
+    def group_of(found: np.ndarray) -> np.ndarray:
+        return np.searchsorted(ends, order.place(found), "right")
+
+    positives = np.bincount(group_of(targets.indices), minlength=count)
+    right = np.zeros((len(ks), count), np.int64)
     for rows, hits, _ in _blocks(top_rows, targets, max(ks)):
         for index, places in enumerate(_between(ks)):
-            right[index] += np.bincount(
-                group_of[rows[:, places][hits[:, places]]], minlength=len(groups)
-            )
+            right[index] += np.bincount(group_of(rows[:, places][hits[:, places]]), minlength=count)
     right = right.cumsum(0)
     table: list[dict[str, float | int]] = []
-    for number, group in enumerate(groups):
+    for number, (first, end) in enumerate(zip((0, *ends), ends, strict=False)):
         line: dict[str, float | int] = {
             "decile": number + 1,
-            "labels": len(group),
-            "min_frequency": int(frequency[group].min()),
-            "max_frequency": int(frequency[group].max()),
+            "labels": int(end - first),
+            "min_frequency": order.count_at(first),
+            "max_frequency": order.count_at(end - 1),
             "positives": int(positives[number]),
             "share": 100 * float(positives[number]) / max(1, int(positives.sum())),
         }

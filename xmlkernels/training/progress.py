@@ -14,6 +14,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from xmlkernels import InputError
+from xmlkernels.label_counts import LabelCounts
 from xmlkernels.records import parse_record
 
 log = logging.getLogger(__name__)
@@ -124,19 +125,28 @@ class Frequencies:
     def __init__(self, labels: csr_matrix, *, label_texts: bool = False) -> None:
         documents, count = labels.shape
         self.documents = documents + count * label_texts
-        self.counts = np.bincount(labels.indices, minlength=count) + float(label_texts)
+        self._counts = LabelCounts(labels)
+        self._more = int(label_texts)
 
     def loss(self, labels: csr_matrix | None = None) -> float:
         """Compute the binary cross-entropy per document, summed over the labels, in nats.
 
         It is that of the documents that were counted, or of others.
         """
+        # Every label as if no document had it: each number of documents once.
+        numbers, times = self._counts.distinct()
+        total = -float((times * np.log1p(-self._chance(numbers))).sum())
+        if labels is None:
+            shares = (numbers + self._more) / max(self.documents, 1)
+            own, weight = self._chance(numbers), shares * times
+        else:
+            found, counts = np.unique(labels.indices, return_counts=True)
+            own, weight = self._chance(self._counts.of(found)), counts / max(labels.shape[0], 1)
+        return total + float((weight * (np.log1p(-own) - np.log(own))).sum())
+
+    def _chance(self, counts: np.ndarray) -> np.ndarray:
         # Without the half an unseen label would cost infinity.
-        chance = (self.counts + 0.5) / (self.documents + 1)
-        shares = self.counts / max(self.documents, 1)
-        if labels is not None:
-            shares = np.bincount(labels.indices, minlength=len(chance)) / max(labels.shape[0], 1)
-        return float(-(shares * np.log(chance) + (1 - shares) * np.log1p(-chance)).sum())
+        return np.asarray((counts + self._more + 0.5) / (self.documents + 1))
 
     def told(self, labels: csr_matrix | None = None) -> str:
         """Say the same in words, to be shown after a loss."""
