@@ -153,7 +153,7 @@ def test_rows_that_no_memory_holds_go_in_and_come_out(tmp_path: Path, written: i
 
 @pytest.mark.parametrize("blocks", [True, False])
 def test_files_are_read_by_the_library_as_its_own(tmp_path: Path, blocks: bool) -> None:
-    tensors = {str(kind): torch.randn(9, 3).to(kind) for kind in writing._KINDS}
+    tensors = {str(kind): torch.randn(9, 3).to(kind) for kind in writing.KINDS}
     tensors |= {"é": torch.tensor(3), "none": torch.empty(0, 4), "bytes": torch.ones(1).bool()}
     metadata = {"identity": "2"}
     save_file(tensors, tmp_path / "theirs", metadata)

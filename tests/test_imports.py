@@ -25,9 +25,9 @@ ARROWS: dict[str, set[str]] = {
     "parallel": {"errors"},
     "threads": {"errors"},
     "precision": set(),
-    "rows": {"errors"},
     "memory": {"errors"},
     "files": {"errors", "file_kinds"},
+    "rows": {"errors", "files"},
     "locks": {"errors", "files"},
     "foreign": {"errors", "records"},
     "installed": {"errors"},
@@ -56,14 +56,14 @@ ARROWS: dict[str, set[str]] = {
     },
     "evaluation": {"errors", "data", "dist", "metrics", "models", "tree"},
     "predict": {
-        "errors", "checkpoint", "checksums", "data", "evaluation", "models", "ranker", "records",
-        "threads",
+        "errors", "checkpoint", "checksums", "data", "evaluation", "memory", "models", "nn",
+        "precision", "ranker", "records", "rows", "threads",
     },
     "planner": {"errors", "memory", "nn"},
     "training": {
         "errors", "checkpoint", "checksums", "data", "devices", "dist", "evaluation", "files",
         "installed", "label_counts", "locks", "memory", "metrics", "models", "nn", "ops", "options",
-        "parallel", "planner", "precision", "predict", "ranker", "records", "topk", "tree",
+        "parallel", "planner", "precision", "predict", "ranker", "records", "rows", "topk", "tree",
     },
     "cli": {
         "errors", "checkpoint", "data", "devices", "dist", "evaluation", "file_kinds", "files",

@@ -38,7 +38,7 @@ def test_any_range_is_read_as_it_is(
         assert torch.equal(out.view(torch.uint8), values[start:end])
     whole = in_memory(stand_in(held))
     assert torch.equal(whole.view(torch.uint8), values)
-    parts = [part.clone().view(torch.uint8) for part in row_blocks(held, 1000)]
+    parts = [part.clone().view(torch.uint8) for part in row_blocks(held, 300)]
     assert len(parts) > 2 and torch.equal(torch.cat(parts), values)
 
 

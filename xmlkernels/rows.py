@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from xmlkernels.errors import InputError
+from xmlkernels.files import naming
 
 PAGE = 4096  # what reads and writes past the cache of files are multiples of
 BLOCK = 32 << 20  # bytes read at a time where nobody says how many
@@ -44,24 +45,34 @@ class Rows(Protocol):
         """
 
 
+class RowRange:
+    """Rows `first` to `end` - 1 of others."""
+
+    def __init__(self, rows: Rows, first: int, end: int) -> None:
+        self._rows, self._first = rows, first
+        self.shape, self.dtype = torch.Size((end - first, *rows.shape[1:])), rows.dtype
+
+    def read(self, start: int, out: Tensor) -> None:
+        """Fill `out` with rows from `start` on; see `Rows.read`."""
+        self._rows.read(self._first + start, out)
+
+
 def row_bytes(rows: Rows | Tensor) -> int:
     """Bytes of one row."""
     return rows.shape[1:].numel() * rows.dtype.itemsize
 
 
-def row_blocks(rows: Rows, most: int = BLOCK) -> Iterator[Tensor]:
+def row_blocks(rows: Rows, count: int = 0) -> Iterator[Tensor]:
     """Read all rows in turn, in one buffer that each block overwrites.
 
     Args:
         rows: of any shape and format.
-        most: bytes of a block, unless a row has more.
+        count: rows of a block; 0: as many as have 32 MiB.
     """
-    count = max(1, most // max(1, row_bytes(rows)))
-    count = max(PAGE, count // PAGE * PAGE) if count > PAGE else count
+    count = count or max(1, BLOCK // max(1, row_bytes(rows)))
     held = pages(min(count, rows.shape[0]) * row_bytes(rows))
     for start in range(0, rows.shape[0], count):
-        part = min(count, rows.shape[0] - start)
-        out = as_rows(held, part, rows)
+        out = as_rows(held, min(count, rows.shape[0] - start), rows)
         rows.read(start, out)
         yield out
 
@@ -202,7 +213,8 @@ class FileRows:
         """Read into `out`; at least the bytes needed must be there."""
         done = 0
         while done < needed:
-            got = os.preadv(self._file, [out[done:]], first + done)
+            with naming(self.path):
+                got = os.preadv(self._file, [out[done:]], first + done)
             if not got:
                 expected = f"{first + needed:,} bytes, and rows to there"
                 mend = "go on from a checkpoint that is whole"
@@ -231,7 +243,8 @@ class FileRows:
         data = (ctypes.c_char * whole).from_address(values.data_ptr())
         view, done = memoryview(data).cast("B"), 0
         while done < whole:
-            done += os.pwritev(self._file, [view[done:]], first + done)
+            with naming(self.path):
+                done += os.pwritev(self._file, [view[done:]], first + done)
         if not self.direct:
             _drop(self._file, first, count)
 

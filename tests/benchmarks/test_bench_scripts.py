@@ -13,6 +13,7 @@ from benchmarks import (
     plot,
     run,
     skip_tiles,
+    stored_table,
 )
 
 
@@ -54,6 +55,20 @@ def test_chart(tmp_path: Path) -> None:
     dirty = tmp_path / "dirty.csv"
     run.append(dirty, [timed("mm", 1.0, commit="abc-dirty")])
     assert plot.main([str(dirty)]) == 2 and not dirty.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize("store", ["file", "host"])
+def test_a_stored_table_is_compared_with_what_carries_it(
+    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--gigabytes", "0.004", "--width", "16", "--tile", "1", "--rounds", "1"]
+    rates = stored_table.main(["--folder", str(tmp_path), "--store", store, *small])
+    told = capsys.readouterr().out
+    assert f"32,768 rows x 16 fp32, 0.00 GB in {store}" in told and "load average" in told
+    assert all(rates[name] > 0 for name in ("raw", "stream", "memory", "step"))
+    slower = min(rates["raw"], rates["memory"])
+    assert rates["step of the slower"] == pytest.approx(rates["step"] / slower)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_skipping_saves_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from config_runs import ONE_STEP, Case, Runs, Seen
+from config_runs import ONE_STEP, Case, Runs, Seen, recorded
 from torch import Tensor
 
 from xmlkernels.nn.mixed import MixedHead, MixedLevel
 from xmlkernels.nn.plain import PlainHead, PlainLevel
+from xmlkernels.nn.stored_head import StoredHead
+from xmlkernels.nn.table_store import FilePlace
 from xmlkernels.ops.hyper import BETA1, EPSILON, LR
 
 RATE = 0.02  # of the table in its only step
@@ -178,6 +182,21 @@ def mixed_tables(before: Seen, after: Seen) -> None:
             assert 1e-7 < apart < (0.05 if bf16 else 0.01)
 
 
+def stored(runs: Runs, folder: Path) -> None:
+    """The table is on the host, or in a folder that is empty afterwards; its values are the same.
+
+    tests/training/test_train_stored.py has the rest.
+    """
+    plain = runs.of("tiny")
+    for text in ("host", f"file:{folder / 'tables'}"):
+        changed = recorded(runs.config("tiny", table_store=text, output=str(folder / text[:4])))
+        head = changed.model.head
+        assert isinstance(head, StoredHead) and head.weight.is_meta
+        assert isinstance(head.place, FilePlace) == text.startswith("file")
+        assert torch.equal(changed.tensors[WEIGHT], plain.tensors[WEIGHT])
+    assert head.place.folder.parent == folder / "tables" and not head.place.folder.exists()
+
+
 FP8 = torch.float8_e4m3fn
 STILL = {"table_lr": 0.0, "encoder_lr": 0.0, "epochs": 1}
 FIELDS = {
@@ -231,4 +250,5 @@ FIELDS = {
         Case("cascade", {"impl": "reference"}, plain_tables),
     ),
     "skip_tiles": (groups_are_skipped,),
+    "table_store": (stored,),
 }

@@ -23,6 +23,7 @@ from xmlkernels.checkpoint.head import (
     read_content,
     torch_dtype,
 )
+from xmlkernels.checkpoint.on_disk import TensorRows
 from xmlkernels.checkpoint.places import STATE, TENSORS, holds_nothing_else
 from xmlkernels.checkpoint.shards import OwnFile, ShardFiles, check_rows, merged, rows_of_whole
 from xmlkernels.checkpoint.state import decode
@@ -133,18 +134,19 @@ def _read_whole(
     sums: dict[str, str] = {}  # of those that were read in parts
     try:
         with safe_open(found / TENSORS, framework="pt") as file:
+            own = TensorRows(found / TENSORS, where)
             metadata = file.metadata() or {}
             names = set(file.keys())
             kept = {alias.get(name, name) for name in (*names, *alias) if keep(name)}
             for name in sorted(kept & names):
                 told = head["tensors"].get(name)
-                held = file.get_slice(name)
-                shape = held.get_shape()
+                shape = file.get_slice(name).get_shape()
                 parted = (name in rows or name in on_disk) and name not in twice
                 if parted and told is not None and told["shape"] == shape and shape:
                     if name in rows:
                         check_rows(rows[name], shape, f"{where}, tensor {name}")
                     behind = name in on_disk
+                    held = own.open(name)
                     part, sums[name] = rows_of_whole(held, rows.get(name), shape, behind=behind)
                     tensors[name] = part
                     continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 
@@ -22,6 +22,7 @@ from xmlkernels.checkpoint.head import (
     ShardFile,
     torch_dtype,
 )
+from xmlkernels.checkpoint.on_disk import TensorRows
 from xmlkernels.checkpoint.writing import (
     TensorFile,
     block_rows,
@@ -32,7 +33,7 @@ from xmlkernels.checkpoint.writing import (
 from xmlkernels.checksums import Xxh3, checksum, compare, new_digest
 from xmlkernels.errors import InputError
 from xmlkernels.records import Count, Positive
-from xmlkernels.rows import row_bytes, stand_in
+from xmlkernels.rows import FileRows, as_rows, pages, row_blocks, row_bytes, stand_in
 
 _MOST_HEADER = 100 << 20  # bytes, as safetensors itself allows
 
@@ -126,7 +127,7 @@ class ShardFiles:
 
     def __init__(self, found: Path, target: Path, head: ShardedHead) -> None:
         self._found, self._target, self._head = found, target, head
-        self._open: dict[str, Any] = {}
+        self._open: dict[tuple[str, str], FileRows] = {}
 
     def rows(self, name: str, first: int, end: int) -> torch.Tensor:
         """Read rows first:end of a tensor that is in parts.
@@ -159,7 +160,7 @@ class ShardFiles:
         told = self._head["sharded"][name]
         for part in told["parts"]:
             if part["first"] < end and first < part["end"]:
-                self._file(part["file"])  # now: a save may replace it before the rows are read
+                self._part(part["file"], name)  # now: a save may replace it before they are read
         shape = torch.Size((end - first, *told["shape"][1:]))
 
         def fill(start: int, out: torch.Tensor) -> None:
@@ -171,50 +172,48 @@ class ShardFiles:
         self, name: str, told: Sharded, part: Part, first: int, end: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (its first row, verified block) of the blocks of a part that rows lie in."""
-        from safetensors import SafetensorError
-
         step, where = told["block"], f"{self._target / part['file']}, tensor {name}"
         expected = [part["end"] - part["first"], *told["shape"][1:]]
         try:
-            held = self._file(part["file"]).get_slice(name)
-            if held.get_shape() != expected:
-                got = str(held.get_shape())
+            held = self._part(part["file"], name)
+            if list(held.shape) != expected:
+                got = str(list(held.shape))
                 raise InputError(where, f"shape {expected}", got, MEND)
+            if held.dtype != self.dtype(name):
+                raise InputError(where, told["dtype"], str(held.dtype)[6:], MEND)
+            buffer = pages(min(step, expected[0]) * row_bytes(held))
             begin = max(0, first - part["first"]) // step
             for number in range(begin, len(part["blocks"])):
                 start = part["first"] + number * step
                 if start >= end:
                     return
-                rows = held[number * step : min((number + 1) * step, expected[0])]
-                if dtype_name(rows) != told["dtype"]:
-                    raise InputError(where, told["dtype"], dtype_name(rows), MEND)
+                rows = as_rows(buffer, min(step, expected[0] - number * step), held)
+                held.read(number * step, rows)
                 place = f"{where}, rows {start:,} to {start + len(rows):,}"
                 compare(checksum_of(rows), part["blocks"][number], place, MEND)
                 yield start, rows
-        except (SafetensorError, OSError, RuntimeError) as error:
+        except OSError as error:
             raise InputError(where, "rows of a whole file", str(error), MEND) from error
 
-    def _file(self, name: str) -> Any:
-        """Open a file once, and compare its size and header with what state.json says."""
-        if name in self._open:
-            return self._open[name]
-        from safetensors import SafetensorError, safe_open
-
-        path, where, facts = self._found / name, str(self._target / name), self._head["files"][name]
+    def _part(self, file: str, name: str) -> FileRows:
+        """Open a tensor of a file once; compare size and header with what state.json says."""
+        if (file, name) in self._open:
+            return self._open[file, name]
+        path, where, facts = self._found / file, str(self._target / file), self._head["files"][file]
         try:
             before = stat(path)
             if (size := path.stat().st_size) != facts["bytes"]:
                 expected = f"{facts['bytes']:,} bytes, as it was written"
                 raise InputError(where, expected, f"{size:,} bytes", MEND)
             compare(checksum(_header(path)), facts["header"], f"{where}, header", MEND)
-            opened = safe_open(path, framework="pt")
+            opened = TensorRows(path, where).open(name)
         except FileNotFoundError as error:
             raise InputError(where, "rows of the checkpoint", "no such file", MEND) from error
-        except (SafetensorError, OSError, RuntimeError) as error:
+        except OSError as error:
             raise InputError(where, "a whole safetensors file", str(error), MEND) from error
         if stat(path) != before:
             raise InputError(where, "the rows of one checkpoint", "those of another", MEND)
-        self._open[name] = opened
+        self._open[file, name] = opened
         return opened
 
 
@@ -232,14 +231,14 @@ class _Behind:
 
 
 def rows_of_whole(
-    held: Any, rows: RowRange | None, shape: list[int], *, behind: bool
+    held: FileRows, rows: RowRange | None, shape: list[int], *, behind: bool
 ) -> tuple[torch.Tensor, str]:
     """Read some rows of a tensor that is stored whole under one checksum.
 
     All of it is read, a block at a time.
 
     Args:
-        held: a slice of safetensors.
+        held: the whole tensor.
         rows: which; None: all.
         shape: of the whole tensor.
         behind: give a tensor that stands in for the rows, which are read again.
@@ -249,21 +248,19 @@ def rows_of_whole(
     """
     count, digest = shape[0], new_digest()
     first, end = (0, count) if rows is None else (rows.first, rows.end)
-    none = held[0:0]
-    out = torch.empty((0 if behind else end - first, *shape[1:]), dtype=none.dtype)
-    step = block_rows(row_bytes(none))
-    for start in range(0, count, step):
-        block = held[start : min(start + step, count)]
-        digest.update(block.contiguous().flatten().view(torch.uint8).numpy())
+    out = torch.empty((0 if behind else end - first, *shape[1:]), dtype=held.dtype)
+    step = block_rows(row_bytes(held))
+    for start, block in zip(range(0, count, step), row_blocks(held, step), strict=True):
+        digest.update(block.flatten().view(torch.uint8).numpy())
         if not behind and start < end and first < start + len(block):
             cut = block[max(0, first - start) : end - start]
             out[max(start, first) - first :][: len(cut)] = cut
     if behind:
 
         def fill(start: int, into: torch.Tensor) -> None:
-            into.copy_(held[first + start : first + start + len(into)])
+            held.read(first + start, into)
 
-        out = stand_in(_Behind(torch.Size((end - first, *shape[1:])), none.dtype, fill))
+        out = stand_in(_Behind(torch.Size((end - first, *shape[1:])), held.dtype, fill))
     return out, digest.hexdigest()
 
 

@@ -23,7 +23,7 @@ from xmlkernels.rows import as_rows, pages, row_bytes, rows_behind
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 BLOCK = 4 << 20  # bytes of rows that are written, and verified, at a time
-_KINDS = {
+KINDS = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -114,12 +114,12 @@ def _header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
     told: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     place = 0
     for name, tensor in tensors.items():
-        if tensor.dtype not in _KINDS:
+        if tensor.dtype not in KINDS:
             got = dtype_name(tensor)
             raise InputError(f"tensor {name!r}", "a format of safetensors", got, "convert it")
         end = place + tensor.numel() * tensor.dtype.itemsize
         shape = list(tensor.shape)
-        told[name] = {"dtype": _KINDS[tensor.dtype], "shape": shape, "data_offsets": [place, end]}
+        told[name] = {"dtype": KINDS[tensor.dtype], "shape": shape, "data_offsets": [place, end]}
         place = end
     text = json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that values are aligned

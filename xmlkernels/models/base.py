@@ -30,8 +30,10 @@ from xmlkernels.models.scored import Answer, Scored
 from xmlkernels.models.training import TrainingSettings
 from xmlkernels.nn.protocol import check_encoder
 from xmlkernels.nn.shard import Shard, own_rows
+from xmlkernels.nn.stored import StoredTable
 from xmlkernels.nn.table import Table, without_states
 from xmlkernels.optim import LossScaler, scaled_step
+from xmlkernels.rows import stand_in
 
 if TYPE_CHECKING:
     from xmlkernels.tree.label_tree import LabelTree
@@ -111,6 +113,9 @@ class Model(nn.Module):
     def _averaged(self) -> dict[str, Tensor]:
         settings = self.training_settings
         wanted = settings is not None and settings.mean.tables
+        if wanted and self.stored_tables():
+            got, mend = "a mean of tables that are stored", "leave the tables out of the mean"
+            raise InputError("running mean", "tables in memory", got, mend)
         return averaged_weights(self, self.tables() if wanted else {})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -185,6 +190,15 @@ class Model(nn.Module):
         }
         means = () if self.average is None else self.average.names
         return found | {PREFIX + name: found[name] for name in means if name in found}
+
+    def stored_tables(self) -> dict[str, StoredTable]:
+        """Name the tables whose rows are in files or on the host."""
+        return {n: table for n, table in self.tables().items() if isinstance(table, StoredTable)}
+
+    def stored_tensors(self) -> set[str]:
+        """Name the tensors of these rows; a checkpoint need not bring them into memory."""
+        tables = self.stored_tables().items()
+        return {f"{name}.{buffer}" for name, table in tables for buffer in table.stored()}
 
     def describe(self) -> str:
         """Say in a few words what the kind of model alone decides; empty where there is nothing."""
@@ -454,10 +468,14 @@ class Model(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """Collect everything that must survive a stop, by name.
 
-        Weights, optimizer states, counters, loss scale, mean weights. With shared tables all
-        processes call it together; each has its own rows of what `shards` names.
+        Weights, optimizer states, counters, loss scale, mean weights. Tensors without memory stand
+        in for rows of stored tables. With shared tables all processes call it together; each has
+        its own rows of what `shards` names.
         """
         out = {name: value.detach() for name, value in self.state_dict().items()}
+        for name, table in self.stored_tables().items():
+            rows = table.stored()
+            out |= {f"{name}.{buffer}": stand_in(held) for buffer, held in rows.items()}
         for name, counter in self._own_counters().items():
             out[name] = dist.sum_(counter.clone())
         if self.optimizer is not None:
@@ -490,7 +508,11 @@ class Model(nn.Module):
         check_tensors(own, rest)
         if self.training_settings is not None:
             check_means(self.average, means)
+        # Tensors that stand in for stored rows are on the meta device, where a copy does nothing.
         self.load_state_dict(rest)
+        for name, table in self.stored_tables().items():
+            buffers = table.stored()
+            table.load_rows({buffer: rest[f"{name}.{buffer}"] for buffer in buffers})
         if dist.rank() > 0:
             for counter in self._own_counters().values():
                 counter.zero_()

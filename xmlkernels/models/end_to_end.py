@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from xmlkernels import dist
 from xmlkernels.errors import InputError
 from xmlkernels.models.base import Documents, Model
+from xmlkernels.models.saved import table_rows
 from xmlkernels.models.scored import Answer
 from xmlkernels.models.training import Training, no_training
 from xmlkernels.nn.full_head import FullHead
+from xmlkernels.nn.stored_head import StoredHead
 from xmlkernels.optim import set_learning_rate
 from xmlkernels.records import Positive
 
@@ -210,6 +212,9 @@ class EndToEnd(Model):
         cls, config: Mapping[str, Any], encoder: nn.Module, tensors: Mapping[str, Tensor]
     ) -> Self:
         """Build the model that a `config()` describes, for prediction; see `Model.restore`."""
+        rows = table_rows(tensors, "head")
+        if rows:
+            return cls(encoder, StoredHead(**config["head"], store=rows))
         return cls(encoder, FullHead(**config["head"], std=0))
 
     def _optimized(self) -> Iterable[tuple[str, nn.Parameter]]:

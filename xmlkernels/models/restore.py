@@ -11,7 +11,9 @@ from xmlkernels.models.base import Model
 from xmlkernels.models.kinds import KINDS
 from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.encoder import Encoder
+from xmlkernels.nn.stored import StoredTable
 from xmlkernels.records import Count, Meta, Positive, check_record
+from xmlkernels.rows import row_blocks
 
 DIVERGED = (
     "the training has diverged: use an earlier checkpoint (the best in place of the last), or "
@@ -72,7 +74,7 @@ def check_config(config: Any) -> None:
             )
 
 
-def check_finite(model: nn.Module, where: str) -> None:
+def check_finite(model: Model, where: str) -> None:
     """Refuse weights that are not finite: such a model answers every text with nothing.
 
     Args:
@@ -82,7 +84,17 @@ def check_finite(model: nn.Module, where: str) -> None:
     Raises:
         InputError: NaN or infinity in a tensor; names the first one and how many there are.
     """
-    bad = [name for name, value in model.state_dict().items() if not _finite(value)]
+    stored = {
+        f"{name}.{buffer}": rows
+        for name, table in model.tables().items()
+        if isinstance(table, StoredTable)
+        for buffer, rows in table.stored().items()
+    }
+    bad = [
+        name
+        for name, value in model.state_dict().items()
+        if not all(map(_finite, row_blocks(stored[name]) if name in stored else (value,)))
+    ]
     if bad:
         got = f"NaN or infinity in {len(bad)} of them, the first {bad[0]}"
         raise InputError(where, "weights that are finite numbers", got, DIVERGED)

@@ -8,6 +8,7 @@ from torch import Tensor
 from xmlkernels.errors import InputError
 from xmlkernels.nn.table import Table
 from xmlkernels.records import check_record
+from xmlkernels.rows import Rows, rows_behind
 from xmlkernels.tree.label_tree import LabelTree
 
 _STATES = tuple(f".{name}" for name in Table.TRAINING_ONLY)
@@ -33,6 +34,22 @@ def model_config(state: Mapping[str, Any]) -> dict[str, Any]:
         return {"kind": "end_to_end", "encoder": state["encoder"], "head": state["head"]}
     mend = "use one that xmlkernels train wrote"
     raise InputError("checkpoint", "the description of a model", "none", mend)
+
+
+def table_rows(tensors: Mapping[str, Tensor], table: str) -> dict[str, Rows]:
+    """Give the rows of a table that a checkpoint's tensors stand in for, by their buffers.
+
+    Args:
+        tensors: of the checkpoint.
+        table: its name there.
+    """
+    inside = f"{table}."
+    found = {
+        name.removeprefix(inside): rows_behind(tensor)
+        for name, tensor in tensors.items()
+        if name.startswith(inside)
+    }
+    return {name: rows for name, rows in found.items() if rows is not None}
 
 
 def check_tensors(own: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xmlkernels.rows import RowRange, rows_behind, stand_in
+
 UNIT = 128  # rows of a tile, and of a group that is skipped
 
 
@@ -62,6 +64,9 @@ def own_rows(tensor: Tensor, shard: Shard | None) -> Tensor:
     """Cut a shard's rows from a whole table; rows that are cut already, or no shard, stay."""
     if shard is None or tensor.shape[:1] != (shard.rows,) or shard.whole:
         return tensor
+    rows = rows_behind(tensor)
+    if rows is not None:
+        return stand_in(RowRange(rows, shard.first, shard.end))
     return tensor[shard.first : shard.end]
 
 

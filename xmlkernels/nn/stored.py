@@ -146,6 +146,9 @@ class StoredTable(Table):
         self.counter[1] += 1
         self.place.end(whole + 1)
 
+    def after_step(self) -> None:
+        """Do nothing: what follows a step is done tile by tile."""
+
     def _fill(self, draw: Draw | None) -> None:
         """Write first values; without `draw` the rows stay zeros, but an fp8 table needs scales."""
         scaled = "row_scale" in self.place.rows

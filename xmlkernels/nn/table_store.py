@@ -125,6 +125,9 @@ class Place:
     def _mark(self, step: int | None) -> None:
         """Say so outside of the process, where anybody looks."""
 
+    def close(self) -> None:
+        """Give up the rows, and what they stand in."""
+
     def check_whole(self) -> None:
         """Raise InputError where a step broke off: half of the rows are of another one."""
         if not self._whole:
@@ -172,7 +175,11 @@ class FilePlace(Place):
             held.close()
             raise
         super().__init__(made)
-        weakref.finalize(self, _leave, folder, held, os.getpid())
+        self._leave = weakref.finalize(self, _leave, folder, held, os.getpid())
+
+    def close(self) -> None:
+        """Remove the files, and let the folder go."""
+        self._leave()
 
     def _mark(self, step: int | None) -> None:
         self.header["step"] = step

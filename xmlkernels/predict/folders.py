@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ def load(
     which: str | None = None,
     device: str | torch.device = "cpu",
     threads: int = 0,
+    table_store: str = "auto",
 ) -> TextPredictor:
     """Load the predictor of a folder that training has written.
 
@@ -32,6 +34,7 @@ def load(
         which: the run's checkpoint, "best" or "last"; see `Predictor.load`.
         device: where the model computes.
         threads: CPU threads of the predictor; 0 leaves the choice to torch and numba.
+        table_store: where the label table of a run is meanwhile; see `Predictor.load`.
 
     Returns:
         A `Predictor`, `RankedPredictor` or `Forest`; each has `predict(texts, k)`.
@@ -46,7 +49,8 @@ def load(
         if checkpoint is not None:
             mend = "load the run alone, or name the ranker's folder first"
             raise InputError(str(paths[0]), "a ranker beside a checkpoint", "a run", mend)
-        return Predictor.load(paths[0], which=which, device=device, threads=threads)
+        options: dict[str, Any] = {"device": device, "threads": threads, "table_store": table_store}
+        return Predictor.load(paths[0], which=which, **options)
     if other := [path for path in paths if path not in rankers]:
         raise InputError(str(other[0]), "rankers alone", "a run", "load it by itself")
     if which is not None and checkpoint is None:

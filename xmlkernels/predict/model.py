@@ -9,8 +9,9 @@ for labels in predictor.predict(["open a file and read its lines"], k=5):
 
 import hashlib
 import json
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,17 @@ from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.checksums import Files, check_files
 from xmlkernels.data.inputs import Inputs, load_inputs
 from xmlkernels.errors import InputError
+from xmlkernels.memory import free_memory
 from xmlkernels.models.base import Model
-from xmlkernels.models.restore import DIVERGED, check_finite, restored
+from xmlkernels.models.kinds import KINDS
+from xmlkernels.models.restore import DIVERGED, check_config, check_finite, restored
+from xmlkernels.models.running_mean import PREFIX
 from xmlkernels.models.saved import model_config, needed_for_prediction
+from xmlkernels.nn.stored import READ
+from xmlkernels.precision import TABLE_DTYPES
 from xmlkernels.predict.base import AHEAD, NAMES, RANKER, Text, TextPredictor, read_names
 from xmlkernels.records import check_record
+from xmlkernels.rows import in_memory
 from xmlkernels.threads import check_threads, torch_threads
 
 BESIDE = (NAMES, "tokenizer", "vocabulary")  # next to a run's checkpoints, for predictions
@@ -67,6 +74,7 @@ class Predictor(TextPredictor):
         which: str | None = None,
         device: str | torch.device = "cpu",
         threads: int = 0,
+        table_store: str = "auto",
     ) -> "Predictor":
         """Load the `checkpoint` folder of a run.
 
@@ -83,6 +91,9 @@ class Predictor(TextPredictor):
             threads: CPU threads that this predictor's model computes on, whatever the rest of the
                 process uses; 0 leaves torch's choice. Tokenisers have threads of their own
                 (TOKENIZERS_PARALLELISM=false turns them off).
+            table_store: "file" leaves the label table in the checkpoint's file and streams it for
+                every batch; "ram" loads it; "auto" leaves it where it would fill more than half of
+                the free memory.
 
         Raises:
             InputError: no such checkpoint, one that is damaged, damaged files next to it, or one
@@ -93,7 +104,11 @@ class Predictor(TextPredictor):
             mend = "give it as --ranker; xmlkernels.load takes either"
             raise InputError(str(folder), "the output folder of a run", "one of a ranker", mend)
         checkpoints, order = _located(folder, which)
-        tensors, state, found = _first(checkpoints, order, needed_for_prediction)
+        table = _left_in_file(checkpoints, order, table_store)
+        tensors, state, found = _first(checkpoints, order, needed_for_prediction, table)
+        if any(f"{PREFIX}{name}" in tensors for name in table):
+            # Predictions use the running mean of the table, which is in another format.
+            tensors = {name: in_memory(tensor) for name, tensor in tensors.items()}
         path = checkpoints.folder
         check_files(
             path, files_beside(state, str(path / found)), "copy the whole checkpoint folder again"
@@ -193,11 +208,35 @@ def _located(folder: str | Path, which: str | None) -> tuple[CheckpointFolder, t
     return checkpoints, order
 
 
+def _left_in_file(
+    checkpoints: CheckpointFolder, order: tuple[str, ...], table_store: str
+) -> set[str]:
+    """Name the tensors of the label table where it is to stay in its file; else none."""
+    if table_store not in ("auto", "ram", "file"):
+        mend = "choose one of them"
+        raise InputError("table_store", "auto, ram or file", repr(table_store), mend)
+    if table_store == "ram":
+        return set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the reading that follows will warn
+        config = model_config(_first(checkpoints, order, keep=lambda name: False)[1])
+    check_config(config)
+    *_, (name, shape) = KINDS[config["kind"]].table_shapes(config["head"]).items()
+    dtype = TABLE_DTYPES.get(config["head"]["dtype"], torch.float32)
+    free = free_memory()
+    if table_store == "auto" and (free is None or 2 * math.prod(shape) * dtype.itemsize <= free):
+        return set()
+    return {f"{name.removesuffix('weight')}{buffer}" for buffer in READ}
+
+
 def _first(
-    checkpoints: CheckpointFolder, order: tuple[str, ...], keep: Callable[[str], bool]
+    checkpoints: CheckpointFolder,
+    order: tuple[str, ...],
+    keep: Callable[[str], bool],
+    on_disk: Container[str] = (),
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any], str]:
     """Load the first checkpoint that is whole; warn where an earlier one of the order is not."""
-    tensors, state, found, reason = checkpoints.load_first(order, keep)
+    tensors, state, found, reason = checkpoints.load_first(order, keep, on_disk=on_disk)
     if reason is not None:
         note = f"{reason.where}: {reason.got}; {checkpoints.folder / found} is used in its place"
         warnings.warn(note, CheckpointWarning, stacklevel=3)

@@ -32,7 +32,9 @@ from xmlkernels.nn.layer_recipe import default_layers
 from xmlkernels.nn.mixed import MixedHead, MixedLevel
 from xmlkernels.nn.plain import PlainHead, PlainLevel
 from xmlkernels.nn.shard import shard_rows
+from xmlkernels.nn.stored_head import StoredHead
 from xmlkernels.nn.table import RowOptimizer
+from xmlkernels.nn.table_store import TableStore, parse_store
 from xmlkernels.planner import planned, told
 from xmlkernels.training.config import Config
 from xmlkernels.training.facts import TreeShape
@@ -139,7 +141,7 @@ def full_table(
     if plan.sharded:
         shard = shard_rows(labels, processes, rank, aligned=config.skip_tiles > 0)
     return partial(
-        _head(config),
+        _head(plan),
         labels,
         width,
         dtype=plan.table,
@@ -228,11 +230,21 @@ BUILDERS: dict[str, Callable[[Plan, nn.Module, int, LabelTree | None], Model]] =
 }
 
 
-def _head(config: Config) -> Callable[..., FullHead]:
+def _head(plan: Plan) -> Callable[..., FullHead]:
+    config = plan.config
     if config.impl == "reference":
         return PlainHead
+    if (store := _store(plan)) is not None:
+        return partial(StoredHead, store=store)
     mixed = config.table_compute != "auto"
     return partial(MixedHead, compute=config.table_compute) if mixed else FullHead
+
+
+def _store(plan: Plan) -> TableStore | None:
+    """Say where this process keeps its rows of the label table; None: in memory."""
+    part, parts = dist.rank(), dist.size()
+    pinned = plan.device.type == "cuda"
+    return parse_store(plan.config.table_store, part, parts, pinned=pinned)
 
 
 def _level(config: Config) -> Callable[..., CascadeLevel] | None:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator
 
 from xmlkernels import InputError, dist
 from xmlkernels.models.kinds import KINDS
+from xmlkernels.nn.table_store import parse_store
 from xmlkernels.options import check_values, flag, names_only
 from xmlkernels.training.config import BEST_BY, Config, layers_of
 from xmlkernels.training.plan import BeforeData, before_data
@@ -31,6 +32,7 @@ def check(
         InputError: the first setting out of range, unknown, contradictory or without effect.
     """
     check_values(config)
+    parse_store(config.table_store)
     for good, name, expected, mend in _together(config):
         if not good:
             raise InputError(flag(name), expected, repr(getattr(config, name)), mend)
@@ -155,6 +157,17 @@ def _together(config: Config) -> Iterator[tuple[bool, str, str, str]]:
         "no --ema-tables with --table fp8",
         mend,
     )
+    stored = config.table_store != "ram"
+    for fits, name, expected in (
+        (not plain, "impl", "fused"),
+        (not mixed, "table_compute", "auto"),
+        (not dense, "table_optimizer", "auto, sgd or adam"),
+        (not config.ema_tables, "ema_tables", "no mean of tables"),
+        (config.label_device == "auto", "label_device", "auto"),
+        (many == 1 or config.shard_labels != "off", "shard_labels", "auto"),
+    ):
+        beside = f"{expected} with --table-store {config.table_store}"
+        yield fits or not stored, name, beside, "choose that, or --table-store ram"
     alone = config.model == "cascade" or config.label_device == "auto"
     yield (
         alone,

@@ -227,6 +227,13 @@ class Config:
     many units of the table's format (its spacing at 2^-6); an approximation that saves up to half
     of the table's step. 0 is off."""
 
+    table_store: str = of(TABLE, "ram", NAME)
+    """Where the label table stands with its optimizer's state: ram, the memory of its device; host,
+    the host's memory beside a card; file:FOLDER, files in a folder of a local disk, for tables
+    larger than memory. The last two are streamed to the device by tiles, in every step and for
+    every batch of an evaluation. The weights are the same bit for bit; sums over labels are, within
+    rounding."""
+
     epochs: int = of(TRAINING, 10, COUNT)
     """Passes over the training documents."""
     batch: int = of(TRAINING, 32, COUNT)

@@ -50,6 +50,7 @@ def environment(plan: Plan, model: Model) -> dict[str, Any]:
     return versions | {
         "device": str(model.device),
         "label_device": str(plan.label_device or model.device),
+        "table_store": plan.config.table_store.partition(":")[0],
         "threads": torch.get_num_threads(),
         "processes": dist.size(),
         "native": missing is None,

@@ -123,7 +123,8 @@ class Evaluator:
             return now
         dist.wait()  # until the first has written it
         if run.best["step"] != self.model.steps:
-            run.load(*checkpoints.load("best", rows=self.model.shards()))
+            model = self.model
+            run.load(*checkpoints.load("best", rows=model.shards(), on_disk=model.stored_tensors()))
             run.epoch = int(run.best["epoch"])
         log.info(f"the best checkpoint by validation {self.config.best_by} is epoch {run.epoch}'s")
         return run.best

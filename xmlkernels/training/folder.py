@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 # that is not finished.
 RUN_FILES = ("metrics.json", "predictions.npz", "log.jsonl", "checkpoint", "config.json")
 # `tree` is a place: which tree it is, the checkpoint knows by content. Tables are the same tables
-# on any `label_device`.
+# on any `label_device`, in any `table_store`.
 MAY_CHANGE = (
     "resume",
     "overwrite",
@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "threads",
     "tree",
     "label_device",
+    "table_store",
     "beyond_memory",
     "timeout",
     "shard_labels",

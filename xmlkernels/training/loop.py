@@ -86,6 +86,7 @@ def running(config: Config) -> Iterator[tuple[Session, RunState, Evaluator]]:
     first = dist.rank() == 0
     with own_folder(config.output, writes=RUN_FILES) if first else nullcontext():
         run: RunState | None = None
+        session: Session | None = None
 
         def lost(told: str) -> None:
             """From a thread: the loop may be waiting for ever."""
@@ -122,6 +123,10 @@ def running(config: Config) -> Iterator[tuple[Session, RunState, Evaluator]]:
             raise
         except OSError as error:
             raise Failed(f"{reason_of(error)}; {how_to_go_on(run, config)}") from error
+        finally:
+            if session is not None:
+                for table in session.model.stored_tables().values():
+                    table.place.close()
 
 
 @contextmanager

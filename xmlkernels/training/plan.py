@@ -173,6 +173,11 @@ def _graphs(
             "a table of one format",
             f"--table-compute {config.table_compute}",
         ),
+        (
+            config.table_store == "ram",
+            "a table in the card's memory",
+            f"--table-store {config.table_store}",
+        ),
         (apart is None, "all tables on one device", f"--label-device {config.label_device}"),
         (processes == 1, "one process", f"{processes}"),
     ):

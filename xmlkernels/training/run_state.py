@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import partial
 from signal import SIGTERM, Signals
 from typing import Annotated, Any, NoReturn, NotRequired, TypedDict
@@ -131,7 +131,11 @@ class RunState:
     def _resume(self) -> None:
         session, checkpoints = self.session, self.folder.checkpoints
         tensors, state, which = newest(
-            checkpoints, self.config, session.plan.epoch, self.model.shards()
+            checkpoints,
+            self.config,
+            session.plan.epoch,
+            self.model.shards(),
+            self.model.stored_tensors(),
         )
         dist.agree("the checkpoint to go on from", which, torch.device("cpu"))
         check_same(state, session.dataset, session.inputs, session.tree)
@@ -373,6 +377,7 @@ def newest(
     config: Config,
     batches: int,
     rows: Mapping[str, RowRange] | None = None,
+    on_disk: Container[str] = (),
 ) -> tuple[dict[str, Tensor], Saved, str]:
     """Load the newest checkpoint that is whole; those that are not are logged.
 
@@ -381,6 +386,7 @@ def newest(
         config: its settings.
         batches: updates per epoch.
         rows: of shared tables, which this process holds.
+        on_disk: names of tensors that are not to be brought into memory.
 
     Returns:
         Its tensors, its state and its name.
@@ -393,7 +399,7 @@ def newest(
         check_state(state, config, batches, str(checkpoints.folder))
 
     tensors, state, which, reason = checkpoints.load_first(
-        _ORDER, check=check, rows=rows, agree=_first_of_all
+        _ORDER, check=check, rows=rows, on_disk=on_disk, agree=_first_of_all
     )
     if which != "last":
         why = "there is no last checkpoint" if reason is None else f"{reason.where}: {reason.got}"
