@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE
 from processes import together
 from train_runs import ROOT, make_dataset
 
@@ -210,6 +211,36 @@ def test_a_lost_process_ends_the_other_with_its_name(
         assert f"process 1 of 2 (process {second.pid} on " in errors[0]
         assert "has ended or stands still" in errors[0]
         assert "is whole: go on from it with --resume" in errors[0]
+
+
+def test_torchrun_starts_again_from_the_last_checkpoint(dataset: Path, tmp_path: Path) -> None:
+    output, told = tmp_path / "run", tmp_path / "told"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "--max-restarts", "1", str(ROOT / "train" / "run.py")]
+    command += ["tiny", "--encoder", "bow", "--min-df", "1", "--device", "cpu", "--resume"]
+    command += ["--dataset", str(dataset), "--output", str(output)]
+    command += ["--epochs", "100000", "--save-every", "5"]
+    with told.open("w") as file:
+        started = subprocess.Popen(
+            command, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+    try:
+        last = output / "checkpoint" / "last" / "state.json"
+        until(lambda: last.exists() or started.poll() is not None, PATIENCE)
+        assert started.poll() is None, told.read_text()
+        children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+        workers = [pid for pid in children if "run.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+        assert len(workers) == 2
+        os.kill(int(workers[1]), signal.SIGKILL)
+        until(lambda: "resumed at step" in told.read_text() or started.poll() is not None, PATIENCE)
+        assert "resumed at step" in told.read_text(), told.read_text()
+    finally:
+        started.terminate()
+        try:
+            started.wait(60)
+        finally:
+            started.kill()
+            started.wait(60)
 
 
 def test_a_signal_to_one_stops_both_at_the_same_step(dataset: Path, tmp_path: Path) -> None:

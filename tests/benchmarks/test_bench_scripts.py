@@ -11,6 +11,7 @@ from benchmarks import (
     label_tree,
     latency,
     plot,
+    processes,
     run,
     skip_tiles,
     stored_table,
@@ -147,3 +148,13 @@ def test_the_stall_of_a_checkpoint_is_measured(
         assert 0 < line["still"] < line["save"] and line["step_before"] > 0
         assert line["share"] == line["still"] / line["save"]
     assert "still / save: median" in capsys.readouterr().out
+
+
+def test_a_group_of_processes_is_timed_beside_one(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--labels", "300", "--width", "8", "--batch", "6", "--steps", "2", "--rounds", "1"]
+    processes.main(small)
+    _, one, two, ratio = capsys.readouterr().out.splitlines()
+    assert one.startswith("1 x 2 threads") and two.startswith("2 x 1 threads")
+    assert one.split()[6] == "0" and float(two.split()[4]) > 0
+    assert float(two.split()[6].replace(",", "")) > 2 * 3 * 8 * 4  # gathered and scattered
+    assert ratio.startswith("2 processes: ") and "x the speed of one" in ratio
