@@ -78,6 +78,15 @@ def test_a_process_knows_what_it_holds(tmp_path: Path) -> None:
     assert resident_memory(system(tmp_path)) is None  # a system that does not say
 
 
+def test_counting_draws_nothing_from_the_generator() -> None:
+    before = torch.get_rng_state()
+    found = forecast.process_so_far()
+    assert torch.equal(before, torch.get_rng_state())
+    own = torch.nn.Linear(1 << 20, 4)  # an encoder that is counted by itself
+    less = forecast.process_so_far(own)["process so far"]
+    assert abs(less - found["process so far"]) < 4 << 20
+
+
 def test_a_run_counts_what_its_process_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,9 +1,10 @@
 """Say what a run will take before it starts: `xmlkernels plan RECIPE [--key value …]`.
 
-Memory by part, of each process and each device, at its peak; seconds of a step, hours of the run
-and, with --price, money; whether it fits, and if not the nearest change that makes it fit. Nothing
-is trained, and no memory of the run's own is taken. All flags of `xmlkernels train RECIPE` may be
-given. Sizes are the dataset's, those that the recipe's data set is known to have, or the flags':
+Memory by part, of each process and each device, at its peak; bytes on the wire; seconds of a step,
+hours of the run and, with --price, money; whether it fits, and if not the nearest change that makes
+it fit. Nothing is trained, and no memory of the run's own is taken. All flags of `xmlkernels train
+RECIPE` may be given. Sizes are the dataset's, those that the recipe's data set is known to have, or
+the flags':
 `xmlkernels plan bow --labels 100000000 --documents 1000000 --vocabulary 500000 --dim 64`.
 
 --device takes cpu (this machine, measured now) or a card by name: h200, h100, a100, rtx4090, l4.
@@ -62,6 +63,11 @@ def tell(name: str, found: Forecast) -> None:
     )
     for device, budget in found.memory.budgets().items():
         _tell_memory(device, budget)
+    if found.wire:
+        rows = [(name, readable(count)) for name, count in found.wire.items()]
+        rows.append(("together", readable(sum(found.wire.values()))))
+        title = "bytes that a process receives in a step, however many labels there are"
+        print_rows(title, ("what", "bytes"), rows)
     _tell_time("a step", found.step)
     if found.evaluation:
         _tell_time("an evaluation of the validation split", found.evaluation)

@@ -4,6 +4,7 @@ Rates are what was seen or published, not what this package reaches: `speed` kno
 are apart.
 """
 
+import functools
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -98,8 +99,9 @@ def card_of(name: str, where: str = "--device") -> Card:
     return CARDS[name]
 
 
+@functools.cache
 def this_cpu() -> Card:
-    """Measure this machine's processors: a copy and products, in a few tenths of a second.
+    """Measure this machine's processors, once: a copy and products, in a second or less.
 
     What else runs here slows them. Processes of one machine share them, and its memory; over a
     network nobody knows, so bytes count as copies.

@@ -156,6 +156,15 @@ def workspace_bytes(table: Table, documents: int, *, cuda: bool) -> int:
     return sums * partial + 4 * partial
 
 
+def tree_bytes(sizes: Sequence[int]) -> int:
+    """Bytes of a label tree beside a model: the order of its labels there and back, and children.
+
+    Args:
+        sizes: nodes of each level, coarse to fine, labels last.
+    """
+    return 8 * (2 * sizes[-1] + sum(nodes + 1 for nodes in sizes[:-1]))
+
+
 def label_bytes(labels: int, *, sums_loss: bool) -> int:
     """Bytes of what a run keeps of each label on the host, in fp64.
 

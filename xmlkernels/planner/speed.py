@@ -68,6 +68,7 @@ FIGURES = (
     _modelled("sparse_update", "bf16", "h100", "memory", 0.512, 0.410),
     _modelled("matmul_topk", "bf16", "h100", "products", 7.086, 2.800),
     _modelled("bce_step", "bf16", "a100", "products", 22.388, 6.635),
+    _modelled("bce_step", "bf16", "a100", "products", 30.477, 12.318),
     _modelled("cluster_step", "bf16", "a100", "memory", 1.443, 1.181),
     _modelled("sparse_update", "bf16", "a100", "memory", 0.853, 0.683),
     _modelled("matmul_topk", "bf16", "a100", "products", 19.981, 8.847),
@@ -167,14 +168,15 @@ def level_work(table: Table, documents: int, candidates: int, *, what: str) -> W
     Args:
         table: the level's, or a part of it.
         documents: B.
-        candidates: S, of a document.
+        candidates: S, of a document, among all rows; a shard has its share of them.
         what: to call it.
     """
     rows, width = table.weight.shape
     row = sum(t.numel() * t.element_size() for t in table.row_buffers().values()) / max(1, rows)
-    touched = rows * -math.expm1(-documents * candidates / max(1, rows))
-    moved = 2 * touched * row + 4 * documents * (candidates + 2 * width)
-    work = 6 * documents * candidates * width
+    own = candidates * rows / max(1, table.shard.rows)
+    touched = rows * -math.expm1(-documents * own / max(1, rows))
+    moved = 2 * touched * row + 4 * documents * (own + 2 * width)
+    work = 6 * documents * own * width
     return Work(what, "cluster_step", _name(table), moved, work)
 
 

@@ -7,11 +7,13 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from xmlkernels.memory import resident_memory
 from xmlkernels.models.kinds import KINDS
 from xmlkernels.nn.bow import BowEncoder
+from xmlkernels.nn.full_head import FullHead
 from xmlkernels.nn.table import Table
 from xmlkernels.planner import Budget, label_bytes, summed, table_parts
 from xmlkernels.planner import plan as model_parts
@@ -23,6 +25,7 @@ from xmlkernels.planner.parts import (
     module_bytes,
     report_bytes,
     saved_bytes,
+    tree_bytes,
     vector_bytes,
     workspace_bytes,
 )
@@ -66,11 +69,28 @@ def process_so_far(encoder: nn.Module | None = None) -> dict[str, int]:
     Args:
         encoder: in memory, to be counted by itself.
     """
-    importlib.import_module("torch._dynamo")  # torch's optimizers load it
-    importlib.import_module("safetensors.torch")  # checkpoints
+    _first_use()
     own = 0 if encoder is None else module_bytes(encoder)
     found = resident_memory()
     return {} if found is None else {SO_FAR: max(0, found - own)}
+
+
+def _first_use() -> None:
+    """Load what a run loads on its way: torch's optimizers, checkpoints, the code of the ops.
+
+    It draws nothing from torch's generator.
+    """
+    importlib.import_module("torch._dynamo")
+    importlib.import_module("safetensors.torch")
+    head = FullHead(64, 8)
+    x, row = torch.ones(2, 8), torch.tensor([1, 5])
+    sample = torch.tensor([0, 1], dtype=torch.int32)
+    head.step(x, row, sample, lr=0.0, need_loss=True)
+    head.topk(x, 2)
+    head.loss(x, row, sample)
+    bag = BowEncoder(8, 8, optimizer="adam")
+    bag(row, torch.tensor([0, 1, 2]), x[0, :2]).sum().backward()
+    bag.update(0.0)
 
 
 def candidates_of(plan: Plan, tree: TreeShape | None) -> tuple[int, ...]:
@@ -119,6 +139,9 @@ def memory_of(
     whole = plan.update if processes > 1 else 0
     vectors = vector_bytes(plan.update, [table.width for table in tables.values()], whole=whole)
     step |= {"vectors": vectors, "working memory of the ops": _working(beside, plan.update, cuda)}
+    if processes > 1:
+        # Gradients are sent in few large messages, of 64 MiB and one gradient more at most.
+        step["gradients on their way"] = min(held.get("its gradients", 0), 64 << 20)
     many = config.evaluate_batch
     passed = activation_bytes(encoder, many, plan.longest, training=False)
     evaluation = {
@@ -127,8 +150,10 @@ def memory_of(
         "candidates": descent_bytes(many, candidates),
     }
     phases = {FIRST: _first(plan, beside), STEP: step, EVALUATION: evaluation}
-    context = {"CUDA (estimate)": _CONTEXT} if cuda else {}
-    device = Budget(context | held, phases)
+    beside_model = {"CUDA (estimate)": _CONTEXT} if cuda else {}
+    if tree is not None:
+        beside_model["label tree"] = tree_bytes(tree.sizes)
+    device = Budget(beside_model | held, phases)
     apart = None
     if plan.label_device is not None:
         own = {last: tables[last]}
@@ -159,7 +184,8 @@ def _host(plan: Plan, here: Mapping[str, int], saved: int) -> Budget:
         phases[REPORT] = report_bytes(reported, labels, kept)
     if plan.device.type == "cuda":
         phases[WRITING] = {"copy of the model": saved}
-    if facts.validation:
+    if facts.validation and config.epochs > config.evaluate_every:
+        # Of several evaluations the best may not be the last.
         phases[READING] = {"checkpoint": saved}
     return Budget(held, phases)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from xmlkernels import dist
 from xmlkernels.nn import hf
 from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.encoder import Encoder
@@ -55,13 +56,16 @@ class Forecast:
         plan: its settings, resolved.
         here: bytes of the host before there is a model.
         memory: of one process, the largest.
-        step, evaluation: how long each part of a step, and of an evaluation of all splits, takes.
+        wire: bytes that the first process receives in a step without a loss, by kind and by what.
+        step, evaluation: how long each part of a step, and of an evaluation of the validation
+            split, takes.
     """
 
     subject: Subject
     plan: Plan
     here: Mapping[str, int]
     memory: RunMemory
+    wire: Mapping[str, int]
     step: tuple[Timed, ...]
     evaluation: tuple[Timed, ...]
 
@@ -117,14 +121,50 @@ def forecast(subject: Subject, here: Mapping[str, int]) -> Forecast:
     plan, encoder, tables = _built(subject)
     processes = subject.options.gpus
     memory = memory_of(plan, encoder, tables, subject.tree, here=here, processes=processes)
+    wire = traffic_of(plan, encoder, tables, processes, terms=subject.words)
+    parts = [timed(work, subject.card) for work in _step(subject, plan, encoder, tables)]
+    if received := sum(wire.values()):
+        floor = received / subject.card.wire
+        parts.append(Timed("wire", floor, floor, "the rate alone: nothing overlaps"))
     return Forecast(
         subject,
         plan,
         here,
         memory,
-        tuple(timed(work, subject.card) for work in _step(subject, plan, encoder, tables)),
+        wire,
+        tuple(parts),
         tuple(timed(work, subject.card) for work in _looks(subject, plan, encoder, tables)),
     )
+
+
+def traffic_of(
+    plan: Plan, encoder: nn.Module, tables: Mapping[str, Table], processes: int, *, terms: float
+) -> dict[str, int]:
+    """Return the bytes that the first process receives in a step, by kind and by what.
+
+    The vectors of every table are gathered. Gradients come back from the labels' alone, where the
+    processes share it; the encoder's are summed. See `dist.step_traffic`.
+
+    Args:
+        plan: the settings of the run.
+        encoder: of the run.
+        tables: by what to call them, the labels' last.
+        processes: G.
+        terms: of a document, for a bag of words, whose bags are gathered.
+    """
+    found, last = dict[str, int](), len(tables) - 1
+    for number, (name, table) in enumerate(tables.items()):
+        own = plan.sharded and number == last
+        each = dist.step_traffic(plan.update, [table.width], processes, scattered=own)
+        found[f"gathered, {name}"] = each["gathered"]
+        found[f"scattered, {name}"] = each["scattered"]
+    trained = sum(p.numel() * p.element_size() for p in encoder.parameters() if p.requires_grad)
+    summed = dist.step_traffic(plan.update, [], processes, summed=trained)["summed"]
+    found["summed, encoder"] = summed
+    if isinstance(encoder, BowEncoder):
+        bags = round(-(-plan.update // processes) * terms)
+        found["gathered, bags of words"] = encoder.update_traffic(plan.update, bags, processes)
+    return {name: count for name, count in found.items() if count}
 
 
 def _built(subject: Subject) -> tuple[Plan, nn.Module, dict[str, Table]]:
