@@ -21,7 +21,7 @@ from typing import Any
 from train_runs import make_dataset, make_tree, tiny, weights
 
 from xmlkernels.checkpoint import CheckpointFolder
-from xmlkernels.cli import console, ensemble, export, predict, prepare, rank
+from xmlkernels.cli import console, ensemble, export, neighbours, predict, prepare, rank
 from xmlkernels.cli import tree as tree_command
 from xmlkernels.data import dataset_writer
 from xmlkernels.locks import LOCK
@@ -29,7 +29,8 @@ from xmlkernels.training import run_state, session, stops, tree
 from xmlkernels.training.loop import train
 
 COMMANDS = {"tree": tree_command, "ranker": rank} | {
-    module.__name__.rpartition(".")[2]: module for module in (ensemble, export, predict, prepare)
+    module.__name__.rpartition(".")[2]: module
+    for module in (ensemble, export, neighbours, predict, prepare)
 }
 
 PATIENCE = 120  # seconds for what takes one or two on an idle machine
@@ -282,6 +283,7 @@ def cases(dataset: Path, folder: Path) -> Iterator[tuple[str, Callable[[Path], N
         "tree": ([str(dataset), "--depths", "1", "2", "--no-plot"], "tree"),
         "ranker": (["--dataset", str(dataset), "--one-vs-all"], "ranker"),
         "ensemble": ([scores, scores, "--dataset", str(dataset)], "sum.npz"),
+        "neighbours": (["--dataset", str(dataset)], "near.npz"),
         "export": ([*labels, "--what", "embeddings"], "vectors"),
         "predict": ([*labels, "--input", str(folder / "texts.txt")], "answers.jsonl"),
         "prepare": (

@@ -18,7 +18,7 @@ CASES = [
     "a run whose disk is full",
     *(
         f"{name}: a file in the way, a full disk, links"
-        for name in ("tree", "ranker", "ensemble", "export", "predict", "prepare")
+        for name in ("tree", "ranker", "ensemble", "neighbours", "export", "predict", "prepare")
     ),
     "prepare stopped",
     "tree stopped",

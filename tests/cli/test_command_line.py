@@ -18,7 +18,7 @@ from xmlkernels.training.tree import TreeConfig
 
 COMMANDS = {"prepare": PrepareConfig, "tree": TreeConfig, "rank": RankerConfig} | {
     name: import_module(f"xmlkernels.cli.{name}").Options
-    for name in ("predict", "ensemble", "export")
+    for name in ("predict", "ensemble", "export", "neighbours")
 }
 PLACED = ("tree", "ensemble")
 

@@ -107,6 +107,30 @@ def test_sum_is_that_of_dense_matrices(
     } == set(got["sum"])
 
 
+@pytest.mark.parametrize("power", [0.3, 2.0])
+def test_propensity_multiplies_the_probabilities_of_the_sum(
+    files: tuple[str, str], folder: Path, test_split: Split, tmp_path: Path, power: float
+) -> None:
+    a, b = logits(1), logits(2)
+    dataset = Dataset.open(folder)
+    weight = inverse_propensity(dataset.splits["train"].labels, *dataset.propensity)
+    stored = (a.toarray() != 0) | (b.toarray() != 0)
+    total = (sigmoid(a) + sigmoid(b)) * weight**power
+    rows = dense_best(total, stored, test_split, 5)
+    assert not np.array_equal(rows, dense_best(sigmoid(a) + sigmoid(b), stored, test_split, 5))
+    expected = evaluate(rows, test_split.labels, weight)
+    output = str(tmp_path / "sum.npz")
+    got = run(files, folder, propensity=power, output=output)
+    plain = run(files, folder)
+    assert got["sum"] == pytest.approx(expected)
+    assert [got[name] for name in files] == [plain[name] for name in files]
+    # What is written is the product, as a probability: it measures the same by itself.
+    assert run((output,), folder)[output] == pytest.approx(expected)
+    one = run(files[:1], folder, propensity=power)
+    alone = dense_best(sigmoid(a) * weight**power, a.toarray() != 0, test_split, 5)
+    assert one["sum"] == pytest.approx(evaluate(alone, test_split.labels, weight))
+
+
 def test_one_file_is_measured_as_it_is(
     files: tuple[str, str], folder: Path, test_split: Split
 ) -> None:

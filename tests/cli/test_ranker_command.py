@@ -285,6 +285,41 @@ def test_texts_and_features_from_files(folder: Path, tmp_path: Path) -> None:
         )
 
 
+def test_label_texts_are_documents_of_their_labels(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is one more document of its label, without a shortlist, and raises that label for it."""
+    dataset = Dataset.open(folder)
+    train = dataset.splits["train"]
+    tree = str(make_tree(folder, tmp_path / "tree.safetensors"))
+    seen: list[tuple[Any, ...]] = []
+    fit = ranker.fit_groups
+
+    def kept(features: Any, labels: Any, group: Any, listed: Any, *rest: Any, **more: Any) -> Any:
+        seen.append((features, labels, listed))
+        return fit(features, labels, group, listed, *rest, **more)
+
+    monkeypatch.setattr(ranker, "fit_groups", kept)
+    for name, wanted in (("plain", False), ("own", True)):
+        ranker.train_ranker(options(folder, tmp_path / name, tree=tree, label_text=wanted))
+    (_, documents, _), (features, labels, listed) = seen
+    assert len(features) == labels.shape[0] == listed.shape[0] == len(train) + LABELS
+    assert (labels[: len(train)] != documents).nnz == 0
+    assert np.array_equal(labels[len(train) :].toarray(), np.eye(LABELS))
+    assert listed[len(train) :].nnz == 0 and listed[: len(train)].nnz > 0
+    words = Vectorizer.load(tmp_path / "own" / "vectorizer")
+    texts = words.transform(dataset.label_names or [])
+    assert abs(features.sparse[len(train) :] - texts).max() < 1e-6
+    plain, own = (
+        Reranker.load(tmp_path / name / "ranker.safetensors").ranker for name in ("plain", "own")
+    )
+    each = csr_matrix(np.eye(LABELS))
+    before, after = (
+        r.score(features.rows(len(train), len(features)), each).data for r in (plain, own)
+    )
+    assert (after > before).mean() > 0.7 and after.mean() > before.mean() + 0.05
+
+
 def test_without_pairs() -> None:
     matrix = csr_matrix(np.array([[1.0, 2, 0], [3, 0, 4], [0, 0, 5]]))
     left = ranker_inputs.without_pairs(matrix, np.array([[0, 1], [2, 2], [2, 0], [0, 2]]))

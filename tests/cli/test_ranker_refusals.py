@@ -63,6 +63,14 @@ from xmlkernels.training import ranker
             {"checkpoint": "c", "tfidf": False, "longest": 3},
             "--longest: expected no such flag with --no-tfidf",
         ),
+        (
+            {"checkpoint": "c", "label_text": True},
+            "--label-text: expected a ranker of words alone, got a checkpoint's embedding",
+        ),
+        (
+            {"tree": "t", "label_text": True, "features": "f"},
+            "--label-text: expected a ranker of words alone, got ready features",
+        ),
         ({"checkpoint": "nowhere"}, "nowhere"),
         ({"tree": "nowhere"}, "nowhere: expected a label tree"),
     ],

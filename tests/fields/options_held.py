@@ -1,6 +1,6 @@
 """The test of each option of the commands other than `train`: file::test, from tests/."""
 
-from xmlkernels.cli import ensemble, export, predict
+from xmlkernels.cli import ensemble, export, neighbours, predict
 from xmlkernels.data.prepare import PrepareConfig
 from xmlkernels.training import planned_sizes, ranker, tree
 
@@ -10,6 +10,7 @@ _RANKED = "predict/test_ranked.py::"
 _TREE = "tree/test_command.py::"
 _EXPORT = "cli/test_export.py::"
 _ENSEMBLE = "cli/test_ensemble.py::"
+_NEIGHBOURS = "cli/test_neighbours.py::"
 _RANKER = "cli/test_ranker_command.py::"
 _PLAN = "cli/test_plan.py::"
 _PREPARE = "data/test_prepare.py::"
@@ -112,6 +113,19 @@ HELD: dict[type, dict[str, str]] = {
             "train_text",
             "validation_text",
         ),
+        "label_text": _RANKER + "test_label_texts_are_documents_of_their_labels",
+    },
+    neighbours.Options: {
+        **_all(
+            _NEIGHBOURS + "test_scores_are_shares_of_the_votes",
+            "dataset",
+            "output",
+            "split",
+            "neighbours",
+            "power",
+            "top_k",
+        ),
+        "label_text": _NEIGHBOURS + "test_label_texts_vote_for_all_but_their_own_documents",
     },
     export.Options: {
         **_all(
@@ -138,6 +152,7 @@ HELD: dict[type, dict[str, str]] = {
         ),
         **_all(_ENSEMBLE + "test_sum_is_that_of_dense_matrices", "weights", "sum"),
         "scores": _ENSEMBLE + "test_probabilities_and_logits_of_the_same_scores_agree",
+        "propensity": _ENSEMBLE + "test_propensity_multiplies_the_probabilities_of_the_sum",
         "metrics": _ENSEMBLE + "test_output_holds_logits_that_measure_the_same",
     },
     PrepareConfig: {

@@ -38,6 +38,26 @@ def test_ties_go_to_the_earlier_text_and_the_lower_label():
     np.testing.assert_array_equal(rows, [[1, 2, 3, -1]])
 
 
+def test_shares_of_votes_and_texts_kept_apart():
+    texts = ["alpha beta", "gamma", "delta zeta", "alpha gamma"]
+    labels = csr_matrix(np.eye(4, dtype=np.float32))
+    model = KNNBaseline(texts, labels)
+    pairs = np.array([[0, 3], [1, 2]])
+    values, rows = model.predict(
+        ["alpha gamma", "delta"], 4, neighbours=3, power=1, apart=pairs, share=True
+    )
+    assert rows.tolist() == [[1, 0, -1, -1], [-1] * 4]
+    assert values[0, :2].sum() == pytest.approx(1)
+    # Shares are the sums over all votes, and nobody else's neighbours change.
+    plain, same = model.predict(["alpha gamma"], 4, neighbours=3, power=1)
+    assert same.tolist() == [[3, 1, 0, -1]]
+    share, order = model.predict(["alpha gamma"], 4, neighbours=3, power=1, share=True)
+    assert order.tolist() == same.tolist()
+    np.testing.assert_allclose(share[0, :3], plain[0, :3] / plain[0, :3].sum(), rtol=1e-6)
+    ratio = values[0, :2] / plain[0, 1:3]
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("block", [3, 256])
 def test_equals_a_dense_ranking(monkeypatch, block):
     monkeypatch.setattr(knn, "_BLOCK", block)

@@ -16,6 +16,10 @@ Files hold logits, as this project writes them and CascadeXML reads text files, 
 absent label counts 0, or of log-odds, where it counts as much as the lowest label that the file has
 for this document: it cannot have had more; a file that has none for it has no say. Pairs that the
 dataset filters out are removed before the cut, in every row of the table.
+
+--propensity X favours rare labels: each probability of the sum is multiplied by the label's inverse
+propensity to the power X before the cut. At 0.2 to 0.4 PSP@k rises while P@k hardly falls; choose X
+on a validation split.
 """
 
 import math
@@ -37,7 +41,7 @@ from xmlkernels.evaluation import score_matrix
 from xmlkernels.files import check_file
 from xmlkernels.locks import own_place
 from xmlkernels.metrics import evaluate, inverse_propensity
-from xmlkernels.ranker.blend import best, combine
+from xmlkernels.ranker.blend import best, combine, towards_rare
 from xmlkernels.training.folder import write_json
 
 MEASURED = 5  # metrics at 1 to 5
@@ -61,6 +65,9 @@ class Options:
     """What the files hold: one word for all, or one for each."""
     sum: Literal["probability", "log_odds"] = "probability"
     """What is summed."""
+    propensity: float = 0.0
+    """Power of the labels' inverse propensity that multiplies the probabilities of the sum: above 0
+    rare labels rise, and PSP@k with them. 0 leaves it as it is."""
     output: str = ""
     """.npz or .txt(.gz) for the summed scores, as logits: the log-odds of the weighted mean of the
     probabilities, or the weighted mean of the log-odds."""
@@ -93,6 +100,10 @@ def check(options: Options) -> None:
         got = " ".join(map(str, options.weights))
         raise InputError(
             "--weights", "finite numbers from 0, not all of them 0", got, "correct them"
+        )
+    if not 0 <= options.propensity < math.inf:
+        raise InputError(
+            "--propensity", "a finite number from 0", str(options.propensity), "correct it"
         )
     if len(options.scores) not in (1, count) or not set(options.scores) <= set(KINDS):
         got = " ".join(options.scores)
@@ -211,10 +222,13 @@ def _run(options: Options) -> dict[str, dict[str, float]]:
         measured[name] = evaluate(
             best(alone, split.filter_pairs, MEASURED)[1], split.labels, weight
         )
-    if len(files) > 1 or options.output:
+    several = len(files) > 1 or options.propensity > 0
+    if several or options.output:
         total = combine(files, odds, options.weights or [1.0] * len(files), options.sum)
+        if options.propensity:
+            total = towards_rare(total, weight, options.propensity)
         values, rows = best(total, split.filter_pairs, options.top_k)
-        if len(files) > 1:
+        if several:
             measured["sum"] = evaluate(rows, split.labels, weight)
         if options.output:
             kept = score_matrix(values.astype(np.float32), rows, dataset.num_labels)
@@ -229,6 +243,7 @@ def _run(options: Options) -> dict[str, dict[str, float]]:
             "dataset_hash": dataset.content_hash,
             "split": split.name,
             "sum": options.sum,
+            "propensity": options.propensity,
         }
         write_json(Path(options.metrics), {**facts, "metrics": measured})
     return measured

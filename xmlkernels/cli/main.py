@@ -16,6 +16,7 @@ COMMANDS = {
     "plan": "say what a run will take: memory, seconds, money",
     "tree": "build the label tree of a dataset",
     "rank": "train a linear ranker over shortlists",
+    "neighbours": "score a split by its nearest training texts",
     "predict": "label texts",
     "export": "write label vectors, embeddings or shortlists as arrays",
     "ensemble": "sum score files and measure them",

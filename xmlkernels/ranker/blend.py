@@ -230,6 +230,28 @@ def combine(
     return _mean_probability(used, shape) if how == "probability" else _mean_odds(used, shape)
 
 
+def towards_rare(scores: csr_matrix, weight: np.ndarray, power: float) -> csr_matrix:
+    """Multiply every probability by a power of its label's weight, relative to the largest.
+
+    With inverse propensities as weights, a label's score is then between its probability (power 0)
+    and its expected share of PSP@k (power 1). Small powers cost little precision, for they change
+    the order of labels of nearly equal probability first. Source: Menon et al., "Long-tail
+    learning via logit adjustment" (ICLR 2021), with the weights of Jain, Prabhu & Varma (KDD 2016).
+
+    Args:
+        scores: CSR [N, L], log-odds.
+        weight: [L], above 0: `metrics.inverse_propensity`.
+        power: 0 or more.
+
+    Returns:
+        Log-odds of the products, float64 CSR [N, L] of the same pattern.
+    """
+    lift = power * np.log(weight / weight.max())
+    z = scores.data.astype(np.float64)
+    log_p = -np.logaddexp(0, -z) + lift[scores.indices]
+    return csr_matrix((log_odds(log_p), scores.indices, scores.indptr), scores.shape)
+
+
 # Of each file: its pairs, their log-odds, its share; shares add up to 1.
 _Used = Sequence[tuple[csr_matrix, np.ndarray, float]]
 

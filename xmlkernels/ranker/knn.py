@@ -48,7 +48,14 @@ class KNNBaseline:
         self._labels = csr_matrix(train_labels != 0, dtype=np.float32)
 
     def predict(
-        self, texts: Sequence[str], k: int, *, neighbours: int = 200, power: float = 3.0
+        self,
+        texts: Sequence[str],
+        k: int,
+        *,
+        neighbours: int = 200,
+        power: float = 3.0,
+        apart: np.ndarray | None = None,
+        share: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the k best labels of each text, best first.
 
@@ -60,6 +67,9 @@ class KNNBaseline:
             k: labels per text.
             neighbours: training texts that vote.
             power: of the similarity that a neighbour votes with.
+            apart: int64 [n, 2], pairs (text, training text) that are never neighbours: a text and
+                itself.
+            share: give each label's share of all votes, from 0 to 1, in place of their sum.
 
         Returns:
             values float32 [B, k] and rows int64 [B, k]; -inf and -1 where fewer than k labels have
@@ -72,17 +82,30 @@ class KNNBaseline:
             if not value > 0:
                 raise InputError(name, "a number above 0", str(value), "ask for at least one")
         queries = self._vectorizer.transform(texts)
+        barred = _pattern(apart, (len(texts), self._labels.shape[0]))
         values = np.full((len(texts), k), -np.inf, np.float32)
         rows = np.full((len(texts), k), -1, np.int64)
         for start in range(0, len(texts), _BLOCK):
-            nearest = _largest(
-                (queries[start : start + _BLOCK] @ self._by_word).tocsr(), neighbours
-            )
+            similar = (queries[start : start + _BLOCK] @ self._by_word).tocsr()
+            if barred.nnz:
+                similar -= similar.multiply(barred[start : start + _BLOCK])
+                similar.eliminate_zeros()
+            nearest = _largest(similar, neighbours)
             nearest.data **= power
+            if share:
+                of_row = np.asarray(nearest.sum(1)).ravel()
+                nearest.data /= np.repeat(of_row, np.diff(nearest.indptr))
             best = _largest((nearest @ self._labels).tocsr(), k)
             point, place = _places(best)
             rows[start + point, place], values[start + point, place] = best.indices, best.data
         return values, rows
+
+
+def _pattern(pairs: np.ndarray | None, shape: tuple[int, int]) -> csr_matrix:
+    """Matrix [B, N] with a 1 for each of the pairs [n, 2]."""
+    if pairs is None:
+        return csr_matrix(shape, dtype=np.float32)
+    return csr_matrix((np.ones(len(pairs), np.float32), (pairs[:, 0], pairs[:, 1])), shape)
 
 
 def _places(matrix: csr_matrix) -> tuple[np.ndarray, np.ndarray]:

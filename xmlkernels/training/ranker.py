@@ -13,6 +13,7 @@ from xmlkernels import InputError
 from xmlkernels.checksums import of_files
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.formats import write_npz
+from xmlkernels.data.vectorizer import Vectorizer
 from xmlkernels.evaluation import score_matrix
 from xmlkernels.locks import own_folder
 from xmlkernels.metrics import candidates_needed, evaluate, inverse_propensity
@@ -29,6 +30,8 @@ from xmlkernels.training.folder import write_json, write_names
 from xmlkernels.training.ranker_config import RankerConfig, check
 from xmlkernels.training.ranker_inputs import (
     Documents,
+    TrainingPart,
+    label_texts,
     model_inputs,
     read_features,
     vectorize,
@@ -87,17 +90,19 @@ def _train(options: RankerConfig, folder: Path) -> dict[str, Any]:
     weights = {name: getattr(options, name) for name in ("embedding_weight", "tfidf_weight")}
     for part in documents.values():
         part.features = Features.join(part.embedding, part.tfidf, **weights)
+    training = training_part(options, dataset, documents["train"], folder)
     matcher = kept = None
     if tree is not None:
         with clock.on("clusters"):
-            matcher, kept = match(options, tree, documents["train"], folder / CLUSTERS)
+            matcher = match(options, tree, training, folder / CLUSTERS)
+            kept = matcher.kept(documents["train"].features, threads=options.threads)
     with clock.on("ranker"):
         facts = {
             "dataset": dataset.content_hash,
             "options": asdict(options),
             "source": asdict(source),
         }
-        ranker = fit_ranker(options, documents["train"], matcher, kept, facts)
+        ranker = fit_ranker(options, documents["train"], training, matcher, kept, facts)
     log.info(
         f"{ranker.sparse.nnz / dataset.num_labels:,.0f} TF-IDF weights a label are left of "
         f"{ranker.sparse.shape[1]:,}"
@@ -222,30 +227,44 @@ def open_tree(path: str, dataset: Dataset) -> LabelTree:
     return tree
 
 
-def match(
-    options: RankerConfig, tree: LabelTree, first: Documents, folder: Path
-) -> tuple[ClusterMatcher, csr_matrix]:
-    """Train linear classifiers of the tree's clusters, and write them.
+def training_part(
+    options: RankerConfig, dataset: Dataset, first: Documents, folder: Path
+) -> TrainingPart:
+    """Return what the classifiers are trained on: the documents, and label texts where asked for.
 
-    Returns:
-        The matcher, and the clusters that it keeps for the training documents.
+    Raises:
+        InputError: the dataset has no label texts, and they are asked for.
     """
+    if not options.label_text:
+        return TrainingPart(first.features, first.split.labels)
+    names = label_texts(dataset)
+    own = Vectorizer.load(folder / VECTORIZER).transform(names)
+    own_features = Features.join(None, own, tfidf_weight=options.tfidf_weight)
+    log.info(f"{len(names):,} label texts, each a document of its label")
+    return TrainingPart(first.features, first.split.labels).with_labels(own_features)
+
+
+def match(
+    options: RankerConfig, tree: LabelTree, training: TrainingPart, folder: Path
+) -> ClusterMatcher:
+    """Train linear classifiers of the tree's clusters, and write them."""
     clusters = [tree.ancestors(level)[tree.place] for level in range(tree.levels - 1)]
     matcher = ClusterMatcher.fit(
-        first.features,
-        first.split.labels,
+        training.features,
+        training.labels,
         clusters,
         beam=options.beam,
         settings=replace(options.training, negatives=0),
         threads=options.threads,
     )
     matcher.save(folder)
-    return matcher, matcher.kept(first.features, threads=options.threads)
+    return matcher
 
 
 def fit_ranker(
     options: RankerConfig,
     first: Documents,
+    training: TrainingPart,
     matcher: ClusterMatcher | None,
     kept: csr_matrix | None,
     facts: dict[str, Any],
@@ -254,18 +273,18 @@ def fit_ranker(
     how: dict[str, Any] = {"threads": options.threads, "facts": facts}
     if matcher is not None:
         return fit_groups(
-            first.features,
-            first.split.labels,
+            training.features,
+            training.labels,
             matcher.clusters[-1],
-            kept,
+            None if kept is None else training.listed(kept),
             options.training,
             excluded=first.split.filter_pairs,
             **how,
         )
     listed = first.shortlist
     if listed is not None:
-        listed = without_pairs(listed, first.split.filter_pairs)
-    return fit(first.features, first.split.labels, listed, options.training, **how)
+        listed = training.listed(without_pairs(listed, first.split.filter_pairs))
+    return fit(training.features, training.labels, listed, options.training, **how)
 
 
 def scored(

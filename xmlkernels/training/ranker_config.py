@@ -55,6 +55,10 @@ class RankerConfig:
     """Length of the rows of TF-IDF."""
 
     # ---- training ----
+    label_text: bool = False
+    """Each label's text is one more document of that label; with --checkpoint, words alone
+    (--no-embedding) are trained on it.
+    """
     shortlist: int = 50
     """Labels per document that the checkpoint lists."""
     beam: int = 10
@@ -119,6 +123,8 @@ def check(options: RankerConfig) -> None:
             "some",
             "leave them out: they would do nothing",
         )
+    if options.label_text:
+        _check_label_text(options)
     check_least(options, 1, "longest", "min_df", "shortlist", "beam", "top_k")
     check_least(options, 0, "max_features", "threads")
     if options.share is not None and not (math.isfinite(options.share) and 0 <= options.share <= 1):
@@ -132,6 +138,20 @@ def check(options: RankerConfig) -> None:
     for path in filter(None, texts):
         check_file(path)
     refuse_others(options.output)
+
+
+def _check_label_text(options: RankerConfig) -> None:
+    for there, got, mend in (
+        (options.features, "ready features, whose words are not known", "leave --features out"),
+        (not options.tfidf, "--no-tfidf", "leave it out"),
+        (
+            options.checkpoint and options.embedding,
+            "a checkpoint's embedding, which label texts have not",
+            "say --no-embedding too",
+        ),
+    ):
+        if there:
+            raise InputError("--label-text", "a ranker of words alone", got, mend)
 
 
 def _refuse_idle(options: RankerConfig) -> None:

@@ -1,5 +1,7 @@
 """What a ranker is trained on: TF-IDF features, embeddings and shortlists of every split."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, identity, vstack
 
 from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset, Split
@@ -43,6 +45,54 @@ class Documents:
     embedding: np.ndarray | None = None
     shortlist: csr_matrix | None = None
     features: Features = NONE
+
+
+@dataclass(frozen=True)
+class TrainingPart:
+    """What classifiers are trained on: documents, and behind them perhaps the labels' own texts.
+
+    Attributes:
+        features: of N documents.
+        labels: [N, L] sparse; stored non-zeros are positives.
+    """
+
+    features: Features
+    labels: csr_matrix
+
+    def with_labels(self, own: Features) -> TrainingPart:
+        """Append the labels' texts, each a document of its own label alone: [N + L] documents."""
+        each = identity(self.labels.shape[1], self.labels.dtype, format="csr")
+        sparse = csr_matrix(vstack([self.features.sparse, own.sparse], "csr"))
+        dense = np.concatenate([self.features.dense, own.dense])
+        labels = csr_matrix(vstack([self.labels, each], "csr"))
+        return TrainingPart(Features(dense, sparse), labels)
+
+    def listed(self, shortlist: csr_matrix) -> csr_matrix:
+        """Give documents behind those of a shortlist [n, columns] an empty one: [N, columns].
+
+        A label's text is no negative of the labels that a model would list for it: nobody has said
+        that it is none of theirs.
+        """
+        more = self.labels.shape[0] - shortlist.shape[0]
+        ends = np.concatenate([shortlist.indptr, np.full(more, shortlist.nnz)])
+        shape = (self.labels.shape[0], shortlist.shape[1])
+        return csr_matrix((shortlist.data, shortlist.indices, ends), shape)
+
+
+def label_texts(dataset: Dataset) -> list[str]:
+    """Return the labels' texts.
+
+    Raises:
+        InputError: the dataset has none.
+    """
+    if dataset.label_names is None:
+        raise InputError(
+            "--label-text",
+            "a dataset with label texts",
+            "one without",
+            "prepare it with --label-text",
+        )
+    return dataset.label_names
 
 
 def read_features(folder: str, dataset: Dataset) -> dict[str, csr_matrix]:
