@@ -10,7 +10,7 @@ import cascade_common
 import numpy as np
 import pytest
 import torch
-from processes import together
+from processes import collected, together
 from scipy.sparse import csr_matrix
 from scipy.sparse import random as sparse_random
 from torch import Tensor
@@ -32,7 +32,6 @@ from xmlkernels.nn.plain import PlainLevel
 from xmlkernels.nn.shard import Shard
 from xmlkernels.nn.table import RowOptimizer
 from xmlkernels.precision import TABLE_DTYPES
-from xmlkernels.training.run_state import collected
 from xmlkernels.tree.label_tree import LabelTree, arrangement
 
 WORDS, WIDTH, DOCUMENTS = 40, 12, 45

@@ -14,6 +14,7 @@ from typing import Any
 import fields_cascade
 import fields_encoder
 import fields_run
+import fields_saving
 import fields_table
 import fields_training
 import pytest
@@ -24,6 +25,7 @@ from xmlkernels.training.config import began_with, recorded
 Held = tuple[Case | Callable[[Runs, Any], None], ...]
 TABLE: dict[str, Held] = {
     **fields_run.FIELDS,
+    **fields_saving.FIELDS,
     **fields_encoder.FIELDS,
     **fields_cascade.FIELDS,
     **fields_table.FIELDS,
