@@ -1,6 +1,6 @@
 """Compare several processes of one thread each with one process of as many threads.
 
-    python benchmarks/processes.py [--model end_to_end] [--labels 100000] [--rounds 3]
+    python benchmarks/processes.py [--model cascade] [--labels 100000] [--rounds 3]
 
 Both train the same model on the same batches: one process with all threads, then a group of gloo
 processes that share the label table, in turn for some rounds. It prints the milliseconds of a step
@@ -57,8 +57,52 @@ def end_to_end(asked: argparse.Namespace) -> tuple[Any, list[Any]]:
     return model, batches
 
 
+def cascade(asked: argparse.Namespace) -> tuple[Any, list[Any]]:
+    """Make a bag of words with a cascade, of which this process holds its clusters, and batches.
+
+    16 labels stand in a cluster, 8 clusters in one of the coarsest level; 64 and 128 are kept.
+    """
+    import numpy as np
+    import torch
+    from scipy.sparse import csr_matrix
+
+    from xmlkernels import dist
+    from xmlkernels.data.batches.bags import BagBatches
+    from xmlkernels.models.cascade import Cascade
+    from xmlkernels.models.training import CascadeTraining
+    from xmlkernels.nn.bow import BowEncoder
+    from xmlkernels.nn.cascade_heads import CascadeHeads
+    from xmlkernels.nn.cluster_shard import cluster_shards
+    from xmlkernels.tree.label_tree import LabelTree, arrangement
+
+    fine = np.arange(asked.labels) // 16
+    tree, shard = LabelTree.from_partitions([fine // 8, fine]), None
+    if dist.size() > 1:
+        shard = cluster_shards(torch.tensor(tree.children[-1]), dist.size())[dist.rank()]
+    most, kept = [tree.widest(0), tree.widest(1)], [min(64, tree.sizes[0]), min(128, tree.sizes[1])]
+    how: dict[str, Any] = {"layers": ((0,),) * 3, "topk": kept, "dtype": asked.table}
+    heads = CascadeHeads(tree.sizes, most, asked.width, label_shard=shard, **how)
+    settings = CascadeTraining(encoder_lr=1e-3, total=1 << 30)
+    encoder = BowEncoder(VOCABULARY, asked.width, optimizer="adam")
+    random, count = np.random.default_rng(0), 4 * asked.batch
+    data = [
+        csr_matrix(
+            (np.ones(count * each, np.float32), indices, np.arange(count + 1) * each),
+            shape=(count, columns),
+        )
+        for each, columns in ((WORDS, VOCABULARY), (PER_DOCUMENT, asked.labels))
+        for indices in [random.integers(0, columns, count * each)]
+    ]
+    for matrix in data:
+        matrix.sum_duplicates()
+    made = BagBatches(*data, asked.batch, prefetch=0, **arrangement(tree)).shared(dist.part)
+    batches = [made.collate(documents) for documents in np.arange(count).reshape(4, -1)]
+    return Cascade(encoder, heads, tree, settings), batches
+
+
 MODELS: dict[str, Callable[[argparse.Namespace], tuple[Any, list[Any]]]] = {
     "end_to_end": end_to_end,
+    "cascade": cascade,
 }
 
 
