@@ -10,6 +10,7 @@ from benchmarks import (
     checkpoint_stall,
     label_tree,
     latency,
+    many_labels,
     plot,
     processes,
     run,
@@ -70,6 +71,17 @@ def test_a_stored_table_is_compared_with_what_carries_it(
     slower = min(rates["raw"], rates["memory"])
     assert rates["step of the slower"] == pytest.approx(rates["step"] / slower)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_many_labels_says_what_it_took(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--labels", "3000", "--steps", "12", "--batch", "4", "--test", "6", "--width", "8"]
+    store = f"file:{tmp_path / 'table'}"
+    found = many_labels.main([*words, "--output", str(tmp_path), "--table-store", store])
+    told = capsys.readouterr().out
+    assert "3,000 labels x 8 bf16, file" in told and "peak RSS, GB" in told
+    assert found["steps"] == 12 and found["last loss"] < found["first loss"]
 
 
 def test_what_skipping_saves_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
