@@ -144,6 +144,7 @@ def test_what_it_cannot_do_is_refused(dataset: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=told):
             check(config(dataset, tmp_path, "no", **{"table_store": "host"} | changes))
 
+    refused("--model: expected end_to_end with --table-store host", model="cascade")
     refused("--impl: expected fused with --table-store host", impl="reference", table="fp32")
     refused("--table-compute: expected auto", table_compute="fp16", table="fp32")
     refused("--ema-tables: expected no mean of tables", ema=0.9, ema_tables=True)
