@@ -231,6 +231,7 @@ def told_to_a_ranker(
             part.shortlist = scipy.sparse.csr_matrix((len(part.split), labels), dtype=np.float32)
         return "a checkpoint"
 
+    kept = scipy.sparse.identity(len(Dataset.open(options.dataset).splits["train"]), format="csr")
     vectorize, join = ranker.vectorize, ranker.Features.join
     monkeypatch.setattr(ranker, "checkpoint_identity", lambda path: "a checkpoint")
     monkeypatch.setattr(ranker, "model_inputs", inputs)
@@ -240,7 +241,7 @@ def told_to_a_ranker(
     )
     matcher = SimpleNamespace(
         save=lambda folder: None,
-        kept=keeping(seen, "kept", "those kept"),
+        kept=keeping(seen, "kept", kept),
         clusters=["coarse", "fine"],
     )
     monkeypatch.setattr(ranker.ClusterMatcher, "fit", keeping(seen, "clusters", matcher))
@@ -331,7 +332,9 @@ def test_what_a_ranker_of_a_tree_is_told(
     assert [len(set(level.tolist())) for level in clusters] == [4, 10]
     assert seen["kept"][1] == {"threads": 2}
     (_, _, group, listed, settings), how = seen["fit_groups"]
-    assert (group, listed) == ("fine", "those kept")
+    assert group == "fine"
+    documents = len(Dataset.open(dataset).splits["train"])
+    assert (listed != scipy.sparse.identity(documents)).nnz == 0  # what `kept` gave
     assert settings == Settings(negatives=7, **TRAINED) and how["threads"] == 2  # type: ignore[arg-type]
 
 
