@@ -164,3 +164,17 @@ def test_tokenize_in_chunks(tmp_path: Path, tokenizer: Tokenizer) -> None:
     ]
     assert told == [(10, 25), (20, 25), (25, 25)]
     assert store.header.tokenizer_hash == tokenizer.hash and store.header.vocab_size == 204
+
+
+@pytest.mark.parametrize("place", ["vocab", "added"])
+def test_an_id_beyond_any_vocabulary_is_refused(place: str, tmp_path: Path) -> None:
+    """The tokenizers library would end the process: it asks for memory for each id below."""
+    file = make_tokenizer(tmp_path / "tokenizer") / "tokenizer.json"
+    told = json.loads(file.read_text())
+    if place == "vocab":
+        told["model"]["vocab"]["w1"] = 2**31
+    else:
+        told["added_tokens"][0]["id"] = 2**31
+    file.write_text(json.dumps(told))
+    with pytest.raises(InputError, match=r"token ids below 16,777,216, got 2147483648 of "):
+        load_tokenizer(tmp_path / "tokenizer")

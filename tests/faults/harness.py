@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mutate import mutate
 from patience import killed, status_of
@@ -86,8 +88,14 @@ def run(
     report = Report()
     for kind in kinds:
         # A good one is taken, and what it needs is imported and compiled before the first fork.
+        torch.set_num_threads(1)  # whatever the kind before has left
         _consume(kind, make_good(kind, work))
+        torch.set_num_threads(1)
+        if len(names := _threads()) > 1:
+            raise AssertionError(f"{kind.name}: a fork may wait for ever for threads: {names}")
+    # What the children inherit is theirs to read: to collect it would copy every page of it.
     gc.collect()
+    gc.freeze()
     for number, kind in enumerate(kinds):
         share = range(count * number // len(kinds), count * (number + 1) // len(kinds))
         for first in range(share.start, share.stop, AT_ONCE):
@@ -101,6 +109,11 @@ def run(
                 report,
             )
     return report
+
+
+def _threads() -> list[str]:
+    """Return the names of this process's threads."""
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
 
 
 def make_good(kind: Kind, work: Path) -> Path:

@@ -17,6 +17,7 @@ import numpy as np
 from xmlkernels.data.formats.token_maps import from_padded_map
 from xmlkernels.data.token_store import TokenHeader, TokenStore, TokenWriter
 from xmlkernels.errors import InputError
+from xmlkernels.files import quote
 from xmlkernels.foreign import refuse_auto_map, refuse_code
 from xmlkernels.installed import MINILM, minilm_folder, need_transformers
 
@@ -38,6 +39,7 @@ PROBE = [
     "[CLS] <s> </s> [SEP] <unk>",
 ]
 Progress = Callable[[int, int], None]
+MOST_IDS = 1 << 24  # the largest vocabularies have a few hundred thousand
 
 
 class Tokenizer:
@@ -172,6 +174,29 @@ def _writable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def _refuse_far_ids(folder: Path) -> None:
+    """Refuse ids that no vocabulary has: tokenizers asks for memory for each up to the largest.
+
+    Where there is none it ends the process. What is no JSON is left to the reader of it.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        told = json.loads(path.read_bytes())
+        ids = [(token["content"], token["id"]) for token in told.get("added_tokens") or []]
+        vocab = told["model"]["vocab"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return
+    ids += vocab.items() if isinstance(vocab, dict) else []
+    for token, number in ids:
+        if isinstance(number, int) and number >= MOST_IDS:
+            raise InputError(
+                str(path),
+                f"token ids below {MOST_IDS:,}",
+                f"{number} of {quote(str(token))}",
+                "restore the file from where it came",
+            )
+
+
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """Load a tokenizer by hub name or from a local folder; its own code never runs.
 
@@ -198,6 +223,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         )
     if path.is_dir():
         refuse_code(path)
+        _refuse_far_ids(path)
     try:
         inner = AutoTokenizer.from_pretrained(
             str(path) if path.is_dir() else name, trust_remote_code=False

@@ -1,0 +1,49 @@
+"""One process that trains, evaluates, saves and predicts again and again does not grow."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.platform != "linux":
+    pytest.skip("looks at /proc", allow_module_level=True)
+
+from soak import Sample, faults, figures
+
+
+def test_a_few_seconds() -> None:
+    """Few turns: what grows by little would not show, what is left open does."""
+    script = Path(__file__).with_name("soak.py")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, script, "--minutes", "0.1", "--growth", "3"],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["faults"] == [] and found["turns"] >= 10 and found["mb_at_the_end"] > 100
+
+
+@pytest.mark.parametrize(
+    ("mb", "files", "threads", "told"),
+    [
+        (0.0, 0, 0, []),
+        (0.05, 0, 0, ["memory grew by 3.39 %"]),
+        (0.0, 1, 0, ["files were not constant"]),
+        (0.0, 0, 1, ["threads were not constant"]),
+    ],
+)
+def test_what_grows_is_seen(mb: float, files: int, threads: int, told: list[str]) -> None:
+    samples = [
+        Sample(float(n), 100 + mb * n + 50 * (n > 0), 9 + files * (n == 90), 2 + threads * (n > 50))
+        for n in range(100)
+    ]
+    found = figures(samples)
+    assert found["mb_after_warm_up"] < 155
+    assert [one.replace(f"{found['growth_percent']}", "3.39") for one in faults(found, 1)] == told
