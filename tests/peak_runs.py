@@ -136,6 +136,7 @@ def config_of(case: str, folder: Path) -> Config:
         "epochs": 2,
         "evaluate_batch": 8,
         "save_every": 0,
+        "background_save": "off",  # auto copies a checkpoint only where there is room for it
         "threads": 1,
         "device": "cpu",
     }
