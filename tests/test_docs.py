@@ -72,14 +72,18 @@ def flags() -> dict[str, set[str]]:
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(waiting, "choose", lambda words: None)  # torch has been loaded
-        for name in command.COMMANDS:
+        for name, *recipe in [
+            *((n, "tiny") if n in ("train", "plan") else (n,) for n in command.COMMANDS),
+            ("train", "linear"),  # with flags of its own
+        ]:
             shown = io.StringIO()
-            words = [name, *(["tiny"] if name in ("train", "plan") else []), "--help"]
+            words = [name, *recipe, "--help"]
             with pytest.raises(SystemExit) as ended, contextlib.redirect_stdout(shown):
                 command.main(words)
             assert ended.value.code in (0, None), words
             own = re.findall(r"--(?:\[no-\])?([a-z][a-z0-9-]*)", shown.getvalue())
-            found[name] = {*own, *(f"no-{word}" for word in own), "help", "version"}
+            which = f"{name} linear" if recipe == ["linear"] else name
+            found[which] = {*own, *(f"no-{word}" for word in own), "help", "version"}
     return found
 
 
@@ -98,6 +102,8 @@ def test_commands_that_pages_name_exist(path: Path, flags: dict[str, set[str]]) 
             name = "train" if match[1] else match[2]
             if not re.fullmatch(r"[a-z]+", name):
                 continue
+            if name == "train" and part[match.end() :].split()[:1] == ["linear"]:
+                name = "train linear"
             assert name in flags, f"{named(path)}: {line}"
             told = set(re.findall(r"(?<=\s)--([a-z][a-z0-9-]*)", part[match.end() :]))
             assert told <= flags[name], f"{named(path)}: {line}: {sorted(told - flags[name])}"
