@@ -43,7 +43,7 @@ def measured(head: FullHead, saver: Saver, number: int, steps: int) -> dict[str,
 
     before, during = [step() for _ in range(steps)], []
     start = time.perf_counter()
-    saver.wait()
+    saver.settle()
     state = {"number": number, "steps": int(head.counter[1])}
     held = {f"head.{name}": value for name, value in head.state_dict().items()}
     saver.save(held, state, {}, new_identity(), step=number)
@@ -51,7 +51,7 @@ def measured(head: FullHead, saver: Saver, number: int, steps: int) -> dict[str,
     while saver.saved != number and not saver.failed:
         during.append(step())
     whole = time.perf_counter() - start
-    saver.wait()
+    saver.settle()
     return {
         "still": still,
         "save": whole,

@@ -77,19 +77,19 @@ def test_a_loop_goes_on_while_it_is_written(tmp_path: Path, gate: Gate) -> None:
     with pytest.raises(AssertionError, match="not waited for"):
         save(saves, tensors, 2)
     gate.open.set()
-    saves.wait()
+    saves.settle()
     assert saves.saved == 1 and folder.load()[1] == {"number": 1, "list": [1]}
     assert whole(folder, "last", before) and whole(folder, "best", before)
     # The same memory takes the next copy, and a larger one finds its place.
     held = saves._snapshot._held
     save(saves, tensors, 2)
-    saves.wait()
+    saves.settle()
     assert saves._snapshot._held is held and whole(folder, "last", tensors)
     assert whole(folder, "best", before) and folder.load("last.1")[1]["number"] == 1
     larger = tensors | {"more": torch.randn(5000)}
     save(saves, larger, 3)
-    saves.wait()
-    saves.wait()  # nothing is under way
+    saves.settle()
+    saves.settle()  # nothing is under way
     assert saves._snapshot._held is not held and whole(folder, "last", larger)
 
 
@@ -112,7 +112,7 @@ def test_where_there_is_no_copy_the_loop_waits(tmp_path: Path, why: str) -> None
     assert saves.waits and saves.saved == 1
     assert [size is None for size in asked] == [why != "no room"]
     assert whole(CheckpointFolder(tmp_path / "c"), "last", expected)
-    saves.wait()
+    saves.settle()
 
 
 @pytest.mark.parametrize("beside", [True, False])
@@ -122,7 +122,7 @@ def test_an_error_waits_for_the_next_call(
     folder = CheckpointFolder(tmp_path)
     saves, tensors = Saver(folder, None, lambda size: beside), values(1)
     save(saves, tensors, 1)
-    saves.wait()
+    saves.settle()
 
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
@@ -131,10 +131,10 @@ def test_an_error_waits_for_the_next_call(
         patch.setattr(writing.os, "pwrite", full)
         save(saves, tensors, 2)
         if saves._now is not None and saves._now.thread is not None:
-            saves._now.thread.join()
+            saves._now.thread.join(60)
     assert saves.failed and saves.begun == 2
     with pytest.raises(OSError, match="No space left on device: .*last/tensors.safetensors'"):
-        saves.wait()
+        saves.settle()
     assert not saves.failed and saves.saved == 1 and folder.load()[1] == {"number": 1}
     save(saves, tensors, 3)
     saves.end()
@@ -150,7 +150,7 @@ def test_several_save_beside_their_loops(tmp_path: Path) -> None:
         saves.save(held, {"number": 4}, own, identity, step=4, best=True)
         for tensor in held.values():
             tensor.copy_(torch.zeros_like(tensor))
-        saves.wait()
+        saves.settle()
         assert saves.saved == 4
 
     assert together(3, one) == [None] * 3
@@ -172,7 +172,7 @@ def test_a_best_one_that_cannot_be_linked_is_told_to_all(
         saves = Saver(CheckpointFolder(tmp_path), board, lambda size: True)
         held, own = of_process(cuts(board.size)[board.rank], 4)
         saves.save(held, {"number": 4}, own, identity, step=4, best=True)
-        saves.wait()
+        saves.settle()
 
     assert [getattr(error, "errno", None) for error in together(2, one)] == [122, 122]
 
@@ -188,7 +188,7 @@ def test_a_save_is_given_up_where_a_process_is_lost(tmp_path: Path) -> None:
     assert thread.is_alive()
     saves.give_up()
     assert not thread.is_alive() and saves.saved is None and list(tmp_path.iterdir()) == []
-    saves.wait()
+    saves.settle()
 
 
 def test_large_tensors_are_copied_by_several_threads(
@@ -200,7 +200,7 @@ def test_large_tensors_are_copied_by_several_threads(
     saves, tensors = Saver(folder, None, lambda size: True), values(3)
     tensors["large"] = torch.randn(1234, 7)
     save(saves, tensors, 1)
-    saves.wait()
+    saves.settle()
     assert whole(folder, "last", tensors)
 
 

@@ -107,7 +107,7 @@ class Saver:
         )
         self._now.thread.start()
 
-    def wait(self) -> None:
+    def settle(self) -> None:
         """Return when no save is under way.
 
         Raises:
@@ -142,7 +142,7 @@ class Saver:
     def end(self) -> None:
         """Wait for a save that is under way, without its errors: the run ends by another one."""
         with suppress(Exception):
-            self.wait()
+            self.settle()
 
     def _write(self, now: _Save) -> None:
         group = None if self._group is None else _Watched(self._group, now.given_up)

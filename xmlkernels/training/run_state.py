@@ -195,7 +195,7 @@ class RunState:
         with self.clock.on("save"):
             best, self._best_under_way = self._best_under_way, None
             try:
-                self.saver.wait()
+                self.saver.settle()
             except OSError as error:
                 if self.config.save_failure == "end":
                     raise
