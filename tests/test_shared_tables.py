@@ -189,7 +189,7 @@ def resumed() -> None:
         if dist.rank() == 0:
             torch.save(tensors, "whole.pt")
         dist.sum_(torch.zeros(1))
-        other.load_tensors(torch.load("whole.pt"))
+        other.load_tensors(torch.load("whole.pt", weights_only=True))
         for own in (first, other):
             own.step(batch_of(encoder, 7, 1))
         for (key, expected), found in zip(
@@ -298,7 +298,9 @@ def test_the_table_after_one_step_is_that_of_one_process(alone: Path, several: P
     Not so plain PyTorch, whose products of matrices add in an order of their sizes.
     """
     for name in CASES:
-        one, more = (torch.load(folder / f"{name}.pt") for folder in (alone, several))
+        one, more = (
+            torch.load(folder / f"{name}.pt", weights_only=True) for folder in (alone, several)
+        )
         assert one.keys() == more.keys()
         for key, expected in one.items():
             same = bits(more[key], expected)
