@@ -217,10 +217,10 @@ def test_a_run_stopped_in_its_validation_goes_on_from_the_step_before(
     """Its checkpoint is one of the end of the second epoch, not validated yet."""
     evaluate = evaluator.Evaluator.evaluate
 
-    def asked_to_stop(self: evaluator.Evaluator, split: Any) -> Any:
+    def asked_to_stop(self: evaluator.Evaluator, split: Any, **how: Any) -> Any:
         if self.run.epoch == 2:
             raise stops.Stopped(signal.SIGTERM)
-        return evaluate(self, split)
+        return evaluate(self, split, **how)
 
     with monkeypatch.context() as patch, pytest.raises(stops.Stopped, match="15"):
         patch.setattr(evaluator.Evaluator, "evaluate", asked_to_stop)
@@ -229,6 +229,24 @@ def test_a_run_stopped_in_its_validation_goes_on_from_the_step_before(
     assert (state["epoch"], state["position"], state["steps"]) == (1, STEPS // 3, 2 * STEPS // 3)
     run(tiny(dataset, tmp_path / "run", save_every=0, resume=True))
     assert_same_run(tmp_path / "run", finished)
+
+
+def test_a_run_stopped_after_its_last_save_writes_its_validation_once(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(tiny(dataset, whole, epochs=1))
+
+    def asked_to_stop(self: evaluator.Evaluator) -> Any:
+        raise stops.Stopped(signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(stops.Stopped, match="15"):
+        patch.setattr(evaluator.Evaluator, "finish", asked_to_stop)
+        run(tiny(dataset, parts, epochs=1))
+    run(tiny(dataset, parts, epochs=1, resume=True))
+    assert_same_run(parts, whole)
+    lines = [json.loads(line) for line in (parts / "log.jsonl").read_text().splitlines()]
+    assert [line["split"] for line in lines if "split" in line] == ["validation", "test"]
 
 
 def test_counters_are_those_of_the_run_not_of_its_best_step(

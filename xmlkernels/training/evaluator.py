@@ -41,10 +41,14 @@ class Evaluator:
             self.run.back_to_last_batch()
             self.run.save_and_stop()
 
-    def evaluate(self, split: Split) -> tuple[dict[str, Any], Evaluation]:
+    def evaluate(self, split: Split, *, write: bool = True) -> tuple[dict[str, Any], Evaluation]:
         """Measure a split.
 
         With --scheme auto the validation split chooses the cascade's scheme.
+
+        Args:
+            split: of the run's dataset.
+            write: put a line into log.jsonl; False where it is there already.
 
         Returns:
             Metrics in percent, the loss and, of a cascade, `levels`; and the predictions that they
@@ -52,10 +56,10 @@ class Evaluator:
         """
         which = (split.name, self.model.steps)
         if self._measured is None or self._measured[0] != which:
-            self._measured = (which, *self._measure(split))
+            self._measured = (which, *self._measure(split, write))
         return self._measured[1:]
 
-    def _measure(self, split: Split) -> tuple[dict[str, Any], Evaluation]:
+    def _measure(self, split: Split, write: bool) -> tuple[dict[str, Any], Evaluation]:
         session, model = self.session, self.model
         k = max(self.config.top_k, 5)  # the metrics go to 5, however few are kept
         # Several processes meet in an evaluation: they go through it together.
@@ -70,13 +74,14 @@ class Evaluator:
                 found = evaluate_split(model, split, k, **how)
                 metrics = evaluate(found.labels, split.labels, session.inverse_propensity)
         metrics |= {"loss": found.loss} | ({"levels": found.levels} if found.levels else {})
-        self._tell(split, metrics, found)
+        self._tell(split, metrics, found, write)
         return metrics, found
 
-    def _tell(self, split: Split, metrics: dict[str, Any], found: Evaluation) -> None:
+    def _tell(self, split: Split, metrics: dict[str, Any], found: Evaluation, write: bool) -> None:
         name, content = _SHOWN.get(split.name, split.name), self.session.dataset.content_hash
         line = {"step": self.model.steps, "epoch": self.run.epoch, "split": name}
-        self.folder.log(line | metrics | {"dataset": content})
+        if write:
+            self.folder.log(line | metrics | {"dataset": content})
         keys = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@5")
         shown = "  ".join(f"{key} {metrics[key]:.2f}" for key in keys)
         loss = f"{found.loss:.3g}"
@@ -135,6 +140,9 @@ class Evaluator:
         # Of the run, not of its best step.
         counters = {"steps": self.model.steps, **self.model.counters()}
         run.clock.start(None)
+        # The log of a checkpoint that is the best holds its validation: a run that was stopped
+        # after the last save measures it again, but does not write it again.
+        written = run.best.get("step") == self.model.steps
         report: dict[str, Any] = {
             "dataset": session.dataset.name,
             "dataset_hash": session.dataset.content_hash,
@@ -145,7 +153,8 @@ class Evaluator:
         for split in (session.validation, session.test):
             if split is None:
                 continue
-            metrics, found = self.evaluate(split)
+            again = written and split is session.validation
+            metrics, found = self.evaluate(split, write=not again)
             report[_SHOWN.get(split.name, split.name)] = metrics
             if self.folder.writes and (split is session.test or session.test is None):
                 report |= self._write_predictions(split, found)
