@@ -349,6 +349,25 @@ class Model(nn.Module):
             self.average.step(self.steps)
         self.steps += 1
 
+    def _step_traffic(
+        self,
+        documents: int,
+        widths: list[int],
+        processes: int,
+        *,
+        need_loss: bool,
+        terms: int,
+        scattered: bool,
+    ) -> dict[str, int]:
+        """Return `dist.step_traffic` with what encoder and loss add; see a model's `traffic`."""
+        trained = [p for _, p in self._optimized() if p.requires_grad]
+        summed = sum(p.numel() * p.element_size() for p in trained)
+        summed += 4 if need_loss and self.shared else 0
+        found = dist.step_traffic(documents, widths, processes, summed=summed, scattered=scattered)
+        if own := getattr(self.encoder, "update_traffic", None):
+            found["gathered"] += own(documents, terms, processes)
+        return found
+
     # ---- scoring ----
 
     def _features(self, *inputs: Tensor) -> list[Tensor]:
@@ -496,7 +515,8 @@ class Model(nn.Module):
         Raises:
             InputError: the tensors are those of another model.
         """
-        tensors = {name: own_rows(t, self.shards().get(name)) for name, t in tensors.items()}
+        shards = self.shards()
+        tensors = {name: own_rows(t, shards.get(name)) for name, t in tensors.items()}
         parts = {
             p: {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in _PARTS
         }

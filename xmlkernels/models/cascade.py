@@ -160,19 +160,14 @@ class Cascade(Model):
             need_loss: of a step that reports its loss.
             terms: of a bag-of-words encoder, those in the bags of the process that has most.
         """
-        trained = [p for _, p in self._optimized() if p.requires_grad]
-        summed = sum(p.numel() * p.element_size() for p in trained)
-        loss = 4 if need_loss and self.shared else 0
         widths = [self.width] * self.tree.levels
-        found = dist.step_traffic(
-            documents, widths, processes, summed=summed + loss, scattered=False
+        found = self._step_traffic(
+            documents, widths, processes, need_loss=need_loss, terms=terms, scattered=False
         )
         if self.shared and processes > 1:
             found["scattered"] = dist.step_traffic(documents, [self.width], processes)["scattered"]
             rows = -(-documents // processes) + 1
             found["gathered"] += 8 * (processes - 1) * rows * sum(self._kept_in_training())
-        if own := getattr(self.encoder, "update_traffic", None):
-            found["gathered"] += own(documents, terms, processes)
         return found
 
     def label_rows(self, start: int, end: int) -> Tensor:

@@ -133,15 +133,14 @@ class EndToEnd(Model):
             need_loss: of a step that reports its loss.
             terms: of a bag-of-words encoder, those in the bags of the process that has most.
         """
-        trained = [p for _, p in self._optimized() if p.requires_grad]
-        summed = sum(p.numel() * p.element_size() for p in trained)
-        loss = 4 if need_loss and self.shared else 0
-        found = dist.step_traffic(
-            documents, [self.width], processes, summed=summed + loss, scattered=self.shared
+        return self._step_traffic(
+            documents,
+            [self.width],
+            processes,
+            need_loss=need_loss,
+            terms=terms,
+            scattered=self.shared,
         )
-        if own := getattr(self.encoder, "update_traffic", None):
-            found["gathered"] += own(documents, terms, processes)
-        return found
 
     def step(self, batch: Documents, *, need_loss: bool = False) -> Tensor:
         """Train on one batch.
