@@ -33,6 +33,7 @@ _BUILD, _PLAN = "xmlkernels/training/build.py", "xmlkernels/training/plan.py"
 _SESSION, _STATE = "xmlkernels/training/session.py", "xmlkernels/training/run_state.py"
 _LOOP = "xmlkernels/training/loop.py"
 _BASE, _CASCADE = "xmlkernels/models/base.py", "xmlkernels/models/cascade.py"
+_LEVELS = "xmlkernels/models/level_steps.py"
 _END = "xmlkernels/models/end_to_end.py"
 _HEADS, _LEVEL = "xmlkernels/nn/cascade_heads.py", "xmlkernels/nn/cascade_level.py"
 _HEAD = "xmlkernels/nn/full_head.py"
@@ -134,13 +135,17 @@ BY_HAND: tuple[Fault, ...] = (
         "set_rates(self.optimizer, encoder_lr, head_lr, None)",
     ),
     Fault(_BASE, "self.optimizer.zero_grad(set_to_none=True)", "pass"),
-    Fault(_CASCADE, "losses += loss + scale * pads", "losses += loss"),
+    Fault(_LEVELS, "else loss) + scale * pads", "else loss)"),
     Fault(
-        _CASCADE,
-        "scores, clusters, row_ptr, k, width=width, positives=positives[r]\n",
-        "scores, clusters, row_ptr, k, width=width\n",
+        _LEVELS,
+        "scores, clusters, row_ptr, k, width=width, positives=positives)",
+        "scores, clusters, row_ptr, k, width=width)",
     ),
-    Fault(_CASCADE, "self.lost_positives[r : r + 1] += there - forced", "pass"),
+    Fault(
+        _LEVELS,
+        "lost.append((positives[r][0] < level.nodes).sum() - forced)",
+        "lost.append(0 * forced)",
+    ),
     Fault(
         _CASCADE,
         "        x = [torch.where(finite, f, torch.nan) for f in encoded.x]",

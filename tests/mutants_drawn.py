@@ -44,6 +44,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "xmlkernels/models/end_to_end.py": (_END, _runs("encoder_lr table_lr clip ema micro warmup")),
     "xmlkernels/models/cascade.py": (_CASCADE, "tests/models/test_running_mean.py", _TABLES),
+    "xmlkernels/models/level_steps.py": (_CASCADE, "tests/test_shared_cascades.py"),
     "xmlkernels/models/descent.py": (_CASCADE, _TABLES),
     "xmlkernels/models/training.py": (
         _CASCADE,

@@ -178,3 +178,22 @@ def test_an_id_beyond_any_vocabulary_is_refused(place: str, tmp_path: Path) -> N
     file.write_text(json.dumps(told))
     with pytest.raises(InputError, match=r"token ids below 16,777,216, got 2147483648 of "):
         load_tokenizer(tmp_path / "tokenizer")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt"])
+def test_a_file_beyond_any_tokenizer_is_refused(name: str, tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "t")
+    with open(tmp_path / "t" / name, "a") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(InputError, match=rf"{name}.*at most 268,435,456 bytes, got 1,099,511,"):
+        load_tokenizer(tmp_path / "t")
+
+
+def test_a_tokenizer_without_its_unknown_token_is_refused(tmp_path: Path) -> None:
+    """It encodes until the first word that it does not know."""
+    file = make_tokenizer(tmp_path / "t") / "tokenizer.json"
+    told = json.loads(file.read_text())
+    told["model"]["unk_token"] = "[other]"
+    file.write_text(json.dumps(told))
+    with pytest.raises(InputError, match=r"tokenizer .*got WordLevel error: Missing \[UNK\]"):
+        load_tokenizer(tmp_path / "t")

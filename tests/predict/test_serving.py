@@ -19,7 +19,10 @@ from xmlkernels import InputError
 from xmlkernels.checkpoint import CheckpointFolder, save
 from xmlkernels.cli import console, predict
 from xmlkernels.models.base import Model
+from xmlkernels.models.end_to_end import EndToEnd
 from xmlkernels.models.restore import check_finite
+from xmlkernels.nn.bow import BowEncoder
+from xmlkernels.nn.full_head import FullHead
 from xmlkernels.predict.model import Predictor
 from xmlkernels.predict.ranked import Forest, RankedPredictor
 from xmlkernels.threads import torch_threads
@@ -189,14 +192,13 @@ def test_weights_that_are_no_numbers_are_refused(
 
 
 def test_an_fp8_table_knows_its_nan() -> None:
-    model = torch.nn.Module()
-    model.register_buffer(
-        "table", torch.tensor([[1.0, -448.0], [448.0, 0.0]]).to(torch.float8_e4m3fn)
-    )
+    model = EndToEnd(BowEncoder(4, 2), FullHead(2, 2, dtype="fp8"))
+    table = model.head.weight.view(torch.uint8)
+    model.head.weight.copy_(torch.tensor([[1.0, -448.0], [448.0, 0.0]]))
     check_finite(model, "here")
     for nan in (0x7F, 0xFF):
-        model.table.view(torch.uint8)[1, 0] = nan
-        with pytest.raises(InputError, match="here.*NaN"):
+        table[1, 0] = nan
+        with pytest.raises(InputError, match="here.*NaN or infinity in 1 of them, .*head.weight"):
             check_finite(model, "here")
 
 

@@ -40,6 +40,8 @@ PROBE = [
 ]
 Progress = Callable[[int, int], None]
 MOST_IDS = 1 << 24  # the largest vocabularies have a few hundred thousand
+MOST_BYTES = 1 << 28  # of a file of a tokenizer; the largest have some ten million
+FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model")
 
 
 class Tokenizer:
@@ -174,6 +176,18 @@ def _writable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def _refuse_large(folder: Path) -> None:
+    """Refuse files that no tokenizer has: they are read into memory as a whole."""
+    for path in (found for pattern in FILES for found in sorted(folder.glob(pattern))):
+        if path.is_file() and (size := path.stat().st_size) > MOST_BYTES:
+            raise InputError(
+                str(path),
+                f"a tokenizer's file of at most {MOST_BYTES:,} bytes",
+                f"{size:,} bytes",
+                "restore the file from where it came",
+            )
+
+
 def _refuse_far_ids(folder: Path) -> None:
     """Refuse ids that no vocabulary has: tokenizers asks for memory for each up to the largest.
 
@@ -223,13 +237,16 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         )
     if path.is_dir():
         refuse_code(path)
+        _refuse_large(path)
         _refuse_far_ids(path)
     try:
         inner = AutoTokenizer.from_pretrained(
             str(path) if path.is_dir() else name, trust_remote_code=False
         )
         refuse_auto_map(inner.init_kwargs, f"tokenizer {name}")
-        return Tokenizer(inner)
+        tokenizer = Tokenizer(inner)
+        tokenizer.encode_batch(PROBE, 64)  # some faults show at the first unknown word alone
+        return tokenizer
     except InputError:
         raise
     except (
