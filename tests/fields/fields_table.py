@@ -12,6 +12,7 @@ from torch import Tensor
 from xmlkernels.nn.mixed import MixedHead, MixedLevel
 from xmlkernels.nn.plain import PlainHead, PlainLevel
 from xmlkernels.nn.stored_head import StoredHead
+from xmlkernels.nn.stored_level import StoredLevel
 from xmlkernels.nn.table_store import FilePlace
 from xmlkernels.ops.hyper import BETA1, EPSILON, LR
 
@@ -188,13 +189,22 @@ def stored(runs: Runs, folder: Path) -> None:
     tests/training/test_train_stored.py has the rest.
     """
     plain = runs.of("tiny")
-    for text in ("host", f"file:{folder / 'tables'}"):
-        changed = recorded(runs.config("tiny", table_store=text, output=str(folder / text[:4])))
-        head = changed.model.head
-        assert isinstance(head, StoredHead) and head.weight.is_meta
-        assert isinstance(head.place, FilePlace) == text.startswith("file")
-        assert torch.equal(changed.tensors[WEIGHT], plain.tensors[WEIGHT])
-    assert head.place.folder.parent == folder / "tables" and not head.place.folder.exists()
+    kept, label_level = runs.of("cascade"), "heads.levels.2"
+    for base, text, before, name, kind in (
+        ("tiny", "host", plain, "head", StoredHead),
+        ("tiny", f"file:{folder / 'tables'}", plain, "head", StoredHead),
+        ("cascade", f"file:{folder / 'tables'}", kept, label_level, StoredLevel),
+    ):
+        output = str(folder / f"{base} {text[:4]}")
+        changed = recorded(runs.config(base, table_store=text, output=output))
+        table = changed.model.get_submodule(name)
+        assert isinstance(table, kind) and table.weight.is_meta
+        assert isinstance(table.place, FilePlace) == text.startswith("file")
+        weight = f"{name}.weight"
+        assert torch.equal(changed.tensors[weight], before.tensors[weight])
+        if isinstance(table.place, FilePlace):
+            held = table.place.folder
+            assert held.parent == folder / "tables" and not held.exists()
 
 
 FP8 = torch.float8_e4m3fn

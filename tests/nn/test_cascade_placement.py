@@ -162,7 +162,7 @@ def test_a_step_takes_what_it_needs_to_the_labels_and_back(
     sizes, (above, most) = model.tree.sizes, model.heads.most
     tree, width, kept = sizes[1] + 1, 16, min(3 + 32, min(2 + 32, sizes[0]) * above)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model.heads.levels[2].place(torch.device(apart))
+        model.heads.levels[2].place_on(torch.device(apart))
         model.to(home)
         assert str(model.heads.levels[2].weight.device) == apart and str(model.device) == home
         held = on(home, batch)

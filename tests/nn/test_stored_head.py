@@ -100,7 +100,7 @@ def test_topk_and_scores_are_those_of_memory(kind: str, tmp_path: Path) -> None:
     whole = rows.read
     rows.read = lambda start, out: (read.append(start), whole(start, out))[1]  # type: ignore
     stored.scores(x, torch.full((6, 2), 5000))
-    assert read == [4096]
+    assert len(read) == 1 and 5000 - 4096 // rows.dtype.itemsize < read[0] <= 5000  # a page or so
 
 
 def test_equal_scores_come_in_order_of_row(tmp_path: Path) -> None:

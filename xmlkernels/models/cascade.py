@@ -4,6 +4,7 @@ Source: Kharbanda et al., "CascadeXML" (NeurIPS 2022).
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Self, TypedDict
 
 import numpy as np
@@ -25,11 +26,12 @@ from xmlkernels.models.descent import (
 )
 from xmlkernels.models.level_steps import train_levels
 from xmlkernels.models.running_mean import evaluating
-from xmlkernels.models.saved import saved_tree
+from xmlkernels.models.saved import saved_tree, table_rows
 from xmlkernels.models.scored import Answer, Candidates, LevelPrediction
 from xmlkernels.models.training import CascadeTraining, no_training, set_rates
 from xmlkernels.nn.cascade_heads import SCHEMES, CascadeHeads
 from xmlkernels.nn.protocol import check_encoder
+from xmlkernels.nn.stored_level import StoredLevel
 from xmlkernels.records import Count, Positive
 from xmlkernels.tree.label_tree import LabelTree
 
@@ -375,9 +377,11 @@ class Cascade(Model):
         Raises:
             InputError: the tensors hold no label tree.
         """
-        tree = saved_tree(config, tensors)
+        tree, head = saved_tree(config, tensors), config["head"]
+        rows = table_rows(tensors, f"heads.levels.{tree.levels - 1}")
+        stored = partial(StoredLevel, store=rows, most=head["most"][-1]) if rows else None
         # SGD without momentum keeps no state, and prediction needs none.
-        heads = CascadeHeads(**config["head"], optimizer="sgd", fill=False)
+        heads = CascadeHeads(**head, optimizer="sgd", fill=False, label_level=stored)
         return cls(encoder, heads, tree)
 
     def _check_loaded(self, tensors: Mapping[str, Tensor]) -> None:

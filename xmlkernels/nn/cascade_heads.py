@@ -59,6 +59,8 @@ class CascadeHeads(nn.Module):
         fill: False leaves tables at zero, to be filled from a checkpoint.
         level: makes a level, with the arguments of `CascadeLevel`: `PlainLevel`, say. None: the
             optimizer decides between `CascadeLevel` and `DenseLevel`.
+        label_level: makes the level of the labels, likewise: a `StoredLevel` at its store, say.
+            None: as the others.
 
     Raises:
         InputError: a list of the wrong length, or an option out of range.
@@ -85,6 +87,7 @@ class CascadeHeads(nn.Module):
         label_device: torch.device | None = None,
         label_shard: Shard | None = None,
         level: Callable[..., CascadeLevel] | None = None,
+        label_level: Callable[..., CascadeLevel] | None = None,
     ) -> None:
         super().__init__()
         count = len(sizes)
@@ -120,7 +123,7 @@ class CascadeHeads(nn.Module):
         make = level or (DenseLevel if dense else CascadeLevel)
         seen = (sizes[0], *(k * m for k, m in zip(self.topk, most, strict=True)))
         self.levels = nn.ModuleList(
-            make(
+            (make if r + 1 < count else label_level or make)(
                 n,
                 width,
                 min(n, seen[r]),
@@ -133,7 +136,7 @@ class CascadeHeads(nn.Module):
             for r, n in enumerate(sizes)
         )
         if label_device is not None:
-            self.levels[-1].place(label_device)  # type: ignore[operator]
+            self.levels[-1].place_on(label_device)  # type: ignore[operator]
 
     def tables(self) -> dict[str, CascadeLevel]:
         """Name the levels' tables as reports do, coarsest first, the labels' last."""

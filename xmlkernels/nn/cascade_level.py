@@ -35,7 +35,7 @@ class CascadeLevel(Table):
     and dx and loss are divided by it: a bias then moves by lr * rw_loss * 64 * the batch's mean of
     (σ - y), the table's weights by exactly what they would without. With SGD, gain is 1.
 
-    A level may live on a device of its own (`place`): the host, or a second card. A step then sends
+    A level may live on its own device (`place_on`): the host, or a second card. A step then sends
     there what it needs and takes the results back: B D floats, the numbers of B K clusters and the
     positives one way, dx and the scores the other. The table and its states never move. Moving the
     active rows would save nothing: 64 documents with 400 to 1,000 of 65,536 clusters each, drawn at
@@ -115,7 +115,7 @@ class CascadeLevel(Table):
         """n, rows that are here."""
         return self.weight.shape[0]
 
-    def place(self, device: torch.device) -> None:
+    def place_on(self, device: torch.device) -> None:
         """Move the level to a device of its own, where it stays: a model's `.to` passes it by.
 
         Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -12,7 +12,7 @@ from xmlkernels.errors import InputError
 from xmlkernels.nn.shard import Shard
 from xmlkernels.nn.table import FIRST_SCALE, Draw, Table, fill_rows, first_values, rows_of
 from xmlkernels.nn.table_store import Place, TableStore
-from xmlkernels.nn.tiles import Tiles, staging_bytes
+from xmlkernels.nn.tiles import Spans, Tiles, staging_bytes
 from xmlkernels.ops import shortlist_matmul
 from xmlkernels.rows import Rows, row_bytes, rows_behind, stand_in
 
@@ -28,6 +28,7 @@ class StoredTable(Table):
     """
 
     WAITS = True  # the host decides tile by tile
+    together = 1  # rows, at most, that a step takes together: those of a cluster
 
     place: Place
     tiles: Tiles
@@ -76,7 +77,7 @@ class StoredTable(Table):
         self._tile.counter = self.counter.clone()
 
     def _reach(self) -> None:
-        self.tiles = Tiles(self.place, self.counter.device)
+        self.tiles = Tiles(self.place, self.counter.device, self.together)
         # A checkpoint takes these names for what is behind them.
         for name, rows in self.stored().items():
             self._buffers[name] = stand_in(rows)
@@ -99,7 +100,8 @@ class StoredTable(Table):
         """Bytes in memory: of the buffers that tiles go through, and of the few that stay."""
         rows = self.row_buffers()
         own = {n: t.numel() * t.element_size() for n, t in self.named_buffers() if n not in rows}
-        return {"tiles": staging_bytes(rows.values(), self.shard.count)} | own
+        tiles = staging_bytes(rows.values(), self.shard.count, self.together)
+        return {"tiles": tiles} | own
 
     def stored_bytes(self) -> dict[str, int]:
         """Bytes of the rows of each buffer, in files or on the host."""
@@ -113,13 +115,14 @@ class StoredTable(Table):
         self,
         reads: Sequence[str],
         writes: Sequence[str] = (),
-        ranges: Iterable[tuple[int, int]] | None = None,
+        spans: Spans | None = None,
     ) -> Iterator[tuple[int, int, Any]]:
         """Give (first, end, table) of each tile; the table is the same one, with other buffers.
 
         Args:
             reads, writes: names of buffers; those that this table has not are left out.
-            ranges: some of `self.tiles.ranges()`; None: all.
+            spans: the rows that are carried, of `_spans`; the tiles end with the last of theirs.
+                None: all.
         """
         have, tile, first = self.place.rows, self._tile, self.shard.first
         reads, writes = [n for n in reads if n in have], [n for n in writes if n in have]
@@ -127,9 +130,11 @@ class StoredTable(Table):
             mend = "resume its run, or build it with a store of its own"
             raise InputError(self.NAME, "one that can be written", "one that is only read", mend)
         self.place.check_whole()
-        parts = self.tiles.ranges() if ranges is None else ranges
+        parts = self.tiles.ranges()
+        if spans is not None:
+            parts = [(start, wanted[-1][1]) for start, wanted in spans.items()]
         try:
-            for part in self.tiles.stream(parts, reads=reads, writes=writes):
+            for part in self.tiles.stream(parts, reads=reads, writes=writes, spans=spans):
                 tile._buffers.update(part.buffers)
                 tile.counter.copy_(self.counter)
                 tile.shard = Shard(first + part.first, first + part.end, self.shard.rows)
@@ -137,10 +142,29 @@ class StoredTable(Table):
         finally:
             tile._buffers.update(dict.fromkeys(have))
 
-    def _changing(self, ranges: Iterable[tuple[int, int]] | None = None) -> Iterator[Any]:
+    def _spans(self, start: Tensor, end: Tensor) -> dict[int, list[tuple[int, int]]]:
+        """Sort ranges of rows by the tile in which they begin. Waits for the device.
+
+        Args:
+            start, end: int64 [n], of each range, ascending; they do not overlap.
+
+        Returns:
+            By the first row of a tile, its ranges; those that touch are one.
+        """
+        step = self.tiles.per_tile
+        tile, new = start // step, torch.ones_like(start, dtype=torch.bool)
+        new[1:] = (start[1:] > end[:-1]) | (tile[1:] > tile[:-1])
+        last = new.roll(-1)  # the range before a new one
+        found = zip(tile[new].tolist(), start[new].tolist(), end[last].tolist(), strict=True)
+        out = dict[int, list[tuple[int, int]]]()
+        for number, first, stop in found:
+            out.setdefault(number * step, []).append((first, stop))
+        return out
+
+    def _changing(self, spans: Spans | None = None) -> Iterator[Any]:
         """Give each tile, with all its buffers, for a step; then count the step."""
         names, whole = list(self.place.rows), int(self.counter[1])
-        for _, _, tile in self._stream(names, names, ranges):
+        for _, _, tile in self._stream(names, names, spans):
             yield tile
             self.place.begin()  # the next tile is asked for, and this one written
         self.counter[1] += 1
@@ -212,17 +236,28 @@ class StoredTable(Table):
 
     @torch.no_grad()
     def scores(self, x: Tensor, index: Tensor) -> Tensor:
-        """Score chosen rows; see `Table.scores`. Tiles without any are not read."""
-        step = self.tiles.per_tile
-        wanted = torch.unique(index[index >= 0] // step).tolist()
-        ranges = [(t * step, min((t + 1) * step, self.shard.count)) for t in wanted]
-        shape = (x.shape[0], index.shape[-1])
-        out = torch.full(shape, -torch.inf, device=x.device)
-        for first, end, tile in self._stream(READ, ranges=ranges):
-            inside = (index >= first) & (index < end)
-            local = torch.where(inside, index - first, -1)
-            z = shortlist_matmul(x, tile.weight, tile.bias, local, tile.row_scale)
-            out = torch.where(inside, z, out)
+        """Score chosen rows; see `Table.scores`. The pages that hold them are read."""
+        out = torch.full((x.shape[0], index.shape[-1]), -torch.inf, device=x.device)
+        lists, step = index.reshape(-1, index.shape[-1]), self.tiles.per_tile
+        sample, column = (lists >= 0).nonzero(as_tuple=True)
+        row = lists[sample, column]
+        order = (row // step * len(lists) + sample).argsort(stable=True)
+        sample, column, row = sample[order], column[order], row[order]
+        each, begin = torch.unique(row), 0
+        for first, _, tile in self._stream(READ, spans=self._spans(each, each + 1)):
+            stop = int(torch.searchsorted(row // step, first // step, right=True))
+            its, place = sample[begin:stop], column[begin:stop]
+            # A list for each sample, of its rows of this tile alone.
+            at = torch.arange(len(its), device=its.device) - torch.searchsorted(its, its)
+            local = index.new_full((len(lists), int(at.max()) + 1), -1)
+            local[its, at] = row[begin:stop] - first
+            chosen = local if index.dim() > 1 else local[0]
+            z = shortlist_matmul(x, tile.weight, tile.bias, chosen, tile.row_scale)
+            if index.dim() > 1:
+                out[its, place] = z[its, at]
+            else:
+                out[:, place] = z[:, at]
+            begin = stop
         return out
 
 

@@ -2,15 +2,17 @@
 
 A tile is a range of rows: a shard of the table for as long as it is worked on. While an op works on
 tile i, a thread reads tile i + 1 and another writes tile i - 1 back; three sets of buffers go
-round.
+round. Of a tile of which some rows alone are asked for, the pages are read and written that hold
+those; the other rows of its buffers are of other tiles, or zeros.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from math import gcd
 from typing import Any
 
 import torch
@@ -21,6 +23,9 @@ from xmlkernels.rows import PAGE, Rows, as_rows, pages, row_bytes
 
 TILE_BYTES = 64 << 20  # of one tile, all buffers together
 _SETS = 3  # one is read, one worked on, one written
+_GAP = 64 << 10  # bytes between two pieces that are read along: a read of its own takes as long
+
+Spans = Mapping[int, Sequence[tuple[int, int]]]
 
 
 @dataclass
@@ -66,13 +71,14 @@ class Tiles:
     Args:
         place: the rows.
         device: where the op works.
-        tile_bytes: of all buffers of a tile together, at most, unless 4,096 rows have more.
+        most: rows that are worked on together: a tile may reach beyond its end by one less.
     """
 
-    def __init__(self, place: Place, device: torch.device, tile_bytes: int | None = None) -> None:
+    def __init__(self, place: Place, device: torch.device, most: int = 1) -> None:
         self.place, self.device = place, device
         self.rows = next(iter(place.rows.values())).shape[0]
-        self.per_tile = tile_rows(place.rows.values(), tile_bytes)
+        self.per_tile = tile_rows(place.rows.values(), most)
+        self._held = min(self.rows, _held_rows(self.per_tile, most))
         self._sets: list[_Set] = []
         self._reader = ThreadPoolExecutor(1, "tile-reader")
         self._writer = ThreadPoolExecutor(1, "tile-writer")
@@ -88,13 +94,17 @@ class Tiles:
         *,
         reads: Sequence[str],
         writes: Sequence[str] = (),
+        spans: Spans | None = None,
     ) -> Iterator[Tile]:
         """Give tiles in turn; when the next is asked for, one is written back.
 
         Args:
-            ranges: some of `ranges`.
+            ranges: some of `ranges`, ascending. With `spans` one may end beyond its tile, in the
+                next; that has its rows as they were left.
             reads: buffers that are read; those that are written alone hold anything.
             writes: buffers that are written.
+            spans: by the first row of a range, the rows in it that are read and written, ascending,
+                as (first, end); None: all.
 
         Raises:
             InputError: the rows cannot be read.
@@ -103,12 +113,14 @@ class Tiles:
         names = tuple(dict.fromkeys((*reads, *writes)))
         waiting, sets, writing = iter(ranges), deque(self._free_sets()), deque[Future[None]]()
         reading = deque[tuple[tuple[int, int], _Set, Future[None]]]()
+        before: tuple[int, int, _Set] | None = None
 
         def begin() -> None:
             part = next(waiting, None)
             if part is not None:
                 held = sets.popleft()
-                reading.append((part, held, self._reader.submit(self._read, held, part, reads)))
+                pieces = self._pieces(part, reads, spans)
+                reading.append((part, held, self._reader.submit(self._read, held, part, pieces)))
 
         try:
             begin()
@@ -116,11 +128,12 @@ class Tiles:
                 (first, end), held, read = reading.popleft()
                 begin()
                 read.result()
+                if before is not None and first < before[1]:
+                    self._hand_on(before, first, held, writes)
                 yield Tile(first, end, self._views(held, names, end - first))
-                done = self._writer.submit(
-                    self._write, held, first, end, writes, _recorded(self.device)
-                )
-                held.free = done
+                pieces = self._pieces((first, end), writes, spans)
+                done = self._writer.submit(self._write, held, first, pieces, _recorded(self.device))
+                held.free, before = done, (first, end, held)
                 sets.append(held)
                 writing.append(done)
                 while writing and writing[0].done():
@@ -136,7 +149,7 @@ class Tiles:
 
     def _free_sets(self) -> list[_Set]:
         while len(self._sets) < _SETS:
-            host, size = dict[str, Tensor](), min(self.per_tile, self.rows)
+            host, size = dict[str, Tensor](), self._held
             pinned = self.device.type == "cuda"
             for name, rows in self.place.rows.items():
                 straight = pinned and isinstance(rows, HostRows)
@@ -144,7 +157,7 @@ class Tiles:
             device = host
             if pinned:
                 device = {
-                    name: torch.empty(size * row_bytes(rows), dtype=torch.uint8, device=self.device)
+                    name: torch.zeros(size * row_bytes(rows), dtype=torch.uint8, device=self.device)
                     for name, rows in self.place.rows.items()
                 }
             self._sets.append(_Set(host, device))
@@ -155,45 +168,102 @@ class Tiles:
     def _views(self, held: _Set, names: Sequence[str], count: int) -> dict[str, Tensor]:
         return {n: as_rows(held.device[n], count, self.place.rows[n]) for n in names}
 
-    def _read(self, held: _Set, part: tuple[int, int], names: Sequence[str]) -> None:
+    def _hand_on(
+        self, before: tuple[int, int, _Set], first: int, held: _Set, names: Sequence[str]
+    ) -> None:
+        """Copy the rows from `first` on that the tile before has changed.
+
+        They were read before, or while, they were written. Both tiles write the pages that they
+        share, this one last.
+        """
+        its, end, other = before
+        into = self._views(held, names, end - first)
+        for name, rows in self._views(other, names, end - its).items():
+            into[name].copy_(rows[first - its :])
+
+    def _pieces(
+        self, part: tuple[int, int], names: Sequence[str], spans: Spans | None
+    ) -> dict[str, list[tuple[int, int]]]:
+        """Give the ranges of rows, in whole pages, in which each buffer of a tile is carried."""
+        if spans is None:
+            return {name: [part] for name in names}
+        out = dict[str, list[tuple[int, int]]]()
+        for name in names:
+            each = row_bytes(self.place.rows[name])
+            unit, pieces = PAGE // gcd(PAGE, each), list[tuple[int, int]]()
+            for first, end in spans[part[0]]:
+                start, stop = first // unit * unit, min(-(-end // unit) * unit, self.rows)
+                if pieces and start <= pieces[-1][1] + _GAP // each:
+                    start, stop = pieces[-1][0], max(pieces.pop()[1], stop)
+                pieces.append((start, stop))
+            out[name] = pieces
+        return out
+
+    def _read(
+        self, held: _Set, part: tuple[int, int], pieces: Mapping[str, list[tuple[int, int]]]
+    ) -> None:
         if held.free is not None:
             held.free.result()
-        first, end = part
-        for name in names:
+        copies = []
+        for name, start, stop in _each(pieces):
             rows, cuda = self.place.rows[name], self.device.type == "cuda"
+            at = start - part[0]
             if isinstance(rows, HostRows) and cuda:
-                values = rows.values[first:end]
+                values = rows.values[start:stop]
             else:
-                values = as_rows(held.host[name], end - first, rows)
-                rows.read(first, values)
+                values = as_rows(held.host[name], stop - part[0], rows)[at:]
+                rows.read(start, values)
             if cuda:
-                _copied(as_rows(held.device[name], end - first, rows), values)
+                copies.append((as_rows(held.device[name], stop - part[0], rows)[at:], values))
+        _copied(copies)
 
-    def _write(self, held: _Set, first: int, end: int, names: Sequence[str], worked: Any) -> None:
+    def _write(
+        self,
+        held: _Set,
+        origin: int,
+        pieces: Mapping[str, list[tuple[int, int]]],
+        worked: Any,
+    ) -> None:
         if worked is not None:
             worked.synchronize()
-        for name in names:
+        writes, copies = list[tuple[Any, int, Tensor]](), list[tuple[Tensor, Tensor]]()
+        for name, start, stop in _each(pieces):
             rows: Any = self.place.rows[name]
+            at, count = start - origin, stop - origin
             straight = self.device.type == "cuda" and isinstance(rows, HostRows)
             values = (
-                rows.values[first:end] if straight else as_rows(held.host[name], end - first, rows)
+                rows.values[start:stop] if straight else as_rows(held.host[name], count, rows)[at:]
             )
             if self.device.type == "cuda":
-                _copied(values, as_rows(held.device[name], end - first, rows))
+                copies.append((values, as_rows(held.device[name], count, rows)[at:]))
             if not straight:
-                rows.write(first, values)
+                writes.append((rows, start, values))
+        _copied(copies)
+        for rows, start, values in writes:
+            rows.write(start, values)
 
 
-def tile_rows(rows: Iterable[Rows | Tensor], tile_bytes: int | None = None) -> int:
-    """Rows of a tile whose buffers are those of a table."""
-    most = max(1, (tile_bytes or TILE_BYTES) // max(1, sum(map(row_bytes, rows))))
-    return max(PAGE, 1 << (most.bit_length() - 1))
+def tile_rows(rows: Iterable[Rows | Tensor], most: int = 1) -> int:
+    """Rows of a tile whose buffers are those of a table; see `Tiles`."""
+    fit = max(1, TILE_BYTES // max(1, sum(map(row_bytes, rows))))
+    return max(PAGE, 1 << (fit.bit_length() - 1), 1 << (most - 1).bit_length())
 
 
-def staging_bytes(rows: Iterable[Rows | Tensor], count: int) -> int:
+def staging_bytes(rows: Iterable[Rows | Tensor], count: int, most: int = 1) -> int:
     """Bytes of the buffers that the tiles of a table of `count` rows go through."""
     held = list(rows)
-    return _SETS * min(tile_rows(held), count) * sum(map(row_bytes, held))
+    return _SETS * min(_held_rows(tile_rows(held, most), most), count) * sum(map(row_bytes, held))
+
+
+def _held_rows(per_tile: int, most: int) -> int:
+    """Rows that the buffers of a tile have room for: those beyond its end fill whole pages."""
+    return per_tile + -(-(most - 1) // PAGE) * PAGE
+
+
+def _each(pieces: Mapping[str, list[tuple[int, int]]]) -> Iterator[tuple[str, int, int]]:
+    for name, ranges in pieces.items():
+        for start, stop in ranges:
+            yield name, start, stop
 
 
 def _recorded(device: torch.device) -> Any:
@@ -201,10 +271,17 @@ def _recorded(device: torch.device) -> Any:
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
-def _copied(out: Tensor, source: Tensor) -> None:
-    """Copy between host and card on a stream of this thread alone, and wait for it."""
-    card = out.device if out.is_cuda else source.device
-    stream = torch.cuda.Stream(card)  # type: ignore[no-untyped-call]
+def _copied(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy from host to card, or back, on a stream of this thread alone, and wait for it.
+
+    Args:
+        copies: (out, source) of each.
+    """
+    if not copies:
+        return
+    out, source = copies[0]
+    stream = torch.cuda.Stream(out.device if out.is_cuda else source.device)  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
-        out.copy_(source, non_blocking=True)
+        for out, source in copies:
+            out.copy_(source, non_blocking=True)
     stream.synchronize()

@@ -33,6 +33,7 @@ from xmlkernels.nn.mixed import MixedHead, MixedLevel
 from xmlkernels.nn.plain import PlainHead, PlainLevel
 from xmlkernels.nn.shard import shard_rows
 from xmlkernels.nn.stored_head import StoredHead
+from xmlkernels.nn.stored_level import StoredLevel
 from xmlkernels.nn.table import RowOptimizer
 from xmlkernels.nn.table_store import TableStore, parse_store
 from xmlkernels.planner import planned, told
@@ -193,7 +194,7 @@ def cascade_heads(
     plan: Plan, encoder: nn.Module, tree: TreeShape, *, processes: int = 1, rank: int = 0
 ) -> Callable[..., CascadeHeads]:
     """Return what makes a process's heads of the run's cascade: all labels, or its clusters'."""
-    config, own, shard = plan.config, plan.cascade, None
+    config, own, shard, store = plan.config, plan.cascade, None, _store(plan)
     assert own is not None, "the plan of a cascade"
     if plan.sharded:
         row_ptr = torch.tensor(tree.bounds(tree.levels - 2), device="cpu")
@@ -220,6 +221,7 @@ def cascade_heads(
         seed=config.seed,
         label_shard=shard,
         level=_level(config),
+        label_level=None if store is None else partial(StoredLevel, store=store, most=most[-1]),
     )
 
 

@@ -159,7 +159,6 @@ def _together(config: Config) -> Iterator[tuple[bool, str, str, str]]:
     )
     stored = config.table_store != "ram"
     for fits, name, expected in (
-        (config.model != "cascade", "model", "end_to_end"),
         (not plain, "impl", "fused"),
         (not mixed, "table_compute", "auto"),
         (not dense, "table_optimizer", "auto, sgd or adam"),

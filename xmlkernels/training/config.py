@@ -231,8 +231,8 @@ class Config:
     """Where the label table stands with its optimizer's state: ram, the memory of its device; host,
     the host's memory beside a card; file:FOLDER, files in a folder of a local disk, for tables
     larger than memory. The last two are streamed to the device by tiles, in every step and for
-    every batch of an evaluation. The weights are the same bit for bit; sums over labels are, within
-    rounding."""
+    every batch of an evaluation; of a cascade, the rows of the clusters that the batch shortlists.
+    The weights are the same bit for bit; sums over labels are, within rounding."""
 
     epochs: int = of(TRAINING, 10, COUNT)
     """Passes over the training documents."""
