@@ -1,6 +1,7 @@
 """The model's step: against plain autograd, by micro-batches, and when something is not finite."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from xmlkernels.models.end_to_end import EndToEnd
 from xmlkernels.models.training import Training
 from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
+from xmlkernels.nn.stored_head import StoredHead
+from xmlkernels.nn.table_store import TableStore
 
 
 def test_step_equals_plain_autograd() -> None:
@@ -207,3 +210,21 @@ def test_fp16_autocast_overflow_skips_the_encoder_and_lowers_the_scale() -> None
         model.tensors()["encoder.model.embeddings.word_embeddings.weight"],
         before["encoder.model.embeddings.word_embeddings.weight"],
     )
+
+
+def test_an_evaluation_reads_a_stored_table_once_per_batch() -> None:
+    plain, batch = make_model(), make_batch(6)
+    head = StoredHead(LABELS, plain.encoder.width, store=TableStore("host"), seed=2)
+    head.load_rows({"weight": plain.head.weight})
+    model = EndToEnd(plain.encoder, head).eval()
+    ways: dict[str, Any] = {"plain": (), "by scheme": model.schemes}
+    rows: Any = head.place.rows["weight"]
+    read, seen = rows.read, list[int]()
+    rows.read = lambda start, out: (seen.append(start), read(start, out))[1]
+    for name, schemes in ways.items():
+        ours = model.score(batch, 5, loss=True, schemes=schemes)
+        assert seen == [0], name
+        theirs = plain.score(batch, 5, loss=True, schemes=schemes)
+        assert torch.equal(ours.labels, theirs.labels) and torch.equal(ours.values, theirs.values)
+        assert torch.equal(ours.loss, theirs.loss) and ours.by_scheme.keys() == set(schemes)
+        seen.clear()

@@ -92,15 +92,23 @@ def test_topk_and_scores_are_those_of_memory(kind: str, tmp_path: Path) -> None:
     for k, exclude in ((1, None), (10, None), (7, barred), (5000, None), (LABELS + 3, None)):
         for ours, theirs in zip(stored.topk(x, k, exclude), head.topk(x, k, exclude), strict=True):
             assert torch.equal(ours, theirs)
+    _, row, sample = batch(1, 6)
+    (values, rows), loss = stored.topk_and_loss(x, 7, barred, row, sample)
+    assert torch.equal(values, stored.topk(x, 7, barred)[0])
+    assert torch.equal(rows, stored.topk(x, 7, barred)[1])
+    assert torch.equal(loss, stored.loss(x, row, sample))
     index = torch.randint(-1, LABELS, (6, 50))
     assert torch.equal(stored.scores(x, index), head.scores(x, index))
     assert torch.equal(stored.scores(x, index[0]), head.scores(x, index[0]))
-    read = []
-    rows = stored.place.rows["weight"]
-    whole = rows.read
-    rows.read = lambda start, out: (read.append(start), whole(start, out))[1]  # type: ignore
+    read = list[int]()
+    weight: Any = stored.place.rows["weight"]
+    whole = weight.read
+    weight.read = lambda start, out: (read.append(start), whole(start, out))[1]
     stored.scores(x, torch.full((6, 2), 5000))
-    assert len(read) == 1 and 5000 - 4096 // rows.dtype.itemsize < read[0] <= 5000  # a page or so
+    assert len(read) == 1 and 5000 - 4096 // weight.dtype.itemsize < read[0] <= 5000  # a page
+    read.clear()
+    stored.topk_and_loss(x, 7, None, row, sample)
+    assert read == [0, 4096, 8192]
 
 
 def test_equal_scores_come_in_order_of_row(tmp_path: Path) -> None:

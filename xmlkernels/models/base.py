@@ -393,6 +393,17 @@ class Model(nn.Module):
         """Compute the loss [1] of a batch from its features."""
         raise NotImplementedError
 
+    def _answers_and_loss(
+        self,
+        x: list[Tensor],
+        k: int,
+        exclude: Tensor | None,
+        schemes: Sequence[str],
+        batch: Documents,
+    ) -> tuple[dict[str, Answer], Tensor]:
+        """Do what `_answers` and `_loss` do; it may answer by more schemes than it is asked for."""
+        return self._answers(x, k, exclude, schemes), self._loss(x, batch)
+
     @evaluating
     def score(
         self,
@@ -422,14 +433,18 @@ class Model(nn.Module):
         """
         self._check_schemes(schemes)
         x = self._whole_features(batch)
-        answers = self._answers(x, k, exclude, schemes)
+        total = None
+        if loss:
+            answers, total = self._answers_and_loss(x, k, exclude, schemes, batch)
+        else:
+            answers = self._answers(x, k, exclude, schemes)
         own = answers[self.scheme] if self.scheme in answers else self._answer(x, k, exclude)
         return Scored(
             own.values,
             own.labels,
-            self._loss(x, batch) if loss else None,
+            total,
             x[-1] if embedding else None,
-            answers,
+            {scheme: answers[scheme] for scheme in schemes},
         )
 
     @evaluating

@@ -3,7 +3,7 @@
 Source: Jain et al., "Renee" (MLSys 2023).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self, TypedDict
 
 import torch
@@ -186,12 +186,26 @@ class EndToEnd(Model):
         return loss, overflow
 
     def _answer(self, x: list[Tensor], k: int, exclude: Tensor | None) -> Answer:
-        found = self.head.topk(x[-1], k, exclude)
-        return Answer(*(dist.merge_topk(*found, k) if self.shared else found))
+        return self._merged(self.head.topk(x[-1], k, exclude), k)
 
     def _loss(self, x: list[Tensor], batch: Documents) -> Tensor:
         loss = self.head.loss(x[-1], batch.pos_row, batch.pos_sample)
         return dist.sum_(loss) if self.shared else loss
+
+    def _answers_and_loss(
+        self,
+        x: list[Tensor],
+        k: int,
+        exclude: Tensor | None,
+        schemes: Sequence[str],
+        batch: Documents,
+    ) -> tuple[dict[str, Answer], Tensor]:
+        best, loss = self.head.topk_and_loss(x[-1], k, exclude, batch.pos_row, batch.pos_sample)
+        answer = self._merged(best, k)
+        return dict.fromkeys(self.schemes, answer), dist.sum_(loss) if self.shared else loss
+
+    def _merged(self, best: tuple[Tensor, Tensor], k: int) -> Answer:
+        return Answer(*(dist.merge_topk(*best, k) if self.shared else best))
 
     def config(self) -> dict[str, Any]:
         """Describe the model as JSON; see `Model.config`."""

@@ -187,6 +187,13 @@ class FullHead(Table):
         mend = "give the batches of the training split"
         return InputError("first label rows", "training documents", "none", mend)
 
+    @torch.no_grad()
+    def topk_and_loss(
+        self, x: Tensor, k: int, exclude: Tensor | None, pos_row: Tensor, pos_sample: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Do what `topk` and `loss` do, without a gradient."""
+        return self.topk(x, k, exclude), self.loss(x, pos_row, pos_sample)
+
     def step(
         self,
         x: Tensor,

@@ -128,10 +128,7 @@ class StoredHead(StoredTable, FullHead):
     @torch.no_grad()
     def topk(self, x: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Find the k best rows of all; see `Table.topk`. Tiles are read once."""
-        best = (
-            torch.full((x.shape[0], k), -torch.inf, device=x.device),
-            torch.full((x.shape[0], k), -1, dtype=torch.int64, device=x.device),
-        )
+        best = self._nothing_yet(x, k)
         for _, _, tile in self._stream(READ):
             best = _better(best, tile.topk(x, k, exclude))
         return best
@@ -143,6 +140,24 @@ class StoredHead(StoredTable, FullHead):
         for _, _, tile in self._stream(READ):
             total += tile.loss(x, pos_row, pos_sample)
         return total
+
+    @torch.no_grad()
+    def topk_and_loss(
+        self, x: Tensor, k: int, exclude: Tensor | None, pos_row: Tensor, pos_sample: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Do what `topk` and `loss` do; tiles are read once for both."""
+        best, total = self._nothing_yet(x, k), torch.zeros(1, device=x.device)
+        for _, _, tile in self._stream(READ):
+            best = _better(best, tile.topk(x, k, exclude))
+            total += tile.loss(x, pos_row, pos_sample)
+        return best, total
+
+    def _nothing_yet(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Give the k best of no rows."""
+        return (
+            torch.full((x.shape[0], k), -torch.inf, device=x.device),
+            torch.full((x.shape[0], k), -1, dtype=torch.int64, device=x.device),
+        )
 
 
 def _better(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
