@@ -5,11 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from torch import nn
 
 import xmlkernels
+from xmlkernels.models.cascade import Cascade
 from xmlkernels.models.end_to_end import EndToEnd
+from xmlkernels.models.training import CascadeTraining
 from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
@@ -24,8 +27,11 @@ from xmlkernels.planner.speed import (
     words_work,
 )
 from xmlkernels.training import planning
+from xmlkernels.training.build import cascade_heads
+from xmlkernels.training.facts import BalancedTree
 from xmlkernels.training.planned_sizes import PlanConfig
 from xmlkernels.training.planning import Forecast, forecast_of, traffic_of
+from xmlkernels.tree.label_tree import LabelTree
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 1 << 30
@@ -152,6 +158,29 @@ def test_bytes_on_the_wire_are_those_that_the_model_tells(
     assert traffic_of(plan, encoder, {"l": head}, 1, terms=6.0) == {}
 
 
+@pytest.mark.parametrize("encoder", ["bow", "tiny"])
+def test_bytes_on_the_wire_of_a_cascade_are_those_that_the_model_tells(encoder: str) -> None:
+    processes, batch = 3, 50
+    run: dict[str, Any] = {"device": "a100", "documents": 500, "encoder": encoder, "batch": batch}
+    run |= {"tree_depths": (2, 4), "topk": (3, 5), "positives_bound": 4, "label_text": False}
+    run |= {"layers": ("1", "2", "2"), "micro_batch": 0} if encoder == "tiny" else {"layers": ()}
+    sizes: dict[str, Any] = {"longest": 8, "vocabulary": 60, "words": 6.0, "gpus": processes}
+    found = forecast("cascade", run=run, labels=304, **sizes)
+    plan, tree = found.plan, LabelTree.from_partitions([np.arange(304) // 76, np.arange(304) // 19])
+    built = planning.planned_encoder(plan, 60)
+    shape = BalancedTree((4, 16, 304))
+    heads = planned(cascade_heads(plan, built, shape, processes=processes))
+    assert heads.most == tuple(tree.widest(r) for r in range(2)), "the same tree"
+    training = CascadeTraining(encoder_lr=0.1, total=9, positives_bound=4)
+    model = Cascade(built, heads, tree, training)
+    terms = -(-batch // processes) * 6
+    told = model.traffic(batch, processes, terms=terms)
+    for kind in ("gathered", "scattered", "summed"):
+        own = sum(count for name, count in found.wire.items() if name.startswith(kind))
+        assert own == told[kind], (kind, found.wire)
+    assert found.wire["gathered, shortlists"] == 8 * 2 * (17 + 1) * (4 + 9)
+
+
 def test_a_plan_tells_bytes_on_the_wire() -> None:
     run = {"device": "a100", "documents": 5000, "batch": 1024, "label_text": False}
     found = forecast("minilm", run=run, labels=1000, longest=32, gpus=4)
@@ -164,7 +193,8 @@ def test_a_plan_tells_bytes_on_the_wire() -> None:
     cascade = forecast("cascade", run=levels, labels=5000, longest=32, gpus=2)
     own = [name for name in cascade.wire if name.startswith("gathered")]
     assert own == [
-        f"gathered, {n}" for n in ("clusters of level 0", "clusters of level 1", "label table")
+        f"gathered, {n}"
+        for n in ("clusters of level 0", "clusters of level 1", "label table", "shortlists")
     ]
 
 

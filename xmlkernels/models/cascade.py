@@ -20,9 +20,11 @@ from xmlkernels.models.descent import (
     candidates_of,
     descend,
     joined,
+    kept_in_training,
     loss_of,
     ranked,
     scores_by,
+    shortlist_traffic,
 )
 from xmlkernels.models.level_steps import train_levels
 from xmlkernels.models.running_mean import evaluating
@@ -168,8 +170,9 @@ class Cascade(Model):
         )
         if self.shared and processes > 1:
             found["scattered"] = dist.step_traffic(documents, [self.width], processes)["scattered"]
-            rows = -(-documents // processes) + 1
-            found["gathered"] += 8 * (processes - 1) * rows * sum(self._kept_in_training())
+            bound = (self.training_settings or _AT_DEFAULTS).positives_bound
+            kept = kept_in_training(self.heads.topk, self._tree().most, bound)
+            found["gathered"] += shortlist_traffic(documents, processes, kept)
         return found
 
     def label_rows(self, start: int, end: int) -> Tensor:
@@ -253,14 +256,6 @@ class Cascade(Model):
     def _tree(self) -> TreeOnDevice:
         children = (getattr(self, f"children_{r}") for r in range(self.tree.levels - 1))
         return TreeOnDevice((self.root, *children), (self.tree.sizes[0], *self.heads.most))
-
-    def _kept_in_training(self) -> list[int]:
-        """Count the columns of each level's shortlist in a step; see `select`."""
-        bound = (self.training_settings or _AT_DEFAULTS).positives_bound
-        kept = [1]
-        for k, most in zip(self.heads.topk, self._tree().most, strict=False):
-            kept.append(min(k + bound, kept[-1] * most))
-        return kept[1:]
 
     def _positives(self, batch: Documents) -> list[tuple[Tensor, Tensor]]:
         """(node, sample) of every level, the labels last."""

@@ -105,6 +105,34 @@ def descend(
         clusters = kept
 
 
+def kept_in_training(topk: Sequence[int], most: Sequence[int], bound: int) -> list[int]:
+    """Count the columns of each level's shortlist in a step, coarse to fine; see `select`.
+
+    Args:
+        topk: of each level of clusters.
+        most: M of each level, the nodes of the first; see `TreeOnDevice`.
+        bound: clusters beyond k that a sample may keep for its positives.
+    """
+    kept = [1]
+    for k, wide in zip(topk, most, strict=False):
+        kept.append(min(k + bound, kept[-1] * wide))
+    return kept[1:]
+
+
+def shortlist_traffic(documents: int, processes: int, kept: Sequence[int]) -> int:
+    """Return the bytes of shortlists that the first process receives in a step.
+
+    Where processes share the label level, each sends those of its own documents, and a row more
+    with the number of positives in them.
+
+    Args:
+        documents: B, of all processes together.
+        processes: G.
+        kept: of `kept_in_training`.
+    """
+    return 8 * (processes - 1) * (-(-documents // processes) + 1) * sum(kept)
+
+
 def scores_by(scheme: str, levels: Iterable[Descent]) -> Iterator[Tensor]:
     """Score each level's candidates under a scheme, coarse to fine: fp32 [B, K, M].
 

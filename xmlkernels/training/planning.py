@@ -6,13 +6,14 @@ documents of an update, D width, G processes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from xmlkernels import dist
+from xmlkernels.models.descent import kept_in_training, shortlist_traffic
 from xmlkernels.nn import hf
 from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.encoder import Encoder
@@ -32,6 +33,7 @@ from xmlkernels.planner.speed import (
 from xmlkernels.precision import DTYPES, default_autocast, default_table_dtype
 from xmlkernels.training.build import bag_of_words, cascade_heads, full_table
 from xmlkernels.training.checks import check
+from xmlkernels.training.facts import TreeShape
 from xmlkernels.training.forecast import (
     SO_FAR,
     RunMemory,
@@ -118,10 +120,12 @@ def forecast(subject: Subject, here: Mapping[str, int]) -> Forecast:
     Raises:
         InputError: settings that no run can have.
     """
-    plan, encoder, tables = _built(subject)
+    plan, encoder, tables, beside = _built(subject)
     processes = subject.options.gpus
     memory = memory_of(plan, encoder, tables, subject.tree, here=here, processes=processes)
-    wire = traffic_of(plan, encoder, tables, processes, terms=subject.words)
+    wire = traffic_of(
+        plan, encoder, tables, processes, terms=subject.words, beside=beside, tree=subject.tree
+    )
     parts = [timed(work, subject.card) for work in _step(subject, plan, encoder, tables)]
     if received := sum(wire.values()):
         floor = received / subject.card.wire
@@ -138,12 +142,20 @@ def forecast(subject: Subject, here: Mapping[str, int]) -> Forecast:
 
 
 def traffic_of(
-    plan: Plan, encoder: nn.Module, tables: Mapping[str, Table], processes: int, *, terms: float
+    plan: Plan,
+    encoder: nn.Module,
+    tables: Mapping[str, Table],
+    processes: int,
+    *,
+    terms: float,
+    beside: Iterable[nn.Parameter] = (),
+    tree: TreeShape | None = None,
 ) -> dict[str, int]:
     """Return the bytes that the first process receives in a step, by kind and by what.
 
     The vectors of every table are gathered. Gradients come back from the labels' alone, where the
-    processes share it; the encoder's are summed. See `dist.step_traffic`.
+    processes share it, and of a cascade each sends its shortlists then; the encoder's are summed.
+    See `dist.step_traffic`.
 
     Args:
         plan: the settings of the run.
@@ -151,6 +163,8 @@ def traffic_of(
         tables: by what to call them, the labels' last.
         processes: G.
         terms: of a document, for a bag of words, whose bags are gathered.
+        beside: parameters of the heads, which are trained as the encoder's are.
+        tree: of a cascade.
     """
     found, last = dict[str, int](), len(tables) - 1
     for number, (name, table) in enumerate(tables.items()):
@@ -158,7 +172,12 @@ def traffic_of(
         each = dist.step_traffic(plan.update, [table.width], processes, scattered=own)
         found[f"gathered, {name}"] = each["gathered"]
         found[f"scattered, {name}"] = each["scattered"]
-    trained = sum(p.numel() * p.element_size() for p in encoder.parameters() if p.requires_grad)
+    if plan.sharded and tree is not None and plan.cascade is not None and processes > 1:
+        most = (tree.sizes[0], *(tree.widest(r) for r in range(last)))
+        kept = kept_in_training(plan.cascade.topk, most, plan.config.positives_bound)
+        found["gathered, shortlists"] = shortlist_traffic(plan.update, processes, kept)
+    parameters = [*encoder.parameters(), *beside]
+    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
     summed = dist.step_traffic(plan.update, [], processes, summed=trained)["summed"]
     found["summed, encoder"] = summed
     if isinstance(encoder, BowEncoder):
@@ -167,8 +186,13 @@ def traffic_of(
     return {name: count for name, count in found.items() if count}
 
 
-def _built(subject: Subject) -> tuple[Plan, nn.Module, dict[str, Table]]:
-    """Build the run on the meta device: its plan, its encoder, its tables by what to call them."""
+def _built(
+    subject: Subject,
+) -> tuple[Plan, nn.Module, dict[str, Table], list[nn.Parameter]]:
+    """Build the run on the meta device: plan, encoder, tables by what to call them, and the rest.
+
+    That is the parameters of a cascade's heads.
+    """
     config, card, facts = subject.config, subject.card, subject.facts
     processes = subject.options.gpus
     device = torch.device("cuda" if card.cuda else "cpu")
@@ -186,9 +210,9 @@ def _built(subject: Subject) -> tuple[Plan, nn.Module, dict[str, Table]]:
         width = int(encoder.width)  # type: ignore[arg-type]
         # The first process has as many rows as any.
         make = full_table(plan, facts.labels, width, processes=processes)
-        return plan, encoder, {"label table": planned(make)}
-    heads = cascade_heads(plan, encoder, subject.tree, processes=processes)
-    return plan, encoder, dict(planned(heads).tables())
+        return plan, encoder, {"label table": planned(make)}, []
+    heads = planned(cascade_heads(plan, encoder, subject.tree, processes=processes))
+    return plan, encoder, dict(heads.tables()), list(heads.parameters())
 
 
 def planned_encoder(plan: Plan, vocabulary: int) -> nn.Module:
