@@ -102,7 +102,11 @@ ALONE = {
         "xmlkernels/data/tokens.py",
     },
     "tokenizers": {"xmlkernels/data/tokens.py"},
-    "torch.distributed": {"xmlkernels/dist/group.py", "xmlkernels/dist/messages.py"},
+    "torch.distributed": {
+        "xmlkernels/dist/group.py",
+        "xmlkernels/dist/messages.py",
+        "xmlkernels/dist/sharded.py",
+    },
     "msgspec": {"xmlkernels/records.py"},
     "xxhash": {"xmlkernels/checksums.py"},
     "rich": {"xmlkernels/cli/console.py"},

@@ -144,7 +144,8 @@ def test_bytes_on_the_wire_are_those_that_the_model_tells(
 ) -> None:
     shard = shard_rows(1000, processes, 0)
     head = FullHead(1000, 32, shard=shard)
-    model, plan = EndToEnd(encoder, head), type("Plan", (), {"update": 50, "sharded": True})()
+    settings = {"update": 50, "sharded": True, "encoder_sharded": False}
+    model, plan = EndToEnd(encoder, head), type("Plan", (), settings)()
     terms = -(-50 // processes) * 6
     told = model.traffic(50, processes, terms=terms)
     found = traffic_of(plan, encoder, {"labels": head}, processes, terms=6.0)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from end_to_end_common import make_batch, make_model
-from processes import together
+from processes import CPU, collected, together
 from safetensors.torch import load_file, save_file
 from scipy.sparse import csr_matrix
 from scipy.sparse import random as sparse_random
@@ -27,6 +27,7 @@ from xmlkernels.models.end_to_end import EndToEnd
 from xmlkernels.models.running_mean import MeanSettings
 from xmlkernels.models.training import Training
 from xmlkernels.nn.bow import BowEncoder
+from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.nn.table import RowOptimizer
 
@@ -82,6 +83,24 @@ def bow_model() -> EndToEnd:
     return EndToEnd(encoder, FullHead(23, 12, optimizer="adam", seed=2, bias=True), settings).eval()
 
 
+def in_parts(make: Callable[[], Any]) -> Callable[[], Any]:
+    """Of several processes each makes the model with its rows of the encoder alone."""
+    whole = Encoder.tiny
+
+    def sharded(*values: Any, **options: Any) -> Encoder:
+        encoder = whole(*values, **options)
+        encoder.shard(CPU)
+        return encoder
+
+    def made() -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            if dist.size() > 1:
+                patch.setattr(Encoder, "tiny", sharded)
+            return make()
+
+    return made
+
+
 CASES: dict[str, tuple[Callable[[], Any], Callable[[int, int], Any]]] = {
     "end_to_end": (make_model, end_to_end_batch),
     "micro": (
@@ -100,19 +119,31 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[int, int], Any]]] = {
     ),
     "bow": (bow_model, bag_batch),
 }
+CASES |= {
+    f"{name}, encoder in parts": (in_parts(make), batch_of)
+    for name, (make, batch_of) in CASES.items()
+    if name != "bow"
+}
 
 
 def train_all(folder: str) -> None:
     """Some steps of each model; the first process writes what they come to, and their losses."""
     for name, (make, batch_of) in CASES.items():
-        model = make()
-        losses = [
-            model.step(batch_of(size, seed), need_loss=True) for seed, size in enumerate(SIZES)
-        ]
-        tensors = {k: v.contiguous() for k, v in model.tensors().items()} | {
-            "losses": torch.cat(losses)
+        model, losses = make(), []
+        assert model.encoder_shared is (dist.size() > 1 and "in parts" in name)
+        for seed, size in enumerate(SIZES):
+            with dist.counted() as received:
+                losses.append(model.step(batch_of(size, seed), need_loss=True))
+            if model.encoder_shared and dist.rank() == 0 and "unread" not in name:
+                assert received == model.traffic(size, dist.size(), need_loss=True)
+        tensors, shards = model.tensors(), model.shards()
+        assert {k: v.shape[0] for k, v in tensors.items() if k in shards} == {
+            k: shard.count for k, shard in shards.items()
         }
-        dist.agree_on_tensors(tensors)
+        whole = {k: v for k, v in tensors.items() if k not in shards}
+        dist.agree_on_tensors(whole | {"losses": torch.cat(losses)})
+        tensors = collected(tensors, shards) | {"losses": torch.cat(losses)}
+        tensors = {k: v.contiguous() for k, v in tensors.items()}
         if dist.rank() == 0:
             save_file(
                 {k: v.clone() for k, v in tensors.items()}, Path(folder, f"{name}.safetensors")
@@ -144,9 +175,68 @@ def skip_all(folder: str) -> None:
         make_model().step(make_batch(8))
 
 
+def parts_all() -> None:
+    """What processes hold of an encoder in parts, and the decisions that they take together."""
+    make, batch_of = CASES["micro, encoder in parts"]
+    model, whole = make(), CASES["micro"][0]()
+
+    def held(of: EndToEnd) -> int:
+        """Bytes of weights, moments and means of the encoder."""
+        tensors = of.tensors()
+        names = [k for k in tensors if "layer." in k or "embeddings." in k]
+        return sum(tensors[k].numel() * tensors[k].element_size() for k in names)
+
+    for one in (model, whole):
+        one.step(batch_of(8, 0))
+    assert 0.5 <= held(model) / held(whole) < 0.51
+    # The state of one goes into the other, either way, and both go on alike.
+    shards = model.shards()
+    rows = {k: v.clone() for k, v in model.tensors().items()}
+    other = make()
+    other.load_tensors({k: v.clone() for k, v in whole.tensors().items()})
+    third = make()
+    third.load_tensors(rows)
+    for batch in (batch_of(7, 1), batch_of(1, 2)):
+        losses = [one.step(batch, need_loss=True) for one in (whole, model, other, third)]
+        torch.testing.assert_close(torch.cat(losses), losses[0].expand(4), rtol=1e-5, atol=0)
+    with torch.no_grad():
+        scored = [one.score(make_batch(7, 3), 3, loss=True) for one in (whole, model)]
+    assert torch.equal(scored[0].labels, scored[1].labels), "by the means"
+    torch.testing.assert_close(scored[0].loss, scored[1].loss, rtol=1e-5, atol=0)
+    assert shards.keys() == model.shards().keys()
+    # A gradient of one process that is not finite keeps all from the step.
+    take = dist.take_gradients
+
+    def spoilt(parameters: Any) -> None:
+        held = list(parameters)
+        take(held)
+        rows = next(p for p in map(dist.own_parameter, held) if p.grad is not None and p.numel())
+        if dist.rank() == 1:
+            rows.grad.fill_(torch.inf)  # type: ignore[union-attr]
+
+    before = {k: v.clone() for k, v in model.tensors().items() if "optimizer" in k}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "take_gradients", spoilt)
+        model.step(batch_of(8, 4))
+    after = model.tensors()
+    assert before and all(torch.equal(after[k], v) for k, v in before.items())
+    assert int(model.skipped_steps) == 0 and int(model.skipped_encoder_steps) == 1
+    # Frozen layers are gathered forward alone, and have neither gradients nor moments.
+    model = make()
+    with pytest.MonkeyPatch.context() as patch:
+        freeze = Encoder.shard
+        patch.setattr(Encoder, "shard", lambda e, device: (e.freeze(1), freeze(e, device)))
+        model = make()
+    with dist.counted() as received:
+        model.step(batch_of(8, 0), need_loss=True)
+    assert dist.rank() > 0 or received == model.traffic(8, 2, need_loss=True)
+    assert not any("layer.0" in k for k in model.tensors() if k.startswith("optimizer"))
+
+
 def all_of_training(folder: str) -> None:
     train_all(folder)
     skip_all(folder)
+    parts_all()
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -35,7 +35,8 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
     Two groups, in the order of `module.named_parameters()`: first those that decay, then biases and
     every parameter of a normalisation layer, which do not. Norms are known by the type of their
-    module, not by the parameter's name: by name Renee decays DistilBERT's `sa_layer_norm`.
+    module, not by the parameter's name: by name Renee decays DistilBERT's `sa_layer_norm`. Of a
+    sharded parameter they have this process's rows.
 
     Raises:
         InputError: nothing to train.
@@ -46,7 +47,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     for name, parameter in module.named_parameters():  # a shared parameter comes once
         if parameter.requires_grad:
             stays = id(parameter) in in_norm or name.endswith("bias")
-            (plain if stays else decayed).append(parameter)
+            (plain if stays else decayed).append(dist.own_parameter(parameter))
     if not decayed and not plain:
         raise InputError(
             "encoder_optimizer", "at least one trainable parameter", "none", "unfreeze a part of it"
@@ -316,11 +317,33 @@ def scaled_step(
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     # Of those alone that have a gradient: a zero in place of none would let AdamW decay what the
-    # step has nothing to do with.
-    dist.sum_gradients(p for p in params if p.grad is not None)
+    # step has nothing to do with. Rows of a sharded parameter have their sums already.
+    own = [p for p in params if isinstance(p, dist.OwnRows)]
+    dist.sum_gradients(p for p in params if p.grad is not None and not isinstance(p, dist.OwnRows))
     found = scaler.unscale_(params) * (1 - overflow)
-    if clip > 0:
+    if own:
+        found = _over_all(params, own, found, clip)
+    elif clip > 0:
         clip_gradients(params, clip)
     step_unless(optimizer, torch.maximum(found, overflow))
     scaler.update(found)
     return found
+
+
+def _over_all(
+    params: Sequence[torch.Tensor], own: Sequence[torch.Tensor], found: torch.Tensor, clip: float
+) -> torch.Tensor:
+    """Take the decisions of a step over the rows of all processes, in one message.
+
+    Returns:
+        fp32 [1]: 1 where a gradient of any process was not finite. With `clip` all are scaled.
+    """
+    total: Callable[..., torch.Tensor] = nn.utils.get_total_norm
+    norm = total([p.grad for p in own if p.grad is not None]).to(found)
+    told = torch.cat([found, norm.reshape(1).square()]) if clip > 0 else found.clone()
+    dist.sum_(told)
+    if clip > 0:
+        rest = [p.grad for p in params if p.grad is not None and not isinstance(p, dist.OwnRows)]
+        squares = told[1] + (total(rest).square() if rest else 0)
+        nn.utils.clip_grads_with_norm_(params, clip, squares.sqrt())
+    return (told[:1] > 0).to(found)

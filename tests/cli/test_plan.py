@@ -128,6 +128,26 @@ def test_processes_share_the_table() -> None:
     assert table[1].floor == pytest.approx(table[0].floor / 3, rel=1e-3)
 
 
+def test_processes_share_the_encoder() -> None:
+    sizes = {"labels": 100_000, "gpus": 4, "longest": 32, "vocabulary": 30_522}
+    whole, parts = (
+        planned("minilm", run={"device": "h200", "documents": 10_000, "shard_encoder": on}, **sizes)
+        for on in ("off", "on")
+    )
+    for name in ("encoder", "its gradients", "its optimizer"):
+        assert held(parts)[name] == pytest.approx(held(whole)[name] / 4, rel=1e-3), name
+    (weights,) = (p for p in parts.step if p.what == "wire")
+    forward_and_back = 3 * 3 * held(parts)["its gradients"]  # gathered twice, scattered once
+    received = sum(count for name, count in parts.wire.items() if name.endswith(", encoder"))
+    assert received == pytest.approx(forward_and_back, rel=1e-3) and weights.floor > 0
+    assert parts.wire["summed, encoder"] < 10 < whole.wire["summed, encoder"]
+    gathered = parts.memory.device[1].phases["a step"]["encoder's parts, gathered"]
+    assert 0 < gathered < 4 * held(whole)["encoder"]
+    flags = [mend.flags for mend in mends_of(whole)]
+    assert "--shard-encoder on" in flags
+    assert "--shard-encoder on" not in [mend.flags for mend in mends_of(parts)]
+
+
 def test_rates_and_a_price() -> None:
     found = bow()
     table = found.step[-1]

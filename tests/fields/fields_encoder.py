@@ -10,6 +10,9 @@ import torch
 from config_runs import Case, Runs, Seen, documents, recorded, training, zero_share
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from train_runs import check
+
+from xmlkernels import InputError
 
 _INNER = "encoder.model."
 
@@ -195,6 +198,30 @@ def first_words(plain: Seen, changed: Seen) -> None:
     assert torch.allclose(changed.start["encoder.table"], 0.25 * table)
 
 
+def in_parts(runs: Runs, folder: Path) -> None:
+    """Of several processes each builds its part of the encoder, where nothing stands against it.
+
+    tests/training/test_train_processes.py runs it.
+    """
+    told = "--shard-encoder: expected several processes, got one; start it by torchrun, or take off"
+    with pytest.raises(InputError, match=told):
+        runs.of("tiny", shard_encoder="on")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+
+        def early(base: str = "tiny", **more: object) -> bool:
+            return check(runs.config(base, output=str(folder / "none"), **more)).encoder_sharded
+
+        assert early(shard_encoder="on") and not early(shard_encoder="off") and not early()
+        for told, base, more in (
+            ("--shard-encoder: expected a transformer, got --encoder bow", "bow", {}),
+            ("--shard-labels: expected auto with", "tiny", {"shard_labels": "off"}),
+            ("--compile: expected False with --shard-encoder on", "tiny", {"compile": True}),
+        ):
+            with pytest.raises(InputError, match=told):
+                early(base, shard_encoder="on", **more)
+
+
 FIELDS = {
     "encoder": (Case("tiny", {"encoder": "bow", "table_optimizer": "adam"}, kinds),),
     "pooling": (Case("tiny", {"pooling": "cls"}, poolings),),
@@ -206,6 +233,7 @@ FIELDS = {
     "freeze": (Case("tiny", {"freeze": 1}, lower_layers_stay),),
     "precision": (Case("tiny", {"precision": "bf16"}, autocasts),),
     "compile": (it_is_compiled,),
+    "shard_encoder": (in_parts,),
     "init_state": (given_states,),
     "init_prefix": (given_states,),
     "bow_width": (Case("bow", {"bow_width": 16}, widths),),

@@ -73,14 +73,21 @@ def differing(dataset: Path, folder: Path) -> None:
 
 
 def all_runs(dataset: Path, tree: Path, folder: Path) -> None:
-    with dist.counted() as sent:
+    with dist.counted() as all_sent:
         whole = run(tiny(dataset, folder / "whole", **OPTIONS))
-    assert sent["scattered"] > 0, "the label table is shared"
+    assert all_sent["scattered"] > 0, "the label table is shared"
     assert whole["steps"] == STEPS and whole["environment"]["processes"] == 2
     # The last checkpoint is of step 12, within the second epoch.
     stopped_at_save(tiny(dataset, folder / "parts", **OPTIONS), 5)
     run(tiny(dataset, folder / "parts", **OPTIONS, resume=True))
-    stopped_at_save(tiny(dataset, folder / "fewer", **OPTIONS), 3)
+    # Encoders in parts: saved in parts and loaded whole by one process, below; and the other way.
+    parted = OPTIONS | {"shard_encoder": "on"}
+    stopped_at_save(tiny(dataset, folder / "fewer", **parted), 3)
+    stopped_at_save(tiny(dataset, folder / "encoder", **OPTIONS), 3)
+    with dist.counted() as sent:
+        run(tiny(dataset, folder / "encoder", **parted, resume=True))
+    assert sent["summed"] < all_sent["summed"] / 10, "gradients are scattered, not summed"
+    assert sent["gathered"] > all_sent["gathered"], "layers are gathered"
     run(cascade(dataset, folder / "cascade", tree, epochs=2, ema=0.9, ema_tables=True, **ON))
     run(
         tiny(
@@ -127,16 +134,17 @@ def test_a_stopped_run_goes_on_bit_for_bit(runs: Path) -> None:
     assert state["other_rngs"][0]["torch"] != state["rng"]["torch"]
 
 
-def test_a_shared_table_is_trained_as_a_copy(runs: Path) -> None:
+@pytest.mark.parametrize("name", ["copies", "encoder"])
+def test_what_is_shared_is_trained_as_a_copy(runs: Path, name: str) -> None:
     """The same losses within rounding: stochastic, for the table is in bf16."""
-    shared, copies = log_of(runs / "whole"), log_of(runs / "copies")
+    shared, copies = log_of(runs / "whole"), log_of(runs / name)
     assert len(shared) == len(copies) > 4
     for one, other in zip(shared, copies, strict=True):
         if one.get("loss") is not None:
             assert one["loss"] == pytest.approx(other["loss"], rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["whole", "cascade", "bow"])
+@pytest.mark.parametrize("name", ["whole", "encoder", "cascade", "bow"])
 def test_its_metrics_and_predictions_are_those_of_its_model(
     runs: Path, dataset: Path, name: str
 ) -> None:
@@ -170,7 +178,7 @@ def test_another_number_of_processes_goes_on_with_a_note(
     runs: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The global batches are the same ones, so a run may go on with fewer; it says that the bits
-    will not be.
+    will not be. Its encoder was saved in parts.
     """
     assert run(tiny(dataset, runs / "fewer", **OPTIONS, resume=True))["steps"] == STEPS
     steps = [line["step"] for line in log_of(runs / "fewer") if "split" not in line]

@@ -11,6 +11,9 @@ its own vectors from the result. Either way the step is that of one process with
 but for the order of additions. Labels are never sent: every process knows those of the whole batch.
 Predictions are the best of what each process finds among its rows (`merge_topk`).
 
+The encoder itself may lie in parts on all processes (`shard_module`): it is gathered part by part
+where it is passed, and the gradients of its rows are summed where they belong.
+
 What this process receives is counted (`traffic`) and known beforehand (`step_traffic`).
 """
 
@@ -47,10 +50,22 @@ from xmlkernels.dist.messages import (
     sum_gradients,
     wait,
 )
+from xmlkernels.dist.sharded import (
+    OwnRows,
+    follow,
+    is_sharded,
+    own,
+    own_parameter,
+    own_range,
+    rows_of_each,
+    shard_module,
+    take_gradients,
+)
 from xmlkernels.dist.wire import counted, step_traffic, traffic
 
 __all__ = [
     "PATIENCE",
+    "OwnRows",
     "ProcessLost",
     "Scattered",
     "Vote",
@@ -60,26 +75,34 @@ __all__ = [
     "collect_rows",
     "counted",
     "fill_rows",
+    "follow",
     "first_alone",
     "from_first",
     "gather_ragged",
     "gather_rows",
     "gather_texts",
+    "is_sharded",
     "launched",
     "local_rank",
     "merge_topk",
     "missing",
+    "own",
+    "own_parameter",
+    "own_range",
     "part",
     "parts",
     "rank",
+    "rows_of_each",
     "running",
     "scatter_sum",
+    "shard_module",
     "size",
     "start",
     "step_traffic",
     "stop",
     "sum_",
     "sum_gradients",
+    "take_gradients",
     "traffic",
     "wait",
     "when_lost",

@@ -31,6 +31,7 @@ PATIENCE = 45.0
 _beater: Beater | None = None
 _heart: Heartbeat | None = None
 _board: Board | None = None
+_partings: list[Callable[[], None]] = []  # what must let go of the group before it is left
 
 
 class ProcessLost(RuntimeError):
@@ -211,7 +212,15 @@ def stop(*, failed: bool = False) -> None:
         _beater = None
     if running() and not failed:
         _heart = _board = None
+        while _partings:
+            _partings.pop()()
         torch.distributed.destroy_process_group()
+
+
+def before_parting(call: Callable[[], None]) -> None:
+    """Have something done once, before this process leaves the others in order."""
+    if call not in _partings:
+        _partings.append(call)
 
 
 def running() -> bool:

@@ -3,7 +3,7 @@
 A model of a new kind subclasses `Model`; docs/adding-a-model.md is the recipe.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -14,7 +14,7 @@ from xmlkernels.checkpoint import load_optimizer_tensors, optimizer_tensors
 from xmlkernels.data.batches.bags import BagBatch
 from xmlkernels.data.batches.tokens import Batch
 from xmlkernels.errors import InputError
-from xmlkernels.models.gradient_caching import EncoderPass, gathered
+from xmlkernels.models.gradient_caching import EncoderPass, encoder_passes, gathered
 from xmlkernels.models.graphed import Capturer, Card, GraphedPasses
 from xmlkernels.models.running_mean import (
     PREFIX,
@@ -27,7 +27,7 @@ from xmlkernels.models.running_mean import (
 )
 from xmlkernels.models.saved import check_tensors
 from xmlkernels.models.scored import Answer, Scored
-from xmlkernels.models.training import TrainingSettings
+from xmlkernels.models.training import TrainingSettings, decision_bytes
 from xmlkernels.nn.protocol import check_encoder
 from xmlkernels.nn.shard import Shard, own_rows
 from xmlkernels.nn.stored import StoredTable
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 Documents = Batch | BagBatch
 
 _PARTS = ("optimizer.", "scaler.", PREFIX)
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Model(nn.Module):
@@ -119,9 +120,15 @@ class Model(nn.Module):
         return averaged_weights(self, self.tables() if wanted else {})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # `.to(device)` must take the loss scaler and the mean weights along; they are no modules.
+        # `.to(device)` must take along what is no module: the loss scaler, the mean weights, and
+        # the rows of sharded parameters that the optimizer has.
         whole: Any = super()
+        sharded = {name: p for name, p in self.named_parameters() if dist.is_sharded(p)}
+        own = {name: dist.own_parameter(parameter) for name, parameter in sharded.items()}
         whole._apply(fn, recurse)
+        for name, parameter in self.named_parameters() if own else ():
+            if name in own:
+                dist.follow(own[name], parameter)
         if self.scaler is not None:
             self.scaler.move(fn)
         if self.average is not None:
@@ -181,15 +188,43 @@ class Model(nn.Module):
         return any(getattr(table, "shared", False) for table in self.tables().values())
 
     def shards(self) -> dict[str, Shard]:
-        """Name the tensors of which this process holds some rows alone, as `tensors` does."""
+        """Name the tensors of which this process holds some rows alone, as `tensors` does.
+
+        Before a first step there are those that AdamW will keep, too, which a checkpoint may hold.
+        """
         found = {
             f"{name}.{buffer}": table.shard
             for name, table in self.tables().items()
             if isinstance(table, Table) and table.shared
             for buffer in table.row_buffers()
         }
+        found |= {
+            name: Shard(*dist.own_range(parameter))
+            for name, parameter in self.named_parameters()
+            if dist.is_sharded(parameter)
+        }
         means = () if self.average is None else self.average.names
-        return found | {PREFIX + name: found[name] for name in means if name in found}
+        found |= {PREFIX + name: found[name] for name in means if name in found}
+        return found | self._shards_of_states()
+
+    def _shards_of_states(self) -> dict[str, Shard]:
+        """Name states of sharded parameters, those of AdamW before there are any."""
+        found = {}
+        there = {} if self.optimizer is None else self.optimizer.state
+        for name, parameter in self._optimized():
+            if self.optimizer is None or not dist.is_sharded(parameter):
+                continue
+            own = dist.own_parameter(parameter)
+            states = there.get(own, {}) if there else dict.fromkeys(_MOMENTS, own)
+            for key, state in states.items():
+                if state.shape == own.shape:
+                    found[f"optimizer.{name}/{key}"] = Shard(*dist.own_range(parameter))
+        return found
+
+    @property
+    def encoder_shared(self) -> bool:
+        """Whether several processes hold the encoder between them (`Encoder.shard`)."""
+        return any(map(dist.is_sharded, self.encoder.parameters()))
 
     def stored_tables(self) -> dict[str, StoredTable]:
         """Name the tables whose rows are in files or on the host."""
@@ -327,7 +362,8 @@ class Model(nn.Module):
 
     def _encode(self, batch: Documents, micro_batch: int) -> EncoderPass:
         """Encode a batch, and keep the way back through the encoder."""
-        return EncoderPass(self._features, batch.inputs, len(batch), micro_batch)
+        together = self.encoder_shared
+        return EncoderPass(self._features, batch.inputs, len(batch), micro_batch, together=together)
 
     def _finish_step(self, overflow: Tensor, encoder_lr: float) -> None:
         """Update the encoder, its own table and the mean, and count the step.
@@ -339,6 +375,7 @@ class Model(nn.Module):
         settings = self.training_settings
         assert settings is not None and self.scaler is not None
         if self.optimizer is not None:
+            dist.take_gradients(self.parameters())
             self.skipped_encoder_steps += scaled_step(
                 self.optimizer, self.scaler, overflow, clip=settings.clip
             )
@@ -360,12 +397,21 @@ class Model(nn.Module):
         scattered: bool,
     ) -> dict[str, int]:
         """Return `dist.step_traffic` with what encoder and loss add; see a model's `traffic`."""
-        trained = [p for _, p in self._optimized() if p.requires_grad]
+        apart = self.encoder_shared
+        trained = [p for _, p in self._optimized() if p.requires_grad and not dist.is_sharded(p)]
         summed = sum(p.numel() * p.element_size() for p in trained)
         summed += 4 if need_loss and self.shared else 0
+        settings = self.training_settings
+        if apart:
+            summed += decision_bytes(0.0 if settings is None else settings.clip)
         found = dist.step_traffic(documents, widths, processes, summed=summed, scattered=scattered)
         if own := getattr(self.encoder, "update_traffic", None):
             found["gathered"] += own(documents, terms, processes)
+        if apart and processes > 1:
+            micro_batch = 0 if settings is None else settings.micro_batch
+            passes = encoder_passes(documents, processes, micro_batch)
+            for kind, count in self.encoder.shard_traffic(processes, passes).items():  # type: ignore[operator]
+                found[kind] += count
         return found
 
     # ---- scoring ----
@@ -496,6 +542,10 @@ class Model(nn.Module):
         """Name everything that the optimizer trains, as checkpoints do."""
         return self.named_parameters()
 
+    def _own_optimized(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Name what the optimizer has of it: of a sharded parameter this process's rows."""
+        return ((name, dist.own_parameter(p)) for name, p in self._optimized())
+
     def _check_loaded(self, tensors: Mapping[str, Tensor]) -> None:
         """Refuse a checkpoint's tensors for more than names, shapes and formats."""
 
@@ -506,14 +556,14 @@ class Model(nn.Module):
         in for rows of stored tables. With shared tables all processes call it together; each has
         its own rows of what `shards` names.
         """
-        out = {name: value.detach() for name, value in self.state_dict().items()}
+        out = {name: dist.own(value.detach()) for name, value in self.state_dict().items()}
         for name, table in self.stored_tables().items():
             rows = table.stored()
             out |= {f"{name}.{buffer}": stand_in(held) for buffer, held in rows.items()}
         for name, counter in self._own_counters().items():
             out[name] = dist.sum_(counter.clone())
         if self.optimizer is not None:
-            states = optimizer_tensors(self.optimizer, self._optimized())
+            states = optimizer_tensors(self.optimizer, self._own_optimized())
             out |= {f"optimizer.{name}": value for name, value in states.items()}
         if self.scaler is not None:
             out |= {f"scaler.{name}": value for name, value in self.scaler.tensors().items()}
@@ -531,12 +581,22 @@ class Model(nn.Module):
             InputError: the tensors are those of another model.
         """
         shards = self.shards()
-        tensors = {name: own_rows(t, shards.get(name)) for name, t in tensors.items()}
+        # Whatever states the optimizer of the checkpoint kept.
+        states = {
+            f"optimizer.{name}": Shard(*dist.own_range(p))
+            for name, p in self._optimized()
+            if dist.is_sharded(p)
+        }
+        tensors = {
+            name: own_rows(t, shards.get(name) or states.get(name.rpartition("/")[0]))
+            for name, t in tensors.items()
+        }
         parts = {
             p: {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in _PARTS
         }
         rest = {k: v for k, v in tensors.items() if not k.startswith(_PARTS)}
-        own, means = self.state_dict(), parts[PREFIX]
+        state, means = self.state_dict(), parts[PREFIX]
+        own = {name: dist.own(value) for name, value in state.items()}
         if self.training_settings is None:
             rest = with_means(without_states(rest, own), means)
         self._check_loaded(rest)
@@ -544,7 +604,9 @@ class Model(nn.Module):
         if self.training_settings is not None:
             check_means(self.average, means)
         # Tensors that stand in for stored rows are on the meta device, where a copy does nothing.
-        self.load_state_dict(rest)
+        for name in filter(lambda name: dist.is_sharded(state[name]), own):
+            own[name].copy_(rest.pop(name))
+        self.load_state_dict(rest, strict=False)  # the names are those
         for name, table in self.stored_tables().items():
             buffers = table.stored()
             table.load_rows({buffer: rest[f"{name}.{buffer}"] for buffer in buffers})
@@ -554,7 +616,7 @@ class Model(nn.Module):
         first = next(iter(self.tables().values()))
         self.steps = int(first.counter[1])  # type: ignore[index]
         if self.optimizer is not None:
-            load_optimizer_tensors(self.optimizer, self._optimized(), parts["optimizer."])
+            load_optimizer_tensors(self.optimizer, self._own_optimized(), parts["optimizer."])
         if self.scaler is not None:
             self.scaler.load_tensors(parts["scaler."])
         if self.average is not None:

@@ -24,7 +24,8 @@ class EncoderPass:
     Of several processes each encodes its own documents, has the features of all, and takes back the
     gradient of its own. One without a document encodes the stand-in that the batch gives it
     (`AnyBatches.shared`), with a gradient of zero: each process then has gradients of the same
-    parameters, as their sum needs.
+    parameters, as their sum needs. Of a sharded encoder all take as many passes, for each pass
+    gathers it: those with fewer documents pass one once more, whose features are left out.
 
     Attributes:
         x: fp32 [B, D] of each level, without a graph.
@@ -34,6 +35,7 @@ class EncoderPass:
         inputs: of this process's documents; alone, of the whole batch.
         documents: B, of the whole batch.
         micro_batch: documents of a part; 0 passes all at once.
+        together: whether the processes pass the encoder together.
 
     Raises:
         InputError: parts of inputs that are no rows of documents, or inputs that are not this
@@ -46,12 +48,20 @@ class EncoderPass:
         inputs: tuple[Tensor, ...],
         documents: int,
         micro_batch: int,
+        *,
+        together: bool = False,
     ) -> None:
         self._features = features
         self._counts = [part.stop - part.start for part in dist.parts(documents)]
         self._own = dist.part(documents)
         self._idle = self._counts[dist.rank()] == 0
-        self._parts = _parts(inputs, 1 if self._idle else self._counts[dist.rank()], micro_batch)
+        own_count = 1 if self._idle else self._counts[dist.rank()]
+        self._parts = _parts(inputs, own_count, micro_batch)
+        self._spare = 0  # passes for the others' sake
+        if together and dist.size() > 1:
+            passes = encoder_passes(documents, dist.size(), micro_batch)
+            self._spare = passes - len(self._parts)
+            self._parts += [tuple(part[:1] for part in inputs)] * self._spare
         self._states: list[Tensor] = []
         self._graph: list[Tensor] = []
         if len(self._parts) == 1:
@@ -67,7 +77,8 @@ class EncoderPass:
         for part in self._parts:
             self._states.append(_generator_state(part[0].device))
             out.append(self._features(*part))
-        return [torch.cat(level) for level in zip(*out, strict=True)]
+        own = out[: len(out) - self._spare]
+        return [torch.cat(level) for level in zip(*own, strict=True)]
 
     def scatter(self, dx: Tensor) -> dist.Scattered:
         """Begin to sum shards' summands of a gradient [B, D], of which each takes back its own."""
@@ -89,12 +100,25 @@ class EncoderPass:
             with _generator_at(part[0].device, state):
                 levels = self._features(*part)
             own = own or [self._own_rows(d) for d in dx]
-            _backward(levels, [d[start : start + len(part[0])] for d in own])
+            rest = [d[start : start + len(part[0])] for d in own]
+            _backward(levels, [d if len(d) else d.new_zeros(1, *d.shape[1:]) for d in rest])
             start += len(part[0])
 
     def _own_rows(self, dx: Tensor | dist.Scattered) -> Tensor:
         own = dx.rows() if isinstance(dx, dist.Scattered) else dx[self._own]
         return own.new_zeros(1, *own.shape[1:]) if self._idle else own
+
+
+def encoder_passes(documents: int, processes: int, micro_batch: int) -> int:
+    """Return the passes of the process that has most documents of a batch.
+
+    Args:
+        documents: B, of all processes together.
+        processes: G.
+        micro_batch: documents of a pass; 0 passes all at once.
+    """
+    own = max(1, -(-documents // processes))
+    return -(-own // micro_batch) if 0 < micro_batch < own else 1
 
 
 def gathered(own: Sequence[Tensor], documents: int) -> list[Tensor]:

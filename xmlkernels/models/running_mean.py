@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from xmlkernels import dist
 from xmlkernels.errors import InputError
 
 PREFIX = "average."  # of its tensors in a checkpoint
@@ -63,7 +64,8 @@ class RunningMean:
         means: fp32, one for each of the weights.
 
     Args:
-        weights: parameters, or tables of any format but fp8, by name.
+        weights: parameters, or tables of any format but fp8, by name; of a sharded parameter this
+            process's rows have a mean.
         settings: with a decay above 0.
 
     Raises:
@@ -79,7 +81,7 @@ class RunningMean:
                 "leave the tables out of the mean",
             )
         self.settings, self.names, self.count = settings, list(weights), 0
-        self._weights = list(weights.values())
+        self._attach(weights)
         self.means = [w.detach().to(torch.float32, copy=True) for w in self._weights]
         self._rounded: list[Tensor] = []  # the means in the weights' formats, made on first use
 
@@ -118,7 +120,10 @@ class RunningMean:
         self._rounded = self._rounded or [
             m.to(w.dtype) for m, w in zip(self.means, self._weights, strict=True)
         ]
-        held = [w.data for w in self._weights]
+        held = [
+            w.clone() if fixed else w.data
+            for w, fixed in zip(self._weights, self._fixed, strict=True)
+        ]
         self._put(self._rounded)
         try:
             yield
@@ -126,12 +131,20 @@ class RunningMean:
             self._put(held)
 
     def _put(self, values: Sequence[Tensor]) -> None:
-        for weight, value in zip(self._weights, values, strict=True):
-            weight.data = value
+        for weight, value, fixed in zip(self._weights, values, self._fixed, strict=True):
+            if fixed:
+                weight.copy_(value)
+            else:
+                weight.data = value
+
+    def _attach(self, weights: Mapping[str, Tensor]) -> None:
+        self._weights = [dist.own(weights[name]) for name in self.names]
+        # Messages are filled from the memory of a sharded parameter's rows: no other replaces it.
+        self._fixed = [dist.is_sharded(weights[name]) for name in self.names]
 
     def follow(self, weights: Mapping[str, Tensor]) -> None:
         """Attach to the weights again after `.to(device)`, which may have replaced them."""
-        self._weights = [weights[name] for name in self.names]
+        self._attach(weights)
         self.means = [m.to(w.device) for m, w in zip(self.means, self._weights, strict=True)]
         self._rounded = []
 

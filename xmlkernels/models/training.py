@@ -212,6 +212,14 @@ class CascadeTraining:
         return torch.optim.AdamW(heads, lr=self.encoder_lr, eps=self.encoder_epsilon, fused=True)
 
 
+def decision_bytes(clip: float) -> int:
+    """Bytes that are summed for the decisions of a step with an encoder in parts.
+
+    They are whether all gradients are finite and, with `clip`, their norm (`optim.scaled_step`).
+    """
+    return 8 if clip > 0 else 4
+
+
 def no_training() -> InputError:
     """Make the error of a model that is to train without settings for it."""
     got, mend = "one for prediction alone", "pass its training settings when it is built"

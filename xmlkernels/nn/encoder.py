@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xmlkernels import dist
 from xmlkernels.errors import InputError
 from xmlkernels.nn import hf
 from xmlkernels.nn.layer_recipe import Recipe, checked_layers
+from xmlkernels.nn.shard import part_bytes
 
 POOLING = ("mean", "cls")
 CLASS_TOKEN = ("first", "last")
@@ -168,6 +170,51 @@ class Encoder(nn.Module):
         """
         hf.freeze(self.model, layers, where)
 
+    def shard(self, device: torch.device) -> None:
+        """Leave this process its own rows of every parameter; see `dist.shard_module`.
+
+        The transformer's layers are gathered one at a time. Several processes call it together,
+        before there is an optimizer, and pass the encoder together from then on.
+
+        Args:
+            device: that the encoder is on.
+        """
+        # Not the transformer itself: transformers looks models up by their class, which this
+        # changes.
+        dist.shard_module(self, hf.layer_stack(self.model), device, ("layer_vectors",))
+
+    def shard_traffic(self, processes: int, passes: int) -> dict[str, int]:
+        """Return the bytes that a process receives in a step of a sharded encoder.
+
+        Every pass forward gathers all parts: (G - 1) ceil(n / G) rows of each parameter of n rows.
+        A pass back gathers those again that have something to train, and what is no layer, and
+        scatters as many gradients. Layers behind the last that is read are not among them.
+
+        Args:
+            processes: G.
+            passes: of the encoder in a step; of several each is passed forward twice (gradient
+                caching).
+        """
+        parts = self.parts()
+        trained = any(p.requires_grad for p in self.parameters())
+        forward, back = passes * (2 if passes > 1 else 1), passes * trained
+        gathered = scattered = 0
+        for part in parts:
+            moved = _received(part, processes)
+            learnt = _received([p for p in part if p.requires_grad], processes)
+            again = back if learnt or part is parts[-1] else 0
+            gathered, scattered = gathered + moved * (forward + again), scattered + learnt * back
+        return {"gathered": gathered, "scattered": scattered}
+
+    def parts(self) -> list[list[nn.Parameter]]:
+        """List the parameters of what a sharded encoder gathers together.
+
+        They are those of each layer, and last of all that is no layer.
+        """
+        layers = [list(layer.parameters()) for layer in hf.layer_stack(self.model)]
+        inside = {id(p) for layer in layers for p in layer}
+        return [*layers, [p for p in self.parameters() if id(p) not in inside]]
+
     def encoder_config(self) -> dict[str, Any]:
         """Describe architecture and options for `from_config`, JSON-ready: no weights, no paths."""
         names = {dtype: name for name, dtype in AUTOCAST.items()}
@@ -267,6 +314,11 @@ class Encoder(nn.Module):
             return hidden[torch.arange(hidden.shape[0], device=hidden.device), place]
         mask = attention_mask.unsqueeze(-1).float()
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1e-9)
+
+
+def _received(parameters: list[nn.Parameter], processes: int) -> int:
+    """Bytes of the rows of G - 1 other processes, each with as many as the first."""
+    return (processes - 1) * sum(part_bytes(p, processes) for p in parameters)
 
 
 def _check_options(

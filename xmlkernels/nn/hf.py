@@ -197,14 +197,20 @@ def freeze(model: nn.Module, layers: int, where: str) -> None:
         expected = f"fewer than {depth}, the layers of this encoder"
         mend = "leave one layer to train, or train a bag of words"
         raise InputError(where, expected, str(layers), mend)
-    modules = list(model.modules())
-    stacks = [m for m in modules if isinstance(m, nn.ModuleList) and len(m) == depth]
+    stack = layer_stack(model)
     embeddings = [m for name, m in model.named_children() if "embed" in name]
-    if len(stacks) != 1 or not embeddings:
+    if not stack or not embeddings:
         expected = "an encoder of embeddings and one stack of layers"
         raise InputError(where, expected, "another build", "leave it out")
-    for module in (*embeddings, *stacks[0][:layers]):
+    for module in (*embeddings, *stack[:layers]):
         module.requires_grad_(False)
+
+
+def layer_stack(model: nn.Module) -> list[nn.Module]:
+    """List the layers of a model in their order; none where it is not one stack of them."""
+    depth = num_layers(model)
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    return list(stacks[0]) if len(stacks) == 1 else []
 
 
 def use_training_path(model: nn.Module) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xmlkernels.rows import RowRange, rows_behind, stand_in
+from xmlkernels import dist
+from xmlkernels.rows import RowRange, row_bytes, rows_behind, stand_in
 
 UNIT = 128  # rows of a tile, and of a group that is skipped
 
@@ -85,3 +86,16 @@ def own_positives(pos_row: Tensor, pos_sample: Tensor, shard: Shard) -> tuple[Te
     bounds = torch.tensor([shard.first, shard.end], device=pos_row.device)
     first, end = torch.searchsorted(pos_row, bounds).tolist()
     return pos_row[first:end] - shard.first, pos_sample[first:end]
+
+
+def part_bytes(parameter: Tensor, processes: int) -> int:
+    """Bytes of the rows of a parameter that the first of G processes holds; see `dist`."""
+    if processes == 1:
+        return parameter.numel() * parameter.element_size()
+    return dist.rows_of_each(parameter.shape[0], processes) * row_bytes(parameter)
+
+
+def own_bytes(tensor: Tensor) -> int:
+    """Bytes that this process holds of a parameter, or of any tensor."""
+    own = dist.own(tensor)
+    return own.numel() * own.element_size()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from xmlkernels.memory import readable
 from xmlkernels.nn.encoder import Encoder
+from xmlkernels.nn.shard import own_bytes, part_bytes
 from xmlkernels.nn.table import Table, blocks
 from xmlkernels.planner.budget import Budget
 
@@ -28,24 +29,41 @@ def planned(make: Callable[[], Built]) -> Built:
         return make()
 
 
-def encoder_parts(encoder: nn.Module, *, mean: bool = False) -> dict[str, int]:
+def encoder_parts(encoder: nn.Module, *, mean: bool = False, parts: int = 1) -> dict[str, int]:
     """Bytes of an encoder by part.
 
     These are its weights with tables of its own, and of what is trained the gradients, AdamW's two
     moments and, with `mean`, the running mean.
+
+    Args:
+        encoder: its tensors may be on the meta device.
+        mean: it has a running mean.
+        parts: processes that hold it between them, of which this is the first.
     """
-    trained = sum(_bytes(p) for p in encoder.parameters() if p.requires_grad)
-    parts = {
-        "encoder": module_bytes(encoder),
+    trained = sum(part_bytes(p, parts) for p in encoder.parameters() if p.requires_grad)
+    weights = sum(part_bytes(p, parts) for p in encoder.parameters())
+    found = {
+        "encoder": weights + sum(map(_bytes, encoder.buffers())),
         "its gradients": trained,
         "its optimizer": 2 * trained,
     }
-    return parts | ({"its running mean": trained} if mean else {})
+    return found | ({"its running mean": trained} if mean else {})
+
+
+def gathered_bytes(encoder: Encoder) -> int:
+    """Bytes of what a pass of a sharded encoder holds besides: whole weights and whole gradients.
+
+    These are of what is no layer, for the whole pass, of the layer that is passed and of the one
+    before it; each is in a message and in place for a moment.
+    """
+    groups = [sum(map(_bytes, part)) for part in encoder.parts()]
+    *layers, rest = groups
+    return 2 * (rest + 2 * max(layers, default=0))
 
 
 def module_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers."""
-    return sum(map(_bytes, module.parameters())) + sum(map(_bytes, module.buffers()))
+    """Bytes that this process holds of a module's parameters and buffers."""
+    return sum(map(own_bytes, (*module.parameters(), *module.buffers())))
 
 
 def activation_bytes(
@@ -111,6 +129,7 @@ def plan(
     candidates: Sequence[int] = (),
     mean: bool = False,
     table_means: bool = False,
+    processes: int = 1,
 ) -> dict[str, int]:
     """Bytes by part, in the order in which they are reported.
 
@@ -123,8 +142,9 @@ def plan(
         candidates: of each level of a cascade, per document.
         mean: the encoder has a running mean.
         table_means: the tables have one.
+        processes: processes that hold the encoder between them.
     """
-    parts = encoder_parts(encoder, mean=mean)
+    parts = encoder_parts(encoder, mean=mean, parts=processes)
     parts |= table_parts(tables, update or documents, candidates, means=table_means)
     return parts | {"activations (estimate)": activation_bytes(encoder, documents, tokens)}
 

@@ -351,6 +351,8 @@ def build_encoder(plan: Plan, dataset: Dataset) -> nn.Module:
         encoder.load_weights(config.init_state, config.init_prefix)
     if config.freeze:
         encoder.freeze(config.freeze, where="--freeze")
+    if plan.encoder_sharded:
+        encoder.to(plan.device).shard(plan.device)
     return encoder
 
 

@@ -168,6 +168,14 @@ def _together(config: Config) -> Iterator[tuple[bool, str, str, str]]:
     ):
         beside = f"{expected} with --table-store {config.table_store}"
         yield fits or not stored, name, beside, "choose that, or --table-store ram"
+    apart, mend = config.shard_encoder == "on", "choose that, or --shard-encoder off"
+    yield (
+        not (apart and many > 1 and config.shard_labels == "off"),
+        "shard_labels",
+        "auto with --shard-encoder on, for the processes then evaluate together",
+        mend,
+    )
+    yield not (apart and config.compile), "compile", "False with --shard-encoder on", mend
     alone = config.model == "cascade" or config.label_device == "auto"
     yield (
         alone,

@@ -104,6 +104,10 @@ class Config:
     """
     compile: bool = of(ENCODER, False, only="transformer")
     """Run the encoder through torch.compile."""
+    shard_encoder: Literal["off", "on"] = of(ENCODER, "off", only="transformer")
+    """Of several processes each holds a part of the encoder's weights, gradients and optimizer
+    state, and gathers a layer where it is passed (torch's FSDP2): for encoders that no device has
+    room for. off: each holds the whole encoder. on is refused where there is one process."""
     init_state: str = of(ENCODER, "", only="transformer")
     """A state dict to start the encoder from (NGAME's first module, say); keys lose `init_prefix`,
     all must fit.

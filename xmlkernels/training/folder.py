@@ -46,6 +46,7 @@ MAY_CHANGE = (
     "beyond_memory",
     "timeout",
     "shard_labels",
+    "shard_encoder",
 )
 
 

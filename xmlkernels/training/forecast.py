@@ -13,6 +13,7 @@ from torch import nn
 from xmlkernels.memory import resident_memory
 from xmlkernels.models.kinds import KINDS
 from xmlkernels.nn.bow import BowEncoder
+from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.nn.table import Table
 from xmlkernels.planner import Budget, label_bytes, summed, table_parts
@@ -22,6 +23,7 @@ from xmlkernels.planner.parts import (
     descent_bytes,
     evaluation_bytes,
     first_values_bytes,
+    gathered_bytes,
     module_bytes,
     report_bytes,
     saved_bytes,
@@ -134,12 +136,16 @@ def memory_of(
         candidates=candidates,
         mean=config.ema > 0,
         table_means=config.ema_tables,
+        processes=processes if plan.encoder_sharded else 1,
     )
     held, step = _split(parts)
     whole = plan.update if processes > 1 else 0
     vectors = vector_bytes(plan.update, [table.width for table in tables.values()], whole=whole)
     step |= {"vectors": vectors, "working memory of the ops": _working(beside, plan.update, cuda)}
-    if processes > 1:
+    gathered = {}
+    if plan.encoder_sharded and isinstance(encoder, Encoder):
+        gathered = {"encoder's parts, gathered": gathered_bytes(encoder)}
+    elif processes > 1:
         # Gradients are sent in few large messages, of 64 MiB and one gradient more at most.
         step["gradients on their way"] = min(held.get("its gradients", 0), 64 << 20)
     many = config.evaluate_batch
@@ -149,7 +155,7 @@ def memory_of(
         "working memory of the ops": _working(beside, many, cuda),
         "candidates": descent_bytes(many, candidates),
     }
-    phases = {FIRST: _first(plan, beside), STEP: step, EVALUATION: evaluation}
+    phases = {FIRST: _first(plan, beside), STEP: step | gathered, EVALUATION: evaluation | gathered}
     beside_model = {"CUDA (estimate)": _CONTEXT} if cuda else {}
     if tree is not None:
         beside_model["label tree"] = tree_bytes(tree.sizes)

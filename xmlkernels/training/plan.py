@@ -36,6 +36,7 @@ class BeforeData:
         state: number format of its state; None where it keeps none.
         graphs: whether the passes of a step run as CUDA graphs.
         sharded: whether the processes share the label table.
+        encoder_sharded: whether they share the encoder.
     """
 
     device: torch.device
@@ -45,6 +46,7 @@ class BeforeData:
     state: str | None
     graphs: bool
     sharded: bool
+    encoder_sharded: bool
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def before_data(config: Config) -> BeforeData:
 
     Raises:
         InputError: no device of that name, or not in this machine, CUDA graphs where a step has
-            none, or one process that is to share the table.
+            none, or one process that is to share table or encoder.
     """
     device = find_device(config.device)
     apart = _label_device(config, device)
@@ -131,7 +133,8 @@ def early_on(
         processes: of the run.
 
     Raises:
-        InputError: CUDA graphs where a step has none, or one process that is to share the table.
+        InputError: CUDA graphs where a step has none, or one process that is to share table or
+            encoder.
     """
     cascade, dense = config.model == "cascade", config.table_optimizer == "adamw_dense"
     table: str = config.table
@@ -143,7 +146,8 @@ def early_on(
         optimizer = "adam" if cascade else "sgd"
     state = None if optimizer == "sgd" and config.momentum == 0 else config.state
     graphs, sharded = _graphs(config, device, apart, processes), _sharded(config, processes)
-    return BeforeData(device, apart, table, optimizer, state, graphs, sharded)
+    apart_encoder = _encoder_sharded(config, processes)
+    return BeforeData(device, apart, table, optimizer, state, graphs, sharded, apart_encoder)
 
 
 def _sharded(config: Config, processes: int) -> bool:
@@ -153,6 +157,14 @@ def _sharded(config: Config, processes: int) -> bool:
         expected, mend = "several processes", "start it by torchrun, or take auto"
         raise InputError("--shard-labels", expected, "one", mend)
     return several and config.shard_labels != "off"
+
+
+def _encoder_sharded(config: Config, processes: int) -> bool:
+    """Decide whether the processes share the encoder."""
+    if config.shard_encoder == "on" and processes == 1:
+        expected, mend = "several processes", "start it by torchrun, or take off"
+        raise InputError("--shard-encoder", expected, "one", mend)
+    return config.shard_encoder == "on"
 
 
 def _graphs(
@@ -244,6 +256,7 @@ def resolve_for(
         early.state,
         early.graphs,
         early.sharded,
+        early.encoder_sharded,
         config=config,
         facts=facts,
         autocast=autocast,

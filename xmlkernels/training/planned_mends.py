@@ -57,8 +57,8 @@ class Tried:
 def mends_of(found: Forecast) -> list[Mend]:
     """List what can be changed, cheapest first.
 
-    A second forward pass costs time alone; then come coarser states, coarser weights, no momentum,
-    e4m3; then another device beside, then more of them.
+    A second forward pass, and an encoder in parts, cost time alone; then come coarser states,
+    coarser weights, no momentum, e4m3; then another device beside, then more of them.
     """
     return list(_mends(found))
 
@@ -71,6 +71,10 @@ def _mends(found: Forecast) -> Iterator[Mend]:
             if own // parts >= 1:
                 flags, cost = f"--micro-batch {own // parts}", "a second forward pass"
                 yield Mend("micro", flags, cost, {"micro_batch": own // parts})
+    whole = run.shard_encoder == "off" and run.shard_labels != "off" and not run.compile
+    if run.encoder != "bow" and options.gpus > 1 and whole:
+        cost = "layers are gathered in every pass"
+        yield Mend("encoder", "--shard-encoder on", cost, {"shard_encoder": "on"})
     fused = run.impl == "fused" and run.table_compute == "auto"
     if fused and plan.state == "fp32":
         cost = "states are rounded, without bias"

@@ -14,6 +14,8 @@ from torch import nn
 
 from xmlkernels import dist
 from xmlkernels.models.descent import kept_in_training, shortlist_traffic
+from xmlkernels.models.gradient_caching import encoder_passes
+from xmlkernels.models.training import decision_bytes
 from xmlkernels.nn import hf
 from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.encoder import Encoder
@@ -154,8 +156,9 @@ def traffic_of(
     """Return the bytes that the first process receives in a step, by kind and by what.
 
     The vectors of every table are gathered. Gradients come back from the labels' alone, where the
-    processes share it, and of a cascade each sends its shortlists then; the encoder's are summed.
-    See `dist.step_traffic`.
+    processes share it, and of a cascade each sends its shortlists then. The encoder's are summed,
+    or an encoder in parts is gathered and its gradients scattered. See `dist.step_traffic` and
+    `Encoder.shard_traffic`.
 
     Args:
         plan: the settings of the run.
@@ -176,8 +179,13 @@ def traffic_of(
         most = (tree.sizes[0], *(tree.widest(r) for r in range(last)))
         kept = kept_in_training(plan.cascade.topk, most, plan.config.positives_bound)
         found["gathered, shortlists"] = shortlist_traffic(plan.update, processes, kept)
-    parameters = [*encoder.parameters(), *beside]
-    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    parameters, decisions = [*encoder.parameters(), *beside], 0
+    if plan.encoder_sharded and processes > 1 and isinstance(encoder, Encoder):
+        passes = encoder_passes(plan.update, processes, plan.micro_batch)
+        for kind, count in encoder.shard_traffic(processes, passes).items():
+            found[f"{kind}, encoder"] = count
+        parameters, decisions = list(beside), decision_bytes(plan.config.clip)
+    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad) + decisions
     summed = dist.step_traffic(plan.update, [], processes, summed=trained)["summed"]
     found["summed, encoder"] = summed
     if isinstance(encoder, BowEncoder):

@@ -178,7 +178,8 @@ class RunState:
         """
         self.settle()
         with self.clock.on("save"):
-            tensors, shards = self.model.tensors(), self.model.shards()
+            tensors = self.model.tensors()
+            shards = {k: shard for k, shard in self.model.shards().items() if k in tensors}
             state, identity = self._state()
             dist.agree_on_tensors({k: t for k, t in tensors.items() if k not in shards})
             self._best_under_way = dict(self.best) if best else None
