@@ -47,7 +47,7 @@ _BOW: dict[str, Any] = {
 }
 # Recipe, labels, settings.
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "fp32, momentum": ("bow", LABELS, _BOW | {"table": "fp32"}),
+    "fp32, momentum": ("bow", LABELS, _BOW | {"table": "fp32", "background_save": "on"}),
     "bf16, Adam, from centroids": (
         "bow",
         LABELS,

@@ -13,6 +13,7 @@ from xmlkernels import InputError
 from xmlkernels.cli import main, plan, train
 from xmlkernels.planner import CARDS, Card, cards
 from xmlkernels.training import planning
+from xmlkernels.training.forecast import COPY
 from xmlkernels.training.planned_mends import mends_of, nearest
 from xmlkernels.training.planned_sizes import PlanConfig
 from xmlkernels.training.planning import BASE, DATA, Forecast, forecast_of
@@ -180,7 +181,7 @@ def test_what_does_not_fit_is_mended() -> None:
     assert [tried.flags for tried in failed] == ["--state bf16", "--table bf16"]
     assert not chosen.forecast.lacks() and all(tried.forecast.lacks() for tried in failed)
     chosen, _ = nearest(bow(memory=1.04, run={"batch": 1}))
-    assert chosen is not None and chosen.flags == "--table bf16 --momentum 0"
+    assert chosen is not None and chosen.flags == "--state bf16 --table-store host"
     nothing = bow(memory=0.1)
     assert nearest(nothing)[0] is None
     assert "cpu" in bow(host_memory=0.2).lacks() and not bow(host_memory=4.0).lacks()
@@ -193,9 +194,14 @@ def test_mends_are_those_that_change_something() -> None:
         return [mend.flags for mend in mends_of(found)]
 
     assert flags(bow())[:4] == ["--state bf16", "--table bf16", "--momentum 0", "--table fp8"]
-    assert flags(bow())[4] == "--gpus 2"
-    done = bow(run={"table": "fp8", "momentum": 0.0, "device": "cpu"})
-    assert flags(done) == []
+    stores = ["--table-store host", "--table-store file:FOLDER"]
+    assert flags(bow())[4:7] == [*stores, "--gpus 2"]
+    done = {"table": "fp8", "momentum": 0.0, "device": "cpu"}
+    assert flags(bow(run=done)) == stores[1:]
+    assert flags(bow(run=done | {"table_store": "file:a"})) == []
+    for unfit in ({"table_compute": "bf16"}, {"impl": "reference"}):
+        assert not set(stores) & set(flags(bow(run=unfit)))
+    assert not set(stores) & set(flags(bow(run={"shard_labels": "off"}, gpus=2)))
     tokens = {"labels": 1000, "longest": 64}
     cascade = planned("cascade", run={"device": "h200", "documents": 500}, **tokens)
     own = flags(cascade)
@@ -209,6 +215,61 @@ def test_mends_are_those_that_change_something() -> None:
     )
     assert after == before // 2
     assert [p.what for p in again.step][:2] == ["encoder", "encoder, first pass"]
+
+
+def test_a_copy_for_checkpoints_is_counted_where_one_is_taken() -> None:
+    def copied(found: Forecast) -> dict[str, int]:
+        phases = found.memory.budgets()["cpu"].phases
+        return {name: parts[COPY] for name, parts in phases.items() if COPY in parts}
+
+    def here(value: str, gb: float = 0.0, **run: Any) -> Forecast:
+        run = run | {"device": "cpu", "background_save": value}
+        return bow(run=run, memory=gb, test=10)
+
+    assert copied(here("off")) == {} == copied(here("on", table_store="file:a"))
+    found = copied(here("auto"))
+    assert found.keys() == {"a step", "an evaluation", "the last report"}
+    there = sum(held(here("off"), "cpu").values())
+    own = ("encoder", "its optimizer", "label table", "states of label table")
+    size = sum(held(here("off"), "cpu")[name] for name in own)
+    assert set(found.values()) == {size}
+    # Room for twice the copy beside all that stays.
+    assert copied(here("auto", (there + 2 * size + 10) / 1e9)) == found
+    assert not copied(here("auto", (there + 2 * size - 10) / 1e9))
+    tight = here("on", (there + size) / 1e9)
+    assert set(copied(tight).values()) == {size} and tight.lacks()
+    assert mends_of(tight)[0].flags == "--background-save off"
+    chosen, _ = nearest(tight)
+    assert chosen is not None and chosen.flags == "--background-save off"
+    assert set(copied(bow()).values()) == {size}  # of a card's model, on the host
+    assert copied(bow(host_memory=1.4)) == {} == copied(bow(run={"background_save": "off"}))
+
+
+def test_a_stored_table_is_where_it_is_said_to_be() -> None:
+    rows = 8 * 64 * 1_000_000
+    kept, there = bow(run={"table_store": "host"}), bow(run={"table_store": "file:a"})
+    assert held(kept, "cpu")["rows of label table"] == rows
+    assert "rows of label table" not in held(there, "cpu")
+    for found in (kept, there):
+        assert held(found)["tiles of label table"] == 3 * (1 << 17) * 8 * 64
+        assert held(found)["label table"] + held(found)["states of label table"] < 100
+    on_cpu = bow(run={"table_store": "host", "device": "cpu"})
+    assert held(on_cpu, "cpu")["rows of label table"] == rows
+    # What a step carries to and fro: at PCIe's rate, a disk's, memory's, or as given.
+    for found, rate in ((kept, 25e9), (there, 2e9), (on_cpu, 2e10)):
+        carried = next(part for part in found.step if "to and from" in part.what)
+        assert carried.floor == carried.seconds == pytest.approx(2 * rows / rate), carried
+    given = bow(run={"table_store": "file:a"}, store_rate=4.0, validation=512).evaluation
+    (carried,) = (part for part in given if "to and from" in part.what)
+    assert carried.floor == pytest.approx(2 * 4 * 64e6 / 4e9)  # two batches, weights alone
+    many = bow(labels=100_000_000, memory=5.0, run={"table": "bf16"})
+    chosen, failed = nearest(many)
+    assert chosen is not None and chosen.flags == "--table-store host"
+    assert [tried.flags for tried in failed] == [
+        "--state bf16", "--momentum 0", "--table fp8",
+    ]  # fmt: skip
+    chosen, _ = nearest(bow(labels=100_000_000, memory=12.0, host_memory=9.0))
+    assert chosen is not None and chosen.flags == "--table-store file:FOLDER"
 
 
 def test_flags_of_the_run_are_planned_with(capsys: pytest.CaptureFixture[str]) -> None:

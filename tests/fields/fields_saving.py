@@ -12,7 +12,7 @@ from train_runs import weights
 
 from xmlkernels.checkpoint import writing
 from xmlkernels.errors import Failed
-from xmlkernels.training import run_state
+from xmlkernels.training import forecast, run_state
 
 
 def beside_the_loop(runs: Runs, folder: Path) -> None:
@@ -34,7 +34,7 @@ def beside_the_loop(runs: Runs, folder: Path) -> None:
             (1 << 10, "on", False, False),
             (1 << 40, "off", True, False),
         ):
-            patch.setattr(run_state, "free_memory", lambda free=free: free)
+            patch.setattr(forecast, "free_memory", lambda free=free: free)
             place = folder / f"{value}{free}"
             config = runs.config("tiny", epochs=1, background_save=value, output=str(place))
             waits.clear()

@@ -112,7 +112,7 @@ def _tell_fit(found: Forecast) -> None:
         peaks = (budget.peak for budget in tried.forecast.memory.budgets().values())
         say(f"  {tried.flags}: does not suffice ({readable(max(peaks))})")
     if chosen is None:
-        say("no three changes of precision, states, micro-batch and devices make it fit")
+        say("no three changes of precision, states, micro-batch, place and devices make it fit")
         return
     peaks = (budget.peak for budget in chosen.forecast.memory.budgets().values())
     say(f"nearest change that fits: {chosen.flags} ({readable(max(peaks))}); {chosen.costs}")

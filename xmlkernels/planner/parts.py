@@ -19,7 +19,7 @@ from xmlkernels.nn.table import Table, blocks
 from xmlkernels.planner.budget import Budget
 
 Built = TypeVar("Built", bound=nn.Module)
-_UNSAVED = ("its gradients",)
+_UNSAVED = ("its gradients", "tiles of ")
 
 
 def planned(make: Callable[[], Built]) -> Built:
@@ -220,8 +220,11 @@ def report_bytes(documents: int, labels: int, kept: int) -> dict[str, int]:
 
 
 def saved_bytes(parts: Mapping[str, int]) -> int:
-    """Bytes of a checkpoint's tensors, from the parts of a model: all but the gradients."""
-    return sum(count for name, count in parts.items() if name not in _UNSAVED)
+    """Bytes of a checkpoint's tensors, from the parts of a model: no gradients, no tiles.
+
+    Rows that are in no memory are written from where they are.
+    """
+    return sum(count for name, count in parts.items() if not name.startswith(_UNSAVED))
 
 
 def table_parts(
@@ -243,7 +246,9 @@ def table_parts(
     for name, table in tables.items():
         held = table.bytes()
         states = sum(held.get(state, 0) for state in table.TRAINING_ONLY)
+        tiles = held.pop("tiles", 0)  # of a table whose rows are elsewhere
         parts[name] = sum(held.values()) - states
+        parts[f"tiles of {name}"] = tiles
         parts[f"states of {name}"] = states
         parts[f"mean of {name}"] = _mean_bytes(table) if means else 0
     # The levels of a cascade are trained one after the other.

@@ -1,7 +1,6 @@
 """Build the model of a run from its plan: encoder, label tables and their training."""
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -39,7 +38,14 @@ from xmlkernels.nn.table_store import TableStore, parse_store
 from xmlkernels.planner import planned, told
 from xmlkernels.training.config import Config
 from xmlkernels.training.facts import TreeShape
-from xmlkernels.training.forecast import RunMemory, memory_of, process_so_far
+from xmlkernels.training.forecast import (
+    COPY,
+    RunMemory,
+    memory_of,
+    process_so_far,
+    processes_here,
+    room_of_each,
+)
 from xmlkernels.training.plan import Plan
 from xmlkernels.tree.label_tree import LabelTree
 
@@ -118,7 +124,8 @@ def _full_table(
     make = full_table(plan, labels, width, processes=dist.size(), rank=dist.rank())
     tables = {"label table": planned(make)}
     here = process_so_far(encoder)
-    memory = memory_of(plan, encoder, tables, here=here, processes=dist.size())
+    free = room_of_each()
+    memory = memory_of(plan, encoder, tables, here=here, processes=dist.size(), free=free)
     announce(plan, memory)
     training = Training(
         config.encoder_lr,
@@ -168,7 +175,8 @@ def _cascade(plan: Plan, encoder: nn.Module, labels: int, tree: LabelTree | None
     make = cascade_heads(plan, encoder, tree, processes=dist.size(), rank=dist.rank())
     tables = planned(make).tables()
     here = process_so_far(encoder)
-    memory = memory_of(plan, encoder, tables, tree, here=here, processes=dist.size())
+    free = room_of_each()
+    memory = memory_of(plan, encoder, tables, tree, here=here, processes=dist.size(), free=free)
     announce(plan, memory)
     heads = make(label_device=plan.label_device)
     training = CascadeTraining(
@@ -277,9 +285,7 @@ def announce(plan: Plan, memory: RunMemory) -> None:
         log.info(told(budget, device if several else ""))
         if config.beyond_memory:
             continue
-        processes = 1
-        if torch.device(device).type == "cpu" and dist.size() > 1:
-            processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        processes = processes_here() if torch.device(device).type == "cpu" else 1
         mends = _mends(config)
         check_memory(budget.parts(), torch.device(device), mends, processes=processes)
 
@@ -294,6 +300,8 @@ def _mends(config: Config) -> dict[str, str]:
         "activations": f"take {smaller}, {anyway}",
         "gradients of one": f"take {step}, {anyway}",
         "first values": f"leave out --centroid-norm, {anyway}",
+        COPY: f"take --background-save off, {anyway}",
+        "rows of": f"take --table-store file: and a folder of a local disk, {anyway}",
         "": f"take --table bf16 or fp8 and --state bf16, or fewer labels, {anyway}",
     }
 

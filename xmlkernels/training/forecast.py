@@ -4,13 +4,15 @@ Letters: B documents of an update, L labels, n rows of a table, D width.
 """
 
 import importlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from xmlkernels.memory import resident_memory
+from xmlkernels import dist
+from xmlkernels.memory import free_memory, resident_memory
 from xmlkernels.models.kinds import KINDS
 from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.encoder import Encoder
@@ -36,7 +38,9 @@ from xmlkernels.training.plan import Plan
 
 SO_FAR = "process so far"
 FIRST, STEP, EVALUATION = "the first values", "a step", "an evaluation"
-WRITING, READING, REPORT = "a checkpoint", "the best checkpoint read", "the last report"
+READING, REPORT = "the best checkpoint read", "the last report"
+COPY = "copy for checkpoints"
+_HOST = torch.device("cpu")
 _CONTEXT = 600 << 20  # of a card: CUDA, its libraries and kernels; an estimate
 
 
@@ -95,6 +99,17 @@ def _first_use() -> None:
     bag.update(0.0)
 
 
+def processes_here() -> int:
+    """Count the processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.size() > 1 else 1
+
+
+def room_of_each() -> int | None:
+    """Bytes of the host that this process can still take beside the others; None: nobody knows."""
+    free = free_memory()
+    return None if free is None else free // processes_here()
+
+
 def candidates_of(plan: Plan, tree: TreeShape | None) -> tuple[int, ...]:
     """Candidates of a document at each level of a cascade; none end to end."""
     if tree is None or plan.cascade is None:
@@ -111,6 +126,7 @@ def memory_of(
     *,
     here: Mapping[str, int],
     processes: int = 1,
+    free: int | None = None,
 ) -> RunMemory:
     """Count what a run will hold, before its tables are allocated.
 
@@ -121,6 +137,7 @@ def memory_of(
         tree: of a cascade.
         here: what a process holds on the host before it has a model.
         processes: of the run.
+        free: bytes of the host that this process may take from then on; None: nobody knows.
     """
     config, cuda = plan.config, plan.device.type == "cuda"
     candidates = candidates_of(plan, tree)
@@ -168,19 +185,38 @@ def memory_of(
         held = held | far_held
         far_step["working memory of the ops"] = _working(own, plan.update, cuda=False)
         apart = str(plan.label_device), Budget(far_held, {STEP: far_step})
-    host = _host(plan, here, saved_bytes(held))
+    taken = apart[1].held if apart is not None and plan.label_device == _HOST else {}
+    host = _host(plan, here, tables, saved_bytes(held), taken if cuda else held, free)
     if cuda:
         return RunMemory((str(plan.device), device), host, apart)
     return RunMemory((str(plan.device), summed([host, device])), None, apart)
 
 
-def _host(plan: Plan, here: Mapping[str, int], saved: int) -> Budget:
-    """Count what the host holds wherever the model is; saved: bytes of its tensors."""
+def _host(
+    plan: Plan,
+    here: Mapping[str, int],
+    tables: Mapping[str, Table],
+    saved: int,
+    beside: Mapping[str, int],
+    free: int | None,
+) -> Budget:
+    """Count what the host holds wherever the model is.
+
+    Args:
+        plan, here, tables, free: see `memory_of`.
+        saved: bytes of a checkpoint's tensors that are in memory.
+        beside: what of the model is on the host.
+    """
     config, facts, kind = plan.config, plan.facts, KINDS[plan.config.model]
     labels, kept = facts.labels, max(config.top_k, 5)
     chooses = config.scheme == "auto" and facts.validation > 0
     schemes = len(kind.schemes) if chooses else 1
-    held = dict(here) | {"propensities": label_bytes(labels, sums_loss=kind.sums_loss)}
+    own = {"propensities": label_bytes(labels, sums_loss=kind.sums_loss)}
+    for name, table in tables.items():
+        rows = sum(table.stored_bytes().values())
+        if config.table_store == "host" and rows:
+            own[f"rows of {name}"] = rows
+    held = dict(here) | own
     phases: dict[str, dict[str, int]] = {}
     if measured := max(facts.validation, facts.test):
         phases[EVALUATION] = evaluation_bytes(
@@ -188,11 +224,16 @@ def _host(plan: Plan, here: Mapping[str, int], saved: int) -> Budget:
         )
         reported = facts.test or facts.validation
         phases[REPORT] = report_bytes(reported, labels, kept)
-    if plan.device.type == "cuda":
-        phases[WRITING] = {"copy of the model": saved}
     if facts.validation and config.epochs > config.evaluate_every:
         # Of several evaluations the best may not be the last.
         phases[READING] = {"checkpoint": saved}
+    # Decided at the first step, as `has_room` does; the copy stays to the end of the run.
+    room = None if free is None else free - sum(own.values()) - sum(beside.values())
+    if config.background_save == "on" or room is None or 2 * saved <= room:
+        stored = any(table.stored_bytes() for table in tables.values())
+        if config.background_save != "off" and not stored:
+            for phase in {STEP, EVALUATION, *phases}:
+                phases.setdefault(phase, {})[COPY] = saved
     return Budget(held, phases)
 
 

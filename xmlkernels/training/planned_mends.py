@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
+from xmlkernels.training.forecast import COPY
 from xmlkernels.training.planned_sizes import PlanConfig
 from xmlkernels.training.planning import Forecast, forecast
 
@@ -57,14 +58,19 @@ class Tried:
 def mends_of(found: Forecast) -> list[Mend]:
     """List what can be changed, cheapest first.
 
-    A second forward pass, and an encoder in parts, cost time alone; then come coarser states,
-    coarser weights, no momentum, e4m3; then another device beside, then more of them.
+    Waiting for checkpoints, a second forward pass and an encoder in parts cost time alone; then
+    come coarser states, coarser weights, no momentum, e4m3; then another device beside, a table on
+    the host or on a disk, then more devices.
     """
     return list(_mends(found))
 
 
 def _mends(found: Forecast) -> Iterator[Mend]:
     plan, run, options = found.plan, found.plan.config, found.subject.options
+    budgets = found.memory.budgets()
+    if any(COPY in budgets[device].parts() for device in found.lacks()):
+        cost, off = "training waits for each checkpoint", {"background_save": "off"}
+        yield Mend("copy", "--background-save off", cost, off)
     if run.encoder != "bow" and run.accumulate == 1:
         own = plan.documents
         for parts in (2, 4, 8, 16, 32):
@@ -92,6 +98,13 @@ def _mends(found: Forecast) -> Iterator[Mend]:
     if cascade and found.subject.card.cuda and run.label_device == "auto":
         cost = "the label level at the host's rate"
         yield Mend("place", "--label-device cpu", cost, {"label_device": "cpu"})
+    alone = run.label_device == "auto" and not (dense or run.ema_tables)
+    if fused and alone and run.table_store == "ram" and (options.gpus == 1 or plan.sharded):
+        if found.subject.card.cuda:
+            cost, kept = "the label table at the rate of the bus", {"table_store": "host"}
+            yield Mend("place", "--table-store host", cost, kept)
+        cost, kept = "the label table at a disk's rate", {"table_store": "file:FOLDER"}
+        yield Mend("place", "--table-store file:FOLDER", cost, kept)
     gpus = 2 * options.gpus
     while found.subject.card.cuda and gpus <= min(_GPUS, plan.update):
         yield Mend("gpus", f"--gpus {gpus}", f"{gpus} devices", {}, gpus)

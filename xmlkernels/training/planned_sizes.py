@@ -62,6 +62,9 @@ class PlanConfig:
     """TFLOP/s of a device's matrix products, in all formats; 0: what is known of it."""
     wire_rate: float = of(MACHINES, 0.0, OFF_AT_0)
     """GB/s that a process receives from others; 0: what is known of the device."""
+    store_rate: float = of(MACHINES, 0.0, OFF_AT_0)
+    """GB/s at which rows of --table-store host or file: are read and written; 0: 25 between a card
+    and the host (PCIe 4 x16), 2 of a disk, as assumed."""
     price: float = of(MACHINES, 0.0, OFF_AT_0)
     """Money per device and hour."""
 
@@ -92,6 +95,14 @@ class Subject:
     tree: TreeShape | None
     opened: bool
     told: str
+
+    @property
+    def host_limit(self) -> int | None:
+        """Bytes of the host that a process may hold; None: nobody knows, or it is not looked at."""
+        if self.card.cuda:
+            return int(self.options.host_memory * GB) or None
+        # Processes on one machine's processors share its memory.
+        return self.card.memory and self.card.memory // self.options.gpus
 
     @property
     def config(self) -> Config:

@@ -124,11 +124,16 @@ def forecast(subject: Subject, here: Mapping[str, int]) -> Forecast:
     """
     plan, encoder, tables, beside = _built(subject)
     processes = subject.options.gpus
-    memory = memory_of(plan, encoder, tables, subject.tree, here=here, processes=processes)
+    free = subject.host_limit
+    if free is not None:
+        free -= sum(here.values())
+    memory = memory_of(
+        plan, encoder, tables, subject.tree, here=here, processes=processes, free=free
+    )
     wire = traffic_of(
         plan, encoder, tables, processes, terms=subject.words, beside=beside, tree=subject.tree
     )
-    parts = [timed(work, subject.card) for work in _step(subject, plan, encoder, tables)]
+    parts = _timed(subject, tables, _step(subject, plan, encoder, tables))
     if received := sum(wire.values()):
         floor = received / subject.card.wire
         parts.append(Timed("wire", floor, floor, "the rate alone: nothing overlaps"))
@@ -139,8 +144,34 @@ def forecast(subject: Subject, here: Mapping[str, int]) -> Forecast:
         memory,
         wire,
         tuple(parts),
-        tuple(timed(work, subject.card) for work in _looks(subject, plan, encoder, tables)),
+        tuple(_timed(subject, tables, _looks(subject, plan, encoder, tables))),
     )
+
+
+def _timed(subject: Subject, tables: Mapping[str, Table], works: Iterable[Work]) -> list[Timed]:
+    """Time the parts of a step, and the way of the rows of a table that is stored elsewhere."""
+    found = []
+    for work in works:
+        found.append(timed(work, subject.card))
+        table = tables.get(work.what.removeprefix("evaluation: "))
+        if table is not None and table.stored_bytes():
+            rate, how = _store_rate(subject)
+            # An evaluation of all rows carries them once, and scores them twice.
+            times = 0.5 if work.op == "matmul_topk" else 1.0
+            floor = times * work.bytes / rate
+            found.append(Timed(f"{work.what}, to and from its store", floor, floor, how))
+    return found
+
+
+def _store_rate(subject: Subject) -> tuple[float, str]:
+    """Return bytes per second between a table's store and its device, and whose word that is."""
+    if subject.options.store_rate:
+        return subject.options.store_rate * 1e9, "the rate given alone: nothing overlaps"
+    if subject.config.table_store != "host":
+        return 2e9, "assumed: 2 GB/s of a disk (--store-rate); nothing overlaps"
+    if subject.card.cuda:
+        return 25e9, "assumed: 25 GB/s of PCIe 4 (--store-rate); nothing overlaps"
+    return subject.card.copy, "the rate of a copy alone: nothing overlaps"
 
 
 def traffic_of(

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping
 from functools import partial
 from signal import SIGTERM, Signals
@@ -20,13 +19,14 @@ from xmlkernels.checkpoint import (
     set_rng_state,
 )
 from xmlkernels.files import reason_of
-from xmlkernels.memory import free_memory, readable
+from xmlkernels.memory import readable
 from xmlkernels.models.base import Documents
 from xmlkernels.models.saved import model_config
 from xmlkernels.training.build import draw_apart, keep_class_token, start_table
 from xmlkernels.training.clock import Clock
 from xmlkernels.training.config import Config
 from xmlkernels.training.environment import differences
+from xmlkernels.training.forecast import room_of_each
 from xmlkernels.training.progress import Progress
 from xmlkernels.training.saved_state import check_same, newest
 from xmlkernels.training.session import Session
@@ -316,9 +316,8 @@ def has_room(config: Config, size: int | None) -> bool:
     """
     wanted, own = config.background_save, False
     if size is not None and wanted != "off":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.size() > 1 else 1
-        free = free_memory()
-        own = wanted == "on" or free is None or 2 * local * size <= free
+        room = room_of_each()
+        own = wanted == "on" or room is None or 2 * size <= room
     everyone = all(map(int, dist.gather_texts(str(int(own)))))
     if wanted != "off" and not everyone:
         copy = "rows in files" if size is None else f"a copy of {readable(size)}"
