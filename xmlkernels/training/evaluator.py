@@ -8,6 +8,7 @@ from xmlkernels import dist
 from xmlkernels.data.dataset import Split
 from xmlkernels.data.formats.matrices import write_npz
 from xmlkernels.evaluation import Evaluation, evaluate_schemes, evaluate_split, score_matrix
+from xmlkernels.memory import release_free
 from xmlkernels.metrics import decile_table, evaluate, macro_metrics
 from xmlkernels.training.folder import write_json
 from xmlkernels.training.run_state import RunState
@@ -129,6 +130,7 @@ class Evaluator:
         dist.wait()  # until the first has written it
         if run.best["step"] != self.model.steps:
             model = self.model
+            release_free()  # most of a run is held at once now, and a checkpoint besides
             run.load(*checkpoints.load("best", rows=model.shards(), on_disk=model.stored_tensors()))
             run.epoch = int(run.best["epoch"])
         log.info(f"the best checkpoint by validation {self.config.best_by} is epoch {run.epoch}'s")
