@@ -18,6 +18,7 @@ from patience import PATIENCE
 
 from xmlkernels import dist
 from xmlkernels.nn.shard import Shard
+from xmlkernels.rows import in_memory
 
 CPU = torch.device("cpu")
 
@@ -90,10 +91,10 @@ def collected(
     tensors: dict[str, torch.Tensor], shards: Mapping[str, Shard]
 ) -> dict[str, torch.Tensor]:
     """Bring the rows of shared tables to the first process; the others keep what is not shared."""
-    found = {name: tensor for name, tensor in tensors.items() if name not in shards}
+    found = {name: in_memory(tensor) for name, tensor in tensors.items() if name not in shards}
     for name in shards:
         counts = dist.gather_rows(torch.tensor([shards[name].count])).tolist()
-        whole = dist.collect_rows(tensors[name], counts)
+        whole = dist.collect_rows(in_memory(tensors[name]), counts)
         if whole is not None:
             found[name] = whole
     return found

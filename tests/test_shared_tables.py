@@ -34,7 +34,9 @@ from xmlkernels.nn.full_head import FullHead
 from xmlkernels.nn.mixed import MixedHead
 from xmlkernels.nn.plain import PlainHead
 from xmlkernels.nn.shard import Shard, shard_rows
+from xmlkernels.nn.stored_head import StoredHead
 from xmlkernels.nn.table import RowOptimizer
+from xmlkernels.nn.table_store import TableStore
 from xmlkernels.precision import TABLE_DTYPES
 
 WORDS, WIDTH, DOCUMENTS = 40, 12, 45
@@ -82,6 +84,7 @@ def head(kind: str, dtype: str = "fp32", how: Any = FullHead, **options: Any) ->
 
 
 MIXED = partial(MixedHead, compute="bf16")
+STORED = partial(StoredHead, store=TableStore("host"))
 CASES: dict[str, Callable[[], EndToEnd]] = {
     f"{encoder}-{dtype}-{kind}": partial(model, encoder, head(kind, dtype))
     for encoder in ("bow", "tiny")
@@ -93,6 +96,7 @@ CASES |= {
     "bow-plain-adam": partial(model, "bow", head("adam", how=PlainHead)),
     "bow-mixed-adam": partial(model, "bow", head("adam", how=MIXED)),
     "tiny-mixed-sgd": partial(model, "tiny", head("sgd", how=MIXED)),
+    "bow-fp8-stored": partial(model, "bow", head("sgd", "fp8", how=STORED)),
     "tiny-micro-mean": partial(
         model,
         "tiny",

@@ -28,6 +28,7 @@ from xmlkernels.data.batches.tokens import Batches
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.devices import find_device
 from xmlkernels.evaluation import evaluate_split, score_matrix
+from xmlkernels.nn import table_store
 from xmlkernels.predict.model import Predictor
 
 ON: dict[str, Any] = {"device": "cpu"}  # auto would want a card for each process
@@ -78,7 +79,14 @@ def all_runs(dataset: Path, tree: Path, folder: Path) -> None:
     assert all_sent["scattered"] > 0, "the label table is shared"
     assert whole["steps"] == STEPS and whole["environment"]["processes"] == 2
     # The last checkpoint is of step 12, within the second epoch.
-    stopped_at_save(tiny(dataset, folder / "parts", **OPTIONS), 5)
+    stored = OPTIONS | {"table_store": f"file:{folder / 'tables'}"}
+    with pytest.MonkeyPatch.context() as patch:
+        made, place = list[str](), table_store.FilePlace
+        patch.setattr(
+            table_store, "FilePlace", lambda at, *told: made.append(at.name) or place(at, *told)
+        )
+        stopped_at_save(tiny(dataset, folder / "parts", **stored), 5)
+    assert made == [f"table-0000{dist.rank()}-of-00002"], "files of its own rows"
     run(tiny(dataset, folder / "parts", **OPTIONS, resume=True))
     # Encoders in parts: saved in parts and loaded whole by one process, below; and the other way.
     parted = OPTIONS | {"shard_encoder": "on"}
