@@ -60,7 +60,7 @@ def own_folder(
     folder = Path(path)
     made = _make(folder, flag)
     try:
-        with _locked(folder, folder / LOCK, flag, wait):
+        with _locked(folder, folder / LOCK, flag, wait, made):
             for name in writes:
                 clear_parts(folder, name)
             yield folder
@@ -90,13 +90,13 @@ def own_place(
             else f"{path}, in a folder that is not there"
         )
         raise InputError(flag, "a place in a folder", got, "make the folder, or name another")
-    made = _make(place.parent, flag) if make else []
+    made = _make(place.parent, flag) if make else None
     try:
-        with _locked(Path(path), place.with_name(f".{place.name}{LOCK}"), flag, wait):
+        with _locked(Path(path), place.with_name(f".{place.name}{LOCK}"), flag, wait, made):
             clear_parts(place.parent, place.name)
             yield place
     finally:
-        for empty in made:
+        for empty in made or ():
             with suppress(OSError):
                 empty.rmdir()
 
@@ -165,16 +165,21 @@ def _make(folder: Path, flag: str) -> list[Path]:
 
 
 @contextmanager
-def _locked(place: Path, lock: Path, flag: str, wait: Tell | None) -> Iterator[None]:
-    handle, told = _take(lock, place, flag), False
-    while isinstance(handle, InputError):
+def _locked(
+    place: Path, lock: Path, flag: str, wait: Tell | None, made: list[Path] | None
+) -> Iterator[None]:
+    """Hold the lock; `made` are folders for it, which a holder before may remove: None makes none.
+
+    Those that are made anew are added to it.
+    """
+    told = False
+    while isinstance(handle := _take(lock, place, flag, made), InputError):
         if wait is None:
             raise handle
         if not told:
             wait(f"note: {place} is in use: {handle.got}; waiting for it")
             told = True
         time.sleep(0.2)
-        handle = _take(lock, place, flag)
     try:
         yield
     finally:
@@ -185,12 +190,16 @@ def _locked(place: Path, lock: Path, flag: str, wait: Tell | None) -> Iterator[N
         os.close(handle)
 
 
-def _take(lock: Path, place: Path, flag: str) -> int | InputError:
+def _take(lock: Path, place: Path, flag: str, made: list[Path] | None) -> int | InputError:
     """Return the locked file's descriptor, or the error that names its holder."""
     while True:
         try:
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
+            if made is not None and not lock.parent.exists():
+                # Its holder was interrupted, and has removed the empty folder that it had made.
+                made[:] = dict.fromkeys([*made, *_make(lock.parent, flag)])
+                continue
             reason = error.strerror
             raise InputError(
                 flag, "a place that can be written", f"{place} ({reason})", "name another"

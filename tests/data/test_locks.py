@@ -72,7 +72,9 @@ def test_who_holds_a_place_is_told_and_a_killed_holder_holds_nothing(
     assert list(tmp_path.rglob(f"*{LOCK}")) == []
 
 
-def test_a_waiting_process_says_so_once_and_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "own"), [("own_folder", own_folder), ("own_place", own_place)])
+def test_a_waiting_process_says_so_once_and_goes_on(kind: str, own, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Also where the holder removes the empty folder that it had made."""
     told: list[str] = []
 
     def wait(line: str) -> None:
@@ -81,11 +83,9 @@ def test_a_waiting_process_says_so_once_and_goes_on(tmp_path: Path) -> None:
         process.stdin.write("\n")
         process.stdin.flush()
 
-    with (
-        holder("own_place", tmp_path / "place") as process,
-        own_place(tmp_path / "place", wait=wait),
-    ):
-        pass
+    with holder(kind, tmp_path / "place") as process, own(tmp_path / "place", wait=wait):
+        assert (tmp_path / "place").is_dir() == (kind == "own_folder")
+    assert list(tmp_path.iterdir()) == []
     assert len(told) == 1 and f"in use: held by process {process.pid}" in told[0]
 
 
