@@ -18,12 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numba
 import numpy as np
 from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfTransformer
 
 from benchmarks.timing import Load, load_average, machine_name
+from xmlkernels.parallel import threads
 from xmlkernels.tree import cluster as clustering
 from xmlkernels.tree.cluster import cluster
 from xmlkernels.tree.features import label_centroids, label_features
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     x, y = make(o.labels, o.documents)
     compiled(x, y)
     sizes = f"{o.labels:,} labels, {o.documents:,} documents"
-    print(f"{machine_name('cpu')}, {numba.get_num_threads()} threads, {sizes}")
+    print(f"{machine_name('cpu')}, {threads()} threads, {sizes}")
     print("stage           wall s     CPU s       GiB")
     laps, load = Laps(), Load()
     centroids = label_centroids(x, y, KEEP)

@@ -1,6 +1,7 @@
-"""Compiled loops on several threads: as many as `numba.get_num_threads()` says.
+"""Compiled loops on several threads: as many as `use_threads` says, all at first.
 
-The loops release the interpreter's lock and are compiled without numba's own parallel transform,
+Numba's own number is never asked for: that starts its pool, and sets torch's number too. The loops
+release the interpreter's lock and are compiled without numba's own parallel transform,
 which takes minutes to compile what takes seconds without it.
 """
 
@@ -9,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any
 
-from numba import config, get_num_threads
+from numba import config
 
 from xmlkernels.errors import InputError
 
 _kept: set[Any] = set()
+_chosen = ContextVar("threads", default=0)  # 0 is all
 
 
 def keep_compiled(*loops: Any) -> None:
@@ -39,9 +42,14 @@ def most_threads() -> int:
     return int(config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]  # numba fills its config when it is imported
 
 
+def use_threads(count: int) -> None:
+    """Let the loops that are called from here on run on `count` threads; 0 is all."""
+    _chosen.set(count)
+
+
 def threads() -> int:
     """How many threads the loops run on."""
-    return int(get_num_threads())
+    return _chosen.get() or most_threads()
 
 
 def in_parallel(work: Callable[[int, int], None], count: int, step: int, workers: int = 0) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 import scipy.sparse
@@ -172,7 +171,7 @@ def test_what_a_tree_is_made_with(
         lambda _, counts, means, tell: seen.update(means=means, counts=counts) or stop(),
     )
     monkeypatch.setattr(tree, "most_threads", lambda: 3)
-    monkeypatch.setattr(numba, "set_num_threads", threads.append)
+    monkeypatch.setattr(tree, "use_threads", threads.append)
     with pytest.raises(Asked):
         tree.build_tree(
             tree.TreeConfig(

@@ -68,7 +68,7 @@ from xmlkernels.predict.ranked import Forest, RankedPredictor
 
 # Of Python 3.12: a process of several threads forks.
 warnings.simplefilter("ignore", DeprecationWarning)
-tokens, bags, ranked = sys.argv[1:]
+tokens, bags, ranked, by_tree = sys.argv[1:]
 torch.set_num_threads(2)  # on a machine of one core there would be no pool to start
 before = len(os.listdir("/proc/self/task"))
 forest = Forest([RankedPredictor.load(ranked, tokens)])
@@ -94,15 +94,21 @@ for predictor in [*loaded, asked]:
         print("hangs")
     else:
         print("answers", queue.get())
+
+torch.set_num_threads(1)
+list(RankedPredictor.load(by_tree).predict(["w3 w4"], k=2))
+print("threads of torch after a ranker's loops", torch.get_num_threads())
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_a_loaded_model_answers_in_a_forked_child(tokens: Path, bags: Path, ranked: Path) -> None:
-    command = [sys.executable, "-c", SERVER, str(tokens), str(bags), str(ranked)]
+    by_tree = ROOT / "tests" / "fixtures" / "v1" / "ranker_tree"
+    command = [sys.executable, "-c", SERVER, *map(str, (tokens, bags, ranked, by_tree))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     told = ["threads started 0 2", "threads started 3 0", *["answers 200"] * 4]
+    told += ["threads of torch after a ranker's loops 1"]
     assert done.stdout.splitlines() == told, done.stdout + done.stderr[-2000:]
 
 

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numba
 import numpy as np
 import pytest
 
@@ -21,21 +20,15 @@ from xmlkernels.training.tree import TreeConfig
 
 
 @pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
-    """Sets the number of threads: numba's, or, where its setter refuses more than the machine has,
-    what we read of it.
-    """
-    before = numba.get_num_threads()
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads; also to more than the machine has."""
 
     def choose(count: int) -> None:
-        if count <= numba.config.NUMBA_NUM_THREADS:
-            numba.set_num_threads(count)
-        else:
-            monkeypatch.setattr(parallel, "get_num_threads", lambda: count)
+        parallel.use_threads(count)
         assert parallel.threads() == count
 
     yield choose
-    numba.set_num_threads(before)
+    parallel.use_threads(0)
 
 
 @pytest.fixture(scope="module")

@@ -244,9 +244,11 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
             str(path) if path.is_dir() else name, trust_remote_code=False
         )
         refuse_auto_map(inner.init_kwargs, f"tokenizer {name}")
-        tokenizer = Tokenizer(inner)
-        tokenizer.encode_batch(PROBE, 64)  # some faults show at the first unknown word alone
-        return tokenizer
+        # Some faults show at the first unknown word alone. One text at a time starts no threads.
+        encode = inner.backend_tokenizer.encode if inner.is_fast else inner
+        for text in PROBE:
+            encode(text)
+        return Tokenizer(inner)
     except InputError:
         raise
     except (

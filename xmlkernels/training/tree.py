@@ -15,7 +15,7 @@ from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.files import replacing
 from xmlkernels.locks import Tell, check_place, is_ours, own_folder
-from xmlkernels.parallel import most_threads
+from xmlkernels.parallel import most_threads, use_threads
 from xmlkernels.training.label_vectors import LabelEncoder, digest, read_features, read_vectors
 from xmlkernels.tree.cluster import Means, cluster
 from xmlkernels.tree.features import (
@@ -284,8 +284,6 @@ def _feature_source(options: TreeConfig, dataset: Dataset) -> str:
 
 
 def _set_threads(threads: int) -> None:
-    import numba
-
     most = most_threads()
     if not 0 <= threads <= most:
         raise InputError(
@@ -294,7 +292,7 @@ def _set_threads(threads: int) -> None:
             str(threads),
             "choose fewer, or set NUMBA_NUM_THREADS",
         )
-    numba.set_num_threads(threads or most)
+    use_threads(threads)
 
 
 class _Clock:
