@@ -56,6 +56,7 @@ HELD: dict[type, dict[str, str]] = {
         **_all(_PLAN + "test_processes_share_the_table", "gpus"),
         **_all(_PLAN + "test_what_does_not_fit_is_mended", "memory", "host_memory"),
         **_all(_PLAN + "test_rates_and_a_price", "copy_rate", "mm_rate", "wire_rate", "price"),
+        "store_rate": _PLAN + "test_a_stored_table_is_where_it_is_said_to_be",
         "run": _PLAN + "test_flags_of_the_run_are_planned_with",
     },
     tree.TreeConfig: {
