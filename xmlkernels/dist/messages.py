@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -61,10 +62,33 @@ def gather_ragged(own: Tensor) -> Tensor:
 
     Waits for the device.
     """
+    return gather_together([own])[0]
+
+
+def gather_together(own: Sequence[Tensor]) -> list[Tensor]:
+    """Gather the rows of several tensors as `gather_ragged` does, in two messages for all of them.
+
+    A message takes about as long as the sending of 300 KB. Waits for the device.
+
+    Args:
+        own: [n, ...] each, of any numbers of rows and dtypes, on one device.
+    """
     if size() == 1:
-        return own
-    counts = gather_rows(torch.tensor([own.shape[0]])).tolist()
-    return gather_rows(own, counts)
+        return list(own)
+    counts = gather_rows(torch.tensor([[len(t) for t in own]]))
+    rows = [t.contiguous().view(len(t), -1) if len(t) else t.reshape(0, 1) for t in own]
+    widths = [math.prod(t.shape[1:]) * t.element_size() for t in own]
+    sizes = [width * most for width, most in zip(widths, counts.amax(0).tolist(), strict=True)]
+    padded = torch.zeros(1, sum(sizes), dtype=torch.uint8, device=own[0].device)
+    for held, place in zip(rows, padded[0].split(sizes), strict=True):
+        sent = held.view(torch.uint8).flatten()
+        place[: len(sent)] = sent
+    found = []
+    columns = gather_rows(padded).split(sizes, 1)
+    for tensor, width, sent, count in zip(own, widths, columns, counts.T.tolist(), strict=True):
+        whole = torch.cat([part[: width * n] for part, n in zip(sent, count, strict=True)])
+        found.append(whole.view(tensor.dtype).view(-1, *tensor.shape[1:]))
+    return found
 
 
 def fill_rows(own: Sequence[np.ndarray], *arrays: np.ndarray) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from xmlkernels import dist
 from xmlkernels.errors import InputError
 
+Gradient = Tensor | dist.Scattered
+
 
 class EncoderPass:
     """The features of a batch and the way back through the encoder.
@@ -84,7 +86,7 @@ class EncoderPass:
         """Begin to sum shards' summands of a gradient [B, D], of which each takes back its own."""
         return dist.scatter_sum(dx, self._counts)
 
-    def backward(self, dx: Sequence[Tensor | dist.Scattered]) -> None:
+    def backward(self, dx: Sequence[Gradient]) -> None:
         """Add the parameters' gradients from those of the features.
 
         Of several parts the first is encoded again before a scattered gradient is waited for.
@@ -104,8 +106,8 @@ class EncoderPass:
             _backward(levels, [d if len(d) else d.new_zeros(1, *d.shape[1:]) for d in rest])
             start += len(part[0])
 
-    def _own_rows(self, dx: Tensor | dist.Scattered) -> Tensor:
-        own = dx.rows() if isinstance(dx, dist.Scattered) else dx[self._own]
+    def _own_rows(self, dx: Gradient) -> Tensor:
+        own = dx[self._own] if isinstance(dx, Tensor) else dx.rows()
         return own.new_zeros(1, *own.shape[1:]) if self._idle else own
 
 
@@ -124,11 +126,15 @@ def encoder_passes(documents: int, processes: int, micro_batch: int) -> int:
 def gathered(own: Sequence[Tensor], documents: int) -> list[Tensor]:
     """Gather the features [B, D] of a batch of B documents, of which each process encoded its part.
 
-    One without a document has those of the stand-in, which are left out.
+    One without a document has those of the stand-in, which are left out. All levels go in one
+    message.
     """
+    if dist.size() == 1:
+        return list(own)
     counts = [part.stop - part.start for part in dist.parts(documents)]
-    idle = counts[dist.rank()] == 0
-    return [dist.gather_rows(f[:0] if idle else f, counts) for f in own]
+    sent = torch.cat(list(own), 1)
+    whole = dist.gather_rows(sent[: counts[dist.rank()]], counts)
+    return [level.contiguous() for level in whole.split([f.shape[1] for f in own], 1)]
 
 
 def _parts(inputs: tuple[Tensor, ...], documents: int, size: int) -> list[tuple[Tensor, ...]]:

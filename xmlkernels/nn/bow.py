@@ -230,9 +230,8 @@ class BowEncoder(nn.Module):
         grad, token, weight = torch.cat(grads), torch.cat(tokens), torch.cat(weights)
         offset = torch.cat([offsets[0][:1], *ends])
         if dist.size() > 1:
-            grad, token, weight, lengths = (
-                dist.gather_ragged(own) for own in (grad, token, weight, offset.diff())
-            )
+            sent = grad, token, weight, offset.diff()
+            grad, token, weight, lengths = dist.gather_together(sent)
             offset = nn.functional.pad(lengths.cumsum(0), (1, 0))
         table = self.table
         table.hyper[LR] = lr
