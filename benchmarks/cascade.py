@@ -102,9 +102,9 @@ def make_levels(shape: Shape, dtype: str, device: str, row_wise: bool = True) ->
         if r < 2:
             scores = heads.levels[r].scores(held.x[r], index)  # type: ignore[operator]
             scores = scores.view(*clusters.shape, -1)
-            clusters, _, _ = select(
+            clusters = select(
                 scores, clusters, held.row_ptr[r], topk[r], positives=positives[r]
-            )
+            ).nodes
     return held
 
 
@@ -132,7 +132,7 @@ def own_step(held: Levels) -> Step:
             out.append(dx)
             if r < 2:
                 k = held.heads.topk[r]
-                clusters, _, _ = select(scores, clusters, row_ptr, k, positives=positives)
+                clusters = select(scores, clusters, row_ptr, k, positives=positives).nodes
         return out
 
     return step

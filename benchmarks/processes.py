@@ -72,16 +72,17 @@ def cascade(asked: argparse.Namespace) -> tuple[Any, list[Any]]:
     from xmlkernels.models.training import CascadeTraining
     from xmlkernels.nn.bow import BowEncoder
     from xmlkernels.nn.cascade_heads import CascadeHeads
-    from xmlkernels.nn.cluster_shard import cluster_shards
+    from xmlkernels.nn.cluster_shard import tree_shards
     from xmlkernels.tree.label_tree import LabelTree, arrangement
 
     fine = np.arange(asked.labels) // 16
-    tree, shard = LabelTree.from_partitions([fine // 8, fine]), None
+    tree, shards = LabelTree.from_partitions([fine // 8, fine]), None
     if dist.size() > 1:
-        shard = cluster_shards(torch.tensor(tree.children[-1]), dist.size())[dist.rank()]
+        bounds = [torch.tensor(tree.bounds(r)) for r in range(tree.levels - 1)]
+        shards = tree_shards(bounds, tree.sizes[0], dist.size())[dist.rank()]
     most, kept = [tree.widest(0), tree.widest(1)], [min(64, tree.sizes[0]), min(128, tree.sizes[1])]
     how: dict[str, Any] = {"layers": ((0,),) * 3, "topk": kept, "dtype": asked.table}
-    heads = CascadeHeads(tree.sizes, most, asked.width, label_shard=shard, **how)
+    heads = CascadeHeads(tree.sizes, most, asked.width, shards=shards, **how)
     settings = CascadeTraining(encoder_lr=1e-3, total=1 << 30)
     encoder = BowEncoder(VOCABULARY, asked.width, optimizer="adam")
     random, count = np.random.default_rng(0), 4 * asked.batch

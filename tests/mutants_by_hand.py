@@ -135,7 +135,7 @@ BY_HAND: tuple[Fault, ...] = (
         "set_rates(self.optimizer, encoder_lr, head_lr, None)",
     ),
     Fault(_BASE, "self.optimizer.zero_grad(set_to_none=True)", "pass"),
-    Fault(_LEVELS, "else loss) + scale * pads", "else loss)"),
+    Fault(_LEVELS, "pad_losses += scale * pads", "pad_losses += 0 * pads"),
     Fault(
         _LEVELS,
         "scores, clusters, row_ptr, k, width=width, positives=positives)",
@@ -143,8 +143,8 @@ BY_HAND: tuple[Fault, ...] = (
     ),
     Fault(
         _LEVELS,
-        "lost.append((positives[r][0] < level.nodes).sum() - forced)",
-        "lost.append(0 * forced)",
+        "lost.append((positives[r][0] < level.shard.rows).sum() - kept.forced)",
+        "lost.append(0 * kept.forced)",
     ),
     Fault(
         _CASCADE,
@@ -175,7 +175,11 @@ BY_HAND: tuple[Fault, ...] = (
         "exact > -0.6931471805599453, (-torch.expm1(exact)).log(), torch.log1p(-exact.exp())",
         "exact > 0, exact, torch.log1p(-exact.exp())",
     ),
-    Fault("xmlkernels/models/descent.py", '(scores if scheme == "path" else own)', "own"),
+    Fault(
+        "xmlkernels/models/descent.py",
+        'if above is not None and scheme == "path":',
+        'if above is not None and scheme == "level":',
+    ),
     # Tables and heads.
     Fault(_LEVEL, "if beta1 is not None and self.second is not None:", "if beta1 is not None:"),
     Fault(_LEVEL, "return dx, scores, loss / self.gain", "return dx, scores, loss"),
@@ -192,7 +196,7 @@ BY_HAND: tuple[Fault, ...] = (
         "    bits = (scores + 0.0).view(torch.int32)",
         "    bits = scores.view(torch.int32)",
     ),
-    Fault("xmlkernels/nn/shortlist.py", "keep = forced | (", "keep = ("),
+    Fault("xmlkernels/nn/shortlist.py", "keep &= forced | (", "keep &= ("),
     Fault(_LEVEL, "        plain[DECAY] = 0  # biases do not decay\n", ""),
     Fault(
         "xmlkernels/nn/bow.py",

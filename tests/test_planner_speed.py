@@ -179,7 +179,7 @@ def test_bytes_on_the_wire_of_a_cascade_are_those_that_the_model_tells(encoder: 
     for kind in ("gathered", "scattered", "summed"):
         own = sum(count for name, count in found.wire.items() if name.startswith(kind))
         assert own == told[kind], (kind, found.wire)
-    assert found.wire["gathered, shortlists"] == 8 * 2 * (17 + 1) * (4 + 9)
+    assert found.wire["gathered, shortlists"] == 8 * 2 * 50 * (4 + 9)
 
 
 def test_a_plan_tells_bytes_on_the_wire() -> None:

@@ -26,7 +26,7 @@ from xmlkernels.models.running_mean import MeanSettings
 from xmlkernels.models.training import CascadeTraining
 from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.cascade_heads import CascadeHeads
-from xmlkernels.nn.cluster_shard import cluster_shards
+from xmlkernels.nn.cluster_shard import tree_shards
 from xmlkernels.nn.mixed import MixedLevel
 from xmlkernels.nn.plain import PlainLevel
 from xmlkernels.nn.shard import Shard
@@ -43,19 +43,18 @@ FEW = LabelTree.from_partitions([np.repeat([0, 1, 2], [5, 1, 9])])  # fewer clus
 SCHEMES = Cascade.schemes
 
 
-def share(tree: LabelTree) -> Shard | None:
-    """This process's rows; None for one process alone."""
+def share(tree: LabelTree) -> list[Shard] | None:
+    """This process's rows of each level; None for one process alone."""
     if dist.size() == 1:
         return None
-    return cluster_shards(torch.tensor(tree.children[-1]), dist.size())[dist.rank()]
+    bounds = [torch.tensor(tree.bounds(r)) for r in range(tree.levels - 1)]
+    return tree_shards(bounds, tree.sizes[0], dist.size())[dist.rank()]
 
 
 def model(encoder: str, tree: LabelTree = TREE, **options: Any) -> Cascade:
     """A cascade whose label level the processes share."""
     if encoder == "tiny":
-        return cascade_common.make_model(
-            3, tree=tree, label_shard=share(tree), decay=0.1, **options
-        )
+        return cascade_common.make_model(3, tree=tree, shards=share(tree), decay=0.1, **options)
     row = {k: options.pop(k) for k in cascade_common.ROW_OPTIONS if k in options}
     optimizer = RowOptimizer(options.pop("optimizer", "adam"), **{"row_wise": True} | row)
     settings = {"encoder_lr": 0.01, "total": 100, "decay": 0.1, "warmup": 0}
@@ -69,7 +68,7 @@ def model(encoder: str, tree: LabelTree = TREE, **options: Any) -> Cascade:
         layers=((0,),) * tree.levels,
         topk=[3] * (tree.levels - 1),
         optimizer=optimizer,
-        label_shard=share(tree),
+        shards=share(tree),
         seed=4,
         **options,
     )
@@ -275,7 +274,10 @@ def same_bits(own: Tensor, other: Tensor) -> bool:
 
 
 def test_the_tables_after_one_step_are_those_of_one_process(alone: Path, several: Path) -> None:
-    """Bit for bit with bags, whose vectors do not depend on their part of a batch."""
+    """Bit for bit with bags, whose vectors do not depend on their part of a batch.
+
+    Not so plain PyTorch, whose products of matrices add in an order of their sizes.
+    """
     files = {path.stem: path for path in several.glob("*-*.pt")}
     assert len(files) == (12 if several.name.startswith("of3") else len(CASES))
     for name, path in files.items():
@@ -287,7 +289,8 @@ def test_the_tables_after_one_step_are_those_of_one_process(alone: Path, several
             if key.startswith("0.heads.levels.") and exact:
                 assert same_bits(more[key], expected), (name, key)
             elif key.startswith("0.heads.levels.") and key.endswith(".weight"):
-                assert units(more[key], expected, TABLE_DTYPES[dtype]) <= 1, (name, key)
+                most = 16 if kind in ("dense", "plain") and dtype == "fp32" else 1
+                assert units(more[key], expected, TABLE_DTYPES[dtype]) <= most, (name, key)
             elif not expected.is_floating_point() and key.startswith("0."):
                 assert same_bits(more[key], expected), (name, key)
             elif key.startswith("0.") and dtype != "fp8" and "key.bias" not in key:
@@ -336,7 +339,7 @@ def test_a_whole_table_predicts_in_one_process(alone: Path, several: Path) -> No
 
 @pytest.mark.parametrize("labels", [100_001, 1_000_003])
 def test_four_processes_hold_a_quarter_each(labels: int) -> None:
-    """Of the label table with its states; what every process has of clusters comes on top."""
+    """Of the label table and the next with their states; the first has too few rows to count."""
     rng = np.random.default_rng(0)
     row_ptr = np.concatenate(
         [[0], np.sort(rng.choice(labels - 1, labels // 20, replace=False)) + 1]
@@ -344,13 +347,15 @@ def test_four_processes_hold_a_quarter_each(labels: int) -> None:
     row_ptr = torch.from_numpy(np.append(row_ptr, labels))
     sizes, most = (64, len(row_ptr) - 1, labels), (len(row_ptr) - 1, int(row_ptr.diff().max()))
     how: dict[str, Any] = {"layers": ((0,),) * 3, "topk": (8, 8), "optimizer": "adam"}
-    shards = cluster_shards(row_ptr, 4)
+    first = torch.arange(65) * (len(row_ptr) - 1) // 64
+    shards = tree_shards([row_ptr[first], row_ptr], 64, 4)
     for dtype in ("fp32", "fp8"):
         with torch.device("meta"):
             whole = CascadeHeads(sizes, most, 64, dtype=dtype, **how)
             parts = [
-                CascadeHeads(sizes, most, 64, dtype=dtype, label_shard=shard, **how)
-                for shard in shards
+                CascadeHeads(sizes, most, 64, dtype=dtype, shards=own, **how) for own in shards
             ]
         held = [[sum(level.bytes().values()) for level in h.levels] for h in (whole, *parts)]
-        assert all(own[-1] <= 0.26 * held[0][-1] and own[:-1] == held[0][:-1] for own in held[1:])
+        for own in held[1:]:
+            assert all(few <= 0.26 * all_ for few, all_ in zip(own[1:], held[0][1:], strict=True))
+            assert own[0] <= 0.27 * held[0][0]

@@ -46,7 +46,7 @@ def test_shards_of_few_clusters_and_of_billions_of_rows() -> None:
     assert [(s.first, s.end) for s in shards] == [(0, 2**33), (2**33, 2**34)]
     own = clusters_of(shards[1], far)
     assert (own.first, own.end, own.row_ptr.tolist()) == (2, 4, [0, 5, 2**33])
-    with pytest.raises(InputError, match="shard of the label level: expected whole clusters"):
+    with pytest.raises(InputError, match="shard of a level: expected whole clusters"):
         clusters_of(Shard(0, 2, NODES), ROWS)
     with pytest.raises(InputError, match="rows 4 to 40, which cut one"):
         clusters_of(Shard(4, 41, NODES), ROWS - (ROWS == 41).long())

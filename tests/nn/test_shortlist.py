@@ -47,23 +47,23 @@ def test_nodes_are_found_where_they_stand() -> None:
 
 
 def test_the_best_are_kept_in_ascending_order() -> None:
-    kept, place, forced = select(SCORES, CLUSTERS, ROW_PTR, 2)
+    kept, place, forced, _ = select(SCORES, CLUSTERS, ROW_PTR, 2)
     assert kept.tolist() == [[0, 4], [2, 6], [3, 4]]  # of equal scores (-0 equals 0) the lower node
     assert place.tolist() == [[0, 4], [0, 3], [0, 1]]
     assert forced.tolist() == [0]
 
 
 def test_fewer_candidates_than_k_leave_pads() -> None:
-    kept, _, _ = select(SCORES, CLUSTERS, ROW_PTR, 4)
+    kept = select(SCORES, CLUSTERS, ROW_PTR, 4).nodes
     assert kept.tolist() == [[0, 1, 3, 4], [2, 6, -1, -1], [3, 4, 5, -1]]
-    kept, place, _ = select(SCORES, CLUSTERS, ROW_PTR, 99)
+    kept, place, _, _ = select(SCORES, CLUSTERS, ROW_PTR, 99)
     assert kept.shape == (3, 6)
     assert kept[1].tolist() == [2, 6, -1, -1, -1, -1]
     assert place[1].tolist() == [0, 3, 0, 0, 0, 0]
 
 
 def test_positives_are_forced_in_before_better_ones() -> None:
-    kept, _, forced = select(
+    kept, _, forced, _ = select(
         SCORES, CLUSTERS, ROW_PTR, 2, positives=positives((0, 5), (1, 2), (2, 4))
     )
     assert kept.tolist() == [[4, 5], [2, 6], [3, 4]] and forced.tolist() == [3]
@@ -71,23 +71,23 @@ def test_positives_are_forced_in_before_better_ones() -> None:
 
 def test_a_row_with_more_positives_than_k_grows_up_to_the_bound() -> None:
     true = positives((0, 0), (0, 1), (0, 3), (0, 5), (1, 6), (2, 5))
-    kept, _, forced = select(SCORES, CLUSTERS, ROW_PTR, 1, width=4, positives=true)
+    kept, _, forced, _ = select(SCORES, CLUSTERS, ROW_PTR, 1, width=4, positives=true)
     assert kept.tolist() == [
         [0, 1, 3, 5],
         [6, -1, -1, -1],
         [5, -1, -1, -1],
     ]
     assert forced.tolist() == [6]
-    kept, _, forced = select(SCORES, CLUSTERS, ROW_PTR, 1, width=3, positives=true)
+    kept, _, forced, _ = select(SCORES, CLUSTERS, ROW_PTR, 1, width=3, positives=true)
     # 5, at -3, had no room.
     assert kept.tolist() == [[0, 1, 3], [6, -1, -1], [5, -1, -1]]
     assert forced.tolist() == [5]
-    kept, _, forced = select(SCORES, CLUSTERS, ROW_PTR, 2, width=3, positives=positives((0, 5)))
+    kept, _, forced, _ = select(SCORES, CLUSTERS, ROW_PTR, 2, width=3, positives=positives((0, 5)))
     assert kept.tolist() == [[4, 5, -1], [2, 6, -1], [3, 4, -1]] and forced.tolist() == [1]
 
 
 def test_positives_that_are_no_candidates_change_nothing() -> None:
-    kept, _, forced = select(
+    kept, _, forced, _ = select(
         SCORES, CLUSTERS, ROW_PTR, 2, positives=positives((0, 2), (1, 0), (2, 7))
     )
     assert kept.tolist() == [[0, 4], [2, 6], [3, 4]] and forced.tolist() == [0]
@@ -95,7 +95,7 @@ def test_positives_that_are_no_candidates_change_nothing() -> None:
 
 def test_nan_scores_still_give_real_nodes() -> None:
     """A skipped step goes on to the next level; what it selects must be nodes that exist."""
-    kept, _, forced = select(
+    kept, _, forced, _ = select(
         torch.full((3, 2, 3), torch.nan), CLUSTERS, ROW_PTR, 5, positives=positives((1, 6))
     )
     assert kept.tolist() == [
@@ -130,7 +130,9 @@ def test_random_shortlists_equal_sets(seed: int) -> None:
         for s in range(batch)
         for n in rng.choice(int(row_ptr[-1]), rng.integers(0, 40), replace=False)
     ]
-    kept, _, forced = select(scores, clusters, row_ptr, k, width=width, positives=positives(*pairs))
+    kept, _, forced, _ = select(
+        scores, clusters, row_ptr, k, width=width, positives=positives(*pairs)
+    )
     total = 0
     for s in range(batch):
         there = [
@@ -154,5 +156,5 @@ def test_no_sample_and_no_cluster_are_no_place_and_no_choice() -> None:
         place, found = locate(node, sample, clusters, row_ptr, 3)
         assert place.tolist() == [0, 0] and not found.any()
         scores = torch.zeros(size, slots, 3)
-        kept, place, forced = select(scores, clusters, row_ptr, 2, positives=(node, sample))
+        kept, place, forced, _ = select(scores, clusters, row_ptr, 2, positives=(node, sample))
         assert kept.shape == place.shape == (size, 2 if slots else 0) and int(forced) == 0

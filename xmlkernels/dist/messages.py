@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -80,15 +82,23 @@ def gather_together(own: Sequence[Tensor]) -> list[Tensor]:
     widths = [math.prod(t.shape[1:]) * t.element_size() for t in own]
     sizes = [width * most for width, most in zip(widths, counts.amax(0).tolist(), strict=True)]
     padded = torch.zeros(1, sum(sizes), dtype=torch.uint8, device=own[0].device)
-    for held, place in zip(rows, padded[0].split(sizes), strict=True):
+    for held, place in zip(rows, torch.split(padded[0], sizes), strict=True):
         sent = held.view(torch.uint8).flatten()
         place[: len(sent)] = sent
     found = []
-    columns = gather_rows(padded).split(sizes, 1)
+    columns = torch.split(gather_rows(padded), sizes, 1)
     for tensor, width, sent, count in zip(own, widths, columns, counts.T.tolist(), strict=True):
         whole = torch.cat([part[: width * n] for part, n in zip(sent, count, strict=True)])
         found.append(whole.view(tensor.dtype).view(-1, *tensor.shape[1:]))
     return found
+
+
+def gather_columns(own: Tensor) -> Tensor:
+    """Gather tensors [B, c] of all processes side by side: [B, G c], in the order of processes."""
+    if size() == 1:
+        return own
+    everyone = gather_rows(own).view(size(), *own.shape)
+    return everyone.transpose(0, 1).flatten(1)
 
 
 def fill_rows(own: Sequence[np.ndarray], *arrays: np.ndarray) -> None:
@@ -167,6 +177,23 @@ class Scattered:
         return self._own
 
 
+@dataclass(frozen=True)
+class ScatteredColumns:
+    """Some columns of rows on their way.
+
+    Attributes:
+        whole: the rows, [n, D].
+        columns: of them.
+    """
+
+    whole: Scattered
+    columns: slice
+
+    def rows(self) -> Tensor:
+        """Wait, and return the columns of the rows' sum."""
+        return self.whole.rows()[:, self.columns]
+
+
 def scatter_sum(partial: Tensor, counts: Sequence[int] | None = None) -> Scattered:
     """Sum rows over all processes and give each its own, in the background.
 
@@ -195,6 +222,15 @@ def scatter_sum(partial: Tensor, counts: Sequence[int] | None = None) -> Scatter
     return Scattered(partial, counts)
 
 
+def scatter_sums(
+    partials: Sequence[Tensor], counts: Sequence[int] | None = None
+) -> list[ScatteredColumns]:
+    """Do what `scatter_sum` does for several tensors [B, D] of one dtype, in one message."""
+    whole = scatter_sum(torch.cat(list(partials), 1), counts)
+    ends = accumulate((t.shape[1] for t in partials), initial=0)
+    return [ScatteredColumns(whole, slice(*pair)) for pair in pairwise(ends)]
+
+
 def merge_topk(values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Find the k best of all processes' candidates: by value, of equal ones the lower row.
 
@@ -206,13 +242,7 @@ def merge_topk(values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Returns:
         values [B, k] and rows [B, k], best first, the same on every process; -inf and -1 pad.
     """
-    documents, width = values.shape
-    if size() > 1:
-        counts = [documents] * size()
-        values, rows = (
-            gather_rows(part, counts).view(size(), documents, width).transpose(0, 1).flatten(1)
-            for part in (values, rows)
-        )
+    values, rows = gather_columns(values), gather_columns(rows)
     # Two stable sorts: of equal values the lower row stands first, pads behind every row.
     order = (
         torch.where(rows < 0, torch.iinfo(torch.int64).max, rows).sort(stable=True, dim=1).indices

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xmlkernels import dist
 from xmlkernels.errors import InputError
 from xmlkernels.models.base import Documents, Model
 from xmlkernels.models.descent import (
@@ -64,9 +63,9 @@ class Cascade(Model):
     counted on the device, without a host sync. Table rows are in tree order; label ids are
     translated where they enter and leave the model, nowhere inside.
 
-    Several processes may share the label level (`CascadeHeads`, label_shard). Each then takes the
-    whole batch through the levels of clusters, of which it has a copy, and the pairs of a document
-    and one of its own clusters through its rows of the label level.
+    Several processes may share the levels (`CascadeHeads`, shards). Each then takes the pairs of a
+    document and one of its own clusters through its rows of every level, and what a level hands on
+    is chosen among the best of all processes.
 
     Attributes:
         tree: the label tree.
@@ -154,9 +153,8 @@ class Cascade(Model):
     ) -> dict[str, int]:
         """Return the bytes that the first process receives in a step; see `dist.step_traffic`.
 
-        The vectors of every level are gathered. Where processes share the label level, its
-        gradients come back, those of the levels of clusters are everywhere, and each process sends
-        the shortlists of its own documents.
+        The vectors of every level are gathered. Where processes share the levels, the gradients
+        come back, and each process sends its best clusters of every document.
 
         Args:
             documents: B, of all processes together.
@@ -166,10 +164,14 @@ class Cascade(Model):
         """
         widths = [self.width] * self.tree.levels
         found = self._step_traffic(
-            documents, widths, processes, need_loss=need_loss, terms=terms, scattered=False
+            documents,
+            widths,
+            processes,
+            need_loss=need_loss,
+            terms=terms,
+            scattered=self.shared,
         )
-        if self.shared and processes > 1:
-            found["scattered"] = dist.step_traffic(documents, [self.width], processes)["scattered"]
+        if self.shared:
             bound = (self.training_settings or _AT_DEFAULTS).positives_bound
             kept = kept_in_training(self.heads.topk, self._tree().most, bound)
             found["gathered"] += shortlist_traffic(documents, processes, kept)
@@ -243,7 +245,7 @@ class Cascade(Model):
             x,
             positives,
             settings,
-            encoded.scatter,
+            encoded.scatter_levels,
             lr=lr,
             beta1=beta1,
             dx_scale=self.scaler.scale,
@@ -288,8 +290,13 @@ class Cascade(Model):
             InputError: the batch has no cluster positives of this tree.
         """
         x, positives = self._whole_features(batch), self._positives(batch)
-        levels = self._training_descent(x, positives)
-        levels[-1] = joined(levels[-1], levels[-2].kept)
+        tree = self._tree()
+        levels = [
+            joined(*level)
+            for level in zip(
+                self._training_descent(x, positives), tree.row_ptr, tree.most, strict=True
+            )
+        ]
         *above, last = map(candidates_of, levels, positives)
         return [*above, Candidates(self._label_ids(last.nodes), last.logits, last.positive)]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.nn.functional import logsigmoid, softplus
 from xmlkernels import dist
 from xmlkernels.models.scored import Candidates
 from xmlkernels.nn.cascade_heads import CascadeHeads
-from xmlkernels.nn.shortlist import best, candidates, count, locate, select
+from xmlkernels.nn.shortlist import Whole, best, candidates, count, locate, select
 
 Positives = Sequence[tuple[Tensor, Tensor]]
 _SATURATED = -1e-38  # log probability: above, fp32 would give a logit of infinity; it stays at 87
@@ -24,17 +25,20 @@ class Descent:
     keep their numbers in the whole level.
 
     Attributes:
-        clusters: int64 [B, K], clusters kept at the level above.
+        above: int64 [B, K], all clusters kept at the level above.
+        clusters: int64 [B, K], those of them that are here.
         row_ptr, most: their nodes; see `xmlkernels.nn.shortlist`.
         node: int64 [B, K, M], the candidates; real: bool [B, K, M].
         logits: fp32 [B, K, M], the level's own.
         kept: int64 [B, K'], what is handed on; empty at the last level.
-        place: int64 [B, K'], places of `kept` among the K M candidates; empty at the last level.
+        parent: int64 [B, K'], columns of the parents of `kept` in `above`.
+        kept_logits: fp32 [B, K'], the logits of `kept`, -inf for pads.
         counts: int64 [B], candidates of the whole level.
-        slot: of a level that is shared, int64 [B, K]: the columns of `clusters` among all that were
-            kept; else None.
+        slot: of a level that is shared, int64 [B, K]: the columns of `clusters` in `above`; else
+            None.
     """
 
+    above: Tensor
     clusters: Tensor
     row_ptr: Tensor
     most: int
@@ -42,7 +46,8 @@ class Descent:
     real: Tensor
     logits: Tensor
     kept: Tensor
-    place: Tensor
+    parent: Tensor
+    kept_logits: Tensor
     counts: Tensor
     slot: Tensor | None = None
 
@@ -80,29 +85,31 @@ def descend(
         positives: pairs of every level, to be kept as training keeps them; None at prediction.
         bound: how many clusters beyond k a row may keep for its positives.
     """
-    clusters = torch.zeros(x[0].shape[0], 1, dtype=torch.int64, device=x[0].device)
+    above = torch.zeros(x[0].shape[0], 1, dtype=torch.int64, device=x[0].device)
     for r, level in enumerate(heads.tables().values()):
         row_ptr, most = tree.row_ptr[r], tree.most[r]
-        counts, slot = count(clusters, row_ptr), None
+        clusters, counts, slot, whole = above, count(above, row_ptr), None, None
         if level.shared:
-            clusters, slot = level.own(row_ptr).chosen(clusters)
+            own = level.own(row_ptr)
+            clusters, slot = level.chosen(above, row_ptr)
+            whole = Whole(above, slot, row_ptr, most)
+            row_ptr, most = own.bounds(row_ptr), own.most(most)
         node, real = candidates(clusters, row_ptr, most)
         index = torch.where(real, node - level.shard.first, -1).flatten(1)
         logits = level.scores(x[r], index[0] if r == 0 else index).view(node.shape)
-        kept = place = clusters[:, :0]
+        kept = parent = clusters[:, :0]
+        kept_logits = logits[:, 0, :0]
         if r + 1 < len(heads.levels):
             k = heads.topk[r]
             forced = None if positives is None else positives[r]
-            kept, place, _ = select(
-                logits,
-                clusters,
-                row_ptr,
-                k,
-                width=k if forced is None else k + bound,
-                positives=forced,
-            )
-        yield Descent(clusters, row_ptr, most, node, real, logits, kept, place, counts, slot)
-        clusters = kept
+            width = k if forced is None else k + bound
+            more: dict[str, Any] = {"width": width, "positives": forced, "whole": whole}
+            chosen = select(logits, clusters, row_ptr, k, **more)
+            kept, kept_logits = chosen.nodes, chosen.scores()
+            parent = chosen.place // tree.most[r]
+        own_level = above, clusters, row_ptr, most, node, real, logits
+        yield Descent(*own_level, kept, parent, kept_logits, counts, slot)
+        above = kept
 
 
 def kept_in_training(topk: Sequence[int], most: Sequence[int], bound: int) -> list[int]:
@@ -122,15 +129,14 @@ def kept_in_training(topk: Sequence[int], most: Sequence[int], bound: int) -> li
 def shortlist_traffic(documents: int, processes: int, kept: Sequence[int]) -> int:
     """Return the bytes of shortlists that the first process receives in a step.
 
-    Where processes share the label level, each sends those of its own documents, and a row more
-    with the number of positives in them.
+    Where processes share the levels, each sends the best of its own clusters for every document.
 
     Args:
         documents: B, of all processes together.
         processes: G.
         kept: of `kept_in_training`.
     """
-    return 8 * (processes - 1) * (-(-documents // processes) + 1) * sum(kept)
+    return 8 * (processes - 1) * documents * sum(kept)
 
 
 def scores_by(scheme: str, levels: Iterable[Descent]) -> Iterator[Tensor]:
@@ -145,11 +151,13 @@ def scores_by(scheme: str, levels: Iterable[Descent]) -> Iterator[Tensor]:
             yield level.logits
             continue
         own = logsigmoid(level.logits)
-        if above is not None and level.slot is not None:
-            above = above.gather(1, level.slot)
-        scores = own if above is None else own + above[:, :, None]
-        yield scores
-        above = (scores if scheme == "path" else own).flatten(1).gather(1, level.place)
+        if above is not None:
+            own = own + (above if level.slot is None else above.gather(1, level.slot))[:, :, None]
+        yield own
+        kept = logsigmoid(level.kept_logits)
+        if above is not None and scheme == "path":
+            kept = kept + above.gather(1, level.parent)
+        above = kept
 
 
 def ranked(
@@ -203,23 +211,34 @@ def logit_of_log(log_p: Tensor) -> Tensor:
     return (exact - other).float()
 
 
-def joined(level: Descent, clusters: Tensor) -> Descent:
+def joined(level: Descent, row_ptr: Tensor, most: int) -> Descent:
     """Bring the candidates of all processes together: the level as one alone would have it.
 
     Args:
         level: of which each process has its own clusters' candidates.
-        clusters: int64 [B, K], all that were kept at the level above.
+        row_ptr, most: of the whole level; see `TreeOnDevice`.
     """
     if level.slot is None:
         return level
-    node, real = candidates(clusters, level.row_ptr, level.most)
-    # One more column takes the pads.
-    slot = torch.where(level.clusters >= 0, level.slot, clusters.shape[1])
-    own = torch.where(level.real, level.logits, 0)
-    logits = own.new_zeros(len(own), clusters.shape[1] + 1, level.most)
-    logits.scatter_(1, slot[:, :, None].expand(own.shape), own)
-    logits = dist.sum_(logits[:, :-1].contiguous())  # each stands in one process; the others add 0
-    return replace(level, clusters=clusters, node=node, real=real, logits=logits, slot=None)
+    clusters = level.above
+    node, real = candidates(clusters, row_ptr, most)
+    place = Whole(clusters, level.slot, row_ptr, most).places(level.node, level.clusters)
+    # One more column takes what is no candidate.
+    place = torch.where(level.real, place, clusters.shape[1] * most).flatten(1)
+    own = torch.where(level.real, level.logits, 0).flatten(1)
+    logits = own.new_zeros(len(own), clusters.shape[1] * most + 1).scatter_(1, place, own)
+    # Each stands in one process; the others add 0.
+    logits = dist.sum_(logits[:, :-1].contiguous()).view(node.shape)
+    return replace(
+        level,
+        clusters=clusters,
+        row_ptr=row_ptr,
+        most=most,
+        node=node,
+        real=real,
+        logits=logits,
+        slot=None,
+    )
 
 
 def candidates_of(level: Descent, positives: tuple[Tensor, Tensor]) -> Candidates:

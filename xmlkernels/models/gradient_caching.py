@@ -13,7 +13,7 @@ from torch import Tensor
 from xmlkernels import dist
 from xmlkernels.errors import InputError
 
-Gradient = Tensor | dist.Scattered
+Gradient = Tensor | dist.Scattered | dist.ScatteredColumns
 
 
 class EncoderPass:
@@ -86,6 +86,10 @@ class EncoderPass:
         """Begin to sum shards' summands of a gradient [B, D], of which each takes back its own."""
         return dist.scatter_sum(dx, self._counts)
 
+    def scatter_levels(self, dx: Sequence[Tensor]) -> list[dist.ScatteredColumns]:
+        """Do what `scatter` does for the gradients of all levels, in one message."""
+        return dist.scatter_sums(dx, self._counts)
+
     def backward(self, dx: Sequence[Gradient]) -> None:
         """Add the parameters' gradients from those of the features.
 
@@ -134,7 +138,7 @@ def gathered(own: Sequence[Tensor], documents: int) -> list[Tensor]:
     counts = [part.stop - part.start for part in dist.parts(documents)]
     sent = torch.cat(list(own), 1)
     whole = dist.gather_rows(sent[: counts[dist.rank()]], counts)
-    return [level.contiguous() for level in whole.split([f.shape[1] for f in own], 1)]
+    return [level.contiguous() for level in torch.split(whole, [f.shape[1] for f in own], 1)]
 
 
 def _parts(inputs: tuple[Tensor, ...], documents: int, size: int) -> list[tuple[Tensor, ...]]:

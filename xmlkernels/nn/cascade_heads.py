@@ -51,8 +51,8 @@ class CascadeHeads(nn.Module):
         label_device: where the label level lives, and stays whatever `.to` does to the rest; None:
             with the rest. It is no part of `config`, nor of a checkpoint: either is read with any
             placement.
-        label_shard: the rows of the label level to hold, where several processes share it
-            (`cluster_shards`); None holds all. It is no part of `config` either.
+        shards: the rows of each level to hold, where several processes share them
+            (`tree_shards`); None holds all. They are no part of `config` either.
         drops: dropout of each level; one number serves all.
         projection_drop: dropout before the linear layer 2D → D.
         seed: of the initial values and of stochastic rounding.
@@ -85,7 +85,7 @@ class CascadeHeads(nn.Module):
         seed: int = 0,
         fill: bool = True,
         label_device: torch.device | None = None,
-        label_shard: Shard | None = None,
+        shards: Sequence[Shard] | None = None,
         level: Callable[..., CascadeLevel] | None = None,
         label_level: Callable[..., CascadeLevel] | None = None,
     ) -> None:
@@ -131,7 +131,7 @@ class CascadeHeads(nn.Module):
                 optimizer=optimizer,
                 seed=seed + _SEEDS * (r + 1),
                 fill=fill,
-                shard=label_shard if r + 1 == count else None,
+                shard=None if shards is None else shards[r],
             )
             for r, n in enumerate(sizes)
         )

@@ -43,9 +43,9 @@ class CascadeLevel(Table):
     every step with their momentum, while the host's own kernel updates them in place, at the rate
     of its memory.
 
-    A level may be one shard of whole clusters of a larger one (`cluster_shards`). It is told all of
-    a step as the whole level would be, and takes the part of its own clusters: of dx and loss it
-    gives its summands, and its rows are those of the whole table.
+    A level may be one shard of whole clusters of a larger one (`tree_shards`), or of rows of the
+    coarsest. It is told all of a step as the whole level would be, and takes the part of its own
+    clusters: of dx and loss it gives its summands, and its rows are those of the whole table.
 
     Args:
         nodes: rows of the table, of all its shards together.
@@ -96,6 +96,7 @@ class CascadeLevel(Table):
         # The tree's own tensor, the clusters of it that are here, and their rows on the table's
         # device.
         self._tree: tuple[Tensor, OwnClusters, Tensor] | None = None
+        self._chosen: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod
     def check_options(cls, dtype: str, optimizer: RowOptimizer) -> None:
@@ -164,8 +165,8 @@ class CascadeLevel(Table):
             dx_scale: multiplies dx alone.
 
         Returns:
-            dx: fp32 [B, D]. scores: fp32 [B, K, M], before the update; of a shard [B, K', M], of
-            its own clusters (`OwnClusters.chosen`). loss: fp32 [1], or [0].
+            dx: fp32 [B, D]. scores: fp32 [B, K, M], before the update; of a shard [B, K', M'], of
+            its own clusters (`OwnClusters.chosen`, `most`). loss: fp32 [1], or [0].
         """
         options: dict[str, Any] = {"lr": lr, "beta1": beta1, "scale": scale, "dx_scale": dx_scale}
         out = self.update(x, clusters, row_ptr, most, positives, **options, need_loss=need_loss)
@@ -197,8 +198,9 @@ class CascadeLevel(Table):
             dx_scale = torch.full((1,), dx_scale, device=here)
         own, rows_here = self._tree_here(row_ptr)
         if not self.shard.whole:
-            chosen, _ = own.chosen(clusters)
+            chosen, _ = self.chosen(clusters, row_ptr)
             clusters = torch.where(chosen >= 0, chosen - own.first, -1)
+            most = own.most(most)
             positives = own_positives(*positives, self.shard)
         held = moved(here, x, clusters, *positives, scale, dx_scale)
         train = self._train if self.nodes else self._nothing
@@ -255,6 +257,27 @@ class CascadeLevel(Table):
             InputError: a border of the shard lies within a cluster.
         """
         return self._tree_here(row_ptr)[0]
+
+    def chosen(self, clusters: Tensor, row_ptr: Tensor) -> tuple[Tensor, Tensor]:
+        """Pick from each sample's clusters those that are here, with their columns.
+
+        A step asks for them twice; they are found once.
+
+        Args:
+            clusters: int64 [B, K], ascending, -1 pads last.
+            row_ptr: int64 [C + 1], of the whole level.
+
+        Returns:
+            What `OwnClusters.chosen` gives; of the whole level, all.
+        """
+        if self._chosen is None or self._chosen[0] is not clusters:
+            if self.shard.whole:
+                column = torch.arange(clusters.shape[1], device=clusters.device)
+                found = clusters, column.expand_as(clusters)
+            else:
+                found = self.own(row_ptr).chosen(clusters)
+            self._chosen = clusters, *found
+        return self._chosen[1:]
 
     def _tree_here(self, row_ptr: Tensor) -> tuple[OwnClusters, Tensor]:
         """Give the clusters that are here and their rows, on the table's device.

@@ -8,11 +8,19 @@ the cluster). So places ascend as nodes do, and "the earlier place" is "the lowe
 CascadeXML (NeurIPS 2022), section 3; that positives are never lost while there is room is ours.
 """
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from xmlkernels import dist
+
 _PLACE_BITS = 30
 _PLACES = (1 << _PLACE_BITS) - 1
+_SCORE_BITS = 32
+_SCORES = (1 << _SCORE_BITS) - 1
+_PADS = 1 << 62  # above every place and score
 _FORCED = 1 << 62  # above every score, whose 32 bits are above 30 bits of place
 
 
@@ -36,8 +44,8 @@ def candidates(clusters: Tensor, row_ptr: Tensor, most: int) -> tuple[Tensor, Te
 
 def count(clusters: Tensor, row_ptr: Tensor) -> Tensor:
     """Count the candidates of each sample, int64 [B]."""
-    held = clusters.clamp(min=0)
-    return torch.where(clusters >= 0, row_ptr[held + 1] - row_ptr[held], 0).sum(1)
+    sizes = torch.nn.functional.pad(row_ptr.diff(), (0, 1))  # the last one is that of pads, at -1
+    return sizes[clusters].sum(1)
 
 
 def locate(
@@ -74,7 +82,7 @@ def locate(
     return torch.where(found, place, 0), found
 
 
-def rank(scores: Tensor, real: Tensor) -> Tensor:
+def rank(scores: Tensor, real: Tensor, place: Tensor | None = None) -> Tensor:
     """Give each candidate an int64 of its own that orders as its score does.
 
     Of equal scores the lower place comes first; -1 where there is no candidate. Exact ties are
@@ -84,12 +92,15 @@ def rank(scores: Tensor, real: Tensor) -> Tensor:
     Args:
         scores: fp32 [B, S]; -0 and 0 are equal.
         real: bool [B, S].
+        place: int64 [B, S], in which order candidates of one score come; None: as they stand.
     """
     bits = (scores + 0.0).view(torch.int32)
     # Ascending as integers where the scores ascend as numbers.
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    place = _PLACES - torch.arange(scores.shape[1], device=scores.device)
-    return torch.where(real, ((ordered.to(torch.int64) + (1 << 31)) << _PLACE_BITS) | place, -1)
+    if place is None:
+        place = torch.arange(scores.shape[1], device=scores.device)
+    high = (ordered.to(torch.int64) + (1 << 31)) << _PLACE_BITS
+    return torch.where(real, high | (_PLACES - place), -1)
 
 
 def best(scores: Tensor, real: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -105,6 +116,48 @@ def best(scores: Tensor, real: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.where(there, _PLACES - (top & _PLACES), 0), there
 
 
+class Whole(NamedTuple):
+    """Where the candidates of one shard of a level stand among those of the whole level.
+
+    Attributes:
+        clusters: int64 [B, K], all clusters that each sample has.
+        slot: int64 [B, K'], the columns of the shard's own among them.
+        row_ptr, most: of the whole level.
+    """
+
+    clusters: Tensor
+    slot: Tensor
+    row_ptr: Tensor
+    most: int
+
+    def places(self, node: Tensor, clusters: Tensor) -> Tensor:
+        """Find the places int64 [B, K', M'] of the shard's candidates `node` in `clusters`."""
+        start = self.slot * self.most - self.row_ptr[clusters.clamp(min=0)]
+        return node + start[:, :, None]
+
+
+class Kept(NamedTuple):
+    """What each sample hands on.
+
+    Attributes:
+        nodes: int64 [B, width], ascending, -1 pads last.
+        place: int64 [B, width], their places among the sample's K * M candidates; 0 for pads.
+        forced: int64 [1], positives among them.
+        ordered: int64 [B, width], of which `scores` makes their scores.
+    """
+
+    nodes: Tensor
+    place: Tensor
+    forced: Tensor
+    ordered: Tensor
+
+    def scores(self) -> Tensor:
+        """Give their scores, fp32 [B, width]; -inf for pads."""
+        ordered = (self.ordered - (1 << 31)).to(torch.int32)
+        found = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+        return torch.where(self.nodes >= 0, found, -torch.inf)
+
+
 def select(
     scores: Tensor,
     clusters: Tensor,
@@ -113,11 +166,13 @@ def select(
     *,
     width: int | None = None,
     positives: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    whole: Whole | None = None,
+) -> Kept:
     """Choose the clusters that each sample hands on: its k best nodes, but `positives` first.
 
     A sample with more than k positives keeps them all, up to `width`; one with fewer fills up to k
-    with the best others.
+    with the best others. Of a level that processes share, each names its own candidates, and all
+    have the choice among those of all: each sends its best, and the best of these are kept.
 
     Args:
         scores: fp32 [B, K, M] of the candidates.
@@ -127,28 +182,48 @@ def select(
         width: columns of the result, k or more (k when not given); fewer where there are fewer
             candidates.
         positives: (node int64 [P], sample int [P]), unique pairs.
-
-    Returns:
-        kept: int64 [B, width], ascending, -1 pads last.
-        place: int64 [B, width], their places among the sample's K * M candidates; 0 for pads.
-        forced: int64 [1], positives among them.
+        whole: of a level that processes share, where its candidates stand.
     """
-    _size, slots, most = scores.shape
-    width = min(k if width is None else width, slots * most)
-    node, real = candidates(clusters, row_ptr, most)
-    keys = rank(scores.flatten(1), real.flatten(1))
+    node, real = candidates(clusters, row_ptr, scores.shape[2])
+    place = None if whole is None else whole.places(node, clusters).flatten(1)
+    keys = rank(scores.flatten(1), real.flatten(1), place)
     if positives is not None:
-        at, found = locate(*positives, clusters, row_ptr, most)
+        at, found = locate(*positives, clusters, row_ptr, scores.shape[2])
         # One more element takes the positives that are no candidates: to leave them out would need
         # their number.
         mark = torch.zeros(keys.numel() + 1, dtype=torch.bool, device=keys.device)
         mark[torch.where(found, at, keys.numel())] = True
         keys = torch.where(mark[:-1].view(keys.shape), keys | _FORCED, keys)
-    top = keys.topk(width, dim=1).values
-    forced = top >= _FORCED
-    keep = forced | ((top >= 0) & (torch.arange(width, device=top.device) < k))
-    # Places ascend as nodes do, so sorting places sorts nodes.
-    place = torch.where(keep, _PLACES - (top & _PLACES), _PLACES).sort(1).values
-    there = place < _PLACES
+    if whole is not None:
+        clusters, row_ptr = whole.clusters, whole.row_ptr
+    most = scores.shape[2] if whole is None else whole.most
+    width = min(k if width is None else width, clusters.shape[1] * most)
+    top = _largest(keys, width)
+    if whole is not None:
+        top = _largest(dist.gather_columns(top), width)
+    forced, keep = top >= _FORCED, top >= 0
+    if k < width:
+        keep &= forced | (top >= _ascending(top)[:, width - k : width - k + 1])
+    # Places ascend as nodes do, so sorting places sorts nodes. Each takes its score along.
+    ordered = (top & (_FORCED - 1)) >> _PLACE_BITS
+    pairs = ((_PLACES - (top & _PLACES)) << _SCORE_BITS) | ordered
+    pairs = _ascending(torch.where(keep, pairs, _PADS))
+    place, there = pairs >> _SCORE_BITS, pairs < _PADS
     place = torch.where(there, place, 0)
-    return torch.where(there, node.flatten(1).gather(1, place), -1), place, forced.sum().reshape(1)
+    parent = clusters.gather(1, place // most).clamp(min=0)
+    nodes = torch.where(there, row_ptr[parent] + place % most, -1)
+    return Kept(nodes, place, forced.sum().reshape(1), pairs & _SCORES)
+
+
+def _ascending(keys: Tensor) -> Tensor:
+    """Sort each row. On a CPU numpy takes a tenth of torch's time: it knows its vector units."""
+    if keys.device.type == "cpu" and type(keys) is Tensor:  # numpy takes no subclass
+        return torch.from_numpy(np.sort(keys.numpy(), axis=1))
+    return keys.sort(1).values
+
+
+def _largest(keys: Tensor, count: int) -> Tensor:
+    """Find the largest keys of each row, int64 [B, count], in any order; -1 pads."""
+    top = keys.topk(min(count, keys.shape[1]), dim=1, sorted=False).values
+    missing = count - top.shape[1]
+    return torch.nn.functional.pad(top, (0, missing), value=-1) if missing else top

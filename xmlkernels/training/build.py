@@ -24,7 +24,7 @@ from xmlkernels.models.training import CascadeTraining, Training
 from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.cascade_heads import CascadeHeads
 from xmlkernels.nn.cascade_level import CascadeLevel
-from xmlkernels.nn.cluster_shard import cluster_shards
+from xmlkernels.nn.cluster_shard import tree_shards
 from xmlkernels.nn.encoder import Encoder
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.nn.layer_recipe import default_layers
@@ -201,12 +201,12 @@ def _cascade(plan: Plan, encoder: nn.Module, labels: int, tree: LabelTree | None
 def cascade_heads(
     plan: Plan, encoder: nn.Module, tree: TreeShape, *, processes: int = 1, rank: int = 0
 ) -> Callable[..., CascadeHeads]:
-    """Return what makes a process's heads of the run's cascade: all labels, or its clusters'."""
-    config, own, shard, store = plan.config, plan.cascade, None, _store(plan)
+    """Return what makes a process's heads of the run's cascade: all rows, or its own."""
+    config, own, shards, store = plan.config, plan.cascade, None, _store(plan)
     assert own is not None, "the plan of a cascade"
     if plan.sharded:
-        row_ptr = torch.tensor(tree.bounds(tree.levels - 2), device="cpu")
-        shard = cluster_shards(row_ptr, processes)[rank]
+        bounds = [torch.tensor(tree.bounds(r), device="cpu") for r in range(tree.levels - 1)]
+        shards = tree_shards(bounds, tree.sizes[0], processes)[rank]
     most = tuple(tree.widest(r) for r in range(tree.levels - 1))
     width = int(encoder.width)  # type: ignore[arg-type]
     return partial(
@@ -227,7 +227,7 @@ def cascade_heads(
         ),
         drops=own.drops,
         seed=config.seed,
-        label_shard=shard,
+        shards=shards,
         level=_level(config),
         label_level=None if store is None else partial(StoredLevel, store=store, most=most[-1]),
     )

@@ -186,9 +186,9 @@ def traffic_of(
 ) -> dict[str, int]:
     """Return the bytes that the first process receives in a step, by kind and by what.
 
-    The vectors of every table are gathered. Gradients come back from the labels' alone, where the
-    processes share it, and of a cascade each sends its shortlists then. The encoder's are summed,
-    or an encoder in parts is gathered and its gradients scattered. See `dist.step_traffic` and
+    The vectors of every table are gathered. Where the processes share the tables, gradients come
+    back, and of a cascade each sends its shortlists. The encoder's are summed, or an encoder in
+    parts is gathered and its gradients scattered. See `dist.step_traffic` and
     `Encoder.shard_traffic`.
 
     Args:
@@ -200,14 +200,13 @@ def traffic_of(
         beside: parameters of the heads, which are trained as the encoder's are.
         tree: of a cascade.
     """
-    found, last = dict[str, int](), len(tables) - 1
-    for number, (name, table) in enumerate(tables.items()):
-        own = plan.sharded and number == last
-        each = dist.step_traffic(plan.update, [table.width], processes, scattered=own)
+    found = dict[str, int]()
+    for name, table in tables.items():
+        each = dist.step_traffic(plan.update, [table.width], processes, scattered=plan.sharded)
         found[f"gathered, {name}"] = each["gathered"]
         found[f"scattered, {name}"] = each["scattered"]
     if plan.sharded and tree is not None and plan.cascade is not None and processes > 1:
-        most = (tree.sizes[0], *(tree.widest(r) for r in range(last)))
+        most = (tree.sizes[0], *(tree.widest(r) for r in range(tree.levels - 1)))
         kept = kept_in_training(plan.cascade.topk, most, plan.config.positives_bound)
         found["gathered, shortlists"] = shortlist_traffic(plan.update, processes, kept)
     parameters, decisions = [*encoder.parameters(), *beside], 0
