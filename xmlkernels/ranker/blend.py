@@ -344,14 +344,13 @@ def contenders(
     Args:
         logits, margins: CSR [N, L] with one pattern, as `Reranker.mix` takes them.
     """
-    count = np.diff(logits.indptr)
-    order = np.lexsort((-logits.data, np.repeat(np.arange(len(count)), count)))
     kept = np.empty(logits.nnz, np.bool_)
-    indptr, second = logits.indptr.astype(np.int64), margins.data.astype(np.float64)
+    indptr = logits.indptr.astype(np.int64)
+    first, second = logits.data.astype(np.float64), margins.data.astype(np.float64)
     keep_compiled(mark_undominated)
     in_parallel(
-        lambda a, b: mark_undominated(a, b, indptr, order, second, k, kept),
-        len(count),
+        lambda a, b: mark_undominated(a, b, indptr, first, second, k, kept),
+        logits.shape[0],
         _ROWS,
         threads,
     )

@@ -102,7 +102,7 @@ def mark_undominated(
     begin: int,
     end: int,
     indptr: np.ndarray,
-    order: np.ndarray,
+    first: np.ndarray,
     second: np.ndarray,
     k: int,
     kept: np.ndarray,
@@ -110,17 +110,19 @@ def mark_undominated(
     """Mark the entries of CSR rows that fewer than k others of the row beat in both of two scores.
 
     Args:
-        order: int64 [nnz], the entries row by row, in descending order of the first score.
-        second: float [nnz], the second score.
+        first, second: float64 [nnz], the scores. Of entries with the same first one, those that
+            come first in the row are looked at first.
         kept: bool [nnz], filled.
     """
     best = np.empty(k, np.float64)
     for i in range(begin, end):
         count = 0
-        for place in range(indptr[i], indptr[i + 1]):
-            value = second[order[place]]
-            kept[order[place]] = count < k or value > best[k - 1]
-            if not kept[order[place]]:
+        start = indptr[i]
+        order = np.argsort(-first[start : indptr[i + 1]], kind="mergesort")
+        for place in order:
+            value = second[start + place]
+            kept[start + place] = count < k or value > best[k - 1]
+            if not kept[start + place]:
                 continue
             at = min(count, k - 1)
             while at > 0 and best[at - 1] < value:

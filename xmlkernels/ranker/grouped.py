@@ -235,17 +235,18 @@ class _Task:
     ) -> LinearRanker:
         """Put the groups' classifiers together, in the order of the labels."""
         count, width, columns = len(self.positives[0]) - 1, *self.widths
-        order = np.concatenate([np.zeros(0, np.int64), *labels])
-        bias = np.zeros(count, np.float32)
+        bias, sizes = np.zeros(count, np.float32), np.zeros(count, np.int64)
         for some, part in zip(labels, parts, strict=True):
-            bias[some] = part[0]
-        sizes = np.concatenate([np.zeros(0, np.int64), *(np.diff(part[1]) for part in parts)])
+            bias[some], sizes[some] = part[0], np.diff(part[1])
         ends = np.concatenate([[0], np.cumsum(sizes)])
-        indices = np.concatenate([np.zeros(0, np.int32), *(part[2] for part in parts)])
-        data = np.concatenate([np.zeros(0, np.float32), *(part[3] for part in parts)])
-        parts.clear()
-        weights = csr_matrix((data, indices, ends), (len(order), width + columns))
-        weights = weights[np.argsort(order)] if count else weights
+        indices, data = np.empty(ends[-1], np.int32), np.empty(ends[-1], np.float32)
+        for some in reversed(
+            labels
+        ):  # each part is freed as it is copied: no weight is there twice
+            _, own, names, values = parts.pop()
+            place = np.repeat(ends[some] - own[:-1], np.diff(own)) + np.arange(len(names))
+            indices[place], data[place] = names, values
+        weights = csr_matrix((data, indices, ends), (count, width + columns))
         dense = weights[:, :width].toarray() if width else np.zeros((count, 0), np.float32)
         sparse = weights[:, width:] if width else weights
         return LinearRanker(dense, sparse, bias, self.settings, facts)

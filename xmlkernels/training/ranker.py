@@ -42,6 +42,8 @@ from xmlkernels.tree.label_tree import LabelTree
 log = logging.getLogger(__name__)
 
 INPUTS, WRITTEN = "inputs", ("metrics.json", "predictions.npz")
+# Number of a first document, and logits and margins of some from it on, CSR [n, L], one pattern.
+Scored = list[tuple[int, csr_matrix, csr_matrix]]
 _PAIRS = 1 << 22  # pairs (document, label) scored at one time
 _CHOSEN_AT = 5  # the deepest cut of the metrics that choose a share
 SHOWN = {"val": "validation", "test": "test"}
@@ -330,10 +332,11 @@ def measure(
         if name not in documents:
             continue
         part = documents[name]
+        listed: Scored | None = None
         if name == "val" and options.share is None and not options.one_vs_all:
-            reranker = chosen(part, reranker, matcher, options.threads)
+            reranker, listed = chosen(part, reranker, matcher, options.threads)
         report[SHOWN[name]] = {}
-        found = ranked(options, part, reranker, matcher)
+        found = ranked(options, part, reranker, matcher, listed)
         for what, (_, rows) in found.items():
             report[SHOWN[name]][what] = evaluate(rows, part.split.labels, weight)
         if name == "test":
@@ -345,8 +348,12 @@ def measure(
 
 def chosen(
     part: Documents, reranker: Reranker, matcher: ClusterMatcher | None, threads: int
-) -> Reranker:
-    """Choose share and kind of blend on a split."""
+) -> tuple[Reranker, Scored]:
+    """Choose share and kind of blend on a split.
+
+    Returns:
+        The reranker with them, and what of the shortlists can be among the best five by any.
+    """
     pairs, labels = part.split.filter_pairs, part.split.labels
     depth = candidates_needed(_CHOSEN_AT, pairs, labels.shape[1])
     some = [
@@ -359,13 +366,21 @@ def chosen(
         f"best mean of P@1, P@3 and P@5 on validation: --share {best_one.share:g} "
         f"--blend {best_one.how}"
     )
-    return best_one
+    return best_one, [(0, logits, margins)]
 
 
 def ranked(
-    options: RankerConfig, part: Documents, reranker: Reranker, matcher: ClusterMatcher | None
+    options: RankerConfig,
+    part: Documents,
+    reranker: Reranker,
+    matcher: ClusterMatcher | None,
+    listed: Scored | None = None,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return values and labels [N, k] of the k best labels by each kind of score, the last best."""
+    """Return values and labels [N, k] of the k best labels by each kind of score, the last best.
+
+    Args:
+        listed: shortlists that are scored already.
+    """
     pairs, (count, labels), k = part.split.filter_pairs, part.split.labels.shape, options.top_k
     if options.one_vs_all:
         depth = candidates_needed(k, pairs, labels)
@@ -375,7 +390,7 @@ def ranked(
     found = {
         name: (np.empty((count, k), np.float32), np.empty((count, k), np.int64)) for name in names
     }
-    for first, logits, margins in scored(part, reranker.ranker, matcher, options.threads):
+    for first, logits, margins in listed or scored(part, reranker.ranker, matcher, options.threads):
         last = first + logits.shape[0]
         own = pairs[(pairs[:, 0] >= first) & (pairs[:, 0] < last)] - [first, 0]
         for name, matrix in zip(
