@@ -34,10 +34,12 @@ def test_it_is_tree_and_rank_in_one(dataset: Path, tmp_path: Path) -> None:
         depths=(2,), min_df=1, threads=1,
     )  # fmt: skip
     report = train_linear(config)
-    tree = build_tree(TreeConfig(str(dataset), str(tmp_path / "tree"), depths=(2,), plot=False))
+    tree = build_tree(
+        TreeConfig(str(dataset), str(tmp_path / "tree"), depths=(2,), graph=False, plot=False)
+    )
     two = RankerConfig(
         str(dataset), str(tmp_path / "two"), tree=str(tmp_path / "tree"), longest=1, min_df=1,
-        threads=1,
+        threads=1, training=config.training,
     )  # fmt: skip
     other = train_ranker(two)
     assert report["test"] == other["test"] and report["test"]["both"]["P@1"] > 50
@@ -125,7 +127,7 @@ def test_every_option_reaches_tree_and_ranker(
         "dataset": str(dataset), "output": "o", "cache": str(tmp_path), "depths": (1, 3),
         "beam": 3, "longest": 4, "min_df": 5, "max_features": 6,
         "training": Settings(cost=2.0, seed=7), "threads": 1, "share": 0.5, "blend": "product",
-        "top_k": 8,
+        "top_k": 8, "graph": True, "label_text": True,
     }  # fmt: skip
     left = {"documents", "trees"}
     assert changes.keys() == {field.name for field in fields(LinearConfig)} - left
@@ -133,8 +135,11 @@ def test_every_option_reaches_tree_and_ranker(
     tree, ranker = found["tree"], found["ranker"]
     assert (tree.depths, tree.seed, tree.threads) == ((1, 3), 7, 1)
     assert tree.output.startswith(str(tmp_path)) and ranker.tree == tree.output
-    for name in changes.keys() - {"cache", "depths"}:
+    for name in changes.keys() - {"cache", "depths", "graph"}:
         assert getattr(ranker, name) == changes[name], name
+    assert tree.graph
+    train_linear(LinearConfig(**changes | {"graph": False}))
+    assert not found["tree"].graph and found["tree"].output != tree.output
 
 
 def test_mistakes(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,13 @@ def open_tree(config: Config, dataset: Dataset) -> LabelTree | None:
 
 
 def cached_tree(
-    dataset: Dataset, depths: tuple[int, ...], *, cache: str, seed: int, threads: int
+    dataset: Dataset,
+    depths: tuple[int, ...],
+    *,
+    cache: str,
+    seed: int,
+    threads: int,
+    graph: bool = True,
 ) -> LabelTree:
     """Return the tree of these depths that `xmlkernels tree` makes, from the cache after first use.
 
@@ -141,8 +147,9 @@ def cached_tree(
         cache: the folder that keeps it, as trees/CONTENT-DEPTHS-SEED.
         seed: of its walks and first centres.
         threads: 0 takes all; they do not change the tree.
+        graph: as the option of that name.
     """
-    folder = cached_tree_folder(dataset, depths, cache=cache, seed=seed)
+    folder = cached_tree_folder(dataset, depths, cache=cache, seed=seed, graph=graph)
     if not folder.exists():
         clusters = ", ".join(f"{2**depth:,}" for depth in depths)
         log.info(f"label tree of {clusters} clusters, made on first use as xmlkernels tree does:")
@@ -152,6 +159,7 @@ def cached_tree(
             str(dataset.folder),
             str(folder),
             depths=depths,
+            graph=graph,
             seed=seed,
             threads=min(threads, most_threads()),  # torch may have been given more than there are
             plot=False,
@@ -162,9 +170,12 @@ def cached_tree(
     )
 
 
-def cached_tree_folder(dataset: Dataset, depths: tuple[int, ...], *, cache: str, seed: int) -> Path:
+def cached_tree_folder(
+    dataset: Dataset, depths: tuple[int, ...], *, cache: str, seed: int, graph: bool = True
+) -> Path:
     """Return where `cached_tree` keeps that tree."""
     name = f"{dataset.content_hash[:16]}-{'-'.join(map(str, depths))}-{seed}"
+    name += "" if graph else "-words"
     return Path(cache) / "trees" / name
 
 

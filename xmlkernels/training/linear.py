@@ -55,6 +55,9 @@ class LinearConfig:
     depths: tuple[int, ...] = ()
     """2^depth clusters per level, coarse to fine; by default about 100 labels per cluster. Up to
     200 labels have no tree: each is trained and scored on every document."""
+    graph: bool = False
+    """Mix each label's features with those of the labels it occurs with, as `xmlkernels tree` does:
+    most of a tree's time and memory, and no better rankers on any measured dataset."""
     beam: int = 10
     """Clusters kept per level, whose labels make the shortlist of a document."""
     trees: int = 1
@@ -70,7 +73,9 @@ class LinearConfig:
     """TF-IDF columns, the most frequent ones; 0 takes all."""
 
     # ---- training ----
-    training: Settings = field(default_factory=Settings)
+    label_text: bool = False
+    """Each label's text is one more document of that label."""
+    training: Settings = field(default_factory=lambda: Settings(epochs=6))
     """How each classifier is trained."""
     threads: int = 0
     """CPU threads; 0 takes all."""
@@ -122,7 +127,11 @@ def _one(options: LinearConfig, dataset: Dataset, depths: tuple[int, ...]) -> di
     """Build a tree and train a ranker on it."""
     tree = ""
     if depths:
-        where: dict[str, Any] = {"cache": options.cache, "seed": options.training.seed}
+        where: dict[str, Any] = {
+            "cache": options.cache,
+            "seed": options.training.seed,
+            "graph": options.graph,
+        }
         cached_tree(dataset, depths, threads=options.threads, **where)
         tree = str(cached_tree_folder(dataset, depths, **where))
     else:
@@ -186,6 +195,7 @@ def _ranker(options: LinearConfig, dataset: Dataset, tree: str) -> RankerConfig:
         longest=options.longest,
         min_df=options.min_df,
         max_features=options.max_features,
+        label_text=options.label_text,
         training=options.training,
         threads=options.threads,
         share=share,
