@@ -195,7 +195,7 @@ def _leave(folder: Path, held: ExitStack, process: int) -> None:
     """Remove a table's files and its folder; not in a process that was forked off."""
     if os.getpid() != process:
         return
-    with suppress(InputError):
+    with suppress(InputError, FileNotFoundError):
         _empty(folder)
     held.close()
     with suppress(OSError):

@@ -9,7 +9,7 @@ those; the other rows of its buffers are of other tiles, or zeros.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import gcd
@@ -23,9 +23,11 @@ from xmlkernels.rows import PAGE, Rows, as_rows, pages, row_bytes
 
 TILE_BYTES = 64 << 20  # of one tile, all buffers together
 _SETS = 3  # one is read, one worked on, one written
+_AT_ONCE = 8  # pieces on their way: a disk does more of them in the same time
 _GAP = 64 << 10  # bytes between two pieces that are read along: a read of its own takes as long
 
 Spans = Mapping[int, Sequence[tuple[int, int]]]
+_Pieces = dict[str, list[tuple[int, int]]]  # ranges of rows by the name of the buffer
 
 
 @dataclass
@@ -82,6 +84,7 @@ class Tiles:
         self._sets: list[_Set] = []
         self._reader = ThreadPoolExecutor(1, "tile-reader")
         self._writer = ThreadPoolExecutor(1, "tile-writer")
+        self._several = ThreadPoolExecutor(_AT_ONCE, "tile-piece")
 
     def ranges(self) -> list[tuple[int, int]]:
         """(first, end) of each tile."""
@@ -112,36 +115,38 @@ class Tiles:
         """
         names = tuple(dict.fromkeys((*reads, *writes)))
         waiting, sets, writing = iter(ranges), deque(self._free_sets()), deque[Future[None]]()
-        reading = deque[tuple[tuple[int, int], _Set, Future[None]]]()
+        reading = deque[tuple[tuple[int, int], _Set, _Pieces, Future[None]]]()
         before: tuple[int, int, _Set] | None = None
 
         def begin() -> None:
             part = next(waiting, None)
             if part is not None:
                 held = sets.popleft()
-                pieces = self._pieces(part, reads, spans)
-                reading.append((part, held, self._reader.submit(self._read, held, part, pieces)))
+                pieces = self._pieces(part, names, spans)
+                own = {name: pieces[name] for name in reads}
+                read = self._reader.submit(self._read, held, part[0], own)
+                reading.append((part, held, pieces, read))
 
         try:
             begin()
             while reading:
-                (first, end), held, read = reading.popleft()
+                (first, end), held, pieces, read = reading.popleft()
                 begin()
                 read.result()
                 if before is not None and first < before[1]:
                     self._hand_on(before, first, held, writes)
                 yield Tile(first, end, self._views(held, names, end - first))
-                pieces = self._pieces((first, end), writes, spans)
-                done = self._writer.submit(self._write, held, first, pieces, _recorded(self.device))
+                own = {name: pieces[name] for name in writes}
+                done = self._writer.submit(self._write, held, first, own, _recorded(self.device))
                 held.free, before = done, (first, end, held)
                 sets.append(held)
                 writing.append(done)
                 while writing and writing[0].done():
                     writing.popleft().result()
         finally:
-            for _, _, read in reading:
+            for *_, read in reading:
                 read.cancel()
-            for future in (*(read for _, _, read in reading), *writing):
+            for future in (*(read for *_, read in reading), *writing):
                 if not future.cancelled():
                     future.exception()  # waits; nothing touches the buffers any more
         for future in writing:
@@ -181,13 +186,11 @@ class Tiles:
         for name, rows in self._views(other, names, end - its).items():
             into[name].copy_(rows[first - its :])
 
-    def _pieces(
-        self, part: tuple[int, int], names: Sequence[str], spans: Spans | None
-    ) -> dict[str, list[tuple[int, int]]]:
+    def _pieces(self, part: tuple[int, int], names: Sequence[str], spans: Spans | None) -> _Pieces:
         """Give the ranges of rows, in whole pages, in which each buffer of a tile is carried."""
         if spans is None:
             return {name: [part] for name in names}
-        out = dict[str, list[tuple[int, int]]]()
+        out = _Pieces()
         for name in names:
             each = row_bytes(self.place.rows[name])
             unit, pieces = PAGE // gcd(PAGE, each), list[tuple[int, int]]()
@@ -199,37 +202,51 @@ class Tiles:
             out[name] = pieces
         return out
 
-    def _read(
-        self, held: _Set, part: tuple[int, int], pieces: Mapping[str, list[tuple[int, int]]]
-    ) -> None:
+    def _read(self, held: _Set, first: int, pieces: _Pieces) -> None:
         if held.free is not None:
             held.free.result()
-        copies = []
+        reads, copies = list[tuple[Rows, int, Tensor]](), list[tuple[Tensor, Tensor]]()
         for name, start, stop in _each(pieces):
             rows, cuda = self.place.rows[name], self.device.type == "cuda"
-            at = start - part[0]
+            at = start - first
             if isinstance(rows, HostRows) and cuda:
                 values = rows.values[start:stop]
             else:
-                values = as_rows(held.host[name], stop - part[0], rows)[at:]
-                rows.read(start, values)
+                values = as_rows(held.host[name], stop - first, rows)[at:]
+                reads.append((rows, start, values))
             if cuda:
-                copies.append((as_rows(held.device[name], stop - part[0], rows)[at:], values))
+                copies.append((as_rows(held.device[name], stop - first, rows)[at:], values))
+        self._carry(lambda rows, start, values: rows.read(start, values), reads)
         _copied(copies)
 
-    def _write(
+    def _carry(
         self,
-        held: _Set,
-        origin: int,
-        pieces: Mapping[str, list[tuple[int, int]]],
-        worked: Any,
+        one: Callable[[Any, int, Tensor], None],
+        pieces: Sequence[tuple[Any, int, Tensor]],
     ) -> None:
+        """Read or write pieces, several at once where there are many."""
+        several = _AT_ONCE if len(pieces) > len(self.place.rows) else 1  # else: whole tiles
+
+        def some(first: int) -> None:
+            for piece in pieces[first::several]:
+                one(*piece)
+
+        done = [self._several.submit(some, first) for first in range(1, several)]
+        try:
+            some(0)
+        finally:
+            for future in done:
+                future.exception()  # waits: nothing touches the buffers any more
+        for future in done:
+            future.result()
+
+    def _write(self, held: _Set, first: int, pieces: _Pieces, worked: Any) -> None:
         if worked is not None:
             worked.synchronize()
         writes, copies = list[tuple[Any, int, Tensor]](), list[tuple[Tensor, Tensor]]()
         for name, start, stop in _each(pieces):
             rows: Any = self.place.rows[name]
-            at, count = start - origin, stop - origin
+            at, count = start - first, stop - first
             straight = self.device.type == "cuda" and isinstance(rows, HostRows)
             values = (
                 rows.values[start:stop] if straight else as_rows(held.host[name], count, rows)[at:]
@@ -239,8 +256,7 @@ class Tiles:
             if not straight:
                 writes.append((rows, start, values))
         _copied(copies)
-        for rows, start, values in writes:
-            rows.write(start, values)
+        self._carry(lambda rows, start, values: rows.write(start, values), writes)
 
 
 def tile_rows(rows: Iterable[Rows | Tensor], most: int = 1) -> int:
@@ -260,7 +276,7 @@ def _held_rows(per_tile: int, most: int) -> int:
     return per_tile + -(-(most - 1) // PAGE) * PAGE
 
 
-def _each(pieces: Mapping[str, list[tuple[int, int]]]) -> Iterator[tuple[str, int, int]]:
+def _each(pieces: _Pieces) -> Iterator[tuple[str, int, int]]:
     for name, ranges in pieces.items():
         for start, stop in ranges:
             yield name, start, stop
