@@ -179,7 +179,7 @@ def test_a_budget_peaks_in_the_phase_that_takes_most() -> None:
 def test_first_values_from_centroids_hold_a_table_of_sums() -> None:
     head = planned(lambda: FullHead(100, 16, dtype="bf16"))
     assert first_values_bytes(head, centroids=False) == 3 * 4 * 100 * 16
-    assert first_values_bytes(head, centroids=True) == 4 * 100 * 17 + 8 * 4 * 100 * 16
+    assert first_values_bytes(head, centroids=True) == 4 * 100 * 17 + 3 * 4 * 100 * 16
     large = planned(lambda: FullHead(1 << 20, 64))
     assert first_values_bytes(large, centroids=False) == 3 * 4 * (1 << 22)
 

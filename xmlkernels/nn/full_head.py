@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xmlkernels import dist
 from xmlkernels.errors import InputError
@@ -171,10 +171,17 @@ class FullHead(Table):
             raise self._no_documents()
         mean /= documents
         for start, end in blocks(self.weight):
-            seen = count[start:end]
-            rows = norm * nn.functional.normalize(total[start:end] / seen.clamp(min=1) - mean)
-            rows = torch.where(seen > 0, rows, self.rows(start, end))
-            fill_rows(self.weight, self.row_scale, start, rows)
+            seen, rows = count[start:end], total[start:end]  # in place: copies add to the peak
+            rows /= seen.clamp(min=1)
+            rows -= mean
+            rows /= rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            rows *= norm
+            fill_rows(
+                self.weight,
+                self.row_scale,
+                start,
+                torch.where(seen > 0, rows, self.rows(start, end)),
+            )
 
     @staticmethod
     def _check_norm(norm: float) -> None:

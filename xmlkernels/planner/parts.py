@@ -158,7 +158,7 @@ def first_values_bytes(table: Table, *, centroids: bool) -> int:
     rows, width = table.weight.shape
     first, end = next(blocks(table.weight), (0, 0))
     block = 4 * (end - first) * width
-    return 4 * rows * (width + 1) + 8 * block if centroids else 3 * block
+    return 4 * rows * (width + 1) + 3 * block if centroids else 3 * block
 
 
 def workspace_bytes(table: Table, documents: int, *, cuda: bool) -> int:
