@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ from train_runs import ROOT, make_dataset
 
 from xmlkernels import dist
 from xmlkernels.dist import group
-from xmlkernels.heartbeat import Heartbeat
+from xmlkernels.heartbeat import Heartbeat, Standing
+from xmlkernels.life import Idleness, Turn
 
 
 class Shelf(dict[str, str]):
@@ -99,11 +101,96 @@ def locked() -> None:
         ctypes.PyDLL(None).sleep(8)
     dist.sum_(torch.zeros(1))
     assert told == []
+    standing_still(heart, told)
 
 
-def test_a_process_that_keeps_the_lock_is_not_lost(tmp_path: Path) -> None:
+def standing_still(heart: Heartbeat, told: list[str]) -> None:
+    """A process that lives in a lock is lost where all do the same; one that works is not, nor one
+    that does something alone.
+    """
+
+    def alone() -> None:
+        with dist.abreast(), dist.apart():
+            time.sleep(3.5 * dist.rank())
+            dist.sum_(torch.zeros(1))
+
+    def works() -> None:
+        end = time.monotonic() + 3.5 * dist.rank()
+        while time.monotonic() < end:
+            time.sleep(0.09)
+            sum(range(300_000))
+        dist.sum_(torch.zeros(1))
+
+    def locks() -> None:
+        lock = threading.Lock()
+        lock.acquire()
+        lock.acquire(timeout=6 * dist.rank())
+        dist.sum_(torch.zeros(1))
+
+    heart.patience = 2.0
+    alone()
+    with dist.abreast():
+        works()
+        assert told == []
+        locks()
+    if dist.rank() == 1:
+        assert told == []
+    else:
+        (sentence,) = told
+        assert sentence.startswith("process 1 of 2 (process ")
+        assert "stands still: alive, but without any work for" in sentence
+
+
+def test_a_process_that_lives_is_lost_only_where_it_holds_up_the_others(tmp_path: Path) -> None:
     assert dist.PATIENCE + 10 <= 60, "a minute after one is lost the others have ended"
     together(2, locked, tmp_path)
+
+
+def test_work_is_seen_in_a_process_and_its_children() -> None:
+    busy = "while :; do :; done"
+    words = {"idle": "sleep 60", "busy": busy, "child": f"({busy}) & wait"}
+    started = {k: subprocess.Popen(["sh", "-c", w], process_group=0) for k, w in words.items()}
+    try:
+        turn = Turn()
+        assert turn.go(abreast=True) is False
+        looks = {k: Idleness(process.pid, turn) for k, process in started.items()}
+        for _ in range(5):
+            time.sleep(0.2)
+            found = {k: look.seconds() for k, look in looks.items()}
+    finally:
+        for process in started.values():
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(60)
+    assert found["idle"] > 0.5 and found["busy"] < 0.3 and found["child"] < 0.3
+    assert looks["idle"].seconds() > 0.5, "of a process that has ended there is nothing to see"
+    turn.go(abreast=False)
+    assert looks["idle"].seconds() == 0, "alone it may"
+
+
+def test_the_last_one_alone_is_behind() -> None:
+    """Of three processes the second waits for the third, in a message that the first has left."""
+    store, turn = Shelf(), Turn()
+    heart = Heartbeat(store, 0, 3, 0.5, turn=turn)
+    for _ in range(5):
+        turn.arrive()
+    seen = {1: Standing(4, True, 9.0), 2: Standing(3, True, 9.0)}
+
+    def behind() -> list[int]:
+        heart._seen = {r: f"7 {s.told()}".encode() for r, s in seen.items()}
+        return heart.behind(0.1)
+
+    assert behind() == []
+    time.sleep(0.2)
+    assert behind() == [2] and "process 2 of 3" in heart.sentence_behind([2])
+    heart._stuck = [2]
+    assert heart.speaks()
+    for busy in (Standing(3, True, 0.0), Standing(3, False, 9.0), Standing(5, True, 9.0)):
+        seen[2] = busy
+        assert behind() == ([1] if busy.count == 5 else []), busy
+    heart._seen = {1: b"7", 2: b"8"}
+    assert heart.behind(0.1) == [], "no word of where they stand"
+    turn.arrive()
+    assert behind() == []
 
 
 def test_a_beater_stands_still_and_ends_with_its_process(tmp_path: Path) -> None:
@@ -137,6 +224,24 @@ def test_a_beater_stands_still_and_ends_with_its_process(tmp_path: Path) -> None
     finally:
         process.kill()
         process.wait(60)
+
+
+# What the second process runs: train/run.py, whose steps stand in a lock once a file is there.
+LOCKS = """
+import runpy, sys, threading
+from pathlib import Path
+from xmlkernels.models.end_to_end import EndToEnd
+there, sys.argv = Path(sys.argv[1]), sys.argv[2:]
+step = EndToEnd.step
+def stepped(*values, **more):
+    if there.exists():
+        lock = threading.Lock()
+        lock.acquire()
+        lock.acquire()
+    return step(*values, **more)
+EndToEnd.step = stepped
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @contextmanager
@@ -174,8 +279,11 @@ def pair(dataset: Path, output: Path, *words: str) -> Iterator[list[subprocess.P
     started = []
     for rank in range(2):
         env = os.environ | names | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        program = [*command, *words]
+        if rank == 1:
+            program[1:1] = ["-c", LOCKS, str(output / "lock")]
         one = subprocess.Popen(
-            [*command, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+            program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
         )
         started.append(one)
     try:
@@ -199,17 +307,23 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("data"), keep_texts=True)
 
 
-@pytest.mark.parametrize(("how", "patience"), [(signal.SIGSTOP, "3"), (signal.SIGKILL, "600")])
+@pytest.mark.parametrize(
+    ("how", "patience"), [(signal.SIGSTOP, "3"), (signal.SIGKILL, "600"), (None, "3")]
+)
 def test_a_lost_process_ends_the_other_with_its_name(
-    how: signal.Signals, patience: str, dataset: Path, tmp_path: Path
+    how: signal.Signals | None, patience: str, dataset: Path, tmp_path: Path
 ) -> None:
     with pair(dataset, tmp_path / "run", "--timeout", patience) as (first, second):
-        second.send_signal(how)
+        if how is None:
+            (tmp_path / "run" / "lock").touch()
+        else:
+            second.send_signal(how)
         _, told = first.communicate(timeout=60)
         errors = [line for line in told.splitlines() if line.startswith("error: ")]
         assert first.returncode == 1 and len(errors) == 1 and "Traceback" not in told, told
         assert f"process 1 of 2 (process {second.pid} on " in errors[0]
-        assert "has ended or stands still" in errors[0]
+        still = "stands still: alive, but" if how is None else "has ended or stands still"
+        assert still in errors[0]
         assert "is whole: go on from it with --resume" in errors[0]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -15,8 +16,8 @@ import torch.distributed
 
 from xmlkernels.dist.board import Board
 from xmlkernels.errors import InputError
-from xmlkernels.heartbeat import Heartbeat, beat, interval
-from xmlkernels.life import Beater
+from xmlkernels.heartbeat import Heartbeat, Standing, beat, interval
+from xmlkernels.life import Beater, Idleness, Turn
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Of one message. One process makes a label tree or writes a checkpoint while the others wait:
@@ -31,6 +32,7 @@ PATIENCE = 45.0
 _beater: Beater | None = None
 _heart: Heartbeat | None = None
 _board: Board | None = None
+_turn: Turn | None = None
 _partings: list[Callable[[], None]] = []  # what must let go of the group before it is left
 
 
@@ -110,16 +112,18 @@ def start(device: torch.device, patience: float = PATIENCE) -> None:
 
 def _meet(backend: str, patience: float) -> None:
     """Meet the other processes: their hearts first, so that one which ends meanwhile is named."""
-    global _heart, _board, _beater  # noqa: PLW0603  (one process belongs to one group)
+    global _heart, _board, _beater, _turn  # noqa: PLW0603  (one process belongs to one group)
     number, count = launched()
     where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     distributed: Any = torch.distributed  # its stores are not in the stubs
     if Beater.possible():  # before gloo has threads
-        _beater = Beater(lambda: partial(beat, _store(*where), number), interval(patience))
+        _turn = Turn()
+        beats = partial(_beats, where, number, os.getpid(), _turn)
+        _beater = Beater(beats, interval(patience))
     try:
         shelf, _, _ = next(distributed.rendezvous("env://", timeout=_COMING))
         store = _store(*where)
-        _heart = Heartbeat(store, number, count, patience, beats=_beater is None)
+        _heart = Heartbeat(store, number, count, patience, beats=_beater is None, turn=_turn)
         store.wait(_heart.keys(), _COMING)
         _heart.start()
     except RuntimeError as error:
@@ -139,6 +143,18 @@ def _meet(backend: str, patience: float) -> None:
     torch.distributed.distributed_c10d._set_pg_timeout(_LONGEST)
     _board = Board(_store(*where), number, count, _check_alive)
     talk(torch.distributed.all_reduce, torch.zeros(1))  # until all have made theirs
+
+
+def _beats(
+    where: tuple[str, int], rank: int, pid: int, turn: Turn
+) -> Callable[[int], None]:
+    """Make, in the child of a process, what gives its signs of life."""
+    store, idle = _store(*where), Idleness(pid, turn)
+
+    def tell(number: int) -> None:
+        beat(store, rank, number, Standing(turn.count, turn.abreast, idle.seconds()))
+
+    return tell
 
 
 def _attempt() -> str:
@@ -189,6 +205,38 @@ def when_lost(call: Callable[[str], None]) -> None:
     heart.lost = lost
 
 
+@contextmanager
+def abreast() -> Iterator[None]:
+    """Say that all processes do the same inside the block, and none may stand still.
+
+    One that does nothing there while the others have waited for it for `patience` seconds counts
+    as lost (`when_lost`). Work is no standing still, however long: of the processor, of children
+    (compilers), of a disk. Outside of such a block one process may do something alone while the
+    others wait.
+    """
+    with _going(abreast=True):
+        yield
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Say, within `abreast`, that inside this block one process may do something alone."""
+    with _going(abreast=False):
+        yield
+
+
+@contextmanager
+def _going(*, abreast: bool) -> Iterator[None]:
+    if (turn := _turn) is None:
+        yield
+        return
+    before = turn.go(abreast=abreast)
+    try:
+        yield
+    finally:
+        turn.go(abreast=before)
+
+
 def missing() -> str | None:
     """Return a sentence that names a process which ended without a word or does not move.
 
@@ -204,14 +252,14 @@ def stop(*, failed: bool = False) -> None:
         failed: tells them that this one has met an error, of which it says itself what it is, and
             breaks no connection yet.
     """
-    global _heart, _board, _beater  # noqa: PLW0603  (one process belongs to one group)
+    global _heart, _board, _beater, _turn  # noqa: PLW0603  (one process belongs to one group)
     if _heart is not None:
         _heart.stop(failed=failed)
     if _beater is not None:
         _beater.stop()
         _beater = None
     if running() and not failed:
-        _heart = _board = None
+        _heart = _board = _turn = None
         while _partings:
             _partings.pop()()
         torch.distributed.destroy_process_group()
@@ -259,7 +307,17 @@ def part(count: int) -> slice:
 
 
 def talk(call: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
-    """Call a function of torch.distributed; an error says which process is lost, if one is."""
+    """Call a function of torch.distributed; an error says which process is lost, if one is.
+
+    All processes make the same calls, in the same order, but for those of `talk_to_one`.
+    """
+    if _turn is not None:
+        _turn.arrive()
+    return talk_to_one(call, *arguments, **more)
+
+
+def talk_to_one(call: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+    """As `talk`, for a message between two processes, in which the others have no part."""
     try:
         return call(*arguments, **more)
     except torch.OutOfMemoryError:

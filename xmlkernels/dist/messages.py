@@ -15,7 +15,7 @@ import torch.distributed
 from torch import Tensor
 
 from xmlkernels.dist import wire
-from xmlkernels.dist.group import parts, rank, size, talk
+from xmlkernels.dist.group import parts, rank, size, talk, talk_to_one
 from xmlkernels.errors import InputError
 
 # torch 2.13 has renamed it.
@@ -280,11 +280,11 @@ def collect_rows(own: Tensor, counts: Sequence[int]) -> Tensor | None:
                 if whole is not None:
                     whole[start:end] = own[start:end]
             elif rank() == source:
-                talk(torch.distributed.send, own[start:end].contiguous(), 0)
+                talk_to_one(torch.distributed.send, own[start:end].contiguous(), 0)
             elif whole is not None:
                 block = own.new_empty(end - start, *own.shape[1:])
                 wire.note("gathered", block.numel() * block.element_size())
-                talk(torch.distributed.recv, block, source)
+                talk_to_one(torch.distributed.recv, block, source)
                 whole[first + start : first + end] = block
         first += count
     return whole

@@ -331,7 +331,8 @@ class Config:
     """CPU threads; 0 leaves torch's choice."""
     timeout: float = of(SAVING, dist.PATIENCE, _SECONDS)
     """Of several processes: seconds without a sign of life from one after which the others end and
-    name it. Each gives one a second, also in long work that it does alone."""
+    name it. Each gives one a second, also in long work that it does alone. So they do where one
+    lives, but does nothing for as long in a step or an evaluation while the others wait for it."""
 
     def replace(self, **changes: Any) -> "Config":
         """Return a copy with other values: `config.replace(epochs=3)`.

@@ -69,10 +69,12 @@ class Evaluator:
         chooses = self.config.scheme == "auto" and split is session.validation
         with self.run.clock.on("evaluate"):
             if chooses and len(model.schemes) > 1:
-                schemes = evaluate_schemes(model, split, k, **how)
+                with dist.abreast():
+                    schemes = evaluate_schemes(model, split, k, **how)
                 metrics, found = self._best_scheme(split, schemes)
             else:
-                found = evaluate_split(model, split, k, **how)
+                with dist.abreast():
+                    found = evaluate_split(model, split, k, **how)
                 metrics = evaluate(found.labels, split.labels, session.inverse_propensity)
         metrics |= {"loss": found.loss} | ({"levels": found.levels} if found.levels else {})
         self._tell(split, metrics, found, write)

@@ -45,19 +45,22 @@ def train(config: Config | LinearConfig) -> dict[str, Any]:
         # Evaluation and checkpoints are counted apart; waiting for data belongs to training.
         run.clock.start("train")
         while run.epoch < config.epochs:
-            for batch in session.batches.epoch(run.epoch, start=run.position):
-                need_loss = config.loss_every > 0 and model.steps % config.loss_every == 0
-                loss = model.step(batch.to(session.device, non_blocking=True), need_loss=need_loss)
-                run.position += 1
-                run.collect(loss, batch)
-                # The loop waits for the device in these two lines and nowhere else.
-                if model.steps % config.log_every == 0:
-                    run.log_progress()
-                elif run.progress.due():
-                    run.tell_progress()
-                if config.save_every and model.steps % config.save_every == 0:
-                    run.save()
-                run.stop_if_asked()
+            with dist.abreast():
+                for batch in session.batches.epoch(run.epoch, start=run.position):
+                    need_loss = config.loss_every > 0 and model.steps % config.loss_every == 0
+                    loss = model.step(
+                        batch.to(session.device, non_blocking=True), need_loss=need_loss
+                    )
+                    run.position += 1
+                    run.collect(loss, batch)
+                    # The loop waits for the device in these two lines and nowhere else.
+                    if model.steps % config.log_every == 0:
+                        run.log_progress()
+                    elif run.progress.due():
+                        run.tell_progress()
+                    if config.save_every and model.steps % config.save_every == 0:
+                        run.save()
+                    run.stop_if_asked()
             run.epoch, run.position = run.epoch + 1, 0
             best, last = False, run.epoch == config.epochs
             due = run.epoch % config.evaluate_every == 0 or last

@@ -177,7 +177,7 @@ class RunState:
         are raised by `settle`. A stop in between is mended by resuming.
         """
         self.settle()
-        with self.clock.on("save"):
+        with self.clock.on("save"), dist.apart():
             tensors = self.model.tensors()
             shards = {k: shard for k, shard in self.model.shards().items() if k in tensors}
             state, identity = self._state()
@@ -193,7 +193,7 @@ class RunState:
         Raises:
             OSError: the disk refused it, unless --save-failure is continue: then a note says so.
         """
-        with self.clock.on("save"):
+        with self.clock.on("save"), dist.apart():
             best, self._best_under_way = self._best_under_way, None
             try:
                 self.saver.settle()
