@@ -137,7 +137,8 @@ def gathered(own: Sequence[Tensor], documents: int) -> list[Tensor]:
         return list(own)
     counts = [part.stop - part.start for part in dist.parts(documents)]
     sent = torch.cat(list(own), 1)
-    whole = dist.gather_rows(sent[: counts[dist.rank()]], counts)
+    idle = counts[dist.rank()] == 0  # inputs of any other size than its part are refused
+    whole = dist.gather_rows(sent[:0] if idle else sent, counts)
     return [level.contiguous() for level in torch.split(whole, [f.shape[1] for f in own], 1)]
 
 
