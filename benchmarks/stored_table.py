@@ -1,6 +1,7 @@
 """Show how near the step of a table in files, or on the host, comes to what carries its rows.
 
     python benchmarks/stored_table.py --folder /scratch --gigabytes 2
+    python benchmarks/stored_table.py --folder /scratch --gigabytes 2 --clusters 64 --batch 64
 
 In one process, in turns, so that what else the machine does meets all alike:
 
@@ -10,6 +11,10 @@ In one process, in turns, so that what else the machine does meets all alike:
 - stream: the table's own tiles come and go, without an op;
 - memory: the op alone, on a table in memory of the size of a tile, per byte of rows;
 - step: `StoredHead.step`, all of it.
+
+With `--clusters` it is the label level of a cascade, of which a step carries the pages that hold
+the rows of so many clusters per document, drawn at random: raw carries the same pages, eight at
+once, and memory is the step of the same level in memory, so that it must have room there.
 
 A step can be no faster than the slower of raw and memory. Rates are medians, in GB/s of rows read
 and rows written together. The load average and torch's own rate of a matrix product stand beside
@@ -25,7 +30,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -33,11 +40,14 @@ import torch
 from torch import Tensor
 
 from xmlkernels.nn import tiles
+from xmlkernels.nn.cascade_level import CascadeLevel
 from xmlkernels.nn.full_head import FullHead
+from xmlkernels.nn.stored import StoredTable
 from xmlkernels.nn.stored_head import StoredHead
+from xmlkernels.nn.stored_level import StoredLevel
 from xmlkernels.nn.table import RowOptimizer
 from xmlkernels.nn.table_store import TableStore
-from xmlkernels.rows import pages, row_bytes
+from xmlkernels.rows import PAGE, pages, row_bytes
 
 
 def raw_file(path: Path, size: int, tile: int) -> Callable[[], None]:
@@ -91,10 +101,44 @@ def _both(
             writer.join()
 
 
-def streamed(table: StoredHead) -> None:
-    """Bring every tile and write it back."""
+def raw_pieces(path: Path, size: int, pieces: list[list[tuple[int, int]]]) -> Callable[[], None]:
+    """Make a file, and return what reads and writes back pieces of it: (start, bytes), by tile."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_DIRECT", 0))
+    whole = pages(tiles.TILE_BYTES).numpy().data
+    for start in range(0, size, len(whole)):
+        os.pwrite(file, whole, start)
+    sums = [sum(count for _, count in tile) for tile in pieces]
+    buffers = [pages(max(sums)).numpy().data for _ in range(3)]
+    pools = [ThreadPoolExecutor(8) for _ in range(2)]
+
+    def carried(tile: int, pool: ThreadPoolExecutor, call: Callable[..., int]) -> None:
+        places, jobs = 0, []
+        for start, count in pieces[tile]:
+            jobs.append((start, buffers[tile % 3][places : places + count]))
+            places += count
+
+        def some(first: int) -> None:
+            for start, view in jobs[first::8]:
+                call(file, view, start)
+
+        list(pool.map(some, range(8)))
+
+    def there(_: int, tile: int) -> None:
+        carried(tile, pools[0], lambda file, view, start: os.preadv(file, [view], start))
+
+    def back(_: int, tile: int) -> None:
+        carried(tile, pools[1], os.pwrite)
+
+    return lambda: _both(there, back, len(pieces), 1)
+
+
+def streamed(table: StoredTable, spans: tiles.Spans | None = None) -> None:
+    """Bring every tile, or the rows of some, and write it back."""
     names = list(table.place.rows)
-    for _ in table.tiles.stream(table.tiles.ranges(), reads=names, writes=names):
+    ranges = table.tiles.ranges()
+    if spans is not None:
+        ranges = [(first, rows[-1][1]) for first, rows in spans.items()]
+    for _ in table.tiles.stream(ranges, reads=names, writes=names, spans=spans):
         pass
 
 
@@ -115,42 +159,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--momentum", type=float, default=0.9)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--clusters", type=int, default=0, help="of a document; a cascade's level")
+    parser.add_argument("--cluster-rows", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--tile", type=int, default=tiles.TILE_BYTES, help="bytes of a tile, at most"
     )
     args = parser.parse_args(argv)
-    options = {"dtype": args.dtype, "optimizer": RowOptimizer("sgd", momentum=args.momentum)}
-    with torch.device("meta"):
-        one = FullHead(1, args.width, std=0, **options)
-    each = sum(row_bytes(held) for held in one.row_buffers().values())
     before, tiles.TILE_BYTES = tiles.TILE_BYTES, args.tile
-    per_tile = tiles.tile_rows(one.row_buffers().values())
-    rows = max(3, round(args.gigabytes * 1e9 / (each * per_tile))) * per_tile
-    size, tile = rows * each, per_tile * each
-    x = torch.randn(args.batch, args.width)
-    row = torch.arange(args.batch) * (rows // args.batch)
-    sample = torch.arange(args.batch, dtype=torch.int32)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        store = TableStore(args.store, Path(folder) / "table")
-        table = StoredHead(rows, args.width, store=store, std=0, **options)
-        memory = FullHead(per_tile, args.width, std=0, **options)
-        raw = (
-            raw_memory(size, tile)
-            if args.store == "host"
-            else raw_file(Path(folder) / "raw", size, tile)
-        )
-
-        def op() -> None:
-            for _ in table.tiles.ranges():
-                memory.step(x, row, sample, lr=0.01)
-
-        works: dict[str, Callable[[], object]] = {
-            "raw": raw,
-            "stream": lambda: streamed(table),
-            "memory": op,
-            "step": lambda: table.step(x, row, sample, lr=0.01),
-        }
+        table, works, size, what = (_level if args.clusters else _full)(args, Path(folder))
         found = _in_turns(works, args.rounds)
         table.place.close()
     tiles.TILE_BYTES = before
@@ -161,16 +179,100 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         "step of raw": rates["step"] / rates["raw"],
         "step of the slower": rates["step"] / slower,
     }
-    print(
-        f"{rows:,} rows x {args.width} {args.dtype}, {size / 1e9:.2f} GB in {args.store}, tiles of "
-        f"{tile / 2**20:.0f} MiB, batch {args.batch}, {torch.get_num_threads()} threads"
-    )
+    print(f"{what}, batch {args.batch}, {torch.get_num_threads()} threads")
     for name in works:
         print(f"  {name:8} {rates[name]:6.2f} GB/s, read and written")
     for name in ("stream of raw", "step of raw", "step of the slower"):
         print(f"  {name}: {rates[name]:.2f}")
     print(f"  load average {os.getloadavg()[0]:.1f}; torch.mm {_product():.0f} GFLOP/s")
     return rates
+
+
+Case = tuple[StoredTable, dict[str, Callable[[], object]], int, str]
+
+
+def _full(args: argparse.Namespace, folder: Path) -> Case:
+    """Return a table, what is measured of it, the bytes that a step carries, and a title."""
+    options = {"dtype": args.dtype, "optimizer": RowOptimizer("sgd", momentum=args.momentum)}
+    with torch.device("meta"):
+        one = FullHead(1, args.width, std=0, **options)
+    each = sum(row_bytes(held) for held in one.row_buffers().values())
+    per_tile = tiles.tile_rows(one.row_buffers().values())
+    rows = max(3, round(args.gigabytes * 1e9 / (each * per_tile))) * per_tile
+    size, tile = rows * each, per_tile * each
+    x = torch.randn(args.batch, args.width)
+    row = torch.arange(args.batch) * (rows // args.batch)
+    sample = torch.arange(args.batch, dtype=torch.int32)
+    store = TableStore(args.store, folder / "table")
+    table = StoredHead(rows, args.width, store=store, std=0, **options)
+    memory = FullHead(per_tile, args.width, std=0, **options)
+    host = args.store == "host"
+    raw = raw_memory(size, tile) if host else raw_file(folder / "raw", size, tile)
+
+    def op() -> None:
+        for _ in table.tiles.ranges():
+            memory.step(x, row, sample, lr=0.01)
+
+    works: dict[str, Callable[[], object]] = {
+        "raw": raw,
+        "stream": lambda: streamed(table),
+        "memory": op,
+        "step": lambda: table.step(x, row, sample, lr=0.01),
+    }
+    what = f"{rows:,} rows x {args.width} {args.dtype}, {size / 1e9:.2f} GB in {args.store}, "
+    return table, works, size, f"{what}tiles of {tile / 2**20:.0f} MiB"
+
+
+def _level(args: argparse.Namespace, folder: Path) -> Case:
+    """Do what `_full` does, of a level whose clusters are all of one size."""
+    most = args.cluster_rows
+    row = RowOptimizer("adam", row_wise=True, state_dtype="bf16")
+    options: dict[str, Any] = {"dtype": args.dtype, "optimizer": row, "seed": 0, "fill": False}
+    with torch.device("meta"):
+        one = CascadeLevel(1, args.width, 1, **options)
+    each = sum(row_bytes(held) for held in one.row_buffers().values())
+    count = max(args.clusters, round(args.gigabytes * 1e9 / (each * most)))
+    rows, seen = count * most, args.clusters * most
+    store = TableStore("file", folder / "table")
+    table = StoredLevel(rows, args.width, seen, store=store, most=most, **options)
+    memory = CascadeLevel(rows, args.width, seen, **options)
+    drawn = torch.stack([torch.randperm(count)[: args.clusters] for _ in range(args.batch)])
+    clusters = drawn.sort(1).values
+    row_ptr = torch.arange(count + 1) * most
+    none = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int32)
+    x, scale = torch.randn(args.batch, args.width), torch.full((1,), 1 / (args.batch * seen))
+    how: dict[str, Any] = {"lr": 0.01, "beta1": None, "scale": scale, "dx_scale": 1.0}
+
+    def step(level: CascadeLevel) -> None:
+        level.step(x, clusters, row_ptr, most, none, **how, need_loss=False)
+
+    chosen = clusters.unique()
+    spans = table._spans(row_ptr[chosen], row_ptr[chosen + 1])
+    pieces, size, place = list[list[tuple[int, int]]](), 0, dict[str, int]()
+    for name, held in table.place.rows.items():
+        place[name] = size
+        size += -(-rows * row_bytes(held) // PAGE) * PAGE
+    for first, own in spans.items():
+        found = table.tiles._pieces((first, own[-1][1]), list(place), spans)
+        pieces.append([])
+        for name, ranges in found.items():
+            width = row_bytes(table.place.rows[name])
+            for start, stop in ranges:
+                bytes_ = -(-(stop - start) * width // PAGE) * PAGE
+                pieces[-1].append((place[name] + start * width, bytes_))
+    works: dict[str, Callable[[], object]] = {
+        "raw": raw_pieces(folder / "raw", size, pieces),
+        "stream": lambda: streamed(table, spans),
+        "memory": lambda: step(memory),
+        "step": lambda: step(table),
+    }
+    carried = sum(count for tile in pieces for _, count in tile)
+    what = (
+        f"{rows:,} rows x {args.width} {args.dtype} of a cascade, {size / 1e9:.2f} GB in a file, "
+        f"{len(chosen):,} of {count:,} clusters in {sum(map(len, pieces)):,} pieces of "
+        f"{carried / 1e6:.0f} MB"
+    )
+    return table, works, carried, what
 
 
 def _in_turns(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

@@ -73,6 +73,18 @@ def test_a_stored_table_is_compared_with_what_carries_it(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_stored_level_is_compared_with_what_carries_its_pages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--gigabytes", "0.004", "--width", "16", "--tile", "1", "--rounds", "1"]
+    small += ["--clusters", "3", "--cluster-rows", "50"]
+    rates = stored_table.main(["--folder", str(tmp_path), *small])
+    told = capsys.readouterr().out
+    assert "rows x 16 fp32 of a cascade" in told and "of 769 clusters in" in told
+    assert all(rates[name] > 0 for name in ("raw", "stream", "memory", "step"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_of_many_labels_says_what_it_took(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

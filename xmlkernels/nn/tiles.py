@@ -205,19 +205,29 @@ class Tiles:
     def _read(self, held: _Set, first: int, pieces: _Pieces) -> None:
         if held.free is not None:
             held.free.result()
-        reads, copies = list[tuple[Rows, int, Tensor]](), list[tuple[Tensor, Tensor]]()
-        for name, start, stop in _each(pieces):
-            rows, cuda = self.place.rows[name], self.device.type == "cuda"
-            at = start - first
-            if isinstance(rows, HostRows) and cuda:
-                values = rows.values[start:stop]
-            else:
-                values = as_rows(held.host[name], stop - first, rows)[at:]
-                reads.append((rows, start, values))
-            if cuda:
-                copies.append((as_rows(held.device[name], stop - first, rows)[at:], values))
+        found = list(self._places(held, first, pieces))
+        reads = [(rows, start, values) for rows, start, values, _ in found if rows is not None]
         self._carry(lambda rows, start, values: rows.read(start, values), reads)
-        _copied(copies)
+        _copied([(there, values) for *_, values, there in found if there is not None])
+
+    def _places(
+        self, held: _Set, first: int, pieces: _Pieces
+    ) -> Iterator[tuple[Any, int, Tensor, Tensor | None]]:
+        """Give of each piece its rows, the first of them, and where host and device hold it.
+
+        There are no rows to read or write where those of the host are the table's own, and there is
+        no place on the device where that is the host.
+        """
+        cuda = self.device.type == "cuda"
+        for name, ranges in pieces.items():
+            rows: Any = self.place.rows[name]
+            straight = cuda and isinstance(rows, HostRows)
+            host = rows.values[first:] if straight else as_rows(held.host[name], self._held, rows)
+            device = as_rows(held.device[name], self._held, rows) if cuda else None
+            for start, stop in ranges:
+                at = slice(start - first, stop - first)
+                there = None if device is None else device[at]
+                yield None if straight else rows, start, host[at], there
 
     def _carry(
         self,
@@ -243,19 +253,9 @@ class Tiles:
     def _write(self, held: _Set, first: int, pieces: _Pieces, worked: Any) -> None:
         if worked is not None:
             worked.synchronize()
-        writes, copies = list[tuple[Any, int, Tensor]](), list[tuple[Tensor, Tensor]]()
-        for name, start, stop in _each(pieces):
-            rows: Any = self.place.rows[name]
-            at, count = start - first, stop - first
-            straight = self.device.type == "cuda" and isinstance(rows, HostRows)
-            values = (
-                rows.values[start:stop] if straight else as_rows(held.host[name], count, rows)[at:]
-            )
-            if self.device.type == "cuda":
-                copies.append((values, as_rows(held.device[name], count, rows)[at:]))
-            if not straight:
-                writes.append((rows, start, values))
-        _copied(copies)
+        found = list(self._places(held, first, pieces))
+        _copied([(values, there) for *_, values, there in found if there is not None])
+        writes = [(rows, start, values) for rows, start, values, _ in found if rows is not None]
         self._carry(lambda rows, start, values: rows.write(start, values), writes)
 
 
@@ -274,12 +274,6 @@ def staging_bytes(rows: Iterable[Rows | Tensor], count: int, most: int = 1) -> i
 def _held_rows(per_tile: int, most: int) -> int:
     """Rows that the buffers of a tile have room for: those beyond its end fill whole pages."""
     return per_tile + -(-(most - 1) // PAGE) * PAGE
-
-
-def _each(pieces: _Pieces) -> Iterator[tuple[str, int, int]]:
-    for name, ranges in pieces.items():
-        for start, stop in ranges:
-            yield name, start, stop
 
 
 def _recorded(device: torch.device) -> Any:
