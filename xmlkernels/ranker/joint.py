@@ -107,15 +107,12 @@ def pairs_of(
 
 @numba.njit(nogil=True, fastmath=_FAST)
 def _visit_all(  # type: ignore[no-untyped-def]
-    order, x, squares, positives, excluded, place, how, alpha, clean, weights, constant, spread
+    order, x, squares, positives, excluded, place, how, alpha, weights, constant, spread
 ):
     """Visit every document once, in `order`; change alpha [m, a], weights [v, a], constant [a].
 
-    Most documents are far from most labels: all that a visit does for those is to see it.
-
     Args:
         place: int32 [n], where a label stands among the a that are still in training, or -1.
-        clean: bool [m], kept: whether no negative label has a multiplier above 0.
         spread: float32 [2, a], filled with the least and the largest projected gradient.
     """
     indptr, indices, data = x
@@ -125,12 +122,10 @@ def _visit_all(  # type: ignore[no-untyped-def]
     feature = np.float32(bias)
     own, own_positive = np.float32(0.5 / cost), np.float32(0.5 / (cost * positive_weight))
     margin, moved = np.empty(count, np.float32), np.empty(count, np.float32)
-    names, few = np.empty(count, np.int32), np.empty(count, np.float32)
     kept = np.empty((2, len(place)), np.float32)
     low, high = spread[0], spread[1]
     for b in range(count):
         low[b], high[b] = np.float32(np.inf), np.float32(-np.inf)
-    passed_by = False
     for i in order:
         for b in range(count):
             margin[b] = feature * constant[b]
@@ -152,30 +147,16 @@ def _visit_all(  # type: ignore[no-untyped-def]
                 margin[b] = inert
         square = squares[i] + feature * feature
         step = one / (square + own)
-        nearest = inert
         for b in range(count):
-            nearest = max(nearest, margin[b])
-        changed = 0
-        if clean[i] and nearest <= -one:
-            passed_by = True
-        else:
-            largest = zero
-            for b in range(count):
-                gradient = own * a[b] - margin[b] - one
-                at_border = gradient if gradient < zero else zero
-                projected = at_border if a[b] == zero else gradient
-                low[b] = projected if projected < low[b] else low[b]
-                high[b] = projected if projected > high[b] else high[b]
-                new = a[b] - gradient * step
-                new = new if new > zero else zero
-                largest = max(largest, new)
-                moved[b] = a[b] - new
-                a[b] = new
-            clean[i] = largest == zero
-            for b in range(count):
-                if moved[b] != zero:
-                    names[changed], few[changed] = b, moved[b]
-                    changed += 1
+            gradient = own * a[b] - margin[b] - one
+            at_border = gradient if gradient < zero else zero
+            projected = at_border if a[b] == zero else gradient
+            low[b] = projected if projected < low[b] else low[b]
+            high[b] = projected if projected > high[b] else high[b]
+            new = a[b] - gradient * step
+            new = new if new > zero else zero
+            moved[b] = a[b] - new
+            a[b] = new
         step = one / (square + own_positive)
         for p in range(first, last):
             b = place[positives[1][p]]
@@ -185,26 +166,13 @@ def _visit_all(  # type: ignore[no-untyped-def]
                 projected = min(gradient, zero) if before == zero else gradient
                 low[b], high[b] = min(low[b], projected), max(high[b], projected)
                 a[b] = max(before - gradient * step, zero)
-                names[changed], few[changed] = b, a[b] - before
-                changed += 1
-        for k in range(changed):
-            constant[names[k]] += feature * few[k]
-        if 4 * changed < count:
-            for p in range(indptr[i], indptr[i + 1]):
-                row, value = weights[indices[p]], data[p]
-                for k in range(changed):
-                    row[names[k]] += value * few[k]
-        else:
-            moved[:] = zero
-            for k in range(changed):
-                moved[names[k]] = few[k]
-            for p in range(indptr[i], indptr[i + 1]):
-                row, value = weights[indices[p]], data[p]
-                for b in range(count):
-                    row[b] += value * moved[b]
-    if passed_by:
+                moved[b] = a[b] - before
         for b in range(count):
-            low[b], high[b] = min(low[b], zero), max(high[b], zero)
+            constant[b] += feature * moved[b]
+        for p in range(indptr[i], indptr[i + 1]):
+            row, value = weights[indices[p]], data[p]
+            for b in range(count):
+                row[b] += value * moved[b]
 
 
 @numba.njit(nogil=True)
@@ -241,7 +209,6 @@ def solve_jointly(x, squares, positives, excluded, how, seed, weights, constant,
     state[0] = np.uint64(seed)
     names, place = np.arange(n), np.arange(n).astype(np.int32)
     alpha, inside, bound = np.zeros((m, n), np.float32), weights, constant
-    clean = np.ones(m, np.bool_)
     for epoch in range(epochs):
         _shuffle(order, state)
         spread = np.empty((2, len(names)), np.float32)
@@ -254,7 +221,6 @@ def solve_jointly(x, squares, positives, excluded, how, seed, weights, constant,
             place,
             (cost, positive_weight, bias),
             alpha,
-            clean,
             inside,
             bound,
             spread,
