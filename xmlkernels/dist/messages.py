@@ -70,7 +70,7 @@ def gather_ragged(own: Tensor) -> Tensor:
 def gather_together(own: Sequence[Tensor]) -> list[Tensor]:
     """Gather the rows of several tensors as `gather_ragged` does, in two messages for all of them.
 
-    A message takes about as long as the sending of 300 KB. Waits for the device.
+    A short message takes about as long as one of some hundred kilobytes. Waits for the device.
 
     Args:
         own: [n, ...] each, of any numbers of rows and dtypes, on one device.

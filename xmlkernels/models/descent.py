@@ -222,7 +222,9 @@ def joined(level: Descent, row_ptr: Tensor, most: int) -> Descent:
         return level
     clusters = level.above
     node, real = candidates(clusters, row_ptr, most)
-    place = Whole(clusters, level.slot, row_ptr, most).places(level.node, level.clusters)
+    place = Whole(clusters, level.slot, row_ptr, most).places(
+        level.clusters, level.row_ptr, level.most
+    )
     # One more column takes what is no candidate.
     place = torch.where(level.real, place, clusters.shape[1] * most).flatten(1)
     own = torch.where(level.real, level.logits, 0).flatten(1)

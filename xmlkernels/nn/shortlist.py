@@ -44,8 +44,12 @@ def candidates(clusters: Tensor, row_ptr: Tensor, most: int) -> tuple[Tensor, Te
 
 def count(clusters: Tensor, row_ptr: Tensor) -> Tensor:
     """Count the candidates of each sample, int64 [B]."""
-    sizes = torch.nn.functional.pad(row_ptr.diff(), (0, 1))  # the last one is that of pads, at -1
-    return sizes[clusters].sum(1)
+    return _sizes(row_ptr)[clusters].sum(1)
+
+
+def _sizes(row_ptr: Tensor) -> Tensor:
+    """Count the nodes of each cluster, int64 [C + 1]; the last is 0, that of pads, at -1."""
+    return torch.nn.functional.pad(row_ptr.diff(), (0, 1))
 
 
 def locate(
@@ -96,11 +100,11 @@ def rank(scores: Tensor, real: Tensor, place: Tensor | None = None) -> Tensor:
     """
     bits = (scores + 0.0).view(torch.int32)
     # Ascending as integers where the scores ascend as numbers.
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    ordered = bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
     if place is None:
         place = torch.arange(scores.shape[1], device=scores.device)
-    high = (ordered.to(torch.int64) + (1 << 31)) << _PLACE_BITS
-    return torch.where(real, high | (_PLACES - place), -1)
+    keys = ordered.to(torch.int64).add_(1 << 31).bitwise_left_shift_(_PLACE_BITS)
+    return keys.bitwise_or_(_PLACES - place).masked_fill_(~real, -1)
 
 
 def best(scores: Tensor, real: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -130,10 +134,11 @@ class Whole(NamedTuple):
     row_ptr: Tensor
     most: int
 
-    def places(self, node: Tensor, clusters: Tensor) -> Tensor:
-        """Find the places int64 [B, K', M'] of the shard's candidates `node` in `clusters`."""
-        start = self.slot * self.most - self.row_ptr[clusters.clamp(min=0)]
-        return node + start[:, :, None]
+    def places(self, clusters: Tensor, row_ptr: Tensor, most: int) -> Tensor:
+        """Find the places int64 [B, K', M'] of the shard's candidates; arguments are its own."""
+        held = clusters.clamp(min=0)
+        start = self.slot * self.most + row_ptr[held] - self.row_ptr[held]
+        return start[:, :, None] + torch.arange(most, device=clusters.device)
 
 
 class Kept(NamedTuple):
@@ -184,34 +189,34 @@ def select(
         positives: (node int64 [P], sample int [P]), unique pairs.
         whole: of a level that processes share, where its candidates stand.
     """
-    node, real = candidates(clusters, row_ptr, scores.shape[2])
-    place = None if whole is None else whole.places(node, clusters).flatten(1)
-    keys = rank(scores.flatten(1), real.flatten(1), place)
-    if positives is not None:
-        at, found = locate(*positives, clusters, row_ptr, scores.shape[2])
-        # One more element takes the positives that are no candidates: to leave them out would need
-        # their number.
-        mark = torch.zeros(keys.numel() + 1, dtype=torch.bool, device=keys.device)
-        mark[torch.where(found, at, keys.numel())] = True
-        keys = torch.where(mark[:-1].view(keys.shape), keys | _FORCED, keys)
+    most, place = scores.shape[2], None
     if whole is not None:
-        clusters, row_ptr = whole.clusters, whole.row_ptr
-    most = scores.shape[2] if whole is None else whole.most
+        place = whole.places(clusters, row_ptr, most).flatten(1)
+    real = torch.arange(most, device=scores.device) < _sizes(row_ptr)[clusters][:, :, None]
+    keys = rank(scores.flatten(1), real.flatten(1), place)
+    if positives is not None and keys.numel():
+        at, found = locate(*positives, clusters, row_ptr, most)
+        # To leave out the positives that are no candidates would need their number.
+        keys.view(-1).scatter_add_(0, at, torch.where(found, _FORCED, 0))
+    if whole is not None:
+        clusters, row_ptr, most = whole.clusters, whole.row_ptr, whole.most
     width = min(k if width is None else width, clusters.shape[1] * most)
     top = _largest(keys, width)
     if whole is not None:
-        top = _largest(dist.gather_columns(top), width)
+        top = dist.gather_columns(top)
+    top = _ascending(top)[:, top.shape[1] - width :]
     forced, keep = top >= _FORCED, top >= 0
     if k < width:
-        keep &= forced | (top >= _ascending(top)[:, width - k : width - k + 1])
+        keep &= forced | (top >= top[:, width - k : width - k + 1])
     # Places ascend as nodes do, so sorting places sorts nodes. Each takes its score along.
     ordered = (top & (_FORCED - 1)) >> _PLACE_BITS
     pairs = ((_PLACES - (top & _PLACES)) << _SCORE_BITS) | ordered
     pairs = _ascending(torch.where(keep, pairs, _PADS))
     place, there = pairs >> _SCORE_BITS, pairs < _PADS
     place = torch.where(there, place, 0)
-    parent = clusters.gather(1, place // most).clamp(min=0)
-    nodes = torch.where(there, row_ptr[parent] + place % most, -1)
+    slot = place // most
+    start = row_ptr[clusters.gather(1, slot).clamp(min=0)] - slot * most
+    nodes = torch.where(there, start + place, -1)
     return Kept(nodes, place, forced.sum().reshape(1), pairs & _SCORES)
 
 

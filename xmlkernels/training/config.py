@@ -223,9 +223,9 @@ class Config:
     same within rounding; reference takes fp32 tables alone (auto is then fp32), and the memory of
     the logits and of the table's gradient."""
     shard_labels: Literal["auto", "on", "off"] = of(TABLE, "auto")
-    """Of several processes each holds some rows of the label table, trains them and scores by them;
-    auto: with several processes. off: each holds a copy of the whole. on is refused where there is
-    one process."""
+    """Of several processes each holds some rows of the label table, and of a cascade's levels of
+    clusters, trains them and scores by them; auto: with several processes. off: each holds a copy
+    of the whole. on is refused where there is one process."""
     skip_tiles: float = of(TABLE, 0.0, OFF_AT_0, only="end_to_end")
     """Skip groups of 128 labels without positives whose weights a step would change by less than so
     many units of the table's format (its spacing at 2^-6); an approximation that saves up to half
