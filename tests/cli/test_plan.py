@@ -206,6 +206,8 @@ def test_mends_are_those_that_change_something() -> None:
     cascade = planned("cascade", run={"device": "h200", "documents": 500}, **tokens)
     own = flags(cascade)
     assert own[0] == "--micro-batch 16" and "--label-device cpu" in own and "--table fp8" in own
+    apart = {"device": "h200", "documents": 500, "table_store": "host"}
+    assert "--label-device cpu" not in flags(planned("cascade", run=apart, **tokens))
     halves = next(m for m in mends_of(cascade) if m.kind == "micro")
     options = halves.applied(cascade.subject.options)
     again = planning.forecast(replace(cascade.subject, options=options), HERE)
@@ -262,6 +264,11 @@ def test_a_stored_table_is_where_it_is_said_to_be() -> None:
     given = bow(run={"table_store": "file:a"}, store_rate=4.0, validation=512).evaluation
     (carried,) = (part for part in given if "to and from" in part.what)
     assert carried.floor == pytest.approx(2 * 4 * 64e6 / 4e9)  # two batches, weights alone
+    sizes: dict[str, Any] = {"labels": 1000, "longest": 8, "validation": 600, "store_rate": 1.0}
+    own = {"device": "h200", "documents": 9, "table_store": "file:a", "evaluate_batch": 300}
+    level = planned("cascade", run=own, **sizes).evaluation
+    (carried,) = (part for part in level if "to and from" in part.what)
+    assert carried.floor == pytest.approx(2 * 2 * 1000 * 384 * 2 / 1e9)  # two batches, all rows
     many = bow(labels=100_000_000, memory=5.0, run={"table": "bf16"})
     chosen, failed = nearest(many)
     assert chosen is not None and chosen.flags == "--table-store host"

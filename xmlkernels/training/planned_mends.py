@@ -95,11 +95,12 @@ def _mends(found: Forecast) -> Iterator[Mend]:
     if fused and plan.table != "fp8" and not (dense or run.kahan or run.ema_tables):
         yield Mend("table", "--table fp8", "weights of three bits", {"table": "fp8"})
     cascade = run.model == "cascade"
-    if cascade and found.subject.card.cuda and run.label_device == "auto":
+    here = run.label_device == "auto" and run.table_store == "ram"
+    if cascade and found.subject.card.cuda and here:
         cost = "the label level at the host's rate"
         yield Mend("place", "--label-device cpu", cost, {"label_device": "cpu"})
-    alone = run.label_device == "auto" and not (dense or run.ema_tables)
-    if fused and alone and run.table_store == "ram" and (options.gpus == 1 or plan.sharded):
+    kept_alone = options.gpus == 1 or plan.sharded
+    if fused and here and kept_alone and not (dense or run.ema_tables):
         if found.subject.card.cuda:
             cost, kept = "the label table at the rate of the bus", {"table_store": "host"}
             yield Mend("place", "--table-store host", cost, kept)

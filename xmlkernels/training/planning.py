@@ -156,9 +156,14 @@ def _timed(subject: Subject, tables: Mapping[str, Table], works: Iterable[Work])
         table = tables.get(work.what.removeprefix("evaluation: "))
         if table is not None and table.stored_bytes():
             rate, how = _store_rate(subject)
-            # An evaluation of all rows carries them once, and scores them twice.
-            times = 0.5 if work.op == "matmul_topk" else 1.0
-            floor = times * work.bytes / rate
+            carried = work.bytes
+            if work.op == "matmul_topk":
+                carried /= 2  # all rows, which are carried once and scored twice
+            elif work.what.startswith("evaluation"):
+                # Documents of a batch share rows: no batch carries more than all, twice.
+                batches = -(-subject.facts.validation // subject.config.evaluate_batch)
+                carried = min(carried, 2 * batches * table.stored_bytes()["weight"])
+            floor = carried / rate
             found.append(Timed(f"{work.what}, to and from its store", floor, floor, how))
     return found
 
