@@ -4,13 +4,16 @@ failure ends all processes.
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE
 from train_runs import ROOT, make_dataset
+from two_hosts import two_hosts
 
 from xmlkernels import InputError, dist
 from xmlkernels.cli import console
@@ -52,6 +55,36 @@ def torchrun(*words: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def on_two_hosts(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """One process on each of two hosts, by two agents of torchrun; what the first host's said."""
+    with socket.socket() as free, two_hosts() as hosts:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        agents = []
+        for number, host in enumerate(hosts):
+            how = ["--nnodes", 2, "--nproc-per-node", 1, "--node-rank", number]
+            how += ["--master-addr", hosts[0].address, "--master-port", port]
+            command = [*host.prefix, sys.executable, "-m", "torch.distributed.run", *how, *words]
+            agent = subprocess.Popen(
+                [*map(str, command)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": host.interface},
+            )
+            agents.append(agent)
+        try:
+            told, errors = agents[0].communicate(timeout=PATIENCE)
+            _, others = agents[1].communicate(timeout=PATIENCE)
+            status = agents[0].returncode or agents[1].returncode
+            return subprocess.CompletedProcess(words, status, told, errors + others)
+        finally:
+            for agent in agents:
+                agent.kill()
+                agent.wait(60)
+
+
 def ours(text: str) -> list[str]:
     """Our own lines: torchrun adds a summary."""
     return [line for line in text.splitlines() if line.startswith("error: ")]
@@ -67,7 +100,10 @@ def test_a_run_by_torchrun(tmp_path: Path, device: str) -> None:
     dataset, output = make_dataset(tmp_path / "raw"), tmp_path / "run"
     words = ("tiny", "--dataset", dataset, "--output", output, "--epochs", "1", "--batch", "15")
     words += ("--device", device)
-    done = torchrun("-m", "xmlkernels", "train", *words)
+    if device == "cpu":
+        words += ("--shard-encoder", "on")
+    start = on_two_hosts if device == "cpu" else torchrun
+    done = start("-m", "xmlkernels", "train", *words)
     assert done.returncode == 0, done.stderr
     assert json.loads((output / "metrics.json").read_text())["steps"] == 11
     # The best epoch is the last, whose figures are known.
