@@ -153,8 +153,9 @@ def test_mistakes(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_depths_fit_the_labels() -> None:
-    """debian-deps has the depth that was measured on it; none beyond what a tree can have."""
-    assert tree_depths(11_862) == (7,) and tree_depths(670_091) == (5, 9, 13)
+    """Data sets have the depths that were measured on them; none beyond what a tree can have."""
+    assert tree_depths(11_862) == (7,) and tree_depths(670_091) == (9, 13)
+    assert tree_depths(29_222) == (8,) and tree_depths(105_913) == (10,)
     assert tree_depths(200) == () and tree_depths(201) == (1,)
     for labels in np.geomspace(201, 1e8, 60).astype(int):
         depths = tree_depths(int(labels))

@@ -31,7 +31,9 @@ log = logging.getLogger(__name__)
 # validation split to choose it on.
 SHARE = 0.7
 _LABELS_PER_CLUSTER = 100
-_ONE_LEVEL = 8  # 2^8 clusters are scored one by one; more get levels above them
+# 2^10 clusters are scored one by one; more get levels above them, where documents lose their
+# clusters: docs/results/wordnet-related.md has what that costs.
+_ONE_LEVEL = 10
 _STEP = 4
 
 
@@ -205,9 +207,9 @@ def _ranker(options: LinearConfig, dataset: Dataset, tree: str) -> RankerConfig:
 
 
 def tree_depths(labels: int) -> tuple[int, ...]:
-    """Depths of a tree with about 100 labels in a finest cluster, one level up to 2^8 clusters.
+    """Depths of a tree with about 100 labels in a finest cluster, one level up to 2^10 clusters.
 
-    11,862 labels give (7,), 670,000 (5, 9, 13); up to 200 give none.
+    11,862 labels give (7,), 105,913 (10,), 670,000 (9, 13); up to 200 give none.
     """
     if labels <= 2 * _LABELS_PER_CLUSTER:
         return ()
