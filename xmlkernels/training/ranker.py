@@ -42,7 +42,7 @@ from xmlkernels.tree.label_tree import LabelTree
 log = logging.getLogger(__name__)
 
 INPUTS, WRITTEN = "inputs", ("metrics.json", "predictions.npz")
-# Number of a first document, and logits and margins of some from it on, CSR [n, L], one pattern.
+# First document, logits and margins of some from it on, CSR [n, L] of one pattern.
 Scored = list[tuple[int, csr_matrix, csr_matrix]]
 _PAIRS = 1 << 22  # pairs (document, label) scored at one time
 _CHOSEN_AT = 5  # the deepest cut of the metrics that choose a share
@@ -378,8 +378,7 @@ def ranked(
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return values and labels [N, k] of the k best labels by each kind of score, the last best.
 
-    Args:
-        listed: shortlists that are scored already.
+    `listed` are shortlists that are scored already.
     """
     pairs, (count, labels), k = part.split.filter_pairs, part.split.labels.shape, options.top_k
     if options.one_vs_all:
