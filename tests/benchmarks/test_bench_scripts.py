@@ -179,6 +179,7 @@ def test_a_group_of_processes_is_timed_beside_one(capsys: pytest.CaptureFixture[
     processes.main(small)
     _, one, two, ratio = capsys.readouterr().out.splitlines()
     assert one.startswith("1 x 2 threads") and two.startswith("2 x 1 threads")
-    assert one.split()[6] == "0" and float(two.split()[4]) > 0
-    assert float(two.split()[6].replace(",", "")) > 2 * 3 * 8 * 4  # gathered and scattered
+    path, received = (float(cell.replace(",", "")) for cell in two.split()[6:8])
+    assert one.split()[7] == "0" and float(two.split()[4]) > 0 and path > 0
+    assert received > 2 * 3 * 8 * 4  # gathered and scattered
     assert ratio.startswith("2 processes: ") and "x the speed of one" in ratio

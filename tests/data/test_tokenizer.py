@@ -197,3 +197,13 @@ def test_a_tokenizer_without_its_unknown_token_is_refused(tmp_path: Path) -> Non
     file.write_text(json.dumps(told))
     with pytest.raises(InputError, match=r"tokenizer .*got WordLevel error: Missing \[UNK\]"):
         load_tokenizer(tmp_path / "t")
+
+
+def test_two_words_of_one_id_are_refused(tmp_path: Path) -> None:
+    """Copies of the tokenizer would keep one or the other."""
+    file = make_tokenizer(tmp_path / "t") / "tokenizer.json"
+    told = json.loads(file.read_text())
+    told["model"]["vocab"]["w1"] = told["model"]["vocab"]["w5"]
+    file.write_text(json.dumps(told))
+    with pytest.raises(InputError, match=r"an id of its own for .*, got \d+ of 'w\d' and of 'w\d'"):
+        load_tokenizer(tmp_path / "t")

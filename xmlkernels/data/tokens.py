@@ -102,6 +102,15 @@ class Tokenizer:
         for encoding in encodings:
             yield encoding.ids
 
+    def probe(self) -> None:
+        """Meet what `encode_batch` will: some faults show at the first unknown word alone.
+
+        One text at a time starts no threads.
+        """
+        encode = self._truncating(64).encode if self._inner.is_fast else self._inner
+        for text in PROBE:
+            encode(text)
+
     def _truncating(self, max_length: int) -> Any:
         """Return a copy of the tokenizer for one length.
 
@@ -188,10 +197,11 @@ def _refuse_large(folder: Path) -> None:
             )
 
 
-def _refuse_far_ids(folder: Path) -> None:
-    """Refuse ids that no vocabulary has: tokenizers asks for memory for each up to the largest.
+def _refuse_ids(folder: Path) -> None:
+    """Refuse ids that no vocabulary has: far ones, and two words of one id.
 
-    Where there is none it ends the process. What is no JSON is left to the reader of it.
+    The library asks for memory for each id up to the largest, and ends the process where there is
+    none; of two words of one id it keeps one or the other. What is no JSON is left to its reader.
     """
     path = folder / "tokenizer.json"
     try:
@@ -200,7 +210,14 @@ def _refuse_far_ids(folder: Path) -> None:
         vocab = told["model"]["vocab"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return
-    ids += vocab.items() if isinstance(vocab, dict) else []
+    words = vocab if isinstance(vocab, dict) else {}
+    numbered = [(word, number) for word, number in words.items() if isinstance(number, int)]
+    last = {number: word for word, number in numbered}
+    if twice := next((pair for pair in numbered if last[pair[1]] != pair[0]), None):
+        got = f"{twice[1]} of {quote(twice[0])} and of {quote(last[twice[1]])}"
+        mend = "restore the file from where it came"
+        raise InputError(str(path), "an id of its own for every token", got, mend)
+    ids += words.items()
     for token, number in ids:
         if isinstance(number, int) and number >= MOST_IDS:
             raise InputError(
@@ -238,17 +255,15 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     if path.is_dir():
         refuse_code(path)
         _refuse_large(path)
-        _refuse_far_ids(path)
+        _refuse_ids(path)
     try:
         inner = AutoTokenizer.from_pretrained(
             str(path) if path.is_dir() else name, trust_remote_code=False
         )
         refuse_auto_map(inner.init_kwargs, f"tokenizer {name}")
-        # Some faults show at the first unknown word alone. One text at a time starts no threads.
-        encode = inner.backend_tokenizer.encode if inner.is_fast else inner
-        for text in PROBE:
-            encode(text)
-        return Tokenizer(inner)
+        tokenizer = Tokenizer(inner)
+        tokenizer.probe()
+        return tokenizer
     except InputError:
         raise
     except (
