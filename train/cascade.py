@@ -70,9 +70,8 @@ def train(dataset: xk.Dataset, inputs: TokenInputs, model: xk.Cascade) -> None:
                 dx.append(gradient)
                 if r < len(heads.topk):  # hand on the true clusters, then the best others
                     k = heads.topk[r]
-                    clusters, _, _ = select(
-                        scores, clusters, ptr, k, width=k + BOUND, positives=positives[r]
-                    )
+                    kept = select(scores, clusters, ptr, k, width=k + BOUND, positives=positives[r])
+                    clusters = kept.nodes
             torch.autograd.backward(x, dx)
             optimizer.step()
             step += 1
