@@ -291,6 +291,13 @@ def test_manifest_values_of_another_type(
     assert str(folder / "manifest.json") in str(raised.value)
 
 
+def test_files_need_what_reads_them(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer": None}))
+    with pytest.raises(InputError, match=r"\$.tokenizer: expected the tokenizer of .*tokens.bin"):
+        Dataset.open(folder)
+
+
 def relabel(folder: Path, **changes: object) -> None:
     path = folder / "train" / "labels.npz"
     matrix = LABELS["train"]

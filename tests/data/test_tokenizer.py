@@ -207,3 +207,21 @@ def test_two_words_of_one_id_are_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps(told))
     with pytest.raises(InputError, match=r"an id of its own for .*, got \d+ of 'w\d' and of 'w\d'"):
         load_tokenizer(tmp_path / "t")
+
+
+def test_a_panic_of_the_library_is_told_and_an_interrupt_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PanicException(BaseException):
+        """What Rust's panics are to Python."""
+
+    folder = make_tokenizer(tmp_path / "t")
+    for met, raised in ((PanicException("no entry"), InputError), (KeyboardInterrupt(),) * 2):
+
+        def probe(self: Tokenizer, met: BaseException = met) -> None:
+            raise met
+
+        monkeypatch.setattr(Tokenizer, "probe", probe)
+        kind = raised if isinstance(raised, type) else type(raised)
+        with pytest.raises(kind, match="no entry" if kind is InputError else None):
+            load_tokenizer(folder)

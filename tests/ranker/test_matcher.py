@@ -1,12 +1,13 @@
 """Shortlists by clusters, and what rankers refuse."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from ranker_data import LABELS, NO_PAIRS
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, hstack
 
 from xmlkernels import InputError
 from xmlkernels.ranker.blend import Reranker, best, best_of_all
@@ -46,6 +47,13 @@ def test_cluster_matcher_finds_the_labels_of_the_right_clusters(tmp_path: Path) 
     matcher.save(tmp_path / "clusters")
     again = ClusterMatcher.load(tmp_path / "clusters").shortlist(features)
     assert (again != listed).nnz == 0
+    wider = replace(
+        matcher.rankers[1],
+        sparse=hstack([matcher.rankers[1].sparse, csr_matrix((8, 35))], format="csr"),
+    )
+    ClusterMatcher((matcher.rankers[0], wider), matcher.clusters, 2).save(tmp_path / "wider")
+    with pytest.raises(InputError, match="level 1: expected 64 columns, those of level 0, got 99"):
+        ClusterMatcher.load(tmp_path / "wider")
     # The ranker on these shortlists, with the clusters as the plain model, finds the label itself.
     reranker = Reranker(fit(features, labels, listed))
     assert (

@@ -20,6 +20,7 @@ from xmlkernels import InputError
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.predict.model import CheckpointWarning, Predictor
 from xmlkernels.training.config import began_with
+from xmlkernels.training.folder import read_json
 
 V1 = ROOT / "tests" / "fixtures" / "v1"
 TEXTS = ["w0 w1 w2", "w30 w31", ""]
@@ -252,3 +253,10 @@ def test_served_states_of_other_types_are_told(damaged: Path) -> None:
             continue
         assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True)), what
     assert told > 10
+
+
+def test_settings_that_no_memory_holds_are_refused(tmp_path: Path) -> None:
+    with open(tmp_path / "config.json", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(InputError, match=r"config.json: expected at most 67,108,864 bytes"):
+        read_json(tmp_path / "config.json")

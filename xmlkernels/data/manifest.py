@@ -99,6 +99,13 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"{path}, $.splits", f"splits among {', '.join(SPLITS)}", repr(wrong[0]), PREPARE_AGAIN
         )
     kinds = [manifest["tokenizer"] is not None, manifest.get("vocabulary") is not None]
+    for known, what, end in zip(
+        kinds, ("tokenizer", "vocabulary"), ("tokens.bin", "features.npz"), strict=True
+    ):
+        held = next((name for name in manifest["files"] if name.endswith(end)), None)
+        if held is not None and not known:
+            expected = f"the {what} of {held}"
+            raise InputError(f"{path}, $.{what}", expected, "none", PREPARE_AGAIN)
     # With neither, all that there is of the documents is their texts.
     texts = all(f"{name}/texts.jsonl" in manifest["files"] for name in manifest["splits"])
     if all(kinds) or not (any(kinds) or texts):

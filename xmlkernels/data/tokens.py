@@ -266,9 +266,10 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         return tokenizer
     except InputError:
         raise
-    except (
-        Exception
-    ) as error:  # damaged files end in whatever tokenizers and transformers happen to raise
+    # Damaged files end in whatever tokenizers and transformers happen to raise, or in a panic.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = str(error).strip().split("\n")[0].rstrip(" .:") or type(error).__name__
         if path.is_dir() and not any(path.glob("tokenizer*")) and not any(path.glob("vocab*")):
             reason = "a folder that holds no tokenizer.json and no vocabulary"

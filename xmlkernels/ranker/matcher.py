@@ -139,7 +139,11 @@ class ClusterMatcher:
             len(facts[0]["clusters"]),
             facts[0]["beam"],
         )
+        columns = rankers[0].sparse.shape[1]
         for level, (ranker, part) in enumerate(zip(rankers, parts, strict=True)):
+            if (found := ranker.sparse.shape[1]) != columns:
+                expected = f"{columns} columns, those of level 0"
+                raise InputError(f"{folder}, level {level}", expected, str(found), mend)
             count = int(part.max(initial=-1)) + 1
             if len(ranker.bias) != count:
                 got = str(len(ranker.bias))

@@ -17,7 +17,7 @@ from xmlkernels.data.inputs import Inputs
 from xmlkernels.files import naming, replacing
 from xmlkernels.predict.base import NAMES
 from xmlkernels.predict.model import BESIDE
-from xmlkernels.records import parse_json
+from xmlkernels.records import MOST_BYTES, parse_json
 from xmlkernels.training.config import Config, began_with, recorded
 from xmlkernels.training.owned import delete, refuse_foreign
 from xmlkernels.tree.label_tree import LabelTree
@@ -216,10 +216,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        InputError: the file holds none.
+        InputError: the file holds none, or is too large.
     """
     name, mend = str(path), "replace the run with --overwrite"
     try:
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise InputError(name, f"at most {MOST_BYTES:,} bytes", f"{size:,} bytes", mend)
         value = parse_json(path.read_bytes(), name, mend, strict=False)
     except OSError as error:
         raise InputError(name, "a file that can be read", str(error.strerror), mend) from error
