@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import json
 import lzma
 import shutil
 import sys
@@ -75,8 +74,7 @@ def consume_run(folder: Path) -> None:
     assert run.resumable
     tensors, state, _ = newest(run.checkpoints, config, batches=1000)
     run.rewind_log(state["log_bytes"])
-    for line in run.log_file.read_text("utf-8", errors="replace").splitlines():
-        assert line is not None
+    assert run.log_file.stat().st_size <= state["log_bytes"]  # later lines are written again
     _assert_bits(tensors, _TENSORS.setdefault(str(tensors["which"].item()), tensors))
     assert len(_TENSORS) <= 2 and state["epoch"] <= config.epochs
 
@@ -139,7 +137,6 @@ def make_given(folder: Path) -> None:
     formats.write_npz(folder / "features.npz", draw(DOCUMENTS, 9, 3, 7))
     for name, rows in (("labels.npy", LABELS), ("documents.npy", DOCUMENTS)):
         np.save(folder / name, random.standard_normal((rows, WIDTH), np.float32))
-    (folder / "inputs.json").write_text(json.dumps({"k": 5, "embedding": True}))
 
 
 def consume_given(folder: Path) -> None:
@@ -155,7 +152,6 @@ def consume_given(folder: Path) -> None:
         (read_embedding(folder / "documents.npy", DOCUMENTS), DOCUMENTS),
     ]
     assert all(len(array) == count and np.isfinite(array).all() for array, count in vectors)
-    assert isinstance(read_json(folder / "inputs.json"), dict)
 
 
 KINDS = [
