@@ -359,3 +359,4 @@ def test_four_processes_hold_a_quarter_each(labels: int) -> None:
         for own in held[1:]:
             assert all(few <= 0.26 * all_ for few, all_ in zip(own[1:], held[0][1:], strict=True))
             assert own[0] <= 0.27 * held[0][0]
+            assert sum(own) <= 0.26 * sum(held[0])
