@@ -36,6 +36,14 @@ def killed(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def until(true: Callable[[], object], seconds: float = PATIENCE, *, pause: float = 0.01) -> None:
+    """Wait for what a loaded machine may take long to do: fail only after so many seconds."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"it did not come within {seconds:g} s"
+        time.sleep(pause)
+
+
 @contextmanager
 def limited(process: subprocess.Popen, seconds: float = PATIENCE) -> Iterator[None]:
     """Kill a process that the block waits for too long: what is read from it then ends."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from patience import PATIENCE
+from patience import PATIENCE, until
 from processes import together
 from train_runs import ROOT, make_dataset
 
@@ -35,13 +35,6 @@ class Shelf(dict[str, str]):
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
         return [self[key].encode() for key in keys]
-
-
-def until(true: object, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():  # type: ignore[operator]
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.01)
 
 
 def test_a_silent_process_is_named_and_one_that_says_why_it_ends_is_not() -> None:
@@ -154,14 +147,17 @@ def test_work_is_seen_in_a_process_and_its_children() -> None:
         turn = Turn()
         assert turn.go(abreast=True) is False
         looks = {k: Idleness(process.pid, turn) for k, process in started.items()}
-        for _ in range(5):
-            time.sleep(0.2)
-            found = {k: look.seconds() for k, look in looks.items()}
+        found: dict[str, float] = {}
+
+        def seen() -> bool:
+            found.update({k: look.seconds() for k, look in looks.items()})
+            return found["idle"] > 0.5 and max(found["busy"], found["child"]) < 0.3
+
+        until(seen, pause=0.2)
     finally:
         for process in started.values():
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(60)
-    assert found["idle"] > 0.5 and found["busy"] < 0.3 and found["child"] < 0.3
     assert looks["idle"].seconds() > 0.5, "of a process that has ended there is nothing to see"
     turn.go(abreast=False)
     assert looks["idle"].seconds() == 0, "alone it may"
