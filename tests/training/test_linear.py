@@ -7,19 +7,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.sparse import load_npz
 from train_runs import make_dataset
 
 from xmlkernels import InputError
 from xmlkernels.cli import ensemble, predict
 from xmlkernels.cli import train as command
 from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.vectorizer import Vectorizer
+from xmlkernels.predict.base import RANKER
+from xmlkernels.predict.ranked import VECTORIZER
+from xmlkernels.ranker.blend import Reranker
 from xmlkernels.ranker.linear import Settings
 from xmlkernels.training import inputs, linear
+from xmlkernels.training import tree as tree_module
 from xmlkernels.training.linear import LinearConfig, train_linear, tree_depths
 from xmlkernels.training.ranker import train_ranker
 from xmlkernels.training.ranker_config import RankerConfig
 from xmlkernels.training.recipes import RECIPES
 from xmlkernels.training.tree import TreeConfig, build_tree
+from xmlkernels.tree.label_tree import LabelTree
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +106,48 @@ def test_several_trees_are_one_result(
         train_linear(LinearConfig(str(dataset), output=str(tmp_path / "x"), trees=2))
     with pytest.raises(InputError, match="--trees: expected 1 or more"):
         train_linear(LinearConfig(str(dataset), output=str(tmp_path / "x"), trees=0))
+
+
+def test_trees_of_one_command_share_their_features(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features are computed once, and each ranker is, bit for bit, the one of its tree alone."""
+    made: list[str] = []
+    count(monkeypatch, tree_module, "_features", made)
+    count(monkeypatch, Vectorizer, "fit", made)
+    count(monkeypatch, Vectorizer, "load", made)
+    config = LinearConfig(
+        str(dataset), output=str(tmp_path / "forest"), cache=str(tmp_path / "c"), depths=(2,),
+        min_df=1, threads=1, label_text=True, trees=3,
+    )  # fmt: skip
+    train_linear(config)
+    assert sorted(made) == ["_features", "fit", "load"]
+    last = replace(config, trees=1, training=replace(config.training, seed=2))
+    train_linear(replace(last, output=str(tmp_path / "alone"), cache=str(tmp_path / "other")))
+    assert sorted(made) == ["_features", "_features", "fit", "fit", "load", "load"]
+    forest, alone = tmp_path / "forest" / "tree2", tmp_path / "alone"
+    for name in ("vocabulary.json", "idf.safetensors"):
+        path = Path(VECTORIZER) / name
+        assert (forest / path).read_bytes() == (alone / path).read_bytes()
+    (tree,) = (tmp_path / "other" / "trees").iterdir()
+    same = tmp_path / "c" / "trees" / tree.name
+    assert LabelTree.load(same).content_hash == LabelTree.load(tree).content_hash
+    one, other = (Reranker.load(path / RANKER).ranker for path in (forest, alone))
+    scores = tuple(load_npz(path / "predictions.npz").tocsr() for path in (forest, alone))
+    for a, b in ((one.sparse, other.sparse), scores):
+        assert np.array_equal(a.indptr, b.indptr) and np.array_equal(a.indices, b.indices)
+        assert np.array_equal(a.data, b.data)
+    assert np.array_equal(one.bias, other.bias)
+    made.clear()
+    config = replace(config, output=str(tmp_path / "graph"), graph=True, trees=2)
+    train_linear(config)
+    assert made.count("_features") == 2, "a graph's walks are each tree's own"
+
+
+def count(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, made: list[str]) -> None:
+    """Note in `made` each call of a function."""
+    plain = getattr(place, name)
+    monkeypatch.setattr(place, name, lambda *a, **k: made.append(name) or plain(*a, **k))
 
 
 def test_without_validation_the_share_is_told(

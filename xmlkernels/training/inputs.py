@@ -15,6 +15,7 @@ from xmlkernels.installed import source_of
 from xmlkernels.parallel import most_threads
 from xmlkernels.training.checks import check_levels
 from xmlkernels.training.config import Config
+from xmlkernels.training.label_vectors import SharedFeatures
 from xmlkernels.training.tree import TreeConfig, build_tree
 from xmlkernels.tree.label_tree import LabelTree, arrangement
 
@@ -138,6 +139,7 @@ def cached_tree(
     seed: int,
     threads: int,
     graph: bool = True,
+    shared: SharedFeatures | None = None,
 ) -> LabelTree:
     """Return the tree of these depths that `xmlkernels tree` makes, from the cache after first use.
 
@@ -148,6 +150,7 @@ def cached_tree(
         seed: of its walks and first centres.
         threads: 0 takes all; they do not change the tree.
         graph: as the option of that name.
+        shared: as `build_tree` takes it.
     """
     folder = cached_tree_folder(dataset, depths, cache=cache, seed=seed, graph=graph)
     if not folder.exists():
@@ -167,6 +170,7 @@ def cached_tree(
         ),
         flag="--cache",
         wait=log.info,
+        shared=shared,
     )
 
 

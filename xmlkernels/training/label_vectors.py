@@ -2,17 +2,43 @@
 
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import scipy.sparse
 import torch
 
+from xmlkernels import InputError
+from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.formats.arrays import read_npy
 from xmlkernels.data.formats.matrices import read_npz
 from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.files import check_file
 from xmlkernels.installed import source_of
 from xmlkernels.nn.encoder import Encoder
+from xmlkernels.tree.features import LabelFeatures
+
+# Features of the labels, and for the report features and labels of documents.
+Found = tuple[LabelFeatures, scipy.sparse.csr_matrix | None, scipy.sparse.csr_matrix | None]
+
+
+@dataclass
+class SharedFeatures:
+    """Features that trees of other seeds and depths have in common, computed for the first."""
+
+    _settings: dict[str, Any] = field(default_factory=dict)
+    _found: Found | None = None
+
+    def of(self, settings: dict[str, Any], make: Callable[[], Found]) -> Found:
+        """Return the features of a tree of these settings; `make` computes them where needed."""
+        apart = {"key", "seed", "clusters"}
+        needed = {name: settings[name] for name in settings.keys() - apart}
+        if self._found is None or needed != self._settings:
+            self._found = None  # before the next are made: never two at a time
+            self._settings, self._found = needed, make()
+        return self._found
 
 
 def digest(path: str) -> str:
@@ -72,3 +98,21 @@ class LabelEncoder:
             with torch.inference_mode():
                 vectors[some] = self.encoder(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
         return vectors
+
+
+def label_vectors(dataset: Dataset, encoder: LabelEncoder | None, path: str) -> np.ndarray | None:
+    """Embed the label texts of a dataset, or read the vectors of a file; None without either.
+
+    Raises:
+        InputError: a dataset without label texts, or a file as `read_vectors` refuses it.
+    """
+    if encoder is None:
+        return read_vectors(path, dataset.num_labels) if path else None
+    if dataset.label_names is None:
+        raise InputError(
+            "--label-text",
+            "a dataset with label names",
+            "none",
+            "prepare it with --label-text or --label-names",
+        )
+    return encoder.embed(dataset.label_names)

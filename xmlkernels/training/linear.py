@@ -21,9 +21,11 @@ from xmlkernels.ranker.linear import Settings
 from xmlkernels.training.config import Config
 from xmlkernels.training.folder import write_json
 from xmlkernels.training.inputs import cached_tree, cached_tree_folder, open_dataset
+from xmlkernels.training.label_vectors import SharedFeatures
 from xmlkernels.training.owned import refuse_others
 from xmlkernels.training.ranker import WRITTEN, train_ranker
 from xmlkernels.training.ranker_config import RankerConfig
+from xmlkernels.training.ranker_inputs import Words
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +66,8 @@ class LinearConfig:
     """Clusters kept per level, whose labels make the shortlist of a document."""
     trees: int = 1
     """Trees, from one seed after another, each with a ranker of its own in OUTPUT/tree0, tree1, …;
-    the mean of their probabilities is the result. Each takes as long as the first."""
+    the mean of their probabilities is the result. Features of texts and labels are computed
+    once."""
 
     # ---- features ----
     longest: int = 1
@@ -129,16 +132,26 @@ def _one(options: LinearConfig, dataset: Dataset, depths: tuple[int, ...]) -> di
     """Build a tree and train a ranker on it."""
     tree = ""
     if depths:
-        where: dict[str, Any] = {
-            "cache": options.cache,
-            "seed": options.training.seed,
-            "graph": options.graph,
-        }
-        cached_tree(dataset, depths, threads=options.threads, **where)
-        tree = str(cached_tree_folder(dataset, depths, **where))
+        tree = _tree(options, dataset, depths)
     else:
         log.info(f"{dataset.num_labels:,} labels: no tree, each is trained on every document")
     return train_ranker(_ranker(options, dataset, tree))
+
+
+def _tree(
+    options: LinearConfig,
+    dataset: Dataset,
+    depths: tuple[int, ...],
+    shared: SharedFeatures | None = None,
+) -> str:
+    """Make a tree where the cache has none, and return its folder."""
+    where: dict[str, Any] = {
+        "cache": options.cache,
+        "seed": options.training.seed,
+        "graph": options.graph,
+    }
+    cached_tree(dataset, depths, threads=options.threads, shared=shared, **where)
+    return str(cached_tree_folder(dataset, depths, **where))
 
 
 def _forest(
@@ -146,12 +159,19 @@ def _forest(
 ) -> dict[str, Any]:
     """Train a ranker on each of several trees, and measure the mean of their probabilities."""
     (folder / RANKER).unlink(missing_ok=True)  # it would vouch for files that change now
-    reports = []
-    for number in range(options.trees):
-        log.info(f"tree {number + 1} of {options.trees}")
-        training = replace(options.training, seed=options.training.seed + number)
-        output = str(folder / f"tree{number}")
-        reports.append(_one(replace(options, output=output, training=training), dataset, depths))
+    each = [
+        replace(
+            options,
+            output=str(folder / f"tree{number}"),
+            training=replace(options.training, seed=options.training.seed + number),
+        )
+        for number in range(options.trees)
+    ]
+    trees = _trees(each, dataset, depths)
+    words, reports = Words(), []
+    for number, (one, tree) in enumerate(zip(each, trees, strict=True)):
+        log.info(f"ranker {number + 1} of {options.trees}")
+        reports.append(train_ranker(_ranker(one, dataset, tree), words))
     report = {key: reports[0][key] for key in ("dataset", "dataset_hash", "propensity")}
     report["rankers"] = [made["options"]["output"] for made in reports]
     report["seconds"] = {f"tree{n}": made["seconds"] for n, made in enumerate(reports)}
@@ -178,6 +198,15 @@ def _forest(
         write_npz(folder / "predictions.npz", result, keep_zeros=True)
     write_json(folder / "metrics.json", report)
     return report
+
+
+def _trees(each: list[LinearConfig], dataset: Dataset, depths: tuple[int, ...]) -> list[str]:
+    """Make all trees, before any ranker: what they share takes no memory from then on."""
+    shared, found = SharedFeatures(), []
+    for number, one in enumerate(each):
+        log.info(f"tree {number + 1} of {len(each)}")
+        found.append(_tree(one, dataset, depths, shared))
+    return found
 
 
 def _ranker(options: LinearConfig, dataset: Dataset, tree: str) -> RankerConfig:

@@ -13,7 +13,6 @@ from xmlkernels import InputError
 from xmlkernels.checksums import of_files
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.formats import write_npz
-from xmlkernels.data.vectorizer import Vectorizer
 from xmlkernels.evaluation import score_matrix
 from xmlkernels.locks import own_folder
 from xmlkernels.metrics import candidates_needed, evaluate, inverse_propensity
@@ -31,9 +30,10 @@ from xmlkernels.training.ranker_config import RankerConfig, check
 from xmlkernels.training.ranker_inputs import (
     Documents,
     TrainingPart,
-    label_texts,
+    Words,
     model_inputs,
     read_features,
+    training_part,
     vectorize,
     without_pairs,
 )
@@ -49,8 +49,13 @@ _CHOSEN_AT = 5  # the deepest cut of the metrics that choose a share
 SHOWN = {"val": "validation", "test": "test"}
 
 
-def train_ranker(options: RankerConfig) -> dict[str, Any]:
+def train_ranker(options: RankerConfig, words: Words | None = None) -> dict[str, Any]:
     """Train and measure the ranker.
+
+    Args:
+        options: its settings.
+        words: TF-IDF that it shares with rankers of the same texts and settings: the first
+            computes it.
 
     Returns:
         What metrics.json holds.
@@ -61,10 +66,10 @@ def train_ranker(options: RankerConfig) -> dict[str, Any]:
     check(options)
     with own_folder(options.output, writes=(*WRITTEN, RANKER, NAMES)) as folder:
         clear_inner(folder)
-        return _train(options, folder)
+        return _train(options, folder, words or Words())
 
 
-def _train(options: RankerConfig, folder: Path) -> dict[str, Any]:
+def _train(options: RankerConfig, folder: Path, words: Words) -> dict[str, Any]:
     dataset = open_dataset(options)
     if options.checkpoint:
         checkpoint_identity(options.checkpoint)  # for a mistake in its name
@@ -75,7 +80,7 @@ def _train(options: RankerConfig, folder: Path) -> dict[str, Any]:
     checkpoint = vocabulary = ""
     if options.tfidf:
         with clock.on("TF-IDF"):
-            vocabulary = load_tfidf(options, dataset, documents, folder)
+            vocabulary = load_tfidf(options, dataset, documents, folder, words)
     if options.checkpoint:  # after TF-IDF: a mistake in the texts is told before the long pass
         with clock.on("embeddings and shortlists"):
             checkpoint = model_inputs(
@@ -92,7 +97,7 @@ def _train(options: RankerConfig, folder: Path) -> dict[str, Any]:
     weights = {name: getattr(options, name) for name in ("embedding_weight", "tfidf_weight")}
     for part in documents.values():
         part.features = Features.join(part.embedding, part.tfidf, **weights)
-    training = training_part(options, dataset, documents["train"], folder)
+    training = training_part(options, dataset, documents["train"], folder, words)
     matcher = kept = None
     if tree is not None:
         with clock.on("clusters"):
@@ -186,7 +191,11 @@ def open_dataset(options: RankerConfig) -> Dataset:
 
 
 def load_tfidf(
-    options: RankerConfig, dataset: Dataset, documents: dict[str, Documents], folder: Path
+    options: RankerConfig,
+    dataset: Dataset,
+    documents: dict[str, Documents],
+    folder: Path,
+    words: Words,
 ) -> str:
     """Load or compute TF-IDF of every split into `documents`.
 
@@ -207,12 +216,12 @@ def load_tfidf(
                 raise InputError(
                     flag, f"a file, for the dataset has a split {name}", "none", "name its texts"
                 )
-        words = {
+        settings = {
             "longest": options.longest,
             "min_df": options.min_df,
             "max_features": options.max_features or None,
         }
-        found, vocabulary = vectorize(texts, dataset, words, folder / VECTORIZER)
+        found, vocabulary = vectorize(texts, dataset, settings, folder / VECTORIZER, words)
     for name, part in documents.items():
         part.tfidf = found[name]
     return vocabulary
@@ -227,23 +236,6 @@ def open_tree(path: str, dataset: Dataset) -> LabelTree:
     tree = LabelTree.load(path)
     tree.check_dataset(dataset.content_hash, dataset.num_labels)
     return tree
-
-
-def training_part(
-    options: RankerConfig, dataset: Dataset, first: Documents, folder: Path
-) -> TrainingPart:
-    """Return what the classifiers are trained on: the documents, and label texts where asked for.
-
-    Raises:
-        InputError: the dataset has no label texts, and they are asked for.
-    """
-    if not options.label_text:
-        return TrainingPart(first.features, first.split.labels)
-    names = label_texts(dataset)
-    own = Vectorizer.load(folder / VECTORIZER).transform(names)
-    own_features = Features.join(None, own, tfidf_weight=options.tfidf_weight)
-    log.info(f"{len(names):,} label texts, each a document of its label")
-    return TrainingPart(first.features, first.split.labels).with_labels(own_features)
 
 
 def match(

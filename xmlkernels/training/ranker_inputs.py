@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from xmlkernels.devices import find_device
 from xmlkernels.evaluation import predict_and_embed_split, predict_split, score_matrix
 from xmlkernels.files import replacing
 from xmlkernels.predict.model import Predictor, checkpoint_identity
+from xmlkernels.predict.ranked import VECTORIZER
 from xmlkernels.ranker.features import Features
 from xmlkernels.training.folder import read_json, write_json
+from xmlkernels.training.ranker_config import RankerConfig
 
 log = logging.getLogger(__name__)
 
@@ -110,8 +112,27 @@ def read_features(folder: str, dataset: Dataset) -> dict[str, csr_matrix]:
     return found
 
 
+@dataclass
+class Words:
+    """TF-IDF that several rankers of one dataset have in common, computed with the first of them.
+
+    Attributes:
+        vectorizer: with the vocabulary of the training texts; None before there is one.
+        found: CSR float32 [N, V] of each split.
+        labels: CSR float32 [L, V] of the label texts; None before they are asked for.
+    """
+
+    vectorizer: Vectorizer | None = None
+    found: dict[str, csr_matrix] = field(default_factory=dict)
+    labels: csr_matrix | None = None
+
+
 def vectorize(
-    texts: dict[str, str], dataset: Dataset, settings: dict[str, Any], folder: Path
+    texts: dict[str, str],
+    dataset: Dataset,
+    settings: dict[str, Any],
+    folder: Path,
+    words: Words,
 ) -> tuple[dict[str, csr_matrix], str]:
     """Compute TF-IDF of the splits' texts.
 
@@ -120,6 +141,7 @@ def vectorize(
             dataset.
         settings: of the Vectorizer.
         folder: for the vocabulary of the training texts.
+        words: what a ranker of the same texts and settings left, or an empty one to be filled.
 
     Returns:
         The features by split, and the content hash of the vocabulary.
@@ -127,17 +149,35 @@ def vectorize(
     Raises:
         InputError: no texts, or not as many as the split has documents.
     """
-    vectorizer = Vectorizer(**settings)
-    found = {
-        "train": _rows(
-            vectorizer.fit(_texts(texts, dataset.splits["train"])), dataset.splits["train"], texts
-        )
-    }
-    for name, split in dataset.splits.items():
-        if name != "train":
-            found[name] = _rows(vectorizer.transform(_texts(texts, split)), split, texts)
-    vectorizer.save(folder)
-    return found, vectorizer.content_hash
+    if words.vectorizer is None:
+        vectorizer = Vectorizer(**settings)
+        train = dataset.splits["train"]
+        words.found["train"] = _rows(vectorizer.fit(_texts(texts, train)), train, texts)
+        for name, split in dataset.splits.items():
+            if name != "train":
+                found = vectorizer.transform(_texts(texts, split))
+                words.found[name] = _rows(found, split, texts)
+        words.vectorizer = vectorizer
+    words.vectorizer.save(folder)
+    return words.found, words.vectorizer.content_hash
+
+
+def training_part(
+    options: RankerConfig, dataset: Dataset, first: Documents, folder: Path, words: Words
+) -> TrainingPart:
+    """Return what the classifiers are trained on: the documents, and label texts where asked for.
+
+    Raises:
+        InputError: the dataset has no label texts, and they are asked for.
+    """
+    if not options.label_text:
+        return TrainingPart(first.features, first.split.labels)
+    names = label_texts(dataset)
+    if words.labels is None:
+        words.labels = Vectorizer.load(folder / VECTORIZER).transform(names)
+    own_features = Features.join(None, words.labels, tfidf_weight=options.tfidf_weight)
+    log.info(f"{len(names):,} label texts, each a document of its label")
+    return TrainingPart(first.features, first.split.labels).with_labels(own_features)
 
 
 def _texts(texts: dict[str, str], split: Split) -> Iterable[str]:

@@ -9,17 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.sparse
 
 from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.files import replacing
 from xmlkernels.locks import Tell, check_place, is_ours, own_folder
 from xmlkernels.parallel import most_threads, use_threads
-from xmlkernels.training.label_vectors import LabelEncoder, digest, read_features, read_vectors
+from xmlkernels.training.label_vectors import (
+    Found,
+    LabelEncoder,
+    SharedFeatures,
+    digest,
+    label_vectors,
+    read_features,
+)
 from xmlkernels.tree.cluster import Means, cluster
 from xmlkernels.tree.features import (
-    LabelFeatures,
     TextFeatures,
     TokenFeatures,
     fill_empty,
@@ -123,7 +128,11 @@ class TreeConfig:
 
 
 def build_tree(
-    options: TreeConfig, *, flag: str = "--output", wait: Tell | None = None
+    options: TreeConfig,
+    *,
+    flag: str = "--output",
+    wait: Tell | None = None,
+    shared: SharedFeatures | None = None,
 ) -> LabelTree:
     """Make a label tree, or open the one made before from the same inputs and settings.
 
@@ -132,6 +141,7 @@ def build_tree(
         flag: what names the output, for messages.
         wait: called with a sentence before waiting for another process that makes a tree there;
             None refuses instead.
+        shared: keeps the features for the next tree; None keeps nothing.
 
     Raises:
         InputError: a setting or file that cannot be used, something else at the output, or an
@@ -149,18 +159,28 @@ def build_tree(
             # Another process may have made it meanwhile.
             standing = _standing(options, settings["key"], flag)
             if standing is None:
-                return _make(options, dataset, encoder, settings)
+                return _make(options, dataset, encoder, settings, shared)
     log.info(f"{options.folder}: made from the same inputs before, used again")
     return standing
 
 
 def _make(
-    options: TreeConfig, dataset: Dataset, encoder: LabelEncoder | None, settings: dict[str, Any]
+    options: TreeConfig,
+    dataset: Dataset,
+    encoder: LabelEncoder | None,
+    settings: dict[str, Any],
+    shared: SharedFeatures | None,
 ) -> LabelTree:
     _set_threads(options.threads)
     clock = _Clock()
-    vectors = _label_vectors(options, dataset, encoder)
-    features, documents, labels = _features(options, dataset, vectors, clock)
+
+    def found() -> Found:
+        vectors = label_vectors(dataset, encoder, options.label_vectors)
+        return _features(options, dataset, vectors, clock)
+
+    if shared is None or options.graph:  # walks depend on the seed, and the features on them
+        shared = SharedFeatures()
+    features, documents, labels = shared.of(settings, found)
     if bare := int(features.empty.sum()):
         log.info(
             f"{bare:,} of {len(features):,} labels have no features; they get clusters of their own"
@@ -309,7 +329,7 @@ class _Clock:
 
 def _features(
     options: TreeConfig, dataset: Dataset, vectors: np.ndarray | None, clock: _Clock
-) -> tuple[LabelFeatures, scipy.sparse.csr_matrix | None, scipy.sparse.csr_matrix | None]:
+) -> Found:
     """Compute label features, and for the report features and labels of documents.
 
     Those are the validation split's, or the training split's where there is none.
@@ -354,23 +374,6 @@ def _features(
         centroids = smooth(graph, centroids, options.keep)
         clock.told("smoothing")
     return label_features(centroids, vectors, in_place=True), documents, checked.labels
-
-
-def _label_vectors(
-    options: TreeConfig, dataset: Dataset, encoder: LabelEncoder | None
-) -> np.ndarray | None:
-    if encoder is not None:
-        if dataset.label_names is None:
-            raise InputError(
-                "--label-text",
-                "a dataset with label names",
-                "none",
-                "prepare it with --label-text or --label-names",
-            )
-        return encoder.embed(dataset.label_names)
-    return (
-        read_vectors(options.label_vectors, dataset.num_labels) if options.label_vectors else None
-    )
 
 
 def _write(options: TreeConfig, tree: LabelTree, facts: dict[str, Any]) -> None:
