@@ -1,19 +1,25 @@
 """What a checkpoint holds comes back: tensors, exact JSON, generators, optimizer states."""
 
+import gc
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from checkpoint_groups import same
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from xmlkernels.checkpoint import (
     load,
     save,
+    writing,
 )
+from xmlkernels.checkpoint.on_disk import TensorRows
 from xmlkernels.errors import InputError
 
 
@@ -51,6 +57,42 @@ def test_tensors_come_back_bit_for_bit(tmp_path: Path) -> None:
     found["fp32"].zero_()  # training on what was loaded must not reach into the file
     again, _ = load(tmp_path / "c")
     assert torch.equal(again["fp32"], base)
+
+
+@pytest.mark.parametrize("spaces", [0, 3])
+def test_whole_tensors_are_those_that_the_library_reads(tmp_path: Path, spaces: int) -> None:
+    """Of every format, also where values are not aligned."""
+    tensors = {str(kind): torch.randn(9, 3).to(kind) for kind in writing.KINDS}
+    tensors |= {"é": torch.tensor(3), "none": torch.empty(0, 4), "bytes": torch.ones(1).bool()}
+    path = tmp_path / "theirs"
+    save_file(tensors, path)
+    content = path.read_bytes()
+    header = content[8:][: int.from_bytes(content[:8], "little")] + b" " * spaces
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[-values(tensors) :])
+    expected, own = load_file(path), TensorRows(path, "t")
+    assert expected.keys() == tensors.keys()
+    for name, tensor in expected.items():
+        found = own.whole(name)
+        assert same(found, tensor), name
+        assert found.untyped_storage().nbytes() == found.numel() * found.itemsize, name
+
+
+def values(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+
+
+def test_loading_leaves_nothing_behind(tmp_path: Path) -> None:
+    """For torch, safetensors 0.8 leaves two numbers for each tensor that it gives."""
+    tensors = {f"t{number}": torch.zeros(300) for number in range(100)}
+    save(tmp_path / "c", tensors, {})
+
+    def held() -> int:
+        load(tmp_path / "c")
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    before = [held() for _ in range(3)][-1]
+    assert max(held() for _ in range(3)) - before < 100
 
 
 def test_state_is_exact_and_strict_json(tmp_path: Path) -> None:

@@ -133,7 +133,8 @@ def _read_whole(
     tensors: dict[str, torch.Tensor] = {}
     sums: dict[str, str] = {}  # of those that were read in parts
     try:
-        with safe_open(found / TENSORS, framework="pt") as file:
+        # For its checks alone; see on_disk.py.
+        with safe_open(found / TENSORS, framework="numpy") as file:
             own = TensorRows(found / TENSORS, where)
             metadata = file.metadata() or {}
             names = set(file.keys())
@@ -150,7 +151,7 @@ def _read_whole(
                     part, sums[name] = rows_of_whole(held, rows.get(name), shape, behind=behind)
                     tensors[name] = part
                     continue
-                tensors[name] = file.get_tensor(name)
+                tensors[name] = own.whole(name)
     except FileNotFoundError as error:
         raise InputError(where, "the tensors of the checkpoint", "no such file", MEND) from error
     except (
@@ -159,8 +160,7 @@ def _read_whole(
         RuntimeError,
     ) as error:  # torch, mapping the values, raises RuntimeError
         raise InputError(where, "a whole safetensors file", str(error), MEND) from error
-    # safetensors opens the file by name twice, for the header and for the values, and may meet two
-    # files.
+    # The file is opened by name more than once, for its header and its values: these may be two.
     if metadata.get("identity") != head["identity"] or stat(found / TENSORS) != before:
         raise InputError(
             where, f"tensors that belong to {STATE}", "those of another checkpoint", MEND

@@ -1,7 +1,10 @@
-"""Tensors of a safetensors file, read by ranges of rows past the cache of files.
+"""Tensors of a safetensors file: by ranges of rows past the cache of files, or whole by mapping it.
 
 The library's own slices map the file: each page that was read then counts as this process's memory,
 until the system takes it back. Of a table of 13 GB that is 13 GB.
+
+Whole tensors are mapped as the library maps them, but not by it: for torch, safetensors 0.8 leaves
+64 bytes behind for each tensor that it gives, so that a process that loads for weeks would grow.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ class _Tensor(TypedDict):
 class TensorRows:
     """A safetensors file whose header was compared with its checksum, or by safetensors itself.
 
+    That is: its tensors lie one behind the other, and end where the file does.
+
     Args:
         path: of the file, which may be replaced as soon as `open` has been called for a tensor.
         where: it is, for messages.
@@ -36,6 +41,7 @@ class TensorRows:
 
     def __init__(self, path: Path, where: str) -> None:
         self._path, self._where = path, where
+        self._mapped: torch.Tensor | None = None
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             self._first = 8 + length
@@ -48,6 +54,30 @@ class TensorRows:
             InputError: the file has none of that name.
             OSError: it cannot be opened.
         """
+        shape, dtype, begin = self._place(name)
+        return FileRows(self._path, shape, dtype, offset=begin)
+
+    def whole(self, name: str) -> torch.Tensor:
+        """Map a tensor of the file, which must not be cut short meanwhile.
+
+        It may be written to, and the file then stays as it is.
+
+        Raises:
+            InputError: the file has none of that name.
+            RuntimeError: it cannot be mapped, says torch.
+        """
+        shape, dtype, begin = self._place(name)
+        if self._mapped is None:
+            size = self._path.stat().st_size
+            kind = torch.uint8
+            self._mapped = torch.from_file(str(self._path), shared=False, size=size, dtype=kind)
+        # A storage of its own for each: of any alignment, and its memory is not the whole file's.
+        end = begin + shape.numel() * dtype.itemsize
+        values = self._mapped.untyped_storage()[begin:end]
+        return torch.empty(0, dtype=dtype).set_(values).view(shape)
+
+    def _place(self, name: str) -> tuple[torch.Size, torch.dtype, int]:
+        """Return a tensor's shape, its number format, and the bytes of the file before it."""
         found = self._header.get(name) if isinstance(self._header, dict) else None
         if found is None:
             raise InputError(self._where, f"a tensor {name}", "none", _MEND)
@@ -60,4 +90,4 @@ class TensorRows:
         if end - begin != shape.numel() * dtype.itemsize:
             expected = f"{shape.numel() * dtype.itemsize:,} bytes"
             raise InputError(where, expected, f"{end - begin:,}", _MEND)
-        return FileRows(self._path, shape, dtype, offset=self._first + begin)
+        return shape, dtype, self._first + begin
