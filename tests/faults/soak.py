@@ -1,11 +1,16 @@
-"""Train, evaluate, save and predict in one process, again and again: it must not grow.
+"""Train, evaluate, save, load and predict in one process, again and again: it must not grow.
 
     python tests/faults/soak.py --minutes 30 [--growth 1] [--folder FOLDER]
 
-Each turn does so for both models and both encoders, half of it in runs that are resumed. After each
-turn the process's memory (RSS), open files and threads are counted. The first fifth of the time is
-for warming up. Prints a line of JSON per tenth of the time and one of all; exits with 1 if the
-memory has grown by more than `growth` percent, or if open files or threads were not constant.
+Each turn trains both models with both encoders, half of them in runs that are resumed and half with
+the label table in a file, and a ranker. It loads what was trained and answers texts that nobody has
+seen before, by the new models and by those of the first turn, which stay as a server's do. It is
+refused a damaged run, too.
+
+After each turn the process's memory (RSS, with the pages of files and without), open files and
+threads are counted. The first fifth of the time is for warming up. Prints a line of JSON per tenth
+of the time and one of all; exits with 1 if the memory has grown by more than `growth` percent, or
+if open files or threads were not constant.
 """
 
 from __future__ import annotations
@@ -28,22 +33,30 @@ from typing import Any
 if __name__ == "__main__":
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import numpy as np
+from ranker_runs import options as ranker_options
 from train_runs import cascade, make_dataset, make_tree, tiny
 
-from xmlkernels.predict.model import Predictor
-from xmlkernels.training.loop import train
+import xmlkernels as xk
 
+CONSTANT = ("files", "threads")
 LEAST = 10  # turns, however short the time
 WARM = 0.2  # of the time
-TEXTS = ["w0 w1 w2", "w30 w31", "", "w7 w8 w9 w50 w51"] * 8
+KINDS = [(model, encoder) for model in ("end", "cascade") for encoder in ("bow", "transformer")]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the process holds after a turn; `mb` is its resident memory, 10⁶ bytes."""
+    """What the process holds after a turn.
+
+    Attributes:
+        mb: its resident memory, 10⁶ bytes.
+        own_mb: of these, without pages of files, which the system takes and gives back as it likes.
+    """
 
     seconds: float
     mb: float
+    own_mb: float
     files: int
     threads: int
 
@@ -51,64 +64,123 @@ class Sample:
 def sample(begin: float) -> Sample:
     """Count what this process holds now."""
     gc.collect()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    told = Path("/proc/self/statm").read_text().split()
+    held, of_files = (int(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6 for pages in told[1:3])
     # Listing them opens one more.
     files = len(os.listdir("/proc/self/fd")) - 1
     threads = len(os.listdir("/proc/self/task"))
-    return Sample(
-        time.monotonic() - begin, pages * os.sysconf("SC_PAGE_SIZE") / 1e6, files, threads
-    )
+    return Sample(time.monotonic() - begin, held, held - of_files, files, threads)
 
 
-def turn(dataset: Path, tree: Path, folder: Path) -> None:
-    """Train, evaluate, save and predict with each model and encoder."""
-    for number, (model, encoder) in enumerate(
-        (model, encoder) for model in ("end", "cascade") for encoder in ("bow", "transformer")
-    ):
-        output = folder / f"run-{number}"
+class Work:
+    """What a turn does; the predictors of the first turn stay, and answer in every other one.
+
+    Args:
+        folder: an empty one, for data and runs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.dataset = make_dataset(folder / "raw", keep_texts=True)
+        self.tree = make_tree(self.dataset, folder / "tree.safetensors")
+        self.folder, self.turns, self.random = folder, 0, np.random.default_rng(0)
+        self.staying: list[Any] = []
+
+    def turn(self) -> None:
+        """Train, evaluate, save, load and predict with each model and encoder, and a ranker."""
+        made = []
+        for number in range(len(KINDS)):
+            output = self.train(number)
+            # Half of those whose table was in memory are read from the file, and the other way.
+            store = ("ram", "file")[self.turns // 2 % 2]
+            made.append(xk.Predictor.load(output, threads=1, table_store=store))
+        output = self.folder / "ranker"
+        xk.train_ranker(ranker_options(self.dataset, output, checkpoint=str(self.at(0))))
+        made.append(xk.RankedPredictor.load(output, self.at(0), threads=1))
+        for predictor in made + self.staying:
+            self.ask(predictor)
+        self.refused()
+        self.staying = self.staying or made
+        for folder in (output, *map(self.at, range(len(KINDS)))):
+            shutil.rmtree(folder)
+        self.turns += 1
+
+    def at(self, number: int) -> Path:
+        """Return the folder of a run."""
+        return self.folder / f"run-{number}"
+
+    def train(self, number: int) -> Path:
+        """Train a run of the kind of that number, and return its folder."""
+        model, encoder = KINDS[number]
+        output = self.at(number)
         more: dict[str, Any] = {"epochs": 1, "save_every": 4, "device": "cpu", "table": "bf16"}
+        if (self.turns + number // 2) % 2:
+            more["table_store"] = f"file:{self.folder / 'table'}"
         if encoder == "bow":
             more |= {"encoder": "bow", "min_df": 1}
         if model == "cascade":
             layers = {"layers": ()} if encoder == "bow" else {}
-            config = cascade(dataset, output, tree, **more | layers)
+            config = cascade(self.dataset, output, self.tree, **more | layers)
         else:
-            config = tiny(dataset, output, **more)
-        train(config)
+            config = tiny(self.dataset, output, **more)
+        xk.train(config)
         if number % 2:
             shutil.rmtree(output / "checkpoint" / "last")  # go on from the one before
             (output / "metrics.json").unlink()
-            train(replace(config, resume=True))
-        predictor = Predictor.load(output, threads=1)
-        assert len(list(predictor.predict(TEXTS, 5))) == len(TEXTS)
-        shutil.rmtree(output)
+            xk.train(replace(config, resume=True))
+        return output
+
+    def ask(self, predictor: Any) -> None:
+        """Have some texts answered together, and some one by one."""
+        texts = self.texts(32)
+        k, batch = int(self.random.integers(1, 9)), int(self.random.integers(1, 33))
+        assert len(list(predictor.predict(texts, k, batch_size=batch))) == len(texts)
+        for text in texts[:4]:
+            [found] = predictor.predict([text], k, batch_size=1, window=1, prefetch=0)
+            assert len(found) <= k
+
+    def texts(self, count: int) -> list[str]:
+        """Draw texts of words that the models know and of words that nobody has seen before."""
+        new = self.random.integers(1 << 40, size=(count, 4))
+        known = self.random.integers(90, size=(count, 12))
+        long = self.random.integers(13, size=count)
+        return [
+            " ".join([f"w{word}" for word in line[:length]] + [f"{word:x}" for word in words])
+            for line, length, words in zip(known, long, new, strict=True)
+        ]
+
+    def refused(self) -> None:
+        """Load a run without a whole checkpoint."""
+        folder = self.at(0) / "checkpoint"
+        for path in folder.glob("*/tensors.safetensors"):
+            os.truncate(path, path.stat().st_size - 1)
+        with suppress(xk.InputError):
+            xk.Predictor.load(folder)
+            raise AssertionError("a damaged run was loaded")
 
 
 def figures(samples: Sequence[Sample]) -> dict[str, Any]:
     """Return what became of memory, files and threads after the warm-up."""
     end = samples[-1].seconds
-    # At least as many turns as there are kinds of work, whose first uses take memory.
-    warm = [one for one in samples[2:] if one.seconds >= WARM * end]
+    # At least as many turns as there are kinds of them, whose first uses take memory.
+    warm = [one for one in samples[4:] if one.seconds >= WARM * end]
     tenth = max(len(warm) // 10, 2)
-    first, last = (median(one.mb for one in part) for part in (warm[:tenth], warm[-tenth:]))
-    return {
-        "turns": len(samples),
-        "seconds": round(end),
-        "mb_after_warm_up": round(first, 1),
-        "mb_at_the_end": round(last, 1),
-        "growth_percent": round(100 * (last / first - 1), 2),
-        "files": sorted({one.files for one in warm}),
-        "threads": sorted({one.threads for one in warm}),
-    }
+    found: dict[str, Any] = {"turns": len(samples), "seconds": round(end)}
+    for name in ("mb", "own_mb"):
+        parts = (warm[:tenth], warm[-tenth:])
+        first, last = (median(getattr(one, name) for one in part) for part in parts)
+        found |= {f"{name}_after_warm_up": round(first, 1), f"{name}_at_the_end": round(last, 1)}
+        found[f"{name}_growth_percent"] = round(100 * (last / first - 1), 2)
+    for name in CONSTANT:
+        found[name] = sorted({getattr(one, name) for one in warm})
+    return found
 
 
 def faults(found: dict[str, Any], growth: float) -> list[str]:
     """Return what is wrong with these figures."""
-    told = []
-    if found["growth_percent"] > growth:
-        told.append(f"memory grew by {found['growth_percent']} %")
-    constant = ("files", "threads")
-    return told + [f"{what} were not constant" for what in constant if len(found[what]) > 1]
+    names = {"mb": "memory", "own_mb": "memory without files"}
+    grown = {told: found[f"{name}_growth_percent"] for name, told in names.items()}
+    told = [f"{name} grew by {percent} %" for name, percent in grown.items() if percent > growth]
+    return told + [f"{what} were not constant" for what in CONSTANT if len(found[what]) > 1]
 
 
 def main() -> int:
@@ -120,12 +192,11 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="a new one, which is kept")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="soak-"))
-    dataset = make_dataset(folder / "raw", keep_texts=True)
-    tree = make_tree(dataset, folder / "tree.safetensors")
+    work = Work(folder)
     begin, samples, told = time.monotonic(), [], 0
     while len(samples) < LEAST or samples[-1].seconds < 60 * options.minutes:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            turn(dataset, tree, folder)
+            work.turn()
         samples.append(sample(begin))
         if samples[-1].seconds >= 6 * options.minutes * (told + 1):
             told = int(samples[-1].seconds / (6 * options.minutes))
