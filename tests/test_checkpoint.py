@@ -20,7 +20,10 @@ from xmlkernels.checkpoint import (
     writing,
 )
 from xmlkernels.checkpoint.on_disk import TensorRows
+from xmlkernels.checkpoint.shards import rows_of_whole
+from xmlkernels.checksums import checksum
 from xmlkernels.errors import InputError
+from xmlkernels.rows import FileRows
 
 
 def test_tensors_come_back_bit_for_bit(tmp_path: Path) -> None:
@@ -79,6 +82,17 @@ def test_whole_tensors_are_those_that_the_library_reads(tmp_path: Path, spaces: 
 
 def values(tensors: dict[str, torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+
+
+def test_rows_of_no_bytes_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a damaged header says that they are so many that one after another would hang."""
+    (tmp_path / "t").touch()
+    held, read = FileRows(tmp_path / "t", (2**34, 2, 0), torch.float32), []
+    monkeypatch.setattr(held, "read", lambda start, out: read.append((start, out.shape)))
+    for behind in (True, False):
+        found, summed = rows_of_whole(held, None, [2**34, 2, 0], behind=behind)
+        assert found.shape == (2**34, 2, 0) and summed == checksum(b"")
+    assert read == [(0, (2**34, 2, 0))] * 2
 
 
 def test_loading_leaves_nothing_behind(tmp_path: Path) -> None:

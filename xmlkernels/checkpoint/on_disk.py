@@ -9,6 +9,7 @@ Whole tensors are mapped as the library maps them, but not by it: for torch, saf
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TypedDict
 
@@ -54,7 +55,7 @@ class TensorRows:
             InputError: the file has none of that name.
             OSError: it cannot be opened.
         """
-        shape, dtype, begin = self._place(name)
+        shape, dtype, begin, _ = self._place(name)
         return FileRows(self._path, shape, dtype, offset=begin)
 
     def whole(self, name: str) -> torch.Tensor:
@@ -66,18 +67,17 @@ class TensorRows:
             InputError: the file has none of that name.
             RuntimeError: it cannot be mapped, says torch.
         """
-        shape, dtype, begin = self._place(name)
+        shape, dtype, begin, end = self._place(name)
         if self._mapped is None:
             size = self._path.stat().st_size
             kind = torch.uint8
             self._mapped = torch.from_file(str(self._path), shared=False, size=size, dtype=kind)
         # A storage of its own for each: of any alignment, and its memory is not the whole file's.
-        end = begin + shape.numel() * dtype.itemsize
         values = self._mapped.untyped_storage()[begin:end]
         return torch.empty(0, dtype=dtype).set_(values).view(shape)
 
-    def _place(self, name: str) -> tuple[torch.Size, torch.dtype, int]:
-        """Return a tensor's shape, its number format, and the bytes of the file before it."""
+    def _place(self, name: str) -> tuple[torch.Size, torch.dtype, int, int]:
+        """Return a tensor's shape, its number format, and where in the file it begins and ends."""
         found = self._header.get(name) if isinstance(self._header, dict) else None
         if found is None:
             raise InputError(self._where, f"a tensor {name}", "none", _MEND)
@@ -86,8 +86,8 @@ class TensorRows:
         if told["dtype"] not in _DTYPES:
             raise InputError(where, "a format that torch knows", told["dtype"], _MEND)
         begin, end = told["data_offsets"]
-        shape, dtype = torch.Size(told["shape"]), _DTYPES[told["dtype"]]
-        if end - begin != shape.numel() * dtype.itemsize:
-            expected = f"{shape.numel() * dtype.itemsize:,} bytes"
-            raise InputError(where, expected, f"{end - begin:,}", _MEND)
-        return shape, dtype, self._first + begin
+        dtype = _DTYPES[told["dtype"]]
+        # torch's own count of values overflows.
+        if end - begin != (size := math.prod(told["shape"]) * dtype.itemsize):
+            raise InputError(where, f"{size:,} bytes", f"{end - begin:,}", _MEND)
+        return torch.Size(told["shape"]), dtype, self._first + begin, self._first + end

@@ -249,7 +249,8 @@ def rows_of_whole(
     count, digest = shape[0], new_digest()
     first, end = (0, count) if rows is None else (rows.first, rows.end)
     out = torch.empty((0 if behind else end - first, *shape[1:]), dtype=held.dtype)
-    step = block_rows(row_bytes(held))
+    # Rows of no bytes may be as many as a damaged header says: there is nothing to read.
+    step = block_rows(row_bytes(held)) if row_bytes(held) else max(1, count)
     for start, block in zip(range(0, count, step), row_blocks(held, step), strict=True):
         digest.update(block.flatten().view(torch.uint8).numpy())
         if not behind and start < end and first < start + len(block):
