@@ -86,6 +86,40 @@ inline xk::Clusters clusters_of(Arguments& args, const Tensor& clusters, const T
   return c;
 }
 
+// Clusters whose nodes are candidates: there is no table, but places have 30 bits.
+inline xk::Clusters selected_of(Arguments& args, const Tensor& clusters, const Tensor& row_ptr,
+                                int64_t most, int64_t batch, int64_t k, int64_t width) {
+  constexpr int64_t kMostPlaces = int64_t(1) << 30;
+  const xk::Clusters c =
+      clusters_of(args, clusters, row_ptr, most, batch, std::numeric_limits<int64_t>::max());
+  if (c.most > kMostPlaces || (c.most && c.per_sample > kMostPlaces / c.most))
+    args.refuse("clusters", "at most 2^30 candidates of a sample",
+                text(c.per_sample, " clusters of ", c.most), "keep fewer clusters");
+  for (const auto& [name, value] : {std::pair{"k", k}, std::pair{"width", width}})
+    if (value < 0)
+      args.refuse(name, "0 or more", text(value), "pass the number of nodes to keep");
+  return c;
+}
+
+// Samples index a buffer.
+inline void check_samples(const xk::ShortlistSelect& a, const Arguments& args) {
+  for (int64_t i = 0; i < a.count; ++i)
+    if (a.sample[i] < 0 || a.sample[i] >= a.samples)
+      args.refuse("sample", text("samples from 0 to ", a.samples - 1),
+                  text(a.sample[i], " at ", i), "number samples within the batch");
+}
+
+// Places are those of clusters, which are addresses.
+inline void check_keys(const xk::ShortlistMerge& a, const Arguments& args) {
+  constexpr int64_t kPlaces = (int64_t(1) << 30) - 1;
+  const int64_t places = a.clusters.per_sample * a.clusters.most;
+  for (int64_t i = 0; i < a.samples * a.count; ++i)
+    if (a.keys[i] >= 0 && kPlaces - (a.keys[i] & kPlaces) >= places)
+      args.refuse("keys", text("places below ", places, ", K times most"),
+                  text(a.keys[i], " at ", i),
+                  "pass what shortlist_select gave for parts of these clusters");
+}
+
 // A row that stood twice would be two threads' at once, and after fill none is looked for.
 inline void check_rows(const xk::SparseUpdate& a, const Arguments& args) {
   for (int64_t i = 0; i < a.count; ++i) {

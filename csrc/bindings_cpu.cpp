@@ -214,6 +214,54 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> shortlist_backward(Tensor dlogits, Te
   return {dx, rows, grad, dbias};
 }
 
+Tensor shortlist_select(Tensor scores, Tensor clusters, Tensor row_ptr, int64_t k, int64_t width,
+                        Maybe node, Maybe sample, Maybe first) {
+  Arguments args("shortlist_select", scores, "scores");
+  xk::ShortlistSelect a{};
+  a.scores = args.read<float>(scores, "scores", {-1, -1, -1});
+  a.samples = scores.size(0);
+  a.clusters = selected_of(args, clusters, row_ptr, scores.size(2), a.samples, k, width);
+  args.read<float>(scores, "scores", {a.samples, a.clusters.per_sample, -1});
+  args.expect(node.has_value() == sample.has_value(), "sample", "one beside node",
+              sample ? "a tensor without node" : "None", "pass both or none");
+  if (node) {
+    a.node = args.read<int64_t>(node, "node", {-1});
+    a.count = node->numel();
+    a.sample = args.read<int32_t>(sample, "sample", {a.count});
+    check_samples(a, args);
+  }
+  a.first = args.read<int64_t>(first, "first", {a.samples, a.clusters.per_sample});
+  a.k = k;
+  a.width = width;
+  Tensor keys = args.result({a.samples, width}, ScalarType::Long);
+  a.keys = static_cast<int64_t*>(keys.mutable_data_ptr());
+  run(args, &xk::shortlist_select, a);
+  return keys;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> shortlist_merge(Tensor keys, Tensor clusters,
+                                                           Tensor row_ptr, int64_t most, int64_t k,
+                                                           int64_t width) {
+  Arguments args("shortlist_merge", keys, "keys");
+  xk::ShortlistMerge a{};
+  a.keys = args.read<int64_t>(keys, "keys", {-1, -1});
+  a.samples = keys.size(0);
+  a.count = keys.size(1);
+  a.clusters = selected_of(args, clusters, row_ptr, most, a.samples, k, width);
+  check_keys(a, args);
+  a.k = k;
+  a.width = width;
+  const auto list = [&](ScalarType dtype) { return args.result({a.samples, width}, dtype); };
+  Tensor nodes = list(ScalarType::Long), places = list(ScalarType::Long),
+         scores = list(ScalarType::Float), forced = args.result({1}, ScalarType::Long);
+  a.nodes = static_cast<int64_t*>(nodes.mutable_data_ptr());
+  a.places = static_cast<int64_t*>(places.mutable_data_ptr());
+  a.scores = static_cast<float*>(scores.mutable_data_ptr());
+  a.forced = static_cast<int64_t*>(forced.mutable_data_ptr());
+  run(args, &xk::shortlist_merge, a);
+  return {nodes, places, scores, forced};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(xmlkernels, CPU, m) {
@@ -229,4 +277,6 @@ STABLE_TORCH_LIBRARY_IMPL(xmlkernels, CPU, m) {
   m.impl("bag_step_", TORCH_BOX(&bag_step_<&run_bag_step>));
   m.impl("shortlist_matmul", TORCH_BOX(&shortlist_matmul));
   m.impl("shortlist_backward", TORCH_BOX(&shortlist_backward));
+  m.impl("shortlist_select", TORCH_BOX(&shortlist_select));
+  m.impl("shortlist_merge", TORCH_BOX(&shortlist_merge));
 }

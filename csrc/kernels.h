@@ -217,6 +217,31 @@ struct ShortlistBackward {
   float* dbias;     // [U] or null
 };
 
+// The candidates of a sample are the nodes of its clusters. A key holds one: whether it is forced,
+// its score, and its place among all of the level.
+struct ShortlistSelect {
+  const float* scores;  // [B, K, M]
+  Clusters clusters;
+  int64_t samples;        // B
+  const int64_t* node;    // [P] positives, forced where they are candidates
+  const int32_t* sample;  // [P]
+  int64_t count;          // P
+  const int64_t* first;   // [B, K] place of each cluster's first node, or null: slot * M
+  int64_t k, width;       // k are kept, or all that are forced, up to width
+  int64_t* keys;          // [B, width] of what is kept, in the order of places; -1 pads
+};
+
+struct ShortlistMerge {
+  const int64_t* keys;  // [B, count] of shortlist_select, -1 pads anywhere
+  int64_t samples, count;
+  Clusters clusters;  // of the whole level; places lie within K * M
+  int64_t k, width;
+  int64_t* nodes;   // [B, width] ascending, -1 pads
+  int64_t* places;  // [B, width], 0 for pads
+  float* scores;    // [B, width], -inf for pads
+  int64_t* forced;  // [1] how many there are
+};
+
 // Each chooses the best instruction set of this processor. Throws std::bad_alloc before anything is
 // written.
 #define XK_DECLARE(ns, kernel, Args) void kernel(const Args& args, const Host& host);

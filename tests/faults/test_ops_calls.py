@@ -54,7 +54,7 @@ def calls(kind: str, first: int, count: int, folder: Path, **variables: str) -> 
     [
         pytest.param("public", 300, {}, id="public"),
         pytest.param("direct", 300, {}, id="direct", marks=native),
-        pytest.param("direct", 120, {"XMLKERNELS_NATIVE": "0"}, id="reference"),
+        pytest.param("direct", 160, {"XMLKERNELS_NATIVE": "0"}, id="reference"),
     ],
 )
 def test_spoiled_calls_end_well(

@@ -8,7 +8,7 @@ import torch
 
 from common import DTYPES, Step, fp8_step, make_hyper, random_step, to_fp8
 from common_cluster import random_cluster_step
-from shortlists import make
+from shortlists import make, make_choice
 from sparse_common import RULES, random_bags, random_rows
 
 Call = dict[str, Any]
@@ -153,6 +153,29 @@ def shortlist_backward(r: random.Random) -> Call:
     return given | {f"need_{k}": r.random() < 0.7 for k in ("dx", "dweight", "dbias")}
 
 
+def select(r: random.Random) -> Call:
+    shape = (
+        r.choice([0, 1, 5, 17]),
+        r.choice([1, 4, 40]),
+        r.choice([0, 1, 7]),
+        5,
+        r.choice([3, 9]),
+    )
+    kind = r.choice(["random", "ties", "special", "same"])
+    call = make_choice(shape, kind, positives=r.choice([0, 3]), seed=r.randrange(99))
+    if r.random() < 0.3:
+        call |= {"node": None, "sample": None}
+    first = torch.randint(0, 2**29, call["clusters"].shape) if r.random() < 0.3 else None
+    return call | {"first": first}
+
+
+def merge(r: random.Random) -> Call:
+    call = select(r) | {"first": None}
+    keys = torch.ops.xmlkernels.shortlist_select(**call)
+    given = {name: call[name] for name in ("clusters", "row_ptr", "k", "width")}
+    return given | {"keys": keys, "most": call["scores"].shape[2]}
+
+
 def row_options(r: random.Random, rule: str, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "state": r.choice(DTYPES),
@@ -200,6 +223,8 @@ PUBLIC: dict[str, Callable[[random.Random], Call]] = {
     "rescale_rows_": rescale,
     "shortlist_matmul": shortlist,
     "shortlist_backward": shortlist_backward,
+    "shortlist_select": select,
+    "shortlist_merge": merge,
     "sparse_sgd_": sparse("sgd"),
     "sparse_adagrad_": sparse("adagrad"),
     "sparse_adam_": sparse("adam"),

@@ -142,3 +142,44 @@ def exact_results(
                 places = [int((w * torch.arange(1, len(w) + 1)).sum()) for w in words]
                 out[f"{dtype} {shape} {shared}"] = [[int(w.sum()) for w in words], places]
     return out
+
+
+def make_choice(
+    shape: tuple[int, ...], kind: str = "random", *, positives: int = 0, seed: int = 0
+) -> dict[str, Any]:
+    """A call of `shortlist_select`: B samples, clusters of up to M nodes, K of them, k and width.
+
+    Args:
+        shape: B, M, K, k, width.
+        kind: of the scores: "random", with many "ties", with "special" numbers, or all the "same".
+        positives: of a sample, some of them no candidates; a row has from none to three times it.
+        seed: of all numbers.
+    """
+    b, most, slots, k, width = shape
+    g = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(0, most + 1, (slots + 3,), generator=g)
+    sizes[0] = most
+    row_ptr = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+    clusters = torch.full((b, slots), -1)
+    for row in clusters:
+        few = int(torch.randint(0, slots + 1, (), generator=g))
+        row[:few] = torch.randperm(len(sizes), generator=g)[:few].sort().values
+    scores = torch.randn(b, slots, most, generator=g)
+    if kind == "ties":
+        scores = scores.round()
+    elif kind == "same":
+        scores = torch.zeros_like(scores)
+    elif kind == "special":
+        some = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1e-45, -1e-45, 3e38, -3e38]
+        scores = torch.tensor(some)[torch.randint(len(some), scores.shape, generator=g)]
+    real = torch.arange(most) < torch.nn.functional.pad(row_ptr.diff(), (0, 1))[clusters][..., None]
+    pairs = {
+        (int(torch.randint(int(row_ptr[-1]) + 2, (), generator=g)), sample)
+        for sample in range(b)
+        for _ in range(positives * (sample % 4))
+    }
+    node = torch.tensor([n for n, _ in sorted(pairs)], dtype=torch.int64)
+    sample = torch.tensor([s for _, s in sorted(pairs)], dtype=torch.int32)
+    call = {"scores": torch.where(real, scores, torch.nan), "clusters": clusters}
+    call |= {"row_ptr": row_ptr, "k": k, "width": width}
+    return call | {"node": node, "sample": sample}

@@ -38,7 +38,7 @@ def good(op: str, *needed: str, dtype: torch.dtype | None = None) -> Call:
     """A good call with rows, the optional arguments `needed`, and a table of `dtype`."""
     for seed in range(3000):
         call = DIRECT[op](random.Random(seed))
-        table = call.get("weight", call.get("param"))
+        table = next(call[name] for name in ("weight", "param", "scores", "keys") if name in call)
         there = all(isinstance(call.get(name), Tensor) and call[name].numel() for name in needed)
         if there and len(table) > 3 and dtype in (None, table.dtype):
             return call

@@ -16,7 +16,7 @@ from torch import Tensor
 from common import bits, fp8_step, make_hyper, random_step, to_fp8
 from common_calls import DIRECT, written
 from common_cluster import random_cluster_step
-from shortlists import make
+from shortlists import make, make_choice
 from skips import clear_step
 from sparse_common import random_bags, random_rows
 from xmlkernels import ops
@@ -74,6 +74,12 @@ def bags() -> Call:
     return {"weight" if k == "param" else k: v for k, v in made.tensors.items()} | made.options
 
 
+def merging() -> Call:
+    call = make_choice((33, 8, 40, 30, 45), positives=3)
+    given = {name: call[name] for name in ("clusters", "row_ptr", "k", "width")}
+    return given | {"keys": ops.shortlist_select(**call), "most": 8}
+
+
 def rescale() -> Call:
     weight, row_scale = to_fp8(torch.randn(700, 72))
     row_scale[:, 1] *= 40  # so that every row asks for another scale
@@ -101,6 +107,8 @@ PROBLEMS: dict[tuple[str, str], Callable[[], Call]] = {
     ("shortlist_backward", "dx"): lambda: lists(
         "dlogits", need_dx=True, need_dweight=False, need_dbias=False
     ),
+    ("shortlist_select", "fp32"): lambda: make_choice((33, 8, 40, 30, 45), positives=3),
+    ("shortlist_merge", "fp32"): merging,
     ("rescale_rows_", "e4m3"): rescale,
     ("sparse_sgd_", "sgd"): lambda: rows("sgd"),
     ("sparse_adagrad_", "adagrad"): lambda: rows("adagrad"),

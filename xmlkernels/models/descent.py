@@ -105,7 +105,7 @@ def descend(
             width = k if forced is None else k + bound
             more: dict[str, Any] = {"width": width, "positives": forced, "whole": whole}
             chosen = select(logits, clusters, row_ptr, k, **more)
-            kept, kept_logits = chosen.nodes, chosen.scores()
+            kept, kept_logits = chosen.nodes, chosen.scores
             parent = chosen.place // tree.most[r]
         own_level = above, clusters, row_ptr, most, node, real, logits
         yield Descent(*own_level, kept, parent, kept_logits, counts, slot)

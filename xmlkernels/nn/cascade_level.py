@@ -247,7 +247,7 @@ class CascadeLevel(Table):
         x, clusters, *_ = held
         finite = torch.isfinite(self.operand(x)).all()
         zero = torch.where(finite, 0.0, torch.nan)
-        scores = torch.where(finite, -torch.inf, torch.nan).expand(*clusters.shape, most)
+        scores = torch.where(finite, -torch.inf, torch.nan).repeat(*clusters.shape, most)
         return zero.repeat(*x.shape), scores, zero.repeat(int(need_loss))
 
     def own(self, row_ptr: Tensor) -> OwnClusters:

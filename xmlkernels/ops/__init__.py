@@ -13,6 +13,7 @@ from xmlkernels.ops.hyper import Hyper
 from xmlkernels.ops.matmul_topk import matmul_topk
 from xmlkernels.ops.rescale_rows import rescale_rows_
 from xmlkernels.ops.shortlist_matmul import shortlist_backward, shortlist_matmul
+from xmlkernels.ops.shortlist_select import shortlist_merge, shortlist_select
 from xmlkernels.ops.sparse_update import sparse_adagrad_, sparse_adam_, sparse_sgd_
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "rescale_rows_",
     "shortlist_backward",
     "shortlist_matmul",
+    "shortlist_merge",
+    "shortlist_select",
     "sparse_adagrad_",
     "sparse_adam_",
     "sparse_sgd_",

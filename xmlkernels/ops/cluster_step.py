@@ -14,10 +14,8 @@ from xmlkernels.ops.checks import (
     check_states,
     check_steering,
     check_table,
-    check_tensor,
-    describe,
-    expect,
 )
+from xmlkernels.ops.cluster_checks import ascend, check_clusters, check_largest
 from xmlkernels.ops.define import define, mark_written, public
 from xmlkernels.reference.cluster_step import cluster_step_ as reference
 
@@ -136,7 +134,9 @@ def _check(
 ) -> None:
     op = "cluster_step_"
     check_table(op, x, weight, bias, rows, row_scale, scaled=True)
-    _check_clusters(op, x, weight, clusters, row_ptr, cluster_rows)
+    check_clusters(op, clusters, row_ptr, x.shape[0], x.device, weight.shape[0])
+    check_largest(op, "cluster_rows", row_ptr, cluster_rows)
+    _check_unique(op, clusters)
     check_positives(op, x, pos_row, pos_sample, pos_value, weight.shape[0] if rows < 0 else rows)
     check_steering(op, hyper, counter, weight.device)
     check_states(op, weight, momentum, second, kahan, row_wise=True)
@@ -149,53 +149,9 @@ def _check(
     check_memory(op, written, read)
 
 
-def _check_clusters(
-    op: str, x: Tensor, weight: Tensor, clusters: Tensor, row_ptr: Tensor, cluster_rows: int
-) -> None:
-    """Check clusters as ranges of rows, and each sample's choice of them."""
-    check_tensor(op, "clusters", clusters, (torch.int64,), (x.shape[0], None), x.device)
-    check_tensor(op, "row_ptr", row_ptr, (torch.int64,), (None,), x.device)
-    expect(
-        row_ptr.shape[0] >= 1,
-        f"{op}: argument row_ptr",
-        "int64 [C + 1], at least one entry",
-        describe(row_ptr),
-        "give the first row of each cluster, and the end of the last",
-    )
-    where = f"{op}: argument cluster_rows"
-    mend = "pass the size of the largest cluster"
-    expect(cluster_rows >= 0, where, "0 or more", str(cluster_rows), mend)
-    if x.device.type != "cpu":
-        return
-    n, count = weight.shape[0], row_ptr.shape[0] - 1
-    sizes = row_ptr.diff()
-    if int(row_ptr[0]) < 0 or int(row_ptr[-1]) > n or (count and int(sizes.min()) < 0):
-        raise InputError(
-            f"{op}: argument row_ptr",
-            f"ascending rows from 0 to {n}, the rows of weight",
-            f"first {int(row_ptr[0])}, last {int(row_ptr[-1])}, smallest step "
-            f"{int(sizes.min()) if count else 0}",
-            "number clusters in the order of their rows",
-        )
-    largest = int(sizes.max()) if count else 0
-    expect(
-        largest <= cluster_rows,
-        where,
-        f"{largest} or more, the size of the largest cluster",
-        str(cluster_rows),
-        "raise it",
-    )
-    if clusters.numel() == 0:
-        return
-    low, high = (int(v) for v in torch.aminmax(clusters))
-    expect(
-        low >= -1 and high < count,
-        f"{op}: argument clusters",
-        f"clusters from 0 to {count - 1}, or -1 for none",
-        f"values from {low} to {high}",
-        "number clusters as row_ptr does",
-    )
-    if clusters.shape[1] == 1:
+def _check_unique(op: str, clusters: Tensor) -> None:
+    """Check that no sample chooses a cluster twice; those of a shortlist ascend as a rule."""
+    if clusters.device.type != "cpu" or clusters.shape[1] < 2 or ascend(clusters):
         return
     order = clusters.sort(1).values
     twice = (order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= 0)
