@@ -64,12 +64,30 @@ struct ClusterAhead {
   }
 };
 
+// Candidates that a sample has in a segment on the mean, at least: a segment's share of dX is an
+// array of the whole batch, which is filled and summed however few rows add to it.
+constexpr int64_t kSegmentShare = 64;
+
+// The plan of the active rows for the whole batch.
+inline Plan plan_of(const ClusterStep& a, const Groups& groups, int64_t elem) {
+  Plan p(a.batch, Table{a.state.weight, a.state.dtype, groups.rows, nullptr, nullptr}, elem);
+  int64_t scored = 0;
+  for (int64_t i = 0; i < groups.count; ++i)
+    scored += groups.group.data[i].rows * groups.group.data[i].samples;
+  const int64_t most = max64(kMinSegments, scored / max64(1, p.batch * kSegmentShare));
+  if (p.segments > most) {
+    p.segment_rows = round_up(ceil_div(p.rows, most), 2);
+    p.segments = ceil_div(p.rows, p.segment_rows);
+  }
+  return p;
+}
+
 // What all workers read.
 template <class T>
 struct ClusterCall {
   const ClusterStep& a;
   const Groups groups;
-  const Plan plan;  // of the active rows, for the whole batch
+  const Plan plan;
   const Table table;
   const Positives positives;
   const RowUpdate update;
@@ -81,8 +99,7 @@ struct ClusterCall {
 
   explicit ClusterCall(const ClusterStep& args)
       : a(args), groups(a.clusters, a.batch.size, a.rows, a.positives),
-        plan(a.batch, Table{a.state.weight, a.state.dtype, groups.rows, nullptr, nullptr},
-             sizeof(typename T::elem)),
+        plan(plan_of(a, groups, sizeof(typename T::elem))),
         table(table_of(a.state, a.rows, a.bias)), positives(groups.positives()), update(a.state),
         sums(a.loss || a.bias),
         small_rows(max64(8, min64(kLargeRows, kSmallBytes / (plan.width_pad * 4)))),
