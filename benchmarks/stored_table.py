@@ -13,8 +13,10 @@ In one process, in turns, so that what else the machine does meets all alike:
 - step: `StoredHead.step`, all of it.
 
 With `--clusters` it is the label level of a cascade, of which a step carries the pages that hold
-the rows of so many clusters per document, drawn at random: raw carries the same pages, eight at
-once, and memory is the step of the same level in memory, so that it must have room there.
+the rows of so many clusters per document, drawn at random. Raw carries the same pages, from the
+same places of a file, sixteen at once by plain calls from native threads; "in line" carries as many
+bytes one after the other, which no disk does more slowly; and memory is the step of the same level
+in memory, so that it must have room there.
 
 A step can be no faster than the slower of raw and memory. Rates are medians, in GB/s of rows read
 and rows written together. The load average and torch's own rate of a matrix product stand beside
@@ -30,18 +32,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from xmlkernels.nn import tiles
 from xmlkernels.nn.cascade_level import CascadeLevel
 from xmlkernels.nn.full_head import FullHead
+from xmlkernels.nn.pieces import AT_ONCE
 from xmlkernels.nn.stored import StoredTable
 from xmlkernels.nn.stored_head import StoredHead
 from xmlkernels.nn.stored_level import StoredLevel
@@ -101,44 +104,36 @@ def _both(
             writer.join()
 
 
-def raw_pieces(path: Path, size: int, pieces: list[list[tuple[int, int]]]) -> Callable[[], None]:
-    """Make a file, and return what reads and writes back pieces of it: (start, bytes), by tile."""
+def raw_pieces(path: Path, size: int, pieces: list[np.ndarray]) -> Callable[[], None]:
+    """Make a file, and return what reads and writes back pieces of it.
+
+    Args:
+        path, size: of the file, and its bytes.
+        pieces: of each tile, int64 [n, 2]: where each begins, and its bytes, in whole pages.
+    """
+    from xmlkernels._host import carry
+
     file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_DIRECT", 0))
     whole = pages(tiles.TILE_BYTES).numpy().data
     for start in range(0, size, len(whole)):
         os.pwrite(file, whole, start)
-    sums = [sum(count for _, count in tile) for tile in pieces]
-    buffers = [pages(max(sums)).numpy().data for _ in range(3)]
-    pools = [ThreadPoolExecutor(8) for _ in range(2)]
+    buffers = [pages(max(int(tile[:, 1].sum()) for tile in pieces)) for _ in range(3)]
 
-    def carried(tile: int, pool: ThreadPoolExecutor, call: Callable[..., int]) -> None:
-        places, jobs = 0, []
-        for start, count in pieces[tile]:
-            jobs.append((start, buffers[tile % 3][places : places + count]))
-            places += count
+    def carried(tile: int, writes: bool) -> None:
+        place, count = pieces[tile].T
+        memory = buffers[tile % 3].data_ptr() + np.cumsum(count) - count
+        if carry(np.full_like(place, file), place, memory, count, writes, AT_ONCE) is not None:
+            raise OSError("the disk gave or took less than a piece")
 
-        def some(first: int) -> None:
-            for start, view in jobs[first::8]:
-                call(file, view, start)
-
-        list(pool.map(some, range(8)))
-
-    def there(_: int, tile: int) -> None:
-        carried(tile, pools[0], lambda file, view, start: os.preadv(file, [view], start))
-
-    def back(_: int, tile: int) -> None:
-        carried(tile, pools[1], os.pwrite)
-
-    return lambda: _both(there, back, len(pieces), 1)
+    return lambda: _both(
+        lambda _, tile: carried(tile, False), lambda _, tile: carried(tile, True), len(pieces), 1
+    )
 
 
-def streamed(table: StoredTable, spans: tiles.Spans | None = None) -> None:
+def streamed(table: StoredTable, windows: Sequence[tiles.Window] | None = None) -> None:
     """Bring every tile, or the rows of some, and write it back."""
     names = list(table.place.rows)
-    ranges = table.tiles.ranges()
-    if spans is not None:
-        ranges = [(first, rows[-1][1]) for first, rows in spans.items()]
-    for _ in table.tiles.stream(ranges, reads=names, writes=names, spans=spans):
+    for _ in table.tiles.stream(windows, reads=names, writes=names):
         pass
 
 
@@ -179,10 +174,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         "step of raw": rates["step"] / rates["raw"],
         "step of the slower": rates["step"] / slower,
     }
+    if "in line" in rates:
+        rates["raw of in line"] = rates["raw"] / rates["in line"]
+        rates["step of in line"] = rates["step"] / rates["in line"]
     print(f"{what}, batch {args.batch}, {torch.get_num_threads()} threads")
     for name in works:
         print(f"  {name:8} {rates[name]:6.2f} GB/s, read and written")
-    for name in ("stream of raw", "step of raw", "step of the slower"):
+    for name in (name for name in rates if " of " in name):
         print(f"  {name}: {rates[name]:.2f}")
     print(f"  load average {os.getloadavg()[0]:.1f}; torch.mm {_product():.0f} GFLOP/s")
     return rates
@@ -247,30 +245,32 @@ def _level(args: argparse.Namespace, folder: Path) -> Case:
         level.step(x, clusters, row_ptr, most, none, **how, need_loss=False)
 
     chosen = clusters.unique()
-    spans = table._spans(row_ptr[chosen], row_ptr[chosen + 1])
-    pieces, size, place = list[list[tuple[int, int]]](), 0, dict[str, int]()
+    windows = table.tiles.windows(row_ptr[chosen], row_ptr[chosen + 1])
+    size, place = 0, dict[str, int]()
     for name, held in table.place.rows.items():
         place[name] = size
         size += -(-rows * row_bytes(held) // PAGE) * PAGE
-    for first, own in spans.items():
-        found = table.tiles._pieces((first, own[-1][1]), list(place), spans)
-        pieces.append([])
-        for name, ranges in found.items():
+    pieces = list[np.ndarray]()
+    for window in windows:
+        parts = list[np.ndarray]()
+        for name, found in table.tiles._pieces(window, place).items():
             width = row_bytes(table.place.rows[name])
-            for start, stop in ranges:
-                bytes_ = -(-(stop - start) * width // PAGE) * PAGE
-                pieces[-1].append((place[name] + start * width, bytes_))
+            bytes_ = -(-(found.stop - found.start) * width // PAGE) * PAGE
+            parts.append(np.stack([place[name] + found.start * width, bytes_], 1))
+        pieces.append(np.concatenate(parts))
+    carried = sum(int(tile[:, 1].sum()) for tile in pieces)
+    tile = min(tiles.TILE_BYTES // PAGE * PAGE or PAGE, carried)
     works: dict[str, Callable[[], object]] = {
+        "in line": raw_file(folder / "line", carried // tile * tile, tile),
         "raw": raw_pieces(folder / "raw", size, pieces),
-        "stream": lambda: streamed(table, spans),
+        "stream": lambda: streamed(table, windows),
         "memory": lambda: step(memory),
         "step": lambda: step(table),
     }
-    carried = sum(count for tile in pieces for _, count in tile)
     what = (
         f"{rows:,} rows x {args.width} {args.dtype} of a cascade, {size / 1e9:.2f} GB in a file, "
         f"{len(chosen):,} of {count:,} clusters in {sum(map(len, pieces)):,} pieces of "
-        f"{carried / 1e6:.0f} MB"
+        f"{carried / 1e6:.0f} MB, {len(pieces)} tiles"
     )
     return table, works, carried, what
 

@@ -124,6 +124,9 @@ class FileRows:
     Attributes:
         shape, dtype: of the tensor.
         writes: whether it may be written.
+        file: its descriptor.
+        offset: bytes before its first row.
+        direct: whether reads and writes go past the cache.
 
     Args:
         path: of the file; it may be renamed or removed as soon as this is made.
@@ -149,18 +152,18 @@ class FileRows:
         self.offset, self._row = offset, torch.Size(shape)[1:].numel() * dtype.itemsize
         self._bounces = threading.local()
         how = os.O_RDWR | os.O_CREAT if writes else os.O_RDONLY
-        self._file = os.open(path, how, 0o666)
+        self.file = os.open(path, how, 0o666)
         try:
             if writes:
-                _make_room(self._file, offset + self.shape[0] * self._row)
+                _make_room(self.file, offset + self.shape[0] * self._row)
             self.direct = self._past_the_cache(how)
         except BaseException:
-            os.close(self._file)
+            os.close(self.file)
             raise
 
     def __del__(self) -> None:
         with suppress(AttributeError, OSError):
-            os.close(self._file)
+            os.close(self.file)
 
     def _past_the_cache(self, how: int) -> bool:
         """Open the file anew without the cache, and see whether a page can be read so."""
@@ -175,8 +178,8 @@ class FileRows:
         except OSError:
             os.close(file)
             return False
-        os.close(self._file)
-        self._file = file
+        os.close(self.file)
+        self.file = file
         return True
 
     def read(self, start: int, out: Tensor) -> None:
@@ -187,7 +190,7 @@ class FileRows:
         whole = first % PAGE == 0 and out.data_ptr() % PAGE == 0
         if not self.direct:
             self._fill(first, _view(out), count)
-            _drop(self._file, first, count)
+            _drop(self.file, first, count)
             return
         straight = count // PAGE * PAGE if whole else 0
         if straight:
@@ -214,12 +217,19 @@ class FileRows:
         done = 0
         while done < needed:
             with naming(self.path):
-                got = os.preadv(self._file, [out[done:]], first + done)
+                got = os.preadv(self.file, [out[done:]], first + done)
             if not got:
-                expected = f"{first + needed:,} bytes, and rows to there"
-                mend = "go on from a checkpoint that is whole"
-                raise InputError(str(self.path), expected, f"{first + done:,} bytes", mend)
+                raise self.failed(0, first + needed)
             done += got
+
+    def failed(self, error: int, end: int) -> Exception:
+        """Say why bytes before `end` were not carried: errno, or 0 where the file ends before."""
+        if error:
+            return OSError(error, os.strerror(error), str(self.path))
+        expected = f"{end:,} bytes, and rows to there"
+        mend = "go on from a checkpoint that is whole"
+        got = f"{os.fstat(self.file).st_size:,} bytes"
+        return InputError(str(self.path), expected, got, mend)
 
     def write(self, start: int, values: Tensor) -> None:
         """Write rows from `start` on.
@@ -244,9 +254,9 @@ class FileRows:
         view, done = memoryview(data).cast("B"), 0
         while done < whole:
             with naming(self.path):
-                done += os.pwritev(self._file, [view[done:]], first + done)
+                done += os.pwritev(self.file, [view[done:]], first + done)
         if not self.direct:
-            _drop(self._file, first, count)
+            _drop(self.file, first, count)
 
 
 def _view(tensor: Tensor) -> memoryview:

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "carry.h"
 #include "sparse_text.h"
 
 namespace py = pybind11;
@@ -86,10 +87,36 @@ py::tuple parse(const py::buffer& buffer, std::int64_t start, std::int64_t rows,
                 : run<std::int64_t>(begin + start, begin + view.size, options);
 }
 
+using Numbers = py::array_t<std::int64_t, py::array::c_style>;
+
+py::object carry_pieces(const Numbers& file, const Numbers& place, const Numbers& address,
+                        const Numbers& bytes, bool writes, int threads) {
+    const py::ssize_t count = file.size();
+    for (const Numbers* each : {&file, &place, &address, &bytes}) {
+        if (each->ndim() != 1 || each->size() != count) {
+            throw std::invalid_argument("pieces: expected four arrays of one length");
+        }
+    }
+    for (py::ssize_t i = 0; i < count; ++i) {
+        if (place.at(i) % kPage != 0 || address.at(i) % kPage != 0) {
+            throw std::invalid_argument("pieces: expected whole pages of file and memory");
+        }
+    }
+    if (threads < 1) throw std::invalid_argument("threads: expected at least 1");
+    const Pieces pieces{count, file.data(), place.data(), address.data(), bytes.data()};
+    Failed failed;
+    {
+        const py::gil_scoped_release release;
+        failed = carry(pieces, writes, threads);
+    }
+    if (failed.piece < 0) return py::none();
+    return py::make_tuple(failed.piece, failed.error);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, module) {
-    module.doc() = "Native readers of text files; xmlkernels.data.sparse_text is the public face.";
+    module.doc() = "Native readers of text files, and of rows in files.";
     module.def("parse_sparse", &parse, py::arg("buffer"), py::arg("start"), py::arg("rows"),
                py::arg("cols"), py::arg("labels"), py::arg("bow"), py::arg("bare"),
                py::arg("comma"), py::arg("duplicates"), py::arg("threads"),
@@ -97,4 +124,10 @@ PYBIND11_MODULE(_host, module) {
                "Returns (matrices, None), each matrix (indptr int64 [rows + 1], indices, data "
                "float32), or\n"
                "((), (fault, row, token)) for the first thing that is wrong.");
+    module.def("carry", &carry_pieces, py::arg("file"), py::arg("place"), py::arg("address"),
+               py::arg("bytes"), py::arg("writes"), py::arg("threads"),
+               "Read or write pieces of files, several at once, each of whole pages.\n\n"
+               "Descriptors, first bytes in file and memory, and bytes that are needed are int64 "
+               "[n].\n\nReturns None, or (piece, errno) of one that was not carried; 0 where its "
+               "file ended.");
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from xmlkernels import InputError
 from xmlkernels.nn import tiles
 from xmlkernels.nn.full_head import FullHead
+from xmlkernels.nn.pieces import Part, carry
 from xmlkernels.nn.shard import Shard
 from xmlkernels.nn.stored_head import StoredHead
 from xmlkernels.nn.table import RowOptimizer
@@ -85,7 +88,9 @@ def test_steps_give_the_same_bits(kind: str, where: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["sgd", "fp8", "momentum"])
-def test_topk_and_scores_are_those_of_memory(kind: str, tmp_path: Path) -> None:
+def test_topk_and_scores_are_those_of_memory(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     head, stored = pair(kind, TableStore("file", tmp_path / "t"))
     x = torch.randn(6, WIDTH)
     barred = head.topk(x, 3)[1]
@@ -101,11 +106,15 @@ def test_topk_and_scores_are_those_of_memory(kind: str, tmp_path: Path) -> None:
     assert torch.equal(stored.scores(x, index), head.scores(x, index))
     assert torch.equal(stored.scores(x, index[0]), head.scores(x, index[0]))
     read = list[int]()
-    weight: Any = stored.place.rows["weight"]
-    whole = weight.read
-    weight.read = lambda start, out: (read.append(start), whole(start, out))[1]
+
+    def told(parts: Sequence[Part], threads: Executor, *, writes: bool) -> None:
+        read.extend(int(start) for part in parts[:1] for start in part.pieces.start)
+        carry(parts, threads, writes=writes)
+
+    monkeypatch.setattr(tiles, "carry", told)
     stored.scores(x, torch.full((6, 2), 5000))
-    assert len(read) == 1 and 5000 - 4096 // weight.dtype.itemsize < read[0] <= 5000  # a page
+    page = 4096 // stored.place.rows["weight"].dtype.itemsize
+    assert len(read) == 1 and 5000 - page < read[0] <= 5000
     read.clear()
     stored.topk_and_loss(x, 7, None, row, sample)
     assert read == [0, 4096, 8192]
@@ -173,7 +182,9 @@ def test_a_table_that_is_read_alone_cannot_be_trained(tmp_path: Path) -> None:
         stored.step(*batch(0), lr=0.1)
 
 
-def test_a_step_that_breaks_off_is_the_last(tmp_path: Path) -> None:
+def test_a_step_that_breaks_off_is_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, stored = pair("sgd", TableStore("file", tmp_path / "t"))
     folder = tmp_path / "t" / "table-00000-of-00001"
 
@@ -186,19 +197,19 @@ def test_a_step_that_breaks_off_is_the_last(tmp_path: Path) -> None:
     assert step_of() == 0
     stored.step(x, row, sample, lr=0.1)
     assert step_of() == 1
-    rows: Any = stored.place.rows["weight"]
-    whole, seen = rows.write, []
+    seen = []
 
-    def full(start: int, values: Tensor) -> None:
-        seen.append(step_of())
-        if start:
-            raise OSError(28, "No space left on device")
-        whole(start, values)
+    def full(parts: Sequence[Part], threads: Executor, *, writes: bool) -> None:
+        if writes:
+            seen.append(step_of())
+            if parts[0].first:
+                raise OSError(28, "No space left on device")
+        carry(parts, threads, writes=writes)
 
-    rows.write = full
+    monkeypatch.setattr(tiles, "carry", full)
     with pytest.raises(OSError, match="No space"):
         stored.step(x, row, sample, lr=0.1)
-    rows.write = whole
+    monkeypatch.setattr(tiles, "carry", carry)
     assert seen[0] is None and step_of() is None and int(stored.counter[1]) == 1
     for use in (
         lambda: stored.step(x, row, sample, lr=0.1),

@@ -12,7 +12,7 @@ from xmlkernels.errors import InputError
 from xmlkernels.nn.shard import Shard
 from xmlkernels.nn.table import FIRST_SCALE, Draw, Table, fill_rows, first_values, rows_of
 from xmlkernels.nn.table_store import Place, TableStore
-from xmlkernels.nn.tiles import Spans, Tiles, staging_bytes
+from xmlkernels.nn.tiles import Tiles, Window, staging_bytes
 from xmlkernels.ops import shortlist_matmul
 from xmlkernels.rows import Rows, row_bytes, rows_behind, stand_in
 
@@ -115,14 +115,13 @@ class StoredTable(Table):
         self,
         reads: Sequence[str],
         writes: Sequence[str] = (),
-        spans: Spans | None = None,
+        windows: Sequence[Window] | None = None,
     ) -> Iterator[tuple[int, int, Any]]:
         """Give (first, end, table) of each tile; the table is the same one, with other buffers.
 
         Args:
             reads, writes: names of buffers; those that this table has not are left out.
-            spans: the rows that are carried, of `_spans`; the tiles end with the last of theirs.
-                None: all.
+            windows: the rows that are carried, of `Tiles.windows`; None: all.
         """
         have, tile, first = self.place.rows, self._tile, self.shard.first
         reads, writes = [n for n in reads if n in have], [n for n in writes if n in have]
@@ -130,11 +129,8 @@ class StoredTable(Table):
             mend = "resume its run, or build it with a store of its own"
             raise InputError(self.NAME, "one that can be written", "one that is only read", mend)
         self.place.check_whole()
-        parts = self.tiles.ranges()
-        if spans is not None:
-            parts = [(start, wanted[-1][1]) for start, wanted in spans.items()]
         try:
-            for part in self.tiles.stream(parts, reads=reads, writes=writes, spans=spans):
+            for part in self.tiles.stream(windows, reads=reads, writes=writes):
                 tile._buffers.update(part.buffers)
                 tile.counter.copy_(self.counter)
                 tile.shard = Shard(first + part.first, first + part.end, self.shard.rows)
@@ -142,29 +138,10 @@ class StoredTable(Table):
         finally:
             tile._buffers.update(dict.fromkeys(have))
 
-    def _spans(self, start: Tensor, end: Tensor) -> dict[int, list[tuple[int, int]]]:
-        """Sort ranges of rows by the tile in which they begin. Waits for the device.
-
-        Args:
-            start, end: int64 [n], of each range, ascending; they do not overlap.
-
-        Returns:
-            By the first row of a tile, its ranges; those that touch are one.
-        """
-        step = self.tiles.per_tile
-        tile, new = start // step, torch.ones_like(start, dtype=torch.bool)
-        new[1:] = (start[1:] > end[:-1]) | (tile[1:] > tile[:-1])
-        last = new.roll(-1)  # the range before a new one
-        found = zip(tile[new].tolist(), start[new].tolist(), end[last].tolist(), strict=True)
-        out = dict[int, list[tuple[int, int]]]()
-        for number, first, stop in found:
-            out.setdefault(number * step, []).append((first, stop))
-        return out
-
-    def _changing(self, spans: Spans | None = None) -> Iterator[Any]:
+    def _changing(self, windows: Sequence[Window] | None = None) -> Iterator[Any]:
         """Give each tile, with all its buffers, for a step; then count the step."""
         names, whole = list(self.place.rows), int(self.counter[1])
-        for _, _, tile in self._stream(names, names, spans):
+        for _, _, tile in self._stream(names, names, windows):
             yield tile
             self.place.begin()  # the next tile is asked for, and this one written
         self.counter[1] += 1
@@ -210,7 +187,7 @@ class StoredTable(Table):
         ):
             return  # they are its own
         self.place.begin()
-        for part in self.tiles.stream(self.tiles.ranges(), reads=(), writes=list(sources)):
+        for part in self.tiles.stream(reads=(), writes=list(sources)):
             for name, (rows, tensor) in sources.items():
                 into = part.buffers[name]
                 if rows is None:
@@ -238,14 +215,17 @@ class StoredTable(Table):
     def scores(self, x: Tensor, index: Tensor) -> Tensor:
         """Score chosen rows; see `Table.scores`. The pages that hold them are read."""
         out = torch.full((x.shape[0], index.shape[-1]), -torch.inf, device=x.device)
-        lists, step = index.reshape(-1, index.shape[-1]), self.tiles.per_tile
+        lists = index.reshape(-1, index.shape[-1])
         sample, column = (lists >= 0).nonzero(as_tuple=True)
         row = lists[sample, column]
-        order = (row // step * len(lists) + sample).argsort(stable=True)
+        each = torch.unique(row)
+        windows = self.tiles.windows(each, each + 1)
+        ends = torch.tensor([window.end for window in windows], device=row.device)
+        part = torch.searchsorted(ends, row, right=True)
+        order = (part * len(lists) + sample).argsort(stable=True)
         sample, column, row = sample[order], column[order], row[order]
-        each, begin = torch.unique(row), 0
-        for first, _, tile in self._stream(READ, spans=self._spans(each, each + 1)):
-            stop = int(torch.searchsorted(row // step, first // step, right=True))
+        begin, stops = 0, torch.bincount(part, minlength=len(windows)).cumsum(0).tolist()
+        for (first, _, tile), stop in zip(self._stream(READ, windows=windows), stops, strict=True):
             its, place = sample[begin:stop], column[begin:stop]
             # A list for each sample, of its rows of this tile alone.
             at = torch.arange(len(its), device=its.device) - torch.searchsorted(its, its)

@@ -14,6 +14,7 @@ from xmlkernels.nn.shard import Shard
 from xmlkernels.nn.stored import StoredTable
 from xmlkernels.nn.table import RowOptimizer, xavier
 from xmlkernels.nn.table_store import TableStore
+from xmlkernels.nn.tiles import Window
 from xmlkernels.rows import Rows
 
 
@@ -80,12 +81,12 @@ class StoredLevel(StoredTable, CascadeLevel):
         if not self.shard.whole:
             clusters, _ = own.chosen(clusters)
         wanted = torch.unique(clusters[clusters >= 0]) - own.first
-        spans = self._spans(own.row_ptr[wanted], own.row_ptr[wanted + 1])
+        windows = self.tiles.windows(own.row_ptr[wanted], own.row_ptr[wanted + 1])
         options: dict[str, Any] = {"lr": lr, "beta1": beta1, "scale": scale, "dx_scale": dx_scale}
         dx, scores, loss = self._nothing([x, clusters], row_ptr, most, need_loss)
         scores = scores.clone()
-        for tile in self._changing(spans):
-            here = self._clusters_in(tile.shard, own)
+        for window, tile in zip(windows, self._changing(windows), strict=True):
+            here = own if tile.shard.whole else self._clusters_in(window, own)
             tile._tree = row_ptr, here, here.row_ptr
             chosen, slot = here.chosen(clusters)
             part, z, its = tile.update(
@@ -100,12 +101,10 @@ class StoredLevel(StoredTable, CascadeLevel):
             scores[sample, slot[sample, column]] = z[sample, column]
         return dx, scores, loss
 
-    def _clusters_in(self, tile: Shard, own: OwnClusters) -> OwnClusters:
-        """Find the clusters that begin in a tile, up to its end. Waits for the device.
-
-        The rows before the first of them belong to a cluster of the tile before.
-        """
-        start, stop = tile.first - self.shard.first, tile.end - self.shard.first
-        first, end = torch.searchsorted(own.row_ptr, own.row_ptr.new_tensor([start, stop])).tolist()
-        row_ptr = own.row_ptr[first : end + 1] - start
+    def _clusters_in(self, window: Window, own: OwnClusters) -> OwnClusters:
+        """Find the clusters that begin with the first of a tile, up to its end. Waits."""
+        assert window.start is not None
+        borders = own.row_ptr.new_tensor([int(window.start[0]), window.end])
+        first, end = torch.searchsorted(own.row_ptr, borders).tolist()
+        row_ptr = own.row_ptr[first : end + 1] - window.first
         return OwnClusters(own.first + first, own.first + end, row_ptr)

@@ -162,7 +162,10 @@ class FilePlace(Place):
         held.enter_context(own_folder(folder, _FLAG))
         try:
             _empty(folder)
-            self._write()
+            self._text = json.dumps(self.header)
+            (folder / HEADER).write_text(self._text, "utf-8")
+            self._file = os.open(folder / HEADER, os.O_WRONLY)
+            held.callback(os.close, self._file)
             for name, told in facts.items():
                 made[name] = FileRows(folder / f"{name}.bin", *told, writes=True)
         except OSError as error:
@@ -182,13 +185,12 @@ class FilePlace(Place):
         self._leave()
 
     def _mark(self, step: int | None) -> None:
+        # In its place, with blanks where it was longer: a step does so twice, and a file that is
+        # renamed takes as long as many reads.
         self.header["step"] = step
-        self._write()
-
-    def _write(self) -> None:
-        fresh = self.folder / f".{HEADER}.new"
-        fresh.write_text(json.dumps(self.header) + "\n", "utf-8")
-        os.replace(fresh, self.folder / HEADER)
+        text = json.dumps(self.header)
+        os.pwrite(self._file, text.ljust(len(self._text)).encode(), 0)
+        self._text = text
 
 
 def _leave(folder: Path, held: ExitStack, process: int) -> None:
@@ -214,7 +216,7 @@ def _clear_others(folder: Path, parts: int) -> None:
 
 def _empty(folder: Path) -> None:
     """Remove a table's files; refuse a folder that holds anything else."""
-    own = {LOCK, HEADER, f".{HEADER}.new"}
+    own = {LOCK, HEADER, f".{HEADER}.new"}  # the last of an older version
     found = [path for path in folder.iterdir() if path.name != LOCK]
     foreign = [path for path in found if path.name not in own and path.suffix != ".bin"]
     if foreign or (found and not (folder / HEADER).is_file()):
