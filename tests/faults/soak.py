@@ -9,8 +9,8 @@ refused a damaged run, too.
 
 After each turn the process's memory (RSS, with the pages of files and without), open files and
 threads are counted. The first fifth of the time is for warming up. Prints a line of JSON per tenth
-of the time and one of all; exits with 1 if the memory has grown by more than `growth` percent, or
-if open files or threads were not constant.
+of the time and one of all; exits with 1 if either has grown by more than `growth` percent of the
+memory, or if open files or threads were not constant.
 """
 
 from __future__ import annotations
@@ -169,7 +169,8 @@ def figures(samples: Sequence[Sample]) -> dict[str, Any]:
         parts = (warm[:tenth], warm[-tenth:])
         first, last = (median(getattr(one, name) for one in part) for part in parts)
         found |= {f"{name}_after_warm_up": round(first, 1), f"{name}_at_the_end": round(last, 1)}
-        found[f"{name}_growth_percent"] = round(100 * (last / first - 1), 2)
+        percent = 100 * (last - first) / median(one.mb for one in warm[:tenth])
+        found[f"{name}_growth_percent"] = round(percent, 2)
     for name in CONSTANT:
         found[name] = sorted({getattr(one, name) for one in warm})
     return found
