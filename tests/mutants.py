@@ -39,6 +39,11 @@ EQUIVALENT: dict[str, str] = {
     "'torch.cat([pooled[j] for j in level], 1) if (len(level) >= 1) else pooled[level[0]]'": (
         "one vector concatenated is itself"
     ),
+    "xmlkernels/reference/shortlist_select.py: "
+    "'keep = (top >= 0) & ((top >= FORCED) | (number < k))' -> "
+    "'keep = (top >= 0) & (((top > FORCED)) | (number < k))'": (
+        "a key of that bit alone would be the last of 2^30 places, and its score a certain NaN"
+    ),
 }
 
 

@@ -38,6 +38,7 @@ _END = "xmlkernels/models/end_to_end.py"
 _HEADS, _LEVEL = "xmlkernels/nn/cascade_heads.py", "xmlkernels/nn/cascade_level.py"
 _HEAD = "xmlkernels/nn/full_head.py"
 _OPTIM = "xmlkernels/optim.py"
+_SELECT = "xmlkernels/reference/shortlist_select.py"
 
 # Documents and, where label texts are trained on, one more document of every label.
 _LABELS_COUNTED = """(
@@ -192,11 +193,11 @@ BY_HAND: tuple[Fault, ...] = (
     Fault(_HEAD, "torch.where(seen > 0, rows, self.rows(start, end))", "rows"),
     Fault(_HEAD, "        self.hyper[DX_SCALE] = dx_scale\n", ""),
     Fault(
-        "xmlkernels/nn/shortlist.py",
+        _SELECT,
         "    bits = (scores + 0.0).view(torch.int32)",
         "    bits = scores.view(torch.int32)",
     ),
-    Fault("xmlkernels/nn/shortlist.py", "keep &= forced | (", "keep &= ("),
+    Fault(_SELECT, "((top >= FORCED) | (number < k))", "(number < k)"),
     Fault(_LEVEL, "        plain[DECAY] = 0  # biases do not decay\n", ""),
     Fault(
         "xmlkernels/nn/bow.py",

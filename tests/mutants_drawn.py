@@ -67,6 +67,10 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/test_processes.py",
     ),
     "xmlkernels/models/running_mean.py": ("tests/models/test_running_mean.py", _runs("ema")),
+    "xmlkernels/models/state.py": (
+        f"tests/models/test_end_to_end.py tests/models/test_running_mean.py {_STEP}",
+        "tests/test_old_formats.py tests/test_processes.py",
+    ),
     "xmlkernels/models/base.py": (
         f"tests/models/test_end_to_end.py tests/models/test_running_mean.py {_STEP}",
         "tests/test_old_formats.py",
@@ -91,6 +95,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/test_foreign.py",
     ),
     "xmlkernels/nn/layer_recipe.py": ("tests/nn/test_layer_recipe.py", _STEP),
+    "xmlkernels/reference/shortlist_select.py": ("tests/ops/test_shortlist_select.py", _STEP),
     "xmlkernels/nn/shortlist.py": ("tests/nn/test_shortlist.py", _STEP),
     "xmlkernels/nn/table.py": (
         "tests/nn/test_table.py tests/nn/test_cascade_heads.py tests/nn/test_full_head.py",

@@ -1,6 +1,6 @@
 """The tests of the marker `card`: what a card is asked first, where its time is short.
 
-Each format, tiles that are not full, repeats by their bits, and every op in a CUDA graph: about 120
+Each format, tiles that are not full, repeats by their bits, and every op in a CUDA graph: about 145
 of the `gpu` tests, chosen so that few kernels are compiled. The table stands here, not at the
 tests: how many there are, and that every op has some, is one thing to look at.
 """
