@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("looks at /proc", allow_module_level=True)
 
-from soak import Sample, faults, figures
+from patience import until
+from soak import Sample, faults, figures, threads
 
 
 def test_a_few_seconds() -> None:
@@ -57,3 +59,13 @@ def test_what_grows_is_seen(
     found = figures(samples)
     assert found["mb_after_warm_up"] < 155 and found["own_mb_after_warm_up"] < 105
     assert faults(found, 1) == told
+
+
+def test_a_thread_that_has_ended_is_not_counted() -> None:
+    before, end = threads(), threading.Event()
+    stays = threading.Thread(target=end.wait, args=(60,))
+    stays.start()
+    assert threads() == before + 1
+    end.set()
+    stays.join(60)
+    until(lambda: threads() == before)
