@@ -22,7 +22,7 @@ def test_the_table_names_tests_that_are_there() -> None:
     names = [line.rsplit("/", 1)[-1] for line in done.stdout.splitlines() if "::" in line]
     found = [card.chosen(*name.split("::")) for name in names]
     assert set(found) == set(card.TESTS), "tests/ops/card.py: expected a test for each entry"
-    assert 100 <= len(names) <= 150, done.stdout[-300:]
+    assert 100 <= len(names) <= 140, done.stdout[-300:]
     assert all(
         "cuda" in name or "card" in name or "graph" in name or "eager" in name for name in names
     )
