@@ -257,7 +257,7 @@ class Part:
 
     def _check_stop(self, blow: Blow, told: str) -> None:
         found = list(STOPPED.finditer(told))
-        assert found, told
+        assert found, (self.moments.statuses(), told)
         step, how, early, earlier = found[-1].groups()
         assert (how or early or earlier) == blow.how.name, told
         assert not earlier or blow.moment == OPENING, told
