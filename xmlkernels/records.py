@@ -49,6 +49,7 @@ __all__ = [
     "parse_json",
     "parse_record",
     "read_record",
+    "read_struct",
 ]
 
 MOST_BYTES = 64 << 20
@@ -110,6 +111,21 @@ def read_record(
             name, "a file that can be read", str(error.strerror or error), "check the path"
         ) from None
     return parse_record(text, shape, where=name, mend=mend, kind=kind)
+
+
+def read_struct(
+    path: str | os.PathLike[str],
+    shape: type[T],
+    *,
+    mend: str,
+    kind: Mapping[str, Any] | None = None,
+) -> T:
+    """Read the record of a JSON file into a dataclass, its inner dataclasses included.
+
+    Arguments and errors are those of `read_record`; keys that the dataclass lacks are left out.
+    """
+    found: Any = read_record(path, shape, mend=mend, kind=kind)
+    return msgspec.convert(found, shape, strict=True)
 
 
 def parse_record(

@@ -321,7 +321,7 @@ def test_overwrite_leaves_nothing_of_the_old_run(
     shutil.copytree(finished, tmp_path / "run")
     stopped_at_save(tiny(dataset, tmp_path / "run", seed=5, overwrite=True), 1)
     left = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert left == ["checkpoint", "config.json", "log.jsonl"]
+    assert left == ["checkpoint", "config.json", "log.jsonl", "profile.json"]
     assert not list((tmp_path / "run" / "checkpoint").rglob("*.safetensors"))
     report = run(tiny(dataset, tmp_path / "run", seed=5, resume=True))
     assert report["steps"] == STEPS and log_of(tmp_path / "run")[0]["step"] == 2

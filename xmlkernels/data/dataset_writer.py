@@ -24,6 +24,8 @@ from xmlkernels.data.manifest import (
     refuse_foreign,
     write_manifest,
 )
+from xmlkernels.data.profile import Profile, write_profile
+from xmlkernels.data.profiling import Measured, lines_of, measure
 from xmlkernels.data.raw import Raw, RawSplit
 from xmlkernels.data.token_store import TokenStore
 from xmlkernels.data.tokens import Tokenizer, tokenize_to_file
@@ -34,6 +36,7 @@ from xmlkernels.locks import own_place
 Tell = Callable[[str], None]
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0
+TOKENS = "tokens.bin"
 
 
 def make_once(
@@ -136,6 +139,10 @@ def write_folder(
     with replacing_folder(output, replace=overwrite, check=refuse_foreign) as folder:
         counts = write_splits(raw, tokenizer, max_length, folder, keep_texts=keep_texts, tell=tell)
         write_labels(raw, tokenizer, max_length, folder, tell=tell)
+        profile = profile_of(raw, name, folder, max_length)
+        write_profile(folder, profile)
+        for line in lines_of(profile):
+            tell(line)
         made_by: dict[str, Any] | None = None
         if tokenizer is not None:
             tokenizer.save(folder / "tokenizer")
@@ -151,6 +158,26 @@ def write_folder(
             vocabulary=raw.vocabulary,
             source=source,
         )
+
+
+def profile_of(raw: Raw, name: str, folder: Path, max_length: int) -> Profile:
+    """Measure what was read and written.
+
+    Args:
+        raw: its documents and labels.
+        name: of the dataset.
+        folder: where its splits were written.
+        max_length: tokens kept of each document.
+    """
+    splits = {}
+    for split, part in raw.splits.items():
+        tokens = folder / split / TOKENS
+        lengths = TokenStore.open(tokens).lengths if tokens.is_file() else None
+        texts = None
+        if part.texts is not None:
+            texts = _words(part.texts, raw.separator)
+        splits[split] = Measured(texts, part.labels, lengths, max_length)
+    return measure(name, splits, raw.label_names)
 
 
 def write_splits(
@@ -214,7 +241,7 @@ def _write_documents(
             return {}
         write_npz(folder / FEATURES, split.features)
         return {"words": int(split.features.nnz)}
-    store = _write_tokens(folder / "tokens.bin", name, split, tokenizer, max_length, tell)
+    store = _write_tokens(folder / TOKENS, name, split, tokenizer, max_length, tell)
     return {
         "tokens": store.header.tokens,
         "at_max_length": int((store.lengths == max_length).sum()),

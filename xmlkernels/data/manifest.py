@@ -18,6 +18,8 @@ from xmlkernels.records import Count, Positive, read_record
 FORMAT = "xmlkernels-dataset"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+# For people and reports: it follows from the other files, so that it is no part of their hash.
+PROFILE = "profile.json"
 FEATURES, LABEL_FEATURES = "features.npz", "label_features.npz"
 SPLITS = ("train", "val", "test")
 PREPARE_AGAIN = "prepare the data again"
@@ -172,7 +174,8 @@ def write_manifest(
         source: where the data came from; kept for the reader, never interpreted.
     """
     files, fast = {}, {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    every = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in (path for path in every if path != folder / PROFILE):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
@@ -210,7 +213,7 @@ def write_manifest(
 
 # Names of the files of a dataset, which count as its own even where the manifest is damaged.
 _OURS = re.compile(
-    r"manifest\.json|label_(names\.txt|tokens\.bin|features\.npz)|tokenizer/[^/]+"
+    r"(manifest|profile)\.json|label_(names\.txt|tokens\.bin|features\.npz)|tokenizer/[^/]+"
     r"|(train|val|test)/(labels\.npz|filter\.npy|texts\.jsonl|tokens\.bin|features\.npz)"
 )
 
@@ -231,7 +234,7 @@ def refuse_foreign(folder: Path) -> None:
         damaged = False
         if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
             listed = manifest.get("files")
-            own = {MANIFEST, *(listed if isinstance(listed, dict) else ())}
+            own = {MANIFEST, PROFILE, *(listed if isinstance(listed, dict) else ())}
     if damaged or own:
         own |= {name for name in held if _OURS.fullmatch(name)}
     foreign = [name for name in held if name not in own] or (

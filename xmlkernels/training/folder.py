@@ -14,6 +14,7 @@ from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.checksums import Files, check_files, of_files
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.inputs import Inputs
+from xmlkernels.data.manifest import PROFILE
 from xmlkernels.files import naming, replacing
 from xmlkernels.predict.base import NAMES
 from xmlkernels.predict.model import BESIDE
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 # In the order in which they are cleared: while config.json is there, the folder is known as a run
 # that is not finished.
-RUN_FILES = ("metrics.json", "predictions.npz", "log.jsonl", "checkpoint", "config.json")
+RUN_FILES = ("metrics.json", "predictions.npz", PROFILE, "log.jsonl", "checkpoint", "config.json")
 # `tree` is a place: which tree it is, the checkpoint knows by content. Tables are the same tables
 # on any `label_device`, in any `table_store`.
 MAY_CHANGE = (
@@ -132,6 +133,7 @@ class RunFolder:
         if tree is not None:
             tree.save(inner)
         self._write_beside(dataset, inputs)
+        copy_profile(self.path, dataset)
         self.log_file.touch()
 
     def go_on(self, beside: Files | None, dataset: Dataset, inputs: Inputs) -> None:
@@ -239,6 +241,13 @@ def write_names(folder: Path, dataset: Dataset) -> None:
     """Write the names of a dataset's labels; nothing where it has none."""
     if dataset.label_names is not None:
         write_text(folder / NAMES, "".join(f"{name}\n" for name in dataset.label_names))
+
+
+def copy_profile(folder: Path, dataset: Dataset) -> None:
+    """Put the profile of a dataset beside a run; none where an older version made the dataset."""
+    source = dataset.folder / PROFILE
+    if source.is_file():
+        write_text(folder / PROFILE, source.read_text("utf-8"))
 
 
 def write_text(path: Path, text: str) -> None:

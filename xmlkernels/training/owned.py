@@ -13,7 +13,7 @@ from typing import Any
 
 from xmlkernels import InputError
 from xmlkernels.checkpoint import FORMAT, STATE
-from xmlkernels.data.manifest import MANIFEST
+from xmlkernels.data.manifest import MANIFEST, PROFILE
 
 OURS, FOREIGN, DAMAGED = "ours", "foreign", "damaged"
 # Beside the checkpoints of a run: what reads its inputs, its tree, its labels' names; and what a
@@ -168,6 +168,7 @@ _CHECKS: dict[str, Callable[[Path], bool]] = {
     "config.json": _json_with("dataset", "encoder", "epochs", "output"),
     "metrics.json": _json_with("dataset_hash", "seconds"),
     "predictions.npz": _is_matrix,
+    PROFILE: _json_with("deciles", "suspicions"),
     "log.jsonl": _is_log,
     "checkpoint": _is_checkpoint_folder,
 }

@@ -13,6 +13,7 @@ from xmlkernels import InputError
 from xmlkernels.checksums import of_files
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.formats import write_npz
+from xmlkernels.data.manifest import PROFILE
 from xmlkernels.evaluation import score_matrix
 from xmlkernels.locks import own_folder
 from xmlkernels.metrics import candidates_needed, evaluate, inverse_propensity
@@ -25,7 +26,7 @@ from xmlkernels.ranker.grouped import fit_groups
 from xmlkernels.ranker.linear import LinearRanker, fit
 from xmlkernels.ranker.matcher import ClusterMatcher
 from xmlkernels.training.clock import Seconds
-from xmlkernels.training.folder import write_json, write_names
+from xmlkernels.training.folder import copy_profile, write_json, write_names
 from xmlkernels.training.ranker_config import RankerConfig, check
 from xmlkernels.training.ranker_inputs import (
     Documents,
@@ -64,7 +65,7 @@ def train_ranker(options: RankerConfig, words: Words | None = None) -> dict[str,
         InputError: an option, a file or a folder that cannot be used.
     """
     check(options)
-    with own_folder(options.output, writes=(*WRITTEN, RANKER, NAMES)) as folder:
+    with own_folder(options.output, writes=(*WRITTEN, RANKER, NAMES, PROFILE)) as folder:
         clear_inner(folder)
         return _train(options, folder, words or Words())
 
@@ -140,9 +141,10 @@ def begin(folder: Path, dataset: Dataset) -> None:
 
     A ranker vouches for the files beside it, so it goes before they change.
     """
-    for name in ("metrics.json", RANKER, NAMES):
+    for name in ("metrics.json", RANKER, NAMES, PROFILE):
         (folder / name).unlink(missing_ok=True)
     write_names(folder, dataset)
+    copy_profile(folder, dataset)
 
 
 def clear_inner(folder: Path) -> None:
