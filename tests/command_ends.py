@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from train_runs import make_dataset, make_tree, tiny, weights
 
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.cli import console, ensemble, export, neighbours, predict, prepare, rank
+from xmlkernels.cli import train as train_command
 from xmlkernels.cli import tree as tree_command
 from xmlkernels.data import dataset_writer
-from xmlkernels.locks import LOCK
-from xmlkernels.training import run_state, session, stops, tree
+from xmlkernels.locks import LOCK, own_folder
+from xmlkernels.training import loop, run_state, session, stops, tree
 from xmlkernels.training.loop import train
 
 COMMANDS = {"tree": tree_command, "ranker": rank} | {
@@ -242,6 +244,25 @@ def cases(dataset: Path, folder: Path) -> Iterator[tuple[str, Callable[[Path], N
 
     yield "a run stopped in its validation", evaluating
 
+    def leaving(place: Path) -> None:
+        def slow() -> None:
+            loop.own_folder = stop_after  # type: ignore[assignment]
+
+        @contextmanager
+        def stop_after(*args: Any, **options: Any) -> Iterator[None]:
+            with own_folder(*args, **options):
+                yield
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)
+
+        Child(place, lambda: train(tiny(dataset, place / "run", **more)), slow).end(
+            143, f"stopped by SIGTERM; the run had finished: {place}/run/metrics.json holds"
+        )
+        assert (place / "run" / "metrics.json").exists()
+        nothing_left(place)
+
+    yield "a run stopped when it has finished", leaving
+
     def full(place: Path) -> None:
         saves = iter(range(100))
 
@@ -344,6 +365,45 @@ def cases(dataset: Path, folder: Path) -> Iterator[tuple[str, Callable[[Path], N
 
     for name in COMMANDS:
         yield f"{name}: a file in the way, a full disk, links", refused(name)
+
+    tiny_words = ["--dataset", str(dataset), "--device", "cpu", "--min-df", "1"]
+    arguments |= {
+        "train": (["bow", *tiny_words, "--epochs", "1"], "run"),
+        "linear": (["linear", "--dataset", str(dataset)], "words"),
+    }
+
+    def told_of(name: str, module: Any, function: str) -> Callable[[Path], None]:
+        """A signal comes when the work is written: nothing is left to stop."""
+        words, output = arguments[name]
+
+        def case(place: Path) -> None:
+            def stop(*_: Any, **__: Any) -> None:
+                if (place / output).exists():  # `prepare` tells more before
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(60)
+
+            main = COMMANDS.get(name, train_command).main
+            child = Child(
+                place,
+                lambda: main([*words, "--output", str(place / output)]),
+                lambda: setattr(module, function, stop),
+            )
+            child.end(0)
+            assert "SIGTERM" not in child.told.read_text()
+            assert (place / output).exists()
+            nothing_left(place)
+
+        return case
+
+    for name, module, function in (
+        ("train", train_command, "print_metrics"),
+        ("linear", train_command, "print_ranker"),
+        ("ranker", rank, "print_ranker"),
+        ("ensemble", ensemble, "print_comparison"),
+        ("neighbours", neighbours, "print_comparison"),
+        ("prepare", prepare, "print"),
+    ):
+        yield f"{name}: stopped while it tells of its work", told_of(name, module, function)
 
     def building(place: Path) -> None:
         def slow() -> None:

@@ -15,10 +15,15 @@ CASES = [
     "nohup",
     "a run stopped while it opens its model",
     "a run stopped in its validation",
+    "a run stopped when it has finished",
     "a run whose disk is full",
     *(
         f"{name}: a file in the way, a full disk, links"
         for name in ("tree", "ranker", "ensemble", "neighbours", "export", "predict", "prepare")
+    ),
+    *(
+        f"{name}: stopped while it tells of its work"
+        for name in ("train", "linear", "ranker", "ensemble", "neighbours", "prepare")
     ),
     "prepare stopped",
     "tree stopped",

@@ -54,7 +54,8 @@ class End:
 
 def compilers(engine: str) -> list[str]:
     """Return the commands that may build for an engine, the best first."""
-    names = [os.environ.get("CXX", ""), *(("clang++",) if engine == "libfuzzer" else ("g++",))]
+    clang = ("clang++", *(f"clang++-{version}" for version in range(22, 13, -1)))  # Debian's names
+    names = [os.environ.get("CXX", ""), *(clang if engine == "libfuzzer" else ("g++",))]
     return [found for name in names if name and (found := shutil.which(name))]
 
 

@@ -33,12 +33,13 @@ from xmlkernels import dist
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.cli import console
 from xmlkernels.training.loop import train
+from xmlkernels.training.stops import done
 
 HOW = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 RESTARTS = 3  # by torchrun, of one part
 STOPPED = re.compile(
     r"stopped at step ([\d,]+), whose checkpoint is written: go on from it with --resume \((\w+)\)"
-    r"|stopped by (\w+); (?:no checkpoint was written yet|the checkpoints? .*)"
+    r"|stopped by (\w+); (?:no checkpoint was written yet|the checkpoints? .*|the run had finished)"
     r"|interrupted \((\w+)\)"  # before the run was opened
 )
 
@@ -124,6 +125,7 @@ class Part:
                 torch.set_num_threads(1)
                 dist.start(torch.device("cpu"), self.config.timeout)
             train(self.config)
+            done()
             dist.wait()
 
         console.command(work, several=True)
@@ -247,8 +249,8 @@ class Part:
             assert status == (128 + blow.how if stops else -blow.how), (status, self.told())
             if stops:
                 assert set(look.statuses()) <= {128 + blow.how, 0}, (look.statuses(), self.told())
-                if self.processes > 1 and not any(look.statuses()):
-                    return  # its work was done; torchrun alone was stopped
+                if look.statuses()[0] == 0:
+                    return  # its work was done: the first writes it, and ends last but for a wait
         told = self.told()
         assert "Traceback" not in told, told
         # Where one alone is stopped, torchrun may end the first before it has said so.

@@ -43,6 +43,7 @@ from xmlkernels.locks import own_place
 from xmlkernels.metrics import evaluate, inverse_propensity
 from xmlkernels.ranker.blend import best, combine, towards_rare
 from xmlkernels.training.folder import write_json
+from xmlkernels.training.stops import done
 
 MEASURED = 5  # metrics at 1 to 5
 TEXT = (".txt", ".txt.gz")
@@ -253,6 +254,7 @@ def main(words: Sequence[str]) -> None:
     """Sum and measure the files that the arguments name."""
     options = parse(Options, "xmlkernels ensemble", __doc__ or "", positional=True, words=words)
     measured = run(options)
+    done()
     title = f"{options.dataset}, {options.split}"
     # Score files of runs are all called predictions.npz: the folder tells them apart.
     shown = {"/".join(Path(name).parts[-2:]): metrics for name, metrics in measured.items()}

@@ -29,6 +29,7 @@ from xmlkernels.metrics import candidates_needed, drop_filtered, evaluate, inver
 from xmlkernels.options import check_least
 from xmlkernels.ranker.knn import KNNBaseline
 from xmlkernels.training.ranker_inputs import label_texts
+from xmlkernels.training.stops import done
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def main(words: Sequence[str]) -> None:
     """Score and measure the split that the arguments name."""
     options = parse(Options, "xmlkernels neighbours", __doc__ or "", words=words)
     measured = {"neighbours": run(options)}
+    done()
     title = f"{options.dataset}, {options.split}"
     print_comparison(title, measured, ("P", "nDCG", "R"))
     print_comparison(f"{title}, by propensity", measured, ("PSP", "PSnDCG"))

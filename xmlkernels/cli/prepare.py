@@ -24,6 +24,7 @@ from dataclasses import replace
 from xmlkernels.cli.arguments import parse
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.installed import source_of
+from xmlkernels.training.stops import done
 
 
 def tell(line: str) -> None:
@@ -36,4 +37,5 @@ def main(words: Sequence[str]) -> None:
     config = parse(PrepareConfig, "xmlkernels prepare", __doc__ or "", words=words)
     tokenizer = None if config.tokenizer is None else source_of(config.tokenizer, "--tokenizer")
     dataset = prepare(replace(config, tokenizer=tokenizer), tell)
+    done()
     print(f"{config.output}: {dataset.num_labels:,} labels, content {dataset.content_hash[:16]}")

@@ -21,11 +21,14 @@ from xmlkernels.cli.arguments import parse
 from xmlkernels.cli.console import print_comparison, say, typed
 from xmlkernels.training.ranker import SHOWN, train_ranker
 from xmlkernels.training.ranker_config import RankerConfig
+from xmlkernels.training.stops import done
 
 
 def main(words: Sequence[str]) -> None:
     """Train the ranker that the arguments describe."""
-    print_ranker(train_ranker(parse(RankerConfig, "xmlkernels rank", __doc__ or "", words=words)))
+    report = train_ranker(parse(RankerConfig, "xmlkernels rank", __doc__ or "", words=words))
+    done()
+    print_ranker(report)
 
 
 def print_ranker(report: dict[str, Any]) -> None:

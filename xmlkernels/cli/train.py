@@ -25,6 +25,7 @@ from xmlkernels.training.config import Config
 from xmlkernels.training.linear import LinearConfig, train_linear
 from xmlkernels.training.loop import train
 from xmlkernels.training.recipes import RECIPES
+from xmlkernels.training.stops import done
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +43,18 @@ def main(words: Sequence[str], prog: str = "xmlkernels train") -> None:
         if (count := dist.launched()[1]) > 1:
             mend = "start it without torchrun: it trains on all threads of one process"
             raise InputError("torchrun", "one process for this recipe", str(count), mend)
-        print_ranker(train_linear(config))
+        report = train_linear(config)
+        done()
+        print_ranker(report)
         return
     given = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
     config = recipe.fit(config, given | {name.removeprefix("no_") for name in given})
     early = check(config, given=given)
     tell_of_batch(config, recipe.config, given)
     dist.start(early.device, config.timeout)
-    print_metrics(train(config), Path(config.output))
+    report = train(config)
+    done()
+    print_metrics(report, Path(config.output))
     say(
         f'ask it: {typed("predict")} --checkpoint {config.output} --text "…"   (--input FILE for '
         "many texts)"

@@ -85,6 +85,23 @@ def running(config: Config) -> Iterator[tuple[Session, RunState, Evaluator]]:
         Failed: the disk refuses what the run has to write.
         Stopped: by a signal, with what the user is told.
     """
+    finished = False
+    try:
+        with _running(config) as parts:
+            yield parts
+            finished = True
+    except Stopped as stop:
+        # While the folder is let go of, all is written already.
+        if finished:
+            stop.told = (
+                f"stopped by {stop.name}; the run had finished: {config.output}/metrics.json "
+                "holds its results"
+            )
+        raise
+
+
+@contextmanager
+def _running(config: Config) -> Iterator[tuple[Session, RunState, Evaluator]]:
     # Of several processes the first alone writes: they are one run.
     first = dist.rank() == 0
     with own_folder(config.output, writes=RUN_FILES) if first else nullcontext():

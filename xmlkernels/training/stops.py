@@ -115,6 +115,14 @@ def ending(status: int, *, quiet: bool = False) -> None:
     _listener.status, _listener.quiet = status, quiet
 
 
+def done() -> None:
+    """Note that the work is written, and only telling of it is left.
+
+    A signal then ends the command at once, as one that has done its work.
+    """
+    ending(0, quiet=True)
+
+
 def asked() -> int:
     """Return the signal that has asked for the end; 0 before one has."""
     return _listener.asked
