@@ -216,14 +216,14 @@ BY_HAND: tuple[Fault, ...] = (
     Fault(_OPTIM, "        self.scale.clamp_(1.0, 2.0**24)\n", ""),
     # Metrics, evaluation, data.
     Fault(
-        "xmlkernels/metrics.py",
+        "xmlkernels/metrics/ranking.py",
         "(np.log(labels.shape[0]) - 1) * (B + 1) ** A",
         "(np.log(labels.shape[0]) - 1) * B**A",
     ),
     Fault(
-        "xmlkernels/metrics.py",
-        "np.minimum(count[:, None], np.arange(1, deepest + 1))",
-        "np.arange(1, deepest + 1)[None]",
+        "xmlkernels/metrics/ranking.py",
+        "np.minimum(count, places)",
+        "places[None]",
     ),
     Fault(
         "xmlkernels/evaluation.py",

@@ -36,7 +36,7 @@ _TABLES = _runs("rw_loss reference positives head_lr embed_drops table momentum 
 # The stages of a file's tests, narrow to wide; each is a line of pytest arguments.
 TESTS: dict[str, tuple[str, ...]] = {
     "xmlkernels/optim.py": ("tests/test_optim.py", f"tests/models/test_end_to_end.py {_STEP}"),
-    "xmlkernels/metrics.py": ("tests/test_metrics.py", _runs("label_text best_by")),
+    "xmlkernels/metrics/ranking.py": ("tests/test_metrics.py", _runs("label_text best_by")),
     "xmlkernels/evaluation.py": (
         "tests/predict/test_predict.py",
         _runs("evaluate_batch label_text top_k"),

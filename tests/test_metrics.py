@@ -63,17 +63,13 @@ def test_propensity_scored_by_hand():
 
 
 def test_keys_and_order():
-    names = ("P", "nDCG", "PSP", "PSnDCG", "R")
+    names = ("P", "nDCG", "PSP", "PSnDCG", "R", "RP", "sampleF1", "microF1")
     assert list(metrics.evaluate(TOP, TRUE, WEIGHT)) == [
         f"{name}@{k}" for name in names for k in KS
     ]
+    plain = [name for name in names if not name.startswith("PS")]
     assert list(metrics.evaluate(TOP, TRUE, ks=(3, 1))) == [
-        "P@1",
-        "P@3",
-        "nDCG@1",
-        "nDCG@3",
-        "R@1",
-        "R@3",
+        f"{name}@{k}" for name in plain for k in (1, 3)
     ]
 
 
@@ -216,7 +212,7 @@ def test_blocks_do_not_change_a_figure(monkeypatch):
         }
 
     whole = everything()
-    monkeypatch.setattr(metrics, "_BLOCK", 37)
+    monkeypatch.setattr("xmlkernels.metrics.points.BLOCK", 37)
     assert everything() == pytest.approx(whole, rel=1e-12)
 
 

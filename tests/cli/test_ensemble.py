@@ -18,6 +18,7 @@ from xmlkernels.cli import ensemble
 from xmlkernels.data.dataset import Dataset, Split
 from xmlkernels.data.formats import write_npz, write_sparse
 from xmlkernels.metrics import evaluate, inverse_propensity
+from xmlkernels.metrics.ranking import NAMES
 
 TEST_DOCUMENTS = 50
 
@@ -102,9 +103,7 @@ def test_sum_is_that_of_dense_matrices(
     got = run(files, folder, sum=how, weights=weights)
     assert list(got) == [*files, "sum"]
     assert got["sum"] == pytest.approx(expected)
-    assert {
-        f"{kind}@{k}" for kind in ("P", "nDCG", "PSP", "PSnDCG", "R") for k in range(1, 6)
-    } == set(got["sum"])
+    assert {f"{kind}@{k}" for kind in NAMES for k in range(1, 6)} == set(got["sum"])
 
 
 @pytest.mark.parametrize("power", [0.3, 2.0])
@@ -140,6 +139,20 @@ def test_one_file_is_measured_as_it_is(
     assert {key: got[files[0]][key] for key in ("P@1", "R@5")} == pytest.approx(
         {key: evaluate(rows, test_split.labels)[key] for key in ("P@1", "R@5")}
     )
+
+
+def test_every_metric_is_shown_with_its_sentence(
+    files: tuple[str, str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [files[0], "--dataset", str(folder)]
+    ensemble.main(words)
+    assert "RP@5" not in capsys.readouterr().out
+    ensemble.main([*words, "--show", "all"])
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    found = ensemble.run(ensemble.Options((files[0],), str(folder), show="all"))[files[0]]
+    assert f"RP@5 {found['RP@5']:.2f} " in told and f"macroF1@5 {found['macroF1@5']:.2f} " in told
+    assert f"F1 score (microavg) {found['F1 score (microavg)']:.4f} " in told
+    assert "Hits among the 5 best, over 5 or, if fewer, the true labels" in told
 
 
 @pytest.mark.parametrize("name", ["sum.npz", "sum.txt"])

@@ -300,6 +300,18 @@ def timeouts(runs: Runs, folder: Path) -> None:
         train.check(runs.config("tiny", timeout=0.5))
 
 
+def shown(runs: Runs, folder: Path) -> None:
+    """The flag reaches the printing of metrics."""
+    told: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.dist, "start", lambda *_: None)
+        patch.setattr(train, "train", lambda config: {})
+        patch.setattr(train, "print_metrics", lambda report, output, show: told.append(show))
+        for words in ([], ["--show", "all"]):
+            train.main(["tiny", "--dataset", str(runs.dataset), *words])
+    assert told == ["short", "all"]
+
+
 FIELDS = {
     "model": (models,),
     "dataset": (datasets,),
@@ -314,6 +326,7 @@ FIELDS = {
         Case("tiny", {"evaluate_every": 2}, validated([1, 2, 3], [2, 3]), {"epochs": 3}),
     ),
     "best_by": (Case("tiny", {"best_by": "nDCG@4"}, chosen_by), the_first_of_equals),
+    "show": (shown,),
     "top_k": (Case("tiny", {"top_k": 7}, labels_kept),),
     "evaluate_batch": (
         Case("tiny", {"evaluate_batch": 16}, evaluated_at_once),

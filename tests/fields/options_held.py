@@ -115,6 +115,7 @@ HELD: dict[type, dict[str, str]] = {
             "validation_text",
         ),
         "label_text": _RANKER + "test_label_texts_are_documents_of_their_labels",
+        "show": "training/test_linear.py::test_the_command_trains_predicts_and_says_how",
     },
     neighbours.Options: {
         **_all(
@@ -154,6 +155,7 @@ HELD: dict[type, dict[str, str]] = {
         **_all(_ENSEMBLE + "test_sum_is_that_of_dense_matrices", "weights", "sum"),
         "scores": _ENSEMBLE + "test_probabilities_and_logits_of_the_same_scores_agree",
         "propensity": _ENSEMBLE + "test_propensity_multiplies_the_probabilities_of_the_sum",
+        "show": _ENSEMBLE + "test_every_metric_is_shown_with_its_sentence",
         "metrics": _ENSEMBLE + "test_output_holds_logits_that_measure_the_same",
     },
     PrepareConfig: {

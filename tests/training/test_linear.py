@@ -69,8 +69,12 @@ def test_the_command_trains_predicts_and_says_how(
     output = tmp_path / "words"
     words = ["--dataset", str(dataset), "--output", str(output), "--min-df", "1"]
     monkeypatch.setattr(linear, "cached_tree", pytest.fail)
-    command.main(["linear", *words, "--threads", "1"])
+    command.main(["linear", *words, "--threads", "1", "--show", "all"])
     told = capsys.readouterr().out.splitlines()
+    report = json.loads((output / "metrics.json").read_text())
+    for metric in ("NDCG@10", "Recall (subj avg)"):  # as metrics.json has them, for --show all
+        (line,) = [line for line in told if f" {metric} " in line]
+        assert f" {report['annif'][metric]:.4f} " in line
     assert told[-1].startswith("ask it: ") and f"predict --ranker {output} --text" in told[-1]
     assert json.loads((output / "metrics.json").read_text())["options"]["one_vs_all"]
     answers = tmp_path / "answers.jsonl"
@@ -176,7 +180,7 @@ def test_every_option_reaches_tree_and_ranker(
         "dataset": str(dataset), "output": "o", "cache": str(tmp_path), "depths": (1, 3),
         "beam": 3, "longest": 4, "min_df": 5, "max_features": 6,
         "training": Settings(cost=2.0, seed=7), "threads": 1, "share": 0.5, "blend": "product",
-        "top_k": 8, "graph": True, "label_text": True,
+        "top_k": 8, "graph": True, "label_text": True, "show": "all",
     }  # fmt: skip
     left = {"documents", "trees"}
     assert changes.keys() == {field.name for field in fields(LinearConfig)} - left

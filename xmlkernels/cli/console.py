@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +17,7 @@ from rich.table import Table
 from xmlkernels import InputError, dist
 from xmlkernels.errors import Failed
 from xmlkernels.files import DataWarning, reason_of
+from xmlkernels.metrics.words import by_annif, sentence_of
 from xmlkernels.training.stops import Stopped, ending, listening
 
 SKIPPED = ("skipped_steps", "skipped_encoder_steps")
@@ -208,8 +209,8 @@ def metrics_table(
     return table
 
 
-def print_metrics(report: dict[str, Any], output: Path) -> None:
-    """Print the metrics of a finished run, by split and by label frequency.
+def print_metrics(report: dict[str, Any], output: Path, show: str = "short") -> None:
+    """Print the metrics of a finished run, by split and by label frequency; `all` with sentences.
 
     Of several processes the first prints them.
     """
@@ -236,6 +237,10 @@ def print_metrics(report: dict[str, Any], output: Path) -> None:
         say(f"over labels: {told}")
     if "deciles" in report:
         print_deciles(report["deciles"])
+    if show == "all":
+        for name in names:
+            print_every(name, report[name])
+        print_every_label(report)
     seconds = report["seconds"]
     say(
         f"{report['steps']:,} steps, train {seconds['train']:.0f} s, "
@@ -250,6 +255,29 @@ def print_metrics(report: dict[str, Any], output: Path) -> None:
             f"note: {lost:,} times a true cluster found no place in a training shortlist; "
             "--positives-bound makes room"
         )
+
+
+def print_every(title: str, metrics: Mapping[str, Any]) -> None:
+    """Print every metric of a set, each with a sentence that says what it is.
+
+    Those of `annif eval` are fractions of 1 or counts, all others percent.
+    """
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name, justify in (("metric", "left"), ("value", "right"), ("what it says", "left")):
+        table.add_column(name, justify=justify, no_wrap=name != "what it says")  # type: ignore[arg-type]
+    for name, value in metrics.items():
+        if name != "loss" and isinstance(value, int | float):
+            told = f"{value:.4f}" if by_annif(name) and isinstance(value, float) else _cell(value)
+            table.add_row(name, told, sentence_of(name))
+    _console.print(table)
+
+
+def print_every_label(report: Mapping[str, Any]) -> None:
+    """Print the metrics over labels and those of Annif that a report holds."""
+    if "macro" in report:
+        print_every("over labels (percent)", report["macro"])
+    if "annif" in report:
+        print_every("as `annif eval` has them, of ten labels per document", report["annif"])
 
 
 def print_levels(name: str, levels: list[dict[str, Any]]) -> None:

@@ -34,13 +34,19 @@ from scipy.sparse import csr_matrix
 
 from xmlkernels import InputError
 from xmlkernels.cli.arguments import parse
-from xmlkernels.cli.console import print_comparison
+from xmlkernels.cli.console import print_comparison, print_every
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.formats import read_npz, read_sparse, write_npz, write_sparse
 from xmlkernels.evaluation import score_matrix
 from xmlkernels.files import check_file
 from xmlkernels.locks import own_place
-from xmlkernels.metrics import evaluate, inverse_propensity
+from xmlkernels.metrics import (
+    annif_metrics,
+    evaluate,
+    inverse_propensity,
+    macro_metrics,
+)
+from xmlkernels.metrics.annif import LIMIT
 from xmlkernels.ranker.blend import best, combine, towards_rare
 from xmlkernels.training.folder import write_json
 from xmlkernels.training.stops import done
@@ -76,6 +82,9 @@ class Options:
     """Labels per document in the output."""
     metrics: str = ""
     """.json for every metric at 1 to 5."""
+    show: Literal["short", "all"] = "short"
+    """Metrics printed: short: in tables; all: every one with a sentence that says what it is, those
+    over labels and those of `annif eval` among them; --metrics gets these too."""
 
 
 def check(options: Options) -> None:
@@ -215,14 +224,20 @@ def _run(options: Options) -> dict[str, dict[str, float]]:
     odds = [
         log_odds(m, kind, path) for m, kind, path in zip(files, kinds, options.files, strict=True)
     ]
+    deepest = LIMIT if options.show == "all" else MEASURED
+
+    def measure(rows: np.ndarray) -> dict[str, float]:
+        found = evaluate(rows, split.labels, weight)
+        if options.show == "all":
+            found |= macro_metrics(rows, split.labels) | annif_metrics(rows, split.labels)
+        return found
+
     measured = {}
     for number, (matrix, z) in enumerate(zip(files, odds, strict=True)):
         alone = csr_matrix((z, matrix.indices, matrix.indptr), matrix.shape)
         path = options.files[number]
         name = path if path not in measured else f"{path} ({number + 1})"
-        measured[name] = evaluate(
-            best(alone, split.filter_pairs, MEASURED)[1], split.labels, weight
-        )
+        measured[name] = measure(best(alone, split.filter_pairs, deepest)[1])
     several = len(files) > 1 or options.propensity > 0
     if several or options.output:
         total = combine(files, odds, options.weights or [1.0] * len(files), options.sum)
@@ -230,7 +245,7 @@ def _run(options: Options) -> dict[str, dict[str, float]]:
             total = towards_rare(total, weight, options.propensity)
         values, rows = best(total, split.filter_pairs, options.top_k)
         if several:
-            measured["sum"] = evaluate(rows, split.labels, weight)
+            measured["sum"] = measure(rows)
         if options.output:
             kept = score_matrix(values.astype(np.float32), rows, dataset.num_labels)
             if options.output.endswith(".npz"):
@@ -261,3 +276,6 @@ def main(words: Sequence[str]) -> None:
     shown = shown if len(shown) == len(measured) else measured
     print_comparison(title, shown, ("P", "nDCG", "R"))
     print_comparison(f"{title}, by propensity", shown, ("PSP", "PSnDCG"))
+    if options.show == "all":
+        for name, metrics in shown.items():
+            print_every(f"{title}, {name}", metrics)

@@ -18,7 +18,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from xmlkernels.cli.arguments import parse
-from xmlkernels.cli.console import print_comparison, say, typed
+from xmlkernels.cli.console import (
+    print_comparison,
+    print_every,
+    print_every_label,
+    say,
+    typed,
+)
 from xmlkernels.training.ranker import SHOWN, train_ranker
 from xmlkernels.training.ranker_config import RankerConfig
 from xmlkernels.training.stops import done
@@ -42,6 +48,10 @@ def print_ranker(report: dict[str, Any]) -> None:
         a, b = report["propensity"]
         dataset = f"{report['dataset']} (hash {report['dataset_hash'][:12]})"
         print_comparison(f"{dataset}, propensity constants A={a}, B={b}", rows)
+    if report["options"]["show"] == "all":
+        for name, numbers in rows.items():
+            print_every(name, numbers)
+        print_every_label(report)
     say(f"written to {report['options']['output']}/")
     say(next_command(report["options"], report.get("rankers", ())))
 

@@ -54,7 +54,7 @@ def main(words: Sequence[str], prog: str = "xmlkernels train") -> None:
     dist.start(early.device, config.timeout)
     report = train(config)
     done()
-    print_metrics(report, Path(config.output))
+    print_metrics(report, Path(config.output), config.show)
     say(
         f'ask it: {typed("predict")} --checkpoint {config.output} --text "…"   (--input FILE for '
         "many texts)"

@@ -295,6 +295,9 @@ class Config:
     first of equals is kept. Without a validation split the last step is kept."""
     top_k: int = of(SAVING, 100, COUNT)
     """Labels kept per document in predictions.npz."""
+    show: Literal["short", "all"] = of(SAVING, "short")
+    """Metrics printed at the end: short: in tables; all: every one with a sentence that says what
+    it is, those of `annif eval` among them. metrics.json has all."""
     evaluate_batch: int = of(SAVING, 256, COUNT)
     """Documents of a pass of evaluation."""
     save_every: int = of(SAVING, 500, OFF_AT_0)

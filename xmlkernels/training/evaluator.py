@@ -9,8 +9,9 @@ from xmlkernels.data.dataset import Split
 from xmlkernels.data.formats.matrices import write_npz
 from xmlkernels.evaluation import Evaluation, evaluate_schemes, evaluate_split, score_matrix
 from xmlkernels.memory import release_free
-from xmlkernels.metrics import decile_table, evaluate, macro_metrics
+from xmlkernels.metrics import evaluate
 from xmlkernels.training.folder import write_json
+from xmlkernels.training.measured import split_report
 from xmlkernels.training.run_state import RunState
 from xmlkernels.training.session import Session
 from xmlkernels.training.stops import Stopped, Watched
@@ -182,11 +183,7 @@ class Evaluator:
         kept, data = self.config.top_k, self.session.dataset
         scores = score_matrix(found.values[:, :kept], found.labels[:, :kept], data.num_labels)
         write_npz(self.folder.path / "predictions.npz", scores, keep_zeros=True)
-        train = data.splits["train"].labels
-        return {
-            "macro": macro_metrics(found.labels, split.labels),
-            "deciles": decile_table(found.labels, split.labels, train),
-        }
+        return split_report(found.labels, split.labels, data.splits["train"].labels)
 
 
 def _levels_line(levels: list[dict[str, Any]]) -> str:

@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "output",
     "cache",
     "log_every",
+    "show",
     "save_every",
     "keep",
     "background_save",

@@ -22,6 +22,7 @@ from xmlkernels.training.config import Config
 from xmlkernels.training.folder import write_json
 from xmlkernels.training.inputs import cached_tree, cached_tree_folder, open_dataset
 from xmlkernels.training.label_vectors import SharedFeatures
+from xmlkernels.training.measured import split_report
 from xmlkernels.training.owned import refuse_others
 from xmlkernels.training.ranker import WRITTEN, train_ranker
 from xmlkernels.training.ranker_config import RankerConfig
@@ -93,6 +94,9 @@ class LinearConfig:
     """With --share: of log-odds and margins, or of probabilities."""
     top_k: int = 100
     """Labels kept per document in predictions.npz."""
+    show: Literal["short", "all"] = "short"
+    """Metrics printed at the end: short: in tables; all: every one with a sentence that says what
+    it is, those of `annif eval` among them. metrics.json has all."""
 
 
 def train_linear(options: LinearConfig) -> dict[str, Any]:
@@ -194,6 +198,7 @@ def _forest(
             **{f"tree {n}": made["test"]["both"] for n, made in enumerate(reports)},
             "all trees": evaluate(rows, split.labels, weight),
         }
+        report |= split_report(rows, split.labels, dataset.splits["train"].labels)
         result = score_matrix(values.astype(np.float32), rows, dataset.num_labels)
         write_npz(folder / "predictions.npz", result, keep_zeros=True)
     write_json(folder / "metrics.json", report)
@@ -232,6 +237,7 @@ def _ranker(options: LinearConfig, dataset: Dataset, tree: str) -> RankerConfig:
         share=share,
         blend=blend,
         top_k=options.top_k,
+        show=options.show,
     )
 
 

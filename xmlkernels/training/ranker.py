@@ -27,6 +27,7 @@ from xmlkernels.ranker.linear import LinearRanker, fit
 from xmlkernels.ranker.matcher import ClusterMatcher
 from xmlkernels.training.clock import Seconds
 from xmlkernels.training.folder import copy_profile, write_json, write_names
+from xmlkernels.training.measured import split_report
 from xmlkernels.training.ranker_config import RankerConfig, check
 from xmlkernels.training.ranker_inputs import (
     Documents,
@@ -337,6 +338,7 @@ def measure(
             values, rows = found[list(found)[-1]]
             result = score_matrix(values, rows, dataset.num_labels)
             write_npz(Path(options.output) / "predictions.npz", result, keep_zeros=True)
+            report |= split_report(rows, part.split.labels, dataset.splits["train"].labels)
     return report | {"share": reranker.share, "blend": reranker.how}, reranker
 
 

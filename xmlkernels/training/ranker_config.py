@@ -79,6 +79,9 @@ class RankerConfig:
     """With --share: of log-odds and margins, or of probabilities."""
     top_k: int = 100
     """Labels kept per document in predictions.npz."""
+    show: Literal["short", "all"] = "short"
+    """Metrics printed at the end: short: in tables; all: every one with a sentence that says what
+    it is, those of `annif eval` among them. metrics.json has all."""
 
 
 def check(options: RankerConfig) -> None:
