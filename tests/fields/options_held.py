@@ -37,6 +37,8 @@ HELD: dict[type, dict[str, str]] = {
         ),
         **_all(_PREDICT + "test_files_in_and_out", "input", "output"),
         "filter": "predict/test_predict_filters.py::test_filter_pairs",
+        "allow": "predict/test_limits.py::test_the_files_of_the_command",
+        "exclude": "predict/test_limits.py::test_the_files_of_the_command",
         "ranker": _RANKED + "test_a_forest_is_the_mean_of_its_rankers",
         "ranker_input": _RANKED + "test_texts_of_the_test_split_are_answered_as_the_split_was",
         **_all(_RANKED + "test_one_text", "latency", "ranker_text"),

@@ -1,4 +1,4 @@
-"""Pairs that xmlkernels predict must not predict: --filter."""
+"""What xmlkernels predict must not predict: pairs of --filter, labels of --allow and --exclude."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,9 +6,36 @@ from dataclasses import dataclass
 import numpy as np
 
 from xmlkernels import InputError
-from xmlkernels.data.formats import read_filter_pairs
-from xmlkernels.predict.base import Label
+from xmlkernels.data.formats import iter_lines, read_filter_pairs
+from xmlkernels.predict.base import Label, TextPredictor
 from xmlkernels.topk import candidates_needed, drop_filtered
+
+
+def read_labels(path: str, predictor: TextPredictor) -> list[int]:
+    """Read a file of one label per line, by name or number.
+
+    A line that is a label's name means that label; any other is a number, from 0. Empty lines are
+    left out.
+
+    Raises:
+        InputError: a line that is neither, or a file without a label.
+    """
+    found: list[int] = []
+    for number, line in enumerate(iter_lines(path), 1):
+        word = line.strip()
+        if not word:
+            continue
+        named = predictor.numbers.find(line) or predictor.numbers.find(word)
+        if not named and word.isascii() and word.isdecimal() and int(word) < predictor.labels:
+            named = [int(word)]
+        if not named:
+            expected = f"a label's name, or a number from 0 to {predictor.labels - 1}"
+            mend = "write one label of this model per line"
+            raise InputError(f"{path}:{number}", expected, repr(word[:40]), mend)
+        found += named
+    if not found:
+        raise InputError(path, "one label per line", "no label", "leave the flag out")
+    return found
 
 
 @dataclass

@@ -19,7 +19,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from xmlkernels import InputError
 from xmlkernels.cli.arguments import parse
-from xmlkernels.cli.filters import Barred
+from xmlkernels.cli.filters import Barred, read_labels
 from xmlkernels.cli.texts import Texts, paired
 from xmlkernels.data.formats import write_npz
 from xmlkernels.data.text_parts import TextParts
@@ -69,6 +69,11 @@ class Options:
     """A file of lines `text label`, both counted from 0: pairs that are never predicted, like
     prepare's --test-filter.
     """
+    allow: str = ""
+    """A file of labels, one per line, by name or by number: texts get these alone, the best of
+    them, whatever a shortlist holds."""
+    exclude: str = ""
+    """A file of labels, one per line: never predicted, for any text."""
     # ---- answers ----
     output: str = ""
     """.jsonl: one line per text; .npz: a scipy CSR matrix of scores [texts, labels]. Printed when
@@ -119,14 +124,23 @@ def written(path: str) -> Iterator[IO[str]]:
         text.detach()  # `replacing` still has to sync the stream below
 
 
-def one_by_one(predictor: TextPredictor, texts: Iterator[Any], k: int) -> Iterator[list[Label]]:
+def limits_of(options: Options, predictor: TextPredictor) -> dict[str, Any]:
+    """Read --allow and --exclude, where given, as `TextPredictor.predict` takes them."""
+    files = {"allow": options.allow, "exclude": options.exclude}
+    return {name: read_labels(path, predictor) for name, path in files.items() if path}
+
+
+def one_by_one(
+    predictor: TextPredictor, texts: Iterator[Any], k: int, limits: dict[str, Any]
+) -> Iterator[list[Label]]:
     """Predict as a server would, one text per call, and say at the end how long a call took."""
     taken: list[float] = []
+    how: dict[str, Any] = {"batch_size": 1, "window": 1, "prefetch": 0, **limits}
     for text in texts:
         if not taken:  # the first call allocates and loads
-            next(predictor.predict([text], k, batch_size=1, window=1, prefetch=0))
+            next(predictor.predict([text], k, **how))
         started = time.perf_counter()
-        labels = next(predictor.predict([text], k, batch_size=1, window=1, prefetch=0))
+        labels = next(predictor.predict([text], k, **how))
         taken.append((time.perf_counter() - started) * 1e3)
         yield labels
     if taken:
@@ -197,14 +211,15 @@ def answers_of(
     options: Options, predictor: TextPredictor, texts: Any, barred: Barred
 ) -> Iterator[list[Label]]:
     """Yield the answers to `texts`, without the pairs of --filter."""
-    k = barred.needed(options.top_k)
+    k, limits = barred.needed(options.top_k), limits_of(options, predictor)
     if options.latency:
-        answers = one_by_one(predictor, texts, k)
+        answers = one_by_one(predictor, texts, k, limits)
     elif options.input == "-":
         # No thread: one that waits for a terminal would delay the end.
-        answers = predictor.predict(texts, k, batch_size=options.batch or 1, window=1, prefetch=0)
+        how: dict[str, Any] = {"batch_size": options.batch or 1, "window": 1, "prefetch": 0}
+        answers = predictor.predict(texts, k, **how, **limits)
     else:
-        answers = predictor.predict(texts, k, batch_size=options.batch or 64)
+        answers = predictor.predict(texts, k, batch_size=options.batch or 64, **limits)
     return barred.kept(answers, options.top_k)
 
 
@@ -225,7 +240,10 @@ def answer(options: Options, predictor: TextPredictor) -> None:
     if options.output.endswith(".npz"):
         size = options.batch or 64
         values, rows = predictor.predict_arrays(
-            given, barred.needed(options.top_k), batch_size=size
+            given,
+            barred.needed(options.top_k),
+            batch_size=size,
+            **limits_of(options, predictor),
         )
         values, rows = barred.kept_arrays(values, rows, options.top_k)
         write_npz(options.output, score_matrix(values, rows, predictor.labels), keep_zeros=True)

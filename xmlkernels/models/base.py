@@ -12,6 +12,7 @@ from xmlkernels import dist
 from xmlkernels.data.batches.bags import BagBatch
 from xmlkernels.data.batches.tokens import Batch
 from xmlkernels.errors import InputError
+from xmlkernels.models.among import complement, limited
 from xmlkernels.models.gradient_caching import EncoderPass, encoder_passes, gathered
 from xmlkernels.models.graphed import Capturer, Card, GraphedPasses
 from xmlkernels.models.running_mean import evaluating
@@ -283,6 +284,11 @@ class Model(ModelState):
         """Give an answer with levels for each scheme."""
         return {scheme: self._answer(x, k, exclude) for scheme in schemes}
 
+    def _answer_among(self, x: list[Tensor], k: int, allowed: Tensor) -> Answer:
+        """Give the k best of the labels `allowed`, int64 [A], ascending, and of no others."""
+        barred = complement(allowed, self.labels)
+        return self._answer(x, k, barred.expand(len(x[-1]), -1))
+
     def _loss(self, x: list[Tensor], batch: Documents) -> Tensor:
         """Compute the loss [1] of a batch from its features."""
         raise NotImplementedError
@@ -308,6 +314,7 @@ class Model(ModelState):
         loss: bool = False,
         embedding: bool = False,
         schemes: Sequence[str] = (),
+        allow: Sequence[Tensor | None] = (),
     ) -> Scored:
         """Answer a batch with one pass of the encoder, without training.
 
@@ -321,9 +328,13 @@ class Model(ModelState):
             loss: give the batch's loss, too; it must have its positives.
             embedding: give the embeddings, too.
             schemes: give an answer, with the levels of the label tree, for each of these.
+            allow: of each document int64 [A], ascending: the only labels that it may have, each
+                of which is scored; None where it may have all but `exclude`. It does not count
+                for `schemes`.
 
         Raises:
-            InputError: a scheme that the model does not have.
+            InputError: a scheme that the model does not have, or an allow-list for tables that
+                processes share.
         """
         self._check_schemes(schemes)
         x = self._whole_features(batch)
@@ -332,7 +343,13 @@ class Model(ModelState):
             answers, total = self._answers_and_loss(x, k, exclude, schemes, batch)
         else:
             answers = self._answers(x, k, exclude, schemes)
-        own = answers[self.scheme] if self.scheme in answers else self._answer(x, k, exclude)
+        if any(labels is not None for labels in allow):
+            if self.shared:
+                mend = "predict in one process"
+                raise InputError("allow", "a model that one process holds", "a shared one", mend)
+            own = limited(self._answer, self._answer_among, x, k, exclude, allow)
+        else:
+            own = answers[self.scheme] if self.scheme in answers else self._answer(x, k, exclude)
         return Scored(
             own.values,
             own.labels,

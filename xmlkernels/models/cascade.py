@@ -4,7 +4,7 @@ Source: Kharbanda et al., "CascadeXML" (NeurIPS 2022).
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Self, TypedDict
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from xmlkernels.errors import InputError
+from xmlkernels.models.among import best_among, path_scores
 from xmlkernels.models.base import Documents, Model
 from xmlkernels.models.descent import (
     Descent,
@@ -20,6 +21,7 @@ from xmlkernels.models.descent import (
     descend,
     joined,
     kept_in_training,
+    logit_of_log,
     loss_of,
     ranked,
     scores_by,
@@ -341,6 +343,22 @@ class Cascade(Model):
         *_, scores = scores_by(scheme, levels)
         found = self._best(self.tree.levels - 1, levels[-1], scores, k, exclude, scheme)
         return Answer(found.values, found.nodes)
+
+    def _answer_among(self, x: list[Tensor], k: int, allowed: Tensor) -> Answer:
+        above = [torch.from_numpy(part).to(self.device) for part in self._ancestors]
+        values, rows = best_among(
+            lambda rows: path_scores(self.heads, x, rows, above, self.scheme),
+            self.place[allowed].sort().values,
+            len(x[-1]),
+            k,
+        )
+        if self.scheme != "level":
+            values = torch.where(rows >= 0, logit_of_log(values), -torch.inf)
+        return Answer(values, self._label_ids(rows))
+
+    @cached_property
+    def _ancestors(self) -> list[np.ndarray]:
+        return [self.tree.ancestors(r) for r in range(self.tree.levels - 1)]
 
     def _best(
         self, r: int, level: Descent, scores: Tensor, k: int, exclude: Tensor | None, scheme: str

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from xmlkernels import dist
 from xmlkernels.errors import InputError
+from xmlkernels.models.among import best_among
 from xmlkernels.models.base import Documents, Model
 from xmlkernels.models.saved import table_rows
 from xmlkernels.models.scored import Answer
@@ -187,6 +188,10 @@ class EndToEnd(Model):
 
     def _answer(self, x: list[Tensor], k: int, exclude: Tensor | None) -> Answer:
         return self._merged(self.head.topk(x[-1], k, exclude), k)
+
+    def _answer_among(self, x: list[Tensor], k: int, allowed: Tensor) -> Answer:
+        own = x[-1]
+        return Answer(*best_among(lambda rows: self.head.scores(own, rows), allowed, len(own), k))
 
     def _loss(self, x: list[Tensor], batch: Documents) -> Tensor:
         loss = self.head.loss(x[-1], batch.pos_row, batch.pos_sample)

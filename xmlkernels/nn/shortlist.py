@@ -17,7 +17,17 @@ from xmlkernels import dist
 from xmlkernels.ops import shortlist_merge, shortlist_select
 from xmlkernels.ops.shortlist_select import PLACES, locate, rank, sizes
 
-__all__ = ["Kept", "Whole", "best", "candidates", "count", "locate", "select"]
+__all__ = [
+    "Kept",
+    "Whole",
+    "best",
+    "better",
+    "candidates",
+    "count",
+    "locate",
+    "nothing_yet",
+    "select",
+]
 
 
 def candidates(clusters: Tensor, row_ptr: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -54,6 +64,24 @@ def best(scores: Tensor, real: Tensor, k: int) -> tuple[Tensor, Tensor]:
         top = torch.cat([top, top.new_full((top.shape[0], k - top.shape[1]), -1)], 1)
     there = top >= 0
     return torch.where(there, PLACES - (top & PLACES), 0), there
+
+
+def nothing_yet(documents: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Give the k best of no rows: values -inf and rows -1, [B, k] each."""
+    return (
+        torch.full((documents, k), -torch.inf, device=device),
+        torch.full((documents, k), -1, dtype=torch.int64, device=device),
+    )
+
+
+def better(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Merge the k best of two ranges of rows, the lower first; equal values keep that order."""
+    values, rows = (torch.cat(pair, 1) for pair in zip(one, other, strict=True))
+    order = values.sort(dim=1, descending=True, stable=True).indices
+    # Where no row can fill a place it holds -inf, and comes after rows that have this score.
+    empty = (rows.gather(1, order) < 0).to(torch.uint8)
+    order = order.gather(1, empty.sort(dim=1, stable=True).indices)[:, : one[0].shape[1]]
+    return values.gather(1, order), rows.gather(1, order)
 
 
 class Whole(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from xmlkernels.nn.full_head import FullHead
 from xmlkernels.nn.shard import Shard
+from xmlkernels.nn.shortlist import better, nothing_yet
 from xmlkernels.nn.stored import READ, StoredTable
 from xmlkernels.nn.table import fill_rows, normal
 from xmlkernels.nn.table_store import TableStore
@@ -128,9 +129,9 @@ class StoredHead(StoredTable, FullHead):
     @torch.no_grad()
     def topk(self, x: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Find the k best rows of all; see `Table.topk`. Tiles are read once."""
-        best = self._nothing_yet(x, k)
+        best = nothing_yet(len(x), k, x.device)
         for _, _, tile in self._stream(READ):
-            best = _better(best, tile.topk(x, k, exclude))
+            best = better(best, tile.topk(x, k, exclude))
         return best
 
     @torch.no_grad()
@@ -146,25 +147,8 @@ class StoredHead(StoredTable, FullHead):
         self, x: Tensor, k: int, exclude: Tensor | None, pos_row: Tensor, pos_sample: Tensor
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Do what `topk` and `loss` do; tiles are read once for both."""
-        best, total = self._nothing_yet(x, k), torch.zeros(1, device=x.device)
+        best, total = nothing_yet(len(x), k, x.device), torch.zeros(1, device=x.device)
         for _, _, tile in self._stream(READ):
-            best = _better(best, tile.topk(x, k, exclude))
+            best = better(best, tile.topk(x, k, exclude))
             total += tile.loss(x, pos_row, pos_sample)
         return best, total
-
-    def _nothing_yet(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Give the k best of no rows."""
-        return (
-            torch.full((x.shape[0], k), -torch.inf, device=x.device),
-            torch.full((x.shape[0], k), -1, dtype=torch.int64, device=x.device),
-        )
-
-
-def _better(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Merge the k best of two ranges of rows, the lower first; equal values keep that order."""
-    values, rows = (torch.cat(pair, 1) for pair in zip(one, other, strict=True))
-    order = values.sort(dim=1, descending=True, stable=True).indices
-    # Where no row can fill a place it holds -inf, and comes after rows that have this score.
-    empty = (rows.gather(1, order) < 0).to(torch.uint8)
-    order = order.gather(1, empty.sort(dim=1, stable=True).indices)[:, : one[0].shape[1]]
-    return values.gather(1, order), rows.gather(1, order)

@@ -12,7 +12,9 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -23,18 +25,21 @@ from xmlkernels.checksums import Files, check_files
 from xmlkernels.data.inputs import Inputs, load_inputs
 from xmlkernels.errors import InputError
 from xmlkernels.memory import free_memory
-from xmlkernels.models.base import Model
+from xmlkernels.models.base import Documents, Model
 from xmlkernels.models.kinds import KINDS
 from xmlkernels.models.restore import DIVERGED, check_config, check_finite, restored
 from xmlkernels.models.running_mean import PREFIX
 from xmlkernels.models.saved import model_config, needed_for_prediction
-from xmlkernels.nn.stored import READ
+from xmlkernels.models.scored import Scored
+from xmlkernels.nn.stored import READ, StoredTable
 from xmlkernels.precision import TABLE_DTYPES
 from xmlkernels.predict.base import AHEAD, NAMES, RANKER, Text, TextPredictor, read_names
+from xmlkernels.predict.limits import Given, Limit, Limits
 from xmlkernels.records import check_record
 from xmlkernels.rows import in_memory
 from xmlkernels.threads import check_threads, torch_threads
 
+_FEW = 1024  # exclusions that each candidate is compared with
 BESIDE = (NAMES, "tokenizer", "vocabulary")  # next to a run's checkpoints, for predictions
 
 
@@ -64,6 +69,11 @@ class Predictor(TextPredictor):
         self.model, self.inputs, self.identity = model, inputs, identity
         self.labels, self.label_names, self.parts = model.labels, label_names, inputs.parts
         self.threads = check_threads(threads)
+        # A running mean takes the place of weights, and a stored table has one set of tiles.
+        single = model.average is not None or any(
+            isinstance(table, StoredTable) for table in model.tables().values()
+        )
+        self._alone: Any = Lock() if single else nullcontext()
         model.eval()
 
     @classmethod
@@ -124,15 +134,35 @@ class Predictor(TextPredictor):
         return cls(model, load_inputs(path, state), names, _identity(state), threads=threads)
 
     def predict_and_embed(
-        self, texts: Sequence[str], k: int, *, batch_size: int = 64
+        self,
+        texts: Sequence[str],
+        k: int,
+        *,
+        batch_size: int = 64,
+        allow: Given = None,
+        exclude: Given = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Predict one text or more: what `predict_arrays` gives, and their embeddings fp32 [N, D].
 
-        The embedding of a text is what the label table meets of it.
+        The embedding of a text is what the label table meets of it. `allow` and `exclude` are
+        those of `predict`.
         """
-        found = self._in_order(texts, k, batch_size, AHEAD, 0, embed=True)
+        limits = Limits(self.numbers, allow, exclude)
+        found = self._in_order(texts, k, batch_size, AHEAD, 0, limits, embed=True)
         values, rows, embedding = zip(*found, strict=True)
         return np.stack(values), np.stack(rows), np.stack(embedding)
+
+    def embed(self, texts: Iterable[Text], *, batch_size: int = 64) -> np.ndarray:
+        """Embed N texts: fp32 [N, D], what the label table meets of each; reads all of them."""
+        found: dict[int, np.ndarray] = {}
+        single: Any = texts
+        for batch in self.inputs.text_batches(single, batch_size, window=AHEAD, prefetch=2):
+            with self._alone, torch_threads(self.threads):
+                rows = self.model.embed(batch.to(self.model.device)).float().cpu().numpy()
+            found.update(zip(batch.index.tolist(), rows, strict=True))
+        if not found:
+            return np.zeros((0, self.model.width), np.float32)
+        return np.stack([found[number] for number in range(len(found))])
 
     def _in_order(
         self,
@@ -141,32 +171,91 @@ class Predictor(TextPredictor):
         batch_size: int,
         window: int,
         prefetch: int,
+        limits: Limits,
         *,
         embed: bool = False,
     ) -> Iterator[tuple[np.ndarray, ...]]:
         """Logits [k], labels [k] and, if asked for, the embedding [D] of each text."""
         waiting: dict[int, tuple[np.ndarray, ...]] = {}
         following = 0
-        single: Any = texts  # pairs are for rankers
+        taken: dict[int, Limit] = {}
+        # Pairs are for rankers.
+        single: Any = texts if limits.same is not None else limits.taking(texts, taken)
         for batch in self.inputs.text_batches(single, batch_size, window=window, prefetch=prefetch):
+            index = batch.index.tolist()
+            own = [limits.same or taken.pop(number) for number in index]
             # Never across a yield: the caller's own work must keep its threads.
-            with torch_threads(self.threads):
-                found = self.model.score(batch.to(self.model.device), k, embedding=embed)
-            _check_answers(found.values, found.labels)
+            with self._alone, torch_threads(self.threads):
+                found = self._scored(batch.to(self.model.device), k, own, embed)
             parts = [t for t in (found.values, found.labels, found.embedding) if t is not None]
             rows_of = zip(*(t.cpu().numpy() for t in parts), strict=True)
-            waiting.update(zip(batch.index.tolist(), rows_of, strict=True))
+            waiting.update(zip(index, rows_of, strict=True))
             while following in waiting:
                 yield waiting.pop(following)
                 following += 1
 
+    def _scored(self, batch: Documents, k: int, limits: Sequence[Limit], embed: bool) -> Scored:
+        """Score a batch under the limit of each of its texts; see `TextPredictor.predict`."""
+        if self.model.tree is None:
+            # Without a tree every label is scored anyway, and long lists of exclusions are slow.
+            spelled: dict[int, Limit] = {}
+            for limit in limits:
+                if len(limit.exclude) > _FEW and id(limit) not in spelled:
+                    spelled[id(limit)] = limit.spelled_out(self.labels)
+            limits = [spelled.get(id(limit), limit) for limit in limits]
+        exclude, device = _excluded(limits), self.model.device
+        found = self.model.score(
+            batch,
+            k,
+            exclude=None if exclude is None else exclude.to(device),
+            embedding=embed,
+            allow=_allowed(limits),
+        )
+        there = (found.labels >= 0).sum(1).tolist()
+        # Of a label tree: the kept clusters may hold little else than what is excluded.
+        short = [
+            len(limit.exclude) > 0 and count < min(k, limit.count(self.labels))
+            for limit, count in zip(limits, there, strict=True)
+        ]
+        if any(short):
+            whole = [
+                limit.spelled_out(self.labels) if few else limit
+                for limit, few in zip(limits, short, strict=True)
+            ]
+            return self._scored(batch, k, whole, embed)
+        _check_answers(found.values, found.labels, [x.count(self.labels) > 0 for x in limits])
+        return found
 
-def _check_answers(values: torch.Tensor, rows: torch.Tensor) -> None:
+
+def _allowed(limits: Sequence[Limit]) -> list[torch.Tensor | None]:
+    """Return the allow-list of each text; one tensor for those with the same limit."""
+    made = {
+        id(limit): None if limit.allow is None else torch.from_numpy(limit.allow)
+        for limit in limits
+    }
+    return [made[id(limit)] for limit in limits]
+
+
+def _excluded(limits: Sequence[Limit]) -> torch.Tensor | None:
+    """Return the exclusions of each text as int64 [B, E], -1 pads; None where there are none."""
+    widest = max((len(limit.exclude) for limit in limits), default=0)
+    if not widest:
+        return None
+    barred = np.full((len(limits), widest), -1)
+    for row, limit in zip(barred, limits, strict=True):
+        row[: len(limit.exclude)] = limit.exclude
+    return torch.from_numpy(barred)
+
+
+def _check_answers(values: torch.Tensor, rows: torch.Tensor, some: Sequence[bool]) -> None:
     """Refuse scores that overflowed although the weights are finite.
 
-    Every text has at least one label, with a finite score.
+    Every text that may have a label has at least one, with a finite score.
     """
-    if rows.shape[1] and not bool(torch.isfinite(values[:, 0]).all() & (rows[:, 0] >= 0).all()):
+    if not rows.shape[1]:
+        return
+    sound = torch.isfinite(values[:, 0]) & (rows[:, 0] >= 0)
+    if not bool((sound | ~torch.tensor(some, device=sound.device)).all()):
         got = "NaN or infinity for a text"
         raise InputError("model", "scores that are finite numbers", got, DIVERGED)
 

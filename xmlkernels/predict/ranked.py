@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,57 +27,16 @@ from xmlkernels.data.vectorizer import Vectorizer
 from xmlkernels.errors import InputError
 from xmlkernels.evaluation import score_matrix
 from xmlkernels.predict.base import RANKER, Text, TextPredictor, read_names
+from xmlkernels.predict.limits import FREE, Limit, Limits
 from xmlkernels.predict.model import Predictor, files_beside
+from xmlkernels.predict.source import CLUSTERS, VECTORIZER, Source, read_source
 from xmlkernels.ranker.blend import Reranker, best, best_of_all, combine
+from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.matcher import ClusterMatcher
-from xmlkernels.records import Count, check_record
 from xmlkernels.threads import check_threads
 
-VECTORIZER, CLUSTERS = "vectorizer", "clusters"
-Shortlist = Literal["model", "tree", "all"]
-Words = Literal["same", "own", "features", "none"]
 _NO_PAIRS = np.zeros((0, 2), np.int64)
-_AGAIN = "train the ranker again"
-
-
-class SourceValues(TypedDict):
-    """JSON of a `Source`."""
-
-    shortlist: str
-    words: str
-    checkpoint: NotRequired[str]
-    listed: NotRequired[Count]
-    vectorizer: NotRequired[str]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a ranker's shortlists and features come from; `source` among the facts of its file.
-
-    Attributes:
-        shortlist: the best labels of a trained model, those of a tree's kept clusters, or all.
-        words: the texts of TF-IDF: the same as the model's, texts of its own, ready features in
-            their place, or no TF-IDF.
-        checkpoint: the model's `checkpoint_identity`; "" where there is no model.
-        listed: labels that the model lists per text; 0 where there is no model.
-        vectorizer: content hash of the vocabulary; "" where there is none.
-
-    Raises:
-        InputError: a word that is none of these.
-    """
-
-    shortlist: Shortlist
-    words: Words
-    checkpoint: str = ""
-    listed: int = 0
-    vectorizer: str = ""
-
-    def __post_init__(self) -> None:
-        for name, kind in (("shortlist", Shortlist), ("words", Words)):
-            if getattr(self, name) not in get_args(kind):
-                raise InputError(
-                    name, f"one of {', '.join(get_args(kind))}", repr(getattr(self, name)), _AGAIN
-                )
+_PAIRS = 1 << 22  # pairs (text, label) of an allow-list scored at one time
 
 
 class Ranked(TextPredictor):
@@ -89,29 +47,77 @@ class Ranked(TextPredictor):
 
     @abstractmethod
     def scores(
-        self, texts: Sequence[str], words: Sequence[str], k: int, *, batch_size: int = 64
+        self,
+        texts: Sequence[str],
+        words: Sequence[str],
+        k: int,
+        *,
+        batch_size: int = 64,
+        limit: Limit = FREE,
     ) -> csr_matrix:
-        """Score the shortlist of each text.
+        """Score the shortlist of each text or, with an allow-list, every label of that.
 
         Args:
             texts: N ≥ 1, for the model.
             words: N, for TF-IDF.
             k: labels kept where every label is scored; a shortlist is given whole.
             batch_size: texts per pass of the model.
+            limit: the labels that all these texts may have.
 
         Returns:
             CSR float [N, L] of log-odds.
         """
 
     def _in_order(
-        self, texts: Iterable[Text], k: int, batch_size: int, window: int, prefetch: int
+        self,
+        texts: Iterable[Text],
+        k: int,
+        batch_size: int,
+        window: int,
+        prefetch: int,
+        limits: Limits,
     ) -> Iterator[tuple[np.ndarray, ...]]:
-        source, count = iter(texts), 0
+        taken: dict[int, Limit] = {}
+        source = iter(texts if limits.same is not None else limits.taking(texts, taken))
+        count = 0
         while some := list(islice(source, batch_size * window)):
             read, words = self._apart(some, count)
-            values, rows = best(self.scores(read, words, k, batch_size=batch_size), _NO_PAIRS, k)
-            yield from zip(values.astype(np.float32), rows, strict=True)
+            own = [limits.same or taken.pop(count + place) for place in range(len(some))]
+            values = np.full((len(some), k), -np.inf, np.float32)
+            rows = np.full((len(some), k), -1, np.int64)
+            for limit in dict.fromkeys(own):
+                at = np.flatnonzero([other is limit for other in own])
+                values[at], rows[at] = self._limited(
+                    [read[i] for i in at], [words[i] for i in at], k, batch_size, limit
+                )
+            yield from zip(values, rows, strict=True)
             count += len(some)
+
+    def _limited(
+        self, texts: list[str], words: list[str], k: int, batch_size: int, limit: Limit
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Give the k best labels of texts that have the same limit."""
+        # Every label of an allow-list is scored: not for too many texts at once.
+        each = 0 if limit.allow is None else len(limit.allow)
+        step = min(len(texts), max(1, _PAIRS // max(1, each)))
+        parts = []
+        for first in range(0, len(texts), step):
+            some = slice(first, first + step)
+            scores = self.scores(texts[some], words[some], k, batch_size=batch_size, limit=limit)
+            parts.append(best(scores, _NO_PAIRS, k))
+        values, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
+        if len(limit.exclude):
+            # The shortlist may hold little else than what is excluded.
+            short = np.flatnonzero((rows >= 0).sum(1) < min(k, limit.count(self.labels)))
+            if len(short):
+                values[short], rows[short] = self._limited(
+                    [texts[i] for i in short],
+                    [words[i] for i in short],
+                    k,
+                    batch_size,
+                    limit.spelled_out(self.labels),
+                )
+        return values, rows
 
     def _apart(self, texts: Sequence[Text], first: int) -> tuple[list[str], list[str]]:
         """Separate what the model reads from what TF-IDF is made of.
@@ -195,7 +201,7 @@ class RankedPredictor(Ranked):
             mend = "give it as --checkpoint; xmlkernels.load takes either"
             raise InputError(str(folder), "the output folder of a ranker", "one of a run", mend)
         reranker = Reranker.load(path / RANKER)
-        source = _source(reranker, path)
+        source = read_source(reranker, path)
         check_files(
             path,
             files_beside(reranker.ranker.facts, f"{path / RANKER}, head, facts"),
@@ -248,21 +254,32 @@ class RankedPredictor(Ranked):
         )
 
     def scores(
-        self, texts: Sequence[str], words: Sequence[str], k: int, *, batch_size: int = 64
+        self,
+        texts: Sequence[str],
+        words: Sequence[str],
+        k: int,
+        *,
+        batch_size: int = 64,
+        limit: Limit = FREE,
     ) -> csr_matrix:
-        """Score the shortlist of each text; see `Ranked.scores`."""
+        """Score the shortlist of each text, or every label of an allow-list; see `Ranked.scores`.
+
+        The labels of an allow-list are all on the shortlist, with the model's or their cluster's
+        log-odds.
+        """
         reranker = self.reranker
+        if limit.allow is not None and not len(limit.allow):
+            return csr_matrix((len(texts), self.labels), dtype=np.float32)
         logits = embedding = None
-        if self.model is not None and reranker.ranker.dense.shape[1]:
-            values, rows, embedding = self.model.predict_and_embed(
-                texts, self.source.listed, batch_size=batch_size
-            )
+        if self.model is not None:
+            listed = self.source.listed if limit.allow is None else len(limit.allow)
+            how: dict[str, Any] = {"batch_size": batch_size, "allow": limit.allow}
+            how["exclude"] = limit.exclude if len(limit.exclude) else None
+            if reranker.ranker.dense.shape[1]:
+                values, rows, embedding = self.model.predict_and_embed(texts, listed, **how)
+            else:
+                values, rows = self.model.predict_arrays(texts, listed, **how)
             logits = score_matrix(values, rows, self.labels)
-        elif self.model is not None:
-            logits = score_matrix(
-                *self.model.predict_arrays(texts, self.source.listed, batch_size=batch_size),
-                self.labels,
-            )
         tfidf = (
             None
             if self.vectorizer is None
@@ -270,10 +287,32 @@ class RankedPredictor(Ranked):
         )
         features = reranker.features(embedding, tfidf)
         if self.matcher is not None:
-            logits = self.matcher.shortlist(features, threads=self.threads)
+            logits = self._listed(self.matcher, features, limit)
         if logits is None:
-            return best_of_all(reranker.ranker, features, k, threads=self.threads)
+            among = None if limit is FREE else limit.allowed(self.labels)
+            return best_of_all(reranker.ranker, features, k, threads=self.threads, among=among)
         return reranker.mix(logits, reranker.ranker.score(features, logits, threads=self.threads))
+
+    def _listed(self, matcher: ClusterMatcher, features: Features, limit: Limit) -> csr_matrix:
+        """List labels by their clusters."""
+        if limit.allow is not None:
+            return matcher.shortlist_among(features, limit.allow, threads=self.threads)
+        logits = matcher.shortlist(features, threads=self.threads)
+        if len(limit.exclude):
+            kept = np.ones(self.labels, np.bool_)
+            kept[limit.exclude] = False
+            place = kept[logits.indices]
+            ends = np.concatenate([[0], np.cumsum(place)])[logits.indptr]
+            logits = csr_matrix((logits.data[place], logits.indices[place], ends), logits.shape)
+        return logits
+
+    def embed(self, texts: Iterable[Text], *, batch_size: int = 64) -> np.ndarray:
+        """Embed N texts by the model that the ranker was trained beside; see `TextPredictor`."""
+        if self.model is None:
+            mend = "load the run of a model, or a ranker with its checkpoint"
+            raise InputError("embed", "a model", "a linear ranker, which has no embedding", mend)
+        read, _ = self._apart(list(texts), 0)
+        return self.model.embed(read, batch_size=batch_size)
 
 
 class Forest(Ranked):
@@ -308,34 +347,31 @@ class Forest(Ranked):
         self.labels, self.takes_pairs = rankers[0].labels, rankers[0].takes_pairs
         self.parts = rankers[0].parts
 
+    def embed(self, texts: Iterable[Text], *, batch_size: int = 64) -> np.ndarray:
+        """Embed N texts by the model that all its rankers have; see `TextPredictor.embed`."""
+        models = {ranker.source.checkpoint for ranker in self.rankers}
+        if len(models) > 1:
+            mend = "ask one of the rankers"
+            raise InputError("embed", "rankers of one model", f"those of {len(models)}", mend)
+        return self.rankers[0].embed(texts, batch_size=batch_size)
+
     def scores(
-        self, texts: Sequence[str], words: Sequence[str], k: int, *, batch_size: int = 64
+        self,
+        texts: Sequence[str],
+        words: Sequence[str],
+        k: int,
+        *,
+        batch_size: int = 64,
+        limit: Limit = FREE,
     ) -> csr_matrix:
         """Score what is on any ranker's shortlist; see `Ranked.scores`."""
-        parts = [ranker.scores(texts, words, k, batch_size=batch_size) for ranker in self.rankers]
+        parts = [
+            ranker.scores(texts, words, k, batch_size=batch_size, limit=limit)
+            for ranker in self.rankers
+        ]
         return combine(
             parts,
             [part.data.astype(np.float64) for part in parts],
             [1.0] * len(parts),
             "probability",
         )
-
-
-def _source(reranker: Reranker, folder: Path) -> Source:
-    where, facts = f"{folder / RANKER}, head, facts", reranker.ranker.facts
-    if "source" not in facts:
-        raise InputError(
-            str(folder / RANKER), "a ranker that says what it was made of", "one without it", _AGAIN
-        )
-    values: Any = check_record(facts["source"], SourceValues, where=f"{where}.source", mend=_AGAIN)
-    known = {f.name for f in fields(Source)}
-    source = Source(**{key: value for key, value in values.items() if key in known})
-    if source.words == "features":
-        mend = "train one on texts, or score splits of its dataset with xmlkernels rank"
-        raise InputError(
-            str(folder),
-            "a ranker of texts",
-            "one of ready features, which nobody can make of a text",
-            mend,
-        )
-    return source

@@ -311,20 +311,26 @@ def _mean_odds(used: _Used, shape: tuple[int, int]) -> csr_matrix:
 
 
 def best_of_all(
-    ranker: LinearRanker, features: Features, k: int, *, threads: int = 0
+    ranker: LinearRanker,
+    features: Features,
+    k: int,
+    *,
+    threads: int = 0,
+    among: np.ndarray | None = None,
 ) -> csr_matrix:
-    """Return the margins of the k labels with the largest ones, of all L, for each document.
+    """Return the margins of the k labels with the largest ones, for each document.
 
-    CSR float32 [N, L].
+    CSR float32 [N, L]. `among` int64 [A], ascending, has the labels to choose from; None is all L.
     """
     labels = len(ranker.bias)
-    step = max(1, _PAIRS // max(1, labels))
+    own = np.arange(labels, dtype=np.int32) if among is None else among.astype(np.int32)
+    step = max(1, _PAIRS // max(1, len(own)))
     parts = []
     for first in range(0, len(features), step):
         some = features.rows(first, first + step)
-        every = np.tile(np.arange(labels, dtype=np.int32), len(some))
+        every = np.tile(own, len(some))
         pairs = csr_matrix(
-            (np.ones(every.size, np.int8), every, np.arange(len(some) + 1) * labels),
+            (np.ones(every.size, np.int8), every, np.arange(len(some) + 1) * len(own)),
             (len(some), labels),
         )
         values, rows = _top_rows(ranker.score(some, pairs, threads=threads), k)

@@ -56,6 +56,8 @@ class KNNBaseline:
         power: float = 3.0,
         apart: np.ndarray | None = None,
         share: bool = False,
+        allow: np.ndarray | Sequence[np.ndarray | None] | None = None,
+        exclude: np.ndarray | Sequence[np.ndarray | None] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the k best labels of each text, best first.
 
@@ -70,6 +72,9 @@ class KNNBaseline:
             apart: int64 [n, 2], pairs (text, training text) that are never neighbours: a text and
                 itself.
             share: give each label's share of all votes, from 0 to 1, in place of their sum.
+            allow: labels that may be given, int64 [A] of all texts, or an array or None for each;
+                left out before the cut to k.
+            exclude: labels that are never given, likewise.
 
         Returns:
             values float32 [B, k] and rows int64 [B, k]; -inf and -1 where fewer than k labels have
@@ -95,10 +100,31 @@ class KNNBaseline:
             if share:
                 of_row = np.asarray(nearest.sum(1)).ravel()
                 nearest.data /= np.repeat(of_row, np.diff(nearest.indptr))
-            best = _largest((nearest @ self._labels).tocsr(), k)
+            votes = (nearest @ self._labels).tocsr()
+            if allow is not None or exclude is not None:
+                votes = _only(votes, start, allow, exclude)
+            best = _largest(votes, k)
             point, place = _places(best)
             rows[start + point, place], values[start + point, place] = best.indices, best.data
         return values, rows
+
+
+def _only(
+    votes: csr_matrix,
+    first: int,
+    allow: np.ndarray | Sequence[np.ndarray | None] | None,
+    exclude: np.ndarray | Sequence[np.ndarray | None] | None,
+) -> csr_matrix:
+    """Leave the entries of [n, L] that may be given to the texts from number `first` on."""
+    kept = np.ones(votes.nnz, np.bool_)
+    for given, wanted in ((allow, True), (exclude, False)):
+        for row in range(votes.shape[0]) if given is not None else ():
+            own = given if isinstance(given, np.ndarray) else given[first + row]  # type: ignore[index]
+            part = slice(votes.indptr[row], votes.indptr[row + 1])
+            if own is not None:
+                kept[part] &= np.isin(votes.indices[part], own) == wanted
+    ends = np.concatenate([[0], np.cumsum(kept)])[votes.indptr]
+    return csr_matrix((votes.data[kept], votes.indices[kept], ends), votes.shape)
 
 
 def _pattern(pairs: np.ndarray | None, shape: tuple[int, int]) -> csr_matrix:

@@ -101,6 +101,38 @@ class ClusterMatcher:
         listed.sort_indices()
         return listed.astype(np.float32)
 
+    def shortlist_among(
+        self, features: Features, labels: np.ndarray, *, threads: int = 0
+    ) -> csr_matrix:
+        """Return all of some labels, CSR float32 [N, L], also those of clusters beyond the beam.
+
+        Args:
+            features: of N documents.
+            labels: int64 [A], ascending, at least one.
+            threads: as of `in_parallel`.
+
+        Returns:
+            The log-odds of each label's cluster, as of `shortlist`.
+        """
+        rankers, parts = [], []
+        for ranker, clusters in zip(self.rankers, self.clusters, strict=True):
+            there, own = np.unique(clusters[labels], return_inverse=True)
+            rankers.append(
+                replace(
+                    ranker,
+                    dense=ranker.dense[there],
+                    sparse=ranker.sparse[there],
+                    bias=ranker.bias[there],
+                )
+            )
+            parts.append(own.astype(np.int64))
+        beam = max(len(ranker.bias) for ranker in rankers)
+        found = ClusterMatcher(tuple(rankers), tuple(parts), beam).shortlist(
+            features, threads=threads
+        )
+        shape = (len(features), len(self.clusters[0]))
+        return csr_matrix((found.data, labels[found.indices], found.indptr), shape)
+
     def save(self, folder: str | Path) -> None:
         """Write level0.safetensors, level1.safetensors … into a folder, each file whole.
 

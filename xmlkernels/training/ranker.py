@@ -19,7 +19,7 @@ from xmlkernels.locks import own_folder
 from xmlkernels.metrics import candidates_needed, evaluate, inverse_propensity
 from xmlkernels.predict.base import NAMES, RANKER
 from xmlkernels.predict.model import checkpoint_identity
-from xmlkernels.predict.ranked import CLUSTERS, VECTORIZER, Source
+from xmlkernels.predict.source import CLUSTERS, VECTORIZER, Source
 from xmlkernels.ranker.blend import Reranker, best, best_of_all, choose_share, contenders
 from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.grouped import fit_groups

@@ -21,7 +21,7 @@ from xmlkernels.devices import find_device
 from xmlkernels.evaluation import predict_and_embed_split, predict_split, score_matrix
 from xmlkernels.files import replacing
 from xmlkernels.predict.model import Predictor, checkpoint_identity
-from xmlkernels.predict.ranked import VECTORIZER
+from xmlkernels.predict.source import VECTORIZER
 from xmlkernels.ranker.features import Features
 from xmlkernels.training.folder import read_json, write_json
 from xmlkernels.training.ranker_config import RankerConfig
