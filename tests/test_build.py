@@ -158,7 +158,7 @@ def test_a_wheel_says_whether_it_is_of_a_platform_and_holds_nothing_of_an_earlie
         stale.write_text("library")
     name, files, about = wheel_of(sources, tmp_path / "pure", XMLKERNELS_NATIVE="0")
     assert name.endswith("-py3-none-any.whl") and libraries(files) == []
-    assert "Requires-Dist: torch" in about and "pyarrow" not in about
+    assert "Requires-Dist: torch" in about and "Requires-Dist: pyarrow" in about
 
 
 def project() -> dict[str, Any]:

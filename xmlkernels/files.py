@@ -24,6 +24,7 @@ from xmlkernels.file_kinds import (
     DamagedArchive,
     PathLike,
     TooMuch,
+    Unpackers,
     archive,
     check_text,
     unpacked,
@@ -95,10 +96,18 @@ def empty_file(path: PathLike) -> InputError:
 
 
 @contextmanager
-def open_bytes(path: PathLike, *, may_be_empty: bool = False) -> Iterator[io.BufferedReader]:
+def open_bytes(
+    path: PathLike, *, may_be_empty: bool = False, more: Unpackers | None = None, utf8: bool = True
+) -> Iterator[io.BufferedReader]:
     """Open a text file as a stream of bytes, unpacked where it starts as gzip, bzip2 or xz do.
 
     The name of the file does not matter.
+
+    Args:
+        path: the file.
+        may_be_empty: whether a file without a byte is taken.
+        more: other archives, see `unpacked`.
+        utf8: whether it must be text in UTF-8.
 
     Raises:
         InputError: as `check_file`; the file holds no text (`kinds.check_text`); or an archive is
@@ -115,9 +124,10 @@ def open_bytes(path: PathLike, *, may_be_empty: bool = False) -> Iterator[io.Buf
     kind = ""
     try:
         with opened as file:
-            stream = unpacked(file)
+            stream = unpacked(file, more)
             kind = archive(stream)
-            check_text(name, stream.peek(HEAD))
+            if utf8:
+                check_text(name, stream.peek(HEAD))
             yield stream
     except EOFError:
         raise InputError(

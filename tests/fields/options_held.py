@@ -2,6 +2,7 @@
 
 from xmlkernels.cli import ensemble, export, neighbours, predict
 from xmlkernels.data.prepare import PrepareConfig
+from xmlkernels.data.tables.options import Tables
 from xmlkernels.training import planned_sizes, ranker, tree
 
 HERE = "fields/test_command_options.py::"
@@ -13,6 +14,7 @@ _ENSEMBLE = "cli/test_ensemble.py::"
 _NEIGHBOURS = "cli/test_neighbours.py::"
 _RANKER = "cli/test_ranker_command.py::"
 _PLAN = "cli/test_plan.py::"
+_TABLES = "data/test_tables.py::"
 _PREPARE = "data/test_prepare.py::"
 _WITH_MODEL = HERE + "test_what_a_ranker_of_a_model_is_told"
 _WITH_TREE = HERE + "test_what_a_ranker_of_a_tree_is_told"
@@ -193,5 +195,38 @@ HELD: dict[type, dict[str, str]] = {
         "overwrite": "data/test_prepare_again.py::test_other_inputs_need_overwrite",
         "remap_labels": "data/test_label_ids.py::test_far_apart_ids_are_refused_or_numbered_anew",
         "label_divider": "data/test_label_ids.py::test_divided_names",
+        "tables": "data/test_table_refusals.py::test_a_table_or_raw_files",
+    },
+    Tables: {
+        "data": "cli/test_prepare_command.py::test_a_table_is_prepared_by_its_flags",
+        **_all(
+            _TABLES + "test_splits_by_files_and_by_a_column", "validation", "test", "split_column"
+        ),
+        **_all(
+            _TABLES + "test_several_columns_of_the_text_are_joined_and_so_are_texts_to_predict",
+            "text",
+            "labels",
+            "text_separator",
+        ),
+        "label_separator": _TABLES + "test_what_divides_labels_is_found_or_given",
+        **_all(
+            _TABLES + "test_names_of_labels_come_from_a_second_file",
+            "label_file",
+            "language",
+            "all_labels",
+        ),
+        "test_share": _TABLES + "test_shares_are_drawn_by_a_hash_that_keeps_equal_texts_together",
+        **_all(
+            _TABLES + "test_a_format_that_the_name_hides_and_other_encodings",
+            "format",
+            "encoding",
+            "repair_encoding",
+        ),
+        **_all(
+            _TABLES + "test_csv_without_names_without_quotes_and_of_another_separator",
+            "columns",
+            "separator",
+            "quotes",
+        ),
     },
 }

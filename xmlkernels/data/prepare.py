@@ -1,4 +1,4 @@
-"""Make a dataset folder from raw files, once for each content of the inputs.
+"""Make a dataset folder from raw files or tables, once for each content of the inputs.
 
 The folder is built next to its place and renamed: it is there whole or not at all. Its key is a
 hash of the content of every input, of the tokenizer and of the settings; a name alone never decides
@@ -23,7 +23,9 @@ from xmlkernels.data.layouts import (
     read_files,
 )
 from xmlkernels.data.prepare_config import PrepareConfig, check
-from xmlkernels.data.raw import choose_rows
+from xmlkernels.data.raw import Raw, choose_rows
+from xmlkernels.data.tables.read import inputs_of, read_tables
+from xmlkernels.data.tables.splits import split_by_hash
 from xmlkernels.data.tokens import Tokenizer, load_tokenizer
 from xmlkernels.errors import InputError
 from xmlkernels.locks import check_place
@@ -89,7 +91,11 @@ def _make(
 ) -> None:
     built_in = config.source == "docstrings"
     reading = replace(config.reading, separator=separator)
-    raw = read_docstrings(config.documents) if built_in else read_files(reading, config.files)
+    table = config.tables.data is not None
+    if table:
+        raw = _own(config, tell)
+    else:
+        raw = read_docstrings(config.documents) if built_in else read_files(reading, config.files)
     if built_in:
         tell(
             f"built-in corpus {raw.facts['corpus_hash'][:16]} of "
@@ -105,8 +111,13 @@ def _make(
     drop = {"keep": (), "drop-train": ("train",), "drop": ("train", "val", "test")}[
         config.unlabelled
     ]
-    choose_rows(raw, drop=drop, validation_share=config.validation_share, seed=config.seed)
-    facts = {"kind": config.source, "seed": config.seed, "unlabelled": config.unlabelled}
+    drawn = 0.0 if table else config.validation_share  # by hash, and before
+    choose_rows(raw, drop=drop, validation_share=drawn, seed=config.seed)
+    facts = {
+        "kind": "table" if table else config.source,
+        "seed": config.seed,
+        "unlabelled": config.unlabelled,
+    }
     write_folder(
         config.output,
         raw,
@@ -121,6 +132,17 @@ def _make(
         overwrite=config.overwrite,
         tell=tell,
     )
+
+
+def _own(config: PrepareConfig, tell: Tell) -> Raw:
+    """Read one's own tables, and split them as the settings say."""
+    tables = config.tables
+    raw, told = read_tables(tables)
+    for line in told:
+        tell(line)
+    shares = {"validation": config.validation_share, "test": tables.test_share}
+    split_by_hash(raw, **shares, seed=config.seed)
+    return raw
 
 
 def _separator(config: PrepareConfig, tokenizer: Tokenizer | None) -> str:
@@ -158,6 +180,12 @@ def cache_key(config: PrepareConfig, tokenizer: Tokenizer | None, separator: str
         "token_maps",
     ):
         del settings[name]
+    own = settings.pop("tables")
+    if config.tables.data is not None:
+        paths = [name for name, value in own.items() if isinstance(value, Path)]
+        # Two files of a folder may not change places: their order is that of the documents.
+        own |= dict.fromkeys(paths, "") | {"files": list(map(_digest, inputs_of(config.tables)))}
+        settings["tables"] = own
     for name, usual in NEWER.items():
         if settings[name] == usual:
             del settings[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,7 @@ from xmlkernels.data.layouts import (
     Source,
 )
 from xmlkernels.data.raw import Files
+from xmlkernels.data.tables.options import Tables, check_tables
 from xmlkernels.errors import InputError
 
 # A and B of Jain et al. 2016, as the published results use them; never guessed from a name.
@@ -37,6 +38,9 @@ class PrepareConfig:
     corpus, which needs no files."""
     name: str | None = None
     """Name of the dataset; the output folder's by default."""
+    # ---- a table of your own ----
+    tables: Tables = field(default_factory=Tables)
+    """A table of texts and labels, its columns and its splits."""
     # ---- raw files ----
     train_text: Path | None = None
     """Training texts, one per line; plain, .gz, .bz2 or .xz (lf: the JSON lines; bow: train.txt
@@ -89,7 +93,8 @@ class PrepareConfig:
     documents: int | None = None
     """docstrings: take a deterministic part of about this many documents."""
     validation_share: float = 0.0
-    """Share of the training documents, drawn by seed, that becomes the validation split."""
+    """Share of the training documents, drawn by seed, that becomes the validation split; of a
+    table's by a hash of each text, so that equal texts stay together."""
     seed: int = 0
     """Draws the validation share."""
     unlabelled: Literal["keep", "drop-train", "drop"] = "keep"
@@ -146,7 +151,31 @@ class PrepareConfig:
 def check(config: PrepareConfig) -> None:
     """Raise InputError for settings that contradict each other, before any file is read."""
     texts = [files.text for files in config.files.values()]
+    own = config.tables.data is not None
     rules = [
+        (
+            own or config.tables == Tables(),
+            "--data",
+            "a table, for the flags of one",
+            "none",
+            "name one, or leave them out",
+        ),
+        (
+            not own
+            or (
+                config.source == "text"
+                and not config.files
+                and not config.token_maps
+                and config.label_text is None
+                and config.label_names is None
+                and config.num_labels is None
+                and not config.remap_labels
+            ),
+            "--data",
+            "no flags of raw files beside it",
+            "both",
+            "choose one; --label-file names the labels of a table",
+        ),
         (
             config.max_length >= 1,
             "--max-length",
@@ -205,11 +234,11 @@ def check(config: PrepareConfig) -> None:
             "leave it out",
         ),
         (
-            (config.source == "docstrings") != ("train" in config.files),
+            own or (config.source == "docstrings") != ("train" in config.files),
             "--source",
             "training files, or docstrings without",
             config.source,
-            "give --train-text and --train-labels, or --source docstrings alone",
+            "give --data TABLE, or --train-text and --train-labels, or --source docstrings alone",
         ),
         (
             config.tokenizer is not None or config.token_maps is None,
@@ -285,3 +314,5 @@ def check(config: PrepareConfig) -> None:
     for good, where, expected, got, mend in rules:
         if not good:
             raise InputError(where, expected, str(got), mend)
+    if own:
+        check_tables(config.tables, config.validation_share)
