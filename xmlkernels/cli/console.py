@@ -17,6 +17,7 @@ from rich.table import Table
 from xmlkernels import InputError, dist
 from xmlkernels.errors import Failed
 from xmlkernels.files import DataWarning, reason_of
+from xmlkernels.memory import LESS_MEMORY, out_of_memory
 from xmlkernels.metrics.words import by_annif, sentence_of
 from xmlkernels.training.stops import Stopped, ending, listening
 
@@ -138,7 +139,11 @@ def command(
             print(f"error: {reason_of(error)}", file=sys.stderr)
             _close_output()
             _leave(1)
-        except Exception:
+        except Exception as error:
+            if (told := out_of_memory(error)) is not None:
+                ending(1)
+                print(f"error: {told}; {LESS_MEMORY}", file=sys.stderr)
+                _leave(1)
             dist.stop(failed=True)  # the others leave the word to this one's traceback
             raise
 

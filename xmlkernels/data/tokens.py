@@ -19,7 +19,7 @@ from xmlkernels.data.token_store import TokenHeader, TokenStore, TokenWriter
 from xmlkernels.errors import InputError
 from xmlkernels.files import quote
 from xmlkernels.foreign import refuse_auto_map, refuse_code
-from xmlkernels.installed import MINILM, minilm_folder, need_transformers
+from xmlkernels.installed import MINILM, minilm_folder, need_transformers, not_fetched
 
 __all__ = [
     "TokenHeader",
@@ -270,6 +270,8 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        if told := not_fetched(error, f"tokenizer {name}", name):
+            raise told from error
         reason = str(error).strip().split("\n")[0].rstrip(" .:") or type(error).__name__
         if path.is_dir() and not any(path.glob("tokenizer*")) and not any(path.glob("vocab*")):
             reason = "a folder that holds no tokenizer.json and no vocabulary"

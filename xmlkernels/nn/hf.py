@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from xmlkernels.errors import InputError
 from xmlkernels.foreign import refuse_model, refuse_settings
-from xmlkernels.installed import MINILM, minilm_folder, need_transformers
+from xmlkernels.installed import MINILM, minilm_folder, need_transformers, not_fetched
 from xmlkernels.nn.dropout import Dropout, training_attention
 from xmlkernels.threads import torch_threads
 
@@ -38,7 +38,7 @@ def load_pretrained(name_or_path: str | PathLike[str]) -> nn.Module:
     if folder.is_dir():
         refuse_model(folder)
     model: nn.Module
-    with _quiet(), _one_sentence(where):
+    with _quiet(), _one_sentence(where, str(name_or_path)):
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         # A folder has been looked at; the settings of a hub name are looked at here.
         refuse_settings(config.to_dict(), where)
@@ -331,13 +331,15 @@ def _check_shapes(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
 
 
 @contextlib.contextmanager
-def _one_sentence(where: str) -> Iterator[None]:
-    """Turn whatever transformers raises into an InputError."""
+def _one_sentence(where: str, name: str = "") -> Iterator[None]:
+    """Turn whatever transformers raises into an InputError; `name` is what it was to load."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # damaged settings end in whatever transformers happens to raise
+        if told := not_fetched(error, where, name):
+            raise told from error
         lines = (line.strip() for line in str(error).splitlines())
         reason = next((line for line in lines if line), type(error).__name__)
         mend = "check the name or path; a hub name needs network or a filled cache"

@@ -15,6 +15,7 @@ from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.errors import Failed
 from xmlkernels.files import reason_of
 from xmlkernels.locks import own_folder
+from xmlkernels.memory import LESS_MEMORY, out_of_memory
 from xmlkernels.training.checks import check
 from xmlkernels.training.config import Config
 from xmlkernels.training.evaluator import Evaluator
@@ -82,7 +83,7 @@ def running(config: Config) -> Iterator[tuple[Session, RunState, Evaluator]]:
     Raises:
         InputError: another process holds the folder, or the configuration cannot be used there;
             nothing was written.
-        Failed: the disk refuses what the run has to write.
+        Failed: the disk refuses what the run has to write, or memory has run out.
         Stopped: by a signal, with what the user is told.
     """
     finished = False
@@ -143,6 +144,10 @@ def _running(config: Config) -> Iterator[tuple[Session, RunState, Evaluator]]:
             raise
         except OSError as error:
             raise Failed(f"{reason_of(error)}; {how_to_go_on(run, config)}") from error
+        except (MemoryError, RuntimeError) as error:
+            if (lack := out_of_memory(error)) is None:
+                raise
+            raise Failed(f"{lack}; {how_to_go_on(run, config)}; {LESS_MEMORY}") from error
         finally:
             if session is not None:
                 for table in session.model.stored_tables().values():
