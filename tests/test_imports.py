@@ -56,8 +56,8 @@ ARROWS: dict[str, set[str]] = {
     },
     "evaluation": {"errors", "data", "dist", "metrics", "models", "tree"},
     "predict": {
-        "errors", "checkpoint", "checksums", "data", "evaluation", "memory", "models", "nn",
-        "precision", "ranker", "records", "rows", "threads",
+        "errors", "checkpoint", "checksums", "data", "evaluation", "files", "label_counts",
+        "memory", "metrics", "models", "nn", "precision", "ranker", "records", "rows", "threads",
     },
     "planner": {"errors", "memory", "nn"},
     "training": {

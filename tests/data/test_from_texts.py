@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_matrix
 
 from tiny_tokenizer import make_tokenizer
 from xmlkernels import Dataset, InputError, PrepareConfig, prepare
@@ -170,3 +171,41 @@ def test_mistakes_are_named_and_leave_nothing(
     with pytest.raises(InputError, match=told):
         Dataset.from_texts(tmp_path / "d", (texts, labels), **more)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sparse_matrices_of_words_and_labels(tmp_path: Path) -> None:
+    """The same labels as lists of ids; bags of words are a dataset of bags, values as given."""
+    labels = csr_matrix(np.array([[1, 1, 0], [0, 0, 2], [0, 0, 0], [1, 0, 0]]))
+    lists = Dataset.from_texts(tmp_path / "lists", (TEXTS, IDS), num_labels=3)
+    made = Dataset.from_texts(tmp_path / "texts", (TEXTS, labels))
+    assert made.content_hash == lists.content_hash and made.label_names is None
+    words = csr_matrix(np.array([[0.5, 0], [0, -2], [0, 0], [1, 1]]))
+    bags = Dataset.from_texts(
+        tmp_path / "bags", (words, labels), test=(words[:2], labels[:2]), label_names=list("abc")
+    )
+    assert bags.vocabulary == 2 and bags.label_names == list("abc")
+    assert (bags.splits["train"].features != words).nnz == 0
+    assert (bags.splits["test"].labels != lists.splits["train"].labels[:2]).nnz == 0
+    held = Dataset.from_texts(tmp_path / "held", (words, labels), validation_share=0.25)
+    assert len(held.splits["val"]) == 1 and held.splits["val"].features.shape == (1, 2)
+    other = words.copy()
+    other.data[0] = 3
+    with pytest.raises(InputError, match="one made from others"):
+        Dataset.from_texts(tmp_path / "bags", (other, labels), label_names=list("abc"))
+
+
+@pytest.mark.parametrize(
+    ("train", "more", "told"),
+    [
+        ((csr_matrix((0, 2)), csr_matrix((0, 3))), {}, "train documents: expected one row or more"),
+        ((TEXTS, csr_matrix((3, 3))), {}, "expected 4 documents and 3 labels, got 3 and 3"),
+        ((TEXTS, csr_matrix((4, 3))), {"num_labels": 5}, "4 documents and 5 labels"),
+        ((csr_matrix((4, 2)), IDS), {"tokenizer": "x"}, "got bags of words and a tokenizer"),
+        ((csr_matrix((4, 2)), IDS), {"test": (TEXTS, IDS)}, "got both kinds"),
+    ],
+)
+def test_sparse_matrices_that_do_not_fit(
+    tmp_path: Path, train: Any, more: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(InputError, match=told):
+        Dataset.from_texts(tmp_path / "d", train, **more)

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 from harness import Kind
+from scipy.sparse import csr_matrix
 
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.checksums import of_files
 from xmlkernels.predict.base import RANKER
+from xmlkernels.predict.calibrate import Answers, fit_calibration
+from xmlkernels.predict.calibration import Calibration
 from xmlkernels.predict.model import BESIDE, Predictor
 from xmlkernels.predict.ranked import RankedPredictor
 from xmlkernels.ranker.blend import Reranker
@@ -71,7 +74,24 @@ def _same(name: str, answers: tuple[np.ndarray, np.ndarray, list[str] | None]) -
     ), "other answers"
 
 
+def make_calibration(folder: Path) -> None:
+    random = np.random.default_rng(0)
+    scores, labels = random.normal(size=(200, 4)), np.tile(np.arange(4), (200, 1))
+    truth = csr_matrix((random.random((200, 4)) < 0.5).astype(np.float32))
+    train = csr_matrix(np.eye(4, dtype=np.float32)[[0, 0, 1, 1, 2, 3, 3]])
+    fit_calibration(Answers.of(scores, labels, truth), train, bands=2).save(folder)
+
+
+def consume_calibration(folder: Path) -> None:
+    found = Calibration.load(folder, 4)
+    scores, labels = np.tile(np.linspace(-9, 9, 50), (4, 1)), np.tile(np.arange(4), (50, 1)).T
+    odds = found.log_odds(scores, labels)
+    assert np.isfinite(odds).all() and (np.diff(odds, axis=1) >= 0).all(), "no rising curve"
+    _same("calibration", (odds, found.good_enough(scores, labels), None))
+
+
 KINDS = [
+    Kind("calibration", make_calibration, consume_calibration),
     *map(_serve, ("run", "cascade", "bow")),
     Kind("served ranker", make_ranker, consume_ranker),
 ]

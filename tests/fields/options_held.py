@@ -4,6 +4,7 @@ from xmlkernels.cli import ensemble, export, neighbours, predict
 from xmlkernels.data.prepare import PrepareConfig
 from xmlkernels.data.tables.options import Tables
 from xmlkernels.training import planned_sizes, ranker, tree
+from xmlkernels.training.calibrating import CalibrateConfig
 
 HERE = "fields/test_command_options.py::"
 _PREDICT = "predict/test_predict.py::"
@@ -14,6 +15,7 @@ _ENSEMBLE = "cli/test_ensemble.py::"
 _NEIGHBOURS = "cli/test_neighbours.py::"
 _RANKER = "cli/test_ranker_command.py::"
 _PLAN = "cli/test_plan.py::"
+_CALIBRATION = "predict/test_calibration.py::"
 _TABLES = "data/test_tables.py::"
 _PREPARE = "data/test_prepare.py::"
 _WITH_MODEL = HERE + "test_what_a_ranker_of_a_model_is_told"
@@ -41,9 +43,21 @@ HELD: dict[type, dict[str, str]] = {
         "filter": "predict/test_predict_filters.py::test_filter_pairs",
         "allow": "predict/test_limits.py::test_the_files_of_the_command",
         "exclude": "predict/test_limits.py::test_the_files_of_the_command",
+        "threshold": _CALIBRATION + "test_predict_cuts_at_thresholds",
         "ranker": _RANKED + "test_a_forest_is_the_mean_of_its_rankers",
         "ranker_input": _RANKED + "test_texts_of_the_test_split_are_answered_as_the_split_was",
         **_all(_RANKED + "test_one_text", "latency", "ranker_text"),
+    },
+    CalibrateConfig: {
+        **_all(_CALIBRATION + "test_the_command_finds_what_training_found", "folder", "checkpoint"),
+        **_all(
+            _CALIBRATION + "test_options_of_the_command",
+            "dataset",
+            "bands",
+            "method",
+            "precision",
+            "batch",
+        ),
     },
     planned_sizes.PlanConfig: {
         **_all(
@@ -157,6 +171,7 @@ HELD: dict[type, dict[str, str]] = {
             "top_k",
         ),
         **_all(_ENSEMBLE + "test_sum_is_that_of_dense_matrices", "weights", "sum"),
+        "calibrated": _CALIBRATION + "test_sums_on_one_scale",
         "scores": _ENSEMBLE + "test_probabilities_and_logits_of_the_same_scores_agree",
         "propensity": _ENSEMBLE + "test_propensity_multiplies_the_probabilities_of_the_sum",
         "show": _ENSEMBLE + "test_every_metric_is_shown_with_its_sentence",

@@ -108,11 +108,12 @@ def test_what_predict_asks_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     (texts, k), how = seen["predict"]
     assert list(texts) == ["a b"]
     assert k == 3
-    assert how == {"batch_size": 5}
+    assert how == {"batch_size": 5, "threshold": None}
     assert seen["threads"] == ((2,), {})
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"c\n")))
     predict.run(predict.Options("run", input="-", batch=4))
-    assert seen["predict"][1] == {"batch_size": 4, "window": 1, "prefetch": 0}
+    expected = {"batch_size": 4, "window": 1, "prefetch": 0, "threshold": None}
+    assert seen["predict"][1] == expected
 
 
 def test_what_export_asks_of_a_model(

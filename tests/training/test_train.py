@@ -90,7 +90,11 @@ def test_a_run_writes_all_it_promises(finished: Path) -> None:
         line["dataset"] == metrics["dataset_hash"] and line["loss"] > 0 for line in evaluations
     )
     files = list((finished / "checkpoint").rglob("*.safetensors"))
-    assert sorted(f.parent.name for f in files) == ["best", "last", "last.1"]
+    assert sorted(f.parent.name for f in files if f.stem != "calibration") == [
+        "best",
+        "last",
+        "last.1",
+    ]
     assert all(load_file(f) for f in files)
 
 

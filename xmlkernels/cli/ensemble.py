@@ -17,6 +17,9 @@ absent label counts 0, or of log-odds, where it counts as much as the lowest lab
 for this document: it cannot have had more; a file that has none for it has no say. Pairs that the
 dataset filters out are removed before the cut, in every row of the table.
 
+--calibrated turns the logits of each file into calibrated log-odds first, by the calibration that
+training or `xmlkernels calibrate` left in the file's folder: models then speak on one scale.
+
 --propensity X favours rare labels: each probability of the sum is multiplied by the label's inverse
 propensity to the power X before the cut. At 0.2 to 0.4 PSP@k rises while P@k hardly falls; choose X
 on a validation split.
@@ -47,6 +50,7 @@ from xmlkernels.metrics import (
     macro_metrics,
 )
 from xmlkernels.metrics.annif import LIMIT
+from xmlkernels.predict.calibration import CALIBRATION, Calibration
 from xmlkernels.ranker.blend import best, combine, towards_rare
 from xmlkernels.training.folder import write_json
 from xmlkernels.training.stops import done
@@ -70,6 +74,8 @@ class Options:
     """One for each file; only their ratios matter. Equal when not given."""
     scores: tuple[Literal["logit", "probability"], ...] = ("logit",)
     """What the files hold: one word for all, or one for each."""
+    calibrated: bool = False
+    """Each file lies in the folder of a run, a ranker or `linear --trees N` that is calibrated."""
     sum: Literal["probability", "log_odds"] = "probability"
     """What is summed."""
     propensity: float = 0.0
@@ -123,6 +129,9 @@ def check(options: Options) -> None:
             repr(got),
             "give one for all files",
         )
+    if options.calibrated and "probability" in options.scores:
+        expected = "logits, which a calibration is of"
+        raise InputError("--calibrated", expected, "--scores probability", "leave one of them out")
     if options.top_k < MEASURED:
         raise InputError(
             "--top-k", f"{MEASURED} or more", str(options.top_k), "metrics go down to that place"
@@ -194,6 +203,21 @@ def to_log_odds(probability: np.ndarray) -> np.ndarray:
     return np.asarray(np.log(p) - np.log1p(-p))
 
 
+def calibrated(path: str, matrix: csr_matrix, odds: np.ndarray) -> np.ndarray:
+    """Return calibrated log-odds of the scores of a file.
+
+    Raises:
+        InputError: no calibration in the file's folder, or one of other labels.
+    """
+    folder = Path(path).parent
+    inner = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
+    if not (inner / CALIBRATION).is_file():
+        mend = f"run xmlkernels calibrate {folder}"
+        raise InputError(str(inner), f"a {CALIBRATION}", "no such file", mend)
+    found = Calibration.load(inner, matrix.shape[1])
+    return found.log_odds(odds, matrix.indices.astype(np.int64))
+
+
 def run(options: Options) -> dict[str, dict[str, float]]:
     """Return metrics in percent of every file and, of several, of their sum (named "sum")."""
     check(options)
@@ -224,6 +248,11 @@ def _run(options: Options) -> dict[str, dict[str, float]]:
     odds = [
         log_odds(m, kind, path) for m, kind, path in zip(files, kinds, options.files, strict=True)
     ]
+    if options.calibrated:
+        odds = [
+            calibrated(path, matrix, z)
+            for path, matrix, z in zip(options.files, files, odds, strict=True)
+        ]
     deepest = LIMIT if options.show == "all" else MEASURED
 
     def measure(rows: np.ndarray) -> dict[str, float]:

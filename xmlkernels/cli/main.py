@@ -17,6 +17,7 @@ COMMANDS = {
     "tree": "build the label tree of a dataset",
     "rank": "train a linear ranker over shortlists",
     "neighbours": "score a split by its nearest training texts",
+    "calibrate": "fit probabilities and thresholds on validation",
     "predict": "label texts",
     "export": "write label vectors, embeddings or shortlists as arrays",
     "ensemble": "sum score files and measure them",

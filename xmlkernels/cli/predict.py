@@ -30,7 +30,7 @@ from xmlkernels.locks import own_place
 from xmlkernels.options import check_least, flag
 from xmlkernels.predict.base import Label, TextPredictor
 from xmlkernels.predict.model import Predictor
-from xmlkernels.predict.ranked import Forest, RankedPredictor
+from xmlkernels.predict.ranked import Forest
 
 # tyro would take the text "None" for no text.
 VERBATIM: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
@@ -80,6 +80,9 @@ class Options:
     not given. A score is log-odds, ln p / (1 - p), of a model, a ranker and a forest alike."""
     top_k: int = 10
     """Labels per text."""
+    threshold: str = ""
+    """Leave out labels below it: a probability, or "calibrated", the thresholds that calibration
+    stored for its precision."""
     batch: int | None = None
     """Texts per pass: 64, or 1 for standard input, where more are faster but answered later."""
     # ---- model and machine ----
@@ -179,6 +182,28 @@ def check(options: Options) -> None:
     if options.latency and options.output.endswith(".npz"):
         got = "--output .npz, which takes all at once"
         raise InputError("--latency", "answers one by one", got, "write .jsonl")
+    threshold_of(options)
+    if options.threshold and (options.output.endswith(".npz") or options.latency):
+        got = "--latency" if options.latency else "--output .npz, which keeps all scores"
+        raise InputError("--threshold", "answers that are cut", got, "leave one of them out")
+
+
+def threshold_of(options: Options) -> Any:
+    """Return --threshold as `TextPredictor.predict` takes it.
+
+    Raises:
+        InputError: neither a probability nor "calibrated".
+    """
+    if options.threshold in ("", "calibrated"):
+        return options.threshold or None
+    try:
+        value = float(options.threshold)
+        if 0 <= value <= 1:
+            return value
+    except ValueError:
+        pass
+    expected = "a probability from 0 to 1, or calibrated"
+    raise InputError("--threshold", expected, repr(options.threshold), "correct it")
 
 
 def loaded(options: Options) -> TextPredictor:
@@ -194,7 +219,7 @@ def loaded(options: Options) -> TextPredictor:
         )
     more: dict[str, Any] = {"which": options.which, "device": device, "threads": options.threads}
     checkpoint = options.checkpoint or None
-    predictor = Forest([RankedPredictor.load(path, checkpoint, **more) for path in options.ranker])
+    predictor = Forest.load(options.ranker, checkpoint, **more)
     given = options.ranker_text is not None or options.ranker_input is not None
     if given != predictor.takes_pairs:
         name = "--ranker-text" if options.text is not None else "--ranker-input"
@@ -217,8 +242,10 @@ def answers_of(
     elif options.input == "-":
         # No thread: one that waits for a terminal would delay the end.
         how: dict[str, Any] = {"batch_size": options.batch or 1, "window": 1, "prefetch": 0}
+        how["threshold"] = threshold_of(options)
         answers = predictor.predict(texts, k, **how, **limits)
     else:
+        limits["threshold"] = threshold_of(options)
         answers = predictor.predict(texts, k, batch_size=options.batch or 64, **limits)
     return barred.kept(answers, options.top_k)
 

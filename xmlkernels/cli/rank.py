@@ -53,17 +53,21 @@ def print_ranker(report: dict[str, Any]) -> None:
             print_every(name, numbers)
         print_every_label(report)
     say(f"written to {report['options']['output']}/")
-    say(next_command(report["options"], report.get("rankers", ())))
+    bags = report.get("bags_of_words", False)
+    say(next_command(report["options"], report.get("rankers", ()), bags=bags))
 
 
-def next_command(options: dict[str, Any], rankers: Sequence[str] = ()) -> str:
+def next_command(
+    options: dict[str, Any], rankers: Sequence[str] = (), *, bags: bool = False
+) -> str:
     """Return how to ask the ranker for labels; one of ready features cannot be asked.
 
     Args:
         options: of its training.
         rankers: the folders of a forest; none where the output is one ranker's.
+        bags: whether its dataset holds bags of words in place of texts.
     """
-    if options["features"]:
+    if options["features"] or bags:
         return (
             "a ranker of ready features scores the splits of its dataset alone: predictions.npz "
             "has those of the test split"

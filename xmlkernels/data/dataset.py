@@ -216,7 +216,9 @@ class Dataset:
 
         Args:
             folder: where; made when it is not there.
-            train: texts, and a list of labels for each: names, or ids that count from 0.
+            train: texts, and a list of labels for each: names, or ids that count from 0. Bags of
+                words, a sparse matrix [N, V], may stand for the texts, and a sparse matrix [N, L]
+                for the lists of labels.
             validation, test: the same.
             tokenizer: that of the encoder to train: a Hugging Face name, a folder or "minilm".
                 None keeps the texts alone, which is all that a bag of words and the ranker read.

@@ -1,4 +1,4 @@
-"""Make a dataset folder of texts and labels that are in memory.
+"""Make a dataset folder of texts or bags of words, and labels, that are in memory.
 
 The files are those that `prepare` writes; what says where a label comes from differs alone.
 """
@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, issparse
 
 from xmlkernels.data import manifest, token_store
 from xmlkernels.data.dataset_writer import make_once, write_folder
+from xmlkernels.data.formats.matrices import canonical_csr
 from xmlkernels.data.formats.text_lines import encode_label_strings
 from xmlkernels.data.label_ids import check_width
 from xmlkernels.data.raw import Raw, RawSplit, choose_rows
@@ -28,7 +29,7 @@ from xmlkernels.locks import check_place
 
 Names = Sequence[Sequence[str]]
 Ids = Sequence[Sequence[int]]
-Documents = tuple[Sequence[str], Names | Ids]
+Documents = tuple[Sequence[str] | csr_matrix, Names | Ids | csr_matrix]
 T = TypeVar("T")
 
 
@@ -37,7 +38,8 @@ class Memory:
     """Texts and labels of the splits, and how they become a dataset.
 
     Attributes:
-        splits: "train", and "val" and "test" where there are any: texts, and the labels of each.
+        splits: "train", and "val" and "test" where there are any: texts, or bags of words as a
+            sparse matrix [N, V], and labels: a list for each, or a sparse matrix [N, L].
         tokenizer: a name, a folder or a loaded tokenizer; None keeps the texts alone.
         label_names: names of the labels in the order of their ids; None takes those of the rows.
         num_labels: of ids without names; None is one more than the largest.
@@ -89,24 +91,77 @@ def write(folder: Path, memory: Memory, *, opened: Callable[[], T], overwrite: b
 
 def read(memory: Memory) -> Raw:
     """Check texts and labels, and number the labels."""
-    texts = {name: _texts(name, split[0]) for name, split in memory.splits.items()}
-    rows = {name: _rows(name, split[1], len(texts[name])) for name, split in memory.splits.items()}
     given = None if memory.label_names is None else list(memory.label_names)
     if given is not None:
         _check_names(given)
+    bags = {name for name, split in memory.splits.items() if issparse(split[0])}
+    if bags and (len(bags) < len(memory.splits) or memory.tokenizer is not None):
+        got = "both kinds" if len(bags) < len(memory.splits) else "bags of words and a tokenizer"
+        raise InputError("documents", "texts alone, or bags of words alone", got, "give one kind")
+    texts: dict[str, Any] = {
+        name: _bags(name, split[0]) if bags else _texts(name, split[0])
+        for name, split in memory.splits.items()
+    }
+    sizes = {name: found.shape[0] if bags else len(found) for name, found in texts.items()}
+    names, labels = _labels(memory, sizes, given)
+    splits = {
+        name: RawSplit(None if bags else found, labels[name], features=found if bags else None)
+        for name, found in texts.items()
+    }
+    raw = Raw(
+        splits,
+        names,
+        None if bags else names,
+        declared=bool(names)
+        or memory.num_labels is not None
+        or issparse(memory.splits["train"][1]),
+    )
+    check_width(raw, "labels")
+    return raw
+
+
+def _labels(
+    memory: Memory, sizes: Mapping[str, int], given: list[str] | None
+) -> tuple[list[str] | None, dict[str, csr_matrix]]:
+    """Return the names of the labels, where there are any, and the label matrix of each split."""
+    if any(issparse(split[1]) for split in memory.splits.values()):
+        return given, {
+            name: _label_matrix(name, split[1], sizes[name], memory, given)
+            for name, split in memory.splits.items()
+        }
+    rows: dict[str, Any] = {
+        name: _rows(name, split[1], sizes[name]) for name, split in memory.splits.items()
+    }
     kinds = {type(label) for split in rows.values() for row in split for label in row}
     if len(kinds) > 1:
         got = "both in the lists"
         raise InputError("labels", "names alone, or ids alone", got, "write one kind")
-    names: list[str] | None = given
     if str in kinds:
-        names, labels = _by_name(rows, given)
-    else:
-        labels = _by_id(rows, given, memory.num_labels)
-    splits = {name: RawSplit(texts[name], labels[name]) for name in texts}
-    raw = Raw(splits, names, names, declared=bool(names) or memory.num_labels is not None)
-    check_width(raw, "labels")
-    return raw
+        return _by_name(rows, given)
+    return given, _by_id(rows, given, memory.num_labels)
+
+
+def _bags(split: str, matrix: Any) -> csr_matrix:
+    found = canonical_csr(matrix, f"{split} documents")
+    if not found.shape[0]:
+        raise InputError(f"{split} documents", "one row or more", "none", "leave the split out")
+    return found
+
+
+def _label_matrix(
+    split: str, matrix: Any, documents: int, memory: Memory, names: list[str] | None
+) -> csr_matrix:
+    """Return a sparse matrix of labels as CSR float32 [documents, L] of ones."""
+    where, columns = f"{split} labels", memory.num_labels if names is None else len(names)
+    found = canonical_csr(matrix, where)
+    first: Any = memory.splits["train"][1]
+    wanted = (documents, columns or first.shape[1])
+    if found.shape != wanted:
+        expected = f"{wanted[0]} documents and {wanted[1]} labels"
+        got = f"{found.shape[0]} and {found.shape[1]}"
+        raise InputError(where, expected, got, "give one row per document, one column per label")
+    found.data[:] = 1
+    return found
 
 
 def _check(memory: Memory) -> None:
@@ -237,4 +292,8 @@ def _key(folder: Path, memory: Memory, raw: Raw, tokenizer: Tokenizer | None) ->
             digest.update(json.dumps(text).encode())
         for array in (split.labels.indptr, split.labels.indices):
             digest.update(np.ascontiguousarray(array, np.int64).tobytes())
+        if split.features is not None:
+            digest.update(np.int64(split.features.shape[1]).tobytes())
+            for array in (split.features.indptr, split.features.indices, split.features.data):
+                digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -1,5 +1,7 @@
 """What every predictor of texts has in common: the labels that it answers with, and their names."""
 
+from __future__ import annotations
+
 import math
 from abc import ABC, abstractmethod
 from collections import deque
@@ -7,16 +9,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from xmlkernels.data.text_parts import TextParts
 from xmlkernels.errors import InputError
+from xmlkernels.predict.calibration import Calibration, sigmoid
 from xmlkernels.predict.limits import Given, LabelNumbers, Limits
 
 NAMES = "label_names.txt"  # in the folder of checkpoints or of a ranker, one name per line
 RANKER = "ranker.safetensors"  # in the folder of a ranker
+RANKED_ANEW = 10  # best labels by score among which calibrated probability ranks
 AHEAD = 16  # batches of texts read ahead, so that texts of like length share a batch
 
 Text = str | tuple[str, str]
@@ -32,16 +36,19 @@ class Label:
         score: log-odds, ln p / (1 - p), of one model, of a ranker (whose margin is taken for
             log-odds where the ranker alone decides) or of a forest. Not bounded: where p rounds to
             0 or 1, log-odds still tell labels apart.
+        log_odds: the same on the scale of held-out data, where the model is calibrated; else None.
     """
 
     id: int
     name: str
     score: float
+    log_odds: float | None = None
 
     @property
     def probability(self) -> float:
-        """σ(score): what the model was trained to give, not calibrated on held-out data."""
-        return 1 / (1 + math.exp(-self.score)) if self.score > -700 else 0.0
+        """σ(log_odds) of a calibrated model; else σ(score), what the model was trained to give."""
+        odds = self.score if self.log_odds is None else self.log_odds
+        return 1 / (1 + math.exp(-odds)) if odds > -700 else 0.0
 
 
 class TextPredictor(ABC):
@@ -52,12 +59,14 @@ class TextPredictor(ABC):
         label_names: L names, or None.
         parts: how title and body of a text become what the model reads.
         takes_pairs: whether each text is a pair (what the model reads, what TF-IDF is made of).
+        calibration: what its scores mean on held-out data; None where it is not calibrated.
     """
 
     labels: int
     label_names: list[str] | None
     parts: TextParts
     takes_pairs: bool = False
+    calibration: Calibration | None = None
 
     @abstractmethod
     def _in_order(
@@ -94,6 +103,8 @@ class TextPredictor(ABC):
         prefetch: int = 2,
         allow: Given = None,
         exclude: Given = None,
+        threshold: Literal["calibrated"] | float | None = None,
+        order: Literal["score", "probability"] = "score",
     ) -> Iterator[list[Label]]:
         """Predict the k best labels of each text, best first, in the order of the texts.
 
@@ -115,19 +126,64 @@ class TextPredictor(ABC):
             allow: labels that may be given, by number (int) or name (str): one list for all texts,
                 or an iterable with a list or None (all labels) for each.
             exclude: labels that are never given, likewise.
+            threshold: labels below it are left out: a probability, or "calibrated", the score of
+                each band of labels that the calibration stored for its precision.
+            order: "probability" ranks the 10 best by score, or k where that is more, by calibrated
+                probability, in which rare and frequent labels have one scale.
 
         Raises:
             InputError: a label that the model does not have, an allow-list without any, not one
-                list per text, or texts that the model cannot read.
+                list per text, or texts that the model cannot read; "calibrated" or "probability"
+                of a model that is not calibrated.
         """
         check_k(k)
+        self._check_scale(threshold, order)
         limits = Limits(self.numbers, allow, exclude)
-        return self._labelled(self._in_order(texts, k, batch_size, window, prefetch, limits))
+        most = k if order == "score" else max(k, RANKED_ANEW)
+        found = self._in_order(texts, most, batch_size, window, prefetch, limits)
+        return (self._labels(values, rows, k, threshold, order) for values, rows in found)
 
-    def _labelled(self, answers: Iterator[tuple[np.ndarray, ...]]) -> Iterator[list[Label]]:
-        for values, rows in answers:
-            pairs = zip(values.tolist(), rows.tolist(), strict=True)
-            yield [Label(row, self._name(row), value) for value, row in pairs if row >= 0]
+    def _check_scale(self, threshold: object, order: str) -> None:
+        """Refuse a threshold or an order that this predictor cannot serve."""
+        number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+        if not (threshold in (None, "calibrated") or (number and 0 <= float(threshold) <= 1)):  # type: ignore[arg-type]
+            expected = 'a probability from 0 to 1, or "calibrated"'
+            raise InputError("threshold", expected, repr(threshold), "correct it")
+        if order not in ("score", "probability"):
+            raise InputError("order", "score or probability", repr(order), "choose one of them")
+        if self.calibration is None and (threshold == "calibrated" or order == "probability"):
+            mend = "calibrate it with xmlkernels calibrate"
+            raise InputError("predictor", "a calibrated model", "one without", mend)
+
+    def _labels(
+        self,
+        values: np.ndarray,
+        rows: np.ndarray,
+        k: int,
+        threshold: Literal["calibrated"] | float | None,
+        order: str,
+    ) -> list[Label]:
+        """Return the labels of a text: calibrated, ranked, cut at `threshold` and at k."""
+        odds = None if self.calibration is None else self.calibration.log_odds(values, rows)
+        kept = rows >= 0
+        if threshold == "calibrated":
+            assert self.calibration is not None
+            kept &= self.calibration.good_enough(values, rows)
+        found = [
+            Label(row, self._name(row), value, None if odds is None else float(odds[at]))
+            for at, (value, row) in enumerate(zip(values.tolist(), rows.tolist(), strict=True))
+            if kept[at]
+        ]
+        if isinstance(threshold, int | float):
+            found = [label for label in found if label.probability >= threshold]
+        if order == "probability":
+            found.sort(key=lambda label: -(label.log_odds or 0.0))
+        return found[:k]
+
+    def probabilities(self, scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Return what `Label.probability` is, fp64, for the arrays of `predict_arrays`; 0 at -1."""
+        odds = scores if self.calibration is None else self.calibration.log_odds(scores, labels)
+        return np.where(labels >= 0, sigmoid(odds), 0.0)
 
     def _name(self, label: int) -> str:
         return self.label_names[label] if self.label_names else str(label)

@@ -29,7 +29,8 @@ def load(
 
     Args:
         folder: the output folder of a run (or the `checkpoint` folder in it), that of a ranker, or
-            those of several rankers, whose mean is taken (a forest).
+            those of several rankers, whose mean is taken (a forest); of `linear --trees N` its one
+            output folder will do.
         checkpoint: with a ranker: the run that it was trained beside, if there was one.
         which: the run's checkpoint, "best" or "last"; see `Predictor.load`.
         device: where the model computes.
@@ -55,11 +56,20 @@ def load(
         raise InputError(str(other[0]), "rankers alone", "a run", "load it by itself")
     if which is not None and checkpoint is None:
         raise InputError("which", "a checkpoint to choose from", "none", "leave it out")
-    found = [
-        RankedPredictor.load(path, checkpoint, which=which, device=device, threads=threads)
-        for path in paths
-    ]
-    return found[0] if single else Forest(found)
+    how: dict[str, Any] = {"which": which, "device": device, "threads": threads}
+    if single and not (paths[0] / RANKER).is_file():
+        return Forest.load(_trees(paths[0]), checkpoint, **how)
+    if single:
+        return RankedPredictor.load(paths[0], checkpoint, **how)
+    return Forest.load(paths, checkpoint, **how)
+
+
+def _trees(path: Path) -> list[Path]:
+    """Return the rankers that `linear --trees` wrote into a folder, in their order."""
+    found: list[Path] = []
+    while (tree := path / f"tree{len(found)}" / RANKER).is_file():
+        found.append(tree.parent)
+    return found
 
 
 def _is_ranker(path: Path) -> bool:
@@ -67,7 +77,7 @@ def _is_ranker(path: Path) -> bool:
     if not path.is_dir():
         got = "a file" if path.exists() else "no such folder"
         raise InputError(str(path), _KNOWN, got, "check the path")
-    if (path / RANKER).is_file():
+    if (path / RANKER).is_file() or _trees(path):
         return True
     if not any((path / name).is_dir() for name in ("checkpoint", "best", "last")):
         got = f"a folder without checkpoint/ and {RANKER}"

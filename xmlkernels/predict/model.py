@@ -34,6 +34,7 @@ from xmlkernels.models.scored import Scored
 from xmlkernels.nn.stored import READ, StoredTable
 from xmlkernels.precision import TABLE_DTYPES
 from xmlkernels.predict.base import AHEAD, NAMES, RANKER, Text, TextPredictor, read_names
+from xmlkernels.predict.calibration import calibration_beside
 from xmlkernels.predict.limits import Given, Limit, Limits
 from xmlkernels.records import check_record
 from xmlkernels.rows import in_memory
@@ -131,7 +132,10 @@ class Predictor(TextPredictor):
             check_finite(model, str(path / found))
             model = model.to(torch.device(device))
         names = read_names(path, model.labels)
-        return cls(model, load_inputs(path, state), names, _identity(state), threads=threads)
+        identity = _identity(state)
+        found_one = cls(model, load_inputs(path, state), names, identity, threads=threads)
+        found_one.calibration = calibration_beside(path, model.labels, identity)
+        return found_one
 
     def predict_and_embed(
         self,

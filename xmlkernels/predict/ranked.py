@@ -27,9 +27,17 @@ from xmlkernels.data.vectorizer import Vectorizer
 from xmlkernels.errors import InputError
 from xmlkernels.evaluation import score_matrix
 from xmlkernels.predict.base import RANKER, Text, TextPredictor, read_names
+from xmlkernels.predict.calibration import calibration_beside
 from xmlkernels.predict.limits import FREE, Limit, Limits
 from xmlkernels.predict.model import Predictor, files_beside
-from xmlkernels.predict.source import CLUSTERS, VECTORIZER, Source, read_source
+from xmlkernels.predict.source import (
+    CLUSTERS,
+    VECTORIZER,
+    Source,
+    forest_identity,
+    ranker_identity,
+    read_source,
+)
 from xmlkernels.ranker.blend import Reranker, best, best_of_all, combine
 from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.matcher import ClusterMatcher
@@ -180,6 +188,7 @@ class RankedPredictor(Ranked):
         which: str | None = None,
         device: str | torch.device = "cpu",
         threads: int = 0,
+        features: bool = False,
     ) -> RankedPredictor:
         """Load the output folder of xmlkernels rank.
 
@@ -190,6 +199,7 @@ class RankedPredictor(Ranked):
             which, device: as of `Predictor.load`.
             threads: CPU threads of the ranker and of its model, whatever the rest of the process
                 uses; 0 leaves the choice to numba and torch.
+            features: take one of ready features, which `score_features` asks and texts cannot.
 
         Raises:
             InputError: no ranker there, a damaged one, one of ready features, another checkpoint
@@ -201,7 +211,7 @@ class RankedPredictor(Ranked):
             mend = "give it as --checkpoint; xmlkernels.load takes either"
             raise InputError(str(folder), "the output folder of a ranker", "one of a run", mend)
         reranker = Reranker.load(path / RANKER)
-        source = read_source(reranker, path)
+        source = read_source(reranker, path, features=features)
         check_files(
             path,
             files_beside(reranker.ranker.facts, f"{path / RANKER}, head, facts"),
@@ -243,7 +253,7 @@ class RankedPredictor(Ranked):
                     "name that one, or train the ranker again",
                 )
         names = read_names(path, len(reranker.ranker.bias))
-        return cls(
+        found = cls(
             reranker,
             source,
             model=model,
@@ -252,6 +262,8 @@ class RankedPredictor(Ranked):
             label_names=names,
             threads=threads,
         )
+        found.calibration = calibration_beside(path, found.labels, ranker_identity(reranker))
+        return found
 
     def scores(
         self,
@@ -285,7 +297,16 @@ class RankedPredictor(Ranked):
             if self.vectorizer is None
             else self.vectorizer.transform(map(self.parts.words, words))
         )
-        features = reranker.features(embedding, tfidf)
+        return self._score(logits, reranker.features(embedding, tfidf), k, limit)
+
+    def score_features(self, features: csr_matrix, k: int) -> csr_matrix:
+        """Score the shortlist of each row of ready features [N, V]; see `Ranked.scores`."""
+        return self._score(None, self.reranker.features(None, features), k)
+
+    def _score(
+        self, logits: csr_matrix | None, features: Features, k: int, limit: Limit = FREE
+    ) -> csr_matrix:
+        reranker = self.reranker
         if self.matcher is not None:
             logits = self._listed(self.matcher, features, limit)
         if logits is None:
@@ -346,6 +367,30 @@ class Forest(Ranked):
         self.rankers, self.label_names = tuple(rankers), rankers[0].label_names
         self.labels, self.takes_pairs = rankers[0].labels, rankers[0].takes_pairs
         self.parts = rankers[0].parts
+
+    @classmethod
+    def load(
+        cls, folders: Sequence[str | Path], checkpoint: str | Path | None = None, **options: Any
+    ) -> Forest:
+        """Load rankers as one.
+
+        Where they are all that one folder holds, a calibration in it is theirs.
+
+        Args:
+            folders: the output folder of each.
+            checkpoint, options: as of `RankedPredictor.load`.
+
+        Raises:
+            InputError: one cannot be loaded, or the rankers do not go together.
+        """
+        forest = cls([RankedPredictor.load(path, checkpoint, **options) for path in folders])
+        identity = forest_identity([ranker.reranker for ranker in forest.rankers])
+        parents = {Path(path).resolve().parent for path in folders}
+        if len(forest.rankers) == 1:
+            forest.calibration = forest.rankers[0].calibration
+        elif len(parents) == 1:
+            forest.calibration = calibration_beside(parents.pop(), forest.labels, identity)
+        return forest
 
     def embed(self, texts: Iterable[Text], *, batch_size: int = 64) -> np.ndarray:
         """Embed N texts by the model that all its rankers have; see `TextPredictor.embed`."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, get_args
 
@@ -57,8 +60,25 @@ class Source:
                 )
 
 
-def read_source(reranker: Reranker, folder: Path) -> Source:
+def ranker_identity(reranker: Reranker) -> str:
+    """Identify a ranker by what it was made of: sha256 of its facts, settings and share."""
+    ranker = reranker.ranker
+    facts = {key: value for key, value in ranker.facts.items() if key != "weights"}
+    told = [facts, asdict(ranker.settings), reranker.share, reranker.how]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def forest_identity(rerankers: Sequence[Reranker]) -> str:
+    """Identify several rankers as one, whatever their order."""
+    each = sorted(map(ranker_identity, rerankers))
+    return hashlib.sha256(" ".join(each).encode()).hexdigest()
+
+
+def read_source(reranker: Reranker, folder: Path, *, features: bool = False) -> Source:
     """Read the source of a ranker in a folder.
+
+    Args:
+        features: whether one of ready features is taken, which cannot be asked for texts.
 
     Raises:
         InputError: it does not say what it was made of, or it cannot be asked for texts.
@@ -71,7 +91,7 @@ def read_source(reranker: Reranker, folder: Path) -> Source:
     values: Any = check_record(facts["source"], SourceValues, where=f"{where}.source", mend=_AGAIN)
     known = {f.name for f in fields(Source)}
     source = Source(**{key: value for key, value in values.items() if key in known})
-    if source.words == "features":
+    if source.words == "features" and not features:
         mend = "train one on texts, or score splits of its dataset with xmlkernels rank"
         raise InputError(
             str(folder),

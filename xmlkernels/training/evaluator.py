@@ -10,6 +10,8 @@ from xmlkernels.data.formats.matrices import write_npz
 from xmlkernels.evaluation import Evaluation, evaluate_schemes, evaluate_split, score_matrix
 from xmlkernels.memory import release_free
 from xmlkernels.metrics import evaluate
+from xmlkernels.predict.model import checkpoint_identity
+from xmlkernels.training.calibrating import Found, calibrated_at_end
 from xmlkernels.training.folder import write_json
 from xmlkernels.training.measured import split_report
 from xmlkernels.training.run_state import RunState
@@ -155,16 +157,20 @@ class Evaluator:
         }
         if session.tree is not None:
             report |= {"scheme": self.model.scheme, "tree": session.tree.content_hash}
+        answers = {}
         for split in (session.validation, session.test):
             if split is None:
                 continue
             again = written and split is session.validation
             metrics, found = self.evaluate(split, write=not again)
             report[_SHOWN.get(split.name, split.name)] = metrics
+            answers[split.name] = (found.values, found.labels)
             if self.folder.writes and (split is session.test or session.test is None):
                 report |= self._write_predictions(split, found)
         if session.validation is None and session.test is None:
             log.info("no validation and no test split: no metrics and no predictions.npz")
+        if "val" in answers and self.folder.writes:
+            report |= self._calibrate(answers)
         report |= counters | {
             "seconds": run.clock.seconds(),
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -177,6 +183,15 @@ class Evaluator:
         if self.folder.writes:
             write_json(self.folder.path / "metrics.json", report)
         return report
+
+    def _calibrate(self, answers: Found) -> dict[str, Any]:
+        """Fit probabilities on validation, beside the checkpoint that was measured."""
+        inner = self.folder.path / "checkpoint"
+        if not self.run.best or not self.folder.checkpoints.exists("best"):
+            return {}
+        with self.run.clock.on("evaluate"):
+            identity = checkpoint_identity(inner, "best")
+            return calibrated_at_end(inner, identity, answers, self.session.dataset)
 
     def _write_predictions(self, split: Split, found: Evaluation) -> dict[str, Any]:
         """Write predictions.npz; return the metrics that are reported of its split alone."""

@@ -16,8 +16,10 @@ from xmlkernels.locks import own_folder
 from xmlkernels.metrics import evaluate, inverse_propensity
 from xmlkernels.options import check_least
 from xmlkernels.predict.base import RANKER
+from xmlkernels.predict.calibration import CALIBRATION
 from xmlkernels.ranker.blend import best, combine
 from xmlkernels.ranker.linear import Settings
+from xmlkernels.training.calibrating import CalibrateConfig, calibrate_held
 from xmlkernels.training.config import Config
 from xmlkernels.training.folder import write_json
 from xmlkernels.training.inputs import cached_tree, cached_tree_folder, open_dataset
@@ -38,6 +40,7 @@ _LABELS_PER_CLUSTER = 100
 # clusters: docs/results/wordnet-related.md has what that costs.
 _ONE_LEVEL = 10
 _STEP = 4
+KEPT = ("dataset", "dataset_hash", "propensity", "bags_of_words")
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,7 @@ def _forest(
     options: LinearConfig, dataset: Dataset, depths: tuple[int, ...], folder: Path
 ) -> dict[str, Any]:
     """Train a ranker on each of several trees, and measure the mean of their probabilities."""
+    (folder / CALIBRATION).unlink(missing_ok=True)
     (folder / RANKER).unlink(missing_ok=True)  # it would vouch for files that change now
     each = [
         replace(
@@ -176,7 +180,7 @@ def _forest(
     for number, (one, tree) in enumerate(zip(each, trees, strict=True)):
         log.info(f"ranker {number + 1} of {options.trees}")
         reports.append(train_ranker(_ranker(one, dataset, tree), words))
-    report = {key: reports[0][key] for key in ("dataset", "dataset_hash", "propensity")}
+    report = {key: reports[0][key] for key in KEPT}
     report["rankers"] = [made["options"]["output"] for made in reports]
     report["seconds"] = {f"tree{n}": made["seconds"] for n, made in enumerate(reports)}
     report["options"] = reports[0]["options"] | {"output": options.output, "trees": options.trees}
@@ -202,7 +206,18 @@ def _forest(
         result = score_matrix(values.astype(np.float32), rows, dataset.num_labels)
         write_npz(folder / "predictions.npz", result, keep_zeros=True)
     write_json(folder / "metrics.json", report)
+    if "val" in dataset.splits:
+        report |= _calibrated(options.output, dataset)
     return report
+
+
+def _calibrated(output: str, dataset: Dataset) -> dict[str, Any]:
+    """Calibrate a forest, whose answers to validation nobody has computed yet."""
+    try:
+        return {"calibration": calibrate_held(CalibrateConfig(output, dataset=str(dataset.folder)))}
+    except InputError as error:
+        log.info(f"note: probabilities are not calibrated: {error}")
+        return {}
 
 
 def _trees(each: list[LinearConfig], dataset: Dataset, depths: tuple[int, ...]) -> list[str]:

@@ -16,10 +16,11 @@ from xmlkernels.checkpoint import FORMAT, STATE
 from xmlkernels.data.manifest import MANIFEST, PROFILE
 
 OURS, FOREIGN, DAMAGED = "ours", "foreign", "damaged"
-# Beside the checkpoints of a run: what reads its inputs, its tree, its labels' names; and what a
-# kill left of writing them.
+# Beside the checkpoints of a run: what reads its inputs, its tree, its labels' names, what its
+# scores mean; and what a kill left of writing them.
 _BESIDE = re.compile(
-    r"tokenizer|vocabulary|label_names\.txt|tree\.safetensors|\..*\.[0-9a-f]{12}\.part"
+    r"tokenizer|vocabulary|label_names\.txt|(tree|calibration)\.safetensors"
+    r"|\..*\.[0-9a-f]{12}\.part"
 )
 _CHECKPOINT = re.compile(r"(last|best)([-.]\d+)?|\.(last|best)([-.]\d+)?\.(old|new-[0-9a-f]+)")
 

@@ -18,13 +18,16 @@ from xmlkernels.evaluation import score_matrix
 from xmlkernels.locks import own_folder
 from xmlkernels.metrics import candidates_needed, evaluate, inverse_propensity
 from xmlkernels.predict.base import NAMES, RANKER
+from xmlkernels.predict.calibrate import DEPTH
+from xmlkernels.predict.calibration import CALIBRATION
 from xmlkernels.predict.model import checkpoint_identity
-from xmlkernels.predict.source import CLUSTERS, VECTORIZER, Source
+from xmlkernels.predict.source import CLUSTERS, VECTORIZER, Source, ranker_identity
 from xmlkernels.ranker.blend import Reranker, best, best_of_all, choose_share, contenders
 from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.grouped import fit_groups
 from xmlkernels.ranker.linear import LinearRanker, fit
 from xmlkernels.ranker.matcher import ClusterMatcher
+from xmlkernels.training.calibrating import Found, calibrated_at_end
 from xmlkernels.training.clock import Seconds
 from xmlkernels.training.folder import copy_profile, write_json, write_names
 from xmlkernels.training.measured import split_report
@@ -66,7 +69,9 @@ def train_ranker(options: RankerConfig, words: Words | None = None) -> dict[str,
         InputError: an option, a file or a folder that cannot be used.
     """
     check(options)
-    with own_folder(options.output, writes=(*WRITTEN, RANKER, NAMES, PROFILE)) as folder:
+    with own_folder(
+        options.output, writes=(*WRITTEN, RANKER, NAMES, PROFILE, CALIBRATION)
+    ) as folder:
         clear_inner(folder)
         return _train(options, folder, words or Words())
 
@@ -95,7 +100,7 @@ def _train(options: RankerConfig, folder: Path, words: Words) -> dict[str, Any]:
                 embedding=options.embedding,
                 vocabulary=vocabulary,
             )
-    source = source_of(options, checkpoint, vocabulary)
+    source = source_of(options, checkpoint, vocabulary, dataset.vocabulary is not None)
     weights = {name: getattr(options, name) for name in ("embedding_weight", "tfidf_weight")}
     for part in documents.values():
         part.features = Features.join(part.embedding, part.tfidf, **weights)
@@ -119,16 +124,18 @@ def _train(options: RankerConfig, folder: Path, words: Words) -> dict[str, Any]:
     share = 1.0 if options.one_vs_all or options.share is None else options.share
     reranker = Reranker(ranker, share, options.blend, **weights)
     with clock.on("evaluation"):
-        report, reranker = measure(options, dataset, documents, reranker, matcher)
+        report, reranker, answers = measure(options, dataset, documents, reranker, matcher)
     beside = [NAMES, *([VECTORIZER] if vocabulary else []), *([CLUSTERS] if options.tree else [])]
     facts = ranker.facts | {"beside": of_files(folder, beside)}
-    replace(reranker, ranker=replace(ranker, facts=facts)).save(folder / RANKER)
+    whole = replace(reranker, ranker=replace(ranker, facts=facts))
+    whole.save(folder / RANKER)
+    if "val" in answers:
+        report |= calibrated_at_end(folder, ranker_identity(whole), answers, dataset)
     report |= {
         "dataset": dataset.name,
         "dataset_hash": dataset.content_hash,
         "propensity": dataset.propensity,
-    }
-    report |= {
+        "bags_of_words": dataset.vocabulary is not None,
         "seconds": clock.spent,
         "options": asdict(options),
         "weights_per_label": ranker.sparse.nnz / dataset.num_labels,
@@ -142,7 +149,7 @@ def begin(folder: Path, dataset: Dataset) -> None:
 
     A ranker vouches for the files beside it, so it goes before they change.
     """
-    for name in ("metrics.json", RANKER, NAMES, PROFILE):
+    for name in ("metrics.json", RANKER, NAMES, PROFILE, CALIBRATION):
         (folder / name).unlink(missing_ok=True)
     write_names(folder, dataset)
     copy_profile(folder, dataset)
@@ -158,14 +165,14 @@ def clear_inner(folder: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def source_of(options: RankerConfig, checkpoint: str, vocabulary: str) -> Source:
-    """Describe how xmlkernels predict makes shortlists and features of new texts."""
+def source_of(options: RankerConfig, checkpoint: str, vocabulary: str, bags: bool) -> Source:
+    """Describe how xmlkernels predict makes shortlists and features; `bags` have no texts."""
     shortlist: Literal["model", "tree", "all"]
     shortlist = "model" if options.checkpoint else "tree" if options.tree else "all"
     words: Literal["same", "own", "features", "none"] = "same"
     if not options.tfidf:
         words = "none"
-    elif options.features:
+    elif options.features or bags:
         words = "features"
     elif options.train_text:
         words = "own"
@@ -209,7 +216,7 @@ def load_tfidf(
     """
     vocabulary = ""
     files = {"train": options.train_text, "val": options.validation_text, "test": options.test_text}
-    if options.features:
+    if options.features or dataset.vocabulary is not None:
         found = read_features(options.features, dataset)
     else:
         texts = {name: path for name, path in files.items() if path}
@@ -315,14 +322,16 @@ def measure(
     documents: dict[str, Documents],
     reranker: Reranker,
     matcher: ClusterMatcher | None,
-) -> tuple[dict[str, Any], Reranker]:
+) -> tuple[dict[str, Any], Reranker, Found]:
     """Measure plain model, ranker and both on validation and test; write the test predictions.
 
     Returns:
-        The metrics, and the reranker with its share: chosen on validation where none is given.
+        The metrics, the reranker with its share (chosen on validation where none is given), and
+        its answers by split.
     """
     weight = inverse_propensity(dataset.splits["train"].labels, *dataset.propensity)
     report: dict[str, Any] = {}
+    answers: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for name in ("val", "test"):
         if name not in documents:
             continue
@@ -334,12 +343,12 @@ def measure(
         found = ranked(options, part, reranker, matcher, listed)
         for what, (_, rows) in found.items():
             report[SHOWN[name]][what] = evaluate(rows, part.split.labels, weight)
+        values, rows = answers[name] = found[list(found)[-1]]
         if name == "test":
-            values, rows = found[list(found)[-1]]
             result = score_matrix(values, rows, dataset.num_labels)
             write_npz(Path(options.output) / "predictions.npz", result, keep_zeros=True)
             report |= split_report(rows, part.split.labels, dataset.splits["train"].labels)
-    return report | {"share": reranker.share, "blend": reranker.how}, reranker
+    return report | {"share": reranker.share, "blend": reranker.how}, reranker, answers
 
 
 def chosen(
@@ -348,10 +357,10 @@ def chosen(
     """Choose share and kind of blend on a split.
 
     Returns:
-        The reranker with them, and what of the shortlists can be among the best five by any.
+        The reranker with them, and what of the shortlists can be among the best ten by any.
     """
     pairs, labels = part.split.filter_pairs, part.split.labels
-    depth = candidates_needed(_CHOSEN_AT, pairs, labels.shape[1])
+    depth = candidates_needed(max(_CHOSEN_AT, DEPTH), pairs, labels.shape[1])
     some = [
         contenders(logits, margins, depth, threads=threads)
         for _, logits, margins in scored(part, reranker.ranker, matcher, threads)

@@ -98,12 +98,15 @@ def label_texts(dataset: Dataset) -> list[str]:
 
 
 def read_features(folder: str, dataset: Dataset) -> dict[str, csr_matrix]:
-    """Read {train,val,test}.npz of a folder.
+    """Read {train,val,test}.npz of a folder; without one take the dataset's own bags of words.
 
     Raises:
         InputError: a file is missing, of other rows than the split, or of other columns than
             train.npz.
     """
+    if not folder:
+        log.info("the dataset's bags of words are the features, as they are: no TF-IDF is computed")
+        return {name: split.features for name, split in dataset.splits.items()}
     columns: int | None = None
     found = {}
     for name, split in dataset.splits.items():
@@ -172,11 +175,16 @@ def training_part(
     """
     if not options.label_text:
         return TrainingPart(first.features, first.split.labels)
-    names = label_texts(dataset)
+    if dataset.vocabulary is not None:
+        words.labels = dataset.label_features
+        if words.labels is None:
+            where, mend = str(dataset.folder), "leave --label-text out"
+            raise InputError(where, "bags of words of the label texts, too", "none", mend)
     if words.labels is None:
-        words.labels = Vectorizer.load(folder / VECTORIZER).transform(names)
+        words.labels = Vectorizer.load(folder / VECTORIZER).transform(label_texts(dataset))
+    names = words.labels.shape[0]
     own_features = Features.join(None, words.labels, tfidf_weight=options.tfidf_weight)
-    log.info(f"{len(names):,} label texts, each a document of its label")
+    log.info(f"{names:,} label texts, each a document of its label")
     return TrainingPart(first.features, first.split.labels).with_labels(own_features)
 
 

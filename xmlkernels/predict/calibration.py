@@ -1,0 +1,174 @@
+"""Calibrated probabilities: a rising curve from scores to log-odds per band of label frequency.
+
+A file `calibration.safetensors` beside a run's checkpoints or a ranker holds the curves, the band
+of every label, and per band the score from which labels are right as often as was wanted.
+
+Letters: N documents, k labels of each, L labels, G bands.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+import numpy as np
+from safetensors.numpy import save
+
+from xmlkernels.checksums import ALGORITHM, check_seal, seal
+from xmlkernels.data.formats.arrays import read_tensors
+from xmlkernels.errors import InputError
+from xmlkernels.files import replacing
+from xmlkernels.records import Count, Meta, parse_record
+
+CALIBRATION = "calibration.safetensors"
+FORMAT = "xmlkernels-calibration-1"
+MOST_BANDS, MOST_KNOTS = 32, 64
+_AGAIN = "calibrate again: xmlkernels calibrate"
+_TENSORS = {"band": (np.uint8, 1), "knots": (np.float64, 3), "thresholds": (np.float64, 1)}
+
+
+class CalibrationWarning(UserWarning):
+    """A calibration is there that belongs to another model, and is left alone."""
+
+
+class Head(TypedDict):
+    """What the header of the file says."""
+
+    identity: str
+    precision: Annotated[float, Meta(gt=0, le=1)]
+    methods: list[str]
+    counts: list[Count]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the scores of one model mean.
+
+    Attributes:
+        band: uint8 [L], the band of each label.
+        knots: fp64 [G, MOST_KNOTS, 2], scores and log-odds of each band's curve, both rising; rows
+            that are not needed repeat the last one. Beyond its ends a curve has slope 1.
+        thresholds: fp64 [G], the lowest score from which a band's labels are right in a share
+            `precision` of the cases; infinity where none is.
+        precision: the share that was wanted.
+        methods: how each curve was fitted, "isotonic" or "platt".
+        counts: the largest number of training documents of a band's labels; the last is that of
+            the most frequent label.
+        identity: of the model that the scores are of.
+    """
+
+    band: np.ndarray
+    knots: np.ndarray
+    thresholds: np.ndarray
+    precision: float
+    methods: tuple[str, ...]
+    counts: tuple[int, ...]
+    identity: str = ""
+
+    def log_odds(self, scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Return calibrated log-odds, fp64, of scores and int labels of one shape.
+
+        Rising in the score within a band. Where the label is -1 it is -infinity.
+        """
+        out = np.full(scores.shape, -np.inf)
+        there = labels >= 0
+        own = self.band[labels[there]]
+        values, found = scores[there].astype(np.float64), np.empty(int(there.sum()))
+        for number, curve in enumerate(self.knots):
+            mine = own == number
+            x = values[mine]
+            inside = np.clip(x, curve[0, 0], curve[-1, 0])
+            found[mine] = np.interp(inside, curve[:, 0], curve[:, 1]) + (x - inside)
+        out[there] = found
+        return out
+
+    def good_enough(self, scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Return whether each score reaches the threshold of its label's band; False at -1."""
+        reached = np.zeros(scores.shape, bool)
+        there = labels >= 0
+        reached[there] = scores[there] >= self.thresholds[self.band[labels[there]]]
+        return reached
+
+    def save(self, folder: str | Path) -> None:
+        """Write the file into a folder, whole or not at all."""
+        tensors = {"band": self.band, "knots": self.knots, "thresholds": self.thresholds}
+        told = {"format": FORMAT, "identity": self.identity, "precision": self.precision}
+        told |= {"methods": list(self.methods), "counts": list(self.counts)}
+        head = {"calibration": json.dumps(told)}
+        with replacing(Path(folder) / CALIBRATION) as file:
+            file.write(save(tensors, head | {ALGORITHM: seal(tensors, head)}))
+
+    @classmethod
+    def load(cls, folder: str | Path, labels: int) -> Calibration:
+        """Load what `save` wrote.
+
+        Args:
+            folder: where the file is.
+            labels: L of the model beside it.
+
+        Raises:
+            InputError: no such file, a damaged one, or one of other labels.
+        """
+        path = Path(folder) / CALIBRATION
+        name = str(path)
+        head, found = read_tensors(path, "a calibration", _AGAIN)
+        check_seal(head, found, {"calibration"}, name, _AGAIN)
+        told: Any = parse_record(
+            head.get("calibration", ""),
+            Head,
+            where=f"{name}, head",
+            mend=_AGAIN,
+            kind={"format": FORMAT},
+        )
+        bands = len(told["methods"])
+        shapes = {"band": (labels,), "knots": (bands, MOST_KNOTS, 2), "thresholds": (bands,)}
+        for key, (kind, _) in _TENSORS.items():
+            there = found.get(key)
+            if there is None or there.dtype != kind or there.shape != shapes[key]:
+                got = "none" if there is None else f"{there.dtype} {list(there.shape)}"
+                expected = f"{np.dtype(kind)} {list(shapes[key])}"
+                raise InputError(f"{name}, {key}", expected, got, _AGAIN)
+        rising = np.isfinite(found["knots"]).all() and (np.diff(found["knots"], axis=1) >= 0).all()
+        whole = 1 <= bands <= MOST_BANDS and len(told["counts"]) == bands
+        if not (rising and whole and (not labels or int(found["band"].max()) < bands)):
+            expected = "a rising curve of finite numbers for each band"
+            raise InputError(name, expected, "another", _AGAIN)
+        if np.isnan(found["thresholds"]).any():
+            raise InputError(f"{name}, thresholds", "numbers", "a NaN", _AGAIN)
+        return cls(
+            found["band"],
+            found["knots"],
+            found["thresholds"],
+            told["precision"],
+            tuple(told["methods"]),
+            tuple(told["counts"]),
+            told["identity"],
+        )
+
+
+def sigmoid(log_odds: np.ndarray) -> np.ndarray:
+    """Return probabilities, without overflow."""
+    return np.asarray(0.5 * (1 + np.tanh(0.5 * np.asarray(log_odds, np.float64))))
+
+
+def calibration_beside(folder: str | Path, labels: int, identity: str) -> Calibration | None:
+    """Load the calibration of a folder; None where there is none.
+
+    One of another model, as where a run was resumed since, is left alone with a warning.
+
+    Raises:
+        InputError: a damaged one.
+    """
+    if not (Path(folder) / CALIBRATION).is_file():
+        return None
+    found = Calibration.load(folder, labels)
+    if found.identity == identity:
+        return found
+    note = (
+        f"{Path(folder) / CALIBRATION} is of another checkpoint: probabilities are not calibrated"
+    )
+    warnings.warn(f"{note} (xmlkernels calibrate does it)", CalibrationWarning, stacklevel=3)
+    return None
