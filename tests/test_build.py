@@ -149,7 +149,11 @@ def test_a_wheel_says_whether_it_is_of_a_platform_and_holds_nothing_of_an_earlie
     assert name.endswith("-py3-none-any.whl")
     assert libraries(files) == []
     assert "Root-Is-Purelib: true" in about
-    assert {"xmlkernels/predict/model.py", "xmlkernels/py.typed"} <= set(files)
+    assert {
+        "xmlkernels/predict/model.py",
+        "xmlkernels/py.typed",
+        "xmlkernels/serve/page.html",
+    } <= set(files)
     assert f"Version: {xmlkernels.__version__}\n" in about and "xmlkernels/no_more.py" not in files
 
     for place in ("lib", *(p.name for p in (sources / "build").glob("lib*"))):

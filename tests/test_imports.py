@@ -65,10 +65,11 @@ ARROWS: dict[str, set[str]] = {
         "installed", "label_counts", "locks", "memory", "metrics", "models", "nn", "ops", "options",
         "parallel", "planner", "precision", "predict", "ranker", "records", "rows", "topk", "tree",
     },
+    "serve": {"errors", "data", "predict", "ranker"},
     "cli": {
         "errors", "checkpoint", "data", "devices", "dist", "evaluation", "file_kinds", "files",
         "installed", "locks", "memory", "metrics", "models", "native", "ops", "options", "planner",
-        "predict", "ranker", "topk", "training",
+        "predict", "ranker", "serve", "topk", "training",
     },
     "__main__": {"cli"},
 }  # fmt: skip
@@ -94,6 +95,7 @@ PACKAGES: dict[str, set[str]] = {
     "optim": {"torch"},
     "threads": {"torch"},
     "precision": {"torch"},
+    "serve": {"numpy", "fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"},
     "__main__": set(),
 }
 # Who alone may import a package.

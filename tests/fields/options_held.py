@@ -1,6 +1,6 @@
 """The test of each option of the commands other than `train`: file::test, from tests/."""
 
-from xmlkernels.cli import ensemble, export, neighbours, predict
+from xmlkernels.cli import ensemble, export, neighbours, predict, serve
 from xmlkernels.data.prepare import PrepareConfig
 from xmlkernels.data.tables.options import Tables
 from xmlkernels.training import planned_sizes, ranker, tree
@@ -17,6 +17,7 @@ _RANKER = "cli/test_ranker_command.py::"
 _PLAN = "cli/test_plan.py::"
 _CALIBRATION = "predict/test_calibration.py::"
 _TABLES = "data/test_tables.py::"
+_SERVE = "serve/test_options.py::"
 _PREPARE = "data/test_prepare.py::"
 _WITH_MODEL = HERE + "test_what_a_ranker_of_a_model_is_told"
 _WITH_TREE = HERE + "test_what_a_ranker_of_a_tree_is_told"
@@ -58,6 +59,28 @@ HELD: dict[type, dict[str, str]] = {
             "precision",
             "batch",
         ),
+    },
+    serve.Options: {
+        **_all(_SERVE + "test_where_it_listens_and_what_it_is_called", "host", "port", "name"),
+        **_all(
+            _SERVE + "test_bounds_and_defaults",
+            "queue",
+            "max_texts",
+            "max_bytes",
+            "k",
+            "max_k",
+            "uri_prefix",
+        ),
+        **_all(_SERVE + "test_how_the_queue_is_told", "max_batch", "max_wait_ms"),
+        **_all(
+            _SERVE + "test_which_model_is_served",
+            "folder",
+            "checkpoint",
+            "which",
+            "device",
+            "threads",
+        ),
+        **_all(_SERVE + "test_neighbours_are_those_of_a_dataset", "dataset", "neighbours"),
     },
     planned_sizes.PlanConfig: {
         **_all(

@@ -19,6 +19,7 @@ COMMANDS = {
     "neighbours": "score a split by its nearest training texts",
     "calibrate": "fit probabilities and thresholds on validation",
     "predict": "label texts",
+    "serve": "answer requests over HTTP",
     "export": "write label vectors, embeddings or shortlists as arrays",
     "ensemble": "sum score files and measure them",
     "demo": "train on the built-in corpus, compare, answer three questions",

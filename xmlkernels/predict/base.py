@@ -137,14 +137,14 @@ class TextPredictor(ABC):
                 of a model that is not calibrated.
         """
         check_k(k)
-        self._check_scale(threshold, order)
+        self.check_scale(threshold, order)
         limits = Limits(self.numbers, allow, exclude)
         most = k if order == "score" else max(k, RANKED_ANEW)
         found = self._in_order(texts, most, batch_size, window, prefetch, limits)
         return (self._labels(values, rows, k, threshold, order) for values, rows in found)
 
-    def _check_scale(self, threshold: object, order: str) -> None:
-        """Refuse a threshold or an order that this predictor cannot serve."""
+    def check_scale(self, threshold: object, order: str) -> None:
+        """Raise InputError where `predict` cannot take this threshold or order."""
         number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
         if not (threshold in (None, "calibrated") or (number and 0 <= float(threshold) <= 1)):  # type: ignore[arg-type]
             expected = 'a probability from 0 to 1, or "calibrated"'

@@ -47,6 +47,26 @@ class KNNBaseline:
         self._by_word = vectors.T.tocsr()
         self._labels = csr_matrix(train_labels != 0, dtype=np.float32)
 
+    def nearest(self, texts: Sequence[str], count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Find the most similar training texts of each text, the most similar first.
+
+        Equally similar ones: the earlier first.
+
+        Args:
+            texts: B texts.
+            count: training texts per text.
+
+        Returns:
+            similarity float32 [B, count], the cosine, and rows int64 [B, count]; 0 and -1 where
+            fewer have a word of the text.
+        """
+        found = _largest((self._vectorizer.transform(texts) @ self._by_word).tocsr(), count)
+        values = np.zeros((len(texts), count), np.float32)
+        rows = np.full((len(texts), count), -1, np.int64)
+        point, place = _places(found)
+        rows[point, place], values[point, place] = found.indices, found.data
+        return values, rows
+
     def predict(
         self,
         texts: Sequence[str],

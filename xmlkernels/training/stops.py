@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
+_CHECKPOINT = "ends after this step, with a checkpoint; a second signal ends at once"
 _ONCE = 1.0  # seconds; torchrun passes a signal on within a tenth of one
 
 
@@ -53,12 +54,14 @@ class _Listener:
         asked: the first signal; 0 before it.
         when: seconds, when it came.
         held: how many `held` blocks are open.
+        told: what the innermost of them does at a signal.
         status: the exit status of a command that ends by itself (see `ending`).
         quiet: whether a signal ends such a command at once.
     """
 
     def __init__(self) -> None:
         self.asked, self.when, self.held = 0, 0.0, 0
+        self.told = _CHECKPOINT
         self.status: int | None = None
         self.quiet = False
 
@@ -74,11 +77,7 @@ class _Listener:
             if os.environ.get("WORLD_SIZE", "1") == "1":
                 # os.write: the signal may have come in the middle of a print.
                 name = signal.Signals(number).name
-                os.write(
-                    2,
-                    f"{name}: ends after this step, with a checkpoint; a second signal ends at "
-                    "once\n".encode(),
-                )
+                os.write(2, f"{name}: {self.told}\n".encode())
         elif time.monotonic() - self.when > _ONCE:
             os._exit(128 + number)
 
@@ -129,16 +128,21 @@ def asked() -> int:
 
 
 @contextmanager
-def held() -> Iterator[None]:
+def held(told: str = _CHECKPOINT) -> Iterator[None]:
     """Note a signal inside the block for whoever looks at `asked`.
 
     A block that then goes on to its end has done its work.
+
+    Args:
+        told: what the block does at a signal, for the user.
     """
+    before, _listener.told = _listener.told, told
     _listener.held += 1
     try:
         yield
     finally:
         _listener.held -= 1
+        _listener.told = before
 
 
 class Watched:

@@ -1,0 +1,127 @@
+"""A real server in a process of its own: what load does to it, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from patience import PATIENCE, until
+from served import ROOT, V1, Served, served
+
+QUEUE = 8
+LOAD = Path(__file__).with_name("load.py")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A short queue before a bag of words."""
+    folder = tmp_path_factory.mktemp("server")
+    with served(folder, V1 / "bow", "--queue", QUEUE, "--threads", 1) as found:
+        yield found
+        # An idle connection does not hold it up.
+        with httpx.Client(base_url=found.url) as client:
+            assert client.get("healthz").status_code == 200
+            assert found.stop() == 0
+        assert "ended in order" in found.told
+        assert found.errors.startswith("SIGTERM: ends when what was accepted is answered")
+        assert "Traceback" not in found.errors
+
+
+def loaded(server: Served, clients: int, requests: int) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, str(LOAD), server.url, str(clients), str(requests)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_within_its_queue_every_request_is_answered(server: Served) -> None:
+    found = loaded(server, QUEUE, 12)
+    assert found["statuses"] == {"200": QUEUE * 12} and found["wrong"] == 0
+
+
+def test_nothing_is_lost_at_four_times_as_many(server: Served) -> None:
+    """Each request gets its answer, the right one, or is told to come again."""
+    clients, requests = 4 * QUEUE, 8
+    found = loaded(server, clients, requests)
+    assert set(found["statuses"]) == {"200", "429"} and found["wrong"] == 0
+    assert sum(found["statuses"].values()) == clients * requests
+    told = httpx.get(f"{server.url}metrics").text
+    for status, count in found["statuses"].items():
+        line = f'xmlkernels_requests_total{{path="/predict",status="{status}"}} '
+        counted = float(told.split(line)[1].split("\n")[0]) if line in told else 0.0
+        assert status == "429" or counted >= count
+    assert f'xmlkernels_rejected_total{{reason="queue"}} {found["statuses"]["429"]}.0' in told
+    assert httpx.get(f"{server.url}healthz").json()["status"] == "ok"
+
+
+def shape(value: Any) -> Any:
+    """The keys of JSON, at every level."""
+    if isinstance(value, dict):
+        return {name: shape(part) for name, part in value.items()}
+    return [shape(part) for part in value[:1]] if isinstance(value, list) else None
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the page's commands need curl")
+def test_the_commands_of_the_page_work(server: Served, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "serving.md").read_text("utf-8")
+    blocks = re.findall(r"^```(bash|json)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    asked = 0
+    answer = ""
+    for kind, body in blocks:
+        if kind == "json":
+            assert shape(json.loads(answer)) == shape(json.loads(body)), answer
+            continue
+        for line in re.sub(r" *\\\n *", " ", body).splitlines():
+            program, *words = shlex.split(line)
+            if program != "curl":
+                continue
+            here = [word.replace("localhost:8000/", server.url) for word in words]
+            done = subprocess.run(
+                ["curl", "--fail-with-body", *here],
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE,
+                cwd=tmp_path,
+            )
+            answer = done.stdout
+            assert done.returncode == 0, f"{line}: {answer}"
+            asked += 1
+    assert asked >= 7 and len((tmp_path / "mine.tsv").read_text().splitlines()) == 30
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_was_accepted_is_answered_before_it_ends(number: int, tmp_path: Path) -> None:
+    """The signal comes while three requests wait for others to share a batch."""
+    answers: list[int] = []
+    with served(tmp_path, V1 / "bow", "--max-wait-ms", 4000, "--threads", 1) as found:
+
+        def ask() -> None:
+            body = {"texts": ["w3", "w4"]}
+            answers.append(httpx.post(f"{found.url}predict", json=body, timeout=60).status_code)
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        until(lambda: "xmlkernels_inside_requests 3.0" in httpx.get(f"{found.url}metrics").text)
+        assert found.stop(number) == 0
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert answers == [200] * 3 and "ended in order" in found.told
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(found.url)

@@ -1,0 +1,72 @@
+"""Run the application until it is asked to stop, and then finish what has been accepted."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from xmlkernels.errors import InputError
+
+_LAST = 60  # seconds that accepted requests have to end
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, asked: Callable[[], int]) -> None:
+        super().__init__(config)
+        self._asked = asked
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # the command listens for them
+
+    async def on_tick(self, counter: int) -> bool:
+        return bool(self._asked()) or await super().on_tick(counter)
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """Return a socket that listens there; port 0 is any free one.
+
+    Raises:
+        InputError: another program has the port, or there is no such address.
+    """
+    try:
+        kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(kind, socket.SOCK_STREAM)
+    except OSError as error:
+        raise InputError("--host", "an address of this machine", host, str(error)) from None
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except (OSError, OverflowError) as error:
+        found.close()
+        mend = "choose another with --port; 0 takes a free one"
+        got = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"--port {port}", f"a free port of {host}", got, mend) from None
+    return found
+
+
+def run(app: Any, listener: socket.socket, asked: Callable[[], int]) -> None:
+    """Serve an ASGI application until `asked()` is not 0.
+
+    Connections are then no longer taken, and requests that were are answered, for a minute at
+    most.
+
+    Args:
+        app: the application.
+        listener: of `bound`.
+        asked: looked at ten times a second.
+    """
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_LAST,
+        backlog=1024,
+    )
+    asyncio.run(_Server(config, asked).serve(sockets=[listener]))
