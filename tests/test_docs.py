@@ -75,6 +75,7 @@ def flags() -> dict[str, set[str]]:
         for name, *recipe in [
             *((n, "tiny") if n in ("train", "plan") else (n,) for n in command.COMMANDS),
             ("train", "linear"),  # with flags of its own
+            ("train", "auto"),
         ]:
             shown = io.StringIO()
             words = [name, *recipe, "--help"]
@@ -82,8 +83,9 @@ def flags() -> dict[str, set[str]]:
                 command.main(words)
             assert ended.value.code in (0, None), words
             own = re.findall(r"--(?:\[no-\])?([a-z][a-z0-9-]*)", shown.getvalue())
-            which = f"{name} linear" if recipe == ["linear"] else name
+            which = f"{name} {recipe[0]}" if recipe in (["linear"], ["auto"]) else name
             found[which] = {*own, *(f"no-{word}" for word in own), "help", "version"}
+    found["train auto"] |= found["train linear"] | found["train"] | {"plan"}
     return found
 
 
@@ -102,8 +104,9 @@ def test_commands_that_pages_name_exist(path: Path, flags: dict[str, set[str]]) 
             name = "train" if match[1] else match[2]
             if not re.fullmatch(r"[a-z]+", name):
                 continue
-            if name == "train" and part[match.end() :].split()[:1] == ["linear"]:
-                name = "train linear"
+            recipe = part[match.end() :].split()[:1]
+            if name == "train" and recipe in (["linear"], ["auto"]):
+                name = f"train {recipe[0]}"
             assert name in flags, f"{named(path)}: {line}"
             told = set(re.findall(r"(?<=\s)--([a-z][a-z0-9-]*)", part[match.end() :]))
             assert told <= flags[name], f"{named(path)}: {line}: {sorted(told - flags[name])}"

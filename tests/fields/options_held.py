@@ -3,7 +3,7 @@
 from xmlkernels.cli import ensemble, export, neighbours, predict, serve
 from xmlkernels.data.prepare import PrepareConfig
 from xmlkernels.data.tables.options import Tables
-from xmlkernels.training import planned_sizes, ranker, tree
+from xmlkernels.training import auto, planned_sizes, ranker, tree
 from xmlkernels.training.calibrating import CalibrateConfig
 
 HERE = "fields/test_command_options.py::"
@@ -16,6 +16,7 @@ _NEIGHBOURS = "cli/test_neighbours.py::"
 _RANKER = "cli/test_ranker_command.py::"
 _PLAN = "cli/test_plan.py::"
 _CALIBRATION = "predict/test_calibration.py::"
+_AUTO = "cli/test_train_auto.py::"
 _TABLES = "data/test_tables.py::"
 _SERVE = "serve/test_options.py::"
 _PREPARE = "data/test_prepare.py::"
@@ -234,6 +235,22 @@ HELD: dict[type, dict[str, str]] = {
         "remap_labels": "data/test_label_ids.py::test_far_apart_ids_are_refused_or_numbered_anew",
         "label_divider": "data/test_label_ids.py::test_divided_names",
         "tables": "data/test_table_refusals.py::test_a_table_or_raw_files",
+    },
+    auto.AutoConfig: {
+        **_all(
+            _AUTO + "test_a_table_becomes_a_model_that_answers_with_names",
+            "tables",
+            "output",
+            "cache",
+        ),
+        **_all(
+            _AUTO + "test_the_recipe_follows_from_documents_time_and_labels",
+            "minutes",
+            "recipe",
+            "max_length",
+        ),
+        "validation_share": _AUTO + "test_a_tenth_is_held_back_where_nothing_else_splits",
+        "unlabelled": _AUTO + "test_unlabelled_documents_are_left_out_of_training",
     },
     Tables: {
         "data": "cli/test_prepare_command.py::test_a_table_is_prepared_by_its_flags",

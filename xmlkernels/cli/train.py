@@ -1,6 +1,8 @@
 """Train a classifier by a recipe: `xmlkernels train RECIPE [--key value …]`.
 
-Without a recipe it lists them; RECIPE --help says all about one. On N GPUs of a machine:
+`xmlkernels train auto --data my.csv --output runs/mine` prepares your own table, chooses the recipe
+and trains it, all in one; its --help says more. Without a recipe the recipes are listed; RECIPE
+--help says all about one. On N GPUs of a machine:
 `torchrun --nproc-per-node N -m xmlkernels train RECIPE …`; each encodes its part of every batch.
 `python train/run.py RECIPE` is the same command in a clone. RECIPE --plan says what the run will
 take, and starts nothing: see `xmlkernels plan --help`. The output folder gets config.json,
@@ -13,6 +15,7 @@ second one ends it at once.
 import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from xmlkernels import InputError, dist
 from xmlkernels.cli import plan
@@ -24,6 +27,7 @@ from xmlkernels.training.checks import check
 from xmlkernels.training.config import Config
 from xmlkernels.training.linear import LinearConfig, train_linear
 from xmlkernels.training.loop import train
+from xmlkernels.training.recipe import Recipe
 from xmlkernels.training.recipes import RECIPES
 from xmlkernels.training.stops import done
 
@@ -32,13 +36,29 @@ log = logging.getLogger(__name__)
 
 def main(words: Sequence[str], prog: str = "xmlkernels train") -> None:
     """Train by the recipe that the first word names."""
+    if words and words[0] == "auto":
+        from xmlkernels.cli import auto
+
+        auto.main(words[1:], prog, run)
+        return
     if "--plan" in words:
         plan.main([word for word in words if word != "--plan"], f"{prog} --plan")
         return
     # found once, so that an old name is told once
     known = {words[0]: RECIPES[words[0]]} if words and words[0] in RECIPES else RECIPES
     config = parse_named(known, "recipe", prog, __doc__ or "", words)
-    recipe = known[words[0]]
+    given = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    run(config, known[words[0]], given)
+
+
+def run(config: Any, recipe: Recipe[Any], given: Collection[str]) -> None:
+    """Train by a recipe, and print what came of it.
+
+    Args:
+        config: the recipe's options, changed by flags.
+        recipe: where they are from.
+        given: the flags, as fields are written.
+    """
     if isinstance(config, LinearConfig):
         if (count := dist.launched()[1]) > 1:
             mend = "start it without torchrun: it trains on all threads of one process"
@@ -47,8 +67,7 @@ def main(words: Sequence[str], prog: str = "xmlkernels train") -> None:
         done()
         print_ranker(report)
         return
-    given = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
-    config = recipe.fit(config, given | {name.removeprefix("no_") for name in given})
+    config = recipe.fit(config, set(given) | {name.removeprefix("no_") for name in given})
     early = check(config, given=given)
     tell_of_batch(config, recipe.config, given)
     dist.start(early.device, config.timeout)

@@ -25,9 +25,18 @@ from xmlkernels.tree.label_tree import LabelTree
 
 log = logging.getLogger(__name__)
 
+CHOICES = "choices.json"  # of `xmlkernels train auto`, each with its reason
 # In the order in which they are cleared: while config.json is there, the folder is known as a run
 # that is not finished.
-RUN_FILES = ("metrics.json", "predictions.npz", PROFILE, "log.jsonl", "checkpoint", "config.json")
+RUN_FILES = (
+    "metrics.json",
+    "predictions.npz",
+    CHOICES,
+    PROFILE,
+    "log.jsonl",
+    "checkpoint",
+    "config.json",
+)
 # `tree` is a place: which tree it is, the checkpoint knows by content. Tables are the same tables
 # on any `label_device`, in any `table_store`.
 MAY_CHANGE = (

@@ -21,7 +21,7 @@ from xmlkernels.ranker.blend import best, combine
 from xmlkernels.ranker.linear import Settings
 from xmlkernels.training.calibrating import CalibrateConfig, calibrate_held
 from xmlkernels.training.config import Config
-from xmlkernels.training.folder import write_json
+from xmlkernels.training.folder import copy_profile, write_json
 from xmlkernels.training.inputs import cached_tree, cached_tree_folder, open_dataset
 from xmlkernels.training.label_vectors import SharedFeatures
 from xmlkernels.training.measured import split_report
@@ -205,6 +205,7 @@ def _forest(
         report |= split_report(rows, split.labels, dataset.splits["train"].labels)
         result = score_matrix(values.astype(np.float32), rows, dataset.num_labels)
         write_npz(folder / "predictions.npz", result, keep_zeros=True)
+    copy_profile(folder, dataset)
     write_json(folder / "metrics.json", report)
     if "val" in dataset.splits:
         report |= _calibrated(options.output, dataset)

@@ -169,6 +169,7 @@ _CHECKS: dict[str, Callable[[Path], bool]] = {
     "config.json": _json_with("dataset", "encoder", "epochs", "output"),
     "metrics.json": _json_with("dataset_hash", "seconds"),
     "predictions.npz": _is_matrix,
+    "choices.json": _json_with("choices", "minutes"),
     PROFILE: _json_with("deciles", "suspicions"),
     "log.jsonl": _is_log,
     "checkpoint": _is_checkpoint_folder,

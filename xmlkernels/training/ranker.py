@@ -29,7 +29,7 @@ from xmlkernels.ranker.linear import LinearRanker, fit
 from xmlkernels.ranker.matcher import ClusterMatcher
 from xmlkernels.training.calibrating import Found, calibrated_at_end
 from xmlkernels.training.clock import Seconds
-from xmlkernels.training.folder import copy_profile, write_json, write_names
+from xmlkernels.training.folder import CHOICES, copy_profile, write_json, write_names
 from xmlkernels.training.measured import split_report
 from xmlkernels.training.ranker_config import RankerConfig, check
 from xmlkernels.training.ranker_inputs import (
@@ -47,6 +47,7 @@ from xmlkernels.tree.label_tree import LabelTree
 log = logging.getLogger(__name__)
 
 INPUTS, WRITTEN = "inputs", ("metrics.json", "predictions.npz")
+OTHERS = (RANKER, NAMES, PROFILE, CALIBRATION, CHOICES)
 # First document, logits and margins of some from it on, CSR [n, L] of one pattern.
 Scored = list[tuple[int, csr_matrix, csr_matrix]]
 _PAIRS = 1 << 22  # pairs (document, label) scored at one time
@@ -69,9 +70,7 @@ def train_ranker(options: RankerConfig, words: Words | None = None) -> dict[str,
         InputError: an option, a file or a folder that cannot be used.
     """
     check(options)
-    with own_folder(
-        options.output, writes=(*WRITTEN, RANKER, NAMES, PROFILE, CALIBRATION)
-    ) as folder:
+    with own_folder(options.output, writes=(*WRITTEN, *OTHERS)) as folder:
         clear_inner(folder)
         return _train(options, folder, words or Words())
 
@@ -149,7 +148,7 @@ def begin(folder: Path, dataset: Dataset) -> None:
 
     A ranker vouches for the files beside it, so it goes before they change.
     """
-    for name in ("metrics.json", RANKER, NAMES, PROFILE, CALIBRATION):
+    for name in ("metrics.json", *OTHERS):
         (folder / name).unlink(missing_ok=True)
     write_names(folder, dataset)
     copy_profile(folder, dataset)

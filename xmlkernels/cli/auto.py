@@ -1,0 +1,165 @@
+"""Train on your own table: `xmlkernels train auto --data my.csv --output runs/mine`.
+
+It reads the table (CSV, TSV, JSON lines, Parquet, fastText, Annif, packed or not), measures it,
+chooses a recipe and its settings from what it found, the machine and --minutes, says why, trains,
+and measures the result on a tenth of the texts that it holds back. Columns are found by their
+names; --text and --labels name others. Every flag of the recipe that is chosen may be given, and
+wins: `--recipe bow --epochs 3`. With --plan it stops before the training.
+
+Then ask it, or serve it: `xmlkernels serve runs/mine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from xmlkernels import InputError
+from xmlkernels.cli.arguments import parse, refuse_unknown
+from xmlkernels.cli.console import print_rows, say, typed
+from xmlkernels.cli.flags import Flag, flags_of
+from xmlkernels.data.profile import load_profile
+from xmlkernels.data.profiling import lines_of
+from xmlkernels.training.auto import AutoConfig, prepared
+from xmlkernels.training.choosing import Choice, Machine, better_phrases, choose, recorded_choices
+from xmlkernels.training.folder import CHOICES, write_json
+from xmlkernels.training.recipe import Recipe
+from xmlkernels.training.recipes import RECIPES
+
+NAMES = ("linear", "bow", "minilm", "cascade")
+# Decided by this command for every recipe.
+_OURS = ("dataset", "documents", "max_length")
+Train = Callable[[Any, Recipe[Any], Collection[str]], None]
+
+
+def main(words: Sequence[str], prog: str, train: Train) -> None:
+    """Choose, tell, and train.
+
+    Args:
+        words: behind `auto`.
+        prog: the command as it is typed, without `auto`.
+        train: runs a recipe with settings, of which some were given by name.
+    """
+    own = flags_of(AutoConfig)
+    only_plan = "--plan" in words
+    mine, rest = divided([word for word in words if word != "--plan"], own)
+    config = parse(AutoConfig, f"{prog} auto", __doc__ or "", words=mine)
+    given = names_in(rest)
+    _check_known(given, prog)
+    machine = Machine.here()
+    told: list[str] = []
+
+    def tell(line: str) -> None:
+        told.append(line)
+        if not line.startswith("no --tokenizer"):
+            say(line)
+
+    chosen_by_name = names_in(mine)
+    dataset = prepared(config, chosen_by_name, None, 128, tell)
+    profile = load_profile(dataset.folder)
+    if not any(line.startswith("documents: ") for line in told):
+        for line in lines_of(profile):
+            say(line)
+    chosen = choose(config, profile, machine, given)
+    name = chosen.recipe.name
+    _check_of(name, given)
+    if chosen.tokenizer is not None:
+        dataset = prepared(config, chosen_by_name, chosen.tokenizer, chosen.max_length, tell)
+    recipe = replace(
+        chosen.recipe, config=replace(chosen.recipe.config, dataset=str(dataset.folder))
+    )
+    options = parse(
+        type(recipe.config), f"{prog} auto", recipe.help, default=recipe.config, words=rest
+    )
+    choices = [_won(choice, given) for choice in chosen.choices]
+    rows = [(c.what, c.value, c.why, c.flag) for c in choices]
+    print_rows(f"chosen for {machine.told}", ("what", "choice", "why", "flag"), rows)
+    if only_plan:
+        return
+    if chosen.trial and "longest" not in given:
+        options, choices = _tried(options, choices)
+    train(options, recipe, set(given))
+    record = recorded_choices(config, machine, choices, dataset)
+    write_json(Path(options.output) / CHOICES, record)
+    say(f"serve it: {typed('serve')} {options.output}")
+
+
+def _tried(options: Any, choices: list[Choice]) -> tuple[Any, list[Choice]]:
+    """Let validation choose between words and pairs of them."""
+    longest, found = better_phrases(options, say)
+    say(f"{found.what}: {found.value} ({found.why})")
+    done = [found if choice.flag == found.flag else choice for choice in choices]
+    return replace(options, longest=longest), done
+
+
+def _won(choice: Choice, given: dict[str, str]) -> Choice:
+    """Return a choice, or what was given in its place."""
+    name = choice.flag.removeprefix("--").replace("-", "_")
+    if name not in given:
+        return choice
+    return replace(choice, value=given[name] or "on", why=f"as {choice.flag} says")
+
+
+def divided(words: Sequence[str], own: Sequence[Flag]) -> tuple[list[str], list[str]]:
+    """Divide words into the flags of `auto` with their values, and those of a recipe."""
+    known = {spelling for flag in own for spelling in flag.spellings}
+    mine: list[str] = []
+    rest: list[str] = []
+    target = mine
+    for word in words:
+        if word in ("-h", "--help"):
+            mine.append(word)
+            continue
+        if word.startswith("--") and len(word) > 2:
+            name = word[2:].partition("=")[0].replace("-", "_")
+            target = mine if name in known else rest
+        target.append(word)
+    return mine, rest
+
+
+def names_in(words: Sequence[str]) -> dict[str, str]:
+    """Return the fields that words name, each with its values as they were typed."""
+    found: dict[str, str] = {}
+    last = ""
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            name, _, value = word[2:].partition("=")
+            last = name.replace("-", "_").removeprefix("no_")
+            found[last] = value
+        elif last:
+            found[last] = f"{found[last]} {word}".strip()
+    return found
+
+
+def _check_known(given: Collection[str], prog: str) -> None:
+    """Refuse a flag that no recipe has, before any file is read."""
+    every = {name for recipe in NAMES for name in _flags(recipe)}
+    unknown = [name for name in given if name not in every or name in _OURS]
+    if unknown:
+        # In the words of any command: the nearest flag among those of `auto` and of its recipes.
+        flags = [flag for flag in _every() if flag.name not in _OURS]
+        refuse_unknown([f"--{unknown[0].replace('_', '-')}"], flags, f"{prog} auto")
+
+
+def _every() -> list[Flag]:
+    defaults = [RECIPES[name].config for name in ("linear", "bow")]
+    own = flags_of(AutoConfig)
+    return own + [flag for one in defaults for flag in flags_of(type(one), default=one)]
+
+
+def _check_of(name: str, given: Collection[str]) -> None:
+    known = _flags(name)
+    for one in given:
+        if one not in known:
+            others = [other for other in NAMES if one in _flags(other)]
+            shown = f"--{one.replace('_', '-')}"
+            mend = f"leave it out, or choose --recipe {others[0]}"
+            got = f"one of {' and '.join(others)}"
+            raise InputError(shown, f"a flag of {name}, which was chosen", got, mend)
+
+
+def _flags(recipe: str) -> set[str]:
+    default = RECIPES[recipe].config
+    return {flag.name for flag in flags_of(type(default), default=default)}
