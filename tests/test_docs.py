@@ -198,3 +198,24 @@ def test_the_python_of_the_readme_works(
     for body in blocks:
         exec(compile(body, "README.md", "exec"), {})
     assert "eggs" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_first_screen_of_the_readme_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows as it shows one, its second command on them, and a model where the third looks."""
+    page = (ROOT / "README.md").read_text("utf-8")
+    block = next(body for kind, _, body in BLOCK.findall(page) if kind == "bash")
+    install, train, serve = block.splitlines()
+    assert install.startswith("pip install") and serve == "xmlkernels serve runs/mine"
+    row = re.search(r'`my\.jsonl` has `({"text".*?})`', page)
+    assert row is not None and page.count("\n", 0, row.start()) < 30
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(waiting, "choose", lambda words: None)  # torch has been loaded
+    others = [row[1].replace("egg", f"{kind} {n}") for n in range(10) for kind in ("rice", "egg")]
+    Path("my.jsonl").write_text("".join(f"{line}\n" for line in (row[1], *others)))
+    command.main(shlex.split(train)[1:])
+    (answer,) = xmlkernels.load(serve.split()[-1]).predict(["boil an egg"], k=2)
+    assert {label.name for label in answer} <= {"boiled", "eggs", "rice 1s"} | {
+        label for n in range(10) for label in (f"rice {n}s", f"egg {n}s")
+    }
