@@ -66,6 +66,7 @@ ARROWS: dict[str, set[str]] = {
         "parallel", "planner", "precision", "predict", "ranker", "records", "rows", "topk", "tree",
     },
     "serve": {"errors", "data", "predict", "ranker"},
+    "estimator": {"errors", "data", "evaluation", "predict", "ranker", "training"},
     "cli": {
         "errors", "checkpoint", "data", "devices", "dist", "evaluation", "file_kinds", "files",
         "installed", "locks", "memory", "metrics", "models", "native", "ops", "options", "planner",

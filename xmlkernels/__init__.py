@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from xmlkernels import ops
     from xmlkernels.data.dataset import Dataset
     from xmlkernels.data.prepare import PrepareConfig, prepare
+    from xmlkernels.estimator.classifier import XMLClassifier
     from xmlkernels.metrics import evaluate, inverse_propensity
     from xmlkernels.models.cascade import Cascade
     from xmlkernels.models.end_to_end import EndToEnd
@@ -66,6 +67,7 @@ __all__ = [
     "Table",
     "Training",
     "TreeConfig",
+    "XMLClassifier",
     "__version__",
     "build_tree",
     "evaluate",
@@ -82,6 +84,7 @@ __all__ = [
 _HOMES = {
     "data.dataset": ("Dataset",),
     "data.prepare": ("PrepareConfig", "prepare"),
+    "estimator.classifier": ("XMLClassifier",),
     "metrics": ("evaluate", "inverse_propensity"),
     "models.cascade": ("Cascade",),
     "models.end_to_end": ("EndToEnd",),

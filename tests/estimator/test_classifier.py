@@ -1,0 +1,185 @@
+"""The scikit-learn estimator: texts and matrices, three kinds of labels, and what scikit-learn's
+own tools ask of it.
+"""
+
+import pickle
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.sparse import csr_matrix, issparse
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.utils.estimator_checks import check_estimator
+
+import xmlkernels as xk
+from xmlkernels import InputError
+from xmlkernels.estimator.classifier import EXPECTED_FAILED_CHECKS
+
+NAMES = [f"l{n}" for n in range(7)] + [f"m{n}" for n in range(5)]
+TEXTS = [f"w{n % 7} {'v' + str(n * 3 % 5) if n % 2 else ''} w{n % 7}" for n in range(70)]
+LISTS = [[f"l{n % 7}"] + ([f"m{n * 3 % 5}"] if n % 2 else []) for n in range(70)]
+SMALL: dict[str, Any] = {"settings": {"min_df": 1}, "threads": 1}
+BOW: dict[str, Any] = {
+    "model": "bow",
+    "settings": {"epochs": 5, "batch": 16, "bow_width": 16, "min_df": 1},
+    "threads": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def matrices() -> tuple[csr_matrix, csr_matrix]:
+    truth = np.array([[name in row for name in NAMES] for row in LISTS])
+    return TfidfVectorizer().fit_transform(TEXTS), csr_matrix(truth.astype(int))
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Any:
+    return xk.XMLClassifier(**SMALL).fit(TEXTS, LISTS)
+
+
+def test_texts_and_lists_of_names(fitted: Any) -> None:
+    assert fitted.classes_.tolist() == NAMES and fitted.score(TEXTS, LISTS) == 1.0
+    rows, probabilities = fitted.predict_topk(TEXTS, 3)
+    assert rows.shape == probabilities.shape == (70, 3)
+    dense = fitted.predict_proba(TEXTS)
+    assert np.allclose(np.take_along_axis(dense, rows, 1), probabilities)
+    assert (np.diff(probabilities, axis=1) <= 0).all()
+    low, high = (clone(fitted).set_params(threshold=t).fit(TEXTS, LISTS) for t in (0.35, 0.65))
+    for model in (low, high):
+        found = model.predict(TEXTS)
+        assert issparse(found) and found.shape == (70, 12)
+        assert ((found.toarray() > 0) == (dense >= model.threshold)).all()
+    assert low.predict(TEXTS).nnz > high.predict(TEXTS).nnz > 0
+
+
+@pytest.mark.parametrize("how", [SMALL, BOW], ids=["linear", "bow"])
+def test_matrices(how: dict[str, Any], matrices: tuple[csr_matrix, csr_matrix]) -> None:
+    words, truth = matrices
+    settings = dict(how["settings"])
+    model = xk.XMLClassifier(**how | {"settings": settings}).fit(words, truth)
+    assert model.classes_.tolist() == list(range(12)) and model.n_features_in_ == words.shape[1]
+    assert model.score(words, truth) > 0.9
+    dense = xk.XMLClassifier(**how | {"settings": settings}).fit(words.toarray(), truth.toarray())
+    assert np.array_equal(dense.predict_proba(words), model.predict_proba(words))
+    with pytest.raises(InputError, match="expected a feature matrix, as before, got texts"):
+        model.predict(TEXTS)
+
+
+def test_one_class_each(matrices: tuple[csr_matrix, csr_matrix]) -> None:
+    classes = np.array([row[0] for row in LISTS])
+    model = xk.XMLClassifier(**SMALL).fit(TEXTS, classes)
+    assert model.predict(TEXTS).tolist() == classes.tolist() and model.score(TEXTS, classes) == 1
+    assert np.allclose(model.predict_proba(TEXTS).sum(1), 1)
+
+
+def test_a_part_at_a_time(fitted: Any) -> None:
+    """The first question trains on all documents: the same model."""
+    model = xk.XMLClassifier(**SMALL)
+    model.partial_fit(TEXTS[:30], LISTS[:30]).partial_fit(TEXTS[30:], LISTS[30:])
+    assert np.array_equal(model.predict_proba(TEXTS), fitted.predict_proba(TEXTS))
+    model.partial_fit(TEXTS[:1], [["new"]])
+    assert model.predict(TEXTS).shape == (70, 13) and "new" in model.classes_
+    with pytest.raises(InputError, match="labels of the same kind as before"):
+        model.partial_fit(TEXTS[:1], ["new"])
+    one = xk.XMLClassifier(**SMALL).partial_fit(TEXTS[:3], ["a", "b", "a"], classes=["a", "b", "c"])
+    assert one.predict_proba(TEXTS[:2]).shape == (2, 3)
+    with pytest.raises(InputError, match="labels among classes, got 'd'"):
+        one.partial_fit(TEXTS[:1], ["d"]).predict(TEXTS)
+
+
+def test_pipeline_search_and_copies(fitted: Any, matrices: tuple[csr_matrix, csr_matrix]) -> None:
+    _, truth = matrices
+    pipeline = make_pipeline(TfidfVectorizer(), xk.XMLClassifier(threads=1))
+    search = GridSearchCV(pipeline, {"xmlclassifier__settings": [None, {"cost": 1e-6}]}, cv=2)
+    search.fit(TEXTS, truth)
+    assert search.best_params_ == {"xmlclassifier__settings": None} and search.best_score_ == 1
+    copy = pickle.loads(pickle.dumps(fitted))
+    folder = fitted._folder
+    assert copy._folder != folder
+    assert np.array_equal(copy.predict_proba(TEXTS), fitted.predict_proba(TEXTS))
+    with pytest.raises(NotFittedError):
+        clone(fitted).predict(TEXTS)
+
+
+def test_settings_and_places(tmp_path: Path, fitted: Any) -> None:
+    """The folder keeps data and model; validation calibrates; the seed and the share are used."""
+    model = xk.XMLClassifier(
+        **SMALL, cache=tmp_path / "kept", validation_share=0.4, random_state=3, max_dense=100
+    ).fit(TEXTS * 8, LISTS * 8)
+    kept = xk.Dataset.open(tmp_path / "kept" / "data")
+    assert len(kept.splits["val"]) == round(0.4 * 560) and model.predictor_.calibration is not None
+    other = xk.XMLClassifier(**SMALL, validation_share=0.4, random_state=4).fit(
+        TEXTS * 8, LISTS * 8
+    )
+    assert not np.array_equal(other.predict_topk(TEXTS, 2)[1], model.predict_topk(TEXTS, 2)[1])
+    assert xk.load(tmp_path / "kept" / "model").labels == 12
+    with pytest.raises(InputError, match=r"100 numbers at most, got 70 x 12; ask predict_topk"):
+        model.predict_proba(TEXTS)
+    assert model.predict_proba(TEXTS[:2]).shape == (2, 12)
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ({"model": "no"}, "model: expected the name of a recipe"),
+        ({"settings": {"dataset": "x"}}, "use cache, threads and random_state"),
+        ({"settings": {"min_dff": 1}}, "did you mean min_df"),
+        ({"validation_share": "some"}, 'a share below 1, or "auto"'),
+    ],
+)
+def test_wrong_settings(how: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        xk.XMLClassifier(**how).fit(TEXTS, LISTS)
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (LISTS[:3], "labels of 70 documents, got 3"),
+        (np.full((70, 2), 0.5), "a matrix of zeros and ones"),
+        (np.zeros((70, 2, 2)), "an array of 3 dimensions"),
+    ],
+)
+def test_wrong_labels(labels: Any, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        xk.XMLClassifier(**SMALL).fit(TEXTS, labels)
+
+
+def test_matrices_that_a_model_cannot_read(matrices: tuple[csr_matrix, csr_matrix]) -> None:
+    for how, told in (
+        ({"model": "minilm"}, "texts, which .* reads, got a feature matrix"),
+        ({"settings": {"trees": 2}}, "one tree on a feature matrix"),
+    ):
+        with pytest.raises(InputError, match=told):
+            xk.XMLClassifier(**how).fit(*matrices)  # type: ignore[arg-type]
+
+
+def test_what_scikit_learn_asks() -> None:
+    """All of its checks but the two that want a dense matrix."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = check_estimator(
+            xk.XMLClassifier(threads=1), expected_failed_checks=EXPECTED_FAILED_CHECKS
+        )
+    failed = {one["check_name"] for one in found if one["status"] == "xfail"}
+    assert failed == set(EXPECTED_FAILED_CHECKS) and len(found) > 50
+
+
+def test_the_page_of_the_estimator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every program of docs/guide/python.md runs, and prints what the page says."""
+    page = (Path(__file__).parents[2] / "docs" / "guide" / "python.md").read_text("utf-8")
+    monkeypatch.chdir(tmp_path)
+    for program in re.findall(r"```python\n(.*?)```", page, re.S):
+        promised = re.findall(r"#  → (.*)", program)
+        exec(compile(program, "python.md", "exec"), {})
+        told = capsys.readouterr().out
+        assert all(line in told for line in promised), told

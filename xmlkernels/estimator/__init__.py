@@ -1,0 +1,1 @@
+"""The package's training and predictions behind scikit-learn's interface."""
