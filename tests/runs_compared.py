@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from train_runs import Config, run, run_state, weights
 
-TIMING = ("documents_per_second", "seconds")
+TIMING = ("documents_per_second", "seconds", "memory_mb")
 
 
 class Stopped(Exception):

@@ -59,18 +59,20 @@ ARROWS: dict[str, set[str]] = {
         "errors", "checkpoint", "checksums", "data", "evaluation", "files", "label_counts",
         "memory", "metrics", "models", "nn", "precision", "ranker", "records", "rows", "threads",
     },
+    "report": {"errors", "data", "files", "metrics", "predict", "records"},
     "planner": {"errors", "memory", "nn"},
     "training": {
         "errors", "checkpoint", "checksums", "data", "devices", "dist", "evaluation", "files",
         "installed", "label_counts", "locks", "memory", "metrics", "models", "nn", "ops", "options",
-        "parallel", "planner", "precision", "predict", "ranker", "records", "rows", "topk", "tree",
+        "parallel", "planner", "precision", "predict", "ranker", "records", "report", "rows",
+        "topk", "tree",
     },
     "serve": {"errors", "data", "predict", "ranker"},
     "estimator": {"errors", "data", "evaluation", "predict", "ranker", "training"},
     "cli": {
         "errors", "checkpoint", "data", "devices", "dist", "evaluation", "file_kinds", "files",
         "installed", "locks", "memory", "metrics", "models", "native", "ops", "options", "planner",
-        "predict", "ranker", "serve", "topk", "training",
+        "predict", "ranker", "report", "serve", "topk", "training",
     },
     "__main__": {"cli"},
 }  # fmt: skip

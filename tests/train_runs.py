@@ -97,6 +97,7 @@ def tiny(dataset: Path, output: Path, **changes: Any) -> Config:
         "threads": 1,
         "dropout": 0.1,
         "save_every": 4,
+        "report": False,  # tests/report makes some
     } | changes
     return replace(RECIPES["tiny"].config, dataset=str(dataset), output=str(output), **settings)
 

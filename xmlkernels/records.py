@@ -48,6 +48,7 @@ __all__ = [
     "check_record",
     "parse_json",
     "parse_record",
+    "read_object",
     "read_record",
     "read_struct",
 ]
@@ -126,6 +127,24 @@ def read_struct(
     """
     found: Any = read_record(path, shape, mend=mend, kind=kind)
     return msgspec.convert(found, shape, strict=True)
+
+
+def read_object(path: str | os.PathLike[str], *, mend: str) -> dict[str, Any]:
+    """Read a JSON object of any keys, written by Python's own writer.
+
+    Raises:
+        InputError: the file cannot be read, is too large or holds something else.
+    """
+    name = os.fspath(path)
+    try:
+        if (size := Path(path).stat().st_size) > MOST_BYTES:
+            raise InputError(name, f"at most {MOST_BYTES:,} bytes", f"{size:,} bytes", mend)
+        value = parse_json(Path(path).read_bytes(), name, mend, strict=False)
+    except OSError as error:
+        raise InputError(name, "a file that can be read", str(error.strerror), mend) from error
+    if not isinstance(value, dict):
+        raise InputError(name, "a JSON object", type(value).__name__, mend)
+    return value
 
 
 def parse_record(

@@ -39,7 +39,7 @@ from xmlkernels.locks import LOCK
 from xmlkernels.training.loop import train
 
 AIMS = (STEP, SAVE, EVALUATION)  # of the first blow, in turn
-TIMING = ("documents_per_second", "seconds", "peak_rss_mb")
+TIMING = ("documents_per_second", "seconds", "memory_mb", "peak_rss_mb")
 # In an order in which the first few have both of everything.
 RUNS = (
     ("end to end", "bow", 1),

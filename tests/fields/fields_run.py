@@ -300,6 +300,14 @@ def timeouts(runs: Runs, folder: Path) -> None:
         train.check(runs.config("tiny", timeout=0.5))
 
 
+def reported(runs: Runs, folder: Path) -> None:
+    """A report is written, or none."""
+    for value in (True, False):
+        output = folder / str(value)
+        recorded(runs.config("tiny", epochs=1, report=value, output=str(output)))
+        assert (output / "report.html").exists() == value
+
+
 def shown(runs: Runs, folder: Path) -> None:
     """The flag reaches the printing of metrics."""
     told: list[object] = []
@@ -327,6 +335,7 @@ FIELDS = {
     ),
     "best_by": (Case("tiny", {"best_by": "nDCG@4"}, chosen_by), the_first_of_equals),
     "show": (shown,),
+    "report": (reported,),
     "top_k": (Case("tiny", {"top_k": 7}, labels_kept),),
     "evaluate_batch": (
         Case("tiny", {"evaluate_batch": 16}, evaluated_at_once),

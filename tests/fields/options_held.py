@@ -1,6 +1,6 @@
 """The test of each option of the commands other than `train`: file::test, from tests/."""
 
-from xmlkernels.cli import ensemble, export, neighbours, predict, serve
+from xmlkernels.cli import ensemble, export, neighbours, predict, report, serve
 from xmlkernels.data.prepare import PrepareConfig
 from xmlkernels.data.tables.options import Tables
 from xmlkernels.training import auto, planned_sizes, ranker, tree
@@ -157,6 +157,7 @@ HELD: dict[type, dict[str, str]] = {
             "validation_text",
         ),
         "label_text": _RANKER + "test_label_texts_are_documents_of_their_labels",
+        "report": "training/test_linear.py::test_the_command_trains_predicts_and_says_how",
         "show": "training/test_linear.py::test_the_command_trains_predicts_and_says_how",
     },
     neighbours.Options: {
@@ -200,6 +201,11 @@ HELD: dict[type, dict[str, str]] = {
         "propensity": _ENSEMBLE + "test_propensity_multiplies_the_probabilities_of_the_sum",
         "show": _ENSEMBLE + "test_every_metric_is_shown_with_its_sentence",
         "metrics": _ENSEMBLE + "test_output_holds_logits_that_measure_the_same",
+    },
+    report.Options: {
+        **_all(
+            "report/test_report.py::test_later_elsewhere_and_of_another_dataset", "run", "dataset"
+        )
     },
     PrepareConfig: {
         **_all(

@@ -77,6 +77,9 @@ def test_the_command_trains_predicts_and_says_how(
         assert f" {report['annif'][metric]:.4f} " in line
     assert told[-1].startswith("ask it: ") and f"predict --ranker {output} --text" in told[-1]
     assert json.loads((output / "metrics.json").read_text())["options"]["one_vs_all"]
+    assert (output / "report.html").exists()
+    command.main(["linear", *words, "--threads", "1", "--no-report"])
+    assert not (output / "report.html").exists()  # nor one of the ranker before
     answers = tmp_path / "answers.jsonl"
     predict.main(
         ["--ranker", str(output), "--text", "w3 w4 w5", "--top-k", "1", "--output", str(answers)]
@@ -182,6 +185,7 @@ def test_every_option_reaches_tree_and_ranker(
         "beam": 3, "longest": 4, "min_df": 5, "max_features": 6,
         "training": Settings(cost=2.0, seed=7), "threads": 1, "share": 0.5, "blend": "product",
         "top_k": 8, "graph": True, "label_text": True, "show": "all",
+        "report": False,
     }  # fmt: skip
     left = {"documents", "trees"}
     assert changes.keys() == {field.name for field in fields(LinearConfig)} - left

@@ -16,7 +16,7 @@ place of tokens and tokenizer; one of texts alone, for a bag of words and the ra
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -80,6 +80,18 @@ class Split:
         got = "one of texts" if self.documents is None else "one of tokens"
         mend = "prepare it from a bag-of-words file with --source bow, or vectorise its texts"
         raise InputError(str(self.folder), "a dataset of bags of words", got, mend)
+
+    def some_texts(self, numbers: Collection[int]) -> dict[int, str]:
+        """Read the texts of a few documents, by number; none where the dataset keeps no texts."""
+        path = self.folder / "texts.jsonl"
+        if not path.is_file():
+            return {}
+        with path.open("rb") as file:
+            return {
+                number: parse_record(line, str, where=f"{path}:{number + 1}", mend=PREPARE_AGAIN)
+                for number, line in enumerate(file)
+                if number in numbers
+            }
 
     @cached_property
     def texts(self) -> list[str]:

@@ -36,6 +36,9 @@ class TrainingSettings(Protocol):
     def mean(self) -> MeanSettings:
         """Settings of the running mean of the weights."""
 
+    def rates(self, step: int) -> tuple[float, float, float | None]:
+        """Rates of encoder and tables in an update, and beta1 (None: as it is)."""
+
 
 @dataclass(frozen=True)
 class Training:
@@ -74,6 +77,11 @@ class Training:
         if self.schedule is not None:
             return self.schedule(step)
         return warmup_cosine(step, self.warmup, self.total)
+
+    def rates(self, step: int) -> tuple[float, float, None]:
+        """Rates of encoder and table in an update, and None: beta1 stays as it is."""
+        factor = self.factor(step)
+        return self.encoder_lr * factor, self.head_lr * factor, None
 
     def make_optimizer(self, encoder: nn.Module) -> torch.optim.Optimizer:
         """Make the optimizer of the encoder.

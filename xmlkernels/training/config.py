@@ -295,6 +295,9 @@ class Config:
     first of equals is kept. Without a validation split the last step is kept."""
     top_k: int = of(SAVING, 100, COUNT)
     """Labels kept per document in predictions.npz."""
+    report: bool = of(SAVING, True)
+    """Write report.html at the end: metrics with intervals, curves, rare labels, calibration,
+    documents that went best and worst. `xmlkernels report RUN` writes it later, too."""
     show: Literal["short", "all"] = of(SAVING, "short")
     """Metrics printed at the end: short: in tables; all: every one with a sentence that says what
     it is, those of `annif eval` among them. metrics.json has all."""

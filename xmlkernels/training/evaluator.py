@@ -11,6 +11,8 @@ from xmlkernels.evaluation import Evaluation, evaluate_schemes, evaluate_split, 
 from xmlkernels.memory import release_free
 from xmlkernels.metrics import evaluate
 from xmlkernels.predict.model import checkpoint_identity
+from xmlkernels.report.page import write_report
+from xmlkernels.report.run import open_run
 from xmlkernels.training.calibrating import Found, calibrated_at_end
 from xmlkernels.training.folder import write_json
 from xmlkernels.training.measured import split_report
@@ -153,6 +155,7 @@ class Evaluator:
         report: dict[str, Any] = {
             "dataset": session.dataset.name,
             "dataset_hash": session.dataset.content_hash,
+            "dataset_folder": str(session.dataset.folder),
             "best": self._load_best(),
         }
         if session.tree is not None:
@@ -182,6 +185,8 @@ class Evaluator:
             report["commits"] = run.commits
         if self.folder.writes:
             write_json(self.folder.path / "metrics.json", report)
+            if self.config.report:
+                write_report(open_run(self.folder.path, session.dataset))
         return report
 
     def _calibrate(self, answers: Found) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from xmlkernels.data.manifest import PROFILE
 from xmlkernels.files import naming, replacing
 from xmlkernels.predict.base import NAMES
 from xmlkernels.predict.model import BESIDE
-from xmlkernels.records import MOST_BYTES, parse_json
+from xmlkernels.records import read_object
+from xmlkernels.report.page import REPORT
 from xmlkernels.training.config import Config, began_with, recorded
 from xmlkernels.training.owned import delete, refuse_foreign
 from xmlkernels.tree.label_tree import LabelTree
@@ -29,6 +30,7 @@ CHOICES = "choices.json"  # of `xmlkernels train auto`, each with its reason
 # In the order in which they are cleared: while config.json is there, the folder is known as a run
 # that is not finished.
 RUN_FILES = (
+    REPORT,
     "metrics.json",
     "predictions.npz",
     CHOICES,
@@ -45,6 +47,7 @@ MAY_CHANGE = (
     "output",
     "cache",
     "log_every",
+    "report",
     "show",
     "save_every",
     "keep",
@@ -225,21 +228,12 @@ def strict(value: Any) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object of a run.
 
     Raises:
         InputError: the file holds none, or is too large.
     """
-    name, mend = str(path), "replace the run with --overwrite"
-    try:
-        if (size := path.stat().st_size) > MOST_BYTES:
-            raise InputError(name, f"at most {MOST_BYTES:,} bytes", f"{size:,} bytes", mend)
-        value = parse_json(path.read_bytes(), name, mend, strict=False)
-    except OSError as error:
-        raise InputError(name, "a file that can be read", str(error.strerror), mend) from error
-    if not isinstance(value, dict):
-        raise InputError(name, "a JSON object", type(value).__name__, mend)
-    return value
+    return read_object(path, mend="replace the run with --overwrite")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -19,6 +19,8 @@ from xmlkernels.predict.base import RANKER
 from xmlkernels.predict.calibration import CALIBRATION
 from xmlkernels.ranker.blend import best, combine
 from xmlkernels.ranker.linear import Settings
+from xmlkernels.report.page import write_report
+from xmlkernels.report.run import open_run
 from xmlkernels.training.calibrating import CalibrateConfig, calibrate_held
 from xmlkernels.training.config import Config
 from xmlkernels.training.folder import copy_profile, write_json
@@ -97,6 +99,9 @@ class LinearConfig:
     """With --share: of log-odds and margins, or of probabilities."""
     top_k: int = 100
     """Labels kept per document in predictions.npz."""
+    report: bool = True
+    """Write report.html into the folder: metrics with intervals, rare labels, calibration,
+    documents that went best and worst. `xmlkernels report RUN` writes it later, too."""
     show: Literal["short", "all"] = "short"
     """Metrics printed at the end: short: in tables; all: every one with a sentence that says what
     it is, those of `annif eval` among them. metrics.json has all."""
@@ -171,6 +176,7 @@ def _forest(
         replace(
             options,
             output=str(folder / f"tree{number}"),
+            report=False,
             training=replace(options.training, seed=options.training.seed + number),
         )
         for number in range(options.trees)
@@ -209,6 +215,8 @@ def _forest(
     write_json(folder / "metrics.json", report)
     if "val" in dataset.splits:
         report |= _calibrated(options.output, dataset)
+    if options.report:
+        write_report(open_run(folder, dataset))
     return report
 
 
@@ -253,6 +261,7 @@ def _ranker(options: LinearConfig, dataset: Dataset, tree: str) -> RankerConfig:
         share=share,
         blend=blend,
         top_k=options.top_k,
+        report=options.report,
         show=options.show,
     )
 

@@ -14,6 +14,7 @@ from typing import Any
 from xmlkernels import InputError
 from xmlkernels.checkpoint import FORMAT, STATE
 from xmlkernels.data.manifest import MANIFEST, PROFILE
+from xmlkernels.report.page import REPORT
 
 OURS, FOREIGN, DAMAGED = "ours", "foreign", "damaged"
 # Beside the checkpoints of a run: what reads its inputs, its tree, its labels' names, what its
@@ -123,6 +124,11 @@ def _is_log(path: Path) -> bool:
     return not first or (isinstance(value := json.loads(first), Mapping) and "step" in value)
 
 
+def _is_report(path: Path) -> bool:
+    with open(path, encoding="utf-8") as file:
+        return "report of a run</title>" in file.read(1000)
+
+
 def _is_matrix(path: Path) -> bool:
     with zipfile.ZipFile(path) as packed:
         return {"indices.npy", "indptr.npy", "shape.npy", "data.npy"} <= set(packed.namelist())
@@ -172,5 +178,6 @@ _CHECKS: dict[str, Callable[[Path], bool]] = {
     "choices.json": _json_with("choices", "minutes"),
     PROFILE: _json_with("deciles", "suspicions"),
     "log.jsonl": _is_log,
+    REPORT: _is_report,
     "checkpoint": _is_checkpoint_folder,
 }

@@ -27,6 +27,8 @@ from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.grouped import fit_groups
 from xmlkernels.ranker.linear import LinearRanker, fit
 from xmlkernels.ranker.matcher import ClusterMatcher
+from xmlkernels.report.page import REPORT, write_report
+from xmlkernels.report.run import open_run
 from xmlkernels.training.calibrating import Found, calibrated_at_end
 from xmlkernels.training.clock import Seconds
 from xmlkernels.training.folder import CHOICES, copy_profile, write_json, write_names
@@ -46,7 +48,7 @@ from xmlkernels.tree.label_tree import LabelTree
 
 log = logging.getLogger(__name__)
 
-INPUTS, WRITTEN = "inputs", ("metrics.json", "predictions.npz")
+INPUTS, WRITTEN = "inputs", (REPORT, "metrics.json", "predictions.npz")
 OTHERS = (RANKER, NAMES, PROFILE, CALIBRATION, CHOICES)
 # First document, logits and margins of some from it on, CSR [n, L] of one pattern.
 Scored = list[tuple[int, csr_matrix, csr_matrix]]
@@ -140,6 +142,8 @@ def _train(options: RankerConfig, folder: Path, words: Words) -> dict[str, Any]:
         "weights_per_label": ranker.sparse.nnz / dataset.num_labels,
     }
     write_json(folder / "metrics.json", report)
+    if options.report:
+        write_report(open_run(folder, dataset))
     return report
 
 
@@ -148,7 +152,7 @@ def begin(folder: Path, dataset: Dataset) -> None:
 
     A ranker vouches for the files beside it, so it goes before they change.
     """
-    for name in ("metrics.json", *OTHERS):
+    for name in (REPORT, "metrics.json", *OTHERS):
         (folder / name).unlink(missing_ok=True)
     write_names(folder, dataset)
     copy_profile(folder, dataset)

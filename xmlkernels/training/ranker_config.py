@@ -79,6 +79,9 @@ class RankerConfig:
     """With --share: of log-odds and margins, or of probabilities."""
     top_k: int = 100
     """Labels kept per document in predictions.npz."""
+    report: bool = True
+    """Write report.html into the folder: metrics with intervals, rare labels, calibration,
+    documents that went best and worst. `xmlkernels report RUN` writes it later, too."""
     show: Literal["short", "all"] = "short"
     """Metrics printed at the end: short: in tables; all: every one with a sentence that says what
     it is, those of `annif eval` among them. metrics.json has all."""

@@ -19,7 +19,7 @@ from xmlkernels.checkpoint import (
     set_rng_state,
 )
 from xmlkernels.files import reason_of
-from xmlkernels.memory import readable
+from xmlkernels.memory import readable, resident_memory
 from xmlkernels.models.base import Documents
 from xmlkernels.models.saved import model_config
 from xmlkernels.training.build import draw_apart, keep_class_token, start_table
@@ -266,12 +266,18 @@ class RunState:
         The terminal gets a line, too, where it is time for one.
         """
         loss, speed, seconds = self._since()
+        settings, held = self.model.training_settings, resident_memory()
+        assert settings is not None
+        rates = settings.rates(self.model.steps - 1)  # of the step that has just been taken
         line = {
             "step": self.model.steps,
             "epoch": self._epochs(),
             "loss": loss,
+            "encoder_lr": rates[0],
+            "table_lr": rates[1],
             "documents_per_second": speed,
             "seconds": seconds,
+            "memory_mb": None if held is None else held / 2**20,
         }
         self.folder.log(line | self.model.counters())
         if self.progress.due(logged=True):
