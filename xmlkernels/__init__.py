@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from xmlkernels.nn.table import RowOptimizer, Table
     from xmlkernels.predict.base import Label
     from xmlkernels.predict.folders import load
+    from xmlkernels.predict.hub import from_pretrained, push_to_hub, save_pretrained
     from xmlkernels.predict.model import Predictor
     from xmlkernels.predict.ranked import Forest, RankedPredictor
     from xmlkernels.training.config import Config
@@ -71,10 +72,13 @@ __all__ = [
     "__version__",
     "build_tree",
     "evaluate",
+    "from_pretrained",
     "inverse_propensity",
     "load",
     "ops",
     "prepare",
+    "push_to_hub",
+    "save_pretrained",
     "train",
     "train_linear",
     "train_ranker",
@@ -96,6 +100,7 @@ _HOMES = {
     "nn.table": ("RowOptimizer", "Table"),
     "predict.base": ("Label",),
     "predict.folders": ("load",),
+    "predict.hub": ("from_pretrained", "push_to_hub", "save_pretrained"),
     "predict.model": ("Predictor",),
     "predict.ranked": ("Forest", "RankedPredictor"),
     "training.config": ("Config",),

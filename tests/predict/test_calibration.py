@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ranker_runs import options
 from scipy.sparse import csr_matrix, load_npz
-from train_runs import finished_run, make_dataset, make_tree
+from train_runs import make_dataset
 
 import xmlkernels as xk
 from xmlkernels import InputError
@@ -34,8 +33,6 @@ from xmlkernels.predict.calibration import (
     sigmoid,
 )
 from xmlkernels.training.calibrating import CalibrateConfig, calibrate
-from xmlkernels.training.linear import LinearConfig, train_linear
-from xmlkernels.training.ranker import train_ranker
 
 TEXTS = ["w0 w1 w2", "w30 w31", "w7 w8 w9 w50 w51"]
 RARE, FREQUENT = 30, 30
@@ -148,35 +145,13 @@ def test_saved_loaded_and_damaged(train: csr_matrix, tmp_path: Path) -> None:
 # ---- trained ----
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("raw"), keep_texts=True)
-
-
-@pytest.fixture(scope="module")
-def made(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run `whole`, a ranker `ranker` on it, and a forest `forest`."""
-    at = tmp_path_factory.mktemp("made")
-    run = finished_run(folder, at)
-    tree = make_tree(folder, at / "tree.safetensors")
-    train_ranker(options(folder, at / "beside", checkpoint=str(run), top_k=20))
-    train_ranker(options(folder, at / "ranker", tree=str(tree), top_k=20))
-    train_linear(
-        LinearConfig(
-            str(folder), output=str(at / "forest"), cache=str(at / "cache"), depths=(2,), min_df=1,
-            trees=2, threads=1, beam=4,
-        )
-    )  # fmt: skip
-    return at
-
-
 @pytest.fixture
 def copied(made: Path, tmp_path: Path) -> Iterator[Path]:
     shutil.copytree(made, tmp_path / "made")
     yield tmp_path / "made"
 
 
-def test_training_calibrates_and_predictions_use_it(made: Path, folder: Path) -> None:
+def test_training_calibrates_and_predictions_use_it(made: Path) -> None:
     for name, checkpoint in (("whole", None), ("beside", "whole"), ("ranker", None)):
         report = json.loads((made / name / "metrics.json").read_text())["calibration"]
         assert report["test"]["after"] < report["test"]["before"]
@@ -251,7 +226,7 @@ def test_the_command_finds_what_training_found(copied: Path, name: str) -> None:
     assert np.allclose(after.knots, before.knots, rtol=1e-3, atol=1e-3)
 
 
-def test_options_of_the_command(copied: Path, folder: Path, tmp_path: Path) -> None:
+def test_options_of_the_command(copied: Path, tmp_path: Path) -> None:
     run = str(copied / "whole")
     batches = []
 
@@ -292,14 +267,14 @@ def test_predict_cuts_at_thresholds(made: Path, tmp_path: Path) -> None:
             predict.main([*words, "--threshold", "0.5" if more else "half", *more])
 
 
-def test_sums_on_one_scale(copied: Path, folder: Path) -> None:
+def test_sums_on_one_scale(copied: Path, calibrated_set: Path) -> None:
     """--calibrated sums what the calibrations make of each file's scores."""
     files = tuple(str(copied / name / "predictions.npz") for name in ("whole", "ranker"))
     output = copied / "sum.npz"
     ensemble.run(
-        ensemble.Options(files, str(folder), calibrated=True, output=str(output), top_k=30)
+        ensemble.Options(files, str(calibrated_set), calibrated=True, output=str(output), top_k=30)
     )
-    total = np.zeros((len(Dataset.open(folder).splits["test"]), 30))
+    total = np.zeros((len(Dataset.open(calibrated_set).splits["test"]), 30))
     for path, inner in zip(files, ("whole/checkpoint", "ranker"), strict=True):
         matrix = load_npz(path).tocsr()
         odds = Calibration.load(copied / inner, 30).log_odds(matrix.data, matrix.indices)
@@ -308,6 +283,8 @@ def test_sums_on_one_scale(copied: Path, folder: Path) -> None:
     assert np.allclose(sigmoid(found.data), total[found.nonzero()], atol=1e-6)
     (copied / "ranker" / CALIBRATION).unlink()
     with pytest.raises(InputError, match=r"expected a calibration.safetensors, got no such file"):
-        ensemble.run(ensemble.Options(files, str(folder), calibrated=True))
+        ensemble.run(ensemble.Options(files, str(calibrated_set), calibrated=True))
     with pytest.raises(InputError, match="--calibrated: expected logits"):
-        ensemble.run(ensemble.Options(files, str(folder), calibrated=True, scores=("probability",)))
+        ensemble.run(
+            ensemble.Options(files, str(calibrated_set), calibrated=True, scores=("probability",))
+        )

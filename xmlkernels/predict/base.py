@@ -19,6 +19,7 @@ from xmlkernels.predict.calibration import Calibration, sigmoid
 from xmlkernels.predict.limits import Given, LabelNumbers, Limits
 
 NAMES = "label_names.txt"  # in the folder of checkpoints or of a ranker, one name per line
+HUB_NAMES = "labels.txt"  # the same, where a folder was made to be shared
 RANKER = "ranker.safetensors"  # in the folder of a ranker
 RANKED_ANEW = 10  # best labels by score among which calibrated probability ranks
 AHEAD = 16  # batches of texts read ahead, so that texts of like length share a batch
@@ -59,6 +60,7 @@ class TextPredictor(ABC):
         label_names: L names, or None.
         parts: how title and body of a text become what the model reads.
         takes_pairs: whether each text is a pair (what the model reads, what TF-IDF is made of).
+        folder: of the checkpoint or the ranker that it was loaded from; else None.
         calibration: what its scores mean on held-out data; None where it is not calibrated.
     """
 
@@ -66,6 +68,7 @@ class TextPredictor(ABC):
     label_names: list[str] | None
     parts: TextParts
     takes_pairs: bool = False
+    folder: Path | None = None
     calibration: Calibration | None = None
 
     @abstractmethod
@@ -263,13 +266,19 @@ def _regrouped(answers: Iterator[list[Label]], sizes: deque[int]) -> Iterator[li
     yield from ([] for _ in sizes)
 
 
+def names_file(folder: Path) -> Path:
+    """Return the file of the labels' names: `label_names.txt`, or a shared folder's own."""
+    shared = folder / HUB_NAMES
+    return shared if shared.is_file() and not (folder / NAMES).is_file() else folder / NAMES
+
+
 def read_names(folder: Path, labels: int) -> list[str] | None:
     """Read the names of the labels that a folder holds; None where it holds none.
 
     Raises:
         InputError: not one name per label, or no UTF-8.
     """
-    path, mend = folder / NAMES, "copy it from the dataset that the model was trained on"
+    path, mend = names_file(folder), "copy it from the dataset that the model was trained on"
     if not path.exists():
         return None
     try:

@@ -13,6 +13,7 @@ from xmlkernels.predict.base import RANKER, TextPredictor
 from xmlkernels.predict.model import Predictor
 from xmlkernels.predict.ranked import Forest, RankedPredictor
 
+MODEL = "model"  # in a folder to be shared, the model that its ranker was trained beside
 _KNOWN = "the output folder of a run or of a ranker"
 
 
@@ -54,6 +55,8 @@ def load(
         return Predictor.load(paths[0], which=which, **options)
     if other := [path for path in paths if path not in rankers]:
         raise InputError(str(other[0]), "rankers alone", "a run", "load it by itself")
+    if single and checkpoint is None and (paths[0] / MODEL / "best").is_dir():
+        checkpoint = paths[0] / MODEL
     if which is not None and checkpoint is None:
         raise InputError("which", "a checkpoint to choose from", "none", "leave it out")
     how: dict[str, Any] = {"which": which, "device": device, "threads": threads}

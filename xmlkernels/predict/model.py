@@ -33,7 +33,16 @@ from xmlkernels.models.saved import model_config, needed_for_prediction
 from xmlkernels.models.scored import Scored
 from xmlkernels.nn.stored import READ, StoredTable
 from xmlkernels.precision import TABLE_DTYPES
-from xmlkernels.predict.base import AHEAD, NAMES, RANKER, Text, TextPredictor, read_names
+from xmlkernels.predict.base import (
+    AHEAD,
+    HUB_NAMES,
+    NAMES,
+    RANKER,
+    Text,
+    TextPredictor,
+    names_file,
+    read_names,
+)
 from xmlkernels.predict.calibration import calibration_beside
 from xmlkernels.predict.limits import Given, Limit, Limits
 from xmlkernels.records import check_record
@@ -122,7 +131,9 @@ class Predictor(TextPredictor):
             tensors = {name: in_memory(tensor) for name, tensor in tensors.items()}
         path = checkpoints.folder
         check_files(
-            path, files_beside(state, str(path / found)), "copy the whole checkpoint folder again"
+            path,
+            files_beside(state, str(path / found), path),
+            "copy the whole checkpoint folder again",
         )
         # Not slower: new memory is filled as fast as the system hands it out, on one thread or on
         # several.
@@ -134,6 +145,7 @@ class Predictor(TextPredictor):
         names = read_names(path, model.labels)
         identity = _identity(state)
         found_one = cls(model, load_inputs(path, state), names, identity, threads=threads)
+        found_one.folder = path / found
         found_one.calibration = calibration_beside(path, model.labels, identity)
         return found_one
 
@@ -272,14 +284,18 @@ def checkpoint_identity(folder: str | Path, which: str | None = None) -> str:
     return _identity(_first(*_located(folder, which), keep=lambda name: False)[1])
 
 
-def files_beside(state: Mapping[str, Any], where: str) -> Files:
+def files_beside(state: Mapping[str, Any], where: str, folder: Path | None = None) -> Files:
     """Sizes and checksums of the files next to a checkpoint or a ranker, as its state has them.
 
-    Empty where it was written before there were any.
+    Empty where it was written before there were any. In a `folder` to be shared, the names of the
+    labels are in `labels.txt`.
     """
-    return check_record(
+    files = check_record(
         state.get("beside", {}), Files, where=f"{where}, $.beside", mend="use another one"
     )
+    if folder is None or names_file(folder).name == NAMES:
+        return files
+    return {HUB_NAMES if name == NAMES else name: facts for name, facts in files.items()}
 
 
 def _identity(state: Mapping[str, Any]) -> str:

@@ -214,7 +214,7 @@ class RankedPredictor(Ranked):
         source = read_source(reranker, path, features=features)
         check_files(
             path,
-            files_beside(reranker.ranker.facts, f"{path / RANKER}, head, facts"),
+            files_beside(reranker.ranker.facts, f"{path / RANKER}, head, facts", path),
             "copy the whole folder again",
         )
         vectorizer = matcher = model = None
@@ -262,6 +262,7 @@ class RankedPredictor(Ranked):
             label_names=names,
             threads=threads,
         )
+        found.folder = path
         found.calibration = calibration_beside(path, found.labels, ranker_identity(reranker))
         return found
 
