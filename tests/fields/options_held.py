@@ -1,6 +1,6 @@
 """The test of each option of the commands other than `train`: file::test, from tests/."""
 
-from xmlkernels.cli import ensemble, export, neighbours, predict, report, serve
+from xmlkernels.cli import compare, ensemble, export, neighbours, predict, report, serve
 from xmlkernels.data.prepare import PrepareConfig
 from xmlkernels.data.tables.options import Tables
 from xmlkernels.training import auto, planned_sizes, ranker, tree
@@ -201,6 +201,9 @@ HELD: dict[type, dict[str, str]] = {
         "propensity": _ENSEMBLE + "test_propensity_multiplies_the_probabilities_of_the_sum",
         "show": _ENSEMBLE + "test_every_metric_is_shown_with_its_sentence",
         "metrics": _ENSEMBLE + "test_output_holds_logits_that_measure_the_same",
+    },
+    compare.Options: {
+        **_all("report/test_compare.py::test_the_command", "runs", "dataset", "json")
     },
     report.Options: {
         **_all(

@@ -22,6 +22,7 @@ COMMANDS = {
     "serve": "answer requests over HTTP",
     "export": "write label vectors, embeddings or shortlists as arrays",
     "ensemble": "sum score files and measure them",
+    "compare": "compare runs: metrics with significance, settings, cost",
     "report": "write a run's report.html",
     "demo": "train on the built-in corpus, compare, answer three questions",
     "env": "print versions, native libraries and devices",

@@ -75,12 +75,18 @@ class Run:
         return grouped_sums(self.rows, self.split.labels, self.weight)
 
 
-def open_run(folder: str | Path, dataset: Dataset | str | Path | None = None) -> Run:
+def open_run(
+    folder: str | Path,
+    dataset: Dataset | str | Path | None = None,
+    *,
+    mend: str = "name the run's own by --dataset",
+) -> Run:
     """Read a run.
 
     Args:
         folder: the output folder of training.
         dataset: that of the run, opened or where it is; by default where the run says.
+        mend: what to do where it is another's.
 
     Raises:
         InputError: no finished run, another dataset than its own, or predictions of other shape.
@@ -95,7 +101,7 @@ def open_run(folder: str | Path, dataset: Dataset | str | Path | None = None) ->
             str(folder),
             f"predictions for {dataset.folder} (hash {dataset.content_hash[:12]})",
             f"those for another (hash {str(report.get('dataset_hash'))[:12]})",
-            "name the run's own by --dataset",
+            mend,
         )
     # As training writes them: of the test split or, of a model without one, of validation.
     split = dataset.splits.get("test")
