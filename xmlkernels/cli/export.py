@@ -1,6 +1,6 @@
-"""Write what a trained model knows as arrays: `xmlkernels export --checkpoint DIR --output FOLDER`.
+"""Write what a trained model knows: `xmlkernels export --checkpoint DIR --output FOLDER`.
 
---what chooses one of three:
+--what chooses one of five:
 
 label_vectors: `label_vectors.npy` (fp32 [L, D], memory-mappable, one row per label) and
 `label_names.txt`, for an index of nearest neighbours. With unit length, as Renee's deployment has
@@ -14,6 +14,13 @@ scores.
 shortlists: `shortlist_SPLIT.npz` (scipy CSR [N, L] of logits) of every split: the labels that a
 linear ranker has to choose from. Of a cascade they are candidates of its last level; pairs that a
 filter bars are not among them.
+
+onnx: the transformer of a model end to end as `encoder.onnx` (fp32, batch and length free) and its
+tokenizer; onnxruntime must agree with torch to 1e-4, or nothing is written.
+
+index: the label table of a model end to end, biases too, as a faiss index of inner products,
+`labels.faiss`. Printed and kept in `index.json` is its recall@10 against the exact best ten labels,
+on at most 1,000 documents of the test split, or of another where there is none.
 """
 
 from collections.abc import Sequence
@@ -35,6 +42,14 @@ from xmlkernels.evaluation import embed_split, predict_split, score_matrix
 from xmlkernels.files import replacing
 from xmlkernels.locks import own_folder
 from xmlkernels.options import check_least
+from xmlkernels.predict.exchange import (
+    ENCODER,
+    ENCODER_FACTS,
+    INDEX,
+    INDEX_FACTS,
+    write_index,
+    write_onnx,
+)
 from xmlkernels.predict.model import Predictor
 from xmlkernels.training.config import Config, began_with
 from xmlkernels.training.folder import read_json
@@ -44,6 +59,10 @@ from xmlkernels.training.owned import refuse_others
 WRITTEN = (
     "label_vectors.npy",
     "label_names.txt",
+    ENCODER,
+    ENCODER_FACTS,
+    INDEX,
+    INDEX_FACTS,
     *(
         name
         for split in ("train", "val", "test")
@@ -51,6 +70,7 @@ WRITTEN = (
     ),
 )
 _ROWS = 1 << 16  # rows turned into fp32 at a time
+_ASKED = 1000  # documents that an index is measured on
 
 
 @dataclass(frozen=True)
@@ -61,12 +81,14 @@ class Options:
     """A run's output folder, or the checkpoint folder in it."""
     output: str
     """Folder to write into; made when it is not there."""
-    what: Literal["label_vectors", "embeddings", "shortlists"] = "label_vectors"
+    what: Literal["label_vectors", "embeddings", "shortlists", "onnx", "index"] = "label_vectors"
     """See above."""
     normalize: bool = True
     """label_vectors: unit length for every row; --no-normalize keeps the trained lengths."""
+    index: Literal["hnsw", "ivf", "flat"] = "hnsw"
+    """index: a graph, an inverted file of √L lists, or every row, which is exact."""
     dataset: str = ""
-    """embeddings, shortlists: the dataset folder; by default the run's own."""
+    """embeddings, shortlists, index: the dataset folder; by default the run's own."""
     top_k: int = 100
     """shortlists: labels per document."""
     batch: int = 256
@@ -89,6 +111,12 @@ def export(options: Options) -> None:
         )
         if options.what == "label_vectors":
             label_vectors(options, predictor, folder)
+        elif options.what == "onnx":
+            facts = write_onnx(predictor, folder)
+            worst = facts["largest_difference"]
+            say(f"{folder}/{ENCODER}: width {facts['width']}, at most {worst:.1g} from torch")
+        elif options.what == "index":
+            index_of_labels(options, predictor, folder)
         else:
             documents(options, predictor, folder)
 
@@ -115,6 +143,18 @@ def documents(options: Options, predictor: Predictor, folder: Path) -> None:
                 f"{folder}/shortlist_{name}.npz: {scores.shape[0]:,} documents, {scores.nnz:,} "
                 "labels"
             )
+
+
+def index_of_labels(options: Options, predictor: Predictor, folder: Path) -> None:
+    """Write the label table as an index, and say how much of the exact answers it finds."""
+    splits = dataset_of(options, predictor).splits
+    split = next(splits[name] for name in ("test", "val", "train") if name in splits)
+    vectors = embed_split(
+        predictor.model, split, batch_size=options.batch, inputs=predictor.inputs
+    )[:_ASKED]
+    facts = write_index(predictor, folder, vectors, kind=options.index)
+    (name,) = (key for key in facts if key.startswith("recall"))
+    say(f"{folder}/{INDEX}: {facts['labels']:,} labels, {name} {facts[name]:.4f}")
 
 
 def dataset_of(options: Options, predictor: Predictor) -> Dataset:
