@@ -121,6 +121,7 @@ ALONE = {
     },
     "rdflib": {"xmlkernels/data/tables/label_files.py"},
     "rich": {"xmlkernels/cli/console.py"},
+    "tensorboard": {"xmlkernels/training/event_files.py"},
     "huggingface_hub": {"xmlkernels/predict/hub.py"},
     "onnx": {"xmlkernels/predict/exchange.py"},
     "onnxruntime": {"xmlkernels/predict/exchange.py"},

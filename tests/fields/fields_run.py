@@ -20,6 +20,7 @@ from xmlkernels.cli import train
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.prepare import PrepareConfig
 from xmlkernels.metrics import evaluate, inverse_propensity, top_rows_from_csr
+from xmlkernels.training import event_files as event_file_room
 from xmlkernels.training import inputs, plan
 from xmlkernels.training.run_state import RunState
 from xmlkernels.tree.label_tree import arrangement
@@ -300,6 +301,35 @@ def timeouts(runs: Runs, folder: Path) -> None:
         train.check(runs.config("tiny", timeout=0.5))
 
 
+def event_files(runs: Runs, folder: Path) -> None:
+    """TensorBoard's own reader finds the numbers of log.jsonl, also of a run that was resumed."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output = folder / "run"
+    config = runs.config("tiny", tensorboard=True, output=str(output))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(event_file_room, "find_spec", lambda name: None)
+        with pytest.raises(InputError, match=r"--tensorboard: .*xmlkernels\[tensorboard\]"):
+            recorded(config)
+    assert not output.exists()
+    recorded(config)
+    lines = list(map(json.loads, (output / "log.jsonl").read_text().splitlines()))
+
+    def told(tag: str) -> list[tuple[int, float]]:
+        found = EventAccumulator(str(output / "tensorboard"))
+        found.Reload()
+        return [(x.step, x.value) for x in found.Scalars(tag)]
+
+    for part, key in (("train", "loss"), ("train", "table_lr"), ("validation", "P@1")):
+        kept = [x for x in lines if x.get("split", "train") == part and x.get(key) is not None]
+        assert told(f"{part}/{key}") == [(x["step"], pytest.approx(x[key])) for x in kept]
+    again = event_file_room.EventFile(output)  # as after a stop: what is logged again replaces
+    again.add({"step": 4, "loss": 7.0})
+    assert told("train/loss")[-1] == (4, 7.0) and len(told("train/loss")) == 4
+    recorded(replace(config, overwrite=True, tensorboard=False))
+    assert not (output / "tensorboard").exists()
+
+
 def reported(runs: Runs, folder: Path) -> None:
     """A report is written, or none."""
     for value in (True, False):
@@ -336,6 +366,7 @@ FIELDS = {
     "best_by": (Case("tiny", {"best_by": "nDCG@4"}, chosen_by), the_first_of_equals),
     "show": (shown,),
     "report": (reported,),
+    "tensorboard": (event_files,),
     "top_k": (Case("tiny", {"top_k": 7}, labels_kept),),
     "evaluate_batch": (
         Case("tiny", {"evaluate_batch": 16}, evaluated_at_once),

@@ -318,6 +318,9 @@ class Config:
     the one before; or continue it without, and try again when the next one is due."""
     log_every: int = of(SAVING, 50, COUNT)
     """Steps between lines of log.jsonl."""
+    tensorboard: bool = of(SAVING, False)
+    """Write the lines of log.jsonl as event files, too: `tensorboard --logdir OUTPUT` shows
+    them. Needs `pip install "xmlkernels[tensorboard]"`."""
     resume: bool = of(SAVING, False)
     """Go on from the last checkpoint in `output`, bit for bit (with as many processes as
     before).

@@ -21,6 +21,7 @@ from xmlkernels.predict.model import BESIDE
 from xmlkernels.records import read_object
 from xmlkernels.report.page import REPORT
 from xmlkernels.training.config import Config, began_with, recorded
+from xmlkernels.training.event_files import EVENTS, EventFile, check_tensorboard
 from xmlkernels.training.owned import delete, refuse_foreign
 from xmlkernels.tree.label_tree import LabelTree
 
@@ -36,6 +37,7 @@ RUN_FILES = (
     CHOICES,
     PROFILE,
     "log.jsonl",
+    EVENTS,
     "checkpoint",
     "config.json",
 )
@@ -49,6 +51,7 @@ MAY_CHANGE = (
     "log_every",
     "report",
     "show",
+    "tensorboard",
     "save_every",
     "keep",
     "background_save",
@@ -88,6 +91,9 @@ class RunFolder:
         self.log_file, self._settings = self.path / "log.jsonl", self.path / "config.json"
         self.writes = dist.rank() == 0
         self.beside: Files = {}
+        self._events = EventFile(self.path) if config.tensorboard else None
+        if config.tensorboard:
+            check_tensorboard()
         if self.writes:
             self._check()
 
@@ -178,6 +184,8 @@ class RunFolder:
             return
         with naming(self.log_file), open(self.log_file, "a", encoding="utf-8") as file:
             file.write(json.dumps(strict(line), allow_nan=False) + "\n")
+        if self._events is not None:
+            self._events.add(line)
 
     def sync_log(self) -> int:
         """Put the log on the disk and return its bytes.

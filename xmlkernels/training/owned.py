@@ -15,6 +15,7 @@ from xmlkernels import InputError
 from xmlkernels.checkpoint import FORMAT, STATE
 from xmlkernels.data.manifest import MANIFEST, PROFILE
 from xmlkernels.report.page import REPORT
+from xmlkernels.training.event_files import EVENTS
 
 OURS, FOREIGN, DAMAGED = "ours", "foreign", "damaged"
 # Beside the checkpoints of a run: what reads its inputs, its tree, its labels' names, what its
@@ -124,6 +125,10 @@ def _is_log(path: Path) -> bool:
     return not first or (isinstance(value := json.loads(first), Mapping) and "step" in value)
 
 
+def _is_events(path: Path) -> bool:
+    return path.is_dir() and all("tfevents" in inner.name for inner in path.iterdir())
+
+
 def _is_report(path: Path) -> bool:
     with open(path, encoding="utf-8") as file:
         return "report of a run</title>" in file.read(1000)
@@ -179,5 +184,6 @@ _CHECKS: dict[str, Callable[[Path], bool]] = {
     PROFILE: _json_with("deciles", "suspicions"),
     "log.jsonl": _is_log,
     REPORT: _is_report,
+    EVENTS: _is_events,
     "checkpoint": _is_checkpoint_folder,
 }
