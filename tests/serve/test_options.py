@@ -24,6 +24,8 @@ def started(monkeypatch: pytest.MonkeyPatch, *folders: object, **options: Any) -
 
     def keep(app: Any, listener: socket.socket, asked: Any) -> None:
         seen.update(app=app, at=listener.getsockname())
+        with socket.create_connection(seen["at"], timeout=60):
+            pass  # it listens when it says so
 
     from xmlkernels.serve import server
 

@@ -19,6 +19,8 @@ import pytest
 from patience import PATIENCE, until
 from served import ROOT, V1, Served, served
 
+from benchmarks import serving
+
 QUEUE = 8
 LOAD = Path(__file__).with_name("load.py")
 
@@ -50,9 +52,14 @@ def loaded(server: Served, clients: int, requests: int) -> dict[str, Any]:
     return found
 
 
-def test_within_its_queue_every_request_is_answered(server: Served) -> None:
-    found = loaded(server, QUEUE, 12)
-    assert found["statuses"] == {"200": QUEUE * 12} and found["wrong"] == 0
+def test_within_its_queue_every_request_is_answered(
+    server: Served, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The row that benchmarks/serving.py prints of it."""
+    assert serving.measured(server.url, QUEUE, 12) == 0
+    clients, p50, p99, rate, again, lost = map(float, capsys.readouterr().out.split())
+    assert (clients, again, lost) == (QUEUE, 0, 0)
+    assert 0 < p50 <= p99 and rate > 0
 
 
 def test_nothing_is_lost_at_four_times_as_many(server: Served) -> None:

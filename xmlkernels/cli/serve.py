@@ -20,6 +20,7 @@ from xmlkernels.options import check_least
 from xmlkernels.predict.folders import load
 from xmlkernels.training.stops import asked, held
 
+_BACKLOG = 1024  # connections that wait to be taken
 _STOP = "ends when what was accepted is answered; a second signal ends at once"
 
 
@@ -129,6 +130,7 @@ def run(options: Options) -> None:
             app = application(predictor, settings, near)
             if near.reason:
                 say(f"no neighbours on the page: {near.reason}")
+            listener.listen(_BACKLOG)  # whoever reads the next line may connect at once
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             say(f"serving {settings.name} ({predictor.labels:,} labels) at http://{shown}:{port}/")

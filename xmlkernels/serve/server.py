@@ -29,7 +29,7 @@ class _Server(uvicorn.Server):
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """Return a socket that listens there; port 0 is any free one.
+    """Return a socket of that address, which does not listen yet; port 0 is any free one.
 
     Raises:
         InputError: another program has the port, or there is no such address.
@@ -67,6 +67,5 @@ def run(app: Any, listener: socket.socket, asked: Callable[[], int]) -> None:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=_LAST,
-        backlog=1024,
     )
     asyncio.run(_Server(config, asked).serve(sockets=[listener]))
