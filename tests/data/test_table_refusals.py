@@ -102,6 +102,11 @@ def test_damaged_files(tmp_path: Path) -> None:
         ("broken.jsonl.gz", packed[:40] + b"zzzz" + packed[44:], "expected a whole gzip file"),
         ("cut.jsonl.zst", zst[:-40], "expected a whole zstd file"),
         ("cut.parquet", parquet.read_bytes()[:-40], "expected a whole Parquet file"),
+        (
+            "text.parquet",
+            parquet.read_bytes().replace(b"ok", b"\xff\xfe"),
+            "expected a whole Parquet file, got 'utf-8' codec",
+        ),
         ("page.parquet", _page_broken(parquet.read_bytes()), "expected a whole Parquet file"),
         ("latin.csv", latin, "latin.csv:2: expected text in UTF-8, got the byte 0xe0 in"),
     ):

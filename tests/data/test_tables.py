@@ -151,6 +151,15 @@ def test_labels_of_a_cell(cell: Any, labels: list[str], tmp_path: Path) -> None:
     assert dataset.label_names == labels and dataset.splits["train"].labels.nnz == len(labels)
 
 
+def test_half_a_character_of_an_escape_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "a\\ud800", "labels": ["b\\udfff", {"uri": "c\\ud800"}]}\n')
+    dataset, told = made(tmp_path / "d", path)
+    assert dataset.splits["train"].texts == ["a\ufffd"]
+    assert dataset.label_names == ["b\ufffd", "c\ufffd"]
+    assert any("damaged characters" in line for line in told)
+
+
 def test_what_divides_labels_is_found_or_given(tmp_path: Path) -> None:
     names = ["x, y", "y, z", "x, z", "x, y, z", "z", "z, y"]
     path = table(tmp_path / "t.jsonl", *({"text": f"t{n}", "tag": n} for n in names))

@@ -15,7 +15,7 @@ from importlib import import_module
 
 from harness import Kind
 
-MODULES = ("kinds_data", "kinds_models", "kinds_served", "kinds_runs")
+MODULES = ("kinds_data", "kinds_tables", "kinds_models", "kinds_served", "kinds_runs")
 
 
 def all_kinds() -> list[Kind]:

@@ -15,6 +15,7 @@ from xmlkernels.files import quote
 
 _IDS = re.compile(r"\d+( +\d+)*")
 _URIS = re.compile(r"(<[^<>\s]+>\s*)+")
+_HALF = re.compile("[\ud800-\udfff]")
 # Of cells: the share that must hold a divider before it is taken for one.
 _SHARE = 0.05
 
@@ -26,11 +27,11 @@ def text_of(value: Any, where: str, column: str) -> str:
         InputError: it holds something else.
     """
     if isinstance(value, str):
-        return value
+        return _whole(value)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
-        return " ".join(value)
+        return _whole(" ".join(value))
     got = f"{_kind(value)}: {quote(str(value))}"
     mend = "name the columns of the text with --text"
     raise InputError(where, f"a text in column {column!r}", got, mend)
@@ -52,19 +53,26 @@ def labels_of(value: Any, divider: str | None, where: str, column: str) -> list[
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return []
     if isinstance(value, str):
-        return _of_string(value.strip(), divider, where, column)
+        return _of_string(_whole(value).strip(), divider, where, column)
     if isinstance(value, bool | int):
         return [str(value)]
     if isinstance(value, float) and value.is_integer():
         return [str(int(value))]  # whole numbers beside empty cells, as pandas writes them
     if isinstance(value, dict):
-        return [subjects_of(value, where)]
+        return [_whole(subjects_of(value, where))]
     if isinstance(value, list | tuple):
         # A list says itself where a label ends.
         return [label for one in value for label in labels_of(one, "", where, column)]
     got = f"{_kind(value)}: {quote(str(value))}"
     mend = "name the columns of the labels with --labels"
     raise InputError(where, f"labels in column {column!r}", got, mend)
+
+
+def _whole(text: str) -> str:
+    """Return a text with U+FFFD for half a character, which an escape of JSON may have made."""
+    if text.isascii() or not _HALF.search(text):
+        return text
+    return _HALF.sub("\ufffd", text)
 
 
 def _of_string(cell: str, divider: str | None, where: str, column: str) -> list[str]:

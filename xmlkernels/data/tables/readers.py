@@ -251,14 +251,15 @@ def _parquet(path: Path, tables: Tables) -> Table:
         number = 0
         with opened() as found:
             classes = _class_names(found.schema_arrow)
-            batches = found.iter_batches(batch_size=_BATCH, columns=list(dict.fromkeys(wanted)))
+            names = list(dict.fromkeys(wanted))
+            batches = found.iter_batches(_BATCH, columns=names, use_threads=False)
             while True:
                 try:
                     batch = next(batches, None)
                     if batch is None:
                         return
                     values = [batch.column(name).to_pylist() for name in wanted]
-                except (pyarrow.ArrowException, OSError) as error:
+                except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
                     raise damaged(path, f"{error}, behind row {number}") from None
                 for name, column in zip(wanted, values, strict=True):
                     if name in classes:
