@@ -5,6 +5,7 @@ from xmlkernels.data.prepare import PrepareConfig
 from xmlkernels.data.tables.options import Tables
 from xmlkernels.training import auto, planned_sizes, ranker, tree
 from xmlkernels.training.calibrating import CalibrateConfig
+from xmlkernels.training.relabel import LabelsConfig
 
 HERE = "fields/test_command_options.py::"
 _PREDICT = "predict/test_predict.py::"
@@ -15,6 +16,7 @@ _ENSEMBLE = "cli/test_ensemble.py::"
 _NEIGHBOURS = "cli/test_neighbours.py::"
 _RANKER = "cli/test_ranker_command.py::"
 _PLAN = "cli/test_plan.py::"
+_LABELS = "training/test_relabel.py::"
 _CALIBRATION = "predict/test_calibration.py::"
 _AUTO = "cli/test_train_auto.py::"
 _TABLES = "data/test_tables.py::"
@@ -49,6 +51,10 @@ HELD: dict[type, dict[str, str]] = {
         "ranker": _RANKED + "test_a_forest_is_the_mean_of_its_rankers",
         "ranker_input": _RANKED + "test_texts_of_the_test_split_are_answered_as_the_split_was",
         **_all(_RANKED + "test_one_text", "latency", "ranker_text"),
+    },
+    LabelsConfig: {
+        **_all(_LABELS + "test_added_and_dropped", "run", "output", "add", "documents", "drop"),
+        **_all(_LABELS + "test_the_sample_and_its_batches", "sample", "batch"),
     },
     CalibrateConfig: {
         **_all(_CALIBRATION + "test_the_command_finds_what_training_found", "folder", "checkpoint"),

@@ -17,6 +17,7 @@ COMMANDS = {
     "tree": "build the label tree of a dataset",
     "rank": "train a linear ranker over shortlists",
     "neighbours": "score a split by its nearest training texts",
+    "labels": "add labels to a run, or drop some, without training",
     "calibrate": "fit probabilities and thresholds on validation",
     "predict": "label texts",
     "serve": "answer requests over HTTP",
