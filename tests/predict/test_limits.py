@@ -6,6 +6,7 @@ What is right is computed from a prediction of all labels.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -361,3 +362,15 @@ def test_a_table_in_files_is_read_by_one_thread_at_a_time() -> None:
     assert list(islice(stored.predict(TEXTS, 3), 2))
     assert not stored._alone.locked()  # type: ignore[attr-defined]
     assert torch.is_tensor(plain.model.head.weight)  # type: ignore[attr-defined]
+
+
+def test_the_example_of_the_page_works(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (V1.parents[2] / "docs" / "serving.md").read_text("utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (code,) = [block for block in blocks if "predict_batches" in block]
+    monkeypatch.setattr(xk, "load", lambda folder: Predictor.load(RUN))
+    exec(compile(code, "serving.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7 and lines[4:6] == ["2", "1"] and lines[6].startswith("(2, ")
