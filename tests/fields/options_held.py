@@ -214,7 +214,9 @@ HELD: dict[type, dict[str, str]] = {
     },
     report.Options: {
         **_all(
-            "report/test_report.py::test_later_elsewhere_and_of_another_dataset", "run", "dataset"
+            "report/test_reports.py::test_later_elsewhere_and_of_another_dataset",
+            "run",
+            "dataset",
         )
     },
     PrepareConfig: {
