@@ -26,6 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "threads": {"errors"},
     "precision": set(),
     "memory": {"errors"},
+    "ticks": {"memory"},
     "files": {"errors", "file_kinds"},
     "rows": {"errors", "files"},
     "locks": {"errors", "files"},
@@ -49,30 +50,30 @@ ARROWS: dict[str, set[str]] = {
     },
     "tree": {"errors", "checksums", "data", "files", "parallel", "records"},
     "ranker": {
-        "errors", "checksums", "data", "files", "metrics", "parallel", "records", "topk",
+        "errors", "checksums", "data", "files", "metrics", "parallel", "records", "ticks", "topk",
     },
     "models": {
         "errors", "checkpoint", "data", "dist", "nn", "optim", "records", "rows", "tree",
     },
-    "evaluation": {"errors", "data", "dist", "metrics", "models", "tree"},
+    "evaluation": {"errors", "data", "dist", "metrics", "models", "ticks", "tree"},
     "predict": {
         "errors", "checkpoint", "checksums", "data", "evaluation", "files", "label_counts",
         "memory", "metrics", "models", "nn", "precision", "ranker", "records", "rows", "threads",
     },
-    "report": {"errors", "data", "files", "metrics", "predict", "records"},
+    "report": {"errors", "data", "files", "metrics", "predict", "records", "ticks"},
     "planner": {"errors", "memory", "nn"},
     "training": {
         "errors", "checkpoint", "checksums", "data", "devices", "dist", "evaluation", "files",
         "installed", "label_counts", "locks", "memory", "metrics", "models", "nn", "ops", "options",
         "parallel", "planner", "precision", "predict", "ranker", "records", "report", "rows",
-        "topk", "tree",
+        "ticks", "topk", "tree",
     },
     "serve": {"errors", "data", "predict", "ranker"},
     "estimator": {"errors", "data", "evaluation", "predict", "ranker", "training"},
     "cli": {
         "errors", "checkpoint", "data", "devices", "dist", "evaluation", "file_kinds", "files",
         "installed", "locks", "memory", "metrics", "models", "native", "ops", "options", "planner",
-        "predict", "ranker", "report", "serve", "topk", "training",
+        "predict", "ranker", "report", "serve", "ticks", "topk", "training",
     },
     "__main__": {"cli"},
 }  # fmt: skip

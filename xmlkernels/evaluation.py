@@ -4,6 +4,7 @@ Of several processes each takes batches of its own or, where they share the labe
 every batch; all of them have the results of all.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,10 @@ from xmlkernels.data.inputs import Inputs
 from xmlkernels.metrics import evaluate
 from xmlkernels.models.base import Documents, Model
 from xmlkernels.models.scored import LevelPrediction
+from xmlkernels.ticks import Ticks
 from xmlkernels.tree.label_tree import LabelTree, arrangement
+
+log = logging.getLogger(__name__)
 
 _DEEPEST = 5  # cut-off of the metrics of clusters
 
@@ -274,9 +278,12 @@ def evaluation_batches(
     model.eval()
     try:
         first, every = (0, 1) if model.shared else (min(dist.rank(), len(made)), dist.size())
+        told = {"val": "validation"}.get(split.name, split.name)
+        ticks = Ticks(log, told, -(-len(split) // every), "documents")
         for batch in made.epoch(0, start=first, every=every):
             exclude = _excluded(batch, pairs)
             yield batch.to(model.device), None if exclude is None else exclude.to(model.device)
+            ticks.add(len(batch))
     finally:
         model.train(was_training)
 

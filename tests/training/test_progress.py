@@ -20,8 +20,9 @@ from scipy.sparse import csr_matrix
 from train_runs import RECIPES, cascade, make_dataset, make_tree, run, threads_kept, tiny
 
 from xmlkernels.cli import train
+from xmlkernels.ticks import duration
 from xmlkernels.training import progress
-from xmlkernels.training.progress import Frequencies, Progress, duration
+from xmlkernels.training.progress import Frequencies, Progress
 
 
 @pytest.fixture(scope="module")

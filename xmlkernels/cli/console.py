@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
+from rich.markup import escape
+from rich.status import Status
 from rich.table import Table
 
 from xmlkernels import InputError, dist
@@ -19,6 +21,7 @@ from xmlkernels.errors import Failed
 from xmlkernels.files import DataWarning, reason_of
 from xmlkernels.memory import LESS_MEMORY, out_of_memory
 from xmlkernels.metrics.words import by_annif, sentence_of
+from xmlkernels.ticks import LIVE
 from xmlkernels.training.stops import Stopped, ending, listening
 
 SKIPPED = ("skipped_steps", "skipped_encoder_steps")
@@ -45,8 +48,22 @@ def say(text: str) -> None:
 class _Printed(logging.Handler):
     """Print what the library logs; a closed output ends the command, as it does in `say`."""
 
+    live: Status | None = None
+
     def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage())
+        if record.levelno != LIVE:
+            self.still()  # the next line of progress is drawn below
+            say(record.getMessage())
+        elif not _silent():
+            self.live = self.live or Status("", console=_console)
+            self.live.update(escape(record.getMessage()))
+            self.live.start()
+
+    def still(self) -> None:
+        """Take the line of progress away."""
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
 
 
 def print_logs() -> None:
@@ -54,8 +71,16 @@ def print_logs() -> None:
     logger = logging.getLogger("xmlkernels")
     if not any(isinstance(handler, _Printed) for handler in logger.handlers):
         logger.addHandler(_Printed())
-        logger.setLevel(logging.INFO)
+        # On a terminal progress is one line that changes.
+        logger.setLevel(LIVE if _console.is_terminal else logging.INFO)
         logger.propagate = False
+
+
+def _still() -> None:
+    """Take away the line of progress, before something else is written or the command ends."""
+    for handler in logging.getLogger("xmlkernels").handlers:
+        if isinstance(handler, _Printed):
+            handler.still()
 
 
 def typed(command: str) -> str:
@@ -104,7 +129,10 @@ def command(
             if (count := dist.launched()[1]) > 1 and not several:
                 mend = "start it without torchrun; xmlkernels train takes several processes"
                 raise InputError("torchrun", "one process for this command", str(count), mend)
-            main()
+            try:
+                main()
+            finally:
+                _still()
             sys.stdout.flush()
             if dist.running():
                 _leave(0)

@@ -23,11 +23,11 @@ from xmlkernels.cli.console import print_rows, say
 from xmlkernels.memory import readable
 from xmlkernels.planner import Budget
 from xmlkernels.planner.speed import Timed, seconds
+from xmlkernels.ticks import duration
 from xmlkernels.training.config import Config
 from xmlkernels.training.planned_mends import nearest
 from xmlkernels.training.planned_sizes import PlanConfig
 from xmlkernels.training.planning import Forecast, forecast_of
-from xmlkernels.training.progress import duration
 from xmlkernels.training.recipe import Recipe
 from xmlkernels.training.recipes import RECIPES
 

@@ -9,6 +9,7 @@ Letters: N documents, L labels, C groups, D width of the embedding, V columns of
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,9 @@ from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.joint import gather, keep_large, pairs_of, solve_jointly
 from xmlkernels.ranker.linear import Arrays, LinearRanker, Settings, arrays_of, transposed
 from xmlkernels.ranker.solve import solve
+from xmlkernels.ticks import Ticks
+
+log = logging.getLogger(__name__)
 
 _MOST = 128  # labels trained together
 # Working memory of a thread: weights of all columns and multipliers of all documents, label by
@@ -75,9 +79,12 @@ def fit_groups(
     parts: list[Any] = [None] * len(pieces)
     keep_compiled(gather, pairs_of, solve_jointly, keep_large, solve)
 
+    ticks = Ticks(log, "classifiers", len(group), "labels")
+
     def train(begin: int, end: int) -> None:
         for number in range(begin, end):
             parts[number] = task.train(*pieces[number])
+            ticks.add(len(pieces[number][0]))
 
     in_parallel(train, len(pieces), 1, threads)
     return task.ranker([labels for labels, _ in pieces], parts, facts or {})

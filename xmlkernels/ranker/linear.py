@@ -12,6 +12,7 @@ Letters: N documents, L labels, D width of the embedding, V columns of TF-IDF.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -31,6 +32,9 @@ from xmlkernels.parallel import in_parallel, keep_compiled
 from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.solve import keep, score, solve
 from xmlkernels.records import Count, parse_record
+from xmlkernels.ticks import Ticks
+
+log = logging.getLogger(__name__)
 
 FORMAT = "xmlkernels-ranker 1"
 _BLOCK_BYTES = 1 << 28  # dense weights of the labels in training at one time
@@ -308,6 +312,7 @@ def _blocks(
     size = max(1, min(1024, _BLOCK_BYTES // (8 * max(1, width + columns))))
     kept, rows = np.zeros(count, np.int64), []
     keep_compiled(solve, keep)
+    ticks = Ticks(log, "classifiers", count, "labels")
     for first in range(0, count, size):
         part = order[first : first + size]
         block = np.zeros((len(part), width + columns), np.float32)
@@ -337,6 +342,7 @@ def _blocks(
         dense[part], bias[part], kept[part] = block[:, :width], constant * settings.bias, held
         chosen = np.arange(columns) < held[:, None]
         rows.append((places[chosen], block[:, width:][chosen]))
+        ticks.add(len(part))
     return dense, _in_label_order(order, kept, rows, columns), bias
 
 

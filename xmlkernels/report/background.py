@@ -9,6 +9,7 @@ from xmlkernels.data.profile import Profile, Spread, load_profile
 from xmlkernels.report.charts import lines
 from xmlkernels.report.markup import Section, folded, paragraph, shares, side_by_side, table
 from xmlkernels.report.run import Run, log_lines
+from xmlkernels.ticks import duration
 
 _SPLITS = {"train": "training", "val": "validation", "test": "test"}
 
@@ -195,10 +196,7 @@ def settings(run: Run) -> Section:
 
 def seconds(value: float) -> str:
     """Write seconds as one reads them: `0.4 s`, `12 min`, `3 h 20 min`."""
-    if value < 99.5:
-        return f"{value:.1f} s" if value < 9.95 else f"{value:.0f} s"
-    minutes = round(value / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+    return f"{value:.1f} s" if value < 9.95 else duration(value)
 
 
 def _plain(value: Any) -> str:

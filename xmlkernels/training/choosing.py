@@ -17,6 +17,7 @@ import torch
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.profile import Profile
 from xmlkernels.memory import machine_memory, readable
+from xmlkernels.ticks import duration
 from xmlkernels.training.auto import AutoConfig
 from xmlkernels.training.fitting import level_weights, shortlists, tree_depths
 from xmlkernels.training.linear import LinearConfig, train_linear
@@ -24,7 +25,6 @@ from xmlkernels.training.linear import tree_depths as tree_shape
 from xmlkernels.training.planned_mends import nearest
 from xmlkernels.training.planned_sizes import PlanConfig
 from xmlkernels.training.planning import Forecast, forecast_of
-from xmlkernels.training.progress import duration
 from xmlkernels.training.recipe import Recipe
 from xmlkernels.training.recipes import RECIPES
 

@@ -16,6 +16,7 @@ from scipy.sparse import csr_matrix
 from xmlkernels import InputError
 from xmlkernels.label_counts import LabelCounts
 from xmlkernels.records import parse_record
+from xmlkernels.ticks import LIVE, duration, interval, memory_held
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class Progress:
     ) -> None:
         self.total, self.first, self.reference = total, step, reference
         self._began, self._told = time.monotonic(), -math.inf
+        self._shown = self._began
         if not reference and log is not None and log.exists():
             self._refer(_first_loss(log))
 
@@ -46,21 +48,37 @@ class Progress:
 
         The first comes with the first of the log, or after ten seconds.
         """
+        lively, level = interval(log)
+        if level == LIVE:
+            return time.monotonic() - self._shown >= lively
         if self._told == -math.inf:
             return logged or time.monotonic() - self._began >= _LOGGED
         return time.monotonic() - self._told >= (_LOGGED if logged else _SLOW)
 
     def tell(
-        self, step: int, epoch: float, loss: float | None, speed: float, *, a_sum: bool
+        self,
+        step: int,
+        epoch: float,
+        loss: float | None,
+        speed: float,
+        *,
+        a_sum: bool,
+        rate: float | None = None,
     ) -> None:
-        """One line.
+        """One line; where lines replace one another, a lasting one now and then.
 
         Args:
             loss: per document where it is `a_sum` over the labels, else a mean over candidates;
                 None: not known.
             speed: documents per second.
+            rate: of the encoder in the last step; None leaves rate and memory out.
         """
-        self._told = time.monotonic()
+        now, level = time.monotonic(), logging.INFO
+        if interval(log)[1] == LIVE and now - self._told < _SLOW:
+            level = LIVE
+        else:
+            self._told = now
+        self._shown = now
         share = 100 * step / max(self.total, 1)
         told = (
             ""
@@ -73,7 +91,8 @@ class Progress:
             told += f" ({self.reference})" if self.reference else ""
             self._refer(loss)
         where = f"step {step:,} of {self.total:,} ({share:.0f}%)  epoch {epoch:.2f}"
-        log.info(f"{where}{told}  {speed:.0f} documents/s{self._left(step)}")
+        more = "" if rate is None else f"  lr {rate:.2g}{memory_held()}"
+        log.log(level, f"{where}{told}{more}  {speed:.0f} documents/s{self._left(step)}")
 
     def _refer(self, loss: float | None) -> None:
         if not self.reference and loss is not None:
@@ -85,14 +104,6 @@ class Progress:
             return ""
         seconds = (time.monotonic() - self._began) / (step - self.first) * (self.total - step)
         return f"  about {duration(seconds)} left"
-
-
-def duration(seconds: float) -> str:
-    """`40 s`, `12 min`, `3 h 20 min`."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 class LogLine(TypedDict):

@@ -29,6 +29,7 @@ from xmlkernels.ranker.linear import LinearRanker, fit
 from xmlkernels.ranker.matcher import ClusterMatcher
 from xmlkernels.report.page import REPORT, write_report
 from xmlkernels.report.run import open_run
+from xmlkernels.ticks import Ticks
 from xmlkernels.training.calibrating import Found, calibrated_at_end
 from xmlkernels.training.clock import Seconds
 from xmlkernels.training.folder import CHOICES, copy_profile, write_json, write_names
@@ -309,6 +310,7 @@ def scored(
     else:
         each = matcher.beam * float(np.bincount(matcher.clusters[-1]).max(initial=1))
     step = max(1, int(_PAIRS / max(1.0, each)))
+    ticks = Ticks(log, SHOWN.get(part.split.name, part.split.name), count, "documents")
     for first in range(0, max(1, count), step):
         some = part.features.rows(first, first + step)
         if matcher is None:
@@ -317,6 +319,7 @@ def scored(
         else:
             logits = matcher.shortlist(some, threads=threads)
         yield first, logits, ranker.score(some, logits, threads=threads)
+        ticks.add(step)
 
 
 def measure(

@@ -266,9 +266,7 @@ class RunState:
         The terminal gets a line, too, where it is time for one.
         """
         loss, speed, seconds = self._since()
-        settings, held = self.model.training_settings, resident_memory()
-        assert settings is not None
-        rates = settings.rates(self.model.steps - 1)  # of the step that has just been taken
+        rates, held = self._rates(), resident_memory()
         line = {
             "step": self.model.steps,
             "epoch": self._epochs(),
@@ -291,7 +289,16 @@ class RunState:
 
     def _tell(self, loss: float | None, speed: float) -> None:
         model = self.model
-        self.progress.tell(model.steps, self._epochs(), loss, speed, a_sum=model.sums_loss)
+        rate = self._rates()[0]
+        self.progress.tell(
+            model.steps, self._epochs(), loss, speed, a_sum=model.sums_loss, rate=rate
+        )
+
+    def _rates(self) -> tuple[float, float]:
+        """Return the rates of encoder and tables in the step that has just been taken."""
+        settings = self.model.training_settings
+        assert settings is not None
+        return settings.rates(self.model.steps - 1)[:2]
 
     def _epochs(self) -> float:
         return self.epoch + self.position / self.session.plan.epoch
