@@ -298,7 +298,7 @@ class RunState:
         """Return the rates of encoder and tables in the step that has just been taken."""
         settings = self.model.training_settings
         assert settings is not None
-        return settings.rates(self.model.steps - 1)[:2]
+        return settings.rates(max(0, self.model.steps - 1))[:2]
 
     def _epochs(self) -> float:
         return self.epoch + self.position / self.session.plan.epoch
