@@ -275,6 +275,7 @@ def test_names_of_labels_come_from_a_second_file(name: str, tmp_path: Path) -> N
     more: dict[str, Any] = {"label_file": tmp_path / name}
     dataset, told = made(tmp_path / "d", tmp_path / "t.tsv", **more)
     assert dataset.label_names == ["egg", "boil"] and "2 of 2 have a name" in " ".join(told)
+    assert dataset.label_ids == ["http://x/1", "http://x/2"]
     dataset, _ = made(tmp_path / "all", tmp_path / "t.tsv", all_labels=True, **more)
     assert dataset.label_names == ["egg", "boil", "fry"]
     if name == "v.ttl":

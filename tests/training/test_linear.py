@@ -16,7 +16,8 @@ from xmlkernels.cli import train as command
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.vectorizer import Vectorizer
 from xmlkernels.predict.base import RANKER
-from xmlkernels.predict.ranked import VECTORIZER
+from xmlkernels.predict.folders import load
+from xmlkernels.predict.ranked import VECTORIZER, Forest, RankedPredictor
 from xmlkernels.ranker.blend import Reranker
 from xmlkernels.ranker.linear import Settings
 from xmlkernels.training import inputs, linear
@@ -109,6 +110,19 @@ def test_several_trees_are_one_result(
     assert report["test"]["tree 1"] == heads[1]["test"]["both"]
     alone = ensemble.run(ensemble.Options((str(output / "predictions.npz"),), str(dataset)))
     assert next(iter(alone.values())) == pytest.approx(expected)
+    # Fewer than it is to have are no forest: the training was stopped.
+    (rankers[1] / "ranker.safetensors").rename(tmp_path / "away")
+    with pytest.raises(InputError, match="forest: expected a forest of 2 trees, got 1 of them"):
+        load(output)
+    (rankers[1] / "mine.txt").touch()
+    # A ranker in its place leaves nothing of it, nor the other way round.
+    command.main(["linear", *words, *more, "--trees", "1"])
+    assert f"{output}/ holds an earlier ranker, which is replaced" in capsys.readouterr().out
+    assert not rankers[0].exists() and list(rankers[1].iterdir()) == [rankers[1] / "mine.txt"]
+    assert type(load(output)) is RankedPredictor
+    command.main(["linear", *words, *more])
+    assert not (output / "vectorizer").exists() and not (output / "label_names.txt").exists()
+    assert type(load(output)) is Forest
     with pytest.raises(InputError, match="--trees: expected 1: 30 labels have no tree"):
         train_linear(LinearConfig(str(dataset), output=str(tmp_path / "x"), trees=2))
     with pytest.raises(InputError, match="--trees: expected 1 or more"):

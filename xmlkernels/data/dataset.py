@@ -4,6 +4,7 @@
 
     manifest.json            format, counts, PSP constants, hashes; written last
     label_names.txt          one name a line (optional)
+    label_ids.txt            what the documents call the label, one a line (optional)
     label_tokens.bin         tokens of the label texts, for label-text augmentation (optional)
     tokenizer/               the tokenizer that made the tokens
     {train,val,test}/        tokens.bin · labels.npz (scipy CSR) · filter.npy (int64 pairs) ·
@@ -31,6 +32,7 @@ from xmlkernels.data.formats.matrices import read_npz
 from xmlkernels.data.from_memory import Documents, Memory, write
 from xmlkernels.data.manifest import (
     FEATURES,
+    IDS,
     LABEL_FEATURES,
     MANIFEST,
     PREPARE_AGAIN,
@@ -266,9 +268,17 @@ class Dataset:
     @cached_property
     def label_names(self) -> list[str] | None:
         """Names of the L labels, or None where the dataset has none."""
-        if "label_names.txt" not in self.manifest["files"]:
+        return self._per_label("label_names.txt")
+
+    @cached_property
+    def label_ids(self) -> list[str] | None:
+        """Ids of the L labels, such as URIs, or None where their names are all there is."""
+        return self._per_label(IDS)
+
+    def _per_label(self, file: str) -> list[str] | None:
+        if file not in self.manifest["files"]:
             return None
-        path = self.folder / "label_names.txt"
+        path = self.folder / file
         names = _read_text(path, "utf-8").split("\n")[:-1]
         if len(names) != self.num_labels:
             raise InputError(

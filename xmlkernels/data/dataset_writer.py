@@ -18,6 +18,7 @@ from xmlkernels.data.formats.text_lines import without_separator
 from xmlkernels.data.formats.token_maps import from_padded_map
 from xmlkernels.data.manifest import (
     FEATURES,
+    IDS,
     LABEL_FEATURES,
     MANIFEST,
     read_manifest,
@@ -270,6 +271,8 @@ def write_labels(
     """Write label names, and tokens or features of the label texts, where there are any."""
     if raw.label_names is not None:
         write_label_names(folder, raw.label_names)
+    if raw.label_ids is not None:
+        write_label_names(folder, raw.label_ids, IDS)
     if raw.label_features is not None:
         write_npz(folder / LABEL_FEATURES, raw.label_features)
     if tokenizer is None:
@@ -351,7 +354,9 @@ def write_split(
             file.writelines(json.dumps(text) + "\n" for text in texts)
 
 
-def write_label_names(folder: Path, names: Sequence[str]) -> None:
+def write_label_names(
+    folder: Path, names: Sequence[str], file_name: str = "label_names.txt"
+) -> None:
     """One name a line; a line break inside a name becomes a space."""
-    with open(folder / "label_names.txt", "w", encoding="utf-8", newline="\n") as file:
+    with open(folder / file_name, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(re.sub(r"[\r\n]+", " ", name) + "\n" for name in names)

@@ -20,6 +20,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 # For people and reports: it follows from the other files, so that it is no part of their hash.
 PROFILE = "profile.json"
+# What the documents called the labels, where a second file named them: the URIs of subjects.
+IDS = "label_ids.txt"
 FEATURES, LABEL_FEATURES = "features.npz", "label_features.npz"
 SPLITS = ("train", "val", "test")
 PREPARE_AGAIN = "prepare the data again"

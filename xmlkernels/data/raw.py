@@ -56,6 +56,8 @@ class RawSplit:
 class Raw:
     """Everything read: the splits, and of the L labels their names and texts where there are any.
 
+    `label_ids` are what the documents call the labels, where another file gave the names.
+
     `declared` is whether anything but the largest id says how many labels there are.
     `separator` joins the title and the body of the texts; `facts` go into the manifest.
     """
@@ -63,6 +65,7 @@ class Raw:
     splits: dict[str, RawSplit]
     label_names: list[str] | None = None
     label_texts: list[str] | None = None
+    label_ids: list[str] | None = None
     label_maps: tuple[np.ndarray, np.ndarray] | None = None
     label_features: csr_matrix | None = None
     declared: bool = False

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from xmlkernels.data.manifest import IDS
 from xmlkernels.data.text_parts import TextParts
 from xmlkernels.errors import InputError
 from xmlkernels.predict.calibration import Calibration, sigmoid
@@ -22,6 +23,7 @@ NAMES = "label_names.txt"  # in the folder of checkpoints or of a ranker, one na
 HUB_NAMES = "labels.txt"  # the same, where a folder was made to be shared
 RANKER = "ranker.safetensors"  # in the folder of a ranker
 RANKED_ANEW = 10  # best labels by score among which calibrated probability ranks
+FOREST = "forest.json"  # in the folder of a forest: how many trees it has when it is whole
 AHEAD = 16  # batches of texts read ahead, so that texts of like length share a batch
 
 Text = str | tuple[str, str]
@@ -58,6 +60,7 @@ class TextPredictor(ABC):
     Attributes:
         labels: L.
         label_names: L names, or None.
+        label_ids: L ids, such as URIs, where the dataset's labels have some beside their names.
         parts: how title and body of a text become what the model reads.
         takes_pairs: whether each text is a pair (what the model reads, what TF-IDF is made of).
         folder: of the checkpoint or the ranker that it was loaded from; else None.
@@ -66,6 +69,7 @@ class TextPredictor(ABC):
 
     labels: int
     label_names: list[str] | None
+    label_ids: list[str] | None = None
     parts: TextParts
     takes_pairs: bool = False
     folder: Path | None = None
@@ -278,7 +282,20 @@ def read_names(folder: Path, labels: int) -> list[str] | None:
     Raises:
         InputError: not one name per label, or no UTF-8.
     """
-    path, mend = names_file(folder), "copy it from the dataset that the model was trained on"
+    return _per_label(names_file(folder), labels)
+
+
+def read_ids(folder: Path, labels: int) -> list[str] | None:
+    """Read the ids of the labels that a folder holds; None where it holds none.
+
+    Raises:
+        InputError: not one id per label, or no UTF-8.
+    """
+    return _per_label(folder / IDS, labels)
+
+
+def _per_label(path: Path, labels: int) -> list[str] | None:
+    mend = "copy it from the dataset that the model was trained on"
     if not path.exists():
         return None
     try:

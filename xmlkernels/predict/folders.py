@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
+from xmlkernels.data.manifest import MANIFEST
 from xmlkernels.errors import InputError
-from xmlkernels.predict.base import RANKER, TextPredictor
+from xmlkernels.predict.base import FOREST, RANKER, TextPredictor
 from xmlkernels.predict.model import Predictor
 from xmlkernels.predict.ranked import Forest, RankedPredictor
+from xmlkernels.records import Positive, read_record
 
 MODEL = "model"  # in a folder to be shared, the model that its ranker was trained beside
 _KNOWN = "the output folder of a run or of a ranker"
+
+
+class _Forest(TypedDict):
+    trees: Positive
 
 
 def load(
@@ -70,9 +77,21 @@ def load(
 def _trees(path: Path) -> list[Path]:
     """Return the rankers that `linear --trees` wrote into a folder, in their order."""
     found: list[Path] = []
+    whole = _trees_when_whole(path)
     while (tree := path / f"tree{len(found)}" / RANKER).is_file():
         found.append(tree.parent)
+    if whole is not None and len(found) != whole:
+        mend = "the training was stopped: start it again"
+        raise InputError(str(path), f"a forest of {whole} trees", f"{len(found)} of them", mend)
     return found
+
+
+def _trees_when_whole(path: Path) -> int | None:
+    """Return how many trees a forest was to have; None where its folder does not say."""
+    if not (path / FOREST).is_file():
+        return None
+    mend = "start the training again"
+    return read_record(path / FOREST, _Forest, mend=mend)["trees"]
 
 
 def _is_ranker(path: Path) -> bool:
@@ -86,3 +105,23 @@ def _is_ranker(path: Path) -> bool:
         got = f"a folder without checkpoint/ and {RANKER}"
         raise InputError(str(path), _KNOWN, got, "check the path")
     return False
+
+
+def named_in(folder: Path, file: str, key: str) -> Any:
+    """Return what a JSON file of a run says, in the folder or above; None where it says nothing."""
+    at = next((place for place in (folder, folder.parent) if (place / file).is_file()), None)
+    if at is None:
+        return None
+    try:
+        return json.loads((at / file).read_text("utf-8")).get(key)
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def dataset_folder(folder: Path) -> Path | None:
+    """Return where the dataset of a run or a ranker is; None where it is there no more.
+
+    The settings may name it relative to where the training was started; metrics.json does not.
+    """
+    found = named_in(folder, "metrics.json", "dataset_folder")
+    return Path(found) if isinstance(found, str) and (Path(found) / MANIFEST).is_file() else None

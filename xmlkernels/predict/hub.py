@@ -14,6 +14,7 @@ from typing import Any
 
 from xmlkernels.checkpoint.folder import load as load_checkpoint
 from xmlkernels.checkpoint.folder import save as save_checkpoint
+from xmlkernels.data.manifest import IDS
 from xmlkernels.errors import InputError
 from xmlkernels.files import replacing
 from xmlkernels.models.saved import needed_for_prediction
@@ -27,8 +28,8 @@ from xmlkernels.predict.source import CLUSTERS, VECTORIZER
 
 _SAFE = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md"]
 _WRITTEN = {
-    "README.md", "config.json", HUB_NAMES, RANKER, CALIBRATION, "best", "tokenizer", "vocabulary",
-    VECTORIZER, CLUSTERS, MODEL,
+    "README.md", "config.json", HUB_NAMES, IDS, RANKER, CALIBRATION, "best", "tokenizer",
+    "vocabulary", VECTORIZER, CLUSTERS, MODEL,
 }  # fmt: skip
 
 
@@ -166,9 +167,9 @@ def _write(predictor: TextPredictor, path: Path) -> None:
     elif isinstance(predictor, Predictor):
         tensors, state = load_checkpoint(predictor.folder, needed_for_prediction)
         save_checkpoint(path / "best", tensors, state)
-        _copy(predictor.folder.parent, path, (NAMES, HUB_NAMES, "tokenizer", "vocabulary"))
+        _copy(predictor.folder.parent, path, (NAMES, HUB_NAMES, IDS, "tokenizer", "vocabulary"))
     else:
-        _copy(predictor.folder, path, (RANKER, NAMES, HUB_NAMES, VECTORIZER, CLUSTERS))
+        _copy(predictor.folder, path, (RANKER, NAMES, HUB_NAMES, IDS, VECTORIZER, CLUSTERS))
     if predictor.calibration is not None:
         predictor.calibration.save(path)
 

@@ -23,6 +23,7 @@ import torch
 from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.checksums import Files, check_files
 from xmlkernels.data.inputs import Inputs, load_inputs
+from xmlkernels.data.manifest import IDS
 from xmlkernels.errors import InputError
 from xmlkernels.memory import free_memory
 from xmlkernels.models.base import Documents, Model
@@ -41,6 +42,7 @@ from xmlkernels.predict.base import (
     Text,
     TextPredictor,
     names_file,
+    read_ids,
     read_names,
 )
 from xmlkernels.predict.calibration import calibration_beside
@@ -50,7 +52,7 @@ from xmlkernels.rows import in_memory
 from xmlkernels.threads import check_threads, torch_threads
 
 _FEW = 1024  # exclusions that each candidate is compared with
-BESIDE = (NAMES, "tokenizer", "vocabulary")  # next to a run's checkpoints, for predictions
+BESIDE = (NAMES, IDS, "tokenizer", "vocabulary")  # next to a run's checkpoints, for predictions
 
 
 class CheckpointWarning(UserWarning):
@@ -145,7 +147,7 @@ class Predictor(TextPredictor):
         names = read_names(path, model.labels)
         identity = _identity(state)
         found_one = cls(model, load_inputs(path, state), names, identity, threads=threads)
-        found_one.folder = path / found
+        found_one.folder, found_one.label_ids = path / found, read_ids(path, model.labels)
         found_one.calibration = calibration_beside(path, model.labels, identity)
         return found_one
 

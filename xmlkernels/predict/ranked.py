@@ -26,7 +26,7 @@ from xmlkernels.data.text_parts import TextParts
 from xmlkernels.data.vectorizer import Vectorizer
 from xmlkernels.errors import InputError
 from xmlkernels.evaluation import score_matrix
-from xmlkernels.predict.base import RANKER, Text, TextPredictor, read_names
+from xmlkernels.predict.base import RANKER, Text, TextPredictor, read_ids, read_names
 from xmlkernels.predict.calibration import calibration_beside
 from xmlkernels.predict.limits import FREE, Limit, Limits
 from xmlkernels.predict.model import Predictor, files_beside
@@ -262,7 +262,7 @@ class RankedPredictor(Ranked):
             label_names=names,
             threads=threads,
         )
-        found.folder = path
+        found.folder, found.label_ids = path, read_ids(path, found.labels)
         found.calibration = calibration_beside(path, found.labels, ranker_identity(reranker))
         return found
 
@@ -366,6 +366,7 @@ class Forest(Ranked):
                 "train them on one dataset",
             )
         self.rankers, self.label_names = tuple(rankers), rankers[0].label_names
+        self.label_ids = rankers[0].label_ids
         self.labels, self.takes_pairs = rankers[0].labels, rankers[0].takes_pairs
         self.parts = rankers[0].parts
 

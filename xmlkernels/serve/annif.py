@@ -25,7 +25,7 @@ _LIMIT = 10  # suggestions, where the request does not say; Annif's own default
 
 
 class Uris:
-    """The URIs of labels: their names, where these are URIs, else a prefix and their numbers.
+    """The URIs of labels: their ids or names, where these are URIs, else a prefix and numbers.
 
     Args:
         predictor: whose labels.
@@ -34,11 +34,12 @@ class Uris:
 
     def __init__(self, predictor: TextPredictor, prefix: str) -> None:
         self.names, self.labels, self.prefix = predictor.label_names, predictor.labels, prefix
+        self.ids = predictor.label_ids or self.names
 
     def of(self, label: int) -> str:
         """Return the URI of a label."""
-        name = self.names[label] if self.names else ""
-        return name if _URI.fullmatch(name) else f"{self.prefix}{label}"
+        known = self.ids[label] if self.ids else ""
+        return known if _URI.fullmatch(known) else f"{self.prefix}{label}"
 
     def vocabulary(self) -> Iterator[str]:
         """Yield lines of a vocabulary for `annif load-vocab`: a URI, a tab, a label."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.errors import InputError
 from xmlkernels.predict.base import TextPredictor
+from xmlkernels.predict.folders import dataset_folder, named_in
 from xmlkernels.predict.ranked import Forest, RankedPredictor
 from xmlkernels.ranker.knn import KNNBaseline
 
@@ -115,16 +115,12 @@ def _trained_on(predictor: TextPredictor, folder: Path) -> str:
     mend = "name it with --dataset"
     if isinstance(predictor, Forest):
         predictor = predictor.rankers[0]
-    found: Any = None
+    if (place := dataset_folder(folder)) is not None:
+        return str(place)
     if isinstance(predictor, RankedPredictor):
         found = predictor.reranker.ranker.facts.get("options", {}).get("dataset")
     else:
-        at = next((x for x in (folder, folder.parent) if (x / "config.json").is_file()), None)
-        if at is not None:
-            try:
-                found = json.loads((at / "config.json").read_text("utf-8")).get("dataset")
-            except (OSError, ValueError, AttributeError):
-                found = None
+        found = named_in(folder, "config.json", "dataset")
     if not isinstance(found, str) or not found:
         raise InputError(str(folder), "the dataset that it was trained on", "no word of it", mend)
     if not Path(found).is_dir():

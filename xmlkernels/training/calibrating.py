@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,14 +22,13 @@ from xmlkernels.predict.calibrate import (
     measure_calibration,
 )
 from xmlkernels.predict.calibration import CALIBRATION
-from xmlkernels.predict.folders import load
+from xmlkernels.predict.folders import dataset_folder, load
 from xmlkernels.predict.model import Predictor
 from xmlkernels.predict.ranked import Forest, Ranked, RankedPredictor
 from xmlkernels.predict.source import forest_identity, ranker_identity
 from xmlkernels.ranker.blend import best
-from xmlkernels.training.config import Config, began_with
 from xmlkernels.training.folder import read_json, write_json
-from xmlkernels.training.inputs import open_dataset
+from xmlkernels.training.inputs import dataset_of_run
 
 log = logging.getLogger(__name__)
 
@@ -172,8 +171,8 @@ def _dataset(path: Path, options: CalibrateConfig, settings: dict[str, Any]) -> 
     if options.dataset:
         return Dataset.open(options.dataset)
     if (path / "config.json").is_file():
-        return open_dataset(replace(Config(), **began_with(settings)))
-    return Dataset.open(settings["dataset"])
+        return dataset_of_run(path)
+    return Dataset.open(dataset_folder(path) or settings["dataset"])
 
 
 def _identity(predictor: TextPredictor) -> str:

@@ -155,7 +155,7 @@ class Evaluator:
         report: dict[str, Any] = {
             "dataset": session.dataset.name,
             "dataset_hash": session.dataset.content_hash,
-            "dataset_folder": str(session.dataset.folder),
+            "dataset_folder": str(session.dataset.folder.resolve()),
             "best": self._load_best(),
         }
         if session.tree is not None:

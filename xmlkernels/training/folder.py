@@ -14,7 +14,7 @@ from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.checksums import Files, check_files, of_files
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.inputs import Inputs
-from xmlkernels.data.manifest import PROFILE
+from xmlkernels.data.manifest import IDS, PROFILE
 from xmlkernels.files import naming, replacing
 from xmlkernels.predict.base import NAMES
 from xmlkernels.predict.model import BESIDE
@@ -250,9 +250,10 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_names(folder: Path, dataset: Dataset) -> None:
-    """Write the names of a dataset's labels; nothing where it has none."""
-    if dataset.label_names is not None:
-        write_text(folder / NAMES, "".join(f"{name}\n" for name in dataset.label_names))
+    """Write the names of a dataset's labels, and their ids; nothing where it has none."""
+    for name, lines in ((NAMES, dataset.label_names), (IDS, dataset.label_ids)):
+        if lines is not None:
+            write_text(folder / name, "".join(f"{line}\n" for line in lines))
 
 
 def copy_profile(folder: Path, dataset: Dataset) -> None:

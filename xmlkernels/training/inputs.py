@@ -1,6 +1,7 @@
 """From a configuration to data: the dataset, how its documents are read, the label tree."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from xmlkernels import InputError, dist
@@ -13,8 +14,10 @@ from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.data.vectorizer import Vectorizer
 from xmlkernels.installed import source_of
 from xmlkernels.parallel import most_threads
+from xmlkernels.predict.folders import dataset_folder
 from xmlkernels.training.checks import check_levels
-from xmlkernels.training.config import Config
+from xmlkernels.training.config import Config, began_with
+from xmlkernels.training.folder import read_json
 from xmlkernels.training.label_vectors import SharedFeatures
 from xmlkernels.training.tree import TreeConfig, build_tree
 from xmlkernels.tree.label_tree import LabelTree, arrangement
@@ -56,6 +59,18 @@ def open_dataset(config: Config) -> Dataset:
     dataset = prepare(settings, tell, flag="--cache", wait=True)
     _opened.add(folder.resolve())
     return dataset
+
+
+def dataset_of_run(folder: Path) -> Dataset:
+    """Open the dataset of a finished run: where its metrics say it is, or else by its settings.
+
+    Raises:
+        InputError: there is none.
+    """
+    if (place := dataset_folder(folder)) is not None:
+        return Dataset.open(place)
+    settings = read_json(folder / "config.json")
+    return open_dataset(replace(Config(), **began_with(settings)))
 
 
 def open_inputs(config: Config, dataset: Dataset) -> Inputs:

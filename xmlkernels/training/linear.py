@@ -15,8 +15,6 @@ from xmlkernels.evaluation import score_matrix
 from xmlkernels.locks import own_folder
 from xmlkernels.metrics import evaluate, inverse_propensity
 from xmlkernels.options import check_least
-from xmlkernels.predict.base import RANKER
-from xmlkernels.predict.calibration import CALIBRATION
 from xmlkernels.ranker.blend import best, combine
 from xmlkernels.ranker.linear import Settings
 from xmlkernels.report.page import write_report
@@ -28,8 +26,9 @@ from xmlkernels.training.inputs import cached_tree, cached_tree_folder, open_dat
 from xmlkernels.training.label_vectors import SharedFeatures
 from xmlkernels.training.measured import split_report
 from xmlkernels.training.owned import refuse_others
-from xmlkernels.training.ranker import WRITTEN, train_ranker
+from xmlkernels.training.ranker import train_ranker
 from xmlkernels.training.ranker_config import RankerConfig
+from xmlkernels.training.ranker_folder import OTHERS, WRITTEN, begin_forest
 from xmlkernels.training.ranker_inputs import Words
 
 log = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ _LABELS_PER_CLUSTER = 100
 # clusters: docs/results/wordnet-related.md has what that costs.
 _ONE_LEVEL = 10
 _STEP = 4
-KEPT = ("dataset", "dataset_hash", "propensity", "bags_of_words")
+KEPT = ("dataset", "dataset_hash", "dataset_folder", "propensity", "bags_of_words")
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def train_linear(options: LinearConfig) -> dict[str, Any]:
     if not depths:
         expected = f"1: {dataset.num_labels:,} labels have no tree"
         raise InputError("--trees", expected, str(options.trees), "leave it out")
-    with own_folder(options.output, writes=WRITTEN) as folder:
+    with own_folder(options.output, writes=(*WRITTEN, *OTHERS)) as folder:
         return _forest(options, dataset, depths, folder)
 
 
@@ -170,8 +169,7 @@ def _forest(
     options: LinearConfig, dataset: Dataset, depths: tuple[int, ...], folder: Path
 ) -> dict[str, Any]:
     """Train a ranker on each of several trees, and measure the mean of their probabilities."""
-    (folder / CALIBRATION).unlink(missing_ok=True)
-    (folder / RANKER).unlink(missing_ok=True)  # it would vouch for files that change now
+    begin_forest(folder, options.trees)
     each = [
         replace(
             options,

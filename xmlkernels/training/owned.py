@@ -21,7 +21,7 @@ OURS, FOREIGN, DAMAGED = "ours", "foreign", "damaged"
 # Beside the checkpoints of a run: what reads its inputs, its tree, its labels' names, what its
 # scores mean; and what a kill left of writing them.
 _BESIDE = re.compile(
-    r"tokenizer|vocabulary|label_names\.txt|(tree|calibration)\.safetensors"
+    r"tokenizer|vocabulary|label_(names|ids)\.txt|(tree|calibration)\.safetensors"
     r"|\..*\.[0-9a-f]{12}\.part"
 )
 _CHECKPOINT = re.compile(r"(last|best)([-.]\d+)?|\.(last|best)([-.]\d+)?\.(old|new-[0-9a-f]+)")

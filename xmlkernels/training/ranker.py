@@ -13,13 +13,12 @@ from xmlkernels import InputError
 from xmlkernels.checksums import of_files
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.formats import write_npz
-from xmlkernels.data.manifest import PROFILE
+from xmlkernels.data.manifest import IDS
 from xmlkernels.evaluation import score_matrix
 from xmlkernels.locks import own_folder
 from xmlkernels.metrics import candidates_needed, evaluate, inverse_propensity
 from xmlkernels.predict.base import NAMES, RANKER
 from xmlkernels.predict.calibrate import DEPTH
-from xmlkernels.predict.calibration import CALIBRATION
 from xmlkernels.predict.model import checkpoint_identity
 from xmlkernels.predict.source import CLUSTERS, VECTORIZER, Source, ranker_identity
 from xmlkernels.ranker.blend import Reranker, best, best_of_all, choose_share, contenders
@@ -27,14 +26,15 @@ from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.grouped import fit_groups
 from xmlkernels.ranker.linear import LinearRanker, fit
 from xmlkernels.ranker.matcher import ClusterMatcher
-from xmlkernels.report.page import REPORT, write_report
+from xmlkernels.report.page import write_report
 from xmlkernels.report.run import open_run
 from xmlkernels.ticks import Ticks
 from xmlkernels.training.calibrating import Found, calibrated_at_end
 from xmlkernels.training.clock import Seconds
-from xmlkernels.training.folder import CHOICES, copy_profile, write_json, write_names
+from xmlkernels.training.folder import write_json
 from xmlkernels.training.measured import split_report
 from xmlkernels.training.ranker_config import RankerConfig, check
+from xmlkernels.training.ranker_folder import INPUTS, OTHERS, WRITTEN, begin, clear_inner
 from xmlkernels.training.ranker_inputs import (
     Documents,
     TrainingPart,
@@ -49,8 +49,6 @@ from xmlkernels.tree.label_tree import LabelTree
 
 log = logging.getLogger(__name__)
 
-INPUTS, WRITTEN = "inputs", (REPORT, "metrics.json", "predictions.npz")
-OTHERS = (RANKER, NAMES, PROFILE, CALIBRATION, CHOICES)
 # First document, logits and margins of some from it on, CSR [n, L] of one pattern.
 Scored = list[tuple[int, csr_matrix, csr_matrix]]
 _PAIRS = 1 << 22  # pairs (document, label) scored at one time
@@ -127,7 +125,9 @@ def _train(options: RankerConfig, folder: Path, words: Words) -> dict[str, Any]:
     reranker = Reranker(ranker, share, options.blend, **weights)
     with clock.on("evaluation"):
         report, reranker, answers = measure(options, dataset, documents, reranker, matcher)
-    beside = [NAMES, *([VECTORIZER] if vocabulary else []), *([CLUSTERS] if options.tree else [])]
+    beside = [NAMES, IDS]
+    beside += [VECTORIZER] if vocabulary else []
+    beside += [CLUSTERS] if options.tree else []
     facts = ranker.facts | {"beside": of_files(folder, beside)}
     whole = replace(reranker, ranker=replace(ranker, facts=facts))
     whole.save(folder / RANKER)
@@ -136,6 +136,7 @@ def _train(options: RankerConfig, folder: Path, words: Words) -> dict[str, Any]:
     report |= {
         "dataset": dataset.name,
         "dataset_hash": dataset.content_hash,
+        "dataset_folder": str(dataset.folder.resolve()),
         "propensity": dataset.propensity,
         "bags_of_words": dataset.vocabulary is not None,
         "seconds": clock.spent,
@@ -146,27 +147,6 @@ def _train(options: RankerConfig, folder: Path, words: Words) -> dict[str, Any]:
     if options.report:
         write_report(open_run(folder, dataset))
     return report
-
-
-def begin(folder: Path, dataset: Dataset) -> None:
-    """Remove the ranker that the folder may hold, and write the names of the labels.
-
-    A ranker vouches for the files beside it, so it goes before they change.
-    """
-    for name in (REPORT, "metrics.json", *OTHERS):
-        (folder / name).unlink(missing_ok=True)
-    write_names(folder, dataset)
-    copy_profile(folder, dataset)
-
-
-def clear_inner(folder: Path) -> None:
-    """Remove what a killed process left in the folders of vocabulary, clusters and inputs.
-
-    Nothing but this command writes there.
-    """
-    for inner in (folder / VECTORIZER, folder / CLUSTERS, folder / INPUTS):
-        for left in inner.glob(".*.part"):
-            left.unlink(missing_ok=True)
 
 
 def source_of(options: RankerConfig, checkpoint: str, vocabulary: str, bags: bool) -> Source:

@@ -18,6 +18,7 @@ from xmlkernels.checkpoint import CheckpointFolder
 from xmlkernels.checkpoint.folder import load as load_checkpoint
 from xmlkernels.checksums import of_files
 from xmlkernels.data.formats.text_lines import read_lines
+from xmlkernels.data.manifest import IDS
 from xmlkernels.errors import InputError
 from xmlkernels.locks import own_folder
 from xmlkernels.models.end_to_end import EndToEnd
@@ -25,9 +26,8 @@ from xmlkernels.options import check_least
 from xmlkernels.predict.base import NAMES
 from xmlkernels.predict.model import BESIDE, Predictor, checkpoint_identity
 from xmlkernels.records import parse_record
-from xmlkernels.training.config import Config, began_with
-from xmlkernels.training.folder import read_json, write_json, write_text
-from xmlkernels.training.inputs import open_dataset
+from xmlkernels.training.folder import write_json, write_text
+from xmlkernels.training.inputs import dataset_of_run
 from xmlkernels.training.owned import refuse_others
 
 log = logging.getLogger(__name__)
@@ -191,8 +191,7 @@ def _new_rows(
 
 def _sampled(options: LabelsConfig, predictor: Predictor) -> np.ndarray:
     """Embed a sample of the run's training documents: fp32 [n, D]."""
-    settings = read_json(Path(options.run) / "config.json")
-    split = open_dataset(replace(Config(), **began_with(settings))).splits["train"]
+    split = dataset_of_run(Path(options.run)).splits["train"]
     found: list[np.ndarray] = []
     for batch in predictor.inputs.batches(split, options.batch, seed=0).epoch(0):
         found.append(predictor.model.embed(batch.to(predictor.model.device)).cpu().numpy())
@@ -216,6 +215,9 @@ def _write(
         if (before / name).is_dir():
             shutil.copytree(before / name, inner / name)
     write_text(inner / NAMES, "".join(f"{name}\n" for name in names))
+    if (ids := predictor.label_ids) is not None:
+        every = [*(ids[label] for label in kept), *names[len(kept) :]]
+        write_text(inner / IDS, "".join(f"{line}\n" for line in every))
     state = load_checkpoint(predictor.folder, lambda name: False)[1]
     config = predictor.model.config()
     config["head"] = config["head"] | {"labels": len(names)}

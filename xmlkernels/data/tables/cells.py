@@ -33,7 +33,7 @@ def text_of(value: Any, where: str, column: str) -> str:
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         return _whole(" ".join(value))
     got = f"{_kind(value)}: {quote(str(value))}"
-    mend = "name the columns of the text with --text"
+    mend = "write it as a text, or name the columns of the text with --text"
     raise InputError(where, f"a text in column {column!r}", got, mend)
 
 
@@ -64,7 +64,7 @@ def labels_of(value: Any, divider: str | None, where: str, column: str) -> list[
         # A list says itself where a label ends.
         return [label for one in value for label in labels_of(one, "", where, column)]
     got = f"{_kind(value)}: {quote(str(value))}"
-    mend = "name the columns of the labels with --labels"
+    mend = "write it as a text, or name the columns of the labels with --labels"
     raise InputError(where, f"labels in column {column!r}", got, mend)
 
 

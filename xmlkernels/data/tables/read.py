@@ -255,7 +255,8 @@ def _raw(reading: _Reading, tables: Tables) -> Raw:
     }
     shown = _distinct(keys, names)
     described = [texts.get(key, name) for key, name in zip(keys, shown, strict=True)]
-    return Raw(splits, shown, described, declared=True, facts=reading.facts)
+    given = keys if tables.label_file is not None else None
+    return Raw(splits, shown, described, given, declared=True, facts=reading.facts)
 
 
 def _matrix(part: _Rows, new: np.ndarray, labels: int) -> csr_matrix:
