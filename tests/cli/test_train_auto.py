@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 import xmlkernels as xk
 from own_tables import LABELS, as_jsonl, write
+from xmlkernels import InputError
 from xmlkernels.cli import train
 from xmlkernels.data.profile import Profile, load_profile
 from xmlkernels.data.tables.options import Tables
@@ -54,6 +55,7 @@ def test_a_table_becomes_a_model_that_answers_with_names(
     assert options["min_df"] == 2
     # validation chose between words and pairs of them
     assert "trying words alone" in told and "trying words and pairs" in told
+    assert told.count("report: ") == 1, "trials have none"
     assert values["--longest"] == {1: "1 word", 2: "1 and 2 words"}[options["longest"]]
     assert load_profile(output) == load_profile(record["dataset"])
     (answer,) = xk.load(output).predict(["the fruit3 and nuts"], k=2)
@@ -94,6 +96,15 @@ def test_flags_that_do_not_fit(
     with pytest.raises(xk.InputError, match=sentence):
         train.main(words(place, table, "--output", str(place / "no"), *more))
     assert not (place / "no").exists()
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_data_are_read(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="--output: expected a folder"):
+        train.main(words(tmp_path, table, "--output", str(tmp_path / "file")))
+    assert capsys.readouterr().out == "" and not (tmp_path / "cache").exists()
 
 
 def test_there_is_no_auto_without_a_table() -> None:

@@ -22,6 +22,7 @@ from xmlkernels.cli.console import print_rows, say, typed
 from xmlkernels.cli.flags import Flag, flags_of
 from xmlkernels.data.profile import load_profile
 from xmlkernels.data.profiling import lines_of
+from xmlkernels.locks import own_folder
 from xmlkernels.training.auto import AutoConfig, prepared
 from xmlkernels.training.choosing import Choice, Machine, better_phrases, choose, recorded_choices
 from xmlkernels.training.folder import CHOICES, write_json
@@ -48,6 +49,9 @@ def main(words: Sequence[str], prog: str, train: Train) -> None:
     config = parse(AutoConfig, f"{prog} auto", __doc__ or "", words=mine)
     given = names_in(rest)
     _check_known(given, prog)
+    if not only_plan:
+        with own_folder(config.output):
+            pass  # what cannot be written is told before the data are read
     machine = Machine.here()
     told: list[str] = []
 

@@ -273,7 +273,8 @@ def better_phrases(options: LinearConfig, tell: Callable[[str], None]) -> tuple[
     found: dict[int, tuple[float, float]] = {}
     for longest in (1, 2):
         with TemporaryDirectory(prefix="xmlkernels-") as folder:
-            tried = replace(options, longest=longest, trees=1, output=f"{folder}/trial")
+            output = f"{folder}/trial"
+            tried = replace(options, longest=longest, trees=1, output=output, report=False)
             tell("trying words alone" if longest == 1 else "trying words and pairs of words")
             report = train_linear(tried)["validation"]
             measured = report.get("both") or report["ranker"]
