@@ -9,7 +9,7 @@ from xmlkernels import ticks
 from xmlkernels.cli import console
 from xmlkernels.ticks import LIVE, Ticks
 
-LOG = logging.getLogger("xmlkernels.test_ticks")
+LOG = logging.getLogger("xmlkernels.ticks")
 
 
 @pytest.fixture
