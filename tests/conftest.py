@@ -3,6 +3,7 @@ asked for.
 """
 
 import os
+import signal
 
 # Threads that wait by spinning make the suite several times slower on a machine that also does
 # other things. Read once, when torch is loaded.
@@ -14,6 +15,14 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Repeats on a card are compared bit for bit, which cuBLAS grants with a fixed workspace only.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Tests stop commands by these. A shell's background job ignores the first, nohup the second, and
+# every process that a test starts would too.
+for _number, _answer in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _answer)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
