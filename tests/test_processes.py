@@ -276,6 +276,9 @@ class Rows:
     filter_pairs: np.ndarray
     name: str = "test"
 
+    def __len__(self) -> int:
+        return int(self.labels.shape[0])
+
 
 class Bags:
     """`Inputs` of a split of bags."""

@@ -138,6 +138,9 @@ class Rows:
         self.features, self.labels = bags(DOCUMENTS)
         self.filter_pairs = np.array([[3, 1], [3, 2], [29, 0]])
 
+    def __len__(self) -> int:
+        return int(self.labels.shape[0])
+
 
 class Bags:
     """`Inputs` of a split of bags."""

@@ -120,7 +120,7 @@ def test_the_old_bag_of_words_file(config: PrepareConfig) -> None:
     inside = {
         f"{name}/{part}" for name in ROWS for part in ("features.npz", "labels.npz", "filter.npy")
     }
-    assert files == inside | {"manifest.json"}
+    assert files == inside | {"manifest.json", "profile.json"}
     batch = next(
         BagBatches(
             dataset.splits["test"].features, dataset.splits["test"].labels, 13, shuffle=False

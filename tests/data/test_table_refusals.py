@@ -52,7 +52,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "open.json": (f"[{TWO},\n{TWO}", {}, "open.json:4: expected an object of a list"),
     "number.jsonl": (
         '{"text": 17, "labels": ["x"]}\n', {},
-        "number.jsonl:1: expected a text in column 'text', got a number: '17'; name the columns",
+        "number.jsonl:1: expected a text in column 'text', got a number: '17'; write it as a "
+        "text, or name the columns",
     ),
     "object.jsonl": (
         '{"text": "a", "labels": [{"weight": 1}]}\n', {},

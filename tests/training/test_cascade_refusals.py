@@ -62,6 +62,8 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
         for name, value in recorded(config).items():
             if value is True:
                 flags.append(f"--{name}")
+            elif value is False and known[name]:
+                flags.append(f"--no-{name.replace('_', '-')}")
             elif value != known[name]:
                 flags += [
                     f"--{name.replace('_', '-')}",

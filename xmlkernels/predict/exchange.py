@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from xmlkernels.data.inputs import TokenInputs
 from xmlkernels.errors import InputError
 from xmlkernels.files import replacing
-from xmlkernels.models.end_to_end import EndToEnd
 from xmlkernels.nn.encoder import Encoder
 from xmlkernels.predict.model import Predictor
 
@@ -59,7 +58,7 @@ def write_onnx(predictor: Predictor, folder: Path) -> dict[str, Any]:
     if not isinstance(encoder, Encoder) or not isinstance(inputs, TokenInputs):
         mend = "its vectors are TF-IDF rows times a table: serve it with xmlkernels serve"
         raise InputError("--what onnx", "a transformer", "a bag of words", mend)
-    if not isinstance(predictor.model, EndToEnd):
+    if predictor.model.kind != "end_to_end":
         got, mend = "a cascade, whose levels read several layers", "export a run of end to end"
         raise InputError("--what onnx", "a model end to end", got, mend)
     try:
@@ -169,7 +168,7 @@ def write_index(
         InputError: another kind of model, or faiss is missing.
     """
     model = predictor.model
-    if not isinstance(model, EndToEnd):
+    if model.kind != "end_to_end":
         got, mend = "a cascade, whose scores are no inner products", "export a run of end to end"
         raise InputError("--what index", "a model end to end", got, mend)
     try:
@@ -177,13 +176,14 @@ def write_index(
     except ImportError:
         mend = 'pip install "xmlkernels[index]"'
         raise InputError("--what index", "the package faiss", "none", mend) from None
-    bias = model.head.bias
+    head: Any = model.head
+    bias = head.bias
     width = model.width + (bias is not None)
     metric = faiss.METRIC_INNER_PRODUCT
     exact = faiss.IndexFlatIP(width)
     for start in range(0, model.labels, _ROWS):
         end = min(start + _ROWS, model.labels)
-        rows = model.head.rows(start, end).cpu().float()
+        rows = head.rows(start, end).cpu().float()
         if bias is not None:
             rows = torch.cat([rows, bias[start:end, None].cpu().float()], dim=1)
         exact.add(np.ascontiguousarray(rows.numpy()))

@@ -21,7 +21,6 @@ from xmlkernels.data.formats.text_lines import read_lines
 from xmlkernels.data.manifest import IDS
 from xmlkernels.errors import InputError
 from xmlkernels.locks import own_folder
-from xmlkernels.models.end_to_end import EndToEnd
 from xmlkernels.options import check_least
 from xmlkernels.predict.base import NAMES
 from xmlkernels.predict.model import BESIDE, Predictor, checkpoint_identity
@@ -96,7 +95,7 @@ def relabel(options: LabelsConfig) -> dict[str, Any]:
     refuse_others(options.output)
     predictor = Predictor.load(options.run)
     model, names = predictor.model, predictor.label_names
-    if not isinstance(model, EndToEnd):
+    if model.kind != "end_to_end":
         mend = "train the cascade again with its new labels"
         raise InputError(options.run, "a model end to end", "a cascade on a label tree", mend)
     if names is None:
