@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 from xmlkernels import InputError
 from xmlkernels.cli import serve
 from xmlkernels.predict.ranked import Forest, RankedPredictor
+from xmlkernels.serve.server import bound
 
 Found = dict[str, Any]
 
@@ -169,3 +170,9 @@ def test_without_the_packages_it_says_how_to_get_them(monkeypatch: pytest.Monkey
     told = r'the package uvicorn, got .*; pip install "xmlkernels\[serve\]"'
     with pytest.raises(InputError, match=told):
         started(monkeypatch, V1 / "bow")
+
+
+def test_an_answer_does_not_wait_for_an_acknowledgement() -> None:
+    """asyncio sets TCP_NODELAY on connections of a socket that names its protocol."""
+    with bound("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
