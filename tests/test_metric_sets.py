@@ -9,6 +9,7 @@ from scipy.sparse import csr_matrix
 from sklearn.metrics import f1_score
 
 from xmlkernels import InputError, metrics
+from xmlkernels.metrics import best_cut, cut_metrics
 
 ANNIF = json.loads((Path(__file__).parent / "fixtures/annif/expected.json").read_text())
 # Three points over four labels; the last point has no positive.
@@ -80,3 +81,35 @@ def test_every_metric_has_its_sentence():
     told = [metrics.sentence_of(name) for name in names]
     assert len(set(told)) == len(told)
     assert all(text.endswith(".") and text.count(".") == 1 and "{" not in text for text in told)
+
+
+def test_a_cut_for_the_highest_micro_f1() -> None:
+    # Kept down to 2.0: 3 of 4 answers right, of 4 true pairs: F1 = 6 / 8.
+    rows = np.array([[0, 1, 2], [2, 0, -1]])
+    scores = np.array([[5.0, 2.0, 1.0], [3.0, 2.0, -np.inf]])
+    truth = csr_matrix(np.array([[1, 1, 0, 1], [0, 0, 1, 0]]))
+    cut = best_cut(scores, rows, truth)
+    assert cut == 1.5
+    kept = np.where(scores >= cut, rows, -1)
+    assert cut_metrics(kept, truth) == pytest.approx(
+        {
+            "microP": 75,
+            "microR": 75,
+            "microF1": 75,
+            "sampleF1": (80 + 200 / 3) / 2,
+            "labels": 2,
+        }
+    )
+    # Equal scores go together, and the last answer has none below it.
+    assert best_cut(np.full((2, 3), 7.0), rows, truth) == 7.0
+    assert best_cut(np.zeros((1, 1)), np.array([[0]]), csr_matrix([[1]])) == 0
+    empty = cut_metrics(np.full((2, 3), -1), truth)
+    assert set(empty.values()) == {0.0}
+
+
+def test_cuts_refuse() -> None:
+    truth = csr_matrix(np.array([[1, 0]]))
+    with pytest.raises(InputError, match=r"scores: expected shape \(1, 1\), got shape \(1, 2\)"):
+        best_cut(np.zeros((1, 2)), np.array([[0]]), truth)
+    with pytest.raises(InputError, match="expected one that is right, got none"):
+        best_cut(np.zeros((1, 1)), np.array([[1]]), truth)

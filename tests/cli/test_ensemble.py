@@ -19,6 +19,7 @@ from xmlkernels.data.dataset import Dataset, Split
 from xmlkernels.data.formats import write_npz, write_sparse
 from xmlkernels.metrics import evaluate, inverse_propensity
 from xmlkernels.metrics.ranking import NAMES
+from xmlkernels.metrics.words import CUT
 
 TEST_DOCUMENTS = 50
 
@@ -104,6 +105,50 @@ def test_sum_is_that_of_dense_matrices(
     assert list(got) == [*files, "sum"]
     assert got["sum"] == pytest.approx(expected)
     assert {f"{kind}@{k}" for kind in NAMES for k in range(1, 6)} == set(got["sum"])
+
+
+def test_labels_that_reach_a_threshold(
+    files: tuple[str, str],
+    folder: Path,
+    test_split: Split,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    probability = (sigmoid(logits(1)) + sigmoid(logits(2))) / 2
+    probability[tuple(test_split.filter_pairs.T)] = 0
+    true = test_split.labels.toarray() > 0
+
+    def measured(least: float) -> dict[str, float]:
+        kept = probability >= least
+        right = (kept & true).sum()
+        both = kept.sum(1) + true.sum(1)
+        own = 2 * (kept & true).sum(1) / np.maximum(both, 1)
+        return {
+            "microP": 100 * right / kept.sum(),
+            "microR": 100 * right / true.sum(),
+            "microF1": 200 * right / (kept.sum() + true.sum()),
+            "sampleF1": 100 * own.mean(),
+            "labels": kept.sum() / TEST_DOCUMENTS,
+        }
+
+    got = run(files, folder, threshold="0.6")["sum"]
+    assert got["threshold"] == 0.6
+    assert {name: got[name] for name in CUT} == pytest.approx(measured(0.6))
+    best = run(files, folder, threshold="f1")["sum"]
+    assert {name: best[name] for name in CUT} == pytest.approx(measured(best["threshold"]))
+    tried = np.unique(probability[probability > 0])
+    assert best["microF1"] == pytest.approx(max(measured(x)["microF1"] for x in tried))
+    one = run(files[:1], folder, threshold="0.6")
+    assert list(one) == [files[0]] and one[files[0]]["labels"] > 0
+    plain = run(files, folder)["sum"]
+    assert not set(CUT) & set(plain) and {key: best[key] for key in plain} == plain
+    words = [*files, "--dataset", str(folder), "--threshold", "0.6"]
+    ensemble.main([*words, "--metrics", str(tmp_path / "m.json")])
+    out = capsys.readouterr().out
+    assert "labels of a probability of 0.6 or more" in out and "Labels given per document." in out
+    assert json.loads((tmp_path / "m.json").read_text())["metrics"]["sum"] == got
+    with pytest.raises(InputError, match="--threshold: expected a probability from 0 to 1, or f1"):
+        run(files, folder, threshold="calibrated")
 
 
 @pytest.mark.parametrize("power", [0.3, 2.0])

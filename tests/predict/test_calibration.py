@@ -117,6 +117,24 @@ def test_thresholds_give_the_wanted_precision(train: csr_matrix) -> None:
     assert recalls == sorted(recalls, reverse=True)
 
 
+def test_one_cut_gives_the_highest_micro_f1(train: csr_matrix) -> None:
+    answers = planted(2000, 0)
+    fitted = fit_calibration(answers, train, bands=2)
+    odds = fitted.log_odds(answers.scores, answers.labels)
+
+    def micro_f1(least: float) -> float:
+        kept = odds >= least
+        return float(200 * (kept & answers.true).sum() / (kept.sum() + answers.truth.nnz))
+
+    found = measure_calibration(fitted, answers)["f1"]
+    assert found["microF1"] == pytest.approx(micro_f1(fitted.f1_cut))
+    assert found["microF1"] >= max(micro_f1(x) for x in np.linspace(-4, 4, 161)) > 60
+    assert found["labels"] == (odds >= fitted.f1_cut).sum() / 2000
+    # On other documents it is near the best, and no worse than all ten.
+    other = measure_calibration(fitted, planted(2000, 1))["f1"]
+    assert abs(other["microF1"] - found["microF1"]) < 2
+
+
 def test_too_few_answers_and_wrong_options(train: csr_matrix) -> None:
     answers = planted(5, 0)
     with pytest.raises(InputError, match="50 right and 50 wrong answers"):
@@ -133,6 +151,7 @@ def test_saved_loaded_and_damaged(train: csr_matrix, tmp_path: Path) -> None:
     x, labels = np.linspace(-5, 5, 60), np.arange(60)
     assert np.array_equal(again.log_odds(x, labels), fitted.log_odds(x, labels))
     assert (again.methods, again.counts, again.identity) == (fitted.methods, fitted.counts, "a")
+    assert again.f1_cut == fitted.f1_cut != 0
     with pytest.raises(InputError, match=r"band: expected uint8 \[61\], got uint8 \[60\]"):
         Calibration.load(tmp_path, 61)
     data = bytearray((tmp_path / CALIBRATION).read_bytes())
@@ -188,6 +207,10 @@ def test_thresholds_and_order_of_predictions(made: Path) -> None:
     low = found.calibration.thresholds[found.calibration.band]
     assert kept == [[x for x in labels if x.score >= low[x.id]] for labels in every]
     assert 0 < sum(map(len, kept)) < sum(map(len, every))
+    kept = list(found.predict(TEXTS, 20, threshold="f1"))
+    least = found.calibration.f1_cut
+    assert kept == [[x for x in labels if (x.log_odds or 0) >= least] for labels in every]
+    assert 0 < sum(map(len, kept)) < sum(map(len, every))
     by_odds = list(found.predict(TEXTS, 3, order="probability"))
     assert by_odds == [
         sorted(labels, key=lambda label: -(label.log_odds or 0))[:3] for labels in every
@@ -198,7 +221,7 @@ def test_what_an_uncalibrated_model_refuses(copied: Path) -> None:
     (copied / "whole" / "checkpoint" / CALIBRATION).unlink()
     found = xk.load(copied / "whole")
     assert next(found.predict(TEXTS, 1))[0].log_odds is None
-    for how in ({"threshold": "calibrated"}, {"order": "probability"}):
+    for how in ({"threshold": "calibrated"}, {"threshold": "f1"}, {"order": "probability"}):
         with pytest.raises(InputError, match="expected a calibrated model, got one without"):
             found.predict(TEXTS, 1, **how)  # type: ignore[arg-type]
     for how, told in (({"threshold": 2}, "threshold"), ({"order": "name"}, "order")):
@@ -214,7 +237,9 @@ def test_the_calibration_of_another_checkpoint_is_left_alone(copied: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["whole", "ranker", "beside", "forest"])
-def test_the_command_finds_what_training_found(copied: Path, name: str) -> None:
+def test_the_command_finds_what_training_found(
+    copied: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Also by other batches: the same curves, from the folder alone."""
     inner = copied / name / "checkpoint" if name == "whole" else copied / name
     before = Calibration.load(inner, 30)
@@ -222,6 +247,8 @@ def test_the_command_finds_what_training_found(copied: Path, name: str) -> None:
     moved = {"checkpoint": str(copied / "whole")} if name == "beside" else {}
     command.main([str(copied / name), "--batch", "7", *(f"--{k}={v}" for k, v in moved.items())])
     after = Calibration.load(inner, 30)
+    least = f"labels of a probability of {sigmoid(np.array(after.f1_cut)):.4g} or more"
+    assert f"test: {least}, the highest micro-F1 on validation" in capsys.readouterr().out
     assert after.identity == before.identity and np.array_equal(after.band, before.band)
     assert np.allclose(after.knots, before.knots, rtol=1e-3, atol=1e-3)
 
@@ -255,11 +282,11 @@ def test_options_of_the_command(copied: Path, tmp_path: Path) -> None:
 def test_predict_cuts_at_thresholds(made: Path, tmp_path: Path) -> None:
     words = ["--ranker", str(made / "ranker"), "--text", TEXTS[0], "--top-k", "20"]
     told = {}
-    for cut in ("0.5", "calibrated"):
+    for cut in ("0.5", "calibrated", "f1"):
         predict.main([*words, "--threshold", cut, "--output", str(tmp_path / "out.jsonl")])
         told[cut] = json.loads((tmp_path / "out.jsonl").read_text())["labels"]
     found = xk.load(made / "ranker")
-    for cut, value in (("0.5", 0.5), ("calibrated", "calibrated")):
+    for cut, value in (("0.5", 0.5), ("calibrated", "calibrated"), ("f1", "f1")):
         ids = [x.id for x in next(found.predict(TEXTS[:1], 20, threshold=value))]  # type: ignore[arg-type]
         assert [x["id"] for x in told[cut]] == ids and len(ids) < 20
     for more, wrong in (([], "--threshold"), (["--latency"], "--latency")):

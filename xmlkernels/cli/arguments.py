@@ -217,6 +217,24 @@ def _mend(name: str, known: dict[str, Flag], prog: str) -> str:
     return f"did you mean {either(meant)}? ({listed})" if meant else listed
 
 
+def read_threshold(given: str, *words: str) -> Any:
+    """Return the value of --threshold: None where it is empty, one of the words, or a probability.
+
+    Raises:
+        InputError: anything else.
+    """
+    if given in ("", *words):
+        return given or None
+    try:
+        value = float(given)
+        if 0 <= value <= 1:
+            return value
+    except ValueError:
+        pass
+    expected = f"a probability from 0 to 1, or {either(words)}"
+    raise InputError("--threshold", expected, repr(given), "correct it")
+
+
 def either(names: Sequence[str]) -> str:
     """Join names as in `a`, `a or b`, `a, b or c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

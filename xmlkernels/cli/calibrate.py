@@ -7,14 +7,15 @@ folder of a run, of a ranker, or of `linear --trees N`. Its metrics.json gets th
 
 Printed are the expected calibration error of the five best labels of a document, before and after;
 precision and recall of the labels that reach their band's threshold; and P@k of the ranking by
-score and by calibrated probability. predict ranks by score unless it is asked otherwise.
+score and by calibrated probability. predict ranks by score unless it is asked otherwise. Then how
+good the labels are that reach the probability with the highest micro-F1 on validation.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from xmlkernels.cli.arguments import parse
-from xmlkernels.cli.console import print_rows, say
+from xmlkernels.cli.console import print_every, print_rows, say
 from xmlkernels.training.calibrating import CalibrateConfig, calibrate
 
 
@@ -49,3 +50,6 @@ def print_calibration(report: dict[str, Any]) -> None:
     names += ["P@1 by score", "P@5", "P@1 by probability", "P@5"]
     methods = [band["method"] for band in report["bands"]]
     print_rows(f"calibration in {len(methods)} bands ({', '.join(methods)})", names, rows)
+    split = "test" if "test" in report else "validation"
+    title = f"{split}: labels of a probability of {report['f1_probability']:.4g} or more"
+    print_every(f"{title}, the highest micro-F1 on validation", report[split]["f1"])

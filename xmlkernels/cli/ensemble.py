@@ -20,6 +20,10 @@ dataset filters out are removed before the cut, in every row of the table.
 --calibrated turns the logits of each file into calibrated log-odds first, by the calibration that
 training or `xmlkernels calibrate` left in the file's folder: models then speak on one scale.
 
+--threshold P measures the labels whose probability in the sum is P or more, as many as a document
+has. --threshold f1 finds the P of the highest micro-F1: do so with the files of a validation split
+(--split val), and name that P for the test split.
+
 --propensity X favours rare labels: each probability of the sum is multiplied by the label's inverse
 propensity to the power X before the cut. At 0.2 to 0.4 PSP@k rises while P@k hardly falls; choose X
 on a validation split.
@@ -36,7 +40,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from xmlkernels import InputError
-from xmlkernels.cli.arguments import parse
+from xmlkernels.cli.arguments import parse, read_threshold
 from xmlkernels.cli.console import print_comparison, print_every
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.formats import read_npz, read_sparse, write_npz, write_sparse
@@ -45,12 +49,15 @@ from xmlkernels.files import check_file
 from xmlkernels.locks import own_place
 from xmlkernels.metrics import (
     annif_metrics,
+    best_cut,
+    cut_metrics,
     evaluate,
     inverse_propensity,
     macro_metrics,
 )
 from xmlkernels.metrics.annif import LIMIT
-from xmlkernels.predict.calibration import CALIBRATION, Calibration
+from xmlkernels.metrics.words import CUT
+from xmlkernels.predict.calibration import CALIBRATION, Calibration, sigmoid
 from xmlkernels.ranker.blend import best, combine, towards_rare
 from xmlkernels.training.folder import write_json
 from xmlkernels.training.stops import done
@@ -81,6 +88,9 @@ class Options:
     propensity: float = 0.0
     """Power of the labels' inverse propensity that multiplies the probabilities of the sum: above 0
     rare labels rise, and PSP@k with them. 0 leaves it as it is."""
+    threshold: str = ""
+    """Measure, too, the labels of the sum, or of the one file, that have this probability or more;
+    "f1": the one with the highest micro-F1, which is printed. --output keeps all labels."""
     output: str = ""
     """.npz or .txt(.gz) for the summed scores, as logits: the log-odds of the weighted mean of the
     probabilities, or the weighted mean of the log-odds."""
@@ -132,6 +142,7 @@ def check(options: Options) -> None:
     if options.calibrated and "probability" in options.scores:
         expected = "logits, which a calibration is of"
         raise InputError("--calibrated", expected, "--scores probability", "leave one of them out")
+    read_threshold(options.threshold, "f1")
     if options.top_k < MEASURED:
         raise InputError(
             "--top-k", f"{MEASURED} or more", str(options.top_k), "metrics go down to that place"
@@ -268,13 +279,15 @@ def _run(options: Options) -> dict[str, dict[str, float]]:
         name = path if path not in measured else f"{path} ({number + 1})"
         measured[name] = measure(best(alone, split.filter_pairs, deepest)[1])
     several = len(files) > 1 or options.propensity > 0
-    if several or options.output:
+    if several or options.output or options.threshold:
         total = combine(files, odds, options.weights or [1.0] * len(files), options.sum)
         if options.propensity:
             total = towards_rare(total, weight, options.propensity)
         values, rows = best(total, split.filter_pairs, options.top_k)
         if several:
-            measured["sum"] = measure(rows)
+            name, measured["sum"] = "sum", measure(rows)
+        if options.threshold:
+            measured[name] |= measure_cut(options.threshold, values, rows, split.labels)
         if options.output:
             kept = score_matrix(values.astype(np.float32), rows, dataset.num_labels)
             if options.output.endswith(".npz"):
@@ -294,6 +307,22 @@ def _run(options: Options) -> dict[str, dict[str, float]]:
     return measured
 
 
+def measure_cut(
+    threshold: str, values: np.ndarray, rows: np.ndarray, truth: csr_matrix
+) -> dict[str, float]:
+    """Measure the labels that reach --threshold.
+
+    Returns:
+        As of `cut_metrics`, and the probability as `threshold`.
+    """
+    probability = sigmoid(values)
+    least = read_threshold(threshold, "f1")
+    if least == "f1":
+        least = float(sigmoid(np.array(best_cut(values, rows, truth))))
+    kept = np.where(probability >= least, rows, -1)
+    return {"threshold": least, **cut_metrics(kept, truth)}
+
+
 def main(words: Sequence[str]) -> None:
     """Sum and measure the files that the arguments name."""
     options = parse(Options, "xmlkernels ensemble", __doc__ or "", positional=True, words=words)
@@ -305,6 +334,10 @@ def main(words: Sequence[str]) -> None:
     shown = shown if len(shown) == len(measured) else measured
     print_comparison(title, shown, ("P", "nDCG", "R"))
     print_comparison(f"{title}, by propensity", shown, ("PSP", "PSnDCG"))
+    if options.threshold:
+        name, metrics = list(shown.items())[-1]
+        what = f"labels of a probability of {metrics['threshold']:.6g} or more"
+        print_every(f"{title}, {name}: {what}", {key: metrics[key] for key in CUT})
     if options.show == "all":
         for name, metrics in shown.items():
             print_every(f"{title}, {name}", metrics)

@@ -18,7 +18,7 @@ import torch
 from tyro.constructors import PrimitiveConstructorSpec
 
 from xmlkernels import InputError
-from xmlkernels.cli.arguments import parse
+from xmlkernels.cli.arguments import parse, read_threshold
 from xmlkernels.cli.filters import Barred, read_labels
 from xmlkernels.cli.texts import Texts, paired
 from xmlkernels.data.formats import write_npz
@@ -29,6 +29,7 @@ from xmlkernels.files import replacing
 from xmlkernels.locks import own_place
 from xmlkernels.options import check_least, flag
 from xmlkernels.predict.base import Label, TextPredictor
+from xmlkernels.predict.calibration import CHOSEN
 from xmlkernels.predict.model import Predictor
 from xmlkernels.predict.ranked import Forest
 
@@ -81,8 +82,8 @@ class Options:
     top_k: int = 10
     """Labels per text."""
     threshold: str = ""
-    """Leave out labels below it: a probability, or "calibrated", the thresholds that calibration
-    stored for its precision."""
+    """Leave out labels below it: a probability; "calibrated", the thresholds that calibration
+    stored for its precision; or "f1", its probability with the highest micro-F1."""
     batch: int | None = None
     """Texts per pass: 64, or 1 for standard input, where more are faster but answered later."""
     # ---- model and machine ----
@@ -189,21 +190,8 @@ def check(options: Options) -> None:
 
 
 def threshold_of(options: Options) -> Any:
-    """Return --threshold as `TextPredictor.predict` takes it.
-
-    Raises:
-        InputError: neither a probability nor "calibrated".
-    """
-    if options.threshold in ("", "calibrated"):
-        return options.threshold or None
-    try:
-        value = float(options.threshold)
-        if 0 <= value <= 1:
-            return value
-    except ValueError:
-        pass
-    expected = "a probability from 0 to 1, or calibrated"
-    raise InputError("--threshold", expected, repr(options.threshold), "correct it")
+    """Return --threshold as `TextPredictor.predict` takes it."""
+    return read_threshold(options.threshold, *CHOSEN)
 
 
 def loaded(options: Options) -> TextPredictor:

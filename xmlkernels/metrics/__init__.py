@@ -9,13 +9,16 @@ the predictions, and of the labels that occur.
 
 from xmlkernels.metrics.annif import annif_metrics
 from xmlkernels.metrics.by_label import decile_table, macro_metrics
+from xmlkernels.metrics.cut import best_cut, cut_metrics
 from xmlkernels.metrics.ranking import evaluate, inverse_propensity, propensity_scored_recall
 from xmlkernels.metrics.words import sentence_of
 from xmlkernels.topk import candidates_needed, drop_filtered, top_rows_from_csr
 
 __all__ = [
     "annif_metrics",
+    "best_cut",
     "candidates_needed",
+    "cut_metrics",
     "decile_table",
     "drop_filtered",
     "evaluate",

@@ -16,6 +16,13 @@ _AT = {
     "coverage": "Of the labels that the split has, the share predicted rightly among {k}.",
     "abandonment": "The share of documents without a single hit among the {k} best.",
 }
+CUT = {
+    "microP": "Of the labels given, the share that is right; all documents together.",
+    "microR": "Of the true labels, the share that is given; all documents together.",
+    "microF1": "Harmonic mean of microP and microR.",
+    "sampleF1": "Harmonic mean of a document's precision and recall; mean over documents.",
+    "labels": "Labels given per document.",
+}
 _OVER = {
     "doc avg": "mean over documents",
     "subj avg": "mean over all labels",
@@ -46,7 +53,8 @@ def sentence_of(name: str) -> str:
     """Return what a metric says, in one sentence.
 
     Args:
-        name: as metrics are named here (`P@5`, `macroF1@3`), or by Annif.
+        name: as metrics are named here (`P@5`, `macroF1@3`; `microF1` of answers of any length), or
+            by Annif.
 
     Raises:
         KeyError: no metric has this name.
@@ -54,6 +62,8 @@ def sentence_of(name: str) -> str:
     if name in _ANNIF:
         return _ANNIF[name]
     kind, _, k = name.partition("@")
+    if not k:
+        return CUT[kind]
     return _AT[kind].format(k=k)
 
 

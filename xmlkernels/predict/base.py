@@ -16,7 +16,7 @@ import numpy as np
 from xmlkernels.data.manifest import IDS
 from xmlkernels.data.text_parts import TextParts
 from xmlkernels.errors import InputError
-from xmlkernels.predict.calibration import Calibration, sigmoid
+from xmlkernels.predict.calibration import CHOSEN, Calibration, Chosen, sigmoid
 from xmlkernels.predict.limits import Given, LabelNumbers, Limits
 
 NAMES = "label_names.txt"  # in the folder of checkpoints or of a ranker, one name per line
@@ -110,7 +110,7 @@ class TextPredictor(ABC):
         prefetch: int = 2,
         allow: Given = None,
         exclude: Given = None,
-        threshold: Literal["calibrated"] | float | None = None,
+        threshold: Chosen | float | None = None,
         order: Literal["score", "probability"] = "score",
     ) -> Iterator[list[Label]]:
         """Predict the k best labels of each text, best first, in the order of the texts.
@@ -133,15 +133,16 @@ class TextPredictor(ABC):
             allow: labels that may be given, by number (int) or name (str): one list for all texts,
                 or an iterable with a list or None (all labels) for each.
             exclude: labels that are never given, likewise.
-            threshold: labels below it are left out: a probability, or "calibrated", the score of
-                each band of labels that the calibration stored for its precision.
+            threshold: labels below it are left out: a probability; "calibrated", the score of each
+                band of labels that the calibration stored for its precision; or "f1", the
+                probability that had the highest micro-F1 on validation.
             order: "probability" ranks the 10 best by score, or k where that is more, by calibrated
                 probability, in which rare and frequent labels have one scale.
 
         Raises:
             InputError: a label that the model does not have, an allow-list without any, not one
-                list per text, or texts that the model cannot read; "calibrated" or "probability"
-                of a model that is not calibrated.
+                list per text, or texts that the model cannot read; "calibrated", "f1" or
+                "probability" of a model that is not calibrated.
         """
         check_k(k)
         self.check_scale(threshold, order)
@@ -153,12 +154,12 @@ class TextPredictor(ABC):
     def check_scale(self, threshold: object, order: str) -> None:
         """Raise InputError where `predict` cannot take this threshold or order."""
         number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-        if not (threshold in (None, "calibrated") or (number and 0 <= float(threshold) <= 1)):  # type: ignore[arg-type]
-            expected = 'a probability from 0 to 1, or "calibrated"'
+        if not (threshold in (None, *CHOSEN) or (number and 0 <= float(threshold) <= 1)):  # type: ignore[arg-type]
+            expected = 'a probability from 0 to 1, "calibrated" or "f1"'
             raise InputError("threshold", expected, repr(threshold), "correct it")
         if order not in ("score", "probability"):
             raise InputError("order", "score or probability", repr(order), "choose one of them")
-        if self.calibration is None and (threshold == "calibrated" or order == "probability"):
+        if self.calibration is None and (threshold in CHOSEN or order == "probability"):
             mend = "calibrate it with xmlkernels calibrate"
             raise InputError("predictor", "a calibrated model", "one without", mend)
 
@@ -167,15 +168,15 @@ class TextPredictor(ABC):
         values: np.ndarray,
         rows: np.ndarray,
         k: int,
-        threshold: Literal["calibrated"] | float | None,
+        threshold: Chosen | float | None,
         order: str,
     ) -> list[Label]:
         """Return the labels of a text: calibrated, ranked, cut at `threshold` and at k."""
         odds = None if self.calibration is None else self.calibration.log_odds(values, rows)
         kept = rows >= 0
-        if threshold == "calibrated":
+        if isinstance(threshold, str):
             assert self.calibration is not None
-            kept &= self.calibration.good_enough(values, rows)
+            kept &= self.calibration.good_enough(values, rows, threshold)
         found = [
             Label(row, self._name(row), value, None if odds is None else float(odds[at]))
             for at, (value, row) in enumerate(zip(values.tolist(), rows.tolist(), strict=True))

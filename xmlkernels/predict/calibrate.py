@@ -11,7 +11,7 @@ Letters: N documents, k labels of each, L labels, G bands.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ from scipy.sparse import csr_matrix
 
 from xmlkernels.errors import InputError
 from xmlkernels.label_counts import LabelCounts
-from xmlkernels.metrics import evaluate
+from xmlkernels.metrics import best_cut, cut_metrics, evaluate
 from xmlkernels.predict.calibration import MOST_BANDS, MOST_KNOTS, Calibration, sigmoid
 
 Method = Literal["auto", "isotonic", "platt"]
@@ -69,7 +69,7 @@ def fit_calibration(
     precision: float = 0.8,
     identity: str = "",
 ) -> Calibration:
-    """Fit a curve and a threshold for each band of labels.
+    """Fit a curve and a threshold for each band of labels, and a cut for all.
 
     Args:
         answers: on the validation split.
@@ -109,15 +109,18 @@ def fit_calibration(
         curves.append(_curve(_isotonic(x, y) if how == "isotonic" else _platt(x, y)))
         methods.append(how)
         thresholds.append(_threshold(x, y, precision))
-    return Calibration(
+    fitted = Calibration(
         band,
         np.stack(curves),
         np.array(thresholds),
         precision,
+        0.0,
         tuple(methods),
         tuple(int(end) for end in ends),
         identity,
     )
+    odds = fitted.log_odds(answers.scores, answers.labels)
+    return replace(fitted, f1_cut=best_cut(odds, answers.labels, answers.truth))
 
 
 def _ends(counts: np.ndarray, true: np.ndarray, bands: int) -> np.ndarray:
@@ -210,6 +213,7 @@ def measure_calibration(calibration: Calibration, answers: Answers) -> dict[str,
         `before` and `after`: the expected calibration error of the five best labels of each
         document by σ(score) and by calibrated probabilities; `before_10`, `after_10` of the ten
         best. `precision` and `recall` of the labels that reach their thresholds, as shares.
+        `f1`: `cut_metrics` of the labels that reach the probability of the highest micro-F1.
         `ranked`: P@1, 3 and 5 in percent where the labels are ranked by calibrated probability, as
         bands then compete on one scale, and `ranked_by_score` as they are.
     """
@@ -224,6 +228,8 @@ def measure_calibration(calibration: Calibration, answers: Answers) -> dict[str,
     right = int((reached & answers.true).sum())
     report["precision"] = right / int(reached.sum()) if reached.any() else None
     report["recall"] = right / max(1, answers.truth.nnz)
+    kept = calibration.good_enough(answers.scores, answers.labels, "f1")
+    report["f1"] = cut_metrics(np.where(kept, answers.labels, -1), answers.truth)
     anew = np.take_along_axis(answers.labels, np.argsort(-odds, axis=1, kind="stable"), 1)
     for name, labels in (("ranked", anew), ("ranked_by_score", answers.labels)):
         found = evaluate(labels, answers.truth)

@@ -12,7 +12,7 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
 import numpy as np
 from safetensors.numpy import save
@@ -26,6 +26,9 @@ from xmlkernels.records import Count, Meta, parse_record
 CALIBRATION = "calibration.safetensors"
 FORMAT = "xmlkernels-calibration-1"
 MOST_BANDS, MOST_KNOTS = 32, 64
+Chosen = Literal["calibrated", "f1"]
+"""A threshold that calibration chose."""
+CHOSEN = get_args(Chosen)
 _AGAIN = "calibrate again: xmlkernels calibrate"
 _TENSORS = {"band": (np.uint8, 1), "knots": (np.float64, 3), "thresholds": (np.float64, 1)}
 
@@ -39,6 +42,7 @@ class Head(TypedDict):
 
     identity: str
     precision: Annotated[float, Meta(gt=0, le=1)]
+    f1_cut: float
     methods: list[str]
     counts: list[Count]
 
@@ -54,6 +58,7 @@ class Calibration:
         thresholds: fp64 [G], the lowest score from which a band's labels are right in a share
             `precision` of the cases; infinity where none is.
         precision: the share that was wanted.
+        f1_cut: the calibrated log-odds from which labels have the highest micro-F1.
         methods: how each curve was fitted, "isotonic" or "platt".
         counts: the largest number of training documents of a band's labels; the last is that of
             the most frequent label.
@@ -64,6 +69,7 @@ class Calibration:
     knots: np.ndarray
     thresholds: np.ndarray
     precision: float
+    f1_cut: float
     methods: tuple[str, ...]
     counts: tuple[int, ...]
     identity: str = ""
@@ -85,8 +91,17 @@ class Calibration:
         out[there] = found
         return out
 
-    def good_enough(self, scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Return whether each score reaches the threshold of its label's band; False at -1."""
+    def good_enough(
+        self, scores: np.ndarray, labels: np.ndarray, how: Chosen = "calibrated"
+    ) -> np.ndarray:
+        """Return whether each score reaches the threshold; False at -1.
+
+        Args:
+            scores, labels: of one shape.
+            how: "calibrated", that of the label's band; "f1", the one of all labels.
+        """
+        if how == "f1":
+            return self.log_odds(scores, labels) >= self.f1_cut
         reached = np.zeros(scores.shape, bool)
         there = labels >= 0
         reached[there] = scores[there] >= self.thresholds[self.band[labels[there]]]
@@ -96,6 +111,7 @@ class Calibration:
         """Write the file into a folder, whole or not at all."""
         tensors = {"band": self.band, "knots": self.knots, "thresholds": self.thresholds}
         told = {"format": FORMAT, "identity": self.identity, "precision": self.precision}
+        told |= {"f1_cut": self.f1_cut}
         told |= {"methods": list(self.methods), "counts": list(self.counts)}
         head = {"calibration": json.dumps(told)}
         with replacing(Path(folder) / CALIBRATION) as file:
@@ -143,6 +159,7 @@ class Calibration:
             found["knots"],
             found["thresholds"],
             told["precision"],
+            told["f1_cut"],
             tuple(told["methods"]),
             tuple(told["counts"]),
             told["identity"],

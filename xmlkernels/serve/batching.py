@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from xmlkernels.predict.base import Label, Text, TextPredictor
+from xmlkernels.predict.calibration import Chosen
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Job:
     k: int
     allow: list[np.ndarray | None] | None = None
     exclude: list[np.ndarray | None] | None = None
-    threshold: float | Literal["calibrated"] | None = None
+    threshold: float | Chosen | None = None
     order: Literal["score", "probability"] = "score"
 
     @property

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
 from xmlkernels.errors import InputError
 from xmlkernels.predict.base import Label, Text, TextPredictor
+from xmlkernels.predict.calibration import Chosen
 from xmlkernels.predict.limits import LabelNumbers
 from xmlkernels.serve.batching import Job
 
@@ -40,10 +41,11 @@ class Request(_Strict):
         None, description="the only labels that may be given: one list, or a list or null per text"
     )
     exclude: Limit = Field(None, description="labels that are never given, likewise")
-    threshold: Annotated[float, Field(ge=0, le=1)] | Literal["calibrated"] | None = Field(
+    threshold: Annotated[float, Field(ge=0, le=1)] | Chosen | None = Field(
         None,
         description="labels of a lower probability are left out; calibrated: below the score of "
-        "their band that the calibration stored for its precision",
+        "their band that the calibration stored for its precision; f1: below its probability of "
+        "the highest micro-F1",
     )
     order: Literal["score", "probability"] = Field(
         "score", description="probability: the best by score, ranked by calibrated probability"

@@ -21,7 +21,7 @@ from xmlkernels.predict.calibrate import (
     fit_calibration,
     measure_calibration,
 )
-from xmlkernels.predict.calibration import CALIBRATION
+from xmlkernels.predict.calibration import CALIBRATION, sigmoid
 from xmlkernels.predict.folders import dataset_folder, load
 from xmlkernels.predict.model import Predictor
 from xmlkernels.predict.ranked import Forest, Ranked, RankedPredictor
@@ -132,6 +132,7 @@ def keep_calibration(
         for count, method, threshold in bands
     ]
     report["wanted_precision"] = fitted.precision
+    report["f1_probability"] = float(sigmoid(np.array(fitted.f1_cut)))
     where = "test" if "test" in report else "validation"
     log.info(
         f"calibrated on validation: expected calibration error of the five best labels on {where} "
