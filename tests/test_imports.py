@@ -25,6 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "parallel": {"errors"},
     "threads": {"errors"},
     "precision": set(),
+    "terms": set(),
     "memory": {"errors"},
     "ticks": {"memory"},
     "files": {"errors", "file_kinds"},
@@ -43,14 +44,15 @@ ARROWS: dict[str, set[str]] = {
     "optim": {"errors", "dist"},
     "data": {
         "errors", "checksums", "file_kinds", "files", "foreign", "installed", "locks", "memory",
-        "records",
+        "records", "terms",
     },
     "nn": {
         "errors", "dist", "foreign", "installed", "locks", "ops", "precision", "rows", "threads",
     },
-    "tree": {"errors", "checksums", "data", "files", "parallel", "records"},
+    "tree": {"errors", "checksums", "data", "files", "parallel", "records", "terms"},
     "ranker": {
-        "errors", "checksums", "data", "files", "metrics", "parallel", "records", "ticks", "topk",
+        "errors", "checksums", "data", "files", "metrics", "parallel", "records", "terms", "ticks",
+        "topk",
     },
     "models": {
         "errors", "checkpoint", "data", "dist", "nn", "optim", "records", "rows", "tree",

@@ -64,6 +64,13 @@ def test_names_that_stand_in_their_texts_are_found(tmp_path: Path) -> None:
     Dataset.from_texts(tmp_path / "d", (texts, labels))
     (found,) = load_profile(tmp_path / "d").suspicions
     assert (found.kind, found.count, found.examples) == ("label_in_text", 1, ["garden tools"])
+    # Without spaces a name may stand anywhere, and words are characters.
+    texts = [f"第{n}种北京烤鸭" for n in range(10)] + [f"x {n}" for n in range(9)]
+    Dataset.from_texts(tmp_path / "e", (texts, [["北京"]] * 10 + [["cut"]] * 9))
+    other = load_profile(tmp_path / "e")
+    assert (other.suspicions[0].kind, other.suspicions[0].examples) == ("label_in_text", ["北京"])
+    words = other.splits["train"].words
+    assert words is not None and words.most == 7
 
 
 def test_it_is_no_part_of_what_the_data_are(folder: Path) -> None:

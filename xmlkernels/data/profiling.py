@@ -21,6 +21,7 @@ from xmlkernels.data.profile import (
     Spread,
     Suspicion,
 )
+from xmlkernels.terms import count_words, has_spaces
 
 SHOWN = {"train": "training", "val": "validation", "test": "test"}
 _DECILES, _EXAMPLES = 10, 5
@@ -109,7 +110,7 @@ class _Page:
         for row, text in enumerate(part.texts or ()):
             words = text.casefold().split()
             plain = " ".join(words)
-            self.words[row], self.characters[row] = len(words), len(text)
+            self.words[row], self.characters[row] = count_words(text), len(text)
             self.hashes[row] = hash(plain)
             if not text.isascii() and ("\ufffd" in text or _MOJIBAKE.search(text)):
                 self.broken.append(row)
@@ -123,6 +124,8 @@ class _Page:
 def _wanted(name: str) -> str:
     """Return what to look for in a text: the name as words, "" for one that says too little."""
     plain = " ".join(name.casefold().split())
+    if not has_spaces(plain):
+        return plain if len(plain) > 1 else ""  # nothing stands before a word
     return f" {plain}" if len(plain) >= _SHORTEST and not plain.isdecimal() else ""
 
 

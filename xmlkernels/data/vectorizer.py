@@ -18,15 +18,17 @@ from xmlkernels.data.formats.arrays import read_tensors
 from xmlkernels.errors import InputError
 from xmlkernels.files import replacing
 from xmlkernels.records import Positive, read_record
+from xmlkernels.terms import VERSION, Terms
 
-FORMAT, VERSION = "xmlkernels-vocabulary", 1
+FORMAT = "xmlkernels-vocabulary"
 VOCABULARY, IDF = "vocabulary.json", "idf.safetensors"
 MOST_BYTES = 1 << 30  # of vocabulary.json: words are many
-_WORD = r"(?u)\b\w+\b"  # single letters are words too: names of concepts hold them ("vitamin C")
 
 
 class Vectorizer:
     """TF-IDF of words and of neighbouring words, from a vocabulary learnt of the training texts.
+
+    Words of any script are those of `terms.Terms`.
 
     A value is (1 + ln tf) · (1 + ln((1 + N) / (1 + df))), each row of norm 1. Columns are in the
     order of their words, so equal texts give equal columns.
@@ -72,9 +74,8 @@ class Vectorizer:
             else {key: settings[key] for key in ("min_df", "max_features")}
         )
         return TfidfVectorizer(
-            ngram_range=(1, settings["longest"]),
+            analyzer=Terms(settings["longest"]),
             sublinear_tf=settings["sublinear"],
-            token_pattern=_WORD,
             norm="l2" if settings["normalize"] else None,
             dtype=np.float32,
             **choice,
@@ -97,7 +98,7 @@ class Vectorizer:
     @property
     def content_hash(self) -> str:
         """sha256 of everything that decides what a text becomes."""
-        told = json.dumps([VERSION, _WORD, self.settings, self.words], sort_keys=True)
+        told = json.dumps([VERSION, self.settings, self.words], sort_keys=True)
         return hashlib.sha256(told.encode() + self.idf.tobytes()).hexdigest()
 
     def _ready(self) -> TfidfVectorizer:

@@ -7,6 +7,7 @@ from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from xmlkernels.errors import InputError
+from xmlkernels.terms import Terms
 
 _BLOCK = 256  # texts whose similarities to all N training texts are held at once, sparse
 
@@ -36,7 +37,7 @@ class KNNBaseline:
                 "pass one split's",
             )
         self._vectorizer = TfidfVectorizer(
-            token_pattern=r"[^\W_]+", sublinear_tf=True, dtype=np.float32
+            analyzer=Terms(underscores=False), sublinear_tf=True, dtype=np.float32
         )
         try:
             vectors = self._vectorizer.fit_transform(train_texts)

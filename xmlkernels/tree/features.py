@@ -12,9 +12,8 @@ from scipy.sparse import csr_matrix
 
 from xmlkernels.data.token_store import TokenStore
 from xmlkernels.errors import InputError
+from xmlkernels.terms import Terms
 from xmlkernels.tree.products import top_product, unit_rows
-
-WORDS = r"[^\W_]+"  # `snake_case` is two words, as for the nearest-neighbour baseline
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,10 +167,10 @@ class TextFeatures:
         if not 0 < common <= 1:
             raise InputError("common", "a share above 0, at most 1", str(common), "mend it")
         self._vectorizer = TfidfVectorizer(
-            token_pattern=WORDS,
+            # `snake_case` is two words, as for the nearest-neighbour baseline.
+            analyzer=Terms(ngrams, underscores=False),
             sublinear_tf=True,
             dtype=np.float32,
-            ngram_range=(1, ngrams),
             max_features=most_terms,
             max_df=float(common),
         )
