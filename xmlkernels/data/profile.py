@@ -45,7 +45,7 @@ class SplitProfile:
         duplicates: documents whose text an earlier one of the split has (in any letter case and
             spacing).
         labels: labels per document.
-        words: words per text, divided by white space; None where there are no texts.
+        words: words per text, as `terms.count_words` counts; None where there are no texts.
         characters: characters per text; None where there are no texts.
         tokens: tokens per document as they are kept; None without a tokenizer.
         cut: documents that reach the most tokens that are kept; None without a tokenizer.
