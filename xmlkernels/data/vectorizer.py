@@ -21,6 +21,7 @@ from xmlkernels.records import Positive, read_record
 from xmlkernels.terms import VERSION, Terms
 
 FORMAT = "xmlkernels-vocabulary"
+_LATIN = r"(?u)\b\w+\b"  # the words of version 1, which split at spaces and signs alone
 VOCABULARY, IDF = "vocabulary.json", "idf.safetensors"
 MOST_BYTES = 1 << 30  # of vocabulary.json: words are many
 
@@ -63,18 +64,24 @@ class Vectorizer:
             "sublinear": sublinear,
             "normalize": normalize,
         }
+        self._version = VERSION
         self._inner = self._make()
         self._fitted = False
 
     def _make(self, words: list[str] | None = None) -> TfidfVectorizer:
         settings = self.settings
-        choice = (
+        choice: dict[str, Any] = (
             {"vocabulary": words}
             if words is not None
             else {key: settings[key] for key in ("min_df", "max_features")}
         )
+        longest = settings["longest"]
+        choice |= (
+            {"token_pattern": _LATIN, "ngram_range": (1, longest)}
+            if self._version == 1
+            else {"analyzer": Terms(longest)}
+        )
         return TfidfVectorizer(
-            analyzer=Terms(settings["longest"]),
             sublinear_tf=settings["sublinear"],
             norm="l2" if settings["normalize"] else None,
             dtype=np.float32,
@@ -98,7 +105,8 @@ class Vectorizer:
     @property
     def content_hash(self) -> str:
         """sha256 of everything that decides what a text becomes."""
-        told = json.dumps([VERSION, self.settings, self.words], sort_keys=True)
+        kind = [1, _LATIN] if self._version == 1 else [self._version]
+        told = json.dumps([*kind, self.settings, self.words], sort_keys=True)
         return hashlib.sha256(told.encode() + self.idf.tobytes()).hexdigest()
 
     def _ready(self) -> TfidfVectorizer:
@@ -147,7 +155,7 @@ class Vectorizer:
         folder.mkdir(parents=True, exist_ok=True)
         head = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": self._version,
             "hash": self.content_hash,
             "settings": self.settings,
             "words": self.words,
@@ -166,10 +174,13 @@ class Vectorizer:
                 together.
         """
         folder, mend = Path(folder), "save the vocabulary again"
-        kind = {"format": FORMAT, "version": VERSION}
+        kind = {"format": FORMAT}
         head: Any = read_record(
             folder / VOCABULARY, Head, mend=mend, kind=kind, most_bytes=MOST_BYTES
         )
+        if head["version"] > VERSION:
+            where, got = f"{folder / VOCABULARY}, version", str(head["version"])
+            raise InputError(where, f"{VERSION} at most", got, "read it with a newer xmlkernels")
         _, found = read_tensors(folder / IDF, "the weights of a vocabulary", mend)
         idf, words = found.get("idf"), head["words"]
         if (
@@ -183,6 +194,7 @@ class Vectorizer:
                 str(folder / IDF), f"{len(words)} finite float32, one for each word", got, mend
             )
         out = cls(**{key: head["settings"][key] for key in SettingsValues.__annotations__})
+        out._version = head["version"]
         try:
             out._inner = out._make(words)
             out._inner.idf_ = idf
@@ -212,6 +224,7 @@ class SettingsValues(TypedDict):
 class Head(TypedDict):
     """vocabulary.json."""
 
+    version: Positive
     hash: str
     settings: SettingsValues
     words: list[str]
