@@ -44,12 +44,12 @@ ARROWS: dict[str, set[str]] = {
     "optim": {"errors", "dist"},
     "data": {
         "errors", "checksums", "file_kinds", "files", "foreign", "installed", "locks", "memory",
-        "records", "terms",
+        "records", "terms", "ticks",
     },
     "nn": {
         "errors", "dist", "foreign", "installed", "locks", "ops", "precision", "rows", "threads",
     },
-    "tree": {"errors", "checksums", "data", "files", "parallel", "records", "terms"},
+    "tree": {"errors", "checksums", "data", "files", "parallel", "records", "terms", "ticks"},
     "ranker": {
         "errors", "checksums", "data", "files", "metrics", "parallel", "records", "terms", "ticks",
         "topk",

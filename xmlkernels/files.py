@@ -44,8 +44,12 @@ __all__ = [
     "recover_folder",
     "replacing",
     "replacing_folder",
+    "share_read",
     "sync",
 ]
+
+
+_reading: dict[str, IO[bytes]] = {}  # by name, as they are on disk
 
 
 class DataWarning(UserWarning):
@@ -124,6 +128,7 @@ def open_bytes(
     kind = ""
     try:
         with opened as file:
+            _reading[name] = file
             stream = unpacked(file, more)
             kind = archive(stream)
             if utf8:
@@ -142,6 +147,22 @@ def open_bytes(
         raise InputError(
             name, expected, str(error), "check the file; unpack it first if that is right"
         ) from None
+    finally:
+        _reading.pop(name, None)
+
+
+def share_read(path: PathLike) -> float | None:
+    """Return how much of a file is read, from 0 to 1: one that `open_bytes` holds open.
+
+    None of another one, and where there is no telling. Of an archive its packed bytes count.
+    """
+    file = _reading.get(os.fspath(path))
+    try:
+        if file is None or not (size := os.fstat(file.fileno()).st_size):
+            return None
+        return min(1.0, os.lseek(file.fileno(), 0, os.SEEK_CUR) / size)
+    except (OSError, ValueError):  # a pipe, or closed meanwhile
+        return None
 
 
 @contextmanager

@@ -52,13 +52,21 @@ def threads() -> int:
     return _chosen.get() or most_threads()
 
 
-def in_parallel(work: Callable[[int, int], None], count: int, step: int, workers: int = 0) -> None:
+def in_parallel(
+    work: Callable[[int, int], None],
+    count: int,
+    step: int,
+    workers: int = 0,
+    *,
+    done: Callable[[int], None] = lambda count: None,
+) -> None:
     """Call work(begin, end) for the pieces of `step` of range(count).
 
     Who does which piece must not change the result.
 
     Args:
         workers: threads; 0 is `threads()`.
+        done: receives the size of each piece behind it, for progress.
 
     Raises:
         InputError: a negative number of them.
@@ -70,7 +78,13 @@ def in_parallel(work: Callable[[int, int], None], count: int, step: int, workers
     if workers <= 1:
         for begin, end in pieces:
             work(begin, end)
+            done(end - begin)
         return
+
+    def one(begin: int, end: int) -> None:
+        work(begin, end)
+        done(end - begin)
+
     with ThreadPoolExecutor(workers) as pool:
-        for done in [pool.submit(work, begin, end) for begin, end in pieces]:
-            done.result()
+        for ended in [pool.submit(one, begin, end) for begin, end in pieces]:
+            ended.result()

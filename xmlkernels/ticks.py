@@ -7,11 +7,16 @@ one every second, to show it in one place; the command line does so on a termina
 import logging
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from xmlkernels.memory import resident_memory
 
 LIVE = 15  # between DEBUG and INFO: lines that replace one another
 _INTERVAL, _LIVELY = 10.0, 1.0
+_AT_ONCE = 32  # items that are counted together: a look at the clock for each would be dear
+
+T = TypeVar("T")
 
 
 def interval(log: logging.Logger) -> tuple[float, int]:
@@ -39,31 +44,61 @@ class Ticks:
     Args:
         log: the logger that tells them.
         what: is done.
-        total: pieces of it.
+        total: pieces of it; None where nobody knows.
         unit: what the pieces are.
+        share: how much of the work is done, from 0 to 1, where there is no total; it may not know
+            either.
     """
 
-    def __init__(self, log: logging.Logger, what: str, total: int, unit: str) -> None:
-        self.log, self.what, self.total, self.unit = log, what, total, unit
+    def __init__(
+        self,
+        log: logging.Logger,
+        what: str,
+        total: int | None,
+        unit: str,
+        *,
+        share: Callable[[], float | None] = lambda: None,
+    ) -> None:
+        self.log, self.what, self.total, self.unit, self._share = log, what, total, unit, share
         self.done, self._lock = 0, threading.Lock()
         self._began = self._told = time.monotonic()
 
     def add(self, count: int = 1) -> None:
-        """Count pieces that are done, and tell where it is time to."""
+        """Count pieces that are done, and tell where it is time to.
+
+        Of 0 it tells that the work still goes on.
+        """
         every, level = interval(self.log)
         with self._lock:
             self.done += count
             now = time.monotonic()
-            if self.done >= self.total or now - self._told < every:
+            ended = self.total is not None and self.done >= self.total
+            if ended or now - self._told < every:
                 return
             self._told = now
             line = self._line(now - self._began)
         self.log.log(level, line)
 
+    def over(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield the items, and count them as they are taken."""
+        waiting = 0
+        for item in items:
+            yield item
+            waiting += 1
+            if waiting == _AT_ONCE:
+                self.add(waiting)
+                waiting = 0
+        if waiting:
+            self.add(waiting)
+
     def _line(self, spent: float) -> str:
-        share, speed = self.done / max(self.total, 1), self.done / max(spent, 1e-9)
-        left = (self.total - self.done) / max(speed, 1e-9)
+        share = self._share() if self.total is None else self.done / max(self.total, 1)
+        of = "" if self.total is None else f" of {self.total:,}"
+        told = "" if share is None else f" ({100 * share:.0f}%)"
+        speed = self.done / max(spent, 1e-9)
+        rate = f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
+        left = "" if not share else f"  about {duration(spent / share - spent)} left"
         return (
-            f"{self.what}: {self.done:,} of {self.total:,} {self.unit} ({100 * share:.0f}%)  "
-            f"{speed:,.0f} {self.unit}/s{memory_held()}  about {duration(left)} left"
+            f"{self.what}: {self.done:,}{of} {self.unit}{told}  {rate} {self.unit}/s"
+            f"{memory_held()}{left}"
         )

@@ -7,7 +7,8 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,25 +38,32 @@ class _Console(Console):
 _console = _Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
-def say(text: str) -> None:
-    """Print one line at once; of several processes the first speaks for all."""
+def say(text: str, console: _Console | None = None) -> None:
+    """Print one line at once; of several processes the first speaks for all.
+
+    Args:
+        text: the line.
+        console: another place than standard output.
+    """
     if _silent():
         return
-    _console.print(text, markup=False, soft_wrap=True)
-    sys.stdout.flush()
+    console = console or _console
+    console.print(text, markup=False, soft_wrap=True)
+    console.file.flush()
 
 
 class _Printed(logging.Handler):
     """Print what the library logs; a closed output ends the command, as it does in `say`."""
 
     live: Status | None = None
+    error: _Console | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno != LIVE:
             self.still()  # the next line of progress is drawn below
-            say(record.getMessage())
+            say(record.getMessage(), self.error)
         elif not _silent():
-            self.live = self.live or Status("", console=_console)
+            self.live = self.live or Status("", console=self.error or _console)
             self.live.update(escape(record.getMessage()))
             self.live.start()
 
@@ -74,6 +82,35 @@ def print_logs() -> None:
         # On a terminal progress is one line that changes.
         logger.setLevel(LIVE if _console.is_terminal else logging.INFO)
         logger.propagate = False
+
+
+@contextmanager
+def telling_apart() -> Iterator[Callable[[str], None]]:
+    """Send what the library tells to standard error: standard output is for the result alone.
+
+    Yields:
+        What sends a line there, too.
+    """
+    logger = logging.getLogger("xmlkernels")
+    console, level = _Console(highlight=False, stderr=True), logger.level
+    printed = [found for found in logger.handlers if isinstance(found, _Printed)]
+    for handler in printed:
+        handler.still()
+        handler.error = console
+    if printed:
+        logger.setLevel(LIVE if console.is_terminal else logging.INFO)
+
+    def tell(line: str) -> None:
+        _still()
+        say(line, console)
+
+    try:
+        yield tell
+    finally:
+        for handler in printed:
+            handler.still()
+            handler.error = None
+        logger.setLevel(level)
 
 
 def _still() -> None:

@@ -21,25 +21,21 @@ Three documents with the labels 0 and 4, 3, 1 and 2:
 Names in place of ids ("State aid, EU law") are read with --source attentionxml.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
 from xmlkernels.cli.arguments import parse
+from xmlkernels.cli.console import telling_apart
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.installed import source_of
 from xmlkernels.training.stops import done
-
-
-def tell(line: str) -> None:
-    """Print progress to standard error; standard output gets the one line of the result."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def main(words: Sequence[str]) -> None:
     """Make the dataset folder that the arguments describe."""
     config = parse(PrepareConfig, "xmlkernels prepare", __doc__ or "", words=words)
     tokenizer = None if config.tokenizer is None else source_of(config.tokenizer, "--tokenizer")
-    dataset = prepare(replace(config, tokenizer=tokenizer), tell)
+    with telling_apart() as tell:
+        dataset = prepare(replace(config, tokenizer=tokenizer), tell)
     done()
     print(f"{config.output}: {dataset.num_labels:,} labels, content {dataset.content_hash[:16]}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,10 +33,12 @@ from xmlkernels.data.tokens import Tokenizer, tokenize_to_file
 from xmlkernels.errors import InputError
 from xmlkernels.files import recover_folder, replacing_folder
 from xmlkernels.locks import own_place
+from xmlkernels.ticks import Ticks
+
+log = logging.getLogger(__name__)
 
 Tell = Callable[[str], None]
 T = TypeVar("T")
-SECONDS_BETWEEN_LINES = 10.0
 TOKENS = "tokens.bin"
 
 
@@ -139,7 +141,7 @@ def write_folder(
     """
     with replacing_folder(output, replace=overwrite, check=refuse_foreign) as folder:
         counts = write_splits(raw, tokenizer, max_length, folder, keep_texts=keep_texts, tell=tell)
-        write_labels(raw, tokenizer, max_length, folder, tell=tell)
+        write_labels(raw, tokenizer, max_length, folder)
         profile = profile_of(raw, name, folder, max_length)
         write_profile(folder, profile)
         for line in lines_of(profile):
@@ -215,7 +217,7 @@ def write_splits(
             "positives": int(labels.nnz),
             "unlabelled": int((np.diff(labels.indptr) == 0).sum()),
             "filter_pairs": len(pairs),
-            **_write_documents(folder / name, name, split, tokenizer, max_length, tell),
+            **_write_documents(folder / name, name, split, tokenizer, max_length),
         }
         tell(_summary(name, counts[name]))
     return counts
@@ -231,7 +233,6 @@ def _write_documents(
     split: RawSplit,
     tokenizer: Tokenizer | None,
     max_length: int,
-    tell: Tell,
 ) -> dict[str, int]:
     """Write the documents' tokens or, where there is no tokenizer, their features, if any.
 
@@ -242,7 +243,7 @@ def _write_documents(
             return {}
         write_npz(folder / FEATURES, split.features)
         return {"words": int(split.features.nnz)}
-    store = _write_tokens(folder / TOKENS, name, split, tokenizer, max_length, tell)
+    store = _write_tokens(folder / TOKENS, name, split, tokenizer, max_length)
     return {
         "tokens": store.header.tokens,
         "at_max_length": int((store.lengths == max_length).sum()),
@@ -265,9 +266,7 @@ def _summary(name: str, count: dict[str, int]) -> str:
     )
 
 
-def write_labels(
-    raw: Raw, tokenizer: Tokenizer | None, max_length: int, folder: Path, *, tell: Tell
-) -> None:
+def write_labels(raw: Raw, tokenizer: Tokenizer | None, max_length: int, folder: Path) -> None:
     """Write label names, and tokens or features of the label texts, where there are any."""
     if raw.label_names is not None:
         write_label_names(folder, raw.label_names)
@@ -279,27 +278,18 @@ def write_labels(
         return
     if raw.label_maps is not None or raw.label_texts is not None:
         labels = RawSplit(raw.label_texts, raw.splits["train"].labels, maps=raw.label_maps)
-        _write_tokens(
-            folder / "label_tokens.bin", "label texts", labels, tokenizer, max_length, tell
-        )
+        _write_tokens(folder / "label_tokens.bin", "label texts", labels, tokenizer, max_length)
 
 
 def _write_tokens(
-    path: Path, name: str, split: RawSplit, tokenizer: Tokenizer, max_length: int, tell: Tell
+    path: Path, name: str, split: RawSplit, tokenizer: Tokenizer, max_length: int
 ) -> TokenStore:
     if split.maps is not None:
         return _from_maps(path, name, split.maps, split.map_rows, tokenizer)
     if split.texts is None:
         raise InputError(f"{name} split", "texts or token maps", "neither", "give one of them")
-    last = time.monotonic()
-
-    def progress(done: int, every: int) -> None:
-        nonlocal last
-        if done < every and time.monotonic() - last > SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            tell(f"{name}: {done:,} of {every:,} tokenised")
-
-    return tokenize_to_file(split.texts, path, tokenizer, max_length, progress=progress)
+    ticks = Ticks(log, f"{name}: tokens", len(split.texts), "documents")
+    return tokenize_to_file(split.texts, path, tokenizer, max_length, progress=ticks.add)
 
 
 def _from_maps(
@@ -351,7 +341,8 @@ def write_split(
     np.save(target / "filter.npy", np.asarray(filter_pairs, np.int64).reshape(-1, 2))
     if texts is not None:
         with open(target / "texts.jsonl", "w", encoding="ascii", newline="\n") as file:
-            file.writelines(json.dumps(text) + "\n" for text in texts)
+            ticks = Ticks(log, f"{name}: texts written", len(texts), "documents")
+            file.writelines(json.dumps(text) + "\n" for text in ticks.over(texts))
 
 
 def write_label_names(

@@ -5,6 +5,7 @@ Letters: N documents of a split, L labels.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from xmlkernels.data.profile import (
     Suspicion,
 )
 from xmlkernels.terms import count_words, has_spaces
+from xmlkernels.ticks import Ticks
+
+log = logging.getLogger(__name__)
 
 SHOWN = {"train": "training", "val": "validation", "test": "test"}
 _DECILES, _EXAMPLES = 10, 5
@@ -66,7 +70,7 @@ def measure(
         splits: "train", and "val" and "test" where there are any.
         label_names: of the L labels.
     """
-    pages = {split: _Page(part, label_names) for split, part in splits.items()}
+    pages = {split: _Page(split, part, label_names) for split, part in splits.items()}
     train = splits["train"].labels
     counts = np.bincount(train.indices, minlength=train.shape[1])
     overlaps = list(_overlaps(pages))
@@ -99,7 +103,7 @@ class _Page:
         named: of each label, documents of the split whose text holds its name, int64 [L].
     """
 
-    def __init__(self, part: Measured, names: Sequence[str] | None) -> None:
+    def __init__(self, split: str, part: Measured, names: Sequence[str] | None) -> None:
         count = 0 if part.texts is None else len(part.texts)
         self.texts = part.texts
         self.words, self.characters, self.hashes = (np.zeros(count, np.int64) for _ in range(3))
@@ -107,7 +111,8 @@ class _Page:
         self.named = np.zeros(part.labels.shape[1], np.int64)
         wanted = None if names is None else [_wanted(name) for name in names]
         starts, columns = part.labels.indptr.tolist(), part.labels.indices.tolist()
-        for row, text in enumerate(part.texts or ()):
+        ticks = Ticks(log, f"profile of the {SHOWN.get(split, split)} texts", count, "documents")
+        for row, text in enumerate(ticks.over(part.texts or ())):
             words = text.casefold().split()
             plain = " ".join(words)
             self.words[row], self.characters[row] = count_words(text), len(text)

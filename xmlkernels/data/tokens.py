@@ -38,7 +38,7 @@ PROBE = [
     "数字 12345 ½",
     "[CLS] <s> </s> [SEP] <unk>",
 ]
-Progress = Callable[[int, int], None]
+Progress = Callable[[int], None]
 MOST_IDS = 1 << 24  # the largest vocabularies have a few hundred thousand
 MOST_BYTES = 1 << 28  # of a file of a tokenizer; the largest have some ten million
 FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model")
@@ -294,8 +294,8 @@ def tokenize_to_file(
 ) -> TokenStore:
     """Tokenize `texts` into a token file, `chunk` texts at a time by the tokenizer's own threads.
 
-    Never more than one chunk's tokens are in memory. `progress(done, all)` is called after each
-    chunk.
+    Never more than one chunk's tokens are in memory. `progress` receives the size of each chunk
+    behind it.
     """
     with TokenWriter(
         path,
@@ -309,5 +309,5 @@ def tokenize_to_file(
             part = texts[start : start + chunk]
             writer.append(tokenizer.encode_batch(part, max_length))
             if progress is not None:
-                progress(start + len(part), len(texts))
+                progress(len(part))
     return TokenStore.open(path)

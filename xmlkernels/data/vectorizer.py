@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -19,6 +20,9 @@ from xmlkernels.errors import InputError
 from xmlkernels.files import replacing
 from xmlkernels.records import Positive, read_record
 from xmlkernels.terms import VERSION, Terms
+from xmlkernels.ticks import Ticks
+
+log = logging.getLogger(__name__)
 
 FORMAT = "xmlkernels-vocabulary"
 _LATIN = r"(?u)\b\w+\b"  # the words of version 1, which split at spaces and signs alone
@@ -122,7 +126,7 @@ class Vectorizer:
         """
         self._inner = self._make()
         try:
-            found = self._inner.fit_transform(_strings(texts))
+            found = self._inner.fit_transform(_strings(texts, "TF-IDF, the vocabulary"))
         except ValueError as error:
             mend = "choose a smaller min_df, or check the texts"
             raise InputError(
@@ -145,7 +149,8 @@ class Vectorizer:
         inner, rows = self._ready(), list(_strings(texts))
         if not rows:  # scikit-learn refuses them
             return csr_matrix((0, len(self)), dtype=np.float32)
-        found = csr_matrix(inner.transform(rows))
+        ticks = Ticks(log, "TF-IDF", len(rows), "texts")
+        found = csr_matrix(inner.transform(ticks.over(rows)))
         found.sort_indices()
         return found
 
@@ -230,11 +235,15 @@ class Head(TypedDict):
     words: list[str]
 
 
-def _strings(texts: Iterable[str]) -> Iterator[str]:
+def _strings(texts: Iterable[str], what: str = "") -> Iterator[str]:
+    """Yield texts, checked; of work that has a name it is told how far it is."""
     if isinstance(texts, str):
         raise InputError(
             "texts", "a list or other iterable of strings", "one string", "put it into a list"
         )
+    if what:
+        total = len(texts) if isinstance(texts, Sized) else None
+        texts = Ticks(log, what, total, "texts").over(texts)
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise InputError(f"text {number}", "a string", type(text).__name__, "convert it first")

@@ -5,6 +5,7 @@ Letters: N documents, L labels, D width of the embedding, V columns of TF-IDF.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +22,11 @@ from xmlkernels.ranker.descend import best_stored, mark_undominated
 from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.linear import LinearRanker
 from xmlkernels.records import check_record
+from xmlkernels.ticks import Ticks
 
+log = logging.getLogger(__name__)
 _TINY = float(np.finfo(np.float64).tiny)
-_PAIRS = 1 << 23  # pairs (document, label) scored at one time
-_ROWS = 4096  # documents that a thread takes at one time
+_PAIRS, _ROWS = 1 << 23, 4096  # pairs scored at one time; documents that a thread takes at once
 _FEW = 256  # a list of so many is kept by insertion, a longer one is sorted
 SHARES = tuple(round(0.05 * step, 2) for step in range(21))
 How = Literal["log_odds", "product"]
@@ -193,10 +195,12 @@ def choose_share(
         The reranker with them, and the metrics of everything that was tried, by (kind, share).
     """
     tried: dict[tuple[How, float], dict[str, float]] = {}
+    ticks = Ticks(log, "choosing share and kind of blend", len(HOW) * len(SHARES), "blends")
     for how in HOW:
         for share in SHARES:
             scores = replace(reranker, share=share, how=how).mix(logits, margins)
             tried[how, share] = evaluate(best(scores, filter_pairs, 5)[1], labels)
+            ticks.add()
     known = tried[HOW[0], 0.0]
     wrong = [name for name in by if name not in known]
     if wrong or not by:

@@ -43,6 +43,7 @@ def fit_groups(
     excluded: np.ndarray | None = None,
     threads: int = 0,
     facts: dict[str, Any] | None = None,
+    what: tuple[str, str] = ("classifiers", "labels"),
 ) -> LinearRanker:
     """Train each label on the documents for which its group is listed or holds a true label.
 
@@ -60,6 +61,7 @@ def fit_groups(
             true.
         threads: of numba; 0 leaves its number. The result does not depend on it.
         facts: JSON values to keep with the ranker.
+        what: is trained, and of what: for the lines of progress.
 
     Raises:
         InputError: matrices of other shapes, or not one group for each label.
@@ -79,7 +81,7 @@ def fit_groups(
     parts: list[Any] = [None] * len(pieces)
     keep_compiled(gather, pairs_of, solve_jointly, keep_large, solve)
 
-    ticks = Ticks(log, "classifiers", len(group), "labels")
+    ticks = Ticks(log, what[0], len(group), what[1])
 
     def train(begin: int, end: int) -> None:
         for number in range(begin, end):

@@ -1,5 +1,6 @@
 """A baseline for every model: nearest neighbours of TF-IDF vectors."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,6 +9,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from xmlkernels.errors import InputError
 from xmlkernels.terms import Terms
+from xmlkernels.ticks import Ticks
+
+log = logging.getLogger(__name__)
 
 _BLOCK = 256  # texts whose similarities to all N training texts are held at once, sparse
 
@@ -40,7 +44,8 @@ class KNNBaseline:
             analyzer=Terms(underscores=False), sublinear_tf=True, dtype=np.float32
         )
         try:
-            vectors = self._vectorizer.fit_transform(train_texts)
+            ticks = Ticks(log, "neighbours, words of the training texts", len(train_texts), "texts")
+            vectors = self._vectorizer.fit_transform(ticks.over(train_texts))
         except ValueError as error:
             raise InputError(
                 "train_texts", "at least one word", "none", "pass texts with words"
@@ -111,6 +116,7 @@ class KNNBaseline:
         barred = _pattern(apart, (len(texts), self._labels.shape[0]))
         values = np.full((len(texts), k), -np.inf, np.float32)
         rows = np.full((len(texts), k), -1, np.int64)
+        ticks = Ticks(log, "neighbours", len(texts), "texts")
         for start in range(0, len(texts), _BLOCK):
             similar = (queries[start : start + _BLOCK] @ self._by_word).tocsr()
             if barred.nnz:
@@ -127,6 +133,7 @@ class KNNBaseline:
             best = _largest(votes, k)
             point, place = _places(best)
             rows[start + point, place], values[start + point, place] = best.indices, best.data
+            ticks.add(_BLOCK)
         return values, rows
 
 

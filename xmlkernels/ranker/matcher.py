@@ -10,6 +10,7 @@ which its parent was kept or is true.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,9 @@ from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.grouped import fit_groups
 from xmlkernels.ranker.linear import LinearRanker, Settings, arrays_of
 from xmlkernels.records import Count, Meta, Positive, check_record
+from xmlkernels.ticks import Ticks
+
+log = logging.getLogger(__name__)
 
 _ROWS = 4096  # documents that a thread takes at one time
 
@@ -86,7 +90,10 @@ class ClusterMatcher:
         for level, part in enumerate(parts):
             true = _binary(labels @ _members(part))
             parents = _parents(parts, level)
-            rankers.append(fit_groups(features, true, parents, kept, settings, threads=threads))
+            what = (f"classifiers of level {level}", "clusters")
+            rankers.append(
+                fit_groups(features, true, parents, kept, settings, threads=threads, what=what)
+            )
             if level + 1 < len(parts):
                 kept = cls(tuple(rankers), parts[: level + 1], beam).kept(features, threads=threads)
         return cls(tuple(rankers), parts, beam)
@@ -210,7 +217,8 @@ class ClusterMatcher:
             def descend(begin: int, end: int) -> None:
                 keep_children(begin, end, x, above, *how, values, names)  # noqa: B023
 
-            in_parallel(descend, n, _ROWS, threads)
+            ticks = Ticks(log, f"clusters of level {level} for each document", n, "documents")
+            in_parallel(descend, n, _ROWS, threads, done=ticks.add)
             names = np.where(names >= 0, order[names], -1).astype(np.int32)
         place = np.nonzero(names >= 0)
         shape = (n, self.rankers[-1].sparse.shape[0])

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,10 @@ from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.files import check_file
 from xmlkernels.installed import source_of
 from xmlkernels.nn.encoder import Encoder
+from xmlkernels.ticks import Ticks
 from xmlkernels.tree.features import LabelFeatures
+
+log = logging.getLogger(__name__)
 
 # Features of the labels, and for the report features and labels of documents.
 Found = tuple[LabelFeatures, scipy.sparse.csr_matrix | None, scipy.sparse.csr_matrix | None]
@@ -87,6 +91,7 @@ class LabelEncoder:
         rows = self.tokenizer.encode_batch(texts, self.tokens)
         order = np.argsort([len(row) for row in rows], kind="stable")
         vectors = np.empty((len(rows), self.encoder.width), np.float32)
+        ticks = Ticks(log, "label texts encoded", len(rows), "labels")
         for start in range(0, len(order), batch):
             some = order[start : start + batch]
             ids = np.full(
@@ -97,6 +102,7 @@ class LabelEncoder:
                 ids[place, : len(rows[i])], mask[place, : len(rows[i])] = rows[i], 1
             with torch.inference_mode():
                 vectors[some] = self.encoder(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
+            ticks.add(len(some))
         return vectors
 
 

@@ -6,17 +6,22 @@ parts of unequal numbers and the threads are ours.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from threading import local as thread_local
 
 import numpy as np
 
 from xmlkernels.errors import InputError
 from xmlkernels.parallel import in_parallel, keep_compiled
+from xmlkernels.ticks import Ticks
 from xmlkernels.tree.features import LabelFeatures
 from xmlkernels.tree.large_node import add_columns, add_dense, split_large
 from xmlkernels.tree.two_means import score_some, split_node, start_on_sample
+
+log = logging.getLogger(__name__)
 
 # None of these depends on the machine: they decide the clusters.
 LARGE = 4096  # rows from which all threads work on one node
@@ -92,6 +97,7 @@ def cluster(
         if level:
             nodes = _share(nodes, count)
         finest = level == len(counts) - 1
+        splitter.begin(level, nodes)
         while any(node.clusters > 1 and node.size > 1 for node in nodes):
             nodes = splitter.halve(order, nodes, finest)
         partition = np.empty(labels, np.int64)
@@ -115,7 +121,14 @@ class _Splitter:
             np.zeros((len(features), 0), np.float32) if features.dense is None else features.dense
         )
         self.empty = features.empty
+        self.ticks = Ticks(log, "clusters", None, "labels placed")
         self._own = thread_local()
+
+    def begin(self, level: int, nodes: list[_Node]) -> None:
+        """Tell from now on how far this level is: each halving of a node places its labels."""
+        work = [node.size * (node.clusters - 1).bit_length() for node in nodes]
+        what = f"level {level}, {sum(node.clusters for node in nodes):,} clusters"
+        self.ticks = Ticks(log, what, sum(work), "labels placed")
 
     def halve(self, order: np.ndarray, nodes: list[_Node], finest: bool) -> list[_Node]:
         """Cut every node that must become several clusters in two.
@@ -137,10 +150,12 @@ class _Splitter:
         def work(begin: int, end: int) -> None:
             for i in small[begin:end]:
                 made[i] = self._cut(order, nodes[i], finest)
+                self.ticks.add(nodes[i].size)
 
         for i in todo:
             if nodes[i].size >= LARGE:
                 made[i] = self._cut(order, nodes[i], finest)
+                self.ticks.add(nodes[i].size)
         in_parallel(work, len(small), max(1, len(small) // 256))
         return [node for group in made for node in group]
 
@@ -188,7 +203,8 @@ class _Splitter:
         bounds = (means.tolerance, means.rounds, self._map())
         side: np.ndarray
         if n >= LARGE:
-            side = split_large(self.sparse, self.dense, *tried, *bounds)
+            tick = partial(self.ticks.add, 0)
+            side = split_large(self.sparse, self.dense, *tried, *bounds, tick)
         else:
             side = split_node(*self.sparse, self.dense, *tried, PAIRWISE, *bounds)
         return side

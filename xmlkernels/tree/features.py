@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,10 @@ from scipy.sparse import csr_matrix
 from xmlkernels.data.token_store import TokenStore
 from xmlkernels.errors import InputError
 from xmlkernels.terms import Terms
+from xmlkernels.ticks import Ticks
 from xmlkernels.tree.products import top_product, unit_rows
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +112,8 @@ def label_centroids(documents: csr_matrix, labels: csr_matrix, keep: int = 1000)
         raise InputError(
             "document features", "finite numbers", "NaN or infinity", "make them again"
         )
-    return top_product(csr_matrix((labels != 0).T, dtype=np.float32), unit_rows(documents), keep)
+    members = csr_matrix((labels != 0).T, dtype=np.float32)
+    return top_product(members, unit_rows(documents), keep, what="label features")
 
 
 def fill_empty(centroids: csr_matrix, text_features: csr_matrix, keep: int = 1000) -> csr_matrix:
@@ -131,7 +136,8 @@ def fill_empty(centroids: csr_matrix, text_features: csr_matrix, keep: int = 100
     take = csr_matrix(
         (np.ones(empty.sum(), np.float32), (np.flatnonzero(empty),) * 2), shape=(len(empty),) * 2
     )
-    return csr_matrix(centroids + top_product(take, text_features, keep))
+    own = top_product(take, text_features, keep, what="label features of their texts")
+    return csr_matrix(centroids + own)
 
 
 class TextFeatures:
@@ -175,7 +181,8 @@ class TextFeatures:
             max_df=float(common),
         )
         try:
-            self.documents: csr_matrix = csr_matrix(self._vectorizer.fit_transform(texts))
+            told = Ticks(log, "TF-IDF for the tree", len(texts), "texts").over(texts)
+            self.documents: csr_matrix = csr_matrix(self._vectorizer.fit_transform(told))
         except ValueError as error:
             raise InputError(
                 "training texts", "at least one word that not all share", "none", "use other texts"
@@ -183,7 +190,8 @@ class TextFeatures:
 
     def transform(self, texts: Sequence[str]) -> csr_matrix:
         """fp32 CSR [len(texts), V]."""
-        return csr_matrix(self._vectorizer.transform(texts))
+        ticks = Ticks(log, "TF-IDF for the tree", len(texts), "texts")
+        return csr_matrix(self._vectorizer.transform(ticks.over(texts)))
 
 
 class TokenFeatures:

@@ -7,13 +7,18 @@ section 3, with the settings of CascadeXML (Kharbanda et al., NeurIPS 2022): 400
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 from numba import njit
 from scipy.sparse import csr_matrix
 
 from xmlkernels.errors import InputError
 from xmlkernels.parallel import in_parallel, keep_compiled
+from xmlkernels.ticks import Ticks
 from xmlkernels.tree.products import top_product
+
+log = logging.getLogger(__name__)
 
 _LABELS = 1024  # walks a thread does at a time
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
@@ -80,7 +85,10 @@ def label_graph(
     settings = (np.int64(visits), np.uint64(round(restart * 2**32)), np.int64(top), np.uint64(seed))
     keep_compiled(_walk)
     in_parallel(
-        lambda begin, end: _walk(begin, end, *edges, *settings, index, times, found), count, _LABELS
+        lambda begin, end: _walk(begin, end, *edges, *settings, index, times, found),
+        count,
+        _LABELS,
+        done=Ticks(log, "walks of the label graph", count, "labels").add,
     )
     kept = np.arange(width) < found[:, None]
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(found)])
@@ -133,7 +141,7 @@ def smooth(graph: csr_matrix, features: csr_matrix, keep: int = 1000) -> csr_mat
 
     The `keep` largest entries of each row remain.
     """
-    return top_product(normalised(graph), features, keep)
+    return top_product(normalised(graph), features, keep, what="smoothing")
 
 
 @njit(nogil=True)

@@ -6,6 +6,8 @@ number of threads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numba import njit
 
@@ -29,10 +31,11 @@ def split_large(
     tolerance: float,
     rounds: int,
     column_map: np.ndarray,
+    tick: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """Split a node as `two_means.split_node` does, without a copy of its rows.
 
-    Columns of each row must ascend.
+    Columns of each row must ascend. `tick` is called in each round.
     """
     direction = np.zeros(len(column_map), np.float32)
     dense_direction = np.zeros(dense.shape[1], np.float32)
@@ -55,6 +58,7 @@ def split_large(
     score, is_first = np.empty(len(rows), np.float32), np.zeros(len(rows), bool)
     before = -np.inf
     for _ in range(rounds):
+        tick()
         in_parallel(
             lambda a, b: score_some(a, b, *matrix, dense, rows, direction, dense_direction, score),
             len(rows),

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 from numba import njit
 from scipy.sparse import csr_matrix
 
 from xmlkernels.errors import InputError
 from xmlkernels.parallel import in_parallel, keep_compiled
+from xmlkernels.ticks import Ticks
+
+log = logging.getLogger(__name__)
 
 _ROWS = 1 << 11  # rows a thread does at a time; their kept entries are held uncompacted
 
 
-def top_product(a: csr_matrix, b: csr_matrix, keep: int) -> csr_matrix:
+def top_product(a: csr_matrix, b: csr_matrix, keep: int, *, what: str = "product") -> csr_matrix:
     """Return the `keep` largest entries (by magnitude) of each row of a · b.
 
     Every row is summed by one thread in the order of its entries, so the result does not depend on
@@ -21,6 +26,7 @@ def top_product(a: csr_matrix, b: csr_matrix, keep: int) -> csr_matrix:
     Args:
         a: [n, m]; b: [m, V]; values are taken as fp32.
         keep: of equal entries the lower column stays.
+        what: is made, for the lines of progress: one row is a label's.
 
     Returns:
         fp32 CSR [n, V], columns ascending; entries that are exactly 0 are left out.
@@ -50,7 +56,7 @@ def top_product(a: csr_matrix, b: csr_matrix, keep: int) -> csr_matrix:
         blocks[begin] = (index[kept], value[kept], count)
 
     keep_compiled(_product)
-    in_parallel(block, n, _ROWS)
+    in_parallel(block, n, _ROWS, done=Ticks(log, what, n, "labels").add)
     ends = np.concatenate(
         [np.zeros(1, np.int64), np.cumsum(np.concatenate([*_third(blocks), np.zeros(0, np.int64)]))]
     )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from xmlkernels.data.formats.text_lines import Utf8Repairs, numbered_lines
+from xmlkernels.data.formats.text_lines import Utf8Repairs, counted, numbered_lines
 from xmlkernels.errors import InputError
 from xmlkernels.file_kinds import is_json_lines
 from xmlkernels.files import PathLike, at_line, quote
@@ -115,7 +115,8 @@ def read_lf_json(
     title: list[str] = []
     content: list[str] = []
     indptr, indices, data = array("q", [0]), array("q"), array("f")
-    for record in iter_lf_json(path, num_labels=num_labels, merge_duplicates=merge_duplicates):
+    found = iter_lf_json(path, num_labels=num_labels, merge_duplicates=merge_duplicates)
+    for record in counted(path, found, "records"):
         uid.append(record.uid)
         title.append(record.title)
         content.append(record.content)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -23,13 +24,18 @@ from xmlkernels.files import (
     open_bytes,
     quote,
     replacing,
+    share_read,
 )
+from xmlkernels.ticks import Ticks
+
+log = logging.getLogger(__name__)
 
 LONGEST_LINE = 1 << 24
 """Characters of a line at most: of a file without line ends one line would be all of it."""
 SEPARATOR = "/SEP/"
 Divider = Literal["tab", "comma", "space"]
 DIVIDERS: dict[Divider, str] = {"tab": "\t", "comma": ",", "space": " "}
+T = TypeVar("T")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -131,8 +137,14 @@ def iter_lines(path: PathLike, *, documents: bool = False) -> Iterator[str]:
 
 
 def read_lines(path: PathLike, *, documents: bool = False) -> list[str]:
-    """Read the texts of `iter_lines` as a list."""
-    return list(iter_lines(path, documents=documents))
+    """Read the texts of `iter_lines` as a list, and tell how far it is now and then."""
+    return list(counted(path, iter_lines(path, documents=documents)))
+
+
+def counted(path: PathLike, rows: Iterable[T], unit: str = "lines") -> Iterator[T]:
+    """Yield what is read of a file, and tell now and then how much of it was read."""
+    name = os.path.basename(path)
+    return Ticks(log, name, None, unit, share=lambda: share_read(path)).over(rows)
 
 
 def write_lines(path: PathLike, texts: Sequence[str]) -> None:
@@ -189,8 +201,9 @@ def read_raw_texts(
     if part not in ("all", "title", "body"):
         raise InputError("part", "all, title or body", repr(part), "choose one of them")
     if part != "all":
-        return [split_title(text)[part == "body"] for text in iter_lines(path, documents=True)]
-    return [join_parts(text, joiner) for text in iter_lines(path, documents=True)]
+        return [split_title(text)[part == "body"] for text in read_lines(path, documents=True)]
+    texts = counted(path, iter_lines(path, documents=True))
+    return [join_parts(text, joiner) for text in texts]
 
 
 def label_divider(paths: Sequence[PathLike]) -> Divider:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,10 @@ from xmlkernels.data.tables.readers import BY_SUFFIX, Table, open_one
 from xmlkernels.data.tables.repository import repository_files
 from xmlkernels.data.tables.streams import NAMES, located, parts_of, split_of
 from xmlkernels.errors import InputError
+from xmlkernels.files import share_read
+from xmlkernels.ticks import Ticks
+
+log = logging.getLogger(__name__)
 
 _LOOKED_AT = 1000  # rows in which a divider of labels is looked for
 
@@ -140,7 +145,8 @@ def read_tables(tables: Tables) -> tuple[Raw, list[str]]:
 
 def _read_folder(reading: _Reading, split: str, folder: Path, tables: Tables) -> None:
     documents = annif_documents(folder, tables.encoding, repair=tables.repair_encoding)
-    for _, text, subjects in documents:
+    count = sum(1 for _ in folder.glob("*.txt"))
+    for _, text, subjects in Ticks(log, folder.name, count, "documents").over(documents):
         reading.add(split, text, subjects)
     reading.say(f"{folder}: a corpus of Annif, a text file for each document")
 
@@ -186,7 +192,9 @@ def _documents(
     """Yield the split that a row names ("" for none), its text and its labels."""
     texts, joiner = len(chosen.text), tables.text_separator
     end = texts + len(chosen.labels)
-    for row, values in table.rows(chosen.all):
+    path = table.path
+    ticks = Ticks(log, path.name, table.total, "rows", share=lambda: share_read(path))
+    for row, values in ticks.over(table.rows(chosen.all)):
         where = table.place(row)
         parts = [text_of(v, where, c) for v, c in zip(values, chosen.text, strict=False)]
         labels: list[str] = []

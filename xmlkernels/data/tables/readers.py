@@ -37,12 +37,14 @@ class Table:
         kind: how it is read.
         columns: their names.
         rows: gives the rows of some columns, from the beginning.
+        total: their number, where the file says it.
     """
 
     path: Path
     kind: Kind
     columns: tuple[str, ...]
     rows: Callable[[Sequence[str]], Rows]
+    total: int | None = None
 
     def place(self, row: int) -> str:
         """Say where a row is."""
@@ -245,7 +247,7 @@ def _parquet(path: Path, tables: Tables) -> Table:
             raise damaged(path, str(error)) from None
 
     with opened() as file:
-        names = tuple(file.schema_arrow.names)
+        names, total = tuple(file.schema_arrow.names), int(file.metadata.num_rows)
 
     def rows(wanted: Sequence[str]) -> Rows:
         number = 0
@@ -268,7 +270,7 @@ def _parquet(path: Path, tables: Tables) -> Table:
                     number += 1
                     yield number, list(row)
 
-    return Table(path, "parquet", names, rows)
+    return Table(path, "parquet", names, rows, total)
 
 
 def damaged(path: Path, got: str) -> InputError:
