@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from xmlkernels.nn.table import RowOptimizer, Table
     from xmlkernels.predict.base import Label
     from xmlkernels.predict.folders import load
+    from xmlkernels.predict.forest import Forest
     from xmlkernels.predict.hub import from_pretrained, push_to_hub, save_pretrained
     from xmlkernels.predict.model import Predictor
-    from xmlkernels.predict.ranked import Forest, RankedPredictor
+    from xmlkernels.predict.ranked import RankedPredictor
     from xmlkernels.training.config import Config
     from xmlkernels.training.linear import LinearConfig, train_linear
     from xmlkernels.training.loop import train
@@ -102,7 +103,8 @@ _HOMES = {
     "predict.folders": ("load",),
     "predict.hub": ("from_pretrained", "push_to_hub", "save_pretrained"),
     "predict.model": ("Predictor",),
-    "predict.ranked": ("Forest", "RankedPredictor"),
+    "predict.forest": ("Forest",),
+    "predict.ranked": ("RankedPredictor",),
     "training.config": ("Config",),
     "training.linear": ("LinearConfig", "train_linear"),
     "training.loop": ("train",),

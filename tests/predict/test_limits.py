@@ -30,8 +30,9 @@ from xmlkernels.models import among
 from xmlkernels.predict import model as model_module
 from xmlkernels.predict import ranked as ranked_module
 from xmlkernels.predict.base import TextPredictor
+from xmlkernels.predict.forest import Forest
 from xmlkernels.predict.model import Predictor
-from xmlkernels.predict.ranked import Forest, RankedPredictor
+from xmlkernels.predict.ranked import RankedPredictor
 from xmlkernels.ranker.knn import KNNBaseline
 
 V1 = RUN.parent

@@ -18,8 +18,9 @@ from xmlkernels.cli import ensemble, predict
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.formats import read_npz, write_npz
 from xmlkernels.data.vectorizer import Vectorizer
+from xmlkernels.predict.forest import Forest
 from xmlkernels.predict.model import Predictor, checkpoint_identity
-from xmlkernels.predict.ranked import Forest, RankedPredictor
+from xmlkernels.predict.ranked import RankedPredictor
 from xmlkernels.ranker.blend import Reranker
 from xmlkernels.training import ranker
 

@@ -23,8 +23,9 @@ from xmlkernels.models.end_to_end import EndToEnd
 from xmlkernels.models.restore import check_finite
 from xmlkernels.nn.bow import BowEncoder
 from xmlkernels.nn.full_head import FullHead
+from xmlkernels.predict.forest import Forest
 from xmlkernels.predict.model import Predictor
-from xmlkernels.predict.ranked import Forest, RankedPredictor
+from xmlkernels.predict.ranked import RankedPredictor
 from xmlkernels.threads import torch_threads
 from xmlkernels.training import ranker
 
@@ -64,7 +65,8 @@ SERVER = """
 import multiprocessing, os, sys, warnings
 import numpy, scipy.linalg, sklearn.feature_extraction.text, torch, transformers
 from xmlkernels.predict.model import Predictor
-from xmlkernels.predict.ranked import Forest, RankedPredictor
+from xmlkernels.predict.forest import Forest
+from xmlkernels.predict.ranked import RankedPredictor
 
 # Of Python 3.12: a process of several threads forks.
 warnings.simplefilter("ignore", DeprecationWarning)

@@ -13,7 +13,8 @@ from starlette.testclient import TestClient
 
 from xmlkernels import InputError
 from xmlkernels.cli import serve
-from xmlkernels.predict.ranked import Forest, RankedPredictor
+from xmlkernels.predict.forest import Forest
+from xmlkernels.predict.ranked import RankedPredictor
 from xmlkernels.serve.server import bound
 
 Found = dict[str, Any]

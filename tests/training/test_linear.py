@@ -17,7 +17,8 @@ from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.vectorizer import Vectorizer
 from xmlkernels.predict.base import RANKER
 from xmlkernels.predict.folders import load
-from xmlkernels.predict.ranked import VECTORIZER, Forest, RankedPredictor
+from xmlkernels.predict.forest import Forest
+from xmlkernels.predict.ranked import VECTORIZER, RankedPredictor
 from xmlkernels.ranker.blend import Reranker
 from xmlkernels.ranker.linear import Settings
 from xmlkernels.training import inputs, linear

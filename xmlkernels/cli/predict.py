@@ -30,8 +30,8 @@ from xmlkernels.locks import own_place
 from xmlkernels.options import check_least, flag
 from xmlkernels.predict.base import Label, TextPredictor
 from xmlkernels.predict.calibration import CHOSEN
+from xmlkernels.predict.forest import Forest
 from xmlkernels.predict.model import Predictor
-from xmlkernels.predict.ranked import Forest
 
 # tyro would take the text "None" for no text.
 VERBATIM: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from xmlkernels.predict.base import TextPredictor
+from xmlkernels.predict.forest import Forest
 from xmlkernels.predict.model import Predictor
-from xmlkernels.predict.ranked import Forest, RankedPredictor
+from xmlkernels.predict.ranked import RankedPredictor
 from xmlkernels.records import MOST_BYTES, parse_json
 
 _SHOWN = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@5")

@@ -12,8 +12,9 @@ import torch
 from xmlkernels.data.manifest import MANIFEST
 from xmlkernels.errors import InputError
 from xmlkernels.predict.base import FOREST, RANKER, TextPredictor
+from xmlkernels.predict.forest import Forest
 from xmlkernels.predict.model import Predictor
-from xmlkernels.predict.ranked import Forest, RankedPredictor
+from xmlkernels.predict.ranked import RankedPredictor
 from xmlkernels.records import Positive, read_record
 
 MODEL = "model"  # in a folder to be shared, the model that its ranker was trained beside

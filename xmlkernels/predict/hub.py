@@ -22,8 +22,9 @@ from xmlkernels.predict.base import HUB_NAMES, NAMES, RANKER, TextPredictor
 from xmlkernels.predict.calibration import CALIBRATION
 from xmlkernels.predict.card import model_card
 from xmlkernels.predict.folders import MODEL, load
+from xmlkernels.predict.forest import Forest
 from xmlkernels.predict.model import Predictor
-from xmlkernels.predict.ranked import Forest, RankedPredictor
+from xmlkernels.predict.ranked import RankedPredictor
 from xmlkernels.predict.source import CLUSTERS, VECTORIZER
 
 _SAFE = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md"]

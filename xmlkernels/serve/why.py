@@ -11,7 +11,8 @@ from xmlkernels.data.dataset import Dataset
 from xmlkernels.errors import InputError
 from xmlkernels.predict.base import TextPredictor
 from xmlkernels.predict.folders import dataset_folder, named_in
-from xmlkernels.predict.ranked import Forest, RankedPredictor
+from xmlkernels.predict.forest import Forest
+from xmlkernels.predict.ranked import RankedPredictor
 from xmlkernels.ranker.knn import KNNBaseline
 
 _SHOWN = 600  # characters of a document

@@ -23,8 +23,9 @@ from xmlkernels.predict.calibrate import (
 )
 from xmlkernels.predict.calibration import CALIBRATION, sigmoid
 from xmlkernels.predict.folders import dataset_folder, load
+from xmlkernels.predict.forest import Forest
 from xmlkernels.predict.model import Predictor
-from xmlkernels.predict.ranked import Forest, Ranked, RankedPredictor
+from xmlkernels.predict.ranked import Ranked, RankedPredictor
 from xmlkernels.predict.source import forest_identity, ranker_identity
 from xmlkernels.ranker.blend import best
 from xmlkernels.training.folder import read_json, write_json
