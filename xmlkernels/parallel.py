@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import ContextVar
+from threading import Event
 from typing import Any
 
 from numba import config
@@ -80,10 +81,17 @@ def in_parallel(
             work(begin, end)
             done(end - begin)
         return
+    failed = Event()
 
     def one(begin: int, end: int) -> None:
-        work(begin, end)
-        done(end - begin)
+        if failed.is_set():  # what is left is of no use any more
+            return
+        try:
+            work(begin, end)
+            done(end - begin)
+        except BaseException:
+            failed.set()
+            raise
 
     with ThreadPoolExecutor(workers) as pool:
         for ended in [pool.submit(one, begin, end) for begin, end in pieces]:

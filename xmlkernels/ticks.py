@@ -8,6 +8,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 from xmlkernels.memory import resident_memory
@@ -17,6 +19,24 @@ _INTERVAL, _LIVELY = 10.0, 1.0
 _AT_ONCE = 32  # items that are counted together: a look at the clock for each would be dear
 
 T = TypeVar("T")
+_over: ContextVar[Callable[[], bool] | None] = ContextVar("over", default=None)
+
+
+class TimeOver(Exception):
+    """The time for a piece of work is over: what it has done so far is of no use."""
+
+
+@contextmanager
+def given_up(over: Callable[[], bool]) -> Iterator[None]:
+    """Let the work that is counted inside the block end by `TimeOver` as soon as `over` says so.
+
+    It ends between two of its pieces.
+    """
+    token = _over.set(over)
+    try:
+        yield
+    finally:
+        _over.reset(token)
 
 
 def interval(log: logging.Logger) -> tuple[float, int]:
@@ -61,18 +81,24 @@ class Ticks:
     ) -> None:
         self.log, self.what, self.total, self.unit, self._share = log, what, total, unit, share
         self.done, self._lock = 0, threading.Lock()
+        self._over = _over.get()  # here: threads that count have no such context
         self._began = self._told = time.monotonic()
 
     def add(self, count: int = 1) -> None:
         """Count pieces that are done, and tell where it is time to.
 
         Of 0 it tells that the work still goes on.
+
+        Raises:
+            TimeOver: inside `given_up`, when its time is over and pieces are left.
         """
         every, level = interval(self.log)
         with self._lock:
             self.done += count
             now = time.monotonic()
             ended = self.total is not None and self.done >= self.total
+            if not ended and self._over is not None and self._over():
+                raise TimeOver
             if ended or now - self._told < every:
                 return
             self._told = now

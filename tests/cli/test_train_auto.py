@@ -1,5 +1,6 @@
 """`xmlkernels train auto`: from a table to a model that answers with names, with every choice."""
 
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ from xmlkernels.data.tables.options import Tables
 from xmlkernels.training import choosing
 from xmlkernels.training.auto import AutoConfig, prepared, shares
 from xmlkernels.training.choosing import Choice, Machine, choose
+from xmlkernels.training.clock import Deadline
 from xmlkernels.training.config import Config
 
 
@@ -60,6 +62,14 @@ def test_a_table_becomes_a_model_that_answers_with_names(
     assert load_profile(output) == load_profile(record["dataset"])
     (answer,) = xk.load(output).predict(["the fruit3 and nuts"], k=2)
     assert answer[0].name in LABELS
+    # Another run is not replaced, and goes on as it was chosen, whatever would be chosen now.
+    with pytest.raises(InputError, match="go on with it by --resume, replace it by --overwrite"):
+        train.main(words(place, table, "--output", str(output)))
+    assert capsys.readouterr().out == ""
+    train.main(words(place, table, "--output", str(output), "--resume", "--threads", "1"))
+    told = capsys.readouterr().out
+    assert "is trained already" in told and "trying" not in told
+    assert json.loads((output / "metrics.json").read_text())["options"] == options
     # Again: the dataset of the same content is used, and the profile is shown all the same.
     train.main(words(place, table, "--output", str(output), "--plan"))
     told = capsys.readouterr().out
@@ -68,10 +78,18 @@ def test_a_table_becomes_a_model_that_answers_with_names(
 
 def test_a_recipe_that_is_named_is_trained_with_its_flags(place: Path, table: Path) -> None:
     output = place / "bow"
-    more = ["--recipe", "bow", "--epochs", "1", "--bow-width", "16", "--threads", "1"]
-    train.main(words(place, table, "--output", str(output), *more))
+    more = ["--recipe", "bow", "--epochs", "2", "--bow-width", "16", "--threads", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        # 10 minutes until the training begins, and none after its first step
+        looks = itertools.count()
+        patch.setattr(Deadline, "left", lambda self: 600.0 if next(looks) < 1 else 0.0)
+        train.main(words(place, table, "--output", str(output), *more))
+    ended = json.loads((output / "metrics.json").read_text())
+    assert ended["time_over"]["epochs"] == 1 and ended["steps"] == 1
+    train.main(words(place, table, "--output", str(output), "--resume", "--minutes", "5"))
+    assert "time_over" not in json.loads((output / "metrics.json").read_text())
     config = json.loads((output / "config.json").read_text())
-    assert (config["encoder"], config["epochs"], config["bow_width"]) == ("bow", 1, 16)
+    assert (config["encoder"], config["epochs"], config["bow_width"]) == ("bow", 2, 16)
     assert config["min_df"] == 1  # few documents
     assert (output / "profile.json").is_file() and (output / "choices.json").is_file()
     (answer,) = xk.load(output).predict(["the fruit3"], k=1)

@@ -21,8 +21,9 @@ from xmlkernels.predict.forest import Forest
 from xmlkernels.predict.ranked import VECTORIZER, RankedPredictor
 from xmlkernels.ranker.blend import Reranker
 from xmlkernels.ranker.linear import Settings
-from xmlkernels.training import inputs, linear
+from xmlkernels.training import forest, inputs, linear
 from xmlkernels.training import tree as tree_module
+from xmlkernels.training.clock import Deadline
 from xmlkernels.training.linear import LinearConfig, train_linear, tree_depths
 from xmlkernels.training.ranker import train_ranker
 from xmlkernels.training.ranker_config import RankerConfig
@@ -80,7 +81,7 @@ def test_the_command_trains_predicts_and_says_how(
     assert told[-1].startswith("ask it: ") and f"predict --ranker {output} --text" in told[-1]
     assert json.loads((output / "metrics.json").read_text())["options"]["one_vs_all"]
     assert (output / "report.html").exists()
-    command.main(["linear", *words, "--threads", "1", "--no-report"])
+    command.main(["linear", *words, "--threads", "1", "--no-report", "--overwrite"])
     assert not (output / "report.html").exists()  # nor one of the ranker before
     answers = tmp_path / "answers.jsonl"
     predict.main(
@@ -117,17 +118,69 @@ def test_several_trees_are_one_result(
         load(output)
     (rankers[1] / "mine.txt").touch()
     # A ranker in its place leaves nothing of it, nor the other way round.
-    command.main(["linear", *words, *more, "--trees", "1"])
+    command.main(["linear", *words, *more, "--trees", "1", "--overwrite"])
     assert f"{output}/ holds an earlier ranker, which is replaced" in capsys.readouterr().out
     assert not rankers[0].exists() and list(rankers[1].iterdir()) == [rankers[1] / "mine.txt"]
     assert type(load(output)) is RankedPredictor
-    command.main(["linear", *words, *more])
+    command.main(["linear", *words, *more, "--overwrite"])
     assert not (output / "vectorizer").exists() and not (output / "label_names.txt").exists()
     assert type(load(output)) is Forest
     with pytest.raises(InputError, match="--trees: expected 1: 30 labels have no tree"):
         train_linear(LinearConfig(str(dataset), output=str(tmp_path / "x"), trees=2))
     with pytest.raises(InputError, match="--trees: expected 1 or more"):
         train_linear(LinearConfig(str(dataset), output=str(tmp_path / "x"), trees=0))
+
+
+def test_the_time_ends_a_forest_that_is_whole_and_goes_on_later(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first tree is always made, another where there is time; --resume trains the rest."""
+    caplog.set_level("INFO", "xmlkernels")
+    now, trained = [0.0], []
+    plain = forest.train_ranker
+
+    def slow(options: RankerConfig, words: Any) -> dict[str, Any]:
+        trained.append(options.output)
+        now[0] += 30
+        if trained[-1].endswith("tree2"):  # given up in the middle: its time is over
+            now[0] += 300
+        report = plain(options, words)
+        report["seconds"] = {"ranker": {"wall": 25.0}, "evaluation": {"wall": 5.0}}
+        return report
+
+    monkeypatch.setattr(forest, "train_ranker", slow)
+    config = LinearConfig(
+        str(dataset), output=str(tmp_path / "forest"), cache=str(tmp_path / "c"), depths=(2,),
+        min_df=1, threads=1, trees=3, top_k=5,
+    )  # fmt: skip
+    report = train_linear(config, Deadline(60, lambda: now[0]))
+    assert len(trained) == 1, "30 s are left: another needs 39 s"
+    assert report["time_over"] == {"minutes": 1.0, "trees": 1, "planned": 3}
+    assert "the time is over (--minutes 1): 1 of 3 trees are trained" in caplog.text
+    assert "--resume" in caplog.text
+    whole = load(config.output)
+    assert isinstance(whole, Forest) and len(whole.rankers) == 1
+    assert "after 1 of 3 trees" in (tmp_path / "forest" / "report.html").read_text("utf-8")
+    first = (tmp_path / "forest" / "tree0" / RANKER).stat().st_mtime_ns
+    again = replace(config, resume=True)
+    report = train_linear(again, Deadline(180, lambda: now[0]))
+    assert [Path(path).name for path in trained] == ["tree0", "tree1", "tree2"]
+    assert report["time_over"]["trees"] == 2 and not (tmp_path / "forest" / "tree2").exists()
+    report = train_linear(again, Deadline(1e6, lambda: now[0]))
+    assert "time_over" not in report and len(load(config.output).rankers) == 3
+    assert (tmp_path / "forest" / "tree0" / RANKER).stat().st_mtime_ns == first
+    alone = train_linear(replace(config, output=str(tmp_path / "alone")))
+    assert report["test"]["all trees"] == alone["test"]["all trees"]
+    with pytest.raises(InputError, match="--resume: min_df: expected 1, as .* was trained, got 2"):
+        train_linear(replace(again, min_df=2))
+    with pytest.raises(InputError, match="--resume: expected no --overwrite beside it"):
+        train_linear(replace(again, overwrite=True))
+    with pytest.raises(InputError, match=r"holds a ranker .*go on with it by --resume, replace"):
+        train_linear(config)
+    before = len(trained)
+    one = replace(config, trees=1, output=str(tmp_path / "forest" / "tree1"), resume=True)
+    train_linear(replace(one, training=replace(one.training, seed=1)))
+    assert len(trained) == before and "is trained already" in caplog.text
 
 
 def test_trees_of_one_command_share_their_features(
@@ -178,7 +231,7 @@ def test_without_validation_the_share_is_told(
 ) -> None:
     own = make_dataset(tmp_path, splits=("train", "test"), keep_texts=True, label_text=None)
     found: list[RankerConfig] = []
-    monkeypatch.setattr(linear, "train_ranker", lambda options: found.append(options) or {})
+    monkeypatch.setattr(linear, "train_ranker", lambda options, words: found.append(options) or {})
     caplog.set_level("INFO", "xmlkernels")
     cache = str(tmp_path / "cache")
     config = LinearConfig(str(own), output=str(tmp_path / "x"), cache=cache, depths=(2,))
@@ -193,7 +246,9 @@ def test_every_option_reaches_tree_and_ranker(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: dict[str, Any] = {}
-    monkeypatch.setattr(linear, "train_ranker", lambda options: found.update(ranker=options) or {})
+    monkeypatch.setattr(
+        linear, "train_ranker", lambda options, words: found.update(ranker=options) or {}
+    )
     monkeypatch.setattr(inputs, "build_tree", lambda options, **_: found.update(tree=options))
     changes: dict[str, Any] = {
         "dataset": str(dataset), "output": "o", "cache": str(tmp_path), "depths": (1, 3),
@@ -202,7 +257,7 @@ def test_every_option_reaches_tree_and_ranker(
         "top_k": 8, "graph": True, "label_text": True, "show": "all",
         "report": False,
     }  # fmt: skip
-    left = {"documents", "trees"}
+    left = {"documents", "trees", "resume", "overwrite"}
     assert changes.keys() == {field.name for field in fields(LinearConfig)} - left
     train_linear(LinearConfig(**changes))
     tree, ranker = found["tree"], found["ranker"]
@@ -246,6 +301,6 @@ def test_the_built_in_corpus_is_the_default(
         return Dataset.open(dataset)
 
     monkeypatch.setattr(linear, "open_dataset", opened)
-    monkeypatch.setattr(linear, "train_ranker", lambda options: {})
+    monkeypatch.setattr(linear, "train_ranker", lambda options, words: {})
     train_linear(LinearConfig(output=str(tmp_path / "x"), documents=500, cache="c"))
     assert (asked[0].dataset, asked[0].documents, asked[0].cache) == ("docstrings", 500, "c")

@@ -2,9 +2,10 @@
 
 It reads the table (CSV, TSV, JSON lines, Parquet, fastText, Annif, packed or not), measures it,
 chooses a recipe and its settings from what it found, the machine and --minutes, says why, trains,
-and measures the result on a tenth of the texts that it holds back. Columns are found by their
-names; --text and --labels name others. Every flag of the recipe that is chosen may be given, and
-wins: `--recipe bow --epochs 3`. With --plan it stops before the training.
+and measures the result on a tenth of the texts that it holds back. When --minutes are over, it
+ends with what is trained by then, whole and measured. Columns are found by their names; --text and
+--labels name others. Every flag of the recipe that is chosen may be given, and wins: `--recipe bow
+--epochs 3`. With --plan it stops before the training.
 
 Then ask it, or serve it: `xmlkernels serve runs/mine`.
 """
@@ -12,7 +13,7 @@ Then ask it, or serve it: `xmlkernels serve runs/mine`.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,19 @@ from xmlkernels.cli.flags import Flag, flags_of
 from xmlkernels.data.profile import load_profile
 from xmlkernels.data.profiling import lines_of
 from xmlkernels.locks import own_folder
-from xmlkernels.training.auto import AutoConfig, prepared
+from xmlkernels.training.auto import AutoConfig, chosen_before, prepared
 from xmlkernels.training.choosing import Choice, Machine, better_phrases, choose, recorded_choices
+from xmlkernels.training.clock import Deadline
 from xmlkernels.training.folder import CHOICES, write_json
+from xmlkernels.training.ranker_folder import refuse_held
 from xmlkernels.training.recipe import Recipe
 from xmlkernels.training.recipes import RECIPES
 
 NAMES = ("linear", "bow", "minilm", "cascade")
 # Decided by this command for every recipe.
 _OURS = ("dataset", "documents", "max_length")
-Train = Callable[[Any, Recipe[Any], Collection[str]], None]
+_PLACES = ("output", "cache", "resume", "overwrite")
+Train = Callable[[Any, Recipe[Any], Collection[str], Deadline], None]
 
 
 def main(words: Sequence[str], prog: str, train: Train) -> None:
@@ -47,9 +51,14 @@ def main(words: Sequence[str], prog: str, train: Train) -> None:
     only_plan = "--plan" in words
     mine, rest = divided([word for word in words if word != "--plan"], own)
     config = parse(AutoConfig, f"{prog} auto", __doc__ or "", words=mine)
+    deadline = Deadline(config.minutes * 60)
+    if "resume" in names_in(rest):
+        config, rest = _as_before(config, rest)
     given = names_in(rest)
     _check_known(given, prog)
     if not only_plan:
+        if not {"resume", "overwrite"} & given.keys():
+            refuse_held(config.output)
         with own_folder(config.output):
             pass  # what cannot be written is told before the data are read
     machine = Machine.here()
@@ -66,7 +75,7 @@ def main(words: Sequence[str], prog: str, train: Train) -> None:
     if not any(line.startswith("documents: ") for line in told):
         for line in lines_of(profile):
             say(line)
-    chosen = choose(config, profile, machine, given)
+    chosen = choose(config, profile, machine, given, deadline.left())
     name = chosen.recipe.name
     _check_of(name, given)
     if chosen.tokenizer is not None:
@@ -84,10 +93,48 @@ def main(words: Sequence[str], prog: str, train: Train) -> None:
         return
     if chosen.trial and "longest" not in given:
         options, choices = _tried(options, choices)
-    train(options, recipe, set(given))
     record = recorded_choices(config, machine, choices, dataset)
+    decided = {choice.flag for choice in choices}
+    flags = _flags_of(options, recipe.config, RECIPES[name].config, decided=decided)
+    record |= {"recipe": name, "flags": flags}
+    try:
+        train(options, recipe, set(given), deadline)
+    except KeyboardInterrupt:  # stopped in order: --resume goes on with what was chosen
+        if Path(options.output).is_dir():
+            write_json(Path(options.output) / CHOICES, record)
+        raise
     write_json(Path(options.output) / CHOICES, record)
     say(f"serve it: {typed('serve')} {options.output}")
+
+
+def _as_before(config: AutoConfig, rest: list[str]) -> tuple[AutoConfig, list[str]]:
+    """Return what an earlier run in the output folder has chosen, as if it had been typed."""
+    before = chosen_before(config.output)
+    if before is None:
+        return config, rest
+    typed_again = names_in(rest)
+    kept = [word for flag in before["flags"] if not names_in(flag).keys() & typed_again.keys()
+            for word in flag]  # fmt: skip
+    return replace(config, recipe=before["recipe"]), [*kept, *rest]  # type: ignore[arg-type]
+
+
+def _flags_of(options: Any, *others: Any, decided: Collection[str]) -> list[list[str]]:
+    """Return the flags, each with its words, that were decided or differ from other options."""
+    flags: list[list[str]] = []
+    for field in fields(options):
+        now, *before = (getattr(one, field.name) for one in (options, *others))
+        flag = f"--{field.name.replace('_', '-')}"
+        if is_dataclass(now):
+            flags += _flags_of(now, *before, decided=decided)
+            continue
+        same = flag not in decided and all(now == one for one in before)
+        if same or field.name in (*_OURS, *_PLACES):
+            continue
+        if isinstance(now, bool):
+            flags.append([flag if now else flag.replace("--", "--no-", 1)])
+        else:
+            flags.append([flag, *map(str, now if isinstance(now, tuple) else [now])])
+    return flags
 
 
 def _tried(options: Any, choices: list[Choice]) -> tuple[Any, list[Choice]]:

@@ -24,6 +24,7 @@ from xmlkernels.cli.console import print_metrics, say, typed
 from xmlkernels.cli.rank import print_ranker
 from xmlkernels.models.kinds import KINDS
 from xmlkernels.training.checks import check
+from xmlkernels.training.clock import Deadline
 from xmlkernels.training.config import Config
 from xmlkernels.training.linear import LinearConfig, train_linear
 from xmlkernels.training.loop import train
@@ -51,19 +52,22 @@ def main(words: Sequence[str], prog: str = "xmlkernels train") -> None:
     run(config, known[words[0]], given)
 
 
-def run(config: Any, recipe: Recipe[Any], given: Collection[str]) -> None:
+def run(
+    config: Any, recipe: Recipe[Any], given: Collection[str], deadline: Deadline | None = None
+) -> None:
     """Train by a recipe, and print what came of it.
 
     Args:
         config: the recipe's options, changed by flags.
         recipe: where they are from.
         given: the flags, as fields are written.
+        deadline: when the command is to have ended; None: never.
     """
     if isinstance(config, LinearConfig):
         if (count := dist.launched()[1]) > 1:
             mend = "start it without torchrun: it trains on all threads of one process"
             raise InputError("torchrun", "one process for this recipe", str(count), mend)
-        report = train_linear(config)
+        report = train_linear(config, deadline)
         done()
         print_ranker(report)
         return
@@ -71,7 +75,7 @@ def run(config: Any, recipe: Recipe[Any], given: Collection[str]) -> None:
     early = check(config, given=given)
     tell_of_batch(config, recipe.config, given)
     dist.start(early.device, config.timeout)
-    report = train(config)
+    report = train(config, deadline)
     done()
     print_metrics(report, Path(config.output), config.show)
     say(

@@ -195,7 +195,7 @@ class XMLClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             if bags and settings.get("trees", 1) != 1:
                 mend = "leave trees out"
                 raise InputError("settings", "one tree on a feature matrix", "trees", mend)
-            more: dict[str, Any] = {"training": training}
+            more: dict[str, Any] = {"training": training, "overwrite": True}
             encoder = None
         else:
             more = {"seed": seed, "overwrite": True}

@@ -82,7 +82,7 @@ def _trees(path: Path) -> list[Path]:
     while (tree := path / f"tree{len(found)}" / RANKER).is_file():
         found.append(tree.parent)
     if whole is not None and len(found) != whole:
-        mend = "the training was stopped: start it again"
+        mend = "the training was stopped: go on with it by --resume"
         raise InputError(str(path), f"a forest of {whole} trees", f"{len(found)} of them", mend)
     return found
 

@@ -47,7 +47,7 @@ def page_of(run: Run) -> str:
     Everything that depends on predictions is left out, with a sentence, where the run has none.
     """
     made: list[Section] = []
-    told = [what(run)]
+    told = [what(run), *time_over(run)]
     head = ""
     if run.split is None:
         told.append("It has neither test nor validation documents: there is nothing to measure.")
@@ -109,6 +109,18 @@ def what(run: Run) -> str:
         f"{run.dataset.num_labels:,} labels"
         + (f" in {background.seconds(total)}." if total else ".")
     )
+
+
+def time_over(run: Run) -> list[str]:
+    """Say of a run that a deadline has ended how far it came."""
+    found = run.report.get("time_over")
+    if not found:
+        return []
+    unit = "trees" if "trees" in found else "epochs"
+    return [
+        f"Its time was over (--minutes {found['minutes']:.3g}) after {found[unit]:.3g} of "
+        f"{found['planned']} {unit}; --resume and more minutes train the rest."
+    ]
 
 
 def measured(

@@ -6,7 +6,7 @@ What is chosen on the way is in `choosing`.
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.dataset_writer import Tell
@@ -18,6 +18,8 @@ from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.errors import InputError
 from xmlkernels.installed import source_of
 from xmlkernels.options import NAME, OFF_AT_0, POSITIVE, check_values, of
+from xmlkernels.records import read_record
+from xmlkernels.training.folder import CHOICES
 
 DATA, TIME = "what is trained", "time and place"
 SHARE = 0.1
@@ -30,8 +32,8 @@ class AutoConfig:
     tables: Tables = field(default_factory=Tables)
     """One's own table."""
     minutes: float = of(TIME, 10.0, POSITIVE)
-    """Time for training: decides between a linear model and a transformer, and how many trees or
-    epochs. It is planned for, not enforced."""
+    """Time for the whole command: decides between a linear model and a transformer, and how many
+    trees or epochs. When it is over, training ends with a whole run; --resume goes on with it."""
     recipe: Literal["auto", "linear", "bow", "minilm", "cascade"] = of(TIME, "auto")
     """Which recipe; auto: chosen from the data, the machine and --minutes."""
     output: str = of(TIME, "runs/auto", NAME)
@@ -101,3 +103,22 @@ def shares(config: AutoConfig, given: Collection[str]) -> tuple[float, float]:
     if "test_share" not in given and not tables.split_column and "test" not in there:
         test = SHARE
     return validation, test
+
+
+class Before(TypedDict):
+    """What a run is taken up from, of its choices.json."""
+
+    recipe: str
+    flags: list[list[str]]
+
+
+def chosen_before(output: str) -> Before | None:
+    """Return recipe and flags of the run in a folder; None where `auto` has finished none there.
+
+    Raises:
+        InputError: choices.json is damaged, or of a version that could not be resumed.
+    """
+    path = Path(output) / CHOICES
+    if not path.is_file():
+        return None
+    return read_record(path, Before, mend="replace the run with --overwrite")

@@ -103,7 +103,11 @@ class Chosen:
 
 
 def choose(
-    config: AutoConfig, profile: Profile, machine: Machine, given: Mapping[str, str]
+    config: AutoConfig,
+    profile: Profile,
+    machine: Machine,
+    given: Mapping[str, str],
+    left: float | None = None,
 ) -> Chosen:
     """Choose a recipe and its settings.
 
@@ -112,11 +116,12 @@ def choose(
         profile: of the data.
         machine: where it is trained.
         given: flags of the recipe that somebody chose, by field, with their values as typed.
+        left: seconds of the time given that are left; by default all.
 
     Raises:
         InputError: settings that no run can have.
     """
-    seconds = config.minutes * 60 * _RESERVE
+    seconds = (config.minutes * 60 if left is None else max(0.0, left)) * _RESERVE
     seen = _Seen(config, profile, machine, given, seconds)
     name, why = _recipe(seen)
     first = Choice("recipe", name, why, "--recipe")

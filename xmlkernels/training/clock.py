@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +46,28 @@ class Clock:
         """Return the seconds of each part, up to now."""
         self.start(self._part)
         return dict(self.spent)
+
+
+class Deadline:
+    """The end of the time that a command was given: one clock for all that it does.
+
+    Args:
+        seconds: from now on.
+        now: what tells the time, in seconds.
+    """
+
+    def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
+        self.seconds, self._now = seconds, now
+        self._begun = now()
+
+    def left(self) -> float:
+        """Return the seconds that are left; below 0 beyond the end."""
+        return self._begun + self.seconds - self._now()
+
+    @property
+    def told(self) -> str:
+        """What the user gave: `--minutes 10`."""
+        return f"--minutes {self.seconds / 60:.3g}"
 
 
 class Seconds:

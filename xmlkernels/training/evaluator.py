@@ -72,6 +72,7 @@ class Evaluator:
         inputs = session.inputs if dist.size() > 1 else Watched(session.inputs)
         how: dict[str, Any] = {"batch_size": self.config.evaluate_batch, "inputs": inputs}
         chooses = self.config.scheme == "auto" and split is session.validation
+        before = self.run.clock.seconds()["evaluate"]
         with self.run.clock.on("evaluate"):
             if chooses and len(model.schemes) > 1:
                 with dist.abreast():
@@ -81,13 +82,16 @@ class Evaluator:
                 with dist.abreast():
                     found = evaluate_split(model, split, k, **how)
                 metrics = evaluate(found.labels, split.labels, session.inverse_propensity)
+        documents, seconds = self.run.measured
+        seconds += self.run.clock.seconds()["evaluate"] - before
+        self.run.measured = documents + len(split), seconds
         metrics |= {"loss": found.loss} | ({"levels": found.levels} if found.levels else {})
         self._tell(split, metrics, found, write)
         return metrics, found
 
     def _tell(self, split: Split, metrics: dict[str, Any], found: Evaluation, write: bool) -> None:
         name, content = _SHOWN.get(split.name, split.name), self.session.dataset.content_hash
-        line = {"step": self.model.steps, "epoch": self.run.epoch, "split": name}
+        line = {"step": self.model.steps, "epoch": self.run.reached, "split": name}
         if write:
             self.folder.log(line | metrics | {"dataset": content})
         keys = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@5")
@@ -97,7 +101,7 @@ class Evaluator:
             reference = self.session.frequencies.told(split.labels)
             loss = f"{found.loss:.1f} per document ({reference})"
         log.info(
-            f"{name} after epoch {self.run.epoch}: {shown}  loss {loss}  (dataset {content[:12]})"
+            f"{name} after epoch {self.run.reached}: {shown}  loss {loss}  (dataset {content[:12]})"
         )
         if found.levels:
             log.info(_levels_line(found.levels))
@@ -139,8 +143,9 @@ class Evaluator:
             model = self.model
             release_free()  # most of a run is held at once now, and a checkpoint besides
             run.load(*checkpoints.load("best", rows=model.shards(), on_disk=model.stored_tensors()))
-            run.epoch = int(run.best["epoch"])
-        log.info(f"the best checkpoint by validation {self.config.best_by} is epoch {run.epoch}'s")
+            run.epoch, run.position = int(run.best["epoch"]), 0
+        at = run.best["epoch"]
+        log.info(f"the best checkpoint by validation {self.config.best_by} is epoch {at}'s")
         return run.best
 
     def finish(self) -> dict[str, Any]:
@@ -183,6 +188,8 @@ class Evaluator:
         }
         if len(run.commits) > 1:
             report["commits"] = run.commits
+        if run.time_over is not None:
+            report["time_over"] = run.time_over
         if self.folder.writes:
             write_json(self.folder.path / "metrics.json", report)
             if self.config.report:

@@ -20,15 +20,23 @@ from xmlkernels.ranker.linear import Settings
 from xmlkernels.report.page import write_report
 from xmlkernels.report.run import open_run
 from xmlkernels.training.calibrating import CalibrateConfig, calibrate_held
+from xmlkernels.training.clock import Deadline
 from xmlkernels.training.config import Config
 from xmlkernels.training.folder import copy_profile, write_json
+from xmlkernels.training.forest import finished, train_rankers
 from xmlkernels.training.inputs import cached_tree, cached_tree_folder, open_dataset
 from xmlkernels.training.label_vectors import SharedFeatures
 from xmlkernels.training.measured import split_report
 from xmlkernels.training.owned import refuse_others
 from xmlkernels.training.ranker import train_ranker
 from xmlkernels.training.ranker_config import RankerConfig
-from xmlkernels.training.ranker_folder import OTHERS, WRITTEN, begin_forest
+from xmlkernels.training.ranker_folder import (
+    OTHERS,
+    WRITTEN,
+    begin_forest,
+    refuse_held,
+    write_count,
+)
 from xmlkernels.training.ranker_inputs import Words
 
 log = logging.getLogger(__name__)
@@ -55,7 +63,7 @@ class LinearConfig:
     documents: int = 0
     """Built-in corpus only: take a deterministic part of about this many documents; 0 takes all."""
     output: str = "runs/linear"
-    """Folder for the ranker and its figures; files of an earlier ranker are replaced."""
+    """Folder for the ranker and its figures."""
     cache: str = "cache"
     """Where the built-in corpus and label trees are kept, by content: a second run takes its tree
     from there."""
@@ -98,6 +106,10 @@ class LinearConfig:
     """With --share: of log-odds and margins, or of probabilities."""
     top_k: int = 100
     """Labels kept per document in predictions.npz."""
+    resume: bool = False
+    """Go on with the trees that `output` holds: those that are trained stay."""
+    overwrite: bool = False
+    """Replace the ranker that `output` holds."""
     report: bool = True
     """Write report.html into the folder: metrics with intervals, rare labels, calibration,
     documents that went best and worst. `xmlkernels report RUN` writes it later, too."""
@@ -106,8 +118,17 @@ class LinearConfig:
     it is, those of `annif eval` among them. metrics.json has all."""
 
 
-def train_linear(options: LinearConfig) -> dict[str, Any]:
+def train_linear(
+    options: LinearConfig, deadline: Deadline | None = None, words: Words | None = None
+) -> dict[str, Any]:
     """Build the trees, train the classifiers and measure them; return what metrics.json holds.
+
+    Args:
+        options: the settings.
+        deadline: when the command is to have ended: a forest then has as many trees as there was
+            time for, one at least; None: never.
+        words: TF-IDF of these texts and settings, where somebody has computed it, or an empty one
+            that is filled.
 
     Raises:
         InputError: options or data that cannot be used.
@@ -120,7 +141,12 @@ def train_linear(options: LinearConfig) -> dict[str, Any]:
             "leave it out: it would do nothing",
         )
     check_least(options, 1, "trees")
+    if options.resume and options.overwrite:
+        mend = "choose one of them"
+        raise InputError("--resume", "no --overwrite beside it", "both", mend)
     refuse_others(options.output)  # before a corpus or a tree is made for it
+    if not (options.resume or options.overwrite):
+        refuse_held(options.output)
     dataset = open_dataset(
         Config(
             dataset=options.dataset,
@@ -131,22 +157,28 @@ def train_linear(options: LinearConfig) -> dict[str, Any]:
     )
     depths = options.depths or tree_depths(dataset.num_labels)
     if options.trees == 1:
-        return _one(options, dataset, depths)
+        return _one(options, dataset, depths, words)
     if not depths:
         expected = f"1: {dataset.num_labels:,} labels have no tree"
         raise InputError("--trees", expected, str(options.trees), "leave it out")
     with own_folder(options.output, writes=(*WRITTEN, *OTHERS)) as folder:
-        return _forest(options, dataset, depths, folder)
+        return _forest(options, dataset, depths, folder, deadline, words)
 
 
-def _one(options: LinearConfig, dataset: Dataset, depths: tuple[int, ...]) -> dict[str, Any]:
+def _one(
+    options: LinearConfig, dataset: Dataset, depths: tuple[int, ...], words: Words | None
+) -> dict[str, Any]:
     """Build a tree and train a ranker on it."""
     tree = ""
     if depths:
         tree = _tree(options, dataset, depths)
     else:
         log.info(f"{dataset.num_labels:,} labels: no tree, each is trained on every document")
-    return train_ranker(_ranker(options, dataset, tree))
+    ranker = _ranker(options, dataset, tree)
+    if options.resume and (report := finished(ranker)) is not None:
+        log.info(f"--resume: the ranker in {options.output}/ is trained already")
+        return report
+    return train_ranker(ranker, words)
 
 
 def _tree(
@@ -166,10 +198,14 @@ def _tree(
 
 
 def _forest(
-    options: LinearConfig, dataset: Dataset, depths: tuple[int, ...], folder: Path
+    options: LinearConfig,
+    dataset: Dataset,
+    depths: tuple[int, ...],
+    folder: Path,
+    deadline: Deadline | None,
+    words: Words | None,
 ) -> dict[str, Any]:
     """Train a ranker on each of several trees, and measure the mean of their probabilities."""
-    begin_forest(folder, options.trees)
     each = [
         replace(
             options,
@@ -179,15 +215,29 @@ def _forest(
         )
         for number in range(options.trees)
     ]
-    trees = _trees(each, dataset, depths)
-    words, reports = Words(), []
-    for number, (one, tree) in enumerate(zip(each, trees, strict=True)):
-        log.info(f"ranker {number + 1} of {options.trees}")
-        reports.append(train_ranker(_ranker(one, dataset, tree), words))
+    done = _finished(each, dataset, depths) if options.resume else []
+    begin_forest(folder, options.trees, len(done))
+    shared, trees = SharedFeatures(), {}
+    if deadline is None:  # all before any ranker: what they share takes no memory from then on
+        numbers = range(len(done), options.trees)
+        trees = {n: _tree_of(each, n, dataset, depths, shared) for n in numbers}
+        shared = SharedFeatures()
+
+    def ranker_of(number: int) -> RankerConfig:
+        tree = trees.get(number) or _tree_of(each, number, dataset, depths, shared)
+        return _ranker(each[number], dataset, tree)
+
+    trained = train_rankers(
+        options.trees, ranker_of, folder, done=done, deadline=deadline, words=words
+    )
+    reports = trained.reports
+    write_count(folder, len(reports))
     report = {key: reports[0][key] for key in KEPT}
     report["rankers"] = [made["options"]["output"] for made in reports]
     report["seconds"] = {f"tree{n}": made["seconds"] for n, made in enumerate(reports)}
     report["options"] = reports[0]["options"] | {"output": options.output, "trees": options.trees}
+    if deadline is not None and len(reports) < options.trees:
+        report["time_over"] = trained.told(deadline)
     if (split := dataset.splits.get("test")) is not None:
         parts = [
             read_npz(
@@ -227,12 +277,32 @@ def _calibrated(output: str, dataset: Dataset) -> dict[str, Any]:
         return {}
 
 
-def _trees(each: list[LinearConfig], dataset: Dataset, depths: tuple[int, ...]) -> list[str]:
-    """Make all trees, before any ranker: what they share takes no memory from then on."""
-    shared, found = SharedFeatures(), []
-    for number, one in enumerate(each):
-        log.info(f"tree {number + 1} of {len(each)}")
-        found.append(_tree(one, dataset, depths, shared))
+def _tree_of(
+    each: list[LinearConfig],
+    number: int,
+    dataset: Dataset,
+    depths: tuple[int, ...],
+    shared: SharedFeatures,
+) -> str:
+    """Make one of the trees of a forest."""
+    log.info(f"tree {number + 1} of {len(each)}")
+    return _tree(each[number], dataset, depths, shared)
+
+
+def _finished(
+    each: list[LinearConfig], dataset: Dataset, depths: tuple[int, ...]
+) -> list[dict[str, Any]]:
+    """Return the reports of the first rankers of a forest that an earlier training has finished."""
+    found: list[dict[str, Any]] = []
+    for one in each:
+        where: dict[str, Any] = {"cache": one.cache, "seed": one.training.seed, "graph": one.graph}
+        tree = str(cached_tree_folder(dataset, depths, **where))
+        report = finished(_ranker(one, dataset, tree))
+        if report is None or report.get("dataset_hash") != dataset.content_hash:
+            break
+        found.append(report)
+    if found:
+        log.info(f"--resume: {len(found)} of {len(each)} trees are trained already")
     return found
 
 

@@ -17,6 +17,7 @@ from xmlkernels.files import reason_of
 from xmlkernels.locks import own_folder
 from xmlkernels.memory import LESS_MEMORY, out_of_memory
 from xmlkernels.training.checks import check
+from xmlkernels.training.clock import Deadline
 from xmlkernels.training.config import Config
 from xmlkernels.training.evaluator import Evaluator
 from xmlkernels.training.first_batch import agree_on_batch
@@ -27,8 +28,13 @@ from xmlkernels.training.session import Session
 from xmlkernels.training.stops import Stopped, held
 
 
-def train(config: Config | LinearConfig) -> dict[str, Any]:
+def train(config: Config | LinearConfig, deadline: Deadline | None = None) -> dict[str, Any]:
     """Run one configuration from data to metrics; one of the recipe `linear` by `train_linear`.
+
+    Args:
+        config: the settings.
+        deadline: when the command is to have ended: training stops so much earlier that the
+            evaluation and the writing have time, with a whole run; None: never.
 
     Returns:
         What metrics.json holds.
@@ -37,7 +43,7 @@ def train(config: Config | LinearConfig) -> dict[str, Any]:
         InputError: settings or data that cannot be used; before any work.
     """
     if isinstance(config, LinearConfig):
-        return train_linear(config)
+        return train_linear(config, deadline)
     check(config)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -45,7 +51,8 @@ def train(config: Config | LinearConfig) -> dict[str, Any]:
         model = session.model.train()
         # Evaluation and checkpoints are counted apart; waiting for data belongs to training.
         run.clock.start("train")
-        while run.epoch < config.epochs:
+        over = False
+        while run.epoch < config.epochs and not over:
             with dist.abreast():
                 for batch in session.batches.epoch(run.epoch, start=run.position):
                     need_loss = config.loss_every > 0 and model.steps % config.loss_every == 0
@@ -62,13 +69,20 @@ def train(config: Config | LinearConfig) -> dict[str, Any]:
                     if config.save_every and model.steps % config.save_every == 0:
                         run.save()
                     run.stop_if_asked()
-            run.epoch, run.position = run.epoch + 1, 0
-            best, last = False, run.epoch == config.epochs
+                    if over := run.time_is_over(deadline):
+                        break
+            if run.position == session.plan.epoch:
+                run.epoch, run.position = run.epoch + 1, 0
+            best, last = False, over or run.epoch == config.epochs
             due = run.epoch % config.evaluate_every == 0 or last
             if session.validation is not None and due:
                 best = run.improved(evaluator.validate())
             if best or config.save_every or last:
                 run.save(best=best)
+                # Measured and written just now: another step would need both once more.
+                over = over or (run.epoch < config.epochs and run.time_is_over(deadline))
+        if run.epoch < config.epochs:
+            run.tell_time_over(deadline)
         return evaluator.finish()
 
 

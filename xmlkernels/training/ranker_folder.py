@@ -9,6 +9,7 @@ import logging
 import shutil
 from pathlib import Path
 
+from xmlkernels import InputError
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.manifest import IDS, PROFILE
 from xmlkernels.predict.base import FOREST, NAMES, RANKER
@@ -31,24 +32,51 @@ def begin(folder: Path, dataset: Dataset) -> None:
     _tell_replaced(folder)
     for name in (REPORT, "metrics.json", *OTHERS):
         (folder / name).unlink(missing_ok=True)
-    _remove_trees(folder, 0)
+    remove_trees(folder, 0)
     write_names(folder, dataset)
     copy_profile(folder, dataset)
 
 
-def begin_forest(folder: Path, trees: int) -> None:
+def refuse_held(path: str) -> None:
+    """Refuse an --output that holds a ranker or a forest, before any work.
+
+    Raises:
+        InputError: naming what it holds.
+    """
+    for name in (RANKER, FOREST, "metrics.json"):
+        if (Path(path) / name).exists():
+            raise InputError(
+                f"--output {path}",
+                "a new folder",
+                f"a folder that holds a ranker ({name})",
+                "go on with it by --resume, replace it by --overwrite, or name another",
+            )
+
+
+def begin_forest(folder: Path, trees: int, kept: int = 0) -> None:
     """Remove the ranker or the forest that the folder may hold, and write how many trees will be.
 
     As long as fewer are there, nothing loads the folder.
+
+    Args:
+        folder: of the forest.
+        trees: how many it will have.
+        kept: its first trees, which stay.
     """
-    _tell_replaced(folder)
+    if not kept:
+        _tell_replaced(folder)
     for name in (*WRITTEN, *OTHERS):
         (folder / name).unlink(missing_ok=True)
     for name in (VECTORIZER, CLUSTERS, INPUTS):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for number in range(trees):
+    for number in range(kept, trees):
         (folder / f"tree{number}" / RANKER).unlink(missing_ok=True)
-    _remove_trees(folder, trees)
+    remove_trees(folder, trees)
+    write_count(folder, trees)
+
+
+def write_count(folder: Path, trees: int) -> None:
+    """Write how many trees a forest has."""
     write_text(folder / FOREST, json.dumps({"trees": trees}) + "\n")
 
 
@@ -57,7 +85,7 @@ def _tell_replaced(folder: Path) -> None:
         log.info(f"{folder}/ holds an earlier ranker, which is replaced")
 
 
-def _remove_trees(folder: Path, first: int) -> None:
+def remove_trees(folder: Path, first: int) -> None:
     """Remove the rankers of a forest from a number on; what a person put beside them stays."""
     while (tree := folder / f"tree{first}").is_dir():
         for name in (*WRITTEN, *OTHERS):

@@ -23,7 +23,7 @@ from xmlkernels.memory import readable, resident_memory
 from xmlkernels.models.base import Documents
 from xmlkernels.models.saved import model_config
 from xmlkernels.training.build import draw_apart, keep_class_token, start_table
-from xmlkernels.training.clock import Clock
+from xmlkernels.training.clock import Clock, Deadline
 from xmlkernels.training.config import Config
 from xmlkernels.training.environment import differences
 from xmlkernels.training.forecast import room_of_each
@@ -33,6 +33,9 @@ from xmlkernels.training.session import Session
 from xmlkernels.training.stops import Stopped, asked
 
 log = logging.getLogger(__name__)
+
+_RESERVE = 1.0  # seconds before a deadline, for calibrating and the report
+_SLOWER = 1.3  # an evaluation against the one before: other work on the machine
 
 
 class RunState:
@@ -47,6 +50,8 @@ class RunState:
         saver: writes the checkpoints.
         documents: trained on so far.
         pending: losses not logged yet, with their documents.
+        measured: documents that this process has evaluated, and the seconds that it took.
+        time_over: what metrics.json says of a run that a deadline has ended; None of any other.
         commits: of the source tree at the start of the run and wherever a resumed part had another
             one.
 
@@ -68,7 +73,9 @@ class RunState:
         self._best_under_way: dict[str, float] | None = None
         self.commits = [session.commit]
         self._logged = (0, 0.0)  # documents and seconds at the last log line
-        self._stop = dist.Vote()
+        self.measured, self._saves = (0, 0.0), 0
+        self.time_over: dict[str, Any] | None = None
+        self._stop, self._over = dist.Vote(), dist.Vote()
         if self.folder.resumable:
             self._resume()
         else:
@@ -177,6 +184,7 @@ class RunState:
         are raised by `settle`. A stop in between is mended by resuming.
         """
         self.settle()
+        self._saves += 1
         with self.clock.on("save"), dist.apart():
             tensors = self.model.tensors()
             shards = {k: shard for k, shard in self.model.shards().items() if k in tensors}
@@ -222,6 +230,47 @@ class RunState:
             self.settle()
             self.save_and_stop()
 
+    def time_is_over(self, deadline: Deadline | None) -> bool:
+        """Tell whether all the time that is left is needed to evaluate and to write.
+
+        Among several processes, all say the same at the same step.
+        """
+        if deadline is None:
+            return False
+        return self._over.yes(deadline.left() <= self._ending())
+
+    def _ending(self) -> float:
+        """Estimate the seconds that the run needs once it stops training."""
+        spent, session = self.clock.seconds(), self.session
+        steps = max(1, self.model.steps)
+        documents, seconds = self.measured
+        if not documents:  # before there is an evaluation, as long as a document's training
+            documents, seconds = max(1, self.documents), spent["train"]
+        splits = [split for split in (session.validation, session.test) if split is not None]
+        evaluation = sum(map(len, splits)) * seconds / documents
+        save = spent["save"] / max(1, self._saves)
+        return _RESERVE + spent["train"] / steps + save + _SLOWER * evaluation
+
+    def tell_time_over(self, deadline: Deadline | None) -> None:
+        """Note that a deadline has ended the training, and say how it goes on."""
+        assert deadline is not None
+        self.time_over = {
+            "minutes": deadline.seconds / 60,
+            "epochs": round(self._epochs(), 3),
+            "planned": self.config.epochs,
+        }
+        self.folder.log({"step": self.model.steps, "epoch": self.reached, "time_over": True})
+        log.info(
+            f"the time is over ({deadline.told}) after {self._epochs():.3g} of "
+            f"{self.config.epochs} epochs: the run ends whole; the same command with --resume and "
+            "more --minutes goes on with it"
+        )
+
+    @property
+    def reached(self) -> float:
+        """Epochs that are done; whole ones as a whole number."""
+        return round(self._epochs(), 3) if self.position else self.epoch
+
     def save_and_stop(self) -> NoReturn:
         """Save, unless this step is saved already, and raise Stopped."""
         if self.saver.begun != self.model.steps:
@@ -239,6 +288,8 @@ class RunState:
 
     def back_to_last_batch(self) -> None:
         """Return to the end of the last epoch's batches, before its validation."""
+        if self.position:  # a deadline has ended the training among them
+            return
         self.epoch, self.position = self.epoch - 1, self.session.plan.epoch
 
     def improved(self, metrics: dict[str, float]) -> bool:
@@ -246,7 +297,7 @@ class RunState:
         by = self.config.best_by
         if self.best and not metrics[by] > self.best[by]:
             return False
-        self.best = {by: metrics[by], "epoch": self.epoch, "step": self.model.steps}
+        self.best = {by: metrics[by], "epoch": self.reached, "step": self.model.steps}
         return True
 
     # ---- log ----
