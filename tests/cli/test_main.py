@@ -1,11 +1,15 @@
 """The command `xmlkernels` itself: which commands there are, and what it says without one."""
 
 import ast
+import os
+import signal
 import subprocess
 import sys
 from importlib import import_module
+from typing import Any
 
 import pytest
+from patience import PATIENCE
 from test_imports import PACKAGE, dotted, name_of
 
 import xmlkernels
@@ -85,6 +89,55 @@ def test_help_and_version_load_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
+def _of_its_own(code: str, **how: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, **how)
+
+
+def test_help_that_nobody_reads_to_its_end_ends_in_order() -> None:
+    code = "from xmlkernels.cli.main import main; main(['--help'])"
+    read, write = os.pipe()
+    os.close(read)
+    with _of_its_own(code, stdout=write) as child:
+        os.close(write)
+        assert child.communicate(timeout=PATIENCE)[1] == "" and child.returncode == 141
+    with open("/dev/full", "w") as full, _of_its_own(code, stdout=full) as child:
+        told = "error: standard output could not be written: No space left on device; "
+        assert child.communicate(timeout=PATIENCE)[1].startswith(told) and child.returncode == 1
+
+
+def test_ctrl_c_while_torch_is_loaded_is_one_sentence() -> None:
+    """What a command imports first is the console: here it waits for the signal instead."""
+    code = (
+        "import signal, sys, time, types\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "class Console:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'xmlkernels.cli.console':\n"
+        "            signal.raise_signal(signal.SIGINT); time.sleep(600)\n"
+        "sys.meta_path.insert(0, Console())\n"
+        "from xmlkernels.cli.main import main\n"
+        "main(['env'])"
+    )
+    with _of_its_own(code) as child:
+        assert child.communicate(timeout=PATIENCE)[1] == "interrupted (SIGINT)\n"
+        assert child.returncode == 130
+
+
+def test_a_signal_that_was_switched_off_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    seen: list[Any] = []
+    look = lambda *_: seen.append(signal.getsignal(signal.SIGINT))  # noqa: E731
+    monkeypatch.setattr(command, "_main", look)
+    try:
+        command.main(["env"])
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        command.main(["env"])
+        assert seen[0] is signal.SIG_IGN and callable(seen[1])
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # A thread that ends the process while the loop may wait for ever has no command to speak for it;

@@ -17,6 +17,8 @@ from xmlkernels.predict.base import Label
 from xmlkernels.serve import gate as gate_module
 from xmlkernels.serve.batching import Batcher, Job, answer
 
+JSON = "application/json"
+
 
 def running(work: Callable[[], Awaitable[Any]]) -> Any:
     async def limited() -> Any:
@@ -267,20 +269,29 @@ def test_documents_of_parts_and_a_default_number_of_labels() -> None:
             return [
                 await client.post("/predict", json={"texts": given}),
                 await client.post("/predict", content=b"{}"),
+                await client.post("/predict", content=b"{", headers={"content-type": JSON}),
+                await client.post("/predict"),
+                await client.post("/predict", json=["a"]),
                 await client.post(
-                    "/predict", content=b"{", headers={"content-type": "application/json"}
+                    "/predict", content=b'{"texts": ["\xe9"]}', headers={"content-type": JSON}
                 ),
                 await client.get("/nowhere"),
                 await client.get("/predict"),
             ]
 
-    found, *broken, nowhere, got = running(work)
+    found, *broken, latin, nowhere, got = running(work)
     assert held.calls == [["a b", "c", "d"]] and [len(own) for own in ids(found)] == [4] * 3
-    assert [x.status_code for x in broken] == [422, 422]
-    assert broken[0].json()["error"].startswith("the body: expected JSON (content-type")
-    assert broken[1].json()["error"].startswith("the body: no JSON (Expecting property name")
+    assert [x.status_code for x in broken] == [422] * 4
+    expected = f"the body: expected a JSON object (content-type: {JSON}), got "
+    untold, cut, none, other = (x.json()["error"] for x in broken)
+    assert untold == f"{expected}the content-type none; see /docs"
+    assert cut.startswith("the body: no JSON (Expecting property name")
+    assert none == f"{expected}none; see /docs" and other == f"{expected}a list; see /docs"
+    assert latin.status_code == 400 and "is no JSON in UTF-8; /docs" in latin.json()["error"]
     assert nowhere.status_code == 404 and got.status_code == 405
-    assert nowhere.json() == {"error": "not Found; /docs lists all requests"}
+    assert nowhere.json() == {"error": "GET /nowhere: no such path; /docs lists all requests"}
+    sentence = "GET /predict: another method than this path takes; /docs lists all requests"
+    assert got.json() == {"error": sentence}
 
 
 # ---- what is counted, and the pages ----

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -56,6 +56,12 @@ class Settings:
     changed: float = 0.0
 
 
+_KINDS = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "a truth value"}
+_SAID = {  # what starlette says in its own words
+    400: "the body is no JSON in UTF-8",
+    404: "no such path",
+    405: "another method than this path takes",
+}
 _MISTAKES: dict[int | str, dict[str, Any]] = {
     413: {"model": messages.Mistake, "description": "the body is too large"},
     422: {"model": messages.Mistake, "description": "the request cannot be answered"},
@@ -199,10 +205,17 @@ def _say_mistakes(app: FastAPI) -> None:
         return said(404, str(error))
 
     @app.exception_handler(RequestValidationError)
-    async def of_shape(_: Any, error: RequestValidationError) -> JSONResponse:
+    async def of_shape(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        if first["type"].startswith("model_"):
-            return said(422, "the body: expected JSON (content-type: application/json); see /docs")
+        if first["loc"] == ("body",):  # none at all, no object, or not said to be JSON
+            kind = request.headers.get("content-type", "none")
+            given = first["input"]
+            got = (
+                f"the content-type {kind}" if isinstance(given, bytes) else _KINDS.get(type(given))
+            )
+            got = got or "none"
+            sentence = f"expected a JSON object (content-type: application/json), got {got}"
+            return said(422, f"the body: {sentence}; see /docs")
         if first["type"] == "json_invalid":
             return said(422, f"the body: no JSON ({first['ctx']['error']}); see /docs")
         *inner, last = first["loc"][1:]
@@ -215,8 +228,9 @@ def _say_mistakes(app: FastAPI) -> None:
         return said(422, f"{named or 'the body'}: {sentence}; see /docs")
 
     @app.exception_handler(HTTPException)
-    async def of_http(_: Any, error: HTTPException) -> JSONResponse:
-        sentence = f"{error.detail[:1].lower()}{error.detail[1:]}; /docs lists all requests"
+    async def of_http(request: Request, error: HTTPException) -> JSONResponse:
+        what = _SAID.get(error.status_code, f"{error.detail[:1].lower()}{error.detail[1:]}")
+        sentence = f"{request.method} {request.url.path}: {what}; /docs lists all requests"
         return said(error.status_code, sentence, headers=error.headers)
 
     @app.exception_handler(ModelFailed)
