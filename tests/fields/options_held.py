@@ -48,6 +48,7 @@ HELD: dict[type, dict[str, str]] = {
         "allow": "predict/test_limits.py::test_the_files_of_the_command",
         "exclude": "predict/test_limits.py::test_the_files_of_the_command",
         "threshold": _CALIBRATION + "test_predict_cuts_at_thresholds",
+        "propensity": _CALIBRATION + "test_predict_ranks_by_propensity",
         "ranker": _RANKED + "test_a_forest_is_the_mean_of_its_rankers",
         "ranker_input": _RANKED + "test_texts_of_the_test_split_are_answered_as_the_split_was",
         **_all(_RANKED + "test_one_text", "latency", "ranker_text"),

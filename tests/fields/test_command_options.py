@@ -108,11 +108,11 @@ def test_what_predict_asks_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     (texts, k), how = seen["predict"]
     assert list(texts) == ["a b"]
     assert k == 3
-    assert how == {"batch_size": 5, "threshold": None}
+    assert how == {"batch_size": 5, "threshold": None, "propensity": 0.0}
     assert seen["threads"] == ((2,), {})
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"c\n")))
     predict.run(predict.Options("run", input="-", batch=4))
-    expected = {"batch_size": 4, "window": 1, "prefetch": 0, "threshold": None}
+    expected = {"batch_size": 4, "window": 1, "prefetch": 0, "threshold": None, "propensity": 0.0}
     assert seen["predict"][1] == expected
 
 

@@ -20,6 +20,7 @@ from xmlkernels.cli import calibrate as command
 from xmlkernels.cli import ensemble, predict
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.evaluation import predict_split
+from xmlkernels.metrics import inverse_propensity
 from xmlkernels.predict.calibrate import (
     Answers,
     calibration_error,
@@ -217,11 +218,42 @@ def test_thresholds_and_order_of_predictions(made: Path) -> None:
     ]
 
 
+def test_rare_labels_rise_by_propensity(made: Path, calibrated_set: Path) -> None:
+    found, dataset = xk.load(made / "ranker"), Dataset.open(calibrated_set)
+    weight = inverse_propensity(dataset.splits["train"].labels, *dataset.propensity)
+    assert found.calibration is not None
+    assert np.allclose(found.calibration.weight, weight, rtol=1e-6)
+    texts = dataset.splits["test"].texts[:20]
+    every = list(found.predict(texts, 20))
+    for power, order in ((0.5, "score"), (3.0, "score"), (3.0, "probability")):
+        got = list(found.predict(texts, 4, propensity=power, order=order))  # type: ignore[arg-type]
+        for labels, own in zip(got, every, strict=True):
+
+            def gain(x: xk.Label) -> float:
+                odds = x.score if order == "score" else x.log_odds  # noqa: B023
+                return float(sigmoid(np.array(odds)) * weight[x.id] ** power)  # noqa: B023
+
+            assert [x.id for x in labels] == [x.id for x in sorted(own, key=gain, reverse=True)[:4]]
+    assert got != [labels[:4] for labels in every]
+    assert list(found.predict(texts, 4, propensity=0.0)) == [labels[:4] for labels in every]
+    with pytest.raises(InputError, match="propensity: expected a finite number from 0, got -1"):
+        found.predict(texts, propensity=-1)
+
+
+def test_a_calibration_follows_its_labels(train: csr_matrix) -> None:
+    fitted = fit_calibration(planted(1000, 0), train, bands=2)
+    kept = np.array([40, 3, 50])
+    found = fitted.of_labels(kept, 2, "new")
+    assert found.band.tolist() == [1, 0, 1, 0, 0] and found.identity == "new"
+    assert found.weight.tolist() == [*fitted.weight[kept], *[fitted.weight.max()] * 2]
+
+
 def test_what_an_uncalibrated_model_refuses(copied: Path) -> None:
     (copied / "whole" / "checkpoint" / CALIBRATION).unlink()
     found = xk.load(copied / "whole")
     assert next(found.predict(TEXTS, 1))[0].log_odds is None
-    for how in ({"threshold": "calibrated"}, {"threshold": "f1"}, {"order": "probability"}):
+    wanted = {"threshold": "calibrated"}, {"threshold": "f1"}, {"propensity": 0.1}
+    for how in (*wanted, {"order": "probability"}):
         with pytest.raises(InputError, match="expected a calibrated model, got one without"):
             found.predict(TEXTS, 1, **how)  # type: ignore[arg-type]
     for how, told in (({"threshold": 2}, "threshold"), ({"order": "name"}, "order")):
@@ -292,6 +324,19 @@ def test_predict_cuts_at_thresholds(made: Path, tmp_path: Path) -> None:
     for more, wrong in (([], "--threshold"), (["--latency"], "--latency")):
         with pytest.raises(InputError, match=wrong):
             predict.main([*words, "--threshold", "0.5" if more else "half", *more])
+
+
+def test_predict_ranks_by_propensity(made: Path, tmp_path: Path) -> None:
+    words = ["--ranker", str(made / "ranker"), "--text", TEXTS[0], "--top-k", "5"]
+    output = tmp_path / "out.jsonl"
+    predict.main([*words, "--propensity", "3", "--output", str(output)])
+    ids = [x["id"] for x in json.loads(output.read_text())["labels"]]
+    found = xk.load(made / "ranker")
+    assert ids == [x.id for x in next(found.predict(TEXTS[:1], 5, propensity=3))]
+    assert ids != [x.id for x in next(found.predict(TEXTS[:1], 5))]
+    for more, wrong in ((["--propensity", "-1"], "finite"), (["--latency"], "--latency")):
+        with pytest.raises(InputError, match=wrong):
+            predict.main([*words, "--propensity", "1", *more])
 
 
 def test_sums_on_one_scale(copied: Path, calibrated_set: Path) -> None:

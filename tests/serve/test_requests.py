@@ -8,12 +8,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from served import V1
 from stub import Held, application_of, asking, ids, until
 
 import xmlkernels as xk
 from xmlkernels.predict.base import Label
+from xmlkernels.predict.calibration import Calibration
 from xmlkernels.serve import gate as gate_module
 from xmlkernels.serve.batching import Batcher, Job, answer
 
@@ -93,13 +95,18 @@ def test_requests_of_another_number_of_labels_share_no_call() -> None:
 
 def test_each_request_has_its_own_limits() -> None:
     model = xk.load(V1 / "bow")
+    same = np.array([[[-50.0, -50], [50, 50]]])  # probabilities stay
+    weight, band = np.linspace(1, 9, 30, dtype=np.float32), np.zeros(30, np.uint8)
+    model.calibration = Calibration(band, same, np.zeros(1), weight, 0.5, 0.0, ("platt",), (9,))
     texts = ["w3 w4", "w9 w10 w11", "w30", ""]
     jobs: list[dict[str, Any]] = [
         {"texts": texts[:2], "k": 3},
         {"texts": texts[2:], "k": 3, "allow": [1, "w9"]},
         {"texts": texts, "k": 3, "allow": [[4], None, None, [5, 6]], "exclude": [4]},
         {"texts": texts[:1], "k": 30, "exclude": [["w30"]], "threshold": 0.35},
+        {"texts": texts[:2], "k": 3, "propensity": 0.9},
     ]
+    assert list(model.predict(**jobs[-1])) != list(model.predict(**jobs[0]))
 
     async def work() -> list[httpx.Response]:
         async with asking(application_of(model)) as client:
@@ -242,6 +249,8 @@ def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyP
         ({"texts": ["a"], "k": 21}, "k: expected 20 at most, got 21; ask for fewer labels"),
         ({"texts": ["a"], "threshold": 2}, "threshold: input should be less than or equal to 1"),
         ({"texts": ["a"], "threshold": "calibrated"}, "predictor: expected a calibrated model"),
+        ({"texts": ["a"], "propensity": 0.1}, "predictor: expected a calibrated model"),
+        ({"texts": ["a"], "propensity": -1}, "propensity: input should be greater than or equal"),
         ({"texts": ["a"], "order": "probability"}, "predictor: expected a calibrated model"),
         ({"texts": list("abcd")}, "texts: expected 3 at most, got 4; send several requests"),
         ({"texts": ["a"], "allow": []}, "allow of text 0: expected at least one label, got none"),

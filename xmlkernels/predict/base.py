@@ -112,6 +112,7 @@ class TextPredictor(ABC):
         exclude: Given = None,
         threshold: Chosen | float | None = None,
         order: Literal["score", "probability"] = "score",
+        propensity: float = 0.0,
     ) -> Iterator[list[Label]]:
         """Predict the k best labels of each text, best first, in the order of the texts.
 
@@ -138,6 +139,8 @@ class TextPredictor(ABC):
                 probability that had the highest micro-F1 on validation.
             order: "probability" ranks the 10 best by score, or k where that is more, by calibrated
                 probability, in which rare and frequent labels have one scale.
+            propensity: above 0 rare labels rise: the 20 best, or 2k where that is more, are ranked
+                by probability times inverse propensity to this power, which lifts PSP@k.
 
         Raises:
             InputError: a label that the model does not have, an allow-list without any, not one
@@ -145,21 +148,27 @@ class TextPredictor(ABC):
                 "probability" of a model that is not calibrated.
         """
         check_k(k)
-        self.check_scale(threshold, order)
+        self.check_scale(threshold, order, propensity)
         limits = Limits(self.numbers, allow, exclude)
         most = k if order == "score" else max(k, RANKED_ANEW)
+        most = max(2 * k, 2 * RANKED_ANEW) if propensity else most
         found = self._in_order(texts, most, batch_size, window, prefetch, limits)
-        return (self._labels(values, rows, k, threshold, order) for values, rows in found)
+        return (
+            self._labels(values, rows, k, threshold, order, propensity) for values, rows in found
+        )
 
-    def check_scale(self, threshold: object, order: str) -> None:
-        """Raise InputError where `predict` cannot take this threshold or order."""
+    def check_scale(self, threshold: object, order: str, propensity: float) -> None:
+        """Raise InputError where `predict` cannot take this threshold, order or propensity."""
         number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
         if not (threshold in (None, *CHOSEN) or (number and 0 <= float(threshold) <= 1)):  # type: ignore[arg-type]
             expected = 'a probability from 0 to 1, "calibrated" or "f1"'
             raise InputError("threshold", expected, repr(threshold), "correct it")
         if order not in ("score", "probability"):
             raise InputError("order", "score or probability", repr(order), "choose one of them")
-        if self.calibration is None and (threshold in CHOSEN or order == "probability"):
+        if not 0 <= propensity < math.inf:
+            raise InputError("propensity", "a finite number from 0", repr(propensity), "correct it")
+        needed = threshold in CHOSEN or order == "probability" or propensity > 0
+        if self.calibration is None and needed:
             mend = "calibrate it with xmlkernels calibrate"
             raise InputError("predictor", "a calibrated model", "one without", mend)
 
@@ -170,6 +179,7 @@ class TextPredictor(ABC):
         k: int,
         threshold: Chosen | float | None,
         order: str,
+        propensity: float,
     ) -> list[Label]:
         """Return the labels of a text: calibrated, ranked, cut at `threshold` and at k."""
         odds = None if self.calibration is None else self.calibration.log_odds(values, rows)
@@ -184,7 +194,12 @@ class TextPredictor(ABC):
         ]
         if isinstance(threshold, int | float):
             found = [label for label in found if label.probability >= threshold]
-        if order == "probability":
+        if propensity and self.calibration is not None:
+            scale = values.astype(np.float64) if odds is None or order == "score" else odds
+            rank = self.calibration.towards_rare(scale, rows, propensity)
+            by_label = dict(zip(rows.tolist(), rank.tolist(), strict=True))
+            found.sort(key=lambda label: -by_label[label.id])
+        elif order == "probability":
             found.sort(key=lambda label: -(label.log_odds or 0.0))
         return found[:k]
 

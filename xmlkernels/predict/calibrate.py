@@ -19,7 +19,7 @@ from scipy.sparse import csr_matrix
 
 from xmlkernels.errors import InputError
 from xmlkernels.label_counts import LabelCounts
-from xmlkernels.metrics import best_cut, cut_metrics, evaluate
+from xmlkernels.metrics import best_cut, cut_metrics, evaluate, inverse_propensity
 from xmlkernels.predict.calibration import MOST_BANDS, MOST_KNOTS, Calibration, sigmoid
 
 Method = Literal["auto", "isotonic", "platt"]
@@ -67,6 +67,7 @@ def fit_calibration(
     bands: int = 5,
     method: Method = "auto",
     precision: float = 0.8,
+    propensity: tuple[float, float] = (0.55, 1.5),
     identity: str = "",
 ) -> Calibration:
     """Fit a curve and a threshold for each band of labels, and a cut for all.
@@ -78,6 +79,7 @@ def fit_calibration(
         method: isotonic regression, Platt's sigmoid, or isotonic where a band has 200 right
             answers or more.
         precision: the share of right answers that thresholds are to give.
+        propensity: the dataset's constants A and B.
         identity: of the model.
 
     Raises:
@@ -113,6 +115,7 @@ def fit_calibration(
         band,
         np.stack(curves),
         np.array(thresholds),
+        inverse_propensity(train, *propensity).astype(np.float32),
         precision,
         0.0,
         tuple(methods),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, get_args
 
@@ -30,7 +30,12 @@ Chosen = Literal["calibrated", "f1"]
 """A threshold that calibration chose."""
 CHOSEN = get_args(Chosen)
 _AGAIN = "calibrate again: xmlkernels calibrate"
-_TENSORS = {"band": (np.uint8, 1), "knots": (np.float64, 3), "thresholds": (np.float64, 1)}
+_TENSORS = {
+    "band": (np.uint8, 1),
+    "knots": (np.float64, 3),
+    "thresholds": (np.float64, 1),
+    "weight": (np.float32, 1),
+}
 
 
 class CalibrationWarning(UserWarning):
@@ -57,6 +62,7 @@ class Calibration:
             that are not needed repeat the last one. Beyond its ends a curve has slope 1.
         thresholds: fp64 [G], the lowest score from which a band's labels are right in a share
             `precision` of the cases; infinity where none is.
+        weight: fp32 [L], inverse propensities of the labels, above 0: how rare they are.
         precision: the share that was wanted.
         f1_cut: the calibrated log-odds from which labels have the highest micro-F1.
         methods: how each curve was fitted, "isotonic" or "platt".
@@ -68,6 +74,7 @@ class Calibration:
     band: np.ndarray
     knots: np.ndarray
     thresholds: np.ndarray
+    weight: np.ndarray
     precision: float
     f1_cut: float
     methods: tuple[str, ...]
@@ -107,9 +114,36 @@ class Calibration:
         reached[there] = scores[there] >= self.thresholds[self.band[labels[there]]]
         return reached
 
+    def towards_rare(self, odds: np.ndarray, labels: np.ndarray, power: float) -> np.ndarray:
+        """Return what labels are ranked by where rare ones are to rise: fp64, -infinity at -1.
+
+        ln p of each label and `power` times the logarithm of its inverse propensity, as
+        `ranker.blend.towards_rare` does for matrices.
+
+        Args:
+            odds: log-odds of the labels, of their shape.
+            labels: int, -1 for none.
+            power: 0 or more.
+        """
+        lift = power * np.log(self.weight[np.maximum(labels, 0)].astype(np.float64))
+        return np.where(labels >= 0, lift - np.logaddexp(0, -odds), -np.inf)
+
+    def of_labels(self, kept: np.ndarray, new: int, identity: str) -> Calibration:
+        """Return the same for a model of other labels.
+
+        Args:
+            kept: int [K], labels that stay, in their new order.
+            new: labels after them, which count among the rarest.
+            identity: of that model.
+        """
+        band = np.append(self.band[kept], np.zeros(new, np.uint8))
+        rarest = np.full(new, self.weight.max(initial=1), np.float32)
+        weight = np.append(self.weight[kept], rarest)
+        return replace(self, band=band, weight=weight, identity=identity)
+
     def save(self, folder: str | Path) -> None:
         """Write the file into a folder, whole or not at all."""
-        tensors = {"band": self.band, "knots": self.knots, "thresholds": self.thresholds}
+        tensors: dict[str, np.ndarray] = {name: getattr(self, name) for name in _TENSORS}
         told = {"format": FORMAT, "identity": self.identity, "precision": self.precision}
         told |= {"f1_cut": self.f1_cut}
         told |= {"methods": list(self.methods), "counts": list(self.counts)}
@@ -141,6 +175,7 @@ class Calibration:
         )
         bands = len(told["methods"])
         shapes = {"band": (labels,), "knots": (bands, MOST_KNOTS, 2), "thresholds": (bands,)}
+        shapes["weight"] = (labels,)
         for key, (kind, _) in _TENSORS.items():
             there = found.get(key)
             if there is None or there.dtype != kind or there.shape != shapes[key]:
@@ -154,10 +189,13 @@ class Calibration:
             raise InputError(name, expected, "another", _AGAIN)
         if np.isnan(found["thresholds"]).any():
             raise InputError(f"{name}, thresholds", "numbers", "a NaN", _AGAIN)
+        if not (np.isfinite(found["weight"]) & (found["weight"] > 0)).all():
+            raise InputError(f"{name}, weight", "finite numbers above 0", "another", _AGAIN)
         return cls(
             found["band"],
             found["knots"],
             found["thresholds"],
+            found["weight"],
             told["precision"],
             told["f1_cut"],
             tuple(told["methods"]),

@@ -32,7 +32,7 @@ class Job:
         texts: one or more, as the predictor takes them.
         k: labels per text.
         allow, exclude: of each text the numbers of labels, int64, or None; None: no such limit.
-        threshold, order: as of `TextPredictor.predict`.
+        threshold, order, propensity: as of `TextPredictor.predict`.
     """
 
     texts: list[Text]
@@ -41,11 +41,12 @@ class Job:
     exclude: list[np.ndarray | None] | None = None
     threshold: float | Chosen | None = None
     order: Literal["score", "probability"] = "score"
+    propensity: float = 0.0
 
     @property
     def way(self) -> tuple[Any, ...]:
         """What is the same for all texts of a call of `predict`."""
-        return self.k, self.threshold, self.order
+        return self.k, self.threshold, self.order, self.propensity
 
 
 def answer(predictor: TextPredictor, jobs: Sequence[Job], batch_size: int) -> list[Answers]:
@@ -57,8 +58,8 @@ def answer(predictor: TextPredictor, jobs: Sequence[Job], batch_size: int) -> li
     found: dict[int, Answers] = {}
     for way in dict.fromkeys(job.way for job in jobs):
         some = [job for job in jobs if job.way == way]
-        k, threshold, order = way
-        limits: dict[str, Any] = {"threshold": threshold, "order": order}
+        k, *rest = way
+        limits: dict[str, Any] = dict(zip(("threshold", "order", "propensity"), rest, strict=True))
         for name in ("allow", "exclude"):
             if any(getattr(job, name) is not None for job in some):
                 limits[name] = [

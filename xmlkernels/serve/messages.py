@@ -50,6 +50,13 @@ class Request(_Strict):
     order: Literal["score", "probability"] = Field(
         "score", description="probability: the best by score, ranked by calibrated probability"
     )
+    propensity: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="above 0 rare labels rise: ranked by probability times inverse propensity to "
+        "this power",
+    )
 
 
 class Answered(BaseModel):
@@ -125,7 +132,7 @@ def job_of(request: Request, predictor: TextPredictor, k: int, most: int, longes
     wanted = k if request.k is None else request.k
     if wanted > most:
         raise InputError("k", f"{most} at most", str(wanted), "ask for fewer labels")
-    predictor.check_scale(request.threshold, request.order)
+    predictor.check_scale(request.threshold, request.order, request.propensity)
     texts = [text_of(x, predictor, f"texts[{n}]") for n, x in enumerate(request.texts)]
     numbers, count = predictor.numbers, len(texts)
     allow = _limits(request.allow, numbers, count, "allow")
@@ -135,7 +142,8 @@ def job_of(request: Request, predictor: TextPredictor, k: int, most: int, longes
             mend = "leave it out where every label is allowed"
             raise InputError(f"allow of text {empty[0]}", "at least one label", "none", mend)
     exclude = _limits(request.exclude, numbers, count, "exclude")
-    return Job(texts, wanted, allow, exclude, request.threshold, request.order)
+    scale = request.threshold, request.order, request.propensity
+    return Job(texts, wanted, allow, exclude, *scale)
 
 
 def text_of(document: str | Document, predictor: TextPredictor, where: str) -> Text:

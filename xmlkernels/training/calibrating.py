@@ -121,7 +121,8 @@ def keep_calibration(
     """
     answers = {name: Answers.of(*pair, dataset.splits[name].labels) for name, pair in found.items()}
     train = dataset.splits["train"].labels
-    fitted = fit_calibration(answers["val"], train, identity=identity, **how)
+    how |= {"propensity": dataset.propensity, "identity": identity}
+    fitted = fit_calibration(answers["val"], train, **how)
     fitted.save(folder)
     report: dict[str, Any] = {
         {"val": "validation"}.get(name, name): measure_calibration(fitted, one)

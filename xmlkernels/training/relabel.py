@@ -6,7 +6,7 @@ Letters: N documents, D width of an embedding, L labels.
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -226,8 +226,6 @@ def _write(
     checkpoints.save_last(tensors, told)
     checkpoints.save_best()
     if (calibration := predictor.calibration) is not None:
-        rarest = np.zeros(len(names) - len(kept), np.uint8)
-        band = np.concatenate([calibration.band[kept], rarest])
         identity = checkpoint_identity(inner, "best")
-        replace(calibration, band=band, identity=identity).save(inner)
+        calibration.of_labels(kept, len(names) - len(kept), identity).save(inner)
     write_json(folder / "labels.json", {"labels": len(names), "from": predictor.identity})
