@@ -21,6 +21,7 @@ from sklearn.utils.estimator_checks import check_estimator
 import xmlkernels as xk
 from xmlkernels import InputError
 from xmlkernels.estimator.classifier import EXPECTED_FAILED_CHECKS
+from xmlkernels.predict.calibration import sigmoid
 
 NAMES = [f"l{n}" for n in range(7)] + [f"m{n}" for n in range(5)]
 TEXTS = [f"w{n % 7} {'v' + str(n * 3 % 5) if n % 2 else ''} w{n % 7}" for n in range(70)]
@@ -123,6 +124,18 @@ def test_settings_and_places(tmp_path: Path, fitted: Any) -> None:
     with pytest.raises(InputError, match=r"100 numbers at most, got 70 x 12; ask predict_topk"):
         model.predict_proba(TEXTS)
     assert model.predict_proba(TEXTS[:2]).shape == (2, 12)
+    rows, probabilities = model.predict_topk(TEXTS, 12)
+    model.threshold = "f1"
+    least = sigmoid(np.array(model.predictor_.calibration.f1_cut))
+    places = np.zeros((70, 12), bool)
+    np.put_along_axis(places, rows, probabilities >= least, 1)
+    assert np.array_equal(model.predict(TEXTS).toarray() > 0, places) and places.any()
+    model.threshold = "calibrated"
+    with pytest.raises(InputError, match='threshold: expected a probability, or "f1"'):
+        model.predict(TEXTS)
+    plain = clone(fitted).set_params(threshold="f1").fit(TEXTS, LISTS)
+    with pytest.raises(InputError, match="threshold: expected a calibrated model, got one without"):
+        plain.predict(TEXTS)
 
 
 @pytest.mark.parametrize(

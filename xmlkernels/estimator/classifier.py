@@ -37,6 +37,7 @@ from xmlkernels.estimator.targets import (
 )
 from xmlkernels.evaluation import predict_split
 from xmlkernels.predict.base import RANKER, TextPredictor
+from xmlkernels.predict.calibration import sigmoid
 from xmlkernels.predict.folders import load
 from xmlkernels.predict.model import Predictor
 from xmlkernels.predict.ranked import RankedPredictor
@@ -68,7 +69,8 @@ class XMLClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         model: a recipe: "linear", "bow", or one with a transformer such as "minilm" (texts alone).
         settings: changes of the recipe's settings, by the names of its flags; those of `linear`'s
             classifiers (cost, epochs, negatives …) among them.
-        threshold: `predict` gives labels of at least this probability.
+        threshold: `predict` gives labels of at least this probability; "f1" is the one that had the
+            highest micro-F1 on the documents held out, and asks for a calibrated model.
         validation_share: of the documents, held out to choose the recipe's open settings and to
             calibrate probabilities. "auto" is 0.1 from 1,000 documents on, and 0 below.
         cache: a folder for data, label trees and the trained model, which stay there; a temporary
@@ -88,7 +90,7 @@ class XMLClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         model: str = "linear",
         *,
         settings: Mapping[str, Any] | None = None,
-        threshold: float = 0.5,
+        threshold: float | str = 0.5,
         validation_share: float | str = "auto",
         cache: str | Path | None = None,
         max_dense: int = 100_000_000,
@@ -252,12 +254,27 @@ class XMLClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         rows, probabilities = self.predict_topk(X, 1 if single else min(KEPT, len(self.classes_)))
         if single:
             return self.classes_[np.maximum(rows[:, 0], 0)]
-        kept = (rows >= 0) & (probabilities >= self.threshold)
+        kept = (rows >= 0) & (probabilities >= self._least())
         places = np.repeat(np.arange(len(rows)), kept.sum(1))
         ones = np.ones(len(places), np.int8)
         found = csr_matrix((ones, (places, rows[kept])), (len(rows), len(self.classes_)))
         found.sort_indices()
         return found
+
+    def _least(self) -> float:
+        """Return the probability that `predict` asks of a label."""
+        if not isinstance(self.threshold, str):
+            return self.threshold
+        if self.threshold != "f1":
+            expected = 'a probability, or "f1"'
+            raise InputError("threshold", expected, repr(self.threshold), "correct it")
+        calibration = self.predictor_.calibration
+        if calibration is None:
+            mend = (
+                f"hold documents out (validation_share; {_CALIBRATED_FROM:,} documents by default)"
+            )
+            raise InputError("threshold", "a calibrated model", "one without", mend)
+        return float(sigmoid(np.array(calibration.f1_cut)))
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Return the probability of every label, fp64 [N, L]; 0 for those that no shortlist holds.
