@@ -58,6 +58,8 @@ def test_a_table_becomes_a_model_that_answers_with_names(
     # validation chose between words and pairs of them
     assert "trying words alone" in told and "trying words and pairs" in told
     assert told.count("report: ") == 1, "trials have none"
+    report = (output / "report.html").read_text("utf-8")
+    assert record["machine"] in report and all(one["flag"] in report for one in record["choices"])
     assert values["--longest"] == {1: "1 word", 2: "1 and 2 words"}[options["longest"]]
     assert load_profile(output) == load_profile(record["dataset"])
     (answer,) = xk.load(output).predict(["the fruit3 and nuts"], k=2)

@@ -11,23 +11,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.sparse import load_npz
-from train_runs import RECIPES, cascade, make_dataset, make_tree, run, tiny
+from report_runs import EVIL
+from scipy.sparse import csr_matrix, load_npz
+from train_runs import make_dataset
 
 from xmlkernels import InputError
 from xmlkernels.cli import report as command
 from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.vectorizer import Vectorizer
+from xmlkernels.ranker.features import Features
+from xmlkernels.ranker.matcher import ClusterMatcher
 from xmlkernels.report import numbers
 from xmlkernels.report.page import page_of
 from xmlkernels.report.run import Run, open_run
-from xmlkernels.training.linear import train_linear
 
 VOID = {"meta", "link", "br"}
 PARTS = (
     "summary", "data", "curves", "metrics", "frequency", "shortlists", "calibration", "documents",
     "cost", "settings",
 )  # fmt: skip
-EVIL = '<img src=x onerror="alert(1)"> & '
 
 
 class Page(HTMLParser):
@@ -70,36 +72,7 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.texts).split())
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts are kept, and the names of labels are attacks."""
-    folder = tmp_path_factory.mktemp("raw")
-    plain = Path.write_text
-
-    def evil(self: Path, text: str) -> int:
-        return plain(self, text.replace("w", f"{EVIL}w") if self.name == "Y.txt" else text)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "write_text", evil)
-        return make_dataset(folder, keep_texts=True)
-
-
-@pytest.fixture(scope="module")
-def folders(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run of each model."""
-    base = tmp_path_factory.mktemp("runs")
-    run(tiny(dataset, base / "tiny", report=True))
-    tree = make_tree(dataset, base / "tree.safetensors")
-    run(cascade(dataset, base / "cascade", tree, report=True, epochs=1))
-    config = RECIPES["linear"].replace(
-        dataset=str(dataset), output=str(base / "linear"), cache=str(base / "cache"), depths=(2,),
-        min_df=1, threads=1,
-    )  # fmt: skip
-    train_linear(config)
-    return {name: base / name for name in ("tiny", "cascade", "linear")}
-
-
-@pytest.mark.parametrize("name", ["tiny", "cascade", "linear"])
+@pytest.mark.parametrize("name", ["tiny", "cascade", "linear", "forest"])
 def test_it_says_what_the_files_say(name: str, folders: dict[str, Path]) -> None:
     text = (folders[name] / "report.html").read_text("utf-8")
     page = Page(text)
@@ -107,7 +80,9 @@ def test_it_says_what_the_files_say(name: str, folders: dict[str, Path]) -> None
     assert page.addresses and all(x[1:] in page.ids and x[0] == "#" for x in page.addresses)
     assert page.seen["script"] == 0 and not re.search(r"https?:|url\(|@import", text)
     report = json.loads((folders[name] / "metrics.json").read_text())
-    found = report["test"]["both"] if name == "linear" else report["test"]
+    found = {"linear": report["test"].get("both"), "forest": report["test"].get("all trees")}.get(
+        name, report["test"]
+    )
     for metric in ("P@1", "nDCG@5", "RP@5", "microF1@5"):
         assert f"{metric} {found[metric]:.2f} " in page.text, metric
     assert f"{report['annif']['F1 score (doc avg)']:.4f}" in page.text
@@ -115,6 +90,30 @@ def test_it_says_what_the_files_say(name: str, folders: dict[str, Path]) -> None
     if name == "cascade":
         for level in found["levels"]:
             assert f" {level['shortlist_recall']:.2f} " in page.text
+
+
+def test_what_a_ranker_took_and_what_its_clusters_keep(
+    folders: dict[str, Path], dataset: Path
+) -> None:
+    data = Dataset.open(dataset)
+    report = json.loads((folders["linear"] / "metrics.json").read_text())
+    kept = report["shortlists"]["the clusters"]
+    features = Vectorizer.load(folders["linear"] / "vectorizer").transform(
+        data.splits["test"].texts
+    )
+    matcher = ClusterMatcher.load(folders["linear"] / "clusters")
+    listed = matcher.shortlist(Features.join(None, features))
+    pattern = csr_matrix((np.ones(listed.nnz), listed.indices, listed.indptr), listed.shape)
+    true = data.splits["test"].labels
+    assert kept["labels"] == listed.nnz / len(data.splits["test"])
+    assert kept["recall"] == pytest.approx(100 * pattern.multiply(true).sum() / true.nnz)
+    page = Page((folders["linear"] / "report.html").read_text("utf-8"))
+    assert f"the clusters {kept['labels']:.2f} {kept['recall']:.2f}" in page.text
+    assert f"{report['peak_rss_mb']:,.0f} MB of memory" in page.text
+    assert f"scikit-learn {report['environment']['scikit-learn']}" in page.text
+    forest = Page((folders["forest"] / "report.html").read_text("utf-8"))
+    for told in ("tree 0", "tree 1", "TF-IDF", "clusters", "ranker", "evaluation", "MB of memory"):
+        assert told in forest.text, told
 
 
 def test_the_course_is_that_of_the_log(folders: dict[str, Path]) -> None:

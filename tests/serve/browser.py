@@ -37,13 +37,67 @@ CONTRAST = """
   while (walker.nextNode()) {
     const element = walker.currentNode.parentElement;
     if (!walker.currentNode.textContent.trim() || !element.checkVisibility()) continue;
-    if (["SCRIPT", "STYLE"].includes(element.tagName)) continue;
+    if (["SCRIPT", "STYLE", "title"].includes(element.tagName)) continue;
     const style = getComputedStyle(element);
-    const [one, other] = [light(numbers(style.color)), light(ground(element))];
+    const drawn = element instanceof SVGElement ? style.fill : style.color;
+    const [one, other] = [light(numbers(drawn)), light(ground(element))];
     const ratio = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
     const large = parseFloat(style.fontSize) >= 24;
-    found.push([walker.currentNode.textContent.trim().slice(0, 40), ratio, large ? 3 : 4.5]);
+    const told = walker.currentNode.textContent.trim().slice(0, 40);
+    found.push([told, ratio, large ? 3 : 4.5, element.tagName]);
   }
+  return found;
+})()
+"""
+
+# What is wrong with a page's structure: one sentence each.
+STRUCTURE = """
+(() => {
+  const found = [];
+  const all = (where) => [...document.querySelectorAll(where)];
+  const named = (x) => (x.getAttribute("aria-label") || (x.getAttribute("aria-labelledby") || "")
+    .split(" ").filter(Boolean).map((id) => document.getElementById(id).textContent).join(" "))
+    .trim();
+  if (!document.documentElement.lang || !document.title) found.push("no language or no title");
+  if (!/width=device-width/.test(all("meta[name=viewport]").map((x) => x.content).join()))
+    found.push("no viewport that follows the device");
+  if (all("main").length !== 1 || all("h1").length !== 1) found.push("not one main, one h1");
+  let before = 0;
+  for (const x of all("h1, h2, h3, h4, h5, h6")) {
+    const level = Number(x.tagName[1]);
+    if (level > before + 1) found.push(`h${level} behind h${before}: ${x.textContent}`);
+    if (!x.textContent.trim()) found.push(`an empty h${level}`);
+    before = level;
+  }
+  const ids = all("[id]").map((x) => x.id);
+  if (new Set(ids).size !== ids.length) found.push("an id twice");
+  for (const x of all("svg, img")) {
+    const drawn = x.getAttribute("role") === "img" && named(x);
+    if (!drawn && !x.alt && x.getAttribute("aria-hidden") !== "true")
+      found.push(`a picture without words: ${x.outerHTML.slice(0, 80)}`);
+  }
+  for (const x of all("figure")) if (!x.querySelector("figcaption")) found.push("a bare figure");
+  for (const x of all("table")) {
+    const told = x.caption ? x.caption.textContent : "no caption";
+    if (!x.caption) found.push("a table without a caption");
+    if (!x.querySelector("thead th[scope=col]")) found.push(`no heads of columns: ${told}`);
+    if (x.querySelector("th:not([scope])")) found.push(`a head of neither: ${told}`);
+    for (const row of x.tBodies[0].rows)
+      if (!row.querySelector("th[scope=row]")) found.push(`a row without a head: ${told}`);
+    for (const head of x.querySelectorAll("th"))
+      if (!head.textContent.trim()) found.push(`an empty head: ${told}`);
+  }
+  const marks = all("section[aria-labelledby], section[aria-label], nav, [role=region]").map(
+    (x) => `${x.tagName === "NAV" ? "nav" : "region"} ${named(x)}`);
+  for (const x of new Set(marks))
+    if (marks.filter((y) => y === x).length > 1 || x.endsWith(" ")) found.push(`twice: ${x}`);
+  for (const x of all("ul, ol"))
+    if ([...x.children].some((y) => y.tagName !== "LI")) found.push("a list of other than items");
+  for (const x of all("dl > div"))
+    if (!x.querySelector("dt") || !x.querySelector("dd")) found.push("a term without a meaning");
+  const outside = [...document.body.children].filter(
+    (x) => !x.matches("header, nav, main, footer, section, script, .skip") && x.innerText.trim());
+  for (const x of outside) found.push(`text outside of landmarks: ${x.innerText.slice(0, 40)}`);
   return found;
 })()
 """
@@ -111,6 +165,11 @@ class Browser:
         self.tell("Page.navigate", url=url)
         there = f"document.readyState === 'complete' && location.href === {json.dumps(url)}"
         self.until(f"!window.before && {there}")
+
+    def size(self, width: int, height: int) -> None:
+        """Give the window another size, in CSS pixels."""
+        wanted = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.tell("Emulation.setDeviceMetricsOverride", **wanted)
 
     def key(self, key: str, code: int, *, text: str = "", modifiers: int = 0) -> None:
         """Press a key."""

@@ -24,10 +24,12 @@ from xmlkernels.cli.flags import Flag, flags_of
 from xmlkernels.data.profile import load_profile
 from xmlkernels.data.profiling import lines_of
 from xmlkernels.locks import own_folder
+from xmlkernels.report.page import write_report
+from xmlkernels.report.run import CHOICES, open_run
 from xmlkernels.training.auto import AutoConfig, chosen_before, prepared
 from xmlkernels.training.choosing import Choice, Machine, better_phrases, choose, recorded_choices
 from xmlkernels.training.clock import Deadline
-from xmlkernels.training.folder import CHOICES, write_json
+from xmlkernels.training.folder import write_json
 from xmlkernels.training.ranker_folder import refuse_held
 from xmlkernels.training.recipe import Recipe
 from xmlkernels.training.recipes import RECIPES
@@ -104,6 +106,8 @@ def main(words: Sequence[str], prog: str, train: Train) -> None:
             write_json(Path(options.output) / CHOICES, record)
         raise
     write_json(Path(options.output) / CHOICES, record)
+    if options.report:  # again, with the choices
+        write_report(open_run(options.output, dataset), told=False)
     say(f"serve it: {typed('serve')} {options.output}")
 
 

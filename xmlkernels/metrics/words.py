@@ -16,6 +16,15 @@ _AT = {
     "coverage": "Of the labels that the split has, the share predicted rightly among {k}.",
     "abandonment": "The share of documents without a single hit among the {k} best.",
 }
+_AT_1 = {
+    "P": "The share of documents whose best prediction is right.",
+    "nDCG": "The same as P@1: of one prediction there is no order.",
+    "RP": "The same as P@1: a document has one true label or more.",
+    "R": "Of a document's true labels, the share that its best prediction is; mean over documents.",
+    "sampleF1": "Harmonic mean of precision and recall of one prediction; mean over documents.",
+    "coverage": "Of the labels that the split has, the share that is rightly some best prediction.",
+    "abandonment": "The share of documents whose best prediction is wrong.",
+}
 CUT = {
     "microP": "Of the labels given, the share that is right; all documents together.",
     "microR": "Of the true labels, the share that is given; all documents together.",
@@ -64,6 +73,8 @@ def sentence_of(name: str) -> str:
     kind, _, k = name.partition("@")
     if not k:
         return CUT[kind]
+    if k == "1":
+        return _AT_1.get(kind, _AT[kind].format(k=k).replace("1 predictions", "1 prediction"))
     return _AT[kind].format(k=k)
 
 

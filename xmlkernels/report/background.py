@@ -6,9 +6,10 @@ from typing import Any
 
 from xmlkernels.data.manifest import PROFILE
 from xmlkernels.data.profile import Profile, Spread, load_profile
+from xmlkernels.records import read_object
 from xmlkernels.report.charts import lines
 from xmlkernels.report.markup import Section, folded, paragraph, shares, side_by_side, table
-from xmlkernels.report.run import Run, log_lines
+from xmlkernels.report.run import CHOICES, Run, log_lines
 from xmlkernels.ticks import duration
 
 _SPLITS = {"train": "training", "val": "validation", "test": "test"}
@@ -70,7 +71,7 @@ def _profiled(profile: Profile) -> str:
         "split",
         "documents",
         "labels per document",
-        "median, largest",
+        "labels: median, largest",
         "words or tokens: median, largest",
         "without labels",
         "repeated texts",
@@ -154,14 +155,16 @@ def _of(
 
 
 def parts(run: Run) -> list[tuple[str, float]]:
-    """Return the seconds of each part of the work; of a forest, of each tree."""
-    out = []
+    """Return the seconds of each part of the work; of a forest, summed over its trees."""
+    found: dict[str, float] = {}
     for part, value in run.report.get("seconds", {}).items():
-        inner: list[Mapping[str, Any]] = [{"wall": value}]
-        if isinstance(value, Mapping):
-            inner = [value] if "wall" in value else list(value.values())
-        out.append((str(part), sum(float(one.get("wall", 0.0)) for one in inner)))
-    return out
+        each: Mapping[str, Any] = {part: value}
+        if isinstance(value, Mapping) and "wall" not in value:
+            each = value
+        for name, spent in each.items():
+            wall = spent.get("wall", 0.0) if isinstance(spent, Mapping) else spent
+            found[name] = found.get(name, 0.0) + float(wall)
+    return list(found.items())
 
 
 def cost(run: Run) -> Section:
@@ -190,8 +193,22 @@ def settings(run: Run) -> Section:
     ]
     facts += [(key, _plain(value)) for key, value in run.report.get("environment", {}).items()]
     body = table("Data, source and versions", ("what", "value"), facts, left=2)
+    body += _choices(run)
     body += folded("All settings", table("Settings", ("setting", "value"), rows, left=2))
     return Section("settings", "How it was made", body)
+
+
+def _choices(run: Run) -> str:
+    """Say what `xmlkernels train auto` chose, and why; nothing of other runs."""
+    if not (run.folder / CHOICES).is_file():
+        return ""
+    found = read_object(run.folder / CHOICES, mend="train again, or remove it")
+    rows = [
+        tuple(str(one.get(key, "")) for key in ("what", "value", "why", "flag"))
+        for one in found.get("choices", ())
+    ]
+    caption = f"What `xmlkernels train auto` chose, for {found.get('machine')}"
+    return table(caption, ("what", "choice", "why", "flag that changes it"), rows, left=4)
 
 
 def seconds(value: float) -> str:

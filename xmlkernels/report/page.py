@@ -32,12 +32,18 @@ _TILES = {
 _MODELS = {"end_to_end": "an end-to-end model", "cascade": "a cascade"}
 
 
-def write_report(run: Run) -> Path:
-    """Write report.html into a run's folder, whole or not at all, and return its place."""
+def write_report(run: Run, *, told: bool = True) -> Path:
+    """Write report.html into a run's folder, whole or not at all, and return its place.
+
+    Args:
+        run: the run.
+        told: log the place.
+    """
     place = run.folder / REPORT
     with replacing(place) as file:
         file.write(page_of(run).encode())
-    log.info(f"report: {place}")
+    if told:
+        log.info(f"report: {place}")
     return place
 
 
@@ -86,7 +92,8 @@ def page_of(run: Run) -> str:
     )
     frame = Template((files("xmlkernels.report") / "page.html").read_text("utf-8"))
     name = run.folder.resolve().name
-    about = f"{run.report.get('dataset')}, {run.report.get('commit', '')}".rstrip(", ")
+    source = run.report.get("commit")
+    about = f"{run.report.get('dataset')}" + (f", made by xmlkernels, {source}" if source else "")
     return frame.substitute(title=escape(name), about=escape(about), menu=menu, body=body)
 
 
@@ -156,7 +163,8 @@ def measured(
     way = "too much" if promised > kept else "too little"
     told.append(
         f"Probabilities promise {way} by {abs(promised - kept) / max(promised, 1e-12):.0%} in sum; "
-        f"the expected calibration error is {reliability.error:.3f}."
+        f"on average they are {100 * reliability.error:.1f} points of 100 from the share that is "
+        f"right (expected calibration error {reliability.error:.3f})."
     )
     return told
 

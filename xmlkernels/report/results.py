@@ -31,6 +31,7 @@ SHOWN = {"val": "validation", "test": "test"}
 _FIRST = ("P", "nDCG", "R", "RP", "PSP", "PSnDCG", "sampleF1", "microF1")
 _TEXT = 700  # characters of a document that are shown
 _LABELS = 12
+_NO_SHORTLISTS = " What they keep was not recorded by the version that trained this."
 
 
 def metrics(run: Run) -> Section:
@@ -192,10 +193,16 @@ def shortlists(run: Run) -> Section:
         beam = run.settings.get("beam")
         body += paragraph(
             f"The labels of the {beam} best clusters of the label tree make the shortlist of a "
-            "document."
+            "document." + ("" if run.report.get("shortlists") else _NO_SHORTLISTS)
         )
     else:
         body += paragraph("Every label is scored for every document: there is no tree.")
+    if listed := run.report.get("shortlists"):
+        listed_rows = [(name, one["labels"], one["recall"]) for name, one in listed.items()]
+        names = ("shortlists of", "labels per document", "true labels on them, %")
+        body += table("What the shortlists keep, test split", names, listed_rows) + paragraph(
+            "A label that is not on the shortlist of a document cannot be predicted for it."
+        )
     return Section("shortlists", "Tree and shortlists", body)
 
 
@@ -253,7 +260,9 @@ def calibrated(run: Run, found: Calibration) -> Section:
     head = ("probability", "predictions", "mean probability, %", "right, %")
     body = paragraph(told) + side_by_side(figure, counts)
     return Section(
-        "calibration", "Calibration", body + folded("The numbers", table("Calibration", head, rows))
+        "calibration",
+        "Calibration",
+        body + folded("The numbers", table("Predictions by probability", head, rows)),
     )
 
 
@@ -271,6 +280,11 @@ def documents(run: Run) -> Section:
     if not texts:
         body += paragraph(
             "The dataset keeps no texts (prepare it with --keep-texts to see them here).", "note"
+        )
+    if run.calibrated is not None:
+        body += paragraph(
+            "Labels stand in the order of the model's scores, as they are measured; calibrated "
+            "probabilities, which also look at a label's frequency, may order them otherwise."
         )
     for title, told, found in (
         ("Worst", "Nothing right among the first five, or little; the surest first.", worst),

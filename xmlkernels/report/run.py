@@ -20,6 +20,7 @@ from xmlkernels.predict.calibration import CALIBRATION, Calibration
 from xmlkernels.records import parse_json, read_object
 
 KEPT = 100  # places of the predictions that are looked at
+CHOICES = "choices.json"  # of `xmlkernels train auto`, each with its reason
 _MEND = "name the output folder of a finished run"
 
 

@@ -19,7 +19,7 @@ from xmlkernels.errors import InputError
 from xmlkernels.installed import source_of
 from xmlkernels.options import NAME, OFF_AT_0, POSITIVE, check_values, of
 from xmlkernels.records import read_record
-from xmlkernels.training.folder import CHOICES
+from xmlkernels.report.run import CHOICES
 
 DATA, TIME = "what is trained", "time and place"
 SHARE = 0.1

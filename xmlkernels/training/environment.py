@@ -1,6 +1,8 @@
 """Facts that a run records about itself: commit, versions, devices, number formats."""
 
+import resource
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
@@ -41,13 +43,7 @@ def _git(folder: Path, *words: str) -> str:
 
 def environment(plan: Plan, model: Model) -> dict[str, Any]:
     """Collect what the bits of a result depend on besides settings and data, as flat JSON."""
-    versions = {"python": python_version(), "xmlkernels": __version__}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # a torch built from source may have no metadata
-            versions[name] = "unknown"
-    return versions | {
+    return versions(PACKAGES) | {
         "device": str(model.device),
         "label_device": str(plan.label_device or model.device),
         "table_store": plan.config.table_store.partition(":")[0],
@@ -58,6 +54,26 @@ def environment(plan: Plan, model: Model) -> dict[str, Any]:
         "table": plan.table,
         "state": plan.state,
     }
+
+
+def around_a_ranker() -> dict[str, Any]:
+    """Collect commit, versions and the process's peak memory in MB, for a ranker's metrics.json."""
+    return {
+        "commit": commit(),
+        "environment": versions(("numpy", "scipy", "numba", "scikit-learn")),
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Return the versions of Python, of xmlkernels, and of packages."""
+    found = {"python": python_version(), "xmlkernels": __version__}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a torch built from source may have no metadata
+            found[name] = "unknown"
+    return found
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:

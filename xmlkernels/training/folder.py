@@ -20,6 +20,7 @@ from xmlkernels.predict.base import NAMES
 from xmlkernels.predict.model import BESIDE
 from xmlkernels.records import read_object
 from xmlkernels.report.page import REPORT
+from xmlkernels.report.run import CHOICES
 from xmlkernels.training.config import Config, began_with, recorded
 from xmlkernels.training.event_files import EVENTS, EventFile, check_tensorboard
 from xmlkernels.training.owned import delete, refuse_foreign
@@ -27,7 +28,6 @@ from xmlkernels.tree.label_tree import LabelTree
 
 log = logging.getLogger(__name__)
 
-CHOICES = "choices.json"  # of `xmlkernels train auto`, each with its reason
 # In the order in which they are cleared: while config.json is there, the folder is known as a run
 # that is not finished.
 RUN_FILES = (

@@ -49,7 +49,10 @@ _LABELS_PER_CLUSTER = 100
 # clusters: docs/results/wordnet-related.md has what that costs.
 _ONE_LEVEL = 10
 _STEP = 4
-KEPT = ("dataset", "dataset_hash", "dataset_folder", "propensity", "bags_of_words")
+KEPT = (
+    "dataset", "dataset_hash", "dataset_folder", "propensity", "bags_of_words", "commit",
+    "environment",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -233,6 +236,12 @@ def _forest(
     reports = trained.reports
     write_count(folder, len(reports))
     report = {key: reports[0][key] for key in KEPT}
+    report["peak_rss_mb"] = max(made["peak_rss_mb"] for made in reports)
+    report["shortlists"] = {
+        f"tree {n}": kept
+        for n, made in enumerate(reports)
+        for kept in made.get("shortlists", {}).values()
+    }
     report["rankers"] = [made["options"]["output"] for made in reports]
     report["seconds"] = {f"tree{n}": made["seconds"] for n, made in enumerate(reports)}
     report["options"] = reports[0]["options"] | {"output": options.output, "trees": options.trees}

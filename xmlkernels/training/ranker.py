@@ -31,6 +31,7 @@ from xmlkernels.report.run import open_run
 from xmlkernels.ticks import Ticks
 from xmlkernels.training.calibrating import Found, calibrated_at_end
 from xmlkernels.training.clock import Seconds
+from xmlkernels.training.environment import around_a_ranker
 from xmlkernels.training.folder import write_json
 from xmlkernels.training.measured import split_report
 from xmlkernels.training.ranker_config import RankerConfig, check
@@ -45,6 +46,7 @@ from xmlkernels.training.ranker_inputs import (
     vectorize,
     without_pairs,
 )
+from xmlkernels.training.shortlists import Kept
 from xmlkernels.tree.label_tree import LabelTree
 
 log = logging.getLogger(__name__)
@@ -142,7 +144,7 @@ def _train(options: RankerConfig, folder: Path, words: Words) -> dict[str, Any]:
         "seconds": clock.spent,
         "options": asdict(options),
         "weights_per_label": ranker.sparse.nnz / dataset.num_labels,
-    }
+    } | around_a_ranker()
     write_json(folder / "metrics.json", report)
     if options.report:
         write_report(open_run(folder, dataset))
@@ -325,14 +327,15 @@ def measure(
         listed: Scored | None = None
         if name == "val" and options.share is None and not options.one_vs_all:
             reranker, listed = chosen(part, reranker, matcher, options.threads)
-        report[SHOWN[name]] = {}
-        found = ranked(options, part, reranker, matcher, listed)
+        report[SHOWN[name]], kept = {}, Kept(part.split.labels)
+        found = ranked(options, part, reranker, matcher, listed, kept)
         for what, (_, rows) in found.items():
             report[SHOWN[name]][what] = evaluate(rows, part.split.labels, weight)
         values, rows = answers[name] = found[list(found)[-1]]
         if name == "test":
             result = score_matrix(values, rows, dataset.num_labels)
             write_npz(Path(options.output) / "predictions.npz", result, keep_zeros=True)
+            report["shortlists"] = kept.report("the model" if matcher is None else "the clusters")
             report |= split_report(rows, part.split.labels, dataset.splits["train"].labels)
     return report | {"share": reranker.share, "blend": reranker.how}, reranker, answers
 
@@ -366,10 +369,11 @@ def ranked(
     reranker: Reranker,
     matcher: ClusterMatcher | None,
     listed: Scored | None = None,
+    kept: Kept | None = None,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return values and labels [N, k] of the k best labels by each kind of score, the last best.
 
-    `listed` are shortlists that are scored already.
+    `listed` are shortlists that are scored already; `kept` counts what they keep.
     """
     pairs, (count, labels), k = part.split.filter_pairs, part.split.labels.shape, options.top_k
     if options.one_vs_all:
@@ -382,6 +386,8 @@ def ranked(
     }
     for first, logits, margins in listed or scored(part, reranker.ranker, matcher, options.threads):
         last = first + logits.shape[0]
+        if kept is not None:
+            kept.add(first, logits)
         own = pairs[(pairs[:, 0] >= first) & (pairs[:, 0] < last)] - [first, 0]
         for name, matrix in zip(
             names, (logits, margins, reranker.mix(logits, margins)), strict=True

@@ -16,7 +16,8 @@ from xmlkernels.predict.base import FOREST, NAMES, RANKER
 from xmlkernels.predict.calibration import CALIBRATION
 from xmlkernels.predict.source import CLUSTERS, VECTORIZER
 from xmlkernels.report.page import REPORT
-from xmlkernels.training.folder import CHOICES, copy_profile, write_names, write_text
+from xmlkernels.report.run import CHOICES
+from xmlkernels.training.folder import copy_profile, write_names, write_text
 
 log = logging.getLogger(__name__)
 

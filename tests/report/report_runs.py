@@ -1,0 +1,3 @@
+"""What the runs of the reports share."""
+
+EVIL = '<img src=x onerror="alert(1)"> & '
