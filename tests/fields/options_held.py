@@ -56,6 +56,12 @@ HELD: dict[type, dict[str, str]] = {
     LabelsConfig: {
         **_all(_LABELS + "test_added_and_dropped", "run", "output", "add", "documents", "drop"),
         **_all(_LABELS + "test_the_sample_and_its_batches", "sample", "batch"),
+        **_all(
+            _LABELS + "test_frozen_rows_keep_their_bits_while_others_are_trained",
+            "epochs",
+            "lr",
+            "freeze",
+        ),
     },
     CalibrateConfig: {
         **_all(_CALIBRATION + "test_the_command_finds_what_training_found", "folder", "checkpoint"),

@@ -379,3 +379,18 @@ def rows_of(table: Tensor, row_scale: Tensor | None, start: int, end: int) -> Te
     """Copy rows start:end to fp32 [end - start, D]."""
     part = table[start:end].to(torch.float32, copy=True)
     return part if row_scale is None else part * row_scale[start:end, :1]
+
+
+def scaled_rows(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Round rows fp32 [n, D] to e4m3, each by a power of two that brings its largest near 448.
+
+    Returns:
+        float8_e4m3fn [n, D], and row_scale fp32 [n, 2] as of a table of fp8: the scale, and the
+        largest value.
+    """
+    largest = values.abs().amax(1)
+    scale = torch.exp2(torch.ceil(torch.log2(largest.clamp(min=2.0**-100) / 448)))
+    row_scale = torch.stack([scale, largest], 1)
+    table = torch.empty_like(values, dtype=torch.float8_e4m3fn)
+    fill_rows(table, row_scale, 0, values)
+    return table, row_scale

@@ -121,6 +121,14 @@ class ClusterMatcher:
         Returns:
             The log-odds of each label's cluster, as of `shortlist`.
         """
+        some = self.among(labels)
+        beam = max(len(ranker.bias) for ranker in some.rankers)
+        found = replace(some, beam=beam).shortlist(features, threads=threads)
+        shape = (len(features), len(self.clusters[0]))
+        return csr_matrix((found.data, labels[found.indices], found.indptr), shape)
+
+    def among(self, labels: np.ndarray) -> ClusterMatcher:
+        """Return the matcher of some labels, int64 [A], ascending, and of their clusters alone."""
         rankers, parts = [], []
         for ranker, clusters in zip(self.rankers, self.clusters, strict=True):
             there, own = np.unique(clusters[labels], return_inverse=True)
@@ -133,12 +141,7 @@ class ClusterMatcher:
                 )
             )
             parts.append(own.astype(np.int64))
-        beam = max(len(ranker.bias) for ranker in rankers)
-        found = ClusterMatcher(tuple(rankers), tuple(parts), beam).shortlist(
-            features, threads=threads
-        )
-        shape = (len(features), len(self.clusters[0]))
-        return csr_matrix((found.data, labels[found.indices], found.indptr), shape)
+        return ClusterMatcher(tuple(rankers), tuple(parts), self.beam)
 
     def save(self, folder: str | Path) -> None:
         """Write level0.safetensors, level1.safetensors … into a folder, each file whole.

@@ -1,37 +1,38 @@
-"""Add labels to a trained model, or drop some, without training it again.
+"""Add labels to what is trained, or drop some, without training it again.
 
 Letters: N documents, D width of an embedding, L labels.
 """
 
+import json
 import logging
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from xmlkernels.checkpoint import CheckpointFolder
-from xmlkernels.checkpoint.folder import load as load_checkpoint
-from xmlkernels.checksums import of_files
+from xmlkernels.data.dataset import Split
 from xmlkernels.data.formats.text_lines import read_lines
-from xmlkernels.data.manifest import IDS
 from xmlkernels.errors import InputError
 from xmlkernels.locks import own_folder
 from xmlkernels.options import check_least
-from xmlkernels.predict.base import NAMES
-from xmlkernels.predict.model import BESIDE, Predictor, checkpoint_identity
+from xmlkernels.predict.base import FOREST, TextPredictor
+from xmlkernels.predict.folders import load
+from xmlkernels.predict.forest import Forest
+from xmlkernels.predict.model import Predictor
+from xmlkernels.predict.ranked import RankedPredictor
+from xmlkernels.predict.source import forest_identity
 from xmlkernels.records import parse_record
 from xmlkernels.training.folder import write_json, write_text
 from xmlkernels.training.inputs import dataset_of_run
 from xmlkernels.training.owned import refuse_others
+from xmlkernels.training.relabel_model import relabel_model
+from xmlkernels.training.relabel_ranker import relabel_ranker
+from xmlkernels.training.relabelled import Change
 
 log = logging.getLogger(__name__)
 
-_STRENGTH = 10.0  # how little the rows of new labels are held small
 _MEND = "write one JSON object per line"
 
 
@@ -54,73 +55,66 @@ class LabelsConfig:
     """Which run, and which labels come and go."""
 
     run: str
-    """The output folder of a run end to end."""
+    """The output folder of a run, of a linear ranker, or of `linear --trees N`."""
     output: str = ""
     """Folder of the new one; made when it is not there."""
     add: str = ""
     """A .jsonl file of new labels, per line {"name": …, "text": …}: the text, such as the name in
     words, stands for a document of the label."""
     documents: str = ""
-    """With --add: a .jsonl file of documents, per line {"text": …, "labels": [names]}."""
+    """With --add or --epochs: a .jsonl file of documents, per line {"text": …, "labels":
+    [names]}."""
     drop: str = ""
     """A .txt file of names of labels that go, one per line."""
     sample: int = 2000
-    """With --add: training documents of the run, drawn at random, that have none of the new
-    labels; with them and the given ones the new rows are trained."""
+    """With --add or --epochs: training documents of the run, drawn at random; with them and the
+    given ones rows are trained."""
     batch: int = 64
-    """Documents per pass."""
+    """Documents per pass, and per step of --epochs."""
+    # ---- the rows of labels that are there already ----
+    epochs: int = 0
+    """Passes over the given and the sampled documents in which the label table alone is trained
+    further; 0 leaves the rows of labels that are there already as they are."""
+    lr: float = 0.05
+    """With --epochs: learning rate of the table, by plain SGD on the mean loss of a document."""
+    freeze: str = ""
+    """With --epochs: a .txt file of names of labels whose rows stay as they are, one per line."""
 
 
 def relabel(options: LabelsConfig) -> dict[str, Any]:
-    """Write a run with labels added and dropped; the rows of all others stay bit for bit.
+    """Write a run with labels added and dropped; without --epochs the rows of all others stay.
 
-    A new label's row is a logistic regression on embeddings: of its text and documents against
-    those of other new labels and a sample of the run's training documents. The encoder and the
-    other rows are not trained.
+    A new label's row is trained on its text and documents against those of other new labels and a
+    sample of the run's training documents. On a label tree it joins the cluster that its text and
+    documents point to. The encoder and the classifiers of clusters are not trained.
 
     Returns:
-        How many labels there were, were added and dropped, and are.
+        How many labels there were, were added, dropped and frozen, and are.
 
     Raises:
         InputError: a run that cannot be changed so, files that cannot be used, or names that are
             there already or are not.
     """
-    check_least(options, 1, "sample", "batch")
-    if not options.add and not options.drop:
-        raise InputError("--add", "labels to add or to --drop", "neither", "name a file")
-    if not options.output:
-        raise InputError("--output", "a folder for the new run", "none", "name one")
-    if options.documents and not options.add:
-        raise InputError("--documents", "--add with it", "none", "leave it out")
+    _check(options)
     refuse_others(options.output)
-    predictor = Predictor.load(options.run)
-    model, names = predictor.model, predictor.label_names
-    if model.kind != "end_to_end":
-        mend = "train the cascade again with its new labels"
-        raise InputError(options.run, "a model end to end", "a cascade on a label tree", mend)
+    predictor = load(options.run)
+    _check_kind(options, predictor)
+    names = predictor.label_names
     if names is None:
         raise InputError(options.run, "a run whose labels have names", "one without", "name them")
-    tensors = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    if "head.row_scale" in tensors:
-        mend = "train it with --table bf16 or fp32"
-        raise InputError(options.run, "a table of fp32, bf16 or fp16", "one of fp8", mend)
-    gone = _dropped(options.drop, names) if options.drop else []
-    kept = np.setdiff1d(np.arange(len(names)), gone)
-    if not len(kept):
-        raise InputError("--drop", "some of the labels", "all of them", "leave one")
-    rows = {name: tensors[name][torch.from_numpy(kept)] for name in _tables(tensors, len(names))}
-    added: list[str] = []
-    if options.add:
-        texts, documents = _read(options, set(names))
-        added = list(texts)
-        weight, bias = _new_rows(options, predictor, texts, documents)
-        rows["head.weight"] = torch.cat([rows["head.weight"], weight.to(rows["head.weight"].dtype)])
-        if "head.bias" in rows:
-            rows["head.bias"] = torch.cat([rows["head.bias"], bias.to(rows["head.bias"].dtype)])
-    every = [names[label] for label in kept] + added
+    change = _change(options, names)
     with own_folder(options.output) as folder:
-        _write(folder, predictor, tensors | rows, every, kept)
-    told = {"before": len(names), "added": len(added), "dropped": len(gone), "labels": len(every)}
+        if isinstance(predictor, Predictor):
+            relabel_model(predictor, change, folder)
+        elif isinstance(predictor, Forest):
+            _forest(predictor, change, folder)
+        else:
+            assert isinstance(predictor, RankedPredictor)
+            relabel_ranker(predictor, change, folder)
+        every, left = len(change.every), len(change.kept)
+        told = {"before": len(names), "added": every - left, "dropped": len(names) - left}
+        told |= {"frozen": len(change.frozen), "labels": every}
+        write_json(folder / "labels.json", told | {"from": options.run})
     log.info(
         f"{told['before']:,} labels, {told['added']:,} added, {told['dropped']:,} dropped: "
         f"{told['labels']:,} in {options.output}/"
@@ -128,16 +122,72 @@ def relabel(options: LabelsConfig) -> dict[str, Any]:
     return told
 
 
-def _tables(tensors: Mapping[str, Tensor], labels: int) -> list[str]:
-    """Name the tensors of the label table."""
-    return [name for name in ("head.weight", "head.bias") if name in tensors]
+def _check(options: LabelsConfig) -> None:
+    check_least(options, 1, "sample", "batch")
+    check_least(options, 0, "epochs")
+    if not options.add and not options.drop and not options.epochs:
+        mend = "name a file"
+        raise InputError("--add", "labels to add or to --drop, or --epochs", "neither", mend)
+    if not options.output:
+        raise InputError("--output", "a folder for the new run", "none", "name one")
+    if options.documents and not options.add and not options.epochs:
+        expected = "--add or --epochs with it"
+        raise InputError("--documents", expected, "neither", "leave it out")
+    if options.freeze and not options.epochs:
+        mend = "leave it out: without --epochs no row that is there changes"
+        raise InputError("--freeze", "--epochs of 1 or more", "0", mend)
+    if not 0 < options.lr < float("inf"):
+        raise InputError("--lr", "a finite number above 0", repr(options.lr), "choose another")
 
 
-def _dropped(path: str, names: Sequence[str]) -> list[int]:
-    """Return the numbers of the labels that a file names."""
+def _check_kind(options: LabelsConfig, predictor: TextPredictor) -> None:
+    """Refuse what has no label table of its own to change."""
+    if isinstance(predictor, Predictor):
+        return
+    parts = predictor.rankers if isinstance(predictor, Forest) else (predictor,)
+    assert all(isinstance(part, RankedPredictor) for part in parts)
+    if any(part.source.shortlist == "model" for part in parts):  # type: ignore[attr-defined]
+        mend = "change the labels of the run, then train the ranker beside it again"
+        raise InputError(options.run, "a run or a linear ranker", "a ranker beside a run", mend)
+    if any(part.source.words != "same" for part in parts):  # type: ignore[attr-defined]
+        mend = "train it again with its new labels"
+        raise InputError(options.run, "a ranker of one text each", "one of pairs", mend)
+    if options.epochs:
+        mend = "leave it out, or train the ranker again"
+        raise InputError("--epochs", "the run of a model", "a linear ranker", mend)
+
+
+def _change(options: LabelsConfig, names: Sequence[str]) -> Change:
+    """Read what is to change."""
     place = {name: number for number, name in enumerate(names)}
+    gone = _numbers(options.drop, place)
+    kept = np.setdiff1d(np.arange(len(names)), gone)
+    if not len(kept):
+        raise InputError("--drop", "some of the labels", "all of them", "leave one")
+    left = [names[label] for label in kept]
+    texts, documents = _read(options, set(names), set(left))
+    frozen = _numbers(options.freeze, {name: number for number, name in enumerate(left)})
+    split: Split | None = None
+    if options.add or options.epochs:
+        split = dataset_of_run(Path(options.run)).splits["train"]
+    return Change(
+        kept=kept,
+        every=[*left, *texts],
+        texts=list(texts.values()),
+        documents=documents,
+        frozen=np.array(sorted(set(frozen)), np.int64),
+        train=split,
+        sample=options.sample,
+        batch=options.batch,
+        epochs=options.epochs,
+        lr=options.lr,
+    )
+
+
+def _numbers(path: str, place: dict[str, int]) -> list[int]:
+    """Return the numbers of the labels that a file names; none without a file."""
     found = []
-    for line, name in enumerate(read_lines(path), 1):
+    for line, name in enumerate(read_lines(path) if path else (), 1):
         if name not in place:
             raise InputError(f"{path}:{line}", "the name of a label", repr(name), "leave it out")
         found.append(place[name])
@@ -145,11 +195,11 @@ def _dropped(path: str, names: Sequence[str]) -> list[int]:
 
 
 def _read(
-    options: LabelsConfig, known: set[str]
+    options: LabelsConfig, known: Collection[str], left: Collection[str]
 ) -> tuple[dict[str, str], list[tuple[str, list[str]]]]:
     """Return the text of each new label by its name, and the documents with their labels."""
     texts: dict[str, str] = {}
-    for line, told in enumerate(read_lines(options.add), 1):
+    for line, told in enumerate(read_lines(options.add) if options.add else (), 1):
         where = f"{options.add}:{line}"
         label = parse_record(told, NewLabel, where=where, mend=_MEND)
         if label["name"] in known or label["name"] in texts:
@@ -161,71 +211,18 @@ def _read(
         one = parse_record(told, Document, where=where, mend=_MEND)
         if other := [name for name in one["labels"] if name not in texts and name not in known]:
             raise InputError(where, "names of labels", repr(other[0]), "add it to --add")
-        documents.append((one["text"], one["labels"]))
+        stay = [name for name in one["labels"] if name in texts or name in left]
+        documents.append((one["text"], stay))
     return texts, documents
 
 
-def _new_rows(
-    options: LabelsConfig,
-    predictor: Predictor,
-    texts: Mapping[str, str],
-    documents: Sequence[tuple[str, Sequence[str]]],
-) -> tuple[Tensor, Tensor]:
-    """Return weights fp32 [new, D] and biases fp32 [new]."""
-    from sklearn.linear_model import LogisticRegression
-
-    own = predictor.embed([*texts.values(), *(text for text, _ in documents)])
-    x = np.concatenate([own, _sampled(options, predictor)])
-    biased = predictor.model.head.bias is not None  # type: ignore[union-attr]
-    weight, bias = np.zeros((len(texts), x.shape[1])), np.zeros(len(texts))
-    for number, name in enumerate(texts):
-        y = np.zeros(len(x), bool)
-        y[number] = True
-        y[len(texts) : len(own)] = [name in labels for _, labels in documents]
-        found = LogisticRegression(C=_STRENGTH, fit_intercept=biased, max_iter=1000).fit(x, y)
-        weight[number] = found.coef_[0]
-        bias[number] = found.intercept_[0] if biased else 0.0
-    return torch.from_numpy(weight).float(), torch.from_numpy(bias).float()
-
-
-def _sampled(options: LabelsConfig, predictor: Predictor) -> np.ndarray:
-    """Embed a sample of the run's training documents: fp32 [n, D]."""
-    split = dataset_of_run(Path(options.run)).splits["train"]
-    found: list[np.ndarray] = []
-    for batch in predictor.inputs.batches(split, options.batch, seed=0).epoch(0):
-        found.append(predictor.model.embed(batch.to(predictor.model.device)).cpu().numpy())
-        if sum(map(len, found)) >= options.sample:
-            break
-    return np.concatenate(found)[: options.sample]
-
-
-def _write(
-    folder: Path,
-    predictor: Predictor,
-    tensors: dict[str, Tensor],
-    names: Sequence[str],
-    kept: np.ndarray,
-) -> None:
-    """Write the checkpoint and what lies beside it, the calibration too."""
-    assert predictor.folder is not None
-    before, inner = predictor.folder.parent, folder / "checkpoint"
-    inner.mkdir()
-    for name in ("tokenizer", "vocabulary"):
-        if (before / name).is_dir():
-            shutil.copytree(before / name, inner / name)
-    write_text(inner / NAMES, "".join(f"{name}\n" for name in names))
-    if (ids := predictor.label_ids) is not None:
-        every = [*(ids[label] for label in kept), *names[len(kept) :]]
-        write_text(inner / IDS, "".join(f"{line}\n" for line in every))
-    state = load_checkpoint(predictor.folder, lambda name: False)[1]
-    config = predictor.model.config()
-    config["head"] = config["head"] | {"labels": len(names)}
-    # Whoever resumes a training needs the labels of its dataset.
-    told = {"model": config, "inputs": state["inputs"], "beside": of_files(inner, BESIDE)}
-    checkpoints = CheckpointFolder(inner)
-    checkpoints.save_last(tensors, told)
-    checkpoints.save_best()
-    if (calibration := predictor.calibration) is not None:
-        identity = checkpoint_identity(inner, "best")
-        calibration.of_labels(kept, len(names) - len(kept), identity).save(inner)
-    write_json(folder / "labels.json", {"labels": len(names), "from": predictor.identity})
+def _forest(forest: Forest, change: Change, folder: Path) -> None:
+    """Change every ranker of a forest."""
+    write_text(folder / FOREST, json.dumps({"trees": len(forest.rankers)}) + "\n")
+    made = []
+    for number, ranker in enumerate(forest.rankers):
+        inner = folder / f"tree{number}"
+        inner.mkdir()
+        made.append(relabel_ranker(ranker, change, inner))
+    if forest.calibration is not None:
+        change.calibrated(forest.calibration, forest_identity(made)).save(folder)
