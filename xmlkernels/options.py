@@ -4,11 +4,18 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from numbers import Integral, Real
+from os import PathLike
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from xmlkernels.errors import InputError
 
 T = TypeVar("T")
+_KINDS: dict[Any, tuple[str, Any]] = {
+    int: ("a whole number", Integral),
+    float: ("a number", Real),
+    str: ("a text", str | PathLike),
+}
 
 
 @dataclass(frozen=True)
@@ -102,11 +109,17 @@ def replaced(options: T, changes: Mapping[str, Any]) -> T:
     """Return a copy of a dataclass with other values.
 
     Raises:
-        InputError: a field that there is not.
+        InputError: a field that there is not, or a value of another kind than it has.
     """
     known, kind = [field.name for field in fields(options)], type(options).__name__  # type: ignore[arg-type]
     if wrong := [name for name in changes if name not in known]:
         near = difflib.get_close_matches(wrong[0], known, 1)
         mend = f"did you mean {near[0]}?" if near else f"see the fields of {kind}"
         raise InputError(wrong[0], f"a setting of {kind}", "none of that name", mend)
+    types = get_type_hints(type(options))
+    for name, value in changes.items():
+        expected, like = _KINDS.get(types[name], ("anything", object))
+        if not isinstance(value, like) or (like is Integral and isinstance(value, bool)):
+            mend = f"correct it; it was {getattr(options, name)!r}"
+            raise InputError(name, expected, repr(value), mend)
     return replace(options, **changes)  # type: ignore[type-var]

@@ -145,6 +145,10 @@ def test_settings_and_places(tmp_path: Path, fitted: Any) -> None:
         ({"settings": {"dataset": "x"}}, "use cache, threads and random_state"),
         ({"settings": {"min_dff": 1}}, "did you mean min_df"),
         ({"validation_share": "some"}, 'a share below 1, or "auto"'),
+        ({"settings": "min_df=1"}, "settings: expected settings by name, got 'min_df=1'"),
+        ({"settings": {"min_df": "x"}}, "min_df: expected a whole number, got 'x'"),
+        ({"settings": {"min_df": True}}, "min_df: expected a whole number, got True"),
+        ({"settings": {"prune": "x"}}, "prune: expected a number, got 'x'"),
     ],
 )
 def test_wrong_settings(how: dict[str, Any], told: str) -> None:
@@ -158,11 +162,40 @@ def test_wrong_settings(how: dict[str, Any], told: str) -> None:
         (LISTS[:3], "labels of 70 documents, got 3"),
         (np.full((70, 2), 0.5), "a matrix of zeros and ones"),
         (np.zeros((70, 2, 2)), "an array of 3 dimensions"),
+        ([["a", None]] * 70, "y: document 0: expected names of labels, got None or NaN"),
+        ([[1, 2]] * 70, "zeros and ones, got other values; correct it, or write the names of"),
     ],
 )
 def test_wrong_labels(labels: Any, told: str) -> None:
     with pytest.raises(InputError, match=told):
         xk.XMLClassifier(**SMALL).fit(TEXTS, labels)
+
+
+def test_documents_that_are_no_texts(fitted: Any) -> None:
+    for documents, told in (
+        ("one text", r"X: expected a list of texts, .* got 'one text'; write \[text\]"),
+        (["a", None], "X: document 1: expected a text, got NoneType"),
+        ([b"a"], "X: document 0: expected a text, got bytes"),
+    ):
+        with pytest.raises(InputError, match=told):
+            fitted.predict(documents)
+        with pytest.raises(InputError, match=told):
+            clone(fitted).fit(documents, LISTS)
+    with pytest.raises(InputError, match="X: expected documents, got none"):
+        clone(fitted).fit([], [])
+    assert fitted.predict([]).shape == (0, 12) and fitted.predict_topk([], 2)[0].shape == (0, 2)
+
+
+def test_no_more_places_than_labels_and_no_other_thresholds(fitted: Any) -> None:
+    places, probabilities = fitted.predict_topk(TEXTS[:2], 99)
+    assert places.shape == probabilities.shape == (2, 12) and (places >= 0).all()
+    with pytest.raises(InputError, match="k: expected a whole number from 1, got 0"):
+        fitted.predict_topk(TEXTS, 0)
+    other = pickle.loads(pickle.dumps(fitted)).set_params(threshold=3)
+    with pytest.raises(
+        InputError, match="threshold: expected a probability from 0 to 1, or .f1., got 3"
+    ):
+        other.predict(TEXTS)
 
 
 def test_matrices_that_a_model_cannot_read(matrices: tuple[csr_matrix, csr_matrix]) -> None:

@@ -136,7 +136,10 @@ def the_first_of_equals(runs: Runs, folder: Path) -> None:
     """The first of equal metrics stays the best, and one that is no number is never better."""
     held = {"R@2": 5.0, "epoch": 1, "step": 5}
     run = SimpleNamespace(
-        config=Config(best_by="R@2"), best=dict(held), epoch=2, model=SimpleNamespace(steps=10)
+        config=Config(best_by="R@2"),
+        best=dict(held),
+        reached=2,
+        model=SimpleNamespace(steps=10),
     )
     for value in (5.0, 4.0, float("nan")):
         assert not RunState.improved(run, {"R@2": value, "P@1": 99.0}) and run.best == held
@@ -292,7 +295,7 @@ def timeouts(runs: Runs, folder: Path) -> None:
     told: list[object] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.dist, "start", lambda device, patience: told.append(patience))
-        patch.setattr(train, "train", lambda config: None)
+        patch.setattr(train, "train", lambda config, deadline: None)
         for words in ([], ["--timeout", "7"]):
             patch.setattr(train, "print_metrics", lambda *_: None)
             train.main(["tiny", "--dataset", str(runs.dataset), *words])
@@ -343,7 +346,7 @@ def shown(runs: Runs, folder: Path) -> None:
     told: list[object] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.dist, "start", lambda *_: None)
-        patch.setattr(train, "train", lambda config: {})
+        patch.setattr(train, "train", lambda config, deadline: {})
         patch.setattr(train, "print_metrics", lambda report, output, show: told.append(show))
         for words in ([], ["--show", "all"]):
             train.main(["tiny", "--dataset", str(runs.dataset), *words])

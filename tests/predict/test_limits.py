@@ -184,6 +184,9 @@ def test_lists_that_cannot_be_used() -> None:
             list(one.predict(TEXTS, 2, **given))
     with pytest.raises(InputError, match="k: expected a whole number from 1, got 0"):
         one.predict(TEXTS, 0)
+    for question in (one.predict, one.predict_arrays, one.embed):
+        with pytest.raises(InputError, match=r"texts: expected a list of texts, got 'w1 w2'"):
+            question("w1 w2")  # its letters would be eight answers
     one.label_names = None
     del one.__dict__["numbers"]
     with pytest.raises(InputError, match="expected numbers, as this model has no names, got 'w3'"):

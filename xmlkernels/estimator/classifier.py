@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,7 +36,8 @@ from xmlkernels.estimator.targets import (
     read_targets,
 )
 from xmlkernels.evaluation import predict_split
-from xmlkernels.predict.base import RANKER, TextPredictor
+from xmlkernels.options import replaced
+from xmlkernels.predict.base import RANKER, TextPredictor, check_k
 from xmlkernels.predict.calibration import sigmoid
 from xmlkernels.predict.folders import load
 from xmlkernels.predict.model import Predictor
@@ -183,6 +184,9 @@ class XMLClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if self.model not in RECIPES:
             mend = "xmlkernels train lists them"
             raise InputError("model", "the name of a recipe", repr(self.model), mend)
+        if not isinstance(self.settings, Mapping | None):
+            mend = 'give a dict, such as {"min_df": 1}'
+            raise InputError("settings", "settings by name", repr(self.settings), mend)
         recipe, settings = RECIPES[self.model], dict(self.settings or {})
         seed = self.random_state or 0
         places = {"dataset": str(data), "output": str(folder / "model")}
@@ -193,7 +197,7 @@ class XMLClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if isinstance(recipe.config, LinearConfig):
             solver = {field.name for field in fields(Settings)}
             inner = {name: settings.pop(name) for name in sorted(solver & settings.keys())}
-            training = replace(recipe.config.training, seed=seed, **inner)
+            training = replaced(recipe.config.training, {"seed": seed, **inner})
             if bags and settings.get("trees", 1) != 1:
                 mend = "leave trees out"
                 raise InputError("settings", "one tree on a feature matrix", "trees", mend)
@@ -227,10 +231,13 @@ class XMLClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Return the k best labels of each document, best first.
 
         Returns:
-            Places in `classes_`, int64 [N, k], -1 where there are fewer; and probabilities fp64
-            [N, k], calibrated where documents were held out.
+            Places in `classes_`, int64 [N, k], -1 where a shortlist has fewer; and probabilities
+            fp64 [N, k], calibrated where documents were held out. k is L where there are fewer
+            labels than asked for.
         """
         self._check_trained()
+        check_k(k)
+        k = min(k, len(self.classes_))
         documents, model = self._documents(X, first=False), self.predictor_
         if not issparse(documents):
             values, rows = model.predict_arrays(documents, k)
@@ -263,10 +270,10 @@ class XMLClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _least(self) -> float:
         """Return the probability that `predict` asks of a label."""
-        if not isinstance(self.threshold, str):
+        if not isinstance(self.threshold, str) and 0 <= self.threshold <= 1:
             return self.threshold
         if self.threshold != "f1":
-            expected = 'a probability, or "f1"'
+            expected = 'a probability from 0 to 1, or "f1"'
             raise InputError("threshold", expected, repr(self.threshold), "correct it")
         calibration = self.predictor_.calibration
         if calibration is None:
@@ -335,6 +342,11 @@ class XMLClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 got = "texts"
                 raise InputError("X", "a feature matrix, as before", got, "give the features")
             return [str(text) for text in X]
+        if isinstance(X, list | tuple) and not X:
+            if first:
+                raise InputError("X", "documents", "none", "give one or more")
+            if not hasattr(self, "n_features_in_"):
+                return []
         if not first and not hasattr(self, "n_features_in_"):
             raise InputError("X", "texts, as before", "a feature matrix", "give the texts")
         found = validate_data(self, X, accept_sparse="csr", dtype=np.float32, reset=first)

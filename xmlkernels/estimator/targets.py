@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ Kind = Literal["lists", "matrix", "single"]
 LISTS: Kind = "lists"
 MATRIX: Kind = "matrix"
 SINGLE: Kind = "single"
+_ROW = (list, tuple, np.ndarray, np.generic, int, float)  # of a feature matrix that is a list
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,22 @@ class Targets:
 
 
 def is_texts(documents: Any) -> bool:
-    """Return whether these are texts: a list, tuple, array or series of strings."""
-    if issparse(documents) or isinstance(documents, str | bytes):
+    """Return whether these are texts: a list, tuple, array or series of strings.
+
+    Raises:
+        InputError: a single text, or texts with something else between them.
+    """
+    if isinstance(documents, str | bytes):
+        got, mend = repr(documents[:40]), "write [text] for a single one"
+        raise InputError("X", "a list of texts, or a feature matrix", got, mend)
+    if issparse(documents):
         return False
     if isinstance(documents, list | tuple):
-        return bool(documents) and all(isinstance(text, str) for text in documents)
+        other = next((x for x in enumerate(documents) if not isinstance(x[1], str)), None)
+        if other is not None and (other[0] or not isinstance(other[1], _ROW)):
+            place, got = f"X: document {other[0]}", type(other[1]).__name__
+            raise InputError(place, "a text", got, "convert it, or leave the document out")
+        return bool(documents) and other is None
     if getattr(documents, "ndim", 0) != 1 or not len(documents):
         return False
     return all(isinstance(text, str) for text in documents)
@@ -75,6 +88,10 @@ def read_targets(y: Any, documents: int) -> Targets:
     if issparse(y):
         found = Targets(MATRIX, csr_matrix(y))
     elif lists(y):
+        for number, row in enumerate(y):
+            if any(name is None or (isinstance(name, float) and isnan(name)) for name in row):
+                mend = "leave it out of the list"
+                raise InputError(f"y: document {number}", "names of labels", "None or NaN", mend)
         found = Targets(LISTS, [[str(name) for name in row] for row in y])
     else:
         found = _array(np.asarray(y))
@@ -103,7 +120,8 @@ def _array(y: np.ndarray) -> Targets:
     if y.ndim == 2:
         numbers = y.astype(np.float32)
         if not np.isin(numbers, (0, 1)).all():
-            raise InputError("y", "a matrix of zeros and ones", "other values", "correct it")
+            mend = "correct it, or write the names of labels as strings"
+            raise InputError("y", "a matrix of zeros and ones", "other values", mend)
         return Targets(MATRIX, csr_matrix(numbers))
     if y.ndim != 1:
         expected = "lists of names, a matrix [N, L], or one class each"

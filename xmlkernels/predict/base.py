@@ -147,6 +147,7 @@ class TextPredictor(ABC):
                 list per text, or texts that the model cannot read; "calibrated", "f1" or
                 "probability" of a model that is not calibrated.
         """
+        check_texts(texts)
         check_k(k)
         self.check_scale(threshold, order, propensity)
         limits = Limits(self.numbers, allow, exclude)
@@ -246,6 +247,7 @@ class TextPredictor(ABC):
         -inf and -1 where there are fewer than k labels. `allow` and `exclude` are those of
         `predict`.
         """
+        check_texts(texts)
         check_k(k)
         limits = Limits(self.numbers, allow, exclude)
         pairs = list(self._in_order(texts, k, batch_size, AHEAD, 2, limits))
@@ -253,6 +255,13 @@ class TextPredictor(ABC):
             return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
         values, rows = zip(*pairs, strict=True)
         return np.stack(values), np.stack(rows)
+
+
+def check_texts(texts: object) -> None:
+    """Raise InputError for a single string, which would be labelled letter by letter."""
+    if isinstance(texts, str | bytes):
+        got = repr(texts[:40])
+        raise InputError("texts", "a list of texts", got, "write [text] for a single one")
 
 
 def check_k(k: int) -> None:

@@ -41,6 +41,7 @@ from xmlkernels.predict.base import (
     RANKER,
     Text,
     TextPredictor,
+    check_texts,
     names_file,
     read_ids,
     read_names,
@@ -172,6 +173,7 @@ class Predictor(TextPredictor):
 
     def embed(self, texts: Iterable[Text], *, batch_size: int = 64) -> np.ndarray:
         """Embed N texts: fp32 [N, D], what the label table meets of each; reads all of them."""
+        check_texts(texts)
         found: dict[int, np.ndarray] = {}
         single: Any = texts
         for batch in self.inputs.text_batches(single, batch_size, window=AHEAD, prefetch=2):

@@ -26,7 +26,14 @@ from xmlkernels.data.text_parts import TextParts
 from xmlkernels.data.vectorizer import Vectorizer
 from xmlkernels.errors import InputError
 from xmlkernels.evaluation import score_matrix
-from xmlkernels.predict.base import RANKER, Text, TextPredictor, read_ids, read_names
+from xmlkernels.predict.base import (
+    RANKER,
+    Text,
+    TextPredictor,
+    check_texts,
+    read_ids,
+    read_names,
+)
 from xmlkernels.predict.calibration import calibration_beside
 from xmlkernels.predict.limits import FREE, Limit, Limits
 from xmlkernels.predict.model import Predictor, files_beside
@@ -332,5 +339,6 @@ class RankedPredictor(Ranked):
         if self.model is None:
             mend = "load the run of a model, or a ranker with its checkpoint"
             raise InputError("embed", "a model", "a linear ranker, which has no embedding", mend)
+        check_texts(texts)
         read, _ = self._apart(list(texts), 0)
         return self.model.embed(read, batch_size=batch_size)
