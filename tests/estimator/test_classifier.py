@@ -131,7 +131,7 @@ def test_settings_and_places(tmp_path: Path, fitted: Any) -> None:
     np.put_along_axis(places, rows, probabilities >= least, 1)
     assert np.array_equal(model.predict(TEXTS).toarray() > 0, places) and places.any()
     model.threshold = "calibrated"
-    with pytest.raises(InputError, match='threshold: expected a probability, or "f1"'):
+    with pytest.raises(InputError, match='threshold: expected a probability from 0 to 1, or "f1"'):
         model.predict(TEXTS)
     plain = clone(fitted).set_params(threshold="f1").fit(TEXTS, LISTS)
     with pytest.raises(InputError, match="threshold: expected a calibrated model, got one without"):
