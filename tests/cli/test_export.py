@@ -1,12 +1,14 @@
 """Arrays of a trained model: label vectors, embeddings of documents, shortlists."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.sparse
+import torch
 from train_runs import (
     LABELS,
     cascade,
@@ -18,12 +20,14 @@ from train_runs import (
     write_part,
 )
 
+import xmlkernels as xk
 from xmlkernels import InputError
 from xmlkernels.cli import export
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.evaluation import predict_split
+from xmlkernels.nn import quantized
 from xmlkernels.predict.model import Predictor
 
 
@@ -202,3 +206,74 @@ def test_a_dataset_of_another_tokenizer_or_other_labels_is_refused(
     ):
         run_export(full, tmp_path / "out", what="shortlists", dataset=str(tmp_path / "set"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("which", ["full", "tree_run"])
+@pytest.mark.parametrize("format", ["int8", "e4m3"])
+def test_a_quantized_run_is_loaded_and_measured(
+    which: str,
+    format: Any,
+    dataset: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = request.getfixturevalue(which)
+    run_export(folder, tmp_path / "small", what="quantized", format=format)
+    before, after = xk.load(folder), xk.load(tmp_path / "small")
+    assert isinstance(before, Predictor) and isinstance(after, Predictor)
+    (*_, large), (*_, small) = before.model.tables().values(), after.model.tables().values()
+    kinds = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
+    assert small.weight.dtype == kinds[format]
+    rows, own = large.rows(0, LABELS), small.rows(0, LABELS)
+    error = (own - rows).abs().amax(1) / rows.abs().amax(1)
+    assert float(error.max()) <= {"int8": 0.5 / 127, "e4m3": 1 / 16}[format] * 1.001
+    facts = json.loads((tmp_path / "small" / "quantized.json").read_text())
+    assert facts["largest_error"] == pytest.approx(float(error.max()), rel=1e-3)
+    scale, bias = {"int8": 4, "e4m3": 8}[format], 0 if large.bias is None else 4
+    assert facts["bytes_after"] == LABELS * (32 + scale + bias) < facts["bytes_before"]
+    assert facts["split"] == "test" and set(facts["before"]) == {"P@1", "P@3", "P@5"}
+    said = capsys.readouterr().out
+    assert f"P@1 {facts['before']['P@1']:.2f} → {facts['after']['P@1']:.2f}" in said
+    # What it answers are products with the rows that it holds; of all labels and of a list.
+    texts = ["w0 w1 w2", "w30 w31", "w7 w8 w9"]
+    exact = xk.load(folder)
+    assert isinstance(exact, Predictor)
+    (*_, table) = exact.model.tables().values()
+    table.weight = own.clone()
+    near = {"int8": 1e-5, "e4m3": 5e-3}[format]  # products of bf16
+    for limit in (None, ["w0", "w30", "w87"]):
+        values, labels = after.predict_arrays(texts, 3, allow=limit)
+        expected, best = exact.predict_arrays(texts, 3, allow=limit)
+        assert np.array_equal(labels, best) and np.allclose(values, expected, atol=near)
+    with pytest.raises(InputError, match="a folder without a run"):
+        run_export(folder, tmp_path / "small", what="quantized")
+    with pytest.raises(
+        InputError, match=f"a label table of fp32, bf16 or fp16, got one of {format}"
+    ):
+        run_export(tmp_path / "small", tmp_path / "again", what="quantized", dataset=str(dataset))
+
+
+def test_a_table_of_several_tiles(
+    full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_export(full, tmp_path, what="quantized")
+    found = Predictor.load(tmp_path)
+    texts = ["w0 w1 w2", "w30 w31", "w7 w8 w9"]
+    whole = found.predict_arrays(texts, LABELS, exclude=["w3"])
+    monkeypatch.setattr(quantized, "_TILE", 7 * 32)
+    again = found.predict_arrays(texts, LABELS, exclude=["w3"])
+    assert all(np.array_equal(one, other) for one, other in zip(whole, again, strict=True))
+    assert (whole[1] >= 0).sum() == 3 * (LABELS - 1)
+    with pytest.raises(InputError, match="ram for a table of int8, got file"):
+        Predictor.load(tmp_path, table_store="file")
+
+
+def test_a_quantized_run_without_its_dataset(
+    full: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inner = tmp_path / "alone"
+    shutil.copytree(full / "checkpoint", inner)
+    run_export(inner, tmp_path / "small", what="quantized")
+    assert "P@k is not measured: --dataset: expected a dataset folder" in capsys.readouterr().out
+    assert "before" not in json.loads((tmp_path / "small" / "quantized.json").read_text())

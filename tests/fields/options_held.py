@@ -197,6 +197,7 @@ HELD: dict[type, dict[str, str]] = {
             "top_k",
         ),
         "index": _EXPORT + "test_an_index_of_the_labels",
+        "format": _EXPORT + "test_a_quantized_run_is_loaded_and_measured",
         "normalize": _EXPORT + "test_label_vectors",
         "dataset": _EXPORT + "test_shortlists_are_cut",
     },

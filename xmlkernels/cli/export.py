@@ -1,6 +1,6 @@
 """Write what a trained model knows: `xmlkernels export --checkpoint DIR --output FOLDER`.
 
---what chooses one of five:
+--what chooses one of six:
 
 label_vectors: `label_vectors.npy` (fp32 [L, D], memory-mappable, one row per label) and
 `label_names.txt`, for an index of nearest neighbours. With unit length, as Renee's deployment has
@@ -21,6 +21,11 @@ tokenizer; onnxruntime must agree with torch to 1e-4, or nothing is written.
 index: the label table of a model end to end, biases too, as a faiss index of inner products,
 `labels.faiss`. Printed and kept in `index.json` is its recall@10 against the exact best ten labels,
 on at most 1,000 documents of the test split, or of another where there is none.
+
+quantized: the run again, for predictions, with a label table of a byte per weight (--format int8 or
+e4m3) and a scale per row. xmlkernels serve and xmlkernels.load take the folder. Printed and kept in
+`quantized.json`: bytes of the table before and after and, where the dataset is named or found, P@k
+of both tables on the test split, or on another where there is none.
 """
 
 from collections.abc import Sequence
@@ -34,13 +39,14 @@ import torch
 from xmlkernels import InputError
 from xmlkernels.cli.arguments import parse
 from xmlkernels.cli.console import say
-from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.dataset import Dataset, Split
 from xmlkernels.data.formats.matrices import write_npz
 from xmlkernels.data.inputs import check_dataset
 from xmlkernels.devices import find_device
 from xmlkernels.evaluation import embed_split, predict_split, score_matrix
 from xmlkernels.files import replacing
 from xmlkernels.locks import own_folder
+from xmlkernels.metrics import evaluate
 from xmlkernels.options import check_least
 from xmlkernels.predict.exchange import (
     ENCODER,
@@ -51,8 +57,9 @@ from xmlkernels.predict.exchange import (
     write_onnx,
 )
 from xmlkernels.predict.model import Predictor
+from xmlkernels.predict.quantize import write_quantized
 from xmlkernels.training.config import Config, began_with
-from xmlkernels.training.folder import read_json
+from xmlkernels.training.folder import read_json, write_json
 from xmlkernels.training.inputs import open_dataset
 from xmlkernels.training.owned import refuse_others
 
@@ -63,6 +70,7 @@ WRITTEN = (
     ENCODER_FACTS,
     INDEX,
     INDEX_FACTS,
+    "quantized.json",
     *(
         name
         for split in ("train", "val", "test")
@@ -70,6 +78,8 @@ WRITTEN = (
     ),
 )
 _ROWS = 1 << 16  # rows turned into fp32 at a time
+QUANTIZED = "quantized.json"
+DEPTH, SHOWN = 5, ("P@1", "P@3", "P@5")
 _ASKED = 1000  # documents that an index is measured on
 
 
@@ -81,18 +91,23 @@ class Options:
     """A run's output folder, or the checkpoint folder in it."""
     output: str
     """Folder to write into; made when it is not there."""
-    what: Literal["label_vectors", "embeddings", "shortlists", "onnx", "index"] = "label_vectors"
+    what: Literal["label_vectors", "embeddings", "shortlists", "onnx", "index", "quantized"] = (
+        "label_vectors"
+    )
     """See above."""
     normalize: bool = True
     """label_vectors: unit length for every row; --no-normalize keeps the trained lengths."""
     index: Literal["hnsw", "ivf", "flat"] = "hnsw"
     """index: a graph, an inverted file of √L lists, or every row, which is exact."""
+    format: Literal["int8", "e4m3"] = "int8"
+    """quantized: of the label table's weights. e4m3 is read by the ops as it is; int8 is more
+    precise, and is turned into fp32 tile by tile."""
     dataset: str = ""
-    """embeddings, shortlists, index: the dataset folder; by default the run's own."""
+    """embeddings, shortlists, index, quantized: the dataset folder; by default the run's own."""
     top_k: int = 100
     """shortlists: labels per document."""
     batch: int = 256
-    """embeddings, shortlists: documents per pass."""
+    """embeddings, shortlists, index, quantized: documents per pass."""
     which: Literal["best", "last"] | None = None
     """The best checkpoint by validation, or the last one; by default the best, or the last while
     there is no best yet.
@@ -117,6 +132,8 @@ def export(options: Options) -> None:
             say(f"{folder}/{ENCODER}: width {facts['width']}, at most {worst:.1g} from torch")
         elif options.what == "index":
             index_of_labels(options, predictor, folder)
+        elif options.what == "quantized":
+            quantized(options, predictor, folder)
         else:
             documents(options, predictor, folder)
 
@@ -147,14 +164,48 @@ def documents(options: Options, predictor: Predictor, folder: Path) -> None:
 
 def index_of_labels(options: Options, predictor: Predictor, folder: Path) -> None:
     """Write the label table as an index, and say how much of the exact answers it finds."""
-    splits = dataset_of(options, predictor).splits
-    split = next(splits[name] for name in ("test", "val", "train") if name in splits)
+    split = measured_on(dataset_of(options, predictor))
     vectors = embed_split(
         predictor.model, split, batch_size=options.batch, inputs=predictor.inputs
     )[:_ASKED]
     facts = write_index(predictor, folder, vectors, kind=options.index)
     (name,) = (key for key in facts if key.startswith("recall"))
     say(f"{folder}/{INDEX}: {facts['labels']:,} labels, {name} {facts[name]:.4f}")
+
+
+def measured_on(dataset: Dataset) -> Split:
+    """Return the test split, or another where there is none."""
+    return next(dataset.splits[x] for x in ("test", "val", "train") if x in dataset.splits)
+
+
+def quantized(options: Options, predictor: Predictor, folder: Path) -> None:
+    """Write the run with a table of a byte per weight, and say what it saves and what it loses."""
+    if (folder / "checkpoint").exists():
+        mend = "name another, or remove it"
+        raise InputError("--output", "a folder without a run", f"{folder}/checkpoint", mend)
+    try:
+        dataset = dataset_of(options, predictor)
+    except InputError as error:
+        if options.dataset:
+            raise
+        dataset = None
+        say(f"P@k is not measured: {error}")
+    facts = write_quantized(predictor, folder, options.format)
+    before, after = facts["bytes_before"] / 2**20, facts["bytes_after"] / 2**20
+    say(f"{folder}/checkpoint: label table of {after:.1f} MiB in place of {before:.1f} MiB")
+    if dataset is not None:
+        split = measured_on(dataset)
+        facts |= {"dataset": dataset.name, "split": split.name}
+        other = Predictor.load(folder, device=find_device(options.device))
+        for name, model in (("before", predictor), ("after", other)):
+            _, rows = predict_split(
+                model.model, split, DEPTH, batch_size=options.batch, inputs=model.inputs
+            )
+            found = evaluate(rows, split.labels)
+            facts[name] = {key: found[key] for key in SHOWN}
+        told = [f"{x} {facts['before'][x]:.2f} → {facts['after'][x]:.2f}" for x in SHOWN]
+        say(f"{', '.join(told)} on {split.name} of {dataset.name}")
+    write_json(folder / QUANTIZED, facts)
 
 
 def dataset_of(options: Options, predictor: Predictor) -> Dataset:

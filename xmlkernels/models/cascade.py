@@ -34,6 +34,7 @@ from xmlkernels.models.scored import Answer, Candidates, LevelPrediction
 from xmlkernels.models.training import CascadeTraining, no_training, set_rates
 from xmlkernels.nn.cascade_heads import SCHEMES, CascadeHeads
 from xmlkernels.nn.protocol import check_encoder
+from xmlkernels.nn.quantized import INT8, QuantizedLevel
 from xmlkernels.nn.stored_level import StoredLevel
 from xmlkernels.records import Count, Positive
 from xmlkernels.tree.label_tree import LabelTree
@@ -399,9 +400,10 @@ class Cascade(Model):
         """
         tree, head = saved_tree(config, tensors), config["head"]
         rows = table_rows(tensors, f"heads.levels.{tree.levels - 1}")
-        stored = partial(StoredLevel, store=rows, most=head["most"][-1]) if rows else None
+        level: Any = partial(StoredLevel, store=rows, most=head["most"][-1]) if rows else None
+        level = QuantizedLevel if head["dtype"] == INT8 else level
         # SGD without momentum keeps no state, and prediction needs none.
-        heads = CascadeHeads(**head, optimizer="sgd", fill=False, label_level=stored)
+        heads = CascadeHeads(**head, optimizer="sgd", fill=False, label_level=level)
         return cls(encoder, heads, tree)
 
     def _check_loaded(self, tensors: Mapping[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ from xmlkernels.models.saved import table_rows
 from xmlkernels.models.scored import Answer
 from xmlkernels.models.training import Training, no_training
 from xmlkernels.nn.full_head import FullHead
+from xmlkernels.nn.quantized import INT8, QuantizedHead
 from xmlkernels.nn.stored_head import StoredHead
 from xmlkernels.optim import set_learning_rate
 from xmlkernels.records import Positive
@@ -233,6 +234,8 @@ class EndToEnd(Model):
         rows = table_rows(tensors, "head")
         if rows:
             return cls(encoder, StoredHead(**config["head"], store=rows))
+        if config["head"]["dtype"] == INT8:
+            return cls(encoder, QuantizedHead(**config["head"]))
         return cls(encoder, FullHead(**config["head"], std=0))
 
     def _optimized(self) -> Iterable[tuple[str, nn.Parameter]]:

@@ -32,6 +32,7 @@ from xmlkernels.models.restore import DIVERGED, check_config, check_finite, rest
 from xmlkernels.models.running_mean import PREFIX
 from xmlkernels.models.saved import model_config, needed_for_prediction
 from xmlkernels.models.scored import Scored
+from xmlkernels.nn.quantized import INT8
 from xmlkernels.nn.stored import READ, StoredTable
 from xmlkernels.precision import TABLE_DTYPES
 from xmlkernels.predict.base import (
@@ -334,6 +335,11 @@ def _left_in_file(
         warnings.simplefilter("ignore")  # the reading that follows will warn
         config = model_config(_first(checkpoints, order, keep=lambda name: False)[1])
     check_config(config)
+    if config["head"]["dtype"] == INT8:
+        if table_store == "file":
+            mend = "leave it out, or load the run that it was exported from"
+            raise InputError("table_store", "ram for a table of int8", "file", mend)
+        return set()
     *_, (name, shape) = KINDS[config["kind"]].table_shapes(config["head"]).items()
     dtype = TABLE_DTYPES.get(config["head"]["dtype"], torch.float32)
     free = free_memory()

@@ -3,7 +3,6 @@
 Letters: N documents, D width of an embedding, L labels, K clusters kept for a document.
 """
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,12 @@ import torch
 from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 
-from xmlkernels.checkpoint import CheckpointFolder
-from xmlkernels.checkpoint.folder import load as load_checkpoint
-from xmlkernels.checksums import of_files
+from xmlkernels.errors import InputError
 from xmlkernels.models.base import Documents, Model
 from xmlkernels.models.restore import restored
 from xmlkernels.nn.table import scaled_rows
-from xmlkernels.predict.model import BESIDE, Predictor, checkpoint_identity
+from xmlkernels.predict.model import Predictor
+from xmlkernels.predict.rewritten import write_model
 from xmlkernels.training.relabelled import Change
 from xmlkernels.tree.label_tree import LabelTree
 
@@ -50,6 +48,9 @@ def relabel_model(predictor: Predictor, change: Change, folder: Path) -> None:
     tensors = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     config = model.config()
     *_, table = model.tables()
+    if tensors[f"{table}.weight"].dtype == torch.int8:
+        mend = "change the labels of the run that it was exported from"
+        raise InputError("RUN", "a label table that was trained", "one of int8", mend)
     new: dict[str, Tensor] = {}
     if change.new:
         weight, bias = _new_rows(predictor, change)
@@ -280,19 +281,8 @@ def _write(
     config: dict[str, Any],
 ) -> None:
     """Write the checkpoint and what lies beside it, the calibration too."""
-    assert predictor.folder is not None
-    before, inner = predictor.folder.parent, folder / "checkpoint"
-    inner.mkdir()
-    for name in ("tokenizer", "vocabulary"):
-        if (before / name).is_dir():
-            shutil.copytree(before / name, inner / name)
-    change.write_names(predictor, inner)
-    state = load_checkpoint(predictor.folder, lambda name: False)[1]
-    # Whoever resumes a training needs the labels of its dataset.
-    told = {"model": config, "inputs": state["inputs"], "beside": of_files(inner, BESIDE)}
-    checkpoints = CheckpointFolder(inner)
-    checkpoints.save_last(tensors, told)
-    checkpoints.save_best()
+    identity = write_model(
+        predictor, folder, tensors, config, names=change.every, ids=change.ids(predictor)
+    )
     if predictor.calibration is not None:
-        identity = checkpoint_identity(inner, "best")
-        change.calibrated(predictor.calibration, identity).save(inner)
+        change.calibrated(predictor.calibration, identity).save(folder / "checkpoint")

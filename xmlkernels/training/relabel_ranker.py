@@ -17,6 +17,7 @@ from xmlkernels.data.manifest import IDS
 from xmlkernels.errors import InputError
 from xmlkernels.predict.base import NAMES, RANKER
 from xmlkernels.predict.ranked import RankedPredictor
+from xmlkernels.predict.rewritten import write_lines
 from xmlkernels.predict.source import CLUSTERS, VECTORIZER, ranker_identity
 from xmlkernels.ranker.blend import Reranker
 from xmlkernels.ranker.features import Features
@@ -114,7 +115,7 @@ def _write(
     """Write the ranker and what lies beside it, the calibration too."""
     assert predictor.folder is not None
     shutil.copytree(predictor.folder / VECTORIZER, folder / VECTORIZER)
-    change.write_names(predictor, folder)
+    write_lines(folder, change.every, change.ids(predictor))
     beside = [NAMES, IDS, VECTORIZER]
     if matcher is not None:
         matcher.save(folder / CLUSTERS)

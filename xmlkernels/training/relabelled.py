@@ -6,16 +6,13 @@ Letters: N documents, L labels before, M labels after.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
 from xmlkernels.data.dataset import Split
-from xmlkernels.data.manifest import IDS
-from xmlkernels.predict.base import NAMES, TextPredictor
+from xmlkernels.predict.base import TextPredictor
 from xmlkernels.predict.calibration import Calibration
-from xmlkernels.training.folder import write_text
 
 
 @dataclass(frozen=True)
@@ -74,12 +71,11 @@ class Change:
         """Return the calibration of the labels after."""
         return calibration.of_labels(self.kept, self.new, identity)
 
-    def write_names(self, predictor: TextPredictor, folder: Path) -> None:
-        """Write the names of the labels after, and their ids where they had some."""
-        write_text(folder / NAMES, "".join(f"{name}\n" for name in self.every))
-        if (ids := predictor.label_ids) is not None:
-            every = [*(ids[label] for label in self.kept), *self.every[len(self.kept) :]]
-            write_text(folder / IDS, "".join(f"{line}\n" for line in every))
+    def ids(self, predictor: TextPredictor) -> list[str] | None:
+        """Return the ids of the labels after, where they had some; a new one's is its name."""
+        if (ids := predictor.label_ids) is None:
+            return None
+        return [*(ids[label] for label in self.kept), *self.every[len(self.kept) :]]
 
 
 def _matrix(rows: Sequence[Sequence[int]], labels: int) -> csr_matrix:
