@@ -17,11 +17,15 @@ from fields_cascade import TABLES, WEIGHT, a_tree_made_on_first_use
 
 from xmlkernels import InputError, memory
 from xmlkernels.cli import train
+from xmlkernels.cli.flags import flags_of
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.prepare import PrepareConfig
+from xmlkernels.evaluation import Evaluation
 from xmlkernels.metrics import evaluate, inverse_propensity, top_rows_from_csr
 from xmlkernels.training import event_files as event_file_room
 from xmlkernels.training import inputs, plan
+from xmlkernels.training.config import BEST_BY
+from xmlkernels.training.evaluator import Evaluator
 from xmlkernels.training.run_state import RunState
 from xmlkernels.tree.label_tree import arrangement
 
@@ -124,7 +128,8 @@ def validated(plain: list[int], changed: list[int]) -> Callable[[Seen, Seen], No
 
 
 def chosen_by(plain: Seen, changed: Seen) -> None:
-    for seen, name in ((plain, "P@1"), (changed, "nDCG@4")):
+    for seen in (plain, changed):
+        name = seen.config.best_by
         best = seen.report["best"]
         lines = [line for line in seen.log if line.get("split") == "validation"]
         assert set(best) == {name, "epoch", "step"}
@@ -149,6 +154,22 @@ def the_first_of_equals(runs: Runs, folder: Path) -> None:
         "epoch": 2,
         "step": 10,
     }
+
+
+def every_metric_that_may_choose(runs: Runs, folder: Path) -> None:
+    """Each is computed of the validation split: those over labels when asked for alone."""
+    true = scipy.sparse.csr_matrix(np.eye(3, 6))
+    found = Evaluation(np.zeros((3, 5), np.float32), np.tile(np.arange(5), (3, 1)), 0.5, [])
+    split = SimpleNamespace(labels=true)
+    session = SimpleNamespace(inverse_propensity=np.ones(6), validation=split)
+    for name in BEST_BY:
+        measuring = SimpleNamespace(config=Config(best_by=name), session=session)
+        metrics = Evaluator._metrics(measuring, split, found)
+        assert 0 < metrics[name] <= 100
+        others = {n for n in metrics if n.startswith(("macro", "coverage"))}
+        assert others <= {name}
+        kind = name.partition("@")[0]
+        assert kind in str(next(f for f in flags_of(Config) if f.name == "best_by").told)
 
 
 def labels_kept(plain: Seen, changed: Seen) -> None:
@@ -366,7 +387,13 @@ FIELDS = {
         # The last epoch always is.
         Case("tiny", {"evaluate_every": 2}, validated([1, 2, 3], [2, 3]), {"epochs": 3}),
     ),
-    "best_by": (Case("tiny", {"best_by": "nDCG@4"}, chosen_by), the_first_of_equals),
+    "best_by": (
+        Case("tiny", {"best_by": "nDCG@4"}, chosen_by),
+        Case("tiny", {"best_by": "microF1@5"}, chosen_by),
+        Case("tiny", {"best_by": "macroF1@3"}, chosen_by),
+        the_first_of_equals,
+        every_metric_that_may_choose,
+    ),
     "show": (shown,),
     "report": (reported,),
     "tensorboard": (event_files,),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -10,13 +11,17 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from load import BODIES
 from patience import PATIENCE, until
+from prometheus_client.parser import text_string_to_metric_families
 from served import ROOT, V1, Served, served
 
 from benchmarks import serving
@@ -31,12 +36,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("server")
     with served(folder, V1 / "bow", "--queue", QUEUE, "--threads", 1) as found:
         yield found
-        # An idle connection does not hold it up.
-        with httpx.Client(base_url=found.url) as client:
-            assert client.get("healthz").status_code == 200
-            assert found.stop() == 0
-        assert "ended in order" in found.told
-        assert found.errors.startswith("SIGTERM: ends when what was accepted is answered")
         assert "Traceback" not in found.errors
 
 
@@ -62,10 +61,63 @@ def test_within_its_queue_every_request_is_answered(
     assert 0 < p50 <= p99 and rate > 0
 
 
+@dataclass
+class Latencies:
+    """What Prometheus would know of the seconds of answers.
+
+    Attributes:
+        below: how many took at most so long, by the upper bounds of the buckets, ascending.
+        total: their seconds together.
+    """
+
+    below: dict[float, float]
+    total: float
+
+    def since(self, before: Latencies) -> Latencies:
+        """What has come since then."""
+        below = {bound: n - before.below.get(bound, 0.0) for bound, n in self.below.items()}
+        return Latencies(below, self.total - before.total)
+
+    def quantile(self, share: float) -> float:
+        """As `histogram_quantile`: on a straight line inside of its bucket."""
+        low, under = 0.0, 0.0
+        for bound, count in self.below.items():
+            if count >= share * self.below[math.inf]:
+                inside = (share * self.below[math.inf] - under) / max(count - under, 1e-9)
+                return low if math.isinf(bound) else low + inside * (bound - low)
+            low, under = bound, count
+        raise AssertionError("no answers")
+
+
+def latencies(server: Served) -> Latencies:
+    """Read /metrics as Prometheus does."""
+    families = text_string_to_metric_families(httpx.get(f"{server.url}metrics").text)
+    (family,) = (one for one in families if one.name == "xmlkernels_request_seconds")
+    assert family.type == "histogram"
+    wanted = {"path": "/predict", "status": "200"}
+    own = [one for one in family.samples if wanted.items() <= one.labels.items()]
+    below = {float(one.labels["le"]): one.value for one in own if one.name.endswith("_bucket")}
+    sums = [one.value for one in own if one.name.endswith("_sum")]
+    return Latencies(dict(sorted(below.items())), sum(sums))
+
+
 def test_nothing_is_lost_at_four_times_as_many(server: Served) -> None:
-    """Each request gets its answer, the right one, or is told to come again."""
+    """Each request gets its answer, the right one, or is told to come again.
+
+    Who is let in waits for no more than the queue holds, and /metrics has p50 and p99 of it.
+    """
     clients, requests = 4 * QUEUE, 8
+    before = latencies(server)
     found = loaded(server, clients, requests)
+    seen = latencies(server).since(before)
+    taken = found["ms"]
+    assert seen.below[math.inf] == len(taken) + len(BODIES)  # those before the load, one by one
+    p50, p99 = seen.quantile(0.5), seen.quantile(0.99)
+    assert 0 < p50 <= p99
+    # A client waits longer than the server takes; a bucket is up to 2.5 times as long as the last.
+    assert p99 <= 2.5 * max(taken[-1] / 1e3, 0.001)
+    # Little's law: all seconds over those of the clock are the requests inside at one time.
+    assert seen.total / found["seconds"] <= 2 * QUEUE < clients
     assert set(found["statuses"]) == {"200", "429"} and found["wrong"] == 0
     assert sum(found["statuses"].values()) == clients * requests
     told = httpx.get(f"{server.url}metrics").text
@@ -110,6 +162,48 @@ def test_the_commands_of_the_page_work(server: Served, tmp_path: Path) -> None:
             assert done.returncode == 0, f"{line}: {answer}"
             asked += 1
     assert asked >= 7 and len((tmp_path / "mine.tsv").read_text().splitlines()) == 30
+
+
+def test_a_stop_under_load_loses_nothing(server: Served) -> None:
+    """Whoever was let in gets a whole and right answer; the others are told, or not connected.
+
+    An idle connection does not hold the end up.
+    """
+    body = BODIES[1]
+    right = httpx.post(f"{server.url}predict", json=body).json()["results"]
+    outcomes: Counter[str] = Counter()
+    begun = threading.Event()
+
+    def client() -> None:
+        while True:
+            try:  # a connection for each: one that is kept may be closed before it is used
+                answer = httpx.post(f"{server.url}predict", json=body, timeout=PATIENCE)
+            except (httpx.ConnectError, httpx.ReadError, httpx.WriteError) as error:
+                # Connected by the system while the port was closed: reset, nobody has read it.
+                kind = "not connected" if isinstance(error, httpx.ConnectError) else "reset"
+                outcomes[kind] += 1
+                return
+            except httpx.HTTPError as error:
+                outcomes[f"lost: {error!r}"] += 1
+                return
+            same = answer.status_code != 200 or answer.json()["results"] == right
+            outcomes[str(answer.status_code) if same else "wrong"] += 1
+            if outcomes["200"] > 20:
+                begun.set()
+
+    clients = [threading.Thread(target=client) for _ in range(2 * QUEUE)]
+    with httpx.Client(base_url=server.url) as idle:
+        assert idle.get("healthz").status_code == 200
+        for one in clients:
+            one.start()
+        assert begun.wait(PATIENCE), outcomes
+        assert server.stop() == 0
+    for one in clients:
+        one.join(PATIENCE)
+    assert set(outcomes) <= {"200", "429", "not connected", "reset"}, outcomes
+    assert outcomes["not connected"] + outcomes["reset"] == 2 * QUEUE
+    assert "ended in order" in server.told
+    assert server.errors.startswith("SIGTERM: ends when what was accepted is answered")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

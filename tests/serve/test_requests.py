@@ -319,7 +319,7 @@ def test_requests_batches_and_paths_are_counted() -> None:
         'xmlkernels_requests_total{path="/healthz",status="200"} 2.0',
         'xmlkernels_requests_total{path="other",status="404"} 1.0',
         'xmlkernels_requests_total{path="/annif/projects/{project}",status="200"} 1.0',
-        'xmlkernels_request_seconds_count{path="/predict"} 1.0',
+        'xmlkernels_request_seconds_count{path="/predict",status="200"} 1.0',
         'xmlkernels_batch_texts_bucket{le="2.0"} 0.0',
         'xmlkernels_batch_texts_bucket{le="4.0"} 1.0',
         "xmlkernels_batch_seconds_count 1.0",

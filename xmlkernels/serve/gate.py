@@ -39,13 +39,14 @@ class Gate:
 
     Attributes:
         inside: POST requests that are being read or answered.
+        closing: whether answers end their connection, before the server ends.
     """
 
     def __init__(
         self, app: App, measures: Measures, *, queue: int, max_bytes: int, pace: Callable[[], float]
     ) -> None:
         self.app, self.queue, self.max_bytes, self.pace = app, queue, max_bytes, pace
-        self.measures, self.inside = measures, 0
+        self.measures, self.inside, self.closing = measures, 0, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -58,6 +59,10 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if self.closing:
+                    message = message | {
+                        "headers": [*message.get("headers", ()), (b"connection", b"close")]
+                    }
             await send(message)
 
         try:

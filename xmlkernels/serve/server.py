@@ -6,23 +6,34 @@ import asyncio
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import uvicorn
 
 from xmlkernels.errors import InputError
+from xmlkernels.serve.gate import Gate
 
 _LAST = 60  # seconds that accepted requests have to end
+_LATE = 0.3  # seconds for the requests of connections that are made already
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, asked: Callable[[], int]) -> None:
+    def __init__(self, config: uvicorn.Config, gate: Gate, asked: Callable[[], int]) -> None:
         super().__init__(config)
-        self._asked = asked
+        self._gate, self._asked = gate, asked
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield  # the command listens for them
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # uvicorn closes a connection whose request it has not read yet, without an answer: its
+        # sender cannot know that. So first no more are taken, and those that are there may ask.
+        self._gate.closing = True
+        await asyncio.sleep(0)  # takes what the system has connected for us
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(_LATE)
+        await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
         return bool(self._asked()) or await super().on_tick(counter)
@@ -52,11 +63,11 @@ def bound(host: str, port: int) -> socket.socket:
     return found
 
 
-def run(app: Any, listener: socket.socket, asked: Callable[[], int]) -> None:
+def run(app: Gate, listener: socket.socket, asked: Callable[[], int]) -> None:
     """Serve an ASGI application until `asked()` is not 0.
 
-    Connections are then no longer taken, and requests that were are answered, for a minute at
-    most.
+    Connections are then no longer taken; requests that were, and those that come on standing
+    connections within 0.3 s, are answered, for a minute at most.
 
     Args:
         app: the application.
@@ -70,4 +81,4 @@ def run(app: Any, listener: socket.socket, asked: Callable[[], int]) -> None:
         server_header=False,
         timeout_graceful_shutdown=_LAST,
     )
-    asyncio.run(_Server(config, asked).serve(sockets=[listener]))
+    asyncio.run(_Server(config, app, asked).serve(sockets=[listener]))

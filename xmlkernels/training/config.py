@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from xmlkernels import InputError, dist
+from xmlkernels.metrics.ranking import NAMES as EVALUATED
 from xmlkernels.options import COUNT, NAME, OFF_AT_0, POSITIVE, SHARE, Rule, of, replaced
 
-BEST_BY = tuple(f"{kind}@{k}" for kind in ("P", "nDCG", "PSP", "PSnDCG", "R") for k in range(1, 6))
+OVER_LABELS = ("macroP", "macroR", "macroF1", "coverage")
+BEST_BY = tuple(f"{kind}@{k}" for kind in (*EVALUATED, *OVER_LABELS) for k in range(1, 6))
 
 
 DATA, ENCODER, TABLE, TRAINING = "data", "encoder", "label table", "training"
@@ -291,8 +293,9 @@ class Config:
     evaluate_every: int = of(SAVING, 1, COUNT)
     """Epochs between looks at the validation split."""
     best_by: str = of(SAVING, "P@1")
-    """Validation metric that chooses the best checkpoint: P, nDCG, PSP, PSnDCG or R, @1 to @5; the
-    first of equals is kept. Without a validation split the last step is kept."""
+    """Validation metric that chooses the best checkpoint: P, nDCG, PSP, PSnDCG, R, RP, sampleF1,
+    microF1, macroP, macroR, macroF1 or coverage, @1 to @5; the first of equals is kept. Without a
+    validation split the last step is kept."""
     top_k: int = of(SAVING, 100, COUNT)
     """Labels kept per document in predictions.npz."""
     report: bool = of(SAVING, True)

@@ -9,7 +9,7 @@ from xmlkernels.data.dataset import Split
 from xmlkernels.data.formats.matrices import write_npz
 from xmlkernels.evaluation import Evaluation, evaluate_schemes, evaluate_split, score_matrix
 from xmlkernels.memory import release_free
-from xmlkernels.metrics import evaluate
+from xmlkernels.metrics import evaluate, macro_metrics
 from xmlkernels.predict.model import checkpoint_identity
 from xmlkernels.report.page import write_report
 from xmlkernels.report.run import open_run
@@ -81,13 +81,23 @@ class Evaluator:
             else:
                 with dist.abreast():
                     found = evaluate_split(model, split, k, **how)
-                metrics = evaluate(found.labels, split.labels, session.inverse_propensity)
+                metrics = self._metrics(split, found)
         documents, seconds = self.run.measured
         seconds += self.run.clock.seconds()["evaluate"] - before
         self.run.measured = documents + len(split), seconds
         metrics |= {"loss": found.loss} | ({"levels": found.levels} if found.levels else {})
         self._tell(split, metrics, found, write)
         return metrics, found
+
+    def _metrics(self, split: Split, found: Evaluation) -> dict[str, Any]:
+        """Compute the metrics, of validation also one over labels that chooses the checkpoint."""
+        by = self.config.best_by
+        metrics: dict[str, Any] = evaluate(
+            found.labels, split.labels, self.session.inverse_propensity
+        )
+        if by not in metrics and split is self.session.validation:
+            metrics[by] = macro_metrics(found.labels, split.labels, (int(by[-1]),))[by]
+        return metrics
 
     def _tell(self, split: Split, metrics: dict[str, Any], found: Evaluation, write: bool) -> None:
         name, content = _SHOWN.get(split.name, split.name), self.session.dataset.content_hash
@@ -115,10 +125,7 @@ class Evaluator:
             That scheme's metrics and evaluation.
         """
         by, own = self.config.best_by, self.model.scheme
-        metrics = {
-            scheme: evaluate(found[scheme].labels, split.labels, self.session.inverse_propensity)
-            for scheme in found
-        }
+        metrics = {scheme: self._metrics(split, found[scheme]) for scheme in found}
         best = max(metrics, key=lambda scheme: (metrics[scheme][by], scheme == own))
         self.model.use_scheme(best)
         told = ", ".join(f"{scheme} {metrics[scheme][by]:.2f}" for scheme in metrics)
