@@ -110,7 +110,7 @@ def test_a_ranker_and_a_run_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "ranker").mkdir()
     (tmp_path / "ranker" / "ranker.safetensors").touch()
     (tmp_path / "run" / "checkpoint").mkdir(parents=True)
-    with pytest.raises(InputError, match="got one of a ranker; give it as --ranker"):
+    with pytest.raises(InputError, match="got one of a ranker; give it without the flag"):
         xk.Predictor.load(tmp_path / "ranker")
     with pytest.raises(InputError, match="got one of a run; give it as --checkpoint"):
         xk.RankedPredictor.load(tmp_path / "run")

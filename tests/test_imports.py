@@ -71,7 +71,7 @@ ARROWS: dict[str, set[str]] = {
         "ticks", "topk", "tree",
     },
     "serve": {"errors", "data", "predict", "ranker"},
-    "estimator": {"errors", "data", "evaluation", "predict", "ranker", "training"},
+    "estimator": {"errors", "data", "evaluation", "options", "predict", "ranker", "training"},
     "cli": {
         "errors", "checkpoint", "data", "devices", "dist", "evaluation", "file_kinds", "files",
         "installed", "locks", "memory", "metrics", "models", "native", "ops", "options", "planner",

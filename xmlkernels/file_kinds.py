@@ -352,7 +352,8 @@ def check_documents(path: PathLike, head: bytes) -> None:
             "file, one per line"
         )
         if suffix not in _JSON:
-            mend = f"name the file .jsonl; {mend}"
+            there = os.path.exists(name)
+            mend = f"name the file .jsonl; {mend}" if there else "save it as a .jsonl file first"
         raise InputError(f"{name}:1", "texts, one per line", "JSON", mend)
     if first.startswith("__label__"):
         mend = f"divide them: `{_source(name)}sed 's/__label__[^ ]* *//g'` gives the texts"
@@ -378,10 +379,13 @@ def _columns(line: str) -> list[str]:
 
 def _from_table(name: str, header: str, words: list[str]) -> str:
     """Return the command that writes the texts of a table, one per line."""
-    divider = "" if header.count(",") >= header.count("\t") else ", delimiter='\\t'"
-    reader = f"csv.DictReader(sys.stdin{divider})"
+    divider = {"\t": ", delimiter='\\t'", ";": ", delimiter=';'", "|": ", delimiter='|'"}
+    commonest = max(",\t;|", key=header.count)
+    reader = f"csv.DictReader(sys.stdin{divider.get(commonest, '')})"
     joined = " + ' ' + ".join(f"row['{word}']" for word in words) or "row['COLUMN']"
-    program = f"import csv, sys; [print(*({joined}).split()) for row in {reader}]"
+    # Excel begins its files with a byte order mark and ends lines inside of cells by themselves.
+    opened = "sys.stdin.reconfigure(encoding='utf-8-sig', newline='')"
+    program = f"import csv, sys; {opened}; [print(*({joined}).split()) for row in {reader}]"
     return f'`{_source(name)}python3 -c "{program}" > texts.txt`'
 
 

@@ -111,6 +111,18 @@ def test_embeddings_are_what_the_label_table_meets(
             assert np.allclose(values, np.take_along_axis(scores, labels, 1), atol=2e-2)
 
 
+def test_the_data_of_a_run_is_found_from_any_folder(
+    full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its config.json may name the dataset as it was typed; metrics.json has the whole path."""
+    run = shutil.copytree(full, tmp_path / "run")
+    settings = json.loads((run / "config.json").read_text()) | {"dataset": "data"}
+    (run / "config.json").write_text(json.dumps(settings))
+    monkeypatch.chdir(tmp_path)
+    run_export(run, tmp_path, what="embeddings")
+    assert (tmp_path / "embeddings_test.npy").is_file()
+
+
 def test_shortlists_are_cut(tree_run: Path, dataset: Path, tmp_path: Path) -> None:
     run_export(tree_run, tmp_path, what="shortlists", top_k=2, dataset=str(dataset))
     assert set(scipy.sparse.load_npz(tmp_path / "shortlist_test.npz").getnnz(1)) == {2}

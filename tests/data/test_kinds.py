@@ -164,12 +164,14 @@ def test_more_than_a_document_a_line(tmp_path: Path, name: str, content: str, to
 def test_the_command_of_the_message_writes_the_texts(tmp_path: Path) -> None:
     import subprocess
 
-    for divider in ",\t":
+    for divider in ",\t;|":
         path = tmp_path / "a table.csv"
-        path.write_text(
+        content = (
             f'id{divider}title{divider}text\n1{divider}one{divider}"a\nfish{divider} '
             f'red"\n2{divider}two{divider}b\n'
         )
+        # As Excel writes it.
+        path.write_bytes(content.replace("\n", "\r\n").encode("utf-8-sig"))
         with pytest.raises(InputError) as error:
             formats.read_lines(path, documents=True)
         command = str(error.value).split("`")[1]

@@ -25,6 +25,10 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         "near.csv: expected a column of labels with a usual name (labels, label, tags, tag, "
         "subjects, …), got the columns 'text', 'lables'; name it with --labels lables",
     ),
+    "odd.csv": (
+        "Ticket,Subject line,Lable(s),agent\n1,a,x,y\n", {"text": ("Ticket",)},
+        "name it with --labels 'Lable(s)'",
+    ),
     "nameless.csv": (
         "some words,x\nmore,y\n", {},
         "name it with --labels COLUMN, or the columns of a file without a line of names with "

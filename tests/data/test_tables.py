@@ -70,6 +70,13 @@ def test_a_folder_of_parts_is_one_table_and_its_names_may_be_splits(
     assert sizes == {"train": 25, "val": 5, "test": 10}
 
 
+@pytest.mark.parametrize(("text", "labels"), [("Text:", "Tag(s)"), ("TEXT", "Subject-URIs")])
+def test_usual_names_have_other_signs_and_capitals(text: str, labels: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"n,{text},{labels}\n1,a b,x\n2,c,y\n")
+    found, _ = made(tmp_path / "d", tmp_path / "a.csv")
+    assert found.num_labels == 2 and list(found.splits["train"].texts) == ["a b", "c"]
+
+
 def test_splits_by_files_and_by_a_column(tmp_path: Path) -> None:
     lines = as_jsonl().splitlines(keepends=True)
     for name, part in (("a", lines[:30]), ("b", lines[30:35]), ("c", lines[35:])):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from pathlib import Path
@@ -237,3 +238,11 @@ def test_a_hub_name_without_a_network_says_how_to_fetch_it(
             InputError, match=rf"{where} .*no copy of .* no way to the hub; .*hf download a/name "
         ):
             load("a/name")
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path) -> None:
+    """The library raises a bare Exception, which would end a command in a traceback."""
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as told:
+        load_tokenizer(make_tokenizer(tmp_path / "own")).save(tmp_path)
+    assert told.value.errno == errno.ENOSPC and told.value.filename == str(tmp_path)

@@ -44,6 +44,7 @@ HELD: dict[type, dict[str, str]] = {
             "threads",
         ),
         **_all(_PREDICT + "test_files_in_and_out", "input", "output"),
+        "model": "predict/test_folders.py::test_predict_takes_the_folder_of_any_model",
         "filter": "predict/test_predict_filters.py::test_filter_pairs",
         "allow": "predict/test_limits.py::test_the_files_of_the_command",
         "exclude": "predict/test_limits.py::test_the_files_of_the_command",

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import xmlkernels as xk
+from xmlkernels.cli import predict
 
 V1 = Path(__file__).resolve().parents[1] / "fixtures" / "v1"
 TEXTS = ["w0 w1", "w30 w31 w4"]
@@ -64,3 +65,38 @@ def test_what_is_none_of_them(arguments: tuple[object, ...], told: str) -> None:
 def test_which_needs_a_checkpoint_to_choose_from() -> None:
     with pytest.raises(xk.InputError, match="which: expected a checkpoint to choose from"):
         xk.load(V1 / "ranker_tree", which="last")
+
+
+def test_predict_takes_the_folder_of_any_model(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*words: str) -> str:
+        predict.main([*words, "--text", "w0 w1", "--top-k", "4"])
+        return capsys.readouterr().out
+
+    trees = [str(made / "forest" / f"tree{n}") for n in range(2)]
+    forest = told("--ranker", *trees)
+    assert told(str(made / "forest")) == told("--ranker", str(made / "forest")) == forest
+    assert told(*trees) == told("--model", *trees) == forest
+    beside = told("--checkpoint", str(made / "whole"), "--ranker", str(made / "beside"))
+    assert told(str(made / "beside"), "--checkpoint", str(made / "whole")) == beside
+    last = told("--checkpoint", str(made / "whole"), "--which", "last")
+    assert told(str(made / "whole"), "--which", "last") == last != forest
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), 'RUN: expected .* got none; name it: xmlkernels predict RUN --text "…"'),
+        ((V1 / "nowhere",), "expected the output folder of a run or of a ranker, got no such"),
+        (("--ranker", V1 / "nowhere"), "expected the output folder of a run or of a ranker, got"),
+        (("--checkpoint", V1 / "nowhere"), "nowhere: expected the output folder of a run, got no"),
+        (("--checkpoint", V1 / "dataset"), "dataset: expected the output folder of a run, got a"),
+        (("--checkpoint", V1 / "ranker_tree"), "got one of a ranker; give it without the flag"),
+        (("--ranker", V1 / "run"), "expected a ranker's output folder, got that of a run; it n"),
+        ((V1 / "run", "--ranker", V1 / "ranker_tree"), "arguments: expected one model, got"),
+    ],
+)
+def test_folders_that_predict_cannot_take(words: tuple[object, ...], told: str) -> None:
+    with pytest.raises(xk.InputError, match=told):
+        predict.main([*map(str, words), "--text", "w0"])

@@ -73,6 +73,11 @@ def test_json_lines(tmp_path: Path) -> None:
     path.write_text('"a"\n\n"b"\n')
     with pytest.raises(InputError, match="x.jsonl:2: .*got a blank line"):
         read(path)
+    path.write_text('{"text": "a"}\n{"text": null}\n')
+    with pytest.raises(
+        InputError, match='x.jsonl:2: expected a text in "text", got null; write ""'
+    ):
+        read(path)
     path.write_text('[\n{"text": "a"}\n]\n')
     with pytest.raises(InputError, match=r"x.jsonl:1: .*from one list: `jq -c '.\[\]' FILE`"):
         read(path)

@@ -243,7 +243,7 @@ def test_rankers_that_cannot_be_used(
         **whole,
         ranker_input=str(made / "trn.txt"),
     )
-    refused("nowhere", r"nowhere.ranker\.safetensors: expected a file")
+    refused("nowhere", "nowhere: expected the output folder of a run or of a ranker")
 
 
 def test_rankers_that_are_not_whole(folder: Path, made: Path, tmp_path: Path) -> None:
@@ -308,7 +308,10 @@ def test_damage_to_a_ranker_is_found(made: Path, tmp_path: Path, name: str) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"text": "a"}, "--checkpoint: expected a run's output folder, or --ranker"),
+        (
+            {"text": "a"},
+            "RUN: expected the output folder of a run or of a ranker, got none; name it: xm",
+        ),
         (
             {"checkpoint": "c", "text": "a", "ranker_text": "b"},
             "--ranker-text: expected --ranker and --text with it",

@@ -1,6 +1,7 @@
 """Runs side by side: metrics of each, differences on the same documents, settings and cost."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +58,11 @@ def test_the_command(
     assert f"P@1 {found.metrics[0]['P@1']:.2f} {found.metrics[1]['P@1']:.2f}" in shown
     assert f"P@1 {found.differences[0]['P@1'].difference:+.2f} " in shown
     assert "max_features 0 8" in shown and "seconds" in shown
+    command.main([runs[0], runs[0], "--dataset", str(tmp_path / "moved")])
+    shown = capsys.readouterr().out
+    assert "no setting differs" in shown and "settings that differ" not in shown
+    tables = [line for line in shown.splitlines() if line.startswith(("│", "┃"))]
+    assert tables and not any(re.search("[│┃] +[│┃]$", line) for line in tables)
     other = make_dataset(tmp_path / "raw", keep_texts=True, label_text=None)
     with pytest.raises(InputError, match=r"predictions for .*those for another \(hash"):
         command.main([*runs, "--dataset", str(other)])

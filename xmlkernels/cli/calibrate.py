@@ -49,7 +49,8 @@ def print_calibration(report: dict[str, Any]) -> None:
     names = ["split", "ECE before", "after", f"precision ({wanted} wanted)", "recall"]
     names += ["P@1 by score", "P@5", "P@1 by probability", "P@5"]
     methods = [band["method"] for band in report["bands"]]
-    print_rows(f"calibration in {len(methods)} bands ({', '.join(methods)})", names, rows)
+    title = f"calibration in {len(methods)} bands ({', '.join(methods)})"
+    print_rows(title, names, rows, words=False)
     split = "test" if "test" in report else "validation"
     title = f"{split}: labels of a probability of {report['f1_probability']:.4g} or more"
     print_every(f"{title}, the highest micro-F1 on validation", report[split]["f1"])

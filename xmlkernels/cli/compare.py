@@ -47,8 +47,8 @@ def main(words: Sequence[str]) -> None:
 def show(found: Comparison) -> None:
     """Print a comparison as tables."""
     title = f"{found.documents:,} documents of {found.split}, percent"
-    rows = [[name, *(f"{run[name]:.2f}" for run in found.metrics), ""] for name in SHOWN]
-    print_rows(title, ["metric", *found.names, ""], rows)
+    rows = [[name, *(f"{run[name]:.2f}" for run in found.metrics)] for name in SHOWN]
+    print_rows(title, ["metric", *found.names], rows, words=False)
     for name, differences in zip(found.names[1:], found.differences, strict=True):
         told = [
             [
@@ -63,14 +63,15 @@ def show(found: Comparison) -> None:
         names = ["metric", "difference", "95% interval", "p", "at p < 0.05"]
         print_rows(f"{name} less {found.names[0]}", names, told)
     changed = [
-        [name, *("–" if value is None else str(value) for value in values), ""]
+        [name, *("–" if value is None else str(value) for value in values)]
         for name, values in found.settings.items()
     ]
-    print_rows("settings that differ", ["setting", *found.names, ""], changed)
+    if changed:
+        print_rows("settings that differ", ["setting", *found.names], changed, words=False)
+    else:
+        say("no setting differs")
     cost = [
-        [name, *("–" if value is None else f"{value:,.1f}" for value in values), ""]
+        [name, *("–" if value is None else f"{value:,.1f}" for value in values)]
         for name, values in found.cost.items()
     ]
-    print_rows("cost", ["what", *found.names, ""], cost)
-    if not changed:
-        say("no setting differs")
+    print_rows("cost", ["what", *found.names], cost, words=False)

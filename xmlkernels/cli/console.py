@@ -394,11 +394,14 @@ def print_comparison(
     _console.print(metrics_table(title, rows, kinds))
 
 
-def print_rows(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table of texts, the first column on the left."""
+def print_rows(
+    title: str, names: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = True
+) -> None:
+    """Print a table of texts, the first column on the left, and the last one where it is words."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for number, name in enumerate(names):
-        table.add_column(name, justify="left" if number in (0, len(names) - 1) else "right")
+        left = number == 0 or (words and number == len(names) - 1)
+        table.add_column(name, justify="left" if left else "right")
     for row in rows:
         table.add_row(*row)
     _console.print(table)

@@ -56,6 +56,7 @@ from xmlkernels.predict.exchange import (
     write_index,
     write_onnx,
 )
+from xmlkernels.predict.folders import dataset_folder
 from xmlkernels.predict.model import Predictor
 from xmlkernels.predict.quantize import write_quantized
 from xmlkernels.training.config import Config, began_with
@@ -218,8 +219,8 @@ def dataset_of(options: Options, predictor: Predictor) -> Dataset:
     settings = next(
         (p for p in (path / "config.json", path.parent / "config.json") if p.exists()), None
     )
-    if options.dataset:
-        dataset = Dataset.open(options.dataset)
+    if named := options.dataset or dataset_folder(path):
+        dataset = Dataset.open(named)
     elif settings is not None:
         dataset = open_dataset(replace(Config(), **began_with(read_json(settings))))
     else:

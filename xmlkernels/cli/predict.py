@@ -1,7 +1,7 @@
-"""Label texts with a trained model: `xmlkernels predict --checkpoint DIR --text "…"`.
+"""Label texts with a trained model: `xmlkernels predict RUN --text "…"`.
 
-With --ranker the output folder of xmlkernels rank answers: with the checkpoint that it was made
-with or, where it was made without one, alone.
+RUN is the output folder of whatever was trained: a run, a ranker, a forest in one folder or in
+several. A ranker that was trained beside a run needs that, too, as --checkpoint.
 """
 
 import io
@@ -31,7 +31,7 @@ from xmlkernels.locks import own_place
 from xmlkernels.options import check_least, flag
 from xmlkernels.predict.base import Label, TextPredictor
 from xmlkernels.predict.calibration import CHOSEN
-from xmlkernels.predict.forest import Forest
+from xmlkernels.predict.folders import load
 from xmlkernels.predict.model import Predictor
 
 # tyro would take the text "None" for no text.
@@ -54,6 +54,8 @@ class Options:
     """An output folder of xmlkernels rank; several are a forest, the mean of their
     probabilities.
     """
+    model: tuple[str, ...] = ()
+    """Either of them: the same as RUN without the flag."""
     # ---- texts ----
     text: Annotated[str | None, VERBATIM] = None
     """One text to label; it may be empty."""
@@ -164,19 +166,22 @@ def check(options: Options) -> None:
         raise InputError(
             "arguments", "either --text or --input", got, 'give --text "…" or --input FILE'
         )
-    if not options.checkpoint and not options.ranker:
-        expected = "a run's output folder, or --ranker and a ranker's"
-        raise InputError("--checkpoint", expected, "neither", "name one")
+    if not options.checkpoint and not options.ranker and not options.model:
+        mend = 'name it: xmlkernels predict RUN --text "…"'
+        raise InputError("RUN", "the output folder of a run or of a ranker", "none", mend)
+    if options.ranker and options.model:
+        got = f"{options.model[0]} and --ranker {options.ranker[0]}"
+        raise InputError("arguments", "one model", got, "leave one of them out")
     for name, other in (("ranker_text", "text"), ("ranker_input", "input")):
         if getattr(options, name) is not None and (
-            getattr(options, other) is None or not options.ranker
+            getattr(options, other) is None or not (options.ranker or options.model)
         ):
             expected = f"--ranker and {flag(other)} with it"
             raise InputError(flag(name), expected, "no such two", "leave it out, or give them")
     if options.ranker_input == "-":
         mend = "name a file of the same documents' texts"
         raise InputError("--ranker-input", "a file", "standard input", mend)
-    if options.which and not options.checkpoint:
+    if options.which and not options.checkpoint and not options.model:
         mend = "leave it out: it would do nothing"
         raise InputError("--which", "--checkpoint with it", "none", mend)
     check_least(options, 1, "top_k", "batch")
@@ -211,13 +216,15 @@ def loaded(options: Options) -> TextPredictor:
         InputError: it needs other texts than the options name.
     """
     device = find_device(options.device)
-    if not options.ranker:
-        return Predictor.load(
-            options.checkpoint, which=options.which, device=device, threads=options.threads
-        )
     more: dict[str, Any] = {"which": options.which, "device": device, "threads": options.threads}
-    checkpoint = options.checkpoint or None
-    predictor = Forest.load(options.ranker, checkpoint, **more)
+    if not options.ranker and not options.model:
+        return Predictor.load(options.checkpoint, **more)
+    folders = options.ranker or options.model
+    named = folders[0] if len(folders) == 1 else folders
+    predictor = load(named, options.checkpoint or None, **more)
+    if options.ranker and isinstance(predictor, Predictor):
+        mend = f'it needs no flag: xmlkernels predict {named} --text "…"'
+        raise InputError(f"--ranker {named}", "a ranker's output folder", "that of a run", mend)
     given = options.ranker_text is not None or options.ranker_input is not None
     if given != predictor.takes_pairs:
         name = "--ranker-text" if options.text is not None else "--ranker-input"
@@ -299,4 +306,10 @@ def answer(options: Options, predictor: TextPredictor) -> None:
 
 def main(words: Sequence[str]) -> None:
     """Label the texts that the arguments name."""
-    run(parse(Options, "xmlkernels predict", __doc__ or "", words=words))
+    options = parse(Options, "xmlkernels predict", __doc__ or "", words=_with_model(words))
+    run(options)
+
+
+def _with_model(words: Sequence[str]) -> list[str]:
+    """Return the arguments with --model before the folders that come first."""
+    return ["--model", *words] if words and not words[0].startswith("-") else list(words)

@@ -102,6 +102,11 @@ def text_of(line: str, where: str, parts: TextParts) -> tuple[str, Id]:
         key: known[key] for key in ("text", "title", "content") if isinstance(known.get(key), str)
     }
     if not found:
+        empty = next((key for key in ("text", "title", "content") if key in known), None)
+        if empty is not None:
+            got = f"{json.dumps(known[empty])[:40]}"
+            mend = 'write "" for an empty text, or leave the line out'
+            raise InputError(where, f'a text in "{empty}"', got, mend)
         expected = 'a string, or an object with "text" or "title"'
         raise InputError(where, expected, line[:40], "rename the key of the text")
     joined = parts.join(found.get("title", ""), found.get("content", ""))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -169,8 +171,18 @@ class Tokenizer:
         return hashlib.sha256(json.dumps([content, extra], sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files; `load_tokenizer(folder)` gives the same ids and hash."""
-        self._inner.save_pretrained(str(folder))
+        """Write the tokenizer's files; `load_tokenizer(folder)` gives the same ids and hash.
+
+        Raises:
+            OSError: what the system refused, which the library tells as a bare Exception.
+        """
+        try:
+            self._inner.save_pretrained(str(folder))
+        except Exception as error:
+            if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+                raise
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(folder)) from error
 
 
 def _writable(text: str) -> str:

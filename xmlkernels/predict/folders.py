@@ -13,7 +13,7 @@ from xmlkernels.data.manifest import MANIFEST
 from xmlkernels.errors import InputError
 from xmlkernels.predict.base import FOREST, RANKER, TextPredictor
 from xmlkernels.predict.forest import Forest
-from xmlkernels.predict.model import Predictor
+from xmlkernels.predict.model import Predictor, check_run
 from xmlkernels.predict.ranked import RankedPredictor
 from xmlkernels.records import Positive, read_record
 
@@ -97,14 +97,9 @@ def _trees_when_whole(path: Path) -> int | None:
 
 def _is_ranker(path: Path) -> bool:
     """Return whether the folder is a ranker's and not a run's; InputError where it is neither."""
-    if not path.is_dir():
-        got = "a file" if path.exists() else "no such folder"
-        raise InputError(str(path), _KNOWN, got, "check the path")
-    if (path / RANKER).is_file() or _trees(path):
+    if (path / RANKER).is_file() or (path.is_dir() and _trees(path)):
         return True
-    if not any((path / name).is_dir() for name in ("checkpoint", "best", "last")):
-        got = f"a folder without checkpoint/ and {RANKER}"
-        raise InputError(str(path), _KNOWN, got, "check the path")
+    check_run(path, _KNOWN, f"checkpoint/ and {RANKER}")
     return False
 
 

@@ -125,8 +125,9 @@ class Predictor(TextPredictor):
         """
         check_threads(threads)
         if (Path(folder) / RANKER).is_file():
-            mend = "give it as --ranker; xmlkernels.load takes either"
+            mend = "give it without the flag, or load it by xmlkernels.load"
             raise InputError(str(folder), "the output folder of a run", "one of a ranker", mend)
+        check_run(Path(folder), "the output folder of a run")
         checkpoints, order = _located(folder, which)
         table = _left_in_file(checkpoints, order, table_store)
         tensors, state, found = _first(checkpoints, order, needed_for_prediction, table)
@@ -301,6 +302,24 @@ def files_beside(state: Mapping[str, Any], where: str, folder: Path | None = Non
     if folder is None or names_file(folder).name == NAMES:
         return files
     return {HUB_NAMES if name == NAMES else name: facts for name, facts in files.items()}
+
+
+def check_run(path: Path, expected: str, lacks: str = "checkpoint/") -> None:
+    """Refuse what is no folder of checkpoints, and none with one in it.
+
+    Args:
+        path: what was given.
+        expected: what it must be, in words.
+        lacks: what a folder that is neither has not, in words.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if not path.is_dir():
+        got = "a file" if path.exists() else "no such folder"
+        raise InputError(str(path), expected, got, "check the path")
+    if not any((path / name).is_dir() for name in ("checkpoint", "best", "last")):
+        raise InputError(str(path), expected, f"a folder without {lacks}", "check the path")
 
 
 def _identity(state: Mapping[str, Any]) -> str:

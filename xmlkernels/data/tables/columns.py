@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,11 +89,16 @@ def _check_given(option: str, name: str, columns: Sequence[str], where: str) -> 
 def _nearest(name: str, columns: Sequence[str]) -> str:
     lower = {column.lower(): column for column in columns}
     near = difflib.get_close_matches(name.lower(), lower, 1, 0.5)
-    return f"did you mean {lower[near[0]]}?" if near else "name one of these"
+    return f"did you mean {_typed(lower[near[0]])}?" if near else "name one of these"
+
+
+def _typed(name: str) -> str:
+    """Return a column as a shell takes it."""
+    return shlex.quote(name)
 
 
 def _plain(name: str) -> str:
-    return name.strip().lower().replace("-", "_").replace(" ", "_")
+    return "_".join(re.findall(r"\w+", re.sub(r"\((s|es)\)", r"\1", name.lower())))
 
 
 def _first(columns: Sequence[str], usual: Sequence[str]) -> str | None:
@@ -113,10 +120,13 @@ def _labels(columns: Sequence[str], text: Sequence[str]) -> tuple[str, ...]:
 
 def _none_of(what: str, columns: Sequence[str], usual: Sequence[str], where: str) -> InputError:
     flag = f"--{what}"
-    near = [
-        column for column in columns if difflib.get_close_matches(_plain(column), usual, 1, 0.75)
+    likeness = [
+        max(difflib.SequenceMatcher(None, _plain(column), name).ratio() for name in usual)
+        for column in columns
     ]
-    mend = f"name it with {flag} {near[0] if near else 'COLUMN'}"
+    near = max(likeness, default=0) >= 0.8
+    nearest = _typed(columns[likeness.index(max(likeness))]) if near else "COLUMN"
+    mend = f"name it with {flag} {nearest}"
     if not near:
         mend += ", or the columns of a file without a line of names with --columns"
     expected = f"a column of {'the text' if what == 'text' else 'labels'}"
