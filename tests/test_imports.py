@@ -62,6 +62,7 @@ ARROWS: dict[str, set[str]] = {
         "errors", "checkpoint", "checksums", "data", "evaluation", "files", "label_counts",
         "memory", "metrics", "models", "nn", "precision", "ranker", "records", "rows", "threads",
     },
+    "hub": {"errors", "predict"},
     "report": {"errors", "data", "files", "metrics", "predict", "records", "ticks"},
     "planner": {"errors", "memory", "nn"},
     "training": {
@@ -125,7 +126,7 @@ ALONE = {
     "rdflib": {"xmlkernels/data/tables/label_files.py"},
     "rich": {"xmlkernels/cli/console.py"},
     "tensorboard": {"xmlkernels/training/event_files.py"},
-    "huggingface_hub": {"xmlkernels/predict/hub.py"},
+    "huggingface_hub": {"xmlkernels/hub.py", "xmlkernels/predict/hub.py"},
     "onnx": {"xmlkernels/predict/exchange.py"},
     "onnxruntime": {"xmlkernels/predict/exchange.py"},
     "onnxscript": {"xmlkernels/predict/exchange.py"},

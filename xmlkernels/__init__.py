@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from xmlkernels.data.dataset import Dataset
     from xmlkernels.data.prepare import PrepareConfig, prepare
     from xmlkernels.estimator.classifier import XMLClassifier
+    from xmlkernels.hub import HubModel, push_to_hub
     from xmlkernels.metrics import evaluate, inverse_propensity
     from xmlkernels.models.cascade import Cascade
     from xmlkernels.models.end_to_end import EndToEnd
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from xmlkernels.predict.base import Label
     from xmlkernels.predict.folders import load
     from xmlkernels.predict.forest import Forest
-    from xmlkernels.predict.hub import from_pretrained, push_to_hub, save_pretrained
+    from xmlkernels.predict.hub import from_pretrained, save_pretrained
     from xmlkernels.predict.model import Predictor
     from xmlkernels.predict.ranked import RankedPredictor
     from xmlkernels.training.config import Config
@@ -57,6 +58,7 @@ __all__ = [
     "EndToEnd",
     "Forest",
     "FullHead",
+    "HubModel",
     "InputError",
     "Label",
     "LabelTree",
@@ -90,6 +92,7 @@ _HOMES = {
     "data.dataset": ("Dataset",),
     "data.prepare": ("PrepareConfig", "prepare"),
     "estimator.classifier": ("XMLClassifier",),
+    "hub": ("HubModel", "push_to_hub"),
     "metrics": ("evaluate", "inverse_propensity"),
     "models.cascade": ("Cascade",),
     "models.end_to_end": ("EndToEnd",),
@@ -101,7 +104,7 @@ _HOMES = {
     "nn.table": ("RowOptimizer", "Table"),
     "predict.base": ("Label",),
     "predict.folders": ("load",),
-    "predict.hub": ("from_pretrained", "push_to_hub", "save_pretrained"),
+    "predict.hub": ("from_pretrained", "save_pretrained"),
     "predict.model": ("Predictor",),
     "predict.forest": ("Forest",),
     "predict.ranked": ("RankedPredictor",),

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import xmlkernels as xk
@@ -117,6 +120,60 @@ def test_pushed_and_found_again(
     assert asked["repo_id"] == "me/words" and asked["revision"] == "v1"
     assert asked["local_files_only"] and not any("bin" in name for name in asked["allow_patterns"])
     assert list(found.predict(TEXTS, 5)) == list(own.predict(TEXTS, 5))
+    # The same by ModelHubMixin's own methods.
+    monkeypatch.setattr(
+        huggingface_hub.hub_mixin,
+        "hf_hub_download",
+        lambda filename, **_: str(snapshot / filename),
+    )
+    model = xk.HubModel.from_pretrained("me/words", revision="v2", force_download=True, threads=1)
+    assert asked["revision"] == "v2" and asked["force_download"] and not asked["local_files_only"]
+    assert isinstance(model, huggingface_hub.ModelHubMixin) and model.license is None
+    assert list(model.predict(TEXTS, 5)) == list(own.predict(TEXTS, 5))
+    address = xk.HubModel(own, "mit").save_pretrained(
+        tmp_path / "both", push_to_hub=True, repo_id="me/again", private=True
+    )
+    assert address == "https://hub/me/again"
+    assert "license: mit" in (FakeApi.root / "me/again" / "README.md").read_text()
+
+
+def test_a_hub_model_is_a_folder_too(made: Path, tmp_path: Path) -> None:
+    own = loaded(made, "whole")
+    model = xk.HubModel(own, license="mit")
+    assert model.save_pretrained(tmp_path / "shared") is None
+    assert model.save_pretrained(tmp_path / "shared") is None  # its own is replaced
+    assert "license: mit" in (tmp_path / "shared" / "README.md").read_text()
+    again = xk.HubModel.from_pretrained(tmp_path / "shared", threads=1)
+    assert again.predictor.threads == 1
+    assert list(again.predict(TEXTS, 3)) == list(own.predict(TEXTS, 3))
+    assert list(again.predict_batches([TEXTS], 3)) == list(own.predict_batches([TEXTS], 3))
+    assert np.array_equal(again.embed(TEXTS), own.embed(TEXTS))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="expected an empty folder"):
+        model.save_pretrained(tmp_path / "mine")
+    assert (tmp_path / "mine" / "config.json").read_text() == "{}"
+    for name in ("config", "model_card_kwargs"):
+        with pytest.raises(InputError, match=f"{name}: expected None: the model has its own"):
+            model.save_pretrained(tmp_path / "new", **{name: {"a": 1}})
+    with pytest.raises(InputError, match="me/nothing: expected a folder or a model on the Hub"):
+        xk.HubModel.from_pretrained("me/nothing", local_files_only=True)
+
+
+def test_without_the_extra_it_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['huggingface_hub'] = None\n"
+        "import xmlkernels as xk\n"
+        "for ask in (lambda: xk.HubModel(None), lambda: xk.HubModel.from_pretrained('a/b'),\n"
+        "            lambda: xk.push_to_hub(None, 'a/b'), lambda: xk.from_pretrained('a/b')):\n"
+        "    try: ask()\n"
+        "    except xk.InputError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4 and all('pip install "xmlkernels[hub]"' in line for line in lines)
 
 
 def test_no_such_model_is_one_sentence() -> None:

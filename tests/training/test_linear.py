@@ -304,3 +304,26 @@ def test_the_built_in_corpus_is_the_default(
     monkeypatch.setattr(linear, "train_ranker", lambda options, words: {})
     train_linear(LinearConfig(output=str(tmp_path / "x"), documents=500, cache="c"))
     assert (asked[0].dataset, asked[0].documents, asked[0].cache) == ("docstrings", 500, "c")
+
+
+def test_a_forest_stopped_before_its_calibration_has_no_metrics(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who finds metrics.json finds a run with all that belongs to it."""
+    config = LinearConfig(
+        str(dataset), output=str(tmp_path / "forest"), cache=str(tmp_path / "cache"), depths=(2,),
+        min_df=1, trees=2, threads=1, report=False,
+    )  # fmt: skip
+
+    def stopped(_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(linear, "calibrate_held", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train_linear(config)
+    assert not (tmp_path / "forest" / "metrics.json").exists()
+    report = train_linear(replace(config, resume=True))
+    kept = json.loads((tmp_path / "forest" / "metrics.json").read_text())
+    assert kept["calibration"]["validation"] and "calibration" in report
+    assert load(tmp_path / "forest").calibration is not None

@@ -30,8 +30,10 @@ from xmlkernels.ranker.blend import combine
 class Forest(Ranked):
     """Several rankers as one: the mean of their probabilities, given as log-odds.
 
-    A label that a shortlist lacks has probability 0. Log-odds keep labels apart whose probabilities
-    all round to 0 or to 1.
+    A label that a ranker's shortlist lacks has probability 0 by that ranker: the price of a short
+    search. An allow-list needs no search, so every ranker scores every label of it, and a label
+    that some of the shortlists lack has a higher score than without the list. Log-odds keep labels
+    apart whose probabilities all round to 0 or to 1.
 
     Source: Prabhu et al., "Parabel" (WWW 2018), section 4: an ensemble of label trees.
 

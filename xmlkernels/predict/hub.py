@@ -1,4 +1,4 @@
-"""Save what predicts as one folder, with a model card, and share it on the Hugging Face Hub.
+"""Save what predicts as one folder, with a model card, and load it from the Hugging Face Hub.
 
 Such a folder holds safetensors, JSON and text alone: no pickle, and no code that a loader would
 run. `xmlkernels.load` reads it as it reads what training has written.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,13 @@ from xmlkernels.models.saved import needed_for_prediction
 from xmlkernels.predict.base import HUB_NAMES, NAMES, RANKER, TextPredictor
 from xmlkernels.predict.calibration import CALIBRATION
 from xmlkernels.predict.card import model_card
-from xmlkernels.predict.folders import MODEL, load
+from xmlkernels.predict.folders import MODEL, load, named_in
 from xmlkernels.predict.forest import Forest
 from xmlkernels.predict.model import Predictor
 from xmlkernels.predict.ranked import RankedPredictor
 from xmlkernels.predict.source import CLUSTERS, VECTORIZER
 
+OURS = "xmlkernels"  # the library that a folder's config.json names
 _SAFE = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md"]
 _WRITTEN = {
     "README.md", "config.json", HUB_NAMES, IDS, RANKER, CALIBRATION, "best", "tokenizer",
@@ -58,7 +58,8 @@ def save_pretrained(
         raise InputError(str(path), "another folder", got, "name a new one")
     if path.is_dir() and (other := sorted(found.name for found in path.iterdir())):
         known = _WRITTEN | {name for name in other if name.startswith("tree")}
-        ours = (path / "config.json").is_file() and set(other) <= known
+        named = (path / "config.json").is_file() and named_in(path, "config.json", "library_name")
+        ours = named == OURS and set(other) <= known
         if not ours:
             raise InputError(
                 str(path), "an empty folder", f"one that holds {other[0]}", "name another"
@@ -73,7 +74,7 @@ def save_pretrained(
     if isinstance(model, RankedPredictor) and model.model is not None:
         _write(model.model, path / MODEL)
     kind = type(predictor).__name__
-    told = {"library_name": "xmlkernels", "predictor": kind, "labels": predictor.labels}
+    told = {"library_name": OURS, "predictor": kind, "labels": predictor.labels}
     _text(path / "config.json", json.dumps(told, indent=1) + "\n")
     _text(path / "README.md", model_card(predictor, license))
     return path
@@ -86,6 +87,7 @@ def from_pretrained(
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
     offline: bool = False,
+    force_download: bool = False,
     **options: Any,
 ) -> TextPredictor:
     """Load a predictor from a folder of `save_pretrained`, or from the Hub by its name.
@@ -94,6 +96,7 @@ def from_pretrained(
         name: the folder, or "owner/name".
         revision: branch, tag or commit on the Hub.
         cache_dir, token: as huggingface_hub has them.
+        force_download: fetch again what an earlier call has downloaded.
         offline: take what an earlier call has downloaded, without a network.
         options: of `xmlkernels.load`.
 
@@ -110,50 +113,33 @@ def from_pretrained(
             cache_dir=cache_dir,
             token=token,
             local_files_only=offline,
+            force_download=force_download,
             allow_patterns=_SAFE,
         )
     except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [""])[0][:200]
-        mend = "check the name and the network"
-        raise InputError(str(name), "a folder or a model on the Hub", reason, mend) from error
+        raise not_found(name, error) from error
     return load(folder, **options)
-
-
-def push_to_hub(
-    predictor: TextPredictor, repo_id: str, *, license: str | None = None, **options: Any
-) -> str:
-    """Write a loaded predictor to the Hub, by huggingface_hub's ModelHubMixin; return its address.
-
-    Args:
-        predictor: of `xmlkernels.load`.
-        repo_id: "owner/name"; made where it does not exist.
-        license: for the card.
-        options: of `ModelHubMixin.push_to_hub`: private, token, branch, commit_message …
-    """
-    return str(_mixed()(predictor, license).push_to_hub(repo_id, **options))
 
 
 def _hub() -> Any:
     try:
         import huggingface_hub
     except ImportError:
-        mend = 'pip install "xmlkernels[hub]"'
-        raise InputError("the Hub", "the package huggingface_hub", "none", mend) from None
+        raise missing() from None
     return huggingface_hub
 
 
-@cache
-def _mixed() -> Any:
-    """Return the class that gives ModelHubMixin what it asks for."""
+def not_found(name: str | Path, error: Exception) -> InputError:
+    """Say that a model cannot be had from the Hub."""
+    reason = (str(error).splitlines() or [""])[0][:200]
+    mend = "check the name and the network"
+    return InputError(str(name), "a folder or a model on the Hub", reason, mend)
 
-    class HubModel(_hub().ModelHubMixin):  # type: ignore[misc]
-        def __init__(self, predictor: TextPredictor, license: str | None = None) -> None:
-            self.predictor, self.license = predictor, license
 
-        def _save_pretrained(self, save_directory: Path) -> None:
-            save_pretrained(self.predictor, save_directory, license=self.license)
-
-    return HubModel
+def missing() -> InputError:
+    """Say that the package of the Hub is not there."""
+    mend = 'pip install "xmlkernels[hub]"'
+    return InputError("the Hub", "the package huggingface_hub", "none", mend)
 
 
 def _write(predictor: TextPredictor, path: Path) -> None:

@@ -269,9 +269,10 @@ def _forest(
         result = score_matrix(values.astype(np.float32), rows, dataset.num_labels)
         write_npz(folder / "predictions.npz", result, keep_zeros=True)
     copy_profile(folder, dataset)
-    write_json(folder / "metrics.json", report)
     if "val" in dataset.splits:
         report |= _calibrated(options.output, dataset)
+    # Last of all: who finds it finds a run with all that belongs to it.
+    write_json(folder / "metrics.json", report)
     if options.report:
         write_report(open_run(folder, dataset))
     return report
