@@ -10,7 +10,7 @@ import pytest
 from train_runs import RECIPES, Config
 
 from xmlkernels import InputError
-from xmlkernels.cli import arguments, train
+from xmlkernels.cli import arguments, console, train
 from xmlkernels.cli.flags import flags_of
 from xmlkernels.data.prepare import PrepareConfig
 from xmlkernels.training.ranker_config import RankerConfig
@@ -230,3 +230,12 @@ def test_a_text_of_help_is_a_text() -> None:
         COMMANDS["predict"], "", "", words=("--text", "--help", "--top-k", "3")
     )
     assert (options.text, options.top_k) == ("--help", 3)
+
+
+def test_a_tenth_whose_labels_no_document_has_shows_no_zeros(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    row = {"decile": 1, "labels": 3, "positives": 0, "R@1": 0.0, "P@1": 0.0}
+    console.print_deciles([row, row | {"decile": 2, "positives": 1}])
+    empty, other = capsys.readouterr().out.splitlines()[-3:-1]
+    assert empty.count("–") == 2 and other.count("0.00") == 2

@@ -268,6 +268,18 @@ def test_the_calibration_of_another_checkpoint_is_left_alone(copied: Path) -> No
         assert xk.load(copied / "whole").calibration is None
 
 
+@pytest.mark.parametrize("name", ["whole", "ranker", "forest"])
+def test_a_calibration_that_was_not_copied_is_missed(copied: Path, name: str) -> None:
+    inner = copied / name / "checkpoint" if name == "whole" else copied / name
+    (inner / CALIBRATION).unlink()
+    with pytest.warns(CalibrationWarning, match="is not there, though metrics.json tells of it"):
+        assert xk.load(copied / name).calibration is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CalibrationWarning)
+        (copied / name / "metrics.json").unlink()
+        assert xk.load(copied / name).calibration is None  # nothing tells of one
+
+
 @pytest.mark.parametrize("name", ["whole", "ranker", "beside", "forest"])
 def test_the_command_finds_what_training_found(
     copied: Path, name: str, capsys: pytest.CaptureFixture[str]

@@ -375,7 +375,9 @@ def print_deciles(deciles: list[dict[str, Any]]) -> None:
     for name in deciles[0]:
         table.add_column(name, justify="right")
     for row in deciles:
-        table.add_row(*map(_cell, row.values()))
+        # Where no document has one of the labels there is nothing to find.
+        empty = [name for name in row if "@" in name and not row["positives"]]
+        table.add_row(*("–" if name in empty else _cell(value) for name, value in row.items()))
     _console.print(table)
 
 

@@ -212,12 +212,18 @@ def sigmoid(log_odds: np.ndarray) -> np.ndarray:
 def calibration_beside(folder: str | Path, labels: int, identity: str) -> Calibration | None:
     """Load the calibration of a folder; None where there is none.
 
-    One of another model, as where a run was resumed since, is left alone with a warning.
+    One of another model, as where a run was resumed since, is left alone with a warning. So is one
+    that metrics.json tells of and that is not there, as where a folder was copied in part.
 
     Raises:
         InputError: a damaged one.
     """
     if not (Path(folder) / CALIBRATION).is_file():
+        if _is_told(Path(folder)):
+            note = f"{Path(folder) / CALIBRATION} is not there, though metrics.json tells of it"
+            mend = "copy the whole folder again, or calibrate anew: xmlkernels calibrate"
+            note = f"{note}: probabilities are not calibrated ({mend})"
+            warnings.warn(note, CalibrationWarning, stacklevel=3)
         return None
     found = Calibration.load(folder, labels)
     if found.identity == identity:
@@ -227,3 +233,12 @@ def calibration_beside(folder: str | Path, labels: int, identity: str) -> Calibr
     )
     warnings.warn(f"{note} (xmlkernels calibrate does it)", CalibrationWarning, stacklevel=3)
     return None
+
+
+def _is_told(folder: Path) -> bool:
+    """Return whether the metrics of a ranker, a forest or a run's checkpoints tell of curves."""
+    above = folder.parent if folder.name == "checkpoint" else folder
+    try:
+        return bool(json.loads((above / "metrics.json").read_text("utf-8")).get("calibration"))
+    except (OSError, ValueError, AttributeError):
+        return False
