@@ -14,12 +14,14 @@ import scipy.sparse
 from train_runs import LABELS, make_dataset
 
 from xmlkernels import InputError
-from xmlkernels.cli import ensemble
+from xmlkernels.cli import ensemble, score_files
 from xmlkernels.data.dataset import Dataset, Split
-from xmlkernels.data.formats import write_npz, write_sparse
+from xmlkernels.data.formats import read_npz, write_npz, write_sparse
 from xmlkernels.metrics import evaluate, inverse_propensity
 from xmlkernels.metrics.ranking import NAMES
 from xmlkernels.metrics.words import CUT
+from xmlkernels.ranker.blend import combine
+from xmlkernels.ranker.stacking import Stack, candidates_of
 
 TEST_DOCUMENTS = 50
 
@@ -151,6 +153,59 @@ def test_labels_that_reach_a_threshold(
         run(files, folder, threshold="calibrated")
 
 
+def test_a_sum_that_is_learned(
+    folder: Path, test_split: Split, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the files of the split that is named, of the dataset that is named."""
+    dataset = Dataset.open(folder)
+    random = np.random.default_rng(5)
+    paths: dict[str, list[str]] = {}
+    for name, split in dataset.splits.items():
+        signal = 2.0 * (split.labels.toarray() > 0)
+        for number in range(2):
+            path = tmp_path / f"{name}{number}.npz"
+            dense = signal + random.normal(-2, 1 + number, signal.shape)
+            write_npz(path, scipy.sparse.csr_matrix(dense.astype(np.float32)))
+            paths.setdefault(name, []).append(str(path))
+    files, learn = tuple(paths["test"]), tuple(paths["train"])
+    output = tmp_path / "sum.npz"
+    how = {"learn": learn, "learn_split": "train"}
+    found = run(files, folder, **how, output=str(output))
+    assert list(found) == [*files, "sum", "learned"]
+    sides = []
+    counts = np.bincount(dataset.splits["train"].labels.indices, minlength=LABELS)
+    for name in ("train", "test"):
+        models = [read_npz(path) for path in paths[name]]
+        total = combine(models, [m.data for m in models], [1.0, 1.0], "probability")
+        sides.append(candidates_of(models, total, dataset.splits[name].filter_pairs, counts))
+    values, rows = Stack(sides[0], dataset.splits["train"].labels).rank(sides[1])
+    assert found["learned"] == pytest.approx(evaluate(rows, test_split.labels, inverse_propensity(
+        dataset.splits["train"].labels, *dataset.propensity)))  # fmt: skip
+    written = read_npz(output).toarray()
+    kept = np.nonzero(rows >= 0)
+    assert np.allclose(written[kept[0], rows[kept]], values[kept], atol=1e-4)
+    other = make_dataset(tmp_path / "raw", splits=("train", "test"))
+    elsewhere = run(files, folder, learn=learn, learn_split="train", learn_dataset=str(other))
+    assert elsewhere["learned"] == found["learned"]  # the same documents
+    cut = run(files, folder, **how, threshold="f1")["learned"]
+    assert cut["microF1"] > 0
+    words = [*files, "--dataset", str(folder), "--learn", *learn, "--learn-split", "train"]
+    ensemble.main(words)
+    assert "learned" in capsys.readouterr().out
+    for wrong, told in (
+        ({"learn": learn[:1], "learn_split": "train"}, "--learn: expected 2 files, one for each"),
+        ({"learn": learn, "learn_split": "test"}, "--learn-split: expected another split"),
+        (
+            {"learn": learn, "learn_dataset": str(other)},
+            "--learn-split: expected one of train, test, got val",
+        ),
+        ({**how, "calibrated": True}, "--calibrated: expected no --learn beside it"),
+        ({"learn_dataset": str(folder)}, "--learn-dataset: expected --learn with it"),
+    ):
+        with pytest.raises(InputError, match=told):
+            run(files, folder, **wrong)
+
+
 @pytest.mark.parametrize("power", [0.3, 2.0])
 def test_propensity_multiplies_the_probabilities_of_the_sum(
     files: tuple[str, str], folder: Path, test_split: Split, tmp_path: Path, power: float
@@ -221,7 +276,7 @@ def test_probabilities_and_logits_of_the_same_scores_agree(
 
 def test_certain_and_impossible_labels(folder: Path, tmp_path: Path) -> None:
     """Log-odds of 0 and 1 are finite, and the sum keeps pairs that add up to 0."""
-    z = ensemble.to_log_odds(np.array([0.0, 0.5, 1.0]))
+    z = score_files.to_log_odds(np.array([0.0, 0.5, 1.0]))
     assert np.isfinite(z).all() and z[0] < -700 and z[1] == 0 and z[2] > 30
     one = scipy.sparse.csr_matrix(np.array([[2.0, 0, 0], [0, 0, 0]]))
     other = scipy.sparse.csr_matrix(np.array([[-2.0, 0, 1.0], [0, 0, 0]]))
@@ -239,7 +294,7 @@ def test_stored_zero_is_a_score(folder: Path, tmp_path: Path, name: str) -> None
     path, again = str(tmp_path / "z.npz"), str(tmp_path / name)
     write_npz(path, scores, keep_zeros=True)
     run((path,), folder, output=again)
-    found = ensemble.read_scores(again, TEST_DOCUMENTS, LABELS)
+    found = score_files.read_scores(again, TEST_DOCUMENTS, LABELS)
     assert found[10].indices.tolist() == [7, 8]
     assert found[10].data.tolist() == pytest.approx([0, -1], abs=1e-37)
 

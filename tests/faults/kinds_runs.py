@@ -23,8 +23,8 @@ from checkpoint_groups import cuts, of_process, save_by, tables
 from checkpoint_groups import same as same_bits
 
 from xmlkernels.checkpoint import CheckpointFolder, load, writing
-from xmlkernels.cli.ensemble import log_odds, read_scores
 from xmlkernels.cli.filters import Barred
+from xmlkernels.cli.score_files import log_odds, read_scores
 from xmlkernels.data import formats
 from xmlkernels.data.tokens import load_tokenizer
 from xmlkernels.training.config import Config, began_with

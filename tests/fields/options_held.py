@@ -214,6 +214,7 @@ HELD: dict[type, dict[str, str]] = {
         **_all(_ENSEMBLE + "test_sum_is_that_of_dense_matrices", "weights", "sum"),
         "calibrated": _CALIBRATION + "test_sums_on_one_scale",
         "scores": _ENSEMBLE + "test_probabilities_and_logits_of_the_same_scores_agree",
+        **_all(_ENSEMBLE + "test_a_sum_that_is_learned", "learn", "learn_dataset", "learn_split"),
         "threshold": _ENSEMBLE + "test_labels_that_reach_a_threshold",
         "propensity": _ENSEMBLE + "test_propensity_multiplies_the_probabilities_of_the_sum",
         "show": _ENSEMBLE + "test_every_metric_is_shown_with_its_sentence",

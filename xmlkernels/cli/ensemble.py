@@ -20,6 +20,11 @@ dataset filters out are removed before the cut, in every row of the table.
 --calibrated turns the logits of each file into calibrated log-odds first, by the calibration that
 training or `xmlkernels calibrate` left in the file's folder: models then speak on one scale.
 
+--learn FILES learns how to sum, from score files of documents that no model was trained on: those
+of the validation split, of the same models in the same order. Boosted trees then weigh what each
+model says of a label, how frequent it is and its place, and rank the 30 best of the plain sum. The
+less alike the models are, the more it gains; compare it with the sum, which is printed beside it.
+
 --threshold P measures the labels whose probability in the sum is P or more, as many as a document
 has. --threshold f1 finds the P of the highest micro-F1: do so with the files of a validation split
 (--split val), and name that P for the test split.
@@ -42,10 +47,8 @@ from scipy.sparse import csr_matrix
 from xmlkernels import InputError
 from xmlkernels.cli.arguments import parse, read_threshold
 from xmlkernels.cli.console import print_comparison, print_every
-from xmlkernels.data.dataset import Dataset
-from xmlkernels.data.formats import read_npz, read_sparse, write_npz, write_sparse
-from xmlkernels.evaluation import score_matrix
-from xmlkernels.files import check_file
+from xmlkernels.cli.score_files import TEXT, read_log_odds, write_scores
+from xmlkernels.data.dataset import Dataset, Split
 from xmlkernels.locks import own_place
 from xmlkernels.metrics import (
     annif_metrics,
@@ -57,14 +60,33 @@ from xmlkernels.metrics import (
 )
 from xmlkernels.metrics.annif import LIMIT
 from xmlkernels.metrics.words import CUT
-from xmlkernels.predict.calibration import CALIBRATION, Calibration, sigmoid
+from xmlkernels.predict.calibration import sigmoid
 from xmlkernels.ranker.blend import best, combine, towards_rare
+from xmlkernels.ranker.stacking import Stack, candidates_of
 from xmlkernels.training.folder import write_json
 from xmlkernels.training.stops import done
 
 MEASURED = 5  # metrics at 1 to 5
-TEXT = (".txt", ".txt.gz")
 KINDS = ("logit", "probability")
+
+
+@dataclass(frozen=True)
+class Summed:
+    """Score files of a split and their plain sum.
+
+    Attributes:
+        split: which documents.
+        weight: inverse propensities of the labels, [L].
+        counts: training documents of the labels, [L].
+        files: of each file CSR [N, L] of log-odds.
+        total: CSR [N, L], the sum as log-odds.
+    """
+
+    split: Split
+    weight: np.ndarray
+    counts: np.ndarray
+    files: list[csr_matrix]
+    total: csr_matrix
 
 
 @dataclass(frozen=True)
@@ -88,6 +110,13 @@ class Options:
     propensity: float = 0.0
     """Power of the labels' inverse propensity that multiplies the probabilities of the sum: above 0
     rare labels rise, and PSP@k with them. 0 leaves it as it is."""
+    learn: tuple[str, ...] = ()
+    """Score files of documents that no model was trained on, one for each file in the same order:
+    how to sum is learned from them."""
+    learn_dataset: str = ""
+    """The dataset folder that the files of --learn are of; --dataset when not given."""
+    learn_split: Literal["train", "val", "test"] = "val"
+    """The split that they are of."""
     threshold: str = ""
     """Measure, too, the labels of the sum, or of the one file, that have this probability or more;
     "f1": the one with the highest micro-F1, which is printed. --output keeps all labels."""
@@ -95,7 +124,7 @@ class Options:
     """.npz or .txt(.gz) for the summed scores, as logits: the log-odds of the weighted mean of the
     probabilities, or the weighted mean of the log-odds."""
     top_k: int = 100
-    """Labels per document in the output."""
+    """Labels per document in the output; 30 at most of a sum that is learned."""
     metrics: str = ""
     """.json for every metric at 1 to 5."""
     show: Literal["short", "all"] = "short"
@@ -142,6 +171,19 @@ def check(options: Options) -> None:
     if options.calibrated and "probability" in options.scores:
         expected = "logits, which a calibration is of"
         raise InputError("--calibrated", expected, "--scores probability", "leave one of them out")
+    if options.learn and len(options.learn) != count:
+        mend = "name the files of the same models in the same order"
+        raise InputError("--learn", f"{count} files, one for each", f"{len(options.learn)}", mend)
+    if options.learn and options.calibrated:
+        expected = "no --learn beside it, which learns a scale of its own"
+        raise InputError("--calibrated", expected, "both", "leave one of them out")
+    if options.learn_dataset and not options.learn:
+        mend = "leave it out: it would do nothing"
+        raise InputError("--learn-dataset", "--learn with it", "none", mend)
+    same = (options.learn_dataset or options.dataset) == options.dataset
+    if options.learn and same and options.learn_split == options.split:
+        expected = f"another split than {options.split}, which is measured"
+        raise InputError("--learn-split", expected, "that one", "learn from validation documents")
     read_threshold(options.threshold, "f1")
     if options.top_k < MEASURED:
         raise InputError(
@@ -153,80 +195,6 @@ def check(options: Options) -> None:
         )
     if options.metrics and not options.metrics.endswith(".json"):
         raise InputError("--metrics", "a name that ends in .json", options.metrics, "rename it")
-
-
-def read_scores(path: str, documents: int, labels: int, *, keep_zeros: bool = True) -> csr_matrix:
-    """Read a score file as CSR float32 [documents, labels].
-
-    With `keep_zeros`, zeros stored in an .npz file stay: they are scores.
-    CascadeXML's .npz files have a last column for padding: it is dropped where it is empty.
-
-    Raises:
-        InputError: a file that cannot be read, or one of another shape.
-    """
-    check_file(path)
-    if not path.endswith((".npz", *TEXT)):
-        raise InputError(
-            path,
-            "a score file that ends in .npz, .txt or .txt.gz",
-            "another",
-            "rename or convert it",
-        )
-    if path.endswith(".npz"):
-        matrix = read_npz(path, rows=documents, keep_zeros=keep_zeros)
-    else:
-        matrix = read_sparse(path, rows=documents)
-    if matrix.shape[1] == labels + 1 and not matrix.data[matrix.indices == labels].any():
-        matrix = matrix[:, :labels]
-    if matrix.shape[1] != labels:
-        mend = "name the scores of this dataset"
-        raise InputError(
-            path, f"{labels} columns, the labels of the dataset", str(matrix.shape[1]), mend
-        )
-    return matrix
-
-
-def log_odds(matrix: csr_matrix, kind: str, path: str) -> np.ndarray:
-    """Return the stored scores as finite log-odds, float64 [nnz].
-
-    Raises:
-        InputError: a probability outside 0 to 1.
-    """
-    values: np.ndarray = matrix.data.astype(np.float64)
-    if kind == "logit":
-        return values
-    bad = np.flatnonzero((values < 0) | (values > 1))
-    if bad.size:
-        row = int(np.searchsorted(matrix.indptr, bad[0], "right")) - 1
-        where = f"{path}, row {row}, label {matrix.indices[bad[0]]}"
-        raise InputError(
-            where,
-            "a probability from 0 to 1",
-            f"{values[bad[0]]:g}",
-            "say --scores logit if they are logits",
-        )
-    return to_log_odds(values)
-
-
-def to_log_odds(probability: np.ndarray) -> np.ndarray:
-    """Return ln p/(1-p), finite also at 0 and 1."""
-    p = np.clip(probability, np.finfo(np.float64).tiny, 1 - np.finfo(np.float64).epsneg)
-    return np.asarray(np.log(p) - np.log1p(-p))
-
-
-def calibrated(path: str, matrix: csr_matrix, odds: np.ndarray) -> np.ndarray:
-    """Return calibrated log-odds of the scores of a file.
-
-    Raises:
-        InputError: no calibration in the file's folder, or one of other labels.
-    """
-    folder = Path(path).parent
-    inner = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
-    if not (inner / CALIBRATION).is_file():
-        mend = f"run xmlkernels calibrate {folder}"
-        raise InputError(str(inner), f"a {CALIBRATION}", "no such file", mend)
-    found = Calibration.load(inner, matrix.shape[1])
-    return found.log_odds(odds, matrix.indices.astype(np.int64))
 
 
 def run(options: Options) -> dict[str, dict[str, float]]:
@@ -241,29 +209,8 @@ def run(options: Options) -> dict[str, dict[str, float]]:
 
 def _run(options: Options) -> dict[str, dict[str, float]]:
     dataset = Dataset.open(options.dataset)
-    if options.split not in dataset.splits:
-        raise InputError(
-            "--split",
-            f"one of {', '.join(dataset.splits)}",
-            options.split,
-            f"{dataset.folder} has no other",
-        )
-    split = dataset.splits[options.split]
-    weight = inverse_propensity(dataset.splits["train"].labels, *dataset.propensity)
-    kinds = options.scores * (len(options.files) if len(options.scores) == 1 else 1)
-    # A logit of 0 is a score; a probability of 0 says what an absent one does.
-    files = [
-        read_scores(path, len(split), dataset.num_labels, keep_zeros=kind == "logit")
-        for path, kind in zip(options.files, kinds, strict=True)
-    ]
-    odds = [
-        log_odds(m, kind, path) for m, kind, path in zip(files, kinds, options.files, strict=True)
-    ]
-    if options.calibrated:
-        odds = [
-            calibrated(path, matrix, z)
-            for path, matrix, z in zip(options.files, files, odds, strict=True)
-        ]
+    here = summed(options, options.files, dataset, options.split, "--split")
+    split, weight = here.split, here.weight
     deepest = LIMIT if options.show == "all" else MEASURED
 
     def measure(rows: np.ndarray) -> dict[str, float]:
@@ -272,29 +219,21 @@ def _run(options: Options) -> dict[str, dict[str, float]]:
             found |= macro_metrics(rows, split.labels) | annif_metrics(rows, split.labels)
         return found
 
-    measured = {}
-    for number, (matrix, z) in enumerate(zip(files, odds, strict=True)):
-        alone = csr_matrix((z, matrix.indices, matrix.indptr), matrix.shape)
-        path = options.files[number]
-        name = path if path not in measured else f"{path} ({number + 1})"
+    measured: dict[str, dict[str, float]] = {}
+    for path, alone in zip(options.files, here.files, strict=True):
+        name = path if path not in measured else f"{path} ({len(measured) + 1})"
         measured[name] = measure(best(alone, split.filter_pairs, deepest)[1])
-    several = len(files) > 1 or options.propensity > 0
-    if several or options.output or options.threshold:
-        total = combine(files, odds, options.weights or [1.0] * len(files), options.sum)
-        if options.propensity:
-            total = towards_rare(total, weight, options.propensity)
-        values, rows = best(total, split.filter_pairs, options.top_k)
-        if several:
-            name, measured["sum"] = "sum", measure(rows)
-        if options.threshold:
-            measured[name] |= measure_cut(options.threshold, values, rows, split.labels)
-        if options.output:
-            kept = score_matrix(values.astype(np.float32), rows, dataset.num_labels)
-            if options.output.endswith(".npz"):
-                write_npz(options.output, kept, keep_zeros=True)
-            else:
-                kept.data[kept.data == 0] = np.finfo(np.float32).tiny
-                write_sparse(options.output, kept)
+    values, rows = best(here.total, split.filter_pairs, options.top_k)
+    if len(here.files) > 1 or options.propensity > 0 or options.learn:
+        name, measured["sum"] = "sum", measure(rows)
+    if options.learn:
+        values, rows = learned(options, here)
+        name, measured["learned"] = "learned", measure(rows)
+    if options.threshold:
+        measured[name] |= measure_cut(options.threshold, values, rows, split.labels)
+    if options.output:
+        top = values[:, : options.top_k], rows[:, : options.top_k]
+        write_scores(options.output, *top, dataset.num_labels)
     if options.metrics:
         facts = {
             "dataset": dataset.name,
@@ -305,6 +244,51 @@ def _run(options: Options) -> dict[str, dict[str, float]]:
         }
         write_json(Path(options.metrics), {**facts, "metrics": measured})
     return measured
+
+
+def summed(
+    options: Options, paths: Sequence[str], dataset: Dataset, name: str, flag: str
+) -> Summed:
+    """Read score files of a split, and sum them.
+
+    Args:
+        options: of the command.
+        paths: the files.
+        dataset: that they are of.
+        name: of the split.
+        flag: that names the split.
+    """
+    if name not in dataset.splits:
+        mend = f"{dataset.folder} has no other"
+        raise InputError(flag, f"one of {', '.join(dataset.splits)}", name, mend)
+    split, train = dataset.splits[name], dataset.splits["train"].labels
+    kinds = options.scores * (len(paths) if len(options.scores) == 1 else 1)
+    files = [
+        read_log_odds(path, kind, len(split), dataset.num_labels, is_calibrated=options.calibrated)
+        for path, kind in zip(paths, kinds, strict=True)
+    ]
+    weights = options.weights or [1.0] * len(files)
+    total = combine(files, [file.data for file in files], weights, options.sum)
+    weight = inverse_propensity(train, *dataset.propensity)
+    if options.propensity:
+        total = towards_rare(total, weight, options.propensity)
+    counts = np.bincount(train.indices, minlength=dataset.num_labels)
+    return Summed(split, weight, counts, files, total)
+
+
+def learned(options: Options, here: Summed) -> tuple[np.ndarray, np.ndarray]:
+    """Learn the sum on other documents, and return log-odds and labels of these."""
+    dataset = Dataset.open(options.learn_dataset or options.dataset)
+    if dataset.num_labels != len(here.weight):
+        expected, got = f"{len(here.weight):,} labels", f"{dataset.num_labels:,}"
+        mend = "name a dataset of the same labels"
+        raise InputError("--learn-dataset", expected, got, mend)
+    other = summed(options, options.learn, dataset, options.learn_split, "--learn-split")
+    of_other, of_here = (
+        candidates_of(side.files, side.total, side.split.filter_pairs, side.counts)
+        for side in (other, here)
+    )
+    return Stack(of_other, other.split.labels).rank(of_here)
 
 
 def measure_cut(

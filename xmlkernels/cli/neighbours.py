@@ -20,7 +20,7 @@ from scipy.sparse import csr_matrix, identity, vstack
 from xmlkernels import InputError
 from xmlkernels.cli.arguments import parse
 from xmlkernels.cli.console import print_comparison
-from xmlkernels.cli.ensemble import to_log_odds
+from xmlkernels.cli.score_files import to_log_odds
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.formats import write_npz
 from xmlkernels.evaluation import score_matrix
