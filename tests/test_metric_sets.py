@@ -9,6 +9,7 @@ from scipy.sparse import csr_matrix
 from sklearn.metrics import f1_score
 
 from xmlkernels import InputError, metrics
+from xmlkernels.cli import console
 from xmlkernels.metrics import best_cut, cut_metrics
 
 ANNIF = json.loads((Path(__file__).parent / "fixtures/annif/expected.json").read_text())
@@ -113,3 +114,22 @@ def test_cuts_refuse() -> None:
         best_cut(np.zeros((1, 2)), np.array([[0]]), truth)
     with pytest.raises(InputError, match="expected one that is right, got none"):
         best_cut(np.zeros((1, 1)), np.array([[1]]), truth)
+
+
+def test_tables_of_a_terminal_say_what_each_metric_is(capsys: pytest.CaptureFixture[str]):
+    values = metrics.evaluate(TOP, TRUE, np.ones(4))
+    console.print_comparison("all", {"test": values}, ("P", "PSnDCG"))
+    shown = " ".join(capsys.readouterr().out.split())
+    for kind in ("P", "PSnDCG"):
+        assert f"{kind}@k: {metrics.sentence_of(f'{kind}@k')}" in shown
+    report = {
+        "dataset": "mine", "dataset_hash": "0" * 64, "propensity": (0.55, 1.5), "test": values,
+        "macro": metrics.macro_metrics(TOP, TRUE), "steps": 1, "peak_rss_mb": 1.0,
+        "seconds": {"train": 1.0, "evaluate": 1.0}, "skipped_steps": 0, "skipped_encoder_steps": 0,
+    }  # fmt: skip
+    console.print_metrics(report, Path("runs/mine"))
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for kind in ("P", "nDCG", "PSP", "R"):
+        assert shown.count(f"{kind}@k: {metrics.sentence_of(f'{kind}@k')}") == 1
+    for name in ("macroP@5", "macroR@5", "macroF1@5", "coverage@5", "abandonment@5"):
+        assert f"{name} {report['macro'][name]:.2f} {metrics.sentence_of(name)}" in shown

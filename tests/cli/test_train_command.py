@@ -15,7 +15,7 @@ class Asked:
     def __init__(self) -> None:
         self.config = Config()
 
-    def __call__(self, config: Config) -> dict[str, object]:
+    def __call__(self, config: Config, deadline: object = None) -> dict[str, object]:
         self.config = config
         return {}
 

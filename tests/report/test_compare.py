@@ -55,7 +55,8 @@ def test_the_command(
     shutil.copytree(dataset, tmp_path / "moved")
     command.main([*runs, "--dataset", str(tmp_path / "moved")])
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert f"P@1 {found.metrics[0]['P@1']:.2f} {found.metrics[1]['P@1']:.2f}" in shown
+    told = f"P@1 {found.metrics[0]['P@1']:.2f} {found.metrics[1]['P@1']:.2f}"
+    assert f"{told} The share of documents whose best prediction is right." in shown
     assert f"P@1 {found.differences[0]['P@1'].difference:+.2f} " in shown
     assert "max_features 0 8" in shown and "seconds" in shown
     command.main([runs[0], runs[0], "--dataset", str(tmp_path / "moved")])

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from xmlkernels.cli.arguments import parse
 from xmlkernels.cli.console import print_rows, say
+from xmlkernels.metrics import sentence_of
 from xmlkernels.report.comparison import Comparison, compare
 
 SHOWN = ("P@1", "P@3", "P@5", "nDCG@5", "R@5", "RP@5", "sampleF1@5", "microF1@5", "PSP@1", "PSP@5")
@@ -47,8 +48,10 @@ def main(words: Sequence[str]) -> None:
 def show(found: Comparison) -> None:
     """Print a comparison as tables."""
     title = f"{found.documents:,} documents of {found.split}, percent"
-    rows = [[name, *(f"{run[name]:.2f}" for run in found.metrics)] for name in SHOWN]
-    print_rows(title, ["metric", *found.names], rows, words=False)
+    rows = [
+        [name, *(f"{run[name]:.2f}" for run in found.metrics), sentence_of(name)] for name in SHOWN
+    ]
+    print_rows(title, ["metric", *found.names, "what it says"], rows)
     for name, differences in zip(found.names[1:], found.differences, strict=True):
         told = [
             [

@@ -267,8 +267,13 @@ def metrics_table(
     rows: dict[str, dict[str, float]],
     kinds: tuple[str, ...] = ("P", "nDCG", "PSP", "R"),
 ) -> Table:
-    """Return a table of percentages at 1, 3 and 5, one row per named set of metrics."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    """Return a table of percentages at 1, 3 and 5, one row per named set of metrics.
+
+    Below it a sentence says what each kind of metric is.
+    """
+    told = "\n".join(f"{kind}@k: {sentence_of(f'{kind}@k')}" for kind in kinds)
+    table = Table(title=title, title_justify="left", title_style="bold", caption=told)
+    table.caption_justify = "left"
     table.add_column("percent")
     names = [f"{kind}@{k}" for kind in kinds for k in (1, 3, 5)]
     for name in names:
@@ -298,13 +303,10 @@ def print_metrics(report: dict[str, Any], output: Path, show: str = "short") -> 
     for name in names:
         if "levels" in report[name]:
             print_levels(name, report[name]["levels"])
-    if "macro" in report:
-        macro = report["macro"]
-        told = ", ".join(
-            f"{name} {macro[name]:.2f}"
-            for name in ("macroP@5", "macroR@5", "macroF1@5", "coverage@5", "abandonment@5")
+    if "macro" in report and show != "all":
+        print_every(
+            "over labels (percent)", {n: v for n, v in report["macro"].items() if n[-2:] == "@5"}
         )
-        say(f"over labels: {told}")
     if "deciles" in report:
         print_deciles(report["deciles"])
     if show == "all":
