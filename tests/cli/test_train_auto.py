@@ -21,6 +21,8 @@ from xmlkernels.training.auto import AutoConfig, prepared, shares
 from xmlkernels.training.choosing import Choice, Machine, choose
 from xmlkernels.training.clock import Deadline
 from xmlkernels.training.config import Config
+from xmlkernels.training.timing import LinearCost
+from xmlkernels.training.trying import NAMES, PAIRS
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def test_a_table_becomes_a_model_that_answers_with_names(
     assert told.count("report: ") == 1, "trials have none"
     report = (output / "report.html").read_text("utf-8")
     assert record["machine"] in report and all(one["flag"] in report for one in record["choices"])
-    assert values["--longest"] == {1: "1 word", 2: "1 and 2 words"}[options["longest"]]
+    assert values["--longest"] == {1: "1 word", 2: "1 to 2 words"}[options["longest"]]
     assert load_profile(output) == load_profile(record["dataset"])
     (answer,) = xk.load(output).predict(["the fruit3 and nuts"], k=2)
     assert answer[0].name in LABELS
@@ -145,9 +147,13 @@ QUICK = Machine(2, 16 << 30, "NVIDIA H200")
 
 
 def chosen(
-    profile: Profile, machine: Machine = SMALL, given: dict[str, str] | None = None, **more: Any
-) -> choosing.Chosen:
-    return choose(AutoConfig(Tables(Path("t.csv")), **more), profile, machine, given or {})
+    profile: Profile, machine: Machine = SMALL, given: dict[str, str] | None = None,
+    named: bool = False, **more: Any,
+) -> choosing.Chosen:  # fmt: skip
+    each = 2e-4 * profile.splits["train"].documents  # seconds of a tree
+    costs = {1: LinearCost(each / 4, each), 2: LinearCost(each, 2 * each)}
+    config = AutoConfig(Tables(Path("t.csv")), **more)
+    return choose(config, profile, machine, given or {}, costs, named=named)
 
 
 def of(found: choosing.Chosen, what: str) -> Choice:
@@ -190,14 +196,23 @@ def test_the_recipe_follows_from_documents_time_and_labels(
 
 def test_time_decides_what_is_tried_and_how_many_trees(profile: Profile) -> None:
     many = larger(profile, 100_000)
-    found = {minutes: chosen(many, minutes=minutes) for minutes in (10.0, 2.5, 1.0)}
+    found = {minutes: chosen(many, minutes=minutes) for minutes in (10.0, 2.8, 2.0, 1.0)}
     options = {minutes: one.recipe.config for minutes, one in found.items()}
-    assert [options[m].trees for m in options] == [3, 1, 1]
-    assert [found[m].trial for m in found] == [True, True, False]
+    # words cost 25 s, words and pairs 60 s, each tree more 40 s; of words alone 20 s
+    assert [options[m].trees for m in options] == [3, 2, 1, 2]
+    assert [len(found[m].kinds) for m in found] == [2, 2, 2, 1]
+    assert of(found[2.0], "time").value == "about 85 s"
+    # where labels have few documents, their names are tried as texts
+    rare = larger(profile, 100_000, 50_000)
+    assert NAMES in chosen(rare, named=True).kinds and NAMES not in chosen(rare).kinds
+    assert NAMES not in chosen(many, named=True).kinds
+    assert NAMES not in chosen(rare, named=True, given={"label_text": ""}).kinds
+    assert PAIRS not in chosen(many, given={"longest": "2"}).kinds
     assert chosen(profile).recipe.config.min_df == 1 and options[10.0].min_df == 2
     assert chosen(profile).recipe.config.trees == 1  # five labels have no tree
     alone = replace(many, splits={"train": many.splits["train"]})
-    assert not chosen(alone).trial and "no validation" in of(chosen(alone), "phrases").why
+    assert len(chosen(alone).kinds) == 1
+    assert "no validation" in of(chosen(alone), "reads").why
 
 
 def test_a_run_is_planned_for_its_data(profile: Profile) -> None:

@@ -21,18 +21,23 @@ from xmlkernels import InputError
 from xmlkernels.cli.arguments import parse, refuse_unknown
 from xmlkernels.cli.console import print_rows, say, typed
 from xmlkernels.cli.flags import Flag, flags_of
+from xmlkernels.cli.rank import print_ranker
 from xmlkernels.data.profile import load_profile
 from xmlkernels.data.profiling import lines_of
 from xmlkernels.locks import own_folder
 from xmlkernels.report.page import write_report
 from xmlkernels.report.run import CHOICES, open_run
 from xmlkernels.training.auto import AutoConfig, chosen_before, prepared
-from xmlkernels.training.choosing import Choice, Machine, better_phrases, choose, recorded_choices
+from xmlkernels.training.choosing import Choice, Machine, choose, recorded_choices
 from xmlkernels.training.clock import Deadline
 from xmlkernels.training.folder import write_json
+from xmlkernels.training.linear import train_linear
 from xmlkernels.training.ranker_folder import refuse_held
 from xmlkernels.training.recipe import Recipe
 from xmlkernels.training.recipes import RECIPES
+from xmlkernels.training.stops import done
+from xmlkernels.training.timing import has_names, time_linear
+from xmlkernels.training.trying import Chosen, choose_kind, finish
 
 NAMES = ("linear", "bow", "minilm", "cascade")
 # Decided by this command for every recipe.
@@ -77,7 +82,10 @@ def main(words: Sequence[str], prog: str, train: Train) -> None:
     if not any(line.startswith("documents: ") for line in told):
         for line in lines_of(profile):
             say(line)
-    chosen = choose(config, profile, machine, given, deadline.left())
+    costs = time_linear(dataset, machine.workers(int(given.get("threads") or 0)))
+    chosen = choose(
+        config, profile, machine, given, costs, left=deadline.left(), named=has_names(dataset)
+    )
     name = chosen.recipe.name
     _check_of(name, given)
     if chosen.tokenizer is not None:
@@ -93,14 +101,27 @@ def main(words: Sequence[str], prog: str, train: Train) -> None:
     print_rows(f"chosen for {machine.told}", ("what", "choice", "why", "flag"), rows)
     if only_plan:
         return
-    if chosen.trial and "longest" not in given:
-        options, choices = _tried(options, choices)
+    tried: Chosen | None = None
+    if len(chosen.kinds) > 1 and "resume" not in given:
+        say(f"trying {chosen.kinds[0].what}")
+        tried = choose_kind(options, chosen.kinds, deadline, say)
+        options = replace(tried.options, resume=True, overwrite=False)
+        choices = [_found(choice, options, tried) for choice in choices]
     record = recorded_choices(config, machine, choices, dataset)
     decided = {choice.flag for choice in choices}
     flags = _flags_of(options, recipe.config, RECIPES[name].config, decided=decided)
     record |= {"recipe": name, "flags": flags}
     try:
-        train(options, recipe, set(given), deadline)
+        if tried is None:
+            train(options, recipe, set(given), deadline)
+        else:
+            report = (
+                finish(options)
+                if options.trees == 1
+                else train_linear(options, deadline, tried.words)
+            )
+            done()
+            print_ranker(report)
     except KeyboardInterrupt:  # stopped in order: --resume goes on with what was chosen
         if Path(options.output).is_dir():
             write_json(Path(options.output) / CHOICES, record)
@@ -141,12 +162,15 @@ def _flags_of(options: Any, *others: Any, decided: Collection[str]) -> list[list
     return flags
 
 
-def _tried(options: Any, choices: list[Choice]) -> tuple[Any, list[Choice]]:
-    """Let validation choose between words and pairs of them."""
-    longest, found = better_phrases(options, say)
-    say(f"{found.what}: {found.value} ({found.why})")
-    done = [found if choice.flag == found.flag else choice for choice in choices]
-    return replace(options, longest=longest), done
+def _found(choice: Choice, options: Any, tried: Chosen) -> Choice:
+    """Return what validation has chosen in place of what there was to try."""
+    if choice.flag != "--longest":
+        return choice
+    value = "1 word" if options.longest == 1 else f"1 to {options.longest} words"
+    value += ", and the labels' names" if options.label_text else ""
+    why = f"P@1 on validation: {'; '.join(tried.told)}"
+    say(f"{choice.what}: {value} ({why})")
+    return replace(choice, value=value, why=why)
 
 
 def _won(choice: Choice, given: dict[str, str]) -> Choice:

@@ -6,10 +6,9 @@ Every choice is told with its reason and the flag that changes it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,24 +19,23 @@ from xmlkernels.memory import machine_memory, readable
 from xmlkernels.ticks import duration
 from xmlkernels.training.auto import AutoConfig
 from xmlkernels.training.fitting import level_weights, shortlists, tree_depths
-from xmlkernels.training.linear import LinearConfig, train_linear
 from xmlkernels.training.linear import tree_depths as tree_shape
 from xmlkernels.training.planned_mends import nearest
 from xmlkernels.training.planned_sizes import PlanConfig
 from xmlkernels.training.planning import Forecast, forecast_of
 from xmlkernels.training.recipe import Recipe
 from xmlkernels.training.recipes import RECIPES
+from xmlkernels.training.timing import LinearCost
+from xmlkernels.training.trying import NAMES, PAIRS, WORDS, Kind
 
-# Seconds of one core for a linear tree: to begin with, per document, per label of a document, per
-# label and per word. What docs/results/ has for five sets lies from 0.6 to 1.2 times that.
-_LINEAR = (5.0, 100e-6, 50e-6, 150e-6, 4e-6)
-_PAIRS = 1.7
+Costs = Mapping[int, LinearCost]
 _TREES = 3  # of a forest, as the peers' have
 _FEW, _SMALL = 200, 5_000  # documents
 _MANY_LABELS = 300_000
 _EPOCHS = 8  # of the recipes of transformers
 _TOKENS = 1.4  # per word
-_RESERVE = 0.8  # of the time: the rest is reading, evaluating, writing
+_RESERVE = 0.85  # of the time: the rest is calibrating, writing and what was not foreseen
+_RARE = 10  # documents per label: with fewer, the labels' names are tried as texts
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,11 @@ class Machine:
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         return cls(cores, machine_memory(), card)
+
+    def workers(self, threads: int = 0) -> float:
+        """Return as how many cores the threads of a training count: they share memory."""
+        cores = min(threads or self.cores, self.cores)
+        return 0.7 * cores if cores > 1 else 1.0
 
     @property
     def told(self) -> str:
@@ -89,14 +92,14 @@ class Chosen:
         choices: in the order in which they are told.
         tokenizer: of the encoder; None for words alone.
         max_length: tokens kept of each text, where there is one.
-        trial: whether `better_phrases` has the time to choose on validation.
+        kinds: what there is time to try, for validation to choose; one alone is no choice.
     """
 
     recipe: Recipe[Any]
     choices: list[Choice]
     tokenizer: str | None = None
     max_length: int = 128
-    trial: bool = False
+    kinds: tuple[Kind, ...] = ()
 
 
 # ---- what is chosen ----
@@ -107,7 +110,10 @@ def choose(
     profile: Profile,
     machine: Machine,
     given: Mapping[str, str],
+    costs: Costs,
+    *,
     left: float | None = None,
+    named: bool = False,
 ) -> Chosen:
     """Choose a recipe and its settings.
 
@@ -116,13 +122,15 @@ def choose(
         profile: of the data.
         machine: where it is trained.
         given: flags of the recipe that somebody chose, by field, with their values as typed.
+        costs: what the recipe linear costs, as of `time_linear`.
         left: seconds of the time given that are left; by default all.
+        named: whether the labels have names in words.
 
     Raises:
         InputError: settings that no run can have.
     """
     seconds = (config.minutes * 60 if left is None else max(0.0, left)) * _RESERVE
-    seen = _Seen(config, profile, machine, given, seconds)
+    seen = _Seen(config, profile, machine, given, seconds, costs, named)
     name, why = _recipe(seen)
     first = Choice("recipe", name, why, "--recipe")
     if name == "linear":
@@ -139,20 +147,12 @@ class _Seen:
     machine: Machine
     given: Mapping[str, str]
     seconds: float
+    costs: Costs
+    named: bool
 
     @property
     def documents(self) -> int:
         return self.profile.splits["train"].documents
-
-    @property
-    def tree_seconds(self) -> float:
-        """Of one tree of the recipe linear, on words alone."""
-        train = self.profile.splits["train"]
-        words = 0.0 if train.words is None else self.documents * train.words.mean
-        start, *rates = _LINEAR
-        counts = (self.documents, self.documents * train.labels.mean, self.profile.labels, words)
-        work = sum(rate * count for rate, count in zip(rates, counts, strict=True))
-        return start + work / (0.7 * self.machine.cores if self.machine.cores > 1 else 1)
 
     @property
     def max_length(self) -> int:
@@ -206,7 +206,7 @@ def _recipe(seen: _Seen) -> tuple[str, str]:
         return config.recipe, "as --recipe says"
     if "encoder" in seen.given:
         return ("bow" if seen.encoder == "bow" else _transformer_of(seen)), "as --encoder needs it"
-    tree = seen.tree_seconds
+    tree = seen.costs[1].of(1)
     if seen.documents < _SMALL:
         told = f"{seen.documents:,} documents: too few for a transformer to be ahead of words"
         return "linear", told
@@ -234,26 +234,35 @@ def _has_transformer() -> bool:
 
 def _linear(seen: _Seen, first: Choice) -> Chosen:
     config, recipe = seen.config, RECIPES["linear"]
-    words, pairs = seen.tree_seconds, seen.tree_seconds * _PAIRS
+    train, labels = seen.profile.splits["train"], seen.profile.labels
     few = seen.documents < _FEW
-    trial = "val" in seen.profile.splits and words + 2 * pairs <= seen.seconds
-    forest = trial and words + (1 + _TREES) * pairs <= seen.seconds
-    trees = _TREES if forest and tree_shape(seen.profile.labels) else 1
-    why = "validation decides: it is tried both ways" if trial else "there is no time to try both"
-    if "val" not in seen.profile.splits:
+    validation = "val" in seen.profile.splits
+    each = seen.costs[1 if seen.given.get("longest", "1") == "1" else 2]
+    kinds, needed = [Kind("words", {}) if "longest" in seen.given else WORDS], each.of(1)
+    pairs = seen.costs[2]
+    if validation and "longest" not in seen.given and needed + pairs.of(1) <= seen.seconds:
+        kinds, needed, each = [*kinds, PAIRS], needed + pairs.of(1), pairs
+    rare = seen.documents * train.labels.mean < _RARE * labels
+    useful = validation and seen.named and rare and "label_text" not in seen.given
+    if useful and needed + each.tree <= seen.seconds:
+        kinds, needed = [*kinds, NAMES], needed + each.tree
+    trees, told = 1, f"{labels:,} labels are few: each is scored on every document, without a tree"
+    if tree_shape(labels):
+        more = int(max(0.0, seen.seconds - needed) / max(each.tree, 1e-9))
+        trees = min(_TREES, 1 + more)
+        told = f"about {duration(each.tree)} each"
+        told += "" if trees == _TREES else f"; more have no time in {config.minutes:g} minutes"
+    tried = [kind.what for kind in kinds]
+    why = "validation decides: each is tried" if len(kinds) > 1 else "there is no time to try more"
+    if not validation:
         why = "no validation split to choose on"
-    told = f"{trees} take about {duration(trees * pairs)}"
-    if not tree_shape(seen.profile.labels):
-        told = f"{seen.profile.labels:,} labels need none"
-    elif trees == 1:
-        told = f"more have no time in {config.minutes:g} minutes"
-    seconds = (words + pairs if trial else 0) + trees * (pairs if trial else words)
+    seconds = needed + (trees - 1) * each.tree
     choices = [
         first,
-        Choice("phrases", "1 or 2 words" if trial else "1 word", why, "--longest"),
+        Choice("reads", "; ".join(tried), why, "--longest"),
         Choice("trees", str(trees), told, "--trees"),
         Choice("rarest word", f"in {1 if few else 2}", f"{seen.documents:,} documents", "--min-df"),
-        Choice("time", f"about {duration(seconds)}", "from measured runs", "--minutes"),
+        Choice("time", f"about {duration(seconds)}", "timed on some of the documents", "--minutes"),
     ]
     options = replace(
         recipe.config,
@@ -262,34 +271,7 @@ def _linear(seen: _Seen, first: Choice) -> Chosen:
         trees=trees,
         min_df=1 if few else 2,
     )
-    return Chosen(replace(recipe, config=options), choices, trial=trial)
-
-
-def better_phrases(options: LinearConfig, tell: Callable[[str], None]) -> tuple[int, Choice]:
-    """Train on words, then on words and pairs of them, and say which is better on validation.
-
-    Args:
-        options: of the run to come, with a dataset that has a validation split.
-        tell: receives a line for each.
-
-    Returns:
-        Words of the longest phrase, and the choice in words.
-    """
-    found: dict[int, tuple[float, float]] = {}
-    for longest in (1, 2):
-        with TemporaryDirectory(prefix="xmlkernels-") as folder:
-            output = f"{folder}/trial"
-            tried = replace(options, longest=longest, trees=1, output=output, report=False)
-            tell("trying words alone" if longest == 1 else "trying words and pairs of words")
-            report = train_linear(tried)["validation"]
-            measured = report.get("both") or report["ranker"]
-            found[longest] = measured["P@1"], measured["P@5"]
-    best = max(found, key=lambda longest: (*found[longest], -longest))
-    why = "P@1 on validation: " + ", ".join(
-        f"{found[longest][0]:.2f} with {what}" for longest, what in ((1, "words"), (2, "pairs"))
-    )
-    value = "1 word" if best == 1 else "1 and 2 words"
-    return best, Choice("phrases", value, why, "--longest")
+    return Chosen(replace(recipe, config=options), choices, kinds=tuple(kinds))
 
 
 def _bow(seen: _Seen, first: Choice) -> Chosen:

@@ -28,7 +28,7 @@ from xmlkernels.training.inputs import cached_tree, cached_tree_folder, open_dat
 from xmlkernels.training.label_vectors import SharedFeatures
 from xmlkernels.training.measured import split_report
 from xmlkernels.training.owned import refuse_others
-from xmlkernels.training.ranker import train_ranker
+from xmlkernels.training.ranker import Answered, train_ranker
 from xmlkernels.training.ranker_config import RankerConfig
 from xmlkernels.training.ranker_folder import (
     OTHERS,
@@ -122,7 +122,10 @@ class LinearConfig:
 
 
 def train_linear(
-    options: LinearConfig, deadline: Deadline | None = None, words: Words | None = None
+    options: LinearConfig,
+    deadline: Deadline | None = None,
+    words: Words | None = None,
+    answers: Answered | None = None,
 ) -> dict[str, Any]:
     """Build the trees, train the classifiers and measure them; return what metrics.json holds.
 
@@ -132,6 +135,7 @@ def train_linear(
             time for, one at least; None: never.
         words: TF-IDF of these texts and settings, where somebody has computed it, or an empty one
             that is filled.
+        answers: of one tree: receives scores and labels [N, k] of the best labels, by split.
 
     Raises:
         InputError: options or data that cannot be used.
@@ -160,7 +164,7 @@ def train_linear(
     )
     depths = options.depths or tree_depths(dataset.num_labels)
     if options.trees == 1:
-        return _one(options, dataset, depths, words)
+        return _one(options, dataset, depths, words, answers)
     if not depths:
         expected = f"1: {dataset.num_labels:,} labels have no tree"
         raise InputError("--trees", expected, str(options.trees), "leave it out")
@@ -169,7 +173,11 @@ def train_linear(
 
 
 def _one(
-    options: LinearConfig, dataset: Dataset, depths: tuple[int, ...], words: Words | None
+    options: LinearConfig,
+    dataset: Dataset,
+    depths: tuple[int, ...],
+    words: Words | None,
+    answers: Answered | None,
 ) -> dict[str, Any]:
     """Build a tree and train a ranker on it."""
     tree = ""
@@ -181,7 +189,7 @@ def _one(
     if options.resume and (report := finished(ranker)) is not None:
         log.info(f"--resume: the ranker in {options.output}/ is trained already")
         return report
-    return train_ranker(ranker, words)
+    return train_ranker(ranker, words, answers)
 
 
 def _tree(
@@ -242,7 +250,7 @@ def _forest(
         for n, made in enumerate(reports)
         for kept in made.get("shortlists", {}).values()
     }
-    report["rankers"] = [made["options"]["output"] for made in reports]
+    report["rankers"] = [one.output for one in each[: len(reports)]]
     report["seconds"] = {f"tree{n}": made["seconds"] for n, made in enumerate(reports)}
     report["options"] = reports[0]["options"] | {"output": options.output, "trees": options.trees}
     if deadline is not None and len(reports) < options.trees:

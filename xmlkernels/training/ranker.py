@@ -53,18 +53,22 @@ log = logging.getLogger(__name__)
 
 # First document, logits and margins of some from it on, CSR [n, L] of one pattern.
 Scored = list[tuple[int, csr_matrix, csr_matrix]]
+Answered = dict[str, tuple[np.ndarray, np.ndarray]]
 _PAIRS = 1 << 22  # pairs (document, label) scored at one time
 _CHOSEN_AT = 5  # the deepest cut of the metrics that choose a share
 SHOWN = {"val": "validation", "test": "test"}
 
 
-def train_ranker(options: RankerConfig, words: Words | None = None) -> dict[str, Any]:
+def train_ranker(
+    options: RankerConfig, words: Words | None = None, answers: Answered | None = None
+) -> dict[str, Any]:
     """Train and measure the ranker.
 
     Args:
         options: its settings.
         words: TF-IDF that it shares with rankers of the same texts and settings: the first
             computes it.
+        answers: receives scores and labels [N, k] of the best labels, by split.
 
     Returns:
         What metrics.json holds.
@@ -75,10 +79,13 @@ def train_ranker(options: RankerConfig, words: Words | None = None) -> dict[str,
     check(options)
     with own_folder(options.output, writes=(*WRITTEN, *OTHERS)) as folder:
         clear_inner(folder)
-        return _train(options, folder, words or Words())
+        report, found = _train(options, folder, words or Words())
+    if answers is not None:
+        answers.update(found)
+    return report
 
 
-def _train(options: RankerConfig, folder: Path, words: Words) -> dict[str, Any]:
+def _train(options: RankerConfig, folder: Path, words: Words) -> tuple[dict[str, Any], Found]:
     dataset = open_dataset(options)
     if options.checkpoint:
         checkpoint_identity(options.checkpoint)  # for a mistake in its name
@@ -148,7 +155,7 @@ def _train(options: RankerConfig, folder: Path, words: Words) -> dict[str, Any]:
     write_json(folder / "metrics.json", report)
     if options.report:
         write_report(open_run(folder, dataset))
-    return report
+    return report, answers
 
 
 def source_of(options: RankerConfig, checkpoint: str, vocabulary: str, bags: bool) -> Source:
