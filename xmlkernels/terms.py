@@ -10,7 +10,7 @@ N-Gram Tokenization for European Language Text Retrieval", 2004).
 import re
 import unicodedata
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import chain, groupby
 
 VERSION = 2  # of what a text becomes
 # Written without spaces: from, to; ideographs and kana first.
@@ -48,9 +48,14 @@ _RUN = re.compile(
 _LETTER = re.compile(rf".[{_MARK}]*", re.DOTALL)
 _GROUPS = {"ideographs": (1, 2), "alphabet": (2, 3)}  # characters of the shortest and longest group
 
+PART = "\x1f"  # the unit separator of ASCII, between parts of a text that are kept apart
+
 
 class Terms:
     """What a text is counted by.
+
+    Where PART divides a text, each term of a part before the last is one more term, of that part
+    alone: a word of the title and the same word of the abstract differ, and have one in common.
 
     Case and forms of one character (NFKC: full-width letters, ligatures, composed accents) make no
     difference.
@@ -65,6 +70,10 @@ class Terms:
 
     def __call__(self, text: str) -> list[str]:
         """Return the terms of a text, as often as they occur."""
+        if PART in text:
+            *parts, last = (self(part) for part in text.split(PART))
+            own = [f"{n}{PART}{term}" for n, part in enumerate(parts) for term in part]
+            return [*chain(*parts), *last, *own]
         text = text.lower()
         if not self.underscores:
             text = text.replace("_", " ")

@@ -86,6 +86,8 @@ def json_texts(path: str, parts: TextParts) -> Iterator[tuple[str, Id]]:
 def text_of(line: str, where: str, parts: TextParts) -> tuple[str, Id]:
     """Return text and id of a JSON string, or of an object with "text" or "title" and "content".
 
+    Where the texts of the training table were kept apart, its columns are keys, too.
+
     Raises:
         InputError: no JSON, or none of these keys.
     """
@@ -98,6 +100,9 @@ def text_of(line: str, where: str, parts: TextParts) -> tuple[str, Id]:
     if isinstance(value, str):
         return value, None
     known = value if isinstance(value, dict) else {}
+    own = {key: known[key] for key in parts.columns if isinstance(known.get(key), str)}
+    if own:  # the columns of the training table
+        return parts.of_record(own, where), _id_of(known)
     found = {
         key: known[key] for key in ("text", "title", "content") if isinstance(known.get(key), str)
     }

@@ -33,6 +33,7 @@ from xmlkernels.data.tokens import Tokenizer, tokenize_to_file
 from xmlkernels.errors import InputError
 from xmlkernels.files import recover_folder, replacing_folder
 from xmlkernels.locks import own_place
+from xmlkernels.terms import PART
 from xmlkernels.ticks import Ticks
 
 log = logging.getLogger(__name__)
@@ -200,6 +201,7 @@ def write_splits(
     and negative.
     """
     counts = {}
+    joiner = str(raw.facts["separator"]) if "parts" in raw.facts else None
     kept = keep_texts or (tokenizer is None and raw.vocabulary is None)
     for name, split in raw.splits.items():
         labels = split.labels
@@ -217,7 +219,7 @@ def write_splits(
             "positives": int(labels.nnz),
             "unlabelled": int((np.diff(labels.indptr) == 0).sum()),
             "filter_pairs": len(pairs),
-            **_write_documents(folder / name, name, split, tokenizer, max_length),
+            **_write_documents(folder / name, name, split, tokenizer, max_length, joiner),
         }
         tell(_summary(name, counts[name]))
     return counts
@@ -233,6 +235,7 @@ def _write_documents(
     split: RawSplit,
     tokenizer: Tokenizer | None,
     max_length: int,
+    joiner: str | None,
 ) -> dict[str, int]:
     """Write the documents' tokens or, where there is no tokenizer, their features, if any.
 
@@ -243,7 +246,7 @@ def _write_documents(
             return {}
         write_npz(folder / FEATURES, split.features)
         return {"words": int(split.features.nnz)}
-    store = _write_tokens(folder / TOKENS, name, split, tokenizer, max_length)
+    store = _write_tokens(folder / TOKENS, name, split, tokenizer, max_length, joiner)
     return {
         "tokens": store.header.tokens,
         "at_max_length": int((store.lengths == max_length).sum()),
@@ -282,14 +285,23 @@ def write_labels(raw: Raw, tokenizer: Tokenizer | None, max_length: int, folder:
 
 
 def _write_tokens(
-    path: Path, name: str, split: RawSplit, tokenizer: Tokenizer, max_length: int
+    path: Path,
+    name: str,
+    split: RawSplit,
+    tokenizer: Tokenizer,
+    max_length: int,
+    joiner: str | None = None,
 ) -> TokenStore:
+    """Tokenise texts; with a joiner, which takes the place of what keeps their parts apart."""
     if split.maps is not None:
         return _from_maps(path, name, split.maps, split.map_rows, tokenizer)
     if split.texts is None:
         raise InputError(f"{name} split", "texts or token maps", "neither", "give one of them")
     ticks = Ticks(log, f"{name}: tokens", len(split.texts), "documents")
-    return tokenize_to_file(split.texts, path, tokenizer, max_length, progress=ticks.add)
+    texts = split.texts
+    if joiner is not None:
+        texts = [joiner.join(filter(None, text.split(PART))) for text in texts]
+    return tokenize_to_file(texts, path, tokenizer, max_length, progress=ticks.add)
 
 
 def _from_maps(

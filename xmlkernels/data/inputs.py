@@ -114,7 +114,7 @@ class TokenInputs:
     ) -> Iterator[Batch]:
         """Batch raw texts, tokenised; see `Inputs.text_batches`."""
         return text_batches(
-            texts,
+            map(self.parts.plain, texts),
             self.tokenizer,
             self.max_length,
             batch_size,
@@ -136,7 +136,7 @@ class TokenInputs:
 
     def config(self) -> dict[str, Any]:
         """Return the settings that a checkpoint keeps; see `Inputs.config`."""
-        return {"kind": "tokens", "max_length": self.max_length} | _kept(self.parts)
+        return {"kind": "tokens", "max_length": self.max_length} | kept_parts(self.parts)
 
 
 class BowInputs:
@@ -278,15 +278,18 @@ class BowInputs:
         return {
             "kind": "bow",
             "vocabulary": self.vectorizer and self.vectorizer.content_hash,
-        } | _kept(self.parts)
+        } | kept_parts(self.parts)
 
 
-def _kept(parts: TextParts) -> dict[str, Any]:
+def kept_parts(parts: TextParts) -> dict[str, Any]:
     """Return what a checkpoint says of text parts.
 
     Nothing where they are the usual ones, as before there were others.
     """
-    return {} if parts == TextParts() else {"parts": asdict(parts)}
+    if parts == TextParts():
+        return {}
+    # Older versions read what has no columns.
+    return {"parts": {k: v for k, v in asdict(parts).items() if k != "columns" or v}}
 
 
 def check_dataset(dataset: Dataset, labels: int, inputs: Inputs) -> None:
@@ -322,13 +325,15 @@ class _Parts(TypedDict):
     fields: NotRequired[Literal["all", "title", "body"]]
     separator: NotRequired[str]
     marked: NotRequired[bool]
+    columns: NotRequired[list[str]]
 
 
-def _parts(value: Any, where: str, mend: str) -> TextParts:
+def read_parts(value: Any, where: str, mend: str) -> TextParts:
+    """Return the text parts that `kept_parts` has kept."""
     check_record(value, _Parts, where=where, mend=mend)
     if more := sorted(value.keys() - _Parts.__annotations__.keys()):
         raise InputError(where, "keys that this version knows", repr(more[0]), mend)
-    return TextParts(**value)
+    return TextParts(**value | {"columns": tuple(value.get("columns", ()))})
 
 
 def load_inputs(folder: Path, state: Mapping[str, Any]) -> Inputs:
@@ -346,7 +351,7 @@ def load_inputs(folder: Path, state: Mapping[str, Any]) -> Inputs:
     where = "checkpoint, $.inputs"
     mend = "read it with a newer xmlkernels, or use another checkpoint"
     kind = check_record(config, _Kind, where=where, mend=mend)["kind"]
-    parts = _parts(config.get("parts", {}), f"{where}.parts", mend)
+    parts = read_parts(config.get("parts", {}), f"{where}.parts", mend)
     if kind == "tokens":
         longest = check_record(config, _Tokens, where=where, mend=mend)["max_length"]
         return TokenInputs(None, load_tokenizer(folder / "tokenizer"), longest, parts=parts)

@@ -181,6 +181,8 @@ def cache_key(config: PrepareConfig, tokenizer: Tokenizer | None, separator: str
     ):
         del settings[name]
     own = settings.pop("tables")
+    if not own["text_parts"]:  # as before there was such a setting
+        del own["text_parts"]
     if config.tables.data is not None:
         paths = [name for name, value in own.items() if isinstance(value, Path)]
         # Two files of a folder may not change places: their order is that of the documents.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -102,7 +102,7 @@ class TextPredictor(ABC):
 
     def predict(
         self,
-        texts: Iterable[Text],
+        texts: Iterable[Text | Mapping[str, str]],
         k: int = 10,
         *,
         batch_size: int = 64,
@@ -123,7 +123,8 @@ class TextPredictor(ABC):
         the cut to k. Where they leave fewer than k on a shortlist, all other labels are scored.
 
         Args:
-            texts: strings or, where `takes_pairs`, pairs of them.
+            texts: strings or, where `takes_pairs`, pairs of them; or objects that have the columns
+                of the training table as keys, where their texts were kept apart.
             k: labels per text, or fewer where a text has fewer.
             batch_size: texts per pass.
             window: batches of texts read before the first answer, so that texts of like length
@@ -153,9 +154,16 @@ class TextPredictor(ABC):
         limits = Limits(self.numbers, allow, exclude)
         most = k if order == "score" else max(k, RANKED_ANEW)
         most = max(2 * k, 2 * RANKED_ANEW) if propensity else most
-        found = self._in_order(texts, most, batch_size, window, prefetch, limits)
+        found = self._in_order(self._read(texts), most, batch_size, window, prefetch, limits)
         return (
             self._labels(values, rows, k, threshold, order, propensity) for values, rows in found
+        )
+
+    def _read(self, texts: Iterable[Text | Mapping[str, str]]) -> Iterable[Text]:
+        """Make texts of objects, as they are read."""
+        return (
+            self.parts.of_record(text, f"text {number}") if isinstance(text, Mapping) else text
+            for number, text in enumerate(texts)
         )
 
     def check_scale(self, threshold: object, order: str, propensity: float) -> None:
@@ -235,7 +243,7 @@ class TextPredictor(ABC):
 
     def predict_arrays(
         self,
-        texts: Iterable[Text],
+        texts: Iterable[Text | Mapping[str, str]],
         k: int = 10,
         *,
         batch_size: int = 64,
@@ -250,7 +258,7 @@ class TextPredictor(ABC):
         check_texts(texts)
         check_k(k)
         limits = Limits(self.numbers, allow, exclude)
-        pairs = list(self._in_order(texts, k, batch_size, AHEAD, 2, limits))
+        pairs = list(self._in_order(self._read(texts), k, batch_size, AHEAD, 2, limits))
         if not pairs:
             return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
         values, rows = zip(*pairs, strict=True)

@@ -22,6 +22,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 from xmlkernels.checksums import check_files
+from xmlkernels.data.inputs import read_parts
 from xmlkernels.data.text_parts import TextParts
 from xmlkernels.data.vectorizer import Vectorizer
 from xmlkernels.errors import InputError
@@ -268,6 +269,10 @@ class RankedPredictor(Ranked):
             label_names=names,
             threads=threads,
         )
+        if model is None and (kept := reranker.ranker.facts.get("parts")) is not None:
+            found.parts = read_parts(
+                kept, f"{path / RANKER}, head, facts.parts", "train the ranker again"
+            )
         found.folder, found.label_ids = path, read_ids(path, found.labels)
         found.calibration = calibration_beside(path, found.labels, ranker_identity(reranker))
         return found

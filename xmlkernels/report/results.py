@@ -5,6 +5,7 @@ from html import escape
 
 import numpy as np
 
+from xmlkernels.data.text_parts import TextParts
 from xmlkernels.metrics import decile_table, evaluate, macro_metrics, sentence_of
 from xmlkernels.metrics.resampling import GROUPS, RESAMPLES, SEED, intervals
 from xmlkernels.report.charts import Series, bars, lines, number_of
@@ -276,6 +277,7 @@ def documents(run: Run) -> Section:
     assert run.split is not None
     best, worst = best_and_worst(run)
     texts = run.split.some_texts({one.number for one in (*best, *worst)})
+    shown = {number: TextParts().plain(text) for number, text in texts.items()}
     body = ""
     if not texts:
         body += paragraph(
@@ -290,7 +292,7 @@ def documents(run: Run) -> Section:
         ("Worst", "Nothing right among the first five, or little; the surest first.", worst),
         ("Best", "Most labels right among the first five; those with most labels first.", best),
     ):
-        each = "".join(_document(run, one, texts.get(one.number)) for one in found)
+        each = "".join(_document(run, one, shown.get(one.number)) for one in found)
         body += f"<h3>{title}</h3>{paragraph(told)}<ol class='documents'>{each}</ol>"
     return Section("documents", "Documents that stand out", body)
 

@@ -21,8 +21,14 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Document(_Strict):
-    """A document with parts, in place of one string."""
+class Document(BaseModel):
+    """A document with parts, in place of one string.
+
+    Where the texts of the training table were kept apart, its columns are keys.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, StrictStr]
 
     title: StrictStr = ""
     content: StrictStr = ""
@@ -153,8 +159,13 @@ def text_of(document: str | Document, predictor: TextPredictor, where: str) -> T
         InputError: a second text is missing, or is not read.
     """
     second = None if isinstance(document, str) else document.ranker_text
+    columns = predictor.parts.columns
+    given = {} if isinstance(document, str) else document.model_dump(exclude_unset=True)
+    given = {key: value for key, value in given.items() if key != "ranker_text"}
     if isinstance(document, str):
         first = document
+    elif document.model_extra or (columns and set(given) <= set(columns)):
+        first = predictor.parts.of_record(given, where)
     elif document.text is not None:
         first = document.text
     else:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xmlkernels.data.dataset import Dataset
+from xmlkernels.data.text_parts import TextParts
 from xmlkernels.errors import InputError
 from xmlkernels.predict.base import TextPredictor
 from xmlkernels.predict.folders import dataset_folder, named_in
@@ -50,7 +51,7 @@ class Neighbours:
         similarity, rows = self.baseline.nearest([text], count)
         return [
             {
-                "text": self.texts[row][:_SHOWN],
+                "text": TextParts().plain(self.texts[row])[:_SHOWN],
                 "similarity": float(value),
                 "labels": self.labels[row],
             }

@@ -13,7 +13,9 @@ from xmlkernels import InputError
 from xmlkernels.checksums import of_files
 from xmlkernels.data.dataset import Dataset
 from xmlkernels.data.formats import write_npz
+from xmlkernels.data.inputs import kept_parts
 from xmlkernels.data.manifest import IDS
+from xmlkernels.data.text_parts import TextParts
 from xmlkernels.evaluation import score_matrix
 from xmlkernels.locks import own_folder
 from xmlkernels.metrics import candidates_needed, evaluate, inverse_propensity
@@ -124,7 +126,7 @@ def _train(options: RankerConfig, folder: Path, words: Words) -> tuple[dict[str,
             "dataset": dataset.content_hash,
             "options": asdict(options),
             "source": asdict(source),
-        }
+        } | kept_parts(TextParts.of(dataset))
         ranker = fit_ranker(options, documents["train"], training, matcher, kept, facts)
     log.info(
         f"{ranker.sparse.nnz / dataset.num_labels:,.0f} TF-IDF weights a label are left of "

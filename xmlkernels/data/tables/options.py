@@ -27,6 +27,9 @@ class Tables:
     with abstract, content or body."""
     labels: tuple[str, ...] = ()
     """Columns of the labels; by default the one of a usual name: labels, tags, subjects, …"""
+    text_parts: bool = False
+    """Keep several columns of the text apart: for a bag of words and a linear model, a word of one
+    column is another feature, too, than the word itself. An encoder reads them joined."""
     text_separator: str = " "
     """What joins several columns of the text."""
     label_separator: str | None = None

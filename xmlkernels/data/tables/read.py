@@ -25,6 +25,7 @@ from xmlkernels.data.tables.repository import repository_files
 from xmlkernels.data.tables.streams import NAMES, located, parts_of, split_of
 from xmlkernels.errors import InputError
 from xmlkernels.files import share_read
+from xmlkernels.terms import PART
 from xmlkernels.ticks import Ticks
 
 log = logging.getLogger(__name__)
@@ -140,6 +141,7 @@ def read_tables(tables: Tables) -> tuple[Raw, list[str]]:
         if len(chosen.text) > 1:
             # Texts to predict are joined alike.
             reading.facts |= {"fields": "all", "separator": tables.text_separator}
+            reading.facts |= {"parts": list(chosen.text)} if tables.text_parts else {}
     return _raw(reading, tables), reading.told
 
 
@@ -165,6 +167,9 @@ def _read_file(
             got = ", ".join(table.columns)
             mend = "give files of one kind, or name --text and --labels"
             raise InputError(str(path), expected, got, mend)
+        if tables.text_parts and len(chosen.text) == 1:
+            got, mend = f"the column {chosen.text[0]}", "name several with --text, or leave it out"
+            raise InputError("--text-parts", "several columns of the text", got, mend)
         _tell_columns(reading, table, chosen)
     divider = tables.label_separator
     if divider is None:
@@ -190,7 +195,7 @@ def _documents(
     table: Table, chosen: Chosen, tables: Tables, divider: str | None
 ) -> Iterator[tuple[str, str, list[str]]]:
     """Yield the split that a row names ("" for none), its text and its labels."""
-    texts, joiner = len(chosen.text), tables.text_separator
+    texts, apart, joiner = len(chosen.text), tables.text_parts, tables.text_separator
     end = texts + len(chosen.labels)
     path = table.path
     ticks = Ticks(log, path.name, table.total, "rows", share=lambda: share_read(path))
@@ -201,7 +206,11 @@ def _documents(
         for value, column in zip(values[texts:end], chosen.labels, strict=True):
             labels += labels_of(value, divider, where, column)
         split = _named_split(values[-1], where, chosen.split) if chosen.split else ""
-        yield split, parts[0] if texts == 1 else joiner.join(filter(None, parts)), labels
+        if apart and any(parts):  # an empty one keeps its place
+            text = PART.join(part.replace(PART, " ") for part in parts)
+        else:
+            text = parts[0] if texts == 1 else joiner.join(filter(None, parts))
+        yield split, text, labels
 
 
 def _named_split(value: Any, where: str, column: str) -> str:
