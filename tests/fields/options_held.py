@@ -292,6 +292,8 @@ HELD: dict[type, dict[str, str]] = {
             "labels",
             "text_separator",
         ),
+        "text_parts": "data/test_text_parts.py::"
+        "test_a_word_of_one_column_is_another_than_the_same_word_of_the_next",
         "label_separator": _TABLES + "test_what_divides_labels_is_found_or_given",
         **_all(
             _TABLES + "test_names_of_labels_come_from_a_second_file",
