@@ -60,6 +60,7 @@ def test_a_table_becomes_a_model_that_answers_with_names(
     # validation chose between words and pairs of them
     assert "trying words alone" in told and "trying words and pairs" in told
     assert told.count("report: ") == 1, "trials have none"
+    assert "note: 4 test documents are too few for their metrics to mean anything" in told
     report = (output / "report.html").read_text("utf-8")
     assert record["machine"] in report and all(one["flag"] in report for one in record["choices"])
     assert values["--longest"] == {1: "1 word", 2: "1 to 2 words"}[options["longest"]]

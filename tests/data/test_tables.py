@@ -14,9 +14,13 @@ import pytest
 
 from own_tables import LABELS, ROWS, TEXT_FILES, TEXTS, as_csv, as_jsonl, made, write
 from xmlkernels import Dataset
+from xmlkernels.data.prepare import PrepareConfig, prepare
 from xmlkernels.data.tables import streams
+from xmlkernels.data.tables.cells import labels_of
+from xmlkernels.data.tables.options import Tables
 from xmlkernels.data.tables.splits import places_of
 from xmlkernels.data.text_parts import TextParts
+from xmlkernels.files import DataWarning
 
 
 @pytest.fixture(scope="module")
@@ -311,3 +315,20 @@ def test_half_a_million_rows_would_take_a_minute_at_most(tmp_path: Path) -> None
     dataset, _ = made(tmp_path / "d", path, 0.1, test_share=0.1)
     assert time.process_time() - began < 60 * 5000 / 500_000 * 5
     assert np.sum([len(split) for split in dataset.splits.values()]) == 5000
+
+
+def test_quotation_marks_hold_a_label_together() -> None:
+    """As cells of CSV do; a single mark is a letter as any other."""
+    found = labels_of('"soups; stews";eggs; "5"" cake"', ";", "row", "tags")
+    assert found == ["soups; stews", "eggs", '5" cake']
+    assert labels_of('5" cake;eggs', ";", "row", "tags") == ['5" cake', "eggs"]
+
+
+def test_the_first_document_without_a_label_has_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "u.csv"
+    path.write_text("text,tags\n" + "".join(f"t{n},{'' if n == 7 else 'a'}\n" for n in range(40)))
+    told: list[str] = []
+    with pytest.warns(DataWarning, match="documents have no label; ") as warned:
+        prepare(PrepareConfig(tmp_path / "d", tables=Tables(path, test_share=0.2)), told.append)
+    assert not any("row 0" in str(one.message) for one in warned)
+    assert any("u.csv" in line and "9" in line for line in told if "without a label" in line)

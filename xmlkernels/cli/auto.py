@@ -43,6 +43,7 @@ NAMES = ("linear", "bow", "minilm", "cascade")
 # Decided by this command for every recipe.
 _OURS = ("dataset", "documents", "max_length")
 _PLACES = ("output", "cache", "resume", "overwrite")
+_TOO_FEW = 100  # test documents: P@1 has a 95% interval of 20 points then
 Train = Callable[[Any, Recipe[Any], Collection[str], Deadline], None]
 
 
@@ -129,6 +130,12 @@ def main(words: Sequence[str], prog: str, train: Train) -> None:
     write_json(Path(options.output) / CHOICES, record)
     if options.report:  # again, with the choices
         write_report(open_run(options.output, dataset), told=False)
+    test = profile.splits.get("test")
+    if test is not None and test.documents < _TOO_FEW:
+        say(
+            f"note: {test.documents} test documents are too few for their metrics to mean "
+            "anything; report.html has their intervals"
+        )
     say(f"serve it: {typed('serve')} {options.output}")
 
 

@@ -96,7 +96,9 @@ def choose_rows(raw: Raw, *, drop: tuple[str, ...], validation_share: float, see
         InputError: a split without any label, or a share that leaves one side empty.
     """
     for name, split in raw.splits.items():
-        rows = drop_unlabelled(split.labels, keep=name not in drop, name=f"the {name} split")
+        table = "columns" in raw.facts  # its reader has told the line, which no split has
+        where = f"the {name} split"
+        rows = drop_unlabelled(split.labels, keep=name not in drop, name=where, told=not table)
         if len(rows) < split.labels.shape[0]:
             raw.splits[name] = split.take(rows)
     if not validation_share:

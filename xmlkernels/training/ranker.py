@@ -82,8 +82,7 @@ def train_ranker(
     with own_folder(options.output, writes=(*WRITTEN, *OTHERS)) as folder:
         clear_inner(folder)
         report, found = _train(options, folder, words or Words())
-    if answers is not None:
-        answers.update(found)
+    ({} if answers is None else answers).update(found)
     return report
 
 
@@ -122,16 +121,11 @@ def _train(options: RankerConfig, folder: Path, words: Words) -> tuple[dict[str,
             matcher = match(options, tree, training, folder / CLUSTERS)
             kept = matcher.kept(documents["train"].features, threads=options.threads)
     with clock.on("ranker"):
-        facts = {
-            "dataset": dataset.content_hash,
-            "options": asdict(options),
-            "source": asdict(source),
-        } | kept_parts(TextParts.of(dataset))
+        facts = {"dataset": dataset.content_hash, "options": asdict(options)}
+        facts |= {"source": asdict(source)} | kept_parts(TextParts.of(dataset))
         ranker = fit_ranker(options, documents["train"], training, matcher, kept, facts)
-    log.info(
-        f"{ranker.sparse.nnz / dataset.num_labels:,.0f} TF-IDF weights a label are left of "
-        f"{ranker.sparse.shape[1]:,}"
-    )
+    left, columns = ranker.sparse.nnz / dataset.num_labels, ranker.sparse.shape[1]
+    log.info(f"{left:,.0f} TF-IDF weights a label are left of {columns:,}")
     share = 1.0 if options.one_vs_all or options.share is None else options.share
     reranker = Reranker(ranker, share, options.blend, **weights)
     with clock.on("evaluation"):
@@ -152,7 +146,7 @@ def _train(options: RankerConfig, folder: Path, words: Words) -> tuple[dict[str,
         "bags_of_words": dataset.vocabulary is not None,
         "seconds": clock.spent,
         "options": asdict(options),
-        "weights_per_label": ranker.sparse.nnz / dataset.num_labels,
+        "weights_per_label": left,
     } | around_a_ranker()
     write_json(folder / "metrics.json", report)
     if options.report:

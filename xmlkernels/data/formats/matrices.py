@@ -205,7 +205,7 @@ def write_filter_pairs(path: PathLike, pairs: np.ndarray) -> None:
         file.write("".join(f"{row} {label}\n" for row, label in pairs.tolist()).encode("ascii"))
 
 
-def drop_unlabelled(labels: csr_matrix, *, keep: bool, name: str) -> np.ndarray:
+def drop_unlabelled(labels: csr_matrix, *, keep: bool, name: str, told: bool = True) -> np.ndarray:
     """Return the rows to use, where some documents have no label.
 
     A warning says how many have none.
@@ -214,6 +214,7 @@ def drop_unlabelled(labels: csr_matrix, *, keep: bool, name: str) -> np.ndarray:
         labels: CSR [rows, labels].
         keep: whether rows without a label stay (they teach what no label fits) or go.
         name: what messages call the split, such as its file.
+        told: say which row is the first: where rows are those of a file.
 
     Returns:
         int64 [kept], ascending. Take the same rows of texts and tokens, and `select_pairs` of
@@ -232,8 +233,9 @@ def drop_unlabelled(labels: csr_matrix, *, keep: bool, name: str) -> np.ndarray:
     if empty:
         lost = int(np.setdiff1d(np.arange(rows), labelled, assume_unique=True)[0])
         what = "kept" if keep else "dropped"
+        first = f" (first: row {lost})" if told else ""
         warnings.warn(
-            f"{name}: {empty} of {rows} documents have no label (first: row {lost}); {what}",
+            f"{name}: {empty} of {rows} documents have no label{first}; {what}",
             DataWarning,
             2,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import json
 import math
 import re
@@ -83,9 +84,17 @@ def _of_string(cell: str, divider: str | None, where: str, column: str) -> list[
     if cell[0] == "<" and _URIS.fullmatch(cell):
         return URI.findall(cell)
     if divider:
-        parts = cell.split() if divider == " " else cell.split(divider)
-        return [plain for part in parts if (plain := part.strip())]
+        return [plain for part in _divided(cell, divider) if (plain := part.strip())]
     return [cell]
+
+
+def _divided(cell: str, divider: str) -> list[str]:
+    """Divide a cell; quotation marks around a label, as in CSV, hold its dividers together."""
+    if divider == " ":
+        return cell.split()
+    if '"' not in cell or cell.count('"') % 2 or len(divider) > 1:
+        return cell.split(divider)
+    return next(csv.reader([cell], delimiter=divider, skipinitialspace=True), [])
 
 
 def _listed(cell: str) -> list[Any] | None:
@@ -115,7 +124,7 @@ def find_divider(values: Iterable[Any]) -> str | None:
     for divider in (";", "|", "\t", ","):
         if sum(divider in cell for cell in cells) < max(1, _SHARE * len(cells)):
             continue
-        parts = {part.strip() for cell in cells for part in cell.split(divider)}
+        parts = {part.strip() for cell in cells for part in _divided(cell, divider)}
         if divider != "," or len(parts) <= len(set(cells)):
             return divider
     return None

@@ -176,8 +176,11 @@ def _read_file(
         divider = reading.facts.get("label_separator")
     if divider is None and "label_separator" not in reading.facts:
         divider = _divider(reading, table, chosen)
-    for split_name, text, labels in _documents(table, chosen, tables, divider):
+    unlabelled: list[str] = []
+    for split_name, text, labels in _documents(table, chosen, tables, divider, unlabelled):
         reading.add(split_name or split, text, labels)
+    if unlabelled:
+        reading.say(f"the first document without a label: {unlabelled[0]}")
     return chosen
 
 
@@ -192,9 +195,12 @@ def _divider(reading: _Reading, table: Table, chosen: Chosen) -> str | None:
 
 
 def _documents(
-    table: Table, chosen: Chosen, tables: Tables, divider: str | None
+    table: Table, chosen: Chosen, tables: Tables, divider: str | None, unlabelled: list[str]
 ) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield the split that a row names ("" for none), its text and its labels."""
+    """Yield the split that a row names ("" for none), its text and its labels.
+
+    `unlabelled` receives the place of the first row without a label.
+    """
     texts, apart, joiner = len(chosen.text), tables.text_parts, tables.text_separator
     end = texts + len(chosen.labels)
     path = table.path
@@ -205,6 +211,8 @@ def _documents(
         labels: list[str] = []
         for value, column in zip(values[texts:end], chosen.labels, strict=True):
             labels += labels_of(value, divider, where, column)
+        if not labels and not unlabelled:
+            unlabelled.append(where)
         split = _named_split(values[-1], where, chosen.split) if chosen.split else ""
         if apart and any(parts):  # an empty one keeps its place
             text = PART.join(part.replace(PART, " ") for part in parts)
