@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from scipy.sparse import csr_matrix, load_npz
 from train_runs import make_dataset
 
@@ -266,6 +268,20 @@ def test_the_calibration_of_another_checkpoint_is_left_alone(copied: Path) -> No
     Calibration.load(copied / "ranker", 30).save(inner)
     with pytest.warns(CalibrationWarning, match="of another checkpoint"):
         assert xk.load(copied / "whole").calibration is None
+
+
+def test_the_calibration_of_an_older_version_is_made_anew(copied: Path) -> None:
+    path = copied / "ranker" / CALIBRATION
+    with safe_open(path, "numpy") as file:
+        head = json.loads(file.metadata()["calibration"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del head["f1_cut"]
+    save_file(tensors, path, {"calibration": json.dumps(head)})
+    with pytest.warns(CalibrationWarning, match="is of an older version"):
+        assert xk.load(copied / "ranker").calibration is None
+    with pytest.warns(CalibrationWarning, match="is of an older version"):
+        command.main([str(copied / "ranker")])
+    assert xk.load(copied / "ranker").calibration is not None
 
 
 @pytest.mark.parametrize("name", ["whole", "ranker", "forest"])

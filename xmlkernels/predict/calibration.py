@@ -29,7 +29,7 @@ MOST_BANDS, MOST_KNOTS = 32, 64
 Chosen = Literal["calibrated", "f1"]
 """A threshold that calibration chose."""
 CHOSEN = get_args(Chosen)
-_AGAIN = "calibrate again: xmlkernels calibrate"
+_AGAIN = "delete it, and calibrate again: xmlkernels calibrate"
 _TENSORS = {
     "band": (np.uint8, 1),
     "knots": (np.float64, 3),
@@ -212,8 +212,9 @@ def sigmoid(log_odds: np.ndarray) -> np.ndarray:
 def calibration_beside(folder: str | Path, labels: int, identity: str) -> Calibration | None:
     """Load the calibration of a folder; None where there is none.
 
-    One of another model, as where a run was resumed since, is left alone with a warning. So is one
-    that metrics.json tells of and that is not there, as where a folder was copied in part.
+    One of another model, as where a run was resumed since, is left alone with a warning, as is one
+    of an older version, which had no highest micro-F1. One that metrics.json tells of and that is
+    not there, as where a folder was copied in part, is missed with a warning.
 
     Raises:
         InputError: a damaged one.
@@ -225,12 +226,12 @@ def calibration_beside(folder: str | Path, labels: int, identity: str) -> Calibr
             note = f"{note}: probabilities are not calibrated ({mend})"
             warnings.warn(note, CalibrationWarning, stacklevel=3)
         return None
-    found = Calibration.load(folder, labels)
-    if found.identity == identity:
-        return found
-    note = (
-        f"{Path(folder) / CALIBRATION} is of another checkpoint: probabilities are not calibrated"
-    )
+    of = "an older version" if _is_older(Path(folder) / CALIBRATION) else "another checkpoint"
+    if of == "another checkpoint":
+        found = Calibration.load(folder, labels)
+        if found.identity == identity:
+            return found
+    note = f"{Path(folder) / CALIBRATION} is of {of}: probabilities are not calibrated"
     warnings.warn(f"{note} (xmlkernels calibrate does it)", CalibrationWarning, stacklevel=3)
     return None
 
@@ -242,3 +243,12 @@ def _is_told(folder: Path) -> bool:
         return bool(json.loads((above / "metrics.json").read_text("utf-8")).get("calibration"))
     except (OSError, ValueError, AttributeError):
         return False
+
+
+def _is_older(path: Path) -> bool:
+    head, _ = read_tensors(path, "a calibration", _AGAIN)
+    try:
+        told = json.loads(head.get("calibration", ""))
+        return told.get("format") == FORMAT and "f1_cut" not in told
+    except (ValueError, AttributeError):
+        return False  # damaged: `Calibration.load` says how
