@@ -26,6 +26,7 @@ from sklearn.utils.validation import validate_data
 
 from xmlkernels.data.dataset import Dataset, Split
 from xmlkernels.errors import InputError
+from xmlkernels.estimator.further import continue_rankers, keep_rankers, rankers_of
 from xmlkernels.estimator.targets import (
     LISTS,
     SINGLE,
@@ -128,24 +129,33 @@ class XMLClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return self
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:
-        """Add documents to those that the model is trained on.
+        """Train further on N documents; the first call, unless `fit` came before, trains a model.
 
-        There is no cheaper step: documents are kept, and the first question after this trains on
-        all of them.
+        `linear` goes on from its weights, with words, tree and calibration of the first call. Any
+        other model keeps documents, and trains on all of them when it is asked.
 
         Args:
             X, y: as of `fit`, of one kind in all calls.
-            classes: all classes, where y has one class for each document.
+            classes: in the first call all labels, where later calls bring more; an InputError
+                refuses those that it did not name.
         """
-        first = not getattr(self, "_held", None)
+        first = not (getattr(self, "_held", None) or hasattr(self, "predictor_"))
         documents = self._documents(X, first=first)
-        if first:
-            self._held, self._all_classes = [], None if classes is None else np.unique(classes)
-        self._held.append((documents, read_targets(y, count(documents))))
-        if len({targets.kind for _, targets in self._held}) > 1:
-            self._held.pop()
+        targets = read_targets(y, count(documents))
+        if not first and targets.kind != (self._held[0][1].kind if self._held else self._kind):
             raise InputError("y", "labels of the same kind as before", "others", "convert them")
+        if not first and not self._held and rankers_of(self.predictor_):
+            _, labels = encode_targets([targets], self.classes_)
+            continue_rankers(self.predictor_, documents, labels)
+            self._changed = True
+            return self
+        if not getattr(self, "_held", None):
+            self._held, self._all_classes = [], None if classes is None else np.unique(classes)
+        self._held.append((documents, targets))
         self._waiting = True
+        if self.model in RECIPES and isinstance(RECIPES[self.model].config, LinearConfig):
+            self._train(self._all_classes)
+            self._held = []
         return self
 
     def _train(self, classes: np.ndarray | None) -> None:
@@ -174,8 +184,8 @@ class XMLClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if own is not None:  # the model stays, as long as this estimator
             shutil.rmtree(data)
             shutil.rmtree(folder / "cache", ignore_errors=True)
-        self._own, self._folder = own, folder / "model"
-        self.predictor_ = self._load()
+        self._own, self._folder, self._changed = own, folder / "model", False
+        self.predictor_: TextPredictor = self._load()
 
     def _settings(
         self, data: Path, folder: Path, *, bags: bool
@@ -362,6 +372,8 @@ class XMLClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state with the trained model's files, so that a copy needs no folder."""
+        if getattr(self, "_changed", False):  # since the files were written
+            keep_rankers(self.predictor_)
         state = dict(super().__getstate__())
         if state.pop("predictor_", None) is not None:
             folder = state.pop("_folder")

@@ -1,10 +1,11 @@
-"""Write a loaded model again with other tensors, as a run's folder that predictions are made from.
+"""Write a loaded model or ranker again with other weights, as a folder that predictions come from.
 
 Letters: L labels.
 """
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ from xmlkernels.checkpoint.folder import load as load_checkpoint
 from xmlkernels.checksums import of_files
 from xmlkernels.data.manifest import IDS
 from xmlkernels.files import replacing
-from xmlkernels.predict.base import NAMES
+from xmlkernels.predict.base import NAMES, RANKER
+from xmlkernels.predict.calibration import Calibration
 from xmlkernels.predict.model import BESIDE, Predictor, checkpoint_identity
+from xmlkernels.predict.source import CLUSTERS, VECTORIZER, ranker_identity
+from xmlkernels.ranker.blend import Reranker
+from xmlkernels.ranker.matcher import ClusterMatcher
 
 
 def write_model(
@@ -54,6 +59,28 @@ def write_model(
     checkpoints.save_last(tensors, told)
     checkpoints.save_best()
     return checkpoint_identity(inner, "best")
+
+
+def write_ranker(
+    reranker: Reranker,
+    matcher: ClusterMatcher | None,
+    calibration: Calibration | None,
+    folder: Path,
+) -> Reranker:
+    """Write a ranker, its clusters and its calibration into a folder that holds all the rest.
+
+    Returns:
+        The ranker as it was written: it vouches for the files beside it.
+    """
+    if matcher is not None:
+        matcher.save(folder / CLUSTERS)
+    beside = of_files(folder, [NAMES, IDS, VECTORIZER, CLUSTERS])
+    facts = reranker.ranker.facts | {"beside": beside}
+    whole = replace(reranker, ranker=replace(reranker.ranker, facts=facts))
+    whole.save(folder / RANKER)
+    if calibration is not None:
+        replace(calibration, identity=ranker_identity(whole)).save(folder)
+    return whole
 
 
 def write_lines(folder: Path, names: Sequence[str] | None, ids: Sequence[str] | None) -> None:

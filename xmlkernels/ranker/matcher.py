@@ -88,7 +88,7 @@ class ClusterMatcher:
         rankers: list[LinearRanker] = []
         kept: csr_matrix | None = None
         for level, part in enumerate(parts):
-            true = _binary(labels @ _members(part))
+            true = _binary(labels @ members(part))
             parents = _parents(parts, level)
             what = (f"classifiers of level {level}", "clusters")
             rankers.append(
@@ -103,7 +103,7 @@ class ClusterMatcher:
 
         Values are the log-odds of the clusters.
         """
-        listed = self.kept(features, threads=threads) @ _members(self.clusters[-1]).T
+        listed = self.kept(features, threads=threads) @ members(self.clusters[-1]).T
         listed.data = log_odds(listed.data).astype(np.float32)
         listed.sort_indices()
         return listed.astype(np.float32)
@@ -255,7 +255,7 @@ def _checked(clusters: Sequence[np.ndarray], labels: int, beam: int) -> tuple[np
     return tuple(part.astype(np.int64) for part in parts)
 
 
-def _members(part: np.ndarray) -> csr_matrix:
+def members(part: np.ndarray) -> csr_matrix:
     """float64 [L, n]: 1 where the label is in the cluster."""
     shape = (len(part), int(part.max(initial=-1)) + 1)
     return csr_matrix((np.ones(len(part)), part, np.arange(len(part) + 1)), shape)

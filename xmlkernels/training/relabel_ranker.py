@@ -11,14 +11,11 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_matrix, vstack
 
-from xmlkernels.checksums import of_files
 from xmlkernels.data.dataset import Split
-from xmlkernels.data.manifest import IDS
 from xmlkernels.errors import InputError
-from xmlkernels.predict.base import NAMES, RANKER
 from xmlkernels.predict.ranked import RankedPredictor
-from xmlkernels.predict.rewritten import write_lines
-from xmlkernels.predict.source import CLUSTERS, VECTORIZER, ranker_identity
+from xmlkernels.predict.rewritten import write_lines, write_ranker
+from xmlkernels.predict.source import VECTORIZER
 from xmlkernels.ranker.blend import Reranker
 from xmlkernels.ranker.features import Features
 from xmlkernels.ranker.linear import LinearRanker, fit
@@ -116,13 +113,8 @@ def _write(
     assert predictor.folder is not None
     shutil.copytree(predictor.folder / VECTORIZER, folder / VECTORIZER)
     write_lines(folder, change.every, change.ids(predictor))
-    beside = [NAMES, IDS, VECTORIZER]
-    if matcher is not None:
-        matcher.save(folder / CLUSTERS)
-        beside.append(CLUSTERS)
-    facts = predictor.reranker.ranker.facts | {"beside": of_files(folder, beside)}
-    whole = replace(predictor.reranker, ranker=replace(ranker, facts=facts))
-    whole.save(folder / RANKER)
-    if predictor.calibration is not None:
-        change.calibrated(predictor.calibration, ranker_identity(whole)).save(folder)
-    return whole
+    calibration = predictor.calibration
+    if calibration is not None:
+        calibration = change.calibrated(calibration, "")
+    whole = replace(predictor.reranker, ranker=ranker)
+    return write_ranker(whole, matcher, calibration, folder)
