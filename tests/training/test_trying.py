@@ -63,15 +63,14 @@ def test_what_there_is_no_time_for_is_given_up(config: LinearConfig, tmp_path: P
 
 
 def test_chance_chooses_nothing() -> None:
-    def gap(first: tuple[float, float], five: tuple[float, float]) -> dict[str, Difference]:
-        return {
-            name: Difference(value, low, 9.0, 0.5)
-            for name, (value, low) in (("P@1", first), ("P@5", five))
-        }
+    """By (low, high) of P@1 and of P@5: one is ahead beyond chance, and P@1 is not behind so."""
 
-    assert _ahead(gap((1.0, 0.1), (-1.0, -2.0)))
-    assert not _ahead(gap((1.0, -0.1), (1.0, -0.1)))
-    assert _ahead(gap((0.0, -0.1), (1.0, 0.1))) and not _ahead(gap((-0.1, -0.2), (1.0, 0.1)))
+    def ahead(first: tuple[float, float], five: tuple[float, float]) -> bool:
+        ends = {"P@1": first, "P@5": five}
+        return _ahead({name: Difference(sum(e) / 2, *e, 0.5) for name, e in ends.items()})
+
+    assert ahead((0.1, 2.0), (-2.0, -0.1)) and ahead((-0.5, 0.4), (0.1, 2.0))
+    assert not ahead((-0.1, 2.0), (-0.1, 2.0)) and not ahead((-0.5, -0.1), (0.1, 2.0))
 
 
 def seconds() -> Callable[[], float]:

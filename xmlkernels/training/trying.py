@@ -89,8 +89,8 @@ def choose_kind(
     """Train one tree of each kind, and leave the best in the output folder.
 
     A kind replaces a simpler one before it where it is ahead on validation beyond chance: its P@1
-    by the 95% interval of the paired bootstrap; or its P@5, where P@1 is not behind. The first is
-    trained to its end; what there is no time for is given up.
+    by the 95% interval of the paired bootstrap; or its P@5, where P@1 is not behind so. The first
+    is trained to its end; what there is no time for is given up.
 
     Args:
         options: of the run to come, with a dataset that has a validation split.
@@ -124,7 +124,7 @@ def choose_kind(
 
 def _ahead(gap: dict[str, Difference]) -> bool:
     first, five = gap["P@1"], gap["P@5"]
-    return first.low > 0 or (first.difference >= 0 and five.low > 0)
+    return first.low > 0 or (first.high >= 0 and five.low > 0)
 
 
 def _tried(
