@@ -231,7 +231,7 @@ def test_without_validation_the_share_is_told(
 ) -> None:
     own = make_dataset(tmp_path, splits=("train", "test"), keep_texts=True, label_text=None)
     found: list[RankerConfig] = []
-    monkeypatch.setattr(linear, "train_ranker", lambda options, words: found.append(options) or {})
+    monkeypatch.setattr(linear, "train_ranker", lambda options, *_: found.append(options) or {})
     caplog.set_level("INFO", "xmlkernels")
     cache = str(tmp_path / "cache")
     config = LinearConfig(str(own), output=str(tmp_path / "x"), cache=cache, depths=(2,))
@@ -301,7 +301,7 @@ def test_the_built_in_corpus_is_the_default(
         return Dataset.open(dataset)
 
     monkeypatch.setattr(linear, "open_dataset", opened)
-    monkeypatch.setattr(linear, "train_ranker", lambda options, words: {})
+    monkeypatch.setattr(linear, "train_ranker", lambda *_: {})
     train_linear(LinearConfig(output=str(tmp_path / "x"), documents=500, cache="c"))
     assert (asked[0].dataset, asked[0].documents, asked[0].cache) == ("docstrings", 500, "c")
 
