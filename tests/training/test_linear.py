@@ -247,7 +247,7 @@ def test_every_option_reaches_tree_and_ranker(
 ) -> None:
     found: dict[str, Any] = {}
     monkeypatch.setattr(
-        linear, "train_ranker", lambda options, words: found.update(ranker=options) or {}
+        linear, "train_ranker", lambda options, *_: found.update(ranker=options) or {}
     )
     monkeypatch.setattr(inputs, "build_tree", lambda options, **_: found.update(tree=options))
     changes: dict[str, Any] = {
