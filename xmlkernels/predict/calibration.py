@@ -21,6 +21,7 @@ from xmlkernels.checksums import ALGORITHM, check_seal, seal
 from xmlkernels.data.formats.arrays import read_tensors
 from xmlkernels.errors import InputError
 from xmlkernels.files import replacing
+from xmlkernels.ranker.blend import rare_first
 from xmlkernels.records import Count, Meta, parse_record
 
 CALIBRATION = "calibration.safetensors"
@@ -125,8 +126,8 @@ class Calibration:
             labels: int, -1 for none.
             power: 0 or more.
         """
-        lift = power * np.log(self.weight[np.maximum(labels, 0)].astype(np.float64))
-        return np.where(labels >= 0, lift - np.logaddexp(0, -odds), -np.inf)
+        ranked = rare_first(odds, self.weight[np.maximum(labels, 0)], power)
+        return np.where(labels >= 0, ranked, -np.inf)
 
     def of_labels(self, kept: np.ndarray, new: int, identity: str) -> Calibration:
         """Return the same for a model of other labels.

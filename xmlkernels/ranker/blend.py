@@ -250,10 +250,14 @@ def towards_rare(scores: csr_matrix, weight: np.ndarray, power: float) -> csr_ma
     Returns:
         Log-odds of the products, float64 CSR [N, L] of the same pattern.
     """
-    lift = power * np.log(weight / weight.max())
-    z = scores.data.astype(np.float64)
-    log_p = -np.logaddexp(0, -z) + lift[scores.indices]
+    log_p = rare_first(scores.data, (weight / weight.max())[scores.indices], power)
     return csr_matrix((log_odds(log_p), scores.indices, scores.indptr), scores.shape)
+
+
+def rare_first(odds: np.ndarray, weight: np.ndarray, power: float) -> np.ndarray:
+    """Return ln p of log-odds plus `power` times the logarithm of their labels' weights, fp64."""
+    z = odds.astype(np.float64)
+    return np.asarray(power * np.log(weight.astype(np.float64)) - np.logaddexp(0, -z))
 
 
 # Of each file: its pairs, their log-odds, its share; shares add up to 1.
