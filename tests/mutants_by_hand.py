@@ -247,8 +247,8 @@ BY_HAND: tuple[Fault, ...] = (
     ),
     Fault(
         "xmlkernels/data/vectorizer.py",
-        'ngram_range=(1, settings["longest"])',
-        "ngram_range=(1, 2)",
+        '{"analyzer": Terms(longest)}',
+        '{"analyzer": Terms(2)}',
         _of("ngrams"),
     ),
     # Sessions.

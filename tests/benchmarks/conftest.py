@@ -1,5 +1,6 @@
 """Fixtures of the benchmarks' tests."""
 
+import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from gpu_machine import SHAPE, Machine
 
 from benchmarks import card, cases, children, gpu_report
+
+
+@pytest.fixture(autouse=True)
+def tables_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """On a slow machine long work tells how far it is, among the lines that are measured."""
+    caplog.set_level(logging.WARNING, "xmlkernels")
 
 
 @pytest.fixture
