@@ -1,12 +1,14 @@
 """Classifiers are those of scikit-learn, whatever threads, blocks and neighbours."""
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 from ranker_data import COLUMNS, DOCUMENTS, LABELS, NO_PAIRS, WIDTH, equal, made
 from scipy.sparse import csr_matrix
+from scipy.sparse import random as sparse_random
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 
@@ -188,6 +190,38 @@ def test_labels_without_documents_and_empty_blocks(data: tuple[Features, csr_mat
 
 
 # ---- scores ----
+
+
+def test_a_few_words_are_looked_up_with_the_same_bits(
+    data: tuple[Features, csr_matrix], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One short text takes another way through the weights of a label than many texts."""
+    random = np.random.default_rng(0)
+    columns, labels = 3000, 7
+    weights = sparse_random(labels, columns, 0.5, "csr", dtype=np.float32, rng=random)
+    weights.sort_indices()
+    ranker = replace(
+        fit(*data),
+        dense=random.normal(size=(labels, 3)).astype(np.float32),
+        sparse=weights,
+        bias=random.normal(size=labels).astype(np.float32),
+    )
+    texts = sparse_random(40, columns, 0.005, "csr", dtype=np.float32, rng=random)
+    dense = random.normal(size=(40, 3)).astype(np.float32)
+    every = csr_matrix(np.ones((40, labels)))
+    together = ranker.score(Features(dense, texts), every).toarray()
+    for row in range(40):
+        assert texts[row].nnz * 8 < weights[0].nnz < texts.nnz * 8
+        alone = ranker.score(Features(dense[row : row + 1], texts[row]), every[:1])
+        assert np.array_equal(alone.toarray()[0], together[row])
+    # Columns that do not ascend are not searched.
+    order = np.concatenate([np.arange(*ends)[::-1] for ends in pairwise(weights.indptr)])
+    kept = weights.data[order], weights.indices[order], weights.indptr
+    turned = csr_matrix(kept, weights.shape)
+    assert not turned.has_sorted_indices
+    other = replace(ranker, sparse=turned)
+    found = other.score(Features(dense[:1], texts[0]), every[:1])
+    assert np.array_equal(found.toarray()[0], together[0])
 
 
 def test_scores_are_those_of_dense_matrices(

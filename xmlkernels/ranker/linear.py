@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = "xmlkernels-ranker 1"
 _BLOCK_BYTES = 1 << 28  # dense weights of the labels in training at one time
+_PAIRS = 1 << 14  # pairs (text, label) whose scores are worth a thread
 _TENSORS = {
     "dense": (np.float32, 2),
     "bias": (np.float32, 1),
@@ -162,10 +163,11 @@ class LinearRanker:
         pairs = shortlist.tocsr()
         place = csr_matrix((np.arange(pairs.nnz), pairs.indices, pairs.indptr), pairs.shape).tocsc()
         out = np.empty(pairs.nnz, np.float32)
-        weights = (self.dense, *arrays_of(self.sparse), self.sparse.shape[1])
+        columns, ordered = self.sparse.shape[1], bool(self.sparse.has_sorted_indices)
+        weights = (self.dense, *arrays_of(self.sparse), columns, ordered)
         listed = (place.indptr.astype(np.int64), place.indices.astype(np.int64), place.data)
-        # Each piece makes a full row of V zeros: not one for each label.
-        step = max(1, labels // 64)
+        # Each piece makes a full row of V zeros: not one for each label, and one for a few texts.
+        step = max(1, -(-labels // min(64, 1 + pairs.nnz // _PAIRS)))
         keep_compiled(score)
         in_parallel(
             lambda a, b: score(a, b, weights, self.bias, _inputs(features), listed, out),

@@ -13,6 +13,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, TypedDict
 
@@ -30,6 +31,8 @@ from xmlkernels.records import Count, Meta, Positive, check_record
 from xmlkernels.ticks import Ticks
 
 log = logging.getLogger(__name__)
+
+_Level = tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray, bool]
 
 _ROWS = 4096  # documents that a thread takes at one time
 
@@ -197,6 +200,22 @@ class ClusterMatcher:
                 )
         return cls(tuple(rankers), parts, facts[0]["beam"])
 
+    @cached_property
+    def _levels(self) -> list[tuple[np.ndarray, _Level]]:
+        """Of each level its clusters by their parents, and what `keep_children` knows of them.
+
+        Made once: turning the weights around takes longer than the clusters of a text.
+        """
+        found: list[tuple[np.ndarray, _Level]] = []
+        for level, ranker in enumerate(self.rankers):
+            parents, used = _parents(self.clusters, level), np.unique(self.clusters[level])
+            order = used[np.argsort(parents[used], kind="stable")]
+            ends = np.concatenate([[0], np.cumsum(np.bincount(parents[used]))])
+            weights = arrays_of(ranker.as_sparse()[order].T.tocsr())
+            how = (ends, weights, ranker.bias[order], ranker.settings.loss == "logistic")
+            found.append((order, how))
+        return found
+
     def kept(self, features: Features, *, threads: int = 0) -> csr_matrix:
         """Return the best clusters of the last level.
 
@@ -207,15 +226,10 @@ class ClusterMatcher:
         names = np.zeros((n, 1), np.int32)
         values = np.full((n, 1), -np.finfo(np.float64).tiny)
         keep_compiled(keep_children)
-        for level, ranker in enumerate(self.rankers):
-            above, parents = (names, values), _parents(self.clusters, level)
-            used = np.unique(self.clusters[level])
-            order = used[np.argsort(parents[used], kind="stable")]
-            ends = np.concatenate([[0], np.cumsum(np.bincount(parents[used]))])
-            weights = arrays_of(ranker.as_sparse()[order].T.tocsr())
+        for level, (order, how) in enumerate(self._levels):
+            above = names, values
             names = np.full((n, self.beam), -1, np.int32)
             values = np.full((n, self.beam), -np.inf)
-            how = (ends, weights, ranker.bias[order], ranker.settings.loss == "logistic")
 
             def descend(begin: int, end: int) -> None:
                 keep_children(begin, end, x, above, *how, values, names)  # noqa: B023

@@ -25,6 +25,7 @@ import numpy as np
 # Sums may be taken in the order that fills a vector register: the same on every run on one machine.
 _FAST = {"reassoc", "contract"}
 Arrays = tuple[np.ndarray, np.ndarray]
+_SEARCH = 8  # weights that are read in the time in which one word is looked up
 _INNER = 0.1  # a Newton step past the border goes this share of the way to it (Yu et al.)
 
 
@@ -298,12 +299,34 @@ def keep(
         kept[b] = count
 
 
+@numba.njit
+def weight_at(columns, values, first, last, wanted):  # type: ignore[no-untyped-def]
+    """Return the weight of a column between two places of ascending columns; 0 where it is none.
+
+    Args:
+        columns: int32, ascending from first to last.
+        values: float32, their weights.
+        first, last: the places.
+        wanted: the column.
+    """
+    end = last
+    while first < last:
+        middle = (first + last) // 2
+        if columns[middle] < wanted:
+            first = middle + 1
+        else:
+            last = middle
+    return values[first] if first < end and columns[first] == wanted else np.float32(0)
+
+
 @numba.njit(nogil=True)
 def score(begin, end, weights, constant, x, pairs, out):  # type: ignore[no-untyped-def]
     """out[p] = w_label · x_document + constant_label for every listed pair of labels begin to end.
 
+    Both ways through the weights of a label give the same bits.
+
     Args:
-        weights: (dense [L, D], indptr, indices, data) of the label weights.
+        weights: (dense [L, D], indptr, indices, data, V, whether columns ascend) of the labels.
         constant: float32 [L], the bias.
         x: as in `solve`.
         pairs: (indptr [L + 1], document of each pair, its place in `out`): pairs sorted by label.
@@ -318,9 +341,25 @@ def score(begin, end, weights, constant, x, pairs, out):  # type: ignore[no-unty
             continue
         for j in range(width):
             u[j] = weights[0][label, j]
-        for p in range(weights[1][label], weights[1][label + 1]):
+        begins, ends = weights[1][label], weights[1][label + 1]
+        words = 0
+        for p in range(first, last):
+            words += indptr[pairs[1][p] + 1] - indptr[pairs[1][p]]
+        if weights[5] and words * _SEARCH < ends - begins:
+            # A few short texts: look up their words, and leave the label's others alone.
+            for p in range(first, last):
+                i = pairs[1][p]
+                for q in range(indptr[i], indptr[i + 1]):
+                    u[width + indices[q]] = weight_at(
+                        weights[2], weights[3], begins, ends, indices[q]
+                    )
+                out[pairs[2][p]] = dot(i, dense, indptr, indices, data, u) + constant[label]
+                for q in range(indptr[i], indptr[i + 1]):
+                    u[width + indices[q]] = 0
+            continue
+        for p in range(begins, ends):
             u[width + weights[2][p]] = weights[3][p]
         for p in range(first, last):
             out[pairs[2][p]] = dot(pairs[1][p], dense, indptr, indices, data, u) + constant[label]
-        for p in range(weights[1][label], weights[1][label + 1]):
+        for p in range(begins, ends):
             u[width + weights[2][p]] = 0
