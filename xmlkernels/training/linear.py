@@ -320,7 +320,7 @@ def _finished(
             break
         found.append(report)
     if found:
-        log.info(f"--resume: {len(found)} of {len(each)} trees are trained already")
+        log.info(f"{len(found)} of {len(each)} trees are trained already")
     return found
 
 
